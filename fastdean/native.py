@@ -1,0 +1,176 @@
+"""Tensors to pointers: the one gate to the compiled extension `fastdean._C`.
+
+The extension is in one of three states. *available*; *missing*, which is normal (installed with
+FASTDEAN_NATIVE=OFF, or run from a source tree); *broken*, when it is there and cannot be used:
+then every use raises, because falling back would hide a damaged install.
+
+Pointers go stale without a word (`.to()`, `p.data =`, offload), so pointer, shape, strides, dtype
+and device are read anew on every call and nothing about a tensor is kept between calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+# The number in csrc/fastdean.h that this file was written for.
+ABI_VERSION = 1
+
+_REINSTALL = "reinstall fastdean, or set FASTDEAN_IMPL=reference to do without the extension"
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """How the extension was compiled; `cuda` and `architectures` are empty without CUDA."""
+
+    compiler: str
+    cuda: str
+    architectures: str
+    abi: int
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """State of the extension, why it is not available ("" when it is), and its build."""
+
+    state: Literal["available", "missing", "broken"]
+    reason: str
+    build: BuildFacts | None
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, NativeStatus]:
+    name = "fastdean._C"
+    try:
+        extension = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            reason = "this install has no compiled extension"
+            return None, NativeStatus("missing", reason, None)
+        return None, NativeStatus("broken", f"importing {name} failed: {error}", None)
+    except Exception as error:  # whatever a damaged binary raises is the reason we report
+        return None, NativeStatus("broken", f"importing {name} failed: {error}", None)
+
+    abi = getattr(extension, "ABI_VERSION", None)
+    if abi != ABI_VERSION:
+        reason = f"{name} has ABI number {abi} and this fastdean needs {ABI_VERSION}"
+        return None, NativeStatus("broken", reason, None)
+    build = BuildFacts(
+        compiler=extension.COMPILER,
+        cuda=extension.CUDA_VERSION,
+        architectures=extension.CUDA_ARCHITECTURES,
+        abi=abi,
+    )
+    return extension, NativeStatus("available", "", build)
+
+
+def status() -> NativeStatus:
+    """The state of the extension. Imports it on the first call; never raises."""
+    return _load()[1]
+
+
+def raise_if_broken() -> None:
+    """Raises: RuntimeError if the extension is present and cannot be used."""
+    found = status()
+    if found.state == "broken":
+        raise RuntimeError(
+            f"the compiled extension must be usable or absent, got {found.reason}; {_REINSTALL}"
+        )
+
+
+def refusal(device: torch.device) -> str:
+    """Why the extension cannot run on `device`; "" if it can.
+
+    Raises: RuntimeError if the extension is broken.
+    """
+    raise_if_broken()
+    found = status()
+    if found.build is None:
+        return found.reason
+    if device.type == "cpu":
+        return ""
+    if device.type != "cuda":
+        return f"the extension runs on CPU and CUDA tensors, not on {device.type}"
+    if not found.build.cuda:
+        return "the extension was compiled without CUDA"
+    return ""
+
+
+def _extension() -> ModuleType:
+    raise_if_broken()
+    extension, found = _load()
+    if extension is None:
+        raise RuntimeError(f"impl='native' must have a compiled extension; {found.reason}")
+    return extension
+
+
+def _dtype_code(extension: ModuleType, dtype: torch.dtype) -> int:
+    return {
+        torch.float16: extension.DTYPE_FLOAT16,
+        torch.bfloat16: extension.DTYPE_BFLOAT16,
+        torch.float32: extension.DTYPE_FLOAT32,
+        torch.float64: extension.DTYPE_FLOAT64,
+    }[dtype]
+
+
+def _zero_at_row(extension: ModuleType, tensor: torch.Tensor, index: torch.Tensor) -> list[int]:
+    """One `ZeroAtRow` of csrc/fastdean.h, field by field."""
+    contiguous = tensor.is_contiguous()
+    rank = 0 if contiguous else tensor.dim()
+    padding = [0] * (extension.MAX_RANK - rank)
+    return [
+        tensor.data_ptr(),
+        index.data_ptr(),
+        index.numel(),
+        tensor.numel(),
+        _dtype_code(extension, tensor.dtype),
+        rank,
+        *([] if contiguous else tensor.shape),
+        *padding,
+        *([] if contiguous else tensor.stride()),
+        *padding,
+    ]
+
+
+def zero_at_(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> None:
+    """`ops.zero_at_` in compiled code: one call, and on CUDA one launch, per device.
+
+    The arguments have passed the checks of `ops.zero_at_`; all tensors lie on one device.
+    Raises: RuntimeError if the extension cannot run there or CUDA reports an error.
+    """
+    if not tensors:
+        return
+    extension = _extension()
+    device = tensors[0].device
+    # Contiguous copies where needed, held until the call returns: the rows point into them.
+    placed = [index.to(device).contiguous() for index in indices]
+    rows = [_zero_at_row(extension, t, i) for t, i in zip(tensors, placed, strict=True)]
+    table = torch.tensor(rows, dtype=torch.int64)
+    max_count = max(index.numel() for index in placed)
+
+    if device.type == "cpu":
+        extension.zero_at_cpu(rows=table.data_ptr(), num_rows=len(rows), max_count=max_count)
+    else:
+        with torch.cuda.device(device):
+            # Freed while the kernel may still run: safe, the allocator reuses memory in the order
+            # of this stream.
+            workspace = table.to(device)
+            extension.zero_at_cuda(
+                rows=workspace.data_ptr(),
+                num_rows=len(rows),
+                max_count=max_count,
+                stream=torch.cuda.current_stream(device).cuda_stream,
+            )
+    _increment_versions(tensors)
+
+
+def _increment_versions(tensors: Sequence[torch.Tensor]) -> None:
+    """Tells autograd of writes that it could not see."""
+    # Inference tensors carry no version counter.
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

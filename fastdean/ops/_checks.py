@@ -1,0 +1,121 @@
+"""The checks that stand before every operation, and their messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+# What the compiled operations can address; csrc/fastdean.h has the same number.
+MAX_RANK = 8
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_edited_places(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> None:
+    """Checks the arguments that every mask operation takes.
+
+    Args:
+        tensors: floating-point tensors, any strides, not on the meta device.
+        indices: one int64 [M] per tensor, row-major, strictly ascending, within the tensor; on the
+            CPU or on the tensor's device.
+    Raises: TypeError or ValueError, naming the position of the offender.
+    """
+    if len(tensors) != len(indices):
+        raise ValueError(
+            f"indices must have one entry per tensor, got {len(indices)} for {len(tensors)} tensors"
+        )
+    for position, (tensor, index) in enumerate(zip(tensors, indices, strict=True)):
+        _check_tensor(tensor, f"tensors[{position}]")
+        _check_index(index, tensor, f"indices[{position}]")
+
+
+def check_writable(tensors: Sequence[torch.Tensor]) -> None:
+    """Raises: ValueError for a tensor whose elements share memory with each other."""
+    for position, tensor in enumerate(tensors):
+        if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"tensors[{position}] must have a place in memory for every element, got an "
+                f"expanded tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}; "
+                "edit the tensor it was expanded from"
+            )
+
+
+def check_values(
+    tensors: Sequence[torch.Tensor],
+    indices: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+) -> None:
+    """Checks that `values` holds, per tensor, one value of its dtype per index.
+
+    Raises: ValueError, naming the position of the offender.
+    """
+    if len(values) != len(tensors):
+        raise ValueError(
+            f"values must have one entry per tensor, got {len(values)} for {len(tensors)} tensors"
+        )
+    for position, (tensor, index, value) in enumerate(zip(tensors, indices, values, strict=True)):
+        name = f"values[{position}]"
+        if value.dtype != tensor.dtype:
+            raise ValueError(
+                f"{name} must have its tensor's dtype {tensor.dtype}, got {value.dtype}; "
+                "a conversion here would not be bit-exact"
+            )
+        if value.shape != index.shape:
+            raise ValueError(
+                f"{name} must have shape {tuple(index.shape)}, one value per index, "
+                f"got {tuple(value.shape)}"
+            )
+
+
+def _check_tensor(tensor: torch.Tensor, name: str) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if is_traceable_wrapper_subclass(tensor):
+        raise TypeError(
+            f"{name} must be a plain tensor or parameter, got {type(tensor).__name__}; "
+            "pass the local tensor that it wraps"
+        )
+    if tensor.device.type == "meta":
+        raise ValueError(
+            f"{name} must hold data, got a tensor on the meta device; "
+            "an offloaded weight must be loaded before it is edited"
+        )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}; "
+            "quantized weights must be dequantized before they are edited"
+        )
+    if tensor.dim() > MAX_RANK:
+        raise ValueError(f"{name} must have at most {MAX_RANK} dimensions, got {tensor.dim()}")
+
+
+def _check_index(index: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+    if not isinstance(index, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(index).__name__}")
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise ValueError(
+            f"{name} must be a 1-D int64 tensor, got {index.dim()}-D {index.dtype}; "
+            "flat indices are row-major over the tensor's shape"
+        )
+    if index.device.type != "cpu" and index.device != tensor.device:
+        raise ValueError(
+            f"{name} must be on the CPU or on its tensor's device {tensor.device}, "
+            f"got {index.device}"
+        )
+    if index.numel() == 0:
+        return
+    if bool((index[1:] <= index[:-1]).any()):
+        raise ValueError(
+            f"{name} must be sorted in strictly ascending order, got unsorted or repeated indices; "
+            "use torch.unique(indices)"
+        )
+    first, last = int(index[0]), int(index[-1])
+    if first < 0 or last >= tensor.numel():
+        raise ValueError(
+            f"{name} must lie in 0..{tensor.numel() - 1} for a tensor of shape "
+            f"{tuple(tensor.shape)}, got {first if first < 0 else last}"
+        )

@@ -1,0 +1,193 @@
+"""Which implementation of an operation runs, and why.
+
+`_TABLE` lists the implementations of every operation, the preferred one first. Two strings decide:
+what an implementation *refuses* it cannot do, what it *declines* it does only when asked by name.
+
+An `impl` argument names one implementation for one call, so anything but running it is an error.
+The environment variable FASTDEAN_IMPL is a default for every operation at once: one that has no
+such implementation falls back, and `explain` says so; one that has it and cannot run it raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IMPLEMENTATIONS = ("reference", "triton", "native")
+ENVIRONMENT_VARIABLE = "FASTDEAN_IMPL"
+
+_KIND_OF_KERNEL = {
+    "reference": "reference",
+    "triton": "Triton kernel",
+    "native": "compiled kernel",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs: the callable, its implementation's name, and why it was taken."""
+
+    callable: Callable[..., Any]
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A row of `fastdean info`: `chosen` is "" if the operation would raise, with the reason."""
+
+    op: str
+    chosen: str
+    reason: str
+    others: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    name: str
+    load: Callable[[str], Callable[..., Any]]
+    refuses: Callable[[torch.device], str]
+    declines: Callable[[torch.device], str]
+
+
+def _load_reference(op: str) -> Callable[..., Any]:
+    from fastdean.ops import reference
+
+    return getattr(reference, op)
+
+
+def _load_native(op: str) -> Callable[..., Any]:
+    from fastdean import native
+
+    return getattr(native, op)
+
+
+def _native_refuses(device: torch.device) -> str:
+    from fastdean import native
+
+    return native.refusal(device)
+
+
+def _never(device: torch.device) -> str:
+    return ""
+
+
+def _unproven_on_cuda(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "its CUDA kernel has been compiled but not yet run on hardware; ask for it by name"
+    return ""
+
+
+_REFERENCE = _Implementation("reference", _load_reference, refuses=_never, declines=_never)
+_NATIVE = _Implementation(
+    "native", _load_native, refuses=_native_refuses, declines=_unproven_on_cuda
+)
+
+_TABLE: dict[str, tuple[_Implementation, ...]] = {
+    "accumulate_importance_": (_REFERENCE,),
+    "accumulate_unit_importance_": (_REFERENCE,),
+    "select_top": (_REFERENCE,),
+    "zero_at_": (_NATIVE, _REFERENCE),
+}
+
+
+def choose(op: str, device: torch.device | str, impl: str | None = None) -> Choice:
+    """The implementation of `op` that runs on tensors of `device`.
+
+    Args:
+        op: name of an operation of `fastdean.ops`.
+        device: where the tensors lie.
+        impl: one of `IMPLEMENTATIONS`, or None for FASTDEAN_IMPL and then the preferred one.
+    Raises: ValueError for an unknown name; RuntimeError if the named implementation does not exist
+        for `op` or cannot run on `device`, or if the compiled extension is broken.
+    """
+    entry, reason = _select(op, torch.device(device), impl)
+    return Choice(entry.load(op), entry.name, reason)
+
+
+def explain(device: torch.device | str) -> list[Explanation]:
+    """What `choose` takes for every operation on `device`, and why not the others.
+
+    Loads no implementation, and never raises for the state of the machine: what would raise is
+    reported as the reason.
+    """
+    return [_explain(op, torch.device(device)) for op in _TABLE]
+
+
+def _select(op: str, device: torch.device, impl: str | None) -> tuple[_Implementation, str]:
+    """The implementation and the reason it was taken; raises as `choose` does."""
+    if impl is not None:
+        _check_name(impl, "impl")
+        return _named(op, device, impl, f"impl={impl!r}")
+    preferred = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not preferred:
+        return _first_able(op, device)
+    _check_name(preferred, ENVIRONMENT_VARIABLE)
+    if any(entry.name == preferred for entry in _TABLE[op]):
+        return _named(op, device, preferred, f"{ENVIRONMENT_VARIABLE}={preferred}")
+    fallback, _ = _first_able(op, device)
+    return fallback, f"{ENVIRONMENT_VARIABLE}={preferred}, but {_absence(op, preferred)}"
+
+
+def _check_name(impl: str, argument: str) -> None:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{argument} must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}; "
+            "leave it out to let the device decide"
+        )
+
+
+def _absence(op: str, impl: str) -> str:
+    return f"there is no {_KIND_OF_KERNEL[impl]} for {op} in this version"
+
+
+def _named(op: str, device: torch.device, impl: str, asked_by: str) -> tuple[_Implementation, str]:
+    for entry in _TABLE[op]:
+        if entry.name != impl:
+            continue
+        refusal = entry.refuses(device)
+        if refusal:
+            raise RuntimeError(
+                f"{asked_by} must be able to run {op} on {device.type}, got a refusal: {refusal}; "
+                "leave it out to let the device decide"
+            )
+        return entry, f"asked for by {asked_by}"
+    available = ", ".join(entry.name for entry in _TABLE[op])
+    raise RuntimeError(
+        f"{asked_by} must name an implementation that exists, got {impl!r}: "
+        f"{_absence(op, impl)}; use one of {available}"
+    )
+
+
+def _first_able(op: str, device: torch.device) -> tuple[_Implementation, str]:
+    passed_over = []
+    for entry in _TABLE[op]:
+        objection = entry.refuses(device) or entry.declines(device)
+        if not objection:
+            return entry, "; ".join(passed_over) or f"preferred on {device.type}"
+        passed_over.append(f"not {entry.name}: {objection}")
+    raise AssertionError(f"{op} has no implementation that runs everywhere")
+
+
+def _explain(op: str, device: torch.device) -> Explanation:
+    try:
+        entry, reason = _select(op, device, None)
+        chosen = entry.name
+    except (RuntimeError, ValueError) as error:
+        chosen, reason = "", str(error)
+    others = tuple((impl, _why_not(op, device, impl)) for impl in IMPLEMENTATIONS if impl != chosen)
+    return Explanation(op, chosen, reason, others)
+
+
+def _why_not(op: str, device: torch.device, impl: str) -> str:
+    entry = next((entry for entry in _TABLE[op] if entry.name == impl), None)
+    if entry is None:
+        return _absence(op, impl)
+    try:
+        return entry.refuses(device) or entry.declines(device) or "another one is preferred"
+    except RuntimeError as error:
+        return str(error)

@@ -1,0 +1,58 @@
+"""Exact selection of the most important entries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdean.ops._dispatch import choose
+
+
+def importance(sums: Tensor, weight: Tensor | None, num_examples: int) -> Tensor:
+    """Importance from its stored parts: sums * |weight| / n, every step in fp32.
+
+    Args:
+        sums: fp32, any shape.
+        weight: floating, shape of `sums`; None for units, whose importance is sums / n.
+        num_examples: n, at least 1.
+    Returns:
+        fp32, shape of `sums`.
+    """
+    if weight is None:
+        return sums / num_examples
+    return (sums * weight.detach().to(sums.device).float().abs()).div_(num_examples)
+
+
+def select_top(
+    sums: Tensor, weight: Tensor | None, num_examples: int, k: int, *, impl: str | None = None
+) -> Tensor:
+    """Flat indices of the k entries of highest importance, ascending.
+
+    Equivalent to, for finite input:
+        value = importance(sums, weight, num_examples).flatten()
+        order = value.argsort(descending=True, stable=True)
+        (order[value[order] > 0][:k]).sort().values
+
+    Only entries with positive importance can be selected, so fewer than k indices may come back. Ties go
+    to the lowest flat index.
+
+    Args:
+        sums, weight, num_examples: see `importance`.
+        k: how many at most; 0 gives an empty result.
+        impl: None (by device), "reference" or "triton".
+    Returns:
+        int64 [min(k, positive entries)] on the device of `sums`.
+    Raises:
+        ValueError: an importance is NaN or infinite, k is negative, or the shapes differ.
+    """
+    if sums.dtype != torch.float32:
+        raise TypeError(f"sums must be torch.float32, got {sums.dtype}")
+    if weight is not None and weight.shape != sums.shape:
+        raise ValueError(
+            f"weight must have the shape of sums, {list(sums.shape)}, got {list(weight.shape)}"
+        )
+    if k < 0 or num_examples < 1:
+        raise ValueError(
+            f"k must be at least 0 and num_examples at least 1, got {k} and {num_examples}"
+        )
+    return choose("select_top", sums.device, impl).callable(sums, weight, num_examples, k)

@@ -1,0 +1,60 @@
+"""What holds for every test: no network, no progress bars, poisoned memory, honest GPU skips."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports the libraries that read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastdean import native
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        return
+    if os.environ.get("FASTDEAN_REQUIRE_GPU") == "1":
+        pytest.fail("FASTDEAN_REQUIRE_GPU=1 and torch sees no CUDA device", pytrace=False)
+    pytest.skip("needs a CUDA device")
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate_and_poison(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] == "fastdean" and tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+        return tensor
+
+    return allocate_and_poison
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory of the package holds NaN: a value read before it was written shows."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture(scope="session")
+def extension_built() -> bool:
+    """Whether the compiled extension is here; failing where it should be and is not.
+
+    FASTDEAN_NATIVE=OFF, the switch of the build, says that an install without it is under test.
+    """
+    found = native.status()
+    expected = os.environ.get("FASTDEAN_NATIVE", "ON") != "OFF"
+    assert found.state == ("available" if expected else "missing"), found
+    return expected

@@ -1,0 +1,200 @@
+"""Which implementation runs and why, and an extension that is missing or broken."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastdean import native
+from fastdean.ops import _dispatch, reference, zero_at_
+from fastdean.ops._dispatch import choose, explain
+
+BUILT = native.BuildFacts(compiler="GNU 1", cuda="", architectures="", abi=native.ABI_VERSION)
+BUILT_WITH_CUDA = native.BuildFacts("GNU 1", "13.0", "80 90", native.ABI_VERSION)
+
+
+@pytest.fixture(autouse=True)
+def no_default_from_outside(monkeypatch):
+    monkeypatch.delenv("FASTDEAN_IMPL", raising=False)
+
+
+def _pretend(monkeypatch, state: str, reason: str = "", build: native.BuildFacts | None = None):
+    status = native.NativeStatus(state, reason, build)
+    monkeypatch.setattr(native, "_load", lambda: (None, status))
+
+
+def test_every_operation_runs_somewhere_without_the_extension(monkeypatch):
+    _pretend(monkeypatch, "missing", "this install has no compiled extension")
+    for op in ("accumulate_importance_", "accumulate_unit_importance_", "select_top", "zero_at_"):
+        for device in ("cpu", "cuda", "mps"):
+            choice = choose(op, device)
+            assert choice.name == "reference"
+            assert choice.callable is getattr(reference, op)
+
+
+def test_the_extension_is_preferred_on_the_cpu_and_only_there(monkeypatch):
+    _pretend(monkeypatch, "available", build=BUILT_WITH_CUDA)
+    on_cpu, on_cuda = choose("zero_at_", "cpu"), choose("zero_at_", "cuda:1")
+    assert (on_cpu.name, on_cpu.callable) == ("native", native.zero_at_)
+    assert on_cuda.name == "reference"
+    assert "not native: its CUDA kernel has been compiled but not yet run" in on_cuda.reason
+    assert choose("zero_at_", "cuda", "native").name == "native"
+
+
+def test_without_cuda_in_the_extension_naming_it_for_cuda_raises(monkeypatch):
+    _pretend(monkeypatch, "available", build=BUILT)
+    with pytest.raises(RuntimeError, match="on cuda, got a refusal: .* compiled without CUDA"):
+        choose("zero_at_", "cuda", "native")
+
+
+def test_the_extension_refuses_other_devices(monkeypatch):
+    _pretend(monkeypatch, "available", build=BUILT_WITH_CUDA)
+    with pytest.raises(RuntimeError, match="runs on CPU and CUDA tensors, not on mps"):
+        choose("zero_at_", "mps", "native")
+
+
+def test_an_unknown_name_is_refused(monkeypatch):
+    message = "impl must be one of reference, triton, native, got 'cuda'; leave it out"
+    with pytest.raises(ValueError, match=message):
+        choose("zero_at_", "cpu", "cuda")
+    with pytest.raises(ValueError, match=message):
+        zero_at_([torch.ones(2)], [torch.tensor([0])], impl="cuda")
+    monkeypatch.setenv("FASTDEAN_IMPL", "fast")
+    with pytest.raises(ValueError, match="FASTDEAN_IMPL must be one of .*, got 'fast'"):
+        choose("zero_at_", "cpu")
+
+
+def test_a_named_implementation_that_does_not_exist_raises():
+    with pytest.raises(
+        RuntimeError, match="there is no Triton kernel for zero_at_ in this version"
+    ):
+        choose("zero_at_", "cpu", "triton")
+
+
+def test_a_named_extension_that_is_missing_raises_and_nothing_is_written(monkeypatch):
+    _pretend(monkeypatch, "missing", "this install has no compiled extension")
+    weight = torch.ones(2)
+    message = "impl='native' must be able to run zero_at_ on cpu.* has no compiled extension"
+    with pytest.raises(RuntimeError, match=message):
+        zero_at_([weight], [torch.tensor([0])], impl="native")
+    assert weight.tolist() == [1, 1]
+
+
+def test_a_default_for_all_falls_back_where_an_operation_lacks_it(monkeypatch):
+    monkeypatch.setenv("FASTDEAN_IMPL", "triton")
+    choice = choose("zero_at_", "mps")
+    assert choice.name == "reference"
+    assert choice.reason == (
+        "FASTDEAN_IMPL=triton, but there is no Triton kernel for zero_at_ in this version"
+    )
+
+
+def test_a_default_for_all_raises_where_it_exists_and_cannot_run(monkeypatch):
+    monkeypatch.setenv("FASTDEAN_IMPL", "native")
+    _pretend(monkeypatch, "missing", "this install has no compiled extension")
+    with pytest.raises(RuntimeError, match="FASTDEAN_IMPL=native must be able to run zero_at_"):
+        choose("zero_at_", "cpu")
+    assert choose("select_top", "cpu").name == "reference"
+
+
+def test_an_argument_outranks_the_default(monkeypatch):
+    monkeypatch.setenv("FASTDEAN_IMPL", "native")
+    assert choose("zero_at_", "cpu", "reference").name == "reference"
+
+
+def test_a_broken_extension_raises_unless_it_was_declined(monkeypatch):
+    _pretend(monkeypatch, "broken", "importing fastdean._C failed: undefined symbol")
+    with pytest.raises(RuntimeError, match="undefined symbol; reinstall fastdean, or set"):
+        choose("zero_at_", "cpu")
+    with pytest.raises(RuntimeError, match="undefined symbol"):
+        native.zero_at_([torch.ones(1)], [torch.tensor([0])])
+    assert choose("zero_at_", "cpu", "reference").name == "reference"
+    monkeypatch.setenv("FASTDEAN_IMPL", "reference")
+    assert choose("zero_at_", "cpu").name == "reference"
+
+
+def test_explain_gives_a_reason_for_everything(monkeypatch):
+    _pretend(monkeypatch, "available", build=BUILT)
+    rows = {row.op: row for row in explain("cpu")}
+    assert rows["zero_at_"].chosen == "native"
+    assert dict(rows["zero_at_"].others) == {
+        "reference": "another one is preferred",
+        "triton": "there is no Triton kernel for zero_at_ in this version",
+    }
+    for row in rows.values():
+        assert {row.chosen, *dict(row.others)} == set(_dispatch.IMPLEMENTATIONS)
+        assert row.reason and all(why for _, why in row.others)
+
+
+def test_explain_reports_a_broken_extension_instead_of_raising(monkeypatch):
+    _pretend(monkeypatch, "broken", "importing fastdean._C failed: undefined symbol")
+    row = next(row for row in explain("cpu") if row.op == "zero_at_")
+    assert row.chosen == ""
+    assert "undefined symbol" in row.reason
+    assert "undefined symbol" in dict(row.others)["native"]
+
+
+def _load_again() -> native.NativeStatus:
+    return native._load.__wrapped__()[1]
+
+
+def test_an_absent_extension_is_a_normal_state(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastdean._C", None)
+    assert _load_again() == native.NativeStatus(
+        "missing", "this install has no compiled extension", None
+    )
+
+
+class _Refusing:
+    """An import hook under which the extension is found and its import fails with `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "fastdean._C":
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("undefined symbol: Py_Nothing"),
+        ModuleNotFoundError("No module named 'elsewhere'", name="elsewhere"),
+        OSError("invalid ELF header"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_extension_that_cannot_be_imported_is_broken(monkeypatch, error):
+    monkeypatch.delitem(sys.modules, "fastdean._C", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [_Refusing(error), *sys.meta_path])
+    importlib.invalidate_caches()
+    found = _load_again()
+    assert found.state == "broken"
+    assert found.reason == f"importing fastdean._C failed: {error}"
+
+
+def test_an_extension_of_another_version_is_broken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastdean._C", SimpleNamespace(ABI_VERSION=-1))
+    found = _load_again()
+    assert found.state == "broken"
+    assert found.reason == "fastdean._C has ABI number -1 and this fastdean needs 1"
+
+
+def test_an_extension_with_cuda_imports_without_a_driver_and_its_calls_raise(extension_built):
+    if not extension_built:
+        pytest.skip("an install without the extension is under test")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a driver")
+    build = native.status().build
+    extension = native._extension()
+    if not build.cuda:
+        assert not hasattr(extension, "zero_at_cuda")
+        return
+    assert build.architectures
+    with pytest.raises(RuntimeError, match="zero_at on CUDA: cudaError"):
+        extension.zero_at_cuda(rows=0, num_rows=1, max_count=1, stream=0)

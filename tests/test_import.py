@@ -1,0 +1,196 @@
+"""Who may know whom: the table of docs/architecture.md as data, held against every import."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fastdean
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(fastdean.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+_STEPS = {
+    "sources",
+    "data",
+    "batching",
+    "forward",
+    "targets",
+    "accumulators",
+    "scoring",
+    "scores",
+    "coupling",
+    "masks",
+    "checkpoint",
+    "storage",
+    "dependence",
+    "evaluation",
+    "distributed",
+    "provenance",
+    "ops",
+    "_logging",
+}
+
+# Room -> the rooms it may import besides itself. "fastdean" is the package's own top: its version.
+MAY_IMPORT: dict[str, set[str]] = {
+    "_logging": set(),
+    "provenance": set(),
+    "distributed": {"_logging"},
+    "native": set(),
+    "ops": {"native"},
+    "data": set(),
+    "sources": {"data", "_logging"},
+    "batching": {"data"},
+    "forward": {"batching", "data"},
+    "targets": set(),
+    "storage": {"fastdean"},
+    "scores": {"ops", "storage", "_logging"},
+    "accumulators": {"ops", "scores", "targets"},
+    "scoring": {
+        "_logging",
+        "accumulators",
+        "batching",
+        "data",
+        "distributed",
+        "forward",
+        "ops",
+        "provenance",
+        "scores",
+        "targets",
+    },
+    "masks": {"ops", "storage", "_logging"},
+    "checkpoint": {"ops", "masks", "storage", "_logging"},
+    "coupling": {"scores", "masks", "ops", "_logging"},
+    "dependence": set(),
+    "evaluation": {"batching", "data", "dependence", "forward"},
+    "report": set(),
+    "info": {"fastdean", "native", "ops"},
+    "pipeline": {"fastdean"} | _STEPS,
+    "cli": {"fastdean", "info", "pipeline", "report"} | _STEPS,
+    "__main__": {"cli"},
+    "fastdean": {"checkpoint", "coupling", "dependence", "masks", "scores", "scoring"},
+}
+
+# Imported inside functions only: a user who needs none of them pays for none of them.
+HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "transformers", "triton"}
+
+MAY_HOOK = {"collapse.py", "forward.py", "scoring.py"}
+HOOKS = r"\bregister_(\w+_)?hook\b"
+
+DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def _room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "fastdean" if parts == ("__init__",) else parts[0]
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"), str(path))
+
+
+def _room_of(module: str) -> str:
+    """ "fastdean.ops.mask" -> "ops"; "fastdean" itself -> "fastdean"."""
+    return (module.split(".") + ["fastdean"])[1]
+
+
+def _room_of_name(name: str) -> str:
+    """The room of what `from fastdean import name` gives: a public name's home, or a module."""
+    if name in fastdean._HOME:
+        return _room_of(fastdean._HOME[name])
+    return "fastdean" if name == "__version__" else name
+
+
+def _imported_modules(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import hides its direction"
+            yield node, node.module
+
+
+def _imported_rooms(tree: ast.Module) -> set[str]:
+    rooms = set()
+    for node, module in _imported_modules(tree):
+        if module == "fastdean" and isinstance(node, ast.ImportFrom):
+            rooms |= {_room_of_name(alias.name) for alias in node.names}
+        elif module.partition(".")[0] == "fastdean":
+            rooms.add(_room_of(module))
+    return rooms
+
+
+def _at_import_time(tree: ast.Module) -> ast.Module:
+    """The file without its functions and without what only a type checker sees."""
+
+    class Outside(ast.NodeTransformer):
+        def visit_FunctionDef(self, node):
+            return None
+
+        visit_AsyncFunctionDef = visit_FunctionDef
+
+        def visit_If(self, node):
+            return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+    return Outside().visit(tree)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_every_file_has_a_room_and_imports_in_its_direction(path):
+    room = _room(path)
+    assert room in MAY_IMPORT, f"{_name(path)} is in no room of docs/architecture.md"
+    assert _imported_rooms(_tree(path)) - {room} - MAY_IMPORT[room] == set()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_heavy_libraries_are_imported_inside_functions(path):
+    modules = {name for _, name in _imported_modules(_at_import_time(_tree(path)))}
+    assert {name.partition(".")[0] for name in modules} & HEAVY == set()
+
+
+def test_rooms_do_not_import_each_other_in_circles():
+    remaining = {_room(path): set() for path in SOURCES}
+    for path in SOURCES:
+        # The package's top loads its public names on use, and everyone may ask it its version.
+        remaining[_room(path)] |= _imported_rooms(_tree(path)) - {_room(path), "fastdean"}
+    while free := {room for room, needs in remaining.items() if not needs & remaining.keys()}:
+        remaining = {room: needs for room, needs in remaining.items() if room not in free}
+    assert remaining == {}
+
+
+def test_no_file_is_a_drawer():
+    named = {
+        part.strip("_") for path in SOURCES for part in Path(_name(path)).with_suffix("").parts
+    }
+    assert named & DRAWERS == set()
+
+
+def _files_that_match(pattern: str, files: list[Path]) -> set[str]:
+    return {path.name for path in files if re.search(pattern, path.read_text("utf-8"))}
+
+
+def test_one_file_touches_the_extension_and_its_pointers():
+    assert _files_that_match(r"\b_C\b", SOURCES) == {"native.py"}
+    assert _files_that_match(r"data_ptr", SOURCES) == {"native.py"}
+
+
+def test_few_files_hook_a_module():
+    found = _files_that_match(HOOKS, SOURCES)
+    assert found and found <= MAY_HOOK
+
+
+def test_compiled_code_knows_neither_torch_nor_python():
+    files = sorted((ROOT / "csrc").iterdir())
+    assert {path.suffix for path in files} == {".h", ".cpp", ".cu"}
+    assert _files_that_match(r"#\s*include\s*[<\"](torch|ATen|c10)/", files) == set()
+    knows_python = r"#\s*include\s*[<\"](pybind11/|Python\.h)"
+    assert _files_that_match(knows_python, files) == {"bindings.cpp"}
