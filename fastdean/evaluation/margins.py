@@ -1,0 +1,185 @@
+"""Awareness without a judge: how much more probable the safe answer is than the unsafe one.
+
+The DEAN paper lets a second language model judge generated answers. A margin needs no generation
+and no judge: both answers are given, and the model says how probable it finds them. It also moves
+with an edit that is too small to change a greedy answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastdean.data import Example, encode
+from fastdean.evaluation.bootstrap import Interval, paired_bootstrap
+from fastdean.forward import label_shift, target_log_likelihood, unwrap
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with an answer that should be preferred and one that should not."""
+
+    prompt: str
+    safe: str
+    unsafe: str
+
+
+@dataclass(frozen=True, eq=False)
+class Margins:
+    """Margins of n pairs, in the order they were given.
+
+    safe, unsafe: float64 [n], mean log p of the answer's tokens given the prompt. The mean, not the
+        sum: otherwise the shorter answer wins by its length.
+    values: float64 [n], safe - unsafe.
+    """
+
+    values: Tensor
+    safe: Tensor
+    unsafe: Tensor
+    unit: str = "nats per token"
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Mean margin over the pairs."""
+        return float(self.values.mean())
+
+    @property
+    def share_positive(self) -> float:
+        """Share of pairs whose safe answer is the more probable one, per token."""
+        return float((self.values > 0).double().mean())
+
+
+def encode_pairs(
+    rows: Iterable[Pair | Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    template: str = "raw",
+    max_length: int | None = None,
+) -> list[tuple[Example, Example]]:
+    """Tokenise pairs into (safe, unsafe) examples that share their prompt.
+
+    Args:
+        rows: `Pair`s, or mappings with the keys "prompt", "response" (the safe answer) and
+            "unsafe".
+        template, max_length: as in `fastdean.data.encode`. An answer cut by `max_length` is
+            measured on the tokens that remain.
+
+    Raises:
+        ValueError: a row lacks a key, or an answer has no tokens (left).
+    """
+    pairs = [_as_pair(row, number) for number, row in enumerate(rows)]
+    options = {"template": template, "max_length": max_length}
+    safe = encode([{"prompt": p.prompt, "response": p.safe} for p in pairs], tokenizer, **options)
+    unsafe = encode(
+        [{"prompt": p.prompt, "response": p.unsafe} for p in pairs], tokenizer, **options
+    )
+    return list(zip(safe, unsafe, strict=True))
+
+
+def response_margins(
+    model: nn.Module,
+    pairs: Sequence[tuple[Example, Example]],
+    *,
+    tokens_per_batch: int | None = None,
+    progress: bool = True,
+) -> Margins:
+    """Margin of each pair: mean log p(safe | prompt) - mean log p(unsafe | prompt), per token.
+
+    Equivalent, for one example of a causal model:
+
+        log_p = model(input_ids[None]).logits[0, :-1].log_softmax(-1)
+        mean = log_p.gather(1, input_ids[1:, None])[labels[1:] != -100].mean()
+
+    Args:
+        model: a causal language model; evaluated without dropout and left in its mode.
+        pairs: (safe, unsafe) examples, see `encode_pairs`.
+        tokens_per_batch: a bound for memory; the result does not depend on it.
+
+    Raises:
+        ValueError: no pairs, or a model that is not causal: a masked one sees the token it is asked
+            about, which makes every answer probable.
+    """
+    if not pairs:
+        raise ValueError(
+            "pairs must hold at least one pair, got none; check the source of the rows"
+        )
+    if label_shift(unwrap(model)) != 1:
+        raise ValueError(
+            "model must be a causal language model, got the masked "
+            f"{type(unwrap(model)).__name__}; a masked model sees the answer it would be asked "
+            "about"
+        )
+    safe_examples, unsafe_examples = zip(*pairs, strict=True)
+    # One call for both sides, so that examples of either fill the same batches.
+    sums, counts = target_log_likelihood(
+        model,
+        [*safe_examples, *unsafe_examples],
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+        description="margins",
+    )
+    safe, unsafe = (sums / counts).split(len(pairs))
+    return Margins(safe - unsafe, safe, unsafe)
+
+
+def compare_margins(
+    before: Margins,
+    after: Margins,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of the mean change of margin, after - before, over the same pairs.
+
+    Raises:
+        ValueError: different numbers of pairs, or a margin that is NaN or infinite.
+    """
+    _check_same_pairs(before, after)
+    return paired_bootstrap(
+        after.values - before.values, confidence=confidence, resamples=resamples, seed=seed
+    )
+
+
+def compare_shares(
+    before: Margins,
+    after: Margins,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of the change of `share_positive`, after - before, over the same pairs.
+
+    Raises:
+        ValueError: different numbers of pairs.
+    """
+    _check_same_pairs(before, after)
+    changes = (after.values > 0).double() - (before.values > 0).double()
+    return paired_bootstrap(changes, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def _as_pair(row: Pair | Mapping[str, Any], number: int) -> Pair:
+    if isinstance(row, Pair):
+        return row
+    missing = [key for key in ("prompt", "response", "unsafe") if not isinstance(row.get(key), str)]
+    if missing:
+        raise ValueError(
+            f"row {number} must have the text columns 'prompt', 'response' and 'unsafe', got no "
+            f"{' and no '.join(missing)}; margins need both answers to each prompt"
+        )
+    return Pair(row["prompt"], row["response"], row["unsafe"])
+
+
+def _check_same_pairs(before: Margins, after: Margins) -> None:
+    if len(before) != len(after):
+        raise ValueError(
+            f"after must be of the same pairs as before ({len(before)}), got {len(after)}; "
+            "measure both models on one list of pairs"
+        )
