@@ -1,0 +1,7 @@
+"""One HTML page of a run's results: plain dictionaries in, one self-contained file out."""
+
+from __future__ import annotations
+
+from fastdean.report.page import render_report, write_report
+
+__all__ = ["render_report", "write_report"]

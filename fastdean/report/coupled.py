@@ -1,0 +1,189 @@
+"""The sections on sets of weights: coupling per layer and module, overlap against the ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastdean.report.markup import Column, Html, element, folded, join, table
+from fastdean.report.plots import coupling_bars, legend, overlap_lines, responsive
+from fastdean.report.quantities import (
+    MISSING,
+    count,
+    decimal,
+    measured,
+    percent,
+    plural,
+    quotient,
+    ratio,
+)
+
+SUMS = ("numel", "k", "first", "second", "coupled", "removed", "kept")
+# More panels than this are added up into one: a mixture of experts has hundreds of matrices.
+_MOST_PANELS = 12
+_MOST_ROWS = 600
+
+
+def coupling_totals(coupling: dict) -> dict[str, object]:
+    """The section's own totals, or the sums of its rows where it brings none."""
+    rows = coupling.get("rows") or []
+    sums = {key: sum(_whole(row.get(key)) for row in rows) for key in SUMS} if rows else {}
+    return {**sums, **(coupling.get("total") or {})}
+
+
+def coupling_section(coupling: dict) -> Html:
+    """Bars per layer and module, and every matrix in a folded table."""
+    rows, total = coupling.get("rows") or [], coupling_totals(coupling)
+    where = f" over {plural(len(rows), 'matrix', 'matrices')}" if rows else ""
+    said = (
+        f"Of {count(total.get('k'))} entries in each top set"
+        f"{where}, {count(total.get('coupled'))} are in both "
+        f"the fairness and the privacy set. {count(total.get('removed'))} of those matter for "
+        f"general text as well and are left as they are; {count(total.get('kept'))} are zeroed."
+    )
+    if not rows:
+        return element("p", said)
+    if not total.get("coupled"):
+        said += " No matrix couples fairness and privacy at this ratio."
+    return join([element("p", said), _coupling_figure(rows, said), _matrix_table(rows, total)])
+
+
+def _coupling_figure(rows: Sequence[dict], said: str) -> Html:
+    panels = _panels(rows)
+    caption = "Coupled entries per layer and module. "
+    if any(None in bars for bars in panels.values()):
+        caption += "The bar marked – lies outside of the layers. "
+    if len(panels) == 1 and len({_module(row) for row in rows}) > 1:
+        caption += "Modules are added up, because there are too many for a panel each. "
+    samples = [
+        (("track", None), "size k of each top set"),
+        (("outlined", None), "in both sets and in the general set: left as it is"),
+        (("solid", None), "zeroed"),
+    ]
+    return element(
+        "figure",
+        element("figcaption", caption),
+        legend(samples),
+        responsive(lambda width: coupling_bars(panels, f"{caption}{said}", width)),
+    )
+
+
+def _panels(rows: Sequence[dict]) -> dict[str, dict[int | None, dict[str, int]]]:
+    """module -> layer -> sums over the matrices that share both."""
+    one = len({_module(row) for row in rows}) > _MOST_PANELS
+    panels: dict[str, dict[int | None, dict[str, int]]] = {}
+    for row in rows:
+        bars = panels.setdefault("all modules" if one else _module(row), {})
+        bar = bars.setdefault(row.get("layer"), dict.fromkeys(SUMS, 0))
+        for key in SUMS:
+            bar[key] += _whole(row.get(key))
+    return panels
+
+
+def _module(row: dict) -> str:
+    return str(row.get("module") or row.get("name") or MISSING)
+
+
+def _matrix_table(rows: Sequence[dict], total: dict) -> Html:
+    shown, note = list(rows), None
+    if len(rows) > _MOST_ROWS:
+        coupled = [row for row in rows if row.get("coupled") or row.get("kept")]
+        shown = coupled[:_MOST_ROWS]
+        note = element(
+            "p",
+            f"{count(len(rows) - len(shown))} of {count(len(rows))} matrices are not listed; "
+            f"{count(len(rows) - len(coupled))} of them have no coupled entry.",
+            class_="note",
+        )
+    columns = [
+        Column("Matrix", words=True),
+        Column("Entries"),
+        Column("k"),
+        Column("Fairness set"),
+        Column("Privacy set"),
+        Column("In both"),
+        Column("Also general"),
+        Column("Zeroed"),
+    ]
+    listed = table(
+        "Top sets and their overlap per matrix",
+        columns,
+        [[element("code", row.get("name") or _module(row)), *_counts(row)] for row in shown],
+        ["All matrices", *_counts(total)],
+    )
+    return folded(f"Every matrix in numbers ({plural(len(rows), 'row')})", note, listed)
+
+
+def _counts(row: dict) -> list[str]:
+    return [count(row.get(key)) for key in SUMS]
+
+
+def overlap_section(points: Sequence[dict]) -> Html:
+    """Shares of the top sets against the ratio, beside what unrelated sets would share."""
+    points = sorted(points, key=lambda point: point.get("ratio") or 0)
+    shares = [
+        {
+            "ratio": point.get("ratio"),
+            "shared": quotient(point.get("coupled"), point.get("k")),
+            "left": quotient(point.get("kept"), point.get("k")),
+            "chance": quotient(point.get("expected_by_chance"), point.get("k")),
+        }
+        for point in points
+    ]
+    said = "Two sets that have nothing to do with each other would share what chance gives; "
+    said += "entries beyond that are what the two objectives have in common."
+    names = {"shared": "in both sets", "left": "and not general", "chance": "by chance"}
+    label = "Share of the top sets against the ratio. " + " ".join(
+        f"At {ratio(share['ratio'])}: "
+        + ", ".join(f"{percent(share[key])} {name}" for key, name in names.items())
+        + "."
+        for share in shares
+    )
+    samples = [
+        (("second", "ring"), "in the fairness and the privacy set"),
+        (("first", "square"), "of those, not in the general set"),
+        (("quiet", None), f"in both sets by chance{_at_most(shares)}"),
+    ]
+    figure = element(
+        "figure",
+        element("figcaption", "Share of each top set that is coupled, as the sets grow."),
+        legend(samples),
+        responsive(lambda width: overlap_lines(shares, label, width)),
+    )
+    return join([element("p", said), figure, _overlap_table(points, shares)])
+
+
+def _at_most(shares: Sequence[dict]) -> str:
+    """Where chance stays far below the other lines, its line cannot be told from the axis."""
+    known = [share["chance"] for share in shares if measured(share["chance"])]
+    return f" ({percent(max(known))} at most)" if known else ""
+
+
+def _overlap_table(points: Sequence[dict], shares: Sequence[dict]) -> Html:
+    columns = [
+        Column("Ratio", words=True),
+        Column("k, all matrices"),
+        Column("In both"),
+        Column("Share"),
+        Column("By chance"),
+        Column("Times chance"),
+        Column("Also general"),
+        Column("Zeroed"),
+    ]
+    rows = [
+        [
+            ratio(point.get("ratio")),
+            count(point.get("k")),
+            count(point.get("coupled")),
+            percent(share["shared"]),
+            decimal(point.get("expected_by_chance"), 2),
+            decimal(quotient(point.get("coupled"), point.get("expected_by_chance")), 3),
+            count(point.get("removed")),
+            count(point.get("kept")),
+        ]
+        for point, share in zip(points, shares, strict=True)
+    ]
+    return table("Overlap of the top sets against the ratio", columns, rows)
+
+
+def _whole(value: object) -> int:
+    return int(value) if measured(value) else 0

@@ -1,0 +1,308 @@
+"""The page's plots, drawn as SVG by hand so that a report needs no plotting library.
+
+Every plot is a function of its data and a width in pixels: the page holds a wide and a narrow
+drawing of each and shows one of them, because a plot that is merely shrunk to a phone cannot be
+read. What colour says, shape or outline says as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from fastdean.report.axis import Axis
+from fastdean.report.markup import Html, element
+from fastdean.report.quantities import MISSING, count, estimate, measured
+
+WIDE, NARROW = 800, 360
+_LEFT, _RIGHT = 46, 10
+# Widths of a character at the labels' size in the widest of the usual fonts.
+_GLYPH, _STRONG_GLYPH = 7.3, 8.4
+
+
+def responsive(draw: Callable[[int], Html]) -> Html:
+    """The same plot for wide and for narrow screens; the style sheet shows one of the two."""
+    return element(
+        "div",
+        element("div", draw(WIDE), class_="for-wide"),
+        element("div", draw(NARROW), class_="for-narrow"),
+    )
+
+
+def coupling_bars(
+    panels: dict[str, dict[int | None, dict[str, int]]], label: str, width: int
+) -> Html:
+    """One panel per module, one bar per layer (None: outside of the layers, drawn last).
+
+    A bar's pale track is the size k of the top set, its solid part the entries that are zeroed
+    and its outlined part those that both sets share but the general set protects.
+    """
+    slots = sorted({layer for bars in panels.values() for layer in bars}, key=_layer_order)
+    every_bar = [bar for bars in panels.values() for bar in bars.values()]
+    tallest = max((max(bar["k"], bar["kept"] + bar["removed"]) for bar in every_bar), default=0)
+    heading, tall, below = 22, 64, 14
+    pitch = (width - _LEFT - _RIGHT) / max(1, len(slots))
+    thick = pitch - min(3.0, pitch / 4) if pitch < 40 else 32.0
+    parts = []
+    for row, (module, bars) in enumerate(panels.items()):
+        top = row * (heading + tall + below)
+        axis = Axis(0, max(1, tallest), top + heading + tall, top + heading)
+        parts += _panel_heading(module, bars, width, top + 13)
+        for value in sorted({0, tallest}):
+            parts += [_text(count(value), _LEFT - 6, axis.place(value) + 4, "end")]
+        parts += [_line(_LEFT, axis.start, width - _RIGHT, axis.start, "axis")]
+        for slot, layer in enumerate(slots):
+            if layer in bars:
+                left = _LEFT + slot * pitch + (pitch - thick) / 2
+                parts += _stack(axis, bars[layer], left, thick)
+    height = len(panels) * (heading + tall + below) + 26
+    shown = _every(slots, pitch)
+    for slot, layer in enumerate(slots):
+        if slot in shown:
+            name = "–" if layer is None else str(layer)
+            parts += [_text(name, _LEFT + (slot + 0.5) * pitch, height - 24, "middle")]
+    parts += [_text("layer", (_LEFT + width - _RIGHT) / 2, height - 6, "middle", "name")]
+    return _drawing(parts, width, height, label)
+
+
+def _panel_heading(module: str, bars: dict, width: int, y: float) -> list[Html]:
+    zeroed = sum(bar["kept"] for bar in bars.values())
+    shared = sum(bar["coupled"] for bar in bars.values())
+    note = f"{count(shared)} in both, {count(zeroed)} zeroed"
+    module = _beside(module, note, width - _LEFT - _RIGHT)
+    return [
+        _text(module, _LEFT, y, "start", "strong"),
+        _text(note, width - _RIGHT, y, "end"),
+    ]
+
+
+def _stack(axis: Axis, bar: dict[str, int], left: float, thick: float) -> list[Html]:
+    parts = [("track", 0, bar["k"]), ("solid", 0, bar["kept"])]
+    parts += [("outlined", bar["kept"], bar["kept"] + bar["removed"])]
+    return [
+        _box(left, axis.place(above), thick, axis.place(below) - axis.place(above), style)
+        for style, below, above in parts
+        if above > below
+    ]
+
+
+# Line, style and mark of the shares in an overlap plot.
+_SHARES = (("shared", "second", "ring"), ("left", "first", "square"), ("chance", "quiet", None))
+
+
+def overlap_lines(points: Sequence[dict], label: str, width: int) -> Html:
+    """Shares of the top set (y, per cent) against the ratio that sizes it (x, logarithmic)."""
+    height, right = 270, width - _RIGHT
+    x = Axis.around([point["ratio"] for point in points], _LEFT + 8, right, log=True)
+    shares = [100 * p[name] for p in points for name, *_ in _SHARES if measured(p[name])]
+    y = Axis.around([0, *shares], height - 48, 12)
+    parts = _grid(y, width, " %")
+    for value, text in x.ticks(max(2, int((right - _LEFT) / 60))):
+        parts += [_line(x.place(value), y.start, x.place(value), y.start + 5, "axis")]
+        parts += [_text(text, x.place(value), y.start + 19, "middle")]
+    axis_name = "ratio (share of each matrix's entries)"
+    parts += [_text(axis_name, (_LEFT + right) / 2, height - 8, "middle", "name")]
+    for name, style, mark in _SHARES:
+        places = [
+            (x.place(p["ratio"]), y.place(100 * p[name])) if _is_drawn(p, name) else None
+            for p in points
+        ]
+        parts += _curve(places, style, mark)
+    return _drawing(parts, width, height, label)
+
+
+def _is_drawn(point: dict, name: str) -> bool:
+    return measured(point["ratio"]) and point["ratio"] > 0 and measured(point[name])
+
+
+def dependence_lines(layers: Sequence[dict], label: str, width: int) -> Html:
+    """HSIC per layer before and after the edit over the band of the permuted pairs."""
+    height, right = 270, width - _RIGHT
+    pitch = (right - _LEFT) / max(1, len(layers))
+    names = ("before", "after", "null_low", "null_high")
+    y = Axis.around([layer.get(name) for layer in layers for name in names], height - 48, 12)
+    middles = [_LEFT + (slot + 0.5) * pitch for slot in range(len(layers))]
+    parts = []
+    for middle, layer in zip(middles, layers, strict=True):
+        low, high = layer.get("null_low"), layer.get("null_high")
+        if measured(low) and measured(high):
+            tall = max(1.0, y.place(low) - y.place(high))
+            parts += [_box(middle - pitch / 2, y.place(high), pitch, tall, "band")]
+    parts += _grid(y, width)
+    shown = _every(layers, pitch)
+    for slot, (middle, layer) in enumerate(zip(middles, layers, strict=True)):
+        if slot in shown:
+            parts += [_text(str(layer.get("layer", slot)), middle, y.start + 19, "middle")]
+    parts += [_text("layer", (_LEFT + right) / 2, height - 8, "middle", "name")]
+    for name, style, mark in (("before", "second", "ring"), ("after", "first", "square")):
+        places = [
+            (middle, y.place(layer[name])) if measured(layer.get(name)) else None
+            for middle, layer in zip(middles, layers, strict=True)
+        ]
+        parts += _curve(places, style, mark if pitch >= 9 else None)
+    return _drawing(parts, width, height, label)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One line of an interval plot. Values that were not measured are None or NaN."""
+
+    name: str
+    value: object
+    low: object
+    high: object
+
+    def written(self, reference: float) -> tuple[str, str]:
+        """The value and its interval as text, a difference with its sign."""
+        return estimate(self.value, self.low, self.high, neutral=reference)
+
+    def holds(self, reference: float) -> bool:
+        """Whether the interval is known and `reference` lies in it."""
+        return measured(self.low) and measured(self.high) and self.low <= reference <= self.high
+
+    def excludes(self, reference: float) -> bool:
+        """Whether the interval is known and `reference` lies outside of it."""
+        return measured(self.low) and measured(self.high) and not self.holds(reference)
+
+
+def interval_rows(
+    rows: Sequence[Interval],
+    label: str,
+    *,
+    reference: float,
+    axis_name: str,
+    span: Iterable[object] = (),
+    width: int = NARROW,
+) -> Html:
+    """A dot with its interval per row and a line at `reference` (the value of no effect).
+
+    The dot is filled only where the interval excludes the reference. `span` holds values that the
+    axis must cover as well, so that plots side by side can share one scale.
+    """
+    pitch, top, inset = 46, 4, 24
+    height = top + pitch * len(rows) + 44
+    values = [value for row in rows for value in (row.value, row.low, row.high)]
+    x = Axis.around([reference, *values, *span], inset, width - inset)
+    floor = height - 42
+    zero = x.place(reference)
+    parts = [
+        _line(inset, floor, width - inset, floor, "axis"),
+        _line(zero, top, zero, floor, "zero"),
+    ]
+    for value, text in x.ticks(5):
+        parts += [_line(x.place(value), floor, x.place(value), floor + 5, "axis")]
+        parts += [_text(text, x.place(value), floor + 19, "middle")]
+    parts += [_text(axis_name, width / 2, height - 6, "middle", "name")]
+    for index, row in enumerate(rows):
+        parts += _interval_row(row, x, top + index * pitch, reference, width)
+    return _drawing(parts, width, height, label)
+
+
+def _interval_row(row: Interval, x: Axis, top: float, reference: float, width: int) -> list[Html]:
+    value, ends = row.written(reference)
+    value += f" {ends}" if ends != MISSING else " no interval" if value != MISSING else ""
+    name = _beside(row.name, value, width)
+    # The reference line runs behind these labels: a halo in the page's colour keeps them legible.
+    parts = [_text(name, 2, top + 14, "start", "strong halo")]
+    parts += [_text(value, width - 2, top + 14, "end", "halo")]
+    y = top + 29
+    if measured(row.low) and measured(row.high):
+        low, high = x.place(row.low), x.place(row.high)
+        parts += [_line(low, y, high, y, "whisker")]
+        parts += [_line(end, y - 4, end, y + 4, "whisker") for end in (low, high)]
+    if measured(row.value):
+        style = "dot filled" if row.excludes(reference) else "dot"
+        parts += [element("circle", cx=x.place(row.value), cy=float(y), r=5, class_=style)]
+    return parts
+
+
+def legend(samples: Iterable[tuple[tuple[str, str | None], str]]) -> Html:
+    """A list of samples, each a style with its mark, and what they stand for."""
+    items = [element("li", _swatch(*style), words) for style, words in samples]
+    return element("ul", *items, class_="legend")
+
+
+def _swatch(style: str, mark: str | None) -> Html:
+    if style in ("track", "solid", "outlined", "band"):
+        parts = [_box(1, 2, 22, 10, style)]
+    else:
+        parts = _curve([(1, 7), (23, 7)], style, None) + _marks([(12, 7)], style, mark)
+    return element("svg", *parts, viewBox="0 0 24 14", width=24, height=14, aria_hidden="true")
+
+
+def _curve(places: Sequence[tuple | None], style: str, mark: str | None) -> list[Html]:
+    """A line through the places, broken where one is None, with a mark on each."""
+    parts, run = [], []
+    for place in [*places, None]:
+        if place is not None:
+            run.append(place)
+        elif run:
+            points = " ".join(f"{x:.2f},{y:.2f}" for x, y in run)
+            parts += [element("polyline", points=points, class_=f"line {style}")]
+            parts += _marks(run, style, mark or ("ring" if len(run) == 1 else None))
+            run = []
+    return parts
+
+
+def _marks(places: Sequence[tuple], style: str, mark: str | None) -> list[Html]:
+    if mark == "ring":
+        return [
+            element("circle", cx=float(x), cy=float(y), r=4, class_=f"mark ring {style}")
+            for x, y in places
+        ]
+    if mark == "square":
+        return [_box(x - 2.5, y - 2.5, 5, 5, f"mark {style}") for x, y in places]
+    return []
+
+
+def _grid(y: Axis, width: int, unit: str = "") -> list[Html]:
+    parts = []
+    for value, text in y.ticks(5):
+        style = "axis" if value == y.low else "grid"
+        parts += [_line(_LEFT, y.place(value), width - _RIGHT, y.place(value), style)]
+        parts += [_text(text + unit, _LEFT - 6, y.place(value) + 4, "end")]
+    return parts
+
+
+def _every(slots: Sequence[object], pitch: float, room: float = 26) -> range:
+    """The slots whose labels are shown: every n-th, n a round number that leaves them apart."""
+    steps = (1, 2, 5, 10, 20, 50, 100, 1000, len(slots) + 1)
+    step = next(step for step in steps if step * pitch >= room or step > len(slots))
+    return range(0, len(slots), step)
+
+
+def _layer_order(layer: int | None) -> tuple[bool, int]:
+    return layer is None, layer or 0
+
+
+def _beside(name: str, note: str, width: float) -> str:
+    """As much of a strong label as fits into `width` pixels to the left of `note`."""
+    most = max(2, int((width - _GLYPH * (len(note) + 1)) / _STRONG_GLYPH))
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _text(text: str, x: float, y: float, anchor: str, style: str | None = None) -> Html:
+    return element("text", text, x=float(x), y=float(y), text_anchor=anchor, class_=style)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Html:
+    return element("line", x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2), class_=style)
+
+
+def _box(x: float, y: float, width: float, height: float, style: str) -> Html:
+    return element(
+        "rect", x=float(x), y=float(y), width=float(width), height=float(height), class_=style
+    )
+
+
+def _drawing(parts: Iterable[Html], width: int, height: float, label: str) -> Html:
+    return element(
+        "svg",
+        *parts,
+        viewBox=f"0 0 {width} {height:.0f}",
+        width=width,
+        height=int(height),
+        role="img",
+        aria_label=label,
+        class_="plot",
+    )
