@@ -1,0 +1,177 @@
+"""From examples to batches of tokens: packed where that is exact for the model, else grouped by length.
+
+The grouping is a function of the examples and the options alone, never of free memory, so that a run can
+be repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastdean.data import IGNORE_INDEX, Example
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A few examples in one forward pass.
+
+    Attributes:
+        input_ids: int64 [1, N] when packed, [B, T] when grouped (right padding).
+        position_ids: int64 [1, N], restarting at 0 with each example, when packed; else None.
+        attention_mask: int64 [B, T] when grouped with padding; else None.
+        segments: int64 [B, 2] on the CPU; (start, end) of each example in the flattened token rows.
+        example_index: position of each segment's example in the list the batches were planned from.
+        target_rows: int64 [M]; flattened rows whose logits predict a target.
+        targets: int64 [M]; the token each of these rows has to predict.
+        target_example: int64 [M]; which segment, 0..B-1, each of these rows belongs to.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
+    segments: Tensor
+    example_index: list[int]
+    target_rows: Tensor
+    targets: Tensor
+    target_example: Tensor
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.example_index)
+
+    @property
+    def num_tokens(self) -> int:
+        return int((self.segments[:, 1] - self.segments[:, 0]).sum())
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The keyword arguments of the model's forward."""
+        inputs = {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask,
+        }
+        return {key: value for key, value in inputs.items() if value is not None}
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with everything the model reads on `device`; segments stay on the CPU."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            attention_mask=move(self.attention_mask),
+            target_rows=move(self.target_rows),
+            targets=move(self.targets),
+            target_example=move(self.target_example),
+        )
+
+
+def default_tokens_per_batch(device: torch.device) -> int:
+    """A GPU needs about 2k tokens to fill its matrix units; a CPU is busy with far fewer and its
+    activations then cost less memory than one example's weight gradients would."""
+    return 2048 if device.type == "cuda" else 384
+
+
+def plan_batches(
+    examples: Sequence[Example], *, shift: int, packed: bool, tokens_per_batch: int
+) -> list[Batch]:
+    """Split `examples` into batches of at most `tokens_per_batch` tokens (longer examples stand alone).
+
+    Args:
+        shift: 1 when the logits of row t predict token t + 1 (causal), 0 when they predict token t (masked).
+        packed: one row of tokens per batch, examples one after the other in the given order; otherwise
+            examples of similar length are padded on the right to the longest of their batch, and padding
+            counts as tokens.
+    Raises:
+        ValueError: `tokens_per_batch` is not positive, or an example has no target.
+    """
+    if tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch must be a positive number of tokens, got {tokens_per_batch}")
+    for i, example in enumerate(examples):
+        if example.num_targets(shift) == 0:
+            first = " after its first" if shift else ""
+            raise ValueError(
+                f"example {i} must have at least one target token{first}, got labels that are all -100; "
+                "set its labels on the response tokens or leave it out"
+            )
+    groups = _in_order(examples, tokens_per_batch) if packed else _by_length(examples, tokens_per_batch)
+    build = _pack if packed else _pad
+    return [build(examples, group, shift) for group in groups]
+
+
+def _in_order(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[int]]:
+    group: list[int] = []
+    tokens = 0
+    for i, example in enumerate(examples):
+        if group and tokens + len(example) > tokens_per_batch:
+            yield group
+            group, tokens = [], 0
+        group.append(i)
+        tokens += len(example)
+    if group:
+        yield group
+
+
+def _by_length(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[int]]:
+    group: list[int] = []
+    for i in sorted(range(len(examples)), key=lambda i: len(examples[i])):
+        if group and len(examples[i]) * (len(group) + 1) > tokens_per_batch:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def _pack(examples: Sequence[Example], group: list[int], shift: int) -> Batch:
+    members = [examples[i] for i in group]
+    ends = torch.tensor([len(example) for example in members]).cumsum(0)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])
+    return Batch(
+        input_ids=torch.cat([example.input_ids for example in members]).unsqueeze(0),
+        position_ids=torch.cat([torch.arange(len(example)) for example in members]).unsqueeze(0),
+        attention_mask=None,
+        segments=torch.stack([starts, ends], dim=1),
+        example_index=group,
+        **_targets(members, starts, shift),
+    )
+
+
+def _pad(examples: Sequence[Example], group: list[int], shift: int) -> Batch:
+    members = [examples[i] for i in group]
+    lengths = torch.tensor([len(example) for example in members])
+    width = int(lengths.max())
+    input_ids = torch.zeros(len(members), width, dtype=torch.int64)
+    for row, example in zip(input_ids, members, strict=True):
+        row[: len(example)] = example.input_ids
+    starts = torch.arange(len(members)) * width
+    return Batch(
+        input_ids=input_ids,
+        position_ids=None,
+        attention_mask=(torch.arange(width) < lengths[:, None]).long() if lengths.min() < width else None,
+        segments=torch.stack([starts, starts + lengths], dim=1),
+        example_index=group,
+        **_targets(members, starts, shift),
+    )
+
+
+def _targets(members: Sequence[Example], starts: Tensor, shift: int) -> dict[str, Tensor]:
+    rows, targets, owners = [], [], []
+    for b, (example, start) in enumerate(zip(members, starts.tolist(), strict=True)):
+        labels = example.labels[shift:]
+        places = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        rows.append(start + places)
+        targets.append(labels[places])
+        owners.append(torch.full_like(places, b))
+    return {
+        "target_rows": torch.cat(rows),
+        "targets": torch.cat(targets),
+        "target_example": torch.cat(owners),
+    }

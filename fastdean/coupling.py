@@ -1,0 +1,349 @@
+"""`couple()`: from scores to the mask of coupled weights.
+
+Per matrix, with N_f, N_p, N_g the top-r entries on fairness, privacy and general examples:
+
+    paper:     (N_f & N_p) - N_g
+    released:  { A_j : A_j not in N_g and B_j not in N_g },  A, B the ascending lists of N_f and N_p
+
+`released` is what DEAN's published code computes: it compares the two lists position by position and is no
+intersection. The controls show what a part of the rule does by itself, after the same subtraction.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, floor, log10
+
+import torch
+from torch import Tensor, nn
+
+from fastdean._logging import logger
+from fastdean.masks import MaskEntry, NeuronMask
+from fastdean.ops.selection import select_top
+from fastdean.scores import ScoreEntry, Scores
+
+DEFAULT_RATIO = {"weight": 5e-7, "neuron": 1e-3}
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """The selected entries of one matrix, int64 ascending."""
+
+    first: Tensor
+    second: Tensor
+    general: Tensor
+    numel: int
+
+
+def couple(
+    first: Scores,
+    second: Scores,
+    *,
+    general: Scores | Sequence[Scores] | None = None,
+    ratio: float | Sequence[float] | None = None,
+    rule: str = "paper",
+    min_k: int = 0,
+    scope: str = "matrix",
+    seed: int = 0,
+    model: nn.Module | None = None,
+) -> NeuronMask:
+    """Select the coupled entries and return them as a mask.
+
+    Args:
+        first, second: scores on the two awareness data sets, of one model. For "released" the order
+            matters: the entries come from the first list (its README: privacy first).
+        general: scores whose top entries are spared: none, one, or several (their union is spared).
+        ratio: share r of a matrix's entries in each top set, k = int(r * numel); one number, or one each
+            for first, second and general. Default 5e-7 for weights, 1e-3 for units.
+        rule: "paper" or "released", or a control after the same subtraction: "first", "second", "union",
+            "random" (as many per matrix as "paper" selects, drawn from the entries outside general).
+        min_k: at least this many candidates in every matrix, whatever the ratio.
+        scope: "matrix": the top r of each matrix; "model": the top r of all matrices together.
+        seed: for "random".
+        model: needed only where the scores lack the values of the selected weights: unit scores or the
+            rule "random" with scores that were read from files.
+    Returns:
+        NeuronMask with scale 0. For unit scores it zeroes the unit's column of the down projection, which
+        takes the unit out of the function the model computes.
+    Raises:
+        ValueError: the scores do not belong together, the ratio selects nothing anywhere, or sparse scores
+            do not hold what is asked for.
+        RuntimeError: the model's weights have changed since they were scored.
+    Source:
+        DEAN (arXiv 2410.16672), coupled-neuron selection; "released" from the authors' code.
+    """
+    general = [] if general is None else [general] if isinstance(general, Scores) else list(general)
+    everyone = [first, second, *general]
+    _require_scores(everyone)
+    for other in everyone[1:]:
+        first.require_same_weights(other)
+    for scores in everyone:
+        scores.require_unchanged_weights()
+    if rule not in _RULES:
+        raise ValueError(f"rule must be one of {', '.join(_RULES)}, got {rule!r}")
+    if scope not in ("matrix", "model"):
+        raise ValueError(f"scope must be 'matrix' or 'model', got {scope!r}")
+    if min_k < 0:
+        raise ValueError(f"min_k must be at least 0, got {min_k}")
+    ratios = _three_ratios(DEFAULT_RATIO[first.granularity] if ratio is None else ratio)
+
+    top = _top_of_matrices if scope == "matrix" else _top_of_model
+    chosen = [top(scores, r, min_k) for scores, r in zip((first, second), ratios[:2], strict=True)]
+    spared = [top(scores, ratios[2], min_k) for scores in general]
+    _require_candidates(first, ratios, chosen, scope)
+
+    entries, table = {}, []
+    for position, (name, entry) in enumerate(first.entries.items()):
+        sets = _Sets(
+            first=chosen[0][name],
+            second=chosen[1][name],
+            general=_union(*(sets[name] for sets in spared)),
+            numel=entry.numel,
+        )
+        try:
+            kept = _RULES[rule](sets, seed, position)
+        except ValueError as error:
+            raise ValueError(f"rule {rule!r} in {name}: {error}") from None
+        table.append(_table_row(name, sets, kept))
+        if kept.numel():
+            entries[name] = _mask_entry(name, kept, everyone, model)
+    _report_empty(table, scope)
+    return NeuronMask(
+        entries,
+        manifest={
+            "rule": rule,
+            "ratio": ratios[0] if len(set(ratios)) == 1 else list(ratios),
+            "scope": scope,
+            "min_k": min_k,
+            "granularity": first.granularity,
+            **({"seed": seed} if rule == "random" else {}),
+            "first": first.manifest,
+            "second": second.manifest,
+            "general": [scores.manifest for scores in general],
+        },
+        table=table,
+    )
+
+
+def _paper(sets: _Sets, seed: int, position: int) -> Tensor:
+    return _difference(_intersection(sets.first, sets.second), sets.general)
+
+
+def _released(sets: _Sets, seed: int, position: int) -> Tensor:
+    if sets.first.numel() != sets.second.numel():
+        raise ValueError(
+            "first and second must select equally many entries, which are compared by position, got "
+            f"{sets.first.numel()} and {sets.second.numel()}; use one ratio for both"
+        )
+    spared = torch.isin(sets.first, sets.general) | torch.isin(sets.second, sets.general)
+    return sets.first[~spared]
+
+
+def _first(sets: _Sets, seed: int, position: int) -> Tensor:
+    return _difference(sets.first, sets.general)
+
+
+def _second(sets: _Sets, seed: int, position: int) -> Tensor:
+    return _difference(sets.second, sets.general)
+
+
+def _either(sets: _Sets, seed: int, position: int) -> Tensor:
+    return _difference(_union(sets.first, sets.second), sets.general)
+
+
+def _random(sets: _Sets, seed: int, position: int) -> Tensor:
+    """Uniform without replacement over the entries outside `general`: ranks among them, then their places."""
+    count = _paper(sets, seed, position).numel()
+    generator = random.Random(f"{seed}/{position}")
+    ranks = sorted(generator.sample(range(sets.numel - sets.general.numel()), count))
+    below = sets.general - torch.arange(sets.general.numel())
+    ranks = torch.tensor(ranks, dtype=torch.int64)
+    return ranks + torch.searchsorted(below, ranks, right=True)
+
+
+_RULES: dict[str, Callable[[_Sets, int, int], Tensor]] = {
+    "paper": _paper,
+    "released": _released,
+    "first": _first,
+    "second": _second,
+    "union": _either,
+    "random": _random,
+}
+
+
+def _intersection(a: Tensor, b: Tensor) -> Tensor:
+    return a[torch.isin(a, b)]
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    return a[~torch.isin(a, b)]
+
+
+def _union(*sets: Tensor) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.int64), *sets]).unique()
+
+
+def _top_of_matrices(scores: Scores, ratio: float, min_k: int) -> dict[str, Tensor]:
+    return {
+        name: scores.select(name, _count(entry.numel, ratio, min_k))
+        for name, entry in scores.entries.items()
+    }
+
+
+def _top_of_model(scores: Scores, ratio: float, min_k: int) -> dict[str, Tensor]:
+    """The top r of all matrices together; ties go to the earlier matrix, then to the lower flat index."""
+    if scores.is_sparse:
+        raise ValueError(
+            "scope='model' must have dense scores, got scores made with keep_top; the model's top entries may "
+            "all lie in one matrix, so score without keep_top"
+        )
+    if min_k:
+        raise ValueError("min_k must be 0 with scope='model', where no matrix has a share of its own")
+    k = int(ratio * sum(entry.numel for entry in scores.entries.values()))
+    # A matrix can hold no more of the top k than its own top k.
+    candidates = {name: scores.select(name, min(k, e.numel)) for name, e in scores.entries.items()}
+    values = torch.cat([scores[n].flatten()[i.to(scores[n].device)].cpu() for n, i in candidates.items()])
+    taken = torch.zeros(values.numel(), dtype=torch.bool)
+    taken[select_top(values, None, 1, k)] = True
+    parts = taken.split([index.numel() for index in candidates.values()])
+    return {name: index[part] for (name, index), part in zip(candidates.items(), parts, strict=True)}
+
+
+def _count(numel: int, ratio: float, min_k: int) -> int:
+    return min(numel, max(int(ratio * numel), min_k))
+
+
+def _three_ratios(ratio: float | Sequence[float]) -> tuple[float, float, float]:
+    ratios = (ratio,) * 3 if isinstance(ratio, int | float) else tuple(ratio)
+    if len(ratios) != 3 or not all(0 < r <= 1 for r in ratios):
+        raise ValueError(
+            "ratio must be one number above 0 and at most 1, or three (first, second, general), "
+            f"got {ratio!r}"
+        )
+    return ratios
+
+
+def _require_scores(everyone: Sequence[Scores]) -> None:
+    for scores in everyone:
+        if not isinstance(scores, Scores):
+            raise TypeError(
+                f"couple takes Scores, got {type(scores).__name__}; make them with fastdean.score()"
+            )
+
+
+def _require_candidates(
+    first: Scores, ratios: Sequence[float], chosen: Sequence[Mapping[str, Tensor]], scope: str
+) -> None:
+    for which, sets in zip(("first", "second"), chosen, strict=True):
+        if any(index.numel() for index in sets.values()):
+            continue
+        sizes = [entry.numel for entry in first.entries.values()]
+        largest = max(sizes) if scope == "matrix" else sum(sizes)
+        r = ratios[0] if which == "first" else ratios[1]
+        if int(r * largest) > 0:
+            raise ValueError(
+                f"{which} scores must hold a positive importance, got only zeros; score other examples"
+            )
+        raise ValueError(
+            f"ratio must select at least one entry, got {r:g}, which selects none of at most {largest:,} "
+            f"entries; the smallest that would is {_rounded_up(1 / largest):g}, or set min_k=1"
+        )
+
+
+def _rounded_up(value: float) -> float:
+    """To two significant digits, never below `value`."""
+    step = 10.0 ** (floor(log10(value)) - 1)
+    return ceil(value / step) * step
+
+
+def _report_empty(table: Sequence[Mapping], scope: str) -> None:
+    empty = [row["name"] for row in table if row["k"] == 0]
+    if empty and scope == "matrix":
+        logger.warning(
+            "the ratio selects nothing from %d of %d matrices (the first is %s); min_k lifts it",
+            len(empty),
+            len(table),
+            empty[0],
+        )
+
+
+def _table_row(name: str, sets: _Sets, kept: Tensor) -> dict:
+    coupled = _intersection(sets.first, sets.second)
+    layer, module = _locate(name)
+    return {
+        "name": name,
+        "layer": layer,
+        "module": module,
+        "numel": sets.numel,
+        "k": max(sets.first.numel(), sets.second.numel()),
+        "first": sets.first.numel(),
+        "second": sets.second.numel(),
+        "coupled": coupled.numel(),
+        "removed": _intersection(coupled, sets.general).numel(),
+        "kept": kept.numel(),
+    }
+
+
+def _locate(name: str) -> tuple[int | None, str]:
+    """"model.layers.3.mlp.up_proj.weight" -> (3, "mlp.up_proj")."""
+    name = name.removesuffix(".weight")
+    found = re.search(r"\.(\d+)\.(.+)$", f".{name}")
+    return (int(found[1]), found[2]) if found else (None, name)
+
+
+def _mask_entry(
+    name: str, kept: Tensor, everyone: Sequence[Scores], model: nn.Module | None
+) -> MaskEntry:
+    entry = everyone[0].entries[name]
+    index = kept if entry.unit_axis is None else _unit_places(kept, entry)
+    weight = _whole_weight(name, everyone, model)
+    if weight is not None:
+        original = weight.flatten()[index.to(weight.device)].cpu()
+    else:
+        original = _stored_values(name, index, everyone)
+    return MaskEntry(index=index, original=original, shape=entry.shape)
+
+
+def _unit_places(units: Tensor, entry: ScoreEntry) -> Tensor:
+    """Flat indices, ascending, of every weight that multiplies one of the units."""
+    rows, columns = entry.shape
+    if entry.unit_axis == 1:
+        return (torch.arange(rows)[:, None] * columns + units[None, :]).flatten()
+    return (units[:, None] * columns + torch.arange(columns)[None, :]).flatten()
+
+
+def _whole_weight(
+    name: str, everyone: Sequence[Scores], model: nn.Module | None
+) -> Tensor | None:
+    if model is not None:
+        return model.get_parameter(name).detach()
+    for scores in everyone:
+        weight = scores.entries[name].weight
+        if weight is not None and tuple(weight.shape) == scores.entries[name].shape:
+            return weight
+    return None
+
+
+def _stored_values(name: str, index: Tensor, everyone: Sequence[Scores]) -> Tensor:
+    """The original values at `index`, put together from what sparse scores hold."""
+    values, found = None, torch.zeros(index.numel(), dtype=torch.bool)
+    for scores in everyone:
+        entry = scores.entries[name]
+        if entry.index is None or entry.weight is None:
+            continue
+        stored = entry.index.cpu()
+        if values is None:
+            values = torch.zeros(index.numel(), dtype=entry.weight.dtype)
+        places = torch.searchsorted(stored, index).clamp_max(max(0, stored.numel() - 1))
+        here = stored[places] == index if stored.numel() else torch.zeros_like(found)
+        values[here] = entry.weight.cpu()[places[here]]
+        found |= here
+    if values is None or not found.all():
+        raise ValueError(
+            f"model must be given to couple these scores, got scores that do not hold the weights of {name} at "
+            "the selected entries; pass model="
+        )
+    return values

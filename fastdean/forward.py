@@ -1,0 +1,242 @@
+"""One forward pass of a Hugging Face model over a batch, with logits at the target rows only.
+
+Scoring and evaluation share it. The rows are gathered on the way into the model's own output embedding, so
+that whatever the model does to its logits afterwards (Cohere's and Granite's scaling, Gemma 2's soft-cap)
+stays in place; computing `hidden @ weight.T` by hand would lose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from fastdean.batching import Batch, default_tokens_per_batch, plan_batches
+from fastdean.data import Example
+
+_PROBE_TOKENS = 12
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, DistributedDataParallel or DataParallel."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, wrappers):
+            model = model.module
+        else:
+            return model
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device the model's inputs must lie on, also when its weights are offloaded."""
+    weight = next(model.parameters())
+    if hasattr(model, "get_input_embeddings"):
+        weight = getattr(model.get_input_embeddings(), "weight", weight)
+    if weight.device.type != "meta":
+        return weight.device
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    raise ValueError("model must have weights, got meta tensors without an offload hook; load it first")
+
+
+def label_shift(model: nn.Module) -> int:
+    """1 for causal language models, 0 for masked ones.
+
+    Raises:
+        ValueError: the model is neither; its loss has to come from the caller.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    masked = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    causal = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    for name in _class_names(model):
+        if name in causal and not getattr(model.config, "is_encoder_decoder", False):
+            return 1
+        if name in masked and not getattr(model.config, "is_decoder", False):
+            return 0
+    if getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder:
+        return 1
+    raise ValueError(
+        f"model must be a causal or masked language model, got {type(model).__name__}; "
+        "pass loss_fn= to define its per-example loss"
+    )
+
+
+def _class_names(model: nn.Module) -> list[str]:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return [cls.__name__ for cls in type(inner).__mro__]
+
+
+@contextmanager
+def evaluation_state(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no key-value cache inside; every module's mode and the config as before outside."""
+    training = [module for module in model.modules() if module.training]
+    configs = [c for c in {id(c): c for c in _configs(model)}.values() if hasattr(c, "use_cache")]
+    use_cache = [config.use_cache for config in configs]
+    try:
+        model.eval()
+        for config in configs:
+            config.use_cache = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for config, value in zip(configs, use_cache, strict=True):
+            config.use_cache = value
+
+
+def _configs(model: nn.Module) -> list:
+    config = getattr(model, "config", None)
+    if config is None:
+        return []
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return [config, text]
+
+
+class TargetLogits:
+    """Callable inside a `with` block: `batch -> logits [M, V]` at the batch's target rows.
+
+    Example:
+        with TargetLogits(model) as head:
+            logits = head(batch)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._rows: Tensor | None = None
+        self._handle = None
+
+    def __enter__(self) -> Self:
+        head = self._model.get_output_embeddings()
+        if head is not None:
+            self._handle = head.register_forward_pre_hook(self._gather)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _gather(self, module: nn.Module, args: tuple) -> tuple | None:
+        if self._rows is None or not args:
+            return None
+        rows, self._rows = self._rows, None
+        hidden = args[0].flatten(0, -2)
+        return (hidden.index_select(0, rows.to(hidden.device)).unsqueeze(0), *args[1:])
+
+    def __call__(self, batch: Batch) -> Tensor:
+        self._rows = batch.target_rows
+        try:
+            logits = self._model(**batch.model_inputs()).logits.flatten(0, -2)
+        finally:
+            gathered, self._rows = self._rows is None, None
+        # A model that never calls its output embedding as a module returns every row.
+        return logits if gathered else logits.index_select(0, batch.target_rows.to(logits.device))
+
+
+def target_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of each target row in nats, fp32 [M]."""
+    return nn.functional.cross_entropy(logits.float(), batch.targets.to(logits.device), reduction="none")
+
+
+def prepare_batches(
+    model: nn.Module, examples: Sequence[Example], *, tokens_per_batch: int | None = None
+) -> list[Batch]:
+    """Plan the batches of a causal or masked LM: packed where `packing_is_exact`, else grouped."""
+    if tokens_per_batch is None:
+        tokens_per_batch = default_tokens_per_batch(input_device(model))
+    return plan_batches(
+        examples,
+        shift=label_shift(model),
+        packed=packing_is_exact(model, examples),
+        tokens_per_batch=tokens_per_batch,
+    )
+
+
+@torch.no_grad()
+def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
+    """Whether restarting `position_ids` keeps packed examples apart in this model.
+
+    Measured on the first two examples rather than looked up by model family: (1) changing one packed
+    example must not move the other's logits at all, in either direction; (2) a packed example's logits
+    must be those it has alone. State-space and bidirectional models fail the first, models that ignore
+    `position_ids` the second.
+    """
+    if label_shift(model) == 0:
+        return False
+    if len(examples) < 2:
+        return True
+    device = input_device(model)
+    a, b = (example.input_ids[:_PROBE_TOKENS] for example in examples[:2])
+    with evaluation_state(model):
+        try:
+            ab = _packed_logits(model, [a, b], device)
+            changed_a = _packed_logits(model, [_another(a), b], device)
+            changed_b = _packed_logits(model, [a, _another(b)], device)
+            alone = _packed_logits(model, [b], device)
+        except (TypeError, ValueError):  # the model takes no position_ids
+            return False
+    epsilon = torch.finfo(next(model.parameters()).dtype).eps
+    return (
+        _distance(changed_a[len(a) :], ab[len(a) :]) <= epsilon / 4
+        and _distance(changed_b[: len(a)], ab[: len(a)]) <= epsilon / 4
+        and _distance(alone, ab[len(a) :]) <= max(1e-4, 6 * epsilon)
+    )
+
+
+def _another(ids: Tensor) -> Tensor:
+    flipped = ids.flip(0)
+    return flipped if not torch.equal(flipped, ids) else (ids - 1).abs()
+
+
+def _packed_logits(model: nn.Module, parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    ids = torch.cat(list(parts)).unsqueeze(0).to(device)
+    positions = torch.cat([torch.arange(part.numel()) for part in parts]).unsqueeze(0).to(device)
+    return model(input_ids=ids, position_ids=positions).logits[0].double()
+
+
+def _distance(value: Tensor, reference: Tensor) -> float:
+    return float((value - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+@torch.no_grad()
+def target_log_likelihood(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    tokens_per_batch: int | None = None,
+    progress: bool = True,
+    description: str = "log-likelihood",
+) -> tuple[Tensor, Tensor]:
+    """Log-likelihood of each example's targets given everything before them.
+
+    Returns:
+        sums: float64 [n], log p of the targets in nats, summed over the example's targets.
+        counts: int64 [n], targets per example. Both on the CPU, in the order of `examples`.
+    """
+    from tqdm.auto import tqdm
+
+    model = unwrap(model)
+    sums = torch.zeros(len(examples), dtype=torch.float64)
+    counts = torch.zeros(len(examples), dtype=torch.int64)
+    batches = prepare_batches(model, examples, tokens_per_batch=tokens_per_batch)
+    device = input_device(model)
+    with (
+        evaluation_state(model),
+        TargetLogits(model) as head,
+        tqdm(total=len(examples), desc=description, unit="ex", disable=not progress) as bar,
+    ):
+        for batch in batches:
+            batch = batch.to(device)
+            losses = target_losses(head(batch), batch).double().cpu()
+            members = torch.tensor(batch.example_index)[batch.target_example.cpu()]
+            sums.index_add_(0, members, -losses)
+            counts.index_add_(0, members, torch.ones_like(members))
+            bar.update(batch.num_examples)
+    return sums, counts

@@ -1,0 +1,326 @@
+"""`Scores`: how important every weight (or MLP unit) is to one set of examples.
+
+What is stored are the parts: the fp32 sum over examples of per-example absolute gradients, the weights
+they belong to, and the number of examples. Importance is their product over n, taken on read, so that
+adding two runs costs one rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdean.ops.selection import importance, select_top
+
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SHA_BITS = 256
+
+
+@dataclass(frozen=True)
+class ScoreEntry:
+    """The score of one matrix.
+
+    Attributes:
+        sums: fp32; dense weight scores have the weight's shape, unit scores [C], sparse ones [M].
+        weight: dense and unit scores: the stored weight [.., ..], sharing the model's memory unless read
+            from a file; sparse: its values [M]. None for unit scores read from a file.
+        index: int64 [M], ascending flat indices of sparse scores; None when dense.
+        shape: shape of the stored weight.
+        unit_axis: for unit scores, the axis of the weight that counts units; else None.
+        fingerprint: exact checksum of the weight when it was scored.
+    """
+
+    sums: Tensor
+    weight: Tensor | None
+    index: Tensor | None
+    shape: tuple[int, ...]
+    unit_axis: int | None
+    fingerprint: int
+
+    @classmethod
+    def dense(cls, sums: Tensor, weight: Tensor) -> ScoreEntry:
+        weight = weight.detach()
+        return cls(sums, weight, None, tuple(weight.shape), None, fingerprint(weight))
+
+    @classmethod
+    def units(cls, sums: Tensor, weight: Tensor, axis: int) -> ScoreEntry:
+        weight = weight.detach()
+        return cls(sums, weight, None, tuple(weight.shape), axis, fingerprint(weight))
+
+    @property
+    def numel(self) -> int:
+        """How many entries (weights or units) compete for selection."""
+        if self.unit_axis is not None:
+            return self.shape[self.unit_axis]
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+    @property
+    def factor(self) -> Tensor | None:
+        """What the sums are multiplied with: the weight, or nothing for units."""
+        return None if self.unit_axis is not None else self.weight
+
+    def select(self, num_examples: int, k: int) -> Tensor:
+        """int64, ascending: flat indices (unit numbers) of the k most important entries."""
+        chosen = select_top(self.sums, self.factor, num_examples, k)
+        return chosen if self.index is None else self.index[chosen.to(self.index.device)]
+
+    def keep(self, num_examples: int, k: int) -> ScoreEntry:
+        """The sparse entry of the k most important ones."""
+        chosen = select_top(self.sums, self.factor, num_examples, k)
+        weight = self.weight
+        if self.unit_axis is None:
+            weight = weight.flatten()[chosen.to(weight.device)]
+        index = chosen if self.index is None else self.index[chosen]
+        return replace(self, sums=self.sums.flatten()[chosen], weight=weight, index=index)
+
+
+def fingerprint(weight: Tensor) -> int:
+    """Exact checksum of a weight's bits: their sum as integers, the same on every device and layout."""
+    return int(weight.detach().view(_INTEGER_OF_SIZE[weight.element_size()]).sum(dtype=torch.int64))
+
+
+class Scores(Mapping[str, Tensor]):
+    """Read-only mapping: parameter name -> importance.
+
+    For dense scores `scores[name]` is fp32 in the weight's shape ([C] for units); for sparse scores it is
+    fp32 [M], the importance at `scores.index(name)`.
+
+    Attributes:
+        entries: name -> ScoreEntry.
+        granularity: "weight" or "neuron".
+        num_examples: n.
+        keep_top: None for dense scores, else the ratio of entries kept in each matrix.
+        manifest: where the numbers come from (model, examples, tokens, dtype, coverage, versions).
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, ScoreEntry],
+        *,
+        granularity: str,
+        num_examples: int,
+        keep_top: float | None = None,
+        manifest: Mapping[str, Any] | None = None,
+    ) -> None:
+        if num_examples < 1:
+            raise ValueError(f"num_examples must be at least 1, got {num_examples}")
+        self.entries = dict(entries)
+        self.granularity = granularity
+        self.num_examples = num_examples
+        self.keep_top = keep_top
+        self.manifest = dict(manifest or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        return importance(entry.sums, entry.factor, self.num_examples)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        form = "dense" if self.keep_top is None else f"top {self.keep_top:g} of each matrix"
+        unit = "weights" if self.granularity == "weight" else "units"
+        total = sum(entry.numel for entry in self.entries.values())
+        return (
+            f"Scores({len(self)} matrices, {total:,} {unit}, n={self.num_examples} examples, {form})"
+        )
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.keep_top is not None
+
+    def index(self, name: str) -> Tensor | None:
+        """int64 [M], ascending flat indices of a sparse score's entries; None when dense."""
+        return self.entries[name].index
+
+    def select(self, name: str, k: int) -> Tensor:
+        """int64 on the CPU, ascending: the k most important entries of one matrix (`ops.select_top`).
+
+        Raises:
+            ValueError: a score is NaN or infinite, or k reaches beyond what sparse scores kept.
+        """
+        entry = self.entries[name]
+        if entry.index is not None and k > int(self.keep_top * entry.numel):
+            raise ValueError(
+                f"ratio must not select more than keep_top={self.keep_top:g} kept of {name}, got k={k} of "
+                f"{entry.numel}; score again with a larger keep_top"
+            )
+        try:
+            return entry.select(self.num_examples, k).cpu()
+        except ValueError as error:
+            raise ValueError(f"scores of {name}: {error}") from None
+
+    def keep(self, ratio: float) -> Scores:
+        """Sparse scores with only each matrix's top `ratio` entries, enough for any smaller ratio."""
+        if not 0 < ratio <= 1:
+            raise ValueError(f"keep_top must be a ratio above 0 and at most 1, got {ratio}")
+        kept = {
+            name: self._named(name, lambda e: e.keep(self.num_examples, int(ratio * e.numel)))
+            for name in self.entries
+        }
+        return Scores(
+            kept,
+            granularity=self.granularity,
+            num_examples=self.num_examples,
+            keep_top=ratio,
+            manifest={**self.manifest, "keep_top": ratio},
+        )
+
+    def _named(self, name: str, call):
+        try:
+            return call(self.entries[name])
+        except ValueError as error:
+            raise ValueError(f"scores of {name}: {error}") from None
+
+    def __add__(self, other: Scores) -> Scores:
+        """Scores over the examples of both runs.
+
+        Raises:
+            ValueError: either is sparse (an entry dropped from one may be large in the other), or they
+                belong to different weights.
+        """
+        if not isinstance(other, Scores):
+            return NotImplemented
+        if self.is_sparse or other.is_sparse:
+            raise ValueError(
+                "scores must be dense to be added, got scores made with keep_top; score the joined examples "
+                "instead, or score both without keep_top"
+            )
+        self.require_same_weights(other)
+        entries = {
+            name: replace(entry, sums=entry.sums + other.entries[name].sums.to(entry.sums.device))
+            for name, entry in self.entries.items()
+        }
+        return Scores(
+            entries,
+            granularity=self.granularity,
+            num_examples=self.num_examples + other.num_examples,
+            manifest=_join_manifests(self.manifest, other.manifest),
+        )
+
+    def require_same_weights(self, other: Scores) -> None:
+        """Raise ValueError unless both were made on the same matrices of the same model."""
+        if self.granularity != other.granularity:
+            raise ValueError(
+                f"scores must share one granularity, got {self.granularity!r} and {other.granularity!r}"
+            )
+        if set(self.entries) != set(other.entries):
+            extra = sorted(set(self.entries) ^ set(other.entries))
+            raise ValueError(
+                f"scores must cover the same matrices, got {len(extra)} in only one of them "
+                f"({', '.join(extra[:3])}); score both with the same target_modules"
+            )
+        for name, entry in self.entries.items():
+            theirs = other.entries[name]
+            if entry.shape != theirs.shape or entry.fingerprint != theirs.fingerprint:
+                raise ValueError(
+                    f"scores must belong to the same weights, got different values or shapes in {name}; "
+                    "score both on the same model in the same dtype"
+                )
+
+    def require_unchanged_weights(self) -> None:
+        """Raise RuntimeError if a weight the scores share with a model has changed since."""
+        for name, entry in self.entries.items():
+            if entry.weight is None or (entry.index is not None and entry.unit_axis is None):
+                continue
+            if fingerprint(entry.weight) != entry.fingerprint:
+                raise RuntimeError(
+                    f"{name} has changed since it was scored; restore the mask that is applied, or score again"
+                )
+
+    def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write `fastdean_config.json` and safetensors into a new folder, atomically.
+
+        Dense weight scores are written with their weights, so that the folder stands on its own.
+        """
+        from fastdean.storage import write_folder
+
+        self.require_unchanged_weights()
+        tensors, described = {}, {}
+        for name, entry in self.entries.items():
+            tensors[f"{name}.sums"] = entry.sums.contiguous().cpu()
+            if entry.index is not None:
+                tensors[f"{name}.index"] = entry.index.contiguous().cpu()
+            if entry.unit_axis is None:
+                tensors[f"{name}.weight_values"] = entry.weight.contiguous().cpu()
+            described[name] = {
+                "shape": list(entry.shape),
+                "unit_axis": entry.unit_axis,
+                "fingerprint": entry.fingerprint,
+            }
+        config = {
+            "granularity": self.granularity,
+            "num_examples": self.num_examples,
+            "keep_top": self.keep_top,
+            "manifest": self.manifest,
+            "entries": described,
+        }
+        write_folder(path, config, tensors, kind="scores", overwrite=overwrite)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> Scores:
+        """Read scores from a local folder or a hub id.
+
+        Raises:
+            ValueError: the folder is missing, truncated, or holds something else.
+        """
+        from fastdean.storage import read_folder, resolve
+
+        config, tensors = read_folder(resolve(path, revision=revision, token=token), kind="scores")
+        entries = {}
+        for name, described in config["entries"].items():
+            try:
+                sums = tensors[f"{name}.sums"]
+            except KeyError:
+                raise ValueError(f"{path} must hold {name}.sums, got no such tensor; save it again") from None
+            entries[name] = ScoreEntry(
+                sums=sums,
+                weight=tensors.get(f"{name}.weight_values"),
+                index=tensors.get(f"{name}.index"),
+                shape=tuple(described["shape"]),
+                unit_axis=described["unit_axis"],
+                fingerprint=described["fingerprint"],
+            )
+        return cls(
+            entries,
+            granularity=config["granularity"],
+            num_examples=config["num_examples"],
+            keep_top=config["keep_top"],
+            manifest=config["manifest"],
+        )
+
+
+def examples_digest(digests: Iterator[bytes]) -> str:
+    """One hexadecimal digest of a set of examples, whatever their order: the sum of theirs modulo 2^256."""
+    total = sum(int.from_bytes(digest, "big") for digest in digests) % (1 << _SHA_BITS)
+    return f"{total:064x}"
+
+
+def _join_manifests(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    joined = dict(first)
+    data, other = first.get("data"), second.get("data")
+    if data and other:
+        joined["data"] = {
+            **data,
+            **{key: data[key] + other[key] for key in ("examples", "tokens", "target_tokens")},
+            "sha256": examples_digest(iter(bytes.fromhex(d["sha256"]) for d in (data, other))),
+            "sources": [*data.get("sources", []), *other.get("sources", [])],
+        }
+    joined["joined_from"] = [
+        *first.get("joined_from", [first.get("created")]),
+        *second.get("joined_from", [second.get("created")]),
+    ]
+    return joined

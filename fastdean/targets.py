@@ -1,0 +1,209 @@
+"""Which layers are scored: the Linear (and Conv1D) modules of the decoder layers, or the units of their MLPs.
+
+No list of model families: a decoder layer is an element of the longest ModuleList of the base model, and
+what lies under a submodule named or typed as attention is attention.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module whose weight, or whose input units, are scored.
+
+    Attributes:
+        name: module name in the model; the score is stored under `parameter`.
+        module: the nn.Linear or Conv1D.
+        transposed: True when the weight is stored [C, R] (in x out), as Conv1D does.
+        layer: the decoder layer it lies in, or None.
+        layer_index: position of that layer, or None.
+        group: "mlp", "self_attn", or None outside the decoder layers.
+    """
+
+    name: str
+    module: nn.Module
+    transposed: bool
+    layer: nn.Module | None
+    layer_index: int | None
+    group: str | None
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def num_inputs(self) -> int:
+        return self.module.weight.shape[0 if self.transposed else 1]
+
+    @property
+    def num_outputs(self) -> int:
+        return self.module.weight.shape[1 if self.transposed else 0]
+
+    @property
+    def unit_axis(self) -> int:
+        """The axis of the stored weight that counts the layer's inputs."""
+        return 0 if self.transposed else 1
+
+
+def find_targets(
+    model: nn.Module, target_modules: str | Sequence[str] = "mlp", granularity: str = "weight"
+) -> list[Target]:
+    """The modules to score, in the model's order.
+
+    Args:
+        target_modules: "mlp", "self_attn", "all" (both), a regular expression that the whole module name
+            must match, or a list of name suffixes. The output embedding never counts.
+        granularity: "weight", or "neuron" to keep only each MLP's down projection, whose inputs are the
+            MLP's units.
+    Raises:
+        ValueError: nothing matches, or a weight is not floating point (quantised).
+    """
+    if granularity not in ("weight", "neuron"):
+        raise ValueError(f"granularity must be 'weight' or 'neuron', got {granularity!r}")
+    candidates = _scorable(model)
+    chosen = [target for target in candidates if _matches(target, target_modules)]
+    if granularity == "neuron":
+        chosen = _down_projections(model, candidates, chosen)
+    if not chosen:
+        kinds = sorted({re.sub(r"\d+", "*", target.name) for target in candidates})
+        raise ValueError(
+            f"target_modules must match at least one Linear layer of the model, got {target_modules!r}; "
+            f"the layers are {', '.join(kinds[:12]) or 'none'}"
+        )
+    for target in chosen:
+        if not target.module.weight.dtype.is_floating_point:
+            raise ValueError(
+                f"model must hold floating-point weights, got {target.module.weight.dtype} in "
+                f"{target.parameter}; load it without quantisation"
+            )
+    return chosen
+
+
+def coverage(model: nn.Module, targets: Sequence[Target]) -> dict:
+    """What share of the model the scored weights are, and what in its layers no hook can see.
+
+    Returns:
+        targets: number of scored modules; scored_parameters, model_parameters, share;
+        unscorable: name -> size of the matrices inside the decoder layers that belong to no Linear or
+        Conv1D (fused experts, routers).
+    """
+    scored = {id(target.module.weight): target.module.weight.numel() for target in targets}
+    total = {id(p): p.numel() for p in model.parameters()}
+    scorable = {id(target.module.weight) for target in _scorable(model)}
+    unscorable = {
+        f"{prefix}.{name}": parameter.numel()
+        for prefix, layer in decoder_layers(model).items()
+        for name, parameter in layer.named_parameters()
+        if parameter.dim() >= 2 and id(parameter) not in scorable
+    }
+    return {
+        "targets": len(targets),
+        "scored_parameters": sum(scored.values()),
+        "model_parameters": sum(total.values()),
+        "share": sum(scored.values()) / max(1, sum(total.values())),
+        "unscorable": unscorable,
+    }
+
+
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> decoder layer: the elements of the longest ModuleList that lies in no other ModuleList."""
+    base = getattr(model, "base_model", model)
+    names = {module: name for name, module in model.named_modules()}
+    lists: list[nn.ModuleList] = []
+    nested: set[nn.Module] = set()
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and module not in nested:
+            lists.append(module)
+            nested.update(inner for inner in module.modules() if inner is not module)
+    if not lists:
+        return {}
+    longest = max(lists, key=len)
+    return {names[layer]: layer for layer in longest}
+
+
+def _is_scorable(module: nn.Module) -> bool:
+    conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return (isinstance(module, nn.Linear) or conv1d) and module.weight.dim() == 2
+
+
+def _scorable(model: nn.Module) -> list[Target]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers = decoder_layers(model)
+    indices = {name: i for i, name in enumerate(layers)}
+    targets = []
+    for name, module in model.named_modules():
+        if module is head or not _is_scorable(module):
+            continue
+        owner = next((prefix for prefix in layers if name.startswith(f"{prefix}.")), None)
+        group = None
+        if owner is not None:
+            inside = _under_attention(layers[owner], name[len(owner) + 1 :])
+            group = "self_attn" if inside else "mlp"
+        targets.append(
+            Target(
+                name=name,
+                module=module,
+                transposed=not isinstance(module, nn.Linear),
+                layer=layers.get(owner),
+                layer_index=indices.get(owner),
+                group=group,
+            )
+        )
+    return targets
+
+
+def _under_attention(layer: nn.Module, path: str) -> bool:
+    module = layer
+    for part in path.split(".")[:-1]:
+        module = getattr(module, part)
+        if _ATTENTION.search(part) or _ATTENTION.search(type(module).__name__):
+            return True
+    return False
+
+
+def _matches(target: Target, target_modules: str | Sequence[str]) -> bool:
+    if isinstance(target_modules, str):
+        if target_modules == "all":
+            return target.group is not None
+        if target_modules in ("mlp", "self_attn"):
+            return target.group == target_modules
+        try:
+            return re.fullmatch(target_modules, target.name) is not None
+        except re.error as error:
+            raise ValueError(
+                "target_modules must be 'mlp', 'self_attn', 'all', a list of suffixes or a valid regular "
+                f"expression, got {target_modules!r} ({error})"
+            ) from None
+    return any(target.name == s or target.name.endswith(f".{s}") for s in target_modules)
+
+
+def _down_projections(
+    model: nn.Module, candidates: Sequence[Target], chosen: Sequence[Target]
+) -> list[Target]:
+    """Of `chosen`, the MLP layers that lead from the units back to the hidden size.
+
+    A layer's inputs are units when another MLP layer beside it produces that many outputs, once, or twice
+    as many when gate and up are fused.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden = getattr(text, "hidden_size", None)
+    produced: dict[int | None, set[int]] = {}
+    for target in candidates:
+        if target.group == "mlp" and target.num_inputs == hidden:
+            produced.setdefault(target.layer_index, set()).add(target.num_outputs)
+    return [
+        target
+        for target in chosen
+        if target.group == "mlp"
+        and target.num_outputs == hidden
+        and {target.num_inputs, 2 * target.num_inputs} & produced.get(target.layer_index, set())
+    ]

@@ -1,0 +1,192 @@
+"""`couple`: the rules against their definitions on toy sets, selection limits, files, and the controls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastdean
+from fastdean.scores import ScoreEntry, Scores
+
+
+def scores_from(lists, numel=24, name="layers.0.mlp.up.weight", keep=None, weight=None):
+    """Scores of one matrix whose top-k set is exactly `lists`."""
+    sums = torch.full((numel,), 1e-6)
+    sums[torch.tensor(lists)] = 1.0
+    weight = torch.ones(numel) if weight is None else weight
+    entry = ScoreEntry.dense(sums.reshape(4, -1), weight.reshape(4, -1))
+    scores = Scores({name: entry}, granularity="weight", num_examples=1)
+    return scores if keep is None else scores.keep(keep)
+
+
+A, B, G = [2, 5, 9, 14], [3, 5, 14, 20], [5, 20]
+RATIO = (4.5 / 24, 4.5 / 24, 2.5 / 24)
+
+
+def selected(mask):
+    return [i for entry in mask.entries.values() for i in entry.index.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("paper", [14]),
+        ("released", [2, 9]),
+        ("first", [2, 9, 14]),
+        ("second", [3, 14]),
+        ("union", [2, 3, 9, 14]),
+    ],
+)
+def test_rules_on_the_toy_case(rule, expected):
+    mask = fastdean.couple(
+        scores_from(A), scores_from(B), general=scores_from(G), ratio=RATIO, rule=rule
+    )
+    assert selected(mask) == expected
+
+
+def test_released_takes_from_the_first_list():
+    mask = fastdean.couple(
+        scores_from(B), scores_from(A), general=scores_from(G), ratio=RATIO, rule="released"
+    )
+    assert selected(mask) == [3, 14]
+
+
+def test_released_refuses_lists_of_unequal_length():
+    with pytest.raises(ValueError, match="equally many entries"):
+        fastdean.couple(
+            scores_from(A), scores_from(B), ratio=(4.5 / 24, 3.5 / 24, 0.1), rule="released"
+        )
+
+
+def test_random_is_seeded_as_large_as_paper_and_outside_general():
+    def draw(seed):
+        mask = fastdean.couple(
+            scores_from(A), scores_from(A), general=scores_from(G), ratio=RATIO, rule="random", seed=seed
+        )
+        return selected(mask)
+
+    draws = [draw(seed) for seed in range(40)]
+    assert draws[0] == draw(0)
+    assert all(len(set(d)) == 3 and not set(d) & set(G) for d in draws)
+    assert set().union(*draws) == set(range(24)) - set(G)
+
+
+def test_several_general_sets_are_all_spared():
+    mask = fastdean.couple(
+        scores_from(A), scores_from(A), general=[scores_from([5]), scores_from([14])],
+        ratio=(4.5 / 24, 4.5 / 24, 1.5 / 24),
+    )
+    assert selected(mask) == [2, 9]
+
+
+def test_summary_counts_candidates_coupled_removed_kept():
+    mask = fastdean.couple(scores_from(A), scores_from(B), general=scores_from(G), ratio=RATIO)
+    (row,) = mask.table
+    assert (row["layer"], row["module"]) == (0, "mlp.up")
+    assert [row[k] for k in ("first", "second", "coupled", "removed", "kept")] == [4, 4, 2, 1, 1]
+
+
+def test_ratio_that_selects_nothing_names_the_smallest_that_would():
+    with pytest.raises(ValueError, match=r"smallest that would is 0\.042, or set min_k=1"):
+        fastdean.couple(scores_from(A), scores_from(B), ratio=0.01)
+    mask = fastdean.couple(scores_from([5]), scores_from([5]), ratio=0.01, min_k=1)
+    assert selected(mask) == [5]
+
+
+def test_only_positive_entries_are_selected():
+    weight = torch.ones(24)
+    weight[A[0]] = 0.0
+    mask = fastdean.couple(
+        scores_from(A, weight=weight), scores_from(A, weight=weight), ratio=1.0
+    )
+    assert selected(mask) == [i for i in range(24) if i != A[0]]
+
+
+def test_ties_go_to_the_lowest_index_of_the_earliest_matrix():
+    entries = {
+        f"layers.{i}.mlp.up.weight": ScoreEntry.dense(torch.ones(2, 5), torch.ones(2, 5))
+        for i in range(2)
+    }
+    scores = Scores(entries, granularity="weight", num_examples=3)
+    per_matrix = fastdean.couple(scores, scores, ratio=0.3)
+    assert [e.index.tolist() for e in per_matrix.entries.values()] == [[0, 1, 2], [0, 1, 2]]
+    whole = fastdean.couple(scores, scores, ratio=0.6, scope="model")
+    assert [e.index.tolist() for e in whole.entries.values()] == [list(range(10)), [0, 1]]
+
+
+def test_sparse_scores_give_the_dense_mask_and_refuse_what_they_cannot():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(24, generator=generator)
+
+    def random_scores(seed):
+        sums = torch.rand(4, 6, generator=torch.Generator().manual_seed(seed))
+        entry = ScoreEntry.dense(sums, weight.reshape(4, 6))
+        return Scores({"layers.0.mlp.up.weight": entry}, granularity="weight", num_examples=2)
+
+    dense = [random_scores(seed) for seed in range(3)]
+    sparse = [scores.keep(0.5) for scores in dense]
+    for rule in ("paper", "released", "union", "random"):
+        args = dict(ratio=0.4, rule=rule)
+        expected = fastdean.couple(*dense[:2], general=dense[2], **args)
+        got = fastdean.couple(
+            *sparse[:2], general=sparse[2], model=_Holder(weight) if rule == "random" else None, **args
+        )
+        assert got == expected
+    with pytest.raises(ValueError, match="score again with a larger keep_top"):
+        fastdean.couple(*sparse[:2], ratio=0.8)
+    with pytest.raises(ValueError, match="scope='model' must have dense scores"):
+        fastdean.couple(*sparse[:2], ratio=0.4, scope="model")
+    with pytest.raises(ValueError, match="pass model="):
+        fastdean.couple(*sparse[:2], general=sparse[2], ratio=0.4, rule="random")
+
+
+class _Holder(torch.nn.Module):
+    """A model with one parameter under the name the toy scores use."""
+
+    def __init__(self, weight):
+        super().__init__()
+        up = torch.nn.Module()
+        up.weight = torch.nn.Parameter(weight.reshape(4, -1).clone())
+        layer = torch.nn.Module()
+        layer.mlp = torch.nn.Module()
+        layer.mlp.up = up
+        self.layers = torch.nn.ModuleList([layer])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"ratio": 0}, "ratio must be one number above 0"),
+        ({"ratio": (0.1, 0.2)}, "ratio must be one number above 0"),
+        ({"ratio": float("nan")}, "ratio must be one number above 0"),
+        ({"ratio": 0.5, "rule": "both"}, "rule must be one of paper, released"),
+        ({"ratio": 0.5, "scope": "layer"}, "scope must be 'matrix' or 'model'"),
+        ({"ratio": 0.5, "min_k": -1}, "min_k must be at least 0"),
+    ],
+)
+def test_bad_arguments_name_themselves(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        fastdean.couple(scores_from(A), scores_from(B), **kwargs)
+
+
+def test_scores_of_different_models_are_refused():
+    other = scores_from(B, weight=torch.full((24,), 2.0))
+    with pytest.raises(ValueError, match="must belong to the same weights"):
+        fastdean.couple(scores_from(A), other, ratio=0.5)
+    with pytest.raises(TypeError, match="couple takes Scores, got dict"):
+        fastdean.couple(scores_from(A), {}, ratio=0.5)
+
+
+def test_a_nan_score_names_its_matrix():
+    bad = scores_from(A)
+    bad.entries["layers.0.mlp.up.weight"].sums[1, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"scores of layers\.0\.mlp\.up\.weight: importance must be finite"):
+        fastdean.couple(bad, scores_from(B), ratio=0.5)
+
+
+def test_weights_changed_since_scoring_are_noticed():
+    weight = torch.ones(24)
+    first = scores_from(A, weight=weight)
+    weight[3] = 0.0
+    with pytest.raises(RuntimeError, match="has changed since it was scored"):
+        fastdean.couple(first, first, ratio=0.5)

@@ -1,0 +1,113 @@
+"""`score` against one-example-at-a-time autograd in float64, on several architectures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import norm_error, top_k, unit_importance, weight_importance
+from tiny_models import MODELS, VOCAB
+
+import fastdean
+from fastdean.targets import find_targets
+
+LENGTHS = (3, 9, 17, 2, 12, 5)
+
+
+def make_examples(seed=0, lengths=LENGTHS, vocab=VOCAB):
+    """(input_ids [T], labels [T]) with the first third as prompt; fresh random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for length in lengths:
+        ids = torch.randint(3, vocab, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: max(1, length // 3)] = -100
+        examples.append((ids, labels))
+    return examples
+
+
+def batches(examples, size, side="right", pad=0):
+    """Padded loader batches of `size` examples."""
+    for start in range(0, len(examples), size):
+        group = examples[start : start + size]
+        width = max(ids.numel() for ids, _ in group) + 2
+        columns = {"input_ids": pad, "labels": -100, "attention_mask": 0}
+        batch = {
+            key: torch.full((len(group), width), fill) for key, fill in columns.items()
+        }
+        for row, (ids, labels) in enumerate(group):
+            part = slice(0, ids.numel()) if side == "right" else slice(width - ids.numel(), width)
+            batch["input_ids"][row, part] = ids
+            batch["labels"][row, part] = labels
+            batch["attention_mask"][row, part] = 1
+        yield batch
+
+
+def shift_of(name):
+    return 0 if name == "bert" else 1
+
+
+@pytest.mark.parametrize("target_modules", ["mlp", "self_attn"])
+@pytest.mark.parametrize("name", MODELS)
+def test_weight_scores_equal_the_autograd_loop(name, target_modules):
+    model, examples = MODELS[name](), make_examples()
+    scores = fastdean.score(
+        model, batches(examples, 4), target_modules=target_modules, progress=False
+    )
+    expected = weight_importance(model, examples, list(scores), shift_of(name))
+    assert len(scores) == len(find_targets(model, target_modules))
+    for parameter, value in scores.items():
+        assert norm_error(value, expected[parameter]) < 1e-5, parameter
+        assert scores.select(parameter, 20).tolist() == top_k(expected[parameter], 20)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unit_scores_equal_the_autograd_loop(name):
+    model, examples = MODELS[name](), make_examples()
+    scores = fastdean.score(model, batches(examples, 3), granularity="neuron", progress=False)
+    modules = [parameter.removesuffix(".weight") for parameter in scores]
+    expected = unit_importance(model, examples, modules, shift_of(name))
+    assert len(scores) == 2
+    for parameter, value in scores.items():
+        assert norm_error(value, expected[parameter.removesuffix(".weight")]) < 1e-5
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 20, 10_000])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_batching_does_not_change_the_scores(size, side, tokens_per_batch):
+    model, examples = MODELS["llama"](), make_examples()
+    expected = weight_importance(model, examples, [t.parameter for t in find_targets(model)])
+    for order in (examples, examples[::-1]):
+        scores = fastdean.score(
+            model, batches(order, size, side), tokens_per_batch=tokens_per_batch, progress=False
+        )
+        for parameter, value in scores.items():
+            assert norm_error(value, expected[parameter]) < 1e-5
+
+
+def test_memory_budget_gives_the_same_bits_over_several_passes():
+    model, examples = MODELS["qwen2"](), make_examples()
+    whole = fastdean.score(model, batches(examples, 4), progress=False)
+    largest = max(4 * entry.numel for entry in whole.entries.values())
+    split = fastdean.score(model, batches(examples, 4), memory_budget=largest, progress=False)
+    assert list(whole) == list(split)
+    for parameter in whole:
+        assert torch.equal(whole[parameter], split[parameter])
+
+
+def test_loss_fn_scores_any_model_per_example():
+    model, examples = MODELS["llama"](), make_examples()
+
+    def loss_fn(outputs, batch):
+        losses = []
+        for logits, labels in zip(outputs.logits, batch["labels"], strict=True):
+            kept = labels[1:] != -100
+            losses.append(
+                torch.nn.functional.cross_entropy(logits[:-1][kept], labels[1:][kept])
+            )
+        return torch.stack(losses)
+
+    own = fastdean.score(model, batches(examples, 2), loss_fn=loss_fn, progress=False)
+    built_in = fastdean.score(model, batches(examples, 2), progress=False)
+    for parameter in built_in:
+        assert norm_error(own[parameter], built_in[parameter]) < 1e-5
