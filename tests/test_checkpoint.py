@@ -1,0 +1,462 @@
+"""patch_checkpoint: the same bytes as editing the model and saving it, and nothing half-done."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tracemalloc
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastdean
+from fastdean import checkpoint
+from fastdean.masks import MaskEntry, NeuronMask
+
+PLACES = {
+    "llama": ["model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"],
+    "gpt2": ["transformer.h.0.mlp.c_fc.weight", "transformer.h.1.attn.c_attn.weight"],
+}
+# The first and the last element, neighbours, and single ones.
+INDEX = [0, 7, 8, 9, 500, -1]
+
+
+def mask_of(model, names, index=INDEX, **options):
+    entries = {}
+    for name in names:
+        weight = model.get_parameter(name).detach()
+        places = torch.tensor(sorted(i % weight.numel() for i in index))
+        entries[name] = MaskEntry(places, weight.reshape(-1)[places].clone(), tuple(weight.shape))
+    return NeuronMask(entries, **options)
+
+
+def tensor_mask(tensors, **options):
+    """A mask on index 1 of every given tensor."""
+    place = torch.tensor([1])
+    return NeuronMask(
+        {
+            name: MaskEntry(place, tensor.reshape(-1)[place].clone(), tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        },
+        **options,
+    )
+
+
+def contents(folder):
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.fixture
+def simple(tmp_path):
+    """A folder with two plain tensors, the tensors, and a mask on the first."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(4, 6, generator=generator) for name in ("h.0.weight", "wte")}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text("{}")
+    return folder, tensors, tensor_mask({"h.0.weight": tensors["h.0.weight"]})
+
+
+def refuse(source, mask, out, text, error=ValueError, **options):
+    """Expect an error; nothing may appear beside, and the source stays as it was."""
+    before = contents(source) if source.is_dir() else None
+    beside = sorted(out.parent.iterdir())
+    with pytest.raises(error, match=text) as caught:
+        fastdean.patch_checkpoint(source, mask, out, **options)
+    assert sorted(out.parent.iterdir()) == beside
+    assert (contents(source) if source.is_dir() else None) == before
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"], ids=["one_file", "sharded"])
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", PLACES)
+def test_equals_editing_the_model_and_saving_it(tmp_path, family, dtype, scale, shard_size):
+    model = tiny_models.MODELS[family]().to(dtype)
+    source, out, expected = tmp_path / "source", tmp_path / "out", tmp_path / "expected"
+    model.save_pretrained(source, max_shard_size=shard_size)
+    (source / "extra").mkdir()
+    (source / "extra" / "note.txt").write_text("kept")
+    before = contents(source)
+    mask = mask_of(model, PLACES[family], scale=scale, manifest={"rule": "paper"})
+
+    result = fastdean.patch_checkpoint(source, mask, out)
+
+    with mask.applied(model):
+        model.save_pretrained(expected, max_shard_size=shard_size)
+    assert contents(source) == before
+    found = contents(out)
+    manifest = json.loads(found.pop("fastdean_patch.json"))
+    assert found.pop("extra/note.txt") == b"kept"
+    assert found == contents(expected)
+    assert ("model.safetensors.index.json" in found) == (shard_size == "20KB")
+
+    shards = {name for name in found if found[name] != before[name]}
+    assert set(result.files_edited) == shards
+    assert result.out == out
+    assert result.values_edited == len(mask) == 12
+    assert result.renamed == {}
+    assert result.unpatched_files == ()
+    assert manifest["source"] == "source"
+    assert manifest["mask"] == {"weights": 12, "scale": scale, "manifest": {"rule": "paper"}}
+    assert manifest["values_edited"] == sum(manifest["files"].values()) == 12
+    assert set(manifest["files"]) == shards
+    assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_patched_folder_loads_as_the_edited_model(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_models.llama()
+    model.save_pretrained(tmp_path / "source")
+    mask = mask_of(model, PLACES["llama"])
+    fastdean.patch_checkpoint(tmp_path / "source", mask, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad(), mask.applied(model):
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    mask.restore_(loaded)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_every_dtype(tmp_path, dtype, scale):
+    source = tmp_path / "source"
+    source.mkdir()
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+    save_file({"odd": torch.zeros(3, dtype=torch.uint8), "w": weight}, source / "model.safetensors")
+    fastdean.patch_checkpoint(source, tensor_mask({"w": weight}, scale=scale), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = weight.clone()
+    expected[0, 1] = (weight[0, 1].to(wide) * torch.tensor(scale, dtype=wide)).to(dtype)
+    assert torch.equal(found["w"], expected)
+    assert found["odd"].tolist() == [0, 0, 0]
+
+
+def test_mask_made_in_a_wider_dtype_than_the_file(tmp_path):
+    model = tiny_models.llama().bfloat16()
+    model.save_pretrained(tmp_path / "source")
+    narrow = mask_of(model, PLACES["llama"], scale=0.3)
+    wide = mask_of(model.float(), PLACES["llama"], scale=0.3)
+    fastdean.patch_checkpoint(tmp_path / "source", narrow, tmp_path / "narrow")
+    fastdean.patch_checkpoint(tmp_path / "source", wide, tmp_path / "wide")
+    one, two = contents(tmp_path / "narrow"), contents(tmp_path / "wide")
+    assert one["model.safetensors"] == two["model.safetensors"]
+
+
+def test_mask_made_in_a_narrower_dtype_holds_other_values(tmp_path, simple):
+    source, tensors, _ = simple
+    mask = tensor_mask({"h.0.weight": tensors["h.0.weight"].half()})
+    refuse(source, mask, tmp_path / "out", "another model or already patched")
+
+
+@pytest.mark.parametrize(
+    ("in_mask", "in_file"),
+    [
+        ("transformer.h.0.weight", "h.0.weight"),
+        ("h.0.weight", "transformer.h.0.weight"),
+        ("model.language_model.h.0.weight", "h.0.weight"),
+    ],
+)
+def test_base_model_prefix_may_differ(tmp_path, in_mask, in_file):
+    source = tmp_path / "source"
+    source.mkdir()
+    weight = torch.randn(4, 6)
+    tensors = {in_file: weight, "transformer.h.1.weight": weight + 1, "other": weight + 2}
+    save_file(tensors, source / "model.safetensors")
+    mask = tensor_mask({in_mask: weight})
+    result = fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert result.renamed == {in_mask: in_file}
+    assert found.pop(in_file)[0, 1] == 0
+    for name, tensor in found.items():
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_layer_numbers_are_no_prefix(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    weight = torch.randn(4, 6)
+    save_file({"h.1.mlp.weight": weight}, source / "model.safetensors")
+    mask = tensor_mask({"mlp.weight": weight})
+    refuse(source, mask, tmp_path / "out", "'mlp.weight' .no tensor of that name")
+
+
+def test_ambiguous_name_is_refused_and_copies_are_all_edited(tmp_path):
+    weight = torch.randn(4, 6)
+    mask = tensor_mask({"h.0.weight": weight})
+    for folder, other in (("differ", weight + 1), ("copies", weight.clone())):
+        (tmp_path / folder).mkdir()
+        tensors = {"encoder.h.0.weight": weight, "decoder.h.0.weight": other}
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    refuse(
+        tmp_path / "differ", mask, tmp_path / "out", "not unique: 'decoder.h.0.weight' or 'encoder"
+    )
+    result = fastdean.patch_checkpoint(tmp_path / "copies", mask, tmp_path / "out")
+    assert result.values_edited == 2
+    for tensor in load_file(tmp_path / "out" / "model.safetensors").values():
+        assert tensor.flatten()[:3].count_nonzero() == 2
+
+
+def test_two_names_of_the_mask_cannot_mean_one_tensor(tmp_path, simple):
+    source, tensors, _ = simple
+    weight = tensors["h.0.weight"]
+    mask = tensor_mask({"encoder.h.0.weight": weight, "decoder.h.0.weight": weight})
+    refuse(source, mask, tmp_path / "out", "'encoder.h.0.weight' of the mask means the same tensor")
+
+
+def test_names_that_cannot_be_mapped_are_listed_with_reasons(tmp_path, simple):
+    source, tensors, _ = simple
+    weight = tensors["h.0.weight"]
+    renamed = {f"experts.{i}.weight": weight for i in range(4)}
+    mask = tensor_mask({"h.0.weight": weight, "wte": weight[:2], **renamed})
+    text = refuse(source, mask, tmp_path / "out", "got 5 of 6 that .* does not have")
+    assert "'wte' (shape [2, 6] in the mask, [4, 6] in the file)" in text
+    assert "'experts.1.weight' (no tensor of that name: renamed or fused in the file)" in text
+    assert "experts.2" not in text
+    assert "and 2 more" in text
+
+
+def test_another_model_of_the_same_shapes(tmp_path):
+    tiny_models.llama(seed=1).save_pretrained(tmp_path / "source")
+    mask = mask_of(tiny_models.llama(seed=0), PLACES["llama"])
+    refuse(tmp_path / "source", mask, tmp_path / "out", "which holds other values .* of 6 places")
+
+
+def test_patched_folder_is_not_patched_again_by_the_same_mask(tmp_path, simple):
+    source, tensors, mask = simple
+    fastdean.patch_checkpoint(source, mask, tmp_path / "one")
+    refuse(tmp_path / "one", mask, tmp_path / "two", "another model or already patched")
+    other = tensor_mask({"wte": tensors["wte"]})
+    fastdean.patch_checkpoint(tmp_path / "one", other, tmp_path / "two")
+    manifest = json.loads((tmp_path / "two" / "fastdean_patch.json").read_text())
+    assert manifest["earlier"]["files"] == {"model.safetensors": 1}
+    assert manifest["earlier"]["earlier"] is None
+
+
+def test_quantised_tensor_is_named(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({"w": torch.ones(4, 6, dtype=torch.int8)}, source / "model.safetensors")
+    mask = tensor_mask({"w": torch.ones(4, 6)})
+    refuse(source, mask, tmp_path / "out", "hold 'w' as one of .*, got I8 .quantised.")
+
+
+def test_scale_that_overflows_the_file(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    weight = torch.full((4, 6), 1000.0)
+    save_file({"w": weight.half()}, source / "model.safetensors")
+    mask = tensor_mask({"w": weight}, scale=1000)
+    refuse(source, mask, tmp_path / "out", "got scale 1000 for 'w' stored as F16")
+
+
+@pytest.mark.parametrize("where", ["same", "inside", "around"])
+def test_out_must_be_outside_of_the_source(simple, where):
+    source, _, mask = simple
+    out = {"same": source, "inside": source / "deep" / "out", "around": source.parent}[where]
+    before = contents(source)
+    with pytest.raises(ValueError, match="out must be a folder outside of source"):
+        fastdean.patch_checkpoint(source, mask, out, overwrite=True)
+    assert contents(source) == before
+    assert not (source / "deep").exists()
+
+
+def test_out_in_use(tmp_path, simple):
+    source, _, mask = simple
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    refuse(source, mask, out, "out must be a new or empty folder, got .*pass overwrite=True")
+    refuse(source, mask, out, "overwrite=True to replace it", overwrite=True)
+    assert (out / "mine.txt").read_text() == "mine"
+
+
+def test_overwrite_replaces_an_earlier_patch(tmp_path, simple):
+    source, _, mask = simple
+    fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    fastdean.patch_checkpoint(source, mask.with_scale(0.5), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "config.json").is_file()
+    manifest = json.loads((tmp_path / "out" / "fastdean_patch.json").read_text())
+    assert manifest["mask"]["scale"] == 0.5
+
+
+def test_source_that_is_no_checkpoint(tmp_path, simple):
+    _, _, mask = simple
+    refuse(tmp_path / "none", mask, tmp_path / "out", "source must be a local folder")
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "empty", mask, tmp_path / "out", r"source must hold \*.safetensors, got none")
+    (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"pickle")
+    refuse(tmp_path / "empty", mask, tmp_path / "out", "only .*bin files .*with save_pretrained")
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda raw: raw[:-1], "got one truncated .191 of 192 bytes"),
+        (lambda raw: raw[:40], "truncated in its header"),
+        (lambda raw: raw[:4], "must be a safetensors file, got something else"),
+        (lambda raw: b"", "must be a safetensors file, got something else"),
+        (lambda raw: raw + b"x", "with bytes after its end"),
+        (lambda raw: b"\xff" * 8 + raw[8:], "must be a safetensors file, got something else"),
+        (lambda raw: raw[:8] + b"[" + raw[9:], "a header that is not one"),
+        (lambda raw: raw.replace(b"[4,6]", b"[4,7]"), "sizes contradict their shapes"),
+    ],
+    ids=["end", "header", "length", "empty", "longer", "foreign", "no_json", "sizes"],
+)
+def test_damaged_file_is_named(tmp_path, simple, damage, text):
+    source, _, mask = simple
+    file = source / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    assert "model.safetensors" in refuse(source, mask, tmp_path / "out", text)
+
+
+def test_index_that_cannot_be_followed(tmp_path, simple):
+    source, _, mask = simple
+    index = source / "model.safetensors.index.json"
+    for text, expected in [
+        ('{"weight_map": {"h.0.weight": "gone.safetensors"}}', "hold 'gone.safetensors', got no s"),
+        ('{"weight_map": {"h.0.weight": "../x.safetensors"}}', "files of its own folder"),
+        ("{}", "an index with a weight_map, got something else"),
+    ]:
+        index.write_text(text)
+        refuse(source, mask, tmp_path / "out", expected)
+
+
+def test_other_weight_files_are_reported(tmp_path, simple):
+    source, _, mask = simple
+    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    (source / "original").mkdir()
+    (source / "original" / "consolidated.00.pth").write_bytes(b"pickle")
+    (source / ".git").mkdir()
+    (source / ".git" / "objects").write_bytes(b"large")
+    result = fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    assert result.unpatched_files == ("original/consolidated.00.pth", "pytorch_model.bin")
+    assert not (tmp_path / "out" / ".git").exists()
+
+
+def test_links_of_the_cache_are_copied_and_never_written_through(tmp_path, simple):
+    source, _, mask = simple
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in source.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    before = contents(source)
+    fastdean.patch_checkpoint(snapshot, mask, tmp_path / "out")
+    assert contents(source) == before
+    assert not (tmp_path / "out" / "model.safetensors").is_symlink()
+    assert load_file(tmp_path / "out" / "model.safetensors")["h.0.weight"][0, 1] == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],
+    ids=["disk_full", "interrupt"],
+)
+def test_interrupted_copy_leaves_nothing(tmp_path, simple, monkeypatch, error):
+    source, _, mask = simple
+    real, copied = shutil.copyfile, []
+
+    def copyfile(file, target):
+        if copied:
+            raise error
+        copied.append(real(file, target))
+
+    monkeypatch.setattr(checkpoint.shutil, "copyfile", copyfile)
+    refuse(source, mask, tmp_path / "out", None, error=type(error))
+    assert len(copied) == 1
+
+
+def test_write_that_did_not_arrive_is_found(tmp_path, simple, monkeypatch):
+    source, _, mask = simple
+    monkeypatch.setattr(checkpoint, "_write_values", lambda *arguments: None)
+    refuse(
+        source, mask, tmp_path / "out", "could not be verified after writing", error=RuntimeError
+    )
+
+
+def test_damage_to_the_copy_is_found(tmp_path, simple, monkeypatch):
+    source, _, mask = simple
+    real = checkpoint._edit_file
+
+    def edit_file(path, edits, scale):
+        real(path, edits, scale)
+        os.truncate(path, path.stat().st_size - 1)
+
+    monkeypatch.setattr(checkpoint, "_edit_file", edit_file)
+    refuse(source, mask, tmp_path / "out", "its header or size changed", error=RuntimeError)
+
+
+def test_only_the_masked_values_are_read(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.mkdir()
+    weight = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0))
+    save_file({"w": weight}, source / "model.safetensors")
+    index = torch.tensor([1, 2, 3, 1 << 20, (1 << 21) - 1])
+    mask = NeuronMask({"w": MaskEntry(index, weight[index].clone(), (1 << 21,))})
+
+    class Counting:
+        """Stands before a file and counts what is read and written through it."""
+
+        def __init__(self, file):
+            self.file = file
+            self.seek = file.seek
+
+        def read(self, size):
+            moved.append(size)
+            return self.file.read(size)
+
+        def write(self, raw):
+            moved.append(len(raw))
+            return self.file.write(raw)
+
+    moved: list[int] = []
+    read_values, write_values = checkpoint._read_values, checkpoint._write_values
+    monkeypatch.setattr(
+        checkpoint, "_read_values", lambda file, *rest: read_values(Counting(file), *rest)
+    )
+    monkeypatch.setattr(
+        checkpoint, "_write_values", lambda file, *rest: write_values(Counting(file), *rest)
+    )
+    tracemalloc.start()
+    fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2_000_000 < weight.nbytes
+    # Read in the source, read in the copy, written, read back: three neighbours in one go.
+    assert sorted(moved) == [4] * 8 + [12] * 4
+
+
+def test_dense_mask_is_read_in_pieces(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.mkdir()
+    weight = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    save_file({"w": weight}, source / "model.safetensors")
+    mask = NeuronMask({"w": MaskEntry(torch.arange(5, 95), weight.flatten()[5:95], (10, 10))})
+    monkeypatch.setattr(checkpoint, "_MAX_RUN_BYTES", 64)
+    fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")["w"].flatten()
+    assert found[5:95].count_nonzero() == 0
+    assert torch.equal(found[:5], weight.flatten()[:5])
+    assert torch.equal(found[95:], weight.flatten()[95:])
+
+
+def test_empty_mask_copies(tmp_path, simple):
+    source, _, _ = simple
+    result = fastdean.patch_checkpoint(source, NeuronMask({}), tmp_path / "out")
+    assert result.values_edited == 0
+    assert result.files_edited == ()
