@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fastdean import storage
-from fastdean.masks import MaskEntry, NeuronMask, same_bits, suppressed
+from fastdean.entries import MaskEntry, same_bits, suppressed
+from fastdean.masks import NeuronMask
 
 PATCH_NAME = "fastdean_patch.json"
 _INDEX_NAME = "model.safetensors.index.json"

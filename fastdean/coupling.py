@@ -5,25 +5,27 @@ Per matrix, with N_f, N_p, N_g the top-r entries on fairness, privacy and genera
     paper:     (N_f & N_p) - N_g
     released:  { A_j : A_j not in N_g and B_j not in N_g },  A, B the ascending lists of N_f and N_p
 
-`released` is what DEAN's published code computes: it compares the two lists position by position and is no
-intersection. The controls show what a part of the rule does by itself, after the same subtraction.
+`released` is what DEAN's published code computes: it compares the two lists position by position
+and is no intersection. The controls show what a part of the rule does by itself, after the same
+subtraction.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, floor, log10
+from math import ceil, floor, log10, prod
 
 import torch
 from torch import Tensor, nn
 
 from fastdean._logging import logger
+from fastdean.forward import unwrap
 from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.ops.selection import select_top
-from fastdean.scores import ScoreEntry, Scores
+from fastdean.scores import ScoreEntry, Scores, fingerprint
+from fastdean.summary import place_of
 
 DEFAULT_RATIO = {"weight": 5e-7, "neuron": 1e-3}
 
@@ -54,23 +56,24 @@ def couple(
 
     Args:
         first, second: scores on the two awareness data sets, of one model. For "released" the order
-            matters: the entries come from the first list (its README: privacy first).
+            matters: the entries come from the first list (the published README: privacy first).
         general: scores whose top entries are spared: none, one, or several (their union is spared).
-        ratio: share r of a matrix's entries in each top set, k = int(r * numel); one number, or one each
-            for first, second and general. Default 5e-7 for weights, 1e-3 for units.
-        rule: "paper" or "released", or a control after the same subtraction: "first", "second", "union",
-            "random" (as many per matrix as "paper" selects, drawn from the entries outside general).
+        ratio: share r of a matrix's entries in each top set, k = int(r * numel); one number, or one
+            each for first, second and general. Default 5e-7 for weights, 1e-3 for units.
+        rule: "paper" or "released", or a control after the same subtraction: "first", "second",
+            "union", "random" (as many per matrix as "paper" selects, drawn from the entries outside
+            general).
         min_k: at least this many candidates in every matrix, whatever the ratio.
         scope: "matrix": the top r of each matrix; "model": the top r of all matrices together.
         seed: for "random".
-        model: needed only where the scores lack the values of the selected weights: unit scores or the
-            rule "random" with scores that were read from files.
+        model: needed only where the scores lack the values of the selected weights: unit scores or
+            the rule "random" with scores that were read from files or made with keep_top.
     Returns:
-        NeuronMask with scale 0. For unit scores it zeroes the unit's column of the down projection, which
-        takes the unit out of the function the model computes.
+        NeuronMask with scale 0. For unit scores it zeroes the unit's column of the down projection,
+        which takes the unit out of the function the model computes.
     Raises:
-        ValueError: the scores do not belong together, the ratio selects nothing anywhere, or sparse scores
-            do not hold what is asked for.
+        ValueError: the scores do not belong together, the ratio selects nothing anywhere, or sparse
+            scores do not hold what is asked for.
         RuntimeError: the model's weights have changed since they were scored.
     Source:
         DEAN (arXiv 2410.16672), coupled-neuron selection; "released" from the authors' code.
@@ -82,6 +85,9 @@ def couple(
         first.require_same_weights(other)
     for scores in everyone:
         scores.require_unchanged_weights()
+    if model is not None:
+        model = unwrap(model)
+        _require_scored_model(first, model)
     if rule not in _RULES:
         raise ValueError(f"rule must be one of {', '.join(_RULES)}, got {rule!r}")
     if scope not in ("matrix", "model"):
@@ -107,7 +113,7 @@ def couple(
             kept = _RULES[rule](sets, seed, position)
         except ValueError as error:
             raise ValueError(f"rule {rule!r} in {name}: {error}") from None
-        table.append(_table_row(name, sets, kept))
+        table.append(_table_row(name, sets, kept, entry))
         if kept.numel():
             entries[name] = _mask_entry(name, kept, everyone, model)
     _report_empty(table, scope)
@@ -128,6 +134,45 @@ def couple(
     )
 
 
+def overlap(
+    first: Scores,
+    second: Scores,
+    *,
+    general: Scores | None = None,
+    ratios: Sequence[float],
+) -> list[dict]:
+    """How much the top sets overlap, matrix by matrix, at each ratio.
+
+    Returns:
+        One row per ratio: k (candidates of `first`), coupled, expected_by_chance (of two
+        independent sets of these sizes), removed by general, kept by the rule "paper"; each summed
+        over matrices.
+    """
+    rows = []
+    for ratio in ratios:
+        row = {
+            "ratio": ratio,
+            "k": 0,
+            "coupled": 0,
+            "expected_by_chance": 0.0,
+            "removed": 0,
+            "kept": 0,
+        }
+        for name, entry in first.entries.items():
+            k = _count(entry.numel, ratio, 0)
+            a, b = first.select(name, k), second.select(name, k)
+            spared = _union() if general is None else general.select(name, k)
+            coupled = _intersection(a, b)
+            removed = _intersection(coupled, spared).numel()
+            row["k"] += a.numel()
+            row["coupled"] += coupled.numel()
+            row["expected_by_chance"] += a.numel() * b.numel() / entry.numel
+            row["removed"] += removed
+            row["kept"] += coupled.numel() - removed
+        rows.append(row)
+    return rows
+
+
 def _paper(sets: _Sets, seed: int, position: int) -> Tensor:
     return _difference(_intersection(sets.first, sets.second), sets.general)
 
@@ -135,8 +180,8 @@ def _paper(sets: _Sets, seed: int, position: int) -> Tensor:
 def _released(sets: _Sets, seed: int, position: int) -> Tensor:
     if sets.first.numel() != sets.second.numel():
         raise ValueError(
-            "first and second must select equally many entries, which are compared by position, got "
-            f"{sets.first.numel()} and {sets.second.numel()}; use one ratio for both"
+            "first and second must select equally many entries, as they are compared by position, "
+            f"got {sets.first.numel()} and {sets.second.numel()}; use one ratio for both"
         )
     spared = torch.isin(sets.first, sets.general) | torch.isin(sets.second, sets.general)
     return sets.first[~spared]
@@ -155,7 +200,7 @@ def _either(sets: _Sets, seed: int, position: int) -> Tensor:
 
 
 def _random(sets: _Sets, seed: int, position: int) -> Tensor:
-    """Uniform without replacement over the entries outside `general`: ranks among them, then their places."""
+    """Uniform without replacement outside `general`: ranks among the others, then their places."""
     count = _paper(sets, seed, position).numel()
     generator = random.Random(f"{seed}/{position}")
     ranks = sorted(generator.sample(range(sets.numel - sets.general.numel()), count))
@@ -194,22 +239,28 @@ def _top_of_matrices(scores: Scores, ratio: float, min_k: int) -> dict[str, Tens
 
 
 def _top_of_model(scores: Scores, ratio: float, min_k: int) -> dict[str, Tensor]:
-    """The top r of all matrices together; ties go to the earlier matrix, then to the lower flat index."""
+    """The top r of all matrices together; ties go to the earlier matrix, then the lower index."""
     if scores.is_sparse:
         raise ValueError(
-            "scope='model' must have dense scores, got scores made with keep_top; the model's top entries may "
-            "all lie in one matrix, so score without keep_top"
+            "scope='model' must have dense scores, got scores made with keep_top; the model's top "
+            "entries may all lie in one matrix, so score without keep_top"
         )
     if min_k:
-        raise ValueError("min_k must be 0 with scope='model', where no matrix has a share of its own")
+        raise ValueError(
+            "min_k must be 0 with scope='model', where no matrix has a share of its own"
+        )
     k = int(ratio * sum(entry.numel for entry in scores.entries.values()))
     # A matrix can hold no more of the top k than its own top k.
     candidates = {name: scores.select(name, min(k, e.numel)) for name, e in scores.entries.items()}
-    values = torch.cat([scores[n].flatten()[i.to(scores[n].device)].cpu() for n, i in candidates.items()])
+    values = torch.cat(
+        [scores[n].flatten()[i.to(scores[n].device)].cpu() for n, i in candidates.items()]
+    )
     taken = torch.zeros(values.numel(), dtype=torch.bool)
     taken[select_top(values, None, 1, k)] = True
     parts = taken.split([index.numel() for index in candidates.values()])
-    return {name: index[part] for (name, index), part in zip(candidates.items(), parts, strict=True)}
+    return {
+        name: index[part] for (name, index), part in zip(candidates.items(), parts, strict=True)
+    }
 
 
 def _count(numel: int, ratio: float, min_k: int) -> int:
@@ -234,6 +285,15 @@ def _require_scores(everyone: Sequence[Scores]) -> None:
             )
 
 
+def _require_scored_model(scores: Scores, model: nn.Module) -> None:
+    for name, entry in scores.entries.items():
+        if fingerprint(model.get_parameter(name)) != entry.fingerprint:
+            raise ValueError(
+                f"model must be the one that was scored, got other values in {name}; restore its "
+                "mask or pass the model the scores were made on"
+            )
+
+
 def _require_candidates(
     first: Scores, ratios: Sequence[float], chosen: Sequence[Mapping[str, Tensor]], scope: str
 ) -> None:
@@ -245,11 +305,13 @@ def _require_candidates(
         r = ratios[0] if which == "first" else ratios[1]
         if int(r * largest) > 0:
             raise ValueError(
-                f"{which} scores must hold a positive importance, got only zeros; score other examples"
+                f"{which} scores must hold a positive importance, got only zeros; "
+                "score other examples"
             )
         raise ValueError(
-            f"ratio must select at least one entry, got {r:g}, which selects none of at most {largest:,} "
-            f"entries; the smallest that would is {_rounded_up(1 / largest):g}, or set min_k=1"
+            f"ratio must select at least one entry, got {r:g}, which selects none of at most "
+            f"{largest:,} entries; the smallest that would is {_rounded_up(1 / largest):g}, "
+            "or set min_k=1"
         )
 
 
@@ -270,13 +332,11 @@ def _report_empty(table: Sequence[Mapping], scope: str) -> None:
         )
 
 
-def _table_row(name: str, sets: _Sets, kept: Tensor) -> dict:
+def _table_row(name: str, sets: _Sets, kept: Tensor, entry: ScoreEntry) -> dict:
     coupled = _intersection(sets.first, sets.second)
-    layer, module = _locate(name)
     return {
         "name": name,
-        "layer": layer,
-        "module": module,
+        **place_of(name),
         "numel": sets.numel,
         "k": max(sets.first.numel(), sets.second.numel()),
         "first": sets.first.numel(),
@@ -284,14 +344,8 @@ def _table_row(name: str, sets: _Sets, kept: Tensor) -> dict:
         "coupled": coupled.numel(),
         "removed": _intersection(coupled, sets.general).numel(),
         "kept": kept.numel(),
+        "weights": kept.numel() * (prod(entry.shape) // entry.numel),
     }
-
-
-def _locate(name: str) -> tuple[int | None, str]:
-    """"model.layers.3.mlp.up_proj.weight" -> (3, "mlp.up_proj")."""
-    name = name.removesuffix(".weight")
-    found = re.search(r"\.(\d+)\.(.+)$", f".{name}")
-    return (int(found[1]), found[2]) if found else (None, name)
 
 
 def _mask_entry(
@@ -315,9 +369,7 @@ def _unit_places(units: Tensor, entry: ScoreEntry) -> Tensor:
     return (units[:, None] * columns + torch.arange(columns)[None, :]).flatten()
 
 
-def _whole_weight(
-    name: str, everyone: Sequence[Scores], model: nn.Module | None
-) -> Tensor | None:
+def _whole_weight(name: str, everyone: Sequence[Scores], model: nn.Module | None) -> Tensor | None:
     if model is not None:
         return model.get_parameter(name).detach()
     for scores in everyone:
@@ -343,7 +395,7 @@ def _stored_values(name: str, index: Tensor, everyone: Sequence[Scores]) -> Tens
         found |= here
     if values is None or not found.all():
         raise ValueError(
-            f"model must be given to couple these scores, got scores that do not hold the weights of {name} at "
-            "the selected entries; pass model="
+            f"model must be given to couple these scores, got scores that do not hold the weights "
+            f"of {name} at the selected entries; pass model="
         )
     return values

@@ -1,11 +1,14 @@
-"""`couple`: the rules against their definitions on toy sets, selection limits, files, and the controls."""
+"""`couple`: the rules against their definitions on toy sets, selection limits, controls, units."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from test_score import batches, make_examples
+from tiny_models import MODELS
 
 import fastdean
+from fastdean.masks import NeuronMask
 from fastdean.scores import ScoreEntry, Scores
 
 
@@ -61,7 +64,12 @@ def test_released_refuses_lists_of_unequal_length():
 def test_random_is_seeded_as_large_as_paper_and_outside_general():
     def draw(seed):
         mask = fastdean.couple(
-            scores_from(A), scores_from(A), general=scores_from(G), ratio=RATIO, rule="random", seed=seed
+            scores_from(A),
+            scores_from(A),
+            general=scores_from(G),
+            ratio=RATIO,
+            rule="random",
+            seed=seed,
         )
         return selected(mask)
 
@@ -73,7 +81,9 @@ def test_random_is_seeded_as_large_as_paper_and_outside_general():
 
 def test_several_general_sets_are_all_spared():
     mask = fastdean.couple(
-        scores_from(A), scores_from(A), general=[scores_from([5]), scores_from([14])],
+        scores_from(A),
+        scores_from(A),
+        general=[scores_from([5]), scores_from([14])],
         ratio=(4.5 / 24, 4.5 / 24, 1.5 / 24),
     )
     assert selected(mask) == [2, 9]
@@ -96,9 +106,7 @@ def test_ratio_that_selects_nothing_names_the_smallest_that_would():
 def test_only_positive_entries_are_selected():
     weight = torch.ones(24)
     weight[A[0]] = 0.0
-    mask = fastdean.couple(
-        scores_from(A, weight=weight), scores_from(A, weight=weight), ratio=1.0
-    )
+    mask = fastdean.couple(scores_from(A, weight=weight), scores_from(A, weight=weight), ratio=1.0)
     assert selected(mask) == [i for i in range(24) if i != A[0]]
 
 
@@ -129,15 +137,31 @@ def test_sparse_scores_give_the_dense_mask_and_refuse_what_they_cannot():
         args = dict(ratio=0.4, rule=rule)
         expected = fastdean.couple(*dense[:2], general=dense[2], **args)
         got = fastdean.couple(
-            *sparse[:2], general=sparse[2], model=_Holder(weight) if rule == "random" else None, **args
+            *sparse[:2],
+            general=sparse[2],
+            model=_Holder(weight) if rule == "random" else None,
+            **args,
         )
         assert got == expected
     with pytest.raises(ValueError, match="score again with a larger keep_top"):
         fastdean.couple(*sparse[:2], ratio=0.8)
     with pytest.raises(ValueError, match="scope='model' must have dense scores"):
         fastdean.couple(*sparse[:2], ratio=0.4, scope="model")
+
+
+def test_random_on_sparse_scores_asks_for_the_model_where_a_drawn_weight_is_not_held():
+    dense = scores_from(A)
+    sparse = dense.keep(0.2)
+
+    def draw(scores, seed, model=None):
+        mask = fastdean.couple(scores, scores, ratio=0.15, rule="random", seed=seed, model=model)
+        return set(selected(mask))
+
+    held = set(sparse.index("layers.0.mlp.up.weight").tolist())
+    seed = next(seed for seed in range(100) if draw(dense, seed) - held)
     with pytest.raises(ValueError, match="pass model="):
-        fastdean.couple(*sparse[:2], general=sparse[2], ratio=0.4, rule="random")
+        draw(sparse, seed)
+    assert draw(sparse, seed, _Holder(torch.ones(24))) == draw(dense, seed)
 
 
 class _Holder(torch.nn.Module):
@@ -180,7 +204,9 @@ def test_scores_of_different_models_are_refused():
 def test_a_nan_score_names_its_matrix():
     bad = scores_from(A)
     bad.entries["layers.0.mlp.up.weight"].sums[1, 1] = float("nan")
-    with pytest.raises(ValueError, match=r"scores of layers\.0\.mlp\.up\.weight: importance must be finite"):
+    with pytest.raises(
+        ValueError, match=r"scores of layers\.0\.mlp\.up\.weight: importance must be finite"
+    ):
         fastdean.couple(bad, scores_from(B), ratio=0.5)
 
 
@@ -190,3 +216,57 @@ def test_weights_changed_since_scoring_are_noticed():
     weight[3] = 0.0
     with pytest.raises(RuntimeError, match="has changed since it was scored"):
         fastdean.couple(first, first, ratio=0.5)
+
+
+def _unit_scores(model, seed):
+    loader = batches(make_examples(seed), 3)
+    return fastdean.score(model, loader, granularity="neuron", progress=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_unit_mask_takes_the_units_out_of_the_function(name, tmp_path):
+    model = MODELS[name]()
+    first, second = _unit_scores(model, 1), _unit_scores(model, 2)
+    mask = fastdean.couple(first, second, ratio=0.1)
+    coupled = {
+        n: sorted({*first.select(n, 6).tolist()} & {*second.select(n, 6).tolist()}) for n in first
+    }
+    assert sum(map(len, coupled.values())) > 0
+
+    def silenced(units):
+        def hook(module, args):
+            inputs = args[0].clone()
+            inputs[..., units] = 0.0
+            return (inputs,)
+
+        return hook
+
+    input_ids = make_examples(3)[2][0][None]
+    with torch.no_grad():
+        unedited = model(input_ids).logits
+        handles = [
+            model.get_submodule(n.removesuffix(".weight")).register_forward_pre_hook(
+                silenced(units)
+            )
+            for n, units in coupled.items()
+        ]
+        expected = model(input_ids).logits
+        for handle in handles:
+            handle.remove()
+        with mask.applied(model):
+            edited = model(input_ids).logits
+        restored = model(input_ids).logits
+    assert torch.equal(edited, expected)
+    assert not torch.equal(edited, unedited)
+    assert torch.equal(restored, unedited)
+
+    kept = {row["name"]: (row["kept"], row["weights"]) for row in mask.table}
+    assert kept == {n: (len(units), 32 * len(units)) for n, units in coupled.items()}
+    units = sum(map(len, coupled.values()))
+    assert repr(mask).startswith(f"NeuronMask({units} units ({32 * units} weights) in ")
+    loaded = NeuronMask.from_pretrained(mask.save_pretrained(tmp_path / "mask"))
+    assert (loaded, repr(loaded)) == (mask, repr(mask))
+    caption, head, *_, total = str(loaded.summary()).splitlines()
+    assert caption.startswith("counted in units")
+    assert head.split()[-2:] == ["kept", "weights"]
+    assert total.split()[-2:] == [str(units), str(32 * units)]

@@ -159,6 +159,17 @@ def test_overlapping_masks_undo_in_order(model):
     assert_bits(model, before)
 
 
+def test_an_inner_mask_may_bring_the_original_back_for_a_while(model):
+    outer, inner = mask_of(model, {FIRST: [3, 35]}), mask_of(model, {FIRST: [3, 35]}, scale=1.0)
+    before = bits(model)
+    with outer.applied(model):
+        edited = bits(model)
+        with inner.applied(model):
+            assert_bits(model, before)
+        assert_bits(model, edited)
+    assert_bits(model, before)
+
+
 def test_a_mask_that_was_never_applied_cannot_jump_the_queue(model):
     outer = mask_of(model, {FIRST: [3]})
     outer.apply_(model)
@@ -608,6 +619,25 @@ def test_table_must_agree_with_the_entries(mask, table):
         NeuronMask(mask.entries, table=table[:2])
     with pytest.raises(ValueError, match="exactly one row per matrix"):
         NeuronMask(mask.entries, table=[*table, table[0]])
+
+
+def test_units_are_counted_as_units(mask, table):
+    rows = [
+        {**table[0], "kept": 1, "weights": 3},
+        {**table[1], "weights": 0},
+        {**table[2], "kept": 1, "weights": 1},
+    ]
+    by_unit = NeuronMask(mask.entries, table=rows, manifest={"granularity": "neuron"})
+    assert repr(by_unit) == "NeuronMask(2 units (4 weights) in 2 of 3 matrices, scale=0)"
+    summary = by_unit.summary()
+    assert summary.unit == "units"
+    assert [(row["kept"], row["weights"]) for row in summary.rows] == [(1, 3), (1, 1)]
+    assert str(summary).splitlines()[-1].split() == ["total", "3", "12", "12", "11", "4", "2", "4"]
+    with pytest.raises(ValueError, match="got weights=2 for 'layers.0.weight', which has 3 weigh"):
+        NeuronMask(mask.entries, table=[{**rows[0], "weights": 2}, *rows[1:]])
+    known_weights = NeuronMask(mask.entries, manifest={"granularity": "neuron"})
+    assert repr(known_weights) == "NeuronMask(4 weights in 2 matrices, scale=0)"
+    assert known_weights.summary().unit == "weights"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

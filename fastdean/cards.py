@@ -1,0 +1,44 @@
+"""The text that goes with a mask to the hub: what it is, how it is used, what to beware of."""
+
+from __future__ import annotations
+
+
+def mask_card(repo_id: str, *, described: str, scale: float, summary: str) -> str:
+    """A README.md with the hub's metadata.
+
+    Args:
+        repo_id: where the mask will be, "owner/name".
+        described: the mask in one line.
+        scale: what it multiplies the weights by.
+        summary: its counts, as preformatted text.
+    """
+    return f"""---
+library_name: fastdean
+tags:
+- fastdean
+- weight-mask
+---
+# {repo_id}
+
+`{described}`
+
+A list of weights of a language model in which two safety-related attributes are coupled, with
+their original values, after the method DEAN (arXiv 2410.16672). Applying it multiplies these
+weights by {scale:g}. The mask contains no model; it is applied only to the model that it was
+made on, which it recognises by the original values.
+
+```python
+import fastdean
+
+mask = fastdean.NeuronMask.from_pretrained("{repo_id}")
+with mask.applied(model):
+    ...                    # edited here, restored bit for bit afterwards
+```
+
+**Content warning.** The mask changes how a model behaves where safety matters, on fairness and
+privacy among others, and not always for the better. Evaluate the edited model before any use.
+
+```text
+{summary}
+```
+"""

@@ -1,0 +1,77 @@
+"""The real model: SmolLM2-135M-Instruct against one-example-at-a-time autograd. `make test-slow`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import example_loss, norm_error
+
+import fastdean
+from fastdean.data import encode
+from fastdean.loading import DEMO_MODEL, load_model
+from fastdean.sources import load_rows
+
+TOP = 256
+NUM_EXAMPLES = 6
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model(DEMO_MODEL, dtype="float32", device="cpu")
+
+
+def autograd_loop(model, examples, names):
+    """name -> |W| * mean |dL/dW| in fp32, written as a user would without this package."""
+    weights = {name: model.get_parameter(name) for name in names}
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for example in examples:
+        loss = example_loss(model, example.input_ids, example.labels, shift=1)
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        for name, gradient in zip(weights, gradients, strict=True):
+            sums[name] += gradient.abs()
+    return {name: sums[name] * weights[name].detach().abs() / len(examples) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target_modules", ["mlp", "self_attn"])
+def test_the_top_of_every_matrix_is_that_of_the_loop(smollm2, target_modules):
+    model, tokenizer = smollm2
+    examples = encode(load_rows("embedded:fairness")[:NUM_EXAMPLES], tokenizer)
+    scores = fastdean.score(model, examples, target_modules=target_modules, progress=False)
+    expected = autograd_loop(model, examples, list(scores))
+    assert len(scores) == (90 if target_modules == "mlp" else 120)
+    for name, value in scores.items():
+        assert norm_error(value, expected[name]) < 1e-5, name
+        ours = set(scores.select(name, TOP).tolist())
+        reference = expected[name].flatten()
+        theirs = set(reference.topk(TOP).indices.tolist())
+        # Two fp32 orders of summation may swap entries that tie with the last one within rounding.
+        last = float(reference.topk(TOP).values[-1])
+        for index in ours ^ theirs:
+            assert abs(float(reference[index]) - last) < 1e-5 * last, (name, index)
+
+
+@pytest.mark.slow
+def test_the_demo_mask_round_trips_and_patches_like_apply(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    sources = ("embedded:fairness", "embedded:privacy", "embedded:general")
+    fair, priv, gen = (
+        fastdean.score(
+            model, load_rows(s)[:NUM_EXAMPLES], tokenizer=tokenizer, keep_top=1e-4, progress=False
+        )
+        for s in sources
+    )
+    mask = fastdean.couple(fair, priv, general=gen, ratio=1e-5)
+    assert 0 < len(mask) < 720
+    before = {name: model.get_parameter(name).detach().clone() for name in mask.names}
+    model.save_pretrained(tmp_path / "model")
+    fastdean.patch_checkpoint(tmp_path / "model", mask, tmp_path / "patched")
+    tokenizer.save_pretrained(tmp_path / "patched")
+    patched, _ = load_model(str(tmp_path / "patched"), dtype="float32", device="cpu")
+    with mask.applied(model):
+        for (name, applied), theirs in zip(
+            model.named_parameters(), patched.parameters(), strict=True
+        ):
+            assert torch.equal(applied, theirs), name
+    for name, weight in before.items():
+        assert torch.equal(model.get_parameter(name), weight)
