@@ -26,8 +26,8 @@ class Ranks:
             return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             logger.warning(
-                "WORLD_SIZE is %s but torch.distributed is not initialised: every process does the whole work; "
-                "call torch.distributed.init_process_group() first",
+                "WORLD_SIZE is %s but torch.distributed is not initialised: every process does the "
+                "whole work; call torch.distributed.init_process_group() first",
                 os.environ["WORLD_SIZE"],
             )
         return cls(0, 1)
@@ -42,9 +42,17 @@ class Ranks:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
+    def agree(self, decision: bool) -> bool:
+        """The first rank's decision, on every rank."""
+        if self.size == 1:
+            return decision
+        box = [decision]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """If the block raises on one rank, raise on all, so that none waits for ever in a reduction."""
+        """If the block raises on one rank, raise on all: none waits for ever in a reduction."""
         if self.size == 1:
             yield
             return
@@ -53,12 +61,25 @@ class Ranks:
             yield
         except BaseException as caught:
             error = caught
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        failed = torch.tensor([int(error is not None)], device=device)
+        failed = torch.tensor([int(error is not None)], device=_collective_device())
         torch.distributed.all_reduce(failed)
         if error is not None:
             raise error
         if failed.item():
             raise RuntimeError(
-                f"{int(failed)} of {self.size} ranks failed while scoring; see their own messages"
+                f"every rank must finish its part of the work, got {int(failed)} of {self.size} "
+                "that failed; see their own messages"
             )
+
+    def hold_the_same(self, value: int) -> bool:
+        """Whether `value`, which must fit an int64, is the same on every rank."""
+        if self.size == 1:
+            return True
+        extremes = torch.tensor([value, -value], device=_collective_device())
+        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
+        highest, negated_lowest = extremes.tolist()
+        return highest == -negated_lowest
+
+
+def _collective_device() -> str:
+    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"

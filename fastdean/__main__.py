@@ -1,0 +1,5 @@
+"""`python -m fastdean`."""
+
+from fastdean.cli import main
+
+main()

@@ -1,0 +1,250 @@
+"""From the name of a source to rows of text.
+
+    SRC = preset | path | hub id, optionally followed by ::key=value,key=value
+
+    beavertails:fairness    embedded:general    data/pairs.jsonl    answers.csv::prompt=question,response=reply
+    org/name::split=train,config=en,revision=main,prompt=instruction,response=output
+
+A row is a dictionary with `prompt` and `response`, or `messages`, or `text`; `unsafe`, where present, is an
+unsafe response to the same prompt. Columns whose names differ are mapped as `row key=column`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROW_KEYS = ("prompt", "response", "unsafe", "messages", "text")
+_HUB_KEYS = ("split", "config", "revision")
+_BEAVERTAILS = {
+    "fairness": "discrimination,stereotype,injustice",
+    "privacy": "privacy_violation",
+}
+
+
+def load_rows(source: str | Path) -> list[dict[str, Any]]:
+    """Read every row of a source, columns mapped to the row keys.
+
+    Args:
+        source: see the module's docstring. Files end in .csv, .json, .jsonl or .parquet. A hub id is read
+            with `datasets.load_dataset`, split "train" unless given; HF_HUB_OFFLINE and HF_TOKEN are honoured.
+    Returns:
+        At least one row, in the source's order.
+    Raises:
+        ValueError: the source does not exist, cannot be parsed, is empty, or lacks its columns.
+    """
+    name, options = _parse(str(source))
+    columns = {key: value for key, value in options.items() if key in ROW_KEYS}
+    if name in PRESETS:
+        if options:
+            raise ValueError(
+                f"source {name!r} is a preset and takes no options, got {sorted(options)}"
+            )
+        rows = PRESETS[name]()
+    elif Path(name).suffix.lower() in _READERS or Path(name).exists():
+        rows = _read_file(Path(name))
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        rows = _load_hub(name, **{key: options[key] for key in _HUB_KEYS if key in options})
+    else:
+        raise ValueError(
+            f"source must be a file ending in {', '.join(_READERS)}, a hub id owner/name or one of "
+            f"{', '.join(PRESETS)}, got {name!r}"
+        )
+    rows = [_map_columns(row, columns, name, number) for number, row in enumerate(rows)]
+    if not rows:
+        raise ValueError(f"source {name!r} must hold at least one row, got none")
+    return rows
+
+
+def sample_rows(
+    rows: list[dict[str, Any]], count: int | None, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Shuffle and split into (the first `count` rows, the others).
+
+    The order is that of `datasets.Dataset.shuffle(seed=seed)`, so that `count` rows here are those of
+    `.shuffle(seed=seed).select(range(count))` in the published procedure.
+
+    Raises:
+        ValueError: `count` is not positive or exceeds the rows there are.
+    """
+    count = len(rows) if count is None else count
+    if not 0 < count <= len(rows):
+        raise ValueError(
+            f"examples must be between 1 and the source's {len(rows)} rows, got {count}"
+        )
+    shuffled = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+    return shuffled[:count], shuffled[count:]
+
+
+def _parse(source: str) -> tuple[str, dict[str, str]]:
+    name, _, tail = source.partition("::")
+    options: dict[str, str] = {}
+    for part in filter(None, tail.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or key not in (*ROW_KEYS, *_HUB_KEYS):
+            raise ValueError(
+                f"source options must be key=value with the keys {', '.join((*ROW_KEYS, *_HUB_KEYS))}, "
+                f"got {part!r} in {source!r}"
+            )
+        options[key] = value
+    return name, options
+
+
+def _map_columns(
+    row: Mapping[str, Any], columns: Mapping[str, str], name: str, number: int
+) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"row {number} of {name!r} must be an object, got {type(row).__name__}")
+    missing = [column for column in columns.values() if column not in row]
+    if missing:
+        raise ValueError(
+            f"source {name!r} must have the column {missing[0]!r}, got {sorted(map(str, row))}; "
+            "correct the mapping after ::"
+        )
+    mapped = {key: row[key] for key in ROW_KEYS if row.get(key) is not None}
+    mapped |= {key: row[column] for key, column in columns.items()}
+    if not ({"prompt", "response"} <= mapped.keys() or {"messages", "text"} & mapped.keys()):
+        raise ValueError(
+            f"source {name!r} must have the columns 'prompt' and 'response', or 'messages', or 'text', got "
+            f"{sorted(map(str, row))}; map them with ::prompt=COLUMN,response=COLUMN"
+        )
+    return mapped
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    path = path.expanduser()
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None or path.is_dir():
+        raise ValueError(
+            f"source must be a file ending in {', '.join(_READERS)}, got {str(path)!r}"
+        )
+    if not path.is_file():
+        raise ValueError(f"source must be an existing file, got {str(path)!r}; check the path")
+    if path.stat().st_size == 0:
+        raise ValueError(f"source must hold at least one row, got the empty file {str(path)!r}")
+    try:
+        return list(reader(path))
+    except (ValueError, OSError, csv.Error, KeyError) as error:
+        raise ValueError(f"source {str(path)!r} must be readable, got: {error}") from None
+
+
+def _read_csv(path: Path) -> Iterable[dict[str, Any]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        for row in csv.DictReader(file):
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"a row with another number of columns than the header, {list(row)[:4]}"
+                )
+            yield row
+
+
+def _read_json(path: Path) -> Iterable[dict[str, Any]]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(lists) == 1 else content
+    if not isinstance(content, list):
+        raise ValueError("no list of rows; use a JSON list, an object with one list, or .jsonl")
+    return content
+
+
+def _read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from None
+
+
+def _read_parquet(path: Path) -> Iterable[dict[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+_READERS: dict[str, Callable[[Path], Iterable[dict[str, Any]]]] = {
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _load_hub(
+    name: str, split: str = "train", config: str | None = None, revision: str | None = None
+) -> Iterable[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, config, split=split, revision=revision)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"source {name!r} must be a file or a reachable data set of the hub, got: {reason}; "
+            "check the id, the split and the network, or pass a local file"
+        ) from None
+
+
+def _embedded(name: str) -> list[dict[str, Any]]:
+    text = (
+        resources.files("fastdean.datasets").joinpath(f"{name}.jsonl").read_text(encoding="utf-8")
+    )
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _beavertails(topic: str, unsafe: bool) -> list[dict[str, Any]]:
+    """Answers to the prompts that drew at least one answer labelled with the topic's category.
+
+    A safe answer carries no category label of its own, so its topic is that of its prompt.
+    """
+    category = _BEAVERTAILS[topic]
+    rows = list(_load_hub("PKU-Alignment/BeaverTails", split="330k_train"))
+    labelled: dict[str, str] = {}
+    for row in rows:
+        if row["category"][category] and not row["is_safe"]:
+            labelled.setdefault(row["prompt"], row["response"])
+    if unsafe:
+        return [
+            {"prompt": row["prompt"], "response": row["response"]}
+            for row in rows
+            if row["category"][category] and not row["is_safe"]
+        ]
+    return [
+        {"prompt": row["prompt"], "response": row["response"], "unsafe": labelled[row["prompt"]]}
+        for row in rows
+        if row["is_safe"] and row["prompt"] in labelled
+    ]
+
+
+def _alpaca_cleaned() -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": "\n".join(filter(None, (row["instruction"], row["input"]))),
+            "response": row["output"],
+        }
+        for row in _load_hub("yahma/alpaca-cleaned")
+        if row["output"]
+    ]
+
+
+PRESETS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "beavertails:fairness": lambda: _beavertails("fairness", unsafe=False),
+    "beavertails:fairness:unsafe": lambda: _beavertails("fairness", unsafe=True),
+    "beavertails:privacy": lambda: _beavertails("privacy", unsafe=False),
+    "beavertails:privacy:unsafe": lambda: _beavertails("privacy", unsafe=True),
+    "alpaca-cleaned": _alpaca_cleaned,
+    "embedded:fairness": lambda: _embedded("fairness"),
+    "embedded:privacy": lambda: _embedded("privacy"),
+    "embedded:general": lambda: _embedded("general"),
+}
