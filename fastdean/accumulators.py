@@ -1,8 +1,9 @@
 """Where the sums of one target live while scoring runs.
 
-`score` knows only this interface: `add_` a batch, `tensors` to reduce over ranks, `entry` at the end. The
-dense accumulators below hold one fp32 number per weight or unit; an accumulator that certifies from norms
-which few entries can reach the top needs nothing more than the same three methods.
+`score` knows only this interface: `add_` a batch, `tensors` to reduce over ranks, `entry` at the
+end. The dense accumulators below hold one fp32 number per weight or unit; an accumulator that
+certifies from norms which few entries can reach the top needs nothing more than the same three
+methods.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastdean.targets import Target
 
 class Accumulator(Protocol):
     def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
-        """Take one batch: what the target's hook saw, [N, C] and its gradient, rows of each example."""
+        """Take one batch: what the hook saw, [N, C], its gradient, and the rows of each example."""
 
     def tensors(self) -> list[Tensor]:
         """The tensors whose sum over ranks is the sum over all examples."""

@@ -1,7 +1,7 @@
-"""From examples to batches of tokens: packed where that is exact for the model, else grouped by length.
+"""From examples to batches of tokens: packed where that is exact, else grouped by length.
 
-The grouping is a function of the examples and the options alone, never of free memory, so that a run can
-be repeated.
+The grouping is a function of the examples and the options alone, never of free memory, so that a
+run can be repeated.
 """
 
 from __future__ import annotations
@@ -82,28 +82,41 @@ def default_tokens_per_batch(device: torch.device) -> int:
 def plan_batches(
     examples: Sequence[Example], *, shift: int, packed: bool, tokens_per_batch: int
 ) -> list[Batch]:
-    """Split `examples` into batches of at most `tokens_per_batch` tokens (longer examples stand alone).
+    """Split `examples` into batches of at most `tokens_per_batch` tokens.
+
+    An example longer than that stands alone.
 
     Args:
-        shift: 1 when the logits of row t predict token t + 1 (causal), 0 when they predict token t (masked).
-        packed: one row of tokens per batch, examples one after the other in the given order; otherwise
-            examples of similar length are padded on the right to the longest of their batch, and padding
-            counts as tokens.
+        shift: 1 when the logits of row t predict token t + 1 (causal), 0 when they predict token t
+            (masked).
+        packed: one row of tokens per batch, examples one after the other in the given order;
+            otherwise examples of similar length are padded on the right to the longest of their
+            batch, and padding counts as tokens.
     Raises:
         ValueError: `tokens_per_batch` is not positive, or an example has no target.
     """
     if tokens_per_batch < 1:
-        raise ValueError(f"tokens_per_batch must be a positive number of tokens, got {tokens_per_batch}")
-    for i, example in enumerate(examples):
-        if example.num_targets(shift) == 0:
-            first = " after its first" if shift else ""
-            raise ValueError(
-                f"example {i} must have at least one target token{first}, got labels that are all -100; "
-                "set its labels on the response tokens or leave it out"
-            )
-    groups = _in_order(examples, tokens_per_batch) if packed else _by_length(examples, tokens_per_batch)
+        raise ValueError(
+            f"tokens_per_batch must be a positive number of tokens, got {tokens_per_batch}; "
+            "leave it out for the device's default"
+        )
+    require_targets(examples, shift)
+    groups = (
+        _in_order(examples, tokens_per_batch) if packed else _by_length(examples, tokens_per_batch)
+    )
     build = _pack if packed else _pad
     return [build(examples, group, shift) for group in groups]
+
+
+def require_targets(examples: Sequence[Example], shift: int) -> None:
+    """Raise ValueError for the first example that gives the model nothing to predict."""
+    for i, example in enumerate(examples):
+        if example.num_targets(shift) == 0:
+            first = " after its first token" if shift else ""
+            raise ValueError(
+                f"example {i} must have at least one target token{first}, got labels that are all "
+                "-100 there; set its labels on the response tokens or leave it out"
+            )
 
 
 def _in_order(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[int]]:
@@ -155,7 +168,9 @@ def _pad(examples: Sequence[Example], group: list[int], shift: int) -> Batch:
     return Batch(
         input_ids=input_ids,
         position_ids=None,
-        attention_mask=(torch.arange(width) < lengths[:, None]).long() if lengths.min() < width else None,
+        attention_mask=(torch.arange(width) < lengths[:, None]).long()
+        if lengths.min() < width
+        else None,
         segments=torch.stack([starts, starts + lengths], dim=1),
         example_index=group,
         **_targets(members, starts, shift),

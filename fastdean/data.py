@@ -1,6 +1,7 @@
 """From rows or loader batches to tokenised examples without padding.
 
-An example is what the method averages over: one prompt with one response, the response's tokens being
+An example is what the method averages over: one prompt with one response, the response's tokens
+    being
 the targets. Everything after this file sees only `Example`.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 TEMPLATES = ("raw", "chat", "published")
+_TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ def read_examples(
     Args:
         loader: an iterable (DataLoader, `datasets.Dataset`, list, generator) of
             batches `{"input_ids": [B, T], "attention_mask": [B, T], "labels": [B, T]}`,
-            single examples with the same keys and [T] values, or, with `tokenizer`, rows (see `encode`).
-            `attention_mask` may be left out when there is no padding; `labels` may not.
+            single examples with the same keys and [T] values, or, with `tokenizer`, rows (see
+            `encode`). `attention_mask` may be left out when there is no padding; `labels` may not.
         tokenizer: a Hugging Face tokenizer, needed for rows of text.
         template, max_length: see `encode`.
     Raises:
@@ -61,30 +63,38 @@ def read_examples(
     if isinstance(loader, Mapping):
         loader = [loader]
     if not isinstance(loader, Iterable):
-        raise TypeError(f"loader must be an iterable of batches or rows, got {type(loader).__name__}")
+        raise TypeError(
+            f"loader must be an iterable of batches or rows, got {type(loader).__name__}"
+        )
+
+    _check_max_length(max_length)
 
     examples: list[Example] = []
     for position, item in enumerate(loader):
         if isinstance(item, Example):
-            examples.append(item)
+            examples.append(_cut(item, max_length))
         elif not isinstance(item, Mapping):
             raise TypeError(
                 f"loader must yield dictionaries, got {type(item).__name__} at item {position}; "
                 "give each batch the keys input_ids, attention_mask and labels"
             )
         elif "input_ids" in item:
-            examples.extend(_strip_padding(item, position))
+            stripped = _strip_padding(_as_collected(item, loader), position)
+            examples.extend(_cut(example, max_length) for example in stripped)
         elif tokenizer is None:
             raise ValueError(
                 f"loader must yield input_ids and labels, got the columns {sorted(item)} at item "
                 f"{position}; pass tokenizer= to have rows of text tokenised"
             )
         else:
+            rows, first = _rows_of(item), len(examples)
             examples.extend(
-                encode([item], tokenizer, template=template, max_length=max_length, first=len(examples))
+                encode(rows, tokenizer, template=template, max_length=max_length, first=first)
             )
     if not examples:
-        raise ValueError("loader must yield at least one example, got none; check the source and its filter")
+        raise ValueError(
+            "loader must yield at least one example, got none; check the source and its filter"
+        )
     return examples
 
 
@@ -98,12 +108,13 @@ def encode(
 ) -> list[Example]:
     """Tokenise rows of text.
 
-    A row has `prompt` and `response`, or `messages` (chat turns; every assistant turn is a target), or
-    `text` (every token is a target). How `prompt` and `response` are joined is the `template`:
+    A row has `prompt` and `response`, or `messages` (chat turns; every assistant turn is a target),
+    or `text` (every token is a target). How `prompt` and `response` are joined is the `template`:
 
     - "raw": tok(prompt) ++ tok(response), no chat template, no separator.
     - "chat": the tokenizer's chat template, one user turn and one assistant turn.
-    - "published": tok(prompt) ++ tok(response)[1:], as DEAN's released code packs it. With a tokenizer
+    - "published": tok(prompt) ++ tok(response)[1:], as DEAN's released code packs it. With a
+    tokenizer
       that adds no BOS token this drops the response's first real token.
 
     Args:
@@ -114,16 +125,15 @@ def encode(
     """
     if template not in TEMPLATES:
         raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be at least 2 tokens, got {max_length}")
+    _check_max_length(max_length)
 
     examples = []
     for number, row in enumerate(rows, start=first):
         ids, labels = _tokenize_row(row, tokenizer, template, number)
-        example = Example(
-            torch.tensor(ids[:max_length], dtype=torch.int64),
-            torch.tensor(labels[:max_length], dtype=torch.int64),
+        whole = Example(
+            torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
         )
+        example = _cut(whole, max_length)
         if example.num_targets(0) == 0:
             cut = "" if max_length is None else f" within max_length={max_length}"
             raise ValueError(
@@ -134,11 +144,23 @@ def encode(
     return examples
 
 
+def _check_max_length(max_length: int | None) -> None:
+    # A causal model predicts nothing from less than two tokens.
+    if max_length is not None and max_length < 2:
+        raise ValueError(
+            f"max_length must be at least 2 tokens, got {max_length}; leave it out to cut nothing"
+        )
+
+
+def _cut(example: Example, max_length: int | None) -> Example:
+    return Example(example.input_ids[:max_length], example.labels[:max_length])
+
+
 def _tokenize_row(
     row: Mapping[str, Any], tokenizer: Any, template: str, number: int
 ) -> tuple[list[int], list[int]]:
     if row.get("messages") is not None:
-        return _tokenize_chat(list(row["messages"]), tokenizer, number)
+        return _tokenize_chat(row["messages"], tokenizer, number)
     if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
         if template == "chat":
             turns = [
@@ -156,51 +178,100 @@ def _tokenize_row(
         ids = list(tokenizer(row["text"])["input_ids"])
         return ids, list(ids)
     raise ValueError(
-        f"row {number} must have the text columns 'prompt' and 'response', or 'messages', or 'text', "
-        f"got {sorted(row)}; rename the columns or map them"
+        f"row {number} must have the text columns 'prompt' and 'response', or 'messages', or "
+        f"'text', got {sorted(row)}; rename the columns or map them"
     )
 
 
-def _tokenize_chat(
-    turns: Sequence[Mapping[str, str]], tokenizer: Any, number: int
-) -> tuple[list[int], list[int]]:
+def _tokenize_chat(turns: Any, tokenizer: Any, number: int) -> tuple[list[int], list[int]]:
     """Assistant turns are found by rendering each prefix: templates rarely mark them themselves."""
-
-    def render(messages: Sequence[Mapping[str, str]], generation_prompt: bool) -> list[int]:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=True
+    if not isinstance(turns, Sequence) or not all(
+        isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in turns
+    ):
+        raise ValueError(
+            f"row {number} must have a list of {{'role', 'content'}} dictionaries as messages, "
+            f"got {turns!r:.80}; convert the chat to that form"
         )
-        return list(encoded["input_ids"])
-
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"tokenizer must have a chat template to encode row {number} as a chat, got none; "
             "use template='raw' with prompt and response columns"
         )
-    ids = render(turns, False)
+    ids = _render(turns, tokenizer, number)
     labels = [IGNORE_INDEX] * len(ids)
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before, after = render(turns[:i], True), render(turns[: i + 1], False)
+        before = _render(turns[:i], tokenizer, number, generation_prompt=True)
+        after = _render(turns[: i + 1], tokenizer, number)
         if ids[: len(after)] != after or after[: len(before)] != before:
             raise ValueError(
-                f"row {number}: the chat template renders turn {i} differently once later turns follow, "
-                "so its tokens cannot be told apart; give single-turn rows"
+                f"row {number} must be a chat whose turns are rendered one after the other, got a "
+                f"template that changes what precedes turn {i} or the turn itself, so its tokens "
+                "cannot be told apart; give single-turn rows or use template='raw'"
             )
         labels[len(before) : len(after)] = ids[len(before) : len(after)]
     return ids, labels
 
 
+def _render(
+    turns: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    number: int,
+    *,
+    generation_prompt: bool = False,
+) -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(turns), add_generation_prompt=generation_prompt, tokenize=True, return_dict=True
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"row {number} must be a chat that the tokenizer's template accepts, got its error: "
+            f"{error}; check the order and the names of the roles"
+        ) from error
+    return list(encoded["input_ids"])
+
+
+def _rows_of(item: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A batch of text rows as a DataLoader collates it, {"prompt": [B], ...}, row by row."""
+    columns = {
+        key: item[key]
+        for key in ("prompt", "response", "text")
+        if isinstance(item.get(key), list | tuple)
+    }
+    if not columns:
+        return [item]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _as_collected(item: Mapping[str, Any], loader: Any) -> Mapping[str, Any]:
+    """The batch as its examples were, where torch's default collation has transposed it.
+
+    Columns of token lists come out of it as T tensors of shape [B]. Read as rows they would be
+    other examples, and nothing would fail.
+    """
+    if getattr(loader, "collate_fn", None) is not torch.utils.data.default_collate:
+        return item
+    return {
+        key: torch.stack(value, dim=1) if isinstance(value, list) and value else value
+        for key, value in item.items()
+        if key in _TOKEN_COLUMNS
+    }
+
+
 def _strip_padding(item: Mapping[str, Any], position: int) -> list[Example]:
     if item.get("labels") is None:
         raise ValueError(
-            f"loader must give labels beside input_ids, got the keys {sorted(item)} at item {position}; "
-            "set labels to input_ids on target tokens and to -100 on the prompt and on padding"
+            f"loader must give labels beside input_ids, got the keys {sorted(item)} at item "
+            f"{position}; set labels to input_ids on target tokens and to -100 on the prompt and "
+            "on padding"
         )
     columns = {
         key: _as_rows(item[key], key, position)
-        for key in ("input_ids", "labels", "attention_mask")
+        for key in _TOKEN_COLUMNS
         if item.get(key) is not None
     }
     columns.setdefault("attention_mask", [torch.ones_like(row) for row in columns["input_ids"]])
@@ -208,8 +279,8 @@ def _strip_padding(item: Mapping[str, Any], position: int) -> list[Example]:
     for key in ("labels", "attention_mask"):
         if lengths[key] != lengths["input_ids"]:
             raise ValueError(
-                f"{key} must have the shape of input_ids at item {position}, "
-                f"got rows of {lengths[key]} and {lengths['input_ids']} tokens"
+                f"{key} must have the shape of input_ids at item {position}, got rows of "
+                f"{lengths[key]} and {lengths['input_ids']} tokens; pad both alike"
             )
     examples = []
     for ids, labels, mask in zip(
@@ -218,8 +289,8 @@ def _strip_padding(item: Mapping[str, Any], position: int) -> list[Example]:
         kept = mask.bool()
         if not kept.any():
             raise ValueError(
-                f"attention_mask must keep at least one token of each example, got a row of zeros at item "
-                f"{position}; leave the row out"
+                f"attention_mask must keep at least one token of each example, got a row of zeros "
+                f"at item {position}; leave the row out"
             )
         examples.append(Example(ids[kept], labels[kept]))
     return examples
@@ -227,13 +298,24 @@ def _strip_padding(item: Mapping[str, Any], position: int) -> list[Example]:
 
 def _as_rows(value: Any, key: str, position: int) -> list[Tensor]:
     """[T], [B, T] or a ragged list of rows -> a list of int64 CPU rows."""
-    if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple | Tensor):
-        rows = [torch.as_tensor(row) for row in value]
-    else:
-        tensor = torch.as_tensor(value)
-        if tensor.dim() not in (1, 2):
+    many = isinstance(value, list | tuple) and len(value) > 0 and hasattr(value[0], "__len__")
+    try:
+        rows = [torch.as_tensor(row) for row in (value if many else [value])]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{key} must hold integers of shape [T] or [B, T], got {value!r:.80} at item "
+            f"{position} ({error}); tokenise the loader's rows, or pass tokenizer="
+        ) from None
+    if not many and rows[0].dim() == 2:
+        rows = list(rows[0])
+    for row in rows:
+        if row.dim() != 1:
             raise ValueError(
-                f"{key} must have shape [T] or [B, T], got {list(tensor.shape)} at item {position}"
+                f"{key} must have shape [T] or [B, T], got a row of shape {list(row.shape)} at "
+                f"item {position}; drop the extra dimensions"
             )
-        rows = list(tensor.unsqueeze(0)) if tensor.dim() == 1 else list(tensor)
+        if row.is_floating_point() and row.numel():
+            raise ValueError(
+                f"{key} must hold integers, got {row.dtype} at item {position}; cast it to int64"
+            )
     return [row.detach().to("cpu", torch.int64) for row in rows]

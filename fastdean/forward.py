@@ -1,8 +1,8 @@
 """One forward pass of a Hugging Face model over a batch, with logits at the target rows only.
 
-Scoring and evaluation share it. The rows are gathered on the way into the model's own output embedding, so
-that whatever the model does to its logits afterwards (Cohere's and Granite's scaling, Gemma 2's soft-cap)
-stays in place; computing `hidden @ weight.T` by hand would lose it.
+Scoring and evaluation share it. The rows are gathered on the way into the model's own output
+embedding, so that whatever the model does to its logits afterwards (Cohere's and Granite's scaling,
+Gemma 2's soft-cap) stays in place; computing `hidden @ weight.T` by hand would lose it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def input_device(model: nn.Module) -> torch.device:
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device)
-    raise ValueError("model must have weights, got meta tensors without an offload hook; load it first")
+    raise ValueError(
+        "model must have weights, got meta tensors without an offload hook; load it first"
+    )
 
 
 def label_shift(model: nn.Module) -> int:
@@ -56,13 +58,15 @@ def label_shift(model: nn.Module) -> int:
 
     masked = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
     causal = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    for name in _class_names(model):
-        if name in causal and not getattr(model.config, "is_encoder_decoder", False):
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        for name in _class_names(model):
+            if name in causal:
+                return 1
+            if name in masked and not getattr(config, "is_decoder", False):
+                return 0
+        if getattr(model, "can_generate", lambda: False)():
             return 1
-        if name in masked and not getattr(model.config, "is_decoder", False):
-            return 0
-    if getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder:
-        return 1
     raise ValueError(
         f"model must be a causal or masked language model, got {type(model).__name__}; "
         "pass loss_fn= to define its per-example loss"
@@ -76,7 +80,7 @@ def _class_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def evaluation_state(model: nn.Module) -> Iterator[None]:
-    """Dropout off and no key-value cache inside; every module's mode and the config as before outside."""
+    """Dropout and key-value cache are off inside; modes and config are as before outside."""
     training = [module for module in model.modules() if module.training]
     configs = [c for c in {id(c): c for c in _configs(model)}.values() if hasattr(c, "use_cache")]
     use_cache = [config.use_cache for config in configs]
@@ -142,7 +146,9 @@ class TargetLogits:
 
 def target_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of each target row in nats, fp32 [M]."""
-    return nn.functional.cross_entropy(logits.float(), batch.targets.to(logits.device), reduction="none")
+    return nn.functional.cross_entropy(
+        logits.float(), batch.targets.to(logits.device), reduction="none"
+    )
 
 
 def prepare_batches(
@@ -163,10 +169,11 @@ def prepare_batches(
 def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
     """Whether restarting `position_ids` keeps packed examples apart in this model.
 
-    Measured on the first two examples rather than looked up by model family: (1) changing one packed
-    example must not move the other's logits at all, in either direction; (2) a packed example's logits
-    must be those it has alone. State-space and bidirectional models fail the first, models that ignore
-    `position_ids` the second.
+    Measured on the first two examples rather than looked up by model family: (1) changing one
+        packed
+    example must not move the other's logits at all, in either direction; (2) a packed example's
+    logits must be those it has alone. State-space and bidirectional models fail the first, models
+    that ignore `position_ids` the second.
     """
     if label_shift(model) == 0:
         return False

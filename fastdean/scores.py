@@ -1,13 +1,14 @@
 """`Scores`: how important every weight (or MLP unit) is to one set of examples.
 
-What is stored are the parts: the fp32 sum over examples of per-example absolute gradients, the weights
-they belong to, and the number of examples. Importance is their product over n, taken on read, so that
-adding two runs costs one rounding.
+What is stored are the parts: the fp32 sum over examples of per-example absolute gradients, the
+weights they belong to, and the number of examples. Importance is their product over n, taken on
+read, so that adding two runs costs one rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fastdean.ops.selection import importance, select_top
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHA_BITS = 256
+_COUNTS = ("examples", "tokens", "target_tokens")
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class ScoreEntry:
 
     Attributes:
         sums: fp32; dense weight scores have the weight's shape, unit scores [C], sparse ones [M].
-        weight: dense and unit scores: the stored weight [.., ..], sharing the model's memory unless read
-            from a file; sparse: its values [M]. None for unit scores read from a file.
+        weight: dense and unit scores: the stored weight [.., ..], sharing the model's memory unless
+            read from a file; sparse: its values [M]. None for unit scores read from a file.
         index: int64 [M], ascending flat indices of sparse scores; None when dense.
         shape: shape of the stored weight.
         unit_axis: for unit scores, the axis of the weight that counts units; else None.
@@ -63,6 +65,14 @@ class ScoreEntry:
         return size
 
     @property
+    def is_current(self) -> bool:
+        """False if the weight it shares with a model has changed since it was scored."""
+        owns_values = self.index is not None and self.unit_axis is None
+        if self.weight is None or owns_values:
+            return True
+        return fingerprint(self.weight) == self.fingerprint
+
+    @property
     def factor(self) -> Tensor | None:
         """What the sums are multiplied with: the weight, or nothing for units."""
         return None if self.unit_axis is not None else self.weight
@@ -83,15 +93,46 @@ class ScoreEntry:
 
 
 def fingerprint(weight: Tensor) -> int:
-    """Exact checksum of a weight's bits: their sum as integers, the same on every device and layout."""
+    """Exact checksum of a weight: the sum of its bits as integers, on any device and layout."""
     return int(weight.detach().view(_INTEGER_OF_SIZE[weight.element_size()]).sum(dtype=torch.int64))
+
+
+def keep_entry(name: str, entry: ScoreEntry, num_examples: int, ratio: float) -> ScoreEntry:
+    """The sparse entry of the top `ratio` of a matrix; a ValueError names it."""
+    with _named(name):
+        return entry.keep(num_examples, int(ratio * entry.numel))
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"scores of {name}: {error}") from None
+
+
+def _require_unchanged(name: str, entry: ScoreEntry) -> None:
+    if not entry.is_current:
+        raise RuntimeError(
+            f"{name} has changed since it was scored; restore the mask that is applied, or score "
+            "again"
+        )
+
+
+def check_keep_top(keep_top: float | None) -> None:
+    """Raise ValueError unless `keep_top` is None (dense) or a ratio above 0 and at most 1."""
+    if keep_top is not None and not 0 < keep_top <= 1:
+        raise ValueError(
+            f"keep_top must be a ratio above 0 and at most 1, got {keep_top}; "
+            "leave it out to keep every entry"
+        )
 
 
 class Scores(Mapping[str, Tensor]):
     """Read-only mapping: parameter name -> importance.
 
-    For dense scores `scores[name]` is fp32 in the weight's shape ([C] for units); for sparse scores it is
-    fp32 [M], the importance at `scores.index(name)`.
+    For dense scores `scores[name]` is fp32 in the weight's shape ([C] for units); for sparse scores
+    it is fp32 [M], the importance at `scores.index(name)`.
 
     Attributes:
         entries: name -> ScoreEntry.
@@ -111,7 +152,9 @@ class Scores(Mapping[str, Tensor]):
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
         if num_examples < 1:
-            raise ValueError(f"num_examples must be at least 1, got {num_examples}")
+            raise ValueError(
+                f"num_examples must be at least 1, got {num_examples}; give what the sums are over"
+            )
         self.entries = dict(entries)
         self.granularity = granularity
         self.num_examples = num_examples
@@ -119,7 +162,7 @@ class Scores(Mapping[str, Tensor]):
         self.manifest = dict(manifest or {})
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self.entries[name]
+        entry = self._current(name)
         return importance(entry.sums, entry.factor, self.num_examples)
 
     def __iter__(self) -> Iterator[str]:
@@ -132,9 +175,8 @@ class Scores(Mapping[str, Tensor]):
         form = "dense" if self.keep_top is None else f"top {self.keep_top:g} of each matrix"
         unit = "weights" if self.granularity == "weight" else "units"
         total = sum(entry.numel for entry in self.entries.values())
-        return (
-            f"Scores({len(self)} matrices, {total:,} {unit}, n={self.num_examples} examples, {form})"
-        )
+        size = f"{len(self)} matrices, {total:,} {unit}"
+        return f"Scores({size}, n={self.num_examples} examples, {form})"
 
     @property
     def is_sparse(self) -> bool:
@@ -145,7 +187,7 @@ class Scores(Mapping[str, Tensor]):
         return self.entries[name].index
 
     def select(self, name: str, k: int) -> Tensor:
-        """int64 on the CPU, ascending: the k most important entries of one matrix (`ops.select_top`).
+        """int64 on the CPU, ascending: the k most important entries (`ops.select_top`).
 
         Raises:
             ValueError: a score is NaN or infinite, or k reaches beyond what sparse scores kept.
@@ -153,20 +195,27 @@ class Scores(Mapping[str, Tensor]):
         entry = self.entries[name]
         if entry.index is not None and k > int(self.keep_top * entry.numel):
             raise ValueError(
-                f"ratio must not select more than keep_top={self.keep_top:g} kept of {name}, got k={k} of "
-                f"{entry.numel}; score again with a larger keep_top"
+                f"ratio must not select more than keep_top={self.keep_top:g} kept of {name}, got "
+                f"k={k} of {entry.numel}; score again with a larger keep_top"
             )
-        try:
-            return entry.select(self.num_examples, k).cpu()
-        except ValueError as error:
-            raise ValueError(f"scores of {name}: {error}") from None
+        with _named(name):
+            return self._current(name).select(self.num_examples, k).cpu()
 
     def keep(self, ratio: float) -> Scores:
-        """Sparse scores with only each matrix's top `ratio` entries, enough for any smaller ratio."""
-        if not 0 < ratio <= 1:
-            raise ValueError(f"keep_top must be a ratio above 0 and at most 1, got {ratio}")
+        """Sparse scores with only each matrix's top `ratio` entries, enough for smaller ratios.
+
+        Raises:
+            ValueError: `ratio` is out of range or above what these scores kept, or a score is NaN
+                or infinite.
+        """
+        check_keep_top(ratio)
+        if self.keep_top is not None and ratio > self.keep_top:
+            raise ValueError(
+                f"keep_top must be at most the {self.keep_top:g} that these scores kept, got "
+                f"{ratio}; score again with a larger keep_top"
+            )
         kept = {
-            name: self._named(name, lambda e: e.keep(self.num_examples, int(ratio * e.numel)))
+            name: keep_entry(name, self._current(name), self.num_examples, ratio)
             for name in self.entries
         }
         return Scores(
@@ -177,25 +226,19 @@ class Scores(Mapping[str, Tensor]):
             manifest={**self.manifest, "keep_top": ratio},
         )
 
-    def _named(self, name: str, call):
-        try:
-            return call(self.entries[name])
-        except ValueError as error:
-            raise ValueError(f"scores of {name}: {error}") from None
-
     def __add__(self, other: Scores) -> Scores:
         """Scores over the examples of both runs.
 
         Raises:
-            ValueError: either is sparse (an entry dropped from one may be large in the other), or they
-                belong to different weights.
+            ValueError: either is sparse (an entry dropped from one may be large in the other), or
+                they belong to different weights.
         """
         if not isinstance(other, Scores):
             return NotImplemented
         if self.is_sparse or other.is_sparse:
             raise ValueError(
-                "scores must be dense to be added, got scores made with keep_top; score the joined examples "
-                "instead, or score both without keep_top"
+                "scores must be dense to be added, got scores made with keep_top; score the joined "
+                "examples instead, or score both without keep_top"
             )
         self.require_same_weights(other)
         entries = {
@@ -213,7 +256,8 @@ class Scores(Mapping[str, Tensor]):
         """Raise ValueError unless both were made on the same matrices of the same model."""
         if self.granularity != other.granularity:
             raise ValueError(
-                f"scores must share one granularity, got {self.granularity!r} and {other.granularity!r}"
+                f"scores must share one granularity, got {self.granularity!r} and "
+                f"{other.granularity!r}; score both with the same one"
             )
         if set(self.entries) != set(other.entries):
             extra = sorted(set(self.entries) ^ set(other.entries))
@@ -225,19 +269,21 @@ class Scores(Mapping[str, Tensor]):
             theirs = other.entries[name]
             if entry.shape != theirs.shape or entry.fingerprint != theirs.fingerprint:
                 raise ValueError(
-                    f"scores must belong to the same weights, got different values or shapes in {name}; "
-                    "score both on the same model in the same dtype"
+                    f"scores must belong to the same weights, got different values or shapes in "
+                    f"{name}; score both on the same model in the same dtype"
                 )
 
     def require_unchanged_weights(self) -> None:
         """Raise RuntimeError if a weight the scores share with a model has changed since."""
         for name, entry in self.entries.items():
-            if entry.weight is None or (entry.index is not None and entry.unit_axis is None):
-                continue
-            if fingerprint(entry.weight) != entry.fingerprint:
-                raise RuntimeError(
-                    f"{name} has changed since it was scored; restore the mask that is applied, or score again"
-                )
+            _require_unchanged(name, entry)
+
+    def _current(self, name: str) -> ScoreEntry:
+        """The entry, refused where its importance would be that of a weight changed since."""
+        entry = self.entries[name]
+        if entry.factor is not None:
+            _require_unchanged(name, entry)
+        return entry
 
     def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write `fastdean_config.json` and safetensors into a new folder, atomically.
@@ -282,12 +328,18 @@ class Scores(Mapping[str, Tensor]):
         config, tensors = read_folder(resolve(path, revision=revision, token=token), kind="scores")
         entries = {}
         for name, described in config["entries"].items():
-            try:
-                sums = tensors[f"{name}.sums"]
-            except KeyError:
-                raise ValueError(f"{path} must hold {name}.sums, got no such tensor; save it again") from None
+            parts = ["sums"]
+            if described["unit_axis"] is None:
+                parts.append("weight_values")
+            if config["keep_top"] is not None:
+                parts.append("index")
+            for part in parts:
+                if f"{name}.{part}" not in tensors:
+                    raise ValueError(
+                        f"{str(path)!r} must hold {name}.{part}, got no such tensor; save it again"
+                    )
             entries[name] = ScoreEntry(
-                sums=sums,
+                sums=tensors[f"{name}.sums"],
                 weight=tensors.get(f"{name}.weight_values"),
                 index=tensors.get(f"{name}.index"),
                 shape=tuple(described["shape"]),
@@ -303,8 +355,8 @@ class Scores(Mapping[str, Tensor]):
         )
 
 
-def examples_digest(digests: Iterator[bytes]) -> str:
-    """One hexadecimal digest of a set of examples, whatever their order: the sum of theirs modulo 2^256."""
+def examples_digest(digests: Iterable[bytes]) -> str:
+    """One digest of a set of examples whatever their order: the sum of theirs modulo 2^256."""
     total = sum(int.from_bytes(digest, "big") for digest in digests) % (1 << _SHA_BITS)
     return f"{total:064x}"
 
@@ -315,8 +367,8 @@ def _join_manifests(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
     if data and other:
         joined["data"] = {
             **data,
-            **{key: data[key] + other[key] for key in ("examples", "tokens", "target_tokens")},
-            "sha256": examples_digest(iter(bytes.fromhex(d["sha256"]) for d in (data, other))),
+            **{key: data[key] + other[key] for key in _COUNTS if key in data and key in other},
+            "sha256": examples_digest(bytes.fromhex(d["sha256"]) for d in (data, other)),
             "sources": [*data.get("sources", []), *other.get("sources", [])],
         }
     joined["joined_from"] = [

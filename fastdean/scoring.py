@@ -1,17 +1,20 @@
 """`score()`: importance of every weight on a set of examples, in one pass over them.
 
 The order of things: read the examples, plan batches, freeze the model so that autograd computes the
-forward pass and activation gradients only, hook the targets, and let each hook hand its pair (input,
-output gradient) to an accumulator. With collapse.py and forward.py the only code that hooks a module.
+forward pass and activation gradients only, hook the targets, and let each hook hand its pair
+(input, output gradient) to an accumulator. With collapse.py and forward.py the only code that hooks
+a module.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +22,13 @@ from torch import Tensor, nn
 
 from fastdean._logging import logger
 from fastdean.accumulators import ACCUMULATORS, Accumulator, accumulator_bytes
-from fastdean.batching import Batch, default_tokens_per_batch, plan_batches
-from fastdean.data import Example, read_examples
+from fastdean.batching import (
+    Batch,
+    default_tokens_per_batch,
+    plan_batches,
+    require_targets,
+)
+from fastdean.data import IGNORE_INDEX, Example, read_examples
 from fastdean.distributed import Ranks
 from fastdean.forward import (
     TargetLogits,
@@ -31,12 +39,13 @@ from fastdean.forward import (
     target_losses,
     unwrap,
 )
-from fastdean.scores import ScoreEntry, Scores, examples_digest
-from fastdean.targets import Target, coverage, decoder_layers, find_targets
+from fastdean.scores import ScoreEntry, Scores, check_keep_top, examples_digest, keep_entry
+from fastdean.targets import Target, coverage, find_targets
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 
 
+@torch.inference_mode(False)
 def score(
     model: nn.Module,
     loader: Any,
@@ -53,79 +62,95 @@ def score(
     deterministic: bool = False,
     impl: str | None = None,
     progress: bool = True,
+    description: str = "score",
 ) -> Scores:
     """Score every weight (or MLP unit) of a model by its first-order effect on the loss.
 
     granularity="weight":  I_ij = E_x | W_ij * dL_x / dW_ij |
-    granularity="neuron":  I_j  = E_x | sum_t a_tj * dL_x / da_tj |   for the inputs a of each down projection
+    granularity="neuron":  I_j  = E_x | sum_t a_tj * dL_x / da_tj |
 
-    L_x is the cross-entropy of one example, the mean over its own target tokens, in nats; the absolute
-    value is taken per example, before the mean over examples. The result does not depend on how examples
-    are batched, padded or ordered, beyond rounding. The model comes back as it was (modes, requires_grad,
-    config, hooks), also after an exception.
+    with a the inputs of each MLP's down projection, one per unit.
 
-    Under `torch.distributed` every rank passes the same loader; the examples are split over the ranks, the
-    sums are reduced once, and every rank returns the whole result.
+    L_x is the cross-entropy of one example, the mean over its own target tokens, in nats; the
+    absolute value is taken per example, before the mean over examples. The result does not depend
+    on how examples are batched, padded or ordered, beyond rounding. The model comes back as it was
+    (modes, requires_grad, config, hooks), also after an exception.
+
+    Under `torch.distributed` every rank passes the same loader; the examples are split over the
+    ranks, the sums are reduced once, and every rank returns the whole result.
 
     Args:
         model: a Hugging Face causal or masked language model, or with `loss_fn` any module.
-        loader: batches, single examples, a `datasets.Dataset`, or rows of text (`fastdean.data.read_examples`).
+        loader: batches, single examples, a `datasets.Dataset`, or rows of text
+            (`fastdean.data.read_examples`).
         granularity: "weight" or "neuron".
         target_modules: "mlp", "self_attn", "all", a regular expression or a list of name suffixes
             (`fastdean.targets.find_targets`).
         tokenizer, template, max_length: how rows of text become tokens (`fastdean.data.encode`).
         tokens_per_batch: tokens in one forward pass; None: 2048 on a GPU, 384 on a CPU.
-        loss_fn: `(outputs, batch) -> [B]` losses of the examples of a batch. The loader's batches are then
-            passed to the model as they come, less `labels`.
+        loss_fn: `(outputs, batch) -> [B]` losses of the examples of a batch. The loader's batches
+            are then passed to the model as they come, less `labels`.
         keep_top: keep only each matrix's top `keep_top` share of entries (sparse scores).
-        memory_budget: bytes the sums may take at a time; the targets are split over several passes, with
-            the same result. Of use with `keep_top`, or where the sums of a GPU model are to lie on the CPU.
+        memory_budget: bytes the sums may take at a time; the targets are split over several passes,
+            with the same result. Of use with `keep_top`, or where the sums of a GPU model are to
+            lie on the CPU.
         deterministic: run under `torch.use_deterministic_algorithms(True)`.
-        impl: implementation of the accumulation: None (by device), "reference", "triton" or "native".
-        progress: show a progress bar.
+        impl: implementation of the accumulation: None (by device), or one of
+            `fastdean.ops._dispatch.IMPLEMENTATIONS`.
+        progress: show a progress bar, labelled `description`.
     Returns:
         Scores, one entry per target weight.
     Raises:
-        ValueError: no target matches, an example has no target token, or a loss is NaN or infinite.
+        ValueError: no target matches, an example has no target token, a loss is NaN or infinite, or
+            the ranks of a distributed job were given different examples.
+        TypeError: `model` is no module, or `loader` yields something else than dictionaries.
         RuntimeError: a target did not take part exactly once in a batch, or cannot be scored here.
     Source:
-        DEAN (arXiv 2410.16672), importance score; unit granularity is the activation x gradient form.
+        DEAN (arXiv 2410.16672), importance score; unit granularity is the activation x gradient
+        form.
     """
     model = unwrap(model)
+    check_keep_top(keep_top)
     targets = find_targets(model, target_modules, granularity)
+    passes = _split_by_memory(targets, granularity, memory_budget)
     covered = coverage(model, targets)
     _warn_about_unscorable(covered)
     ranks = Ranks.current()
-    if loss_fn is None:
-        work = _LanguageModelling.plan(
-            model, loader, tokenizer, template, max_length, tokens_per_batch, ranks
-        )
-    else:
-        work = _CustomLoss.plan(model, loader, loss_fn, ranks)
+    device = input_device(model)
 
     entries: dict[str, ScoreEntry] = {}
-    passes = _split_by_memory(targets, granularity, memory_budget)
-    device = input_device(model)
     with ExitStack() as stack:
         stack.enter_context(_strict_determinism(deterministic))
-        stack.enter_context(_eager(model))
+        stack.enter_context(_eager())
+        with ranks.failing_together():
+            if loss_fn is None:
+                work = _LanguageModelling.plan(
+                    model, loader, tokenizer, template, max_length, tokens_per_batch, ranks
+                )
+            else:
+                work = _CustomLoss.plan(model, loader, loss_fn, ranks)
+        _require_same_examples(work, ranks)
         stack.enter_context(evaluation_state(model))
         stack.enter_context(_frozen(model))
         stack.enter_context(torch.enable_grad())
-        bar = stack.enter_context(_progress_bar(work.examples_here * len(passes), progress and ranks.first))
+        bar = stack.enter_context(
+            _progress_bar(work.examples_here * len(passes), description, progress and ranks.first)
+        )
         for group in passes:
-            accumulators = {
-                target.parameter: ACCUMULATORS[granularity](target, _device_of(target, device), impl)
-                for target in group
-            }
             with ranks.failing_together():
+                accumulators = {
+                    target.parameter: ACCUMULATORS[granularity](
+                        target, _device_of(target, device), impl
+                    )
+                    for target in group
+                }
                 _run_pass(model, group, accumulators, granularity, work, device, bar)
             for accumulator in accumulators.values():
                 ranks.sum_(accumulator.tensors())
             for target in group:
                 entry = accumulators.pop(target.parameter).entry(_weight_of(target))
                 if keep_top is not None:
-                    entry = _kept(target.parameter, entry, work.num_examples, keep_top)
+                    entry = keep_entry(target.parameter, entry, work.num_examples, keep_top)
                 elif memory_budget is not None:
                     entry = _on_cpu(entry)
                 entries[target.parameter] = entry
@@ -150,17 +175,22 @@ def _run_pass(
     bar: Any,
 ) -> None:
     capture = _Capture(targets, accumulators, granularity)
-    with capture, _gradient_from(model, targets), work.open():
+    with capture, work.open():
         for losses, segments, rows in work.losses(device):
             capture.expect(segments, rows)
-            losses.sum().backward()
+            if losses.requires_grad:
+                losses.sum().backward()
             capture.require_complete()
             work.check(losses)
             bar.update(losses.numel())
 
 
 class _Capture:
-    """Hooks that pair every target's input with the gradient of its output, batch after batch."""
+    """Hooks that pair every target's input with the gradient of its output, batch after batch.
+
+    The graph starts at the lowest targets: where nothing below a target carries a gradient, its
+    hook begins one, so that no backward pass goes deeper than the targets need.
+    """
 
     def __init__(
         self, targets: Sequence[Target], accumulators: Mapping[str, Accumulator], granularity: str
@@ -176,9 +206,13 @@ class _Capture:
     def __enter__(self) -> None:
         for target in self._targets:
             if self._granularity == "weight":
-                handle = target.module.register_forward_hook(self._forward_hook(target), with_kwargs=True)
+                handle = target.module.register_forward_hook(
+                    self._forward_hook(target), with_kwargs=True
+                )
             else:
-                handle = target.module.register_forward_pre_hook(self._unit_hook(target), with_kwargs=True)
+                handle = target.module.register_forward_pre_hook(
+                    self._unit_hook(target), with_kwargs=True
+                )
             self._handles.append(handle)
 
     def __exit__(self, *exc_info: object) -> None:
@@ -195,37 +229,76 @@ class _Capture:
             times = self._fired.get(target.parameter, 0)
             if times != 1:
                 raise RuntimeError(
-                    f"{target.name} must take part in the loss exactly once per batch, got {times} times; "
-                    "modules that are shared between layers or skipped cannot be scored, so leave it out of "
-                    "target_modules"
+                    f"{target.name} must take part in the loss exactly once per batch, got {times} "
+                    "times; modules that are shared between layers or skipped cannot be scored, so "
+                    "leave it out of target_modules"
                 )
 
     def _forward_hook(self, target: Target) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+            x = (args[0] if args else _only(kwargs)).detach()
+            if not output.requires_grad:
+                # A clone, because a leaf that requires grad must not be changed in place later.
+                output = output.detach().requires_grad_(True).clone()
             if output.requires_grad:
-                x = (args[0] if args else kwargs["input"]).detach()
-                output.register_hook(lambda g: self._deliver(target, x, g))
+                self._listen(target, x, _unviewed(output))
+            return output
 
         return hook
 
     def _unit_hook(self, target: Target) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            a = args[0] if args else kwargs["input"]
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            a = args[0] if args else _only(kwargs)
+            if not a.requires_grad:
+                a = a.detach().requires_grad_(True)
             if a.requires_grad:
-                values = a.detach()
-                a.register_hook(lambda g: self._deliver(target, values, g))
+                self._listen(target, a.detach(), a)
+            return (a, *args[1:]), {} if not args else kwargs
 
         return hook
 
+    def _listen(self, target: Target, x: Tensor, differentiated: Tensor) -> None:
+        # Autograd keeps no copy of x for a frozen weight, and so would not notice a change to it.
+        version = x._version
+
+        def deliver(g: Tensor) -> None:
+            if x._version != version:
+                raise RuntimeError(
+                    f"{target.name} must have an input that stays as it was until the backward "
+                    "pass, got one that was changed in place; leave it out of target_modules"
+                )
+            self._deliver(target, x, g)
+
+        differentiated.register_hook(deliver)
+
     def _deliver(self, target: Target, x: Tensor, g: Tensor) -> None:
-        x, g = x.flatten(0, -2), g.flatten(0, -2)
+        # Under autocast a layer computes with its input cast to the dtype of its output.
+        x, g = x.to(g.dtype).flatten(0, -2), g.flatten(0, -2)
         if x.shape[0] != self._rows:
             raise RuntimeError(
-                f"{target.name} must see every token of the batch once, {self._rows} rows, got {x.shape[0]}; "
-                "modules behind a router cannot be scored through hooks, so leave it out of target_modules"
+                f"{target.name} must see every token of the batch once, {self._rows} rows, got "
+                f"{x.shape[0]}; modules behind a router or a pooling cannot be scored through "
+                "hooks, so leave it out of target_modules"
             )
         self._fired[target.parameter] = self._fired.get(target.parameter, 0) + 1
         self._accumulators[target.parameter].add_(x, g, self._segments)
+
+
+def _unviewed(output: Tensor) -> Tensor:
+    """The product behind the view that a Linear with a bias returns.
+
+    A hook on the view would be lost where the model goes on in place (ReLU(inplace=True), `+=`).
+    """
+    base = output._base
+    if base is None or base.numel() != output.numel() or base.shape[-1] != output.shape[-1]:
+        return output
+    return base
+
+
+def _only(kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a module called by keyword: `input` of a Linear, `x` of a Conv1D."""
+    (value,) = kwargs.values()
+    return value
 
 
 @dataclass
@@ -240,7 +313,6 @@ class _LanguageModelling:
     tokens_per_batch: int
     examples_here: int
     mine: list[int]
-    mean_losses: dict[int, float]
 
     @classmethod
     def plan(
@@ -254,18 +326,23 @@ class _LanguageModelling:
         ranks: Ranks,
     ) -> _LanguageModelling:
         shift = label_shift(model)
-        examples = read_examples(loader, tokenizer=tokenizer, template=template, max_length=max_length)
+        examples = read_examples(
+            loader, tokenizer=tokenizer, template=template, max_length=max_length
+        )
         _check_tokens(model, examples)
-        # Planned on all examples first, so that a bad one is refused on every rank alike.
-        plan_batches(examples, shift=shift, packed=True, tokens_per_batch=1)
+        # On all examples, so that a bad one is refused under its own number on every rank alike.
+        require_targets(examples, shift)
         if tokens_per_batch is None:
             tokens_per_batch = default_tokens_per_batch(input_device(model))
         mine = list(range(len(examples)))[ranks.rank :: ranks.size]
         packed = packing_is_exact(model, examples)
         batches = plan_batches(
-            [examples[i] for i in mine], shift=shift, packed=packed, tokens_per_batch=tokens_per_batch
+            [examples[i] for i in mine],
+            shift=shift,
+            packed=packed,
+            tokens_per_batch=tokens_per_batch,
         )
-        return cls(model, examples, batches, shift, packed, tokens_per_batch, len(mine), mine, {})
+        return cls(model, examples, batches, shift, packed, tokens_per_batch, len(mine), mine)
 
     @property
     def num_examples(self) -> int:
@@ -277,7 +354,7 @@ class _LanguageModelling:
             yield
 
     def losses(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Per batch: losses [B] with a graph, the examples' segments, and how many token rows there are."""
+        """Per batch: losses [B] with a graph, the examples' segments, the number of token rows."""
         for batch in self.batches:
             batch = batch.to(device)
             self._current = batch
@@ -289,9 +366,7 @@ class _LanguageModelling:
 
     def check(self, losses: Tensor) -> None:
         for index, value in zip(self._current.example_index, losses.tolist(), strict=True):
-            example = self.mine[index]
-            _require_finite(value, example)
-            self.mean_losses[example] = value
+            _require_finite(value, self.mine[index])
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -299,7 +374,7 @@ class _LanguageModelling:
                 "examples": len(self.examples),
                 "tokens": sum(len(example) for example in self.examples),
                 "target_tokens": sum(example.num_targets(self.shift) for example in self.examples),
-                "sha256": examples_digest(_digest(example) for example in self.examples),
+                "sha256": examples_digest(_digest(e.input_ids, e.labels) for e in self.examples),
             },
             "loss": "cross-entropy in nats, mean over an example's target tokens",
             "label_shift": self.shift,
@@ -316,18 +391,24 @@ class _CustomLoss:
     batches: list[Mapping[str, Any]]
     num_examples: int
     examples_here: int
+    digest: str
     _first: int = 0
 
     @classmethod
-    def plan(cls, model: nn.Module, loader: Any, loss_fn: LossFunction, ranks: Ranks) -> _CustomLoss:
-        batches = list(loader)
-        if not batches or not all(isinstance(b, Mapping) and "input_ids" in b for b in batches):
+    def plan(
+        cls, model: nn.Module, loader: Any, loss_fn: LossFunction, ranks: Ranks
+    ) -> _CustomLoss:
+        batches = [loader] if isinstance(loader, Mapping) else list(loader)
+        for position, batch in enumerate(batches):
+            _require_batch(batch, position)
+        if not batches:
             raise ValueError(
-                "loader must yield at least one batch dictionary with input_ids [B, T] when loss_fn is given"
+                "loader must yield at least one batch, got none; check the source and its filter"
             )
         mine = batches[ranks.rank :: ranks.size]
-        sizes = [b["input_ids"].shape[0] for b in batches]
-        return cls(model, loss_fn, mine, sum(sizes), sum(b["input_ids"].shape[0] for b in mine))
+        sizes = [batch["input_ids"].shape[0] for batch in batches]
+        digest = examples_digest(_digest(batch["input_ids"]) for batch in batches)
+        return cls(model, loss_fn, mine, sum(sizes), sum(sizes[ranks.rank :: ranks.size]), digest)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -335,15 +416,18 @@ class _CustomLoss:
         yield
 
     def losses(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
-        accepted = inspect.signature(self.model.forward).parameters
+        accepted = _accepted_inputs(self.model)
         for batch in self.batches:
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            size, width = batch["input_ids"].shape[:2]
-            inputs = {k: v for k, v in batch.items() if k in accepted and k != "labels"}
+            size, width = batch["input_ids"].shape
+            inputs = {k: v for k, v in batch.items() if k != "labels" and accepted(k)}
             losses = self.loss_fn(self.model(**inputs), batch)
             if not isinstance(losses, Tensor) or tuple(losses.shape) != (size,):
                 got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-                raise ValueError(f"loss_fn must return one loss per example, [{size}], got {got}")
+                raise ValueError(
+                    f"loss_fn must return one loss per example, [{size}], got {got}; "
+                    "reduce over tokens only"
+                )
             starts = torch.arange(size) * width
             yield losses, torch.stack([starts, starts + width], dim=1), size * width
 
@@ -353,14 +437,45 @@ class _CustomLoss:
             self._first += 1
 
     def describe(self) -> dict[str, Any]:
-        return {"data": {"examples": self.num_examples}, "loss": "loss_fn of the caller"}
+        return {
+            "data": {"examples": self.num_examples, "sha256": self.digest},
+            "loss": "loss_fn of the caller",
+        }
+
+
+def _require_batch(batch: Any, position: int) -> None:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        got = type(batch).__name__ if ids is None else getattr(ids, "shape", type(ids).__name__)
+        raise ValueError(
+            "loader must yield dictionaries with a tensor input_ids [B, T] when loss_fn is given, "
+            f"got {got} at item {position}; collate the batches as the model takes them"
+        )
+
+
+def _accepted_inputs(model: nn.Module) -> Callable[[str], bool]:
+    """Which entries of a batch the model's forward names; all of them where it names none."""
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" in parameters:
+        return parameters.__contains__
+    return lambda name: True
+
+
+def _require_same_examples(work: _LanguageModelling | _CustomLoss, ranks: Ranks) -> None:
+    """Loaders that already shard (DistributedSampler) would have most examples never scored."""
+    digest = work.describe()["data"]["sha256"] if ranks.size > 1 else "0"
+    if not ranks.hold_the_same(int(digest[:15], 16)):
+        raise ValueError(
+            "loader must give every rank the same examples, got different ones; leave out the "
+            "distributed sampler, score() splits the examples itself"
+        )
 
 
 def _require_finite(loss: float, example: int) -> None:
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    if not math.isfinite(loss):
         raise ValueError(
-            f"loss must be finite, got {loss} for example {example}; check the model's weights and dtype, "
-            "and that example's tokens"
+            f"loss must be finite, got {loss} for example {example}; check the model's weights and "
+            "dtype, and that example's tokens"
         )
 
 
@@ -370,12 +485,15 @@ def _check_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     for i, example in enumerate(examples):
-        low, high = int(example.input_ids.min()), int(example.input_ids.max())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(
-                f"input_ids must lie in 0..{vocabulary - 1}, got {low if low < 0 else high} in example {i}; "
-                "use the model's own tokenizer"
-            )
+        targets = example.labels[example.labels != IGNORE_INDEX]
+        for key, ids in (("input_ids", example.input_ids), ("labels", targets)):
+            outside = ids[(ids < 0) | (ids >= vocabulary)]
+            if outside.numel():
+                ignored = "" if key == "input_ids" else f" or be {IGNORE_INDEX}"
+                raise ValueError(
+                    f"{key} must lie in 0..{vocabulary - 1}{ignored}, got {int(outside[0])} in "
+                    f"example {i}; use the model's own tokenizer"
+                )
         if longest is not None and len(example) > longest:
             raise ValueError(
                 f"example {i} must have at most {longest} tokens (max_position_embeddings), got "
@@ -383,45 +501,29 @@ def _check_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
             )
 
 
-def _digest(example: Example) -> bytes:
-    content = hashlib.sha256(example.input_ids.numpy().tobytes())
-    content.update(example.labels.numpy().tobytes())
+def _digest(*tensors: Tensor) -> bytes:
+    content = hashlib.sha256()
+    for tensor in tensors:
+        content.update(tensor.cpu().numpy().tobytes())
     return content.digest()
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient inside: autograd computes dX and never dW."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # By name: offloading replaces the parameter objects during the forward pass.
+    trainable = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    ]
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        for name in trainable:
+            model.get_parameter(name).requires_grad_(False)
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _gradient_from(model: nn.Module, targets: Sequence[Target]) -> Iterator[None]:
-    """Start the graph at the lowest decoder layer with a target: nothing below it needs a gradient."""
-    layers = list(decoder_layers(model).values())
-    if all(target.layer is not None for target in targets):
-        lowest = min(target.layer_index for target in targets)
-        handle = layers[lowest].register_forward_pre_hook(_require_input_grad, with_kwargs=True)
-    else:
-        embedding = model.get_input_embeddings()
-        handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _require_input_grad(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    if args:
-        return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
+        for name in trainable:
+            model.get_parameter(name).requires_grad_(True)
 
 
 @contextmanager
@@ -439,9 +541,10 @@ def _strict_determinism(deterministic: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Compiled submodules do not fire hooks that were added after compilation."""
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+def _eager() -> Iterator[None]:
+    """Compiled modules and functions do not fire hooks that were added after compilation."""
+    # Nothing was compiled where the compiler was never imported, and importing it takes seconds.
+    if "torch._dynamo" in sys.modules:
         with torch.compiler.set_stance("force_eager"):
             yield
     else:
@@ -449,10 +552,10 @@ def _eager(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _progress_bar(total: int, shown: bool) -> Iterator[Any]:
+def _progress_bar(total: int, description: str, shown: bool) -> Iterator[Any]:
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc="scoring", unit="ex", disable=not shown) as bar:
+    with tqdm(total=total, desc=description, unit="ex", disable=not shown) as bar:
         yield bar
 
 
@@ -467,8 +570,8 @@ def _split_by_memory(
         size = accumulator_bytes(target, granularity)
         if size > memory_budget:
             raise ValueError(
-                f"memory_budget must hold at least one matrix, {size:,} bytes for {target.parameter}, "
-                f"got {memory_budget:,}"
+                f"memory_budget must hold the sums of at least one matrix, {size:,} bytes for "
+                f"{target.parameter}, got {memory_budget:,}; raise it or leave it out"
             )
         if not passes or used + size > memory_budget:
             passes.append([])
@@ -496,16 +599,7 @@ def _weight_of(target: Target) -> Tensor:
         return target.module.weight.detach().clone()
 
 
-def _kept(name: str, entry: ScoreEntry, num_examples: int, ratio: float) -> ScoreEntry:
-    try:
-        return entry.keep(num_examples, int(ratio * entry.numel))
-    except ValueError as error:
-        raise ValueError(f"scores of {name}: {error}") from None
-
-
 def _on_cpu(entry: ScoreEntry) -> ScoreEntry:
-    from dataclasses import replace
-
     return replace(entry, sums=entry.sums.cpu())
 
 
@@ -514,8 +608,8 @@ def _warn_about_unscorable(covered: Mapping[str, Any]) -> None:
     if missed > 0.05 * covered["model_parameters"]:
         names = list(covered["unscorable"])
         logger.warning(
-            "%.0f %% of the model's parameters lie in its layers outside any Linear module and are not scored "
-            "(%d tensors, such as %s)",
+            "%.0f %% of the model's parameters lie in its layers outside any Linear module and are "
+            "not scored (%d tensors, such as %s)",
             100 * missed / covered["model_parameters"],
             len(names),
             names[0],
@@ -542,7 +636,9 @@ def _manifest(
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         },
         "granularity": granularity,
-        "target_modules": target_modules if isinstance(target_modules, str) else list(target_modules),
+        "target_modules": target_modules
+        if isinstance(target_modules, str)
+        else list(target_modules),
         "coverage": covered,
         "importance": "mean over examples of the per-example absolute value",
         "accumulation": "float32",

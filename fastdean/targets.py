@@ -1,13 +1,14 @@
-"""Which layers are scored: the Linear (and Conv1D) modules of the decoder layers, or the units of their MLPs.
+"""Which layers are scored: Linear (and Conv1D) modules of the decoder layers, or their MLPs' units.
 
-No list of model families: a decoder layer is an element of the longest ModuleList of the base model, and
+No list of model families: a decoder layer is an element of the longest ModuleList of the base
+    model, and
 what lies under a submodule named or typed as attention is attention.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -59,13 +60,19 @@ def find_targets(
     """The modules to score, in the model's order.
 
     Args:
-        target_modules: "mlp", "self_attn", "all" (both), a regular expression that the whole module name
-            must match, or a list of name suffixes. The output embedding never counts.
-        granularity: "weight", or "neuron" to keep only each MLP's down projection, whose inputs are the
-            MLP's units.
+        target_modules: "mlp", "self_attn", "all" (both), a regular expression that the whole module
+            name must match, or a list of name suffixes. The output embedding never counts.
+        granularity: "weight", or "neuron" to keep only each MLP's down projection, whose inputs are
+            the MLP's units.
     Raises:
         ValueError: nothing matches, or a weight is not floating point (quantised).
+        TypeError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; load it first, for "
+            "example with transformers.AutoModelForCausalLM.from_pretrained"
+        )
     if granularity not in ("weight", "neuron"):
         raise ValueError(f"granularity must be 'weight' or 'neuron', got {granularity!r}")
     candidates = _scorable(model)
@@ -73,10 +80,11 @@ def find_targets(
     if granularity == "neuron":
         chosen = _down_projections(model, candidates, chosen)
     if not chosen:
-        kinds = sorted({re.sub(r"\d+", "*", target.name) for target in candidates})
+        wanted = "Linear layer" if granularity == "weight" else "down projection of an MLP"
         raise ValueError(
-            f"target_modules must match at least one Linear layer of the model, got {target_modules!r}; "
-            f"the layers are {', '.join(kinds[:12]) or 'none'}"
+            f"target_modules must match at least one {wanted} of the model, got "
+            f"{target_modules!r}; the layers are {_kinds(target.name for target in candidates)}"
+            f"{_fused_hint(model)}"
         )
     for target in chosen:
         if not target.module.weight.dtype.is_floating_point:
@@ -92,29 +100,22 @@ def coverage(model: nn.Module, targets: Sequence[Target]) -> dict:
 
     Returns:
         targets: number of scored modules; scored_parameters, model_parameters, share;
-        unscorable: name -> size of the matrices inside the decoder layers that belong to no Linear or
-        Conv1D (fused experts, routers).
+        unscorable: name -> size of the matrices inside the decoder layers that belong to no Linear
+        or Conv1D (fused experts, routers).
     """
     scored = {id(target.module.weight): target.module.weight.numel() for target in targets}
     total = {id(p): p.numel() for p in model.parameters()}
-    scorable = {id(target.module.weight) for target in _scorable(model)}
-    unscorable = {
-        f"{prefix}.{name}": parameter.numel()
-        for prefix, layer in decoder_layers(model).items()
-        for name, parameter in layer.named_parameters()
-        if parameter.dim() >= 2 and id(parameter) not in scorable
-    }
     return {
         "targets": len(targets),
         "scored_parameters": sum(scored.values()),
         "model_parameters": sum(total.values()),
         "share": sum(scored.values()) / max(1, sum(total.values())),
-        "unscorable": unscorable,
+        "unscorable": _unscorable(model),
     }
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> decoder layer: the elements of the longest ModuleList that lies in no other ModuleList."""
+    """Name -> decoder layer: the elements of the longest ModuleList that lies in no other one."""
     base = getattr(model, "base_model", model)
     names = {module: name for name, module in model.named_modules()}
     lists: list[nn.ModuleList] = []
@@ -127,6 +128,27 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
         return {}
     longest = max(lists, key=len)
     return {names[layer]: layer for layer in longest}
+
+
+def _unscorable(model: nn.Module) -> dict[str, int]:
+    scorable = {id(target.module.weight) for target in _scorable(model)}
+    return {
+        f"{prefix}.{name}": parameter.numel()
+        for prefix, layer in decoder_layers(model).items()
+        for name, parameter in layer.named_parameters()
+        if parameter.dim() >= 2 and id(parameter) not in scorable
+    }
+
+
+def _kinds(names: Iterable[str]) -> str:
+    """Names with their numbers left out, each kind once, for messages."""
+    kinds = sorted({re.sub(r"\d+", "*", name) for name in names})
+    return ", ".join(kinds[:12]) or "none"
+
+
+def _fused_hint(model: nn.Module) -> str:
+    fused = _unscorable(model)
+    return f", and hooks cannot see the fused tensors {_kinds(fused)}" if fused else ""
 
 
 def _is_scorable(module: nn.Module) -> bool:
@@ -179,8 +201,8 @@ def _matches(target: Target, target_modules: str | Sequence[str]) -> bool:
             return re.fullmatch(target_modules, target.name) is not None
         except re.error as error:
             raise ValueError(
-                "target_modules must be 'mlp', 'self_attn', 'all', a list of suffixes or a valid regular "
-                f"expression, got {target_modules!r} ({error})"
+                "target_modules must be 'mlp', 'self_attn', 'all', a list of suffixes or a valid "
+                f"regular expression, got {target_modules!r} ({error}); escape special characters"
             ) from None
     return any(target.name == s or target.name.endswith(f".{s}") for s in target_modules)
 
@@ -190,20 +212,25 @@ def _down_projections(
 ) -> list[Target]:
     """Of `chosen`, the MLP layers that lead from the units back to the hidden size.
 
-    A layer's inputs are units when another MLP layer beside it produces that many outputs, once, or twice
-    as many when gate and up are fused.
+    A layer's inputs are units when another MLP layer beside it produces that many outputs, once, or
+    twice as many when gate and up are fused. Where units are as many as hidden dimensions, shapes
+    say nothing, and the last MLP layer of its decoder layer is taken.
     """
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden = getattr(text, "hidden_size", None)
     produced: dict[int | None, set[int]] = {}
+    last: dict[int | None, str] = {}
     for target in candidates:
-        if target.group == "mlp" and target.num_inputs == hidden:
-            produced.setdefault(target.layer_index, set()).add(target.num_outputs)
+        if target.group == "mlp":
+            last[target.layer_index] = target.name
+            if target.num_inputs == hidden:
+                produced.setdefault(target.layer_index, set()).add(target.num_outputs)
     return [
         target
         for target in chosen
         if target.group == "mlp"
         and target.num_outputs == hidden
         and {target.num_inputs, 2 * target.num_inputs} & produced.get(target.layer_index, set())
+        and (target.num_inputs != hidden or target.name == last[target.layer_index])
     ]

@@ -1,4 +1,4 @@
-"""The definitions, computed the slow and obvious way in float64. Imports nothing of the package's numerics."""
+"""The definitions, computed the slow and obvious way in float64, without the package's numerics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def unit_importance(model, examples, modules, shift=1):
     for input_ids, labels in examples:
         inputs = {}
 
-        def keep(name):
+        def keep(name, inputs=inputs):
             def hook(module, args):
                 args[0].retain_grad()
                 inputs[name] = args[0]

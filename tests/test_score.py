@@ -5,41 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import norm_error, top_k, unit_importance, weight_importance
-from tiny_models import MODELS, VOCAB
+from tiny_data import batches, make_examples
+from tiny_models import MODELS
 
 import fastdean
 from fastdean.targets import find_targets
-
-LENGTHS = (3, 9, 17, 2, 12, 5)
-
-
-def make_examples(seed=0, lengths=LENGTHS, vocab=VOCAB):
-    """(input_ids [T], labels [T]) with the first third as prompt; fresh random tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    examples = []
-    for length in lengths:
-        ids = torch.randint(3, vocab, (length,), generator=generator)
-        labels = ids.clone()
-        labels[: max(1, length // 3)] = -100
-        examples.append((ids, labels))
-    return examples
-
-
-def batches(examples, size, side="right", pad=0):
-    """Padded loader batches of `size` examples."""
-    for start in range(0, len(examples), size):
-        group = examples[start : start + size]
-        width = max(ids.numel() for ids, _ in group) + 2
-        columns = {"input_ids": pad, "labels": -100, "attention_mask": 0}
-        batch = {
-            key: torch.full((len(group), width), fill) for key, fill in columns.items()
-        }
-        for row, (ids, labels) in enumerate(group):
-            part = slice(0, ids.numel()) if side == "right" else slice(width - ids.numel(), width)
-            batch["input_ids"][row, part] = ids
-            batch["labels"][row, part] = labels
-            batch["attention_mask"][row, part] = 1
-        yield batch
 
 
 def shift_of(name):
@@ -102,9 +72,7 @@ def test_loss_fn_scores_any_model_per_example():
         losses = []
         for logits, labels in zip(outputs.logits, batch["labels"], strict=True):
             kept = labels[1:] != -100
-            losses.append(
-                torch.nn.functional.cross_entropy(logits[:-1][kept], labels[1:][kept])
-            )
+            losses.append(torch.nn.functional.cross_entropy(logits[:-1][kept], labels[1:][kept]))
         return torch.stack(losses)
 
     own = fastdean.score(model, batches(examples, 2), loss_fn=loss_fn, progress=False)

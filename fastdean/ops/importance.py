@@ -23,22 +23,23 @@ def accumulate_importance_(
         for start, end in segments.tolist():
             acc += (g[start:end].T.float() @ x[start:end].float()).abs()
 
-    The product of an example is never rounded below fp32 before the absolute value. For a weight stored
-    [C, R] (Conv1D) exchange `x` and `g`.
+    The product of an example is never rounded below fp32 before the absolute value. For a weight
+    stored [C, R] (Conv1D) exchange `x` and `g`.
 
     Args:
         acc: fp32 [R, C], any strides; on the device of `x`.
         x: [N, C] inputs of the layer; fp32, bf16, fp16 or fp64, any strides.
         g: [N, R] gradients of the loss with respect to its outputs; dtype of `x`.
-        segments: int64 [B, 2] on the CPU, rows (start, end) of each example, 0 <= start <= end <= N.
-            Rows in no segment (padding) count for nothing; B = 0 leaves `acc` as it is.
+        segments: int64 [B, 2] on the CPU, rows (start, end) of each example, 0 <= start <= end <=
+            N. Rows in no segment (padding) count for nothing; B = 0 leaves `acc` as it is.
         impl: None (by device), "reference", "triton" or "native".
     Returns:
         `acc`.
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit together.
     Source:
-        DEAN (arXiv 2410.16672), importance E_s |W_ij * dL(s)/dW_ij|; |W_ij| is multiplied once, later.
+        DEAN (arXiv 2410.16672), importance E_s |W_ij * dL(s)/dW_ij|; |W_ij| is multiplied once,
+        later.
     """
     _check_inputs(x, g, segments)
     _check_accumulator(acc, (g.shape[1], x.shape[1]), x.device)
@@ -91,6 +92,11 @@ def _check_inputs(x: Tensor, g: Tensor, segments: Tensor) -> None:
         raise ValueError(
             f"g must be on the device of the inputs, {x.device}, got {g.device}; move it there"
         )
+    if not isinstance(segments, Tensor):
+        raise TypeError(
+            "segments must be a tensor, int64 [B, 2] on the CPU, "
+            f"got {type(segments).__name__}; make it with torch.tensor"
+        )
     if (
         segments.dim() != 2
         or segments.shape[1] != 2
@@ -99,7 +105,8 @@ def _check_inputs(x: Tensor, g: Tensor, segments: Tensor) -> None:
     ):
         raise ValueError(
             "segments must be int64 [B, 2] on the CPU, "
-            f"got {segments.dtype} {list(segments.shape)} on {segments.device}"
+            f"got {segments.dtype} {list(segments.shape)} on {segments.device}; "
+            "give (start, end) of each example"
         )
     if segments.numel():
         starts, ends = segments.unbind(1)
@@ -114,5 +121,5 @@ def _check_accumulator(acc: Tensor, shape: tuple[int, ...], device: torch.device
     if tuple(acc.shape) != shape or acc.dtype != torch.float32 or acc.device != device:
         raise ValueError(
             f"acc must be torch.float32 {list(shape)} on {device}, "
-            f"got {acc.dtype} {list(acc.shape)} on {acc.device}"
+            f"got {acc.dtype} {list(acc.shape)} on {acc.device}; make it with torch.zeros"
         )

@@ -5,7 +5,8 @@ Arguments have passed the checks of the public functions in `fastdean.ops`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -53,10 +54,12 @@ def _coordinates(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tenso
     return torch.unravel_index(index.to(tensor.device), tensor.shape or (1,))
 
 
-# A block of rows whose product stays in a core's cache between the product, the absolute value and the add.
-_BLOCK_BYTES = 512 * 1024
+# A block of rows whose product stays in a core's cache between the product, the absolute value and
+# the add.
+_BLOCK_BYTES = 1024 * 1024
 
 
+@torch.no_grad()
 def accumulate_importance_(
     acc: torch.Tensor, x: torch.Tensor, g: torch.Tensor, segments: torch.Tensor
 ) -> None:
@@ -64,14 +67,30 @@ def accumulate_importance_(
     x, g = _at_least_fp32(x), _at_least_fp32(g)
     height = max(16, _BLOCK_BYTES // (x.element_size() * max(1, x.shape[1])))
     spans = [(start, end) for start, end in segments.tolist() if end > start]
-    for top in range(0, acc.shape[0], height):
-        block = acc[top : top + height]
-        product = x.new_empty(block.shape)
-        for start, end in spans:
-            torch.mm(g[start:end, top : top + height].T, x[start:end], out=product)
-            block += product.abs_()
+    with _full_fp32_products():
+        for top in range(0, acc.shape[0], height):
+            block = acc[top : top + height]
+            product = x.new_empty(block.shape)
+            for start, end in spans:
+                torch.mm(g[start:end, top : top + height].T, x[start:end], out=product)
+                block += product.abs_()
 
 
+@contextmanager
+def _full_fp32_products() -> Iterator[None]:
+    """No TF32 and no bf16 inside, whatever the caller allows the model's own products."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    allowed = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, allowed, strict=True):
+            backend.fp32_precision = precision
+
+
+@torch.no_grad()
 def accumulate_unit_importance_(
     acc: torch.Tensor, a: torch.Tensor, g: torch.Tensor, segments: torch.Tensor
 ) -> None:

@@ -33,8 +33,8 @@ def select_top(
         order = value.argsort(descending=True, stable=True)
         (order[value[order] > 0][:k]).sort().values
 
-    Only entries with positive importance can be selected, so fewer than k indices may come back. Ties go
-    to the lowest flat index.
+    Only entries with positive importance can be selected, so fewer than k indices may come back.
+    Ties go to the lowest flat index.
 
     Args:
         sums, weight, num_examples: see `importance`.
@@ -46,13 +46,15 @@ def select_top(
         ValueError: an importance is NaN or infinite, k is negative, or the shapes differ.
     """
     if sums.dtype != torch.float32:
-        raise TypeError(f"sums must be torch.float32, got {sums.dtype}")
+        raise TypeError(f"sums must be torch.float32, got {sums.dtype}; accumulate in fp32")
     if weight is not None and weight.shape != sums.shape:
         raise ValueError(
-            f"weight must have the shape of sums, {list(sums.shape)}, got {list(weight.shape)}"
+            f"weight must have the shape of sums, {list(sums.shape)}, got {list(weight.shape)}; "
+            "pass the weight that was scored"
         )
     if k < 0 or num_examples < 1:
         raise ValueError(
-            f"k must be at least 0 and num_examples at least 1, got {k} and {num_examples}"
+            f"k must be at least 0 and num_examples at least 1, got {k} and {num_examples}; "
+            "check the ratio and the number of examples"
         )
     return choose("select_top", sums.device, impl).callable(sums, weight, num_examples, k)

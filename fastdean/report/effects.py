@@ -159,10 +159,7 @@ def perplexity_section(perplexity: dict) -> Html:
         said += f" on {perplexity['text']}"
     if measured(perplexity.get("tokens")):
         said += f" ({count(perplexity['tokens'])} tokens)"
-    said += (
-        ". A ratio above one is a model that predicts this text less well. Windows of one running "
-        "text are neighbours, so that an interval over them is on the narrow side."
-    )
+    said += ". A ratio above one is a model that predicts this text less well."
     label = "Perplexity as a ratio to the unedited model. " + " ".join(
         f"{row.name}: {' '.join(row.written(1))}, {reading(row, 1, mask.get('verdict'))}."
         for row, mask in rows

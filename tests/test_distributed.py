@@ -1,0 +1,194 @@
+"""Two processes give what one gives, and fail together.
+
+The processes are started once; each scores in every situation, and the tests read what came out.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+
+import pytest
+import torch
+from oracle import norm_error
+from tiny_data import batches, make_examples
+from tiny_models import llama
+from torch import distributed
+
+import fastdean
+from fastdean.distributed import Ranks
+
+WORLD = 2
+LIMIT_S = 120
+EXAMPLES = make_examples(lengths=(3, 9, 17, 4, 12))
+
+
+def loader(examples=EXAMPLES):
+    return batches(examples, 2)
+
+
+def token_loss(outputs, batch):
+    log_probs = outputs.logits[:, :-1].log_softmax(-1)
+    labels = batch["labels"][:, 1:]
+    taken = -log_probs.gather(2, labels.clamp_min(0).unsqueeze(2)).squeeze(2)
+    return (taken * (labels != -100)).sum(1)
+
+
+def uneven(rank):
+    return fastdean.score(llama(), loader(), progress=False)
+
+
+def one_example(rank):
+    return fastdean.score(llama(), loader(EXAMPLES[:1]), progress=False)
+
+
+def in_passes(rank):
+    options = {"memory_budget": 3 * 8192, "keep_top": 0.05}
+    return fastdean.score(llama(), loader(), progress=False, **options)
+
+
+def units(rank):
+    return fastdean.score(llama(), loader(), granularity="neuron", progress=False)
+
+
+def own_loss(rank):
+    return fastdean.score(llama(), loader(), loss_fn=token_loss, progress=False)
+
+
+def broken_loader(rank):
+    def rows():
+        yield from loader()
+        if rank == 1:
+            raise OSError("disk of rank 1")
+
+    return fastdean.score(llama(), rows(), progress=False)
+
+
+def broken_weights(rank):
+    model = llama()
+    if rank == 1:
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    return fastdean.score(model, loader(), progress=False)
+
+
+def other_examples(rank):
+    return fastdean.score(llama(), loader(EXAMPLES[rank::WORLD]), progress=False)
+
+
+def empty_loader(rank):
+    return fastdean.score(llama(), [], progress=False)
+
+
+# Working ones between the failing ones: a failure must leave the group in step.
+SITUATIONS = [
+    uneven,
+    broken_loader,
+    one_example,
+    broken_weights,
+    in_passes,
+    other_examples,
+    units,
+    empty_loader,
+    own_loss,
+]
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=LIMIT_S / 2),
+    )
+    found = {}
+    for situation in SITUATIONS:
+        try:
+            scores = situation(rank)
+        except Exception as error:
+            found[situation.__name__] = f"{type(error).__name__}: {error}"
+        else:
+            found[situation.__name__] = {
+                "values": dict(scores),
+                "num_examples": scores.num_examples,
+                "data": scores.manifest["data"],
+                "ranks": scores.manifest["ranks"],
+            }
+    torch.save(found, folder / f"rank{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each rank found in each situation."""
+    folder = tmp_path_factory.mktemp("ranks")
+    started = torch.multiprocessing.start_processes(
+        worker, args=(folder,), nprocs=WORLD, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + LIMIT_S
+    try:
+        while not started.join(timeout=5):
+            assert time.monotonic() < deadline, "the ranks wait for each other"
+    finally:
+        for process in started.processes:
+            process.kill()
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize(
+    "situation", [uneven, one_example, in_passes, units, own_loss], ids=lambda s: s.__name__
+)
+def test_two_ranks_give_what_one_gives(found, situation):
+    alone = situation(0)
+    for rank in range(WORLD):
+        result = found[rank][situation.__name__]
+        assert not isinstance(result, str), result
+        assert result["num_examples"] == alone.num_examples
+        assert result["data"] == alone.manifest["data"]
+        assert (result["ranks"], alone.manifest["ranks"]) == (WORLD, 1)
+        assert list(result["values"]) == list(alone)
+        for name, value in alone.items():
+            assert norm_error(result["values"][name], value) < 1e-6
+
+
+def test_both_ranks_hold_the_same_bits(found):
+    first, second = (found[rank]["uneven"]["values"] for rank in range(WORLD))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "situation, own",
+    [
+        ("broken_loader", "OSError: disk of rank 1"),
+        ("broken_weights", "ValueError: loss must be finite, got nan for example"),
+    ],
+)
+def test_a_failure_on_one_rank_is_an_error_on_both(found, situation, own):
+    assert found[1][situation].startswith(own)
+    assert found[0][situation] == (
+        "RuntimeError: every rank must finish its part of the work, got 1 of 2 that failed; "
+        "see their own messages"
+    )
+
+
+def test_a_failure_on_both_ranks_keeps_its_own_message(found):
+    for rank in range(WORLD):
+        assert found[rank]["empty_loader"].startswith("ValueError: loader must yield at least one")
+
+
+def test_loaders_that_are_already_split_are_refused(found):
+    for rank in range(WORLD):
+        assert found[rank]["other_examples"] == (
+            "ValueError: loader must give every rank the same examples, got different ones; leave "
+            "out the distributed sampler, score() splits the examples itself"
+        )
+
+
+def test_a_job_without_a_process_group_is_warned_about(monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with caplog.at_level(logging.WARNING, logger="fastdean"):
+        assert Ranks.current() == Ranks(0, 1)
+    assert "WORLD_SIZE is 4 but torch.distributed is not initialised" in caplog.text

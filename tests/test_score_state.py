@@ -1,0 +1,301 @@
+"""`score` leaves the model as it found it, whatever happens and whatever state that was."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from oracle import norm_error
+from tiny_data import batches, make_examples
+from tiny_models import MODELS, gpt2, llama, qwen2
+from torch import nn
+
+import fastdean
+
+
+def loader():
+    return batches(make_examples(), 4)
+
+
+def run(model, **options):
+    return fastdean.score(model, loader(), progress=False, **options)
+
+
+def unusual(model):
+    """A model in a state that no default would restore: mixed modes, freezes, gradients, cache."""
+    model.train()
+    layer = model.get_submodule(next(n for n, m in model.named_modules() if n.endswith(".1")))
+    layer.eval()
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 3 != 0)
+        if i % 2:
+            parameter.grad = torch.full_like(parameter, i / 7)
+    model.config.use_cache = True
+    return model
+
+
+def state_of(model):
+    """Everything that a user could miss afterwards, with bits where there are numbers."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "identities": [id(parameter) for parameter in model.parameters()],
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "gradients": {
+            name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+        },
+        "config": copy.deepcopy(model.config.to_dict()),
+        "hooks": [len(getattr(module, h)) for module in model.modules() for h in hooks],
+        "deterministic": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        "grad enabled": torch.is_grad_enabled(),
+        "compiler": torch._dynamo.eval_frame._stance.stance
+        if "torch._dynamo" in sys.modules
+        else "",
+    }
+
+
+def assert_same_state(before, after):
+    assert before.keys() == after.keys()
+    for key in before.keys() - {"weights", "gradients"}:
+        assert before[key] == after[key], key
+    for key in ("weights", "gradients"):
+        for name, value in before[key].items():
+            found = after[key][name]
+            assert (value is None) == (found is None), (key, name)
+            assert value is None or torch.equal(value, found), (key, name)
+
+
+def forward_that_raises(model, error, at):
+    """Let the model's forward raise in its call number `at`."""
+    calls = []
+    original = model.forward
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            raise error
+        return original(*args, **kwargs)
+
+    model.forward = forward
+
+
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("name", MODELS)
+def test_success_changes_nothing(name, granularity):
+    model = unusual(MODELS[name]())
+    before = state_of(model)
+    run(model, granularity=granularity, deterministic=True)
+    assert_same_state(before, state_of(model))
+
+
+# The first four calls find out whether packing is exact; the others score.
+@pytest.mark.parametrize("at", [1, 5, 6])
+@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt(), torch.OutOfMemoryError()])
+def test_an_exception_in_the_model_changes_nothing(error, at):
+    model = unusual(llama())
+    forward_that_raises(model, error, at)
+    before = state_of(model)
+    with pytest.raises(type(error)):
+        run(model, tokens_per_batch=10, deterministic=True)
+    assert_same_state(before, state_of(model))
+
+
+def test_an_interrupt_in_the_backward_pass_changes_nothing(monkeypatch):
+    from fastdean import accumulators
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(accumulators, "accumulate_importance_", interrupted)
+    model = unusual(llama())
+    before = state_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        run(model)
+    assert_same_state(before, state_of(model))
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+    model = unusual(llama())
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    before = state_of(model)
+    with pytest.raises(ValueError, match="loss must be finite, got nan for example [0-5]; check"):
+        run(model, deterministic=True)
+    after = state_of(model)
+    for state in (before, after):
+        state["weights"] = {k: v.nan_to_num(12345.0) for k, v in state["weights"].items()}
+    assert_same_state(before, after)
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_the_callers_deterministic_mode_survives(warn_only):
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        run(llama(), deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_same_scores(scores, expected):
+    assert list(scores) == list(expected)
+    for name in expected:
+        assert norm_error(scores[name], expected[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_callers_without_gradients(context):
+    model, expected = llama(), run(llama())
+    with context():
+        scores = run(model)
+    assert_same_scores(scores, expected)
+
+
+def test_a_frozen_model_and_one_with_its_input_gradients_on():
+    expected = run(llama())
+    frozen = llama().requires_grad_(False)
+    assert_same_scores(run(frozen), expected)
+    frozen.enable_input_require_grads()
+    before = state_of(frozen)
+    assert_same_scores(run(frozen), expected)
+    assert_same_state(before, state_of(frozen))
+
+
+def test_dropout_is_off_while_scoring():
+    expected = run(gpt2())
+    model = gpt2()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    model.train()
+    assert_same_scores(run(model), expected)
+    assert all(module.training for module in model.modules())
+
+
+# The newer name of the method is not in every release of transformers that we support.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_in_training_mode(use_reentrant):
+    expected = run(qwen2())
+    model = qwen2().train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    before = state_of(model)
+    assert_same_scores(run(model), expected)
+    assert_same_state(before, state_of(model))
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+class _Wrapper(nn.parallel.DistributedDataParallel):
+    """DistributedDataParallel without a process group."""
+
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self.module = module
+
+
+def test_wrapped_models_are_unwrapped():
+    expected = run(llama())
+    assert_same_scores(run(_Wrapper(llama())), expected)
+    assert_same_scores(run(torch.compile(_Wrapper(llama()), backend="eager")), expected)
+
+
+def compiled(how):
+    """A model compiled in one of the ways people use, after a call through the compiled code."""
+    model = llama()
+    counts = []
+
+    def backend(graph, inputs):
+        counts.append(1)
+        return graph.forward
+
+    if how == "torch.compile":
+        wrapped = torch.compile(model, backend=backend)
+    else:
+        wrapped, mlp = model, model.model.layers[1].mlp
+        if how == "module.compile()":
+            mlp.compile(backend=backend)
+        else:
+            mlp.forward = torch.compile(mlp.forward, backend=backend)
+    with torch.no_grad():
+        wrapped(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+    assert counts, "nothing was compiled"
+    return wrapped, counts
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "module.compile()", "a compiled forward"])
+def test_compiled_models_are_scored_uncompiled(how):
+    expected = run(llama())
+    model, counts = compiled(how)
+    seen = len(counts)
+    assert_same_scores(run(model), expected)
+    assert len(counts) == seen, "scoring compiled something"
+
+
+def test_the_users_own_hooks_stay_and_still_run():
+    model, calls = llama(), []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: calls.append(1))
+    assert_same_scores(run(model), run(llama()))
+    assert calls and len(model.model.layers[0].mlp.up_proj._forward_hooks) == 1
+
+
+def test_autocast_around_the_call_is_scored_in_the_dtypes_it_computes_in():
+    expected = run(llama())
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = run(llama())
+    for name in expected:
+        assert scores[name].dtype == torch.float32
+        assert norm_error(scores[name], expected[name]) < 0.05
+
+
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_offloaded_weights(granularity):
+    from accelerate import cpu_offload
+
+    expected = run(llama(), granularity=granularity)
+    model = llama()
+    model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(False)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    scores = run(model, granularity=granularity)
+    assert_same_scores(scores, expected)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_have_fp32_products(dtype, monkeypatch):
+    from fastdean import accumulators
+
+    seen = []
+
+    def recording(acc, x, g, segments, **options):
+        assert x.dtype == g.dtype == dtype
+        exact = torch.zeros(acc.shape, dtype=torch.float64)
+        for start, end in segments.tolist():
+            exact += (g[start:end].double().T @ x[start:end].double()).abs()
+        seen.append((acc, exact))
+        return real(acc, x, g, segments, **options)
+
+    real = accumulators.accumulate_importance_
+    monkeypatch.setattr(accumulators, "accumulate_importance_", recording)
+    model = llama().to(dtype)
+    scores = run(model)
+    exact = {}
+    for acc, value in seen:
+        exact[acc.data_ptr()] = exact.get(acc.data_ptr(), 0) + value
+    for name, entry in scores.entries.items():
+        assert scores[name].dtype == torch.float32
+        assert norm_error(entry.sums, exact[entry.sums.data_ptr()]) < 1e-6
+        rounded = exact[entry.sums.data_ptr()].to(dtype)
+        assert norm_error(rounded, exact[entry.sums.data_ptr()]) > 1e-5
+    monkeypatch.undo()
+    whole = run(llama())
+    assert all(norm_error(scores[name], whole[name]) < 0.1 for name in whole)

@@ -1,0 +1,305 @@
+"""`Scores`: sums of runs, sparse forms, files, fingerprints and manifests."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from oracle import norm_error, top_k
+from tiny_data import batches, make_examples
+from tiny_models import INTERMEDIATE, gpt2, llama
+
+import fastdean
+from fastdean.scores import ScoreEntry, Scores, fingerprint
+
+EXAMPLES = make_examples()
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def score(model, examples=EXAMPLES, **options):
+    return fastdean.score(model, batches(examples, 2), progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def dense(model):
+    return score(model)
+
+
+@pytest.fixture(scope="module")
+def units(model):
+    return score(model, granularity="neuron")
+
+
+# Adding.
+
+
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_the_sum_of_two_runs_is_the_score_of_all_their_examples(model, granularity):
+    first, second = EXAMPLES[:2], EXAMPLES[2:]
+    joined = score(model, first, granularity=granularity) + score(
+        model, second, granularity=granularity
+    )
+    whole = score(model, granularity=granularity)
+    assert joined.num_examples == whole.num_examples == len(EXAMPLES)
+    for name in whole:
+        assert norm_error(joined[name], whole[name]) < 1e-6
+    data, expected = joined.manifest["data"], whole.manifest["data"]
+    assert {key: data[key] for key in expected} == expected
+    assert len(joined.manifest["joined_from"]) == 2
+    assert len((joined + whole).manifest["joined_from"]) == 3
+
+
+def test_sparse_scores_are_not_added(dense):
+    for pair in ((dense, dense.keep(0.1)), (dense.keep(0.1), dense)):
+        with pytest.raises(ValueError, match="scores must be dense to be added, got .* keep_top;"):
+            pair[0] + pair[1]
+
+
+def test_scores_of_other_things_are_not_added(model, dense, units):
+    with pytest.raises(ValueError, match="must share one granularity, got 'weight' and 'neuron'; "):
+        dense + units
+    with pytest.raises(ValueError, match="must cover the same matrices, got 8 in only one of them"):
+        dense + score(model, target_modules="all")
+    with pytest.raises(ValueError, match="must belong to the same weights, got different values"):
+        dense + score(llama(seed=1))
+    with pytest.raises(ValueError, match="must belong to the same weights, got different values"):
+        dense + score(llama().bfloat16())
+    with pytest.raises(TypeError):
+        dense + 1
+
+
+# Sparse scores.
+
+
+@pytest.mark.parametrize("granularity, ratio", [("weight", 0.01), ("weight", 1.0), ("neuron", 0.1)])
+def test_keep_top_keeps_the_dense_top_k(model, granularity, ratio):
+    whole = score(model, granularity=granularity)
+    sparse = score(model, granularity=granularity, keep_top=ratio)
+    assert sparse.is_sparse and sparse.keep_top == sparse.manifest["keep_top"] == ratio
+    kept = whole.keep(ratio)
+    for name, value in whole.items():
+        expected = top_k(value, int(ratio * value.numel()))
+        assert sparse.index(name).tolist() == kept.index(name).tolist() == expected
+        assert torch.equal(sparse[name], value.flatten()[expected])
+        assert torch.equal(sparse[name], kept[name])
+        assert sparse.select(name, 3).tolist() == whole.select(name, 3).tolist()
+
+
+def test_keeping_less_of_sparse_scores_is_keeping_less_of_the_dense_ones(dense):
+    twice, once = dense.keep(0.1).keep(0.02), dense.keep(0.02)
+    for name in dense:
+        assert torch.equal(twice.index(name), once.index(name))
+        assert torch.equal(twice[name], once[name])
+    with pytest.raises(
+        ValueError, match="must be at most the 0.02 that these scores kept, got 0.1"
+    ):
+        once.keep(0.1)
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.01, float("nan")])
+def test_ratios_out_of_range_are_refused(dense, ratio):
+    with pytest.raises(ValueError, match="keep_top must be a ratio above 0 and at most 1, got"):
+        dense.keep(ratio)
+
+
+def test_selecting_more_than_was_kept_is_refused(dense):
+    with pytest.raises(ValueError, match=f"keep_top=0.01 kept of {UP}, got k=21 of 2048; score"):
+        dense.keep(0.01).select(UP, 21)
+
+
+def test_a_score_that_is_not_finite_names_its_matrix():
+    entry = ScoreEntry.dense(torch.tensor([[1.0, float("nan")]]), torch.ones(1, 2))
+    scores = Scores({"a.weight": entry}, granularity="weight", num_examples=1)
+    for call in (lambda: scores.select("a.weight", 1), lambda: scores.keep(0.5)):
+        with pytest.raises(
+            ValueError, match="scores of a.weight: importance must be finite, got nan"
+        ):
+            call()
+
+
+# The weights the scores belong to.
+
+
+def test_dense_scores_share_the_models_memory_and_refuse_to_be_read_once_it_changed():
+    model = llama()
+    scores, sparse = score(model), score(model, keep_top=0.1)
+    weight = model.get_parameter(UP)
+    assert scores.entries[UP].weight.data_ptr() == weight.data_ptr()
+    before, kept = scores[UP], sparse[UP]
+    with torch.no_grad():
+        saved = weight[3, 4].item()
+        weight[3, 4] = 0
+        for read in (
+            lambda: scores[UP],
+            lambda: scores.select(UP, 3),
+            lambda: scores.keep(0.1),
+            scores.require_unchanged_weights,
+        ):
+            with pytest.raises(
+                RuntimeError, match=f"{UP} has changed since it was scored; restore"
+            ):
+                read()
+        assert torch.equal(sparse[UP], kept)
+        weight[3, 4] = saved
+    assert torch.equal(scores[UP], before)
+
+
+def test_units_are_read_whatever_became_of_the_weight_but_not_coupled(tmp_path):
+    model = llama()
+    scores = score(model, granularity="neuron")
+    name = next(iter(scores))
+    value = scores[name]
+    with torch.no_grad():
+        model.get_parameter(name)[:, 5] = 0
+    assert torch.equal(scores[name], value)
+    with pytest.raises(RuntimeError, match="has changed since it was scored"):
+        scores.require_unchanged_weights()
+    with pytest.raises(RuntimeError, match="has changed since it was scored"):
+        scores.save_pretrained(tmp_path / "units")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_fingerprints_see_every_bit_and_no_layout(dtype):
+    weight = torch.randn(7, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mark = fingerprint(weight)
+    assert fingerprint(weight.t().contiguous().t()) == fingerprint(weight.clone()) == mark
+    assert fingerprint(torch.nn.Parameter(weight)) == mark
+    for position in (0, 31, 62):
+        changed = weight.clone()
+        bits = changed.flatten().view(
+            {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+        )
+        bits[position] ^= 1
+        assert fingerprint(changed) != mark
+
+
+# Files.
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse", "units", "sparse units", "joined"])
+def test_files_give_back_equal_bits(form, dense, units, tmp_path):
+    scores = {
+        "dense": dense,
+        "sparse": dense.keep(0.05),
+        "units": units,
+        "sparse units": units.keep(0.2),
+        "joined": dense + dense,
+    }[form]
+    scores.save_pretrained(tmp_path / "scores")
+    again = Scores.from_pretrained(tmp_path / "scores")
+    assert repr(again) == repr(scores) and list(again) == list(scores)
+    assert (again.num_examples, again.keep_top) == (scores.num_examples, scores.keep_top)
+    assert again.manifest == scores.manifest
+    for name in scores:
+        assert torch.equal(again[name], scores[name])
+        assert again.select(name, 2).tolist() == scores.select(name, 2).tolist()
+        if scores.is_sparse:
+            assert torch.equal(again.index(name), scores.index(name))
+    again.require_same_weights(scores)
+    again.require_unchanged_weights()
+
+
+def test_files_of_transposed_half_precision_weights(tmp_path):
+    scores = score(gpt2().bfloat16())
+    scores.save_pretrained(tmp_path / "scores")
+    again = Scores.from_pretrained(tmp_path / "scores")
+    for name in scores:
+        assert again.entries[name].weight.dtype == torch.bfloat16
+        assert torch.equal(again[name], scores[name])
+
+
+def test_scores_from_files_couple_with_scores_from_memory(dense, tmp_path):
+    dense.save_pretrained(tmp_path / "scores")
+    again = Scores.from_pretrained(tmp_path / "scores")
+    assert fastdean.couple(dense, again, ratio=0.01) == fastdean.couple(dense, dense, ratio=0.01)
+
+
+@pytest.mark.parametrize("part", ["sums", "weight_values", "index"])
+def test_a_file_without_one_of_its_tensors_is_refused(part, dense, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    dense.keep(0.05).save_pretrained(tmp_path / "scores")
+    file = tmp_path / "scores" / "scores.safetensors"
+    tensors = load_file(file)
+    del tensors[f"{UP}.{part}"]
+    save_file(tensors, file)
+    with pytest.raises(
+        ValueError, match=f"must hold {UP}.{part}, got no such tensor; save it again"
+    ):
+        Scores.from_pretrained(tmp_path / "scores")
+
+
+# What is said about them.
+
+
+def test_repr(dense, units):
+    assert repr(dense) == "Scores(6 matrices, 12,288 weights, n=6 examples, dense)"
+    assert repr(units.keep(0.25)) == (
+        f"Scores(2 matrices, {2 * INTERMEDIATE} units, n=6 examples, top 0.25 of each matrix)"
+    )
+
+
+def test_scores_are_a_read_only_mapping(dense):
+    assert len(dense) == 6 and UP in dense and "nothing" not in dense
+    assert dense[UP].dtype == torch.float32 and dense.index(UP) is None
+    with pytest.raises(KeyError):
+        dense["nothing"]
+    with pytest.raises(TypeError):
+        dense[UP] = torch.zeros(1)
+
+
+def test_a_mean_needs_examples():
+    with pytest.raises(ValueError, match="num_examples must be at least 1, got 0; give"):
+        Scores({}, granularity="weight", num_examples=0)
+
+
+def test_manifest(model, dense):
+    manifest = dense.manifest
+    json.dumps(manifest)
+    assert manifest["data"] | {"sha256": ""} == {
+        "examples": 6,
+        "tokens": sum(len(ids) for ids, _ in EXAMPLES),
+        "target_tokens": sum(int((labels[1:] != -100).sum()) for _, labels in EXAMPLES),
+        "sha256": "",
+    }
+    assert manifest["model"] == {
+        "name": "LlamaForCausalLM",
+        "class": "LlamaForCausalLM",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": "float32",
+    }
+    assert (manifest["granularity"], manifest["target_modules"]) == ("weight", "mlp")
+    assert manifest["coverage"]["targets"] == 6 and 0 < manifest["coverage"]["share"] < 1
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert "keep_top" not in manifest
+    assert manifest["batching"]["packed"] is True
+    assert (manifest["accumulation"], manifest["ranks"]) == ("float32", 1)
+
+
+def test_the_digest_is_of_the_examples_not_of_their_order_or_padding(model):
+    def digest(examples, size, side="right"):
+        loader = batches(examples, size, side)
+        scores = fastdean.score(model, loader, progress=False, target_modules=["down_proj"])
+        return scores.manifest["data"]["sha256"]
+
+    expected = digest(EXAMPLES, 2)
+    assert len(expected) == 64
+    assert digest(EXAMPLES[::-1], 3, "left") == expected
+    assert digest(EXAMPLES[:-1], 2) != expected
+    ids, labels = EXAMPLES[0]
+    relabelled = [(ids, ids.clone()), *EXAMPLES[1:]]
+    assert digest(relabelled, 2) != expected
+    assert digest([EXAMPLES[0], *EXAMPLES], 2) != expected
+
+
+def test_scoring_is_quiet(caplog, capsys, model):
+    with caplog.at_level(logging.INFO, logger="fastdean"):
+        score(model)
+    assert not caplog.records and capsys.readouterr().out == ""

@@ -1,0 +1,321 @@
+"""Which modules are scored, what they cover, and what is said about the rest."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from oracle import norm_error, unit_importance, weight_importance
+from tiny_data import batches, make_examples
+from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, MODELS, gpt2, llama
+from torch import nn
+
+import fastdean
+from fastdean.targets import coverage, decoder_layers, find_targets
+
+# Per layer: the MLP's and the attention's matrices, by hand, and the MLP's down projection.
+GATED = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+SPLIT = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+LAYOUT = {
+    name: ("model.layers", GATED, SPLIT, "mlp.down_proj")
+    for name in ("llama", "qwen2", "gemma2", "cohere", "granite")
+} | {
+    "gpt2": (
+        "transformer.h",
+        ["mlp.c_fc", "mlp.c_proj"],
+        ["attn.c_attn", "attn.c_proj"],
+        "mlp.c_proj",
+    ),
+    "bert": (
+        "bert.encoder.layer",
+        ["intermediate.dense", "output.dense"],
+        [
+            "attention.self.query",
+            "attention.self.key",
+            "attention.self.value",
+            "attention.output.dense",
+        ],
+        "output.dense",
+    ),
+}
+
+
+def names(model, *args, **options):
+    return [target.name for target in find_targets(model, *args, **options)]
+
+
+def in_every_layer(name, modules):
+    prefix = LAYOUT[name][0]
+    return {f"{prefix}.{i}.{module}" for i in range(LAYERS) for module in modules}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_groups_of_every_family(name):
+    model = MODELS[name]()
+    _, mlp, attention, down = LAYOUT[name]
+    assert list(decoder_layers(model)) == [f"{LAYOUT[name][0]}.{i}" for i in range(LAYERS)]
+    assert set(names(model)) == set(names(model, "mlp")) == in_every_layer(name, mlp)
+    assert set(names(model, "self_attn")) == in_every_layer(name, attention)
+    assert set(names(model, "all")) == in_every_layer(name, [*mlp, *attention])
+    assert set(names(model, granularity="neuron")) == in_every_layer(name, [down])
+    # A choice that holds more than the down projections comes to the same.
+    assert names(model, "all", "neuron") == names(model, "mlp", "neuron")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_targets_know_their_place(name):
+    model = MODELS[name]()
+    layers = list(decoder_layers(model).items())
+    for target in find_targets(model, "all"):
+        weight = model.get_parameter(target.parameter)
+        assert weight is target.module.weight
+        prefix, layer = layers[target.layer_index]
+        assert target.name.startswith(f"{prefix}.") and target.layer is layer
+        sizes = (target.num_outputs, target.num_inputs)
+        assert sizes == (tuple(weight.shape)[::-1] if name == "gpt2" else tuple(weight.shape))
+        assert weight.shape[target.unit_axis] == target.num_inputs
+
+
+def test_regular_expressions_match_the_whole_name():
+    model = llama()
+    assert names(model, r"model\.layers\.1\.mlp\.(up|gate)_proj") == [
+        "model.layers.1.mlp.gate_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    assert len(names(model, r".*\.[qk]_proj")) == 2 * LAYERS
+    with pytest.raises(ValueError, match="must match at least one Linear layer"):
+        find_targets(model, "up_proj")
+
+
+def test_suffixes_match_whole_parts_of_a_name():
+    model = llama()
+    assert len(names(model, ["up_proj", "self_attn.q_proj"])) == 2 * LAYERS
+    assert names(model, ["layers.0.mlp.up_proj"]) == ["model.layers.0.mlp.up_proj"]
+    with pytest.raises(ValueError, match="must match at least one Linear layer"):
+        find_targets(model, ["proj"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("pattern", [".*", ".*head.*|.*decoder.*|.*embed.*|.*wte.*|.*wpe.*"])
+def test_head_and_embeddings_never_count(name, pattern):
+    model = MODELS[name]()
+    never = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+    try:
+        found = find_targets(model, pattern)
+    except ValueError:
+        assert pattern != ".*"
+        return
+    assert never.isdisjoint(id(target.module) for target in found)
+
+
+def test_a_target_outside_the_layers_is_scored_too():
+    # BERT's prediction transform lies after the encoder.
+    model, examples = MODELS["bert"](), make_examples()
+    wanted = "cls.predictions.transform.dense"
+    scores = fastdean.score(model, batches(examples, 3), target_modules=[wanted], progress=False)
+    expected = weight_importance(model, examples, list(scores), shift=0)
+    assert list(scores) == [f"{wanted}.weight"]
+    assert norm_error(scores[f"{wanted}.weight"], expected[f"{wanted}.weight"]) < 1e-5
+
+
+def test_conv1d_scores_lie_as_the_weight_is_stored():
+    model = gpt2()
+    scores = fastdean.score(model, batches(make_examples(), 3), progress=False)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert tuple(scores[name].shape) == (HIDDEN, INTERMEDIATE)
+    units = fastdean.score(model, batches(make_examples(), 3), granularity="neuron", progress=False)
+    entry = units.entries["transformer.h.0.mlp.c_proj.weight"]
+    assert (entry.unit_axis, entry.shape) == (0, (INTERMEDIATE, HIDDEN))
+
+
+def test_coverage_equals_a_count_by_hand():
+    model = llama()
+    found = coverage(model, find_targets(model))
+    scored = LAYERS * 3 * HIDDEN * INTERMEDIATE
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    assert found == {
+        "targets": 3 * LAYERS,
+        "scored_parameters": scored,
+        "model_parameters": whole,
+        "share": scored / whole,
+        "unscorable": {},
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dense_models_have_nothing_that_hooks_cannot_see(name):
+    model = MODELS[name]()
+    assert coverage(model, find_targets(model, "all"))["unscorable"] == {}
+
+
+# Mixtures of experts: the experts are fused 3-D parameters, which no hook sees.
+
+MOE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+EXPERTS = {
+    f"model.layers.{i}.mlp.{name}": size
+    for i in range(2)
+    for name, size in (
+        ("gate.weight", 4 * 32),
+        ("experts.gate_up_proj", 4 * 2 * 48 * 32),
+        ("experts.down_proj", 4 * 32 * 48),
+    )
+}
+
+
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(**MOE, intermediate_size=48, num_local_experts=4)
+    ).eval()
+
+
+def qwen2_moe():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        **MOE,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=40,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = Qwen2MoeForCausalLM(config).eval()
+    # The grouped product of the default implementation has no float64 form, which the oracle needs.
+    model.set_experts_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_a_model_whose_mlps_are_all_fused_is_refused_with_the_reason(granularity):
+    with pytest.raises(ValueError) as caught:
+        find_targets(mixtral(), "mlp", granularity)
+    text = str(caught.value)
+    assert text.startswith("target_modules must match at least one ")
+    assert "model.layers.*.self_attn.q_proj" in text
+    assert "hooks cannot see the fused tensors model.layers.*.mlp.experts.down_proj" in text
+
+
+def test_coverage_names_the_fused_experts_and_a_warning_says_so(caplog):
+    model = mixtral()
+    with caplog.at_level(logging.WARNING, logger="fastdean"):
+        scores = fastdean.score(
+            model, batches(make_examples(), 3), target_modules="all", progress=False
+        )
+    assert scores.manifest["coverage"]["unscorable"] == EXPERTS
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    share = round(100 * sum(EXPERTS.values()) / whole)
+    (record,) = [r for r in caplog.records if r.name == "fastdean"]
+    assert record.getMessage() == (
+        f"{share} % of the model's parameters lie in its layers outside any Linear module and are "
+        "not scored (6 tensors, such as model.layers.0.mlp.gate.weight)"
+    )
+
+
+def test_dense_models_warn_about_nothing(caplog):
+    with caplog.at_level(logging.WARNING, logger="fastdean"):
+        fastdean.score(llama(), batches(make_examples(), 3), progress=False)
+    assert not caplog.records
+
+
+def test_shared_experts_are_scored_where_the_routed_ones_cannot_be():
+    model, examples = qwen2_moe(), make_examples()
+    scores = fastdean.score(model, batches(examples, 3), progress=False)
+    shared = [f"shared_expert.{kind}_proj" for kind in ("gate", "up", "down")]
+    assert set(scores) == {
+        f"model.layers.{i}.mlp.{module}.weight"
+        for i in range(2)
+        for module in [*shared, "shared_expert_gate"]
+    }
+    expected = weight_importance(model, examples, list(scores))
+    for name in scores:
+        assert norm_error(scores[name], expected[name]) < 1e-5
+    assert names(model, granularity="neuron") == [
+        f"model.layers.{i}.mlp.shared_expert.down_proj" for i in range(2)
+    ]
+
+
+# Down projections by their shapes.
+
+
+def phi3(intermediate):
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Phi3Config(**MOE, intermediate_size=intermediate, pad_token_id=0)
+    return Phi3ForCausalLM(config).eval()
+
+
+# Half the hidden size makes the fused gate_up square, the hidden size itself the down projection.
+@pytest.mark.parametrize("intermediate", [HIDDEN // 2, HIDDEN, INTERMEDIATE])
+def test_the_down_projection_beside_a_fused_gate_and_up(intermediate):
+    model, examples = phi3(intermediate), make_examples()
+    down = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert names(model, granularity="neuron") == down
+    scores = fastdean.score(model, batches(examples, 3), granularity="neuron", progress=False)
+    expected = unit_importance(model, examples, down)
+    for name in down:
+        assert norm_error(scores[f"{name}.weight"], expected[name]) < 1e-5
+
+
+def test_the_down_projection_of_an_mlp_as_wide_as_the_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**MOE, intermediate_size=32))
+    assert names(model, granularity="neuron") == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+
+
+def test_units_of_attention_do_not_exist():
+    with pytest.raises(ValueError, match="at least one down projection of an MLP .* 'self_attn'"):
+        find_targets(llama(), "self_attn", "neuron")
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    "target_modules, text",
+    [
+        ("nothing", "got 'nothing'; the layers are model.layers.*.mlp.down_proj, model.layers.*."),
+        (["lm_head"], "got ['lm_head']; the layers are"),
+        ("(", "list of suffixes or a valid regular expression, got '(' (missing ), unterminated"),
+    ],
+)
+def test_errors_list_what_could_have_been_meant(target_modules, text):
+    with pytest.raises(ValueError) as caught:
+        find_targets(llama(), target_modules)
+    assert text in str(caught.value)
+
+
+def test_models_without_linear_layers_say_so():
+    with pytest.raises(ValueError, match="got 'mlp'; the layers are none"):
+        find_targets(nn.Embedding(3, 4))
+
+
+def test_a_module_shared_by_two_layers_is_refused_and_the_model_restored():
+    model = llama().train()
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    with pytest.raises(RuntimeError) as caught:
+        fastdean.score(model, batches(make_examples(), 3), progress=False)
+    assert str(caught.value).startswith(
+        "model.layers.0.mlp.up_proj must take part in the loss exactly once per batch, got 2 times;"
+    )
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_module_that_takes_no_part_is_refused():
+    model = llama()
+    model.model.layers[1].unused_proj = nn.Linear(4, 4)
+    with pytest.raises(RuntimeError, match="unused_proj must take part .* got 0 times"):
+        fastdean.score(model, batches(make_examples(), 3), progress=False)
