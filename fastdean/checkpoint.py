@@ -123,6 +123,45 @@ def patch_checkpoint(
     return result
 
 
+def verify_checkpoint(folder: str | os.PathLike, mask: NeuronMask) -> None:
+    """Read the masked values of a saved model and compare them with what the mask makes of them.
+
+    For a model that was edited in memory and saved: its names may have gained or lost a leading
+    prefix, and its dtype may be another one.
+
+    Raises:
+        RuntimeError: a parameter of the mask is not in the files, or a value in them is not the
+            suppressed original, rounded to the file's dtype; the text names the parameter.
+        ValueError: the folder holds no safetensors, or truncated or foreign ones.
+    """
+    folder = Path(folder)
+    stored = _stored_tensors(folder, _weight_files(folder))
+    longer = _by_suffix(stored)
+    for name, entry in mask.entries.items():
+        fitting = [
+            tensor
+            for tensor in _named(name, stored, longer)
+            if tensor.shape == entry.shape and tensor.dtype in _DTYPES
+        ]
+        if not fitting:
+            raise RuntimeError(
+                f"the saved model must hold {name!r} of shape {list(entry.shape)}, got no such "
+                f"tensor in {str(folder)!r}: renamed, fused or quantised in the file"
+            )
+        if not any(_holds_suppressed(folder, entry, tensor, mask.scale) for tensor in fitting):
+            raise RuntimeError(
+                f"the saved model must hold the masked values of {name!r}, got others in "
+                f"{fitting[0].file_name!r}; check the disk, and that nothing edits the model while "
+                "it is saved"
+            )
+
+
+def _holds_suppressed(folder: Path, entry: MaskEntry, tensor: _StoredTensor, scale: float) -> bool:
+    expected = suppressed(entry.original, scale, _DTYPES[tensor.dtype])
+    with open(folder / tensor.file_name, "rb", buffering=0) as file:
+        return bool(same_bits(_read_values(file, tensor, entry.index), expected).all())
+
+
 @dataclass(frozen=True)
 class _StoredTensor:
     """Where a tensor lies: `offset` in bytes from the beginning of the file."""
@@ -333,6 +372,16 @@ def _by_suffix(stored: Mapping[str, _StoredTensor]) -> dict[str, list[_StoredTen
     return found
 
 
+def _named(
+    name: str, stored: Mapping[str, _StoredTensor], longer: Mapping[str, list[_StoredTensor]]
+) -> list[_StoredTensor]:
+    """The tensors that a parameter's name may mean, whatever their shapes."""
+    if name in stored:
+        return [stored[name]]
+    shorter = [stored[other] for other in _shorter_names(name) if other in stored]
+    return shorter + longer.get(name, [])
+
+
 def _locate(
     source: Path,
     name: str,
@@ -344,11 +393,7 @@ def _locate(
 
     More than one only where all hold the originals: copies of one tensor under several names.
     """
-    if name in stored:
-        named = [stored[name]]
-    else:
-        named = [stored[shorter] for shorter in _shorter_names(name) if shorter in stored]
-        named += longer.get(name, [])
+    named = _named(name, stored, longer)
     if not named:
         return [], "no tensor of that name: renamed or fused in the file"
     fitting = [tensor for tensor in named if tensor.shape == entry.shape]

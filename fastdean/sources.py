@@ -2,11 +2,14 @@
 
     SRC = preset | path | hub id, optionally followed by ::key=value,key=value
 
-    beavertails:fairness    embedded:general    data/pairs.jsonl    answers.csv::prompt=question,response=reply
+    beavertails:fairness
+    data/pairs.jsonl
+    answers.csv::prompt=question,response=reply
     org/name::split=train,config=en,revision=main,prompt=instruction,response=output
 
-A row is a dictionary with `prompt` and `response`, or `messages`, or `text`; `unsafe`, where present, is an
-unsafe response to the same prompt. Columns whose names differ are mapped as `row key=column`.
+A row is a dictionary with `prompt` and `response`, or `messages`, or `text`; `unsafe`, where
+present, is an unsafe response to the same prompt. Columns whose names differ are mapped as
+`row key=column`. Rows are counted from 1 in messages about errors.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
     """Read every row of a source, columns mapped to the row keys.
 
     Args:
-        source: see the module's docstring. Files end in .csv, .json, .jsonl or .parquet. A hub id is read
-            with `datasets.load_dataset`, split "train" unless given; HF_HUB_OFFLINE and HF_TOKEN are honoured.
+        source: see the module's docstring. Files end in .csv, .json, .jsonl or .parquet. A hub id
+            is read with `datasets.load_dataset`, split "train" unless given; HF_HUB_OFFLINE and
+            HF_TOKEN are honoured.
     Returns:
         At least one row, in the source's order.
     Raises:
@@ -47,7 +51,8 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
                 f"source {name!r} is a preset and takes no options, got {sorted(options)}"
             )
         rows = PRESETS[name]()
-    elif Path(name).suffix.lower() in _READERS or Path(name).exists():
+    elif Path(name).suffix.lower() in _READERS or Path(name).expanduser().exists():
+        _require_no_hub_options(name, options)
         rows = _read_file(Path(name))
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         rows = _load_hub(name, **{key: options[key] for key in _HUB_KEYS if key in options})
@@ -56,7 +61,7 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
             f"source must be a file ending in {', '.join(_READERS)}, a hub id owner/name or one of "
             f"{', '.join(PRESETS)}, got {name!r}"
         )
-    rows = [_map_columns(row, columns, name, number) for number, row in enumerate(rows)]
+    rows = [_map_columns(row, columns, name, n) for n, row in enumerate(rows, start=1)]
     if not rows:
         raise ValueError(f"source {name!r} must hold at least one row, got none")
     return rows
@@ -67,8 +72,8 @@ def sample_rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Shuffle and split into (the first `count` rows, the others).
 
-    The order is that of `datasets.Dataset.shuffle(seed=seed)`, so that `count` rows here are those of
-    `.shuffle(seed=seed).select(range(count))` in the published procedure.
+    The order is that of `datasets.Dataset.shuffle(seed=seed)`, so that `count` rows here are those
+    of `.shuffle(seed=seed).select(range(count))` in the published procedure.
 
     Raises:
         ValueError: `count` is not positive or exceeds the rows there are.
@@ -89,11 +94,24 @@ def _parse(source: str) -> tuple[str, dict[str, str]]:
         key, equals, value = part.partition("=")
         if not equals or key not in (*ROW_KEYS, *_HUB_KEYS):
             raise ValueError(
-                f"source options must be key=value with the keys {', '.join((*ROW_KEYS, *_HUB_KEYS))}, "
-                f"got {part!r} in {source!r}"
+                "source options must be key=value with the keys "
+                f"{', '.join((*ROW_KEYS, *_HUB_KEYS))}, got {part!r} in {source!r}"
+            )
+        if key in options:
+            raise ValueError(
+                f"source options must be given once each, got {key!r} twice in {source!r}"
             )
         options[key] = value
     return name, options
+
+
+def _require_no_hub_options(name: str, options: Mapping[str, str]) -> None:
+    found = [key for key in _HUB_KEYS if key in options]
+    if found:
+        raise ValueError(
+            f"source {name!r} is a file and takes columns only, got the option {found[0]!r}; "
+            "leave it out"
+        )
 
 
 def _map_columns(
@@ -104,15 +122,21 @@ def _map_columns(
     missing = [column for column in columns.values() if column not in row]
     if missing:
         raise ValueError(
-            f"source {name!r} must have the column {missing[0]!r}, got {sorted(map(str, row))}; "
-            "correct the mapping after ::"
+            f"source {name!r} must have the column {missing[0]!r}, got {sorted(map(str, row))} in "
+            f"row {number}; correct the mapping after ::"
         )
-    mapped = {key: row[key] for key in ROW_KEYS if row.get(key) is not None}
+    # An empty cell of a table is a missing value, except where a prompt or answer stands.
+    mapped = {
+        key: row[key]
+        for key in ROW_KEYS
+        if row.get(key) is not None and (row[key] != "" or key in ("prompt", "response"))
+    }
     mapped |= {key: row[column] for key, column in columns.items()}
     if not ({"prompt", "response"} <= mapped.keys() or {"messages", "text"} & mapped.keys()):
         raise ValueError(
-            f"source {name!r} must have the columns 'prompt' and 'response', or 'messages', or 'text', got "
-            f"{sorted(map(str, row))}; map them with ::prompt=COLUMN,response=COLUMN"
+            f"source {name!r} must have the columns 'prompt' and 'response', or 'messages', or "
+            f"'text', got {sorted(map(str, row))} in row {number}; map them with "
+            "::prompt=COLUMN,response=COLUMN"
         )
     return mapped
 
@@ -130,22 +154,26 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"source must hold at least one row, got the empty file {str(path)!r}")
     try:
         return list(reader(path))
-    except (ValueError, OSError, csv.Error, KeyError) as error:
-        raise ValueError(f"source {str(path)!r} must be readable, got: {error}") from None
+    except (ValueError, OSError, csv.Error, RecursionError) as error:
+        raise ValueError(
+            f"source {str(path)!r} must be a well-formed {path.suffix} file, got: "
+            f"{_first_line(error)}; repair or export it again"
+        ) from None
 
 
 def _read_csv(path: Path) -> Iterable[dict[str, Any]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file, strict=True)
+        for row in reader:
             if None in row or None in row.values():
                 raise ValueError(
-                    f"a row with another number of columns than the header, {list(row)[:4]}"
+                    f"line {reader.line_num} has another number of columns than the header"
                 )
             yield row
 
 
 def _read_json(path: Path) -> Iterable[dict[str, Any]]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 else content
@@ -155,7 +183,7 @@ def _read_json(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
@@ -170,7 +198,7 @@ def _read_parquet(path: Path) -> Iterable[dict[str, Any]]:
     try:
         return parquet.read_table(path).to_pylist()
     except ArrowException as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        raise ValueError(_first_line(error)) from None
 
 
 _READERS: dict[str, Callable[[Path], Iterable[dict[str, Any]]]] = {
@@ -189,11 +217,15 @@ def _load_hub(
     try:
         return load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"source {name!r} must be a file or a reachable data set of the hub, got: {reason}; "
+            f"source {name!r} must be a file or a reachable data set of the hub, got: "
+            f"{_first_line(error)}; "
             "check the id, the split and the network, or pass a local file"
         ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _embedded(name: str) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ def write_folder(
     }
     shards = _plan_shards(tensors, kind, max_shard_bytes)
     with new_folder(
-        path, overwrite=overwrite, may_replace=lambda folder: _holds_only(folder, kind)
+        path, overwrite=overwrite, may_replace=lambda folder: holds_only(folder, kind)
     ) as folder:
         write_json_atomic(folder / CONFIG_NAME, full_config)
         for file_name, names in shards.items():
@@ -328,7 +328,7 @@ def _is_ours(file_name: str, kind: str) -> bool:
     return any(fnmatch(file_name, pattern) for pattern in _file_patterns(kind))
 
 
-def _holds_only(folder: Path, kind: str) -> bool:
+def holds_only(folder: Path, kind: str) -> bool:
     """Whether `folder` is a folder of this kind without a file of other origin."""
     return (folder / CONFIG_NAME).is_file() and all(
         _is_ours(entry.name, kind) for entry in folder.iterdir()

@@ -460,3 +460,61 @@ def test_empty_mask_copies(tmp_path, simple):
     result = fastdean.patch_checkpoint(source, NeuronMask({}), tmp_path / "out")
     assert result.values_edited == 0
     assert result.files_edited == ()
+
+
+def saved(folder, tensors):
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PLACES)
+def test_a_saved_model_holds_the_masked_values_in_the_dtype_of_its_file(
+    tmp_path, name, dtype, scale
+):
+    model = tiny_models.MODELS[name]()
+    mask = mask_of(model, PLACES[name], scale=scale)
+    mask.apply_(model)
+    model.to(dtype).save_pretrained(tmp_path / "model")
+    checkpoint.verify_checkpoint(tmp_path / "model", mask)
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_saved_name_may_have_another_prefix(tmp_path, prefix):
+    mask = tensor_mask({"model.h.0.weight": torch.randn(4, 6)})
+    folder = saved(tmp_path / "out", {f"{prefix}h.0.weight": torch.zeros(4, 6)})
+    checkpoint.verify_checkpoint(folder, mask)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_one_value_that_is_not_masked_in_the_files_is_found(tmp_path, scale):
+    model = tiny_models.llama()
+    mask = mask_of(model, PLACES["llama"], scale=scale)
+    mask.apply_(model)
+    weight = model.get_parameter(PLACES["llama"][1]).data.view(-1)
+    weight[500] += 1e-3
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        RuntimeError, match=f"must hold the masked values of {PLACES['llama'][1]!r}, got others in"
+    ):
+        checkpoint.verify_checkpoint(tmp_path / "model", mask)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"other.weight": torch.zeros(4, 6)},
+        {"h.0.weight": torch.zeros(6, 4)},
+        {"h.0.weight": torch.zeros(4, 6, dtype=torch.int8)},
+    ],
+    ids=["renamed", "transposed", "quantised"],
+)
+def test_a_masked_parameter_that_is_not_in_the_files_is_named(tmp_path, tensors):
+    mask = tensor_mask({"h.0.weight": torch.randn(4, 6)})
+    folder = saved(tmp_path / "out", tensors)
+    with pytest.raises(
+        RuntimeError, match=r"must hold 'h.0.weight' of shape \[4, 6\], got no such"
+    ):
+        checkpoint.verify_checkpoint(folder, mask)

@@ -1,0 +1,183 @@
+"""The folder of a run: whose it is, whether it is finished, and what in it may be replaced.
+
+    fastdean_run.json        the job, digests of its rows, and whether it is finished
+    scores/<data set>/       sparse scores, enough for any ratio up to the curve's last
+    mask/                    the mask of the job's rule
+    controls/<rule>/         the masks it is measured against
+    results.json             every figure of the report
+    report.html
+
+A folder is in one of four states: free, held by this job unfinished (it is resumed), held by a
+finished or another run (refused, or with `overwrite` replaced), or holding files that FastDEAN did
+not write (refused).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from fastdean.provenance import versions
+from fastdean.storage import holds_only, write_json_atomic
+
+RUN_FILE = "fastdean_run.json"
+RESULTS_FILE = "results.json"
+REPORT_FILE = "report.html"
+
+_FOLDERS = ("scores", "mask", "controls")
+_FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
+# What an atomic write leaves behind when the machine goes down in the middle of it.
+_LEFTOVER = ".*.tmp"
+
+
+@dataclass
+class RunFolder:
+    """One job's view of a run folder.
+
+    Attributes:
+        path: the folder, which need not exist.
+        job: what identifies the run, as plain JSON.
+        overwrite: whether a finished or another run may be replaced.
+        rows: data set -> digest of the rows that the job reads; empty until they are read.
+    """
+
+    path: Path
+    job: dict[str, Any]
+    overwrite: bool = False
+    rows: dict[str, str] = field(default_factory=dict)
+    _created: bool = False
+
+    @property
+    def mask(self) -> Path:
+        return self.path / "mask"
+
+    def scores(self, data_set: str) -> Path:
+        return self.path / "scores" / data_set
+
+    def control(self, rule: str) -> Path:
+        return self.path / "controls" / rule
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the folder holds this very job, unfinished."""
+        state = self._state()
+        return state is not None and not state["finished"] and self._is_ours(state)
+
+    def check(self) -> None:
+        """Raise ValueError unless the job may write here; nothing is changed."""
+        check_place(self.path, "out")
+        if not self.path.exists() or not any(self.path.iterdir()) or self.resumes:
+            return
+        state = self._state()
+        found = f"out must be a new or empty folder, got {str(self.path)!r}, which holds"
+        if state is None:
+            raise ValueError(f"{found} other files; choose another")
+        if not self.overwrite:
+            raise ValueError(f"{found} {self._described(state)}")
+        foreign = sorted(_foreign(self.path))
+        if foreign:
+            raise ValueError(
+                f"{found} files beside a run that FastDEAN did not write: "
+                f"{', '.join(foreign[:3])}; move them away to have the run replaced, or choose "
+                "another folder"
+            )
+
+    def claim(self) -> None:
+        """Make the folder this job's own, removing the run that it replaces."""
+        if self.resumes:
+            return
+        self.check()
+        self._created = not self.path.exists()
+        if not self._created:
+            _remove_run(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._mark(finished=False)
+
+    def finish(self) -> None:
+        self._mark(finished=True)
+
+    def release_if_empty(self) -> None:
+        """After a failure: what this object claimed goes, if nothing was finished in it."""
+        if not self._created or any((self.path / "scores").glob("*")):
+            return
+        with suppress(OSError):
+            (self.path / RUN_FILE).unlink(missing_ok=True)
+            if (self.path / "scores").is_dir():
+                (self.path / "scores").rmdir()
+            self.path.rmdir()
+
+    def _is_ours(self, state: Mapping[str, Any]) -> bool:
+        return state["job"] == self.job and (not self.rows or state["rows"] == self.rows)
+
+    def _described(self, state: Mapping[str, Any]) -> str:
+        if state["job"] != self.job:
+            return "another run; choose another folder or pass --overwrite"
+        if state["finished"]:
+            return f"this run, finished; see its {REPORT_FILE}, or pass --overwrite to do it again"
+        changed = [name for name, digest in self.rows.items() if state["rows"].get(name) != digest]
+        return (
+            f"this run on other rows: the source of {' and '.join(changed)} has changed since; "
+            "choose another folder or pass --overwrite"
+        )
+
+    def _state(self) -> dict[str, Any] | None:
+        try:
+            state = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        complete = isinstance(state, dict) and {"job", "rows", "finished"} <= state.keys()
+        return state if complete else None
+
+    def _mark(self, finished: bool) -> None:
+        write_json_atomic(
+            self.path / RUN_FILE,
+            {"job": self.job, "rows": self.rows, "finished": finished, "versions": versions()},
+        )
+
+
+def check_place(path: Path, name: str) -> None:
+    """Raise ValueError unless a folder stands at `path` or could be made there."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(
+            f"{name} must be a new or empty folder, got {str(path)!r}: {str(place)!r} is a file"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{name} must be a folder that can be written to, got {str(path)!r}: no permission in "
+            f"{str(place)!r}"
+        )
+
+
+def _foreign(folder: Path) -> Iterator[str]:
+    """What lies in a run folder and is no part of a run, relative to it."""
+    for entry in folder.iterdir():
+        if entry.name in _FILES or fnmatch(entry.name, _LEFTOVER):
+            continue
+        if entry.name not in _FOLDERS or not entry.is_dir():
+            yield entry.name
+            continue
+        kind = "scores" if entry.name == "scores" else "mask"
+        for part in [entry] if entry.name == "mask" else entry.iterdir():
+            if not fnmatch(part.name, _LEFTOVER) and not (part.is_dir() and holds_only(part, kind)):
+                yield part.relative_to(folder).as_posix()
+
+
+def _remove_run(folder: Path) -> None:
+    """Delete the parts of a run; its run file last, so that half a run is not taken for none."""
+    for name in _FOLDERS:
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+    for leftover in folder.glob(_LEFTOVER):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,529 @@
+"""The command line: what it prints where, its exit codes, one clear line for every bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file
+from tiny_folders import rows, save_model, write_jsonl, write_sources
+from typer.testing import CliRunner
+
+import fastdean
+from fastdean import cli
+from fastdean.masks import NeuronMask
+from fastdean.pipeline import Job
+from fastdean.pipeline import run as run_job
+
+OPTIONS = ("--ratio", "0.05", "--examples", "5", "--eval-examples", "0", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    return {"model": save_model(folder / "model"), **write_sources(folder)}
+
+
+@pytest.fixture(scope="module")
+def run_folder(place, tmp_path_factory):
+    """A finished run; not to be written to."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    sources = {name: str(path) for name, path in place.items()}
+    run_job(Job(**sources, ratio=0.05, examples=5, eval_examples=0), out, progress=False)
+    return out
+
+
+def call(*args):
+    """A command of the line in this process: exit_code, stdout, stderr."""
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def sources(place, **others):
+    """--fairness, --privacy, --general and --model as arguments."""
+    return [arg for name, value in {**place, **others}.items() for arg in (f"--{name}", value)]
+
+
+def refused(result, text):
+    """Exit code 2 and one line that says `text`, and nothing on stdout."""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.exit_code == 2, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("fastdean: "), result.stderr
+    assert text in lines[0]
+    assert result.stdout == ""
+
+
+def test_a_run_says_what_it_found_and_prints_one_json_document(place, tmp_path):
+    out = tmp_path / "run"
+    result = call("run", *sources(place), "--out", out, *OPTIONS, "--json")
+    assert result.exit_code == 0
+    results = json.loads(result.stdout)
+    assert results == json.loads((out / "results.json").read_text())
+    for said in (
+        results["findings"][0],
+        f"report  {out}/report.html",
+        "Note: Nothing was measured",
+    ):
+        assert said in result.stderr
+    assert call("run", *sources(place), "--out", out, *OPTIONS).stdout == ""
+
+
+BAD_SOURCES = {
+    "missing": ("nowhere.csv", None, "source must be an existing file, got 'nowhere.csv'"),
+    "empty": ("empty.jsonl", b"", "source must hold at least one row, got the empty file"),
+    "malformed": ("bad.json", b"{", "must be a well-formed .json file"),
+    "columns": ("c.csv", b"q,a\n1,2\n", "['a', 'q'] in row 1; map them with ::prompt=COLUMN"),
+    "preset": ("embedded:faimess", None, "or one of beavertails:fairness"),
+    "hub": ("nobody/nothing", None, "a reachable data set of the hub, got: "),
+    "no target": ("t.jsonl", b'{"prompt": "w1", "response": ""}\n', "row 1 must have at least one"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SOURCES)
+@pytest.mark.parametrize("command", ["run", "score"])
+def test_a_bad_source_is_one_line_and_writes_nothing(place, tmp_path, monkeypatch, command, case):
+    name, content, text = BAD_SOURCES[case]
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).write_bytes(content)
+    if command == "run":
+        result = call("run", *sources(place, privacy=name), "--out", "out", *OPTIONS)
+    else:
+        result = call("score", "--model", place["model"], "--data", name, "--out", "out", "--quiet")
+    refused_lines = [x for x in result.stderr.splitlines() if "fewer than the" not in x]
+    assert result.exit_code == 2 and len(refused_lines) == 1 and text in refused_lines[0]
+    assert not Path("out").exists()
+
+
+def bad_models(tmp_path, place):
+    def with_nan():
+        model = tiny_models.llama()
+        model.model.layers[0].mlp.up_proj.weight.data[3, 4] = float("nan")
+        return model
+
+    (tmp_path / "empty").mkdir()
+    truncated = shutil.copytree(place["model"], tmp_path / "truncated")
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    return {
+        "missing": ("./nowhere", "model must be an existing folder, got './nowhere'"),
+        "hub": ("nobody/nothing", "a reachable hub id or a .gguf file, got 'nobody/nothing': "),
+        "empty": (tmp_path / "empty", "must be a Hugging Face folder with a config.json"),
+        "truncated": (truncated, "truncated': "),
+        "nan": (
+            save_model(tmp_path / "nan", with_nan),
+            "loss must be finite, got nan for example ",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", ["missing", "hub", "empty", "truncated", "nan"])
+def test_a_bad_model_is_one_line_and_writes_nothing(place, tmp_path, case):
+    model, text = bad_models(tmp_path, place)[case]
+    out = tmp_path / "out"
+    refused(call("run", *sources(place, model=model), "--out", out, *OPTIONS), text)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--target-modules", "nothing"], "target_modules must match at least one Linear layer"),
+        (["--target-modules", "("], "target_modules must be"),
+        (["--ratio", "1e-6"], "the smallest that would is 0.00049, or set min_k to 1"),
+        (["--rule", "best"], "rule must be one of paper, released"),
+        (["--max-length", "1"], "max_length must be at least 2 tokens, got 1"),
+        (["--template", "chat"], "row "),
+        (["--device", "tpu"], "device must be cpu, cuda, mps or auto, got 'tpu'"),
+        (["--memory-budget", "1e-9"], "memory_budget must hold the sums of at least one matrix"),
+        (["--tokens-per-batch", "0"], "tokens_per_batch must be"),
+    ],
+)
+def test_bad_options_of_a_run_are_one_line_and_write_nothing(place, tmp_path, options, text):
+    result = call("run", *sources(place), "--out", tmp_path / "out", *OPTIONS, *options)
+    refused(result, text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_option_is_a_usage_error():
+    result = call("run", "--colour", "red")
+    assert result.exit_code == 2 and "--colour" in result.stderr and result.stdout == ""
+
+
+def write_foreign(folder):
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    return folder
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("command", ["run", "score", "couple", "apply", "patch"])
+def test_a_folder_with_other_files_is_refused_and_kept(
+    place, run_folder, tmp_path, command, overwrite
+):
+    out, scores = write_foreign(tmp_path / "out"), run_folder / "scores"
+    arguments = {
+        "run": [*sources(place), *OPTIONS],
+        "score": ["--model", place["model"], "--data", place["privacy"], "--quiet"],
+        "couple": ["--first", scores / "fairness", "--second", scores / "privacy"],
+        "apply": ["--model", place["model"], "--mask", run_folder / "mask"],
+        "patch": ["--checkpoint", place["model"], "--mask", run_folder / "mask"],
+    }
+    if command == "apply" and overwrite:
+        return
+    result = call(command, *arguments[command], "--out", out, *overwrite)
+    refused(result, "out must be a ")
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_score_refuses_a_used_folder_before_the_model_is_loaded(place, tmp_path, monkeypatch):
+    def load_model(*args, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("fastdean.loading.load_model", load_model)
+    out = write_foreign(tmp_path / "out")
+    refused(
+        call("score", "--model", place["model"], "--data", place["privacy"], "--out", out),
+        "which has files in it; choose another or pass --overwrite",
+    )
+
+
+def test_score_and_couple_give_the_mask_of_the_run(place, run_folder, tmp_path):
+    for name in ("fairness", "privacy", "general"):
+        result = call(
+            "score", "--model", place["model"], "--data", place[name], "--out", tmp_path / name,
+            "--examples", 5, "--keep-top", 0.05, "--quiet", "--json",
+        )  # fmt: skip
+        assert result.exit_code == 0
+        assert json.loads(result.stdout)["data"]["sources"] == [str(place[name])]
+    for folder in (tmp_path, run_folder / "scores"):
+        result = call(
+            "couple", "--first", folder / "fairness", "--second", folder / "privacy",
+            "--general", folder / "general", "--ratio", 0.05, "--out", tmp_path / "mask",
+            "--overwrite", "--json",
+        )  # fmt: skip
+        mask = NeuronMask.from_pretrained(tmp_path / "mask")
+        assert mask == NeuronMask.from_pretrained(run_folder / "mask")
+        assert json.loads(result.stdout)["weights"] == len(mask)
+
+
+def test_score_takes_all_rows_where_more_are_asked_for(place, tmp_path, caplog):
+    result = call(
+        "score", "--model", place["model"], "--data", place["privacy"], "--out", tmp_path / "s",
+        "--examples", 99, "--quiet", "--json",
+    )  # fmt: skip
+    assert json.loads(result.stdout)["data"]["examples"] == 10
+    assert "has 10 rows, fewer than the 99 asked for: all are taken" in caplog.text
+
+
+def test_apply_and_patch_give_the_same_tensors(place, run_folder, tmp_path):
+    mask = run_folder / "mask"
+    assert (
+        call("apply", "--model", place["model"], "--mask", mask, "--out", tmp_path / "a").exit_code
+        == 0
+    )
+    result = call(
+        "patch", "--checkpoint", place["model"], "--mask", mask, "--out", tmp_path / "p", "--json"
+    )
+    applied = load_file(tmp_path / "a" / "model.safetensors")
+    patched = load_file(tmp_path / "p" / "model.safetensors")
+    original = load_file(place["model"] / "model.safetensors")
+    assert applied.keys() == patched.keys()
+    for name, value in applied.items():
+        assert torch.equal(value, patched[name]), name
+    edited = sum(int((value != original[name]).sum()) for name, value in applied.items())
+    assert (
+        json.loads(result.stdout)["values_edited"]
+        == edited
+        == len(NeuronMask.from_pretrained(mask))
+    )
+    assert (tmp_path / "a" / "tokenizer.json").is_file()
+
+
+def test_masks_of_another_model_are_refused(place, run_folder, tmp_path):
+    other = save_model(tmp_path / "other", lambda: tiny_models.llama(seed=1))
+    shape = save_model(tmp_path / "shape", tiny_models.gpt2)
+    mask = ["--mask", run_folder / "mask", "--out", tmp_path / "out"]
+    refused(call("apply", "--model", other, *mask), "model.layers.0.mlp")
+    refused(call("patch", "--checkpoint", other, *mask), "another model or already patched")
+    refused(call("apply", "--model", shape, *mask), "model.layers.0.mlp")
+    refused(call("patch", "--checkpoint", shape, *mask), "mask must name tensors of the checkpoint")
+    assert not (tmp_path / "out").exists()
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def test_truncated_and_foreign_files_are_refused(place, run_folder, tmp_path):
+    mask = shutil.copytree(run_folder / "mask", tmp_path / "mask")
+    cut(mask / "mask.safetensors")
+    scores = shutil.copytree(run_folder / "scores" / "privacy", tmp_path / "scores")
+    (scores / "scores.safetensors").write_bytes(b"something else")
+    model = shutil.copytree(place["model"], tmp_path / "model")
+    cut(model / "model.safetensors")
+    good, out = run_folder / "mask", ["--out", tmp_path / "out"]
+    text = "mask.safetensors' must be a whole safetensors file, got a truncated"
+    refused(call("apply", "--model", place["model"], "--mask", mask, *out), text)
+    refused(call("patch", "--checkpoint", place["model"], "--mask", mask, *out), text)
+    refused(
+        call("couple", "--first", scores, "--second", scores, *out),
+        "scores.safetensors' must be a whole safetensors file",
+    )
+    refused(call("patch", "--checkpoint", model, "--mask", good, *out), "got one truncated")
+    refused(call("apply", "--model", model, "--mask", good, *out), "model must be a Hugging Face")
+    refused(
+        call("couple", "--first", good, "--second", good, *out), "must be a folder of kind 'scores'"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_while_a_model_is_saved_leaves_nothing(
+    place, run_folder, tmp_path, monkeypatch
+):
+    from safetensors import SafetensorError
+
+    def save_file(*args, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save_file)
+    result = call(
+        "apply", "--model", place["model"], "--mask", run_folder / "mask", "--out", tmp_path / "out"
+    )
+    refused(result, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saved_model_without_the_masked_values_is_not_handed_over(
+    place, run_folder, tmp_path, monkeypatch
+):
+    from transformers import LlamaForCausalLM
+
+    real = LlamaForCausalLM.save_pretrained
+
+    def save_pretrained(model, folder, **options):
+        model.model.layers[1].mlp.down_proj.weight.data.add_(1)
+        real(model, folder, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_pretrained)
+    result = call(
+        "apply", "--model", place["model"], "--mask", run_folder / "mask", "--out", tmp_path / "out"
+    )
+    refused(result, "must hold the masked values of 'model.layers.1.mlp.down_proj.weight'")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted; what is finished is kept, run the same command"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "CUDA out of memory"),
+    ],
+)
+def test_a_run_that_stops_is_one_line_and_goes_on_later(
+    place, run_folder, tmp_path, monkeypatch, error, code, text
+):
+    from fastdean import pipeline
+
+    real = pipeline.couple
+
+    def couple(*args, **options):
+        raise error
+
+    monkeypatch.setattr(pipeline, "couple", couple)
+    command = ["run", *sources(place), "--out", tmp_path / "run", *OPTIONS]
+    result = call(*command)
+    assert result.exit_code == code and result.stdout == ""
+    assert text in result.stderr and len(result.stderr.splitlines()) == 1
+    monkeypatch.setattr(pipeline, "couple", real)
+    monkeypatch.setattr(pipeline, "score", None)
+    assert call(*command).exit_code == 0
+    mask = NeuronMask.from_pretrained(tmp_path / "run" / "mask")
+    assert mask == NeuronMask.from_pretrained(run_folder / "mask")
+
+
+@pytest.mark.parametrize("error", [TypeError("unhashable"), RuntimeError("size"), KeyError("k")])
+def test_a_fault_of_ours_shows_its_traceback(place, tmp_path, monkeypatch, error):
+    """Raised outside the package, as by a library that was called wrongly."""
+
+    def load_rows(source):
+        raise error
+
+    monkeypatch.setattr("fastdean.pipeline.load_rows", load_rows)
+    result = call("run", *sources(place), "--out", tmp_path / "out", *OPTIONS)
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr and type(error).__name__ in result.stderr
+
+
+def test_debug_shows_the_traceback_of_bad_input(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTDEAN_VERBOSITY", "debug")
+    result = call("report", tmp_path)
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr and "fastdean: run_folder must hold" in result.stderr
+
+
+def test_libraries_cannot_write_to_stdout(place, run_folder, tmp_path, monkeypatch):
+    from fastdean import report
+
+    def write_report(*args):
+        print("a library speaks")
+
+    monkeypatch.setattr(report, "write_report", write_report)
+    result = call("report", run_folder, "--out", tmp_path / "r.html", "--json")
+    assert json.loads(result.stdout) == {"out": str(tmp_path / "r.html")}
+    assert "a library speaks" in result.stderr
+
+
+def test_report_draws_again(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    (folder / "report.html").unlink()
+    assert call("report", folder).exit_code == 0
+    assert (folder / "report.html").read_text() == (run_folder / "report.html").read_text()
+    (folder / "results.json").write_text("[1]")
+    refused(call("report", folder), "results must be a dict, got list")
+    refused(call("report", tmp_path / "no"), "must hold a results.json of a finished run")
+    refused(call("report", run_folder, "--out", tmp_path / "no" / "r.html"), "existing folder")
+
+
+def test_info_prints_tables_or_json():
+    text, document = call("info"), call("info", "--json")
+    assert "fastdean" in text.stdout and text.exit_code == 0
+    assert json.loads(document.stdout)["fastdean"] == fastdean.__version__
+
+
+COMMANDS = ("demo", "run", "score", "couple", "apply", "patch", "report", "info")
+
+
+def plain(text):
+    """Help without its frames, on one line."""
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_with_an_example(command):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: fastdean {command}" in plain(result.stdout)
+
+
+def test_help_tells_the_exit_codes():
+    text = plain(call("--help").stdout)
+    for said in ("0 done", "1 a fault of FastDEAN", "2 the request cannot", "130 interrupted"):
+        assert said in text
+    for command in COMMANDS:
+        assert command in text
+
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(Path(fastdean.__file__).parent.parent),
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def start(*args, **environment):
+    """`python -m fastdean` as a process of its own, with progress bars as a user sees them."""
+    inherited = {k: v for k, v in ENVIRONMENT.items() if k not in ("TQDM_DISABLE",)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastdean", *map(str, args)],
+        env={**inherited, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    stdout, stderr = process.communicate(timeout=120)
+    return process.returncode, stdout, stderr
+
+
+def test_as_a_process_it_writes_json_to_stdout_and_nothing_foreign_to_stderr(place, tmp_path):
+    command = ["score", "--model", place["model"], "--data", place["privacy"], "--json"]
+    code, stdout, stderr = finish(start(*command, "--out", tmp_path / "a", "--examples", 99))
+    assert code == 0
+    assert json.loads(stdout)["out"] == str(tmp_path / "a")
+    bars = [line for line in stderr.replace("\r", "\n").splitlines() if "%|" in line]
+    assert any(line.startswith("score: 100%") for line in bars)
+    others = [x for x in stderr.replace("\r", "\n").splitlines() if x.strip() and x not in bars]
+    assert others == [
+        f"fastdean: {place['privacy']} has 10 rows, fewer than the 99 asked for: all are taken",
+        "Scores(6 matrices, 12,288 weights, n=10 examples, top 0.001 of each matrix)",
+        f"written to {tmp_path / 'a'}",
+    ]
+
+
+def ranks(args, **environment):
+    """The command as two ranks of one job; what each gave."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    processes = [start(*args(rank), **shared, RANK=str(rank)) for rank in range(2)]
+    try:
+        return [finish(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_two_ranks_resume_and_give_the_mask_of_one_and_only_the_first_speaks(
+    place, run_folder, tmp_path
+):
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    state = json.loads((out / "fastdean_run.json").read_text()) | {"finished": False}
+    (out / "fastdean_run.json").write_text(json.dumps(state))
+    shutil.rmtree(out / "scores" / "privacy")
+    shutil.rmtree(out / "mask")
+    command = ["run", *sources(place), "--out", out, *OPTIONS, "--json"]
+    first, second = ranks(lambda rank: command)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    results = json.loads(first[1])
+    assert second[1:] == ("", "")
+    assert "%|" not in first[2] and results["findings"][0] in first[2]
+    assert [row["step"] for row in results["cost"] if row["seconds"] is None] == [
+        "score fairness, by an earlier call",
+        "score general, by an earlier call",
+    ]
+    # The ranks' sums are added in another order: the same sets here, values to rounding.
+    assert NeuronMask.from_pretrained(out / "mask") == NeuronMask.from_pretrained(
+        run_folder / "mask"
+    )
+
+
+def test_bad_input_of_one_rank_ends_both(place, tmp_path):
+    def command(rank):
+        source = place["privacy"] if rank else tmp_path / "nowhere.csv"
+        return ["run", *sources(place, privacy=source), "--out", tmp_path / "run", *OPTIONS]
+
+    first, second = ranks(command)
+    assert (first[0], second[0]) == (2, 2)
+    assert "source must be an existing file" in first[2]
+    assert second[2].startswith("fastdean (rank 1): ") and "got 1 of 2 that failed" in second[2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_row_files_of_unsafe_pairs_measure_without_intervals(place, tmp_path):
+    """The smallest run there is: nothing to resample."""
+    small = {
+        name: write_jsonl(tmp_path / f"{name}.jsonl", rows(1, 0, unsafe=name != "general"))
+        for name in ("fairness", "privacy", "general")
+    }
+    options = ("--ratio", "0.05", "--examples", "1", "--eval-examples", "1", "--quiet")
+    result = call(
+        "run", *sources(place, **small), "--rule", "first", "--out", tmp_path / "run", *options
+    )
+    assert result.exit_code == 0 and "nan" not in result.stderr.lower()

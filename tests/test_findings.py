@@ -1,0 +1,165 @@
+"""The three sentences: exact, and no effect claimed whose interval holds "nothing changed"."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+
+from fastdean.findings import findings
+
+
+def change(low, high, **more):
+    verdict = "higher" if low > 0 else "lower" if high < 0 else "no effect beyond noise"
+    return {"mean": (low + high) / 2, "low": low, "high": high, "verdict": verdict, **more}
+
+
+def results(**options):
+    """A run that zeroed 107 of 107 coupled weights and changed nothing beyond noise."""
+    row = {"numel": 2048, "first": 300, "second": 300, "coupled": 100, "removed": 40, "kept": 60}
+    other = {"numel": 2048, "first": 312, "second": 312, "coupled": 89, "removed": 42, "kept": 47}
+    masks = {"paper": change(-0.0044, 0.0278), "random": change(-0.01, 0.01)}
+    return {
+        "options": {
+            "rule": "paper", "ratio": 0.05, "granularity": "weight", "scale": 0.0, **options
+        },
+        "coupling": {
+            "rows": [row, other],
+            "total": {key: row[key] + other[key] for key in row},
+        },
+        "margins": {
+            topic: {"pairs": 64, "masks": copy.deepcopy(masks)} for topic in ("fairness", "privacy")
+        },
+        "perplexity": {
+            "origin": 97.69,
+            "masks": {"paper": {"value": 98.15, "ratio": 1.0047, "low": 0.988, "high": 1.019}},
+        },
+        "hsic": {
+            "layers": [
+                {"before": 0.5, "null_low": 0.1, "null_high": 0.4},
+                {"before": 0.2, "null_low": 0.1, "null_high": 0.4},
+            ]
+        },
+    }  # fmt: skip
+
+
+def test_the_first_sentence_counts_what_was_selected_and_what_chance_gives():
+    assert findings(results())[0] == (
+        "At ratio 0.05, 189 of the 612 weights most important to fairness are also among the 612 "
+        "most important to privacy (91 expected by chance), 82 of these are among the most "
+        "important to general ability too, and rule 'paper' selected 107 weights, in 2 of 2 "
+        "matrices, to be set to zero."
+    )
+
+
+def test_units_and_a_scale_are_called_by_their_names():
+    first = findings(results(granularity="neuron", scale=0.5, rule="released"))[0]
+    assert "612 units most important to fairness" in first
+    assert first.endswith(
+        "rule 'released' selected 107 units, in 2 of 2 matrices, whose outgoing weights were "
+        "multiplied by 0.5."
+    )
+
+
+def test_one_weight_is_singular():
+    run = results()
+    run["coupling"]["total"] |= {"first": 1, "second": 1, "coupled": 1, "removed": 0, "kept": 1}
+    assert "1 of the 1 weight most" in findings(run)[0]
+    assert "selected 1 weight, in" in findings(run)[0]
+
+
+def test_nothing_beyond_noise_is_said_so():
+    _, awareness, effects = findings(results())
+    assert awareness == (
+        "The margin of safe over unsafe answers did not change beyond noise on fairness (+0.0117 "
+        "nats per token, 95 % interval -0.0044 to +0.0278) and did not change beyond noise on "
+        "privacy (+0.0117 nats per token, 95 % interval -0.0044 to +0.0278)."
+    )
+    assert effects == (
+        "Perplexity on general answers did not change beyond noise (97.69 to 98.15, ratio 1.005, "
+        "95 % interval 0.988 to 1.019); HSIC of fairness and privacy prompts, paired arbitrarily, "
+        "lay outside what other pairings give in 1 of 2 layers before the edit (about 0.1 expected "
+        "by chance)."
+    )
+
+
+@pytest.mark.parametrize("low", [-0.02, -1e-9, 0.0])
+def test_an_interval_that_holds_zero_claims_no_effect_whatever_its_verdict_says(low):
+    run = results()
+    for topic in ("fairness", "privacy"):
+        run["margins"][topic]["masks"]["paper"] = change(low, 0.04) | {"verdict": "higher"}
+    run["perplexity"]["masks"]["paper"] |= {"low": 1.0, "high": 1.2, "verdict": "higher"}
+    text = " ".join(findings(run))
+    assert "rose" not in text and "fell" not in text
+    assert text.count("did not change beyond noise") == 3
+
+
+def test_effects_are_claimed_in_their_direction():
+    run = results()
+    run["margins"]["fairness"]["masks"]["paper"] = change(0.02, 0.04)
+    run["margins"]["privacy"]["masks"]["paper"] = change(-0.04, -0.02)
+    run["perplexity"]["masks"]["paper"] |= {"low": 1.001, "high": 1.019}
+    _, awareness, effects = findings(run)
+    assert "rose on fairness (+0.03 nats per token" in awareness
+    assert "fell on privacy (-0.03 nats per token" in awareness
+    assert "random" not in awareness
+    assert effects.startswith("Perplexity on general answers rose (97.69 to 98.15, ratio 1.005")
+
+
+def test_an_effect_that_a_random_edit_may_have_had_too_is_marked():
+    run = results()
+    run["margins"]["fairness"]["masks"]["paper"] = change(0.005, 0.04)
+    assert findings(run)[1].endswith(
+        "; on fairness, editing as many random weights gives an interval that overlaps this one."
+    )
+
+
+@pytest.mark.parametrize("missing", [math.nan, None])
+def test_too_few_pairs_give_no_interval_and_no_claim(missing):
+    run = results()
+    run["margins"]["fairness"]["pairs"] = 1
+    run["margins"]["fairness"]["masks"]["paper"] |= {"low": missing, "high": missing}
+    run["perplexity"]["masks"]["paper"] |= {"low": missing, "high": missing}
+    _, awareness, effects = findings(run)
+    assert "was measured on too few fairness pairs (1) to tell" in awareness
+    assert "went from 97.69 to 98.15, on too few of them to tell" in effects
+    assert "nan" not in awareness + effects and "None" not in awareness + effects
+
+
+def test_one_topic_without_margins_is_named():
+    run = results()
+    del run["margins"]["privacy"]
+    assert findings(run)[1].endswith("to +0.0278), and was not measured on privacy.")
+
+
+def test_missing_measurements_are_said_to_be_missing():
+    run = results()
+    run |= {"margins": {}, "hsic": None}
+    del run["perplexity"]
+    assert findings(run)[1:] == [
+        "Awareness was not measured: there are no margins to compare (see the warnings).",
+        "Side effects were not measured.",
+    ]
+
+
+def test_an_infinite_perplexity_is_left_out():
+    run = results()
+    run["perplexity"]["masks"]["paper"]["value"] = math.inf
+    assert findings(run)[2].startswith("HSIC of")
+
+
+def test_no_weights_taken_is_no_effect():
+    run = results()
+    run["coupling"]["total"]["kept"] = 0
+    for row in run["coupling"]["rows"]:
+        row["kept"] = 0
+    done, awareness, effects = findings(run)
+    assert done.endswith("rule 'paper' selected no weights, so that the model was not edited.")
+    assert awareness == "Awareness was not measured again: no weights were edited."
+    assert effects == "There are no side effects to measure: no weights were edited."
+
+
+def test_results_read_back_from_json_give_the_same_sentences():
+    assert findings(json.loads(json.dumps(results()))) == findings(results())

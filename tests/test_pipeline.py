@@ -1,0 +1,523 @@
+"""The main job: folders that are refused, runs that stop half-way, and what is measured on what."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+
+import pytest
+import tiny_models
+import torch
+from tiny_folders import WORDS, rows, save_model, write_jsonl, write_sources
+
+from fastdean import coupling, measuring, pipeline
+from fastdean.masks import NeuronMask
+from fastdean.pipeline import RULES, Job, run
+from fastdean.scores import Scores
+
+OPTIONS = {"ratio": 0.05, "examples": 5, "eval_examples": 5}
+# For what does not hang on the measurements, which take most of a tiny run.
+QUICK = {**OPTIONS, "eval_examples": 0}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model and three sources of 10 rows."""
+    folder = tmp_path_factory.mktemp("place")
+    return {"model": str(save_model(folder / "model")), **as_text(write_sources(folder))}
+
+
+def as_text(paths):
+    return {name: str(path) for name, path in paths.items()}
+
+
+@pytest.fixture
+def job(place):
+    return Job(**place, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory):
+    """The run folder of an uninterrupted run, and its results; not to be written to."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return out, run(Job(**place, **QUICK), out, progress=False)
+
+
+@pytest.fixture(scope="module")
+def measured(place, tmp_path_factory):
+    """The same with measurements."""
+    out = tmp_path_factory.mktemp("measured") / "run"
+    return out, run(Job(**place, **OPTIONS), out, progress=False)
+
+
+def lasting(results):
+    """What must be the same in a run that was stopped and resumed."""
+    return {k: v for k, v in results.items() if k not in ("created", "cost", "command", "manifest")}
+
+
+def tree(folder):
+    """Relative path -> content of every file."""
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """The names of the data sets that were scored; `scored.fail` maps a name to an error."""
+
+    class Record(list):
+        fail = {}
+
+    record, real = Record(), pipeline.score
+
+    def score(*args, description, **options):
+        if description in record.fail:
+            raise record.fail[description]
+        record.append(description)
+        return real(*args, description=description, **options)
+
+    monkeypatch.setattr(pipeline, "score", score)
+    return record
+
+
+def nothing_loaded(monkeypatch):
+    def load_model(*args, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(pipeline, "load_model", load_model)
+
+
+def test_a_run_writes_its_parts_and_its_results(measured):
+    out, results = measured
+    assert json.loads((out / "results.json").read_text()) == results
+    assert NeuronMask.from_pretrained(out / "mask").manifest["rule"] == "paper"
+    for rule in ("random", "released"):
+        assert NeuronMask.from_pretrained(out / "controls" / rule).manifest["rule"] == rule
+    assert len(Scores.from_pretrained(out / "scores" / "privacy")) == 6
+    page = (out / "report.html").read_text()
+    for sentence in results["findings"]:
+        assert sentence.split(",")[0] in page
+    assert results["margins"]["privacy"]["pairs"] == 5
+    assert results["hsic"]["n"] == 5 and len(results["overlap"]) == 11
+    assert json.loads((out / "fastdean_run.json").read_text())["finished"] is True
+    assert not [name for name in tree(out) if name.endswith(".tmp")]
+
+
+def test_the_mask_is_that_of_score_and_couple_by_hand(place, finished):
+    from fastdean import couple, score
+    from fastdean.loading import load_model
+    from fastdean.sources import load_rows, sample_rows
+
+    model, tokenizer = load_model(place["model"], progress=False)
+    fair, priv, gen = (
+        score(model, sample_rows(load_rows(place[name]), 5, 0)[0], tokenizer=tokenizer)
+        for name in ("fairness", "privacy", "general")
+    )
+    assert NeuronMask.from_pretrained(finished[0] / "mask") == couple(
+        fair, priv, general=gen, ratio=0.05
+    )
+
+
+def test_an_equal_job_gives_equal_results(place, measured, tmp_path):
+    again = run(Job(**place, **OPTIONS), tmp_path / "again", progress=False)
+    assert lasting(again) == lasting(measured[1])
+
+
+@pytest.mark.parametrize("step", ["score privacy", "score general"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_a_stopped_run_is_resumed_with_the_scores_that_are_there(
+    job, finished, scored, tmp_path, step, error
+):
+    scored.fail = {step: error}
+    with pytest.raises(type(error)):
+        run(job, tmp_path / "run", progress=False)
+    done = list(scored)
+    scored.clear()
+    scored.fail = {}
+    results = run(job, tmp_path / "run", progress=False)
+    assert done + scored == ["score fairness", "score privacy", "score general"]
+    assert step in scored and "score fairness" not in scored
+    assert lasting(results) == lasting(finished[1])
+    steps = [row["step"] for row in results["cost"]]
+    assert "score fairness, by an earlier call" in steps
+
+
+def test_an_interrupt_while_measuring_restores_the_model_and_loses_nothing(
+    place, measured, scored, tmp_path, monkeypatch
+):
+    """The mask is on the model at that moment."""
+    job = Job(**place, **OPTIONS)
+    models, real = [], measuring.perplexity
+
+    def perplexity(model, *args, **options):
+        models.append(model)
+        if len(models) == 2:
+            raise KeyboardInterrupt
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(measuring, "perplexity", perplexity)
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "run", progress=False)
+    expected = tiny_models.llama().state_dict()
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+    # As if another version had left other masks and half a control there.
+    shutil.rmtree(tmp_path / "run" / "controls" / "random")
+    NeuronMask({}).save_pretrained(tmp_path / "run" / "mask", overwrite=True)
+    scored.clear()
+    assert lasting(run(job, tmp_path / "run", progress=False)) == lasting(measured[1])
+    assert scored == []
+    assert len(NeuronMask.from_pretrained(tmp_path / "run" / "mask")) > 0
+
+
+FAILING_WRITES = {
+    "scores": ("fastdean.storage._write_shard", "scores"),
+    "mask": ("fastdean.storage._write_shard", "mask"),
+    "results": ("fastdean.pipeline.write_json_atomic", "results.json"),
+    "report": ("fastdean.pipeline.write_report", "report.html"),
+}
+
+
+@pytest.mark.parametrize("part", FAILING_WRITES)
+def test_a_full_disk_leaves_what_was_finished_and_the_same_call_goes_on(
+    job, finished, scored, tmp_path, monkeypatch, part
+):
+    import importlib
+
+    target, fragment = FAILING_WRITES[part]
+    module_name, _, name = target.rpartition(".")
+    real = getattr(importlib.import_module(module_name), name)
+
+    def write(*args, **options):
+        # The second one, where there are several.
+        if any(fragment in os.fspath(a) for a in args if isinstance(a, os.PathLike)):
+            writes.append(1)
+            if len(writes) == (2 if part in ("scores", "mask") else 1):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **options)
+
+    writes = []
+    monkeypatch.setattr(target, write)
+    out = tmp_path / "run"
+    with pytest.raises(OSError, match="No space left"):
+        run(job, out, progress=False)
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+    assert not (out / "report.html").exists()
+    # Whatever is there is whole.
+    for folder in (out / "scores").iterdir():
+        Scores.from_pretrained(folder)
+    before = len(scored)
+    assert lasting(run(job, out, progress=False)) == lasting(finished[1])
+    assert "score fairness" not in scored[before:]
+
+
+@pytest.mark.parametrize("target", ["os.fsync", "safetensors.torch.save_file"])
+def test_a_disk_that_was_full_from_the_start_leaves_no_folder(job, tmp_path, monkeypatch, target):
+    def write(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(target, write)
+    with pytest.raises(OSError, match="No space left"):
+        run(job, tmp_path / "run", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_refused_leaves_no_folder(place, tmp_path):
+    with pytest.raises(ValueError, match="target_modules must match at least one"):
+        run(Job(**place, **QUICK, target_modules="no_such_layer"), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_is_taken(job, finished, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert lasting(run(job, tmp_path / "run", progress=False)) == lasting(finished[1])
+
+
+def test_a_finished_run_is_refused_before_any_work_and_kept(job, finished, monkeypatch):
+    nothing_loaded(monkeypatch)
+    before = tree(finished[0])
+    with pytest.raises(ValueError, match="holds this run, finished; see its report.html, or pass"):
+        run(job, finished[0], progress=False)
+    assert tree(finished[0]) == before
+
+
+def test_another_run_is_refused_before_any_work_and_kept(place, finished, monkeypatch):
+    nothing_loaded(monkeypatch)
+    before = tree(finished[0])
+    with pytest.raises(ValueError, match="holds another run; choose another folder or pass --over"):
+        run(Job(**place, **QUICK, seed=1), finished[0], progress=False)
+    assert tree(finished[0]) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_other_origin_are_refused_before_any_work(job, tmp_path, monkeypatch, overwrite):
+    nothing_loaded(monkeypatch)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="which holds other files; choose another"):
+        run(job, tmp_path, overwrite=overwrite)
+    assert tree(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_and_a_folder_below_a_file_are_refused(job, tmp_path, overwrite):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="out must be a new or empty folder, got .* is a file"):
+            run(job, out, overwrite=overwrite)
+
+
+def test_overwrite_replaces_another_run(place, finished, scored, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    (out / "controls" / "stale").mkdir()
+    shutil.copytree(out / "mask", out / "controls" / "stale", dirs_exist_ok=True)
+    (out / ".results.json.1a2b3c4d.tmp").write_text("left by a crash")
+    results = run(Job(**place, **QUICK, seed=1), out, overwrite=True, progress=False)
+    assert len(scored) == 3
+    assert results["options"]["seed"] == 1
+    assert json.loads((out / "results.json").read_text()) == results
+    assert sorted(path.name for path in (out / "controls").iterdir()) == ["random", "released"]
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "foreign", ["notes.txt", "scores/mine.csv", "mask/mine.csv", "controls/mine/deep.csv"]
+)
+def test_overwrite_never_deletes_what_lies_beside_a_run(
+    job, finished, tmp_path, monkeypatch, foreign
+):
+    nothing_loaded(monkeypatch)
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    (out / foreign).parent.mkdir(exist_ok=True)
+    (out / foreign).write_text("mine")
+    before = tree(out)
+    named = foreign if foreign.count("/") < 1 or foreign.startswith("scores") else foreign[:4]
+    with pytest.raises(
+        ValueError, match=f"that FastDEAN did not write: .*{named[:4]}.*; move them"
+    ):
+        run(job, out, overwrite=True, progress=False)
+    assert tree(out) == before
+
+
+def test_an_old_run_stays_until_there_is_something_to_replace_it_with(
+    place, finished, scored, tmp_path
+):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    scored.fail = {"score fairness": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run(Job(**place, **QUICK, seed=1), out, overwrite=True, progress=False)
+    assert tree(out) == tree(finished[0])
+
+
+def test_rows_that_changed_since_are_not_resumed(place, scored, tmp_path):
+    sources = as_text(write_sources(tmp_path))
+    job = Job(**{**place, **sources}, **QUICK)
+    scored.fail = {"score general": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "run", progress=False)
+    write_jsonl(tmp_path / "privacy.jsonl", rows(10, 99, unsafe=True))
+    with pytest.raises(ValueError, match="on other rows: the source of privacy has changed since"):
+        run(job, tmp_path / "run", progress=False)
+
+
+def test_a_model_that_changed_since_is_not_mixed_with_its_scores(place, scored, tmp_path):
+    model = save_model(tmp_path / "model")
+    job = Job(**{**place, "model": str(model)}, **QUICK)
+    scored.fail = {"score general": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "run", progress=False)
+    tiny_models.llama(seed=1).save_pretrained(model)
+    scored.fail = {}
+    with pytest.raises(ValueError, match="scores must belong to the same weights"):
+        run(job, tmp_path / "run", progress=False)
+
+
+def test_truncated_scores_of_an_earlier_call_are_named(job, scored, tmp_path):
+    scored.fail = {"score privacy": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "run", progress=False)
+    file = tmp_path / "run" / "scores" / "fairness" / "scores.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="scores.safetensors' must be a whole safetensors file"):
+        run(job, tmp_path / "run", progress=False)
+
+
+BAD_OPTIONS = {
+    "rule": ("best", f"rule must be one of {', '.join(RULES)}, got 'best'"),
+    "granularity": ("head", "granularity must be one of weight, neuron, got 'head'"),
+    "scope": ("layer", "scope must be one of matrix, model, got 'layer'"),
+    "template": ("alpaca", "template must be one of raw, chat, published, got 'alpaca'"),
+    "ratio": (1.5, "ratio must be above 0 and at most 1, got 1.5"),
+    "min_k": (-1, "min_k must be at least 0, got -1"),
+    "eval_examples": (-1, "eval_examples must be at least 0, got -1"),
+    "examples": (0, "examples must be at least 1, got 0"),
+    "seed": (-3, "seed must be at least 0, got -3"),
+    "scale": (float("nan"), "scale must be finite, got nan"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_options_out_of_range_are_refused_at_once(place, name):
+    value, text = BAD_OPTIONS[name]
+    with pytest.raises(ValueError, match=text):
+        Job(**place, **{name: value})
+
+
+def test_every_rule_of_the_coupling_can_be_asked_for():
+    assert set(RULES) == set(coupling._RULES)
+
+
+def test_a_ratio_that_selects_nothing_is_refused_before_scoring(place, scored, tmp_path):
+    job = Job(**place, examples=5, ratio=1e-6)
+    with pytest.raises(
+        ValueError,
+        match="none of the 2,048 of the largest matrix; the smallest that would is 0.000",
+    ) as caught:
+        run(job, tmp_path / "run", progress=False)
+    assert scored == [] and list(tmp_path.iterdir()) == []
+    smallest = float(str(caught.value).split("would is ")[1].split(",")[0])
+    assert int(smallest * 2048) == 1 and int((smallest - 1e-5) * 2048) == 0
+
+
+def test_min_k_keeps_as_many_scores_as_it_needs(place, tmp_path):
+    job = Job(**place, examples=5, eval_examples=0, ratio=1e-6, min_k=40)
+    results = run(job, tmp_path / "run", progress=False)
+    assert {row["k"] for row in results["coupling"]["rows"]} == {40}
+
+
+def test_the_scope_of_the_whole_model(place, tmp_path):
+    results = run(Job(**place, **OPTIONS, scope="model"), tmp_path / "run", progress=False)
+    assert results["coupling"]["total"]["first"] == int(0.05 * 6 * 2048)
+    assert "overlap" not in results
+    assert any("overlap over ratios is left out" in text for text in results["warnings"])
+    # Its matrices have top sets of different sizes, which this rule cannot compare.
+    assert any("control 'released' is left out: rule 'rel" in text for text in results["warnings"])
+    assert set(results["margins"]["fairness"]["masks"]) == {"paper", "random"}
+
+
+def test_units(place, tmp_path):
+    job = Job(**place, **{**QUICK, "ratio": 0.3}, granularity="neuron")
+    results = run(job, tmp_path / "run", progress=False)
+    assert results["coupling"]["total"]["first"] == 2 * int(0.3 * 64)
+    kept = results["coupling"]["total"]["kept"]
+    assert len(NeuronMask.from_pretrained(tmp_path / "run" / "mask")) == kept * 32 > 0
+
+
+def test_rows_that_are_too_few_are_all_taken_with_a_warning(place, tmp_path, caplog):
+    job = Job(**place, **{**OPTIONS, "examples": 50})
+    with caplog.at_level(logging.WARNING, logger="fastdean"):
+        results = run(job, tmp_path / "run", progress=False)
+    assert "has 10 rows, fewer than the 50 asked for: all are taken" in caplog.text
+    assert results["data"]["fairness"]["examples"] == 10
+    assert (
+        "Fairness has 10 rows, fewer than the 50 asked for: all were scored."
+        in (results["warnings"])
+    )
+    assert any(
+        "privacy rows that were measured on are scored ones" in w for w in results["warnings"]
+    )
+
+
+def test_what_is_measured_on_shares_no_prompt_with_what_is_scored(place, tmp_path):
+    """Data sets hold several answers to a prompt."""
+    doubled = rows(6, 0, unsafe=True)
+    doubled += [{**row, "response": WORDS[7]} for row in doubled]
+    source = write_jsonl(tmp_path / "doubled.jsonl", doubled)
+    split = pipeline._split("fairness", Job(**{**place, "fairness": str(source)}, **OPTIONS))
+    scored = {row["prompt"] for _, row in split.scored}
+    measured = {row["prompt"] for _, row in split.measured}
+    assert split.held_out and measured and not scored & measured
+
+
+def test_without_pairs_only_perplexity_is_measured(place, tmp_path):
+    plain = str(write_jsonl(tmp_path / "plain.jsonl", rows(10, 3, unsafe=False)))
+    job = Job(**{**place, "fairness": plain, "privacy": plain}, **OPTIONS)
+    results = run(job, tmp_path / "run", progress=False)
+    assert results["margins"] == {} and "hsic" not in results
+    assert results["perplexity"]["masks"]["paper"]["value"] > 1
+    for topic in ("fairness", "privacy"):
+        assert (
+            f"No {topic} rows have an unsafe response beside the safe one: not measured on {topic}."
+            in results["warnings"]
+        )
+
+
+def test_rows_of_text_are_scored_and_measured_as_general(place, tmp_path):
+    text = [{"text": row["response"] + " w1 w2"} for row in rows(10, 5, unsafe=False)]
+    source = str(write_jsonl(tmp_path / "text.jsonl", text))
+    results = run(Job(**{**place, "general": source}, **OPTIONS), tmp_path / "run", progress=False)
+    assert results["perplexity"]["tokens"] > 5
+    assert not any("general" in warning for warning in results["warnings"])
+
+
+def test_nothing_is_measured_where_nothing_is_asked_for(job, tmp_path):
+    results = run(job, tmp_path / "run", progress=False)
+    assert results["warnings"] == ["Nothing was measured: eval_examples is 0."]
+    assert results["findings"][2] == "Side effects were not measured."
+
+
+def test_a_masked_model_is_scored_but_has_no_margins(place, tmp_path):
+    bert = str(save_model(tmp_path / "bert", tiny_models.bert))
+    results = run(Job(**{**place, "model": bert}, **OPTIONS), tmp_path / "run", progress=False)
+    assert results["coupling"]["total"]["kept"] > 0
+    assert results["margins"] == {} and "perplexity" not in results
+    text = " ".join(results["warnings"])
+    assert "Margins and perplexity were not measured: a masked language model sees" in text
+    assert "scored on responses that it sees" in text
+    assert results["findings"][1].startswith("Awareness was not measured")
+
+
+def bad_source(place, tmp_path, name, row, position):
+    content = rows(10, 0, unsafe=name != "general")
+    content[position] |= row
+    source = write_jsonl(tmp_path / f"bad_{name}.jsonl", content)
+    return Job(**{**place, name: str(source)}, **{**OPTIONS, "examples": 10})
+
+
+@pytest.mark.parametrize("name", ["fairness", "general"])
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"response": ""}, "must have at least one target token, got none; its response is empty"),
+        ({"response": "w " * 200}, r"must have at most 128 tokens .*; cut it with max_length"),
+        (
+            {"prompt": "", "response": "w1"},
+            "must have at least one target token after its first token",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_scored_is_named_before_anything_is_scored(
+    place, scored, tmp_path, name, row, text
+):
+    job = bad_source(place, tmp_path, name, row, position=3)
+    with pytest.raises(ValueError, match=f"source '.*bad_{name}.jsonl': row 4 {text}"):
+        run(job, tmp_path / "run", progress=False)
+    assert scored == []
+
+
+def test_a_model_with_nan_names_the_example(place, tmp_path):
+    def broken():
+        model = tiny_models.llama()
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+        return model
+
+    model = str(save_model(tmp_path / "model", broken))
+    with pytest.raises(ValueError, match=r"loss must be finite, got nan for example \d+; check"):
+        run(Job(**{**place, "model": model}, **QUICK), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_figure_that_cannot_be_taken_does_not_cost_the_others(place, tmp_path, monkeypatch):
+    def layer_dependence(*args, **options):
+        raise ValueError("x must have a positive median distance")
+
+    monkeypatch.setattr(measuring, "layer_dependence", layer_dependence)
+    results = run(Job(**place, **OPTIONS), tmp_path / "run", progress=False)
+    assert "HSIC was not measured: x must have a positive median distance." in results["warnings"]
+    assert results["margins"]["fairness"]["masks"]

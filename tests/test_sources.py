@@ -1,0 +1,271 @@
+"""Sources: every file type, column mapping, presets, and what is refused with which text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastdean.sources import PRESETS, load_rows, sample_rows
+
+ROWS = [
+    {"prompt": "who?", "response": "them, all"},
+    {"prompt": 'a "quoted"\nline', "response": "ünïcode"},
+]
+
+
+def write(path, rows=ROWS, bom=False):
+    """The rows as a file of the kind that the path's suffix names."""
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+        return path
+    if path.suffix == ".csv":
+        import csv
+        import io
+
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    elif path.suffix == ".json":
+        text = json.dumps(rows)
+    else:
+        text = "\n".join(json.dumps(row) for row in rows)
+    path.write_bytes(text.encode("utf-8-sig" if bom else "utf-8"))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet", ".JSONL"])
+def test_every_file_type_gives_the_rows_in_order(tmp_path, suffix):
+    assert load_rows(write(tmp_path / f"rows{suffix}")) == ROWS
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, suffix):
+    assert load_rows(write(tmp_path / f"rows{suffix}", bom=True)) == ROWS
+
+
+def test_a_json_object_with_one_list_is_that_list(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"version": 1, "data": ROWS}))
+    assert load_rows(file) == ROWS
+
+
+def test_blank_lines_between_rows_are_no_rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    assert load_rows(file) == ROWS
+
+
+def test_columns_are_mapped_and_others_are_dropped(tmp_path):
+    rows = [{"question": "q", "answer": "a", "bad": "b", "id": 3, "response": "not this one"}]
+    file = write(tmp_path / "rows.jsonl", rows)
+    found = load_rows(f"{file}::prompt=question,response=answer,unsafe=bad")
+    assert found == [{"prompt": "q", "response": "a", "unsafe": "b"}]
+
+
+def test_rows_of_messages_and_of_text(tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    assert load_rows(write(tmp_path / "chat.parquet", [{"messages": turns}])) == [
+        {"messages": turns}
+    ]
+    assert load_rows(write(tmp_path / "text.csv", [{"text": "all of it"}])) == [
+        {"text": "all of it"}
+    ]
+
+
+def test_an_empty_cell_is_a_missing_unsafe_answer(tmp_path):
+    rows = [{"prompt": "p", "response": "r", "unsafe": "", "text": ""}]
+    assert load_rows(write(tmp_path / "rows.csv", rows)) == [{"prompt": "p", "response": "r"}]
+
+
+BAD_FILES = {
+    "truncated.json": (b'[{"prompt": "p"', r"truncated\.json' must be a well-formed \.json file"),
+    "a_number.json": (b"3", "no list of rows; use a JSON list"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": ', "broken.jsonl.*line 2: "),
+    "list.jsonl": (b"[1, 2]", "row 1 of .* must be an object, got list"),
+    "ragged.csv": (b"prompt,response\na,b,c\n", "line 2 has another number of columns"),
+    "short.csv": (b"prompt,response\na\n", "line 2 has another number of columns"),
+    "quote.csv": (b'prompt,response\n"a,b\n', "quote.csv' must be a well-formed"),
+    "latin.csv": ("prompt,response\né,b\n".encode("latin-1"), "can't decode byte"),
+    "foreign.parquet": (b"not a parquet file at all", "foreign.parquet' must be a well-formed"),
+    "header.csv": (b"prompt,response\n", "must hold at least one row, got none"),
+    "empty.jsonl": (b"", "must hold at least one row, got the empty file"),
+    "blank.jsonl": (b"\n\n", "must hold at least one row, got none"),
+    "list.txt": (b"hello", r"must be a file ending in \.csv, \.json, \.jsonl, \.parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_refused_by_name_and_reason(tmp_path, name):
+    content, text = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=text) as caught:
+        load_rows(tmp_path / name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_wrong_columns_are_named_with_the_way_to_map_them(tmp_path):
+    file = write(tmp_path / "rows.csv", [{"question": "q", "answer": "a"}])
+    with pytest.raises(
+        ValueError,
+        match=r"must have the columns 'prompt' and 'response'.*got \['answer', 'question'\] in row "
+        "1; map them with ::prompt=COLUMN,response=COLUMN",
+    ):
+        load_rows(file)
+    with pytest.raises(ValueError, match=r"must have the column 'reply', got \['answer', 'quest"):
+        load_rows(f"{file}::prompt=question,response=reply")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ("prompt", "source options must be key=value with the keys prompt, .*got 'prompt'"),
+        ("colour=red", "got 'colour=red'"),
+        ("prompt=a,prompt=b", "given once each, got 'prompt' twice"),
+        ("split=test", "is a file and takes columns only, got the option 'split'"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(tmp_path, options, text):
+    with pytest.raises(ValueError, match=text):
+        load_rows(f"{write(tmp_path / 'rows.jsonl')}::{options}")
+
+
+def test_a_preset_takes_no_options():
+    with pytest.raises(ValueError, match=r"is a preset and takes no options, got \['split'\]"):
+        load_rows("embedded:fairness::split=train")
+
+
+@pytest.mark.parametrize("name", ["embedded:fairnes", "rows.xlsx", "./rows/answers", "no/such/set"])
+def test_what_is_no_source_is_refused_with_the_ones_there_are(name):
+    with pytest.raises(ValueError, match=f"hub id owner/name or one of {', '.join(PRESETS)}"):
+        load_rows(name)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be an existing file, got .*nothing.csv"):
+        load_rows(tmp_path / "nothing.csv")
+
+
+def test_an_unreachable_data_set_of_the_hub_is_refused_in_one_line():
+    with pytest.raises(
+        ValueError, match="reachable data set of the hub, got: .+ or pass a local"
+    ) as e:
+        load_rows("nobody-at-all/no-such-set")
+    assert "\n" not in str(e.value)
+
+
+BEAVERTAILS = [
+    # prompt, response, category, safe
+    ("old people?", "they are useless", "discrimination,stereotype,injustice", False),
+    ("old people?", "they are people", None, True),
+    ("old people?", "lazy as well", "discrimination,stereotype,injustice", False),
+    ("his address?", "12 Elm Street", "privacy_violation", False),
+    ("his address?", "I cannot say", None, True),
+    ("a joke?", "knock knock", None, True),
+    ("old people?", "wise, often", None, True),
+]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """`datasets.load_dataset` with data sets in the columns of the real ones; records its calls."""
+    import datasets
+
+    categories = (
+        "discrimination,stereotype,injustice",
+        "privacy_violation",
+        "violence,aiding_and_abetting,incitement",
+    )
+    rows = {
+        "PKU-Alignment/BeaverTails": [
+            {
+                "prompt": prompt,
+                "response": response,
+                "category": {name: name == labelled for name in categories},
+                "is_safe": is_safe,
+            }
+            for prompt, response, labelled, is_safe in BEAVERTAILS
+        ],
+        "yahma/alpaca-cleaned": [
+            {"instruction": "Add.", "input": "2 and 3", "output": "5"},
+            {"instruction": "Say hello.", "input": "", "output": "Hello."},
+            {"instruction": "Say nothing.", "input": "", "output": ""},
+        ],
+        "org/name": [{"q": "a", "prompt": None, "response": "b"}],
+    }
+    calls = []
+
+    def load_dataset(path, name=None, *, split=None, revision=None):
+        calls.append((path, name, split, revision))
+        return datasets.Dataset.from_list(rows[path])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_beavertails_pairs_a_safe_answer_with_the_labelled_one_to_its_prompt(hub):
+    assert load_rows("beavertails:fairness") == [
+        {"prompt": "old people?", "response": "they are people", "unsafe": "they are useless"},
+        {"prompt": "old people?", "response": "wise, often", "unsafe": "they are useless"},
+    ]
+    assert load_rows("beavertails:privacy") == [
+        {"prompt": "his address?", "response": "I cannot say", "unsafe": "12 Elm Street"}
+    ]
+    assert {call[2] for call in hub} == {"330k_train"}
+
+
+def test_beavertails_unsafe_rows_are_the_labelled_answers(hub):
+    assert [row["response"] for row in load_rows("beavertails:fairness:unsafe")] == [
+        "they are useless",
+        "lazy as well",
+    ]
+    assert load_rows("beavertails:privacy:unsafe") == [
+        {"prompt": "his address?", "response": "12 Elm Street"}
+    ]
+
+
+def test_alpaca_joins_instruction_and_input_and_drops_empty_answers(hub):
+    assert load_rows("alpaca-cleaned") == [
+        {"prompt": "Add.\n2 and 3", "response": "5"},
+        {"prompt": "Say hello.", "response": "Hello."},
+    ]
+
+
+def test_a_hub_source_passes_its_options_on_and_maps_columns(hub):
+    found = load_rows("org/name::split=test,config=en,revision=v2,prompt=q")
+    assert found == [{"prompt": "a", "response": "b"}]
+    assert hub == [("org/name", "en", "test", "v2")]
+
+
+@pytest.mark.parametrize("topic", ["fairness", "privacy", "general"])
+def test_embedded_rows_need_nothing(topic):
+    rows = load_rows(f"embedded:{topic}")
+    assert len(rows) >= 32
+    assert all(row.get("unsafe") for row in rows) == (topic != "general")
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_rows_are_sampled_as_datasets_shuffle_does(seed):
+    import datasets
+
+    rows = [{"text": str(i)} for i in range(50)]
+    shuffled = datasets.Dataset.from_list(rows).shuffle(seed=seed)
+    first, others = sample_rows(rows, 20, seed)
+    assert first == shuffled.select(range(20)).to_list()
+    assert others == shuffled.select(range(20, 50)).to_list()
+
+
+def test_without_a_count_all_rows_are_taken():
+    first, others = sample_rows(ROWS, None, 0)
+    assert sorted(first, key=str) == sorted(ROWS, key=str) and others == []
+
+
+@pytest.mark.parametrize("count", [0, -1, 3])
+def test_a_count_out_of_range_is_refused(count):
+    with pytest.raises(ValueError, match=f"between 1 and the source's 2 rows, got {count}"):
+        sample_rows(ROWS, count, 0)
