@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastdean.data import IGNORE_INDEX, Example
-from fastdean.forward import input_device
+from fastdean.model_state import input_device
 from fastdean.targets import Target
 
 

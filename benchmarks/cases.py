@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastdean
 from fastdean.batching import default_tokens_per_batch
 from fastdean.data import Example
-from fastdean.forward import input_device
+from fastdean.model_state import input_device
 from fastdean.targets import Target, find_targets
 
 

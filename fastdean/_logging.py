@@ -1,4 +1,4 @@
-"""The package's logger. FASTDEAN_VERBOSITY sets its level; other ranks than the first stay quiet."""
+"""The package's logger: FASTDEAN_VERBOSITY sets its level, all ranks but the first stay quiet."""
 
 from __future__ import annotations
 

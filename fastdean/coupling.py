@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdean._logging import logger
-from fastdean.forward import unwrap
 from fastdean.masks import MaskEntry, NeuronMask
+from fastdean.model_state import unwrap
 from fastdean.ops.selection import select_top
 from fastdean.scores import ScoreEntry, Scores, fingerprint
 from fastdean.summary import place_of

@@ -265,9 +265,7 @@ def _u_centered(matrix: Tensor) -> Tensor:
     off_diagonal = matrix.clone().fill_diagonal_(0.0)
     row_sums = off_diagonal.sum(dim=1, keepdim=True)
     centered = (
-        off_diagonal
-        - (row_sums + row_sums.T) / (n - 2)
-        + off_diagonal.sum() / ((n - 1) * (n - 2))
+        off_diagonal - (row_sums + row_sums.T) / (n - 2) + off_diagonal.sum() / ((n - 1) * (n - 2))
     )
     return centered.fill_diagonal_(0.0)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastdean import ops
 from fastdean.entries import EDITABLE_DTYPES, MaskEntry, same_bits, shared_positions, suppressed
-from fastdean.forward import unwrap
+from fastdean.model_state import unwrap
 
 # Name components that a wrapper adds and that no checkpoint has.
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}

@@ -7,45 +7,19 @@ Gemma 2's soft-cap) stays in place; computing `hidden @ weight.T` by hand would 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fastdean.batching import Batch, default_tokens_per_batch, plan_batches
 from fastdean.data import Example
+from fastdean.model_state import evaluation_state, input_device, unwrap
 
 _PROBE_TOKENS = 12
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DistributedDataParallel or DataParallel."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, wrappers):
-            model = model.module
-        else:
-            return model
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """The device the model's inputs must lie on, also when its weights are offloaded."""
-    weight = next(model.parameters())
-    if hasattr(model, "get_input_embeddings"):
-        weight = getattr(model.get_input_embeddings(), "weight", weight)
-    if weight.device.type != "meta":
-        return weight.device
-    for module in model.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    raise ValueError(
-        "model must have weights, got meta tensors without an offload hook; load it first"
-    )
+_PACKING: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
 
 
 def label_shift(model: nn.Module) -> int:
@@ -76,32 +50,6 @@ def label_shift(model: nn.Module) -> int:
 def _class_names(model: nn.Module) -> list[str]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return [cls.__name__ for cls in type(inner).__mro__]
-
-
-@contextmanager
-def evaluation_state(model: nn.Module) -> Iterator[None]:
-    """Dropout and key-value cache are off inside; modes and config are as before outside."""
-    training = [module for module in model.modules() if module.training]
-    configs = [c for c in {id(c): c for c in _configs(model)}.values() if hasattr(c, "use_cache")]
-    use_cache = [config.use_cache for config in configs]
-    try:
-        model.eval()
-        for config in configs:
-            config.use_cache = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for config, value in zip(configs, use_cache, strict=True):
-            config.use_cache = value
-
-
-def _configs(model: nn.Module) -> list:
-    config = getattr(model, "config", None)
-    if config is None:
-        return []
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return [config, text]
 
 
 class TargetLogits:
@@ -165,21 +113,30 @@ def prepare_batches(
     )
 
 
-@torch.no_grad()
 def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
     """Whether restarting `position_ids` keeps packed examples apart in this model.
 
     Measured on the first two examples rather than looked up by model family: (1) changing one
-        packed
-    example must not move the other's logits at all, in either direction; (2) a packed example's
-    logits must be those it has alone. State-space and bidirectional models fail the first, models
-    that ignore `position_ids` the second.
+    packed example must not move the other's logits at all, in either direction; (2) a packed
+    example's logits must be those it has alone. State-space and bidirectional models fail the
+    first, models that ignore `position_ids` the second. Measured once per model, dtype and
+    attention implementation: the answer lies in the model's code, not in its weights.
     """
     if label_shift(model) == 0:
         return False
     if len(examples) < 2:
         return True
     device = input_device(model)
+    attention = getattr(model.config, "_attn_implementation", None)
+    key = (next(model.parameters()).dtype, device.type, attention)
+    answers = _PACKING.setdefault(model, {})
+    if key not in answers:
+        answers[key] = _measure_packing(model, examples, device)
+    return answers[key]
+
+
+@torch.no_grad()
+def _measure_packing(model: nn.Module, examples: Sequence[Example], device: torch.device) -> bool:
     a, b = (example.input_ids[:_PROBE_TOKENS] for example in examples[:2])
     with evaluation_state(model):
         try:

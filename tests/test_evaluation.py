@@ -196,9 +196,7 @@ def test_text_windows_do_not_overlap_by_default(window):
         piece = ids[start : start + window]
         total, tokens = _log_likelihood(model, Example(piece, piece))
         nll, count = nll - total, count + tokens
-    result = perplexity_of_text(
-        model, CharacterTokenizer(), TEXTS, window=window, progress=False
-    )
+    result = perplexity_of_text(model, CharacterTokenizer(), TEXTS, window=window, progress=False)
     assert result.tokens == count
     assert result.value == pytest.approx(math.exp(nll / count), rel=1e-4)
     assert (result.window, result.stride) == (window, window)

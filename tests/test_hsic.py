@@ -27,10 +27,7 @@ def _dependent(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _gaussian_kernel(rows: torch.Tensor, width: float) -> list[list[float]]:
     return [
-        [
-            math.exp(-(math.dist(a, b) ** 2) / (2 * width**2))
-            for b in rows.tolist()
-        ]
+        [math.exp(-(math.dist(a, b) ** 2) / (2 * width**2)) for b in rows.tolist()]
         for a in rows.tolist()
     ]
 

@@ -26,33 +26,37 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sources": set(),
     "loading": set(),
     "batching": {"data"},
-    "forward": {"batching", "data"},
+    "model_state": set(),
+    "forward": {"batching", "data", "model_state"},
     "targets": set(),
     "storage": {"fastdean"},
     "scores": {"ops", "storage", "_logging"},
     "accumulators": {"ops", "scores", "targets"},
+    "capture": {"accumulators", "targets"},
+    "workloads": {"batching", "data", "distributed", "forward", "model_state", "scores"},
     "scoring": {
         "_logging",
         "accumulators",
-        "batching",
-        "data",
+        "capture",
         "distributed",
-        "forward",
-        "ops",
+        "model_state",
         "provenance",
         "scores",
         "targets",
+        "workloads",
     },
     "entries": set(),
     "summary": set(),
     "cards": set(),
-    "edits": {"entries", "forward", "ops"},
+    "edits": {"entries", "model_state", "ops"},
     "masks": {"cards", "edits", "entries", "storage", "summary"},
     "checkpoint": {"entries", "masks", "storage"},
-    "coupling": {"scores", "masks", "ops", "summary", "forward", "_logging"},
+    "coupling": {"scores", "masks", "ops", "summary", "model_state", "_logging"},
     "dependence": set(),
-    "evaluation": {"batching", "data", "dependence", "forward"},
+    "evaluation": {"batching", "data", "dependence", "forward", "model_state"},
     "findings": set(),
+    "measuring": {"data", "evaluation", "forward", "masks"},
+    "run_folder": {"provenance", "storage"},
     "report": set(),
     "info": {"fastdean", "native", "ops"},
     "fastdean": {"checkpoint", "coupling", "dependence", "masks", "scores", "scoring"},
@@ -65,7 +69,7 @@ MAY_IMPORT["__main__"] = {"cli"}
 # Imported inside functions only: a user who needs none of them pays for none of them.
 HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "transformers", "triton"}
 
-MAY_HOOK = {"collapse.py", "forward.py", "scoring.py"}
+MAY_HOOK = {"capture.py", "collapse.py", "forward.py"}
 HOOKS = r"\bregister_(\w+_)?hook\b"
 
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}

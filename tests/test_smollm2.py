@@ -1,4 +1,4 @@
-"""The real model: SmolLM2-135M-Instruct against one-example-at-a-time autograd. `make test-slow`."""
+"""SmolLM2-135M-Instruct against one-example-at-a-time autograd; run by `make test-slow`."""
 
 from __future__ import annotations
 

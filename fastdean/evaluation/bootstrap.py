@@ -129,9 +129,7 @@ def bootstrap_interval(
     return Interval(estimate, low, high, n, confidence, resamples, no_effect)
 
 
-def _resampled(
-    statistic: Callable[[Tensor], Tensor], n: int, resamples: int, seed: int
-) -> Tensor:
+def _resampled(statistic: Callable[[Tensor], Tensor], n: int, resamples: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     rows_per_chunk = max(1, _DRAWS_PER_CHUNK // n)
     chunks = []

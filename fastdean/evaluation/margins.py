@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastdean.data import Example, encode
 from fastdean.evaluation.bootstrap import Interval, paired_bootstrap
-from fastdean.forward import label_shift, target_log_likelihood, unwrap
+from fastdean.forward import label_shift, target_log_likelihood
+from fastdean.model_state import unwrap
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fastdean.data import IGNORE_INDEX, Example, read_examples
 from fastdean.evaluation.bootstrap import Interval, bootstrap_interval
-from fastdean.forward import label_shift, target_log_likelihood, unwrap
+from fastdean.forward import label_shift, target_log_likelihood
+from fastdean.model_state import unwrap
 
 _LONGEST_DEFAULT_WINDOW = 2048
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fastdean.batching import default_tokens_per_batch, plan_batches
 from fastdean.data import IGNORE_INDEX, Example
 from fastdean.dependence import HSICResult, hsic
-from fastdean.forward import evaluation_state, input_device, packing_is_exact, unwrap
+from fastdean.forward import packing_is_exact
+from fastdean.model_state import evaluation_state, input_device, unwrap
 
 
 def prompts_only(examples: Sequence[Example]) -> list[Example]:
@@ -143,9 +144,7 @@ def _layer_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor,
     return hidden_states[1:]
 
 
-def _pick_layers(
-    hidden_states: tuple[Tensor, ...], layers: Sequence[int] | None
-) -> list[Tensor]:
+def _pick_layers(hidden_states: tuple[Tensor, ...], layers: Sequence[int] | None) -> list[Tensor]:
     if layers is None:
         return list(hidden_states)
     count = len(hidden_states)

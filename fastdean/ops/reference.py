@@ -54,9 +54,13 @@ def _coordinates(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tenso
     return torch.unravel_index(index.to(tensor.device), tensor.shape or (1,))
 
 
-# A block of rows whose product stays in a core's cache between the product, the absolute value and
-# the add.
-_BLOCK_BYTES = 1024 * 1024
+def _block_height(x: torch.Tensor) -> int:
+    """Rows of the product to compute at a time."""
+    # On a CPU a block stays in a core's cache between the product, the absolute value and the add.
+    # Elsewhere many small blocks would wait for their launches: whole matrices, up to the memory
+    # that a product may take.
+    block_bytes = (1 if x.device.type == "cpu" else 256) * 1024 * 1024
+    return max(16, block_bytes // (x.element_size() * max(1, x.shape[1])))
 
 
 @torch.no_grad()
@@ -65,7 +69,7 @@ def accumulate_importance_(
 ) -> None:
     """See `ops.accumulate_importance_`."""
     x, g = _at_least_fp32(x), _at_least_fp32(g)
-    height = max(16, _BLOCK_BYTES // (x.element_size() * max(1, x.shape[1])))
+    height = _block_height(x)
     spans = [(start, end) for start, end in segments.tolist() if end > start]
     with _full_fp32_products():
         for top in range(0, acc.shape[0], height):

@@ -1,0 +1,131 @@
+"""A model as it is found, and the states it is put into and back.
+
+Below its wrappers, on its devices, and the context managers that change a model or torch for the
+length of a block. Nothing here runs the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, DistributedDataParallel or DataParallel."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, wrappers):
+            model = model.module
+        else:
+            return model
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device the model's inputs must lie on, also when its weights are offloaded."""
+    weight = next(model.parameters())
+    if hasattr(model, "get_input_embeddings"):
+        weight = getattr(model.get_input_embeddings(), "weight", weight)
+    if weight.device.type != "meta":
+        return weight.device
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    raise ValueError(
+        "model must have weights, got meta tensors without an offload hook; load it first"
+    )
+
+
+def execution_device(module: nn.Module, default: torch.device) -> torch.device:
+    """The device `module` computes on, also when its weight is offloaded."""
+    device = module.weight.device
+    if device.type != "meta":
+        return device
+    hook = getattr(module, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or default)
+
+
+def materialised_weight(module: nn.Module) -> Tensor:
+    """The weight of `module`; an offloaded one is copied to the CPU."""
+    weight = module.weight
+    if weight.device.type != "meta":
+        return weight
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module, execution_device=torch.device("cpu")):
+        return module.weight.detach().clone()
+
+
+@contextmanager
+def evaluation_state(model: nn.Module) -> Iterator[None]:
+    """Dropout and key-value cache are off inside; modes and config are as before outside."""
+    training = [module for module in model.modules() if module.training]
+    configs = [c for c in {id(c): c for c in _configs(model)}.values() if hasattr(c, "use_cache")]
+    use_cache = [config.use_cache for config in configs]
+    try:
+        model.eval()
+        for config in configs:
+            config.use_cache = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for config, value in zip(configs, use_cache, strict=True):
+            config.use_cache = value
+
+
+def _configs(model: nn.Module) -> list:
+    config = getattr(model, "config", None)
+    if config is None:
+        return []
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return [config, text]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside: autograd computes dX and never dW."""
+    # By name: offloading replaces the parameter objects during the forward pass.
+    trainable = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    ]
+    try:
+        for name in trainable:
+            model.get_parameter(name).requires_grad_(False)
+        yield
+    finally:
+        for name in trainable:
+            model.get_parameter(name).requires_grad_(True)
+
+
+@contextmanager
+def strict_determinism(deterministic: bool) -> Iterator[None]:
+    if not deterministic:
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Compiled modules and functions do not fire hooks that were added after compilation."""
+    # Nothing was compiled where the compiler was never imported, and importing it takes seconds.
+    if "torch._dynamo" in sys.modules:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield

@@ -1,0 +1,281 @@
+"""What `score()` runs over: which batches, and the loss of every example in them.
+
+Two workloads: language models with this package's own loss and batches, and any other module with
+the caller's. `score` knows only the `Workload` interface.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdean.batching import Batch, default_tokens_per_batch, plan_batches, require_targets
+from fastdean.data import IGNORE_INDEX, Example, read_examples
+from fastdean.distributed import Ranks
+from fastdean.forward import TargetLogits, label_shift, packing_is_exact, target_losses
+from fastdean.model_state import input_device
+from fastdean.scores import examples_digest
+
+LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class BatchLosses:
+    """What one forward pass gave.
+
+    Attributes:
+        values: the loss of each example, [B], on the graph that leads back to the model.
+        segments: int64 [B, 2], the first token row of each example and the one past its last.
+        rows: token rows of the batch, padding included.
+        examples: the number of each of the B examples, for messages.
+    """
+
+    values: Tensor
+    segments: Tensor
+    rows: int
+    examples: Sequence[int]
+
+
+class Workload(Protocol):
+    """The examples of a `score()` and their losses."""
+
+    @property
+    def num_examples(self) -> int:
+        """Examples on all ranks together."""
+
+    @property
+    def examples_here(self) -> int:
+        """Examples that this rank scores."""
+
+    def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
+        """Run the model over this rank's batches, one by one; may be called again.
+
+        The model may carry a hook until the generator is closed.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Examples, loss and batching, for the manifest; `data.sha256` tells examples apart."""
+
+
+def plan_workload(
+    model: nn.Module,
+    loader: Any,
+    *,
+    loss_fn: LossFunction | None,
+    tokenizer: Any,
+    template: str,
+    max_length: int | None,
+    tokens_per_batch: int | None,
+    ranks: Ranks,
+) -> Workload:
+    """Read the loader and split its examples over the ranks; arguments as `score` takes them.
+
+    Raises:
+        ValueError, TypeError: as `score` does for its loader.
+    """
+    with ranks.failing_together():
+        if loss_fn is None:
+            work = LanguageModelling.plan(
+                model, loader, tokenizer, template, max_length, tokens_per_batch, ranks
+            )
+        else:
+            work = CustomLoss.plan(model, loader, loss_fn, ranks)
+    _require_same_examples(work, ranks)
+    return work
+
+
+def _require_same_examples(work: Workload, ranks: Ranks) -> None:
+    """Loaders that already shard (DistributedSampler) would have most examples never scored."""
+    digest = work.describe()["data"]["sha256"] if ranks.size > 1 else "0"
+    if not ranks.hold_the_same(int(digest[:15], 16)):
+        raise ValueError(
+            "loader must give every rank the same examples, got different ones; leave out the "
+            "distributed sampler, score() splits the examples itself"
+        )
+
+
+@dataclass
+class LanguageModelling:
+    """Causal and masked language models: our own loss, our own batches."""
+
+    model: nn.Module
+    examples: list[Example]
+    batches: list[Batch]
+    shift: int
+    packed: bool
+    tokens_per_batch: int
+    mine: list[int]
+
+    @classmethod
+    def plan(
+        cls,
+        model: nn.Module,
+        loader: Any,
+        tokenizer: Any,
+        template: str,
+        max_length: int | None,
+        tokens_per_batch: int | None,
+        ranks: Ranks,
+    ) -> LanguageModelling:
+        shift = label_shift(model)
+        examples = read_examples(
+            loader, tokenizer=tokenizer, template=template, max_length=max_length
+        )
+        _check_tokens(model, examples)
+        # On all examples, so that a bad one is refused under its own number on every rank alike.
+        require_targets(examples, shift)
+        if tokens_per_batch is None:
+            tokens_per_batch = default_tokens_per_batch(input_device(model))
+        mine = list(range(len(examples)))[ranks.rank :: ranks.size]
+        packed = packing_is_exact(model, examples)
+        batches = plan_batches(
+            [examples[i] for i in mine],
+            shift=shift,
+            packed=packed,
+            tokens_per_batch=tokens_per_batch,
+        )
+        return cls(model, examples, batches, shift, packed, tokens_per_batch, mine)
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.examples)
+
+    @property
+    def examples_here(self) -> int:
+        return len(self.mine)
+
+    def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
+        with TargetLogits(self.model) as head:
+            for batch in self.batches:
+                batch = batch.to(device)
+                per_token = target_losses(head(batch), batch)
+                owner = batch.target_example.to(per_token.device)
+                totals = per_token.new_zeros(batch.num_examples).index_add(0, owner, per_token)
+                counts = torch.bincount(owner, minlength=batch.num_examples)
+                yield BatchLosses(
+                    values=totals / counts,
+                    segments=batch.segments,
+                    rows=batch.input_ids.numel(),
+                    examples=[self.mine[i] for i in batch.example_index],
+                )
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "data": {
+                "examples": len(self.examples),
+                "tokens": sum(len(example) for example in self.examples),
+                "target_tokens": sum(example.num_targets(self.shift) for example in self.examples),
+                "sha256": examples_digest(_digest(e.input_ids, e.labels) for e in self.examples),
+            },
+            "loss": "cross-entropy in nats, mean over an example's target tokens",
+            "label_shift": self.shift,
+            "batching": {"packed": self.packed, "tokens_per_batch": self.tokens_per_batch},
+        }
+
+
+@dataclass
+class CustomLoss:
+    """Any other model: the caller's batches, the caller's per-example losses."""
+
+    model: nn.Module
+    loss_fn: LossFunction
+    batches: list[Mapping[str, Any]]
+    num_examples: int
+    examples_here: int
+    digest: str
+
+    @classmethod
+    def plan(cls, model: nn.Module, loader: Any, loss_fn: LossFunction, ranks: Ranks) -> CustomLoss:
+        batches = [loader] if isinstance(loader, Mapping) else list(loader)
+        for position, batch in enumerate(batches):
+            _require_batch(batch, position)
+        if not batches:
+            raise ValueError(
+                "loader must yield at least one batch, got none; check the source and its filter"
+            )
+        mine = batches[ranks.rank :: ranks.size]
+        sizes = [batch["input_ids"].shape[0] for batch in batches]
+        digest = examples_digest(_digest(batch["input_ids"]) for batch in batches)
+        return cls(model, loss_fn, mine, sum(sizes), sum(sizes[ranks.rank :: ranks.size]), digest)
+
+    def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
+        first = 0
+        accepted = _accepted_inputs(self.model)
+        for batch in self.batches:
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            size, width = batch["input_ids"].shape
+            inputs = {k: v for k, v in batch.items() if k != "labels" and accepted(k)}
+            losses = self.loss_fn(self.model(**inputs), batch)
+            if not isinstance(losses, Tensor) or tuple(losses.shape) != (size,):
+                got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+                raise ValueError(
+                    f"loss_fn must return one loss per example, [{size}], got {got}; "
+                    "reduce over tokens only"
+                )
+            starts = torch.arange(size) * width
+            yield BatchLosses(
+                values=losses,
+                segments=torch.stack([starts, starts + width], dim=1),
+                rows=size * width,
+                examples=range(first, first + size),
+            )
+            first += size
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "data": {"examples": self.num_examples, "sha256": self.digest},
+            "loss": "loss_fn of the caller",
+        }
+
+
+def _require_batch(batch: Any, position: int) -> None:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        got = type(batch).__name__ if ids is None else getattr(ids, "shape", type(ids).__name__)
+        raise ValueError(
+            "loader must yield dictionaries with a tensor input_ids [B, T] when loss_fn is given, "
+            f"got {got} at item {position}; collate the batches as the model takes them"
+        )
+
+
+def _accepted_inputs(model: nn.Module) -> Callable[[str], bool]:
+    """Which entries of a batch the model's forward names; all of them where it names none."""
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" in parameters:
+        return parameters.__contains__
+    return lambda name: True
+
+
+def _check_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Refuse what would fail deep inside the model, or on a GPU without a message."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    for i, example in enumerate(examples):
+        targets = example.labels[example.labels != IGNORE_INDEX]
+        for key, ids in (("input_ids", example.input_ids), ("labels", targets)):
+            outside = ids[(ids < 0) | (ids >= vocabulary)]
+            if outside.numel():
+                ignored = "" if key == "input_ids" else f" or be {IGNORE_INDEX}"
+                raise ValueError(
+                    f"{key} must lie in 0..{vocabulary - 1}{ignored}, got {int(outside[0])} in "
+                    f"example {i}; use the model's own tokenizer"
+                )
+        if longest is not None and len(example) > longest:
+            raise ValueError(
+                f"example {i} must have at most {longest} tokens (max_position_embeddings), got "
+                f"{len(example)}; cut it with max_length"
+            )
+
+
+def _digest(*tensors: Tensor) -> bytes:
+    content = hashlib.sha256()
+    for tensor in tensors:
+        content.update(tensor.cpu().numpy().tobytes())
+    return content.digest()
