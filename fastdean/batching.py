@@ -76,7 +76,7 @@ class Batch:
 def default_tokens_per_batch(device: torch.device) -> int:
     """A GPU needs about 2k tokens to fill its matrix units; a CPU is busy with far fewer and its
     activations then cost less memory than one example's weight gradients would."""
-    return 2048 if device.type == "cuda" else 384
+    return 2048 if device.type == "cuda" else 192
 
 
 def plan_batches(
