@@ -54,7 +54,7 @@ def run_score(options: argparse.Namespace, environment: Environment) -> None:
     """Measure every dtype, print as it goes, append one record per implementation and dtype."""
     device = torch.device(options.device)
     # fp32 first: casting down keeps what casting up cannot bring back.
-    dtypes = sorted(set(options.dtype or ["fp32"]), key=list(inputs.DTYPES).index)
+    dtypes = sorted(set(options.dtype or inputs.DTYPES), key=list(inputs.DTYPES).index)
     _say(_machine(environment))
     model, tokenizer, model_name = _load(options, dtypes[0])
     bandwidth = measure.copy_bandwidth(device)
@@ -257,7 +257,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dtype",
         action="append",
         choices=list(inputs.DTYPES),
-        help="may be repeated; default: fp32",
+        help="may be repeated; default: both",
     )
     score.add_argument("--repeats", type=_positive, default=3)
     score.add_argument(

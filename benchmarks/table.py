@@ -41,7 +41,13 @@ def _score_run(run: Sequence[Record]) -> str:
             f"{row['dtype']}: {row['examples']} examples, {row['tokens']} tokens, "
             f"floor {row['floor_s']:.2f} s at {row['matrix_rate'] / 1e9:.1f} GFLOP/s"
         )
-    return "\n".join([*lines, "", f"{run[0]['case']}. {'; '.join(sizes)}. {_provenance(run[0])}"])
+    lines += ["", f"{run[0]['case']}. {'; '.join(sizes)}. {_provenance(run[0])}"]
+    return "\n".join([*lines, *(_where_time_goes(row) for row in run if row["breakdown"])])
+
+
+def _where_time_goes(row: Record) -> str:
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in row["breakdown"].items())
+    return f"\nOne profiled run of {_NAMES[row['impl']]}, {row['dtype']}: {shares}."
 
 
 def _score_cells(row: Record, rows: Sequence[Record]) -> list[str]:
