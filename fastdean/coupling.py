@@ -219,7 +219,6 @@ RULES: dict[str, Callable[[_Sets, int, int], Tensor]] = {
     "union": _either,
     "random": _random,
 }
-_RULES = RULES
 
 
 def _intersection(a: Tensor, b: Tensor) -> Tensor:
