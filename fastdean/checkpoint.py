@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,19 +22,17 @@ from torch import Tensor
 from fastdean import storage
 from fastdean.entries import MaskEntry, same_bits, suppressed
 from fastdean.masks import NeuronMask
+from fastdean.safetensors_files import (
+    DTYPES,
+    StoredTensor,
+    header_bytes,
+    read_values,
+    stored_tensors,
+    weight_files,
+    write_values,
+)
 
 PATCH_NAME = "fastdean_patch.json"
-_INDEX_NAME = "model.safetensors.index.json"
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-# The format's own limit; a larger number there means that the file is something else.
-_MAX_HEADER_BYTES = 100_000_000
-# Neighbouring values are read together, but never a whole large tensor.
-_MAX_RUN_BYTES = 1 << 20
 _NOT_COPIED = {".git", ".cache"}
 _OTHER_WEIGHTS = (
     "*.safetensors",
@@ -57,8 +55,9 @@ class PatchResult:
         files_edited: names of the safetensors files in which something was written.
         values_edited: number of values written.
         renamed: parameter name in the mask -> tensor name in the file, where they differ.
-        unpatched_files: other files with weights (pytorch_model.bin, GGUF, ...), copied unedited;
-            a program that reads those sees the model without the mask.
+        unpatched_files: other files with weights (pytorch_model.bin, GGUF, shards beside a whole
+            model.safetensors, ...), copied unedited; a program that reads those sees the model
+            without the mask.
     """
 
     out: Path
@@ -75,15 +74,15 @@ def patch_checkpoint(
     *,
     overwrite: bool = False,
 ) -> PatchResult:
-    """Copy a Hugging Face folder to `out` with the mask applied to its safetensors files.
+    """Copy a Hugging Face folder to `out` with the mask applied to the files it is loaded from.
 
     The result is, bit for bit, what `mask.apply_(model)` and `model.save_pretrained(out)` give,
     with the source's sharding, names and dtype. The source is only read. A manifest,
     `fastdean_patch.json`, is added.
 
     Args:
-        source: a local folder with `*.safetensors`; symbolic links in it (the hub's cache) are
-            followed. Version control and cache folders in it are not copied.
+        source: a local folder with `*.safetensors`; symbolic links in it (the hub's cache), to
+            files or folders, are followed. Version control and cache folders are not copied.
         mask: its names may differ from the file's by a leading prefix such as "model." where that
             leaves one tensor of the same shape; its dtype may differ where the values agree
             exactly in the wider of the two.
@@ -91,14 +90,15 @@ def patch_checkpoint(
         overwrite: replace an earlier output of this function.
     Raises:
         ValueError: a folder or file that is missing, truncated, foreign or quantised; names,
-            shapes or values of another model, or of one patched already; `out` in use.
-        OSError: the disk refused; nothing is left behind.
+            shapes or values of another model, or of one patched already; a link that leads back
+            to a folder it lies in, or to `out`; `out` in use.
+        OSError: the disk refused, or a link leads nowhere; nothing is left behind.
         RuntimeError: what was read back is not what was written; nothing is left behind.
     """
     source, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
     _check_places(source, out)
-    files = _weight_files(source)
-    stored = _stored_tensors(source, files)
+    files = weight_files(source)
+    stored = stored_tensors(source)
     edits = _plan(source, mask, stored)
     with storage.new_folder(
         out, overwrite=overwrite, may_replace=_is_patched, name="out"
@@ -135,13 +135,13 @@ def verify_checkpoint(folder: str | os.PathLike, mask: NeuronMask) -> None:
         ValueError: the folder holds no safetensors, or truncated or foreign ones.
     """
     folder = Path(folder)
-    stored = _stored_tensors(folder, _weight_files(folder))
+    stored = stored_tensors(folder)
     longer = _by_suffix(stored)
     for name, entry in mask.entries.items():
         fitting = [
             tensor
             for tensor in _named(name, stored, longer)
-            if tensor.shape == entry.shape and tensor.dtype in _DTYPES
+            if tensor.shape == entry.shape and tensor.dtype in DTYPES
         ]
         if not fitting:
             raise RuntimeError(
@@ -156,21 +156,10 @@ def verify_checkpoint(folder: str | os.PathLike, mask: NeuronMask) -> None:
             )
 
 
-def _holds_suppressed(folder: Path, entry: MaskEntry, tensor: _StoredTensor, scale: float) -> bool:
-    expected = suppressed(entry.original, scale, _DTYPES[tensor.dtype])
+def _holds_suppressed(folder: Path, entry: MaskEntry, tensor: StoredTensor, scale: float) -> bool:
+    expected = suppressed(entry.original, scale, DTYPES[tensor.dtype])
     with open(folder / tensor.file_name, "rb", buffering=0) as file:
-        return bool(same_bits(_read_values(file, tensor, entry.index), expected).all())
-
-
-@dataclass(frozen=True)
-class _StoredTensor:
-    """Where a tensor lies: `offset` in bytes from the beginning of the file."""
-
-    name: str
-    file_name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
+        return bool(same_bits(read_values(file, tensor, entry.index), expected).all())
 
 
 @dataclass(frozen=True)
@@ -179,7 +168,7 @@ class _Edit:
 
     name: str
     entry: MaskEntry
-    tensor: _StoredTensor
+    tensor: StoredTensor
 
 
 def _check_places(source: Path, out: Path) -> None:
@@ -199,131 +188,8 @@ def _is_patched(folder: Path) -> bool:
     return (folder / PATCH_NAME).is_file()
 
 
-def _weight_files(source: Path) -> list[str]:
-    """The safetensors files that a loader would read, by name."""
-    if (source / _INDEX_NAME).is_file():
-        files = sorted(set(_weight_map(source).values()))
-    elif (source / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    else:
-        files = sorted(file.name for file in source.glob("*.safetensors"))
-    if files:
-        return files
-    if any(source.glob("*.bin")):
-        raise ValueError(
-            f"source must hold *.safetensors, got only *.bin files in {str(source)!r}; convert it: "
-            "load the model with from_pretrained and write it with save_pretrained"
-        )
-    raise ValueError(
-        f"source must hold *.safetensors, got none in {str(source)!r}; "
-        "pass the folder that save_pretrained made"
-    )
-
-
-def _weight_map(source: Path) -> dict[str, str]:
-    index_file = source / _INDEX_NAME
-    try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(Path(file_name).name == file_name for file_name in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(index_file)!r} must be an index with a weight_map, got something else; "
-            "copy it again"
-        ) from error
-    if not plain:
-        raise ValueError(f"{str(index_file)!r} must name files of its own folder, got other paths")
-    return weight_map
-
-
-def _stored_tensors(source: Path, files: list[str]) -> dict[str, _StoredTensor]:
-    """Tensor name -> where it lies; where two shards hold a name, the index decides."""
-    weight_map = _weight_map(source) if (source / _INDEX_NAME).is_file() else {}
-    stored: dict[str, _StoredTensor] = {}
-    for file_name in files:
-        for tensor in _read_header(source / file_name):
-            if weight_map.get(tensor.name, file_name) != file_name:
-                continue
-            if tensor.name in stored:
-                raise ValueError(
-                    f"source must hold each tensor once, got {tensor.name!r} in "
-                    f"{stored[tensor.name].file_name!r} and {file_name!r}; remove one of the files"
-                )
-            stored[tensor.name] = tensor
-    return stored
-
-
-def _header_bytes(path: Path) -> bytes:
-    """The length field and the header of a safetensors file."""
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{str(path)!r} must be a safetensors file, got something else; copy it again"
-            )
-        header = file.read(length)
-    if len(header) < length:
-        raise ValueError(
-            f"{str(path)!r} must be a whole safetensors file, got one truncated in its header; "
-            "copy it again"
-        )
-    return prefix + header
-
-
-def _read_header(path: Path) -> list[_StoredTensor]:
-    """The tensors of a safetensors file, after checking that all of their bytes are there."""
-    if not path.is_file():
-        raise ValueError(f"source must hold {path.name!r}, got no such file; download it too")
-    head = _header_bytes(path)
-    data_bytes = path.stat().st_size - len(head)
-    try:
-        header = json.loads(head[8:])
-        header.pop("__metadata__", None)
-        tensors = [
-            (
-                _StoredTensor(
-                    name=name,
-                    file_name=path.name,
-                    dtype=info["dtype"],
-                    shape=tuple(info["shape"]),
-                    offset=len(head) + info["data_offsets"][0],
-                ),
-                info["data_offsets"][0],
-                info["data_offsets"][1],
-            )
-            for name, info in header.items()
-        ]
-        sound = all(_is_sound(tensor, begin, end) for tensor, begin, end in tensors)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(path)!r} must be a safetensors file, got a header that is not one; copy it again"
-        ) from error
-    if not sound:
-        raise ValueError(
-            f"{str(path)!r} must be a sound safetensors file, got tensors whose sizes contradict "
-            "their shapes; copy it again"
-        )
-    needed_bytes = max((end for _, _, end in tensors), default=0)
-    if data_bytes != needed_bytes:
-        state = "truncated" if data_bytes < needed_bytes else "with bytes after its end"
-        raise ValueError(
-            f"{str(path)!r} must be a whole safetensors file, got one {state} ({data_bytes} of "
-            f"{needed_bytes} bytes of data); copy it again"
-        )
-    return [tensor for tensor, _, _ in tensors]
-
-
-def _is_sound(tensor: _StoredTensor, begin: int, end: int) -> bool:
-    if not 0 <= begin <= end or any(size < 0 for size in tensor.shape):
-        return False
-    if tensor.dtype not in _DTYPES:
-        return True
-    numel = torch.Size(tensor.shape).numel()
-    return end - begin == numel * _DTYPES[tensor.dtype].itemsize
-
-
 def _plan(
-    source: Path, mask: NeuronMask, stored: Mapping[str, _StoredTensor]
+    source: Path, mask: NeuronMask, stored: Mapping[str, StoredTensor]
 ) -> dict[str, list[_Edit]]:
     """File name -> its edits, after checking names, shapes, dtypes and values of all of them."""
     longer = _by_suffix(stored)
@@ -363,9 +229,9 @@ def _shorter_names(name: str) -> Iterator[str]:
         yield ".".join(parts[start:])
 
 
-def _by_suffix(stored: Mapping[str, _StoredTensor]) -> dict[str, list[_StoredTensor]]:
+def _by_suffix(stored: Mapping[str, StoredTensor]) -> dict[str, list[StoredTensor]]:
     """Shortened name -> the tensors whose name shortens to it."""
-    found: dict[str, list[_StoredTensor]] = {}
+    found: dict[str, list[StoredTensor]] = {}
     for name, tensor in stored.items():
         for shorter in _shorter_names(name):
             found.setdefault(shorter, []).append(tensor)
@@ -373,8 +239,8 @@ def _by_suffix(stored: Mapping[str, _StoredTensor]) -> dict[str, list[_StoredTen
 
 
 def _named(
-    name: str, stored: Mapping[str, _StoredTensor], longer: Mapping[str, list[_StoredTensor]]
-) -> list[_StoredTensor]:
+    name: str, stored: Mapping[str, StoredTensor], longer: Mapping[str, list[StoredTensor]]
+) -> list[StoredTensor]:
     """The tensors that a parameter's name may mean, whatever their shapes."""
     if name in stored:
         return [stored[name]]
@@ -386,9 +252,9 @@ def _locate(
     source: Path,
     name: str,
     entry: MaskEntry,
-    stored: Mapping[str, _StoredTensor],
-    longer: Mapping[str, list[_StoredTensor]],
-) -> tuple[list[_StoredTensor], str]:
+    stored: Mapping[str, StoredTensor],
+    longer: Mapping[str, list[StoredTensor]],
+) -> tuple[list[StoredTensor], str]:
     """The tensors that a parameter's name means, or none and the reason.
 
     More than one only where all hold the originals: copies of one tensor under several names.
@@ -405,11 +271,11 @@ def _locate(
     return fitting, ""
 
 
-def _holds_originals(source: Path, entry: MaskEntry, tensor: _StoredTensor) -> bool:
-    if tensor.dtype not in _DTYPES:
+def _holds_originals(source: Path, entry: MaskEntry, tensor: StoredTensor) -> bool:
+    if tensor.dtype not in DTYPES:
         return False
     with open(source / tensor.file_name, "rb", buffering=0) as file:
-        return _count_other(_read_values(file, tensor, entry.index), entry) == 0
+        return _count_other(read_values(file, tensor, entry.index), entry) == 0
 
 
 def _count_other(values: Tensor, entry: MaskEntry) -> int:
@@ -420,13 +286,13 @@ def _count_other(values: Tensor, entry: MaskEntry) -> int:
 
 def _check_values(source: Path, edit: _Edit) -> None:
     tensor = edit.tensor
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise ValueError(
-            f"source must hold {tensor.name!r} as one of {', '.join(_DTYPES)}, got {tensor.dtype} "
+            f"source must hold {tensor.name!r} as one of {', '.join(DTYPES)}, got {tensor.dtype} "
             f"(quantised) in {tensor.file_name!r}; use a checkpoint that is not quantised"
         )
     with open(source / tensor.file_name, "rb", buffering=0) as file:
-        other = _count_other(_read_values(file, tensor, edit.entry.index), edit.entry)
+        other = _count_other(read_values(file, tensor, edit.entry.index), edit.entry)
     if other:
         raise ValueError(
             f"source must be the model that the mask was made on, got {tensor.name!r} in "
@@ -437,12 +303,29 @@ def _check_values(source: Path, edit: _Edit) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy contents, following links, into an existing folder; the first error ends it."""
-    for folder, folder_names, file_names in os.walk(source):
-        folder_names[:] = sorted(name for name in folder_names if name not in _NOT_COPIED)
-        place = target / Path(folder).relative_to(source)
-        place.mkdir(exist_ok=True)
-        for name in sorted(file_names):
-            shutil.copyfile(Path(folder) / name, place / name)
+    # Listed first: a link that leads in a circle is found before anything is copied.
+    for found in list(_contents(source, (target.resolve(),))):
+        place = target / found.relative_to(source)
+        if found.is_dir():
+            place.mkdir()
+        else:
+            shutil.copyfile(found, place)
+
+
+def _contents(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """What is copied of a folder, folders before what is in them; `above` must not be entered."""
+    real = folder.resolve()
+    if real in above:
+        raise ValueError(
+            f"source must hold no link to a folder that it is copied from or to, got "
+            f"{str(folder)!r}, which leads to {str(real)!r}; remove the link"
+        )
+    for found in sorted(folder.iterdir()):
+        if not found.is_dir():
+            yield found
+        elif found.name not in _NOT_COPIED:
+            yield found
+            yield from _contents(found, (*above, real))
 
 
 def _edit_file(path: Path, edits: list[_Edit], scale: float) -> None:
@@ -450,19 +333,19 @@ def _edit_file(path: Path, edits: list[_Edit], scale: float) -> None:
     with open(path, "r+b", buffering=0) as file:
         for edit in edits:
             index, tensor = edit.entry.index, edit.tensor
-            values = suppressed(edit.entry.original, scale, _DTYPES[tensor.dtype])
+            values = suppressed(edit.entry.original, scale, DTYPES[tensor.dtype])
             if not bool(values.isfinite().all()):
                 raise ValueError(
                     f"mask must keep every value finite, got scale {scale:g} for {tensor.name!r} "
                     f"stored as {tensor.dtype}; use a smaller scale"
                 )
-            if _count_other(_read_values(file, tensor, index), edit.entry):
+            if _count_other(read_values(file, tensor, index), edit.entry):
                 raise RuntimeError(f"{path.name} changed while it was copied; try again")
-            _write_values(file, tensor, index, values)
+            write_values(file, tensor, index, values)
         os.fsync(file.fileno())
         for edit in edits:
-            values = suppressed(edit.entry.original, scale, _DTYPES[edit.tensor.dtype])
-            if not bool(same_bits(_read_values(file, edit.tensor, edit.entry.index), values).all()):
+            values = suppressed(edit.entry.original, scale, DTYPES[edit.tensor.dtype])
+            if not bool(same_bits(read_values(file, edit.tensor, edit.entry.index), values).all()):
                 raise RuntimeError(
                     f"{path.name} could not be verified after writing: {edit.tensor.name!r} read "
                     "back differently; check the disk"
@@ -472,48 +355,13 @@ def _edit_file(path: Path, edits: list[_Edit], scale: float) -> None:
 def _check_frame(source: Path, edited: Path) -> None:
     """The header and the size must be those of the source."""
     if (
-        _header_bytes(source) != _header_bytes(edited)
+        header_bytes(source) != header_bytes(edited)
         or source.stat().st_size != edited.stat().st_size
     ):
         raise RuntimeError(
             f"{edited.name} could not be verified after writing: its header or size changed; "
             "check the disk"
         )
-
-
-def _runs(index: Tensor, itemsize: int) -> Iterator[tuple[int, int, int]]:
-    """(position in `index`, first element, count) of each stretch of neighbouring elements."""
-    most = max(1, _MAX_RUN_BYTES // itemsize)
-    breaks = (index.diff() != 1).nonzero().flatten() + 1
-    position = 0
-    for end in [*breaks.tolist(), index.numel()]:
-        while position < end:
-            count = min(end - position, most)
-            yield position, int(index[position]), count
-            position += count
-
-
-def _read_values(file: BinaryIO, tensor: _StoredTensor, index: Tensor) -> Tensor:
-    """[M] values of a stored tensor, in its dtype."""
-    dtype = _DTYPES[tensor.dtype]
-    buffer = bytearray(index.numel() * dtype.itemsize)
-    for position, first, count in _runs(index, dtype.itemsize):
-        file.seek(tensor.offset + first * dtype.itemsize)
-        piece = file.read(count * dtype.itemsize)
-        if len(piece) != count * dtype.itemsize:
-            raise RuntimeError(f"{tensor.file_name} ended early while it was read; try again")
-        start = position * dtype.itemsize
-        buffer[start : start + len(piece)] = piece
-    return torch.frombuffer(buffer, dtype=dtype)
-
-
-def _write_values(file: BinaryIO, tensor: _StoredTensor, index: Tensor, values: Tensor) -> None:
-    itemsize = values.element_size()
-    raw = bytes(values.view(torch.uint8).numpy())
-    for position, first, count in _runs(index, itemsize):
-        file.seek(tensor.offset + first * itemsize)
-        # An unbuffered write may stop short; reading back afterwards would tell.
-        file.write(raw[position * itemsize : (position + count) * itemsize])
 
 
 def _unpatched_files(folder: Path, patched: list[str]) -> tuple[str, ...]:

@@ -15,19 +15,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, floor, log10, prod
+from decimal import ROUND_UP, Context, Decimal
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from fastdean._logging import logger
 from fastdean.masks import MaskEntry, NeuronMask
-from fastdean.model_state import unwrap
+from fastdean.model_state import materialised_weight, unwrap
 from fastdean.ops.selection import select_top
 from fastdean.scores import ScoreEntry, Scores, fingerprint
 from fastdean.summary import place_of
 
 DEFAULT_RATIO = {"weight": 5e-7, "neuron": 1e-3}
+SCOPES = ("matrix", "model")
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ def couple(
     if model is not None:
         model = unwrap(model)
         _require_scored_model(first, model)
-    if rule not in _RULES:
-        raise ValueError(f"rule must be one of {', '.join(_RULES)}, got {rule!r}")
-    if scope not in ("matrix", "model"):
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if scope not in SCOPES:
         raise ValueError(f"scope must be 'matrix' or 'model', got {scope!r}")
     if min_k < 0:
         raise ValueError(f"min_k must be at least 0, got {min_k}")
@@ -110,7 +112,7 @@ def couple(
             numel=entry.numel,
         )
         try:
-            kept = _RULES[rule](sets, seed, position)
+            kept = RULES[rule](sets, seed, position)
         except ValueError as error:
             raise ValueError(f"rule {rule!r} in {name}: {error}") from None
         table.append(_table_row(name, sets, kept, entry))
@@ -159,7 +161,7 @@ def overlap(
             "kept": 0,
         }
         for name, entry in first.entries.items():
-            k = _count(entry.numel, ratio, 0)
+            k = count(entry.numel, ratio, 0)
             a, b = first.select(name, k), second.select(name, k)
             spared = _union() if general is None else general.select(name, k)
             coupled = _intersection(a, b)
@@ -201,15 +203,15 @@ def _either(sets: _Sets, seed: int, position: int) -> Tensor:
 
 def _random(sets: _Sets, seed: int, position: int) -> Tensor:
     """Uniform without replacement outside `general`: ranks among the others, then their places."""
-    count = _paper(sets, seed, position).numel()
+    size = _paper(sets, seed, position).numel()
     generator = random.Random(f"{seed}/{position}")
-    ranks = sorted(generator.sample(range(sets.numel - sets.general.numel()), count))
+    ranks = sorted(generator.sample(range(sets.numel - sets.general.numel()), size))
     below = sets.general - torch.arange(sets.general.numel())
     ranks = torch.tensor(ranks, dtype=torch.int64)
     return ranks + torch.searchsorted(below, ranks, right=True)
 
 
-_RULES: dict[str, Callable[[_Sets, int, int], Tensor]] = {
+RULES: dict[str, Callable[[_Sets, int, int], Tensor]] = {
     "paper": _paper,
     "released": _released,
     "first": _first,
@@ -233,7 +235,7 @@ def _union(*sets: Tensor) -> Tensor:
 
 def _top_of_matrices(scores: Scores, ratio: float, min_k: int) -> dict[str, Tensor]:
     return {
-        name: scores.select(name, _count(entry.numel, ratio, min_k))
+        name: scores.select(name, count(entry.numel, ratio, min_k))
         for name, entry in scores.entries.items()
     }
 
@@ -263,8 +265,25 @@ def _top_of_model(scores: Scores, ratio: float, min_k: int) -> dict[str, Tensor]
     }
 
 
-def _count(numel: int, ratio: float, min_k: int) -> int:
+def count(numel: int, ratio: float, min_k: int) -> int:
+    """k, how many of a matrix's `numel` entries a top set takes."""
     return min(numel, max(int(ratio * numel), min_k))
+
+
+def smallest_ratio(largest: int) -> float:
+    """The smallest ratio of two significant digits that selects one of `largest` entries."""
+    return float(Context(prec=2, rounding=ROUND_UP).divide(Decimal(1), Decimal(largest)))
+
+
+def nothing_selected(ratio: float, largest: int, scope: str) -> ValueError:
+    """What to raise for a ratio that selects none of the `largest` entries compared at once."""
+    where, otherwise = (
+        ("the largest matrix", ", or set min_k=1") if scope == "matrix" else ("all matrices", "")
+    )
+    return ValueError(
+        f"ratio must select at least one entry, got {ratio:g}, which selects none of the "
+        f"{largest:,} of {where}; the smallest that would is {smallest_ratio(largest):g}{otherwise}"
+    )
 
 
 def _three_ratios(ratio: float | Sequence[float]) -> tuple[float, float, float]:
@@ -287,7 +306,7 @@ def _require_scores(everyone: Sequence[Scores]) -> None:
 
 def _require_scored_model(scores: Scores, model: nn.Module) -> None:
     for name, entry in scores.entries.items():
-        if fingerprint(model.get_parameter(name)) != entry.fingerprint:
+        if fingerprint(_weight_of(model, name)) != entry.fingerprint:
             raise ValueError(
                 f"model must be the one that was scored, got other values in {name}; restore its "
                 "mask or pass the model the scores were made on"
@@ -308,17 +327,7 @@ def _require_candidates(
                 f"{which} scores must hold a positive importance, got only zeros; "
                 "score other examples"
             )
-        raise ValueError(
-            f"ratio must select at least one entry, got {r:g}, which selects none of at most "
-            f"{largest:,} entries; the smallest that would is {_rounded_up(1 / largest):g}, "
-            "or set min_k=1"
-        )
-
-
-def _rounded_up(value: float) -> float:
-    """To two significant digits, never below `value`."""
-    step = 10.0 ** (floor(log10(value)) - 1)
-    return ceil(value / step) * step
+        raise nothing_selected(r, largest, scope)
 
 
 def _report_empty(table: Sequence[Mapping], scope: str) -> None:
@@ -371,12 +380,26 @@ def _unit_places(units: Tensor, entry: ScoreEntry) -> Tensor:
 
 def _whole_weight(name: str, everyone: Sequence[Scores], model: nn.Module | None) -> Tensor | None:
     if model is not None:
-        return model.get_parameter(name).detach()
+        return _weight_of(model, name)
     for scores in everyone:
         weight = scores.entries[name].weight
         if weight is not None and tuple(weight.shape) == scores.entries[name].shape:
             return weight
     return None
+
+
+def _weight_of(model: nn.Module, name: str) -> Tensor:
+    """A weight of the model, detached; an offloaded one is copied to the CPU."""
+    try:
+        weight = model.get_parameter(name)
+    except AttributeError:
+        raise ValueError(
+            f"model must be the one that was scored, got one without {name}; pass the model the "
+            "scores were made on"
+        ) from None
+    if weight.device.type == "meta":
+        weight = materialised_weight(model.get_submodule(name.removesuffix(".weight")))
+    return weight.detach()
 
 
 def _stored_values(name: str, index: Tensor, everyone: Sequence[Scores]) -> Tensor:

@@ -1,8 +1,7 @@
 """From rows or loader batches to tokenised examples without padding.
 
 An example is what the method averages over: one prompt with one response, the response's tokens
-    being
-the targets. Everything after this file sees only `Example`.
+being the targets. Everything after this file sees only `Example`.
 """
 
 from __future__ import annotations
@@ -114,8 +113,7 @@ def encode(
     - "raw": tok(prompt) ++ tok(response), no chat template, no separator.
     - "chat": the tokenizer's chat template, one user turn and one assistant turn.
     - "published": tok(prompt) ++ tok(response)[1:], as DEAN's released code packs it. With a
-    tokenizer
-      that adds no BOS token this drops the response's first real token.
+      tokenizer that adds no BOS token this drops the response's first real token.
 
     Args:
         max_length: cut every example to its first `max_length` tokens.

@@ -38,9 +38,13 @@ class Ranks:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks."""
-        if self.size > 1:
-            for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            reachable = _reachable(tensor)
+            torch.distributed.all_reduce(reachable)
+            if reachable is not tensor:
+                tensor.copy_(reachable)
 
     def agree(self, decision: bool) -> bool:
         """The first rank's decision, on every rank."""
@@ -79,6 +83,11 @@ class Ranks:
         torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
         highest, negated_lowest = extremes.tolist()
         return highest == -negated_lowest
+
+
+def _reachable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where a process group of GPUs alone can reduce it."""
+    return tensor.to(_collective_device()) if tensor.device.type == "cpu" else tensor
 
 
 def _collective_device() -> str:

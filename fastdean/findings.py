@@ -108,11 +108,24 @@ def _dependence_clause(results: Mapping[str, Any]) -> list[str]:
     if not layers:
         return []
     outside = sum(not row["null_low"] <= row["before"] <= row["null_high"] for row in layers)
-    return [
+    clause = (
         "HSIC of fairness and privacy prompts, paired arbitrarily, lay outside what other pairings "
         f"give in {outside} of {len(layers)} layers before the edit (about "
         f"{0.05 * len(layers):.1f} expected by chance)"
-    ]
+    )
+    edited = [layer for layer in layers if _known(layer.get("after"))]
+    if edited:
+        within = sum(_is_change_within_null(layer) for layer in edited)
+        clause += (
+            "; its change by the edit is within the width of that range, and so no effect beyond "
+            f"noise, in {within} of {len(edited)} layers"
+        )
+    return [clause]
+
+
+def _is_change_within_null(layer: Mapping[str, Any]) -> bool:
+    change = abs(layer["after"] - layer["before"])
+    return change <= layer["null_high"] - layer["null_low"]
 
 
 def _unit(options: Mapping[str, Any]) -> str:

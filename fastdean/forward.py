@@ -120,12 +120,11 @@ def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
     packed example must not move the other's logits at all, in either direction; (2) a packed
     example's logits must be those it has alone. State-space and bidirectional models fail the
     first, models that ignore `position_ids` the second. Measured once per model, dtype and
-    attention implementation: the answer lies in the model's code, not in its weights.
+    attention implementation: the answer lies in the model's code, not in its weights. False,
+    unmeasured, for masked models and for a single example, which has nothing to be packed with.
     """
-    if label_shift(model) == 0:
+    if label_shift(model) == 0 or len(examples) < 2:
         return False
-    if len(examples) < 2:
-        return True
     device = input_device(model)
     attention = getattr(model.config, "_attn_implementation", None)
     key = (next(model.parameters()).dtype, device.type, attention)

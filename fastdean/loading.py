@@ -32,11 +32,11 @@ def load_model(
         dtype: "auto" (the checkpoint's own; float32 for GGUF), "float32", "bfloat16" or "float16".
         device: a torch device, or "auto" to spread the model over the GPUs there are; None: the GPU
             when there is one.
-        revision: of a hub id.
+        revision: branch, tag or commit of a hub id; None: its main branch.
         progress: show a bar while the weights are read.
     Raises:
-        ValueError: there is no such model or device, the model is of another kind, or its files do
-            not hold all of its weights.
+        ValueError: there is no such model or device, a revision of files on this disk is asked for,
+            the model is of another kind, or its files do not hold all of its weights.
     """
     import torch
 
@@ -44,6 +44,11 @@ def load_model(
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     _check_device(device)
     where, options = _locate(name)
+    if revision is not None and Path(where).is_dir():
+        raise ValueError(
+            f"revision must be of a hub id, got {revision!r} for {name!r}, which is on this disk "
+            "as it is; leave it out"
+        )
     if dtype == "auto":
         wanted: torch.dtype | str = torch.float32 if options else "auto"
     else:

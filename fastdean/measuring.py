@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class MeasuringSet:
 
 @dataclass
 class _Figures:
-    """The figures of one model."""
+    """The figures of one model, as far as they could be taken; all finite but the states."""
 
     margins: dict[str, Margins] = field(default_factory=dict)
     perplexity: Perplexity | None = None
@@ -80,8 +81,8 @@ def measure(
         rule: the main one.
         timed: `timed(name)` is entered around each model's measurement.
     Returns:
-        The tables "margins", "perplexity" and "hsic", as far as there are examples for them, and
-        sentences about what could not be measured.
+        The tables "margins", "perplexity" and "hsic", as far as there are examples for them and the
+        model gives numbers, and sentences about what could not be measured.
     """
     options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
     notes: list[str] = []
@@ -91,40 +92,77 @@ def measure(
             "would be asked about."
         )
     with timed("measure origin"):
-        origin = _figures(model, examples, options, with_states=True)
+        origin = _figures(model, examples, options, notes)
     after = {}
     for name, mask in masks.items():
         if len(mask):
             with timed(f"measure {name}"), mask.applied(model):
-                after[name] = _figures(model, examples, options, with_states=name == rule)
+                after[name] = _figures(
+                    model, examples, options, notes, name, origin, with_states=name == rule
+                )
 
     results: dict[str, Any] = {
         "margins": {
-            topic: _margin_table(topic, origin, after, masks, seed, notes)
-            for topic in TOPICS
-            if topic in origin.margins
+            topic: _margin_table(topic, margins, after, masks, seed)
+            for topic, margins in origin.margins.items()
         }
     }
     if origin.perplexity is not None:
-        results["perplexity"] = _perplexity_table(origin, after, seed, notes)
-    if origin.states is not None and rule in after:
+        results["perplexity"] = _perplexity_table(origin.perplexity, after, seed, notes)
+    if rule in after and after[rule].states is not None:
         with _noted(notes, "HSIC"):
             results["hsic"] = _hsic_table(origin.states, after[rule].states, seed)
     return results, notes
 
 
 def _figures(
-    model: nn.Module, examples: MeasuringSet, options: Mapping[str, Any], with_states: bool
+    model: nn.Module,
+    examples: MeasuringSet,
+    options: Mapping[str, Any],
+    notes: list[str],
+    mask: str | None = None,
+    origin: _Figures | None = None,
+    with_states: bool = True,
 ) -> _Figures:
+    """What can be measured of the model; under a mask, of that what its origin has too."""
+    under = "" if mask is None else f" under {mask!r}"
     found = _Figures()
     if label_shift(model) == 1:
-        for topic in TOPICS:
+        for topic in TOPICS if origin is None else origin.margins:
             if examples.pairs[topic]:
-                found.margins[topic] = response_margins(model, examples.pairs[topic], **options)
-        if examples.general:
-            found.perplexity = perplexity(model, examples.general, **options)
-    if with_states:
-        found.states = _states(model, examples, options)
+                with _noted(notes, f"The {topic} margin{under}"):
+                    found.margins[topic] = _margins(model, examples.pairs[topic], options)
+        if examples.general and (origin is None or origin.perplexity is not None):
+            with _noted(notes, f"Perplexity{under}"):
+                found.perplexity = _perplexity(model, examples.general, options)
+    if with_states and (origin is None or origin.states is not None):
+        with _noted(notes, f"HSIC{under}"):
+            found.states = _states(model, examples, options)
+    return found
+
+
+def _margins(
+    model: nn.Module, pairs: list[tuple[Example, Example]], options: Mapping[str, Any]
+) -> Margins:
+    found = response_margins(model, pairs, **options)
+    bad = int((~found.values.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"log-probabilities must be finite, got others for {bad} of {len(pairs)} pairs; "
+            "another dtype may hold them"
+        )
+    return found
+
+
+def _perplexity(
+    model: nn.Module, examples: list[Example], options: Mapping[str, Any]
+) -> Perplexity:
+    found = perplexity(model, examples, **options)
+    if not isfinite(found.value):
+        raise ValueError(
+            f"perplexity must be finite, got {found.value}; another dtype may hold the "
+            "log-probabilities"
+        )
     return found
 
 
@@ -145,21 +183,11 @@ def _states(
 
 def _margin_table(
     topic: str,
-    origin: _Figures,
+    before: Margins,
     after: Mapping[str, _Figures],
     masks: Mapping[str, NeuronMask],
     seed: int,
-    notes: list[str],
 ) -> dict[str, Any]:
-    before = origin.margins[topic]
-    rows = {}
-    for name, figures in after.items():
-        with _noted(notes, f"The {topic} margin under {name!r}"):
-            rows[name] = {
-                **_numbers(compare_margins(before, figures.margins[topic], seed=seed)),
-                "share_positive": figures.margins[topic].share_positive,
-                "weights": len(masks[name]),
-            }
     interval = paired_bootstrap(before.values, seed=seed)
     return {
         "pairs": len(before),
@@ -167,16 +195,26 @@ def _margin_table(
         "confidence": _CONFIDENCE,
         "share_positive": before.share_positive,
         "origin": {"mean": interval.mean, "low": interval.low, "high": interval.high},
-        "masks": rows,
+        "masks": {
+            name: {
+                **_numbers(compare_margins(before, figures.margins[topic], seed=seed)),
+                "share_positive": figures.margins[topic].share_positive,
+                "weights": len(masks[name]),
+            }
+            for name, figures in after.items()
+            if topic in figures.margins
+        },
     }
 
 
 def _perplexity_table(
-    origin: _Figures, after: Mapping[str, _Figures], seed: int, notes: list[str]
+    before: Perplexity, after: Mapping[str, _Figures], seed: int, notes: list[str]
 ) -> dict[str, Any]:
-    before = origin.perplexity
     rows = {}
     for name, figures in after.items():
+        if figures.perplexity is None:
+            continue
+        # A ratio can overflow where neither perplexity does.
         with _noted(notes, f"Perplexity under {name!r}"):
             change = _numbers(compare_perplexity(before, figures.perplexity, seed=seed))
             rows[name] = {

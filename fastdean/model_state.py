@@ -6,12 +6,15 @@ length of a block. Nothing here runs the model.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -52,14 +55,41 @@ def execution_device(module: nn.Module, default: torch.device) -> torch.device:
 
 
 def materialised_weight(module: nn.Module) -> Tensor:
-    """The weight of `module`; an offloaded one is copied to the CPU."""
+    """The weight of `module`; an offloaded one is copied to the CPU.
+
+    Raises:
+        ValueError: a meta tensor that no offload hook can fill.
+    """
     weight = module.weight
     if weight.device.type != "meta":
         return weight
+    if not getattr(getattr(module, "_hf_hook", None), "offload", False):
+        raise ValueError(
+            "model must have weights, got meta tensors without an offload hook; load it first"
+        )
     from accelerate.utils import align_module_device
 
     with align_module_device(module, execution_device=torch.device("cpu")):
         return module.weight.detach().clone()
+
+
+def max_tokens(model: nn.Module) -> int | None:
+    """How many tokens of one example the model has positions for; None where it sets no bound.
+
+    Models that number positions from behind the padding token (RoBERTa, `padding_idx` of the
+    position embeddings) have `padding_idx + 1` fewer than `max_position_embeddings`.
+    """
+    model = unwrap(model)
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is None:
+        return None
+    for module in model.modules():
+        positions = getattr(module, "position_embeddings", None)
+        if isinstance(positions, nn.Embedding) and positions.padding_idx is not None:
+            return longest - positions.padding_idx - 1
+    return longest
 
 
 @contextmanager
@@ -108,16 +138,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def strict_determinism(deterministic: bool) -> Iterator[None]:
+    """With `deterministic`, operations that cannot repeat their bits raise inside the block."""
     if not deterministic:
         yield
         return
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # Without it torch refuses every matrix product on a GPU in this mode.
+    own_workspace = _CUBLAS_WORKSPACE not in os.environ
+    os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
     try:
         torch.use_deterministic_algorithms(True)
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        if own_workspace:
+            os.environ.pop(_CUBLAS_WORKSPACE, None)
 
 
 @contextmanager

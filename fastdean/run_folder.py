@@ -52,6 +52,7 @@ class RunFolder:
     job: dict[str, Any]
     overwrite: bool = False
     rows: dict[str, str] = field(default_factory=dict)
+    _claimed: bool = False
     _created: bool = False
 
     @property
@@ -94,7 +95,7 @@ class RunFolder:
         if self.resumes:
             return
         self.check()
-        self._created = not self.path.exists()
+        self._claimed, self._created = True, not self.path.exists()
         if not self._created:
             _remove_run(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -104,14 +105,18 @@ class RunFolder:
         self._mark(finished=True)
 
     def release_if_empty(self) -> None:
-        """After a failure: what this object claimed goes, if nothing was finished in it."""
-        if not self._created or any((self.path / "scores").glob("*")):
+        """After a failure: what this object claimed goes, if nothing was finished in it.
+
+        A folder that was there before stays, empty, for any job to take.
+        """
+        if not self._claimed or any((self.path / "scores").glob("*")):
             return
         with suppress(OSError):
             (self.path / RUN_FILE).unlink(missing_ok=True)
             if (self.path / "scores").is_dir():
                 (self.path / "scores").rmdir()
-            self.path.rmdir()
+            if self._created:
+                self.path.rmdir()
 
     def _is_ours(self, state: Mapping[str, Any]) -> bool:
         return state["job"] == self.job and (not self.rows or state["rows"] == self.rows)

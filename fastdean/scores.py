@@ -19,6 +19,8 @@ from torch import Tensor
 from fastdean.ops.selection import importance, select_top
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FINGERPRINT_CHUNK = 1 << 18  # entries: 2 MiB of int64, which caches hold
+_INT64 = range(-(2**63), 2**63)
 _SHA_BITS = 256
 _COUNTS = ("examples", "tokens", "target_tokens")
 
@@ -93,8 +95,23 @@ class ScoreEntry:
 
 
 def fingerprint(weight: Tensor) -> int:
-    """Exact checksum of a weight: the sum of its bits as integers, on any device and layout."""
-    return int(weight.detach().view(_INTEGER_OF_SIZE[weight.element_size()]).sum(dtype=torch.int64))
+    """Exact checksum of a weight, the same on any device and for any layout in memory.
+
+    sum_i (2 i + 1) b_i modulo 2^64, as an int64, with i the row-major index of an entry and b_i its
+    bits as a signed integer. The multipliers are odd, so that every change of one entry shows, and
+    they differ, so that a swap of two shows.
+    """
+    bits = weight.detach().view(_INTEGER_OF_SIZE[weight.element_size()])
+    rows = bits.flatten(1) if bits.dim() > 1 else bits.reshape(-1, 1)
+    columns = max(1, rows.shape[1])
+    step = max(1, _FINGERPRINT_CHUNK // columns)
+    length = max(1, min(step, rows.shape[0]))
+    odd = torch.arange(1, 2 * length * columns, 2, device=bits.device).view(length, -1)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for first in range(0, rows.shape[0], step):
+        part = rows[first : first + step].to(torch.int64)
+        total += (part * odd[: part.shape[0]]).sum() + 2 * first * columns * part.sum()
+    return int(total)
 
 
 def keep_entry(name: str, entry: ScoreEntry, num_examples: int, ratio: float) -> ScoreEntry:
@@ -321,31 +338,23 @@ class Scores(Mapping[str, Tensor]):
         """Read scores from a local folder or a hub id.
 
         Raises:
-            ValueError: the folder is missing, truncated, or holds something else.
+            ValueError: the folder is missing, truncated, or holds something else; or its
+                configuration and tensors contradict each other. The text names what does not fit.
         """
         from fastdean.storage import read_folder, resolve
 
         config, tensors = read_folder(resolve(path, revision=revision, token=token), kind="scores")
-        entries = {}
-        for name, described in config["entries"].items():
-            parts = ["sums"]
-            if described["unit_axis"] is None:
-                parts.append("weight_values")
-            if config["keep_top"] is not None:
-                parts.append("index")
-            for part in parts:
-                if f"{name}.{part}" not in tensors:
-                    raise ValueError(
-                        f"{str(path)!r} must hold {name}.{part}, got no such tensor; save it again"
-                    )
-            entries[name] = ScoreEntry(
-                sums=tensors[f"{name}.sums"],
-                weight=tensors.get(f"{name}.weight_values"),
-                index=tensors.get(f"{name}.index"),
-                shape=tuple(described["shape"]),
-                unit_axis=described["unit_axis"],
-                fingerprint=described["fingerprint"],
-            )
+        try:
+            _check_config(config)
+            sparse = config["keep_top"] is not None
+            entries = {
+                name: _read_entry(name, described, config["granularity"], sparse, tensors)
+                for name, described in config["entries"].items()
+            }
+            if tensors:
+                raise ValueError(f"no tensor without an entry, got {min(tensors)}")
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} must hold {error}; save it again") from None
         return cls(
             entries,
             granularity=config["granularity"],
@@ -353,6 +362,121 @@ class Scores(Mapping[str, Tensor]):
             keep_top=config["keep_top"],
             manifest=config["manifest"],
         )
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    n, keep_top = config.get("num_examples"), config.get("keep_top")
+    checks = {
+        "granularity": ("'weight' or 'neuron'", config.get("granularity") in ("weight", "neuron")),
+        "num_examples": ("a positive integer", _is_integer(n) and n > 0),
+        "keep_top": (
+            "null or a ratio above 0 and at most 1",
+            keep_top is None or (_is_number(keep_top) and 0 < keep_top <= 1),
+        ),
+        "manifest": ("an object", isinstance(config.get("manifest"), dict)),
+        "entries": ("an object", isinstance(config.get("entries"), dict)),
+    }
+    for key, (expected, holds) in checks.items():
+        if key not in config:
+            raise ValueError(f"{key!r} in its configuration, got no such key")
+        if not holds:
+            raise ValueError(f"{key!r} as {expected}, got {_brief(config[key])}")
+
+
+def _read_entry(
+    name: str, described: Any, granularity: str, sparse: bool, tensors: dict[str, Tensor]
+) -> ScoreEntry:
+    """One entry; its tensors are taken out of `tensors`."""
+    shape, axis, mark = _checked_description(name, described, granularity)
+
+    def take(part: str) -> Tensor:
+        if f"{name}.{part}" not in tensors:
+            raise ValueError(f"{name}.{part}, got no such tensor")
+        return tensors.pop(f"{name}.{part}")
+
+    entry = ScoreEntry(
+        sums=take("sums"),
+        weight=take("weight_values") if axis is None else None,
+        index=take("index") if sparse else None,
+        shape=shape,
+        unit_axis=axis,
+        fingerprint=mark,
+    )
+    _check_tensors(name, entry)
+    return entry
+
+
+def _checked_description(
+    name: str, described: Any, granularity: str
+) -> tuple[tuple[int, ...], int | None, int]:
+    """The shape, unit axis and fingerprint that the configuration gives for an entry."""
+    found = described if isinstance(described, dict) else {}
+    shape, axis, mark = (found.get(key) for key in ("shape", "unit_axis", "fingerprint"))
+    axes = (None,) if granularity == "weight" else (0, 1)
+    checks = {
+        "shape": (
+            "two positive integers",
+            isinstance(shape, list) and len(shape) == 2 and all(_is_size(d) for d in shape),
+        ),
+        "unit_axis": (
+            f"{' or '.join('null' if a is None else str(a) for a in axes)} ({granularity} scores)",
+            axis in axes and not isinstance(axis, bool),
+        ),
+        "fingerprint": ("a 64-bit integer", _is_integer(mark) and mark in _INT64),
+    }
+    for key, (expected, holds) in checks.items():
+        if key not in found:
+            raise ValueError(f"{key!r} of {name} in its configuration, got no such key")
+        if not holds:
+            raise ValueError(f"{key!r} of {name} as {expected}, got {_brief(found[key])}")
+    return tuple(shape), axis, mark
+
+
+def _check_tensors(name: str, entry: ScoreEntry) -> None:
+    if entry.index is not None:
+        _check_index(f"{name}.index", entry.index, entry.numel)
+        expected = (entry.index.numel(),)
+    else:
+        expected = entry.shape if entry.unit_axis is None else (entry.numel,)
+    for part, tensor in (("sums", entry.sums), ("weight_values", entry.weight)):
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ValueError(f"{name}.{part} of shape {list(expected)}, got {list(tensor.shape)}")
+    if entry.sums.dtype != torch.float32:
+        raise ValueError(f"{name}.sums in torch.float32, got {entry.sums.dtype}")
+    if entry.weight is not None and not entry.weight.is_floating_point():
+        raise ValueError(f"{name}.weight_values in floating point, got {entry.weight.dtype}")
+
+
+def _check_index(name: str, index: Tensor, numel: int) -> None:
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise ValueError(f"{name} as int64 [M], got {index.dtype} {list(index.shape)}")
+    unordered = (index.diff() <= 0).nonzero()
+    if unordered.numel():
+        place = int(unordered[0]) + 1
+        raise ValueError(
+            f"{name} in ascending order without repetition, got {int(index[place])} after "
+            f"{int(index[place - 1])}"
+        )
+    if index.numel() and not 0 <= int(index[0]) <= int(index[-1]) < numel:
+        outside = int(index[0]) if index[0] < 0 else int(index[-1])
+        raise ValueError(f"{name} within 0..{numel - 1}, got {outside}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return _is_integer(value) and value > 0
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def examples_digest(digests: Iterable[bytes]) -> str:

@@ -8,9 +8,11 @@ autograd computes the forward pass and activation gradients only (model_state.py
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,8 +105,7 @@ def score(
     check_keep_top(keep_top)
     targets = find_targets(model, target_modules, granularity)
     passes = _split_by_memory(targets, granularity, memory_budget)
-    covered = coverage(model, targets)
-    _warn_about_unscorable(covered)
+    _warn_about_unscorable(coverage(model, targets))
     ranks = Ranks.current()
     device = input_device(model)
 
@@ -140,6 +141,7 @@ def score(
                     entry = replace(entry, sums=entry.sums.cpu())
                 entries[target.parameter] = entry
 
+    covered = coverage(model, targets, entries)
     manifest = _manifest(model, work, covered, granularity, target_modules, ranks)
     return Scores(
         entries,
@@ -174,6 +176,8 @@ def _run_pass(
             capture.require_complete()
             _require_finite(batch)
             bar.update(batch.values.numel())
+            # Before the next forward pass, not after it: the losses hold this batch's graph.
+            del batch
     return accumulators
 
 
@@ -243,7 +247,7 @@ def _manifest(
     return {
         "created": now(),
         "model": {
-            "name": getattr(config, "_name_or_path", "") or type(model).__name__,
+            "name": _public_name(getattr(config, "_name_or_path", None)) or type(model).__name__,
             "class": type(model).__name__,
             "parameters": covered["model_parameters"],
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -259,3 +263,12 @@ def _manifest(
         "versions": versions(),
         **work.describe(),
     }
+
+
+def _public_name(name_or_path: str | None) -> str:
+    """The id of a model on the hub, or the last part of a folder: manifests travel with masks."""
+    if not name_or_path:
+        return ""
+    path = Path(name_or_path)
+    local = path.is_absolute() or path.exists()
+    return os.path.basename(os.path.abspath(path)) if local else name_or_path

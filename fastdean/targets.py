@@ -1,14 +1,13 @@
 """Which layers are scored: Linear (and Conv1D) modules of the decoder layers, or their MLPs' units.
 
 No list of model families: a decoder layer is an element of the longest ModuleList of the base
-    model, and
-what lies under a submodule named or typed as attention is attention.
+model, and what lies under a submodule named or typed as attention is attention.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -95,23 +94,39 @@ def find_targets(
     return chosen
 
 
-def coverage(model: nn.Module, targets: Sequence[Target]) -> dict:
+def coverage(
+    model: nn.Module, targets: Sequence[Target], scored: Collection[str] | None = None
+) -> dict:
     """What share of the model the scored weights are, and what in its layers no hook can see.
 
+    Args:
+        targets: the modules that `find_targets` matched.
+        scored: parameter names of those that have a score; None: all of them.
     Returns:
-        targets: number of scored modules; scored_parameters, model_parameters, share;
-        unscorable: name -> size of the matrices inside the decoder layers that belong to no Linear
-        or Conv1D (fused experts, routers).
+        matched: number of matched modules; scored, targets: number of scored ones;
+        scored_parameters, model_parameters; share: scored parameters of the model's;
+        share_of_matched: scored parameters of the matched ones'; unscorable: name -> size of the
+        matrices inside the decoder layers that belong to no Linear or Conv1D (fused experts,
+        routers).
     """
-    scored = {id(target.module.weight): target.module.weight.numel() for target in targets}
-    total = {id(p): p.numel() for p in model.parameters()}
+    kept = [t for t in targets if scored is None or t.parameter in scored]
+    scored_parameters, matched_parameters = _weights_of(kept), _weights_of(targets)
+    total = sum({id(p): p.numel() for p in model.parameters()}.values())
     return {
-        "targets": len(targets),
-        "scored_parameters": sum(scored.values()),
-        "model_parameters": sum(total.values()),
-        "share": sum(scored.values()) / max(1, sum(total.values())),
+        "targets": len(kept),
+        "matched": len(targets),
+        "scored": len(kept),
+        "scored_parameters": scored_parameters,
+        "model_parameters": total,
+        "share": scored_parameters / max(1, total),
+        "share_of_matched": scored_parameters / max(1, matched_parameters),
         "unscorable": _unscorable(model),
     }
+
+
+def _weights_of(targets: Sequence[Target]) -> int:
+    """How many weights the targets have; one that several share counts once."""
+    return sum({id(t.module.weight): t.module.weight.numel() for t in targets}.values())
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:

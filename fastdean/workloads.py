@@ -19,7 +19,7 @@ from fastdean.batching import Batch, default_tokens_per_batch, plan_batches, req
 from fastdean.data import IGNORE_INDEX, Example, read_examples
 from fastdean.distributed import Ranks
 from fastdean.forward import TargetLogits, label_shift, packing_is_exact, target_losses
-from fastdean.model_state import input_device
+from fastdean.model_state import input_device, max_tokens
 from fastdean.scores import examples_digest
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
@@ -153,17 +153,20 @@ class LanguageModelling:
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         with TargetLogits(self.model) as head:
             for batch in self.batches:
-                batch = batch.to(device)
-                per_token = target_losses(head(batch), batch)
-                owner = batch.target_example.to(per_token.device)
-                totals = per_token.new_zeros(batch.num_examples).index_add(0, owner, per_token)
-                counts = torch.bincount(owner, minlength=batch.num_examples)
-                yield BatchLosses(
-                    values=totals / counts,
-                    segments=batch.segments,
-                    rows=batch.input_ids.numel(),
-                    examples=[self.mine[i] for i in batch.example_index],
-                )
+                # In a call of its own, so that no name here keeps the graph while the caller works.
+                yield self._losses_of(batch.to(device), head)
+
+    def _losses_of(self, batch: Batch, head: TargetLogits) -> BatchLosses:
+        per_token = target_losses(head(batch), batch)
+        owner = batch.target_example.to(per_token.device)
+        totals = per_token.new_zeros(batch.num_examples).index_add(0, owner, per_token)
+        counts = torch.bincount(owner, minlength=batch.num_examples)
+        return BatchLosses(
+            values=totals / counts,
+            segments=batch.segments,
+            rows=batch.input_ids.numel(),
+            examples=[self.mine[i] for i in batch.example_index],
+        )
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -255,8 +258,7 @@ def _accepted_inputs(model: nn.Module) -> Callable[[str], bool]:
 def _check_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
     """Refuse what would fail deep inside the model, or on a GPU without a message."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = max_tokens(model)
     for i, example in enumerate(examples):
         targets = example.labels[example.labels != IGNORE_INDEX]
         for key, ids in (("input_ids", example.input_ids), ("labels", targets)):
@@ -269,7 +271,7 @@ def _check_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
                 )
         if longest is not None and len(example) > longest:
             raise ValueError(
-                f"example {i} must have at most {longest} tokens (max_position_embeddings), got "
+                f"example {i} must have at most {longest} tokens (the model's positions), got "
                 f"{len(example)}; cut it with max_length"
             )
 

@@ -21,6 +21,7 @@ import breakdown
 import cases
 import inputs
 import measure
+import plot
 import records
 import run
 import table
@@ -346,6 +347,30 @@ def test_the_table_shows_the_latest_run_with_ratios_and_machine(tmp_path):
 
     assert table.main(command) == 0
     assert readme.read_text() == text
+
+
+def test_the_plot_shows_the_latest_seconds_against_the_floor(tmp_path, capsys):
+    rows = [
+        result("loop", 99.0, "2026-01-01T00:00:00+00:00"),
+        result("loop", 20.0),
+        result("fastdean", 10.0),
+        result("fastdean", 6.0, dtype="bf16"),
+    ]
+    panels = plot.draw(rows).axes
+    heights = [[round(bar.get_height(), 6) for bar in panel.patches] for panel in panels]
+    assert heights == [[20.0, 10.0], [6.0]]
+    (floor,) = [line for line in panels[0].lines if line.get_label() == "floor"]
+    assert list(floor.get_ydata()) == [5.0, 5.0]
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == ["loop", "fastdean"]
+
+    command = ["--results", str(tmp_path), "--out", str(tmp_path / "score.png")]
+    assert plot.main(command) == 2
+    assert "no score.jsonl of any device" in capsys.readouterr().err
+    (tmp_path / "some-cpu").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "some-cpu" / "score.jsonl").write_text(lines)
+    assert plot.main(command) == 0
+    assert (tmp_path / "score.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_file_without_markers_is_left_alone(tmp_path, capsys):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastdean
-from fastdean import checkpoint
+from fastdean import checkpoint, safetensors_files
 from fastdean.masks import MaskEntry, NeuronMask
 
 PLACES = {
@@ -280,8 +280,8 @@ def test_out_in_use(tmp_path, simple):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    refuse(source, mask, out, "out must be a new or empty folder, got .*pass overwrite=True")
-    refuse(source, mask, out, "overwrite=True to replace it", overwrite=True)
+    refuse(source, mask, out, "out must be a new or empty folder, got .*pass overwrite=True .--ov")
+    refuse(source, mask, out, "overwrite=True .--overwrite. to replace it", overwrite=True)
     assert (out / "mine.txt").read_text() == "mine"
 
 
@@ -327,6 +327,7 @@ def test_damaged_file_is_named(tmp_path, simple, damage, text):
 
 def test_index_that_cannot_be_followed(tmp_path, simple):
     source, _, mask = simple
+    (source / "model.safetensors").rename(source / "shard.safetensors")
     index = source / "model.safetensors.index.json"
     for text, expected in [
         ('{"weight_map": {"h.0.weight": "gone.safetensors"}}', "hold 'gone.safetensors', got no s"),
@@ -335,6 +336,55 @@ def test_index_that_cannot_be_followed(tmp_path, simple):
     ]:
         index.write_text(text)
         refuse(source, mask, tmp_path / "out", expected)
+
+
+@pytest.fixture
+def doubled(tmp_path):
+    """A folder with one whole file and, beside it, the shards of another model; the whole one's."""
+    model, folder = tiny_models.llama(), tmp_path / "source"
+    tiny_models.llama(seed=1).save_pretrained(folder, max_shard_size="20KB")
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    return model, folder, mask_of(model, PLACES["llama"])
+
+
+def test_where_one_file_and_shards_exist_the_one_that_is_loaded_is_edited(tmp_path, doubled):
+    from transformers import AutoModelForCausalLM
+
+    model, source, mask = doubled
+    result = fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    mask.restore_(loaded)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+    assert result.files_edited == ("model.safetensors",)
+    shards = sorted(file.name for file in source.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert list(result.unpatched_files) == shards
+
+
+def test_a_saved_model_is_verified_in_the_file_that_is_loaded(tmp_path, doubled):
+    model, source, mask = doubled
+    with pytest.raises(RuntimeError, match="got others in 'model.safetensors'"):
+        checkpoint.verify_checkpoint(source, mask)
+    mask.apply_(model)
+    save_file(model.state_dict(), source / "model.safetensors", metadata={"format": "pt"})
+    checkpoint.verify_checkpoint(source, mask)
+    (source / "model.safetensors").unlink()
+    with pytest.raises(RuntimeError, match="got others in 'model-000"):
+        checkpoint.verify_checkpoint(source, mask)
+
+
+def test_weights_of_another_name_are_found_through_the_configuration(tmp_path, simple):
+    source, tensors, mask = simple
+    save_file(tensors, source / "ours.safetensors")
+    (source / "config.json").write_text('{"transformers_weights": "ours.safetensors"}')
+    result = fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    assert result.files_edited == ("ours.safetensors",)
+    assert result.unpatched_files == ("model.safetensors",)
+    (source / "deep").mkdir()
+    (source / "ours.safetensors").rename(source / "deep" / "ours.safetensors")
+    (source / "config.json").write_text('{"transformers_weights": "deep/ours.safetensors"}')
+    refuse(source, mask, tmp_path / "two", "in its own folder .* got 'deep/ours.safetensors'")
 
 
 def test_other_weight_files_are_reported(tmp_path, simple):
@@ -362,6 +412,30 @@ def test_links_of_the_cache_are_copied_and_never_written_through(tmp_path, simpl
     assert load_file(tmp_path / "out" / "model.safetensors")["h.0.weight"][0, 1] == 0
 
 
+def test_linked_folders_are_copied_with_what_is_in_them(tmp_path, simple):
+    source, _, mask = simple
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "inner").mkdir(parents=True)
+    (elsewhere / "inner" / "tokenizer.json").write_text("{}")
+    (source / "extra").symlink_to(elsewhere)
+    (source / "again").symlink_to(elsewhere)
+    fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    for name in ("extra", "again"):
+        assert (tmp_path / "out" / name / "inner" / "tokenizer.json").read_text() == "{}"
+        assert not (tmp_path / "out" / name).is_symlink()
+
+
+@pytest.mark.parametrize("where", [".", "..", "../beside"], ids=["itself", "above", "out"])
+def test_a_link_that_leads_in_a_circle_is_named(tmp_path, simple, where):
+    source, _, mask = simple
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (source / "link").symlink_to(where)
+    out = beside / "out"
+    text = refuse(source, mask, out, "source must hold no link to a folder that it is copied from")
+    assert "link" in text and "remove the link" in text
+
+
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],
@@ -383,7 +457,7 @@ def test_interrupted_copy_leaves_nothing(tmp_path, simple, monkeypatch, error):
 
 def test_write_that_did_not_arrive_is_found(tmp_path, simple, monkeypatch):
     source, _, mask = simple
-    monkeypatch.setattr(checkpoint, "_write_values", lambda *arguments: None)
+    monkeypatch.setattr(checkpoint, "write_values", lambda *arguments: None)
     refuse(
         source, mask, tmp_path / "out", "could not be verified after writing", error=RuntimeError
     )
@@ -425,12 +499,12 @@ def test_only_the_masked_values_are_read(tmp_path, monkeypatch):
             return self.file.write(raw)
 
     moved: list[int] = []
-    read_values, write_values = checkpoint._read_values, checkpoint._write_values
+    read_values, write_values = checkpoint.read_values, checkpoint.write_values
     monkeypatch.setattr(
-        checkpoint, "_read_values", lambda file, *rest: read_values(Counting(file), *rest)
+        checkpoint, "read_values", lambda file, *rest: read_values(Counting(file), *rest)
     )
     monkeypatch.setattr(
-        checkpoint, "_write_values", lambda file, *rest: write_values(Counting(file), *rest)
+        checkpoint, "write_values", lambda file, *rest: write_values(Counting(file), *rest)
     )
     tracemalloc.start()
     fastdean.patch_checkpoint(source, mask, tmp_path / "out")
@@ -447,7 +521,7 @@ def test_dense_mask_is_read_in_pieces(tmp_path, monkeypatch):
     weight = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
     save_file({"w": weight}, source / "model.safetensors")
     mask = NeuronMask({"w": MaskEntry(torch.arange(5, 95), weight.flatten()[5:95], (10, 10))})
-    monkeypatch.setattr(checkpoint, "_MAX_RUN_BYTES", 64)
+    monkeypatch.setattr(safetensors_files, "_MAX_RUN_BYTES", 64)
     fastdean.patch_checkpoint(source, mask, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")["w"].flatten()
     assert found[5:95].count_nonzero() == 0

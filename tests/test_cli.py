@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -20,9 +22,11 @@ from typer.testing import CliRunner
 
 import fastdean
 from fastdean import cli
+from fastdean.cli import running
+from fastdean.job import Job
 from fastdean.masks import NeuronMask
-from fastdean.pipeline import Job
 from fastdean.pipeline import run as run_job
+from fastdean.run_folder import RunFolder
 
 OPTIONS = ("--ratio", "0.05", "--examples", "5", "--eval-examples", "0", "--quiet")
 
@@ -141,7 +145,7 @@ def test_a_bad_model_is_one_line_and_writes_nothing(place, tmp_path, case):
     [
         (["--target-modules", "nothing"], "target_modules must match at least one Linear layer"),
         (["--target-modules", "("], "target_modules must be"),
-        (["--ratio", "1e-6"], "the smallest that would is 0.00049, or set min_k to 1"),
+        (["--ratio", "1e-6"], "the smallest that would is 0.00049, or set min_k=1"),
         (["--rule", "best"], "rule must be one of paper, released"),
         (["--max-length", "1"], "max_length must be at least 2 tokens, got 1"),
         (["--template", "chat"], "row "),
@@ -186,6 +190,67 @@ def test_a_folder_with_other_files_is_refused_and_kept(
     refused(result, "out must be a ")
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("command", ["run", "score", "couple", "apply"])
+def test_every_command_that_loads_a_model_takes_its_revision(place, run_folder, tmp_path, command):
+    """It is passed on to where a revision of a local folder is refused."""
+    scores = run_folder / "scores"
+    arguments = {
+        "run": [*sources(place), *OPTIONS],
+        "score": ["--model", place["model"], "--data", place["privacy"]],
+        "couple": [
+            *("--first", scores / "fairness", "--second", scores / "privacy"),
+            *("--model", place["model"]),
+        ],
+        "apply": ["--model", place["model"], "--mask", run_folder / "mask"],
+    }
+    result = call(command, *arguments[command], "--out", tmp_path / "out", "--revision", "v2")
+    refused(result, "revision must be of a hub id, got 'v2' for ")
+
+
+def test_a_revision_of_no_model_is_refused(run_folder, tmp_path):
+    scores = run_folder / "scores"
+    command = ["couple", "--first", scores / "fairness", "--second", scores / "privacy"]
+    result = call(*command, "--out", tmp_path / "out", "--revision", "v2")
+    refused(result, "revision must come with model, whose revision it is, got 'v2' alone")
+
+
+def test_score_records_the_revision(place, tmp_path, monkeypatch):
+    from fastdean import loading
+
+    real = loading.load_model
+
+    def load_model(name, *, revision, **options):
+        return real(name, **options)
+
+    monkeypatch.setattr(loading, "load_model", load_model)
+    result = call(
+        "score", "--model", place["model"], "--data", place["privacy"], "--out", tmp_path / "s",
+        "--revision", "v2", "--quiet", "--json",
+    )  # fmt: skip
+    assert json.loads(result.stdout)["model"]["revision"] == "v2"
+
+
+def test_make_demo_can_be_called_again(tmp_path, monkeypatch):
+    """The second call finds the first one's finished run."""
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    arguments = re.search(r"^demo:.*\n\t\$\(BIN\)/fastdean (.+)$", makefile, re.MULTILINE)[1]
+    done = []
+
+    def run(job, out, *, overwrite, **options):
+        folder = RunFolder(out, {"ratio": job.ratio}, overwrite)
+        folder.claim()
+        folder.finish()
+        done.append(out)
+        return {}
+
+    monkeypatch.setattr("fastdean.pipeline.run", run)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        result = call(*shlex.split(arguments))
+        assert result.exit_code == 0, result.stderr
+    assert done == [Path("fastdean-demo")] * 2
 
 
 def test_score_refuses_a_used_folder_before_the_model_is_loaded(place, tmp_path, monkeypatch):
@@ -362,7 +427,7 @@ def test_a_fault_of_ours_shows_its_traceback(place, tmp_path, monkeypatch, error
     def load_rows(source):
         raise error
 
-    monkeypatch.setattr("fastdean.pipeline.load_rows", load_rows)
+    monkeypatch.setattr("fastdean.rows.load_rows", load_rows)
     result = call("run", *sources(place), "--out", tmp_path / "out", *OPTIONS)
     assert result.exit_code == 1
     assert "Traceback" in result.stderr and type(error).__name__ in result.stderr
@@ -494,6 +559,7 @@ def test_two_ranks_resume_and_give_the_mask_of_one_and_only_the_first_speaks(
     results = json.loads(first[1])
     assert second[1:] == ("", "")
     assert "%|" not in first[2] and results["findings"][0] in first[2]
+    assert results["command"].startswith("torchrun --nproc-per-node 2 --module fastdean ")
     assert [row["step"] for row in results["cost"] if row["seconds"] is None] == [
         "score fairness, by an earlier call",
         "score general, by an earlier call",
@@ -502,6 +568,44 @@ def test_two_ranks_resume_and_give_the_mask_of_one_and_only_the_first_speaks(
     assert NeuronMask.from_pretrained(out / "mask") == NeuronMask.from_pretrained(
         run_folder / "mask"
     )
+
+
+@pytest.mark.parametrize(
+    ("ranks_in_all", "ranks_here", "launcher"),
+    [
+        ("1", "1", ""),
+        ("8", "8", "torchrun --nproc-per-node 8 --module "),
+        ("8", "4", "torchrun --nnodes 2 --nproc-per-node 4 --module "),
+    ],
+)
+def test_the_recorded_command_starts_as_many_ranks(monkeypatch, ranks_in_all, ranks_here, launcher):
+    monkeypatch.setenv("WORLD_SIZE", ranks_in_all)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/fastdean", "demo", "--out", "a b"])
+    assert running.command_line() == f"{launcher}fastdean demo --out 'a b'"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rank", "backend", "taken"),
+    [
+        (0, "1", "gloo", []),
+        (2, "1", "cpu:gloo,cuda:nccl", [1]),
+        # More ranks than GPUs, as of a job on the CPU.
+        (1, "1", "cpu:gloo,cuda:nccl", []),
+    ],
+)
+def test_ranks_can_talk_from_every_device_there_is(monkeypatch, gpus, rank, backend, taken):
+    started, set_device = [], []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", started.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: started.append("end"))
+    with running.process_group():
+        assert started == [backend] and set_device == taken
+    assert started == [backend, "end"]
 
 
 def test_bad_input_of_one_rank_ends_both(place, tmp_path):

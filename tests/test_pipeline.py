@@ -5,17 +5,23 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
 from tiny_folders import WORDS, rows, save_model, write_jsonl, write_sources
 
-from fastdean import coupling, measuring, pipeline
+from fastdean import measuring, pipeline
+from fastdean.costs import Costs
+from fastdean.coupling import RULES
+from fastdean.job import Job
 from fastdean.masks import NeuronMask
-from fastdean.pipeline import RULES, Job, run
+from fastdean.pipeline import run
+from fastdean.rows import split_rows
 from fastdean.scores import Scores
 
 OPTIONS = {"ratio": 0.05, "examples": 5, "eval_examples": 5}
@@ -229,6 +235,60 @@ def test_a_disk_that_was_full_from_the_start_leaves_no_folder(job, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_was_full_from_the_start_leaves_an_empty_folder_to_any_job(
+    place, job, tmp_path, monkeypatch
+):
+    def save_file(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", save_file)
+        with pytest.raises(OSError, match="No space left"):
+            run(job, tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    other = Job(**place, **QUICK, seed=1)
+    assert run(other, tmp_path, progress=False)["options"]["seed"] == 1
+
+
+def test_weights_that_are_offloaded_are_refused_before_anything_is_scored(
+    job, scored, tmp_path, monkeypatch
+):
+    """Masks are applied to weights in memory; the device "auto" may leave some elsewhere."""
+    from accelerate import cpu_offload
+
+    real = pipeline.load_model
+
+    def load_model(*args, **options):
+        model, tokenizer = real(*args, **options)
+        cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
+        return model, tokenizer
+
+    monkeypatch.setattr(pipeline, "load_model", load_model)
+    with pytest.raises(
+        ValueError,
+        match=r"device must hold .* offloads 3 of 6 matrices, such as model\.layers\.1\..*; use a",
+    ):
+        run(job, tmp_path / "run", progress=False)
+    assert scored == [] and list(tmp_path.iterdir()) == []
+
+
+def test_the_revision_of_the_model_is_loaded_and_recorded(place, tmp_path, monkeypatch):
+    real, asked = pipeline.load_model, []
+
+    def load_model(name, *, revision, **options):
+        asked.append(revision)
+        return real(name, **options)
+
+    monkeypatch.setattr(pipeline, "load_model", load_model)
+    results = run(Job(**place, **QUICK, revision="v2"), tmp_path / "run", progress=False)
+    assert asked == ["v2"]
+    assert results["model"]["revision"] == results["manifest"]["job"]["revision"] == "v2"
+    mask = NeuronMask.from_pretrained(tmp_path / "run" / "mask")
+    assert mask.manifest["first"]["model"]["revision"] == "v2"
+    with pytest.raises(ValueError, match="holds another run"):
+        run(Job(**place, **QUICK, revision="v3"), tmp_path / "run", progress=False)
+
+
 def test_a_run_that_is_refused_leaves_no_folder(place, tmp_path):
     with pytest.raises(ValueError, match="target_modules must match at least one"):
         run(Job(**place, **QUICK, target_modules="no_such_layer"), tmp_path / "run")
@@ -369,10 +429,6 @@ def test_options_out_of_range_are_refused_at_once(place, name):
         Job(**place, **{name: value})
 
 
-def test_every_rule_of_the_coupling_can_be_asked_for():
-    assert set(RULES) == set(coupling._RULES)
-
-
 def test_a_ratio_that_selects_nothing_is_refused_before_scoring(place, scored, tmp_path):
     job = Job(**place, examples=5, ratio=1e-6)
     with pytest.raises(
@@ -429,7 +485,7 @@ def test_what_is_measured_on_shares_no_prompt_with_what_is_scored(place, tmp_pat
     doubled = rows(6, 0, unsafe=True)
     doubled += [{**row, "response": WORDS[7]} for row in doubled]
     source = write_jsonl(tmp_path / "doubled.jsonl", doubled)
-    split = pipeline._split("fairness", Job(**{**place, "fairness": str(source)}, **OPTIONS))
+    split = split_rows("fairness", Job(**{**place, "fairness": str(source)}, **OPTIONS))
     scored = {row["prompt"] for _, row in split.scored}
     measured = {row["prompt"] for _, row in split.measured}
     assert split.held_out and measured and not scored & measured
@@ -521,3 +577,111 @@ def test_a_figure_that_cannot_be_taken_does_not_cost_the_others(place, tmp_path,
     results = run(Job(**place, **OPTIONS), tmp_path / "run", progress=False)
     assert "HSIC was not measured: x must have a positive median distance." in results["warnings"]
     assert results["margins"]["fairness"]["masks"]
+
+
+def infinite_margin(found):
+    found.values[0] = -math.inf
+
+
+def nan_perplexity(found):
+    found.nll_sums[0] = math.nan
+
+
+def no_states(found):
+    raise ValueError("model must return hidden states when asked to, got none")
+
+
+# What fails on which call (first the model as it came), what is said, and what the results lack.
+UNMEASURABLE = {
+    "fairness margin": (
+        ("response_margins", 1, infinite_margin),
+        "The fairness margin was not measured: log-probabilities must be finite, got others for 1 "
+        "of 5 pairs; another dtype may hold them.",
+        ("margins", "fairness"),
+    ),
+    "fairness margin under the mask": (
+        ("response_margins", 3, infinite_margin),
+        "The fairness margin under 'paper' was not measured: log-probabilities must be finite, "
+        "got others for 1 of 5 pairs; another dtype may hold them.",
+        ("margins", "fairness", "masks", "paper"),
+    ),
+    "perplexity": (
+        ("perplexity", 1, nan_perplexity),
+        "Perplexity was not measured: perplexity must be finite, got nan; another dtype may hold "
+        "the log-probabilities.",
+        ("perplexity",),
+    ),
+    "perplexity under the mask": (
+        ("perplexity", 2, nan_perplexity),
+        "Perplexity under 'paper' was not measured: perplexity must be finite, got nan; another "
+        "dtype may hold the log-probabilities.",
+        ("perplexity", "masks", "paper"),
+    ),
+    "hidden states": (
+        ("last_token_states", 1, no_states),
+        "HSIC was not measured: model must return hidden states when asked to, got none.",
+        ("hsic",),
+    ),
+    "hidden states under the mask": (
+        ("last_token_states", 3, no_states),
+        "HSIC under 'paper' was not measured: model must return hidden states when asked to, got "
+        "none.",
+        ("hsic",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNMEASURABLE)
+def test_what_the_model_gives_no_number_for_is_left_out_with_a_warning(
+    place, measured, tmp_path, monkeypatch, case
+):
+    (function, number, spoil), said, lacking = UNMEASURABLE[case]
+    calls, real = [], getattr(measuring, function)
+
+    def spoiled(*args, **options):
+        found = real(*args, **options)
+        calls.append(function)
+        if len(calls) == number:
+            spoil(found)
+        return found
+
+    monkeypatch.setattr(measuring, function, spoiled)
+    out = shutil.copytree(measured[0], tmp_path / "run")
+    state = json.loads((out / "fastdean_run.json").read_text()) | {"finished": False}
+    (out / "fastdean_run.json").write_text(json.dumps(state))
+    results = run(Job(**place, **OPTIONS), out, progress=False)
+
+    assert results["warnings"] == [*measured[1]["warnings"], said]
+    expected = json.loads(json.dumps(measured[1]))
+    *path, last = lacking
+    table = expected
+    for key in path:
+        table = table[key]
+    del table[last]
+    for name in ("margins", "perplexity", "hsic"):
+        assert results.get(name) == expected.get(name)
+    assert (out / "report.html").is_file()
+
+
+def test_the_memory_of_a_step_is_the_models_devices(monkeypatch):
+    def used(device):
+        return {0: 5, 1: 7}[device.index]
+
+    def lying_on(*devices):
+        parameters = [SimpleNamespace(device=torch.device(device)) for device in devices]
+        return SimpleNamespace(parameters=lambda: iter(parameters))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", used)
+    costs = Costs()
+    for name, model in (
+        ("cpu", lying_on("cpu")),
+        ("gpus", lying_on("cuda:0", "cuda:1", "cuda:0", "meta")),
+    ):
+        costs.watch(model)
+        with costs.step(name, tokens=3):
+            pass
+    on_cpu, on_gpus = costs.steps
+    # A process with torch loaded takes more than this.
+    assert on_cpu["peak_bytes"] > 50_000_000
+    assert on_gpus["peak_bytes"] == 12 and on_gpus["tokens"] == 3

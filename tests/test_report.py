@@ -456,6 +456,96 @@ def test_matrices_of_one_module_and_layer_share_a_bar():
     assert "8 are zeroed" in text(parse(page))
 
 
+def edited(layers: int = 2, **options: object) -> dict:
+    """Results of a run with these options, without the sentences that come with them."""
+    results = make_results(layers)
+    results["options"].update(options)
+    return {k: v for k, v in results.items() if k not in ("title", "findings", "warnings")}
+
+
+def test_weights_that_were_multiplied_are_not_called_zeroed():
+    page = render_report(edited(scale=0.5))
+    assert "zeroed" not in page.lower()
+    said = text(parse(page).find(".//main"))
+    assert "Weights multiplied by 0.5" in said
+    assert "are multiplied by 0.5." in said
+    assert re.search(r"in both, \d+ multiplied by 0.5", text(plots(page)[0]))
+    assert cells(page, "Top sets")[0][-1] == "Multiplied by 0.5"
+    assert "Weights zeroed" in render_report(edited())
+
+
+def test_units_are_called_units():
+    main = parse(render_report(edited(granularity="neuron"))).find(".//main")
+    said = text(main)
+    assert "Units zeroed" in said
+    assert re.search(r"Of [\d,]+ units in each top set", said)
+    assert "as many units as rule paper selects" in said
+    assert "entries" not in said.lower()
+    assert "entries" not in " ".join(node.get("aria-label", "") for node in main.iter())
+    by_weight = text(parse(render_report(edited())).find(".//main"))
+    assert re.search(r"Of [\d,]+ entries in each top set", by_weight)
+
+
+@pytest.mark.parametrize("rule", ["released", "union", "first", "second", "random"])
+def test_bars_of_another_rule_are_no_parts_of_what_is_coupled(rule):
+    results = edited(layers=3, rule=rule)
+    kept = 11 if rule == "union" else 7
+    for row in results["coupling"]["rows"]:
+        row["kept"] = kept
+    page = render_report(results)
+    for plot in plots(page)[:2]:
+        unit = boxes(plot, "track")[0][3] / 8  # k is 8 in every matrix
+        assert [box[3] / unit for box in boxes(plot, "solid")] == pytest.approx([kept] * 9, abs=0.1)
+        assert boxes(plot, "outlined") == []
+    section = text(next(n for n in parse(page).iter("section") if n.get("id") == "coupling"))
+    assert f"Entries that rule {rule} selects, per layer and module" in section
+    assert re.search(rf"rule {rule} \([^)]+\) selects [\d,]+ entries, which are zeroed", section)
+    assert "left as it is" not in section
+    assert ("taller than k" in section) == (kept > 8)
+
+
+def test_bars_of_the_rule_of_the_paper_add_up_to_what_is_coupled():
+    page = render_report(edited(rule="paper"))
+    section = text(next(n for n in parse(page).iter("section") if n.get("id") == "coupling"))
+    assert "Coupled entries per layer and module" in section
+    assert "in both sets and in the general set: left as it is" in section
+    assert boxes(plots(page)[0], "outlined")
+
+
+def test_key_numbers_are_those_of_the_rule_of_the_run():
+    results = edited(rule="released")
+    strip = text(parse(render_report(results)).find(".//dl"))
+    assert "released:" in strip and "paper:" not in strip
+    assert "1.021" in strip
+
+
+def test_overlap_over_ratios_is_not_called_an_edit():
+    head = cells(render_report(edited()), "Overlap of")[0]
+    assert head[-2:] == ["Also general", "Not general"]
+
+
+def test_peak_memory_is_that_of_the_process_so_far():
+    assert cells(render_report(edited()), "Time and tokens per step")[0][-1] == "Peak memory so far"
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [None, {}, dict.fromkeys(("mean", "value", "ratio", "low", "high", "verdict", "weights"))],
+    ids=["none", "empty", "nones"],
+)
+def test_a_mask_that_was_not_measured_is_written_as_dashes(figures):
+    results = make_results(layers=2)
+    del results["hsic"]
+    results["margins"]["privacy"]["masks"]["paper"] = figures
+    results["margins"]["fairness"] = None
+    results["perplexity"]["masks"]["paper"] = figures
+    page = render_report(results)
+    assert HEADINGS["hsic"] not in headings(page)
+    assert cells(page, "Privacy margins")[2] == ["paper", "not measured", *["–"] * 4]
+    assert cells(page, "Privacy margins")[4][0] == "released"
+    assert cells(page, "Perplexity before")[2] == ["paper", "not measured", *["–"] * 3]
+
+
 def test_intervals_lie_on_their_side_of_zero_at_their_places():
     results = make_results(layers=1)
     fairness = plots(render_report({"margins": results["margins"]}))[0]

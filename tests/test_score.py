@@ -55,6 +55,22 @@ def test_batching_does_not_change_the_scores(size, side, tokens_per_batch):
             assert norm_error(value, expected[parameter]) < 1e-5
 
 
+def test_one_example_needs_no_position_ids():
+    from transformers import LlamaForCausalLM
+
+    class WithoutPositions(LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+    model, examples = MODELS["llama"](), make_examples(lengths=(9,))
+    expected = weight_importance(model, examples, [t.parameter for t in find_targets(model)])
+    model.__class__ = WithoutPositions
+    scores = fastdean.score(model, batches(examples, 1), progress=False)
+    assert scores.manifest["batching"]["packed"] is False
+    for parameter, value in scores.items():
+        assert norm_error(value, expected[parameter]) < 1e-5
+
+
 def test_memory_budget_gives_the_same_bits_over_several_passes():
     model, examples = MODELS["qwen2"](), make_examples()
     whole = fastdean.score(model, batches(examples, 4), progress=False)

@@ -261,6 +261,46 @@ def test_refused_loaders(loader, error, text):
         score(loader)
 
 
+def roberta(kind="RobertaForMaskedLM"):
+    """Positions are numbered from behind the padding token, 1: 20 of them hold 18 tokens."""
+    import transformers
+
+    config = transformers.RobertaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=20,
+        pad_token_id=1,
+        is_decoder=kind == "RobertaForCausalLM",
+    )
+    return getattr(transformers, kind)(config).eval()
+
+
+def test_positions_behind_the_padding_token_hold_fewer_tokens():
+    from fastdean.model_state import max_tokens
+
+    assert max_tokens(roberta()) == 18
+    assert max_tokens(torch.nn.DataParallel(roberta())) == 18
+    assert max_tokens(llama()) == max_tokens(bert()) == MAX_TOKENS
+    assert max_tokens(torch.nn.Linear(2, 2)) is None
+    assert score(one([5] * 18), roberta()).num_examples == 1
+    for length in (19, 20):
+        with pytest.raises(ValueError, match=f"at most 18 tokens .*, got {length}; cut it with"):
+            score(one([5] * length), roberta())
+
+
+def test_windows_of_text_fit_the_positions_behind_the_padding_token():
+    from fastdean.evaluation.perplexity import perplexity_of_text
+
+    model, tokenizer = roberta("RobertaForCausalLM"), word_tokenizer()
+    text = "the cat sat on the mat " * 10
+    assert perplexity_of_text(model, tokenizer, text, progress=False).window == 18
+    with pytest.raises(ValueError, match="at most the model's 18 positions, got 19; leave it out"):
+        perplexity_of_text(model, tokenizer, text, window=19)
+
+
 def test_a_single_token_is_enough_for_a_masked_model():
     scores = score(one([5]), bert())
     assert scores.manifest["data"]["target_tokens"] == 1

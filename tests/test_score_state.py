@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 
 import pytest
@@ -142,6 +143,33 @@ def test_the_callers_deterministic_mode_survives(warn_only):
         assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@pytest.mark.parametrize("of_the_caller", [None, ":16:8"])
+def test_deterministic_products_on_a_gpu_have_their_workspace(of_the_caller, monkeypatch):
+    monkeypatch.delenv(CUBLAS, raising=False)
+    if of_the_caller is not None:
+        monkeypatch.setenv(CUBLAS, of_the_caller)
+    model, seen = llama(), []
+    model.model.register_forward_hook(lambda *args: seen.append(os.environ.get(CUBLAS)))
+    run(model, deterministic=True)
+    assert set(seen) == {of_the_caller or ":4096:8"}
+    assert os.environ.get(CUBLAS) == of_the_caller
+    forward_that_raises(model, OSError("disk"), 1)
+    with pytest.raises(OSError):
+        run(model, deterministic=True)
+    assert os.environ.get(CUBLAS) == of_the_caller
+
+
+def test_nothing_is_set_where_determinism_was_not_asked_for(monkeypatch):
+    monkeypatch.delenv(CUBLAS, raising=False)
+    model, seen = llama(), []
+    model.model.register_forward_hook(lambda *args: seen.append(os.environ.get(CUBLAS)))
+    run(model)
+    assert set(seen) == {None}
 
 
 def assert_same_scores(scores, expected):

@@ -180,6 +180,28 @@ def test_fingerprints_see_every_bit_and_no_layout(dtype):
         assert fingerprint(changed) != mark
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fingerprints_see_where_values_lie(dtype):
+    weight = torch.randn(7, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mark = fingerprint(weight)
+    for one, other in ((0, 1), (3, 62), (30, 31)):
+        swapped = weight.clone()
+        swapped.flatten()[[one, other]] = weight.flatten()[[other, one]]
+        assert fingerprint(swapped) != mark
+    assert fingerprint(weight[[1, 0, *range(2, 7)]]) != mark
+    assert fingerprint(weight.t()) != mark
+
+
+@pytest.mark.parametrize("shape", [(), (11,), (5, 7), (7, 5), (2, 3, 4), (0, 4)])
+@pytest.mark.parametrize("chunk", [1, 14, 1 << 18])
+def test_fingerprints_are_the_sum_they_say_whatever_the_chunks(shape, chunk, monkeypatch):
+    monkeypatch.setattr("fastdean.scores._FINGERPRINT_CHUNK", chunk)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
+    bits = weight.flatten().view(torch.int64).tolist()
+    total = sum((2 * i + 1) * value for i, value in enumerate(bits)) % 2**64
+    assert fingerprint(weight) == (total if total < 2**63 else total - 2**64)
+
+
 # Files.
 
 
@@ -236,6 +258,129 @@ def test_a_file_without_one_of_its_tensors_is_refused(part, dense, tmp_path):
         Scores.from_pretrained(tmp_path / "scores")
 
 
+def _change_config(change):
+    def edit(folder):
+        file = folder / "fastdean_config.json"
+        config = json.loads(file.read_text("utf-8"))
+        change(config)
+        file.write_text(json.dumps(config), "utf-8")
+
+    return edit
+
+
+def _change_tensors(change):
+    def edit(folder):
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / "scores.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "scores.safetensors")
+
+    return edit
+
+
+def _set(key, value):
+    return _change_config(lambda config: config.__setitem__(key, value))
+
+
+def _set_entry(key, value):
+    return _change_config(lambda config: config["entries"][UP].__setitem__(key, value))
+
+
+def _index(change):
+    def edit(tensors):
+        tensors[f"{UP}.index"] = change(tensors[f"{UP}.index"])
+
+    return _change_tensors(edit)
+
+
+def _cast(part, dtype):
+    def edit(tensors):
+        tensors[f"{UP}.{part}"] = tensors[f"{UP}.{part}"].to(dtype)
+
+    return _change_tensors(edit)
+
+
+def _cut(part):
+    def edit(tensors):
+        tensors[f"{UP}.{part}"] = tensors[f"{UP}.{part}"][:-1].clone()
+
+    return _change_tensors(edit)
+
+
+def _at(place, value):
+    def change(index):
+        index[place] = value
+        return index
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "edit, text",
+    [
+        (_change_config(lambda c: c.pop("entries")), "'entries' in its configuration, got no such"),
+        (_set("entries", [UP]), f"'entries' as an object, got ['{UP}']"),
+        (_set("granularity", "row"), "'granularity' as 'weight' or 'neuron', got 'row'"),
+        (_set("num_examples", 0), "'num_examples' as a positive integer, got 0"),
+        (_set("num_examples", 2.5), "'num_examples' as a positive integer, got 2.5"),
+        (_set("keep_top", 7), "'keep_top' as null or a ratio above 0 and at most 1, got 7"),
+        (_set("manifest", None), "'manifest' as an object, got None"),
+        (
+            _change_config(lambda c: c["entries"][UP].pop("shape")),
+            f"'shape' of {UP} in its configuration, got no such key",
+        ),
+        (_set_entry("shape", [64, -32]), f"'shape' of {UP} as two positive integers, got [64, -32"),
+        (_set_entry("shape", [64, 32, 1]), f"'shape' of {UP} as two positive integers, got [64,"),
+        (_set_entry("unit_axis", 1), f"'unit_axis' of {UP} as null (weight scores), got 1"),
+        (_set_entry("fingerprint", 2**63), f"'fingerprint' of {UP} as a 64-bit integer, got 922"),
+        (_set_entry("fingerprint", "a"), f"'fingerprint' of {UP} as a 64-bit integer, got 'a'"),
+        (_set_entry("shape", [8, 4]), f"{UP}.index within 0..31, got "),
+        (_index(lambda i: i.flip(0)), f"{UP}.index in ascending order without repetition, got"),
+        (_index(lambda i: i[:1].repeat(len(i))), f"{UP}.index in ascending order without repet"),
+        (_index(_at(0, -1)), f"{UP}.index within 0..2047, got -1"),
+        (_index(_at(-1, 2048)), f"{UP}.index within 0..2047, got 2048"),
+        (_index(lambda i: i.int()), f"{UP}.index as int64 [M], got torch.int32 [102]"),
+        (_index(lambda i: i.view(2, -1)), f"{UP}.index as int64 [M], got torch.int64 [2, 51]"),
+        (_cut("sums"), f"{UP}.sums of shape [102], got [101]"),
+        (_cut("weight_values"), f"{UP}.weight_values of shape [102], got [101]"),
+        (_cast("sums", torch.float64), f"{UP}.sums in torch.float32, got torch.float64"),
+        (_cast("weight_values", torch.int32), f"{UP}.weight_values in floating point, got torch.i"),
+        (
+            _change_config(lambda c: c["entries"].pop(UP)),
+            f"no tensor without an entry, got {UP}.index",
+        ),
+    ],
+)
+def test_a_folder_that_contradicts_itself_is_refused_in_one_line(edit, text, dense, tmp_path):
+    folder = tmp_path / "scores"
+    dense.keep(0.05).save_pretrained(folder)
+    edit(folder)
+    with pytest.raises(ValueError) as caught:
+        Scores.from_pretrained(folder)
+    assert str(caught.value).startswith(f"{str(folder)!r} must hold {text}")
+    assert str(caught.value).endswith("; save it again") and "\n" not in str(caught.value)
+
+
+def test_a_folder_of_dense_scores_must_hold_whole_matrices(dense, units, tmp_path):
+    dense.save_pretrained(tmp_path / "dense")
+    _cut("weight_values")(tmp_path / "dense")
+    with pytest.raises(
+        ValueError, match=r"weight_values of shape \[64, 32\], got \[63, 32\]; save"
+    ):
+        Scores.from_pretrained(tmp_path / "dense")
+    units.save_pretrained(tmp_path / "units")
+    name = next(iter(units))
+    _change_config(lambda c: c["entries"][name].update(unit_axis=None))(tmp_path / "units")
+    with pytest.raises(
+        ValueError, match=r"'unit_axis' of .* as 0 or 1 \(neuron scores\), got None"
+    ):
+        Scores.from_pretrained(tmp_path / "units")
+    _change_config(lambda c: c["entries"][name].update(unit_axis=0))(tmp_path / "units")
+    with pytest.raises(ValueError, match=r"sums of shape \[32\], got \[64\]; save it again"):
+        Scores.from_pretrained(tmp_path / "units")
+
+
 # What is said about them.
 
 
@@ -276,11 +421,44 @@ def test_manifest(model, dense):
         "dtype": "float32",
     }
     assert (manifest["granularity"], manifest["target_modules"]) == ("weight", "mlp")
-    assert manifest["coverage"]["targets"] == 6 and 0 < manifest["coverage"]["share"] < 1
+    covered = manifest["coverage"]
+    assert covered["targets"] == covered["matched"] == covered["scored"] == 6
+    assert 0 < covered["share"] < covered["share_of_matched"] == 1
     assert manifest["versions"]["torch"] == torch.__version__
     assert "keep_top" not in manifest
     assert manifest["batching"]["packed"] is True
     assert (manifest["accumulation"], manifest["ranks"]) == ("float32", 1)
+
+
+@pytest.mark.parametrize(
+    "written, told",
+    [
+        ("{folder}", "my-model"),
+        ("{folder}/", "my-model"),
+        ("{folder}/gone/since", "since"),
+        ("owner/name", "owner/name"),
+        ("gpt2", "gpt2"),
+        (None, "LlamaForCausalLM"),
+    ],
+)
+def test_the_manifest_names_the_model_and_not_the_users_folders(written, told, tmp_path):
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    model = llama()
+    model.config._name_or_path = written and written.format(folder=folder)
+    manifest = score(model, EXAMPLES[:2], target_modules=["down_proj"]).manifest
+    assert manifest["model"]["name"] == told
+    assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_a_folder_given_by_a_relative_path_is_told_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "here" / "my-model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for written, told in (("here/my-model", "my-model"), (".", tmp_path.name)):
+        model = llama()
+        model.config._name_or_path = written
+        manifest = score(model, EXAMPLES[:2], target_modules=["down_proj"]).manifest
+        assert manifest["model"]["name"] == told
 
 
 def test_the_digest_is_of_the_examples_not_of_their_order_or_padding(model):

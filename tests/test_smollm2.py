@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import example_loss, norm_error
+from oracle import norm_error, weight_importance
 
 import fastdean
 from fastdean.data import encode
@@ -20,25 +20,14 @@ def smollm2():
     return load_model(DEMO_MODEL, dtype="float32", device="cpu")
 
 
-def autograd_loop(model, examples, names):
-    """name -> |W| * mean |dL/dW| in fp32, written as a user would without this package."""
-    weights = {name: model.get_parameter(name) for name in names}
-    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for example in examples:
-        loss = example_loss(model, example.input_ids, example.labels, shift=1)
-        gradients = torch.autograd.grad(loss, list(weights.values()))
-        for name, gradient in zip(weights, gradients, strict=True):
-            sums[name] += gradient.abs()
-    return {name: sums[name] * weights[name].detach().abs() / len(examples) for name in names}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("target_modules", ["mlp", "self_attn"])
 def test_the_top_of_every_matrix_is_that_of_the_loop(smollm2, target_modules):
     model, tokenizer = smollm2
     examples = encode(load_rows("embedded:fairness")[:NUM_EXAMPLES], tokenizer)
     scores = fastdean.score(model, examples, target_modules=target_modules, progress=False)
-    expected = autograd_loop(model, examples, list(scores))
+    pairs = [(example.input_ids, example.labels) for example in examples]
+    expected = weight_importance(model, pairs, list(scores), dtype=torch.float32)
     assert len(scores) == (90 if target_modules == "mlp" else 120)
     for name, value in scores.items():
         assert norm_error(value, expected[name]) < 1e-5, name

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from fastdean import storage
+from fastdean import atomic, storage
 
 
 def _tensors():
@@ -79,7 +79,7 @@ def test_config_says_what_it_is(tmp_path):
 def test_existing_folder_is_not_touched(tmp_path):
     path = _write(tmp_path / "m")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    with pytest.raises(ValueError, match="must be a new or empty folder, got .*overwrite=True"):
+    with pytest.raises(ValueError, match="new or empty folder, got .*overwrite=True .--overwrite."):
         storage.write_folder(path, {}, {}, kind="mask")
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
@@ -108,7 +108,7 @@ def test_overwrite_replaces_the_whole_folder(tmp_path):
 def test_overwrite_never_deletes_files_of_other_origin(tmp_path, stranger):
     path = _write(tmp_path / "m")
     (path / stranger).write_text("mine")
-    with pytest.raises(ValueError, match="holds nothing else"):
+    with pytest.raises(ValueError, match="holds nothing else, for overwrite=True .--overwrite."):
         _write(path, overwrite=True)
     assert (path / stranger).read_text() == "mine"
 
@@ -139,6 +139,42 @@ def test_failed_write_leaves_the_old_state(tmp_path, monkeypatch, error, earlier
     assert [entry.name for entry in tmp_path.iterdir()] == (["m"] if earlier else [])
     if earlier:
         _assert_same(storage.read_folder(tmp_path / "m", kind="mask")[1], _tensors())
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()], ids=["disk", "interrupt"])
+def test_failure_removes_the_parents_that_were_made_for_it(tmp_path, error):
+    (tmp_path / "mine").mkdir()
+    with (
+        pytest.raises(type(error)),
+        storage.new_folder(tmp_path / "mine" / "runs" / "deep" / "m") as folder,
+    ):
+        (folder / "half").write_text("half")
+        raise error
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_failure_keeps_a_parent_that_others_have_used(tmp_path):
+    with (
+        pytest.raises(OSError, match="disk"),
+        storage.new_folder(tmp_path / "runs" / "deep" / "m"),
+    ):
+        (tmp_path / "runs" / "theirs").write_text("theirs")
+        raise OSError("disk")
+    assert [entry.name for entry in (tmp_path / "runs").iterdir()] == ["theirs"]
+
+
+def test_a_parent_that_cannot_be_made_leaves_none(tmp_path, monkeypatch):
+    real = Path.mkdir
+
+    def mkdir(self, *options, **named):
+        if self.name == "deep" and self.parent.exists():
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(self, *options, **named)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(PermissionError), storage.new_folder(tmp_path / "runs" / "deep" / "m"):
+        pytest.fail("entered")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_disk_garbled_is_found_before_renaming(tmp_path, monkeypatch):
@@ -238,7 +274,7 @@ def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def fsync(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", fsync)
+    monkeypatch.setattr(atomic.os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left"):
         storage.write_text_atomic(target, "three")
     assert target.read_bytes() == "zwei ä\n".encode()
@@ -294,7 +330,7 @@ def test_resolve_explains_what_failed(monkeypatch, answer, kind, text):
 @pytest.mark.parametrize("path", ["./nowhere/mask", "/nowhere", "a/b/c", ""])
 def test_resolve_does_not_ask_the_hub_for_a_path(monkeypatch, path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked"))
-    monkeypatch.setattr(storage.Path, "is_dir", lambda self: False)
+    monkeypatch.setattr(Path, "is_dir", lambda self: False)
     with pytest.raises(ValueError, match="not of the form owner/name"):
         storage.resolve(path)
 

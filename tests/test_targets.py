@@ -136,11 +136,26 @@ def test_coverage_equals_a_count_by_hand():
     whole = sum(parameter.numel() for parameter in model.parameters())
     assert found == {
         "targets": 3 * LAYERS,
+        "matched": 3 * LAYERS,
+        "scored": 3 * LAYERS,
         "scored_parameters": scored,
         "model_parameters": whole,
         "share": scored / whole,
+        "share_of_matched": 1.0,
         "unscorable": {},
     }
+
+
+def test_coverage_tells_the_scored_targets_from_the_matched_ones():
+    model = llama()
+    targets = find_targets(model, "all")
+    found = coverage(model, targets, {t.parameter for t in targets if t.group == "mlp"})
+    mlp = LAYERS * 3 * HIDDEN * INTERMEDIATE
+    attention = LAYERS * 3 * HIDDEN * HIDDEN  # queries and output whole, keys and values halved
+    assert (found["matched"], found["scored"], found["targets"]) == (7 * LAYERS, *[3 * LAYERS] * 2)
+    assert found["scored_parameters"] == mlp
+    assert found["share_of_matched"] == mlp / (mlp + attention)
+    assert found["share"] == mlp / found["model_parameters"]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastdean.data import IGNORE_INDEX, Example, read_examples
 from fastdean.evaluation.bootstrap import Interval, bootstrap_interval
 from fastdean.forward import label_shift, target_log_likelihood
-from fastdean.model_state import unwrap
+from fastdean.model_state import max_tokens, unwrap
 
 _LONGEST_DEFAULT_WINDOW = 2048
 
@@ -110,7 +110,7 @@ def perplexity_of_text(
             "model must be a causal language model to measure running text, got the masked "
             f"{type(unwrap(model)).__name__}; mask positions yourself and use perplexity()"
         )
-    longest = _longest_window(model)
+    longest = max_tokens(model)
     if window is None:
         window = min(longest or _LONGEST_DEFAULT_WINDOW, _LONGEST_DEFAULT_WINDOW)
     if window < 2 or (longest is not None and window > longest):
@@ -195,12 +195,6 @@ def _check_targets_are_hidden(examples: list[Example]) -> None:
                 f"example {number} must hide its targets from a masked language model, got "
                 f"{visible} of them visible in input_ids; put the mask token there"
             )
-
-
-def _longest_window(model: nn.Module) -> int | None:
-    config = unwrap(model).config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None)
 
 
 def _tokenize_running_text(tokenizer: Any, texts: str | Iterable[str]) -> Tensor:

@@ -16,6 +16,7 @@ from fastdean.report.quantities import (
     quotient,
     ratio,
 )
+from fastdean.report.wording import Edit
 
 SUMS = ("numel", "k", "first", "second", "coupled", "removed", "kept")
 # More panels than this are added up into one: a mixture of experts has hundreds of matrices.
@@ -30,40 +31,61 @@ def coupling_totals(coupling: dict) -> dict[str, object]:
     return {**sums, **(coupling.get("total") or {})}
 
 
-def coupling_section(coupling: dict) -> Html:
+def coupling_section(coupling: dict, edit: Edit) -> Html:
     """Bars per layer and module, and every matrix in a folded table."""
     rows, total = coupling.get("rows") or [], coupling_totals(coupling)
     where = f" over {plural(len(rows), 'matrix', 'matrices')}" if rows else ""
     said = (
-        f"Of {count(total.get('k'))} entries in each top set"
+        f"Of {count(total.get('k'))} {edit.entries} in each top set"
         f"{where}, {count(total.get('coupled'))} are in both "
         f"the fairness and the privacy set. {count(total.get('removed'))} of those matter for "
-        f"general text as well and are left as they are; {count(total.get('kept'))} are zeroed."
+        f"general text as well and are left as they are; {_selected_words(total, edit)}."
     )
     if not rows:
         return element("p", said)
     if not total.get("coupled"):
         said += " No matrix couples fairness and privacy at this ratio."
-    return join([element("p", said), _coupling_figure(rows, said), _matrix_table(rows, total)])
+    figure = _coupling_figure(rows, said, edit)
+    return join([element("p", said), figure, _matrix_table(rows, total, edit)])
 
 
-def _coupling_figure(rows: Sequence[dict], said: str) -> Html:
+def _selected_words(total: dict, edit: Edit) -> str:
+    kept = count(total.get("kept"))
+    if edit.is_coupled:
+        return f"{kept} are {edit.done}"
+    explained = edit.selection(edit.rule)
+    meaning = f" ({explained})" if explained else ""
+    return f"rule {edit.rule}{meaning} selects {kept} {edit.entries}, which are {edit.done}"
+
+
+def _coupling_figure(rows: Sequence[dict], said: str, edit: Edit) -> Html:
     panels = _panels(rows)
-    caption = "Coupled entries per layer and module. "
+    caption = f"Coupled {edit.entries} per layer and module. "
+    samples = [(("track", None), "size k of each top set")]
+    if edit.is_coupled:
+        samples += [(("outlined", None), "in both sets and in the general set: left as it is")]
+        samples += [(("solid", None), edit.done)]
+    else:
+        caption = (
+            f"{edit.entries.capitalize()} that rule {edit.rule} selects, per layer and module, "
+            "whether they are in both sets or not. "
+        )
+        samples += [(("solid", None), f"selected and {edit.done}")]
+        if any(bar["kept"] > bar["k"] for bars in panels.values() for bar in bars.values()):
+            caption += "A bar that is taller than k hides it. "
     if any(None in bars for bars in panels.values()):
         caption += "The bar marked – lies outside of the layers. "
     if len(panels) == 1 and len({_module(row) for row in rows}) > 1:
         caption += "Modules are added up, because there are too many for a panel each. "
-    samples = [
-        (("track", None), "size k of each top set"),
-        (("outlined", None), "in both sets and in the general set: left as it is"),
-        (("solid", None), "zeroed"),
-    ]
     return element(
         "figure",
         element("figcaption", caption),
         legend(samples),
-        responsive(lambda width: coupling_bars(panels, f"{caption}{said}", width)),
+        responsive(
+            lambda width: coupling_bars(
+                panels, f"{caption}{said}", width, done=edit.done, stacked=edit.is_coupled
+            )
+        ),
     )
 
 
@@ -83,7 +105,7 @@ def _module(row: dict) -> str:
     return str(row.get("module") or row.get("name") or MISSING)
 
 
-def _matrix_table(rows: Sequence[dict], total: dict) -> Html:
+def _matrix_table(rows: Sequence[dict], total: dict, edit: Edit) -> Html:
     shown, note = list(rows), None
     if len(rows) > _MOST_ROWS:
         coupled = [row for row in rows if row.get("coupled") or row.get("kept")]
@@ -91,18 +113,18 @@ def _matrix_table(rows: Sequence[dict], total: dict) -> Html:
         note = element(
             "p",
             f"{count(len(rows) - len(shown))} of {count(len(rows))} matrices are not listed; "
-            f"{count(len(rows) - len(coupled))} of them have no coupled entry.",
+            f"{count(len(rows) - len(coupled))} of them have no coupled {edit.entry}.",
             class_="note",
         )
     columns = [
         Column("Matrix", words=True),
-        Column("Entries"),
+        Column(edit.entries.capitalize()),
         Column("k"),
         Column("Fairness set"),
         Column("Privacy set"),
         Column("In both"),
         Column("Also general"),
-        Column("Zeroed"),
+        Column(edit.done.capitalize()),
     ]
     listed = table(
         "Top sets and their overlap per matrix",
@@ -117,8 +139,11 @@ def _counts(row: dict) -> list[str]:
     return [count(row.get(key)) for key in SUMS]
 
 
-def overlap_section(points: Sequence[dict]) -> Html:
-    """Shares of the top sets against the ratio, beside what unrelated sets would share."""
+def overlap_section(points: Sequence[dict], edit: Edit) -> Html:
+    """Shares of the top sets against the ratio, beside what unrelated sets would share.
+
+    It counts the coupled entries whatever the run's rule is: nothing of it is an edit.
+    """
     points = sorted(points, key=lambda point: point.get("ratio") or 0)
     shares = [
         {
@@ -130,7 +155,7 @@ def overlap_section(points: Sequence[dict]) -> Html:
         for point in points
     ]
     said = "Two sets that have nothing to do with each other would share what chance gives; "
-    said += "entries beyond that are what the two objectives have in common."
+    said += f"{edit.entries} beyond that are what the two objectives have in common."
     names = {"shared": "in both sets", "left": "and not general", "chance": "by chance"}
     label = "Share of the top sets against the ratio. " + " ".join(
         f"At {ratio(share['ratio'])}: "
@@ -147,7 +172,7 @@ def overlap_section(points: Sequence[dict]) -> Html:
         "figure",
         element("figcaption", "Share of each top set that is coupled, as the sets grow."),
         legend(samples),
-        responsive(lambda width: overlap_lines(shares, label, width)),
+        responsive(lambda width: overlap_lines(shares, label, width, edit.entries)),
     )
     return join([element("p", said), figure, _overlap_table(points, shares)])
 
@@ -167,7 +192,7 @@ def _overlap_table(points: Sequence[dict], shares: Sequence[dict]) -> Html:
         Column("By chance"),
         Column("Times chance"),
         Column("Also general"),
-        Column("Zeroed"),
+        Column("Not general"),
     ]
     rows = [
         [

@@ -13,12 +13,8 @@ from fastdean.report.quantities import (
     measured,
     signed,
 )
+from fastdean.report.wording import Edit
 
-MASKS = {
-    "paper": "in the fairness and the privacy set, not in the general set",
-    "random": "the same number of entries drawn at random: a control",
-    "released": "what the published code zeroes, which is not the paper's set",
-}
 NO_EFFECT = "no effect beyond noise"
 
 
@@ -38,21 +34,28 @@ def reading(row: Interval, reference: float, verdict: object = None) -> str:
     return "higher than the origin" if row.low > reference else "lower than the origin"
 
 
-def margin_intervals(margin: dict) -> list[tuple[Interval, dict]]:
+def margin_intervals(margin: dict | None) -> list[tuple[Interval, dict]]:
     """The masks of one set of pairs as intervals of the difference to the origin."""
+    return _intervals(margin, "mean")
+
+
+def _intervals(measure: dict | None, value: str) -> list[tuple[Interval, dict]]:
+    """The masks of one measure; one whose figures could not be taken has None for each."""
+    masks = (measure or {}).get("masks") or {}
     return [
-        (Interval(name, mask.get("mean"), mask.get("low"), mask.get("high")), mask)
-        for name, mask in (margin.get("masks") or {}).items()
+        (Interval(name, mask.get(value), mask.get("low"), mask.get("high")), mask)
+        for name, mask in ((name, mask or {}) for name, mask in masks.items())
     ]
 
 
-def margins_section(margins: dict) -> Html:
+def margins_section(margins: dict, edit: Edit) -> Html:
     """Differences of every mask to the origin with a line at zero, and the numbers."""
     said = (
         "A margin is how much likelier the model finds the safe answer of a pair than the unsafe "
         "one. Each mask is compared with the unedited model on the same pairs. An open dot marks "
         "an interval that holds zero: no effect beyond noise."
     )
+    margins = {name: margin or {} for name, margin in margins.items()}
     units = {margin.get("unit") for margin in margins.values()}
     everything = [row for margin in margins.values() for row, _ in margin_intervals(margin)]
     span = []
@@ -66,7 +69,12 @@ def margins_section(margins: dict) -> Html:
     tables = [_margin_table(name, margin) for name, margin in margins.items()]
     names = dict.fromkeys(row.name for row in everything)
     return join(
-        [element("p", said), element("div", *plots, class_="pair"), *tables, _mask_notes(names)]
+        [
+            element("p", said),
+            element("div", *plots, class_="pair"),
+            *tables,
+            _mask_notes(names, edit),
+        ]
     )
 
 
@@ -134,21 +142,18 @@ def _sum(first: object, second: object) -> float | None:
     return first + second if measured(first) and measured(second) else None
 
 
-def _mask_notes(names: Sequence[str]) -> Html | None:
+def _mask_notes(names: Sequence[str], edit: Edit) -> Html | None:
     """What the known masks are; a mask of the user's own is not explained."""
-    known = [name for name in names if name in MASKS]
+    known = [(name, edit.selection(name)) for name in names if edit.selection(name)]
     if not known:
         return None
-    notes = [element("div", element("dt", name), element("dd", MASKS[name])) for name in known]
+    notes = [element("div", element("dt", name), element("dd", words)) for name, words in known]
     return element("dl", *notes, class_="notes")
 
 
 def perplexity_intervals(perplexity: dict) -> list[tuple[Interval, dict]]:
     """The masks as intervals of the ratio to the origin's perplexity."""
-    return [
-        (Interval(name, mask.get("ratio"), mask.get("low"), mask.get("high")), mask)
-        for name, mask in (perplexity.get("masks") or {}).items()
-    ]
+    return _intervals(perplexity, "ratio")
 
 
 def perplexity_section(perplexity: dict) -> Html:

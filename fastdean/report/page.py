@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
 
+from fastdean.atomic import write_text_atomic
 from fastdean.report.coupled import coupling_section, coupling_totals, overlap_section
 from fastdean.report.effects import (
     dependence_section,
@@ -32,6 +32,7 @@ from fastdean.report.quantities import (
     percent,
     quotient,
 )
+from fastdean.report.wording import Edit
 
 _KINDS = {
     "title": str, "created": str, "command": str, "versions": dict, "findings": list,
@@ -53,7 +54,7 @@ _LIMITS = (
     "Coupling is an overlap of such estimates and not a mechanism.",
     "HSIC needs pairs, and a fairness example has no natural partner among the privacy examples: "
     "the pairing is arbitrary, and another one gives other values.",
-    "Zeroing scattered entries makes a model neither smaller nor faster.",
+    "Editing entries where they stand makes a model neither smaller nor faster.",
 )
 
 
@@ -89,8 +90,7 @@ def render_report(results: dict) -> str:
 def write_report(results: dict, path: str | os.PathLike) -> Path:
     """Write the page of `results` to `path`, whole or not at all, and return the path.
 
-    The page is written under a temporary name beside `path` and renamed, so that a reader never
-    sees half of it and a failure leaves an earlier report as it was.
+    A reader never sees half of it, and a failure leaves an earlier report as it was.
 
     Raises FileNotFoundError where the folder does not exist, TypeError as `render_report` does.
     """
@@ -99,16 +99,7 @@ def write_report(results: dict, path: str | os.PathLike) -> Path:
         raise FileNotFoundError(
             f"path must be in an existing folder, got {str(path)!r}; create {path.parent} first"
         )
-    page = render_report(results)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text_atomic(path, render_report(results))
     return path
 
 
@@ -171,9 +162,10 @@ def _warnings(results: dict) -> Html | None:
 
 
 def _key_numbers(results: dict) -> Html | None:
+    edit = Edit.of(results.get("options"))
     numbers = [
-        *_coupling_numbers(results.get("coupling"), results.get("coverage")),
-        *_effect_numbers(results.get("margins"), results.get("perplexity")),
+        *_coupling_numbers(results.get("coupling"), results.get("coverage"), edit),
+        *_effect_numbers(results.get("margins"), results.get("perplexity"), edit),
         *_time_number(results.get("cost")),
     ]
     if not numbers:
@@ -185,12 +177,13 @@ def _key_numbers(results: dict) -> Html | None:
     return _labelled("Key numbers", element("dl", *cells, class_="strip"))
 
 
-def _coupling_numbers(coupling: dict | None, coverage: dict | None) -> list[tuple]:
+def _coupling_numbers(coupling: dict | None, coverage: dict | None, edit: Edit) -> list[tuple]:
     numbers = []
     if coupling:
         total = coupling_totals(coupling)
         note = f"of {count(total.get('numel'))} scored"
-        numbers += [("Weights zeroed", count(total.get("kept")), note)]
+        heading = f"{edit.weights.capitalize()} {edit.done}"
+        numbers += [(heading, count(total.get("kept")), note)]
         note = f"of {count(total.get('k'))} in each top set"
         numbers += [("Coupled", count(total.get("coupled")), note)]
     if coverage:
@@ -201,22 +194,22 @@ def _coupling_numbers(coupling: dict | None, coverage: dict | None) -> list[tupl
     return numbers
 
 
-def _effect_numbers(margins: dict | None, perplexity: dict | None) -> list[tuple]:
-    """What the mask of the paper's rule did, or the first mask where there is none by that name."""
+def _effect_numbers(margins: dict | None, perplexity: dict | None, edit: Edit) -> list[tuple]:
+    """What the mask of the run's rule did, or the first mask where there is none by that name."""
     numbers = []
     for name, margin in (margins or {}).items():
-        for row, mask in _main(margin_intervals(margin)):
+        for row, mask in _main(margin_intervals(margin), edit):
             note = f"{row.name}: {reading(row, 0, mask.get('verdict'))}"
             heading = ", ".join(filter(None, [f"{name.capitalize()} margin", margin.get("unit")]))
             numbers += [(heading, row.written(0)[0], note)]
-    for row, mask in _main(perplexity_intervals(perplexity or {})):
+    for row, mask in _main(perplexity_intervals(perplexity), edit):
         note = f"{row.name}: {reading(row, 1, mask.get('verdict'))}"
         numbers += [("Perplexity ratio", row.written(1)[0], note)]
     return numbers
 
 
-def _main(masks: Sequence[tuple]) -> Sequence[tuple]:
-    return [entry for entry in masks if entry[0].name == "paper"] or masks[:1]
+def _main(masks: Sequence[tuple], edit: Edit) -> Sequence[tuple]:
+    return [entry for entry in masks if entry[0].name == edit.rule] or masks[:1]
 
 
 def _time_number(cost: list | None) -> list[tuple]:
@@ -234,7 +227,7 @@ def _seconds(cost: list) -> float | None:
 
 def _cost(cost: list) -> Html:
     columns = [Column("Step", words=True), Column("Time"), Column("Share"), Column("Tokens")]
-    columns += [Column("Tokens per second"), Column("Peak memory")]
+    columns += [Column("Tokens per second"), Column("Peak memory so far")]
     whole = _seconds(cost)
     rows = [
         [
@@ -248,7 +241,12 @@ def _cost(cost: list) -> Html:
         for step in cost
     ]
     total = ["All steps", duration(whole), "", "", "", ""]
-    return table("Time, tokens and peak memory per step", columns, rows, total)
+    return table(
+        "Time and tokens per step, and the peak memory of the process by its end",
+        columns,
+        rows,
+        total,
+    )
 
 
 def _data_and_options(results: dict) -> Html | None:
@@ -335,11 +333,18 @@ def _whole(key: str, draw: Callable[[object], Html]) -> Callable[[dict], Html | 
     return lambda results: draw(results[key]) if results.get(key) else None
 
 
+def _of_edit(key: str, draw: Callable[[object, Edit], Html]) -> Callable[[dict], Html | None]:
+    """The same where the section speaks of the edit, which the options describe."""
+    return lambda results: (
+        draw(results[key], Edit.of(results.get("options"))) if results.get(key) else None
+    )
+
+
 # Id, heading and content of the sections, in the page's order.
 _SECTIONS: tuple[tuple[str, str, Callable[[dict], Html | None]], ...] = (
-    ("coupling", "Coupling per layer and module", _whole("coupling", coupling_section)),
-    ("overlap", "Overlap against ratio", _whole("overlap", overlap_section)),
-    ("margins", "Margins before and after", _whole("margins", margins_section)),
+    ("coupling", "Coupling per layer and module", _of_edit("coupling", coupling_section)),
+    ("overlap", "Overlap against ratio", _of_edit("overlap", overlap_section)),
+    ("margins", "Margins before and after", _of_edit("margins", margins_section)),
     ("perplexity", "Perplexity", _whole("perplexity", perplexity_section)),
     ("hsic", "Dependence of representations", _whole("hsic", dependence_section)),
     ("cost", "Cost", _whole("cost", _cost)),

@@ -30,16 +30,22 @@ def responsive(draw: Callable[[int], Html]) -> Html:
 
 
 def coupling_bars(
-    panels: dict[str, dict[int | None, dict[str, int]]], label: str, width: int
+    panels: dict[str, dict[int | None, dict[str, int]]],
+    label: str,
+    width: int,
+    *,
+    done: str,
+    stacked: bool,
 ) -> Html:
     """One panel per module, one bar per layer (None: outside of the layers, drawn last).
 
-    A bar's pale track is the size k of the top set, its solid part the entries that are zeroed
-    and its outlined part those that both sets share but the general set protects.
+    A bar's pale track is the size k of the top set and its solid part the entries that were edited;
+    `done` says how. Where these are the coupled ones less those that the general set protects
+    (`stacked`), the protected ones are outlined above them, so that both together are the coupled.
     """
     slots = sorted({layer for bars in panels.values() for layer in bars}, key=_layer_order)
     every_bar = [bar for bars in panels.values() for bar in bars.values()]
-    tallest = max((max(bar["k"], bar["kept"] + bar["removed"]) for bar in every_bar), default=0)
+    tallest = max((above for bar in every_bar for *_, above in _layered(bar, stacked)), default=0)
     heading, tall, below = 22, 64, 14
     pitch = (width - _LEFT - _RIGHT) / max(1, len(slots))
     thick = pitch - min(3.0, pitch / 4) if pitch < 40 else 32.0
@@ -47,14 +53,14 @@ def coupling_bars(
     for row, (module, bars) in enumerate(panels.items()):
         top = row * (heading + tall + below)
         axis = Axis(0, max(1, tallest), top + heading + tall, top + heading)
-        parts += _panel_heading(module, bars, width, top + 13)
+        parts += _panel_heading(module, bars, width, top + 13, done)
         for value in sorted({0, tallest}):
             parts += [_text(count(value), _LEFT - 6, axis.place(value) + 4, "end")]
         parts += [_line(_LEFT, axis.start, width - _RIGHT, axis.start, "axis")]
         for slot, layer in enumerate(slots):
             if layer in bars:
                 left = _LEFT + slot * pitch + (pitch - thick) / 2
-                parts += _stack(axis, bars[layer], left, thick)
+                parts += _stack(axis, _layered(bars[layer], stacked), left, thick)
     height = len(panels) * (heading + tall + below) + 26
     shown = _every(slots, pitch)
     for slot, layer in enumerate(slots):
@@ -65,10 +71,10 @@ def coupling_bars(
     return _drawing(parts, width, height, label)
 
 
-def _panel_heading(module: str, bars: dict, width: int, y: float) -> list[Html]:
-    zeroed = sum(bar["kept"] for bar in bars.values())
+def _panel_heading(module: str, bars: dict, width: int, y: float, done: str) -> list[Html]:
+    edited = sum(bar["kept"] for bar in bars.values())
     shared = sum(bar["coupled"] for bar in bars.values())
-    note = f"{count(shared)} in both, {count(zeroed)} zeroed"
+    note = f"{count(shared)} in both, {count(edited)} {done}"
     module = _beside(module, note, width - _LEFT - _RIGHT)
     return [
         _text(module, _LEFT, y, "start", "strong"),
@@ -76,9 +82,17 @@ def _panel_heading(module: str, bars: dict, width: int, y: float) -> list[Html]:
     ]
 
 
-def _stack(axis: Axis, bar: dict[str, int], left: float, thick: float) -> list[Html]:
+def _layered(bar: dict[str, int], stacked: bool) -> list[tuple[str, int, int]]:
+    """Style, lower and upper count of a bar's parts, the later drawn over the earlier."""
     parts = [("track", 0, bar["k"]), ("solid", 0, bar["kept"])]
-    parts += [("outlined", bar["kept"], bar["kept"] + bar["removed"])]
+    if stacked:
+        parts.append(("outlined", bar["kept"], bar["kept"] + bar["removed"]))
+    return parts
+
+
+def _stack(
+    axis: Axis, parts: Sequence[tuple[str, int, int]], left: float, thick: float
+) -> list[Html]:
     return [
         _box(left, axis.place(above), thick, axis.place(below) - axis.place(above), style)
         for style, below, above in parts
@@ -90,7 +104,7 @@ def _stack(axis: Axis, bar: dict[str, int], left: float, thick: float) -> list[H
 _SHARES = (("shared", "second", "ring"), ("left", "first", "square"), ("chance", "quiet", None))
 
 
-def overlap_lines(points: Sequence[dict], label: str, width: int) -> Html:
+def overlap_lines(points: Sequence[dict], label: str, width: int, entries: str) -> Html:
     """Shares of the top set (y, per cent) against the ratio that sizes it (x, logarithmic)."""
     height, right = 270, width - _RIGHT
     x = Axis.around([point["ratio"] for point in points], _LEFT + 8, right, log=True)
@@ -100,7 +114,7 @@ def overlap_lines(points: Sequence[dict], label: str, width: int) -> Html:
     for value, text in x.ticks(max(2, int((right - _LEFT) / 60))):
         parts += [_line(x.place(value), y.start, x.place(value), y.start + 5, "axis")]
         parts += [_text(text, x.place(value), y.start + 19, "middle")]
-    axis_name = "ratio (share of each matrix's entries)"
+    axis_name = f"ratio (share of each matrix's {entries})"
     parts += [_text(axis_name, (_LEFT + right) / 2, height - 8, "middle", "name")]
     for name, style, mark in _SHARES:
         places = [

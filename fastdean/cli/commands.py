@@ -1,25 +1,38 @@
-"""The command line: arguments to calls, results to stdout, everything else to stderr.
-
-Exit codes: 0 done; 1 a fault of FastDEAN (with a traceback); 2 the request cannot be carried out as
-given (one line says why); 130 interrupted.
-"""
+"""The commands: arguments to calls."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import shlex
-import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fastdean.cli.options import (
+    SOURCE_HELP,
+    Deterministic,
+    Device,
+    Dtype,
+    Examples,
+    Granularity,
+    Json,
+    MaxLength,
+    MemoryBudget,
+    MinK,
+    Model,
+    Overwrite,
+    Quiet,
+    Ratio,
+    Revision,
+    Rule,
+    Scale,
+    Scope,
+    Seed,
+    Targets,
+    Template,
+    TokensPerBatch,
+)
+from fastdean.cli.running import command, command_line, process_group, tell
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault of FastDEAN, with a traceback; 2 the request cannot be carried "
@@ -42,132 +55,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-SOURCE_HELP = (
-    "a .csv, .json, .jsonl or .parquet file, a hub id, or a preset (beavertails:fairness, "
-    "beavertails:privacy, each also :unsafe; alpaca-cleaned; embedded:fairness, embedded:privacy, "
-    "embedded:general). Columns and splits are mapped behind '::', as in "
-    "org/name::split=train,prompt=question,response=answer"
-)
-
-Model = Annotated[
-    str, typer.Option(help="Hugging Face folder, hub id or .gguf file.", show_default=False)
-]
-Ratio = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of each matrix's entries in a top set [default: 5e-7, for units 1e-3]."
-    ),
-]
-Rule = Annotated[
-    str, typer.Option(help="paper, released, or a control: first, second, union, random.")
-]
-Granularity = Annotated[str, typer.Option(help="weight, or neuron for the units of the MLPs.")]
-Targets = Annotated[
-    str, typer.Option("--target-modules", help="mlp, self_attn, all, or a regular expression.")
-]
-Examples = Annotated[
-    int | None, typer.Option(help="Rows of each source to score, shuffled by --seed.")
-]
-Template = Annotated[
-    str,
-    typer.Option(help="raw (prompt then response), chat (the tokenizer's template), or published."),
-]
-MaxLength = Annotated[int | None, typer.Option(help="Cut examples to this many tokens.")]
-TokensPerBatch = Annotated[
-    int | None, typer.Option(help="Tokens in one forward pass [default: by device].")
-]
-MemoryBudget = Annotated[
-    float | None, typer.Option(help="GB the sums may take; more passes if they need more.")
-]
-Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="Torch's strict deterministic mode.")
-]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, or auto to spread over GPUs.")]
-Seed = Annotated[int, typer.Option(help="Of shuffles, controls, permutations and bootstraps.")]
-MinK = Annotated[int, typer.Option(help="At least this many candidates in every matrix.")]
-Scale = Annotated[
-    float, typer.Option(help="What the selected weights are multiplied by; 0 zeroes them.")
-]
-Scope = Annotated[str, typer.Option(help="matrix, or model for one top set over all matrices.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a folder that FastDEAN wrote earlier.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result to stdout as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-
-
-def main() -> None:
-    """Entry point of `fastdean` and `python -m fastdean`."""
-    _quieten_libraries()
-    _log_to_stderr()
-    app()
-
-
-def _command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[..., None]]:
-    """A command: its errors in one line, its result as JSON where `--json` is given.
-
-    While it runs, nothing else can get at stdout.
-    """
-    kept = "; what is finished is kept, run the same command to go on" if resumable else ""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., None]:
-        @wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> None:
-            try:
-                with redirect_stdout(sys.stderr):
-                    result = function(*args, **kwargs)
-                if kwargs.get("as_json") and result is not None:
-                    typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
-            except KeyboardInterrupt:
-                _tell(f"fastdean: interrupted{kept}")
-                raise typer.Exit(130) from None
-            except typer.Exit:
-                raise
-            except Exception as error:
-                raise typer.Exit(_told(error)) from None
-
-        return wrapped
-
-    return decorate
-
-
-def _told(error: Exception) -> int:
-    """Write an error to stderr, in one line where a user can mend it; returns the exit code."""
-    code = 2 if _is_mendable(error) else 1
-    if code == 1 or os.environ.get("FASTDEAN_VERBOSITY", "").lower() == "debug":
-        traceback.print_exception(error)
-    who = "fastdean" if _first_rank() else f"fastdean (rank {os.environ['RANK']})"
-    text = " ".join(str(error).split()) or type(error).__name__
-    typer.echo(f"{who}: {text}", err=True)
-    return code
-
-
-def _is_mendable(error: Exception) -> bool:
-    """Whether input or machine are at fault, rather than FastDEAN.
-
-    Our own checks raise ValueError, TypeError and RuntimeError in our own files. The last two, when
-    they come from inside a library, mean that we called it wrongly.
-    """
-    import torch
-
-    machine = (OSError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
-    if isinstance(error, (ValueError, *machine)):
-        return True
-    return isinstance(error, (TypeError, RuntimeError)) and _is_raised_here(error)
-
-
-def _is_raised_here(error: Exception) -> bool:
-    frames = list(traceback.walk_tb(error.__traceback__))
-    where = Path(frames[-1][0].f_code.co_filename) if frames else Path()
-    if Path(__file__).parent not in where.parents:
-        return False
-    source = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return source.startswith("raise")
-
 
 @app.command()
-@_command(resumable=True)
+@command(resumable=True)
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("fastdean-demo"),
     overwrite: Overwrite = False,
@@ -181,8 +71,8 @@ def demo(
 
     Example: `fastdean demo --out demo/`
     """
+    from fastdean.job import Job
     from fastdean.loading import DEMO_MODEL
-    from fastdean.pipeline import Job
 
     job = Job(
         model=DEMO_MODEL,
@@ -197,7 +87,7 @@ def demo(
 
 
 @app.command()
-@_command(resumable=True)
+@command(resumable=True)
 def run(
     model: Model,
     fairness: Annotated[str, typer.Option(help=f"SRC of fairness rows: {SOURCE_HELP}.")],
@@ -206,6 +96,7 @@ def run(
     out: Annotated[
         Path, typer.Option(help="Run folder, new or empty, or of the same job to resume it.")
     ],
+    revision: Revision = None,
     ratio: Ratio = None,
     rule: Rule = "paper",
     examples: Examples = 128,
@@ -237,13 +128,14 @@ def run(
     Example: `fastdean run --model Qwen/Qwen2-7B-Instruct --fairness beavertails:fairness --privacy
     beavertails:privacy --general alpaca-cleaned --ratio 5e-7 --out run/`
     """
-    from fastdean.pipeline import Job
+    from fastdean.job import Job
 
     job = Job(
         model=model,
         fairness=fairness,
         privacy=privacy,
         general=general,
+        revision=revision,
         ratio=ratio,
         rule=rule,
         granularity=granularity,
@@ -266,11 +158,12 @@ def run(
 
 
 @app.command()
-@_command()
+@command()
 def score(
     model: Model,
     data: Annotated[str, typer.Option(help=f"SRC: {SOURCE_HELP}.")],
     out: Annotated[Path, typer.Option(help="Folder for the scores.")],
+    revision: Revision = None,
     examples: Examples = 128,
     granularity: Granularity = "weight",
     target_modules: Targets = "mlp",
@@ -296,19 +189,23 @@ def score(
     """
     from fastdean.distributed import Ranks
     from fastdean.loading import load_model
-    from fastdean.pipeline import encode_rows, take_rows
+    from fastdean.rows import encode_rows, take_rows
     from fastdean.scores import check_keep_top
     from fastdean.scoring import score as score_model
 
     check_keep_top(keep_top)
-    with _process_group():
+    with process_group():
         ranks = Ranks.current()
         with ranks.failing_together():
             if ranks.first:
                 _require_free(out, overwrite, "scores")
             rows, _ = take_rows(data, examples, seed)
             loaded, tokenizer = load_model(
-                model, dtype=dtype, device=device, progress=ranks.first and not quiet
+                model,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                progress=ranks.first and not quiet,
             )
             encoded = encode_rows(
                 rows, data, tokenizer, loaded, template=template, max_length=max_length
@@ -327,13 +224,14 @@ def score(
         if not ranks.first:
             return None
         scores.manifest["data"]["sources"] = [data]
+        scores.manifest["model"]["revision"] = revision
         scores.save_pretrained(out, overwrite=overwrite)
-    _tell(f"{scores!r}\nwritten to {out}")
+    tell(f"{scores!r}\nwritten to {out}")
     return {"out": str(out), **scores.manifest}
 
 
 @app.command()
-@_command()
+@command()
 def couple(
     first: Annotated[Path, typer.Option(help="Scores on the first awareness set (fairness).")],
     second: Annotated[Path, typer.Option(help="Scores on the second awareness set (privacy).")],
@@ -351,6 +249,7 @@ def couple(
     model: Annotated[
         str | None, typer.Option(help="The scored model: needed for units and for the rule random.")
     ] = None,
+    revision: Revision = None,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -365,8 +264,15 @@ def couple(
     from fastdean.scores import Scores
 
     _require_free(out, overwrite, "mask")
+    if revision is not None and model is None:
+        raise ValueError(
+            f"revision must come with model, whose revision it is, got {revision!r} alone; "
+            "pass --model too"
+        )
     scores = [Scores.from_pretrained(path) for path in (first, second, *(general or []))]
-    loaded = None if model is None else load_model(model, dtype=dtype, device="cpu")[0]
+    loaded = None
+    if model is not None:
+        loaded, _ = load_model(model, dtype=dtype, device="cpu", revision=revision)
     mask = couple_scores(
         *scores[:2],
         general=scores[2:],
@@ -378,16 +284,17 @@ def couple(
         model=loaded,
     ).with_scale(scale)
     mask.save_pretrained(out, overwrite=overwrite)
-    _tell(f"{mask.summary()}\n{mask!r}\nwritten to {out}")
+    tell(f"{mask.summary()}\n{mask!r}\nwritten to {out}")
     return {"out": str(out), "weights": len(mask), "table": mask.table}
 
 
 @app.command()
-@_command()
+@command()
 def apply(
     model: Model,
     mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for the edited model.")],
+    revision: Revision = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> dict[str, Any]:
@@ -404,17 +311,17 @@ def apply(
 
     _require_free(out, overwrite=False, kind=None)
     found = NeuronMask.from_pretrained(mask)
-    loaded, tokenizer = load_model(model, dtype=dtype, device="cpu")
+    loaded, tokenizer = load_model(model, dtype=dtype, device="cpu", revision=revision)
     found.apply_(loaded)
     with new_folder(out, name="out") as folder:
         _save_model(loaded, tokenizer, folder)
         verify_checkpoint(folder, found)
-    _tell(f"{found!r} applied; the model is in {out}")
+    tell(f"{found!r} applied; the model is in {out}")
     return {"out": str(out), "weights": len(found)}
 
 
 @app.command()
-@_command()
+@command()
 def patch(
     checkpoint: Annotated[Path, typer.Option(help="Local Hugging Face folder with safetensors.")],
     mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
@@ -432,12 +339,12 @@ def patch(
     result = patch_checkpoint(
         checkpoint, NeuronMask.from_pretrained(mask), out, overwrite=overwrite
     )
-    _tell(
+    tell(
         f"{result.values_edited} values edited in {len(result.files_edited)} files; "
         f"the copy is in {out}"
     )
     for name in result.unpatched_files:
-        _tell(f"fastdean: {name} holds weights too and was copied unedited")
+        tell(f"fastdean: {name} holds weights too and was copied unedited")
     return {
         "out": str(out),
         "values_edited": result.values_edited,
@@ -447,7 +354,7 @@ def patch(
 
 
 @app.command()
-@_command()
+@command()
 def report(
     run_folder: Annotated[Path, typer.Argument(help="Run folder, or its results.json.")],
     out: Annotated[
@@ -470,7 +377,7 @@ def report(
         ) from None
     target = file.parent / "report.html" if out is None else out
     write_report(results, target)
-    _tell(f"written to {target}")
+    tell(f"written to {target}")
     return {"out": str(target)}
 
 
@@ -489,13 +396,11 @@ def info(as_json: Json = False) -> None:
 def _run_job(job: Any, out: Path, overwrite: bool, quiet: bool) -> dict[str, Any] | None:
     from fastdean.pipeline import run as run_job
 
-    with _process_group():
-        results = run_job(
-            job, out, command=_command_line(), overwrite=overwrite, progress=not quiet
-        )
+    with process_group():
+        results = run_job(job, out, command=command_line(), overwrite=overwrite, progress=not quiet)
     if not results:
         return None
-    _tell(_closing_text(results, out))
+    tell(_closing_text(results, out))
     return results
 
 
@@ -525,10 +430,6 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         raise OSError(f"the model could not be written: {error}") from error
 
 
-def _command_line() -> str:
-    return shlex.join(["fastdean", *sys.argv[1:]])
-
-
 def _bytes(gigabytes: float | None) -> int | None:
     return None if gigabytes is None else int(gigabytes * 1e9)
 
@@ -547,44 +448,3 @@ def _require_free(out: Path, overwrite: bool, kind: str | None) -> None:
         )
     may_replace = (lambda folder: holds_only(folder, kind)) if kind else (lambda folder: False)
     check_free(out, overwrite=overwrite, may_replace=may_replace, name="out")
-
-
-@contextmanager
-def _process_group() -> Iterator[None]:
-    """The process group of a torchrun job, taken down on exit; nothing in a single process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    import torch
-
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group(backend)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def _first_rank() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _tell(text: str) -> None:
-    if _first_rank():
-        typer.echo(text, err=True)
-
-
-def _quieten_libraries() -> None:
-    """Their advice is for programmers; ours to a user must not drown in it."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("fastdean: %(message)s"))
-    logging.getLogger("fastdean").addHandler(handler)

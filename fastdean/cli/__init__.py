@@ -1,0 +1,38 @@
+"""The command line: arguments to calls.
+
+stdout carries results only: the JSON of `--json`, and what `fastdean info` prints; everything else
+goes to stderr. Exit codes: 0 done; 1 a fault of FastDEAN (with a traceback); 2 the request cannot
+be carried out as given (one line says why); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+from fastdean.cli.commands import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Entry point of `fastdean` and `python -m fastdean`."""
+    _quieten_libraries()
+    _log_to_stderr()
+    app()
+
+
+def _quieten_libraries() -> None:
+    """Their advice is for programmers; ours to a user must not drown in it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("fastdean: %(message)s"))
+    logging.getLogger("fastdean").addHandler(handler)

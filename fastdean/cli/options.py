@@ -1,0 +1,64 @@
+"""The options that several commands share, each with its help."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+SOURCE_HELP = (
+    "a .csv, .json, .jsonl or .parquet file, a hub id, or a preset (beavertails:fairness, "
+    "beavertails:privacy, each also :unsafe; alpaca-cleaned; embedded:fairness, embedded:privacy, "
+    "embedded:general). Columns and splits are mapped behind '::', as in "
+    "org/name::split=train,prompt=question,response=answer"
+)
+
+Model = Annotated[
+    str, typer.Option(help="Hugging Face folder, hub id or .gguf file.", show_default=False)
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a model from the hub.")
+]
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of each matrix's entries in a top set [default: 5e-7, for units 1e-3]."
+    ),
+]
+Rule = Annotated[
+    str, typer.Option(help="paper, released, or a control: first, second, union, random.")
+]
+Granularity = Annotated[str, typer.Option(help="weight, or neuron for the units of the MLPs.")]
+Targets = Annotated[
+    str, typer.Option("--target-modules", help="mlp, self_attn, all, or a regular expression.")
+]
+Examples = Annotated[
+    int | None, typer.Option(help="Rows of each source to score, shuffled by --seed.")
+]
+Template = Annotated[
+    str,
+    typer.Option(help="raw (prompt then response), chat (the tokenizer's template), or published."),
+]
+MaxLength = Annotated[int | None, typer.Option(help="Cut examples to this many tokens.")]
+TokensPerBatch = Annotated[
+    int | None, typer.Option(help="Tokens in one forward pass [default: by device].")
+]
+MemoryBudget = Annotated[
+    float | None, typer.Option(help="GB the sums may take; more passes if they need more.")
+]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="Torch's strict deterministic mode.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, or auto to spread over GPUs.")]
+Seed = Annotated[int, typer.Option(help="Of shuffles, controls, permutations and bootstraps.")]
+MinK = Annotated[int, typer.Option(help="At least this many candidates in every matrix.")]
+Scale = Annotated[
+    float, typer.Option(help="What the selected weights are multiplied by; 0 zeroes them.")
+]
+Scope = Annotated[str, typer.Option(help="matrix, or model for one top set over all matrices.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a folder that FastDEAN wrote earlier.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result to stdout as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]

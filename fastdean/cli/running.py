@@ -1,0 +1,132 @@
+"""How a command runs: its errors to one line and an exit code, its ranks, its record."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import fastdean
+
+_PACKAGE = Path(fastdean.__file__).parent
+
+
+def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """A command: its errors in one line, its result as JSON where `--json` is given.
+
+    While it runs, nothing else can get at stdout.
+    """
+    kept = "; what is finished is kept, run the same command to go on" if resumable else ""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., None]:
+        @wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            try:
+                with redirect_stdout(sys.stderr):
+                    result = function(*args, **kwargs)
+                if kwargs.get("as_json") and result is not None:
+                    typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+            except KeyboardInterrupt:
+                tell(f"fastdean: interrupted{kept}")
+                raise typer.Exit(130) from None
+            except typer.Exit:
+                raise
+            except Exception as error:
+                raise typer.Exit(_told(error)) from None
+
+        return wrapped
+
+    return decorate
+
+
+def _told(error: Exception) -> int:
+    """Write an error to stderr, in one line where a user can mend it; returns the exit code."""
+    code = 2 if _is_mendable(error) else 1
+    if code == 1 or os.environ.get("FASTDEAN_VERBOSITY", "").lower() == "debug":
+        traceback.print_exception(error)
+    who = "fastdean" if is_first_rank() else f"fastdean (rank {os.environ['RANK']})"
+    text = " ".join(str(error).split()) or type(error).__name__
+    typer.echo(f"{who}: {text}", err=True)
+    return code
+
+
+def _is_mendable(error: Exception) -> bool:
+    """Whether input or machine are at fault, rather than FastDEAN.
+
+    Our own checks raise ValueError, TypeError and RuntimeError in our own files. The last two, when
+    they come from inside a library, mean that we called it wrongly.
+    """
+    import torch
+
+    machine = (OSError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
+    if isinstance(error, (ValueError, *machine)):
+        return True
+    return isinstance(error, (TypeError, RuntimeError)) and _is_raised_here(error)
+
+
+def _is_raised_here(error: Exception) -> bool:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    where = Path(frames[-1][0].f_code.co_filename) if frames else Path()
+    if _PACKAGE not in where.parents:
+        return False
+    source = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return source.startswith("raise")
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The process group of a torchrun job, taken down on exit; nothing in a single process."""
+    if _world_size() == 1:
+        yield
+        return
+    import torch
+
+    backend = "gloo"
+    if torch.cuda.is_available():
+        # Both: a model may be asked for on the CPU of a machine that has GPUs.
+        backend = "cpu:gloo,cuda:nccl"
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        # Ranks on the CPU may be more than the GPUs.
+        if rank < torch.cuda.device_count():
+            torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(backend)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def is_first_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def tell(text: str) -> None:
+    if is_first_rank():
+        typer.echo(text, err=True)
+
+
+def command_line() -> str:
+    """The command to type for this job, with torchrun where it has several ranks."""
+    return shlex.join([*_launcher(), "fastdean", *sys.argv[1:]])
+
+
+def _launcher() -> list[str]:
+    ranks = _world_size()
+    if ranks == 1:
+        return []
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    nodes = [] if per_node == ranks else ["--nnodes", str(ranks // per_node)]
+    return ["torchrun", *nodes, "--nproc-per-node", str(per_node), "--module"]
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,110 @@
+"""Folders of FastDEAN on the Hugging Face hub: fetching and publishing them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from fastdean.layout import CONFIG_NAME, file_patterns, is_ours, one_line, read_json
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def resolve(
+    path_or_repo_id: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    kind: str | None = None,
+) -> Path:
+    """The folder itself where it exists, else the hub's repository of that name, downloaded.
+
+    Only FastDEAN's files are fetched (those of `kind`, where given), into the cache of
+    `huggingface_hub`, which also honours HF_HUB_OFFLINE, HF_TOKEN and HF_HOME.
+
+    Raises:
+        ValueError: neither a folder nor a repository (or revision) that the hub knows.
+        RuntimeError: the hub could not be asked, and nothing is in the cache.
+    """
+    folder = Path(path_or_repo_id).expanduser()
+    if folder.is_dir():
+        return folder
+    asked = (
+        "path_or_repo_id must be an existing folder or a repository of the Hugging Face hub, "
+        f"got {str(path_or_repo_id)!r}"
+    )
+    if not _REPO_ID.fullmatch(str(path_or_repo_id)):
+        raise ValueError(f"{asked}; no such folder, and it is not of the form owner/name")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(
+                str(path_or_repo_id),
+                revision=revision,
+                token=token,
+                allow_patterns=file_patterns(kind or "*"),
+            )
+        )
+    # Unreachable first: newer releases derive it from several of the classes below.
+    except LocalEntryNotFoundError as error:
+        raise RuntimeError(
+            f"{asked}; no such folder, and the hub could not be reached ({one_line(error)})"
+        ) from error
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ValueError(
+            f"{asked}; no such folder, and the hub does not know it ({one_line(error)})"
+        ) from error
+    except OSError as error:
+        raise RuntimeError(
+            f"{asked}; no such folder, and the hub could not be reached ({one_line(error)})"
+        ) from error
+
+
+def push_folder(
+    path: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str,
+    card_text: str,
+) -> str:
+    """Upload a folder of FastDEAN in one commit and return the commit's address.
+
+    The repository is created where it does not exist. `card_text` becomes its README.md unless it
+    has one: a card that somebody wrote is not replaced.
+
+    Raises:
+        ValueError: `path` is not a folder of FastDEAN.
+        Errors of `huggingface_hub` (credentials, network) come through as they are.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"path must be a folder written by FastDEAN, got {str(folder)!r}, which has no "
+            f"{CONFIG_NAME}; pass the folder that save_pretrained made"
+        )
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    kind = read_json(folder / CONFIG_NAME)["kind"]
+    operations = [
+        CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file))
+        for file in sorted(folder.iterdir())
+        if is_ours(file.name, kind)
+    ]
+    if not api.file_exists(repo_id, "README.md"):
+        operations.append(
+            CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card_text.encode())
+        )
+    return api.create_commit(repo_id, operations, commit_message=commit_message).commit_url

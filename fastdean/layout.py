@@ -1,0 +1,48 @@
+"""What a folder of FastDEAN consists of: the names of its files, and whose a folder is."""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+CONFIG_NAME = "fastdean_config.json"
+
+
+def file_patterns(kind: str) -> list[str]:
+    """Patterns of the names that the files of a folder of this kind have."""
+    return [
+        CONFIG_NAME,
+        f"{kind}.safetensors",
+        f"{kind}-*-of-*.safetensors",
+        f"{kind}.safetensors.index.json",
+    ]
+
+
+def is_ours(file_name: str, kind: str) -> bool:
+    """Whether a folder of this kind may hold a file of this name."""
+    return any(fnmatch(file_name, pattern) for pattern in file_patterns(kind))
+
+
+def holds_only(folder: Path, kind: str) -> bool:
+    """Whether `folder` is a folder of this kind without a file of other origin."""
+    return (folder / CONFIG_NAME).is_file() and all(
+        is_ours(entry.name, kind) for entry in folder.iterdir()
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without its line breaks, to be quoted in another error."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds; ValueError, with its name, where it holds none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{str(file)!r} must be a JSON file, got something else ({one_line(error)}); "
+            "write or copy it again"
+        ) from error

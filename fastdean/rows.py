@@ -1,0 +1,123 @@
+"""From the sources of a job to numbered rows and their examples: which are scored, which measured.
+
+Rows keep their number in the source, counted from 1, so that one that is refused can be found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastdean._logging import logger
+from fastdean.data import Example, encode
+from fastdean.forward import label_shift
+from fastdean.job import Job
+from fastdean.model_state import max_tokens
+from fastdean.sources import load_rows, sample_rows
+
+NumberedRow = tuple[int, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """One source, split into what is scored and what is measured on.
+
+    Attributes:
+        held_out: whether none of the measured rows is a scored one.
+    """
+
+    scored: list[NumberedRow]
+    measured: list[NumberedRow]
+    held_out: bool
+
+    @property
+    def digest(self) -> str:
+        """Of the rows and their order, to tell whether the source has changed."""
+        content = json.dumps([self.scored, self.measured], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def take_rows(
+    source: str, count: int | None, seed: int
+) -> tuple[list[NumberedRow], list[NumberedRow]]:
+    """(`count` rows of a source in shuffled order, the others), each with its number from 1.
+
+    With fewer rows than `count` all are taken, and a warning says so.
+    """
+    numbered = list(enumerate(load_rows(source), start=1))
+    if count is not None and count > len(numbered):
+        logger.warning(
+            "%s has %d rows, fewer than the %d asked for: all are taken",
+            source,
+            len(numbered),
+            count,
+        )
+        count = len(numbered)
+    return sample_rows(numbered, count, seed)
+
+
+def encode_rows(
+    rows: Sequence[NumberedRow],
+    source: str,
+    tokenizer: Any,
+    model: nn.Module,
+    *,
+    template: str = "raw",
+    max_length: int | None = None,
+) -> list[Example]:
+    """Tokenise numbered rows; what the model could not take is refused by source and number.
+
+    Raises:
+        ValueError: a row without a target the model predicts, or longer than its positions.
+    """
+    try:
+        return [
+            _fitting(
+                encode([row], tokenizer, template=template, max_length=max_length, first=n),
+                n,
+                model,
+            )
+            for n, row in rows
+        ]
+    except ValueError as error:
+        raise ValueError(f"source {source!r}: {error}") from None
+
+
+def _fitting(encoded: Sequence[Example], number: int, model: nn.Module) -> Example:
+    (example,) = encoded
+    if example.num_targets(label_shift(model)) == 0:
+        raise ValueError(
+            f"row {number} must have at least one target token after its first token, got none; "
+            "leave the row out"
+        )
+    longest = max_tokens(model)
+    if longest is not None and len(example) > longest:
+        raise ValueError(
+            f"row {number} must have at most {longest} tokens (the model's positions), got "
+            f"{len(example)}; cut it with max_length"
+        )
+    return example
+
+
+def split_rows(name: str, job: Job) -> SplitRows:
+    """The scored rows, and others to measure on: of other prompts, with what the figures need."""
+    scored, others = take_rows(getattr(job, name), job.examples, job.seed)
+    seen = {str(row["prompt"]) for _, row in scored if "prompt" in row}
+    fresh = [(n, row) for n, row in others if str(row.get("prompt")) not in seen]
+
+    def usable(candidates: Sequence[NumberedRow]) -> list[NumberedRow]:
+        found = [(n, row) for n, row in candidates if _is_measurable(row, name)]
+        return found[: job.eval_examples]
+
+    held_out = usable(fresh)
+    return SplitRows(scored, held_out or usable(scored), bool(held_out))
+
+
+def _is_measurable(row: Mapping[str, Any], name: str) -> bool:
+    """Margins need both answers to a prompt; perplexity takes any row."""
+    return name == "general" or all(row.get(key) for key in ("prompt", "response", "unsafe"))
