@@ -4,13 +4,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+# An editable install knows the modules there were when it was made: the stamp carries a checksum of
+# their list, so that a moved or new module means a new install and an edited one does not.
+LAYOUT := $(shell find fastdean -name '*.py' | sort | cksum | cut -d ' ' -f 1)
+INSTALLED := $(VENV)/.installed-$(LAYOUT)
 DEMO_MODEL := $(VENV)/.demo-model
 
-# What an editable install compiles or reads; a changed .py file needs no new install.
+# What an editable install compiles or reads.
 BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo install test test-slow lint format build clean
+.PHONY: demo install test test-slow test-lowest lint format build clean
 
 install: $(INSTALLED)
 
@@ -37,6 +40,12 @@ test: $(INSTALLED)
 test-slow: $(DEMO_MODEL)
 	$(BIN)/pytest -q -m slow
 
+# The same tests on the oldest versions that pyproject.toml admits, in an environment of their own.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -c constraints-lowest.txt ".[test]"
+	.venv-lowest/bin/pytest -q -m "not slow"
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,5 +58,5 @@ build: $(INSTALLED)
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest build dist .pytest_cache .ruff_cache .hypothesis
 	find fastdean tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fastdean import storage
-from fastdean.entries import MaskEntry, same_bits, suppressed
 from fastdean.masks import NeuronMask
+from fastdean.masks.entries import MaskEntry, same_bits, suppressed
 from fastdean.safetensors_files import (
     DTYPES,
     StoredTensor,

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from fastdean._logging import logger
 from fastdean.masks import MaskEntry, NeuronMask
+from fastdean.masks.summary import place_of
 from fastdean.model_state import materialised_weight, unwrap
 from fastdean.ops.selection import select_top
 from fastdean.scores import ScoreEntry, Scores, fingerprint
-from fastdean.summary import place_of
 
 DEFAULT_RATIO = {"weight": 5e-7, "neuron": 1e-3}
 SCOPES = ("matrix", "model")

@@ -228,7 +228,7 @@ def test_score_appends_one_complete_record_per_implementation_and_dtype(tiny_ben
         assert (row["breakdown"] is not None) == (row["impl"] == "fastdean")
         assert str(tmp_path) not in json.dumps(row)
 
-    assert tiny_benchmark(tmp_path, "score", "--repeats", "1") == 0
+    assert tiny_benchmark(tmp_path, "score", "--dtype", "fp32", "--repeats", "1") == 0
     assert path.read_text().splitlines()[: len(rows)] == [json.dumps(row) for row in rows]
     assert len(path.read_text().splitlines()) == len(rows) + 3
 

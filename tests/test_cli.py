@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 import fastdean
 from fastdean import cli
 from fastdean.cli import running
-from fastdean.job import Job
 from fastdean.masks import NeuronMask
 from fastdean.pipeline import run as run_job
-from fastdean.run_folder import RunFolder
+from fastdean.pipeline.job import Job
+from fastdean.pipeline.run_folder import RunFolder
 
 OPTIONS = ("--ratio", "0.05", "--examples", "5", "--eval-examples", "0", "--quiet")
 
@@ -401,7 +401,7 @@ def test_a_saved_model_without_the_masked_values_is_not_handed_over(
 def test_a_run_that_stops_is_one_line_and_goes_on_later(
     place, run_folder, tmp_path, monkeypatch, error, code, text
 ):
-    from fastdean import pipeline
+    from fastdean.pipeline import steps as pipeline
 
     real = pipeline.couple
 
@@ -427,7 +427,7 @@ def test_a_fault_of_ours_shows_its_traceback(place, tmp_path, monkeypatch, error
     def load_rows(source):
         raise error
 
-    monkeypatch.setattr("fastdean.rows.load_rows", load_rows)
+    monkeypatch.setattr("fastdean.pipeline.rows.load_rows", load_rows)
     result = call("run", *sources(place), "--out", tmp_path / "out", *OPTIONS)
     assert result.exit_code == 1
     assert "Traceback" in result.stderr and type(error).__name__ in result.stderr

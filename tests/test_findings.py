@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from fastdean.findings import findings
+from fastdean.pipeline.findings import findings
 
 
 def change(low, high, **more):

@@ -49,32 +49,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "targets",
         "workloads",
     },
-    "entries": set(),
-    "summary": set(),
-    "cards": set(),
-    "edits": {"entries", "model_state", "ops"},
-    "masks": {"cards", "edits", "entries", "storage", "summary"},
-    "checkpoint": {"entries", "masks", "safetensors_files", "storage"},
-    "coupling": {"scores", "masks", "ops", "summary", "model_state", "_logging"},
+    "masks": {"fastdean", "model_state", "ops", "storage"},
+    "checkpoint": {"masks", "safetensors_files", "storage"},
+    "coupling": {"scores", "masks", "ops", "model_state", "_logging"},
     "dependence": set(),
     "evaluation": {"batching", "data", "dependence", "forward", "model_state"},
-    "findings": set(),
-    "measuring": {"data", "evaluation", "forward", "masks"},
-    "run_folder": {"provenance", "storage"},
-    "job": {"coupling", "data", "entries"},
-    "rows": {"_logging", "data", "forward", "job", "model_state", "sources"},
-    "costs": set(),
-    "results": {
-        "coupling",
-        "findings",
-        "forward",
-        "job",
-        "masks",
-        "provenance",
-        "rows",
-        "run_folder",
-        "scores",
-    },
     "report": {"atomic"},
     "info": {"fastdean", "native", "ops"},
     "fastdean": {"checkpoint", "coupling", "dependence", "masks", "scores", "scoring"},
@@ -87,7 +66,7 @@ MAY_IMPORT["__main__"] = {"cli"}
 # Imported inside functions only: a user who needs none of them pays for none of them.
 HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "transformers", "triton"}
 
-MAY_HOOK = {"capture.py", "collapse.py", "forward.py"}
+MAY_HOOK = {"capture.py", "forward.py"}
 HOOKS = r"\bregister_(\w+_)?hook\b"
 
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}

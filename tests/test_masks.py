@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_masks import FIRST, SECOND, Stack, assert_bits, bits, flat, mask_of
 
-from fastdean import masks, storage
+from fastdean import storage
 from fastdean.masks import MaskEntry, NeuronMask
+from fastdean.masks import mask as masks
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

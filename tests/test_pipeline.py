@@ -15,13 +15,13 @@ import tiny_models
 import torch
 from tiny_folders import WORDS, rows, save_model, write_jsonl, write_sources
 
-from fastdean import measuring, pipeline
-from fastdean.costs import Costs
 from fastdean.coupling import RULES
-from fastdean.job import Job
 from fastdean.masks import NeuronMask
-from fastdean.pipeline import run
-from fastdean.rows import split_rows
+from fastdean.pipeline import measuring, run
+from fastdean.pipeline import steps as pipeline
+from fastdean.pipeline.costs import Costs
+from fastdean.pipeline.job import Job
+from fastdean.pipeline.rows import split_rows
 from fastdean.scores import Scores
 
 OPTIONS = {"ratio": 0.05, "examples": 5, "eval_examples": 5}
@@ -186,8 +186,8 @@ def test_an_interrupt_while_measuring_restores_the_model_and_loses_nothing(
 FAILING_WRITES = {
     "scores": ("fastdean.storage._write_shard", "scores"),
     "mask": ("fastdean.storage._write_shard", "mask"),
-    "results": ("fastdean.pipeline.write_json_atomic", "results.json"),
-    "report": ("fastdean.pipeline.write_report", "report.html"),
+    "results": ("fastdean.pipeline.steps.write_json_atomic", "results.json"),
+    "report": ("fastdean.pipeline.steps.write_report", "report.html"),
 }
 
 

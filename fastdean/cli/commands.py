@@ -71,8 +71,8 @@ def demo(
 
     Example: `fastdean demo --out demo/`
     """
-    from fastdean.job import Job
     from fastdean.loading import DEMO_MODEL
+    from fastdean.pipeline.job import Job
 
     job = Job(
         model=DEMO_MODEL,
@@ -128,7 +128,7 @@ def run(
     Example: `fastdean run --model Qwen/Qwen2-7B-Instruct --fairness beavertails:fairness --privacy
     beavertails:privacy --general alpaca-cleaned --ratio 5e-7 --out run/`
     """
-    from fastdean.job import Job
+    from fastdean.pipeline.job import Job
 
     job = Job(
         model=model,
@@ -189,7 +189,7 @@ def score(
     """
     from fastdean.distributed import Ranks
     from fastdean.loading import load_model
-    from fastdean.rows import encode_rows, take_rows
+    from fastdean.pipeline.rows import encode_rows, take_rows
     from fastdean.scores import check_keep_top
     from fastdean.scoring import score as score_model
 
@@ -436,7 +436,7 @@ def _bytes(gigabytes: float | None) -> int | None:
 
 def _require_free(out: Path, overwrite: bool, kind: str | None) -> None:
     """Before the work, not after: the folder is free, or holds nothing but an earlier `kind`."""
-    from fastdean.run_folder import check_place
+    from fastdean.pipeline.run_folder import check_place
     from fastdean.storage import check_free, holds_only
 
     check_place(out, "out")

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fastdean import ops
-from fastdean.entries import EDITABLE_DTYPES, MaskEntry, same_bits, shared_positions, suppressed
+from fastdean.masks.entries import (
+    EDITABLE_DTYPES,
+    MaskEntry,
+    same_bits,
+    shared_positions,
+    suppressed,
+)
 from fastdean.model_state import unwrap
 
 # Name components that a wrapper adds and that no checkpoint has.

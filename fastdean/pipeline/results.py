@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from fastdean.coupling import overlap
-from fastdean.findings import findings
 from fastdean.forward import label_shift
-from fastdean.job import DATA_SETS, Job
 from fastdean.masks import NeuronMask
+from fastdean.pipeline.findings import findings
+from fastdean.pipeline.job import DATA_SETS, Job
+from fastdean.pipeline.rows import SplitRows
+from fastdean.pipeline.run_folder import RESULTS_FILE
 from fastdean.provenance import now, versions
-from fastdean.rows import SplitRows
-from fastdean.run_folder import RESULTS_FILE
 from fastdean.scores import Scores
 
 

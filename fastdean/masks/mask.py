@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdean import edits, storage
-from fastdean.cards import mask_card
-from fastdean.entries import MaskEntry, checked_scale, suppressed
-from fastdean.summary import MaskSummary, check_table, rows_from_names
+from fastdean import storage
+from fastdean.masks import edits
+from fastdean.masks.cards import mask_card
+from fastdean.masks.entries import MaskEntry, checked_scale, suppressed
+from fastdean.masks.summary import MaskSummary, check_table, rows_from_names
 
 __all__ = ["MaskEntry", "MaskSummary", "NeuronMask"]
 

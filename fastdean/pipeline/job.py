@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastdean.coupling import DEFAULT_RATIO, RULES, SCOPES
 from fastdean.data import TEMPLATES
-from fastdean.entries import checked_scale
+from fastdean.masks.entries import checked_scale
 
 DATA_SETS = ("fairness", "privacy", "general")
 

@@ -13,19 +13,19 @@ from typing import Any
 
 from torch import nn
 
-from fastdean import results
 from fastdean._logging import logger
-from fastdean.costs import Costs
 from fastdean.coupling import couple, nothing_selected
 from fastdean.data import Example
 from fastdean.distributed import Ranks
-from fastdean.job import DATA_SETS, Job
 from fastdean.loading import load_model
 from fastdean.masks import NeuronMask
-from fastdean.measuring import TOPICS, MeasuringSet, measure
+from fastdean.pipeline import results
+from fastdean.pipeline.costs import Costs
+from fastdean.pipeline.job import DATA_SETS, Job
+from fastdean.pipeline.measuring import TOPICS, MeasuringSet, measure
+from fastdean.pipeline.rows import NumberedRow, SplitRows, encode_rows, split_rows
+from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder
 from fastdean.report import write_report
-from fastdean.rows import NumberedRow, SplitRows, encode_rows, split_rows
-from fastdean.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder
 from fastdean.scores import Scores
 from fastdean.scoring import score
 from fastdean.storage import write_json_atomic

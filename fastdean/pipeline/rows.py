@@ -16,8 +16,8 @@ from torch import nn
 from fastdean._logging import logger
 from fastdean.data import Example, encode
 from fastdean.forward import label_shift
-from fastdean.job import Job
 from fastdean.model_state import max_tokens
+from fastdean.pipeline.job import Job
 from fastdean.sources import load_rows, sample_rows
 
 NumberedRow = tuple[int, dict[str, Any]]
