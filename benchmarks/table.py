@@ -42,7 +42,7 @@ def _score_run(run: Sequence[Record]) -> str:
             f"floor {row['floor_s']:.2f} s at {row['matrix_rate'] / 1e9:.1f} GFLOP/s"
         )
     lines += ["", f"{run[0]['case']}. {'; '.join(sizes)}. {_provenance(run[0])}"]
-    return "\n".join([*lines, *(_where_time_goes(row) for row in run if row["breakdown"])])
+    return "\n".join([*lines, *(_where_time_goes(row) for row in run if row.get("breakdown"))])
 
 
 def _where_time_goes(row: Record) -> str:

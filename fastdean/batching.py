@@ -79,8 +79,30 @@ def default_tokens_per_batch(device: torch.device) -> int:
     return 2048 if device.type == "cuda" else 192
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which ways of batching leave a model's numbers as they are with one example at a time.
+
+    Attributes:
+        packed: several examples may stand in one row, `position_ids` restarting.
+        padded: shorter examples may be padded on the right under an `attention_mask`.
+        alone_above: examples longer than this many tokens must stand alone (rotary embeddings that
+            depend on the length of the batch), or None.
+    """
+
+    packed: bool
+    padded: bool = True
+    alone_above: int | None = None
+
+
 def plan_batches(
-    examples: Sequence[Example], *, shift: int, packed: bool, tokens_per_batch: int
+    examples: Sequence[Example],
+    *,
+    shift: int,
+    tokens_per_batch: int,
+    packed: bool,
+    padded: bool = True,
+    alone_above: int | None = None,
 ) -> list[Batch]:
     """Split `examples` into batches of at most `tokens_per_batch` tokens.
 
@@ -92,6 +114,7 @@ def plan_batches(
         packed: one row of tokens per batch, examples one after the other in the given order;
             otherwise examples of similar length are padded on the right to the longest of their
             batch, and padding counts as tokens.
+        padded, alone_above: see `Layout`; without padding only equal lengths share a batch.
     Raises:
         ValueError: `tokens_per_batch` is not positive, or an example has no target.
     """
@@ -101,11 +124,16 @@ def plan_batches(
             "leave it out for the device's default"
         )
     require_targets(examples, shift)
-    groups = (
-        _in_order(examples, tokens_per_batch) if packed else _by_length(examples, tokens_per_batch)
-    )
+    together, alone = [], []
+    for i, example in enumerate(examples):
+        too_long = alone_above is not None and len(example) > alone_above
+        (alone if too_long else together).append(i)
+    if packed:
+        groups = [*_in_order(examples, together, tokens_per_batch)]
+    else:
+        groups = [*_by_length(examples, together, tokens_per_batch, padded)]
     build = _pack if packed else _pad
-    return [build(examples, group, shift) for group in groups]
+    return [build(examples, group, shift) for group in [*groups, *([i] for i in alone)]]
 
 
 def require_targets(examples: Sequence[Example], shift: int) -> None:
@@ -119,23 +147,29 @@ def require_targets(examples: Sequence[Example], shift: int) -> None:
             )
 
 
-def _in_order(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[int]]:
+def _in_order(
+    examples: Sequence[Example], members: Sequence[int], tokens_per_batch: int
+) -> Iterator[list[int]]:
     group: list[int] = []
     tokens = 0
-    for i, example in enumerate(examples):
-        if group and tokens + len(example) > tokens_per_batch:
+    for i in members:
+        if group and tokens + len(examples[i]) > tokens_per_batch:
             yield group
             group, tokens = [], 0
         group.append(i)
-        tokens += len(example)
+        tokens += len(examples[i])
     if group:
         yield group
 
 
-def _by_length(examples: Sequence[Example], tokens_per_batch: int) -> Iterator[list[int]]:
+def _by_length(
+    examples: Sequence[Example], members: Sequence[int], tokens_per_batch: int, padded: bool
+) -> Iterator[list[int]]:
     group: list[int] = []
-    for i in sorted(range(len(examples)), key=lambda i: len(examples[i])):
-        if group and len(examples[i]) * (len(group) + 1) > tokens_per_batch:
+    for i in sorted(members, key=lambda i: len(examples[i])):
+        full = len(examples[i]) * (len(group) + 1) > tokens_per_batch
+        longer = bool(group) and len(examples[i]) > len(examples[group[0]])
+        if group and (full or (longer and not padded)):
             yield group
             group = []
         group.append(i)

@@ -110,7 +110,8 @@ def hsic(
 
     Raises:
         TypeError: `x` or `y` is neither a tensor nor an array of real numbers.
-        ValueError: shapes, values or options out of range; a median distance of 0.
+        ValueError: shapes, values or options out of range; a median distance of 0; values so large
+            that a distance or the result is not finite in float64.
     """
     x = _as_rows(x, "x")
     y = _as_rows(y, "y")
@@ -121,6 +122,11 @@ def hsic(
     side_x, scale = _one_side(kernel_x, estimator)
     side_y, _ = _one_side(kernel_y, estimator)
     value = scale * float((side_x * side_y).sum())
+    if not math.isfinite(value):
+        raise ValueError(
+            f"x and y must have a finite HSIC, got {value}: their values are too large for "
+            "float64; divide each by its standard deviation"
+        )
     result = {
         "value": value,
         "estimator": estimator,
@@ -220,6 +226,11 @@ def _resolve_bandwidth(
                 "least half of its pairs of rows are identical; drop the duplicates or pass a "
                 "number"
             )
+        if not math.isfinite(median):
+            raise ValueError(
+                f"{name} must have a finite median distance for bandwidth='median', got {median}: "
+                "its values are too large for float64; divide them by their standard deviation"
+            )
         return median
     per_feature = (
         isinstance(bandwidth, tuple) and len(bandwidth) == 2 and bandwidth[0] == "per_feature"
@@ -234,7 +245,13 @@ def _resolve_bandwidth(
             "bandwidth must be 'median', a positive number or ('per_feature', positive number), "
             f"got {bandwidth!r}; pick one of the three"
         )
-    return float(number) * math.sqrt(num_features) if per_feature else float(number)
+    resolved = float(number) * math.sqrt(num_features) if per_feature else float(number)
+    if not 0.0 < resolved < math.inf:
+        raise ValueError(
+            f"bandwidth must be positive and finite in float64, got {resolved} of {bandwidth!r} "
+            f"for {num_features} features; pick another number"
+        )
+    return resolved
 
 
 def _one_side(kernel_matrix: Tensor, estimator: str) -> tuple[Tensor, float]:

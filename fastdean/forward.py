@@ -7,14 +7,14 @@ Gemma 2's soft-cap) stays in place; computing `hidden @ weight.T` by hand would 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fastdean.batching import Batch, default_tokens_per_batch, plan_batches
+from fastdean.batching import Batch, Layout, default_tokens_per_batch, plan_batches
 from fastdean.data import Example
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
@@ -108,8 +108,18 @@ def prepare_batches(
     return plan_batches(
         examples,
         shift=label_shift(model),
-        packed=packing_is_exact(model, examples),
         tokens_per_batch=tokens_per_batch,
+        **vars(exact_layout(model, examples)),
+    )
+
+
+def exact_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
+    """How examples may share a batch of this model without changing its numbers."""
+    packed = packing_is_exact(model, examples)
+    return Layout(
+        packed=packed,
+        padded=packed or padding_is_exact(model, examples),
+        alone_above=_rotary_limit(model),
     )
 
 
@@ -151,6 +161,53 @@ def _measure_packing(model: nn.Module, examples: Sequence[Example], device: torc
         and _distance(changed_b[: len(a)], ab[: len(a)]) <= epsilon / 4
         and _distance(alone, ab[len(a) :]) <= max(1e-4, 6 * epsilon)
     )
+
+
+def padding_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
+    """Whether padding on the right under an `attention_mask` leaves an example's logits alone.
+
+    Measured on the first two examples, like packing: models that mix tokens outside of attention
+    (Fourier transforms, convolutions) see the padding. True, unmeasured, for a single example.
+    """
+    if len(examples) < 2:
+        return True
+    device = input_device(model)
+    key = ("padding", next(model.parameters()).dtype, device.type)
+    answers = _PACKING.setdefault(model, {})
+    if key not in answers:
+        answers[key] = _measure_padding(model, examples, device)
+    return answers[key]
+
+
+@torch.no_grad()
+def _measure_padding(model: nn.Module, examples: Sequence[Example], device: torch.device) -> bool:
+    longer, shorter = sorted((e.input_ids[:_PROBE_TOKENS] for e in examples[:2]), key=len)[::-1]
+    shorter = shorter[: max(1, len(longer) // 2)]
+    ids = torch.zeros(2, len(longer), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, part in enumerate((longer, shorter)):
+        ids[row, : len(part)] = part
+        mask[row, : len(part)] = 1
+    with evaluation_state(model):
+        alone = model(input_ids=shorter.unsqueeze(0).to(device)).logits[0].double()
+        padded = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[1].double()
+    epsilon = torch.finfo(next(model.parameters()).dtype).eps
+    return _distance(padded[: len(shorter)], alone) <= max(1e-4, 6 * epsilon)
+
+
+def _rotary_limit(model: nn.Module) -> int | None:
+    """The length from which rotary frequencies depend on the longest example of a batch."""
+    config = model.config.get_text_config()
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limits = []
+    for rope in (found, *found.values()):
+        if isinstance(rope, Mapping) and rope.get("rope_type") in ("longrope", "dynamic"):
+            limits.append(
+                rope.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+                or config.max_position_embeddings
+            )
+    return min(limits, default=None)
 
 
 def _another(ids: Tensor) -> Tensor:

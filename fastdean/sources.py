@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 ROW_KEYS = ("prompt", "response", "unsafe", "messages", "text")
+_TEXT_KEYS = ("prompt", "response", "unsafe", "text")
 _HUB_KEYS = ("split", "config", "revision")
 _BEAVERTAILS = {
     "fairness": "discrimination,stereotype,injustice",
@@ -132,6 +133,7 @@ def _map_columns(
         if row.get(key) is not None and (row[key] != "" or key in ("prompt", "response"))
     }
     mapped |= {key: row[column] for key, column in columns.items()}
+    _require_text(row, mapped, columns, name, number)
     if not ({"prompt", "response"} <= mapped.keys() or {"messages", "text"} & mapped.keys()):
         raise ValueError(
             f"source {name!r} must have the columns 'prompt' and 'response', or 'messages', or "
@@ -139,6 +141,44 @@ def _map_columns(
             "::prompt=COLUMN,response=COLUMN"
         )
     return mapped
+
+
+def _require_text(
+    row: Mapping[str, Any],
+    mapped: Mapping[str, Any],
+    columns: Mapping[str, str],
+    name: str,
+    number: int,
+) -> None:
+    """Raise ValueError for a row key whose value is no text, or text that UTF-8 cannot hold.
+
+    Messages take the place of the other keys, which then may hold anything.
+    """
+    if mapped.get("messages") is not None:
+        return
+    for key in _TEXT_KEYS:
+        column = columns.get(key, key)
+        # A null is a missing value where the row has another text to read, or needs none.
+        absent = key == "unsafe" or (
+            key not in columns and ("text" in mapped or {"prompt", "response"} <= mapped.keys())
+        )
+        value = mapped.get(key, row.get(column))
+        if column not in row or (value is None and absent):
+            continue
+        if not isinstance(value, str):
+            raise ValueError(
+                f"row {number} of {name!r} must be text in the column {column!r}, got "
+                f"{_type_of(value)}; correct the row or leave it out"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(
+                f"row {number} of {name!r} must be text in the column {column!r}, got a lone "
+                "surrogate, which is no character; correct the row or leave it out"
+            )
+
+
+def _type_of(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
@@ -162,14 +202,36 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterable[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(
-                    f"line {reader.line_num} has another number of columns than the header"
-                )
-            yield row
+    # The limit is of the whole process, and a field is no longer than its file.
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, path.stat().st_size))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return _csv_rows(csv.DictReader(_without_nul(file), strict=True))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_rows(reader: csv.DictReader) -> list[dict[str, Any]]:
+    header = [column for column in reader.fieldnames or () if column]
+    repeated = [column for n, column in enumerate(header) if column in header[:n]]
+    if repeated:
+        raise ValueError(f"the header has the column {repeated[0]!r} more than once")
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(
+                f"line {reader.line_num} has another number of columns than the header"
+            )
+        rows.append(row)
+    return rows
+
+
+def _without_nul(lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise ValueError(f"line {number} holds a NUL character")
+        yield line
 
 
 def _read_json(path: Path) -> Iterable[dict[str, Any]]:

@@ -85,6 +85,7 @@ def find_targets(
             f"{target_modules!r}; the layers are {_kinds(target.name for target in candidates)}"
             f"{_fused_hint(model)}"
         )
+    _require_own_weights(candidates, chosen)
     for target in chosen:
         if not target.module.weight.dtype.is_floating_point:
             raise ValueError(
@@ -92,6 +93,20 @@ def find_targets(
                 f"{target.parameter}; load it without quantisation"
             )
     return chosen
+
+
+def _require_own_weights(candidates: Sequence[Target], chosen: Sequence[Target]) -> None:
+    """A weight that two layers use has the sum of their gradients, which no hook on one sees."""
+    users: dict[int, list[str]] = {}
+    for target in candidates:
+        users.setdefault(id(target.module.weight), []).append(target.name)
+    for target in chosen:
+        others = [name for name in users[id(target.module.weight)] if name != target.name]
+        if others:
+            raise ValueError(
+                f"target_modules must match layers with weights of their own, got {target.name}, "
+                f"which shares its weight with {others[0]}; leave both out"
+            )
 
 
 def coverage(

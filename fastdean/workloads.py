@@ -15,10 +15,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdean.batching import Batch, default_tokens_per_batch, plan_batches, require_targets
+from fastdean.batching import (
+    Batch,
+    Layout,
+    default_tokens_per_batch,
+    plan_batches,
+    require_targets,
+)
 from fastdean.data import IGNORE_INDEX, Example, read_examples
 from fastdean.distributed import Ranks
-from fastdean.forward import TargetLogits, label_shift, packing_is_exact, target_losses
+from fastdean.forward import TargetLogits, exact_layout, label_shift, target_losses
 from fastdean.model_state import input_device, max_tokens
 from fastdean.scores import examples_digest
 
@@ -108,7 +114,7 @@ class LanguageModelling:
     examples: list[Example]
     batches: list[Batch]
     shift: int
-    packed: bool
+    layout: Layout
     tokens_per_batch: int
     mine: list[int]
 
@@ -133,14 +139,14 @@ class LanguageModelling:
         if tokens_per_batch is None:
             tokens_per_batch = default_tokens_per_batch(input_device(model))
         mine = list(range(len(examples)))[ranks.rank :: ranks.size]
-        packed = packing_is_exact(model, examples)
+        layout = exact_layout(model, examples)
         batches = plan_batches(
             [examples[i] for i in mine],
             shift=shift,
-            packed=packed,
             tokens_per_batch=tokens_per_batch,
+            **vars(layout),
         )
-        return cls(model, examples, batches, shift, packed, tokens_per_batch, mine)
+        return cls(model, examples, batches, shift, layout, tokens_per_batch, mine)
 
     @property
     def num_examples(self) -> int:
@@ -178,7 +184,7 @@ class LanguageModelling:
             },
             "loss": "cross-entropy in nats, mean over an example's target tokens",
             "label_shift": self.shift,
-            "batching": {"packed": self.packed, "tokens_per_batch": self.tokens_per_batch},
+            "batching": {**vars(self.layout), "tokens_per_batch": self.tokens_per_batch},
         }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import norm_error, top_k, unit_importance, weight_importance
 from tiny_data import batches, make_examples
-from tiny_models import MODELS
+from tiny_models import MODELS, VOCAB
 
 import fastdean
 from fastdean.targets import find_targets
@@ -95,3 +95,51 @@ def test_loss_fn_scores_any_model_per_example():
     built_in = fastdean.score(model, batches(examples, 2), progress=False)
     for parameter in built_in:
         assert norm_error(own[parameter], built_in[parameter]) < 1e-5
+
+
+def fnet():
+    """Mixes tokens by a Fourier transform over the whole row, whatever the attention mask says."""
+    from transformers import FNetConfig, FNetForMaskedLM
+
+    torch.manual_seed(0)
+    config = FNetConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        max_position_embeddings=64, tpu_short_seq_length=64,
+    )  # fmt: skip
+    return FNetForMaskedLM(config).eval()
+
+
+def phi3_with_long_rope():
+    """Its rotary frequencies change once a batch holds an example longer than 8 tokens."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0,
+        "original_max_position_embeddings": 8,
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    }  # fmt: skip
+    config = Phi3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
+        original_max_position_embeddings=8, rope_parameters=rope, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return Phi3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(("build", "shift"), [(fnet, 0), (phi3_with_long_rope, 1)])
+def test_models_that_see_their_batch_are_batched_so_that_they_do_not(build, shift):
+    model, examples = build(), make_examples(lengths=(3, 5, 20, 6, 5))
+    scores = fastdean.score(model, batches(examples, 5), progress=False)
+    expected = weight_importance(model, examples, list(scores), shift)
+    for parameter, value in scores.items():
+        assert norm_error(value, expected[parameter]) < 1e-5, parameter
+
+
+def test_layers_that_share_one_weight_are_refused():
+    model = MODELS["llama"]()
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    with pytest.raises(ValueError, match="shares its weight with model.layers.1.mlp.up_proj"):
+        fastdean.score(model, batches(make_examples(), 4), progress=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastdean.batching import default_tokens_per_batch, plan_batches
 from fastdean.data import IGNORE_INDEX, Example
 from fastdean.dependence import HSICResult, hsic
-from fastdean.forward import packing_is_exact
+from fastdean.forward import exact_layout
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
 
@@ -81,7 +81,7 @@ def last_token_states(
         # Every token a target of shift 0: only the segments are used, prompts have no targets.
         [Example(example.input_ids, example.input_ids) for example in examples],
         shift=0,
-        packed=packing_is_exact(model, examples),
+        **vars(exact_layout(model, examples)),
         tokens_per_batch=tokens_per_batch,
     )
     states = None
