@@ -34,7 +34,7 @@ def new_folder(
     Raises:
         ValueError: `path` is a file, or a folder in use that may not be replaced.
     """
-    target = Path(path).expanduser().resolve()
+    target = real_place(path, name)
     check_free(target, overwrite=overwrite, may_replace=may_replace, name=name)
     absent = [parent for parent in target.parents if not parent.exists()]
     temporary = _sibling(target)
@@ -50,6 +50,20 @@ def new_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         _remove_empty(absent)
         raise
+
+
+def real_place(path: str | os.PathLike, name: str) -> Path:
+    """The absolute path, symbolic links followed; ValueError where they lead in a circle."""
+    try:
+        target = Path(path).expanduser().resolve()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            target.stat()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{name} must be a path that can be followed, got {str(path)!r}: {error}; choose "
+            "another"
+        ) from None
+    return target
 
 
 def check_free(

@@ -94,6 +94,8 @@ def couple(
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if scope not in SCOPES:
         raise ValueError(f"scope must be 'matrix' or 'model', got {scope!r}")
+    if isinstance(min_k, bool) or not isinstance(min_k, int):
+        raise TypeError(f"min_k must be an integer, got {type(min_k).__name__}; give a count")
     if min_k < 0:
         raise ValueError(f"min_k must be at least 0, got {min_k}")
     ratios = _three_ratios(DEFAULT_RATIO[first.granularity] if ratio is None else ratio)
@@ -149,9 +151,19 @@ def overlap(
         One row per ratio: k (candidates of `first`), coupled, expected_by_chance (of two
         independent sets of these sizes), removed by general, kept by the rule "paper"; each summed
         over matrices.
+    Raises:
+        ValueError: a ratio out of range, or scores that do not belong together.
     """
+    everyone = [first, second, *([] if general is None else [general])]
+    _require_scores(everyone)
+    for other in everyone[1:]:
+        first.require_same_weights(other)
     rows = []
     for ratio in ratios:
+        if not _is_ratio(ratio):
+            raise ValueError(
+                f"ratios must be numbers above 0 and at most 1, got {ratio!r}; leave it out"
+            )
         row = {
             "ratio": ratio,
             "k": 0,
@@ -287,13 +299,17 @@ def nothing_selected(ratio: float, largest: int, scope: str) -> ValueError:
 
 
 def _three_ratios(ratio: float | Sequence[float]) -> tuple[float, float, float]:
-    ratios = (ratio,) * 3 if isinstance(ratio, int | float) else tuple(ratio)
-    if len(ratios) != 3 or not all(0 < r <= 1 for r in ratios):
+    ratios = tuple(ratio) if isinstance(ratio, list | tuple) else (ratio,) * 3
+    if len(ratios) != 3 or not all(_is_ratio(r) for r in ratios):
         raise ValueError(
             "ratio must be one number above 0 and at most 1, or three (first, second, general), "
-            f"got {ratio!r}"
+            f"got {ratio!r}; give it as a number"
         )
     return ratios
+
+
+def _is_ratio(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _require_scores(everyone: Sequence[Scores]) -> None:

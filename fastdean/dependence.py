@@ -206,7 +206,14 @@ def _kernel_matrix(
     # activations) would eat the digits of the products.
     rows = rows - rows.mean(dim=0)
     if kernel == "linear":
-        return rows @ rows.T, None
+        products = rows @ rows.T
+        if not torch.isfinite(products).all():
+            raise ValueError(
+                f"{name} must have finite products of its rows with a linear kernel, got NaN or "
+                "infinity: its values are too large for float64; divide them by their standard "
+                "deviation"
+            )
+        return products, None
     # The matrix-product form of the distance leaves identical rows about 1e-8 apart.
     distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
     resolved = _resolve_bandwidth(distances, rows.shape[1], name, bandwidth)

@@ -41,7 +41,7 @@ def read_json(file: Path) -> Any:
     """What a JSON file holds; ValueError, with its name, where it holds none."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{str(file)!r} must be a JSON file, got something else ({one_line(error)}); "
             "write or copy it again"

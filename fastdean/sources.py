@@ -52,7 +52,7 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
                 f"source {name!r} is a preset and takes no options, got {sorted(options)}"
             )
         rows = PRESETS[name]()
-    elif Path(name).suffix.lower() in _READERS or Path(name).expanduser().exists():
+    elif name and (Path(name).suffix.lower() in _READERS or Path(name).expanduser().exists()):
         _require_no_hub_options(name, options)
         rows = _read_file(Path(name))
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):

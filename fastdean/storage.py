@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 import fastdean
-from fastdean.atomic import check_free, flush, new_folder, write_json_atomic, write_text_atomic
+from fastdean.atomic import (
+    check_free,
+    flush,
+    new_folder,
+    real_place,
+    write_json_atomic,
+    write_text_atomic,
+)
 from fastdean.hub import push_folder, resolve
 from fastdean.layout import CONFIG_NAME, holds_only, is_ours, one_line, read_json
 
@@ -33,6 +40,7 @@ __all__ = [
     "new_folder",
     "push_folder",
     "read_folder",
+    "real_place",
     "resolve",
     "write_folder",
     "write_json_atomic",

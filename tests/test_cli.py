@@ -151,6 +151,9 @@ def test_a_bad_model_is_one_line_and_writes_nothing(place, tmp_path, case):
         (["--template", "chat"], "row "),
         (["--device", "tpu"], "device must be cpu, cuda, mps or auto, got 'tpu'"),
         (["--memory-budget", "1e-9"], "memory_budget must hold the sums of at least one matrix"),
+        (["--memory-budget", "inf"], "memory_budget must be a positive number of GB, got inf"),
+        (["--memory-budget", "nan"], "memory_budget must be a positive number of GB, got nan"),
+        (["--memory-budget", "-1"], "memory_budget must be a positive number of GB, got -1"),
         (["--tokens-per-batch", "0"], "tokens_per_batch must be"),
     ],
 )
@@ -158,6 +161,32 @@ def test_bad_options_of_a_run_are_one_line_and_write_nothing(place, tmp_path, op
     result = call("run", *sources(place), "--out", tmp_path / "out", *OPTIONS, *options)
     refused(result, text)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"out": "loop"}, "out must be a path that can be followed, got "),
+        ({"out": ""}, "out must be a path, got ''"),
+        ({"data": ""}, "got ''"),
+        ({"out": "model/scores"}, "out must be a folder outside of model"),
+    ],
+)
+def test_bad_places_of_scores_are_one_line(place, tmp_path, options, text):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "model").symlink_to(place["model"])
+    given = {"model": place["model"], "data": place["privacy"], "out": "out", **options}
+    if given["out"]:
+        given["out"] = tmp_path / given["out"]
+    refused(call("score", *sources(given)), text)
+    assert not (tmp_path / "out").exists() and not (place["model"] / "scores").exists()
+
+
+def test_a_model_is_not_applied_into_its_own_folder(place, run_folder):
+    mask, out = run_folder / "mask", place["model"] / "edited"
+    result = call("apply", "--model", place["model"], "--mask", mask, "--out", out)
+    refused(result, "out must be a folder outside of model")
+    assert not out.exists()
 
 
 def test_an_unknown_option_is_a_usage_error():

@@ -8,7 +8,7 @@ from test_score import batches, make_examples
 from tiny_models import MODELS
 
 import fastdean
-from fastdean.coupling import count, smallest_ratio
+from fastdean.coupling import count, overlap, smallest_ratio
 from fastdean.masks import NeuronMask
 from fastdean.scores import ScoreEntry, Scores
 
@@ -234,6 +234,9 @@ def test_a_model_that_was_never_loaded_is_refused():
         ({"ratio": 0}, "ratio must be one number above 0"),
         ({"ratio": (0.1, 0.2)}, "ratio must be one number above 0"),
         ({"ratio": float("nan")}, "ratio must be one number above 0"),
+        ({"ratio": True}, "ratio must be one number above 0"),
+        ({"ratio": "0.5"}, "ratio must be one number above 0"),
+        ({"ratio": torch.tensor(0.5)}, "ratio must be one number above 0"),
         ({"ratio": 0.5, "rule": "both"}, "rule must be one of paper, released"),
         ({"ratio": 0.5, "scope": "layer"}, "scope must be 'matrix' or 'model'"),
         ({"ratio": 0.5, "min_k": -1}, "min_k must be at least 0"),
@@ -242,6 +245,23 @@ def test_a_model_that_was_never_loaded_is_refused():
 def test_bad_arguments_name_themselves(kwargs, message):
     with pytest.raises(ValueError, match=message):
         fastdean.couple(scores_from(A), scores_from(B), **kwargs)
+
+
+@pytest.mark.parametrize("min_k", [True, 1.0, "1"])
+def test_min_k_must_be_an_integer(min_k):
+    with pytest.raises(TypeError, match="min_k must be an integer, got "):
+        fastdean.couple(scores_from(A), scores_from(B), ratio=0.5, min_k=min_k)
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.1, float("nan"), True, "0.5"])
+def test_overlap_refuses_ratios_out_of_range(ratio):
+    with pytest.raises(ValueError, match="ratios must be numbers above 0 and at most 1, got "):
+        overlap(scores_from(A), scores_from(B), ratios=[0.5, ratio])
+
+
+def test_overlap_refuses_scores_of_other_matrices():
+    with pytest.raises(ValueError, match="scores must cover the same matrices"):
+        overlap(scores_from(A), scores_from(B, name="layers.1.mlp.up.weight"), ratios=[0.5])
 
 
 def test_scores_of_different_models_are_refused():

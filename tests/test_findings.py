@@ -74,12 +74,12 @@ def test_nothing_beyond_noise_is_said_so():
     _, awareness, effects = findings(results())
     assert awareness == (
         "The margin of safe over unsafe answers did not change beyond noise on fairness (+0.0117 "
-        "nats per token, 95 % interval -0.0044 to +0.0278) and did not change beyond noise on "
-        "privacy (+0.0117 nats per token, 95 % interval -0.0044 to +0.0278)."
+        "nats per token, 95 % interval -0.0044 to +0.0278, 64 pairs) and did not change beyond "
+        "noise on privacy (+0.0117 nats per token, 95 % interval -0.0044 to +0.0278, 64 pairs)."
     )
     assert effects == (
         "Perplexity on general answers did not change beyond noise (97.69 to 98.15, ratio 1.005, "
-        "95 % interval 0.988 to 1.019); HSIC of fairness and privacy prompts, paired arbitrarily, "
+        "95 % interval 0.988 to 1.019); HSIC of fairness and privacy prompts, paired by position, "
         "lay outside what other pairings give in 1 of 2 layers before the edit (about 0.1 expected "
         "by chance); its change by the edit is within the width of that range, and so no effect "
         "beyond noise, in 1 of 2 layers."
@@ -105,7 +105,9 @@ def test_effects_are_claimed_in_their_direction():
     _, awareness, effects = findings(run)
     assert "rose on fairness (+0.03 nats per token" in awareness
     assert "fell on privacy (-0.03 nats per token" in awareness
-    assert "random" not in awareness
+    assert awareness.endswith(
+        "; editing as many random ones changed it by +0 on fairness and +0 on privacy."
+    )
     assert effects.startswith("Perplexity on general answers rose (97.69 to 98.15, ratio 1.005")
 
 
@@ -132,7 +134,7 @@ def test_too_few_pairs_give_no_interval_and_no_claim(missing):
 def test_one_topic_without_margins_is_named():
     run = results()
     del run["margins"]["privacy"]
-    assert findings(run)[1].endswith("to +0.0278), and was not measured on privacy.")
+    assert findings(run)[1].endswith("to +0.0278, 64 pairs), and was not measured on privacy.")
 
 
 def test_missing_measurements_are_said_to_be_missing():

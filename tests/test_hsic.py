@@ -324,6 +324,26 @@ BAD_CALLS = {
         ValueError,
         "y must have a positive median distance for bandwidth='median', got 0",
     ),
+    "infinite_median": (
+        lambda: hsic(_rows(9, 3, 0) * 1e200, _rows(9, 3, 1)),
+        ValueError,
+        "x must have a finite median distance for bandwidth='median', got inf",
+    ),
+    "infinite_products": (
+        lambda: hsic(_rows(9, 3, 0), _rows(9, 3, 1) * 1e200, kernel="linear"),
+        ValueError,
+        "y must have finite products of its rows",
+    ),
+    "infinite_value": (
+        lambda: hsic(_rows(9, 3, 0) * 1e100, _rows(9, 3, 1) * 1e100, kernel="linear"),
+        ValueError,
+        "x and y must have a finite HSIC, got ",
+    ),
+    "infinite_bandwidth": (
+        lambda: hsic(_rows(4, 2, 0), _rows(4, 2, 1), bandwidth=("per_feature", 1.7e308)),
+        ValueError,
+        "bandwidth must be positive and finite in float64, got inf",
+    ),
     "permutations": (
         lambda: hsic(_rows(4, 2, 0), _rows(4, 2, 1), permutations=-1),
         ValueError,

@@ -323,6 +323,8 @@ def _at(place, value):
         (_set("entries", [UP]), f"'entries' as an object, got ['{UP}']"),
         (_set("granularity", "row"), "'granularity' as 'weight' or 'neuron', got 'row'"),
         (_set("num_examples", 0), "'num_examples' as a positive integer, got 0"),
+        (_set("num_examples", True), "'num_examples' as a positive integer, got True"),
+        (_set("num_examples", "8"), "'num_examples' as a positive integer, got '8'"),
         (_set("num_examples", 2.5), "'num_examples' as a positive integer, got 2.5"),
         (_set("keep_top", 7), "'keep_top' as null or a ratio above 0 and at most 1, got 7"),
         (_set("manifest", None), "'manifest' as an object, got None"),

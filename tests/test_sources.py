@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -23,7 +24,6 @@ def write(path, rows=ROWS, bom=False):
         parquet.write_table(pa.Table.from_pylist(rows), path)
         return path
     if path.suffix == ".csv":
-        import csv
         import io
 
         buffer = io.StringIO()
@@ -269,3 +269,36 @@ def test_without_a_count_all_rows_are_taken():
 def test_a_count_out_of_range_is_refused(count):
     with pytest.raises(ValueError, match=f"between 1 and the source's 2 rows, got {count}"):
         sample_rows(ROWS, count, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("prompt,prompt,response\na,b,c\n", "the header has the column 'prompt' more than once"),
+        ("prompt,response\na,b\0c\n", "line 2 holds a NUL character"),
+    ],
+)
+def test_a_csv_file_that_reads_two_ways_is_refused(tmp_path, text, told):
+    file = tmp_path / "rows.csv"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=told):
+        load_rows(file)
+
+
+def test_a_long_csv_field_is_read_and_the_limit_left_as_it_was(tmp_path):
+    limit = csv.field_size_limit()
+    rows = [{"prompt": "p" * (limit + 1), "response": "r"}]
+    assert load_rows(write(tmp_path / "rows.csv", rows)) == rows
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("key", ["prompt", "response", "text"])
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(3, "int"), (["a"], "list"), (None, "null"), ("a\ud800", "a lone surrogate")],
+)
+def test_what_is_no_text_is_refused_by_row_and_column(tmp_path, key, value, kind):
+    good = {"text": "t"} if key == "text" else {"prompt": "p", "response": "r"}
+    file = write(tmp_path / "rows.jsonl", [good, {**good, key: value}])
+    with pytest.raises(ValueError, match=rf"row 2 of .* must be text in .* '{key}', got {kind}"):
+        load_rows(file)

@@ -257,7 +257,7 @@ def test_index_cannot_point_out_of_the_folder(tmp_path):
         storage.read_folder(path, kind="mask")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000], ids=range(4))
 def test_broken_config_is_named(tmp_path, text):
     path = _write(tmp_path / "m")
     (path / "fastdean_config.json").write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,7 @@ from fastdean.cli.options import (
     Targets,
     Template,
     TokensPerBatch,
+    out_path,
 )
 from fastdean.cli.running import command, command_line, process_group, tell
 
@@ -59,12 +61,14 @@ app = typer.Typer(
 @app.command()
 @command(resumable=True)
 def demo(
-    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("fastdean-demo"),
+    out: Annotated[Path, typer.Option(parser=out_path, metavar="PATH", help="Run folder.")] = Path(
+        "fastdean-demo"
+    ),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> dict[str, Any] | None:
-    """Run the main job on a small real model and the embedded rows (a few minutes on a CPU).
+    """Run the main job on a small real model and the embedded rows (3 to 5 minutes on 2 cores).
 
     Scores 32 fairness, 32 privacy and 32 general examples on SmolLM2-135M-Instruct, couples them at
     ratio 1e-5, zeroes the coupled weights and measures what that changed.
@@ -94,7 +98,12 @@ def run(
     privacy: Annotated[str, typer.Option(help="SRC of privacy rows.")],
     general: Annotated[str, typer.Option(help="SRC of general instruction rows, to be spared.")],
     out: Annotated[
-        Path, typer.Option(help="Run folder, new or empty, or of the same job to resume it.")
+        Path,
+        typer.Option(
+            parser=out_path,
+            metavar="PATH",
+            help="Run folder, new or empty, or of the same job to resume it.",
+        ),
     ],
     revision: Revision = None,
     ratio: Ratio = None,
@@ -162,7 +171,9 @@ def run(
 def score(
     model: Model,
     data: Annotated[str, typer.Option(help=f"SRC: {SOURCE_HELP}.")],
-    out: Annotated[Path, typer.Option(help="Folder for the scores.")],
+    out: Annotated[
+        Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the scores.")
+    ],
     revision: Revision = None,
     examples: Examples = 128,
     granularity: Granularity = "weight",
@@ -194,10 +205,12 @@ def score(
     from fastdean.scoring import score as score_model
 
     check_keep_top(keep_top)
+    budget = _bytes(memory_budget)
     with process_group():
         ranks = Ranks.current()
         with ranks.failing_together():
             if ranks.first:
+                _require_outside(out, model)
                 _require_free(out, overwrite, "scores")
             rows, _ = take_rows(data, examples, seed)
             loaded, tokenizer = load_model(
@@ -217,7 +230,7 @@ def score(
             target_modules=target_modules,
             keep_top=None if keep_top == 1 else keep_top,
             tokens_per_batch=tokens_per_batch,
-            memory_budget=_bytes(memory_budget),
+            memory_budget=budget,
             deterministic=deterministic,
             progress=not quiet,
         )
@@ -235,7 +248,9 @@ def score(
 def couple(
     first: Annotated[Path, typer.Option(help="Scores on the first awareness set (fairness).")],
     second: Annotated[Path, typer.Option(help="Scores on the second awareness set (privacy).")],
-    out: Annotated[Path, typer.Option(help="Folder for the mask.")],
+    out: Annotated[
+        Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the mask.")
+    ],
     general: Annotated[
         list[Path] | None,
         typer.Option(help="Scores on general examples, to be spared; may be repeated."),
@@ -293,7 +308,9 @@ def couple(
 def apply(
     model: Model,
     mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
-    out: Annotated[Path, typer.Option(help="Folder for the edited model.")],
+    out: Annotated[
+        Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the edited model.")
+    ],
     revision: Revision = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -309,6 +326,7 @@ def apply(
     from fastdean.masks import NeuronMask
     from fastdean.storage import new_folder
 
+    _require_outside(out, model)
     _require_free(out, overwrite=False, kind=None)
     found = NeuronMask.from_pretrained(mask)
     loaded, tokenizer = load_model(model, dtype=dtype, device="cpu", revision=revision)
@@ -325,7 +343,9 @@ def apply(
 def patch(
     checkpoint: Annotated[Path, typer.Option(help="Local Hugging Face folder with safetensors.")],
     mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
-    out: Annotated[Path, typer.Option(help="Folder for the patched copy.")],
+    out: Annotated[
+        Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the patched copy.")
+    ],
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
@@ -358,7 +378,10 @@ def patch(
 def report(
     run_folder: Annotated[Path, typer.Argument(help="Run folder, or its results.json.")],
     out: Annotated[
-        Path | None, typer.Option(help="HTML file [default: report.html in the folder].")
+        Path | None,
+        typer.Option(
+            parser=out_path, metavar="PATH", help="HTML file [default: report.html in the folder]."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
@@ -431,7 +454,26 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _bytes(gigabytes: float | None) -> int | None:
-    return None if gigabytes is None else int(gigabytes * 1e9)
+    if gigabytes is None:
+        return None
+    if not 0 < gigabytes * 1e9 < math.inf:
+        raise ValueError(
+            f"memory_budget must be a positive number of GB, got {gigabytes:g}; leave it out to "
+            "have it chosen"
+        )
+    return int(gigabytes * 1e9)
+
+
+def _require_outside(out: Path, model: str) -> None:
+    """The folder of a local model is only read."""
+    from fastdean.storage import real_place
+
+    source, place = real_place(model, "model"), real_place(out, "out")
+    if source.is_dir() and (place == source or source in place.parents):
+        raise ValueError(
+            f"out must be a folder outside of model, got {str(out)!r} for model {model!r}; "
+            "choose another"
+        )
 
 
 def _require_free(out: Path, overwrite: bool, kind: str | None) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fastdean.cli.running import tell
 
 SOURCE_HELP = (
     "a .csv, .json, .jsonl or .parquet file, a hub id, or a preset (beavertails:fairness, "
@@ -12,6 +15,15 @@ SOURCE_HELP = (
     "embedded:general). Columns and splits are mapped behind '::', as in "
     "org/name::split=train,prompt=question,response=answer"
 )
+
+
+def out_path(text: str | Path) -> Path:
+    """The path of `--out`; nothing at all would be taken for the current folder."""
+    if not str(text):
+        tell("fastdean: out must be a path, got ''; name the folder or file to write")
+        raise typer.Exit(2)
+    return Path(text)
+
 
 Model = Annotated[
     str, typer.Option(help="Hugging Face folder, hub id or .gguf file.", show_default=False)

@@ -62,7 +62,18 @@ def _awareness(results: Mapping[str, Any]) -> str:
             f"; on {' and '.join(like_random)}, editing as many random "
             f"{_unit(results['options'])}s gives an interval that overlaps this one"
         )
+    elif rule != "random":
+        claimed = [t for t in _TOPICS if changes[t] and _direction(changes[t], 0.0)]
+        sentence += _random_clause(tables, claimed)
     return sentence + "."
+
+
+def _random_clause(tables: Mapping[str, Any], topics: Sequence[str]) -> str:
+    control = [(topic, _masks(tables[topic]).get("random")) for topic in topics]
+    if not control or not all(change and _known(change.get("mean")) for _, change in control):
+        return ""
+    figures = " and ".join(f"{change['mean']:+.3g} on {topic}" for topic, change in control)
+    return f"; editing as many random ones changed it by {figures}"
 
 
 def _margin_clause(topic: str, tables: Mapping[str, Any], rule: str) -> str:
@@ -70,7 +81,10 @@ def _margin_clause(topic: str, tables: Mapping[str, Any], rule: str) -> str:
     direction = _direction(change, 0.0)
     if direction is None:
         return f"was measured on too few {topic} pairs ({tables[topic]['pairs']}) to tell"
-    figures = f"{change['mean']:+.3g} nats per token, {_interval(change, '+.3g')}"
+    figures = (
+        f"{change['mean']:+.3g} nats per token, {_interval(change, '+.3g')}, "
+        f"{tables[topic]['pairs']} pairs"
+    )
     if direction == 0:
         return f"did not change beyond noise on {topic} ({figures})"
     return f"{'rose' if direction > 0 else 'fell'} on {topic} ({figures})"
@@ -109,7 +123,7 @@ def _dependence_clause(results: Mapping[str, Any]) -> list[str]:
         return []
     outside = sum(not row["null_low"] <= row["before"] <= row["null_high"] for row in layers)
     clause = (
-        "HSIC of fairness and privacy prompts, paired arbitrarily, lay outside what other pairings "
+        "HSIC of fairness and privacy prompts, paired by position, lay outside what other pairings "
         f"give in {outside} of {len(layers)} layers before the edit (about "
         f"{0.05 * len(layers):.1f} expected by chance)"
     )

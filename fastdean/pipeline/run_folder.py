@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdean.provenance import versions
-from fastdean.storage import holds_only, write_json_atomic
+from fastdean.storage import holds_only, real_place, write_json_atomic
 
 RUN_FILE = "fastdean_run.json"
 RESULTS_FILE = "results.json"
@@ -149,6 +149,7 @@ class RunFolder:
 
 def check_place(path: Path, name: str) -> None:
     """Raise ValueError unless a folder stands at `path` or could be made there."""
+    real_place(path, name)
     place = path
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -165,7 +165,7 @@ def overlap_section(points: Sequence[dict], edit: Edit) -> Html:
     )
     samples = [
         (("second", "ring"), "in the fairness and the privacy set"),
-        (("first", "square"), "of those, not in the general set"),
+        (("first", "square"), "in both and not in the general set"),
         (("quiet", None), f"in both sets by chance{_at_most(shares)}"),
     ]
     figure = element(
