@@ -38,7 +38,7 @@ def profile(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         start = time.perf_counter()
         call()
         synchronize(device)

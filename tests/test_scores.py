@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib import metadata
 
 import pytest
 import torch
@@ -426,7 +427,7 @@ def test_manifest(model, dense):
     covered = manifest["coverage"]
     assert covered["targets"] == covered["matched"] == covered["scored"] == 6
     assert 0 < covered["share"] < covered["share_of_matched"] == 1
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == metadata.version("torch")
     assert "keep_top" not in manifest
     assert manifest["batching"]["packed"] is True
     assert (manifest["accumulation"], manifest["ranks"]) == ("float32", 1)
