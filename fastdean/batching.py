@@ -43,10 +43,6 @@ class Batch:
     def num_examples(self) -> int:
         return len(self.example_index)
 
-    @property
-    def num_tokens(self) -> int:
-        return int((self.segments[:, 1] - self.segments[:, 0]).sum())
-
     def model_inputs(self) -> dict[str, Tensor]:
         """The keyword arguments of the model's forward."""
         inputs = {

@@ -7,7 +7,7 @@ Gemma 2's soft-cap) stays in place; computing `hidden @ weight.T` by hand would 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ from fastdean.data import Example
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
 _PROBE_TOKENS = 12
-_PACKING: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+_PROBED: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
 
 
 def label_shift(model: nn.Module) -> int:
@@ -102,7 +102,7 @@ def target_losses(logits: Tensor, batch: Batch) -> Tensor:
 def prepare_batches(
     model: nn.Module, examples: Sequence[Example], *, tokens_per_batch: int | None = None
 ) -> list[Batch]:
-    """Plan the batches of a causal or masked LM: packed where `packing_is_exact`, else grouped."""
+    """Plan the batches of a causal or masked LM, in its `exact_layout`."""
     if tokens_per_batch is None:
         tokens_per_batch = default_tokens_per_batch(input_device(model))
     return plan_batches(
@@ -135,13 +135,7 @@ def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
     """
     if label_shift(model) == 0 or len(examples) < 2:
         return False
-    device = input_device(model)
-    attention = getattr(model.config, "_attn_implementation", None)
-    key = (next(model.parameters()).dtype, device.type, attention)
-    answers = _PACKING.setdefault(model, {})
-    if key not in answers:
-        answers[key] = _measure_packing(model, examples, device)
-    return answers[key]
+    return _measured_once(_measure_packing, model, examples)
 
 
 @torch.no_grad()
@@ -171,12 +165,7 @@ def padding_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
     """
     if len(examples) < 2:
         return True
-    device = input_device(model)
-    key = ("padding", next(model.parameters()).dtype, device.type)
-    answers = _PACKING.setdefault(model, {})
-    if key not in answers:
-        answers[key] = _measure_padding(model, examples, device)
-    return answers[key]
+    return _measured_once(_measure_padding, model, examples)
 
 
 @torch.no_grad()
@@ -193,6 +182,21 @@ def _measure_padding(model: nn.Module, examples: Sequence[Example], device: torc
         padded = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[1].double()
     epsilon = torch.finfo(next(model.parameters()).dtype).eps
     return _distance(padded[: len(shorter)], alone) <= max(1e-4, 6 * epsilon)
+
+
+def _measured_once(
+    measure: Callable[[nn.Module, Sequence[Example], torch.device], bool],
+    model: nn.Module,
+    examples: Sequence[Example],
+) -> bool:
+    """The answer of `measure`, kept per model, dtype, device and attention implementation."""
+    device = input_device(model)
+    attention = getattr(model.config, "_attn_implementation", None)
+    key = (measure.__name__, next(model.parameters()).dtype, device.type, attention)
+    answers = _PROBED.setdefault(model, {})
+    if key not in answers:
+        answers[key] = measure(model, examples, device)
+    return answers[key]
 
 
 def _rotary_limit(model: nn.Module) -> int | None:
