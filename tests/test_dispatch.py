@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdean import native
+from fastdean import kernels, native
 from fastdean.ops import _dispatch, reference, zero_at_
 from fastdean.ops._dispatch import choose, explain
 
@@ -27,13 +27,64 @@ def _pretend(monkeypatch, state: str, reason: str = "", build: native.BuildFacts
     monkeypatch.setattr(native, "_load", lambda: (None, status))
 
 
-def test_every_operation_runs_somewhere_without_the_extension(monkeypatch):
+def _without_triton(monkeypatch):
+    monkeypatch.setattr(kernels, "refusal", lambda device, dtype=None: "Triton is not installed")
+
+
+ACCUMULATIONS = (
+    "accumulate_importance_",
+    "accumulate_expert_importance_",
+    "accumulate_unit_importance_",
+)
+
+
+def test_every_operation_runs_everywhere_without_the_extension_and_without_triton(monkeypatch):
     _pretend(monkeypatch, "missing", "this install has no compiled extension")
-    for op in ("accumulate_importance_", "accumulate_unit_importance_", "select_top", "zero_at_"):
+    _without_triton(monkeypatch)
+    for op in (*ACCUMULATIONS, "select_top", "zero_at_"):
         for device in ("cpu", "cuda", "mps"):
             choice = choose(op, device)
             assert choice.name == "reference"
             assert choice.callable is getattr(reference, op)
+
+
+@pytest.mark.parametrize("op", [*ACCUMULATIONS, "select_top"])
+def test_triton_is_preferred_on_a_gpu_and_interpreted_only_when_named(monkeypatch, op):
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    assert choose(op, "cuda", dtype=torch.bfloat16).name == "triton"
+    with pytest.raises(RuntimeError, match="Triton runs on a CPU only with TRITON_INTERPRET=1"):
+        choose(op, "cpu", "triton")
+    monkeypatch.setattr(kernels, "interpreted", lambda: True)
+    on_cpu, on_cuda = choose(op, "cpu"), choose(op, "cuda")
+    assert (on_cpu.name, on_cuda.name) == ("reference", "reference")
+    assert "not triton: interpreted kernels are slow; ask for it by name" in on_cpu.reason
+    assert "not triton: TRITON_INTERPRET=1 keeps Triton from compiling" in on_cuda.reason
+    assert choose(op, "cpu", "triton").callable.__name__ == op
+
+
+def test_what_the_kernels_cannot_take_falls_to_the_reference_unless_they_are_named(monkeypatch):
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    double = choose("accumulate_importance_", "cuda", dtype=torch.float64)
+    assert double.name == "reference"
+    assert "take fp32, bf16 and fp16, not torch.float64" in double.reason
+    with pytest.raises(RuntimeError, match="impl='triton' must be able to run .* torch.float64; leave"):
+        choose("accumulate_importance_", "cuda", "triton", torch.float64)
+    with pytest.raises(RuntimeError, match="run on CUDA tensors, not on mps"):
+        choose("accumulate_importance_", "mps", "triton")
+
+
+def test_an_install_without_triton_says_so(monkeypatch):
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    assert "not triton: Triton is not installed" in choose("select_top", "cuda").reason
+
+
+def test_a_gpu_that_is_too_old_runs_the_reference(monkeypatch):
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    found = choose("select_top", "cuda")
+    assert found.name == "reference"
+    assert "compute capability 7.5, and the Triton kernels need 8.0" in found.reason
 
 
 def test_the_extension_is_preferred_on_the_cpu_and_only_there(monkeypatch):

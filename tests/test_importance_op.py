@@ -1,15 +1,23 @@
-"""`accumulate_importance_` and `accumulate_unit_importance_` against float64, within the budget."""
+"""The accumulation of weights and units against float64, within the budget, in every form."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from budget import assert_within_budget
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from machine import DEVICE
 
 from fastdean.ops import accumulate_importance_, accumulate_unit_importance_
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# fp64 is for checking models, and only the reference takes it.
+FORMS = [("reference", d) for d in [*DTYPES, torch.float64]] + [("triton", d) for d in DTYPES]
 SIZES = [1, 63, 123, 128, 129]
+OPS = [accumulate_importance_, accumulate_unit_importance_]
+IMPL = pytest.mark.parametrize("impl", ["reference", "triton"])
+FORM = pytest.mark.parametrize("impl, dtype", FORMS, ids=str)
 LAYOUTS = ["contiguous", "transposed", "sliced"]
 NAN = float("nan")
 
@@ -20,14 +28,20 @@ def laid_out(values, layout):
         return values.clone()
     if layout == "transposed":
         return values.t().contiguous().t()
-    holder = torch.full(tuple(2 * n + 1 for n in values.shape), NAN, dtype=values.dtype)
+    shape = tuple(2 * n + 1 for n in values.shape)
+    holder = torch.full(shape, NAN, dtype=values.dtype, device=values.device)
     view = holder[tuple(slice(1, 2 * n + 1, 2) for n in values.shape)]
     view.copy_(values)
     return view
 
 
 def random(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(DEVICE, dtype)
+
+
+def zeros(*shape):
+    return torch.zeros(*shape, device=DEVICE)
 
 
 def spans(*pairs):
@@ -48,17 +62,17 @@ def unit_sums(acc, a, g, segments, dtype):
     return result
 
 
-def check_weight(acc, x, g, segments):
+def check_weight(acc, x, g, segments, impl):
     oracle = weight_sums(acc, x, g, segments, torch.float64)
     same = weight_sums(acc, x, g, segments, torch.float32)
-    assert accumulate_importance_(acc, x, g, segments) is acc
+    assert accumulate_importance_(acc, x, g, segments, impl=impl) is acc
     assert_within_budget(acc, same, oracle)
 
 
-def check_unit(acc, a, g, segments):
+def check_unit(acc, a, g, segments, impl):
     oracle = unit_sums(acc, a, g, segments, torch.float64)
     same = unit_sums(acc, a, g, segments, torch.float32)
-    assert accumulate_unit_importance_(acc, a, g, segments) is acc
+    assert accumulate_unit_importance_(acc, a, g, segments, impl=impl) is acc
     assert_within_budget(acc, same, oracle)
 
 
@@ -68,82 +82,101 @@ RAGGED = spans((2, 3), (10, 20), (5, 5), (3, 10))
 
 @pytest.mark.parametrize("columns", SIZES)
 @pytest.mark.parametrize("rows", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weight_sums_are_within_the_budget(dtype, rows, columns):
+@FORM
+def test_weight_sums_are_within_the_budget(impl, dtype, rows, columns):
     x, g = random(23, columns, seed=1, dtype=dtype), random(23, rows, seed=2, dtype=dtype)
-    check_weight(random(rows, columns, seed=3).abs(), x, g, RAGGED)
+    check_weight(random(rows, columns, seed=3).abs(), x, g, RAGGED, impl)
 
 
 @pytest.mark.parametrize("layout_acc", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strides_do_not_matter(dtype, layout, layout_acc):
+@FORM
+def test_strides_do_not_matter(impl, dtype, layout, layout_acc):
     x = laid_out(random(23, 63, seed=1, dtype=dtype), layout)
     g = laid_out(random(23, 129, seed=2, dtype=dtype), layout)
-    check_weight(laid_out(random(129, 63, seed=3).abs(), layout_acc), x, g, RAGGED)
+    check_weight(laid_out(random(129, 63, seed=3).abs(), layout_acc), x, g, RAGGED, impl)
     acc = random(63, seed=4).abs()
     a = laid_out(random(23, 63, seed=5, dtype=dtype), layout)
     vector = laid_out(acc, "sliced" if layout_acc == "sliced" else "contiguous")
-    check_unit(vector, a, x, RAGGED)
+    check_unit(vector, a, x, RAGGED, impl)
 
 
 @pytest.mark.parametrize("units", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unit_sums_are_within_the_budget(dtype, units):
+@FORM
+def test_unit_sums_are_within_the_budget(impl, dtype, units):
     a, g = random(23, units, seed=1, dtype=dtype), random(23, units, seed=2, dtype=dtype)
-    check_unit(random(units, seed=3).abs(), a, g, RAGGED)
+    check_unit(random(units, seed=3).abs(), a, g, RAGGED, impl)
 
 
+@IMPL
 @pytest.mark.parametrize(
     "segments",
     [spans(), spans((4, 4)), spans((0, 23)), spans(*((i, i + 1) for i in range(23)))],
     ids=["no examples", "one empty example", "one example", "examples of one row"],
 )
-def test_numbers_and_lengths_of_examples(segments):
+def test_numbers_and_lengths_of_examples(impl, segments):
     x, g = random(23, 17, seed=1), random(23, 17, seed=2)
-    check_weight(torch.ones(17, 17), x, g, segments)
-    check_unit(torch.ones(17), x, g, segments)
+    check_weight(zeros(17, 17) + 1, x, g, segments, impl)
+    check_unit(zeros(17) + 1, x, g, segments, impl)
 
 
-def test_more_rows_than_one_block_holds():
+@FORM
+def test_a_long_example_beside_a_short_one(impl, dtype):
+    # Longer than any part that the kernel for units gives to one program.
+    x, g = random(1100, 5, seed=1, dtype=dtype), random(1100, 7, seed=2, dtype=dtype)
+    segments = spans((0, 1), (1, 1090), (1090, 1100))
+    check_weight(zeros(7, 5), x, g, segments, impl)
+    check_unit(zeros(5), x, random(1100, 5, seed=3, dtype=dtype), segments, impl)
+
+
+@IMPL
+def test_more_rows_than_one_block_holds(impl):
     # The reference works in blocks of accumulator rows; 9000 columns make them 16 rows high.
     x, g = random(6, 9000, seed=1), random(6, 37, seed=2)
-    check_weight(torch.zeros(37, 9000), x, g, spans((0, 2), (2, 6)))
+    check_weight(zeros(37, 9000), x, g, spans((0, 2), (2, 6)), impl)
 
 
+@IMPL
 @pytest.mark.parametrize("rows, columns", [(0, 5), (5, 0)])
-def test_empty_matrices(rows, columns):
-    acc = torch.zeros(rows, columns)
-    accumulate_importance_(acc, torch.ones(3, columns), torch.ones(3, rows), spans((0, 3)))
-    accumulate_unit_importance_(torch.zeros(0), torch.ones(3, 0), torch.ones(3, 0), spans((0, 3)))
+def test_empty_matrices(impl, rows, columns):
+    acc, segments = zeros(rows, columns), spans((0, 3))
+    accumulate_importance_(acc, zeros(3, columns), zeros(3, rows), segments, impl=impl)
+    accumulate_unit_importance_(zeros(0), zeros(3, 0), zeros(3, 0), segments, impl=impl)
 
 
-@pytest.mark.parametrize("op", [accumulate_importance_, accumulate_unit_importance_])
-def test_rows_outside_every_segment_are_never_read(op):
+def output(op):
+    """An empty accumulator for five outputs and five inputs."""
+    return zeros(5, 5) if op is accumulate_importance_ else zeros(5)
+
+
+@IMPL
+@pytest.mark.parametrize("op", OPS)
+def test_rows_outside_every_segment_are_never_read(impl, op):
     x, g = random(9, 5, seed=1), random(9, 5, seed=2)
-    shape = (5, 5) if op is accumulate_importance_ else (5,)
-    expected = op(torch.zeros(shape), x, g, spans((2, 4), (6, 8)))
+    segments = spans((2, 4), (6, 8))
+    expected = op(output(op), x, g, segments, impl=impl)
     for outside in (0, 1, 4, 5, 8):
         x[outside], g[outside] = NAN, NAN
-    assert torch.equal(op(torch.zeros(shape), x, g, spans((2, 4), (6, 8))), expected)
+    assert torch.equal(op(output(op), x, g, segments, impl=impl), expected)
 
 
-@pytest.mark.parametrize("op", [accumulate_importance_, accumulate_unit_importance_])
-def test_the_absolute_value_is_per_example(op):
-    x, g = torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [-2.0]])
-    shape = (1, 1) if op is accumulate_importance_ else (1,)
-    assert op(torch.zeros(shape), x, g, spans((0, 1), (1, 2))).item() == 4
-    assert op(torch.zeros(shape), x, g, spans((0, 2))).item() == 0
+@IMPL
+@pytest.mark.parametrize("op", OPS)
+def test_the_absolute_value_is_per_example(impl, op):
+    x, g = zeros(2, 5) + 1, zeros(2, 5) + torch.tensor([[2.0], [-2.0]], device=DEVICE)
+    apart = op(output(op), x, g, spans((0, 1), (1, 2)), impl=impl)
+    together = op(output(op), x, g, spans((0, 2)), impl=impl)
+    assert apart.eq(4).all() and together.eq(0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_inputs_give_the_same_bits(dtype):
+@FORM
+def test_the_same_inputs_give_the_same_bits(impl, dtype):
     x, g = random(40, 123, seed=1, dtype=dtype), random(40, 129, seed=2, dtype=dtype)
     segments = spans((0, 7), (7, 31), (31, 40))
 
     def run():
-        weight = accumulate_importance_(torch.zeros(129, 123), x, g, segments)
-        unit = accumulate_unit_importance_(torch.zeros(123), x, g[:, :123], segments)
+        weight = accumulate_importance_(zeros(129, 123), x, g, segments, impl=impl)
+        unit = accumulate_unit_importance_(zeros(123), x, g[:, :123], segments, impl=impl)
         return weight, unit
 
     first = run()
@@ -151,13 +184,60 @@ def test_the_same_inputs_give_the_same_bits(dtype):
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
-def test_half_precision_products_are_not_rounded_before_the_absolute_value():
+def test_segments_changed_in_place_are_read_anew():
+    # The kernels keep what they made of a segments tensor for the layers of one batch.
+    x, segments = random(6, 5, seed=1), spans((0, 3), (3, 6))
+    for op in OPS:
+        op(output(op), x, x, segments, impl="triton")
+        segments[1, 1] = 4
+        check = check_weight if op is accumulate_importance_ else check_unit
+        check(output(op), x, x, segments, "triton")
+        segments[1, 1] = 6
+
+
+lengths = st.lists(st.integers(0, 40), min_size=1, max_size=6)
+
+
+def batch(lengths, seed):
+    """Inputs, gradients and the segments of examples of these lengths, one after the other."""
+    ends = torch.tensor(lengths).cumsum(0)
+    segments = torch.stack([ends - torch.tensor(lengths), ends], dim=1)
+    return random(sum(lengths), 5, seed=seed), random(sum(lengths), 5, seed=seed + 1), segments
+
+
+@IMPL
+@pytest.mark.parametrize("op", OPS)
+@settings(deadline=None, max_examples=25, database=None)
+@given(lengths, st.integers(0, 1000), st.randoms(use_true_random=False))
+def test_the_order_of_the_examples_does_not_matter(impl, op, lengths, seed, shuffler):
+    x, g, segments = batch(lengths, seed)
+    order = list(range(len(lengths)))
+    shuffler.shuffle(order)
+    straight = op(output(op), x, g, segments, impl=impl)
+    shuffled = op(output(op), x, g, segments[order], impl=impl)
+    torch.testing.assert_close(shuffled, straight, rtol=1e-5, atol=1e-5)
+
+
+@IMPL
+@pytest.mark.parametrize("op", OPS)
+@settings(deadline=None, max_examples=25, database=None)
+@given(lengths, st.integers(0, 1000), st.integers(0, 6))
+def test_a_batch_split_in_two_adds_up(impl, op, lengths, seed, cut):
+    x, g, segments = batch(lengths, seed)
+    whole = op(output(op), x, g, segments, impl=impl)
+    halves = op(output(op), x, g, segments[:cut], impl=impl)
+    op(halves, x, g, segments[cut:], impl=impl)
+    torch.testing.assert_close(halves, whole, rtol=1e-5, atol=1e-5)
+
+
+@IMPL
+def test_half_precision_products_are_not_rounded_before_the_absolute_value(impl):
     # 256 + 1 rounds to 256 in bfloat16, and 2048 + 1 to 2048 in float16.
     for dtype, large in ((torch.bfloat16, 256.0), (torch.float16, 2048.0)):
-        x = torch.tensor([[large], [1.0]], dtype=dtype)
-        ones = torch.ones(2, 1, dtype=dtype)
-        weight = accumulate_importance_(torch.zeros(1, 1), x, ones, spans((0, 2)))
-        unit = accumulate_unit_importance_(torch.zeros(1), x, ones, spans((0, 2)))
+        x = torch.tensor([[large], [1.0]], dtype=dtype, device=DEVICE)
+        ones = torch.ones_like(x)
+        weight = accumulate_importance_(zeros(1, 1), x, ones, spans((0, 2)), impl=impl)
+        unit = accumulate_unit_importance_(zeros(1), x, ones, spans((0, 2)), impl=impl)
         assert weight.item() == unit.item() == large + 1
 
 
@@ -177,7 +257,8 @@ def test_reduced_matmul_precision_is_the_models_affair_not_ours(precision, monke
     torch.set_float32_matmul_precision(precision)
     try:
         allowed = torch.backends.cuda.matmul.fp32_precision
-        accumulate_importance_(torch.zeros(3, 4), random(5, 4), random(5, 3), spans((0, 5)))
+        x, g = random(5, 4), random(5, 3)
+        accumulate_importance_(zeros(3, 4), x, g, spans((0, 5)), impl="reference")
         assert torch.get_float32_matmul_precision() == precision
         assert torch.backends.cuda.matmul.fp32_precision == allowed == "tf32"
     finally:
@@ -185,13 +266,11 @@ def test_reduced_matmul_precision_is_the_models_affair_not_ours(precision, monke
     assert [cuda for cuda, _ in used] == ["ieee"]
 
 
-def test_inputs_that_require_grad_are_taken_as_numbers():
-    x = random(5, 4).requires_grad_(True)
-    for op, acc in (
-        (accumulate_importance_, torch.zeros(4, 4)),
-        (accumulate_unit_importance_, torch.zeros(4)),
-    ):
-        assert not op(acc, x, x * 2, spans((0, 5))).requires_grad
+@IMPL
+def test_inputs_that_require_grad_are_taken_as_numbers(impl):
+    x = random(6, 5).requires_grad_(True)
+    for op in OPS:
+        assert not op(output(op), x, x * 2, spans((0, 6)), impl=impl).requires_grad
 
 
 X, G, ACC = torch.ones(6, 4), torch.ones(6, 3), torch.zeros(3, 4)

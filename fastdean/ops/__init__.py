@@ -6,11 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdean.ops.importance import accumulate_importance_, accumulate_unit_importance_
+    from fastdean.ops.importance import (
+        accumulate_expert_importance_,
+        accumulate_importance_,
+        accumulate_unit_importance_,
+    )
     from fastdean.ops.mask import gather_at, write_at_, zero_at_
     from fastdean.ops.selection import select_top
 
 _HOME = {
+    "accumulate_expert_importance_": "fastdean.ops.importance",
     "accumulate_importance_": "fastdean.ops.importance",
     "accumulate_unit_importance_": "fastdean.ops.importance",
     "gather_at": "fastdean.ops.mask",
@@ -20,6 +25,7 @@ _HOME = {
 }
 
 __all__ = [
+    "accumulate_expert_importance_",
     "accumulate_importance_",
     "accumulate_unit_importance_",
     "gather_at",

@@ -50,7 +50,7 @@ class Explanation:
 class _Implementation:
     name: str
     load: Callable[[str], Callable[..., Any]]
-    refuses: Callable[[torch.device], str]
+    refuses: Callable[[torch.device, torch.dtype | None], str]
     declines: Callable[[torch.device], str]
 
 
@@ -60,20 +60,40 @@ def _load_reference(op: str) -> Callable[..., Any]:
     return getattr(reference, op)
 
 
+def _load_triton(op: str) -> Callable[..., Any]:
+    import importlib
+
+    return getattr(importlib.import_module(_TRITON_HOME[op]), op)
+
+
 def _load_native(op: str) -> Callable[..., Any]:
     from fastdean import native
 
     return getattr(native, op)
 
 
-def _native_refuses(device: torch.device) -> str:
+def _native_refuses(device: torch.device, dtype: torch.dtype | None) -> str:
     from fastdean import native
 
     return native.refusal(device)
 
 
-def _never(device: torch.device) -> str:
+def _triton_refuses(device: torch.device, dtype: torch.dtype | None) -> str:
+    from fastdean import kernels
+
+    return kernels.refusal(device, dtype)
+
+
+def _refuses_nothing(device: torch.device, dtype: torch.dtype | None) -> str:
     return ""
+
+
+def _declines_nothing(device: torch.device) -> str:
+    return ""
+
+
+def _slow_on_a_cpu(device: torch.device) -> str:
+    return "interpreted kernels are slow; ask for it by name" if device.type == "cpu" else ""
 
 
 def _unproven_on_cuda(device: torch.device) -> str:
@@ -82,30 +102,47 @@ def _unproven_on_cuda(device: torch.device) -> str:
     return ""
 
 
-_REFERENCE = _Implementation("reference", _load_reference, refuses=_never, declines=_never)
+_REFERENCE = _Implementation(
+    "reference", _load_reference, refuses=_refuses_nothing, declines=_declines_nothing
+)
+_TRITON = _Implementation("triton", _load_triton, refuses=_triton_refuses, declines=_slow_on_a_cpu)
 _NATIVE = _Implementation(
     "native", _load_native, refuses=_native_refuses, declines=_unproven_on_cuda
 )
 
+_TRITON_HOME = {
+    "accumulate_importance_": "fastdean.kernels.importance",
+    "accumulate_expert_importance_": "fastdean.kernels.importance",
+    "accumulate_unit_importance_": "fastdean.kernels.unit_importance",
+    "select_top": "fastdean.kernels.selection",
+}
+
 _TABLE: dict[str, tuple[_Implementation, ...]] = {
-    "accumulate_importance_": (_REFERENCE,),
-    "accumulate_unit_importance_": (_REFERENCE,),
-    "select_top": (_REFERENCE,),
+    "accumulate_importance_": (_TRITON, _REFERENCE),
+    "accumulate_expert_importance_": (_TRITON, _REFERENCE),
+    "accumulate_unit_importance_": (_TRITON, _REFERENCE),
+    "select_top": (_TRITON, _REFERENCE),
     "zero_at_": (_NATIVE, _REFERENCE),
 }
 
 
-def choose(op: str, device: torch.device | str, impl: str | None = None) -> Choice:
-    """The implementation of `op` that runs on tensors of `device`.
+def choose(
+    op: str,
+    device: torch.device | str,
+    impl: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Choice:
+    """The implementation of `op` that runs on tensors of `device` and `dtype`.
 
     Args:
         op: name of an operation of `fastdean.ops`.
         device: where the tensors lie.
         impl: one of `IMPLEMENTATIONS`, or None for FASTDEAN_IMPL and then the preferred one.
+        dtype: of the tensors, where an implementation may not take every dtype.
     Raises: ValueError for an unknown name; RuntimeError if the named implementation does not exist
         for `op` or cannot run on `device`, or if the compiled extension is broken.
     """
-    entry, reason = _select(op, torch.device(device), impl)
+    entry, reason = _select(op, torch.device(device), impl, dtype)
     return Choice(entry.load(op), entry.name, reason)
 
 
@@ -118,18 +155,20 @@ def explain(device: torch.device | str) -> list[Explanation]:
     return [_explain(op, torch.device(device)) for op in _TABLE]
 
 
-def _select(op: str, device: torch.device, impl: str | None) -> tuple[_Implementation, str]:
+def _select(
+    op: str, device: torch.device, impl: str | None, dtype: torch.dtype | None
+) -> tuple[_Implementation, str]:
     """The implementation and the reason it was taken; raises as `choose` does."""
     if impl is not None:
         _check_name(impl, "impl")
-        return _named(op, device, impl, f"impl={impl!r}")
+        return _named(op, device, dtype, impl, f"impl={impl!r}")
     preferred = os.environ.get(ENVIRONMENT_VARIABLE)
     if not preferred:
-        return _first_able(op, device)
+        return _first_able(op, device, dtype)
     _check_name(preferred, ENVIRONMENT_VARIABLE)
     if any(entry.name == preferred for entry in _TABLE[op]):
-        return _named(op, device, preferred, f"{ENVIRONMENT_VARIABLE}={preferred}")
-    fallback, _ = _first_able(op, device)
+        return _named(op, device, dtype, preferred, f"{ENVIRONMENT_VARIABLE}={preferred}")
+    fallback, _ = _first_able(op, device, dtype)
     return fallback, f"{ENVIRONMENT_VARIABLE}={preferred}, but {_absence(op, preferred)}"
 
 
@@ -145,11 +184,13 @@ def _absence(op: str, impl: str) -> str:
     return f"there is no {_KIND_OF_KERNEL[impl]} for {op} in this version"
 
 
-def _named(op: str, device: torch.device, impl: str, asked_by: str) -> tuple[_Implementation, str]:
+def _named(
+    op: str, device: torch.device, dtype: torch.dtype | None, impl: str, asked_by: str
+) -> tuple[_Implementation, str]:
     for entry in _TABLE[op]:
         if entry.name != impl:
             continue
-        refusal = entry.refuses(device)
+        refusal = entry.refuses(device, dtype)
         if refusal:
             raise RuntimeError(
                 f"{asked_by} must be able to run {op} on {device.type}, got a refusal: {refusal}; "
@@ -163,10 +204,12 @@ def _named(op: str, device: torch.device, impl: str, asked_by: str) -> tuple[_Im
     )
 
 
-def _first_able(op: str, device: torch.device) -> tuple[_Implementation, str]:
+def _first_able(
+    op: str, device: torch.device, dtype: torch.dtype | None
+) -> tuple[_Implementation, str]:
     passed_over = []
     for entry in _TABLE[op]:
-        objection = entry.refuses(device) or entry.declines(device)
+        objection = entry.refuses(device, dtype) or entry.declines(device)
         if not objection:
             return entry, "; ".join(passed_over) or f"preferred on {device.type}"
         passed_over.append(f"not {entry.name}: {objection}")
@@ -175,7 +218,7 @@ def _first_able(op: str, device: torch.device) -> tuple[_Implementation, str]:
 
 def _explain(op: str, device: torch.device) -> Explanation:
     try:
-        entry, reason = _select(op, device, None)
+        entry, reason = _select(op, device, None, None)
         chosen = entry.name
     except (RuntimeError, ValueError) as error:
         chosen, reason = "", str(error)
@@ -188,6 +231,6 @@ def _why_not(op: str, device: torch.device, impl: str) -> str:
     if entry is None:
         return _absence(op, impl)
     try:
-        return entry.refuses(device) or entry.declines(device) or "another one is preferred"
+        return entry.refuses(device, None) or entry.declines(device) or "another one is preferred"
     except RuntimeError as error:
         return str(error)

@@ -1,7 +1,7 @@
 """Importance accumulation: the sum over examples of per-example absolute gradients.
 
-Two ops, both without any [B, R, C] temporary and without a gradient kept per example: the loop over
-examples lies inside the op.
+Three ops (a weight, the stacked weights of experts, units), all without any [B, R, C] temporary and
+without a gradient kept per example: the loop over examples lies inside the op.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def accumulate_importance_(
         g: [N, R] gradients of the loss with respect to its outputs; dtype of `x`.
         segments: int64 [B, 2] on the CPU, rows (start, end) of each example, 0 <= start <= end <=
             N. Rows in no segment (padding) count for nothing; B = 0 leaves `acc` as it is.
-        impl: None (by device), "reference", "triton" or "native".
+        impl: None (by device), "reference" or "triton".
     Returns:
         `acc`.
     Raises:
@@ -43,7 +43,50 @@ def accumulate_importance_(
     """
     _check_inputs(x, g, segments)
     _check_accumulator(acc, (g.shape[1], x.shape[1]), x.device)
-    choose("accumulate_importance_", x.device, impl).callable(acc, x, g, segments)
+    choose("accumulate_importance_", x.device, impl, x.dtype).callable(acc, x, g, segments)
+    return acc
+
+
+def accumulate_expert_importance_(
+    acc: Tensor,
+    x: Tensor,
+    g: Tensor,
+    segments: Tensor,
+    experts: Tensor,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Add every example's absolute weight gradient, expert by expert, to `acc`, in place.
+
+    For stacked expert weights [E, R, C], once the tokens that were routed to an expert are sorted
+    by expert and, within it, by example. Equivalent to:
+        for (start, end), expert in zip(segments.tolist(), experts.tolist()):
+            acc[expert] += (g[start:end].T.float() @ x[start:end].float()).abs()
+
+    Args:
+        acc: fp32 [E, R, C], any strides; on the device of `x`.
+        x: [N, C] inputs of the experts; fp32, bf16, fp16 or fp64, any strides.
+        g: [N, R] gradients of the loss with respect to their outputs (routing weight included);
+            dtype of `x`.
+        segments: int64 [S, 2], rows (start, end) of one example's tokens at one expert, 0 <= start
+            <= end <= N; on the CPU, or on the device of `x`, where routing made them: then they are
+            not checked, so that nothing waits for the device, and must not overlap.
+        experts: int64 [S], ascending, 0..E-1, the expert of each segment; where `segments` are.
+        impl: None (by device), "reference" or "triton".
+    Returns:
+        `acc`.
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit together, or CPU segments reach
+            outside the inputs.
+    """
+    _check_pair(x, g)
+    if acc.dim() != 3:
+        raise ValueError(f"acc must be [E, R, C], got {list(acc.shape)}; stack the experts")
+    _check_accumulator(acc, (acc.shape[0], g.shape[1], x.shape[1]), x.device)
+    _check_segments(segments, x, ("cpu", x.device.type))
+    _check_experts(experts, segments, acc.shape[0])
+    op = choose("accumulate_expert_importance_", x.device, impl, x.dtype)
+    op.callable(acc, x, g, segments, experts)
     return acc
 
 
@@ -73,11 +116,17 @@ def accumulate_unit_importance_(
             "pass the gradient with respect to a itself"
         )
     _check_accumulator(acc, (a.shape[1],), a.device)
-    choose("accumulate_unit_importance_", a.device, impl).callable(acc, a, g, segments)
+    op = choose("accumulate_unit_importance_", a.device, impl, a.dtype)
+    op.callable(acc, a, g, segments)
     return acc
 
 
 def _check_inputs(x: Tensor, g: Tensor, segments: Tensor) -> None:
+    _check_pair(x, g)
+    _check_segments(segments, x, ("cpu",))
+
+
+def _check_pair(x: Tensor, g: Tensor) -> None:
     if x.dim() != 2 or g.dim() != 2 or x.shape[0] != g.shape[0]:
         raise ValueError(
             "inputs and gradients must be [N, C] and [N, R] with the same N, "
@@ -92,28 +141,60 @@ def _check_inputs(x: Tensor, g: Tensor, segments: Tensor) -> None:
         raise ValueError(
             f"g must be on the device of the inputs, {x.device}, got {g.device}; move it there"
         )
+
+
+def _check_segments(segments: Tensor, x: Tensor, places: tuple[str, ...]) -> None:
+    where = "the CPU" if places == ("cpu",) else "the CPU or the inputs' device"
     if not isinstance(segments, Tensor):
         raise TypeError(
-            "segments must be a tensor, int64 [B, 2] on the CPU, "
+            f"segments must be a tensor, int64 [B, 2] on {where}, "
             f"got {type(segments).__name__}; make it with torch.tensor"
         )
     if (
         segments.dim() != 2
         or segments.shape[1] != 2
         or segments.dtype != torch.int64
-        or segments.device.type != "cpu"
+        or segments.device.type not in places
     ):
         raise ValueError(
-            "segments must be int64 [B, 2] on the CPU, "
+            f"segments must be int64 [B, 2] on {where}, "
             f"got {segments.dtype} {list(segments.shape)} on {segments.device}; "
             "give (start, end) of each example"
         )
-    if segments.numel():
+    if segments.numel() and segments.device.type == "cpu":
         starts, ends = segments.unbind(1)
         if starts.min() < 0 or ends.max() > x.shape[0] or (starts > ends).any():
             raise ValueError(
                 f"segments must satisfy 0 <= start <= end <= {x.shape[0]}, got rows from "
                 f"{int(starts.min())} to {int(ends.max())}; check the batch's layout"
+            )
+
+
+def _check_experts(experts: Tensor, segments: Tensor, number: int) -> None:
+    if not isinstance(experts, Tensor):
+        raise TypeError(
+            "experts must be a tensor, int64 [S] beside segments, "
+            f"got {type(experts).__name__}; make it with torch.tensor"
+        )
+    if (
+        experts.dtype != torch.int64
+        or tuple(experts.shape) != (len(segments),)
+        or experts.device != segments.device
+    ):
+        raise ValueError(
+            f"experts must be int64 [{len(segments)}] on {segments.device}, one per segment, "
+            f"got {experts.dtype} {list(experts.shape)} on {experts.device}; sort tokens by expert"
+        )
+    if experts.numel() and experts.device.type == "cpu":
+        if bool((experts.diff() < 0).any()):
+            raise ValueError(
+                "experts must be in ascending order, got a lower one after a higher; "
+                "sort the tokens by expert first"
+            )
+        if int(experts[0]) < 0 or int(experts[-1]) >= number:
+            raise ValueError(
+                f"experts must lie in 0..{number - 1}, got {int(experts[0])} to "
+                f"{int(experts[-1])}; acc has {number} experts"
             )
 
 

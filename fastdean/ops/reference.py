@@ -80,6 +80,19 @@ def accumulate_importance_(
                 block += product.abs_()
 
 
+@torch.no_grad()
+def accumulate_expert_importance_(
+    acc: torch.Tensor,
+    x: torch.Tensor,
+    g: torch.Tensor,
+    segments: torch.Tensor,
+    experts: torch.Tensor,
+) -> None:
+    """See `ops.accumulate_expert_importance_`."""
+    for expert in experts.unique_consecutive().tolist():
+        accumulate_importance_(acc[expert], x, g, segments[experts == expert].cpu())
+
+
 @contextmanager
 def _full_fp32_products() -> Iterator[None]:
     """No TF32 and no bf16 inside, whatever the caller allows the model's own products."""

@@ -57,4 +57,5 @@ def select_top(
             f"k must be at least 0 and num_examples at least 1, got {k} and {num_examples}; "
             "check the ratio and the number of examples"
         )
-    return choose("select_top", sums.device, impl).callable(sums, weight, num_examples, k)
+    dtype = sums.dtype if weight is None else weight.dtype
+    return choose("select_top", sums.device, impl, dtype).callable(sums, weight, num_examples, k)

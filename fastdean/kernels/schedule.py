@@ -1,0 +1,81 @@
+"""Which rows of a batch a kernel reads in which order: ragged examples cut into token blocks.
+
+A kernel that ran an inner loop over each example would empty and refill its pipeline of loads per
+example, and examples are short: 76 tokens on average, three blocks of 32. It runs one loop over
+this list instead, and an example ends where the list says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# The blocks of the examples that are being worked on, so that all layers of a batch share one copy
+# on the device: without this every layer would wait for its own transfer.
+_PLACED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def token_blocks(
+    segments: Tensor,
+    *,
+    num_rows: int,
+    block_tokens: int,
+    owners: Tensor | None = None,
+    num_owners: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Cut examples into blocks of at most `block_tokens` rows, grouped by their owners.
+
+    Nothing here reads a tensor of a device back: for segments on a device the list has the length
+    it could have at most, and `first` says where it ends.
+
+    Args:
+        segments: int64 [S, 2], (start, end) of each example, S > 0; cut off at `num_rows`. On a
+            device they must not overlap.
+        num_rows: rows of the inputs.
+        block_tokens: rows of a block.
+        owners: int64 [S], ascending, 0..num_owners - 1, on the device of `segments`; None: all
+            belong to one.
+    Returns:
+        blocks: int64 [M + 1, 2], on the device of `segments`: first row of the block, and how many
+            rows of its example are left from there on (an example's last block has at most
+            `block_tokens`). One entry more than blocks, as kernels load one ahead.
+        first: int64 [num_owners + 1]; the blocks of owner e are first[e] .. first[e + 1].
+    """
+    device, number = segments.device, len(segments)
+    starts, ends = segments.clamp(0, num_rows).unbind(1)
+    counts = (ends - starts + block_tokens - 1).clamp_min(0) // block_tokens
+    before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    at_most = int(before[-1]) if device.type == "cpu" else num_rows // block_tokens + number
+    if owners is None:
+        first = before[::number].contiguous()
+    else:
+        first = before[torch.searchsorted(owners, torch.arange(num_owners + 1, device=device))]
+    place = torch.arange(at_most + 1, device=device)
+    example = torch.searchsorted(before[1:], place, right=True).clamp_max_(number - 1)
+    row = starts[example] + (place - before[example]) * block_tokens
+    return torch.stack([row, ends[example] - row], dim=1), first
+
+
+def placed_token_blocks(
+    segments: Tensor, *, num_rows: int, block_tokens: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`token_blocks` of CPU segments on `device`, moved there once per segments tensor."""
+    if segments.is_inference():  # carries no version number, so a change would go unseen
+        return _place(segments, num_rows, block_tokens, device)
+    known = _PLACED.setdefault(segments, {})
+    key = (segments._version, num_rows, block_tokens, device)
+    if key not in known:
+        known[key] = _place(segments, num_rows, block_tokens, device)
+    return known[key]
+
+
+def _place(
+    segments: Tensor, num_rows: int, block_tokens: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    made = token_blocks(segments, num_rows=num_rows, block_tokens=block_tokens)
+    if device.type == "cpu":
+        return made
+    # From pinned memory: a copy from pageable memory would wait for the device.
+    blocks, first = (tensor.pin_memory().to(device, non_blocking=True) for tensor in made)
+    return blocks, first

@@ -1,0 +1,14 @@
+"""Where kernels are tested: on the GPU where there is one, else interpreted on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+if DEVICE.type == "cpu":
+    assert os.environ.get("FASTDEAN_REQUIRE_GPU") != "1", "torch sees no CUDA device"
+    # Triton reads this once, when the kernels are imported.
+    os.environ["TRITON_INTERPRET"] = "1"
