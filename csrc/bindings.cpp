@@ -25,6 +25,8 @@ void raise_unless_ok(fastdean::Status status) {
       throw std::invalid_argument("rank must be from 0 to " + std::to_string(fastdean::kMaxRank));
     case fastdean::Status::kIndexOutOfRange:
       throw std::out_of_range("indices must lie within the tensor; nothing was written");
+    case fastdean::Status::kUnsupportedLevel:
+      throw std::invalid_argument("level must be an instruction set that this processor has");
   }
 }
 
@@ -52,6 +54,19 @@ void zero_at_cuda(int64_t rows, int64_t num_rows, int64_t max_count, int64_t str
 }
 #endif
 
+// `params` is the address of an ImportanceParams that Python wrote field by field.
+const fastdean::ImportanceParams& importance_params(int64_t params) {
+  return *reinterpret_cast<const fastdean::ImportanceParams*>(params);
+}
+
+int64_t importance_workspace_bytes(int64_t params) {
+  return fastdean::accumulate_importance_workspace_bytes(importance_params(params));
+}
+
+void accumulate_importance_cpu(int64_t params) {
+  raise_unless_ok(fastdean::accumulate_importance_cpu(importance_params(params)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -63,11 +78,18 @@ PYBIND11_MODULE(_C, m) {
   m.attr("CUDA_ARCHITECTURES") = FASTDEAN_CUDA_ARCHITECTURES;
   m.attr("MAX_RANK") = fastdean::kMaxRank;
   m.attr("ROW_FIELDS") = fastdean::kRowFields;
+  m.attr("IMPORTANCE_FIELDS") = fastdean::kImportanceFields;
   m.attr("DTYPE_FLOAT16") = static_cast<int64_t>(fastdean::DType::kFloat16);
   m.attr("DTYPE_BFLOAT16") = static_cast<int64_t>(fastdean::DType::kBFloat16);
   m.attr("DTYPE_FLOAT32") = static_cast<int64_t>(fastdean::DType::kFloat32);
   m.attr("DTYPE_FLOAT64") = static_cast<int64_t>(fastdean::DType::kFloat64);
 
+  m.attr("CPU_LEVEL") = static_cast<int64_t>(fastdean::best_cpu_level());
+
+  m.def("accumulate_importance_workspace_bytes", &importance_workspace_bytes, py::kw_only(),
+        py::arg("params"));
+  m.def("accumulate_importance_cpu", &accumulate_importance_cpu, py::kw_only(), py::arg("params"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("zero_at_cpu", &zero_at_cpu, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
         py::arg("max_count"), py::call_guard<py::gil_scoped_release>());
 #ifdef FASTDEAN_WITH_CUDA

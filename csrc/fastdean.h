@@ -14,7 +14,7 @@ namespace fastdean {
 
 // Raised by one with every change of a struct or a signature in this file; native.py names the
 // number it was written for and refuses another.
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 constexpr int kMaxRank = 8;
 
@@ -30,6 +30,15 @@ enum class Status {
   kUnknownDType,
   kRankTooLarge,
   kIndexOutOfRange,
+  kUnsupportedLevel,
+};
+
+// Instruction sets of the CPU operations, each including those before it.
+enum class CpuLevel : int64_t {
+  kPortable = 0,
+  kAvx2 = 1,       // with FMA
+  kAvx512 = 2,     // AVX512F
+  kAvx512Bf16 = 3,
 };
 
 // One tensor of a zero_at call: one row of the table that Python writes as int64 [T, kRowFields].
@@ -54,6 +63,33 @@ struct ZeroAtParams {
   int64_t num_rows;       // how many tensors
   int64_t max_count;      // the largest `count` of the rows; sizes the CUDA grid
 };
+
+// accumulate_importance: acc[r, c] += sum over examples of |sum over its tokens t of g[t, r] x[t, c]|
+// in fp32. Python writes it as int64 [kImportanceFields]. All strides in elements.
+struct ImportanceParams {
+  int64_t acc;           // address of fp32 [rows, columns]
+  int64_t acc_stride_r;
+  int64_t acc_stride_c;
+  int64_t x;             // address of [tokens, columns]
+  int64_t x_stride_t;
+  int64_t x_stride_c;
+  int64_t g;             // address of [tokens, rows]
+  int64_t g_stride_t;
+  int64_t g_stride_r;
+  int64_t dtype;         // a DType but kFloat64, of x and g
+  int64_t rows;
+  int64_t columns;
+  int64_t tokens;
+  int64_t segments;      // address of int64 [num_segments, 2]: start and end row of each example
+  int64_t num_segments;
+  int64_t level;         // a CpuLevel that this processor has
+  int64_t num_workers;   // how many threads share the work, at least 1
+  int64_t workspace;     // address of as many bytes as accumulate_importance_workspace_bytes says
+};
+
+constexpr int kImportanceFields = 18;
+static_assert(sizeof(ImportanceParams) == kImportanceFields * sizeof(int64_t),
+              "the fields must be those that Python writes");
 
 // Zero is all bits clear in every DType, so a write needs the width of an element and no more.
 // Returns 0 for a value that is no DType.
@@ -89,6 +125,15 @@ inline int64_t element_offset(const ZeroAtRow& row, int64_t index) {
 
 // Checks dtype, rank and index range of every row, then writes; writes nothing unless kOk.
 Status zero_at_cpu(const ZeroAtParams& params);
+
+// The highest level that this processor has and this build contains.
+CpuLevel best_cpu_level();
+
+// Reads everything but the addresses of acc, x, g and workspace.
+int64_t accumulate_importance_workspace_bytes(const ImportanceParams& params);
+
+// Checks level, dtype and segments, then adds to acc; leaves it alone unless kOk.
+Status accumulate_importance_cpu(const ImportanceParams& params);
 
 #ifdef FASTDEAN_WITH_CUDA
 // Enqueues one kernel on `stream` of the current device. Checks nothing: the rows are not readable

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 # The number in csrc/fastdean.h that this file was written for.
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _REINSTALL = "reinstall fastdean, or set FASTDEAN_IMPL=reference to do without the extension"
 
@@ -102,6 +102,11 @@ def refusal(device: torch.device) -> str:
     return ""
 
 
+def cpu_level() -> int:
+    """Number of the highest instruction set that the extension and this processor both have."""
+    return _extension().CPU_LEVEL
+
+
 def _extension() -> ModuleType:
     raise_if_broken()
     extension, found = _load()
@@ -168,6 +173,51 @@ def zero_at_(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -
                 stream=torch.cuda.current_stream(device).cuda_stream,
             )
     _increment_versions(tensors)
+
+
+def accumulate_importance_(
+    acc: torch.Tensor, x: torch.Tensor, g: torch.Tensor, segments: torch.Tensor
+) -> None:
+    """`ops.accumulate_importance_` in compiled code, for fp32, bf16 and fp16 on the CPU.
+
+    The arguments have passed the checks of `ops.accumulate_importance_`.
+    """
+    if acc.numel() == 0 or len(segments) == 0:
+        return
+    _accumulate_importance_(acc, x, g, segments, level=cpu_level())
+
+
+def _accumulate_importance_(
+    acc: torch.Tensor, x: torch.Tensor, g: torch.Tensor, segments: torch.Tensor, *, level: int
+) -> None:
+    """With the instruction set of this number; RuntimeError if the processor lacks it."""
+    extension = _extension()
+    segments = segments.contiguous()
+    # One `ImportanceParams` of csrc/fastdean.h, field by field; the workspace comes last.
+    params = torch.tensor(
+        [
+            acc.data_ptr(),
+            *acc.stride(),
+            x.data_ptr(),
+            *x.stride(),
+            g.data_ptr(),
+            *g.stride(),
+            _dtype_code(extension, x.dtype),
+            *acc.shape,
+            x.shape[0],
+            segments.data_ptr(),
+            len(segments),
+            level,
+            torch.get_num_threads(),
+            0,
+        ],
+        dtype=torch.int64,
+    )
+    size = extension.accumulate_importance_workspace_bytes(params=params.data_ptr())
+    workspace = torch.empty(size, dtype=torch.uint8)
+    params[-1] = workspace.data_ptr()
+    extension.accumulate_importance_cpu(params=params.data_ptr())
+    _increment_versions([acc])
 
 
 def _increment_versions(tensors: Sequence[torch.Tensor]) -> None:

@@ -78,6 +78,14 @@ def _native_refuses(device: torch.device, dtype: torch.dtype | None) -> str:
     return native.refusal(device)
 
 
+def _native_accumulation_refuses(device: torch.device, dtype: torch.dtype | None) -> str:
+    if device.type != "cpu":
+        return f"the compiled accumulation runs on the CPU, not on {device.type}"
+    if dtype == torch.float64:
+        return "the compiled accumulation takes fp32, bf16 and fp16, not torch.float64"
+    return _native_refuses(device, dtype)
+
+
 def _triton_refuses(device: torch.device, dtype: torch.dtype | None) -> str:
     from fastdean import kernels
 
@@ -110,6 +118,10 @@ _NATIVE = _Implementation(
     "native", _load_native, refuses=_native_refuses, declines=_unproven_on_cuda
 )
 
+_NATIVE_ON_CPU = _Implementation(
+    "native", _load_native, refuses=_native_accumulation_refuses, declines=_declines_nothing
+)
+
 _TRITON_HOME = {
     "accumulate_importance_": "fastdean.kernels.importance",
     "accumulate_expert_importance_": "fastdean.kernels.importance",
@@ -118,7 +130,7 @@ _TRITON_HOME = {
 }
 
 _TABLE: dict[str, tuple[_Implementation, ...]] = {
-    "accumulate_importance_": (_TRITON, _REFERENCE),
+    "accumulate_importance_": (_TRITON, _NATIVE_ON_CPU, _REFERENCE),
     "accumulate_expert_importance_": (_TRITON, _REFERENCE),
     "accumulate_unit_importance_": (_TRITON, _REFERENCE),
     "select_top": (_TRITON, _REFERENCE),

@@ -1,0 +1,57 @@
+// The innermost loop of importance on the CPU, once for every instruction set.
+//
+// A tile is kRows x (kRegisters vectors) entries of the weight. Its inputs come packed, token after
+// token: kRows values of G and as many of X as the tile has columns. The product of one example
+// grows in registers; at the example's end its absolute value joins `total`, which stays in the
+// nearest cache.
+//
+// Included by files that are compiled for different instruction sets. Everything here is in an
+// unnamed namespace: a shared symbol would let the linker take the version of another file.
+#pragma once
+
+#include <cstdint>
+
+#include "importance_levels.h"
+
+namespace fastdean {
+namespace {
+
+template <class V>
+void run_tile(const void* g_panel, const void* x_panel, const int64_t* steps, int64_t num_examples,
+              float* total) {
+  using Element = typename V::Element;
+  constexpr int kRows = V::kRows;
+  constexpr int kRegisters = V::kRegisters;
+  constexpr int kColumns = kRegisters * V::kWidth;
+  const auto* g = static_cast<const Element*>(g_panel);
+  const auto* x = static_cast<const Element*>(x_panel);
+  for (int64_t b = 0; b < num_examples; ++b) {
+    typename V::Sum part[kRows][kRegisters];
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kRegisters; ++j) part[i][j] = V::zero();
+    }
+    for (int64_t step = 0; step < steps[b]; ++step) {
+      typename V::Factor columns[kRegisters];
+      for (int j = 0; j < kRegisters; ++j) columns[j] = V::load(x + j * V::kWidth * V::kTokens);
+      for (int i = 0; i < kRows; ++i) {
+        const auto row = V::broadcast(g + i * V::kTokens);
+        for (int j = 0; j < kRegisters; ++j) part[i][j] = V::fma(row, columns[j], part[i][j]);
+      }
+      g += kRows * V::kTokens;
+      x += kColumns * V::kTokens;
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kRegisters; ++j) {
+        V::add_absolute(total + i * kColumns + j * V::kWidth, part[i][j]);
+      }
+    }
+  }
+}
+
+template <class V>
+constexpr TileKernel tile_kernel() {
+  return {V::kRows, V::kRegisters * V::kWidth, V::kTokens, &run_tile<V>};
+}
+
+}  // namespace
+}  // namespace fastdean
