@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import triton
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from machine import DEVICE
 
@@ -81,8 +81,8 @@ def test_more_ties_than_there_is_room_for(small_cuts, k, value):
 
 
 def test_an_entry_below_the_bound_that_division_lifts_to_it():
-    # The bound is found to 16 bits, so that only numbers with the others zero are bounds exactly.
-    bound = 1.5 + torch.arange(1, 128) / 256
+    # The bound is found to 15 bits, so that only numbers with the others zero are bounds exactly.
+    bound = 1.5 + torch.arange(1, 64) / 128
     below = bound.nextafter(torch.tensor(0.0))
     three = torch.tensor(3.0)
     lifted = (bound / three == below / three).nonzero()[0, 0]
@@ -136,6 +136,36 @@ def test_adversarial_ties(small_cuts, drawn, numel, k, seed):
     generator = torch.Generator().manual_seed(seed)
     sums = torch.tensor(drawn)[torch.randint(len(drawn), (numel,), generator=generator)]
     check(sums, None, 3, k)
+
+
+# Importances that differ in their last bits alone: every window of the search is full of them.
+@settings(
+    deadline=None,
+    max_examples=40,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.sampled_from([1, 0x3F800000 - 77, 0x7F000000]),
+    st.integers(1, 18),
+    st.integers(1, 600),
+    st.integers(1, 100),
+    st.integers(0, 99),
+)
+@example(0x3F800000, 8, 300, 60, 0)
+@example(0x3F800000, 9, 300, 4, 0)
+def test_importances_within_a_few_bits(small_cuts, lowest, bits, numel, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys = lowest + torch.randint(2**bits, (numel,), generator=generator)
+    check(keys.to(torch.int32).view(torch.float32), None, 1, k)
+
+
+@pytest.mark.parametrize("k", [4, 3600])
+def test_importances_within_a_few_bits_at_real_sizes(k):
+    # Few enough for one program, and too many.
+    generator = torch.Generator().manual_seed(k)
+    keys = 0x3F800000 + torch.randint(300, (20_000,), generator=generator)
+    check(keys.to(torch.int32).view(torch.float32), None, 1, k)
 
 
 @pytest.mark.parametrize("k", [2, 9000])

@@ -12,7 +12,7 @@ Rounding is monotone, so the division, which costs as much as the rest, is left 
     entries, one in each of k groups, so no entry below it (and none that division does not lift to
     it, see `_least_product`) can be among the top k. If the k largest entries are scattered over G
     groups, about -G log(1 - k / G) entries reach it: 1.001 k at k = G / 512, 1.1 k at k = G / 6.
- 2. `_narrow_kernel` finds that bound to 16 of its 31 bits, rounded down, by a histogram of 8 bits
+ 2. `_narrow_kernel` finds that bound to 15 of its 31 bits, rounded down, by a histogram of 8 bits
     at a time. If fewer than k groups hold a positive entry, every positive entry is a candidate.
  3. `_count_kernel` lists the groups whose maximum reaches the bound, reads them and no others again
     and counts the candidates; `_gather_kernel` reads them once more and writes key and flat index
@@ -152,8 +152,11 @@ def _histogram(keys_ptr, start, end, low, shift, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _shift_of(search_round):
-    """Bits below the digit of a round: 23, 15, 7, 0."""
-    return tl.maximum(23 - 8 * search_round, 0)
+    """Bits below the digit of a round: 24, 16, 8, 0, so that each bin holds the next round's 256.
+
+    A key has 31 bits: the first round leaves the upper half of its bins empty.
+    """
+    return 24 - 8 * search_round
 
 
 @triton.jit
