@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -175,6 +176,13 @@ def test_a_product_that_overflows_raises(impl):
 @pytest.mark.parametrize(
     "arguments, error, text",
     [
+        ((None, None, 1, 1), TypeError, "sums must be a tensor, got NoneType; make it"),
+        ((torch.ones(3), [1.0] * 3, 1, 1), TypeError, "weight must be a tensor, got list; make"),
+        ((torch.ones(3), torch.ones(3).int(), 1, 1), TypeError, "weight must be floating point"),
+        ((torch.ones(3), None, 1, 2.0), TypeError, "k must be an integer, got float; use int"),
+        ((torch.ones(3), None, 1, True), TypeError, "k must be an integer, got bool"),
+        ((torch.ones(3), None, 1, torch.tensor(2)), TypeError, "k must be an integer, got Tensor"),
+        ((torch.ones(3), None, 2.5, 1), TypeError, "num_examples must be an integer, got float"),
         ((torch.ones(3).double(), None, 1, 1), TypeError, "sums must be torch.float32, got .*64; "),
         (
             (torch.ones(3), torch.ones(4), 1, 1),
@@ -188,3 +196,17 @@ def test_a_product_that_overflows_raises(impl):
 def test_errors(arguments, error, text):
     with pytest.raises(error, match=text):
         select_top(*arguments)
+
+
+@IMPL
+def test_integers_of_numpy_are_integers(impl):
+    sums = torch.tensor([1.0, 3.0, 2.0], device=DEVICE)
+    assert select_top(sums, None, np.int64(4), np.int32(2), impl=impl).tolist() == [1, 2]
+
+
+@IMPL
+def test_negated_views_are_read_as_what_they_are(impl):
+    negated = torch.tensor([1 - 2j, 1 + 3j, 1 - 4j], device=DEVICE).conj().imag
+    assert negated.is_neg()
+    assert select_top(negated, None, 1, 2, impl=impl).tolist() == [0, 2]
+    assert select_top(-negated, negated, 1, 2, impl=impl).tolist() == [1]

@@ -500,9 +500,10 @@ class _State:
 
 def select_top(sums: Tensor, weight: Tensor | None, num_examples: int, k: int) -> Tensor:
     """See `ops.select_top`."""
-    sums = sums.detach().contiguous().flatten()
+    # A negated view says so beside its memory, which is all that a kernel sees.
+    sums = sums.detach().resolve_neg().contiguous().flatten()
     if weight is not None:
-        weight = weight.detach().to(sums.device).contiguous().flatten()
+        weight = weight.detach().to(sums.device).resolve_neg().contiguous().flatten()
     numel, k = sums.numel(), min(k, sums.numel())
     if numel == 0:
         return torch.empty(0, dtype=torch.int64, device=sums.device)
