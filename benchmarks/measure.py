@@ -13,19 +13,21 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from cases import Implementation, MatrixShape
+from timing import synchronize, time_calls
 
 from fastdean.data import Example
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _LEAST_SECONDS = 0.2
+_GPU_SECONDS = 0.05
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
 
@@ -36,18 +38,42 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median, 20th and 80th percentile."""
+class Problem:
+    """Why there is no measurement.
 
-    median: float
-    p20: float
-    p80: float
+    Attributes:
+        reason: for people.
+        failed: whether it is a mistake; not having the memory is not one.
+    """
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        points = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-        quantiles = torch.tensor(values, dtype=torch.float64).quantile(points)
-        return cls(*quantiles.tolist())
+    reason: str
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All samples of an implementation, or why there are none."""
+
+    implementation: Implementation
+    samples: tuple[Sample, ...]
+    problem: Problem | None = None
+
+
+def attempt(call: Callable[[], Any], device: torch.device) -> tuple[Any, Problem | None]:
+    """(result, None), or (None, problem): what one of several cannot do, others may."""
+    try:
+        return call(), None
+    except torch.OutOfMemoryError:
+        problem = Problem("out of memory", failed=False)
+    # A transform of a model's code may end in any exception there is.
+    except Exception as error:
+        first_line, *_ = str(error).splitlines() or [""]
+        problem = Problem(f"{type(error).__name__}: {first_line}", failed=True)
+    # Only here, past the handler, is what the frames of the call held free.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None, problem
 
 
 def interleaved(
@@ -56,19 +82,29 @@ def interleaved(
     repeats: int,
     device: torch.device,
     report: Callable[[str], None],
-) -> dict[str, list[Sample]]:
+) -> Iterator[Outcome]:
     """Time A B C A B C: a machine that slows down or speeds up does so for all of them.
 
-    Seconds are those of the whole job, `Implementation.scale` applied.
+    Yields each as soon as it is done: after its last turn, or at its first error, which the others
+    survive. Seconds are those of the whole job, `Implementation.scale` applied.
     """
     samples: dict[str, list[Sample]] = {each.name: [] for each in implementations}
     for repeat in range(repeats):
         for each in implementations:
-            sample = timed(lambda run=each.run: run(examples), device)
+            if each.name not in samples:
+                continue
+            sample, problem = attempt(
+                lambda run=each.run: timed(lambda: run(examples), device), device
+            )
+            if problem is not None:
+                del samples[each.name]
+                yield Outcome(each, (), problem)
+                continue
             sample = Sample(sample.seconds * each.scale, sample.peak_bytes)
             samples[each.name].append(sample)
             report(f"  {repeat + 1}/{repeats}  {each.name:<10} {sample.seconds:9.2f} s")
-    return samples
+            if repeat + 1 == repeats:
+                yield Outcome(each, tuple(samples[each.name]))
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> Sample:
@@ -81,11 +117,6 @@ def timed(call: Callable[[], Any], device: torch.device) -> Sample:
     peak = _peak_of_memory(device)
     del result
     return Sample(seconds, None if held is None or peak is None else max(0, peak - held))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _start_of_memory(device: torch.device) -> int | None:
@@ -155,13 +186,14 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def _fastest(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of two calls, or of as many as fit into `_LEAST_SECONDS`."""
+    """Seconds of the fastest of several calls; on a CPU of two, or of as many as fit into
+    `_LEAST_SECONDS`."""
+    if device.type == "cuda":
+        return time_calls([call], device, seconds=_GPU_SECONDS).fastest
     best, total, calls = float("inf"), 0.0, 0
     while calls < 2 or total < _LEAST_SECONDS:
-        synchronize(device)
         start = time.perf_counter()
         call()
-        synchronize(device)
         seconds = time.perf_counter() - start
         best, total, calls = min(best, seconds), total + seconds, calls + 1
     return best

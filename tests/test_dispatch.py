@@ -27,6 +27,13 @@ def _pretend(monkeypatch, state: str, reason: str = "", build: native.BuildFacts
     monkeypatch.setattr(native, "_load", lambda: (None, status))
 
 
+def _pretend_interpreting(monkeypatch, interpreted: bool):
+    # The kernels first: imported meanwhile they would keep the pretence.
+    for module in _dispatch._TRITON_HOME.values():
+        importlib.import_module(module)
+    monkeypatch.setattr(kernels, "interpreted", lambda: interpreted)
+
+
 def _without_triton(monkeypatch):
     monkeypatch.setattr(kernels, "refusal", lambda device, dtype=None: "Triton is not installed")
 
@@ -50,11 +57,11 @@ def test_every_operation_runs_everywhere_without_the_extension_and_without_trito
 
 @pytest.mark.parametrize("op", [*ACCUMULATIONS, "select_top"])
 def test_triton_is_preferred_on_a_gpu_and_interpreted_only_when_named(monkeypatch, op):
-    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    _pretend_interpreting(monkeypatch, False)
     assert choose(op, "cuda", dtype=torch.bfloat16).name == "triton"
     with pytest.raises(RuntimeError, match="Triton runs on a CPU only with TRITON_INTERPRET=1"):
         choose(op, "cpu", "triton")
-    monkeypatch.setattr(kernels, "interpreted", lambda: True)
+    _pretend_interpreting(monkeypatch, True)
     on_cpu, on_cuda = choose(op, "cpu"), choose(op, "cuda")
     assert (on_cpu.name, on_cuda.name) == ("reference", "reference")
     assert "not triton: interpreted kernels are slow; ask for it by name" in on_cpu.reason
@@ -63,14 +70,26 @@ def test_triton_is_preferred_on_a_gpu_and_interpreted_only_when_named(monkeypatc
 
 
 def test_what_the_kernels_cannot_take_falls_to_the_reference_unless_they_are_named(monkeypatch):
-    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    _pretend_interpreting(monkeypatch, False)
     double = choose("accumulate_importance_", "cuda", dtype=torch.float64)
     assert double.name == "reference"
     assert "take fp32, bf16 and fp16, not torch.float64" in double.reason
-    with pytest.raises(RuntimeError, match="impl='triton' must be able to run .* torch.float64; leave"):
+    with pytest.raises(
+        RuntimeError, match="impl='triton' must be able to run .* not torch.float64"
+    ):
         choose("accumulate_importance_", "cuda", "triton", torch.float64)
     with pytest.raises(RuntimeError, match="run on CUDA tensors, not on mps"):
         choose("accumulate_importance_", "mps", "triton")
+
+
+@pytest.mark.parametrize("value", ["1", "true", "ON", "yes"])
+def test_interpreting_is_read_as_triton_reads_it(monkeypatch, value):
+    import triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert kernels.interpreted() and triton.knobs.runtime.interpret
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert not kernels.interpreted() and not triton.knobs.runtime.interpret
 
 
 def test_an_install_without_triton_says_so(monkeypatch):
@@ -79,7 +98,7 @@ def test_an_install_without_triton_says_so(monkeypatch):
 
 
 def test_a_gpu_that_is_too_old_runs_the_reference(monkeypatch):
-    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    _pretend_interpreting(monkeypatch, False)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     found = choose("select_top", "cuda")
