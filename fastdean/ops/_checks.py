@@ -84,6 +84,11 @@ def _check_tensor(tensor: torch.Tensor, name: str) -> None:
         )
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.is_neg():
+        raise ValueError(
+            f"{name} must hold its values as they are, got a tensor that torch negates on reading; "
+            "pass tensor.resolve_neg()"
+        )
     if tensor.dtype not in _FLOATS:
         raise ValueError(
             f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}; "
