@@ -1,7 +1,7 @@
-// Integers from Python -> struct -> launch -> exception. With tensor_facts.cpp the only file that
-// knows Python.
+// Integers from Python -> struct -> launch -> exception. The only file that knows Python.
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -91,6 +91,52 @@ void replace_at_cuda(int64_t rows, int64_t num_rows, int64_t max_count, bool rev
 }
 #endif
 
+// What is remembered of a tensor: its Python type, and its facts.
+constexpr int kFields = 1 + fastdean::kFactFields;
+using Facts = std::array<int64_t, kFields>;
+
+const void* exchange_api(const py::capsule& capsule) {
+  const void* api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  if (api == nullptr) throw py::error_already_set();
+  return api;
+}
+
+bool describes_tensors(const py::capsule& api) {
+  return fastdean::describes_tensors(exchange_api(api));
+}
+
+int64_t type_of(py::handle object) { return reinterpret_cast<int64_t>(Py_TYPE(object.ptr())); }
+
+void read_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts) {
+  const void* api = exchange_api(capsule);
+  auto* row = reinterpret_cast<Facts*>(facts);
+  for (const py::handle tensor : tensors) {
+    (*row)[0] = type_of(tensor);
+    if (!fastdean::read_facts(api, tensor.ptr(), row->data() + 1)) {
+      if (PyErr_Occurred()) throw py::error_already_set();
+      throw std::invalid_argument("tensors must have few dimensions");
+    }
+    ++row;
+  }
+}
+
+bool same_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts) {
+  const void* api = exchange_api(capsule);
+  const auto* before = reinterpret_cast<const Facts*>(facts);
+  Facts now;
+  for (const py::handle tensor : tensors) {
+    // An object of another type may be no tensor at all, which torch's function does not check.
+    now[0] = type_of(tensor);
+    if (now[0] != (*before)[0]) return false;
+    if (!fastdean::read_facts(api, tensor.ptr(), now.data() + 1)) {
+      PyErr_Clear();
+      return false;
+    }
+    if (now != *before++) return false;
+  }
+  return true;
+}
+
 // `params` is the address of an ImportanceParams that Python wrote field by field.
 const fastdean::ImportanceParams& importance_params(int64_t params) {
   return *reinterpret_cast<const fastdean::ImportanceParams*>(params);
@@ -127,10 +173,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("params"));
   m.def("accumulate_importance_cpu", &accumulate_importance_cpu, py::kw_only(), py::arg("params"),
         py::call_guard<py::gil_scoped_release>());
-  m.attr("FACT_FIELDS") = fastdean::kFactFields;
-  m.def("read_facts", &fastdean::read_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
+  m.attr("FACT_FIELDS") = kFields;
+  m.def("describes_tensors", &describes_tensors, py::kw_only(), py::arg("api"));
+  m.def("read_facts", &read_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
         py::arg("facts"));
-  m.def("same_facts", &fastdean::same_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
+  m.def("same_facts", &same_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
         py::arg("facts"));
 
   def_places_cpu<fastdean::gather_at_cpu>(m, "gather_at_cpu");

@@ -1,10 +1,6 @@
 #include "tensor_facts.h"
 
 #include <algorithm>
-#include <array>
-#include <stdexcept>
-
-namespace py = pybind11;
 
 namespace fastdean {
 namespace {
@@ -31,62 +27,26 @@ struct ExchangeApi {
   int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
 };
 
-const ExchangeApi& checked_api(const py::capsule& capsule) {
-  const auto* api =
-      static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (api == nullptr) throw py::error_already_set();
-  if (api->version_major != 1 || api->dltensor_from_py_object_no_sync == nullptr) {
-    throw std::invalid_argument("api must be DLPack 1 with a function that describes a tensor");
-  }
-  return *api;
-}
-
-using Facts = std::array<int64_t, kFactFields>;
-
-// False with a Python exception set for a tensor that cannot be described.
-bool read_one(const ExchangeApi& api, PyObject* tensor, Facts& facts) {
-  DLTensor found;
-  if (api.dltensor_from_py_object_no_sync(tensor, &found) != 0) return false;
-  if (found.ndim > kMaxRank) {
-    PyErr_SetString(PyExc_ValueError, "a tensor has too many dimensions");
-    return false;
-  }
-  facts.fill(0);
-  facts[0] = reinterpret_cast<int64_t>(Py_TYPE(tensor));
-  facts[1] = reinterpret_cast<int64_t>(found.data) + static_cast<int64_t>(found.byte_offset);
-  facts[2] = found.device_type;
-  facts[3] = found.device_id;
-  facts[4] = found.dtype_code << 24 | found.dtype_bits << 16 | found.dtype_lanes;
-  facts[5] = found.ndim;
-  std::copy_n(found.shape, found.ndim, facts.begin() + 6);
-  std::copy_n(found.strides, found.ndim, facts.begin() + 6 + kMaxRank);
-  return true;
-}
-
 }  // namespace
 
-void read_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts) {
-  const ExchangeApi& api = checked_api(capsule);
-  auto* rows = reinterpret_cast<Facts*>(facts);
-  for (const py::handle tensor : tensors) {
-    if (!read_one(api, tensor.ptr(), *rows++)) throw py::error_already_set();
-  }
+bool describes_tensors(const void* api) {
+  const auto* functions = static_cast<const ExchangeApi*>(api);
+  return functions->version_major == 1 && functions->dltensor_from_py_object_no_sync != nullptr;
 }
 
-bool same_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts) {
-  const ExchangeApi& api = checked_api(capsule);
-  const auto* rows = reinterpret_cast<const Facts*>(facts);
-  Facts now;
-  for (const py::handle tensor : tensors) {
-    const Facts& before = *rows++;
-    // Another type may be no tensor at all, which torch's function does not check.
-    if (reinterpret_cast<int64_t>(Py_TYPE(tensor.ptr())) != before[0]) return false;
-    if (!read_one(api, tensor.ptr(), now)) {
-      PyErr_Clear();
-      return false;
-    }
-    if (now != before) return false;
-  }
+bool read_facts(const void* api, void* tensor, int64_t* facts) {
+  DLTensor found;
+  const auto* functions = static_cast<const ExchangeApi*>(api);
+  if (functions->dltensor_from_py_object_no_sync(tensor, &found) != 0) return false;
+  if (found.ndim > kMaxRank) return false;
+  std::fill_n(facts, kFactFields, 0);
+  facts[0] = reinterpret_cast<int64_t>(found.data) + static_cast<int64_t>(found.byte_offset);
+  facts[1] = found.device_type;
+  facts[2] = found.device_id;
+  facts[3] = found.dtype_code << 24 | found.dtype_bits << 16 | found.dtype_lanes;
+  facts[4] = found.ndim;
+  std::copy_n(found.shape, found.ndim, facts + 5);
+  std::copy_n(found.strides, found.ndim, facts + 5 + kMaxRank);
   return true;
 }
 

@@ -1,7 +1,6 @@
-// Where tensors lie and how, read from Python objects through the C functions of DLPack.
+// Where a tensor lies and how, read through the C functions of DLPack from what only Python can
+// name. No Python is needed for it: objects and the table of functions pass through as addresses.
 #pragma once
-
-#include <pybind11/pybind11.h>
 
 #include <cstdint>
 
@@ -9,16 +8,15 @@
 
 namespace fastdean {
 
-// One tensor's type object, address, device type and number, dtype, rank, shape and strides.
-constexpr int kFactFields = 6 + 2 * kMaxRank;
+// A tensor's address, device type and number, dtype, rank, shape and strides.
+constexpr int kFactFields = 5 + 2 * kMaxRank;
 
-// Args: api: the capsule `torch.Tensor.__dlpack_c_exchange_api__`; tensors: a list of torch.Tensor;
-// facts: address of int64 [len(tensors), kFactFields], written.
-// Throws: std::invalid_argument or what torch raises for tensors that cannot be described.
-void read_facts(const pybind11::capsule& api, const pybind11::list& tensors, int64_t facts);
+// Whether the table at `api` is one that read_facts can use.
+bool describes_tensors(const void* api);
 
-// Whether reading the facts of `tensors` now would write what stands there. Objects of other types
-// than those that were read are told apart before they are touched.
-bool same_facts(const pybind11::capsule& api, const pybind11::list& tensors, int64_t facts);
+// Writes `facts`, int64 [kFactFields], about the Python object `tensor`, which must be of the type
+// that `api` belongs to. Needs the GIL. False for a tensor of more than kMaxRank dimensions, and
+// with a Python exception set for one that cannot be described.
+bool read_facts(const void* api, void* tensor, int64_t* facts);
 
 }  // namespace fastdean

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -168,7 +169,8 @@ def zero_at_(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -
 
 def can_replace() -> bool:
     """Whether this torch describes its tensors through DLPack's C functions."""
-    return hasattr(torch.Tensor, _DLPACK)
+    api = getattr(torch.Tensor, _DLPACK, None)
+    return api is not None and _extension().describes_tensors(api=api)
 
 
 class Replacement:
@@ -267,8 +269,10 @@ class _Places:
         self.device = tensors[0].device
         self.num_rows = len(tensors)
         self.max_count = max(index.numel() for index in indices)
-        self._buffer, where = _packed([*indices, *(a for each in arrays for a in each)], self.device)
-        given = [where[start : start + len(tensors)] for start in range(0, len(where), len(tensors))]
+        packed = [*indices, *itertools.chain.from_iterable(arrays)]
+        self._buffer, where = _packed(packed, self.device)
+        count = len(tensors)
+        given = [where[start : start + count] for start in range(0, len(where), count)]
         given += addresses
         unused = [[0] * len(tensors)] * (3 - len(given))
         rows = [
@@ -325,9 +329,7 @@ def _layout(counts: Sequence[int], widths: Sequence[int]) -> tuple[list[int], in
     return offsets, end
 
 
-def _packed(
-    arrays: Sequence[torch.Tensor], device: torch.device
-) -> tuple[torch.Tensor, list[int]]:
+def _packed(arrays: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, list[int]]:
     """Copies of 1-D tensors in one buffer on `device`, and the address of each."""
     offsets, size = _layout([a.numel() for a in arrays], [a.element_size() for a in arrays])
     # On the CPU where they all are, so that one transfer carries them.
