@@ -329,15 +329,22 @@ def _layout(counts: Sequence[int], widths: Sequence[int]) -> tuple[list[int], in
     return offsets, end
 
 
+def _dense(array: torch.Tensor) -> torch.Tensor:
+    """Of stride 1 also where there is one element, which torch calls contiguous at any stride."""
+    if array.stride(0) == 1:
+        return array
+    return array.clone(memory_format=torch.contiguous_format)
+
+
 def _packed(arrays: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, list[int]]:
     """Copies of 1-D tensors in one buffer on `device`, and the address of each."""
-    offsets, size = _layout([a.numel() for a in arrays], [a.element_size() for a in arrays])
+    offsets, _ = _layout([a.numel() for a in arrays], [a.element_size() for a in arrays])
     # On the CPU where they all are, so that one transfer carries them.
     home = device if any(a.device.type != "cpu" for a in arrays) else torch.device("cpu")
-    buffer = torch.empty(size, dtype=torch.uint8, device=home)
-    for array, offset in zip(arrays, offsets, strict=True):
-        part = buffer[offset : offset + array.numel() * array.element_size()]
-        part.view(array.dtype).copy_(array.detach())
+    order = sorted(range(len(arrays)), key=lambda i: -arrays[i].element_size())
+    with torch.no_grad():
+        pieces = [_dense(arrays[i].to(home)).view(torch.uint8) for i in order]
+    buffer = torch.cat(pieces)
     buffer = buffer.to(device)
     return buffer, [buffer.data_ptr() + offset for offset in offsets]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -98,26 +99,36 @@ class _Paths:
     """Ways through the tree of modules to parameters, each shared part gone once."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        numbers = {"": 0}
-        # (number of the parent, name) of module number 1, 2, ...
-        self._modules: list[tuple[int, str]] = []
-        # (number of the owner, name) of each parameter.
-        self._parameters: list[tuple[int, str]] = []
+        children: dict[str, dict[str, str]] = {"": {}}
         for path in paths:
-            *steps, last = path.split(".")
-            for depth in range(len(steps)):
+            *steps, _ = path.split(".")
+            for depth, step in enumerate(steps):
                 here = ".".join(steps[: depth + 1])
-                if here not in numbers:
-                    self._modules.append((numbers[".".join(steps[:depth])], steps[depth]))
-                    numbers[here] = len(self._modules)
-            self._parameters.append((numbers[".".join(steps)], last))
+                children.setdefault(here, {})
+                children[".".join(steps[:depth])][step] = here
+        numbers = {"": 0}
+        # (number of a module, what takes these of its children, how many).
+        self._steps: list[tuple[int, itemgetter, int]] = []
+        waiting = [""]
+        for here in waiting:
+            if children[here]:
+                step = (numbers[here], itemgetter(*children[here]), len(children[here]))
+                self._steps.append(step)
+            for child in children[here].values():
+                numbers[child] = len(numbers)
+                waiting.append(child)
+        # (number of the owner, name) of each parameter.
+        self._parameters = [
+            (numbers[owner], name) for owner, _, name in (path.rpartition(".") for path in paths)
+        ]
 
     def find(self, root: nn.Module) -> list[Tensor] | None:
         """The parameters there now, or None if a way ends."""
         modules = [root]
         try:
-            for parent, name in self._modules:
-                modules.append(modules[parent]._modules[name])
-            return [modules[owner]._parameters[name] for owner, name in self._parameters]
+            for number, take, count in self._steps:
+                taken = take(modules[number]._modules)
+                modules += taken if count > 1 else (taken,)
+            return [modules[number]._parameters[name] for number, name in self._parameters]
         except (AttributeError, KeyError):
             return None
