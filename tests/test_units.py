@@ -170,10 +170,8 @@ def test_units_are_counted_once(tmp_path):
     total = everything.summary().total
     assert units > 0 and total["kept"] == units
     assert total["weights"] == len(everything) == 3 * HIDDEN * units == 3 * len(columns)
-    assert (
-        total["matrices"] == LAYERS + 2 * len(columns.names)
-        and total["first"] == columns.summary().total["first"]
-    )
+    assert total["matrices"] == LAYERS + 2 * len(columns.names)
+    assert total["first"] == columns.summary().total["first"]
     assert repr(everything).startswith(f"NeuronMask({units} units ({len(everything)} weights)")
     assert "unit_weights" not in columns.manifest
     loaded = fastdean.NeuronMask.from_pretrained(everything.save_pretrained(tmp_path / "mask"))
