@@ -35,7 +35,7 @@ def passed_before(tests: Sequence[str], out: Path, environment: Environment) -> 
     """Whether an earlier run that wrote to `out` has seen all of them pass, nothing changed."""
     return any(
         set(tests) <= set(row["tests"])
-        and all(row[key] == vars(environment)[key] for key in ("device", "sources", "torch"))
+        and all(row.get(key) == vars(environment)[key] for key in records.SAME_CODE)
         for row in records.read(out, "gate")
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,25 +37,74 @@ class Sample:
     peak_bytes: int | None
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Why there is no measurement.
+
+    Attributes:
+        reason: for people.
+        failed: whether it is a mistake; not having the memory is not one.
+    """
+
+    reason: str
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All samples of an implementation, or why there are none."""
+
+    implementation: Implementation
+    samples: tuple[Sample, ...]
+    problem: Problem | None = None
+
+
+def attempt(call: Callable[[], Any], device: torch.device) -> tuple[Any, Problem | None]:
+    """(result, None), or (None, problem): what one of several cannot do, others may."""
+    try:
+        return call(), None
+    except torch.OutOfMemoryError:
+        problem = Problem("out of memory", failed=False)
+    # A transform of a model's code may end in any exception there is.
+    except Exception as error:
+        first_line, *_ = str(error).splitlines() or [""]
+        problem = Problem(f"{type(error).__name__}: {first_line}", failed=True)
+    # Only here, past the handler, is what the frames of the call held free.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None, problem
+
+
 def interleaved(
     implementations: Sequence[Implementation],
     examples: Sequence[Example],
     repeats: int,
     device: torch.device,
     report: Callable[[str], None],
-) -> dict[str, list[Sample]]:
+) -> Iterator[Outcome]:
     """Time A B C A B C: a machine that slows down or speeds up does so for all of them.
 
-    Seconds are those of the whole job, `Implementation.scale` applied.
+    Yields each as soon as it is done: after its last turn, or at its first error, which the others
+    survive. Seconds are those of the whole job, `Implementation.scale` applied.
     """
     samples: dict[str, list[Sample]] = {each.name: [] for each in implementations}
     for repeat in range(repeats):
         for each in implementations:
-            sample = timed(lambda run=each.run: run(examples), device)
+            if each.name not in samples:
+                continue
+            sample, problem = attempt(
+                lambda run=each.run: timed(lambda: run(examples), device), device
+            )
+            if problem is not None:
+                del samples[each.name]
+                yield Outcome(each, (), problem)
+                continue
             sample = Sample(sample.seconds * each.scale, sample.peak_bytes)
             samples[each.name].append(sample)
             report(f"  {repeat + 1}/{repeats}  {each.name:<10} {sample.seconds:9.2f} s")
-    return samples
+            if repeat + 1 == repeats:
+                yield Outcome(each, tuple(samples[each.name]))
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> Sample:

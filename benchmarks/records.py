@@ -29,6 +29,9 @@ Record = Mapping[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+# Fields of `Environment` that two measurements share of which one says what the other would.
+SAME_CODE = ("device", "sources", "torch", "triton", "transformers")
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -160,6 +163,23 @@ class ScoreRecord:
             share_of_floor=floor.seconds / seconds.median,
             **run,
         )
+
+
+@dataclass(frozen=True)
+class LeftOutRecord:
+    """An implementation that was to be measured and could not, in left_out.jsonl.
+
+    Attributes:
+        reason: for people.
+        failed: whether it is a mistake; not having the memory is not one.
+    """
+
+    op: str
+    case: str
+    impl: str
+    dtype: str
+    reason: str
+    failed: bool
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ _RUNS = {
     "agreement": run_agreement,
 }
 _SCORE_TESTS = ("tests/test_score.py",)
+# Those above run on the CPU: what a GPU runs is the kernels.
+_SCORE_TESTS_ON_GPU = ("tests/test_score_kernels.py", "tests/test_repeatable.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,16 +69,21 @@ def _pass_gate(options: argparse.Namespace, environment: Environment) -> str | N
     """What records say of the tests; None if one failed."""
     if not options.gate:
         return gate.SKIPPED
-    tests = _SCORE_TESTS
-    if options.run == "kernels":
-        tests = tuple(dict.fromkeys(t for op in options.op or GATES for t in GATES[op]))
+    on_gpu = torch.device(options.device).type == "cuda"
+    tests = _tests_of(options, on_gpu)
     if options.resume and gate.passed_before(tests, options.out, environment):
         return gate.PASSED
-    if not gate.passes(tests, on_gpu=torch.device(options.device).type == "cuda"):
+    if not gate.passes(tests, on_gpu=on_gpu):
         return None
     if options.resume:
         gate.remember(tests, options.out, environment)
     return gate.PASSED
+
+
+def _tests_of(options: argparse.Namespace, on_gpu: bool) -> tuple[str, ...]:
+    if options.run == "kernels":
+        return tuple(dict.fromkeys(t for op in options.op or GATES for t in GATES[op]))
+    return (*_SCORE_TESTS, *(_SCORE_TESTS_ON_GPU if on_gpu else ()))
 
 
 def _machine(environment: Environment) -> str:

@@ -17,6 +17,7 @@ import measure
 import records
 import torch
 from cases import score_case
+from measure import Problem
 from progress import Budget, say
 from random_model import SHAPES, display_name
 from records import Environment, ScoreRecord
@@ -93,18 +94,18 @@ def points(largest: str) -> list[Point]:
 def run_sweeps(
     options: argparse.Namespace, environment: Environment, budget: Budget, gate: str
 ) -> int:
-    """Append one record per point and implementation."""
+    """Append one record per point and implementation; 1 if an implementation failed."""
     device = torch.device(options.device)
     due = [p for p in points(options.random_model) if not options.sweep or p.sweep in options.sweep]
     if options.resume:
         done = [
             row["point"]
             for row in records.read(options.out, "sweep")
-            if all(row[k] == vars(environment)[k] for k in ("sources", "device", "torch"))
+            if all(row.get(key) == vars(environment)[key] for key in records.SAME_CODE)
         ]
         due = [point for point in due if vars(point) not in done]
     subject: Subject | None = None
-    loaded = ""
+    loaded, failed = "", False
     bandwidth = measure.copy_bandwidth(device) if due else 0.0
     for position, point in enumerate(due):
         if budget.spent:
@@ -114,9 +115,14 @@ def run_sweeps(
             subject = None  # the next model must not stand beside this one
             gc.collect()
             subject, loaded = random_subject(point.shape, _DTYPE, device), point.shape
-        for row in _measured(point, subject.model, device, bandwidth, options.repeats, gate):
+        rows, problems = _measured(point, subject.model, device, bandwidth, options.repeats, gate)
+        # Together: when a sweep is resumed, one of a point's records stands for all.
+        for row in rows:
             records.append(options.out, "sweep", environment, row)
-    return 0
+        for name, problem in problems.items():
+            say(f"  {name:<10} not measured: {problem.reason}")
+            failed |= problem.failed
+    return int(failed)
 
 
 def _measured(
@@ -126,7 +132,8 @@ def _measured(
     bandwidth: float,
     repeats: int,
     gate: str,
-) -> list[SweepRecord]:
+) -> tuple[list[SweepRecord], dict[str, Problem]]:
+    """The point's records, and of each implementation that could not run its name and why."""
     name = display_name(point.shape)
     examples = random_examples(model, lengths_of(point.examples, point.tokens))
     targets = scored_modules(model, point)
@@ -134,16 +141,18 @@ def _measured(
         model, examples, target_modules=targets, op="sweep", name=f"{name}, {point.sweep}"
     )
     case = replace(case, implementations=case.implementations[1:])  # less the published procedure
-    require_same_sums(case, examples[:_CHECKED_EXAMPLES], _DTYPE)
+    problems = require_same_sums(case, examples[:_CHECKED_EXAMPLES], _DTYPE, device)
+    able = [each for each in case.implementations if each.name not in problems]
     floor = floor_now(case, _DTYPE, device, bandwidth)
     x = _value(point, model, targets)
     say(f"{point.sweep} {x:g}: {case.work.tokens} tokens, floor {floor.seconds:.3f} s")
-    samples = measure.interleaved(case.implementations, examples, repeats, device, say)
-    return [
+    outcomes = list(measure.interleaved(able, examples, repeats, device, say))
+    problems |= {each.implementation.name: each.problem for each in outcomes if each.problem}
+    rows = [
         SweepRecord.of(
             case,
-            each,
-            samples[each.name],
+            each.implementation,
+            each.samples,
             floor,
             dtype=_DTYPE,
             model=name,
@@ -154,8 +163,10 @@ def _measured(
             x=x,
             point=dict(vars(point)),
         )
-        for each in case.implementations
+        for each in outcomes
+        if each.problem is None
     ]
+    return rows, problems
 
 
 def scored_modules(model: nn.Module, point: Point) -> str | list[str]:

@@ -68,11 +68,16 @@ def _score_cells(row: Record, rows: Sequence[Record]) -> list[str]:
         _NAMES[row["impl"]] + note,
         f"{row['median_s']:.2f} ({row['p20_s']:.2f} to {row['p80_s']:.2f})",
         f"{row['tokens_per_s']:.0f}",
-        f"{median['loop'] / row['median_s']:.2f}x",
-        f"{median['published'] / row['median_s']:.2f}x",
+        _times(median.get("loop"), row),
+        _times(median.get("published"), row),
         peak,
         f"{row['share_of_floor']:.0%}",
     ]
+
+
+def _times(seconds: float | None, row: Record) -> str:
+    """How many times as long as `row` something takes, as far as it was measured."""
+    return "not measured" if seconds is None else f"{seconds / row['median_s']:.2f}x"
 
 
 def agreement_table(rows: Iterable[Record]) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fastdean.kernels import on_device
+
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 _WARM_UP_ROUNDS = 2
 
@@ -76,14 +78,16 @@ def time_calls(
         for call in calls:
             call()
 
-    for _ in range(_WARM_UP_ROUNDS):
-        once()
-    synchronize(device)
-    if device.type != "cuda":
-        return _timed(once, len(calls), seconds, _host_clock, HOST)
-    graph = _captured(once, device) if capturable else None
-    launch, timed_by = (once, EVENTS) if graph is None else (graph.replay, GRAPH)
-    return _timed(launch, len(calls), seconds, _device_events, timed_by)
+    # Events and the graph's streams belong to the current device, which need not be this one.
+    with on_device(device):
+        for _ in range(_WARM_UP_ROUNDS):
+            once()
+        synchronize(device)
+        if device.type != "cuda":
+            return _timed(once, len(calls), seconds, _host_clock, HOST)
+        graph = _captured(once, device) if capturable else None
+        launch, timed_by = (once, EVENTS) if graph is None else (graph.replay, GRAPH)
+        return _timed(launch, len(calls), seconds, _device_events, timed_by)
 
 
 def _timed(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ import agreement
 import baselines
 import breakdown
 import cases
+import device_time
 import gate
 import inputs
 import measure
@@ -65,6 +68,8 @@ def tiny_benchmark(monkeypatch):
     )
     monkeypatch.setattr(measure, "_COPY_BYTES", {"cpu": 1 << 16})
     monkeypatch.setattr(measure, "_LEAST_SECONDS", 0.0)
+    # A file that is saved between two calls must not keep the second from resuming the first.
+    monkeypatch.setattr(records, "sources_checksum", lambda: "these sources")
 
     def benchmark(out, *arguments):
         flags = ["--no-gate", "--device", "cpu", "--out", str(out), "--examples", "3"]
@@ -196,12 +201,29 @@ def test_implementations_take_turns_and_their_seconds_are_scaled(monkeypatch):
     monkeypatch.setattr(measure, "timed", timed)
     partial = cases.Implementation("published", note("published"), 15.0, "2 of 30 layers")
     whole = cases.Implementation("loop", note("loop"))
-    samples = measure.interleaved([partial, whole], ["example"], 2, CPU, lambda line: None)
+    outcomes = measure.interleaved([partial, whole], ["example"], 2, CPU, lambda line: None)
+    assert list(outcomes) == [
+        measure.Outcome(partial, (measure.Sample(30.0, 10),) * 2),
+        measure.Outcome(whole, (measure.Sample(2.0, 10),) * 2),
+    ]
     assert order == [("published", ["example"]), ("loop", ["example"])] * 2
-    assert samples == {
-        "published": [measure.Sample(30.0, 10)] * 2,
-        "loop": [measure.Sample(2.0, 10)] * 2,
-    }
+
+
+def test_one_that_fails_has_no_further_turn_and_the_others_do():
+    turns = []
+
+    def failing(examples):
+        turns.append("failing")
+        raise torch.OutOfMemoryError("1 GB")
+
+    implementations = [
+        cases.Implementation("failing", failing),
+        cases.Implementation("loop", lambda examples: turns.append("loop")),
+    ]
+    failed, loop = measure.interleaved(implementations, [], 3, CPU, lambda line: None)
+    assert turns == ["failing", "loop", "loop", "loop"]
+    assert (failed.samples, failed.problem) == ((), measure.Problem("out of memory", failed=False))
+    assert loop.problem is None and len(loop.samples) == 3
 
 
 def test_peak_memory_sees_what_a_run_held_and_not_what_it_left():
@@ -324,8 +346,80 @@ def test_vmap_is_left_out_where_two_gradients_do_not_fit(
 ):
     monkeypatch.setattr(score_run, "vmap_chunk", lambda weights: 1)
     assert tiny_benchmark(tmp_path, "score", *RANDOM, "--tokens", "4", "--vmap") == 0
-    assert "vmap: left out, the gradients of two examples do not fit" in capsys.readouterr().err
+    assert "not measured: the gradients of two examples do not fit" in capsys.readouterr().err
     assert "vmap" not in [row["impl"] for row in records.read(tmp_path, "score")]
+
+
+VMAP = ("score", *RANDOM, "--tokens", "4", "--vmap", "--resume")
+
+
+@pytest.mark.parametrize("call", [1, 2], ids=["in the check", "while it is timed"])
+@pytest.mark.parametrize(
+    "error, code, reason",
+    [
+        (torch.OutOfMemoryError("9 GB"), 0, "out of memory"),
+        (KeyError("key"), 1, "KeyError: 'key'"),
+    ],
+    ids=["out of memory", "error"],
+)
+def test_the_others_are_measured_where_one_fails_and_that_is_not_tried_again(
+    tiny_benchmark, tmp_path, monkeypatch, capsys, call, error, code, reason
+):
+    right, calls = cases.vmap_sums, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) >= call:
+            raise error
+        return right(*arguments)
+
+    monkeypatch.setattr(cases, "vmap_sums", failing)
+    for _ in range(2):
+        assert tiny_benchmark(tmp_path, *VMAP) == code
+        assert f"not measured: {reason}" in capsys.readouterr().err
+    assert len(calls) == call
+    rows = list(records.read(tmp_path, "score"))
+    assert [row["impl"] for row in rows] == ["published", "loop", "fastdean"]
+    [left_out] = records.read(tmp_path, "left_out")
+    assert (left_out["impl"], left_out["reason"]) == ("vmap", reason)
+
+
+def test_a_run_that_was_cut_off_keeps_what_was_done_and_is_made_again(
+    tiny_benchmark, tmp_path, monkeypatch
+):
+    right, calls = cases.fastdean.score, []
+
+    def cut_off(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:  # the first is the check
+            raise KeyboardInterrupt
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(cases.fastdean, "score", cut_off)
+    command = ("score", *RANDOM, "--tokens", "4", "--resume")
+    with pytest.raises(KeyboardInterrupt):
+        tiny_benchmark(tmp_path, *command)
+    kept = [row["impl"] for row in records.read(tmp_path, "score")]
+    assert kept == ["published", "loop"]
+    # All of them: only what took turns in one process can be compared.
+    assert tiny_benchmark(tmp_path, *command) == 0
+    rows = list(records.read(tmp_path, "score"))
+    assert [row["impl"] for row in rows[2:]] == ["published", "loop", "fastdean"]
+    assert len({row["date"] for row in rows[2:]}) == 1
+
+
+def test_without_fastdean_a_run_has_failed_and_is_tried_again(
+    tiny_benchmark, tmp_path, monkeypatch, capsys
+):
+    def out_of_memory(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cases.fastdean, "score", out_of_memory)
+        assert tiny_benchmark(tmp_path, *VMAP) == 2
+    assert "fastdean must run on 2 examples, got out of memory" in capsys.readouterr().err
+    assert tiny_benchmark(tmp_path, *VMAP) == 0
+    assert len(list(records.read(tmp_path, "score"))) == 4
 
 
 def test_how_many_gradients_fit_into_free_memory(monkeypatch):
@@ -378,6 +472,19 @@ def test_a_sweep_measures_every_point_once(tiny_benchmark, few_points, tmp_path)
     assert below.get_ylabel() == "tokens per second"
 
 
+def test_a_sweep_goes_on_where_one_implementation_fails(
+    tiny_benchmark, few_points, tmp_path, monkeypatch, capsys
+):
+    def failing(*arguments):
+        raise ValueError("no loop today")
+
+    monkeypatch.setattr(cases, "loop_sums", failing)
+    assert run_sweep(tmp_path, "--sweep", "tokens per example") == 1
+    assert "not measured: ValueError: no loop today" in capsys.readouterr().err
+    rows = list(records.read(tmp_path, "sweep"))
+    assert [(row["x"], row["impl"]) for row in rows] == [(4, "fastdean"), (8, "fastdean")]
+
+
 def test_a_sweep_over_the_targets_takes_the_last_layers_first(monkeypatch):
     model = llama()
     point = sweeps.Point("scored weights", "toy", layers=0.25)
@@ -426,10 +533,33 @@ def test_nothing_is_measured_when_the_scoring_tests_fail(tmp_path, monkeypatch, 
     commands = []
     monkeypatch.setattr(gate.subprocess, "run", lambda c, **options: commands.append(c) or Red())
     monkeypatch.setattr(inputs, "load_model", lambda *a: pytest.fail("measured after red tests"))
-    assert run.main(["score", "--out", str(tmp_path)]) == 1
+    assert run.main(["score", "--device", "cpu", "--out", str(tmp_path)]) == 1
     [tests] = [command[1:] for command in commands if "pytest" in command]
     assert tests == ["-m", "pytest", "tests/test_score.py", "-q", "-x"]
     assert "nothing was measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["score", "sweep", "agreement"])
+def test_on_a_gpu_the_kernels_are_tested_first_too(tmp_path, monkeypatch, command):
+    here = records.Environment.collect(CPU, [])
+    seen = []
+    monkeypatch.setattr(run.Environment, "collect", lambda device, argv: here)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gate, "passes", lambda tests, on_gpu: bool(seen.append((tests, on_gpu))))
+    assert run.main([command, "--device", "cuda:0", "--out", str(tmp_path)]) == 1
+    [(tests, on_gpu)] = seen
+    names = ("test_score", "test_score_kernels", "test_repeatable")
+    assert on_gpu and tests == tuple(f"tests/{name}.py" for name in names)
+    assert all((records.ROOT / path).is_file() for path in tests)
+
+
+@pytest.mark.parametrize("changed", ["sources", "device", "torch", "triton", "transformers"])
+def test_tests_passed_with_something_else_do_not_count(tmp_path, changed):
+    here = records.Environment.collect(CPU, [])
+    gate.remember(("a", "b"), tmp_path, here)
+    assert gate.passed_before(("a",), tmp_path, here)
+    assert not gate.passed_before(("a", "c"), tmp_path, here)
+    assert not gate.passed_before(("a",), tmp_path, replace(here, **{changed: "another"}))
 
 
 def test_selections_are_compared_matrix_by_matrix():
@@ -465,6 +595,83 @@ def test_breakdown_groups_operations_and_names_the_rest():
         "softmax + loss": 0.025,
         "other operations": 0.025,
     }
+
+
+CUDA = torch.autograd.DeviceType.CUDA
+
+
+def event(name, seconds=0.0, on=torch.autograd.DeviceType.CPU, kernels=(), **changes):
+    """As torch's profiler lists it; kernels: (name, seconds) of what it launched."""
+    facts = {"is_user_annotation": False, "is_legacy": False, **changes}
+    launched = [SimpleNamespace(name=name, duration=1e6 * s) for name, s in kernels]
+    span = SimpleNamespace(elapsed_us=lambda: 1e6 * seconds)
+    return SimpleNamespace(name=name, device_type=on, kernels=launched, time_range=span, **facts)
+
+
+def test_what_ran_on_the_device_is_counted_once_and_by_its_name():
+    events = [
+        event("aten::linear"),
+        event("aten::mm", kernels=[("gemm", 3.0)]),
+        event("aten::abs_", kernels=[("elementwise", 0.5)]),
+        # Launched from a hook: listed under what happened to run, or under nothing at all.
+        event("MmBackward0", kernels=[("_importance_kernel", 1.0)]),
+        event("a range", kernels=[("a range", 5.0)], is_user_annotation=True),
+        event("gemm", 3.0, on=CUDA),
+        event("elementwise", 0.5, on=CUDA),
+        event("_importance_kernel", 1.0, on=CUDA),
+        event("_importance_kernel", 1.5, on=CUDA),
+        event("Memcpy DtoH (Device -> Pinned)", 0.25, on=CUDA),
+        event("a range", 6.0, on=CUDA, is_user_annotation=True),
+    ]
+    launched = device_time.launches(events)
+    assert sum(launch.seconds for launch in launched) == pytest.approx(6.25)
+    found = breakdown.device_shares(launched, 10.0)
+    assert {group: share for group, share in found.items() if share} == pytest.approx(
+        {
+            "device idle": 0.375,
+            "matmul": 0.3,
+            "importance kernel": 0.25,
+            "abs + add": 0.05,
+            "copies + casts": 0.025,
+        }
+    )
+
+
+def test_a_profiler_that_fails_does_not_cost_the_measurement(
+    tiny_benchmark, tmp_path, monkeypatch, capsys
+):
+    def failing(call, device):
+        raise RuntimeError("no counters")
+
+    monkeypatch.setattr(breakdown, "profile", failing)
+    assert tiny_benchmark(tmp_path, "score", *RANDOM, "--tokens", "4", "--profile") == 0
+    assert "no breakdown: RuntimeError: no counters" in capsys.readouterr().err
+    assert [row["breakdown"] for row in records.read(tmp_path, "score")] == [None] * 3
+
+
+def test_where_the_profiler_sees_no_kernels_nothing_is_made_up(monkeypatch):
+    events = [event("aten::mm", kernels=[("aten::mm", 3.0)], is_legacy=True)]
+    for module in (breakdown, device_time):
+        monkeypatch.setattr(module, "profiled", lambda call, device: (events, 4.0))
+    gpu = torch.device("cuda")
+    assert breakdown.profile(lambda: None, gpu) is None
+    assert device_time.device_seconds(lambda: None, gpu) is None
+
+
+def test_the_profiler_of_a_cpu_lists_its_operations():
+    left, right = torch.ones(200, 200), torch.ones(200, 200)
+    found = breakdown.profile(lambda: torch.mm(left, right), CPU)
+    assert found["matmul"] > 0 and sum(found.values()) == pytest.approx(1)
+
+
+def test_every_kernel_of_ours_has_a_group():
+    names = []
+    for path in (records.ROOT / "fastdean" / "kernels").glob("*.py"):
+        # With a grid behind its name: what is launched, unlike what kernels call.
+        names += re.findall(r"\b(_\w+)\[\(", path.read_text("utf-8"))
+    assert len(set(names)) > 8
+    groups = {breakdown.group_of_launch(device_time.Launch("", name, 1.0)) for name in names}
+    assert groups == set(breakdown.KERNEL_GROUPS)
 
 
 def result(impl, median_s, date="2026-01-02T00:00:00+00:00", **changes):
@@ -513,6 +720,11 @@ def test_the_table_shows_the_latest_run_with_ratios_and_machine(tmp_path):
 
     assert table.main(command) == 0
     assert readme.read_text() == text
+
+
+def test_a_table_without_the_loop_says_so():
+    text = table.score_table([result("published", 100.0), result("fastdean", 10.0)])
+    assert "| 100 | not measured | 10.00x | 5 MB | 50% |" in text
 
 
 def test_the_plot_shows_the_latest_seconds_against_the_floor(tmp_path, capsys):

@@ -75,6 +75,16 @@ def test_what_the_kernels_cannot_take_falls_to_the_reference_unless_they_are_nam
         choose("accumulate_importance_", "mps", "triton")
 
 
+@pytest.mark.parametrize("value", ["1", "true", "ON", "yes"])
+def test_interpreting_is_read_as_triton_reads_it(monkeypatch, value):
+    import triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert kernels.interpreted() and triton.knobs.runtime.interpret
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert not kernels.interpreted() and not triton.knobs.runtime.interpret
+
+
 def test_an_install_without_triton_says_so(monkeypatch):
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     assert "not triton: Triton is not installed" in choose("select_top", "cuda").reason

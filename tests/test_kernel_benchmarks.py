@@ -4,21 +4,27 @@ down can be found again."""
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from machine import DEVICE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"))
 
 import gate
 import lengths
 import measure
 import plot
+import prerequisites
 import records
 import run
 import table
@@ -47,7 +53,9 @@ def test_every_contender_computes_the_operation(case, contender):
 def test_the_compiled_expressions_compute_the_operation(module):
     case = next(module.cases(True))
     # "eager" traces as every backend does and spares the test the compiler.
-    contender = Contender("torch.compile", module.Compiled(backend="eager"), compiled=True)
+    contender = Contender(
+        "torch.compile", module.compiled_expression(backend="eager"), compiled=True
+    )
     assert measuring.check(case, contender, generator()) <= contender.tolerance
     torch._dynamo.reset()
 
@@ -196,6 +204,7 @@ def test_on_a_gpu_the_record_says_what_was_replayed(monkeypatch, capturable, gra
         return [1.0] * rounds
 
     launched = []
+    monkeypatch.setattr(timing, "on_device", lambda device: nullcontext())
     monkeypatch.setattr(timing, "synchronize", lambda device: None)
     monkeypatch.setattr(timing, "_captured", lambda once, device: Graph() if graph else None)
     monkeypatch.setattr(timing, "_device_events", events)
@@ -204,6 +213,50 @@ def test_on_a_gpu_the_record_says_what_was_replayed(monkeypatch, capturable, gra
     )
     assert found.timed_by == expected
     assert launched[-found.rounds :] == ["graph" if expected == "graph replays" else "call"] * 5
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_everything_is_timed_on_the_device_that_was_asked_for(monkeypatch, graph):
+    current, used = [], []
+
+    @contextmanager
+    def on_device(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def note(result):
+        used.append(current[-1])
+        return result
+
+    class Graph:
+        def replay(self):
+            note(None)
+
+    monkeypatch.setattr(timing, "on_device", on_device)
+    monkeypatch.setattr(timing, "synchronize", lambda device: None)
+    monkeypatch.setattr(timing, "_captured", lambda *a: note(Graph() if graph else None))
+    monkeypatch.setattr(timing, "_device_events", lambda launch, n: note([launch() or 1.0] * n))
+    device = torch.device("cuda:1")
+    timing.time_calls([lambda: note(None)], device, seconds=0.0)
+    assert set(used) == {device} and not current
+
+
+@pytest.mark.parametrize("timed_by, expected", [("events", 0.25), ("graph replays", None)])
+def test_where_a_time_holds_gaps_the_device_has_one_of_its_own(monkeypatch, timed_by, expected):
+    ran = []
+
+    def device_seconds(call, device):
+        call()
+        return 0.5
+
+    found = timing.Timing(timing.Spread(1.0, 1.0, 1.0), 1.0, 5, timed_by)
+    monkeypatch.setattr(measuring, "time_calls", lambda *a, **options: found)
+    monkeypatch.setattr(measuring, "device_seconds", device_seconds)
+    contender = Contender("ours", ran.append)
+    measured = measuring.measured(contender, ["one", "two"], torch.device("cpu"), 0.0)
+    assert (measured.timing, measured.device_s) == (found, expected)
+    assert ran == (["one", "two"] if expected else [])
 
 
 def test_sets_of_inputs_are_together_larger_than_the_cache():
@@ -248,6 +301,7 @@ def test_kernels_appends_one_complete_record_per_contender(kernels, tmp_path):
         assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
         assert row["operations_per_s"] * row["median_s"] == pytest.approx(row["operations"])
         assert row["share_of_floor"] * row["median_s"] == pytest.approx(row["floor_s"])
+        assert row["device_s"] is None or row["timed_by"] == "events"
         assert (row["error"] is None) == (row["impl"] == "plain product")
         if row["floor"].startswith("bytes"):
             assert row["floor_s"] == pytest.approx(row["bytes"] / row["copy_bandwidth"])
@@ -345,6 +399,139 @@ def test_the_gpu_scripts_name_tests_that_exist():
         assert not function or f"def {function}(" in source, f"{path}::{function}"
 
 
+CHECK_STUB = """#!/bin/sh
+case "$*" in
+    *prerequisites.py*) cat "$STUB/found"; exit 0 ;;
+    *" pytest "*) ;;
+    *) echo stub; exit 0 ;;
+esac
+echo "$*" >> "$STUB/calls"
+! grep -qF -f "$STUB/red" <<END
+$*
+END
+"""
+
+
+@pytest.fixture
+def check(tmp_path):
+    """check.sh with a Python and a CMake that only note what they are called for."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (
+        ("python3", CHECK_STUB),
+        ("cmake", '#!/bin/sh\nexit "${CMAKE_STATUS:-0}"\n'),
+    ):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+
+    def check(found="versions and GPU", red="nothing", **variables):
+        (tmp_path / "found").write_text(found)
+        (tmp_path / "red").write_text(red)
+        (tmp_path / "calls").write_text("")
+        done = subprocess.run(
+            ["bash", str(ROOT / "benchmarks" / "gpu" / "check.sh"), str(tmp_path / "out")],
+            env={
+                **os.environ,
+                "PYTHON": str(folder / "python3"),
+                "STUB": str(tmp_path),
+                **variables,
+            },
+            capture_output=True,
+            text=True,
+        )
+        calls = (tmp_path / "calls").read_text().splitlines()
+        return done.returncode, [call.split(".py")[0].split("tests/")[1] for call in calls]
+
+    return check
+
+
+OPS, REPEATABLE, SCORE = "test_importance_op", "test_repeatable", "test_score"
+
+
+def test_a_red_group_keeps_no_other_from_running_and_only_it_is_run_again(check):
+    assert check(red="test_importance_op") == (1, [OPS, REPEATABLE, SCORE])
+    assert check() == (0, [OPS])
+    assert check() == (0, [])
+
+
+def test_what_passed_is_run_again_with_other_versions_or_another_gpu(check):
+    assert check("torch 2.11.0 on a GPU") == (0, [OPS, REPEATABLE, SCORE])
+    assert check("torch 2.12.0 on a GPU") == (0, [OPS, REPEATABLE, SCORE])
+    assert check("torch 2.12.0 on a GPU") == (0, [])
+
+
+def test_without_the_extension_the_tests_run_and_nothing_has_passed(check):
+    assert check(CMAKE_STATUS="1") == (1, [OPS, REPEATABLE, SCORE])
+    assert check() == (0, [OPS, REPEATABLE, SCORE])
+
+
+@pytest.fixture
+def everything_here(monkeypatch):
+    """A machine with all that the GPU's scripts need."""
+    modules = {
+        name: SimpleNamespace(__version__=f"{major}.{minor}.0+cu130")
+        for name, (major, minor) in prerequisites.VERSIONS.items()
+    }
+    monkeypatch.setattr(prerequisites, "import_module", modules.__getitem__)
+    monkeypatch.setattr(prerequisites, "_is_installed", lambda name: True)
+    monkeypatch.setattr(prerequisites, "_is_program", lambda name: True)
+    monkeypatch.setattr(prerequisites, "_no_compiler", lambda: "")
+    monkeypatch.setattr(prerequisites, "_no_headers", lambda: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    return modules
+
+
+def test_a_machine_with_everything_is_named_in_one_line(everything_here, capsys):
+    assert prerequisites.main(["accelerate", "pybind11", "cmake"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("torch 2.11.0+cu130, triton 3.6.0+cu130, transformers 5.17.0")
+    assert printed.out.endswith("Some GPU\n") and printed.err == ""
+
+
+def test_everything_that_is_missing_is_named_in_a_line_of_its_own(
+    everything_here, monkeypatch, capsys
+):
+    everything_here["torch"].__version__ = "2.9.1"
+    monkeypatch.setattr(prerequisites, "_is_installed", lambda name: name == "pytest")
+    monkeypatch.setattr(prerequisites, "_is_program", lambda name: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert prerequisites.main(["pybind11", "cmake"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: torch >= 2.11 is needed, got 2.9.1",
+        "error: the Python package hypothesis is needed",
+        "error: the Python package pybind11 is needed",
+        "error: the program cmake is needed, on the PATH or beside Python",
+        "error: a CUDA device is needed, and torch sees none",
+    ]
+
+
+def test_a_package_that_cannot_be_imported_is_named_with_the_reason(everything_here, monkeypatch):
+    def import_module(name):
+        if name == "triton":
+            raise ImportError("no such library")
+        return everything_here[name]
+
+    monkeypatch.setattr(prerequisites, "import_module", import_module)
+    assert prerequisites.missing() == [
+        "triton >= 3.6 is needed, and it cannot be imported: no such library"
+    ]
+
+
+@pytest.mark.parametrize("script", ["check.sh", "bench.sh", "sanitize.sh"])
+def test_the_gpu_scripts_end_where_something_is_missing(script, tmp_path):
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\necho "$*" >> "$0.calls"\nexit 2\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu" / script), str(tmp_path / "out")],
+        env={**os.environ, "PYTHON": str(python)},
+    )
+    assert done.returncode == 2
+    [call] = (tmp_path / "python3.calls").read_text().splitlines()
+    assert call.startswith("benchmarks/gpu/prerequisites.py")
+
+
 def row_of(impl, median_s, case="2 x 3", date="2026-01-02T00:00:00+00:00", **changes):
     row = {
         "op": "importance", "case": case, "impl": impl, "dtype": "bf16", "timed_by": "events",
@@ -380,6 +567,20 @@ def test_the_table_has_a_column_for_each_contender_and_the_latest_of_each():
     assert "Floor: plain product. Copies 2 GB/s, a large product 3.0 TFLOP/s" in text
     assert "driver 1.2, CUDA 13.0; torch 2.11.0, triton 3.6.0" in text
     assert "toy" not in text
+
+
+def test_the_table_tells_the_time_of_the_device_from_that_with_gaps():
+    rows = [
+        row_of("triton", 0.002, device_s=0.0005),
+        row_of("torch.topk", 0.006, device_s=0.005),
+        row_of("reference", 0.004, device_s=None),
+    ]
+    text = operations_table(rows)
+    assert (
+        "| 2.000 ms (device 0.500 ms) | 4.000 ms (2.0x) | 6.000 ms (3.0x, device 5.000 ms) |"
+    ) in text
+    assert "Device: what it is busy for, by torch's profiler, without gaps" in text
+    assert "Device:" not in operations_table([row_of("triton", 0.002)])
 
 
 def test_without_git_a_table_names_the_checksum_of_the_sources():

@@ -16,17 +16,22 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 POINTERS = ("acc_ptr", "x_ptr", "g_ptr", "blocks_ptr", "first_ptr")
 
 
-# A weight that every tile divides, and one that none does.
-WEIGHTS = {True: (1024, 1024), False: (1001, 1001)}
+# A weight that every tile divides, and one that none does; the latter also with elements of a row
+# apart in memory.
+WEIGHTS = {"even": (1024, 1024), "ragged": (1001, 1001), "strided": (1001, 1001)}
+INNER_STRIDES = ("stride_ac", "stride_xc", "stride_gr")
+OUTER_STRIDES = ("stride_ar", "stride_xt", "stride_gt")
 
 
 def importance_builds(capability):
-    """The layouts of `score`: inputs and accumulator contiguous, aligned or of an odd width."""
-    for dtype, even in itertools.product(TYPES, (True, False)):
-        for tile in searched_settings(*WEIGHTS[even], dtype, capability):
+    """Inputs and accumulator contiguous and aligned, of an odd width, and with strides of any."""
+    for dtype, layout in itertools.product(TYPES, WEIGHTS):
+        strided = layout == "strided"
+        run_time = ("R", "C", *OUTER_STRIDES, *(INNER_STRIDES if strided else ()))
+        for tile in searched_settings(*WEIGHTS[layout], dtype, capability, strided=strided):
             pointer = f"*{TYPES[dtype]}"
             yield Build(
-                name=f"importance {TYPES[dtype]} {tile} even={even}",
+                name=f"importance {TYPES[dtype]} {tile} {layout}",
                 kernel="fastdean.kernels.importance:_importance_kernel",
                 types={
                     "acc_ptr": "*fp32",
@@ -34,25 +39,21 @@ def importance_builds(capability):
                     "g_ptr": pointer,
                     "blocks_ptr": "*i64",
                     "first_ptr": "*i64",
-                    **dict.fromkeys(("R", "C", "stride_ar", "stride_xt", "stride_gt"), "i32"),
                     "stride_ae": "i64",
+                    **dict.fromkeys(run_time, "i32"),
                 },
                 constants={
-                    "stride_ac": 1,
-                    "stride_xc": 1,
-                    "stride_gr": 1,
+                    **({} if strided else dict.fromkeys(INNER_STRIDES, 1)),
                     "BLOCK_R": tile.block_r,
                     "BLOCK_C": tile.block_c,
                     "BLOCK_T": tile.block_t,
                     "GROUP_R": 8,
-                    "EVEN": even,
+                    "EVEN": layout == "even",
                     "UPCAST": False,
                 },
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
-                divisible=(*POINTERS, "R", "C", "stride_ar", "stride_xt", "stride_gt")
-                if even
-                else POINTERS,
+                divisible=(*POINTERS, *run_time) if layout == "even" else POINTERS,
             )
 
 
@@ -126,22 +127,22 @@ def test_products_use_the_matrix_units_and_loads_run_ahead(capability):
         assert (instruction in found.ptx) == ("fp32" not in name), name
         assert "tf32" not in found.ptx, name
         # Several loads in flight where rows are aligned: the pipeline waits for the oldest only.
-        if "even=True" in name:
+        if name.endswith("even"):
             waits = found.ptx.count("cp.async.wait_group")
             assert waits > found.ptx.count("cp.async.wait_group \t0;"), name
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", [*CAPABILITIES, 86, 89, 100, 120])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_what_is_chosen_is_among_what_was_compiled(capability, dtype):
     for rows, columns in itertools.product((1, 576, 1000, 3584, 18944, 18945, 100_000), repeat=2):
-        compiled_for = searched_settings(rows, columns, dtype, capability)
-        for tokens in (1, 20, 76, 159, 160, 8192):
-            tile = tile_setting(rows, columns, tokens, dtype, capability)
+        for tokens, strided in itertools.product((1, 20, 76, 159, 160, 8192), (False, True)):
+            tile = tile_setting(rows, columns, tokens, dtype, capability, strided=strided)
+            layout = "strided" if strided else "ragged"
+            if tile.divides(rows, columns) and not strided:
+                layout = "even"
+            compiled_for = searched_settings(*WEIGHTS[layout], dtype, capability, strided=strided)
             assert tile in compiled_for
-            # Masks are compiled for the smallest weight that no tile divides: the same settings.
-            if not tile.divides(rows, columns):
-                assert tile in searched_settings(*WEIGHTS[False], dtype, capability)
 
 
 def test_the_setting_follows_the_size_of_the_work():

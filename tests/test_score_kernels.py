@@ -12,10 +12,6 @@ from tiny_models import MODELS
 import fastdean
 
 
-def shift_of(name):
-    return 0 if name == "bert" else 1
-
-
 def scored(model, examples, impl, **options):
     return fastdean.score(model, batches(examples, 4), impl=impl, progress=False, **options)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,13 +71,3 @@ def test_a_batch_is_cut_once_for_all_its_layers():
     assert placed_token_blocks(segments.clone(), **place) is not first
     segments[1, 1] = 8
     assert placed_token_blocks(segments, **place)[0].tolist()[1] == [3, 5]
-
-
-@pytest.mark.parametrize("inference", [False, True])
-def test_segments_made_in_inference_mode(inference):
-    with torch.inference_mode(inference):
-        segments = torch.tensor([[0, 3]])
-    blocks, _ = placed_token_blocks(
-        segments, num_rows=3, block_tokens=16, device=torch.device("cpu")
-    )
-    assert blocks.tolist()[0] == [0, 3]

@@ -9,6 +9,7 @@ out=$(mkdir -p "$1" && cd "$1" && pwd)
 python=${PYTHON:-python3}
 cd "$root"
 export PYTHONPATH="$root"
+"$python" benchmarks/gpu/prerequisites.py
 
 measure() {
     local seconds=$1

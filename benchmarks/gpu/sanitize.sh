@@ -8,11 +8,13 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 python=${PYTHON:-python3}
-source "$root/benchmarks/gpu/stamp.sh"
 cd "$root"
 export PYTHONPATH="$root" FASTDEAN_REQUIRE_GPU=1
 # Every tensor an allocation of its own: inside torch's pool a stray access hits another tensor.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+found=$("$python" benchmarks/gpu/prerequisites.py)
+echo "$found"
+source benchmarks/gpu/stamp.sh
 
 # Awkward strides and lengths, and sizes that no tile divides.
 tests=(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import lengths
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fastdean.ops import accumulate_importance_
 from operations.case import Contender, OpCase, implementation, norm_error, product
+from operations.compiled import Compiled
 
 OP = "importance"
 
@@ -134,7 +134,7 @@ def _contenders(
         found.append(
             Contender(
                 "torch.compile",
-                Compiled(),
+                compiled_expression(),
                 needs_bytes=(examples + 1) * matrix_bytes,
                 compiled=True,
             )
@@ -176,20 +176,12 @@ def _bmm(operands: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return acc.add_(product(g, x).abs_().sum(0))
 
 
-class Compiled:
-    """`torch.compile` of the expression in the op's docstring, compiled at the first call."""
-
-    def __init__(self, backend: str = "inductor") -> None:
-        self._backend = backend
-        self._compiled: Callable[..., Any] | None = None
-
-    def __call__(self, inputs: Inputs) -> Tensor:
-        if self._compiled is None:
-            self._compiled = torch.compile(_expression, backend=self._backend, dynamic=False)
-        return self._compiled(inputs.acc, inputs.x, inputs.g, inputs.spans)
+def compiled_expression(backend: str = "inductor") -> Compiled:
+    return Compiled(_expression, lambda each: (each.acc, each.x, each.g, each.spans), backend)
 
 
 def _expression(acc: Tensor, x: Tensor, g: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """That of the op's docstring."""
     for start, end in spans:
         acc += (g[start:end].T.float() @ x[start:end].float()).abs()
     return acc

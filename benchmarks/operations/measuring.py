@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
-from timing import Timing, synchronize, time_calls
+from device_time import device_seconds
+from timing import EVENTS, Timing, synchronize, time_calls
 
+from fastdean.kernels import on_device
 from operations.case import Contender, OpCase
 
 # Of the inputs together, so that a call finds nothing of them in the cache.
@@ -76,14 +79,42 @@ def poisoned_allocations() -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
 
 
-def timed(
-    contender: Contender, sets: list, device: torch.device, seconds: float
-) -> tuple[Timing, int | None]:
-    """(timing, peak memory of a call besides its operands, None on a CPU)."""
+@dataclass(frozen=True)
+class Measured:
+    """What a call takes.
+
+    Attributes:
+        peak_bytes: memory besides its operands; None on a CPU.
+        device_s: seconds for which the device is busy, where the timing holds the host's gaps
+            between launches too; None where it does not, or the profiler cannot tell.
+    """
+
+    timing: Timing
+    peak_bytes: int | None
+    device_s: float | None
+
+
+def measured(contender: Contender, sets: list, device: torch.device, seconds: float) -> Measured:
+    """One call after the other on every set of inputs, for about `seconds` in all."""
     operands = [contender.prepare(inputs) for inputs in sets]
     peak = _peak_bytes(contender, operands[0], device)
     calls = [lambda each=each: contender.run(each) for each in operands]
-    return time_calls(calls, device, seconds=seconds, capturable=contender.capturable), peak
+    timing = time_calls(calls, device, seconds=seconds, capturable=contender.capturable)
+    # Last, so that the profiler is in nobody's time.
+    busy = _device_seconds(calls, device) if timing.timed_by == EVENTS else None
+    return Measured(timing, peak, busy)
+
+
+def _device_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float | None:
+    """Of one call, the mean over all of them."""
+
+    def once() -> None:
+        for call in calls:
+            call()
+
+    with on_device(device):
+        total = device_seconds(once, device)
+    return None if total is None else total / len(calls)
 
 
 def _peak_bytes(contender: Contender, operands: object, device: torch.device) -> int | None:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from timing import Timing
-
 from operations.case import Contender, OpCase
+from operations.measuring import Measured
 from operations.rates import Rates
 
 BANDWIDTH = "bytes at the copy bandwidth"
@@ -31,6 +30,8 @@ class OpRecord:
         sets: sets of inputs the calls took turns on, together several times the cache.
         rounds: timed rounds of one call for each set; median, p20 and p80 are over these.
         timed_by: "graph replays", "events" (launch gaps included) or "host clock".
+        device_s: seconds of a call for which the device is busy, by torch's profiler: what stands
+            in `median_s` less the gaps. Only where timed by events, else None.
         operations, bytes: the work that cannot be avoided; `*_per_s`: over the median.
         error: before the timing, on other inputs: norm-wise, or the share of wrong indices; None
             for the floor, which computes something else.
@@ -53,6 +54,7 @@ class OpRecord:
     median_s: float
     p20_s: float
     p80_s: float
+    device_s: float | None
     operations: int
     bytes: int
     operations_per_s: float
@@ -73,12 +75,13 @@ class OpRecord:
         cls,
         case: OpCase,
         contender: Contender,
-        timing: Timing,
+        measured: Measured,
         floor: Floor,
         rates: Rates,
         **run: Any,
     ) -> OpRecord:
         """`run` holds what the other arguments do not say."""
+        timing = measured.timing
         median = timing.seconds.median
         return cls(
             op=case.op,
@@ -91,10 +94,12 @@ class OpRecord:
             median_s=median,
             p20_s=timing.seconds.p20,
             p80_s=timing.seconds.p80,
+            device_s=measured.device_s,
             operations=case.operations,
             bytes=case.bytes,
             operations_per_s=case.operations / median,
             bytes_per_s=case.bytes / median,
+            peak_bytes=measured.peak_bytes,
             floor=floor.name,
             floor_s=floor.seconds,
             share_of_floor=floor.seconds / median,

@@ -43,12 +43,15 @@ def _cells(case: Sequence[Record], names: Sequence[str], ours: str) -> list[str]
 
 
 def _time(row: Record | None, ours: Record | None) -> str:
-    """Milliseconds, and how many times ours that is."""
+    """Milliseconds, how many times ours that is, and for how many the device is busy."""
     if row is None:
         return ""
-    if ours is None or row is ours:
-        return _milliseconds(row["median_s"])
-    return f"{_milliseconds(row['median_s'])} ({row['median_s'] / ours['median_s']:.1f}x)"
+    notes = []
+    if ours is not None and row is not ours:
+        notes.append(f"{row['median_s'] / ours['median_s']:.1f}x")
+    if row.get("device_s") is not None:
+        notes.append(f"device {_milliseconds(row['device_s'])}")
+    return _milliseconds(row["median_s"]) + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _milliseconds(seconds: float) -> str:
@@ -71,10 +74,12 @@ def _reading(rows: Sequence[Record]) -> str:
     }
     timed_by = "; ".join(f"{name}: {', '.join(impls)}" for name, impls in clocks.items())
     row = rows[0]
+    busy = any(each.get("device_s") is not None for each in rows)
+    device = " Device: what it is busy for, by torch's profiler, without gaps between launches."
     return (
         f"Medians, and how many times ours the others take; p20 to p80 spans at most "
         f"{spread:.0%} of one. Floor: {row['floor']}. Copies "
         f"{row['copy_bandwidth'] / 1e9:.0f} GB/s, a large product "
         f"{row['matrix_rate'] / 1e12:.1f} TFLOP/s. fp32 products of plain torch: {row['product']}. "
-        f"Timed by {timed_by}."
+        f"Timed by {timed_by}.{device if busy else ''}"
     )

@@ -16,7 +16,7 @@ from records import Environment
 
 from operations.case import Contender, OpCase, product_name
 from operations.catalogue import OPERATIONS
-from operations.measuring import check, number_of_sets, timed, too_large
+from operations.measuring import Measured, check, measured, number_of_sets, too_large
 from operations.rates import Rates, measure_rates
 from operations.record import BANDWIDTH, Floor, OpRecord
 
@@ -125,10 +125,10 @@ class _Run:
         if case.floor is None:
             return Floor(BANDWIDTH, case.bytes / rates.copy_bandwidth)
         seconds = _SECONDS_EACH[self.device.type]
-        timing, peak = timed(case.floor, sets, self.device, seconds)
-        floor = Floor(case.floor.name, timing.seconds.median)
+        found = measured(case.floor, sets, self.device, seconds)
+        floor = Floor(case.floor.name, found.timing.seconds.median)
         if due:
-            self._append(case, case.floor, timing, floor, rates, len(sets), None, peak)
+            self._append(case, case.floor, found, floor, rates, len(sets), None)
         return floor
 
     def _measure_one(
@@ -140,44 +140,43 @@ class _Run:
             return
         try:
             error = check(case, contender, self._generator)
-            timing, peak = timed(contender, sets, self.device, _SECONDS_EACH[self.device.type])
+            found = measured(contender, sets, self.device, _SECONDS_EACH[self.device.type])
         except torch.OutOfMemoryError:
             _left_out(contender, "out of memory")
         except RuntimeError as problem:
             self.failed = True
             _left_out(contender, str(problem))
         else:
-            self._append(case, contender, timing, floor, rates, len(sets), error, peak)
+            self._append(case, contender, found, floor, rates, len(sets), error)
         _release(self.device)
 
     def _append(
         self,
         case: OpCase,
         contender: Contender,
-        timing: Any,
+        found: Measured,
         floor: Floor,
         rates: Rates,
         sets: int,
         error: float | None,
-        peak: int | None,
     ) -> None:
         row = OpRecord.of(
             case,
             contender,
-            timing,
+            found,
             floor,
             rates,
             sets=sets,
             error=error,
-            peak_bytes=peak,
             product=product_name(self.device.type),
             toy=self.options.toy,
             gate=self.gate,
         )
         records.append(self.options.out, case.op, self.environment, row)
+        busy = "" if row.device_s is None else f", device busy {row.device_s * 1e3:.3f} ms"
         say(
             f"  {row.impl:<24} {row.median_s * 1e3:10.3f} ms  {row.median_s / row.floor_s:6.2f}x "
-            f"the floor  ({row.timed_by})"
+            f"the floor  ({row.timed_by}{busy})"
         )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import lengths
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fastdean.ops import accumulate_unit_importance_
 from operations.case import Contender, OpCase, implementation, norm_error
+from operations.compiled import Compiled
 
 OP = "unit_importance"
 SHAPE = (16384, 18944)
@@ -74,7 +74,12 @@ def case(tokens: int, units: int) -> OpCase:
                 needs_bytes=3 * fp32_products,
             ),
             Contender("torch", _torch, needs_bytes=4 * fp32_products),
-            Contender("torch.compile", Compiled(), needs_bytes=4 * fp32_products, compiled=True),
+            Contender(
+                "torch.compile",
+                compiled_expression(),
+                needs_bytes=4 * fp32_products,
+                compiled=True,
+            ),
         ),
     )
 
@@ -102,18 +107,13 @@ def _expression(acc: Tensor, a: Tensor, g: Tensor, owner: Tensor, examples: int)
     return acc.add_(sums.abs_().sum(0))
 
 
+def _arguments(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    return inputs.acc, inputs.a, inputs.g, inputs.owner, len(inputs.segments)
+
+
 def _torch(inputs: Inputs) -> Tensor:
-    return _expression(inputs.acc, inputs.a, inputs.g, inputs.owner, len(inputs.segments))
+    return _expression(*_arguments(inputs))
 
 
-class Compiled:
-    """`torch.compile` of the same expression, compiled at the first call."""
-
-    def __init__(self, backend: str = "inductor") -> None:
-        self._backend = backend
-        self._compiled: Callable[..., Any] | None = None
-
-    def __call__(self, inputs: Inputs) -> Tensor:
-        if self._compiled is None:
-            self._compiled = torch.compile(_expression, backend=self._backend, dynamic=False)
-        return self._compiled(inputs.acc, inputs.a, inputs.g, inputs.owner, len(inputs.segments))
+def compiled_expression(backend: str = "inductor") -> Compiled:
+    return Compiled(_expression, _arguments, backend)

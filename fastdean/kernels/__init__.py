@@ -18,7 +18,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python instead of compiling them."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    # Read as Triton reads it, which is not asked: that would import it.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def refusal(device: torch.device, dtype: torch.dtype | None = None) -> str:
@@ -49,3 +50,10 @@ def refusal(device: torch.device, dtype: torch.dtype | None = None) -> str:
 def on_device(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def note_write(tensor: torch.Tensor) -> None:
+    """Tell autograd of a write that it could not see."""
+    # Inference tensors carry no version counter.
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdean.kernels import interpreted, on_device
+from fastdean.kernels import interpreted, note_write, on_device
 from fastdean.kernels.schedule import placed_token_blocks, token_blocks
 from fastdean.kernels.settings import (
     TileSetting,
@@ -149,45 +149,49 @@ def accumulate_expert_importance_(
 
 
 def _accumulate_(acc: Tensor, x: Tensor, g: Tensor, num_examples: int, blocks: _Blocks) -> None:
+    # A negated view says so beside its memory, which is all that a kernel sees.
+    x, g = x.resolve_neg(), g.resolve_neg()
     _, rows, columns = acc.shape
     if acc.numel() == 0 or x.shape[0] == 0 or num_examples == 0:
         return
     mean_tokens = x.shape[0] / num_examples
-    capability = capability_of(x.device)
-    default = tile_setting(rows, columns, mean_tokens, x.dtype, capability)
-    setting = searched(
-        (acc.shape, default.block_t, x.dtype, x.device),
-        default,
-        searched_settings(rows, columns, x.dtype, capability),
-        lambda each: _launch(torch.empty_like(acc), x, g, *blocks(each.block_t), each),
-    )
-    _launch(acc, x, g, *blocks(setting.block_t), setting)
+    chip = (x.dtype, capability_of(x.device))
+    strided = any(tensor.stride(-1) != 1 for tensor in (acc, x, g))
+    default = tile_setting(rows, columns, mean_tokens, *chip, strided=strided)
+    with on_device(x.device):
+        setting = searched(
+            (acc.shape, default.block_t, strided, x.dtype, x.device),
+            default,
+            searched_settings(rows, columns, *chip, strided=strided),
+            lambda each: _launch(torch.empty_like(acc), x, g, *blocks(each.block_t), each),
+        )
+        _launch(acc, x, g, *blocks(setting.block_t), setting)
+    note_write(acc)
 
 
 def _launch(
     acc: Tensor, x: Tensor, g: Tensor, blocks: Tensor, first: Tensor, setting: TileSetting
 ) -> None:
     experts, rows, columns = acc.shape
-    with on_device(x.device):
-        _importance_kernel[(setting.programs(rows, columns), experts)](
-            acc,
-            x,
-            g,
-            blocks,
-            first,
-            rows,
-            columns,
-            *acc.stride(),
-            *x.stride(),
-            *g.stride(),
-            BLOCK_R=setting.block_r,
-            BLOCK_C=setting.block_c,
-            BLOCK_T=setting.block_t,
-            GROUP_R=_GROUP_R,
-            EVEN=setting.divides(rows, columns),
-            # The interpreter multiplies bf16 operands as if they were integers.
-            UPCAST=interpreted(),
-            num_warps=setting.num_warps,
-            num_stages=setting.num_stages,
-            enable_fp_fusion=False,
-        )
+    _importance_kernel[(setting.programs(rows, columns), experts)](
+        acc,
+        x,
+        g,
+        blocks,
+        first,
+        rows,
+        columns,
+        *acc.stride(),
+        *x.stride(),
+        *g.stride(),
+        BLOCK_R=setting.block_r,
+        BLOCK_C=setting.block_c,
+        BLOCK_T=setting.block_t,
+        GROUP_R=_GROUP_R,
+        EVEN=setting.divides(rows, columns),
+        # The interpreter multiplies bf16 operands as if they were integers.
+        UPCAST=interpreted(),
+        num_warps=setting.num_warps,
+        num_stages=setting.num_stages,
+        enable_fp_fusion=False,
+    )

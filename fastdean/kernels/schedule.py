@@ -61,10 +61,11 @@ def placed_token_blocks(
     segments: Tensor, *, num_rows: int, block_tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`token_blocks` of CPU segments on `device`, moved there once per segments tensor."""
-    if segments.is_inference():  # carries no version number, so a change would go unseen
-        return _place(segments, num_rows, block_tokens, device)
     known = _PLACED.setdefault(segments, {})
-    key = (segments._version, num_rows, block_tokens, device)
+    # Of each stream its own: another one would have to wait for the copy.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    # The values, not the version: memory that is shared with NumPy changes without one.
+    key = (segments.numpy().tobytes(), num_rows, block_tokens, device, stream)
     if key not in known:
         known[key] = _place(segments, num_rows, block_tokens, device)
     return known[key]

@@ -43,9 +43,12 @@ class TileSetting:
 # Two fp32 accumulators live in registers. With warpgroup products (compute capability 9) 128 x 128
 # is the largest tile that does not spill, and only where no mask is needed; on compute capability 8
 # it spills always. 64 x 128 with 64 tokens a step spills where the inputs' rows are not aligned.
+# Other chips have not been compiled for and take what needs least.
 _WARPGROUP_TILES = ((128, 128), (64, 128), (64, 64))
 _WARP_TILES = ((64, 128), (64, 64))
 _NUM_WARPS = 8
+# What is left where rows are strided: addresses of single elements take registers too.
+_STRIDED_TOKENS = 32
 # Two such programs fit a multiprocessor of compute capability 9. Tried by the search alone.
 _TWO_AT_A_TIME = (64, 128, 32, 4, 4)
 # fp32 goes through the ordinary arithmetic units: TF32 would round the inputs to 10 bits.
@@ -68,7 +71,7 @@ def tile_settings(dtype: torch.dtype, capability: int) -> list[TileSetting]:
     """Every setting that `tile_setting` can choose for a dtype and a chip, larger tiles first."""
     if dtype == torch.float32:
         return [TileSetting(*_FULL_PRECISION)]
-    tiles = _WARPGROUP_TILES if capability >= 90 else _WARP_TILES
+    tiles = _WARPGROUP_TILES if _has_warpgroups(capability) else _WARP_TILES
     return [
         TileSetting(r, c, tokens, _NUM_WARPS, stages)
         for r, c in tiles
@@ -76,33 +79,52 @@ def tile_settings(dtype: torch.dtype, capability: int) -> list[TileSetting]:
     ]
 
 
+def _has_warpgroups(capability: int) -> bool:
+    return 90 <= capability < 100
+
+
 def searched_settings(
-    rows: int, columns: int, dtype: torch.dtype, capability: int
+    rows: int, columns: int, dtype: torch.dtype, capability: int, *, strided: bool = False
 ) -> list[TileSetting]:
-    """What FASTDEAN_AUTOTUNE=1 tries for a weight [rows, columns]."""
+    """What FASTDEAN_AUTOTUNE=1 tries for a weight [rows, columns]; arguments as `tile_setting`."""
     settings = tile_settings(dtype, capability)
-    if dtype != torch.float32 and capability >= 90:
+    if dtype != torch.float32 and _has_warpgroups(capability):
         settings.append(TileSetting(*_TWO_AT_A_TIME))
-    return [each for each in settings if _is_clean(each, rows, columns)]
+    return [each for each in settings if _is_clean(each, rows, columns, strided)]
 
 
 def tile_setting(
-    rows: int, columns: int, mean_tokens: float, dtype: torch.dtype, capability: int
+    rows: int,
+    columns: int,
+    mean_tokens: float,
+    dtype: torch.dtype,
+    capability: int,
+    *,
+    strided: bool = False,
 ) -> TileSetting:
-    """The setting for a weight [rows, columns] and examples of `mean_tokens` tokens."""
+    """The setting for a weight [rows, columns] and examples of `mean_tokens` tokens.
+
+    Args:
+        strided: neighbouring elements of a row of an input or the accumulator are not neighbours in
+            memory.
+    """
     tokens = 16 if mean_tokens <= 20 else 32 if mean_tokens < 160 else 64
+    if strided:
+        tokens = min(tokens, _STRIDED_TOKENS)
     settings = tile_settings(dtype, capability)
     fitting = [each for each in settings if each.block_t == tokens] or settings
     for each in fitting[:-1]:
         enough = each.programs(rows, columns) >= _ENOUGH_PROGRAMS
-        if enough and _is_clean(each, rows, columns):
+        if enough and _is_clean(each, rows, columns, strided):
             return each
     return fitting[-1]
 
 
-def _is_clean(setting: TileSetting, rows: int, columns: int) -> bool:
+def _is_clean(setting: TileSetting, rows: int, columns: int, strided: bool) -> bool:
     """Whether the compiler keeps everything in registers for this weight."""
     large = setting.block_r * setting.block_c >= 64 * 128
+    if strided:
+        return not large and setting.block_t <= _STRIDED_TOKENS
     if not large or setting.divides(rows, columns):
         return True
     return setting.block_r < 128 and setting.block_t < 64 and setting.num_warps == _NUM_WARPS

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdean.kernels import on_device
+from fastdean.kernels import note_write, on_device
 from fastdean.kernels.schedule import placed_token_blocks
 
 _BLOCK_C = 128
@@ -125,6 +125,8 @@ def _unit_join_kernel(
 
 def accumulate_unit_importance_(acc: Tensor, a: Tensor, g: Tensor, segments: Tensor) -> None:
     """See `ops.accumulate_unit_importance_`."""
+    # A negated view says so beside its memory, which is all that a kernel sees.
+    a, g = a.resolve_neg(), g.resolve_neg()
     num_rows, units = a.shape
     if units == 0 or num_rows == 0 or len(segments) == 0:
         return
@@ -160,3 +162,4 @@ def accumulate_unit_importance_(acc: Tensor, a: Tensor, g: Tensor, segments: Ten
             _unit_join_kernel[(num_c,)](
                 acc, parts, blocks, units, num_parts, acc.stride(0), part_tokens, **shared
             )
+    note_write(acc)

@@ -80,6 +80,7 @@ def accumulate_expert_importance_(
             outside the inputs.
     """
     _check_pair(x, g)
+    _require_tensor("acc", acc)
     if acc.dim() != 3:
         raise ValueError(f"acc must be [E, R, C], got {list(acc.shape)}; stack the experts")
     _check_accumulator(acc, (acc.shape[0], g.shape[1], x.shape[1]), x.device)
@@ -127,6 +128,8 @@ def _check_inputs(x: Tensor, g: Tensor, segments: Tensor) -> None:
 
 
 def _check_pair(x: Tensor, g: Tensor) -> None:
+    for name, tensor in (("the inputs", x), ("g", g)):
+        _require_tensor(name, tensor)
     if x.dim() != 2 or g.dim() != 2 or x.shape[0] != g.shape[0]:
         raise ValueError(
             "inputs and gradients must be [N, C] and [N, R] with the same N, "
@@ -198,9 +201,28 @@ def _check_experts(experts: Tensor, segments: Tensor, number: int) -> None:
             )
 
 
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(value).__name__}; make it with torch.as_tensor"
+        )
+
+
 def _check_accumulator(acc: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    _require_tensor("acc", acc)
     if tuple(acc.shape) != shape or acc.dtype != torch.float32 or acc.device != device:
         raise ValueError(
             f"acc must be torch.float32 {list(shape)} on {device}, "
             f"got {acc.dtype} {list(acc.shape)} on {acc.device}; make it with torch.zeros"
+        )
+    if any(n > 1 and s == 0 for n, s in zip(acc.shape, acc.stride(), strict=True)):
+        raise ValueError(
+            f"acc must have a place in memory for every element, got an expanded tensor of strides "
+            f"{acc.stride()}; make it with torch.zeros"
+        )
+    if acc.is_neg() or (acc.is_inference() and not torch.is_inference_mode_enabled()):
+        kind = "a negated view" if acc.is_neg() else "one made in inference mode, outside of it"
+        raise ValueError(
+            f"acc must be a tensor that can be written in place, got {kind}; make it with "
+            "torch.zeros"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,11 @@ def importance(sums: Tensor, weight: Tensor | None, num_examples: int) -> Tensor
     Returns:
         fp32, shape of `sums`.
     """
+    # Divided by a tensor: by a number torch multiplies with its rounded inverse on a GPU.
+    divisor = sums.new_full((), num_examples)
     if weight is None:
-        return sums / num_examples
-    return (sums * weight.detach().to(sums.device).float().abs()).div_(num_examples)
+        return sums / divisor
+    return (sums * weight.detach().to(sums.device).float().abs()).div_(divisor)
 
 
 def select_top(
@@ -45,13 +49,8 @@ def select_top(
     Raises:
         ValueError: an importance is NaN or infinite, k is negative, or the shapes differ.
     """
-    if sums.dtype != torch.float32:
-        raise TypeError(f"sums must be torch.float32, got {sums.dtype}; accumulate in fp32")
-    if weight is not None and weight.shape != sums.shape:
-        raise ValueError(
-            f"weight must have the shape of sums, {list(sums.shape)}, got {list(weight.shape)}; "
-            "pass the weight that was scored"
-        )
+    _check_matrix(sums, weight)
+    k, num_examples = _integer("k", k), _integer("num_examples", num_examples)
     if k < 0 or num_examples < 1:
         raise ValueError(
             f"k must be at least 0 and num_examples at least 1, got {k} and {num_examples}; "
@@ -59,3 +58,30 @@ def select_top(
         )
     dtype = sums.dtype if weight is None else weight.dtype
     return choose("select_top", sums.device, impl, dtype).callable(sums, weight, num_examples, k)
+
+
+def _check_matrix(sums: Tensor, weight: Tensor | None) -> None:
+    for name, tensor in (("sums", sums), ("weight", weight)):
+        if not isinstance(tensor, Tensor) and not (name == "weight" and tensor is None):
+            raise TypeError(
+                f"{name} must be a tensor, got {type(tensor).__name__}; make it with "
+                "torch.as_tensor"
+            )
+    if sums.dtype != torch.float32:
+        raise TypeError(f"sums must be torch.float32, got {sums.dtype}; accumulate in fp32")
+    if weight is not None and not weight.is_floating_point():
+        raise TypeError(
+            f"weight must be floating point, got {weight.dtype}; pass the weight that was scored"
+        )
+    if weight is not None and weight.shape != sums.shape:
+        raise ValueError(
+            f"weight must have the shape of sums, {list(sums.shape)}, got {list(weight.shape)}; "
+            "pass the weight that was scored"
+        )
+
+
+def _integer(name: str, value: object) -> int:
+    """NumPy's integers too; a tensor would reach a kernel as a pointer."""
+    if isinstance(value, bool | Tensor) or not hasattr(type(value), "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}; use int()")
+    return operator.index(value)
