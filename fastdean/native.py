@@ -396,7 +396,8 @@ def _accumulate_importance_(
 
 def _increment_versions(tensors: Sequence[torch.Tensor]) -> None:
     """Tells autograd of writes that it could not see."""
-    # Inference tensors carry no version counter.
-    if any(map(torch.Tensor.is_inference, tensors)):
-        tensors = [tensor for tensor in tensors if not tensor.is_inference()]
-    torch.autograd.graph.increment_version(tensors)
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:
+        # Inference tensors carry no version counter; no harm in telling the others twice.
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

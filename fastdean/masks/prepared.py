@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable, Sequence
-from operator import itemgetter
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -70,6 +72,7 @@ def prepare(
     edited = {part.name for part in parts}
     everyone = [*parts, *(_unedited(name, weights) for name in names if name not in edited)]
     paths = _Paths([weights.path(part.name) for part in everyone])
+    everyone = [everyone[position] for position in paths.order]
     tensors = [weights.parameter(part.name) for part in everyone]
     found = paths.find(root)
     if found is None or any(a is not b for a, b in zip(found, tensors, strict=True)):
@@ -95,40 +98,102 @@ def _asked(impl: str | None) -> tuple[str | None, str | None]:
     return impl, os.environ.get(ENVIRONMENT_VARIABLE)
 
 
+_modules_of = attrgetter("_modules")
+_parameters_of = attrgetter("_parameters")
+
+
 class _Paths:
-    """Ways through the tree of modules to parameters, each shared part gone once."""
+    """Ways through the tree of modules to parameters, gone level by level.
+
+    In a model of equal layers one step takes a whole level, without a loop in Python.
+
+    Args:
+        paths: names of parameters as in `named_parameters`, each once.
+    Attributes:
+        order: positions in `paths`, in the order in which `find` returns the parameters.
+    """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        children: dict[str, dict[str, str]] = {"": {}}
-        for path in paths:
-            *steps, _ = path.split(".")
-            for depth, step in enumerate(steps):
-                here = ".".join(steps[: depth + 1])
-                children.setdefault(here, {})
-                children[".".join(steps[:depth])][step] = here
-        numbers = {"": 0}
-        # (number of a module, what takes these of its children, how many).
-        self._steps: list[tuple[int, itemgetter, int]] = []
-        waiting = [""]
-        for here in waiting:
-            if children[here]:
-                step = (numbers[here], itemgetter(*children[here]), len(children[here]))
-                self._steps.append(step)
-            for child in children[here].values():
-                numbers[child] = len(numbers)
-                waiting.append(child)
-        # (number of the owner, name) of each parameter.
-        self._parameters = [
-            (numbers[owner], name) for owner, _, name in (path.rpartition(".") for path in paths)
-        ]
+        self.order: list[int] = []
+        # Per level: what is taken of the parameters of its modules, and of their children.
+        self._levels: list[tuple[list[_Step], list[_Step]]] = []
+        numbers = {path: number for number, path in enumerate(paths)}
+        level = [_Node.of(paths)]
+        while level:
+            parameters = _steps([node.parameters for node in level])
+            children = _steps([tuple(node.children) for node in level])
+            self._levels.append((parameters, children))
+            for step in parameters:
+                found = (f"{level[n].prefix}{name}" for n in step.positions for name in step.names)
+                self.order += (numbers[path] for path in found)
+            level = [
+                level[n].children[name]
+                for step in children
+                for n in step.positions
+                for name in step.names
+            ]
 
     def find(self, root: nn.Module) -> list[Tensor] | None:
-        """The parameters there now, or None if a way ends."""
-        modules = [root]
+        """The parameters there now, in `order`, or None if a way ends."""
+        modules, found = [root], []
         try:
-            for number, take, count in self._steps:
-                taken = take(modules[number]._modules)
-                modules += taken if count > 1 else (taken,)
-            return [modules[number]._parameters[name] for number, name in self._parameters]
+            for parameters, children in self._levels:
+                for step in parameters:
+                    found += step.take(_parameters_of, modules)
+                below: list[nn.Module] = []
+                for step in children:
+                    below += step.take(_modules_of, modules)
+                modules = below
         except (AttributeError, KeyError):
             return None
+        return found
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A module on the way: what it is called, its parameters and its children that are wanted."""
+
+    prefix: str
+    parameters: tuple[str, ...]
+    children: dict[str, _Node]
+
+    @classmethod
+    def of(cls, paths: Iterable[str], prefix: str = "") -> _Node:
+        own, below = [], {}
+        for path in paths:
+            name, dot, rest = path.partition(".")
+            if dot:
+                below.setdefault(name, []).append(rest)
+            else:
+                own.append(name)
+        children = {name: cls.of(inside, f"{prefix}{name}.") for name, inside in below.items()}
+        return cls(prefix, tuple(own), children)
+
+
+class _Step:
+    """The same names of several modules of a level.
+
+    Args:
+        positions: of the modules, among `size` of the level.
+    """
+
+    def __init__(self, positions: list[int], names: tuple[str, ...], size: int) -> None:
+        self.positions, self.names = positions, names
+        self._all = positions == list(range(size))
+        self._take = itemgetter(*names)
+        self._one = len(names) == 1
+
+    def take(self, dictionary_of: attrgetter, modules: Sequence[nn.Module]) -> Iterable[Any]:
+        """What is under the names, module after module."""
+        chosen = modules if self._all else [modules[position] for position in self.positions]
+        taken = map(self._take, map(dictionary_of, chosen))
+        return taken if self._one else chain.from_iterable(taken)
+
+
+def _steps(names_of_level: Sequence[tuple[str, ...]]) -> list[_Step]:
+    """One step for all modules of a level of which the same names are wanted."""
+    positions: dict[tuple[str, ...], list[int]] = {}
+    for position, names in enumerate(names_of_level):
+        if names:
+            positions.setdefault(names, []).append(position)
+    return [_Step(each, names, len(names_of_level)) for names, each in positions.items()]
