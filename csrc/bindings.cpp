@@ -1,10 +1,12 @@
 // Integers from Python -> struct -> launch -> exception. The only file that knows Python.
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
 #include "fastdean.h"
+#include "tensor_facts.h"
 
 #ifndef FASTDEAN_WITH_CUDA
 #define FASTDEAN_CUDA_VERSION ""
@@ -38,21 +40,102 @@ void raise_unless_ok(cudaError_t error, const char* op) {
 }
 #endif
 
-fastdean::ZeroAtParams zero_at_params(int64_t rows, int64_t num_rows, int64_t max_count) {
-  return {reinterpret_cast<const fastdean::ZeroAtRow*>(rows), num_rows, max_count};
+using PlacesOnCpu = fastdean::Status (*)(const fastdean::PlacesParams&);
+
+template <PlacesOnCpu op>
+void places_cpu(int64_t rows, int64_t num_rows, int64_t num_workers) {
+  raise_unless_ok(
+      op({reinterpret_cast<const fastdean::PlacesRow*>(rows), num_rows, 0, num_workers}));
 }
 
-void zero_at_cpu(int64_t rows, int64_t num_rows, int64_t max_count) {
-  raise_unless_ok(fastdean::zero_at_cpu(zero_at_params(rows, num_rows, max_count)));
+int64_t replace_at_cpu(int64_t rows, int64_t num_rows, int64_t num_workers, bool reverse,
+                       bool write) {
+  int64_t first_other = 0;
+  raise_unless_ok(fastdean::replace_at_cpu(
+      {reinterpret_cast<const fastdean::PlacesRow*>(rows), num_rows, 0, num_workers}, reverse,
+      write, &first_other));
+  return first_other;
+}
+
+template <PlacesOnCpu op>
+void def_places_cpu(py::module_& m, const char* name) {
+  m.def(name, &places_cpu<op>, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
+        py::arg("num_workers"), py::call_guard<py::gil_scoped_release>());
 }
 
 #ifdef FASTDEAN_WITH_CUDA
-void zero_at_cuda(int64_t rows, int64_t num_rows, int64_t max_count, int64_t stream) {
-  raise_unless_ok(fastdean::zero_at_cuda(zero_at_params(rows, num_rows, max_count),
-                                         reinterpret_cast<cudaStream_t>(stream)),
-                  "zero_at");
+using PlacesOnCuda = cudaError_t (*)(const fastdean::PlacesParams&, cudaStream_t);
+
+template <PlacesOnCuda op>
+void def_places_cuda(py::module_& m, const char* name) {
+  m.def(
+      (std::string(name) + "_cuda").c_str(),
+      [name](int64_t rows, int64_t num_rows, int64_t max_count, int64_t stream) {
+        raise_unless_ok(op({reinterpret_cast<const fastdean::PlacesRow*>(rows), num_rows,
+                            max_count, 1},
+                           reinterpret_cast<cudaStream_t>(stream)),
+                        name);
+      },
+      py::kw_only(), py::arg("rows"), py::arg("num_rows"), py::arg("max_count"),
+      py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+}
+
+void replace_at_cuda(int64_t rows, int64_t num_rows, int64_t max_count, bool reverse, bool write,
+                     int64_t first_other, int64_t stream) {
+  raise_unless_ok(
+      fastdean::replace_at_cuda(
+          {reinterpret_cast<const fastdean::PlacesRow*>(rows), num_rows, max_count, 1}, reverse,
+          write, reinterpret_cast<unsigned long long*>(first_other),
+          reinterpret_cast<cudaStream_t>(stream)),
+      "replace_at");
 }
 #endif
+
+// What is remembered of a tensor: its Python type, and its facts.
+constexpr int kFields = 1 + fastdean::kFactFields;
+using Facts = std::array<int64_t, kFields>;
+
+const void* exchange_api(const py::capsule& capsule) {
+  const void* api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  if (api == nullptr) throw py::error_already_set();
+  return api;
+}
+
+bool describes_tensors(const py::capsule& api) {
+  return fastdean::describes_tensors(exchange_api(api));
+}
+
+int64_t type_of(py::handle object) { return reinterpret_cast<int64_t>(Py_TYPE(object.ptr())); }
+
+void read_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts) {
+  const void* api = exchange_api(capsule);
+  auto* row = reinterpret_cast<Facts*>(facts);
+  for (const py::handle tensor : tensors) {
+    (*row)[0] = type_of(tensor);
+    if (!fastdean::read_facts(api, tensor.ptr(), row->data() + 1)) {
+      if (PyErr_Occurred()) throw py::error_already_set();
+      throw std::invalid_argument("tensors must have few dimensions");
+    }
+    ++row;
+  }
+}
+
+bool same_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts) {
+  const void* api = exchange_api(capsule);
+  const auto* before = reinterpret_cast<const Facts*>(facts);
+  Facts now;
+  for (const py::handle tensor : tensors) {
+    // An object of another type may be no tensor at all, which torch's function does not check.
+    now[0] = type_of(tensor);
+    if (now[0] != (*before)[0]) return false;
+    if (!fastdean::read_facts(api, tensor.ptr(), now.data() + 1)) {
+      PyErr_Clear();
+      return false;
+    }
+    if (now != *before++) return false;
+  }
+  return true;
+}
 
 // `params` is the address of an ImportanceParams that Python wrote field by field.
 const fastdean::ImportanceParams& importance_params(int64_t params) {
@@ -90,10 +173,25 @@ PYBIND11_MODULE(_C, m) {
         py::arg("params"));
   m.def("accumulate_importance_cpu", &accumulate_importance_cpu, py::kw_only(), py::arg("params"),
         py::call_guard<py::gil_scoped_release>());
-  m.def("zero_at_cpu", &zero_at_cpu, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
-        py::arg("max_count"), py::call_guard<py::gil_scoped_release>());
+  m.attr("FACT_FIELDS") = kFields;
+  m.def("describes_tensors", &describes_tensors, py::kw_only(), py::arg("api"));
+  m.def("read_facts", &read_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
+        py::arg("facts"));
+  m.def("same_facts", &same_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
+        py::arg("facts"));
+
+  def_places_cpu<fastdean::gather_at_cpu>(m, "gather_at_cpu");
+  def_places_cpu<fastdean::write_at_cpu>(m, "write_at_cpu");
+  def_places_cpu<fastdean::zero_at_cpu>(m, "zero_at_cpu");
+  m.def("replace_at_cpu", &replace_at_cpu, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
+        py::arg("num_workers"), py::arg("reverse"), py::arg("write"),
+        py::call_guard<py::gil_scoped_release>());
 #ifdef FASTDEAN_WITH_CUDA
-  m.def("zero_at_cuda", &zero_at_cuda, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
-        py::arg("max_count"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  def_places_cuda<fastdean::gather_at_cuda>(m, "gather_at");
+  def_places_cuda<fastdean::write_at_cuda>(m, "write_at");
+  def_places_cuda<fastdean::zero_at_cuda>(m, "zero_at");
+  m.def("replace_at_cuda", &replace_at_cuda, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
+        py::arg("max_count"), py::arg("reverse"), py::arg("write"), py::arg("first_other"),
+        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 #endif
 }

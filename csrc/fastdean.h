@@ -14,7 +14,7 @@ namespace fastdean {
 
 // Raised by one with every change of a struct or a signature in this file; native.py names the
 // number it was written for and refuses another.
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
 constexpr int kMaxRank = 8;
 
@@ -41,27 +41,35 @@ enum class CpuLevel : int64_t {
   kAvx512Bf16 = 3,
 };
 
-// One tensor of a zero_at call: one row of the table that Python writes as int64 [T, kRowFields].
+// One tensor of a mask operation: one row of the table that Python writes as int64 [T, kRowFields].
 // Every field has eight bytes so that the row has no padding.
-struct ZeroAtRow {
+struct PlacesRow {
   int64_t data;               // address of the element whose coordinates are all 0
   int64_t indices;            // address of int64 [count], row-major logical indices
+  int64_t values;             // address of [count] elements: gather_at fills them, write_at and
+                              // replace_at write them; zero_at has none
+  int64_t expected;           // address of [count] elements that replace_at writes over; else none
   int64_t count;              // how many indices
   int64_t numel;              // how many elements the tensor has; indices lie in 0 .. numel - 1
-  int64_t dtype;              // a DType
+  int64_t dtype;              // a DType, of the tensor, `values` and `expected`
   int64_t rank;               // 0: contiguous, an index is an offset; else 1 .. kMaxRank
   int64_t sizes[kMaxRank];    // the first `rank` are the shape
   int64_t strides[kMaxRank];  // the first `rank` are the strides, in elements
 };
 
-constexpr int kRowFields = 6 + 2 * kMaxRank;
-static_assert(sizeof(ZeroAtRow) == kRowFields * sizeof(int64_t), "a row must have no padding");
+constexpr int kRowFields = 8 + 2 * kMaxRank;
+static_assert(sizeof(PlacesRow) == kRowFields * sizeof(int64_t), "a row must have no padding");
 
-// zero_at: sets tensor[unravel(index)] = 0 for every index of every row.
-struct ZeroAtParams {
-  const ZeroAtRow* rows;  // [num_rows]; in host memory for the CPU, in device memory for CUDA
+// The mask operations, all by bits. With t the tensor of a row and p = unravel(index):
+//   gather_at   values[i] = t[p[i]]
+//   write_at    t[p[i]] = values[i]
+//   zero_at     t[p[i]] = 0
+//   replace_at  write_at if t[p[i]] is expected[i] for every i of every row, else nothing
+struct PlacesParams {
+  const PlacesRow* rows;  // [num_rows]; in host memory for the CPU, in device memory for CUDA
   int64_t num_rows;       // how many tensors
   int64_t max_count;      // the largest `count` of the rows; sizes the CUDA grid
+  int64_t num_workers;    // how many threads may share the work on the CPU, at least 1
 };
 
 // accumulate_importance: acc[r, c] += sum over examples of |sum over its tokens t of g[t, r] x[t, c]|
@@ -91,8 +99,8 @@ constexpr int kImportanceFields = 18;
 static_assert(sizeof(ImportanceParams) == kImportanceFields * sizeof(int64_t),
               "the fields must be those that Python writes");
 
-// Zero is all bits clear in every DType, so a write needs the width of an element and no more.
-// Returns 0 for a value that is no DType.
+// Values are copied and compared by their bits, and zero is all bits clear in every DType: the mask
+// operations need the width of an element and no more. Returns 0 for a value that is no DType.
 #ifdef __CUDACC__
 __host__ __device__
 #endif
@@ -113,7 +121,7 @@ inline int element_bytes(int64_t dtype) {
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-inline int64_t element_offset(const ZeroAtRow& row, int64_t index) {
+inline int64_t element_offset(const PlacesRow& row, int64_t index) {
   if (row.rank == 0) return index;
   int64_t offset = 0;
   for (int64_t dim = row.rank - 1; dim >= 0; --dim) {
@@ -123,8 +131,15 @@ inline int64_t element_offset(const ZeroAtRow& row, int64_t index) {
   return offset;
 }
 
-// Checks dtype, rank and index range of every row, then writes; writes nothing unless kOk.
-Status zero_at_cpu(const ZeroAtParams& params);
+// These check dtype, rank and index range of every row, then write; they write nothing unless kOk.
+// Where rows share memory and disagree about a value there, which of them stays is left open.
+Status gather_at_cpu(const PlacesParams& params);
+Status write_at_cpu(const PlacesParams& params);
+Status zero_at_cpu(const PlacesParams& params);
+
+// Args: reverse: `values` are what must be there and `expected` what is written; write: false only
+// compares; first_other: receives the first row that holds something else, num_rows if none does.
+Status replace_at_cpu(const PlacesParams& params, bool reverse, bool write, int64_t* first_other);
 
 // The highest level that this processor has and this build contains.
 CpuLevel best_cpu_level();
@@ -136,9 +151,16 @@ int64_t accumulate_importance_workspace_bytes(const ImportanceParams& params);
 Status accumulate_importance_cpu(const ImportanceParams& params);
 
 #ifdef FASTDEAN_WITH_CUDA
-// Enqueues one kernel on `stream` of the current device. Checks nothing: the rows are not readable
-// from the host.
-cudaError_t zero_at_cuda(const ZeroAtParams& params, cudaStream_t stream);
+// Each enqueues one kernel on `stream` of the current device. They check nothing: the rows are not
+// readable from the host.
+cudaError_t gather_at_cuda(const PlacesParams& params, cudaStream_t stream);
+cudaError_t write_at_cuda(const PlacesParams& params, cudaStream_t stream);
+cudaError_t zero_at_cuda(const PlacesParams& params, cudaStream_t stream);
+
+// Enqueues a comparison and a kernel that writes if nothing differed. `first_other`, in device
+// memory, receives the first row that holds something else, all bits set if none does.
+cudaError_t replace_at_cuda(const PlacesParams& params, bool reverse, bool write,
+                            unsigned long long* first_other, cudaStream_t stream);
 #endif
 
 }  // namespace fastdean

@@ -1,13 +1,19 @@
-// zero_at on the CPU. One thread: a mask holds tens of indices per tensor, and starting a second
-// thread costs more than writing them.
+// gather_at, write_at, zero_at and replace_at on the CPU.
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "fastdean.h"
+#include "parallel.h"
 
 namespace fastdean {
 namespace {
 
-Status check_row(const ZeroAtRow& row) {
+// A mask of weights holds tens of indices per tensor, and starting a thread costs more than
+// thousands of them; a mask of units holds millions.
+constexpr int64_t kLeastPerWorker = 16384;
+
+Status check_row(const PlacesRow& row) {
   if (element_bytes(row.dtype) == 0) return Status::kUnknownDType;
   if (row.rank < 0 || row.rank > kMaxRank) return Status::kRankTooLarge;
   const auto* indices = reinterpret_cast<const int64_t*>(row.indices);
@@ -17,24 +23,153 @@ Status check_row(const ZeroAtRow& row) {
   return Status::kOk;
 }
 
-void zero_row(const ZeroAtRow& row) {
-  const int bytes = element_bytes(row.dtype);
-  const auto* indices = reinterpret_cast<const int64_t*>(row.indices);
-  auto* data = reinterpret_cast<char*>(row.data);
-  for (int64_t i = 0; i < row.count; ++i) {
-    std::memset(data + element_offset(row, indices[i]) * bytes, 0, static_cast<size_t>(bytes));
+// All rows before the first write, so that a refused call leaves every tensor as it was.
+Status check_rows(const PlacesParams& params) {
+  for (int64_t r = 0; r < params.num_rows; ++r) {
+    const Status status = check_row(params.rows[r]);
+    if (status != Status::kOk) return status;
   }
+  return Status::kOk;
+}
+
+// The elements of one row from `first` to before `last`, as integers of its width: every
+// dtype is copied and compared by its bits. memcpy, because nothing promises aligned storage.
+template <typename Bits>
+struct Elements {
+  char* data;
+  const int64_t* indices;
+  char* values;
+  char* expected;
+  const PlacesRow& row;
+
+  Elements(const PlacesRow& row, bool reverse)
+      : data(reinterpret_cast<char*>(row.data)),
+        indices(reinterpret_cast<const int64_t*>(row.indices)),
+        values(reinterpret_cast<char*>(reverse ? row.expected : row.values)),
+        expected(reinterpret_cast<char*>(reverse ? row.values : row.expected)),
+        row(row) {}
+
+  char* place(int64_t i) const {
+    return data + element_offset(row, indices[i]) * static_cast<int64_t>(sizeof(Bits));
+  }
+
+  static Bits read(const char* from, int64_t i = 0) {
+    Bits bits;
+    std::memcpy(&bits, from + i * static_cast<int64_t>(sizeof(Bits)), sizeof(Bits));
+    return bits;
+  }
+
+  static void write(char* to, Bits bits, int64_t i = 0) {
+    std::memcpy(to + i * static_cast<int64_t>(sizeof(Bits)), &bits, sizeof(Bits));
+  }
+};
+
+struct Gather {
+  template <typename Bits>
+  void operator()(const Elements<Bits>& e, int64_t, int64_t first, int64_t last) const {
+    for (int64_t i = first; i < last; ++i) e.write(e.values, e.read(e.place(i)), i);
+  }
+};
+
+struct Write {
+  template <typename Bits>
+  void operator()(const Elements<Bits>& e, int64_t, int64_t first, int64_t last) const {
+    for (int64_t i = first; i < last; ++i) e.write(e.place(i), e.read(e.values, i));
+  }
+};
+
+struct Zero {
+  template <typename Bits>
+  void operator()(const Elements<Bits>& e, int64_t, int64_t first, int64_t last) const {
+    for (int64_t i = first; i < last; ++i) e.write(e.place(i), 0);
+  }
+};
+
+struct Compare {
+  std::atomic<int64_t>& first_other;
+
+  // No branch on the values, so that the processor has many reads under way at once: each of them
+  // is a miss of every cache in a large model.
+  template <typename Bits>
+  void operator()(const Elements<Bits>& e, int64_t r, int64_t first, int64_t last) const {
+    Bits difference = 0;
+    for (int64_t i = first; i < last; ++i) {
+      difference = static_cast<Bits>(difference | (e.read(e.place(i)) ^ e.read(e.expected, i)));
+    }
+    if (difference == 0) return;
+    int64_t known = first_other.load();
+    while (r < known && !first_other.compare_exchange_weak(known, r)) {
+    }
+  }
+};
+
+template <typename Act>
+struct Job {
+  const PlacesParams& params;
+  bool reverse;
+  int64_t total;
+  int64_t num_workers;
+  const Act& act;
+};
+
+// Worker w takes the w-th of equal parts of all elements, whichever rows they lie in.
+template <typename Act>
+void take_part(void* context, int64_t worker) {
+  const auto& job = *static_cast<const Job<Act>*>(context);
+  const int64_t begin = job.total * worker / job.num_workers;
+  const int64_t end = job.total * (worker + 1) / job.num_workers;
+  int64_t before = 0;
+  for (int64_t r = 0; r < job.params.num_rows && before < end; ++r) {
+    const PlacesRow& row = job.params.rows[r];
+    const int64_t first = std::max<int64_t>(begin - before, 0);
+    const int64_t last = std::min(end - before, row.count);
+    before += row.count;
+    if (first >= last) continue;
+    switch (element_bytes(row.dtype)) {
+      case 2:
+        job.act(Elements<uint16_t>(row, job.reverse), r, first, last);
+        break;
+      case 4:
+        job.act(Elements<uint32_t>(row, job.reverse), r, first, last);
+        break;
+      default:
+        job.act(Elements<uint64_t>(row, job.reverse), r, first, last);
+    }
+  }
+}
+
+template <typename Act>
+void for_all(const PlacesParams& params, bool reverse, const Act& act) {
+  int64_t total = 0;
+  for (int64_t r = 0; r < params.num_rows; ++r) total += params.rows[r].count;
+  const int64_t most = std::max<int64_t>(1, total / kLeastPerWorker);
+  const int64_t num_workers = std::min(most, std::max<int64_t>(1, params.num_workers));
+  Job<Act> job{params, reverse, total, num_workers, act};
+  run_workers(num_workers, &take_part<Act>, &job);
+}
+
+template <typename Act>
+Status checked(const PlacesParams& params, const Act& act) {
+  const Status status = check_rows(params);
+  if (status == Status::kOk) for_all(params, false, act);
+  return status;
 }
 
 }  // namespace
 
-Status zero_at_cpu(const ZeroAtParams& params) {
-  // All rows before the first write, so that a refused call leaves every tensor as it was.
-  for (int64_t i = 0; i < params.num_rows; ++i) {
-    const Status status = check_row(params.rows[i]);
-    if (status != Status::kOk) return status;
-  }
-  for (int64_t i = 0; i < params.num_rows; ++i) zero_row(params.rows[i]);
+Status gather_at_cpu(const PlacesParams& params) { return checked(params, Gather{}); }
+
+Status write_at_cpu(const PlacesParams& params) { return checked(params, Write{}); }
+
+Status zero_at_cpu(const PlacesParams& params) { return checked(params, Zero{}); }
+
+Status replace_at_cpu(const PlacesParams& params, bool reverse, bool write, int64_t* first_other) {
+  const Status status = check_rows(params);
+  if (status != Status::kOk) return status;
+  std::atomic<int64_t> first{params.num_rows};
+  for_all(params, reverse, Compare{first});
+  *first_other = first.load();
+  if (write && *first_other == params.num_rows) for_all(params, reverse, Write{});
   return Status::kOk;
 }
 

@@ -1,5 +1,6 @@
-// zero_at on CUDA: one launch for all tensors of a device. A block of the grid's y dimension takes
-// a tensor, its threads along x take the indices; both walk on in strides when the grid is smaller.
+// gather_at, write_at, zero_at and replace_at on CUDA: one launch for all tensors of a device, two
+// for replace_at. A block of the grid's y dimension takes a tensor, its threads along x take the
+// indices; both walk on in strides when the grid is smaller.
 #include <algorithm>
 
 #include "fastdean.h"
@@ -11,43 +12,117 @@ constexpr int kThreads = 128;
 constexpr int64_t kMaxBlocksX = 1024;
 constexpr int64_t kMaxBlocksY = 65535;  // the hardware's limit for this dimension
 
-__device__ void zero_element(int64_t data, int64_t offset, int bytes) {
-  switch (bytes) {
-    case 2:
-      reinterpret_cast<uint16_t*>(data)[offset] = 0;
-      break;
-    case 4:
-      reinterpret_cast<uint32_t*>(data)[offset] = 0;
-      break;
-    case 8:
-      reinterpret_cast<uint64_t*>(data)[offset] = 0;
-      break;
+struct Gather {
+  template <typename Bits>
+  __device__ void operator()(Bits* place, Bits* values, const Bits*, int64_t i, int64_t) const {
+    values[i] = *place;
+  }
+  __device__ bool runs() const { return true; }
+};
+
+struct Write {
+  template <typename Bits>
+  __device__ void operator()(Bits* place, Bits* values, const Bits*, int64_t i, int64_t) const {
+    *place = values[i];
+  }
+  __device__ bool runs() const { return true; }
+};
+
+struct Zero {
+  template <typename Bits>
+  __device__ void operator()(Bits* place, Bits*, const Bits*, int64_t, int64_t) const {
+    *place = 0;
+  }
+  __device__ bool runs() const { return true; }
+};
+
+struct Compare {
+  unsigned long long* first_other;
+
+  template <typename Bits>
+  __device__ void operator()(Bits* place, Bits*, const Bits* expected, int64_t i,
+                             int64_t r) const {
+    if (*place != expected[i]) atomicMin(first_other, static_cast<unsigned long long>(r));
+  }
+  __device__ bool runs() const { return true; }
+};
+
+struct WriteIfNoOther {
+  const unsigned long long* first_other;
+
+  template <typename Bits>
+  __device__ void operator()(Bits* place, Bits* values, const Bits*, int64_t i, int64_t) const {
+    *place = values[i];
+  }
+  // The comparison was the launch before this one on the same stream.
+  __device__ bool runs() const { return *first_other == ~0ull; }
+};
+
+template <typename Bits, typename Act>
+__device__ void act_on_row(const PlacesRow& row, bool reverse, int64_t r, int64_t first,
+                           int64_t step, const Act& act) {
+  auto* data = reinterpret_cast<Bits*>(row.data);
+  auto* values = reinterpret_cast<Bits*>(reverse ? row.expected : row.values);
+  const auto* expected = reinterpret_cast<const Bits*>(reverse ? row.values : row.expected);
+  const auto* indices = reinterpret_cast<const int64_t*>(row.indices);
+  for (int64_t i = first; i < row.count; i += step) {
+    act(data + element_offset(row, indices[i]), values, expected, i, r);
   }
 }
 
-__global__ void zero_at_kernel(ZeroAtParams params) {
+template <typename Act>
+__global__ void places_kernel(PlacesParams params, bool reverse, Act act) {
+  if (!act.runs()) return;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   for (int64_t r = blockIdx.y; r < params.num_rows; r += gridDim.y) {
-    const ZeroAtRow& row = params.rows[r];
-    const auto* indices = reinterpret_cast<const int64_t*>(row.indices);
-    const int bytes = element_bytes(row.dtype);
-    for (int64_t i = first; i < row.count; i += step) {
-      zero_element(row.data, element_offset(row, indices[i]), bytes);
+    const PlacesRow& row = params.rows[r];
+    switch (element_bytes(row.dtype)) {
+      case 2:
+        act_on_row<uint16_t>(row, reverse, r, first, step, act);
+        break;
+      case 4:
+        act_on_row<uint32_t>(row, reverse, r, first, step, act);
+        break;
+      case 8:
+        act_on_row<uint64_t>(row, reverse, r, first, step, act);
+        break;
     }
   }
 }
 
-}  // namespace
-
-cudaError_t zero_at_cuda(const ZeroAtParams& params, cudaStream_t stream) {
+template <typename Act>
+cudaError_t launch(const PlacesParams& params, bool reverse, const Act& act, cudaStream_t stream) {
   // An empty grid is a launch error in CUDA and a normal mask here.
   if (params.num_rows == 0 || params.max_count == 0) return cudaSuccess;
   const int64_t blocks_x = std::min((params.max_count + kThreads - 1) / kThreads, kMaxBlocksX);
   const int64_t blocks_y = std::min(params.num_rows, kMaxBlocksY);
   const dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
-  zero_at_kernel<<<grid, kThreads, 0, stream>>>(params);
+  places_kernel<<<grid, kThreads, 0, stream>>>(params, reverse, act);
   return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t gather_at_cuda(const PlacesParams& params, cudaStream_t stream) {
+  return launch(params, false, Gather{}, stream);
+}
+
+cudaError_t write_at_cuda(const PlacesParams& params, cudaStream_t stream) {
+  return launch(params, false, Write{}, stream);
+}
+
+cudaError_t zero_at_cuda(const PlacesParams& params, cudaStream_t stream) {
+  return launch(params, false, Zero{}, stream);
+}
+
+cudaError_t replace_at_cuda(const PlacesParams& params, bool reverse, bool write,
+                            unsigned long long* first_other, cudaStream_t stream) {
+  const cudaError_t cleared = cudaMemsetAsync(first_other, 0xff, sizeof(*first_other), stream);
+  if (cleared != cudaSuccess) return cleared;
+  const cudaError_t compared = launch(params, reverse, Compare{first_other}, stream);
+  if (compared != cudaSuccess || !write) return compared;
+  return launch(params, reverse, WriteIfNoOther{first_other}, stream);
 }
 
 }  // namespace fastdean

@@ -30,9 +30,11 @@ from fastdean.masks.summary import place_of
 from fastdean.model_state import materialised_weight, unwrap
 from fastdean.ops.selection import importance, select_top
 from fastdean.scores import ScoreEntry, Scores, fingerprint
+from fastdean.units import unit_layers
 
 DEFAULT_RATIO = {"weight": 5e-7, "neuron": 1e-3}
 SCOPES = ("matrix", "model")
+UNIT_WEIGHTS = ("down", "all")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def couple(
     scope: str = "matrix",
     seed: int = 0,
     model: nn.Module | None = None,
+    unit_weights: str = "down",
 ) -> NeuronMask:
     """Select the coupled entries and return them as a mask.
 
@@ -80,13 +83,19 @@ def couple(
         scope: "matrix": the top r of each matrix; "model": the top r of all matrices together.
         seed: for "random".
         model: needed only where the scores lack the values of the selected weights: unit scores or
-            the rule "random" with scores that were read from files or made with keep_top.
+            the rule "random" with scores that were read from files or made with keep_top, and
+            unit_weights="all".
+        unit_weights: for unit scores, which weights of a unit the mask holds. "down": its column of
+            the down projection, which takes the unit out of the function the model computes. "all":
+            also its row of gate and up and its entry of their biases. With scale 0 the two compute
+            the same, and "all" leaves no weight of the unit; with another scale they do not, as
+            "all" then scales every factor of the unit.
     Returns:
-        NeuronMask with scale 0. For unit scores it zeroes the unit's column of the down projection,
-        which takes the unit out of the function the model computes.
+        NeuronMask with scale 0.
     Raises:
-        ValueError: the scores do not belong together, the ratio selects nothing anywhere, or sparse
-            scores do not hold what is asked for.
+        ValueError: the scores do not belong together, the ratio selects nothing anywhere, sparse
+            scores do not hold what is asked for, or `unit_weights="all"` and the model is missing
+            or leaves open which weights these are.
         RuntimeError: the model's weights have changed since they were scored.
     Source:
         DEAN (arXiv 2410.16672), coupled-neuron selection; "released" from the authors' code.
@@ -109,6 +118,7 @@ def couple(
         raise TypeError(f"min_k must be an integer, got {type(min_k).__name__}; give a count")
     if min_k < 0:
         raise ValueError(f"min_k must be at least 0, got {min_k}")
+    _require_unit_weights(unit_weights, first.granularity, model)
     ratios = _three_ratios(DEFAULT_RATIO[first.granularity] if ratio is None else ratio)
 
     top = _top_of_matrices if scope == "matrix" else _top_of_model
@@ -128,7 +138,11 @@ def couple(
         table.append(_table_row(name, sets, kept, entry))
         if kept.numel():
             entries[name] = _mask_entry(name, kept, everyone, model)
-    _report_empty(table, scope)
+        if kept.numel() and unit_weights == "all":
+            in_front = _entries_in_front(name, kept, model)
+            entries |= in_front
+            table += [_row_in_front(name, entry) for name, entry in in_front.items()]
+    _report_empty([row for row in table if row["numel"]], scope)
     return NeuronMask(
         entries,
         manifest={
@@ -137,6 +151,7 @@ def couple(
             "scope": scope,
             "min_k": min_k,
             "granularity": first.granularity,
+            **({"unit_weights": unit_weights} if unit_weights != "down" else {}),
             **({"seed": seed} if rule == "random" else {}),
             "first": first.manifest,
             "second": second.manifest,
@@ -356,6 +371,21 @@ def _require_scored_model(scores: Scores, model: nn.Module) -> None:
             )
 
 
+def _require_unit_weights(unit_weights: str, granularity: str, model: nn.Module | None) -> None:
+    if unit_weights not in UNIT_WEIGHTS:
+        raise ValueError(f"unit_weights must be 'down' or 'all', got {unit_weights!r}")
+    if unit_weights == "all" and granularity != "neuron":
+        raise ValueError(
+            "unit_weights must be 'down' for scores of weights, got 'all'; "
+            "score with granularity='neuron'"
+        )
+    if unit_weights == "all" and model is None:
+        raise ValueError(
+            "model must be given with unit_weights='all', got None; the scores know the down "
+            "projections only, pass model="
+        )
+
+
 def _require_candidates(
     first: Scores, ratios: Sequence[float], chosen: Sequence[Mapping[str, Tensor]], scope: str
 ) -> None:
@@ -411,6 +441,22 @@ def _mask_entry(
     else:
         original = _stored_values(name, index, everyone).cpu()
     return MaskEntry(index=index.cpu(), original=original, shape=entry.shape)
+
+
+def _entries_in_front(down: str, units: Tensor, model: nn.Module) -> dict[str, MaskEntry]:
+    """What makes up these units in the layers in front of their down projection."""
+    entries = {}
+    for name, index in unit_layers(model, down).places(units.cpu()).items():
+        values = model.get_parameter(name).detach()
+        original = values.flatten()[index.to(values.device)].cpu()
+        entries[name] = MaskEntry(index=index, original=original, shape=tuple(values.shape))
+    return entries
+
+
+def _row_in_front(name: str, entry: MaskEntry) -> dict:
+    """A row without candidates of its own: the units are counted where they were scored."""
+    counted = dict.fromkeys(("numel", "k", "first", "second", "coupled", "removed", "kept"), 0)
+    return {"name": name, **place_of(name), **counted, "weights": len(entry)}
 
 
 def _unit_places(units: Tensor, entry: ScoreEntry) -> Tensor:

@@ -5,13 +5,14 @@ FASTDEAN_NATIVE=OFF, or run from a source tree); *broken*, when it is there and 
 then every use raises, because falling back would hide a damaged install.
 
 Pointers go stale without a word (`.to()`, `p.data =`, offload), so pointer, shape, strides, dtype
-and device are read anew on every call and nothing about a tensor is kept between calls.
+and device are read anew on every call; what is kept of them is only ever compared with.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,7 +21,10 @@ from typing import Literal
 import torch
 
 # The number in csrc/fastdean.h that this file was written for.
-ABI_VERSION = 2
+ABI_VERSION = 3
+
+# What torch calls DLPack's table of C functions.
+_DLPACK = "__dlpack_c_exchange_api__"
 
 _REINSTALL = "reinstall fastdean, or set FASTDEAN_IMPL=reference to do without the extension"
 
@@ -124,15 +128,174 @@ def _dtype_code(extension: ModuleType, dtype: torch.dtype) -> int:
     }[dtype]
 
 
-def _zero_at_row(extension: ModuleType, tensor: torch.Tensor, index: torch.Tensor) -> list[int]:
-    """One `ZeroAtRow` of csrc/fastdean.h, field by field."""
+def gather_at(
+    tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """`ops.gather_at` in compiled code; arguments and errors as for `zero_at_`."""
+    if not tensors:
+        return []
+    counts = [index.numel() for index in indices]
+    offsets, size = _layout(counts, [tensor.element_size() for tensor in tensors])
+    out = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
+    values = [out.data_ptr() + offset for offset in offsets]
+    _run_on_places("gather_at", _Places(tensors, indices, addresses=[values]))
+    return [
+        out[offset : offset + count * tensor.element_size()].view(tensor.dtype)
+        for tensor, offset, count in zip(tensors, offsets, counts, strict=True)
+    ]
+
+
+def write_at_(
+    tensors: Sequence[torch.Tensor],
+    indices: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+) -> None:
+    """`ops.write_at_` in compiled code; arguments and errors as for `zero_at_`."""
+    if tensors:
+        _run_on_places("write_at", _Places(tensors, indices, values))
+        _increment_versions(tensors)
+
+
+def zero_at_(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> None:
+    """`ops.zero_at_` in compiled code: one call, and on CUDA one launch, per device.
+
+    The arguments have passed the checks of `ops.zero_at_`; all tensors lie on one device.
+    Raises: RuntimeError if the extension cannot run there or CUDA reports an error.
+    """
+    if tensors:
+        _run_on_places("zero_at", _Places(tensors, indices))
+        _increment_versions(tensors)
+
+
+def can_replace() -> bool:
+    """Whether this torch describes its tensors through DLPack's C functions."""
+    api = getattr(torch.Tensor, _DLPACK, None)
+    return api is not None and _extension().describes_tensors(api=api)
+
+
+class Replacement:
+    """Two states of the same places, either of which is put over the other: any number of times.
+
+    On CUDA a call is two launches, a comparison and a write that looks at its outcome, and reads
+    one number back: the host waits for what the current stream was given before.
+
+    Args:
+        tensors, indices: as for `zero_at_`; no tensor is kept.
+        before, after: per tensor one value per index, in its dtype, on the CPU.
+    Raises: RuntimeError as `zero_at_`.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        indices: Sequence[torch.Tensor],
+        before: Sequence[torch.Tensor],
+        after: Sequence[torch.Tensor],
+    ) -> None:
+        self._extension = _extension()
+        self._api = getattr(torch.Tensor, _DLPACK)
+        self._facts = torch.empty(len(tensors), self._extension.FACT_FIELDS, dtype=torch.int64)
+        self._facts_at = self._facts.data_ptr()
+        self._extension.read_facts(api=self._api, tensors=list(tensors), facts=self._facts_at)
+        self._places = _Places(tensors, indices, after, before)
+        self._on_cpu = self._places.device.type == "cpu"
+        if not self._on_cpu:
+            # Later calls may come from another stream than the one that copied the tables.
+            torch.cuda.current_stream(self._places.device).synchronize()
+
+    def replace_(
+        self, tensors: Sequence[torch.Tensor], *, back: bool = False, write: bool = True
+    ) -> bool:
+        """Put `after` over `before`, or `before` over `after` where `back`; False: nothing written.
+
+        Args:
+            tensors: a list of what is to be edited, now.
+            write: False only compares.
+        Returns: False if a tensor is not the type, address, shape, strides, dtype and device that
+            it was, or if any place holds another value than the one to be written over, by bits.
+        """
+        extension = self._extension
+        if not extension.same_facts(api=self._api, tensors=tensors, facts=self._facts_at):
+            return False
+        first_other = self._on_places(reverse=back, write=write)
+        if first_other != len(tensors):
+            return False
+        if write:
+            _increment_versions(tensors)
+        return True
+
+    def _on_places(self, *, reverse: bool, write: bool) -> int:
+        places = self._places
+        if self._on_cpu:
+            return self._extension.replace_at_cpu(
+                rows=places.rows_at,
+                num_rows=places.num_rows,
+                num_workers=torch.get_num_threads(),
+                reverse=reverse,
+                write=write,
+            )
+        with torch.cuda.device(places.device):
+            first_other = torch.empty(1, dtype=torch.int64, device=places.device)
+            self._extension.replace_at_cuda(
+                rows=places.rows_at,
+                num_rows=places.num_rows,
+                max_count=places.max_count,
+                reverse=reverse,
+                write=write,
+                first_other=first_other.data_ptr(),
+                stream=torch.cuda.current_stream(places.device).cuda_stream,
+            )
+            found = int(first_other)
+        return places.num_rows if found == -1 else found
+
+
+class _Places:
+    """The rows of one call, `PlacesRow` of csrc/fastdean.h, and the memory that they point into.
+
+    Args:
+        tensors, indices: as for `zero_at_`.
+        arrays: up to two, `values` and `expected`: each one tensor [M] per tensor, copied.
+        addresses: the same given by address, where there are no arrays.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        indices: Sequence[torch.Tensor],
+        *arrays: Sequence[torch.Tensor],
+        addresses: Sequence[Sequence[int]] = (),
+    ) -> None:
+        extension = _extension()
+        self.device = tensors[0].device
+        self.num_rows = len(tensors)
+        self.max_count = max(index.numel() for index in indices)
+        packed = [*indices, *itertools.chain.from_iterable(arrays)]
+        self._buffer, where = _packed(packed, self.device)
+        count = len(tensors)
+        given = [where[start : start + count] for start in range(0, len(where), count)]
+        given += addresses
+        unused = [[0] * len(tensors)] * (3 - len(given))
+        rows = [
+            _places_row(extension, tensor, index.numel(), pointers)
+            for tensor, index, *pointers in zip(tensors, indices, *given, *unused, strict=True)
+        ]
+        # Freed while a kernel may still run: safe, the allocator reuses memory in the order of this
+        # stream.
+        self._rows = torch.tensor(rows, dtype=torch.int64).to(self.device)
+        self.rows_at = self._rows.data_ptr()
+
+
+def _places_row(
+    extension: ModuleType, tensor: torch.Tensor, count: int, pointers: Sequence[int]
+) -> list[int]:
+    """One `PlacesRow`, field by field; `pointers` to indices, values and expected."""
     contiguous = tensor.is_contiguous()
     rank = 0 if contiguous else tensor.dim()
     padding = [0] * (extension.MAX_RANK - rank)
     return [
         tensor.data_ptr(),
-        index.data_ptr(),
-        index.numel(),
+        *pointers,
+        count,
         tensor.numel(),
         _dtype_code(extension, tensor.dtype),
         rank,
@@ -143,36 +306,47 @@ def _zero_at_row(extension: ModuleType, tensor: torch.Tensor, index: torch.Tenso
     ]
 
 
-def zero_at_(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> None:
-    """`ops.zero_at_` in compiled code: one call, and on CUDA one launch, per device.
-
-    The arguments have passed the checks of `ops.zero_at_`; all tensors lie on one device.
-    Raises: RuntimeError if the extension cannot run there or CUDA reports an error.
-    """
-    if not tensors:
-        return
+def _run_on_places(op: str, places: _Places) -> None:
     extension = _extension()
-    device = tensors[0].device
-    # Contiguous copies where needed, held until the call returns: the rows point into them.
-    placed = [index.to(device).contiguous() for index in indices]
-    rows = [_zero_at_row(extension, t, i) for t, i in zip(tensors, placed, strict=True)]
-    table = torch.tensor(rows, dtype=torch.int64)
-    max_count = max(index.numel() for index in placed)
+    rows = {"rows": places.rows_at, "num_rows": places.num_rows}
+    if places.device.type == "cpu":
+        getattr(extension, f"{op}_cpu")(**rows, num_workers=torch.get_num_threads())
+        return
+    with torch.cuda.device(places.device):
+        stream = torch.cuda.current_stream(places.device).cuda_stream
+        getattr(extension, f"{op}_cuda")(**rows, max_count=places.max_count, stream=stream)
 
-    if device.type == "cpu":
-        extension.zero_at_cpu(rows=table.data_ptr(), num_rows=len(rows), max_count=max_count)
-    else:
-        with torch.cuda.device(device):
-            # Freed while the kernel may still run: safe, the allocator reuses memory in the order
-            # of this stream.
-            workspace = table.to(device)
-            extension.zero_at_cuda(
-                rows=workspace.data_ptr(),
-                num_rows=len(rows),
-                max_count=max_count,
-                stream=torch.cuda.current_stream(device).cuda_stream,
-            )
-    _increment_versions(tensors)
+
+def _layout(counts: Sequence[int], widths: Sequence[int]) -> tuple[list[int], int]:
+    """Where arrays begin in one buffer, and its size; in bytes.
+
+    The widest elements come first, so that every array is aligned to its own.
+    """
+    offsets, end = [0] * len(counts), 0
+    for i in sorted(range(len(counts)), key=lambda i: -widths[i]):
+        offsets[i] = end
+        end += counts[i] * widths[i]
+    return offsets, end
+
+
+def _dense(array: torch.Tensor) -> torch.Tensor:
+    """Of stride 1 also where there is one element, which torch calls contiguous at any stride."""
+    if array.stride(0) == 1:
+        return array
+    return array.clone(memory_format=torch.contiguous_format)
+
+
+def _packed(arrays: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, list[int]]:
+    """Copies of 1-D tensors in one buffer on `device`, and the address of each."""
+    offsets, _ = _layout([a.numel() for a in arrays], [a.element_size() for a in arrays])
+    # On the CPU where they all are, so that one transfer carries them.
+    home = device if any(a.device.type != "cpu" for a in arrays) else torch.device("cpu")
+    order = sorted(range(len(arrays)), key=lambda i: -arrays[i].element_size())
+    with torch.no_grad():
+        pieces = [_dense(arrays[i].to(home)).view(torch.uint8) for i in order]
+    buffer = torch.cat(pieces)
+    buffer = buffer.to(device)
+    return buffer, [buffer.data_ptr() + offset for offset in offsets]
 
 
 def accumulate_importance_(
@@ -222,5 +396,8 @@ def _accumulate_importance_(
 
 def _increment_versions(tensors: Sequence[torch.Tensor]) -> None:
     """Tells autograd of writes that it could not see."""
-    # Inference tensors carry no version counter.
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:
+        # Inference tensors carry no version counter; no harm in telling the others twice.
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

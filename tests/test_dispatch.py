@@ -44,11 +44,13 @@ ACCUMULATIONS = (
     "accumulate_unit_importance_",
 )
 
+MASK_OPERATIONS = ("gather_at", "write_at_", "zero_at_")
+
 
 def test_every_operation_runs_everywhere_without_the_extension_and_without_triton(monkeypatch):
     _pretend(monkeypatch, "missing", "this install has no compiled extension")
     _without_triton(monkeypatch)
-    for op in (*ACCUMULATIONS, "select_top", "zero_at_"):
+    for op in (*ACCUMULATIONS, "select_top", *MASK_OPERATIONS):
         for device in ("cpu", "cuda", "mps"):
             choice = choose(op, device)
             assert choice.name == "reference"
@@ -106,13 +108,14 @@ def test_a_gpu_that_is_too_old_runs_the_reference(monkeypatch):
     assert "compute capability 7.5, and the Triton kernels need 8.0" in found.reason
 
 
-def test_the_extension_is_preferred_on_the_cpu_and_only_there(monkeypatch):
+@pytest.mark.parametrize("op", MASK_OPERATIONS)
+def test_the_extension_is_preferred_on_the_cpu_and_only_there(monkeypatch, op):
     _pretend(monkeypatch, "available", build=BUILT_WITH_CUDA)
-    on_cpu, on_cuda = choose("zero_at_", "cpu"), choose("zero_at_", "cuda:1")
-    assert (on_cpu.name, on_cpu.callable) == ("native", native.zero_at_)
+    on_cpu, on_cuda = choose(op, "cpu"), choose(op, "cuda:1")
+    assert (on_cpu.name, on_cpu.callable) == ("native", getattr(native, op))
     assert on_cuda.name == "reference"
     assert "not native: its CUDA kernel has been compiled but not yet run" in on_cuda.reason
-    assert choose("zero_at_", "cuda", "native").name == "native"
+    assert choose(op, "cuda", "native").name == "native"
 
 
 def test_without_cuda_in_the_extension_naming_it_for_cuda_raises(monkeypatch):
@@ -252,7 +255,8 @@ def test_an_extension_of_another_version_is_broken(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastdean._C", SimpleNamespace(ABI_VERSION=-1))
     found = _load_again()
     assert found.state == "broken"
-    assert found.reason == "fastdean._C has ABI number -1 and this fastdean needs 1"
+    wanted = native.ABI_VERSION
+    assert found.reason == f"fastdean._C has ABI number -1 and this fastdean needs {wanted}"
 
 
 def test_an_extension_with_cuda_imports_without_a_driver_and_its_calls_raise(extension_built):
@@ -266,5 +270,10 @@ def test_an_extension_with_cuda_imports_without_a_driver_and_its_calls_raise(ext
         assert not hasattr(extension, "zero_at_cuda")
         return
     assert build.architectures
-    with pytest.raises(RuntimeError, match="zero_at on CUDA: cudaError"):
-        extension.zero_at_cuda(rows=0, num_rows=1, max_count=1, stream=0)
+    for op in ("gather_at", "write_at", "zero_at"):
+        with pytest.raises(RuntimeError, match=f"{op} on CUDA: cudaError"):
+            getattr(extension, f"{op}_cuda")(rows=0, num_rows=1, max_count=1, stream=0)
+    with pytest.raises(RuntimeError, match="replace_at on CUDA: cudaError"):
+        extension.replace_at_cuda(
+            rows=0, num_rows=1, max_count=1, reverse=False, write=True, first_other=0, stream=0
+        )

@@ -118,6 +118,7 @@ def test_the_cases_are_those_that_are_to_be_measured():
     [unit] = real["unit_importance"]
     assert (unit.settings["tokens"], unit.settings["units"]) == (16384, 18944)
     assert all(c.settings["experts"] == 64 for c in real["expert_importance"])
+    assert [c.settings["matrices"] for c in real["mask"]] == [84, 12]
     names = [(c.op, c.name) for cases in real.values() for c in cases]
     assert len(set(names)) == len(names)
 
@@ -137,6 +138,8 @@ def test_the_stated_size_of_the_inputs_is_theirs(case):
     inputs = vars(case.inputs(generator()))
     # What says which rows belong together is small, and not counted.
     tensors = [v for k, v in inputs.items() if k not in ("segments", "owner", "experts")]
+    # Lists are one tensor per matrix, of which the weights are all that is large.
+    tensors += inputs.get("weights", [])
     tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
     assert case.input_bytes == sum(t.numel() * t.element_size() for t in tensors)
 

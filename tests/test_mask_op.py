@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdean import native
-from fastdean.ops import _checks, gather_at, write_at_, zero_at_
+from fastdean.ops import _checks, gather_at, prepare_replacement, write_at_, zero_at_
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -114,10 +114,10 @@ def test_tensors_made_in_inference_mode_are_edited(impl):
         assert weight.tolist() == [1, 1, 0, 1]
 
 
-def test_write_at_moves_the_version_counter():
+def test_write_at_moves_the_version_counter(impl):
     weight = torch.nn.Parameter(torch.ones(4))
     before = weight._version
-    write_at_([weight], [torch.tensor([2])], [torch.tensor([7.0])])
+    write_at_([weight], [torch.tensor([2])], [torch.tensor([7.0])], impl=impl)
     assert weight._version > before
     assert weight.tolist() == [1, 1, 7, 1]
 
@@ -134,25 +134,43 @@ def test_gather_zero_write_is_a_bit_exact_round_trip(layout, dtype, impl):
     before = _bits(base)
     indices = torch.arange(view.numel())
 
-    originals = gather_at([view], [indices])
+    originals = gather_at([view], [indices], impl=impl)
     assert originals[0].dtype == dtype and not originals[0].requires_grad
     assert _bits(originals[0]) == _bits(view)
     zero_at_([view], [indices], impl=impl)
     assert not view.ne(0).any()
-    write_at_([view], [indices], originals)
+    write_at_([view], [indices], originals, impl=impl)
 
     assert _bits(base) == before
 
 
-def test_gather_at_copies():
+def test_gather_and_write_take_many_tensors_of_mixed_kind_in_one_call(impl):
+    made = [_make(name, dtype, seed) for seed, dtype in enumerate(DTYPES) for name in LAYOUTS]
+    views = [view for _, view in made]
+    indices = [_some_indices(view.numel()) for view in views]
+    expected = [_bits(view.reshape(-1)[i]) for view, i in zip(views, indices, strict=True)]
+    taken = gather_at(views, indices, impl=impl)
+    assert [_bits(values) for values in taken] == expected
+    assert [values.dtype for values in taken] == [view.dtype for view in views]
+
+    # As many other values, a strided tensor among them.
+    written = [(-values).repeat_interleave(2)[::2] for values in taken]
+    write_at_(views, indices, written, impl=impl)
+    assert [_bits(each) for each in gather_at(views, indices, impl="reference")] == [
+        _bits(values) for values in written
+    ]
+
+
+def test_gather_at_copies(impl):
     weight = torch.arange(6.0)
-    (taken,) = gather_at([weight], [torch.tensor([1, 4])])
+    (taken,) = gather_at([weight], [torch.tensor([1, 4])], impl=impl)
     weight.zero_()
     assert taken.tolist() == [1.0, 4.0]
 
 
-def test_gather_at_reads_an_expanded_tensor():
-    (taken,) = gather_at([torch.tensor([[1.0], [2.0]]).expand(2, 3)], [torch.tensor([2, 3])])
+def test_gather_at_reads_an_expanded_tensor(impl):
+    expanded = torch.tensor([[1.0], [2.0]]).expand(2, 3)
+    (taken,) = gather_at([expanded], [torch.tensor([2, 3])], impl=impl)
     assert taken.tolist() == [1.0, 2.0]
 
 
@@ -161,6 +179,12 @@ def _index(*values: int) -> torch.Tensor:
 
 
 REFUSED = {
+    "negated-on-reading": (
+        [torch.view_as_complex(torch.ones(2, 2)).conj().imag],
+        [_index(0)],
+        ValueError,
+        r"tensors\[1\] must hold its values as they are, .* pass tensor.resolve_neg",
+    ),
     "not-a-tensor": (
         [[1.0]],
         [_index(0)],
@@ -313,6 +337,120 @@ def test_the_extension_checks_every_index_before_it_writes(extension_built):
     assert torch.equal(first, torch.ones(4)) and torch.equal(second, torch.ones(4))
 
 
+@pytest.fixture
+def prepared_here(extension_built: bool) -> None:
+    if not extension_built:
+        pytest.skip("an install without the extension is under test")
+
+
+def _replacement_of(views, indices, **options):
+    """A replacement of what the views hold by the negated values, and the latter."""
+    before = gather_at(views, indices, impl="reference")
+    after = [-values for values in before]
+    return prepare_replacement(views, indices, before, after, **options), after
+
+
+def test_without_the_extension_there_is_nothing_to_prepare():
+    weight = torch.ones(3)
+    assert _replacement_of([weight], [_index(1)], impl="reference")[0] is None
+    assert prepare_replacement([], [], [], []) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_replacement_writes_there_and_back(layout, dtype, prepared_here):
+    base, view = _make(layout, dtype)
+    clean = _bits(base)
+    indices = _some_indices(view.numel())
+    expected = view.clone()
+    write_at_([expected], [indices], [-expected.reshape(-1)[indices]], impl="reference")
+    replacement, _ = _replacement_of([view], [indices])
+    for _ in range(2):
+        assert replacement.replace_([view])
+        assert _bits(view) == _bits(expected)
+        assert replacement.replace_([view], back=True)
+        assert _bits(base) == clean
+
+
+def test_a_replacement_writes_nothing_if_one_value_of_the_last_tensor_is_another(prepared_here):
+    made = [_make(name, dtype) for dtype in DTYPES for name in ("matrix", "transposed")]
+    views = [view for _, view in made]
+    indices = [_some_indices(view.numel()) for view in views]
+    replacement, _ = _replacement_of(views, indices)
+    assert not replacement.replace_(views, back=True)
+    last = tuple(int(i) for i in torch.unravel_index(indices[-1][-1], views[-1].shape))
+    value = views[-1][last].clone()
+    for other in (value + 1, float("nan")):
+        views[-1][last] = other
+        before = [_bits(view) for view in views]
+        assert not replacement.replace_(views)
+        assert [_bits(view) for view in views] == before
+    views[-1][last] = value
+    versions = [view._version for view in views]
+    assert replacement.replace_(views)
+    assert all(view._version > v for view, v in zip(views, versions, strict=True))
+
+
+OTHERS = {
+    "address": lambda weight: weight.clone(),
+    "shape": lambda weight: weight.view(4, 6),
+    "strides": lambda weight: weight.view(-1).as_strided(weight.shape, (1, 4)),
+    "dtype": lambda weight: weight.view(torch.bfloat16),
+    "type": lambda weight: torch.nn.Parameter(weight, requires_grad=False),
+    "device": lambda weight: weight.to("meta"),
+    "no-tensor": lambda weight: None,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_replacement_refuses_a_tensor_that_is_not_what_it_was(other, prepared_here):
+    base = torch.randn(24, generator=torch.Generator().manual_seed(0)).half()
+    first, weight = torch.ones(3), base.view(6, 4)
+    tensors, indices = [first, weight], [_index(0), _index(0, 23)]
+    replacement, _ = _replacement_of(tensors, indices)
+    before = _bits(base)
+    assert not replacement.replace_([first, OTHERS[other](weight)])
+    assert torch.equal(first, torch.ones(3)) and _bits(base) == before
+    assert replacement.replace_([first, base.view(6, 4)])
+
+
+def test_what_cannot_be_replaced_is_refused_when_it_is_prepared(prepared_here):
+    weight, value = torch.ones(3), [torch.zeros(1)]
+    with pytest.raises(ValueError, match="must be sorted in strictly ascending order"):
+        prepare_replacement([weight], [_index(1, 1)], value, value)
+    with pytest.raises(ValueError, match="one value per index"):
+        prepare_replacement([weight], [_index(0, 1)], value, value)
+    with pytest.raises(ValueError, match="values must have one entry per tensor, got 2 for 1"):
+        prepare_replacement([weight], [_index(1)], value, value * 2)
+    with pytest.raises(ValueError, match="must have a place in memory for every element"):
+        prepare_replacement([weight.expand(2, 3)], [_index(1)], value, value)
+
+
+def test_one_thread_and_two_write_the_same(prepared_here):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(400, 500, generator=generator) for _ in range(3)]
+    indices = [torch.arange(0, 200_000, step) for step in (2, 3, 7)]
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            copies = [weight.clone() for weight in weights]
+            replacement, after = _replacement_of(copies, indices)
+            assert replacement.replace_(copies)
+            taken = gather_at(copies, indices, impl="native")
+            assert all(torch.equal(a, b) for a, b in zip(taken, after, strict=True))
+            copies[2].view(-1)[199_997] += 1  # 199,997 = 7 * 28,571: the last entry of the last
+            assert not replacement.replace_(copies, back=True)
+            found.append([_bits(each) for each in copies])
+            zero_at_(copies, indices, impl="native")
+            write_at_(copies, indices, after, impl="native")
+            found[-1] += [_bits(each) for each in copies]
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1]
+
+
 def test_checks_and_extension_agree_on_the_rank_they_allow(extension_built):
     if not extension_built:
         pytest.skip("an install without the extension is under test")
@@ -345,3 +483,26 @@ def test_cuda_clears_what_the_cpu_clears(impl):
         zero_at_(actual, indices, impl=impl)
     torch.cuda.synchronize()
     assert [_bits(view.cpu()) for view in actual] == [_bits(view) for view in expected]
+
+
+@pytest.mark.gpu
+def test_cuda_gathers_writes_and_replaces_what_the_cpu_does():
+    made = [_make(name, dtype, seed)[0] for seed, dtype in enumerate(DTYPES) for name in LAYOUTS]
+    names = [name for _ in DTYPES for name in LAYOUTS]
+    views = [LAYOUTS[name](base.cuda())[1] for name, base in zip(names, made, strict=True)]
+    indices = [_some_indices(view.numel()) for view in views]
+    clean = [_bits(view.cpu()) for view in views]
+    taken = gather_at(views, indices, impl="native")
+    expected = gather_at(views, indices, impl="reference")
+    assert [_bits(each.cpu()) for each in taken] == [_bits(each.cpu()) for each in expected]
+    before = [values.cpu() for values in expected]
+    after = [-values for values in before]
+    replacement = prepare_replacement(views, indices, before, after, impl="native")
+    assert not replacement.replace_(views, back=True)
+    assert [_bits(view.cpu()) for view in views] == clean
+    assert replacement.replace_(views)
+    written = [_bits(view.cpu()) for view in views]
+    assert replacement.replace_(views, back=True)
+    assert [_bits(view.cpu()) for view in views] == clean
+    write_at_(views, indices, after, impl="native")
+    assert [_bits(view.cpu()) for view in views] == written

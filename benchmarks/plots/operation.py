@@ -18,6 +18,7 @@ _AXES = {
     "importance": ("tokens_per_example", ("rows", "columns", "examples")),
     "unit_importance": ("tokens", ("units",)),
     "selection": ("ratio", ("rows", "columns")),
+    "mask": ("matrices", ("rows", "columns")),
     "expert_importance": ("examples", ("experts", "active", "rows", "columns")),
 }
 

@@ -1,7 +1,11 @@
 """Editing the weights of a model in place, and taking the edits back in order, bit for bit.
 
 Every edit is all or nothing. The masks that are active on a model are remembered, the latest last,
-in a dictionary of this module; it is not thread-safe.
+in a dictionary of this module. Two threads may edit two models, not one.
+
+An edit is decided here by looking at everything. What an unnested edit found is prepared for the
+next time (`prepared`), which goes through if the model is as it was then; else everything is looked
+at again, and says what is wrong.
 """
 
 from __future__ import annotations
@@ -15,18 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdean import ops
-from fastdean.masks.entries import (
-    EDITABLE_DTYPES,
-    MaskEntry,
-    same_bits,
-    shared_positions,
-    suppressed,
-)
+from fastdean.masks.entries import MaskEntry, same_bits, shared_positions, suppressed
+from fastdean.masks.prepared import PreparedEdit, PreparedEdits, prepare
+from fastdean.masks.weights import Part, Weights
 from fastdean.model_state import unwrap
-
-# Name components that a wrapper adds and that no checkpoint has.
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 class Mask(Protocol):
@@ -40,28 +36,33 @@ class Mask(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """One parameter of an edit: where, what stands there without it, and what with it."""
-
-    name: str
-    shape: tuple[int, ...]
-    index: Tensor
-    previous: Tensor
-    written: Tensor
-
-
-@dataclass(frozen=True, eq=False)
 class Application:
-    """An active mask. `wrote` is False where the model held the masked values from the start."""
+    """An active mask.
+
+    Attributes:
+        parts: what it wrote over what.
+        wrote: False where the model held the masked values from the start.
+        prepared: how to take it back where no other mask is active; None: the long way.
+    """
 
     mask: Mask
-    parts: list[_Part]
+    parts: list[Part]
     wrote: bool
+    prepared: PreparedEdit | None = None
 
 
-# model -> its active masks, the latest last. Records name parameters and never hold them, so that
-# a model can go, and `.to()` and reloading are seen.
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[Application]] = weakref.WeakKeyDictionary()
+class _Edited:
+    """What is remembered of a model: its active masks, the latest last, and how to toggle them.
+
+    Parameters are named and never held, so that a model can go, and `.to()` and reloading are seen.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[Application] = []
+        self.prepared = PreparedEdits()
+
+
+_EDITED: weakref.WeakKeyDictionary[nn.Module, _Edited] = weakref.WeakKeyDictionary()
 
 
 def apply_(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Application | None:
@@ -72,7 +73,20 @@ def apply_(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Applicat
     Raises:
         TypeError, ValueError, RuntimeError: as `NeuronMask.apply_`; nothing is written then.
     """
-    stack, weights = _open(model)
+    root, edited = _open(model)
+    prepared = None if edited.stack else edited.prepared.get(mask, impl)
+    if prepared is not None:
+        application = Application(mask, prepared.parts, wrote=True, prepared=prepared)
+        if _replaced(root, edited.stack, [application], prepared, back=False):
+            return application
+    return _apply_unprepared(root, edited, mask, impl)
+
+
+def _apply_unprepared(
+    root: nn.Module, edited: _Edited, mask: Mask, impl: str | None
+) -> Application | None:
+    stack, weights = edited.stack, Weights(root)
+    _forget_undone(stack, weights)
     targets = _targets(mask, weights)
     current = weights.read(targets)
     base = _beneath(targets, current, stack, weights)
@@ -86,12 +100,16 @@ def apply_(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Applicat
         stack.append(application)
         return application
     parts = [replace(part, previous=now) for part, now in zip(targets, current, strict=True)]
-    application = Application(mask, parts, wrote=True)
+    prepared = None
+    if not stack:
+        prepared = prepare(root, weights, parts, mask.entries, impl)
+        edited.prepared.keep(mask, prepared, impl)
+    application = Application(mask, parts, wrote=True, prepared=prepared)
     with _all_or_nothing(parts, current, weights):
         if mask.scale == 0.0:
             weights.zero_(parts, impl)
         else:
-            weights.write_(parts, written)
+            weights.write_(parts, written, impl)
         stack.append(application)
     return application
 
@@ -105,7 +123,11 @@ def restore_(model: nn.Module, mask: Mask) -> None:
     Raises:
         TypeError, ValueError, RuntimeError: as `NeuronMask.restore_`; nothing is written then.
     """
-    stack, weights = _open(model)
+    root, edited = _open(model)
+    if len(edited.stack) == 1 and edited.stack[0].mask is mask and _undone(root, edited.stack):
+        return
+    stack, weights = edited.stack, Weights(root)
+    _forget_undone(stack, weights)
     active = _find(stack, mask)
     if active is None:
         active = Application(mask, _targets(mask, weights), wrote=False)
@@ -122,97 +144,70 @@ def applied(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Iterato
         yield model
     finally:
         if application is not None:
-            stack, weights = _open(model)
-            if application in stack and application.wrote:
-                _undo(stack, application, weights)
-            elif application in stack:
-                stack.remove(application)
+            _leave(model, application)
 
 
-class _Weights:
-    """The parameters of a model under the names of its checkpoint, read and written at parts."""
-
-    def __init__(self, root: nn.Module) -> None:
-        # Tied parameters under all their names.
-        self._parameters = {
-            ".".join(part for part in name.split(".") if part not in _WRAPPERS): parameter
-            for name, parameter in root.named_parameters(remove_duplicate=False)
-        }
-
-    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
-        """Equal for two parameters exactly if they are the same elements in the same order.
-
-        A storage compares by identity, and holding it keeps its identity from being reused.
-        """
-        parameter = self._checked(name, shape, dtype)
-        return (
-            parameter.untyped_storage(),
-            parameter.storage_offset(),
-            parameter.shape,
-            parameter.stride(),
-        )
-
-    def read(self, parts: Sequence[_Part]) -> list[Tensor]:
-        """The values of the parts now, [M] each, on the CPU."""
-        values = ops.gather_at(self._tensors(parts), [part.index for part in parts])
-        return [value.cpu() for value in values]
-
-    def write_(self, parts: Sequence[_Part], values: Sequence[Tensor]) -> None:
-        ops.write_at_(self._tensors(parts), [part.index for part in parts], values)
-
-    def zero_(self, parts: Sequence[_Part], impl: str | None) -> None:
-        ops.zero_at_(self._tensors(parts), [part.index for part in parts], impl=impl)
-
-    def _tensors(self, parts: Sequence[_Part]) -> list[nn.Parameter]:
-        return [self._checked(part.name, part.shape, part.written.dtype) for part in parts]
-
-    def _checked(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-        if name not in self._parameters:
-            raise ValueError(
-                f"model must have a parameter {name!r}, got none of that name; "
-                "load the model that the mask was made on"
-            )
-        parameter = self._parameters[name]
-        if parameter.device.type == "meta":
-            raise ValueError(
-                f"model must hold {name!r} in memory, got a meta tensor (offloaded); "
-                "load it without offloading, or use patch_checkpoint"
-            )
-        # A quantised subclass may report a floating dtype; only plain tensors have values to write.
-        if parameter.dtype not in EDITABLE_DTYPES or type(parameter.data) is not Tensor:
-            raise ValueError(
-                f"model must hold {name!r} as plain floating-point values, got "
-                f"{type(parameter.data).__name__} of {parameter.dtype} (quantised or sharded); "
-                "load it without quantisation"
-            )
-        if tuple(parameter.shape) != shape:
-            raise ValueError(
-                f"model must have {name!r} of shape {list(shape)}, got {list(parameter.shape)}; "
-                "load the model that the mask was made on"
-            )
-        if parameter.dtype != dtype:
-            raise ValueError(
-                f"model must have {name!r} in the mask's dtype {dtype}, got {parameter.dtype}; "
-                f"load it with dtype={dtype}, or convert it back"
-            )
-        return parameter
+def _leave(model: nn.Module, application: Application) -> None:
+    root, edited = _open(model)
+    stack = edited.stack
+    if stack == [application] and application.wrote and _undone(root, stack):
+        return
+    weights = Weights(root)
+    _forget_undone(stack, weights)
+    if application in stack and application.wrote:
+        _undo(stack, application, weights)
+    elif application in stack:
+        stack.remove(application)
 
 
-def _open(model: nn.Module) -> tuple[list[Application], _Weights]:
-    """The model's active masks, brought up to date, and its weights."""
+def _open(model: nn.Module) -> tuple[nn.Module, _Edited]:
+    """The model below its wrappers, and what is remembered of it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     root = unwrap(model)
-    stack, weights = _ACTIVE.setdefault(root, []), _Weights(root)
-    _forget_undone(stack, weights)
-    return stack, weights
+    edited = _EDITED.get(root)
+    return root, _EDITED.setdefault(root, _Edited()) if edited is None else edited
+
+
+def _undone(root: nn.Module, stack: list[Application]) -> bool:
+    """Take back the only active mask as it was prepared; False: nothing was done."""
+    prepared = stack[0].prepared
+    return prepared is not None and _replaced(root, stack, [], prepared, back=True)
+
+
+def _replaced(
+    root: nn.Module,
+    stack: list[Application],
+    afterwards: list[Application],
+    prepared: PreparedEdit,
+    *,
+    back: bool,
+) -> bool:
+    """Edit as prepared, and record it; False, and nothing is done, if the model is not as it was.
+
+    Raises: what interrupts it, after undoing what was done.
+    """
+    tensors = prepared.find(root)
+    if tensors is None:
+        return False
+    before = list(stack)
+    try:
+        if not prepared.replace_(tensors, back=back):
+            return False
+        stack[:] = afterwards
+        return True
+    except BaseException:
+        stack[:] = before
+        # Writes only over what it wrote itself.
+        prepared.replace_(tensors, back=not back)
+        raise
 
 
 def _find(stack: Sequence[Application], mask: Mask) -> Application | None:
     return next((active for active in stack if active.mask == mask), None)
 
 
-def _forget_undone(stack: list[Application], weights: _Weights) -> None:
+def _forget_undone(stack: list[Application], weights: Weights) -> None:
     """Forget the latest masks whose weights hold what restoring them would leave.
 
     This is what reloading a clean state dict over an edited model leads to. Where the weights are
@@ -229,7 +224,7 @@ def _forget_undone(stack: list[Application], weights: _Weights) -> None:
             return
 
 
-def _holds(states: Sequence[tuple[_Part, Tensor]], weights: _Weights) -> bool:
+def _holds(states: Sequence[tuple[Part, Tensor]], weights: Weights) -> bool:
     """Whether the model holds these values; where parts overlap, the first of them counts."""
     seen: dict[tuple, Tensor] = {}
     now = weights.read([part for part, _ in states])
@@ -243,7 +238,7 @@ def _holds(states: Sequence[tuple[_Part, Tensor]], weights: _Weights) -> bool:
     return True
 
 
-def _targets(mask: Mask, weights: _Weights) -> list[_Part]:
+def _targets(mask: Mask, weights: Weights) -> list[Part]:
     """What to write where, one part per tensor in memory, however many names it has."""
     merged: dict[tuple, tuple[str, MaskEntry]] = {}
     for name, entry in mask.entries.items():
@@ -255,18 +250,16 @@ def _targets(mask: Mask, weights: _Weights) -> list[_Part]:
         else:
             merged[place] = (name, entry)
     return [
-        _Part(
-            name, entry.shape, entry.index, entry.original, suppressed(entry.original, mask.scale)
-        )
+        Part(name, entry.shape, entry.index, entry.original, suppressed(entry.original, mask.scale))
         for name, entry in merged.values()
     ]
 
 
 def _beneath(
-    targets: Sequence[_Part],
+    targets: Sequence[Part],
     current: Sequence[Tensor],
     stack: Sequence[Application],
-    weights: _Weights,
+    weights: Weights,
 ) -> list[Tensor]:
     """The values at the targets with every active mask thought away, [M] each."""
     base = {
@@ -285,7 +278,7 @@ def _beneath(
     return [values for _, values in base.values()]
 
 
-def _undo(stack: list[Application], active: Application, weights: _Weights) -> None:
+def _undo(stack: list[Application], active: Application, weights: Weights) -> None:
     """Write what stood there before `active`, which is the latest or was never recorded."""
     if stack and stack[-1] is not active:
         raise RuntimeError(
@@ -302,7 +295,7 @@ def _undo(stack: list[Application], active: Application, weights: _Weights) -> N
 
 @contextmanager
 def _all_or_nothing(
-    parts: Sequence[_Part], current: Sequence[Tensor], weights: _Weights
+    parts: Sequence[Part], current: Sequence[Tensor], weights: Weights
 ) -> Iterator[None]:
     """Put `current` back if the block is cut short; a write that never began is left alone."""
     try:
@@ -327,7 +320,7 @@ def _check_unchanged(name: str, values: Tensor, written: Tensor) -> None:
         )
 
 
-def _other_values(targets: Sequence[_Part], base: Sequence[Tensor]) -> str:
+def _other_values(targets: Sequence[Part], base: Sequence[Tensor]) -> str:
     others = [
         (part, int((~same_bits(values, part.previous)).sum()))
         for part, values in zip(targets, base, strict=True)

@@ -158,12 +158,13 @@ class NeuronMask:
 
         A mask that is active already (this one or an equal one) changes nothing. On a model whose
         weights hold the masked values from the start, as one loaded from a patched checkpoint
-        does, nothing is written and the mask counts as active.
+        does, nothing is written and the mask counts as active. Toggling a mask costs tens of
+        microseconds from the second time on, while the model stays where it is.
 
         Args:
             model: the module whose parameters the names mean; wrappers of torch.compile and
                 DistributedDataParallel are looked through.
-            impl: the implementation of `ops.zero_at_`; None picks by device.
+            impl: the implementation of the mask operations of `ops`; None picks by device.
         Raises:
             ValueError: a parameter that is missing, of another shape or dtype, offloaded or
                 quantised, or that holds other values than the originals.

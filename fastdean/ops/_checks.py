@@ -29,6 +29,9 @@ def check_edited_places(tensors: Sequence[torch.Tensor], indices: Sequence[torch
     for position, (tensor, index) in enumerate(zip(tensors, indices, strict=True)):
         _check_tensor(tensor, f"tensors[{position}]")
         _check_index(index, tensor, f"indices[{position}]")
+    if not _all_ascend_within(tensors, indices):
+        for position, (tensor, index) in enumerate(zip(tensors, indices, strict=True)):
+            _check_places(index, tensor, f"indices[{position}]")
 
 
 def check_writable(tensors: Sequence[torch.Tensor]) -> None:
@@ -84,6 +87,11 @@ def _check_tensor(tensor: torch.Tensor, name: str) -> None:
         )
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.is_neg():
+        raise ValueError(
+            f"{name} must hold its values as they are, got a tensor that torch negates on reading; "
+            "pass tensor.resolve_neg()"
+        )
     if tensor.dtype not in _FLOATS:
         raise ValueError(
             f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}; "
@@ -106,6 +114,25 @@ def _check_index(index: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
             f"{name} must be on the CPU or on its tensor's device {tensor.device}, "
             f"got {index.device}"
         )
+
+
+def _all_ascend_within(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> bool:
+    """Whether no index is out of order or range: of all at once, as most calls are in order."""
+    pairs = [(t, i) for t, i in zip(tensors, indices, strict=True) if i.numel()]
+    if not pairs:
+        return True
+    if any(index.device.type != "cpu" for _, index in pairs):
+        return False
+    flat = torch.cat([index for _, index in pairs])
+    ends = torch.tensor([index.numel() for _, index in pairs]).cumsum(0)
+    ascends = flat[1:] > flat[:-1]
+    ascends[ends[:-1] - 1] = True
+    first, last = flat[torch.cat([ends[:1] * 0, ends[:-1]])], flat[ends - 1]
+    sizes = torch.tensor([tensor.numel() for tensor, _ in pairs])
+    return bool(ascends.all()) and bool((first >= 0).all()) and bool((last < sizes).all())
+
+
+def _check_places(index: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
     if index.numel() == 0:
         return
     if bool((index[1:] <= index[:-1]).any()):

@@ -134,6 +134,8 @@ _TABLE: dict[str, tuple[_Implementation, ...]] = {
     "accumulate_expert_importance_": (_TRITON, _REFERENCE),
     "accumulate_unit_importance_": (_TRITON, _REFERENCE),
     "select_top": (_TRITON, _REFERENCE),
+    "gather_at": (_NATIVE, _REFERENCE),
+    "write_at_": (_NATIVE, _REFERENCE),
     "zero_at_": (_NATIVE, _REFERENCE),
 }
 

@@ -8,11 +8,15 @@ else in autograd. Nothing is written if any argument fails its check.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from fastdean.ops import _checks, _dispatch, reference
+from fastdean.ops import _checks, _dispatch
+
+if TYPE_CHECKING:
+    from fastdean import native
 
 
 def zero_at_(
@@ -35,46 +39,135 @@ def zero_at_(
     """
     _checks.check_edited_places(tensors, indices)
     _checks.check_writable(tensors)
-    groups: dict[torch.device, list[int]] = {}
-    for position, tensor in enumerate(tensors):
-        groups.setdefault(tensor.device, []).append(position)
-    # Every device's choice before the first write: a choice may raise.
-    chosen = {device: _dispatch.choose("zero_at_", device, impl).callable for device in groups}
-    for device, positions in groups.items():
-        chosen[device]([tensors[p] for p in positions], [indices[p] for p in positions])
+    _on_every_device("zero_at_", impl, tensors, indices)
 
 
 def gather_at(
-    tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]
+    tensors: Sequence[torch.Tensor],
+    indices: Sequence[torch.Tensor],
+    *,
+    impl: str | None = None,
 ) -> list[torch.Tensor]:
     """Copies of the addressed entries: one [M] per tensor, in its dtype and on its device.
 
     Equivalent to: `[t.reshape(-1)[i] for t, i in zip(tensors, indices)]`, detached.
 
     Args:
-        tensors, indices: as for `zero_at_`.
-    Raises: TypeError or ValueError for the arguments.
+        tensors, indices, impl: as for `zero_at_`.
+    Raises: as `zero_at_`.
     """
     _checks.check_edited_places(tensors, indices)
-    return reference.gather_at(tensors, indices)
+    found: dict[int, torch.Tensor] = {}
+    for positions, values in _on_every_device("gather_at", impl, tensors, indices):
+        found.update(zip(positions, values, strict=True))
+    return [found[position] for position in range(len(tensors))]
 
 
 def write_at_(
     tensors: Sequence[torch.Tensor],
     indices: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
+    *,
+    impl: str | None = None,
 ) -> None:
     """Writes values to the addressed entries, in place and bit for bit.
 
     Equivalent to: `for t, i, v in zip(tensors, indices, values): t.view(-1)[i] = v` for contiguous
-    tensors.
+    tensors. Where tensors share memory, the values for it must agree.
 
     Args:
-        tensors, indices: as for `zero_at_`.
+        tensors, indices, impl: as for `zero_at_`.
         values: one [M] per tensor, in the tensor's dtype, on any device.
-    Raises: TypeError or ValueError for the arguments.
+    Raises: as `zero_at_`.
     """
     _checks.check_edited_places(tensors, indices)
     _checks.check_writable(tensors)
     _checks.check_values(tensors, indices, values)
-    reference.write_at_(tensors, indices, values)
+    _on_every_device("write_at_", impl, tensors, indices, values)
+
+
+def prepare_replacement(
+    tensors: Sequence[torch.Tensor],
+    indices: Sequence[torch.Tensor],
+    before: Sequence[torch.Tensor],
+    after: Sequence[torch.Tensor],
+    *,
+    impl: str | None = None,
+) -> Replacement | None:
+    """What it takes to switch the addressed entries between two states many times, at little cost.
+
+    Args:
+        tensors, indices, impl: as for `zero_at_`. The tensors are not kept.
+        before, after: one [M] per tensor, in the tensor's dtype, on the CPU; copied.
+    Returns:
+        None where `write_at_` is not run by the extension on all of their devices: then there is
+        nothing to prepare.
+    Raises: as `zero_at_`.
+    """
+    _checks.check_edited_places(tensors, indices)
+    _checks.check_writable(tensors)
+    _checks.check_values(tensors, indices, before)
+    _checks.check_values(tensors, indices, after)
+    groups = _by_device(tensors)
+    chosen = [_dispatch.choose("write_at_", device, impl).name for device in groups]
+    if not groups or set(chosen) != {"native"}:
+        return None
+    from fastdean import native
+
+    if not native.can_replace():
+        return None
+    arguments = (tensors, indices, before, after)
+    return Replacement(
+        [
+            (positions, native.Replacement(*([each[p] for p in positions] for each in arguments)))
+            for positions in groups.values()
+        ]
+    )
+
+
+class Replacement:
+    """See `prepare_replacement`. Not to be used by two threads at once."""
+
+    def __init__(self, groups: Sequence[tuple[list[int], native.Replacement]]) -> None:
+        self._groups = groups
+
+    def replace_(self, tensors: list[torch.Tensor], *, back: bool = False) -> bool:
+        """Write `after` over `before`, or with `back` the other way round: all of it or nothing.
+
+        Args:
+            tensors: those that it was prepared for, as they are now.
+        Returns:
+            False, and nothing is written, if a tensor has another type, address, shape, strides,
+            dtype or device than it had, or if an entry does not hold, bit for bit, what is to be
+            written over. On CUDA the host waits for the current stream.
+        """
+        if len(self._groups) == 1:
+            return self._groups[0][1].replace_(tensors, back=back)
+        groups = [([tensors[p] for p in positions], each) for positions, each in self._groups]
+        # Every device before the first write, of which each is all or nothing by itself.
+        if not all(each.replace_(part, back=back, write=False) for part, each in groups):
+            return False
+        return all([each.replace_(part, back=back) for part, each in groups])
+
+
+def _by_device(tensors: Sequence[torch.Tensor]) -> dict[torch.device, list[int]]:
+    """Device -> positions of its tensors."""
+    groups: dict[torch.device, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        groups.setdefault(tensor.device, []).append(position)
+    return groups
+
+
+def _on_every_device(
+    op: str, impl: str | None, *arguments: Sequence[torch.Tensor]
+) -> list[tuple[list[int], list[torch.Tensor] | None]]:
+    """Runs `op` once per device of the first argument: (positions, what it returned) of each."""
+    groups = _by_device(arguments[0])
+    # Every device's choice before the first write: a choice may raise.
+    chosen: Mapping[torch.device, Callable] = {
+        device: _dispatch.choose(op, device, impl).callable for device in groups
+    }
+    return [
+        (positions, chosen[device](*([each[p] for p in positions] for each in arguments)))
+        for device, positions in groups.items()
+    ]

@@ -1,0 +1,107 @@
+"""The parameters of a model as a mask names them: found, checked, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastdean import ops
+from fastdean.masks.entries import EDITABLE_DTYPES
+
+# Name components that a wrapper adds and that no checkpoint has.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One parameter of an edit: where, what stands there without it, and what with it."""
+
+    name: str
+    shape: tuple[int, ...]
+    index: Tensor
+    previous: Tensor
+    written: Tensor
+
+
+class Weights:
+    """The parameters of a model under the names of its checkpoint, read and written at parts."""
+
+    def __init__(self, root: nn.Module) -> None:
+        # Tied parameters under all their names.
+        named = dict(root.named_parameters(remove_duplicate=False))
+        self._paths = {
+            ".".join(part for part in path.split(".") if part not in _WRAPPERS): path
+            for path in named
+        }
+        self._parameters = {name: named[path] for name, path in self._paths.items()}
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of this name, which the model has."""
+        return self._parameters[name]
+
+    def path(self, name: str) -> str:
+        """The name of a parameter in the model as it is, wrappers included."""
+        return self._paths[name]
+
+    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
+        """Equal for two parameters exactly if they are the same elements in the same order.
+
+        A storage compares by identity, and holding it keeps its identity from being reused.
+        """
+        parameter = self._checked(name, shape, dtype)
+        return (
+            parameter.untyped_storage(),
+            parameter.storage_offset(),
+            parameter.shape,
+            parameter.stride(),
+        )
+
+    def read(self, parts: Sequence[Part]) -> list[Tensor]:
+        """The values of the parts now, [M] each, on the CPU."""
+        values = ops.gather_at(self._tensors(parts), [part.index for part in parts])
+        return [value.cpu() for value in values]
+
+    def write_(
+        self, parts: Sequence[Part], values: Sequence[Tensor], impl: str | None = None
+    ) -> None:
+        ops.write_at_(self._tensors(parts), [part.index for part in parts], values, impl=impl)
+
+    def zero_(self, parts: Sequence[Part], impl: str | None) -> None:
+        ops.zero_at_(self._tensors(parts), [part.index for part in parts], impl=impl)
+
+    def _tensors(self, parts: Sequence[Part]) -> list[nn.Parameter]:
+        return [self._checked(part.name, part.shape, part.written.dtype) for part in parts]
+
+    def _checked(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+        if name not in self._parameters:
+            raise ValueError(
+                f"model must have a parameter {name!r}, got none of that name; "
+                "load the model that the mask was made on"
+            )
+        parameter = self._parameters[name]
+        if parameter.device.type == "meta":
+            raise ValueError(
+                f"model must hold {name!r} in memory, got a meta tensor (offloaded); "
+                "load it without offloading, or use patch_checkpoint"
+            )
+        # A quantised subclass may report a floating dtype; only plain tensors have values to write.
+        if parameter.dtype not in EDITABLE_DTYPES or type(parameter.data) is not Tensor:
+            raise ValueError(
+                f"model must hold {name!r} as plain floating-point values, got "
+                f"{type(parameter.data).__name__} of {parameter.dtype} (quantised or sharded); "
+                "load it without quantisation"
+            )
+        if tuple(parameter.shape) != shape:
+            raise ValueError(
+                f"model must have {name!r} of shape {list(shape)}, got {list(parameter.shape)}; "
+                "load the model that the mask was made on"
+            )
+        if parameter.dtype != dtype:
+            raise ValueError(
+                f"model must have {name!r} in the mask's dtype {dtype}, got {parameter.dtype}; "
+                f"load it with dtype={dtype}, or convert it back"
+            )
+        return parameter
