@@ -59,6 +59,7 @@ def test_every_operation_runs_everywhere_without_the_extension_and_without_trito
 
 @pytest.mark.parametrize("op", [*ACCUMULATIONS, "select_top"])
 def test_triton_is_preferred_on_a_gpu_and_interpreted_only_when_named(monkeypatch, op):
+    _pretend(monkeypatch, "missing", "this install has no compiled extension")
     _pretend_interpreting(monkeypatch, False)
     assert choose(op, "cuda", dtype=torch.bfloat16).name == "triton"
     with pytest.raises(RuntimeError, match="Triton runs on a CPU only with TRITON_INTERPRET=1"):
@@ -116,6 +117,17 @@ def test_the_extension_is_preferred_on_the_cpu_and_only_there(monkeypatch, op):
     assert on_cuda.name == "reference"
     assert "not native: its CUDA kernel has been compiled but not yet run" in on_cuda.reason
     assert choose(op, "cuda", "native").name == "native"
+
+
+def test_the_compiled_accumulation_is_the_default_of_a_cpu(monkeypatch):
+    _pretend(monkeypatch, "available", build=BUILT_WITH_CUDA)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert choose("accumulate_importance_", "cpu", dtype=dtype).name == "native"
+    double = choose("accumulate_importance_", "cpu", dtype=torch.float64)
+    assert double.name == "reference"
+    assert "takes fp32, bf16 and fp16, not torch.float64" in double.reason
+    with pytest.raises(RuntimeError, match="accumulation runs on the CPU, not on cuda"):
+        choose("accumulate_importance_", "cuda", "native")
 
 
 def test_without_cuda_in_the_extension_naming_it_for_cuda_raises(monkeypatch):

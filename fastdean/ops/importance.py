@@ -32,7 +32,7 @@ def accumulate_importance_(
         g: [N, R] gradients of the loss with respect to its outputs; dtype of `x`.
         segments: int64 [B, 2] on the CPU, rows (start, end) of each example, 0 <= start <= end <=
             N. Rows in no segment (padding) count for nothing; B = 0 leaves `acc` as it is.
-        impl: None (by device), "reference" or "triton".
+        impl: None (by device), "reference", "triton" or "native" (CPU).
     Returns:
         `acc`.
     Raises:
