@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from measure import synchronize
+from timing import synchronize
 
 GROUPS = {
     "attention": r"attention|flash|aten::(bmm|baddbmm)$",

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from baselines import loop_sums, published_sums
+from baselines import loop_sums, published_sums, vmap_sums
 from torch import Tensor, nn
 
 import fastdean
@@ -121,14 +121,19 @@ def score_case(
     model: nn.Module,
     examples: Sequence[Example],
     *,
-    target_modules: str = "mlp",
+    target_modules: str | Sequence[str] = "mlp",
     layers: int = 2,
+    vmap_examples: int = 0,
+    op: str = "score",
     name: str = "score",
 ) -> Case:
-    """`score` on a causal language model against its two baselines.
+    """`score` on a causal language model against its baselines.
 
     Args:
         layers: how many layers the layer-at-a-time procedure is run on; see `spread`.
+        vmap_examples: of how many examples `torch.func.vmap` holds the gradients at a time; 0
+            leaves it out.
+        op, name: of the case.
     Raises:
         ValueError: a target lies outside the decoder layers, or `layers` is below 2.
     """
@@ -148,6 +153,9 @@ def score_case(
     def loop(chosen: Sequence[Example]) -> Mapping[str, Tensor]:
         return loop_sums(model, chosen, targets)
 
+    def vmap(chosen: Sequence[Example]) -> Mapping[str, Tensor]:
+        return vmap_sums(model, chosen, targets, vmap_examples)
+
     def ours(chosen: Sequence[Example]) -> Mapping[str, Tensor]:
         scores = fastdean.score(model, chosen, target_modules=target_modules, progress=False)
         return {parameter: entry.sums for parameter, entry in scores.entries.items()}
@@ -155,7 +163,7 @@ def score_case(
     partial = len(measured) < len(scored_layers)
     work = score_work(model, examples, targets)
     return Case(
-        op="score",
+        op=op,
         name=name,
         work=work,
         shapes=matrix_shapes(model, targets, work),
@@ -167,6 +175,7 @@ def score_case(
                 extrapolated=f"{len(measured)} of {len(scored_layers)} layers" if partial else None,
             ),
             Implementation("loop", loop),
+            *([Implementation("vmap", vmap)] if vmap_examples else []),
             Implementation("fastdean", ours),
         ),
     )

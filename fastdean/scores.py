@@ -19,7 +19,7 @@ from torch import Tensor
 from fastdean.ops.selection import importance, select_top
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FINGERPRINT_CHUNK = 1 << 18  # entries: 2 MiB of int64, which caches hold
+_FINGERPRINT_CHUNK = 1 << 18  # entries: 2 MiB of int64, which a CPU's caches hold
 _INT64 = range(-(2**63), 2**63)
 _SHA_BITS = 256
 _COUNTS = ("examples", "tokens", "target_tokens")
@@ -80,9 +80,12 @@ class ScoreEntry:
         return None if self.unit_axis is not None else self.weight
 
     def select(self, num_examples: int, k: int) -> Tensor:
-        """int64, ascending: flat indices (unit numbers) of the k most important entries."""
+        """int64, ascending: flat indices (unit numbers) of the k most important entries.
+
+        They stay on the device of the sums.
+        """
         chosen = select_top(self.sums, self.factor, num_examples, k)
-        return chosen if self.index is None else self.index[chosen.to(self.index.device)]
+        return chosen if self.index is None else self.index[chosen]
 
     def keep(self, num_examples: int, k: int) -> ScoreEntry:
         """The sparse entry of the k most important ones."""
@@ -104,7 +107,9 @@ def fingerprint(weight: Tensor) -> int:
     bits = weight.detach().view(_INTEGER_OF_SIZE[weight.element_size()])
     rows = bits.flatten(1) if bits.dim() > 1 else bits.reshape(-1, 1)
     columns = max(1, rows.shape[1])
-    step = max(1, _FINGERPRINT_CHUNK // columns)
+    # Elsewhere than on a CPU launches must be few.
+    chunk = _FINGERPRINT_CHUNK * (1 if bits.device.type == "cpu" else 64)
+    step = max(1, chunk // columns)
     length = max(1, min(step, rows.shape[0]))
     odd = torch.arange(1, 2 * length * columns, 2, device=bits.device).view(length, -1)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
@@ -204,7 +209,7 @@ class Scores(Mapping[str, Tensor]):
         return self.entries[name].index
 
     def select(self, name: str, k: int) -> Tensor:
-        """int64 on the CPU, ascending: the k most important entries (`ops.select_top`).
+        """int64, ascending: the k most important entries (`ops.select_top`), where the sums lie.
 
         Raises:
             ValueError: a score is NaN or infinite, or k reaches beyond what sparse scores kept.
@@ -216,7 +221,7 @@ class Scores(Mapping[str, Tensor]):
                 f"k={k} of {entry.numel}; score again with a larger keep_top"
             )
         with _named(name):
-            return self._current(name).select(self.num_examples, k).cpu()
+            return self._current(name).select(self.num_examples, k)
 
     def keep(self, ratio: float) -> Scores:
         """Sparse scores with only each matrix's top `ratio` entries, enough for smaller ratios.

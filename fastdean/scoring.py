@@ -168,26 +168,69 @@ def _run_pass(
         for target in targets
     }
     capture = Capture(targets, accumulators, granularity)
+    check = _LaggedCheck(bar)
     with capture, closing(work.losses(device)) as batches:
         for batch in batches:
+            losses = _LossesUnderway(batch)
             capture.expect(batch.segments, batch.rows)
             if batch.values.requires_grad:
                 batch.values.sum().backward()
             capture.require_complete()
-            _require_finite(batch)
-            bar.update(batch.values.numel())
             # Before the next forward pass, not after it: the losses hold this batch's graph.
             del batch
+            check.queued(losses)
+        check.finish()
     return accumulators
 
 
-def _require_finite(batch: BatchLosses) -> None:
-    for example, loss in zip(batch.examples, batch.values.tolist(), strict=True):
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"loss must be finite, got {loss} for example {example}; check the model's weights "
-                "and dtype, and that example's tokens"
-            )
+class _LossesUnderway:
+    """A batch's losses on their way to the host, which goes on meanwhile."""
+
+    def __init__(self, batch: BatchLosses) -> None:
+        values = batch.values.detach()
+        on_cuda = values.device.type == "cuda"
+        self._examples = batch.examples
+        # Asynchronous copies from CUDA arrive in pinned memory; of other devices none is promised.
+        self._values = values.to("cpu", non_blocking=on_cuda)
+        self._arrival = torch.cuda.Event() if on_cuda else None
+        if self._arrival is not None:
+            self._arrival.record(torch.cuda.current_stream(values.device))
+
+    def require_finite(self) -> int:
+        """Wait for the losses and return how many they are; ValueError names one's example."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        losses = self._values.tolist()
+        for example, loss in zip(self._examples, losses, strict=True):
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"loss must be finite, got {loss} for example {example}; check the model's "
+                    "weights and dtype, and that example's tokens"
+                )
+        return len(losses)
+
+
+class _LaggedCheck:
+    """Looks at the losses of a batch once the next one is on the device's queue.
+
+    The device then always has a batch to work on while the host looks, and the host is never more
+    than one batch ahead. The progress bar shows what was looked at.
+    """
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._last: _LossesUnderway | None = None
+
+    def queued(self, losses: _LossesUnderway) -> None:
+        """Say that a whole batch has been queued; check the one before it."""
+        self.finish()
+        self._last = losses
+
+    def finish(self) -> None:
+        """Check what has not been checked."""
+        last, self._last = self._last, None
+        if last is not None:
+            self._bar.update(last.require_finite())
 
 
 @contextmanager

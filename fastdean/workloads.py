@@ -21,6 +21,7 @@ from fastdean.batching import (
     default_tokens_per_batch,
     plan_batches,
     require_targets,
+    send,
 )
 from fastdean.data import IGNORE_INDEX, Example, read_examples
 from fastdean.distributed import Ranks
@@ -37,7 +38,8 @@ class BatchLosses:
 
     Attributes:
         values: the loss of each example, [B], on the graph that leads back to the model.
-        segments: int64 [B, 2], the first token row of each example and the one past its last.
+        segments: int64 [B, 2] on the CPU, the first token row of each example and the one past its
+            last; never changed in place.
         rows: token rows of the batch, padding included.
         examples: the number of each of the B examples, for messages.
     """
@@ -62,6 +64,7 @@ class Workload(Protocol):
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         """Run the model over this rank's batches, one by one; may be called again.
 
+        Work is put on the device's queue, and nothing but the model's own code waits for results.
         The model may carry a hook until the generator is closed.
         """
 
@@ -166,9 +169,8 @@ class LanguageModelling:
         per_token = target_losses(head(batch), batch)
         owner = batch.target_example.to(per_token.device)
         totals = per_token.new_zeros(batch.num_examples).index_add(0, owner, per_token)
-        counts = torch.bincount(owner, minlength=batch.num_examples)
         return BatchLosses(
-            values=totals / counts,
+            values=totals / batch.target_counts.to(per_token.device),
             segments=batch.segments,
             rows=batch.input_ids.numel(),
             examples=[self.mine[i] for i in batch.example_index],
@@ -217,7 +219,7 @@ class CustomLoss:
         first = 0
         accepted = _accepted_inputs(self.model)
         for batch in self.batches:
-            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            batch = {k: send(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             size, width = batch["input_ids"].shape
             inputs = {k: v for k, v in batch.items() if k != "labels" and accepted(k)}
             losses = self.loss_fn(self.model(**inputs), batch)

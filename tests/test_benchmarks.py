@@ -17,14 +17,22 @@ from fastdean.data import Example
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import agreement
+import baselines
 import breakdown
 import cases
+import gate
 import inputs
 import measure
 import plot
+import random_model
 import records
 import run
+import score_run
+import sweeps
 import table
+import timing
+from plots.score import draw_score
+from plots.sweep import draw_sweep
 
 CPU = torch.device("cpu")
 LENGTHS = (7, 3, 12, 5)
@@ -69,7 +77,9 @@ def tiny_benchmark(monkeypatch):
 @pytest.mark.parametrize("target_modules", ["mlp", "all"])
 def test_all_implementations_compute_the_importance(build, target_modules):
     model, examples = build(), make_examples()
-    case = cases.score_case(model, examples, target_modules=target_modules, layers=LAYERS)
+    case = cases.score_case(
+        model, examples, target_modules=target_modules, layers=LAYERS, vmap_examples=3
+    )
     sums = {each.name: each.run(examples) for each in case.implementations}
     pairs = [(example.input_ids, example.labels) for example in examples]
     expected = weight_importance(model, pairs, list(sums["fastdean"]))
@@ -85,7 +95,7 @@ def test_baselines_leave_the_model_as_it_was():
     model, examples = llama(), make_examples()
     model.lm_head.weight.requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    for each in cases.score_case(model, examples).implementations:
+    for each in cases.score_case(model, examples, vmap_examples=2).implementations:
         each.run(examples)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert all(p.grad is None for p in model.parameters())
@@ -94,11 +104,12 @@ def test_baselines_leave_the_model_as_it_was():
 def test_published_sums_have_the_dtype_of_the_weight_and_the_loop_has_fp32():
     model, examples = llama(), make_examples()
     inputs.cast_parameters_(model, torch.bfloat16)
-    case = cases.score_case(model, examples)
+    case = cases.score_case(model, examples, vmap_examples=2)
     dtypes = {e.name: {v.dtype for v in e.run(examples).values()} for e in case.implementations}
     assert dtypes == {
         "published": {torch.bfloat16},
         "loop": {torch.float32},
+        "vmap": {torch.float32},
         "fastdean": {torch.float32},
     }
 
@@ -205,7 +216,7 @@ def test_peak_memory_sees_what_a_run_held_and_not_what_it_left():
 
 
 def test_spread_of_seconds():
-    assert measure.Spread.of([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == measure.Spread(3.5, 2.0, 5.0)
+    assert timing.Spread.of([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == timing.Spread(3.5, 2.0, 5.0)
 
 
 def test_score_appends_one_complete_record_per_implementation_and_dtype(tiny_benchmark, tmp_path):
@@ -244,6 +255,160 @@ def test_agreement_compares_bf16_with_fp32_and_fastdean_with_the_loop(tiny_bench
     assert 0.5 <= rounded[0]["kept"] <= 1
 
 
+RANDOM = ("--random-model", "toy", "--examples", "3", "--dtype", "bf16", "--repeats", "1")
+
+
+def test_a_model_with_random_weights_needs_no_files(tiny_benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "load_model", lambda *a: pytest.fail("loaded a model's files"))
+    assert tiny_benchmark(tmp_path, "score", *RANDOM, "--tokens", "6", "--vmap") == 0
+    rows = list(records.read(tmp_path, "score"))
+    assert [row["impl"] for row in rows] == ["published", "loop", "vmap", "fastdean"]
+    assert {row["tokens"] for row in rows} == {18} and {row["target_tokens"] for row in rows} == {
+        15
+    }
+    # Two layers of gate, up and down; 4 bytes a weight whatever the model's dtype.
+    assert {row["sums_bytes"] for row in rows} == {2 * 3 * 32 * 64 * 4}
+    assert rows[0]["case"] == "random weights in the shape of toy, 6 tokens each, mlp"
+
+
+def test_a_run_is_resumed_only_where_nothing_changed(tiny_benchmark, tmp_path, monkeypatch):
+    def measured():
+        assert tiny_benchmark(tmp_path, "score", *RANDOM, "--tokens", "4", "--resume") == 0
+        return len(list(records.read(tmp_path, "score")))
+
+    assert [measured(), measured()] == [3, 3]
+    monkeypatch.setattr(records, "sources_checksum", lambda: "other sources")
+    assert [measured(), measured()] == [6, 6]
+
+
+def test_the_checksum_follows_the_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    (tmp_path / "fastdean").mkdir()
+    source = tmp_path / "fastdean" / "a.py"
+    source.write_text("one")
+    first = records.sources_checksum()
+    assert records.sources_checksum() == first
+    source.write_text("two")
+    assert records.sources_checksum() != first
+
+
+def test_random_weights_are_the_same_every_time_and_leave_the_random_state_alone():
+    before = torch.get_rng_state()
+    one, other = (random_model.random_model("toy", torch.bfloat16, CPU) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, parameter in one.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, other.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    "name, parameters", [("qwen2-0.5b", 494e6), ("qwen2-1.5b", 1.544e9), ("qwen2-7b", 7.616e9)]
+)
+def test_shapes_have_the_published_number_of_parameters(name, parameters):
+    shape = random_model.SHAPES[name]
+    narrow = shape.hidden * shape.key_value_heads // shape.heads
+    attention = 2 * shape.hidden**2 + 2 * narrow * shape.hidden
+    layer = attention + 3 * shape.hidden * shape.intermediate
+    embeddings = (1 if shape.tied else 2) * shape.vocabulary * shape.hidden
+    # Norms and biases are the rest: below a thousandth.
+    assert shape.layers * layer + embeddings == pytest.approx(parameters, rel=1e-3)
+
+
+def test_token_counts_of_text_are_not_chosen(tiny_benchmark, tmp_path, capsys):
+    assert tiny_benchmark(tmp_path, "score", "--tokens", "6") == 2
+    assert "tokens must be left out where rows of text are scored, got 6" in capsys.readouterr().err
+
+
+def test_vmap_is_left_out_where_two_gradients_do_not_fit(
+    tiny_benchmark, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(score_run, "vmap_chunk", lambda weights: 1)
+    assert tiny_benchmark(tmp_path, "score", *RANDOM, "--tokens", "4", "--vmap") == 0
+    assert "vmap: left out, the gradients of two examples do not fit" in capsys.readouterr().err
+    assert "vmap" not in [row["impl"] for row in records.read(tmp_path, "score")]
+
+
+def test_how_many_gradients_fit_into_free_memory(monkeypatch):
+    class Weight:
+        device = torch.device("cuda")
+
+        def numel(self):
+            return 10**9
+
+        def element_size(self):
+            return 2
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for free, expected in ((100e9, 28), (10e9, 1), (1e9, 0)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+        assert baselines.vmap_chunk([Weight()]) == expected
+
+
+@pytest.fixture
+def few_points(monkeypatch):
+    monkeypatch.setattr(sweeps, "_TOKENS", (4, 8))
+    monkeypatch.setattr(sweeps, "_EXAMPLES", (2, 3))
+    monkeypatch.setattr(sweeps, "_LAYERS", (0.5, 1.0))
+    monkeypatch.setattr(sweeps, "_OTHERWISE_EXAMPLES", 2)
+
+
+SWEEP = ("sweep", "--random-model", "toy", "--repeats", "1")
+
+
+def run_sweep(out, *arguments):
+    return run.main([*SWEEP, "--device", "cpu", "--no-gate", "--out", str(out), *arguments])
+
+
+def test_a_sweep_measures_every_point_once(tiny_benchmark, few_points, tmp_path):
+    assert run_sweep(tmp_path, "--resume", "--sweep", "tokens per example") == 0
+    assert len(list(records.read(tmp_path, "sweep"))) == 4
+    assert run_sweep(tmp_path, "--resume", "--sweep", "tokens per example") == 0
+    rows = list(records.read(tmp_path, "sweep"))
+    assert [(row["x"], row["impl"], row["tokens"]) for row in rows] == [
+        (4, "loop", 128),
+        (4, "fastdean", 128),
+        (8, "loop", 256),
+        (8, "fastdean", 256),
+    ]
+    assert all(row["op"] == "sweep" and row["floor_s"] > 0 for row in rows)
+    text = table.sweep_table(rows)
+    assert "| tokens per example | |" in text and text.count("| `fastdean.score` |") == 2
+    above, below = draw_sweep(rows).axes
+    assert {line.get_label() for line in above.lines} == {"loop", "fastdean", "floor"}
+    assert below.get_ylabel() == "tokens per second"
+
+
+def test_a_sweep_over_the_targets_takes_the_last_layers_first(monkeypatch):
+    model = llama()
+    point = sweeps.Point("scored weights", "toy", layers=0.25)
+    names = sweeps.scored_modules(model, point)
+    assert len(names) == 3 * LAYERS  # the published procedure needs two layers at least
+    assert sweeps.scored_modules(model, sweeps.Point("scored weights", "toy", group="all")) == "all"
+    monkeypatch.setitem(random_model.SHAPES, "deep", random_model.Shape(8, 8, 12, 2, 2, 96, True))
+    deep = random_model.random_model("deep", torch.float32, CPU)
+    names = sweeps.scored_modules(deep, sweeps.Point("scored weights", "deep", layers=0.25))
+    assert len(names) == 3 * 3 and names[0].startswith("model.layers.9.mlp")
+
+
+def test_a_sweep_sees_every_kind_before_it_goes_into_detail():
+    points = sweeps.points("qwen2-7b")
+    assert len({point.sweep for point in points[:4]}) == 4
+    assert len(points) == len({tuple(vars(point).items()) for point in points})
+    assert {point.shape for point in points} == {"qwen2-0.5b", "qwen2-1.5b", "qwen2-7b"}
+
+
+def test_a_sweep_without_time_says_what_is_left(tiny_benchmark, few_points, tmp_path, capsys):
+    assert run_sweep(tmp_path, "--seconds", "0") == 0
+    assert "the time is used up, 8 points left: call again" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main(["kernels", "--device", "cuda", "--out", str(tmp_path)]) == 2
+    assert "error: device must be one that torch sees, got cuda" in capsys.readouterr().err
+
+
 def test_sums_that_differ_are_not_timed(tiny_benchmark, tmp_path, monkeypatch, capsys):
     right = cases.loop_sums
     monkeypatch.setattr(
@@ -256,13 +421,14 @@ def test_sums_that_differ_are_not_timed(tiny_benchmark, tmp_path, monkeypatch, c
 
 def test_nothing_is_measured_when_the_scoring_tests_fail(tmp_path, monkeypatch, capsys):
     class Red:
-        returncode = 1
+        returncode, stdout = 1, ""
 
     commands = []
-    monkeypatch.setattr(run.subprocess, "run", lambda c, **options: commands.append(c) or Red())
+    monkeypatch.setattr(gate.subprocess, "run", lambda c, **options: commands.append(c) or Red())
     monkeypatch.setattr(inputs, "load_model", lambda *a: pytest.fail("measured after red tests"))
     assert run.main(["score", "--out", str(tmp_path)]) == 1
-    assert commands[0][1:] == ["-m", "pytest", "tests/test_score.py", "-q", "-x"]
+    [tests] = [command[1:] for command in commands if "pytest" in command]
+    assert tests == ["-m", "pytest", "tests/test_score.py", "-q", "-x"]
     assert "nothing was measured" in capsys.readouterr().err
 
 
@@ -356,7 +522,7 @@ def test_the_plot_shows_the_latest_seconds_against_the_floor(tmp_path, capsys):
         result("fastdean", 10.0),
         result("fastdean", 6.0, dtype="bf16"),
     ]
-    panels = plot.draw(rows).axes
+    panels = draw_score(rows).axes
     heights = [[round(bar.get_height(), 6) for bar in panel.patches] for panel in panels]
     assert heights == [[20.0, 10.0], [6.0]]
     (floor,) = [line for line in panels[0].lines if line.get_label() == "floor"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_score import batches, make_examples
 from tiny_models import MODELS
 
 import fastdean
-from fastdean.coupling import count, overlap, smallest_ratio
+from fastdean.coupling import RULES, count, overlap, smallest_ratio
 from fastdean.masks import NeuronMask
 from fastdean.scores import ScoreEntry, Scores
 
@@ -163,6 +165,38 @@ def test_sparse_scores_give_the_dense_mask_and_refuse_what_they_cannot():
         fastdean.couple(*sparse[:2], ratio=0.8)
     with pytest.raises(ValueError, match="scope='model' must have dense scores"):
         fastdean.couple(*sparse[:2], ratio=0.4, scope="model")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", [None, 0.5])
+@pytest.mark.parametrize("rule", RULES)
+def test_scores_on_several_devices_give_the_mask_of_those_on_one(rule, keep):
+    def moved(scores, device):
+        entries = {
+            name: replace(
+                entry,
+                **{
+                    part: getattr(entry, part).to(device)
+                    for part in ("sums", "weight", "index")
+                    if getattr(entry, part) is not None
+                },
+            )
+            for name, entry in scores.entries.items()
+        }
+        return Scores(entries, granularity="weight", num_examples=1, keep_top=scores.keep_top)
+
+    weight = torch.randn(24, generator=torch.Generator().manual_seed(1))
+    scores = [scores_from(lists, weight=weight, keep=keep) for lists in (A, B, G)]
+    model = _Holder(weight)
+    for scope in ("matrix", "model") if keep is None else ("matrix",):
+        options = {"ratio": 0.2 if rule == "released" else RATIO, "rule": rule, "scope": scope}
+        expected = fastdean.couple(*scores[:2], general=scores[2], model=model, **options)
+        for devices in (("cuda", "cuda", "cuda"), ("cuda", "cpu", "cuda"), ("cpu", "cuda", "cpu")):
+            first, second, general = map(moved, scores, devices)
+            index = first.select(next(iter(first)), 3)
+            assert index.device.type == devices[0]
+            mask = fastdean.couple(first, second, general=general, model=model, **options)
+            assert mask == expected and mask.table == expected.table
 
 
 def test_random_on_sparse_scores_asks_for_the_model_where_a_drawn_weight_is_not_held():

@@ -137,6 +137,39 @@ def test_models_that_see_their_batch_are_batched_so_that_they_do_not(build, shif
         assert norm_error(value, expected[parameter]) < 1e-5, parameter
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_made_for_target_rows_only(name):
+    model, examples = MODELS[name](), make_examples()
+    fastdean.score(model, batches(examples, 3), progress=False)  # what is probed once per model
+    rows = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(
+        lambda module, args, output: rows.append(output.flatten(0, -2).shape[0])
+    )
+    fastdean.score(model, batches(examples, 3), progress=False)
+    handle.remove()
+    shift = shift_of(name)
+    assert sum(rows) == sum(int((labels[shift:] != -100).sum()) for _, labels in examples)
+
+
+def test_no_backward_pass_goes_below_the_lowest_target():
+    model, carries = MODELS["llama"](), {}
+    for index, layer in enumerate(model.model.layers):
+        for name, module in layer.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(
+                    lambda module, args, output, key=(index, name): carries.update(
+                        {key: args[0].requires_grad}
+                    )
+                )
+    scores = fastdean.score(
+        model, batches(make_examples(), 3), target_modules=r".*layers\.1\.mlp\..*", progress=False
+    )
+    assert len(scores) == 3
+    # Of all inputs of Linears, one lies above a target: that of the down projection.
+    assert [key for key, carried in carries.items() if carried] == [(1, "mlp.down_proj")]
+
+
 def test_layers_that_share_one_weight_are_refused():
     model = MODELS["llama"]()
     layers = model.model.layers

@@ -1,4 +1,4 @@
-"""`select_top` is a stable sort of the positive entries, exactly."""
+"""`select_top` is a stable sort of the positive entries, exactly, whatever implements it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from machine import DEVICE
 
 from fastdean.ops import select_top
 from fastdean.ops.selection import importance
 
 DENORMAL, LARGEST = 1e-45, 3.4e38
+IMPL = pytest.mark.parametrize("impl", ["reference", "triton"])
+# Of the interpreter that runs the kernels on a CPU: its arithmetic is NumPy's.
+OVERFLOWS = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
 def expected(value, k):
@@ -23,6 +27,13 @@ def expected(value, k):
 values = st.sampled_from([0.0, -0.0, DENORMAL, 1e-38, 0.5, 1.0, 1.0 + 2**-23, 2.0, 1e30, LARGEST])
 
 
+def check_units(sums, k, impl):
+    sums = torch.tensor(sums, dtype=torch.float32, device=DEVICE)
+    chosen = select_top(sums, None, 1, k, impl=impl)
+    assert chosen.dtype == torch.int64 and chosen.device == sums.device
+    assert chosen.tolist() == expected(sums.tolist(), k)
+
+
 @settings(deadline=None, max_examples=300, database=None)
 @given(st.lists(values, max_size=60), st.integers(0, 70))
 @example([1.0] * 40, 7)
@@ -31,69 +42,134 @@ values = st.sampled_from([0.0, -0.0, DENORMAL, 1e-38, 0.5, 1.0, 1.0 + 2**-23, 2.
 @example([], 3)
 @example([LARGEST, 1e30, LARGEST], 2)
 def test_units_are_a_stable_sort_of_the_positive_entries(sums, k):
-    sums = torch.tensor(sums, dtype=torch.float32)
-    chosen = select_top(sums, None, 1, k)
-    assert chosen.dtype == torch.int64
-    assert chosen.tolist() == expected(sums.tolist(), k)
+    check_units(sums, k, "reference")
+
+
+@settings(deadline=None, max_examples=15, database=None)
+@given(st.lists(values, max_size=200), st.integers(0, 220))
+@example([1.0] * 40, 7)
+@example([0.0] * 40, 7)
+@example([DENORMAL] * 5 + [0.0] * 5, 8)
+@example([], 3)
+@example([LARGEST, 1e30, LARGEST], 2)
+def test_units_are_a_stable_sort_for_the_kernels_too(sums, k):
+    check_units(sums, k, "triton")
+
+
+def check_weights(seed, rows, columns, k, num_examples, impl):
+    generator = torch.Generator().manual_seed(seed)
+    sums = torch.randint(0, 4, (rows, columns), generator=generator).float()
+    weight = torch.randint(-2, 3, (rows, columns), generator=generator).to(torch.bfloat16)
+    value = importance(sums, weight, num_examples)
+    assert torch.equal(value, sums * weight.float().abs() / num_examples)
+    chosen = select_top(sums.to(DEVICE), weight.to(DEVICE), num_examples, k, impl=impl)
+    assert chosen.tolist() == expected(value.flatten().tolist(), k)
 
 
 @settings(deadline=None, max_examples=200, database=None)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9), st.integers(0, 90))
 def test_weights_multiply_before_the_sort(seed, rows, columns, k):
-    generator = torch.Generator().manual_seed(seed)
-    sums = torch.randint(0, 4, (rows, columns), generator=generator).float()
-    weight = torch.randint(-2, 3, (rows, columns), generator=generator).to(torch.bfloat16)
-    value = importance(sums, weight, 3)
-    assert torch.equal(value, sums * weight.float().abs() / 3)
-    assert select_top(sums, weight, 3, k).tolist() == expected(value.flatten().tolist(), k)
+    check_weights(seed, rows, columns, k, 3, "reference")
 
 
-def test_flat_indices_are_row_major_whatever_the_strides():
-    sums = torch.tensor([[1.0, 9.0, 2.0], [8.0, 3.0, 7.0]])
+@settings(deadline=None, max_examples=10, database=None)
+@given(st.integers(0, 10_000), st.integers(1, 30), st.integers(1, 30), st.integers(0, 90))
+def test_weights_multiply_before_the_sort_in_the_kernels_too(seed, rows, columns, k):
+    check_weights(seed, rows, columns, k, 3, "triton")
+
+
+@IMPL
+def test_flat_indices_are_row_major_whatever_the_strides(impl):
+    sums = torch.tensor([[1.0, 9.0, 2.0], [8.0, 3.0, 7.0]], device=DEVICE)
+    weight = torch.ones(2, 3, device=DEVICE)
     for laid_out in (sums, sums.t().contiguous().t()):
-        assert select_top(laid_out, torch.ones(2, 3), 1, 2).tolist() == [1, 3]
+        assert select_top(laid_out, weight, 1, 2, impl=impl).tolist() == [1, 3]
+        assert select_top(weight, laid_out, 1, 2, impl=impl).tolist() == [1, 3]
 
 
-def test_ties_at_the_threshold_fill_from_the_lowest_index():
-    sums = torch.tensor([1.0, 5.0, 1.0, 1.0, 5.0, 1.0])
-    assert select_top(sums, None, 1, 3).tolist() == [0, 1, 4]
-    assert select_top(sums, None, 1, 4).tolist() == [0, 1, 2, 4]
+@IMPL
+def test_ties_at_the_threshold_fill_from_the_lowest_index(impl):
+    sums = torch.tensor([1.0, 5.0, 1.0, 1.0, 5.0, 1.0], device=DEVICE)
+    assert select_top(sums, None, 1, 3, impl=impl).tolist() == [0, 1, 4]
+    assert select_top(sums, None, 1, 4, impl=impl).tolist() == [0, 1, 2, 4]
 
 
-def test_a_weight_that_requires_grad_or_is_of_another_dtype_is_taken_as_numbers():
+@IMPL
+def test_ties_that_the_division_makes_are_ties(impl):
+    # Two neighbours in fp32 whose thirds round to the same number.
+    low = 1.5 + 2**-23
+    sums = torch.tensor([low, low + 2**-23, low + 2**-22], device=DEVICE)
+    thirds = (sums.cpu() / torch.tensor(3.0)).tolist()
+    assert len(set(thirds)) < 3
+    for k in (1, 2):
+        assert select_top(sums, None, 3, k, impl=impl).tolist() == expected(thirds, k)
+
+
+@IMPL
+def test_a_quotient_that_rounds_to_zero_is_not_positive(impl):
+    sums = torch.tensor([DENORMAL, 1e-40, DENORMAL], device=DEVICE)
+    assert select_top(sums, None, 1000, 3, impl=impl).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "impl, dtype",
+    [
+        *(("reference", dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)),
+        *(("triton", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+    ],
+    ids=str,
+)
+def test_a_weight_that_requires_grad_or_is_of_another_dtype_is_taken_as_numbers(impl, dtype):
     sums = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        parameter = torch.nn.Parameter(weight.to(dtype))
-        value = importance(sums, parameter, 2)
-        assert value.dtype == torch.float32 and not value.requires_grad
-        assert select_top(sums, parameter, 2, 3).tolist() == expected(value.flatten().tolist(), 3)
+    parameter = torch.nn.Parameter(weight.to(dtype))
+    value = importance(sums, parameter, 2)
+    assert value.dtype == torch.float32 and not value.requires_grad
+    chosen = select_top(sums.to(DEVICE), parameter.to(DEVICE), 2, 3, impl=impl)
+    assert chosen.tolist() == expected(value.flatten().tolist(), 3)
 
 
-def test_the_sums_and_the_weight_are_left_as_they_were():
-    sums, weight = torch.rand(6, 6), -torch.rand(6, 6)
+@IMPL
+def test_the_sums_and_the_weight_are_left_as_they_were(impl):
+    sums, weight = torch.rand(6, 6, device=DEVICE), -torch.rand(6, 6, device=DEVICE)
     copies = sums.clone(), weight.clone()
-    select_top(sums, weight, 4, 5)
+    select_top(sums, weight, 4, 5, impl=impl)
     assert torch.equal(sums, copies[0]) and torch.equal(weight, copies[1])
 
 
+@IMPL
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0)])
-def test_empty(shape):
-    assert select_top(torch.zeros(shape), torch.zeros(shape), 1, 3).tolist() == []
+def test_empty(impl, shape):
+    nothing = torch.zeros(shape, device=DEVICE)
+    assert select_top(nothing, nothing, 1, 3, impl=impl).tolist() == []
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@IMPL
+@OVERFLOWS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("k", [0, 2])
-def test_nan_and_inf_raise_wherever_they_stand(bad, k):
-    sums = torch.ones(3, 4)
+def test_nan_and_inf_raise_wherever_they_stand(impl, bad, k):
+    sums = torch.ones(3, 4, device=DEVICE)
     sums[1, 2] = bad
+    sums[2, 3] = float("nan")
     with pytest.raises(ValueError, match=f"importance must be finite, got {bad} at flat index 6; "):
-        select_top(sums, torch.ones(3, 4), 1, k)
+        select_top(sums, torch.ones(3, 4, device=DEVICE), 1, k, impl=impl)
 
 
-def test_a_product_that_overflows_raises():
+@IMPL
+@OVERFLOWS
+def test_a_weight_that_is_nan_raises(impl):
+    weight = torch.tensor([1.0, float("nan"), 2.0], device=DEVICE)
+    with pytest.raises(ValueError, match="importance must be finite, got nan at flat index 1"):
+        select_top(torch.zeros(3, device=DEVICE), weight, 1, 1, impl=impl)
+
+
+@IMPL
+@OVERFLOWS
+def test_a_product_that_overflows_raises(impl):
+    sums, weight = torch.tensor([LARGEST], device=DEVICE), torch.tensor([10.0], device=DEVICE)
     with pytest.raises(ValueError, match="importance must be finite, got inf at flat index 0"):
-        select_top(torch.tensor([LARGEST]), torch.tensor([10.0]), 1, 1)
+        select_top(sums, weight, 1, 1, impl=impl)
 
 
 @pytest.mark.parametrize(

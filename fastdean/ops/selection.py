@@ -18,9 +18,11 @@ def importance(sums: Tensor, weight: Tensor | None, num_examples: int) -> Tensor
     Returns:
         fp32, shape of `sums`.
     """
+    # Divided by a tensor: by a number torch multiplies with its rounded inverse on a GPU.
+    divisor = sums.new_full((), num_examples)
     if weight is None:
-        return sums / num_examples
-    return (sums * weight.detach().to(sums.device).float().abs()).div_(num_examples)
+        return sums / divisor
+    return (sums * weight.detach().to(sums.device).float().abs()).div_(divisor)
 
 
 def select_top(

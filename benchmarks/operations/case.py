@@ -1,0 +1,129 @@
+"""What is measured of an operation: a size, the work it cannot avoid, and who computes it.
+
+All of it is data; `running.py` does the rest. Operations count a multiplication and an addition as
+two; bytes are those of every input read once and every output written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdean.ops._dispatch import choose
+
+# Largest norm-wise error of sums in fp32 over products in fp32: matrix units cut what they add to
+# the accumulator's length, which over 512 tokens comes near 1e-5. Products rounded to bf16 are off
+# by 1e-3, TF32 by 3e-4.
+FP32_TOLERANCE = 5e-5
+
+
+def _as_they_are(inputs: Any) -> Any:
+    return inputs
+
+
+def _refuses_nothing(device: torch.device) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a case.
+
+    Attributes:
+        run: what `prepare` returned -> the result; only this is timed.
+        prepare: inputs -> what `run` takes, once per set of inputs, before the clock starts.
+        refusal: why it cannot run on a device; "" if it can.
+        tolerance: the largest error (as the case defines it) at which it may be timed.
+        needs_bytes: memory it takes besides the inputs; left out where less is free.
+        capturable: never waits for the device, so that a CUDA graph can hold it.
+        compiled: by torch.compile, whose own allocations cannot be poisoned.
+    """
+
+    name: str
+    run: Callable[[Any], Any]
+    prepare: Callable[[Any], Any] = _as_they_are
+    refusal: Callable[[torch.device], str] = _refuses_nothing
+    tolerance: float = FP32_TOLERANCE
+    needs_bytes: int = 0
+    capturable: bool = True
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """An operation at one size.
+
+    Attributes:
+        op: name of the results file.
+        name: what tells it from other cases of the op, for people.
+        settings: the same in numbers, for plots and for knowing a case again.
+        inputs: fresh random inputs on the generator's device.
+        input_bytes: of one set of inputs.
+        expected: inputs -> the result in float64, or exactly; called before a contender's `run`,
+            which may change the inputs.
+        error: (result, expected) -> 0 for equal; NaN never passes.
+        floor: a product that nothing of this volume beats, timed beside the contenders; None: the
+            bytes at the copy bandwidth.
+    """
+
+    op: str
+    name: str
+    dtype: str
+    settings: Mapping[str, Any]
+    operations: int
+    bytes: int
+    inputs: Callable[[torch.Generator], Any]
+    input_bytes: int
+    expected: Callable[[Any], Tensor]
+    error: Callable[[Tensor, Tensor], float]
+    contenders: tuple[Contender, ...]
+    floor: Contender | None = field(default=None)
+
+
+def norm_error(result: Tensor, expected: Tensor) -> float:
+    """||result - expected|| / ||expected||."""
+    difference = result.double() - expected.double()
+    return float(difference.norm() / expected.double().norm())
+
+
+def implementation(
+    op: str, impl: str, run: Callable[[Any], Any], *, name: str | None = None, **options: Any
+) -> Contender:
+    """One of fastdean's own implementations; `run` has to ask for it by name.
+
+    Args:
+        name: of the contender; None: that of the implementation.
+        options: further fields of the contender.
+    """
+
+    def refusal(device: torch.device) -> str:
+        try:
+            choose(op, device, impl)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    return Contender(name or impl, run, refusal=refusal, **options)
+
+
+def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """left @ right in fp32 for half-precision operands: [M, K] x [K, N], or the same in batches.
+
+    On CUDA from the matrix units, without rounding the result (`out_dtype`); a CPU has no such
+    product, so the operands are copied to fp32 there.
+    """
+    multiply = torch.bmm if left.dim() == 3 else torch.mm
+    if left.dtype == torch.float32:
+        return multiply(left, right, out=out)
+    if left.device.type == "cuda":
+        return multiply(left, right, out_dtype=torch.float32, out=out)
+    return multiply(left.float(), right.float(), out=out)
+
+
+def product_name(device_type: str) -> str:
+    """How `product` is computed, for the record."""
+    return "out_dtype=fp32" if device_type == "cuda" else "operands copied to fp32"

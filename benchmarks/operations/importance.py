@@ -1,0 +1,206 @@
+"""Weight importance: acc[R, C] += sum_b |G_b^T X_b| at the shapes of Qwen2-7B.
+
+Operations: 2 N R C. Bytes: x and g once, the accumulator read and written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lengths
+import torch
+from lengths import Length
+from torch import Tensor
+
+from fastdean.ops import accumulate_importance_
+from operations.case import Contender, OpCase, implementation, norm_error, product
+
+OP = "importance"
+
+# Gate and up, down, query and output, key and value: rows are outputs, columns inputs.
+SHAPES = ((18944, 3584), (3584, 18944), (3584, 3584), (512, 3584))
+EXAMPLES = (32, 8, 64)
+TOKENS = (None, 256, 64, 128, 32, 512)  # None: BeaverTails' lengths
+# One case each: compiling a loop over the examples takes longer than everything else of a case.
+_COMPILED = {(SHAPES[0], EXAMPLES[0], None), (SHAPES[0], EXAMPLES[0], 256)}
+
+TOY_SHAPES = ((48, 32), (16, 32))
+TOY_EXAMPLES = (3,)
+TOY_TOKENS = (None, 8)
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """acc fp32 [R, C], x [N, C], g [N, R]; segments int64 [B, 2] on the CPU, and as pairs."""
+
+    acc: Tensor
+    x: Tensor
+    g: Tensor
+    segments: Tensor
+    spans: tuple[tuple[int, int], ...]
+
+
+def cases(toy: bool) -> Iterator[OpCase]:
+    """The cases in the order of their worth: a run that ends early has seen every shape."""
+    shapes = TOY_SHAPES if toy else SHAPES
+    for examples in TOY_EXAMPLES if toy else EXAMPLES:
+        for tokens in TOY_TOKENS if toy else TOKENS:
+            for rows, columns in shapes:
+                compiled = ((rows, columns), examples, tokens) in _COMPILED
+                yield case(rows, columns, examples, tokens, compiled=compiled)
+
+
+def case(
+    rows: int, columns: int, examples: int, tokens: int | None, *, compiled: bool = False
+) -> OpCase:
+    """`tokens` per example; None: BeaverTails' lengths."""
+    chosen = lengths.beavertails(examples) if tokens is None else lengths.fixed(examples, tokens)
+    total = sum(length.tokens for length in chosen)
+    longest = max(length.tokens for length in chosen)
+    kind = "BeaverTails' lengths" if tokens is None else f"{tokens} tokens each"
+    matrix = rows * columns
+    element = DTYPE.itemsize
+    return OpCase(
+        op=OP,
+        name=f"{rows} x {columns}, {examples} examples, {kind}",
+        dtype="bf16",
+        settings={
+            "rows": rows,
+            "columns": columns,
+            "examples": examples,
+            "lengths": "beavertails" if tokens is None else "fixed",
+            "tokens_per_example": total / examples,
+            "tokens": total,
+        },
+        operations=2 * total * matrix,
+        bytes=total * (rows + columns) * element + 8 * matrix,
+        inputs=_maker(rows, columns, chosen),
+        input_bytes=total * (rows + columns) * element + 4 * matrix,
+        expected=expected,
+        error=norm_error,
+        contenders=_contenders(examples, longest, rows, columns, compiled),
+        floor=Contender("plain product", _plain_product, prepare=_plain_operands),
+    )
+
+
+def _maker(rows: int, columns: int, chosen: Sequence[Length]) -> Callable[..., Inputs]:
+    segments = lengths.segments(chosen)
+    total = int(segments[-1, 1])
+
+    def make(generator: torch.Generator) -> Inputs:
+        options = {"generator": generator, "device": generator.device}
+        return Inputs(
+            # Not zeros: what a contender leaves out shows against what was there before.
+            acc=torch.rand(rows, columns, **options).mul_(8),
+            x=torch.randn(total, columns, **options).to(DTYPE),
+            g=torch.randn(total, rows, **options).to(DTYPE),
+            segments=segments.clone(),
+            spans=tuple(map(tuple, segments.tolist())),
+        )
+
+    return make
+
+
+def expected(inputs: Inputs) -> Tensor:
+    result = inputs.acc.double()
+    for start, end in inputs.spans:
+        result += (inputs.g[start:end].double().T @ inputs.x[start:end].double()).abs_()
+    return result
+
+
+def _contenders(
+    examples: int, longest: int, rows: int, columns: int, compiled: bool
+) -> tuple[Contender, ...]:
+    matrix_bytes = 4 * rows * columns
+    padded_bytes = 2 * examples * longest * (rows + columns)
+    found = [
+        implementation("accumulate_importance_", impl, _ours(impl))
+        for impl in ("triton", "reference")
+    ]
+    found.append(Contender("mm per example", mm_loop, needs_bytes=2 * matrix_bytes))
+    found.append(
+        Contender(
+            "bmm, padded",
+            _bmm,
+            prepare=_padded,
+            needs_bytes=padded_bytes + (examples + 1) * matrix_bytes,
+        )
+    )
+    if compiled:
+        found.append(
+            Contender(
+                "torch.compile",
+                Compiled(),
+                needs_bytes=(examples + 1) * matrix_bytes,
+                compiled=True,
+            )
+        )
+    return tuple(found)
+
+
+def _ours(impl: str) -> Callable[[Inputs], Tensor]:
+    def run(inputs: Inputs) -> Tensor:
+        return accumulate_importance_(inputs.acc, inputs.x, inputs.g, inputs.segments, impl=impl)
+
+    return run
+
+
+def mm_loop(inputs: Inputs) -> Tensor:
+    """One product in fp32 per example, its absolute value in place, and the sum."""
+    buffer = torch.empty_like(inputs.acc)
+    for start, end in inputs.spans:
+        product(inputs.g[start:end].T, inputs.x[start:end], out=buffer)
+        inputs.acc.add_(buffer.abs_())
+    return inputs.acc
+
+
+def _padded(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """(acc, g [B, R, T], x [B, T, C]): a loader's padded batch has this form already."""
+    longest = max(end - start for start, end in inputs.spans)
+    g, x = (
+        torch.zeros(len(inputs.spans), longest, flat.shape[1], dtype=DTYPE, device=flat.device)
+        for flat in (inputs.g, inputs.x)
+    )
+    for b, (start, end) in enumerate(inputs.spans):
+        g[b, : end - start] = inputs.g[start:end]
+        x[b, : end - start] = inputs.x[start:end]
+    return inputs.acc, g.transpose(1, 2), x
+
+
+def _bmm(operands: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    acc, g, x = operands
+    return acc.add_(product(g, x).abs_().sum(0))
+
+
+class Compiled:
+    """`torch.compile` of the expression in the op's docstring, compiled at the first call."""
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self._backend = backend
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        if self._compiled is None:
+            self._compiled = torch.compile(_expression, backend=self._backend, dynamic=False)
+        return self._compiled(inputs.acc, inputs.x, inputs.g, inputs.spans)
+
+
+def _expression(acc: Tensor, x: Tensor, g: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    for start, end in spans:
+        acc += (g[start:end].T.float() @ x[start:end].float()).abs()
+    return acc
+
+
+def _plain_operands(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (inputs.g.shape[1], inputs.x.shape[1])
+    return inputs.g.T, inputs.x, torch.empty(shape, dtype=DTYPE, device=inputs.x.device)
+
+
+def _plain_product(operands: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The weight gradient of all examples together, as training computes it."""
+    g, x, out = operands
+    return torch.mm(g, x, out=out)

@@ -1,0 +1,190 @@
+"""Cases after cases: skip what is recorded, check, time, append; until the time is used up."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import records
+import torch
+from progress import Budget, say
+from records import Environment
+
+from operations.case import Contender, OpCase, product_name
+from operations.catalogue import OPERATIONS
+from operations.measuring import check, number_of_sets, timed, too_large
+from operations.rates import Rates, measure_rates
+from operations.record import BANDWIDTH, Floor, OpRecord
+
+_SECONDS_EACH = {"cuda": 0.1, "cpu": 0.02}
+_SEED = 7
+
+
+def run_operations(
+    options: argparse.Namespace, environment: Environment, budget: Budget, gate: str
+) -> int:
+    """Measure the chosen operations; 0, or 1 if a contender did not compute what it should."""
+    device = torch.device(options.device)
+    ops = options.op or list(OPERATIONS)
+    run = _Run(options, environment, device, gate)
+    cases = list(_in_turns([list(OPERATIONS[op](options.toy)) for op in ops]))
+    for position, case in enumerate(cases):
+        if budget.spent:
+            left = len(cases) - position
+            say(f"the time is used up, {left} of {len(cases)} cases left: call again with --resume")
+            break
+        run.measure(case)
+    return 1 if run.failed else 0
+
+
+def _in_turns(groups: Sequence[Sequence[OpCase]]) -> Iterator[OpCase]:
+    """The first case of every operation, then the second of each: all are seen early."""
+    for turn in itertools.zip_longest(*groups):
+        yield from (case for case in turn if case is not None)
+
+
+def recorded_key(row: Mapping[str, Any]) -> tuple:
+    """What two measurements that need not both be made have in common."""
+    settings = json.dumps(row["settings"], sort_keys=True)
+    same = ("op", "impl", "dtype", "toy", "device", "sources", "torch", "triton")
+    return (settings, *(row[name] for name in same))
+
+
+@dataclass
+class _Run:
+    """What holds for all cases of one call of the program."""
+
+    options: argparse.Namespace
+    environment: Environment
+    device: torch.device
+    gate: str
+
+    def __post_init__(self) -> None:
+        self.failed = False
+        self._rates: Rates | None = None
+        self._generator = torch.Generator(self.device).manual_seed(_SEED)
+        self._recorded = set()
+        if self.options.resume:
+            rows = (row for op in OPERATIONS for row in records.read(self.options.out, op))
+            self._recorded = {recorded_key(row) for row in rows}
+
+    def measure(self, case: OpCase) -> None:
+        wanted = [c for c in case.contenders if self._is_wanted(case, c)]
+        floor_is_due = case.floor is not None and self._is_wanted(case, case.floor)
+        if not wanted and not floor_is_due:
+            return
+        say(f"{case.op}: {case.name}")
+        able = [contender for contender in wanted if self._is_able(contender)]
+        if not able and not floor_is_due:
+            return
+        rates = self._rates_of_machine()
+        count = number_of_sets(case.input_bytes, self.device)
+        sets = [case.inputs(self._generator) for _ in range(count)]
+        floor = self._floor(case, sets, rates, floor_is_due)
+        for contender in able:
+            self._measure_one(case, contender, sets, floor, rates)
+        del sets
+        _release(self.device)
+
+    def _is_wanted(self, case: OpCase, contender: Contender) -> bool:
+        chosen = not self.options.impl or contender.name in self.options.impl
+        return chosen and not self._has(case, contender)
+
+    def _is_able(self, contender: Contender) -> bool:
+        reason = contender.refusal(self.device)
+        if reason:
+            _left_out(contender, reason)
+        return not reason
+
+    def _has(self, case: OpCase, contender: Contender) -> bool:
+        row = {
+            "op": case.op,
+            "impl": contender.name,
+            "dtype": case.dtype,
+            "settings": case.settings,
+            "toy": self.options.toy,
+            **vars(self.environment),
+        }
+        return recorded_key(row) in self._recorded
+
+    def _rates_of_machine(self) -> Rates:
+        if self._rates is None:
+            self._rates = measure_rates(self.device, torch.bfloat16)
+            say(
+                f"copies at {self._rates.copy_bandwidth / 1e9:.1f} GB/s, a large bf16 product at "
+                f"{self._rates.matrix_rate / 1e12:.3f} TFLOP/s"
+            )
+        return self._rates
+
+    def _floor(self, case: OpCase, sets: list, rates: Rates, due: bool) -> Floor:
+        """Measured anew for whatever is compared with it, and recorded once."""
+        if case.floor is None:
+            return Floor(BANDWIDTH, case.bytes / rates.copy_bandwidth)
+        seconds = _SECONDS_EACH[self.device.type]
+        timing, peak = timed(case.floor, sets, self.device, seconds)
+        floor = Floor(case.floor.name, timing.seconds.median)
+        if due:
+            self._append(case, case.floor, timing, floor, rates, len(sets), None, peak)
+        return floor
+
+    def _measure_one(
+        self, case: OpCase, contender: Contender, sets: list, floor: Floor, rates: Rates
+    ) -> None:
+        reason = too_large(contender, self.device)
+        if reason:
+            _left_out(contender, reason)
+            return
+        try:
+            error = check(case, contender, self._generator)
+            timing, peak = timed(contender, sets, self.device, _SECONDS_EACH[self.device.type])
+        except torch.OutOfMemoryError:
+            _left_out(contender, "out of memory")
+        except RuntimeError as problem:
+            self.failed = True
+            _left_out(contender, str(problem))
+        else:
+            self._append(case, contender, timing, floor, rates, len(sets), error, peak)
+        _release(self.device)
+
+    def _append(
+        self,
+        case: OpCase,
+        contender: Contender,
+        timing: Any,
+        floor: Floor,
+        rates: Rates,
+        sets: int,
+        error: float | None,
+        peak: int | None,
+    ) -> None:
+        row = OpRecord.of(
+            case,
+            contender,
+            timing,
+            floor,
+            rates,
+            sets=sets,
+            error=error,
+            peak_bytes=peak,
+            product=product_name(self.device.type),
+            toy=self.options.toy,
+            gate=self.gate,
+        )
+        records.append(self.options.out, case.op, self.environment, row)
+        say(
+            f"  {row.impl:<24} {row.median_s * 1e3:10.3f} ms  {row.median_s / row.floor_s:6.2f}x "
+            f"the floor  ({row.timed_by})"
+        )
+
+
+def _left_out(contender: Contender, reason: str) -> None:
+    say(f"  {contender.name:<24} not measured: {reason}")
+
+
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

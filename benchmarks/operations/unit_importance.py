@@ -1,0 +1,119 @@
+"""Unit importance: acc[C] += sum_b |sum_t a_t g_t| over one layer's 18944 units.
+
+Bound by memory: bytes are those of a and g, read once; three operations per pair of elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lengths
+import torch
+from torch import Tensor
+
+from fastdean.ops import accumulate_unit_importance_
+from operations.case import Contender, OpCase, implementation, norm_error
+
+OP = "unit_importance"
+SHAPE = (16384, 18944)
+TOY_SHAPE = (200, 48)
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """acc fp32 [C]; a, g [N, C]; segments int64 [B, 2] on the CPU; owner int64 [N], a row's b."""
+
+    acc: Tensor
+    a: Tensor
+    g: Tensor
+    segments: Tensor
+    owner: Tensor
+
+
+def cases(toy: bool) -> Iterator[OpCase]:
+    yield case(*(TOY_SHAPE if toy else SHAPE))
+
+
+def case(tokens: int, units: int) -> OpCase:
+    chosen = lengths.filling(tokens)
+    segments = lengths.segments(chosen)
+    size = 2 * tokens * units * DTYPE.itemsize
+
+    def make(generator: torch.Generator) -> Inputs:
+        options = {"generator": generator, "device": generator.device}
+        counts = segments[:, 1] - segments[:, 0]
+        return Inputs(
+            acc=torch.rand(units, **options).mul_(8),
+            a=torch.randn(tokens, units, **options).to(DTYPE),
+            g=torch.randn(tokens, units, **options).to(DTYPE),
+            segments=segments.clone(),
+            owner=torch.arange(len(chosen)).repeat_interleave(counts).to(generator.device),
+        )
+
+    fp32_products = 4 * tokens * units
+    return OpCase(
+        op=OP,
+        name=f"{tokens} tokens, {units} units, {len(chosen)} examples of BeaverTails' lengths",
+        dtype="bf16",
+        settings={"tokens": tokens, "units": units, "examples": len(chosen)},
+        operations=3 * tokens * units,
+        bytes=size + 8 * units,
+        inputs=make,
+        input_bytes=size + 4 * units,
+        expected=expected,
+        error=norm_error,
+        contenders=(
+            implementation("accumulate_unit_importance_", "triton", _ours("triton")),
+            implementation(
+                "accumulate_unit_importance_",
+                "reference",
+                _ours("reference"),
+                needs_bytes=3 * fp32_products,
+            ),
+            Contender("torch", _torch, needs_bytes=4 * fp32_products),
+            Contender("torch.compile", Compiled(), needs_bytes=4 * fp32_products, compiled=True),
+        ),
+    )
+
+
+def expected(inputs: Inputs) -> Tensor:
+    result = inputs.acc.double()
+    for start, end in inputs.segments.tolist():
+        result += (inputs.a[start:end].double() * inputs.g[start:end].double()).sum(0).abs_()
+    return result
+
+
+def _ours(impl: str) -> Callable[[Inputs], Tensor]:
+    def run(inputs: Inputs) -> Tensor:
+        return accumulate_unit_importance_(
+            inputs.acc, inputs.a, inputs.g, inputs.segments, impl=impl
+        )
+
+    return run
+
+
+def _expression(acc: Tensor, a: Tensor, g: Tensor, owner: Tensor, examples: int) -> Tensor:
+    """Without a loop over the examples: each row's product is added to its example's sum."""
+    sums = acc.new_zeros(examples, acc.numel())
+    sums.index_add_(0, owner, a.float() * g.float())
+    return acc.add_(sums.abs_().sum(0))
+
+
+def _torch(inputs: Inputs) -> Tensor:
+    return _expression(inputs.acc, inputs.a, inputs.g, inputs.owner, len(inputs.segments))
+
+
+class Compiled:
+    """`torch.compile` of the same expression, compiled at the first call."""
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self._backend = backend
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        if self._compiled is None:
+            self._compiled = torch.compile(_expression, backend=self._backend, dynamic=False)
+        return self._compiled(inputs.acc, inputs.a, inputs.g, inputs.owner, len(inputs.segments))

@@ -1,0 +1,1 @@
+"""The pictures that `plot.py` draws, one file each; all of them need matplotlib."""

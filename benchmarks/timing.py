@@ -1,0 +1,141 @@
+"""Seconds of one call of an operation, short enough that the clock itself matters.
+
+On CUDA device events stand around replays of a graph that holds one call for every set of inputs:
+no gap between launches, and no set still in the cache from the call before. What cannot be
+captured (it waits for the device, or allocates in a way a graph cannot) runs between events as it
+is, gaps included. On a CPU the host's clock stands around the same round of calls.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+_WARM_UP_ROUNDS = 2
+
+GRAPH, EVENTS, HOST = "graph replays", "events", "host clock"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        points = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+        quantiles = torch.tensor(values, dtype=torch.float64).quantile(points)
+        return cls(*quantiles.tolist())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call.
+
+    Attributes:
+        seconds: over `rounds` rounds, each the mean of its calls.
+        fastest: that of the fastest round.
+        timed_by: "graph replays", "events" or "host clock".
+    """
+
+    seconds: Spread
+    fastest: float
+    rounds: int
+    timed_by: str
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_calls(
+    calls: Sequence[Callable[[], Any]],
+    device: torch.device,
+    *,
+    seconds: float,
+    capturable: bool = True,
+) -> Timing:
+    """Time a round of `calls`, one for each set of inputs, for about `seconds` in all.
+
+    Args:
+        seconds: what the rounds are to take together; there are at least `MIN_ROUNDS` of them.
+        capturable: whether a CUDA graph may be tried.
+    """
+
+    def once() -> None:
+        for call in calls:
+            call()
+
+    for _ in range(_WARM_UP_ROUNDS):
+        once()
+    synchronize(device)
+    if device.type != "cuda":
+        return _timed(once, len(calls), seconds, _host_clock, HOST)
+    graph = _captured(once, device) if capturable else None
+    launch, timed_by = (once, EVENTS) if graph is None else (graph.replay, GRAPH)
+    return _timed(launch, len(calls), seconds, _device_events, timed_by)
+
+
+def _timed(
+    launch: Callable[[], Any],
+    calls: int,
+    seconds: float,
+    clock: Callable[[Callable[[], Any], int], list[float]],
+    timed_by: str,
+) -> Timing:
+    estimate = max(min(clock(launch, 2)), 1e-9)
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / estimate)))
+    each = [elapsed / calls for elapsed in clock(launch, rounds)]
+    return Timing(Spread.of(each), min(each), rounds, timed_by)
+
+
+def _host_clock(launch: Callable[[], Any], rounds: int) -> list[float]:
+    elapsed = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        launch()
+        elapsed.append(time.perf_counter() - start)
+    return elapsed
+
+
+def _device_events(launch: Callable[[], Any], rounds: int) -> list[float]:
+    events = [
+        tuple(torch.cuda.Event(enable_timing=True) for _ in ("start", "end")) for _ in range(rounds)
+    ]
+    for start, end in events:
+        start.record()
+        launch()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def _captured(launch: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGraph | None:
+    """One round as a graph; None where it cannot be captured."""
+    gc.collect()  # freeing memory of the device while it is captured would end the capture
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        # Not torch.cuda.graph(): after a failure it would leave its own stream current.
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            try:
+                launch()
+            finally:
+                graph.capture_end()
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        return None
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return graph

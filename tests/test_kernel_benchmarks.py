@@ -1,0 +1,401 @@
+"""The benchmarks of single operations: who is timed computes the right thing, and what is written
+down can be found again."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from machine import DEVICE
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import gate
+import lengths
+import measure
+import plot
+import records
+import run
+import table
+import timing
+from operations import catalogue, importance, measuring, rates, running, unit_importance
+from operations.case import Contender
+from operations.record import OpRecord
+from operations.results_table import operations_table
+
+ROOT = records.ROOT
+TOYS = [case for cases in catalogue.OPERATIONS.values() for case in cases(True)]
+PAIRS = [(case, each) for case in TOYS for each in case.contenders if not each.compiled]
+
+
+def generator(seed=3):
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+@pytest.mark.parametrize("case, contender", PAIRS, ids=lambda each: each.name)
+def test_every_contender_computes_the_operation(case, contender):
+    assert contender.refusal(DEVICE) == ""
+    assert measuring.check(case, contender, generator()) <= contender.tolerance
+
+
+@pytest.mark.parametrize("module", [importance, unit_importance])
+def test_the_compiled_expressions_compute_the_operation(module):
+    case = next(module.cases(True))
+    # "eager" traces as every backend does and spares the test the compiler.
+    contender = Contender("torch.compile", module.Compiled(backend="eager"), compiled=True)
+    assert measuring.check(case, contender, generator()) <= contender.tolerance
+    torch._dynamo.reset()
+
+
+def toy(op):
+    return next(catalogue.OPERATIONS[op](True))
+
+
+def off_by(relative):
+    def compute(inputs):
+        result = importance.mm_loop(inputs)
+        return result.mul_(1 + relative)
+
+    return compute
+
+
+def test_a_contender_that_is_wrong_or_leaves_memory_unwritten_is_not_timed():
+    case = toy("importance")
+    for wrong, text in (
+        (off_by(1e-3), "wrong must compute importance to 5e-05, got an error of 0.001"),
+        (lambda inputs: inputs.acc, "wrong must compute importance"),
+        (lambda inputs: torch.empty_like(inputs.acc), "got an error of nan"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            measuring.check(case, Contender("wrong", wrong), generator())
+
+
+def test_a_selection_is_wrong_when_one_index_is():
+    case = toy("selection")
+    right = next(each for each in case.contenders if each.name == "reference")
+
+    def one_off(inputs):
+        index = right.run(inputs).clone()
+        index[-1] = (index[-1] + 1) % inputs.sums.numel()
+        return index
+
+    for run_it in (one_off, lambda inputs: right.run(inputs)[1:]):
+        with pytest.raises(RuntimeError, match="wrong must compute selection to 0, got an error"):
+            measuring.check(case, Contender("wrong", run_it, tolerance=0.0), generator())
+
+
+def test_poisoning_reaches_integers_and_ends_with_the_block():
+    with measuring.poisoned_allocations():
+        assert torch.empty(3).isnan().all()
+        assert (torch.empty(3, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_cases_are_those_that_are_to_be_measured():
+    real = {op: list(cases(False)) for op, cases in catalogue.OPERATIONS.items()}
+    found = {
+        (c.settings["rows"], c.settings["columns"], c.settings["examples"])
+        for c in real["importance"]
+    }
+    shapes = ((18944, 3584), (3584, 18944), (3584, 3584), (512, 3584))
+    assert found == {(*shape, examples) for shape in shapes for examples in (8, 32, 64)}
+    lengths_of_cases = {round(c.settings["tokens_per_example"]) for c in real["importance"]}
+    assert lengths_of_cases >= {32, 64, 128, 256, 512} and lengths_of_cases & {75, 76}
+    assert {c.settings["k"] for c in real["selection"]} == {33, 67, 678, 6789, 67895, 678952}
+    [unit] = real["unit_importance"]
+    assert (unit.settings["tokens"], unit.settings["units"]) == (16384, 18944)
+    assert all(c.settings["experts"] == 64 for c in real["expert_importance"])
+    names = [(c.op, c.name) for cases in real.values() for c in cases]
+    assert len(set(names)) == len(names)
+
+
+def test_the_work_of_a_case_by_hand():
+    case = importance.case(18944, 3584, 32, 256)
+    tokens, matrix = 32 * 256, 18944 * 3584
+    assert case.operations == 2 * tokens * matrix
+    # bf16 inputs read once, the fp32 accumulator read and written.
+    assert case.bytes == 2 * tokens * (18944 + 3584) + 8 * matrix
+    [unit] = unit_importance.cases(False)
+    assert unit.bytes == 2 * 2 * 16384 * 18944 + 8 * 18944
+
+
+@pytest.mark.parametrize("case", TOYS, ids=lambda case: case.name)
+def test_the_stated_size_of_the_inputs_is_theirs(case):
+    inputs = vars(case.inputs(generator()))
+    # What says which rows belong together is small, and not counted.
+    tensors = [v for k, v in inputs.items() if k not in ("segments", "owner", "experts")]
+    tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
+    assert case.input_bytes == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_lengths_are_distributed_like_beavertails():
+    for count in (8, 32, 128):
+        tokens = [length.tokens for length in lengths.beavertails(count)]
+        assert len(tokens) == count and sum(tokens) / count == pytest.approx(76, abs=1.5)
+    many = lengths.beavertails(600)
+    assert many == lengths.beavertails(600)
+    assert sum(length.prompt for length in many) / 600 == pytest.approx(14.7, abs=0.5)
+    assert 0.01 < sum(length.tokens >= 128 for length in many) / 600 < 0.03
+
+
+def test_lengths_that_fill_a_number_of_rows():
+    filled = lengths.filling(16384)
+    segments = lengths.segments(filled)
+    assert segments[0, 0] == 0 and segments[-1, 1] == 16384
+    assert torch.equal(segments[1:, 0], segments[:-1, 1])
+    assert (segments[:, 1] > segments[:, 0]).all()
+
+
+def test_examples_of_given_lengths():
+    chosen = [lengths.Length(3, 4), lengths.Length(1, 2)]
+    one, other = lengths.examples(chosen, 50)
+    assert (len(one), one.num_targets(0)) == (7, 4) and (len(other), other.num_targets(0)) == (3, 2)
+    assert torch.equal(one.labels[3:], one.input_ids[3:])
+    assert lengths.fixed(2, 10) == [lengths.Length(2, 8)] * 2
+
+
+def test_calls_take_turns_and_each_round_counts_once():
+    order = []
+    calls = [lambda name=name: order.append(name) for name in "abc"]
+    found = timing.time_calls(calls, torch.device("cpu"), seconds=0.0)
+    assert found.rounds == timing.MIN_ROUNDS and found.timed_by == "host clock"
+    assert "".join(order) == "abc" * (len(order) // 3)
+    assert found.fastest <= found.seconds.p20 <= found.seconds.median <= found.seconds.p80
+
+
+def test_a_round_is_divided_by_its_calls():
+    ticks = iter(range(100))
+
+    def clock(launch, rounds):
+        return [10.0 * (1 + next(ticks) % 2) for _ in range(rounds)]
+
+    found = timing._timed(lambda: None, 5, 0.0, clock, "events")
+    assert (found.fastest, found.seconds.p80, found.timed_by) == (2.0, 4.0, "events")
+
+
+@pytest.mark.parametrize(
+    "capturable, graph, expected",
+    [(True, True, "graph replays"), (True, False, "events"), (False, True, "events")],
+)
+def test_on_a_gpu_the_record_says_what_was_replayed(monkeypatch, capturable, graph, expected):
+    class Graph:
+        def replay(self):
+            launched.append("graph")
+
+    def events(launch, rounds):
+        for _ in range(rounds):
+            launch()
+        return [1.0] * rounds
+
+    launched = []
+    monkeypatch.setattr(timing, "synchronize", lambda device: None)
+    monkeypatch.setattr(timing, "_captured", lambda once, device: Graph() if graph else None)
+    monkeypatch.setattr(timing, "_device_events", events)
+    found = timing.time_calls(
+        [lambda: launched.append("call")], torch.device("cuda"), seconds=0.0, capturable=capturable
+    )
+    assert found.timed_by == expected
+    assert launched[-found.rounds :] == ["graph" if expected == "graph replays" else "call"] * 5
+
+
+def test_sets_of_inputs_are_together_larger_than_the_cache():
+    cpu = torch.device("cpu")
+    assert measuring.number_of_sets(1 << 40, cpu) == 2
+    size = measuring._CPU_CACHE_BYTES // 2
+    assert measuring.number_of_sets(size, cpu) == 8
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """`run.py kernels` on toys, quickly, without the contenders that take long to start."""
+    monkeypatch.setattr(measure, "_COPY_BYTES", {"cpu": 1 << 16, "cuda": 1 << 20})
+    monkeypatch.setattr(measure, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(rates, "_MATRIX_SIZE", {"cpu": 16, "cuda": 256})
+    monkeypatch.setattr(rates, "_SECONDS", 0.0)
+    monkeypatch.setattr(running, "_SECONDS_EACH", {"cpu": 0.0, "cuda": 0.0})
+    monkeypatch.setattr(measuring, "_MAX_SETS", 2)
+
+    def kernels(out, *arguments):
+        shared = ["--toy", "--no-gate", "--device", DEVICE.type, "--out", str(out)]
+        return run.main(["kernels", *shared, *arguments])
+
+    return kernels
+
+
+def read_all(out):
+    return [row for op in catalogue.OPERATIONS for row in records.read(out, op)]
+
+
+PLAIN = ("--impl", "reference", "--impl", "plain product", "--impl", "torch.topk")
+
+
+def test_kernels_appends_one_complete_record_per_contender(kernels, tmp_path):
+    assert kernels(tmp_path, *PLAIN) == 0
+    rows = read_all(tmp_path)
+    names = {f.name for kind in (OpRecord, records.Environment) for f in fields(kind)}
+    assert all(set(row) == names for row in rows)
+    assert {row["op"] for row in rows} == set(catalogue.OPERATIONS)
+    for row in rows:
+        assert row["toy"] and row["gate"] == "skipped"
+        assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
+        assert row["operations_per_s"] * row["median_s"] == pytest.approx(row["operations"])
+        assert row["share_of_floor"] * row["median_s"] == pytest.approx(row["floor_s"])
+        assert (row["error"] is None) == (row["impl"] == "plain product")
+        if row["floor"].startswith("bytes"):
+            assert row["floor_s"] == pytest.approx(row["bytes"] / row["copy_bandwidth"])
+
+
+def test_what_is_recorded_is_skipped_until_something_changes(kernels, tmp_path, monkeypatch):
+    def measured():
+        assert kernels(tmp_path, "--op", "selection", "--resume", "--impl", "reference") == 0
+        return len(read_all(tmp_path))
+
+    assert [measured(), measured()] == [2, 2]
+    assert kernels(tmp_path, "--op", "selection", "--resume", "--impl", "torch.topk") == 0
+    assert len(read_all(tmp_path)) == 4
+    monkeypatch.setattr(records, "sources_checksum", lambda: "other sources")
+    assert [measured(), measured()] == [6, 6]
+
+
+def test_a_run_out_of_time_says_what_is_left_and_writes_nothing(kernels, tmp_path, capsys):
+    assert kernels(tmp_path, "--op", "importance", "--seconds", "0") == 0
+    assert "the time is used up, 4 of 4 cases left" in capsys.readouterr().err
+    assert read_all(tmp_path) == []
+
+
+def test_one_wrong_contender_fails_the_run_and_the_others_are_measured(
+    kernels, tmp_path, monkeypatch, capsys
+):
+    case = toy("importance")
+    wrong = Contender("wrong", off_by(1e-2))
+    broken = replace(case, contenders=(wrong, *case.contenders[1:3]))
+    monkeypatch.setitem(running.OPERATIONS, "importance", lambda toy: iter([broken]))
+    assert kernels(tmp_path, "--op", "importance") == 1
+    assert "wrong must compute importance to 5e-05" in capsys.readouterr().err
+    measured = [row["impl"] for row in read_all(tmp_path)]
+    assert measured == ["plain product", "reference", "mm per example"]
+
+
+def test_a_contender_that_cannot_run_is_named_with_its_reason(
+    kernels, tmp_path, monkeypatch, capsys
+):
+    case = toy("importance")
+    unable = Contender("unable", importance.mm_loop, refusal=lambda device: "needs a better day")
+    monkeypatch.setitem(
+        running.OPERATIONS, "importance", lambda toy: iter([replace(case, contenders=(unable,))])
+    )
+    assert kernels(tmp_path, "--op", "importance") == 0
+    assert "not measured: needs a better day" in capsys.readouterr().err
+    assert [row["impl"] for row in read_all(tmp_path)] == ["plain product"]
+
+
+def test_every_operation_is_seen_before_any_is_finished():
+    groups = [[f"{op}{i}" for i in range(n)] for op, n in (("a", 3), ("b", 1), ("c", 2))]
+    assert list(running._in_turns(groups)) == ["a0", "b0", "c0", "a1", "c1", "a2"]
+
+
+def test_toy_numbers_stay_out_of_the_results(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["kernels", "--toy", "--no-gate"])
+    assert "--toy needs --out: its numbers say nothing" in capsys.readouterr().err
+
+
+def test_the_tests_of_the_chosen_operations_run_first_and_once(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(gate, "passes", lambda tests, on_gpu: bool(seen.append(tests)))
+    command = ["kernels", "--device", "cpu", "--toy", "--out", str(tmp_path), "--op"]
+    assert run.main([*command, "unit_importance", "--op", "importance"]) == 1
+    assert seen == [("tests/test_importance_op.py",)]
+    assert "nothing was measured" in capsys.readouterr().err
+    assert read_all(tmp_path) == []
+
+
+def test_tests_that_passed_are_not_run_again_by_a_resumed_run(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gate, "passes", lambda tests, on_gpu: seen.append(tests) or True)
+    command = ["kernels", "--device", "cpu", "--toy", "--out", str(tmp_path), "--seconds", "0"]
+    for arguments in (["--resume"], ["--resume"], ["--resume", "--op", "selection"], []):
+        assert run.main([*command, *arguments]) == 0
+    # Resumed twice with nothing to run; without --resume always.
+    assert len(seen) == 2
+
+
+def test_the_gates_name_files_and_operations_that_exist():
+    assert set(catalogue.GATES) == set(catalogue.OPERATIONS)
+    for tests in catalogue.GATES.values():
+        assert tests and all((ROOT / path).is_file() for path in tests)
+
+
+def test_the_gpu_scripts_name_tests_that_exist():
+    named = []
+    for script in ("check.sh", "sanitize.sh"):
+        text = (ROOT / "benchmarks" / "gpu" / script).read_text("utf-8")
+        named += re.findall(r"(tests/\w+\.py)(?:::(\w+))?", text)
+    assert len(named) > 8
+    for path, function in named:
+        source = (ROOT / path).read_text("utf-8")
+        assert not function or f"def {function}(" in source, f"{path}::{function}"
+
+
+def row_of(impl, median_s, case="2 x 3", date="2026-01-02T00:00:00+00:00", **changes):
+    row = {
+        "op": "importance", "case": case, "impl": impl, "dtype": "bf16", "timed_by": "events",
+        "settings": {"rows": 2, "columns": 3, "examples": 4, "tokens_per_example": 8.0},
+        "median_s": median_s, "p20_s": 0.9 * median_s, "p80_s": 1.1 * median_s,
+        "operations_per_s": 1e9 / median_s, "bytes_per_s": 1e6 / median_s,
+        "floor": "plain product", "floor_s": 0.001, "copy_bandwidth": 2e9, "matrix_rate": 3e12,
+        "product": "out_dtype=fp32", "toy": False, "gate": "passed", "device": "Some GPU",
+        "driver": "1.2", "cuda": "13.0", "threads": 2, "cpu_capability": "AVX2",
+        "torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "fastdean": "0.1.0",
+        "commit": "0123456789abcdef", "dirty": False, "date": date,
+        "command": "python benchmarks/run.py kernels",
+    }  # fmt: skip
+    return row | changes
+
+
+def test_the_table_has_a_column_for_each_contender_and_the_latest_of_each():
+    rows = [
+        row_of("triton", 0.5, date="2026-01-01T00:00:00+00:00"),
+        row_of("mm per example", 0.006),
+        row_of("plain product", 0.001),
+        row_of("triton", 0.002, date="2026-01-03T00:00:00+00:00"),
+        row_of("mm per example", 0.001, case="4 x 5"),
+        row_of("mm per example", 0.123, toy=True, case="toy"),
+    ]
+    lines = operations_table(rows).splitlines()
+    assert (
+        lines[0] == "| case | floor | triton | mm per example | triton / floor | rate of triton |"
+    )
+    assert lines[2] == ("| 2 x 3 | 1.000 ms | 2.000 ms | 6.000 ms (3.0x) | 2.00x | 0.5 TFLOP/s |")
+    assert lines[3] == "| 4 x 5 | 1.000 ms |  | 1.000 ms |  |  |"
+    text = "\n".join(lines)
+    assert "Floor: plain product. Copies 2 GB/s, a large product 3.0 TFLOP/s" in text
+    assert "driver 1.2, CUDA 13.0; torch 2.11.0, triton 3.6.0" in text
+    assert "toy" not in text
+
+
+def test_without_git_a_table_names_the_checksum_of_the_sources():
+    row = row_of("triton", 0.002, commit=None, dirty=None, sources="abc123")
+    assert "fastdean 0.1.0 at sources abc123, 2026-01-02" in operations_table([row])
+
+
+def test_an_operation_goes_into_a_file_and_a_picture(tmp_path, capsys):
+    folder = tmp_path / "results" / "some-gpu"
+    folder.mkdir(parents=True)
+    rows = [row_of("triton", 0.002), row_of("plain product", 0.001)]
+    (folder / "importance.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benchmark: importance -->\n<!-- benchmark end -->\n")
+    where = ["--op", "importance", "--results", str(tmp_path / "results")]
+    assert table.main([*where, "--into", str(page)]) == 0
+    assert "| 2 x 3 | 1.000 ms | 2.000 ms | 2.00x |" in page.read_text()
+    picture = tmp_path / "importance.png"
+    assert plot.main([*where, "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plot.main(["--op", "sweep", *where[2:]]) == 2
+    assert "no sweep.jsonl of any device" in capsys.readouterr().err
