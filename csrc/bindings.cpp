@@ -67,6 +67,23 @@ void accumulate_importance_cpu(int64_t params) {
   raise_unless_ok(fastdean::accumulate_importance_cpu(importance_params(params)));
 }
 
+// `params` is the address of a CollapseParams that Python wrote field by field.
+const fastdean::CollapseParams& collapse_params(int64_t params) {
+  return *reinterpret_cast<const fastdean::CollapseParams*>(params);
+}
+
+int64_t collapse_workspace_bytes(int64_t params) {
+  return fastdean::collapse_workspace_bytes(collapse_params(params));
+}
+
+void collapse_alignment_cpu(int64_t params) {
+  raise_unless_ok(fastdean::collapse_alignment_cpu(collapse_params(params)));
+}
+
+void collapse_alignment_backward_cpu(int64_t params) {
+  raise_unless_ok(fastdean::collapse_alignment_backward_cpu(collapse_params(params)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -79,6 +96,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_RANK") = fastdean::kMaxRank;
   m.attr("ROW_FIELDS") = fastdean::kRowFields;
   m.attr("IMPORTANCE_FIELDS") = fastdean::kImportanceFields;
+  m.attr("COLLAPSE_FIELDS") = fastdean::kCollapseFields;
   m.attr("DTYPE_FLOAT16") = static_cast<int64_t>(fastdean::DType::kFloat16);
   m.attr("DTYPE_BFLOAT16") = static_cast<int64_t>(fastdean::DType::kBFloat16);
   m.attr("DTYPE_FLOAT32") = static_cast<int64_t>(fastdean::DType::kFloat32);
@@ -90,6 +108,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("params"));
   m.def("accumulate_importance_cpu", &accumulate_importance_cpu, py::kw_only(), py::arg("params"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("collapse_workspace_bytes", &collapse_workspace_bytes, py::kw_only(), py::arg("params"));
+  m.def("collapse_alignment_cpu", &collapse_alignment_cpu, py::kw_only(), py::arg("params"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("collapse_alignment_backward_cpu", &collapse_alignment_backward_cpu, py::kw_only(),
+        py::arg("params"), py::call_guard<py::gil_scoped_release>());
   m.def("zero_at_cpu", &zero_at_cpu, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
         py::arg("max_count"), py::call_guard<py::gil_scoped_release>());
 #ifdef FASTDEAN_WITH_CUDA

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdean.ops.collapse import collapse_alignment
     from fastdean.ops.importance import (
         accumulate_expert_importance_,
         accumulate_importance_,
@@ -18,6 +19,7 @@ _HOME = {
     "accumulate_expert_importance_": "fastdean.ops.importance",
     "accumulate_importance_": "fastdean.ops.importance",
     "accumulate_unit_importance_": "fastdean.ops.importance",
+    "collapse_alignment": "fastdean.ops.collapse",
     "gather_at": "fastdean.ops.mask",
     "select_top": "fastdean.ops.selection",
     "write_at_": "fastdean.ops.mask",
@@ -28,6 +30,7 @@ __all__ = [
     "accumulate_expert_importance_",
     "accumulate_importance_",
     "accumulate_unit_importance_",
+    "collapse_alignment",
     "gather_at",
     "select_top",
     "write_at_",

@@ -135,6 +135,8 @@ _TABLE: dict[str, tuple[_Implementation, ...]] = {
     "accumulate_unit_importance_": (_TRITON, _REFERENCE),
     "select_top": (_TRITON, _REFERENCE),
     "zero_at_": (_NATIVE, _REFERENCE),
+    "collapse_alignment": (_NATIVE, _REFERENCE),
+    "collapse_alignment_backward": (_NATIVE, _REFERENCE),
 }
 
 
