@@ -84,6 +84,24 @@ void collapse_alignment_backward_cpu(int64_t params) {
   raise_unless_ok(fastdean::collapse_alignment_backward_cpu(collapse_params(params)));
 }
 
+#ifdef FASTDEAN_WITH_CUDA
+int64_t collapse_cuda_workspace_bytes(int64_t params) {
+  return fastdean::collapse_cuda_workspace_bytes(collapse_params(params));
+}
+
+void collapse_alignment_cuda(int64_t params, int64_t stream) {
+  raise_unless_ok(fastdean::collapse_alignment_cuda(collapse_params(params),
+                                                    reinterpret_cast<cudaStream_t>(stream)),
+                  "collapse_alignment");
+}
+
+void collapse_alignment_backward_cuda(int64_t params, int64_t stream) {
+  raise_unless_ok(fastdean::collapse_alignment_backward_cuda(
+                      collapse_params(params), reinterpret_cast<cudaStream_t>(stream)),
+                  "collapse_alignment_backward");
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -116,6 +134,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("zero_at_cpu", &zero_at_cpu, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
         py::arg("max_count"), py::call_guard<py::gil_scoped_release>());
 #ifdef FASTDEAN_WITH_CUDA
+  m.def("collapse_cuda_workspace_bytes", &collapse_cuda_workspace_bytes, py::kw_only(),
+        py::arg("params"));
+  m.def("collapse_alignment_cuda", &collapse_alignment_cuda, py::kw_only(), py::arg("params"),
+        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def("collapse_alignment_backward_cuda", &collapse_alignment_backward_cuda, py::kw_only(),
+        py::arg("params"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   m.def("zero_at_cuda", &zero_at_cuda, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
         py::arg("max_count"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 #endif

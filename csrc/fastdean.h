@@ -193,6 +193,14 @@ Status collapse_alignment_backward_cpu(const CollapseParams& params);
 // Enqueues one kernel on `stream` of the current device. Checks nothing: the rows are not readable
 // from the host.
 cudaError_t zero_at_cuda(const ZeroAtParams& params, cudaStream_t stream);
+
+// For forward and backward; reads everything but the addresses.
+int64_t collapse_cuda_workspace_bytes(const CollapseParams& params);
+
+// Both enqueue kernels on `stream` of the current device. Labels out of range count as -1 and make
+// the loss NaN.
+cudaError_t collapse_alignment_cuda(const CollapseParams& params, cudaStream_t stream);
+cudaError_t collapse_alignment_backward_cuda(const CollapseParams& params, cudaStream_t stream);
 #endif
 
 }  // namespace fastdean

@@ -240,6 +240,11 @@ def _check_arguments(
         raise ValueError(
             f"features must be [N, D], got {list(features.shape)}; flatten batch and time first"
         )
+    if sums.numel() == 0:
+        raise ValueError(
+            f"sums must have at least one class and one feature, got {list(sums.shape)}; "
+            "make them with fastdean.CollapseState"
+        )
     if sums.dim() != 2 or sums.shape[1] != features.shape[1]:
         raise ValueError(
             f"features must have the {list(sums.shape)[-1]} columns of the state's sums, "
