@@ -8,7 +8,7 @@ import records
 from records import Record
 
 # Ours first, whatever was measured first.
-_OURS = ("triton", "reference")
+_OURS = ("triton", "native", "reference")
 
 
 def operations_table(rows: Iterable[Record]) -> str:

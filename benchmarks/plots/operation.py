@@ -19,6 +19,7 @@ _AXES = {
     "unit_importance": ("tokens", ("units",)),
     "selection": ("ratio", ("rows", "columns")),
     "expert_importance": ("examples", ("experts", "active", "rows", "columns")),
+    "collapse": ("labelled", ("tokens", "features", "classes")),
 }
 
 
