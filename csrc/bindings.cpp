@@ -150,6 +150,41 @@ void accumulate_importance_cpu(int64_t params) {
   raise_unless_ok(fastdean::accumulate_importance_cpu(importance_params(params)));
 }
 
+// `params` is the address of a CollapseParams that Python wrote field by field.
+const fastdean::CollapseParams& collapse_params(int64_t params) {
+  return *reinterpret_cast<const fastdean::CollapseParams*>(params);
+}
+
+int64_t collapse_workspace_bytes(int64_t params) {
+  return fastdean::collapse_workspace_bytes(collapse_params(params));
+}
+
+void collapse_alignment_cpu(int64_t params) {
+  raise_unless_ok(fastdean::collapse_alignment_cpu(collapse_params(params)));
+}
+
+void collapse_alignment_backward_cpu(int64_t params) {
+  raise_unless_ok(fastdean::collapse_alignment_backward_cpu(collapse_params(params)));
+}
+
+#ifdef FASTDEAN_WITH_CUDA
+int64_t collapse_cuda_workspace_bytes(int64_t params) {
+  return fastdean::collapse_cuda_workspace_bytes(collapse_params(params));
+}
+
+void collapse_alignment_cuda(int64_t params, int64_t stream) {
+  raise_unless_ok(fastdean::collapse_alignment_cuda(collapse_params(params),
+                                                    reinterpret_cast<cudaStream_t>(stream)),
+                  "collapse_alignment");
+}
+
+void collapse_alignment_backward_cuda(int64_t params, int64_t stream) {
+  raise_unless_ok(fastdean::collapse_alignment_backward_cuda(
+                      collapse_params(params), reinterpret_cast<cudaStream_t>(stream)),
+                  "collapse_alignment_backward");
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -162,6 +197,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_RANK") = fastdean::kMaxRank;
   m.attr("ROW_FIELDS") = fastdean::kRowFields;
   m.attr("IMPORTANCE_FIELDS") = fastdean::kImportanceFields;
+  m.attr("COLLAPSE_FIELDS") = fastdean::kCollapseFields;
   m.attr("DTYPE_FLOAT16") = static_cast<int64_t>(fastdean::DType::kFloat16);
   m.attr("DTYPE_BFLOAT16") = static_cast<int64_t>(fastdean::DType::kBFloat16);
   m.attr("DTYPE_FLOAT32") = static_cast<int64_t>(fastdean::DType::kFloat32);
@@ -173,6 +209,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("params"));
   m.def("accumulate_importance_cpu", &accumulate_importance_cpu, py::kw_only(), py::arg("params"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("collapse_workspace_bytes", &collapse_workspace_bytes, py::kw_only(), py::arg("params"));
+  m.def("collapse_alignment_cpu", &collapse_alignment_cpu, py::kw_only(), py::arg("params"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("collapse_alignment_backward_cpu", &collapse_alignment_backward_cpu, py::kw_only(),
+        py::arg("params"), py::call_guard<py::gil_scoped_release>());
   m.attr("FACT_FIELDS") = kFields;
   m.def("describes_tensors", &describes_tensors, py::kw_only(), py::arg("api"));
   m.def("read_facts", &read_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
@@ -187,6 +228,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("num_workers"), py::arg("reverse"), py::arg("write"),
         py::call_guard<py::gil_scoped_release>());
 #ifdef FASTDEAN_WITH_CUDA
+  m.def("collapse_cuda_workspace_bytes", &collapse_cuda_workspace_bytes, py::kw_only(),
+        py::arg("params"));
+  m.def("collapse_alignment_cuda", &collapse_alignment_cuda, py::kw_only(), py::arg("params"),
+        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def("collapse_alignment_backward_cuda", &collapse_alignment_backward_cuda, py::kw_only(),
+        py::arg("params"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   def_places_cuda<fastdean::gather_at_cuda>(m, "gather_at");
   def_places_cuda<fastdean::write_at_cuda>(m, "write_at");
   def_places_cuda<fastdean::zero_at_cuda>(m, "zero_at");

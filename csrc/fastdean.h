@@ -14,7 +14,7 @@ namespace fastdean {
 
 // Raised by one with every change of a struct or a signature in this file; native.py names the
 // number it was written for and refuses another.
-constexpr int kAbiVersion = 3;
+constexpr int kAbiVersion = 4;
 
 constexpr int kMaxRank = 8;
 
@@ -99,6 +99,53 @@ constexpr int kImportanceFields = 18;
 static_assert(sizeof(ImportanceParams) == kImportanceFields * sizeof(int64_t),
               "the fields must be those that Python writes");
 
+enum class CollapseStatistic : int64_t {
+  kStd = 0,
+  kCv = 1,
+  kMean = 2,
+};
+
+// What the loss means at its edges; fastdean/ops/reference.py has the same numbers.
+constexpr double kCvEpsilon = 1e-3;
+constexpr double kLeastCount = 1.0 / 1048576.0;
+constexpr double kCentredRounding = 8.0;
+
+// The collapse-alignment loss and its backward; fastdean/ops/collapse.py says what they compute.
+// Python writes it as int64 [kCollapseFields]. What has no stride is contiguous; a row's elements
+// always are. T is fp32 or fp64, the type of the sums.
+struct CollapseParams {
+  int64_t features;         // address of [rows, columns]; forward
+  int64_t features_stride;  // between rows, in elements
+  int64_t features_dtype;   // a DType; also that of grad_features
+  int64_t labels;           // address of int64 [rows]: 0 .. classes - 1, or -1
+  int64_t weight;           // address of [classes, columns]
+  int64_t weight_stride;    // between rows, in elements
+  int64_t weight_dtype;     // a DType; also that of grad_weight
+  int64_t old_sums;         // address of T [classes, columns]; forward
+  int64_t old_counts;       // address of fp64 [classes]; forward
+  int64_t decay;            // address of one fp64 in host memory; forward
+  int64_t statistic;        // a CollapseStatistic; forward
+  int64_t sums;             // address of T [classes, columns]; written by the forward
+  int64_t counts;           // address of fp64 [classes]; written by the forward
+  int64_t centre;           // address of T [columns]; written by the forward
+  int64_t factors;          // address of T [3, classes]; written by the forward
+  int64_t loss;             // address of T; written by the forward
+  int64_t sums_dtype;       // kFloat32, or kFloat64 if features and weight are
+  int64_t grad_loss;        // address of T; backward
+  int64_t grad_weight;      // address of [classes, columns], or 0; backward
+  int64_t grad_features;    // address of [rows, columns], or 0; backward
+  int64_t rows;
+  int64_t columns;
+  int64_t classes;
+  int64_t level;            // a CpuLevel that this processor has; CPU
+  int64_t num_workers;      // how many threads share the work, at least 1; CPU
+  int64_t workspace;        // address of as many bytes as the function of this name says
+};
+
+constexpr int kCollapseFields = 26;
+static_assert(sizeof(CollapseParams) == kCollapseFields * sizeof(int64_t),
+              "the fields must be those that Python writes");
+
 // Values are copied and compared by their bits, and zero is all bits clear in every DType: the mask
 // operations need the width of an element and no more. Returns 0 for a value that is no DType.
 #ifdef __CUDACC__
@@ -150,6 +197,13 @@ int64_t accumulate_importance_workspace_bytes(const ImportanceParams& params);
 // Checks level, dtype and segments, then adds to acc; leaves it alone unless kOk.
 Status accumulate_importance_cpu(const ImportanceParams& params);
 
+// For forward and backward; reads everything but the addresses.
+int64_t collapse_workspace_bytes(const CollapseParams& params);
+
+// Both check level, dtypes and labels, and write nothing unless kOk.
+Status collapse_alignment_cpu(const CollapseParams& params);
+Status collapse_alignment_backward_cpu(const CollapseParams& params);
+
 #ifdef FASTDEAN_WITH_CUDA
 // Each enqueues one kernel on `stream` of the current device. They check nothing: the rows are not
 // readable from the host.
@@ -161,6 +215,14 @@ cudaError_t zero_at_cuda(const PlacesParams& params, cudaStream_t stream);
 // memory, receives the first row that holds something else, all bits set if none does.
 cudaError_t replace_at_cuda(const PlacesParams& params, bool reverse, bool write,
                             unsigned long long* first_other, cudaStream_t stream);
+
+// For forward and backward; reads everything but the addresses.
+int64_t collapse_cuda_workspace_bytes(const CollapseParams& params);
+
+// Both enqueue kernels on `stream` of the current device. Labels out of range count as -1 and make
+// the loss NaN.
+cudaError_t collapse_alignment_cuda(const CollapseParams& params, cudaStream_t stream);
+cudaError_t collapse_alignment_backward_cuda(const CollapseParams& params, cudaStream_t stream);
 #endif
 
 }  // namespace fastdean

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdean.alignment import CollapseState, collapse_alignment_loss
     from fastdean.checkpoint import patch_checkpoint
     from fastdean.coupling import couple
     from fastdean.dependence import hsic
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOME = {
+    "CollapseState": "fastdean.alignment",
     "NeuronMask": "fastdean.masks",
     "Scores": "fastdean.scores",
+    "collapse_alignment_loss": "fastdean.alignment",
     "couple": "fastdean.coupling",
     "hsic": "fastdean.dependence",
     "patch_checkpoint": "fastdean.checkpoint",
@@ -29,9 +32,11 @@ _HOME = {
 }
 
 __all__ = [
+    "CollapseState",
     "NeuronMask",
     "Scores",
     "__version__",
+    "collapse_alignment_loss",
     "couple",
     "hsic",
     "patch_checkpoint",

@@ -58,7 +58,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"batching", "data", "dependence", "forward", "model_state"},
     "report": {"atomic"},
     "info": {"fastdean", "native", "ops"},
-    "fastdean": {"checkpoint", "coupling", "dependence", "masks", "scores", "scoring"},
+    "alignment": {"distributed", "ops"},
+    "fastdean": {"alignment", "checkpoint", "coupling", "dependence", "masks", "scores", "scoring"},
 }
 # Two that may import whatever stands above them.
 MAY_IMPORT["pipeline"] = set(MAY_IMPORT)

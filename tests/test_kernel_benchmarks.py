@@ -3,6 +3,7 @@ down can be found again."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -29,7 +30,7 @@ import records
 import run
 import table
 import timing
-from operations import catalogue, importance, measuring, rates, running, unit_importance
+from operations import catalogue, collapse, importance, measuring, rates, running, unit_importance
 from operations.case import Contender
 from operations.record import OpRecord
 from operations.results_table import operations_table
@@ -44,12 +45,14 @@ def generator(seed=3):
 
 
 @pytest.mark.parametrize("case, contender", PAIRS, ids=lambda each: each.name)
-def test_every_contender_computes_the_operation(case, contender):
+def test_every_contender_computes_the_operation(case, contender, extension_built):
+    if contender.name == "native" and not extension_built:
+        pytest.skip("an install without the extension is under test")
     assert contender.refusal(DEVICE) == ""
     assert measuring.check(case, contender, generator()) <= contender.tolerance
 
 
-@pytest.mark.parametrize("module", [importance, unit_importance])
+@pytest.mark.parametrize("module", [importance, unit_importance, collapse])
 def test_the_compiled_expressions_compute_the_operation(module):
     case = next(module.cases(True))
     # "eager" traces as every backend does and spares the test the compiler.
@@ -119,6 +122,10 @@ def test_the_cases_are_those_that_are_to_be_measured():
     assert (unit.settings["tokens"], unit.settings["units"]) == (16384, 18944)
     assert all(c.settings["experts"] == 64 for c in real["expert_importance"])
     assert [c.settings["matrices"] for c in real["mask"]] == [84, 12]
+    names_of = ("tokens", "features", "classes")
+    sizes = [tuple(c.settings[name] for name in names_of) for c in real["collapse"]]
+    assert set(sizes) == set(itertools.product((2048, 16384), (768, 4096), (287, 8192)))
+    assert len(sizes) == 3 * 8
     names = [(c.op, c.name) for cases in real.values() for c in cases]
     assert len(set(names)) == len(names)
 

@@ -20,6 +20,7 @@ _AXES = {
     "selection": ("ratio", ("rows", "columns")),
     "mask": ("matrices", ("rows", "columns")),
     "expert_importance": ("examples", ("experts", "active", "rows", "columns")),
+    "collapse": ("labelled", ("tokens", "features", "classes")),
 }
 
 

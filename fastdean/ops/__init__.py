@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdean.ops.collapse import collapse_alignment
     from fastdean.ops.importance import (
         accumulate_expert_importance_,
         accumulate_importance_,
@@ -25,6 +26,7 @@ _HOME = {
     "accumulate_expert_importance_": "fastdean.ops.importance",
     "accumulate_importance_": "fastdean.ops.importance",
     "accumulate_unit_importance_": "fastdean.ops.importance",
+    "collapse_alignment": "fastdean.ops.collapse",
     "gather_at": "fastdean.ops.mask",
     "prepare_replacement": "fastdean.ops.mask",
     "select_top": "fastdean.ops.selection",
@@ -37,6 +39,7 @@ __all__ = [
     "accumulate_expert_importance_",
     "accumulate_importance_",
     "accumulate_unit_importance_",
+    "collapse_alignment",
     "gather_at",
     "prepare_replacement",
     "select_top",

@@ -137,6 +137,8 @@ _TABLE: dict[str, tuple[_Implementation, ...]] = {
     "gather_at": (_NATIVE, _REFERENCE),
     "write_at_": (_NATIVE, _REFERENCE),
     "zero_at_": (_NATIVE, _REFERENCE),
+    "collapse_alignment": (_NATIVE, _REFERENCE),
+    "collapse_alignment_backward": (_NATIVE, _REFERENCE),
 }
 
 

@@ -12,6 +12,11 @@ import torch
 
 from fastdean.ops.selection import importance
 
+# What the collapse-alignment loss means at its edges; csrc/fastdean.h has the same numbers.
+CV_EPSILON = 1e-3
+LEAST_COUNT = 2.0**-20
+CENTRED_ROUNDING = 8.0
+
 
 def zero_at_(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> None:
     """See `ops.zero_at_`."""
@@ -140,3 +145,144 @@ def select_top(
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def collapse_alignment(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    sums: torch.Tensor,
+    counts: torch.Tensor,
+    decay: float,
+    statistic: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `ops.collapse_alignment`. Autograd of the loss is right too, for whoever calls this."""
+    num_classes = len(sums)
+    known = (labels >= 0) & (labels < num_classes)
+    sums, counts = _join_batch(features, labels, known, sums, counts, decay)
+
+    seen = counts > 0
+    num_seen = seen.sum()
+    means = _class_means(sums, counts)
+    centre = means.sum(0) / num_seen.clamp(min=1)
+    centred = means - centre
+    weight = weight.to(sums.dtype)
+    length = torch.linalg.vector_norm(centred, dim=1)
+    weight_length = torch.linalg.vector_norm(weight, dim=1)
+    smallest = CENTRED_ROUNDING * torch.finfo(sums.dtype).eps * torch.linalg.vector_norm(centre)
+    defined = seen & (length > smallest) & (weight_length > 0)
+    lengths = torch.where(defined, length * weight_length, 1)
+    cosines = torch.where(defined, (weight * centred).sum(1) / lengths, 0).double()
+
+    value, slopes = _statistic(cosines, seen, statistic)
+    # Where the labels are not checked beforehand, because looking would wait for the device.
+    in_range = ((labels >= -1) & (labels < num_classes)).all()
+    loss = torch.where(num_seen >= 2, value, 0)
+    loss = torch.where(in_range, loss, float("nan")).to(sums.dtype)
+    with torch.no_grad():
+        slopes = torch.where(defined & (num_seen >= 2) & in_range, slopes, 0)
+        length = torch.where(defined, length, 1).double()
+        weight_length = torch.where(defined, weight_length, 1).double()
+        factors = (
+            slopes / (length * weight_length),
+            slopes * cosines / weight_length**2,
+            slopes * cosines / length**2,
+        )
+    return loss, sums.detach(), counts, centre.detach(), torch.stack(factors).to(sums.dtype)
+
+
+def _join_batch(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    known: torch.Tensor,
+    sums: torch.Tensor,
+    counts: torch.Tensor,
+    decay: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state's sums and counts, decayed, plus those of the batch's labelled rows."""
+    num_classes = len(sums)
+    if features.device.type == "cpu":
+        rows = known.nonzero().squeeze(1)
+        index, features = labels[rows], features[rows]
+    else:
+        # How many rows are labelled is not known here without waiting: the others join a class
+        # of their own.
+        index = torch.where(known, labels, num_classes)
+    features = features.to(sums.dtype)
+    batch_sums = sums.new_zeros(num_classes + 1, sums.shape[1])
+    if features.device.type == "cpu":
+        batch_sums.index_add_(0, index, features)
+    else:
+        # index_add_ adds in any order on CUDA; this sorts, and gives the same bits every time.
+        batch_sums = batch_sums.index_put((index,), features, accumulate=True)
+    batch_counts = counts.new_zeros(num_classes + 1).index_add_(
+        0, index, counts.new_ones(len(index))
+    )
+    batch_sums, batch_counts = batch_sums[:num_classes], batch_counts[:num_classes]
+    if decay == 0:
+        return batch_sums, batch_counts
+    sums, counts = sums * decay + batch_sums, counts * decay + batch_counts
+    if decay < 1:
+        remembered = counts >= LEAST_COUNT
+        sums = torch.where(remembered.unsqueeze(1), sums, 0)
+        counts = torch.where(remembered, counts, 0)
+    return sums, counts
+
+
+def _class_means(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """[K, D]; 0 for a class not seen."""
+    return sums / torch.where(counts > 0, counts, 1).to(sums.dtype).unsqueeze(1)
+
+
+def _statistic(
+    cosines: torch.Tensor, seen: torch.Tensor, statistic: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The statistic of the seen classes' cosines, and its derivative by each, [K]."""
+    number = seen.sum()
+    mean = torch.where(seen, cosines, 0).sum() / number.clamp(min=1)
+    if statistic == "mean":
+        return 1 - mean, torch.where(seen, -1 / number.clamp(min=1).double(), 0)
+    deviations = torch.where(seen, cosines - mean, 0)
+    freedom = (number - 1).clamp(min=1)
+    variance = deviations.square().sum() / freedom
+    # The root has no derivative at 0: there it is taken to be 0.
+    spread = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
+    slopes = deviations / (freedom * torch.where(spread > 0, spread, 1))
+    if statistic == "std":
+        return spread, slopes
+    size = (mean.square() + CV_EPSILON**2).sqrt()
+    along_mean = torch.where(seen, spread * mean / (size**3 * number.clamp(min=1)), 0)
+    return spread / size, slopes / size - along_mean
+
+
+@torch.no_grad()
+def collapse_alignment_backward(
+    grad_loss: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    sums: torch.Tensor,
+    counts: torch.Tensor,
+    centre: torch.Tensor,
+    factors: torch.Tensor,
+    features_dtype: torch.dtype,
+    needs_weight: bool,
+    needs_features: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.collapse_alignment_backward`."""
+    centred = _class_means(sums, counts) - centre
+    wide = weight.to(sums.dtype)
+    by_both, by_weight, by_mean = (grad_loss * factors).unsqueeze(2)
+    grad_weight = weight.new_empty(0)
+    grad_features = weight.new_empty(0, dtype=features_dtype)
+    if needs_weight:
+        grad_weight = (by_both * centred - by_weight * wide).to(weight.dtype)
+    if needs_features:
+        number = (counts > 0).sum().clamp(min=1)
+        grad_centred = by_both * wide - by_mean * centred
+        grad_means = grad_centred - grad_centred.sum(0) / number
+        # 1 / count is the derivative of a mean by each of its rows.
+        grad_rows = _class_means(grad_means, counts)
+        known = (labels >= 0) & (labels < len(sums))
+        grad_features = grad_rows[labels.clamp(0, len(sums) - 1)].to(features_dtype)
+        grad_features = torch.where(known.unsqueeze(1), grad_features, 0)
+    return grad_weight, grad_features

@@ -1,0 +1,189 @@
+"""The collapse-alignment loss and its gradient for the weight: forward and backward of one batch.
+
+Bytes: the labelled rows, the weight and the sums read once, the new sums and the gradient written;
+bound by memory. The one-hot construction of the published code, over a whole vocabulary, is timed
+at the smallest size alone: there it is already hundreds of times slower than anything else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdean.ops import collapse_alignment, reference
+from operations.case import Contender, OpCase, implementation, norm_error
+
+OP = "collapse"
+TOKENS = (2048, 16384)
+FEATURES = (768, 4096)
+CLASSES = (287, 8192)
+SHARES = (0.2, 1.0, 0.01)
+TOY_SIZES = ((60, 12, 7, 0.5),)
+DTYPE = torch.float32
+STATISTIC = "std"
+# Of SmolLM2; the listed classes are its first rows.
+VOCABULARY = 49152
+
+Result = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """features [N, D], labels int64 [N], weight [K, D]; the state's sums [K, D], counts fp64 [K].
+
+    Every class has been seen before.
+    """
+
+    features: Tensor
+    labels: Tensor
+    weight: Tensor
+    sums: Tensor
+    counts: Tensor
+
+
+def cases(toy: bool) -> Iterator[OpCase]:
+    sizes = TOY_SIZES if toy else itertools.product(TOKENS, FEATURES, CLASSES, SHARES)
+    for tokens, features, classes, share in sizes:
+        yield case(tokens, features, classes, share)
+
+
+def case(tokens: int, features: int, classes: int, share: float) -> OpCase:
+    labelled = round(share * tokens)
+    matrix = classes * features
+    element = DTYPE.itemsize
+
+    def make(generator: torch.Generator) -> Inputs:
+        options = {"generator": generator, "device": generator.device}
+        labels = torch.randint(classes, (tokens,), **options)
+        unlabelled = torch.randperm(tokens, **options)[labelled:]
+        labels[unlabelled] = -1
+        return Inputs(
+            features=torch.randn(tokens, features, **options).to(DTYPE),
+            labels=labels,
+            weight=torch.randn(classes, features, **options).to(DTYPE),
+            sums=torch.randn(classes, features, **options),
+            counts=torch.randint(1, 9, (classes,), **options).double(),
+        )
+
+    smallest = (tokens, features, classes) in {(TOKENS[0], FEATURES[0], CLASSES[0]), (60, 12, 7)}
+    one_hot_bytes = 4 * VOCABULARY * (tokens + 3 * features)
+    return OpCase(
+        op=OP,
+        name=f"{tokens} tokens, {share:.0%} labelled, {features} features, {classes} classes",
+        dtype="fp32",
+        settings={
+            "tokens": tokens,
+            "features": features,
+            "classes": classes,
+            "labelled": labelled,
+            "statistic": STATISTIC,
+        },
+        # A row is added; sums are scaled, centred, multiplied three times, and scaled and
+        # subtracted for the gradient.
+        operations=labelled * features + 13 * matrix,
+        bytes=(labelled * element + classes * (2 * element + 8)) * features + 8 * tokens,
+        inputs=make,
+        input_bytes=(tokens + classes) * features * element + 4 * matrix + 8 * (tokens + classes),
+        expected=expected,
+        error=largest_error,
+        contenders=(
+            implementation("collapse_alignment", "native", _ours("native")),
+            implementation(
+                "collapse_alignment", "reference", _ours("reference"), needs_bytes=40 * matrix
+            ),
+            Contender("torch", _torch, needs_bytes=40 * matrix),
+            Contender("torch.compile", Compiled(), needs_bytes=40 * matrix, compiled=True),
+            *([Contender("one-hot", _one_hot, needs_bytes=one_hot_bytes)] if smallest else []),
+        ),
+    )
+
+
+def expected(inputs: Inputs) -> Result:
+    """(loss, gradient of the weight, new sums) in float64, by torch's own differentiation."""
+    rows = inputs.labels >= 0
+    labels, features = inputs.labels[rows], inputs.features[rows].double()
+    sums = inputs.sums.double().index_add(0, labels, features)
+    counts = inputs.counts + labels.bincount(minlength=len(inputs.counts))
+    means = sums / counts.unsqueeze(1)
+    weight = inputs.weight.double().requires_grad_()
+    loss = torch.cosine_similarity(weight, means - means.mean(0)).std()
+    (gradient,) = torch.autograd.grad(loss, weight)
+    return loss.detach(), gradient, sums
+
+
+def largest_error(result: Result, right: Result) -> float:
+    errors = [norm_error(value, exact) for value, exact in zip(result, right, strict=True)]
+    # max() would drop a NaN that is not the first.
+    return float(torch.tensor(errors).max())
+
+
+def _ours(impl: str) -> Callable[[Inputs], Result]:
+    def run(inputs: Inputs) -> Result:
+        weight = inputs.weight.detach().requires_grad_()
+        loss, sums, _ = collapse_alignment(
+            inputs.features,
+            inputs.labels,
+            weight,
+            inputs.sums,
+            inputs.counts,
+            statistic=STATISTIC,
+            impl=impl,
+        )
+        (gradient,) = torch.autograd.grad(loss, weight)
+        return loss.detach(), gradient, sums
+
+    return run
+
+
+def _expression(
+    features: Tensor, labels: Tensor, weight: Tensor, sums: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    results = reference.collapse_alignment(features, labels, weight, sums, counts, 1.0, STATISTIC)
+    return results[0], results[1]
+
+
+def _differentiated(expression: Callable[..., Any], inputs: Inputs) -> Result:
+    weight = inputs.weight.detach().requires_grad_()
+    loss, sums = expression(inputs.features, inputs.labels, weight, inputs.sums, inputs.counts)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    return loss.detach(), gradient, sums
+
+
+def _torch(inputs: Inputs) -> Result:
+    """The reference's formula, differentiated by autograd instead of by its own backward."""
+    return _differentiated(_expression, inputs)
+
+
+class Compiled:
+    """`torch.compile` of the same, compiled at the first call."""
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self._backend = backend
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, inputs: Inputs) -> Result:
+        if self._compiled is None:
+            self._compiled = torch.compile(_expression, backend=self._backend, dynamic=False)
+        return _differentiated(self._compiled, inputs)
+
+
+def _published(
+    features: Tensor, labels: Tensor, weight: Tensor, sums: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One-hot labels over the vocabulary, times the features; then the listed rows of the sums."""
+    listed = len(weight)
+    tokens = torch.where(labels >= 0, labels, VOCABULARY - 1)
+    hot = torch.nn.functional.one_hot(tokens, VOCABULARY).to(features.dtype)
+    sums = sums + (hot.T @ features)[:listed]
+    counts = counts + hot.sum(0)[:listed]
+    means = sums / counts.to(sums.dtype).unsqueeze(1)
+    return torch.cosine_similarity(weight, means - means.mean(0)).std(), sums
+
+
+def _one_hot(inputs: Inputs) -> Result:
+    return _differentiated(_published, inputs)

@@ -1,0 +1,469 @@
+// The collapse-alignment loss and its backward on the CPU.
+//
+// The labelled rows are sorted by class (a counting sort, stable), and the [classes, columns]
+// plane is cut into tiles. A tile's class sums come straight from the rows, and its means go into a
+// partial centre; once the centre is known, a second pass gives the products that cosines are made
+// of. The backward is again one pass for the weight, and two for the features. Tiles depend on
+// sizes alone, each is computed by one worker in one order, and partial results are added in the
+// order of the tiles, so the result does not depend on the number of workers.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "collapse_levels.h"
+#include "collapse_rows.h"
+#include "fastdean.h"
+#include "parallel.h"
+
+namespace fastdean {
+namespace {
+
+constexpr int64_t kBlockClasses = 32;
+constexpr int64_t kSliceColumns = 1024;
+constexpr int64_t kRowsPerFill = 256;
+constexpr int64_t kAlignment = 64;
+// Below this many elements to go through, a second thread costs more than it takes over.
+constexpr int64_t kLeastElementsPerWorker = 1 << 16;
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// How the plane is cut, and where in the workspace everything lies (in bytes).
+struct Layout {
+  int64_t blocks;
+  int64_t slices;
+  int64_t starts;    // int64 [classes + 2]: first of each class in `order`, of unlabelled rows, end
+  int64_t order;     // int64 [rows], by class, then the unlabelled
+  int64_t partial;   // T [blocks, columns]
+  int64_t average;   // T [columns]
+  int64_t products;  // Products [slices, classes]
+  int64_t scratch;   // T [num_workers, 2, kSliceColumns]
+  int64_t bytes;
+};
+
+Layout layout_of(const CollapseParams& p) {
+  Layout layout{};
+  layout.blocks = divide_up(p.classes, kBlockClasses);
+  layout.slices = divide_up(p.columns, kSliceColumns);
+  const int64_t element = element_bytes(p.sums_dtype);
+  int64_t end = 0;
+  const auto take = [&end](int64_t bytes) {
+    const int64_t start = end;
+    end += divide_up(bytes, kAlignment) * kAlignment;
+    return start;
+  };
+  layout.starts = take((p.classes + 2) * 8);
+  layout.order = take(p.rows * 8);
+  layout.partial = take(layout.blocks * p.columns * element);
+  layout.average = take(p.columns * element);
+  layout.products = take(layout.slices * p.classes * static_cast<int64_t>(sizeof(Products)));
+  layout.scratch = take(p.num_workers * 2 * kSliceColumns * element);
+  layout.bytes = end;
+  return layout;
+}
+
+template <class T>
+CollapseLoops<T> loops_of(int64_t level) {
+  CollapseLoops<T> loops;
+#ifdef FASTDEAN_X86_LEVELS
+  if (level >= static_cast<int64_t>(CpuLevel::kAvx2)) {
+    avx2_collapse_loops(&loops);
+    return loops;
+  }
+#else
+  static_cast<void>(level);
+#endif
+  set_all_loops(&loops);
+  return loops;
+}
+
+// Classes [first, last) and columns [start, start + columns).
+struct Tile {
+  int64_t block;
+  int64_t slice;
+  int64_t first;
+  int64_t last;
+  int64_t start;
+  int64_t columns;
+};
+
+template <class T>
+class Collapse {
+ public:
+  explicit Collapse(const CollapseParams& p)
+      : p_(p), layout_(layout_of(p)), loops_(loops_of<T>(p.level)) {
+    auto* workspace = pointer<char>(p.workspace);
+    starts_ = reinterpret_cast<int64_t*>(workspace + layout_.starts);
+    order_ = reinterpret_cast<int64_t*>(workspace + layout_.order);
+    partial_ = reinterpret_cast<T*>(workspace + layout_.partial);
+    average_ = reinterpret_cast<T*>(workspace + layout_.average);
+    products_ = reinterpret_cast<Products*>(workspace + layout_.products);
+    scratch_ = reinterpret_cast<T*>(workspace + layout_.scratch);
+    sums_ = pointer<T>(p.sums);
+    counts_ = pointer<double>(p.counts);
+    centre_ = pointer<T>(p.centre);
+    factors_ = pointer<T>(p.factors);
+  }
+
+  Status forward() {
+    if (!sort_rows()) return Status::kIndexOutOfRange;
+    join_counts();
+    const int64_t labelled = starts_[p_.classes];
+    over_tiles(&Collapse::join_sums, (labelled + 2 * p_.classes) * p_.columns);
+    average_partials(centre_);
+    if (num_seen_ >= 2) over_tiles(&Collapse::multiply, 2 * p_.classes * p_.columns);
+    finish();
+    return Status::kOk;
+  }
+
+  Status backward() {
+    if (p_.grad_features != 0 && !sort_rows()) return Status::kIndexOutOfRange;
+    count_seen();
+    grad_loss_ = *pointer<const T>(p_.grad_loss);
+    over_tiles(&Collapse::weight_gradients, 3 * p_.classes * p_.columns);
+    if (p_.grad_features == 0) return Status::kOk;
+    average_partials(average_);
+    over_tiles(&Collapse::row_gradients, (starts_[p_.classes] + 2 * p_.classes) * p_.columns);
+    over(divide_up(starts_[p_.classes + 1] - starts_[p_.classes], kRowsPerFill),
+         &Collapse::clear_unlabelled, p_.rows * p_.columns);
+    return Status::kOk;
+  }
+
+ private:
+  using Step = void (Collapse::*)(int64_t item, int64_t worker);
+  using TileStep = void (Collapse::*)(const Tile& tile, int64_t worker);
+
+  // Calls step(item, worker) for item = 0 .. count - 1, each once, on as many workers as `elements`
+  // of work deserve.
+  void over(int64_t count, Step step, int64_t elements) {
+    struct Items {
+      Collapse* self;
+      Step step;
+      int64_t count;
+      std::atomic<int64_t> next;
+    } items{this, step, count, {0}};
+    const int64_t workers =
+        std::clamp<int64_t>(elements / kLeastElementsPerWorker, 1, p_.num_workers);
+    run_workers(
+        workers,
+        [](void* context, int64_t worker) {
+          auto* all = static_cast<Items*>(context);
+          for (int64_t item; (item = all->next.fetch_add(1)) < all->count;) {
+            (all->self->*all->step)(item, worker);
+          }
+        },
+        &items);
+  }
+
+  void over_tiles(TileStep step, int64_t elements) {
+    tile_step_ = step;
+    over(layout_.blocks * layout_.slices, &Collapse::take_tile, elements);
+  }
+
+  void take_tile(int64_t item, int64_t worker) {
+    const int64_t block = item / layout_.slices, slice = item % layout_.slices;
+    const int64_t start = slice * kSliceColumns;
+    const Tile tile{block,
+                    slice,
+                    block * kBlockClasses,
+                    std::min((block + 1) * kBlockClasses, p_.classes),
+                    start,
+                    std::min(kSliceColumns, p_.columns - start)};
+    (this->*tile_step_)(tile, worker);
+  }
+
+  // The rows of every class in ascending order; false if a label is out of range.
+  bool sort_rows() {
+    const auto* labels = pointer<const int64_t>(p_.labels);
+    std::fill(starts_, starts_ + p_.classes + 2, int64_t{0});
+    for (int64_t t = 0; t < p_.rows; ++t) {
+      if (labels[t] < -1 || labels[t] >= p_.classes) return false;
+      starts_[list_of(labels[t]) + 1] += 1;
+    }
+    for (int64_t c = 0; c <= p_.classes; ++c) starts_[c + 1] += starts_[c];
+    // Each start moves on to its list's end, which is where the next list starts.
+    for (int64_t t = 0; t < p_.rows; ++t) order_[starts_[list_of(labels[t])]++] = t;
+    for (int64_t c = p_.classes + 1; c > 0; --c) starts_[c] = starts_[c - 1];
+    starts_[0] = 0;
+    return true;
+  }
+
+  int64_t list_of(int64_t label) const { return label < 0 ? p_.classes : label; }
+  int64_t rows_of(int64_t c) const { return starts_[c + 1] - starts_[c]; }
+  bool seen(int64_t c) const { return counts_[c] > 0; }
+  T per_count(int64_t c) const { return seen(c) ? static_cast<T>(1.0 / counts_[c]) : T(0); }
+
+  void join_counts() {
+    const auto* old = pointer<const double>(p_.old_counts);
+    decay_ = *pointer<const double>(p_.decay);
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      const double kept = decay_ == 0 ? 0 : decay_ * old[c];
+      const double count = kept + static_cast<double>(rows_of(c));
+      counts_[c] = decay_ < 1 && count < kLeastCount ? 0 : count;
+    }
+    count_seen();
+  }
+
+  void count_seen() {
+    num_seen_ = 0;
+    for (int64_t c = 0; c < p_.classes; ++c) num_seen_ += seen(c);
+  }
+
+  T* scratch(int64_t worker, int64_t which) const {
+    return scratch_ + (2 * worker + which) * kSliceColumns;
+  }
+
+  void join_sums(const Tile& tile, int64_t worker) {
+    const auto& features = loops_.features[p_.features_dtype];
+    const char* data = pointer<const char>(p_.features) +
+                       tile.start * element_bytes(p_.features_dtype);
+    T* total = partial_ + tile.block * p_.columns + tile.start;
+    std::fill(total, total + tile.columns, T(0));
+    for (int64_t c = tile.first; c < tile.last; ++c) {
+      const int64_t place = c * p_.columns + tile.start;
+      const T* old = pointer<const T>(p_.old_sums) + place;
+      // A sum that has been dropped or forgotten must not come back as 0 * infinity.
+      if (decay_ == 0 || !seen(c)) old = nullptr;
+      T* batch = nullptr;
+      if (rows_of(c) > 0) {
+        batch = scratch(worker, 0);
+        features.sum_rows(batch, data, p_.features_stride, order_ + starts_[c], rows_of(c),
+                          tile.columns);
+      }
+      loops_.join(sums_ + place, old, batch, seen(c) ? total : nullptr, static_cast<T>(decay_),
+                  per_count(c), tile.columns);
+    }
+  }
+
+  // out [columns] = the sum of the partial rows of all blocks over the number of classes seen.
+  void average_partials(T* out) {
+    average_out_ = out;
+    over(layout_.slices, &Collapse::average_slice, layout_.blocks * p_.columns);
+  }
+
+  void average_slice(int64_t slice, int64_t) {
+    const int64_t start = slice * kSliceColumns;
+    const int64_t end = std::min(start + kSliceColumns, p_.columns);
+    const double number = static_cast<double>(std::max<int64_t>(num_seen_, 1));
+    constexpr int64_t kTogether = 64;
+    for (int64_t first = start; first < end; first += kTogether) {
+      const int64_t columns = std::min(kTogether, end - first);
+      double total[kTogether] = {};
+      for (int64_t block = 0; block < layout_.blocks; ++block) {
+        const T* row = partial_ + block * p_.columns + first;
+        for (int64_t j = 0; j < columns; ++j) total[j] += static_cast<double>(row[j]);
+      }
+      for (int64_t j = 0; j < columns; ++j) {
+        average_out_[first + j] = static_cast<T>(total[j] / number);
+      }
+    }
+  }
+
+  ClassRow<T> row_of(int64_t c, int64_t start) const {
+    const char* weight = pointer<const char>(p_.weight) +
+                         (c * p_.weight_stride + start) * element_bytes(p_.weight_dtype);
+    return {sums_ + c * p_.columns + start, centre_ + start, weight, per_count(c)};
+  }
+
+  void multiply(const Tile& tile, int64_t) {
+    for (int64_t c = tile.first; c < tile.last; ++c) {
+      Products& result = products_[tile.slice * p_.classes + c];
+      result = seen(c) ? loops_.weight[p_.weight_dtype].products(row_of(c, tile.start),
+                                                                 tile.columns)
+                       : Products{};
+    }
+  }
+
+  Products whole_products(int64_t c) const {
+    Products whole{};
+    for (int64_t slice = 0; slice < layout_.slices; ++slice) {
+      const Products& part = products_[slice * p_.classes + c];
+      whole.both += part.both;
+      whole.weight += part.weight;
+      whole.mean += part.mean;
+    }
+    return whole;
+  }
+
+  // The largest squared length of a centred mean that is but rounding.
+  double smallest_square() const {
+    double square = 0;
+    for (int64_t j = 0; j < p_.columns; ++j) {
+      square += static_cast<double>(centre_[j]) * static_cast<double>(centre_[j]);
+    }
+    const double share = kCentredRounding * static_cast<double>(std::numeric_limits<T>::epsilon());
+    return share * share * square;
+  }
+
+  static bool defined(const Products& whole, double smallest) {
+    return whole.weight > 0 && !(whole.mean <= smallest);
+  }
+
+  // The loss and the three factors of every class, from the products.
+  void finish() {
+    T* loss = pointer<T>(p_.loss);
+    *loss = T(0);
+    std::fill(factors_, factors_ + 3 * p_.classes, T(0));
+    if (num_seen_ < 2) return;
+
+    // The first slice's products are done with: cosines take their place.
+    const double smallest = smallest_square();
+    const double number = static_cast<double>(num_seen_);
+    double mean = 0;
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      const Products whole = whole_products(c);
+      const bool is_defined = seen(c) && defined(whole, smallest);
+      const double lengths = std::sqrt(whole.weight) * std::sqrt(whole.mean);
+      Products& kept = products_[c];
+      kept = {is_defined ? whole.both / lengths : 0, is_defined ? whole.weight : 0, whole.mean};
+      if (seen(c)) mean += kept.both;
+    }
+    mean /= number;
+    double squares = 0;
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      const double deviation = products_[c].both - mean;
+      if (seen(c)) squares += deviation * deviation;
+    }
+    const double spread = std::sqrt(squares / (number - 1));
+    const double size = std::sqrt(mean * mean + kCvEpsilon * kCvEpsilon);
+    const auto statistic = static_cast<CollapseStatistic>(p_.statistic);
+    *loss = static_cast<T>(statistic == CollapseStatistic::kMean ? 1 - mean
+                           : statistic == CollapseStatistic::kCv ? spread / size
+                                                                 : spread);
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      const double cosine = products_[c].both, weight = products_[c].weight;
+      // Seen and defined: the others have no gradient.
+      if (!(weight > 0)) continue;
+      double slope = -1 / number;
+      if (statistic != CollapseStatistic::kMean) {
+        slope = spread > 0 ? (cosine - mean) / ((number - 1) * spread) : 0;
+      }
+      if (statistic == CollapseStatistic::kCv) {
+        slope = slope / size - spread * mean / (size * size * size * number);
+      }
+      const double length = products_[c].mean;
+      factors_[c] = static_cast<T>(slope / (std::sqrt(weight) * std::sqrt(length)));
+      factors_[p_.classes + c] = static_cast<T>(slope * cosine / weight);
+      factors_[2 * p_.classes + c] = static_cast<T>(slope * cosine / length);
+    }
+  }
+
+  T factor(int64_t which, int64_t c) const { return grad_loss_ * factors_[which * p_.classes + c]; }
+
+  void weight_gradients(const Tile& tile, int64_t) {
+    const auto& weight = loops_.weight[p_.weight_dtype];
+    const int64_t bytes = element_bytes(p_.weight_dtype);
+    T* total = partial_ + tile.block * p_.columns + tile.start;
+    if (p_.grad_features != 0) std::fill(total, total + tile.columns, T(0));
+    for (int64_t c = tile.first; c < tile.last; ++c) {
+      // A weight's row of a class not seen is not looked at, like its cosine.
+      if (p_.grad_weight != 0) {
+        char* out = pointer<char>(p_.grad_weight) + (c * p_.columns + tile.start) * bytes;
+        if (seen(c)) {
+          weight.weight_gradient(out, row_of(c, tile.start), factor(0, c), factor(1, c),
+                                 tile.columns);
+        } else {
+          std::memset(out, 0, static_cast<size_t>(tile.columns * bytes));
+        }
+      }
+      if (p_.grad_features != 0 && seen(c)) {
+        weight.add_mean_gradient(total, row_of(c, tile.start), factor(0, c), factor(2, c),
+                                 tile.columns);
+      }
+    }
+  }
+
+  char* feature_gradient(int64_t t, int64_t start) const {
+    return pointer<char>(p_.grad_features) +
+           (t * p_.columns + start) * element_bytes(p_.features_dtype);
+  }
+
+  void row_gradients(const Tile& tile, int64_t worker) {
+    const size_t bytes = static_cast<size_t>(tile.columns * element_bytes(p_.features_dtype));
+    T* wide = scratch(worker, 0);
+    T* rounded = scratch(worker, 1);
+    for (int64_t c = tile.first; c < tile.last; ++c) {
+      if (rows_of(c) == 0) continue;
+      loops_.weight[p_.weight_dtype].row_gradient(wide, row_of(c, tile.start),
+                                                  average_ + tile.start, factor(0, c),
+                                                  factor(2, c), tile.columns);
+      loops_.features[p_.features_dtype].round_row(rounded, wide, tile.columns);
+      for (int64_t i = starts_[c]; i < starts_[c + 1]; ++i) {
+        std::memcpy(feature_gradient(order_[i], tile.start), rounded, bytes);
+      }
+    }
+  }
+
+  void clear_unlabelled(int64_t item, int64_t) {
+    const size_t bytes = static_cast<size_t>(p_.columns * element_bytes(p_.features_dtype));
+    const int64_t first = starts_[p_.classes] + item * kRowsPerFill;
+    const int64_t last = std::min(first + kRowsPerFill, starts_[p_.classes + 1]);
+    for (int64_t i = first; i < last; ++i) std::memset(feature_gradient(order_[i], 0), 0, bytes);
+  }
+
+  const CollapseParams& p_;
+  Layout layout_;
+  CollapseLoops<T> loops_;
+  int64_t* starts_;
+  int64_t* order_;
+  T* partial_;
+  T* average_;
+  Products* products_;
+  T* scratch_;
+  T* sums_;
+  double* counts_;
+  T* centre_;
+  T* factors_;
+  TileStep tile_step_ = nullptr;
+  T* average_out_ = nullptr;
+  double decay_ = 0;
+  T grad_loss_ = 0;
+  int64_t num_seen_ = 0;
+};
+
+template <class T>
+bool takes(const CollapseParams& p) {
+  const auto loops = loops_of<T>(p.level);
+  return loops.features[p.features_dtype].sum_rows != nullptr &&
+         loops.weight[p.weight_dtype].products != nullptr;
+}
+
+Status check(const CollapseParams& p) {
+  if (p.level < 0 || p.level > static_cast<int64_t>(best_cpu_level())) {
+    return Status::kUnsupportedLevel;
+  }
+  if (element_bytes(p.features_dtype) == 0 || element_bytes(p.weight_dtype) == 0) {
+    return Status::kUnknownDType;
+  }
+  const auto sums = static_cast<DType>(p.sums_dtype);
+  const bool fits = sums == DType::kFloat32   ? takes<float>(p)
+                    : sums == DType::kFloat64 ? takes<double>(p)
+                                              : false;
+  return fits ? Status::kOk : Status::kUnknownDType;
+}
+
+}  // namespace
+
+int64_t collapse_workspace_bytes(const CollapseParams& p) { return layout_of(p).bytes; }
+
+Status collapse_alignment_cpu(const CollapseParams& p) {
+  const Status status = check(p);
+  if (status != Status::kOk) return status;
+  return static_cast<DType>(p.sums_dtype) == DType::kFloat64 ? Collapse<double>(p).forward()
+                                                             : Collapse<float>(p).forward();
+}
+
+Status collapse_alignment_backward_cpu(const CollapseParams& p) {
+  const Status status = check(p);
+  if (status != Status::kOk) return status;
+  return static_cast<DType>(p.sums_dtype) == DType::kFloat64 ? Collapse<double>(p).backward()
+                                                             : Collapse<float>(p).backward();
+}
+
+}  // namespace fastdean

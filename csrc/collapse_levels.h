@@ -1,0 +1,64 @@
+// The loops over rows that the collapse-alignment loss is made of, and how they are chosen.
+#pragma once
+
+#include <cstdint>
+
+namespace fastdean {
+
+// Scaled and centred, a class's row of sums is its mean's distance from the centre:
+// sums * per_count - centre. All pointers are to the first of `columns` elements of a row.
+template <class T>
+struct ClassRow {
+  const T* sums;
+  const T* centre;
+  const void* weight;
+  T per_count;  // 1 / count
+};
+
+// Products of a class's row, of its elements and of the weight's.
+struct Products {
+  double both;    // weight . centred mean
+  double weight;  // weight . weight
+  double mean;    // centred mean . centred mean
+};
+
+template <class T>
+struct FeatureLoops {
+  // sum[columns] = the rows `order[0 .. count)` of `features`, added in this order.
+  void (*sum_rows)(T* sum, const void* features, int64_t stride, const int64_t* order,
+                   int64_t count, int64_t columns);
+  // out[columns] = row, rounded.
+  void (*round_row)(void* out, const T* row, int64_t columns);
+};
+
+template <class T>
+struct WeightLoops {
+  Products (*products)(const ClassRow<T>& row, int64_t columns);
+  // out = by_both * centred mean - by_weight * weight, rounded.
+  void (*weight_gradient)(void* out, const ClassRow<T>& row, T by_both, T by_weight,
+                          int64_t columns);
+  // total += by_both * weight - by_mean * centred mean.
+  void (*add_mean_gradient)(T* total, const ClassRow<T>& row, T by_both, T by_mean,
+                            int64_t columns);
+  // out = (by_both * weight - by_mean * centred mean - average) * per_count.
+  void (*row_gradient)(T* out, const ClassRow<T>& row, const T* average, T by_both, T by_mean,
+                       int64_t columns);
+};
+
+// One way to compute them, in T. Rows of features and weight have types of their own, by DType;
+// null where that type is not computed in T.
+template <class T>
+struct CollapseLoops {
+  FeatureLoops<T> features[4];
+  WeightLoops<T> weight[4];
+  // sums = decay * old + batch, and total += sums * per_count; any of old, batch, total may be
+  // null, for nothing.
+  void (*join)(T* sums, const T* old, const T* batch, T* total, T decay, T per_count,
+               int64_t columns);
+};
+
+// Defined by the file that is compiled for the level; x86-64 only.
+void avx2_collapse_loops(CollapseLoops<float>* loops);
+void avx2_collapse_loops(CollapseLoops<double>* loops);
+
+}  // namespace fastdean

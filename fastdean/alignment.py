@@ -1,0 +1,236 @@
+"""The collapse-alignment loss with the class statistics it keeps from batch to batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastdean.distributed import Ranks
+from fastdean.ops.collapse import collapse_alignment
+
+Mode = Literal["cumulative", "window", "batch"]
+
+_WINDOW_DECAY = 0.99
+_FIXED_DECAY = {"cumulative": 1.0, "batch": 0.0}
+
+
+class CollapseState:
+    """Sums and counts of the features of each class.
+
+    With every batch: sums = decay * sums + the batch's, counts likewise, where decay is 1 in mode
+    "cumulative" (the mean over all positions since the start, as published), 0 in mode "batch"
+    (this batch alone), and `decay` in mode "window": a position's weight halves every
+    log(1/2) / log(decay) batches, 69 at 0.99. A class whose count has decayed below 2^-20 is
+    forgotten.
+
+    Not a module: it would be cast with the model's weights and overwritten by the first rank's.
+
+    Args:
+        num_classes, num_features: K and D.
+        mode: "cumulative", "window" or "batch".
+        decay: of mode "window" only, above 0 and below 1; None: 0.99.
+        dtype: torch.float32, or torch.float64 for features and weights in fp64.
+        device: of features and weight.
+    Attributes:
+        sums: [K, D] in `dtype`.
+        counts: fp64 [K]; exact while they are whole numbers.
+    Raises:
+        ValueError, TypeError: for the arguments.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_features: int,
+        *,
+        mode: Mode = "cumulative",
+        decay: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if num_classes < 1 or num_features < 1:
+            raise ValueError(
+                "num_classes and num_features must be at least 1, "
+                f"got {num_classes} and {num_features}; give K and D of the classes' weight [K, D]"
+            )
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"dtype must be torch.float32 or torch.float64, got {dtype}; features in half "
+                "precision have their sums in float32"
+            )
+        self.mode = mode
+        self.decay = _decay_of(mode, decay)
+        self.sums = torch.zeros(num_classes, num_features, dtype=dtype, device=device)
+        self.counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
+
+    def __repr__(self) -> str:
+        num_classes, num_features = self.sums.shape
+        return (
+            f"CollapseState({num_classes}, {num_features}, mode={self.mode!r}, "
+            f"decay={self.decay}, dtype={self.sums.dtype}, device={str(self.sums.device)!r})"
+        )
+
+    def reset(self) -> None:
+        """Forget every position seen so far."""
+        # New tensors: a backward pass may still need the old ones.
+        self.sums = torch.zeros_like(self.sums)
+        self.counts = torch.zeros_like(self.counts)
+
+    def to(self, device: torch.device | str) -> CollapseState:
+        """Moves sums and counts there; returns the state itself, as a module does."""
+        self.sums, self.counts = self.sums.to(device), self.counts.to(device)
+        return self
+
+    def __add__(self, other: CollapseState) -> CollapseState:
+        """The state of both histories: exact where the sums are, else to one rounding.
+
+        Raises: ValueError if the two differ in mode, decay, shape or dtype.
+        """
+        if not isinstance(other, CollapseState):
+            return NotImplemented
+        self._check_kind(other.state_dict(), "the other state")
+        total = self._like()
+        total.sums = self.sums + other.sums.to(self.sums.device)
+        total.counts = self.counts + other.counts.to(self.counts.device)
+        return total
+
+    def summed_across_ranks(self) -> CollapseState:
+        """The sum of the states of all ranks, the same on each; `self` stays this rank's own.
+
+        A new state, so that calling it often counts nothing twice. All ranks must call it.
+        """
+        total = self._like()
+        total.sums, total.counts = self.sums.clone(), self.counts.clone()
+        Ranks.current().sum_([total.sums, total.counts])
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        """sums and counts (not copies), mode and decay."""
+        return {
+            "sums": self.sums,
+            "counts": self.counts,
+            "mode": self.mode,
+            "decay": self.decay,
+        }
+
+    def load_state_dict(self, stored: Mapping[str, Any]) -> None:
+        """Take over a saved state, onto the device of this one.
+
+        Raises: ValueError if an entry is missing, or mode, decay, shape or dtype are others.
+        """
+        if missing := sorted(self.state_dict().keys() - stored.keys()):
+            raise ValueError(
+                f"stored must be what state_dict() gave, got none of {', '.join(missing)}; "
+                "save the whole dictionary"
+            )
+        self._check_kind(stored, "stored")
+        device = self.sums.device
+        self.sums = stored["sums"].to(device, copy=True)
+        self.counts = stored["counts"].to(device, copy=True)
+
+    def _like(self) -> CollapseState:
+        """An empty state of this kind."""
+        decay = self.decay if self.mode == "window" else None
+        return CollapseState(
+            *self.sums.shape,
+            mode=self.mode,
+            decay=decay,
+            dtype=self.sums.dtype,
+            device=self.sums.device,
+        )
+
+    def _check_kind(self, stored: Mapping[str, Any], name: str) -> None:
+        expected, found = _kind(self.state_dict()), _kind(stored)
+        if found != expected:
+            raise ValueError(f"{name} must be of kind {expected}, got {found}; make one like it")
+
+
+def collapse_alignment_loss(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    state: CollapseState,
+    *,
+    statistic: str = "std",
+    detach_features: bool = True,
+    impl: str | None = None,
+) -> Tensor:
+    """How unevenly, or how badly, class means align with the rows of `weight`: a scalar to add.
+
+    With mu_c the mean of the features labelled c in `state`, this batch included, and mu_bar the
+    unweighted mean of mu_c over the classes seen: a statistic of cos(w_c, mu_c - mu_bar) over these
+    classes. The published regulariser, times its strength, is the default. See
+    `ops.collapse_alignment` for what holds at the edges: fewer than two classes, norms of 0.
+
+    Args:
+        features: [N, D] last-layer representations; fp32, bf16 or fp16, or fp64 with a state and a
+            weight in fp64. Any strides.
+        labels: int64 [N], the class of each row, 0..K-1, or -1: such rows are not looked at.
+        weight: [K, D], one row of the output embedding for each class.
+        state: what is kept; every call adds the batch to it, also without gradients.
+        statistic: "std" (published, unbiased: least when all cosines are equal, whatever they are),
+            "cv" (std / sqrt(mean^2 + 1e-6)) or "mean" (1 - mean: least when all are 1).
+        detach_features: True, as published: only `weight` has a gradient. False: the features of
+            this batch have one too, exact through means and centre.
+        impl: None (by device), "reference" or "native".
+    Returns:
+        A scalar, fp32 or fp64. 0 with zero gradients while fewer than two classes have been seen.
+    Raises:
+        ValueError, TypeError: the arguments do not fit together; on the CPU also labels out of
+            range (elsewhere the loss is then NaN, because looking would have to wait); or
+            `detach_features=False` with a state of mode "cumulative".
+    Source:
+        Collapsed language models promote fairness (arXiv 2410.04472), (U)NC3.
+    """
+    if not detach_features and state.mode == "cumulative":
+        raise ValueError(
+            "detach_features=False must come with a state of mode 'window' or 'batch', got "
+            "'cumulative'; its means move by 1 / count of all positions ever seen, so the gradient "
+            "of the features fades to nothing"
+        )
+    loss, state.sums, state.counts = collapse_alignment(
+        features.detach() if detach_features else features,
+        labels,
+        weight,
+        state.sums,
+        state.counts,
+        decay=state.decay,
+        statistic=statistic,
+        impl=impl,
+    )
+    return loss
+
+
+def _decay_of(mode: str, decay: float | None) -> float:
+    if mode not in get_args(Mode):
+        raise ValueError(
+            f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}; "
+            "'cumulative' is the published one"
+        )
+    if mode != "window":
+        if decay is not None:
+            raise ValueError(
+                f"decay must be left out in mode {mode!r}, got {decay}; use mode 'window'"
+            )
+        return _FIXED_DECAY[mode]
+    decay = _WINDOW_DECAY if decay is None else float(decay)
+    if not 0 < decay < 1:
+        raise ValueError(
+            f"decay must be above 0 and below 1, got {decay}; modes 'cumulative' and 'batch' are "
+            "those of 1 and 0"
+        )
+    return decay
+
+
+def _kind(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What two states must share to be added or exchanged, for people to read."""
+    sums = stored["sums"]
+    return {
+        "mode": stored["mode"],
+        "decay": float(stored["decay"]),
+        "shape": tuple(sums.shape),
+        "dtype": str(sums.dtype),
+    }
