@@ -18,6 +18,7 @@ from operations.catalogue import OPERATIONS
 from plots.operation import draw_operation
 from plots.score import draw_score
 from plots.sweep import draw_sweep
+from shown import rows_to_show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,11 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=records.RESULTS)
     parser.add_argument("--out", type=Path, help="default: the op's name, as PNG")
     options = parser.parse_args(argv)
-    rows = [row for row in records.read(options.results, options.op) if not row.get("toy")]
-    if not rows:
-        print(
-            f"error: no {options.op}.jsonl of any device under {options.results}", file=sys.stderr
-        )
+    try:
+        rows = rows_to_show(options.results, options.op)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     out = options.out or Path(f"{options.op}.png")
     _PICTURES[options.op](rows).savefig(out, format="png", dpi=150)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from cases import Case, Implementation
 from measure import Floor, Sample
+from progress import say
 from timing import Spread
 
 import fastdean
@@ -172,6 +173,7 @@ class LeftOutRecord:
     Attributes:
         reason: for people.
         failed: whether it is a mistake; not having the memory is not one.
+        gate: "passed" or "skipped": the tests that run before a measurement.
     """
 
     op: str
@@ -180,6 +182,7 @@ class LeftOutRecord:
     dtype: str
     reason: str
     failed: bool
+    gate: str
 
 
 @dataclass(frozen=True)
@@ -211,10 +214,26 @@ class AgreementRecord:
     gate: str
 
 
+def require_this_checkout() -> None:
+    """What is recorded are the commit and the sources of this checkout: nothing else is measured.
+
+    Raises:
+        RuntimeError: `fastdean` was imported from elsewhere.
+    """
+    found = Path(fastdean.__file__).resolve().parent
+    if found != ROOT / "fastdean":
+        raise RuntimeError(
+            f"fastdean must be the package of this checkout, {ROOT / 'fastdean'}, got {found}; "
+            "set PYTHONPATH to the checkout, or install it from there with `pip install -e .`"
+        )
+
+
 def append(results: Path, op: str, environment: Environment, record: Any) -> Path:
     """Add one line; returns the file."""
     path = results / slug(environment.device) / f"{op}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        _end_last_line(path)
     line = json.dumps({**vars(record), **vars(environment)}, allow_nan=False)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
@@ -222,10 +241,66 @@ def append(results: Path, op: str, environment: Environment, record: Any) -> Pat
 
 
 def read(results: Path, op: str) -> Iterator[dict[str, Any]]:
-    """All records of an op, device after device, oldest first."""
+    """All records of an op, device after device, oldest first.
+
+    A last line that does not parse was cut off with the run that wrote it: it is named and ignored.
+
+    Raises:
+        ValueError: another line is no record; names file and line.
+    """
     for path in sorted(results.glob(f"*/{op}.jsonl")):
-        for line in path.read_text("utf-8").splitlines():
-            yield json.loads(line)
+        lines = path.read_bytes().splitlines()
+        for number, line in enumerate(lines, 1):
+            record = _parsed(line)
+            if record is not None:
+                yield record
+            elif number == len(lines):
+                say(f"warning: {path}, line {number}, was cut off and is ignored")
+            else:
+                raise ValueError(
+                    f"{path}, line {number}, must be a JSON object, got {line[:40]!r}; "
+                    "only a last line can have been cut off: repair this one or delete it"
+                )
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _end_last_line(path: Path) -> None:
+    """Let what is appended start a line: end the last one, or drop it where it was cut off.
+
+    Left where it is, what was cut off would stand in the middle of the file, where it is an error.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    if not lines:
+        return
+    if _parsed(lines[-1]) is None:
+        say(f"warning: {path}, line {len(lines)}, was cut off and is dropped")
+        os.truncate(path, sum(map(len, lines[:-1])))
+    elif not lines[-1].endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+def stands_for(record: Record, environment: Environment, gate: str) -> bool:
+    """Whether a record says what the same measurement made now would say.
+
+    Args:
+        gate: what would be recorded now; tests that passed are as good as tests left out, and not
+            the other way round.
+    """
+    here = vars(environment)
+    # A GPU does not get faster by threads of the host.
+    same = SAME_CODE if environment.cuda else (*SAME_CODE, "threads")
+    return all(record.get(key) == here[key] for key in same) and record.get("gate") in (
+        "passed",
+        gate,
+    )
 
 
 def latest(records: Iterable[Record], keys: Sequence[str]) -> list[Record]:

@@ -26,7 +26,7 @@ import records
 import torch
 from agreement_run import run_agreement
 from operations.catalogue import GATES, OPERATIONS
-from operations.running import run_operations
+from operations.running import require_measurable, run_operations
 from progress import Budget, say
 from random_model import SHAPES
 from records import Environment
@@ -52,13 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         say("error: device must be one that torch sees, got cuda and no CUDA device; use cpu")
         return 2
-    environment = Environment.collect(device, arguments)
-    say(_machine(environment))
-    passed = _pass_gate(options, environment)
-    if passed is None:
-        say("the tests of what is to be measured failed: nothing was measured")
-        return 1
     try:
+        records.require_this_checkout()
+        if options.run == "kernels":
+            require_measurable(options)
+        environment = Environment.collect(device, arguments)
+        say(_machine(environment))
+        passed = _pass_gate(options, environment)
+        if passed is None:
+            say("the tests of what is to be measured failed: nothing was measured")
+            return 1
         return _RUNS[options.run](options, environment, budget, passed)
     except (ValueError, RuntimeError) as error:
         say(f"error: {error}")
@@ -118,7 +121,11 @@ def _add_kernels(runs: argparse._SubParsersAction) -> None:
         "kernels", parents=[_run_options()], help="time every operation by itself"
     ).add_argument
     add("--op", action="append", choices=list(OPERATIONS), help="may be repeated; default: all")
-    add("--impl", action="append", help="measure only this contender; may be repeated")
+    add(
+        "--impl",
+        action="append",
+        help="measure only this contender, named as in the tables; may be repeated",
+    )
     add("--toy", action="store_true", help="tiny sizes, to try the command out")
 
 

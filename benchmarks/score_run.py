@@ -44,7 +44,7 @@ def run_score(
     dtypes = sorted(set(options.dtype or inputs.DTYPES), key=list(inputs.DTYPES).index)
     failed = False
     if options.resume:
-        earlier = {dtype: _earlier_run(options, environment, dtype) for dtype in dtypes}
+        earlier = {dtype: _earlier_run(options, environment, dtype, gate) for dtype in dtypes}
         dtypes = [dtype for dtype in dtypes if not earlier[dtype]]
         for row in itertools.chain.from_iterable(earlier.values()):
             failed |= bool(row.get("failed"))
@@ -61,19 +61,21 @@ def run_score(
     return int(failed or run.failed)
 
 
-def _earlier_run(options: argparse.Namespace, environment: Environment, dtype: str) -> list[Record]:
+def _earlier_run(
+    options: argparse.Namespace, environment: Environment, dtype: str, gate: str
+) -> list[Record]:
     """What the same command said of `dtype` on the same code and machine; [] if it was cut off.
 
     Records of one call of the program belong together: what took turns can be compared.
     """
-    same = {key: vars(environment)[key] for key in (*records.SAME_CODE, "command")}
     rows = [
         row
         for op in ("score", "left_out")
         for row in records.read(options.out, op)
         if row["op"] == "score"
         and row["dtype"] == dtype
-        and all(row.get(key) == value for key, value in same.items())
+        and row["command"] == environment.command
+        and records.stands_for(row, environment, gate)
     ]
     wanted = {"published", "loop", _OURS, *(["vmap"] if options.vmap else [])}
     for run in records.grouped(rows, ("date",)):
@@ -191,7 +193,9 @@ class _Run:
         # Without our own there is nothing to compare, whatever the reason.
         self.failed |= problem.failed or name == _OURS
         say(f"  {name:<10} not measured: {problem.reason}")
-        row = LeftOutRecord(case.op, case.name, name, dtype, problem.reason, problem.failed)
+        row = LeftOutRecord(
+            case.op, case.name, name, dtype, problem.reason, problem.failed, self.gate
+        )
         records.append(self.options.out, "left_out", self.environment, row)
 
 

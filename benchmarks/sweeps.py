@@ -101,7 +101,7 @@ def run_sweeps(
         done = [
             row["point"]
             for row in records.read(options.out, "sweep")
-            if all(row.get(key) == vars(environment)[key] for key in records.SAME_CODE)
+            if records.stands_for(row, environment, gate)
         ]
         due = [point for point in due if vars(point) not in done]
     subject: Subject | None = None

@@ -1,5 +1,6 @@
-"""The tables of a markdown file, from the recorded results: `python benchmarks/table.py --into
-README.md`.
+"""The tables of a markdown file, from the recorded results:
+
+    python benchmarks/table.py --op score --into docs/performance.md
 
 What stands between `<!-- benchmark: score -->` and `<!-- benchmark end -->` is replaced; without
 `--into` the table is printed. Of each device, case and dtype the latest run counts. `--op` names
@@ -18,6 +19,7 @@ import records
 from operations.catalogue import OPERATIONS
 from operations.results_table import operations_table
 from records import Record
+from shown import rows_to_show
 
 _NAMES = {
     "published": "published procedure",
@@ -159,27 +161,23 @@ def replace_between_markers(text: str, op: str, table: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", choices=list(TABLES), default="score")
     parser.add_argument("--results", type=Path, default=records.RESULTS)
     parser.add_argument("--into", type=Path, help="markdown file with the two marker lines")
     options = parser.parse_args(argv)
-    rows = list(records.read(options.results, options.op))
-    if not rows:
-        print(
-            f"no {options.op} results: run `python benchmarks/run.py {options.op}`", file=sys.stderr
-        )
-        return 1
-    table = TABLES[options.op](rows)
-    if options.into is None:
-        print(table)
-        return 0
     try:
-        text = replace_between_markers(options.into.read_text("utf-8"), options.op, table)
+        table = TABLES[options.op](rows_to_show(options.results, options.op))
+        if options.into is None:
+            print(table)
+        else:
+            text = replace_between_markers(options.into.read_text("utf-8"), options.op, table)
+            options.into.write_text(text, "utf-8")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options.into.write_text(text, "utf-8")
     return 0
 
 

@@ -38,6 +38,15 @@ from plots.score import draw_score
 from plots.sweep import draw_sweep
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def package_of_this_checkout(monkeypatch):
+    """The tests may run on an installed package; the benchmarks refuse one."""
+    here = records.ROOT / "fastdean" / "__init__.py"
+    monkeypatch.setattr(records.fastdean, "__file__", str(here))
+
+
 LENGTHS = (7, 3, 12, 5)
 
 
@@ -301,6 +310,106 @@ def test_a_run_is_resumed_only_where_nothing_changed(tiny_benchmark, tmp_path, m
     assert [measured(), measured()] == [3, 3]
     monkeypatch.setattr(records, "sources_checksum", lambda: "other sources")
     assert [measured(), measured()] == [6, 6]
+
+
+def test_a_run_on_other_threads_is_not_resumed(tiny_benchmark, few_points, tmp_path, monkeypatch):
+    def measured():
+        assert tiny_benchmark(tmp_path, "score", *RANDOM, "--tokens", "4", "--resume") == 0
+        assert run_sweep(tmp_path, "--resume", "--sweep", "examples") == 0
+        return [len(list(records.read(tmp_path, op))) for op in ("score", "sweep")]
+
+    assert [measured(), measured()] == [[3, 4]] * 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert [measured(), measured()] == [[6, 8]] * 2
+
+
+@pytest.mark.parametrize(
+    "changed, cuda, gate, expected",
+    [
+        ({}, None, "passed", True),
+        ({"threads": 77}, None, "passed", False),
+        ({"threads": 77}, "13.0", "passed", True),
+        ({"device": "another"}, "13.0", "passed", False),
+        ({"transformers": "another"}, None, "passed", False),
+        ({"gate": "skipped"}, None, "passed", False),
+        ({"gate": "skipped"}, None, "skipped", True),
+        ({}, None, "skipped", True),
+    ],
+)
+def test_which_records_a_resumed_run_need_not_make_again(changed, cuda, gate, expected):
+    here = replace(records.Environment.collect(CPU, []), cuda=cuda)
+    row = {**vars(here), "gate": "passed", **changed}
+    assert records.stands_for(row, here, gate) is expected
+
+
+@pytest.mark.parametrize("folder", ["elsewhere", ".venv/lib/site-packages"])
+def test_only_the_package_of_this_checkout_is_measured(
+    tiny_benchmark, tmp_path, monkeypatch, capsys, folder
+):
+    found = records.ROOT / folder / "fastdean"
+    monkeypatch.setattr(records.fastdean, "__file__", str(found / "__init__.py"))
+    assert tiny_benchmark(tmp_path, "score", *RANDOM) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: fastdean must be the package of this checkout, ")
+    assert f", got {found}; set PYTHONPATH" in line
+    assert not list(tmp_path.iterdir())
+
+
+def written(out, *lines):
+    """A file of gate records that holds exactly this."""
+    path = out / records.slug(records.cpu_model()) / "gate.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("cut_off", [b'{"a": "thr', b'{"a": "thr\n', b'{"a": "\xc3', b"\n"])
+def test_a_last_line_that_was_cut_off_is_ignored_and_then_dropped(tmp_path, capsys, cut_off):
+    path = written(tmp_path, b'{"a": 1}\n', b'{"a": 2}\n', cut_off)
+    assert [row["a"] for row in records.read(tmp_path, "gate")] == [1, 2]
+    assert f"warning: {path}, line 3, was cut off and is ignored" in capsys.readouterr().err
+    here = records.Environment.collect(CPU, [])
+    gate.remember(("a",), tmp_path, here)
+    assert f"warning: {path}, line 3, was cut off and is dropped" in capsys.readouterr().err
+    gate.remember(("b",), tmp_path, here)
+    assert [row.get("tests") for row in records.read(tmp_path, "gate")] == [
+        None,
+        None,
+        ["a"],
+        ["b"],
+    ]
+    assert path.read_bytes().startswith(b'{"a": 1}\n{"a": 2}\n{"op": "gate"')
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("held, kept", [(b"", 0), (b'{"a": 1}', 1)])
+def test_a_file_that_does_not_end_its_last_line_loses_nothing(tmp_path, capsys, held, kept):
+    written(tmp_path, held)
+    gate.remember(("a",), tmp_path, records.Environment.collect(CPU, []))
+    assert len(list(records.read(tmp_path, "gate"))) == kept + 1
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("broken", [b'{"a": "thr\n', b"3\n", b"\n"])
+def test_a_broken_line_elsewhere_is_an_error_with_file_and_line(tmp_path, capsys, broken):
+    path = written(tmp_path, b'{"a": 1}\n', broken, b'{"a": 2}\n')
+    with pytest.raises(ValueError, match=r"gate.jsonl, line 2, must be a JSON object, got b"):
+        list(records.read(tmp_path, "gate"))
+    path.rename(path.with_name("score.jsonl"))
+    for main in (table.main, plot.main):
+        assert main(["--results", str(tmp_path)]) == 2
+        assert "score.jsonl, line 2, must be a JSON object" in capsys.readouterr().err
+
+
+def test_a_resumed_run_survives_a_line_that_was_cut_off(tiny_benchmark, tmp_path):
+    command = ("score", *RANDOM, "--tokens", "4", "--resume")
+    assert tiny_benchmark(tmp_path, *command) == 0
+    [path] = tmp_path.glob("*/score.jsonl")
+    path.write_bytes(path.read_bytes()[:-20])
+    for _ in range(2):
+        assert tiny_benchmark(tmp_path, *command) == 0
+    # Two of the cut off run, and the three of the one that was made in its place.
+    assert len(list(records.read(tmp_path, "score"))) == 5
 
 
 def test_the_checksum_follows_the_sources(tmp_path, monkeypatch):
@@ -722,6 +831,30 @@ def test_the_table_shows_the_latest_run_with_ratios_and_machine(tmp_path):
     assert readme.read_text() == text
 
 
+@pytest.mark.parametrize(
+    "op, command",
+    [
+        ("score", "score"),
+        ("sweep", "sweep"),
+        ("agreement", "agreement"),
+        ("selection", "kernels --op selection"),
+    ],
+)
+def test_without_records_the_table_names_a_command_that_makes_them(tmp_path, capsys, op, command):
+    assert table.main(["--op", op, "--results", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"must hold measurements of {op}, got no record in {op}.jsonl" in error
+    assert error.endswith(f"run `python benchmarks/run.py {command}`\n")
+    run._parse(command.split())
+
+
+def test_the_help_of_the_table_shows_a_whole_command(capsys):
+    with pytest.raises(SystemExit):
+        table.main(["--help"])
+    command = "python benchmarks/table.py --op score --into docs/performance.md\n"
+    assert command in capsys.readouterr().out
+
+
 def test_a_table_without_the_loop_says_so():
     text = table.score_table([result("published", 100.0), result("fastdean", 10.0)])
     assert "| 100 | not measured | 10.00x | 5 MB | 50% |" in text
@@ -743,7 +876,7 @@ def test_the_plot_shows_the_latest_seconds_against_the_floor(tmp_path, capsys):
 
     command = ["--results", str(tmp_path), "--out", str(tmp_path / "score.png")]
     assert plot.main(command) == 2
-    assert "no score.jsonl of any device" in capsys.readouterr().err
+    assert "no record in score.jsonl of any device" in capsys.readouterr().err
     (tmp_path / "some-cpu").mkdir()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "some-cpu" / "score.jsonl").write_text(lines)

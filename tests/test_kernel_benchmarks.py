@@ -18,6 +18,8 @@ import pytest
 import torch
 from machine import DEVICE
 
+from fastdean import kernels as fastdean_kernels
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"))
 
@@ -36,7 +38,20 @@ from operations.record import OpRecord
 from operations.results_table import operations_table
 
 ROOT = records.ROOT
-TOYS = [case for cases in catalogue.OPERATIONS.values() for case in cases(True)]
+
+
+@pytest.fixture(autouse=True)
+def package_of_this_checkout(monkeypatch):
+    """The tests may run on an installed package; the benchmarks refuse one."""
+    here = ROOT / "fastdean" / "__init__.py"
+    monkeypatch.setattr(records.fastdean, "__file__", str(here))
+
+
+def toys():
+    return [case for cases in catalogue.OPERATIONS.values() for case in cases(True)]
+
+
+TOYS = toys()
 PAIRS = [(case, each) for case in TOYS for each in case.contenders if not each.compiled]
 
 
@@ -282,6 +297,8 @@ def kernels(monkeypatch):
     monkeypatch.setattr(rates, "_SECONDS", 0.0)
     monkeypatch.setattr(running, "_SECONDS_EACH", {"cpu": 0.0, "cuda": 0.0})
     monkeypatch.setattr(measuring, "_MAX_SETS", 2)
+    # A file that is saved between two calls must not keep the second from resuming the first.
+    monkeypatch.setattr(records, "sources_checksum", lambda: "these sources")
 
     def kernels(out, *arguments):
         shared = ["--toy", "--no-gate", "--device", DEVICE.type, "--out", str(out)]
@@ -324,6 +341,71 @@ def test_what_is_recorded_is_skipped_until_something_changes(kernels, tmp_path, 
     assert len(read_all(tmp_path)) == 4
     monkeypatch.setattr(records, "sources_checksum", lambda: "other sources")
     assert [measured(), measured()] == [6, 6]
+
+
+@pytest.mark.parametrize("changed", ["threads", "transformers"])
+def test_what_was_recorded_under_other_conditions_is_measured_again(
+    kernels, tmp_path, monkeypatch, changed
+):
+    def measured():
+        assert kernels(tmp_path, "--op", "selection", "--resume", "--impl", "reference") == 0
+        return len(read_all(tmp_path))
+
+    here = replace(records.Environment.collect(DEVICE, []), cuda=None)
+    monkeypatch.setattr(run.Environment, "collect", lambda device, argv: here)
+    assert [measured(), measured()] == [2, 2]
+    here = replace(here, **{changed: "another"})
+    assert [measured(), measured()] == [4, 4]
+
+
+def test_what_was_recorded_without_the_tests_is_measured_again_with_them(
+    kernels, tmp_path, monkeypatch
+):
+    chosen = ("--op", "selection", "--impl", "reference", "--resume")
+    assert kernels(tmp_path, *chosen) == 0
+    monkeypatch.setattr(gate, "passes", lambda tests, on_gpu: True)
+    gated = ["kernels", "--toy", "--device", DEVICE.type, "--out", str(tmp_path), *chosen]
+    for _ in range(2):
+        assert run.main(gated) == 0
+        assert [row["gate"] for row in read_all(tmp_path)] == ["skipped"] * 2 + ["passed"] * 2
+    # Not the other way round: tests that passed are no reason to measure again without them.
+    assert kernels(tmp_path, *chosen) == 0
+    assert len(read_all(tmp_path)) == 4
+
+
+def test_a_name_that_nothing_has_is_refused_before_any_test_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gate, "passes", lambda *a, **options: pytest.fail("ran the tests"))
+    command = ["kernels", "--device", "cpu", "--toy", "--out", str(tmp_path)]
+    assert run.main([*command, "--op", "selection", "--impl", "reference", "--impl", "tritn"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --impl must be one of ")
+    assert line.endswith(", 'reference', 'torch.topk', got 'tritn' for selection")
+
+
+def test_a_named_contender_that_can_run_nowhere_is_an_error(kernels, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(fastdean_kernels, "refusal", lambda device, dtype: "no kernels today")
+    assert kernels(tmp_path, "--op", "importance", "--impl", "triton") == 2
+    error = capsys.readouterr().err
+    assert "error: --impl 'triton' cannot be measured: " in error and "no kernels today" in error
+    assert read_all(tmp_path) == []
+
+
+def test_interpreted_kernels_are_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(gate, "passes", lambda *a, **options: pytest.fail("ran the tests"))
+    assert run.main(["kernels", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "error: TRITON_INTERPRET must be unset where kernels" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value, suffix", [("1", ", interpreted"), ("0", "")])
+def test_a_toy_run_names_interpreted_kernels_as_such(monkeypatch, value, suffix):
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    names = {each.name for case in toys() for each in case.contenders}
+    ours = {name for name in names if name.startswith("triton")}
+    assert ours == {f"triton{suffix}", f"triton, expert by expert{suffix}"}
+    assert {"reference", "torch.topk", "bmm, padded"} <= names
 
 
 def test_a_run_out_of_time_says_what_is_left_and_writes_nothing(kernels, tmp_path, capsys):
@@ -562,7 +644,6 @@ def test_the_table_has_a_column_for_each_contender_and_the_latest_of_each():
         row_of("plain product", 0.001),
         row_of("triton", 0.002, date="2026-01-03T00:00:00+00:00"),
         row_of("mm per example", 0.001, case="4 x 5"),
-        row_of("mm per example", 0.123, toy=True, case="toy"),
     ]
     lines = operations_table(rows).splitlines()
     assert (
@@ -573,7 +654,26 @@ def test_the_table_has_a_column_for_each_contender_and_the_latest_of_each():
     text = "\n".join(lines)
     assert "Floor: plain product. Copies 2 GB/s, a large product 3.0 TFLOP/s" in text
     assert "driver 1.2, CUDA 13.0; torch 2.11.0, triton 3.6.0" in text
-    assert "toy" not in text
+
+
+@pytest.mark.parametrize("main, option", [(table.main, "--into"), (plot.main, "--out")])
+def test_toy_runs_alone_make_no_table_and_no_picture(tmp_path, capsys, main, option):
+    folder = tmp_path / "some-gpu"
+    folder.mkdir()
+    toy_row = json.dumps(row_of("triton, interpreted", 0.123, toy=True, case="toy")) + "\n"
+    (folder / "importance.jsonl").write_text(toy_row)
+    page = tmp_path / "page"
+    text = "<!-- benchmark: importance -->\nnot measured yet\n<!-- benchmark end -->\n"
+    page.write_text(text)
+    where = ["--op", "importance", "--results", str(tmp_path)]
+    assert main([*where, option, str(page)]) == 2
+    printed = capsys.readouterr()
+    assert "must hold measurements of importance, got only records of toy runs" in printed.err
+    assert printed.out == "" and page.read_text() == text
+    # Beside others they are left out.
+    (folder / "importance.jsonl").write_text(toy_row + json.dumps(row_of("triton", 0.002)) + "\n")
+    assert main([*where, option, str(page)]) == 0
+    assert b"interpreted" not in page.read_bytes() and page.read_bytes() != text.encode()
 
 
 def test_the_table_tells_the_time_of_the_device_from_that_with_gaps():
@@ -609,4 +709,4 @@ def test_an_operation_goes_into_a_file_and_a_picture(tmp_path, capsys):
     assert plot.main([*where, "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert plot.main(["--op", "sweep", *where[2:]]) == 2
-    assert "no sweep.jsonl of any device" in capsys.readouterr().err
+    assert "no record in sweep.jsonl of any device" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdean.kernels import interpreted
 from fastdean.ops._dispatch import choose
 
 # Largest norm-wise error of sums in fp32 over products in fp32: matrix units cut what they add to
@@ -95,6 +96,8 @@ def implementation(
 ) -> Contender:
     """One of fastdean's own implementations; `run` has to ask for it by name.
 
+    Interpreted kernels are another contender: nobody must take their seconds for those of kernels.
+
     Args:
         name: of the contender; None: that of the implementation.
         options: further fields of the contender.
@@ -107,7 +110,8 @@ def implementation(
             return str(error)
         return ""
 
-    return Contender(name or impl, run, refusal=refusal, **options)
+    suffix = ", interpreted" if impl == "triton" and interpreted() else ""
+    return Contender(f"{name or impl}{suffix}", run, refusal=refusal, **options)
 
 
 def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -12,10 +12,9 @@ _OURS = ("triton", "native", "reference")
 
 
 def operations_table(rows: Iterable[Record]) -> str:
-    """One markdown table per device; toy runs say nothing and are left out."""
+    """One markdown table per device; `rows` as `rows_to_show` gives them, of one op."""
     # A resumed run has several dates: the latest of each contender, not of each run.
-    kind = ("device", "case", "dtype", "impl")
-    chosen = records.latest([row for row in rows if not row["toy"]], kind)
+    chosen = records.latest(rows, ("device", "case", "dtype", "impl"))
     return "\n\n".join(_device(run) for run in records.grouped(chosen, ("device",)))
 
 

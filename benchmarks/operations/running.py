@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from progress import Budget, say
 from records import Environment
 
+from fastdean.kernels import interpreted
 from operations.case import Contender, OpCase, product_name
 from operations.catalogue import OPERATIONS
 from operations.measuring import Measured, check, measured, number_of_sets, too_large
@@ -24,14 +25,50 @@ _SECONDS_EACH = {"cuda": 0.1, "cpu": 0.02}
 _SEED = 7
 
 
+def require_measurable(options: argparse.Namespace) -> None:
+    """Asked before any test runs, so that a mistyped name costs nothing.
+
+    Raises:
+        ValueError: `--impl` names no contender of the chosen operations.
+        RuntimeError: a contender that it names cannot run on the device, or kernels would be
+            interpreted in a run that is no toy.
+    """
+    if interpreted() and not options.toy:
+        raise RuntimeError(
+            "TRITON_INTERPRET must be unset where kernels are timed, got interpreted kernels, "
+            "whose seconds are those of Python; unset it, or try the command out with --toy"
+        )
+    known: dict[str, list[Contender]] = {}
+    for case in _chosen_cases(options):
+        for contender in (*case.contenders, *([case.floor] if case.floor else [])):
+            known.setdefault(contender.name, []).append(contender)
+    device = torch.device(options.device)
+    for name in options.impl or ():
+        if name not in known:
+            ops = ", ".join(options.op or OPERATIONS)
+            raise ValueError(f"--impl must be one of {_listed(known)}, got {name!r} for {ops}")
+        refusals = [contender.refusal(device) for contender in known[name]]
+        if all(refusals):
+            raise RuntimeError(f"--impl {name!r} cannot be measured: {refusals[0]}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Quoted: some names hold a comma."""
+    return ", ".join(map(repr, names))
+
+
+def _chosen_cases(options: argparse.Namespace) -> list[OpCase]:
+    ops = options.op or list(OPERATIONS)
+    return list(_in_turns([list(OPERATIONS[op](options.toy)) for op in ops]))
+
+
 def run_operations(
     options: argparse.Namespace, environment: Environment, budget: Budget, gate: str
 ) -> int:
     """Measure the chosen operations; 0, or 1 if a contender did not compute what it should."""
     device = torch.device(options.device)
-    ops = options.op or list(OPERATIONS)
     run = _Run(options, environment, device, gate)
-    cases = list(_in_turns([list(OPERATIONS[op](options.toy)) for op in ops]))
+    cases = _chosen_cases(options)
     for position, case in enumerate(cases):
         if budget.spent:
             left = len(cases) - position
@@ -48,10 +85,9 @@ def _in_turns(groups: Sequence[Sequence[OpCase]]) -> Iterator[OpCase]:
 
 
 def recorded_key(row: Mapping[str, Any]) -> tuple:
-    """What two measurements that need not both be made have in common."""
+    """What two measurements on the same code and machine, of which one will do, have in common."""
     settings = json.dumps(row["settings"], sort_keys=True)
-    same = ("op", "impl", "dtype", "toy", "device", "sources", "torch", "triton")
-    return (settings, *(row[name] for name in same))
+    return (settings, *(row[name] for name in ("op", "impl", "dtype", "toy")))
 
 
 @dataclass
@@ -70,7 +106,11 @@ class _Run:
         self._recorded = set()
         if self.options.resume:
             rows = (row for op in OPERATIONS for row in records.read(self.options.out, op))
-            self._recorded = {recorded_key(row) for row in rows}
+            self._recorded = {
+                recorded_key(row)
+                for row in rows
+                if records.stands_for(row, self.environment, self.gate)
+            }
 
     def measure(self, case: OpCase) -> None:
         wanted = [c for c in case.contenders if self._is_wanted(case, c)]
@@ -107,7 +147,6 @@ class _Run:
             "dtype": case.dtype,
             "settings": case.settings,
             "toy": self.options.toy,
-            **vars(self.environment),
         }
         return recorded_key(row) in self._recorded
 

@@ -25,7 +25,7 @@ _AXES = {
 
 
 def draw_operation(rows: Sequence[Record]) -> Figure:
-    """`rows` as `records.read(results, op)` gives them, of one op and no toys; at least one."""
+    """`rows` as `rows_to_show` gives them, of one op."""
     from matplotlib.figure import Figure
 
     x, panel_keys = _AXES[rows[0]["op"]]
