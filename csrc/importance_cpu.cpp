@@ -229,6 +229,19 @@ void add_tile(const ImportanceParams& p, const TileKernel& kernel, int64_t r, in
   }
 }
 
+// Asks for a tile of the accumulator, whose rows lie far apart, while its sums are computed.
+void prefetch_tile(const ImportanceParams& p, const TileKernel& kernel, int64_t r, int64_t c) {
+#if defined(__GNUC__) || defined(__clang__)
+  const auto* acc = reinterpret_cast<const float*>(p.acc);
+  const int64_t height = std::min(kernel.rows, p.rows - r);
+  for (int64_t i = 0; i < height; ++i) {
+    __builtin_prefetch(acc + (r + i) * p.acc_stride_r + c * p.acc_stride_c, 1);
+  }
+#else
+  (void)p, (void)kernel, (void)r, (void)c;
+#endif
+}
+
 void take_columns(void* context, int64_t worker) {
   auto* work = static_cast<Work*>(context);
   const ImportanceParams& p = *work->params;
@@ -238,6 +251,7 @@ void take_columns(void* context, int64_t worker) {
   for (int64_t c; (c = work->next.fetch_add(1)) < work->column_panels;) {
     pack(p, kernel, work->chunk, source_x(p), c * kernel.columns, kernel.columns, x_panel);
     for (int64_t r = 0; r < work->row_panels; ++r) {
+      prefetch_tile(p, kernel, r * kernel.rows, c * kernel.columns);
       std::fill(total, total + kernel.rows * kernel.columns, 0.0f);
       kernel.run(work->g_panels + r * work->g_panel_bytes, x_panel, work->steps,
                  work->chunk.count, total);
