@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdean.ops import collapse_alignment, reference
 from operations.case import Contender, OpCase, implementation, norm_error
+from operations.compiled import Compiled
 
 OP = "collapse"
 TOKENS = (2048, 16384)
@@ -97,7 +98,9 @@ def case(tokens: int, features: int, classes: int, share: float) -> OpCase:
                 "collapse_alignment", "reference", _ours("reference"), needs_bytes=40 * matrix
             ),
             Contender("torch", _torch, needs_bytes=40 * matrix),
-            Contender("torch.compile", Compiled(), needs_bytes=40 * matrix, compiled=True),
+            Contender(
+                "torch.compile", compiled_expression(), needs_bytes=40 * matrix, compiled=True
+            ),
             *([Contender("one-hot", _one_hot, needs_bytes=one_hot_bytes)] if smallest else []),
         ),
     )
@@ -159,17 +162,10 @@ def _torch(inputs: Inputs) -> Result:
     return _differentiated(_expression, inputs)
 
 
-class Compiled:
-    """`torch.compile` of the same, compiled at the first call."""
-
-    def __init__(self, backend: str = "inductor") -> None:
-        self._backend = backend
-        self._compiled: Callable[..., Any] | None = None
-
-    def __call__(self, inputs: Inputs) -> Result:
-        if self._compiled is None:
-            self._compiled = torch.compile(_expression, backend=self._backend, dynamic=False)
-        return _differentiated(self._compiled, inputs)
+def compiled_expression(backend: str = "inductor") -> Callable[[Inputs], Result]:
+    """`torch.compile` of the same."""
+    compiled = Compiled(_expression, lambda arguments: arguments, backend)
+    return lambda inputs: _differentiated(lambda *arguments: compiled(arguments), inputs)
 
 
 def _published(
