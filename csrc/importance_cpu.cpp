@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "fastdean.h"
+#include "floats.h"
 #include "importance_levels.h"
 #include "importance_tile.h"
 #include "parallel.h"
@@ -69,35 +70,6 @@ int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-float from_bfloat16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-float from_float16(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const uint32_t rest = bits & 0x7fffu;
-  float value;
-  if (rest < 0x0400u) {
-    // Zero or denormal: an integer multiple of 2^-24.
-    value = static_cast<float>(rest) * 5.9604644775390625e-8f;
-  } else {
-    const uint32_t wide = rest >= 0x7c00u ? (rest << 13) | 0x7f800000u : (rest << 13) + 0x38000000u;
-    std::memcpy(&value, &wide, sizeof value);
-  }
-  uint32_t wide;
-  std::memcpy(&wide, &value, sizeof wide);
-  wide |= sign;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-float as_float(float value) { return value; }
-float as_float16_bits(uint16_t bits) { return from_float16(bits); }
-float as_bfloat16_bits(uint16_t bits) { return from_bfloat16(bits); }
-
 // A matrix of the batch, [tokens, width], any strides.
 struct Source {
   int64_t data;
@@ -132,7 +104,7 @@ std::vector<Chunk> chunks_of(const ImportanceParams& p, int64_t tokens_per_step)
 
 // Columns [start, start + wide) of a chunk's tokens, as panel [steps, wide, 1] of fp32; columns
 // beyond the matrix are 0.
-template <class T, float (*Convert)(T)>
+template <class T>
 void pack_as_float(const ImportanceParams& p, const Chunk& chunk, const Source& source,
                    int64_t start, int64_t wide, float* panel) {
   const auto* segments = reinterpret_cast<const int64_t*>(p.segments);
@@ -142,9 +114,9 @@ void pack_as_float(const ImportanceParams& p, const Chunk& chunk, const Source& 
     for (int64_t t = segments[2 * b]; t < segments[2 * b + 1]; ++t) {
       const T* row = data + t * source.stride_t;
       if (source.stride_w == 1) {
-        for (int64_t w = 0; w < filled; ++w) panel[w] = Convert(row[w]);
+        for (int64_t w = 0; w < filled; ++w) panel[w] = widen(row[w]);
       } else {
-        for (int64_t w = 0; w < filled; ++w) panel[w] = Convert(row[w * source.stride_w]);
+        for (int64_t w = 0; w < filled; ++w) panel[w] = widen(row[w * source.stride_w]);
       }
       std::fill(panel + filled, panel + wide, 0.0f);
       panel += wide;
@@ -178,11 +150,11 @@ void pack(const ImportanceParams& p, const TileKernel& kernel, const Chunk& chun
   if (kernel.tokens == 2) {
     pack_as_pairs(p, chunk, source, start, wide, reinterpret_cast<uint16_t*>(panel));
   } else if (p.dtype == static_cast<int64_t>(DType::kFloat32)) {
-    pack_as_float<float, as_float>(p, chunk, source, start, wide, floats);
+    pack_as_float<float>(p, chunk, source, start, wide, floats);
   } else if (p.dtype == static_cast<int64_t>(DType::kBFloat16)) {
-    pack_as_float<uint16_t, as_bfloat16_bits>(p, chunk, source, start, wide, floats);
+    pack_as_float<BFloat16>(p, chunk, source, start, wide, floats);
   } else {
-    pack_as_float<uint16_t, as_float16_bits>(p, chunk, source, start, wide, floats);
+    pack_as_float<Half>(p, chunk, source, start, wide, floats);
   }
 }
 
