@@ -71,6 +71,15 @@ def compile_all(builds: Sequence[Build], capability: int) -> dict[str, Resources
     return {name: Resources(**found) for name, found in json.loads(done.stdout).items()}
 
 
+def require_fit(builds: Mapping[str, Resources], capability: int) -> None:
+    """Fail unless every build keeps to registers and to the shared memory that there is."""
+    assert builds
+    for name, found in builds.items():
+        assert found.stack_bytes == 0, f"{name} spills {found.stack_bytes} bytes"
+        assert found.registers <= REGISTER_LIMIT, name
+        assert found.shared_bytes <= SHARED_LIMIT[capability], name
+
+
 def _compile(build: Build, capability: int) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
