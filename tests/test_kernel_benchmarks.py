@@ -124,14 +124,20 @@ def test_poisoning_reaches_integers_and_ends_with_the_block():
 
 def test_the_cases_are_those_that_are_to_be_measured():
     real = {op: list(cases(False)) for op, cases in catalogue.OPERATIONS.items()}
-    found = {
-        (c.settings["rows"], c.settings["columns"], c.settings["examples"])
-        for c in real["importance"]
-    }
+    on_gpu = [c for c in real["importance"] if c.device_type == "cuda"]
+    names_of = ("rows", "columns", "examples")
+    found = {tuple(c.settings[name] for name in names_of) for c in on_gpu}
     shapes = ((18944, 3584), (3584, 18944), (3584, 3584), (512, 3584))
     assert found == {(*shape, examples) for shape in shapes for examples in (8, 32, 64)}
-    lengths_of_cases = {round(c.settings["tokens_per_example"]) for c in real["importance"]}
+    lengths_of_cases = {round(c.settings["tokens_per_example"]) for c in on_gpu}
     assert lengths_of_cases >= {32, 64, 128, 256, 512} and lengths_of_cases & {75, 76}
+    on_cpu = [c for c in real["importance"] if c.device_type == "cpu"]
+    assert len(on_gpu) + len(on_cpu) == len(real["importance"])
+    shapes = ((1536, 576), (576, 1536), (8192, 2048), (2048, 8192))
+    found = {(c.dtype, c.settings["rows"], c.settings["columns"]) for c in on_cpu}
+    assert found == {(dtype, *shape) for dtype in ("fp32", "bf16") for shape in shapes}
+    lengths_of_cases = {round(c.settings["tokens_per_example"]) for c in on_cpu}
+    assert lengths_of_cases >= {16, 64, 128, 256, 512}
     assert {c.settings["k"] for c in real["selection"]} == {33, 67, 678, 6789, 67895, 678952}
     [unit] = real["unit_importance"]
     assert (unit.settings["tokens"], unit.settings["units"]) == (16384, 18944)
@@ -141,7 +147,7 @@ def test_the_cases_are_those_that_are_to_be_measured():
     sizes = [tuple(c.settings[name] for name in names_of) for c in real["collapse"]]
     assert set(sizes) == set(itertools.product((2048, 16384), (768, 4096), (287, 8192)))
     assert len(sizes) == 3 * 8
-    names = [(c.op, c.name) for cases in real.values() for c in cases]
+    names = [(c.op, c.name, c.dtype) for cases in real.values() for c in cases]
     assert len(set(names)) == len(names)
 
 
@@ -279,6 +285,14 @@ def test_where_a_time_holds_gaps_the_device_has_one_of_its_own(monkeypatch, time
     measured = measuring.measured(contender, ["one", "two"], torch.device("cpu"), 0.0)
     assert (measured.timing, measured.device_s) == (found, expected)
     assert ran == (["one", "two"] if expected else [])
+
+
+@pytest.mark.parametrize("longest, sets", [(3600.0, 4), (-1.0, 2)])
+def test_a_call_that_empties_the_cache_itself_is_timed_on_two_sets(monkeypatch, longest, sets):
+    monkeypatch.setattr(measuring, "_LONG_CALL_S", longest)
+    contender = Contender("ours", lambda inputs: None)
+    found = measuring.measured(contender, list("abcd"), torch.device("cpu"), 0.0)
+    assert found.sets == sets
 
 
 def test_sets_of_inputs_are_together_larger_than_the_cache():
@@ -419,7 +433,7 @@ def test_one_wrong_contender_fails_the_run_and_the_others_are_measured(
 ):
     case = toy("importance")
     wrong = Contender("wrong", off_by(1e-2))
-    broken = replace(case, contenders=(wrong, *case.contenders[1:3]))
+    broken = replace(case, contenders=(wrong, *case.contenders[2:4]))
     monkeypatch.setitem(running.OPERATIONS, "importance", lambda toy: iter([broken]))
     assert kernels(tmp_path, "--op", "importance") == 1
     assert "wrong must compute importance to 5e-05" in capsys.readouterr().err

@@ -69,6 +69,7 @@ class OpCase:
         error: (result, expected) -> 0 for equal; NaN never passes.
         floor: a product that nothing of this volume beats, timed beside the contenders; None: the
             bytes at the copy bandwidth.
+        device_type: where it is measured; "": anywhere.
     """
 
     op: str
@@ -83,6 +84,7 @@ class OpCase:
     error: Callable[[Tensor, Tensor], float]
     contenders: tuple[Contender, ...]
     floor: Contender | None = field(default=None)
+    device_type: str = ""
 
 
 def norm_error(result: Tensor, expected: Tensor) -> float:

@@ -1,10 +1,12 @@
-"""Weight importance: acc[R, C] += sum_b |G_b^T X_b| at the shapes of Qwen2-7B.
+"""Weight importance: acc[R, C] += sum_b |G_b^T X_b|.
 
-Operations: 2 N R C. Bytes: x and g once, the accumulator read and written.
+On a GPU at the shapes of Qwen2-7B in bf16; on a CPU at the MLP shapes of SmolLM2-135M and of a 1B
+model, in fp32 and bf16. Operations: 2 N R C. Bytes: x and g once, the accumulator read and written.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,11 +28,16 @@ TOKENS = (None, 256, 64, 128, 32, 512)  # None: BeaverTails' lengths
 # One case each: compiling a loop over the examples takes longer than everything else of a case.
 _COMPILED = {(SHAPES[0], EXAMPLES[0], None), (SHAPES[0], EXAMPLES[0], 256)}
 
+CPU_SHAPES = ((1536, 576), (576, 1536), (8192, 2048), (2048, 8192))
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+# Examples and tokens of each: about as many tokens in every case.
+CPU_LENGTHS = ((7, None), (32, 16), (8, 64), (4, 128), (2, 256), (1, 512))
+
 TOY_SHAPES = ((48, 32), (16, 32))
-TOY_EXAMPLES = (3,)
+TOY_EXAMPLES = 3
 TOY_TOKENS = (None, 8)
 
-DTYPE = torch.bfloat16
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -46,16 +53,28 @@ class Inputs:
 
 def cases(toy: bool) -> Iterator[OpCase]:
     """The cases in the order of their worth: a run that ends early has seen every shape."""
-    shapes = TOY_SHAPES if toy else SHAPES
-    for examples in TOY_EXAMPLES if toy else EXAMPLES:
-        for tokens in TOY_TOKENS if toy else TOKENS:
-            for rows, columns in shapes:
-                compiled = ((rows, columns), examples, tokens) in _COMPILED
-                yield case(rows, columns, examples, tokens, compiled=compiled)
+    if toy:
+        for tokens, (rows, columns) in itertools.product(TOY_TOKENS, TOY_SHAPES):
+            yield case(rows, columns, TOY_EXAMPLES, tokens)
+        return
+    for examples, tokens, (rows, columns) in itertools.product(EXAMPLES, TOKENS, SHAPES):
+        compiled = ((rows, columns), examples, tokens) in _COMPILED
+        yield case(rows, columns, examples, tokens, compiled=compiled, device_type="cuda")
+    for (examples, tokens), dtype, (rows, columns) in itertools.product(
+        CPU_LENGTHS, CPU_DTYPES, CPU_SHAPES
+    ):
+        yield case(rows, columns, examples, tokens, dtype=dtype, device_type="cpu")
 
 
 def case(
-    rows: int, columns: int, examples: int, tokens: int | None, *, compiled: bool = False
+    rows: int,
+    columns: int,
+    examples: int,
+    tokens: int | None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    compiled: bool = False,
+    device_type: str = "",
 ) -> OpCase:
     """`tokens` per example; None: BeaverTails' lengths."""
     chosen = lengths.beavertails(examples) if tokens is None else lengths.fixed(examples, tokens)
@@ -63,11 +82,11 @@ def case(
     longest = max(length.tokens for length in chosen)
     kind = "BeaverTails' lengths" if tokens is None else f"{tokens} tokens each"
     matrix = rows * columns
-    element = DTYPE.itemsize
+    element = dtype.itemsize
     return OpCase(
         op=OP,
         name=f"{rows} x {columns}, {examples} examples, {kind}",
-        dtype="bf16",
+        dtype=_DTYPE_NAMES[dtype],
         settings={
             "rows": rows,
             "columns": columns,
@@ -78,16 +97,19 @@ def case(
         },
         operations=2 * total * matrix,
         bytes=total * (rows + columns) * element + 8 * matrix,
-        inputs=_maker(rows, columns, chosen),
+        inputs=_maker(rows, columns, chosen, dtype),
         input_bytes=total * (rows + columns) * element + 4 * matrix,
         expected=expected,
         error=norm_error,
         contenders=_contenders(examples, longest, rows, columns, compiled),
         floor=Contender("plain product", _plain_product, prepare=_plain_operands),
+        device_type=device_type,
     )
 
 
-def _maker(rows: int, columns: int, chosen: Sequence[Length]) -> Callable[..., Inputs]:
+def _maker(
+    rows: int, columns: int, chosen: Sequence[Length], dtype: torch.dtype
+) -> Callable[..., Inputs]:
     segments = lengths.segments(chosen)
     total = int(segments[-1, 1])
 
@@ -96,8 +118,8 @@ def _maker(rows: int, columns: int, chosen: Sequence[Length]) -> Callable[..., I
         return Inputs(
             # Not zeros: what a contender leaves out shows against what was there before.
             acc=torch.rand(rows, columns, **options).mul_(8),
-            x=torch.randn(total, columns, **options).to(DTYPE),
-            g=torch.randn(total, rows, **options).to(DTYPE),
+            x=torch.randn(total, columns, **options).to(dtype),
+            g=torch.randn(total, rows, **options).to(dtype),
             segments=segments.clone(),
             spans=tuple(map(tuple, segments.tolist())),
         )
@@ -119,7 +141,7 @@ def _contenders(
     padded_bytes = 2 * examples * longest * (rows + columns)
     found = [
         implementation("accumulate_importance_", impl, _ours(impl))
-        for impl in ("triton", "reference")
+        for impl in ("triton", "native", "reference")
     ]
     found.append(Contender("mm per example", mm_loop, needs_bytes=2 * matrix_bytes))
     found.append(
@@ -162,7 +184,7 @@ def _padded(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """(acc, g [B, R, T], x [B, T, C]): a loader's padded batch has this form already."""
     longest = max(end - start for start, end in inputs.spans)
     g, x = (
-        torch.zeros(len(inputs.spans), longest, flat.shape[1], dtype=DTYPE, device=flat.device)
+        torch.zeros(len(inputs.spans), longest, flat.shape[1], dtype=flat.dtype, device=flat.device)
         for flat in (inputs.g, inputs.x)
     )
     for b, (start, end) in enumerate(inputs.spans):
@@ -188,11 +210,14 @@ def _expression(acc: Tensor, x: Tensor, g: Tensor, spans: Sequence[tuple[int, in
 
 
 def _plain_operands(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (inputs.g.shape[1], inputs.x.shape[1])
-    return inputs.g.T, inputs.x, torch.empty(shape, dtype=DTYPE, device=inputs.x.device)
+    g, x = inputs.g, inputs.x
+    if x.device.type == "cpu":
+        # Products in bf16 are far slower than in fp32 on a CPU without instructions for them.
+        g, x = g.float(), x.float()
+    return g.T, x, x.new_empty(g.shape[1], x.shape[1])
 
 
 def _plain_product(operands: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The weight gradient of all examples together, as training computes it."""
+    """The weight gradient of all examples together, as training computes it; fp32 on a CPU."""
     g, x, out = operands
     return torch.mm(g, x, out=out)

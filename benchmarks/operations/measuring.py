@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,8 @@ from operations.case import Contender, OpCase
 _TIMES_THE_CACHE = 4
 _MIN_SETS, _MAX_SETS = 2, 16
 _CPU_CACHE_BYTES = 32 << 20
+# A call this long has pushed its own inputs out of the cache: two sets do, and more take minutes.
+_LONG_CALL_S = 0.25
 # Of the free memory, so that the allocator has room to move.
 _SHARE_OF_FREE = 0.8
 
@@ -85,24 +88,35 @@ class Measured:
 
     Attributes:
         peak_bytes: memory besides its operands; None on a CPU.
+        sets: of inputs, on which the calls took turns.
         device_s: seconds for which the device is busy, where the timing holds the host's gaps
             between launches too; None where it does not, or the profiler cannot tell.
     """
 
     timing: Timing
+    sets: int
     peak_bytes: int | None
     device_s: float | None
 
 
 def measured(contender: Contender, sets: list, device: torch.device, seconds: float) -> Measured:
-    """One call after the other on every set of inputs, for about `seconds` in all."""
+    """One call after the other on the sets of inputs, for about `seconds` in all."""
     operands = [contender.prepare(inputs) for inputs in sets]
     peak = _peak_bytes(contender, operands[0], device)
+    if len(operands) > _MIN_SETS and _is_long(contender, operands[0], device):
+        operands = operands[:_MIN_SETS]
     calls = [lambda each=each: contender.run(each) for each in operands]
     timing = time_calls(calls, device, seconds=seconds, capturable=contender.capturable)
     # Last, so that the profiler is in nobody's time.
     busy = _device_seconds(calls, device) if timing.timed_by == EVENTS else None
-    return Measured(timing, peak, busy)
+    return Measured(timing, len(operands), peak, busy)
+
+
+def _is_long(contender: Contender, operands: object, device: torch.device) -> bool:
+    start = time.perf_counter()
+    contender.run(operands)
+    synchronize(device)
+    return time.perf_counter() - start > _LONG_CALL_S
 
 
 def _device_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float | None:

@@ -59,7 +59,11 @@ def _listed(names: Iterable[str]) -> str:
 
 def _chosen_cases(options: argparse.Namespace) -> list[OpCase]:
     ops = options.op or list(OPERATIONS)
-    return list(_in_turns([list(OPERATIONS[op](options.toy)) for op in ops]))
+    here = ("", torch.device(options.device).type)
+    groups = [
+        [case for case in OPERATIONS[op](options.toy) if case.device_type in here] for op in ops
+    ]
+    return list(_in_turns(groups))
 
 
 def run_operations(
@@ -167,7 +171,7 @@ class _Run:
         found = measured(case.floor, sets, self.device, seconds)
         floor = Floor(case.floor.name, found.timing.seconds.median)
         if due:
-            self._append(case, case.floor, found, floor, rates, len(sets), None)
+            self._append(case, case.floor, found, floor, rates, None)
         return floor
 
     def _measure_one(
@@ -186,7 +190,7 @@ class _Run:
             self.failed = True
             _left_out(contender, str(problem))
         else:
-            self._append(case, contender, found, floor, rates, len(sets), error)
+            self._append(case, contender, found, floor, rates, error)
         _release(self.device)
 
     def _append(
@@ -196,7 +200,6 @@ class _Run:
         found: Measured,
         floor: Floor,
         rates: Rates,
-        sets: int,
         error: float | None,
     ) -> None:
         row = OpRecord.of(
@@ -205,7 +208,7 @@ class _Run:
             found,
             floor,
             rates,
-            sets=sets,
+            sets=found.sets,
             error=error,
             product=product_name(self.device.type),
             toy=self.options.toy,
