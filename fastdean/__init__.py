@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdean.alignment import CollapseState, collapse_alignment_loss
     from fastdean.checkpoint import patch_checkpoint
+    from fastdean.collapse import CollapseState, collapse_alignment_loss
     from fastdean.coupling import couple
     from fastdean.dependence import hsic
     from fastdean.masks import NeuronMask
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOME = {
-    "CollapseState": "fastdean.alignment",
+    "CollapseState": "fastdean.collapse",
     "NeuronMask": "fastdean.masks",
     "Scores": "fastdean.scores",
-    "collapse_alignment_loss": "fastdean.alignment",
+    "collapse_alignment_loss": "fastdean.collapse",
     "couple": "fastdean.coupling",
     "hsic": "fastdean.dependence",
     "patch_checkpoint": "fastdean.checkpoint",

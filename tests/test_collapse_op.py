@@ -10,7 +10,8 @@ import torch
 from budget import assert_within_budget
 
 import fastdean
-from fastdean import alignment, native
+from fastdean import native
+from fastdean.collapse import alignment
 from fastdean.ops import collapse, collapse_alignment, reference
 
 STATISTICS = ("std", "cv", "mean")
