@@ -28,6 +28,7 @@ from fastdean.pipeline import run as run_job
 from fastdean.pipeline.job import Job
 from fastdean.pipeline.run_folder import RunFolder
 
+GATED = ("gate_proj", "up_proj", "down_proj")
 OPTIONS = ("--ratio", "0.05", "--examples", "5", "--eval-examples", "0", "--quiet")
 
 
@@ -311,6 +312,28 @@ def test_score_and_couple_give_the_mask_of_the_run(place, run_folder, tmp_path):
         mask = NeuronMask.from_pretrained(tmp_path / "mask")
         assert mask == NeuronMask.from_pretrained(run_folder / "mask")
         assert json.loads(result.stdout)["weights"] == len(mask)
+
+
+def test_couple_takes_the_whole_unit_where_asked(place, tmp_path):
+    for name in ("fairness", "privacy"):
+        result = call(
+            "score", "--model", place["model"], "--data", place[name], "--out", tmp_path / name,
+            "--examples", 5, "--granularity", "neuron", "--keep-top", 1, "--quiet",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+    command = [
+        *("couple", "--first", tmp_path / "fairness", "--second", tmp_path / "privacy"),
+        *("--ratio", 0.2, "--model", place["model"], "--overwrite", "--out", tmp_path / "mask"),
+    ]
+    sizes = {}
+    for unit_weights in ("down", "all"):
+        assert call(*command, "--unit-weights", unit_weights).exit_code == 0
+        mask = NeuronMask.from_pretrained(tmp_path / "mask")
+        kinds = {name.split(".")[-2] for name in mask.entries}
+        assert kinds == ({"down_proj"} if unit_weights == "down" else set(GATED))
+        sizes[unit_weights] = len(mask)
+    assert sizes["all"] == 3 * sizes["down"]
+    refused(call(*command, "--unit-weights", "some"), "unit_weights must be 'down' or 'all'")
 
 
 def test_score_takes_all_rows_where_more_are_asked_for(place, tmp_path, caplog):

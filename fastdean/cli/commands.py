@@ -264,6 +264,13 @@ def couple(
     model: Annotated[
         str | None, typer.Option(help="The scored model: needed for units and for the rule random.")
     ] = None,
+    unit_weights: Annotated[
+        str,
+        typer.Option(
+            help="Of a selected unit: down, its column of the down projection, or all, also its "
+            "rows of gate and up and their biases."
+        ),
+    ] = "down",
     revision: Revision = None,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
@@ -297,6 +304,7 @@ def couple(
         min_k=min_k,
         seed=seed,
         model=loaded,
+        unit_weights=unit_weights,
     ).with_scale(scale)
     mask.save_pretrained(out, overwrite=overwrite)
     tell(f"{mask.summary()}\n{mask!r}\nwritten to {out}")
