@@ -181,6 +181,9 @@ class _Run:
         if reason:
             _left_out(contender, reason)
             return
+        if contender.compiled:
+            # Else the sizes of earlier cases use up torch.compile's limit of recompilations.
+            torch._dynamo.reset()
         try:
             error = check(case, contender, self._generator)
             found = measured(contender, sets, self.device, _SECONDS_EACH[self.device.type])
