@@ -188,7 +188,7 @@ void collapse_alignment_backward_cuda(int64_t params, int64_t stream) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled operations of fastdean; fastdean/native.py is the only caller.";
+  m.doc() = "Compiled operations of fastdean; fastdean/native/ is the only caller.";
 
   m.attr("ABI_VERSION") = fastdean::kAbiVersion;
   m.attr("COMPILER") = FASTDEAN_COMPILER;

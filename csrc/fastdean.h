@@ -12,8 +12,8 @@
 
 namespace fastdean {
 
-// Raised by one with every change of a struct or a signature in this file; native.py names the
-// number it was written for and refuses another.
+// Raised by one with every change of a struct or a signature in this file;
+// fastdean/native/extension.py names the number it was written for and refuses another.
 constexpr int kAbiVersion = 4;
 
 constexpr int kMaxRank = 8;

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastdean import kernels, native
+from fastdean.native import extension
 from fastdean.ops import _dispatch, reference, zero_at_
 from fastdean.ops._dispatch import choose, explain
 
@@ -24,7 +25,7 @@ def no_default_from_outside(monkeypatch):
 
 def _pretend(monkeypatch, state: str, reason: str = "", build: native.BuildFacts | None = None):
     status = native.NativeStatus(state, reason, build)
-    monkeypatch.setattr(native, "_load", lambda: (None, status))
+    monkeypatch.setattr(extension, "_load", lambda: (None, status))
 
 
 def _pretend_interpreting(monkeypatch, interpreted: bool):
@@ -224,7 +225,7 @@ def test_explain_reports_a_broken_extension_instead_of_raising(monkeypatch):
 
 
 def _load_again() -> native.NativeStatus:
-    return native._load.__wrapped__()[1]
+    return extension._load.__wrapped__()[1]
 
 
 def test_an_absent_extension_is_a_normal_state(monkeypatch):
@@ -277,15 +278,15 @@ def test_an_extension_with_cuda_imports_without_a_driver_and_its_calls_raise(ext
     if torch.cuda.is_available():
         pytest.skip("this machine has a driver")
     build = native.status().build
-    extension = native._extension()
+    compiled = extension.loaded()
     if not build.cuda:
-        assert not hasattr(extension, "zero_at_cuda")
+        assert not hasattr(compiled, "zero_at_cuda")
         return
     assert build.architectures
     for op in ("gather_at", "write_at", "zero_at"):
         with pytest.raises(RuntimeError, match=f"{op} on CUDA: cudaError"):
-            getattr(extension, f"{op}_cuda")(rows=0, num_rows=1, max_count=1, stream=0)
+            getattr(compiled, f"{op}_cuda")(rows=0, num_rows=1, max_count=1, stream=0)
     with pytest.raises(RuntimeError, match="replace_at on CUDA: cudaError"):
-        extension.replace_at_cuda(
+        compiled.replace_at_cuda(
             rows=0, num_rows=1, max_count=1, reverse=False, write=True, first_other=0, stream=0
         )

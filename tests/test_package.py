@@ -14,6 +14,7 @@ import pytest
 
 import fastdean
 from fastdean import info, native, ops
+from fastdean.native import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(fastdean.__file__).parent
@@ -110,7 +111,7 @@ def test_info_is_plain_data_and_names_what_runs():
 def test_info_reports_a_broken_extension(monkeypatch):
     monkeypatch.delenv("FASTDEAN_IMPL", raising=False)
     status = native.NativeStatus("broken", "importing fastdean._C failed: undefined symbol", None)
-    monkeypatch.setattr(native, "_load", lambda: (None, status))
+    monkeypatch.setattr(extension, "_load", lambda: (None, status))
     text = info.render(info.collect())
     assert "broken: importing fastdean._C failed: undefined symbol" in text
     assert re.search(r"^zero_at_ +raises +the compiled extension must be", text, re.MULTILINE)
