@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from types import SimpleNamespace
@@ -14,8 +15,10 @@ from fastdean.native import extension
 from fastdean.ops import _dispatch, reference, zero_at_
 from fastdean.ops._dispatch import choose, explain
 
-BUILT = native.BuildFacts(compiler="GNU 1", cuda="", architectures="", abi=native.ABI_VERSION)
-BUILT_WITH_CUDA = native.BuildFacts("GNU 1", "13.0", "80 90", native.ABI_VERSION)
+BUILT = native.BuildFacts(
+    compiler="GNU 1", cuda="", architectures="", abi=native.ABI_VERSION, cpu_levels=()
+)
+BUILT_WITH_CUDA = dataclasses.replace(BUILT, cuda="13.0", architectures="80 90")
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from fastdean.native.collapse import collapse_alignment, collapse_alignment_back
 from fastdean.native.extension import (
     ABI_VERSION,
     BuildFacts,
+    CpuLevels,
     NativeStatus,
     cpu_level,
     refusal,
@@ -20,6 +21,7 @@ from fastdean.native.replacement import Replacement, can_replace
 __all__ = [
     "ABI_VERSION",
     "BuildFacts",
+    "CpuLevels",
     "NativeStatus",
     "Replacement",
     "accumulate_importance_",

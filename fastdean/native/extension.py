@@ -16,9 +16,21 @@ from typing import Literal
 import torch
 
 # The number in csrc/fastdean.h that this package was written for.
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _REINSTALL = "reinstall fastdean, or set FASTDEAN_IMPL=reference to do without the extension"
+
+
+@dataclass(frozen=True)
+class CpuLevels:
+    """The instruction sets that an operation, its backward included, was compiled for, ascending.
+
+    `in_use` is the one that this processor takes; with AVX512-BF16, what is not bf16 takes AVX512.
+    """
+
+    op: str
+    compiled: tuple[str, ...]
+    in_use: str
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,7 @@ class BuildFacts:
     cuda: str
     architectures: str
     abi: int
+    cpu_levels: tuple[CpuLevels, ...]
 
 
 @dataclass(frozen=True)
@@ -57,13 +70,22 @@ def _load() -> tuple[ModuleType | None, NativeStatus]:
     if abi != ABI_VERSION:
         reason = f"{name} has ABI number {abi} and this fastdean needs {ABI_VERSION}"
         return None, NativeStatus("broken", reason, None)
-    build = BuildFacts(
+    return extension, NativeStatus("available", "", _build_of(extension))
+
+
+def _build_of(extension: ModuleType) -> BuildFacts:
+    return BuildFacts(
         compiler=extension.COMPILER,
         cuda=extension.CUDA_VERSION,
         architectures=extension.CUDA_ARCHITECTURES,
-        abi=abi,
+        abi=extension.ABI_VERSION,
+        cpu_levels=(
+            CpuLevels(
+                "accumulate_importance_", extension.IMPORTANCE_LEVELS, extension.IMPORTANCE_LEVEL
+            ),
+            CpuLevels("collapse_alignment", extension.COLLAPSE_LEVELS, extension.COLLAPSE_LEVEL),
+        ),
     )
-    return extension, NativeStatus("available", "", build)
 
 
 def status() -> NativeStatus:
