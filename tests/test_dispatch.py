@@ -227,6 +227,29 @@ def test_explain_reports_a_broken_extension_instead_of_raising(monkeypatch):
     assert "undefined symbol" in dict(row.others)["native"]
 
 
+@pytest.mark.parametrize("asked", ["native", "fast"], ids=["cannot_run", "unknown"])
+def test_explain_blames_an_unusable_default_for_what_could_run(monkeypatch, asked):
+    _pretend(monkeypatch, "missing", "this install has no compiled extension")
+    monkeypatch.setenv("FASTDEAN_IMPL", asked)
+    row = next(row for row in explain("cpu") if row.op == "zero_at_")
+    assert row.chosen == "" and row.reason.startswith("FASTDEAN_IMPL")
+    assert dict(row.others) == {
+        "reference": f"FASTDEAN_IMPL={asked} asks for another one",
+        "triton": "there is no Triton kernel for zero_at_ in this version",
+        "native": "this install has no compiled extension",
+    }
+
+
+def test_explain_tells_a_preference_from_a_default(monkeypatch):
+    _pretend(monkeypatch, "available", build=BUILT)
+    monkeypatch.setenv("FASTDEAN_IMPL", "reference")
+    chosen = {row.op: row for row in explain("cpu")}["zero_at_"]
+    assert dict(chosen.others)["native"] == "FASTDEAN_IMPL=reference asks for another one"
+    monkeypatch.setenv("FASTDEAN_IMPL", "triton")
+    fallen_back = {row.op: row for row in explain("cpu")}["zero_at_"]
+    assert dict(fallen_back.others)["reference"] == "another one is preferred"
+
+
 def _load_again() -> native.NativeStatus:
     return extension._load.__wrapped__()[1]
 
