@@ -5,7 +5,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "collapse_levels.h"
 #include "fastdean.h"
+#include "importance_levels.h"
 #include "tensor_facts.h"
 
 #ifndef FASTDEAN_WITH_CUDA
@@ -185,10 +187,35 @@ void collapse_alignment_backward_cuda(int64_t params, int64_t stream) {
 }
 #endif
 
+const char* name_of(fastdean::CpuLevel level) {
+  switch (level) {
+    case fastdean::CpuLevel::kPortable:
+      return "portable";
+    case fastdean::CpuLevel::kAvx2:
+      return "AVX2";
+    case fastdean::CpuLevel::kAvx512:
+      return "AVX512";
+    case fastdean::CpuLevel::kAvx512Bf16:
+      return "AVX512-BF16";
+  }
+  throw std::logic_error("every level must have a name");
+}
+
+// NAME_LEVELS: those that an operation was compiled for; NAME_LEVEL: the one that runs here.
+template <std::size_t count>
+void add_levels(py::module_& m, const std::string& name,
+                const fastdean::CpuLevel (&levels)[count]) {
+  py::tuple names(count);
+  for (std::size_t i = 0; i < count; ++i) names[i] = name_of(levels[i]);
+  m.attr((name + "_LEVELS").c_str()) = names;
+  m.attr((name + "_LEVEL").c_str()) =
+      name_of(fastdean::highest_level(levels, fastdean::best_cpu_level()));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled operations of fastdean; fastdean/native.py is the only caller.";
+  m.doc() = "Compiled operations of fastdean; fastdean/native/ is the only caller.";
 
   m.attr("ABI_VERSION") = fastdean::kAbiVersion;
   m.attr("COMPILER") = FASTDEAN_COMPILER;
@@ -204,6 +231,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("DTYPE_FLOAT64") = static_cast<int64_t>(fastdean::DType::kFloat64);
 
   m.attr("CPU_LEVEL") = static_cast<int64_t>(fastdean::best_cpu_level());
+  add_levels(m, "IMPORTANCE", fastdean::kImportanceLevels);
+  add_levels(m, "COLLAPSE", fastdean::kCollapseLevels);
 
   m.def("accumulate_importance_workspace_bytes", &importance_workspace_bytes, py::kw_only(),
         py::arg("params"));

@@ -71,15 +71,15 @@ Layout layout_of(const CollapseParams& p) {
 template <class T>
 CollapseLoops<T> loops_of(int64_t level) {
   CollapseLoops<T> loops;
+  switch (highest_level(kCollapseLevels, static_cast<CpuLevel>(level))) {
 #ifdef FASTDEAN_X86_LEVELS
-  if (level >= static_cast<int64_t>(CpuLevel::kAvx2)) {
-    avx2_collapse_loops(&loops);
-    return loops;
-  }
-#else
-  static_cast<void>(level);
+    case CpuLevel::kAvx2:
+      avx2_collapse_loops(&loops);
+      break;
 #endif
-  set_all_loops(&loops);
+    default:
+      set_all_loops(&loops);
+  }
   return loops;
 }
 

@@ -3,7 +3,17 @@
 
 #include <cstdint>
 
+#include "fastdean.h"
+
 namespace fastdean {
+
+// Ascending; all that this build has loops for. A processor beyond the last one takes the last one.
+constexpr CpuLevel kCollapseLevels[] = {
+    CpuLevel::kPortable,
+#ifdef FASTDEAN_X86_LEVELS
+    CpuLevel::kAvx2,
+#endif
+};
 
 // Scaled and centred, a class's row of sums is its mean's distance from the centre:
 // sums * per_count - centre. All pointers are to the first of `columns` elements of a row.

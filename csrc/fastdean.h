@@ -4,6 +4,7 @@
 // tables included, and has checked every value that a function below does not say it checks.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #ifdef FASTDEAN_WITH_CUDA
@@ -12,9 +13,9 @@
 
 namespace fastdean {
 
-// Raised by one with every change of a struct or a signature in this file; native.py names the
-// number it was written for and refuses another.
-constexpr int kAbiVersion = 4;
+// Raised by one with every change of a struct or a signature in this file, or of the constants that
+// Python reads; fastdean/native/extension.py names the number it was written for, refusing another.
+constexpr int kAbiVersion = 5;
 
 constexpr int kMaxRank = 8;
 
@@ -40,6 +41,16 @@ enum class CpuLevel : int64_t {
   kAvx512 = 2,     // AVX512F
   kAvx512Bf16 = 3,
 };
+
+// The highest of `levels`, which ascend from kPortable, that is not above `limit`.
+template <std::size_t count>
+constexpr CpuLevel highest_level(const CpuLevel (&levels)[count], CpuLevel limit) {
+  CpuLevel found = CpuLevel::kPortable;
+  for (const CpuLevel level : levels) {
+    if (level <= limit) found = level;
+  }
+  return found;
+}
 
 // One tensor of a mask operation: one row of the table that Python writes as int64 [T, kRowFields].
 // Every field has eight bytes so that the row has no padding.

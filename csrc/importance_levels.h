@@ -3,7 +3,19 @@
 
 #include <cstdint>
 
+#include "fastdean.h"
+
 namespace fastdean {
+
+// Ascending; all that this build has a tile for.
+constexpr CpuLevel kImportanceLevels[] = {
+    CpuLevel::kPortable,
+#ifdef FASTDEAN_X86_LEVELS
+    CpuLevel::kAvx2,
+    CpuLevel::kAvx512,
+    CpuLevel::kAvx512Bf16,
+#endif
+};
 
 // One way to compute a tile.
 struct TileKernel {

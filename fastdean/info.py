@@ -88,6 +88,7 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
         ("CPU threads", str(info["threads"])),
         ("CPU instructions", info["cpu_capability"]),
         ("extension", _describe_native(info["native"])),
+        *_cpu_levels(info["native"]),
         ("FASTDEAN_IMPL", info["default_impl"] or "not set"),
     ]
 
@@ -98,6 +99,14 @@ def _describe_native(native: dict[str, Any]) -> str:
         return f"{native['state']}: {native['reason']}"
     cuda = f"CUDA {build['cuda']} for sm {build['architectures']}" if build["cuda"] else "no CUDA"
     return f"{native['state']}: {build['compiler']}, {cuda}, ABI {build['abi']}"
+
+
+def _cpu_levels(native: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """Lines on the instruction sets of the extension, one for each operation that has several."""
+    label = "its CPU levels"
+    for levels in native["build"]["cpu_levels"] if native["build"] else ():
+        yield label, f"{levels['op']}: {' '.join(levels['compiled'])} (in use: {levels['in_use']})"
+        label = ""
 
 
 def _dispatch_lines(rows: Iterable[dict[str, Any]]) -> Iterable[tuple[str, str, str]]:

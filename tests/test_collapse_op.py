@@ -12,6 +12,8 @@ from budget import assert_within_budget
 import fastdean
 from fastdean import native
 from fastdean.collapse import alignment
+from fastdean.native import collapse as gate
+from fastdean.native import extension
 from fastdean.ops import collapse, collapse_alignment, reference
 
 STATISTICS = ("std", "cv", "mean")
@@ -537,7 +539,7 @@ def test_two_python_threads_on_two_states():
 def take_level(monkeypatch, level):
     """Run on the instruction set of this number, or the best one where the processor lacks it."""
     level = min(level, native.cpu_level())
-    monkeypatch.setattr(native, "cpu_level", lambda: level)
+    monkeypatch.setattr(gate, "cpu_level", lambda: level)
 
 
 def every_half(dtype):
@@ -586,12 +588,12 @@ def test_gradients_in_half_precision_are_rounded_to_nearest_even(monkeypatch, dt
 
 
 def test_names_of_statistics_are_the_same_everywhere():
-    assert native._COLLAPSE_STATISTICS == collapse.STATISTICS == STATISTICS
+    assert gate.STATISTICS == collapse.STATISTICS == STATISTICS
 
 
 @pytest.mark.usefixtures("compiled")
 def test_the_fields_are_those_of_the_compiled_struct():
-    assert len(native._COLLAPSE_FIELDS) == native._extension().COLLAPSE_FIELDS
+    assert len(gate.FIELDS) == extension.loaded().COLLAPSE_FIELDS
 
 
 def call(**changes):

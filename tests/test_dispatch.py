@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from types import SimpleNamespace
@@ -10,11 +11,14 @@ import pytest
 import torch
 
 from fastdean import kernels, native
+from fastdean.native import extension
 from fastdean.ops import _dispatch, reference, zero_at_
 from fastdean.ops._dispatch import choose, explain
 
-BUILT = native.BuildFacts(compiler="GNU 1", cuda="", architectures="", abi=native.ABI_VERSION)
-BUILT_WITH_CUDA = native.BuildFacts("GNU 1", "13.0", "80 90", native.ABI_VERSION)
+BUILT = native.BuildFacts(
+    compiler="GNU 1", cuda="", architectures="", abi=native.ABI_VERSION, cpu_levels=()
+)
+BUILT_WITH_CUDA = dataclasses.replace(BUILT, cuda="13.0", architectures="80 90")
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +28,7 @@ def no_default_from_outside(monkeypatch):
 
 def _pretend(monkeypatch, state: str, reason: str = "", build: native.BuildFacts | None = None):
     status = native.NativeStatus(state, reason, build)
-    monkeypatch.setattr(native, "_load", lambda: (None, status))
+    monkeypatch.setattr(extension, "_load", lambda: (None, status))
 
 
 def _pretend_interpreting(monkeypatch, interpreted: bool):
@@ -223,8 +227,31 @@ def test_explain_reports_a_broken_extension_instead_of_raising(monkeypatch):
     assert "undefined symbol" in dict(row.others)["native"]
 
 
+@pytest.mark.parametrize("asked", ["native", "fast"], ids=["cannot_run", "unknown"])
+def test_explain_blames_an_unusable_default_for_what_could_run(monkeypatch, asked):
+    _pretend(monkeypatch, "missing", "this install has no compiled extension")
+    monkeypatch.setenv("FASTDEAN_IMPL", asked)
+    row = next(row for row in explain("cpu") if row.op == "zero_at_")
+    assert row.chosen == "" and row.reason.startswith("FASTDEAN_IMPL")
+    assert dict(row.others) == {
+        "reference": f"FASTDEAN_IMPL={asked} asks for another one",
+        "triton": "there is no Triton kernel for zero_at_ in this version",
+        "native": "this install has no compiled extension",
+    }
+
+
+def test_explain_tells_a_preference_from_a_default(monkeypatch):
+    _pretend(monkeypatch, "available", build=BUILT)
+    monkeypatch.setenv("FASTDEAN_IMPL", "reference")
+    chosen = {row.op: row for row in explain("cpu")}["zero_at_"]
+    assert dict(chosen.others)["native"] == "FASTDEAN_IMPL=reference asks for another one"
+    monkeypatch.setenv("FASTDEAN_IMPL", "triton")
+    fallen_back = {row.op: row for row in explain("cpu")}["zero_at_"]
+    assert dict(fallen_back.others)["reference"] == "another one is preferred"
+
+
 def _load_again() -> native.NativeStatus:
-    return native._load.__wrapped__()[1]
+    return extension._load.__wrapped__()[1]
 
 
 def test_an_absent_extension_is_a_normal_state(monkeypatch):
@@ -277,15 +304,15 @@ def test_an_extension_with_cuda_imports_without_a_driver_and_its_calls_raise(ext
     if torch.cuda.is_available():
         pytest.skip("this machine has a driver")
     build = native.status().build
-    extension = native._extension()
+    compiled = extension.loaded()
     if not build.cuda:
-        assert not hasattr(extension, "zero_at_cuda")
+        assert not hasattr(compiled, "zero_at_cuda")
         return
     assert build.architectures
     for op in ("gather_at", "write_at", "zero_at"):
         with pytest.raises(RuntimeError, match=f"{op} on CUDA: cudaError"):
-            getattr(extension, f"{op}_cuda")(rows=0, num_rows=1, max_count=1, stream=0)
+            getattr(compiled, f"{op}_cuda")(rows=0, num_rows=1, max_count=1, stream=0)
     with pytest.raises(RuntimeError, match="replace_at on CUDA: cudaError"):
-        extension.replace_at_cuda(
+        compiled.replace_at_cuda(
             rows=0, num_rows=1, max_count=1, reverse=False, write=True, first_other=0, stream=0
         )

@@ -53,7 +53,7 @@ def test_every_level_is_within_the_budget(level, dtype, segments, rows, columns)
     x, g = random(tokens, columns, seed=1, dtype=dtype), random(tokens, rows, seed=2, dtype=dtype)
     acc = random(rows, columns, seed=3).abs()
     exact, same = (sums(acc, x, g, segments, d) for d in (torch.float64, torch.float32))
-    native._accumulate_importance_(acc, x, g, segments, level=level)
+    native.accumulate_importance_(acc, x, g, segments, level=level)
     assert_within_budget(acc, same, exact)
 
 
@@ -66,7 +66,7 @@ def test_threads_do_not_change_a_bit(level, dtype):
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             acc = torch.zeros(50, 70)
-            native._accumulate_importance_(acc, x, g, LONG, level=level)
+            native.accumulate_importance_(acc, x, g, LONG, level=level)
             results.append(acc)
     finally:
         torch.set_num_threads(before)
@@ -80,7 +80,7 @@ def test_half_precision_reads_every_number(level):
     ones = torch.ones_like(x)
     acc = torch.zeros(1, len(x))
     one = torch.tensor([[0, 1]])
-    native._accumulate_importance_(acc, x.T.contiguous(), ones[:1], one, level=level)
+    native.accumulate_importance_(acc, x.T.contiguous(), ones[:1], one, level=level)
     assert torch.equal(acc[0], x[:, 0].float().abs())
 
 
@@ -104,7 +104,7 @@ def test_two_python_threads_on_two_accumulators():
 def test_an_instruction_set_that_is_not_there_is_refused():
     acc = torch.zeros(3, 4)
     with pytest.raises(ValueError, match="level must be an instruction set that this processor"):
-        native._accumulate_importance_(
+        native.accumulate_importance_(
             acc, torch.ones(2, 4), torch.ones(2, 3), torch.tensor([[0, 2]]), level=9
         )
     assert not acc.any()

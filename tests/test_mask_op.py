@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastdean import native
+from fastdean.native import extension
 from fastdean.ops import _checks, gather_at, prepare_replacement, write_at_, zero_at_
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -454,7 +455,7 @@ def test_one_thread_and_two_write_the_same(prepared_here):
 def test_checks_and_extension_agree_on_the_rank_they_allow(extension_built):
     if not extension_built:
         pytest.skip("an install without the extension is under test")
-    assert native._extension().MAX_RANK == _checks.MAX_RANK
+    assert extension.loaded().MAX_RANK == _checks.MAX_RANK
 
 
 @pytest.mark.slow

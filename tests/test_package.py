@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 import fastdean
 from fastdean import info, native, ops
+from fastdean.native import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(fastdean.__file__).parent
@@ -107,12 +109,90 @@ def test_info_is_plain_data_and_names_what_runs():
         assert re.search(rf"^{row['op']} +{row['chosen']} ", text, flags=re.MULTILINE)
 
 
+# What each instruction set asks of an x86-64 processor, as Linux calls it.
+NEEDED = {
+    "portable": set(),
+    "AVX2": {"avx2", "fma"},
+    "AVX512": {"avx512f"},
+    "AVX512-BF16": {"avx512f", "avx512_bf16"},
+}
+
+
+def _instructions_of_this_processor() -> set[str]:
+    described = Path("/proc/cpuinfo").read_text()
+    flags = re.search(r"^flags\s*:(.*)$", described, flags=re.MULTILINE)
+    return set(flags[1].split()) if flags else set()
+
+
+def test_info_names_the_instruction_sets_of_the_extension_and_of_this_processor(extension_built):
+    if not extension_built:
+        pytest.skip("an install without the extension is under test")
+    if sys.platform != "linux":
+        pytest.skip("compares with what Linux says of the processor")
+    facts = info.collect()
+    found = {levels["op"]: levels for levels in facts["native"]["build"]["cpu_levels"]}
+    every = tuple(NEEDED) if platform.machine() == "x86_64" else ("portable",)
+    assert {op: levels["compiled"] for op, levels in found.items()} == {
+        "accumulate_importance_": every,
+        "collapse_alignment": every[:2],
+    }
+    assert found.keys() <= {row["op"] for row in facts["dispatch"]["cpu"]}
+    instructions = _instructions_of_this_processor()
+    for levels in found.values():
+        able = [name for name in levels["compiled"] if NEEDED[name] <= instructions]
+        assert levels["in_use"] == able[-1]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "architectures", "words"),
+    [("13.0", "80 90", "CUDA 13.0 for sm 80 90"), ("", "", "no CUDA")],
+    ids=["cuda", "no_cuda"],
+)
+def test_info_says_how_the_extension_was_compiled(monkeypatch, cuda, architectures, words):
+    levels = (
+        native.CpuLevels("accumulate_importance_", ("portable", "AVX2", "AVX512"), "AVX2"),
+        native.CpuLevels("collapse_alignment", ("portable",), "portable"),
+    )
+    build = native.BuildFacts("GNU 1.2", cuda, architectures, 7, levels)
+    status = native.NativeStatus("available", "", build)
+    monkeypatch.delenv("FASTDEAN_IMPL", raising=False)
+    monkeypatch.setattr(extension, "_load", lambda: (None, status))
+    facts = info.collect()
+    assert json.loads(json.dumps(facts["native"])) == {
+        "state": "available",
+        "reason": "",
+        "build": {
+            "compiler": "GNU 1.2",
+            "cuda": cuda,
+            "architectures": architectures,
+            "abi": 7,
+            "cpu_levels": [
+                {
+                    "op": "accumulate_importance_",
+                    "compiled": ["portable", "AVX2", "AVX512"],
+                    "in_use": "AVX2",
+                },
+                {"op": "collapse_alignment", "compiled": ["portable"], "in_use": "portable"},
+            ],
+        },
+    }
+    lines = [re.sub("  +", " | ", line) for line in info.render(facts).splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("extension"))
+    assert lines[start : start + 4] == [
+        f"extension | available: GNU 1.2, {words}, ABI 7",
+        "its CPU levels | accumulate_importance_: portable AVX2 AVX512 (in use: AVX2)",
+        " | collapse_alignment: portable (in use: portable)",
+        "FASTDEAN_IMPL | not set",
+    ]
+
+
 def test_info_reports_a_broken_extension(monkeypatch):
     monkeypatch.delenv("FASTDEAN_IMPL", raising=False)
     status = native.NativeStatus("broken", "importing fastdean._C failed: undefined symbol", None)
-    monkeypatch.setattr(native, "_load", lambda: (None, status))
+    monkeypatch.setattr(extension, "_load", lambda: (None, status))
     text = info.render(info.collect())
     assert "broken: importing fastdean._C failed: undefined symbol" in text
+    assert "CPU levels" not in text
     assert re.search(r"^zero_at_ +raises +the compiled extension must be", text, re.MULTILINE)
 
 

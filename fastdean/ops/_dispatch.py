@@ -247,6 +247,15 @@ def _why_not(op: str, device: torch.device, impl: str) -> str:
     if entry is None:
         return _absence(op, impl)
     try:
-        return entry.refuses(device, None) or entry.declines(device) or "another one is preferred"
+        return entry.refuses(device, None) or entry.declines(device) or _outranked(op)
     except RuntimeError as error:
         return str(error)
+
+
+def _outranked(op: str) -> str:
+    """Why an implementation of `op` that could run does not."""
+    asked = os.environ.get(ENVIRONMENT_VARIABLE)
+    falls_back = asked in IMPLEMENTATIONS and all(entry.name != asked for entry in _TABLE[op])
+    if not asked or falls_back:
+        return "another one is preferred"
+    return f"{ENVIRONMENT_VARIABLE}={asked} asks for another one"

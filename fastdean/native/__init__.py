@@ -1,0 +1,37 @@
+"""Tensors to pointers: the one gate to the compiled extension.
+
+Pointers go stale without a word (`.to()`, `p.data =`, offload), so pointer, shape, strides, dtype
+and device are read anew on every call; what is kept of them is only ever compared with.
+"""
+
+from fastdean.native.collapse import collapse_alignment, collapse_alignment_backward
+from fastdean.native.extension import (
+    ABI_VERSION,
+    BuildFacts,
+    CpuLevels,
+    NativeStatus,
+    cpu_level,
+    refusal,
+    status,
+)
+from fastdean.native.importance import accumulate_importance_
+from fastdean.native.masks import gather_at, write_at_, zero_at_
+from fastdean.native.replacement import Replacement, can_replace
+
+__all__ = [
+    "ABI_VERSION",
+    "BuildFacts",
+    "CpuLevels",
+    "NativeStatus",
+    "Replacement",
+    "accumulate_importance_",
+    "can_replace",
+    "collapse_alignment",
+    "collapse_alignment_backward",
+    "cpu_level",
+    "gather_at",
+    "refusal",
+    "status",
+    "write_at_",
+    "zero_at_",
+]

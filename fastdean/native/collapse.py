@@ -1,0 +1,160 @@
+"""The collapse-alignment loss and its backward, on the CPU and on CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from fastdean.native.extension import cpu_level, dtype_code, loaded
+
+# In the order of `CollapseStatistic` of csrc/fastdean.h.
+STATISTICS = ("std", "cv", "mean")
+
+# `CollapseParams` of csrc/fastdean.h.
+FIELDS = (
+    "features",
+    "features_stride",
+    "features_dtype",
+    "labels",
+    "weight",
+    "weight_stride",
+    "weight_dtype",
+    "old_sums",
+    "old_counts",
+    "decay",
+    "statistic",
+    "sums",
+    "counts",
+    "centre",
+    "factors",
+    "loss",
+    "sums_dtype",
+    "grad_loss",
+    "grad_weight",
+    "grad_features",
+    "rows",
+    "columns",
+    "classes",
+    "level",
+    "num_workers",
+    "workspace",
+)
+
+
+def collapse_alignment(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    sums: torch.Tensor,
+    counts: torch.Tensor,
+    decay: float,
+    statistic: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`ops.collapse_alignment` in compiled code, with the centre and factors for its backward.
+
+    The arguments have passed the checks of `ops.collapse_alignment`.
+    """
+    features, weight = _with_contiguous_rows(features), _with_contiguous_rows(weight)
+    labels, sums, counts = labels.contiguous(), sums.contiguous(), counts.contiguous()
+    loss = sums.new_empty(())
+    centre, factors = sums.new_empty(sums.shape[1]), sums.new_empty(3, len(sums))
+    new_sums, new_counts = torch.empty_like(sums), torch.empty_like(counts)
+    decay_cell = torch.tensor(decay, dtype=torch.float64)
+    _run_collapse(
+        "collapse_alignment",
+        weight.device,
+        features=features.data_ptr(),
+        features_stride=features.stride(0),
+        features_dtype=features.dtype,
+        labels=labels.data_ptr(),
+        weight=weight.data_ptr(),
+        weight_stride=weight.stride(0),
+        weight_dtype=weight.dtype,
+        old_sums=sums.data_ptr(),
+        old_counts=counts.data_ptr(),
+        decay=decay_cell.data_ptr(),
+        statistic=STATISTICS.index(statistic),
+        sums=new_sums.data_ptr(),
+        counts=new_counts.data_ptr(),
+        centre=centre.data_ptr(),
+        factors=factors.data_ptr(),
+        loss=loss.data_ptr(),
+        sums_dtype=sums.dtype,
+        rows=len(labels),
+        columns=sums.shape[1],
+        classes=len(sums),
+    )
+    return loss, new_sums, new_counts, centre, factors
+
+
+def collapse_alignment_backward(
+    grad_loss: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    sums: torch.Tensor,
+    counts: torch.Tensor,
+    centre: torch.Tensor,
+    factors: torch.Tensor,
+    features_dtype: torch.dtype,
+    needs_weight: bool,
+    needs_features: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ops.collapse_alignment_backward` in compiled code."""
+    weight, labels = _with_contiguous_rows(weight), labels.contiguous()
+    sums, counts, centre, factors = (t.contiguous() for t in (sums, counts, centre, factors))
+    grad_weight = weight.new_empty(sums.shape if needs_weight else 0)
+    shape = (len(labels), sums.shape[1]) if needs_features else 0
+    grad_features = weight.new_empty(shape, dtype=features_dtype)
+    if needs_weight or needs_features:
+        _run_collapse(
+            "collapse_alignment_backward",
+            weight.device,
+            features_dtype=features_dtype,
+            labels=labels.data_ptr(),
+            weight=weight.data_ptr(),
+            weight_stride=weight.stride(0),
+            weight_dtype=weight.dtype,
+            sums=sums.data_ptr(),
+            counts=counts.data_ptr(),
+            centre=centre.data_ptr(),
+            factors=factors.data_ptr(),
+            sums_dtype=sums.dtype,
+            grad_loss=grad_loss.data_ptr(),
+            grad_weight=grad_weight.data_ptr() if needs_weight else 0,
+            # No rows have no address either, and nothing to compute.
+            grad_features=grad_features.data_ptr() if needs_features else 0,
+            rows=len(labels),
+            columns=sums.shape[1],
+            classes=len(sums),
+        )
+    return grad_weight, grad_features
+
+
+def _with_contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix, or a copy of it where the elements of a row do not lie side by side."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _run_collapse(op: str, device: torch.device, **fields: int | torch.dtype) -> None:
+    """Calls the compiled `op`; a field that it does not read may be left out."""
+    extension = loaded()
+    fields.update(level=cpu_level(), num_workers=torch.get_num_threads())
+    values = [fields.get(name, 0) for name in FIELDS]
+    codes = [
+        dtype_code(extension, value) if isinstance(value, torch.dtype) else value
+        for value in values
+    ]
+    params = torch.tensor(codes, dtype=torch.int64)
+    if device.type == "cpu":
+        size = extension.collapse_workspace_bytes(params=params.data_ptr())
+        workspace = torch.empty(size, dtype=torch.uint8)
+        params[-1] = workspace.data_ptr()
+        getattr(extension, f"{op}_cpu")(params=params.data_ptr())
+        return
+    with torch.cuda.device(device):
+        size = extension.collapse_cuda_workspace_bytes(params=params.data_ptr())
+        # Freed while the kernels may still run: safe, the allocator reuses memory in the order of
+        # this stream.
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        params[-1] = workspace.data_ptr()
+        stream = torch.cuda.current_stream(device).cuda_stream
+        getattr(extension, f"{op}_cuda")(params=params.data_ptr(), stream=stream)

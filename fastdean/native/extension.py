@@ -1,0 +1,147 @@
+"""The compiled extension `fastdean._C`: whether it is there, how it was built, what it refuses.
+
+It is in one of three states. *available*; *missing*, which is normal (installed with
+FASTDEAN_NATIVE=OFF, or run from a source tree); *broken*, when it is there and cannot be used:
+then every use raises, because falling back would hide a damaged install.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+# The number in csrc/fastdean.h that this package was written for.
+ABI_VERSION = 5
+
+_REINSTALL = "reinstall fastdean, or set FASTDEAN_IMPL=reference to do without the extension"
+
+
+@dataclass(frozen=True)
+class CpuLevels:
+    """The instruction sets that an operation, its backward included, was compiled for, ascending.
+
+    `in_use` is the one that this processor takes; with AVX512-BF16, what is not bf16 takes AVX512.
+    """
+
+    op: str
+    compiled: tuple[str, ...]
+    in_use: str
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """How the extension was compiled; `cuda` and `architectures` are empty without CUDA."""
+
+    compiler: str
+    cuda: str
+    architectures: str
+    abi: int
+    cpu_levels: tuple[CpuLevels, ...]
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """State of the extension, why it is not available ("" when it is), and its build."""
+
+    state: Literal["available", "missing", "broken"]
+    reason: str
+    build: BuildFacts | None
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, NativeStatus]:
+    name = "fastdean._C"
+    try:
+        extension = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            reason = "this install has no compiled extension"
+            return None, NativeStatus("missing", reason, None)
+        return None, NativeStatus("broken", f"importing {name} failed: {error}", None)
+    except Exception as error:  # whatever a damaged binary raises is the reason we report
+        return None, NativeStatus("broken", f"importing {name} failed: {error}", None)
+
+    abi = getattr(extension, "ABI_VERSION", None)
+    if abi != ABI_VERSION:
+        reason = f"{name} has ABI number {abi} and this fastdean needs {ABI_VERSION}"
+        return None, NativeStatus("broken", reason, None)
+    return extension, NativeStatus("available", "", _build_of(extension))
+
+
+def _build_of(extension: ModuleType) -> BuildFacts:
+    return BuildFacts(
+        compiler=extension.COMPILER,
+        cuda=extension.CUDA_VERSION,
+        architectures=extension.CUDA_ARCHITECTURES,
+        abi=extension.ABI_VERSION,
+        cpu_levels=(
+            CpuLevels(
+                "accumulate_importance_", extension.IMPORTANCE_LEVELS, extension.IMPORTANCE_LEVEL
+            ),
+            CpuLevels("collapse_alignment", extension.COLLAPSE_LEVELS, extension.COLLAPSE_LEVEL),
+        ),
+    )
+
+
+def status() -> NativeStatus:
+    """The state of the extension. Imports it on the first call; never raises."""
+    return _load()[1]
+
+
+def _raise_if_broken() -> None:
+    """Raises: RuntimeError if the extension is present and cannot be used."""
+    found = status()
+    if found.state == "broken":
+        raise RuntimeError(
+            f"the compiled extension must be usable or absent, got {found.reason}; {_REINSTALL}"
+        )
+
+
+def refusal(device: torch.device) -> str:
+    """Why the extension cannot run on `device`; "" if it can.
+
+    Raises: RuntimeError if the extension is broken.
+    """
+    _raise_if_broken()
+    found = status()
+    if found.build is None:
+        return found.reason
+    if device.type == "cpu":
+        return ""
+    if device.type != "cuda":
+        return f"the extension runs on CPU and CUDA tensors, not on {device.type}"
+    if not found.build.cuda:
+        return "the extension was compiled without CUDA"
+    return ""
+
+
+def cpu_level() -> int:
+    """Number of the highest instruction set that the extension and this processor both have."""
+    return loaded().CPU_LEVEL
+
+
+def loaded() -> ModuleType:
+    """The extension itself.
+
+    Raises: RuntimeError if it is missing or broken.
+    """
+    _raise_if_broken()
+    extension, found = _load()
+    if extension is None:
+        raise RuntimeError(f"impl='native' must have a compiled extension; {found.reason}")
+    return extension
+
+
+def dtype_code(extension: ModuleType, dtype: torch.dtype) -> int:
+    """The `DType` of csrc/fastdean.h; `extension` is what `loaded` returned."""
+    return {
+        torch.float16: extension.DTYPE_FLOAT16,
+        torch.bfloat16: extension.DTYPE_BFLOAT16,
+        torch.float32: extension.DTYPE_FLOAT32,
+        torch.float64: extension.DTYPE_FLOAT64,
+    }[dtype]

@@ -1,0 +1,96 @@
+"""Single entries of weights, switched between two states many times: described and packed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastdean.native.autograd import increment_versions
+from fastdean.native.extension import loaded
+from fastdean.native.places import Places
+
+# What torch calls DLPack's table of C functions.
+_DLPACK = "__dlpack_c_exchange_api__"
+
+
+def can_replace() -> bool:
+    """Whether this torch describes its tensors through DLPack's C functions."""
+    api = getattr(torch.Tensor, _DLPACK, None)
+    return api is not None and loaded().describes_tensors(api=api)
+
+
+class Replacement:
+    """Two states of the same places, either of which is put over the other: any number of times.
+
+    On CUDA a call is two launches, a comparison and a write that looks at its outcome, and reads
+    one number back: the host waits for what the current stream was given before.
+
+    Args:
+        tensors, indices: as for `masks.zero_at_`; no tensor is kept.
+        before, after: per tensor one value per index, in its dtype, on the CPU.
+    Raises: RuntimeError as `masks.zero_at_`.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        indices: Sequence[torch.Tensor],
+        before: Sequence[torch.Tensor],
+        after: Sequence[torch.Tensor],
+    ) -> None:
+        self._extension = loaded()
+        self._api = getattr(torch.Tensor, _DLPACK)
+        self._facts = torch.empty(len(tensors), self._extension.FACT_FIELDS, dtype=torch.int64)
+        self._facts_at = self._facts.data_ptr()
+        self._extension.read_facts(api=self._api, tensors=list(tensors), facts=self._facts_at)
+        self._places = Places(tensors, indices, after, before)
+        self._on_cpu = self._places.device.type == "cpu"
+        if not self._on_cpu:
+            # Later calls may come from another stream than the one that copied the tables.
+            torch.cuda.current_stream(self._places.device).synchronize()
+
+    def replace_(
+        self, tensors: Sequence[torch.Tensor], *, back: bool = False, write: bool = True
+    ) -> bool:
+        """Put `after` over `before`, or `before` over `after` where `back`; False: nothing written.
+
+        Args:
+            tensors: a list of what is to be edited, now.
+            write: False only compares.
+        Returns: False if a tensor is not the type, address, shape, strides, dtype and device that
+            it was, or if any place holds another value than the one to be written over, by bits.
+        """
+        extension = self._extension
+        if not extension.same_facts(api=self._api, tensors=tensors, facts=self._facts_at):
+            return False
+        first_other = self._on_places(reverse=back, write=write)
+        if first_other != len(tensors):
+            return False
+        if write:
+            increment_versions(tensors)
+        return True
+
+    def _on_places(self, *, reverse: bool, write: bool) -> int:
+        places = self._places
+        if self._on_cpu:
+            return self._extension.replace_at_cpu(
+                rows=places.rows_at,
+                num_rows=places.num_rows,
+                num_workers=torch.get_num_threads(),
+                reverse=reverse,
+                write=write,
+            )
+        with torch.cuda.device(places.device):
+            first_other = torch.empty(1, dtype=torch.int64, device=places.device)
+            self._extension.replace_at_cuda(
+                rows=places.rows_at,
+                num_rows=places.num_rows,
+                max_count=places.max_count,
+                reverse=reverse,
+                write=write,
+                first_other=first_other.data_ptr(),
+                stream=torch.cuda.current_stream(places.device).cuda_stream,
+            )
+            found = int(first_other)
+        return places.num_rows if found == -1 else found
