@@ -249,7 +249,73 @@ def test_a_missing_section_is_left_out_and_the_others_stay(missing):
 
 
 def test_no_results_make_a_page_without_sections():
-    assert headings(render_report({})) == ["What these numbers are not"]
+    assert headings(render_report({})) == []
+
+
+DEBIASED = {
+    "collapse": {
+        "classes": {"kept": 61, "left_out": 3, "groups": {"female": 30, "male": 31}},
+        "settings": {"shift": "next"},
+        "metrics": {
+            "NC3": {"definition": "mean cosine", "values": {"before": 0.125, "after": 0.25}},
+            "NC1": {
+                "definition": "CDNV, exponent 2",
+                "values": {"before": "inf", "after": None},
+                "notes": {"before": "2 classes have one mean"},
+            },
+        },
+    },
+    "bias": {
+        "CrowS-Pairs": {
+            "unit": "percentage points",
+            "neutral": 50.0,
+            "definition": "share of pairs",
+            "before": {"value": 61.0, "low": 55.0, "high": 67.0, "n": 262},
+            "after": {"value": 60.0, "low": 54.0, "high": 66.0, "n": 262},
+            "change": {"value": -1.0, "low": -4.0, "high": 2.0},
+        },
+        "SEAT <6>": {"before": {"value": 0.4, "low": None, "high": None, "n": 8}},
+    },
+    "training": {
+        "method": "causal",
+        "history": [
+            {"step": i, "loss": 2.0 / i, "base": 1.0 / i, "collapse": None} for i in (1, 2)
+        ],
+        "evaluations": [{"step": 0, "(U)NC3": 0.2}, {"step": 2, "(U)NC3": 0.1}],
+    },
+}
+
+
+def test_a_debiased_model_is_shown_before_and_after():
+    page = render_report(DEBIASED)
+    assert headings(page)[:3] == ["Neural collapse", "Bias measures", "Training"]
+    metrics = cells(page, "Neural collapse on these words")
+    assert metrics[1:] == [
+        ["NC3", "mean cosine", "0.1250", "0.2500"],
+        ["NC1", "CDNV, exponent 2", "infinite", "–"],
+    ]
+    assert "2 classes have one mean" in page
+    assert "61 classes, each one form of a word (female 30, male 31); 3 words left out" in page
+    bias = cells(page, "Bias measures")
+    assert bias[1][:2] == ["CrowS-Pairs", "no effect beyond noise"]
+    assert bias[1][-3:] == ["−1.0", "[−4.0, 2.0]", "262"]
+    assert bias[2][:2] == ["SEAT <6>", "not compared"]
+    training = cells(page, "Training")
+    assert training == [["Step", "Loss", "Base"], ["1", "2.000", "1.000"], ["2", "1.000", "0.5000"]]
+    labels = [node.get("aria-label") for node in parse(page).iter("svg") if node.get("aria-label")]
+    assert any(
+        "(U)NC3 against steps: 0.2000 at step 0, 0.1000 at step 2." in each for each in labels
+    )
+    assert "an even alignment is not fairness" in page
+    assert "makes a model neither smaller nor faster" not in page
+
+
+@pytest.mark.parametrize("section", sorted(DEBIASED))
+def test_an_empty_or_partial_section_of_a_debiased_model_is_no_crash(section):
+    for content in ({"x": None}, {"history": []}, {"metrics": {"NC3": None}}, {"y": {}}):
+        if section == "bias":
+            content = {"y": content if "x" in content else {}}
+        assert parse(render_report({section: content})) is not None
 
 
 def test_a_result_without_a_section_of_its_own_is_still_shown():

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fastdean.atomic import write_text_atomic
+from fastdean.report.collapse import bias_section, collapse_section, training_section
 from fastdean.report.coupled import coupling_section, coupling_totals, overlap_section
 from fastdean.report.effects import (
     dependence_section,
@@ -38,23 +39,52 @@ _KINDS = {
     "title": str, "created": str, "command": str, "versions": dict, "findings": list,
     "model": dict, "data": dict, "options": dict, "coverage": dict, "coupling": dict,
     "overlap": list, "hsic": dict, "margins": dict, "perplexity": dict, "cost": list,
-    "files": dict, "manifest": dict, "warnings": list,
+    "files": dict, "manifest": dict, "warnings": list, "collapse": dict, "training": dict,
+    "bias": dict,
 }  # fmt: skip
 
 # Nothing on the page may load or run anything, even if a string should ever slip through.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 
+# What the numbers of these sections are not.
 _LIMITS = (
-    "A margin compares the likelihoods of given answers. It is not the verdict of a judge on what "
-    "the model writes, and no measure of how often it refuses what it should answer.",
-    "Each interval covers chance in the drawing of the examples measured here, not the choice of "
-    "model, data or ratio. The more masks are compared, the likelier one interval excludes no "
-    "effect by chance.",
-    "The importance of an entry is a first-order estimate of what zeroing it does to the loss. "
-    "Coupling is an overlap of such estimates and not a mechanism.",
-    "HSIC needs pairs, and a fairness example has no natural partner among the privacy examples: "
-    "the pairing is arbitrary, and another one gives other values.",
-    "Editing entries where they stand makes a model neither smaller nor faster.",
+    (
+        ("margins",),
+        "A margin compares the likelihoods of given answers. It is not the verdict of a judge on "
+        "what the model writes, and no measure of how often it refuses what it should answer.",
+    ),
+    (
+        ("bias",),
+        "A bias measure compares likelihoods on the sentences of one benchmark. A value at its "
+        "neutral point does not make a model fair, and measures of different benchmarks need not "
+        "agree.",
+    ),
+    (
+        ("margins", "perplexity", "bias"),
+        "Each interval covers chance in the drawing of the examples measured here, not the choice "
+        "of model, data, ratio or seed. The more is compared, the likelier one interval excludes "
+        "no effect by chance.",
+    ),
+    (
+        ("collapse",),
+        "The published regulariser evens out the cosines between class means and word embeddings. "
+        "It does so whatever their common value is, and an even alignment is not fairness: the "
+        "bias measures say whether anything followed from it.",
+    ),
+    (
+        ("coupling",),
+        "The importance of an entry is a first-order estimate of what zeroing it does to the loss. "
+        "Coupling is an overlap of such estimates and not a mechanism.",
+    ),
+    (
+        ("hsic",),
+        "HSIC needs pairs, and a fairness example has no natural partner among the privacy "
+        "examples: the pairing is arbitrary, and another one gives other values.",
+    ),
+    (
+        ("coupling",),
+        "Editing entries where they stand makes a model neither smaller nor faster.",
+    ),
 )
 
 
@@ -83,7 +113,7 @@ def render_report(results: dict) -> str:
     top = [_findings(results), _warnings(results), _key_numbers(results)]
     sections = [_section(*entry, results) for entry in _SECTIONS]
     main = element("main", *top, *sections)
-    body = element("body", _header(title, results), main, _footer())
+    body = element("body", _header(title, results), main, _footer(results))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
 
@@ -347,6 +377,9 @@ _SECTIONS: tuple[tuple[str, str, Callable[[dict], Html | None]], ...] = (
     ("margins", "Margins before and after", _of_edit("margins", margins_section)),
     ("perplexity", "Perplexity", _whole("perplexity", perplexity_section)),
     ("hsic", "Dependence of representations", _whole("hsic", dependence_section)),
+    ("collapse", "Neural collapse", _whole("collapse", collapse_section)),
+    ("bias", "Bias measures", _whole("bias", bias_section)),
+    ("training", "Training", _whole("training", training_section)),
     ("cost", "Cost", _whole("cost", _cost)),
     ("data", "Data and options", _data_and_options),
     ("command", "Command", _whole("command", _command)),
@@ -375,8 +408,14 @@ def _labelled(heading: str, content: Html, class_: str | None = None) -> Html:
     return element("div", element("h2", heading, class_="unseen"), content, class_=class_)
 
 
-def _footer() -> Html:
-    limits = [element("li", limit) for limit in _LIMITS]
+def _footer(results: dict) -> Html | None:
+    limits = [
+        element("li", limit)
+        for sections, limit in _LIMITS
+        if any(results.get(name) for name in sections)
+    ]
+    if not limits:
+        return None
     return element(
         "footer",
         element("h2", "What these numbers are not"),

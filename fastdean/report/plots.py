@@ -157,6 +157,21 @@ def dependence_lines(layers: Sequence[dict], label: str, width: int) -> Html:
     return _drawing(parts, width, height, label)
 
 
+def step_line(points: Sequence[tuple[float, float]], label: str, width: int) -> Html:
+    """One quantity (y) against the steps of a training (x)."""
+    height, right = 220, width - _RIGHT
+    x = Axis.around([step for step, _ in points], _LEFT + 8, right)
+    y = Axis.around([value for _, value in points], height - 48, 12)
+    parts = _grid(y, width)
+    for value, text in x.ticks(max(2, int((right - _LEFT) / 60))):
+        parts += [_line(x.place(value), y.start, x.place(value), y.start + 5, "axis")]
+        parts += [_text(text, x.place(value), y.start + 19, "middle")]
+    parts += [_text("step", (_LEFT + right) / 2, height - 8, "middle", "name")]
+    places = [(x.place(step), y.place(value)) for step, value in points]
+    parts += _curve(places, "first", "square" if len(points) <= 20 else None)
+    return _drawing(parts, width, height, label)
+
+
 @dataclass(frozen=True)
 class Interval:
     """One line of an interval plot. Values that were not measured are None or NaN."""

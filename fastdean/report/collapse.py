@@ -1,0 +1,186 @@
+"""The sections on neural collapse: its metrics, a training with the regulariser, bias measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fastdean.report.effects import reading
+from fastdean.report.markup import Column, Html, element, folded, join, table
+from fastdean.report.plots import Interval, interval_rows, responsive, step_line
+from fastdean.report.quantities import count, decimal, measured, plural
+
+
+def collapse_section(collapse: Mapping) -> Html:
+    """Every metric with its definition, in each state of the model, and which words were classes.
+
+    `collapse` holds "metrics", from a metric's name to {"definition", "values", "notes"}, the last
+    two by state ("before", "after"); "classes" {"kept", "left_out", "groups"}; "settings".
+    """
+    metrics = {name: metric or {} for name, metric in (collapse.get("metrics") or {}).items()}
+    states = list(dict.fromkeys(s for m in metrics.values() for s in (m.get("values") or {})))
+    columns = [Column("Metric", words=True), Column("Definition", words=True)]
+    columns += [Column(state.capitalize()) for state in states]
+    rows = [
+        [
+            name,
+            metric.get("definition") or "",
+            *(_metric_value(metric, state) for state in states),
+        ]
+        for name, metric in metrics.items()
+    ]
+    notes = [
+        f"{name}, {state}: {note}"
+        for name, metric in metrics.items()
+        for state, note in (metric.get("notes") or {}).items()
+        if note
+    ]
+    return join(
+        [
+            element("p", _class_words(collapse.get("classes") or {})),
+            _setting_words(collapse.get("settings") or {}),
+            table("Neural collapse on these words", columns, rows),
+            element("ul", *(element("li", note) for note in notes), class_="note")
+            if notes
+            else None,
+        ]
+    )
+
+
+def _metric_value(metric: Mapping, state: str) -> str:
+    value = (metric.get("values") or {}).get(state)
+    # JSON has no infinity: it is kept as text, and means that two classes have one mean.
+    return "infinite" if value == "inf" else decimal(value)
+
+
+def _class_words(classes: Mapping) -> str:
+    groups = classes.get("groups") or {}
+    inside = ", ".join(f"{name} {count(number)}" for name, number in groups.items())
+    words = f"{count(classes.get('kept'))} classes, each one form of a word"
+    words += f" ({inside})" if inside else ""
+    left = classes.get("left_out")
+    if measured(left) and left:
+        words += f"; {plural(int(left), 'word')} left out, as the tokenizer does not have them"
+    return f"{words}."
+
+
+def _setting_words(settings: Mapping) -> Html | None:
+    said = "; ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+    return element("p", said, class_="note") if said else None
+
+
+def training_section(training: Mapping) -> Html:
+    """The loss and the regulariser's term step by step, and what was measured in between.
+
+    `training` holds "history", a list of {"step", "base", "collapse", "loss"}, and "evaluations", a
+    list of {"step", <name>: <number>, ...}; all else is shown as the settings of the training.
+    """
+    history = training.get("history") or []
+    evaluations = training.get("evaluations") or []
+    settings = {k: v for k, v in training.items() if k not in ("history", "evaluations")}
+    figures = [
+        _step_figure(history, "base", "Loss of the method"),
+        _step_figure(history, "collapse", "Term of the regulariser, without its strength"),
+        *(
+            _step_figure(evaluations, name, name)
+            for name in dict.fromkeys(key for row in evaluations for key in row if key != "step")
+        ),
+    ]
+    figures = [figure for figure in figures if figure]
+    return join(
+        [
+            _setting_words(settings),
+            *figures,
+            _history_table(history) if history else element("p", "No step was taken."),
+        ]
+    )
+
+
+def _step_figure(rows: Sequence[Mapping], name: str, heading: str) -> Html | None:
+    points = [(row.get("step"), row.get(name)) for row in rows]
+    known = [(step, value) for step, value in points if measured(step) and measured(value)]
+    if not known:
+        return None
+    first, last = known[0], known[-1]
+    label = (
+        f"{heading} against steps: {decimal(first[1])} at step {count(first[0])}, "
+        f"{decimal(last[1])} at step {count(last[0])}."
+    )
+    return element(
+        "figure",
+        element("figcaption", heading),
+        responsive(lambda width: step_line(known, label, width)),
+    )
+
+
+def _history_table(history: Sequence[Mapping]) -> Html:
+    names = ("step", "loss", "base", "collapse")
+    shown = [name for name in names if any(measured(row.get(name)) for row in history)]
+    rows = [
+        [(count if name == "step" else decimal)(row.get(name)) for name in shown] for row in history
+    ]
+    return folded(
+        f"Every step in numbers ({count(len(history))})",
+        table("Training", [Column(name.capitalize()) for name in shown], rows),
+    )
+
+
+def bias_section(bias: Mapping) -> Html:
+    """Each measure before and after, its change with an interval, and the neutral value.
+
+    `bias` maps a measure to {"unit", "neutral", "definition", "before", "after", "change"}, the
+    last three {"value", "low", "high", "n"}; what a change is of stands in "definition".
+    """
+    rows = [(name, measure or {}) for name, measure in bias.items()]
+    changes = [
+        (Interval(name, *_ends(measure.get("change"))), measure)
+        for name, measure in rows
+        if measure.get("change")
+    ]
+    columns = [Column("Measure", words=True), Column("Reading of the change", words=True)]
+    columns += [Column("Neutral"), Column("Before"), Column("After"), Column("Change")]
+    columns += [Column("Interval of the change"), Column("Items")]
+    cells = [_bias_row(name, measure) for name, measure in rows]
+    definitions = [
+        element("li", element("strong", name), f": {measure['definition']}")
+        for name, measure in rows
+        if measure.get("definition")
+    ]
+    said = (
+        "A change whose interval holds zero is no effect beyond noise. The intervals cover the "
+        "drawing of the items, not the choice of words, data or seed."
+    )
+    return join(
+        [
+            element("p", said),
+            *(_change_figure(row, measure) for row, measure in changes),
+            table("Bias measures before and after", columns, cells),
+            element("ul", *definitions, class_="note") if definitions else None,
+        ]
+    )
+
+
+def _change_figure(row: Interval, measure: Mapping) -> Html:
+    unit = str(measure.get("unit") or "")
+    axis_name = ", ".join(filter(None, ["change", unit]))
+    label = f"{row.name}: {' '.join(row.written(0))}, {reading(row, 0)}."
+    return element("figure", interval_rows([row], label, reference=0, axis_name=axis_name))
+
+
+def _bias_row(name: str, measure: Mapping) -> list[object]:
+    change = Interval(name, *_ends(measure.get("change")))
+    before, after = (measure.get(state) or {} for state in ("before", "after"))
+    items = before.get("n") if measured(before.get("n")) else after.get("n")
+    return [
+        name,
+        reading(change, 0) if measure.get("change") else "not compared",
+        decimal(measure.get("neutral")),
+        " ".join(Interval(name, *_ends(before)).written(1)) if before else "",
+        " ".join(Interval(name, *_ends(after)).written(1)) if after else "",
+        *(change.written(0) if measure.get("change") else ("", "")),
+        count(items),
+    ]
+
+
+def _ends(numbers: Mapping | None) -> tuple[object, object, object]:
+    numbers = numbers or {}
+    return numbers.get("value"), numbers.get("low"), numbers.get("high")
