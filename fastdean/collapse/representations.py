@@ -102,14 +102,13 @@ class Representations:
         """
         if self._arguments is None:
             raise RuntimeError(
-                "model must have run while its representations are read, got no forward pass; a "
-                "compiled model fires no hooks added after its first run, so attach before it, or "
-                "run it under torch.compiler.set_stance('force_eager')"
+                "model must have run while its representations are read, got no forward pass; "
+                f"{_COMPILED}"
             )
         if self._features is None:
             raise RuntimeError(
                 f"model must call its {_PLACES[self._place]} as a module, got a forward pass that "
-                f"does not; {_ELSEWHERE[self._place]}"
+                f"does not; {_ELSEWHERE[self._place]}; {_COMPILED}"
             )
         tokens = self.input_ids.shape
         if self._features.shape[:-1] != tokens:
@@ -174,6 +173,10 @@ class Representations:
         return (args[0][..., :1, :], *args[1:]) if self._skip_logits else None
 
 
+_COMPILED = (
+    "a compiled model fires no hooks added after its first run, so attach before it, or run it "
+    "under torch.compiler.set_stance('force_eager')"
+)
 _PLACES = {"base": "base model", "head": "output embedding"}
 _ELSEWHERE = {
     "base": "use features='head'",
