@@ -6,5 +6,14 @@ Source: Collapsed language models promote fairness (arXiv 2410.04472).
 from __future__ import annotations
 
 from fastdean.collapse.alignment import CollapseState, collapse_alignment_loss
+from fastdean.collapse.classes import CollapseClasses, LeftOut
+from fastdean.collapse.words import WORD_LISTS, read_word_groups
 
-__all__ = ["CollapseState", "collapse_alignment_loss"]
+__all__ = [
+    "WORD_LISTS",
+    "CollapseClasses",
+    "CollapseState",
+    "LeftOut",
+    "collapse_alignment_loss",
+    "read_word_groups",
+]
