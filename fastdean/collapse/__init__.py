@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fastdean.collapse.alignment import CollapseState, collapse_alignment_loss
 from fastdean.collapse.classes import CollapseClasses, LeftOut
+from fastdean.collapse.labels import Shift, default_shift, position_labels
 from fastdean.collapse.words import WORD_LISTS, read_word_groups
 
 __all__ = [
@@ -14,6 +15,9 @@ __all__ = [
     "CollapseClasses",
     "CollapseState",
     "LeftOut",
+    "Shift",
     "collapse_alignment_loss",
+    "default_shift",
+    "position_labels",
     "read_word_groups",
 ]
