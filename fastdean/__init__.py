@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdean.checkpoint import patch_checkpoint
-    from fastdean.collapse import CollapseClasses, CollapseState, collapse_alignment_loss
+    from fastdean.collapse import (
+        CollapseClasses,
+        CollapseState,
+        collapse_alignment_loss,
+        collapse_metrics,
+    )
     from fastdean.coupling import couple
     from fastdean.dependence import hsic
     from fastdean.masks import NeuronMask
@@ -26,6 +31,7 @@ _HOME = {
     "NeuronMask": "fastdean.masks",
     "Scores": "fastdean.scores",
     "collapse_alignment_loss": "fastdean.collapse",
+    "collapse_metrics": "fastdean.collapse",
     "couple": "fastdean.coupling",
     "hsic": "fastdean.dependence",
     "patch_checkpoint": "fastdean.checkpoint",
@@ -39,6 +45,7 @@ __all__ = [
     "Scores",
     "__version__",
     "collapse_alignment_loss",
+    "collapse_metrics",
     "couple",
     "hsic",
     "patch_checkpoint",
