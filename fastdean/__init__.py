@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdean.checkpoint import patch_checkpoint
-    from fastdean.collapse import CollapseState, collapse_alignment_loss
+    from fastdean.collapse import (
+        CollapseClasses,
+        CollapseState,
+        collapse_alignment_loss,
+        collapse_metrics,
+    )
     from fastdean.coupling import couple
     from fastdean.dependence import hsic
     from fastdean.masks import NeuronMask
@@ -21,10 +26,12 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOME = {
+    "CollapseClasses": "fastdean.collapse",
     "CollapseState": "fastdean.collapse",
     "NeuronMask": "fastdean.masks",
     "Scores": "fastdean.scores",
     "collapse_alignment_loss": "fastdean.collapse",
+    "collapse_metrics": "fastdean.collapse",
     "couple": "fastdean.coupling",
     "hsic": "fastdean.dependence",
     "patch_checkpoint": "fastdean.checkpoint",
@@ -32,11 +39,13 @@ _HOME = {
 }
 
 __all__ = [
+    "CollapseClasses",
     "CollapseState",
     "NeuronMask",
     "Scores",
     "__version__",
     "collapse_alignment_loss",
+    "collapse_metrics",
     "couple",
     "hsic",
     "patch_checkpoint",

@@ -1,6 +1,7 @@
 """The hooks of `score()`: every target's input paired with the gradient of its output.
 
-With forward.py, which gathers the target rows, the only code that hooks a module.
+Besides it only forward.py, which gathers the target rows, and collapse/representations.py, which
+reads the last representations, hook a module.
 """
 
 from __future__ import annotations

@@ -39,7 +39,12 @@ class Example:
 
 
 def read_examples(
-    loader: Any, *, tokenizer: Any = None, template: str = "raw", max_length: int | None = None
+    loader: Any,
+    *,
+    tokenizer: Any = None,
+    template: str = "raw",
+    max_length: int | None = None,
+    require_labels: bool = True,
 ) -> list[Example]:
     """Read every example of `loader`, in order, padding stripped.
 
@@ -50,6 +55,8 @@ def read_examples(
             `encode`). `attention_mask` may be left out when there is no padding; `labels` may not.
         tokenizer: a Hugging Face tokenizer, needed for rows of text.
         template, max_length: see `encode`.
+        require_labels: False, for those who predict nothing: `labels` may be left out, and every
+            token is its own.
     Raises:
         TypeError: `loader` cannot be iterated, or yields something that is no mapping.
         ValueError: an item lacks what is needed, or `loader` is empty.
@@ -78,7 +85,10 @@ def read_examples(
                 "give each batch the keys input_ids, attention_mask and labels"
             )
         elif "input_ids" in item:
-            stripped = _strip_padding(_as_collected(item, loader), position)
+            item = _as_collected(item, loader)
+            if not require_labels and item.get("labels") is None:
+                item = {**item, "labels": item["input_ids"]}
+            stripped = _strip_padding(item, position)
             examples.extend(_cut(example, max_length) for example in stripped)
         elif tokenizer is None:
             raise ValueError(

@@ -71,7 +71,7 @@ HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "transformer
 # A kernel is decorated where it is defined; its file is itself imported inside a function.
 MAY_IMPORT_TRITON = {"kernels"}
 
-MAY_HOOK = {"capture.py", "forward.py"}
+MAY_HOOK = {"capture.py", "collapse/representations.py", "forward.py"}
 HOOKS = r"\bregister_(\w+_)?hook\b"
 
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc", "tools"}
@@ -179,7 +179,8 @@ def test_one_file_imports_the_extension_and_one_room_takes_pointers():
 
 
 def test_few_files_hook_a_module():
-    found = _files_that_match(HOOKS, SOURCES)
+    # By path: the evaluation has a representations.py too, which asks the model and hooks nothing.
+    found = {_name(path) for path in SOURCES if re.search(HOOKS, path.read_text("utf-8"))}
     assert found and found <= MAY_HOOK
 
 

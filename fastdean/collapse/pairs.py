@@ -1,0 +1,86 @@
+"""Quantities of all pairs of classes, block by block, so that K classes need no [K, K, D]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A difference of two fp64 means below this share of their norm is what their sums rounded.
+ROUNDING = 2.0**-40
+# Elements of a block, in fp64.
+_BLOCK = 2**22
+
+
+@dataclass
+class Statistics:
+    """Count, mean and scatter of values that come block by block; infinite ones are counted apart.
+
+    Attributes:
+        count, mean, scatter, largest: of the finite values; scatter is sum (value - mean)^2.
+        infinite: how many were not finite.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    scatter: float = 0.0
+    largest: float = -math.inf
+    infinite: int = 0
+
+    def add_(self, values: Tensor) -> None:
+        """Take in a block of values [n], without NaN."""
+        finite = values[~values.isinf()]
+        self.infinite += values.numel() - finite.numel()
+        if not finite.numel():
+            return
+        mean, added = float(finite.mean()), finite.numel()
+        delta, total = mean - self.mean, self.count + added
+        self.scatter += (
+            float((finite - mean).square().sum()) + delta**2 * self.count * added / total
+        )
+        self.mean += delta * added / total
+        self.largest = max(self.largest, float(finite.max()))
+        self.count = total
+
+    @property
+    def value(self) -> float | None:
+        """The mean: infinite where a value is, None without values."""
+        if self.infinite:
+            return math.inf
+        return self.mean if self.count else None
+
+    @property
+    def std(self) -> float | None:
+        """Unbiased, of the finite values; None for fewer than two."""
+        return math.sqrt(self.scatter / (self.count - 1)) if self.count > 1 else None
+
+
+def pair_blocks(size: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of blocks that hold every pair c < c' once, above their diagonals."""
+    height = max(1, _BLOCK // max(1, size))
+    for top in range(0, size - 1, height):
+        yield slice(top, top + height), slice(top, size)
+
+
+def above_diagonal(block: Tensor) -> Tensor:
+    """bool, of the shape of `block`: where the column's number is above the row's."""
+    return torch.ones_like(block, dtype=torch.bool).triu_(1)
+
+
+def squared_distances(a: Tensor, b: Tensor, precision: float = 0.0) -> tuple[Tensor, Tensor]:
+    """||a_i - b_j||^2, fp64 [I, J], and which of these distances the data hardly resolve.
+
+    Computed from the differences themselves: |a|^2 + |b|^2 - 2 a.b loses what tells close points
+    apart. A distance within the rounding of fp64 sums is 0.
+
+    Args:
+        a, b: fp64 [I, D] and [J, D].
+        precision: distances above 0 and up to this share of the larger norm are hardly resolved.
+    """
+    distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    norms = torch.maximum(a.norm(dim=1).unsqueeze(1), b.norm(dim=1))
+    distances.masked_fill_(distances <= ROUNDING * norms, 0)
+    return distances.square(), (distances > 0) & (distances <= precision * norms)

@@ -1,0 +1,226 @@
+"""The hooks that read a language model's last representations while it runs.
+
+The only code of this room that hooks a module to look at tokens; modules are never replaced.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal, Self, get_args
+
+from torch import Tensor, nn
+
+from fastdean.model_state import unwrap
+
+Features = Literal["base", "head"]
+
+
+class Representations:
+    """Inside a `with` block, or from `attach()` to `remove()`: what a forward pass made of its
+    tokens.
+
+    Equivalent, for "base", and without a second pass:
+
+        features = model.base_model(input_ids, attention_mask).last_hidden_state
+
+    Args:
+        model: a Hugging Face language model, also inside PEFT, DistributedDataParallel or
+            `torch.compile`. A compiled model must not have run before `attach()`: it fires no
+            hooks that came later, except under `torch.compiler.set_stance("force_eager")`.
+        features: "base", the output of the base model, after its final norm where it has one and,
+            in a masked language model, before the transform of the prediction head (as published);
+            or "head", what enters the output embedding.
+        skip_logits: the output embedding is given the first position only, for passes without
+            labels whose logits nobody reads.
+    Raises:
+        ValueError: `features` is another word, or the model has no such place.
+
+    Example:
+        with Representations(model) as last:
+            loss = model(input_ids=input_ids, labels=input_ids).loss
+            last.features, last.input_ids
+    """
+
+    def __init__(
+        self, model: nn.Module, *, features: Features = "base", skip_logits: bool = False
+    ) -> None:
+        if features not in get_args(Features):
+            raise ValueError(
+                f"features must be one of {', '.join(get_args(Features))}, got {features!r}; "
+                "'base' is the published choice"
+            )
+        self._outer = unwrap(model)
+        inner = language_model(model)
+        self._place = features
+        self._bases = _base_modules(inner) if features == "base" else []
+        needs_head = skip_logits or features == "head"
+        self._head = output_embedding(model) if needs_head else None
+        self._skip_logits = skip_logits
+        self._argument_names = _argument_names(self._outer, inner)
+        self._handles: list = []
+        self._running = False
+        self.clear()
+
+    def attach(self) -> Self:
+        """Start to listen to the model; without effect while attached."""
+        if self._handles:
+            return self
+        self._handles = [
+            self._outer.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self._outer.register_forward_hook(self._end, always_call=True),
+            *(base.register_forward_hook(self._keep_output) for base in self._bases),
+        ]
+        if self._head is not None:
+            self._handles.append(self._head.register_forward_pre_hook(self._at_head))
+        return self
+
+    def remove(self) -> None:
+        """Leave no hook behind. What the last pass gave stays readable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._running = False
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+    def clear(self) -> None:
+        """Let go of the tensors of the last pass, and of the graph that hangs on them."""
+        self._features: Tensor | None = None
+        self._arguments: dict[str, Any] | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """[B, T, D] of the last forward pass, in the dtype of the model and with its graph.
+
+        Raises:
+            RuntimeError: no pass has run since, or it did not reach the place that is read.
+            ValueError: the pass gave anything but one representation for each token.
+        """
+        if self._arguments is None:
+            raise RuntimeError(
+                "model must have run while its representations are read, got no forward pass; "
+                f"{_COMPILED}"
+            )
+        if self._features is None:
+            raise RuntimeError(
+                f"model must call its {_PLACES[self._place]} as a module, got a forward pass that "
+                f"does not; {_ELSEWHERE[self._place]}; {_COMPILED}"
+            )
+        tokens = self.input_ids.shape
+        if self._features.shape[:-1] != tokens:
+            raise ValueError(
+                "model must give one representation for each of its input_ids, "
+                f"{list(tokens)}, got {list(self._features.shape)}; prompt tuning, cut logits and "
+                "losses in chunks cannot be read"
+            )
+        return self._features
+
+    @property
+    def input_ids(self) -> Tensor:
+        """int64 [B, T], as the last forward pass was given them.
+
+        Raises: ValueError if it was given none, as with `inputs_embeds`.
+        """
+        found = self._argument("input_ids")
+        if found is None:
+            raise ValueError(
+                "model must be called with input_ids, got none; classes are told apart by token id"
+            )
+        return found
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """As the last forward pass was given it."""
+        return self._argument("attention_mask")
+
+    @property
+    def labels(self) -> Tensor | None:
+        """As the last forward pass was given them."""
+        return self._argument("labels")
+
+    def _argument(self, name: str) -> Any:
+        return (self._arguments or {}).get(name)
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "model must run whole in one process, got a replica of nn.DataParallel, which sees "
+                "a part of the batch; start the job with torchrun or show it one GPU"
+            )
+        self._features = None
+        self._arguments = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        self._running = True
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._running = False
+
+    def _keep_output(self, module: nn.Module, args: tuple, output: Any) -> None:
+        # Activation checkpointing runs modules again during the backward pass, after the outer
+        # model's forward has ended. Of nested modules the outermost comes last and stays.
+        if self._running:
+            last = getattr(output, "last_hidden_state", None)
+            self._features = output[0] if last is None else last
+
+    def _at_head(self, module: nn.Module, args: tuple) -> tuple | None:
+        if not self._running or not args:
+            return None
+        if self._place == "head":
+            self._features = args[0]
+        return (args[0][..., :1, :], *args[1:]) if self._skip_logits else None
+
+
+_COMPILED = (
+    "a compiled model fires no hooks added after its first run, so attach before it, or run it "
+    "under torch.compiler.set_stance('force_eager')"
+)
+_PLACES = {"base": "base model", "head": "output embedding"}
+_ELSEWHERE = {
+    "base": "use features='head'",
+    "head": "losses fused with the output embedding bypass it, so use features='base'",
+}
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside `torch.compile`, parallel wrappers and PEFT."""
+    outer = unwrap(model)
+    return outer.get_base_model() if hasattr(outer, "get_base_model") else outer
+
+
+def output_embedding(model: nn.Module) -> nn.Module:
+    """The module whose weight [V, D] turns representations into logits.
+
+    Raises: ValueError if the model has none.
+    """
+    inner = language_model(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if head is None:
+        raise ValueError(
+            f"model must have an output embedding, got {type(inner).__name__} without one; load it "
+            "as a causal or masked language model"
+        )
+    return head
+
+
+def _base_modules(inner: nn.Module) -> list[nn.Module]:
+    """The base model, and its decoder where the language model may call that one alone (OPT)."""
+    base = getattr(inner, "base_model", None)
+    if not isinstance(base, nn.Module) or base is inner:
+        raise ValueError(
+            f"model must have a base model below its head, got {type(inner).__name__}; load it as "
+            "a transformers language model, or use features='head'"
+        )
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    return [base] if decoder is base or decoder not in {*base.modules()} else [decoder, base]
+
+
+def _argument_names(*modules: nn.Module) -> list[str]:
+    """The names of the positional arguments of the first forward that has `input_ids`."""
+    for module in modules:
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        if "input_ids" in names:
+            return names
+    return []
