@@ -1,31 +1,25 @@
 """Seconds, bytes and rates of this machine.
 
 Memory is what a run adds to the process while it lasts: its peak less what was held before, the
-model included. On CUDA torch's allocator keeps that count. On Linux the kernel does: writing 5 to
-/proc/self/clear_refs sets the peak of the resident set (VmHWM) back to its present size, so the
-peak is exact and costs no sampling thread that would disturb the time. What earlier runs freed is
-returned to the system first, so that it can neither hide growth nor add to it. Elsewhere memory is
-not measured (None).
+model included. On CUDA torch's allocator keeps that count, on Linux the kernel (`resident`).
+Elsewhere memory is not measured (None).
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import resident
 import torch
 from cases import Implementation, MatrixShape
 from timing import synchronize, time_calls
 
 from fastdean.data import Example
 
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
 _LEAST_SECONDS = 0.2
 _GPU_SECONDS = 0.05
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -121,38 +115,18 @@ def timed(call: Callable[[], Any], device: torch.device) -> Sample:
 
 def _start_of_memory(device: torch.device) -> int | None:
     """Forget earlier peaks; the bytes held now."""
+    if device.type != "cuda":
+        return resident.forget_peak()
     gc.collect()
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    _return_freed_memory()
-    try:
-        _CLEAR.write_text("5")
-    except OSError:
-        return None
-    return _status_bytes("VmRSS")
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _peak_of_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _status_bytes("VmHWM")
-
-
-def _return_freed_memory() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-    if trim is not None:
-        trim(0)
-
-
-def _status_bytes(field: str) -> int | None:
-    if not _STATUS.exists():
-        return None
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return resident.peak_bytes()
 
 
 def matrix_rate(shapes: Sequence[MatrixShape], dtype: torch.dtype, device: torch.device) -> float:

@@ -214,6 +214,45 @@ class AgreementRecord:
     gate: str
 
 
+@dataclass(frozen=True)
+class PatchRecord:
+    """One way to a copy of a checkpoint, with the mask in it or without.
+
+    Attributes:
+        impl: "cp", "cp and fsync" or "fastdean".
+        how: what was run, for the table.
+        checkpoint_bytes: of all values in it.
+        masked: number of values that the mask changes.
+        file_system: type of the one that both copies lie on; None where the system does not tell.
+        seconds: of every round, in order: those of one round belong together.
+        process_peak_bytes: the most that the process ever held, interpreter and torch included;
+            None where it is not measured, as for `cp`.
+        peak_bytes: the most above what the process held just before the call.
+        toy: sizes at which nothing can be learned about speed.
+        gate: "passed" or "skipped": the tests that run before a measurement.
+    """
+
+    op: str
+    case: str
+    impl: str
+    how: str
+    dtype: str
+    checkpoint_bytes: int
+    shards: int
+    matrices: int
+    masked: int
+    file_system: str | None
+    repeats: int
+    seconds: tuple[float, ...]
+    median_s: float
+    p20_s: float
+    p80_s: float
+    process_peak_bytes: int | None
+    peak_bytes: int | None
+    toy: bool
+    gate: str
+
+
 def require_this_checkout() -> None:
     """What is recorded are the commit and the sources of this checkout: nothing else is measured.
 

@@ -1,4 +1,4 @@
-"""Measure fastdean: `python benchmarks/run.py kernels | score | sweep | agreement`.
+"""Measure fastdean: `python benchmarks/run.py kernels | score | sweep | agreement | patch`.
 
 `kernels` times each operation by itself at the shapes of Qwen2-7B, against plain torch and a floor.
 `score` times several ways to the same sums in one process, taking turns, each dtype by itself:
@@ -9,6 +9,8 @@
 `sweep` shows how `fastdean.score` grows with tokens, examples, model and number of scored weights.
 `agreement` counts how much of the fp32 selection survives in bf16, and whether `fastdean.score`
 selects what the plain loop does.
+`patch` times `fastdean.patch_checkpoint` on a checkpoint of random values against `cp` of its
+files, and counts its memory.
 
 All run the tests of what they measure first, and measure nothing when one fails.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +30,7 @@ import torch
 from agreement_run import run_agreement
 from operations.catalogue import GATES, OPERATIONS
 from operations.running import require_measurable, run_operations
+from patch_run import require_room, run_patch
 from progress import Budget, say
 from random_model import SHAPES
 from records import Environment
@@ -38,7 +42,11 @@ _RUNS = {
     "score": run_score,
     "sweep": run_sweeps,
     "agreement": run_agreement,
+    "patch": run_patch,
 }
+# Asked before any test runs, so that what cannot be measured costs nothing.
+_REQUIRED = {"kernels": require_measurable, "patch": require_room}
+_PATCH_TESTS = ("tests/test_checkpoint.py",)
 _SCORE_TESTS = ("tests/test_score.py",)
 # Those above run on the CPU: what a GPU runs is the kernels.
 _SCORE_TESTS_ON_GPU = ("tests/test_score_kernels.py", "tests/test_repeatable.py")
@@ -54,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         records.require_this_checkout()
-        if options.run == "kernels":
-            require_measurable(options)
+        if options.run in _REQUIRED:
+            _REQUIRED[options.run](options)
         environment = Environment.collect(device, arguments)
         say(_machine(environment))
         passed = _pass_gate(options, environment)
@@ -86,6 +94,8 @@ def _pass_gate(options: argparse.Namespace, environment: Environment) -> str | N
 def _tests_of(options: argparse.Namespace, on_gpu: bool) -> tuple[str, ...]:
     if options.run == "kernels":
         return tuple(dict.fromkeys(t for op in options.op or GATES for t in GATES[op]))
+    if options.run == "patch":
+        return _PATCH_TESTS
     return (*_SCORE_TESTS, *(_SCORE_TESTS_ON_GPU if on_gpu else ()))
 
 
@@ -107,9 +117,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_sweep(runs)
     runs.add_parser(
         "agreement",
-        parents=[_run_options(), _subject_options()],
+        parents=[_device_option(), _run_options(), _subject_options()],
         help="bf16 against fp32, fastdean against the loop",
     )
+    _add_patch(runs)
     options = parser.parse_args(argv)
     if getattr(options, "toy", False) and options.out == records.RESULTS:
         parser.error("--toy needs --out: its numbers say nothing and do not belong to the results")
@@ -118,7 +129,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_kernels(runs: argparse._SubParsersAction) -> None:
     add = runs.add_parser(
-        "kernels", parents=[_run_options()], help="time every operation by itself"
+        "kernels",
+        parents=[_device_option(), _run_options()],
+        help="time every operation by itself",
     ).add_argument
     add("--op", action="append", choices=list(OPERATIONS), help="may be repeated; default: all")
     add(
@@ -132,7 +145,7 @@ def _add_kernels(runs: argparse._SubParsersAction) -> None:
 def _add_score(runs: argparse._SubParsersAction) -> None:
     add = runs.add_parser(
         "score",
-        parents=[_run_options(), _subject_options()],
+        parents=[_device_option(), _run_options(), _subject_options()],
         help="time several ways to the same scores",
     ).add_argument
     add(
@@ -154,7 +167,9 @@ def _add_score(runs: argparse._SubParsersAction) -> None:
 
 def _add_sweep(runs: argparse._SubParsersAction) -> None:
     add = runs.add_parser(
-        "sweep", parents=[_run_options()], help="how the time of fastdean.score grows"
+        "sweep",
+        parents=[_device_option(), _run_options()],
+        help="how the time of fastdean.score grows",
     ).add_argument
     add("--random-model", choices=list(SHAPES), default="qwen2-7b", help="the largest model")
     add(
@@ -166,10 +181,37 @@ def _add_sweep(runs: argparse._SubParsersAction) -> None:
     add("--repeats", type=_positive, default=3)
 
 
+def _add_patch(runs: argparse._SubParsersAction) -> None:
+    parser = runs.add_parser(
+        "patch",
+        parents=[_run_options()],
+        help="time patch_checkpoint against cp of the same files",
+    )
+    # Files are copied by the host, also where there is a GPU.
+    parser.set_defaults(device="cpu")
+    add = parser.add_argument
+    add("--gigabytes", type=_above_zero, default=2.0, help="of the checkpoint; default: 2")
+    add("--shards", type=_positive, default=4, help="files it is made of; default: 4")
+    add("--repeats", type=_positive, default=5)
+    add(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where it is written and copied, and all of that removed; it chooses the disk; "
+        "default: the system's temporary folder",
+    )
+    add("--toy", action="store_true", help="tiny matrices, to try the command out")
+
+
+def _device_option() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return shared
+
+
 def _run_options() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=records.RESULTS)
     add("--no-gate", dest="gate", action="store_false", help="do not run the tests first")
     add(
@@ -212,6 +254,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return value
 
 

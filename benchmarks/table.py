@@ -4,7 +4,7 @@
 
 What stands between `<!-- benchmark: score -->` and `<!-- benchmark end -->` is replaced; without
 `--into` the table is printed. Of each device, case and dtype the latest run counts. `--op` names
-the results: `score`, `agreement`, `sweep`, or one of the operations.
+the results: `score`, `agreement`, `sweep`, `patch`, or one of the operations.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from operations.catalogue import OPERATIONS
 from operations.results_table import operations_table
 from records import Record
 from shown import rows_to_show
+from timing import Spread
 
 _NAMES = {
     "published": "published procedure",
@@ -64,7 +65,6 @@ def _where_time_goes(row: Record) -> str:
 def _score_cells(row: Record, rows: Sequence[Record]) -> list[str]:
     median = {each["impl"]: each["median_s"] for each in rows}
     note = f", extrapolated from {row['extrapolated']}" if row["extrapolated"] else ""
-    peak = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f} MB"
     return [
         row["dtype"],
         _NAMES[row["impl"]] + note,
@@ -72,7 +72,7 @@ def _score_cells(row: Record, rows: Sequence[Record]) -> list[str]:
         f"{row['tokens_per_s']:.0f}",
         _times(median.get("loop"), row),
         _times(median.get("published"), row),
-        peak,
+        _bytes_held(row["peak_bytes"]),
         f"{row['share_of_floor']:.0%}",
     ]
 
@@ -135,10 +135,53 @@ def _sweep(run: Sequence[Record]) -> str:
     return "\n".join([*lines, "", *made])
 
 
+def patch_table(rows: Iterable[Record]) -> str:
+    """One markdown table per device, checkpoint and file system."""
+    keys = ("device", "case", "file_system")
+    chosen = records.latest(rows, keys)
+    return "\n\n".join(_patch_run(run) for run in records.grouped(chosen, keys))
+
+
+def _patch_run(run: Sequence[Record]) -> str:
+    plain = [row for row in run if row["impl"] != "fastdean"]
+    lines = [
+        "| | seconds (p20 to p80) | "
+        + "".join(f"vs {row['how']} | " for row in plain)
+        + "peak memory | of it during the call |",
+        "|---" * (4 + len(plain)) + "|",
+    ]
+    for row in run:
+        cells = [
+            row["how"],
+            f"{row['median_s']:.2f} ({row['p20_s']:.2f} to {row['p80_s']:.2f})",
+            *(_paired(row, other) for other in plain),
+            _bytes_held(row["process_peak_bytes"]),
+            _bytes_held(row["peak_bytes"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    first = run[0]
+    on = "" if first["file_system"] is None else f", on {first['file_system']}"
+    made = f"{first['case']}{on}, {first['repeats']} rounds"
+    return "\n".join([*lines, "", f"{made}. {records.provenance_line(first)}"])
+
+
+def _paired(row: Record, other: Record) -> str:
+    """How many times as long as `other` a row takes, round by round."""
+    if row is other:
+        return "1.00x"
+    times = Spread.of_ratios(row["seconds"], other["seconds"])
+    return f"{times.median:.2f}x ({times.p20:.2f} to {times.p80:.2f})"
+
+
+def _bytes_held(count: int | None) -> str:
+    return "not measured" if count is None else f"{count / 1e6:.0f} MB"
+
+
 TABLES: dict[str, Callable[[Iterable[Record]], str]] = {
     "score": score_table,
     "agreement": agreement_table,
     "sweep": sweep_table,
+    "patch": patch_table,
     **dict.fromkeys(OPERATIONS, operations_table),
 }
 

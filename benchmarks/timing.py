@@ -38,6 +38,11 @@ class Spread:
         quantiles = torch.tensor(values, dtype=torch.float64).quantile(points)
         return cls(*quantiles.tolist())
 
+    @classmethod
+    def of_ratios(cls, values: Sequence[float], others: Sequence[float]) -> Spread:
+        """Of `value / other`, pair by pair: what took turns shared the machine's state."""
+        return cls.of([value / other for value, other in zip(values, others, strict=True)])
+
 
 @dataclass(frozen=True)
 class Timing:

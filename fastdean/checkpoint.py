@@ -103,9 +103,9 @@ def patch_checkpoint(
     with storage.new_folder(
         out, overwrite=overwrite, may_replace=_is_patched, name="out"
     ) as folder:
-        _copy(source, folder)
+        _copy_edited(source, folder, edits, mask.scale)
         for file_name, group in edits.items():
-            _edit_file(folder / file_name, group, mask.scale)
+            _check_written(folder, group, mask.scale)
             _check_frame(source / file_name, folder / file_name)
         result = PatchResult(
             out=out,
@@ -301,15 +301,26 @@ def _check_values(source: Path, edit: _Edit) -> None:
         )
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy contents, following links, into an existing folder; the first error ends it."""
+def _copy_edited(
+    source: Path, target: Path, edits: Mapping[str, list[_Edit]], scale: float
+) -> None:
+    """Copy contents, following links, into an existing folder, with the suppressed values in it.
+
+    All files are on the disk at the end; the first error ends it.
+    """
     # Listed first: a link that leads in a circle is found before anything is copied.
-    for found in list(_contents(source, (target.resolve(),))):
-        place = target / found.relative_to(source)
-        if found.is_dir():
-            place.mkdir()
-        else:
+    contents = list(_contents(source, (target.resolve(),)))
+    with storage.flush_behind() as flush:
+        for found in contents:
+            name = found.relative_to(source).as_posix()
+            place = target / name
+            if found.is_dir():
+                place.mkdir()
+                continue
             shutil.copyfile(found, place)
+            if name in edits:
+                _edit_file(place, edits[name], scale)
+            flush(place)
 
 
 def _contents(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
@@ -329,7 +340,7 @@ def _contents(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def _edit_file(path: Path, edits: list[_Edit], scale: float) -> None:
-    """Write the suppressed values into a file of the copy, and read them back."""
+    """Write the suppressed values into a file of the copy."""
     with open(path, "r+b", buffering=0) as file:
         for edit in edits:
             index, tensor = edit.entry.index, edit.tensor
@@ -342,14 +353,16 @@ def _edit_file(path: Path, edits: list[_Edit], scale: float) -> None:
             if _count_other(read_values(file, tensor, index), edit.entry):
                 raise RuntimeError(f"{path.name} changed while it was copied; try again")
             write_values(file, tensor, index, values)
-        os.fsync(file.fileno())
-        for edit in edits:
-            values = suppressed(edit.entry.original, scale, DTYPES[edit.tensor.dtype])
-            if not bool(same_bits(read_values(file, edit.tensor, edit.entry.index), values).all()):
-                raise RuntimeError(
-                    f"{path.name} could not be verified after writing: {edit.tensor.name!r} read "
-                    "back differently; check the disk"
-                )
+
+
+def _check_written(folder: Path, edits: list[_Edit], scale: float) -> None:
+    """Read the suppressed values back from the copy."""
+    for edit in edits:
+        if not _holds_suppressed(folder, edit.entry, edit.tensor, scale):
+            raise RuntimeError(
+                f"{edit.tensor.file_name} could not be verified after writing: "
+                f"{edit.tensor.name!r} read back differently; check the disk"
+            )
 
 
 def _check_frame(source: Path, edited: Path) -> None:

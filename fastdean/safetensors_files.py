@@ -207,13 +207,15 @@ def _is_sound(tensor: StoredTensor, begin: int, end: int) -> bool:
 def _runs(index: Tensor, itemsize: int) -> Iterator[tuple[int, int, int]]:
     """(position in `index`, first element, count) of each stretch of neighbouring elements."""
     most = max(1, _MAX_RUN_BYTES // itemsize)
-    breaks = (index.diff() != 1).nonzero().flatten() + 1
-    position = 0
-    for end in [*breaks.tolist(), index.numel()]:
-        while position < end:
-            count = min(end - position, most)
-            yield position, int(index[position]), count
-            position += count
+    is_first = torch.ones_like(index, dtype=torch.bool)
+    is_first[1:] = index.diff() != 1
+    # Lists: one element of a tensor takes longer to ask for than the read that it is for.
+    positions = is_first.nonzero().flatten().tolist()
+    elements = index[is_first].tolist()
+    ends = [*positions[1:], index.numel()]
+    for position, element, end in zip(positions, elements, ends, strict=False):
+        for skipped in range(0, end - position, most):
+            yield position + skipped, element + skipped, min(end - position - skipped, most)
 
 
 def read_values(file: BinaryIO, tensor: StoredTensor, index: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ import fastdean
 from fastdean.atomic import (
     check_free,
     flush,
+    flush_behind,
     new_folder,
     real_place,
     write_json_atomic,
@@ -36,6 +37,7 @@ __all__ = [
     "CONFIG_NAME",
     "FORMAT_VERSION",
     "check_free",
+    "flush_behind",
     "holds_only",
     "new_folder",
     "push_folder",

@@ -837,6 +837,7 @@ def test_the_table_shows_the_latest_run_with_ratios_and_machine(tmp_path):
         ("score", "score"),
         ("sweep", "sweep"),
         ("agreement", "agreement"),
+        ("patch", "patch"),
         ("selection", "kernels --op selection"),
     ],
 )

@@ -455,6 +455,30 @@ def test_interrupted_copy_leaves_nothing(tmp_path, simple, monkeypatch, error):
     assert len(copied) == 1
 
 
+def test_a_disk_that_fails_behind_the_copy_leaves_nothing(tmp_path, simple, monkeypatch):
+    source, _, mask = simple
+
+    def fsync(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    refuse(source, mask, tmp_path / "out", "Input/output error", error=OSError)
+
+
+def test_a_file_is_flushed_after_its_values_were_written(tmp_path, simple, monkeypatch):
+    source, _, mask = simple
+    seen, real = [], os.fsync
+
+    def fsync(handle):
+        if os.fstat(handle).st_size == (source / "model.safetensors").stat().st_size:
+            seen.append(os.pread(handle, 10_000, 0))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    assert set(seen) == {(tmp_path / "out" / "model.safetensors").read_bytes()}
+
+
 def test_write_that_did_not_arrive_is_found(tmp_path, simple, monkeypatch):
     source, _, mask = simple
     monkeypatch.setattr(checkpoint, "write_values", lambda *arguments: None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -279,6 +281,58 @@ def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         storage.write_text_atomic(target, "three")
     assert target.read_bytes() == "zwei ä\n".encode()
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A disk that takes a file in only when it is allowed to; what it took in, in order."""
+    allowed, flushed = threading.Event(), []
+
+    def flush(path):
+        assert allowed.wait(timeout=60)
+        if path.name == "broken":
+            raise OSError(errno.EIO, "Input/output error")
+        flushed.append(path.name)
+
+    monkeypatch.setattr(atomic, "flush", flush)
+    yield allowed, flushed
+    allowed.set()
+
+
+def test_a_flush_behind_does_not_wait_and_its_block_does(slow_disk):
+    allowed, flushed = slow_disk
+    with storage.flush_behind() as flush:
+        for name in ("a", "b", "c"):
+            flush(Path(name))
+        assert not flushed
+        allowed.set()
+    assert flushed == ["a", "b", "c"]
+
+
+def test_an_error_of_a_flush_behind_is_the_error_of_the_block(slow_disk):
+    allowed, _ = slow_disk
+    with pytest.raises(OSError, match="Input/output error"), storage.flush_behind() as flush:
+        flush(Path("a"))
+        flush(Path("broken"))
+        allowed.set()
+
+
+def test_what_has_not_begun_to_be_flushed_is_dropped_with_an_interrupt(slow_disk, monkeypatch):
+    allowed, flushed = slow_disk
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, **options):
+            super().shutdown(**{**options, "wait": False})
+            allowed.set()
+            super().shutdown(**options)
+
+    monkeypatch.setattr(atomic, "ThreadPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt), storage.flush_behind() as flush:
+        for name in ("a", "b", "c"):
+            flush(Path(name))
+        raise KeyboardInterrupt
+    # The one that was under way, if any, is waited for.
+    assert flushed in ([], ["a"])
 
 
 def test_resolve_prefers_the_folder(tmp_path, monkeypatch):
