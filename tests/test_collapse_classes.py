@@ -109,6 +109,17 @@ def test_a_piece_of_other_words_is_no_class():
     assert alone.pieces == ((inside,),)
 
 
+def test_pieces_that_are_more_behind_a_space_are_pieces_still():
+    def of(**options):
+        return CollapseClasses.from_words(
+            byte_level(), {"g": ["she", "hoods"]}, casing=False, **options
+        )
+
+    assert of().left_out[0] == LeftOut("hoods", "g", "splits into 2 pieces")
+    run, spaced = of(multi_piece="mean").pieces[-2:]
+    assert 2 == len(run) < len(spaced)
+
+
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
 def test_every_form_that_splits_is_left_out(kind):
     classes = CollapseClasses.from_words(TOKENIZERS[kind](), {"g": ["he", "widow"]})

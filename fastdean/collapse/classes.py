@@ -35,7 +35,7 @@ class CollapseClasses:
 
     "he", " he", "He" and " He" are different classes where the tokenizer has a token for each, and
     one where it has one for all. A token counts wherever it stands, also as a piece of a longer
-    word: "son" of "Johnson", " he" of " heather" in some vocabularies.
+    word: "son" of "Stephenson", " he" of " heather" in some vocabularies.
 
     Attributes:
         pieces: the token ids of each class.
@@ -99,9 +99,8 @@ class CollapseClasses:
                 makes its run of tokens one class, whose positions and rows are averaged. The
                 published code takes the first piece instead, so that " and" became a class.
             casing: also the form with a capital first letter. No form is made lower case.
-            leading_space: also the form that follows a space. A form that has fewer pieces at the
-                start of a text than behind a space is left out: it is a piece of other words
-                ("lasses" of "molasses").
+            leading_space: also the form that follows a space. Where that one splits, a form that
+                is one token without a space is left out too: a piece of other words, not a word.
         Raises:
             ValueError: no form was kept; a token stands in two groups; the groups cannot be read.
             TypeError: the groups are no words.
@@ -123,7 +122,7 @@ class CollapseClasses:
         left_out: dict[tuple, LeftOut] = {}
         for (form, group), pieces in zip(forms, encoded, strict=True):
             reason = _reason_against(pieces, tokenizer, multi_piece)
-            if len(pieces) < len(in_text.get(f" {form}", pieces)):
+            if len(pieces) == 1 < len(in_text.get(f" {form}", pieces)):
                 reason = "is a token only where no space precedes it"
             if reason:
                 # Once, where the tokenizer sees no difference between the forms of a word.

@@ -7,9 +7,9 @@
 The lists are written for the project, in the selection of its authors: pronouns, kinship and roles
 of women, of men, and of non-binary people together with the neutral forms; adherents and schools
 of religions; demonyms. Words that are capitalised in English are written so, because "Polish" is
-not "polish"; short ones whose tokens mostly begin other words (ze, hir, gal, lad) are not in them.
-No list is complete, and a word may mean something else where it stands ("Black", "Native",
-"partner"): read the groups before you rely on them.
+not "polish". Short ones that stand inside many other words (ze, hir, gal, lad) are not in them,
+because their tokens may be pieces of those. No list is complete, and a word may mean something
+else where it stands ("Black", "Native", "partner"): read the groups before you rely on them.
 """
 
 from __future__ import annotations
