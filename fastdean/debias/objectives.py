@@ -228,7 +228,11 @@ class Ase(Bec):
 
 
 class Adept(Objective):
-    """The neutral words are those of the encoder, the attributes its female and male words."""
+    """The neutral words are those of the encoder, the attributes its female and male words.
+
+    A pass without words of both genders and two neutral ones has no bias term, so that short texts
+    ask for a `batch_size` of 16 or more.
+    """
 
     fits = frozenset({CAUSAL, MASKED})
 
