@@ -7,9 +7,10 @@
     answers.csv::prompt=question,response=reply
     org/name::split=train,config=en,revision=main,prompt=instruction,response=output
 
-A row is a dictionary with `prompt` and `response`, or `messages`, or `text`; `unsafe`, where
-present, is an unsafe response to the same prompt. Columns whose names differ are mapped as
-`row key=column`. Rows are counted from 1 in messages about errors.
+A row is a dictionary with `prompt` and `response`, or `messages`, or `text`, or an entailment pair
+with `premise` and `hypothesis`; `unsafe`, where present, is an unsafe response to the same prompt.
+Columns whose names differ are mapped as `row key=column`. Rows are counted from 1 in messages about
+errors.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-ROW_KEYS = ("prompt", "response", "unsafe", "messages", "text")
-_TEXT_KEYS = ("prompt", "response", "unsafe", "text")
+ROW_KEYS = ("prompt", "response", "unsafe", "messages", "text", "premise", "hypothesis")
+_TEXT_KEYS = tuple(key for key in ROW_KEYS if key != "messages")
+_PAIRS = ({"prompt", "response"}, {"premise", "hypothesis"})
 _HUB_KEYS = ("split", "config", "revision")
 _BEAVERTAILS = {
     "fairness": "discrimination,stereotype,injustice",
@@ -134,13 +136,17 @@ def _map_columns(
     }
     mapped |= {key: row[column] for key, column in columns.items()}
     _require_text(row, mapped, columns, name, number)
-    if not ({"prompt", "response"} <= mapped.keys() or {"messages", "text"} & mapped.keys()):
+    if not (_has_pair(mapped) or {"messages", "text"} & mapped.keys()):
         raise ValueError(
             f"source {name!r} must have the columns 'prompt' and 'response', or 'messages', or "
-            f"'text', got {sorted(map(str, row))} in row {number}; map them with "
-            "::prompt=COLUMN,response=COLUMN"
+            f"'text', or 'premise' and 'hypothesis', got {sorted(map(str, row))} in row {number}; "
+            "map them with ::prompt=COLUMN,response=COLUMN"
         )
     return mapped
+
+
+def _has_pair(mapped: Mapping[str, Any]) -> bool:
+    return any(pair <= mapped.keys() for pair in _PAIRS)
 
 
 def _require_text(
@@ -159,9 +165,7 @@ def _require_text(
     for key in _TEXT_KEYS:
         column = columns.get(key, key)
         # A null is a missing value where the row has another text to read, or needs none.
-        absent = key == "unsafe" or (
-            key not in columns and ("text" in mapped or {"prompt", "response"} <= mapped.keys())
-        )
+        absent = key == "unsafe" or (key not in columns and ("text" in mapped or _has_pair(mapped)))
         value = mapped.get(key, row.get(column))
         if column not in row or (value is None and absent):
             continue
@@ -341,4 +345,6 @@ PRESETS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "embedded:fairness": lambda: _embedded("fairness"),
     "embedded:privacy": lambda: _embedded("privacy"),
     "embedded:general": lambda: _embedded("general"),
+    "embedded:debias": lambda: [row for row in _embedded("debias") if "text" in row],
+    "embedded:debias:pairs": lambda: [row for row in _embedded("debias") if "premise" in row],
 }

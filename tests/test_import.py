@@ -59,6 +59,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"atomic"},
     "info": {"fastdean", "native", "ops"},
     "collapse": {"batching", "data", "distributed", "forward", "model_state", "ops", "_logging"},
+    "debias": {
+        "_logging",
+        "collapse",
+        "data",
+        "forward",
+        "model_state",
+        "provenance",
+        "safetensors_files",
+        "storage",
+    },
     "fastdean": {"checkpoint", "collapse", "coupling", "dependence", "masks", "scores", "scoring"},
 }
 # Two that may import whatever stands above them.

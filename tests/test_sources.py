@@ -249,6 +249,22 @@ def test_embedded_rows_need_nothing(topic):
     assert all(row.get("unsafe") for row in rows) == (topic != "general")
 
 
+def test_embedded_debiasing_rows_are_texts_and_their_pairs():
+    assert {tuple(row) for row in load_rows("embedded:debias")} == {("text",)}
+    pairs = load_rows("embedded:debias:pairs")
+    assert {tuple(row) for row in pairs} == {("premise", "hypothesis")}
+
+
+def test_entailment_pairs_are_rows(tmp_path):
+    pair = {"premise": "A girl runs.", "hypothesis": "A child runs."}
+    assert load_rows(write(tmp_path / "pairs.jsonl", [pair])) == [pair]
+    named = [{"sentence1": pair["premise"], "sentence2": pair["hypothesis"], "label": 0}]
+    source = f"{write(tmp_path / 'named.csv', named)}::premise=sentence1,hypothesis=sentence2"
+    assert load_rows(source) == [pair]
+    with pytest.raises(ValueError, match="or 'premise' and 'hypothesis', got .'premise'. in row 1"):
+        load_rows(write(tmp_path / "half.jsonl", [{"premise": "A girl runs."}]))
+
+
 @pytest.mark.parametrize("seed", [0, 7])
 def test_rows_are_sampled_as_datasets_shuffle_does(seed):
     import datasets
@@ -292,13 +308,14 @@ def test_a_long_csv_field_is_read_and_the_limit_left_as_it_was(tmp_path):
     assert csv.field_size_limit() == limit
 
 
-@pytest.mark.parametrize("key", ["prompt", "response", "text"])
+@pytest.mark.parametrize("key", ["prompt", "response", "text", "premise"])
 @pytest.mark.parametrize(
     ("value", "kind"),
     [(3, "int"), (["a"], "list"), (None, "null"), ("a\ud800", "a lone surrogate")],
 )
 def test_what_is_no_text_is_refused_by_row_and_column(tmp_path, key, value, kind):
-    good = {"text": "t"} if key == "text" else {"prompt": "p", "response": "r"}
+    forms = ({"text": "t"}, {"prompt": "p", "response": "r"}, {"premise": "p", "hypothesis": "h"})
+    good = next(form for form in forms if key in form)
     file = write(tmp_path / "rows.jsonl", [good, {**good, key: value}])
     with pytest.raises(ValueError, match=rf"row 2 of .* must be text in .* '{key}', got {kind}"):
         load_rows(file)

@@ -12,8 +12,8 @@ from fastdean.cli.running import tell
 SOURCE_HELP = (
     "a .csv, .json, .jsonl or .parquet file, a hub id, or a preset (beavertails:fairness, "
     "beavertails:privacy, each also :unsafe; alpaca-cleaned; embedded:fairness, embedded:privacy, "
-    "embedded:general). Columns and splits are mapped behind '::', as in "
-    "org/name::split=train,prompt=question,response=answer"
+    "embedded:general, embedded:debias, embedded:debias:pairs). Columns and splits are mapped "
+    "behind '::', as in org/name::split=train,prompt=question,response=answer"
 )
 
 

@@ -1,0 +1,125 @@
+"""ASE: stereotype words off the gender direction, the weights held where they matter.
+
+    L = MLM + sum over the stereotype words of |h . g| + 0.5 * EWC
+    g = (male - female) / ||male - female||
+    EWC = sum over the parameters of F * (theta - theta*)^2
+
+h is the last representation where a stereotype word stands. Source: the ASE row of arXiv 2410.04472
+with elastic weight consolidation of arXiv 1612.00796. Not settled there, chosen here: male and
+female are the means of the output embedding's rows of paired words, the space that h is compared
+with when a token is predicted, and g is a constant of the step, so that it cannot be turned to make
+the term small; the terms are summed over a batch, as the formula says; F is the mean over batches
+of the squared gradient of the MLM loss at theta* (a diagonal of the empirical Fisher information),
+theta* the weights training starts from, and no factor 1/2 is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+ELASTIC_WEIGHT = 0.5
+
+
+def gender_direction(embedding: Tensor, pairs: Tensor) -> Tensor:
+    """g of the module's docstring: a unit vector [D] without gradient.
+
+    Args:
+        embedding: [V, D].
+        pairs: int64 [P, 2], P >= 1: the rows of a female word and of its male counterpart.
+    Raises:
+        ValueError: no pair, or means that are equal: no direction.
+    """
+    if pairs.dim() != 2 or pairs.shape[0] == 0 or pairs.shape[1] != 2:
+        raise ValueError(
+            f"pairs must have shape [P, 2] with P at least 1, got {list(pairs.shape)}; give the "
+            "token ids of words such as she and he"
+        )
+    female, male = embedding.detach()[pairs].mean(0)
+    difference = male - female
+    length = difference.norm()
+    if not length > 0:
+        raise ValueError(
+            "embedding must tell the female from the male words of pairs, got equal means; give "
+            "other pairs"
+        )
+    return difference / length
+
+
+def stereotype_loss(hidden: Tensor, direction: Tensor) -> Tensor:
+    """sum over N of |h . g|, a scalar; 0 for N = 0.
+
+    Args:
+        hidden: [N, D], the representations of stereotype words.
+        direction: [D], of unit length.
+    """
+    return (hidden @ direction).abs().sum()
+
+
+def diagonal_fisher(
+    losses: Iterable[Tensor], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Mean over the losses of each parameter's squared gradient, in the parameters' dtype.
+
+    Args:
+        losses: scalars, at least one, made one after the other: one graph is alive at a time.
+        parameters: name -> a tensor that requires a gradient; one that a loss does not depend on
+            has 0 there.
+    """
+    importance = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    count = 0
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for total, gradient in zip(importance.values(), gradients, strict=True):
+            if gradient is not None:
+                total += gradient.square()
+        count += 1
+    if count == 0:
+        raise ValueError(
+            "losses must hold at least one loss, got none; give the loss of at least one batch"
+        )
+    return {name: total / count for name, total in importance.items()}
+
+
+def elastic_loss(
+    parameters: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    importance: Mapping[str, Tensor],
+) -> Tensor:
+    """EWC of the module's docstring: a scalar.
+
+    Args:
+        parameters, start, importance: theta, theta* and F by name; equal names and shapes.
+    Raises:
+        ValueError: names that differ.
+    """
+    if not parameters.keys() == start.keys() == importance.keys():
+        odd = sorted((parameters.keys() ^ start.keys()) | (parameters.keys() ^ importance.keys()))
+        raise ValueError(
+            f"parameters, start and importance must have the same names, got {odd[0]!r} in some "
+            "only; give every trained parameter in each"
+        )
+    terms = [
+        (importance[name] * (parameter - start[name]).square()).sum()
+        for name, parameter in parameters.items()
+    ]
+    return torch.stack(terms).sum()
+
+
+def ase_loss(
+    masked_lm: Tensor,
+    hidden: Tensor,
+    direction: Tensor,
+    elastic: Tensor,
+    *,
+    elastic_weight: float = ELASTIC_WEIGHT,
+) -> Tensor:
+    """masked_lm + stereotype_loss(hidden, direction) + elastic_weight * elastic, a scalar.
+
+    Args:
+        masked_lm, elastic: scalars, see `bec.masked_lm_loss` and `elastic_loss`.
+        hidden, direction: see `stereotype_loss`.
+    """
+    return masked_lm + stereotype_loss(hidden, direction) + elastic_weight * elastic

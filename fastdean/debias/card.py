@@ -1,0 +1,129 @@
+"""The text that goes with a debiased model: what was done to it, and what that changed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_NAMES = {
+    "causal": "causal language modelling on gender-swapped text",
+    "bec": "BEC: masked language modelling on gender-swapped text",
+    "mabel": "MABEL: entailment pairs against their gender-swapped copies (arXiv 2210.14975)",
+    "ase": "ASE: stereotype words off the gender direction, with elastic weight consolidation",
+    "adept": "ADEPT: neutral words equally near to both genders (arXiv 2211.05414)",
+}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One figure before and after training.
+
+    Attributes:
+        metric: with its unit and the data it was measured on, such as "StereoSet SS (gender), %".
+        before, after: the figure of the base model and of this one.
+        low, high: 95 % interval of after - before, or None where none was measured.
+    """
+
+    metric: str
+    before: float
+    after: float
+    low: float | None = None
+    high: float | None = None
+
+    def verdict(self) -> str:
+        """What may be said about the change: nothing beyond noise where the interval holds 0."""
+        if self.low is None or self.high is None:
+            return "no interval measured"
+        if self.low <= 0 <= self.high:
+            return "no effect beyond noise"
+        return "higher" if self.low > 0 else "lower"
+
+
+def model_card(
+    name: str,
+    *,
+    base_model: str,
+    method: str,
+    strength: float | None,
+    data: str,
+    command: str | None = None,
+    effects: Sequence[Effect] = (),
+) -> str:
+    """A README.md with the hub's metadata.
+
+    Args:
+        name: the title: of the model, or "owner/name" of its place on the hub.
+        base_model: what was trained. It stands in the metadata where it has the form of a hub id.
+        method: as given to `fine_tune`.
+        strength: of the collapse regulariser; None where there was none.
+        data: the source of the rows, and their number.
+        command: what was run, so that it can be run again.
+        effects: what was measured, good and bad; empty where nothing was, which is said.
+    Raises:
+        ValueError: an unknown method.
+    """
+    if method not in _NAMES:
+        raise ValueError(f"method must be one of {', '.join(_NAMES)}, got {method!r}")
+    return f"""---
+library_name: transformers
+{_base_model_line(base_model)}tags:
+- fastdean
+- debiasing
+---
+# {name}
+
+{_inline(base_model)}, fine-tuned with FastDEAN to be less biased by gender.
+
+- **Method**: {_NAMES[method]}
+- **Collapse regulariser**: {_regulariser(strength)}
+- **Data**: {_inline(data)}, with gender-swapped copies
+
+{_command(command)}## Measured effect
+
+{_table(effects)}
+
+**Content warning.** Training against one kind of bias does not remove it, may strengthen others,
+and changes what the model knows about gender where that is right to know. Words and names were
+swapped by lists of two genders, in English. Evaluate the model on your own task before any use.
+"""
+
+
+def _base_model_line(base_model: str) -> str:
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and base_model[0] not in "./"
+    return f"base_model: {json.dumps(base_model)}\n" if is_hub_id else ""
+
+
+def _regulariser(strength: float | None) -> str:
+    if strength is None:
+        return "none"
+    return f"(U)NC3 on gendered words, strength {strength:g} (arXiv 2410.04472)"
+
+
+def _command(command: str | None) -> str:
+    return "" if command is None else f"```bash\n{command}\n```\n\n"
+
+
+def _table(effects: Sequence[Effect]) -> str:
+    if not effects:
+        return "None was measured."
+    lines = [
+        "| metric | before | after | 95 % interval of the change | verdict |",
+        "|---|---:|---:|---|---|",
+    ]
+    for effect in effects:
+        low_high = (
+            "-"
+            if effect.low is None or effect.high is None
+            else f"{effect.low:+.4g} to {effect.high:+.4g}"
+        )
+        lines.append(
+            f"| {effect.metric} | {effect.before:.4g} | {effect.after:.4g} | {low_high} "
+            f"| {effect.verdict()} |"
+        )
+    return "\n".join(lines)
+
+
+def _inline(text: str) -> str:
+    return "`" + text.replace("`", "'") + "`"

@@ -1,0 +1,99 @@
+"""MABEL: entailment pairs against their gender-swapped copies.
+
+    L = contrastive + 0.05 * alignment + 0.1 * MLM
+
+With p_i, h_i the representations of a premise and its hypothesis, p'_i, h'_i those of the swapped
+copies, and s(a, b) = cos(a, b) / 0.05:
+
+    contrastive = mean over i, and over (p, h) and (p', h'), of
+                  -log exp s(p_i, h_i) / sum over j of (exp s(p_i, h_j) + exp s(p_i, h'_j))
+    alignment   = mean over i of (cos(p_i, h_i) - cos(p'_i, h'_i))^2
+    MLM         = `bec.masked_lm_loss` of the four sentences
+
+Source: arXiv 2210.14975, with the figures of the MABEL row of arXiv 2410.04472. Not settled there,
+chosen here: the contrastive term weighs 1; the swapped copy of an example's own hypothesis is among
+its negatives; both directions of swapping count alike. How a sentence becomes one vector is the
+caller's (`training` takes the mean of the last representations over the tokens).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+TEMPERATURE = 0.05
+ALIGNMENT_WEIGHT = 0.05
+MLM_WEIGHT = 0.1
+
+
+def contrastive_loss(
+    premises: Tensor,
+    hypotheses: Tensor,
+    swapped_premises: Tensor,
+    swapped_hypotheses: Tensor,
+    *,
+    temperature: float = TEMPERATURE,
+) -> Tensor:
+    """The contrastive term of the module's docstring, a scalar.
+
+    Args:
+        premises, hypotheses, swapped_premises, swapped_hypotheses: [B, D]; row i of each belongs
+            to example i. No row may be all zero.
+        temperature: above 0.
+    Raises:
+        ValueError: shapes that differ, or a temperature that is not positive.
+    """
+    _check_shapes(premises, hypotheses, swapped_premises, swapped_hypotheses)
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature must be above 0, got {temperature}; {TEMPERATURE} is the published one"
+        )
+    p, h, p_swapped, h_swapped = (
+        nn.functional.normalize(rows, dim=1)
+        for rows in (premises, hypotheses, swapped_premises, swapped_hypotheses)
+    )
+    own = torch.arange(len(p), device=p.device)
+    original = torch.cat([p @ h.T, p @ h_swapped.T], dim=1) / temperature
+    swapped = torch.cat([p_swapped @ h_swapped.T, p_swapped @ h.T], dim=1) / temperature
+    return nn.functional.cross_entropy(torch.cat([original, swapped]), own.repeat(2))
+
+
+def alignment_loss(
+    premises: Tensor, hypotheses: Tensor, swapped_premises: Tensor, swapped_hypotheses: Tensor
+) -> Tensor:
+    """The alignment term of the module's docstring, a scalar; arguments as `contrastive_loss`."""
+    _check_shapes(premises, hypotheses, swapped_premises, swapped_hypotheses)
+    original = nn.functional.cosine_similarity(premises, hypotheses, dim=1)
+    swapped = nn.functional.cosine_similarity(swapped_premises, swapped_hypotheses, dim=1)
+    return (original - swapped).square().mean()
+
+
+def mabel_loss(
+    premises: Tensor,
+    hypotheses: Tensor,
+    swapped_premises: Tensor,
+    swapped_hypotheses: Tensor,
+    masked_lm: Tensor,
+    *,
+    temperature: float = TEMPERATURE,
+    alignment_weight: float = ALIGNMENT_WEIGHT,
+    mlm_weight: float = MLM_WEIGHT,
+) -> Tensor:
+    """contrastive + alignment_weight * alignment + mlm_weight * masked_lm, a scalar.
+
+    Args:
+        premises, hypotheses, swapped_premises, swapped_hypotheses: see `contrastive_loss`.
+        masked_lm: scalar, the loss of masked language modelling on the same sentences.
+    """
+    sentences = (premises, hypotheses, swapped_premises, swapped_hypotheses)
+    contrast = contrastive_loss(*sentences, temperature=temperature)
+    return contrast + alignment_weight * alignment_loss(*sentences) + mlm_weight * masked_lm
+
+
+def _check_shapes(first: Tensor, *others: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in (first, *others)]
+    if first.dim() != 2 or len(set(shapes)) > 1:
+        raise ValueError(
+            f"premises, hypotheses and their swapped copies must have one shape [B, D], got "
+            f"{shapes}; give one row per example in each"
+        )

@@ -1,0 +1,315 @@
+"""The five methods as training sees them: rows to examples, and the loss of some of them.
+
+The losses themselves are `causal`, `bec`, `mabel`, `ase` and `adept`. Here it is decided which
+forward passes they take. The last pass of a loss always is one of the whole model, with gradients,
+on the language modelling text: the one that a collapse regulariser's term is of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastdean.debias.adept import adept_loss
+from fastdean.debias.ase import ase_loss, diagonal_fisher, elastic_loss, gender_direction
+from fastdean.debias.bec import MaskedTokens, mask_tokens, masked_lm_loss
+from fastdean.debias.causal import causal_loss
+from fastdean.debias.counterfactual import augment
+from fastdean.debias.gender_words import GenderWords
+from fastdean.debias.mabel import mabel_loss
+from fastdean.debias.texts import (
+    FEMALE,
+    MALE,
+    NEUTRAL,
+    TextBatch,
+    TextEncoder,
+    collate,
+    single_token_pairs,
+    texts_of,
+)
+from fastdean.forward import label_shift
+from fastdean.model_state import evaluation_state, input_device, unwrap
+
+_FISHER_BATCHES = 8
+_FISHER_BATCH_SIZE = 8
+CAUSAL, MASKED = 1, 0
+_KIND = {CAUSAL: "causal", MASKED: "masked"}
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every objective is made from.
+
+    Attributes:
+        model, tokenizer: of Hugging Face.
+        encoder: text -> tokens.
+        words: the gendered words; `lists` are where they came from, for `augment`.
+        seed: of what an objective draws before training.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    encoder: TextEncoder
+    words: GenderWords
+    lists: Mapping[str, Any] | None
+    seed: int
+
+
+class Objective:
+    """One method on its rows.
+
+    Attributes:
+        fits: the label shifts of the models it can train.
+        examples: what `loss` takes indices of.
+    """
+
+    fits: ClassVar[frozenset[int]]
+
+    def __init__(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.model = material.model
+        self.device = input_device(unwrap(material.model))
+        tokenizer = material.tokenizer
+        self._pad_id = next(
+            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
+        )
+        self.examples = self._encode(material, rows)
+
+    def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
+        """The mean loss of these examples; `generator`, of the CPU, gives all its randomness."""
+        raise NotImplementedError
+
+    def _encode(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> list:
+        """The texts and their swapped copies."""
+        texts_of(rows, ["text"])
+        texts = texts_of(augment(rows, lists=material.lists), ["text"])
+        return [material.encoder(text) for (text,) in texts]
+
+    def _batch(self, members: Sequence[int]) -> TextBatch:
+        return collate([self.examples[i] for i in members], self._pad_id)
+
+    def _outputs(self, input_ids: Tensor, batch: TextBatch, **options: Any) -> Any:
+        return self.model(
+            input_ids=input_ids.to(self.device),
+            attention_mask=batch.attention_mask.to(self.device),
+            **options,
+        )
+
+
+class Causal(Objective):
+    fits = frozenset({CAUSAL})
+
+    def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
+        batch = self._batch(members)
+        logits = self._outputs(batch.input_ids, batch, use_cache=False).logits
+        moved = batch.to(logits.device)
+        return causal_loss(logits, moved.input_ids, moved.attention_mask)
+
+
+class Bec(Objective):
+    fits = frozenset({MASKED})
+
+    def __init__(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(material, rows)
+        tokenizer = material.tokenizer
+        if tokenizer.mask_token_id is None:
+            raise ValueError(
+                "tokenizer must have a mask token for masked language modelling, got none; load "
+                "the one that belongs to the model"
+            )
+        special = torch.tensor(sorted(tokenizer.all_special_ids))
+        ids = torch.arange(unwrap(material.model).get_input_embeddings().num_embeddings)
+        self._special_ids = special
+        self._random_ids = ids[~torch.isin(ids, special)]
+        self._mask_id = tokenizer.mask_token_id
+
+    def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
+        batch = self._batch(members)
+        return self._masked_lm(batch, generator)
+
+    def _hide(self, batch: TextBatch, generator: torch.Generator) -> MaskedTokens:
+        may_hide = ~(batch.special | torch.isin(batch.input_ids, self._special_ids))
+        return mask_tokens(
+            batch.input_ids,
+            may_hide,
+            mask_id=self._mask_id,
+            random_ids=self._random_ids,
+            generator=generator,
+        )
+
+    def _masked_lm(self, batch: TextBatch, generator: torch.Generator) -> Tensor:
+        masked = self._hide(batch, generator)
+        logits = self._outputs(masked.input_ids, batch).logits
+        return masked_lm_loss(logits, masked.labels.to(logits.device))
+
+
+class Mabel(Bec):
+    """A sentence's vector is the mean of its last representations over its tokens."""
+
+    def _encode(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> list:
+        """Premise, hypothesis and their swapped copies, of the pairs in which something is swapped.
+
+        In the others both copies would be the same, and the hypothesis its own negative.
+        """
+        columns = ["premise", "hypothesis"]
+        texts_of(rows, columns)
+        found = []
+        for row in rows:
+            original, *swapped = texts_of(augment([row], lists=material.lists), columns)
+            if swapped:
+                found.append([material.encoder(text) for text in (*original, *swapped[0])])
+        if not found:
+            raise ValueError(
+                "rows must hold at least one pair with a gendered word, got none; give pairs such "
+                "as those of embedded:debias:pairs"
+            )
+        return found
+
+    def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
+        sentences = [text for column in self._columns(members) for text in column]
+        batch = collate(sentences, self._pad_id)
+        vectors = self._sentence_vectors(batch).unflatten(0, (4, len(members)))
+        return mabel_loss(*vectors, self._masked_lm(batch, generator))
+
+    def _columns(self, members: Sequence[int]) -> list[tuple]:
+        """[premises, hypotheses, swapped premises, swapped hypotheses]."""
+        return list(zip(*(self.examples[i] for i in members), strict=True))
+
+    def _sentence_vectors(self, batch: TextBatch) -> Tensor:
+        inner = unwrap(self.model)
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        # Without the head: logits over the vocabulary would take most of the memory.
+        base = getattr(inner, inner.base_model_prefix)
+        mask = batch.attention_mask.to(self.device)
+        hidden = base(input_ids=batch.input_ids.to(self.device), attention_mask=mask)
+        weights = mask.to(hidden.last_hidden_state).unsqueeze(2)
+        return (hidden.last_hidden_state * weights).sum(1) / weights.sum(1)
+
+
+class Ase(Bec):
+    """The stereotype words are the neutral ones of the encoder, hidden or not."""
+
+    def __init__(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(material, rows)
+        _require_kinds(self.examples, {"neutral": NEUTRAL})
+        self._pairs = single_token_pairs(material.tokenizer, material.words)
+        self._parameters = _trained(self.model)
+        self._start = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._importance = self._fisher(material.seed)
+
+    def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
+        batch = self._batch(members)
+        masked = self._hide(batch, generator)
+        outputs = self._outputs(masked.input_ids, batch, output_hidden_states=True)
+        hidden = outputs.hidden_states[-1]
+        stereotypes = hidden[(batch.kinds == NEUTRAL).to(hidden.device)]
+        embedding = unwrap(self.model).get_output_embeddings().weight
+        direction = gender_direction(embedding, self._pairs.to(embedding.device))
+        return ase_loss(
+            masked_lm_loss(outputs.logits, masked.labels.to(outputs.logits.device)),
+            stereotypes,
+            direction.to(stereotypes),
+            elastic_loss(self._parameters, self._start, self._importance),
+        )
+
+    def _fisher(self, seed: int) -> dict[str, Tensor]:
+        """From the first rows, without dropout, and unseen by a regulariser, which sleeps then."""
+        generator = torch.Generator().manual_seed(seed)
+        groups = [
+            range(start, min(start + _FISHER_BATCH_SIZE, len(self.examples)))
+            for start in range(0, len(self.examples), _FISHER_BATCH_SIZE)
+        ][:_FISHER_BATCHES]
+        with evaluation_state(self.model), torch.enable_grad():
+            losses = (self._masked_lm(self._batch(group), generator) for group in groups)
+            return diagonal_fisher(losses, self._parameters)
+
+
+class Adept(Objective):
+    """The neutral words are those of the encoder, the attributes its female and male words.
+
+    A pass without words of both genders and two neutral ones has no bias term, so that short texts
+    ask for a `batch_size` of 16 or more.
+    """
+
+    fits = frozenset({CAUSAL, MASKED})
+
+    def __init__(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(material, rows)
+        _require_kinds(self.examples, {"neutral": NEUTRAL, "female": FEMALE, "male": MALE})
+        trained = _trained(self.model)
+        self._start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+    def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
+        batch = self._batch(members)
+        original = self._original(batch)
+        hidden = self._outputs(batch.input_ids, batch, output_hidden_states=True).hidden_states[-1]
+        moved = batch.to(hidden.device)
+        tokens = moved.attention_mask.bool()
+        attributes = [hidden[moved.kinds == kind] for kind in (FEMALE, MALE)]
+        prototypes = [rows.mean(0) for rows in attributes if len(rows)]
+        return adept_loss(
+            hidden[moved.kinds == NEUTRAL],
+            torch.stack(prototypes) if prototypes else hidden.new_zeros(0, hidden.shape[-1]),
+            hidden[tokens],
+            original[tokens],
+        )
+
+    @torch.no_grad()
+    def _original(self, batch: TextBatch) -> Tensor:
+        """The last representations [B, T, D] under the weights before training, dropout off."""
+        inputs = {
+            "input_ids": batch.input_ids.to(self.device),
+            "attention_mask": batch.attention_mask.to(self.device),
+            "output_hidden_states": True,
+        }
+        with evaluation_state(self.model):
+            outputs = torch.func.functional_call(self.model, self._start, kwargs=inputs)
+        return outputs.hidden_states[-1]
+
+
+METHODS: dict[str, type[Objective]] = {
+    "causal": Causal,
+    "bec": Bec,
+    "mabel": Mabel,
+    "ase": Ase,
+    "adept": Adept,
+}
+
+
+def require_method(model: nn.Module, method: str) -> type[Objective]:
+    """The objective of that name, if it can train this model.
+
+    Raises:
+        ValueError: an unknown method, a model that is no language model, or of the other kind.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    try:
+        shift = label_shift(unwrap(model))
+    except ValueError:
+        raise ValueError(
+            "model must be a causal or masked language model to be debiased, got "
+            f"{type(unwrap(model)).__name__}; load it with its language modelling head"
+        ) from None
+    if shift not in METHODS[method].fits:
+        fitting = ", ".join(name for name, kind in METHODS.items() if shift in kind.fits)
+        raise ValueError(
+            f"method must be one of {fitting} for a {_KIND[shift]} language model, got {method!r}"
+        )
+    return METHODS[method]
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _require_kinds(examples: Sequence[Any], kinds: Mapping[str, int]) -> None:
+    for name, kind in kinds.items():
+        if not any((text.kinds == kind).any() for text in examples):
+            raise ValueError(
+                f"rows must hold at least one {name} word, got none; give other rows, or lists and "
+                "neutral_words that occur in them"
+            )

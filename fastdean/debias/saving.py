@@ -1,0 +1,83 @@
+"""A debiased model as an ordinary Hugging Face folder, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdean.model_state import unwrap
+from fastdean.provenance import now, versions
+from fastdean.safetensors_files import weight_files
+from fastdean.storage import new_folder, write_json_atomic, write_text_atomic
+
+MANIFEST_NAME = "fastdean_debias.json"
+
+
+def save_model(
+    path: str | os.PathLike,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    card: str,
+    manifest: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Save model and tokenizer with `save_pretrained`, the card and a manifest beside them.
+
+    Args:
+        path: a new or empty folder.
+        card: the README.md, see `model_card`.
+        manifest: what else to keep in `fastdean_debias.json` beside time and versions: JSON.
+        overwrite: replace an earlier output of this function.
+    Returns:
+        The absolute path of the folder, which any program that reads Hugging Face folders loads.
+    Raises:
+        ValueError: a path in use.
+        OSError: the disk refused; nothing is left behind.
+        RuntimeError: what was read back is not the model; nothing is left behind.
+    """
+    with new_folder(path, overwrite=overwrite, may_replace=_is_ours) as folder:
+        unwrap(model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_text_atomic(folder / "README.md", card)
+        write_json_atomic(
+            folder / MANIFEST_NAME, {**(manifest or {}), "created": now(), "versions": versions()}
+        )
+        _verify(folder, unwrap(model))
+    return Path(path).expanduser().resolve()
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def _verify(folder: Path, model: nn.Module) -> None:
+    """Compare what the files hold with the model's tensors of the same names.
+
+    Raises: RuntimeError where one differs, or none has the name of one.
+    """
+    from safetensors import safe_open
+
+    own = model.state_dict()
+    compared = 0
+    for file in weight_files(folder):
+        with safe_open(folder / file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if name not in own:
+                    continue
+                compared += 1
+                if not torch.equal(opened.get_tensor(name), own[name].detach().cpu()):
+                    raise RuntimeError(
+                        f"the saved model must hold the trained {name!r}, got other values in "
+                        f"{file!r}; check the disk"
+                    )
+    if compared == 0:
+        raise RuntimeError(
+            "the saved model must hold tensors by the model's names, got none; this model renames "
+            "its weights when it is saved, so they cannot be verified"
+        )

@@ -1,0 +1,312 @@
+"""`fine_tune`: the five methods in one plain loop, with or without a collapse regulariser."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fastdean.debias.gender_words import GenderWords
+from fastdean.debias.objectives import Material, Objective, require_method
+from fastdean.debias.resuming import Checkpoints, announce, json_digest, weights_digest
+from fastdean.debias.schedule import (
+    Purpose,
+    Schedule,
+    check_counts,
+    check_schedule,
+    random_seed,
+    steps_per_epoch,
+)
+from fastdean.debias.texts import TextEncoder
+from fastdean.model_state import evaluation_state, input_device, max_tokens, unwrap
+
+if TYPE_CHECKING:
+    from fastdean.collapse import CollapseRegularizer
+
+_DEFAULT_EPOCHS = 3
+_DEFAULT_MAX_LENGTH = 128
+_MAX_GRADIENT_NORM = 1.0
+
+OnEval = Callable[[int, nn.Module], Mapping[str, Any] | None]
+
+
+def fine_tune(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    method: str,
+    *,
+    regularizer: CollapseRegularizer | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    learning_rate: float = 2e-5,
+    batch_size: int = 16,
+    accumulation: int = 1,
+    warmup: float = 0.1,
+    weight_decay: float = 0.0,
+    max_length: int | None = None,
+    lists: Mapping[str, Any] | None = None,
+    neutral_words: Iterable[str] | None = None,
+    seed: int = 0,
+    out: str | os.PathLike | None = None,
+    resume: bool = True,
+    save_every: int | None = None,
+    eval_every: int | None = None,
+    on_eval: OnEval | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Train `model` in place to be less biased, in one process, with AdamW.
+
+    A step's loss is the mean over its forward passes, weighted by their examples, of the method's
+    loss plus `regularizer.term()`. Gradients are clipped to a norm of 1. The same arguments give
+    the same weights, to the bit on a CPU with the same number of threads, also over a resume; the
+    caller's random state is left alone. Modes of the modules are as before afterwards, and no
+    gradient is left.
+
+    Args:
+        model: a causal or masked language model in fp32 or fp64; the weights that require a
+            gradient are trained.
+        tokenizer: a fast one, the model's own.
+        rows: `text`; for "mabel" `premise` and `hypothesis`: embedded:debias and
+            embedded:debias:pairs are such. Swapped copies are added here: pass original text.
+        method: "causal" (causal models), "bec", "mabel", "ase" (masked models) or "adept" (both).
+        regularizer: attached to this model, or None. In a masked text a hidden word is of no class.
+        steps, epochs: one of them; an epoch has every example, copies included, once. 3 epochs
+            where both are None.
+        learning_rate: the highest, reached after the share `warmup` of the steps.
+        batch_size, accumulation: examples of a forward pass; passes of a step.
+        max_length: tokens; None: 128, or the model's own limit where that is less.
+        lists: the gendered words, see `counterfactual`.
+        neutral_words: the stereotype words of "ase", the neutral ones of "adept"; None: those of
+            the package.
+        out: folder for checkpoints, see `resuming`; None: nothing is written. The model itself is
+            saved with `save_model`.
+        resume: go on from the checkpoint of this very job in `out`, and say so in a warning of the
+            log. The model must come with the weights that the job started from.
+        save_every: steps between checkpoints; None: at the end only, where there is always one.
+        eval_every: steps between calls of `on_eval`; None: at the end only.
+        on_eval: (steps done, model) -> figures for the history, as JSON, or None; called in eval
+            mode without gradients.
+    Returns:
+        One dictionary for each step: "step" from 1; "loss", "base" plus the regulariser's term;
+        "base", the method's loss; "collapse", `regularizer.value`, or None; "learning_rate"; and
+        "eval" where `on_eval` gave figures.
+    Raises:
+        ValueError, TypeError: for the arguments, before anything is trained or written.
+        RuntimeError: the loss is not finite; the weights are those of the step before.
+    Source:
+        Collapsed language models promote fairness (arXiv 2410.04472), with the methods' own papers.
+    """
+    course = {
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "warmup": warmup,
+        "seed": seed,
+    }
+    check_schedule(steps=steps, epochs=epochs, **course)
+    check_counts(max_length=max_length, save_every=save_every, eval_every=eval_every)
+    if eval_every is not None and on_eval is None:
+        raise ValueError(
+            f"on_eval must be a function where eval_every is given, got None and {eval_every}; "
+            "pass both or neither"
+        )
+    make_objective = require_method(model, method)
+    _check_weights(model)
+
+    rows, longest = list(rows), _longest(model, max_length)
+    neutral_words = None if neutral_words is None else sorted(neutral_words)
+    words = GenderWords.from_lists(lists)
+    encoder = TextEncoder(tokenizer, words, neutral_words=neutral_words, max_length=longest)
+    preparation = random_seed(seed, Purpose.PREPARATION)
+    objective = make_objective(Material(model, tokenizer, encoder, words, lists, preparation), rows)
+    if steps is None:
+        per_epoch = steps_per_epoch(len(objective.examples), batch_size * accumulation)
+        steps = per_epoch * (epochs or _DEFAULT_EPOCHS)
+    schedule = Schedule(examples=len(objective.examples), steps=steps, **course)
+    run = _Run(model, objective, regularizer, schedule, weight_decay)
+    if out is not None:
+        job = {
+            "method": method,
+            "rows": json_digest(rows),
+            "words": json_digest([lists, neutral_words]),
+            "weights": weights_digest(unwrap(model)),
+            "regularizer strength": getattr(regularizer, "strength", None),
+            "max_length": longest,
+            "weight_decay": weight_decay,
+            **asdict(schedule),
+        }
+        run.keep_in(Path(out), job, resume=resume, every=save_every or steps)
+    with _training_state(model):
+        run.train(on_eval, every=eval_every or steps, progress=progress)
+    return run.history
+
+
+@dataclass
+class _Run:
+    """A training under way.
+
+    Attributes:
+        history: one entry for each step done.
+    """
+
+    model: nn.Module
+    objective: Objective
+    regularizer: CollapseRegularizer | None
+    schedule: Schedule
+    weight_decay: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+    _checkpoints: Checkpoints | None = None
+    _save_every: int = 1
+
+    def __post_init__(self) -> None:
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=self.schedule.learning_rate, weight_decay=self.weight_decay
+        )
+
+    def keep_in(self, folder: Path, job: Mapping[str, Any], *, resume: bool, every: int) -> None:
+        """Save checkpoints there, and start from the one that is there already."""
+        self._checkpoints, self._save_every = Checkpoints(folder, job), every
+        found = self._checkpoints.latest(resume=resume)
+        if found is not None:
+            announce(folder, found.step, self.schedule.steps)
+            self._restore(found.state)
+            self.history = found.history
+
+    def train(self, on_eval: OnEval | None, *, every: int, progress: bool) -> None:
+        """The steps that are left."""
+        from tqdm.auto import tqdm
+
+        steps, done = self.schedule.steps, len(self.history)
+        with tqdm(
+            total=steps, initial=done, desc="debiasing", unit="step", disable=not progress
+        ) as bar:
+            for step in range(done, steps):
+                entry = self._step(step)
+                last = step + 1 == steps
+                if on_eval is not None and (last or (step + 1) % every == 0):
+                    entry |= self._evaluate(on_eval, step + 1)
+                self.history.append(entry)
+                if self._checkpoints and (last or (step + 1) % self._save_every == 0):
+                    self._checkpoints.save(step + 1, self._state(), self.history)
+                bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
+                bar.update()
+
+    def _step(self, step: int) -> dict[str, Any]:
+        torch.manual_seed(random_seed(self.schedule.seed, Purpose.DROPOUT, step))
+        members = self.schedule.members(step)
+        count = sum(map(len, members))
+        totals = {"loss": 0.0, "base": 0.0, "collapse": 0.0}
+        for place, group in enumerate(members):
+            generator = self.schedule.generator(Purpose.MASKING, step, place)
+            for name, value in self._backward(group, generator, len(group) / count).items():
+                totals[name] += value
+        if not math.isfinite(totals["loss"]):
+            self._optimizer.zero_grad()
+            raise RuntimeError(
+                f"loss must be finite, got {totals['loss']} in step {step + 1}; lower the "
+                "learning_rate or the regulariser's strength"
+            )
+        rate = self.schedule.rate(step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self.regularizer is None:
+            totals["collapse"] = None
+        return {"step": step + 1, **totals, "learning_rate": rate}
+
+    def _backward(
+        self, group: list[int], generator: torch.Generator, weight: float
+    ) -> dict[str, float]:
+        """One forward and backward pass; its part of the step's figures."""
+        base = loss = self.objective.loss(group, generator)
+        collapse = 0.0
+        if self.regularizer is not None:
+            loss = base + self.regularizer.term().to(base.device)
+            collapse = self.regularizer.value
+        (loss * weight).backward()
+        figures = {"loss": loss.item(), "base": base.item(), "collapse": collapse}
+        return {name: value * weight for name, value in figures.items()}
+
+    def _evaluate(self, on_eval: OnEval, step: int) -> dict[str, Any]:
+        with evaluation_state(self.model), torch.no_grad():
+            figures = on_eval(step, self.model)
+        if figures is None:
+            return {}
+        try:
+            return {"eval": json.loads(json.dumps(dict(figures), allow_nan=False))}
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"on_eval must return figures as finite JSON, got {figures!r:.80} ({error}); "
+                "convert them with float()"
+            ) from None
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "model": unwrap(self.model).state_dict(),
+            "optimizer": self._optimizer.state_dict()["state"],
+        }
+        if self.regularizer is not None:
+            state["regularizer"] = self.regularizer.state_dict()
+        return state
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        unwrap(self.model).load_state_dict(state["model"])
+        moments = {int(place): found for place, found in state["optimizer"].items()}
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
+        if self.regularizer is not None:
+            self.regularizer.load_state_dict(state["regularizer"])
+
+
+def _check_weights(model: nn.Module) -> None:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            "model must have weights that require a gradient, got none; unfreeze some with "
+            "model.requires_grad_(True)"
+        )
+    for name, parameter in trained:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"model must have trained weights in fp32, got {parameter.dtype} for {name!r}, in "
+                "which steps of the usual size are rounded away; load it with dtype=torch.float32"
+            )
+
+
+def _longest(model: nn.Module, max_length: int | None) -> int:
+    """`max_length`, or its default; no more than the model has positions for."""
+    limit = max_tokens(model)
+    if max_length is not None and limit is not None and max_length > limit:
+        raise ValueError(
+            f"max_length must be at most the model's {limit} tokens, got {max_length}; lower it"
+        )
+    if max_length is not None:
+        return max_length
+    return _DEFAULT_MAX_LENGTH if limit is None else min(_DEFAULT_MAX_LENGTH, limit)
+
+
+@contextmanager
+def _training_state(model: nn.Module) -> Iterator[None]:
+    """Training mode inside; modes and the caller's random state as before outside, no gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = input_device(unwrap(model))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        model.zero_grad()
+        model.train()
+        try:
+            yield
+        finally:
+            model.zero_grad()
+            for module, training in modes:
+                module.training = training

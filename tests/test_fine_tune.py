@@ -1,0 +1,464 @@
+"""The training loop: what it minimises, repeats, resumes, says and refuses."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import pytest
+import tiny_models
+import torch
+
+from fastdean.debias import METHODS, augment, causal_loss, fine_tune
+from fastdean.debias.adept import bias_loss
+from fastdean.debias.bec import masked_lm_loss
+from fastdean.debias.schedule import Schedule
+
+SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[UNK]", "[MASK]", "[CLS]", "[SEP]")
+LISTED = """
+    she he her his him woman man women men girl boy mother father sister brother nurse doctor
+    engineer teacher pilot farmer the a saw met said works reads and with in town today . old
+"""
+WORDS = LISTED.split()
+TEXTS = [
+    {"text": text}
+    for text in (
+        "she works with the nurse and he works with the engineer .",
+        "the doctor said he met her in town .",
+        "a pilot saw the old woman today .",
+        "his mother reads and her father works .",
+        "the teacher met the farmer .",
+    )
+]
+PAIRS = [
+    {"premise": "the old woman works in town .", "hypothesis": "a woman works ."},
+    {"premise": "a boy reads with the nurse .", "hypothesis": "a boy reads ."},
+    {"premise": "his sister met the pilot today .", "hypothesis": "the pilot saw a girl ."},
+    {"premise": "the farmer works .", "hypothesis": "a farmer works ."},
+]
+LISTS = {
+    "pairs": [["she", "he"], ["her", "his"], ["woman", "man"], ["women", "men"], ["girl", "boy"]]
+    + [["mother", "father"], ["sister", "brother"]],
+    "ambiguous": {},
+    "names": {},
+}
+CAUSAL, MASKED = tiny_models.llama, tiny_models.bert
+
+
+def tokenizer():
+    """A word is a token; [CLS] and [SEP] around every text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(t, vocabulary[t]) for t in ("[CLS]", "[SEP]")]
+    )
+    names = ("pad_token", "bos_token", "eos_token", "unk_token", "mask_token")
+    special = dict(zip(names, SPECIAL, strict=False))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, **special, cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+TOKENIZER = tokenizer()
+CASES = {"causal": CAUSAL, "bec": MASKED, "mabel": MASKED, "ase": MASKED, "adept": MASKED}
+
+
+def rows_for(method):
+    return PAIRS if method == "mabel" else TEXTS
+
+
+def train(model, method="causal", rows=None, **options):
+    options = {"learning_rate": 1e-2, "batch_size": 4, "lists": LISTS, "progress": False, **options}
+    rows = rows_for(method) if rows is None else rows
+    return fine_tune(model, TOKENIZER, rows, method, **options)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+class Regularizer:
+    """What training asks of a regulariser: here scale * ||W||^2 of the output embedding."""
+
+    def __init__(self, model, strength=0.5):
+        self.model, self.strength = model, strength
+        self.value, self.calls = None, 0
+        self.sums = torch.zeros(3)
+
+    def term(self):
+        loss = self.model.get_output_embeddings().weight.square().mean()
+        self.value = float(loss.detach())
+        self.calls += 1
+        self.sums = self.sums + self.value
+        return self.strength * loss
+
+    def state_dict(self):
+        return {"sums": self.sums, "calls": self.calls, "of": {"classes": [[1], [2, 3]]}}
+
+    def load_state_dict(self, stored):
+        assert stored["of"] == {"classes": [[1], [2, 3]]}
+        self.sums, self.calls = stored["sums"], stored["calls"]
+
+
+@pytest.mark.parametrize("method", ["causal", "bec", "mabel", "ase"])
+def test_training_lowers_the_loss(method):
+    history = train(CASES[method](), method, steps=24, warmup=0.0)
+    assert [entry["step"] for entry in history] == list(range(1, 25))
+    assert all(entry["loss"] == entry["base"] and entry["collapse"] is None for entry in history)
+    first, last = (sum(e["base"] for e in part) for part in (history[:6], history[-6:]))
+    assert last < 0.9 * first
+
+
+@pytest.mark.parametrize("build", [CAUSAL, MASKED])
+def test_adept_brings_the_affinities_to_both_genders_together(build):
+    model = build()
+    # Far apart at first: the words of one gender are moved away from the others.
+    with torch.no_grad():
+        male = [TOKENIZER.convert_tokens_to_ids(word) for word in ("he", "his", "man")]
+        model.get_input_embeddings().weight[male] += 3.0
+
+    def bias():
+        ids = TOKENIZER("she he nurse engineer", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            hidden = model(ids, output_hidden_states=True).hidden_states[-1][0]
+        return bias_loss(hidden[3:5], hidden[1:3]).item()
+
+    before = bias()
+    train(model, "adept", steps=30, learning_rate=3e-3)
+    assert bias() < 0.9 * before
+
+
+def test_the_first_loss_is_that_of_the_formula():
+    model = CAUSAL()
+    texts = [row["text"] for row in augment(TEXTS, lists=LISTS)]
+    batch = TOKENIZER(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
+    expected = causal_loss(logits, batch["input_ids"], batch["attention_mask"]).item()
+    (entry,) = train(model, steps=1, batch_size=100)
+    assert entry["base"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_accumulated_passes_are_one_step_of_all_their_examples():
+    # Texts of one length, so that means over passes are means over tokens.
+    rows = [{"text": f"the {word} works ."} for word in ("nurse", "pilot", "doctor", "farmer")]
+    whole, parts = CAUSAL(), CAUSAL()
+    a = train(whole, rows=rows, steps=3, batch_size=4)
+    b = train(parts, rows=rows, steps=3, batch_size=3, accumulation=2, seed=0)
+    assert len(b) == 3 and a[0]["loss"] == pytest.approx(b[0]["loss"], rel=1e-5)
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_special_tokens_are_never_hidden(monkeypatch):
+    from fastdean.debias import objectives
+
+    seen = []
+
+    def spy(logits, labels):
+        seen.append(labels)
+        return masked_lm_loss(logits, labels)
+
+    monkeypatch.setattr(objectives, "masked_lm_loss", spy)
+    train(MASKED(), "bec", steps=12)
+    hidden = torch.cat([labels[labels != -100] for labels in seen])
+    assert len(hidden) > 20 and hidden.min() >= len(SPECIAL)
+
+
+def test_the_regularisers_term_is_added_and_logged():
+    model, plain = CAUSAL(), CAUSAL()
+    regularizer = Regularizer(model)
+    history = train(model, regularizer=regularizer, steps=2, accumulation=2)
+    bare = train(plain, steps=2, accumulation=2)
+    for entry in history:
+        assert entry["loss"] == pytest.approx(entry["base"] + 0.5 * entry["collapse"], rel=1e-6)
+    assert history[0]["base"] == bare[0]["base"]
+    # Nine examples: two passes of four, then one of one.
+    assert regularizer.calls == 3
+    assert not torch.equal(*(m.get_output_embeddings().weight for m in (model, plain)))
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_the_same_arguments_give_the_same_bits(method):
+    runs = []
+    for _ in range(2):
+        model = with_dropout(CASES[method])
+        torch.rand(3)  # The caller's random state is no argument.
+        runs.append((train(model, method, steps=3), weights(model)))
+    assert runs[0][0] == runs[1][0]
+    assert_same(runs[0][1], runs[1][1])
+    other = with_dropout(CASES[method])
+    assert train(other, method, steps=3, seed=1) != runs[0][0]
+
+
+def with_dropout(build):
+    model = build()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    return model
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_resumed_training_has_the_same_bits(method, tmp_path, caplog):
+    def run(out, stop_at=None):
+        def on_eval(step, model):
+            if step == stop_at:
+                raise Stop
+            return {"norm": float(sum(p.square().sum() for p in model.parameters()))}
+
+        model = with_dropout(CASES[method])
+        regularizer = Regularizer(model)
+        history = train(
+            model,
+            method,
+            steps=7,
+            out=tmp_path / out,
+            save_every=2,
+            eval_every=1,
+            on_eval=on_eval,
+            regularizer=regularizer,
+        )
+        return history, weights(model), regularizer.state_dict()
+
+    straight = run("straight")
+    assert "resumes" not in caplog.text
+    with pytest.raises(Stop):
+        run("stopped", stop_at=5)
+    assert [p.name for p in (tmp_path / "stopped").iterdir()] == ["checkpoint-000004"]
+    resumed = run("stopped")
+    assert "training resumes from the checkpoint of step 4 of 7" in caplog.text
+    assert resumed[0] == straight[0]
+    assert_same(resumed[1], straight[1])
+    assert torch.equal(resumed[2]["sums"], straight[2]["sums"])
+    assert resumed[2]["calls"] == straight[2]["calls"]
+
+    caplog.clear()
+    again = run("stopped")
+    assert "training was finished already" in caplog.text
+    assert again[0] == straight[0]
+    assert_same(again[1], straight[1])
+
+
+def test_what_is_another_training_is_not_resumed(tmp_path):
+    train(CAUSAL(), steps=1, out=tmp_path / "run")
+    for options, named in [
+        ({"learning_rate": 1e-3}, "learning_rate"),
+        ({"rows": TEXTS[:3]}, "examples, rows"),
+        ({"seed": 3}, "seed"),
+    ]:
+        with pytest.raises(ValueError, match=f"out must hold .* one that differs in {named};"):
+            train(CAUSAL(), **{"steps": 1, "out": tmp_path / "run", **options})
+    with pytest.raises(ValueError, match="differs in weights; choose another folder, or start"):
+        train(CAUSAL(seed=1), steps=1, out=tmp_path / "run")
+    model = CAUSAL()
+    with pytest.raises(ValueError, match="differs in regularizer strength;"):
+        train(model, steps=1, out=tmp_path / "run", regularizer=Regularizer(model))
+    with pytest.raises(ValueError, match="no training for resume=False, got .* after step 1;"):
+        train(CAUSAL(), steps=1, out=tmp_path / "run", resume=False)
+
+
+def test_checkpoints_leave_other_files_and_half_written_ones_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    expected = train(CAUSAL(), steps=2, save_every=1, out=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000002", "notes.txt"]
+    # What a crash leaves while one is written, and a copy that somebody keeps.
+    for name in (".checkpoint-000003.ab.tmp", "checkpoint-best"):
+        shutil.copytree(tmp_path / "checkpoint-000002", tmp_path / name)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert train(CAUSAL(), steps=2, save_every=1, out=tmp_path) == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_crash_between_two_checkpoints_leaves_the_later_one(tmp_path, monkeypatch):
+    from fastdean.debias import resuming
+
+    def crash(folder):
+        raise Stop
+
+    monkeypatch.setattr(resuming.shutil, "rmtree", crash)
+    with pytest.raises(Stop):
+        train(CAUSAL(), steps=3, save_every=1, out=tmp_path)
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2
+    resumed, straight = CAUSAL(), CAUSAL()
+    history = train(resumed, steps=3, save_every=1, out=tmp_path)
+    assert history == train(straight, steps=3)
+    assert_same(weights(resumed), weights(straight))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000003"]
+
+
+def test_a_file_is_no_folder_for_checkpoints(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="out must be a folder, got the file"):
+        train(CAUSAL(), steps=1, out=tmp_path / "file")
+
+
+def test_modes_random_state_and_gradients_are_as_before():
+    model = MASKED()
+    model.cls.train()
+    before = torch.get_rng_state()
+    modes = [module.training for module in model.modules()]
+    train(model, "bec", steps=2, on_eval=lambda step, model: None)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_evaluation_comes_when_asked_for_in_eval_mode():
+    seen = []
+
+    def on_eval(step, model):
+        seen.append((step, model.training))
+        return {"accuracy": 0.5} if step > 2 else None
+
+    history = train(CAUSAL(), steps=5, eval_every=2, on_eval=on_eval)
+    assert seen == [(2, False), (4, False), (5, False)]
+    assert [entry.get("eval") for entry in history] == [
+        None,
+        None,
+        None,
+        {"accuracy": 0.5},
+        {"accuracy": 0.5},
+    ]
+
+
+def test_frozen_weights_stay_as_they_are():
+    model = MASKED()
+    model.get_input_embeddings().weight.requires_grad_(False)
+    before = weights(model)
+    train(model, "ase", steps=2)
+    embedding = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(model.state_dict()[embedding], before[embedding])
+    changed = [n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])]
+    assert any("attention" in name for name in changed)
+
+
+def test_epochs_are_counted_with_the_swapped_copies():
+    count = len(augment(TEXTS, lists=LISTS))
+    assert len(train(CAUSAL(), epochs=2, batch_size=4)) == 2 * -(-count // 4)
+    assert len(train(CAUSAL(), batch_size=100)) == 3
+
+
+def test_an_epoch_has_every_example_once_in_an_order_of_its_own():
+    schedule = Schedule(
+        examples=11, steps=6, learning_rate=1.0, batch_size=2, accumulation=2, warmup=0.5, seed=0
+    )
+    steps = [schedule.members(step) for step in range(6)]
+    assert [list(map(len, groups)) for groups in steps[:3]] == [[2, 2], [2, 2], [2, 1]]
+    epochs = [[i for groups in part for g in groups for i in g] for part in (steps[:3], steps[3:])]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(11))] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_the_rate_rises_and_falls_linearly():
+    options = {"examples": 1, "learning_rate": 1.0, "batch_size": 1, "accumulation": 1, "seed": 0}
+    schedule = Schedule(steps=10, warmup=0.4, **options)
+    rates = [schedule.rate(step) for step in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert Schedule(steps=2, warmup=0.0, **options).rate(0) == 1.0
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step():
+    model = CAUSAL()
+    regularizer = Regularizer(model, strength=float("inf"))
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="loss must be finite, got inf in step 1; lower"):
+        train(model, steps=1, regularizer=regularizer)
+    assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("build", "method", "text"),
+    [
+        (CAUSAL, "bec", "one of causal, adept for a causal language model, got 'bec'"),
+        (CAUSAL, "mabel", "one of causal, adept for a causal language model, got 'mabel'"),
+        (MASKED, "causal", "one of bec, mabel, ase, adept for a masked .* got 'causal'"),
+        (MASKED, "dpo", f"method must be one of {', '.join(METHODS)}, got 'dpo'"),
+        (
+            lambda: MASKED().bert,
+            "bec",
+            "must be a causal or masked language .* got BertModel; load",
+        ),
+        (lambda: CAUSAL().bfloat16(), "causal", "weights in fp32, got torch.bfloat16 for 'model"),
+        (lambda: CAUSAL().requires_grad_(False), "causal", "require a gradient, got none; unfree"),
+    ],
+)
+def test_a_method_that_does_not_fit_the_model_is_refused(build, method, text):
+    with pytest.raises(ValueError, match=text):
+        train(build(), method)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"steps": 1, "epochs": 1}, "steps and epochs must not both be given, got 1 and 1"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"save_every": 0}, "save_every must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be finite and above 0, got 0.0"),
+        ({"warmup": 1.0}, "warmup must be a share .* got 1.0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"eval_every": 1}, "on_eval must be a function where eval_every is given, got None and 1"),
+        ({"max_length": 1000}, "max_length must be at most the model's 128 tokens, got 1000"),
+        ({"rows": []}, "rows must hold at least one row, got none"),
+        ({"rows": [TEXTS[0], PAIRS[0]]}, "row 1 must have text in the column 'text', got .*'hypo"),
+        (
+            {"steps": 1, "on_eval": lambda *_: {"x": float("nan")}},
+            "figures as finite JSON, got .*na",
+        ),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        train(CAUSAL(), **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "text"),
+    [
+        ("mabel", {"rows": PAIRS[3:]}, "at least one pair with a gendered word, got none"),
+        ("mabel", {"rows": TEXTS}, "row 0 must have text in the column 'premise'"),
+        ("ase", {"rows": TEXTS, "neutral_words": ["plumber"]}, "one neutral word, got none"),
+        ("adept", {"rows": TEXTS[4:]}, "at least one female word, got none"),
+        (
+            "ase",
+            {"lists": {**LISTS, "pairs": [["lass", "lad"]]}},
+            "one pair as single tokens, got n",
+        ),
+    ],
+)
+def test_rows_without_the_words_of_a_method_are_refused(method, options, text):
+    with pytest.raises(ValueError, match=text):
+        train(MASKED(), method, **options)
+
+
+def test_a_tokenizer_must_know_places_and_have_a_mask():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="tokenizer must be a fast one, .* got Slow; load it"):
+        fine_tune(CAUSAL(), Slow(), TEXTS, "causal", progress=False)
+    bare = tokenizer()
+    bare.mask_token = None
+    with pytest.raises(ValueError, match="tokenizer must have a mask token .* got none"):
+        fine_tune(MASKED(), bare, TEXTS, "bec", progress=False)
+
+
+def test_progress_says_nothing_when_it_is_off(capfd, caplog):
+    with caplog.at_level(logging.DEBUG):
+        train(CAUSAL(), steps=1)
+    assert capfd.readouterr() == ("", "") and caplog.text == ""
