@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdean.checkpoint import patch_checkpoint
-    from fastdean.collapse import CollapseState, collapse_alignment_loss
+    from fastdean.collapse import CollapseClasses, CollapseState, collapse_alignment_loss
     from fastdean.coupling import couple
     from fastdean.dependence import hsic
     from fastdean.masks import NeuronMask
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOME = {
+    "CollapseClasses": "fastdean.collapse",
     "CollapseState": "fastdean.collapse",
     "NeuronMask": "fastdean.masks",
     "Scores": "fastdean.scores",
@@ -32,6 +33,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CollapseClasses",
     "CollapseState",
     "NeuronMask",
     "Scores",

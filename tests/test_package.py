@@ -91,6 +91,13 @@ def test_the_embedded_rows_are_part_of_the_package():
     }
 
 
+def test_the_word_lists_are_part_of_the_package():
+    folder = resources.files("fastdean") / "words"
+    assert {"gender.json", "religion.json", "ethnicity.json", "gender_pairs.json"} <= {
+        p.name for p in folder.iterdir()
+    }
+
+
 def test_the_command_is_installed():
     (entry,) = metadata.entry_points(group="console_scripts", name="fastdean")
     assert callable(entry.load())

@@ -6,6 +6,23 @@ Source: Collapsed language models promote fairness (arXiv 2410.04472).
 from __future__ import annotations
 
 from fastdean.collapse.alignment import CollapseState, collapse_alignment_loss
+from fastdean.collapse.classes import CollapseClasses, LeftOut
+from fastdean.collapse.controls import frequency_matched_control, random_control
+from fastdean.collapse.labels import Shift, default_shift, position_labels
 from fastdean.collapse.representations import Representations
+from fastdean.collapse.words import WORD_LISTS, read_word_groups
 
-__all__ = ["CollapseState", "Representations", "collapse_alignment_loss"]
+__all__ = [
+    "WORD_LISTS",
+    "CollapseClasses",
+    "CollapseState",
+    "LeftOut",
+    "Representations",
+    "Shift",
+    "collapse_alignment_loss",
+    "default_shift",
+    "frequency_matched_control",
+    "position_labels",
+    "random_control",
+    "read_word_groups",
+]

@@ -1,0 +1,93 @@
+"""Which class the representation at each position of a batch belongs to."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastdean.collapse.classes import CollapseClasses
+from fastdean.collapse.matching import shifted
+from fastdean.forward import label_shift
+from fastdean.model_state import unwrap
+
+Shift = Literal["next", "same", "published"]
+
+_NO_LABEL = -100
+_NO_TOKEN = -1
+
+
+def default_shift(model: nn.Module) -> Shift:
+    """ "next" for causal language models, "same" for masked ones.
+
+    Raises:
+        ValueError: the model is neither.
+    """
+    model = unwrap(model)
+    try:
+        return "next" if label_shift(model) else "same"
+    except ValueError:
+        raise ValueError(
+            f"model must be a causal or masked language model, got {type(model).__name__}; "
+            f"pass shift=, one of {', '.join(get_args(Shift))}"
+        ) from None
+
+
+def position_labels(
+    classes: CollapseClasses,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    shift: Shift,
+) -> Tensor:
+    """The class of the representation at each position, without waiting for the device.
+
+    A representation stands for the token it predicts:
+
+    - "next": the token at t + 1, where both positions are inside the attention mask. `labels` are
+      not looked at, so that prompts count too. Texts packed into one row without padding between
+      them are read as one text.
+    - "same": the token at t, inside the mask; where `labels` holds the id that a mask token hides,
+      that id counts.
+    - "published": `input_ids` at t + 1, whatever the model, the mask and the labels are.
+
+    A word of several pieces counts only if all of them stand inside the mask of one row.
+
+    Args:
+        input_ids: integers [B, T].
+        attention_mask: [B, T], 0 where padding stands; None: no padding.
+        labels: integers [B, T], -100 where nothing is predicted.
+        shift: see above; `default_shift` knows it for a model.
+    Returns:
+        int64 [B, T], 0..K-1 or -1, on the device of `input_ids`.
+    Raises:
+        ValueError: an unknown shift, or shapes that differ.
+        TypeError: ids that are no integers.
+    Source: "published" is what the code of arXiv 2410.04472 does, also for bidirectional models.
+    """
+    if shift not in get_args(Shift):
+        raise ValueError(
+            f"shift must be one of {', '.join(get_args(Shift))}, got {shift!r}; default_shift "
+            "knows it for a model"
+        )
+    for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} must have the shape of input_ids, {list(input_ids.shape)}, got "
+                f"{list(tensor.shape)}; pass one value for each token"
+            )
+    if shift == "published":
+        return shifted(classes.labels(input_ids), 1)
+    ids = input_ids
+    if shift == "same" and labels is not None:
+        ids = torch.where(labels != _NO_LABEL, labels, ids)
+    if attention_mask is None:
+        found = classes.labels(ids)
+        return found if shift == "same" else shifted(found, 1)
+    inside = attention_mask != 0
+    found = classes.labels(torch.where(inside, ids, _NO_TOKEN))
+    if shift == "same":
+        return found
+    return torch.where(inside, shifted(found, 1), -1)
