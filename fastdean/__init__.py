@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdean.checkpoint import patch_checkpoint
-    from fastdean.collapse import CollapseClasses, CollapseState, collapse_alignment_loss
+    from fastdean.collapse import (
+        CollapseClasses,
+        CollapseRegularizer,
+        CollapseState,
+        collapse_alignment_loss,
+    )
     from fastdean.coupling import couple
     from fastdean.dependence import hsic
     from fastdean.masks import NeuronMask
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CollapseClasses": "fastdean.collapse",
+    "CollapseRegularizer": "fastdean.collapse",
     "CollapseState": "fastdean.collapse",
     "NeuronMask": "fastdean.masks",
     "Scores": "fastdean.scores",
@@ -34,6 +40,7 @@ _HOME = {
 
 __all__ = [
     "CollapseClasses",
+    "CollapseRegularizer",
     "CollapseState",
     "NeuronMask",
     "Scores",

@@ -9,12 +9,15 @@ from fastdean.collapse.alignment import CollapseState, collapse_alignment_loss
 from fastdean.collapse.classes import CollapseClasses, LeftOut
 from fastdean.collapse.controls import frequency_matched_control, random_control
 from fastdean.collapse.labels import Shift, default_shift, position_labels
+from fastdean.collapse.regularizer import CollapseRegularizer
 from fastdean.collapse.representations import Representations
+from fastdean.collapse.trainer import trainer_class
 from fastdean.collapse.words import WORD_LISTS, read_word_groups
 
 __all__ = [
     "WORD_LISTS",
     "CollapseClasses",
+    "CollapseRegularizer",
     "CollapseState",
     "LeftOut",
     "Representations",
@@ -25,4 +28,5 @@ __all__ = [
     "position_labels",
     "random_control",
     "read_word_groups",
+    "trainer_class",
 ]
