@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastdean.checkpoint import patch_checkpoint
     from fastdean.collapse import (
         CollapseClasses,
+        CollapseRegularizer,
         CollapseState,
         collapse_alignment_loss,
         collapse_metrics,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CollapseClasses": "fastdean.collapse",
+    "CollapseRegularizer": "fastdean.collapse",
     "CollapseState": "fastdean.collapse",
     "NeuronMask": "fastdean.masks",
     "Scores": "fastdean.scores",
@@ -40,6 +42,7 @@ _HOME = {
 
 __all__ = [
     "CollapseClasses",
+    "CollapseRegularizer",
     "CollapseState",
     "NeuronMask",
     "Scores",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastdean._logging import logger
 
@@ -21,16 +22,22 @@ class Ranks:
     size: int
 
     @classmethod
-    def current(cls) -> Ranks:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+    def of_group(cls) -> Ranks:
+        """This process in the default process group; alone where there is none."""
+        if _group_exists():
             return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return cls(0, 1)
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """As `of_group`, with a warning where a job of several processes forgot its group."""
+        if not _group_exists() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             logger.warning(
                 "WORLD_SIZE is %s but torch.distributed is not initialised: every process does the "
                 "whole work; call torch.distributed.init_process_group() first",
                 os.environ["WORLD_SIZE"],
             )
-        return cls(0, 1)
+        return cls.of_group()
 
     @property
     def first(self) -> bool:
@@ -45,6 +52,22 @@ class Ranks:
             torch.distributed.all_reduce(reachable)
             if reachable is not tensor:
                 tensor.copy_(reachable)
+
+    def highest(self, value: int) -> int:
+        """The largest of the ranks' values, on every rank."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value, device=_collective_device())
+        torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
+        return int(box)
+
+    def concatenate(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks in the order of the ranks: [size * n, ...] of [n, ...] on each.
+
+        Differentiable: a row's gradient is the sum of the gradients that the ranks have for it.
+        All ranks must call it, with as many rows, and run the backward pass if one does.
+        """
+        return rows if self.size == 1 else _Concatenation.apply(rows)
 
     def agree(self, decision: bool) -> bool:
         """The first rank's decision, on every rank."""
@@ -83,6 +106,29 @@ class Ranks:
         torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
         highest, negated_lowest = extremes.tolist()
         return highest == -negated_lowest
+
+
+def _group_exists() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+class _Concatenation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
+        ctx.rows = len(rows)
+        reachable = _reachable(rows).contiguous()
+        parts = [torch.empty_like(reachable) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, reachable)
+        return torch.cat(parts).to(rows.device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        # A sum of half-precision gradients would be rounded once for each rank.
+        total = _reachable(grad.float() if grad.dtype.itemsize < 4 else grad.clone())
+        torch.distributed.all_reduce(total)
+        start = torch.distributed.get_rank() * ctx.rows
+        return total[start : start + ctx.rows].to(grad.device, grad.dtype)
 
 
 def _reachable(tensor: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from fastdean.collapse.labels import Shift, default_shift, position_labels
 from fastdean.collapse.measuring import collapse_metrics, nearest_mean_agreement
 from fastdean.collapse.metrics import CollapseMetrics, Metric, NearestMean
 from fastdean.collapse.moments import ClassMoments
+from fastdean.collapse.regularizer import CollapseRegularizer
 from fastdean.collapse.representations import Representations
+from fastdean.collapse.trainer import trainer_class
 from fastdean.collapse.words import WORD_LISTS, read_word_groups
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "ClassMoments",
     "CollapseClasses",
     "CollapseMetrics",
+    "CollapseRegularizer",
     "CollapseState",
     "LeftOut",
     "Metric",
@@ -34,4 +37,5 @@ __all__ = [
     "position_labels",
     "random_control",
     "read_word_groups",
+    "trainer_class",
 ]

@@ -92,7 +92,7 @@ class CollapseState:
         if not isinstance(other, CollapseState):
             return NotImplemented
         self._check_kind(other.state_dict(), "the other state")
-        total = self._like()
+        total = self.like()
         total.sums = self.sums + other.sums.to(self.sums.device)
         total.counts = self.counts + other.counts.to(self.counts.device)
         return total
@@ -102,7 +102,7 @@ class CollapseState:
 
         A new state, so that calling it often counts nothing twice. All ranks must call it.
         """
-        total = self._like()
+        total = self.like()
         total.sums, total.counts = self.sums.clone(), self.counts.clone()
         Ranks.current().sum_([total.sums, total.counts])
         return total
@@ -131,8 +131,8 @@ class CollapseState:
         self.sums = stored["sums"].to(device, copy=True)
         self.counts = stored["counts"].to(device, copy=True)
 
-    def _like(self) -> CollapseState:
-        """An empty state of this kind."""
+    def like(self) -> CollapseState:
+        """An empty state of this kind, on the same device."""
         decay = self.decay if self.mode == "window" else None
         return CollapseState(
             *self.sums.shape,

@@ -1,0 +1,451 @@
+"""The collapse-alignment loss, attached to a language model while it is trained.
+
+Published form: mode "cumulative", statistic "std", detached features, shift "published", with the
+strength that the base method asks for (BEC and ASE 100, MABEL 10, ADEPT 5).
+
+Source: Collapsed language models promote fairness (arXiv 2410.04472), (U)NC3 as a regulariser.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastdean._logging import logger
+from fastdean.collapse.alignment import CollapseState, Mode, collapse_alignment_loss
+from fastdean.collapse.classes import CollapseClasses
+from fastdean.collapse.labels import Shift, default_shift, position_labels
+from fastdean.collapse.representations import Features, Representations, output_embedding
+from fastdean.distributed import Ranks
+from fastdean.forward import label_shift
+from fastdean.model_state import unwrap
+from fastdean.ops.collapse import STATISTICS, collapse_alignment
+
+
+class CollapseRegularizer:
+    """Adds strength * factor * collapse-alignment loss to a model's own loss while it is trained.
+
+    Equivalent, for the defaults and an output that carries a loss, to this in every training loop:
+
+        rows = classes.rows(model.get_output_embeddings().weight)
+        labels = position_labels(classes, input_ids, attention_mask=attention_mask, shift=shift)
+        term = collapse_alignment_loss(hidden.flatten(0, 1), labels.flatten(), rows, state)
+        loss = model(input_ids, attention_mask, labels=...).loss + strength * term
+
+    It attaches itself: every forward pass of `model` in training mode with gradients enabled adds
+    its batch to the statistics and, where the output carries a loss, its term to that loss. Plain
+    loops and accelerate need nothing else; where no labels are passed, add `term()` to the loss of
+    your own. Evaluation changes nothing. For a Trainer take `trainer_class`, which knows about
+    gradient accumulation and checkpoints.
+
+    A loss that was divided by `num_items_in_batch`, as under the Trainer itself, has its term
+    weighted by the batch's share of these items, so that the terms of an accumulation come to
+    their mean by tokens and not to their sum.
+
+    Under `torch.distributed` all ranks share the statistics, and the gradient after
+    DistributedDataParallel has averaged it is that of one process with all their batches. Every
+    rank must then make the same number of training passes. Detached features cost an all-reduce of
+    [K, D] and no wait; live ones a wait for the number of labelled positions, an all-gather of
+    their features in the forward pass, and an all-reduce of those in the backward pass. A model in
+    nn.DataParallel and a sharded one are refused.
+
+    Args:
+        model: a causal or masked language model, also inside PEFT, DistributedDataParallel or
+            `torch.compile` (then attach before its first pass). It is hooked, never wrapped.
+        classes: the words.
+        strength: 0 or above; 0 measures and leaves the training as it is, to the bit.
+        statistic: "std", "cv" or "mean", of the cosines; see `collapse_alignment_loss`.
+        detach_features: True, as published: the gradient reaches the classes' rows of the output
+            embedding alone, which therefore has to be trained. False: the model below as well; in
+            mode "window" or "batch" only.
+        mode, decay: of the statistics; see `CollapseState`.
+        shift: which token names the class of a position; see `position_labels`. None: the next one
+            for causal models, the one that stands there for masked ones.
+        features: "base" or "head"; see `Representations`.
+        schedule: step -> factor on `strength`. Steps are training passes counted from 0; those of
+            the optimizer under `trainer_class`.
+        impl: of the loss: None (by device), "reference" or "native".
+    Attributes:
+        state: the `CollapseState`.
+        step: the number of training passes so far.
+    Raises:
+        ValueError, TypeError: for the arguments; nothing could ever have a gradient; or an output
+            embedding that is not one plain tensor [V, D] in memory: sharded, quantised, offloaded.
+            What can change later is looked at again in every training pass.
+
+    Example:
+        with CollapseRegularizer(model, classes, strength=10.0):
+            for batch in loader:
+                model(**batch).loss.backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: CollapseClasses,
+        strength: float,
+        *,
+        statistic: str = "std",
+        detach_features: bool = True,
+        mode: Mode = "cumulative",
+        decay: float | None = None,
+        shift: Shift | None = None,
+        features: Features = "base",
+        schedule: Callable[[int], float] | None = None,
+        impl: str | None = None,
+    ) -> None:
+        _check_options(strength, statistic, detach_features, mode, shift)
+        self.module = unwrap(model)
+        self.classes = classes
+        self.strength = float(strength)
+        self.shift: Shift = default_shift(model) if shift is None else shift
+        self.schedule = schedule
+        self.step = 0
+        self._features = features
+        self._statistic = statistic
+        self._detach_features = detach_features
+        self._impl = impl
+
+        weight = self._output_weight()
+        self._check_something_learns(weight, any(p.requires_grad for p in model.parameters()))
+        self.state = _state_for(classes, weight, mode, decay)
+
+        self._value: Tensor | None = None
+        self._pending: Tensor | None = None
+        self._warned = False
+        self._held = False
+        self._held_step: int | None = None
+        self._last = Representations(self.module, features=features).attach()
+        # After the hooks of `Representations`: those that were there first run first.
+        self._handle = self.module.register_forward_hook(self._after_forward, with_kwargs=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Leave no hook behind. The statistics stay readable."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+        self._last.remove()
+        self._last.clear()
+        self._pending = None
+
+    @property
+    def attached(self) -> bool:
+        return self._handle is not None
+
+    @property
+    def value(self) -> float | None:
+        """The loss of the last training pass, without strength and factor; None before the first.
+
+        Reading it waits for the device.
+        """
+        return None if self._value is None else float(self._value)
+
+    def term(self) -> Tensor:
+        """strength * factor * loss of the last training pass, for a loss of your own; taken once.
+
+        Raises:
+            RuntimeError: there is none: no training pass since the last call, or its output carried
+                a loss, to which the term was added already.
+        """
+        if self._pending is None:
+            raise RuntimeError(
+                "term() must follow a training pass whose output carries no loss, got none since "
+                "the last call; where the model computes the loss the term is part of it already, "
+                "and a model in eval mode, under no_grad, or compiled before the regulariser was "
+                "attached makes no term"
+            )
+        term, self._pending = self._pending, None
+        return term
+
+    @contextmanager
+    def held(self, *, step: int | None = None) -> Iterator[None]:
+        """Inside, no term is added to an output's loss: `term()` gives it.
+
+        `step`, where given, is what the schedule is asked for.
+        """
+        before = self._held, self._held_step
+        self._held, self._held_step = True, step
+        try:
+            yield
+        finally:
+            self._held, self._held_step = before
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics (not copies), the step, and what they belong to; the same on all ranks."""
+        return {**self.state.state_dict(), "step": self.step, "of": self._identity()}
+
+    def load_state_dict(self, stored: Mapping[str, Any]) -> None:
+        """Go on from a saved state. On every rank, with the same one.
+
+        Raises: ValueError if an entry is missing, or it belongs to other classes or options.
+        """
+        if missing := sorted({"step", "of"} - stored.keys()):
+            raise ValueError(
+                f"stored must be what state_dict() gave, got none of {', '.join(missing)}; save "
+                "the whole dictionary"
+            )
+        for name, own in self._identity().items():
+            if stored["of"].get(name) != own:
+                raise ValueError(
+                    f"stored must belong to a regulariser with the same {name}, got another; make "
+                    "this one like it, or start with empty statistics"
+                )
+        self.state.load_state_dict(stored)
+        self.step = int(stored["step"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "classes": [list(piece) for piece in self.classes.pieces],
+            "shift": self.shift,
+            "features": self._features,
+        }
+
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        try:
+            if module.training and torch.is_grad_enabled():
+                return self._regularize(output, kwargs)
+            return None
+        finally:
+            self._last.clear()
+
+    # The statistics are no part of a compiled graph. torch.compiler.disable would import the
+    # compiler with this file; this form waits for the first call, as torch's optimizers do.
+    @torch._disable_dynamo
+    def _regularize(self, output: Any, kwargs: Mapping[str, Any]) -> Any:
+        _check_not_recomputing()
+        self._warn_about_an_untaken_term()
+        scale = self.strength * self._factor()
+        weight = self._output_weight()
+        features = self._last.features
+        live = features.requires_grad and not self._detach_features
+        self._check_something_learns(weight, live)
+        loss = self._loss(features, self._labels(), weight)
+        self._value = loss.detach()
+        self.step += 1
+        # 0 * loss would still reach every weight, as a zero or as a NaN.
+        term = scale * loss if scale else torch.zeros_like(self._value)
+        own = None if self._held else _loss_in(output)
+        if own is None:
+            self._pending = term
+            return None
+        if not scale:
+            return None
+        return _with_loss(output, own + (term * self._share(kwargs)).to(own.device))
+
+    def _labels(self) -> Tensor:
+        return position_labels(
+            self.classes,
+            self._last.input_ids,
+            attention_mask=self._last.attention_mask,
+            labels=self._last.labels if self.shift == "same" else None,
+            shift=self.shift,
+        ).flatten()
+
+    def _loss(self, features: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+        _check_columns(features, weight)
+        # Layers may lie on several devices; the loss lies where the output embedding does.
+        features = features.flatten(0, -2).to(weight.device)
+        labels = labels.to(weight.device)
+        rows = self.classes.rows(weight)
+        self.state.to(weight.device)
+        ranks = Ranks.of_group()
+        if ranks.size > 1:
+            if self._detach_features:
+                return self._loss_on_shared_sums(features, labels, rows, ranks)
+            features, labels = _labelled_rows_of_all(features, labels, ranks)
+        return collapse_alignment_loss(
+            features,
+            labels,
+            rows,
+            self.state,
+            statistic=self._statistic,
+            detach_features=self._detach_features,
+            impl=self._impl,
+        )
+
+    def _loss_on_shared_sums(
+        self, features: Tensor, labels: Tensor, rows: Tensor, ranks: Ranks
+    ) -> Tensor:
+        """As on the batch of all ranks: what went before is one rank's share of the sums."""
+        share = self.state if ranks.first else self.state.like()
+        with torch.no_grad():
+            collapse_alignment_loss(features, labels, rows, share, impl=self._impl)
+        ranks.sum_([share.sums, share.counts])
+        self.state = share
+        loss, _, _ = collapse_alignment(
+            features[:0].detach(),
+            labels[:0],
+            rows,
+            share.sums,
+            share.counts,
+            statistic=self._statistic,
+            impl=self._impl,
+        )
+        return loss
+
+    def _factor(self) -> float:
+        if self.schedule is None:
+            return 1.0
+        step = self.step if self._held_step is None else self._held_step
+        factor = float(self.schedule(step))
+        if not math.isfinite(factor):
+            raise ValueError(f"schedule must give a finite factor, got {factor} for step {step}")
+        return factor
+
+    def _share(self, kwargs: Mapping[str, Any]) -> Tensor | float:
+        """This batch's part of the items that the model's loss was divided by."""
+        items = kwargs.get("num_items_in_batch")
+        targets, labels = kwargs.get("shift_labels"), self._last.labels
+        if targets is None and labels is not None:
+            targets = labels[..., label_shift(self.module) :]
+        if items is None or targets is None:
+            return 1.0
+        share = (targets != -100).sum() / items
+        return share.to(self._value.device)
+
+    def _output_weight(self) -> Tensor:
+        weight = getattr(output_embedding(self.module), "weight", None)
+        _check_plain(weight, self.module)
+        return weight
+
+    def _check_something_learns(self, weight: Tensor, below: bool) -> None:
+        """`below`: whether a gradient of the features would reach a parameter."""
+        if self.strength == 0 or weight.requires_grad:
+            return
+        if self._detach_features:
+            raise ValueError(
+                "detach_features=True must come with an output embedding that is trained, got a "
+                "frozen one, so that nothing would have a gradient; pass detach_features=False "
+                "with mode 'window' or 'batch', or train it (PEFT: modules_to_save=['lm_head'])"
+            )
+        if not below:
+            raise ValueError(
+                "model must have parameters that are trained, got none below the output embedding "
+                "and a frozen one there, so that nothing would have a gradient; unfreeze some"
+            )
+
+    def _warn_about_an_untaken_term(self) -> None:
+        forgotten, self._pending = self._pending, None
+        if forgotten is not None and forgotten.requires_grad and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the regulariser's term of the last training pass was in no loss: the output "
+                "carried none and term() was not called; pass labels to the model or add term()"
+            )
+
+
+def _check_options(
+    strength: float, statistic: str, detach_features: bool, mode: str, shift: str | None
+) -> None:
+    if not (math.isfinite(strength) and strength >= 0):
+        raise ValueError(
+            f"strength must be finite and at least 0, got {strength}; the published ones are 5 "
+            "to 100"
+        )
+    if statistic not in STATISTICS:
+        raise ValueError(
+            f"statistic must be one of {', '.join(STATISTICS)}, got {statistic!r}; 'std' is the "
+            "published one"
+        )
+    if shift is not None and shift not in get_args(Shift):
+        raise ValueError(
+            f"shift must be one of {', '.join(get_args(Shift))}, got {shift!r}; None takes the one "
+            "that fits the model"
+        )
+    if not detach_features and mode == "cumulative":
+        raise ValueError(
+            "detach_features=False must come with mode 'window' or 'batch', got 'cumulative'; its "
+            "means move by 1 / count of all positions ever seen, so the gradient of the features "
+            "fades to nothing"
+        )
+
+
+def _check_plain(weight: Any, module: nn.Module) -> None:
+    """Raise unless `weight` is one whole floating-point tensor [V, D] that lies in memory."""
+    found = None
+    if type(weight) not in (Tensor, nn.Parameter):
+        found = f"a {type(weight).__name__}"
+    elif weight.device.type == "meta":
+        found = "an offloaded one"
+    elif not weight.is_floating_point():
+        found = f"a quantised one in {weight.dtype}"
+    elif weight.dim() != 2 or weight.numel() == 0 or _is_sharded(module):
+        found = f"a sharded one (here {list(weight.shape)})"
+    if found is not None:
+        raise ValueError(
+            f"model must hold its output embedding as one plain tensor [V, D], got {found}; the "
+            "gradient of single rows cannot be put into it, so train with "
+            "DistributedDataParallel, in floating point and without offloading"
+        )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    # By name: importing FSDP takes longer than building a tiny model. During a forward pass the
+    # weight of a sharded model looks like any other.
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def _check_columns(features: Tensor, weight: Tensor) -> None:
+    if features.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"features must have the {weight.shape[1]} columns of the output embedding, got "
+            f"{features.shape[-1]}; this model projects them first, so pass features='head'"
+        )
+
+
+def _check_not_recomputing() -> None:
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "model must not run again during the backward pass, got a recomputation of the whole "
+            "of it, which would count its batch twice; checkpoint its layers instead, as "
+            "transformers does"
+        )
+
+
+def _state_for(
+    classes: CollapseClasses, weight: Tensor, mode: Mode, decay: float | None
+) -> CollapseState:
+    rows = classes.rows(weight.detach())
+    double = rows.dtype == torch.float64
+    return CollapseState(
+        *rows.shape,
+        mode=mode,
+        decay=decay,
+        dtype=torch.float64 if double else torch.float32,
+        device=rows.device,
+    )
+
+
+def _labelled_rows_of_all(features: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The labelled positions of all ranks, in the ranks' order; padded with rows labelled -1."""
+    labelled = (labels >= 0).nonzero().squeeze(1)
+    padding = ranks.highest(len(labelled)) - len(labelled)
+    own_features = nn.functional.pad(features[labelled], (0, 0, 0, padding))
+    own_labels = nn.functional.pad(labels[labelled], (0, padding), value=-1)
+    return ranks.concatenate(own_features), ranks.concatenate(own_labels)
+
+
+def _loss_in(output: Any) -> Tensor | None:
+    """The loss that a transformers model put into its output, whatever the output's form."""
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    first = output[0] if isinstance(output, tuple) and output else None
+    return first if isinstance(first, Tensor) and first.dim() == 0 else None
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    output["loss"] = loss
+    return output

@@ -1,0 +1,152 @@
+"""The regulariser in a Hugging Face Trainer, or in one derived from it (TRL's SFTTrainer)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdean.collapse.regularizer import CollapseRegularizer
+from fastdean.model_state import unwrap
+from fastdean.storage import read_folder, write_folder
+
+STATE_FOLDER = "collapse_regularizer"
+
+_KIND = "collapse"
+_OVERRIDDEN = (
+    "compute_loss",
+    "log",
+    "_save_optimizer_and_scheduler",
+    "_load_optimizer_and_scheduler",
+)
+
+
+def trainer_class(base: type) -> type:
+    """A subclass of a Hugging Face Trainer with a further argument, `regularizer=`.
+
+    The term joins whatever loss the Trainer has computed: the model's, a label-smoothed one, or
+    that of `compute_loss_func`. Over the batches of one accumulation it comes to the mean of their
+    terms; every batch adds to the statistics. The logged "loss" has the term in it, "collapse" is
+    `regularizer.value`. The schedule's steps are those of the optimizer.
+
+    Models whose loss ignores `num_items_in_batch` although their forward takes it, as BERT's does,
+    have it summed over an accumulation by the Trainer, with or without a regulariser, and the term
+    is small beside it: set `model.accepts_loss_kwargs = False` before making the Trainer.
+
+    Checkpoints hold the statistics in the folder "collapse_regularizer", except those of
+    `save_only_model`; resuming takes them over.
+
+    Args:
+        base: `transformers.Trainer` or a class derived from it.
+    Returns:
+        A class. Making one of it raises ValueError unless the regulariser is attached to its model;
+        resuming from a checkpoint without the statistics raises ValueError.
+    Raises:
+        TypeError: `base` is no such class.
+
+    Example:
+        trainer = trainer_class(Trainer)(model, args, train_dataset=rows, regularizer=regularizer)
+    """
+    lacking = [name for name in _OVERRIDDEN if not hasattr(base, name)]
+    if not isinstance(base, type) or lacking:
+        raise TypeError(
+            "base must be transformers.Trainer or a class derived from it, got "
+            f"{getattr(base, '__name__', type(base).__name__)} without {', '.join(lacking)}"
+        )
+
+    class CollapseTrainer(base):
+        def __init__(self, *args: Any, regularizer: CollapseRegularizer, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            _check_attached(regularizer, self.model)
+            self.regularizer = regularizer
+
+        def compute_loss(
+            self,
+            model: nn.Module,
+            inputs: dict[str, Any],
+            return_outputs: bool = False,
+            num_items_in_batch: Tensor | int | None = None,
+        ) -> Tensor | tuple[Tensor, Any]:
+            options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+            if not (model.training and torch.is_grad_enabled()):
+                return super().compute_loss(model, inputs, **options)
+            with self.regularizer.held(step=self.state.global_step):
+                found = super().compute_loss(model, inputs, **options)
+            term = self.regularizer.term()
+            if not _divides_by_accumulation(self, num_items_in_batch):
+                term = term / self.current_gradient_accumulation_steps
+            if not return_outputs:
+                return found + term.to(found.device)
+            loss, outputs = found
+            return loss + term.to(loss.device), outputs
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            # The Trainer logs a loss while training and other names when it evaluates or ends.
+            if "loss" in logs and (value := self.regularizer.value) is not None:
+                logs["collapse"] = value
+            super().log(logs, *args, **kwargs)
+
+        # The two that the Trainer calls for all that a checkpoint needs besides the weights.
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            if self.args.should_save:
+                _write_state(self.regularizer, output_dir)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                _read_state(self.regularizer, checkpoint)
+
+    CollapseTrainer.__name__ = CollapseTrainer.__qualname__ = f"Collapse{base.__name__}"
+    return CollapseTrainer
+
+
+def _check_attached(regularizer: CollapseRegularizer, model: nn.Module) -> None:
+    if not isinstance(regularizer, CollapseRegularizer):
+        raise TypeError(
+            f"regularizer must be a CollapseRegularizer, got {type(regularizer).__name__}"
+        )
+    if not regularizer.attached:
+        raise ValueError(
+            "regularizer must be attached, got one after remove(); make a new one for the model"
+        )
+    if all(module is not regularizer.module for module in unwrap(model).modules()):
+        raise ValueError(
+            "regularizer must be attached to the Trainer's model, got one attached to another; "
+            "load the model first and give the same object to both, without model_init"
+        )
+
+
+def _divides_by_accumulation(trainer: Any, num_items_in_batch: Tensor | int | None) -> bool:
+    """Whether the Trainer will divide what `compute_loss` returns by the accumulated batches.
+
+    It does unless that is already a share of all their items.
+    """
+    declared = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if declared is not None:
+        return not declared
+    counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return not counted and trainer.compute_loss_func is None
+
+
+def _write_state(regularizer: CollapseRegularizer, checkpoint: str | os.PathLike) -> None:
+    state = regularizer.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    config = {name: value for name, value in state.items() if name not in tensors}
+    write_folder(Path(checkpoint) / STATE_FOLDER, config, tensors, kind=_KIND, overwrite=True)
+
+
+def _read_state(regularizer: CollapseRegularizer, checkpoint: str | os.PathLike) -> None:
+    folder = Path(checkpoint) / STATE_FOLDER
+    if not folder.is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint must hold the statistics of the regulariser, got "
+            f"{str(checkpoint)!r} without the folder {STATE_FOLDER!r}: it was written without a "
+            "regulariser; resume with a Trainer of that kind, or load the model from the "
+            "checkpoint and train without resume_from_checkpoint"
+        )
+    config, tensors = read_folder(folder, kind=_KIND)
+    regularizer.load_state_dict({**config, **tensors})

@@ -1,0 +1,186 @@
+"""Two processes under DistributedDataParallel train as one process with both batches does.
+
+The processes are started once; each trains in every situation, and the tests read what came out.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+
+import pytest
+import torch
+from tiny_classes import gradients, rich_batches, some_classes
+from tiny_models import llama
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from fastdean import CollapseRegularizer
+
+WORLD = 2
+LIMIT_S = 120
+STRENGTH = 10.0
+BATCHES = [list(rich_batches(3, rows=2, seed=seed)) for seed in range(WORLD)]
+
+DETACHED = {
+    "cumulative": {},
+    "window": {"mode": "window", "decay": 0.5},
+    "batch": {"mode": "batch"},
+}
+LIVE = {
+    f"live {name}": {"detach_features": False, "statistic": "mean", **DETACHED[name]}
+    for name in ("window", "batch")
+}
+SITUATIONS = {**DETACHED, **LIVE}
+
+
+def total_loss(logits, labels):
+    kept = labels[:, 1:] != -100
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1][kept], labels[:, 1:][kept], reduction="sum"
+    )
+
+
+def unlabelled(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def trained(model, regularizer, batches, scale):
+    """Gradients, value and statistics after each batch; `scale` is 1 / items of all ranks."""
+    found = []
+    for batch in batches:
+        model.zero_grad()
+        loss = total_loss(model(**unlabelled(batch)).logits, batch["labels"]) * scale
+        (loss + regularizer.term()).backward()
+        found.append(
+            {
+                "gradients": gradients(regularizer.module),
+                "value": regularizer.value,
+                "sums": regularizer.state.sums.clone(),
+                "counts": regularizer.state.counts.clone(),
+            }
+        )
+    return found
+
+
+def on_rank(rank, options):
+    model = llama().double().train()
+    regularizer = CollapseRegularizer(model, some_classes(), STRENGTH, **options)
+    # Averaging divides the sum of the ranks' losses by their number.
+    return trained(DistributedDataParallel(model), regularizer, BATCHES[rank], WORLD / 50)
+
+
+def alone(options):
+    model = llama().double().train()
+    regularizer = CollapseRegularizer(model, some_classes(), STRENGTH, **options)
+    joined = [
+        {name: torch.cat([batch[name] for batch in step]) for name in step[0]}
+        for step in zip(*BATCHES, strict=True)
+    ]
+    return trained(model, regularizer, joined, 1 / 50)
+
+
+def by_items(rank):
+    """The model's own loss, over the items of both ranks, as the Trainer calls for it."""
+    model = llama().double().train()
+    CollapseRegularizer(model, some_classes(), STRENGTH, **LIVE["live batch"])
+    wrapped = DistributedDataParallel(model)
+    items = sum(int((step[0]["labels"][:, 1:] != -100).sum()) for step in BATCHES)
+    (wrapped(**BATCHES[rank][0], num_items_in_batch=items).loss * WORLD).backward()
+    return gradients(model)
+
+
+def bf16(rank):
+    model = llama().bfloat16().train()
+    regularizer = CollapseRegularizer(model, some_classes(), STRENGTH, **LIVE["live batch"])
+    model(**BATCHES[rank][0]).loss.backward()
+    return regularizer.value
+
+
+def without_words(rank):
+    """One rank has no listed word at all, and in the second batch neither has one."""
+    model = llama().double().train()
+    regularizer = CollapseRegularizer(model, some_classes(), STRENGTH, **LIVE["live batch"])
+    empty = torch.full((1, 6), 3)
+    model(input_ids=BATCHES[0][0]["input_ids"] if rank else empty)
+    first = regularizer.term().item()
+    model(input_ids=empty)
+    return first, regularizer.term().item()
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=LIMIT_S / 2),
+    )
+    found = {name: on_rank(rank, options) for name, options in SITUATIONS.items()}
+    for situation in (by_items, bf16, without_words):
+        found[situation.__name__] = situation(rank)
+    torch.save(found, folder / f"rank{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each rank found in each situation."""
+    folder = tmp_path_factory.mktemp("ranks")
+    started = torch.multiprocessing.start_processes(
+        worker, args=(folder,), nprocs=WORLD, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + LIMIT_S
+    try:
+        while not started.join(timeout=5):
+            assert time.monotonic() < deadline, "the ranks wait for each other"
+    finally:
+        for process in started.processes:
+            process.kill()
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_two_ranks_train_as_one_does(found, situation):
+    expected = alone(SITUATIONS[situation])
+    for rank in range(WORLD):
+        for step, exact in zip(found[rank][situation], expected, strict=True):
+            assert step["value"] == pytest.approx(exact["value"], rel=1e-10)
+            assert torch.equal(step["counts"], exact["counts"])
+            torch.testing.assert_close(step["sums"], exact["sums"], rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(step["gradients"], exact["gradients"], rtol=1e-7, atol=1e-11)
+
+
+def test_both_ranks_hold_the_same_statistics_to_the_bit(found):
+    for situation in SITUATIONS:
+        for first, second in zip(found[0][situation], found[1][situation], strict=True):
+            assert torch.equal(first["sums"], second["sums"])
+
+
+def test_the_ranks_terms_come_to_one_where_the_items_are_shared_unevenly(found):
+    model = llama().double().train()
+    CollapseRegularizer(model, some_classes(), STRENGTH, **LIVE["live batch"])
+    steps = [batches[0] for batches in BATCHES]
+    items = [int((step["labels"][:, 1:] != -100).sum()) for step in steps]
+    assert items[0] != items[1]
+    model(**{name: torch.cat([step[name] for step in steps]) for name in steps[0]}).loss.backward()
+    for rank in range(WORLD):
+        # The model computes its loss, and so the gradient, in fp32.
+        torch.testing.assert_close(found[rank]["by_items"], gradients(model), rtol=1e-3, atol=1e-5)
+
+
+def test_half_precision_travels(found):
+    assert found[0]["bf16"] == found[1]["bf16"] > 0
+
+
+def test_a_rank_without_listed_words_waits_for_nobody(found):
+    model = llama().double().train()
+    regularizer = CollapseRegularizer(model, some_classes(), STRENGTH, **LIVE["live batch"])
+    model(input_ids=BATCHES[0][0]["input_ids"])
+    expected = regularizer.term().item()
+    for rank in range(WORLD):
+        first, second = found[rank]["without_words"]
+        assert first == pytest.approx(expected, rel=1e-10)
+        # No class at all: nothing to spread, whatever the statistic.
+        assert second == 0
