@@ -54,17 +54,33 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
                 f"source {name!r} is a preset and takes no options, got {sorted(options)}"
             )
         rows = PRESETS[name]()
-    elif name and (Path(name).suffix.lower() in _READERS or Path(name).expanduser().exists()):
-        _require_no_hub_options(name, options)
-        rows = _read_file(Path(name))
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        rows = _load_hub(name, **{key: options[key] for key in _HUB_KEYS if key in options})
     else:
-        raise ValueError(
-            f"source must be a file ending in {', '.join(_READERS)}, a hub id owner/name or one of "
-            f"{', '.join(PRESETS)}, got {name!r}"
-        )
+        rows = _read(name, options, also=f" or one of {', '.join(PRESETS)}")
     rows = [_map_columns(row, columns, name, n) for n, row in enumerate(rows, start=1)]
+    if not rows:
+        raise ValueError(f"source {name!r} must hold at least one row, got none")
+    return rows
+
+
+def load_table(source: str | Path, **hub_defaults: str) -> list[dict[str, Any]]:
+    """Read every row of a file or a hub data set with the columns that it has.
+
+    Args:
+        source: as in `load_rows`, without presets and without column mappings.
+        hub_defaults: `split`, `config` or `revision` of a hub data set where the source names none.
+    Returns:
+        At least one row, in the source's order.
+    Raises:
+        ValueError: as in `load_rows`, and for a column mapping.
+    """
+    name, options = _parse(str(source))
+    mapped = [key for key in options if key in ROW_KEYS]
+    if mapped:
+        raise ValueError(
+            f"source {name!r} must keep its own columns here, got the mapping of {mapped[0]!r}; "
+            "leave it out"
+        )
+    rows = list(_read(name, options, hub_defaults))
     if not rows:
         raise ValueError(f"source {name!r} must hold at least one row, got none")
     return rows
@@ -88,6 +104,23 @@ def sample_rows(
         )
     shuffled = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
     return shuffled[:count], shuffled[count:]
+
+
+def _read(
+    name: str, options: Mapping[str, str], hub_defaults: Mapping[str, str] = {}, also: str = ""
+) -> Iterable[dict[str, Any]]:
+    """The rows of a file or a hub data set as they are; `also` names what else a source may be."""
+    if name and (Path(name).suffix.lower() in _READERS or Path(name).expanduser().exists()):
+        _require_no_hub_options(name, options)
+        return _read_file(Path(name))
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        chosen = {**hub_defaults, **options}
+        return _load_hub(name, **{key: chosen[key] for key in _HUB_KEYS if key in chosen})
+    comma = "," if also else " or"
+    raise ValueError(
+        f"source must be a file ending in {', '.join(_READERS)}{comma} a hub id owner/name{also}, "
+        f"got {name!r}"
+    )
 
 
 def _parse(source: str) -> tuple[str, dict[str, str]]:

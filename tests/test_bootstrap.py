@@ -115,3 +115,31 @@ def test_too_few_examples_have_no_bounds():
 def test_errors_name_what_was_expected(differences, options, message):
     with pytest.raises(ValueError, match=message):
         paired_bootstrap(differences, **options)
+
+
+def test_groups_are_resampled_within_themselves():
+    seen = []
+
+    def statistic(index):
+        seen.append(index)
+        return index.double().mean(-1)
+
+    bootstrap_interval(statistic, 7, strata=[3, 4], resamples=500)
+    drawn = seen[-1]
+    assert drawn.shape == (500, 7)
+    assert set(drawn[:, :3].flatten().tolist()) == {0, 1, 2}
+    assert set(drawn[:, 3:].flatten().tolist()) == {3, 4, 5, 6}
+
+
+def test_one_group_of_all_is_the_plain_bootstrap():
+    values = torch.randn(9, dtype=torch.float64)
+    plain, one = (
+        bootstrap_interval(lambda index: values[index].mean(-1), 9, resamples=200, strata=strata)
+        for strata in (None, [9])
+    )
+    assert plain == one
+
+
+def test_groups_must_be_all_of_the_examples():
+    with pytest.raises(ValueError, match=r"strata must be sizes that sum to n = 5, got \[2, 2\]"):
+        bootstrap_interval(lambda index: index.double().mean(-1), 5, strata=[2, 2])

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "units": {"targets"},
     "coupling": {"scores", "masks", "ops", "model_state", "units", "_logging"},
     "dependence": set(),
-    "evaluation": {"batching", "data", "dependence", "forward", "model_state"},
+    "evaluation": {"batching", "data", "dependence", "forward", "model_state", "sources"},
     "report": {"atomic"},
     "info": {"fastdean", "native", "ops"},
     "collapse": {

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from fastdean.sources import PRESETS, load_rows, sample_rows
+from fastdean.sources import PRESETS, load_rows, load_table, sample_rows
 
 ROWS = [
     {"prompt": "who?", "response": "them, all"},
@@ -319,3 +319,18 @@ def test_what_is_no_text_is_refused_by_row_and_column(tmp_path, key, value, kind
     file = write(tmp_path / "rows.jsonl", [good, {**good, key: value}])
     with pytest.raises(ValueError, match=rf"row 2 of .* must be text in .* '{key}', got {kind}"):
         load_rows(file)
+
+
+def test_a_table_keeps_its_own_columns(tmp_path):
+    file = tmp_path / "table.csv"
+    file.write_text("left,right\nup,down\n")
+    assert load_table(file) == [{"left": "up", "right": "down"}]
+
+
+def test_a_table_takes_no_mapping_and_names_what_it_can_be(tmp_path):
+    file = tmp_path / "table.csv"
+    file.write_text("left,right\nup,down\n")
+    with pytest.raises(ValueError, match="must keep its own columns here, got the mapping of 'te"):
+        load_table(f"{file}::text=left")
+    with pytest.raises(ValueError, match=r"\.parquet or a hub id owner/name, got 'embedded:x'"):
+        load_table("embedded:x")

@@ -96,6 +96,7 @@ def bootstrap_interval(
     resamples: int = 10_000,
     seed: int = 0,
     no_effect: float = 0.0,
+    strata: Sequence[int] | None = None,
 ) -> Interval:
     """Percentile bootstrap interval of any statistic of n examples.
 
@@ -105,10 +106,17 @@ def bootstrap_interval(
         n: number of examples. For n = 0 the estimate is NaN and `statistic` is not called.
         confidence, resamples, seed: as in `paired_bootstrap`.
         no_effect: the value of the statistic that means "nothing changed".
+        strata: sizes of groups of consecutive examples, n in sum. Each is resampled within itself,
+            so that the first size of a row's indices are always examples of the first group.
 
     Raises:
         ValueError: options out of range, or an estimate that is NaN or infinite.
     """
+    strata = [n] if strata is None else list(strata)
+    if any(size < 0 for size in strata) or sum(strata) != n:
+        raise ValueError(
+            f"strata must be sizes that sum to n = {n}, got {strata}; give the size of every group"
+        )
     if not 0.0 < confidence < 1.0:
         raise ValueError(
             f"confidence must be between 0 and 1, got {confidence}; 0.95 is the usual choice"
@@ -124,16 +132,24 @@ def bootstrap_interval(
     low = high = math.nan
     if n >= 2:
         tail = (1.0 - confidence) / 2.0
-        drawn = _resampled(statistic, n, resamples, seed).numpy()
+        drawn = _resampled(statistic, strata, resamples, seed).numpy()
         low, high = (float(bound) for bound in np.quantile(drawn, [tail, 1.0 - tail]))
     return Interval(estimate, low, high, n, confidence, resamples, no_effect)
 
 
-def _resampled(statistic: Callable[[Tensor], Tensor], n: int, resamples: int, seed: int) -> Tensor:
+def _resampled(
+    statistic: Callable[[Tensor], Tensor], strata: Sequence[int], resamples: int, seed: int
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    rows_per_chunk = max(1, _DRAWS_PER_CHUNK // n)
+    sizes = [size for size in strata if size]
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    rows_per_chunk = max(1, _DRAWS_PER_CHUNK // sum(sizes))
     chunks = []
     for start in range(0, resamples, rows_per_chunk):
         rows = min(rows_per_chunk, resamples - start)
-        chunks.append(statistic(torch.randint(n, (rows, n), generator=generator)))
+        draws = [
+            first + torch.randint(size, (rows, size), generator=generator)
+            for first, size in zip(firsts, sizes, strict=True)
+        ]
+        chunks.append(statistic(torch.cat(draws, dim=1)))
     return torch.cat(chunks)

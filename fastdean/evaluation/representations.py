@@ -90,7 +90,7 @@ def last_token_states(
         tqdm(total=len(examples), desc="hidden states", unit="ex", disable=not progress) as bar,
     ):
         for batch in batches:
-            hidden_states = _layer_outputs(model, batch.to(device).model_inputs())
+            hidden_states = layer_outputs(model, batch.to(device).model_inputs())
             kept = _pick_layers(hidden_states, layers)
             last_rows = batch.segments[:, 1] - 1
             picked = torch.stack([_rows(state, last_rows) for state in kept])
@@ -133,7 +133,12 @@ def layer_dependence(states_x: Tensor, states_y: Tensor, **options: Any) -> list
     return [hsic(x, y, **options) for x, y in zip(states_x, states_y, strict=True)]
 
 
-def _layer_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def layer_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The output of each layer, [B, T, D]; the last one's after the final norm, where there is one.
+
+    Raises:
+        ValueError: the model returns no hidden states.
+    """
     outputs = model.base_model(**inputs, output_hidden_states=True)
     hidden_states = getattr(outputs, "hidden_states", None)
     if not hidden_states:
