@@ -12,9 +12,13 @@ import os
 import sys
 import warnings
 
+from fastdean.cli import collapse_commands
 from fastdean.cli.commands import app
 
 __all__ = ["app", "main"]
+
+# Without a name: its commands stand beside the others.
+app.add_typer(collapse_commands.app)
 
 
 def main() -> None:

@@ -48,7 +48,9 @@ app = typer.Typer(
         "Find, inspect and suppress the weights of a language model in which fairness and privacy "
         "are coupled.\n\n"
         "Start with `fastdean demo`. The steps of `fastdean run` are also commands of their own: "
-        "score, couple, apply, patch, report."
+        "score, couple, apply, patch, report.\n\n"
+        "`fastdean collapse` measures neural collapse on chosen words, `fastdean debias` trains "
+        "with it as a regulariser."
     ),
     epilog=EXIT_CODES,
     no_args_is_help=True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ class Interval:
     mean: the estimate over all n examples (a mean difference, or a ratio where said so).
     low, high: percentile bounds; NaN for n < 2, where nothing can be resampled.
     no_effect: the value that means "nothing changed": 0 for a difference, 1 for a ratio.
+    replicates: the resampled values, in the order of the seed's draws; empty where nothing was
+        resampled. Two intervals of the same n, resamples and seed drew the same examples.
     """
 
     mean: float
@@ -34,6 +36,7 @@ class Interval:
     confidence: float
     resamples: int
     no_effect: float = 0.0
+    replicates: Sequence[float] = field(default=(), repr=False, compare=False)
 
     def verdict(self) -> str:
         """Whether the interval, ends included, holds the value that means "nothing changed".
@@ -129,12 +132,53 @@ def bootstrap_interval(
             f"statistic must be finite over all examples, got {estimate}; look for NaN or infinity "
             "in what the model gave for them"
         )
-    low = high = math.nan
-    if n >= 2:
-        tail = (1.0 - confidence) / 2.0
-        drawn = _resampled(statistic, strata, resamples, seed).numpy()
-        low, high = (float(bound) for bound in np.quantile(drawn, [tail, 1.0 - tail]))
-    return Interval(estimate, low, high, n, confidence, resamples, no_effect)
+    drawn = np.empty(0) if n < 2 else _resampled(statistic, strata, resamples, seed).numpy()
+    low, high = _percentiles(drawn, confidence)
+    return Interval(estimate, low, high, n, confidence, resamples, no_effect, drawn)
+
+
+def change_between(
+    before: Interval, after: Interval, *, of: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> Interval:
+    """Interval of `of(after) - of(before)`, two estimates on the same examples.
+
+    Each resample compares what the two make of the same drawn examples, as for paired differences,
+    and that for any statistic.
+
+    Args:
+        before, after: of `bootstrap_interval` with the same n, resamples, strata and seed.
+        of: a function of the estimate, value by value, such as its distance to a neutral value.
+    Raises:
+        ValueError: the two differ in n, resamples or confidence, or have no replicates.
+    """
+    for name in ("n", "resamples", "confidence"):
+        values = getattr(before, name), getattr(after, name)
+        if values[0] != values[1]:
+            raise ValueError(
+                f"before and after must have the same {name}, got {values[0]} and {values[1]}; "
+                "measure both on the same examples with the same options"
+            )
+    if before.n >= 2 and not (len(before.replicates) == len(after.replicates) == before.resamples):
+        raise ValueError(
+            f"before and after must carry their {before.resamples} replicates, got "
+            f"{len(before.replicates)} and {len(after.replicates)}; take both from "
+            "bootstrap_interval"
+        )
+    drawn = of(np.asarray(after.replicates)) - of(np.asarray(before.replicates))
+    low, high = _percentiles(drawn, before.confidence)
+    moved = of(np.asarray(after.mean)) - of(np.asarray(before.mean))
+    return Interval(
+        float(moved), low, high, before.n, before.confidence, before.resamples, replicates=drawn
+    )
+
+
+def _percentiles(drawn: np.ndarray, confidence: float) -> tuple[float, float]:
+    """NaN where nothing was drawn."""
+    if not drawn.size:
+        return math.nan, math.nan
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(drawn, [tail, 1.0 - tail])
+    return float(low), float(high)
 
 
 def _resampled(

@@ -4,6 +4,9 @@
     scores/<data set>/       sparse scores, enough for any ratio up to the curve's last
     mask/                    the mask of the job's rule
     controls/<rule>/         the masks it is measured against
+    steps/<step>.json        the figures of a finished step of the jobs `collapse` and `debias`
+    training/                the checkpoints of `debias`
+    model/                   the debiased model, an ordinary Hugging Face folder
     results.json             every figure of the report
     report.html
 
@@ -17,13 +20,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from fastdean.debias.saving import MANIFEST_NAME as MODEL_MANIFEST
 from fastdean.provenance import versions
 from fastdean.storage import holds_only, real_place, write_json_atomic
 
@@ -31,7 +35,7 @@ RUN_FILE = "fastdean_run.json"
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 
-_FOLDERS = ("scores", "mask", "controls")
+_FOLDERS = ("scores", "mask", "controls", "steps", "training", "model")
 _FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
 # What an atomic write leaves behind when the machine goes down in the middle of it.
 _LEFTOVER = ".*.tmp"
@@ -64,6 +68,29 @@ class RunFolder:
 
     def control(self, rule: str) -> Path:
         return self.path / "controls" / rule
+
+    @property
+    def training(self) -> Path:
+        return self.path / "training"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def figures(self, step: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The figures of a step: those that an earlier call of the job kept, or `measure()`.
+
+        Args:
+            measure: returns what JSON can hold.
+        """
+        file = self.path / "steps" / f"{step}.json"
+        if file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
+        found = measure()
+        self.claim()
+        file.parent.mkdir(exist_ok=True)
+        write_json_atomic(file, found)
+        return found
 
     @property
     def resumes(self) -> bool:
@@ -109,12 +136,13 @@ class RunFolder:
 
         A folder that was there before stays, empty, for any job to take.
         """
-        if not self._claimed or any((self.path / "scores").glob("*")):
+        parts = [self.path / name for name in _FOLDERS if (self.path / name).is_dir()]
+        if not self._claimed or any(any(part.iterdir()) for part in parts):
             return
         with suppress(OSError):
             (self.path / RUN_FILE).unlink(missing_ok=True)
-            if (self.path / "scores").is_dir():
-                (self.path / "scores").rmdir()
+            for part in parts:
+                part.rmdir()
             if self._created:
                 self.path.rmdir()
 
@@ -172,10 +200,20 @@ def _foreign(folder: Path) -> Iterator[str]:
         if entry.name not in _FOLDERS or not entry.is_dir():
             yield entry.name
             continue
-        kind = "scores" if entry.name == "scores" else "mask"
-        for part in [entry] if entry.name == "mask" else entry.iterdir():
-            if not fnmatch(part.name, _LEFTOVER) and not (part.is_dir() and holds_only(part, kind)):
+        for part in [entry] if entry.name in ("mask", "model") else entry.iterdir():
+            if not fnmatch(part.name, _LEFTOVER) and not _is_part(part, entry.name):
                 yield part.relative_to(folder).as_posix()
+
+
+def _is_part(path: Path, room: str) -> bool:
+    """Whether FastDEAN wrote `path`, which lies in, or is, that folder of a run."""
+    if room == "steps":
+        return path.is_file() and path.suffix == ".json"
+    if room == "model":
+        # Its other files are the model's own, and as many as transformers likes.
+        return (path / MODEL_MANIFEST).is_file()
+    kind = {"scores": "scores", "training": "training"}.get(room, "mask")
+    return path.is_dir() and holds_only(path, kind)
 
 
 def _remove_run(folder: Path) -> None:

@@ -1,0 +1,252 @@
+"""The job of `fastdean collapse`: neural collapse of a model on chosen words, and its bias."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isinf
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastdean.collapse import (
+    CollapseClasses,
+    CollapseMetrics,
+    collapse_metrics,
+    default_shift,
+    frequency_matched_control,
+    random_control,
+)
+from fastdean.data import Example
+from fastdean.loading import load_model
+from fastdean.pipeline import bias
+from fastdean.pipeline.costs import Costs
+from fastdean.pipeline.results import plain
+from fastdean.pipeline.rows import NumberedRow, encode_rows, take_rows
+from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder
+from fastdean.provenance import now, versions
+from fastdean.report import write_report
+from fastdean.storage import write_json_atomic
+
+CONTROLS = ("random", "frequency")
+_HELD_OUT = 0.2
+
+
+@dataclass(frozen=True)
+class CollapseJob:
+    """What is asked for; two jobs that are equal give equal results.
+
+    Attributes:
+        model, revision: see `loading.load_model`.
+        text: see `sources.load_rows`; a fifth of its rows is held out for NC4.
+        words: a list of the package, or a file: see `CollapseClasses.from_words`.
+        multi_piece: "skip" or "mean": see there.
+        control: None, or measure control words instead: "random" or "frequency".
+        shift, features: see `collapse_metrics`; None: by the model.
+        bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
+        examples: rows of the text to read; None: all.
+        seed: of the shuffles, controls and bootstraps.
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    model: str
+    text: str
+    words: str = "gender"
+    revision: str | None = None
+    multi_piece: str = "skip"
+    control: str | None = None
+    shift: str | None = None
+    features: str = "base"
+    bias: tuple[str, ...] = ()
+    examples: int | None = None
+    template: str = "raw"
+    max_length: int | None = None
+    tokens_per_batch: int | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.control is not None and self.control not in CONTROLS:
+            raise ValueError(
+                f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
+                "to measure the words themselves"
+            )
+        bias.check(self.bias)
+
+
+def run(
+    job: CollapseJob,
+    out: str | Path,
+    *,
+    command: str = "",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Do the job and return its results (the content of results.json).
+
+    Args and errors as for `pipeline.run`.
+    """
+    folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
+    folder.check()
+    costs = Costs()
+    rows, _ = take_rows(job.text, job.examples, job.seed)
+    folder.rows = {"text": digest_of(rows)}
+    folder.check()
+    with costs.step("load model"):
+        model, tokenizer = load_model(
+            job.model, dtype=job.dtype, device=job.device, revision=job.revision, progress=progress
+        )
+    costs.watch(model)
+    classes = classes_of(job, tokenizer)
+    encoded = encode_rows(
+        rows, job.text, tokenizer, model, template=job.template, max_length=job.max_length
+    )
+    try:
+        folder.claim()
+        with costs.step("neural collapse", sum(map(len, encoded))):
+            table = folder.figures(
+                "collapse", lambda: measured_collapse(model, encoded, classes, job, progress)
+            )
+        found = bias.measure(
+            model, tokenizer, job.bias, folder, "bias", costs, seed=job.seed, progress=progress
+        )
+        results = plain(
+            {
+                "title": "FastDEAN: neural collapse on chosen words",
+                "created": now(),
+                "command": command,
+                "versions": versions(),
+                "model": describe(job.model, model),
+                "data": {"text": {"source": job.text, "examples": len(encoded)}},
+                "options": asdict(job),
+                "collapse": collapse_results(classes, {"measured": table}),
+                "bias": bias.results({"before": found}),
+                "findings": [collapse_sentence(classes, table), *bias.sentences(found)],
+                "warnings": [],
+                "cost": costs.steps,
+                "files": {"figures": RESULTS_FILE},
+                "manifest": {"job": asdict(job), "classes": classes.to_dict()},
+            }
+        )
+        write_json_atomic(folder.path / RESULTS_FILE, results)
+        write_report(results, folder.path / REPORT_FILE)
+        folder.finish()
+        return results
+    except BaseException:
+        folder.release_if_empty()
+        raise
+
+
+def digest_of(rows: Sequence[NumberedRow]) -> str:
+    """Of rows and their order, to tell whether their source has changed."""
+    content = json.dumps(rows, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def classes_of(job: Any, tokenizer: Any) -> CollapseClasses:
+    """The classes that a job's `words`, `multi_piece`, `control` and `seed` describe."""
+    classes = CollapseClasses.from_words(tokenizer, job.words, multi_piece=job.multi_piece)
+    if job.control == "random":
+        return random_control(classes, tokenizer, seed=job.seed)
+    if job.control == "frequency":
+        return frequency_matched_control(classes, tokenizer, seed=job.seed)
+    return classes
+
+
+def measured_collapse(
+    model: nn.Module,
+    examples: Sequence[Example],
+    classes: CollapseClasses,
+    job: Any,
+    progress: bool,
+) -> dict[str, Any]:
+    """The metrics of one state of a model; NC4 on the last fifth of the examples."""
+    held_out = max(1, round(_HELD_OUT * len(examples))) if len(examples) > 1 else 0
+    metrics = collapse_metrics(
+        model,
+        list(examples[: len(examples) - held_out]),
+        classes,
+        held_out=list(examples[len(examples) - held_out :]) or None,
+        shift=job.shift,
+        features=job.features,
+        tokens_per_batch=job.tokens_per_batch,
+        progress=progress,
+    )
+    return {
+        "shift": job.shift or default_shift(model),
+        "features": job.features,
+        "examples": len(examples) - held_out,
+        "held-out examples": held_out,
+        "tokens of a class": int(metrics.moments.counts.sum()),
+        "classes seen": int((metrics.moments.counts > 0).sum()),
+        "metrics": _metric_table(metrics),
+    }
+
+
+def _metric_table(metrics: CollapseMetrics) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            # JSON knows no infinity, and here it is a result: two classes with one mean.
+            "value": "inf" if metric.value is not None and isinf(metric.value) else metric.value,
+            "definition": metric.definition,
+            "note": metric.note,
+        }
+        for name, metric in metrics.values.items()
+    }
+
+
+def collapse_results(
+    classes: CollapseClasses, states: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """`report.collapse_section`'s input: each metric in each state of the model."""
+    first = next(iter(states.values()))
+    return {
+        "classes": {
+            "kept": len(classes),
+            "left_out": len(_bare(left.word for left in classes.left_out) - _bare(classes.words)),
+            "groups": dict(Counter(classes.groups)),
+        },
+        "settings": {key: value for key, value in first.items() if key != "metrics"},
+        "metrics": {
+            name: {
+                "definition": metric["definition"],
+                "values": {state: t["metrics"][name]["value"] for state, t in states.items()},
+                "notes": {state: t["metrics"][name]["note"] for state, t in states.items()},
+            }
+            for name, metric in first["metrics"].items()
+        },
+    }
+
+
+def _bare(words: Iterable[str]) -> set[str]:
+    return {word.strip().casefold() for word in words}
+
+
+def collapse_sentence(classes: CollapseClasses, table: Mapping[str, Any]) -> str:
+    """What was measured, with the two figures of the paper."""
+    metrics = table["metrics"]
+    said = (
+        f"{table['tokens of a class']:,} tokens belong to {table['classes seen']} of "
+        f"{len(classes)} classes"
+    )
+    if metrics["unc3_std"]["value"] is None:
+        return f"{said}: too few for a spread of their alignment."
+    return (
+        f"{said}; their means align with the output embedding at a mean cosine (NC3) of "
+        f"{metrics['nc3_mean']['value']:.3f} with a spread ((U)NC3, std) of "
+        f"{metrics['unc3_std']['value']:.3f}."
+    )
+
+
+def describe(name: str, model: nn.Module) -> dict[str, Any]:
+    return {
+        "name": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }

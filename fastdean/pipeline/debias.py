@@ -1,0 +1,360 @@
+"""The job of `fastdean debias`: measure, train with or without the regulariser, measure again.
+
+In the run folder: the figures of every finished step, the training's checkpoints, and at the end
+the model, an ordinary Hugging Face folder. The same job goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastdean.collapse import CollapseClasses, CollapseRegularizer
+from fastdean.data import Example
+from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
+from fastdean.evaluation import perplexity
+from fastdean.forward import label_shift
+from fastdean.loading import load_model
+from fastdean.pipeline import bias
+from fastdean.pipeline.collapse import (
+    CONTROLS,
+    classes_of,
+    collapse_results,
+    describe,
+    digest_of,
+    measured_collapse,
+)
+from fastdean.pipeline.costs import Costs
+from fastdean.pipeline.results import plain
+from fastdean.pipeline.rows import encode_rows, take_rows
+from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder
+from fastdean.provenance import now, versions
+from fastdean.report import write_report
+from fastdean.storage import write_json_atomic
+
+# Of the rows, for the metrics; none of them is trained on.
+_MEASURED = 0.25
+
+
+@dataclass(frozen=True)
+class DebiasJob:
+    """What is asked for; two jobs that are equal give equal results on one machine.
+
+    Attributes:
+        model, revision: see `loading.load_model`.
+        method: see `debias.fine_tune`.
+        collapse_strength: of the regulariser; 0: it measures and changes nothing.
+        data: rows to train on, see `debias.fine_tune`; None: those of the package.
+        text: rows to measure collapse on; None: a quarter of `data`, which is then not trained on.
+        words, multi_piece, control: of the classes, see `CollapseJob`.
+        statistic, live_features, mode, shift, features: see `CollapseRegularizer`.
+        steps, epochs, learning_rate, batch_size, accumulation: see `debias.fine_tune`.
+        bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
+        seed: of shuffles, masking, dropout, controls and bootstraps.
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    model: str
+    method: str
+    collapse_strength: float = 0.0
+    data: str | None = None
+    text: str | None = None
+    words: str = "gender"
+    multi_piece: str = "skip"
+    control: str | None = None
+    statistic: str = "std"
+    live_features: bool = False
+    mode: str = "cumulative"
+    shift: str | None = None
+    features: str = "base"
+    revision: str | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    learning_rate: float = 2e-5
+    batch_size: int = 16
+    accumulation: int = 1
+    max_length: int | None = None
+    bias: tuple[str, ...] = ("bec_pro",)
+    tokens_per_batch: int | None = None
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.control is not None and self.control not in CONTROLS:
+            raise ValueError(
+                f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
+                "to regularise the words themselves"
+            )
+        bias.check(self.bias)
+
+    @property
+    def source(self) -> str:
+        if self.data is not None:
+            return self.data
+        return "embedded:debias:pairs" if self.method == "mabel" else "embedded:debias"
+
+
+@dataclass
+class _Prepared:
+    """Everything that can be refused before the first long step."""
+
+    model: nn.Module
+    tokenizer: Any
+    classes: CollapseClasses
+    measured_classes: CollapseClasses
+    trained: list[dict[str, Any]]
+    measured: list[Example]
+
+
+def run(
+    job: DebiasJob,
+    out: str | Path,
+    *,
+    command: str = "",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Do the job and return its results (the content of results.json).
+
+    Args and errors as for `pipeline.run`.
+    """
+    folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
+    folder.check()
+    costs = Costs()
+    prepared = _prepare(job, folder, costs, progress)
+    try:
+        folder.claim()
+        states = {"before": _measure("before", prepared, job, folder, costs, progress)}
+        history = _train(prepared, job, folder, costs, progress)
+        states["after"] = _measure("after", prepared, job, folder, costs, progress)
+        found = _collect(job, command, prepared, states, history, costs)
+        _save(prepared, job, folder, found, command, costs)
+        write_json_atomic(folder.path / RESULTS_FILE, found)
+        write_report(found, folder.path / REPORT_FILE)
+        folder.finish()
+        return found
+    except BaseException:
+        folder.release_if_empty()
+        raise
+
+
+def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) -> _Prepared:
+    rows, _ = take_rows(job.source, None, job.seed)
+    if job.text is None:
+        apart = max(1, round(_MEASURED * len(rows)))
+        trained, measured = rows[apart:], rows[:apart]
+    else:
+        trained, (measured, _) = rows, take_rows(job.text, None, job.seed)
+    folder.rows = {"data": digest_of(trained), "text": digest_of(measured)}
+    folder.check()
+    with costs.step("load model"):
+        # AdamW's steps are lost in half precision.
+        model, tokenizer = load_model(
+            job.model, dtype="float32", device=job.device, revision=job.revision, progress=progress
+        )
+    costs.watch(model)
+    model.requires_grad_(True)
+    texts = [(number, {"text": text}) for number, row in measured for text in _texts(row)]
+    return _Prepared(
+        model,
+        tokenizer,
+        classes_of(job, tokenizer),
+        CollapseClasses.from_words(tokenizer, job.words, multi_piece=job.multi_piece),
+        [row for _, row in trained],
+        encode_rows(texts, job.text or job.source, tokenizer, model, max_length=job.max_length),
+    )
+
+
+def _texts(row: Mapping[str, Any]) -> list[str]:
+    """The texts of a row of any method."""
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+        return [f"{row['prompt']} {row['response']}"]
+    return [row[key] for key in ("text", "premise", "hypothesis") if isinstance(row.get(key), str)]
+
+
+def _measure(
+    state: str,
+    prepared: _Prepared,
+    job: DebiasJob,
+    folder: RunFolder,
+    costs: Costs,
+    progress: bool,
+) -> dict[str, Any]:
+    """Collapse on the words (not on their control), bias, and perplexity of a causal model."""
+    model, examples = prepared.model, prepared.measured
+
+    def collapse() -> dict[str, Any]:
+        return measured_collapse(model, examples, prepared.measured_classes, job, progress)
+
+    def fluency() -> dict[str, Any]:
+        options = {"tokens_per_batch": job.tokens_per_batch, "progress": progress}
+        return {"value": perplexity(model, examples, **options).value}
+
+    with costs.step(f"neural collapse, {state}", sum(map(len, examples))):
+        found = {"collapse": folder.figures(f"{state}-collapse", collapse)}
+    found["bias"] = bias.measure(
+        model, prepared.tokenizer, job.bias, folder, state, costs, seed=job.seed, progress=progress
+    )
+    if label_shift(model) == 1:
+        with costs.step(f"perplexity, {state}", sum(map(len, examples))):
+            found["perplexity"] = folder.figures(f"{state}-perplexity", fluency)
+    return found
+
+
+def _train(
+    prepared: _Prepared, job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool
+) -> list[dict[str, Any]]:
+    regularizer = CollapseRegularizer(
+        prepared.model,
+        prepared.classes,
+        job.collapse_strength,
+        statistic=job.statistic,
+        detach_features=not job.live_features,
+        mode=job.mode,
+        shift=job.shift,
+        features=job.features,
+    )
+    with costs.step("training"), regularizer:
+        return fine_tune(
+            prepared.model,
+            prepared.tokenizer,
+            prepared.trained,
+            job.method,
+            regularizer=regularizer,
+            steps=job.steps,
+            epochs=job.epochs,
+            learning_rate=job.learning_rate,
+            batch_size=job.batch_size,
+            accumulation=job.accumulation,
+            max_length=job.max_length,
+            seed=job.seed,
+            out=folder.training,
+            save_every=_SAVE_EVERY,
+            progress=progress,
+        )
+
+
+_SAVE_EVERY = 50
+
+
+def _collect(
+    job: DebiasJob,
+    command: str,
+    prepared: _Prepared,
+    states: Mapping[str, Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]],
+    costs: Costs,
+) -> dict[str, Any]:
+    table = bias.results({state: found["bias"] for state, found in states.items()})
+    collapse = collapse_results(
+        prepared.measured_classes, {state: found["collapse"] for state, found in states.items()}
+    )
+    return plain(
+        {
+            "title": "FastDEAN: a debiased model, before and after",
+            "created": now(),
+            "command": command,
+            "versions": versions(),
+            "model": describe(job.model, prepared.model),
+            "data": {
+                "training": {"source": job.source, "examples": len(prepared.trained)},
+                "measuring": {
+                    "source": job.text or f"{job.source}, other rows",
+                    "examples": len(prepared.measured),
+                },
+            },
+            "options": asdict(job),
+            "collapse": collapse,
+            "bias": table,
+            "training": {
+                "method": job.method,
+                "strength": job.collapse_strength,
+                "classes of the regulariser": _regularised(job, prepared.classes),
+                "steps": len(history),
+                "history": [dict(entry) for entry in history],
+            },
+            "findings": [
+                _collapse_change(job, collapse),
+                *bias.change_sentences(table),
+                *_perplexity_change(states),
+            ],
+            "warnings": [],
+            "cost": costs.steps,
+            "files": {"model": "model", "figures": RESULTS_FILE},
+            "manifest": {"job": asdict(job), "classes": prepared.classes.to_dict()},
+        }
+    )
+
+
+def _regularised(job: DebiasJob, classes: CollapseClasses) -> str:
+    kind = f"{job.control} control of {job.words}" if job.control else job.words
+    return f"{len(classes)} of {kind}"
+
+
+def _collapse_change(job: DebiasJob, collapse: Mapping[str, Any]) -> str:
+    values = collapse["metrics"]["unc3_std"]["values"]
+    trained = f"{job.method} with the regulariser at strength {job.collapse_strength:g}"
+    if job.collapse_strength == 0:
+        trained = f"{job.method} without the regulariser"
+    if None in values.values():
+        return f"After {trained}, (U)NC3 could not be measured: too few classes in the text."
+    return (
+        f"After {trained}, the spread of the alignment of {job.words} words ((U)NC3, std, on text "
+        f"not trained on) is {values['after']:.4g}; it was {values['before']:.4g}."
+    )
+
+
+def _perplexity_change(states: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    if "perplexity" not in states["after"]:
+        return []
+    before, after = (states[state]["perplexity"]["value"] for state in ("before", "after"))
+    return [
+        f"Perplexity of the measured text: {before:.4g} before, {after:.4g} after. It is of the "
+        "same kind as the training text, so that most of a fall is adaptation to it."
+    ]
+
+
+def _save(
+    prepared: _Prepared,
+    job: DebiasJob,
+    folder: RunFolder,
+    results: Mapping[str, Any],
+    command: str,
+    costs: Costs,
+) -> None:
+    effects = [
+        Effect(
+            f"{name}, {row['unit']}",
+            row["before"]["value"],
+            row["after"]["value"],
+            row["raw_change"]["low"],
+            row["raw_change"]["high"],
+        )
+        for name, row in results["bias"].items()
+    ]
+    card = model_card(
+        f"{Path(job.model).name}-{job.method}",
+        base_model=job.model,
+        method=job.method,
+        strength=job.collapse_strength or None,
+        data=f"{job.source}, {len(prepared.trained)} rows",
+        command=command,
+        effects=effects,
+    )
+    manifest = {"job": asdict(job), "classes": prepared.classes.to_dict()}
+    with costs.step("save"):
+        save_model(
+            folder.model,
+            prepared.model,
+            prepared.tokenizer,
+            card=card,
+            manifest=plain(manifest),
+            overwrite=True,
+        )
