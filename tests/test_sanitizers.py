@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,42 +13,60 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 CHECKS = sorted((ROOT / "tests" / "csrc").glob("*_check.cpp"))
-INSTRUCTIONS = {
-    "importance_avx2.cpp": ["-mavx2", "-mfma"],
-    "importance_avx512.cpp": ["-mavx512f"],
-    "importance_avx512_bf16.cpp": ["-mavx512f", "-mavx512bf16"],
-}
+COMPILE = ["g++", "-c", "-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# The checks are not what is checked: compiled like the sources they would take longest of all.
+CHECK_FLAGS = ["-O0", "-fsanitize=address"]
+SOURCE_FLAGS = ["-O1", "-DFASTDEAN_X86_LEVELS", *SANITIZERS]
+
+
+def _instruction_sets():
+    """The options with which CMakeLists.txt compiles a file for an instruction set, by its name."""
+    options_of = re.compile(
+        r'set_source_files_properties\(([^)]*?)\s+PROPERTIES\s+COMPILE_OPTIONS "([^"]*)"'
+    )
+    found = options_of.findall((ROOT / "CMakeLists.txt").read_text())
+    return {
+        Path(file).name: options.split(";") for files, options in found for file in files.split()
+    }
 
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory, extension_built):
-    """Every CPU source, compiled with the sanitizers."""
+    """Folder of an object file for every CPU source and every check."""
     if not extension_built:
         pytest.skip("an install without the extension is under test")
     if shutil.which("g++") is None or platform.machine() != "x86_64":
         pytest.skip("needs g++ on x86-64")
     folder = tmp_path_factory.mktemp("objects")
     sources = [path for path in sorted(CSRC.glob("*.cpp")) if path.name != "bindings.cpp"]
-    running = []
-    for source in sources:
-        target = folder / f"{source.stem}.o"
-        command = [*_compiler(), *INSTRUCTIONS.get(source.name, []), "-c", source, "-o", target]
-        running.append((target, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
-    for target, process in running:
-        _, errors = process.communicate()
-        assert process.returncode == 0, f"{target.stem}: {errors}"
-    return [target for target, _ in running]
+    instructions = _instruction_sets()
+    flags = {source: [*SOURCE_FLAGS, *instructions.get(source.name, [])] for source in sources}
+    flags |= dict.fromkeys(CHECKS, CHECK_FLAGS)
+    running = {}
+    for path, options in flags.items():
+        command = [*COMPILE, *options, path, "-o", folder / f"{path.stem}.o"]
+        running[path.name] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    failed = {name: errors for name, process in running.items() if (errors := _errors(process))}
+    assert failed == {}
+    return folder
 
 
-def _compiler():
-    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-DFASTDEAN_X86_LEVELS"]
-    return ["g++", *flags, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}"]
+def _errors(process):
+    _, errors = process.communicate()
+    return errors if process.returncode != 0 else ""
+
+
+def test_every_file_for_an_instruction_set_is_compiled_for_it():
+    assert set(_instruction_sets()) == {path.name for path in CSRC.glob("*_avx*.cpp")}
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda path: path.stem)
 def test_no_access_outside_memory_and_no_undefined_behaviour(check, objects, tmp_path):
     program = tmp_path / check.stem
-    command = [*_compiler(), check, *objects, "-o", program, "-lpthread", "-ldl"]
+    others = {path.stem for path in CHECKS} - {check.stem}
+    linked = [path for path in sorted(objects.glob("*.o")) if path.stem not in others]
+    command = ["g++", *SANITIZERS, *linked, "-o", program, "-lpthread", "-ldl"]
     subprocess.run(command, check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -13,6 +13,8 @@ from torch import Tensor
 ROUNDING = 2.0**-40
 # Elements of a block, in fp64.
 _BLOCK = 2**22
+# Squared distances below this share of the squared norms keep fewer than 12 digits in a product.
+_CLOSE = 1e-4
 
 
 @dataclass
@@ -73,14 +75,29 @@ def above_diagonal(block: Tensor) -> Tensor:
 def squared_distances(a: Tensor, b: Tensor, precision: float = 0.0) -> tuple[Tensor, Tensor]:
     """||a_i - b_j||^2, fp64 [I, J], and which of these distances the data hardly resolve.
 
-    Computed from the differences themselves: |a|^2 + |b|^2 - 2 a.b loses what tells close points
-    apart. A distance within the rounding of fp64 sums is 0.
+    |a|^2 + |b|^2 - 2 a.b, from an origin amid the points, loses what tells close ones apart: those
+    are computed again, from their differences. A distance within the rounding of fp64 sums is 0.
 
     Args:
         a, b: fp64 [I, D] and [J, D].
         precision: distances above 0 and up to this share of the larger norm are hardly resolved.
     """
-    distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-    norms = torch.maximum(a.norm(dim=1).unsqueeze(1), b.norm(dim=1))
-    distances.masked_fill_(distances <= ROUNDING * norms, 0)
-    return distances.square(), (distances > 0) & (distances <= precision * norms)
+    origin = b.mean(0)
+    from_origin = a - origin, b - origin
+    lengths = _squared_norms(from_origin[0]).unsqueeze(1) + _squared_norms(from_origin[1])
+    squared = lengths - 2 * from_origin[0] @ from_origin[1].T
+    for i, j in _in_parts((squared <= _CLOSE * lengths).nonzero(), a.shape[1]):
+        squared[i, j] = _squared_norms(a[i] - b[j])
+    norms = torch.maximum(_squared_norms(a).unsqueeze(1), _squared_norms(b))
+    squared.masked_fill_(squared <= ROUNDING**2 * norms, 0)
+    return squared, (squared > 0) & (squared <= precision**2 * norms)
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    return rows.square().sum(1)
+
+
+def _in_parts(pairs: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs' two columns [n], for as many pairs at a time as rows of `width` fit a block."""
+    for part in pairs.split(max(1, _BLOCK // width)):
+        yield part[:, 0], part[:, 1]
