@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from fastdean.evaluation import bootstrap
-from fastdean.evaluation.bootstrap import Interval, bootstrap_interval, paired_bootstrap
+from fastdean.evaluation.bootstrap import (
+    Interval,
+    bootstrap_interval,
+    change_between,
+    paired_bootstrap,
+)
 
 
 def test_interval_is_the_quantiles_of_every_possible_resample():
@@ -90,6 +95,41 @@ def test_ratio_is_compared_with_one():
     assert interval(1.0, 1.1).verdict() == "no effect beyond noise"
     assert interval(1.01, 1.1).verdict() == "higher"
     assert interval(0.5, 0.99).verdict() == "lower"
+
+
+def test_a_change_is_that_of_paired_differences():
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.randn(2, 30, generator=generator, dtype=torch.float64)
+    before, after = (
+        bootstrap_interval(lambda index, v=v: v[index].mean(1), 30, resamples=500, seed=4)
+        for v in (first, second)
+    )
+    paired = paired_bootstrap(second - first, resamples=500, seed=4)
+    found = change_between(before, after)
+    for name in ("mean", "low", "high"):
+        assert getattr(found, name) == pytest.approx(getattr(paired, name), abs=1e-12)
+
+
+def test_a_change_of_the_distance_to_a_neutral_value():
+    values = torch.tensor([1.0, 3.0, 5.0, 7.0], dtype=torch.float64)
+    before = bootstrap_interval(lambda index: values[index].mean(1), 4, resamples=99)
+    after = bootstrap_interval(lambda index: -values[index].mean(1), 4, resamples=99)
+    found = change_between(before, after, of=abs)
+    assert (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
+    assert change_between(before, after).high < 0
+
+
+def test_changes_between_other_examples_are_refused():
+    def of(n, **options):
+        return bootstrap_interval(lambda index: index.double().mean(1), n, **options)
+
+    with pytest.raises(ValueError, match="must have the same n, got 5 and 6"):
+        change_between(of(5), of(6))
+    with pytest.raises(ValueError, match="must have the same resamples, got 10 and 20"):
+        change_between(of(5, resamples=10), of(5, resamples=20))
+    with pytest.raises(ValueError, match="must carry their 10 replicates, got 0 and 10"):
+        change_between(Interval(1.0, 0.0, 2.0, 5, 0.95, 10), of(5, resamples=10))
+    assert math.isnan(change_between(of(1), of(1)).low)
 
 
 def test_too_few_examples_have_no_bounds():

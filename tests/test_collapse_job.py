@@ -1,0 +1,107 @@
+"""`fastdean collapse`: the metrics it prints, what it keeps, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_words
+from typer.testing import CliRunner
+
+import fastdean
+from fastdean import cli
+from fastdean.data import encode
+from fastdean.loading import load_model
+from fastdean.pipeline import bias as measures
+from fastdean.pipeline import collapse as job_module
+from fastdean.sources import load_rows, sample_rows
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tiny_words.write_place(tmp_path_factory.mktemp("place"))
+
+
+def call(place, out, *options):
+    arguments = ["collapse", "--model", place["model"], "--text", place["text"], "--out", out]
+    arguments += ["--words", place["words"], "--quiet", "--json", *options]
+    result = CliRunner().invoke(cli.app, [str(each) for each in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refused(result, text):
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("fastdean: ")]
+    assert text in line
+
+
+def test_the_metrics_are_those_of_the_function(place, tmp_path):
+    result = call(place, tmp_path / "out", "--seed", 3)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    model, tokenizer = load_model(str(place["model"]), device="cpu", progress=False)
+    numbered, _ = sample_rows(list(enumerate(load_rows(str(place["text"])), 1)), None, 3)
+    examples = encode([row for _, row in numbered], tokenizer)
+    classes = fastdean.CollapseClasses.from_words(tokenizer, place["words"])
+    expected = fastdean.collapse_metrics(
+        model, examples[:8], classes, held_out=examples[8:], progress=False
+    )
+    for name, metric in expected.values.items():
+        value = found["collapse"]["metrics"][name]["values"]["measured"]
+        assert value == (None if metric.value is None else pytest.approx(metric.value, rel=1e-6))
+    assert found["collapse"]["classes"] == {
+        "kept": 6,
+        "left_out": 1,
+        "groups": {"female": 3, "male": 3},
+    }
+    assert found == json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "Neural collapse" in page and "unc3_std" in page
+    assert "unc3_std" in result.stderr
+
+
+def test_a_job_goes_on_where_it_was_interrupted(place, tmp_path, monkeypatch):
+    options = ("--bias", f"crows_pairs={place['crows']}")
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(measures.MEASURES, "crows_pairs", (interrupted, False))
+        assert call(place, tmp_path / "out", *options).exit_code == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module, "collapse_metrics", interrupted)
+        result = call(place, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.stderr
+    again = call(place, tmp_path / "other", *options)
+    for key in ("collapse", "bias"):
+        assert json.loads(again.stdout)[key] == json.loads(result.stdout)[key]
+    refused(call(place, tmp_path / "out", *options), "this run, finished")
+    assert call(place, tmp_path / "out", *options, "--overwrite").exit_code == 0
+
+
+def test_a_control_measures_other_words(place, tmp_path):
+    found = json.loads(call(place, tmp_path / "out", "--control", "random").stdout)
+    assert found["collapse"]["classes"]["kept"] == 6
+    own = {word.strip() for word in found["manifest"]["classes"]["words"]}
+    assert not own & {"she", "her", "woman", "he", "his", "man"}
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (("--control", "some"), "control must be one of random, frequency, got 'some'"),
+        (("--bias", "nothing"), "bias must be one of crows_pairs, "),
+        (("--bias", "seat"), "bias 'seat' must come with its file"),
+        (("--bias", "bec_pro", "--bias", "bec_pro"), "bias must name each measure once"),
+        (("--shift", "back"), "shift must be one of next, same, published"),
+        (("--features", "tail"), "features must be one of base, head"),
+        (("--words", "colours"), "colours"),
+        (("--multi-piece", "first"), "multi_piece must be 'skip' or 'mean'"),
+    ],
+)
+def test_bad_options_are_refused_and_leave_nothing(place, tmp_path, options, text):
+    refused(call(place, tmp_path / "out", *options), text)
+    assert not (tmp_path / "out").exists()

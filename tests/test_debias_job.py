@@ -1,0 +1,146 @@
+"""`fastdean debias`: the model it saves, the report, resuming, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+import tiny_words
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from fastdean import cli
+from fastdean.pipeline import debias as job_module
+
+STEPS = ("--steps", "3", "--batch-size", "4", "--learning-rate", "1e-2")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tiny_words.write_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def masked_place(tmp_path_factory):
+    return tiny_words.write_place(tmp_path_factory.mktemp("place"), tiny_models.bert)
+
+
+def call(place, out, *options, method="causal"):
+    arguments = ["debias", "--model", place["model"], "--method", method, "--out", out]
+    arguments += ["--data", place["text"], "--words", place["words"], *STEPS]
+    arguments += ["--bias", f"crows_pairs={place['crows']}", "--quiet", "--json", *options]
+    result = CliRunner().invoke(cli.app, [str(each) for each in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(place, tmp_path_factory):
+    """A finished job with the regulariser: (its folder, its results)."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = call(place, out, "--collapse-strength", "10")
+    assert result.exit_code == 0, result.stderr
+    return out, json.loads(result.stdout)
+
+
+def test_the_model_is_an_ordinary_folder_with_a_card(place, run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, _ = run
+    AutoModelForCausalLM.from_pretrained(out / "model")
+    AutoTokenizer.from_pretrained(out / "model")
+    before, after = weights(place["model"]), weights(out / "model")
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+    card = (out / "model" / "README.md").read_text("utf-8")
+    assert "CrowS-Pairs" in card and "strength 10" in card
+
+
+def test_the_report_says_what_came_of_it(run):
+    out, found = run
+    assert found == json.loads((out / "results.json").read_text("utf-8"))
+    assert [entry["step"] for entry in found["training"]["history"]] == [1, 2, 3]
+    assert all(entry["collapse"] is not None for entry in found["training"]["history"])
+    metric = found["collapse"]["metrics"]["nc3_mean"]["values"]
+    assert metric["before"] != metric["after"]
+    (row,) = found["bias"].values()
+    distance = [abs(row[state]["value"] - row["neutral"]) for state in ("before", "after")]
+    assert row["change"]["value"] == pytest.approx(distance[1] - distance[0])
+    assert row["raw_change"]["value"] == pytest.approx(
+        row["after"]["value"] - row["before"]["value"]
+    )
+    assert any("(U)NC3" in sentence for sentence in found["findings"])
+    page = (out / "report.html").read_text("utf-8")
+    for heading in ("Neural collapse", "Bias measures", "Training"):
+        assert f">{heading}</h2>" in page
+
+
+def test_a_job_goes_on_where_it_was_interrupted(place, run, tmp_path, monkeypatch):
+    real = job_module._measure
+
+    def interrupted(state, *args):
+        if state == "after":
+            raise KeyboardInterrupt
+        return real(state, *args)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module, "_measure", interrupted)
+        assert call(place, out, "--collapse-strength", "10").exit_code == 130
+    result = call(place, out, "--collapse-strength", "10")
+    assert result.exit_code == 0, result.stderr
+    finished = weights(run[0] / "model")
+    assert all(torch.equal(value, finished[name]) for name, value in weights(out / "model").items())
+    again = json.loads(result.stdout)
+    for key in ("collapse", "bias", "training"):
+        assert again[key] == run[1][key]
+
+
+def test_strength_0_trains_as_if_there_were_no_regulariser(place, run, tmp_path, monkeypatch):
+    assert call(place, tmp_path / "zero").exit_code == 0
+    zero = weights(tmp_path / "zero" / "model")
+    real = job_module.fine_tune
+
+    def without(*args, regularizer, **options):
+        regularizer.remove()
+        return real(*args, regularizer=None, **options)
+
+    monkeypatch.setattr(job_module, "fine_tune", without)
+    assert call(place, tmp_path / "without").exit_code == 0
+    plain = weights(tmp_path / "without" / "model")
+    assert all(torch.equal(value, plain[name]) for name, value in zero.items())
+    regularised = weights(run[0] / "model")
+    assert any(not torch.equal(value, regularised[name]) for name, value in zero.items())
+
+
+def test_a_masked_model_is_debiased_too(masked_place, tmp_path):
+    result = call(masked_place, tmp_path / "out", "--collapse-strength", "100", method="bec")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["collapse"]["settings"]["shift"] == "same"
+    assert "perplexity" not in " ".join(found["findings"]).lower()
+
+
+@pytest.mark.parametrize(
+    "options, method, text",
+    [
+        ((), "distil", "method must be one of "),
+        ((), "bec", "bec"),
+        (("--collapse-strength", "-1"), "causal", "strength must be"),
+        (("--live-features",), "causal", "cumulative"),
+        (("--steps", "0"), "causal", "steps must be"),
+        (("--text", "nowhere.jsonl"), "causal", "nowhere.jsonl"),
+    ],
+)
+def test_bad_options_are_refused_and_leave_nothing(place, tmp_path, options, method, text):
+    result = call(place, tmp_path / "out", *options, method=method)
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("fastdean: ")]
+    assert text in line
+    assert not (tmp_path / "out").exists()
