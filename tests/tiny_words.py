@@ -9,10 +9,11 @@ from pathlib import Path
 import tiny_models
 
 SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[UNK]", "[MASK]")
-WORDS = """
+LISTED = """
     she he her his him woman man women men girl boy mother father sister brother nurse doctor
     teacher pilot farmer the a saw met said works reads and with in town today . old
-""".split()
+"""
+WORDS = LISTED.split()
 TEXTS = [
     "she works with the nurse and he works with the doctor .",
     "the doctor said he met her in town .",
