@@ -35,6 +35,8 @@ SMALLER = {
     '"embedded:{name}"), 32': '"embedded:{name}"), 12',
     "permutations=200": "permutations=20",
     "[:32]": "[:8]",
+    'tokenizer, "gender")': 'tokenizer, {"one": ["the", "of"], "two": ["and", "is"]})',
+    "max_steps\": 2": "max_steps\": 1",
 }
 
 

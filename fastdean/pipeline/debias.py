@@ -16,6 +16,8 @@ from torch import nn
 from fastdean.collapse import CollapseClasses, CollapseRegularizer
 from fastdean.data import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
+from fastdean.debias.objectives import require_method
+from fastdean.debias.schedule import check_schedule
 from fastdean.evaluation import perplexity
 from fastdean.forward import label_shift
 from fastdean.loading import load_model
@@ -38,6 +40,9 @@ from fastdean.storage import write_json_atomic
 
 # Of the rows, for the metrics; none of them is trained on.
 _MEASURED = 0.25
+# Steps between checkpoints; share of the steps in which the learning rate rises.
+_SAVE_EVERY = 50
+_WARMUP = 0.1
 
 
 @dataclass(frozen=True)
@@ -161,11 +166,16 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
         )
     costs.watch(model)
     model.requires_grad_(True)
+    classes = classes_of(job, tokenizer)
+    # Refused now, and not after the first measurements.
+    require_method(model, job.method)
+    check_schedule(warmup=_WARMUP, seed=job.seed, **_course(job))
+    _regularizer(model, classes, job).remove()
     texts = [(number, {"text": text}) for number, row in measured for text in _texts(row)]
     return _Prepared(
         model,
         tokenizer,
-        classes_of(job, tokenizer),
+        classes,
         CollapseClasses.from_words(tokenizer, job.words, multi_piece=job.multi_piece),
         [row for _, row in trained],
         encode_rows(texts, job.text or job.source, tokenizer, model, max_length=job.max_length),
@@ -211,9 +221,35 @@ def _measure(
 def _train(
     prepared: _Prepared, job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool
 ) -> list[dict[str, Any]]:
-    regularizer = CollapseRegularizer(
-        prepared.model,
-        prepared.classes,
+    with (
+        costs.step("training"),
+        _regularizer(prepared.model, prepared.classes, job) as regularizer,
+    ):
+        return fine_tune(
+            prepared.model,
+            prepared.tokenizer,
+            prepared.trained,
+            job.method,
+            regularizer=regularizer,
+            max_length=job.max_length,
+            warmup=_WARMUP,
+            seed=job.seed,
+            out=folder.training,
+            save_every=_SAVE_EVERY,
+            progress=progress,
+            **_course(job),
+        )
+
+
+def _course(job: DebiasJob) -> dict[str, Any]:
+    names = ("steps", "epochs", "learning_rate", "batch_size", "accumulation")
+    return {name: getattr(job, name) for name in names}
+
+
+def _regularizer(model: nn.Module, classes: CollapseClasses, job: DebiasJob) -> CollapseRegularizer:
+    return CollapseRegularizer(
+        model,
+        classes,
         job.collapse_strength,
         statistic=job.statistic,
         detach_features=not job.live_features,
@@ -221,27 +257,6 @@ def _train(
         shift=job.shift,
         features=job.features,
     )
-    with costs.step("training"), regularizer:
-        return fine_tune(
-            prepared.model,
-            prepared.tokenizer,
-            prepared.trained,
-            job.method,
-            regularizer=regularizer,
-            steps=job.steps,
-            epochs=job.epochs,
-            learning_rate=job.learning_rate,
-            batch_size=job.batch_size,
-            accumulation=job.accumulation,
-            max_length=job.max_length,
-            seed=job.seed,
-            out=folder.training,
-            save_every=_SAVE_EVERY,
-            progress=progress,
-        )
-
-
-_SAVE_EVERY = 50
 
 
 def _collect(
