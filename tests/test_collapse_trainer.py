@@ -208,6 +208,33 @@ def test_the_plain_trainer_needs_nothing_but_attaching(tmp_path):
     assert_same_weights(model, dict(plain.named_parameters()))
 
 
+def test_accelerate_needs_nothing_but_attaching():
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, plain = llama().train(), llama().train()
+    regularized(model)
+    regularizer = regularized(plain)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    batches = Rows(4).batches
+    for batch in batches:
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    for group in (batches[:2], batches[2:]):
+        for batch in group:
+            with regularizer.held():
+                loss = plain(**batch).loss
+            ((loss + regularizer.term()) / 2).backward()
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter -= RATE * parameter.grad
+        plain.zero_grad()
+    assert_same_weights(model, dict(plain.named_parameters()))
+
+
 def test_autocast_to_bf16_trains_as_a_plain_loop_under_it(tmp_path):
     model = llama()
     make_trainer(model, regularized(model), arguments(tmp_path, bf16=True)).train()

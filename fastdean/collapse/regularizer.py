@@ -43,6 +43,9 @@ class CollapseRegularizer:
     your own. Evaluation changes nothing. For a Trainer take `trainer_class`, which knows about
     gradient accumulation and checkpoints.
 
+    Besides the hooks, which are little, a step makes one more gradient of the output embedding's
+    size: zeros but for the classes' rows.
+
     A loss that was divided by `num_items_in_batch`, as under the Trainer itself, has its term
     weighted by the batch's share of these items, so that the terms of an accumulation come to
     their mean by tokens and not to their sum.
