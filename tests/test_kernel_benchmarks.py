@@ -663,10 +663,12 @@ def test_the_table_has_a_column_for_each_contender_and_the_latest_of_each():
     assert (
         lines[0] == "| case | floor | triton | mm per example | triton / floor | rate of triton |"
     )
-    assert lines[2] == ("| 2 x 3 | 1.000 ms | 2.000 ms | 6.000 ms (3.0x) | 2.00x | 0.5 TFLOP/s |")
-    assert lines[3] == "| 4 x 5 | 1.000 ms |  | 1.000 ms |  |  |"
+    assert lines[2] == (
+        "| 2 x 3, bf16 | 1.000 ms | 2.000 ms | 6.000 ms (3.0x) | 2.00x | 500.0 GFLOP/s |"
+    )
+    assert lines[3] == "| 4 x 5, bf16 | 1.000 ms |  | 1.000 ms |  |  |"
     text = "\n".join(lines)
-    assert "Floor: plain product. Copies 2 GB/s, a large product 3.0 TFLOP/s" in text
+    assert "Floor: plain product. Copies 2 GB/s, a large bf16 product 3.0 TFLOP/s" in text
     assert "driver 1.2, CUDA 13.0; torch 2.11.0, triton 3.6.0" in text
 
 

@@ -38,7 +38,8 @@ def _cells(case: Sequence[Record], names: Sequence[str], ours: str) -> list[str]
     times = [_time(by_name.get(name), measured) for name in names]
     ratio = "" if measured is None else f"{measured['median_s'] / floor:.2f}x"
     rate = "" if measured is None else _rate(measured)
-    return [case[0]["case"], _milliseconds(floor), *times, ratio, rate]
+    name = f"{case[0]['case']}, {case[0]['dtype']}"
+    return [name, _milliseconds(floor), *times, ratio, rate]
 
 
 def _time(row: Record | None, ours: Record | None) -> str:
@@ -61,7 +62,11 @@ def _rate(row: Record) -> str:
     """The rate that bounds it: bytes where the floor is made of bytes, else operations."""
     if row["floor"].startswith("bytes"):
         return f"{row['bytes_per_s'] / 1e9:.0f} GB/s"
-    return f"{row['operations_per_s'] / 1e12:.1f} TFLOP/s"
+    return _operations_per_s(row["operations_per_s"])
+
+
+def _operations_per_s(rate: float) -> str:
+    return f"{rate / 1e12:.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.1f} GFLOP/s"
 
 
 def _reading(rows: Sequence[Record]) -> str:
@@ -78,7 +83,7 @@ def _reading(rows: Sequence[Record]) -> str:
     return (
         f"Medians, and how many times ours the others take; p20 to p80 spans at most "
         f"{spread:.0%} of one. Floor: {row['floor']}. Copies "
-        f"{row['copy_bandwidth'] / 1e9:.0f} GB/s, a large product "
-        f"{row['matrix_rate'] / 1e12:.1f} TFLOP/s. fp32 products of plain torch: {row['product']}. "
+        f"{row['copy_bandwidth'] / 1e9:.0f} GB/s, a large bf16 product "
+        f"{_operations_per_s(row['matrix_rate'])}. fp32 products of plain torch: {row['product']}. "
         f"Timed by {timed_by}.{device if busy else ''}"
     )
