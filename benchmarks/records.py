@@ -396,9 +396,10 @@ def command_line(argv: Sequence[str]) -> str:
     """The command as one would type it in a checkout; of absolute paths only the last part."""
     parts = []
     for part in argv:
-        option, equals, value = part.partition("=") if part.startswith("--") else ("", "", part)
-        if not equals:
-            option, value = "", part
+        # --option=/a/path, and the NAME=/a/path of an option that names what the file is of.
+        option, equals, value = part.partition("=")
+        if not equals or "/" in option:
+            option, equals, value = "", "", part
         if os.path.isabs(value):
             path = Path(value)
             inside = path.is_relative_to(ROOT)
