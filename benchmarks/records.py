@@ -253,6 +253,46 @@ class PatchRecord:
     gate: str
 
 
+@dataclass(frozen=True)
+class RegularizerRecord:
+    """Training steps with or without the collapse regulariser, or a measurement of collapse.
+
+    Attributes:
+        architecture: "causal" or "masked".
+        measured: "training step" or "collapse_metrics"; what took turns has the same.
+        impl: "without" and the regularisers' names; "forward passes" and "collapse_metrics".
+        tokens: of a step, or of the measured text.
+        labelled: how many of them are of a class.
+        seconds: of every round, in order: those of one round belong together.
+        ratio_median, ratio_p20, ratio_p80: of the seconds over those of the floor, round by round.
+        floor_s: median of what the others add to: the step without, or the forward passes alone.
+        toy: sizes at which nothing can be learned about speed.
+        gate: "passed" or "skipped": the tests that run before a measurement.
+    """
+
+    op: str
+    case: str
+    architecture: str
+    measured: str
+    impl: str
+    model: str
+    tokens: int
+    labelled: int
+    classes: int
+    features: int
+    repeats: int
+    seconds: tuple[float, ...]
+    median_s: float
+    p20_s: float
+    p80_s: float
+    ratio_median: float
+    ratio_p20: float
+    ratio_p80: float
+    floor_s: float
+    toy: bool
+    gate: str
+
+
 def require_this_checkout() -> None:
     """What is recorded are the commit and the sources of this checkout: nothing else is measured.
 

