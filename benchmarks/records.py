@@ -293,6 +293,50 @@ class RegularizerRecord:
     gate: str
 
 
+@dataclass(frozen=True)
+class DebiasRecord:
+    """What one training had made of the model after some of its steps.
+
+    Attributes:
+        case: model, method and course; with `settings` it tells experiments apart.
+        arm: "base" (the model before any training), "none", "words", "random" or "frequency".
+        seed: of the training, and of the control classes; None for "base".
+        strength: of the regulariser; 0 for "base" and "none".
+        step: of `steps` of the optimizer.
+        settings: all that was asked for and decides the figures.
+        figures: name -> value on text and sentences that were not trained on; None where it could
+            not be measured, or is infinite.
+        units, neutral: name -> unit; and what an unbiased model has, None where there is no such.
+        step_s: median seconds of an optimizer step, evaluation left out; None for "base".
+        classes: of the regulariser; 0 where there is none.
+        labelled: how many tokens of the training text, swapped copies included, are of them.
+        toy: sizes at which nothing can be learned.
+        gate: "passed" or "skipped": the tests that run before a measurement.
+    """
+
+    op: str
+    case: str
+    arm: str
+    seed: int | None
+    strength: float
+    step: int
+    steps: int
+    model: str
+    method: str
+    settings: dict[str, Any]
+    figures: dict[str, float | None]
+    units: dict[str, str]
+    neutral: dict[str, float | None]
+    step_s: float | None
+    classes: int
+    labelled: int
+    trained_rows: int
+    held_out_rows: int
+    held_out_tokens: int
+    toy: bool
+    gate: str
+
+
 def require_this_checkout() -> None:
     """What is recorded are the commit and the sources of this checkout: nothing else is measured.
 

