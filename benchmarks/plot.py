@@ -2,7 +2,8 @@
 
 `score`: a panel for each device, case and dtype with a bar per implementation. `sweep`: how time
 and tokens per second grow with each thing varied. An operation: its contenders over what its cases
-vary. Every picture shows the floor, and of each measurement the latest. Needs the extra `plot`.
+vary. These show the floor. `debias`: collapse and bias against steps, a line per arm with the
+spread of its seeds. Of each measurement the latest counts. Needs the extra `plot`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import records
 from operations.catalogue import OPERATIONS
+from plots.debias import draw_debias
 from plots.operation import draw_operation
 from plots.score import draw_score
 from plots.sweep import draw_sweep
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _PICTURES: dict[str, Callable[[Sequence[records.Record]], Figure]] = {
     "score": draw_score,
     "sweep": draw_sweep,
+    "debias": draw_debias,
     **dict.fromkeys(OPERATIONS, draw_operation),
 }
 

@@ -5,6 +5,7 @@ Built from a configuration on the device itself, so that neither a hub nor a tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,23 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+@dataclass(frozen=True)
+class EncoderShape:
+    """A BERT model with a masked language modelling head tied to its embedding."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocabulary: int
+
+
+ENCODERS: dict[str, EncoderShape] = {
+    "toy": EncoderShape(32, 64, 2, 4, 96),
+    "bert-base": EncoderShape(768, 3072, 12, 12, 30522),
+}
+
+
 def random_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A causal language model of one of `SHAPES`, in eval mode; the same weights every time."""
     from transformers import AutoModelForCausalLM, Qwen2Config
@@ -49,10 +67,28 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Modu
         vocab_size=shape.vocabulary,
         tie_word_embeddings=shape.tied,
     )
+    return _built(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), device)
+
+
+def random_encoder(shape: EncoderShape, device: torch.device) -> nn.Module:
+    """A masked language model in fp32 and in eval mode; the same weights every time."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+    )
+    return _built(lambda: BertForMaskedLM(config), device)
+
+
+def _built(build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(_SEED)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = build()
     return model.eval()
 
 

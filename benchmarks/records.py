@@ -253,6 +253,90 @@ class PatchRecord:
     gate: str
 
 
+@dataclass(frozen=True)
+class RegularizerRecord:
+    """Training steps with or without the collapse regulariser, or a measurement of collapse.
+
+    Attributes:
+        architecture: "causal" or "masked".
+        measured: "training step" or "collapse_metrics"; what took turns has the same.
+        impl: "without" and the regularisers' names; "forward passes" and "collapse_metrics".
+        tokens: of a step, or of the measured text.
+        labelled: how many of them are of a class.
+        seconds: of every round, in order: those of one round belong together.
+        ratio_median, ratio_p20, ratio_p80: of the seconds over those of the floor, round by round.
+        floor_s: median of what the others add to: the step without, or the forward passes alone.
+        toy: sizes at which nothing can be learned about speed.
+        gate: "passed" or "skipped": the tests that run before a measurement.
+    """
+
+    op: str
+    case: str
+    architecture: str
+    measured: str
+    impl: str
+    model: str
+    tokens: int
+    labelled: int
+    classes: int
+    features: int
+    repeats: int
+    seconds: tuple[float, ...]
+    median_s: float
+    p20_s: float
+    p80_s: float
+    ratio_median: float
+    ratio_p20: float
+    ratio_p80: float
+    floor_s: float
+    toy: bool
+    gate: str
+
+
+@dataclass(frozen=True)
+class DebiasRecord:
+    """What one training had made of the model after some of its steps.
+
+    Attributes:
+        case: model, method and course; with `settings` it tells experiments apart.
+        arm: "base" (the model before any training), "none", "words", "random" or "frequency".
+        seed: of the training, and of the control classes; None for "base".
+        strength: of the regulariser; 0 for "base" and "none".
+        step: of `steps` of the optimizer.
+        settings: all that was asked for and decides the figures.
+        figures: name -> value on text and sentences that were not trained on; None where it could
+            not be measured, or is infinite.
+        units, neutral: name -> unit; and what an unbiased model has, None where there is no such.
+        step_s: median seconds of an optimizer step, evaluation left out; None for "base".
+        classes: of the regulariser; 0 where there is none.
+        labelled: how many tokens of the training text, swapped copies included, are of them.
+        toy: sizes at which nothing can be learned.
+        gate: "passed" or "skipped": the tests that run before a measurement.
+    """
+
+    op: str
+    case: str
+    arm: str
+    seed: int | None
+    strength: float
+    step: int
+    steps: int
+    model: str
+    method: str
+    settings: dict[str, Any]
+    figures: dict[str, float | None]
+    units: dict[str, str]
+    neutral: dict[str, float | None]
+    step_s: float | None
+    classes: int
+    labelled: int
+    trained_rows: int
+    held_out_rows: int
+    held_out_tokens: int
+    toy: bool
+    gate: str
+
+
 def require_this_checkout() -> None:
     """What is recorded are the commit and the sources of this checkout: nothing else is measured.
 
@@ -396,9 +480,10 @@ def command_line(argv: Sequence[str]) -> str:
     """The command as one would type it in a checkout; of absolute paths only the last part."""
     parts = []
     for part in argv:
-        option, equals, value = part.partition("=") if part.startswith("--") else ("", "", part)
-        if not equals:
-            option, value = "", part
+        # --option=/a/path, and the NAME=/a/path of an option that names what the file is of.
+        option, equals, value = part.partition("=")
+        if not equals or "/" in option:
+            option, equals, value = "", "", part
         if os.path.isabs(value):
             path = Path(value)
             inside = path.is_relative_to(ROOT)

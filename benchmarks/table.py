@@ -4,7 +4,8 @@
 
 What stands between `<!-- benchmark: score -->` and `<!-- benchmark end -->` is replaced; without
 `--into` the table is printed. Of each device, case and dtype the latest run counts. `--op` names
-the results: `score`, `agreement`, `sweep`, `patch`, or one of the operations.
+the results: `score`, `agreement`, `sweep`, `patch`, `regularizer`, `debias`, or one of the
+operations.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import records
+from debias_table import debias_table
 from operations.catalogue import OPERATIONS
 from operations.results_table import operations_table
 from records import Record
+from regularizer_table import regularizer_table
 from shown import rows_to_show
 from timing import Spread
 
@@ -182,6 +185,8 @@ TABLES: dict[str, Callable[[Iterable[Record]], str]] = {
     "agreement": agreement_table,
     "sweep": sweep_table,
     "patch": patch_table,
+    "regularizer": regularizer_table,
+    "debias": debias_table,
     **dict.fromkeys(OPERATIONS, operations_table),
 }
 

@@ -912,6 +912,7 @@ def test_the_agreement_table(tiny_benchmark, tmp_path):
         (["run.py", "--model", "/home/me/models/some"], "run.py --model some"),
         (["run.py", "--rows=/home/me/a=b/rows.csv"], "run.py --rows=rows.csv"),
         (["run.py", "/home/a=b/c"], "run.py c"),
+        (["run.py", "--bias", "crows_pairs=/data/c.csv"], "run.py --bias crows_pairs=c.csv"),
         ([str(records.RESULTS)], "benchmarks/results"),
     ],
 )
