@@ -59,7 +59,7 @@ def test_the_model_is_an_ordinary_folder_with_a_card(place, run):
     before, after = weights(place["model"]), weights(out / "model")
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
     card = (out / "model" / "README.md").read_text("utf-8")
-    assert "CrowS-Pairs" in card and "strength 10" in card
+    assert "CrowS-Pairs" in card and "on 6 words of words.json, strength 10" in card
 
 
 def test_the_report_says_what_came_of_it(run):

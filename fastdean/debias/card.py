@@ -48,6 +48,7 @@ def model_card(
     method: str,
     strength: float | None,
     data: str,
+    regularised: str = "gendered words",
     command: str | None = None,
     effects: Sequence[Effect] = (),
 ) -> str:
@@ -59,6 +60,7 @@ def model_card(
         method: as given to `fine_tune`.
         strength: of the collapse regulariser; None where there was none.
         data: the source of the rows, and their number.
+        regularised: the words of the regulariser; of no account without one.
         command: what was run, so that it can be run again.
         effects: what was measured, good and bad; empty where nothing was, which is said.
     Raises:
@@ -77,7 +79,7 @@ library_name: transformers
 {_inline(base_model)}, fine-tuned with FastDEAN to be less biased by gender.
 
 - **Method**: {_NAMES[method]}
-- **Collapse regulariser**: {_regulariser(strength)}
+- **Collapse regulariser**: {_regulariser(strength, regularised)}
 - **Data**: {_inline(data)}, with gender-swapped copies
 
 {_command(command)}## Measured effect
@@ -95,10 +97,10 @@ def _base_model_line(base_model: str) -> str:
     return f"base_model: {json.dumps(base_model)}\n" if is_hub_id else ""
 
 
-def _regulariser(strength: float | None) -> str:
+def _regulariser(strength: float | None, words: str) -> str:
     if strength is None:
         return "none"
-    return f"(U)NC3 on gendered words, strength {strength:g} (arXiv 2410.04472)"
+    return f"(U)NC3 on {words}, strength {strength:g} (arXiv 2410.04472)"
 
 
 def _command(command: str | None) -> str:

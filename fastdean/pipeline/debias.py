@@ -309,8 +309,9 @@ def _collect(
 
 
 def _regularised(job: DebiasJob, classes: CollapseClasses) -> str:
-    kind = f"{job.control} control of {job.words}" if job.control else job.words
-    return f"{len(classes)} of {kind}"
+    words = Path(job.words).name
+    kind = f"{job.control} control words of {words}" if job.control else f"words of {words}"
+    return f"{len(classes)} {kind}"
 
 
 def _collapse_change(job: DebiasJob, collapse: Mapping[str, Any]) -> str:
@@ -360,6 +361,7 @@ def _save(
         method=job.method,
         strength=job.collapse_strength or None,
         data=f"{job.source}, {len(prepared.trained)} rows",
+        regularised=_regularised(job, prepared.classes),
         command=command,
         effects=effects,
     )
