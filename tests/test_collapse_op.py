@@ -320,6 +320,53 @@ def test_a_mean_at_the_centre_or_a_weight_of_zero_has_a_cosine_of_zero(impl):
         assert not grad_weight[2:4].any()
 
 
+POISONED = {
+    "a feature": lambda features, weight: features[0].fill_(float("nan")),
+    "one element of a feature": lambda features, weight: features[3, 2].fill_(float("nan")),
+    "a row of weight": lambda features, weight: weight[1].fill_(float("nan")),
+    "one element of weight": lambda features, weight: weight[2, 0].fill_(float("nan")),
+    "weight, where no mean has a direction": lambda features, weight: (
+        features.zero_(),
+        weight[3, 1].fill_(float("nan")),
+    ),
+    "a feature, where every weight is 0": lambda features, weight: (
+        weight.zero_(),
+        features[0].fill_(float("nan")),
+    ),
+}
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("poison", POISONED.values(), ids=POISONED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_nan_in_features_or_weight_is_nan_in_loss_and_gradients(impl, poison, dtype, statistic):
+    features, weight = 2 * torch.eye(4, dtype=dtype), torch.eye(4, dtype=dtype)
+    poison(features, weight)
+    state = state_for(weight, "batch")
+    loss, *_, grad_weight, grad_features = run(
+        impl, features, torch.arange(4), weight, state, statistic
+    )
+    assert loss.isnan()
+    assert grad_weight.isnan().any() and grad_features.isnan().any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_the_weight_of_a_class_not_seen_is_never_looked_at(impl, statistic, value):
+    features, weight = random(4, 3, seed=1), torch.eye(3, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 1, 0])
+    expected = run(impl, features, labels, weight, state_for(weight, "batch"), statistic)
+    weight[2] = value
+    found = run(impl, features, labels, weight, state_for(weight, "batch"), statistic)
+    for got, same in zip(found, expected, strict=True):
+        assert torch.equal(got, same)
+    assert found[4].isfinite().all() and not found[3][2].any()
+    if impl == "reference":
+        state = state_for(weight, "batch")
+        by_autograd = autograd_of_the_reference(features, labels, weight, state, statistic)
+        torch.testing.assert_close(found, by_autograd)
+
+
 def test_equal_cosines_have_no_spread_and_no_gradient(impl):
     weight = torch.eye(2, dtype=torch.float64)
     features = torch.tensor([[1.0, -1], [-1, 1]], dtype=torch.float64)
@@ -696,6 +743,24 @@ def test_cuda_is_within_the_budget_and_repeats_bit_for_bit(impl, dtype, shape):
         assert_within_budget(
             found[position].cpu(), same[position].to(dtype), exact[position], dtype=dtype
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("poison", POISONED.values(), ids=POISONED)
+def test_on_cuda_nan_shows_and_a_class_not_seen_is_not_looked_at(impl, poison):
+    features, weight = 2 * torch.eye(5, device="cuda"), torch.eye(5, device="cuda")
+    labels = torch.arange(5, device="cuda")
+    labels[4] = -1
+    weight[4] = float("nan")
+    state = state_for(weight, "batch").to("cuda")
+    loss, *_, grad_weight, grad_features = run(impl, features, labels, weight, state)
+    assert loss.isfinite() and not grad_weight[4].any()
+    assert grad_weight.isfinite().all() and grad_features.isfinite().all()
+    poison(features, weight)
+    loss, *_, grad_weight, grad_features = run(impl, features, labels, weight, state)
+    assert loss.isnan()
+    assert grad_weight[:4].isnan().any() and grad_features[:4].isnan().any()
 
 
 @pytest.mark.gpu
