@@ -435,6 +435,35 @@ def test_a_whole_graph_compiles_with_its_state(impl, backend):
     assert torch.equal(states[0].counts, states[1].counts)
 
 
+def test_the_default_device_does_not_matter(impl):
+    features, labels, weight = problem()
+    states = [filled(state_for(weight, "window")) for _ in range(2)]
+    expected = run(impl, features, labels, weight, states[0])
+    with torch.device("meta"):
+        found = run(impl, features, labels, weight, states[1])
+    for value, same in zip(found, expected, strict=True):
+        assert torch.equal(value, same)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_default_device_does_not_matter_to_the_extension():
+    # Torch keeps it from what it calls as an operation, and the gate may be called by itself.
+    features, labels, weight = problem()
+    state = filled(state_for(weight, "window"))
+    arguments = (features, labels, weight, state.sums, state.counts, 0.5, "std")
+    ones = torch.ones((), dtype=torch.float64)
+    results = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            forward = native.collapse_alignment(*arguments)
+            backward = native.collapse_alignment_backward(
+                ones, labels, weight, *forward[1:], torch.float64, True, True
+            )
+        results.append([*forward, *backward])
+    for value, same in zip(*results, strict=True):
+        assert torch.equal(value, same)
+
+
 def integers(rows, columns, seed):
     """Whole numbers: every sum of them is exact, in any order."""
     generator = torch.Generator().manual_seed(seed)

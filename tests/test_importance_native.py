@@ -108,6 +108,12 @@ def test_an_instruction_set_that_is_not_there_is_refused():
             acc, torch.ones(2, 4), torch.ones(2, 3), torch.tensor([[0, 2]]), level=9
         )
     assert not acc.any()
+def test_the_default_device_does_not_matter():
+    x, g, segments = torch.ones(2, 4), torch.ones(2, 3), torch.tensor([[0, 2]])
+    acc = torch.zeros(3, 4)
+    with torch.device("meta"):
+        native.accumulate_importance_(acc, x, g, segments)
+    assert torch.equal(acc, torch.full((3, 4), 2.0))
 
 
 def test_autograd_sees_the_write():

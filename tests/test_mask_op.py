@@ -113,6 +113,18 @@ def test_tensors_made_in_inference_mode_are_edited(impl):
         weight = torch.ones(4)
         zero_at_([weight], [torch.tensor([2])], impl=impl)
         assert weight.tolist() == [1, 1, 0, 1]
+def test_the_default_device_does_not_matter(impl):
+    _, weight = _make("transposed", torch.float32)
+    expected, indices = weight.clone(), _some_indices(weight.numel())
+    zero_at_([expected], [indices], impl="reference")
+    before = _bits(weight)
+    with torch.device("meta"):
+        taken = gather_at([weight, weight], [indices, indices[:1]], impl=impl)
+        zero_at_([weight], [indices], impl=impl)
+    assert _bits(weight) == _bits(expected)
+    with torch.device("meta"):
+        write_at_([weight], [indices], taken[:1], impl=impl)
+    assert _bits(weight) == before
 
 
 def test_write_at_moves_the_version_counter(impl):
@@ -413,6 +425,14 @@ def test_a_replacement_refuses_a_tensor_that_is_not_what_it_was(other, prepared_
     assert not replacement.replace_([first, OTHERS[other](weight)])
     assert torch.equal(first, torch.ones(3)) and _bits(base) == before
     assert replacement.replace_([first, base.view(6, 4)])
+def test_a_replacement_does_not_depend_on_the_default_device(prepared_here):
+    weight = torch.ones(3)
+    before, after = torch.ones(1), torch.zeros(1)
+    index = _index(1)
+    with torch.device("meta"):
+        replacement = prepare_replacement([weight], [index], [before], [after])
+        assert replacement.replace_([weight])
+    assert weight.tolist() == [1, 0, 1]
 
 
 def test_what_cannot_be_replaced_is_refused_when_it_is_prepared(prepared_here):

@@ -41,7 +41,8 @@ class Replacement:
     ) -> None:
         self._extension = loaded()
         self._api = getattr(torch.Tensor, _DLPACK)
-        self._facts = torch.empty(len(tensors), self._extension.FACT_FIELDS, dtype=torch.int64)
+        shape = (len(tensors), self._extension.FACT_FIELDS)
+        self._facts = torch.empty(shape, dtype=torch.int64, device="cpu")
         self._facts_at = self._facts.data_ptr()
         self._extension.read_facts(api=self._api, tensors=list(tensors), facts=self._facts_at)
         self._places = Places(tensors, indices, after, before)

@@ -124,11 +124,11 @@ def _all_ascend_within(tensors: Sequence[torch.Tensor], indices: Sequence[torch.
     if any(index.device.type != "cpu" for _, index in pairs):
         return False
     flat = torch.cat([index for _, index in pairs])
-    ends = torch.tensor([index.numel() for _, index in pairs]).cumsum(0)
+    ends = torch.tensor([index.numel() for _, index in pairs], device="cpu").cumsum(0)
     ascends = flat[1:] > flat[:-1]
     ascends[ends[:-1] - 1] = True
     first, last = flat[torch.cat([ends[:1] * 0, ends[:-1]])], flat[ends - 1]
-    sizes = torch.tensor([tensor.numel() for tensor, _ in pairs])
+    sizes = torch.tensor([tensor.numel() for tensor, _ in pairs], device="cpu")
     return bool(ascends.all()) and bool((first >= 0).all()) and bool((last < sizes).all())
 
 
