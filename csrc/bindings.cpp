@@ -122,7 +122,15 @@ void read_facts(const py::capsule& capsule, const py::list& tensors, int64_t fac
   }
 }
 
-bool same_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts) {
+bool same_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts,
+                int64_t num_tensors) {
+  // More tensors than `facts` has rows would be read beyond it, and fewer compared with too few.
+  if (static_cast<int64_t>(tensors.size()) != num_tensors) {
+    throw std::invalid_argument("tensors must be the " + std::to_string(num_tensors) +
+                                " that were prepared, in their order, got " +
+                                std::to_string(tensors.size()) +
+                                "; prepare another replacement for others");
+  }
   const void* api = exchange_api(capsule);
   const auto* before = reinterpret_cast<const Facts*>(facts);
   Facts now;
@@ -248,7 +256,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_facts", &read_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
         py::arg("facts"));
   m.def("same_facts", &same_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
-        py::arg("facts"));
+        py::arg("facts"), py::arg("num_tensors"));
 
   def_places_cpu<fastdean::gather_at_cpu>(m, "gather_at_cpu");
   def_places_cpu<fastdean::write_at_cpu>(m, "write_at_cpu");

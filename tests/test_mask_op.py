@@ -425,6 +425,23 @@ def test_a_replacement_refuses_a_tensor_that_is_not_what_it_was(other, prepared_
     assert not replacement.replace_([first, OTHERS[other](weight)])
     assert torch.equal(first, torch.ones(3)) and _bits(base) == before
     assert replacement.replace_([first, base.view(6, 4)])
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_replacement_refuses_another_number_of_tensors(number, prepared_here):
+    tensors = [torch.ones(3), torch.ones(3)]
+    replacement, _ = _replacement_of(tensors, [_index(0), _index(1)])
+    given = [*tensors, torch.ones(3)][:number]
+    message = f"tensors must be the 2 that were prepared, in their order, got {number}; "
+    with pytest.raises(ValueError, match=message):
+        replacement.replace_(given)
+    (_, prepared), *_ = replacement._groups
+    with pytest.raises(ValueError, match=message):
+        prepared.replace_(given)
+    assert all(torch.equal(tensor, torch.ones(3)) for tensor in tensors)
+    assert replacement.replace_(tensors)
+
+
 def test_a_replacement_does_not_depend_on_the_default_device(prepared_here):
     weight = torch.ones(3)
     before, after = torch.ones(1), torch.zeros(1)

@@ -61,9 +61,15 @@ class Replacement:
             write: False only compares.
         Returns: False if a tensor is not the type, address, shape, strides, dtype and device that
             it was, or if any place holds another value than the one to be written over, by bits.
+        Raises: ValueError if the number of tensors is another.
         """
-        extension = self._extension
-        if not extension.same_facts(api=self._api, tensors=tensors, facts=self._facts_at):
+        same = self._extension.same_facts(
+            api=self._api,
+            tensors=tensors,
+            facts=self._facts_at,
+            num_tensors=self._places.num_rows,
+        )
+        if not same:
             return False
         first_other = self._on_places(reverse=back, write=write)
         if first_other != len(tensors):

@@ -130,6 +130,7 @@ class Replacement:
 
     def __init__(self, groups: Sequence[tuple[list[int], native.Replacement]]) -> None:
         self._groups = groups
+        self._num_tensors = sum(len(positions) for positions, _ in groups)
 
     def replace_(self, tensors: list[torch.Tensor], *, back: bool = False) -> bool:
         """Write `after` over `before`, or with `back` the other way round: all of it or nothing.
@@ -140,7 +141,13 @@ class Replacement:
             False, and nothing is written, if a tensor has another type, address, shape, strides,
             dtype or device than it had, or if an entry does not hold, bit for bit, what is to be
             written over. On CUDA the host waits for the current stream.
+        Raises: ValueError if the number of tensors is another.
         """
+        if len(tensors) != self._num_tensors:
+            raise ValueError(
+                f"tensors must be the {self._num_tensors} that were prepared, in their order, got "
+                f"{len(tensors)}; prepare another replacement for others"
+            )
         if len(self._groups) == 1:
             return self._groups[0][1].replace_(tensors, back=back)
         groups = [([tensors[p] for p in positions], each) for positions, each in self._groups]
