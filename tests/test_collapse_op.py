@@ -595,6 +595,19 @@ def test_a_processor_without_vector_instructions_gives_the_same(monkeypatch, dty
 
 
 @pytest.mark.usefixtures("compiled")
+def test_the_extension_names_what_it_refuses():
+    features, labels, weight = problem()
+    state = state_for(weight)
+    arguments = (weight, state.sums, state.counts, 1.0, "std")
+    with pytest.raises(IndexError, match=r"labels must lie in 0..6, or be -1, got others; check"):
+        native.collapse_alignment(features, labels + 7, *arguments)
+    with pytest.raises(
+        TypeError, match="features, weight and sums must be .*, got float32, float64 and float64; "
+    ):
+        native.collapse_alignment(features.float(), labels, *arguments)
+
+
+@pytest.mark.usefixtures("compiled")
 def test_two_python_threads_on_two_states():
     features, labels, weight = problem(300, 40, 200, dtype=torch.float32)
     states = [state_for(weight) for _ in range(3)]
