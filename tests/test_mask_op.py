@@ -113,6 +113,28 @@ def test_tensors_made_in_inference_mode_are_edited(impl):
         weight = torch.ones(4)
         zero_at_([weight], [torch.tensor([2])], impl=impl)
         assert weight.tolist() == [1, 1, 0, 1]
+
+
+def test_tensors_made_in_inference_mode_are_not_edited_outside_of_it(impl):
+    first = torch.ones(4)
+    with torch.inference_mode():
+        weight = torch.ones(4)
+    places, values = [torch.tensor([2])] * 2, [torch.zeros(1)] * 2
+    message = (
+        r"tensors\[1\] must be a tensor that can be written in place, got one made in inference "
+        "mode, outside of it; edit it inside torch.inference_mode, or clone it"
+    )
+    for edit in (
+        lambda: zero_at_([first, weight], places, impl=impl),
+        lambda: write_at_([first, weight], places, values, impl=impl),
+        lambda: prepare_replacement([first, weight], places, values, values, impl=impl),
+    ):
+        with pytest.raises(ValueError, match=message):
+            edit()
+    assert first.tolist() == weight.tolist() == [1, 1, 1, 1]
+    assert gather_at([weight], places[:1], impl=impl)[0].tolist() == [1]
+
+
 def test_the_default_device_does_not_matter(impl):
     _, weight = _make("transposed", torch.float32)
     expected, indices = weight.clone(), _some_indices(weight.numel())
@@ -440,6 +462,15 @@ def test_a_replacement_refuses_another_number_of_tensors(number, prepared_here):
         prepared.replace_(given)
     assert all(torch.equal(tensor, torch.ones(3)) for tensor in tensors)
     assert replacement.replace_(tensors)
+
+
+def test_a_replacement_prepared_in_inference_mode_is_not_made_outside_of_it(prepared_here):
+    with torch.inference_mode():
+        weight = torch.ones(3)
+        replacement, _ = _replacement_of([weight], [_index(1)])
+        assert replacement.replace_([weight]) and replacement.replace_([weight], back=True)
+    assert not replacement.replace_([weight])
+    assert torch.equal(weight, torch.ones(3))
 
 
 def test_a_replacement_does_not_depend_on_the_default_device(prepared_here):

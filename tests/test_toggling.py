@@ -253,6 +253,19 @@ def test_toggling_under_another_default_device(model, mask):
             assert_bits(model, before)
 
 
+def test_a_model_made_in_inference_mode_is_not_edited_outside_of_it():
+    with torch.inference_mode():
+        model = Stack()
+        mask = mask_of(model, {FIRST: [0, 3]}, scale=0.5)
+        for _ in range(2):
+            with mask.applied(model):
+                pass
+    before = bits(model)
+    with pytest.raises(ValueError, match="written in place, got one made in inference mode, outsi"):
+        mask.apply_(model)
+    assert_bits(model, before)
+
+
 def test_toggling_inside_inference_mode(model, mask, long_way, extension_built):
     with torch.inference_mode():
         _toggles(model, mask)

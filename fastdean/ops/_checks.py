@@ -35,8 +35,18 @@ def check_edited_places(tensors: Sequence[torch.Tensor], indices: Sequence[torch
 
 
 def check_writable(tensors: Sequence[torch.Tensor]) -> None:
-    """Raises: ValueError for a tensor whose elements share memory with each other."""
+    """Checks that the tensors can be written in place.
+
+    Raises: ValueError for a tensor whose elements share memory with each other, or that was made in
+        inference mode and is to be written outside of it, unseen by autograd.
+    """
+    outside = not torch.is_inference_mode_enabled()
     for position, tensor in enumerate(tensors):
+        if outside and tensor.is_inference():
+            raise ValueError(
+                f"tensors[{position}] must be a tensor that can be written in place, got one made "
+                "in inference mode, outside of it; edit it inside torch.inference_mode, or clone it"
+            )
         if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(
                 f"tensors[{position}] must have a place in memory for every element, got an "

@@ -31,7 +31,8 @@ def zero_at_(
 
     Args:
         tensors: float16, bfloat16, float32 or float64; up to 8 dimensions; any strides; may be
-            parameters and may lie on several devices.
+            parameters and may lie on several devices. Those made in inference mode can be written
+            only in it.
         indices: one int64 [M] per tensor: row-major flat indices, strictly ascending, within the
             tensor, on the CPU or on the tensor's device.
         impl: None, "reference" or "native".
@@ -140,7 +141,8 @@ class Replacement:
         Returns:
             False, and nothing is written, if a tensor has another type, address, shape, strides,
             dtype or device than it had, or if an entry does not hold, bit for bit, what is to be
-            written over. On CUDA the host waits for the current stream.
+            written over; or, outside of inference mode, if a tensor was made in it. On CUDA the
+            host waits for the current stream.
         Raises: ValueError if the number of tensors is another.
         """
         if len(tensors) != self._num_tensors:
