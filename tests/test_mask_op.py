@@ -372,6 +372,14 @@ def test_the_extension_checks_every_index_before_it_writes(extension_built):
     assert torch.equal(first, torch.ones(4)) and torch.equal(second, torch.ones(4))
 
 
+def test_values_that_are_no_tensors_are_refused():
+    tensors = [torch.ones(4), torch.ones(4)]
+    message = r"values\[1\] must be a torch.Tensor, got list; make it with torch.tensor"
+    with pytest.raises(TypeError, match=message):
+        write_at_(tensors, [_index(0), _index(1)], [torch.zeros(1), [1.0]])
+    assert all(torch.equal(tensor, torch.ones(4)) for tensor in tensors)
+
+
 @pytest.fixture
 def prepared_here(extension_built: bool) -> None:
     if not extension_built:

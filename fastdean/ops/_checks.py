@@ -62,7 +62,7 @@ def check_values(
 ) -> None:
     """Checks that `values` holds, per tensor, one value of its dtype per index.
 
-    Raises: ValueError, naming the position of the offender.
+    Raises: TypeError or ValueError, naming the position of the offender.
     """
     if len(values) != len(tensors):
         raise ValueError(
@@ -70,6 +70,11 @@ def check_values(
         )
     for position, (tensor, index, value) in enumerate(zip(tensors, indices, values, strict=True)):
         name = f"values[{position}]"
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(value).__name__}; make it with "
+                "torch.tensor"
+            )
         if value.dtype != tensor.dtype:
             raise ValueError(
                 f"{name} must have its tensor's dtype {tensor.dtype}, got {value.dtype}; "
