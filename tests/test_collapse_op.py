@@ -519,6 +519,26 @@ def test_loading_copies():
     assert not state.sums.any()
 
 
+@pytest.mark.parametrize(
+    "counts, found",
+    [
+        (torch.zeros(3, dtype=torch.float64), r"torch.float64 \[3\]"),
+        (torch.zeros(2), r"torch.float32 \[2\]"),
+        ([0.0, 0.0], "list"),
+    ],
+    ids=["shape", "dtype", "type"],
+)
+def test_counts_that_do_not_fit_are_not_loaded(counts, found):
+    state = filled(fastdean.CollapseState(2, 3))
+    before = state.sums.clone()
+    stored = {**fastdean.CollapseState(2, 3).state_dict(), "counts": counts}
+    with pytest.raises(
+        ValueError, match=rf"stored\['counts'\] must be torch.float64 \[2\], got {found}; save"
+    ):
+        state.load_state_dict(stored)
+    assert torch.equal(state.sums, before)
+
+
 def test_a_window_halves_and_at_last_forgets(impl):
     weight = torch.eye(3)
     state = fastdean.CollapseState(3, 3, mode="window", decay=0.5)
