@@ -19,19 +19,77 @@ namespace py = pybind11;
 
 namespace {
 
-void raise_unless_ok(fastdean::Status status) {
+// What the messages of one operation say, in words of its arguments. Made without the GIL.
+struct Refusals {
+  std::string dtype;
+  std::string range;
+  int64_t level;
+};
+
+[[noreturn]] void refuse(fastdean::Status status, const Refusals& refusals) {
   switch (status) {
-    case fastdean::Status::kOk:
-      return;
     case fastdean::Status::kUnknownDType:
-      throw std::invalid_argument("dtype must be one of the dtypes of fastdean.h");
+      throw py::type_error(refusals.dtype);
     case fastdean::Status::kRankTooLarge:
-      throw std::invalid_argument("rank must be from 0 to " + std::to_string(fastdean::kMaxRank));
+      throw std::invalid_argument("tensors must have at most " +
+                                  std::to_string(fastdean::kMaxRank) +
+                                  " dimensions, got more; view them with fewer");
     case fastdean::Status::kIndexOutOfRange:
-      throw std::out_of_range("indices must lie within the tensor; nothing was written");
-    case fastdean::Status::kUnsupportedLevel:
-      throw std::invalid_argument("level must be an instruction set that this processor has");
+      throw std::out_of_range(refusals.range);
+    case fastdean::Status::kUnsupportedLevel: {
+      const auto highest = static_cast<int64_t>(fastdean::best_cpu_level());
+      throw std::invalid_argument(
+          "level must be an instruction set that this processor has, 0 to " +
+          std::to_string(highest) + ", got " + std::to_string(refusals.level) +
+          "; leave it out to take the highest");
+    }
+    case fastdean::Status::kOk:
+      break;
   }
+  throw std::logic_error("a status that is refused must be an error");
+}
+
+std::string dtype_name(int64_t dtype) {
+  switch (static_cast<fastdean::DType>(dtype)) {
+    case fastdean::DType::kFloat16:
+      return "float16";
+    case fastdean::DType::kBFloat16:
+      return "bfloat16";
+    case fastdean::DType::kFloat32:
+      return "float32";
+    case fastdean::DType::kFloat64:
+      return "float64";
+  }
+  return "number " + std::to_string(dtype);
+}
+
+void raise_unless_ok(fastdean::Status status, const fastdean::PlacesParams&) {
+  if (status == fastdean::Status::kOk) return;
+  refuse(status, {"tensors must be float16, bfloat16, float32 or float64, got another dtype; "
+                  "convert them",
+                  "indices must lie within their tensors, got one outside; nothing was written, "
+                  "make them for these tensors",
+                  0});
+}
+
+void raise_unless_ok(fastdean::Status status, const fastdean::ImportanceParams& p) {
+  if (status == fastdean::Status::kOk) return;
+  refuse(status, {"x and g must be float32, bfloat16 or float16, got " + dtype_name(p.dtype) +
+                      "; cast them, or use impl='reference'",
+                  "segments must satisfy 0 <= start <= end <= " + std::to_string(p.tokens) +
+                      ", got others; check the batch's layout",
+                  p.level});
+}
+
+void raise_unless_ok(fastdean::Status status, const fastdean::CollapseParams& p) {
+  if (status == fastdean::Status::kOk) return;
+  refuse(status, {"features, weight and sums must be float32, bfloat16 or float16 with sums in "
+                  "float32, or all float64, got " +
+                      dtype_name(p.features_dtype) + ", " + dtype_name(p.weight_dtype) + " and " +
+                      dtype_name(p.sums_dtype) + "; cast them",
+                  "labels must lie in 0.." + std::to_string(p.classes - 1) +
+                      ", or be -1, got others; check which rows are labelled",
+                  p.level});
 }
 
 #ifdef FASTDEAN_WITH_CUDA
@@ -44,18 +102,21 @@ void raise_unless_ok(cudaError_t error, const char* op) {
 
 using PlacesOnCpu = fastdean::Status (*)(const fastdean::PlacesParams&);
 
+fastdean::PlacesParams places_params(int64_t rows, int64_t num_rows, int64_t num_workers) {
+  return {reinterpret_cast<const fastdean::PlacesRow*>(rows), num_rows, 0, num_workers};
+}
+
 template <PlacesOnCpu op>
 void places_cpu(int64_t rows, int64_t num_rows, int64_t num_workers) {
-  raise_unless_ok(
-      op({reinterpret_cast<const fastdean::PlacesRow*>(rows), num_rows, 0, num_workers}));
+  const fastdean::PlacesParams params = places_params(rows, num_rows, num_workers);
+  raise_unless_ok(op(params), params);
 }
 
 int64_t replace_at_cpu(int64_t rows, int64_t num_rows, int64_t num_workers, bool reverse,
                        bool write) {
+  const fastdean::PlacesParams params = places_params(rows, num_rows, num_workers);
   int64_t first_other = 0;
-  raise_unless_ok(fastdean::replace_at_cpu(
-      {reinterpret_cast<const fastdean::PlacesRow*>(rows), num_rows, 0, num_workers}, reverse,
-      write, &first_other));
+  raise_unless_ok(fastdean::replace_at_cpu(params, reverse, write, &first_other), params);
   return first_other;
 }
 
@@ -116,13 +177,23 @@ void read_facts(const py::capsule& capsule, const py::list& tensors, int64_t fac
     (*row)[0] = type_of(tensor);
     if (!fastdean::read_facts(api, tensor.ptr(), row->data() + 1)) {
       if (PyErr_Occurred()) throw py::error_already_set();
-      throw std::invalid_argument("tensors must have few dimensions");
+      throw std::invalid_argument("tensors must have at most " +
+                                  std::to_string(fastdean::kMaxRank) +
+                                  " dimensions, got more; view them with fewer");
     }
     ++row;
   }
 }
 
-bool same_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts) {
+bool same_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts,
+                int64_t num_tensors) {
+  // More tensors than `facts` has rows would be read beyond it, and fewer compared with too few.
+  if (static_cast<int64_t>(tensors.size()) != num_tensors) {
+    throw std::invalid_argument("tensors must be the " + std::to_string(num_tensors) +
+                                " that were prepared, in their order, got " +
+                                std::to_string(tensors.size()) +
+                                "; prepare another replacement for others");
+  }
   const void* api = exchange_api(capsule);
   const auto* before = reinterpret_cast<const Facts*>(facts);
   Facts now;
@@ -149,7 +220,8 @@ int64_t importance_workspace_bytes(int64_t params) {
 }
 
 void accumulate_importance_cpu(int64_t params) {
-  raise_unless_ok(fastdean::accumulate_importance_cpu(importance_params(params)));
+  const fastdean::ImportanceParams& p = importance_params(params);
+  raise_unless_ok(fastdean::accumulate_importance_cpu(p), p);
 }
 
 // `params` is the address of a CollapseParams that Python wrote field by field.
@@ -162,11 +234,13 @@ int64_t collapse_workspace_bytes(int64_t params) {
 }
 
 void collapse_alignment_cpu(int64_t params) {
-  raise_unless_ok(fastdean::collapse_alignment_cpu(collapse_params(params)));
+  const fastdean::CollapseParams& p = collapse_params(params);
+  raise_unless_ok(fastdean::collapse_alignment_cpu(p), p);
 }
 
 void collapse_alignment_backward_cpu(int64_t params) {
-  raise_unless_ok(fastdean::collapse_alignment_backward_cpu(collapse_params(params)));
+  const fastdean::CollapseParams& p = collapse_params(params);
+  raise_unless_ok(fastdean::collapse_alignment_backward_cpu(p), p);
 }
 
 #ifdef FASTDEAN_WITH_CUDA
@@ -248,7 +322,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_facts", &read_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
         py::arg("facts"));
   m.def("same_facts", &same_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
-        py::arg("facts"));
+        py::arg("facts"), py::arg("num_tensors"));
 
   def_places_cpu<fastdean::gather_at_cpu>(m, "gather_at_cpu");
   def_places_cpu<fastdean::write_at_cpu>(m, "write_at_cpu");

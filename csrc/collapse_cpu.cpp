@@ -26,6 +26,8 @@ constexpr int64_t kRowsPerFill = 256;
 constexpr int64_t kAlignment = 64;
 // Below this many elements to go through, a second thread costs more than it takes over.
 constexpr int64_t kLeastElementsPerWorker = 1 << 16;
+// In place of a weight's squared length: the class has no cosine, and so no gradient.
+constexpr double kNoCosine = -1;
 
 template <class T>
 T* pointer(int64_t address) {
@@ -302,7 +304,9 @@ class Collapse {
   }
 
   static bool defined(const Products& whole, double smallest) {
-    return whole.weight > 0 && !(whole.mean <= smallest);
+    // NaN has no direction either, but must show.
+    if (std::isnan(whole.weight + whole.mean)) return true;
+    return whole.weight > 0 && whole.mean > smallest;
   }
 
   // The loss and the three factors of every class, from the products.
@@ -321,7 +325,8 @@ class Collapse {
       const bool is_defined = seen(c) && defined(whole, smallest);
       const double lengths = std::sqrt(whole.weight) * std::sqrt(whole.mean);
       Products& kept = products_[c];
-      kept = {is_defined ? whole.both / lengths : 0, is_defined ? whole.weight : 0, whole.mean};
+      kept = {is_defined ? whole.both / lengths : 0, is_defined ? whole.weight : kNoCosine,
+              whole.mean};
       if (seen(c)) mean += kept.both;
     }
     mean /= number;
@@ -338,11 +343,10 @@ class Collapse {
                                                                  : spread);
     for (int64_t c = 0; c < p_.classes; ++c) {
       const double cosine = products_[c].both, weight = products_[c].weight;
-      // Seen and defined: the others have no gradient.
-      if (!(weight > 0)) continue;
+      if (weight == kNoCosine) continue;
       double slope = -1 / number;
       if (statistic != CollapseStatistic::kMean) {
-        slope = spread > 0 ? (cosine - mean) / ((number - 1) * spread) : 0;
+        slope = spread == 0 ? 0 : (cosine - mean) / ((number - 1) * spread);
       }
       if (statistic == CollapseStatistic::kCv) {
         slope = slope / size - spread * mean / (size * size * size * number);

@@ -28,6 +28,8 @@ constexpr int64_t kAlignment = 256;
 // average: columns and partial rows side by side in a block.
 constexpr int kAverageColumns = 32;
 constexpr int kAverageRows = 32;
+// In place of a weight's squared length: the class has no cosine, and so no gradient.
+constexpr double kNoCosine = -1;
 
 __host__ __device__ int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -298,7 +300,7 @@ __device__ double rounding<double>() {
   return kCentredRounding * DBL_EPSILON;
 }
 
-// One block per class: its cosine and squared lengths; a length of 0 where there is no cosine.
+// One block per class: its cosine and squared lengths.
 template <class T, class W>
 __global__ void multiply(Plan plan) {
   const CollapseParams& p = plan.p;
@@ -323,9 +325,11 @@ __global__ void multiply(Plan plan) {
   const double centre = block_sum<kThreads>(static_cast<double>(centres));
   if (threadIdx.x != 0) return;
   const double share = rounding<T>();
-  const bool defined = seen && weight > 0 && !(mean <= share * share * centre);
+  // NaN has no direction either, but must show.
+  const bool poisoned = isnan(weight + mean);
+  const bool defined = seen && (poisoned || (weight > 0 && mean > share * share * centre));
   plan.products[c] = defined ? dot / (sqrt(weight) * sqrt(mean)) : 0;
-  plan.products[p.classes + c] = defined ? weight : 0;
+  plan.products[p.classes + c] = defined ? weight : kNoCosine;
   plan.products[2 * p.classes + c] = mean;
 }
 
@@ -364,10 +368,10 @@ __global__ void finish(Plan plan) {
     const double weight = plan.products[p.classes + c];
     const double length = plan.products[2 * p.classes + c];
     double by_both = 0, by_weight = 0, by_mean = 0;
-    if (in_range && number >= 2 && weight > 0) {
+    if (in_range && number >= 2 && weight != kNoCosine) {
       double slope = -1 / number;
       if (statistic != CollapseStatistic::kMean) {
-        slope = spread > 0 ? (cosine - mean) / ((number - 1) * spread) : 0;
+        slope = spread == 0 ? 0 : (cosine - mean) / ((number - 1) * spread);
       }
       if (statistic == CollapseStatistic::kCv) {
         slope = slope / size - spread * mean / (size * size * size * number);

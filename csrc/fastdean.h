@@ -13,9 +13,10 @@
 
 namespace fastdean {
 
-// Raised by one with every change of a struct or a signature in this file, or of the constants that
-// Python reads; fastdean/native/extension.py names the number it was written for, refusing another.
-constexpr int kAbiVersion = 5;
+// Raised by one with every change of a struct or a signature in this file, or of the constants and
+// functions that Python sees; fastdean/native/extension.py names the number it was written for,
+// refusing another.
+constexpr int kAbiVersion = 6;
 
 constexpr int kMaxRank = 8;
 

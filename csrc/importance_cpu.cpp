@@ -284,6 +284,9 @@ Status accumulate_importance_cpu(const ImportanceParams& p) {
   if (p.level < 0 || p.level > static_cast<int64_t>(best_cpu_level())) {
     return Status::kUnsupportedLevel;
   }
+  if (element_bytes(p.dtype) == 0 || p.dtype == static_cast<int64_t>(DType::kFloat64)) {
+    return Status::kUnknownDType;
+  }
   const auto* segments = reinterpret_cast<const int64_t*>(p.segments);
   for (int64_t b = 0; b < p.num_segments; ++b) {
     if (segments[2 * b] < 0 || segments[2 * b + 1] > p.tokens ||

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastdean.model_state import evaluation_state
 from fastdean.targets import Target, find_targets
 
 _SEED = 11
@@ -44,9 +45,9 @@ class UnitLayers:
         for layer in self.layers:
             height, width = layer.module.weight.shape
             if layer.transposed:
-                index = torch.arange(height)[:, None] * width + rows[None, :]
+                index = torch.arange(height, device=rows.device)[:, None] * width + rows[None, :]
             else:
-                index = rows[:, None] * width + torch.arange(width)[None, :]
+                index = rows[:, None] * width + torch.arange(width, device=rows.device)[None, :]
             found[layer.parameter] = index.flatten()
             if layer.module.bias is not None:
                 found[f"{layer.name}.bias"] = rows
@@ -58,7 +59,8 @@ def unit_layers(model: nn.Module, down: str) -> UnitLayers:
 
     Raises:
         ValueError: its MLP is not one module of a down projection and one or two layers in front of
-            it, cannot be run by itself, or is changed by them otherwise than by the projection.
+            it, is offloaded, cannot be run by itself, or is changed by them otherwise than by the
+            projection.
     """
     targets = {target.parameter: target for target in find_targets(model, "all")}
     if down not in targets:
@@ -83,6 +85,8 @@ def unit_layers(model: nn.Module, down: str) -> UnitLayers:
             down, f"{len(beside)} layers beside it have {sizes} outputs for {units} units"
         )
     mlp = model.get_submodule(parent)
+    if any(parameter.device.type == "meta" for parameter in mlp.parameters()):
+        raise _unclear(down, "it is offloaded, and there are no weights to try")
     for layout in layouts:
         found = UnitLayers(tuple(beside), layout)
         if _takes_out_the_same(mlp, parent, projection, found):
@@ -108,17 +112,21 @@ def _pairs(units: Tensor) -> Tensor:
 
 def _takes_out_the_same(mlp: nn.Module, parent: str, projection: Target, found: UnitLayers) -> bool:
     weight = projection.module.weight.detach()
-    units = torch.arange(0, projection.num_inputs, max(1, projection.num_inputs // 4))
+    step = max(1, projection.num_inputs // 4)
+    units = torch.arange(0, projection.num_inputs, step, device="cpu")
     without_columns = weight.index_fill(projection.unit_axis, units.to(weight.device), 0)
-    generator = torch.Generator().manual_seed(_SEED)
-    x = torch.randn(1, _TOKENS, projection.num_outputs, generator=generator).to(weight)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    shape = (1, _TOKENS, projection.num_outputs)
+    x = torch.randn(shape, generator=generator, device="cpu").to(weight)
     inside = len(parent) + 1
     rows = {}
     for name, index in found.places(units).items():
-        edited = mlp.get_parameter(name[inside:]).detach().clone()
+        edited = mlp.get_parameter(name[inside:]).detach()
+        edited = edited.clone(memory_format=torch.contiguous_format)
         edited.view(-1)[index.to(edited.device)] = 0
         rows[name[inside:]] = edited
-    with torch.no_grad():
+    # Dropout would take out something else every time, and move the caller's random state.
+    with torch.no_grad(), evaluation_state(mlp):
         whole = _output(mlp, {}, x, projection.parameter)
         by_columns = _output(
             mlp, {projection.parameter[inside:]: without_columns}, x, projection.parameter

@@ -320,6 +320,53 @@ def test_a_mean_at_the_centre_or_a_weight_of_zero_has_a_cosine_of_zero(impl):
         assert not grad_weight[2:4].any()
 
 
+POISONED = {
+    "a feature": lambda features, weight: features[0].fill_(float("nan")),
+    "one element of a feature": lambda features, weight: features[3, 2].fill_(float("nan")),
+    "a row of weight": lambda features, weight: weight[1].fill_(float("nan")),
+    "one element of weight": lambda features, weight: weight[2, 0].fill_(float("nan")),
+    "weight, where no mean has a direction": lambda features, weight: (
+        features.zero_(),
+        weight[3, 1].fill_(float("nan")),
+    ),
+    "a feature, where every weight is 0": lambda features, weight: (
+        weight.zero_(),
+        features[0].fill_(float("nan")),
+    ),
+}
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("poison", POISONED.values(), ids=POISONED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_nan_in_features_or_weight_is_nan_in_loss_and_gradients(impl, poison, dtype, statistic):
+    features, weight = 2 * torch.eye(4, dtype=dtype), torch.eye(4, dtype=dtype)
+    poison(features, weight)
+    state = state_for(weight, "batch")
+    loss, *_, grad_weight, grad_features = run(
+        impl, features, torch.arange(4), weight, state, statistic
+    )
+    assert loss.isnan()
+    assert grad_weight.isnan().any() and grad_features.isnan().any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_the_weight_of_a_class_not_seen_is_never_looked_at(impl, statistic, value):
+    features, weight = random(4, 3, seed=1), torch.eye(3, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 1, 0])
+    expected = run(impl, features, labels, weight, state_for(weight, "batch"), statistic)
+    weight[2] = value
+    found = run(impl, features, labels, weight, state_for(weight, "batch"), statistic)
+    for got, same in zip(found, expected, strict=True):
+        assert torch.equal(got, same)
+    assert found[4].isfinite().all() and not found[3][2].any()
+    if impl == "reference":
+        state = state_for(weight, "batch")
+        by_autograd = autograd_of_the_reference(features, labels, weight, state, statistic)
+        torch.testing.assert_close(found, by_autograd)
+
+
 def test_equal_cosines_have_no_spread_and_no_gradient(impl):
     weight = torch.eye(2, dtype=torch.float64)
     features = torch.tensor([[1.0, -1], [-1, 1]], dtype=torch.float64)
@@ -388,6 +435,35 @@ def test_a_whole_graph_compiles_with_its_state(impl, backend):
     assert torch.equal(states[0].counts, states[1].counts)
 
 
+def test_the_default_device_does_not_matter(impl):
+    features, labels, weight = problem()
+    states = [filled(state_for(weight, "window")) for _ in range(2)]
+    expected = run(impl, features, labels, weight, states[0])
+    with torch.device("meta"):
+        found = run(impl, features, labels, weight, states[1])
+    for value, same in zip(found, expected, strict=True):
+        assert torch.equal(value, same)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_default_device_does_not_matter_to_the_extension():
+    # Torch keeps it from what it calls as an operation, and the gate may be called by itself.
+    features, labels, weight = problem()
+    state = filled(state_for(weight, "window"))
+    arguments = (features, labels, weight, state.sums, state.counts, 0.5, "std")
+    ones = torch.ones((), dtype=torch.float64)
+    results = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            forward = native.collapse_alignment(*arguments)
+            backward = native.collapse_alignment_backward(
+                ones, labels, weight, *forward[1:], torch.float64, True, True
+            )
+        results.append([*forward, *backward])
+    for value, same in zip(*results, strict=True):
+        assert torch.equal(value, same)
+
+
 def integers(rows, columns, seed):
     """Whole numbers: every sum of them is exact, in any order."""
     generator = torch.Generator().manual_seed(seed)
@@ -441,6 +517,26 @@ def test_loading_copies():
     other.load_state_dict(state.state_dict())
     other.sums += 1
     assert not state.sums.any()
+
+
+@pytest.mark.parametrize(
+    "counts, found",
+    [
+        (torch.zeros(3, dtype=torch.float64), r"torch.float64 \[3\]"),
+        (torch.zeros(2), r"torch.float32 \[2\]"),
+        ([0.0, 0.0], "list"),
+    ],
+    ids=["shape", "dtype", "type"],
+)
+def test_counts_that_do_not_fit_are_not_loaded(counts, found):
+    state = filled(fastdean.CollapseState(2, 3))
+    before = state.sums.clone()
+    stored = {**fastdean.CollapseState(2, 3).state_dict(), "counts": counts}
+    with pytest.raises(
+        ValueError, match=rf"stored\['counts'\] must be torch.float64 \[2\], got {found}; save"
+    ):
+        state.load_state_dict(stored)
+    assert torch.equal(state.sums, before)
 
 
 def test_a_window_halves_and_at_last_forgets(impl):
@@ -516,6 +612,19 @@ def test_a_processor_without_vector_instructions_gives_the_same(monkeypatch, dty
     for value, same in zip(found, expected, strict=True):
         eps = torch.finfo(value.dtype).eps
         torch.testing.assert_close(value, same, rtol=4 * eps, atol=32 * eps)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_extension_names_what_it_refuses():
+    features, labels, weight = problem()
+    state = state_for(weight)
+    arguments = (weight, state.sums, state.counts, 1.0, "std")
+    with pytest.raises(IndexError, match=r"labels must lie in 0..6, or be -1, got others; check"):
+        native.collapse_alignment(features, labels + 7, *arguments)
+    with pytest.raises(
+        TypeError, match="features, weight and sums must be .*, got float32, float64 and float64; "
+    ):
+        native.collapse_alignment(features.float(), labels, *arguments)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -696,6 +805,24 @@ def test_cuda_is_within_the_budget_and_repeats_bit_for_bit(impl, dtype, shape):
         assert_within_budget(
             found[position].cpu(), same[position].to(dtype), exact[position], dtype=dtype
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("poison", POISONED.values(), ids=POISONED)
+def test_on_cuda_nan_shows_and_a_class_not_seen_is_not_looked_at(impl, poison):
+    features, weight = 2 * torch.eye(5, device="cuda"), torch.eye(5, device="cuda")
+    labels = torch.arange(5, device="cuda")
+    labels[4] = -1
+    weight[4] = float("nan")
+    state = state_for(weight, "batch").to("cuda")
+    loss, *_, grad_weight, grad_features = run(impl, features, labels, weight, state)
+    assert loss.isfinite() and not grad_weight[4].any()
+    assert grad_weight.isfinite().all() and grad_features.isfinite().all()
+    poison(features, weight)
+    loss, *_, grad_weight, grad_features = run(impl, features, labels, weight, state)
+    assert loss.isnan()
+    assert grad_weight[:4].isnan().any() and grad_features[:4].isnan().any()
 
 
 @pytest.mark.gpu

@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "masks": {"fastdean", "model_state", "ops", "storage"},
     "checkpoint": {"masks", "safetensors_files", "storage"},
-    "units": {"targets"},
+    "units": {"model_state", "targets"},
     "coupling": {"scores", "masks", "ops", "model_state", "units", "_logging"},
     "dependence": set(),
     "evaluation": {"batching", "data", "dependence", "forward", "model_state", "sources"},

@@ -103,11 +103,45 @@ def test_two_python_threads_on_two_accumulators():
 
 def test_an_instruction_set_that_is_not_there_is_refused():
     acc = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match="level must be an instruction set that this processor"):
+    message = (
+        "level must be an instruction set that this processor has, 0 to "
+        f"{native.cpu_level()}, got 9; leave it out to take the highest"
+    )
+    with pytest.raises(ValueError, match=message):
         native.accumulate_importance_(
             acc, torch.ones(2, 4), torch.ones(2, 3), torch.tensor([[0, 2]]), level=9
         )
     assert not acc.any()
+
+
+def test_fp64_is_refused_and_not_read_as_another_dtype():
+    acc = torch.zeros(3, 4)
+    x, g = torch.ones(2, 4).double(), torch.ones(2, 3).double()
+    with pytest.raises(
+        TypeError, match="x and g must be float32, bfloat16 or float16, got float64; cast them"
+    ):
+        native.accumulate_importance_(acc, x, g, torch.tensor([[0, 2]]))
+    assert not acc.any()
+
+
+def test_segments_out_of_range_are_called_so():
+    acc = torch.zeros(3, 4)
+    for segments in ([[0, 3]], [[-1, 2]], [[2, 1]]):
+        with pytest.raises(
+            IndexError, match="segments must satisfy 0 <= start <= end <= 2, got others; check"
+        ):
+            native.accumulate_importance_(
+                acc, torch.ones(2, 4), torch.ones(2, 3), torch.tensor(segments)
+            )
+    assert not acc.any()
+
+
+def test_the_default_device_does_not_matter():
+    x, g, segments = torch.ones(2, 4), torch.ones(2, 3), torch.tensor([[0, 2]])
+    acc = torch.zeros(3, 4)
+    with torch.device("meta"):
+        native.accumulate_importance_(acc, x, g, segments)
+    assert torch.equal(acc, torch.full((3, 4), 2.0))
 
 
 def test_autograd_sees_the_write():

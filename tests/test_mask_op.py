@@ -115,6 +115,40 @@ def test_tensors_made_in_inference_mode_are_edited(impl):
         assert weight.tolist() == [1, 1, 0, 1]
 
 
+def test_tensors_made_in_inference_mode_are_not_edited_outside_of_it(impl):
+    first = torch.ones(4)
+    with torch.inference_mode():
+        weight = torch.ones(4)
+    places, values = [torch.tensor([2])] * 2, [torch.zeros(1)] * 2
+    message = (
+        r"tensors\[1\] must be a tensor that can be written in place, got one made in inference "
+        "mode, outside of it; edit it inside torch.inference_mode, or clone it"
+    )
+    for edit in (
+        lambda: zero_at_([first, weight], places, impl=impl),
+        lambda: write_at_([first, weight], places, values, impl=impl),
+        lambda: prepare_replacement([first, weight], places, values, values, impl=impl),
+    ):
+        with pytest.raises(ValueError, match=message):
+            edit()
+    assert first.tolist() == weight.tolist() == [1, 1, 1, 1]
+    assert gather_at([weight], places[:1], impl=impl)[0].tolist() == [1]
+
+
+def test_the_default_device_does_not_matter(impl):
+    _, weight = _make("transposed", torch.float32)
+    expected, indices = weight.clone(), _some_indices(weight.numel())
+    zero_at_([expected], [indices], impl="reference")
+    before = _bits(weight)
+    with torch.device("meta"):
+        taken = gather_at([weight, weight], [indices, indices[:1]], impl=impl)
+        zero_at_([weight], [indices], impl=impl)
+    assert _bits(weight) == _bits(expected)
+    with torch.device("meta"):
+        write_at_([weight], [indices], taken[:1], impl=impl)
+    assert _bits(weight) == before
+
+
 def test_write_at_moves_the_version_counter(impl):
     weight = torch.nn.Parameter(torch.ones(4))
     before = weight._version
@@ -333,9 +367,17 @@ def test_the_extension_checks_every_index_before_it_writes(extension_built):
         pytest.skip("an install without the extension is under test")
     first, second = torch.ones(4), torch.ones(4)
     for bad in (-1, 4):
-        with pytest.raises(IndexError, match="indices must lie within the tensor"):
+        with pytest.raises(IndexError, match="indices must lie within their tensors, got"):
             native.zero_at_([first, second], [_index(0), _index(bad)])
     assert torch.equal(first, torch.ones(4)) and torch.equal(second, torch.ones(4))
+
+
+def test_values_that_are_no_tensors_are_refused():
+    tensors = [torch.ones(4), torch.ones(4)]
+    message = r"values\[1\] must be a torch.Tensor, got list; make it with torch.tensor"
+    with pytest.raises(TypeError, match=message):
+        write_at_(tensors, [_index(0), _index(1)], [torch.zeros(1), [1.0]])
+    assert all(torch.equal(tensor, torch.ones(4)) for tensor in tensors)
 
 
 @pytest.fixture
@@ -413,6 +455,40 @@ def test_a_replacement_refuses_a_tensor_that_is_not_what_it_was(other, prepared_
     assert not replacement.replace_([first, OTHERS[other](weight)])
     assert torch.equal(first, torch.ones(3)) and _bits(base) == before
     assert replacement.replace_([first, base.view(6, 4)])
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_replacement_refuses_another_number_of_tensors(number, prepared_here):
+    tensors = [torch.ones(3), torch.ones(3)]
+    replacement, _ = _replacement_of(tensors, [_index(0), _index(1)])
+    given = [*tensors, torch.ones(3)][:number]
+    message = f"tensors must be the 2 that were prepared, in their order, got {number}; "
+    with pytest.raises(ValueError, match=message):
+        replacement.replace_(given)
+    (_, prepared), *_ = replacement._groups
+    with pytest.raises(ValueError, match=message):
+        prepared.replace_(given)
+    assert all(torch.equal(tensor, torch.ones(3)) for tensor in tensors)
+    assert replacement.replace_(tensors)
+
+
+def test_a_replacement_prepared_in_inference_mode_is_not_made_outside_of_it(prepared_here):
+    with torch.inference_mode():
+        weight = torch.ones(3)
+        replacement, _ = _replacement_of([weight], [_index(1)])
+        assert replacement.replace_([weight]) and replacement.replace_([weight], back=True)
+    assert not replacement.replace_([weight])
+    assert torch.equal(weight, torch.ones(3))
+
+
+def test_a_replacement_does_not_depend_on_the_default_device(prepared_here):
+    weight = torch.ones(3)
+    before, after = torch.ones(1), torch.zeros(1)
+    index = _index(1)
+    with torch.device("meta"):
+        replacement = prepare_replacement([weight], [index], [before], [after])
+        assert replacement.replace_([weight])
+    assert weight.tolist() == [1, 0, 1]
 
 
 def test_what_cannot_be_replaced_is_refused_when_it_is_prepared(prepared_here):

@@ -238,6 +238,34 @@ def test_a_toggled_weight_is_a_modified_one_for_autograd(model, mask):
     model(x).square().sum().backward()
 
 
+def test_toggling_under_another_default_device(model, mask):
+    fresh = mask_of(model, {FIRST: [0, 5], SECOND: [7]}, scale=0.0)
+    for each in (mask, fresh):
+        before = bits(model)
+        for _ in range(2):
+            with torch.device("meta"):
+                each.apply_(model)
+            assert float(model.get_parameter(SECOND).detach().reshape(-1)[7]) == (
+                each.scale * float(each.entries[SECOND].original[0])
+            )
+            with torch.device("meta"):
+                each.restore_(model)
+            assert_bits(model, before)
+
+
+def test_a_model_made_in_inference_mode_is_not_edited_outside_of_it():
+    with torch.inference_mode():
+        model = Stack()
+        mask = mask_of(model, {FIRST: [0, 3]}, scale=0.5)
+        for _ in range(2):
+            with mask.applied(model):
+                pass
+    before = bits(model)
+    with pytest.raises(ValueError, match="written in place, got one made in inference mode, outsi"):
+        mask.apply_(model)
+    assert_bits(model, before)
+
+
 def test_toggling_inside_inference_mode(model, mask, long_way, extension_built):
     with torch.inference_mode():
         _toggles(model, mask)

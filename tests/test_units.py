@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tiny_data import batches, make_examples
@@ -118,6 +120,43 @@ def test_a_fused_projection_is_read_as_it_computes(halves):
         expected = _logits(model)
     with everything.applied(model):
         torch.testing.assert_close(_logits(model), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_model_in_training_is_read_as_in_evaluation():
+    model = CAUSAL_MODELS["gpt2"]()
+    down = "transformer.h.0.mlp.c_proj.weight"
+    expected = unit_layers(model, down).places(torch.tensor(UNITS))
+    dropout = model.transformer.h[0].mlp.dropout
+    dropout.p = 0.5
+    model.train()
+    model.transformer.h[1].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    found = unit_layers(model, down).places(torch.tensor(UNITS))
+    assert {n: i.tolist() for n, i in found.items()} == {n: i.tolist() for n, i in expected.items()}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_strides_and_default_device_do_not_matter(name):
+    model = CAUSAL_MODELS[name]()
+    (down,) = [n for n, _ in model.named_parameters() if re.search(r"0\.mlp\.(down|c)_proj\.w", n)]
+    expected = unit_layers(model, down).places(torch.tensor(UNITS))
+    for module in model.modules():
+        if getattr(module, "weight", None) is not None and module.weight.dim() == 2:
+            module.weight.data = module.weight.data.t().contiguous().t()
+    units = torch.tensor(UNITS)
+    with torch.device("meta"):
+        found = unit_layers(model, down).places(units)
+    assert {n: i.tolist() for n, i in found.items()} == {n: i.tolist() for n, i in expected.items()}
+
+
+def test_an_offloaded_mlp_is_refused():
+    model = llama()
+    model.model.layers[0].mlp.to("meta")
+    with pytest.raises(ValueError, match="it is offloaded, and there are no weights to try; use"):
+        unit_layers(model, "model.layers.0.mlp.down_proj.weight")
 
 
 class Two(nn.Module):

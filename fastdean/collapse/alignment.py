@@ -127,6 +127,7 @@ class CollapseState:
                 "save the whole dictionary"
             )
         self._check_kind(stored, "stored")
+        _check_counts(stored["counts"], len(self.counts))
         device = self.sums.device
         self.sums = stored["sums"].to(device, copy=True)
         self.counts = stored["counts"].to(device, copy=True)
@@ -223,6 +224,17 @@ def _decay_of(mode: str, decay: float | None) -> float:
             "those of 1 and 0"
         )
     return decay
+
+
+def _check_counts(counts: Any, num_classes: int) -> None:
+    is_tensor = isinstance(counts, Tensor)
+    if is_tensor and counts.dtype == torch.float64 and tuple(counts.shape) == (num_classes,):
+        return
+    found = f"{counts.dtype} {list(counts.shape)}" if is_tensor else type(counts).__name__
+    raise ValueError(
+        f"stored['counts'] must be torch.float64 [{num_classes}], got {found}; save the state as "
+        "state_dict() gives it"
+    )
 
 
 def _kind(stored: Mapping[str, Any]) -> dict[str, Any]:

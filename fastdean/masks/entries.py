@@ -95,7 +95,7 @@ class MaskEntry:
     def union(self, other: MaskEntry) -> MaskEntry:
         """The weights in either; the originals must agree."""
         index, place = torch.cat([self.index, other.index]).unique(return_inverse=True)
-        original = torch.empty(index.shape, dtype=self.dtype)
+        original = torch.empty(index.shape, dtype=self.dtype, device="cpu")
         original[place] = torch.cat([self.original, other.original])
         return MaskEntry(index, original, self.shape)
 
@@ -136,7 +136,7 @@ def suppressed(original: Tensor, scale: float, dtype: torch.dtype | None = None)
     """
     dtype = dtype or original.dtype
     if scale == 0.0:
-        return torch.zeros(original.shape, dtype=dtype)
+        return torch.zeros(original.shape, dtype=dtype, device=original.device)
     wide = torch.promote_types(original.dtype, torch.float32)
     return original.to(wide).mul(scale).to(dtype)
 

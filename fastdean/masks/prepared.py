@@ -89,8 +89,8 @@ def prepare(
 
 def _unedited(name: str, weights: Weights) -> Part:
     parameter = weights.parameter(name)
-    nothing = torch.empty(0, dtype=parameter.dtype)
-    index = torch.empty(0, dtype=torch.int64)
+    nothing = torch.empty(0, dtype=parameter.dtype, device="cpu")
+    index = torch.empty(0, dtype=torch.int64, device="cpu")
     return Part(name, tuple(parameter.shape), index, nothing, nothing)
 
 

@@ -58,7 +58,7 @@ def collapse_alignment(
     loss = sums.new_empty(())
     centre, factors = sums.new_empty(sums.shape[1]), sums.new_empty(3, len(sums))
     new_sums, new_counts = torch.empty_like(sums), torch.empty_like(counts)
-    decay_cell = torch.tensor(decay, dtype=torch.float64)
+    decay_cell = torch.tensor(decay, dtype=torch.float64, device="cpu")
     _run_collapse(
         "collapse_alignment",
         weight.device,
@@ -143,10 +143,10 @@ def _run_collapse(op: str, device: torch.device, **fields: int | torch.dtype) ->
         dtype_code(extension, value) if isinstance(value, torch.dtype) else value
         for value in values
     ]
-    params = torch.tensor(codes, dtype=torch.int64)
+    params = torch.tensor(codes, dtype=torch.int64, device="cpu")
     if device.type == "cpu":
         size = extension.collapse_workspace_bytes(params=params.data_ptr())
-        workspace = torch.empty(size, dtype=torch.uint8)
+        workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
         params[-1] = workspace.data_ptr()
         getattr(extension, f"{op}_cpu")(params=params.data_ptr())
         return

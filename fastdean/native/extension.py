@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 # The number in csrc/fastdean.h that this package was written for.
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 _REINSTALL = "reinstall fastdean, or set FASTDEAN_IMPL=reference to do without the extension"
 

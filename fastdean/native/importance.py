@@ -47,9 +47,10 @@ def accumulate_importance_(
             0,
         ],
         dtype=torch.int64,
+        device="cpu",
     )
     size = extension.accumulate_importance_workspace_bytes(params=params.data_ptr())
-    workspace = torch.empty(size, dtype=torch.uint8)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     params[-1] = workspace.data_ptr()
     extension.accumulate_importance_cpu(params=params.data_ptr())
     increment_versions([acc])

@@ -43,7 +43,7 @@ class Places:
         ]
         # Freed while a kernel may still run: safe, the allocator reuses memory in the order of this
         # stream.
-        self._rows = torch.tensor(rows, dtype=torch.int64).to(self.device)
+        self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
         self.rows_at = self._rows.data_ptr()
 
 

@@ -41,9 +41,11 @@ class Replacement:
     ) -> None:
         self._extension = loaded()
         self._api = getattr(torch.Tensor, _DLPACK)
-        self._facts = torch.empty(len(tensors), self._extension.FACT_FIELDS, dtype=torch.int64)
+        shape = (len(tensors), self._extension.FACT_FIELDS)
+        self._facts = torch.empty(shape, dtype=torch.int64, device="cpu")
         self._facts_at = self._facts.data_ptr()
         self._extension.read_facts(api=self._api, tensors=list(tensors), facts=self._facts_at)
+        self._of_inference = any(tensor.is_inference() for tensor in tensors)
         self._places = Places(tensors, indices, after, before)
         self._on_cpu = self._places.device.type == "cpu"
         if not self._on_cpu:
@@ -59,10 +61,17 @@ class Replacement:
             tensors: a list of what is to be edited, now.
             write: False only compares.
         Returns: False if a tensor is not the type, address, shape, strides, dtype and device that
-            it was, or if any place holds another value than the one to be written over, by bits.
+            it was, or if any place holds another value than the one to be written over, by bits;
+            or, outside of inference mode, if one was made in it.
+        Raises: ValueError if the number of tensors is another.
         """
-        extension = self._extension
-        if not extension.same_facts(api=self._api, tensors=tensors, facts=self._facts_at):
+        same = self._extension.same_facts(
+            api=self._api,
+            tensors=tensors,
+            facts=self._facts_at,
+            num_tensors=self._places.num_rows,
+        )
+        if not same or (self._of_inference and not torch.is_inference_mode_enabled()):
             return False
         first_other = self._on_places(reverse=back, write=write)
         if first_other != len(tensors):

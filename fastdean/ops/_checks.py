@@ -35,8 +35,18 @@ def check_edited_places(tensors: Sequence[torch.Tensor], indices: Sequence[torch
 
 
 def check_writable(tensors: Sequence[torch.Tensor]) -> None:
-    """Raises: ValueError for a tensor whose elements share memory with each other."""
+    """Checks that the tensors can be written in place.
+
+    Raises: ValueError for a tensor whose elements share memory with each other, or that was made in
+        inference mode and is to be written outside of it, unseen by autograd.
+    """
+    outside = not torch.is_inference_mode_enabled()
     for position, tensor in enumerate(tensors):
+        if outside and tensor.is_inference():
+            raise ValueError(
+                f"tensors[{position}] must be a tensor that can be written in place, got one made "
+                "in inference mode, outside of it; edit it inside torch.inference_mode, or clone it"
+            )
         if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(
                 f"tensors[{position}] must have a place in memory for every element, got an "
@@ -52,7 +62,7 @@ def check_values(
 ) -> None:
     """Checks that `values` holds, per tensor, one value of its dtype per index.
 
-    Raises: ValueError, naming the position of the offender.
+    Raises: TypeError or ValueError, naming the position of the offender.
     """
     if len(values) != len(tensors):
         raise ValueError(
@@ -60,6 +70,11 @@ def check_values(
         )
     for position, (tensor, index, value) in enumerate(zip(tensors, indices, values, strict=True)):
         name = f"values[{position}]"
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(value).__name__}; make it with "
+                "torch.tensor"
+            )
         if value.dtype != tensor.dtype:
             raise ValueError(
                 f"{name} must have its tensor's dtype {tensor.dtype}, got {value.dtype}; "
@@ -124,11 +139,11 @@ def _all_ascend_within(tensors: Sequence[torch.Tensor], indices: Sequence[torch.
     if any(index.device.type != "cpu" for _, index in pairs):
         return False
     flat = torch.cat([index for _, index in pairs])
-    ends = torch.tensor([index.numel() for _, index in pairs]).cumsum(0)
+    ends = torch.tensor([index.numel() for _, index in pairs], device="cpu").cumsum(0)
     ascends = flat[1:] > flat[:-1]
     ascends[ends[:-1] - 1] = True
     first, last = flat[torch.cat([ends[:1] * 0, ends[:-1]])], flat[ends - 1]
-    sizes = torch.tensor([tensor.numel() for tensor, _ in pairs])
+    sizes = torch.tensor([tensor.numel() for tensor, _ in pairs], device="cpu")
     return bool(ascends.all()) and bool((first >= 0).all()) and bool((last < sizes).all())
 
 

@@ -56,7 +56,9 @@ def collapse_alignment(
     its sums and its count become 0. With fewer than two classes seen the loss is 0, and so are its
     gradients. A cosine with a row of `weight` that is 0, or with a class mean that differs from
     the centre by rounding at most (|m_c| <= 8 eps |mu_bar|, eps of the sums' dtype), is 0 and has
-    no gradient. Where the standard deviation is 0, its gradient is.
+    no gradient. Where the standard deviation is 0, its gradient is. With at least two classes seen,
+    a NaN in the features of a labelled row or in the weight of a class seen makes the loss NaN; one
+    in features stays in the sums. The weight of a class not seen is not looked at.
 
     Args:
         features: [N, D] fp32, bf16 or fp16, or fp64 where everything else is fp64. Any strides.

@@ -31,7 +31,8 @@ def zero_at_(
 
     Args:
         tensors: float16, bfloat16, float32 or float64; up to 8 dimensions; any strides; may be
-            parameters and may lie on several devices.
+            parameters and may lie on several devices. Those made in inference mode can be written
+            only in it.
         indices: one int64 [M] per tensor: row-major flat indices, strictly ascending, within the
             tensor, on the CPU or on the tensor's device.
         impl: None, "reference" or "native".
@@ -130,6 +131,7 @@ class Replacement:
 
     def __init__(self, groups: Sequence[tuple[list[int], native.Replacement]]) -> None:
         self._groups = groups
+        self._num_tensors = sum(len(positions) for positions, _ in groups)
 
     def replace_(self, tensors: list[torch.Tensor], *, back: bool = False) -> bool:
         """Write `after` over `before`, or with `back` the other way round: all of it or nothing.
@@ -139,8 +141,15 @@ class Replacement:
         Returns:
             False, and nothing is written, if a tensor has another type, address, shape, strides,
             dtype or device than it had, or if an entry does not hold, bit for bit, what is to be
-            written over. On CUDA the host waits for the current stream.
+            written over; or, outside of inference mode, if a tensor was made in it. On CUDA the
+            host waits for the current stream.
+        Raises: ValueError if the number of tensors is another.
         """
+        if len(tensors) != self._num_tensors:
+            raise ValueError(
+                f"tensors must be the {self._num_tensors} that were prepared, in their order, got "
+                f"{len(tensors)}; prepare another replacement for others"
+            )
         if len(self._groups) == 1:
             return self._groups[0][1].replace_(tensors, back=back)
         groups = [([tensors[p] for p in positions], each) for positions, each in self._groups]

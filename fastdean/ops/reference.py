@@ -166,11 +166,14 @@ def collapse_alignment(
     means = _class_means(sums, counts)
     centre = means.sum(0) / num_seen.clamp(min=1)
     centred = means - centre
-    weight = weight.to(sums.dtype)
+    # A class not seen must not spread what its row of weight holds, as 0 * NaN would.
+    weight = torch.where(seen.unsqueeze(1), weight.to(sums.dtype), 0)
     length = torch.linalg.vector_norm(centred, dim=1)
     weight_length = torch.linalg.vector_norm(weight, dim=1)
     smallest = CENTRED_ROUNDING * torch.finfo(sums.dtype).eps * torch.linalg.vector_norm(centre)
-    defined = seen & (length > smallest) & (weight_length > 0)
+    # NaN has no direction either, but must show.
+    poisoned = (length + weight_length).isnan()
+    defined = seen & (poisoned | ((length > smallest) & (weight_length > 0)))
     lengths = torch.where(defined, length * weight_length, 1)
     cosines = torch.where(defined, (weight * centred).sum(1) / lengths, 0).double()
 
@@ -246,8 +249,8 @@ def _statistic(
     freedom = (number - 1).clamp(min=1)
     variance = deviations.square().sum() / freedom
     # The root has no derivative at 0: there it is taken to be 0.
-    spread = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
-    slopes = deviations / (freedom * torch.where(spread > 0, spread, 1))
+    spread = torch.where(variance == 0, 0, torch.where(variance == 0, 1, variance).sqrt())
+    slopes = deviations / (freedom * torch.where(spread == 0, 1, spread))
     if statistic == "std":
         return spread, slopes
     size = (mean.square() + CV_EPSILON**2).sqrt()
@@ -269,15 +272,17 @@ def collapse_alignment_backward(
     needs_features: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.collapse_alignment_backward`."""
-    centred = _class_means(sums, counts) - centre
-    wide = weight.to(sums.dtype)
+    # A weight's row of a class not seen is not looked at, like its cosine.
+    seen = (counts > 0).unsqueeze(1)
+    centred = torch.where(seen, _class_means(sums, counts) - centre, 0)
+    wide = torch.where(seen, weight.to(sums.dtype), 0)
     by_both, by_weight, by_mean = (grad_loss * factors).unsqueeze(2)
     grad_weight = weight.new_empty(0)
     grad_features = weight.new_empty(0, dtype=features_dtype)
     if needs_weight:
         grad_weight = (by_both * centred - by_weight * wide).to(weight.dtype)
     if needs_features:
-        number = (counts > 0).sum().clamp(min=1)
+        number = seen.sum().clamp(min=1)
         grad_centred = by_both * wide - by_mean * centred
         grad_means = grad_centred - grad_centred.sum(0) / number
         # 1 / count is the derivative of a mean by each of its rows.
