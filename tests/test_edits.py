@@ -337,6 +337,44 @@ def test_nested_masks_see_each_other_through_tied_names(model):
     assert_bits(model, before)
 
 
+@pytest.fixture
+def transposed(model):
+    """The second matrix is the transpose of the first, in the same memory: 3 is 18 there."""
+    model.layers[1].weight = nn.Parameter(model.layers[0].weight.data.t())
+    return model
+
+
+def test_one_mask_may_name_an_element_in_two_layouts(transposed):
+    both = mask_of(transposed, {FIRST: [1, 3], SECOND: [5, 18]}, scale=0.5)
+    before, expected = bits(transposed), flat(transposed, FIRST).clone()
+    expected[[1, 3, 30]] *= 0.5
+    for _ in range(2):
+        with both.applied(transposed):
+            assert torch.equal(flat(transposed, FIRST), expected)
+            with mask_of(Stack(), {FIRST: [3]}).applied(transposed):
+                assert flat(transposed, SECOND)[18] == 0
+            assert torch.equal(flat(transposed, FIRST), expected)
+        assert_bits(transposed, before)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_nested_masks_see_each_other_through_a_transpose(transposed, scale):
+    outer = mask_of(transposed, {FIRST: [1, 3]})
+    inner = mask_of(transposed, {SECOND: [18]}, scale=scale)
+    before, original = bits(transposed), flat(transposed, FIRST).clone()
+    outer.apply_(transposed)
+    edited = bits(transposed)
+    inner.apply_(transposed)
+    assert flat(transposed, FIRST)[3] == scale * original[3]
+    assert flat(transposed, FIRST)[1] == 0
+    inner.apply_(transposed)
+    outer.apply_(transposed)
+    inner.restore_(transposed)
+    assert_bits(transposed, edited)
+    outer.restore_(transposed)
+    assert_bits(transposed, before)
+
+
 def test_conversion_between_apply_and_restore(model, mask):
     before = flat(model, FIRST).clone()
     mask.apply_(model)
