@@ -446,3 +446,23 @@ def test_empty_mask_changes_nothing(model):
 def test_not_a_module(mask):
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
         mask.apply_("model")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_a_model_on_cuda_is_edited_as_on_the_cpu_and_restored(impl, monkeypatch):
+    # For what takes no `impl`: reading and restoring.
+    monkeypatch.setenv("FASTDEAN_IMPL", impl)
+    expected = Stack(torch.bfloat16)
+    weight = expected.layers[1].weight
+    weight.data = weight.data.t().contiguous().t()
+    model = copy.deepcopy(expected).cuda()
+    clean = bits(expected)
+    mask = mask_of(expected, {FIRST: [0, 3, 35], SECOND: [7, 8]}, scale=0.5)
+    mask.apply_(expected, impl="reference")
+    # From the second time on the compiled way is the prepared one.
+    for _ in range(3):
+        mask.apply_(model, impl=impl)
+        assert_bits(copy.deepcopy(model).cpu(), bits(expected))
+        mask.restore_(model)
+        assert_bits(copy.deepcopy(model).cpu(), clean)
