@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import shutil
 import threading
 
 import pytest
@@ -391,6 +393,17 @@ def train_step(features, labels, weight, state, impl):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_whole_graph_compiles_with_its_state(impl, backend):
     assert_compiled_steps_are_the_eager_ones(problem, impl, backend)
+
+
+@pytest.mark.slow
+# Torch's own, when it imports this compiler.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_the_default_compiler_takes_the_whole_graph(compiled, monkeypatch, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++, with which torch compiles for a CPU")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    small = functools.partial(problem, rows=5, classes=2, columns=3)
+    assert_compiled_steps_are_the_eager_ones(small, "native", "inductor")
 
 
 def assert_compiled_steps_are_the_eager_ones(make, impl, backend):
