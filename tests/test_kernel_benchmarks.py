@@ -146,7 +146,15 @@ def test_the_cases_are_those_that_are_to_be_measured():
     names_of = ("tokens", "features", "classes")
     sizes = [tuple(c.settings[name] for name in names_of) for c in real["collapse"]]
     assert set(sizes) == set(itertools.product((2048, 16384), (768, 4096), (287, 8192)))
-    assert len(sizes) == 3 * 8
+    assert len(sizes) == 3 * 8 + 1
+    [zipf] = [c for c in real["collapse"] if c.settings["labels"] == "zipf"]
+    assert (*(zipf.settings[name] for name in names_of), zipf.settings["labelled"]) == (
+        2048, 768, 287, 410,
+    )  # fmt: skip
+    assert zipf.name.endswith(", Zipf") and {c.settings["labels"] for c in real["collapse"]} == {
+        "zipf",
+        "uniform",
+    }
     names = [(c.op, c.name, c.dtype) for cases in real.values() for c in cases]
     assert len(set(names)) == len(names)
 
@@ -170,6 +178,19 @@ def test_the_stated_size_of_the_inputs_is_theirs(case):
     tensors += inputs.get("weights", [])
     tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
     assert case.input_bytes == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_labels_by_zipfs_law_fall_with_the_rank_of_their_class():
+    drawn = {}
+    for labels in ("uniform", "zipf"):
+        made = collapse.case(20_000, 1, 50, 0.5, labels).inputs(generator()).labels
+        assert int((made == -1).sum()) == 10_000
+        drawn[labels] = made[made >= 0].bincount(minlength=50).double()
+    harmonic = sum(1 / rank for rank in range(1, 51))
+    for rank in (1, 2, 5):
+        share = float(drawn["zipf"][rank - 1]) / 10_000
+        assert share == pytest.approx(1 / (rank * harmonic), rel=0.15)
+    assert drawn["uniform"] == pytest.approx(200, rel=0.4)
 
 
 def test_lengths_are_distributed_like_beavertails():
