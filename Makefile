@@ -72,10 +72,10 @@ build: $(INSTALLED)
 
 # The targets for a machine with a GPU take what stands there: no network and no environment of
 # their own. All need a CUDA device that torch sees, torch >= 2.11, triton >= 3.6, transformers >=
-# 5.17, pytest, hypothesis, and, for Triton, a C compiler and the headers of Python; gpu-check also
-# accelerate, pybind11 and CMake. What is missing is named before anything starts. Each is
-# meant to end within 8 minutes on one H100; not yet timed on one. A second call with the same OUT
-# goes on where the first one ended.
+# 5.17, pytest, hypothesis, and, for Triton, a C compiler and the headers of Python; gpu-check and
+# gpu-sanitize also pybind11 and CMake, gpu-check accelerate. What is missing is named before
+# anything starts. Each is meant to end within 8 minutes on one H100; not yet timed on one. A second
+# call with the same OUT goes on where the first one ended.
 gpu-check:
 	PYTHON=$(PYTHON) benchmarks/gpu/check.sh $(OUT)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import shutil
 import threading
 
 import pytest
@@ -207,11 +209,31 @@ SIZES = [(1, 1, 1), (5, 2, 63), (65, 33, 123), (129, 64, 128), (257, 3, 1025), (
 @pytest.mark.parametrize("rows, classes, columns", SIZES)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_and_single_precision_are_within_the_budget(impl, dtype, rows, classes, columns):
-    features, labels, weight = problem(rows, classes, columns, dtype=dtype)
-    state = filled(state_for(weight, "window"))
-    found = run(impl, features, labels, weight, state)
-    exact = autograd_of_the_reference(features, labels, weight, state, "std")
-    same = autograd_of_the_reference(features, labels, weight, state, "std", torch.float32)
+    data = problem(rows, classes, columns, dtype=dtype)
+    assert_step_within_budget(impl, *data, filled(state_for(data[2], "window")), "std")
+
+
+OTHER_KINDS = [
+    (statistic, mode)
+    for statistic in STATISTICS
+    for mode in ("cumulative", "window", "batch")
+    if (statistic, mode) != ("std", "window")
+]
+
+
+@pytest.mark.parametrize("statistic, mode", OTHER_KINDS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_statistic_and_mode_is_within_the_budget(impl, dtype, statistic, mode):
+    data = problem(129, 33, 123, dtype=dtype)
+    assert_step_within_budget(impl, *data, filled(state_for(data[2], mode)), statistic)
+
+
+def assert_step_within_budget(impl, features, labels, weight, state, statistic):
+    """Everything that `run` gives, of inputs in one precision."""
+    dtype = weight.dtype
+    found = run(impl, features, labels, weight, state, statistic)
+    exact = autograd_of_the_reference(features, labels, weight, state, statistic)
+    same = autograd_of_the_reference(features, labels, weight, state, statistic, torch.float32)
     assert [value.dtype for value in found] == [
         torch.float32,
         torch.float32,
@@ -219,7 +241,7 @@ def test_half_and_single_precision_are_within_the_budget(impl, dtype, rows, clas
         dtype,
         dtype,
     ]
-    # A spread of cosines, each of size 1.
+    # The spread or the mean of cosines of size 1, or their quotient.
     assert abs(float(found[0]) - float(exact[0])) <= 16 * torch.finfo(torch.float32).eps
     assert_within_budget(found[1], same[1], exact[1])
     assert torch.equal(found[2], exact[2])
@@ -417,12 +439,28 @@ def train_step(features, labels, weight, state, impl):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_whole_graph_compiles_with_its_state(impl, backend):
+    assert_compiled_steps_are_the_eager_ones(problem, impl, backend)
+
+
+@pytest.mark.slow
+# Torch's own, when it imports this compiler.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_the_default_compiler_takes_the_whole_graph(compiled, monkeypatch, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++, with which torch compiles for a CPU")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    small = functools.partial(problem, rows=5, classes=2, columns=3)
+    assert_compiled_steps_are_the_eager_ones(small, "native", "inductor")
+
+
+def assert_compiled_steps_are_the_eager_ones(make, impl, backend):
+    """Three steps with one state, bit for bit; `make` is `problem` at some size."""
     torch._dynamo.reset()
     step = torch.compile(train_step, fullgraph=True, backend=backend)
-    weight = problem()[2].requires_grad_()
+    weight = make()[2].requires_grad_()
     states = state_for(weight, "window"), state_for(weight, "window")
     for seed in (1, 2, 3):
-        features, labels, _ = problem(seed=seed)
+        features, labels, _ = make(seed=seed)
         features.requires_grad_()
         losses = [
             run_step(features, labels, weight, state, impl)

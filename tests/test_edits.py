@@ -337,6 +337,44 @@ def test_nested_masks_see_each_other_through_tied_names(model):
     assert_bits(model, before)
 
 
+@pytest.fixture
+def transposed(model):
+    """The second matrix is the transpose of the first, in the same memory: 3 is 18 there."""
+    model.layers[1].weight = nn.Parameter(model.layers[0].weight.data.t())
+    return model
+
+
+def test_one_mask_may_name_an_element_in_two_layouts(transposed):
+    both = mask_of(transposed, {FIRST: [1, 3], SECOND: [5, 18]}, scale=0.5)
+    before, expected = bits(transposed), flat(transposed, FIRST).clone()
+    expected[[1, 3, 30]] *= 0.5
+    for _ in range(2):
+        with both.applied(transposed):
+            assert torch.equal(flat(transposed, FIRST), expected)
+            with mask_of(Stack(), {FIRST: [3]}).applied(transposed):
+                assert flat(transposed, SECOND)[18] == 0
+            assert torch.equal(flat(transposed, FIRST), expected)
+        assert_bits(transposed, before)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_nested_masks_see_each_other_through_a_transpose(transposed, scale):
+    outer = mask_of(transposed, {FIRST: [1, 3]})
+    inner = mask_of(transposed, {SECOND: [18]}, scale=scale)
+    before, original = bits(transposed), flat(transposed, FIRST).clone()
+    outer.apply_(transposed)
+    edited = bits(transposed)
+    inner.apply_(transposed)
+    assert flat(transposed, FIRST)[3] == scale * original[3]
+    assert flat(transposed, FIRST)[1] == 0
+    inner.apply_(transposed)
+    outer.apply_(transposed)
+    inner.restore_(transposed)
+    assert_bits(transposed, edited)
+    outer.restore_(transposed)
+    assert_bits(transposed, before)
+
+
 def test_conversion_between_apply_and_restore(model, mask):
     before = flat(model, FIRST).clone()
     mask.apply_(model)
@@ -408,3 +446,23 @@ def test_empty_mask_changes_nothing(model):
 def test_not_a_module(mask):
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
         mask.apply_("model")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_a_model_on_cuda_is_edited_as_on_the_cpu_and_restored(impl, monkeypatch):
+    # For what takes no `impl`: reading and restoring.
+    monkeypatch.setenv("FASTDEAN_IMPL", impl)
+    expected = Stack(torch.bfloat16)
+    weight = expected.layers[1].weight
+    weight.data = weight.data.t().contiguous().t()
+    model = copy.deepcopy(expected).cuda()
+    clean = bits(expected)
+    mask = mask_of(expected, {FIRST: [0, 3, 35], SECOND: [7, 8]}, scale=0.5)
+    mask.apply_(expected, impl="reference")
+    # From the second time on the compiled way is the prepared one.
+    for _ in range(3):
+        mask.apply_(model, impl=impl)
+        assert_bits(copy.deepcopy(model).cpu(), bits(expected))
+        mask.restore_(model)
+        assert_bits(copy.deepcopy(model).cpu(), clean)

@@ -146,7 +146,15 @@ def test_the_cases_are_those_that_are_to_be_measured():
     names_of = ("tokens", "features", "classes")
     sizes = [tuple(c.settings[name] for name in names_of) for c in real["collapse"]]
     assert set(sizes) == set(itertools.product((2048, 16384), (768, 4096), (287, 8192)))
-    assert len(sizes) == 3 * 8
+    assert len(sizes) == 3 * 8 + 1
+    [zipf] = [c for c in real["collapse"] if c.settings["labels"] == "zipf"]
+    assert (*(zipf.settings[name] for name in names_of), zipf.settings["labelled"]) == (
+        2048, 768, 287, 410,
+    )  # fmt: skip
+    assert zipf.name.endswith(", Zipf") and {c.settings["labels"] for c in real["collapse"]} == {
+        "zipf",
+        "uniform",
+    }
     names = [(c.op, c.name, c.dtype) for cases in real.values() for c in cases]
     assert len(set(names)) == len(names)
 
@@ -170,6 +178,19 @@ def test_the_stated_size_of_the_inputs_is_theirs(case):
     tensors += inputs.get("weights", [])
     tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
     assert case.input_bytes == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_labels_by_zipfs_law_fall_with_the_rank_of_their_class():
+    drawn = {}
+    for labels in ("uniform", "zipf"):
+        made = collapse.case(20_000, 1, 50, 0.5, labels).inputs(generator()).labels
+        assert int((made == -1).sum()) == 10_000
+        drawn[labels] = made[made >= 0].bincount(minlength=50).double()
+    harmonic = sum(1 / rank for rank in range(1, 51))
+    for rank in (1, 2, 5):
+        share = float(drawn["zipf"][rank - 1]) / 10_000
+        assert share == pytest.approx(1 / (rank * harmonic), rel=0.15)
+    assert drawn["uniform"] == pytest.approx(200, rel=0.4)
 
 
 def test_lengths_are_distributed_like_beavertails():
@@ -502,6 +523,17 @@ def test_the_gpu_scripts_name_tests_that_exist():
         assert not function or f"def {function}(" in source, f"{path}::{function}"
 
 
+def test_whatever_needs_a_gpu_is_run_on_one():
+    text = (ROOT / "benchmarks" / "gpu" / "check.sh").read_text("utf-8")
+    named = set(re.findall(r"tests/(\w+\.py)", text))
+    marked = {
+        path.name
+        for path in (ROOT / "tests").glob("test_*.py")
+        if re.search(r"^@pytest\.mark\.gpu$", path.read_text("utf-8"), re.MULTILINE)
+    }
+    assert len(marked) > 4 and marked <= named
+
+
 CHECK_STUB = """#!/bin/sh
 case "$*" in
     *prerequisites.py*) cat "$STUB/found"; exit 0 ;;
@@ -515,26 +547,34 @@ END
 """
 
 
+SANITIZER_STUB = """#!/bin/sh
+while [ "$1" != "$PYTHON" ]; do shift; done
+exec "$@"
+"""
+
+
 @pytest.fixture
-def check(tmp_path):
-    """check.sh with a Python and a CMake that only note what they are called for."""
+def gpu_script(tmp_path):
+    """A script with a Python, a CMake and a compute-sanitizer that only note what they are for."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in (
         ("python3", CHECK_STUB),
         ("cmake", '#!/bin/sh\nexit "${CMAKE_STATUS:-0}"\n'),
+        ("compute-sanitizer", SANITIZER_STUB),
     ):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
 
-    def check(found="versions and GPU", red="nothing", **variables):
+    def gpu_script(name, found="versions and GPU", red="nothing", **variables):
         (tmp_path / "found").write_text(found)
         (tmp_path / "red").write_text(red)
         (tmp_path / "calls").write_text("")
         done = subprocess.run(
-            ["bash", str(ROOT / "benchmarks" / "gpu" / "check.sh"), str(tmp_path / "out")],
+            ["bash", str(ROOT / "benchmarks" / "gpu" / name), str(tmp_path / "out")],
             env={
                 **os.environ,
+                "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
                 "PYTHON": str(folder / "python3"),
                 "STUB": str(tmp_path),
                 **variables,
@@ -542,8 +582,18 @@ def check(tmp_path):
             capture_output=True,
             text=True,
         )
-        calls = (tmp_path / "calls").read_text().splitlines()
-        return done.returncode, [call.split(".py")[0].split("tests/")[1] for call in calls]
+        return done.returncode, (tmp_path / "calls").read_text().splitlines()
+
+    return gpu_script
+
+
+@pytest.fixture
+def check(gpu_script):
+    """check.sh's status, and the first test file of every group that it ran."""
+
+    def check(*arguments, **options):
+        status, calls = gpu_script("check.sh", *arguments, **options)
+        return status, [call.split(".py")[0].split("tests/")[1] for call in calls]
 
     return check
 
@@ -566,6 +616,21 @@ def test_what_passed_is_run_again_with_other_versions_or_another_gpu(check):
 def test_without_the_extension_the_tests_run_and_nothing_has_passed(check):
     assert check(CMAKE_STATUS="1") == (1, [OPS, REPEATABLE, SCORE])
     assert check() == (0, [OPS, REPEATABLE, SCORE])
+
+
+def test_the_sanitizer_sees_the_operations_of_the_extension(gpu_script):
+    status, calls = gpu_script("sanitize.sh")
+    # By themselves, and with either tool.
+    assert status == 0 and len(calls) == 3 and len(set(calls)) == 1
+    for op in ("mask", "collapse"):
+        assert (ROOT / "csrc" / f"{op}_cuda.cu").is_file()
+        assert f"tests/test_{op}_op.py::test_cuda_" in calls[0]
+    # Clean in an earlier call: only the first one is made again.
+    assert gpu_script("sanitize.sh") == (0, calls[:1])
+
+
+def test_nothing_is_clean_where_the_extension_does_not_build(gpu_script):
+    assert gpu_script("sanitize.sh", CMAKE_STATUS="1") == (1, [])
 
 
 @pytest.fixture

@@ -45,8 +45,9 @@ run_group() {
 
 run_group ops tests/test_importance_op.py tests/test_expert_importance_op.py \
     tests/test_selection_op.py tests/test_selection_kernel.py tests/test_mask_op.py \
-    tests/test_token_blocks.py tests/test_collapse_op.py
+    tests/test_edits.py tests/test_toggling.py tests/test_token_blocks.py tests/test_collapse_op.py
 run_group repeatable tests/test_repeatable.py
 run_group score tests/test_score.py tests/test_score_kernels.py tests/test_score_losses.py \
-    tests/test_score_state.py tests/test_no_host_in_the_loop.py
+    tests/test_score_state.py tests/test_no_host_in_the_loop.py tests/test_coupling.py \
+    tests/test_distributed.py
 exit "$failed"

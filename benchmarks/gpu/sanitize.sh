@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Run a small selection of op tests under compute-sanitizer: memcheck finds reads and writes out of
-# bounds, racecheck programs that race for shared memory. Ends with an error where the tool is
-# missing or cannot run on the device: silence must not look like a clean run.
+# The extension built in place, then a small selection of op tests, of the Triton kernels and of the
+# extension's, under compute-sanitizer: memcheck finds reads and writes out of bounds, racecheck
+# programs that race for shared memory. Ends with an error where the tool is missing or cannot run
+# on the device, or the extension does not build: silence must not look like a clean run.
 #
 #   PYTHON=python3 benchmarks/gpu/sanitize.sh OUT
 set -euo pipefail
@@ -12,7 +13,7 @@ cd "$root"
 export PYTHONPATH="$root" FASTDEAN_REQUIRE_GPU=1
 # Every tensor an allocation of its own: inside torch's pool a stray access hits another tensor.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-found=$("$python" benchmarks/gpu/prerequisites.py)
+found=$("$python" benchmarks/gpu/prerequisites.py pybind11 cmake)
 echo "$found"
 source benchmarks/gpu/stamp.sh
 
@@ -24,6 +25,10 @@ tests=(
     "tests/test_expert_importance_op.py::test_every_expert_gets_its_own_examples"
     "tests/test_repeatable.py::test_an_op_repeats_its_bits[unit_sums-torch.bfloat16-triton]"
     "tests/test_repeatable.py::test_an_op_repeats_its_bits[selection-torch.bfloat16-triton]"
+    "tests/test_mask_op.py::test_cuda_clears_what_the_cpu_clears"
+    "tests/test_mask_op.py::test_cuda_gathers_writes_and_replaces_what_the_cpu_does"
+    "tests/test_collapse_op.py::test_cuda_is_within_the_budget_and_repeats_bit_for_bit"
+    "tests/test_collapse_op.py::test_on_cuda_labels_out_of_range_show_as_a_loss_of_nan"
 )
 pytest=(-m pytest -q -x -p no:cacheprovider -k "not reference" "${tests[@]}")
 
@@ -43,6 +48,14 @@ if ! "$tool" --error-exitcode 9 "$python" -c "$probe" > "$out/sanitizer-probe.lo
     echo "error: compute-sanitizer cannot run on this device; nothing was checked" >&2
     exit 3
 fi
+
+echo "build: $out/build.log"
+if ! PYTHON="$python" benchmarks/gpu/build_in_place.sh "$out/build" > "$out/build.log" 2>&1; then
+    tail -n 20 "$out/build.log" >&2
+    echo "error: the extension did not build; nothing was checked" >&2
+    exit 1
+fi
+tail -n 1 "$out/build.log"
 
 # Without the sanitizer first: it would slow the compiling of the kernels down too.
 if ! "$python" "${pytest[@]}" > "$out/unsanitized.log" 2>&1; then

@@ -1,5 +1,8 @@
 """The collapse-alignment loss and its gradient for the weight: forward and backward of one batch.
 
+Words of real text are far from equally frequent, so that one case draws its classes by Zipf's law;
+the others draw them evenly.
+
 Bytes: the labelled rows, the weight and the sums read once, the new sums and the gradient written;
 bound by memory. The one-hot construction of the published code, over a whole vocabulary, is timed
 in one of the smallest cases alone: there it is already hundreds of times slower than anything else.
@@ -25,7 +28,8 @@ FEATURES = (768, 4096)
 CLASSES = (287, 8192)
 SHARES = (0.2, 1.0, 0.01)
 TOY_SIZES = ((60, 12, 7, 0.5),)
-_ONE_HOT = {(TOKENS[0], FEATURES[0], CLASSES[0], SHARES[0]), *TOY_SIZES}
+_ZIPF = (TOKENS[0], FEATURES[0], CLASSES[0], SHARES[0])
+_ONE_HOT = {_ZIPF, *TOY_SIZES}
 DTYPE = torch.float32
 STATISTIC = "std"
 # Of SmolLM2; the listed classes are its first rows.
@@ -52,37 +56,43 @@ def cases(toy: bool) -> Iterator[OpCase]:
     sizes = TOY_SIZES if toy else itertools.product(TOKENS, FEATURES, CLASSES, SHARES)
     for tokens, features, classes, share in sizes:
         yield case(tokens, features, classes, share)
+    yield case(*(TOY_SIZES[0] if toy else _ZIPF), labels="zipf")
 
 
-def case(tokens: int, features: int, classes: int, share: float) -> OpCase:
+def case(tokens: int, features: int, classes: int, share: float, labels: str = "uniform") -> OpCase:
+    """`labels`: how the classes are drawn, "uniform" or "zipf", the c-th as often as 1 / c."""
     labelled = round(share * tokens)
     matrix = classes * features
     element = DTYPE.itemsize
 
     def make(generator: torch.Generator) -> Inputs:
         options = {"generator": generator, "device": generator.device}
-        labels = torch.randint(classes, (tokens,), **options)
-        unlabelled = torch.randperm(tokens, **options)[labelled:]
-        labels[unlabelled] = -1
+        frequency = torch.ones(classes, device=generator.device)
+        if labels == "zipf":
+            frequency /= torch.arange(1, classes + 1, device=generator.device)
+        drawn = frequency.multinomial(tokens, replacement=True, generator=generator)
+        drawn[torch.randperm(tokens, **options)[labelled:]] = -1
         return Inputs(
             features=torch.randn(tokens, features, **options).to(DTYPE),
-            labels=labels,
+            labels=drawn,
             weight=torch.randn(classes, features, **options).to(DTYPE),
             sums=torch.randn(classes, features, **options),
             counts=torch.randint(1, 9, (classes,), **options).double(),
         )
 
-    with_one_hot = (tokens, features, classes, share) in _ONE_HOT
+    with_one_hot = labels == "uniform" and (tokens, features, classes, share) in _ONE_HOT
     one_hot_bytes = 4 * VOCABULARY * (tokens + 3 * features)
     return OpCase(
         op=OP,
-        name=f"{tokens} tokens, {share:.0%} labelled, {features} features, {classes} classes",
+        name=f"{tokens} tokens, {share:.0%} labelled, {features} features, {classes} classes"
+        + (", Zipf" if labels == "zipf" else ""),
         dtype="fp32",
         settings={
             "tokens": tokens,
             "features": features,
             "classes": classes,
             "labelled": labelled,
+            "labels": labels,
             "statistic": STATISTIC,
         },
         # A row is added; sums are scaled, centred, multiplied three times, and scaled and

@@ -229,12 +229,12 @@ def _holds(states: Sequence[tuple[Part, Tensor]], weights: Weights) -> bool:
     seen: dict[tuple, Tensor] = {}
     now = weights.read([part for part, _ in states])
     for (part, values), current in zip(states, now, strict=True):
-        place = weights.place(part.name, part.shape, part.written.dtype)
-        before = seen.get(place, part.index[:0])
-        first = ~torch.isin(part.index, before)
+        memory, elements = weights.elements(part)
+        before = seen.get(memory, elements[:0])
+        first = ~torch.isin(elements, before)
         if not bool(same_bits(current[first], values[first]).all()):
             return False
-        seen[place] = torch.cat([before, part.index])
+        seen[memory] = torch.cat([before, elements])
     return True
 
 
@@ -262,20 +262,23 @@ def _beneath(
     weights: Weights,
 ) -> list[Tensor]:
     """The values at the targets with every active mask thought away, [M] each."""
-    base = {
-        weights.place(part.name, part.shape, part.written.dtype): (part, values.clone())
-        for part, values in zip(targets, current, strict=True)
-    }
+    base = [values.clone() for values in current]
+    wanted: dict[tuple, list[tuple[int, Tensor]]] = {}
+    for position, part in enumerate(targets):
+        memory, elements = weights.elements(part)
+        wanted.setdefault(memory, []).append((position, elements))
     for active in reversed(stack):
+        # Two parts of one mask may hold the same element: both are compared with what is there.
+        above, base = base, [values.clone() for values in base]
         for part in active.parts:
-            place = weights.place(part.name, part.shape, part.written.dtype)
-            if place not in base:
-                continue
-            target, values = base[place]
-            here, there = shared_positions(target.index, part.index)
-            _check_unchanged(part.name, values[here], part.written[there])
-            values[here] = part.previous[there]
-    return [values for _, values in base.values()]
+            memory, elements = weights.elements(part)
+            elements, order = elements.sort()
+            for position, targeted in wanted.get(memory, ()):
+                here, there = shared_positions(targeted, elements)
+                there = order[there]
+                _check_unchanged(part.name, above[position][here], part.written[there])
+                base[position][here] = part.previous[there]
+    return base
 
 
 def _undo(stack: list[Application], active: Application, weights: Weights) -> None:

@@ -148,7 +148,7 @@ def same_bits(left: Tensor, right: Tensor) -> Tensor:
 
 
 def shared_positions(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Where, in two ascending index tensors, the indices stand that are in both; int64 each."""
+    """Where the indices that are in both stand in each, int64; `right` is ascending."""
     here = torch.isin(left, right).nonzero().flatten()
     return here, torch.searchsorted(right, left[here])
 

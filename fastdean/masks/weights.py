@@ -59,6 +59,22 @@ class Weights:
             parameter.stride(),
         )
 
+    def elements(self, part: Part) -> tuple[tuple, Tensor]:
+        """The memory of a part, and which of its elements the part is: int64 [M].
+
+        Two parameters may share memory in layouts of their own, one the transpose of the other:
+        what counts for either is then the same elements of the same memory.
+        """
+        parameter = self._checked(part.name, part.shape, part.written.dtype)
+        memory = parameter.untyped_storage(), parameter.dtype
+        if parameter.is_contiguous():
+            return memory, part.index + parameter.storage_offset()
+        elements = torch.full_like(part.index, parameter.storage_offset())
+        coordinates = torch.unravel_index(part.index, parameter.shape)
+        for coordinate, stride in zip(coordinates, parameter.stride(), strict=True):
+            elements += coordinate * stride
+        return memory, elements
+
     def read(self, parts: Sequence[Part]) -> list[Tensor]:
         """The values of the parts now, [M] each, on the CPU."""
         values = ops.gather_at(self._tensors(parts), [part.index for part in parts])
