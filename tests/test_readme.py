@@ -36,7 +36,7 @@ SMALLER = {
     "permutations=200": "permutations=20",
     "[:32]": "[:8]",
     'tokenizer, "gender")': 'tokenizer, {"one": ["the", "of"], "two": ["and", "is"]})',
-    "max_steps\": 2": "max_steps\": 1",
+    'max_steps": 2': 'max_steps": 1',
 }
 
 
