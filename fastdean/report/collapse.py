@@ -9,6 +9,12 @@ from fastdean.report.markup import Column, Html, element, folded, join, table
 from fastdean.report.plots import Interval, interval_rows, responsive, step_line
 from fastdean.report.quantities import count, decimal, measured, plural
 
+_WHEN_COLLAPSED = (
+    "The paper's regulariser lowers (U)NC3 (unc3_std): 0 where all words are aligned alike. With "
+    "full collapse the nc1, nc2_equinorm, interference_std and cv figures are 0, interference_mean "
+    "is its target, nc3_mean and nc4_agreement are 1."
+)
+
 
 def collapse_section(collapse: Mapping) -> Html:
     """Every metric with its definition, in each state of the model, and which words were classes.
@@ -28,22 +34,31 @@ def collapse_section(collapse: Mapping) -> Html:
         ]
         for name, metric in metrics.items()
     ]
-    notes = [
-        f"{name}, {state}: {note}"
-        for name, metric in metrics.items()
-        for state, note in (metric.get("notes") or {}).items()
-        if note
-    ]
+    notes = [f"{', '.join(where)}: {note}" for note, where in _noted(metrics).items()]
     return join(
         [
             element("p", _class_words(collapse.get("classes") or {})),
             _setting_words(collapse.get("settings") or {}),
+            element("p", _WHEN_COLLAPSED, class_="note"),
             table("Neural collapse on these words", columns, rows),
             element("ul", *(element("li", note) for note in notes), class_="note")
             if notes
             else None,
         ]
     )
+
+
+def _noted(metrics: Mapping) -> dict[str, list[str]]:
+    """Each remark once, with the metrics and states that it was made on."""
+    found: dict[str, list[str]] = {}
+    for name, metric in metrics.items():
+        states = metric.get("notes") or {}
+        for note in dict.fromkeys(part for text in states.values() for part in text.split("; ")):
+            made = [state for state, text in states.items() if note in text.split("; ")]
+            where = name if len(made) == len(states) else f"{name} ({', '.join(made)})"
+            if note:
+                found.setdefault(note, []).append(where)
+    return found
 
 
 def _metric_value(metric: Mapping, state: str) -> str:
