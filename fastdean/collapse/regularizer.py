@@ -20,7 +20,12 @@ from fastdean._logging import logger
 from fastdean.collapse.alignment import CollapseState, Mode, collapse_alignment_loss
 from fastdean.collapse.classes import CollapseClasses
 from fastdean.collapse.labels import Shift, default_shift, position_labels
-from fastdean.collapse.representations import Features, Representations, output_embedding
+from fastdean.collapse.representations import (
+    Features,
+    Hook,
+    Representations,
+    output_embedding,
+)
 from fastdean.distributed import Ranks
 from fastdean.forward import label_shift
 from fastdean.model_state import unwrap
@@ -56,6 +61,8 @@ class CollapseRegularizer:
     [K, D] and no wait; live ones a wait for the number of labelled positions, an all-gather of
     their features in the forward pass, and an all-reduce of those in the backward pass. A model in
     nn.DataParallel and a sharded one are refused.
+
+    A model has one regulariser at a time. Copies of the model, deep or pickled, come without it.
 
     Args:
         model: a causal or masked language model, also inside PEFT, DistributedDataParallel or
@@ -123,15 +130,39 @@ class CollapseRegularizer:
         self._warned = False
         self._held = False
         self._held_step: int | None = None
-        self._last = Representations(self.module, features=features).attach()
-        # After the hooks of `Representations`: those that were there first run first.
-        self._handle = self.module.register_forward_hook(self._after_forward, with_kwargs=True)
+        self._last = Representations(self.module, features=features)
+        self._handle: Any = None
+        self.attach()
 
     def __enter__(self) -> Self:
-        return self
+        return self.attach()
 
     def __exit__(self, *exc_info: object) -> None:
         self.remove()
+
+    def __reduce__(self) -> tuple:
+        raise TypeError(
+            "a CollapseRegularizer must not be copied or pickled, because it is attached to its "
+            "model; make one for the copied model and give it state_dict()"
+        )
+
+    def attach(self) -> Self:
+        """Hook the model again after `remove()`, with the statistics and the step of before.
+
+        Without effect while attached.
+
+        Raises:
+            ValueError: another regulariser is attached to the model.
+        """
+        if self.attached:
+            return self
+        _check_alone(self.module)
+        self._last.attach()
+        # After the hooks of `Representations`: those that were there first run first.
+        self._handle = self.module.register_forward_hook(
+            Hook(self, self._after_forward), with_kwargs=True
+        )
+        return self
 
     def remove(self) -> None:
         """Leave no hook behind. The statistics stay readable."""
@@ -371,6 +402,18 @@ def _check_options(
             "detach_features=False must come with mode 'window' or 'batch', got 'cumulative'; its "
             "means move by 1 / count of all positions ever seen, so the gradient of the features "
             "fades to nothing"
+        )
+
+
+def _check_alone(module: nn.Module) -> None:
+    """Raise if a regulariser is attached: a cell run twice would add its term twice, unseen."""
+    hooks = [hook for each in module.modules() for hook in each._forward_hooks.values()]
+    owners = [hook.owner for hook in hooks if isinstance(hook, Hook)]
+    if any(isinstance(owner, CollapseRegularizer) for owner in owners):
+        raise ValueError(
+            "model must have no other regulariser attached, got one that would add its term as "
+            "well; call its remove() first, or load the model again, and put all words into one "
+            "CollapseClasses"
         )
 
 
