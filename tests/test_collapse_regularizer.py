@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
 import logging
 import pickle
 import weakref
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tiny_classes import IDS, gradients, rich_batches, some_classes
 from tiny_models import VOCAB, bert, gpt2, llama, qwen2
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdean import CollapseRegularizer
@@ -449,18 +450,46 @@ def test_a_saved_state_goes_on_where_it_was(tmp_path):
         ({"shift": "same"}, IDS, "regulariser with the same shift, got another"),
         ({"features": "head"}, IDS, "regulariser with the same features, got another"),
         ({}, (*IDS[:-1], 61), "regulariser with the same classes, got another"),
-        ({"mode": "batch"}, IDS, "stored must be of kind"),
+        ({"statistic": "mean"}, IDS, "regulariser with the same statistic, got another"),
+        ({"mode": "batch"}, IDS, "regulariser with the same mode, got another"),
+        ({"strength": 2.0}, IDS, "regulariser with the same strength, got another"),
     ],
 )
 def test_the_state_of_another_regulariser_is_refused(options, ids, message):
     stored = CollapseRegularizer(llama(), some_classes(), 1.0).state_dict()
+    other = CollapseRegularizer(llama(), some_classes(ids), **{"strength": 1.0, **options})
     with pytest.raises(ValueError, match=message):
-        CollapseRegularizer(llama(), some_classes(ids), 1.0, **options).load_state_dict(stored)
+        other.load_state_dict(stored)
+
+
+def test_a_schedule_is_known_by_the_factors_of_the_steps_done():
+    def rising(until):
+        return lambda step: min(1.0, step / until)
+
+    model = llama().train()
+    regularizer = CollapseRegularizer(model, some_classes(), 1.0, schedule=rising(2))
+    for batch in rich_batches(5):
+        model(**batch)
+    stored = json.loads(json.dumps(regularizer.state_dict(), default=Tensor.tolist))
+    assert stored["factors"] == [[0, 0, 0.0], [1, 1, 0.5], [2, 4, 1.0]]
+    stored |= regularizer.state.state_dict()
+    for schedule in (rising(3), lambda step: min(1.0, step / 2) if step < 4 else 0.0, None):
+        other = CollapseRegularizer(llama(), some_classes(), 1.0, schedule=schedule)
+        with pytest.raises(ValueError, match="regulariser with the same schedule, got another"):
+            other.load_state_dict(stored)
+        assert other.step == 0 and not other.state.counts.any()
+    later = CollapseRegularizer(
+        llama(), some_classes(), 1.0, schedule=lambda step: min(1.0, step / 2) if step < 5 else 0.0
+    )
+    later.load_state_dict(stored)
+    assert later.step == 5 and later.state_dict()["factors"] == stored["factors"]
 
 
 def test_a_state_of_something_else_is_refused():
     regularizer = CollapseRegularizer(llama(), some_classes(), 1.0)
-    with pytest.raises(ValueError, match="stored must be what state_dict.. gave, got none of of"):
+    with pytest.raises(
+        ValueError, match="stored must be what state_dict.. gave, got none of factor"
+    ):
         regularizer.load_state_dict(CollapseState(len(IDS), 32).state_dict())
 
 

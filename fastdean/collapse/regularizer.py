@@ -9,7 +9,7 @@ Source: Collapsed language models promote fairness (arXiv 2410.04472), (U)NC3 as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self, get_args
 
@@ -62,6 +62,10 @@ class CollapseRegularizer:
     their features in the forward pass, and an all-reduce of those in the backward pass. A model in
     nn.DataParallel and a sharded one are refused.
 
+    A batch whose features are not finite leaves statistics that are not finite either, for good:
+    looking would make every step wait for the device. `fine_tune`, which reads the loss, puts them
+    back before it raises; in a loop of your own call `state.reset()`, or load an earlier state.
+
     A model has one regulariser at a time. Copies of the model, deep or pickled, come without it.
 
     Args:
@@ -78,7 +82,8 @@ class CollapseRegularizer:
             for causal models, the one that stands there for masked ones.
         features: "base" or "head"; see `Representations`.
         schedule: step -> factor on `strength`. Steps are training passes counted from 0; those of
-            the optimizer under `trainer_class`.
+            the optimizer under `trainer_class`. It must give a step the same factor whenever it is
+            asked: `load_state_dict` asks again for the steps done.
         impl: of the loss: None (by device), "reference" or "native".
     Attributes:
         state: the `CollapseState`.
@@ -116,6 +121,7 @@ class CollapseRegularizer:
         self.shift: Shift = default_shift(model) if shift is None else shift
         self.schedule = schedule
         self.step = 0
+        self._factors: list[list[Any]] = []
         self._features = features
         self._statistic = statistic
         self._detach_features = detach_features
@@ -215,35 +221,70 @@ class CollapseRegularizer:
         finally:
             self._held, self._held_step = before
 
+    def require_attached_to(self, model: nn.Module) -> None:
+        """Raise ValueError unless this is attached to `model`, or to a module inside it."""
+        if not self.attached:
+            raise ValueError(
+                "regularizer must be attached, got one after remove(); call attach(), or make a "
+                "new one for the model"
+            )
+        if all(module is not self.module for module in unwrap(model).modules()):
+            raise ValueError(
+                "regularizer must be attached to the model that is trained, got one attached to "
+                "another; load the model first and give the same object to both, to a Trainer "
+                "without model_init"
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        """The statistics (not copies), the step, and what they belong to; the same on all ranks."""
-        return {**self.state.state_dict(), "step": self.step, "of": self._identity()}
+        """The statistics (not copies), the step, and what they belong to; the same on all ranks.
+
+        "of" tells this regulariser's training from another's, but for the schedule, which is known
+        by what it gave: "factors" has [first step, last step, factor] for each run of equal ones.
+        """
+        return {
+            **self.state.state_dict(),
+            "step": self.step,
+            "of": self._identity(),
+            "factors": [list(run) for run in self._factors],
+        }
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
         """Go on from a saved state. On every rank, with the same one.
 
-        Raises: ValueError if an entry is missing, or it belongs to other classes or options.
+        Raises:
+            ValueError: an entry is missing; it belongs to other classes, another strength or other
+                options; or `schedule` gives other factors for the steps done than were used.
         """
-        if missing := sorted({"step", "of"} - stored.keys()):
+        if missing := sorted({"step", "of", "factors"} - stored.keys()):
             raise ValueError(
                 f"stored must be what state_dict() gave, got none of {', '.join(missing)}; save "
                 "the whole dictionary"
             )
         for name, own in self._identity().items():
             if stored["of"].get(name) != own:
-                raise ValueError(
-                    f"stored must belong to a regulariser with the same {name}, got another; make "
-                    "this one like it, or start with empty statistics"
-                )
+                raise _belongs_to_another(name)
+        if not all(map(self._gives, stored["factors"])):
+            raise _belongs_to_another("schedule")
         self.state.load_state_dict(stored)
         self.step = int(stored["step"])
+        self._factors = [list(run) for run in stored["factors"]]
 
     def _identity(self) -> dict[str, Any]:
         return {
             "classes": [list(piece) for piece in self.classes.pieces],
+            "strength": self.strength,
+            "statistic": self._statistic,
+            "detach_features": self._detach_features,
+            "mode": self.state.mode,
+            "decay": self.state.decay,
             "shift": self.shift,
             "features": self._features,
         }
+
+    def _gives(self, run: Sequence[Any]) -> bool:
+        """Whether the schedule has the factor of `run` at each of its steps."""
+        first, last, factor = run
+        return all(self._factor_at(step) == factor for step in range(first, last + 1))
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         try:
@@ -329,9 +370,18 @@ class CollapseRegularizer:
         return loss
 
     def _factor(self) -> float:
+        step = self.step if self._held_step is None else self._held_step
+        factor = self._factor_at(step)
+        run = self._factors[-1] if self._factors else None
+        if run is not None and run[2] == factor and run[1] <= step <= run[1] + 1:
+            run[1] = step
+        else:
+            self._factors.append([step, step, factor])
+        return factor
+
+    def _factor_at(self, step: int) -> float:
         if self.schedule is None:
             return 1.0
-        step = self.step if self._held_step is None else self._held_step
         factor = float(self.schedule(step))
         if not math.isfinite(factor):
             raise ValueError(f"schedule must give a finite factor, got {factor} for step {step}")
@@ -377,6 +427,13 @@ class CollapseRegularizer:
                 "the regulariser's term of the last training pass was in no loss: the output "
                 "carried none and term() was not called; pass labels to the model or add term()"
             )
+
+
+def _belongs_to_another(name: str) -> ValueError:
+    return ValueError(
+        f"stored must belong to a regulariser with the same {name}, got another; make this one "
+        "like it, or start with empty statistics"
+    )
 
 
 def _check_options(
