@@ -178,6 +178,29 @@ def test_special_tokens_are_never_hidden(monkeypatch):
     assert len(hidden) > 20 and hidden.min() >= len(SPECIAL)
 
 
+def test_random_words_are_words_of_the_tokenizer(monkeypatch):
+    from fastdean.debias import objectives
+
+    model, mask_tokens, seen = MASKED(), objectives.mask_tokens, []
+    known = set(TOKENIZER.get_vocab().values())
+    assert model.get_input_embeddings().num_embeddings > max(known) + 1
+
+    def spy(*arguments, **options):
+        seen.extend(options["random_ids"].tolist())
+        return mask_tokens(*arguments, **options)
+
+    monkeypatch.setattr(objectives, "mask_tokens", spy)
+    train(model, "bec", steps=1)
+    assert set(seen) == known - set(TOKENIZER.all_special_ids)
+
+
+def test_the_tokenizer_is_as_before():
+    own = tokenizer()
+    before = own.backend_tokenizer.to_str()
+    fine_tune(CAUSAL(), own, TEXTS, "causal", steps=1, max_length=4, progress=False)
+    assert own.backend_tokenizer.to_str() == before
+
+
 def test_the_regularisers_term_is_added_and_logged():
     model, plain = CAUSAL(), CAUSAL()
     regularizer = Regularizer(model)
@@ -494,6 +517,7 @@ def test_a_method_that_does_not_fit_the_model_is_refused(build, method, text):
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"eval_every": 1}, "on_eval must be a function where eval_every is given, got None and 1"),
         ({"max_length": 1000}, "max_length must be at most the model's 128 tokens, got 1000"),
+        ({"max_length": 1}, "max_length must be at least 2 for method 'causal', got 1"),
         ({"rows": []}, "rows must hold at least one row, got none"),
         ({"rows": [TEXTS[0], PAIRS[0]]}, "row 1 must have text in the column 'text', got .*'hypo"),
         (

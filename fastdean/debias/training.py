@@ -127,7 +127,7 @@ def fine_tune(
     if regularizer is not None:
         regularizer.require_attached_to(model)
 
-    rows, longest = list(rows), _longest(model, max_length)
+    rows, longest = list(rows), _longest(model, method, max_length)
     neutral_words = None if neutral_words is None else sorted(neutral_words)
     words = GenderWords.from_lists(lists)
     encoder = TextEncoder(tokenizer, words, neutral_words=neutral_words, max_length=longest)
@@ -301,8 +301,13 @@ def _check_weights(model: nn.Module) -> None:
             )
 
 
-def _longest(model: nn.Module, max_length: int | None) -> int:
+def _longest(model: nn.Module, method: str, max_length: int | None) -> int:
     """`max_length`, or its default; no more than the model has positions for."""
+    if method == "causal" and max_length is not None and max_length < 2:
+        raise ValueError(
+            f"max_length must be at least 2 for method 'causal', got {max_length}, where no token "
+            "follows another and nothing is learnt; raise it"
+        )
     limit = max_tokens(model)
     if max_length is not None and limit is not None and max_length > limit:
         raise ValueError(
