@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
+import json
 import logging
+import pickle
+import weakref
 
 import pytest
 import torch
 from tiny_classes import IDS, gradients, rich_batches, some_classes
 from tiny_models import VOCAB, bert, gpt2, llama, qwen2
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdean import CollapseRegularizer
@@ -338,14 +343,37 @@ def test_removal_leaves_no_hook_and_no_effect(features):
     assert regularizer.step == 1
 
 
-def test_two_on_one_model_add_up():
+SECOND = "model must have no other regulariser attached, got one .* call its remove.. first"
+
+
+def test_a_cell_that_is_run_twice_does_not_add_the_term_twice():
     model, plain = double(llama), double(llama)
-    first = CollapseRegularizer(model, some_classes(IDS[:4]), 2.0)
-    second = CollapseRegularizer(model, some_classes(IDS[3:]), 3.0)
-    batch = next(rich_batches(1, rows=6))
+    first = CollapseRegularizer(model, some_classes(), STRENGTH)
+    before = hooks_of(model)
+    with pytest.raises(ValueError, match=SECOND):
+        CollapseRegularizer(model, some_classes(), STRENGTH)
+    assert hooks_of(model) == before
+    batch = next(rich_batches(1))
     extra = model(**batch).loss - plain(**batch).loss
-    assert extra.item() == pytest.approx(2 * first.value + 3 * second.value, rel=1e-9)
-    assert first.value != second.value
+    assert extra.item() == pytest.approx(STRENGTH * first.value, rel=1e-9)
+    first.remove()
+    second = CollapseRegularizer(model, some_classes(), STRENGTH)
+    with pytest.raises(ValueError, match=SECOND), first:
+        pass
+    assert second.attached and not first.attached
+
+
+def test_a_block_that_is_entered_again_goes_on_with_its_statistics():
+    model, whole = double(llama), double(llama)
+    regularizer = CollapseRegularizer(model, some_classes(), STRENGTH)
+    CollapseRegularizer(whole, some_classes(), STRENGTH)
+    before = None
+    for batch in rich_batches(2):
+        with regularizer:
+            assert torch.equal(model(**batch).loss, whole(**batch).loss)
+        before = before or hooks_of(model)
+        assert hooks_of(model) == before and not regularizer.attached
+    assert regularizer.step == 2
 
 
 def test_a_compiled_model_that_had_no_pass_before_gets_its_term():
@@ -359,15 +387,44 @@ def test_a_compiled_model_that_had_no_pass_before_gets_its_term():
     assert regularizer.step == 2
 
 
-def test_a_copy_of_a_model_has_a_regulariser_of_its_own():
-    model = llama().train()
-    regularizer = CollapseRegularizer(model, some_classes(), STRENGTH)
+def stored_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("features", ["base", "head"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, stored_and_loaded])
+def test_copies_of_a_model_come_without_its_regulariser(copied, features):
+    model, plain = llama().train(), llama().train()
+    regularizer = CollapseRegularizer(model, some_classes(), STRENGTH, features=features)
     first, second = rich_batches(2)
-    model(**first).loss.backward()
-    other = copy.deepcopy(model)
+    model(**unlabelled(first))  # Leaves a term with its graph, which nothing can copy.
+    other = copied(model)
     counts = regularizer.state.counts.clone()
-    other(**second).loss.backward()
+    assert torch.equal(other(**second).loss, plain(**second).loss)
     assert torch.equal(regularizer.state.counts, counts)
+    own = CollapseRegularizer(other, some_classes(), STRENGTH, features=features)
+    assert not torch.equal(other(**second).loss, plain(**second).loss)
+    assert (own.step, regularizer.step) == (1, 1)
+    assert regularizer.term() > 0
+
+
+def test_a_model_that_nobody_holds_is_let_go_of_with_its_regulariser():
+    model = llama()
+    CollapseRegularizer(model, some_classes(), STRENGTH)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_regulariser_is_not_copied(copied):
+    regularizer = CollapseRegularizer(llama(), some_classes(), STRENGTH)
+    with pytest.raises(TypeError, match="must not be copied or pickled, .* give it state_dict"):
+        copied(regularizer)
 
 
 def test_a_saved_state_goes_on_where_it_was(tmp_path):
@@ -393,18 +450,46 @@ def test_a_saved_state_goes_on_where_it_was(tmp_path):
         ({"shift": "same"}, IDS, "regulariser with the same shift, got another"),
         ({"features": "head"}, IDS, "regulariser with the same features, got another"),
         ({}, (*IDS[:-1], 61), "regulariser with the same classes, got another"),
-        ({"mode": "batch"}, IDS, "stored must be of kind"),
+        ({"statistic": "mean"}, IDS, "regulariser with the same statistic, got another"),
+        ({"mode": "batch"}, IDS, "regulariser with the same mode, got another"),
+        ({"strength": 2.0}, IDS, "regulariser with the same strength, got another"),
     ],
 )
 def test_the_state_of_another_regulariser_is_refused(options, ids, message):
     stored = CollapseRegularizer(llama(), some_classes(), 1.0).state_dict()
+    other = CollapseRegularizer(llama(), some_classes(ids), **{"strength": 1.0, **options})
     with pytest.raises(ValueError, match=message):
-        CollapseRegularizer(llama(), some_classes(ids), 1.0, **options).load_state_dict(stored)
+        other.load_state_dict(stored)
+
+
+def test_a_schedule_is_known_by_the_factors_of_the_steps_done():
+    def rising(until):
+        return lambda step: min(1.0, step / until)
+
+    model = llama().train()
+    regularizer = CollapseRegularizer(model, some_classes(), 1.0, schedule=rising(2))
+    for batch in rich_batches(5):
+        model(**batch)
+    stored = json.loads(json.dumps(regularizer.state_dict(), default=Tensor.tolist))
+    assert stored["factors"] == [[0, 0, 0.0], [1, 1, 0.5], [2, 4, 1.0]]
+    stored |= regularizer.state.state_dict()
+    for schedule in (rising(3), lambda step: min(1.0, step / 2) if step < 4 else 0.0, None):
+        other = CollapseRegularizer(llama(), some_classes(), 1.0, schedule=schedule)
+        with pytest.raises(ValueError, match="regulariser with the same schedule, got another"):
+            other.load_state_dict(stored)
+        assert other.step == 0 and not other.state.counts.any()
+    later = CollapseRegularizer(
+        llama(), some_classes(), 1.0, schedule=lambda step: min(1.0, step / 2) if step < 5 else 0.0
+    )
+    later.load_state_dict(stored)
+    assert later.step == 5 and later.state_dict()["factors"] == stored["factors"]
 
 
 def test_a_state_of_something_else_is_refused():
     regularizer = CollapseRegularizer(llama(), some_classes(), 1.0)
-    with pytest.raises(ValueError, match="stored must be what state_dict.. gave, got none of of"):
+    with pytest.raises(
+        ValueError, match="stored must be what state_dict.. gave, got none of factor"
+    ):
         regularizer.load_state_dict(CollapseState(len(IDS), 32).state_dict())
 
 

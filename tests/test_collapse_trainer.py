@@ -334,8 +334,28 @@ def test_resuming_without_statistics_says_what_to_do(tmp_path):
         trainer.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"statistic": "mean"}, "statistic"),
+        ({"mode": "window"}, "mode"),
+        ({"schedule": lambda step: 0.5}, "schedule"),
+    ],
+)
+def test_resuming_with_another_regulariser_is_refused(tmp_path, options, named):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    model = llama()
+    make_trainer(model, regularized(model), args).train()
+    other = llama()
+    trainer = make_trainer(other, regularized(other, **options), args)
+    with pytest.raises(ValueError, match=f"regulariser with the same {named}, got another"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_a_regulariser_of_another_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="regularizer must be attached to the Trainer's model"):
+    with pytest.raises(
+        ValueError, match="must be attached to the model that is trained, .* model_init"
+    ):
         make_trainer(llama(), regularized(llama()), arguments(tmp_path))
 
 

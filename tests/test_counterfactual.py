@@ -161,6 +161,18 @@ def test_rows_are_followed_by_their_copies():
 
 
 @pytest.mark.parametrize(
+    ("turn", "found"),
+    [
+        ({"role": "assistant", "tool_calls": []}, r"got the keys \['role', 'tool_calls'\]; write"),
+        ("she", "got 'she'; write"),
+    ],
+)
+def test_a_turn_without_content_is_refused(turn, found):
+    with pytest.raises(ValueError, match=f'messages must be turns with a "content", {found}'):
+        augment([{"messages": [{"role": "user", "content": None}, turn]}])
+
+
+@pytest.mark.parametrize(
     ("lists", "text"),
     [
         ({"pairs": []}, "must have the keys pairs, ambiguous, names, got no 'ambiguous'"),

@@ -81,6 +81,37 @@ def test_a_word_that_is_cut_off_is_none():
     assert cut.kinds.tolist() == [OTHER, FEMALE, OTHER, OTHER]
 
 
+@pytest.mark.parametrize("text", ["ſhe . he", "hıſ . he", "hİs . he", "HER . he"])
+def test_letters_of_which_only_a_pattern_takes_the_case_for_the_same_are_no_word(text):
+    found = kinds(word_piece(), text).kinds.tolist()
+    assert found[-2] == MALE
+    assert (FEMALE in found) == text.startswith("HER")
+
+
+def test_without_any_word_no_token_is_of_a_kind():
+    words = GenderWords.from_lists({"pairs": [], "ambiguous": {}, "names": {}})
+    text = TextEncoder(word_piece(), words, neutral_words=[], max_length=9)("she . he")
+    assert not text.kinds.any()
+
+
+@pytest.mark.parametrize("own", ["none", "both"])
+@pytest.mark.parametrize("text", ["she d nurse", None])
+def test_the_tokenizers_own_settings_are_as_before_also_after_an_error(own, text):
+    tokenizer = word_piece()
+    backend = tokenizer.backend_tokenizer
+    if own == "both":
+        backend.enable_truncation(7, stride=1, direction="left")
+        backend.enable_padding(length=9, pad_id=0, pad_token="[PAD]")
+    before = backend.to_str()
+    if text is None:
+        with pytest.raises((TypeError, ValueError)):
+            kinds(tokenizer, text)
+    else:
+        assert len(kinds(tokenizer, text, max_length=4).input_ids) == 4
+        single_token_pairs(tokenizer, GenderWords.from_lists(LISTS))
+    assert backend.to_str() == before
+
+
 def test_spaces_inside_tokens_do_no_harm():
     text = kinds(byte_level(), "he nurse she.")
     assert text.kinds.tolist() == [MALE, *[OTHER] * 5, NEUTRAL, FEMALE, OTHER]

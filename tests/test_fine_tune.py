@@ -91,6 +91,7 @@ class Regularizer:
 
     def __init__(self, model, strength=0.5):
         self.model, self.strength = model, strength
+        self.of = {"classes": [[1], [2, 3]], "strength": strength}
         self.value, self.calls = None, 0
         self.sums = torch.zeros(3)
 
@@ -101,11 +102,14 @@ class Regularizer:
         self.sums = self.sums + self.value
         return self.strength * loss
 
+    def require_attached_to(self, model):
+        assert model is self.model
+
     def state_dict(self):
-        return {"sums": self.sums, "calls": self.calls, "of": {"classes": [[1], [2, 3]]}}
+        return {"sums": self.sums, "calls": self.calls, "of": self.of}
 
     def load_state_dict(self, stored):
-        assert stored["of"] == {"classes": [[1], [2, 3]]}
+        assert stored["of"] == self.of
         self.sums, self.calls = stored["sums"], stored["calls"]
 
 
@@ -172,6 +176,29 @@ def test_special_tokens_are_never_hidden(monkeypatch):
     train(MASKED(), "bec", steps=12)
     hidden = torch.cat([labels[labels != -100] for labels in seen])
     assert len(hidden) > 20 and hidden.min() >= len(SPECIAL)
+
+
+def test_random_words_are_words_of_the_tokenizer(monkeypatch):
+    from fastdean.debias import objectives
+
+    model, mask_tokens, seen = MASKED(), objectives.mask_tokens, []
+    known = set(TOKENIZER.get_vocab().values())
+    assert model.get_input_embeddings().num_embeddings > max(known) + 1
+
+    def spy(*arguments, **options):
+        seen.extend(options["random_ids"].tolist())
+        return mask_tokens(*arguments, **options)
+
+    monkeypatch.setattr(objectives, "mask_tokens", spy)
+    train(model, "bec", steps=1)
+    assert set(seen) == known - set(TOKENIZER.all_special_ids)
+
+
+def test_the_tokenizer_is_as_before():
+    own = tokenizer()
+    before = own.backend_tokenizer.to_str()
+    fine_tune(CAUSAL(), own, TEXTS, "causal", steps=1, max_length=4, progress=False)
+    assert own.backend_tokenizer.to_str() == before
 
 
 def test_the_regularisers_term_is_added_and_logged():
@@ -265,10 +292,86 @@ def test_what_is_another_training_is_not_resumed(tmp_path):
     with pytest.raises(ValueError, match="differs in weights; choose another folder, or start"):
         train(CAUSAL(seed=1), steps=1, out=tmp_path / "run")
     model = CAUSAL()
-    with pytest.raises(ValueError, match="differs in regularizer strength;"):
+    with pytest.raises(ValueError, match="differs in regularizer classes, regularizer strength;"):
         train(model, steps=1, out=tmp_path / "run", regularizer=Regularizer(model))
     with pytest.raises(ValueError, match="no training for resume=False, got .* after step 1;"):
         train(CAUSAL(), steps=1, out=tmp_path / "run", resume=False)
+
+
+CLASS_WORDS = {"female": ["she", "her", "woman"], "male": ["he", "his", "man"]}
+
+
+def collapse_regularizer(model, strength=5.0, **options):
+    from fastdean.collapse import CollapseClasses, CollapseRegularizer
+
+    forms = {"casing": False, "leading_space": False}
+    classes = CollapseClasses.from_words(TOKENIZER, CLASS_WORDS, **forms)
+    return CollapseRegularizer(model, classes, strength, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"statistic": "mean"}, "differs in regularizer statistic;"),
+        ({"detach_features": False}, "differs in regularizer detach_features;"),
+        ({"mode": "window"}, "differs in regularizer decay, regularizer mode;"),
+        ({"features": "head"}, "differs in regularizer features;"),
+        ({"strength": 6.0}, "differs in regularizer strength;"),
+        ({"schedule": lambda step: 0.0}, "a regulariser with the same schedule, got another;"),
+        ({"schedule": lambda step: float(step < 2)}, "regulariser with the same schedule, got an"),
+    ],
+)
+def test_the_training_of_another_regulariser_is_not_resumed(options, named, tmp_path):
+    def run(**options):
+        model = CAUSAL()
+        regularizer = collapse_regularizer(model, **{"mode": "batch", **options})
+        return model, lambda: train(model, steps=3, out=tmp_path, regularizer=regularizer)
+
+    first, start = run()
+    history = start()
+    other, start = run(**options)
+    before = weights(other)
+    with pytest.raises(ValueError, match=named):
+        start()
+    assert_same(weights(other), before)
+    again, start = run(schedule=lambda step: 1.0)
+    assert start() == history
+    assert_same(weights(again), weights(first))
+
+
+@pytest.mark.parametrize("case", ["removed", "of another model"])
+def test_a_regulariser_that_would_not_be_heard_is_refused_before_anything_is_trained(
+    case, tmp_path
+):
+    model = CAUSAL()
+    regularizer = collapse_regularizer(model if case == "removed" else CAUSAL())
+    text = "must be attached to the model that is trained, got one attached to another"
+    if case == "removed":
+        regularizer.remove()
+        text = "regularizer must be attached, got one after remove"
+    before = weights(model)
+    with pytest.raises(ValueError, match=text):
+        train(model, steps=1, regularizer=regularizer, out=tmp_path / "run")
+    assert_same(weights(model), before)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_the_statistics_of_the_step_before():
+    model, plain = CAUSAL(), CAUSAL()
+    regularizer, expected = collapse_regularizer(model), collapse_regularizer(plain)
+    train(plain, steps=1, regularizer=expected, accumulation=2)
+
+    def spoil(step, model):
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("nan")
+
+    options = {"regularizer": regularizer, "accumulation": 2}
+    with pytest.raises(RuntimeError, match="loss must be finite, got nan in step 2"):
+        train(model, steps=2, warmup=0.0, eval_every=1, on_eval=spoil, **options)
+    found, wanted = regularizer.state_dict(), expected.state_dict()
+    assert torch.equal(found["sums"], wanted["sums"]) and found["sums"].any()
+    assert torch.equal(found["counts"], wanted["counts"])
+    assert (found["step"], found["factors"]) == (wanted["step"], wanted["factors"])
 
 
 def test_checkpoints_leave_other_files_and_half_written_ones_alone(tmp_path):
@@ -414,6 +517,7 @@ def test_a_method_that_does_not_fit_the_model_is_refused(build, method, text):
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"eval_every": 1}, "on_eval must be a function where eval_every is given, got None and 1"),
         ({"max_length": 1000}, "max_length must be at most the model's 128 tokens, got 1000"),
+        ({"max_length": 1}, "max_length must be at least 2 for method 'causal', got 1"),
         ({"rows": []}, "rows must hold at least one row, got none"),
         ({"rows": [TEXTS[0], PAIRS[0]]}, "row 1 must have text in the column 'text', got .*'hypo"),
         (

@@ -9,7 +9,7 @@ Source: Collapsed language models promote fairness (arXiv 2410.04472), (U)NC3 as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self, get_args
 
@@ -20,7 +20,12 @@ from fastdean._logging import logger
 from fastdean.collapse.alignment import CollapseState, Mode, collapse_alignment_loss
 from fastdean.collapse.classes import CollapseClasses
 from fastdean.collapse.labels import Shift, default_shift, position_labels
-from fastdean.collapse.representations import Features, Representations, output_embedding
+from fastdean.collapse.representations import (
+    Features,
+    Hook,
+    Representations,
+    output_embedding,
+)
 from fastdean.distributed import Ranks
 from fastdean.forward import label_shift
 from fastdean.model_state import unwrap
@@ -57,6 +62,12 @@ class CollapseRegularizer:
     their features in the forward pass, and an all-reduce of those in the backward pass. A model in
     nn.DataParallel and a sharded one are refused.
 
+    A batch whose features are not finite leaves statistics that are not finite either, for good:
+    looking would make every step wait for the device. `fine_tune`, which reads the loss, puts them
+    back before it raises; in a loop of your own call `state.reset()`, or load an earlier state.
+
+    A model has one regulariser at a time. Copies of the model, deep or pickled, come without it.
+
     Args:
         model: a causal or masked language model, also inside PEFT, DistributedDataParallel or
             `torch.compile` (then attach before its first pass). It is hooked, never wrapped.
@@ -71,7 +82,8 @@ class CollapseRegularizer:
             for causal models, the one that stands there for masked ones.
         features: "base" or "head"; see `Representations`.
         schedule: step -> factor on `strength`. Steps are training passes counted from 0; those of
-            the optimizer under `trainer_class`.
+            the optimizer under `trainer_class`. It must give a step the same factor whenever it is
+            asked: `load_state_dict` asks again for the steps done.
         impl: of the loss: None (by device), "reference" or "native".
     Attributes:
         state: the `CollapseState`.
@@ -109,6 +121,7 @@ class CollapseRegularizer:
         self.shift: Shift = default_shift(model) if shift is None else shift
         self.schedule = schedule
         self.step = 0
+        self._factors: list[list[Any]] = []
         self._features = features
         self._statistic = statistic
         self._detach_features = detach_features
@@ -123,15 +136,39 @@ class CollapseRegularizer:
         self._warned = False
         self._held = False
         self._held_step: int | None = None
-        self._last = Representations(self.module, features=features).attach()
-        # After the hooks of `Representations`: those that were there first run first.
-        self._handle = self.module.register_forward_hook(self._after_forward, with_kwargs=True)
+        self._last = Representations(self.module, features=features)
+        self._handle: Any = None
+        self.attach()
 
     def __enter__(self) -> Self:
-        return self
+        return self.attach()
 
     def __exit__(self, *exc_info: object) -> None:
         self.remove()
+
+    def __reduce__(self) -> tuple:
+        raise TypeError(
+            "a CollapseRegularizer must not be copied or pickled, because it is attached to its "
+            "model; make one for the copied model and give it state_dict()"
+        )
+
+    def attach(self) -> Self:
+        """Hook the model again after `remove()`, with the statistics and the step of before.
+
+        Without effect while attached.
+
+        Raises:
+            ValueError: another regulariser is attached to the model.
+        """
+        if self.attached:
+            return self
+        _check_alone(self.module)
+        self._last.attach()
+        # After the hooks of `Representations`: those that were there first run first.
+        self._handle = self.module.register_forward_hook(
+            Hook(self, self._after_forward), with_kwargs=True
+        )
+        return self
 
     def remove(self) -> None:
         """Leave no hook behind. The statistics stay readable."""
@@ -184,35 +221,70 @@ class CollapseRegularizer:
         finally:
             self._held, self._held_step = before
 
+    def require_attached_to(self, model: nn.Module) -> None:
+        """Raise ValueError unless this is attached to `model`, or to a module inside it."""
+        if not self.attached:
+            raise ValueError(
+                "regularizer must be attached, got one after remove(); call attach(), or make a "
+                "new one for the model"
+            )
+        if all(module is not self.module for module in unwrap(model).modules()):
+            raise ValueError(
+                "regularizer must be attached to the model that is trained, got one attached to "
+                "another; load the model first and give the same object to both, to a Trainer "
+                "without model_init"
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        """The statistics (not copies), the step, and what they belong to; the same on all ranks."""
-        return {**self.state.state_dict(), "step": self.step, "of": self._identity()}
+        """The statistics (not copies), the step, and what they belong to; the same on all ranks.
+
+        "of" tells this regulariser's training from another's, but for the schedule, which is known
+        by what it gave: "factors" has [first step, last step, factor] for each run of equal ones.
+        """
+        return {
+            **self.state.state_dict(),
+            "step": self.step,
+            "of": self._identity(),
+            "factors": [list(run) for run in self._factors],
+        }
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
         """Go on from a saved state. On every rank, with the same one.
 
-        Raises: ValueError if an entry is missing, or it belongs to other classes or options.
+        Raises:
+            ValueError: an entry is missing; it belongs to other classes, another strength or other
+                options; or `schedule` gives other factors for the steps done than were used.
         """
-        if missing := sorted({"step", "of"} - stored.keys()):
+        if missing := sorted({"step", "of", "factors"} - stored.keys()):
             raise ValueError(
                 f"stored must be what state_dict() gave, got none of {', '.join(missing)}; save "
                 "the whole dictionary"
             )
         for name, own in self._identity().items():
             if stored["of"].get(name) != own:
-                raise ValueError(
-                    f"stored must belong to a regulariser with the same {name}, got another; make "
-                    "this one like it, or start with empty statistics"
-                )
+                raise _belongs_to_another(name)
+        if not all(map(self._gives, stored["factors"])):
+            raise _belongs_to_another("schedule")
         self.state.load_state_dict(stored)
         self.step = int(stored["step"])
+        self._factors = [list(run) for run in stored["factors"]]
 
     def _identity(self) -> dict[str, Any]:
         return {
             "classes": [list(piece) for piece in self.classes.pieces],
+            "strength": self.strength,
+            "statistic": self._statistic,
+            "detach_features": self._detach_features,
+            "mode": self.state.mode,
+            "decay": self.state.decay,
             "shift": self.shift,
             "features": self._features,
         }
+
+    def _gives(self, run: Sequence[Any]) -> bool:
+        """Whether the schedule has the factor of `run` at each of its steps."""
+        first, last, factor = run
+        return all(self._factor_at(step) == factor for step in range(first, last + 1))
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         try:
@@ -298,9 +370,18 @@ class CollapseRegularizer:
         return loss
 
     def _factor(self) -> float:
+        step = self.step if self._held_step is None else self._held_step
+        factor = self._factor_at(step)
+        run = self._factors[-1] if self._factors else None
+        if run is not None and run[2] == factor and run[1] <= step <= run[1] + 1:
+            run[1] = step
+        else:
+            self._factors.append([step, step, factor])
+        return factor
+
+    def _factor_at(self, step: int) -> float:
         if self.schedule is None:
             return 1.0
-        step = self.step if self._held_step is None else self._held_step
         factor = float(self.schedule(step))
         if not math.isfinite(factor):
             raise ValueError(f"schedule must give a finite factor, got {factor} for step {step}")
@@ -348,6 +429,13 @@ class CollapseRegularizer:
             )
 
 
+def _belongs_to_another(name: str) -> ValueError:
+    return ValueError(
+        f"stored must belong to a regulariser with the same {name}, got another; make this one "
+        "like it, or start with empty statistics"
+    )
+
+
 def _check_options(
     strength: float, statistic: str, detach_features: bool, mode: str, shift: str | None
 ) -> None:
@@ -371,6 +459,18 @@ def _check_options(
             "detach_features=False must come with mode 'window' or 'batch', got 'cumulative'; its "
             "means move by 1 / count of all positions ever seen, so the gradient of the features "
             "fades to nothing"
+        )
+
+
+def _check_alone(module: nn.Module) -> None:
+    """Raise if a regulariser is attached: a cell run twice would add its term twice, unseen."""
+    hooks = [hook for each in module.modules() for hook in each._forward_hooks.values()]
+    owners = [hook.owner for hook in hooks if isinstance(hook, Hook)]
+    if any(isinstance(owner, CollapseRegularizer) for owner in owners):
+        raise ValueError(
+            "model must have no other regulariser attached, got one that would add its term as "
+            "well; call its remove() first, or load the model again, and put all words into one "
+            "CollapseClasses"
         )
 
 

@@ -6,6 +6,7 @@ The only code of this room that hooks a module to look at tokens; modules are ne
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal, Self, get_args
 
 from torch import Tensor, nn
@@ -13,6 +14,31 @@ from torch import Tensor, nn
 from fastdean.model_state import unwrap
 
 Features = Literal["base", "head"]
+
+
+class Hook:
+    """A hook that its module's copies, deep or pickled, are without: theirs does nothing.
+
+    Otherwise a copied model would be hooked by a copy of `owner` that nobody holds and nobody can
+    remove; and an owner that holds tensors with a graph could not be copied at all.
+    """
+
+    def __init__(self, owner: object, call: Callable[..., Any]) -> None:
+        self.owner = owner
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        return _NoHook, ()
+
+
+class _NoHook:
+    """What a copy of a `Hook` is."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
 
 class Representations:
@@ -65,13 +91,15 @@ class Representations:
         """Start to listen to the model; without effect while attached."""
         if self._handles:
             return self
+        keep_output = Hook(self, self._keep_output)
         self._handles = [
-            self._outer.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self._outer.register_forward_hook(self._end, always_call=True),
-            *(base.register_forward_hook(self._keep_output) for base in self._bases),
+            self._outer.register_forward_pre_hook(Hook(self, self._begin), with_kwargs=True),
+            self._outer.register_forward_hook(Hook(self, self._end), always_call=True),
+            *(base.register_forward_hook(keep_output) for base in self._bases),
         ]
         if self._head is not None:
-            self._handles.append(self._head.register_forward_pre_hook(self._at_head))
+            at_head = Hook(self, self._at_head)
+            self._handles.append(self._head.register_forward_pre_hook(at_head))
         return self
 
     def remove(self) -> None:

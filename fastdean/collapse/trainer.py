@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.collapse.regularizer import CollapseRegularizer
-from fastdean.model_state import unwrap
 from fastdean.storage import read_folder, write_folder
 
 STATE_FOLDER = "collapse_regularizer"
@@ -37,7 +36,7 @@ def trainer_class(base: type) -> type:
     is small beside it: set `model.accepts_loss_kwargs = False` before making the Trainer.
 
     Checkpoints hold the statistics in the folder "collapse_regularizer", except those of
-    `save_only_model`; resuming takes them over.
+    `save_only_model`; resuming takes them over, into a regulariser with the same options.
 
     Args:
         base: `transformers.Trainer` or a class derived from it.
@@ -109,15 +108,7 @@ def _check_attached(regularizer: CollapseRegularizer, model: nn.Module) -> None:
         raise TypeError(
             f"regularizer must be a CollapseRegularizer, got {type(regularizer).__name__}"
         )
-    if not regularizer.attached:
-        raise ValueError(
-            "regularizer must be attached, got one after remove(); make a new one for the model"
-        )
-    if all(module is not regularizer.module for module in unwrap(model).modules()):
-        raise ValueError(
-            "regularizer must be attached to the Trainer's model, got one attached to another; "
-            "load the model first and give the same object to both, without model_init"
-        )
+    regularizer.require_attached_to(model)
 
 
 def _divides_by_accumulation(trainer: Any, num_items_in_batch: Tensor | int | None) -> bool:

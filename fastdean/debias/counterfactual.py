@@ -82,6 +82,8 @@ def augment(
         lists: see `counterfactual`.
     Returns:
         New dictionaries; a row in which nothing was swapped has no copy.
+    Raises:
+        ValueError: the lists are not of that form, or a turn of `messages` has no "content".
     """
     words = GenderWords.from_lists(lists)
     found = []
@@ -95,8 +97,18 @@ def augment(
 
 def _swap_value(value: Any, key: str, words: GenderWords) -> Any:
     if key == "messages" and value is not None:
-        return [{**turn, "content": _swapped_or_same(turn["content"], words)} for turn in value]
+        return [_swap_turn(turn, words) for turn in value]
     return _swapped_or_same(value, words) if key in _TEXT_KEYS else value
+
+
+def _swap_turn(turn: Any, words: GenderWords) -> dict[str, Any]:
+    if not isinstance(turn, Mapping) or "content" not in turn:
+        found = f"the keys {sorted(turn)}" if isinstance(turn, Mapping) else f"{turn!r:.80}"
+        raise ValueError(
+            f'messages must be turns with a "content", got {found}; write "content": null where a '
+            "turn has no text"
+        )
+    return {**turn, "content": _swapped_or_same(turn["content"], words)}
 
 
 def _swapped_or_same(value: Any, words: GenderWords) -> Any:

@@ -121,7 +121,9 @@ class Bec(Objective):
                 "the one that belongs to the model"
             )
         special = torch.tensor(sorted(tokenizer.all_special_ids))
-        ids = torch.arange(unwrap(material.model).get_input_embeddings().num_embeddings)
+        # An embedding may be padded by rows that are no tokens.
+        rows = unwrap(material.model).get_input_embeddings().num_embeddings
+        ids = torch.tensor(sorted({*tokenizer.get_vocab().values()} & {*range(rows)}))
         self._special_ids = special
         self._random_ids = ids[~torch.isin(ids, special)]
         self._mask_id = tokenizer.mask_token_id

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
@@ -83,22 +84,27 @@ class TextEncoder:
             **dict.fromkeys(words.male, MALE),
         }
         either = "|".join(re.escape(word) for word in sorted(self._kinds, key=len, reverse=True))
-        self._pattern = re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.IGNORECASE)
+        pattern = rf"(?<!\w)(?:{either})(?!\w)" if either else r"(?!)"
+        self._pattern = re.compile(pattern, re.IGNORECASE)
         self._tokenizer = tokenizer
         self._max_length = max_length
 
     def __call__(self, text: str) -> Text:
-        encoded = self._tokenizer(
-            text,
-            truncation=True,
-            max_length=self._max_length,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-        )
+        with _own_settings_kept(self._tokenizer):
+            encoded = self._tokenizer(
+                text,
+                truncation=True,
+                max_length=self._max_length,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+            )
         kinds = torch.full((len(encoded["input_ids"]),), OTHER)
         for match in self._pattern.finditer(text):
-            if (place := _last_token(encoded["offset_mapping"], *match.span())) is not None:
-                kinds[place] = self._kinds[match.group().lower()]
+            # A pattern that ignores case takes more letters for the same than lower() does: "ſhe".
+            kind = self._kinds.get(match.group().lower())
+            place = _last_token(encoded["offset_mapping"], *match.span())
+            if kind is not None and place is not None:
+                kinds[place] = kind
         return Text(
             torch.tensor(encoded["input_ids"], dtype=torch.int64),
             torch.tensor(encoded["special_tokens_mask"], dtype=torch.bool),
@@ -175,6 +181,25 @@ def _last_token(offsets: Sequence[tuple[int, int]], start: int, end: int) -> int
     return covering[-1] if covering and offsets[covering[-1]][1] >= end else None
 
 
+@contextmanager
+def _own_settings_kept(tokenizer: Any) -> Iterator[None]:
+    """Truncation and padding as before afterwards: a call sets them, and they would be saved."""
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        if truncation is None:
+            backend.no_truncation()
+        else:
+            backend.enable_truncation(**truncation)
+        if padding is None:
+            backend.no_padding()
+        else:
+            backend.enable_padding(**padding)
+
+
 def _single_id(tokenizer: Any, text: str) -> int | None:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with _own_settings_kept(tokenizer):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None

@@ -78,7 +78,9 @@ def fine_tune(
         rows: `text`; for "mabel" `premise` and `hypothesis`: embedded:debias and
             embedded:debias:pairs are such. Swapped copies are added here: pass original text.
         method: "causal" (causal models), "bec", "mabel", "ase" (masked models) or "adept" (both).
-        regularizer: attached to this model, or None. In a masked text a hidden word is of no class.
+        regularizer: attached to this model, or None. A resumed job needs one with the same classes,
+            options and schedule, fresh from its constructor. In a masked text a hidden word is
+            of no class.
         steps, epochs: one of them; an epoch has every example, copies included, once. 3 epochs
             where both are None.
         learning_rate: the highest, reached after the share `warmup` of the steps.
@@ -101,7 +103,8 @@ def fine_tune(
         "eval" where `on_eval` gave figures.
     Raises:
         ValueError, TypeError: for the arguments, before anything is trained or written.
-        RuntimeError: the loss is not finite; the weights are those of the step before.
+        RuntimeError: the loss is not finite; the weights and the regulariser's statistics are those
+            of the step before.
     Source:
         Collapsed language models promote fairness (arXiv 2410.04472), with the methods' own papers.
     """
@@ -121,8 +124,10 @@ def fine_tune(
         )
     make_objective = require_method(model, method)
     _check_weights(model)
+    if regularizer is not None:
+        regularizer.require_attached_to(model)
 
-    rows, longest = list(rows), _longest(model, max_length)
+    rows, longest = list(rows), _longest(model, method, max_length)
     neutral_words = None if neutral_words is None else sorted(neutral_words)
     words = GenderWords.from_lists(lists)
     encoder = TextEncoder(tokenizer, words, neutral_words=neutral_words, max_length=longest)
@@ -139,7 +144,7 @@ def fine_tune(
             "rows": json_digest(rows),
             "words": json_digest([lists, neutral_words]),
             "weights": weights_digest(unwrap(model)),
-            "regularizer strength": getattr(regularizer, "strength", None),
+            **_regularizer_job(regularizer),
             "max_length": longest,
             "weight_decay": weight_decay,
             **asdict(schedule),
@@ -203,6 +208,7 @@ class _Run:
 
     def _step(self, step: int) -> dict[str, Any]:
         torch.manual_seed(random_seed(self.schedule.seed, Purpose.DROPOUT, step))
+        before = None if self.regularizer is None else self.regularizer.state_dict()
         members = self.schedule.members(step)
         count = sum(map(len, members))
         totals = {"loss": 0.0, "base": 0.0, "collapse": 0.0}
@@ -212,6 +218,8 @@ class _Run:
                 totals[name] += value
         if not math.isfinite(totals["loss"]):
             self._optimizer.zero_grad()
+            if self.regularizer is not None:
+                self.regularizer.load_state_dict(before)
             raise RuntimeError(
                 f"loss must be finite, got {totals['loss']} in step {step + 1}; lower the "
                 "learning_rate or the regulariser's strength"
@@ -262,11 +270,20 @@ class _Run:
         return state
 
     def _restore(self, state: Mapping[str, Any]) -> None:
+        # First: it may refuse another schedule, which the job does not tell.
+        if self.regularizer is not None:
+            self.regularizer.load_state_dict(state["regularizer"])
         unwrap(self.model).load_state_dict(state["model"])
         moments = {int(place): found for place, found in state["optimizer"].items()}
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
-        if self.regularizer is not None:
-            self.regularizer.load_state_dict(state["regularizer"])
+
+
+def _regularizer_job(regularizer: CollapseRegularizer | None) -> dict[str, Any]:
+    """What tells its training from another's, each under a name for people to read."""
+    if regularizer is None:
+        return {}
+    identity = regularizer.state_dict()["of"]
+    return {f"regularizer {name}": value for name, value in identity.items()}
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -284,8 +301,13 @@ def _check_weights(model: nn.Module) -> None:
             )
 
 
-def _longest(model: nn.Module, max_length: int | None) -> int:
+def _longest(model: nn.Module, method: str, max_length: int | None) -> int:
     """`max_length`, or its default; no more than the model has positions for."""
+    if method == "causal" and max_length is not None and max_length < 2:
+        raise ValueError(
+            f"max_length must be at least 2 for method 'causal', got {max_length}, where no token "
+            "follows another and nothing is learnt; raise it"
+        )
     limit = max_tokens(model)
     if max_length is not None and limit is not None and max_length > limit:
         raise ValueError(
