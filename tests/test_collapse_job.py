@@ -171,6 +171,12 @@ def test_the_folder_of_the_model_is_only_read(place):
     assert not (place["model"] / "inner").exists()
 
 
+def test_several_processes_are_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(call(place, tmp_path / "out"), "collapse must run in one process, got 2; start it")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_group_that_stands_twice_in_a_file_is_refused(place, tmp_path):
     words = tmp_path / "words.json"
     words.write_text('{"g": ["she", "he"], "g": ["man", "woman"]}', "utf-8")
@@ -195,6 +201,7 @@ def test_a_control_measures_other_words(place, tmp_path):
         (("--features", "tail"), "features must be one of base, head"),
         (("--words", "colours"), "colours"),
         (("--multi-piece", "first"), "multi_piece must be 'skip' or 'mean'"),
+        (("--seed", "-1", "--control", "random"), "seed must be at least 0, got -1"),
     ],
 )
 def test_bad_options_are_refused_and_leave_nothing(place, tmp_path, options, text):

@@ -136,6 +136,7 @@ def test_a_masked_model_is_debiased_too(masked_place, tmp_path):
         (("--live-features",), "causal", "cumulative"),
         (("--steps", "0"), "causal", "steps must be"),
         (("--text", "nowhere.jsonl"), "causal", "nowhere.jsonl"),
+        (("--seed", "-1"), "causal", "seed must be at least 0, got -1"),
     ],
 )
 def test_bad_options_are_refused_and_leave_nothing(place, tmp_path, options, method, text):
@@ -196,6 +197,13 @@ def test_one_row_cannot_be_split(place, tmp_path):
 def test_the_folder_of_the_model_is_only_read(place):
     assert "out must be a folder outside of model" in told(call(place, place["model"] / "inner"))
     assert not (place["model"] / "inner").exists()
+
+
+def test_several_processes_are_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = told(call(place, tmp_path / "out"))
+    assert "debias must run in one process, got 2; start it without torchrun" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_regularised_words_belong_to_the_job(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from fastdean.collapse import (
     random_control,
 )
 from fastdean.data import Example
+from fastdean.distributed import Ranks
 from fastdean.loading import load_model
 from fastdean.pipeline import bias
 from fastdean.pipeline.costs import Costs
@@ -76,7 +77,14 @@ class CollapseJob:
                 f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
                 "to measure the words themselves"
             )
+        check_seed(self.seed)
         bias.check(self.bias)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that not every generator takes."""
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}; choose another")
 
 
 def run(
@@ -91,6 +99,7 @@ def run(
 
     Args and errors as for `pipeline.run`.
     """
+    Ranks.require_alone("collapse")
     folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
     require_outside(folder.path, job.model)
     folder.check()

@@ -18,12 +18,14 @@ from fastdean.data import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
 from fastdean.debias.objectives import require_method
 from fastdean.debias.schedule import check_schedule
+from fastdean.distributed import Ranks
 from fastdean.evaluation import perplexity
 from fastdean.forward import label_shift
 from fastdean.loading import load_model
 from fastdean.pipeline import bias
 from fastdean.pipeline.collapse import (
     CONTROLS,
+    check_seed,
     classes_of,
     collapse_results,
     describe,
@@ -97,6 +99,7 @@ class DebiasJob:
                 f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
                 "to regularise the words themselves"
             )
+        check_seed(self.seed)
         bias.check(self.bias)
 
     @property
@@ -130,6 +133,7 @@ def run(
 
     Args and errors as for `pipeline.run`.
     """
+    Ranks.require_alone("debias")
     folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
     require_outside(folder.path, job.model)
     folder.check()
