@@ -174,7 +174,7 @@ class RunFolder:
         except (OSError, ValueError):
             return None
         complete = isinstance(state, dict) and {"job", "inputs", "finished"} <= state.keys()
-        return state if complete else None
+        return state if complete and isinstance(state["inputs"], dict) else None
 
     def _mark(self, finished: bool) -> None:
         write_json_atomic(
