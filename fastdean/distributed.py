@@ -39,6 +39,15 @@ class Ranks:
             )
         return cls.of_group()
 
+    @classmethod
+    def require_alone(cls, job: str) -> None:
+        """Raise ValueError in a process that has peers, for a job that does not share its work."""
+        size = max(cls.of_group().size, int(os.environ.get("WORLD_SIZE", "1")))
+        if size > 1:
+            raise ValueError(
+                f"{job} must run in one process, got {size}; start it without torchrun"
+            )
+
     @property
     def first(self) -> bool:
         return self.rank == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny_models
 import tiny_words
 from typer.testing import CliRunner
 
@@ -82,6 +83,106 @@ def test_a_job_goes_on_where_it_was_interrupted(place, tmp_path, monkeypatch):
     assert call(place, tmp_path / "out", *options, "--overwrite").exit_code == 0
 
 
+def stopped(place, out, monkeypatch, *options):
+    """A job that has measured collapse and was interrupted in its bias measure."""
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(measures.MEASURES, "crows_pairs", (interrupted, False))
+        result = call(place, out, "--bias", f"crows_pairs={place['crows']}", *options)
+    assert result.exit_code == 130
+    return ("--bias", f"crows_pairs={place['crows']}", *options)
+
+
+def _other_words(place):
+    place["words"].write_text(json.dumps({"female": ["she", "her"], "male": ["he"]}), "utf-8")
+
+
+def _other_model(place):
+    tiny_models.llama(seed=5).save_pretrained(place["model"])
+
+
+def _other_configuration(place):
+    file = place["model"] / "config.json"
+    found = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**found, "rms_norm_eps": 0.1}), "utf-8")
+
+
+def _other_tokenizer(place):
+    file = place["model"] / "tokenizer.json"
+    found = json.loads(file.read_text("utf-8"))
+    found["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(found), "utf-8")
+
+
+def _other_pairs(place):
+    text = place["crows"].read_text("utf-8")
+    place["crows"].write_text(text.replace(",stereo,", ",antistereo,"), "utf-8")
+
+
+def _other_text(place):
+    rows = [{"text": text} for text in tiny_words.TEXTS[1:]]
+    place["text"].write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (_other_words, "words"),
+        (_other_model, "model"),
+        (_other_configuration, "model"),
+        (_other_tokenizer, "model"),
+        (_other_pairs, "bias crows_pairs="),
+        (_other_text, "text"),
+    ],
+)
+def test_figures_of_other_input_are_not_used_again(tmp_path, monkeypatch, change, named):
+    place = tiny_words.write_place(tmp_path / "place")
+    options = stopped(place, tmp_path / "out", monkeypatch)
+    change(place)
+    result = call(place, tmp_path / "out", *options)
+    refused(result, f"this run on other input: the source of {named}")
+    refused(result, "has changed since; choose another folder or pass --overwrite")
+    result = call(place, tmp_path / "out", *options, "--overwrite")
+    assert result.exit_code == 0, result.stderr
+    fresh = call(place, tmp_path / "fresh", *options)
+    for key in ("collapse", "bias"):
+        assert json.loads(fresh.stdout)[key] == json.loads(result.stdout)[key]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[]", '{"format": 1, "step": "col', '{"format": 1, "step": "other", "figures": {}}'],
+)
+def test_a_damaged_step_is_named_and_not_used(place, tmp_path, monkeypatch, content):
+    options = stopped(place, tmp_path / "out", monkeypatch)
+    file = tmp_path / "out" / "steps" / "collapse.json"
+    file.write_text(content, "utf-8")
+    result = call(place, tmp_path / "out", *options)
+    refused(result, f"got the damaged file {str(file)!r}; delete it")
+    file.unlink()
+    assert call(place, tmp_path / "out", *options).exit_code == 0
+
+
+def test_the_folder_of_the_model_is_only_read(place):
+    refused(call(place, place["model"] / "inner"), "out must be a folder outside of model")
+    assert not (place["model"] / "inner").exists()
+
+
+def test_several_processes_are_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(call(place, tmp_path / "out"), "collapse must run in one process, got 2; start it")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_group_that_stands_twice_in_a_file_is_refused(place, tmp_path):
+    words = tmp_path / "words.json"
+    words.write_text('{"g": ["she", "he"], "g": ["man", "woman"]}', "utf-8")
+    refused(call({**place, "words": words}, tmp_path / "out"), "the group 'g' stands in it twice")
+
+
 def test_a_control_measures_other_words(place, tmp_path):
     found = json.loads(call(place, tmp_path / "out", "--control", "random").stdout)
     assert found["collapse"]["classes"]["kept"] == 6
@@ -100,6 +201,7 @@ def test_a_control_measures_other_words(place, tmp_path):
         (("--features", "tail"), "features must be one of base, head"),
         (("--words", "colours"), "colours"),
         (("--multi-piece", "first"), "multi_piece must be 'skip' or 'mean'"),
+        (("--seed", "-1", "--control", "random"), "seed must be at least 0, got -1"),
     ],
 )
 def test_bad_options_are_refused_and_leave_nothing(place, tmp_path, options, text):

@@ -136,6 +136,7 @@ def test_a_masked_model_is_debiased_too(masked_place, tmp_path):
         (("--live-features",), "causal", "cumulative"),
         (("--steps", "0"), "causal", "steps must be"),
         (("--text", "nowhere.jsonl"), "causal", "nowhere.jsonl"),
+        (("--seed", "-1"), "causal", "seed must be at least 0, got -1"),
     ],
 )
 def test_bad_options_are_refused_and_leave_nothing(place, tmp_path, options, method, text):
@@ -144,3 +145,78 @@ def test_bad_options_are_refused_and_leave_nothing(place, tmp_path, options, met
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("fastdean: ")]
     assert text in line
     assert not (tmp_path / "out").exists()
+
+
+def told(result):
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("fastdean: ")]
+    return line
+
+
+def write_rows(path, *rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    return path
+
+
+CHAT = {"messages": [{"role": "user", "content": "she"}, {"role": "assistant", "content": "he"}]}
+
+
+def test_measured_rows_that_cannot_be_read_are_refused(place, tmp_path):
+    text = {"text": "she saw him ."}
+    mixed = write_rows(tmp_path / "mixed.jsonl", text, text, CHAT, text, CHAT)
+    line = told(call(place, tmp_path / "out", "--text", mixed))
+    assert f"source {str(mixed)!r}: row 3 must hold text" in line
+    assert "got a chat (messages)" in line
+    chats = write_rows(tmp_path / "chats.jsonl", CHAT)
+    assert "row 1 must hold text, or prompt and response" in told(
+        call(place, tmp_path / "out", "--text", chats)
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_every_method_can_be_measured(place, tmp_path):
+    rows = write_rows(
+        tmp_path / "rows.jsonl",
+        {"text": "she saw him ."},
+        {"prompt": "he said", "response": "she reads"},
+        {"premise": "a nurse works .", "hypothesis": "he works ."},
+    )
+    result = call(place, tmp_path / "out", "--text", rows)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["data"]["measuring"]["examples"] == 4
+
+
+def test_one_row_cannot_be_split(place, tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", {"text": "she saw him ."})
+    line = told(call({**place, "text": one}, tmp_path / "out"))
+    assert f"data must hold at least 2 rows, got 1 in {str(one)!r}: a quarter" in line
+    assert "--text" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_the_model_is_only_read(place):
+    assert "out must be a folder outside of model" in told(call(place, place["model"] / "inner"))
+    assert not (place["model"] / "inner").exists()
+
+
+def test_several_processes_are_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = told(call(place, tmp_path / "out"))
+    assert "debias must run in one process, got 2; start it without torchrun" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_regularised_words_belong_to_the_job(tmp_path, monkeypatch):
+    """The figures before training are not those of the words that the file holds now."""
+    place = tiny_words.write_place(tmp_path / "place")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module, "_train", interrupted)
+        assert call(place, tmp_path / "out").exit_code == 130
+    place["words"].write_text(json.dumps({"female": ["she", "her"], "male": ["he"]}), "utf-8")
+    tiny_models.llama(seed=5).save_pretrained(place["model"])
+    line = told(call(place, tmp_path / "out"))
+    assert "the source of model and words has changed since" in line

@@ -382,8 +382,16 @@ def test_rows_that_changed_since_are_not_resumed(place, scored, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(job, tmp_path / "run", progress=False)
     write_jsonl(tmp_path / "privacy.jsonl", rows(10, 99, unsafe=True))
-    with pytest.raises(ValueError, match="on other rows: the source of privacy has changed since"):
+    with pytest.raises(ValueError, match="on other input: the source of privacy has changed since"):
         run(job, tmp_path / "run", progress=False)
+
+
+def test_the_folder_of_the_model_is_only_read(place, tmp_path):
+    model = save_model(tmp_path / "model")
+    job = Job(**{**place, "model": str(model)}, **QUICK)
+    with pytest.raises(ValueError, match="out must be a folder outside of model"):
+        run(job, model / "inner", progress=False)
+    assert not (model / "inner").exists()
 
 
 def test_a_model_that_changed_since_is_not_mixed_with_its_scores(place, scored, tmp_path):

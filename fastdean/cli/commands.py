@@ -203,6 +203,7 @@ def score(
     from fastdean.distributed import Ranks
     from fastdean.loading import load_model
     from fastdean.pipeline.rows import encode_rows, take_rows
+    from fastdean.pipeline.run_folder import require_outside
     from fastdean.scores import check_keep_top
     from fastdean.scoring import score as score_model
 
@@ -212,7 +213,7 @@ def score(
         ranks = Ranks.current()
         with ranks.failing_together():
             if ranks.first:
-                _require_outside(out, model)
+                require_outside(out, model)
                 _require_free(out, overwrite, "scores")
             rows, _ = take_rows(data, examples, seed)
             loaded, tokenizer = load_model(
@@ -334,9 +335,10 @@ def apply(
     from fastdean.checkpoint import verify_checkpoint
     from fastdean.loading import load_model
     from fastdean.masks import NeuronMask
+    from fastdean.pipeline.run_folder import require_outside
     from fastdean.storage import new_folder
 
-    _require_outside(out, model)
+    require_outside(out, model)
     _require_free(out, overwrite=False, kind=None)
     found = NeuronMask.from_pretrained(mask)
     loaded, tokenizer = load_model(model, dtype=dtype, device="cpu", revision=revision)
@@ -472,18 +474,6 @@ def _bytes(gigabytes: float | None) -> int | None:
             "have it chosen"
         )
     return int(gigabytes * 1e9)
-
-
-def _require_outside(out: Path, model: str) -> None:
-    """The folder of a local model is only read."""
-    from fastdean.storage import real_place
-
-    source, place = real_place(model, "model"), real_place(out, "out")
-    if source.is_dir() and (place == source or source in place.parents):
-        raise ValueError(
-            f"out must be a folder outside of model, got {str(out)!r} for model {model!r}; "
-            "choose another"
-        )
 
 
 def _require_free(out: Path, overwrite: bool, kind: str | None) -> None:

@@ -64,7 +64,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         text = path.read_text("utf-8-sig")
         if path.suffix == ".txt":
             return {path.stem: [line for line in text.splitlines() if line.strip()]}
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_distinct)
     except ValueError as error:
         raise ValueError(
             f"groups must be a well-formed {path.suffix} file in UTF-8, got {str(path)!r}: "
@@ -75,6 +75,16 @@ def _read_file(path: Path) -> Mapping[str, Any]:
             f'groups must be JSON of the form {{"group": ["word", ...]}}, got {str(path)!r} with a '
             f"{type(found).__name__}; name the group"
         )
+    return found
+
+
+def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; JSON itself would keep the last of two with one name."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the group {name!r} stands in it twice")
+        found[name] = value
     return found
 
 

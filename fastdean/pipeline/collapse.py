@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,12 +20,14 @@ from fastdean.collapse import (
     random_control,
 )
 from fastdean.data import Example
+from fastdean.distributed import Ranks
 from fastdean.loading import load_model
 from fastdean.pipeline import bias
 from fastdean.pipeline.costs import Costs
+from fastdean.pipeline.inputs import benchmark_digests, json_digest, model_digest
 from fastdean.pipeline.results import plain
-from fastdean.pipeline.rows import NumberedRow, encode_rows, take_rows
-from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder
+from fastdean.pipeline.rows import encode_rows, take_rows
+from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
 from fastdean.provenance import now, versions
 from fastdean.report import write_report
 from fastdean.storage import write_json_atomic
@@ -77,7 +77,14 @@ class CollapseJob:
                 f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
                 "to measure the words themselves"
             )
+        check_seed(self.seed)
         bias.check(self.bias)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that not every generator takes."""
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}; choose another")
 
 
 def run(
@@ -92,18 +99,24 @@ def run(
 
     Args and errors as for `pipeline.run`.
     """
+    Ranks.require_alone("collapse")
     folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
+    require_outside(folder.path, job.model)
     folder.check()
     costs = Costs()
     rows, _ = take_rows(job.text, job.examples, job.seed)
-    folder.rows = {"text": digest_of(rows)}
+    folder.inputs = {"text": json_digest(rows), **benchmark_digests(job.bias)}
     folder.check()
     with costs.step("load model"):
         model, tokenizer = load_model(
             job.model, dtype=job.dtype, device=job.device, revision=job.revision, progress=progress
         )
     costs.watch(model)
+    with costs.step("check model"):
+        folder.inputs["model"] = model_digest(model, tokenizer)
     classes = classes_of(job, tokenizer)
+    folder.inputs["words"] = json_digest(classes.to_dict())
+    folder.check()
     encoded = encode_rows(
         rows, job.text, tokenizer, model, template=job.template, max_length=job.max_length
     )
@@ -141,12 +154,6 @@ def run(
     except BaseException:
         folder.release_if_empty()
         raise
-
-
-def digest_of(rows: Sequence[NumberedRow]) -> str:
-    """Of rows and their order, to tell whether their source has changed."""
-    content = json.dumps(rows, sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def classes_of(job: Any, tokenizer: Any) -> CollapseClasses:

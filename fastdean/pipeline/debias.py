@@ -18,22 +18,24 @@ from fastdean.data import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
 from fastdean.debias.objectives import require_method
 from fastdean.debias.schedule import check_schedule
+from fastdean.distributed import Ranks
 from fastdean.evaluation import perplexity
 from fastdean.forward import label_shift
 from fastdean.loading import load_model
 from fastdean.pipeline import bias
 from fastdean.pipeline.collapse import (
     CONTROLS,
+    check_seed,
     classes_of,
     collapse_results,
     describe,
-    digest_of,
     measured_collapse,
 )
 from fastdean.pipeline.costs import Costs
+from fastdean.pipeline.inputs import benchmark_digests, json_digest, model_digest
 from fastdean.pipeline.results import plain
-from fastdean.pipeline.rows import encode_rows, take_rows
-from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder
+from fastdean.pipeline.rows import NumberedRow, encode_rows, take_rows
+from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
 from fastdean.provenance import now, versions
 from fastdean.report import write_report
 from fastdean.storage import write_json_atomic
@@ -97,6 +99,7 @@ class DebiasJob:
                 f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
                 "to regularise the words themselves"
             )
+        check_seed(self.seed)
         bias.check(self.bias)
 
     @property
@@ -130,7 +133,9 @@ def run(
 
     Args and errors as for `pipeline.run`.
     """
+    Ranks.require_alone("debias")
     folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
+    require_outside(folder.path, job.model)
     folder.check()
     costs = Costs()
     prepared = _prepare(job, folder, costs, progress)
@@ -151,13 +156,13 @@ def run(
 
 
 def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) -> _Prepared:
-    rows, _ = take_rows(job.source, None, job.seed)
-    if job.text is None:
-        apart = max(1, round(_MEASURED * len(rows)))
-        trained, measured = rows[apart:], rows[:apart]
-    else:
-        trained, (measured, _) = rows, take_rows(job.text, None, job.seed)
-    folder.rows = {"data": digest_of(trained), "text": digest_of(measured)}
+    trained, measured = _split(job)
+    texts = _numbered_texts(measured, job.text or job.source)
+    folder.inputs = {
+        "data": json_digest(trained),
+        "text": json_digest(measured),
+        **benchmark_digests(job.bias),
+    }
     folder.check()
     with costs.step("load model"):
         # AdamW's steps are lost in half precision.
@@ -166,24 +171,60 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
         )
     costs.watch(model)
     model.requires_grad_(True)
+    with costs.step("check model"):
+        folder.inputs["model"] = model_digest(model, tokenizer)
     classes = classes_of(job, tokenizer)
+    measured_classes = CollapseClasses.from_words(tokenizer, job.words, multi_piece=job.multi_piece)
+    folder.inputs["words"] = json_digest([classes.to_dict(), measured_classes.to_dict()])
+    folder.check()
     # Refused now, and not after the first measurements.
     require_method(model, job.method)
     check_schedule(warmup=_WARMUP, seed=job.seed, **_course(job))
     _regularizer(model, classes, job).remove()
-    texts = [(number, {"text": text}) for number, row in measured for text in _texts(row)]
     return _Prepared(
         model,
         tokenizer,
         classes,
-        CollapseClasses.from_words(tokenizer, job.words, multi_piece=job.multi_piece),
+        measured_classes,
         [row for _, row in trained],
         encode_rows(texts, job.text or job.source, tokenizer, model, max_length=job.max_length),
     )
 
 
+def _split(job: DebiasJob) -> tuple[list[NumberedRow], list[NumberedRow]]:
+    """The rows that are trained on, and those that are measured on."""
+    rows, _ = take_rows(job.source, None, job.seed)
+    if job.text is not None:
+        return rows, take_rows(job.text, None, job.seed)[0]
+    if len(rows) < 2:
+        raise ValueError(
+            f"data must hold at least 2 rows, got {len(rows)} in {job.source!r}: a quarter of them "
+            "is held out to measure on; add rows, or name others to measure on with --text"
+        )
+    apart = max(1, round(_MEASURED * len(rows)))
+    return rows[apart:], rows[:apart]
+
+
+def _numbered_texts(rows: Sequence[NumberedRow], source: str) -> list[NumberedRow]:
+    """The texts of the rows, each as a row with the number of its own.
+
+    Raises:
+        ValueError: a row without a text; left out in silence it would still count as measured.
+    """
+    unread = {number: row for number, row in rows if not _texts(row)}
+    if unread:
+        number = min(unread)
+        chat = unread[number].get("messages") is not None
+        raise ValueError(
+            f"source {source!r}: row {number} must hold text, or prompt and response, or premise "
+            f"and hypothesis, got {'a chat (messages)' if chat else sorted(unread[number])}; write "
+            "what is to be measured as text"
+        )
+    return [(number, {"text": text}) for number, row in rows for text in _texts(row)]
+
+
 def _texts(row: Mapping[str, Any]) -> list[str]:
-    """The texts of a row of any method."""
+    """The texts of a row of any method; none of one that cannot be read."""
     if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
         return [f"{row['prompt']} {row['response']}"]
     return [row[key] for key in ("text", "premise", "hypothesis") if isinstance(row.get(key), str)]

@@ -1,6 +1,6 @@
 """The folder of a run: whose it is, whether it is finished, and what in it may be replaced.
 
-    fastdean_run.json        the job, digests of its rows, and whether it is finished
+    fastdean_run.json        the job, digests of what it reads, and whether it is finished
     scores/<data set>/       sparse scores, enough for any ratio up to the curve's last
     mask/                    the mask of the job's rule
     controls/<rule>/         the masks it is measured against
@@ -39,6 +39,7 @@ _FOLDERS = ("scores", "mask", "controls", "steps", "training", "model")
 _FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
 # What an atomic write leaves behind when the machine goes down in the middle of it.
 _LEFTOVER = ".*.tmp"
+_STEP_FORMAT = 1
 
 
 @dataclass
@@ -49,13 +50,14 @@ class RunFolder:
         path: the folder, which need not exist.
         job: what identifies the run, as plain JSON.
         overwrite: whether a finished or another run may be replaced.
-        rows: data set -> digest of the rows that the job reads; empty until they are read.
+        inputs: what the job reads, such as a data set, "model" or "words" -> its digest, None where
+            it has none; as far as it is read so far.
     """
 
     path: Path
     job: dict[str, Any]
     overwrite: bool = False
-    rows: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str | None] = field(default_factory=dict)
     _claimed: bool = False
     _created: bool = False
 
@@ -82,14 +84,16 @@ class RunFolder:
 
         Args:
             measure: returns what JSON can hold.
+        Raises:
+            ValueError: the file of the step holds anything but its figures.
         """
         file = self.path / "steps" / f"{step}.json"
         if file.exists():
-            return json.loads(file.read_text(encoding="utf-8"))
+            return _kept_figures(file, step)
         found = measure()
         self.claim()
         file.parent.mkdir(exist_ok=True)
-        write_json_atomic(file, found)
+        write_json_atomic(file, {"format": _STEP_FORMAT, "step": step, "figures": found})
         return found
 
     @property
@@ -147,17 +151,21 @@ class RunFolder:
                 self.path.rmdir()
 
     def _is_ours(self, state: Mapping[str, Any]) -> bool:
-        return state["job"] == self.job and (not self.rows or state["rows"] == self.rows)
+        return state["job"] == self.job and not self._changed(state)
+
+    def _changed(self, state: Mapping[str, Any]) -> list[str]:
+        """What has been read and is not what it was."""
+        kept = state["inputs"]
+        return [name for name, digest in self.inputs.items() if kept.get(name) != digest]
 
     def _described(self, state: Mapping[str, Any]) -> str:
         if state["job"] != self.job:
             return "another run; choose another folder or pass --overwrite"
         if state["finished"]:
             return f"this run, finished; see its {REPORT_FILE}, or pass --overwrite to do it again"
-        changed = [name for name, digest in self.rows.items() if state["rows"].get(name) != digest]
         return (
-            f"this run on other rows: the source of {' and '.join(changed)} has changed since; "
-            "choose another folder or pass --overwrite"
+            f"this run on other input: the source of {' and '.join(self._changed(state))} has "
+            "changed since; choose another folder or pass --overwrite"
         )
 
     def _state(self) -> dict[str, Any] | None:
@@ -165,13 +173,23 @@ class RunFolder:
             state = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        complete = isinstance(state, dict) and {"job", "rows", "finished"} <= state.keys()
-        return state if complete else None
+        complete = isinstance(state, dict) and {"job", "inputs", "finished"} <= state.keys()
+        return state if complete and isinstance(state["inputs"], dict) else None
 
     def _mark(self, finished: bool) -> None:
         write_json_atomic(
             self.path / RUN_FILE,
-            {"job": self.job, "rows": self.rows, "finished": finished, "versions": versions()},
+            {"job": self.job, "inputs": self.inputs, "finished": finished, "versions": versions()},
+        )
+
+
+def require_outside(out: Path, model: str) -> None:
+    """Raise ValueError if `out` is, or lies in, the folder of a local model, which is only read."""
+    source, place = real_place(model, "model"), real_place(out, "out")
+    if source.is_dir() and (place == source or source in place.parents):
+        raise ValueError(
+            f"out must be a folder outside of model, got {str(out)!r} for model {model!r}; "
+            "choose another"
         )
 
 
@@ -190,6 +208,24 @@ def check_place(path: Path, name: str) -> None:
             f"{name} must be a folder that can be written to, got {str(path)!r}: no permission in "
             f"{str(place)!r}"
         )
+
+
+def _kept_figures(file: Path, step: str) -> dict[str, Any]:
+    """What `RunFolder.figures` wrote for a step; figures of anything else are not used."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        kept = None
+    whole = isinstance(kept, dict) and (kept.get("format"), kept.get("step")) == (
+        _STEP_FORMAT,
+        step,
+    )
+    if not whole or not isinstance(kept.get("figures"), dict):
+        raise ValueError(
+            f"steps must hold the figures of {step!r} as they were written, got the damaged file "
+            f"{str(file)!r}; delete it, and they are taken again"
+        )
+    return kept["figures"]
 
 
 def _foreign(folder: Path) -> Iterator[str]:

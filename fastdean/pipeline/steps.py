@@ -24,7 +24,7 @@ from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.job import DATA_SETS, Job
 from fastdean.pipeline.measuring import TOPICS, MeasuringSet, measure
 from fastdean.pipeline.rows import NumberedRow, SplitRows, encode_rows, split_rows
-from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder
+from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
 from fastdean.report import write_report
 from fastdean.scores import Scores
 from fastdean.scoring import score
@@ -105,9 +105,10 @@ def run(
 def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: bool) -> _Prepared:
     # Other ranks may run on machines that do not see the folder.
     if ranks.first:
+        require_outside(folder.path, job.model)
         folder.check()
     rows = {name: split_rows(name, job) for name in DATA_SETS}
-    folder.rows = {name: split.digest for name, split in rows.items()}
+    folder.inputs = {name: split.digest for name, split in rows.items()}
     if ranks.first:
         folder.check()
     with costs.step("load model"):

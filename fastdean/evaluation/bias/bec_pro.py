@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import (
     Encoded,
     Question,
@@ -117,13 +118,15 @@ def bec_pro(
     Raises:
         ValueError: another kind of model, a tokenizer without a mask token for a masked one or
             without character offsets, a missing column, a sentence without its person word or
-            occupation, or an occupation without sentences of both genders.
+            occupation, an occupation without sentences of both genders, or a log-likelihood that is
+            no finite number.
     """
     masked = is_masked(model)
     rows = _rows(source)
     ask = _masked_association if masked else _causal_association
     options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
     associations = ask(model, tokenizer, rows, neutral_occupation, options)
+    require_finite(model, associations)
     male, female, groups = _by_occupation(rows, associations)
     return resampled_mean(
         "BEC-Pro, association with male minus female words",

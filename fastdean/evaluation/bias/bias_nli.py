@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdean.batching import default_tokens_per_batch, plan_batches
 from fastdean.data import Example
+from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.occupations import OCCUPATIONS
 from fastdean.evaluation.bias.result import BiasResult, members
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
@@ -109,7 +110,8 @@ def bias_nli(
         `rows` counts rows.
 
     Raises:
-        ValueError: a model that is no such classifier, `tau` out of range, or a missing column.
+        ValueError: a model that is no such classifier or gives no finite numbers, `tau` out of
+            range, or a missing column.
     """
     if not 0.0 < tau < 1.0:
         raise ValueError(f"tau must be between 0 and 1, got {tau}; 0.5 is the usual choice")
@@ -185,7 +187,9 @@ def _probabilities(
             bar.update(batch.num_examples)
     order = torch.tensor([i for batch in batches for i in batch.example_index])
     found = torch.cat([part.cpu().double() for part in logits])
-    return torch.empty_like(found).index_copy_(0, order, found).softmax(1)
+    found = torch.empty_like(found).index_copy_(0, order, found)
+    require_finite(model, found)
+    return found.softmax(1)
 
 
 class _Shares:

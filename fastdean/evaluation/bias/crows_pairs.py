@@ -9,8 +9,10 @@ from __future__ import annotations
 from difflib import SequenceMatcher
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import (
     Encoded,
     Question,
@@ -76,7 +78,8 @@ def crows_pairs(
 
     Raises:
         ValueError: another kind of model, a tokenizer without a mask token for a masked one, a
-            missing column, an unknown direction, or a pair without common tokens.
+            missing column, an unknown direction, a pair without common tokens, or a log-likelihood
+            that is no finite number.
     """
     masked = is_masked(model)
     rows = benchmark_rows(source, split="test")
@@ -85,6 +88,7 @@ def crows_pairs(
     _require_directions(rows)
     options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
     first, second = _scores(model, tokenizer, rows, masked, options)
+    require_finite(model, torch.stack([first, second], dim=1))
     preference = preferred(first, second)
     return resampled_mean(
         "CrowS-Pairs, share of pairs whose more stereotyping sentence is preferred",

@@ -169,9 +169,13 @@ def members(*labellings: Sequence[str]) -> dict[str, Tensor]:
 
 
 def preferred(first: Tensor, second: Tensor) -> Tensor:
-    """1 where `first` exceeds `second`, 0 where it is less, 0.5 where they tie (`TIE_NATS`)."""
+    """1 where `first` exceeds `second`, 0 where it is less, 0.5 where they tie (`TIE_NATS`).
+
+    NaN where the difference is NaN: no answer is not an answer.
+    """
     difference = first - second
-    return torch.where(difference.abs() <= TIE_NATS, 0.5, (difference > 0).double())
+    order = torch.where(difference.abs() <= TIE_NATS, 0.5, (difference > 0).double())
+    return torch.where(difference.isnan(), torch.nan, order)
 
 
 def _interval_dict(interval: Interval) -> dict[str, float | int | None]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastdean.batching import Layout, default_tokens_per_batch, plan_batches
 from fastdean.data import IGNORE_INDEX, Example
+from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import encode_text
 from fastdean.evaluation.bias.result import BiasResult
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, is_file, require_columns
@@ -75,7 +76,7 @@ def seat(
 
     Raises:
         ValueError: a set that is missing or too small, an unknown pooling or layer, or
-            representations that are all alike.
+            representations that are all alike or no finite numbers.
     """
     if pooling not in ("mean", "last", "first"):
         raise ValueError(f"pooling must be 'mean', 'last' or 'first', got {pooling!r}")
@@ -92,6 +93,8 @@ def seat(
         tokens_per_batch=tokens_per_batch,
         progress=progress,
     )
+    places = [(key, i) for key, size in zip(SETS, sizes, strict=True) for i in range(1, size + 1)]
+    require_finite(model, states, lambda number: "sentence {1} of {0}".format(*places[number - 1]))
     targets, attributes = states.split([sizes[0] + sizes[1], sizes[2] + sizes[3]])
     cosines = _unit(targets) @ _unit(attributes).T
     p_value, splits, exact = permutation_p_value(

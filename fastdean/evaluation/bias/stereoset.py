@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import (
     Question,
     causal_log_likelihood,
@@ -108,8 +109,9 @@ def stereoset(
 
     Raises:
         ValueError: another kind of model, a tokenizer without a mask token for a masked one or
-            without character offsets, a missing column or continuation, or a sentence that has
-            nothing in the place of its context's blank.
+            without character offsets, a missing column or continuation, a sentence that has
+            nothing in the place of its context's blank, or a log-likelihood that is no finite
+            number.
     """
     if average not in ("targets", "rows"):
         raise ValueError(f"average must be 'targets' or 'rows', got {average!r}")
@@ -292,6 +294,7 @@ def _scores(
         questions = [question(tokenizer, rows[i], label, i + 1) for label in LABELS for i in chosen]
         sums, counts = ask(model, tokenizer, questions, **options)
         scores[:, chosen] = (sums / counts).view(len(LABELS), -1)
+    require_finite(model, scores.T)
     return tuple(scores)
 
 

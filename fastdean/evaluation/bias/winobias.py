@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
+from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import is_masked, sentence_log_likelihood
 from fastdean.evaluation.bias.result import (
     BiasResult,
@@ -85,8 +87,9 @@ def winobias(
         `ties` (each counted as half), `left_out`.
 
     Raises:
-        ValueError: another kind of model, a missing file or column, or sentences of a pair that
-            differ in more than the gender of pronouns; the message names type and line.
+        ValueError: another kind of model, a missing file or column, sentences of a pair that
+            differ in more than the gender of pronouns, or a log-likelihood that is no finite
+            number; the message names type and line.
     """
     if mismatched not in ("error", "leave_out"):
         raise ValueError(f"mismatched must be 'error' or 'leave_out', got {mismatched!r}")
@@ -98,6 +101,11 @@ def winobias(
         model, tokenizer, sentences, tokens_per_batch=tokens_per_batch, progress=progress
     )
     pro, anti = sums.chunk(2)
+    require_finite(
+        model,
+        torch.stack([pro, anti], dim=1),
+        lambda number: f"line {kept[number - 1]['line']} of {kept[number - 1]['type']}",
+    )
     preference = preferred(pro, anti)
     types = [row["type"] for row in kept]
     options = {
