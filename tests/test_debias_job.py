@@ -134,6 +134,8 @@ def test_a_masked_model_is_debiased_too(masked_place, tmp_path):
         ((), "bec", "bec"),
         (("--collapse-strength", "-1"), "causal", "strength must be"),
         (("--live-features",), "causal", "cumulative"),
+        (("--control", "random"), "causal", "control must come with a collapse_strength above 0"),
+        (("--save-every", "0"), "causal", "save_every must be"),
         (("--steps", "0"), "causal", "steps must be"),
         (("--text", "nowhere.jsonl"), "causal", "nowhere.jsonl"),
         (("--seed", "-1"), "causal", "seed must be at least 0, got -1"),
@@ -220,3 +222,18 @@ def test_the_regularised_words_belong_to_the_job(tmp_path, monkeypatch):
     tiny_models.llama(seed=5).save_pretrained(place["model"])
     line = told(call(place, tmp_path / "out"))
     assert "the source of model and words has changed since" in line
+
+
+def test_words_that_are_not_in_the_text_are_warned_of(place, tmp_path):
+    words = tmp_path / "few.json"
+    words.write_text(json.dumps({"one": ["today"]}), encoding="utf-8")
+    result = call(place, tmp_path / "out", "--collapse-strength", "10", "--words", words)
+    assert result.exit_code == 0, result.stderr
+    warnings = json.loads(result.stdout)["warnings"]
+    assert any("term was 0 in every step" in warning for warning in warnings)
+    assert "term was 0 in every step" in result.stderr
+
+
+def test_the_checkpoints_are_gone_once_the_model_is_saved(run):
+    out, _ = run
+    assert not (out / "training").exists() and (out / "model").is_dir()

@@ -175,6 +175,10 @@ def debias(
     batch_size: Annotated[int, typer.Option(help="Examples in one forward pass.")] = 16,
     accumulation: Annotated[int, typer.Option(help="Forward passes in one step.")] = 1,
     max_length: MaxLength = None,
+    save_every: Annotated[
+        int,
+        typer.Option(help="Steps between checkpoints; the last is gone once the model is saved."),
+    ] = 50,
     bias: Bias = None,
     revision: Revision = None,
     tokens_per_batch: TokensPerBatch = None,
@@ -216,6 +220,7 @@ def debias(
         batch_size=batch_size,
         accumulation=accumulation,
         max_length=max_length,
+        save_every=save_every,
         tokens_per_batch=tokens_per_batch,
         device=device,
         seed=seed,
@@ -232,7 +237,12 @@ def _closing_text(results: dict[str, Any], out: Path) -> str:
     for name, metric in results["collapse"]["metrics"].items():
         cells = (_cell(metric["values"][state]).rjust(12) for state in states)
         lines.append(" ".join([name.ljust(24), *cells]))
-    lines += ["", *(f"  {sentence}" for sentence in results["findings"]), ""]
+    lines += [
+        "",
+        "(U)NC3 is unc3_std: 0 where all words are aligned alike. NC3 is nc3_mean: at most 1.",
+    ]
+    lines += ["", *(f"  {sentence}" for sentence in results["findings"])]
+    lines += [f"  Note: {warning}" for warning in results["warnings"]] + [""]
     lines += [f"  report  {out / 'report.html'}"]
     if "model" in results["files"]:
         lines += [f"  model   {out / 'model'}"]

@@ -18,11 +18,12 @@ from fastdean.collapse import (
     default_shift,
     frequency_matched_control,
     random_control,
+    read_word_groups,
 )
 from fastdean.data import Example
 from fastdean.distributed import Ranks
 from fastdean.loading import load_model
-from fastdean.pipeline import bias
+from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.inputs import benchmark_digests, json_digest, model_digest
 from fastdean.pipeline.results import plain
@@ -77,6 +78,7 @@ class CollapseJob:
                 f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
                 "to measure the words themselves"
             )
+        read_word_groups(self.words)
         check_seed(self.seed)
         bias.check(self.bias)
 
@@ -141,7 +143,7 @@ def run(
                 "collapse": collapse_results(classes, {"measured": table}),
                 "bias": bias.results({"before": found}),
                 "findings": [collapse_sentence(classes, table), *bias.sentences(found)],
-                "warnings": [],
+                "warnings": cautions.about_classes(len(classes), table),
                 "cost": costs.steps,
                 "files": {"figures": RESULTS_FILE},
                 "manifest": {"job": asdict(job), "classes": classes.to_dict()},

@@ -6,6 +6,7 @@ the model, an ordinary Hugging Face folder. The same job goes on where it was in
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,16 +14,16 @@ from typing import Any
 
 from torch import nn
 
-from fastdean.collapse import CollapseClasses, CollapseRegularizer
+from fastdean.collapse import CollapseClasses, CollapseRegularizer, read_word_groups
 from fastdean.data import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
 from fastdean.debias.objectives import require_method
-from fastdean.debias.schedule import check_schedule
+from fastdean.debias.schedule import check_counts, check_schedule
 from fastdean.distributed import Ranks
 from fastdean.evaluation import perplexity
 from fastdean.forward import label_shift
 from fastdean.loading import load_model
-from fastdean.pipeline import bias
+from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.collapse import (
     CONTROLS,
     check_seed,
@@ -42,8 +43,7 @@ from fastdean.storage import write_json_atomic
 
 # Of the rows, for the metrics; none of them is trained on.
 _MEASURED = 0.25
-# Steps between checkpoints; share of the steps in which the learning rate rises.
-_SAVE_EVERY = 50
+# Share of the steps in which the learning rate rises.
 _WARMUP = 0.1
 
 
@@ -60,6 +60,7 @@ class DebiasJob:
         words, multi_piece, control: of the classes, see `CollapseJob`.
         statistic, live_features, mode, shift, features: see `CollapseRegularizer`.
         steps, epochs, learning_rate, batch_size, accumulation: see `debias.fine_tune`.
+        save_every: steps between checkpoints, of which the last is kept until the model is saved.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         seed: of shuffles, masking, dropout, controls and bootstraps.
     Raises:
@@ -86,6 +87,7 @@ class DebiasJob:
     batch_size: int = 16
     accumulation: int = 1
     max_length: int | None = None
+    save_every: int = 50
     bias: tuple[str, ...] = ("bec_pro",)
     tokens_per_batch: int | None = None
     device: str | None = None
@@ -99,6 +101,17 @@ class DebiasJob:
                 f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
                 "to regularise the words themselves"
             )
+        if self.control is not None and self.collapse_strength == 0:
+            raise ValueError(
+                f"control must come with a collapse_strength above 0, got {self.control!r} and 0; "
+                "without a term there are no words to control"
+            )
+        if self.live_features and self.mode == "cumulative":
+            raise ValueError(
+                "live_features must come with mode 'window' or 'batch', got 'cumulative'; the "
+                "gradient of features fades in a mean over the whole training"
+            )
+        read_word_groups(self.words)
         check_seed(self.seed)
         bias.check(self.bias)
 
@@ -149,6 +162,8 @@ def run(
         write_json_atomic(folder.path / RESULTS_FILE, found)
         write_report(found, folder.path / REPORT_FILE)
         folder.finish()
+        # Three times the model in size, and of no use once the model is saved.
+        shutil.rmtree(folder.training, ignore_errors=True)
         return found
     except BaseException:
         folder.release_if_empty()
@@ -179,6 +194,7 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     folder.check()
     # Refused now, and not after the first measurements.
     require_method(model, job.method)
+    check_counts(save_every=job.save_every, max_length=job.max_length)
     check_schedule(warmup=_WARMUP, seed=job.seed, **_course(job))
     _regularizer(model, classes, job).remove()
     return _Prepared(
@@ -276,7 +292,7 @@ def _train(
             warmup=_WARMUP,
             seed=job.seed,
             out=folder.training,
-            save_every=_SAVE_EVERY,
+            save_every=job.save_every,
             progress=progress,
             **_course(job),
         )
@@ -341,7 +357,12 @@ def _collect(
                 *bias.change_sentences(table),
                 *_perplexity_change(states),
             ],
-            "warnings": [],
+            "warnings": [
+                *cautions.about_classes(
+                    len(prepared.measured_classes), states["before"]["collapse"]
+                ),
+                *cautions.about_regularizer(job.collapse_strength, job.control, history),
+            ],
             "cost": costs.steps,
             "files": {"model": "model", "figures": RESULTS_FILE},
             "manifest": {"job": asdict(job), "classes": prepared.classes.to_dict()},

@@ -4,7 +4,7 @@ What a number means depends on how sentences are scored, which is said in every 
 notes of every result. None of these measures certifies that a model is fair.
 """
 
-from fastdean.evaluation.bias.bec_pro import bec_pro, bec_pro_rows
+from fastdean.evaluation.bias.bec_pro import TEMPLATES, bec_pro, bec_pro_rows
 from fastdean.evaluation.bias.bias_nli import BiasNLI, bias_nli, nli_rows
 from fastdean.evaluation.bias.crows_pairs import crows_pairs
 from fastdean.evaluation.bias.result import BiasResult
@@ -13,6 +13,7 @@ from fastdean.evaluation.bias.stereoset import StereoSet, stereoset
 from fastdean.evaluation.bias.winobias import WinoBias, winobias
 
 __all__ = [
+    "TEMPLATES",
     "BiasNLI",
     "BiasResult",
     "StereoSet",
