@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import records
@@ -31,7 +32,7 @@ def draw_debias(rows: Sequence[Record]) -> Figure:
             _draw(axis, experiment, name)
         for axis in axes[len(names) :]:
             axis.set_axis_off()
-        axes[0].set_title(experiment[0]["case"], fontsize=8, wrap=True)
+        axes[0].set_title(fill(experiment[0]["case"], 70), fontsize=8, loc="left")
     return figure
 
 
@@ -56,5 +57,6 @@ def _draw(axis: Axes, rows: Sequence[Record], name: str) -> None:
     if neutral is not None:
         axis.axhline(neutral, color="#777777", linestyle=":", label="neutral")
     axis.set_xlabel("steps")
-    axis.set_ylabel(name + (f", {unit}" if (unit := rows[0]["units"].get(name)) else ""), wrap=True)
+    unit = rows[0]["units"].get(name)
+    axis.set_ylabel(fill(f"{name}, {unit}" if unit else name, 40), fontsize=8)
     axis.legend(fontsize=8)
