@@ -785,7 +785,7 @@ def test_an_operation_goes_into_a_file_and_a_picture(tmp_path, capsys):
     page.write_text("<!-- benchmark: importance -->\n<!-- benchmark end -->\n")
     where = ["--op", "importance", "--results", str(tmp_path / "results")]
     assert table.main([*where, "--into", str(page)]) == 0
-    assert "| 2 x 3 | 1.000 ms | 2.000 ms | 2.00x |" in page.read_text()
+    assert "| 2 x 3, bf16 | 1.000 ms | 2.000 ms | 2.00x |" in page.read_text()
     picture = tmp_path / "importance.png"
     assert plot.main([*where, "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
