@@ -126,10 +126,15 @@ def weights_digest(model: nn.Module) -> str:
     """SHA-256 of the names and bytes of a model's state."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy())
+        add_tensor(digest, name, tensor)
     return digest.hexdigest()
+
+
+def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    """Add a tensor's name, dtype, shape and bytes to a digest."""
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(plain.view(torch.uint8).numpy())
 
 
 def json_digest(value: Any) -> str:

@@ -21,11 +21,12 @@ from fastdean.collapse import (
     read_word_groups,
 )
 from fastdean.data import Example
+from fastdean.debias.resuming import json_digest
 from fastdean.distributed import Ranks
 from fastdean.loading import load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.costs import Costs
-from fastdean.pipeline.inputs import benchmark_digests, json_digest, model_digest
+from fastdean.pipeline.inputs import benchmark_digests, model_digest
 from fastdean.pipeline.results import plain
 from fastdean.pipeline.rows import encode_rows, take_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside

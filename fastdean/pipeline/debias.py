@@ -18,6 +18,7 @@ from fastdean.collapse import CollapseClasses, CollapseRegularizer, read_word_gr
 from fastdean.data import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
 from fastdean.debias.objectives import require_method
+from fastdean.debias.resuming import json_digest
 from fastdean.debias.schedule import check_counts, check_schedule
 from fastdean.distributed import Ranks
 from fastdean.evaluation import perplexity
@@ -33,7 +34,7 @@ from fastdean.pipeline.collapse import (
     measured_collapse,
 )
 from fastdean.pipeline.costs import Costs
-from fastdean.pipeline.inputs import benchmark_digests, json_digest, model_digest
+from fastdean.pipeline.inputs import benchmark_digests, model_digest
 from fastdean.pipeline.results import plain
 from fastdean.pipeline.rows import NumberedRow, encode_rows, take_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside

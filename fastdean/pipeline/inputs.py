@@ -7,7 +7,6 @@ and these benchmarks, and not only of the same names.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,16 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.debias.resuming import add_tensor, json_digest
 from fastdean.model_state import unwrap
 
 _CHUNK_BYTES = 1 << 20
 # Of the configuration; they say where and with what it was written.
 _PROVENANCE = ("_name_or_path", "transformers_version")
-
-
-def json_digest(value: Any) -> str:
-    """SHA-256 of a value as JSON; what JSON does not know counts by its text."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def model_digest(model: nn.Module, tokenizer: Any) -> str:
@@ -36,9 +31,7 @@ def model_digest(model: nn.Module, tokenizer: Any) -> str:
     model = unwrap(model)
     digest = hashlib.sha256(json_digest([_configuration(model), _rules(tokenizer)]).encode())
     for name, tensor in _tensors(model):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy())
+        add_tensor(digest, name, tensor)
     return digest.hexdigest()
 
 
