@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import time
 from collections import defaultdict
 
 import pytest
@@ -11,7 +9,8 @@ import torch
 from collapse_oracle import assert_values, brute_force, nearest_agreement
 from tiny_data import batches, make_examples, word_tokenizer
 from tiny_models import HIDDEN, INTERMEDIATE, MAX_TOKENS, VOCAB, bert, gpt2, llama
-from torch import distributed, nn
+from torch import nn
+from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
 from fastdean.collapse import CollapseClasses, collapse_metrics, nearest_mean_agreement
@@ -27,8 +26,6 @@ CLASSES = CollapseClasses(
 LENGTHS = (30, 9, 41, 2, 25, 17)
 EXAMPLES = make_examples(lengths=LENGTHS, vocab=48)
 HELD_OUT = make_examples(seed=1, lengths=LENGTHS, vocab=48)
-WORLD = 2
-LIMIT_S = 120
 
 
 def loader(examples=EXAMPLES, labels=True):
@@ -313,31 +310,13 @@ def measured_on(rank):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=LIMIT_S / 2),
-    )
+    join_group(rank, folder)
     metrics = measured_on(rank)
-    torch.save({"means": metrics.moments.means, **metrics.to_dict()}, folder / f"rank{rank}.pt")
-    distributed.destroy_process_group()
+    leave_group(rank, folder, {"means": metrics.moments.means, **metrics.to_dict()})
 
 
 def test_two_ranks_find_what_one_finds(tmp_path):
-    started = torch.multiprocessing.start_processes(
-        worker, args=(tmp_path,), nprocs=WORLD, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + LIMIT_S
-    try:
-        while not started.join(timeout=5):
-            assert time.monotonic() < deadline, "the ranks wait for each other"
-    finally:
-        for process in started.processes:
-            process.kill()
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(WORLD))
+    first, second = run_ranks(worker, tmp_path)
     assert torch.equal(first.pop("means"), second.pop("means"))
     assert first == second
     model = llama().double()

@@ -5,20 +5,15 @@ The processes are started once; each trains in every situation, and the tests re
 
 from __future__ import annotations
 
-import datetime
-import time
-
 import pytest
 import torch
 from tiny_classes import gradients, rich_batches, some_classes
 from tiny_models import llama
-from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 from fastdean import CollapseRegularizer
 
-WORLD = 2
-LIMIT_S = 120
 STRENGTH = 10.0
 BATCHES = [list(rich_batches(3, rows=2, seed=seed)) for seed in range(WORLD)]
 
@@ -109,36 +104,17 @@ def without_words(rank):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=LIMIT_S / 2),
-    )
+    join_group(rank, folder)
     found = {name: on_rank(rank, options) for name, options in SITUATIONS.items()}
     for situation in (by_items, bf16, without_words):
         found[situation.__name__] = situation(rank)
-    torch.save(found, folder / f"rank{rank}.pt")
-    distributed.destroy_process_group()
+    leave_group(rank, folder, found)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each rank found in each situation."""
-    folder = tmp_path_factory.mktemp("ranks")
-    started = torch.multiprocessing.start_processes(
-        worker, args=(folder,), nprocs=WORLD, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + LIMIT_S
-    try:
-        while not started.join(timeout=5):
-            assert time.monotonic() < deadline, "the ranks wait for each other"
-    finally:
-        for process in started.processes:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return run_ranks(worker, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)

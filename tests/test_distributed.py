@@ -5,9 +5,7 @@ The processes are started once; each scores in every situation, and the tests re
 
 from __future__ import annotations
 
-import datetime
 import logging
-import time
 
 import pytest
 import torch
@@ -15,12 +13,11 @@ from oracle import norm_error
 from tiny_data import batches, make_examples
 from tiny_models import llama
 from torch import distributed
+from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
 from fastdean.distributed import Ranks
 
-WORLD = 2
-LIMIT_S = 120
 EXAMPLES = make_examples(lengths=(3, 9, 17, 4, 12))
 
 
@@ -96,14 +93,7 @@ SITUATIONS = [
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=LIMIT_S / 2),
-    )
+    join_group(rank, folder)
     found = {}
     for situation in SITUATIONS:
         try:
@@ -117,25 +107,13 @@ def worker(rank, folder):
                 "data": scores.manifest["data"],
                 "ranks": scores.manifest["ranks"],
             }
-    torch.save(found, folder / f"rank{rank}.pt")
-    distributed.destroy_process_group()
+    leave_group(rank, folder, found)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each rank found in each situation."""
-    folder = tmp_path_factory.mktemp("ranks")
-    started = torch.multiprocessing.start_processes(
-        worker, args=(folder,), nprocs=WORLD, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + LIMIT_S
-    try:
-        while not started.join(timeout=5):
-            assert time.monotonic() < deadline, "the ranks wait for each other"
-    finally:
-        for process in started.processes:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return run_ranks(worker, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(
