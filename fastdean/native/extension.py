@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal
 
 import torch
 
 # The number in csrc/fastdean.h that this package was written for.
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 _REINSTALL = "reinstall fastdean, or set FASTDEAN_IMPL=reference to do without the extension"
 
@@ -35,13 +36,17 @@ class CpuLevels:
 
 @dataclass(frozen=True)
 class BuildFacts:
-    """How the extension was compiled; `cuda` and `architectures` are empty without CUDA."""
+    """How the extension was compiled.
+
+    `cuda`, `architectures` and `cuda_sources` (file of csrc/ -> SHA-256) are empty without CUDA.
+    """
 
     compiler: str
     cuda: str
     architectures: str
     abi: int
     cpu_levels: tuple[CpuLevels, ...]
+    cuda_sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ def _build_of(extension: ModuleType) -> BuildFacts:
             ),
             CpuLevels("collapse_alignment", extension.COLLAPSE_LEVELS, extension.COLLAPSE_LEVEL),
         ),
+        cuda_sources=dict(each.split("=") for each in extension.CUDA_SOURCES.split()),
     )
 
 
