@@ -35,6 +35,33 @@ def cut_by_matrix_units(x, g, segments):
     return lost
 
 
+def lost_on_a_gpu(x, g, segments):
+    """What a GPU may lose of sum_b |G_b^T X_b| besides what plain torch does, float64 [R, C]."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return cut_by_matrix_units(x, g, segments)
+    return lost_by_rounding(lambda t: g[t, :, None].double() * x[t].double(), segments)
+
+
+def lost_by_rounding(term, segments):
+    """What fp32 may lose of sum_b |sum of the terms of b|, added one after the other; float64.
+
+    A GPU adds in an order of its own, often this one, and torch's result in another order says
+    little of it. Each addition rounds by at most half a unit in the running sum's last place; n
+    roundings of either sign make a walk, and this is three and a half standard deviations of it.
+
+    Args:
+        term: row -> its term, float64.
+    """
+    lost = 0.0
+    for start, end in segments.tolist():
+        running = squares = 0.0
+        for row in range(start, end):
+            running = running + term(row)
+            squares = squares + running**2
+        lost = lost + 2.0**-23 * squares**0.5
+    return lost
+
+
 def assert_within_budget(value, torch_same, oracle, dtype=torch.float32, lost=0.0):
     """Fail, with the worst element, unless `value` is as close to `oracle` as torch's own result.
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from alignment_oracle import std_step
 from budget import assert_within_budget
+from device_waits import device_waits
 
 import fastdean
 from fastdean import native
@@ -935,8 +936,6 @@ def test_nothing_waits_for_the_device(impl):
     features, labels, weight = (each.cuda() for each in problem())
     state = filled(state_for(weight, "window")).to("cuda")
     run(impl, features, labels, weight, state)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with device_waits() as waits:
         run(impl, features, labels, weight, state)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert waits == []
