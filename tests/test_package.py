@@ -100,6 +100,11 @@ def test_the_word_lists_are_part_of_the_package():
     }
 
 
+def test_the_record_of_checks_is_part_of_the_package():
+    record = resources.files("fastdean") / "ops" / "checked_forms.json"
+    assert json.loads(record.read_text("utf-8")).keys() == {"format", "forms"}
+
+
 def test_the_command_is_installed():
     (entry,) = metadata.entry_points(group="console_scripts", name="fastdean")
     assert callable(entry.load())
