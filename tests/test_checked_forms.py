@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC, KERNELS = ROOT / "csrc", ROOT / "fastdean" / "kernels"
 FORM = ("zero_at_", "native")
 SOURCES = {"collapse_cuda.cu": "1c", "fastdean.h": "1f", "mask_cuda.cu": "1a"}
-BUILT = native.BuildFacts("GNU 1", "13.0", "80 90", native.ABI_VERSION, (), SOURCES)
+BUILT = native.BuildFacts("GNU 1", "13.0", "80 90", native.ABI_VERSION, (), tuple(SOURCES.items()))
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +36,13 @@ def record(monkeypatch, tmp_path):
     path = tmp_path / "checked_forms.json"
     monkeypatch.setattr(checked, "FILE", path)
     built_of(monkeypatch, SOURCES)
-    checked._installed.cache_clear()
+    checked._held_against.cache_clear()
     yield path
-    checked._installed.cache_clear()
+    checked._held_against.cache_clear()
 
 
 def built_of(monkeypatch, sources):
-    build = dataclasses.replace(BUILT, cuda_sources=sources)
+    build = dataclasses.replace(BUILT, cuda_sources=tuple(sources.items()))
     status = native.NativeStatus("available", "", build)
     monkeypatch.setattr(extension, "_load", lambda: (None, status))
 
@@ -57,7 +57,7 @@ def on_gpu(monkeypatch, major, minor):
 def write_passed(record, form=FORM, **changes):
     """One more entry of a check that passed on compute capability 9.0."""
     checked.write(record, [dataclasses.replace(checked.entry(*form), **changes)])
-    checked._installed.cache_clear()
+    checked._held_against.cache_clear()
 
 
 def test_a_form_that_passed_is_preferred_on_gpus_of_its_kind(record, monkeypatch):
@@ -334,7 +334,7 @@ def test_the_extension_is_made_of_the_sources_that_stand_here():
     build = native.status().build
     if build is None or not build.cuda:
         pytest.skip("an install without CUDA is under test")
-    for name, digest in build.cuda_sources.items():
+    for name, digest in build.cuda_sources:
         found = hashlib.sha256((CSRC / name).read_bytes()).hexdigest()
         assert found == digest, f"{name} has changed since the build; install again"
 
@@ -342,7 +342,7 @@ def test_the_extension_is_made_of_the_sources_that_stand_here():
 def test_importing_the_dispatch_reads_no_record():
     code = (
         "from fastdean.ops import _dispatch, checked; _dispatch.choose('zero_at_', 'cpu');"
-        "print(checked._installed.cache_info().misses)"
+        "print(checked._held_against.cache_info().misses)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CSRC)
     assert (done.stdout, done.stderr) == ("0\n", "")

@@ -165,7 +165,7 @@ def test_info_says_how_the_extension_was_compiled(monkeypatch, cuda, architectur
         native.CpuLevels("accumulate_importance_", ("portable", "AVX2", "AVX512"), "AVX2"),
         native.CpuLevels("collapse_alignment", ("portable",), "portable"),
     )
-    build = native.BuildFacts("GNU 1.2", cuda, architectures, 7, levels, {"a.cu": "1f"})
+    build = native.BuildFacts("GNU 1.2", cuda, architectures, 7, levels, (("a.cu", "1f"),))
     status = native.NativeStatus("available", "", build)
     monkeypatch.delenv("FASTDEAN_IMPL", raising=False)
     monkeypatch.setattr(extension, "_load", lambda: (None, status))
@@ -186,7 +186,7 @@ def test_info_says_how_the_extension_was_compiled(monkeypatch, cuda, architectur
                 },
                 {"op": "collapse_alignment", "compiled": ["portable"], "in_use": "portable"},
             ],
-            "cuda_sources": {"a.cu": "1f"},
+            "cuda_sources": [["a.cu", "1f"]],
         },
     }
     lines = [re.sub("  +", " | ", line) for line in info.render(facts).splitlines()]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
@@ -38,7 +37,8 @@ class CpuLevels:
 class BuildFacts:
     """How the extension was compiled.
 
-    `cuda`, `architectures` and `cuda_sources` (file of csrc/ -> SHA-256) are empty without CUDA.
+    `cuda`, `architectures` and `cuda_sources` (files of csrc/, each with its SHA-256) are empty
+    without CUDA.
     """
 
     compiler: str
@@ -46,7 +46,7 @@ class BuildFacts:
     architectures: str
     abi: int
     cpu_levels: tuple[CpuLevels, ...]
-    cuda_sources: Mapping[str, str] = field(default_factory=dict)
+    cuda_sources: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,13 @@ def _build_of(extension: ModuleType) -> BuildFacts:
             ),
             CpuLevels("collapse_alignment", extension.COLLAPSE_LEVELS, extension.COLLAPSE_LEVEL),
         ),
-        cuda_sources=dict(each.split("=") for each in extension.CUDA_SOURCES.split()),
+        cuda_sources=tuple(_name_and_digest(each) for each in extension.CUDA_SOURCES.split()),
     )
+
+
+def _name_and_digest(source: str) -> tuple[str, str]:
+    name, digest = source.split("=")
+    return name, digest
 
 
 def status() -> NativeStatus:

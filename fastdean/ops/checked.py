@@ -101,7 +101,7 @@ def digest(op: str, impl: str) -> str:
     Raises: ValueError for a form that there is not; RuntimeError if it is not in this install.
     """
     _check_form(op, impl)
-    made_of = _compiled_sources() if impl == "native" else _kernel_sources(op, impl)
+    made_of = dict(_compiled_sources()) if impl == "native" else _kernel_sources(op, impl)
     names = SOURCES[op, impl]
     if not made_of.keys() >= set(names):
         raise RuntimeError(
@@ -206,9 +206,19 @@ def described(op: str, impl: str) -> str:
 
 def _of_these_sources(op: str, impl: str) -> tuple[list[Entry], str]:
     """The entries that hold for what is installed; where there are none, why."""
-    entries, problem = _installed(FILE)
-    if problem:
-        return [], problem
+    return _held_against(_compiled_sources(), op, impl, FILE)
+
+
+# Asked with every call of an operation.
+@functools.cache
+def _held_against(
+    compiled: tuple[tuple[str, str], ...], op: str, impl: str, path: Path
+) -> tuple[list[Entry], str]:
+    """`_of_these_sources` of the record at `path` and an extension made of `compiled`."""
+    try:
+        entries = read(path)
+    except ValueError as error:
+        return [], str(error)
     mine = [each for each in entries if (each.op, each.impl) == (op, impl)]
     passed = [each for each in mine if not each.rehearsal]
     if not passed:
@@ -223,15 +233,6 @@ def _of_these_sources(op: str, impl: str) -> tuple[list[Entry], str]:
     if not current:
         return [], f"its sources have changed since its check passed on {last}"
     return current, ""
-
-
-@functools.cache
-def _installed(path: Path) -> tuple[tuple[Entry, ...], str]:
-    """The entries of this install's record, and what is wrong with it."""
-    try:
-        return read(path), ""
-    except ValueError as error:
-        return (), str(error)
 
 
 def _slower(found: Entry) -> str:
@@ -253,12 +254,12 @@ def _check_form(op: str, impl: str) -> None:
         )
 
 
-def _compiled_sources() -> dict[str, str]:
-    """File of csrc/ -> SHA-256, of what the CUDA part of the extension was compiled from."""
+def _compiled_sources() -> tuple[tuple[str, str], ...]:
+    """What the CUDA part of the extension was compiled from: files of csrc/ with their SHA-256."""
     from fastdean import native
 
     build = native.status().build
-    return dict(build.cuda_sources) if build else {}
+    return build.cuda_sources if build else ()
 
 
 def _kernel_sources(op: str, impl: str) -> dict[str, str]:
