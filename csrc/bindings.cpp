@@ -13,6 +13,7 @@
 #ifndef FASTDEAN_WITH_CUDA
 #define FASTDEAN_CUDA_VERSION ""
 #define FASTDEAN_CUDA_ARCHITECTURES ""
+#define FASTDEAN_CUDA_SOURCES ""
 #endif
 
 namespace py = pybind11;
@@ -295,6 +296,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("COMPILER") = FASTDEAN_COMPILER;
   m.attr("CUDA_VERSION") = FASTDEAN_CUDA_VERSION;
   m.attr("CUDA_ARCHITECTURES") = FASTDEAN_CUDA_ARCHITECTURES;
+  // "file=SHA-256 " for each source of a CUDA operation.
+  m.attr("CUDA_SOURCES") = FASTDEAN_CUDA_SOURCES;
   m.attr("MAX_RANK") = fastdean::kMaxRank;
   m.attr("ROW_FIELDS") = fastdean::kRowFields;
   m.attr("IMPORTANCE_FIELDS") = fastdean::kImportanceFields;

@@ -28,6 +28,7 @@ constexpr int64_t kAlignment = 256;
 // average: columns and partial rows side by side in a block.
 constexpr int kAverageColumns = 32;
 constexpr int kAverageRows = 32;
+constexpr int kAverageThreads = kAverageColumns * kAverageRows;
 // In place of a weight's squared length: the class has no cosine, and so no gradient.
 constexpr double kNoCosine = -1;
 
@@ -176,7 +177,7 @@ __global__ void add_chunks(Plan plan) {
 }
 
 // One block: the numbers of rows in `starts` become places in `order`.
-__global__ void scan_classes(Plan plan) {
+__global__ void __launch_bounds__(kFinishThreads) scan_classes(Plan plan) {
   __shared__ int64_t sums[kFinishThreads];
   const int64_t each = divide_up(plan.p.classes, kFinishThreads);
   const int64_t first = min(threadIdx.x * each, plan.p.classes);
@@ -249,9 +250,9 @@ __global__ void join_sums(Plan plan) {
 
 // out [columns] = the sum of the partial rows over the number of classes seen.
 template <class T>
-__global__ void average(Plan plan, T* out) {
+__global__ void __launch_bounds__(kAverageThreads) average(Plan plan, T* out) {
   __shared__ double sums[kAverageRows][kAverageColumns + 1];
-  __shared__ int64_t seen[kAverageRows * kAverageColumns];
+  __shared__ int64_t seen[kAverageThreads];
   const CollapseParams& p = plan.p;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kAverageColumns + threadIdx.x;
   const int thread = threadIdx.y * kAverageColumns + threadIdx.x;
@@ -262,13 +263,13 @@ __global__ void average(Plan plan, T* out) {
     }
   }
   int64_t own_seen = 0;
-  for (int64_t c = thread; c < p.classes; c += kAverageRows * kAverageColumns) {
+  for (int64_t c = thread; c < p.classes; c += kAverageThreads) {
     own_seen += count_of(p, c) > 0;
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   seen[thread] = own_seen;
   __syncthreads();
-  for (int step = kAverageRows * kAverageColumns / 2; step > 0; step /= 2) {
+  for (int step = kAverageThreads / 2; step > 0; step /= 2) {
     if (thread < step) seen[thread] += seen[thread + step];
     __syncthreads();
   }
@@ -335,7 +336,7 @@ __global__ void multiply(Plan plan) {
 
 // One block: the loss and the three factors of every class.
 template <class T>
-__global__ void finish(Plan plan) {
+__global__ void __launch_bounds__(kFinishThreads) finish(Plan plan) {
   const CollapseParams& p = plan.p;
   double own_seen = 0, own_sum = 0;
   for (int64_t c = threadIdx.x; c < p.classes; c += kFinishThreads) {

@@ -16,7 +16,7 @@ namespace fastdean {
 // Raised by one with every change of a struct or a signature in this file, or of the constants and
 // functions that Python sees; fastdean/native/extension.py names the number it was written for,
 // refusing another.
-constexpr int kAbiVersion = 6;
+constexpr int kAbiVersion = 7;
 
 constexpr int kMaxRank = 8;
 

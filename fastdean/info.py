@@ -37,7 +37,7 @@ def collect() -> dict[str, Any]:
 
     import fastdean
     from fastdean import native
-    from fastdean.ops import _dispatch
+    from fastdean.ops import _dispatch, checked
 
     cuda_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kinds = ["cpu"] + (["cuda"] if cuda_devices else [])
@@ -55,6 +55,10 @@ def collect() -> dict[str, Any]:
         "dispatch": {
             kind: [dataclasses.asdict(row) for row in _dispatch.explain(kind)] for kind in kinds
         },
+        "cuda_forms": [
+            {"op": op, "impl": impl, "record": checked.described(op, impl)}
+            for op, impl in checked.SOURCES
+        ],
     }
 
 
@@ -68,6 +72,8 @@ def render(info: dict[str, Any]) -> str:
     for kind, rows in info["dispatch"].items():
         lines = [("operation", f"on {kind}", "why"), *_dispatch_lines(rows)]
         sections.append(_table(lines))
+    forms = [(row["op"], row["impl"], row["record"]) for row in info["cuda_forms"]]
+    sections.append(_table([("operation", "on CUDA", "its check on a GPU"), *forms]))
     return "\n\n".join(sections)
 
 

@@ -35,19 +35,31 @@ def cut_by_matrix_units(x, g, segments):
     return lost
 
 
-def rounded_one_after_another(x, g, segments):
-    """What plain fp32 additions, one token after the other, may lose of sum_b |G_b^T X_b|.
+def lost_on_a_gpu(x, g, segments):
+    """What a GPU may lose of sum_b |G_b^T X_b| besides what plain torch does, float64 [R, C]."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return cut_by_matrix_units(x, g, segments)
+    return lost_by_rounding(lambda t: g[t, :, None].double() * x[t].double(), segments)
 
-    Each addition rounds the running sum to half a unit in its last place, up or down as it comes:
-    five standard deviations of that walk, float64 [R, C]. Torch's own product may take the tokens
-    in blocks and lose far less, so that twice its error is no measure for long examples.
+
+def lost_by_rounding(term, segments):
+    """What fp32 may lose of sum_b |sum of the terms of b|, added one after the other; float64.
+
+    A GPU adds in an order of its own, often this one, and torch's result in another order says
+    little of it. Each addition rounds by at most half a unit in the running sum's last place; n
+    roundings of either sign make a walk, and this is three and a half standard deviations of it.
+
+    Args:
+        term: row -> its term, float64.
     """
-    squared = torch.zeros(g.shape[1], x.shape[1], dtype=torch.float64)
-    x, g = x.double(), g.double()
+    lost = 0.0
     for start, end in segments.tolist():
-        running = (g[start:end].unsqueeze(2) * x[start:end].unsqueeze(1)).cumsum(0)
-        squared += (running * 2.0**-24).square().sum(0) / 3
-    return 5 * squared.sqrt()
+        running = squares = 0.0
+        for row in range(start, end):
+            running = running + term(row)
+            squares = squares + running**2
+        lost = lost + 2.0**-23 * squares**0.5
+    return lost
 
 
 def assert_within_budget(value, torch_same, oracle, dtype=torch.float32, lost=0.0):

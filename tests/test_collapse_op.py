@@ -9,7 +9,9 @@ import threading
 
 import pytest
 import torch
+from alignment_oracle import std_step
 from budget import assert_within_budget
+from device_waits import device_waits
 
 import fastdean
 from fastdean import native
@@ -823,26 +825,80 @@ def test_states_of_another_kind_are_neither_added_nor_loaded():
         window[0] + window[1]
 
 
+DEVICE_SHAPES = pytest.mark.parametrize(
+    "shape", [(40, 7, 9), (3000, 300, 1100), (5000, 3, 64)], ids=str
+)
+
+
+@functools.cache
+def device_case(shape, dtype):
+    """(features, labels, weight), a state with a past, and a step of "std" exactly and in torch."""
+    data = problem(*shape, dtype=dtype)
+    state = filled(state_for(data[2], "window"))
+    exact = std_step(*data, state.sums, state.counts, state.decay)
+    same = autograd_of_the_reference(*data, state, "std", state.sums.dtype)
+    return data, state, exact, same
+
+
+def assert_any_order_within_budget(found, shape, dtype):
+    """The budget of a `device_case`, for an implementation that adds in an order of its own."""
+    _, state, exact, same = device_case(shape, dtype)
+    wide, (rows, _, columns) = state.sums.dtype, shape
+    assert abs(float(found[0]) - float(exact[0])) <= 16 * torch.finfo(wide).eps
+    torch.testing.assert_close(found[2], exact[2], rtol=1e-15, atol=0)
+    # Sums of n numbers in two orders differ by a walk of n steps: its length grows as sqrt(n).
+    # Rows are added to sums, columns to products.
+    share = torch.finfo(wide).eps * math.sqrt(rows + columns)
+    for position, promised in ((1, wide), (3, dtype), (4, dtype)):
+        lost = share * float(exact[position].abs().max())
+        assert_within_budget(
+            found[position], same[position].to(promised), exact[position], promised, lost
+        )
+
+
+def test_the_wide_oracle_is_the_references_own_gradient():
+    data = problem(60)
+    state = filled(state_for(data[2], "window"))
+    exact = std_step(*data, state.sums, state.counts, state.decay)
+    plain = autograd_of_the_reference(*data, state, "std")
+    for value, expected in zip(exact, plain, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@DEVICE_SHAPES
+def test_the_budget_of_the_device_is_one_that_the_cpu_keeps_in_any_order(impl, dtype, shape):
+    (features, labels, weight), state = device_case(shape, dtype)[:2]
+    for order in (torch.arange(len(labels)), torch.arange(len(labels)).flip(0)):
+        found = list(run(impl, features[order], labels[order], weight, state))
+        found[4] = found[4][order.argsort()]
+        assert_any_order_within_budget(found, shape, dtype)
+
+
+@DEVICE_SHAPES
+def test_the_budget_of_the_device_sees_an_error_of_the_twelfth_digit(impl, shape):
+    data, state = device_case(shape, torch.float64)[:2]
+    found = run(impl, *data, state)
+    for position in range(5):
+        wrong = list(found)
+        wrong[position] = found[position] * (1 + 1e-12)
+        with pytest.raises(AssertionError):
+            assert_any_order_within_budget(wrong, shape, torch.float64)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["reference", "native"])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(40, 7, 9), (3000, 300, 1100), (5000, 3, 64)], ids=str)
+@DEVICE_SHAPES
 def test_cuda_is_within_the_budget_and_repeats_bit_for_bit(impl, dtype, shape):
-    features, labels, weight = problem(*shape, dtype=dtype)
-    state = filled(state_for(weight, "window"))
-    exact = autograd_of_the_reference(features, labels, weight, state, "std")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    same = autograd_of_the_reference(features, labels, weight, state, "std", wide)
-    on_device = [each.cuda() for each in (features, labels, weight)]
-    state.to("cuda")
-    found, again = (run(impl, *on_device, state) for _ in range(2))
+    data, state = device_case(shape, dtype)[:2]
+    on_device = state_for(data[2], "window")
+    on_device.load_state_dict(state.state_dict())
+    on_device.to("cuda")
+    arguments = [each.cuda() for each in data]
+    found, again = (run(impl, *arguments, on_device) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
-    assert abs(float(found[0]) - float(exact[0])) <= 16 * torch.finfo(wide).eps
-    assert_within_budget(found[1].cpu(), same[1], exact[1], wide)
-    for position in (3, 4):
-        assert_within_budget(
-            found[position].cpu(), same[position].to(dtype), exact[position], dtype=dtype
-        )
+    assert_any_order_within_budget([each.cpu() for each in found], shape, dtype)
 
 
 @pytest.mark.gpu
@@ -880,8 +936,6 @@ def test_nothing_waits_for_the_device(impl):
     features, labels, weight = (each.cuda() for each in problem())
     state = filled(state_for(weight, "window")).to("cuda")
     run(impl, features, labels, weight, state)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with device_waits() as waits:
         run(impl, features, labels, weight, state)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert waits == []

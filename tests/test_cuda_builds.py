@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,11 @@ OPTIONS = ["-O3", "-DNDEBUG", "-std=c++17", "-Xcompiler=-fPIC"]
 OPTIONS += [f"--generate-code=arch=compute_{n},code=[compute_{n},sm_{n}]" for n in CHIPS]
 
 
+# Registers that the threads of a block share, 8.0 and 9.0 alike.
+REGISTERS_OF_A_BLOCK = 64 * 1024
+MOST_REGISTERS = 255  # of a thread
+
+
 def _warnings_as_errors():
     """The options for CUDA in CMakeLists.txt: which warnings, and that they are errors."""
     groups = re.findall(r"\$<\$<COMPILE_LANGUAGE:CUDA>:([^>]*)>", BUILD)
@@ -27,7 +33,13 @@ def _warnings_as_errors():
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Where nvcc leaves what it made, the PTX of every chip included."""
+    return tmp_path_factory.mktemp("cuda")
+
+
+@pytest.fixture(scope="module")
+def reports(folder):
     """Source -> what nvcc and ptxas say of it, all compiled at once.
 
     FASTDEAN_CUDA=ON, the switch of the build, says that nvcc has to be here.
@@ -36,8 +48,8 @@ def reports(tmp_path_factory):
         if os.environ.get("FASTDEAN_CUDA") == "ON":
             pytest.fail("FASTDEAN_CUDA=ON and there is no nvcc on the PATH", pytrace=False)
         pytest.skip("needs nvcc on the PATH")
-    folder = tmp_path_factory.mktemp("cuda")
     command = ["nvcc", "-c", *OPTIONS, *_warnings_as_errors(), "-Xptxas=-v", f"-I{CSRC}"]
+    command += ["--keep", f"--keep-dir={folder}"]
     running = {
         source: subprocess.Popen(
             [*command, source, "-o", folder / f"{source.stem}.o"],
@@ -67,3 +79,34 @@ def test_every_kernel_fits_into_its_registers(reports, source):
     # One line for each kernel, and for each function that was not inlined.
     assert len(spilled) >= len(compiled)
     assert set(spilled) == {("0", "0")}, reports[source]
+
+
+def _threads_of_launches(source):
+    """Kernel -> threads of the blocks that it is launched with."""
+    text = source.read_text("utf-8")
+    sizes = {}
+    for name, value in re.findall(r"constexpr int (k\w+) = ([\w *]+);", text):
+        sizes[name] = eval(value, {}, sizes)
+    for name, factors in re.findall(r"const dim3 (\w+)\((k\w+, k\w+)\);", text):
+        sizes[name] = math.prod(sizes[factor] for factor in factors.split(", "))
+    launches = re.findall(r"(\w+)(?:<[\w, ]+>)?<<<.*?, (\w+), 0, stream>>>", text)
+    assert len(launches) == text.count("<<<")
+    threads = {kernel: sizes[block] for kernel, block in launches}
+    assert len(threads) == text.count("__global__ void ")
+    return threads
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_every_block_finds_registers_for_all_its_threads(reports, folder, source):
+    pattern = r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?Used (\d+) registers"
+    compiled = re.findall(pattern, reports[source], flags=re.DOTALL)
+    for kernel, threads in _threads_of_launches(source).items():
+        found = [each for each in compiled if f"{len(kernel)}{kernel}" in each[0]]
+        assert {chip for _, chip, _ in found} == set(CHIPS)
+        for name, chip, registers in found:
+            assert int(registers) * threads <= REGISTERS_OF_A_BLOCK, name
+            # A build for a debugger takes what it may: up to 255, unless the kernel says how many
+            # threads there are.
+            ptx = (folder / f"{source.stem}.compute_{chip}.ptx").read_text("utf-8")
+            bound = re.search(rf"\.entry {name}\([^)]*\)\s*(?:\.maxntid (\d+), 1, 1\s)?", ptx)[1]
+            assert threads * MOST_REGISTERS <= REGISTERS_OF_A_BLOCK or int(bound or 0) == threads

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": {"_logging"},
     "native": set(),
     "kernels": set(),
-    "ops": {"kernels", "native"},
+    "ops": {"atomic", "kernels", "native"},
     "data": set(),
     "sources": set(),
     "loading": set(),

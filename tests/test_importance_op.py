@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from budget import assert_within_budget, cut_by_matrix_units
+from budget import assert_within_budget, lost_by_rounding, lost_on_a_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine import DEVICE
@@ -71,16 +71,15 @@ def check_weight(acc, x, g, segments, impl):
     oracle = weight_sums(acc, x, g, segments, torch.float64)
     same = weight_sums(acc, x, g, segments, torch.float32)
     assert accumulate_importance_(acc, x, g, segments, impl=impl) is acc
-    on_matrix_units = impl == "triton" and x.is_cuda and x.dtype != torch.float32
-    lost = cut_by_matrix_units(x, g, segments) if on_matrix_units else 0.0
-    assert_within_budget(acc, same, oracle, lost=lost)
+    assert_within_budget(acc, same, oracle, lost=lost_on_a_gpu(x, g, segments) if x.is_cuda else 0)
 
 
 def check_unit(acc, a, g, segments, impl):
     oracle = unit_sums(acc, a, g, segments, torch.float64)
     same = unit_sums(acc, a, g, segments, torch.float32)
     assert accumulate_unit_importance_(acc, a, g, segments, impl=impl) is acc
-    assert_within_budget(acc, same, oracle)
+    lost = lost_by_rounding(lambda t: a[t].double() * g[t].double(), segments) if a.is_cuda else 0
+    assert_within_budget(acc, same, oracle, lost=lost)
 
 
 # Ragged, out of order, one of length 1, an empty one, and rows 0, 1 and 20.. in none.
@@ -134,6 +133,24 @@ def test_a_long_example_beside_a_short_one(impl, dtype):
     segments = spans((0, 1), (1, 1090), (1090, 1100))
     check_weight(zeros(7, 5), x, g, segments, impl)
     check_unit(zeros(5), x, random(1100, 5, seed=3, dtype=dtype), segments, impl)
+
+
+def test_the_budget_of_a_gpu_is_that_of_adding_one_product_after_the_other():
+    x, g, segments = random(1100, 5, seed=1), random(1100, 7, seed=2), spans((0, 1), (1, 1100))
+    start = zeros(7, 5)
+    oracle = weight_sums(start, x, g, segments, torch.float64)
+    same = weight_sums(start, x, g, segments, torch.float32)
+    found = zeros(7, 5)
+    for first, end in segments.tolist():
+        running = zeros(7, 5)
+        for row in range(first, end):
+            # As a fused multiply-add: the product is exact in float64, and rounded once.
+            running = (running.double() + g[row, :, None].double() * x[row].double()).float()
+        found += running.abs()
+    lost = lost_on_a_gpu(x, g, segments)
+    assert_within_budget(found, same, oracle, lost=lost)
+    with pytest.raises(AssertionError):
+        assert_within_budget(found * (1 + 1e-4), same, oracle, lost=lost)
 
 
 @IMPL

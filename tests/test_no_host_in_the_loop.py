@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from device_reads import DeviceReads
+from device_waits import device_waits
 from tiny_data import batches, make_examples
 from tiny_models import MODELS
 
@@ -270,6 +271,23 @@ def test_evaluation_reads_after_the_last_batch(monkeypatch):
     assert sums.isfinite().all() and counts.tolist() == [e.num_targets(1) for e in examples]
 
 
+@pytest.mark.parametrize("error", [None, ValueError("of the block")], ids=str)
+def test_waits_are_listed_and_the_mode_does_not_outlive_the_block(error, monkeypatch):
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with nullcontext() if error is None else pytest.raises(ValueError), device_waits() as waits:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        if error is not None:
+            raise error
+    assert modes == ["warn", "default"]
+    assert [Path(each.filename).name for each in waits] == [Path(__file__).name]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("granularity", ["weight", "neuron"])
 @pytest.mark.parametrize("loss_fn", [None, token_losses])
@@ -277,15 +295,10 @@ def test_nothing_of_ours_synchronises_a_gpu(granularity, loss_fn, monkeypatch):
     model, real_pass, seen = llama_of(3).cuda(), scoring._run_pass, []
 
     def run_pass(*args):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                return real_pass(*args)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-                # The mode itself warns, once, that it is a prototype.
-                seen.extend(w for w in caught if "synchronizing CUDA" in str(w.message))
+        with device_waits() as waits:
+            result = real_pass(*args)
+        seen.extend(waits)
+        return result
 
     def run():
         examples = batches(make_examples(), 1)

@@ -100,6 +100,11 @@ def test_the_word_lists_are_part_of_the_package():
     }
 
 
+def test_the_record_of_checks_is_part_of_the_package():
+    record = resources.files("fastdean") / "ops" / "checked_forms.json"
+    assert json.loads(record.read_text("utf-8")).keys() == {"format", "forms"}
+
+
 def test_the_command_is_installed():
     (entry,) = metadata.entry_points(group="console_scripts", name="fastdean")
     assert callable(entry.load())
@@ -160,7 +165,7 @@ def test_info_says_how_the_extension_was_compiled(monkeypatch, cuda, architectur
         native.CpuLevels("accumulate_importance_", ("portable", "AVX2", "AVX512"), "AVX2"),
         native.CpuLevels("collapse_alignment", ("portable",), "portable"),
     )
-    build = native.BuildFacts("GNU 1.2", cuda, architectures, 7, levels)
+    build = native.BuildFacts("GNU 1.2", cuda, architectures, 7, levels, (("a.cu", "1f"),))
     status = native.NativeStatus("available", "", build)
     monkeypatch.delenv("FASTDEAN_IMPL", raising=False)
     monkeypatch.setattr(extension, "_load", lambda: (None, status))
@@ -181,6 +186,7 @@ def test_info_says_how_the_extension_was_compiled(monkeypatch, cuda, architectur
                 },
                 {"op": "collapse_alignment", "compiled": ["portable"], "in_use": "portable"},
             ],
+            "cuda_sources": [["a.cu", "1f"]],
         },
     }
     lines = [re.sub("  +", " | ", line) for line in info.render(facts).splitlines()]

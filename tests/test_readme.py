@@ -193,3 +193,11 @@ def test_dispatch_table_is_the_one_shown():
                 k for k, c in zip(kinds, cells[1:], strict=True) if c != "not in this version"
             }
     assert shown == {op: {entry.name for entry in rows} for op, rows in _dispatch._TABLE.items()}
+
+
+def test_what_has_not_run_on_a_gpu_is_said_of_what_has_no_record():
+    from fastdean.ops import checked
+
+    passed = {each.op for each in checked.read() if each.impl == "native"}
+    shown = re.findall(r"^\| `(\w+)`.*CUDA: compiled, not yet run on a GPU", README, re.MULTILINE)
+    assert set(shown) == {op for op, impl in checked.SOURCES if impl == "native"} - passed

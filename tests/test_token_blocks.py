@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdean.kernels import schedule
 from fastdean.kernels.schedule import placed_token_blocks, token_blocks
 
 
@@ -71,3 +76,60 @@ def test_a_batch_is_cut_once_for_all_its_layers():
     assert placed_token_blocks(segments.clone(), **place) is not first
     segments[1, 1] = 8
     assert placed_token_blocks(segments, **place)[0].tolist()[1] == [3, 5]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is none: `gpu.capturing` says whether its stream is captured into a graph.
+
+    Copies to it stay on the CPU. Those that are captured arrive when `gpu.replay` is called.
+    """
+    state = SimpleNamespace(device=torch.device("cuda", 0), capturing=False, captured=[])
+
+    def to(tensor, device, non_blocking):
+        assert device == state.device and non_blocking
+        arrived = torch.full_like(tensor, -1)
+        state.captured.append((arrived, tensor))
+        if not state.capturing:
+            state.replay()
+        return arrived
+
+    def replay():
+        for arrived, source in state.captured:
+            arrived.copy_(source)
+        state.captured.clear()
+
+    state.replay = replay
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(schedule, "on_device", lambda device: nullcontext())
+    monkeypatch.setattr(schedule, "_COPIED_BY_GRAPHS", [])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    return state
+
+
+def test_what_is_placed_while_a_graph_is_captured_is_for_the_graph_alone(gpu):
+    segments = torch.tensor([[0, 3], [3, 9]])
+    place = {"num_rows": 9, "block_tokens": 16, "device": gpu.device}
+    gpu.capturing = True
+    of_graph = placed_token_blocks(segments, **place)
+    gpu.capturing = False
+    # The graph has not run: its blocks hold nothing yet.
+    outside = placed_token_blocks(segments, **place)
+    assert read(*outside) == [[[0, 3], [3, 6]]]
+    assert placed_token_blocks(segments, **place) is outside
+    gpu.replay()
+    assert read(*of_graph) == [[[0, 3], [3, 6]]]
+    # What the graph copies from is there for every replay.
+    assert len(schedule._COPIED_BY_GRAPHS) == 2
+
+
+def test_a_graph_may_use_what_was_placed_before(gpu):
+    segments = torch.tensor([[0, 3], [3, 9]])
+    place = {"num_rows": 9, "block_tokens": 16, "device": gpu.device}
+    before = placed_token_blocks(segments, **place)
+    gpu.capturing = True
+    assert placed_token_blocks(segments, **place) is before
+    assert gpu.captured == [] and schedule._COPIED_BY_GRAPHS == []

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastdean.kernels import on_device
+
 # The blocks of the examples that are being worked on, so that all layers of a batch share one copy
 # on the device: without this every layer would wait for its own transfer.
 _PLACED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+# A graph copies from the same host memory at every replay and does not say when it is gone: some
+# kilobytes for each batch that is captured before its blocks were placed.
+_COPIED_BY_GRAPHS: list[Tensor] = []
 
 
 def token_blocks(
@@ -60,23 +66,32 @@ def token_blocks(
 def placed_token_blocks(
     segments: Tensor, *, num_rows: int, block_tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`token_blocks` of CPU segments on `device`, moved there once per segments tensor."""
+    """`token_blocks` of CPU segments on `device`, moved there once per segments tensor.
+
+    A CUDA graph that is captured meanwhile may use what was placed on its stream before, for as
+    long as `segments` exists. What is placed for the graph itself is remembered for nobody else.
+    """
     known = _PLACED.setdefault(segments, {})
     # Of each stream its own: another one would have to wait for the copy.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
     # The values, not the version: memory that is shared with NumPy changes without one.
     key = (segments.numpy().tobytes(), num_rows, block_tokens, device, stream)
-    if key not in known:
-        known[key] = _place(segments, num_rows, block_tokens, device)
-    return known[key]
-
-
-def _place(
-    segments: Tensor, num_rows: int, block_tokens: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+    if key in known:
+        return known[key]
     made = token_blocks(segments, num_rows=num_rows, block_tokens=block_tokens)
     if device.type == "cpu":
-        return made
+        return known.setdefault(key, made)
     # From pinned memory: a copy from pageable memory would wait for the device.
-    blocks, first = (tensor.pin_memory().to(device, non_blocking=True) for tensor in made)
+    pinned = [tensor.pin_memory() for tensor in made]
+    blocks, first = (tensor.to(device, non_blocking=True) for tensor in pinned)
+    if not _is_capturing(device):
+        return known.setdefault(key, (blocks, first))
+    # A captured copy has not run: the blocks hold nothing before the graph is replayed.
+    _COPIED_BY_GRAPHS.extend(pinned)
     return blocks, first
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a CUDA device is being captured into a graph."""
+    with on_device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 # The number in csrc/fastdean.h that this package was written for.
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 _REINSTALL = "reinstall fastdean, or set FASTDEAN_IMPL=reference to do without the extension"
 
@@ -35,13 +35,18 @@ class CpuLevels:
 
 @dataclass(frozen=True)
 class BuildFacts:
-    """How the extension was compiled; `cuda` and `architectures` are empty without CUDA."""
+    """How the extension was compiled.
+
+    `cuda`, `architectures` and `cuda_sources` (files of csrc/, each with its SHA-256) are empty
+    without CUDA.
+    """
 
     compiler: str
     cuda: str
     architectures: str
     abi: int
     cpu_levels: tuple[CpuLevels, ...]
+    cuda_sources: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,13 @@ def _build_of(extension: ModuleType) -> BuildFacts:
             ),
             CpuLevels("collapse_alignment", extension.COLLAPSE_LEVELS, extension.COLLAPSE_LEVEL),
         ),
+        cuda_sources=tuple(_name_and_digest(each) for each in extension.CUDA_SOURCES.split()),
     )
+
+
+def _name_and_digest(source: str) -> tuple[str, str]:
+    name, digest = source.split("=")
+    return name, digest
 
 
 def status() -> NativeStatus:

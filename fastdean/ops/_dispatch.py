@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from fastdean.ops import checked
+
 IMPLEMENTATIONS = ("reference", "triton", "native")
 ENVIRONMENT_VARIABLE = "FASTDEAN_IMPL"
 
@@ -51,7 +53,7 @@ class _Implementation:
     name: str
     load: Callable[[str], Callable[..., Any]]
     refuses: Callable[[torch.device, torch.dtype | None], str]
-    declines: Callable[[torch.device], str]
+    declines: Callable[[str, torch.device], str]
 
 
 def _load_reference(op: str) -> Callable[..., Any]:
@@ -96,18 +98,19 @@ def _refuses_nothing(device: torch.device, dtype: torch.dtype | None) -> str:
     return ""
 
 
-def _declines_nothing(device: torch.device) -> str:
+def _declines_nothing(op: str, device: torch.device) -> str:
     return ""
 
 
-def _slow_on_a_cpu(device: torch.device) -> str:
+def _slow_on_a_cpu(op: str, device: torch.device) -> str:
     return "interpreted kernels are slow; ask for it by name" if device.type == "cpu" else ""
 
 
-def _unproven_on_cuda(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "its CUDA kernel has been compiled but not yet run on hardware; ask for it by name"
-    return ""
+def _unchecked_on_cuda(op: str, device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    objection = checked.objection(op, "native", device)
+    return objection and f"{objection}; ask for it by name"
 
 
 _REFERENCE = _Implementation(
@@ -115,7 +118,7 @@ _REFERENCE = _Implementation(
 )
 _TRITON = _Implementation("triton", _load_triton, refuses=_triton_refuses, declines=_slow_on_a_cpu)
 _NATIVE = _Implementation(
-    "native", _load_native, refuses=_native_refuses, declines=_unproven_on_cuda
+    "native", _load_native, refuses=_native_refuses, declines=_unchecked_on_cuda
 )
 
 _NATIVE_ON_CPU = _Implementation(
@@ -225,7 +228,7 @@ def _first_able(
 ) -> tuple[_Implementation, str]:
     passed_over = []
     for entry in _TABLE[op]:
-        objection = entry.refuses(device, dtype) or entry.declines(device)
+        objection = entry.refuses(device, dtype) or entry.declines(op, device)
         if not objection:
             return entry, "; ".join(passed_over) or f"preferred on {device.type}"
         passed_over.append(f"not {entry.name}: {objection}")
@@ -247,7 +250,7 @@ def _why_not(op: str, device: torch.device, impl: str) -> str:
     if entry is None:
         return _absence(op, impl)
     try:
-        return entry.refuses(device, None) or entry.declines(device) or _outranked(op)
+        return entry.refuses(device, None) or entry.declines(op, device) or _outranked(op)
     except RuntimeError as error:
         return str(error)
 
