@@ -63,6 +63,7 @@ class DebiasJob:
         steps, epochs, learning_rate, batch_size, accumulation: see `debias.fine_tune`.
         save_every: steps between checkpoints, of which the last is kept until the model is saved.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
+        start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
         seed: of shuffles, masking, dropout, controls and bootstraps.
     Raises:
         ValueError: an option out of range.
@@ -90,6 +91,7 @@ class DebiasJob:
     max_length: int | None = None
     save_every: int = 50
     bias: tuple[str, ...] = ("bec_pro",)
+    start_token: str | int = "auto"
     tokens_per_batch: int | None = None
     device: str | None = None
     seed: int = 0
@@ -114,7 +116,7 @@ class DebiasJob:
             )
         read_word_groups(self.words)
         check_seed(self.seed)
-        bias.check(self.bias)
+        bias.check(self.bias, self.start_token)
 
     @property
     def source(self) -> str:
@@ -268,7 +270,15 @@ def _measure(
     with costs.step(f"neural collapse, {state}", sum(map(len, examples))):
         found = {"collapse": folder.figures(f"{state}-collapse", collapse)}
     found["bias"] = bias.measure(
-        model, prepared.tokenizer, job.bias, folder, state, costs, seed=job.seed, progress=progress
+        model,
+        prepared.tokenizer,
+        job.bias,
+        folder,
+        state,
+        costs,
+        start=job.start_token,
+        seed=job.seed,
+        progress=progress,
     )
     if label_shift(model) == 1:
         with costs.step(f"perplexity, {state}", sum(map(len, examples))):
@@ -366,9 +376,19 @@ def _collect(
             ],
             "cost": costs.steps,
             "files": {"model": "model", "figures": RESULTS_FILE},
-            "manifest": {"job": asdict(job), "classes": prepared.classes.to_dict()},
+            "manifest": _manifest(job, prepared, states),
         }
     )
+
+
+def _manifest(
+    job: DebiasJob, prepared: _Prepared, states: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "job": asdict(job),
+        "classes": prepared.classes.to_dict(),
+        "start_token": bias.start_token(states["before"]["bias"]),
+    }
 
 
 def _regularised(job: DebiasJob, classes: CollapseClasses) -> str:
@@ -428,13 +448,12 @@ def _save(
         command=command,
         effects=effects,
     )
-    manifest = {"job": asdict(job), "classes": prepared.classes.to_dict()}
     with costs.step("save"):
         save_model(
             folder.model,
             prepared.model,
             prepared.tokenizer,
             card=card,
-            manifest=plain(manifest),
+            manifest=results["manifest"],
             overwrite=True,
         )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import (
+    Encoded,
     Question,
     causal_log_likelihood,
     encode_text,
@@ -27,7 +28,7 @@ from fastdean.evaluation.bias.likelihood import (
     joint_log_likelihood,
     pseudo_log_likelihood,
 )
-from fastdean.evaluation.bias.result import BiasResult, members, preferred, resampled
+from fastdean.evaluation.bias.result import members, preferred, resampled
 from fastdean.evaluation.bias.rows import (
     Row,
     Source,
@@ -35,6 +36,7 @@ from fastdean.evaluation.bias.rows import (
     is_file,
     require_columns,
 )
+from fastdean.evaluation.bias.start import LikelihoodResult, Start, StartToken, named, start_token
 
 HUB_ID = "McGill-NLP/stereoset"
 TASKS = ("intrasentence", "intersentence")
@@ -49,9 +51,9 @@ _WORD = re.compile(r"\S+")
 class StereoSet:
     """lm: language modelling score, %. stereotype: SS, %, neutral 50. icat: ICAT, 0 to 100."""
 
-    lm: BiasResult
-    stereotype: BiasResult
-    icat: BiasResult
+    lm: LikelihoodResult
+    stereotype: LikelihoodResult
+    icat: LikelihoodResult
 
     def describe(self) -> str:
         return "\n".join(r.describe() for r in (self.lm, self.stereotype, self.icat))
@@ -70,6 +72,7 @@ def stereoset(
     source: Source = HUB_ID,
     *,
     average: Literal["targets", "rows"] = "targets",
+    start: Start = "auto",
     tokens_per_batch: int | None = None,
     confidence: float = 0.95,
     resamples: int = 10_000,
@@ -98,6 +101,7 @@ def stereoset(
         average: "targets" averages LM and SS over the target terms (within a task and bias type),
             as published, and resamples terms; "rows" takes every row alike. A row without a target
             counts as its own.
+        start: what a causal model's text starts from, see `start.start_token`; the result names it.
         tokens_per_batch: a bound for memory; the result does not depend on it.
         confidence, resamples, seed: of the intervals.
 
@@ -116,9 +120,10 @@ def stereoset(
     if average not in ("targets", "rows"):
         raise ValueError(f"average must be 'targets' or 'rows', got {average!r}")
     masked = is_masked(model)
+    begun = start_token(tokenizer, start, masked=masked)
     rows = _rows(source)
     options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
-    anti, stereo, unrelated = _scores(model, tokenizer, rows, masked, options)
+    anti, stereo, unrelated = _scores(model, tokenizer, rows, begun, options)
     related = (preferred(stereo, unrelated) + preferred(anti, unrelated)) / 2.0
     stereotyped = preferred(stereo, anti)
     units = _Units(rows, average, 100.0 * related, 100.0 * stereotyped)
@@ -137,9 +142,8 @@ def stereoset(
         "resamples": resamples,
         "seed": seed,
     }
-    lm, ss = units.lm, units.ss
-    n = len(lm)
-    return StereoSet(
+    lm, ss, n = units.lm, units.ss, len(units.lm)
+    found = (
         resampled(
             "StereoSet, language modelling score",
             lambda index: lm[index].mean(-1),
@@ -168,6 +172,7 @@ def stereoset(
             **shared,
         ),
     )
+    return StereoSet(*(named(result, begun) for result in found))
 
 
 def icat(lm: Tensor, ss: Tensor) -> Tensor:
@@ -279,7 +284,11 @@ def _labelled(sentences: Any, number: int) -> Iterator[tuple[str, str]]:
 
 
 def _scores(
-    model: nn.Module, tokenizer: Any, rows: list[Row], masked: bool, options: dict[str, Any]
+    model: nn.Module,
+    tokenizer: Any,
+    rows: list[Row],
+    start: StartToken | None,
+    options: dict[str, Any],
 ) -> tuple[Tensor, ...]:
     """Score of each row's continuations in the order of `LABELS`: float64 [n] each, nats/token."""
     scores = torch.zeros(len(LABELS), len(rows), dtype=torch.float64)
@@ -287,12 +296,14 @@ def _scores(
         chosen = [i for i, row in enumerate(rows) if row["type"] == task]
         if not chosen:
             continue
-        question = _between if task == "intersentence" else _whole if not masked else _in_blank
-        ask = causal_log_likelihood
-        if masked:
-            ask = pseudo_log_likelihood if task == "intersentence" else joint_log_likelihood
+        within = _whole if start is not None else _in_blank
+        question = _between if task == "intersentence" else within
         questions = [question(tokenizer, rows[i], label, i + 1) for label in LABELS for i in chosen]
-        sums, counts = ask(model, tokenizer, questions, **options)
+        if start is not None:
+            sums, counts = causal_log_likelihood(model, questions, start, **options)
+        else:
+            ask = pseudo_log_likelihood if task == "intersentence" else joint_log_likelihood
+            sums, counts = ask(model, tokenizer, questions, **options)
         scores[:, chosen] = (sums / counts).view(len(LABELS), -1)
     require_finite(model, scores.T)
     return tuple(scores)
@@ -300,7 +311,7 @@ def _scores(
 
 def _whole(tokenizer: Any, row: Row, label: str, number: int) -> Question:
     text = encode_text(tokenizer, row[label].strip())
-    return Question(text.ids, text.own)
+    return text.question(text.own)
 
 
 def _between(tokenizer: Any, row: Row, label: str, number: int) -> Question:
@@ -308,25 +319,23 @@ def _between(tokenizer: Any, row: Row, label: str, number: int) -> Question:
     context = row["context"].strip()
     joined = f"{context} {row[label].strip()}"
     text = encode_text(tokenizer, joined, offsets=True)
-    return _asked(text.ids, text.covering(len(context) + 1, len(joined)), row[label], number)
+    return _asked(text, text.covering(len(context) + 1, len(joined)), row[label], number)
 
 
 def _in_blank(tokenizer: Any, row: Row, label: str, number: int) -> Question:
     """The pieces of the word that fills the blank."""
     sentence = row[label].strip()
     text = encode_text(tokenizer, sentence, offsets=True)
-    return _asked(
-        text.ids, text.covering(*filled(row["context"], sentence, number)), sentence, number
-    )
+    return _asked(text, text.covering(*filled(row["context"], sentence, number)), sentence, number)
 
 
-def _asked(ids: Tensor, places: tuple[int, ...], sentence: str, number: int) -> Question:
+def _asked(text: Encoded, places: tuple[int, ...], sentence: str, number: int) -> Question:
     if not places:
         raise ValueError(
             f"row {number} must have tokens to score, got none in {sentence!r:.60}; correct the "
             "row or leave it out"
         )
-    return Question(ids, places)
+    return text.question(places)
 
 
 def filled(context: str, sentence: str, number: int = 1) -> tuple[int, int]:
