@@ -98,9 +98,10 @@ def stereoset(
         source: the benchmark's .json; rows or a file of rows as in it (`context`, `sentences` with
             `gold_label`, `bias_type`, `target`), or flat with the columns `COLUMNS` and `target`;
             or a hub id, of which the configurations of both tasks are read.
-        average: "targets" averages LM and SS over the target terms (within a task and bias type),
-            as published, and resamples terms; "rows" takes every row alike. A row without a target
-            counts as its own.
+        average: "targets" averages a term's rows first, those of both tasks and all bias types
+            together (in a category those that belong to it), then LM and SS over the target terms,
+            as in the published evaluator, and resamples terms; "rows" takes every row alike. A row
+            without a target counts as its own.
         start: what a causal model's text starts from, see `start.start_token`; the result names it.
         tokens_per_batch: a bound for memory; the result does not depend on it.
         confidence, resamples, seed: of the intervals.
@@ -134,7 +135,8 @@ def stereoset(
             "pseudo-log-likelihood per token"
             if masked
             else "log-likelihood per token",
-            "averaged over target terms, which were resampled"
+            "averaged over target terms, a term's rows of all tasks together as in the published "
+            "evaluator; terms were resampled"
             if average == "targets"
             else "averaged over rows, which were resampled",
         ],
@@ -142,7 +144,7 @@ def stereoset(
         "resamples": resamples,
         "seed": seed,
     }
-    lm, ss, n = units.lm, units.ss, len(units.lm)
+    lm, ss, n = units.lm, units.ss, units.n
     found = (
         resampled(
             "StereoSet, language modelling score",
@@ -181,27 +183,41 @@ def icat(lm: Tensor, ss: Tensor) -> Tensor:
 
 
 class _Units:
-    """What is averaged and resampled: the rows of one target term within one category, or a row.
+    """What is averaged and resampled: the rows of one target term, or one row.
 
-    lm, ss: float64 [n], mean over the rows of each unit.
+    A term's rows of all tasks and bias types are averaged together, and in a category those that
+    belong to it, as the published evaluator does: a term that is in two categories is another unit
+    in each. The units of all rows come first, then those of each category.
+
+    lm, ss: float64 [units], mean over the rows of each unit.
+    n: how many of them are those of all rows.
     categories: the units of each category.
     """
 
     def __init__(self, rows: list[Row], average: str, lm: Tensor, ss: Tensor) -> None:
-        keys = [
-            (row["type"], row["bias_type"], row.get("target") if average == "targets" else None)
-            for row in rows
-        ]
         # A term without a name, or a row of its own, has nothing to be merged with.
-        keys = [(*key, i if key[2] is None else None) for i, key in enumerate(keys)]
-        units = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        owner = torch.tensor([units[key] for key in keys])
-        counts = torch.bincount(owner, minlength=len(units)).double()
-        self.lm = torch.zeros_like(counts).index_add_(0, owner, lm) / counts
-        self.ss = torch.zeros_like(counts).index_add_(0, owner, ss) / counts
-        tasks = [key[0] for key in units]
+        terms = [row.get("target") if average == "targets" else None for row in rows]
+        keys = [("row", i) if term is None else ("term", term) for i, term in enumerate(terms)]
+        tasks = [row["type"] for row in rows]
         both = len(set(tasks)) > 1
-        self.categories = members([key[1] for key in units], tasks if both else [])
+        parts = members([row["bias_type"] for row in rows], tasks if both else [])
+        means, self.categories, start = [], {}, 0
+        for name, chosen in {None: torch.arange(len(rows)), **parts}.items():
+            found = _means([keys[i] for i in chosen.tolist()], lm[chosen], ss[chosen])
+            means.append(found)
+            if name is not None:
+                self.categories[name] = torch.arange(start, start + found.shape[1])
+            start += found.shape[1]
+        self.n = means[0].shape[1]
+        self.lm, self.ss = torch.cat(means, dim=1)
+
+
+def _means(keys: list[tuple[str, Any]], *values: Tensor) -> Tensor:
+    """Mean of each of the values over the rows of one key: float64 [values, keys]."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    owner = torch.tensor([numbers[key] for key in keys])
+    counts = torch.bincount(owner, minlength=len(numbers)).double()
+    return torch.stack([torch.zeros_like(counts).index_add_(0, owner, v) / counts for v in values])
 
 
 def _rows(source: Source) -> list[Row]:
