@@ -145,6 +145,12 @@ def debias(
         ),
     ],
     out: RunOut,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="Of the losses of mabel and adept: published (the released code) or paper."
+        ),
+    ] = "published",
     collapse_strength: Annotated[
         float,
         typer.Option(
@@ -212,6 +218,7 @@ def debias(
     job = DebiasJob(
         model=model,
         method=method,
+        form=form,
         collapse_strength=collapse_strength,
         data=data,
         text=text,

@@ -17,6 +17,7 @@ from torch import nn
 from fastdean.collapse import CollapseClasses, CollapseRegularizer, read_word_groups
 from fastdean.data import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
+from fastdean.debias.forms import require_form
 from fastdean.debias.objectives import require_method
 from fastdean.debias.resuming import json_digest
 from fastdean.debias.schedule import check_counts, check_schedule
@@ -54,7 +55,7 @@ class DebiasJob:
 
     Attributes:
         model, revision: see `loading.load_model`.
-        method: see `debias.fine_tune`.
+        method, form: see `debias.fine_tune`.
         collapse_strength: of the regulariser; 0: it measures and changes nothing.
         data: rows to train on, see `debias.fine_tune`; None: those of the package.
         text: rows to measure collapse on; None: a quarter of `data`, which is then not trained on.
@@ -82,6 +83,7 @@ class DebiasJob:
     mode: str = "cumulative"
     shift: str | None = None
     features: str = "base"
+    form: str = "published"
     revision: str | None = None
     steps: int | None = None
     epochs: int | None = None
@@ -99,6 +101,7 @@ class DebiasJob:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        require_form(self.form, self.method)
         if self.control is not None and self.control not in CONTROLS:
             raise ValueError(
                 f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
@@ -298,6 +301,7 @@ def _train(
             prepared.tokenizer,
             prepared.trained,
             job.method,
+            form=job.form,
             regularizer=regularizer,
             max_length=job.max_length,
             warmup=_WARMUP,
@@ -358,6 +362,7 @@ def _collect(
             "bias": table,
             "training": {
                 "method": job.method,
+                "form": job.form,
                 "strength": job.collapse_strength,
                 "classes of the regulariser": _regularised(job, prepared.classes),
                 "steps": len(history),
