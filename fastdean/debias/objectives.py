@@ -222,27 +222,20 @@ class Ase(Bec):
         )
 
     def _gender_direction(self, material: Material) -> Tensor:
-        """From the paired words, each list read as one text, before any training."""
-        unknown, pairs = material.tokenizer.unk_token_id, material.words.pairs
+        """From the paired words that are known, each list read as one text, before any training."""
+        pairs = _known_pairs(material)
         with evaluation_state(self.model), torch.no_grad():
             sides = [
-                torch.cat([self._states(text, unknown) for text in _word_texts(material, side)])
-                for side in zip(*pairs, strict=True)
+                torch.cat([self._states(text) for text in _word_texts(material, words)])
+                for words in zip(*pairs, strict=True)
             ]
-        if not pairs or not all(len(states) for states in sides):
-            raise ValueError(
-                "tokenizer must know a female and a male word of the pairs, got none of one; give "
-                "lists with words of its vocabulary"
-            )
         return gender_direction(*sides)
 
-    def _states(self, text: Text, unknown: int | None) -> Tensor:
-        """The last representations of the text's own tokens that are known: [N, D]."""
+    def _states(self, text: Text) -> Tensor:
+        """The last representations of the text's own tokens: [N, D]."""
         batch = collate([text], self._pad_id)
-        outputs = self._outputs(batch.input_ids, batch, output_hidden_states=True)
-        own = ~text.special if unknown is None else ~text.special & (text.input_ids != unknown)
-        hidden = outputs.hidden_states[-1][0]
-        return hidden[own.to(hidden.device)]
+        hidden = self._outputs(batch.input_ids, batch, output_hidden_states=True).hidden_states[-1]
+        return hidden[0][~text.special.to(hidden.device)]
 
     def _fisher(self, seed: int) -> dict[str, Tensor]:
         """From the first rows, without dropout, and unseen by a regulariser, which sleeps then."""
@@ -342,6 +335,22 @@ def require_method(model: nn.Module, method: str) -> type[Objective]:
             f"method must be one of {fitting} for a {_KIND[shift]} language model, got {method!r}"
         )
     return METHODS[method]
+
+
+def _known_pairs(material: Material) -> list[tuple[str, str]]:
+    """The pairs without a piece that the tokenizer does not know: both sides have as many words."""
+    unknown = material.tokenizer.unk_token_id
+    known = [
+        pair
+        for pair in material.words.pairs
+        if not any(unknown in material.encoder(word).input_ids.tolist() for word in pair)
+    ]
+    if not known:
+        raise ValueError(
+            "tokenizer must know both words of at least one pair, got none; give lists with words "
+            "of its vocabulary"
+        )
+    return known
 
 
 def _word_texts(material: Material, words: Sequence[str]) -> list[Text]:
