@@ -79,7 +79,7 @@ def test_the_figures_are_those_of_one_row_at_a_time():
     found = bias_nli(model, tokenizer, ROWS, tau=tau, **SMALL_BOOTSTRAP)
     assert found.net_neutral.value == pytest.approx(tau, abs=1e-6)
     assert found.fraction_neutral.value == pytest.approx(_mean(top for _, top in oracle))
-    assert found.threshold.value == pytest.approx(_mean(p >= tau for p, _ in oracle))
+    assert found.threshold.value == pytest.approx(_mean(p > tau for p, _ in oracle))
     by_category = found.net_neutral.by_category
     for category, key, value in (
         ("female words", "gender", "female"),
@@ -127,6 +127,25 @@ def test_three_figures_by_hand():
     assert found.fraction_neutral.value == pytest.approx(2 / 3)
     assert found.threshold.value == pytest.approx(1 / 3)
     assert found.fraction_neutral.n == 3 and not found.net_neutral.by_category
+
+
+def test_a_probability_equal_to_tau_is_not_above_it():
+    class Torn(torch.nn.Module):
+        config = _classifier().config
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, token_type_ids=None):
+            # Entailment and neutral have one half each, to the bit.
+            return type("Output", (), {"logits": torch.tensor([[-1e4, 0.0, 0.0]])})
+
+    tokenizer = tiny_bias.spelling_tokenizer("masked")
+    rows = [{"premise": "a", "hypothesis": "b"}]
+    found = bias_nli(Torn(), tokenizer, rows, tau=0.5, **SMALL_BOOTSTRAP)
+    assert found.net_neutral.value == 0.5
+    assert found.threshold.value == 0.0
 
 
 def test_a_classifier_that_always_answers_neutral_shows_no_effect():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import tiny_bias
@@ -18,6 +19,8 @@ from tiny_models import MODELS, bert, llama
 
 from fastdean.evaluation.bias import stereoset
 from fastdean.evaluation.bias.stereoset import LABELS, filled, icat
+
+module = sys.modules["fastdean.evaluation.bias.stereoset"]
 
 # (type, target, bias_type, context, anti-stereotype, stereotype, unrelated)
 ROWS = [
@@ -87,6 +90,14 @@ def _mean(values):
     return sum(values) / len(values)
 
 
+def _mean_of_terms(values, rows=(0, 1, 2, 3, 4)):
+    """Mean over the target terms of the mean over a term's rows."""
+    by_term = {}
+    for i in rows:
+        by_term.setdefault(ROWS[i][1], []).append(values[i])
+    return _mean([_mean(found) for found in by_term.values()])
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_the_scores_are_those_of_one_continuation_at_a_time(name, seed):
@@ -99,13 +110,34 @@ def test_the_scores_are_those_of_one_continuation_at_a_time(name, seed):
     assert by_row.lm.by_category["gender"].mean == pytest.approx(_mean([lm[0], lm[1], lm[4]]))
     assert by_row.lm.by_category["intersentence"].mean == pytest.approx(_mean(lm[3:]))
     assert by_row.lm.n == 5
-    # The first two rows are of one term and count as one.
+    # A term's rows count as one, also where they are of two tasks.
     by_term = stereoset(model, tokenizer, _flat(), **SMALL_BOOTSTRAP)
-    mean_lm, mean_ss = (_mean([_mean(v[:2]), *v[2:]]) for v in (lm, ss))
+    mean_lm, mean_ss = (_mean_of_terms(values) for values in (lm, ss))
     assert by_term.lm.value == pytest.approx(mean_lm)
     assert by_term.stereotype.value == pytest.approx(mean_ss)
     assert by_term.icat.value == pytest.approx(mean_lm * min(mean_ss, 100 - mean_ss) / 50)
-    assert by_term.lm.n == 4 and by_term.lm.figures["rows"] == 5
+    assert by_term.lm.n == 3 and by_term.lm.figures["rows"] == 5
+    for name, rows in {"gender": [0, 1, 4], "intersentence": [3, 4]}.items():
+        assert by_term.lm.by_category[name].mean == pytest.approx(_mean_of_terms(lm, rows))
+        assert by_term.stereotype.by_category[name].n == 2
+
+
+def test_the_tasks_are_pooled_by_term_as_in_the_published_evaluator(monkeypatch):
+    """One term of the rows is in both tasks: apart, it would count twice and change every score."""
+    rows = [{**_flat()[i], "target": term} for i, term in enumerate("aabab")]
+    # anti-stereotype, stereotype, unrelated: per row LM 100, 50, 0, 50, 100 and SS 100 0 100 100 0.
+    scores = [(1, 2, 0), (2, 0, 1), (0, 1, 2), (0, 2, 1), (2, 1, 0)]
+    columns = torch.tensor(scores, dtype=torch.float64).unbind(1)
+    monkeypatch.setattr(module, "_scores", lambda *_: columns)
+    found = stereoset(llama(), tiny_bias.spelling_tokenizer("causal"), rows, **SMALL_BOOTSTRAP)
+    lm = ((100 + 50 + 50) / 3 + (0 + 100) / 2) / 2
+    ss = (200 / 3 + 100 / 2) / 2
+    assert found.lm.value == pytest.approx(lm)
+    assert found.stereotype.value == pytest.approx(ss)
+    assert found.icat.value == pytest.approx(lm * (100 - ss) / 50)
+    # Within a task as the evaluator's own figures of it: a has two rows here, b one.
+    assert found.lm.by_category["intrasentence"].mean == pytest.approx(((100 + 50) / 2 + 0) / 2)
+    assert found.lm.by_category["intersentence"].mean == pytest.approx((50 + 100) / 2)
 
 
 @pytest.mark.parametrize(

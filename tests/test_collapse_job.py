@@ -171,6 +171,23 @@ def test_the_folder_of_the_model_is_only_read(place):
     assert not (place["model"] / "inner").exists()
 
 
+def test_the_start_token_of_the_bias_measures_can_be_chosen(place, tmp_path):
+    asked = ("--bias", f"crows_pairs={place['crows']}", "--start-token")
+    found = {}
+    for number, start in enumerate(("[EOS]", "2", "none")):
+        result = call(place, tmp_path / str(number), *asked, start)
+        assert result.exit_code == 0, result.stderr
+        found[start] = json.loads(result.stdout)
+    taken = [each["manifest"]["start_token"] for each in found.values()]
+    assert taken == ["[EOS]", "[EOS]", "none"]
+    assert found["[EOS]"]["bias"] == found["2"]["bias"] != found["none"]["bias"]
+    refused(
+        call(place, tmp_path / "out", "--start-token", "eos"),
+        "start_token must be 'auto' without a measure of bec_pro, crows_pairs, stereoset, winobias",
+    )
+    refused(call(place, tmp_path / "out", *asked, "<nope>"), "vocabulary, got '<nope>'")
+
+
 def test_several_processes_are_refused(place, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(call(place, tmp_path / "out"), "collapse must run in one process, got 2; start it")

@@ -76,7 +76,14 @@ def test_the_report_says_what_came_of_it(run):
         row["after"]["value"] - row["before"]["value"]
     )
     assert any("(U)NC3" in sentence for sentence in found["findings"])
+    # The bias measure's likelihoods, and what was asked for of them.
+    assert found["manifest"]["start_token"] == "[BOS]"
+    assert found["manifest"]["job"]["start_token"] == "auto"
+    saved = json.loads((out / "model" / "fastdean_debias.json").read_text("utf-8"))
+    assert saved["start_token"] == "[BOS]"
+    assert "start token: '[BOS]'" in row["definition"]
     page = (out / "report.html").read_text("utf-8")
+    assert "start token: " in page
     for heading in ("Neural collapse", "Bias measures", "Training"):
         assert f">{heading}</h2>" in page
 
@@ -139,6 +146,8 @@ def test_a_masked_model_is_debiased_too(masked_place, tmp_path):
         (("--steps", "0"), "causal", "steps must be"),
         (("--text", "nowhere.jsonl"), "causal", "nowhere.jsonl"),
         (("--seed", "-1"), "causal", "seed must be at least 0, got -1"),
+        (("--form", "mine"), "adept", "form must be 'published' or 'paper', got 'mine'"),
+        (("--form", "paper"), "causal", "form must be 'published' for method 'causal', got 'pap"),
     ],
 )
 def test_bad_options_are_refused_and_leave_nothing(place, tmp_path, options, method, text):

@@ -166,7 +166,16 @@ def contrast_by_hand(temperature):
     return sum(terms) / 4
 
 
-ALIGNMENT = ((math.cos(0.5) - math.cos(1.0)) ** 2 + (math.cos(0.3) - math.cos(1.8)) ** 2) / 2
+def alignment_by_hand(form, temperature=0.05):
+    """Of cosines of differences of angles; the released code's is over all pairs of the batch."""
+    p, h, p_swapped, h_swapped = ANGLES.values()
+
+    def squared(i, j):
+        return (math.cos(p[i] - h[j]) - math.cos(p_swapped[i] - h_swapped[j])) ** 2
+
+    if form == "paper":
+        return (squared(0, 0) + squared(1, 1)) / 2
+    return sum(squared(i, j) for i in (0, 1) for j in (0, 1)) / temperature**2 / 2
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
@@ -176,17 +185,40 @@ def test_contrastive_loss_by_hand(temperature, scale):
     assert found.item() == pytest.approx(contrast_by_hand(temperature), rel=1e-10)
 
 
-def test_alignment_and_mabel_loss_by_hand():
-    assert alignment_loss(*sentences()).item() == pytest.approx(ALIGNMENT, rel=1e-10)
-    expected = contrast_by_hand(0.05) + 0.05 * ALIGNMENT + 0.1 * 3.0
-    found = mabel_loss(*sentences(), torch.tensor(3.0, dtype=torch.float64))
-    assert found.item() == pytest.approx(expected, rel=1e-10)
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+@pytest.mark.parametrize("form", ["published", "paper"])
+def test_alignment_and_mabel_loss_by_hand(form, scale):
+    alignment = alignment_by_hand(form)
+    found = alignment_loss(*sentences(scale), form=form)
+    assert found.item() == pytest.approx(alignment, rel=1e-10)
+    expected = contrast_by_hand(0.05) + 0.05 * alignment + 0.1 * 3.0
+    mlm = torch.tensor(3.0, dtype=torch.float64)
+    assert mabel_loss(*sentences(scale), mlm, form=form).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_mabel_gradients():
+def test_the_released_form_is_the_default_and_far_larger():
+    """By 1 / T^2 and the pairs of other examples: the weight of 0.05 is for this one."""
+    found = alignment_loss(*sentences())
+    assert found.item() == pytest.approx(alignment_by_hand("published"), rel=1e-10)
+    assert found > 400 * alignment_loss(*sentences(), form="paper")
+    cooler = alignment_loss(*sentences(), temperature=0.1)
+    assert cooler.item() == pytest.approx(found.item() / 4, rel=1e-10)
+
+
+@pytest.mark.parametrize("form", ["published", "paper"])
+def test_mabel_gradients(form):
     inputs = [random(3, 4, seed=seed) for seed in range(4)]
     mlm = random(1, seed=9).squeeze()
-    assert gradcheck(lambda *x: mabel_loss(*x, temperature=0.5), (*inputs, mlm))
+    assert gradcheck(lambda *x: mabel_loss(*x, form=form, temperature=0.5), (*inputs, mlm))
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="form must be 'published' or 'paper', got 'released'"):
+        alignment_loss(*sentences(), form="released")
+    with pytest.raises(ValueError, match="form must be 'published' or 'paper', got 'bits'"):
+        bias_loss(torch.ones(2, 2), torch.ones(2, 2), form="bits")
+    with pytest.raises(ValueError, match="temperature must be above 0, got 0; 0.05 is"):
+        alignment_loss(*sentences(), temperature=0)
 
 
 def test_mabel_refuses_shapes_that_differ_and_a_temperature_of_zero():
@@ -200,10 +232,11 @@ def test_mabel_refuses_shapes_that_differ_and_a_temperature_of_zero():
 # ase
 
 
-def test_gender_direction_points_from_the_female_to_the_male_mean():
-    embedding = torch.tensor([[0.0, 0.0], [0.0, 2.0], [6.0, 1.0], [0.0, 9.0]])
-    # Means (0, 1) and (3, 5): the difference is (3, 4).
-    direction = gender_direction(embedding.requires_grad_(), torch.tensor([[0, 2], [1, 3]]))
+def test_gender_direction_points_from_the_female_to_the_male_sum():
+    female = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
+    # One word has two pieces. Sums (0, 2) and (6, 10): the difference is (6, 8).
+    male = torch.tensor([[6.0, 1.0], [0.0, 4.0], [0.0, 5.0]])
+    direction = gender_direction(female.requires_grad_(), male.requires_grad_())
     assert direction.tolist() == pytest.approx([0.6, 0.8])
     assert not direction.requires_grad
 
@@ -251,10 +284,10 @@ def test_ase_gradients():
 
 
 def test_ase_refuses_what_gives_no_direction_and_names_that_differ():
-    with pytest.raises(ValueError, match=r"pairs must have shape \[P, 2\] .*, got \[0, 2\]"):
-        gender_direction(torch.eye(2), torch.zeros(0, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="must tell the female from the male words .* equal means"):
-        gender_direction(torch.ones(2, 3), torch.tensor([[0, 1]]))
+    with pytest.raises(ValueError, match=r"must have shapes .*, got \[2, 2\] and \[0, 2\]"):
+        gender_direction(torch.eye(2), torch.zeros(0, 2))
+    with pytest.raises(ValueError, match="female must differ from male, got .* equal sums"):
+        gender_direction(torch.ones(2, 3), torch.ones(2, 3))
     with pytest.raises(ValueError, match="must have the same names, got 'b' in some only"):
         elastic_loss({"a": torch.ones(1)}, {"a": torch.ones(1)}, {"a": 1, "b": torch.ones(1)})
     with pytest.raises(ValueError, match="losses must hold at least one loss, got none"):
@@ -272,27 +305,35 @@ def affinities_by_hand(neutral, prototype, rho):
     return [weight / sum(weights) for weight in weights]
 
 
-def js_by_hand(p, q):
+def js_by_hand(p, q, log=math.log):
     m = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
-    return sum(
-        sum(x * math.log(x / z) for x, z in zip(side, m, strict=True)) / 2 for side in (p, q)
-    )
+    return sum(sum(x * log(x / z) for x, z in zip(side, m, strict=True)) / 2 for side in (p, q))
 
 
 NEUTRAL = [[0.0, 1.0], [2.0, 0.5], [-1.0, 3.0]]
 PROTOTYPES = [[1.0, 1.0], [-2.0, 0.0], [0.0, 4.0]]
 
 
-@pytest.mark.parametrize("rho", [None, 0.7])
-def test_bias_loss_by_hand(rho):
-    width = math.sqrt(2) if rho is None else rho
+@pytest.mark.parametrize(
+    ("form", "rho", "width"),
+    [
+        ("published", None, 10.0),
+        ("published", 0.7, 0.7),
+        ("paper", None, math.sqrt(2)),
+        ("paper", 0.7, 0.7),
+    ],
+)
+def test_bias_loss_by_hand(form, rho, width):
     p = [affinities_by_hand(NEUTRAL, prototype, width) for prototype in PROTOTYPES]
     neutral = torch.tensor(NEUTRAL, dtype=torch.float64)
     prototypes = torch.tensor(PROTOTYPES, dtype=torch.float64)
-    found = log_affinities(neutral, prototypes, rho=rho).exp()
+    found = log_affinities(neutral, prototypes, rho=width).exp()
     assert torch.allclose(found, torch.tensor(p, dtype=torch.float64), rtol=1e-10)
-    expected = js_by_hand(p[0], p[1]) + js_by_hand(p[0], p[2]) + js_by_hand(p[1], p[2])
-    assert bias_loss(neutral, prototypes, rho=rho).item() == pytest.approx(expected, rel=1e-9)
+    log = math.log2 if form == "published" else math.log
+    pairs = [js_by_hand(p[a], p[b], log) for a, b in ((0, 1), (0, 2), (1, 2))]
+    expected = sum(pairs) / 3 if form == "published" else sum(pairs)
+    loss = bias_loss(neutral, prototypes, form=form, rho=rho)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_js_divergence_is_zero_for_equals_and_log_two_for_strangers():
@@ -320,10 +361,11 @@ def test_without_two_of_each_there_is_no_bias(words, attributes):
     assert torch.equal(neutral.grad, torch.zeros_like(neutral))
 
 
-def test_adept_gradients():
+@pytest.mark.parametrize("form", ["published", "paper"])
+def test_adept_gradients(form):
     inputs = [random(3, 2), random(2, 2, seed=1), random(4, 2, seed=2)]
     original = random(4, 2, seed=3, requires_grad=False)
-    assert gradcheck(lambda *x: adept_loss(*x, original), inputs)
+    assert gradcheck(lambda *x: adept_loss(*x, original, form=form, rho=1.0), inputs)
 
 
 def test_adept_refuses_other_shapes_and_a_width_of_zero():

@@ -14,7 +14,6 @@ from fastdean.debias.texts import (
     TextEncoder,
     collate,
     embedded_neutral_words,
-    single_token_pairs,
 )
 
 LISTS = {"pairs": [["she", "he"], ["her", "his"]], "ambiguous": {}, "names": {}}
@@ -108,7 +107,6 @@ def test_the_tokenizers_own_settings_are_as_before_also_after_an_error(own, text
             kinds(tokenizer, text)
     else:
         assert len(kinds(tokenizer, text, max_length=4).input_ids) == 4
-        single_token_pairs(tokenizer, GenderWords.from_lists(LISTS))
     assert backend.to_str() == before
 
 
@@ -124,14 +122,6 @@ def test_padding_is_special_and_masked():
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch.special.tolist() == [[True, False, True, True], [True, False, False, True]]
     assert batch.kinds.tolist() == [[0, FEMALE, 0, 0], [0, MALE, MALE, 0]]
-
-
-def test_pairs_are_those_of_which_both_words_are_one_token():
-    words = GenderWords.from_lists(LISTS)
-    # "his" is unknown to the first, and to the second neither "her" nor "his" is one token.
-    assert single_token_pairs(word_piece(), words).tolist() == [[4, 5]]
-    found = byte_level().convert_ids_to_tokens(single_token_pairs(byte_level(), words).flatten())
-    assert found == ["she", "he", "Ġshe", "Ġhe"]
 
 
 def test_the_neutral_words_are_words_of_no_gender():

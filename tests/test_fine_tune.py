@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 
-from fastdean.debias import METHODS, augment, causal_loss, fine_tune
+from fastdean.debias import METHODS, augment, causal_loss, fine_tune, objectives
 from fastdean.debias.adept import bias_loss
 from fastdean.debias.bec import masked_lm_loss
 from fastdean.debias.schedule import Schedule
@@ -122,8 +122,9 @@ def test_training_lowers_the_loss(method):
     assert last < 0.9 * first
 
 
+@pytest.mark.parametrize("form", ["published", "paper"])
 @pytest.mark.parametrize("build", [CAUSAL, MASKED])
-def test_adept_brings_the_affinities_to_both_genders_together(build):
+def test_adept_brings_the_affinities_to_both_genders_together(build, form):
     model = build()
     # Far apart at first: the words of one gender are moved away from the others.
     with torch.no_grad():
@@ -134,11 +135,89 @@ def test_adept_brings_the_affinities_to_both_genders_together(build):
         ids = TOKENIZER("she he nurse engineer", return_tensors="pt")["input_ids"]
         with torch.no_grad():
             hidden = model(ids, output_hidden_states=True).hidden_states[-1][0]
-        return bias_loss(hidden[3:5], hidden[1:3]).item()
+        return bias_loss(hidden[3:5], hidden[1:3], form=form).item()
 
     before = bias()
-    train(model, "adept", steps=30, learning_rate=3e-3)
+    train(model, "adept", form=form, steps=30, learning_rate=3e-3)
     assert bias() < 0.9 * before
+
+
+def given_to(monkeypatch, loss):
+    """What training gives to a loss, call by call: its arguments and its options."""
+    calls, original = [], getattr(objectives, loss)
+
+    def watched(*arguments, **options):
+        calls.append((arguments, options))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(objectives, loss, watched)
+    return calls
+
+
+@pytest.mark.parametrize("limit", [None, 6])
+def test_the_gender_direction_is_one_of_the_starting_models_last_representations(
+    monkeypatch, limit
+):
+    """Of the lists read as texts, in pieces where the model takes only short ones."""
+    model, calls = MASKED().train(), given_to(monkeypatch, "ase_loss")
+    females, males = zip(*LISTS["pairs"], strict=True)
+    parts = [slice(0, 7)] if limit is None else [slice(0, 3), slice(3, 7)]
+    sums = []
+    model.eval()
+    for words in (females, males):
+        states = []
+        for part in parts:
+            ids = TOKENIZER(" ".join(words[part]), return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                states.append(model(ids, output_hidden_states=True).hidden_states[-1][0, 1:-1])
+        sums.append(torch.cat(states).sum(0))
+    expected = (sums[1] - sums[0]) / (sums[1] - sums[0]).norm()
+    model.train()
+    if limit is not None:
+        monkeypatch.setattr(objectives, "max_tokens", lambda model: limit)
+    # Of a pair with an unknown word neither counts, so that both lists are as long.
+    half_known = {**LISTS, "pairs": [["she", "lad"], *LISTS["pairs"]]}
+    train(model, "ase", steps=2, lists=half_known)
+    directions = [arguments[2] for arguments, _ in calls]
+    assert len(directions) == 2 and torch.equal(directions[0], directions[1])
+    assert torch.allclose(directions[0], expected, atol=1e-6)
+    assert not directions[0].requires_grad
+
+
+@pytest.mark.parametrize("build", [CAUSAL, MASKED])
+@pytest.mark.parametrize("form", ["published", "paper"])
+def test_the_forms_of_adept_differ_in_layers_and_in_what_has_a_gradient(monkeypatch, build, form):
+    model, calls = build(), given_to(monkeypatch, "adept_loss")
+    train(model, "adept", form=form, steps=1)
+    ((neutral, prototypes, hidden, original), options) = calls[0]
+    layers = 1 if form == "paper" else model.config.num_hidden_layers + 1
+    assert {each.shape[1] for each in (neutral, prototypes, hidden, original)} == {
+        layers * model.config.hidden_size
+    }
+    assert prototypes.requires_grad == (form == "paper") and neutral.requires_grad
+    assert options == {"form": form}
+    # Nothing is trained yet, and these models have no dropout.
+    assert torch.allclose(hidden, original, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["published", "paper"])
+def test_the_form_reaches_the_loss_of_mabel(monkeypatch, form):
+    calls = given_to(monkeypatch, "mabel_loss")
+    train(MASKED(), "mabel", form=form, steps=1)
+    assert [options for _, options in calls] == [{"form": form}]
+
+
+def test_a_form_that_a_method_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="form must be 'published' or 'paper', got 'mine'"):
+        train(MASKED(), "mabel", form="mine")
+    with pytest.raises(ValueError, match="form must be 'published' for method 'bec', got 'paper'"):
+        train(MASKED(), "bec", form="paper")
+
+
+def test_another_form_is_another_job(tmp_path):
+    train(MASKED(), "mabel", steps=1, out=tmp_path)
+    with pytest.raises(ValueError, match="form"):
+        train(MASKED(), "mabel", form="paper", steps=1, out=tmp_path)
 
 
 def test_the_first_loss_is_that_of_the_formula():
@@ -541,7 +620,7 @@ def test_arguments_out_of_range_are_refused(options, text):
         (
             "ase",
             {"lists": {**LISTS, "pairs": [["lass", "lad"]]}},
-            "one pair as single tokens, got n",
+            "tokenizer must know both words of at least one pair, got none",
         ),
     ],
 )

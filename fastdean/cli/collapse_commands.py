@@ -56,6 +56,13 @@ Bias = Annotated[
         "bec_pro; may be repeated."
     ),
 ]
+StartToken = Annotated[
+    str,
+    typer.Option(
+        help="What a causal model's texts start from in the bias measures: auto, bos, eos, none, a "
+        "token of the vocabulary, or its id."
+    ),
+]
 RunOut = Annotated[
     Path,
     typer.Option(
@@ -78,6 +85,7 @@ def collapse(
     shift: Shift = None,
     features: Features = "base",
     bias: Bias = None,
+    start_token: StartToken = "auto",
     examples: Annotated[
         int | None, typer.Option(help="Rows of the text to read, shuffled by --seed.")
     ] = None,
@@ -111,6 +119,7 @@ def collapse(
         shift=shift,
         features=features,
         bias=tuple(bias or ()),
+        start_token=_start(start_token),
         examples=examples,
         template=template,
         max_length=max_length,
@@ -136,6 +145,12 @@ def debias(
         ),
     ],
     out: RunOut,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="Of the losses of mabel and adept: published (the released code) or paper."
+        ),
+    ] = "published",
     collapse_strength: Annotated[
         float,
         typer.Option(
@@ -180,6 +195,7 @@ def debias(
         typer.Option(help="Steps between checkpoints; the last is gone once the model is saved."),
     ] = 50,
     bias: Bias = None,
+    start_token: StartToken = "auto",
     revision: Revision = None,
     tokens_per_batch: TokensPerBatch = None,
     device: Device = None,
@@ -202,6 +218,7 @@ def debias(
     job = DebiasJob(
         model=model,
         method=method,
+        form=form,
         collapse_strength=collapse_strength,
         data=data,
         text=text,
@@ -222,6 +239,7 @@ def debias(
         max_length=max_length,
         save_every=save_every,
         tokens_per_batch=tokens_per_batch,
+        start_token=_start(start_token),
         device=device,
         seed=seed,
         **options,
@@ -229,6 +247,11 @@ def debias(
     results = run(job, out, command=command_line(), overwrite=overwrite, progress=not quiet)
     tell(_closing_text(results, out))
     return results
+
+
+def _start(text: str) -> str | int:
+    """An id where it is written as one."""
+    return int(text) if text.isascii() and text.isdigit() else text
 
 
 def _closing_text(results: dict[str, Any], out: Path) -> str:

@@ -1,24 +1,36 @@
 """ADEPT: neutral words equally near to every attribute, representations kept otherwise.
 
-    L = 0.3 * sum over the attribute pairs a < b of JS(P_a, P_b) + 0.7 * preservation
+    L = 0.3 * bias + 0.7 * preservation
     P_a(n) = softmax over the neutral words n of -||h_n - prototype_a||^2 / (2 rho^2)
-    JS(P, Q) = (KL(P, M) + KL(Q, M)) / 2  with  M = (P + Q) / 2, in nats
+    JS(P, Q) = (KL(P, M) + KL(Q, M)) / 2  with  M = (P + Q) / 2
     preservation = mean over positions and features of (h - h_start)^2
+    bias, of the attribute pairs a < b, in the form
+        "published":  mean of JS(P_a, P_b) in bits; rho = 10
+        "paper":      sum of JS(P_a, P_b) in nats; rho = sqrt(D)
 
 prototype_a is the mean representation of the words of attribute a (here: female, male). Source:
-arXiv 2211.05414, with the weights of the ADEPT row of arXiv 2410.04472. Not settled there, chosen
-here: the prototypes are those of the batch and have a gradient; rho^2 is the number of features D,
-which keeps the exponents of the order of 1 behind a layer norm; preservation is the mean squared
-difference; all weights that require a gradient are trained, not a prompt.
+arXiv 2211.05414 and its released code, with the weights of the ADEPT row of arXiv 2410.04472.
+"published" is what the released code computes: logarithms of base 2, a mean over the pairs, the
+features of all layers together (the caller's to give, as `objectives` does), prototypes that are
+constants, and a rho of 10 whatever its script asks for. "paper" sums as the paper is described,
+which names no base; its rho is chosen here, as it keeps the exponents of the order of 1 behind a
+layer norm, and the caller gives the last layer and prototypes with a gradient. In both forms,
+unlike the released code: the prototypes are those of the batch, not of all text once an epoch;
+preservation is of all tokens of the batch, not of texts with attribute words alone; and all weights
+that require a gradient are trained, as in its "finetuning" variant, not a prompt.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
+from fastdean.debias.forms import Form, require_form
+
+PUBLISHED_RHO = 10.0
 BIAS_WEIGHT = 0.3
 PRESERVATION_WEIGHT = 0.7
 
@@ -51,15 +63,30 @@ def js_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return halves / 2
 
 
-def bias_loss(neutral: Tensor, prototypes: Tensor, *, rho: float | None = None) -> Tensor:
-    """Sum over the attribute pairs of JS(P_a, P_b), a scalar; arguments as `log_affinities`.
+def bias_loss(
+    neutral: Tensor,
+    prototypes: Tensor,
+    *,
+    form: Form = "published",
+    rho: float | None = None,
+) -> Tensor:
+    """The bias term of the module's docstring, a scalar.
 
     0, with zero gradients, for fewer than two neutral words or attributes.
+
+    Args:
+        neutral, prototypes: see `log_affinities`.
+        form: "published" or "paper".
+        rho: above 0; None: the form's.
     """
+    published = require_form(form) == "published"
+    if rho is None and published:
+        rho = PUBLISHED_RHO
     if neutral.shape[0] < 2 or prototypes.shape[0] < 2:
         return (neutral.sum() + prototypes.sum()) * 0.0
     log_p = log_affinities(neutral, prototypes, rho=rho)
-    return torch.stack([js_divergence(a, b) for a, b in combinations(log_p, 2)]).sum()
+    divergences = torch.stack([js_divergence(a, b) for a, b in combinations(log_p, 2)])
+    return divergences.mean() / math.log(2) if published else divergences.sum()
 
 
 def preservation_loss(hidden: Tensor, original: Tensor) -> Tensor:
@@ -78,6 +105,7 @@ def adept_loss(
     hidden: Tensor,
     original: Tensor,
     *,
+    form: Form = "published",
     rho: float | None = None,
     bias_weight: float = BIAS_WEIGHT,
     preservation_weight: float = PRESERVATION_WEIGHT,
@@ -85,8 +113,8 @@ def adept_loss(
     """bias_weight * bias_loss + preservation_weight * preservation_loss, a scalar.
 
     Args:
-        neutral, prototypes, rho: see `log_affinities`.
+        neutral, prototypes, form, rho: see `bias_loss`.
         hidden, original: [N, D], all representations to keep, now and before training.
     """
-    bias = bias_loss(neutral, prototypes, rho=rho)
+    bias = bias_loss(neutral, prototypes, form=form, rho=rho)
     return bias_weight * bias + preservation_weight * preservation_loss(hidden, original)

@@ -1,16 +1,18 @@
 """ASE: stereotype words off the gender direction, the weights held where they matter.
 
     L = MLM + sum over the stereotype words of |h . g| + 0.5 * EWC
-    g = (male - female) / ||male - female||
+    g = (male - female) / ||male - female||,  male = sum of h over the tokens of the male words
     EWC = sum over the parameters of F * (theta - theta*)^2
 
 h is the last representation where a stereotype word stands. Source: the ASE row of arXiv 2410.04472
-with elastic weight consolidation of arXiv 1612.00796. Not settled there, chosen here: male and
-female are the means of the output embedding's rows of paired words, the space that h is compared
-with when a token is predicted, and g is a constant of the step, so that it cannot be turned to make
-the term small; the terms are summed over a batch, as the formula says; F is the mean over batches
-of the squared gradient of the MLM loss at theta* (a diagonal of the empirical Fisher information),
-theta* the weights training starts from, and no factor 1/2 is added.
+and its released code, with elastic weight consolidation of arXiv 1612.00796. As there: male and
+female are last representations, of the words of each list read as one text without dropout, and g
+is a constant, taken once from the weights that training starts from; both lists have the same
+number of words, so that sums will do; the terms are summed over a batch; theta* are the weights
+training starts from, and no factor 1/2 is added. Otherwise than there: F is the mean over batches
+of the squared gradient of the MLM loss of the training text at theta* (a diagonal of the empirical
+Fisher information), not that of WinoBias sentences with their pronoun masked; a word of several
+pieces counts with its last one.
 """
 
 from __future__ import annotations
@@ -23,27 +25,26 @@ from torch import Tensor
 ELASTIC_WEIGHT = 0.5
 
 
-def gender_direction(embedding: Tensor, pairs: Tensor) -> Tensor:
+def gender_direction(female: Tensor, male: Tensor) -> Tensor:
     """g of the module's docstring: a unit vector [D] without gradient.
 
     Args:
-        embedding: [V, D].
-        pairs: int64 [P, 2], P >= 1: the rows of a female word and of its male counterpart.
+        female, male: [F, D] and [M, D], F and M >= 1: the representations of the tokens of equally
+            many words.
     Raises:
-        ValueError: no pair, or means that are equal: no direction.
+        ValueError: other shapes, or sums that are equal: no direction.
     """
-    if pairs.dim() != 2 or pairs.shape[0] == 0 or pairs.shape[1] != 2:
+    shapes = [list(rows.shape) for rows in (female, male)]
+    if any(len(shape) != 2 or not shape[0] for shape in shapes) or shapes[0][1] != shapes[1][1]:
         raise ValueError(
-            f"pairs must have shape [P, 2] with P at least 1, got {list(pairs.shape)}; give the "
-            "token ids of words such as she and he"
+            f"female and male must have shapes [F, D] and [M, D] with at least one row, got "
+            f"{shapes[0]} and {shapes[1]}; give the representations of words such as she and he"
         )
-    female, male = embedding.detach()[pairs].mean(0)
-    difference = male - female
+    difference = male.detach().sum(0) - female.detach().sum(0)
     length = difference.norm()
     if not length > 0:
         raise ValueError(
-            "embedding must tell the female from the male words of pairs, got equal means; give "
-            "other pairs"
+            "female must differ from male, got representations of equal sums; give other words"
         )
     return difference / length
 

@@ -7,19 +7,27 @@ copies, and s(a, b) = cos(a, b) / 0.05:
 
     contrastive = mean over i, and over (p, h) and (p', h'), of
                   -log exp s(p_i, h_i) / sum over j of (exp s(p_i, h_j) + exp s(p_i, h'_j))
-    alignment   = mean over i of (cos(p_i, h_i) - cos(p'_i, h'_i))^2
+    alignment   = mean over i of, in the form
+                  "published":  sum over j of (s(p_i, h_j) - s(p'_i, h'_j))^2
+                  "paper":      (cos(p_i, h_i) - cos(p'_i, h'_i))^2
     MLM         = `bec.masked_lm_loss` of the four sentences
 
-Source: arXiv 2210.14975, with the figures of the MABEL row of arXiv 2410.04472. Not settled there,
-chosen here: the contrastive term weighs 1; the swapped copy of an example's own hypothesis is among
-its negatives; both directions of swapping count alike. How a sentence becomes one vector is the
-caller's (`training` takes the mean of the last representations over the tokens).
+Source: arXiv 2210.14975 and its released code, with the figures of the MABEL row of arXiv
+2410.04472, whose code takes the same loss. "published" is what the released code computes, and what
+its models were trained with: all pairs of the batch, and cosines over the temperature. "paper" is
+the term as the paper is described: pairs of one example alone, plain cosines; 1 / T^2 = 400 times
+smaller and more. All else is of the released code: the contrastive term weighs 1, and the swapped
+copy of an example's own hypothesis is among its negatives. How a sentence becomes one vector is the
+caller's: `objectives` takes the mean of the last representations over the tokens, where the
+released code puts the first token's through two layers of its own, which it throws away afterwards.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from fastdean.debias.forms import Form, require_form
 
 TEMPERATURE = 0.05
 ALIGNMENT_WEIGHT = 0.05
@@ -44,10 +52,7 @@ def contrastive_loss(
         ValueError: shapes that differ, or a temperature that is not positive.
     """
     _check_shapes(premises, hypotheses, swapped_premises, swapped_hypotheses)
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature must be above 0, got {temperature}; {TEMPERATURE} is the published one"
-        )
+    _check_temperature(temperature)
     p, h, p_swapped, h_swapped = (
         nn.functional.normalize(rows, dim=1)
         for rows in (premises, hypotheses, swapped_premises, swapped_hypotheses)
@@ -59,10 +64,30 @@ def contrastive_loss(
 
 
 def alignment_loss(
-    premises: Tensor, hypotheses: Tensor, swapped_premises: Tensor, swapped_hypotheses: Tensor
+    premises: Tensor,
+    hypotheses: Tensor,
+    swapped_premises: Tensor,
+    swapped_hypotheses: Tensor,
+    *,
+    form: Form = "published",
+    temperature: float = TEMPERATURE,
 ) -> Tensor:
-    """The alignment term of the module's docstring, a scalar; arguments as `contrastive_loss`."""
+    """The alignment term of the module's docstring, a scalar.
+
+    Args:
+        premises, hypotheses, swapped_premises, swapped_hypotheses: see `contrastive_loss`.
+        form: "published" or "paper".
+        temperature: above 0; "paper" has none.
+    """
     _check_shapes(premises, hypotheses, swapped_premises, swapped_hypotheses)
+    _check_temperature(temperature)
+    if require_form(form) == "published":
+        p, h, p_swapped, h_swapped = (
+            nn.functional.normalize(rows, dim=1)
+            for rows in (premises, hypotheses, swapped_premises, swapped_hypotheses)
+        )
+        difference = (p @ h.T - p_swapped @ h_swapped.T) / temperature
+        return difference.square().sum(1).mean()
     original = nn.functional.cosine_similarity(premises, hypotheses, dim=1)
     swapped = nn.functional.cosine_similarity(swapped_premises, swapped_hypotheses, dim=1)
     return (original - swapped).square().mean()
@@ -75,6 +100,7 @@ def mabel_loss(
     swapped_hypotheses: Tensor,
     masked_lm: Tensor,
     *,
+    form: Form = "published",
     temperature: float = TEMPERATURE,
     alignment_weight: float = ALIGNMENT_WEIGHT,
     mlm_weight: float = MLM_WEIGHT,
@@ -84,10 +110,19 @@ def mabel_loss(
     Args:
         premises, hypotheses, swapped_premises, swapped_hypotheses: see `contrastive_loss`.
         masked_lm: scalar, the loss of masked language modelling on the same sentences.
+        form: of the alignment term.
     """
     sentences = (premises, hypotheses, swapped_premises, swapped_hypotheses)
     contrast = contrastive_loss(*sentences, temperature=temperature)
-    return contrast + alignment_weight * alignment_loss(*sentences) + mlm_weight * masked_lm
+    alignment = alignment_loss(*sentences, form=form, temperature=temperature)
+    return contrast + alignment_weight * alignment + mlm_weight * masked_lm
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature must be above 0, got {temperature}; {TEMPERATURE} is the published one"
+        )
 
 
 def _check_shapes(first: Tensor, *others: Tensor) -> None:

@@ -19,23 +19,26 @@ from fastdean.debias.ase import ase_loss, diagonal_fisher, elastic_loss, gender_
 from fastdean.debias.bec import MaskedTokens, mask_tokens, masked_lm_loss
 from fastdean.debias.causal import causal_loss
 from fastdean.debias.counterfactual import augment
+from fastdean.debias.forms import Form
 from fastdean.debias.gender_words import GenderWords
 from fastdean.debias.mabel import mabel_loss
 from fastdean.debias.texts import (
     FEMALE,
     MALE,
     NEUTRAL,
+    Text,
     TextBatch,
     TextEncoder,
     collate,
-    single_token_pairs,
     texts_of,
 )
 from fastdean.forward import label_shift
-from fastdean.model_state import evaluation_state, input_device, unwrap
+from fastdean.model_state import evaluation_state, input_device, max_tokens, unwrap
 
 _FISHER_BATCHES = 8
 _FISHER_BATCH_SIZE = 8
+# Tokens of the text that a list of words is read as, for a model that names no limit.
+_WORDS_LENGTH = 512
 CAUSAL, MASKED = 1, 0
 _KIND = {CAUSAL: "causal", MASKED: "masked"}
 
@@ -49,6 +52,7 @@ class Material:
         encoder: text -> tokens.
         words: the gendered words; `lists` are where they came from, for `augment`.
         seed: of what an objective draws before training.
+        form: of the losses that have two.
     """
 
     model: nn.Module
@@ -57,6 +61,7 @@ class Material:
     words: GenderWords
     lists: Mapping[str, Any] | None
     seed: int
+    form: Form = "published"
 
 
 class Objective:
@@ -71,6 +76,7 @@ class Objective:
 
     def __init__(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> None:
         self.model = material.model
+        self._form = material.form
         self.device = input_device(unwrap(material.model))
         tokenizer = material.tokenizer
         self._pad_id = next(
@@ -174,7 +180,7 @@ class Mabel(Bec):
         sentences = [text for column in self._columns(members) for text in column]
         batch = collate(sentences, self._pad_id)
         vectors = self._sentence_vectors(batch).unflatten(0, (4, len(members)))
-        return mabel_loss(*vectors, self._masked_lm(batch, generator))
+        return mabel_loss(*vectors, self._masked_lm(batch, generator), form=self._form)
 
     def _columns(self, members: Sequence[int]) -> list[tuple]:
         """[premises, hypotheses, swapped premises, swapped hypotheses]."""
@@ -197,7 +203,7 @@ class Ase(Bec):
     def __init__(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> None:
         super().__init__(material, rows)
         _require_kinds(self.examples, {"neutral": NEUTRAL})
-        self._pairs = single_token_pairs(material.tokenizer, material.words)
+        self._direction = self._gender_direction(material)
         self._parameters = _trained(self.model)
         self._start = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._importance = self._fisher(material.seed)
@@ -208,14 +214,28 @@ class Ase(Bec):
         outputs = self._outputs(masked.input_ids, batch, output_hidden_states=True)
         hidden = outputs.hidden_states[-1]
         stereotypes = hidden[(batch.kinds == NEUTRAL).to(hidden.device)]
-        embedding = unwrap(self.model).get_output_embeddings().weight
-        direction = gender_direction(embedding, self._pairs.to(embedding.device))
         return ase_loss(
             masked_lm_loss(outputs.logits, masked.labels.to(outputs.logits.device)),
             stereotypes,
-            direction.to(stereotypes),
+            self._direction.to(stereotypes),
             elastic_loss(self._parameters, self._start, self._importance),
         )
+
+    def _gender_direction(self, material: Material) -> Tensor:
+        """From the paired words that are known, each list read as one text, before any training."""
+        pairs = _known_pairs(material)
+        with evaluation_state(self.model), torch.no_grad():
+            sides = [
+                torch.cat([self._states(text) for text in _word_texts(material, words)])
+                for words in zip(*pairs, strict=True)
+            ]
+        return gender_direction(*sides)
+
+    def _states(self, text: Text) -> Tensor:
+        """The last representations of the text's own tokens: [N, D]."""
+        batch = collate([text], self._pad_id)
+        hidden = self._outputs(batch.input_ids, batch, output_hidden_states=True).hidden_states[-1]
+        return hidden[0][~text.special.to(hidden.device)]
 
     def _fisher(self, seed: int) -> dict[str, Tensor]:
         """From the first rows, without dropout, and unseen by a regulariser, which sleeps then."""
@@ -232,6 +252,8 @@ class Ase(Bec):
 class Adept(Objective):
     """The neutral words are those of the encoder, the attributes its female and male words.
 
+    The form "published" takes the features of all layers together and prototypes without a
+    gradient, "paper" the last layer and prototypes with one.
     A pass without words of both genders and two neutral ones has no bias term, so that short texts
     ask for a `batch_size` of 16 or more.
     """
@@ -247,21 +269,32 @@ class Adept(Objective):
     def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
         batch = self._batch(members)
         original = self._original(batch)
-        hidden = self._outputs(batch.input_ids, batch, output_hidden_states=True).hidden_states[-1]
+        outputs = self._outputs(batch.input_ids, batch, output_hidden_states=True)
+        hidden = self._features(outputs)
         moved = batch.to(hidden.device)
         tokens = moved.attention_mask.bool()
         attributes = [hidden[moved.kinds == kind] for kind in (FEMALE, MALE)]
+        if self._form == "published":
+            attributes = [rows.detach() for rows in attributes]
         prototypes = [rows.mean(0) for rows in attributes if len(rows)]
         return adept_loss(
             hidden[moved.kinds == NEUTRAL],
             torch.stack(prototypes) if prototypes else hidden.new_zeros(0, hidden.shape[-1]),
             hidden[tokens],
             original[tokens],
+            form=self._form,
         )
+
+    def _features(self, outputs: Any) -> Tensor:
+        """[B, T, D]; D is that of all layers, the embeddings included, in the published form."""
+        states = outputs.hidden_states
+        if self._form == "paper":
+            return states[-1]
+        return torch.cat([layer.to(states[-1].device) for layer in states], dim=2)
 
     @torch.no_grad()
     def _original(self, batch: TextBatch) -> Tensor:
-        """The last representations [B, T, D] under the weights before training, dropout off."""
+        """The features [B, T, D] under the weights before training, dropout off."""
         inputs = {
             "input_ids": batch.input_ids.to(self.device),
             "attention_mask": batch.attention_mask.to(self.device),
@@ -269,7 +302,7 @@ class Adept(Objective):
         }
         with evaluation_state(self.model):
             outputs = torch.func.functional_call(self.model, self._start, kwargs=inputs)
-        return outputs.hidden_states[-1]
+        return self._features(outputs)
 
 
 METHODS: dict[str, type[Objective]] = {
@@ -302,6 +335,44 @@ def require_method(model: nn.Module, method: str) -> type[Objective]:
             f"method must be one of {fitting} for a {_KIND[shift]} language model, got {method!r}"
         )
     return METHODS[method]
+
+
+def _known_pairs(material: Material) -> list[tuple[str, str]]:
+    """The pairs without a piece that the tokenizer does not know: both sides have as many words."""
+    unknown = material.tokenizer.unk_token_id
+    known = [
+        pair
+        for pair in material.words.pairs
+        if not any(unknown in material.encoder(word).input_ids.tolist() for word in pair)
+    ]
+    if not known:
+        raise ValueError(
+            "tokenizer must know both words of at least one pair, got none; give lists with words "
+            "of its vocabulary"
+        )
+    return known
+
+
+def _word_texts(material: Material, words: Sequence[str]) -> list[Text]:
+    """The words as one text, or as several where the model cannot read so many tokens at once."""
+    limit = max_tokens(material.model) or _WORDS_LENGTH
+    encoder = TextEncoder(
+        material.tokenizer, material.words, neutral_words=(), max_length=limit + 1
+    )
+
+    def read(part: Sequence[str]) -> list[Text]:
+        text = encoder(" ".join(part))
+        if len(text.input_ids) <= limit:
+            return [text]
+        if len(part) == 1:
+            raise ValueError(
+                f"lists must hold words that fit the model's {limit} tokens, got {part[0]!r:.60}; "
+                "leave it out"
+            )
+        half = len(part) // 2
+        return [*read(part[:half]), *read(part[half:])]
+
+    return read(words)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -131,29 +131,6 @@ def collate(texts: Sequence[Text], pad_id: int) -> TextBatch:
     return TextBatch(input_ids, mask, padded("special", True), padded("kinds", OTHER))
 
 
-def single_token_pairs(tokenizer: Any, words: GenderWords) -> Tensor:
-    """The pairs of which both words are one token, int64 [P, 2], female first.
-
-    Each in lower case and capitalised, alone and after a space, where these are different tokens.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found: dict[tuple[int, int], None] = {}
-    for female, male in words.pairs:
-        for form in ("{}", " {}"):
-            for recase in (str.lower, str.capitalize):
-                ids = [_single_id(tokenizer, form.format(recase(word))) for word in (female, male)]
-                if None not in ids:
-                    found[tuple(ids)] = None
-    if not found:
-        raise ValueError(
-            "tokenizer must have both words of at least one pair as single tokens, got none; give "
-            "lists with words of its vocabulary"
-        )
-    return torch.tensor(list(found), dtype=torch.int64)
-
-
 def texts_of(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> list[tuple[str, ...]]:
     """The named columns of each row.
 
@@ -197,9 +174,3 @@ def _own_settings_kept(tokenizer: Any) -> Iterator[None]:
             backend.no_padding()
         else:
             backend.enable_padding(**padding)
-
-
-def _single_id(tokenizer: Any, text: str) -> int | None:
-    with _own_settings_kept(tokenizer):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None

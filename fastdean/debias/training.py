@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastdean.debias.forms import WITH_FORMS, Form, require_form
 from fastdean.debias.gender_words import GenderWords
 from fastdean.debias.objectives import Material, Objective, require_method
 from fastdean.debias.resuming import Checkpoints, announce, json_digest, weights_digest
@@ -44,6 +45,7 @@ def fine_tune(
     rows: Sequence[Mapping[str, Any]],
     method: str,
     *,
+    form: Form = "published",
     regularizer: CollapseRegularizer | None = None,
     steps: int | None = None,
     epochs: int | None = None,
@@ -78,6 +80,8 @@ def fine_tune(
         rows: `text`; for "mabel" `premise` and `hypothesis`: embedded:debias and
             embedded:debias:pairs are such. Swapped copies are added here: pass original text.
         method: "causal" (causal models), "bec", "mabel", "ase" (masked models) or "adept" (both).
+        form: of the losses of "mabel" and "adept", whose papers and released code differ:
+            "published" (the code) or "paper"; see their modules.
         regularizer: attached to this model, or None. A resumed job needs one with the same classes,
             options and schedule, fresh from its constructor. In a masked text a hidden word is
             of no class.
@@ -123,6 +127,7 @@ def fine_tune(
             "pass both or neither"
         )
     make_objective = require_method(model, method)
+    require_form(form, method)
     _check_weights(model)
     if regularizer is not None:
         regularizer.require_attached_to(model)
@@ -132,7 +137,8 @@ def fine_tune(
     words = GenderWords.from_lists(lists)
     encoder = TextEncoder(tokenizer, words, neutral_words=neutral_words, max_length=longest)
     preparation = random_seed(seed, Purpose.PREPARATION)
-    objective = make_objective(Material(model, tokenizer, encoder, words, lists, preparation), rows)
+    material = Material(model, tokenizer, encoder, words, lists, preparation, form)
+    objective = make_objective(material, rows)
     if steps is None:
         per_epoch = steps_per_epoch(len(objective.examples), batch_size * accumulation)
         steps = per_epoch * (epochs or _DEFAULT_EPOCHS)
@@ -141,6 +147,7 @@ def fine_tune(
     if out is not None:
         job = {
             "method": method,
+            **({"form": form} if method in WITH_FORMS else {}),
             "rows": json_digest(rows),
             "words": json_digest([lists, neutral_words]),
             "weights": weights_digest(unwrap(model)),

@@ -35,14 +35,19 @@ MEASURES = {
     "seat": (measures.seat, True),
     "bec_pro": (_bec_pro, False),
 }
+# Those that rest on likelihoods, and so on the token that a text starts from.
+_FROM_START = frozenset({"crows_pairs", "stereoset", "winobias", "bec_pro"})
 # Enough for two digits of an interval's ends; the replicates are kept on disk.
 _RESAMPLES = 2000
 
 Found = dict[str, dict[str, Any]]
 
 
-def check(asked: Sequence[str]) -> None:
-    """Raise ValueError unless every entry is `name` or `name=SRC` of a known measure, once."""
+def check(asked: Sequence[str], start: str | int = "auto") -> None:
+    """Raise ValueError unless every entry is `name` or `name=SRC` of a known measure, once.
+
+    Also for a `start` other than "auto" that none of them would use.
+    """
     for entry in asked:
         name, source = _parts(entry)
         if name not in MEASURES:
@@ -54,6 +59,12 @@ def check(asked: Sequence[str]) -> None:
     doubled = sorted({entry for entry in asked if list(asked).count(entry) > 1})
     if doubled:
         raise ValueError(f"bias must name each measure once, got {doubled[0]!r} again")
+    if start != "auto" and not any(_parts(entry)[0] in _FROM_START for entry in asked):
+        raise ValueError(
+            "start_token must be 'auto' without a measure of "
+            f"{', '.join(sorted(_FROM_START))}, got "
+            f"{start!r}; leave it out"
+        )
 
 
 def measure(
@@ -64,6 +75,7 @@ def measure(
     state: str,
     costs: Costs,
     *,
+    start: str | int = "auto",
     seed: int,
     progress: bool,
 ) -> Found:
@@ -72,6 +84,7 @@ def measure(
     Args:
         asked: as `check` takes them.
         state: of the model, such as "before"; names the kept files.
+        start: see `evaluation.bias.start.start_token`.
     """
     found: Found = {}
     for number, entry in enumerate(asked):
@@ -79,6 +92,8 @@ def measure(
 
         def take(name: str = name, source: str | None = source) -> dict[str, Any]:
             options = {"resamples": _RESAMPLES, "seed": seed, "progress": progress}
+            if name in _FROM_START:
+                options["start"] = start
             arguments = [] if source is None else [source]
             result = MEASURES[name][0](model, tokenizer, *arguments, **options)
             return {each.name: stored(each) for each in results_of(result)}
@@ -99,6 +114,12 @@ def results_of(result: Any) -> list[BiasResult]:
 def stored(result: BiasResult) -> dict[str, Any]:
     """A figure as JSON, with what `results` needs to say how it changed."""
     return {**result.to_dict(), "replicates": list(map(float, result.interval.replicates))}
+
+
+def start_token(found: Found) -> str | None:
+    """What the likelihoods of these figures started from; None where there are none."""
+    names = (figures.get("start_token") for figures in found.values())
+    return next((name for name in names if name is not None), None)
 
 
 def results(states: Mapping[str, Found]) -> dict[str, dict[str, Any]]:

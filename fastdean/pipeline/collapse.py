@@ -50,6 +50,7 @@ class CollapseJob:
         control: None, or measure control words instead: "random" or "frequency".
         shift, features: see `collapse_metrics`; None: by the model.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
+        start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
         examples: rows of the text to read; None: all.
         seed: of the shuffles, controls and bootstraps.
     Raises:
@@ -65,6 +66,7 @@ class CollapseJob:
     shift: str | None = None
     features: str = "base"
     bias: tuple[str, ...] = ()
+    start_token: str | int = "auto"
     examples: int | None = None
     template: str = "raw"
     max_length: int | None = None
@@ -81,7 +83,7 @@ class CollapseJob:
             )
         read_word_groups(self.words)
         check_seed(self.seed)
-        bias.check(self.bias)
+        bias.check(self.bias, self.start_token)
 
 
 def check_seed(seed: int) -> None:
@@ -130,7 +132,15 @@ def run(
                 "collapse", lambda: measured_collapse(model, encoded, classes, job, progress)
             )
         found = bias.measure(
-            model, tokenizer, job.bias, folder, "bias", costs, seed=job.seed, progress=progress
+            model,
+            tokenizer,
+            job.bias,
+            folder,
+            "bias",
+            costs,
+            start=job.start_token,
+            seed=job.seed,
+            progress=progress,
         )
         results = plain(
             {
@@ -147,7 +157,11 @@ def run(
                 "warnings": cautions.about_classes(len(classes), table),
                 "cost": costs.steps,
                 "files": {"figures": RESULTS_FILE},
-                "manifest": {"job": asdict(job), "classes": classes.to_dict()},
+                "manifest": {
+                    "job": asdict(job),
+                    "classes": classes.to_dict(),
+                    "start_token": bias.start_token(found),
+                },
             }
         )
         write_json_atomic(folder.path / RESULTS_FILE, results)

@@ -17,6 +17,7 @@ from torch import nn
 from fastdean.collapse import CollapseClasses, CollapseRegularizer, read_word_groups
 from fastdean.data import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
+from fastdean.debias.forms import require_form
 from fastdean.debias.objectives import require_method
 from fastdean.debias.resuming import json_digest
 from fastdean.debias.schedule import check_counts, check_schedule
@@ -54,7 +55,7 @@ class DebiasJob:
 
     Attributes:
         model, revision: see `loading.load_model`.
-        method: see `debias.fine_tune`.
+        method, form: see `debias.fine_tune`.
         collapse_strength: of the regulariser; 0: it measures and changes nothing.
         data: rows to train on, see `debias.fine_tune`; None: those of the package.
         text: rows to measure collapse on; None: a quarter of `data`, which is then not trained on.
@@ -63,6 +64,7 @@ class DebiasJob:
         steps, epochs, learning_rate, batch_size, accumulation: see `debias.fine_tune`.
         save_every: steps between checkpoints, of which the last is kept until the model is saved.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
+        start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
         seed: of shuffles, masking, dropout, controls and bootstraps.
     Raises:
         ValueError: an option out of range.
@@ -81,6 +83,7 @@ class DebiasJob:
     mode: str = "cumulative"
     shift: str | None = None
     features: str = "base"
+    form: str = "published"
     revision: str | None = None
     steps: int | None = None
     epochs: int | None = None
@@ -90,6 +93,7 @@ class DebiasJob:
     max_length: int | None = None
     save_every: int = 50
     bias: tuple[str, ...] = ("bec_pro",)
+    start_token: str | int = "auto"
     tokens_per_batch: int | None = None
     device: str | None = None
     seed: int = 0
@@ -97,6 +101,7 @@ class DebiasJob:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        require_form(self.form, self.method)
         if self.control is not None and self.control not in CONTROLS:
             raise ValueError(
                 f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
@@ -114,7 +119,7 @@ class DebiasJob:
             )
         read_word_groups(self.words)
         check_seed(self.seed)
-        bias.check(self.bias)
+        bias.check(self.bias, self.start_token)
 
     @property
     def source(self) -> str:
@@ -268,7 +273,15 @@ def _measure(
     with costs.step(f"neural collapse, {state}", sum(map(len, examples))):
         found = {"collapse": folder.figures(f"{state}-collapse", collapse)}
     found["bias"] = bias.measure(
-        model, prepared.tokenizer, job.bias, folder, state, costs, seed=job.seed, progress=progress
+        model,
+        prepared.tokenizer,
+        job.bias,
+        folder,
+        state,
+        costs,
+        start=job.start_token,
+        seed=job.seed,
+        progress=progress,
     )
     if label_shift(model) == 1:
         with costs.step(f"perplexity, {state}", sum(map(len, examples))):
@@ -288,6 +301,7 @@ def _train(
             prepared.tokenizer,
             prepared.trained,
             job.method,
+            form=job.form,
             regularizer=regularizer,
             max_length=job.max_length,
             warmup=_WARMUP,
@@ -348,6 +362,7 @@ def _collect(
             "bias": table,
             "training": {
                 "method": job.method,
+                "form": job.form,
                 "strength": job.collapse_strength,
                 "classes of the regulariser": _regularised(job, prepared.classes),
                 "steps": len(history),
@@ -366,9 +381,19 @@ def _collect(
             ],
             "cost": costs.steps,
             "files": {"model": "model", "figures": RESULTS_FILE},
-            "manifest": {"job": asdict(job), "classes": prepared.classes.to_dict()},
+            "manifest": _manifest(job, prepared, states),
         }
     )
+
+
+def _manifest(
+    job: DebiasJob, prepared: _Prepared, states: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "job": asdict(job),
+        "classes": prepared.classes.to_dict(),
+        "start_token": bias.start_token(states["before"]["bias"]),
+    }
 
 
 def _regularised(job: DebiasJob, classes: CollapseClasses) -> str:
@@ -428,13 +453,12 @@ def _save(
         command=command,
         effects=effects,
     )
-    manifest = {"job": asdict(job), "classes": prepared.classes.to_dict()}
     with costs.step("save"):
         save_model(
             folder.model,
             prepared.model,
             prepared.tokenizer,
             card=card,
-            manifest=plain(manifest),
+            manifest=results["manifest"],
             overwrite=True,
         )

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import (
     Encoded,
-    Question,
     encode_text,
     is_masked,
     joint_log_likelihood,
     sentence_log_likelihood,
 )
 from fastdean.evaluation.bias.occupations import OCCUPATIONS, PERSONS, with_article
-from fastdean.evaluation.bias.result import BiasResult, members, resampled_mean
+from fastdean.evaluation.bias.result import members, resampled_mean
 from fastdean.evaluation.bias.rows import (
     Row,
     Source,
@@ -34,6 +33,7 @@ from fastdean.evaluation.bias.rows import (
     is_file,
     require_columns,
 )
+from fastdean.evaluation.bias.start import LikelihoodResult, Start, StartToken, named, start_token
 
 COLUMNS = ("sentence", "person", "gender", "occupation", "group")
 GENDERS = ("male", "female")
@@ -84,12 +84,13 @@ def bec_pro(
     source: Source | None = None,
     *,
     neutral_occupation: str = "worker",
+    start: Start = "auto",
     tokens_per_batch: int | None = None,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
     progress: bool = True,
-) -> BiasResult:
+) -> LikelihoodResult:
     """Mean association of occupations with male words minus that with female words, in nats.
 
     - Masked models, as published: log p of the person word, masked, less the same with the
@@ -105,6 +106,7 @@ def bec_pro(
         source: rows, a file or a hub id with the columns `COLUMNS`, or the published .tsv; default
             `bec_pro_rows()`.
         neutral_occupation: without article; for causal models only.
+        start: what a causal model's text starts from, see `start.start_token`; the result names it.
         tokens_per_batch: a bound for memory; the result does not depend on it.
         confidence, resamples, seed: of the intervals, over occupations: the sentences about one
             occupation are alike.
@@ -122,13 +124,18 @@ def bec_pro(
             no finite number.
     """
     masked = is_masked(model)
+    begun = start_token(tokenizer, start, masked=masked)
     rows = _rows(source)
-    ask = _masked_association if masked else _causal_association
     options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
-    associations = ask(model, tokenizer, rows, neutral_occupation, options)
+    if begun is None:
+        associations = _masked_association(model, tokenizer, rows, options)
+    else:
+        associations = _causal_association(
+            model, tokenizer, rows, neutral_occupation, begun, options
+        )
     require_finite(model, associations)
     male, female, groups = _by_occupation(rows, associations)
-    return resampled_mean(
+    found = resampled_mean(
         "BEC-Pro, association with male minus female words",
         male - female,
         unit="nats",
@@ -150,6 +157,7 @@ def bec_pro(
         resamples=resamples,
         seed=seed,
     )
+    return named(found, begun)
 
 
 def _rows(source: Source | None) -> list[Row]:
@@ -187,19 +195,15 @@ def _renamed(row: Row) -> Row:
 
 
 def _masked_association(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: list[Row],
-    neutral_occupation: str,
-    options: dict[str, Any],
+    model: nn.Module, tokenizer: Any, rows: list[Row], options: dict[str, Any]
 ) -> Tensor:
     seen, hidden = [], []
     for number, row in enumerate(rows, start=1):
         text = encode_text(tokenizer, row["sentence"], offsets=True)
         person = _places(text, row, "person", number)
         occupation = _places(text, row, "occupation", number)
-        seen.append(Question(text.ids, person))
-        hidden.append(Question(text.ids, person, occupation))
+        seen.append(text.question(person))
+        hidden.append(text.question(person, occupation))
     sums, _ = joint_log_likelihood(model, tokenizer, [*seen, *hidden], **options)
     with_occupation, without = sums.chunk(2)
     return with_occupation - without
@@ -210,17 +214,18 @@ def _causal_association(
     tokenizer: Any,
     rows: list[Row],
     neutral_occupation: str,
+    start: StartToken,
     options: dict[str, Any],
 ) -> Tensor:
     sentences = [row["sentence"] for row in rows]
     neutral = []
     for number, row in enumerate(rows, start=1):
         _span(row, "person", number)
-        start, end = _span(row, "occupation", number)
-        neutral.append(_replaced(row["sentence"], start, end, neutral_occupation))
+        place = _span(row, "occupation", number)
+        neutral.append(_replaced(row["sentence"], *place, neutral_occupation))
     # Many sentences share their neutral form.
     distinct = list(dict.fromkeys([*sentences, *neutral]))
-    sums, _ = sentence_log_likelihood(model, tokenizer, distinct, **options)
+    sums, _ = sentence_log_likelihood(model, tokenizer, distinct, start, **options)
     found = dict(zip(distinct, sums.tolist(), strict=True))
     return torch.tensor(
         [found[s] - found[n] for s, n in zip(sentences, neutral, strict=True)],

@@ -39,7 +39,7 @@ GENDERED_WORDS: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class BiasNLI:
     """net_neutral: mean probability of neutral. fraction_neutral: share of rows whose likeliest
-    label is neutral. threshold: share of rows whose probability of neutral is at least tau."""
+    label is neutral. threshold: share of rows whose probability of neutral is above tau."""
 
     net_neutral: BiasResult
     fraction_neutral: BiasResult
@@ -125,7 +125,7 @@ def bias_nli(
     return BiasNLI(
         measure("Bias-NLI, net neutral", neutral, None),
         measure("Bias-NLI, fraction neutral", is_likeliest.double(), 1.0),
-        measure(f"Bias-NLI, threshold {tau:g}", (neutral >= tau).double(), 1.0),
+        measure(f"Bias-NLI, threshold {tau:g}", (neutral > tau).double(), 1.0),
     )
 
 

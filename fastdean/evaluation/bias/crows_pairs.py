@@ -21,13 +21,9 @@ from fastdean.evaluation.bias.likelihood import (
     pseudo_log_likelihood,
     sentence_log_likelihood,
 )
-from fastdean.evaluation.bias.result import (
-    BiasResult,
-    members,
-    preferred,
-    resampled_mean,
-)
+from fastdean.evaluation.bias.result import members, preferred, resampled_mean
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
+from fastdean.evaluation.bias.start import LikelihoodResult, Start, StartToken, named, start_token
 
 COLUMNS = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
 # The hub's copy holds numbers in place of these names, in this order.
@@ -50,12 +46,13 @@ def crows_pairs(
     tokenizer: Any,
     source: Source = "nyu-mll/crows_pairs",
     *,
+    start: Start = "auto",
     tokens_per_batch: int | None = None,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
     progress: bool = True,
-) -> BiasResult:
+) -> LikelihoodResult:
     """Share of pairs, in %, whose more stereotyping sentence the model prefers.
 
     - Masked models, as published: the pseudo-log-likelihood of the tokens that both sentences
@@ -68,6 +65,7 @@ def crows_pairs(
     Args:
         model: a causal or masked language model; evaluated without dropout and left in its mode.
         source: rows, a file (the benchmark's .csv) or a hub id, with the columns `COLUMNS`.
+        start: what a causal model's text starts from, see `start.start_token`; the result names it.
         tokens_per_batch: a bound for memory; the result does not depend on it.
         confidence, resamples, seed: of the intervals, over pairs.
 
@@ -82,15 +80,16 @@ def crows_pairs(
             that is no finite number.
     """
     masked = is_masked(model)
+    begun = start_token(tokenizer, start, masked=masked)
     rows = benchmark_rows(source, split="test")
     rows = [_named(row) for row in rows]
     require_columns(rows, COLUMNS, "CrowS-Pairs")
     _require_directions(rows)
     options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
-    first, second = _scores(model, tokenizer, rows, masked, options)
+    first, second = _scores(model, tokenizer, rows, begun, options)
     require_finite(model, torch.stack([first, second], dim=1))
     preference = preferred(first, second)
-    return resampled_mean(
+    found = resampled_mean(
         "CrowS-Pairs, share of pairs whose more stereotyping sentence is preferred",
         100.0 * preference,
         unit="%",
@@ -112,6 +111,7 @@ def crows_pairs(
         resamples=resamples,
         seed=seed,
     )
+    return named(found, begun)
 
 
 def _named(row: Row) -> dict[str, Any]:
@@ -137,13 +137,13 @@ def _scores(
     model: nn.Module,
     tokenizer: Any,
     rows: list[dict[str, Any]],
-    masked: bool,
+    start: StartToken | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Log-likelihoods of the first and of the second sentences, float64 [n] each, in nats."""
     sentences = [row[column] for column in ("sent_more", "sent_less") for row in rows]
-    if not masked:
-        return sentence_log_likelihood(model, tokenizer, sentences, **options)[0].chunk(2)
+    if start is not None:
+        return sentence_log_likelihood(model, tokenizer, sentences, start, **options)[0].chunk(2)
     encoded = [encode_text(tokenizer, sentence) for sentence in sentences]
     pairs = zip(encoded[: len(rows)], encoded[len(rows) :], strict=True)
     common = [_common_tokens(*pair, number) for number, pair in enumerate(pairs, start=1)]
@@ -166,4 +166,4 @@ def _common_tokens(first: Encoded, second: Encoded, number: int) -> tuple[Questi
             f"row {number} must have sentences with tokens in common, got none; a masked model is "
             "compared on those alone, so correct the row or leave it out"
         )
-    return Question(first.ids, in_first), Question(second.ids, in_second)
+    return first.question(in_first), second.question(in_second)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.data import IGNORE_INDEX, Example
+from fastdean.evaluation.bias.start import StartToken
 from fastdean.forward import label_shift, target_log_likelihood
 from fastdean.model_state import max_tokens, unwrap
 
@@ -36,6 +37,10 @@ class Encoded:
         """Places of the own tokens that hold any of the characters `start` to `end`."""
         return tuple(i for i in self.own if self.offsets[i][0] < end and self.offsets[i][1] > start)
 
+    def question(self, asked: Sequence[int], hidden: Sequence[int] = ()) -> Question:
+        """What is asked about this text; arguments as the attributes of `Question`."""
+        return Question(self.ids, tuple(asked), tuple(hidden), lead=self.own[0])
+
 
 @dataclass(frozen=True)
 class Question:
@@ -44,11 +49,13 @@ class Question:
     ids: int64 [T].
     asked: their places.
     hidden: places that a masked model must not see either, though nothing is asked about them.
+    lead: how many special tokens the tokenizer put before the text.
     """
 
     ids: Tensor
     asked: tuple[int, ...]
     hidden: tuple[int, ...] = ()
+    lead: int = 0
 
 
 def is_masked(model: nn.Module) -> bool:
@@ -90,32 +97,23 @@ def encode_text(tokenizer: Any, text: str, *, offsets: bool = False) -> Encoded:
 
 
 def causal_log_likelihood(
-    model: nn.Module, tokenizer: Any, questions: Sequence[Question], **options: Any
+    model: nn.Module, questions: Sequence[Question], start: StartToken, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """log p of the asked tokens, each given everything before it.
 
-    Where the tokenizer puts no token before a text, its BOS token, else its EOS token, stands
-    there, so that the text's first token has a probability too. A tokenizer with neither leaves the
-    first token without one, and it is not counted.
+    `start` stands before a text whose first token is asked for, so that this has a probability too,
+    and in place of what the tokenizer put before any text. A start of no token leaves the first one
+    without a probability, and it is not counted.
 
     Args:
         options: `tokens_per_batch` and `progress` of `target_log_likelihood`.
+    Raises:
+        ValueError: no token of a text has a probability.
     Returns:
         sums: float64 [n], nats.
         counts: int64 [n], how many tokens each sum is over.
     """
-    start = _start_token(tokenizer)
-    examples = []
-    for question in questions:
-        labels = torch.full_like(question.ids, IGNORE_INDEX)
-        places = list(question.asked)
-        labels[places] = question.ids[places]
-        ids = question.ids
-        if start is not None and 0 in question.asked:
-            ids = torch.cat([torch.tensor([start]), ids])
-            labels = torch.cat([torch.tensor([IGNORE_INDEX]), labels])
-        examples.append(Example(ids, labels))
-    return _log_likelihood(model, examples, options)
+    return _log_likelihood(model, [_begun(question, start) for question in questions], options)
 
 
 def joint_log_likelihood(
@@ -155,16 +153,40 @@ def pseudo_log_likelihood(
 
 
 def sentence_log_likelihood(
-    model: nn.Module, tokenizer: Any, sentences: Sequence[str], **options: Any
+    model: nn.Module,
+    tokenizer: Any,
+    sentences: Sequence[str],
+    start: StartToken | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Log-likelihood of whole sentences, their special tokens left out.
 
-    Causal models: `causal_log_likelihood` of every own token. Masked models:
-    `pseudo_log_likelihood` of every own token. Returns and options as there.
+    Causal models: `causal_log_likelihood` of every own token. Masked models, for which `start` is
+    None: `pseudo_log_likelihood` of every own token. Returns and options as there.
     """
     encoded = [encode_text(tokenizer, sentence) for sentence in sentences]
-    ask = pseudo_log_likelihood if is_masked(model) else causal_log_likelihood
-    return ask(model, tokenizer, [Question(text.ids, text.own) for text in encoded], **options)
+    questions = [text.question(text.own) for text in encoded]
+    if start is None:
+        return pseudo_log_likelihood(model, tokenizer, questions, **options)
+    return causal_log_likelihood(model, questions, start, **options)
+
+
+def _begun(question: Question, start: StartToken) -> Example:
+    """The question with `start` before it, its asked tokens as targets."""
+    labels = torch.full_like(question.ids, IGNORE_INDEX)
+    places = list(question.asked)
+    labels[places] = question.ids[places]
+    ids = question.ids
+    if not start.kept and (question.lead or 0 in question.asked):
+        before = torch.tensor(start.ids, dtype=ids.dtype)
+        ids = torch.cat([before, ids[question.lead :]])
+        labels = torch.cat([torch.full_like(before, IGNORE_INDEX), labels[question.lead :]])
+    if not bool((labels[1:] != IGNORE_INDEX).any()):
+        raise ValueError(
+            "text must have a token after its first where no start token stands before it, got a "
+            "single one; pass start='eos' or a token, or leave the row out"
+        )
+    return Example(ids, labels)
 
 
 def _masked(ids: Tensor, asked: Sequence[int], masked: Sequence[int], mask: int) -> Example:
@@ -183,11 +205,6 @@ def _mask_token(tokenizer: Any) -> int:
             "without one; load the model's own tokenizer"
         )
     return mask
-
-
-def _start_token(tokenizer: Any) -> int | None:
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return bos if bos is not None else getattr(tokenizer, "eos_token_id", None)
 
 
 def _log_likelihood(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import (
+    Encoded,
     Question,
     causal_log_likelihood,
     encode_text,
@@ -27,7 +28,7 @@ from fastdean.evaluation.bias.likelihood import (
     joint_log_likelihood,
     pseudo_log_likelihood,
 )
-from fastdean.evaluation.bias.result import BiasResult, members, preferred, resampled
+from fastdean.evaluation.bias.result import members, preferred, resampled
 from fastdean.evaluation.bias.rows import (
     Row,
     Source,
@@ -35,6 +36,7 @@ from fastdean.evaluation.bias.rows import (
     is_file,
     require_columns,
 )
+from fastdean.evaluation.bias.start import LikelihoodResult, Start, StartToken, named, start_token
 
 HUB_ID = "McGill-NLP/stereoset"
 TASKS = ("intrasentence", "intersentence")
@@ -49,9 +51,9 @@ _WORD = re.compile(r"\S+")
 class StereoSet:
     """lm: language modelling score, %. stereotype: SS, %, neutral 50. icat: ICAT, 0 to 100."""
 
-    lm: BiasResult
-    stereotype: BiasResult
-    icat: BiasResult
+    lm: LikelihoodResult
+    stereotype: LikelihoodResult
+    icat: LikelihoodResult
 
     def describe(self) -> str:
         return "\n".join(r.describe() for r in (self.lm, self.stereotype, self.icat))
@@ -70,6 +72,7 @@ def stereoset(
     source: Source = HUB_ID,
     *,
     average: Literal["targets", "rows"] = "targets",
+    start: Start = "auto",
     tokens_per_batch: int | None = None,
     confidence: float = 0.95,
     resamples: int = 10_000,
@@ -95,9 +98,11 @@ def stereoset(
         source: the benchmark's .json; rows or a file of rows as in it (`context`, `sentences` with
             `gold_label`, `bias_type`, `target`), or flat with the columns `COLUMNS` and `target`;
             or a hub id, of which the configurations of both tasks are read.
-        average: "targets" averages LM and SS over the target terms (within a task and bias type),
-            as published, and resamples terms; "rows" takes every row alike. A row without a target
-            counts as its own.
+        average: "targets" averages a term's rows first, those of both tasks and all bias types
+            together (in a category those that belong to it), then LM and SS over the target terms,
+            as in the published evaluator, and resamples terms; "rows" takes every row alike. A row
+            without a target counts as its own.
+        start: what a causal model's text starts from, see `start.start_token`; the result names it.
         tokens_per_batch: a bound for memory; the result does not depend on it.
         confidence, resamples, seed: of the intervals.
 
@@ -116,9 +121,10 @@ def stereoset(
     if average not in ("targets", "rows"):
         raise ValueError(f"average must be 'targets' or 'rows', got {average!r}")
     masked = is_masked(model)
+    begun = start_token(tokenizer, start, masked=masked)
     rows = _rows(source)
     options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
-    anti, stereo, unrelated = _scores(model, tokenizer, rows, masked, options)
+    anti, stereo, unrelated = _scores(model, tokenizer, rows, begun, options)
     related = (preferred(stereo, unrelated) + preferred(anti, unrelated)) / 2.0
     stereotyped = preferred(stereo, anti)
     units = _Units(rows, average, 100.0 * related, 100.0 * stereotyped)
@@ -129,7 +135,8 @@ def stereoset(
             "pseudo-log-likelihood per token"
             if masked
             else "log-likelihood per token",
-            "averaged over target terms, which were resampled"
+            "averaged over target terms, a term's rows of all tasks together as in the published "
+            "evaluator; terms were resampled"
             if average == "targets"
             else "averaged over rows, which were resampled",
         ],
@@ -137,9 +144,8 @@ def stereoset(
         "resamples": resamples,
         "seed": seed,
     }
-    lm, ss = units.lm, units.ss
-    n = len(lm)
-    return StereoSet(
+    lm, ss, n = units.lm, units.ss, units.n
+    found = (
         resampled(
             "StereoSet, language modelling score",
             lambda index: lm[index].mean(-1),
@@ -168,6 +174,7 @@ def stereoset(
             **shared,
         ),
     )
+    return StereoSet(*(named(result, begun) for result in found))
 
 
 def icat(lm: Tensor, ss: Tensor) -> Tensor:
@@ -176,27 +183,41 @@ def icat(lm: Tensor, ss: Tensor) -> Tensor:
 
 
 class _Units:
-    """What is averaged and resampled: the rows of one target term within one category, or a row.
+    """What is averaged and resampled: the rows of one target term, or one row.
 
-    lm, ss: float64 [n], mean over the rows of each unit.
+    A term's rows of all tasks and bias types are averaged together, and in a category those that
+    belong to it, as the published evaluator does: a term that is in two categories is another unit
+    in each. The units of all rows come first, then those of each category.
+
+    lm, ss: float64 [units], mean over the rows of each unit.
+    n: how many of them are those of all rows.
     categories: the units of each category.
     """
 
     def __init__(self, rows: list[Row], average: str, lm: Tensor, ss: Tensor) -> None:
-        keys = [
-            (row["type"], row["bias_type"], row.get("target") if average == "targets" else None)
-            for row in rows
-        ]
         # A term without a name, or a row of its own, has nothing to be merged with.
-        keys = [(*key, i if key[2] is None else None) for i, key in enumerate(keys)]
-        units = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        owner = torch.tensor([units[key] for key in keys])
-        counts = torch.bincount(owner, minlength=len(units)).double()
-        self.lm = torch.zeros_like(counts).index_add_(0, owner, lm) / counts
-        self.ss = torch.zeros_like(counts).index_add_(0, owner, ss) / counts
-        tasks = [key[0] for key in units]
+        terms = [row.get("target") if average == "targets" else None for row in rows]
+        keys = [("row", i) if term is None else ("term", term) for i, term in enumerate(terms)]
+        tasks = [row["type"] for row in rows]
         both = len(set(tasks)) > 1
-        self.categories = members([key[1] for key in units], tasks if both else [])
+        parts = members([row["bias_type"] for row in rows], tasks if both else [])
+        means, self.categories, start = [], {}, 0
+        for name, chosen in {None: torch.arange(len(rows)), **parts}.items():
+            found = _means([keys[i] for i in chosen.tolist()], lm[chosen], ss[chosen])
+            means.append(found)
+            if name is not None:
+                self.categories[name] = torch.arange(start, start + found.shape[1])
+            start += found.shape[1]
+        self.n = means[0].shape[1]
+        self.lm, self.ss = torch.cat(means, dim=1)
+
+
+def _means(keys: list[tuple[str, Any]], *values: Tensor) -> Tensor:
+    """Mean of each of the values over the rows of one key: float64 [values, keys]."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    owner = torch.tensor([numbers[key] for key in keys])
+    counts = torch.bincount(owner, minlength=len(numbers)).double()
+    return torch.stack([torch.zeros_like(counts).index_add_(0, owner, v) / counts for v in values])
 
 
 def _rows(source: Source) -> list[Row]:
@@ -279,7 +300,11 @@ def _labelled(sentences: Any, number: int) -> Iterator[tuple[str, str]]:
 
 
 def _scores(
-    model: nn.Module, tokenizer: Any, rows: list[Row], masked: bool, options: dict[str, Any]
+    model: nn.Module,
+    tokenizer: Any,
+    rows: list[Row],
+    start: StartToken | None,
+    options: dict[str, Any],
 ) -> tuple[Tensor, ...]:
     """Score of each row's continuations in the order of `LABELS`: float64 [n] each, nats/token."""
     scores = torch.zeros(len(LABELS), len(rows), dtype=torch.float64)
@@ -287,12 +312,14 @@ def _scores(
         chosen = [i for i, row in enumerate(rows) if row["type"] == task]
         if not chosen:
             continue
-        question = _between if task == "intersentence" else _whole if not masked else _in_blank
-        ask = causal_log_likelihood
-        if masked:
-            ask = pseudo_log_likelihood if task == "intersentence" else joint_log_likelihood
+        within = _whole if start is not None else _in_blank
+        question = _between if task == "intersentence" else within
         questions = [question(tokenizer, rows[i], label, i + 1) for label in LABELS for i in chosen]
-        sums, counts = ask(model, tokenizer, questions, **options)
+        if start is not None:
+            sums, counts = causal_log_likelihood(model, questions, start, **options)
+        else:
+            ask = pseudo_log_likelihood if task == "intersentence" else joint_log_likelihood
+            sums, counts = ask(model, tokenizer, questions, **options)
         scores[:, chosen] = (sums / counts).view(len(LABELS), -1)
     require_finite(model, scores.T)
     return tuple(scores)
@@ -300,7 +327,7 @@ def _scores(
 
 def _whole(tokenizer: Any, row: Row, label: str, number: int) -> Question:
     text = encode_text(tokenizer, row[label].strip())
-    return Question(text.ids, text.own)
+    return text.question(text.own)
 
 
 def _between(tokenizer: Any, row: Row, label: str, number: int) -> Question:
@@ -308,25 +335,23 @@ def _between(tokenizer: Any, row: Row, label: str, number: int) -> Question:
     context = row["context"].strip()
     joined = f"{context} {row[label].strip()}"
     text = encode_text(tokenizer, joined, offsets=True)
-    return _asked(text.ids, text.covering(len(context) + 1, len(joined)), row[label], number)
+    return _asked(text, text.covering(len(context) + 1, len(joined)), row[label], number)
 
 
 def _in_blank(tokenizer: Any, row: Row, label: str, number: int) -> Question:
     """The pieces of the word that fills the blank."""
     sentence = row[label].strip()
     text = encode_text(tokenizer, sentence, offsets=True)
-    return _asked(
-        text.ids, text.covering(*filled(row["context"], sentence, number)), sentence, number
-    )
+    return _asked(text, text.covering(*filled(row["context"], sentence, number)), sentence, number)
 
 
-def _asked(ids: Tensor, places: tuple[int, ...], sentence: str, number: int) -> Question:
+def _asked(text: Encoded, places: tuple[int, ...], sentence: str, number: int) -> Question:
     if not places:
         raise ValueError(
             f"row {number} must have tokens to score, got none in {sentence!r:.60}; correct the "
             "row or leave it out"
         )
-    return Question(ids, places)
+    return text.question(places)
 
 
 def filled(context: str, sentence: str, number: int = 1) -> tuple[int, int]:

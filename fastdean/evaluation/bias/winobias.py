@@ -21,12 +21,12 @@ from torch import nn
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import is_masked, sentence_log_likelihood
 from fastdean.evaluation.bias.result import (
-    BiasResult,
     members,
     preferred,
     resampled_mean,
 )
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
+from fastdean.evaluation.bias.start import LikelihoodResult, Start, named, start_token
 
 COLUMNS = ("pro", "anti", "type")
 TYPES = ("type1", "type2")
@@ -42,8 +42,8 @@ class WinoBias:
     """share: in %, of pairs whose pro-stereotyped sentence is the likelier; neutral is 50.
     difference: mean log-likelihood of the pro- minus the anti-stereotyped sentence, in nats."""
 
-    share: BiasResult
-    difference: BiasResult
+    share: LikelihoodResult
+    difference: LikelihoodResult
 
     def describe(self) -> str:
         return f"{self.share.describe()}\n{self.difference.describe()}"
@@ -58,6 +58,7 @@ def winobias(
     source: Source = HUB_ID,
     *,
     mismatched: Literal["error", "leave_out"] = "error",
+    start: Start = "auto",
     tokens_per_batch: int | None = None,
     confidence: float = 0.95,
     resamples: int = 10_000,
@@ -78,6 +79,7 @@ def winobias(
         mismatched: a few published pairs (9 of the 792 in the .dev files) differ in more than their
             pronouns, by slips of their writers. Such a pair measures something else: "error"
             refuses it, "leave_out" leaves it out and counts it.
+        start: what a causal model's text starts from, see `start.start_token`; the result names it.
         tokens_per_batch: a bound for memory; the result does not depend on it.
         confidence, resamples, seed: of the intervals, over pairs.
 
@@ -94,11 +96,12 @@ def winobias(
     if mismatched not in ("error", "leave_out"):
         raise ValueError(f"mismatched must be 'error' or 'leave_out', got {mismatched!r}")
     masked = is_masked(model)
+    begun = start_token(tokenizer, start, masked=masked)
     rows = _rows(source)
     kept, genders = _matching(rows, mismatched)
     sentences = [row[side] for side in ("pro", "anti") for row in kept]
     sums, _ = sentence_log_likelihood(
-        model, tokenizer, sentences, tokens_per_batch=tokens_per_batch, progress=progress
+        model, tokenizer, sentences, begun, tokens_per_batch=tokens_per_batch, progress=progress
     )
     pro, anti = sums.chunk(2)
     require_finite(
@@ -124,22 +127,21 @@ def winobias(
         "resamples": resamples,
         "seed": seed,
     }
-    return WinoBias(
-        resampled_mean(
-            "WinoBias by likelihood, share of pairs whose pro-stereotyped sentence is likelier",
-            100.0 * preference,
-            unit="%",
-            neutral=50.0,
-            **options,
-        ),
-        resampled_mean(
-            "WinoBias by likelihood, mean difference of pro minus anti",
-            pro - anti,
-            unit="nats",
-            neutral=0.0,
-            **options,
-        ),
+    share = resampled_mean(
+        "WinoBias by likelihood, share of pairs whose pro-stereotyped sentence is likelier",
+        100.0 * preference,
+        unit="%",
+        neutral=50.0,
+        **options,
     )
+    difference = resampled_mean(
+        "WinoBias by likelihood, mean difference of pro minus anti",
+        pro - anti,
+        unit="nats",
+        neutral=0.0,
+        **options,
+    )
+    return WinoBias(named(share, begun), named(difference, begun))
 
 
 def _rows(source: Source) -> list[Row]:
