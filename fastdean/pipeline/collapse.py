@@ -51,7 +51,7 @@ class CollapseJob:
         shift, features: see `collapse_metrics`; None: by the model.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         examples: rows of the text to read; None: all.
-        seed: of the shuffles, controls and bootstraps.
+        seed: of the shuffles, controls, permutations and bootstraps.
     Raises:
         ValueError: an option out of range.
     """
