@@ -1,8 +1,8 @@
 """Percentile bootstrap over examples, for statistics that are no means of them.
 
-Resampling gives a width to any statistic, such as an effect size or a product of means. It promises
-less than it says: for means of n examples its 95 % intervals hold the true one in about 80 % of
-samples of 4, 90 % of 16 and 94 % of 64 (Student's t: 95 %). So it carries no test, and no verdict.
+Resampling gives a width to any statistic, such as an effect size or a product of means. It keeps
+less than it promises: even for means of normal values a 95 % interval held the true one in 79 % of
+simulated samples of 4, 89 % of 8 and 93 % of 16 to 64. So it has no test here, and no verdict.
 """
 
 from __future__ import annotations
