@@ -27,7 +27,13 @@ from fastdean.evaluation.bias.likelihood import (
     joint_log_likelihood,
     pseudo_log_likelihood,
 )
-from fastdean.evaluation.bias.result import BiasResult, members, preferred, resampled
+from fastdean.evaluation.bias.result import (
+    BiasResult,
+    members,
+    preferred,
+    resampled,
+    resampled_mean,
+)
 from fastdean.evaluation.bias.rows import (
     Row,
     Source,
@@ -138,21 +144,18 @@ def stereoset(
         "seed": seed,
     }
     lm, ss = units.lm, units.ss
-    n = len(lm)
     return StereoSet(
-        resampled(
+        resampled_mean(
             "StereoSet, language modelling score",
-            lambda index: lm[index].mean(-1),
-            n,
+            lm,
             unit="%",
             neutral=None,
             figures={"rows": len(rows)},
             **shared,
         ),
-        resampled(
+        resampled_mean(
             "StereoSet, stereotype score",
-            lambda index: ss[index].mean(-1),
-            n,
+            ss,
             unit="%",
             neutral=50.0,
             figures={"rows": len(rows), "ties": int((stereotyped == 0.5).sum())},
@@ -161,7 +164,7 @@ def stereoset(
         resampled(
             "StereoSet, ICAT",
             lambda index: icat(lm[index].mean(-1), ss[index].mean(-1)),
-            n,
+            len(lm),
             unit="",
             neutral=None,
             figures={"rows": len(rows)},
