@@ -84,8 +84,8 @@ def test_nothing_beyond_noise_is_said_so():
         "Perplexity on general answers did not change beyond noise (97.69 to 98.15, ratio 1.005, "
         "95 % interval 0.988 to 1.019, 40 answers); HSIC of fairness and privacy prompts, paired "
         "by position, lay outside what other pairings give in 1 of 2 layers before the edit (about "
-        "0.1 expected by chance); its change by the edit is smaller than the width of that range in "
-        "1 of 2 layers, and has no test of its own."
+        "0.1 expected by chance); its change by the edit is smaller than the width of that range "
+        "in 1 of 2 layers, and has no test of its own."
     )
 
 

@@ -357,3 +357,71 @@ SHAPES = {
     "lognormal": lambda random, size: random.lognormal(size=size) - math.exp(0.5),
 }
 SAMPLES = 2000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [4, 8, 16, 32, 64])
+@pytest.mark.parametrize(
+    ("shape", "covered", "wrong"),
+    # At least so much of 95 %, and at most so many verdicts of 5 %; skew keeps neither at small n.
+    [
+        ("normal", {4: 0.94, 8: 0.94, 16: 0.94, 32: 0.94, 64: 0.94}, 0.06),
+        ("t3", {4: 0.94, 8: 0.94, 16: 0.94, 32: 0.94, 64: 0.94}, 0.06),
+        ("exponential", {4: 0.86, 8: 0.88, 16: 0.90, 32: 0.91, 64: 0.92}, 0.11),
+        ("lognormal", {4: 0.81, 8: 0.82, 16: 0.85, 32: 0.87, 64: 0.89}, 0.16),
+    ],
+)
+def test_intervals_cover_and_verdicts_err_as_the_documents_say(
+    shape, covered, wrong, n, monkeypatch
+):
+    # As honest with fewer draws, and less to wait for.
+    monkeypatch.setattr("fastdean.evaluation.sign_flips.DRAWS", 1999)
+    samples = SHAPES[shape](np.random.default_rng(0), (SAMPLES, n))
+    found = [mean_interval(sample) for sample in samples]
+    assert np.mean([each.low <= 0 <= each.high for each in found]) >= covered[n]
+    verdicts = [each.verdict() for each in found]
+    if n < 8:
+        assert all(map(is_withheld, verdicts))
+    assert np.mean([bool(direction(verdict)) for verdict in verdicts]) <= wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "least", "most"), [(8, 0.16, 0.24), (32, 0.73, 0.81)])
+def test_half_a_standard_deviation_is_found_as_often_as_the_documents_say(
+    n, least, most, monkeypatch
+):
+    monkeypatch.setattr("fastdean.evaluation.sign_flips.DRAWS", 1999)
+    samples = np.random.default_rng(0).normal(0.5, 1.0, (SAMPLES, n))
+    found = [mean_interval(sample).verdict() == "higher" for sample in samples]
+    assert least <= np.mean(found) <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [8, 16, 32, 64])
+def test_shares_and_changes_of_distance_keep_their_level(n, monkeypatch):
+    monkeypatch.setattr("fastdean.evaluation.sign_flips.DRAWS", 1999)
+    random = np.random.default_rng(n)
+    for share in (0.5, 0.7, 0.95):
+        found = [share_interval(row) for row in (random.random((SAMPLES, n)) < share).astype(float)]
+        assert np.mean([each.low <= share <= each.high for each in found]) >= 0.95
+    for won, lost in ((0.05, 0.05), (0.2, 0.05), (0.45, 0.45), (0.7, 0.25)):
+        chance = random.random((SAMPLES, n))
+        changes = (chance < won).astype(float) - (chance > 1 - lost)
+        found = [share_change_interval(row) for row in changes]
+        assert np.mean([each.low <= won - lost <= each.high for each in found]) >= 0.945
+        if won == lost:
+            assert np.mean([bool(direction(each.verdict())) for each in found]) <= 0.05
+    # Before and after about a neutral value of 0; in the last two the distance does not change.
+    for start, end in ((0.5, 0.0), (0.3, 0.2), (0.5, 0.5), (0.5, -0.5)):
+        rows = random.normal(size=(3, SAMPLES // 4, n)) * np.array([1.0, 0.5, 0.5])[:, None, None]
+        before, after = rows[0] + rows[1] + start, rows[0] + rows[2] + end
+        found = [
+            change_of_distance(
+                mean_interval(b, no_effect=None), mean_interval(a, no_effect=None), 0
+            )
+            for b, a in zip(before, after, strict=True)
+        ]
+        truth = abs(end) - abs(start)
+        assert np.mean([each.low <= truth <= each.high for each in found]) >= 0.93
+        if truth == 0:
+            assert np.mean([bool(direction(each.verdict())) for each in found]) <= 0.065
