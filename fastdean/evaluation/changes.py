@@ -68,7 +68,7 @@ def change_of_distance(
         max(corners) if known else math.nan,
         moved.n,
         moved.confidence,
-        f"{moved.method} of change and side",
+        f"{moved.method}, change and side",
         p_value=decisive.p_value,
         test=decisive.test,
         least_p=decisive.least_p,

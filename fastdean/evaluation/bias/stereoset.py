@@ -135,9 +135,9 @@ def stereoset(
             "pseudo-log-likelihood per token"
             if masked
             else "log-likelihood per token",
-            "averaged over target terms, which were resampled"
+            "averaged over target terms, the units of the intervals"
             if average == "targets"
-            else "averaged over rows, which were resampled",
+            else "averaged over rows, the units of the intervals",
         ],
         "confidence": confidence,
         "resamples": resamples,
