@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tiny_models
@@ -82,6 +83,8 @@ def test_the_report_says_what_came_of_it(run):
     assert row["raw_change"]["verdict"] in (out / "model" / "README.md").read_text("utf-8")
     assert any(verdict in sentence for sentence in found["findings"])
     assert any("(U)NC3" in sentence for sentence in found["findings"])
+    (fluency,) = (said for said in found["findings"] if said.startswith("Perplexity of the"))
+    assert re.search(r"before, [\d,.]+ after: no verdict from n = 2\.", fluency)
     page = (out / "report.html").read_text("utf-8")
     for heading in ("Neural collapse", "Bias measures", "Training"):
         assert f">{heading}</h2>" in page
