@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 
 import records
 from records import Record
-from seeds import SeedMean, student_quantile
+
+from fastdean.evaluation import mean_interval
+from fastdean.evaluation.intervals import student_quantile
+from fastdean.verdicts import FEWEST, is_withheld
 
 BASE, NONE = "base", "none"
 NAMES = {
@@ -73,7 +77,7 @@ def _block(name: str, base: Record | None, arms: Mapping[Arm, Sequence[Record]])
     for arm, found in values.items():
         paired = [found[seed] - without[seed] for seed in found if seed in without]
         changes = [] if before is None else [value - before for value in found.values()]
-        mean = SeedMean.of(list(found.values())).mean if found else None
+        mean = fmean(found.values()) if found else None
         cells = [
             "" if base is not None else _title(name, arms[arm][0]),
             label(arm),
@@ -104,11 +108,12 @@ def _number(value: float | None) -> str:
 def _change(differences: Sequence[float]) -> str:
     if not differences:
         return "not measured"
-    found = SeedMean.of(differences)
-    if found.low is None:
+    found = mean_interval(differences)
+    if found.n < 2:
         return f"{found.mean:+.4g} (one seed: no interval)"
-    verdict = ", no effect" if found.holds_zero else ""
-    return f"{found.mean:+.4g} [{found.low:+.4g}, {found.high:+.4g}]{verdict}"
+    verdict = found.verdict()
+    said = "" if is_withheld(verdict) else f", {verdict}"
+    return f"{found.mean:+.4g} [{found.low:+.4g}, {found.high:+.4g}]{said}"
 
 
 def _about(run: Sequence[Record]) -> str:
@@ -130,11 +135,12 @@ def _about_intervals(arms: Mapping[Arm, Sequence[Record]]) -> str:
     factors = " or ".join(f"{student_quantile(n - 1):.2f}" for n in counts if n > 1)
     wide = ""
     if counts[0] <= _FEW_SEEDS:
-        wide = ", which with so few seeds is wide: only large effects show"
+        wide = ", which with so few seeds is wide"
+    none = ": there is none here" if counts[-1] < FEWEST else ""
     return (
         f"Brackets: 95 % interval of the mean over {seeds} seeds, Student's t, {factors} standard "
-        f'errors to each side{wide}. "No effect": the interval holds 0. No correction for the '
-        "number of comparisons."
+        f"errors to each side{wide}. A verdict takes {FEWEST} seeds, an interval without 0 and a "
+        f"sign-flip test that agrees{none}. No correction for the number of comparisons."
     )
 
 
@@ -143,7 +149,7 @@ def _about_arm(rows: Sequence[Record]) -> str:
     times = [row["step_s"] for row in rows if row["step_s"] is not None]
     said = [f"{label((first['arm'], first['strength']))}: "]
     if times:
-        said.append(f"{SeedMean.of(times).mean:.2f} s a step")
+        said.append(f"{fmean(times):.2f} s a step")
     if first["arm"] != NONE:
         said.append(f"{', ' if times else ''}{_range(rows, 'classes')} classes, ")
         said.append(f"{_range(rows, 'labelled')} tokens of the training text")

@@ -1,4 +1,4 @@
-"""What a result says about itself, and the bootstrap of groups that it rests on."""
+"""What a result says about itself, and the intervals that it rests on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from fastdean.evaluation.bias.result import members, preferred, resampled_mean
+from fastdean.evaluation.bias.result import members, preferred, resampled, resampled_mean
 from fastdean.evaluation.bias.rows import benchmark_rows
 
 
@@ -23,9 +23,11 @@ def _shares(values, **options):
         ([50.0] * 10, "no effect beyond noise"),
         ([100.0] * 9 + [0.0], "above neutral"),
         ([0.0] * 9 + [100.0], "below neutral"),
-        ([100.0], "too few examples"),
-        ([100.0] * 5, "too few examples"),
-        ([100.0] * 6, "above neutral"),
+        ([100.0], "no verdict from n = 1"),
+        ([100.0] * 7, "no verdict from n = 7"),
+        ([100.0] * 8, "above neutral"),
+        # A mean over unlike groups is no share of them.
+        ([75.0] * 4 + [100.0] * 4, "above neutral"),
     ],
 )
 def test_a_figure_is_an_effect_only_if_its_interval_leaves_the_neutral_value(values, verdict):
@@ -33,6 +35,20 @@ def test_a_figure_is_an_effect_only_if_its_interval_leaves_the_neutral_value(val
     assert result.verdict() == verdict
     assert verdict in result.describe()
     assert result.to_dict()["verdict"] == verdict
+
+
+def test_a_result_names_its_interval_and_its_test():
+    share = _shares([100.0] * 9 + [0.0]).to_dict()
+    assert (share["interval_method"], share["test"]) == ("clopper-pearson", "exact binomial")
+    assert share["p_value"] == pytest.approx(22 / 1024)
+    mean = resampled_mean("mean", torch.arange(9.0) - 1.0, unit="nats", neutral=0.0).to_dict()
+    assert mean["interval_method"] == "student-t"
+    assert mean["test"] == "sign-flip, all 2^8 patterns"
+    other = resampled(
+        "spread", lambda i: i.double().std(-1), 9, unit="", neutral=0.0, resamples=50
+    ).to_dict()
+    assert (other["interval_method"], other["p_value"]) == ("percentile bootstrap", None)
+    assert other["verdict"] == "no verdict from an interval without a test"
 
 
 def test_a_measure_without_a_neutral_value_claims_no_effect():
@@ -46,7 +62,7 @@ def test_categories_are_judged_by_their_own_examples():
     result = _shares([100.0] * 10 + [100.0, 0.0] * 5, categories=members(labels))
     assert [result.by_category[c].mean for c in "ab"] == [100.0, 50.0]
     assert [result.verdict(c) for c in "ab"] == ["above neutral", "no effect beyond noise"]
-    assert "a: 100 % [100, 100], n = 10; above neutral" in result.describe()
+    assert "a: 100 % [69.15, 100], n = 10; above neutral" in result.describe()
 
 
 def test_a_result_is_json_without_nan():

@@ -154,7 +154,7 @@ def test_figures_of_other_input_are_not_used_again(tmp_path, monkeypatch, change
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{}", "[]", '{"format": 1, "step": "col', '{"format": 1, "step": "other", "figures": {}}'],
+    ["", "{}", "[]", '{"format": 2, "step": "col', '{"format": 2, "step": "other", "figures": {}}'],
 )
 def test_a_damaged_step_is_named_and_not_used(place, tmp_path, monkeypatch, content):
     options = stopped(place, tmp_path / "out", monkeypatch)
@@ -164,6 +164,17 @@ def test_a_damaged_step_is_named_and_not_used(place, tmp_path, monkeypatch, cont
     refused(result, f"got the damaged file {str(file)!r}; delete it")
     file.unlink()
     assert call(place, tmp_path / "out", *options).exit_code == 0
+
+
+def test_figures_of_an_older_format_are_taken_anew(place, tmp_path, monkeypatch):
+    """Their intervals followed other rules: a resumed run must not set them beside its own."""
+    options = stopped(place, tmp_path / "out", monkeypatch)
+    file = tmp_path / "out" / "steps" / "collapse.json"
+    kept = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({"format": 1, "step": "collapse", "figures": {"old": 1}}), "utf-8")
+    assert call(place, tmp_path / "out", *options).exit_code == 0
+    again = json.loads(file.read_text("utf-8"))
+    assert again == kept and kept["format"] == 2
 
 
 def test_the_folder_of_the_model_is_only_read(place):

@@ -26,7 +26,6 @@ import inputs
 import plot
 import records
 import run
-import seeds
 import table
 from debias_figures import MASKED_LOSS, NC3, PERPLEXITY, UNC3
 
@@ -303,26 +302,6 @@ def test_a_masked_model_is_debiased_by_bec(benchmark, tmp_path, monkeypatch):
     assert base["neutral"][BEC] == 0 and base["units"][BEC] == "nats"
 
 
-@pytest.mark.parametrize(
-    "freedom, quantile",
-    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)],
-)
-def test_students_quantiles_are_those_of_the_tables(freedom, quantile):
-    assert seeds.student_quantile(freedom) == pytest.approx(quantile, abs=1e-4)
-
-
-def test_the_interval_over_three_seeds_by_hand():
-    # Mean 2, unbiased std 1, standard error 1 / sqrt(3).
-    found = seeds.SeedMean.of([1.0, 2.0, 3.0])
-    half = 4.302653 / math.sqrt(3)
-    assert (found.mean, found.n) == (2.0, 3) and found.holds_zero
-    assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), abs=1e-5)
-    assert not seeds.SeedMean.of([2.0, 2.1, 2.2]).holds_zero
-    assert seeds.SeedMean.of([0.0, 0.0]).holds_zero
-    alone = seeds.SeedMean.of([5.0])
-    assert (alone.low, alone.high) == (None, None) and not alone.holds_zero
-
-
 def result(arm, seed, step, unc3, bec=0.5, date="2026-01-02T00:00:00+00:00", **changes):
     row = {
         "op": "debias", "case": "tiny, causal", "arm": arm, "seed": seed,
@@ -359,10 +338,10 @@ def test_the_table_compares_seed_by_seed_and_says_where_there_is_no_effect(tmp_p
     # 4.3027 / sqrt(3) = 2.4841 is half of the interval of the differences to the base.
     assert lines[2:8] == [
         f"| {UNC3} | the model before training | 1.5 | | |",
-        "|  | no regulariser | 2 | +0.5 [-1.984, +2.984], no effect |  |",
+        "|  | no regulariser | 2 | +0.5 [-1.984, +2.984] |  |",
         "|  | gender words, strength 10 | -8 | -9.5 [-11.98, -7.016] | -10 [-10, -10] |",
         f"| {BEC}, nats (neutral: 0) | the model before training | 0.5 | | |",
-        "|  | no regulariser | 0.5 | +0 [+0, +0], no effect |  |",
+        "|  | no regulariser | 0.5 | +0 [+0, +0] |  |",
         "|  | gender words, strength 10 | 0.1 | -0.4 [-0.6484, -0.1516] "
         "| -0.4 [-0.6484, -0.1516] |",
     ]
@@ -370,7 +349,8 @@ def test_the_table_compares_seed_by_seed_and_says_where_there_is_no_effect(tmp_p
     assert about.startswith("tiny, causal. Trained on 15 rows and their swapped copies;")
     assert (
         "95 % interval of the mean over 3 seeds, Student's t, 4.30 standard errors to each side, "
-        "which with so few seeds is wide: only large effects show." in about
+        "which with so few seeds is wide. A verdict takes 8 seeds, an interval without 0 and a "
+        "sign-flip test that agrees: there is none here." in about
     )
     assert "No regulariser: 1.50 s a step." in about
     assert (
@@ -378,6 +358,17 @@ def test_the_table_compares_seed_by_seed_and_says_where_there_is_no_effect(tmp_p
         "text." in about
     )
     assert len([line for line in lines if line.startswith("Some CPU, 2 threads")]) == 1
+
+
+def test_eight_seeds_that_agree_are_an_effect():
+    rows = [
+        result("base", None, 0, 0.0),
+        *(result("none", seed, 4, 0.1 * seed) for seed in range(8)),
+        *(result("words", seed, 4, 0.1 * seed - 3.0, bec=(-1.0) ** seed) for seed in range(8)),
+    ]
+    lines = table.TABLES["debias"](rows).splitlines()
+    assert lines[4].endswith("| -3 [-3, -3], lower |")
+    assert lines[7].endswith(", no effect beyond noise |")
 
 
 def test_one_seed_has_no_interval_and_what_is_missing_is_not_measured():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tiny_models
@@ -75,6 +76,12 @@ def test_the_report_says_what_came_of_it(run):
     assert row["raw_change"]["value"] == pytest.approx(
         row["after"]["value"] - row["before"]["value"]
     )
+    verdict = row["change"]["verdict"]
+    assert verdict in ("no effect beyond noise", "closer to neutral", "farther from neutral")
+    assert row["change"]["interval_method"] == "clopper-pearson of won and lost, change and side"
+    assert row["raw_change"]["test"] == "exact McNemar" and row["raw_change"]["p_value"] <= 1
+    assert row["raw_change"]["verdict"] in (out / "model" / "README.md").read_text("utf-8")
+    assert any(verdict in sentence for sentence in found["findings"])
     assert any("(U)NC3" in sentence for sentence in found["findings"])
     # The bias measure's likelihoods, and what was asked for of them.
     assert found["manifest"]["start_token"] == "[BOS]"
@@ -82,6 +89,8 @@ def test_the_report_says_what_came_of_it(run):
     saved = json.loads((out / "model" / "fastdean_debias.json").read_text("utf-8"))
     assert saved["start_token"] == "[BOS]"
     assert "start token: '[BOS]'" in row["definition"]
+    (fluency,) = (said for said in found["findings"] if said.startswith("Perplexity of the"))
+    assert re.search(r"before, [\d,.]+ after: no verdict from n = 2\.", fluency)
     page = (out / "report.html").read_text("utf-8")
     assert "start token: " in page
     for heading in ("Neural collapse", "Bias measures", "Training"):

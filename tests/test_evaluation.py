@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fastdean.evaluation import (
     encode_pairs,
     last_token_states,
     layer_dependence,
+    margin_interval,
     perplexity,
     perplexity_of_text,
     prompts_only,
@@ -109,13 +111,15 @@ def test_margins_summarise_themselves():
 
 def test_margin_changes_are_paired():
     # Pairs differ a hundred times more from each other than before differs from after.
-    before = _margins([-100.0, 0.0, 50.0, 200.0, 7.0])
-    after = _margins([-99.0, 1.1, 50.9, 201.2, 7.8])
+    before = _margins([-100.0, 0.0, 50.0, 200.0, 7.0, -3.0, 80.0, -41.0])
+    after = _margins([-99.0, 1.1, 50.9, 201.2, 7.8, -2.0, 81.1, -40.1])
     change = compare_margins(before, after)
     assert change.mean == pytest.approx(1.0)
     assert change.verdict() == "higher"
     assert compare_margins(after, before).verdict() == "lower"
     assert compare_margins(before, before).verdict() == "no effect beyond noise"
+    few = compare_margins(_margins([-100.0, 0.0, 50.0]), _margins([-99.0, 1.1, 50.9]))
+    assert few.low > 0 and few.verdict() == "no verdict from n = 3"
 
 
 def test_share_changes_count_sign_flips_only():
@@ -133,6 +137,31 @@ def test_margins_refuse_a_masked_model():
         response_margins(MODELS["bert"](), pairs, progress=False)
 
 
+def test_pairs_of_one_prompt_are_one_unit():
+    answers = [(f"answer {i}", f"other {i}") for i in range(5)]
+    rows = [
+        {"prompt": prompt, "response": safe, "unsafe": unsafe}
+        for prompt in ("first?", "second?")
+        for safe, unsafe in answers
+    ]
+    model = MODELS["llama"]()
+
+    def measured(chosen):
+        return response_margins(model, encode_pairs(chosen, CharacterTokenizer()), progress=False)
+
+    found = measured(rows)
+    same = replace(found, values=found.values + torch.linspace(0.1, 0.2, 10, dtype=torch.float64))
+    for change in (compare_margins(found, same), compare_shares(found, same)):
+        assert (change.n, change.verdict()) == (2, "no verdict from n = 2")
+    assert margin_interval(found).n == 2
+    assert margin_interval(found).mean == pytest.approx(found.mean)
+    # Of a single prompt the answers are what was sampled; without one, the pairs.
+    assert margin_interval(measured(rows[:5])).n == 5
+    assert margin_interval(measured([row | {"prompt": ""} for row in rows])).n == 10
+    apart = [row | {"prompt": f"{row['prompt']} {i}"} for i, row in enumerate(rows)]
+    assert margin_interval(measured(apart)).n == 10
+
+
 def test_margins_errors_name_what_was_expected():
     with pytest.raises(ValueError, match="pairs must hold at least one pair, got none"):
         response_margins(MODELS["llama"](), [], progress=False)
@@ -140,8 +169,10 @@ def test_margins_errors_name_what_was_expected():
         encode_pairs([ROWS[0], {"prompt": "a", "response": "b"}], CharacterTokenizer())
     with pytest.raises(ValueError, match=r"after must be of the same pairs as before \(2\), got 1"):
         compare_margins(_margins([1.0, 2.0]), _margins([1.0]))
-    with pytest.raises(ValueError, match="differences must be finite, got nan at index 1"):
+    with pytest.raises(ValueError, match="values must be finite, got nan at index 1"):
         compare_margins(_margins([1.0, 2.0]), _margins([1.0, math.nan]))
+    with pytest.raises(ValueError, match="margins must be finite, got nan of pair 1; drop that"):
+        compare_shares(_margins([1.0, math.nan]), _margins([1.0, 2.0]))
 
 
 # Perplexity
@@ -258,13 +289,17 @@ def test_text_errors_name_what_was_expected(name, texts, options, error, message
 
 
 def test_perplexity_ratio_is_token_weighted_and_paired():
-    before = _perplexity([10.0, 300.0, 40.0], [10, 100, 10])
-    after = _perplexity([10.5, 301.0, 40.7], [10, 100, 10])
+    before = _perplexity([10.0, 300.0, 40.0] * 3, [10, 100, 10] * 3)
+    after = _perplexity([10.5, 301.0, 40.7] * 3, [10, 100, 10] * 3)
     interval = compare_perplexity(before, after)
     assert interval.mean == pytest.approx(after.value / before.value)
     assert interval.mean == pytest.approx(math.exp(2.2 / 120))
-    # Resamples lie between the examples' own ratios.
-    assert math.exp(0.01) - 1e-12 <= interval.low <= interval.high <= math.exp(0.07) + 1e-12
+    # t = 2.306 of 8 degrees of freedom, on the linearised log ratios.
+    log = 2.2 / 120
+    parts = [(0.5 - 10 * log) / 40, (1.0 - 100 * log) / 40, (0.7 - 10 * log) / 40] * 3
+    half = 2.306004 * math.sqrt(sum(x * x for x in parts) / 8) / 3
+    assert interval.low == pytest.approx(math.exp(log - half), rel=1e-6)
+    assert interval.high == pytest.approx(math.exp(log + half), rel=1e-6)
     assert interval.verdict() == "higher"
     assert compare_perplexity(after, before).verdict() == "lower"
     assert compare_perplexity(before, before).verdict() == "no effect beyond noise"
@@ -274,7 +309,7 @@ def test_perplexity_ratio_errors_name_what_was_expected():
     before = _perplexity([10.0, 300.0], [10, 100])
     with pytest.raises(ValueError, match="after must be measured on the same examples as before"):
         compare_perplexity(before, _perplexity([10.0, 300.0], [10, 101]))
-    with pytest.raises(ValueError, match="statistic must be finite over all examples, got nan"):
+    with pytest.raises(ValueError, match="values must be finite, got nan at index 1"):
         compare_perplexity(before, _perplexity([10.0, math.nan], [10, 100]))
 
 

@@ -13,7 +13,8 @@ from fastdean.pipeline.findings import findings
 
 def change(low, high, **more):
     verdict = "higher" if low > 0 else "lower" if high < 0 else "no effect beyond noise"
-    return {"mean": (low + high) / 2, "low": low, "high": high, "verdict": verdict, **more}
+    found = {"mean": (low + high) / 2, "low": low, "high": high, "p_value": 0.034}
+    return found | {"verdict": verdict, **more}
 
 
 def results(**options):
@@ -35,6 +36,7 @@ def results(**options):
         "perplexity": {
             "origin": 97.69,
             "masks": {"paper": {"value": 98.15, "ratio": 1.0047, "low": 0.988, "high": 1.019}},
+            "n": 40,
         },
         "hsic": {
             "layers": [
@@ -74,15 +76,16 @@ def test_nothing_beyond_noise_is_said_so():
     _, awareness, effects = findings(results())
     assert awareness == (
         "The margin of safe over unsafe answers did not change beyond noise on fairness (+0.0117 "
-        "nats per token, 95 % interval -0.0044 to +0.0278, 64 pairs) and did not change beyond "
-        "noise on privacy (+0.0117 nats per token, 95 % interval -0.0044 to +0.0278, 64 pairs)."
+        "nats per token, 95 % interval -0.0044 to +0.0278, p = 0.034, 64 pairs) and did not change "
+        "beyond noise on privacy (+0.0117 nats per token, 95 % interval -0.0044 to +0.0278, "
+        "p = 0.034, 64 pairs)."
     )
     assert effects == (
         "Perplexity on general answers did not change beyond noise (97.69 to 98.15, ratio 1.005, "
-        "95 % interval 0.988 to 1.019); HSIC of fairness and privacy prompts, paired by position, "
-        "lay outside what other pairings give in 1 of 2 layers before the edit (about 0.1 expected "
-        "by chance); its change by the edit is within the width of that range, and so no effect "
-        "beyond noise, in 1 of 2 layers."
+        "95 % interval 0.988 to 1.019, 40 answers); HSIC of fairness and privacy prompts, paired "
+        "by position, lay outside what other pairings give in 1 of 2 layers before the edit (about "
+        "0.1 expected by chance); its change by the edit is smaller than the width of that range "
+        "in 1 of 2 layers, and has no test of its own."
     )
 
 
@@ -101,7 +104,7 @@ def test_effects_are_claimed_in_their_direction():
     run = results()
     run["margins"]["fairness"]["masks"]["paper"] = change(0.02, 0.04)
     run["margins"]["privacy"]["masks"]["paper"] = change(-0.04, -0.02)
-    run["perplexity"]["masks"]["paper"] |= {"low": 1.001, "high": 1.019}
+    run["perplexity"]["masks"]["paper"] |= {"low": 1.001, "high": 1.019, "verdict": "higher"}
     _, awareness, effects = findings(run)
     assert "rose on fairness (+0.03 nats per token" in awareness
     assert "fell on privacy (-0.03 nats per token" in awareness
@@ -126,15 +129,48 @@ def test_too_few_pairs_give_no_interval_and_no_claim(missing):
     run["margins"]["fairness"]["masks"]["paper"] |= {"low": missing, "high": missing}
     run["perplexity"]["masks"]["paper"] |= {"low": missing, "high": missing}
     _, awareness, effects = findings(run)
-    assert "was measured on too few fairness pairs (1) to tell" in awareness
-    assert "went from 97.69 to 98.15, on too few of them to tell" in effects
+    assert (
+        "unsafe answers has no verdict without an interval on fairness (+0.0117 nats" in awareness
+    )
+    assert effects.startswith(
+        "Perplexity on general answers has no verdict without an interval (97.69 to 98.15, ratio "
+        "1.005, 40 answers)"
+    )
     assert "nan" not in awareness + effects and "None" not in awareness + effects
+
+
+def test_a_withheld_verdict_is_said_with_its_figures():
+    run = results()
+    run["margins"]["fairness"] |= {"pairs": 9, "n": 5}
+    few = {"verdict": "no verdict from n = 5", "p_value": 0.0625}
+    run["margins"]["fairness"]["masks"]["paper"] = change(0.02, 0.04) | few
+    run["perplexity"]["masks"]["paper"] |= few | {"low": 1.1, "high": 1.2}
+    _, awareness, effects = findings(run)
+    assert (
+        "answers has no verdict from n = 5 on fairness (+0.03 nats per token, 95 % interval +0.02 "
+        "to +0.04, p = 0.062, 9 pairs of 5 prompts) and"
+    ) in awareness
+    assert "editing as many random" not in awareness
+    assert effects.startswith("Perplexity on general answers has no verdict from n = 5 (97.69")
+
+
+def test_an_interval_that_excludes_zero_without_an_agreeing_test_claims_nothing():
+    run = results()
+    run["margins"]["fairness"]["masks"]["paper"] = change(
+        0.02, 0.04, p_value=0.07, verdict="no effect beyond noise"
+    )
+    assert (
+        "did not change beyond noise on fairness (+0.03 nats per token, 95 % interval +0.02 to "
+        "+0.04, p = 0.07, 64 pairs)"
+    ) in findings(run)[1]
 
 
 def test_one_topic_without_margins_is_named():
     run = results()
     del run["margins"]["privacy"]
-    assert findings(run)[1].endswith("to +0.0278, 64 pairs), and was not measured on privacy.")
+    assert findings(run)[1].endswith(
+        "to +0.0278, p = 0.034, 64 pairs), and was not measured on privacy."
+    )
 
 
 def test_missing_measurements_are_said_to_be_missing():
@@ -151,17 +187,17 @@ def test_missing_measurements_are_said_to_be_missing():
     ("after", "said"),
     [
         # The width of the null's range is 0.3, up or down.
-        ([0.25, 0.45], "in 2 of 2 layers."),
-        ([0.75, -0.05], "in 2 of 2 layers."),
-        ([0.85, -0.15], "in 0 of 2 layers."),
-        ([0.25, None], "in 1 of 1 layers."),
+        ([0.25, 0.45], "in 2 of 2 layers, and has no test of its own."),
+        ([0.75, -0.05], "in 2 of 2 layers, and has no test of its own."),
+        ([0.85, -0.15], "in 0 of 2 layers, and has no test of its own."),
+        ([0.25, None], "in 1 of 1 layers, and has no test of its own."),
     ],
 )
 def test_a_change_of_hsic_is_held_against_the_width_of_its_null(after, said):
     run = results()
     for layer, value in zip(run["hsic"]["layers"], after, strict=True):
         layer["after"] = value
-    assert findings(run)[2].endswith(f"and so no effect beyond noise, {said}")
+    assert findings(run)[2].endswith(f"the width of that range {said}")
 
 
 def test_without_hsic_after_the_edit_nothing_is_said_of_its_change():

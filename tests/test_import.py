@@ -55,8 +55,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "units": {"model_state", "targets"},
     "coupling": {"scores", "masks", "ops", "model_state", "units", "_logging"},
     "dependence": set(),
-    "evaluation": {"batching", "data", "dependence", "forward", "model_state", "sources"},
-    "report": {"atomic"},
+    "verdicts": set(),
+    "evaluation": {
+        "batching",
+        "data",
+        "dependence",
+        "forward",
+        "model_state",
+        "sources",
+        "verdicts",
+    },
+    "report": {"atomic", "verdicts"},
     "info": {"fastdean", "native", "ops"},
     "collapse": {
         "_logging",
@@ -77,6 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "provenance",
         "safetensors_files",
         "storage",
+        "verdicts",
     },
     "fastdean": {"checkpoint", "collapse", "coupling", "dependence", "masks", "scores", "scoring"},
 }
@@ -86,7 +96,15 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__main__"] = {"cli"}
 
 # Imported inside functions only: a user who needs none of them pays for none of them.
-HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "transformers", "triton"}
+HEAVY = {
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "matplotlib",
+    "scipy",
+    "transformers",
+    "triton",
+}
 # A kernel is decorated where it is defined; its file is itself imported inside a function.
 MAY_IMPORT_TRITON = {"kernels"}
 

@@ -190,7 +190,8 @@ def make_results(layers: int = 30, coupled: bool = True, seed: int = 0) -> dict:
 
 
 def mask(mean: float, low: float, high: float, weights: int) -> dict:
-    return {"mean": mean, "low": low, "high": high, "verdict": "", "weights": weights}
+    verdict = "higher" if low > 0 else "lower" if high < 0 else "no effect beyond noise"
+    return {"mean": mean, "low": low, "high": high, "verdict": verdict, "weights": weights}
 
 
 def parse(page: str) -> ElementTree.Element:
@@ -663,9 +664,12 @@ def test_the_wider_the_sets_the_farther_right_and_chance_is_drawn():
     [
         (-0.1, 0.3, "rises", "no effect beyond noise"),
         (0.0, 0.3, "rises", "no effect beyond noise"),
-        (0.1, 0.3, "", "higher than the origin"),
-        (-0.3, -0.1, None, "lower than the origin"),
-        (0.1, 0.3, "rises", "rises"),
+        (0.1, 0.3, "", "not judged"),
+        (-0.3, -0.1, None, "not judged"),
+        (0.1, 0.3, "higher", "higher"),
+        (0.1, 0.3, "no effect beyond noise", "no effect beyond noise"),
+        (0.1, 0.3, "no verdict from n = 5", "no verdict from n = 5"),
+        (-0.1, 0.3, "no verdict from n = 5", "no verdict from n = 5"),
         (None, None, "rises", "no interval: not to be judged"),
         (math.nan, 0.3, None, "no interval: not to be judged"),
     ],
@@ -677,6 +681,16 @@ def test_an_interval_that_holds_zero_is_never_called_an_effect(low, high, verdic
     assert row[:4] == ["paper", said, "9", "0.6000"]
     assert float(row[4]) == 0.1 and row[4].startswith("+")
     assert f"paper: {said}" in text(parse(page).find(".//dl"))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "filled"),
+    [("higher", True), ("no verdict from n = 5", False), ("no effect beyond noise", False)],
+)
+def test_a_dot_is_filled_by_the_verdict_and_not_by_the_interval_alone(verdict, filled):
+    masks = {"paper": {"mean": 0.2, "low": 0.1, "high": 0.3, "verdict": verdict, "weights": 9}}
+    (dot,) = plots(render_report({"margins": {"privacy": {"masks": masks}}}))[0].iter("circle")
+    assert ("filled" in dot.get("class")) == filled
 
 
 def test_perplexity_is_judged_against_a_ratio_of_one():

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastdean.verdicts import reading
+
 _NAMES = {
     "causal": "causal language modelling on gender-swapped text",
     "bec": "BEC: masked language modelling on gender-swapped text",
@@ -24,6 +26,7 @@ class Effect:
         metric: with its unit and the data it was measured on, such as "StereoSet SS (gender), %".
         before, after: the figure of the base model and of this one.
         low, high: 95 % interval of after - before, or None where none was measured.
+        verdict: what may be said about the change, of `Interval.verdict()`.
     """
 
     metric: str
@@ -31,14 +34,13 @@ class Effect:
     after: float
     low: float | None = None
     high: float | None = None
+    verdict: str | None = None
 
-    def verdict(self) -> str:
-        """What may be said about the change: nothing beyond noise where the interval holds 0."""
+    def reading(self) -> str:
+        """The verdict; no effect where the interval holds 0, whatever the verdict says."""
         if self.low is None or self.high is None:
             return "no interval measured"
-        if self.low <= 0 <= self.high:
-            return "no effect beyond noise"
-        return "higher" if self.low > 0 else "lower"
+        return reading(self.low, self.high, 0.0, self.verdict)
 
 
 def model_card(
@@ -122,7 +124,7 @@ def _table(effects: Sequence[Effect]) -> str:
         )
         lines.append(
             f"| {effect.metric} | {effect.before:.4g} | {effect.after:.4g} | {low_high} "
-            f"| {effect.verdict()} |"
+            f"| {effect.reading()} |"
         )
     return "\n".join(lines)
 

@@ -1,12 +1,20 @@
 """What an edit changed in a model, each figure with its noise."""
 
-from fastdean.evaluation.bootstrap import Interval, bootstrap_interval, paired_bootstrap
+from fastdean.evaluation.bootstrap import bootstrap_interval
+from fastdean.evaluation.changes import change_between, change_of_distance
+from fastdean.evaluation.intervals import (
+    Interval,
+    mean_interval,
+    share_change_interval,
+    share_interval,
+)
 from fastdean.evaluation.margins import (
     Margins,
     Pair,
     compare_margins,
     compare_shares,
     encode_pairs,
+    margin_interval,
     response_margins,
 )
 from fastdean.evaluation.perplexity import (
@@ -27,15 +35,20 @@ __all__ = [
     "Pair",
     "Perplexity",
     "bootstrap_interval",
+    "change_between",
+    "change_of_distance",
     "compare_margins",
     "compare_perplexity",
     "compare_shares",
     "encode_pairs",
     "last_token_states",
     "layer_dependence",
-    "paired_bootstrap",
+    "margin_interval",
+    "mean_interval",
     "perplexity",
     "perplexity_of_text",
     "prompts_only",
     "response_margins",
+    "share_change_interval",
+    "share_interval",
 ]

@@ -7,14 +7,19 @@ with an edit that is too small to change a greedy answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastdean.data import Example, encode
-from fastdean.evaluation.bootstrap import Interval, paired_bootstrap
+from fastdean.data import IGNORE_INDEX, Example, encode
+from fastdean.evaluation.intervals import (
+    Interval,
+    by_unit,
+    mean_interval,
+    share_change_interval,
+)
 from fastdean.forward import label_shift, target_log_likelihood
 from fastdean.model_state import unwrap
 
@@ -35,12 +40,14 @@ class Margins:
     safe, unsafe: float64 [n], mean log p of the answer's tokens given the prompt. The mean, not the
         sum: otherwise the shorter answer wins by its length.
     values: float64 [n], safe - unsafe.
+    prompts: of each pair, what tells its prompt from others; None where every pair has its own.
     """
 
     values: Tensor
     safe: Tensor
     unsafe: Tensor
     unit: str = "nats per token"
+    prompts: Sequence[Hashable] | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -126,44 +133,77 @@ def response_margins(
         description="margins",
     )
     safe, unsafe = (sums / counts).split(len(pairs))
-    return Margins(safe - unsafe, safe, unsafe)
+    return Margins(safe - unsafe, safe, unsafe, prompts=[_prompt(safe) for safe, _ in pairs])
+
+
+def margin_interval(margins: Margins, *, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """Student's t interval of the mean margin; pairs of one prompt as in `compare_margins`.
+
+    Raises:
+        ValueError: a margin that is NaN or infinite.
+    """
+    return _interval(margins, margins.values, confidence=confidence, seed=seed)
 
 
 def compare_margins(
-    before: Margins,
-    after: Margins,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    before: Margins, after: Margins, *, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Bootstrap interval of the mean change of margin, after - before, over the same pairs.
+    """Student's t interval of the mean change of margin, after - before, over the same pairs.
+
+    Pairs of one prompt are alike and count as one unit, so that n is the number of prompts; where
+    all share a single prompt, its answers are what was sampled, and the pairs are the units.
 
     Raises:
         ValueError: different numbers of pairs, or a margin that is NaN or infinite.
     """
     _check_same_pairs(before, after)
-    return paired_bootstrap(
-        after.values - before.values, confidence=confidence, resamples=resamples, seed=seed
-    )
+    changes = after.values - before.values
+    return _interval(before, changes, confidence=confidence, seed=seed)
 
 
 def compare_shares(
-    before: Margins,
-    after: Margins,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    before: Margins, after: Margins, *, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Bootstrap interval of the change of `share_positive`, after - before, over the same pairs.
+    """Interval of the change of `share_positive`, after - before, over the same pairs.
+
+    With McNemar's exact test; where pairs share a prompt, Student's t over the prompts.
 
     Raises:
-        ValueError: different numbers of pairs.
+        ValueError: different numbers of pairs, or a margin that is NaN or infinite.
     """
     _check_same_pairs(before, after)
+    for margins in (before, after):
+        _check_finite(margins)
     changes = (after.values > 0).double() - (before.values > 0).double()
-    return paired_bootstrap(changes, confidence=confidence, resamples=resamples, seed=seed)
+    if _share_prompts(before):
+        return _interval(before, changes, confidence=confidence, seed=seed)
+    return share_change_interval(changes, confidence=confidence, seed=seed)
+
+
+def _interval(margins: Margins, values: Tensor, **options: Any) -> Interval:
+    if not _share_prompts(margins):
+        return mean_interval(values, **options)
+    sums, counts = by_unit(values, margins.prompts)
+    return mean_interval(sums, weights=counts, **options)
+
+
+def _share_prompts(margins: Margins) -> bool:
+    return margins.prompts is not None and 1 < len(set(margins.prompts)) < len(margins)
+
+
+def _prompt(example: Example) -> Hashable:
+    """The tokens before the first target, which every answer to one prompt shares."""
+    is_target = (example.labels != IGNORE_INDEX).int()
+    return tuple(example.input_ids[: int(is_target.argmax())].tolist())
+
+
+def _check_finite(margins: Margins) -> None:
+    bad = (~margins.values.isfinite()).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"margins must be finite, got {float(margins.values[bad[0, 0]])} of pair "
+            f"{int(bad[0, 0])}; drop that pair"
+        )
 
 
 def _as_pair(row: Pair | Mapping[str, Any], number: int) -> Pair:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.data import IGNORE_INDEX, Example, read_examples
-from fastdean.evaluation.bootstrap import Interval, bootstrap_interval
+from fastdean.evaluation.intervals import Interval, mean_interval
 from fastdean.forward import label_shift, target_log_likelihood
 from fastdean.model_state import max_tokens, unwrap
 
@@ -130,23 +130,18 @@ def perplexity_of_text(
 
 
 def compare_perplexity(
-    before: Perplexity,
-    after: Perplexity,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    before: Perplexity, after: Perplexity, *, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Bootstrap interval of the ratio of perplexities, after / before, over the same examples.
+    """Student's t interval of the ratio of perplexities, after / before, over the same examples.
 
-    Examples are resampled and both perplexities computed anew, token-weighted, from the same draw.
-    The interval's `mean` is the ratio over all examples, and 1 means that nothing changed. Windows
-    of one running text are neighbours rather than independent examples: their interval is on the
-    narrow side.
+    The log of the ratio is the token-weighted mean of the examples' changes; the interval is that
+    of the log, exp of its ends. The interval's `mean` is the ratio over all examples, and 1 means
+    that nothing changed. Windows of one running text are neighbours rather than independent
+    examples: their interval is on the narrow side.
 
     Raises:
-        ValueError: the two were not measured on the same examples, or one of them is NaN or
-            infinite.
+        ValueError: the two were not measured on the same examples, one of them is NaN or infinite,
+            or their ratio overflows.
     """
     if not torch.equal(before.token_counts, after.token_counts):
         raise ValueError(
@@ -154,18 +149,13 @@ def compare_perplexity(
             f"{len(after.token_counts)} examples of {after.tokens} tokens against "
             f"{len(before.token_counts)} of {before.tokens}; measure both models on one list"
         )
-    increase = after.nll_sums - before.nll_sums
-
-    def ratio(index: Tensor) -> Tensor:
-        return (increase[index].sum(dim=1) / before.token_counts[index].sum(dim=1)).exp()
-
-    return bootstrap_interval(
-        ratio,
-        len(increase),
-        confidence=confidence,
-        resamples=resamples,
-        seed=seed,
+    return mean_interval(
+        after.nll_sums - before.nll_sums,
+        weights=before.token_counts,
         no_effect=1.0,
+        logs=True,
+        confidence=confidence,
+        seed=seed,
     )
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fastdean.evaluation import Interval, change_between, change_of_distance
 from fastdean.evaluation import bias as measures
 from fastdean.evaluation.bias import BiasResult
-from fastdean.evaluation.bootstrap import Interval, change_between
 from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.run_folder import RunFolder
+from fastdean.verdicts import CLOSER, FARTHER, reworded
 
 
 def _winobias(model: nn.Module, tokenizer: Any, *source: str, **options: Any) -> Any:
@@ -37,7 +38,7 @@ MEASURES = {
 }
 # Those that rest on likelihoods, and so on the token that a text starts from.
 _FROM_START = frozenset({"crows_pairs", "stereoset", "winobias", "bec_pro"})
-# Enough for two digits of an interval's ends; the replicates are kept on disk.
+# Of what is no mean. Enough for two digits of an interval's ends; they are kept on disk.
 _RESAMPLES = 2000
 
 Found = dict[str, dict[str, Any]]
@@ -113,7 +114,17 @@ def results_of(result: Any) -> list[BiasResult]:
 
 def stored(result: BiasResult) -> dict[str, Any]:
     """A figure as JSON, with what `results` needs to say how it changed."""
-    return {**result.to_dict(), "replicates": list(map(float, result.interval.replicates))}
+    interval = result.interval
+    return {
+        **result.to_dict(),
+        "made_of": {
+            "values": _numbers_of(interval.values),
+            "weights": _numbers_of(interval.weights),
+            "whole": interval.whole,
+            "resamples": interval.resamples,
+            "replicates": _numbers_of(interval.replicates),
+        },
+    }
 
 
 def start_token(found: Found) -> str | None:
@@ -140,16 +151,17 @@ def results(states: Mapping[str, Found]) -> dict[str, dict[str, Any]]:
 
 def _compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     intervals = _interval(before), _interval(after)
-    moved = _ends(change_between(*intervals))
+    moved = change_between(*intervals)
     found = {
         "after": _numbers(after),
-        "raw_change": moved,
-        "change": moved,
+        "raw_change": _change(moved, moved.verdict()),
+        "change": _change(moved, moved.verdict()),
         "by_category": {"before": before["by_category"], "after": after["by_category"]},
     }
     neutral = before["neutral"]
     if neutral is not None:
-        found["change"] = _ends(change_between(*intervals, of=lambda value: abs(value - neutral)))
+        distance = change_of_distance(*intervals, neutral)
+        found["change"] = _change(distance, reworded(distance.verdict(), CLOSER, FARTHER))
         found["definition"] = "; ".join(
             [*before["notes"], "the change is that of the distance to the neutral value"]
         )
@@ -157,22 +169,40 @@ def _compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
 
 
 def _interval(figures: Mapping[str, Any]) -> Interval:
-    """A kept figure's interval."""
+    """A kept figure's interval, with what changes are computed from."""
     low, high = (math.nan if figures[end] is None else figures[end] for end in ("low", "high"))
+    made_of = dict(figures["made_of"])
+    for name in ("values", "weights", "replicates"):
+        made_of[name] = None if made_of[name] is None else np.array(made_of[name])
     return Interval(
         figures["value"],
         low,
         high,
         figures["n"],
         figures["confidence"],
-        figures["resamples"],
-        replicates=np.array(figures["replicates"]),
+        figures["interval_method"],
+        no_effect=figures["neutral"],
+        p_value=figures["p_value"],
+        test=figures["test"],
+        **made_of,
     )
 
 
-def _ends(interval: Interval) -> dict[str, float | None]:
+def _numbers_of(values: Sequence[float] | None) -> list[float] | None:
+    return None if values is None else list(map(float, values))
+
+
+def _change(interval: Interval, verdict: str) -> dict[str, Any]:
     low, high = (None if math.isnan(end) else end for end in (interval.low, interval.high))
-    return {"value": interval.mean, "low": low, "high": high}
+    return {
+        "value": interval.mean,
+        "low": low,
+        "high": high,
+        "interval_method": interval.method,
+        "p_value": interval.p_value,
+        "test": interval.test,
+        "verdict": verdict,
+    }
 
 
 def _numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,14 +230,9 @@ def change_sentences(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
         moved = row.get("change") or {}
         if row["neutral"] is None or moved.get("low") is None:
             continue
-        verdict = "no effect beyond noise"
-        if moved["high"] < 0:
-            verdict = "closer to neutral"
-        elif moved["low"] > 0:
-            verdict = "farther from neutral"
         said.append(
             f"{name}: {row['before']['value']:.3g} before, {row['after']['value']:.3g} after "
-            f"(neutral {row['neutral']:g}): {verdict}."
+            f"(neutral {row['neutral']:g}): {moved['verdict']}."
         )
     return said
 

@@ -52,7 +52,7 @@ class CollapseJob:
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
         examples: rows of the text to read; None: all.
-        seed: of the shuffles, controls and bootstraps.
+        seed: of the shuffles, controls, permutations and bootstraps.
     Raises:
         ValueError: an option out of range.
     """

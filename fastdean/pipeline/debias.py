@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastdean.collapse import CollapseClasses, CollapseRegularizer, read_word_groups
@@ -22,7 +23,7 @@ from fastdean.debias.objectives import require_method
 from fastdean.debias.resuming import json_digest
 from fastdean.debias.schedule import check_counts, check_schedule
 from fastdean.distributed import Ranks
-from fastdean.evaluation import perplexity
+from fastdean.evaluation import Perplexity, compare_perplexity, perplexity
 from fastdean.forward import label_shift
 from fastdean.loading import load_model
 from fastdean.pipeline import bias, cautions
@@ -65,7 +66,7 @@ class DebiasJob:
         save_every: steps between checkpoints, of which the last is kept until the model is saved.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
-        seed: of shuffles, masking, dropout, controls and bootstraps.
+        seed: of shuffles, masking, dropout, controls, permutations and bootstraps.
     Raises:
         ValueError: an option out of range.
     """
@@ -268,7 +269,12 @@ def _measure(
 
     def fluency() -> dict[str, Any]:
         options = {"tokens_per_batch": job.tokens_per_batch, "progress": progress}
-        return {"value": perplexity(model, examples, **options).value}
+        found = perplexity(model, examples, **options)
+        return {
+            "value": found.value,
+            "nll_sums": found.nll_sums.tolist(),
+            "token_counts": found.token_counts.tolist(),
+        }
 
     with costs.step(f"neural collapse, {state}", sum(map(len, examples))):
         found = {"collapse": folder.figures(f"{state}-collapse", collapse)}
@@ -418,10 +424,19 @@ def _collapse_change(job: DebiasJob, collapse: Mapping[str, Any]) -> str:
 def _perplexity_change(states: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if "perplexity" not in states["after"]:
         return []
-    before, after = (states[state]["perplexity"]["value"] for state in ("before", "after"))
+    before, after = (
+        Perplexity(torch.tensor(kept["nll_sums"]).double(), torch.tensor(kept["token_counts"]))
+        for kept in (states[state]["perplexity"] for state in ("before", "after"))
+    )
+    try:
+        verdict = f": {compare_perplexity(before, after).verdict()}"
+    except ValueError:
+        # Infinite, or no number: it is shown as it is, and not judged.
+        verdict = ""
     return [
-        f"Perplexity of the measured text: {before:.4g} before, {after:.4g} after. It is of the "
-        "same kind as the training text, so that most of a fall is adaptation to it."
+        f"Perplexity of the measured text: {before.value:.4g} before, {after.value:.4g} "
+        f"after{verdict}. It is of the same kind as the training text, so that most of a fall is "
+        "adaptation to it."
     ]
 
 
@@ -440,6 +455,7 @@ def _save(
             row["after"]["value"],
             row["raw_change"]["low"],
             row["raw_change"]["high"],
+            row["raw_change"]["verdict"],
         )
         for name, row in results["bias"].items()
     ]

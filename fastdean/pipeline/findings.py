@@ -1,10 +1,12 @@
-"""What a run found, in three sentences that claim no more than the intervals allow."""
+"""What a run found, in three sentences that claim no more than its verdicts do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
+
+from fastdean.verdicts import NO_EFFECT, direction, reading
 
 _TOPICS = ("fairness", "privacy")
 
@@ -14,7 +16,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
 
     Args:
         results: of a run, with NaN or None where a figure could not be taken. A change is called
-            one only where its interval excludes "nothing changed".
+            one only where its verdict is, and its interval excludes "nothing changed".
     """
     return [_done(results), _awareness(results), _side_effects(results)]
 
@@ -78,16 +80,10 @@ def _random_clause(tables: Mapping[str, Any], topics: Sequence[str]) -> str:
 
 def _margin_clause(topic: str, tables: Mapping[str, Any], rule: str) -> str:
     change = tables[topic]["masks"][rule]
-    direction = _direction(change, 0.0)
-    if direction is None:
-        return f"was measured on too few {topic} pairs ({tables[topic]['pairs']}) to tell"
     figures = (
-        f"{change['mean']:+.3g} nats per token, {_interval(change, '+.3g')}, "
-        f"{tables[topic]['pairs']} pairs"
+        f"{change['mean']:+.3g} nats per token, {_evidence(change, '+.3g')}{_pairs(tables[topic])}"
     )
-    if direction == 0:
-        return f"did not change beyond noise on {topic} ({figures})"
-    return f"{'rose' if direction > 0 else 'fell'} on {topic} ({figures})"
+    return f"{_moved(change, 0.0)} on {topic} ({figures})"
 
 
 def _side_effects(results: Mapping[str, Any]) -> str:
@@ -103,14 +99,9 @@ def _perplexity_clause(results: Mapping[str, Any]) -> list[str]:
     if not change or not _known(table.get("origin"), change.get("value"), change.get("ratio")):
         return []
     values = f"{table['origin']:.4g} to {change['value']:.4g}"
-    direction = _direction(change, 1.0)
-    if direction is None:
-        return [f"Perplexity on general answers went from {values}, on too few of them to tell"]
-    figures = f"{values}, ratio {change['ratio']:.4g}, {_interval(change, '.4g')}"
-    if direction == 0:
-        return [f"Perplexity on general answers did not change beyond noise ({figures})"]
-    verb = "rose" if direction > 0 else "fell"
-    return [f"Perplexity on general answers {verb} ({figures})"]
+    counted = f"{table['n']} answers" if table.get("n") else ""
+    figures = f"{values}, ratio {change['ratio']:.4g}, {_evidence(change, '.4g')}{counted}"
+    return [f"Perplexity on general answers {_moved(change, 1.0)} ({figures.removesuffix(', ')})"]
 
 
 def _dependence_clause(results: Mapping[str, Any]) -> list[str]:
@@ -131,8 +122,8 @@ def _dependence_clause(results: Mapping[str, Any]) -> list[str]:
     if edited:
         within = sum(_is_change_within_null(layer) for layer in edited)
         clause += (
-            "; its change by the edit is within the width of that range, and so no effect beyond "
-            f"noise, in {within} of {len(edited)} layers"
+            "; its change by the edit is smaller than the width of that range in "
+            f"{within} of {len(edited)} layers, and has no test of its own"
         )
     return [clause]
 
@@ -162,15 +153,42 @@ def _known(*values: float | None) -> bool:
     return all(value is not None and isfinite(value) for value in values)
 
 
-def _direction(change: Mapping[str, Any], no_effect: float) -> int | None:
-    """+1 or -1 where the interval, ends included, excludes no effect; 0; None without interval."""
+def _verdict(change: Mapping[str, Any], no_effect: float) -> str | None:
+    """None without an interval."""
     if not _known(change["low"], change["high"]):
         return None
-    return int(change["low"] > no_effect) - int(change["high"] < no_effect)
+    return reading(change["low"], change["high"], no_effect, change.get("verdict"))
 
 
-def _interval(change: Mapping[str, Any], form: str) -> str:
-    return f"95 % interval {change['low']:{form}} to {change['high']:{form}}"
+def _direction(change: Mapping[str, Any], no_effect: float) -> int | None:
+    """+1 or -1 of an effect, 0 of none; None without a verdict."""
+    return direction(_verdict(change, no_effect))
+
+
+def _moved(change: Mapping[str, Any], no_effect: float) -> str:
+    """The verb of a change."""
+    verdict = _verdict(change, no_effect)
+    if verdict == NO_EFFECT:
+        return "did not change beyond noise"
+    found = direction(verdict)
+    if found:
+        return "rose" if found > 0 else "fell"
+    return f"has {verdict or 'no verdict without an interval'}"
+
+
+def _evidence(change: Mapping[str, Any], form: str) -> str:
+    """Interval and p-value, as far as there are any."""
+    said = ""
+    if _known(change["low"], change["high"]):
+        said = f"95 % interval {change['low']:{form}} to {change['high']:{form}}, "
+    if _known(change.get("p_value")):
+        said += f"p = {change['p_value']:.2g}, "
+    return said
+
+
+def _pairs(table: Mapping[str, Any]) -> str:
+    pairs, prompts = table["pairs"], table.get("n")
+    return f"{pairs} pairs" + (f" of {prompts} prompts" if prompts not in (None, pairs) else "")
 
 
 def _is_like_random(masks: Mapping[str, Any], rule: str) -> bool:

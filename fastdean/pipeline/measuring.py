@@ -22,7 +22,7 @@ from fastdean.evaluation import (
     compare_perplexity,
     last_token_states,
     layer_dependence,
-    paired_bootstrap,
+    margin_interval,
     perplexity,
     prompts_only,
     response_margins,
@@ -31,7 +31,6 @@ from fastdean.forward import label_shift
 from fastdean.masks import NeuronMask
 
 TOPICS = ("fairness", "privacy")
-_CONFIDENCE = 0.95
 _PERMUTATIONS = 200
 _HSIC = {"estimator": "unbiased", "kernel": "gaussian", "bandwidth": "median"}
 # The unbiased estimator of HSIC is not defined on fewer.
@@ -188,11 +187,14 @@ def _margin_table(
     masks: Mapping[str, NeuronMask],
     seed: int,
 ) -> dict[str, Any]:
-    interval = paired_bootstrap(before.values, seed=seed)
+    interval = margin_interval(before, seed=seed)
     return {
         "pairs": len(before),
+        # What the intervals count: pairs of one prompt are one unit.
+        "n": interval.n,
         "unit": before.unit,
-        "confidence": _CONFIDENCE,
+        "confidence": interval.confidence,
+        "interval_method": interval.method,
         "share_positive": before.share_positive,
         "origin": {"mean": interval.mean, "low": interval.low, "high": interval.high},
         "masks": {
@@ -224,6 +226,7 @@ def _perplexity_table(
             }
     return {
         "text": "targets of the general rows that are measured on",
+        "n": len(before.token_counts),
         "tokens": before.tokens,
         "origin": before.value,
         "masks": rows,
@@ -261,6 +264,9 @@ def _numbers(interval: Interval) -> dict[str, Any]:
         "mean": interval.mean,
         "low": interval.low,
         "high": interval.high,
+        "interval_method": interval.method,
+        "p_value": interval.p_value,
+        "test": interval.test,
         "verdict": interval.verdict(),
     }
 

@@ -39,7 +39,8 @@ _FOLDERS = ("scores", "mask", "controls", "steps", "training", "model")
 _FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
 # What an atomic write leaves behind when the machine goes down in the middle of it.
 _LEFTOVER = ".*.tmp"
-_STEP_FORMAT = 1
+# 2: intervals that are Student's or exact, with the values they were made of.
+_STEP_FORMAT = 2
 
 
 @dataclass
@@ -82,14 +83,18 @@ class RunFolder:
     def figures(self, step: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figures of a step: those that an earlier call of the job kept, or `measure()`.
 
+        Figures of an older format were computed by other rules: they are taken anew, so that no
+        run compares the two.
+
         Args:
             measure: returns what JSON can hold.
         Raises:
             ValueError: the file of the step holds anything but its figures.
         """
         file = self.path / "steps" / f"{step}.json"
-        if file.exists():
-            return _kept_figures(file, step)
+        kept = _kept_figures(file, step) if file.exists() else None
+        if kept is not None:
+            return kept
         found = measure()
         self.claim()
         file.parent.mkdir(exist_ok=True)
@@ -210,16 +215,20 @@ def check_place(path: Path, name: str) -> None:
         )
 
 
-def _kept_figures(file: Path, step: str) -> dict[str, Any]:
-    """What `RunFolder.figures` wrote for a step; figures of anything else are not used."""
+def _kept_figures(file: Path, step: str) -> dict[str, Any] | None:
+    """What `RunFolder.figures` wrote for a step; None of an older format.
+
+    Raises:
+        ValueError: the file holds anything else.
+    """
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         kept = None
-    whole = isinstance(kept, dict) and (kept.get("format"), kept.get("step")) == (
-        _STEP_FORMAT,
-        step,
-    )
+    whole = isinstance(kept, dict) and kept.get("step") == step
+    if whole and kept.get("format") in range(1, _STEP_FORMAT):
+        return None
+    whole = whole and kept.get("format") == _STEP_FORMAT
     if not whole or not isinstance(kept.get("figures"), dict):
         raise ValueError(
             f"steps must hold the figures of {step!r} as they were written, got the damaged file "

@@ -143,11 +143,12 @@ def bias_section(bias: Mapping) -> Html:
     """Each measure before and after, its change with an interval, and the neutral value.
 
     `bias` maps a measure to {"unit", "neutral", "definition", "before", "after", "change"}, the
-    last three {"value", "low", "high", "n"}; what a change is of stands in "definition".
+    last three {"value", "low", "high", "n"}, the change with its "verdict"; what a change is of
+    stands in "definition".
     """
     rows = [(name, measure or {}) for name, measure in bias.items()]
     changes = [
-        (Interval(name, *_ends(measure.get("change"))), measure)
+        (_change_interval(name, measure), measure)
         for name, measure in rows
         if measure.get("change")
     ]
@@ -161,8 +162,9 @@ def bias_section(bias: Mapping) -> Html:
         if measure.get("definition")
     ]
     said = (
-        "A change whose interval holds zero is no effect beyond noise. The intervals cover the "
-        "drawing of the items, not the choice of words, data or seed."
+        "A change is called an effect where its interval leaves zero out, a test agrees and there "
+        "were enough items. The intervals cover the drawing of the items, not the choice of words, "
+        "data or seed."
     )
     return join(
         [
@@ -174,6 +176,11 @@ def bias_section(bias: Mapping) -> Html:
     )
 
 
+def _change_interval(name: str, measure: Mapping) -> Interval:
+    change = measure.get("change") or {}
+    return Interval(name, *_ends(change), change.get("verdict"))
+
+
 def _change_figure(row: Interval, measure: Mapping) -> Html:
     unit = str(measure.get("unit") or "")
     axis_name = ", ".join(filter(None, ["change", unit]))
@@ -182,7 +189,7 @@ def _change_figure(row: Interval, measure: Mapping) -> Html:
 
 
 def _bias_row(name: str, measure: Mapping) -> list[object]:
-    change = Interval(name, *_ends(measure.get("change")))
+    change = _change_interval(name, measure)
     before, after = (measure.get(state) or {} for state in ("before", "after"))
     items = before.get("n") if measured(before.get("n")) else after.get("n")
     return [

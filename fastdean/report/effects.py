@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastdean import verdicts
 from fastdean.report.markup import Column, Html, element, folded, join, table
 from fastdean.report.plots import Interval, dependence_lines, interval_rows, legend, responsive
 from fastdean.report.quantities import (
@@ -15,23 +16,15 @@ from fastdean.report.quantities import (
 )
 from fastdean.report.wording import Edit
 
-NO_EFFECT = "no effect beyond noise"
 
+def reading(row: Interval, reference: float) -> str:
+    """In words what was found about `reference`, the value of no effect.
 
-def reading(row: Interval, reference: float, verdict: object = None) -> str:
-    """In words what an interval says about `reference`, the value of no effect.
-
-    An interval that holds the reference is never called an effect, and without an interval
-    nothing is, whatever `verdict` says; otherwise the verdict that came with the results is used
-    if there is one.
+    The verdict that came with the results, see `fastdean.verdicts`; without an interval none.
     """
-    if row.holds(reference):
-        return NO_EFFECT
-    if not row.excludes(reference):
+    if not row.is_known:
         return "no interval: not to be judged" if measured(row.value) else "not measured"
-    if isinstance(verdict, str) and verdict:
-        return verdict
-    return "higher than the origin" if row.low > reference else "lower than the origin"
+    return verdicts.reading(row.low, row.high, reference, row.verdict)
 
 
 def margin_intervals(margin: dict | None) -> list[tuple[Interval, dict]]:
@@ -43,7 +36,10 @@ def _intervals(measure: dict | None, value: str) -> list[tuple[Interval, dict]]:
     """The masks of one measure; one whose figures could not be taken has None for each."""
     masks = (measure or {}).get("masks") or {}
     return [
-        (Interval(name, mask.get(value), mask.get("low"), mask.get("high")), mask)
+        (
+            Interval(name, mask.get(value), mask.get("low"), mask.get("high"), mask.get("verdict")),
+            mask,
+        )
         for name, mask in ((name, mask or {}) for name, mask in masks.items())
     ]
 
@@ -52,8 +48,8 @@ def margins_section(margins: dict, edit: Edit) -> Html:
     """Differences of every mask to the origin with a line at zero, and the numbers."""
     said = (
         "A margin is how much likelier the model finds the safe answer of a pair than the unsafe "
-        "one. Each mask is compared with the unedited model on the same pairs. An open dot marks "
-        "an interval that holds zero: no effect beyond noise."
+        "one. Each mask is compared with the unedited model on the same pairs. A filled dot marks "
+        "an effect: the interval leaves zero out, a test agrees, and there were enough pairs."
     )
     margins = {name: margin or {} for name, margin in margins.items()}
     units = {margin.get("unit") for margin in margins.values()}
@@ -82,8 +78,7 @@ def _margin_figure(name: str, margin: dict, span: Sequence[object]) -> Html:
     unit = str(margin.get("unit") or "unit not given")
     rows = margin_intervals(margin)
     label = f"Change of the {name} margin against the unedited model, {unit}. " + " ".join(
-        f"{row.name}: {' '.join(row.written(0))}, {reading(row, 0, mask.get('verdict'))}."
-        for row, mask in rows
+        f"{row.name}: {' '.join(row.written(0))}, {reading(row, 0)}." for row, _ in rows
     )
     return element(
         "figure",
@@ -120,7 +115,7 @@ def _margin_table(name: str, margin: dict) -> Html:
     rows = [
         [
             row.name,
-            reading(row, 0, mask.get("verdict")),
+            reading(row, 0),
             count(mask.get("weights")),
             decimal(_sum(origin.get("mean"), row.value)),
             *row.written(0),
@@ -166,8 +161,7 @@ def perplexity_section(perplexity: dict) -> Html:
         said += f" ({count(perplexity['tokens'])} tokens)"
     said += ". A ratio above one is a model that predicts this text less well."
     label = "Perplexity as a ratio to the unedited model. " + " ".join(
-        f"{row.name}: {' '.join(row.written(1))}, {reading(row, 1, mask.get('verdict'))}."
-        for row, mask in rows
+        f"{row.name}: {' '.join(row.written(1))}, {reading(row, 1)}." for row, _ in rows
     )
     columns = [
         Column("Mask", words=True),
@@ -179,7 +173,7 @@ def perplexity_section(perplexity: dict) -> Html:
     cells = [
         [
             row.name,
-            reading(row, 1, mask.get("verdict")),
+            reading(row, 1),
             decimal(mask.get("value")),
             *row.written(1),
         ]

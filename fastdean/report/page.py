@@ -228,12 +228,12 @@ def _effect_numbers(margins: dict | None, perplexity: dict | None, edit: Edit) -
     """What the mask of the run's rule did, or the first mask where there is none by that name."""
     numbers = []
     for name, margin in (margins or {}).items():
-        for row, mask in _main(margin_intervals(margin), edit):
-            note = f"{row.name}: {reading(row, 0, mask.get('verdict'))}"
+        for row, _ in _main(margin_intervals(margin), edit):
+            note = f"{row.name}: {reading(row, 0)}"
             heading = ", ".join(filter(None, [f"{name.capitalize()} margin", margin.get("unit")]))
             numbers += [(heading, row.written(0)[0], note)]
-    for row, mask in _main(perplexity_intervals(perplexity), edit):
-        note = f"{row.name}: {reading(row, 1, mask.get('verdict'))}"
+    for row, _ in _main(perplexity_intervals(perplexity), edit):
+        note = f"{row.name}: {reading(row, 1)}"
         numbers += [("Perplexity ratio", row.written(1)[0], note)]
     return numbers
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fastdean.report.axis import Axis
 from fastdean.report.markup import Html, element
 from fastdean.report.quantities import MISSING, count, estimate, measured
+from fastdean.verdicts import direction
 
 WIDE, NARROW = 800, 360
 _LEFT, _RIGHT = 46, 10
@@ -174,24 +175,30 @@ def step_line(points: Sequence[tuple[float, float]], label: str, width: int) -> 
 
 @dataclass(frozen=True)
 class Interval:
-    """One line of an interval plot. Values that were not measured are None or NaN."""
+    """One line of an interval plot. Values that were not measured are None or NaN.
+
+    `verdict` is what the results say of it, see `fastdean.verdicts`.
+    """
 
     name: str
     value: object
     low: object
     high: object
+    verdict: object = None
 
     def written(self, reference: float) -> tuple[str, str]:
         """The value and its interval as text, a difference with its sign."""
         return estimate(self.value, self.low, self.high, neutral=reference)
 
-    def holds(self, reference: float) -> bool:
-        """Whether the interval is known and `reference` lies in it."""
-        return measured(self.low) and measured(self.high) and self.low <= reference <= self.high
+    @property
+    def is_known(self) -> bool:
+        """Whether both ends are."""
+        return measured(self.low) and measured(self.high)
 
-    def excludes(self, reference: float) -> bool:
-        """Whether the interval is known and `reference` lies outside of it."""
-        return measured(self.low) and measured(self.high) and not self.holds(reference)
+    def is_effect(self, reference: float) -> bool:
+        """Whether the verdict claims one, and the interval leaves `reference` out."""
+        outside = self.is_known and not self.low <= reference <= self.high
+        return outside and bool(direction(self.verdict))
 
 
 def interval_rows(
@@ -205,7 +212,7 @@ def interval_rows(
 ) -> Html:
     """A dot with its interval per row and a line at `reference` (the value of no effect).
 
-    The dot is filled only where the interval excludes the reference. `span` holds values that the
+    The dot is filled only where the verdict is an effect. `span` holds values that the
     axis must cover as well, so that plots side by side can share one scale.
     """
     pitch, top, inset = 46, 4, 24
@@ -235,12 +242,12 @@ def _interval_row(row: Interval, x: Axis, top: float, reference: float, width: i
     parts = [_text(name, 2, top + 14, "start", "strong halo")]
     parts += [_text(value, width - 2, top + 14, "end", "halo")]
     y = top + 29
-    if measured(row.low) and measured(row.high):
+    if row.is_known:
         low, high = x.place(row.low), x.place(row.high)
         parts += [_line(low, y, high, y, "whisker")]
         parts += [_line(end, y - 4, end, y + 4, "whisker") for end in (low, high)]
     if measured(row.value):
-        style = "dot filled" if row.excludes(reference) else "dot"
+        style = "dot filled" if row.is_effect(reference) else "dot"
         parts += [element("circle", cx=x.place(row.value), cy=float(y), r=5, class_=style)]
     return parts
 

@@ -151,7 +151,7 @@ def bec_pro(
             if masked
             else "log p(sentence) - log p(sentence with "
             f"{neutral_occupation!r} as occupation), as the model is causal",
-            "occupations were resampled",
+            "intervals over occupations",
         ],
         confidence=confidence,
         resamples=resamples,

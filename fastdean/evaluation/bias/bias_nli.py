@@ -20,7 +20,7 @@ from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.occupations import OCCUPATIONS
 from fastdean.evaluation.bias.result import BiasResult, members
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
-from fastdean.evaluation.bootstrap import Interval, bootstrap_interval
+from fastdean.evaluation.intervals import Interval, mean_interval
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
 COLUMNS = ("premise", "hypothesis")
@@ -100,13 +100,14 @@ def bias_nli(
             `gender` those that are there; default `nli_rows()`.
         tau: in (0, 1); Dev et al. report 0.5 and 0.7.
         tokens_per_batch: a bound for memory; the result does not depend on it.
-        confidence, resamples, seed: of the intervals: over occupations where every row names one
-            (the rows of one are alike), else over rows.
+        confidence, seed: of the intervals: over occupations where every row names one (the rows of
+            one are alike), else over rows.
+        resamples: taken as in the other measures; nothing is resampled.
 
     Returns:
         Shares from 0 to 1; 1 is best. Fraction and threshold have 1 as their neutral value; net
         neutral has none, as no softmax reaches 1. Categories: groups of occupations, genders of
-        the hypothesis, and both together. n of an interval counts what was resampled; the figure
+        the hypothesis, and both together. n of an interval counts its units; the figure
         `rows` counts rows.
 
     Raises:
@@ -120,7 +121,7 @@ def bias_nli(
     require_columns(rows, COLUMNS, "Bias-NLI")
     probabilities = _probabilities(model, tokenizer, rows, tokens_per_batch, progress)
     neutral = probabilities[:, neutral_label]
-    measure = _Shares(rows, {"confidence": confidence, "resamples": resamples, "seed": seed})
+    measure = _Shares(rows, {"confidence": confidence, "seed": seed})
     is_likeliest = probabilities.argmax(1) == neutral_label
     return BiasNLI(
         measure("Bias-NLI, net neutral", neutral, None),
@@ -202,7 +203,7 @@ class _Shares:
         names = [row["occupation"] if clustered else i for i, row in enumerate(rows)]
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
         self._cluster = torch.tensor([numbers[name] for name in names])
-        self._note = f"{'occupations' if clustered else 'rows'} were resampled"
+        self._note = f"intervals over {'occupations' if clustered else 'rows'}"
         groups, genders = ([str(row.get(key) or "") for row in rows] for key in ("group", "gender"))
         both = [
             f"{group} occupations, {gender} words" if group and gender else ""
@@ -237,9 +238,4 @@ class _Shares:
             torch.zeros(len(clusters), dtype=torch.float64).index_add_(0, owner, part)
             for part in (values[chosen], torch.ones(len(chosen), dtype=torch.float64))
         )
-        return bootstrap_interval(
-            lambda index: sums[index].sum(-1) / counts[index].sum(-1),
-            len(clusters),
-            no_effect=0.0 if neutral is None else neutral,
-            **self._options,
-        )
+        return mean_interval(sums, weights=counts, no_effect=neutral, **self._options)

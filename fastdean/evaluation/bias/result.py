@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdean.evaluation.bootstrap import Interval, bootstrap_interval
+from fastdean.evaluation.bootstrap import bootstrap_interval
+from fastdean.evaluation.intervals import Interval, is_share, mean_interval, share_interval
+from fastdean.verdicts import ABOVE, BELOW, NO_NEUTRAL, reworded
+
+# What counts in full, in the unit of a share.
+_WHOLE = {"%": 100.0}
 
 # float32 gives one text slightly different log-likelihoods in batches of different shapes; an order
 # decided by less than this is not the model's.
@@ -24,8 +29,8 @@ class BiasResult:
     Attributes:
         name: the measure, and which of its figures.
         value: the estimate over all examples.
-        interval: its bootstrap interval, over the examples (see `notes` for what was resampled).
-        n: how many examples that is.
+        interval: its interval, over the examples or groups of them that `notes` names.
+        n: how many of these there are.
         unit: of `value` and of the intervals.
         neutral: what an unbiased model has; None where the measure names no such value.
         by_category: the same figure of each category's own examples.
@@ -44,21 +49,13 @@ class BiasResult:
     notes: tuple[str, ...] = ()
 
     def verdict(self, category: str | None = None) -> str:
-        """Where the interval lies: "no effect beyond noise" if it holds the neutral value, ends
-        included; else "above neutral" or "below neutral"; "no neutral value" for a measure without
-        one.
-
-        "too few examples" where chance alone puts all n on one side of neutral more often than the
-        interval may err, 2^(1 - n) > 1 - confidence: below n = 6 for 95 %. The bootstrap of few
-        examples that happen to agree has no width and would call anything an effect.
+        """What may be said of the distance to neutral, see `fastdean.verdicts`: "above neutral",
+        "below neutral", "no effect beyond noise", or that there is no verdict or no neutral value.
         """
-        interval = self.interval if category is None else self.by_category[category]
         if self.neutral is None:
-            return "no neutral value"
-        if 2.0 ** (1 - interval.n) > 1.0 - interval.confidence:
-            return "too few examples"
-        words = {"higher": "above neutral", "lower": "below neutral"}
-        return words.get(interval.verdict(), interval.verdict())
+            return NO_NEUTRAL
+        interval = self.interval if category is None else self.by_category[category]
+        return reworded(interval.verdict(), BELOW, ABOVE)
 
     def describe(self) -> str:
         """The figure in words, one line for all examples and one for each category."""
@@ -82,7 +79,6 @@ class BiasResult:
             "verdict": self.verdict(),
             **_interval_dict(self.interval),
             "confidence": self.interval.confidence,
-            "resamples": self.interval.resamples,
             "by_category": {
                 category: {
                     "value": interval.mean,
@@ -118,7 +114,7 @@ def resampled(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> BiasResult:
-    """The result whose value is `statistic` of n examples.
+    """The result whose value is `statistic` of n examples, no mean of theirs, with a bootstrap.
 
     Args:
         statistic: from example indices, int64 [k, m], to float64 [k], row by row, for any m.
@@ -133,9 +129,62 @@ def resampled(
             confidence=confidence,
             resamples=resamples,
             seed=seed,
-            no_effect=0.0 if neutral is None else neutral,
+            no_effect=neutral,
         )
 
+    return _result(name, interval, n, unit, neutral, categories, figures, notes)
+
+
+def resampled_mean(
+    name: str,
+    values: Tensor,
+    *,
+    n: int | None = None,
+    unit: str,
+    neutral: float | None,
+    categories: Mapping[str, Tensor] | None = None,
+    figures: Mapping[str, float] | None = None,
+    notes: Iterable[str] = (),
+    confidence: float = 0.95,
+    resamples: int | None = None,
+    seed: int = 0,
+) -> BiasResult:
+    """The result whose value is the mean of the first `n` of `values`, float64, by `intervals`.
+
+    In per cent, values that are all 0, 50 (a tie) or 100 are a share of examples, with an exact
+    interval; other means have Student's t.
+
+    Args:
+        n: the examples; None: all of `values`. Those behind them belong to categories alone.
+        resamples: nothing is resampled here; taken because measures hand on the same options for
+            all of their figures.
+        seed: of the sign-flip test's draws.
+        others: as in `resampled`.
+    """
+    options = {"no_effect": neutral, "confidence": confidence, "seed": seed}
+    whole = _WHOLE.get(unit)
+    of_share = whole is not None and is_share(values.double().cpu().numpy(), whole)
+
+    def interval(chosen: Tensor) -> Interval:
+        if of_share:
+            return share_interval(values[chosen], whole, **options)
+        return mean_interval(values[chosen], **options)
+
+    n = len(values) if n is None else n
+    return _result(name, interval, n, unit, neutral, categories, figures, notes)
+
+
+def _result(
+    name: str,
+    interval: Callable[[Tensor], Interval],
+    n: int,
+    unit: str,
+    neutral: float | None,
+    categories: Mapping[str, Tensor] | None,
+    figures: Mapping[str, float] | None,
+    notes: Iterable[str],
+) -> BiasResult:
+    """Of the interval of any chosen examples, int64 [m]."""
     overall = interval(torch.arange(n))
     return BiasResult(
         name=name,
@@ -144,15 +193,10 @@ def resampled(
         n=n,
         unit=unit,
         neutral=neutral,
-        by_category={name: interval(chosen) for name, chosen in (categories or {}).items()},
+        by_category={label: interval(chosen) for label, chosen in (categories or {}).items()},
         figures=dict(figures or {}),
         notes=tuple(notes),
     )
-
-
-def resampled_mean(name: str, values: Tensor, **options: Any) -> BiasResult:
-    """The result whose value is the mean of `values`, float64 [n]; options as in `resampled`."""
-    return resampled(name, lambda index: values[index].mean(dim=-1), len(values), **options)
 
 
 def members(*labellings: Sequence[str]) -> dict[str, Tensor]:
@@ -178,9 +222,12 @@ def preferred(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(difference.isnan(), torch.nan, order)
 
 
-def _interval_dict(interval: Interval) -> dict[str, float | int | None]:
+def _interval_dict(interval: Interval) -> dict[str, Any]:
     bounds = {"low": interval.low, "high": interval.high}
     return {
         **{name: None if math.isnan(bound) else bound for name, bound in bounds.items()},
         "n": interval.n,
+        "interval_method": interval.method,
+        "p_value": interval.p_value,
+        "test": interval.test,
     }

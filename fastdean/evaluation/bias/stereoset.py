@@ -28,7 +28,7 @@ from fastdean.evaluation.bias.likelihood import (
     joint_log_likelihood,
     pseudo_log_likelihood,
 )
-from fastdean.evaluation.bias.result import members, preferred, resampled
+from fastdean.evaluation.bias.result import members, preferred, resampled, resampled_mean
 from fastdean.evaluation.bias.rows import (
     Row,
     Source,
@@ -135,10 +135,10 @@ def stereoset(
             "pseudo-log-likelihood per token"
             if masked
             else "log-likelihood per token",
-            "averaged over target terms, a term's rows of all tasks together as in the published "
-            "evaluator; terms were resampled"
+            "averaged over target terms, the units of the intervals; a term's rows of all tasks "
+            "together as in the published evaluator"
             if average == "targets"
-            else "averaged over rows, which were resampled",
+            else "averaged over rows, the units of the intervals",
         ],
         "confidence": confidence,
         "resamples": resamples,
@@ -146,19 +146,19 @@ def stereoset(
     }
     lm, ss, n = units.lm, units.ss, units.n
     found = (
-        resampled(
+        resampled_mean(
             "StereoSet, language modelling score",
-            lambda index: lm[index].mean(-1),
-            n,
+            lm,
+            n=n,
             unit="%",
             neutral=None,
             figures={"rows": len(rows)},
             **shared,
         ),
-        resampled(
+        resampled_mean(
             "StereoSet, stereotype score",
-            lambda index: ss[index].mean(-1),
-            n,
+            ss,
+            n=n,
             unit="%",
             neutral=50.0,
             figures={"rows": len(rows), "ties": int((stereotyped == 0.5).sum())},
