@@ -56,6 +56,24 @@ def parameter_paths(model: nn.Module) -> dict[str, tuple[str, bool]]:
     }
 
 
+def plain_submodule(model: nn.Module, name: str) -> nn.Module:
+    """The module of this name in the model without adapters.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = base_model(model)
+    for part in name.split(".") if name else []:
+        module = _through(module).get_submodule(part)
+    return _through(module)
+
+
+def plain_parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of this name in the model without adapters; AttributeError if there is none."""
+    owner, _, last = name.rpartition(".")
+    return plain_submodule(model, owner).get_parameter(last)
+
+
 def require_no_prompts(model: nn.Module) -> None:
     """Refuse models that put learned tokens or keys in front of what they are given.
 
@@ -73,15 +91,9 @@ def require_no_prompts(model: nn.Module) -> None:
 def _plain(
     module: nn.Module, name: str, path: str, adapted: bool, seen: set[nn.Module] | None
 ) -> Iterator[Plain]:
-    children = module._modules
-    if isinstance(children.get("base_layer"), nn.Module):
-        adapted = adapted or _is_on(module)
-        inside = "base_layer"
-    elif "original_module" in children:
-        inside = _trained_copy(module)
-    else:
-        inside = None
-    if inside is not None:
+    inside = _inside(module)
+    if inside:
+        adapted = adapted or ("base_layer" in module._modules and _is_on(module))
         yield from _plain(module.get_submodule(inside), name, _joined(path, inside), adapted, seen)
         return
     if seen is not None:
@@ -89,9 +101,23 @@ def _plain(
             return
         seen.add(module)
     yield Plain(name, path, module, adapted)
-    for key, child in children.items():
+    for key, child in module._modules.items():
         if child is not None:
             yield from _plain(child, _joined(name, key), _joined(path, key), adapted, seen)
+
+
+def _through(module: nn.Module) -> nn.Module:
+    """The module below whatever PEFT wrapped around it."""
+    while inside := _inside(module):
+        module = module.get_submodule(inside)
+    return module
+
+
+def _inside(module: nn.Module) -> str:
+    """Where a wrapper of PEFT holds what it wraps; "" of any other module."""
+    if isinstance(module._modules.get("base_layer"), nn.Module):
+        return "base_layer"
+    return _trained_copy(module) if "original_module" in module._modules else ""
 
 
 def _is_on(layer: nn.Module) -> bool:

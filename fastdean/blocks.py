@@ -204,14 +204,16 @@ class _Layer:
     # What shapes say.
 
     def _width(self, hidden_size: int | None) -> int | None:
-        """The hidden size of this layer: the model's, if it occurs here, or the commonest size."""
+        """The size most matrices here lead from or to; the model's, where it is one of several.
+
+        The model's alone would not do: layers with a bottleneck are narrower than the model.
+        """
         counts: dict[int, int] = {}
         for matrix in self._matrices.values():
             for size in (matrix.inputs, matrix.outputs):
                 counts[size] = counts.get(size, 0) + 1
-        if hidden_size in counts:
-            return hidden_size
-        return max(counts, key=lambda size: counts[size], default=None)
+        commonest = [size for size in counts if counts[size] == max(counts.values())]
+        return hidden_size if hidden_size in commonest else next(iter(commonest), None)
 
     def _pairs(self, left: list[str]) -> list[_Pair]:
         """The pairs of feed-forward blocks; what lies deeper pairs first, and only once."""
@@ -283,14 +285,13 @@ class _Layer:
                 continue
             given = {self._hidden} | {self._matrices[path].outputs for path in inside}
             taken = {self._hidden} | {self._matrices[path].inputs for path in inside}
-            chain = {
-                path
-                for path in inside
-                if {self._matrices[path].inputs, 2 * self._matrices[path].inputs} & given
-                and (
-                    self._matrices[path].outputs in taken or self._matrices[path].outputs / 2 in taken
-                )
-            }
+            chain = set()
+            for path in inside:
+                inputs, outputs = self._matrices[path].inputs, self._matrices[path].outputs
+                # Twice as many where gate and up are fused.
+                follows = inputs in given or 2 * inputs in given
+                if follows and (outputs in taken or outputs / 2 in taken):
+                    chain.add(path)
             ends = {self._matrices[path].outputs for path in chain}
             starts = {self._matrices[path].inputs for path in chain}
             if len(chain) > 1 and self._hidden in ends and self._hidden in starts:

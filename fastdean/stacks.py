@@ -34,11 +34,9 @@ def text_models(model: nn.Module) -> list[nn.Module]:
     """
     model = base_model(model)
     found = []
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        encoder = _part(model, "get_encoder")
-        if encoder is not None and _reads_text(encoder):
-            found.append(encoder)
+    encoder = _part(model, "get_encoder")
+    if encoder is not None and _reads_text(encoder):
+        found.append(encoder)
     decoder = _part(model, "get_decoder")
     if decoder is not None:
         # A language model inside a vision-language model may be an encoder with a decoder itself.
@@ -75,7 +73,17 @@ def _layers(root: nn.Module, names: dict[nn.Module, str]) -> list[nn.Module]:
         for stack in stacks
         if len(stack) == len(longest) and names[stack].rpartition(".")[0] == parent
     ]
-    return [layer for position in zip(*beside, strict=True) for layer in position]
+    together = [element for position in zip(*beside, strict=True) for element in position]
+    return [layer for element in together for layer in _flattened(element)]
+
+
+def _flattened(element: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a stack's element: itself, or those of a block of layers."""
+    if isinstance(element, nn.ModuleList):
+        for inner in element:
+            yield from _flattened(inner)
+    else:
+        yield element
 
 
 def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
