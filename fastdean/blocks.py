@@ -112,6 +112,8 @@ class _Layer:
         for pair in pairs:
             members |= self._gates_beside(pair, left, members)
         members |= self._chains(left, members)
+        if not members and not attention and self._is_plain_stack():
+            members = set(left)
         groups = {}
         for path in self._matrices:
             if path in attention:
@@ -297,6 +299,14 @@ class _Layer:
             if len(chain) > 1 and self._hidden in ends and self._hidden in starts:
                 found |= chain
         return found
+
+    def _is_plain_stack(self) -> bool:
+        """Matrices and activations of torch.nn and nothing else: by itself a part of an MLP."""
+        return all(
+            type(module).__module__.startswith("torch.nn.")
+            and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+            for module in self._modules.values()
+        )
 
     def _downs(self, pairs: list[_Pair]) -> Iterator[str]:
         """Of each pair the matrix back to the hidden size: shapes fit in both directions.
