@@ -19,7 +19,7 @@ UP = "model.layers.0.mlp.up_proj"
 
 
 class Lora(nn.Module):
-    """`peft.tuners.lora.Linear`: W x + B A x, or W x where that is merged into W or switched off."""
+    """`peft.tuners.lora.Linear`: W x + B A x, or W x where it is merged into W or off."""
 
     adapter_layer_names = ("lora_A", "lora_B")
 
