@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastdean.accumulators import Accumulator
@@ -108,15 +109,27 @@ class Capture:
 
     def _deliver(self, target: Target, x: Tensor, g: Tensor) -> None:
         # Under autocast a layer computes with its input cast to the dtype of its output.
+        segments, rows = self._segments, self._rows
+        if x.dim() == 3 and x.shape[0] == len(segments) and _is_one_row_each(segments, rows):
+            # Encoder and decoder may see different numbers of tokens of the same examples.
+            starts = torch.arange(len(segments), device="cpu") * x.shape[1]
+            segments, rows = torch.stack([starts, starts + x.shape[1]], dim=1), x[..., 0].numel()
         x, g = x.to(g.dtype).flatten(0, -2), g.flatten(0, -2)
-        if x.shape[0] != self._rows:
+        if x.shape[0] != rows:
             raise RuntimeError(
-                f"{target.name} must see every token of the batch once, {self._rows} rows, got "
+                f"{target.name} must see every token of the batch once, {rows} rows, got "
                 f"{x.shape[0]}; modules behind a router or a pooling cannot be scored through "
                 "hooks, so leave it out of target_modules"
             )
         self._fired[target.parameter] = self._fired.get(target.parameter, 0) + 1
-        self._accumulators[target.parameter].add_(x, g, self._segments)
+        self._accumulators[target.parameter].add_(x, g, segments)
+
+
+def _is_one_row_each(segments: Tensor, rows: int) -> bool:
+    """Whether the examples of a batch are its rows, each of them whole."""
+    width = rows // len(segments)
+    starts = torch.arange(len(segments), device=segments.device) * width
+    return torch.equal(segments, torch.stack([starts, starts + width], dim=1))
 
 
 def _unviewed(output: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean._logging import logger
+from fastdean.adapters import plain_parameter, plain_submodule
 from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.masks.summary import place_of
 from fastdean.model_state import materialised_weight, unwrap
@@ -447,7 +448,7 @@ def _entries_in_front(down: str, units: Tensor, model: nn.Module) -> dict[str, M
     """What makes up these units in the layers in front of their down projection."""
     entries = {}
     for name, index in unit_layers(model, down).places(units.cpu()).items():
-        values = model.get_parameter(name).detach()
+        values = plain_parameter(model, name).detach()
         original = values.flatten()[index.to(values.device)].cpu()
         entries[name] = MaskEntry(index=index, original=original, shape=tuple(values.shape))
     return entries
@@ -482,14 +483,14 @@ def _whole_weight(name: str, everyone: Sequence[Scores], model: nn.Module | None
 def _weight_of(model: nn.Module, name: str) -> Tensor:
     """A weight of the model, detached; an offloaded one is copied to the CPU."""
     try:
-        weight = model.get_parameter(name)
+        weight = plain_parameter(model, name)
     except AttributeError:
         raise ValueError(
             f"model must be the one that was scored, got one without {name}; pass the model the "
             "scores were made on"
         ) from None
     if weight.device.type == "meta":
-        weight = materialised_weight(model.get_submodule(name.removesuffix(".weight")))
+        weight = materialised_weight(plain_submodule(model, name.removesuffix(".weight")))
     return weight.detach()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from fastdean.adapters import require_no_prompts
 from fastdean.batching import Batch, Layout, default_tokens_per_batch, plan_batches
 from fastdean.data import Example
 from fastdean.model_state import evaluation_state, input_device, unwrap
@@ -27,8 +28,10 @@ def label_shift(model: nn.Module) -> int:
     """1 for causal language models, 0 for masked ones.
 
     Raises:
-        ValueError: the model is neither; its loss has to come from the caller.
+        ValueError: the model is neither; its loss has to come from the caller. Or it puts a learned
+            prompt in front of the tokens.
     """
+    require_no_prompts(model)
     from transformers.models.auto import modeling_auto as auto
 
     masked = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())

@@ -20,6 +20,7 @@ from torch import nn
 
 from fastdean._logging import logger
 from fastdean.accumulators import ACCUMULATORS, Accumulator, accumulator_bytes
+from fastdean.adapters import require_no_prompts
 from fastdean.capture import Capture
 from fastdean.distributed import Ranks
 from fastdean.model_state import (
@@ -102,6 +103,7 @@ def score(
         form.
     """
     model = unwrap(model)
+    require_no_prompts(model)
     check_keep_top(keep_top)
     targets = find_targets(model, target_modules, granularity)
     passes = _split_by_memory(targets, granularity, memory_budget)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastdean.adapters import parameter_paths, plain_submodule
 from fastdean.model_state import evaluation_state
 from fastdean.targets import Target, find_targets
 
@@ -84,7 +85,7 @@ def unit_layers(model: nn.Module, down: str) -> UnitLayers:
         raise _unclear(
             down, f"{len(beside)} layers beside it have {sizes} outputs for {units} units"
         )
-    mlp = model.get_submodule(parent)
+    mlp = plain_submodule(model, parent)
     if any(parameter.device.type == "meta" for parameter in mlp.parameters()):
         raise _unclear(down, "it is offloaded, and there are no weights to try")
     for layout in layouts:
@@ -118,18 +119,20 @@ def _takes_out_the_same(mlp: nn.Module, parent: str, projection: Target, found: 
     generator = torch.Generator("cpu").manual_seed(_SEED)
     shape = (1, _TOKENS, projection.num_outputs)
     x = torch.randn(shape, generator=generator, device="cpu").to(weight)
-    inside = len(parent) + 1
+    inside = len(parent) + 1 if parent else 0
+    paths = {name: path for name, (path, _) in parameter_paths(mlp).items()}
     rows = {}
     for name, index in found.places(units).items():
-        edited = mlp.get_parameter(name[inside:]).detach()
+        path = paths[name[inside:]]
+        edited = mlp.get_parameter(path).detach()
         edited = edited.clone(memory_format=torch.contiguous_format)
         edited.view(-1)[index.to(edited.device)] = 0
-        rows[name[inside:]] = edited
+        rows[path] = edited
     # Dropout would take out something else every time, and move the caller's random state.
     with torch.no_grad(), evaluation_state(mlp):
         whole = _output(mlp, {}, x, projection.parameter)
         by_columns = _output(
-            mlp, {projection.parameter[inside:]: without_columns}, x, projection.parameter
+            mlp, {paths[projection.parameter[inside:]]: without_columns}, x, projection.parameter
         )
         by_rows = _output(mlp, rows, x, projection.parameter)
     taken = (whole - by_columns).norm()

@@ -80,6 +80,11 @@ def make_results(layers: int = 30, coupled: bool = True, seed: int = 0) -> dict:
             "model_parameters": total["numel"] + 54_888_768,
             "share": total["numel"] / (total["numel"] + 54_888_768),
             "targets": len(rows),
+            "groups": {
+                "mlp": {"modules": 90, "parameters": 79_626_240, "scored": 90, "unscorable": 0},
+                "self_attn": {"modules": 120, "parameters": 9, "scored": 0, "unscorable": 0},
+                "router": {"modules": 0, "parameters": 0, "scored": 0, "unscorable": 8},
+            },
         },
         "coupling": {"rows": rows, "total": total},
         "overlap": [
@@ -584,6 +589,11 @@ def test_key_numbers_are_those_of_the_rule_of_the_run():
     strip = text(parse(render_report(results)).find(".//dl"))
     assert "released:" in strip and "paper:" not in strip
     assert "1.021" in strip
+
+
+def test_the_share_scored_names_the_groups_that_are_not():
+    strip = text(parse(render_report(make_results())).find(".//dl"))
+    assert "in 90 matrices; not or not all of self_attn, router" in strip
 
 
 def test_overlap_over_ratios_is_not_called_an_edit():

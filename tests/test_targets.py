@@ -142,6 +142,20 @@ def test_coverage_equals_a_count_by_hand():
         "model_parameters": whole,
         "share": scored / whole,
         "share_of_matched": 1.0,
+        "groups": {
+            "self_attn": {
+                "modules": 4 * LAYERS,
+                "parameters": LAYERS * 3 * HIDDEN * HIDDEN,
+                "scored": 0,
+                "unscorable": 0,
+            },
+            "mlp": {
+                "modules": 3 * LAYERS,
+                "parameters": scored,
+                "scored": 3 * LAYERS,
+                "unscorable": 0,
+            },
+        },
         "unscorable": {},
     }
 
@@ -248,9 +262,16 @@ def test_shared_experts_are_scored_where_the_routed_ones_cannot_be():
     scores = fastdean.score(model, batches(examples, 3), progress=False)
     shared = [f"shared_expert.{kind}_proj" for kind in ("gate", "up", "down")]
     assert set(scores) == {
-        f"model.layers.{i}.mlp.{module}.weight"
-        for i in range(2)
-        for module in [*shared, "shared_expert_gate"]
+        f"model.layers.{i}.mlp.{module}.weight" for i in range(2) for module in shared
+    }
+    assert names(model, "router") == [f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 1)]
+    fused = scores.manifest["coverage"]["groups"]
+    assert fused["mlp"]["unscorable"] == 2 * 4 * 3 * 48 * 32
+    assert fused["router"] == {
+        "modules": 2,
+        "parameters": 2 * 32,
+        "scored": 0,
+        "unscorable": 2 * 4 * 32,
     }
     expected = weight_importance(model, examples, list(scores))
     for name in scores:
@@ -331,6 +352,6 @@ def test_a_module_shared_by_two_layers_is_refused_and_the_model_restored():
 
 def test_a_module_that_takes_no_part_is_refused():
     model = llama()
-    model.model.layers[1].unused_proj = nn.Linear(4, 4)
+    model.model.layers[1].mlp.unused_proj = nn.Linear(HIDDEN, INTERMEDIATE)
     with pytest.raises(RuntimeError, match="unused_proj must take part .* got 0 times"):
         fastdean.score(model, batches(make_examples(), 3), progress=False)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 from torch import Tensor, nn
 
+from fastdean.adapters import require_no_prompts
 from fastdean.model_state import unwrap
 
 Features = Literal["base", "head"]
@@ -76,6 +77,7 @@ class Representations:
                 "'base' is the published choice"
             )
         self._outer = unwrap(model)
+        require_no_prompts(self._outer)
         inner = language_model(model)
         self._place = features
         self._bases = _base_modules(inner) if features == "base" else []

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.adapters import require_no_prompts
 from fastdean.batching import default_tokens_per_batch, plan_batches
 from fastdean.data import IGNORE_INDEX, Example
 from fastdean.dependence import HSICResult, hsic
@@ -74,6 +75,7 @@ def last_token_states(
     if not examples:
         raise ValueError("examples must hold at least one example, got none; check their source")
     model = unwrap(model)
+    require_no_prompts(model)
     device = input_device(model)
     if tokens_per_batch is None:
         tokens_per_batch = default_tokens_per_batch(device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean import ops
+from fastdean.adapters import parameter_paths
 from fastdean.masks.entries import EDITABLE_DTYPES
 
 # Name components that a wrapper adds and that no checkpoint has.
@@ -32,10 +33,13 @@ class Weights:
     def __init__(self, root: nn.Module) -> None:
         # Tied parameters under all their names.
         named = dict(root.named_parameters(remove_duplicate=False))
-        self._paths = {
-            ".".join(part for part in path.split(".") if part not in _WRAPPERS): path
-            for path in named
-        }
+        self._paths: dict[str, str] = {}
+        self._adapted: set[str] = set()
+        for name, (path, adapted) in parameter_paths(root).items():
+            name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+            self._paths[name] = path
+            if adapted:
+                self._adapted.add(name)
         self._parameters = {name: named[path] for name, path in self._paths.items()}
 
     def parameter(self, name: str) -> nn.Parameter:
@@ -96,6 +100,11 @@ class Weights:
             raise ValueError(
                 f"model must have a parameter {name!r}, got none of that name; "
                 "load the model that the mask was made on"
+            )
+        if name in self._adapted:
+            raise ValueError(
+                f"model must compute with {name!r} as it stands, got an adapter on it that is not "
+                "merged; merge it first (PEFT: merge_and_unload(), or merge_adapter())"
             )
         parameter = self._parameters[name]
         if parameter.device.type == "meta":

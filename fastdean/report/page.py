@@ -220,6 +220,13 @@ def _coupling_numbers(coupling: dict | None, coverage: dict | None, edit: Edit) 
         note = f"{count(coverage.get('scored_parameters'))} parameters"
         if measured(coverage.get("targets")):
             note += f" in {count(coverage['targets'])} matrices"
+        left_out = [
+            name
+            for name, group in (coverage.get("groups") or {}).items()
+            if group["modules"] > group["scored"] or group["unscorable"]
+        ]
+        if left_out:
+            note += f"; not or not all of {', '.join(left_out)}"
         numbers += [("Share of the model scored", percent(coverage.get("share")), note)]
     return numbers
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastdean.adapters import require_no_prompts
 from fastdean.batching import Layout, default_tokens_per_batch, plan_batches
 from fastdean.data import IGNORE_INDEX, Example
 from fastdean.evaluation.bias.finite import require_finite
@@ -176,6 +177,7 @@ def sentence_states(
     from tqdm.auto import tqdm
 
     model = unwrap(model)
+    require_no_prompts(model)
     shift = _shift(model)
     if pooling == "first" and shift == 1:
         raise ValueError(
