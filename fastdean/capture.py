@@ -1,78 +1,83 @@
 """The hooks of `score()`: every target's input paired with the gradient of its output.
 
-Besides it only forward.py, which gathers the target rows, and collapse/representations.py, which
-reads the last representations, hook a module.
+What becomes of a pair is told by the caller: `Sums` adds it up, the trial (trial.py) looks at it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastdean.accumulators import Accumulator
+from fastdean.hooks import forward_hooks, forward_pre_hooks
 from fastdean.targets import Target
+
+Receiver = Callable[[Target, Tensor, Tensor], None]
 
 
 class Capture:
-    """Hooks that pair every target's input with the gradient of its output, batch after batch.
+    """Hooks that pair every target's input with the gradient of its own product.
+
+    A forward hook of the user may return something else than the product, and the model goes on
+    with that; the pair stays that of the product, which is what the weight made.
 
     The graph starts at the lowest targets: where nothing below a target carries a gradient, its
     hook begins one, so that no backward pass goes deeper than the targets need.
+
+    Args:
+        receive: called with the target, its input [..., C] and the gradient [..., R], during the
+            backward pass.
+        again: keep the inputs for further backward passes over the same graph.
     """
 
     def __init__(
-        self, targets: Sequence[Target], accumulators: Mapping[str, Accumulator], granularity: str
+        self,
+        targets: Sequence[Target],
+        granularity: str,
+        receive: Receiver,
+        *,
+        again: bool = False,
     ) -> None:
         self._targets = targets
-        self._accumulators = accumulators
         self._granularity = granularity
-        self._handles: list = []
-        self._fired: dict[str, int] = {}
-        self._segments: Tensor | None = None
-        self._rows = 0
+        self._receive = receive
+        self._again = again
+        self._hooked: AbstractContextManager | None = None
 
     def __enter__(self) -> None:
-        for target in self._targets:
-            if self._granularity == "weight":
-                handle = target.module.register_forward_hook(
-                    self._forward_hook(target), with_kwargs=True
-                )
-            else:
-                handle = target.module.register_forward_pre_hook(
-                    self._unit_hook(target), with_kwargs=True
-                )
-            self._handles.append(handle)
+        if self._granularity == "weight":
+            hooks = {target.module: self._forward_hook(target) for target in self._targets}
+            self._hooked = forward_hooks(hooks)
+        else:
+            hooks = {target.module: self._unit_hook(target) for target in self._targets}
+            self._hooked = forward_pre_hooks(hooks)
+        self._hooked.__enter__()
 
     def __exit__(self, *exc_info: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def expect(self, segments: Tensor, rows: int) -> None:
-        """Say how the rows that the next backward pass delivers belong to examples."""
-        self._segments, self._rows, self._fired = segments, rows, {}
-
-    def require_complete(self) -> None:
-        for target in self._targets:
-            times = self._fired.get(target.parameter, 0)
-            if times != 1:
-                raise RuntimeError(
-                    f"{target.name} must take part in the loss exactly once per batch, got {times} "
-                    "times; modules that are shared between layers or skipped cannot be scored, so "
-                    "leave it out of target_modules"
-                )
+        hooked, self._hooked = self._hooked, None
+        hooked.__exit__(*exc_info)
 
     def _forward_hook(self, target: Target) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise RuntimeError(
+                    f"{target.name} must return a tensor, got {type(output).__name__}; leave it "
+                    "out of target_modules"
+                )
             x = (args[0] if args else _only(kwargs)).detach()
             if not output.requires_grad:
                 # A clone, because a leaf that requires grad must not be changed in place later.
                 output = output.detach().requires_grad_(True).clone()
-            if output.requires_grad:
-                self._listen(target, x, _unviewed(output))
-            return output
+            if not output.requires_grad:
+                return output
+            product = _unviewed(output)
+            self._listen(target, x, product)
+            # Whoever comes later puts hooks of his own on another tensor, whose gradient is passed
+            # on to the product only once they are through with it.
+            return output.view_as(output) if product is output else output
 
         return hook
 
@@ -96,27 +101,78 @@ class Capture:
         del x
 
         def deliver(g: Tensor) -> None:
-            x = held.pop()
+            x = held[0] if self._again else held.pop()
             if x._version != version:
                 raise RuntimeError(
                     f"{target.name} must have an input that stays as it was until the backward "
                     "pass, got one that was changed in place; leave it out of target_modules"
                 )
-            self._deliver(target, x, g)
+            # Under autocast a layer computes with its input cast to the dtype of its output.
+            self._receive(target, x.to(g.dtype), g)
 
         differentiated.register_hook(deliver)
 
-    def _deliver(self, target: Target, x: Tensor, g: Tensor) -> None:
-        # Under autocast a layer computes with its input cast to the dtype of its output.
-        x, g = x.to(g.dtype).flatten(0, -2), g.flatten(0, -2)
+
+class Sums:
+    """Adds the pairs of one batch after the other to the accumulators of their targets.
+
+    Args:
+        sequence_first: parameters of the targets that see [T, B, ...] where the batch is [B, T].
+    """
+
+    def __init__(
+        self, accumulators: Mapping[str, Accumulator], sequence_first: Collection[str] = ()
+    ) -> None:
+        self._accumulators = accumulators
+        self._sequence_first = sequence_first
+        self._fired: dict[str, int] = {}
+        self._segments: Tensor | None = None
+        self._rows = 0
+
+    def expect(self, segments: Tensor, rows: int) -> None:
+        """Say how the rows that the next backward pass delivers belong to examples."""
+        self._segments, self._rows, self._fired = segments, rows, {}
+
+    def receive(self, target: Target, x: Tensor, g: Tensor) -> None:
+        if target.parameter in self._sequence_first:
+            x, g = (batch_first(rows, self._rows, len(self._segments)) for rows in (x, g))
+        x, g = x.flatten(0, -2), g.flatten(0, -2)
         if x.shape[0] != self._rows:
-            raise RuntimeError(
-                f"{target.name} must see every token of the batch once, {self._rows} rows, got "
-                f"{x.shape[0]}; modules behind a router or a pooling cannot be scored through "
-                "hooks, so leave it out of target_modules"
-            )
+            raise RuntimeError(wrong_rows(target, self._rows, x.shape[0]))
         self._fired[target.parameter] = self._fired.get(target.parameter, 0) + 1
         self._accumulators[target.parameter].add_(x, g, self._segments)
+
+    def require_complete(self) -> None:
+        for parameter in self._accumulators:
+            times = self._fired.get(parameter, 0)
+            if times != 1:
+                raise RuntimeError(wrong_times(parameter.removesuffix(".weight"), times))
+
+
+def batch_first(rows: Tensor, number: int, examples: int) -> Tensor:
+    """The rows [T, B, ...] of a batch of `number` = B x T rows as [B, T, ...]; others as they are.
+
+    The last dimension holds features.
+    """
+    if rows.dim() != 3 or tuple(rows.shape[:2]) != (number // examples, examples):
+        return rows
+    return rows.transpose(0, 1)
+
+
+def wrong_rows(target: Target, expected: int, got: int) -> str:
+    return (
+        f"{target.name} must see every token of the batch once, {expected} rows, got {got}; "
+        "modules behind a router or a pooling cannot be scored through hooks, so leave it out of "
+        "target_modules"
+    )
+
+
+def wrong_times(name: str, times: int) -> str:
+    return (
+        f"{name} must take part in the loss exactly once per batch, got {times} times; modules "
+        "that are shared between layers or skipped cannot be scored, so leave it out of "
+        "target_modules"
+    )
 
 
 def _unviewed(output: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Gemma 2's soft-cap) stays in place; computing `hidden @ weight.T` by hand would 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Self
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastdean.batching import Batch, Layout, default_tokens_per_batch, plan_batches
 from fastdean.data import Example
+from fastdean.hooks import forward_pre_hooks
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
 _PROBE_TOKENS = 12
@@ -64,24 +66,25 @@ class TargetLogits:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._rows: Tensor | None = None
-        self._handle = None
+        self._hooked: AbstractContextManager | None = None
 
     def __enter__(self) -> Self:
         head = self._model.get_output_embeddings()
-        if head is not None:
-            self._handle = head.register_forward_pre_hook(self._gather)
+        self._hooked = forward_pre_hooks({} if head is None else {head: self._gather})
+        self._hooked.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        hooked, self._hooked = self._hooked, None
+        hooked.__exit__(*exc_info)
 
-    def _gather(self, module: nn.Module, args: tuple) -> tuple | None:
+    def _gather(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         if self._rows is None or not args:
             return None
         rows, self._rows = self._rows, None
         hidden = args[0].flatten(0, -2)
-        return (hidden.index_select(0, rows.to(hidden.device)).unsqueeze(0), *args[1:])
+        gathered = hidden.index_select(0, rows.to(hidden.device)).unsqueeze(0)
+        return (gathered, *args[1:]), kwargs
 
     def __call__(self, batch: Batch) -> Tensor:
         self._rows = batch.target_rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -134,6 +134,36 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for name in trainable:
             model.get_parameter(name).requires_grad_(True)
+
+
+@contextmanager
+def fresh_leaves(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Inside, parameters that share the weights' memory and require gradients stand in for them.
+
+    So that a backward pass reaches neither the weights' own `.grad` nor what is hooked to them
+    (an optimizer step, the buckets of DistributedDataParallel). They come in the given order.
+    """
+    leaves = {id(weight): nn.Parameter(weight.detach()) for weight in weights}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in leaves
+    ]
+
+    def undo() -> None:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+    try:
+        try:
+            for module, name, parameter in places:
+                module._parameters[name] = leaves[id(parameter)]
+            yield list(leaves.values())
+        finally:
+            undo()
+    finally:
+        undo()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import nn
 
 from fastdean._logging import logger
 from fastdean.accumulators import ACCUMULATORS, Accumulator, accumulator_bytes
-from fastdean.capture import Capture
+from fastdean.capture import Capture, Sums
 from fastdean.distributed import Ranks
 from fastdean.model_state import (
     eager,
@@ -34,6 +34,7 @@ from fastdean.model_state import (
 )
 from fastdean.scores import ScoreEntry, Scores, check_keep_top, keep_entry
 from fastdean.targets import Target, coverage, find_targets
+from fastdean.trial import Settled, settle
 from fastdean.workloads import BatchLosses, LossFunction, Workload, plan_workload
 
 
@@ -104,7 +105,8 @@ def score(
     model = unwrap(model)
     check_keep_top(keep_top)
     targets = find_targets(model, target_modules, granularity)
-    passes = _split_by_memory(targets, granularity, memory_budget)
+    _require_weights_of_their_own(model, targets)
+    _split_by_memory(targets, granularity, memory_budget)
     _warn_about_unscorable(coverage(model, targets))
     ranks = Ranks.current()
     device = input_device(model)
@@ -125,12 +127,18 @@ def score(
         stack.enter_context(evaluation_state(model))
         stack.enter_context(frozen(model))
         stack.enter_context(torch.enable_grad())
+        with ranks.failing_together():
+            settled = settle(model, work, targets, granularity, device)
+            _require_each_wanted(settled, target_modules)
+        _say_what_was_found(settled, ranks)
+        work = settled.work
+        passes = _split_by_memory(settled.targets, granularity, memory_budget)
         total = work.examples_here * len(passes)
         bar = stack.enter_context(_progress_bar(total, description, progress and ranks.first))
         entries: dict[str, ScoreEntry] = {}
         for group in passes:
             with ranks.failing_together():
-                accumulators = _run_pass(model, group, granularity, work, device, impl, bar)
+                accumulators = _run_pass(settled, group, granularity, device, impl, bar)
             for accumulator in accumulators.values():
                 ranks.sum_(accumulator.tensors())
             for target in group:
@@ -141,22 +149,23 @@ def score(
                     entry = replace(entry, sums=entry.sums.cpu())
                 entries[target.parameter] = entry
 
-    covered = coverage(model, targets, entries)
+    covered = coverage(model, targets, entries) | {"left_out": settled.left_out}
     manifest = _manifest(model, work, covered, granularity, target_modules, ranks)
     return Scores(
         entries,
         granularity=granularity,
         num_examples=work.num_examples,
         keep_top=keep_top,
-        manifest=manifest | ({} if keep_top is None else {"keep_top": keep_top}),
+        manifest=manifest
+        | ({} if keep_top is None else {"keep_top": keep_top})
+        | ({} if settled.alone is None else {"one_example_per_batch": settled.alone}),
     )
 
 
 def _run_pass(
-    model: nn.Module,
+    settled: Settled,
     targets: Sequence[Target],
     granularity: str,
-    work: Workload,
     device: torch.device,
     impl: str | None,
     bar: Any,
@@ -167,15 +176,16 @@ def _run_pass(
         target.parameter: kind(target, execution_device(target.module, device), impl)
         for target in targets
     }
-    capture = Capture(targets, accumulators, granularity)
+    sums = Sums(accumulators, settled.sequence_first)
+    capture = Capture(targets, granularity, sums.receive)
     check = _LaggedCheck(bar)
-    with capture, closing(work.losses(device)) as batches:
+    with capture, closing(settled.work.losses(device)) as batches:
         for batch in batches:
             losses = _LossesUnderway(batch)
-            capture.expect(batch.segments, batch.rows)
+            sums.expect(batch.segments, batch.rows)
             if batch.values.requires_grad:
                 batch.values.sum().backward()
-            capture.require_complete()
+            sums.require_complete()
             # Before the next forward pass, not after it: the losses hold this batch's graph.
             del batch
             check.queued(losses)
@@ -261,6 +271,48 @@ def _split_by_memory(
         passes[-1].append(target)
         used += size
     return passes
+
+
+def _require_weights_of_their_own(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Refuse what can be neither differentiated here nor edited later."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"model must have parameters that autograd can use, got {name}, made under "
+                "torch.inference_mode(); load the model outside of it"
+            )
+    for target in targets:
+        if target.module._parameters.get("weight") is None:
+            raise ValueError(
+                f"{target.parameter} must be a parameter, got a tensor that is computed from "
+                "others (a parametrization, weight or spectral norm, pruning); make it permanent, for "
+                "example with torch.nn.utils.parametrize.remove_parametrizations"
+            )
+
+
+def _require_each_wanted(settled: Settled, target_modules: str | Sequence[str]) -> None:
+    """Whoever names a group gets what of it can be scored; nothing that was named goes missing."""
+    for suffix in () if isinstance(target_modules, str) else target_modules:
+        names = [target.name for target in settled.targets]
+        if not any(name == suffix or name.endswith(f".{suffix}") for name in names):
+            for name, reason in settled.left_out.items():
+                if name == suffix or name.endswith(f".{suffix}"):
+                    raise RuntimeError(reason)
+
+
+def _say_what_was_found(settled: Settled, ranks: Ranks) -> None:
+    if settled.left_out and ranks.first:
+        logger.warning(
+            "%d matched modules are left out of the scores: %s",
+            len(settled.left_out),
+            next(iter(settled.left_out.values())),
+        )
+    if settled.alone is not None and ranks.first:
+        logger.warning(
+            "examples are scored one at a time: in a batch of several, the rows of %s could not be "
+            "told apart by example",
+            settled.alone,
+        )
 
 
 def _warn_about_unscorable(covered: Mapping[str, Any]) -> None:

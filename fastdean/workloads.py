@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,10 @@ from fastdean.forward import TargetLogits, exact_layout, label_shift, target_los
 from fastdean.model_state import input_device, max_tokens
 from fastdean.scores import examples_digest
 
+# An excerpt is to show what depends on the length of a text, and to cost next to nothing.
+_EXCERPT_TOKENS = 64
+_EXCERPT_FROM = 8
+
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 
 
@@ -42,12 +46,14 @@ class BatchLosses:
             last; never changed in place.
         rows: token rows of the batch, padding included.
         examples: the number of each of the B examples, for messages.
+        averaged: over how many target tokens each loss is a mean, as far as that is known; else 1.
     """
 
     values: Tensor
     segments: Tensor
     rows: int
     examples: Sequence[int]
+    averaged: Sequence[int]
 
 
 class Workload(Protocol):
@@ -67,6 +73,15 @@ class Workload(Protocol):
         Work is put on the device's queue, and nothing but the model's own code waits for results.
         The model may carry a hook until the generator is closed.
         """
+
+    def only(self, numbers: Sequence[int]) -> Workload:
+        """These of its batches, by their place in the order of `losses`."""
+
+    def alone(self) -> Workload:
+        """The same with every example in a batch of its own."""
+
+    def excerpt(self) -> Workload:
+        """One batch, the same on all ranks, of at least two examples where that is possible."""
 
     def describe(self) -> dict[str, Any]:
         """Examples, loss and batching, for the manifest; `data.sha256` tells examples apart."""
@@ -174,7 +189,46 @@ class LanguageModelling:
             segments=batch.segments,
             rows=batch.input_ids.numel(),
             examples=[self.mine[i] for i in batch.example_index],
+            averaged=[self._example(i).num_targets(self.shift) for i in batch.example_index],
         )
+
+    def _example(self, i: int) -> Example:
+        return self.examples[self.mine[i]]
+
+    def only(self, numbers: Sequence[int]) -> LanguageModelling:
+        return replace(self, batches=[self.batches[i] for i in numbers])
+
+    def alone(self) -> LanguageModelling:
+        layout = replace(self.layout, padded=self.layout.packed)
+        return replace(self, batches=self._plan([self._example(i) for i in self._here], 1, layout))
+
+    @property
+    def _here(self) -> range:
+        return range(len(self.mine))
+
+    def _plan(
+        self, examples: Sequence[Example], tokens_per_batch: int, layout: Layout
+    ) -> list[Batch]:
+        return plan_batches(
+            examples, shift=self.shift, tokens_per_batch=tokens_per_batch, **vars(layout)
+        )
+
+    def excerpt(self) -> LanguageModelling:
+        """The beginnings of two examples, every token a target; of two lengths if that is exact."""
+        most = max(2, min(_EXCERPT_TOKENS, self.layout.alone_above or _EXCERPT_TOKENS))
+        longest = sorted(self.examples[:_EXCERPT_FROM], key=len)[:-3:-1]
+        texts = [example.input_ids[:most] for example in longest]
+        if len(texts) == 2:
+            second, equal = len(texts[1]), min(len(text) for text in texts)
+            if self.layout.packed or self.layout.padded:
+                second = min(second, max(2, 2 * len(texts[0]) // 3))
+                texts[1] = texts[1][:second]
+            else:
+                texts = [text[:equal] for text in texts]
+        examples = [Example(text, text) for text in texts]
+        batches = self._plan(examples, sum(map(len, texts)) * 2, self.layout)
+        mine = list(range(len(examples)))
+        return replace(self, examples=examples, batches=batches[:1], mine=mine)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -200,6 +254,7 @@ class CustomLoss:
     num_examples: int
     examples_here: int
     digest: str
+    first: Mapping[str, Any]
 
     @classmethod
     def plan(cls, model: nn.Module, loader: Any, loss_fn: LossFunction, ranks: Ranks) -> CustomLoss:
@@ -213,7 +268,9 @@ class CustomLoss:
         mine = batches[ranks.rank :: ranks.size]
         sizes = [batch["input_ids"].shape[0] for batch in batches]
         digest = examples_digest(_digest(batch["input_ids"]) for batch in batches)
-        return cls(model, loss_fn, mine, sum(sizes), sum(sizes[ranks.rank :: ranks.size]), digest)
+        here = sum(sizes[ranks.rank :: ranks.size])
+        first = next((b for b, n in zip(batches, sizes, strict=True) if n > 1), batches[0])
+        return cls(model, loss_fn, mine, sum(sizes), here, digest, first)
 
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         first = 0
@@ -235,14 +292,35 @@ class CustomLoss:
                 segments=torch.stack([starts, starts + width], dim=1),
                 rows=size * width,
                 examples=range(first, first + size),
+                averaged=[1] * size,
             )
             first += size
+
+    def only(self, numbers: Sequence[int]) -> CustomLoss:
+        return replace(self, batches=[self.batches[i] for i in numbers])
+
+    def alone(self) -> CustomLoss:
+        return replace(self, batches=[row for batch in self.batches for row in _rows(batch)])
+
+    def excerpt(self) -> CustomLoss:
+        return replace(self, batches=[self.first])
 
     def describe(self) -> dict[str, Any]:
         return {
             "data": {"examples": self.num_examples, "sha256": self.digest},
             "loss": "loss_fn of the caller",
         }
+
+
+def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A batch of B examples as B batches: whatever has B entries is taken apart."""
+    size = batch["input_ids"].shape[0]
+
+    def part(value: Any, row: int) -> Any:
+        shared = not isinstance(value, Tensor | list | tuple) or getattr(value, "ndim", 1) == 0
+        return value if shared or len(value) != size else value[row : row + 1]
+
+    return [{key: part(value, row) for key, value in batch.items()} for row in range(size)]
 
 
 def _require_batch(batch: Any, position: int) -> None:

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loading": set(),
     "batching": {"data"},
     "model_state": set(),
-    "forward": {"batching", "data", "model_state"},
+    "forward": {"batching", "data", "hooks", "model_state"},
     "targets": set(),
     "atomic": set(),
     "layout": set(),
@@ -37,7 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "safetensors_files": set(),
     "scores": {"ops", "storage", "_logging"},
     "accumulators": {"ops", "scores", "targets"},
-    "capture": {"accumulators", "targets"},
+    "hooks": set(),
+    "capture": {"accumulators", "hooks", "targets"},
+    "trial": {"capture", "hooks", "model_state", "targets", "workloads"},
     "workloads": {"batching", "data", "distributed", "forward", "model_state", "scores"},
     "scoring": {
         "_logging",
@@ -48,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "provenance",
         "scores",
         "targets",
+        "trial",
         "workloads",
     },
     "masks": {"fastdean", "model_state", "ops", "storage"},
@@ -94,7 +97,7 @@ MAY_HOOK = {
     "capture.py",
     "collapse/regularizer.py",
     "collapse/representations.py",
-    "forward.py",
+    "hooks.py",
 }
 HOOKS = r"\bregister_(\w+_)?hook\b"
 
