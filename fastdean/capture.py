@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastdean.accumulators import Accumulator
@@ -107,6 +108,9 @@ class Capture:
                     f"{target.name} must have an input that stays as it was until the backward "
                     "pass, got one that was changed in place; leave it out of target_modules"
                 )
+            if g.numel() * x.shape[-1] == x.numel() * g.shape[-1]:
+                # The product behind a view is [B x T, R] where the input is [B, T, C].
+                g = g.reshape(*x.shape[:-1], g.shape[-1])
             # Under autocast a layer computes with its input cast to the dtype of its output.
             self._receive(target, x.to(g.dtype), g)
 
@@ -128,10 +132,26 @@ class Sums:
         self._fired: dict[str, int] = {}
         self._segments: Tensor | None = None
         self._rows = 0
+        self._factors: tuple[Tensor, Tensor] | None = None
+        self._wanted: Collection[str] | None = None
+        self._finite: dict[str, Tensor] = {}
 
-    def expect(self, segments: Tensor, rows: int) -> None:
-        """Say how the rows that the next backward pass delivers belong to examples."""
+    def expect(
+        self,
+        segments: Tensor,
+        rows: int,
+        factors: tuple[Tensor, Tensor] | None = None,
+        wanted: Collection[str] | None = None,
+    ) -> None:
+        """Say how the rows that the next backward pass delivers belong to examples.
+
+        Args:
+            factors: [rows, 1] for inputs and gradients; then a pair with a gradient that is not
+                finite is not added, and `finite` says so.
+            wanted: the parameters whose pairs are added; None: all.
+        """
         self._segments, self._rows, self._fired = segments, rows, {}
+        self._factors, self._wanted, self._finite = factors, wanted, {}
 
     def receive(self, target: Target, x: Tensor, g: Tensor) -> None:
         if target.parameter in self._sequence_first:
@@ -140,6 +160,14 @@ class Sums:
         if x.shape[0] != self._rows:
             raise RuntimeError(wrong_rows(target, self._rows, x.shape[0]))
         self._fired[target.parameter] = self._fired.get(target.parameter, 0) + 1
+        if self._wanted is not None and target.parameter not in self._wanted:
+            return
+        if self._factors is not None:
+            finite = g.isfinite().all()
+            self._finite[target.parameter] = finite
+            for_x, for_g = (factor.to(g.device) for factor in self._factors)
+            dtype = torch.promote_types(for_g.dtype, g.dtype)
+            x, g = x.to(dtype) * for_x, torch.where(finite, g, 0).to(dtype) * for_g
         self._accumulators[target.parameter].add_(x, g, self._segments)
 
     def require_complete(self) -> None:
@@ -147,6 +175,10 @@ class Sums:
             times = self._fired.get(parameter, 0)
             if times != 1:
                 raise RuntimeError(wrong_times(parameter.removesuffix(".weight"), times))
+
+    def finite(self) -> dict[str, Tensor]:
+        """Parameter -> whether the gradient of this batch was finite, a bool on its device."""
+        return self._finite
 
 
 def batch_first(rows: Tensor, number: int, examples: int) -> Tensor:

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdean._logging import logger
 from fastdean.accumulators import ACCUMULATORS, Accumulator, accumulator_bytes
+from fastdean.batching import send
 from fastdean.capture import Capture, Sums
 from fastdean.distributed import Ranks
+from fastdean.loss_scale import LossScale, row_factors
 from fastdean.model_state import (
     eager,
     evaluation_state,
@@ -36,6 +38,9 @@ from fastdean.scores import ScoreEntry, Scores, check_keep_top, keep_entry
 from fastdean.targets import Target, coverage, find_targets
 from fastdean.trial import Settled, settle
 from fastdean.workloads import BatchLosses, LossFunction, Workload, plan_workload
+
+# How often the scale of a batch that overflowed is lowered.
+_LOWERED = 4
 
 
 @torch.inference_mode(False)
@@ -158,6 +163,7 @@ def score(
         keep_top=keep_top,
         manifest=manifest
         | ({} if keep_top is None else {"keep_top": keep_top})
+        | ({} if settled.scale is None else {"loss_scale": settled.scale.factor})
         | ({} if settled.alone is None else {"one_example_per_batch": settled.alone}),
     )
 
@@ -177,20 +183,104 @@ def _run_pass(
         for target in targets
     }
     sums = Sums(accumulators, settled.sequence_first)
-    capture = Capture(targets, granularity, sums.receive)
     check = _LaggedCheck(bar)
-    with capture, closing(settled.work.losses(device)) as batches:
+    finite: list[Tensor] = []
+    with (
+        Capture(targets, granularity, sums.receive),
+        closing(settled.work.losses(device)) as batches,
+    ):
         for batch in batches:
             losses = _LossesUnderway(batch)
-            sums.expect(batch.segments, batch.rows)
-            if batch.values.requires_grad:
-                batch.values.sum().backward()
-            sums.require_complete()
+            _differentiate(batch, sums, settled.scale)
+            if settled.scale is not None:
+                finite.append(_together(sums.finite(), accumulators, batch.values.device))
             # Before the next forward pass, not after it: the losses hold this batch's graph.
             del batch
             check.queued(losses)
         check.finish()
+    if settled.scale is not None:
+        _add_what_overflowed(settled, targets, granularity, sums, finite, device)
+        for accumulator in accumulators.values():
+            for tensor in accumulator.tensors():
+                tensor.mul_(1 / settled.scale.factor)
     return accumulators
+
+
+def _differentiate(
+    batch: BatchLosses,
+    sums: Sums,
+    scale: LossScale | None,
+    lowered: LossScale | None = None,
+    wanted: Collection[str] | None = None,
+) -> None:
+    """Run the backward pass of a batch, from which the hooks add to the sums.
+
+    Args:
+        lowered, wanted: another scale for this batch, and the parameters that it is for.
+    """
+    if scale is None:
+        sums.expect(batch.segments, batch.rows)
+        loss = batch.values.sum()
+    else:
+        device = batch.values.device
+        for_x, for_g = row_factors(batch.segments, batch.averaged, batch.rows)
+        if lowered is None:
+            # Powers of two: exact in half precision, in which the products stay.
+            for_x, for_g = for_x.half(), for_g.half()
+        else:
+            for_g = for_g * (scale.factor / lowered.factor)
+        sums.expect(batch.segments, batch.rows, (send(for_x, device), send(for_g, device)), wanted)
+        factors = (lowered or scale).of_losses(batch.averaged)
+        loss = (batch.values.float() * send(factors, device)).sum()
+    if loss.requires_grad:
+        loss.backward()
+    sums.require_complete()
+
+
+def _add_what_overflowed(
+    settled: Settled,
+    targets: Sequence[Target],
+    granularity: str,
+    sums: Sums,
+    finite: Sequence[Tensor],
+    device: torch.device,
+) -> None:
+    """Do those batches again, with less and less of a scale, for the targets they left out.
+
+    Each pair of a batch and a target is added once, at the first scale that leaves it finite.
+    """
+    names = [target.parameter for target in targets]
+    missing = {
+        number: {name for name, whole in zip(names, flags, strict=True) if not whole}
+        for number, flags in enumerate(torch.stack(list(finite)).tolist() if finite else ())
+        if not all(flags)
+    }
+    for number, wanted in missing.items():
+        scale = settled.scale
+        for _ in range(_LOWERED):
+            scale = scale.lower()
+            with (
+                Capture(targets, granularity, sums.receive),
+                closing(settled.work.only([number]).losses(device)) as batches,
+            ):
+                batch = next(batches)
+                example = batch.examples[0]
+                _differentiate(batch, sums, settled.scale, scale, wanted)
+                del batch
+                wanted = {name for name, whole in sums.finite().items() if not bool(whole)}
+            if not wanted:
+                break
+        else:
+            raise RuntimeError(
+                f"gradients must be finite in float16, got others in the batch of example "
+                f"{example} for {min(wanted)}, whatever the loss is multiplied by; load the model "
+                "in bfloat16 or float32"
+            )
+
+
+def _together(flags: Mapping[str, Tensor], names: Iterable[str], device: torch.device) -> Tensor:
+    """The flags as one tensor, in the order of the names."""
+    return torch.stack([flags[name].to(device) for name in names])
 
 
 class _LossesUnderway:
@@ -285,8 +375,8 @@ def _require_weights_of_their_own(model: nn.Module, targets: Sequence[Target]) -
         if target.module._parameters.get("weight") is None:
             raise ValueError(
                 f"{target.parameter} must be a parameter, got a tensor that is computed from "
-                "others (a parametrization, weight or spectral norm, pruning); make it permanent, for "
-                "example with torch.nn.utils.parametrize.remove_parametrizations"
+                "others (a parametrization, weight or spectral norm, pruning); make it permanent, "
+                "for example with torch.nn.utils.parametrize.remove_parametrizations"
             )
 
 

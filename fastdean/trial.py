@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastdean.capture import Capture, batch_first, wrong_rows, wrong_times
 from fastdean.hooks import take_gradients
+from fastdean.loss_scale import LossScale, initial_scale
 from fastdean.model_state import fresh_leaves
 from fastdean.targets import Target
 from fastdean.workloads import BatchLosses, Workload
@@ -26,6 +27,8 @@ _DIRECTIONS = 8
 _SEED = 17
 # Of the norm of a gradient's rows, what may lie outside its example's; rounding leaves nothing.
 _STRAY = 1e-2
+# How often a loss scale is lowered before an overflow is taken for the model's own.
+_SCALES = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Trial:
         mixed: name of a target whose rows could not be told apart by example in a batch of several,
             or None.
         conclusive: False where a loss or a gradient was not finite.
-        largest: the largest absolute gradient of a product, of the loss times `scale`.
+        largest: the largest absolute gradient of a product, with the losses so scaled.
+        scale: what the losses were multiplied by.
     """
 
     targets: list[Target]
@@ -48,6 +52,7 @@ class Trial:
     mixed: str | None
     conclusive: bool
     largest: float
+    scale: LossScale | None
 
 
 @dataclass
@@ -68,6 +73,12 @@ class _Found:
     compared: bool = True
     largest: float = 0.0
 
+    def finite(self) -> bool:
+        gradients = (gradient for gradient in self.expected if gradient is not None)
+        return all(map(math.isfinite, self.total)) and all(
+            bool(gradient.isfinite().all()) for gradient in gradients
+        )
+
 
 @dataclass(frozen=True)
 class Settled:
@@ -76,7 +87,8 @@ class Settled:
     Attributes:
         targets, left_out, sequence_first: as in `Trial`.
         work: the workload, with every example alone where `alone` says so.
-        alone: why no two examples may share a batch, or None.
+        alone: the target for which no two examples may share a batch, or None.
+        scale: what the losses are multiplied by; None for models that do not compute in fp16.
     """
 
     targets: list[Target]
@@ -84,6 +96,7 @@ class Settled:
     sequence_first: frozenset[str]
     work: Workload
     alone: str | None
+    scale: LossScale | None
 
 
 def settle(
@@ -99,12 +112,12 @@ def settle(
         RuntimeError: none can, or a captured pair does not give the gradient of its weight.
     """
     excerpt = work.excerpt()
-    found = try_out(model, excerpt, targets, granularity, device)
+    found = _try_scales(model, excerpt, targets, granularity, device)
     left_out, alone = found.left_out, None
     if found.mixed is not None:
         alone = found.mixed
         _require_losses_of_their_own(excerpt, device, alone)
-        found = try_out(model, excerpt.alone(), found.targets, granularity, device)
+        found = _try_scales(model, excerpt.alone(), found.targets, granularity, device)
         left_out = left_out | found.left_out
         if found.mixed is not None:
             raise RuntimeError(
@@ -115,7 +128,26 @@ def settle(
         work = work.alone()
     if not found.targets:
         raise RuntimeError(next(iter(left_out.values())))
-    return Settled(found.targets, left_out, found.sequence_first, work, alone)
+    scale = None if found.scale is None else found.scale.fitted(found.largest)
+    return Settled(found.targets, left_out, found.sequence_first, work, alone, scale)
+
+
+def _try_scales(
+    model: nn.Module,
+    work: Workload,
+    targets: Sequence[Target],
+    granularity: str,
+    device: torch.device,
+) -> Trial:
+    """The trial with the largest loss scale at which nothing overflows."""
+    scale = initial_scale(model, device)
+    found = try_out(model, work, targets, granularity, device, scale)
+    for _ in range(_SCALES if scale is not None else 0):
+        if found.conclusive:
+            break
+        scale = scale.lower()
+        found = try_out(model, work, targets, granularity, device, scale)
+    return found
 
 
 @torch.no_grad()
@@ -139,13 +171,13 @@ def try_out(
     targets: Sequence[Target],
     granularity: str,
     device: torch.device,
-    scale: float = 1.0,
+    scale: LossScale | None = None,
 ) -> Trial:
     """Run one batch forward, and backward once for its first and once for its last example.
 
     Args:
         work: its first batch is taken.
-        scale: a factor of the losses.
+        scale: what the losses are multiplied by.
     Raises:
         RuntimeError: a captured pair does not give the gradient of its weight.
     """
@@ -170,12 +202,15 @@ def try_out(
         for b in examples:
             looking.begin(batch, b)
             if batch.values.requires_grad:
-                (batch.values[b].float() * scale).backward(retain_graph=b != last)
+                loss = batch.values[b]
+                if scale is not None:
+                    loss = loss.float() * float(scale.of_losses(batch.averaged)[b])
+                loss.backward(retain_graph=b != last)
+                del loss
             looking.end()
         del batch
-    everything = [*(f.total for f in found.values())]
-    conclusive = conclusive and all(math.isfinite(n) for each in everything for n in each)
-    return _judge(targets, found, number, conclusive)
+    conclusive = conclusive and all(of.finite() for of in found.values())
+    return _judge(targets, found, number, conclusive, scale)
 
 
 class _Looking:
@@ -245,7 +280,11 @@ def _directions(target: Target, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _judge(
-    targets: Sequence[Target], found: dict[str, _Found], number: int, conclusive: bool
+    targets: Sequence[Target],
+    found: dict[str, _Found],
+    number: int,
+    conclusive: bool,
+    scale: LossScale | None,
 ) -> Trial:
     scored, left_out, sequence_first, mixed = [], {}, set(), None
     for target in targets:
@@ -272,7 +311,7 @@ def _judge(
         if of.compared:
             _require_gradient(target, of, captured)
     largest = max((f.largest for f in found.values()), default=0.0)
-    return Trial(scored, left_out, frozenset(sequence_first), mixed, conclusive, largest)
+    return Trial(scored, left_out, frozenset(sequence_first), mixed, conclusive, largest, scale)
 
 
 def _apart(total: Sequence[float], inside: Sequence[float]) -> bool:

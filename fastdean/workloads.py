@@ -269,7 +269,8 @@ class CustomLoss:
         sizes = [batch["input_ids"].shape[0] for batch in batches]
         digest = examples_digest(_digest(batch["input_ids"]) for batch in batches)
         here = sum(sizes[ranks.rank :: ranks.size])
-        first = next((b for b, n in zip(batches, sizes, strict=True) if n > 1), batches[0])
+        # Rows of one token, or of one example, tell nothing about the order of rows.
+        first = max(batches, key=lambda batch: [n > 1 for n in batch["input_ids"].shape])
         return cls(model, loss_fn, mine, sum(sizes), here, digest, first)
 
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
