@@ -5,8 +5,8 @@ What becomes of a pair is told by the caller: `Sums` adds it up, the trial (tria
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ from fastdean.targets import Target
 Receiver = Callable[[Target, Tensor, Tensor], None]
 
 
-class Capture:
-    """Hooks that pair every target's input with the gradient of its own product.
+@contextmanager
+def capturing(
+    targets: Sequence[Target], granularity: str, receive: Receiver, *, again: bool = False
+) -> Iterator[None]:
+    """Inside, hooks pair every target's input with the gradient of its own product.
 
     A forward hook of the user may return something else than the product, and the model goes on
     with that; the pair stays that of the product, which is what the weight made.
@@ -33,88 +36,73 @@ class Capture:
             backward pass.
         again: keep the inputs for further backward passes over the same graph.
     """
+    hook, attached = (
+        (_weight_hook, forward_hooks)
+        if granularity == "weight"
+        else (_unit_hook, forward_pre_hooks)
+    )
+    with attached({target.module: hook(target, receive, again) for target in targets}):
+        yield
 
-    def __init__(
-        self,
-        targets: Sequence[Target],
-        granularity: str,
-        receive: Receiver,
-        *,
-        again: bool = False,
-    ) -> None:
-        self._targets = targets
-        self._granularity = granularity
-        self._receive = receive
-        self._again = again
-        self._hooked: AbstractContextManager | None = None
 
-    def __enter__(self) -> None:
-        if self._granularity == "weight":
-            hooks = {target.module: self._forward_hook(target) for target in self._targets}
-            self._hooked = forward_hooks(hooks)
-        else:
-            hooks = {target.module: self._unit_hook(target) for target in self._targets}
-            self._hooked = forward_pre_hooks(hooks)
-        self._hooked.__enter__()
+def _weight_hook(target: Target, receive: Receiver, again: bool) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise RuntimeError(
+                f"{target.name} must return a tensor, got {type(output).__name__}; leave it out of "
+                "target_modules"
+            )
+        x = (args[0] if args else _only(kwargs)).detach()
+        if not output.requires_grad:
+            # A clone, because a leaf that requires grad must not be changed in place later.
+            output = output.detach().requires_grad_(True).clone()
+        if not output.requires_grad:
+            return output
+        product = _unviewed(output)
+        _listen(target, x, product, receive, again)
+        # Whoever comes later puts hooks of his own on another tensor, whose gradient is passed on
+        # to the product only once they are through with it.
+        return output.view_as(output) if product is output else output
 
-    def __exit__(self, *exc_info: object) -> None:
-        hooked, self._hooked = self._hooked, None
-        hooked.__exit__(*exc_info)
+    return hook
 
-    def _forward_hook(self, target: Target) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-            if not isinstance(output, Tensor):
-                raise RuntimeError(
-                    f"{target.name} must return a tensor, got {type(output).__name__}; leave it "
-                    "out of target_modules"
-                )
-            x = (args[0] if args else _only(kwargs)).detach()
-            if not output.requires_grad:
-                # A clone, because a leaf that requires grad must not be changed in place later.
-                output = output.detach().requires_grad_(True).clone()
-            if not output.requires_grad:
-                return output
-            product = _unviewed(output)
-            self._listen(target, x, product)
-            # Whoever comes later puts hooks of his own on another tensor, whose gradient is passed
-            # on to the product only once they are through with it.
-            return output.view_as(output) if product is output else output
 
-        return hook
+def _unit_hook(target: Target, receive: Receiver, again: bool) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        a = args[0] if args else _only(kwargs)
+        if not a.requires_grad:
+            a = a.detach().requires_grad_(True)
+        if a.requires_grad:
+            _listen(target, a.detach(), a, receive, again)
+        return (a, *args[1:]), {} if not args else kwargs
 
-    def _unit_hook(self, target: Target) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            a = args[0] if args else _only(kwargs)
-            if not a.requires_grad:
-                a = a.detach().requires_grad_(True)
-            if a.requires_grad:
-                self._listen(target, a.detach(), a)
-            return (a, *args[1:]), {} if not args else kwargs
+    return hook
 
-        return hook
 
-    def _listen(self, target: Target, x: Tensor, differentiated: Tensor) -> None:
-        # Autograd keeps no copy of x for a frozen weight, and so would not notice a change to it.
-        version = x._version
-        # Let go of x as soon as its gradient is there: the graph, and this closure with it, lives
-        # on until the end of the batch.
-        held = [x]
-        del x
+def _listen(
+    target: Target, x: Tensor, differentiated: Tensor, receive: Receiver, again: bool
+) -> None:
+    # Autograd keeps no copy of x for a frozen weight, and so would not notice a change to it.
+    version = x._version
+    # Let go of x as soon as its gradient is there: the graph, and this closure with it, lives on
+    # until the end of the batch.
+    held = [x]
+    del x
 
-        def deliver(g: Tensor) -> None:
-            x = held[0] if self._again else held.pop()
-            if x._version != version:
-                raise RuntimeError(
-                    f"{target.name} must have an input that stays as it was until the backward "
-                    "pass, got one that was changed in place; leave it out of target_modules"
-                )
-            if g.numel() * x.shape[-1] == x.numel() * g.shape[-1]:
-                # The product behind a view is [B x T, R] where the input is [B, T, C].
-                g = g.reshape(*x.shape[:-1], g.shape[-1])
-            # Under autocast a layer computes with its input cast to the dtype of its output.
-            self._receive(target, x.to(g.dtype), g)
+    def deliver(g: Tensor) -> None:
+        x = held[0] if again else held.pop()
+        if x._version != version:
+            raise RuntimeError(
+                f"{target.name} must have an input that stays as it was until the backward pass, "
+                "got one that was changed in place; leave it out of target_modules"
+            )
+        if g.numel() * x.shape[-1] == x.numel() * g.shape[-1]:
+            # The product behind a view is [B x T, R] where the input is [B, T, C].
+            g = g.reshape(*x.shape[:-1], g.shape[-1])
+        # Under autocast a layer computes with its input cast to the dtype of its output.
+        receive(target, x.to(g.dtype), g)
 
-        differentiated.register_hook(deliver)
+    differentiated.register_hook(deliver)
 
 
 class Sums:

@@ -65,12 +65,14 @@ class TargetLogits:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._rows: Tensor | None = None
+        # An object of its own, so that the hook does not keep this one, which undoes it, alive.
+        self._gathering = _Gathering()
         self._hooked: AbstractContextManager | None = None
 
     def __enter__(self) -> Self:
         head = self._model.get_output_embeddings()
-        self._hooked = forward_pre_hooks({} if head is None else {head: self._gather})
+        hooks = {} if head is None else {head: self._gathering.gather}
+        self._hooked = forward_pre_hooks(hooks)
         self._hooked.__enter__()
         return self
 
@@ -78,22 +80,29 @@ class TargetLogits:
         hooked, self._hooked = self._hooked, None
         hooked.__exit__(*exc_info)
 
-    def _gather(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-        if self._rows is None or not args:
-            return None
-        rows, self._rows = self._rows, None
-        hidden = args[0].flatten(0, -2)
-        gathered = hidden.index_select(0, rows.to(hidden.device)).unsqueeze(0)
-        return (gathered, *args[1:]), kwargs
-
     def __call__(self, batch: Batch) -> Tensor:
-        self._rows = batch.target_rows
+        self._gathering.rows = batch.target_rows
         try:
             logits = self._model(**batch.model_inputs()).logits.flatten(0, -2)
         finally:
-            gathered, self._rows = self._rows is None, None
+            gathered, self._gathering.rows = self._gathering.rows is None, None
         # A model that never calls its output embedding as a module returns every row.
         return logits if gathered else logits.index_select(0, batch.target_rows.to(logits.device))
+
+
+class _Gathering:
+    """Takes `rows` of what the next call of the output embedding would see."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+
+    def gather(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        if self.rows is None or not args:
+            return None
+        rows, self.rows = self.rows, None
+        hidden = args[0].flatten(0, -2)
+        gathered = hidden.index_select(0, rows.to(hidden.device)).unsqueeze(0)
+        return (gathered, *args[1:]), kwargs
 
 
 def target_losses(logits: Tensor, batch: Batch) -> Tensor:

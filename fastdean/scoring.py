@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastdean._logging import logger
 from fastdean.accumulators import ACCUMULATORS, Accumulator, accumulator_bytes
 from fastdean.batching import send
-from fastdean.capture import Capture, Sums
+from fastdean.capture import Sums, capturing
 from fastdean.distributed import Ranks
 from fastdean.loss_scale import LossScale, row_factors
 from fastdean.model_state import (
@@ -186,7 +186,7 @@ def _run_pass(
     check = _LaggedCheck(bar)
     finite: list[Tensor] = []
     with (
-        Capture(targets, granularity, sums.receive),
+        capturing(targets, granularity, sums.receive),
         closing(settled.work.losses(device)) as batches,
     ):
         for batch in batches:
@@ -260,7 +260,7 @@ def _add_what_overflowed(
         for _ in range(_LOWERED):
             scale = scale.lower()
             with (
-                Capture(targets, granularity, sums.receive),
+                capturing(targets, granularity, sums.receive),
                 closing(settled.work.only([number]).losses(device)) as batches,
             ):
                 batch = next(batches)

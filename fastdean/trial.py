@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastdean.capture import Capture, batch_first, wrong_rows, wrong_times
+from fastdean.capture import batch_first, capturing, wrong_rows, wrong_times
 from fastdean.hooks import take_gradients
 from fastdean.loss_scale import LossScale, initial_scale
 from fastdean.model_state import fresh_leaves
@@ -189,7 +189,7 @@ def try_out(
     directions = {t.parameter: _directions(t, seed) for seed, t in enumerate(targets)}
     looking = _Looking(found, directions)
     with (
-        Capture(targets, granularity, looking.at_pair, again=True),
+        capturing(targets, granularity, looking.at_pair, again=True),
         fresh_leaves(model, [target.module.weight for target in weights]) as leaves,
         closing(work.losses(device)) as batches,
     ):
