@@ -334,9 +334,7 @@ UNUSED = (with_an_unused_module, "model.layers.1.unused_proj", 0)
 
 
 @pytest.mark.parametrize(("build", "module", "times"), [SHARED, UNUSED])
-def test_of_a_group_what_takes_no_part_or_several_is_left_out_and_said(
-    build, module, times, caplog
-):
+def test_what_takes_no_part_or_several_is_left_out_of_its_group(build, module, times, caplog):
     model, examples = build(), make_examples()
     with caplog.at_level(logging.WARNING, logger="fastdean"):
         scores = fastdean.score(model, batches(examples, 3), progress=False)

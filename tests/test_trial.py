@@ -1,9 +1,10 @@
-"""What the hooks of `score` capture is the gradient of the weight, example by example, or refused."""
+"""What the hooks of `score` capture is the gradient of the weight by example, or is refused."""
 
 from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,7 +101,9 @@ EVERYWHERE = {
 }
 
 
+# Such a hook is called for modules without tensors too, and for those below the lowest target.
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called:UserWarning")
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_hooks_of_all_modules(name):
     register, hook = EVERYWHERE[name]
@@ -260,7 +263,7 @@ class Mixing(nn.Module):
 
     def __init__(self, layers, first=True):
         super().__init__()
-        self.first = first
+        self.first, self.config = first, SimpleNamespace(hidden_size=WIDTH)
         self.embed, self.layers = nn.Embedding(VOCAB, WIDTH), nn.ModuleList(layers)
         self.head = nn.Linear(WIDTH, VOCAB)
 
@@ -299,7 +302,9 @@ def alone(model, loader, names):
     for ids in rows:
         (loss,) = token_losses(model(ids), {"input_ids": ids})
         sums = [s + g.abs() for s, g in zip(sums, torch.autograd.grad(loss, weights), strict=True)]
-    return {n: s * w.abs() / len(rows) for n, s, w in zip(names, sums, weights, strict=True)}
+    return {
+        n: s * w.detach().abs() / len(rows) for n, s, w in zip(names, sums, weights, strict=True)
+    }
 
 
 def tokens(*shapes):
@@ -343,9 +348,10 @@ def test_rows_in_every_order(name, shapes, caplog):
 def test_units_in_another_order():
     model, loader = encoder_model(False), tokens((3, 7), (2, 5))
     options = {"loss_fn": token_losses, "granularity": "neuron", "progress": False}
-    together = fastdean.score(model, loader, target_modules=["linear2"], **options)
+    together = fastdean.score(model, loader, **options)
     rows = [{"input_ids": row.unsqueeze(0)} for batch in loader for row in batch["input_ids"]]
-    one_by_one = fastdean.score(model, rows, target_modules=["linear2"], **options)
+    one_by_one = fastdean.score(model, rows, **options)
+    assert len(one_by_one) == 2
     for name in one_by_one:
         assert norm_error(together[name], one_by_one[name]) < 1e-5
 
