@@ -99,8 +99,9 @@ def _listen(
         if g.numel() * x.shape[-1] == x.numel() * g.shape[-1]:
             # The product behind a view is [B x T, R] where the input is [B, T, C].
             g = g.reshape(*x.shape[:-1], g.shape[-1])
-        # Under autocast a layer computes with its input cast to the dtype of its output.
-        receive(target, x.to(g.dtype), g)
+        # Under autocast a layer computes with its input cast to the dtype of its output; where a
+        # model is spread over devices it may fetch its input itself.
+        receive(target, x.to(g), g)
 
     differentiated.register_hook(deliver)
 

@@ -1,8 +1,9 @@
 """`score()`: importance of every weight on a set of examples, in one pass over them.
 
 The order of things: read the examples and plan batches (workloads.py), freeze the model so that
-autograd computes the forward pass and activation gradients only (model_state.py), hook the targets
-(capture.py), and let each hook hand its pair (input, output gradient) to an accumulator.
+autograd computes the forward pass and activation gradients only (model_state.py), try what the
+hooks capture (trial.py), hook the targets (capture.py), and let each hook hand its pair (input,
+output gradient) to an accumulator.
 """
 
 from __future__ import annotations
@@ -74,6 +75,10 @@ def score(
     on how examples are batched, padded or ordered, beyond rounding. The model comes back as it was
     (modes, requires_grad, config, hooks), also after an exception.
 
+    Before the pass the hooks are tried on a short batch (trial.py). Of a group or pattern, modules
+    that do not take part in it exactly once are left out, with a warning and a line in the
+    manifest's `coverage["left_out"]`; a suffix of a list must keep one at least.
+
     Under `torch.distributed` every rank passes the same loader; the examples are split over the
     ranks, the sums are reduced once, and every rank returns the whole result.
 
@@ -99,10 +104,12 @@ def score(
     Returns:
         Scores, one entry per target weight.
     Raises:
-        ValueError: no target matches, an example has no target token, a loss is NaN or infinite, or
-            the ranks of a distributed job were given different examples.
+        ValueError: no target matches or its weight is computed from others, an example has no
+            target token, a loss is NaN or infinite, or the ranks of a distributed job were given
+            different examples.
         TypeError: `model` is no module, or `loader` yields something else than dictionaries.
-        RuntimeError: a target did not take part exactly once in a batch, or cannot be scored here.
+        RuntimeError: a target did not take part exactly once in a batch, or what is captured of it
+            is not the gradient of its weight.
     Source:
         DEAN (arXiv 2410.16672), importance score; unit granularity is the activation x gradient
         form.
