@@ -113,6 +113,10 @@ def settle(
     """
     excerpt = work.excerpt()
     found = _try_scales(model, excerpt, targets, granularity, device)
+    if not found.targets:
+        # Windows of attention, for one, pad a short text to their own width.
+        excerpt = work.excerpt(whole=True)
+        found = _try_scales(model, excerpt, targets, granularity, device)
     left_out, alone = found.left_out, None
     if found.mixed is not None:
         alone = found.mixed

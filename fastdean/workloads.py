@@ -80,8 +80,12 @@ class Workload(Protocol):
     def alone(self) -> Workload:
         """The same with every example in a batch of its own."""
 
-    def excerpt(self) -> Workload:
-        """One batch, the same on all ranks, of at least two examples where that is possible."""
+    def excerpt(self, *, whole: bool = False) -> Workload:
+        """One batch, the same on all ranks, of at least two examples where that is possible.
+
+        Args:
+            whole: of texts as they are, however long; else of their beginnings, if that is exact.
+        """
 
     def describe(self) -> dict[str, Any]:
         """Examples, loss and batching, for the manifest; `data.sha256` tells examples apart."""
@@ -213,18 +217,18 @@ class LanguageModelling:
             examples, shift=self.shift, tokens_per_batch=tokens_per_batch, **vars(layout)
         )
 
-    def excerpt(self) -> LanguageModelling:
-        """The beginnings of two examples, every token a target; of two lengths if that is exact."""
-        most = max(2, min(_EXCERPT_TOKENS, self.layout.alone_above or _EXCERPT_TOKENS))
+    def excerpt(self, *, whole: bool = False) -> LanguageModelling:
+        """Two examples with every token a target; of two lengths if that is exact."""
         longest = sorted(self.examples[:_EXCERPT_FROM], key=len)[:-3:-1]
-        texts = [example.input_ids[:most] for example in longest]
-        if len(texts) == 2:
-            second, equal = len(texts[1]), min(len(text) for text in texts)
-            if self.layout.packed or self.layout.padded:
-                second = min(second, max(2, 2 * len(texts[0]) // 3))
-                texts[1] = texts[1][:second]
-            else:
-                texts = [text[:equal] for text in texts]
+        texts = [example.input_ids for example in longest]
+        if not whole:
+            most = max(2, min(_EXCERPT_TOKENS, self.layout.alone_above or _EXCERPT_TOKENS))
+            texts = [text[:most] for text in texts]
+            if len(texts) == 2:
+                # The second is the shorter one, and not longer than the first.
+                apart = self.layout.packed or self.layout.padded
+                ends = max(2, 2 * len(texts[0]) // 3) if apart else len(texts[1])
+                texts = [texts[0] if apart else texts[0][: len(texts[1])], texts[1][:ends]]
         examples = [Example(text, text) for text in texts]
         batches = self._plan(examples, sum(map(len, texts)) * 2, self.layout)
         mine = list(range(len(examples)))
@@ -303,7 +307,7 @@ class CustomLoss:
     def alone(self) -> CustomLoss:
         return replace(self, batches=[row for batch in self.batches for row in _rows(batch)])
 
-    def excerpt(self) -> CustomLoss:
+    def excerpt(self, *, whole: bool = False) -> CustomLoss:
         return replace(self, batches=[self.first])
 
     def describe(self) -> dict[str, Any]:

@@ -453,6 +453,22 @@ def test_nothing_is_scaled_in_other_dtypes(dtype):
 # What the trial runs on.
 
 
+def test_a_window_that_short_texts_are_padded_to():
+    from transformers import LongformerConfig, LongformerForMaskedLM
+
+    torch.manual_seed(0)
+    config = LongformerConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, attention_window=80, max_position_embeddings=128, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model, examples = LongformerForMaskedLM(config).eval(), make_examples(lengths=(80, 80, 80))
+    scores = fastdean.score(model, batches(examples, 3), progress=False)
+    expected = weight_importance(model, examples, list(scores), shift=0)
+    for name, value in scores.items():
+        assert norm_error(value, expected[name]) < 1e-5, name
+
+
 def test_an_excerpt_is_short_and_all_targets():
     from fastdean.distributed import Ranks
     from fastdean.workloads import LanguageModelling
@@ -461,6 +477,7 @@ def test_an_excerpt_is_short_and_all_targets():
     rows = [{"input_ids": each, "labels": each} for each in (ids[:5], ids.repeat(3)[:120], ids)]
     work = LanguageModelling.plan(llama(), rows, None, "raw", None, None, Ranks(0, 1))
     excerpt = work.excerpt()
+    assert [len(example) for example in work.excerpt(whole=True).examples] == [120, 87]
     assert len(excerpt.batches) == 1 and excerpt.batches[0].num_examples == 2
     assert [len(example) for example in excerpt.examples] == [64, 42]
     assert all(isinstance(each, Example) and each.num_targets(0) for each in excerpt.examples)
