@@ -8,6 +8,7 @@ Gemma 2's soft-cap) stays in place; computing `hidden @ weight.T` by hand would 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Self
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from fastdean.adapters import require_no_prompts
 from fastdean.batching import Batch, Layout, default_tokens_per_batch, plan_batches
 from fastdean.data import Example
+from fastdean.hooks import forward_pre_hooks
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
 _PROBE_TOKENS = 12
@@ -66,34 +68,44 @@ class TargetLogits:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._rows: Tensor | None = None
-        self._handle = None
+        # An object of its own, so that the hook does not keep this one, which undoes it, alive.
+        self._gathering = _Gathering()
+        self._hooked: AbstractContextManager | None = None
 
     def __enter__(self) -> Self:
         head = self._model.get_output_embeddings()
-        if head is not None:
-            self._handle = head.register_forward_pre_hook(self._gather)
+        hooks = {} if head is None else {head: self._gathering.gather}
+        self._hooked = forward_pre_hooks(hooks)
+        self._hooked.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-
-    def _gather(self, module: nn.Module, args: tuple) -> tuple | None:
-        if self._rows is None or not args:
-            return None
-        rows, self._rows = self._rows, None
-        hidden = args[0].flatten(0, -2)
-        return (hidden.index_select(0, rows.to(hidden.device)).unsqueeze(0), *args[1:])
+        hooked, self._hooked = self._hooked, None
+        hooked.__exit__(*exc_info)
 
     def __call__(self, batch: Batch) -> Tensor:
-        self._rows = batch.target_rows
+        self._gathering.rows = batch.target_rows
         try:
             logits = self._model(**batch.model_inputs()).logits.flatten(0, -2)
         finally:
-            gathered, self._rows = self._rows is None, None
+            gathered, self._gathering.rows = self._gathering.rows is None, None
         # A model that never calls its output embedding as a module returns every row.
         return logits if gathered else logits.index_select(0, batch.target_rows.to(logits.device))
+
+
+class _Gathering:
+    """Takes `rows` of what the next call of the output embedding would see."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+
+    def gather(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        if self.rows is None or not args:
+            return None
+        rows, self.rows = self.rows, None
+        hidden = args[0].flatten(0, -2)
+        gathered = hidden.index_select(0, rows.to(hidden.device)).unsqueeze(0)
+        return (gathered, *args[1:]), kwargs
 
 
 def target_losses(logits: Tensor, batch: Batch) -> Tensor:

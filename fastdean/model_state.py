@@ -2,13 +2,15 @@
 
 Below its wrappers, on its devices, and the context managers that change a model or torch for the
 length of a block. Nothing here runs the model.
+
+What a context manager undoes, it undoes twice: an interrupt of the first leaves the second.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -98,16 +100,23 @@ def evaluation_state(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     configs = [c for c in {id(c): c for c in _configs(model)}.values() if hasattr(c, "use_cache")]
     use_cache = [config.use_cache for config in configs]
-    try:
-        model.eval()
-        for config in configs:
-            config.use_cache = False
-        yield
-    finally:
+
+    def undo() -> None:
         for module in training:
             module.training = True
         for config, value in zip(configs, use_cache, strict=True):
             config.use_cache = value
+
+    try:
+        try:
+            model.eval()
+            for config in configs:
+                config.use_cache = False
+            yield
+        finally:
+            undo()
+    finally:
+        undo()
 
 
 def _configs(model: nn.Module) -> list:
@@ -127,13 +136,50 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.requires_grad
     ]
-    try:
-        for name in trainable:
-            model.get_parameter(name).requires_grad_(False)
-        yield
-    finally:
+
+    def undo() -> None:
         for name in trainable:
             model.get_parameter(name).requires_grad_(True)
+
+    try:
+        try:
+            for name in trainable:
+                model.get_parameter(name).requires_grad_(False)
+            yield
+        finally:
+            undo()
+    finally:
+        undo()
+
+
+@contextmanager
+def fresh_leaves(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Inside, parameters that share the weights' memory and require gradients stand in for them.
+
+    So that a backward pass reaches neither the weights' own `.grad` nor what is hooked to them
+    (an optimizer step, the buckets of DistributedDataParallel). They come in the given order.
+    """
+    leaves = {id(weight): nn.Parameter(weight.detach()) for weight in weights}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in leaves
+    ]
+
+    def undo() -> None:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+    try:
+        try:
+            for module, name, parameter in places:
+                module._parameters[name] = leaves[id(parameter)]
+            yield list(leaves.values())
+        finally:
+            undo()
+    finally:
+        undo()
 
 
 @contextmanager
@@ -146,22 +192,47 @@ def strict_determinism(deterministic: bool) -> Iterator[None]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     # Without it torch refuses every matrix product on a GPU in this mode.
     own_workspace = _CUBLAS_WORKSPACE not in os.environ
-    os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
-    try:
-        torch.use_deterministic_algorithms(True)
-        yield
-    finally:
+
+    def undo() -> None:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         if own_workspace:
             os.environ.pop(_CUBLAS_WORKSPACE, None)
 
+    try:
+        try:
+            os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            yield
+        finally:
+            undo()
+    finally:
+        undo()
+
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Compiled modules and functions do not fire hooks that were added after compilation."""
+    """Every module is called as a module inside, so that its hooks run.
+
+    Compiled modules and functions do not fire hooks that were added after compilation, and torch's
+    fused encoder layers none at all.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
     # Nothing was compiled where the compiler was never imported, and importing it takes seconds.
-    if "torch._dynamo" in sys.modules:
-        with torch.compiler.set_stance("force_eager"):
+    compiler = "torch._dynamo" in sys.modules
+    stances: list = []
+
+    def undo() -> None:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for stance in stances:
+            stance.__exit__(None, None, None)
+
+    try:
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            if compiler:
+                stances.append(torch.compiler.set_stance("force_eager"))
             yield
-    else:
-        yield
+        finally:
+            undo()
+    finally:
+        undo()

@@ -1,28 +1,31 @@
 """`score()`: importance of every weight on a set of examples, in one pass over them.
 
 The order of things: read the examples and plan batches (workloads.py), freeze the model so that
-autograd computes the forward pass and activation gradients only (model_state.py), hook the targets
-(capture.py), and let each hook hand its pair (input, output gradient) to an accumulator.
+autograd computes the forward pass and activation gradients only (model_state.py), try what the
+hooks capture (trial.py), hook the targets (capture.py), and let each hook hand its pair (input,
+output gradient) to an accumulator.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdean._logging import logger
 from fastdean.accumulators import ACCUMULATORS, Accumulator, accumulator_bytes
 from fastdean.adapters import require_no_prompts
-from fastdean.capture import Capture
+from fastdean.batching import send
+from fastdean.capture import Sums, capturing
 from fastdean.distributed import Ranks
+from fastdean.loss_scale import LossScale, row_factors
 from fastdean.model_state import (
     eager,
     evaluation_state,
@@ -35,7 +38,11 @@ from fastdean.model_state import (
 )
 from fastdean.scores import ScoreEntry, Scores, check_keep_top, keep_entry
 from fastdean.targets import Target, coverage, find_targets
+from fastdean.trial import Settled, settle
 from fastdean.workloads import BatchLosses, LossFunction, Workload, plan_workload
+
+# How often the scale of a batch that overflowed is lowered.
+_LOWERED = 4
 
 
 @torch.inference_mode(False)
@@ -69,6 +76,10 @@ def score(
     on how examples are batched, padded or ordered, beyond rounding. The model comes back as it was
     (modes, requires_grad, config, hooks), also after an exception.
 
+    Before the pass the hooks are tried on a short batch (trial.py). Of a group or pattern, modules
+    that do not take part in it exactly once are left out, with a warning and a line in the
+    manifest's `coverage["left_out"]`; a suffix of a list must keep one at least.
+
     Under `torch.distributed` every rank passes the same loader; the examples are split over the
     ranks, the sums are reduced once, and every rank returns the whole result.
 
@@ -94,10 +105,12 @@ def score(
     Returns:
         Scores, one entry per target weight.
     Raises:
-        ValueError: no target matches, an example has no target token, a loss is NaN or infinite, or
-            the ranks of a distributed job were given different examples.
+        ValueError: no target matches or its weight is computed from others, an example has no
+            target token, a loss is NaN or infinite, or the ranks of a distributed job were given
+            different examples.
         TypeError: `model` is no module, or `loader` yields something else than dictionaries.
-        RuntimeError: a target did not take part exactly once in a batch, or cannot be scored here.
+        RuntimeError: a target did not take part exactly once in a batch, or what is captured of it
+            is not the gradient of its weight.
     Source:
         DEAN (arXiv 2410.16672), importance score; unit granularity is the activation x gradient
         form.
@@ -106,7 +119,8 @@ def score(
     require_no_prompts(model)
     check_keep_top(keep_top)
     targets = find_targets(model, target_modules, granularity)
-    passes = _split_by_memory(targets, granularity, memory_budget)
+    _require_weights_of_their_own(model, targets)
+    _split_by_memory(targets, granularity, memory_budget)
     _warn_about_unscorable(coverage(model, targets))
     ranks = Ranks.current()
     device = input_device(model)
@@ -127,12 +141,18 @@ def score(
         stack.enter_context(evaluation_state(model))
         stack.enter_context(frozen(model))
         stack.enter_context(torch.enable_grad())
+        with ranks.failing_together():
+            settled = settle(model, work, targets, granularity, device)
+            _require_each_wanted(settled, target_modules)
+        _say_what_was_found(settled, ranks)
+        work = settled.work
+        passes = _split_by_memory(settled.targets, granularity, memory_budget)
         total = work.examples_here * len(passes)
         bar = stack.enter_context(_progress_bar(total, description, progress and ranks.first))
         entries: dict[str, ScoreEntry] = {}
         for group in passes:
             with ranks.failing_together():
-                accumulators = _run_pass(model, group, granularity, work, device, impl, bar)
+                accumulators = _run_pass(settled, group, granularity, device, impl, bar)
             for accumulator in accumulators.values():
                 ranks.sum_(accumulator.tensors())
             for target in group:
@@ -143,22 +163,24 @@ def score(
                     entry = replace(entry, sums=entry.sums.cpu())
                 entries[target.parameter] = entry
 
-    covered = coverage(model, targets, entries)
+    covered = coverage(model, targets, entries) | {"left_out": settled.left_out}
     manifest = _manifest(model, work, covered, granularity, target_modules, ranks)
     return Scores(
         entries,
         granularity=granularity,
         num_examples=work.num_examples,
         keep_top=keep_top,
-        manifest=manifest | ({} if keep_top is None else {"keep_top": keep_top}),
+        manifest=manifest
+        | ({} if keep_top is None else {"keep_top": keep_top})
+        | ({} if settled.scale is None else {"loss_scale": settled.scale.factor})
+        | ({} if settled.alone is None else {"one_example_per_batch": settled.alone}),
     )
 
 
 def _run_pass(
-    model: nn.Module,
+    settled: Settled,
     targets: Sequence[Target],
     granularity: str,
-    work: Workload,
     device: torch.device,
     impl: str | None,
     bar: Any,
@@ -169,20 +191,105 @@ def _run_pass(
         target.parameter: kind(target, execution_device(target.module, device), impl)
         for target in targets
     }
-    capture = Capture(targets, accumulators, granularity)
+    sums = Sums(accumulators, settled.sequence_first)
     check = _LaggedCheck(bar)
-    with capture, closing(work.losses(device)) as batches:
+    finite: list[Tensor] = []
+    with (
+        capturing(targets, granularity, sums.receive),
+        closing(settled.work.losses(device)) as batches,
+    ):
         for batch in batches:
             losses = _LossesUnderway(batch)
-            capture.expect(batch.segments, batch.rows)
-            if batch.values.requires_grad:
-                batch.values.sum().backward()
-            capture.require_complete()
+            _differentiate(batch, sums, settled.scale)
+            if settled.scale is not None:
+                finite.append(_together(sums.finite(), accumulators, batch.values.device))
             # Before the next forward pass, not after it: the losses hold this batch's graph.
             del batch
             check.queued(losses)
         check.finish()
+    if settled.scale is not None:
+        _add_what_overflowed(settled, targets, granularity, sums, finite, device)
+        for accumulator in accumulators.values():
+            for tensor in accumulator.tensors():
+                tensor.mul_(1 / settled.scale.factor)
     return accumulators
+
+
+def _differentiate(
+    batch: BatchLosses,
+    sums: Sums,
+    scale: LossScale | None,
+    lowered: LossScale | None = None,
+    wanted: Collection[str] | None = None,
+) -> None:
+    """Run the backward pass of a batch, from which the hooks add to the sums.
+
+    Args:
+        lowered, wanted: another scale for this batch, and the parameters that it is for.
+    """
+    if scale is None:
+        sums.expect(batch.segments, batch.rows)
+        loss = batch.values.sum()
+    else:
+        device = batch.values.device
+        for_x, for_g = row_factors(batch.segments, batch.averaged, batch.rows)
+        if lowered is None:
+            # Powers of two: exact in half precision, in which the products stay.
+            for_x, for_g = for_x.half(), for_g.half()
+        else:
+            for_g = for_g * (scale.factor / lowered.factor)
+        sums.expect(batch.segments, batch.rows, (send(for_x, device), send(for_g, device)), wanted)
+        factors = (lowered or scale).of_losses(batch.averaged)
+        loss = (batch.values.float() * send(factors, device)).sum()
+    if loss.requires_grad:
+        loss.backward()
+    sums.require_complete()
+
+
+def _add_what_overflowed(
+    settled: Settled,
+    targets: Sequence[Target],
+    granularity: str,
+    sums: Sums,
+    finite: Sequence[Tensor],
+    device: torch.device,
+) -> None:
+    """Do those batches again, with less and less of a scale, for the targets they left out.
+
+    Each pair of a batch and a target is added once, at the first scale that leaves it finite.
+    """
+    names = [target.parameter for target in targets]
+    missing = {
+        number: {name for name, whole in zip(names, flags, strict=True) if not whole}
+        for number, flags in enumerate(torch.stack(list(finite)).tolist() if finite else ())
+        if not all(flags)
+    }
+    for number, wanted in missing.items():
+        scale = settled.scale
+        for _ in range(_LOWERED):
+            scale = scale.lower()
+            with (
+                capturing(targets, granularity, sums.receive),
+                closing(settled.work.only([number]).losses(device)) as batches,
+            ):
+                batch = next(batches)
+                example = batch.examples[0]
+                _differentiate(batch, sums, settled.scale, scale, wanted)
+                del batch
+                wanted = {name for name, whole in sums.finite().items() if not bool(whole)}
+            if not wanted:
+                break
+        else:
+            raise RuntimeError(
+                f"gradients must be finite in float16, got others in the batch of example "
+                f"{example} for {min(wanted)}, whatever the loss is multiplied by; load the model "
+                "in bfloat16 or float32"
+            )
+
+
+def _together(flags: Mapping[str, Tensor], names: Iterable[str], device: torch.device) -> Tensor:
+    """The flags as one tensor, in the order of the names."""
+    return torch.stack([flags[name].to(device) for name in names])
 
 
 class _LossesUnderway:
@@ -263,6 +370,48 @@ def _split_by_memory(
         passes[-1].append(target)
         used += size
     return passes
+
+
+def _require_weights_of_their_own(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Refuse what can be neither differentiated here nor edited later."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"model must have parameters that autograd can use, got {name}, made under "
+                "torch.inference_mode(); load the model outside of it"
+            )
+    for target in targets:
+        if target.module._parameters.get("weight") is None:
+            raise ValueError(
+                f"{target.parameter} must be a parameter, got a tensor that is computed from "
+                "others (a parametrization, weight or spectral norm, pruning); make it permanent, "
+                "for example with torch.nn.utils.parametrize.remove_parametrizations"
+            )
+
+
+def _require_each_wanted(settled: Settled, target_modules: str | Sequence[str]) -> None:
+    """Whoever names a group gets what of it can be scored; nothing that was named goes missing."""
+    for suffix in () if isinstance(target_modules, str) else target_modules:
+        names = [target.name for target in settled.targets]
+        if not any(name == suffix or name.endswith(f".{suffix}") for name in names):
+            for name, reason in settled.left_out.items():
+                if name == suffix or name.endswith(f".{suffix}"):
+                    raise RuntimeError(reason)
+
+
+def _say_what_was_found(settled: Settled, ranks: Ranks) -> None:
+    if settled.left_out and ranks.first:
+        logger.warning(
+            "%d matched modules are left out of the scores: %s",
+            len(settled.left_out),
+            next(iter(settled.left_out.values())),
+        )
+    if settled.alone is not None and ranks.first:
+        logger.warning(
+            "examples are scored one at a time: in a batch of several, the rows of %s could not be "
+            "told apart by example",
+            settled.alone,
+        )
 
 
 def _warn_about_unscorable(covered: Mapping[str, Any]) -> None:

@@ -312,7 +312,7 @@ def _is_scorable(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or module.weight.dim() != 2:
         return False
     # Quantised ones are refused by name where they are asked for.
-    return not _is_floating_point(module) or _is_product(module)
+    return not _is_floating_point(module) or _is_linear_map(module)
 
 
 def _is_floating_point(module: nn.Module) -> bool:
@@ -320,16 +320,20 @@ def _is_floating_point(module: nn.Module) -> bool:
     return dtype.is_floating_point and dtype.itemsize > 1
 
 
-def _is_product(module: nn.Linear) -> bool:
-    """Whether a Linear returns `x W^T + b` and nothing else; a subclass is tried once."""
+def _is_linear_map(module: nn.Linear) -> bool:
+    """Whether a Linear returns one tensor of its outputs; a subclass is tried once.
+
+    Whether that tensor has the gradient of a product is for the trial to say (trial.py): a layer
+    that rounds its weight straight through does, one that scales it does not.
+    """
     if type(module).forward is nn.Linear.forward:
         return True
     if module not in _TRIED:
-        _TRIED[module] = _returns_the_product(module)
+        _TRIED[module] = _returns_its_outputs(module)
     return _TRIED[module]
 
 
-def _returns_the_product(module: nn.Linear) -> bool:
+def _returns_its_outputs(module: nn.Linear) -> bool:
     weight = module.weight
     generator = torch.Generator("cpu").manual_seed(_SEED)
     x = torch.randn((1, _TOKENS, weight.shape[1]), generator=generator, device="cpu")
@@ -340,13 +344,7 @@ def _returns_the_product(module: nn.Linear) -> bool:
             output = type(module).forward(module, x)
         except Exception:
             return False
-        expected = nn.functional.linear(x, weight, module.bias)
-    if not isinstance(output, Tensor) or output.shape != expected.shape:
-        return False
-    if output.device.type == "meta":
-        return True
-    tolerance = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
-    return bool((output - expected).float().norm() <= tolerance * expected.float().norm())
+    return isinstance(output, Tensor) and output.shape == (1, _TOKENS, weight.shape[0])
 
 
 def _matches(

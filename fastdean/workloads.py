@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,10 @@ from fastdean.forward import TargetLogits, exact_layout, label_shift, target_los
 from fastdean.model_state import input_device, max_tokens
 from fastdean.scores import examples_digest
 
+# An excerpt is to show what depends on the length of a text, and to cost next to nothing.
+_EXCERPT_TOKENS = 64
+_EXCERPT_FROM = 8
+
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 
 
@@ -42,12 +46,14 @@ class BatchLosses:
             last; never changed in place.
         rows: token rows of the batch, padding included.
         examples: the number of each of the B examples, for messages.
+        averaged: over how many target tokens each loss is a mean, as far as that is known; else 1.
     """
 
     values: Tensor
     segments: Tensor
     rows: int
     examples: Sequence[int]
+    averaged: Sequence[int]
 
 
 class Workload(Protocol):
@@ -66,6 +72,19 @@ class Workload(Protocol):
 
         Work is put on the device's queue, and nothing but the model's own code waits for results.
         The model may carry a hook until the generator is closed.
+        """
+
+    def only(self, numbers: Sequence[int]) -> Workload:
+        """These of its batches, by their place in the order of `losses`."""
+
+    def alone(self) -> Workload:
+        """The same with every example in a batch of its own."""
+
+    def excerpt(self, *, whole: bool = False) -> Workload:
+        """One batch, the same on all ranks, of at least two examples where that is possible.
+
+        Args:
+            whole: of texts as they are, however long; else of their beginnings, if that is exact.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -174,7 +193,46 @@ class LanguageModelling:
             segments=batch.segments,
             rows=batch.input_ids.numel(),
             examples=[self.mine[i] for i in batch.example_index],
+            averaged=[self._example(i).num_targets(self.shift) for i in batch.example_index],
         )
+
+    def _example(self, i: int) -> Example:
+        return self.examples[self.mine[i]]
+
+    def only(self, numbers: Sequence[int]) -> LanguageModelling:
+        return replace(self, batches=[self.batches[i] for i in numbers])
+
+    def alone(self) -> LanguageModelling:
+        layout = replace(self.layout, padded=self.layout.packed)
+        return replace(self, batches=self._plan([self._example(i) for i in self._here], 1, layout))
+
+    @property
+    def _here(self) -> range:
+        return range(len(self.mine))
+
+    def _plan(
+        self, examples: Sequence[Example], tokens_per_batch: int, layout: Layout
+    ) -> list[Batch]:
+        return plan_batches(
+            examples, shift=self.shift, tokens_per_batch=tokens_per_batch, **vars(layout)
+        )
+
+    def excerpt(self, *, whole: bool = False) -> LanguageModelling:
+        """Two examples with every token a target; of two lengths if that is exact."""
+        longest = sorted(self.examples[:_EXCERPT_FROM], key=len)[:-3:-1]
+        texts = [example.input_ids for example in longest]
+        if not whole:
+            most = max(2, min(_EXCERPT_TOKENS, self.layout.alone_above or _EXCERPT_TOKENS))
+            texts = [text[:most] for text in texts]
+            if len(texts) == 2:
+                # The second is the shorter one, and not longer than the first.
+                apart = self.layout.packed or self.layout.padded
+                ends = max(2, 2 * len(texts[0]) // 3) if apart else len(texts[1])
+                texts = [texts[0] if apart else texts[0][: len(texts[1])], texts[1][:ends]]
+        examples = [Example(text, text) for text in texts]
+        batches = self._plan(examples, sum(map(len, texts)) * 2, self.layout)
+        mine = list(range(len(examples)))
+        return replace(self, examples=examples, batches=batches[:1], mine=mine)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -200,6 +258,7 @@ class CustomLoss:
     num_examples: int
     examples_here: int
     digest: str
+    first: Mapping[str, Any]
 
     @classmethod
     def plan(cls, model: nn.Module, loader: Any, loss_fn: LossFunction, ranks: Ranks) -> CustomLoss:
@@ -213,7 +272,10 @@ class CustomLoss:
         mine = batches[ranks.rank :: ranks.size]
         sizes = [batch["input_ids"].shape[0] for batch in batches]
         digest = examples_digest(_digest(batch["input_ids"]) for batch in batches)
-        return cls(model, loss_fn, mine, sum(sizes), sum(sizes[ranks.rank :: ranks.size]), digest)
+        here = sum(sizes[ranks.rank :: ranks.size])
+        # Rows of one token, or of one example, tell nothing about the order of rows.
+        first = max(batches, key=lambda batch: [n > 1 for n in batch["input_ids"].shape])
+        return cls(model, loss_fn, mine, sum(sizes), here, digest, first)
 
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         first = 0
@@ -235,14 +297,35 @@ class CustomLoss:
                 segments=torch.stack([starts, starts + width], dim=1),
                 rows=size * width,
                 examples=range(first, first + size),
+                averaged=[1] * size,
             )
             first += size
+
+    def only(self, numbers: Sequence[int]) -> CustomLoss:
+        return replace(self, batches=[self.batches[i] for i in numbers])
+
+    def alone(self) -> CustomLoss:
+        return replace(self, batches=[row for batch in self.batches for row in _rows(batch)])
+
+    def excerpt(self, *, whole: bool = False) -> CustomLoss:
+        return replace(self, batches=[self.first])
 
     def describe(self) -> dict[str, Any]:
         return {
             "data": {"examples": self.num_examples, "sha256": self.digest},
             "loss": "loss_fn of the caller",
         }
+
+
+def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A batch of B examples as B batches: whatever has B entries is taken apart."""
+    size = batch["input_ids"].shape[0]
+
+    def part(value: Any, row: int) -> Any:
+        shared = not isinstance(value, Tensor | list | tuple) or getattr(value, "ndim", 1) == 0
+        return value if shared or len(value) != size else value[row : row + 1]
+
+    return [{key: part(value, row) for key, value in batch.items()} for row in range(size)]
 
 
 def _require_batch(batch: Any, position: int) -> None:

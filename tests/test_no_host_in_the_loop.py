@@ -102,6 +102,12 @@ def test_every_architecture_packed_or_padded(watched, name):
     assert operations(reads.by("fastdean")) == dict.fromkeys(CHECK, 1)
 
 
+def test_an_overflow_in_fp16_is_looked_for_once_at_the_end(watched):
+    reads = watched(llama_of(2).half(), tokens_per_batch=1)
+    ours = operations(reads.by("fastdean"))
+    assert ours == {"to": EXAMPLES, "tolist": EXAMPLES + 1}
+
+
 READERS = {
     "item": lambda x: x.sum().item(),
     "if": lambda x: bool(x.sum() > 0),

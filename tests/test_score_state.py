@@ -8,12 +8,17 @@ import sys
 
 import pytest
 import torch
+from interrupts import interrupt, moments
 from oracle import norm_error
 from tiny_data import batches, make_examples
 from tiny_models import MODELS, gpt2, llama, qwen2
 from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.module import register_module_forward_hook
 
 import fastdean
+from fastdean import accumulators, capture, forward, hooks, model_state, scoring, trial, workloads
+from fastdean.targets import find_targets
 
 
 def loader():
@@ -108,8 +113,6 @@ def test_an_exception_in_the_model_changes_nothing(error, at):
 
 
 def test_an_interrupt_in_the_backward_pass_changes_nothing(monkeypatch):
-    from fastdean import accumulators
-
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -300,8 +303,6 @@ def test_offloaded_weights(granularity):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_have_fp32_products(dtype, monkeypatch):
-    from fastdean import accumulators
-
     seen = []
 
     def recording(acc, x, g, segments, **options):
@@ -321,9 +322,92 @@ def test_half_precision_models_have_fp32_products(dtype, monkeypatch):
         exact[acc.data_ptr()] = exact.get(acc.data_ptr(), 0) + value
     for name, entry in scores.entries.items():
         assert scores[name].dtype == torch.float32
-        assert norm_error(entry.sums, exact[entry.sums.data_ptr()]) < 1e-6
+        # What a loss is multiplied by is taken back from the sums at the end.
+        scale = scores.manifest.get("loss_scale", 1.0)
+        assert norm_error(entry.sums * scale, exact[entry.sums.data_ptr()]) < 1e-6
         rounded = exact[entry.sums.data_ptr()].to(dtype)
         assert norm_error(rounded, exact[entry.sums.data_ptr()]) > 1e-5
     monkeypatch.undo()
     whole = run(llama())
     assert all(norm_error(scores[name], whole[name]) < 0.1 for name in whole)
+
+
+# Ctrl-C at every line of what changes a model, and at some of a whole run.
+
+CHANGING = [hooks, capture, model_state, forward]
+RUNNING = [*CHANGING, scoring, trial, workloads, accumulators]
+
+
+def files_of(modules):
+    return {module.__file__ for module in modules}
+
+
+def into_every_state(model):
+    """In and out of every state that scoring puts a model and torch into."""
+    targets = find_targets(model)
+    with (
+        model_state.strict_determinism(True),
+        model_state.eager(),
+        model_state.evaluation_state(model),
+        model_state.frozen(model),
+        model_state.fresh_leaves(model, [targets[0].module.weight]),
+        capture.capturing(targets[:2], "weight", lambda *pair: None),
+        capture.capturing(targets[-1:], "neuron", lambda *pair: None),
+        forward.TargetLogits(model),
+    ):
+        assert not model.training
+
+
+def small():
+    """A model of few modules, so that few lines run."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=8, n_positions=8, n_embd=4, n_layer=2, n_head=1, bos_token_id=1, eos_token_id=2
+    )
+    return unusual(GPT2LMHeadModel(config))
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["", "beside a hook of all modules"])
+def test_an_interrupt_at_any_line_leaves_nothing_behind(others):
+    model = small()
+    other = register_module_forward_hook(lambda *args: None) if others else None
+    try:
+        before, everywhere = state_of(model), len(torch_module._global_forward_hooks)
+        files = files_of(CHANGING)
+        found = moments(lambda: into_every_state(model), files)
+        assert len(found) > 100
+        for moment in found:
+            interrupt(lambda: into_every_state(model), files, moment)
+            assert_same_state(before, state_of(model))
+            assert len(torch_module._global_forward_hooks) == everywhere
+            assert torch.backends.mha.get_fastpath_enabled()
+    finally:
+        if other is not None:
+            other.remove()
+
+
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_an_interrupt_in_a_run_leaves_nothing_behind(granularity):
+    model = small()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    batch = {"input_ids": ids, "labels": ids}
+
+    def whole():
+        fastdean.score(model, [batch], granularity=granularity, progress=False)
+
+    whole()
+    before, files = state_of(model), files_of(RUNNING)
+    for moment in moments(whole, files)[::20]:
+        interrupt(whole, files, moment)
+        assert_same_state(before, state_of(model))
+
+
+def test_a_model_made_in_inference_mode_is_refused_before_it_runs():
+    with torch.inference_mode():
+        model = llama()
+    calls = []
+    model.register_forward_hook(lambda *args: calls.append(1))
+    with pytest.raises(ValueError, match="must have parameters that autograd can use, got model.e"):
+        run(model)
+    assert not calls

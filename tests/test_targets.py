@@ -338,20 +338,50 @@ def test_models_without_linear_layers_say_so():
         find_targets(nn.Embedding(3, 4))
 
 
-def test_a_module_shared_by_two_layers_is_refused_and_the_model_restored():
+def with_a_shared_module():
     model = llama().train()
     model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
-    with pytest.raises(RuntimeError) as caught:
-        fastdean.score(model, batches(make_examples(), 3), progress=False)
-    assert str(caught.value).startswith(
-        "model.layers.0.mlp.up_proj must take part in the loss exactly once per batch, got 2 times;"
-    )
-    assert model.training and all(p.requires_grad for p in model.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return model
 
 
-def test_a_module_that_takes_no_part_is_refused():
+def with_an_unused_module():
     model = llama()
     model.model.layers[1].mlp.unused_proj = nn.Linear(HIDDEN, INTERMEDIATE)
-    with pytest.raises(RuntimeError, match="unused_proj must take part .* got 0 times"):
-        fastdean.score(model, batches(make_examples(), 3), progress=False)
+    return model
+
+
+SHARED = (with_a_shared_module, "model.layers.0.mlp.up_proj", 2)
+UNUSED = (with_an_unused_module, "model.layers.1.mlp.unused_proj", 0)
+
+
+@pytest.mark.parametrize(("build", "module", "times"), [SHARED, UNUSED])
+def test_what_takes_no_part_or_several_is_left_out_of_its_group(build, module, times, caplog):
+    model, examples = build(), make_examples()
+    with caplog.at_level(logging.WARNING, logger="fastdean"):
+        scores = fastdean.score(model, batches(examples, 3), progress=False)
+    text = f"{module} must take part in the loss exactly once per batch, got {times} times;"
+    left_out = scores.manifest["coverage"]["left_out"]
+    assert list(left_out) == [module] and left_out[module].startswith(text)
+    (record,) = [r for r in caplog.records if r.name == "fastdean"]
+    assert record.getMessage().startswith(f"1 matched modules are left out of the scores: {text}")
+    assert set(scores) == {t.parameter for t in find_targets(model)} - {f"{module}.weight"}
+    assert scores.manifest["coverage"]["scored"] == len(scores)
+    expected = weight_importance(model, examples, list(scores))
+    for name in scores:
+        assert norm_error(scores[name], expected[name]) < 1e-5
+
+
+@pytest.mark.parametrize("wanted", ["in a list", "by a pattern"])
+@pytest.mark.parametrize(("build", "module", "times"), [SHARED, UNUSED])
+def test_what_is_asked_for_by_name_is_refused_and_the_model_restored(build, module, times, wanted):
+    model = build()
+    training = model.training
+    suffix = module.rpartition(".")[2]
+    named = [suffix, "down_proj"] if wanted == "in a list" else rf".*\.{suffix}"
+    with pytest.raises(RuntimeError) as caught:
+        fastdean.score(model, batches(make_examples(), 3), target_modules=named, progress=False)
+    assert str(caught.value).startswith(
+        f"{module} must take part in the loss exactly once per batch, got {times} times;"
+    )
+    assert model.training == training and all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -1,0 +1,95 @@
+"""Hooks on modules that are gone at the end, whatever interrupts their coming or going.
+
+A handle that `register_forward_hook` returns can be lost to an interrupt before it is kept. So
+hooks are found again by what they are, and looked for twice: an interrupt of the first search
+leaves the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+
+@contextmanager
+def forward_hooks(hooks: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Call `hook(module, args, kwargs, output)` on what each module itself returned.
+
+    Before every other forward hook, those that torch calls for all modules included: they may
+    return something else.
+    """
+
+    def of_all_modules(module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
+        hook = hooks.get(module)
+        return None if hook is None else hook(module, args, kwargs, output)
+
+    try:
+        try:
+            if torch_module._global_forward_hooks:
+                handle = torch_module.register_module_forward_hook(of_all_modules, with_kwargs=True)
+                torch_module._global_forward_hooks.move_to_end(handle.id, last=False)
+            else:
+                for module, hook in hooks.items():
+                    module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+            yield
+        finally:
+            _remove_forward_hooks(hooks, of_all_modules)
+    finally:
+        _remove_forward_hooks(hooks, of_all_modules)
+
+
+@contextmanager
+def forward_pre_hooks(hooks: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Call `hook(module, args, kwargs)` on what each module will see: after all others so far."""
+    try:
+        try:
+            for module, hook in hooks.items():
+                module.register_forward_pre_hook(hook, with_kwargs=True)
+            yield
+        finally:
+            _remove_forward_pre_hooks(hooks)
+    finally:
+        _remove_forward_pre_hooks(hooks)
+
+
+def _remove_forward_hooks(hooks: Mapping[nn.Module, Callable], of_all_modules: Callable) -> None:
+    _remove(
+        of_all_modules,
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_hooks_with_kwargs,
+    )
+    for module, hook in hooks.items():
+        _remove(hook, module._forward_hooks, module._forward_hooks_with_kwargs)
+
+
+def _remove_forward_pre_hooks(hooks: Mapping[nn.Module, Callable]) -> None:
+    for module, hook in hooks.items():
+        _remove(hook, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+
+
+def _remove(hook: Callable, registered: dict, with_kwargs: dict) -> None:
+    for key in [key for key, other in registered.items() if other is hook]:
+        # Last from where the next search looks.
+        with_kwargs.pop(key, None)
+        del registered[key]
+
+
+def take_gradients(leaves: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> None:
+    """Call `take(position, gradient)` for each leaf in a backward pass, and keep no gradient.
+
+    At no time is there more than one gradient of them all. The leaves are the caller's own; what is
+    hooked to them goes with them.
+    """
+
+    def taking(position: int) -> Callable[[Tensor], None]:
+        def hook(leaf: Tensor) -> None:
+            gradient, leaf.grad = leaf.grad, None
+            take(position, gradient)
+
+        return hook
+
+    for position, leaf in enumerate(leaves):
+        leaf.register_post_accumulate_grad_hook(taking(position))
