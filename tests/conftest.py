@@ -20,6 +20,10 @@ import torch
 
 from fastdean import native
 
+with torch.device("meta"):
+    # Torch notes once which functions take a device: its own, not those that stand in below.
+    torch.empty(0)
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
