@@ -27,7 +27,7 @@ from fastdean.collapse.representations import (
     output_embedding,
 )
 from fastdean.distributed import Ranks
-from fastdean.forward import label_shift
+from fastdean.forward import label_shift_of_class
 from fastdean.model_state import unwrap
 from fastdean.ops.collapse import STATISTICS, collapse_alignment
 
@@ -392,7 +392,7 @@ class CollapseRegularizer:
         items = kwargs.get("num_items_in_batch")
         targets, labels = kwargs.get("shift_labels"), self._last.labels
         if targets is None and labels is not None:
-            targets = labels[..., label_shift(self.module) :]
+            targets = labels[..., label_shift_of_class(self.module) :]
         if items is None or targets is None:
             return 1.0
         share = (targets != -100).sum() / items

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.batching import default_tokens_per_batch, plan_batches
 from fastdean.data import IGNORE_INDEX, Example
 from fastdean.dependence import HSICResult, hsic
-from fastdean.forward import exact_layout
+from fastdean.forward import prepare_batches
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
 
@@ -32,7 +31,7 @@ def prompts_only(examples: Sequence[Example]) -> list[Example]:
                 f"example {number} must have prompt tokens before its first target, got none; "
                 "leave it out"
             )
-        prompts.append(Example(example.input_ids[:length], example.labels[:length]))
+        prompts.append(example.first(length))
     return prompts
 
 
@@ -75,14 +74,12 @@ def last_token_states(
         raise ValueError("examples must hold at least one example, got none; check their source")
     model = unwrap(model)
     device = input_device(model)
-    if tokens_per_batch is None:
-        tokens_per_batch = default_tokens_per_batch(device)
-    batches = plan_batches(
-        # Every token a target of shift 0: only the segments are used, prompts have no targets.
-        [Example(example.input_ids, example.input_ids) for example in examples],
-        shift=0,
-        **vars(exact_layout(model, examples)),
+    batches = prepare_batches(
+        model,
+        # Only the segments are used: prompts have no targets.
+        [example.predicting_itself() for example in examples],
         tokens_per_batch=tokens_per_batch,
+        shift=0,
     )
     states = None
     with (
@@ -139,7 +136,10 @@ def layer_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, 
     Raises:
         ValueError: the model returns no hidden states.
     """
-    outputs = model.base_model(**inputs, output_hidden_states=True)
+    # Not asked of every model: one that returns no tuples need not know the word.
+    tuples = getattr(model.config, "return_dict", True) is False
+    as_asked = {"return_dict": True} if tuples else {}
+    outputs = model.base_model(**inputs, output_hidden_states=True, **as_asked)
     hidden_states = getattr(outputs, "hidden_states", None)
     if not hidden_states:
         raise ValueError(
