@@ -29,7 +29,7 @@ class Example:
         labels: int64 [T] on the CPU; the token's own id where it is a target, -100 elsewhere.
         columns: what else the loader gave for each token, name -> int64 or bool [T] on the CPU:
             `token_type_ids`, `position_ids` and others. `attention_mask` is among them where it
-            hides a token between others, or came with `position_ids`. A model is given those that
+            hides a token between others, and beside `position_ids`. A model is given those that
             its forward names (`fastdean.forward.fitted`).
         not_carried: names of what the loader gave in another form (pictures, text). A model whose
             forward names one of them is refused.
@@ -355,11 +355,14 @@ def _examples_of(item: Mapping[str, Any], position: int) -> list[Example]:
             part = slice(start, end)
             piece = {key: column[part] for key, column in row.items()}
             targets = labels[number][part]
-            if mask is not None:
-                visible = mask[part] != 0
-                targets = targets.where(visible, IGNORE_INDEX)
-                if "position_ids" in piece or not visible.all():
-                    piece["attention_mask"] = visible.long()
+            visible = (
+                torch.ones_like(ids[part], dtype=torch.bool) if mask is None else mask[part] != 0
+            )
+            targets = targets.where(visible, IGNORE_INDEX)
+            # With positions too: without a mask, transformers takes a jump in them for the
+            # beginning of another example, but only where no cache is used.
+            if "position_ids" in piece or not visible.all():
+                piece["attention_mask"] = visible.long()
             if following is not None:
                 _require_shifted(following[number][part], targets, position)
             pieces.append(Example(ids[part], targets, piece, not_carried))
