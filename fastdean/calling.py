@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,6 +59,24 @@ def _moving(names: set[str]) -> frozenset[str]:
     return frozenset(name for name in names - _SAYS_HOW if "label" not in name)
 
 
+def call(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> Any:
+    """`model(**inputs, **options)`, its outputs by name whatever its configuration says.
+
+    Parts of a model read `return_dict` from the configuration they share, so that passing it does
+    not reach them.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    unnamed = [c for c in (config, text) if getattr(c, "return_dict", True) is False]
+    try:
+        for each in unnamed:
+            each.return_dict = True
+        return model(**inputs, **options)
+    finally:
+        for each in unnamed:
+            each.return_dict = False
+
+
 def logits_of(outputs: Any) -> Tensor:
-    """The logits of a forward pass without labels, also where it returned a tuple."""
+    """The logits of a forward pass without labels; models of one's own may return tuples."""
     return outputs[0] if isinstance(outputs, tuple) else outputs.logits

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastdean.batching import Batch, Layout, default_tokens_per_batch, plan_batches
-from fastdean.calling import base_of, forward_inputs, logits_of
+from fastdean.calling import base_of, call, forward_inputs, logits_of
 from fastdean.data import Example
 from fastdean.model_state import evaluation_state, input_device, max_tokens, unwrap
 from fastdean.probes import (
@@ -131,7 +131,7 @@ class TargetLogits:
     def __call__(self, batch: Batch) -> Tensor:
         self._rows = batch.target_rows
         try:
-            logits = logits_of(self._model(**batch.model_inputs())).flatten(0, -2)
+            logits = logits_of(call(self._model, batch.model_inputs())).flatten(0, -2)
         finally:
             gathered, self._rows = self._rows is None, None
         # A model that never calls its output embedding as a module returns every row.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.batching import pad
-from fastdean.calling import logits_of
+from fastdean.calling import call, logits_of
 from fastdean.data import Example
 from fastdean.model_state import evaluation_state, input_device, max_tokens
 
@@ -207,7 +207,7 @@ def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """float64 [B, T, V], without dropout."""
     device = input_device(model)
     with evaluation_state(model):
-        outputs = model(**{name: value.to(device) for name, value in inputs.items()})
+        outputs = call(model, {name: value.to(device) for name, value in inputs.items()})
     return logits_of(outputs).double()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.batching import Batch, send
+from fastdean.calling import call
 from fastdean.collapse.classes import CollapseClasses
 from fastdean.collapse.labels import Shift, default_shift, position_labels
 from fastdean.collapse.metrics import CollapseMetrics, NearestMean, count_nearest
@@ -173,7 +174,7 @@ class _Reading:
             with last:
                 for batch in batches:
                     rows, found = _labelled_rows(batch, labels)
-                    model(**batch.to(device).model_inputs())
+                    call(model, batch.to(device).model_inputs())
                     states = last.features.flatten(0, 1)
                     take(states.index_select(0, send(rows, states.device)), found)
                     last.clear()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.calling import call
 from fastdean.data import IGNORE_INDEX, Example
 from fastdean.dependence import HSICResult, hsic
 from fastdean.forward import prepare_batches
@@ -136,10 +137,7 @@ def layer_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, 
     Raises:
         ValueError: the model returns no hidden states.
     """
-    # Not asked of every model: one that returns no tuples need not know the word.
-    tuples = getattr(model.config, "return_dict", True) is False
-    as_asked = {"return_dict": True} if tuples else {}
-    outputs = model.base_model(**inputs, output_hidden_states=True, **as_asked)
+    outputs = call(model.base_model, inputs, output_hidden_states=True)
     hidden_states = getattr(outputs, "hidden_states", None)
     if not hidden_states:
         raise ValueError(
