@@ -105,7 +105,11 @@ def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
 
 
 def _measure_packing(model: nn.Module, examples: Sequence[Example]) -> bool:
-    a, b = (example.input_ids[:_PROBE_TOKENS] for example in examples[:2])
+    # Both together within the model's positions, as every packed row.
+    enough = min(_PROBE_TOKENS, (max_tokens(model) or 2 * _PROBE_TOKENS) // 2)
+    if enough == 0:
+        return False
+    a, b = (example.input_ids[:enough] for example in examples[:2])
     try:
         ab = _packed_logits(model, [a, b])
         changed_a = _packed_logits(model, [_another(a), b])

@@ -251,7 +251,9 @@ def test_padding_is_measured_with_the_columns_that_are_padded():
         assert norm_error(value, expected[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("make", [gpt_neo, gpt2], ids=["GPT-Neo", "GPT-2"])
+@pytest.mark.parametrize(
+    "make", [gpt_neo, lambda: gpt_neo(16), gpt2], ids=["GPT-Neo", "shorter than a probe", "GPT-2"]
+)
 def test_packed_rows_are_no_longer_than_the_model_s_positions(make):
     model = make()
     scores = assert_scored(model, tokens_per_batch=10_000)
