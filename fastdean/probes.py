@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastdean.batching import pad
 from fastdean.calling import call, logits_of
 from fastdean.data import Example
-from fastdean.model_state import evaluation_state, input_device, max_tokens
+from fastdean.model_state import eager, evaluation_state, input_device, max_tokens
 
 _PROBE_TOKENS = 12
 _ANSWERS: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
@@ -51,7 +51,7 @@ def _measure_sight(model: nn.Module, *, ahead: bool) -> bool | None:
             return None
         earlier, later = slice(half), slice(half, None)
         logits = _logits_of_ids(model, ids)
-        if not logits.isfinite().all():
+        if logits.is_meta or not logits.isfinite().all():
             return None
 
         def moved_by_the_earlier() -> float:
@@ -66,7 +66,10 @@ def _measure_sight(model: nn.Module, *, ahead: bool) -> bool | None:
         if epsilon / 4 < moved <= 32 * epsilon:
             return moved > moved_by_the_earlier() / 10
         return moved > epsilon / 4
-    except (AttributeError, TypeError, ValueError):  # it takes more than token ids
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        # It takes more than token ids, or cannot run at all, which its own run will say better.
         return None
 
 
@@ -210,7 +213,8 @@ def _logits_of_ids(model: nn.Module, ids: Tensor, **columns: Tensor) -> Tensor:
 def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """float64 [B, T, V], without dropout."""
     device = input_device(model)
-    with evaluation_state(model):
+    # Uncompiled: nothing would be gained, and a compiled model fires no hooks added later.
+    with eager(), evaluation_state(model):
         outputs = call(model, {name: value.to(device) for name, value in inputs.items()})
     return logits_of(outputs).double()
 

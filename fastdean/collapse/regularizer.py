@@ -118,7 +118,6 @@ class CollapseRegularizer:
         self.module = unwrap(model)
         self.classes = classes
         self.strength = float(strength)
-        self.shift: Shift = default_shift(model) if shift is None else shift
         self.schedule = schedule
         self.step = 0
         self._factors: list[list[Any]] = []
@@ -129,6 +128,7 @@ class CollapseRegularizer:
 
         weight = self._output_weight()
         self._check_something_learns(weight, any(p.requires_grad for p in model.parameters()))
+        self.shift: Shift = default_shift(model) if shift is None else shift
         self.state = _state_for(classes, weight, mode, decay)
 
         self._value: Tensor | None = None
