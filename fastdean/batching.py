@@ -6,8 +6,8 @@ run can be repeated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,14 +21,17 @@ class Batch:
 
     Attributes:
         input_ids: int64 [1, N] when packed, [B, T] when grouped (right padding).
-        position_ids: int64 [1, N], restarting at 0 with each example, when packed; else None.
-        attention_mask: int64 [B, T] when grouped with padding; else None.
+        position_ids: int64 [1, N], restarting at 0 with each example, when packed; those of an
+            example that has its own; else None.
+        attention_mask: int64 [B, T] when grouped with padding, or of an example that has its own;
+            else None.
         segments: int64 [B, 2] on the CPU; (start, end) of each example in the flattened token rows.
         example_index: position of each segment's example in the list the batches were planned from.
         target_rows: int64 [M]; flattened rows whose logits predict a target.
         targets: int64 [M]; the token each of these rows has to predict.
         target_example: int64 [M]; which segment, 0..B-1, each of these rows belongs to.
         target_counts: int64 [B]; how many of these rows each example has, at least 1.
+        columns: further inputs of the model, name -> [B, T], 0 where padding stands.
     """
 
     input_ids: Tensor
@@ -40,6 +43,7 @@ class Batch:
     targets: Tensor
     target_example: Tensor
     target_counts: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_examples(self) -> int:
@@ -52,7 +56,8 @@ class Batch:
             "position_ids": self.position_ids,
             "attention_mask": self.attention_mask,
         }
-        return {key: value for key, value in inputs.items() if value is not None}
+        given = {key: value for key, value in inputs.items() if value is not None}
+        return {**self.columns, **given}
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with everything the device reads on `device`, in one copy.
@@ -62,17 +67,18 @@ class Batch:
         device = torch.device(device)
         if device.type == "cpu":
             return self
-        parts = {name: getattr(self, name) for name in _READ_ON_THE_DEVICE}
-        parts = {name: part for name, part in parts.items() if part is not None}
-        joined = send(torch.cat([part.flatten() for part in parts.values()]), device)
-        moved = joined.split([part.numel() for part in parts.values()])
-        return replace(
-            self,
-            **{
-                name: values.view(part.shape)
-                for (name, part), values in zip(parts.items(), moved, strict=True)
-            },
-        )
+        own = {name: getattr(self, name) for name in _READ_ON_THE_DEVICE}
+        own = {name: part for name, part in own.items() if part is not None}
+        parts = [*own.values(), *self.columns.values()]
+        joined = send(torch.cat([part.flatten().long() for part in parts]), device)
+        moved = [
+            values.view(part.shape).to(part.dtype)
+            for part, values in zip(
+                parts, joined.split([part.numel() for part in parts]), strict=True
+            )
+        ]
+        columns = dict(zip(self.columns, moved[len(own) :], strict=True))
+        return replace(self, **dict(zip(own, moved, strict=False)), columns=columns)
 
 
 _READ_ON_THE_DEVICE = (
@@ -111,11 +117,14 @@ class Layout:
         padded: shorter examples may be padded on the right under an `attention_mask`.
         alone_above: examples longer than this many tokens must stand alone (rotary embeddings that
             depend on the length of the batch), or None.
+        longest_row: tokens that a row of several examples may have at most, or None. Models with a
+            table of positions may cut it, or a mask, to the length of the row.
     """
 
     packed: bool
     padded: bool = True
     alone_above: int | None = None
+    longest_row: int | None = None
 
 
 def plan_batches(
@@ -126,10 +135,12 @@ def plan_batches(
     packed: bool,
     padded: bool = True,
     alone_above: int | None = None,
+    longest_row: int | None = None,
 ) -> list[Batch]:
     """Split `examples` into batches of at most `tokens_per_batch` tokens.
 
-    An example longer than that stands alone.
+    An example longer than that stands alone, and so does one with positions or a mask of its own.
+    Examples with other columns are never packed, and share a batch with those that have the same.
 
     Args:
         shift: 1 when the logits of row t predict token t + 1 (causal), 0 when they predict token t
@@ -137,7 +148,8 @@ def plan_batches(
         packed: one row of tokens per batch, examples one after the other in the given order;
             otherwise examples of similar length are padded on the right to the longest of their
             batch, and padding counts as tokens.
-        padded, alone_above: see `Layout`; without padding only equal lengths share a batch.
+        padded, alone_above, longest_row: see `Layout`; without padding only equal lengths share a
+            batch.
     Raises:
         ValueError: `tokens_per_batch` is not positive, or an example has no target.
     """
@@ -147,16 +159,23 @@ def plan_batches(
             "leave it out for the device's default"
         )
     require_targets(examples, shift)
-    together, alone = [], []
+    plain: list[int] = []
+    alone: list[int] = []
+    by_columns: dict[tuple[str, ...], list[int]] = {}
     for i, example in enumerate(examples):
         too_long = alone_above is not None and len(example) > alone_above
-        (alone if too_long else together).append(i)
-    if packed:
-        groups = [*_in_order(examples, together, tokens_per_batch)]
-    else:
-        groups = [*_by_length(examples, together, tokens_per_batch, padded)]
-    build = _pack if packed else _pad
-    return [build(examples, group, shift) for group in [*groups, *([i] for i in alone)]]
+        if too_long or example.stands_alone:
+            alone.append(i)
+        elif packed and not example.columns:
+            plain.append(i)
+        else:
+            by_columns.setdefault(tuple(sorted(example.columns)), []).append(i)
+    row_tokens = tokens_per_batch if longest_row is None else min(tokens_per_batch, longest_row)
+    rows = [_pack(examples, group, shift) for group in _in_order(examples, plain, row_tokens)]
+    for members in by_columns.values():
+        groups = _by_length(examples, members, tokens_per_batch, padded)
+        rows += [pad(examples, group, shift) for group in groups]
+    return rows + [pad(examples, [i], shift) for i in alone]
 
 
 def require_targets(examples: Sequence[Example], shift: int) -> None:
@@ -214,24 +233,35 @@ def _pack(examples: Sequence[Example], group: list[int], shift: int) -> Batch:
     )
 
 
-def _pad(examples: Sequence[Example], group: list[int], shift: int) -> Batch:
+def pad(examples: Sequence[Example], group: list[int], shift: int) -> Batch:
+    """The examples of `group` as rows of one batch, padded on the right to the longest of them."""
     members = [examples[i] for i in group]
     lengths = torch.tensor([len(example) for example in members])
     width = int(lengths.max())
-    input_ids = torch.zeros(len(members), width, dtype=torch.int64)
-    for row, example in zip(input_ids, members, strict=True):
-        row[: len(example)] = example.input_ids
     starts = torch.arange(len(members)) * width
+    padding_mask = (torch.arange(width) < lengths[:, None]).long()
+    columns = {
+        name: _padded([example.columns[name] for example in members], width)
+        for name in members[0].columns
+    }
     return Batch(
-        input_ids=input_ids,
-        position_ids=None,
-        attention_mask=(torch.arange(width) < lengths[:, None]).long()
-        if lengths.min() < width
-        else None,
+        input_ids=_padded([example.input_ids for example in members], width),
+        position_ids=columns.pop("position_ids", None),
+        attention_mask=columns.pop(
+            "attention_mask", padding_mask if lengths.min() < width else None
+        ),
         segments=torch.stack([starts, starts + lengths], dim=1),
         example_index=group,
+        columns=columns,
         **_targets(members, starts, shift),
     )
+
+
+def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
+    joined = rows[0].new_zeros(len(rows), width)
+    for place, row in zip(joined, rows, strict=True):
+        place[: len(row)] = row
+    return joined
 
 
 def _targets(members: Sequence[Example], starts: Tensor, shift: int) -> dict[str, Tensor]:

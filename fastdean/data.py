@@ -7,31 +7,72 @@ being the targets. Everything after this file sees only `Example`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdean.segments import CUMULATIVE_LENGTHS, DIVIDING_COLUMNS, spans
+
 IGNORE_INDEX = -100
 TEMPLATES = ("raw", "chat", "published")
-_TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask")
+_READ_HERE = ("input_ids", "labels", "shift_labels", "attention_mask", *DIVIDING_COLUMNS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
     """One tokenised example.
 
     Attributes:
         input_ids: int64 [T] on the CPU, no padding.
         labels: int64 [T] on the CPU; the token's own id where it is a target, -100 elsewhere.
+        columns: what else the loader gave for each token, name -> int64 or bool [T] on the CPU:
+            `token_type_ids`, `position_ids` and others. `attention_mask` is among them where it
+            hides a token between others, and beside `position_ids`. A model is given those that
+            its forward names (`fastdean.forward.fitted`).
+        not_carried: names of what the loader gave in another form (pictures, text). A model whose
+            forward names one of them is refused.
     """
 
     input_ids: Tensor
     labels: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    not_carried: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return self.input_ids.numel()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Example):
+            return NotImplemented
+        own, others = self._tensors(), other._tensors()
+        return (
+            own.keys() == others.keys()
+            and all(torch.equal(tensor, others[name]) for name, tensor in own.items())
+            and self.not_carried == other.not_carried
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.input_ids.tolist()))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**self.columns, "input_ids": self.input_ids, "labels": self.labels}
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether its positions or its mask are its own, which no other example may share."""
+        return bool({"position_ids", "attention_mask"} & self.columns.keys())
+
+    def first(self, length: int | None) -> Example:
+        """Its first `length` tokens; None: all of them."""
+        columns = {name: column[:length] for name, column in self.columns.items()}
+        ids, labels = self.input_ids[:length], self.labels[:length]
+        return replace(self, input_ids=ids, labels=labels, columns=columns)
+
+    def predicting_itself(self) -> Example:
+        """With every token a target of shift 0: for those who read representations."""
+        return replace(self, labels=self.input_ids)
 
     def num_targets(self, shift: int) -> int:
         """How many targets a model sees that predicts the token `shift` places ahead."""
@@ -47,6 +88,10 @@ def read_examples(
     require_labels: bool = True,
 ) -> list[Example]:
     """Read every example of `loader`, in order, padding stripped.
+
+    A row that holds several examples is split (see `fastdean.segments`); what ends such a row
+    without a target, one token over and over, is padding. What else a batch has for each token is
+    carried along (`Example.columns`).
 
     Args:
         loader: an iterable (DataLoader, `datasets.Dataset`, list, generator) of
@@ -78,7 +123,7 @@ def read_examples(
     examples: list[Example] = []
     for position, item in enumerate(loader):
         if isinstance(item, Example):
-            examples.append(_cut(item, max_length))
+            examples.append(item.first(max_length))
         elif not isinstance(item, Mapping):
             raise TypeError(
                 f"loader must yield dictionaries, got {type(item).__name__} at item {position}; "
@@ -88,8 +133,8 @@ def read_examples(
             item = _as_collected(item, loader)
             if not require_labels and item.get("labels") is None:
                 item = {**item, "labels": item["input_ids"]}
-            stripped = _strip_padding(item, position)
-            examples.extend(_cut(example, max_length) for example in stripped)
+            found = _examples_of(item, position)
+            examples.extend(example.first(max_length) for example in found)
         elif tokenizer is None:
             raise ValueError(
                 f"loader must yield input_ids and labels, got the columns {sorted(item)} at item "
@@ -141,7 +186,7 @@ def encode(
         whole = Example(
             torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
         )
-        example = _cut(whole, max_length)
+        example = whole.first(max_length)
         if example.num_targets(0) == 0:
             cut = "" if max_length is None else f" within max_length={max_length}"
             raise ValueError(
@@ -158,10 +203,6 @@ def _check_max_length(max_length: int | None) -> None:
         raise ValueError(
             f"max_length must be at least 2 tokens, got {max_length}; leave it out to cut nothing"
         )
-
-
-def _cut(example: Example, max_length: int | None) -> Example:
-    return Example(example.input_ids[:max_length], example.labels[:max_length])
 
 
 def _tokenize_row(
@@ -264,52 +305,194 @@ def _as_collected(item: Mapping[str, Any], loader: Any) -> Mapping[str, Any]:
     if getattr(loader, "collate_fn", None) is not torch.utils.data.default_collate:
         return item
     return {
-        key: torch.stack(value, dim=1) if isinstance(value, list) and value else value
+        key: torch.stack(value, dim=1) if _is_transposed(value) else value
         for key, value in item.items()
-        if key in _TOKEN_COLUMNS
     }
 
 
-def _strip_padding(item: Mapping[str, Any], position: int) -> list[Example]:
+def _is_transposed(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(row, Tensor) and row.shape == value[0].shape for row in value)
+        and value[0].dim() == 1
+    )
+
+
+def _examples_of(item: Mapping[str, Any], position: int) -> list[Example]:
+    """The examples of a batch, or of a single one, in order."""
     if item.get("labels") is None:
         raise ValueError(
             f"loader must give labels beside input_ids, got the keys {sorted(item)} at item "
             f"{position}; set labels to input_ids on target tokens and to -100 on the prompt and "
             "on padding"
         )
-    columns = {
-        key: _as_rows(item[key], key, position)
-        for key in _TOKEN_COLUMNS
-        if item.get(key) is not None
+    input_ids = _as_rows(item["input_ids"], "input_ids", position)
+    lengths = [row.numel() for row in input_ids]
+    labels = _beside(item, "labels", lengths, position)
+    following = _beside(item, "shift_labels", lengths, position)
+    masks = _beside(item, "attention_mask", lengths, position)
+    divided = example_spans(item, lengths, position)
+    carried = {
+        key: _carried_rows(value, key, lengths)
+        for key, value in item.items()
+        if key not in _READ_HERE and value is not None
     }
-    columns.setdefault("attention_mask", [torch.ones_like(row) for row in columns["input_ids"]])
-    lengths = {key: [row.numel() for row in rows] for key, rows in columns.items()}
-    for key in ("labels", "attention_mask"):
-        if lengths[key] != lengths["input_ids"]:
-            raise ValueError(
-                f"{key} must have the shape of input_ids at item {position}, got rows of "
-                f"{lengths[key]} and {lengths['input_ids']} tokens; pad both alike"
-            )
+    not_carried = frozenset(key for key, rows in carried.items() if rows is None)
+    columns = {key: rows for key, rows in carried.items() if rows is not None}
+
     examples = []
-    for ids, labels, mask in zip(
-        columns["input_ids"], columns["labels"], columns["attention_mask"], strict=True
-    ):
-        kept = mask.bool()
-        if not kept.any():
+    for number, (ids, found) in enumerate(zip(input_ids, divided, strict=True)):
+        mask = None if masks is None else masks[number]
+        row = {key: rows[number] for key, rows in columns.items()}
+        if not found:
             raise ValueError(
                 f"attention_mask must keep at least one token of each example, got a row of zeros "
                 f"at item {position}; leave the row out"
             )
-        examples.append(Example(ids[kept], labels[kept]))
+        pieces = []
+        for start, end in found:
+            part = slice(start, end)
+            piece = {key: column[part] for key, column in row.items()}
+            targets = labels[number][part]
+            visible = (
+                torch.ones_like(ids[part], dtype=torch.bool) if mask is None else mask[part] != 0
+            )
+            targets = targets.where(visible, IGNORE_INDEX)
+            # With positions too: without a mask, transformers takes a jump in them for the
+            # beginning of another example, but only where no cache is used.
+            if "position_ids" in piece or not visible.all():
+                piece["attention_mask"] = visible.long()
+            if following is not None:
+                _require_shifted(following[number][part], targets, position)
+            pieces.append(Example(ids[part], targets, piece, not_carried))
+        examples.extend(pieces if mask is not None else _without_padding_at_the_end(pieces))
     return examples
 
 
-def _as_rows(value: Any, key: str, position: int) -> list[Tensor]:
+def example_spans(
+    item: Mapping[str, Any], lengths: Sequence[int], position: int
+) -> list[list[tuple[int, int]]]:
+    """For each row of a batch, of `lengths` tokens, the (start, end) of each of its examples.
+
+    Raises:
+        ValueError: what divides the rows contradicts itself or their lengths.
+    """
+    masks = _beside(item, "attention_mask", lengths, position)
+    seq_idx = _beside(item, "seq_idx", lengths, position)
+    given = item.get("position_ids")
+    positions = None if given is None else _carried_rows(given, "position_ids", lengths)
+    for mask in masks or ():
+        if bool((mask < 0).any()):
+            raise ValueError(
+                "attention_mask must hold 0 for padding, else 1 or the number of the example, got "
+                f"{int(mask.min())} at item {position}; give the mask that the tokenizer made"
+            )
+    cuts = _cuts(item, lengths, masks, position)
+    try:
+        return [
+            spans(
+                length,
+                mask=None if masks is None else masks[number],
+                position_ids=None if positions is None else positions[number],
+                seq_idx=None if seq_idx is None else seq_idx[number],
+                cuts=cuts[number],
+            )
+            for number, length in enumerate(lengths)
+        ]
+    except ValueError as error:
+        raise ValueError(f"{error} (item {position})") from None
+
+
+def _without_padding_at_the_end(pieces: list[Example]) -> list[Example]:
+    """Collators fill a row of several examples up, and what they fill it with is no example."""
+    filling = pieces[-1].input_ids[-1]
+    while len(pieces) > 1:
+        last = pieces[-1]
+        if last.num_targets(0) or (last.input_ids != filling).any():
+            break
+        pieces = pieces[:-1]
+    return pieces
+
+
+def _require_shifted(following: Tensor, labels: Tensor, position: int) -> None:
+    if not torch.equal(following[:-1], labels[1:]) or following[-1] != IGNORE_INDEX:
+        raise ValueError(
+            "shift_labels must be labels moved by one place, -100 at the end of each example, got "
+            f"others at item {position}; leave shift_labels out, labels say the same"
+        )
+
+
+def _beside(
+    item: Mapping[str, Any], key: str, lengths: Sequence[int], position: int
+) -> list[Tensor] | None:
+    """The rows of a column that is read here, one value for each token; None: not given."""
+    if item.get(key) is None:
+        return None
+    rows = _as_rows(item[key], key, position, whole_floats=key == "attention_mask")
+    found = [row.numel() for row in rows]
+    if found != lengths:
+        raise ValueError(
+            f"{key} must have the shape of input_ids at item {position}, got rows of "
+            f"{found} and {lengths} tokens; pad both alike"
+        )
+    return rows
+
+
+def _carried_rows(value: Any, key: str, lengths: Sequence[int]) -> list[Tensor] | None:
+    """The rows of any other column, where it has one integer for each token; else None."""
+    try:
+        rows = _as_rows(value, key, 0, keep_bool=True)
+    except ValueError:
+        return None
+    if key == "position_ids" and len(rows) == 1:
+        # Models take one row of them for a whole batch.
+        rows = rows * len(lengths)
+    return rows if [row.numel() for row in rows] == lengths else None
+
+
+def _cuts(
+    item: Mapping[str, Any],
+    lengths: Sequence[int],
+    masks: Sequence[Tensor] | None,
+    position: int,
+) -> list[set[int]]:
+    """Where cumulative lengths say that an example begins, row by row.
+
+    They count all tokens of the batch, or those that its mask keeps.
+    """
+    total = sum(lengths)
+    kept = torch.arange(total) if masks is None else torch.cat(list(masks)).nonzero().squeeze(1)
+    places: set[int] = set()
+    for key in CUMULATIVE_LENGTHS:
+        if item.get(key) is None:
+            continue
+        found, *more = _as_rows(item[key], key, position)
+        wrong = more or len(found) < 2 or found[0] != 0 or found[-1] > total
+        if wrong or bool((found.diff() < 0).any()):
+            raise ValueError(
+                f"{key} must rise from 0 to at most the batch's {total} tokens, got "
+                f"{item[key]!r:.80} at item {position}; give the places where its examples begin, "
+                "and its end"
+            )
+        if found[-1] == len(kept):
+            found = kept[found[found < len(kept)]]
+        places.update(found.tolist())
+    rows, first = [], 0
+    for length in lengths:
+        rows.append({place - first for place in places if first <= place < first + length})
+        first += length
+    return rows
+
+
+def _as_rows(
+    value: Any, key: str, position: int, *, keep_bool: bool = False, whole_floats: bool = False
+) -> list[Tensor]:
     """[T], [B, T] or a ragged list of rows -> a list of int64 CPU rows."""
     many = isinstance(value, list | tuple) and len(value) > 0 and hasattr(value[0], "__len__")
     try:
         rows = [torch.as_tensor(row) for row in (value if many else [value])]
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"{key} must hold integers of shape [T] or [B, T], got {value!r:.80} at item "
             f"{position} ({error}); tokenise the loader's rows, or pass tokenizer="
@@ -322,8 +505,13 @@ def _as_rows(value: Any, key: str, position: int) -> list[Tensor]:
                 f"{key} must have shape [T] or [B, T], got a row of shape {list(row.shape)} at "
                 f"item {position}; drop the extra dimensions"
             )
-        if row.is_floating_point() and row.numel():
+        if row.is_complex() or (row.is_floating_point() and row.numel()):
+            if whole_floats and torch.equal(row, row.round()) and row.isfinite().all():
+                continue
             raise ValueError(
                 f"{key} must hold integers, got {row.dtype} at item {position}; cast it to int64"
             )
-    return [row.detach().to("cpu", torch.int64) for row in rows]
+    kept = torch.bool if keep_bool else torch.int64
+    return [
+        row.detach().to("cpu", kept if row.dtype == torch.bool else torch.int64) for row in rows
+    ]

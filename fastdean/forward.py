@@ -7,10 +7,10 @@ Gemma 2's soft-cap) stays in place; computing `hidden @ weight.T` by hand would 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,44 +18,88 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastdean.adapters import require_no_prompts
 from fastdean.batching import Batch, Layout, default_tokens_per_batch, plan_batches
+from fastdean.calling import base_of, call, forward_inputs, logits_of
 from fastdean.data import Example
 from fastdean.hooks import forward_pre_hooks
-from fastdean.model_state import evaluation_state, input_device, unwrap
-
-_PROBE_TOKENS = 12
-_PROBED: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+from fastdean.model_state import evaluation_state, input_device, max_tokens, unwrap
+from fastdean.probes import (
+    numbers_from,
+    packing_is_exact,
+    padding_is_exact,
+    sees_ahead,
+    sees_back,
+)
 
 
 def label_shift(model: nn.Module) -> int:
     """1 for causal language models, 0 for masked ones.
 
+    The class says which of the two the model may be, and a measurement which it is: some classes
+    are causal or not by an entry of their configuration.
+
     Raises:
-        ValueError: the model is neither; its loss has to come from the caller. Or it puts a learned
-            prompt in front of the tokens.
+        ValueError: the model is neither, or not what its class is for; its loss has to come from
+            the caller. Or it puts a learned prompt in front of the tokens.
     """
     require_no_prompts(model)
+    shifts = _shifts_by_class(model)
+    if not shifts:
+        raise ValueError(
+            f"model must be a causal or masked language model, got {type(model).__name__}; "
+            "pass loss_fn= to define its per-example loss"
+        )
+    inner = base_of(model)
+    ahead = sees_ahead(inner)
+    if ahead is None:
+        return max(shifts)
+    if ahead and 0 not in shifts:
+        raise ValueError(
+            "model must be causal to be read as the causal language model of its class, got "
+            f"{type(inner).__name__}, whose logits depend on later tokens; set is_decoder=True (or "
+            "causal=True) in its configuration, load it as a masked language model, or pass "
+            "loss_fn= to define its per-example loss"
+        )
+    # Of a model that mixes no tokens at all (its attention may be masked out) the class decides.
+    if not ahead and 1 not in shifts and sees_back(inner):
+        raise ValueError(
+            "model must see the tokens on both sides to be read as the masked language model of "
+            f"its class, got {type(inner).__name__}, whose logits depend on earlier tokens only; "
+            "load it as a causal language model, or pass loss_fn= to define its per-example loss"
+        )
+    return 0 if ahead or 1 not in shifts else 1
+
+
+def label_shift_of_class(model: nn.Module) -> int:
+    """By how many places the model's own loss moves the labels: by its class alone.
+
+    Raises:
+        ValueError: the model is no causal or masked language model.
+    """
+    shifts = _shifts_by_class(model)
+    if not shifts:
+        raise ValueError(
+            f"model must be a causal or masked language model, got {type(model).__name__}; load it "
+            "with its language modelling head"
+        )
+    return min(shifts)
+
+
+def _shifts_by_class(model: nn.Module) -> set[int]:
     from transformers.models.auto import modeling_auto as auto
 
     masked = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
     causal = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
-        for name in _class_names(model):
-            if name in causal:
-                return 1
-            if name in masked and not getattr(config, "is_decoder", False):
-                return 0
-        if getattr(model, "can_generate", lambda: False)():
-            return 1
-    raise ValueError(
-        f"model must be a causal or masked language model, got {type(model).__name__}; "
-        "pass loss_fn= to define its per-example loss"
-    )
-
-
-def _class_names(model: nn.Module) -> list[str]:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return [cls.__name__ for cls in type(inner).__mro__]
+    if getattr(config, "is_encoder_decoder", False):
+        return set()
+    for cls in type(base_of(model)).__mro__:
+        name = cls.__name__
+        shifts = {1} if name in causal else set()
+        if name in masked and not getattr(config, "is_decoder", False):
+            shifts.add(0)
+        if shifts:
+            return shifts
+    return {1} if getattr(model, "can_generate", lambda: False)() else set()
 
 
 class TargetLogits:
@@ -86,7 +130,7 @@ class TargetLogits:
     def __call__(self, batch: Batch) -> Tensor:
         self._gathering.rows = batch.target_rows
         try:
-            logits = self._model(**batch.model_inputs()).logits.flatten(0, -2)
+            logits = logits_of(call(self._model, batch.model_inputs())).flatten(0, -2)
         finally:
             gathered, self._gathering.rows = self._gathering.rows is None, None
         # A model that never calls its output embedding as a module returns every row.
@@ -158,103 +202,90 @@ def _row_blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]
 
 
 def prepare_batches(
-    model: nn.Module, examples: Sequence[Example], *, tokens_per_batch: int | None = None
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    tokens_per_batch: int | None = None,
+    shift: int | None = None,
 ) -> list[Batch]:
-    """Plan the batches of a causal or masked LM, in its `exact_layout`."""
+    """Plan the batches of a causal or masked LM, in its `exact_layout`.
+
+    Args:
+        shift: see `plan_batches`; None: the model's `label_shift`.
+    Raises:
+        ValueError: as `fitted`, `label_shift` and `plan_batches` do.
+    """
     if tokens_per_batch is None:
         tokens_per_batch = default_tokens_per_batch(input_device(model))
+    examples = fitted(model, examples)
     return plan_batches(
         examples,
-        shift=label_shift(model),
+        shift=label_shift(model) if shift is None else shift,
         tokens_per_batch=tokens_per_batch,
         **vars(exact_layout(model, examples)),
     )
 
 
+def fitted(model: nn.Module, examples: Sequence[Example]) -> list[Example]:
+    """The examples with those of their columns that `model` takes, and no others.
+
+    Positions that the model gives its tokens by itself are left out as well.
+
+    Raises:
+        ValueError: an example came with an input that the model's forward names and a batch of
+            tokens cannot carry.
+    """
+    names = forward_inputs(model)
+    found = []
+    for number, example in enumerate(examples):
+        if lost := sorted(example.not_carried & names):
+            raise ValueError(
+                "loader must give the model inputs of one integer per token, got "
+                f"{', '.join(lost)} for example {number}, which {type(model).__name__} takes in "
+                "another form; leave them out, or score its batches as they are with loss_fn="
+            )
+        if example.columns:
+            columns = {name: c for name, c in example.columns.items() if name in names}
+            example = replace(example, columns=_without_default_positions(model, columns))
+        found.append(replace(example, not_carried=frozenset()))
+    return found
+
+
+def _without_default_positions(model: nn.Module, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    positions, mask = columns.get("position_ids"), columns.get("attention_mask")
+    start = 0 if positions is None else int(positions[0])
+    # Others than a model may start from are not asked about: each answer takes forward passes.
+    if positions is not None and start in _first_positions(model):
+        consecutive = torch.arange(start, start + len(positions))
+        if torch.equal(positions, consecutive) and numbers_from(model, start):
+            columns = {name: c for name, c in columns.items() if name != "position_ids"}
+    if mask is not None and "position_ids" not in columns and bool(mask.all()):
+        columns = {name: c for name, c in columns.items() if name != "attention_mask"}
+    return columns
+
+
+def _first_positions(model: nn.Module) -> set[int]:
+    """0, and the one behind the padding token (RoBERTa)."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return {0} if padding is None else {0, padding + 1}
+
+
 def exact_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
-    """How examples may share a batch of this model without changing its numbers."""
-    packed = packing_is_exact(model, examples)
+    """How these `fitted` examples may share a batch of this model without changing its numbers."""
+    causal = label_shift(model) == 1
+    plain = [example for example in examples if not example.columns]
+    by_columns: dict[tuple[str, ...], list[Example]] = {}
+    for example in examples:
+        if example.columns and not example.stands_alone:
+            by_columns.setdefault(tuple(sorted(example.columns)), []).append(example)
+    packed = causal and packing_is_exact(model, plain)
+    grouped = [*([] if packed else [plain]), *by_columns.values()]
     return Layout(
         packed=packed,
-        padded=packed or padding_is_exact(model, examples),
+        padded=all(padding_is_exact(model, group) for group in grouped),
         alone_above=_rotary_limit(model),
+        longest_row=max_tokens(model) if packed else None,
     )
-
-
-def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
-    """Whether restarting `position_ids` keeps packed examples apart in this model.
-
-    Measured on the first two examples rather than looked up by model family: (1) changing one
-    packed example must not move the other's logits at all, in either direction; (2) a packed
-    example's logits must be those it has alone. State-space and bidirectional models fail the
-    first, models that ignore `position_ids` the second. Measured once per model, dtype and
-    attention implementation: the answer lies in the model's code, not in its weights. False,
-    unmeasured, for masked models and for a single example, which has nothing to be packed with.
-    """
-    if label_shift(model) == 0 or len(examples) < 2:
-        return False
-    return _measured_once(_measure_packing, model, examples)
-
-
-@torch.no_grad()
-def _measure_packing(model: nn.Module, examples: Sequence[Example], device: torch.device) -> bool:
-    a, b = (example.input_ids[:_PROBE_TOKENS] for example in examples[:2])
-    with evaluation_state(model):
-        try:
-            ab = _packed_logits(model, [a, b], device)
-            changed_a = _packed_logits(model, [_another(a), b], device)
-            changed_b = _packed_logits(model, [a, _another(b)], device)
-            alone = _packed_logits(model, [b], device)
-        except (TypeError, ValueError):  # the model takes no position_ids
-            return False
-    epsilon = torch.finfo(next(model.parameters()).dtype).eps
-    return (
-        _distance(changed_a[len(a) :], ab[len(a) :]) <= epsilon / 4
-        and _distance(changed_b[: len(a)], ab[: len(a)]) <= epsilon / 4
-        and _distance(alone, ab[len(a) :]) <= max(1e-4, 6 * epsilon)
-    )
-
-
-def padding_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
-    """Whether padding on the right under an `attention_mask` leaves an example's logits alone.
-
-    Measured on the first two examples, like packing: models that mix tokens outside of attention
-    (Fourier transforms, convolutions) see the padding. True, unmeasured, for a single example.
-    """
-    if len(examples) < 2:
-        return True
-    return _measured_once(_measure_padding, model, examples)
-
-
-@torch.no_grad()
-def _measure_padding(model: nn.Module, examples: Sequence[Example], device: torch.device) -> bool:
-    longer, shorter = sorted((e.input_ids[:_PROBE_TOKENS] for e in examples[:2]), key=len)[::-1]
-    shorter = shorter[: max(1, len(longer) // 2)]
-    ids = torch.zeros(2, len(longer), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, part in enumerate((longer, shorter)):
-        ids[row, : len(part)] = part
-        mask[row, : len(part)] = 1
-    with evaluation_state(model):
-        alone = model(input_ids=shorter.unsqueeze(0).to(device)).logits[0].double()
-        padded = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[1].double()
-    epsilon = torch.finfo(next(model.parameters()).dtype).eps
-    return _distance(padded[: len(shorter)], alone) <= max(1e-4, 6 * epsilon)
-
-
-def _measured_once(
-    measure: Callable[[nn.Module, Sequence[Example], torch.device], bool],
-    model: nn.Module,
-    examples: Sequence[Example],
-) -> bool:
-    """The answer of `measure`, kept per model, dtype, device and attention implementation."""
-    device = input_device(model)
-    attention = getattr(model.config, "_attn_implementation", None)
-    key = (measure.__name__, next(model.parameters()).dtype, device.type, attention)
-    answers = _PROBED.setdefault(model, {})
-    if key not in answers:
-        answers[key] = measure(model, examples, device)
-    return answers[key]
 
 
 def _rotary_limit(model: nn.Module) -> int | None:
@@ -263,28 +294,14 @@ def _rotary_limit(model: nn.Module) -> int | None:
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     limits = []
     for rope in (found, *found.values()):
-        if isinstance(rope, Mapping) and rope.get("rope_type") in ("longrope", "dynamic"):
-            limits.append(
-                rope.get("original_max_position_embeddings")
-                or getattr(config, "original_max_position_embeddings", None)
-                or config.max_position_embeddings
-            )
-    return min(limits, default=None)
-
-
-def _another(ids: Tensor) -> Tensor:
-    flipped = ids.flip(0)
-    return flipped if not torch.equal(flipped, ids) else (ids - 1).abs()
-
-
-def _packed_logits(model: nn.Module, parts: Sequence[Tensor], device: torch.device) -> Tensor:
-    ids = torch.cat(list(parts)).unsqueeze(0).to(device)
-    positions = torch.cat([torch.arange(part.numel()) for part in parts]).unsqueeze(0).to(device)
-    return model(input_ids=ids, position_ids=positions).logits[0].double()
-
-
-def _distance(value: Tensor, reference: Tensor) -> float:
-    return float((value - reference).norm() / reference.norm().clamp_min(1e-30))
+        kind = rope.get("rope_type") or rope.get("type") if isinstance(rope, Mapping) else None
+        if kind is not None and ("dynamic" in kind or kind == "longrope"):
+            limits += [
+                rope.get("original_max_position_embeddings"),
+                getattr(config, "original_max_position_embeddings", None),
+                getattr(config, "max_position_embeddings", None),
+            ]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 @torch.no_grad()

@@ -85,7 +85,8 @@ def max_tokens(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(text, "max_position_embeddings", None)
-    if longest is None:
+    # Configurations write "no bound" as None, 0 or -1.
+    if longest is None or longest < 1:
         return None
     for module in model.modules():
         positions = getattr(module, "position_embeddings", None)

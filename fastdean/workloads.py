@@ -23,11 +23,12 @@ from fastdean.batching import (
     require_targets,
     send,
 )
-from fastdean.data import IGNORE_INDEX, Example, read_examples
+from fastdean.data import IGNORE_INDEX, Example, example_spans, read_examples
 from fastdean.distributed import Ranks
-from fastdean.forward import TargetLogits, exact_layout, label_shift, target_losses
+from fastdean.forward import TargetLogits, exact_layout, fitted, label_shift, target_losses
 from fastdean.model_state import input_device, max_tokens
 from fastdean.scores import examples_digest
+from fastdean.segments import CUMULATIVE_LENGTHS
 
 # An excerpt is to show what depends on the length of a text, and to cost next to nothing.
 _EXCERPT_TOKENS = 64
@@ -152,8 +153,9 @@ class LanguageModelling:
         ranks: Ranks,
     ) -> LanguageModelling:
         shift = label_shift(model)
-        examples = read_examples(
-            loader, tokenizer=tokenizer, template=template, max_length=max_length
+        examples = fitted(
+            model,
+            read_examples(loader, tokenizer=tokenizer, template=template, max_length=max_length),
         )
         _check_tokens(model, examples)
         # On all examples, so that a bad one is refused under its own number on every rank alike.
@@ -220,19 +222,19 @@ class LanguageModelling:
     def excerpt(self, *, whole: bool = False) -> LanguageModelling:
         """Two examples with every token a target; of two lengths if that is exact."""
         longest = sorted(self.examples[:_EXCERPT_FROM], key=len)[:-3:-1]
-        texts = [example.input_ids for example in longest]
+        texts = [example.predicting_itself() for example in longest]
         if not whole:
             most = max(2, min(_EXCERPT_TOKENS, self.layout.alone_above or _EXCERPT_TOKENS))
-            texts = [text[:most] for text in texts]
+            texts = [text.first(most) for text in texts]
             if len(texts) == 2:
                 # The second is the shorter one, and not longer than the first.
                 apart = self.layout.packed or self.layout.padded
                 ends = max(2, 2 * len(texts[0]) // 3) if apart else len(texts[1])
-                texts = [texts[0] if apart else texts[0][: len(texts[1])], texts[1][:ends]]
-        examples = [Example(text, text) for text in texts]
-        batches = self._plan(examples, sum(map(len, texts)) * 2, self.layout)
-        mine = list(range(len(examples)))
-        return replace(self, examples=examples, batches=batches[:1], mine=mine)
+                first = texts[0] if apart else texts[0].first(len(texts[1]))
+                texts = [first, texts[1].first(ends)]
+        batches = self._plan(texts, sum(map(len, texts)) * 2, self.layout)
+        mine = list(range(len(texts)))
+        return replace(self, examples=texts, batches=batches[:1], mine=mine)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -240,7 +242,9 @@ class LanguageModelling:
                 "examples": len(self.examples),
                 "tokens": sum(len(example) for example in self.examples),
                 "target_tokens": sum(example.num_targets(self.shift) for example in self.examples),
-                "sha256": examples_digest(_digest(e.input_ids, e.labels) for e in self.examples),
+                "sha256": examples_digest(
+                    _digest(e.input_ids, e.labels, columns=e.columns) for e in self.examples
+                ),
             },
             "loss": "cross-entropy in nats, mean over an example's target tokens",
             "label_shift": self.shift,
@@ -265,13 +269,14 @@ class CustomLoss:
         batches = [loader] if isinstance(loader, Mapping) else list(loader)
         for position, batch in enumerate(batches):
             _require_batch(batch, position)
+            _require_one_example_a_row(batch, position)
         if not batches:
             raise ValueError(
                 "loader must yield at least one batch, got none; check the source and its filter"
             )
         mine = batches[ranks.rank :: ranks.size]
         sizes = [batch["input_ids"].shape[0] for batch in batches]
-        digest = examples_digest(_digest(batch["input_ids"]) for batch in batches)
+        digest = examples_digest(_digest_of_batch(batch) for batch in batches)
         here = sum(sizes[ranks.rank :: ranks.size])
         # Rows of one token, or of one example, tell nothing about the order of rows.
         first = max(batches, key=lambda batch: [n > 1 for n in batch["input_ids"].shape])
@@ -338,6 +343,34 @@ def _require_batch(batch: Any, position: int) -> None:
         )
 
 
+def _require_one_example_a_row(batch: Mapping[str, Any], position: int) -> None:
+    """Rows of several examples have gradients of several, whose sizes no sum over a row gives."""
+    ids = batch["input_ids"]
+    dividing = {"attention_mask": len(ids), "seq_idx": len(ids), "position_ids": 1}
+    told = {
+        key: batch[key] for key, rows in dividing.items() if _numbers(batch.get(key), ids, rows)
+    }
+    told |= {key: batch[key] for key in CUMULATIVE_LENGTHS if batch.get(key) is not None}
+    for found in example_spans(told, [ids.shape[1]] * len(ids), position):
+        if len(found) > 1:
+            raise ValueError(
+                "loader must yield one example in each row when loss_fn is given, got a row of "
+                f"{len(found)} at item {position} (by {', '.join(told)}); collate the examples "
+                "with padding"
+            )
+
+
+def _numbers(column: Any, ids: Tensor, rows: int) -> bool:
+    """Whether it has a whole number, 0 or above, for each token; `rows` may stand for all rows."""
+    return (
+        isinstance(column, Tensor)
+        and list(column.shape) in ([rows, ids.shape[1]], list(ids.shape))
+        and not column.is_floating_point()
+        and not column.is_complex()
+        and not bool((column < 0).any())
+    )
+
+
 def _accepted_inputs(model: nn.Module) -> Callable[[str], bool]:
     """Which entries of a batch the model's forward names; all of them where it names none."""
     parameters = inspect.signature(model.forward).parameters
@@ -367,8 +400,20 @@ def _check_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
             )
 
 
-def _digest(*tensors: Tensor) -> bytes:
+def _digest_of_batch(batch: Mapping[str, Any]) -> bytes:
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    return _digest(tensors.pop("input_ids"), columns=tensors)
+
+
+def _digest(*tensors: Tensor, columns: Mapping[str, Tensor] | None = None) -> bytes:
     content = hashlib.sha256()
     for tensor in tensors:
-        content.update(tensor.cpu().numpy().tobytes())
+        content.update(_bytes_of(tensor))
+    for name, tensor in sorted((columns or {}).items()):
+        content.update(name.encode() + _bytes_of(tensor))
     return content.digest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    # By bytes: NumPy knows no bfloat16.
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -9,9 +9,14 @@ import torch
 IGNORE = -100
 
 
-def example_loss(model, input_ids, labels, shift):
-    """Mean cross-entropy over the target tokens of one example, in nats."""
-    logits = model(input_ids=input_ids.unsqueeze(0)).logits[0]
+def example_loss(model, input_ids, labels, shift, inputs=None):
+    """Mean cross-entropy over the target tokens of one example, in nats.
+
+    inputs: what else the model is given, name -> [T].
+    """
+    rows = {"input_ids": input_ids, **(inputs or {})}
+    outputs = model(**{name: row.unsqueeze(0) for name, row in rows.items()})
+    logits = (outputs[0] if isinstance(outputs, tuple) else outputs.logits)[0]
     if shift:
         logits, labels = logits[:-shift], labels[shift:]
     kept = labels != IGNORE
@@ -21,12 +26,15 @@ def example_loss(model, input_ids, labels, shift):
 
 
 def weight_importance(model, examples, names, shift=1, dtype=torch.float64):
-    """name -> |W| * mean over examples of |dL/dW|, one example per backward pass."""
+    """name -> |W| * mean over examples of |dL/dW|, one example per backward pass.
+
+    examples: (input_ids, labels) or (input_ids, labels, inputs), see `example_loss`.
+    """
     model = copy.deepcopy(model).to(dtype).eval()
     weights = {name: model.get_parameter(name) for name in names}
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for input_ids, labels in examples:
-        loss = example_loss(model, input_ids, labels, shift)
+    for input_ids, labels, *inputs in examples:
+        loss = example_loss(model, input_ids, labels, shift, *inputs)
         gradients = torch.autograd.grad(loss, list(weights.values()))
         for name, gradient in zip(weights, gradients, strict=True):
             sums[name] += gradient.abs()

@@ -14,6 +14,7 @@ from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
 from fastdean.collapse import CollapseClasses, collapse_metrics, nearest_mean_agreement
+from fastdean.collapse.labels import default_shift
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
 # Every fourth token is of a class; 95 never occurs.
@@ -152,6 +153,7 @@ def test_what_a_mask_token_hides_counts():
 
 def test_text_without_the_classes_is_never_run():
     model = llama()
+    default_shift(model)  # what is measured once per model, on tokens of no text
     model.model.register_forward_pre_hook(lambda *args: pytest.fail("the model was run"))
     text = [{"input_ids": torch.tensor([5, 6, 7])}]
     found = collapse_metrics(model, text, CLASSES, held_out=list(text))

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.batching import Batch, default_tokens_per_batch, plan_batches, send
+from fastdean.batching import Batch, send
+from fastdean.calling import call
 from fastdean.collapse.classes import CollapseClasses
 from fastdean.collapse.labels import Shift, default_shift, position_labels
 from fastdean.collapse.metrics import CollapseMetrics, NearestMean, count_nearest
 from fastdean.collapse.moments import ClassMoments
 from fastdean.collapse.representations import Features, Representations, output_embedding
 from fastdean.data import Example, read_examples
-from fastdean.forward import exact_layout
+from fastdean.forward import prepare_batches
 from fastdean.model_state import (
     eager,
     evaluation_state,
@@ -162,12 +163,18 @@ class _Reading:
             evaluation_state(model),
             tqdm(total=len(examples), desc=title, unit="ex", disable=not self.progress) as bar,
         ):
-            batches = self._batches(model, examples)
+            batches = prepare_batches(
+                model,
+                # Nothing is predicted: only the segments are used.
+                [example.predicting_itself() for example in examples],
+                tokens_per_batch=self.tokens_per_batch,
+                shift=0,
+            )
             device = input_device(model)
             with last:
                 for batch in batches:
                     rows, found = _labelled_rows(batch, labels)
-                    model(**batch.to(device).model_inputs())
+                    call(model, batch.to(device).model_inputs())
                     states = last.features.flatten(0, 1)
                     take(states.index_select(0, send(rows, states.device)), found)
                     last.clear()
@@ -200,18 +207,6 @@ class _Reading:
                 examples.append(example)
                 labels.append(found)
         return examples, labels
-
-    def _batches(self, model: nn.Module, examples: Sequence[Example]) -> list[Batch]:
-        tokens_per_batch = self.tokens_per_batch
-        if tokens_per_batch is None:
-            tokens_per_batch = default_tokens_per_batch(input_device(model))
-        return plan_batches(
-            # Every token a target of shift 0: nothing is predicted, only the segments are used.
-            [Example(example.input_ids, example.input_ids) for example in examples],
-            shift=0,
-            tokens_per_batch=tokens_per_batch,
-            **vars(exact_layout(model, examples)),
-        )
 
 
 def _labelled_rows(batch: Batch, labels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

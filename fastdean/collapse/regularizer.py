@@ -27,7 +27,7 @@ from fastdean.collapse.representations import (
     output_embedding,
 )
 from fastdean.distributed import Ranks
-from fastdean.forward import label_shift
+from fastdean.forward import label_shift_of_class
 from fastdean.model_state import unwrap
 from fastdean.ops.collapse import STATISTICS, collapse_alignment
 
@@ -118,7 +118,6 @@ class CollapseRegularizer:
         self.module = unwrap(model)
         self.classes = classes
         self.strength = float(strength)
-        self.shift: Shift = default_shift(model) if shift is None else shift
         self.schedule = schedule
         self.step = 0
         self._factors: list[list[Any]] = []
@@ -129,6 +128,7 @@ class CollapseRegularizer:
 
         weight = self._output_weight()
         self._check_something_learns(weight, any(p.requires_grad for p in model.parameters()))
+        self.shift: Shift = default_shift(model) if shift is None else shift
         self.state = _state_for(classes, weight, mode, decay)
 
         self._value: Tensor | None = None
@@ -392,7 +392,7 @@ class CollapseRegularizer:
         items = kwargs.get("num_items_in_batch")
         targets, labels = kwargs.get("shift_labels"), self._last.labels
         if targets is None and labels is not None:
-            targets = labels[..., label_shift(self.module) :]
+            targets = labels[..., label_shift_of_class(self.module) :]
         if items is None or targets is None:
             return 1.0
         share = (targets != -100).sum() / items

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.adapters import require_no_prompts
-from fastdean.batching import default_tokens_per_batch, plan_batches
+from fastdean.calling import call
 from fastdean.data import IGNORE_INDEX, Example
 from fastdean.dependence import HSICResult, hsic
-from fastdean.forward import exact_layout
+from fastdean.forward import prepare_batches
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
 
@@ -33,7 +33,7 @@ def prompts_only(examples: Sequence[Example]) -> list[Example]:
                 f"example {number} must have prompt tokens before its first target, got none; "
                 "leave it out"
             )
-        prompts.append(Example(example.input_ids[:length], example.labels[:length]))
+        prompts.append(example.first(length))
     return prompts
 
 
@@ -77,14 +77,12 @@ def last_token_states(
     model = unwrap(model)
     require_no_prompts(model)
     device = input_device(model)
-    if tokens_per_batch is None:
-        tokens_per_batch = default_tokens_per_batch(device)
-    batches = plan_batches(
-        # Every token a target of shift 0: only the segments are used, prompts have no targets.
-        [Example(example.input_ids, example.input_ids) for example in examples],
-        shift=0,
-        **vars(exact_layout(model, examples)),
+    batches = prepare_batches(
+        model,
+        # Only the segments are used: prompts have no targets.
+        [example.predicting_itself() for example in examples],
         tokens_per_batch=tokens_per_batch,
+        shift=0,
     )
     states = None
     with (
@@ -141,7 +139,7 @@ def layer_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, 
     Raises:
         ValueError: the model returns no hidden states.
     """
-    outputs = model.base_model(**inputs, output_hidden_states=True)
+    outputs = call(model.base_model, inputs, output_hidden_states=True)
     hidden_states = getattr(outputs, "hidden_states", None)
     if not hidden_states:
         raise ValueError(

@@ -1,0 +1,82 @@
+"""How a transformers model is called: the inputs its forward names, and where its logits are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+# Named by forwards, and without influence on the logits.
+_SAYS_HOW = {
+    "cache_position",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "num_logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "return_loss",
+    "use_cache",
+}
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT's; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def forward_inputs(model: nn.Module) -> frozenset[str]:
+    """The names of the inputs that move the logits of `model`, as far as its forward tells them.
+
+    A forward that passes the rest on (`**kwargs`) takes what those below it name: of the classes it
+    inherits from, and of the base model.
+    """
+    inner = base_of(model)
+    names: set[str] = set()
+    for module in (inner, getattr(inner, "base_model", inner)):
+        for forward in _forwards(module):
+            parameters = inspect.signature(forward).parameters.values()
+            kinds = {parameter.kind for parameter in parameters}
+            names |= {parameter.name for parameter in parameters}
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                return _moving(names)
+    return _moving(names)
+
+
+def _forwards(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    yield module.forward
+    for cls in type(module).__mro__:
+        if cls is nn.Module:
+            return
+        if "forward" in vars(cls):
+            yield vars(cls)["forward"]
+
+
+def _moving(names: set[str]) -> frozenset[str]:
+    return frozenset(name for name in names - _SAYS_HOW if "label" not in name)
+
+
+def call(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> Any:
+    """`model(**inputs, **options)`, its outputs by name whatever its configuration says.
+
+    Parts of a model read `return_dict` from the configuration they share, so that passing it does
+    not reach them.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    unnamed = [c for c in (config, text) if getattr(c, "return_dict", True) is False]
+    try:
+        for each in unnamed:
+            each.return_dict = True
+        return model(**inputs, **options)
+    finally:
+        for each in unnamed:
+            each.return_dict = False
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits of a forward pass without labels; models of one's own may return tuples."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs.logits
