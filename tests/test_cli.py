@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from tiny_folders import rows, save_model, write_jsonl, write_sources
+from tiny_folders import rows, save_model, save_model_with_code, write_jsonl, write_sources
 from typer.testing import CliRunner
 
 import fastdean
@@ -683,3 +683,39 @@ def test_one_row_files_of_unsafe_pairs_measure_without_intervals(place, tmp_path
         "run", *sources(place, **small), "--rule", "first", "--out", tmp_path / "run", *options
     )
     assert result.exit_code == 0 and "nan" not in result.stderr.lower()
+
+
+@pytest.mark.parametrize("name", ["run", "score", "collapse", "debias", "couple", "apply"])
+def test_no_command_runs_a_models_code_unless_told_to(
+    name, place, run_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    marker = tmp_path / "ran"
+    model = save_model_with_code(tmp_path / "own", marker)
+    scores = run_folder / "scores"
+    options = {
+        "run": [*sources({k: v for k, v in place.items() if k != "model"}), *OPTIONS],
+        "score": ["--data", place["privacy"], "--examples", 5, "--quiet"],
+        "collapse": ["--text", place["privacy"], "--quiet"],
+        "debias": ["--method", "causal", "--quiet"],
+        "couple": ["--first", scores / "fairness", "--second", scores / "privacy"],
+        "apply": ["--mask", run_folder / "mask"],
+    }[name]
+    arguments = [name, "--model", model, *options, "--out", tmp_path / "out"]
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in arguments], input="y\n" * 9)
+    refused(result, "model must come without Python code of its own")
+    assert "--trust-remote-code" in result.stderr
+    assert not marker.exists() and not (tmp_path / "out").exists()
+
+
+def test_a_models_code_is_run_where_the_command_says_so(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    marker = tmp_path / "ran"
+    result = call(
+        "score", "--model", save_model_with_code(tmp_path / "own", marker),
+        "--data", place["privacy"], "--examples", 5, "--out", tmp_path / "out", "--quiet",
+        "--trust-remote-code", "--json",
+    )  # fmt: skip
+    assert marker.exists()
+    assert json.loads(result.stdout)["model"]["trust_remote_code"] is True

@@ -20,6 +20,7 @@ from fastdean.cli.options import (
     Seed,
     Template,
     TokensPerBatch,
+    TrustRemoteCode,
     out_path,
 )
 from fastdean.cli.running import command, command_line, tell
@@ -82,6 +83,7 @@ def collapse(
         int | None, typer.Option(help="Rows of the text to read, shuffled by --seed.")
     ] = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     template: Template = "raw",
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
@@ -106,6 +108,7 @@ def collapse(
         text=text,
         words=words,
         revision=revision,
+        trust_remote_code=trust_remote_code,
         multi_piece=multi_piece,
         control=control,
         shift=shift,
@@ -181,6 +184,7 @@ def debias(
     ] = 50,
     bias: Bias = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     tokens_per_batch: TokensPerBatch = None,
     device: Device = None,
     seed: Seed = 0,
@@ -214,6 +218,7 @@ def debias(
         shift=shift,
         features=features,
         revision=revision,
+        trust_remote_code=trust_remote_code,
         steps=steps,
         epochs=epochs,
         learning_rate=learning_rate,

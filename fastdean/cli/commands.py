@@ -32,6 +32,7 @@ from fastdean.cli.options import (
     Targets,
     Template,
     TokensPerBatch,
+    TrustRemoteCode,
     out_path,
 )
 from fastdean.cli.running import command, command_line, process_group, tell
@@ -108,6 +109,7 @@ def run(
         ),
     ],
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     ratio: Ratio = None,
     rule: Rule = "paper",
     examples: Examples = 128,
@@ -147,6 +149,7 @@ def run(
         privacy=privacy,
         general=general,
         revision=revision,
+        trust_remote_code=trust_remote_code,
         ratio=ratio,
         rule=rule,
         granularity=granularity,
@@ -177,6 +180,7 @@ def score(
         Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the scores.")
     ],
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     examples: Examples = 128,
     granularity: Granularity = "weight",
     target_modules: Targets = "mlp",
@@ -221,6 +225,7 @@ def score(
                 dtype=dtype,
                 device=device,
                 revision=revision,
+                trust_remote_code=trust_remote_code,
                 progress=ranks.first and not quiet,
             )
             encoded = encode_rows(
@@ -240,7 +245,7 @@ def score(
         if not ranks.first:
             return None
         scores.manifest["data"]["sources"] = [data]
-        scores.manifest["model"]["revision"] = revision
+        scores.manifest["model"] |= {"revision": revision, "trust_remote_code": trust_remote_code}
         scores.save_pretrained(out, overwrite=overwrite)
     tell(f"{scores!r}\nwritten to {out}")
     return {"out": str(out), **scores.manifest}
@@ -275,6 +280,7 @@ def couple(
         ),
     ] = "down",
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -297,7 +303,13 @@ def couple(
     scores = [Scores.from_pretrained(path) for path in (first, second, *(general or []))]
     loaded = None
     if model is not None:
-        loaded, _ = load_model(model, dtype=dtype, device="cpu", revision=revision)
+        loaded, _ = load_model(
+            model,
+            dtype=dtype,
+            device="cpu",
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
     mask = couple_scores(
         *scores[:2],
         general=scores[2:],
@@ -323,6 +335,7 @@ def apply(
         Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the edited model.")
     ],
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> dict[str, Any]:
@@ -341,7 +354,9 @@ def apply(
     require_outside(out, model)
     _require_free(out, overwrite=False, kind=None)
     found = NeuronMask.from_pretrained(mask)
-    loaded, tokenizer = load_model(model, dtype=dtype, device="cpu", revision=revision)
+    loaded, tokenizer = load_model(
+        model, dtype=dtype, device="cpu", revision=revision, trust_remote_code=trust_remote_code
+    )
     found.apply_(loaded)
     with new_folder(out, name="out") as folder:
         _save_model(loaded, tokenizer, folder)

@@ -31,6 +31,14 @@ Model = Annotated[
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a model from the hub.")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that comes with the model's files; without it such a model is "
+        "refused.",
+    ),
+]
 Ratio = Annotated[
     float | None,
     typer.Option(

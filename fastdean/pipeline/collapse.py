@@ -43,7 +43,7 @@ class CollapseJob:
     """What is asked for; two jobs that are equal give equal results.
 
     Attributes:
-        model, revision: see `loading.load_model`.
+        model, revision, trust_remote_code: see `loading.load_model`.
         text: see `sources.load_rows`; a fifth of its rows is held out for NC4.
         words: a list of the package, or a file: see `CollapseClasses.from_words`.
         multi_piece: "skip" or "mean": see there.
@@ -60,6 +60,7 @@ class CollapseJob:
     text: str
     words: str = "gender"
     revision: str | None = None
+    trust_remote_code: bool = False
     multi_piece: str = "skip"
     control: str | None = None
     shift: str | None = None
@@ -112,7 +113,12 @@ def run(
     folder.check()
     with costs.step("load model"):
         model, tokenizer = load_model(
-            job.model, dtype=job.dtype, device=job.device, revision=job.revision, progress=progress
+            job.model,
+            dtype=job.dtype,
+            device=job.device,
+            revision=job.revision,
+            trust_remote_code=job.trust_remote_code,
+            progress=progress,
         )
     costs.watch(model)
     with costs.step("check model"):

@@ -53,7 +53,7 @@ class DebiasJob:
     """What is asked for; two jobs that are equal give equal results on one machine.
 
     Attributes:
-        model, revision: see `loading.load_model`.
+        model, revision, trust_remote_code: see `loading.load_model`.
         method: see `debias.fine_tune`.
         collapse_strength: of the regulariser; 0: it measures and changes nothing.
         data: rows to train on, see `debias.fine_tune`; None: those of the package.
@@ -82,6 +82,7 @@ class DebiasJob:
     shift: str | None = None
     features: str = "base"
     revision: str | None = None
+    trust_remote_code: bool = False
     steps: int | None = None
     epochs: int | None = None
     learning_rate: float = 2e-5
@@ -183,7 +184,12 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     with costs.step("load model"):
         # AdamW's steps are lost in half precision.
         model, tokenizer = load_model(
-            job.model, dtype="float32", device=job.device, revision=job.revision, progress=progress
+            job.model,
+            dtype="float32",
+            device=job.device,
+            revision=job.revision,
+            trust_remote_code=job.trust_remote_code,
+            progress=progress,
         )
     costs.watch(model)
     model.requires_grad_(True)

@@ -22,7 +22,7 @@ class Job:
     """What is asked for; two runs with equal jobs give equal results.
 
     Attributes:
-        model, revision: see `loading.load_model`.
+        model, revision, trust_remote_code: see `loading.load_model`.
         fairness, privacy, general: see `sources.load_rows`.
         ratio: share of a matrix's entries in each top set; None: 5e-7 for weights, 1e-3 for units.
         rule, scope, min_k: see `coupling.couple`.
@@ -39,6 +39,7 @@ class Job:
     privacy: str
     general: str
     revision: str | None = None
+    trust_remote_code: bool = False
     ratio: float | None = None
     rule: str = "paper"
     granularity: str = "weight"

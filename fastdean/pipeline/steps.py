@@ -117,6 +117,7 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
             dtype=job.dtype,
             device=job.device,
             revision=job.revision,
+            trust_remote_code=job.trust_remote_code,
             progress=progress and ranks.first,
         )
         costs.watch(model)
@@ -210,7 +211,10 @@ def _score(
             description=f"score {name}",
         )
     scores.manifest["data"]["sources"] = [getattr(job, name)]
-    scores.manifest["model"]["revision"] = job.revision
+    scores.manifest["model"] |= {
+        "revision": job.revision,
+        "trust_remote_code": job.trust_remote_code,
+    }
     # A disk that is full on the first rank must not leave the others waiting for the next sum.
     with ranks.failing_together():
         if ranks.first:
