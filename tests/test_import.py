@@ -68,11 +68,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ops",
         "storage",
     },
+    "identity": {"model_state"},
     "debias": {
         "_logging",
         "collapse",
         "data",
         "forward",
+        "identity",
         "model_state",
         "provenance",
         "safetensors_files",

@@ -21,12 +21,12 @@ from fastdean.collapse import (
     read_word_groups,
 )
 from fastdean.data import Example
-from fastdean.debias.resuming import json_digest
 from fastdean.distributed import Ranks
+from fastdean.identity import json_digest, model_identity
 from fastdean.loading import load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.costs import Costs
-from fastdean.pipeline.inputs import benchmark_digests, model_digest
+from fastdean.pipeline.inputs import benchmark_digests
 from fastdean.pipeline.results import plain
 from fastdean.pipeline.rows import encode_rows, take_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
@@ -122,7 +122,7 @@ def run(
         )
     costs.watch(model)
     with costs.step("check model"):
-        folder.inputs["model"] = model_digest(model, tokenizer)
+        folder.inputs |= model_identity(model, tokenizer)
     classes = classes_of(job, tokenizer)
     folder.inputs["words"] = json_digest(classes.to_dict())
     folder.check()
@@ -150,7 +150,10 @@ def run(
                 "collapse": collapse_results(classes, {"measured": table}),
                 "bias": bias.results({"before": found}),
                 "findings": [collapse_sentence(classes, table), *bias.sentences(found)],
-                "warnings": cautions.about_classes(len(classes), table),
+                "warnings": [
+                    *folder.other_versions,
+                    *cautions.about_classes(len(classes), table),
+                ],
                 "cost": costs.steps,
                 "files": {"figures": RESULTS_FILE},
                 "manifest": {"job": asdict(job), "classes": classes.to_dict()},

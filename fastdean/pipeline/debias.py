@@ -18,11 +18,11 @@ from fastdean.collapse import CollapseClasses, CollapseRegularizer, read_word_gr
 from fastdean.data import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
 from fastdean.debias.objectives import require_method
-from fastdean.debias.resuming import json_digest
 from fastdean.debias.schedule import check_counts, check_schedule
 from fastdean.distributed import Ranks
 from fastdean.evaluation import perplexity
 from fastdean.forward import label_shift
+from fastdean.identity import json_digest, model_identity
 from fastdean.loading import load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.collapse import (
@@ -34,7 +34,7 @@ from fastdean.pipeline.collapse import (
     measured_collapse,
 )
 from fastdean.pipeline.costs import Costs
-from fastdean.pipeline.inputs import benchmark_digests, model_digest
+from fastdean.pipeline.inputs import benchmark_digests
 from fastdean.pipeline.results import plain
 from fastdean.pipeline.rows import NumberedRow, encode_rows, take_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
@@ -159,7 +159,7 @@ def run(
         states = {"before": _measure("before", prepared, job, folder, costs, progress)}
         history = _train(prepared, job, folder, costs, progress)
         states["after"] = _measure("after", prepared, job, folder, costs, progress)
-        found = _collect(job, command, prepared, states, history, costs)
+        found = _collect(job, command, prepared, states, history, costs, folder)
         _save(prepared, job, folder, found, command, costs)
         write_json_atomic(folder.path / RESULTS_FILE, found)
         write_report(found, folder.path / REPORT_FILE)
@@ -194,7 +194,7 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     costs.watch(model)
     model.requires_grad_(True)
     with costs.step("check model"):
-        folder.inputs["model"] = model_digest(model, tokenizer)
+        folder.inputs |= model_identity(model, tokenizer)
     classes = classes_of(job, tokenizer)
     measured_classes = CollapseClasses.from_words(tokenizer, job.words, multi_piece=job.multi_piece)
     folder.inputs["words"] = json_digest([classes.to_dict(), measured_classes.to_dict()])
@@ -330,6 +330,7 @@ def _collect(
     states: Mapping[str, Mapping[str, Any]],
     history: Sequence[Mapping[str, Any]],
     costs: Costs,
+    folder: RunFolder,
 ) -> dict[str, Any]:
     table = bias.results({state: found["bias"] for state, found in states.items()})
     collapse = collapse_results(
@@ -365,6 +366,7 @@ def _collect(
                 *_perplexity_change(states),
             ],
             "warnings": [
+                *folder.other_versions,
                 *cautions.about_classes(
                     len(prepared.measured_classes), states["before"]["collapse"]
                 ),

@@ -17,6 +17,7 @@ from fastdean._logging import logger
 from fastdean.coupling import couple, nothing_selected
 from fastdean.data import Example
 from fastdean.distributed import Ranks
+from fastdean.identity import model_identity
 from fastdean.loading import load_model
 from fastdean.masks import NeuronMask
 from fastdean.pipeline import results
@@ -86,6 +87,7 @@ def run(
             progress=progress,
         )
         mask = masks[job.rule]
+        warnings += folder.other_versions
         warnings += results.warnings_about(
             job, prepared.model, prepared.rows, mask, scores["fairness"]
         )
@@ -121,6 +123,10 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
             progress=progress and ranks.first,
         )
         costs.watch(model)
+    if ranks.first:
+        with costs.step("check model"):
+            folder.inputs |= model_identity(model, tokenizer)
+        folder.check()
     targets = find_targets(model, job.target_modules, job.granularity)
     _require_in_memory(targets, job)
     sizes = _sizes(targets, job)
