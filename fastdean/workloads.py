@@ -27,6 +27,7 @@ from fastdean.data import IGNORE_INDEX, Example, read_examples
 from fastdean.distributed import Ranks
 from fastdean.forward import TargetLogits, exact_layout, label_shift, target_losses
 from fastdean.model_state import input_device, max_tokens
+from fastdean.rendering import describe_rendering
 from fastdean.scores import examples_digest
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
@@ -78,7 +79,7 @@ def plan_workload(
     *,
     loss_fn: LossFunction | None,
     tokenizer: Any,
-    template: str,
+    template: str | None,
     max_length: int | None,
     tokens_per_batch: int | None,
     ranks: Ranks,
@@ -120,6 +121,7 @@ class LanguageModelling:
     layout: Layout
     tokens_per_batch: int
     mine: list[int]
+    rendering: dict[str, Any]
 
     @classmethod
     def plan(
@@ -127,7 +129,7 @@ class LanguageModelling:
         model: nn.Module,
         loader: Any,
         tokenizer: Any,
-        template: str,
+        template: str | None,
         max_length: int | None,
         tokens_per_batch: int | None,
         ranks: Ranks,
@@ -149,7 +151,8 @@ class LanguageModelling:
             tokens_per_batch=tokens_per_batch,
             **vars(layout),
         )
-        return cls(model, examples, batches, shift, layout, tokens_per_batch, mine)
+        rendering = describe_rendering(examples, tokenizer, template)
+        return cls(model, examples, batches, shift, layout, tokens_per_batch, mine, rendering)
 
     @property
     def num_examples(self) -> int:
@@ -183,6 +186,7 @@ class LanguageModelling:
                 "tokens": sum(len(example) for example in self.examples),
                 "target_tokens": sum(example.num_targets(self.shift) for example in self.examples),
                 "sha256": examples_digest(_digest(e.input_ids, e.labels) for e in self.examples),
+                **self.rendering,
             },
             "loss": "cross-entropy in nats, mean over an example's target tokens",
             "label_shift": self.shift,

@@ -794,3 +794,23 @@ def test_a_run_is_resumed_with_another_torch_and_says_so(job, scored, tmp_path, 
         warning for warning in results["warnings"] if "were done with torch 0.1 (now" in warning
     ]
     assert len(said) == 1 and said[0] in caplog.text
+
+
+def test_sets_that_became_tokens_otherwise_are_warned_of_once(place, tmp_path, caplog):
+    """Plain text beside prompts and responses may be meant, so that it is no reason to refuse."""
+    texts = [{"text": row["response"] + " w1"} for row in rows(10, 3, unsafe=False)]
+    general = str(write_jsonl(tmp_path / "texts.jsonl", texts))
+    results = run(Job(**{**place, "general": general}, **QUICK), tmp_path / "run", progress=False)
+    said = "did not become tokens alike: fairness raw (5); privacy raw (5); general text (5)."
+    assert sum(said in warning for warning in results["warnings"]) == 1
+    assert caplog.text.count("did not become tokens alike") == 1
+    assert results["data"]["general"]["rendered"] == {"text": 5}
+    assert results["data"]["fairness"]["template"] is None
+
+
+def test_an_example_of_each_set_is_in_the_report(finished):
+    out, results = finished
+    assert list(results["shown"]) == ["fairness", "privacy", "general"]
+    (_, context), (_, target) = results["shown"]["privacy"]["parts"]
+    page = (out / "report.html").read_text()
+    assert context in page and target in page

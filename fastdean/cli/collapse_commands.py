@@ -84,7 +84,7 @@ def collapse(
     ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    template: Template = "raw",
+    template: Template = None,
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
     dtype: Dtype = "auto",

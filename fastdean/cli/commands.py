@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from fastdean.cli.options import (
     MinK,
     Model,
     Overwrite,
+    Preview,
     Quiet,
     Ratio,
     Revision,
@@ -121,7 +123,7 @@ def run(
     scope: Scope = "matrix",
     min_k: MinK = 0,
     scale: Scale = 0.0,
-    template: Template = "raw",
+    template: Template = None,
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
     memory_budget: MemoryBudget = None,
@@ -129,6 +131,7 @@ def run(
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Seed = 0,
+    preview: Preview = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -141,7 +144,7 @@ def run(
     Example: `fastdean run --model Qwen/Qwen2-7B-Instruct --fairness beavertails:fairness --privacy
     beavertails:privacy --general alpaca-cleaned --ratio 5e-7 --out run/`
     """
-    from fastdean.pipeline.job import Job
+    from fastdean.pipeline.job import DATA_SETS, Job
 
     job = Job(
         model=model,
@@ -168,6 +171,8 @@ def run(
         device=device,
         seed=seed,
     )
+    if preview:
+        return _preview({name: getattr(job, name) for name in DATA_SETS}, job)
     return _run_job(job, out, overwrite, quiet)
 
 
@@ -187,7 +192,7 @@ def score(
     keep_top: Annotated[
         float, typer.Option(help="Keep only this share of each matrix; 1 keeps all, with its size.")
     ] = 1e-3,
-    template: Template = "raw",
+    template: Template = None,
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
     memory_budget: MemoryBudget = None,
@@ -195,6 +200,7 @@ def score(
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Seed = 0,
+    preview: Preview = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -208,10 +214,16 @@ def score(
     from fastdean.loading import load_model
     from fastdean.pipeline.rows import encode_rows, take_rows
     from fastdean.pipeline.run_folder import require_outside
+    from fastdean.rendering import describe_rendering, rendering_cautions
     from fastdean.scores import check_keep_top
     from fastdean.scoring import score as score_model
 
     check_keep_top(keep_top)
+    if preview:
+        options = {"model": model, "revision": revision, "trust_remote_code": trust_remote_code}
+        options |= {"examples": examples, "seed": seed}
+        options |= {"template": template, "max_length": max_length}
+        return _preview({"data": data}, SimpleNamespace(**options))
     budget = _bytes(memory_budget)
     with process_group():
         ranks = Ranks.current()
@@ -231,6 +243,10 @@ def score(
             encoded = encode_rows(
                 rows, data, tokenizer, loaded, template=template, max_length=max_length
             )
+        if ranks.first:
+            numbers = [number for number, _ in rows]
+            for caution in rendering_cautions(encoded, numbers, tokenizer, data):
+                tell(f"fastdean: {caution}")
         scores = score_model(
             loaded,
             encoded,
@@ -245,6 +261,7 @@ def score(
         if not ranks.first:
             return None
         scores.manifest["data"]["sources"] = [data]
+        scores.manifest["data"] |= describe_rendering(encoded, tokenizer, template)
         scores.manifest["model"] |= {"revision": revision, "trust_remote_code": trust_remote_code}
         scores.save_pretrained(out, overwrite=overwrite)
     tell(f"{scores!r}\nwritten to {out}")
@@ -441,6 +458,14 @@ def info(as_json: Json = False) -> None:
 
     found = collect()
     typer.echo(json.dumps(found, indent=2) if as_json else render(found))
+
+
+def _preview(sources: dict[str, str], job: Any) -> dict[str, Any]:
+    from fastdean.pipeline.preview import preview, preview_text
+
+    found = preview(sources, job)
+    tell(preview_text(found))
+    return found
 
 
 def _run_job(job: Any, out: Path, overwrite: bool, quiet: bool) -> dict[str, Any] | None:

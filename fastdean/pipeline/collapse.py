@@ -67,7 +67,7 @@ class CollapseJob:
     features: str = "base"
     bias: tuple[str, ...] = ()
     examples: int | None = None
-    template: str = "raw"
+    template: str | None = None
     max_length: int | None = None
     tokens_per_batch: int | None = None
     dtype: str = "auto"

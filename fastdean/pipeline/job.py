@@ -49,7 +49,7 @@ class Job:
     scale: float = 0.0
     examples: int | None = 128
     eval_examples: int = 64
-    template: str = "raw"
+    template: str | None = None
     max_length: int | None = None
     tokens_per_batch: int | None = None
     memory_budget: int | None = None
@@ -65,7 +65,8 @@ class Job:
             ("scope", SCOPES),
             ("template", TEMPLATES),
         ):
-            if getattr(self, name) not in allowed:
+            # None: by the kind of row, see `data.encode`.
+            if getattr(self, name) not in (*allowed, *((None,) if name == "template" else ())):
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
