@@ -275,12 +275,23 @@ def _uncollated(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]
         if not isinstance(first, Mapping) or not isinstance(first.get("role"), list | tuple):
             yield row
             continue
-        for chat in range(len(first["role"])):
-            yield {
-                "messages": [
-                    {key: turn[key][chat] for key in ("role", "content")} for turn in turns
-                ]
-            }
+        chats, columns = len(first["role"]), ("role", "content")
+        for turn in turns:
+            if not all(_is_text_column(turn.get(key), chats) for key in columns):
+                raise ValueError(
+                    "loader must collate chats of roles and texts, got a turn of other parts, "
+                    f"{turn!r:.80}; pass collate_fn=list to the DataLoader, and give its rows"
+                )
+        for chat in range(chats):
+            yield {"messages": [{key: turn[key][chat] for key in columns} for turn in turns]}
+
+
+def _is_text_column(value: Any, length: int) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == length
+        and all(isinstance(text, str) for text in value)
+    )
 
 
 def _render(

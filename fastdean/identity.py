@@ -30,9 +30,9 @@ _OWN_CODE = "transformers_modules"
 def model_identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
     """By name of the part: SHA-256 of what a model's figures depend on.
 
-    The parts are "model weights" (every bit of every parameter and buffer, head and embeddings
-    too), "model configuration", "attention implementation", "model code" (that came with its
-    files), "device" (its kind), "tokenizer" and "chat template".
+    The parts are "model weights" (every bit of every parameter and stored buffer, head and
+    embeddings too), "model configuration", "attention implementation", "model code" (what came with
+    its files), "device" (its kind), "tokenizer" and "chat template".
 
     Reads each weight once, a tied one too, at the speed of SHA-256 (about 1 GB/s); an offloaded
     one is brought to the CPU.
@@ -50,7 +50,11 @@ def model_identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the names and bytes of a model's parameters and buffers."""
+    """SHA-256 of the names and bytes of a model's parameters and buffers.
+
+    Buffers that no checkpoint holds follow from the configuration, and a forward pass may change
+    them: they are left out.
+    """
     digest = hashlib.sha256()
     for name, tensor in _tensors(model):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -61,8 +65,13 @@ def weights_digest(model: nn.Module) -> str:
 
 def json_digest(value: Any) -> str:
     """SHA-256 of a value as JSON; what JSON does not know counts by its text."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_as_json)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    # The order of a set is another in every process.
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def _configuration(model: nn.Module) -> dict[str, Any]:
@@ -105,6 +114,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: dict[int, Tensor] = {}
     for name, module in model.named_modules():
         own = {**module._parameters, **module._buffers}
+        own = {key: t for key, t in own.items() if key not in module._non_persistent_buffers_set}
         new = {key: t for key, t in own.items() if t is not None and id(t) not in seen}
         seen.update((id(tensor), tensor) for tensor in new.values())
         with _in_memory(module):

@@ -31,12 +31,17 @@ def describe_rendering(examples: Sequence[Example], tokenizer: Any, template: st
 
 
 def rendering_cautions(
-    examples: Sequence[Example], numbers: Sequence[int], tokenizer: Any, name: str
+    examples: Sequence[Example],
+    numbers: Sequence[int],
+    tokenizer: Any,
+    name: str,
+    template: str | None,
 ) -> list[str]:
-    """Sentences on special tokens of a data set that stand where hardly anyone wants them.
+    """Sentences on what hardly anyone wants of a data set's tokens.
 
     Args:
         numbers: of the examples' rows.
+        template: that was asked for.
         name: of the data set.
     """
     bos = getattr(tokenizer, "bos_token_id", None)
@@ -51,6 +56,12 @@ def rendering_cautions(
         if example.rendered in ("raw", "published") and prompt > 1 and ids[prompt - 1] in ends:
             ended.append(number)
     said = []
+    texts = sum(example.rendered == "text" for example in examples)
+    if texts and template in ("chat", "published"):
+        said.append(
+            f"{name}: {texts} of {len(examples)} rows are plain text, to which the template "
+            f"{template!r} does not apply."
+        )
     if doubled:
         said.append(
             f"{name}: {len(doubled)} of {len(examples)} examples start with two "
@@ -98,10 +109,14 @@ def show_example(example: Example, tokenizer: Any) -> list[tuple[str, str]]:
     return [
         (
             "context" if ignored else "target",
-            printable(tokenizer.decode([token for token, _ in run], skip_special_tokens=False)),
+            printable(_decoded([token for token, _ in run], tokenizer)),
         )
         for ignored, run in runs
     ]
+
+
+def _decoded(ids: list[int], tokenizer: Any) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def printable(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastdean._logging import logger
 from fastdean.batching import (
     Batch,
     Layout,
@@ -27,7 +28,7 @@ from fastdean.data import IGNORE_INDEX, Example, read_examples
 from fastdean.distributed import Ranks
 from fastdean.forward import TargetLogits, exact_layout, label_shift, target_losses
 from fastdean.model_state import input_device, max_tokens
-from fastdean.rendering import describe_rendering
+from fastdean.rendering import describe_rendering, rendering_cautions
 from fastdean.scores import examples_digest
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
@@ -152,6 +153,10 @@ class LanguageModelling:
             **vars(layout),
         )
         rendering = describe_rendering(examples, tokenizer, template)
+        if tokenizer is not None and ranks.first:
+            numbers = range(len(examples))
+            for caution in rendering_cautions(examples, numbers, tokenizer, "loader", template):
+                logger.warning("%s", caution)
         return cls(model, examples, batches, shift, layout, tokens_per_batch, mine, rendering)
 
     @property

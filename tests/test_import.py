@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "accumulators": {"ops", "scores", "targets"},
     "capture": {"accumulators", "targets"},
     "workloads": {
+        "_logging",
         "batching",
         "data",
         "distributed",

@@ -593,3 +593,15 @@ def test_default_collated_chats_are_read_as_they_were():
     assert [words(e, tokenizer) for e in read] == [
         words(e, tokenizer) for e in encode(chats, tokenizer)
     ]
+
+
+def test_default_collated_parts_are_refused():
+    chats = [turns(("user", PARTS[:1]), ("assistant", "sat"))] * 2
+    collated = torch.utils.data.DataLoader(chats, batch_size=2)
+    with pytest.raises(ValueError, match="loader must collate chats of roles and texts, .*=list"):
+        read_examples(collated, tokenizer=word_tokenizer())
+
+
+def test_odd_tokens_of_rows_are_warned_of(caplog):
+    score([{"text": "<s> the cat sat"}, PAIR], tokenizer=word_tokenizer(True))
+    assert "loader: 1 of 2 examples start with two '<s>' (first: row 0)" in caplog.text

@@ -37,7 +37,7 @@ from fastdean.cli.options import (
     TrustRemoteCode,
     out_path,
 )
-from fastdean.cli.running import command, command_line, process_group, tell
+from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault of FastDEAN, with a traceback; 2 the request cannot be carried "
@@ -245,7 +245,7 @@ def score(
             )
         if ranks.first:
             numbers = [number for number, _ in rows]
-            for caution in rendering_cautions(encoded, numbers, tokenizer, data):
+            for caution in rendering_cautions(encoded, numbers, tokenizer, data, template):
                 tell(f"fastdean: {caution}")
         scores = score_model(
             loaded,
@@ -460,12 +460,12 @@ def info(as_json: Json = False) -> None:
     typer.echo(json.dumps(found, indent=2) if as_json else render(found))
 
 
-def _preview(sources: dict[str, str], job: Any) -> dict[str, Any]:
+def _preview(sources: dict[str, str], job: Any) -> dict[str, Any] | None:
     from fastdean.pipeline.preview import preview, preview_text
 
     found = preview(sources, job)
     tell(preview_text(found))
-    return found
+    return found if is_first_rank() else None
 
 
 def _run_job(job: Any, out: Path, overwrite: bool, quiet: bool) -> dict[str, Any] | None:

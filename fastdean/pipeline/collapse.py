@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fastdean._logging import logger
 from fastdean.collapse import (
     CollapseClasses,
     CollapseMetrics,
@@ -31,6 +32,7 @@ from fastdean.pipeline.results import plain
 from fastdean.pipeline.rows import encode_rows, take_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
 from fastdean.provenance import now, versions
+from fastdean.rendering import describe_rendering, rendering_cautions
 from fastdean.report import write_report
 from fastdean.storage import write_json_atomic
 
@@ -129,6 +131,9 @@ def run(
     encoded = encode_rows(
         rows, job.text, tokenizer, model, template=job.template, max_length=job.max_length
     )
+    odd = rendering_cautions(encoded, [n for n, _ in rows], tokenizer, "text", job.template)
+    for caution in odd:
+        logger.warning("%s", caution)
     try:
         folder.claim()
         with costs.step("neural collapse", sum(map(len, encoded))):
@@ -145,13 +150,20 @@ def run(
                 "command": command,
                 "versions": versions(),
                 "model": describe(job.model, model),
-                "data": {"text": {"source": job.text, "examples": len(encoded)}},
+                "data": {
+                    "text": {
+                        "source": job.text,
+                        "examples": len(encoded),
+                        **describe_rendering(encoded, tokenizer, job.template),
+                    }
+                },
                 "options": asdict(job),
                 "collapse": collapse_results(classes, {"measured": table}),
                 "bias": bias.results({"before": found}),
                 "findings": [collapse_sentence(classes, table), *bias.sentences(found)],
                 "warnings": [
                     *folder.other_versions,
+                    *odd,
                     *cautions.about_classes(len(classes), table),
                 ],
                 "cost": costs.steps,

@@ -50,7 +50,7 @@ def preview(sources: Mapping[str, str], job: Any) -> dict[str, Any]:
         )
         examples[name] = shown(source, numbers[0], encoded[0], tokenizer)
         data[name] = describe_rendering(encoded, tokenizer, job.template)
-        warnings += rendering_cautions(encoded, numbers, tokenizer, name)
+        warnings += rendering_cautions(encoded, numbers, tokenizer, name, job.template)
     warnings = [*differing_renderings(data), *warnings]
     return {"examples": examples, "data": data, "warnings": warnings}
 

@@ -163,7 +163,7 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
             caution
             for name in DATA_SETS
             for caution in rendering_cautions(
-                scored[name], [n for n, _ in rows[name].scored], tokenizer, name
+                scored[name], [n for n, _ in rows[name].scored], tokenizer, name, job.template
             )
         ),
     ]
