@@ -30,6 +30,7 @@ from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.masks.summary import place_of
 from fastdean.model_state import materialised_weight, unwrap
 from fastdean.ops.selection import importance, select_top
+from fastdean.rendering import differing_renderings
 from fastdean.scores import ScoreEntry, Scores, fingerprint
 from fastdean.units import unit_layers
 
@@ -108,6 +109,7 @@ def couple(
         first.require_same_weights(other)
     for scores in everyone:
         scores.require_unchanged_weights()
+    _warn_about_renderings(first, second, general)
     if model is not None:
         model = unwrap(model)
         _require_scored_model(first, model)
@@ -160,6 +162,14 @@ def couple(
         },
         table=table,
     )
+
+
+def _warn_about_renderings(first: Scores, second: Scores, general: Sequence[Scores]) -> None:
+    names = ("general", *(f"general {n}" for n in range(2, len(general) + 1)))
+    sets = {"first": first, "second": second, **dict(zip(names, general, strict=False))}
+    data = {name: scores.manifest.get("data") or {} for name, scores in sets.items()}
+    for caution in differing_renderings(data):
+        logger.warning("%s", caution)
 
 
 def overlap(

@@ -6,7 +6,7 @@ being the targets. Everything after this file sees only `Example`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from fastdean.segments import CUMULATIVE_LENGTHS, DIVIDING_COLUMNS, spans
 IGNORE_INDEX = -100
 TEMPLATES = ("raw", "chat", "published")
 _READ_HERE = ("input_ids", "labels", "shift_labels", "attention_mask", *DIVIDING_COLUMNS)
+# How an example was rendered that came as tokens.
+TOKENS = "tokens"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +35,14 @@ class Example:
             its forward names (`fastdean.forward.fitted`).
         not_carried: names of what the loader gave in another form (pictures, text). A model whose
             forward names one of them is refused.
+        rendered: how it became tokens: one of `TEMPLATES`, "text", or "tokens" where it came so.
     """
 
     input_ids: Tensor
     labels: Tensor
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     not_carried: frozenset[str] = frozenset()
+    rendered: str = TOKENS
 
     def __len__(self) -> int:
         return self.input_ids.numel()
@@ -83,7 +87,7 @@ def read_examples(
     loader: Any,
     *,
     tokenizer: Any = None,
-    template: str = "raw",
+    template: str | None = None,
     max_length: int | None = None,
     require_labels: bool = True,
 ) -> list[Example]:
@@ -156,7 +160,7 @@ def encode(
     rows: Iterable[Mapping[str, Any]],
     tokenizer: Any,
     *,
-    template: str = "raw",
+    template: str | None = None,
     max_length: int | None = None,
     first: int = 0,
 ) -> list[Example]:
@@ -165,6 +169,8 @@ def encode(
     A row has `prompt` and `response`, or `messages` (chat turns; every assistant turn is a target),
     or `text` (every token is a target). How `prompt` and `response` are joined is the `template`:
 
+    - None: "raw". `messages` always take the chat template and `text` takes none; under "raw" or
+      "published" by name `messages` are refused.
     - "raw": tok(prompt) ++ tok(response), no chat template, no separator.
     - "chat": the tokenizer's chat template, one user turn and one assistant turn.
     - "published": tok(prompt) ++ tok(response)[1:], as DEAN's released code packs it. With a
@@ -176,15 +182,17 @@ def encode(
     Raises:
         ValueError: a row lacks its columns, or no target token remains.
     """
-    if template not in TEMPLATES:
+    if template is not None and template not in TEMPLATES:
         raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
     _check_max_length(max_length)
 
     examples = []
-    for number, row in enumerate(rows, start=first):
-        ids, labels = _tokenize_row(row, tokenizer, template, number)
+    for number, row in enumerate(_uncollated(rows), start=first):
+        ids, labels, rendered = _tokenize_row(row, tokenizer, template, number)
         whole = Example(
-            torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
+            torch.tensor(ids, dtype=torch.int64),
+            torch.tensor(labels, dtype=torch.int64),
+            rendered=rendered,
         )
         example = whole.first(max_length)
         if example.num_targets(0) == 0:
@@ -206,26 +214,34 @@ def _check_max_length(max_length: int | None) -> None:
 
 
 def _tokenize_row(
-    row: Mapping[str, Any], tokenizer: Any, template: str, number: int
-) -> tuple[list[int], list[int]]:
+    row: Mapping[str, Any], tokenizer: Any, template: str | None, number: int
+) -> tuple[list[int], list[int], str]:
+    """Token ids, labels, and what they were rendered as."""
     if row.get("messages") is not None:
-        return _tokenize_chat(row["messages"], tokenizer, number)
+        if template not in (None, "chat"):
+            raise ValueError(
+                f"template must be 'chat' or left out for a row of messages, got {template!r} for "
+                f"row {number}, which has no other rendering; leave it out, or give prompt and "
+                "response columns"
+            )
+        return *_tokenize_chat(row["messages"], tokenizer, number), "chat"
     if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
         if template == "chat":
             turns = [
                 {"role": "user", "content": row["prompt"]},
                 {"role": "assistant", "content": row["response"]},
             ]
-            return _tokenize_chat(turns, tokenizer, number)
+            return *_tokenize_chat(turns, tokenizer, number), "chat"
         prompt = tokenizer(row["prompt"])["input_ids"]
         if template == "published":
             response = tokenizer(row["response"])["input_ids"][1:]
         else:
             response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-        return [*prompt, *response], [IGNORE_INDEX] * len(prompt) + list(response)
+        labels = [IGNORE_INDEX] * len(prompt) + list(response)
+        return [*prompt, *response], labels, template or "raw"
     if isinstance(row.get("text"), str):
         ids = list(tokenizer(row["text"])["input_ids"])
-        return ids, list(ids)
+        return ids, list(ids), "text"
     raise ValueError(
         f"row {number} must have the text columns 'prompt' and 'response', or 'messages', or "
         f"'text', got {sorted(row)}; rename the columns or map them"
@@ -241,6 +257,9 @@ def _tokenize_chat(turns: Any, tokenizer: Any, number: int) -> tuple[list[int], 
             f"row {number} must have a list of {{'role', 'content'}} dictionaries as messages, "
             f"got {turns!r:.80}; convert the chat to that form"
         )
+    turns = [
+        {**turn, "content": _text_of(turn["content"], i, number)} for i, turn in enumerate(turns)
+    ]
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"tokenizer must have a chat template to encode row {number} as a chat, got none; "
@@ -261,6 +280,57 @@ def _tokenize_chat(turns: Any, tokenizer: Any, number: int) -> tuple[list[int], 
             )
         labels[len(before) : len(after)] = ids[len(before) : len(after)]
     return ids, labels
+
+
+def _text_of(content: Any, turn: int, number: int) -> str:
+    """A turn's content as text: it may be a list of parts, which must all be text."""
+    if isinstance(content, str):
+        return content
+    found = "null" if content is None else type(content).__name__
+    if isinstance(content, Sequence):
+        parts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
+        kinds = [p.get("type") if isinstance(p, Mapping) else type(p).__name__ for p in parts]
+        if parts and all(
+            kind == "text" and isinstance(p.get("text"), str)
+            for kind, p in zip(kinds, parts, strict=True)
+        ):
+            return "".join(part["text"] for part in parts)
+        other = next((kind for kind in kinds if kind != "text"), "text without text")
+        found = f"a part of type {other!r}" if parts else "a list without parts"
+    raise ValueError(
+        f"row {number} must have text in every turn, got {found} in turn {turn}; leave the row out "
+        "(a call of a tool, an image and a recording have no tokens here)"
+    )
+
+
+def _uncollated(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The rows; a batch of chats that torch's default collation has transposed, chat by chat.
+
+    It makes one list of turns of B chats, each turn with B roles and B contents.
+    """
+    for row in rows:
+        turns = row.get("messages")
+        first = turns[0] if isinstance(turns, Sequence) and turns else None
+        if not isinstance(first, Mapping) or not isinstance(first.get("role"), list | tuple):
+            yield row
+            continue
+        chats, columns = len(first["role"]), ("role", "content")
+        for turn in turns:
+            if not all(_is_text_column(turn.get(key), chats) for key in columns):
+                raise ValueError(
+                    "loader must collate chats of roles and texts, got a turn of other parts, "
+                    f"{turn!r:.80}; pass collate_fn=list to the DataLoader, and give its rows"
+                )
+        for chat in range(chats):
+            yield {"messages": [{key: turn[key][chat] for key in columns} for turn in turns]}
+
+
+def _is_text_column(value: Any, length: int) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == length
+        and all(isinstance(text, str) for text in value)
+    )
 
 
 def _render(

@@ -22,9 +22,12 @@ def load_model(
     dtype: str = "auto",
     device: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> tuple[Any, Any]:
     """Load a causal or masked language model, in eval mode, and its tokenizer.
+
+    Weights are read from safetensors, GGUF, or a pickle of tensors and nothing else.
 
     Args:
         name: a Hugging Face folder or hub id, a .gguf file, or "smollm2-135m-instruct" for the
@@ -33,39 +36,29 @@ def load_model(
         device: a torch device, or "auto" to spread the model over the GPUs there are; None: the GPU
             when there is one.
         revision: branch, tag or commit of a hub id; None: its main branch.
+        trust_remote_code: run Python code that comes with the model's files, where there is any.
         progress: show a bar while the weights are read.
     Raises:
         ValueError: there is no such model or device, a revision of files on this disk is asked for,
-            the model is of another kind, or its files do not hold all of its weights.
+            the model is of another kind, its files do not hold all of its weights, or it needs code
+            that is not trusted.
     """
     import torch
 
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     _check_device(device)
-    where, options = _locate(name)
-    if revision is not None and Path(where).is_dir():
-        raise ValueError(
-            f"revision must be of a hub id, got {revision!r} for {name!r}, which is on this disk "
-            "as it is; leave it out"
-        )
+    where, options = _locate(name, revision)
     if dtype == "auto":
         wanted: torch.dtype | str = torch.float32 if options else "auto"
     else:
         wanted = getattr(torch, dtype)
     if device == "auto":
         options = {**options, "device_map": "auto"}
-    try:
-        with _progress_bars(progress):
-            tokenizer, model, missing = _from_pretrained(where, options, wanted, revision)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # the libraries raise a dozen unrelated types
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            "model must be a Hugging Face folder, a reachable hub id or a .gguf file, got "
-            f"{name!r}: {reason}"
-        ) from error
+    # Never None: transformers then asks on stdin, where any "y" is taken for consent.
+    origin = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
+    with _progress_bars(progress), _refusing(name, trust_remote_code):
+        tokenizer, model, missing = _from_pretrained(where, options, wanted, origin)
     if missing:
         raise ValueError(
             f"model must hold all of its weights, got {name!r} without {len(missing)} of them, "
@@ -75,6 +68,41 @@ def load_model(
     if device != "auto":
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load the tokenizer of a model alone; arguments and errors as for `load_model`."""
+    from transformers import AutoTokenizer
+
+    where, options = _locate(name, revision)
+    origin = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
+    with _refusing(name, trust_remote_code):
+        return AutoTokenizer.from_pretrained(where, **origin, **options)
+
+
+@contextmanager
+def _refusing(name: str, trust_remote_code: bool) -> Iterator[None]:
+    """What the libraries raise while they read a model, as a ValueError of one line."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the libraries raise a dozen unrelated types
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model must come without Python code of its own, got {name!r}, which cannot be "
+                "loaded without running that code; read it first, then pass "
+                "trust_remote_code=True (--trust-remote-code)"
+            ) from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            "model must be a Hugging Face folder, a reachable hub id or a .gguf file, got "
+            f"{name!r}: {reason}"
+        ) from error
 
 
 def _check_device(device: str | None) -> None:
@@ -111,7 +139,18 @@ def _progress_bars(shown: bool) -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
+def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """Where the model's files are, and the options that transformers needs to read them."""
+    where, options = _found(name)
+    if revision is not None and Path(where).is_dir():
+        raise ValueError(
+            f"revision must be of a hub id, got {revision!r} for {name!r}, which is on this disk "
+            "as it is; leave it out"
+        )
+    return where, options
+
+
+def _found(name: str) -> tuple[str, dict[str, Any]]:
     path = _demo_file() if name == DEMO_MODEL else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -145,23 +184,47 @@ def _demo_file() -> Path:
 
 
 def _from_pretrained(
-    where: str, options: dict[str, Any], dtype: Any, revision: str | None
+    where: str, options: dict[str, Any], dtype: Any, origin: dict[str, Any]
 ) -> tuple[Any, Any, list[str]]:
     """Tokenizer, model, and the names of weights that its files do not hold."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers import AutoConfig, AutoTokenizer
 
     gguf = {key: options[key] for key in ("gguf_file",) if key in options}
-    tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, **gguf)
-    config = AutoConfig.from_pretrained(where, revision=revision, **gguf)
-    masked = any(name.endswith("ForMaskedLM") for name in config.architectures or [])
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    auto = AutoModelForMaskedLM if masked or not causal else AutoModelForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(where, **origin, **gguf)
+    config = AutoConfig.from_pretrained(where, **origin, **gguf)
+    _require_no_fetched_kernels(config, origin["trust_remote_code"])
+    auto = _class_of(config, own_code=origin["trust_remote_code"])
     model, found = auto.from_pretrained(
-        where, revision=revision, dtype=dtype, output_loading_info=True, **options
+        where, **origin, dtype=dtype, output_loading_info=True, **options
     )
     quantizer = getattr(model, "hf_quantizer", None)
     if gguf and quantizer is not None:
         # The weights are plain floats by now; without this the model refuses save_pretrained.
         quantizer.remove_quantization_config(model)
     return tokenizer, model, sorted(found["missing_keys"])
+
+
+def _class_of(config: Any, own_code: bool) -> Any:
+    """The class that loads the model: for causal models, or for masked ones.
+
+    Args:
+        own_code: whether code that comes with the model may say so too.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    brought = (getattr(config, "auto_map", None) or {}) if own_code else {}
+    masked = any(name.endswith("ForMaskedLM") for name in config.architectures or [])
+    causal = (
+        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in brought
+    )
+    return AutoModelForMaskedLM if masked or not causal else AutoModelForCausalLM
+
+
+def _require_no_fetched_kernels(config: Any, trust_remote_code: bool) -> None:
+    """A configuration may name attention code on the hub, which transformers fetches and runs."""
+    attention = getattr(config, "_attn_implementation", None)
+    if isinstance(attention, str) and "/" in attention and not trust_remote_code:
+        raise ValueError(
+            f"its attention is code of {attention!r}, which needs trust_remote_code=True"
+        )

@@ -7,6 +7,7 @@ read, so that adding two runs costs one rounding.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -499,9 +500,22 @@ def _join_manifests(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
             **{key: data[key] + other[key] for key in _COUNTS if key in data and key in other},
             "sha256": examples_digest(bytes.fromhex(d["sha256"]) for d in (data, other)),
             "sources": [*data.get("sources", []), *other.get("sources", [])],
+            **_joined_rendering(data, other),
         }
     joined["joined_from"] = [
         *first.get("joined_from", [first.get("created")]),
         *second.get("joined_from", [second.get("created")]),
     ]
+    return joined
+
+
+def _joined_rendering(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """How the examples of both became tokens; what differs beside the counts is a list of both."""
+    if not {"rendered"} <= first.keys() & second.keys():
+        return {}
+    counts = Counter(first["rendered"]) + Counter(second["rendered"])
+    joined: dict[str, Any] = {"rendered": dict(sorted(counts.items()))}
+    for key in ("template", "tokenizer"):
+        if key in first and key in second and first[key] != second[key]:
+            joined[key] = [first[key], second[key]]
     return joined

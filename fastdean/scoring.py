@@ -53,7 +53,7 @@ def score(
     granularity: str = "weight",
     target_modules: str | Sequence[str] = "mlp",
     tokenizer: Any = None,
-    template: str = "raw",
+    template: str | None = None,
     max_length: int | None = None,
     tokens_per_batch: int | None = None,
     loss_fn: LossFunction | None = None,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
     """Read every row of a source, columns mapped to the row keys.
 
     Args:
-        source: see the module's docstring. Files end in .csv, .json, .jsonl or .parquet. A hub id
+        source: see the module's docstring. Files end in .csv, .tsv, .json, .jsonl or
+            .parquet; a .json file may hold JSON Lines, and a .jsonl file one list. A hub id
             is read with `datasets.load_dataset`, split "train" unless given; HF_HUB_OFFLINE and
             HF_TOKEN are honoured.
     Returns:
@@ -238,13 +240,13 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         ) from None
 
 
-def _read_csv(path: Path) -> Iterable[dict[str, Any]]:
+def _read_csv(path: Path, delimiter: str = ",") -> Iterable[dict[str, Any]]:
     # The limit is of the whole process, and a field is no longer than its file.
     limit = csv.field_size_limit()
     csv.field_size_limit(max(limit, path.stat().st_size))
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return _csv_rows(csv.DictReader(_without_nul(file), strict=True))
+            return _csv_rows(csv.DictReader(_without_nul(file), strict=True, delimiter=delimiter))
     finally:
         csv.field_size_limit(limit)
 
@@ -272,7 +274,16 @@ def _without_nul(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _read_json(path: Path) -> Iterable[dict[str, Any]]:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        # JSON Lines are often called .json too: then the first line is a whole object.
+        if not _is_object(text.lstrip().partition("\n")[0]):
+            raise error
+        return _json_lines(text.split("\n"))
+    if isinstance(content, dict) and (_has_pair(content) or {"messages", "text"} & content.keys()):
+        return [content]
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 else content
@@ -283,12 +294,29 @@ def _read_json(path: Path) -> Iterable[dict[str, Any]]:
 
 def _read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from None
+        start = file.read(1)
+        while start.isspace():
+            start = file.read(1)
+        if start == "[":
+            return _read_json(path)
+        file.seek(0)
+        return list(_json_lines(file))
+
+
+def _json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _read_parquet(path: Path) -> Iterable[dict[str, Any]]:
@@ -302,6 +330,7 @@ def _read_parquet(path: Path) -> Iterable[dict[str, Any]]:
 
 _READERS: dict[str, Callable[[Path], Iterable[dict[str, Any]]]] = {
     ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
@@ -313,6 +342,7 @@ def _load_hub(
 ) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset
 
+    # No release that this package installs with runs a script of a data set.
     try:
         return load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub client raises a dozen unrelated types

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastdean._logging import logger
 from fastdean.batching import (
     Batch,
     Layout,
@@ -27,6 +28,7 @@ from fastdean.data import IGNORE_INDEX, Example, example_spans, read_examples
 from fastdean.distributed import Ranks
 from fastdean.forward import TargetLogits, exact_layout, fitted, label_shift, target_losses
 from fastdean.model_state import input_device, max_tokens
+from fastdean.rendering import describe_rendering, rendering_cautions
 from fastdean.scores import examples_digest
 from fastdean.segments import CUMULATIVE_LENGTHS
 
@@ -98,7 +100,7 @@ def plan_workload(
     *,
     loss_fn: LossFunction | None,
     tokenizer: Any,
-    template: str,
+    template: str | None,
     max_length: int | None,
     tokens_per_batch: int | None,
     ranks: Ranks,
@@ -140,6 +142,7 @@ class LanguageModelling:
     layout: Layout
     tokens_per_batch: int
     mine: list[int]
+    rendering: dict[str, Any]
 
     @classmethod
     def plan(
@@ -147,7 +150,7 @@ class LanguageModelling:
         model: nn.Module,
         loader: Any,
         tokenizer: Any,
-        template: str,
+        template: str | None,
         max_length: int | None,
         tokens_per_batch: int | None,
         ranks: Ranks,
@@ -170,7 +173,12 @@ class LanguageModelling:
             tokens_per_batch=tokens_per_batch,
             **vars(layout),
         )
-        return cls(model, examples, batches, shift, layout, tokens_per_batch, mine)
+        rendering = describe_rendering(examples, tokenizer, template)
+        if tokenizer is not None and ranks.first:
+            numbers = range(len(examples))
+            for caution in rendering_cautions(examples, numbers, tokenizer, "loader", template):
+                logger.warning("%s", caution)
+        return cls(model, examples, batches, shift, layout, tokens_per_batch, mine, rendering)
 
     @property
     def num_examples(self) -> int:
@@ -245,6 +253,7 @@ class LanguageModelling:
                 "sha256": examples_digest(
                     _digest(e.input_ids, e.labels, columns=e.columns) for e in self.examples
                 ),
+                **self.rendering,
             },
             "loss": "cross-entropy in nats, mean over an example's target tokens",
             "label_shift": self.shift,

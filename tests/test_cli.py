@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from tiny_folders import rows, save_model, write_jsonl, write_sources
+from tiny_folders import rows, save_model, save_model_with_code, write_jsonl, write_sources
 from typer.testing import CliRunner
 
 import fastdean
@@ -683,3 +683,94 @@ def test_one_row_files_of_unsafe_pairs_measure_without_intervals(place, tmp_path
         "run", *sources(place, **small), "--rule", "first", "--out", tmp_path / "run", *options
     )
     assert result.exit_code == 0 and "nan" not in result.stderr.lower()
+
+
+@pytest.mark.parametrize("name", ["run", "score", "collapse", "debias", "couple", "apply"])
+def test_no_command_runs_a_models_code_unless_told_to(
+    name, place, run_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    marker = tmp_path / "ran"
+    model = save_model_with_code(tmp_path / "own", marker)
+    scores = run_folder / "scores"
+    options = {
+        "run": [*sources({k: v for k, v in place.items() if k != "model"}), *OPTIONS],
+        "score": ["--data", place["privacy"], "--examples", 5, "--quiet"],
+        "collapse": ["--text", place["privacy"], "--quiet"],
+        "debias": ["--method", "causal", "--quiet"],
+        "couple": ["--first", scores / "fairness", "--second", scores / "privacy"],
+        "apply": ["--mask", run_folder / "mask"],
+    }[name]
+    arguments = [name, "--model", model, *options, "--out", tmp_path / "out"]
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in arguments], input="y\n" * 9)
+    refused(result, "model must come without Python code of its own")
+    assert "--trust-remote-code" in result.stderr
+    assert not marker.exists() and not (tmp_path / "out").exists()
+
+
+def test_a_models_code_is_run_where_the_command_says_so(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    marker = tmp_path / "ran"
+    result = call(
+        "score", "--model", save_model_with_code(tmp_path / "own", marker),
+        "--data", place["privacy"], "--examples", 5, "--out", tmp_path / "out", "--quiet",
+        "--trust-remote-code", "--json",
+    )  # fmt: skip
+    assert marker.exists()
+    assert json.loads(result.stdout)["model"]["trust_remote_code"] is True
+
+
+@pytest.mark.parametrize("name", ["run", "score"])
+def test_a_preview_shows_an_example_of_each_source_and_does_nothing_else(
+    name, place, tmp_path, monkeypatch
+):
+    def load_model(*args, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("fastdean.loading.load_model", load_model)
+    monkeypatch.setattr("fastdean.pipeline.steps.load_model", load_model)
+    chats = [{"text": f"w{n} \x1b[31m w2"} for n in range(5)]
+    odd = write_jsonl(tmp_path / "odd.jsonl", chats)
+    options = {
+        "run": [*sources(place, general=odd), *OPTIONS],
+        "score": ["--model", place["model"], "--data", odd, "--examples", 5],
+    }[name]
+    result = call(name, *options, "--out", tmp_path / "out", "--preview", "--json")
+    assert result.exit_code == 0, result.stderr
+    shown = json.loads(result.stdout)
+    asked = ["fairness", "privacy", "general"] if name == "run" else ["data"]
+    assert list(shown["examples"]) == asked
+    assert "\x1b" not in result.stderr and "rendered as text" in result.stderr
+    assert ("Note: The data sets did not become tokens alike" in result.stderr) == (name == "run")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["run", "--help"], ["info"], ["run", "--mödel", "├─┤"]])
+def test_a_terminal_without_unicode_is_written_to(arguments):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "90"}
+    result = subprocess.run(
+        [sys.executable, "-m", "fastdean", *arguments], capture_output=True, env=environment
+    )
+    said = result.stdout + result.stderr
+    assert said.isascii() and b"Error" not in said.replace(b"- Error -", b""), said
+    assert result.returncode == (2 if "├─┤" in arguments else 0), said
+
+
+def test_lines_and_letters_fall_back_to_plain_ones():
+    from fastdean.cli import terminal
+
+    terminal.codecs.register_error("fastdean", terminal._replaced)
+    assert "╭─é×\ud800…│".encode("ascii", "fastdean") == b"+-ex\\ud800...|"
+
+
+def test_json_is_exact_where_stdout_knows_no_unicode(place, tmp_path):
+    folder = tmp_path / "dönn"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "fastdean", "score", "--model", str(place["model"]), "--data",
+         str(place["privacy"]), "--examples", "2", "--out", str(folder), "--quiet", "--json"],
+        capture_output=True, env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["out"] == str(folder)

@@ -131,9 +131,9 @@ def _other_text(place):
     "change, named",
     [
         (_other_words, "words"),
-        (_other_model, "model"),
-        (_other_configuration, "model"),
-        (_other_tokenizer, "model"),
+        (_other_model, "model weights"),
+        (_other_configuration, "model configuration"),
+        (_other_tokenizer, "tokenizer"),
         (_other_pairs, "bias crows_pairs="),
         (_other_text, "text"),
     ],
@@ -143,8 +143,8 @@ def test_figures_of_other_input_are_not_used_again(tmp_path, monkeypatch, change
     options = stopped(place, tmp_path / "out", monkeypatch)
     change(place)
     result = call(place, tmp_path / "out", *options)
-    refused(result, f"this run on other input: the source of {named}")
-    refused(result, "has changed since; choose another folder or pass --overwrite")
+    refused(result, f"this run on other input, which differs in {named}")
+    refused(result, "; choose another folder or pass --overwrite")
     result = call(place, tmp_path / "out", *options, "--overwrite")
     assert result.exit_code == 0, result.stderr
     fresh = call(place, tmp_path / "fresh", *options)

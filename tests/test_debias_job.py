@@ -239,7 +239,7 @@ def test_the_regularised_words_belong_to_the_job(tmp_path, monkeypatch):
     place["words"].write_text(json.dumps({"female": ["she", "her"], "male": ["he"]}), "utf-8")
     tiny_models.llama(seed=5).save_pretrained(place["model"])
     line = told(call(place, tmp_path / "out"))
-    assert "the source of model and words has changed since" in line
+    assert "which differs in model weights, words; choose" in line
 
 
 def test_words_that_are_not_in_the_text_are_warned_of(place, tmp_path):

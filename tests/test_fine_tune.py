@@ -368,7 +368,7 @@ def test_what_is_another_training_is_not_resumed(tmp_path):
     ]:
         with pytest.raises(ValueError, match=f"out must hold .* one that differs in {named};"):
             train(CAUSAL(), **{"steps": 1, "out": tmp_path / "run", **options})
-    with pytest.raises(ValueError, match="differs in weights; choose another folder, or start"):
+    with pytest.raises(ValueError, match="differs in model weights; choose another folder, or"):
         train(CAUSAL(seed=1), steps=1, out=tmp_path / "run")
     model = CAUSAL()
     with pytest.raises(ValueError, match="differs in regularizer classes, regularizer strength;"):

@@ -8,9 +8,9 @@ import sys
 import pytest
 import tiny_models
 import torch
-from tiny_folders import save_model
+from tiny_folders import save_model, save_model_with_code
 
-from fastdean.loading import DEMO_MODEL, load_model
+from fastdean.loading import DEMO_MODEL, load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +185,74 @@ def test_gguf_files_are_found_and_foreign_ones_refused(tmp_path):
     with pytest.raises(ValueError, match="got .*foreign.gguf': ") as caught:
         load(tmp_path / "foreign.gguf")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def own_code(tmp_path, monkeypatch):
+    """A folder with code of its own, and the file that the code writes when it runs."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return save_model_with_code(tmp_path / "own", tmp_path / "ran"), tmp_path / "ran"
+
+
+def test_code_of_a_model_is_not_run_whatever_stdin_says(own_code, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    folder, marker = own_code
+    with pytest.raises(ValueError, match="without Python code of its own, got .*--trust-remote-"):
+        load(folder)
+    load_tokenizer(str(folder))
+    assert not marker.exists()
+
+
+def test_code_of_a_model_is_run_where_it_is_trusted(own_code):
+    folder, marker = own_code
+    model, tokenizer = load(folder, trust_remote_code=True)
+    assert marker.exists() and type(model).__name__ == "OwnForCausalLM"
+    assert tokenizer("w0")["input_ids"] == [5]
+
+
+def test_a_known_model_that_also_brings_code_is_loaded_without_it(llama, tmp_path):
+    folder = copy_of(llama, tmp_path / "copy")
+    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    (folder / "modeling_own.py").write_text("raise SystemExit('ran')")
+    assert type(load(folder)[0]).__name__ == "LlamaForCausalLM"
+
+
+def test_a_tokenizers_own_code_is_not_run(llama, tmp_path):
+    folder = copy_of(llama, tmp_path / "copy")
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    file.write_text(json.dumps(settings))
+    (folder / "own.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ValueError, match="without Python code of its own"):
+        load(folder)
+
+
+def test_attention_from_the_hub_is_code_too(llama, tmp_path):
+    folder = copy_of(llama, tmp_path / "copy")
+    change_config(folder, attn_implementation="somebody/attention")
+    with pytest.raises(ValueError, match="without Python code of its own"):
+        load(folder)
+
+
+class WritesWhenUnpickled:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_refused(llama, tmp_path):
+    folder, marker = copy_of(llama, tmp_path / "copy"), tmp_path / "ran"
+    (folder / "model.safetensors").unlink()
+    torch.save({"w": WritesWhenUnpickled(marker)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="^model must be a Hugging Face folder") as caught:
+        load(folder)
+    assert not marker.exists() and "\n" not in str(caught.value)
+
+
+def change_config(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))

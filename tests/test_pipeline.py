@@ -382,7 +382,9 @@ def test_rows_that_changed_since_are_not_resumed(place, scored, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(job, tmp_path / "run", progress=False)
     write_jsonl(tmp_path / "privacy.jsonl", rows(10, 99, unsafe=True))
-    with pytest.raises(ValueError, match="on other input: the source of privacy has changed since"):
+    with pytest.raises(
+        ValueError, match="on other input, which differs in privacy; choose another"
+    ):
         run(job, tmp_path / "run", progress=False)
 
 
@@ -402,7 +404,7 @@ def test_a_model_that_changed_since_is_not_mixed_with_its_scores(place, scored, 
         run(job, tmp_path / "run", progress=False)
     tiny_models.llama(seed=1).save_pretrained(model)
     scored.fail = {}
-    with pytest.raises(ValueError, match="scores must belong to the same weights"):
+    with pytest.raises(ValueError, match="which differs in model weights; choose"):
         run(job, tmp_path / "run", progress=False)
 
 
@@ -517,7 +519,8 @@ def test_rows_of_text_are_scored_and_measured_as_general(place, tmp_path):
     source = str(write_jsonl(tmp_path / "text.jsonl", text))
     results = run(Job(**{**place, "general": source}, **OPTIONS), tmp_path / "run", progress=False)
     assert results["perplexity"]["tokens"] > 5
-    assert not any("general" in warning for warning in results["warnings"])
+    (alike,) = (warning for warning in results["warnings"] if "general" in warning)
+    assert "general text (5)" in alike
 
 
 def test_nothing_is_measured_where_nothing_is_asked_for(job, tmp_path):
@@ -693,3 +696,122 @@ def test_the_memory_of_a_step_is_the_models_devices(monkeypatch):
     # A process with torch loaded takes more than this.
     assert on_cpu["peak_bytes"] > 50_000_000
     assert on_gpus["peak_bytes"] == 12 and on_gpus["tokens"] == 3
+
+
+def _change_json(file, change):
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _change_weight(name):
+    def change(folder):
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(folder / "model.safetensors")
+        weights[name][0, 0] += 1
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def _change_config(**values):
+    return lambda folder: _change_json(folder / "config.json", lambda found: found.update(values))
+
+
+def _swap_two_words(folder):
+    def swap(content):
+        words = content["model"]["vocab"]
+        words["w0"], words["w1"] = words["w1"], words["w0"]
+
+    _change_json(folder / "tokenizer.json", swap)
+
+
+def _other_chat_template(folder):
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+
+
+CHANGES = {
+    "attention weights": (
+        _change_weight("model.layers.0.self_attn.q_proj.weight"),
+        "model weights",
+    ),
+    "head": (_change_weight("lm_head.weight"), "model weights"),
+    "rotations": (
+        _change_config(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}),
+        "model configuration",
+    ),
+    "attention implementation": (
+        _change_config(attn_implementation="eager"),
+        "attention implementation",
+    ),
+    "vocabulary": (_swap_two_words, "tokenizer"),
+    "chat template": (_other_chat_template, "chat template"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_is_not_resumed_on_another_model(place, scored, tmp_path, change):
+    model = save_model(tmp_path / "model")
+    job = Job(**{**place, "model": str(model)}, **QUICK)
+    scored.fail = {"score privacy": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "run", progress=False)
+    scored.clear()
+    scored.fail = {}
+    make, named = CHANGES[change]
+    make(model)
+    with pytest.raises(ValueError, match=f"on other input, which differs in .*{named}.*; choose"):
+        run(job, tmp_path / "run", progress=False)
+    assert scored == []
+
+
+def test_a_run_is_not_resumed_by_another_version_of_the_method(job, scored, tmp_path):
+    scored.fail = {"score privacy": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "run", progress=False)
+
+    def change(state):
+        state["versions"]["fastdean"] = "0.0.1"
+
+    _change_json(tmp_path / "run" / "fastdean_run.json", change)
+    with pytest.raises(ValueError, match="which differs in the version of fastdean; choose"):
+        run(job, tmp_path / "run", progress=False)
+
+
+def test_a_run_is_resumed_with_another_torch_and_says_so(job, scored, tmp_path, caplog):
+    scored.fail = {"score privacy": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "run", progress=False)
+
+    def change(state):
+        state["versions"]["torch"] = "0.1"
+
+    _change_json(tmp_path / "run" / "fastdean_run.json", change)
+    scored.fail = {}
+    results = run(job, tmp_path / "run", progress=False)
+    assert scored.count("score fairness") == 1
+    said = [
+        warning for warning in results["warnings"] if "were done with torch 0.1 (now" in warning
+    ]
+    assert len(said) == 1 and said[0] in caplog.text
+
+
+def test_sets_that_became_tokens_otherwise_are_warned_of_once(place, tmp_path, caplog):
+    """Plain text beside prompts and responses may be meant, so that it is no reason to refuse."""
+    texts = [{"text": row["response"] + " w1"} for row in rows(10, 3, unsafe=False)]
+    general = str(write_jsonl(tmp_path / "texts.jsonl", texts))
+    results = run(Job(**{**place, "general": general}, **QUICK), tmp_path / "run", progress=False)
+    said = "did not become tokens alike: fairness raw (5); privacy raw (5); general text (5)."
+    assert sum(said in warning for warning in results["warnings"]) == 1
+    assert caplog.text.count("did not become tokens alike") == 1
+    assert results["data"]["general"]["rendered"] == {"text": 5}
+    assert results["data"]["fairness"]["template"] is None
+
+
+def test_an_example_of_each_set_is_in_the_report(finished):
+    out, results = finished
+    assert list(results["shown"]) == ["fairness", "privacy", "general"]
+    (_, context), (_, target) = results["shown"]["privacy"]["parts"]
+    page = (out / "report.html").read_text()
+    assert context in page and target in page

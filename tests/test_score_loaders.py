@@ -113,7 +113,9 @@ def test_scores_are_those_of_the_examples_whatever_the_loader():
     expected = fastdean.score(model, padded(), progress=False)
     for loader in (hf_dataset(), torch_dataloader(), batches(EXAMPLES, 2, "left")):
         scores = fastdean.score(model, loader, progress=False)
-        assert scores.manifest["data"] == expected.manifest["data"]
+        found = scores.manifest["data"]
+    for key in ("examples", "tokens", "target_tokens", "sha256"):
+        assert found[key] == expected.manifest["data"][key]
         for name in expected:
             assert norm_error(scores[name], expected[name]) < 1e-6
 
@@ -188,7 +190,9 @@ def test_rows_are_scored_as_their_tokens_are():
     scores = fastdean.score(model, rows, tokenizer=tokenizer, progress=False)
     tokens = [{"input_ids": e.input_ids, "labels": e.labels} for e in encode(rows, tokenizer)]
     expected = fastdean.score(model, tokens, progress=False)
-    assert scores.manifest["data"] == expected.manifest["data"]
+    found = scores.manifest["data"]
+    for key in ("examples", "tokens", "target_tokens", "sha256"):
+        assert found[key] == expected.manifest["data"][key]
     assert all(torch.equal(scores[name], expected[name]) for name in expected)
 
 
@@ -519,3 +523,85 @@ def test_an_input_changed_in_place_is_refused():
 
     with pytest.raises(RuntimeError, match="layers.0.0 must have an input that stays as it was"):
         score(class_batches(), Overwriting(), loss_fn=class_loss)
+
+
+def test_how_rows_became_tokens_is_recorded():
+    chat = turns(("user", "the cat"), ("assistant", "sat"))
+    rows = [PAIR, PAIR, {"text": "the dog ran"}, chat]
+    tokenizer = word_tokenizer()
+    data = score(rows, tokenizer=tokenizer).manifest["data"]
+    assert data["rendered"] == {"chat": 1, "raw": 2, "text": 1}
+    assert data["template"] is None and data["tokenizer"]
+    tokens = score(encode([PAIR], tokenizer, template="chat", max_length=9)).manifest["data"]
+    assert tokens["rendered"] == {"chat": 1} and "template" not in tokens
+    assert score(columns(as_list)).manifest["data"]["rendered"] == {"tokens": 3}
+    added = score([PAIR], tokenizer=tokenizer) + score([chat], tokenizer=tokenizer)
+    assert added.manifest["data"]["rendered"] == {"chat": 1, "raw": 1}
+
+
+@pytest.mark.parametrize("template", ["raw", "published"])
+def test_messages_are_refused_under_a_template_they_cannot_take(template):
+    chat = turns(("user", "the cat"), ("assistant", "sat"))
+    with pytest.raises(ValueError, match=f"template must be 'chat' or left out .* '{template}'"):
+        encode([chat], word_tokenizer(), template=template)
+    assert encode([chat], word_tokenizer())[0].rendered == "chat"
+
+
+def test_coupling_scores_of_other_renderings_is_warned_of(caplog):
+    tokenizer, model = word_tokenizer(), llama()
+    options = {"tokenizer": tokenizer, "progress": False}
+    raw = fastdean.score(model, [PAIR], **options)
+    chat = fastdean.score(model, [PAIR], template="chat", **options)
+    fastdean.couple(raw, raw, ratio=0.1)
+    assert caplog.text == ""
+    fastdean.couple(raw, chat, ratio=0.1)
+    assert "did not become tokens alike: first raw (1); second chat (1)." in caplog.text
+
+
+PARTS = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat", "image": None}]
+
+
+def test_text_parts_of_a_message_are_its_text():
+    tokenizer = word_tokenizer()
+    plain = turns(("user", "the cat"), ("assistant", "sat"))
+    parts = turns(("user", PARTS), ("assistant", [{"type": "text", "text": "sat"}]))
+    for one, other in zip(encode([plain], tokenizer), encode([parts], tokenizer), strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(one.labels, other.labels)
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        (None, "row 1 must have text in every turn, got null in turn 1"),
+        ([{"type": "image", "url": "x"}], "row 1 must have text in every turn, got a part of type"),
+        ([], "row 1 must have text in every turn, got a list without parts in turn 1"),
+        (7, "row 1 must have text in every turn, got int in turn 1"),
+    ],
+)
+def test_turns_without_text_are_refused_by_their_row(content, text):
+    good = turns(("user", "the cat"), ("assistant", "sat"))
+    with pytest.raises(ValueError, match=text):
+        encode([good, turns(("user", "a dog"), ("assistant", content))], word_tokenizer())
+
+
+def test_default_collated_chats_are_read_as_they_were():
+    tokenizer = word_tokenizer()
+    chats = [turns(("user", f"the {w}"), ("assistant", "sat")) for w in ("cat", "dog", "cat")]
+    collated = torch.utils.data.DataLoader(chats, batch_size=2)
+    read = read_examples(collated, tokenizer=tokenizer)
+    assert [words(e, tokenizer) for e in read] == [
+        words(e, tokenizer) for e in encode(chats, tokenizer)
+    ]
+
+
+def test_default_collated_parts_are_refused():
+    chats = [turns(("user", PARTS[:1]), ("assistant", "sat"))] * 2
+    collated = torch.utils.data.DataLoader(chats, batch_size=2)
+    with pytest.raises(ValueError, match="loader must collate chats of roles and texts, .*=list"):
+        read_examples(collated, tokenizer=word_tokenizer())
+
+
+def test_odd_tokens_of_rows_are_warned_of(caplog):
+    score([{"text": "<s> the cat sat"}, PAIR], tokenizer=word_tokenizer(True))
+    assert "loader: 1 of 2 examples start with two '<s>' (first: row 0)" in caplog.text

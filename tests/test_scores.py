@@ -416,6 +416,7 @@ def test_manifest(model, dense):
         "tokens": sum(len(ids) for ids, _ in EXAMPLES),
         "target_tokens": sum(int((labels[1:] != -100).sum()) for _, labels in EXAMPLES),
         "sha256": "",
+        "rendered": {"tokens": 6},
     }
     assert manifest["model"] == {
         "name": "LlamaForCausalLM",

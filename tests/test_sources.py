@@ -87,7 +87,7 @@ BAD_FILES = {
     "truncated.json": (b'[{"prompt": "p"', r"truncated\.json' must be a well-formed \.json file"),
     "a_number.json": (b"3", "no list of rows; use a JSON list"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": ', "broken.jsonl.*line 2: "),
-    "list.jsonl": (b"[1, 2]", "row 1 of .* must be an object, got list"),
+    "list.jsonl": (b"[1, 2]", "row 1 of .* must be an object, got int"),
     "ragged.csv": (b"prompt,response\na,b,c\n", "line 2 has another number of columns"),
     "short.csv": (b"prompt,response\na\n", "line 2 has another number of columns"),
     "quote.csv": (b'prompt,response\n"a,b\n', "quote.csv' must be a well-formed"),
@@ -96,7 +96,7 @@ BAD_FILES = {
     "header.csv": (b"prompt,response\n", "must hold at least one row, got none"),
     "empty.jsonl": (b"", "must hold at least one row, got the empty file"),
     "blank.jsonl": (b"\n\n", "must hold at least one row, got none"),
-    "list.txt": (b"hello", r"must be a file ending in \.csv, \.json, \.jsonl, \.parquet"),
+    "list.txt": (b"hello", r"must be a file ending in \.csv, \.tsv, \.json, \.jsonl, \.parquet"),
 }
 
 
@@ -334,3 +334,38 @@ def test_a_table_takes_no_mapping_and_names_what_it_can_be(tmp_path):
         load_table(f"{file}::text=left")
     with pytest.raises(ValueError, match=r"\.parquet or a hub id owner/name, got 'embedded:x'"):
         load_table("embedded:x")
+
+
+ROW = {"prompt": "é", "response": "b"}
+LINE = '{"prompt": "é", "response": "b"}'
+TABLES = {
+    "lines.json": f"{LINE}\n\n{LINE}\n",
+    "crlf.json": f"{LINE}\r\n{LINE}\r\n",
+    "list.jsonl": f"[{LINE}, {LINE}]\n",
+    "printed.jsonl": f"\n[\n  {LINE},\n  {LINE}\n]",
+    "empty_lines.jsonl": f"\n{LINE}\r\n \r\n{LINE}",
+    "table.tsv": "prompt\tresponse\né\tb\né\tb\n",
+    "crlf.tsv": "prompt\tresponse\r\né\tb\r\né\tb\r\n",
+}
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
+@pytest.mark.parametrize("name", TABLES)
+def test_files_that_are_written_otherwise_than_they_are_called_are_read(tmp_path, name, mark):
+    (tmp_path / name).write_bytes(mark + TABLES[name].encode())
+    assert load_rows(tmp_path / name) == [ROW, ROW]
+
+
+@pytest.mark.parametrize(
+    "row", [ROW, {"text": "a"}, {"messages": [{"role": "user", "content": "a"}]}]
+)
+@pytest.mark.parametrize("name", ["one.json", "one.jsonl"])
+def test_a_single_row_is_a_row(tmp_path, name, row):
+    (tmp_path / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert load_rows(tmp_path / name) == [row]
+
+
+def test_a_bad_line_of_json_lines_is_told_by_its_number_whatever_the_file_is_called(tmp_path):
+    (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
+    with pytest.raises(ValueError, match="well-formed .json file, got: line 2: "):
+        load_rows(tmp_path / "lines.json")

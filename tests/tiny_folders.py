@@ -60,3 +60,29 @@ def write_sources(folder: Path, count: int = 10) -> dict[str, Path]:
         name: write_jsonl(folder / f"{name}.jsonl", rows(count, seed, unsafe=name != "general"))
         for seed, name in enumerate(("fairness", "privacy", "general"))
     }
+
+
+def save_model_with_code(folder: Path, marker: Path) -> Path:
+    """A model that cannot be loaded without its own Python code, which writes `marker` when run."""
+    save_model(folder)
+    (folder / "modeling_own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(marker)!r}).write_text('ran')\n"
+        "class OwnConfig(LlamaConfig):\n"
+        "    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n"
+        "    config_class = OwnConfig\n",
+        encoding="utf-8",
+    )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {
+        "model_type": "own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

@@ -14,6 +14,7 @@ import warnings
 
 from fastdean.cli import collapse_commands
 from fastdean.cli.commands import app
+from fastdean.cli.terminal import write_what_can_be_shown
 
 __all__ = ["app", "main"]
 
@@ -23,6 +24,7 @@ app.add_typer(collapse_commands.app)
 
 def main() -> None:
     """Entry point of `fastdean` and `python -m fastdean`."""
+    write_what_can_be_shown()
     _quieten_libraries()
     _log_to_stderr()
     app()

@@ -20,6 +20,7 @@ from fastdean.cli.options import (
     Seed,
     Template,
     TokensPerBatch,
+    TrustRemoteCode,
     out_path,
 )
 from fastdean.cli.running import command, command_line, tell
@@ -90,7 +91,8 @@ def collapse(
         int | None, typer.Option(help="Rows of the text to read, shuffled by --seed.")
     ] = None,
     revision: Revision = None,
-    template: Template = "raw",
+    trust_remote_code: TrustRemoteCode = False,
+    template: Template = None,
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
     dtype: Dtype = "auto",
@@ -114,6 +116,7 @@ def collapse(
         text=text,
         words=words,
         revision=revision,
+        trust_remote_code=trust_remote_code,
         multi_piece=multi_piece,
         control=control,
         shift=shift,
@@ -197,6 +200,7 @@ def debias(
     bias: Bias = None,
     start_token: StartToken = "auto",
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     tokens_per_batch: TokensPerBatch = None,
     device: Device = None,
     seed: Seed = 0,
@@ -231,6 +235,7 @@ def debias(
         shift=shift,
         features=features,
         revision=revision,
+        trust_remote_code=trust_remote_code,
         steps=steps,
         epochs=epochs,
         learning_rate=learning_rate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from fastdean.cli.options import (
     MinK,
     Model,
     Overwrite,
+    Preview,
     Quiet,
     Ratio,
     Revision,
@@ -32,9 +34,10 @@ from fastdean.cli.options import (
     Targets,
     Template,
     TokensPerBatch,
+    TrustRemoteCode,
     out_path,
 )
-from fastdean.cli.running import command, command_line, process_group, tell
+from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault of FastDEAN, with a traceback; 2 the request cannot be carried "
@@ -108,6 +111,7 @@ def run(
         ),
     ],
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     ratio: Ratio = None,
     rule: Rule = "paper",
     examples: Examples = 128,
@@ -119,7 +123,7 @@ def run(
     scope: Scope = "matrix",
     min_k: MinK = 0,
     scale: Scale = 0.0,
-    template: Template = "raw",
+    template: Template = None,
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
     memory_budget: MemoryBudget = None,
@@ -127,6 +131,7 @@ def run(
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Seed = 0,
+    preview: Preview = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -139,7 +144,7 @@ def run(
     Example: `fastdean run --model Qwen/Qwen2-7B-Instruct --fairness beavertails:fairness --privacy
     beavertails:privacy --general alpaca-cleaned --ratio 5e-7 --out run/`
     """
-    from fastdean.pipeline.job import Job
+    from fastdean.pipeline.job import DATA_SETS, Job
 
     job = Job(
         model=model,
@@ -147,6 +152,7 @@ def run(
         privacy=privacy,
         general=general,
         revision=revision,
+        trust_remote_code=trust_remote_code,
         ratio=ratio,
         rule=rule,
         granularity=granularity,
@@ -165,6 +171,8 @@ def run(
         device=device,
         seed=seed,
     )
+    if preview:
+        return _preview({name: getattr(job, name) for name in DATA_SETS}, job)
     return _run_job(job, out, overwrite, quiet)
 
 
@@ -177,13 +185,14 @@ def score(
         Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the scores.")
     ],
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     examples: Examples = 128,
     granularity: Granularity = "weight",
     target_modules: Targets = "mlp",
     keep_top: Annotated[
         float, typer.Option(help="Keep only this share of each matrix; 1 keeps all, with its size.")
     ] = 1e-3,
-    template: Template = "raw",
+    template: Template = None,
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
     memory_budget: MemoryBudget = None,
@@ -191,6 +200,7 @@ def score(
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Seed = 0,
+    preview: Preview = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -204,10 +214,16 @@ def score(
     from fastdean.loading import load_model
     from fastdean.pipeline.rows import encode_rows, take_rows
     from fastdean.pipeline.run_folder import require_outside
+    from fastdean.rendering import describe_rendering, rendering_cautions
     from fastdean.scores import check_keep_top
     from fastdean.scoring import score as score_model
 
     check_keep_top(keep_top)
+    if preview:
+        options = {"model": model, "revision": revision, "trust_remote_code": trust_remote_code}
+        options |= {"examples": examples, "seed": seed}
+        options |= {"template": template, "max_length": max_length}
+        return _preview({"data": data}, SimpleNamespace(**options))
     budget = _bytes(memory_budget)
     with process_group():
         ranks = Ranks.current()
@@ -221,11 +237,16 @@ def score(
                 dtype=dtype,
                 device=device,
                 revision=revision,
+                trust_remote_code=trust_remote_code,
                 progress=ranks.first and not quiet,
             )
             encoded = encode_rows(
                 rows, data, tokenizer, loaded, template=template, max_length=max_length
             )
+        if ranks.first:
+            numbers = [number for number, _ in rows]
+            for caution in rendering_cautions(encoded, numbers, tokenizer, data, template):
+                tell(f"fastdean: {caution}")
         scores = score_model(
             loaded,
             encoded,
@@ -240,7 +261,8 @@ def score(
         if not ranks.first:
             return None
         scores.manifest["data"]["sources"] = [data]
-        scores.manifest["model"]["revision"] = revision
+        scores.manifest["data"] |= describe_rendering(encoded, tokenizer, template)
+        scores.manifest["model"] |= {"revision": revision, "trust_remote_code": trust_remote_code}
         scores.save_pretrained(out, overwrite=overwrite)
     tell(f"{scores!r}\nwritten to {out}")
     return {"out": str(out), **scores.manifest}
@@ -275,6 +297,7 @@ def couple(
         ),
     ] = "down",
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -297,7 +320,13 @@ def couple(
     scores = [Scores.from_pretrained(path) for path in (first, second, *(general or []))]
     loaded = None
     if model is not None:
-        loaded, _ = load_model(model, dtype=dtype, device="cpu", revision=revision)
+        loaded, _ = load_model(
+            model,
+            dtype=dtype,
+            device="cpu",
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
     mask = couple_scores(
         *scores[:2],
         general=scores[2:],
@@ -323,6 +352,7 @@ def apply(
         Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the edited model.")
     ],
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> dict[str, Any]:
@@ -341,7 +371,9 @@ def apply(
     require_outside(out, model)
     _require_free(out, overwrite=False, kind=None)
     found = NeuronMask.from_pretrained(mask)
-    loaded, tokenizer = load_model(model, dtype=dtype, device="cpu", revision=revision)
+    loaded, tokenizer = load_model(
+        model, dtype=dtype, device="cpu", revision=revision, trust_remote_code=trust_remote_code
+    )
     found.apply_(loaded)
     with new_folder(out, name="out") as folder:
         _save_model(loaded, tokenizer, folder)
@@ -426,6 +458,14 @@ def info(as_json: Json = False) -> None:
 
     found = collect()
     typer.echo(json.dumps(found, indent=2) if as_json else render(found))
+
+
+def _preview(sources: dict[str, str], job: Any) -> dict[str, Any] | None:
+    from fastdean.pipeline.preview import preview, preview_text
+
+    found = preview(sources, job)
+    tell(preview_text(found))
+    return found if is_first_rank() else None
 
 
 def _run_job(job: Any, out: Path, overwrite: bool, quiet: bool) -> dict[str, Any] | None:

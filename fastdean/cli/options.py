@@ -10,7 +10,7 @@ import typer
 from fastdean.cli.running import tell
 
 SOURCE_HELP = (
-    "a .csv, .json, .jsonl or .parquet file, a hub id, or a preset (beavertails:fairness, "
+    "a .csv, .tsv, .json, .jsonl or .parquet file, a hub id, or a preset (beavertails:fairness, "
     "beavertails:privacy, each also :unsafe; alpaca-cleaned; embedded:fairness, embedded:privacy, "
     "embedded:general, embedded:debias, embedded:debias:pairs). Columns and splits are mapped "
     "behind '::', as in org/name::split=train,prompt=question,response=answer"
@@ -31,6 +31,14 @@ Model = Annotated[
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a model from the hub.")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that comes with the model's files; without it such a model is "
+        "refused.",
+    ),
+]
 Ratio = Annotated[
     float | None,
     typer.Option(
@@ -48,8 +56,17 @@ Examples = Annotated[
     int | None, typer.Option(help="Rows of each source to score, shuffled by --seed.")
 ]
 Template = Annotated[
-    str,
-    typer.Option(help="raw (prompt then response), chat (the tokenizer's template), or published."),
+    str | None,
+    typer.Option(
+        help="Of prompt and response: raw (one after the other), chat (the tokenizer's template), "
+        "or published [default: raw]. Messages always take the chat template, text takes none."
+    ),
+]
+Preview = Annotated[
+    bool,
+    typer.Option(
+        "--preview", help="Show one example of each source as the model would read it, and end."
+    ),
 ]
 MaxLength = Annotated[int | None, typer.Option(help="Cut examples to this many tokens.")]
 TokensPerBatch = Annotated[

@@ -16,6 +16,7 @@ from typing import Any
 import typer
 
 import fastdean
+from fastdean.cli.terminal import shows_everything
 
 _PACKAGE = Path(fastdean.__file__).parent
 
@@ -34,7 +35,7 @@ def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[
                 with redirect_stdout(sys.stderr):
                     result = function(*args, **kwargs)
                 if kwargs.get("as_json") and result is not None:
-                    typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+                    typer.echo(_json(result))
             except KeyboardInterrupt:
                 tell(f"fastdean: interrupted{kept}")
                 raise typer.Exit(130) from None
@@ -46,6 +47,12 @@ def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[
         return wrapped
 
     return decorate
+
+
+def _json(result: Any) -> str:
+    """Escaped where stdout would show another character than the one that is meant."""
+    plain = not shows_everything(getattr(sys.stdout, "encoding", None))
+    return json.dumps(result, indent=2, ensure_ascii=plain, default=str)
 
 
 def _told(error: Exception) -> int:

@@ -9,7 +9,6 @@ neither read nor changed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdean._logging import logger
 from fastdean.storage import holds_only, read_folder, write_folder
@@ -120,27 +118,6 @@ def announce(folder: Path, step: int, steps: int) -> None:
         logger.warning("training was finished already: weights and history are those of %s", where)
     else:
         logger.warning("training resumes from %s", where)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the names and bytes of a model's state."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        add_tensor(digest, name, tensor)
-    return digest.hexdigest()
-
-
-def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
-    """Add a tensor's name, dtype, shape and bytes to a digest."""
-    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(plain.view(torch.uint8).numpy())
-
-
-def json_digest(value: Any) -> str:
-    """SHA-256 of a value as JSON; what JSON does not know counts by its text."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 from fastdean.debias.forms import WITH_FORMS, Form, require_form
 from fastdean.debias.gender_words import GenderWords
 from fastdean.debias.objectives import Material, Objective, require_method
-from fastdean.debias.resuming import Checkpoints, announce, json_digest, weights_digest
+from fastdean.debias.resuming import Checkpoints, announce
 from fastdean.debias.schedule import (
     Purpose,
     Schedule,
@@ -27,6 +27,7 @@ from fastdean.debias.schedule import (
     steps_per_epoch,
 )
 from fastdean.debias.texts import TextEncoder
+from fastdean.identity import json_digest, model_identity
 from fastdean.model_state import evaluation_state, input_device, max_tokens, unwrap
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def fine_tune(
             **({"form": form} if method in WITH_FORMS else {}),
             "rows": json_digest(rows),
             "words": json_digest([lists, neutral_words]),
-            "weights": weights_digest(unwrap(model)),
+            **model_identity(model, tokenizer),
             **_regularizer_job(regularizer),
             "max_length": longest,
             "weight_decay": weight_decay,

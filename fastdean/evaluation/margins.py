@@ -67,7 +67,7 @@ def encode_pairs(
     rows: Iterable[Pair | Mapping[str, Any]],
     tokenizer: Any,
     *,
-    template: str = "raw",
+    template: str | None = None,
     max_length: int | None = None,
 ) -> list[tuple[Example, Example]]:
     """Tokenise pairs into (safe, unsafe) examples that share their prompt.

@@ -52,7 +52,7 @@ def perplexity(
     examples: Iterable[Any],
     *,
     tokenizer: Any = None,
-    template: str = "raw",
+    template: str | None = None,
     tokens_per_batch: int | None = None,
     progress: bool = True,
 ) -> Perplexity:

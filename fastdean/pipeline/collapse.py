@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fastdean._logging import logger
 from fastdean.collapse import (
     CollapseClasses,
     CollapseMetrics,
@@ -21,16 +22,17 @@ from fastdean.collapse import (
     read_word_groups,
 )
 from fastdean.data import Example
-from fastdean.debias.resuming import json_digest
 from fastdean.distributed import Ranks
+from fastdean.identity import json_digest, model_identity
 from fastdean.loading import load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.costs import Costs
-from fastdean.pipeline.inputs import benchmark_digests, model_digest
+from fastdean.pipeline.inputs import benchmark_digests
 from fastdean.pipeline.results import plain
 from fastdean.pipeline.rows import encode_rows, take_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
 from fastdean.provenance import now, versions
+from fastdean.rendering import describe_rendering, rendering_cautions
 from fastdean.report import write_report
 from fastdean.storage import write_json_atomic
 
@@ -43,7 +45,7 @@ class CollapseJob:
     """What is asked for; two jobs that are equal give equal results.
 
     Attributes:
-        model, revision: see `loading.load_model`.
+        model, revision, trust_remote_code: see `loading.load_model`.
         text: see `sources.load_rows`; a fifth of its rows is held out for NC4.
         words: a list of the package, or a file: see `CollapseClasses.from_words`.
         multi_piece: "skip" or "mean": see there.
@@ -61,6 +63,7 @@ class CollapseJob:
     text: str
     words: str = "gender"
     revision: str | None = None
+    trust_remote_code: bool = False
     multi_piece: str = "skip"
     control: str | None = None
     shift: str | None = None
@@ -68,7 +71,7 @@ class CollapseJob:
     bias: tuple[str, ...] = ()
     start_token: str | int = "auto"
     examples: int | None = None
-    template: str = "raw"
+    template: str | None = None
     max_length: int | None = None
     tokens_per_batch: int | None = None
     dtype: str = "auto"
@@ -114,17 +117,25 @@ def run(
     folder.check()
     with costs.step("load model"):
         model, tokenizer = load_model(
-            job.model, dtype=job.dtype, device=job.device, revision=job.revision, progress=progress
+            job.model,
+            dtype=job.dtype,
+            device=job.device,
+            revision=job.revision,
+            trust_remote_code=job.trust_remote_code,
+            progress=progress,
         )
     costs.watch(model)
     with costs.step("check model"):
-        folder.inputs["model"] = model_digest(model, tokenizer)
+        folder.inputs |= model_identity(model, tokenizer)
     classes = classes_of(job, tokenizer)
     folder.inputs["words"] = json_digest(classes.to_dict())
     folder.check()
     encoded = encode_rows(
         rows, job.text, tokenizer, model, template=job.template, max_length=job.max_length
     )
+    odd = rendering_cautions(encoded, [n for n, _ in rows], tokenizer, "text", job.template)
+    for caution in odd:
+        logger.warning("%s", caution)
     try:
         folder.claim()
         with costs.step("neural collapse", sum(map(len, encoded))):
@@ -149,12 +160,22 @@ def run(
                 "command": command,
                 "versions": versions(),
                 "model": describe(job.model, model),
-                "data": {"text": {"source": job.text, "examples": len(encoded)}},
+                "data": {
+                    "text": {
+                        "source": job.text,
+                        "examples": len(encoded),
+                        **describe_rendering(encoded, tokenizer, job.template),
+                    }
+                },
                 "options": asdict(job),
                 "collapse": collapse_results(classes, {"measured": table}),
                 "bias": bias.results({"before": found}),
                 "findings": [collapse_sentence(classes, table), *bias.sentences(found)],
-                "warnings": cautions.about_classes(len(classes), table),
+                "warnings": [
+                    *folder.other_versions,
+                    *odd,
+                    *cautions.about_classes(len(classes), table),
+                ],
                 "cost": costs.steps,
                 "files": {"figures": RESULTS_FILE},
                 "manifest": {

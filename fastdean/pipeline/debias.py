@@ -20,11 +20,11 @@ from fastdean.data import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
 from fastdean.debias.forms import require_form
 from fastdean.debias.objectives import require_method
-from fastdean.debias.resuming import json_digest
 from fastdean.debias.schedule import check_counts, check_schedule
 from fastdean.distributed import Ranks
 from fastdean.evaluation import Perplexity, compare_perplexity, perplexity
 from fastdean.forward import label_shift
+from fastdean.identity import json_digest, model_identity
 from fastdean.loading import load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.collapse import (
@@ -36,7 +36,7 @@ from fastdean.pipeline.collapse import (
     measured_collapse,
 )
 from fastdean.pipeline.costs import Costs
-from fastdean.pipeline.inputs import benchmark_digests, model_digest
+from fastdean.pipeline.inputs import benchmark_digests
 from fastdean.pipeline.results import plain
 from fastdean.pipeline.rows import NumberedRow, encode_rows, take_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
@@ -55,7 +55,7 @@ class DebiasJob:
     """What is asked for; two jobs that are equal give equal results on one machine.
 
     Attributes:
-        model, revision: see `loading.load_model`.
+        model, revision, trust_remote_code: see `loading.load_model`.
         method, form: see `debias.fine_tune`.
         collapse_strength: of the regulariser; 0: it measures and changes nothing.
         data: rows to train on, see `debias.fine_tune`; None: those of the package.
@@ -86,6 +86,7 @@ class DebiasJob:
     features: str = "base"
     form: str = "published"
     revision: str | None = None
+    trust_remote_code: bool = False
     steps: int | None = None
     epochs: int | None = None
     learning_rate: float = 2e-5
@@ -164,7 +165,7 @@ def run(
         states = {"before": _measure("before", prepared, job, folder, costs, progress)}
         history = _train(prepared, job, folder, costs, progress)
         states["after"] = _measure("after", prepared, job, folder, costs, progress)
-        found = _collect(job, command, prepared, states, history, costs)
+        found = _collect(job, command, prepared, states, history, costs, folder)
         _save(prepared, job, folder, found, command, costs)
         write_json_atomic(folder.path / RESULTS_FILE, found)
         write_report(found, folder.path / REPORT_FILE)
@@ -189,12 +190,17 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     with costs.step("load model"):
         # AdamW's steps are lost in half precision.
         model, tokenizer = load_model(
-            job.model, dtype="float32", device=job.device, revision=job.revision, progress=progress
+            job.model,
+            dtype="float32",
+            device=job.device,
+            revision=job.revision,
+            trust_remote_code=job.trust_remote_code,
+            progress=progress,
         )
     costs.watch(model)
     model.requires_grad_(True)
     with costs.step("check model"):
-        folder.inputs["model"] = model_digest(model, tokenizer)
+        folder.inputs |= model_identity(model, tokenizer)
     classes = classes_of(job, tokenizer)
     measured_classes = CollapseClasses.from_words(tokenizer, job.words, multi_piece=job.multi_piece)
     folder.inputs["words"] = json_digest([classes.to_dict(), measured_classes.to_dict()])
@@ -344,6 +350,7 @@ def _collect(
     states: Mapping[str, Mapping[str, Any]],
     history: Sequence[Mapping[str, Any]],
     costs: Costs,
+    folder: RunFolder,
 ) -> dict[str, Any]:
     table = bias.results({state: found["bias"] for state, found in states.items()})
     collapse = collapse_results(
@@ -380,6 +387,7 @@ def _collect(
                 *_perplexity_change(states),
             ],
             "warnings": [
+                *folder.other_versions,
                 *cautions.about_classes(
                     len(prepared.measured_classes), states["before"]["collapse"]
                 ),

@@ -22,7 +22,7 @@ class Job:
     """What is asked for; two runs with equal jobs give equal results.
 
     Attributes:
-        model, revision: see `loading.load_model`.
+        model, revision, trust_remote_code: see `loading.load_model`.
         fairness, privacy, general: see `sources.load_rows`.
         ratio: share of a matrix's entries in each top set; None: 5e-7 for weights, 1e-3 for units.
         rule, scope, min_k: see `coupling.couple`.
@@ -39,6 +39,7 @@ class Job:
     privacy: str
     general: str
     revision: str | None = None
+    trust_remote_code: bool = False
     ratio: float | None = None
     rule: str = "paper"
     granularity: str = "weight"
@@ -48,7 +49,7 @@ class Job:
     scale: float = 0.0
     examples: int | None = 128
     eval_examples: int = 64
-    template: str = "raw"
+    template: str | None = None
     max_length: int | None = None
     tokens_per_batch: int | None = None
     memory_budget: int | None = None
@@ -64,7 +65,8 @@ class Job:
             ("scope", SCOPES),
             ("template", TEMPLATES),
         ):
-            if getattr(self, name) not in allowed:
+            # None: by the kind of row, see `data.encode`.
+            if getattr(self, name) not in (*allowed, *((None,) if name == "template" else ())):
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )

@@ -65,12 +65,14 @@ def encode_rows(
     rows: Sequence[NumberedRow],
     source: str,
     tokenizer: Any,
-    model: nn.Module,
+    model: nn.Module | None,
     *,
-    template: str = "raw",
+    template: str | None = None,
     max_length: int | None = None,
 ) -> list[Example]:
     """Tokenise numbered rows; what the model could not take is refused by source and number.
+
+    Without a model only what cannot be tokenised is refused.
 
     Raises:
         ValueError: a row without a target the model predicts, or longer than its positions.
@@ -88,8 +90,10 @@ def encode_rows(
         raise ValueError(f"source {source!r}: {error}") from None
 
 
-def _fitting(encoded: Sequence[Example], number: int, model: nn.Module) -> Example:
+def _fitting(encoded: Sequence[Example], number: int, model: nn.Module | None) -> Example:
     (example,) = encoded
+    if model is None:
+        return example
     if example.num_targets(label_shift(model)) == 0:
         raise ValueError(
             f"row {number} must have at least one target token after its first token, got none; "

@@ -27,6 +27,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from fastdean._logging import logger
 from fastdean.debias.saving import MANIFEST_NAME as MODEL_MANIFEST
 from fastdean.provenance import versions
 from fastdean.storage import holds_only, real_place, write_json_atomic
@@ -51,14 +52,17 @@ class RunFolder:
         path: the folder, which need not exist.
         job: what identifies the run, as plain JSON.
         overwrite: whether a finished or another run may be replaced.
-        inputs: what the job reads, such as a data set, "model" or "words" -> its digest, None where
-            it has none; as far as it is read so far.
+        inputs: what the job reads, such as a data set, "model weights" or "words" -> its digest,
+            None where it has none; as far as it is read so far.
+        other_versions: a sentence on packages whose version is not the one that the resumed run
+            began with, and may change its figures; none of a run that is not resumed.
     """
 
     path: Path
     job: dict[str, Any]
     overwrite: bool = False
     inputs: dict[str, str | None] = field(default_factory=dict)
+    other_versions: list[str] = field(default_factory=list)
     _claimed: bool = False
     _created: bool = False
 
@@ -110,7 +114,10 @@ class RunFolder:
     def check(self) -> None:
         """Raise ValueError unless the job may write here; nothing is changed."""
         check_place(self.path, "out")
-        if not self.path.exists() or not any(self.path.iterdir()) or self.resumes:
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if self.resumes:
+            self._note_versions()
             return
         state = self._state()
         found = f"out must be a new or empty folder, got {str(self.path)!r}, which holds"
@@ -159,9 +166,27 @@ class RunFolder:
         return state["job"] == self.job and not self._changed(state)
 
     def _changed(self, state: Mapping[str, Any]) -> list[str]:
-        """What has been read and is not what it was."""
+        """What has been read and is not what it was, or was not recorded."""
         kept = state["inputs"]
-        return [name for name, digest in self.inputs.items() if kept.get(name) != digest]
+        changed = [name for name, digest in self.inputs.items() if kept.get(name) != digest]
+        # Another version may define a figure otherwise.
+        own = state["versions"].get("fastdean") != versions().get("fastdean")
+        return [*changed, *(["the version of fastdean"] if own else [])]
+
+    def _note_versions(self) -> None:
+        """Say once which packages are not what they were: their rounding may be another."""
+        kept, now = self._state()["versions"], versions()
+        moved = [
+            f"{name} {kept.get(name, 'absent')} (now {now.get(name, 'absent')})"
+            for name in sorted({*kept, *now})
+            if kept.get(name) != now.get(name)
+        ]
+        if moved and not self.other_versions:
+            self.other_versions.append(
+                f"Steps of this run that were finished earlier were done with {', '.join(moved)}; "
+                "their figures may differ in rounding."
+            )
+            logger.warning("%s", self.other_versions[0])
 
     def _described(self, state: Mapping[str, Any]) -> str:
         if state["job"] != self.job:
@@ -169,8 +194,8 @@ class RunFolder:
         if state["finished"]:
             return f"this run, finished; see its {REPORT_FILE}, or pass --overwrite to do it again"
         return (
-            f"this run on other input: the source of {' and '.join(self._changed(state))} has "
-            "changed since; choose another folder or pass --overwrite"
+            f"this run on other input, which differs in {', '.join(self._changed(state))}; choose "
+            "another folder or pass --overwrite"
         )
 
     def _state(self) -> dict[str, Any] | None:
@@ -178,8 +203,10 @@ class RunFolder:
             state = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        complete = isinstance(state, dict) and {"job", "inputs", "finished"} <= state.keys()
-        return state if complete and isinstance(state["inputs"], dict) else None
+        parts = {"job", "inputs", "finished", "versions"}
+        if not isinstance(state, dict) or not parts <= state.keys():
+            return None
+        return state if all(isinstance(state[n], dict) for n in ("inputs", "versions")) else None
 
     def _mark(self, finished: bool) -> None:
         write_json_atomic(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,22 @@ from fastdean._logging import logger
 from fastdean.coupling import couple, nothing_selected
 from fastdean.data import Example
 from fastdean.distributed import Ranks
+from fastdean.identity import model_identity
 from fastdean.loading import load_model
 from fastdean.masks import NeuronMask
 from fastdean.pipeline import results
 from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.job import DATA_SETS, Job
 from fastdean.pipeline.measuring import TOPICS, MeasuringSet, measure
+from fastdean.pipeline.preview import shown
 from fastdean.pipeline.rows import NumberedRow, SplitRows, encode_rows, split_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
+from fastdean.rendering import (
+    NOT_ALIKE,
+    describe_rendering,
+    differing_renderings,
+    rendering_cautions,
+)
 from fastdean.report import write_report
 from fastdean.scores import Scores
 from fastdean.scoring import score
@@ -43,6 +52,9 @@ class _Prepared:
     scored: dict[str, list[Example]]
     measured: MeasuringSet
     keep_top: float | None
+    renderings: dict[str, dict[str, Any]]
+    shown: dict[str, dict[str, Any]]
+    cautions: list[str]
 
 
 def run(
@@ -86,12 +98,14 @@ def run(
             progress=progress,
         )
         mask = masks[job.rule]
+        warnings += [*folder.other_versions, *prepared.cautions]
         warnings += results.warnings_about(
             job, prepared.model, prepared.rows, mask, scores["fairness"]
         )
         found = results.collect(
             job, command, scores, mask, tables, [*warnings, *notes], costs.steps
         )
+        found["shown"] = prepared.shown
         write_json_atomic(folder.path / RESULTS_FILE, found)
         write_report(found, folder.path / REPORT_FILE)
         folder.finish()
@@ -117,9 +131,14 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
             dtype=job.dtype,
             device=job.device,
             revision=job.revision,
+            trust_remote_code=job.trust_remote_code,
             progress=progress and ranks.first,
         )
         costs.watch(model)
+    if ranks.first:
+        with costs.step("check model"):
+            folder.inputs |= model_identity(model, tokenizer)
+        folder.check()
     targets = find_targets(model, job.target_modules, job.granularity)
     _require_in_memory(targets, job)
     sizes = _sizes(targets, job)
@@ -134,14 +153,37 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
         unsafe = [(n, {"prompt": r["prompt"], "response": r["unsafe"]}) for n, r in safe]
         return list(zip(encoded(topic, safe), encoded(topic, unsafe), strict=True))
 
+    scored = {name: encoded(name, rows[name].scored) for name in DATA_SETS}
+    renderings = {
+        name: describe_rendering(scored[name], tokenizer, job.template) for name in DATA_SETS
+    }
+    cautions = [
+        *differing_renderings(renderings),
+        *(
+            caution
+            for name in DATA_SETS
+            for caution in rendering_cautions(
+                scored[name], [n for n, _ in rows[name].scored], tokenizer, name, job.template
+            )
+        ),
+    ]
+    if ranks.first:
+        for caution in cautions:
+            logger.warning("%s", caution)
     return _Prepared(
         model=model,
         rows=rows,
-        scored={name: encoded(name, rows[name].scored) for name in DATA_SETS},
+        scored=scored,
         measured=MeasuringSet(
             {topic: pairs(topic) for topic in TOPICS}, encoded("general", rows["general"].measured)
         ),
         keep_top=_keep_top(sizes, job),
+        renderings=renderings,
+        shown={
+            name: shown(getattr(job, name), rows[name].scored[0][0], scored[name][0], tokenizer)
+            for name in DATA_SETS
+        },
+        cautions=cautions,
     )
 
 
@@ -209,8 +251,11 @@ def _score(
             progress=progress,
             description=f"score {name}",
         )
-    scores.manifest["data"]["sources"] = [getattr(job, name)]
-    scores.manifest["model"]["revision"] = job.revision
+    scores.manifest["data"] |= {"sources": [getattr(job, name)], **prepared.renderings[name]}
+    scores.manifest["model"] |= {
+        "revision": job.revision,
+        "trust_remote_code": job.trust_remote_code,
+    }
     # A disk that is full on the first rank must not leave the others waiting for the next sum.
     with ranks.failing_together():
         if ranks.first:
@@ -224,18 +269,27 @@ def _couple(
 ) -> tuple[dict[str, NeuronMask], list[str]]:
     """The job's mask and its controls, saved; and what is to be said about them."""
     warnings: list[str] = []
-    masks = {job.rule: _mask(scores, model, job, job.rule)}
-    for rule in CONTROLS:
-        if rule in masks:
-            continue
-        try:
-            masks[rule] = _mask(scores, model, job, rule)
-        except ValueError as error:
-            warnings.append(f"The control {rule!r} is left out: {error}.")
+    # Said before the scoring, and not again for every mask.
+    logger.addFilter(_says_no_rendering)
+    try:
+        masks = {job.rule: _mask(scores, model, job, job.rule)}
+        for rule in CONTROLS:
+            if rule in masks:
+                continue
+            try:
+                masks[rule] = _mask(scores, model, job, rule)
+            except ValueError as error:
+                warnings.append(f"The control {rule!r} is left out: {error}.")
+    finally:
+        logger.removeFilter(_says_no_rendering)
     for rule, mask in masks.items():
         where = folder.mask if rule == job.rule else folder.control(rule)
         mask.save_pretrained(where, overwrite=True)
     return masks, warnings
+
+
+def _says_no_rendering(record: LogRecord) -> bool:
+    return not record.getMessage().startswith(NOT_ALIKE)
 
 
 def _mask(scores: Mapping[str, Scores], model: nn.Module, job: Job, rule: str) -> NeuronMask:

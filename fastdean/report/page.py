@@ -40,7 +40,7 @@ _KINDS = {
     "model": dict, "data": dict, "options": dict, "coverage": dict, "coupling": dict,
     "overlap": list, "hsic": dict, "margins": dict, "perplexity": dict, "cost": list,
     "files": dict, "manifest": dict, "warnings": list, "collapse": dict, "training": dict,
-    "bias": dict,
+    "bias": dict, "shown": dict,
 }  # fmt: skip
 
 # Nothing on the page may load or run anything, even if a string should ever slip through.
@@ -289,6 +289,7 @@ def _cost(cost: list) -> Html:
 def _data_and_options(results: dict) -> Html | None:
     parts = [
         _data(results["data"]) if results.get("data") else None,
+        _shown(results["shown"]) if results.get("shown") else None,
         _pairs("Options", results.get("options")),
         _pairs("Versions", results.get("versions")),
         _files(results["files"]) if results.get("files") else None,
@@ -311,6 +312,22 @@ def _data(data: dict) -> Html:
         for name, source in data.items()
     ]
     return table("Examples that were scored", columns, rows)
+
+
+def _shown(shown: dict) -> Html:
+    """An example of each set, as the model read it."""
+    parts = []
+    for name, example in shown.items():
+        texts = [
+            element("div", element("dt", kind), element("dd", element("code", text)))
+            for kind, text in example.get("parts") or []
+        ]
+        heading = (
+            f"{name}: row {count(example.get('row'))}, rendered as "
+            f"{example.get('rendered') or MISSING}, {count(example.get('tokens'))} tokens"
+        )
+        parts += [element("h3", heading), element("dl", *texts, class_="pairs")]
+    return folded("One example of each set, as the model read it", *parts)
 
 
 def _pairs(heading: str, pairs: dict | None) -> Html | None:
