@@ -116,6 +116,9 @@ def _pass_gate(options: argparse.Namespace, environment: Environment) -> str | N
     tests = _tests_of(options, on_gpu)
     if options.resume and gate.passed_before(tests, options.out, environment):
         return gate.PASSED
+    if options.tested:
+        say(f"--tested needs tests that have passed with this --out, got not all of {tests}")
+        return None
     if not gate.passes(tests, on_gpu=on_gpu):
         return None
     if options.resume:
@@ -329,6 +332,11 @@ def _run_options() -> argparse.ArgumentParser:
         "--resume",
         action="store_true",
         help="skip what --out already holds of the same code, machine and settings",
+    )
+    add(
+        "--tested",
+        action="store_true",
+        help="with --resume: run no tests, and measure nothing where they have not passed before",
     )
     add(
         "--seconds",

@@ -44,8 +44,8 @@ from processes import Keeper, Running
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-# Of the time: for the files that are written last.
-_MARGIN_S = 5
+# Share of the time, and seconds at most, for the files that are written last.
+_MARGIN, _MOST_MARGIN_S = 0.1, 5.0
 _FORMS_PART = Part("forms", TOOL, 30)
 # What is running may write records and notes in between.
 _PUBLISH_EVERY_S = 5
@@ -53,6 +53,8 @@ _TURN_S = 0.1
 # Made anew by every call: what they find is not in the files.
 _ALWAYS = ("machine", "build")
 _FACTS = "facts.json"
+# Ten minutes less a margin; a rehearsal interprets the kernels, in Python and on few processors.
+_SECONDS_ALL, _SLOWER_HERE = 560, 10
 
 
 class Session:
@@ -63,7 +65,8 @@ class Session:
     ) -> None:
         self.parts, self.out, self.work = list(parts), out, work
         self.rehearsal = rehearsal
-        self._seconds, self._end = seconds, _STARTED + seconds
+        self._seconds = seconds
+        self._end = _STARTED + seconds - min(_MOST_MARGIN_S, _MARGIN * seconds)
         self._cores = os.cpu_count() or 1
         self._keeper = Keeper()
         self._running: dict[str, tuple[Part, Running]] = {}
@@ -158,7 +161,7 @@ class Session:
         return ""
 
     def _left(self) -> float:
-        return self._end - _MARGIN_S - time.monotonic()
+        return self._end - time.monotonic()
 
     def _weight(self) -> int:
         return sum(self._workers(part) for part, _ in self._running.values())
@@ -171,7 +174,8 @@ class Session:
     # -- a part --------------------------------------------------------------------------------
 
     def _begin(self, part: Part) -> None:
-        limit, cut_by = float(part.limit), f"its limit of {part.limit} s"
+        limit = part.limit * (_SLOWER_HERE if self.rehearsal else 1)
+        cut_by = f"its limit of {limit} s"
         if self._left() < limit:
             limit, cut_by = self._left(), "the end of the time for all parts"
         self._limits[part.name] = cut_by
@@ -238,13 +242,16 @@ class Session:
             device = ["cpu", "--rehearsal"] if self.rehearsal else ["cuda"]
             # A case that has started is finished.
             seconds = max(1.0, min(part.seconds, limit - 15))
-            where = ["--out", str(self.work / "results"), "--resume", "--seconds", f"{seconds:.0f}"]
-            return [python, "benchmarks/run.py", *chosen, "--device", *device, *where]
+            where = ["--out", str(self.work / "results"), "--resume", "--tested"]
+            limits = ["--seconds", f"{seconds:.0f}"]
+            return [python, "benchmarks/run.py", *chosen, "--device", *device, *where, *limits]
         options = ["-q", "--tb=short", "--durations=5", "-p", "no:cacheprovider"]
         options += ["-p", "watched_tests", "-o", "faulthandler_timeout=60"]
         if part.kind == SANITIZER:
             options += ["-k", "not reference"]
             return [python, str(HERE / "sanitized.py"), part.tool, *options, *part.tests]
+        if self.rehearsal:
+            options += ["-p", "interpreted"]
         if self._workers(part) > 1:
             options += ["-p", "xdist.plugin", "-n", str(self._workers(part))]
         return [python, "-m", "pytest", *options, *part.tests]
@@ -397,7 +404,8 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] | None = None)
     work.mkdir(parents=True, exist_ok=True)
     for number in _SIGNALS:
         signal.signal(number, _interrupted)
-    seconds = float(os.environ.get("SECONDS_ALL") or 560)
+    default = _SECONDS_ALL * (_SLOWER_HERE if options.rehearsal else 1)
+    seconds = float(os.environ.get("SECONDS_ALL") or default)
     with _only_one(work):
         session = Session(
             parts or parts_of(options.target),

@@ -59,19 +59,19 @@ def _probe(tool: str) -> int:
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
     """(status, output), which is passed on line by line."""
-    process = subprocess.Popen(
+    said = []
+    with subprocess.Popen(
         command,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-    )
-    said = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        said.append(line)
-    return process.wait(), "".join(said)
+    ) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said.append(line)
+    return process.returncode, "".join(said)
 
 
 def _path() -> str:
