@@ -78,8 +78,11 @@ _SCORE_TESTS = ("tests/test_score.py",)
 _SCORE_TESTS_ON_GPU = (
     "tests/test_score_kernels.py",
     "tests/test_repeatable.py::test_a_deterministic_run_of_score_repeats_its_bits",
+    "tests/test_repeatable.py::test_an_op_repeats_its_bits[weight_sums-torch.float32-triton]",
     "tests/test_repeatable.py::test_an_op_repeats_its_bits[weight_sums-torch.bfloat16-triton]",
 )
+# It selects as well.
+_AGREEMENT_TESTS_ON_GPU = ("tests/test_score_kernels.py", "tests/test_repeatable.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +134,8 @@ def _tests_of(options: argparse.Namespace, on_gpu: bool) -> tuple[str, ...]:
         return tuple(dict.fromkeys(t for op in options.op or GATES for t in GATES[op]))
     if options.run in _TESTS:
         return _TESTS[options.run]
-    return (*_SCORE_TESTS, *(_SCORE_TESTS_ON_GPU if on_gpu else ()))
+    of_kernels = _AGREEMENT_TESTS_ON_GPU if options.run == "agreement" else _SCORE_TESTS_ON_GPU
+    return (*_SCORE_TESTS, *(of_kernels if on_gpu else ()))
 
 
 def _machine(environment: Environment) -> str:

@@ -38,6 +38,7 @@ import first
 from plan import Part
 
 parts = [Part(**each) for each in json.loads({parts!r})]
+{more}
 sys.exit(first.main([{out!r}, "--work", {work!r}], parts=parts))
 """
 MACHINE = """
@@ -58,11 +59,12 @@ def program(tmp_path):
     """Starts the program; `outcome_of` and `summary` read what it has written."""
     (tmp_path / "machine.py").write_text(MACHINE)
 
-    def start(*parts, **variables):
+    def start(*parts, more="", **variables):
         machine = tool("machine", "", needs=[], arguments=[str(tmp_path / "machine.py")])
         code = DRIVER.format(
             here=str(ROOT / "benchmarks" / "gpu"),
             parts=json.dumps([machine, *parts]),
+            more=more,
             out=str(tmp_path / "out"),
             work=str(tmp_path / "work"),
         )
@@ -257,6 +259,55 @@ def test_a_failing_operation_takes_only_its_own_cases_out(call, tmp_path):
     assert found["records-bad"].status == SKIPPED
     assert found["records-bad"].reason == "tests have not passed: test_bad.py"
     assert "`test_bad.py::test_bad: AssertionError: off by one" in summary
+
+
+FORMS = """
+from plan import Form
+first.FORMS = [
+    Form(name, (test,), (sanitized,), "mask", "native") for name, test, sanitized in (
+        ("good:native", "test_good.py", "memcheck-good"),
+        ("failing:native", "test_bad.py", "memcheck-good"),
+        ("racing:native", "test_good.py", "racecheck-good"),
+    )
+]
+first._CHECKED = ("-c", "import sys; open(sys.argv[2], 'w').write(' '.join(sys.argv[3:]))")
+"""
+
+
+def test_forms_are_recorded_once_all_their_checks_have_passed(call, tmp_path):
+    for name, body in (("good", "pass"), ("bad", "assert False")):
+        (tmp_path / f"test_{name}.py").write_text(f"def test_{name}(): {body}\n")
+    files = [str(tmp_path / f"test_{name}.py") for name in ("good", "bad")]
+    seen = tmp_path / "work" / carried.FORMS
+    # Slower than the reference, as it turns out after the form was first recorded.
+    facts = {name: None for name in ("sources", "triton", "transformers")}
+    rows = [row("mask", impl, s, **facts | {"torch": "2"})[1] for impl, s in RACE]
+    results = tmp_path / "work" / "results" / "some-gpu" / "mask.jsonl"
+    measure = (
+        f"import os; print(open({str(seen)!r}).read())\n"
+        f"os.makedirs({str(results.parent)!r}); open({str(results)!r}, 'w').write({lines(rows)!r})"
+    )
+    _, found, summary = call(
+        tool("tests", "", kind=plan.TESTS, tests=files, limit=60),
+        tool("memcheck-good", "", after=["tests"]),
+        tool("racecheck-good", "raise SystemExit(9)"),
+        tool("measures", measure, alone=True),
+        more=FORMS,
+    )
+    assert found["measures"].status == PASSED
+    assert "--passed good:native\n" in (tmp_path / "work" / "measures.log").read_text()
+    recorded = (tmp_path / "out" / carried.FORMS).read_text()
+    assert recorded == "--passed good:native --slower good:native=2.00 times as long: one"
+    assert "- good:native: passed all its checks" in summary
+    assert "- failing:native: not passed: test_bad.py" in summary
+    assert "- racing:native: not passed: racecheck-good" in summary
+
+
+RACE = (("reference", 1.0), ("native", 2.0))
+
+
+def lines(rows):
+    return "".join(json.dumps(each) + "\n" for each in rows)
 
 
 # What became of a part, without one running.

@@ -47,6 +47,7 @@ ROOT = HERE.parent.parent
 # Share of the time, and seconds at most, for the files that are written last.
 _MARGIN, _MOST_MARGIN_S = 0.1, 5.0
 _FORMS_PART = Part("forms", TOOL, 30)
+_CHECKED = ("-m", "fastdean.ops.checked")
 # What is running may write records and notes in between.
 _PUBLISH_EVERY_S = 5
 _TURN_S = 0.1
@@ -73,6 +74,7 @@ class Session:
         self._limits: dict[str, str] = {}
         self._facts: dict[str, str] = {}
         self._recorded_forms: tuple[str, ...] = ()
+        self._all_measured = False
         self._published = 0.0
         carried.adopt(out, work)
         self._earlier = carried.load(work / carried.STATE)
@@ -92,7 +94,8 @@ class Session:
             if time.monotonic() - self._published > _PUBLISH_EVERY_S:
                 self._publish("under way")
             time.sleep(_TURN_S)
-        self._record_forms(last=True)
+        self._all_measured = True
+        self._record_forms()
         while self._running:
             self._collect()
             time.sleep(_TURN_S)
@@ -312,16 +315,16 @@ class Session:
             found[form.name] = f"not passed: {', '.join(lack)}" if lack else ""
         return found
 
-    def _record_forms(self, last: bool = False) -> None:
+    def _record_forms(self) -> None:
         """Write the forms that have passed, as soon as there are more; at last with their speed."""
         passed = tuple(name for name, lack in self._lacking().items() if not lack)
-        named = tuple([*passed, *self._slower(passed)] if last else passed)
+        named = (*passed, *(self._slower(passed) if self._all_measured else ()))
         if not passed or named == self._recorded_forms or "forms" in self._running:
             return
         if any(part.alone for part, _ in self._running.values()) or self._left() < 1:
             return
         self._recorded_forms = named
-        arguments = ["-m", "fastdean.ops.checked", "--out", str(self.work / carried.FORMS)]
+        arguments = [*_CHECKED, "--out", str(self.work / carried.FORMS)]
         arguments += ["--passed", *passed]
         slower = named[len(passed) :]
         arguments += ["--slower", *slower] if slower else []

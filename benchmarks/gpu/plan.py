@@ -131,6 +131,7 @@ _SCORE_TESTS = (
     "tests/test_score.py",
     "tests/test_score_kernels.py",
     "tests/test_repeatable.py::test_a_deterministic_run_of_score_repeats_its_bits",
+    f"{_REPEATS}[weight_sums-torch.float32-triton]",
     f"{_REPEATS}[weight_sums-torch.bfloat16-triton]",
 )
 _SCORE = ("score", "--dtype", "bf16", "--random-model")
