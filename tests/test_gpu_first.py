@@ -298,7 +298,7 @@ def test_forms_are_recorded_once_all_their_checks_have_passed(call, tmp_path):
     assert "--passed good:native\n" in (tmp_path / "work" / "measures.log").read_text()
     recorded = (tmp_path / "out" / carried.FORMS).read_text()
     assert recorded == "--passed good:native --slower good:native=2.00 times as long: one"
-    assert "- good:native: passed all its checks" in summary
+    assert "- good:native: passed all checks" in summary
     assert "- failing:native: not passed: test_bad.py" in summary
     assert "- racing:native: not passed: racecheck-good" in summary
 
@@ -451,13 +451,32 @@ def test_a_prebuilt_extension_is_taken_where_it_says_what_it_was_made_of(
     prebuilt = tmp_path / "elsewhere" / build_extension.NAME
     monkeypatch.setenv("FASTDEAN_PREBUILT", str(prebuilt))
     assert build_extension.main(tmp_path / "build") == 0
-    assert compiled and "passed over: FASTDEAN_PREBUILT must have" in capsys.readouterr().out
-    compiled.clear()
+    assert compiled and "passed over: FASTDEAN_PREBUILT must be" in capsys.readouterr().out
     prebuilt.parent.mkdir()
     prebuilt.write_text("carried")
-    prebuilt.with_name(build_extension.SOURCES).write_text("these\n")
-    assert build_extension.main(tmp_path / "build") == 0
+    for sources, taken in (("others", False), ("these", True), ("others", False)):
+        compiled.clear()
+        prebuilt.with_name(build_extension.SOURCES).write_text(f"{sources}\n")
+        assert build_extension.main(tmp_path / "build") == 0
+        assert ("passed over" in capsys.readouterr().out) is not taken
+        assert extension.exists() == (taken or not compiled)
+    # The good one that was taken stays.
     assert extension.read_text() == "carried" and not compiled
+
+
+def test_the_extension_is_compiled_with_cuda_whatever_the_environment_says(tmp_path, monkeypatch):
+    commands = []
+
+    def run_it(command, env):
+        commands.append((command, env))
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(build_extension.subprocess, "run", run_it)
+    monkeypatch.setattr(build_extension, "find_nvcc", lambda path: "/somewhere/nvcc")
+    monkeypatch.setenv("FASTDEAN_CUDA", "AUTO")
+    assert not build_extension._compile(tmp_path)
+    [(command, environment)] = commands
+    assert "-DFASTDEAN_CUDA=ON" in command and environment["CUDACXX"] == "/somewhere/nvcc"
 
 
 def test_nvcc_is_found_where_it_is_not_on_the_path(tmp_path, monkeypatch):

@@ -56,11 +56,19 @@ def checksum() -> str:
 
 
 def _take(prebuilt: Path) -> None:
-    sources = prebuilt.with_name(SOURCES)
-    if not prebuilt.is_file() or not sources.is_file():
-        print(f"passed over: FASTDEAN_PREBUILT must have {SOURCES} beside it, got {prebuilt}")
-        return
-    _put(prebuilt, sources.read_text("utf-8").strip())
+    if _is_of_these_sources(prebuilt):
+        _put(prebuilt, checksum())
+    else:
+        print(
+            f"passed over: FASTDEAN_PREBUILT must be compiled from these sources and have "
+            f"{SOURCES} beside it that says so, got {prebuilt}"
+        )
+
+
+def _is_of_these_sources(extension: Path) -> bool:
+    sources = extension.with_name(SOURCES)
+    there = extension.is_file() and sources.is_file()
+    return there and sources.read_text("utf-8").strip() == checksum()
 
 
 def _put(extension: Path, sources: str) -> None:
@@ -76,8 +84,7 @@ def _objection() -> str:
     """Why what lies in fastdean/ will not do; "" if it does."""
     if not EXTENSION.is_file():
         return f"there is no {NAME}"
-    sources = EXTENSION.with_name(SOURCES)
-    if not sources.is_file() or sources.read_text("utf-8").strip() != checksum():
+    if not _is_of_these_sources(EXTENSION):
         return f"{NAME} was compiled from other sources"
     return "" if _loads() else f"{NAME} does not load here with CUDA"
 
@@ -107,7 +114,8 @@ def _compile(build: Path) -> bool:
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={made}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={get_cmake_dir()}",
-        f"-DFASTDEAN_CUDA={os.environ.get('FASTDEAN_CUDA', 'ON')}",
+        # Whatever the environment says: without CUDA there would be nothing to check.
+        "-DFASTDEAN_CUDA=ON",
     ]
     for command in (configure, ["cmake", "--build", str(build), "--parallel"]):
         if subprocess.run(command, env=environment).returncode:

@@ -302,16 +302,13 @@ class Session:
         carried.put(path, json.dumps(row) + "\n")
 
     def _lacking(self) -> dict[str, str]:
-        """Form -> what it lacks to be a checked one."""
+        """Form -> what it lacks to be a checked one; in a rehearsal nothing can be sanitized."""
         seen = self._covered()
+        passed = {name for name, outcome in self.outcomes.items() if outcome.status == PASSED}
         found = {}
         for form in FORMS:
             lack = [test for test in form.tests if not is_covered(test, seen)]
-            lack += [
-                name
-                for name in form.sanitized
-                if name not in self.outcomes or self.outcomes[name].status != PASSED
-            ]
+            lack += [] if self.rehearsal else [n for n in form.sanitized if n not in passed]
             found[form.name] = f"not passed: {', '.join(lack)}" if lack else ""
         return found
 

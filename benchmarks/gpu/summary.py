@@ -33,7 +33,8 @@ def rendered(
     word = {True: "met", False: "NOT MET", None: "missing"}
     lines += [f"| {_cell(each.aim)} | {word[each.met]} | {_cell(each.text)} |" for each in figures]
     lines += ["", "## Forms", ""]
-    lines += [f"- {name}: {lack or 'passed all its checks'}" for name, lack in forms.items()]
+    sound = "passed its tests on a CPU, which proves nothing" if rehearsal else "passed all checks"
+    lines += [f"- {name}: {lack or sound}" for name, lack in forms.items()]
     lines += ["", "## Parts", "", "| part | | seconds | tests | |", "|---|---|---|---|---|"]
     lines += [_row(part.name, outcomes.get(part.name), running) for part in parts]
     for status, title in (
