@@ -537,16 +537,17 @@ def test_every_operation_is_seen_before_any_is_finished():
     assert list(running._in_turns(groups)) == ["a0", "b0", "c0", "a1", "c1", "a2"]
 
 
-def test_what_torch_compiles_comes_last_of_all(kernels, tmp_path, monkeypatch):
+def test_ours_come_first_on_every_case_and_what_torch_compiles_last(kernels, tmp_path, monkeypatch):
     slow = Contender("compiled", importance.mm_loop, compiled=True)
     found = [
-        replace(case, contenders=(slow, case.contenders[2])) for case in importance.cases(True)
+        replace(case, contenders=(slow, *reversed(case.contenders[2:4])))
+        for case in importance.cases(True)
     ]
     monkeypatch.setitem(running.OPERATIONS, "importance", lambda toy: iter(found[:2]))
     assert kernels(tmp_path, "--op", "importance") == 0
     assert [row["impl"] for row in read_all(tmp_path)] == [
         *("plain product", "reference", "plain product", "reference"),
-        *("compiled", "compiled"),
+        *("mm per example", "mm per example", "compiled", "compiled"),
     ]
     for op, cases in catalogue.OPERATIONS.items():
         compiled = [case for case in cases(False) if any(c.compiled for c in case.contenders)]
@@ -599,6 +600,17 @@ def test_tests_are_never_run_again_where_they_have_to_have_passed(tmp_path, monk
     for test in catalogue.GATES["mask"]:
         gate.remember([test], tmp_path, here)
     assert run.main(command) == 0
+
+
+def test_what_something_is_aimed_at_for_is_measured_first():
+    on_gpu = [c for c in importance.cases(False) if c.device_type == "cuda"]
+    aimed = [
+        c.settings["lengths"] == "beavertails" or c.settings["tokens_per_example"] >= 256
+        for c in on_gpu
+    ]
+    assert aimed == [True] * 36 + [False] * 36
+    first = next(collapse.cases(False)).settings
+    assert (first["tokens"], first["features"], first["classes"]) == (16384, 4096, 287)
 
 
 def test_toy_numbers_stay_out_of_the_results(capsys):

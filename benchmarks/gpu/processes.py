@@ -114,9 +114,10 @@ class Running:
         return self._process.poll()
 
     def stop(self) -> None:
-        """End whatever is left of it."""
+        """End whatever is left of it; what a driver holds in the kernel is not waited for."""
         end_session(self._process.pid)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
         self._keeper.end(self._process.pid)
 
 

@@ -24,7 +24,7 @@ _MIN_SETS, _MAX_SETS = 2, 16
 _CPU_CACHE_BYTES = 32 << 20
 # A call this long has pushed its own inputs out of the cache: two sets do, and more take minutes.
 _LONG_CALL_S = 0.25
-_HOST_CALLS = 20
+_HOST_CALLS, _HOST_SECONDS = 20, 0.1
 # Of the free memory, so that the allocator has room to move.
 _SHARE_OF_FREE = 0.8
 
@@ -127,12 +127,14 @@ def _is_long(contender: Contender, operands: object, device: torch.device) -> bo
 def _host_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
-    seconds = []
+    seconds, end = [], time.perf_counter() + _HOST_SECONDS
     for call in itertools.islice(itertools.cycle(calls), _HOST_CALLS):
         synchronize(device)
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
+        if start > end:
+            break
     synchronize(device)
     return statistics.median(seconds)
 

@@ -73,16 +73,19 @@ def run_operations(
     device = torch.device(options.device)
     run = _Run(options, environment, device, gate)
     cases = _chosen_cases(options)
-    # Compiling one case takes as long as measuring several, so that it comes last.
-    turns = [(case, False) for case in cases]
-    turns += [(case, True) for case in cases if any(each.compiled for each in case.contenders)]
-    for position, (case, compiled) in enumerate(turns):
+    turns = [
+        (case, turn)
+        for turn in range(3)
+        for case in cases
+        if turn == 0 or any(each.turn == turn for each in case.contenders)
+    ]
+    for position, (case, turn) in enumerate(turns):
         if budget.spent:
             left = len({id(case) for case, _ in turns[position:]})
             say(f"the time is used up, {left} of {len(cases)} cases left: call again with --resume")
             break
         try:
-            run.measure(case, compiled)
+            run.measure(case, turn)
         except torch.OutOfMemoryError:
             say(f"  {case.name}: out of memory")
             _release(device)
@@ -123,10 +126,10 @@ class _Run:
                 if records.stands_for(row, self.environment, self.gate)
             }
 
-    def measure(self, case: OpCase, compiled: bool) -> None:
-        """Time the case's contenders that are compiled by torch, or all others and the floor."""
-        wanted = [c for c in case.contenders if c.compiled == compiled and self._is_wanted(case, c)]
-        floor_is_due = not compiled and case.floor is not None and self._is_wanted(case, case.floor)
+    def measure(self, case: OpCase, turn: int) -> None:
+        """Time the case's contenders of one turn, and record the floor in the first one."""
+        wanted = [c for c in case.contenders if c.turn == turn and self._is_wanted(case, c)]
+        floor_is_due = turn == 0 and case.floor is not None and self._is_wanted(case, case.floor)
         if not wanted and not floor_is_due:
             return
         say(f"{case.op}: {case.name}")
