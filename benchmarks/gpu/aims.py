@@ -83,7 +83,7 @@ def _figure(aim: Aim, rows: list[Row]) -> Figure:
             if value is not None:
                 found[row["case"]] = value
     if not found:
-        return Figure(aim.text, None, "missing: not measured")
+        return Figure(aim.text, None, "not measured")
     worst = (min if aim.most is None else max)(found, key=found.__getitem__)
     met = sum(map(aim.met_by, found.values()))
     text = f"{aim.shown.format(found[worst])} ({worst})"

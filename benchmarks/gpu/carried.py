@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from outcomes import Outcome
 
 SUMMARY, STATE, RECORDS, LOG = "summary.md", "state.json", "records.jsonl", "log.txt"

@@ -260,10 +260,9 @@ class Session:
         return [python, "-m", "pytest", *options, *part.tests]
 
     def _environment(self, part: Part) -> dict[str, str]:
-        paths = [ROOT, HERE, ROOT / "benchmarks"]
         found = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE))),
             "PYTHONUNBUFFERED": "1",
             "FASTDEAN_WATCHED_TESTS": str(self._notes(part.name)),
             # What else is installed there must not change how tests run.
