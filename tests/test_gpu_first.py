@@ -147,6 +147,17 @@ def test_a_part_that_fails_hangs_dies_or_prints_garbage_takes_only_itself_out(ca
     assert all(path.is_file() and path.stat().st_size < 16 << 20 for path in files)
 
 
+@pytest.mark.parametrize("machine", ["", "open(sys.argv[1], 'w').write('{')", "sys.exit(2)"])
+def test_on_a_machine_that_lacks_something_nothing_else_starts(call, tmp_path, machine):
+    (tmp_path / "machine.py").write_text(f"import sys\n{machine}\n")
+    status, found, _ = call(tool("good", ""))
+    assert (status, found["machine"].status) == (2, FAILED)
+    assert (found["good"].status, found["good"].reason) == (
+        SKIPPED,
+        "machine has not passed: failed",
+    )
+
+
 def test_what_passed_is_not_run_again_until_something_changes(call, tmp_path):
     def counted(name, code=""):
         return tool(name, f"print('ran', file=open({str(tmp_path / name)!r}, 'a')); {code}")

@@ -81,8 +81,6 @@ class Session:
         # What this call asks for is known again once it is clear on what machine it runs.
         self.outcomes: dict[str, Outcome] = {}
 
-    # -- the loop ------------------------------------------------------------------------------
-
     def run(self) -> None:
         waiting = list(self.parts)
         self._publish("started")
@@ -174,8 +172,6 @@ class Session:
             return 1
         return min(part.workers, max(2, self._cores // 3))
 
-    # -- a part --------------------------------------------------------------------------------
-
     def _begin(self, part: Part) -> None:
         limit = part.limit * (_SLOWER_HERE if self.rehearsal else 1)
         cut_by = f"its limit of {limit} s"
@@ -183,6 +179,8 @@ class Session:
             limit, cut_by = self._left(), "the end of the time for all parts"
         self._limits[part.name] = cut_by
         self._notes(part.name).unlink(missing_ok=True)
+        if part.name == "machine":
+            (self.work / _FACTS).unlink(missing_ok=True)
         if part.kind == RECORDS:
             self._write_gate()
         print(f"{time.monotonic() - _STARTED:5.0f} s  {part.name}: started", flush=True)
@@ -213,7 +211,8 @@ class Session:
     ) -> None:
         del self._running[name]
         if name == "machine" and status == 0:
-            self._facts = json.loads((self.work / _FACTS).read_text("utf-8"))
+            self._facts = self._read_facts()
+            status = 0 if self._facts else 1
         logs = self._log(name), self._notes(name)
         outcome = judged(part, status, running.seconds, *logs, cut_by, self._stamp(part))
         self.outcomes[name] = outcome
@@ -224,6 +223,13 @@ class Session:
         )
         for line in outcome.lines:
             print(f"         {line}", flush=True)
+
+    def _read_facts(self) -> dict[str, str]:
+        try:
+            found = json.loads((self.work / _FACTS).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def _skip(self, part: Part, reason: str) -> None:
         self.outcomes[part.name] = Outcome(SKIPPED, reason=reason)
@@ -281,8 +287,6 @@ class Session:
     def _notes(self, name: str) -> Path:
         return self.work / f"{name}.tests.jsonl"
 
-    # -- what has passed -----------------------------------------------------------------------
-
     def _stamp(self, part: Part) -> str:
         """Of all that an outcome depends on; what waited for an extension that did not come, and
         passed without it, has not passed for good."""
@@ -336,8 +340,6 @@ class Session:
             if form.name in passed
         }
         return [f"{name}={figure}" for name, figure in found.items() if figure]
-
-    # -- what is written -----------------------------------------------------------------------
 
     def _publish(self, state: str) -> None:
         self._published = time.monotonic()
