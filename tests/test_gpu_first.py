@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"))
@@ -19,8 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "
 import aims
 import build_extension
 import carried
+import first
+import gate
 import outcomes
 import plan
+import prerequisites
+import records
 import run
 import sanitized
 from covered import covered, is_covered
@@ -319,6 +325,22 @@ RACE = (("reference", 1.0), ("native", 2.0))
 
 def lines(rows):
     return "".join(json.dumps(each) + "\n" for each in rows)
+
+
+def test_the_benchmarks_know_the_tests_that_have_passed_again(tmp_path):
+    """Without this they would measure nothing, or run all of them once more."""
+    session = first.Session([], tmp_path, tmp_path, seconds=9.0, rehearsal=True)
+    session.close()
+    session._facts = prerequisites.facts(rehearsal=True)
+    passed = ["tests/test_mask_op.py", "tests/test_edits.py::test_one"]
+    session.outcomes = {"tests": outcomes.Outcome(FAILED, covered=passed)}
+    session._write_gate()
+    here = records.Environment.collect(torch.device("cpu"), [])
+    here = replace(here, device=records.REHEARSAL)
+    results = tmp_path / "results"
+    assert gate.passed_before(passed, results, here)
+    assert not gate.passed_before(["tests/test_edits.py"], results, here)
+    assert not gate.passed_before(passed, results, replace(here, device="Some GPU"))
 
 
 # What became of a part, without one running.

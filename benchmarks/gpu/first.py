@@ -301,7 +301,7 @@ class Session:
         """Tell `benchmarks/run.py` which tests have passed, in the form it writes itself."""
         path = self.work / "results" / "tests" / "gate.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        row = {"op": "gate", "tests": self._covered(), **self._facts}
+        row = {**self._facts, "op": "gate", "tests": self._covered()}
         carried.put(path, json.dumps(row) + "\n")
 
     def _lacking(self) -> dict[str, str]:

@@ -91,7 +91,7 @@ def facts(rehearsal: bool) -> dict[str, str]:
     found = {name: getattr(environment, name) for name in (*records.SAME_CODE, "cuda")}
     if rehearsal:
         found |= {"device": records.REHEARSAL, "cuda": "none"}
-    return {**found, "tests": _tests_checksum()}
+    return {**found, "tests_checksum": _tests_checksum()}
 
 
 def _tests_checksum() -> str:
