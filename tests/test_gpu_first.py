@@ -470,11 +470,12 @@ def test_only_what_was_compiled_from_these_sources_is_taken(in_tree, tmp_path):
     extension, compiled = in_tree
     for sources, taken in ((None, False), ("others", False), ("these", True)):
         compiled.clear()
-        extension.write_text("compiled")
+        extension.write_text("before")
         if sources is not None:
             extension.with_name(build_extension.SOURCES).write_text(sources + "\n")
         assert build_extension.main(tmp_path / "build") == 0
-        assert bool(compiled) is not taken
+        # A stale one is gone before anything is compiled: others start meanwhile.
+        assert bool(compiled) is not taken and extension.exists() is taken
 
 
 def test_a_prebuilt_extension_is_taken_where_it_says_what_it_was_made_of(

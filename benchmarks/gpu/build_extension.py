@@ -41,6 +41,8 @@ def main(build: Path) -> int:
         print(f"taken: {EXTENSION.relative_to(ROOT)}, compiled from these sources")
         return 0
     print(f"compiled, since {objection}", flush=True)
+    # Meanwhile others start, and must not load what these sources do not fit.
+    EXTENSION.unlink(missing_ok=True)
     if not _compile(build):
         print("error: the extension did not build", file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 VERSIONS = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17)}
@@ -87,11 +87,16 @@ def facts(rehearsal: bool) -> dict[str, str]:
     import records
     import torch
 
-    environment = records.Environment.collect(torch.device("cpu" if rehearsal else "cuda"), [])
-    found = {name: getattr(environment, name) for name in (*records.SAME_CODE, "cuda")}
-    if rehearsal:
-        found |= {"device": records.REHEARSAL, "cuda": "none"}
-    return {**found, "tests_checksum": _tests_checksum()}
+    # Not `Environment.collect`, which asks the extension, while it may be compiled just now.
+    return {
+        "device": records.REHEARSAL if rehearsal else torch.cuda.get_device_name(),
+        "sources": records.sources_checksum(),
+        "torch": torch.__version__,
+        "triton": metadata.version("triton"),
+        "transformers": metadata.version("transformers"),
+        "cuda": "none" if rehearsal else torch.version.cuda,
+        "tests_checksum": _tests_checksum(),
+    }
 
 
 def _tests_checksum() -> str:
