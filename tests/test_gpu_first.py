@@ -64,6 +64,8 @@ def tool(name, code, limit=20, **fields):
 def program(tmp_path):
     """Starts the program; `outcome_of` and `summary` read what it has written."""
     (tmp_path / "machine.py").write_text(MACHINE)
+    # Where the names of the tests in this folder start.
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
 
     def start(*parts, more="", **variables):
         machine = tool("machine", "", needs=[], arguments=[str(tmp_path / "machine.py")])
@@ -259,7 +261,6 @@ def test_a_failing_operation_takes_only_its_own_cases_out(call, tmp_path):
             f"import pytest\n\ndef test_other(): pass\n\ndef test_{name}(): {body}\n"
         )
     good, bad = (str(tmp_path / f"test_{name}.py") for name in ("good", "bad"))
-    # As pytest names them, which calls a file by its place below the folder of all its arguments.
     names = {"good": "test_good.py", "bad": "test_bad.py"}
     tests = tool("tests", "", kind=plan.TESTS, tests=[good, bad], limit=60)
     _, found, summary = call(
