@@ -24,7 +24,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 OUT ?= gpu-out
 
 .PHONY: demo install test test-slow test-lowest lint format build clean
-.PHONY: gpu-check gpu-bench gpu-sanitize
+.PHONY: gpu-first gpu-rehearsal gpu-extension gpu-results gpu-check gpu-bench gpu-sanitize
 
 install: $(INSTALLED)
 
@@ -72,19 +72,51 @@ build: $(INSTALLED)
 
 # The targets for a machine with a GPU take what stands there: no network and no environment of
 # their own. All need a CUDA device that torch sees, torch >= 2.11, triton >= 3.6, transformers >=
-# 5.17, pytest, hypothesis, and, for Triton, a C compiler and the headers of Python; gpu-check and
-# gpu-sanitize also pybind11 and CMake, gpu-check accelerate. What is missing is named before
-# anything starts. Each is meant to end within 8 minutes on one H100; not yet timed on one. A second
-# call with the same OUT goes on where the first one ended.
-gpu-check:
-	PYTHON=$(PYTHON) benchmarks/gpu/check.sh $(OUT)
+# 5.17, accelerate, pytest, hypothesis, pybind11, CMake with nvcc, and, for Triton, a C compiler and
+# the headers of Python; pytest-xdist is used where it is there. What is missing is named before
+# anything else starts. OUT gets a handful of files, of which summary.md is the one to read. A
+# second call with the same OUT goes on where the first one ended. SECONDS_ALL (560) is what a call
+# may take; FRESH=1 forgets earlier ones. benchmarks/gpu/first.py says more.
+#
+# gpu-first is what to run where minutes on a GPU are few: tests, the sanitizer and measurements,
+# most worth first. The other three are its parts, gpu-bench with more to measure.
+gpu-first:
+	$(PYTHON) benchmarks/gpu/first.py $(OUT)
 
-gpu-bench:
-	PYTHON=$(PYTHON) benchmarks/gpu/bench.sh $(OUT)
+gpu-check:
+	$(PYTHON) benchmarks/gpu/first.py $(OUT) --target check
 
 gpu-sanitize:
-	PYTHON=$(PYTHON) benchmarks/gpu/sanitize.sh $(OUT)
+	$(PYTHON) benchmarks/gpu/first.py $(OUT) --target sanitize
+
+gpu-bench:
+	$(PYTHON) benchmarks/gpu/first.py $(OUT) --target bench
+
+# The records that came back from a GPU, put where the tables are made from.
+gpu-results:
+	$(PYTHON) benchmarks/gpu/carried.py $(OUT) benchmarks/results
+
+# gpu-first where there is no GPU, with the versions of benchmarks/gpu/constraints.txt: the same
+# parts and processes, Triton's kernels interpreted, the extension compiled (nvcc is needed for its
+# CUDA half), nothing sanitized, tiny measurements of the CPU that say nothing.
+gpu-rehearsal: .venv-gpu/.installed
+	.venv-gpu/bin/python benchmarks/gpu/first.py $(OUT) --rehearsal
+
+# The extension for Python 3.12, to be carried to the GPU: fastdean/_C.*.so with fastdean/_C.sources
+# beside it. gpu-first takes it where it lies, or from FASTDEAN_PREBUILT, if these are its sources.
+gpu-extension: .venv-gpu/.installed
+	.venv-gpu/bin/python benchmarks/gpu/build_extension.py build/gpu-extension
+
+# What the GPU machine has, less what is not there (datasets, gguf): several GB, since torch comes
+# with CUDA.
+PYTHON312 ?= python3.12
+.venv-gpu/.installed: benchmarks/gpu/constraints.txt
+	$(PYTHON312) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install -c benchmarks/gpu/constraints.txt torch triton transformers \
+		accelerate numpy huggingface_hub safetensors tokenizers tqdm typer rich matplotlib scipy \
+		pytest pytest-xdist hypothesis pybind11 scikit-build-core cmake ninja
+	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-lowest build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-gpu fastdean/_C.* build dist .pytest_cache .ruff_cache .hypothesis
 	find fastdean tests -name __pycache__ -type d -prune -exec rm -rf {} +

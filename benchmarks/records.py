@@ -29,6 +29,8 @@ Record = Mapping[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# What stands for the device's name where the runs of a GPU are tried out without one.
+REHEARSAL = "cpu, rehearsal"
 
 # Fields of `Environment` that two measurements share of which one says what the other would.
 SAME_CODE = ("device", "sources", "torch", "triton", "transformers")

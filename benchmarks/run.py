@@ -22,6 +22,7 @@ All run the tests of what they measure first, and measure nothing when one fails
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ from random_model import SHAPES
 from records import Environment
 from regularizer_run import run_regularizer
 from regularizer_subject import ARCHITECTURES
-from score_run import run_score
+from score_run import IMPLEMENTATIONS, run_score
 from sweeps import run_sweeps
 
 _RUNS = {
@@ -74,13 +75,19 @@ _TESTS = {
 }
 _SCORE_TESTS = ("tests/test_score.py",)
 # Those above run on the CPU: what a GPU runs is the kernels.
-_SCORE_TESTS_ON_GPU = ("tests/test_score_kernels.py", "tests/test_repeatable.py")
+_SCORE_TESTS_ON_GPU = (
+    "tests/test_score_kernels.py",
+    "tests/test_repeatable.py::test_a_deterministic_run_of_score_repeats_its_bits",
+    "tests/test_repeatable.py::test_an_op_repeats_its_bits[weight_sums-torch.float32-triton]",
+    "tests/test_repeatable.py::test_an_op_repeats_its_bits[weight_sums-torch.bfloat16-triton]",
+)
+# It selects as well.
+_AGREEMENT_TESTS_ON_GPU = ("tests/test_score_kernels.py", "tests/test_repeatable.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     arguments = ["benchmarks/run.py", *(sys.argv[1:] if argv is None else argv)]
-    budget = Budget(options.seconds)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         say("error: device must be one that torch sees, got cuda and no CUDA device; use cpu")
@@ -90,12 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.run in _REQUIRED:
             _REQUIRED[options.run](options)
         environment = Environment.collect(device, arguments)
+        if options.rehearsal:
+            environment = dataclasses.replace(environment, device=records.REHEARSAL)
         say(_machine(environment))
         passed = _pass_gate(options, environment)
         if passed is None:
             say("the tests of what is to be measured failed: nothing was measured")
             return 1
-        return _RUNS[options.run](options, environment, budget, passed)
+        # Only now: the tests take none of the time that is meant for measuring.
+        return _RUNS[options.run](options, environment, Budget(options.seconds), passed)
     except (ValueError, RuntimeError) as error:
         say(f"error: {error}")
         return 2
@@ -109,6 +119,9 @@ def _pass_gate(options: argparse.Namespace, environment: Environment) -> str | N
     tests = _tests_of(options, on_gpu)
     if options.resume and gate.passed_before(tests, options.out, environment):
         return gate.PASSED
+    if options.tested:
+        say(f"--tested needs tests that have passed with this --out, got not all of {tests}")
+        return None
     if not gate.passes(tests, on_gpu=on_gpu):
         return None
     if options.resume:
@@ -121,7 +134,8 @@ def _tests_of(options: argparse.Namespace, on_gpu: bool) -> tuple[str, ...]:
         return tuple(dict.fromkeys(t for op in options.op or GATES for t in GATES[op]))
     if options.run in _TESTS:
         return _TESTS[options.run]
-    return (*_SCORE_TESTS, *(_SCORE_TESTS_ON_GPU if on_gpu else ()))
+    of_kernels = _AGREEMENT_TESTS_ON_GPU if options.run == "agreement" else _SCORE_TESTS_ON_GPU
+    return (*_SCORE_TESTS, *(of_kernels if on_gpu else ()))
 
 
 def _machine(environment: Environment) -> str:
@@ -149,6 +163,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_regularizer(runs)
     _add_debias(runs)
     options = parser.parse_args(argv)
+    if options.rehearsal and (options.device != "cpu" or options.out == records.RESULTS):
+        parser.error("--rehearsal needs --device cpu and --out: its numbers say nothing")
     if getattr(options, "toy", False) and options.out == records.RESULTS:
         parser.error("--toy needs --out: its numbers say nothing and do not belong to the results")
     return options
@@ -180,6 +196,12 @@ def _add_score(runs: argparse._SubParsersAction) -> None:
         action="append",
         choices=list(inputs.DTYPES),
         help="may be repeated; default: both",
+    )
+    add(
+        "--impl",
+        action="append",
+        choices=IMPLEMENTATIONS,
+        help="measure only this one; may be repeated; vmap besides needs --vmap",
     )
     add("--repeats", type=_positive, default=3)
     add(
@@ -315,7 +337,21 @@ def _run_options() -> argparse.ArgumentParser:
         action="store_true",
         help="skip what --out already holds of the same code, machine and settings",
     )
-    add("--seconds", type=float, help="start nothing new after this long")
+    add(
+        "--tested",
+        action="store_true",
+        help="with --resume: run no tests, and measure nothing where they have not passed before",
+    )
+    add(
+        "--seconds",
+        type=float,
+        help="start nothing new after this long, the tests not counted",
+    )
+    add(
+        "--rehearsal",
+        action="store_true",
+        help=f"call the device {records.REHEARSAL!r}: the GPU's runs, tried out without one",
+    )
     return shared
 
 

@@ -8,6 +8,7 @@ is, gaps included. On a CPU the host's clock stands around the same round of cal
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -131,20 +132,52 @@ def _device_events(launch: Callable[[], Any], rounds: int) -> list[float]:
 
 def _captured(launch: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGraph | None:
     """One round as a graph; None where it cannot be captured."""
+    if _waits_for_the_device(launch):
+        return None
     gc.collect()  # freeing memory of the device while it is captured would end the capture
     graph = torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
         # Not torch.cuda.graph(): after a failure it would leave its own stream current.
         with torch.cuda.stream(stream):
-            graph.capture_begin()
+            graph.capture_begin(pool=pool)
             try:
                 launch()
             finally:
                 graph.capture_end()
     except RuntimeError:
         torch.cuda.synchronize(device)
+        _give_up_pool(device, pool)
         return None
     torch.cuda.current_stream(device).wait_stream(stream)
     return graph
+
+
+def _waits_for_the_device(launch: Callable[[], Any]) -> bool:
+    """Whether torch sees it wait: such a call is not even tried as a graph."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launch()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
+
+
+def _give_up_pool(device: torch.device, pool: tuple[int, int]) -> None:
+    """End what a failed capture has left open.
+
+    torch ends the allocations to a graph's pool only where the capture ends well; until they are
+    ended every call of `empty_cache` raises.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    for step in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        # A capture that failed before it began, or after it ended, has left nothing open.
+        with contextlib.suppress(RuntimeError):
+            step(index, pool)

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import re
-import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -61,7 +58,7 @@ def generator(seed=3):
 
 @pytest.mark.parametrize("case, contender", PAIRS, ids=lambda each: each.name)
 def test_every_contender_computes_the_operation(case, contender, extension_built):
-    if contender.name == "native" and not extension_built:
+    if contender.name.startswith("native") and not extension_built:
         pytest.skip("an install without the extension is under test")
     assert contender.refusal(DEVICE) == ""
     assert measuring.check(case, contender, generator()) <= contender.tolerance
@@ -291,6 +288,66 @@ def test_everything_is_timed_on_the_device_that_was_asked_for(monkeypatch, graph
     assert set(used) == {device} and not current
 
 
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch):
+    """torch.cuda as far as capturing goes; `open_pools`: what was neither ended nor released."""
+    open_pools, outcome = [], SimpleNamespace(error=None)
+
+    class Graph:
+        def capture_begin(self, pool):
+            open_pools.extend([("_cuda_endAllocateToPool", pool), ("_cuda_releasePool", pool)])
+
+        def capture_end(self):
+            if outcome.error:
+                raise outcome.error
+
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        close = lambda index, pool, name=name: open_pools.remove((name, pool))  # noqa: E731
+        monkeypatch.setattr(torch._C, name, close, raising=False)
+    for name, value in (
+        ("CUDAGraph", Graph),
+        ("graph_pool_handle", lambda: (0, 7)),
+        ("Stream", lambda device: Stream()),
+        ("current_stream", lambda device: Stream()),
+        ("stream", lambda stream: nullcontext()),
+        ("synchronize", lambda device: None),
+        ("get_sync_debug_mode", lambda: 0),
+        ("set_sync_debug_mode", lambda mode: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    return open_pools, outcome
+
+
+def test_a_capture_that_fails_leaves_no_pool_open(fake_graphs):
+    open_pools, outcome = fake_graphs
+    device = torch.device("cuda:0")
+    assert timing._captured(lambda: None, device) is not None
+    assert len(open_pools) == 2  # the graph's own, for as long as it lives
+    open_pools.clear()
+    outcome.error = RuntimeError("operation not permitted when stream is capturing")
+    assert timing._captured(lambda: None, device) is None
+    assert open_pools == []
+
+
+def test_what_waits_for_the_device_is_not_tried_as_a_graph(fake_graphs):
+    def waits():
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    def fails():
+        raise RuntimeError("no such kernel")
+
+    open_pools, _ = fake_graphs
+    device = torch.device("cuda:0")
+    assert timing._captured(waits, device) is None and open_pools == []
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        timing._captured(fails, device)
+
+
 @pytest.mark.parametrize("timed_by, expected", [("events", 0.25), ("graph replays", None)])
 def test_where_a_time_holds_gaps_the_device_has_one_of_its_own(monkeypatch, timed_by, expected):
     ran = []
@@ -480,6 +537,82 @@ def test_every_operation_is_seen_before_any_is_finished():
     assert list(running._in_turns(groups)) == ["a0", "b0", "c0", "a1", "c1", "a2"]
 
 
+def test_ours_come_first_on_every_case_and_what_torch_compiles_last(kernels, tmp_path, monkeypatch):
+    slow = Contender("compiled", importance.mm_loop, compiled=True)
+    found = [
+        replace(case, contenders=(slow, *reversed(case.contenders[2:4])))
+        for case in importance.cases(True)
+    ]
+    monkeypatch.setitem(running.OPERATIONS, "importance", lambda toy: iter(found[:2]))
+    assert kernels(tmp_path, "--op", "importance") == 0
+    assert [row["impl"] for row in read_all(tmp_path)] == [
+        *("plain product", "reference", "plain product", "reference"),
+        *("mm per example", "mm per example", "compiled", "compiled"),
+    ]
+    for op, cases in catalogue.OPERATIONS.items():
+        compiled = [case for case in cases(False) if any(c.compiled for c in case.contenders)]
+        assert len(compiled) <= 3, op
+
+
+def test_a_contender_may_end_in_any_exception(kernels, tmp_path, monkeypatch, capsys):
+    class CompilationError(Exception):
+        pass
+
+    def run_it(inputs):
+        raise CompilationError("no such register")
+
+    case = toy("importance")
+    broken = replace(case, contenders=(Contender("broken", run_it), case.contenders[2]))
+    monkeypatch.setitem(running.OPERATIONS, "importance", lambda toy: iter([broken]))
+    assert kernels(tmp_path, "--op", "importance") == 1
+    assert "not measured: no such register" in capsys.readouterr().err
+    assert [row["impl"] for row in read_all(tmp_path)] == ["plain product", "reference"]
+
+
+def test_the_time_to_measure_starts_after_the_tests(kernels, tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(gate, "passes", lambda tests, on_gpu: order.append("tests") or True)
+    monkeypatch.setattr(run, "Budget", lambda seconds: order.append(f"{seconds} s"))
+    monkeypatch.setitem(run._RUNS, "kernels", lambda *arguments: order.append("measured"))
+    command = ["kernels", "--device", "cpu", "--toy", "--out", str(tmp_path), "--seconds", "7"]
+    run.main(command)
+    assert order == ["tests", "7.0 s", "measured"]
+
+
+def test_a_rehearsal_is_called_one_in_every_record(kernels, tmp_path, capsys):
+    assert kernels(tmp_path, "--op", "selection", "--impl", "reference", "--rehearsal") == 0
+    assert {row["device"] for row in read_all(tmp_path)} == {"cpu, rehearsal"}
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu-rehearsal"]
+    for wrong in (["--device", "cpu"], ["--device", "cuda", "--out", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            run.main(["score", "--rehearsal", *wrong])
+        assert "--rehearsal needs --device cpu and --out" in capsys.readouterr().err
+
+
+def test_tests_are_never_run_again_where_they_have_to_have_passed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gate, "passes", lambda *a, **options: pytest.fail("ran the tests"))
+    command = ["kernels", "--device", "cpu", "--toy", "--out", str(tmp_path), "--op", "mask"]
+    command += ["--resume", "--tested", "--seconds", "0"]
+    assert run.main(command) == 1
+    assert "--tested needs tests that have passed with this --out" in capsys.readouterr().err
+    here = records.Environment.collect(torch.device("cpu"), [])
+    # By one run or by several.
+    for test in catalogue.GATES["mask"]:
+        gate.remember([test], tmp_path, here)
+    assert run.main(command) == 0
+
+
+def test_what_something_is_aimed_at_for_is_measured_first():
+    on_gpu = [c for c in importance.cases(False) if c.device_type == "cuda"]
+    aimed = [
+        c.settings["lengths"] == "beavertails" or c.settings["tokens_per_example"] >= 256
+        for c in on_gpu
+    ]
+    assert aimed == [True] * 36 + [False] * 36
+    first = next(collapse.cases(False)).settings
+    assert (first["tokens"], first["features"], first["classes"]) == (16384, 4096, 287)
+
+
 def test_toy_numbers_stay_out_of_the_results(capsys):
     with pytest.raises(SystemExit):
         run.main(["kernels", "--toy", "--no-gate"])
@@ -512,127 +645,6 @@ def test_the_gates_name_files_and_operations_that_exist():
         assert tests and all((ROOT / path).is_file() for path in tests)
 
 
-def test_the_gpu_scripts_name_tests_that_exist():
-    named = []
-    for script in ("check.sh", "sanitize.sh"):
-        text = (ROOT / "benchmarks" / "gpu" / script).read_text("utf-8")
-        named += re.findall(r"(tests/\w+\.py)(?:::(\w+))?", text)
-    assert len(named) > 8
-    for path, function in named:
-        source = (ROOT / path).read_text("utf-8")
-        assert not function or f"def {function}(" in source, f"{path}::{function}"
-
-
-def test_whatever_needs_a_gpu_is_run_on_one():
-    text = (ROOT / "benchmarks" / "gpu" / "check.sh").read_text("utf-8")
-    named = set(re.findall(r"tests/(\w+\.py)", text))
-    marked = {
-        path.name
-        for path in (ROOT / "tests").glob("test_*.py")
-        if re.search(r"^@pytest\.mark\.gpu$", path.read_text("utf-8"), re.MULTILINE)
-    }
-    assert len(marked) > 4 and marked <= named
-
-
-CHECK_STUB = """#!/bin/sh
-case "$*" in
-    *prerequisites.py*) cat "$STUB/found"; exit 0 ;;
-    *" pytest "*) ;;
-    *) echo stub; exit 0 ;;
-esac
-echo "$*" >> "$STUB/calls"
-! grep -qF -f "$STUB/red" <<END
-$*
-END
-"""
-
-
-SANITIZER_STUB = """#!/bin/sh
-while [ "$1" != "$PYTHON" ]; do shift; done
-exec "$@"
-"""
-
-
-@pytest.fixture
-def gpu_script(tmp_path):
-    """A script with a Python, a CMake and a compute-sanitizer that only note what they are for."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, text in (
-        ("python3", CHECK_STUB),
-        ("cmake", '#!/bin/sh\nexit "${CMAKE_STATUS:-0}"\n'),
-        ("compute-sanitizer", SANITIZER_STUB),
-    ):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-
-    def gpu_script(name, found="versions and GPU", red="nothing", **variables):
-        (tmp_path / "found").write_text(found)
-        (tmp_path / "red").write_text(red)
-        (tmp_path / "calls").write_text("")
-        done = subprocess.run(
-            ["bash", str(ROOT / "benchmarks" / "gpu" / name), str(tmp_path / "out")],
-            env={
-                **os.environ,
-                "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
-                "PYTHON": str(folder / "python3"),
-                "STUB": str(tmp_path),
-                **variables,
-            },
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode, (tmp_path / "calls").read_text().splitlines()
-
-    return gpu_script
-
-
-@pytest.fixture
-def check(gpu_script):
-    """check.sh's status, and the first test file of every group that it ran."""
-
-    def check(*arguments, **options):
-        status, calls = gpu_script("check.sh", *arguments, **options)
-        return status, [call.split(".py")[0].split("tests/")[1] for call in calls]
-
-    return check
-
-
-OPS, REPEATABLE, SCORE = "test_importance_op", "test_repeatable", "test_score"
-
-
-def test_a_red_group_keeps_no_other_from_running_and_only_it_is_run_again(check):
-    assert check(red="test_importance_op") == (1, [OPS, REPEATABLE, SCORE])
-    assert check() == (0, [OPS])
-    assert check() == (0, [])
-
-
-def test_what_passed_is_run_again_with_other_versions_or_another_gpu(check):
-    assert check("torch 2.11.0 on a GPU") == (0, [OPS, REPEATABLE, SCORE])
-    assert check("torch 2.12.0 on a GPU") == (0, [OPS, REPEATABLE, SCORE])
-    assert check("torch 2.12.0 on a GPU") == (0, [])
-
-
-def test_without_the_extension_the_tests_run_and_nothing_has_passed(check):
-    assert check(CMAKE_STATUS="1") == (1, [OPS, REPEATABLE, SCORE])
-    assert check() == (0, [OPS, REPEATABLE, SCORE])
-
-
-def test_the_sanitizer_sees_the_operations_of_the_extension(gpu_script):
-    status, calls = gpu_script("sanitize.sh")
-    # By themselves, and with either tool.
-    assert status == 0 and len(calls) == 3 and len(set(calls)) == 1
-    for op in ("mask", "collapse"):
-        assert (ROOT / "csrc" / f"{op}_cuda.cu").is_file()
-        assert f"tests/test_{op}_op.py::test_cuda_" in calls[0]
-    # Clean in an earlier call: only the first one is made again.
-    assert gpu_script("sanitize.sh") == (0, calls[:1])
-
-
-def test_nothing_is_clean_where_the_extension_does_not_build(gpu_script):
-    assert gpu_script("sanitize.sh", CMAKE_STATUS="1") == (1, [])
-
-
 @pytest.fixture
 def everything_here(monkeypatch):
     """A machine with all that the GPU's scripts need."""
@@ -650,11 +662,26 @@ def everything_here(monkeypatch):
     return modules
 
 
-def test_a_machine_with_everything_is_named_in_one_line(everything_here, capsys):
-    assert prerequisites.main(["accelerate", "pybind11", "cmake"]) == 0
+def test_a_machine_with_everything_is_named_in_one_line(
+    everything_here, monkeypatch, tmp_path, capsys
+):
+    facts = {"device": "Some GPU", "torch": "2.11.0+cu130"}
+    monkeypatch.setattr(prerequisites, "facts", lambda rehearsal: facts)
+    assert prerequisites.main([str(tmp_path / "facts.json")]) == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith("torch 2.11.0+cu130, triton 3.6.0+cu130, transformers 5.17.0")
-    assert printed.out.endswith("Some GPU\n") and printed.err == ""
+    assert (printed.out, printed.err) == ("device Some GPU, torch 2.11.0+cu130\n", "")
+    assert json.loads((tmp_path / "facts.json").read_text()) == facts
+
+
+def test_a_rehearsal_asks_for_no_gpu_and_names_none(everything_here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert prerequisites.missing() == ["a CUDA device is needed, and torch sees none"]
+    assert prerequisites.missing(rehearsal=True) == []
+    found = prerequisites.facts(rehearsal=True)
+    assert (found["device"], found["cuda"]) == ("cpu, rehearsal", "none")
+    here = records.Environment.collect(torch.device("cpu"), [])
+    same = {name: getattr(here, name) for name in records.SAME_CODE if name != "device"}
+    assert same.items() <= found.items()
 
 
 def test_everything_that_is_missing_is_named_in_a_line_of_its_own(
@@ -664,10 +691,11 @@ def test_everything_that_is_missing_is_named_in_a_line_of_its_own(
     monkeypatch.setattr(prerequisites, "_is_installed", lambda name: name == "pytest")
     monkeypatch.setattr(prerequisites, "_is_program", lambda name: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert prerequisites.main(["pybind11", "cmake"]) == 2
+    assert prerequisites.main(["facts.json"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: torch >= 2.11 is needed, got 2.9.1",
         "error: the Python package hypothesis is needed",
+        "error: the Python package accelerate is needed",
         "error: the Python package pybind11 is needed",
         "error: the program cmake is needed, on the PATH or beside Python",
         "error: a CUDA device is needed, and torch sees none",
@@ -684,20 +712,6 @@ def test_a_package_that_cannot_be_imported_is_named_with_the_reason(everything_h
     assert prerequisites.missing() == [
         "triton >= 3.6 is needed, and it cannot be imported: no such library"
     ]
-
-
-@pytest.mark.parametrize("script", ["check.sh", "bench.sh", "sanitize.sh"])
-def test_the_gpu_scripts_end_where_something_is_missing(script, tmp_path):
-    python = tmp_path / "python3"
-    python.write_text('#!/bin/sh\necho "$*" >> "$0.calls"\nexit 2\n')
-    python.chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(ROOT / "benchmarks" / "gpu" / script), str(tmp_path / "out")],
-        env={**os.environ, "PYTHON": str(python)},
-    )
-    assert done.returncode == 2
-    [call] = (tmp_path / "python3.calls").read_text().splitlines()
-    assert call.startswith("benchmarks/gpu/prerequisites.py")
 
 
 def row_of(impl, median_s, case="2 x 3", date="2026-01-02T00:00:00+00:00", **changes):

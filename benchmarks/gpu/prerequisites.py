@@ -1,43 +1,43 @@
 """What the checks and measurements on a GPU need of this machine; nothing is installed for them.
 
-    python3 benchmarks/gpu/prerequisites.py [accelerate] [pybind11] [cmake]
+    python3 benchmarks/gpu/prerequisites.py FACTS.json [--rehearsal]
 
-What is missing goes to stderr, one line each, and the status is 2; else one line says what is here.
-The arguments are what some of the scripts need and others do not.
+What is missing goes to stderr, one line each, and the status is 2; else one line says what is here,
+and the file holds what results depend on. In a rehearsal no GPU is asked for, and the device is
+called that.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
 import sys
 import sysconfig
 from collections.abc import Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 VERSIONS = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17)}
-MODULES = ("pytest", "hypothesis")
+MODULES = ("pytest", "hypothesis", "accelerate", "pybind11")
 PROGRAMS = ("cmake",)
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def missing(extra: Sequence[str] = ()) -> list[str]:
-    """A line for each thing that is not here.
-
-    Args:
-        extra: modules, or one of `PROGRAMS`, that are needed besides.
-    """
+def missing(rehearsal: bool = False) -> list[str]:
+    """A line for each thing that is not here; in a rehearsal no GPU is missed."""
     lines = [_too_old(name, least) for name, least in VERSIONS.items()]
-    modules = (*MODULES, *(name for name in extra if name not in PROGRAMS))
-    lines += [f"the Python package {name} is needed" for name in modules if not _is_installed(name)]
+    lines += [f"the Python package {name} is needed" for name in MODULES if not _is_installed(name)]
     lines += [
         f"the program {name} is needed, on the PATH or beside Python"
-        for name in extra
-        if name in PROGRAMS and not _is_program(name)
+        for name in PROGRAMS
+        if not _is_program(name)
     ]
-    return [line for line in (*lines, _no_compiler(), _no_headers(), _no_device()) if line]
+    lines += [_no_compiler(), _no_headers(), "" if rehearsal else _no_device()]
+    return [line for line in lines if line]
 
 
 def _too_old(name: str, least: tuple[int, int]) -> str:
@@ -81,21 +81,44 @@ def _no_device() -> str:
     return "" if torch.cuda.is_available() else "a CUDA device is needed, and torch sees none"
 
 
-def found() -> str:
-    """What results depend on: versions, and the device's name."""
+def facts(rehearsal: bool) -> dict[str, str]:
+    """What results depend on: the fields of `records.SAME_CODE`, and a checksum of the tests."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import records
     import torch
 
-    versions = ", ".join(f"{name} {import_module(name).__version__}" for name in VERSIONS)
-    return f"{versions}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}"
+    # Not `Environment.collect`, which asks the extension, while it may be compiled just now.
+    return {
+        "device": records.REHEARSAL if rehearsal else torch.cuda.get_device_name(),
+        "sources": records.sources_checksum(),
+        "torch": torch.__version__,
+        "triton": metadata.version("triton"),
+        "transformers": metadata.version("transformers"),
+        "cuda": "none" if rehearsal else torch.version.cuda,
+        "tests_checksum": _tests_checksum(),
+    }
 
 
-def main(extra: Sequence[str]) -> int:
-    lines = missing(extra)
+def _tests_checksum() -> str:
+    digest = hashlib.sha256()
+    files = [ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]
+    files += sorted(path for path in (ROOT / "tests").rglob("*") if path.suffix in (".py", ".cpp"))
+    for path in files:
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def main(arguments: Sequence[str]) -> int:
+    path, *options = arguments
+    rehearsal = "--rehearsal" in options
+    lines = missing(rehearsal)
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
     if lines:
         return 2
-    print(found())
+    found = facts(rehearsal)
+    Path(path).write_text(json.dumps(found) + "\n", "utf-8")
+    print(", ".join(f"{name} {value}" for name, value in found.items()))
     return 0
 
 

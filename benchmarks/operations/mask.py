@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.masks import MaskEntry, NeuronMask
+from fastdean.ops import zero_at_
 from operations.case import Contender, OpCase, implementation
 
 OP = "mask"
@@ -72,6 +73,7 @@ def case(shapes: Sequence[tuple[int, int]], layers: int) -> OpCase:
         error=share_wrong,
         contenders=(
             _ours("native", _toggle_native),
+            _one_call("native"),
             _ours("reference", _toggle_reference),
             Contender("index_fill_ loop", _index_loop, prepare=_cleaned, **_EXACT),
             Contender(
@@ -151,6 +153,17 @@ def _ours(impl: str, toggle: Callable[[Inputs], None]) -> Contender:
         return inputs
 
     return implementation("write_at_", impl, run, prepare=_cleaned, **_EXACT)
+
+
+def _one_call(impl: str) -> Contender:
+    """Zeros to all matrices by one call of the op, on CUDA one launch; never back."""
+
+    def run(inputs: Inputs) -> Inputs:
+        zero_at_(inputs.weights, inputs.indices, impl=impl)
+        return inputs
+
+    name = f"{impl}, zeros only"
+    return implementation("zero_at_", impl, run, name=name, prepare=_cleaned, **_EXACT)
 
 
 def _toggle_native(inputs: Inputs) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,7 @@ _MIN_SETS, _MAX_SETS = 2, 16
 _CPU_CACHE_BYTES = 32 << 20
 # A call this long has pushed its own inputs out of the cache: two sets do, and more take minutes.
 _LONG_CALL_S = 0.25
+_HOST_CALLS, _HOST_SECONDS = 20, 0.1
 # Of the free memory, so that the allocator has room to move.
 _SHARE_OF_FREE = 0.8
 
@@ -37,7 +40,6 @@ def too_large(contender: Contender, device: torch.device) -> str:
     """Why a contender's temporary memory does not fit; "" if it does, or nobody can tell."""
     if device.type != "cuda":
         return ""
-    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     if contender.needs_bytes <= _SHARE_OF_FREE * free:
         return ""
@@ -91,12 +93,15 @@ class Measured:
         sets: of inputs, on which the calls took turns.
         device_s: seconds for which the device is busy, where the timing holds the host's gaps
             between launches too; None where it does not, or the profiler cannot tell.
+        host_s: seconds until a call is back at the host, with the device idle before and nothing
+            waited for after; the median of several calls. None on a CPU.
     """
 
     timing: Timing
     sets: int
     peak_bytes: int | None
     device_s: float | None
+    host_s: float | None
 
 
 def measured(contender: Contender, sets: list, device: torch.device, seconds: float) -> Measured:
@@ -109,7 +114,7 @@ def measured(contender: Contender, sets: list, device: torch.device, seconds: fl
     timing = time_calls(calls, device, seconds=seconds, capturable=contender.capturable)
     # Last, so that the profiler is in nobody's time.
     busy = _device_seconds(calls, device) if timing.timed_by == EVENTS else None
-    return Measured(timing, len(operands), peak, busy)
+    return Measured(timing, len(operands), peak, busy, _host_seconds(calls, device))
 
 
 def _is_long(contender: Contender, operands: object, device: torch.device) -> bool:
@@ -117,6 +122,21 @@ def _is_long(contender: Contender, operands: object, device: torch.device) -> bo
     contender.run(operands)
     synchronize(device)
     return time.perf_counter() - start > _LONG_CALL_S
+
+
+def _host_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    seconds, end = [], time.perf_counter() + _HOST_SECONDS
+    for call in itertools.islice(itertools.cycle(calls), _HOST_CALLS):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+        if start > end:
+            break
+    synchronize(device)
+    return statistics.median(seconds)
 
 
 def _device_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float | None:

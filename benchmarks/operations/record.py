@@ -32,6 +32,7 @@ class OpRecord:
         timed_by: "graph replays", "events" (launch gaps included) or "host clock".
         device_s: seconds of a call for which the device is busy, by torch's profiler: what stands
             in `median_s` less the gaps. Only where timed by events, else None.
+        host_s: seconds until a call is back at the host, the device not waited for; None on a CPU.
         operations, bytes: the work that cannot be avoided; `*_per_s`: over the median.
         error: before the timing, on other inputs: norm-wise, or the share of wrong indices; None
             for the floor, which computes something else.
@@ -55,6 +56,7 @@ class OpRecord:
     p20_s: float
     p80_s: float
     device_s: float | None
+    host_s: float | None
     operations: int
     bytes: int
     operations_per_s: float
@@ -95,6 +97,7 @@ class OpRecord:
             p20_s=timing.seconds.p20,
             p80_s=timing.seconds.p80,
             device_s=measured.device_s,
+            host_s=measured.host_s,
             operations=case.operations,
             bytes=case.bytes,
             operations_per_s=case.operations / median,

@@ -1,0 +1,140 @@
+"""The extension in this source tree, where PYTHONPATH finds it, with CUDA: taken or compiled.
+
+    python3 benchmarks/gpu/build_extension.py BUILD_FOLDER
+
+Taken is FASTDEAN_PREBUILT, else what lies in fastdean/ already, where it was compiled from these
+sources, loads here and has CUDA; compiled is with what is installed: no network, no build
+environment of pip's own, nothing installed. Beside the extension lies `_C.sources`, a checksum of
+what it was compiled from: a stale one must not be checked in place of these sources.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+EXTENSION = ROOT / "fastdean" / NAME
+SOURCES = "_C.sources"
+_LOADS = """
+from fastdean import native
+
+found = native.status()
+print(f"extension: {found.state}, {found}")
+raise SystemExit(found.state != "available" or not found.build.cuda)
+"""
+
+
+def main(build: Path) -> int:
+    prebuilt = os.environ.get("FASTDEAN_PREBUILT")
+    if prebuilt and Path(prebuilt).resolve() != EXTENSION:
+        _take(Path(prebuilt))
+    objection = _objection()
+    if not objection:
+        print(f"taken: {EXTENSION.relative_to(ROOT)}, compiled from these sources")
+        return 0
+    print(f"compiled, since {objection}", flush=True)
+    # Meanwhile others start, and must not load what these sources do not fit.
+    EXTENSION.unlink(missing_ok=True)
+    if not _compile(build):
+        print("error: the extension did not build", file=sys.stderr)
+        return 1
+    return 0 if _loads() else 1
+
+
+def checksum() -> str:
+    """Of everything that the extension is compiled from."""
+    digest = hashlib.sha256(NAME.encode())
+    for path in [ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc").iterdir())]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _take(prebuilt: Path) -> None:
+    if _is_of_these_sources(prebuilt):
+        _put(prebuilt, checksum())
+    else:
+        print(
+            f"passed over: FASTDEAN_PREBUILT must be compiled from these sources and have "
+            f"{SOURCES} beside it that says so, got {prebuilt}"
+        )
+
+
+def _is_of_these_sources(extension: Path) -> bool:
+    sources = extension.with_name(SOURCES)
+    there = extension.is_file() and sources.is_file()
+    return there and sources.read_text("utf-8").strip() == checksum()
+
+
+def _put(extension: Path, sources: str) -> None:
+    """Whole or not at all: other processes may be loading it."""
+    arriving = EXTENSION.with_name(f".{NAME}")
+    shutil.copyfile(extension, arriving)
+    EXTENSION.with_name(SOURCES).unlink(missing_ok=True)
+    os.replace(arriving, EXTENSION)
+    EXTENSION.with_name(SOURCES).write_text(sources + "\n", "utf-8")
+
+
+def _objection() -> str:
+    """Why what lies in fastdean/ will not do; "" if it does."""
+    if not EXTENSION.is_file():
+        return f"there is no {NAME}"
+    if not _is_of_these_sources(EXTENSION):
+        return f"{NAME} was compiled from other sources"
+    return "" if _loads() else f"{NAME} does not load here with CUDA"
+
+
+def _loads() -> bool:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", _LOADS], env=environment).returncode == 0
+
+
+def _compile(build: Path) -> bool:
+    before = checksum()
+    made = build / "made"
+    # A virtual environment's own CMake and ninja before the system's.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {**os.environ, "PATH": path}
+    nvcc = find_nvcc(path)
+    if nvcc:
+        environment["CUDACXX"] = nvcc
+    from pybind11 import get_cmake_dir
+
+    configure = [
+        "cmake",
+        *("-S", str(ROOT)),
+        *("-B", str(build)),
+        *(["-G", "Ninja"] if shutil.which("ninja", path=path) else []),
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={made}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={get_cmake_dir()}",
+        # Whatever the environment says: without CUDA there would be nothing to check.
+        "-DFASTDEAN_CUDA=ON",
+    ]
+    for command in (configure, ["cmake", "--build", str(build), "--parallel"]):
+        if subprocess.run(command, env=environment).returncode:
+            return False
+    _put(made / NAME, before)
+    return True
+
+
+def find_nvcc(path: str) -> str:
+    """$CUDACXX, on the PATH, or where CUDA's installers put it; "" if it is nowhere."""
+    folders = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
+    folders += ["/usr/local/cuda", *sorted(glob.glob("/usr/local/cuda-*"), reverse=True)]
+    places = [path, *(os.path.join(folder, "bin") for folder in folders if folder)]
+    return os.environ.get("CUDACXX") or shutil.which("nvcc", path=os.pathsep.join(places)) or ""
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python3 {sys.argv[0]} BUILD_FOLDER")
+    sys.exit(main(Path(sys.argv[1]).resolve()))
