@@ -359,6 +359,10 @@ def patch(
         Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the patched copy.")
     ],
     overwrite: Overwrite = False,
+    follow_links: Annotated[
+        bool,
+        typer.Option("--follow-links", help="Copy what links lead to outside of the checkpoint."),
+    ] = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Copy a checkpoint and edit the masked values in its files, without loading the model.
@@ -369,7 +373,11 @@ def patch(
     from fastdean.masks import NeuronMask
 
     result = patch_checkpoint(
-        checkpoint, NeuronMask.from_pretrained(mask), out, overwrite=overwrite
+        checkpoint,
+        NeuronMask.from_pretrained(mask),
+        out,
+        overwrite=overwrite,
+        follow_links=follow_links,
     )
     tell(
         f"{result.values_edited} values edited in {len(result.files_edited)} files; "
@@ -401,8 +409,13 @@ def report(
 
     Example: `fastdean report run/`
     """
-    from fastdean.report import write_report
+    from fastdean.report import is_report, write_report
 
+    if out is not None and out.exists() and not is_report(out):
+        raise ValueError(
+            f"out must be a new file or an earlier report, got {str(out)!r}, which FastDEAN did "
+            "not write; choose another"
+        )
     file = run_folder / "results.json" if run_folder.is_dir() else run_folder
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
