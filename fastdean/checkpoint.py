@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +28,6 @@ from fastdean.masks.entries import MaskEntry, same_bits, suppressed
 from fastdean.safetensors_files import (
     DTYPES,
     StoredTensor,
-    header_bytes,
     read_values,
     stored_tensors,
     weight_files,
@@ -34,6 +36,7 @@ from fastdean.safetensors_files import (
 
 PATCH_NAME = "fastdean_patch.json"
 _NOT_COPIED = {".git", ".cache"}
+_BLOCK_BYTES = 1 << 18
 _OTHER_WEIGHTS = (
     "*.safetensors",
     "pytorch_model*.bin",
@@ -73,27 +76,34 @@ def patch_checkpoint(
     out: str | os.PathLike,
     *,
     overwrite: bool = False,
+    follow_links: bool = False,
 ) -> PatchResult:
     """Copy a Hugging Face folder to `out` with the mask applied to the files it is loaded from.
 
     The result is, bit for bit, what `mask.apply_(model)` and `model.save_pretrained(out)` give,
-    with the source's sharding, names and dtype. The source is only read. A manifest,
-    `fastdean_patch.json`, is added.
+    with the source's sharding, names, dtype and file modes. The source is only read. Every byte of
+    the copy is compared with the source afterwards. A manifest, `fastdean_patch.json`, is added; it
+    lists the digest of every file.
 
     Args:
-        source: a local folder with `*.safetensors`; symbolic links in it (the hub's cache), to
-            files or folders, are followed. Version control and cache folders are not copied.
+        source: a local folder with `*.safetensors`. Symbolic links are followed where they lead to
+            something in the folder itself, or to the files of the hub's cache that it belongs to.
+            Devices, pipes and sockets are refused. Version control and cache folders are not
+            copied.
         mask: its names may differ from the file's by a leading prefix such as "model." where that
             leaves one tensor of the same shape; its dtype may differ where the values agree
             exactly in the wider of the two.
         out: a new or empty folder outside of `source`.
-        overwrite: replace an earlier output of this function.
+        overwrite: replace an earlier output of this function that holds nothing else.
+        follow_links: follow links that lead out of `source`, too. They are refused otherwise: what
+            they lead to need not be part of the model, and the copy may be published.
     Raises:
         ValueError: a folder or file that is missing, truncated, foreign or quantised; names,
-            shapes or values of another model, or of one patched already; a link that leads back
-            to a folder it lies in, or to `out`; `out` in use.
+            shapes or values of another model, or of one patched already; a link that leads out of
+            the source, back to a folder it lies in, or to `out`; `out` in use.
         OSError: the disk refused, or a link leads nowhere; nothing is left behind.
-        RuntimeError: what was read back is not what was written; nothing is left behind.
+        RuntimeError: what was read back is not what was written, or the source changed meanwhile;
+            nothing is left behind.
     """
     source, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
     _check_places(source, out)
@@ -101,12 +111,11 @@ def patch_checkpoint(
     stored = stored_tensors(source)
     edits = _plan(source, mask, stored)
     with storage.new_folder(
-        out, overwrite=overwrite, may_replace=_is_patched, name="out"
+        out, overwrite=overwrite, may_replace=_is_patched, name="out", keep_modes=True
     ) as folder:
-        _copy_edited(source, folder, edits, mask.scale)
-        for file_name, group in edits.items():
+        _copy_edited(source, folder, edits, mask.scale, follow_links)
+        for group in edits.values():
             _check_written(folder, group, mask.scale)
-            _check_frame(source / file_name, folder / file_name)
         result = PatchResult(
             out=out,
             files_edited=tuple(edits),
@@ -119,7 +128,10 @@ def patch_checkpoint(
             },
             unpatched_files=_unpatched_files(folder, files),
         )
-        storage.write_json_atomic(folder / PATCH_NAME, _manifest(source, mask, edits, result))
+        manifest = _manifest(source, mask, edits, result)
+        (folder / PATCH_NAME).unlink(missing_ok=True)
+        manifest["sha256"] = storage.listed(folder)
+        storage.write_json_atomic(folder / PATCH_NAME, manifest)
     return result
 
 
@@ -185,7 +197,7 @@ def _check_places(source: Path, out: Path) -> None:
 
 
 def _is_patched(folder: Path) -> bool:
-    return (folder / PATCH_NAME).is_file()
+    return storage.holds_only_listed(folder, PATCH_NAME)
 
 
 def _plan(
@@ -302,15 +314,21 @@ def _check_values(source: Path, edit: _Edit) -> None:
 
 
 def _copy_edited(
-    source: Path, target: Path, edits: Mapping[str, list[_Edit]], scale: float
+    source: Path,
+    target: Path,
+    edits: Mapping[str, list[_Edit]],
+    scale: float,
+    follow_links: bool,
 ) -> None:
     """Copy contents, following links, into an existing folder, with the suppressed values in it.
 
-    All files are on the disk at the end; the first error ends it.
+    All files are on the disk at the end, compared with the source; the first error ends it.
     """
-    # Listed first: a link that leads in a circle is found before anything is copied.
+    # Listed first: what cannot be copied is found before anything is.
     contents = list(_contents(source, (target.resolve(),)))
-    with storage.flush_behind() as flush:
+    for found in contents:
+        _require_own(found, source, follow_links)
+    with storage.flush_behind() as behind:
         for found in contents:
             name = found.relative_to(source).as_posix()
             place = target / name
@@ -320,7 +338,17 @@ def _copy_edited(
             shutil.copyfile(found, place)
             if name in edits:
                 _edit_file(place, edits[name], scale)
-            flush(place)
+            behind(place)
+            behind(partial(_check_copy, found, place, edits.get(name, [])))
+    for found in contents:
+        # Afterwards, so that a file or folder that is read-only could be written.
+        _copy_mode(found, target / found.relative_to(source))
+
+
+def _copy_mode(found: Path, place: Path) -> None:
+    mode = stat.S_IMODE(found.stat().st_mode)
+    # Folders stay open to their owner: `overwrite` must be able to remove them.
+    place.chmod(mode | 0o700 if place.is_dir() else mode)
 
 
 def _contents(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
@@ -332,11 +360,66 @@ def _contents(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
             f"{str(folder)!r}, which leads to {str(real)!r}; remove the link"
         )
     for found in sorted(folder.iterdir()):
-        if not found.is_dir():
-            yield found
-        elif found.name not in _NOT_COPIED:
-            yield found
+        if found.name in _NOT_COPIED and found.is_dir():
+            continue
+        yield found
+        if found.is_dir():
             yield from _contents(found, (*above, real))
+
+
+def _require_own(found: Path, source: Path, follow_links: bool) -> None:
+    """Refuse what is neither file nor folder, and a link that leads out of the source."""
+    real = found.resolve(strict=True)
+    # The hub's cache: models--owner--name/snapshots/<commit>/ links to models--owner--name/blobs/.
+    homes = [source]
+    if source.parent.name == "snapshots":
+        homes.append(source.parent.parent / "blobs")
+    if not real.is_file() and not real.is_dir():
+        raise ValueError(
+            f"source must hold files and folders only, got {str(found)!r}, a device, pipe or "
+            "socket; remove it"
+        )
+    if not follow_links and not any(real == home or home in real.parents for home in homes):
+        raise ValueError(
+            f"source must hold no link that leads out of it, got {str(found)!r}, which leads to "
+            f"{str(real)!r}; remove the link, or pass follow_links=True (--follow-links) if it is "
+            "part of the model"
+        )
+
+
+def _check_copy(source: Path, copy: Path, edits: list[_Edit]) -> None:
+    """Read both files again: they differ at masked values only, and in nothing where none is.
+
+    Finds a flipped bit as well as a source that was changed while it was copied.
+    """
+    masked = _masked_bytes(edits)
+    at = 0
+    with open(source, "rb") as one, open(copy, "rb") as other:
+        while True:
+            a, b = one.read(_BLOCK_BYTES), other.read(_BLOCK_BYTES)
+            if a != b and (len(a) != len(b) or not np.isin(at + _different(a, b), masked).all()):
+                raise RuntimeError(
+                    f"{copy.name} could not be verified after writing: it differs from the source "
+                    "where nothing was edited; check the disk, and that nothing changes the source"
+                )
+            if not a:
+                return
+            at += len(a)
+
+
+def _different(a: bytes, b: bytes) -> np.ndarray:
+    return np.nonzero(np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8))[0]
+
+
+def _masked_bytes(edits: list[_Edit]) -> np.ndarray:
+    """Offsets in the file of every byte of a masked value."""
+    offsets = [
+        edit.tensor.offset
+        + (edit.entry.index.numpy()[:, None] * size + np.arange(size)).reshape(-1)
+        for edit in edits
+        for size in (DTYPES[edit.tensor.dtype].itemsize,)
+    ]
+    return np.concatenate(offsets) if offsets else np.empty(0, np.int64)
 
 
 def _edit_file(path: Path, edits: list[_Edit], scale: float) -> None:
@@ -363,18 +446,6 @@ def _check_written(folder: Path, edits: list[_Edit], scale: float) -> None:
                 f"{edit.tensor.file_name} could not be verified after writing: "
                 f"{edit.tensor.name!r} read back differently; check the disk"
             )
-
-
-def _check_frame(source: Path, edited: Path) -> None:
-    """The header and the size must be those of the source."""
-    if (
-        header_bytes(source) != header_bytes(edited)
-        or source.stat().st_size != edited.stat().st_size
-    ):
-        raise RuntimeError(
-            f"{edited.name} could not be verified after writing: its header or size changed; "
-            "check the disk"
-        )
 
 
 def _unpatched_files(folder: Path, patched: list[str]) -> tuple[str, ...]:

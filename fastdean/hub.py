@@ -84,7 +84,7 @@ def push_folder(
     has one: a card that somebody wrote is not replaced.
 
     Raises:
-        ValueError: `path` is not a folder of FastDEAN.
+        ValueError: `path` is not a folder of FastDEAN, or a file in it is a link that leads out.
         Errors of `huggingface_hub` (credentials, network) come through as they are.
     """
     folder = Path(path).expanduser()
@@ -98,10 +98,15 @@ def push_folder(
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     kind = read_json(folder / CONFIG_NAME)["kind"]
+    files = [file for file in sorted(folder.iterdir()) if is_ours(file.name, kind)]
+    for file in files:
+        if file.is_symlink() and file.resolve().parent != folder.resolve():
+            raise ValueError(
+                f"path must hold its files itself, got {str(file)!r}, a link to "
+                f"{str(file.resolve())!r}; copy the file there before it is published"
+            )
     operations = [
-        CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file))
-        for file in sorted(folder.iterdir())
-        if is_ours(file.name, kind)
+        CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file)) for file in files
     ]
     if not api.file_exists(repo_id, "README.md"):
         operations.append(

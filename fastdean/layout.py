@@ -7,6 +7,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from fastdean.inventory import holds_only_listed
+
 CONFIG_NAME = "fastdean_config.json"
 
 
@@ -27,9 +29,17 @@ def is_ours(file_name: str, kind: str) -> bool:
 
 def holds_only(folder: Path, kind: str) -> bool:
     """Whether `folder` is a folder of this kind without a file of other origin."""
-    return (folder / CONFIG_NAME).is_file() and all(
-        is_ours(entry.name, kind) for entry in folder.iterdir()
-    )
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(config, dict) or config.get("kind") != kind:
+        return False
+    if config.get("format_version") == 1:
+        # Written before folders listed their files: by the only names there were.
+        own = {CONFIG_NAME, f"{kind}.safetensors"}
+        return {entry.name for entry in folder.iterdir()} <= own
+    return holds_only_listed(folder, CONFIG_NAME)
 
 
 def one_line(error: BaseException) -> str:

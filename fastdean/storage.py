@@ -3,17 +3,19 @@
 A folder holds one thing, its *kind* ("mask", "scores"): the configuration with the kind and the
 format's version, and one `<kind>.safetensors` or, when large, numbered shards with an index in the
 form of a Hugging Face checkpoint. Nothing is ever pickled, and what was written is read back and
-compared before it takes its place.
+compared before it takes its place. The configuration lists the digest of every file and its own;
+both are compared whenever the folder is read.
 
-How files are put in place (`atomic`), what the files are called (`layout`) and the way to the hub
-(`hub`) are offered here as well, so that those who store something need one import.
+How files (`atomic`) and folders (`folders`) are put in place, what they are called (`layout`), what
+they list (`inventory`) and the way to the hub (`hub`) are offered here as well, so that those who
+store something need one import.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,15 @@ from torch import Tensor
 
 import fastdean
 from fastdean.atomic import (
-    check_free,
     flush,
     flush_behind,
-    new_folder,
     real_place,
     write_json_atomic,
     write_text_atomic,
 )
+from fastdean.folders import check_free, new_folder, put_back
 from fastdean.hub import push_folder, resolve
+from fastdean.inventory import file_digest, holds_only_listed, json_digest, listed
 from fastdean.layout import CONFIG_NAME, holds_only, is_ours, one_line, read_json
 
 __all__ = [
@@ -39,6 +41,9 @@ __all__ = [
     "check_free",
     "flush_behind",
     "holds_only",
+    "holds_only_listed",
+    "json_digest",
+    "listed",
     "new_folder",
     "push_folder",
     "read_folder",
@@ -49,8 +54,9 @@ __all__ = [
     "write_text_atomic",
 ]
 
-FORMAT_VERSION = 1
-_RESERVED = ("kind", "format_version", "fastdean_version")
+# 2: the configuration lists digests. Folders of version 1 are read without them.
+FORMAT_VERSION = 2
+_RESERVED = ("kind", "format_version", "fastdean_version", "sha256", "config_sha256")
 
 
 def write_folder(
@@ -67,8 +73,8 @@ def write_folder(
     Args:
         path: a folder that is new or empty. With `overwrite=True` it may hold an earlier folder of
             the same kind, and nothing else: files of other origin are never deleted.
-        config: JSON-serialisable, without NaN; the keys kind, format_version and fastdean_version
-            are added here.
+        config: JSON-serialisable, without NaN; the keys kind, format_version, fastdean_version,
+            sha256 and config_sha256 are added here.
         tensors: any dtype, device and strides; stored contiguous, in the order given.
         kind: what the folder holds; also the stem of the tensor files.
         max_shard_bytes: a new shard is begun where the next tensor would pass this size.
@@ -93,11 +99,15 @@ def write_folder(
     with new_folder(
         path, overwrite=overwrite, may_replace=lambda folder: holds_only(folder, kind)
     ) as folder:
-        write_json_atomic(folder / CONFIG_NAME, full_config)
+        # Before the tensors: a configuration that JSON cannot hold is found at once.
+        json.dumps(full_config, allow_nan=False)
         for file_name, names in shards.items():
             _write_shard(folder / file_name, {name: tensors[name] for name in names})
         if len(shards) > 1:
             write_json_atomic(folder / f"{kind}.safetensors.index.json", _index(tensors, shards))
+        full_config["sha256"] = listed(folder)
+        full_config["config_sha256"] = json_digest(full_config)
+        write_json_atomic(folder / CONFIG_NAME, full_config)
         if read_json(folder / CONFIG_NAME) != json.loads(json.dumps(full_config)):
             raise RuntimeError(f"{folder / CONFIG_NAME} could not be verified after writing")
     return Path(path).expanduser().resolve()
@@ -108,9 +118,11 @@ def read_folder(path: str | os.PathLike, *, kind: str) -> tuple[dict[str, Any], 
 
     Raises:
         ValueError: no such folder, not a folder of FastDEAN, another kind, a newer format, or a
-            file that is missing, truncated or foreign; the text names the file.
+            file that is missing, truncated, foreign or not as it was written; the text names the
+            file.
     """
     folder = Path(path).expanduser()
+    put_back(folder)
     if not folder.is_dir():
         raise ValueError(
             f"path must be a folder written by FastDEAN, got {str(folder)!r}, which is not a "
@@ -124,8 +136,12 @@ def read_folder(path: str | os.PathLike, *, kind: str) -> tuple[dict[str, Any], 
     config = read_json(folder / CONFIG_NAME)
     _check_config(folder, config, kind)
     tensors: dict[str, Tensor] = {}
-    for file_name, names in _stored_files(folder, kind).items():
+    stored = _stored_files(folder, kind)
+    for file_name, names in stored.items():
         tensors.update(_read_shard(folder / file_name, names))
+    if config["format_version"] > 1:
+        # After the reading, which says more about a file that is cut short or of another kind.
+        _check_listed(folder, config, (*stored, f"{kind}.safetensors.index.json"))
     return {key: value for key, value in config.items() if key not in _RESERVED}, tensors
 
 
@@ -208,11 +224,31 @@ def _check_config(folder: Path, config: Any, kind: str) -> None:
             f"{nouns.get(config['kind'], config['kind'])}, not {nouns.get(kind, kind)}"
         )
     version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
             f"{str(folder / CONFIG_NAME)!r} must have a format_version up to {FORMAT_VERSION}, got "
             f"{version!r}; update fastdean"
         )
+    if version > 1:
+        content = {key: value for key, value in config.items() if key != "config_sha256"}
+        if config.get("config_sha256") != json_digest(content):
+            raise ValueError(f"{str(folder / CONFIG_NAME)!r} {_AS_WRITTEN}")
+
+
+_AS_WRITTEN = "must be as it was written, got other content: damaged or edited; copy it again"
+
+
+def _check_listed(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Compare files with the digests that the configuration lists."""
+    digests = config["sha256"] if isinstance(config.get("sha256"), dict) else {}
+    for name in names:
+        file = folder / name
+        if not file.is_file() and name not in digests:
+            continue
+        if not file.is_file():
+            raise ValueError(f"{str(file)!r} must be there, got no such file; copy it too")
+        if file_digest(file) != digests.get(name):
+            raise ValueError(f"{str(file)!r} {_AS_WRITTEN}")
 
 
 def _stored_files(folder: Path, kind: str) -> dict[str, list[str] | None]:

@@ -295,6 +295,20 @@ def test_overwrite_replaces_an_earlier_patch(tmp_path, simple):
     assert manifest["mask"]["scale"] == 0.5
 
 
+@pytest.mark.parametrize("mine", ["notes.txt", "adapter/adapter_model.safetensors", "empty/"])
+def test_overwrite_never_removes_what_a_user_put_there(tmp_path, simple, mine):
+    source, _, mask = simple
+    out = tmp_path / "out"
+    fastdean.patch_checkpoint(source, mask, out)
+    if mine.endswith("/"):
+        (out / mine).mkdir()
+    else:
+        (out / mine).parent.mkdir(exist_ok=True)
+        (out / mine).write_text("mine")
+    refuse(source, mask, out, "holds nothing else, for overwrite=True", overwrite=True)
+    assert (out / mine).exists()
+
+
 def test_source_that_is_no_checkpoint(tmp_path, simple):
     _, _, mask = simple
     refuse(tmp_path / "none", mask, tmp_path / "out", "source must be a local folder")
@@ -401,13 +415,14 @@ def test_other_weight_files_are_reported(tmp_path, simple):
 
 def test_links_of_the_cache_are_copied_and_never_written_through(tmp_path, simple):
     source, _, mask = simple
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for file in source.iterdir():
-        (snapshot / file.name).symlink_to(file)
-    before = contents(source)
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b/snapshots/1"
+    snapshot.mkdir(parents=True)
+    source.rename(blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    before = contents(blobs)
     fastdean.patch_checkpoint(snapshot, mask, tmp_path / "out")
-    assert contents(source) == before
+    assert contents(blobs) == before
     assert not (tmp_path / "out" / "model.safetensors").is_symlink()
     assert load_file(tmp_path / "out" / "model.safetensors")["h.0.weight"][0, 1] == 0
 
@@ -419,7 +434,7 @@ def test_linked_folders_are_copied_with_what_is_in_them(tmp_path, simple):
     (elsewhere / "inner" / "tokenizer.json").write_text("{}")
     (source / "extra").symlink_to(elsewhere)
     (source / "again").symlink_to(elsewhere)
-    fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    fastdean.patch_checkpoint(source, mask, tmp_path / "out", follow_links=True)
     for name in ("extra", "again"):
         assert (tmp_path / "out" / name / "inner" / "tokenizer.json").read_text() == "{}"
         assert not (tmp_path / "out" / name).is_symlink()
@@ -432,8 +447,43 @@ def test_a_link_that_leads_in_a_circle_is_named(tmp_path, simple, where):
     beside.mkdir()
     (source / "link").symlink_to(where)
     out = beside / "out"
-    text = refuse(source, mask, out, "source must hold no link to a folder that it is copied from")
+    text = "source must hold no link to a folder that it is copied from"
+    text = refuse(source, mask, out, text, follow_links=True)
     assert "link" in text and "remove the link" in text
+
+
+@pytest.mark.parametrize("inside", ["", "inner/"], ids=["file", "folder"])
+def test_a_link_that_leads_out_is_not_published(tmp_path, simple, inside):
+    source, _, mask = simple
+    secret = tmp_path / "home" / inside / "secret"
+    secret.parent.mkdir(parents=True)
+    secret.write_text("mine")
+    (source / "notes").symlink_to(secret if not inside else secret.parent)
+    text = refuse(source, mask, tmp_path / "out", "no link that leads out of it, got .*notes")
+    assert "--follow-links" in text
+    fastdean.patch_checkpoint(source, mask, tmp_path / "out", follow_links=True)
+    assert (tmp_path / "out" / "notes" / ("secret" if inside else "")).read_text() == "mine"
+
+
+def test_what_is_no_file_is_refused_however_it_is_reached(tmp_path, simple):
+    source, _, mask = simple
+    (source / "link").symlink_to("/dev/zero")
+    for follow_links in (False, True):
+        with pytest.raises(ValueError, match="files and folders only, got .*link.* a device"):
+            fastdean.patch_checkpoint(source, mask, tmp_path / "out", follow_links=follow_links)
+    (source / "link").unlink()
+    os.mkfifo(source / "pipe")
+    with pytest.raises(ValueError, match="files and folders only, got .*pipe"):
+        fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_modes_are_those_of_the_source(tmp_path, simple, mode):
+    source, _, mask = simple
+    (source / "model.safetensors").chmod(mode)
+    fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize(
@@ -496,7 +546,43 @@ def test_damage_to_the_copy_is_found(tmp_path, simple, monkeypatch):
         os.truncate(path, path.stat().st_size - 1)
 
     monkeypatch.setattr(checkpoint, "_edit_file", edit_file)
-    refuse(source, mask, tmp_path / "out", "its header or size changed", error=RuntimeError)
+    text = "it differs from the source where nothing was edited"
+    refuse(source, mask, tmp_path / "out", text, error=RuntimeError)
+
+
+def test_a_flipped_bit_anywhere_in_the_copy_is_found(tmp_path, simple, monkeypatch):
+    source, _, mask = simple
+    (source / "tokenizer.json").write_text("{}")
+    real = shutil.copyfile
+    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 64)
+    for name, at in [("model.safetensors", 3), ("model.safetensors", -1), ("tokenizer.json", 0)]:
+
+        def copyfile(file, target, name=name, at=at):
+            real(file, target)
+            if target.name == name:
+                raw = bytearray(target.read_bytes())
+                raw[at] ^= 1
+                target.write_bytes(raw)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.shutil, "copyfile", copyfile)
+            refuse(source, mask, tmp_path / "out", None, error=(RuntimeError, ValueError))
+
+
+def test_a_source_that_changes_while_it_is_copied_is_found(tmp_path, simple, monkeypatch):
+    source, _, mask = simple
+    real = checkpoint._edit_file
+
+    def edit_file(path, edits, scale):
+        real(path, edits, scale)
+        raw = bytearray((source / "model.safetensors").read_bytes())
+        raw[-1] ^= 1
+        (source / "model.safetensors").write_bytes(raw)
+
+    monkeypatch.setattr(checkpoint, "_edit_file", edit_file)
+    with pytest.raises(RuntimeError, match="that nothing changes the source"):
+        fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_the_masked_values_are_read(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -446,6 +447,11 @@ def test_a_saved_model_without_the_masked_values_is_not_handed_over(
     ("error", "code", "text"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+        (
+            running.Terminated(),
+            143,
+            "terminated; what is finished is kept, run the same command",
+        ),
         (KeyboardInterrupt(), 130, "interrupted; what is finished is kept, run the same command"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "CUDA out of memory"),
     ],
@@ -504,6 +510,38 @@ def test_libraries_cannot_write_to_stdout(place, run_folder, tmp_path, monkeypat
     assert "a library speaks" in result.stderr
 
 
+def test_a_report_replaces_an_earlier_one_and_no_other_file(run_folder, tmp_path):
+    out = tmp_path / "page.html"
+    assert call("report", run_folder, "--out", out).exit_code == 0
+    assert call("report", run_folder, "--out", out).exit_code == 0
+    mine = tmp_path / "notes.html"
+    mine.write_text("<!DOCTYPE html><p>mine</p>")
+    refused(call("report", run_folder, "--out", mine), "must be a new file or an earlier report")
+    assert mine.read_text() == "<!DOCTYPE html><p>mine</p>"
+
+
+def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path):
+    code = """
+        import os, signal, sys
+        from fastdean import checkpoint, cli
+        def edit_file(*_):
+            os.kill(os.getpid(), signal.SIGTERM)
+        checkpoint._edit_file = edit_file
+        sys.argv = ["fastdean", *sys.argv[1:]]
+        cli.main()
+    """
+    model = json.loads((run_folder / "fastdean_run.json").read_text())["job"]["model"]
+    arguments = ["--checkpoint", model, "--mask", run_folder / "mask", "--out", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), "patch", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.splitlines()[-1] == "fastdean: terminated"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_report_draws_again(run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     (folder / "report.html").unlink()
@@ -538,7 +576,13 @@ def test_help_teaches_with_an_example(command):
 
 def test_help_tells_the_exit_codes():
     text = plain(call("--help").stdout)
-    for said in ("0 done", "1 a fault of FastDEAN", "2 the request cannot", "130 interrupted"):
+    for said in (
+        "0 done",
+        "1 a fault of FastDEAN",
+        "2 the request cannot",
+        "130 interrupted",
+        "143 terminated",
+    ):
         assert said in text
     for command in COMMANDS:
         assert command in text

@@ -74,7 +74,7 @@ def test_folder_without_tensors(tmp_path):
 def test_config_says_what_it_is(tmp_path):
     config = json.loads((_write(tmp_path / "m") / "fastdean_config.json").read_text())
     assert config["kind"] == "mask"
-    assert config["format_version"] == 1
+    assert config["format_version"] == 2
     assert config["fastdean_version"]
 
 
@@ -221,8 +221,8 @@ def test_reading_another_kind(tmp_path):
 def test_reading_a_newer_format(tmp_path):
     path = _write(tmp_path / "m")
     config = json.loads((path / "fastdean_config.json").read_text())
-    storage.write_json_atomic(path / "fastdean_config.json", {**config, "format_version": 2})
-    with pytest.raises(ValueError, match="format_version up to 1, got 2; update fastdean"):
+    storage.write_json_atomic(path / "fastdean_config.json", {**config, "format_version": 3})
+    with pytest.raises(ValueError, match="format_version up to 2, got 3; update fastdean"):
         storage.read_folder(path, kind="mask")
 
 

@@ -41,7 +41,8 @@ from fastdean.cli.running import command, command_line, is_first_rank, process_g
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault of FastDEAN, with a traceback; 2 the request cannot be carried "
-    "out as given, one line on stderr says why; 130 interrupted. FASTDEAN_VERBOSITY (debug, info, "
+    "out as given, one line on stderr says why; 130 interrupted; 143 terminated. "
+    "FASTDEAN_VERBOSITY (debug, info, "
     "warning, error) sets what is told on stderr; debug shows the traceback of every error."
 )
 
@@ -391,6 +392,10 @@ def patch(
         Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the patched copy.")
     ],
     overwrite: Overwrite = False,
+    follow_links: Annotated[
+        bool,
+        typer.Option("--follow-links", help="Copy what links lead to outside of the checkpoint."),
+    ] = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Copy a checkpoint and edit the masked values in its files, without loading the model.
@@ -401,7 +406,11 @@ def patch(
     from fastdean.masks import NeuronMask
 
     result = patch_checkpoint(
-        checkpoint, NeuronMask.from_pretrained(mask), out, overwrite=overwrite
+        checkpoint,
+        NeuronMask.from_pretrained(mask),
+        out,
+        overwrite=overwrite,
+        follow_links=follow_links,
     )
     tell(
         f"{result.values_edited} values edited in {len(result.files_edited)} files; "
@@ -433,8 +442,13 @@ def report(
 
     Example: `fastdean report run/`
     """
-    from fastdean.report import write_report
+    from fastdean.report import is_report, write_report
 
+    if out is not None and out.exists() and not is_report(out):
+        raise ValueError(
+            f"out must be a new file or an earlier report, got {str(out)!r}, which FastDEAN did "
+            "not write; choose another"
+        )
     file = run_folder / "results.json" if run_folder.is_dir() else run_folder
     try:
         results = json.loads(file.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +20,16 @@ import fastdean
 from fastdean.cli.terminal import shows_everything
 
 _PACKAGE = Path(fastdean.__file__).parent
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it before they kill: undone and tidied up like an interrupt."""
+
+
+def terminate(*_: object) -> None:
+    """The signal handler; a second signal does not disturb the tidying up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
 
 
 def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -36,6 +47,9 @@ def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[
                     result = function(*args, **kwargs)
                 if kwargs.get("as_json") and result is not None:
                     typer.echo(_json(result))
+            except Terminated:
+                tell(f"fastdean: terminated{kept}")
+                raise typer.Exit(143) from None
             except KeyboardInterrupt:
                 tell(f"fastdean: interrupted{kept}")
                 raise typer.Exit(130) from None

@@ -13,7 +13,13 @@ from torch import nn
 from fastdean.model_state import unwrap
 from fastdean.provenance import now, versions
 from fastdean.safetensors_files import weight_files
-from fastdean.storage import new_folder, write_json_atomic, write_text_atomic
+from fastdean.storage import (
+    holds_only_listed,
+    listed,
+    new_folder,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 MANIFEST_NAME = "fastdean_debias.json"
 
@@ -33,7 +39,7 @@ def save_model(
         path: a new or empty folder.
         card: the README.md, see `model_card`.
         manifest: what else to keep in `fastdean_debias.json` beside time and versions: JSON.
-        overwrite: replace an earlier output of this function.
+        overwrite: replace an earlier output of this function that holds nothing else.
     Returns:
         The absolute path of the folder, which any program that reads Hugging Face folders loads.
     Raises:
@@ -41,19 +47,26 @@ def save_model(
         OSError: the disk refused; nothing is left behind.
         RuntimeError: what was read back is not the model; nothing is left behind.
     """
-    with new_folder(path, overwrite=overwrite, may_replace=_is_ours) as folder:
+    with new_folder(path, overwrite=overwrite, may_replace=is_saved_model) as folder:
         unwrap(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_text_atomic(folder / "README.md", card)
-        write_json_atomic(
-            folder / MANIFEST_NAME, {**(manifest or {}), "created": now(), "versions": versions()}
-        )
         _verify(folder, unwrap(model))
+        write_json_atomic(
+            folder / MANIFEST_NAME,
+            {
+                **(manifest or {}),
+                "created": now(),
+                "versions": versions(),
+                "sha256": listed(folder),
+            },
+        )
     return Path(path).expanduser().resolve()
 
 
-def _is_ours(folder: Path) -> bool:
-    return (folder / MANIFEST_NAME).is_file()
+def is_saved_model(folder: Path) -> bool:
+    """Whether `folder` is what `save_model` wrote, and holds nothing else."""
+    return holds_only_listed(folder, MANIFEST_NAME)
 
 
 def _verify(folder: Path, model: nn.Module) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdean._logging import logger
-from fastdean.debias.saving import MANIFEST_NAME as MODEL_MANIFEST
+from fastdean.debias.saving import is_saved_model
 from fastdean.provenance import versions
 from fastdean.storage import holds_only, real_place, write_json_atomic
 
@@ -280,12 +280,20 @@ def _foreign(folder: Path) -> Iterator[str]:
 def _is_part(path: Path, room: str) -> bool:
     """Whether FastDEAN wrote `path`, which lies in, or is, that folder of a run."""
     if room == "steps":
-        return path.is_file() and path.suffix == ".json"
+        return _is_step(path)
     if room == "model":
-        # Its other files are the model's own, and as many as transformers likes.
-        return (path / MODEL_MANIFEST).is_file()
+        return is_saved_model(path)
     kind = {"scores": "scores", "training": "training"}.get(room, "mask")
     return path.is_dir() and holds_only(path, kind)
+
+
+def _is_step(path: Path) -> bool:
+    """Whether `path` is a file that `RunFolder.figures` wrote under that name."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(kept, dict) and path.name == f"{kept.get('step')}.json" and "format" in kept
 
 
 def _remove_run(folder: Path) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fastdean.report.page import render_report, write_report
+from fastdean.report.page import is_report, render_report, write_report
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["is_report", "render_report", "write_report"]

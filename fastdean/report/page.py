@@ -44,6 +44,7 @@ _KINDS = {
 }  # fmt: skip
 
 # Nothing on the page may load or run anything, even if a string should ever slip through.
+_GENERATOR = "FastDEAN report"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 
 # What the numbers of these sections are not.
@@ -106,6 +107,7 @@ def render_report(results: dict) -> str:
         element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
+        element("meta", name="generator", content=_GENERATOR),
         element("link", rel="icon", href="data:,"),
         element("title", title),
         element("style", Html(_style())),
@@ -131,6 +133,16 @@ def write_report(results: dict, path: str | os.PathLike) -> Path:
         )
     write_text_atomic(path, render_report(results))
     return path
+
+
+def is_report(path: Path) -> bool:
+    """Whether `path` is a page that `write_report` wrote."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            start = file.read(4096)
+    except (OSError, ValueError):
+        return False
+    return f'name="generator" content="{_GENERATOR}"' in start
 
 
 def _check(results: object) -> None:
