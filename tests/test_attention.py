@@ -1,0 +1,168 @@
+"""Attention by segments: every packed example as if it were alone, on the model's own terms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import HEADS, HIDDEN, INTERMEDIATE, LAYERS, MAX_TOKENS, VOCAB, _build
+
+from fastdean.attention import (
+    NAME,
+    NotExpressible,
+    Segments,
+    attend_within,
+    attention_by_segments,
+    segment_attention,
+)
+
+LENGTHS = (7, 11, 3, 9, 1)
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_TOKENS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# What each family asks of its attention beyond causality.
+FAMILIES = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 4},
+    "Gemma2": {"head_dim": 16, "sliding_window": 4, "attn_logit_softcapping": 2.0},
+    "Gemma3Text": {"head_dim": 16, "sliding_window": 4},
+    "GptOss": {
+        "head_dim": 8,
+        "sliding_window": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "Llama4Text": {
+        "attention_chunk_size": 4,
+        "num_local_experts": 4,
+        "head_dim": 8,
+        "intermediate_size_mlp": 48,
+    },
+    "OPT": {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN},
+    "Phi": {},
+    "Starcoder2": {"sliding_window": 4},
+}
+
+
+def _family(name: str):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**_SHAPE | FAMILIES[name])
+    return _build(transformers.AutoModelForCausalLM.from_config, config, 0)
+
+
+def _segments(lengths=LENGTHS) -> torch.Tensor:
+    ends = torch.tensor(lengths).cumsum(0)
+    return torch.stack([ends - torch.tensor(lengths), ends], dim=1)
+
+
+def _packed(lengths=LENGTHS) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "input_ids": torch.randint(3, VOCAB, (1, sum(lengths)), generator=generator),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_packed_example_computes_what_it_computes_alone(name):
+    model = _family(name)
+    inputs, segments = _packed(), _segments()
+    loss_weights = torch.linspace(-1, 1, VOCAB)
+
+    def gradient(logits: torch.Tensor) -> torch.Tensor:
+        embedding = model.get_input_embeddings().weight
+        return torch.autograd.grad((logits * loss_weights).sum(), embedding)[0]
+
+    alone = torch.cat([model(inputs["input_ids"][:, s:e]).logits[0] for s, e in segments.tolist()])
+    with attention_by_segments(model):
+        attend_within(segments)
+        packed = model(**inputs, use_cache=False).logits[0]
+        packed_gradient = gradient(packed)
+    assert (packed - alone).norm() < 1e-6 * alone.norm()
+    expected = gradient(alone)
+    assert (packed_gradient - expected).norm() < 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads, kv_heads, width, value_width", [(4, 2, 8, 8), (3, 3, 5, 12)])
+@pytest.mark.parametrize("lengths", [(1,), (5, 5), (63, 1, 17, 60), (2, 33, 31)], ids=str)
+def test_against_the_dense_masked_softmax(lengths, heads, kv_heads, width, value_width, dtype):
+    n = sum(lengths)
+    torch.manual_seed(0)
+    shapes = [(heads, width), (kv_heads, width), (kv_heads, value_width)]
+    q, k, v = (torch.randn(1, h, n, d, dtype=dtype, requires_grad=True) for h, d in shapes)
+    example = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = (example[:, None] == example) & torch.ones(n, n, dtype=torch.bool).tril()
+
+    def dense(q, k, v):
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        scores = (q @ k.transpose(-1, -2) * width**-0.5).masked_fill(~allowed, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    attend_within(_segments(lengths))
+    longest = max(lengths)
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+    mask = torch.zeros(len(lengths), 1, longest, longest, dtype=dtype)
+    mask = mask.masked_fill(~causal, -torch.inf)
+    found, weights = segment_attention(None, q, k, v, mask)
+    assert weights is None and found.shape == (1, n, heads, value_width)
+    upstream = torch.randn(found.shape, dtype=dtype)
+    gradients = torch.autograd.grad(found, (q, k, v), upstream)
+
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    expected = dense(*wide)
+    expected_gradients = torch.autograd.grad(expected, wide, upstream.double())
+    limit = 8 * torch.finfo(dtype).eps
+    for ours, oracle in zip((found, *gradients), (expected, *expected_gradients), strict=True):
+        assert (ours.double() - oracle).norm() <= limit * oracle.norm().clamp_min(1e-12) + limit
+
+
+def test_examples_of_like_length_share_a_product_and_no_other_do():
+    segments = Segments.cut(_segments((10, 40, 9, 39, 8, 1)))
+    assert segments.groups == ((1, 3), (0, 2, 4), (5,))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_models_own_attention_comes_back(error):
+    model = _family("Llama")
+    before = model.config._attn_implementation
+    expected = model(**_packed()).logits
+    with pytest.raises(error), attention_by_segments(model):
+        assert model.config._attn_implementation == NAME
+        attend_within(_segments())
+        raise error
+    assert model.config._attn_implementation == before
+    assert torch.equal(model(**_packed()).logits, expected)
+
+
+def test_a_pass_that_was_not_announced_is_refused():
+    model = _family("Llama")
+    with (
+        attention_by_segments(model),
+        pytest.raises(NotExpressible, match="were not announced"),
+    ):
+        model(**_packed(), use_cache=False)
+
+
+@pytest.mark.parametrize(
+    "asked, reason",
+    [
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"dropout": 0.1}, "dropout"),
+    ],
+)
+def test_what_it_does_not_do_is_refused_by_name(asked, reason):
+    attend_within(_segments((2,)))
+    q = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(NotExpressible, match=reason):
+        segment_attention(None, q, q, q, torch.zeros(1, 1, 2, 2), **asked)
