@@ -25,6 +25,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 NAME = "fastdean_segments"
 
+# The weights of a longer example's attention would take more memory than the model's own, which
+# keeps none of them for the backward pass.
+LONGEST_SEGMENT = 256
 # Examples share a product where the shortest has at least this share of the longest's tokens.
 _LIKE_LENGTH = 0.75
 
@@ -98,23 +101,20 @@ def _of_like_length(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
 _ANNOUNCED: ContextVar[Segments | None] = ContextVar("fastdean_segments", default=None)
 
 
-def attend_within(segments: Tensor) -> None:
-    """Say which examples the rows of the next pass are, as `Batch.segments` does."""
-    _ANNOUNCED.set(Segments.cut(segments))
-
-
 def _announced() -> Segments:
     segments = _ANNOUNCED.get()
     if segments is None:
-        raise NotExpressible("a pass whose examples were not announced")
+        raise NotExpressible("a pass outside of the block that says which examples it has")
     return segments
 
 
 @contextmanager
-def attention_by_segments(model: nn.Module) -> Iterator[None]:
+def attention_by_segments(model: nn.Module, segments: Tensor) -> Iterator[None]:
     """The model's attention is the one of this file inside the block, and its own afterwards.
 
-    Every pass inside is announced by `attend_within`.
+    Args:
+        segments: int64 [S, 2] on the CPU, (start, end) of each example in the packed row that the
+            model is called on inside.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -122,8 +122,9 @@ def attention_by_segments(model: nn.Module) -> Iterator[None]:
     AttentionMaskInterface.register(NAME, segment_mask)
     configs = [c for c in _configs(model) if hasattr(c, "_attn_implementation_internal")]
     before = [config._attn_implementation_internal for config in configs]
-    announced = _ANNOUNCED.set(None)
+    announced = _ANNOUNCED.get()
     try:
+        _ANNOUNCED.set(Segments.cut(segments))
         for config in configs:
             # Not through the public setter: it sets the vision and audio parts' as well.
             config._attn_implementation_internal = NAME
@@ -131,7 +132,7 @@ def attention_by_segments(model: nn.Module) -> Iterator[None]:
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation_internal = name
-        _ANNOUNCED.reset(announced)
+        _ANNOUNCED.set(announced)
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fastdean.attention import LONGEST_SEGMENT
 from fastdean.data import IGNORE_INDEX, Example
 
 
@@ -31,6 +32,7 @@ class Batch:
         targets: int64 [M]; the token each of these rows has to predict.
         target_example: int64 [M]; which segment, 0..B-1, each of these rows belongs to.
         target_counts: int64 [B]; how many of these rows each example has, at least 1.
+        by_segments: whether each segment attends by itself (`attention.attention_by_segments`).
         columns: further inputs of the model, name -> [B, T], 0 where padding stands.
     """
 
@@ -43,6 +45,7 @@ class Batch:
     targets: Tensor
     target_example: Tensor
     target_counts: Tensor
+    by_segments: bool = False
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -113,10 +116,13 @@ class Layout:
     """Which ways of batching leave a model's numbers as they are with one example at a time.
 
     Attributes:
-        packed: several examples may stand in one row, `position_ids` restarting.
+        packed: several examples may stand in one row, `position_ids` restarting, and the model's
+            own attention keeps them apart.
         padded: shorter examples may be padded on the right under an `attention_mask`.
         alone_above: examples longer than this many tokens must stand alone (rotary embeddings that
             depend on the length of the batch), or None.
+        by_segments: they may also stand in one row where each attends by itself (attention.py);
+            so do those of at most `LONGEST_SEGMENT` tokens.
         longest_row: tokens that a row of several examples may have at most, or None. Models with a
             table of positions may cut it, or a mask, to the length of the row.
     """
@@ -125,6 +131,7 @@ class Layout:
     padded: bool = True
     alone_above: int | None = None
     longest_row: int | None = None
+    by_segments: bool = False
 
 
 def plan_batches(
@@ -136,6 +143,7 @@ def plan_batches(
     padded: bool = True,
     alone_above: int | None = None,
     longest_row: int | None = None,
+    by_segments: bool = False,
 ) -> list[Batch]:
     """Split `examples` into batches of at most `tokens_per_batch` tokens.
 
@@ -145,9 +153,9 @@ def plan_batches(
     Args:
         shift: 1 when the logits of row t predict token t + 1 (causal), 0 when they predict token t
             (masked).
-        packed: one row of tokens per batch, examples one after the other in the given order;
-            otherwise examples of similar length are padded on the right to the longest of their
-            batch, and padding counts as tokens.
+        packed, by_segments: one row of tokens per batch, examples one after the other in the given
+            order; otherwise examples of similar length are padded on the right to the longest of
+            their batch, and padding counts as tokens. See `Layout`.
         padded, alone_above, longest_row: see `Layout`; without padding only equal lengths share a
             batch.
     Raises:
@@ -159,6 +167,7 @@ def plan_batches(
             "leave it out for the device's default"
         )
     require_targets(examples, shift)
+    short: list[int] = []
     plain: list[int] = []
     alone: list[int] = []
     by_columns: dict[tuple[str, ...], list[int]] = {}
@@ -166,12 +175,18 @@ def plan_batches(
         too_long = alone_above is not None and len(example) > alone_above
         if too_long or example.stands_alone:
             alone.append(i)
+        elif by_segments and not example.columns and len(example) <= LONGEST_SEGMENT:
+            short.append(i)
         elif packed and not example.columns:
             plain.append(i)
         else:
             by_columns.setdefault(tuple(sorted(example.columns)), []).append(i)
     row_tokens = tokens_per_batch if longest_row is None else min(tokens_per_batch, longest_row)
-    rows = [_pack(examples, group, shift) for group in _in_order(examples, plain, row_tokens)]
+    rows = [
+        replace(_pack(examples, group, shift), by_segments=members is short)
+        for members in (short, plain)
+        for group in _in_order(examples, members, row_tokens)
+    ]
     for members in by_columns.values():
         groups = _by_length(examples, members, tokens_per_batch, padded)
         rows += [pad(examples, group, shift) for group in groups]

@@ -8,7 +8,7 @@ Gemma 2's soft-cap) stays in place; computing `hidden @ weight.T` by hand would 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Self
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastdean.adapters import require_no_prompts
+from fastdean.attention import attention_by_segments
 from fastdean.batching import Batch, Layout, default_tokens_per_batch, plan_batches
 from fastdean.calling import base_of, call, forward_inputs, logits_of
 from fastdean.data import Example
@@ -28,6 +29,7 @@ from fastdean.probes import (
     padding_is_exact,
     sees_ahead,
     sees_back,
+    segments_are_exact,
 )
 
 
@@ -102,6 +104,11 @@ def _shifts_by_class(model: nn.Module) -> set[int]:
     return {1} if getattr(model, "can_generate", lambda: False)() else set()
 
 
+def attention_for(model: nn.Module, batch: Batch) -> AbstractContextManager:
+    """What a pass of `model` over `batch` runs in, so that its examples attend as planned."""
+    return attention_by_segments(model, batch.segments) if batch.by_segments else nullcontext()
+
+
 class TargetLogits:
     """Callable inside a `with` block: `batch -> logits [M, V]` at the batch's target rows.
 
@@ -130,7 +137,8 @@ class TargetLogits:
     def __call__(self, batch: Batch) -> Tensor:
         self._gathering.rows = batch.target_rows
         try:
-            logits = logits_of(call(self._model, batch.model_inputs())).flatten(0, -2)
+            with attention_for(self._model, batch):
+                logits = logits_of(call(self._model, batch.model_inputs())).flatten(0, -2)
         finally:
             gathered, self._gathering.rows = self._gathering.rows is None, None
         # A model that never calls its output embedding as a module returns every row.
@@ -279,12 +287,14 @@ def exact_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
         if example.columns and not example.stands_alone:
             by_columns.setdefault(tuple(sorted(example.columns)), []).append(example)
     packed = causal and packing_is_exact(model, plain)
+    by_segments = causal and segments_are_exact(model, plain)
     grouped = [*([] if packed else [plain]), *by_columns.values()]
     return Layout(
         packed=packed,
         padded=all(padding_is_exact(model, group) for group in grouped),
         alone_above=_rotary_limit(model),
-        longest_row=max_tokens(model) if packed else None,
+        longest_row=max_tokens(model) if packed or by_segments else None,
+        by_segments=by_segments,
     )
 
 

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastdean.attention import attention_by_segments
 from fastdean.batching import pad
 from fastdean.calling import call, logits_of
 from fastdean.data import Example
@@ -108,24 +109,63 @@ def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
 
 
 def _measure_packing(model: nn.Module, examples: Sequence[Example]) -> bool:
+    try:
+        return _keeps_apart(model, examples, lambda parts: _packed_logits(model, parts))
+    except (TypeError, ValueError):  # the model takes no position_ids
+        return False
+
+
+def _keeps_apart(
+    model: nn.Module,
+    examples: Sequence[Example],
+    packed_logits: Callable[[Sequence[Tensor]], Tensor],
+) -> bool:
+    """Whether packed examples do not move each other's logits, which are those they have alone."""
     # Both together within the model's positions, as every packed row.
     enough = min(_PROBE_TOKENS, (max_tokens(model) or 2 * _PROBE_TOKENS) // 2)
     if enough == 0:
         return False
     a, b = (example.input_ids[:enough] for example in examples[:2])
-    try:
-        ab = _packed_logits(model, [a, b])
-        changed_a = _packed_logits(model, [_another(a), b])
-        changed_b = _packed_logits(model, [a, _another(b)])
-        alone = _logits_of_ids(model, b)
-    except (TypeError, ValueError):  # the model takes no position_ids
-        return False
+    ab = packed_logits([a, b])
+    changed_a = packed_logits([_another(a), b])
+    changed_b = packed_logits([a, _another(b)])
+    alone = _logits_of_ids(model, b)
     epsilon = torch.finfo(next(model.parameters()).dtype).eps
     return (
         _distance(changed_a[len(a) :], ab[len(a) :]) <= epsilon / 4
         and _distance(changed_b[: len(a)], ab[: len(a)]) <= epsilon / 4
         and _distance(alone, ab[len(a) :]) <= max(1e-4, 6 * epsilon)
     )
+
+
+def segments_are_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
+    """Whether packed examples of this causal model may attend by themselves (attention.py).
+
+    Measured like packing: as the model's own attention has it for one of them alone. On a CPU only:
+    other devices have attention of their own for ragged examples, which is not used yet.
+    """
+    if len(examples) < 2 or input_device(model).type != "cpu":
+        return False
+    return bool(
+        _asked_once(model, "segments_are_exact", lambda: _measure_segments(model, examples))
+    ) and numbers_from(model, 0)
+
+
+def _measure_segments(model: nn.Module, examples: Sequence[Example]) -> bool:
+    def packed_logits(parts: Sequence[Tensor]) -> Tensor:
+        ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+        starts = ends - torch.tensor([len(part) for part in parts])
+        with attention_by_segments(model, torch.stack([starts, ends], dim=1)):
+            return _packed_logits(model, parts)
+
+    # Whatever a model does with a mask or an attention that it does not know.
+    errors = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+    try:
+        return _keeps_apart(model, examples, packed_logits)
+    except torch.OutOfMemoryError:
+        raise
+    except errors:
+        return False
 
 
 def padding_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:

@@ -6,14 +6,16 @@ import pytest
 import torch
 from tiny_models import HEADS, HIDDEN, INTERMEDIATE, LAYERS, MAX_TOKENS, VOCAB, _build
 
+from fastdean import batching
 from fastdean.attention import (
     NAME,
     NotExpressible,
     Segments,
-    attend_within,
     attention_by_segments,
     segment_attention,
 )
+from fastdean.data import Example
+from fastdean.forward import exact_layout, prepare_batches
 
 LENGTHS = (7, 11, 3, 9, 1)
 _SHAPE = {
@@ -84,8 +86,7 @@ def test_a_packed_example_computes_what_it_computes_alone(name):
         return torch.autograd.grad((logits * loss_weights).sum(), embedding)[0]
 
     alone = torch.cat([model(inputs["input_ids"][:, s:e]).logits[0] for s, e in segments.tolist()])
-    with attention_by_segments(model):
-        attend_within(segments)
+    with attention_by_segments(model, segments):
         packed = model(**inputs, use_cache=False).logits[0]
         packed_gradient = gradient(packed)
     assert (packed - alone).norm() < 1e-6 * alone.norm()
@@ -109,12 +110,12 @@ def test_against_the_dense_masked_softmax(lengths, heads, kv_heads, width, value
         scores = (q @ k.transpose(-1, -2) * width**-0.5).masked_fill(~allowed, -torch.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2)
 
-    attend_within(_segments(lengths))
     longest = max(lengths)
     causal = torch.ones(longest, longest, dtype=torch.bool).tril()
     mask = torch.zeros(len(lengths), 1, longest, longest, dtype=dtype)
     mask = mask.masked_fill(~causal, -torch.inf)
-    found, weights = segment_attention(None, q, k, v, mask)
+    with attention_by_segments(torch.nn.Identity(), _segments(lengths)):
+        found, weights = segment_attention(None, q, k, v, mask)
     assert weights is None and found.shape == (1, n, heads, value_width)
     upstream = torch.randn(found.shape, dtype=dtype)
     gradients = torch.autograd.grad(found, (q, k, v), upstream)
@@ -137,21 +138,40 @@ def test_the_models_own_attention_comes_back(error):
     model = _family("Llama")
     before = model.config._attn_implementation
     expected = model(**_packed()).logits
-    with pytest.raises(error), attention_by_segments(model):
+    with pytest.raises(error), attention_by_segments(model, _segments()):
         assert model.config._attn_implementation == NAME
-        attend_within(_segments())
         raise error
     assert model.config._attn_implementation == before
     assert torch.equal(model(**_packed()).logits, expected)
 
 
-def test_a_pass_that_was_not_announced_is_refused():
+def test_a_pass_over_other_tokens_is_refused():
     model = _family("Llama")
-    with (
-        attention_by_segments(model),
-        pytest.raises(NotExpressible, match="were not announced"),
-    ):
-        model(**_packed(), use_cache=False)
+    for inputs in ({"input_ids": torch.ones(2, 31, dtype=torch.int64)}, _packed((7, 11))):
+        with (
+            attention_by_segments(model, _segments()),
+            pytest.raises(NotExpressible, match="other"),
+        ):
+            model(**inputs, use_cache=False)
+
+
+def test_what_it_does_not_do_keeps_the_models_own_attention(monkeypatch):
+    """Falcon makes its masks itself, at the price of packing."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    model = _build(FalconForCausalLM, FalconConfig(**_SHAPE), 0)
+    examples = [Example(torch.arange(3, n), torch.arange(3, n)) for n in (9, 12, 15)]
+    layout = exact_layout(model, examples)
+    assert not layout.by_segments
+    assert exact_layout(_family("Llama"), examples).by_segments
+    monkeypatch.setattr(batching, "LONGEST_SEGMENT", 8)
+    llama = _family("Llama")
+    batches = prepare_batches(llama, examples, tokens_per_batch=100)
+    assert [(batch.by_segments, batch.example_index) for batch in batches] == [
+        (True, [0]),
+        (False, [1, 2]),
+    ]
+    assert llama.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +182,10 @@ def test_a_pass_that_was_not_announced_is_refused():
     ],
 )
 def test_what_it_does_not_do_is_refused_by_name(asked, reason):
-    attend_within(_segments((2,)))
     q = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(NotExpressible, match=reason):
+    segments = _segments((2,))
+    with (
+        attention_by_segments(torch.nn.Identity(), segments),
+        pytest.raises(NotExpressible, match=reason),
+    ):
         segment_attention(None, q, q, q, torch.zeros(1, 1, 2, 2), **asked)

@@ -17,7 +17,7 @@ from fastdean.collapse.metrics import CollapseMetrics, NearestMean, count_neares
 from fastdean.collapse.moments import ClassMoments
 from fastdean.collapse.representations import Features, Representations, output_embedding
 from fastdean.data import Example, read_examples
-from fastdean.forward import prepare_batches
+from fastdean.forward import attention_for, prepare_batches
 from fastdean.model_state import (
     eager,
     evaluation_state,
@@ -174,7 +174,8 @@ class _Reading:
             with last:
                 for batch in batches:
                     rows, found = _labelled_rows(batch, labels)
-                    call(model, batch.to(device).model_inputs())
+                    with attention_for(model, batch):
+                        call(model, batch.to(device).model_inputs())
                     states = last.features.flatten(0, 1)
                     take(states.index_select(0, send(rows, states.device)), found)
                     last.clear()

@@ -12,7 +12,7 @@ from fastdean.adapters import require_no_prompts
 from fastdean.calling import call
 from fastdean.data import IGNORE_INDEX, Example
 from fastdean.dependence import HSICResult, hsic
-from fastdean.forward import prepare_batches
+from fastdean.forward import attention_for, prepare_batches
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
 
@@ -90,7 +90,8 @@ def last_token_states(
         tqdm(total=len(examples), desc="hidden states", unit="ex", disable=not progress) as bar,
     ):
         for batch in batches:
-            hidden_states = layer_outputs(model, batch.to(device).model_inputs())
+            with attention_for(model, batch):
+                hidden_states = layer_outputs(model, batch.to(device).model_inputs())
             kept = _pick_layers(hidden_states, layers)
             last_rows = batch.segments[:, 1] - 1
             picked = torch.stack([_rows(state, last_rows) for state in kept])

@@ -26,7 +26,7 @@ from fastdean.evaluation.bias.result import BiasResult
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, is_file, require_columns
 from fastdean.evaluation.bootstrap import Interval, bootstrap_interval
 from fastdean.evaluation.representations import layer_outputs
-from fastdean.forward import exact_layout, label_shift
+from fastdean.forward import attention_for, exact_layout, label_shift
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
 SETS = ("targ1", "targ2", "attr1", "attr2")
@@ -199,7 +199,8 @@ def sentence_states(
         tqdm(total=len(examples), desc="representations", unit="ex", disable=not progress) as bar,
     ):
         for batch in batches:
-            outputs = layer_outputs(model, batch.to(device).model_inputs())
+            with attention_for(model, batch):
+                outputs = layer_outputs(model, batch.to(device).model_inputs())
             if not -len(outputs) <= layer < len(outputs):
                 raise ValueError(
                     f"layer must be in {-len(outputs)}..{len(outputs) - 1}, got {layer}; the model "
