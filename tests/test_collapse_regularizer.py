@@ -12,13 +12,14 @@ import weakref
 
 import pytest
 import torch
+from interrupts import interrupt, moments
 from tiny_classes import IDS, gradients, rich_batches, some_classes
 from tiny_models import VOCAB, bert, gpt2, llama, qwen2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdean import CollapseRegularizer
-from fastdean.collapse import CollapseState
+from fastdean.collapse import CollapseState, regularizer, representations
 
 STRENGTH = 10.0
 LIVE = {"detach_features": False, "mode": "batch"}
@@ -543,6 +544,12 @@ def sharded(model):
     model.__class__ = type("FSDPLlama", kinds, {})
 
 
+def freed(model):
+    weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    weight.untyped_storage().resize_(0)
+    model.lm_head.weight = weight
+
+
 def frozen(model):
     model.lm_head.weight.requires_grad_(False)
 
@@ -558,6 +565,7 @@ PLAIN = "model must hold its output embedding as one plain tensor .V, D., got "
         (quantised, PLAIN + "a quantised one in torch.int8"),
         (emptied, PLAIN + "a sharded one .here .0.."),
         (sharded, PLAIN + "a sharded one"),
+        (freed, PLAIN + "one that needs .* bytes of a storage of 0, freed or cut short"),
         (frozen, "detach_features=True must come with an output embedding that is trained"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -626,3 +634,77 @@ def test_a_call_with_embeddings_is_refused_because_classes_are_token_ids():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="model must"):
         CollapseRegularizer(llama().model, some_classes(), STRENGTH)
+
+
+# Ctrl-C at every line of what hooks a model.
+
+HOOKING = {regularizer.__file__, representations.__file__}
+
+
+def all_hooks(model):
+    return [
+        hook
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    ]
+
+
+def test_an_interrupt_while_it_is_made_leaves_no_hook():
+    model, classes = llama().train(), some_classes()
+
+    def make():
+        CollapseRegularizer(model, classes, STRENGTH)
+
+    found = moments(make, HOOKING)
+    assert len(found) > 40
+    for moment in found:
+        for owner in {hook.owner for hook in all_hooks(model)}:
+            if isinstance(owner, CollapseRegularizer):
+                owner.remove()
+        interrupt(make, HOOKING, moment)
+        assert not all_hooks(model), moment
+
+
+@pytest.mark.parametrize("act", ["attach", "remove"])
+def test_an_interrupt_at_any_line_leaves_it_attached_whole_or_removed_whole(act):
+    model = llama().train()
+    made = CollapseRegularizer(model, some_classes(), STRENGTH)
+    whole = len(all_hooks(model))
+    reset = made.remove if act == "attach" else made.attach
+    reset()
+    outcomes = set()
+    for moment in moments(getattr(made, act), HOOKING):
+        reset()
+        interrupt(getattr(made, act), HOOKING, moment)
+        assert len(all_hooks(model)) == (whole if made.attached else 0), moment
+        outcomes.add(made.attached)
+        getattr(made, act)()
+        assert made.attached is (act == "attach")
+    assert False in outcomes
+    made.remove()
+    assert not all_hooks(model)
+
+
+def test_an_interrupt_inside_held_puts_back_what_was_held():
+    made = CollapseRegularizer(llama().train(), some_classes(), STRENGTH)
+
+    def hold():
+        with made.held(step=3):
+            assert made._held
+
+    for moment in moments(hold, HOOKING):
+        interrupt(hold, HOOKING, moment)
+        assert (made._held, made._held_step) == (False, None)
+
+
+def test_an_interrupt_in_a_training_pass_leaves_the_hooks_and_the_modes():
+    model = llama().train()
+    made = CollapseRegularizer(model, some_classes(), STRENGTH)
+    batch = next(rich_batches(1))
+    before = [id(hook) for hook in all_hooks(model)]
+    for moment in moments(lambda: model(**batch), HOOKING)[::4]:
+        interrupt(lambda: model(**batch), HOOKING, moment)
+        assert [id(hook) for hook in all_hooks(model)] == before and model.training
+        assert all(p.requires_grad for p in model.parameters())
+    assert made.attached and torch.isfinite(model(**batch).loss)

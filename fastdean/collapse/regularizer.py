@@ -24,12 +24,15 @@ from fastdean.collapse.representations import (
     Features,
     Hook,
     Representations,
+    hooked_by,
     output_embedding,
+    remove_hooks_of,
 )
 from fastdean.distributed import Ranks
 from fastdean.forward import label_shift_of_class
 from fastdean.model_state import unwrap
 from fastdean.ops.collapse import STATISTICS, collapse_alignment
+from fastdean.ops.memory import memory_fault
 
 
 class CollapseRegularizer:
@@ -137,7 +140,6 @@ class CollapseRegularizer:
         self._held = False
         self._held_step: int | None = None
         self._last = Representations(self.module, features=features)
-        self._handle: Any = None
         self.attach()
 
     def __enter__(self) -> Self:
@@ -163,25 +165,33 @@ class CollapseRegularizer:
         if self.attached:
             return self
         _check_alone(self.module)
-        self._last.attach()
-        # After the hooks of `Representations`: those that were there first run first.
-        self._handle = self.module.register_forward_hook(
-            Hook(self, self._after_forward), with_kwargs=True
-        )
-        return self
+        try:
+            self._last.attach()
+            # After the hooks of `Representations`: those that were there first run first.
+            hook = Hook(self, self._after_forward)
+            self.module.register_forward_hook(hook, with_kwargs=True)
+            return self
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Leave no hook behind. The statistics stay readable."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
+        # Twice: an interrupt of the first time leaves the second.
+        try:
+            self._detach()
+        finally:
+            self._detach()
+
+    def _detach(self) -> None:
+        remove_hooks_of(self, [self.module])
         self._last.remove()
         self._last.clear()
         self._pending = None
 
     @property
     def attached(self) -> bool:
-        return self._handle is not None
+        return hooked_by(self, [self.module])
 
     @property
     def value(self) -> float | None:
@@ -215,9 +225,12 @@ class CollapseRegularizer:
         `step`, where given, is what the schedule is asked for.
         """
         before = self._held, self._held_step
-        self._held, self._held_step = True, step
         try:
-            yield
+            try:
+                self._held, self._held_step = True, step
+                yield
+            finally:
+                self._held, self._held_step = before
         finally:
             self._held, self._held_step = before
 
@@ -485,6 +498,8 @@ def _check_plain(weight: Any, module: nn.Module) -> None:
         found = f"a quantised one in {weight.dtype}"
     elif weight.dim() != 2 or weight.numel() == 0 or _is_sharded(module):
         found = f"a sharded one (here {list(weight.shape)})"
+    elif (fault := memory_fault(weight)) is not None:
+        found = fault.got
     if found is not None:
         raise ValueError(
             f"model must hold its output embedding as one plain tensor [V, D], got {found}; the "
