@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.collapse.regularizer import CollapseRegularizer
+from fastdean.declared import Unfit
 from fastdean.storage import read_folder, write_folder
 
 STATE_FOLDER = "collapse_regularizer"
@@ -140,4 +141,7 @@ def _read_state(regularizer: CollapseRegularizer, checkpoint: str | os.PathLike)
             "checkpoint and train without resume_from_checkpoint"
         )
     config, tensors = read_folder(folder, kind=_KIND)
-    regularizer.load_state_dict({**config, **tensors})
+    try:
+        regularizer.load_state_dict({**config, **tensors})
+    except Unfit as error:
+        raise ValueError(f"{str(folder)!r}: {error}") from None
