@@ -177,7 +177,9 @@ def debias(
     max_length: MaxLength = None,
     save_every: Annotated[
         int,
-        typer.Option(help="Steps between checkpoints; the last is gone once the model is saved."),
+        typer.Option(
+            help="Steps between checkpoints; the last two are kept until the model is saved."
+        ),
     ] = 50,
     bias: Bias = None,
     revision: Revision = None,

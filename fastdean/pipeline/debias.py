@@ -61,7 +61,8 @@ class DebiasJob:
         words, multi_piece, control: of the classes, see `CollapseJob`.
         statistic, live_features, mode, shift, features: see `CollapseRegularizer`.
         steps, epochs, learning_rate, batch_size, accumulation: see `debias.fine_tune`.
-        save_every: steps between checkpoints, of which the last is kept until the model is saved.
+        save_every: steps between checkpoints, of which the last two are kept while it trains, and
+            the last until the model is saved.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         seed: of shuffles, masking, dropout, controls and bootstraps.
     Raises:
