@@ -22,9 +22,9 @@ from fastdean.declared import (
     Record,
     Row,
     Text,
-    Unfit,
     Whole,
     read_json,
+    read_text,
     require,
     unfit,
 )
@@ -107,9 +107,10 @@ def _opened_by_loader(source: Path) -> str | None:
 def _named_by_config(source: Path) -> str | None:
     """What config.json says the weights are called, where it says so and they are there."""
     try:
-        named = read_json(source / "config.json").get("transformers_weights")
+        text = read_text(source / "config.json", advice=_ADVICE)
+        named = json.loads(text).get("transformers_weights")
     # The configuration itself is none of this module's business: a loader will complain.
-    except (Unfit, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         return None
     if not isinstance(named, str) or not (source / named).is_file():
         return None
@@ -175,7 +176,10 @@ def header_bytes(path: Path) -> bytes:
 def _read_header(path: Path) -> list[StoredTensor]:
     """The tensors of a safetensors file, after checking that all of their bytes are there."""
     if not path.is_file():
-        raise ValueError(f"source must hold {path.name!r}, got no such file; download it too")
+        raise ValueError(
+            f"source must hold {path.name!r}, got no such file in {str(path.parent)!r}; "
+            "download it too"
+        )
     head = header_bytes(path)
     data_bytes = path.stat().st_size - len(head)
     try:

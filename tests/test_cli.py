@@ -511,7 +511,9 @@ def test_report_draws_again(run_folder, tmp_path):
     assert (folder / "report.html").read_text() == (run_folder / "report.html").read_text()
     (folder / "results.json").write_text("[1]")
     refused(call("report", folder), "results must be a dict, got list")
-    refused(call("report", tmp_path / "no"), "must hold a results.json of a finished run")
+    refused(
+        call("report", tmp_path / "no"), "got no such file; pass the results.json of a finished"
+    )
     refused(call("report", run_folder, "--out", tmp_path / "no" / "r.html"), "existing folder")
 
 

@@ -401,15 +401,10 @@ def report(
 
     Example: `fastdean report run/`
     """
-    from fastdean.report import write_report
+    from fastdean.report import read_results, write_report
 
     file = run_folder / "results.json" if run_folder.is_dir() else run_folder
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"run_folder must hold a results.json of a finished run, got {str(file)!r}: {error}"
-        ) from None
+    results = read_results(file)
     target = file.parent / "report.html" if out is None else out
     write_report(results, target)
     tell(f"written to {target}")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.collapse.regularizer import CollapseRegularizer
-from fastdean.declared import Unfit
 from fastdean.storage import read_folder, write_folder
 
 STATE_FOLDER = "collapse_regularizer"
@@ -143,5 +142,5 @@ def _read_state(regularizer: CollapseRegularizer, checkpoint: str | os.PathLike)
     config, tensors = read_folder(folder, kind=_KIND)
     try:
         regularizer.load_state_dict({**config, **tensors})
-    except Unfit as error:
+    except ValueError as error:
         raise ValueError(f"{str(folder)!r}: {error}") from None

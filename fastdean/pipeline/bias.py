@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fastdean.declared import Anything, Lists, Maps, Maybe, Real, Record, Text, Whole
 from fastdean.evaluation import bias as measures
 from fastdean.evaluation.bias import BiasResult
 from fastdean.evaluation.bootstrap import Interval, change_between
@@ -39,6 +40,27 @@ MEASURES = {
 _RESAMPLES = 2000
 
 Found = dict[str, dict[str, Any]]
+
+_LABEL = Text(longest=10_000)
+_ENDS = {"low": Maybe(Real()), "high": Maybe(Real()), "n": Whole()}
+# What `stored` gives of each figure of a measure, by its name.
+FIGURES = Maps(
+    Record(
+        {
+            "value": Real(),
+            "unit": _LABEL,
+            "neutral": Maybe(Real()),
+            "verdict": _LABEL,
+            **_ENDS,
+            "confidence": Real(above=0, most=1),
+            "resamples": Whole(),
+            "by_category": Maps(Record({"value": Real(), **_ENDS}, others=Anything())),
+            "notes": Lists(_LABEL),
+            "replicates": Lists(Real()),
+        },
+        others=Anything(),
+    )
+)
 
 
 def check(asked: Sequence[str]) -> None:
@@ -84,7 +106,7 @@ def measure(
             return {each.name: stored(each) for each in results_of(result)}
 
         with costs.step(f"{name}, {state}"):
-            kept = folder.figures(f"{state}-{number}-{name}", take)
+            kept = folder.figures(f"{state}-{number}-{name}", take, FIGURES)
         for title, figures in kept.items():
             # Two files of one measure have figures of the same name.
             found[title if title not in found else f"{title} ({source})"] = figures

@@ -22,6 +22,7 @@ from fastdean.collapse import (
 )
 from fastdean.data import Example
 from fastdean.debias.resuming import json_digest
+from fastdean.declared import Anything, Either, Exactly, Maybe, Real, Record, Text, Whole
 from fastdean.distributed import Ranks
 from fastdean.loading import load_model
 from fastdean.pipeline import bias, cautions
@@ -36,6 +37,26 @@ from fastdean.storage import write_json_atomic
 
 CONTROLS = ("random", "frequency")
 _HELD_OUT = 0.2
+_METRIC = Record(
+    {
+        "value": Maybe(Either((Real(), Exactly("inf")))),
+        "definition": Text(),
+        "note": Maybe(Text()),
+    }
+)
+# What `measured_collapse` gives; the job's closing words name some of the metrics.
+FIGURES = Record(
+    {
+        "shift": Text(),
+        "features": Text(),
+        "examples": Whole(),
+        "held-out examples": Whole(),
+        "tokens of a class": Whole(),
+        "classes seen": Whole(),
+        "metrics": Record({"unc3_std": _METRIC, "nc3_mean": _METRIC}, others=_METRIC),
+    },
+    others=Anything(),
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +148,9 @@ def run(
         folder.claim()
         with costs.step("neural collapse", sum(map(len, encoded))):
             table = folder.figures(
-                "collapse", lambda: measured_collapse(model, encoded, classes, job, progress)
+                "collapse",
+                lambda: measured_collapse(model, encoded, classes, job, progress),
+                FIGURES,
             )
         found = bias.measure(
             model, tokenizer, job.bias, folder, "bias", costs, seed=job.seed, progress=progress

@@ -20,6 +20,7 @@ from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
 from fastdean.debias.objectives import require_method
 from fastdean.debias.resuming import json_digest
 from fastdean.debias.schedule import check_counts, check_schedule
+from fastdean.declared import Real, Record
 from fastdean.distributed import Ranks
 from fastdean.evaluation import perplexity
 from fastdean.forward import label_shift
@@ -27,6 +28,7 @@ from fastdean.loading import load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.collapse import (
     CONTROLS,
+    FIGURES,
     check_seed,
     classes_of,
     collapse_results,
@@ -44,6 +46,7 @@ from fastdean.storage import write_json_atomic
 
 # Of the rows, for the metrics; none of them is trained on.
 _MEASURED = 0.25
+_FLUENCY = Record({"value": Real(least=0)})
 # Share of the steps in which the learning rate rises.
 _WARMUP = 0.1
 
@@ -267,13 +270,13 @@ def _measure(
         return {"value": perplexity(model, examples, **options).value}
 
     with costs.step(f"neural collapse, {state}", sum(map(len, examples))):
-        found = {"collapse": folder.figures(f"{state}-collapse", collapse)}
+        found = {"collapse": folder.figures(f"{state}-collapse", collapse, FIGURES)}
     found["bias"] = bias.measure(
         model, prepared.tokenizer, job.bias, folder, state, costs, seed=job.seed, progress=progress
     )
     if label_shift(model) == 1:
         with costs.step(f"perplexity, {state}", sum(map(len, examples))):
-            found["perplexity"] = folder.figures(f"{state}-perplexity", fluency)
+            found["perplexity"] = folder.figures(f"{state}-perplexity", fluency, _FLUENCY)
     return found
 
 

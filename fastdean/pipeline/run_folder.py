@@ -17,7 +17,6 @@ not write (refused).
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,17 @@ from pathlib import Path
 from typing import Any
 
 from fastdean.debias.saving import MANIFEST_NAME as MODEL_MANIFEST
+from fastdean.declared import (
+    Anything,
+    Exactly,
+    Flag,
+    Kind,
+    Maps,
+    Maybe,
+    Record,
+    Text,
+    read_json,
+)
 from fastdean.provenance import versions
 from fastdean.storage import holds_only, real_place, write_json_atomic
 
@@ -40,6 +50,15 @@ _FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
 # What an atomic write leaves behind when the machine goes down in the middle of it.
 _LEFTOVER = ".*.tmp"
 _STEP_FORMAT = 1
+# What a run file holds.
+_RUN = Record(
+    {
+        "job": Maps(Anything()),
+        "inputs": Maps(Maybe(Text(longest=1000))),
+        "finished": Flag(),
+        "versions": Maps(Text(longest=1000)),
+    }
+)
 
 
 @dataclass
@@ -79,17 +98,20 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
-    def figures(self, step: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def figures(
+        self, step: str, measure: Callable[[], dict[str, Any]], kind: Kind
+    ) -> dict[str, Any]:
         """The figures of a step: those that an earlier call of the job kept, or `measure()`.
 
         Args:
             measure: returns what JSON can hold.
+            kind: what its figures look like.
         Raises:
             ValueError: the file of the step holds anything but its figures.
         """
         file = self.path / "steps" / f"{step}.json"
         if file.exists():
-            return _kept_figures(file, step)
+            return _kept_figures(file, step, kind)
         found = measure()
         self.claim()
         file.parent.mkdir(exist_ok=True)
@@ -169,12 +191,11 @@ class RunFolder:
         )
 
     def _state(self) -> dict[str, Any] | None:
-        try:
-            state = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        """What the run file says, None where there is none; ValueError for a damaged one."""
+        file = self.path / RUN_FILE
+        if not file.exists():
             return None
-        complete = isinstance(state, dict) and {"job", "inputs", "finished"} <= state.keys()
-        return state if complete and isinstance(state["inputs"], dict) else None
+        return read_json(file, _RUN, advice="choose another folder, or delete this one")
 
     def _mark(self, finished: bool) -> None:
         write_json_atomic(
@@ -210,22 +231,11 @@ def check_place(path: Path, name: str) -> None:
         )
 
 
-def _kept_figures(file: Path, step: str) -> dict[str, Any]:
+def _kept_figures(file: Path, step: str, kind: Kind) -> dict[str, Any]:
     """What `RunFolder.figures` wrote for a step; figures of anything else are not used."""
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        kept = None
-    whole = isinstance(kept, dict) and (kept.get("format"), kept.get("step")) == (
-        _STEP_FORMAT,
-        step,
-    )
-    if not whole or not isinstance(kept.get("figures"), dict):
-        raise ValueError(
-            f"steps must hold the figures of {step!r} as they were written, got the damaged file "
-            f"{str(file)!r}; delete it, and they are taken again"
-        )
-    return kept["figures"]
+    kept = Record({"format": Exactly(_STEP_FORMAT), "step": Exactly(step), "figures": kind})
+    advice = "delete the file, and its figures are taken again"
+    return read_json(file, kept, advice=advice)["figures"]
 
 
 def _foreign(folder: Path) -> Iterator[str]:

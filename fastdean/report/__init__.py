@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from fastdean.report.page import render_report, write_report
+from fastdean.report.results import read_results
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["read_results", "render_report", "write_report"]
