@@ -314,6 +314,21 @@ def test_score_and_couple_give_the_mask_of_the_run(place, run_folder, tmp_path):
         assert json.loads(result.stdout)["weights"] == len(mask)
 
 
+def test_nothing_that_is_published_says_where_it_lay(place, tmp_path):
+    home = str(place["model"].parent.parent)
+    out = tmp_path / "run"
+    assert call("run", *sources(place), "--out", out, *OPTIONS).exit_code == 0
+    arguments = ["--model", place["model"], "--data", f"{place['privacy']}::prompt=prompt"]
+    result = call("score", *arguments, "--out", tmp_path / "one", "--keep-top", "0.05", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    told = [path for path in tmp_path.rglob("*") if path.is_file()]
+    told = [path for path in told if home.encode() in path.read_bytes()]
+    # What the run is resumed by stays where it is.
+    assert [path.name for path in told] == ["fastdean_run.json"]
+    command = json.loads((out / "results.json").read_text("utf-8"))["command"]
+    assert "fastdean" in command
+
+
 def test_couple_takes_the_whole_unit_where_asked(place, tmp_path):
     for name in ("fairness", "privacy"):
         result = call(
@@ -510,7 +525,7 @@ def test_report_draws_again(run_folder, tmp_path):
     assert call("report", folder).exit_code == 0
     assert (folder / "report.html").read_text() == (run_folder / "report.html").read_text()
     (folder / "results.json").write_text("[1]")
-    refused(call("report", folder), "results must be a dict, got list")
+    refused(call("report", folder), "results.json' must hold an object, got [1]")
     refused(
         call("report", tmp_path / "no"), "got no such file; pass the results.json of a finished"
     )

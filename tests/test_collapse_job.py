@@ -189,7 +189,9 @@ def test_several_processes_are_refused(place, tmp_path, monkeypatch):
 def test_a_group_that_stands_twice_in_a_file_is_refused(place, tmp_path):
     words = tmp_path / "words.json"
     words.write_text('{"g": ["she", "he"], "g": ["man", "woman"]}', "utf-8")
-    refused(call({**place, "words": words}, tmp_path / "out"), "the group 'g' stands in it twice")
+    refused(
+        call({**place, "words": words}, tmp_path / "out"), "the name 'g' stands in one object twice"
+    )
 
 
 def test_a_control_measures_other_words(place, tmp_path):

@@ -17,7 +17,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Room -> the rooms it may import besides itself. "fastdean" is the package's own top: its version.
 MAY_IMPORT: dict[str, set[str]] = {
-    "_logging": set(),
+    "_logging": {"printable"},
     "provenance": set(),
     "declared": set(),
     "printable": set(),
@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "capture",
         "distributed",
         "model_state",
+        "printable",
         "provenance",
         "scores",
         "targets",

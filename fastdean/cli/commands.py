@@ -35,6 +35,7 @@ from fastdean.cli.options import (
     out_path,
 )
 from fastdean.cli.running import command, command_line, process_group, tell
+from fastdean.printable import one_line, printable
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault of FastDEAN, with a traceback; 2 the request cannot be carried "
@@ -204,6 +205,7 @@ def score(
     from fastdean.loading import load_model
     from fastdean.pipeline.rows import encode_rows, take_rows
     from fastdean.pipeline.run_folder import require_outside
+    from fastdean.provenance import public_source
     from fastdean.scores import check_keep_top
     from fastdean.scoring import score as score_model
 
@@ -239,7 +241,7 @@ def score(
         )
         if not ranks.first:
             return None
-        scores.manifest["data"]["sources"] = [data]
+        scores.manifest["data"]["sources"] = [public_source(data)]
         scores.manifest["model"]["revision"] = revision
         scores.save_pretrained(out, overwrite=overwrite)
     tell(f"{scores!r}\nwritten to {out}")
@@ -376,7 +378,7 @@ def patch(
         f"the copy is in {out}"
     )
     for name in result.unpatched_files:
-        tell(f"fastdean: {name} holds weights too and was copied unedited")
+        tell(f"fastdean: {one_line(name)} holds weights too and was copied unedited")
     return {
         "out": str(out),
         "values_edited": result.values_edited,
@@ -420,7 +422,7 @@ def info(as_json: Json = False) -> None:
     from fastdean.info import collect, render
 
     found = collect()
-    typer.echo(json.dumps(found, indent=2) if as_json else render(found))
+    typer.echo(printable(json.dumps(found, indent=2) if as_json else render(found)))
 
 
 def _run_job(job: Any, out: Path, overwrite: bool, quiet: bool) -> dict[str, Any] | None:
@@ -439,8 +441,8 @@ def _closing_text(results: dict[str, Any], out: Path) -> str:
 
     mask = NeuronMask.from_pretrained(out.expanduser() / "mask")
     lines = [str(mask.summary()), ""]
-    lines += [f"  {sentence}" for sentence in results["findings"]]
-    lines += [f"  Note: {warning}" for warning in results["warnings"]]
+    lines += [f"  {one_line(sentence)}" for sentence in results["findings"]]
+    lines += [f"  Note: {one_line(warning)}" for warning in results["warnings"]]
     lines += [
         "",
         f"  report  {out / 'report.html'}",

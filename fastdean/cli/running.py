@@ -16,6 +16,7 @@ from typing import Any
 import typer
 
 import fastdean
+from fastdean.printable import printable
 
 _PACKAGE = Path(fastdean.__file__).parent
 
@@ -34,7 +35,8 @@ def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[
                 with redirect_stdout(sys.stderr):
                     result = function(*args, **kwargs)
                 if kwargs.get("as_json") and result is not None:
-                    typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+                    text = json.dumps(result, indent=2, ensure_ascii=False, default=str)
+                    typer.echo(printable(text))
             except KeyboardInterrupt:
                 tell(f"fastdean: interrupted{kept}")
                 raise typer.Exit(130) from None
@@ -52,10 +54,10 @@ def _told(error: Exception) -> int:
     """Write an error to stderr, in one line where a user can mend it; returns the exit code."""
     code = 2 if _is_mendable(error) else 1
     if code == 1 or os.environ.get("FASTDEAN_VERBOSITY", "").lower() == "debug":
-        traceback.print_exception(error)
+        typer.echo(printable("".join(traceback.format_exception(error))), err=True, nl=False)
     who = "fastdean" if is_first_rank() else f"fastdean (rank {os.environ['RANK']})"
     text = " ".join(str(error).split()) or type(error).__name__
-    typer.echo(f"{who}: {text}", err=True)
+    typer.echo(f"{who}: {printable(text)}", err=True)
     return code
 
 
@@ -110,8 +112,9 @@ def is_first_rank() -> bool:
 
 
 def tell(text: str) -> None:
+    """Write lines of our own to stderr; names in them come through `one_line`."""
     if is_first_rank():
-        typer.echo(text, err=True)
+        typer.echo(printable(text), err=True)
 
 
 def command_line() -> str:

@@ -15,6 +15,7 @@ from fastdean.evaluation.bias import BiasResult
 from fastdean.evaluation.bootstrap import Interval, change_between
 from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.run_folder import RunFolder
+from fastdean.provenance import public_source
 
 
 def _winobias(model: nn.Module, tokenizer: Any, *source: str, **options: Any) -> Any:
@@ -109,7 +110,11 @@ def measure(
             kept = folder.figures(f"{state}-{number}-{name}", take, FIGURES)
         for title, figures in kept.items():
             # Two files of one measure have figures of the same name.
-            found[title if title not in found else f"{title} ({source})"] = figures
+            where = "its own data" if source is None else public_source(source)
+            for name in (title, f"{title} ({where})", f"{title} ({number + 1}: {where})"):
+                if name not in found:
+                    found[name] = figures
+                    break
     return found
 
 

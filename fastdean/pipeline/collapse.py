@@ -28,10 +28,11 @@ from fastdean.loading import load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.inputs import benchmark_digests, model_digest
+from fastdean.pipeline.published import published
 from fastdean.pipeline.results import plain
 from fastdean.pipeline.rows import encode_rows, take_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
-from fastdean.provenance import now, versions
+from fastdean.provenance import now, public_command, public_name, versions
 from fastdean.report import write_report
 from fastdean.storage import write_json_atomic
 
@@ -155,22 +156,23 @@ def run(
         found = bias.measure(
             model, tokenizer, job.bias, folder, "bias", costs, seed=job.seed, progress=progress
         )
+        told = published(job)
         results = plain(
             {
                 "title": "FastDEAN: neural collapse on chosen words",
                 "created": now(),
-                "command": command,
+                "command": public_command(command),
                 "versions": versions(),
                 "model": describe(job.model, model),
-                "data": {"text": {"source": job.text, "examples": len(encoded)}},
-                "options": asdict(job),
+                "data": {"text": {"source": told["text"], "examples": len(encoded)}},
+                "options": told,
                 "collapse": collapse_results(classes, {"measured": table}),
                 "bias": bias.results({"before": found}),
                 "findings": [collapse_sentence(classes, table), *bias.sentences(found)],
                 "warnings": cautions.about_classes(len(classes), table),
                 "cost": costs.steps,
                 "files": {"figures": RESULTS_FILE},
-                "manifest": {"job": asdict(job), "classes": classes.to_dict()},
+                "manifest": {"job": told, "classes": classes.to_dict()},
             }
         )
         write_json_atomic(folder.path / RESULTS_FILE, results)
@@ -279,7 +281,7 @@ def collapse_sentence(classes: CollapseClasses, table: Mapping[str, Any]) -> str
 
 def describe(name: str, model: nn.Module) -> dict[str, Any]:
     return {
-        "name": name,
+        "name": public_name(name),
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }

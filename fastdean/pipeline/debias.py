@@ -37,10 +37,11 @@ from fastdean.pipeline.collapse import (
 )
 from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.inputs import benchmark_digests, model_digest
+from fastdean.pipeline.published import published
 from fastdean.pipeline.results import plain
 from fastdean.pipeline.rows import NumberedRow, encode_rows, take_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
-from fastdean.provenance import now, versions
+from fastdean.provenance import now, public_command, public_name, public_source, versions
 from fastdean.report import write_report
 from fastdean.storage import write_json_atomic
 
@@ -333,21 +334,25 @@ def _collect(
     collapse = collapse_results(
         prepared.measured_classes, {state: found["collapse"] for state, found in states.items()}
     )
+    told = published(job)
     return plain(
         {
             "title": "FastDEAN: a debiased model, before and after",
             "created": now(),
-            "command": command,
+            "command": public_command(command),
             "versions": versions(),
             "model": describe(job.model, prepared.model),
             "data": {
-                "training": {"source": job.source, "examples": len(prepared.trained)},
+                "training": {
+                    "source": public_source(job.source),
+                    "examples": len(prepared.trained),
+                },
                 "measuring": {
-                    "source": job.text or f"{job.source}, other rows",
+                    "source": told["text"] or f"{public_source(job.source)}, other rows",
                     "examples": len(prepared.measured),
                 },
             },
-            "options": asdict(job),
+            "options": told,
             "collapse": collapse,
             "bias": table,
             "training": {
@@ -370,13 +375,13 @@ def _collect(
             ],
             "cost": costs.steps,
             "files": {"model": "model", "figures": RESULTS_FILE},
-            "manifest": {"job": asdict(job), "classes": prepared.classes.to_dict()},
+            "manifest": {"job": told, "classes": prepared.classes.to_dict()},
         }
     )
 
 
 def _regularised(job: DebiasJob, classes: CollapseClasses) -> str:
-    words = Path(job.words).name
+    words = public_source(job.words)
     kind = f"{job.control} control words of {words}" if job.control else f"words of {words}"
     return f"{len(classes)} {kind}"
 
@@ -388,8 +393,9 @@ def _collapse_change(job: DebiasJob, collapse: Mapping[str, Any]) -> str:
         trained = f"{job.method} without the regulariser"
     if None in values.values():
         return f"After {trained}, (U)NC3 could not be measured: too few classes in the text."
+    words = public_source(job.words)
     return (
-        f"After {trained}, the spread of the alignment of {job.words} words ((U)NC3, std, on text "
+        f"After {trained}, the spread of the alignment of {words} words ((U)NC3, std, on text "
         f"not trained on) is {values['after']:.4g}; it was {values['before']:.4g}."
     )
 
@@ -424,15 +430,15 @@ def _save(
     ]
     card = model_card(
         f"{Path(job.model).name}-{job.method}",
-        base_model=job.model,
+        base_model=public_name(job.model),
         method=job.method,
         strength=job.collapse_strength or None,
-        data=f"{job.source}, {len(prepared.trained)} rows",
+        data=f"{public_source(job.source)}, {len(prepared.trained)} rows",
         regularised=_regularised(job, prepared.classes),
-        command=command,
+        command=public_command(command),
         effects=effects,
     )
-    manifest = {"job": asdict(job), "classes": prepared.classes.to_dict()}
+    manifest = {"job": published(job), "classes": prepared.classes.to_dict()}
     with costs.step("save"):
         save_model(
             folder.model,

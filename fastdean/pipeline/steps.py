@@ -25,6 +25,7 @@ from fastdean.pipeline.job import DATA_SETS, Job
 from fastdean.pipeline.measuring import TOPICS, MeasuringSet, measure
 from fastdean.pipeline.rows import NumberedRow, SplitRows, encode_rows, split_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
+from fastdean.provenance import public_source
 from fastdean.report import write_report
 from fastdean.scores import Scores
 from fastdean.scoring import score
@@ -209,7 +210,7 @@ def _score(
             progress=progress,
             description=f"score {name}",
         )
-    scores.manifest["data"]["sources"] = [getattr(job, name)]
+    scores.manifest["data"]["sources"] = [public_source(getattr(job, name))]
     scores.manifest["model"]["revision"] = job.revision
     # A disk that is full on the first rank must not leave the others waiting for the next sum.
     with ranks.failing_together():
