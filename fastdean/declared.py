@@ -24,7 +24,8 @@ LARGEST = 2**63 - 1
 # Every float and integer that arithmetic on a few of them keeps finite.
 FINITE = 1e300
 _MOST_BYTES = 1 << 28
-_DEEPEST = 64
+# The manifests of masks that were combined lie in each other; far more than this stops Python.
+_DEEPEST = 300
 
 
 class Unfit(ValueError):
@@ -274,7 +275,8 @@ class Anything:
             )
         if isinstance(value, Mapping):
             for name, part in value.items():
-                Text().check(name, f"{where} (a name)")
+                if not isinstance(name, str):
+                    raise Misfit(where, "an object with names that are text", brief(name))
                 self._check(part, _inside(where, name, quoted=True), depth + 1)
         elif _is_list(value):
             for place, part in enumerate(value):
@@ -401,7 +403,8 @@ def read_text(file: Path, *, advice: str, most_bytes: int = _MOST_BYTES) -> str:
     try:
         # What is no file, such as a pipe, could be waited for without end.
         if not file.is_file():
-            what = "a folder" if file.is_dir() else "no such file"
+            what = "something else" if file.exists() else "no such file"
+            what = "a folder" if file.is_dir() else what
             raise Unfit(f"{str(file)!r} must be a file, got {what}; {advice}")
         if (size := file.stat().st_size) > most_bytes:
             expected = f"at most {most_bytes:,} bytes"

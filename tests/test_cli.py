@@ -302,7 +302,7 @@ def test_score_and_couple_give_the_mask_of_the_run(place, run_folder, tmp_path):
             "--examples", 5, "--keep-top", 0.05, "--quiet", "--json",
         )  # fmt: skip
         assert result.exit_code == 0
-        assert json.loads(result.stdout)["data"]["sources"] == [str(place[name])]
+        assert json.loads(result.stdout)["data"]["sources"] == [place[name].name]
     for folder in (tmp_path, run_folder / "scores"):
         result = call(
             "couple", "--first", folder / "fairness", "--second", folder / "privacy",
