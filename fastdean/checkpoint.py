@@ -7,7 +7,6 @@ copy, on a machine that could not load it.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastdean import storage
+from fastdean.declared import Anything, Exactly, Record, read_json
 from fastdean.masks import NeuronMask
 from fastdean.masks.entries import MaskEntry, same_bits, suppressed
 from fastdean.safetensors_files import (
@@ -468,7 +468,13 @@ def _manifest(
     The manifest of an earlier patch, which the copy brought along, is kept under "earlier".
     """
     earlier_file = source / PATCH_NAME
-    earlier = json.loads(earlier_file.read_text("utf-8")) if earlier_file.is_file() else None
+    earlier = None
+    if earlier_file.is_file():
+        earlier = read_json(
+            earlier_file,
+            Record({"kind": Exactly("patch")}, others=Anything()),
+            advice="remove it from the checkpoint if the checkpoint was not patched",
+        )
     return {
         "kind": "patch",
         "format_version": storage.FORMAT_VERSION,

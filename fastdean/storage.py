@@ -212,7 +212,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _check_config(folder: Path, config: Any, kind: str) -> None:
-    if not isinstance(config, dict) or "kind" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
         raise ValueError(
             f"{str(folder / CONFIG_NAME)!r} must say what the folder holds, got no 'kind'; "
             "pass the folder that save_pretrained made"

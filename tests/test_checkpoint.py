@@ -327,7 +327,7 @@ def test_source_that_is_no_checkpoint(tmp_path, simple):
         (lambda raw: b"", "must be a safetensors file, got something else"),
         (lambda raw: raw + b"x", "with bytes after its end"),
         (lambda raw: b"\xff" * 8 + raw[8:], "must be a safetensors file, got something else"),
-        (lambda raw: raw[:8] + b"[" + raw[9:], "a header that is not one"),
+        (lambda raw: raw[:8] + b"[" + raw[9:], "must hold a header in JSON, got something else"),
         (lambda raw: raw.replace(b"[4,6]", b"[4,7]"), "sizes contradict their shapes"),
     ],
     ids=["end", "header", "length", "empty", "longer", "foreign", "no_json", "sizes"],
@@ -339,6 +339,31 @@ def test_damaged_file_is_named(tmp_path, simple, damage, text):
     assert "model.safetensors" in refuse(source, mask, tmp_path / "out", text)
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"shape": [10**400]}, "shape.0. as a whole number of at least 0, got 1000"),
+        ({"shape": [2**62, 2**62]}, "tensors whose sizes contradict their shapes"),
+        ({"shape": [True]}, "shape.0. as a whole number of at least 0, got True"),
+        ({"shape": [-1]}, "shape.0. as a whole number of at least 0, got -1"),
+        ({"dtype": []}, "dtype as a text, got "),
+        ({"data_offsets": [0]}, "data_offsets as a list of 2, got "),
+        ({"data_offsets": [0, 10**30]}, "data_offsets.1. as a whole number of at least 0, got 100"),
+        ({"more": 1}, "an object of dtype, shape, data_offsets, got one with 'more'"),
+    ],
+)
+def test_a_header_that_claims_what_cannot_be_is_refused(tmp_path, simple, change, text):
+    source, _, mask = simple
+    file = source / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header[next(name for name in header if name != "__metadata__")].update(change)
+    edited = json.dumps(header).encode()
+    file.write_bytes(len(edited).to_bytes(8, "little") + edited + raw[8 + length :])
+    refuse(source, mask, tmp_path / "out", text)
+
+
 def test_index_that_cannot_be_followed(tmp_path, simple):
     source, _, mask = simple
     (source / "model.safetensors").rename(source / "shard.safetensors")
@@ -346,7 +371,10 @@ def test_index_that_cannot_be_followed(tmp_path, simple):
     for text, expected in [
         ('{"weight_map": {"h.0.weight": "gone.safetensors"}}', "hold 'gone.safetensors', got no s"),
         ('{"weight_map": {"h.0.weight": "../x.safetensors"}}', "files of its own folder"),
-        ("{}", "an index with a weight_map, got something else"),
+        ("{}", "index.json' must hold the field weight_map, got no such field; copy it again"),
+        ("[]", "index.json' must hold an object, got "),
+        ('{"weight_map": {"h.0.weight": []}}', "weight_map.'h.0.weight'. as a text, got "),
+        ("[" * 100_000, "index.json' must hold JSON, got something else"),
     ]:
         index.write_text(text)
         refuse(source, mask, tmp_path / "out", expected)

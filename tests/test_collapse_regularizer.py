@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import pickle
+import re
 import weakref
 
 import pytest
@@ -489,9 +490,68 @@ def test_a_schedule_is_known_by_the_factors_of_the_steps_done():
 def test_a_state_of_something_else_is_refused():
     regularizer = CollapseRegularizer(llama(), some_classes(), 1.0)
     with pytest.raises(
-        ValueError, match="stored must be what state_dict.. gave, got none of factor"
+        ValueError, match="'stored' must hold the field step, got no such field; save the whole"
     ):
         regularizer.load_state_dict(CollapseState(len(IDS), 32).state_dict())
+
+
+def _filled(tensor, value):
+    tensor = tensor.clone()
+    tensor.view(-1)[0] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda s: {"factors": [[0, 10**15, 1.0]]}, "factors[0][1] as a whole number from 0 to"),
+        (lambda s: {"factors": [[0, 10**12, 1.0]]}, "factors as runs of at most the 2 steps done"),
+        (lambda s: {"factors": [[1, 0, 1.0]]}, "factors[0] as a run forward, got 1 to 0"),
+        (lambda s: {"factors": [[0, 1]]}, "factors[0] as a list of 3, got [0, 1]"),
+        (lambda s: {"factors": [[0, 1, float("nan")]]}, "factors[0][2] as a finite number, got n"),
+        (lambda s: {"factors": None}, "factors as a list, got None"),
+        (lambda s: {"of": []}, "of as an object, got []"),
+        (lambda s: {"step": True}, "step as a whole number from 0 to 1099511627776, got True"),
+        (lambda s: {"step": 10**400}, "step as a whole number from 0 to 1099511627776, got 1000"),
+        (lambda s: {"sums": _filled(s["sums"], float("nan"))}, "sums as finite numbers, got nan"),
+        (lambda s: {"counts": _filled(s["counts"], float("inf"))}, "counts as finite numbers, go"),
+        (lambda s: {"counts": _filled(s["counts"], -1.0)}, "counts as numbers of at least 0, got"),
+        (lambda s: {"counts": s["counts"].float()}, "counts as torch.float64 ["),
+        (lambda s: {"sums": [0.0]}, "sums as a tensor in torch.float32 or torch.float64, got [0"),
+        (lambda s: {"decay": "1"}, "decay as a finite number at least 0 and at most 1, got '1'"),
+        (lambda s: {"mode": ["window"]}, "mode as 'cumulative' or 'window' or 'batch', got ['w"),
+    ],
+)
+@pytest.mark.parametrize("schedule", [None, lambda step: 1.0])
+def test_a_damaged_state_is_refused_in_one_line_and_at_once(damage, text, schedule):
+    model = llama().train()
+    regularizer = CollapseRegularizer(model, some_classes(), 1.0, schedule=schedule)
+    for batch in rich_batches(2):
+        model(**batch)
+    stored = regularizer.state_dict()
+    before = regularizer.state.counts.clone()
+    with pytest.raises(ValueError, match=re.escape(f"'stored' must hold {text}")) as caught:
+        regularizer.load_state_dict(stored | damage(stored))
+    assert len(str(caught.value).splitlines()) == 1
+    assert regularizer.step == 2 and torch.equal(regularizer.state.counts, before)
+
+
+def test_a_schedule_is_asked_for_few_of_very_many_steps():
+    asked = []
+    regularizer = CollapseRegularizer(
+        llama(), some_classes(), 1.0, schedule=lambda step: asked.append(step) or 1.0
+    )
+    stored = regularizer.state_dict() | {"step": 10**12, "factors": [[0, 10**12 - 1, 1.0]]}
+    regularizer.load_state_dict(stored)
+    assert {0, 10**12 - 1} <= set(asked) and 100_000 <= len(asked) <= 100_002
+
+
+def test_a_schedule_that_ends_before_the_steps_done_is_another():
+    table = [1.0, 1.0]
+    regularizer = CollapseRegularizer(llama(), some_classes(), 1.0, schedule=table.__getitem__)
+    stored = regularizer.state_dict() | {"step": 5, "factors": [[0, 4, 1.0]]}
+    with pytest.raises(ValueError, match="regulariser with the same schedule, got another"):
+        regularizer.load_state_dict(stored)
 
 
 REFUSED = [

@@ -18,6 +18,7 @@ import typer
 
 import fastdean
 from fastdean.cli.terminal import shows_everything
+from fastdean.printable import printable
 
 _PACKAGE = Path(fastdean.__file__).parent
 
@@ -46,7 +47,7 @@ def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[
                 with redirect_stdout(sys.stderr):
                     result = function(*args, **kwargs)
                 if kwargs.get("as_json") and result is not None:
-                    typer.echo(_json(result))
+                    typer.echo(printable(_json(result)))
             except Terminated:
                 tell(f"fastdean: terminated{kept}")
                 raise typer.Exit(143) from None
@@ -73,10 +74,10 @@ def _told(error: Exception) -> int:
     """Write an error to stderr, in one line where a user can mend it; returns the exit code."""
     code = 2 if _is_mendable(error) else 1
     if code == 1 or os.environ.get("FASTDEAN_VERBOSITY", "").lower() == "debug":
-        traceback.print_exception(error)
+        typer.echo(printable("".join(traceback.format_exception(error))), err=True, nl=False)
     who = "fastdean" if is_first_rank() else f"fastdean (rank {os.environ['RANK']})"
     text = " ".join(str(error).split()) or type(error).__name__
-    typer.echo(f"{who}: {text}", err=True)
+    typer.echo(f"{who}: {printable(text)}", err=True)
     return code
 
 
@@ -131,8 +132,9 @@ def is_first_rank() -> bool:
 
 
 def tell(text: str) -> None:
+    """Write lines of our own to stderr; names in them come through `one_line`."""
     if is_first_rank():
-        typer.echo(text, err=True)
+        typer.echo(printable(text), err=True)
 
 
 def command_line() -> str:

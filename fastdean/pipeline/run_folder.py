@@ -17,7 +17,6 @@ not write (refused).
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,19 @@ from typing import Any
 
 from fastdean._logging import logger
 from fastdean.debias.saving import is_saved_model
+from fastdean.declared import (
+    Anything,
+    Exactly,
+    Flag,
+    Kind,
+    Maps,
+    Maybe,
+    Record,
+    Text,
+    Whole,
+    read_json,
+    require,
+)
 from fastdean.provenance import versions
 from fastdean.storage import holds_only, real_place, write_json_atomic
 
@@ -42,6 +54,15 @@ _FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
 _LEFTOVER = ".*.tmp"
 # 2: intervals that are Student's or exact, with the values they were made of.
 _STEP_FORMAT = 2
+# What a run file holds.
+_RUN = Record(
+    {
+        "job": Maps(Anything()),
+        "inputs": Maps(Maybe(Text(longest=1000))),
+        "finished": Flag(),
+        "versions": Maps(Text(longest=1000)),
+    }
+)
 
 
 @dataclass
@@ -84,7 +105,9 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
-    def figures(self, step: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def figures(
+        self, step: str, measure: Callable[[], dict[str, Any]], kind: Kind
+    ) -> dict[str, Any]:
         """The figures of a step: those that an earlier call of the job kept, or `measure()`.
 
         Figures of an older format were computed by other rules: they are taken anew, so that no
@@ -92,11 +115,12 @@ class RunFolder:
 
         Args:
             measure: returns what JSON can hold.
+            kind: what its figures look like.
         Raises:
             ValueError: the file of the step holds anything but its figures.
         """
         file = self.path / "steps" / f"{step}.json"
-        kept = _kept_figures(file, step) if file.exists() else None
+        kept = _kept_figures(file, step, kind) if file.exists() else None
         if kept is not None:
             return kept
         found = measure()
@@ -199,14 +223,11 @@ class RunFolder:
         )
 
     def _state(self) -> dict[str, Any] | None:
-        try:
-            state = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        """What the run file says, None where there is none; ValueError for a damaged one."""
+        file = self.path / RUN_FILE
+        if not file.exists():
             return None
-        parts = {"job", "inputs", "finished", "versions"}
-        if not isinstance(state, dict) or not parts <= state.keys():
-            return None
-        return state if all(isinstance(state[n], dict) for n in ("inputs", "versions")) else None
+        return read_json(file, _RUN, advice="choose another folder, or delete this one")
 
     def _mark(self, finished: bool) -> None:
         write_json_atomic(
@@ -242,25 +263,18 @@ def check_place(path: Path, name: str) -> None:
         )
 
 
-def _kept_figures(file: Path, step: str) -> dict[str, Any] | None:
+def _kept_figures(file: Path, step: str, kind: Kind) -> dict[str, Any] | None:
     """What `RunFolder.figures` wrote for a step; None of an older format.
 
     Raises:
         ValueError: the file holds anything else.
     """
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        kept = None
-    whole = isinstance(kept, dict) and kept.get("step") == step
-    if whole and kept.get("format") in range(1, _STEP_FORMAT):
+    advice = "delete the file, and its figures are taken again"
+    whole = Record({"format": Whole(1, _STEP_FORMAT), "step": Exactly(step), "figures": Anything()})
+    kept = read_json(file, whole, advice=advice)
+    if kept["format"] < _STEP_FORMAT:
         return None
-    whole = whole and kept.get("format") == _STEP_FORMAT
-    if not whole or not isinstance(kept.get("figures"), dict):
-        raise ValueError(
-            f"steps must hold the figures of {step!r} as they were written, got the damaged file "
-            f"{str(file)!r}; delete it, and they are taken again"
-        )
+    require(kept["figures"], kind, file, where="figures", advice=advice)
     return kept["figures"]
 
 
@@ -289,11 +303,12 @@ def _is_part(path: Path, room: str) -> bool:
 
 def _is_step(path: Path) -> bool:
     """Whether `path` is a file that `RunFolder.figures` wrote under that name."""
+    step = Record({"format": Whole(), "step": Exactly(path.stem), "figures": Anything()})
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        read_json(path, step, advice="")
+    except (OSError, ValueError):
         return False
-    return isinstance(kept, dict) and path.name == f"{kept.get('step')}.json" and "format" in kept
+    return path.suffix == ".json"
 
 
 def _remove_run(folder: Path) -> None:
