@@ -26,11 +26,12 @@ import fastdean
 from fastdean.atomic import (
     flush,
     flush_behind,
+    is_temporary,
     real_place,
     write_json_atomic,
     write_text_atomic,
 )
-from fastdean.folders import check_free, new_folder, put_back
+from fastdean.folders import check_free, is_empty, new_folder, put_back, remove_folder
 from fastdean.hub import push_folder, resolve
 from fastdean.inventory import file_digest, holds_only_listed, json_digest, listed
 from fastdean.layout import CONFIG_NAME, holds_only, is_ours, one_line, read_json
@@ -42,12 +43,15 @@ __all__ = [
     "flush_behind",
     "holds_only",
     "holds_only_listed",
+    "is_empty",
+    "is_temporary",
     "json_digest",
     "listed",
     "new_folder",
     "push_folder",
     "read_folder",
     "real_place",
+    "remove_folder",
     "resolve",
     "write_folder",
     "write_json_atomic",
