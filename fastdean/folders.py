@@ -137,6 +137,11 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(temporary)
 
 
+def sweep(target: Path) -> None:
+    """Remove what killed processes left beside `target` of writing or removing it."""
+    _sweep(target, inside=False)
+
+
 def _discard(folder: Path) -> None:
     """Delete as much as there are permissions for; what remains does no harm."""
     with suppress(OSError):

@@ -31,7 +31,7 @@ from fastdean.atomic import (
     write_json_atomic,
     write_text_atomic,
 )
-from fastdean.folders import check_free, is_empty, new_folder, put_back, remove_folder
+from fastdean.folders import check_free, is_empty, new_folder, put_back, remove_folder, sweep
 from fastdean.hub import push_folder, resolve
 from fastdean.inventory import file_digest, holds_only_listed, json_digest, listed
 from fastdean.layout import CONFIG_NAME, holds_only, is_ours, one_line, read_json
@@ -53,6 +53,7 @@ __all__ = [
     "real_place",
     "remove_folder",
     "resolve",
+    "sweep",
     "write_folder",
     "write_json_atomic",
     "write_text_atomic",

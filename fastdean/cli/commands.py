@@ -533,10 +533,10 @@ def _bytes(gigabytes: float | None) -> int | None:
 def _require_free(out: Path, overwrite: bool, kind: str | None) -> None:
     """Before the work, not after: the folder is free, or holds nothing but an earlier `kind`."""
     from fastdean.pipeline.run_folder import check_place
-    from fastdean.storage import check_free, holds_only
+    from fastdean.storage import check_free, holds_only, is_empty, real_place
 
     check_place(out, "out")
-    if not overwrite and out.exists() and any(out.iterdir()):
+    if not overwrite and out.exists() and not is_empty(real_place(out, "out")):
         way_out = " or pass --overwrite" if kind else ""
         raise ValueError(
             f"out must be a new or empty folder, got {str(out)!r}, which has files in it; choose "

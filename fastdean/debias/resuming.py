@@ -10,7 +10,6 @@ neither read nor changed.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,14 @@ from typing import Any
 from torch import Tensor
 
 from fastdean._logging import logger
-from fastdean.storage import holds_only, read_folder, write_folder
+from fastdean.storage import (
+    holds_only,
+    is_temporary,
+    read_folder,
+    remove_folder,
+    sweep,
+    write_folder,
+)
 
 KIND = "training"
 _PREFIX = "checkpoint-"
@@ -98,7 +104,11 @@ class Checkpoints:
         )
         for folder in before:
             if folder.resolve() != written:
-                shutil.rmtree(folder)
+                remove_folder(folder)
+        # Of a checkpoint whose writing or removal a kill cut short.
+        for left in self._folder.glob(f".{_PREFIX}*"):
+            if is_temporary(left.name):
+                sweep(self._folder / left.name[1:].rsplit(".", 2)[0])
 
     def _stored(self) -> list[Path]:
         """The folders of the checkpoints, the last one last."""
