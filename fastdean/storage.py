@@ -34,7 +34,7 @@ from fastdean.atomic import (
 from fastdean.folders import check_free, is_empty, new_folder, put_back, remove_folder, sweep
 from fastdean.hub import push_folder, resolve
 from fastdean.inventory import file_digest, holds_only_listed, json_digest, listed
-from fastdean.layout import CONFIG_NAME, holds_only, is_ours, one_line, read_json
+from fastdean.layout import CONFIG_NAME, holds_only, is_ours, lies_in, one_line, read_json
 
 __all__ = [
     "CONFIG_NAME",
@@ -46,6 +46,7 @@ __all__ = [
     "is_empty",
     "is_temporary",
     "json_digest",
+    "lies_in",
     "listed",
     "new_folder",
     "push_folder",
