@@ -41,9 +41,9 @@ from fastdean.cli.running import command, command_line, is_first_rank, process_g
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault of FastDEAN, with a traceback; 2 the request cannot be carried "
-    "out as given, one line on stderr says why; 130 interrupted; 143 terminated. "
-    "FASTDEAN_VERBOSITY (debug, info, "
-    "warning, error) sets what is told on stderr; debug shows the traceback of every error."
+    "out as given, one line on stderr says why; 129 terminal closed; 130 interrupted; 143 "
+    "terminated. FASTDEAN_VERBOSITY (debug, info, warning, error) sets what is told on stderr; "
+    "debug shows the traceback of every error."
 )
 
 app = typer.Typer(
