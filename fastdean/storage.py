@@ -62,6 +62,7 @@ __all__ = [
 
 # 2: the configuration lists digests. Folders of version 1 are read without them.
 FORMAT_VERSION = 2
+_READS = 3
 _RESERVED = ("kind", "format_version", "fastdean_version", "sha256", "config_sha256")
 
 
@@ -122,13 +123,36 @@ def write_folder(
 def read_folder(path: str | os.PathLike, *, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration (as it was given to `write_folder`) and the tensors, on the CPU.
 
+    Of a folder that is replaced meanwhile, either the old content or the new.
+
     Raises:
         ValueError: no such folder, not a folder of FastDEAN, another kind, a newer format, or a
             file that is missing, truncated, foreign or not as it was written; the text names the
             file.
     """
     folder = Path(path).expanduser()
-    put_back(folder)
+    for _ in range(_READS):
+        put_back(folder)
+        found = _identity(folder)
+        try:
+            return _read(folder, kind)
+        except (ValueError, OSError):
+            # What was read may be half of the one and half of the other.
+            if _identity(folder) == found:
+                raise
+    return _read(folder, kind)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from the one that takes its place."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _read(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not folder.is_dir():
         raise ValueError(
             f"path must be a folder written by FastDEAN, got {str(folder)!r}, which is not a "

@@ -421,6 +421,25 @@ def test_every_flipped_bit_is_found(tmp_path):
         file.write_bytes(whole)
 
 
+def test_a_reader_gets_the_old_or_the_new_of_a_folder_that_is_replaced(tmp_path, monkeypatch):
+    path = _write(tmp_path / "m")
+    real, reads = storage._read_shard, []
+
+    def read_shard(*arguments):
+        reads.append(arguments)
+        if len(reads) == 1:
+            with monkeypatch.context() as undone:
+                undone.setattr(storage, "_read_shard", real)
+                storage.write_folder(
+                    path, {"n": 1}, {"t": torch.zeros(3)}, kind="mask", overwrite=True
+                )
+        return real(*arguments)
+
+    monkeypatch.setattr(storage, "_read_shard", read_shard)
+    config, tensors = storage.read_folder(path, kind="mask")
+    assert config["n"] == 1 and not tensors["t"].any()
+
+
 def test_folders_of_the_version_before_are_read_and_replaced(tmp_path):
     path = _write(tmp_path / "m")
     config = json.loads((path / "fastdean_config.json").read_text())
