@@ -112,17 +112,38 @@ def put_back(path: Path, name: str = "path") -> None:
         ValueError: a living process is between the two steps.
     """
     target = real_place(path, name)
-    if target.exists() or not _before(target).is_dir():
-        return
-    handle = _locked(_before(target), even_without_locks=True)
-    if handle is None:
-        raise ValueError(
-            f"{name} must not be in use, got {str(target)!r}, which another process is replacing; "
-            "try again"
-        )
+    for _ in range(_TRIES):
+        if target.exists() or not _before(target).is_dir():
+            return
+        handle = _locked(_before(target), even_without_locks=True)
+        if handle is not None:
+            try:
+                with suppress(FileNotFoundError):
+                    os.rename(_before(target), target)
+            finally:
+                os.close(handle)
+            return
+        time.sleep(_PAUSE_SECONDS)
+    raise ValueError(
+        f"{name} must not be in use, got {str(target)!r}, which another process is replacing; "
+        "try again"
+    )
+
+
+@contextmanager
+def standing(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether what stands at `folder` is still the same folder.
+
+    It is held open meanwhile, so that none that comes later is taken for it.
+    """
     try:
-        with suppress(FileNotFoundError):
-            os.rename(_before(target), target)
+        # Only to know it again: what is in it need not be listed.
+        handle = os.open(folder, getattr(os, "O_PATH", os.O_RDONLY))
+    except OSError:
+        yield lambda: not folder.exists() and not _before(real_place(folder, "path")).exists()
+        return
+    try:
+        yield lambda: _is_held(folder, handle)
     finally:
         os.close(handle)
 
@@ -444,9 +465,17 @@ def _replace_in_two_steps(
             require(before)
             os.rename(temporary, target)
         except BaseException as error:
-            # Gone: on a file system without locks a reader has put it back.
-            with suppress(FileNotFoundError):
+            try:
                 os.rename(before, target)
+            except FileNotFoundError:
+                # On a file system without locks a reader has put it back.
+                pass
+            except OSError as taken:
+                if taken.errno not in _FILLED:
+                    raise
+                # Another process has put its own folder there, which replaces the old one.
+                require(before)
+                _discard_before(target)
             if isinstance(error, OSError) and error.errno in _FILLED:
                 return False
             raise

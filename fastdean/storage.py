@@ -31,7 +31,15 @@ from fastdean.atomic import (
     write_json_atomic,
     write_text_atomic,
 )
-from fastdean.folders import check_free, is_empty, new_folder, put_back, remove_folder, sweep
+from fastdean.folders import (
+    check_free,
+    is_empty,
+    new_folder,
+    put_back,
+    remove_folder,
+    standing,
+    sweep,
+)
 from fastdean.hub import push_folder, resolve
 from fastdean.inventory import file_digest, holds_only_listed, json_digest, listed
 from fastdean.layout import CONFIG_NAME, holds_only, is_ours, lies_in, one_line, read_json
@@ -62,7 +70,7 @@ __all__ = [
 
 # 2: the configuration lists digests. Folders of version 1 are read without them.
 FORMAT_VERSION = 2
-_READS = 3
+_READS = 50
 _RESERVED = ("kind", "format_version", "fastdean_version", "sha256", "config_sha256")
 
 
@@ -133,23 +141,17 @@ def read_folder(path: str | os.PathLike, *, kind: str) -> tuple[dict[str, Any], 
     folder = Path(path).expanduser()
     for _ in range(_READS):
         put_back(folder)
-        found = _identity(folder)
-        try:
-            return _read(folder, kind)
-        except (ValueError, OSError):
-            # What was read may be half of the one and half of the other.
-            if _identity(folder) == found:
-                raise
+        with standing(folder) as still_there:
+            try:
+                found = _read(folder, kind)
+            except (ValueError, OSError, RuntimeError):
+                # What was read may be half of the one and half of the other.
+                if still_there():
+                    raise
+                continue
+            if still_there():
+                return found
     return _read(folder, kind)
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from the one that takes its place."""
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _read(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -421,23 +421,55 @@ def test_every_flipped_bit_is_found(tmp_path):
         file.write_bytes(whole)
 
 
-def test_a_reader_gets_the_old_or_the_new_of_a_folder_that_is_replaced(tmp_path, monkeypatch):
-    path = _write(tmp_path / "m")
+@pytest.mark.parametrize("last", [1, 0], ids=["once", "there_and_back"])
+def test_a_reader_gets_the_old_or_the_new_of_a_folder_that_is_replaced(tmp_path, monkeypatch, last):
+    def write(number):
+        tensors = {"t": torch.full((3,), float(number))}
+        storage.write_folder(path, {"n": number}, tensors, kind="mask", overwrite=True)
+
+    path = tmp_path / "m"
+    write(0)
     real, reads = storage._read_shard, []
 
     def read_shard(*arguments):
         reads.append(arguments)
-        if len(reads) == 1:
-            with monkeypatch.context() as undone:
-                undone.setattr(storage, "_read_shard", real)
-                storage.write_folder(
-                    path, {"n": 1}, {"t": torch.zeros(3)}, kind="mask", overwrite=True
-                )
-        return real(*arguments)
+        if len(reads) > 1:
+            return real(*arguments)
+        with monkeypatch.context() as undone:
+            undone.setattr(storage, "_read_shard", real)
+            write(1)
+            found = real(*arguments)
+            write(last)
+        return found
 
     monkeypatch.setattr(storage, "_read_shard", read_shard)
     config, tensors = storage.read_folder(path, kind="mask")
-    assert config["n"] == 1 and not tensors["t"].any()
+    assert config["n"] == last and tensors["t"].tolist() == [last] * 3
+
+
+def test_a_third_that_comes_between_the_two_steps_is_replaced_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+    path, other = _write(tmp_path / "m"), _write(tmp_path / "other", 2)
+    real = os.rename
+
+    def rename(one, to):
+        real(one, to)
+        if one == path and other.exists():
+            real(other, path)
+
+    monkeypatch.setattr(os, "rename", rename)
+    _write(path, 1, overwrite=True)
+    assert _number(path) == 1 and _names(tmp_path) == ["m"]
+
+
+def test_a_reader_waits_while_another_process_is_between_the_two_steps(tmp_path, monkeypatch):
+    path = _write(tmp_path / "m")
+    before = path.rename(tmp_path / ".m.before")
+    handle = os.open(before, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    monkeypatch.setattr(folders.time, "sleep", lambda seconds: before.rename(path))
+    assert _number(path) == 0
+    os.close(handle)
 
 
 def test_folders_of_the_version_before_are_read_and_replaced(tmp_path):
