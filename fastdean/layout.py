@@ -42,6 +42,19 @@ def holds_only(folder: Path, kind: str) -> bool:
     return holds_only_listed(folder, CONFIG_NAME)
 
 
+def lies_in(file: Path, folder: Path) -> bool:
+    """Whether `file`, links followed, is part of `folder`, which is given without links.
+
+    In the hub's cache, models--owner--name/snapshots/<commit>/ consists of links to
+    models--owner--name/blobs/.
+    """
+    real = file.resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parent.parent / "blobs")
+    return any(real == home or home in real.parents for home in homes)
+
+
 def one_line(error: BaseException) -> str:
     """An error's text without its line breaks, to be quoted in another error."""
     return " ".join(str(error).split()) or type(error).__name__

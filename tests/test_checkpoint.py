@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -478,6 +479,48 @@ def test_a_link_that_leads_in_a_circle_is_named(tmp_path, simple, where):
     text = "source must hold no link to a folder that it is copied from"
     text = refuse(source, mask, out, text, follow_links=True)
     assert "link" in text and "remove the link" in text
+
+
+def test_a_link_to_itself_is_named(tmp_path, simple):
+    source, _, mask = simple
+    (source / "link").symlink_to("link")
+    refuse(source, mask, tmp_path / "out", "no link that leads back to itself, got .*/link'")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pipe"])
+def test_a_pipe_is_refused_before_anything_waits_for_it(tmp_path, simple, name):
+    source, _, mask = simple
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    with pytest.raises(ValueError, match=f"files and folders only, got .*/{name}', a device, pipe"):
+        fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+
+
+def test_every_file_is_read_twice_and_listed(tmp_path, simple, monkeypatch):
+    source, _, mask = simple
+    (source / "inner").mkdir()
+    (source / "inner" / "notes.txt").write_text("notes")
+    monkeypatch.setattr(checkpoint.storage, "listed", None)
+    out = fastdean.patch_checkpoint(source, mask, tmp_path / "out").out
+    manifest = json.loads((out / "fastdean_patch.json").read_text())
+    files = {name: raw for name, raw in contents(out).items() if name != "fastdean_patch.json"}
+    assert manifest["sha256"] == {
+        name: hashlib.sha256(raw).hexdigest() for name, raw in sorted(files.items())
+    }
+
+
+def test_nothing_private_is_open_to_others_while_it_is_copied(tmp_path, simple, monkeypatch):
+    source, _, mask = simple
+    (source / "model.safetensors").chmod(0o600)
+    seen, real = [], shutil.copyfile
+
+    def copyfile(file, target):
+        seen.append(target.parent.stat().st_mode & 0o077)
+        return real(file, target)
+
+    monkeypatch.setattr(checkpoint.shutil, "copyfile", copyfile)
+    fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    assert set(seen) == {0}
 
 
 @pytest.mark.parametrize("inside", ["", "inner/"], ids=["file", "folder"])

@@ -535,12 +535,20 @@ def test_a_report_replaces_an_earlier_one_and_no_other_file(run_folder, tmp_path
     assert mine.read_text() == "<!DOCTYPE html><p>mine</p>"
 
 
-def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path):
-    code = """
+@pytest.mark.parametrize(
+    "ignored, number, exit_code",
+    [("SIGUSR1", "SIGTERM", 143), ("SIGUSR1", "SIGHUP", 129), ("SIGHUP", "SIGHUP", 0)],
+    ids=["terminated", "terminal_closed", "nohup"],
+)
+def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path, ignored, number, exit_code):
+    code = f"""
         import os, signal, sys
         from fastdean import checkpoint, cli
-        def edit_file(*_):
-            os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.{ignored}, signal.SIG_IGN)
+        edit = checkpoint._edit_file
+        def edit_file(*arguments):
+            os.kill(os.getpid(), signal.{number})
+            edit(*arguments)
         checkpoint._edit_file = edit_file
         sys.argv = ["fastdean", *sys.argv[1:]]
         cli.main()
@@ -552,9 +560,10 @@ def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 143, done.stderr
-    assert done.stderr.splitlines()[-1] == "fastdean: terminated"
-    assert list(tmp_path.iterdir()) == []
+    assert done.returncode == exit_code, done.stderr
+    if exit_code:
+        assert done.stderr.splitlines()[-1] == "fastdean: terminated"
+    assert [path.name for path in tmp_path.iterdir()] == ([] if exit_code else ["out"])
 
 
 def test_report_draws_again(run_folder, tmp_path):

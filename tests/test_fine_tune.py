@@ -468,13 +468,28 @@ def test_checkpoints_leave_other_files_and_half_written_ones_alone(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+def test_a_checkpoint_that_was_half_removed_is_swept(tmp_path, monkeypatch):
+    from fastdean import folders
+
+    def crash(folder):
+        next(folder.iterdir()).unlink()
+        raise Stop
+
+    monkeypatch.setattr(folders.shutil, "rmtree", crash)
+    with pytest.raises(Stop):
+        train(CAUSAL(), steps=3, save_every=1, out=tmp_path)
+    monkeypatch.undo()
+    train(CAUSAL(), steps=3, save_every=1, out=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000003"]
+
+
 def test_a_crash_between_two_checkpoints_leaves_the_later_one(tmp_path, monkeypatch):
     from fastdean.debias import resuming
 
     def crash(folder):
         raise Stop
 
-    monkeypatch.setattr(resuming.shutil, "rmtree", crash)
+    monkeypatch.setattr(resuming, "remove_folder", crash)
     with pytest.raises(Stop):
         train(CAUSAL(), steps=4, save_every=1, out=tmp_path)
     monkeypatch.undo()

@@ -42,9 +42,9 @@ from fastdean.printable import one_line, printable
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault of FastDEAN, with a traceback; 2 the request cannot be carried "
-    "out as given, one line on stderr says why; 130 interrupted; 143 terminated. "
-    "FASTDEAN_VERBOSITY (debug, info, "
-    "warning, error) sets what is told on stderr; debug shows the traceback of every error."
+    "out as given, one line on stderr says why; 129 terminal closed; 130 interrupted; 143 "
+    "terminated. FASTDEAN_VERBOSITY (debug, info, warning, error) sets what is told on stderr; "
+    "debug shows the traceback of every error."
 )
 
 app = typer.Typer(
@@ -530,10 +530,10 @@ def _bytes(gigabytes: float | None) -> int | None:
 def _require_free(out: Path, overwrite: bool, kind: str | None) -> None:
     """Before the work, not after: the folder is free, or holds nothing but an earlier `kind`."""
     from fastdean.pipeline.run_folder import check_place
-    from fastdean.storage import check_free, holds_only
+    from fastdean.storage import check_free, holds_only, is_empty, real_place
 
     check_place(out, "out")
-    if not overwrite and out.exists() and any(out.iterdir()):
+    if not overwrite and out.exists() and not is_empty(real_place(out, "out")):
         way_out = " or pass --overwrite" if kind else ""
         raise ValueError(
             f"out must be a new or empty folder, got {str(out)!r}, which has files in it; choose "

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,29 @@ _PACKAGE = Path(fastdean.__file__).parent
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as schedulers send it before they kill: undone and tidied up like an interrupt."""
+    """SIGTERM, as schedulers send it before they kill, or SIGHUP, when the terminal is closed.
+
+    Undone and tidied up like an interrupt.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
-def terminate(*_: object) -> None:
+def terminate_on_signals() -> None:
+    """Have SIGTERM and SIGHUP raise `Terminated`, SIGHUP unless nohup has it ignored."""
+    signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _terminate)
+
+
+def _terminate(number: int, _: object) -> None:
     """The signal handler; a second signal does not disturb the tidying up."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    raise Terminated(number)
 
 
 def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -48,9 +64,11 @@ def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[
                     result = function(*args, **kwargs)
                 if kwargs.get("as_json") and result is not None:
                     typer.echo(printable(_json(result)))
-            except Terminated:
-                tell(f"fastdean: terminated{kept}")
-                raise typer.Exit(143) from None
+            except Terminated as terminated:
+                # Nobody hears it where the terminal is gone.
+                with suppress(OSError):
+                    tell(f"fastdean: terminated{kept}")
+                raise typer.Exit(terminated.exit_code) from None
             except KeyboardInterrupt:
                 tell(f"fastdean: interrupted{kept}")
                 raise typer.Exit(130) from None

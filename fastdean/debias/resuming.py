@@ -12,7 +12,6 @@ read nor changed.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +36,14 @@ from fastdean.declared import (
     unfit,
 )
 from fastdean.layout import is_ours
-from fastdean.storage import CONFIG_NAME, read_folder, write_folder
+from fastdean.storage import (
+    CONFIG_NAME,
+    is_temporary,
+    read_folder,
+    remove_folder,
+    sweep,
+    write_folder,
+)
 
 KIND = "training"
 _PREFIX = "checkpoint-"
@@ -171,13 +177,17 @@ class Checkpoints:
         if place in self._damaged:
             # Nothing else would make room for it: it may not even say any more whose it is.
             self._damaged.remove(place)
-            shutil.rmtree(place)
+            remove_folder(place)
         before = [folder for folder in self._stored() if folder not in self._damaged]
         written = write_folder(place, config, tensors, kind=KIND, overwrite=True)
         others = [folder for folder in before if folder.resolve() != written]
         for folder in [*self._damaged, *(others if last else others[:-1])]:
-            shutil.rmtree(folder)
+            remove_folder(folder)
         self._damaged = []
+        # Of a checkpoint whose writing or removal a kill cut short.
+        for left in self._folder.glob(f".{_PREFIX}*"):
+            if is_temporary(left.name):
+                sweep(self._folder / left.name[1:].rsplit(".", 2)[0])
 
     def _stored(self) -> list[Path]:
         """The folders of the checkpoints, the last one last; whole or not."""

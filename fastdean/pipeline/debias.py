@@ -6,8 +6,8 @@ the model, an ordinary Hugging Face folder. The same job goes on where it was in
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from fastdean.pipeline.rows import NumberedRow, encode_rows, take_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
 from fastdean.provenance import now, public_command, public_name, public_source, versions
 from fastdean.report import write_report
-from fastdean.storage import write_json_atomic
+from fastdean.storage import remove_folder, write_json_atomic
 
 # Of the rows, for the metrics; none of them is trained on.
 _MEASURED = 0.25
@@ -178,7 +178,8 @@ def run(
         write_report(found, folder.path / REPORT_FILE)
         folder.finish()
         # Three times the model in size, and of no use once the model is saved.
-        shutil.rmtree(folder.training, ignore_errors=True)
+        with suppress(OSError):
+            remove_folder(folder.training)
         return found
     except BaseException:
         folder.release_if_empty()

@@ -22,7 +22,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,13 @@ from fastdean.declared import (
     require,
 )
 from fastdean.provenance import versions
-from fastdean.storage import holds_only, real_place, write_json_atomic
+from fastdean.storage import (
+    holds_only,
+    is_temporary,
+    real_place,
+    remove_folder,
+    write_json_atomic,
+)
 
 RUN_FILE = "fastdean_run.json"
 RESULTS_FILE = "results.json"
@@ -50,8 +55,6 @@ REPORT_FILE = "report.html"
 
 _FOLDERS = ("scores", "mask", "controls", "steps", "training", "model")
 _FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
-# What an atomic write leaves behind when the machine goes down in the middle of it.
-_LEFTOVER = ".*.tmp"
 # 2: intervals that are Student's or exact, with the values they were made of.
 _STEP_FORMAT = 2
 # What a run file holds.
@@ -138,7 +141,7 @@ class RunFolder:
     def check(self) -> None:
         """Raise ValueError unless the job may write here; nothing is changed."""
         check_place(self.path, "out")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(_is_leftover(part) for part in self.path.iterdir()):
             return
         if self.resumes:
             self._note_versions()
@@ -278,16 +281,24 @@ def _kept_figures(file: Path, step: str, kind: Kind) -> dict[str, Any] | None:
     return kept["figures"]
 
 
+def _is_leftover(path: Path) -> bool:
+    """Whether a write or a removal that a kill cut short left `path` at the top of a run folder."""
+    return any(is_temporary(path.name, name) for name in (*_FILES, *_FOLDERS))
+
+
 def _foreign(folder: Path) -> Iterator[str]:
-    """What lies in a run folder and is no part of a run, relative to it."""
+    """What lies in a run folder and is no part of a run, relative to it.
+
+    A link is none: what it leads to lies elsewhere, and whoever made it wants it there.
+    """
     for entry in folder.iterdir():
-        if entry.name in _FILES or fnmatch(entry.name, _LEFTOVER):
+        if _is_leftover(entry) or (entry.name in _FILES and not entry.is_dir()):
             continue
-        if entry.name not in _FOLDERS or not entry.is_dir():
+        if entry.name not in _FOLDERS or entry.is_symlink() or not entry.is_dir():
             yield entry.name
             continue
         for part in [entry] if entry.name in ("mask", "model") else entry.iterdir():
-            if not fnmatch(part.name, _LEFTOVER) and not _is_part(part, entry.name):
+            if part.is_symlink() or not (is_temporary(part.name) or _is_part(part, entry.name)):
                 yield part.relative_to(folder).as_posix()
 
 
@@ -315,8 +326,8 @@ def _remove_run(folder: Path) -> None:
     """Delete the parts of a run; its run file last, so that half a run is not taken for none."""
     for name in _FOLDERS:
         if (folder / name).exists():
-            shutil.rmtree(folder / name)
-    for leftover in folder.glob(_LEFTOVER):
+            remove_folder(folder / name)
+    for leftover in [part for part in folder.iterdir() if _is_leftover(part)]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
