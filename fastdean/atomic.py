@@ -44,7 +44,11 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+        # A path whose bytes are no UTF-8 holds lone surrogates. So written they are JSON's own
+        # escapes, which are read as what they were.
+        with open(
+            temporary, "x", encoding="utf-8", errors="backslashreplace", newline="\n"
+        ) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

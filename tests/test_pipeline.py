@@ -809,6 +809,21 @@ def test_a_run_is_resumed_with_what_rounds_otherwise_and_says_so(
     assert len(said) == 1 and said[0] in caplog.text
 
 
+def test_paths_that_are_no_utf8_are_recorded_and_resumed(place, scored, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/f\xe9.jsonl")
+    shutil.copy(place["fairness"], odd)
+    job = Job(**{**place, "fairness": odd}, **QUICK)
+    scored.fail = {"score privacy": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "run", progress=False)
+    scored.fail = {}
+    run(job, tmp_path / "run", progress=False)
+    assert scored.count("score fairness") == 1
+    kept = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert kept["data"]["fairness"]["source"] == odd
+    assert "f\N{REPLACEMENT CHARACTER}" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
 def test_sets_that_became_tokens_otherwise_are_warned_of_once(place, tmp_path, caplog):
     """Plain text beside prompts and responses may be meant, so that it is no reason to refuse."""
     texts = [{"text": row["response"] + " w1"} for row in rows(10, 3, unsafe=False)]
