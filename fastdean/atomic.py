@@ -71,7 +71,11 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     target = Path(path)
     temporary = temporary_beside(target)
     try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+        # A path whose bytes are no UTF-8 holds lone surrogates. So written they are JSON's own
+        # escapes, which are read as what they were.
+        with open(
+            temporary, "x", encoding="utf-8", errors="backslashreplace", newline="\n"
+        ) as file:
             if target.exists():
                 # Before the text is in it: a private file is at no moment readable by others.
                 shutil.copymode(target, temporary)

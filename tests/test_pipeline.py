@@ -311,7 +311,9 @@ def test_a_finished_run_is_refused_before_any_work_and_kept(job, finished, monke
 def test_another_run_is_refused_before_any_work_and_kept(place, finished, monkeypatch):
     nothing_loaded(monkeypatch)
     before = tree(finished[0])
-    with pytest.raises(ValueError, match="holds another run; choose another folder or pass --over"):
+    with pytest.raises(
+        ValueError, match="another run, which differs in seed; choose another folder"
+    ):
         run(Job(**place, **QUICK, seed=1), finished[0], progress=False)
     assert tree(finished[0]) == before
 
@@ -833,22 +835,47 @@ def test_a_run_is_not_resumed_by_another_version_of_the_method(job, scored, tmp_
         run(job, tmp_path / "run", progress=False)
 
 
-def test_a_run_is_resumed_with_another_torch_and_says_so(job, scored, tmp_path, caplog):
+@pytest.mark.parametrize(
+    "name, earlier, now",
+    [("torch", "0.1", None), ("FASTDEAN_IMPL", "unset", "reference"), ("ranks", "2", "1")],
+)
+def test_a_run_is_resumed_with_what_rounds_otherwise_and_says_so(
+    job, scored, tmp_path, caplog, monkeypatch, name, earlier, now
+):
     scored.fail = {"score privacy": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
         run(job, tmp_path / "run", progress=False)
 
     def change(state):
-        state["versions"]["torch"] = "0.1"
+        state["versions"][name] = earlier
 
     _change_json(tmp_path / "run" / "fastdean_run.json", change)
+    if name == "FASTDEAN_IMPL":
+        monkeypatch.setenv(name, now)
     scored.fail = {}
     results = run(job, tmp_path / "run", progress=False)
     assert scored.count("score fairness") == 1
     said = [
-        warning for warning in results["warnings"] if "were done with torch 0.1 (now" in warning
+        warning
+        for warning in results["warnings"]
+        if f"were done with {name} {earlier} (now {now or ''}" in warning
     ]
     assert len(said) == 1 and said[0] in caplog.text
+
+
+def test_paths_that_are_no_utf8_are_recorded_and_resumed(place, scored, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/f\xe9.jsonl")
+    shutil.copy(place["fairness"], odd)
+    job = Job(**{**place, "fairness": odd}, **QUICK)
+    scored.fail = {"score privacy": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "run", progress=False)
+    scored.fail = {}
+    run(job, tmp_path / "run", progress=False)
+    assert scored.count("score fairness") == 1
+    kept = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert kept["data"]["fairness"]["source"] == odd
+    assert "f\N{REPLACEMENT CHARACTER}" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
 
 def test_sets_that_became_tokens_otherwise_are_warned_of_once(place, tmp_path, caplog):

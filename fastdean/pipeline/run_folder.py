@@ -40,6 +40,8 @@ from fastdean.declared import (
     read_json,
     require,
 )
+from fastdean.distributed import Ranks
+from fastdean.ops._dispatch import ENVIRONMENT_VARIABLE
 from fastdean.provenance import versions
 from fastdean.storage import (
     holds_only,
@@ -68,6 +70,10 @@ _RUN = Record(
 )
 
 
+# Of a run file that does not say.
+_USUAL = {ENVIRONMENT_VARIABLE: "unset", "ranks": "1"}
+
+
 @dataclass
 class RunFolder:
     """One job's view of a run folder.
@@ -78,8 +84,9 @@ class RunFolder:
         overwrite: whether a finished or another run may be replaced.
         inputs: what the job reads, such as a data set, "model weights" or "words" -> its digest,
             None where it has none; as far as it is read so far.
-        other_versions: a sentence on packages whose version is not the one that the resumed run
-            began with, and may change its figures; none of a run that is not resumed.
+        other_versions: a sentence on what is not as the resumed run began and may change its
+            figures in rounding: versions of packages, FASTDEAN_IMPL, the number of ranks; none of a
+            run that is not resumed.
     """
 
     path: Path
@@ -201,8 +208,8 @@ class RunFolder:
         return [*changed, *(["the version of fastdean"] if own else [])]
 
     def _note_versions(self) -> None:
-        """Say once which packages are not what they were: their rounding may be another."""
-        kept, now = self._state()["versions"], versions()
+        """Say once which packages and settings are not what they were: they round otherwise."""
+        kept, now = {**_USUAL, **self._state()["versions"]}, _circumstances()
         moved = [
             f"{name} {kept.get(name, 'absent')} (now {now.get(name, 'absent')})"
             for name in sorted({*kept, *now})
@@ -217,13 +224,25 @@ class RunFolder:
 
     def _described(self, state: Mapping[str, Any]) -> str:
         if state["job"] != self.job:
-            return "another run; choose another folder or pass --overwrite"
+            return (
+                f"another run, which differs in {', '.join(self._other_options(state))}; choose "
+                "another folder or pass --overwrite"
+            )
         if state["finished"]:
             return f"this run, finished; see its {REPORT_FILE}, or pass --overwrite to do it again"
         return (
             f"this run on other input, which differs in {', '.join(self._changed(state))}; choose "
             "another folder or pass --overwrite"
         )
+
+    def _other_options(self, state: Mapping[str, Any]) -> list[str]:
+        kept = state["job"] if isinstance(state["job"], dict) else {}
+        missing = object()
+        return [
+            name
+            for name in {**self.job, **kept}
+            if self.job.get(name, missing) != kept.get(name, missing)
+        ]
 
     def _state(self) -> dict[str, Any] | None:
         """What the run file says, None where there is none; ValueError for a damaged one."""
@@ -235,8 +254,24 @@ class RunFolder:
     def _mark(self, finished: bool) -> None:
         write_json_atomic(
             self.path / RUN_FILE,
-            {"job": self.job, "inputs": self.inputs, "finished": finished, "versions": versions()},
+            {
+                "job": self.job,
+                "inputs": self.inputs,
+                "finished": finished,
+                "versions": _circumstances(),
+            },
         )
+
+
+def _circumstances() -> dict[str, str]:
+    """What a figure's last digits depend on besides the job and its inputs."""
+    asked = os.environ.get(ENVIRONMENT_VARIABLE)
+    return {
+        **versions(),
+        **_USUAL,
+        **({ENVIRONMENT_VARIABLE: asked} if asked else {}),
+        "ranks": str(Ranks.of_group().size),
+    }
 
 
 def require_outside(out: Path, model: str) -> None:
