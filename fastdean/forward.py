@@ -236,6 +236,7 @@ def fitted(model: nn.Module, examples: Sequence[Example]) -> list[Example]:
             tokens cannot carry.
     """
     names = forward_inputs(model)
+    numbered: dict[int, bool] = {}
     found = []
     for number, example in enumerate(examples):
         if lost := sorted(example.not_carried & names):
@@ -246,18 +247,23 @@ def fitted(model: nn.Module, examples: Sequence[Example]) -> list[Example]:
             )
         if example.columns:
             columns = {name: c for name, c in example.columns.items() if name in names}
-            example = replace(example, columns=_without_default_positions(model, columns))
+            example = replace(example, columns=_without_default_positions(model, columns, numbered))
         found.append(replace(example, not_carried=frozenset()))
     return found
 
 
-def _without_default_positions(model: nn.Module, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_default_positions(
+    model: nn.Module, columns: dict[str, Tensor], numbered: dict[int, bool]
+) -> dict[str, Tensor]:
+    """The columns less positions that the model gives by itself; `numbered` keeps the answers."""
     positions, mask = columns.get("position_ids"), columns.get("attention_mask")
     start = 0 if positions is None else int(positions[0])
     # Others than a model may start from are not asked about: each answer takes forward passes.
     if positions is not None and start in _first_positions(model):
         consecutive = torch.arange(start, start + len(positions))
-        if torch.equal(positions, consecutive) and numbers_from(model, start):
+        if start not in numbered:
+            numbered[start] = numbers_from(model, start)
+        if torch.equal(positions, consecutive) and numbered[start]:
             columns = {name: c for name, c in columns.items() if name != "position_ids"}
     if mask is not None and "position_ids" not in columns and bool(mask.all()):
         columns = {name: c for name, c in columns.items() if name != "attention_mask"}
