@@ -5,6 +5,7 @@ Against one example at a time through the plain model, with exactly what the loa
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from oracle import norm_error, weight_importance
@@ -75,6 +76,15 @@ def padded_on(batch, **values):
     ]
 
 
+def ragged_arrays():
+    """As `datasets` gives a slice of rows in its NumPy format."""
+    columns = {"input_ids": np.empty(len(EXAMPLES), object)}
+    columns["labels"] = columns["input_ids"].copy()
+    for row, (ids, labels) in enumerate(EXAMPLES):
+        columns["input_ids"][row], columns["labels"][row] = ids.numpy(), labels.numpy()
+    return [columns]
+
+
 FLATTENED = {
     "position_ids that restart": lambda: flattened(),
     "seq_idx": lambda: flattened(return_position_ids=False, return_seq_idx=True),
@@ -93,6 +103,10 @@ FLATTENED = {
         attention_mask=torch.ones(TOTAL), position_ids=restarting()
     ),
     "filled up with zeros": lambda: padded_on(joined(position_ids=restarting()), labels=-100),
+    "filled up, positions of -1": lambda: padded_on(
+        joined(position_ids=restarting()), labels=-100, position_ids=-1
+    ),
+    "ragged arrays of arrays": lambda: ragged_arrays(),
     "filled up, seq_idx -1": lambda: padded_on(joined(seq_idx=numbers()), labels=-100, seq_idx=-1),
     "cumulative lengths alone": lambda: [joined()[0] | {"cu_seqlens": lengths_so_far()}],
     "lists": lambda: [{k: v.tolist() for k, v in flattened()[0].items()}],
