@@ -287,8 +287,9 @@ class CustomLoss:
         sizes = [batch["input_ids"].shape[0] for batch in batches]
         digest = examples_digest(_digest_of_batch(batch) for batch in batches)
         here = sum(sizes[ranks.rank :: ranks.size])
-        # Rows of one token, or of one example, tell nothing about the order of rows.
-        first = max(batches, key=lambda batch: [n > 1 for n in batch["input_ids"].shape])
+        # Rows of one example tell nothing about the order of rows, and short ones little: what
+        # works in windows or chunks leaves texts shorter than one as they are.
+        first = max(batches, key=lambda batch: _shows_order(*batch["input_ids"].shape))
         return cls(model, loss_fn, mine, sum(sizes), here, digest, first)
 
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
@@ -329,6 +330,10 @@ class CustomLoss:
             "data": {"examples": self.num_examples, "sha256": self.digest},
             "loss": "loss_fn of the caller",
         }
+
+
+def _shows_order(examples: int, width: int) -> tuple[bool, int, int]:
+    return examples > 1, width, examples
 
 
 def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
