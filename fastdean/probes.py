@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.batching import pad
-from fastdean.calling import call, logits_of
+from fastdean.calling import call, logits_of, require_row_per_token
 from fastdean.data import Example
 from fastdean.model_state import eager, evaluation_state, input_device, max_tokens
 
@@ -238,7 +238,9 @@ def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     # Uncompiled: nothing would be gained, and a compiled model fires no hooks added later.
     with eager(), evaluation_state(model):
         outputs = call(model, {name: value.to(device) for name, value in inputs.items()})
-    return logits_of(outputs).double()
+    logits = logits_of(outputs)
+    require_row_per_token(logits, inputs["input_ids"])
+    return logits.double()
 
 
 def _distance(value: Tensor, reference: Tensor) -> float:
