@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -581,6 +582,9 @@ def _as_rows(
     value: Any, key: str, position: int, *, keep_bool: bool = False, whole_floats: bool = False
 ) -> list[Tensor]:
     """[T], [B, T] or a ragged list of rows -> a list of int64 CPU rows."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "O":
+        # What `datasets` makes of ragged rows in its NumPy format.
+        value = list(value)
     many = isinstance(value, list | tuple) and len(value) > 0 and hasattr(value[0], "__len__")
     try:
         rows = [torch.as_tensor(row) for row in (value if many else [value])]
