@@ -324,9 +324,13 @@ COLLAPSE = {
 BIAS = {
     "bec_pro": {
         "name": "bec_pro", "value": 0.5, "unit": "nats", "neutral": 0.0, "verdict": "above neutral",
-        "low": 0.1, "high": 0.9, "n": 6, "confidence": 0.95, "resamples": 3,
+        "low": 0.1, "high": 0.9, "n": 6, "confidence": 0.95,
         "by_category": {"g": {"value": 0.5, "low": None, "high": None, "n": 1, "verdict": "v"}},
-        "figures": {}, "notes": ["a note"], "replicates": [0.1, 0.5, 0.9],
+        "figures": {}, "notes": ["a note"],
+        "made_of": {
+            "values": [0.1, 0.9], "weights": None, "whole": None, "resamples": 3,
+            "replicates": [0.1, 0.5, 0.9],
+        },
     }
 }  # fmt: skip
 RUN = {

@@ -12,7 +12,7 @@ read nor changed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,14 @@ class Checkpoints:
         before = [folder for folder in self._stored() if folder not in self._damaged]
         written = write_folder(place, config, tensors, kind=KIND, overwrite=True)
         others = [folder for folder in before if folder.resolve() != written]
-        for folder in [*self._damaged, *(others if last else others[:-1])]:
+        self._remove([*self._damaged, *(others if last else others[:-1])])
+
+    def keep_only(self, checkpoint: Checkpoint) -> None:
+        """Remove the other checkpoints of a training that was finished already."""
+        self._remove([folder for folder in self._stored() if folder != checkpoint.folder])
+
+    def _remove(self, folders: Iterable[Path]) -> None:
+        for folder in folders:
             remove_folder(folder)
         self._damaged = []
         # Of a checkpoint whose writing or removal a kill cut short.

@@ -195,6 +195,8 @@ class _Run:
         if found is not None:
             announce(folder, found.step, self.schedule.steps)
             self.history = found.history
+            if found.step == self.schedule.steps:
+                self._checkpoints.keep_only(found)
 
     def train(self, on_eval: OnEval | None, *, every: int, progress: bool) -> None:
         """The steps that are left."""
