@@ -535,6 +535,14 @@ def test_a_report_replaces_an_earlier_one_and_no_other_file(run_folder, tmp_path
     assert mine.read_text() == "<!DOCTYPE html><p>mine</p>"
 
 
+def test_a_way_round_a_folder_that_is_not_there_leads_to_the_same_one(place, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    command = ["run", *sources(place), "--out", tmp_path / "new" / ".." / "mine", *OPTIONS]
+    refused(call(*command), "which holds other files")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
 @pytest.mark.parametrize(
     "ignored, number, exit_code",
     [("SIGUSR1", "SIGTERM", 143), ("SIGUSR1", "SIGHUP", 129), ("SIGHUP", "SIGHUP", 0)],

@@ -90,6 +90,7 @@ def test_the_report_says_what_came_of_it(run):
         row["after"]["value"] - row["before"]["value"]
     )
     verdict = row["change"]["verdict"]
+    assert verdict in (out / "model" / "README.md").read_text("utf-8")
     assert verdict in ("no effect beyond noise", "closer to neutral", "farther from neutral")
     assert row["change"]["interval_method"] == "clopper-pearson of won and lost, change and side"
     assert row["raw_change"]["test"] == "exact McNemar" and row["raw_change"]["p_value"] <= 1

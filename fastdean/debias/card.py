@@ -28,6 +28,8 @@ class Effect:
         before, after: the figure of the base model and of this one.
         low, high: 95 % interval of after - before, or None where none was measured.
         verdict: what may be said about the change, of `Interval.verdict()`.
+        from_neutral: the verdict on the distance from the metric's neutral value, or None where it
+            has none.
     """
 
     metric: str
@@ -36,12 +38,14 @@ class Effect:
     low: float | None = None
     high: float | None = None
     verdict: str | None = None
+    from_neutral: str | None = None
 
     def reading(self) -> str:
-        """The verdict; no effect where the interval holds 0, whatever the verdict says."""
+        """The verdicts; no effect where the interval holds 0, whatever the first one says."""
         if self.low is None or self.high is None:
             return "no interval measured"
-        return reading(self.low, self.high, 0.0, self.verdict)
+        said = reading(self.low, self.high, 0.0, self.verdict)
+        return said if self.from_neutral in (None, said) else f"{said}; {self.from_neutral}"
 
 
 def model_card(

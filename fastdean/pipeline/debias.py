@@ -477,6 +477,7 @@ def _save(
             row["raw_change"]["low"],
             row["raw_change"]["high"],
             row["raw_change"]["verdict"],
+            None if row["neutral"] is None else row["change"]["verdict"],
         )
         for name, row in results["bias"].items()
     ]

@@ -97,6 +97,11 @@ class RunFolder:
     _claimed: bool = False
     _created: bool = False
 
+    def __post_init__(self) -> None:
+        if ".." in self.path.parts:
+            # `new/../other` is `other`, also while there is no `new`.
+            self.path = real_place(self.path, "out")
+
     @property
     def mask(self) -> Path:
         return self.path / "mask"
