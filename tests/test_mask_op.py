@@ -586,7 +586,7 @@ def test_cuda_gathers_writes_and_replaces_what_the_cpu_does():
     assert [_bits(view.cpu()) for view in views] == written
 
 
-def test_an_interrupt_between_two_devices_leaves_neither_written(extension_built):
+def test_an_interrupt_between_two_devices_leaves_both_as_they_are(extension_built):
     if not extension_built:
         pytest.skip("an install without the extension is under test")
     weights = [torch.zeros(3), torch.zeros(3)]
@@ -599,8 +599,9 @@ def test_an_interrupt_between_two_devices_leaves_neither_written(extension_built
     found = moments(lambda: prepared.replace_(weights), files)
     assert len(found) > 10 and all(w.tolist() == [0.0, 1.0, 0.0] for w in weights)
     assert prepared.replace_(weights, back=True)
-    outcomes = set()
-    for moment in found:
+    for moment in found[:-1]:
         interrupt(lambda: prepared.replace_(weights), files, moment)
-        outcomes.add(tuple(float(w[1]) for w in weights))
-    assert outcomes == {(0.0, 0.0)}
+        assert [w.tolist() for w in weights] == [[0.0, 0.0, 0.0]] * 2
+    # From Python 3.12 on the last moment is that of the return, when everything is done.
+    interrupt(lambda: prepared.replace_(weights), files, found[-1])
+    assert weights[0].tolist() == weights[1].tolist()
