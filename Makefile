@@ -46,8 +46,9 @@ $(DEMO_MODEL): $(INSTALLED)
 demo: $(DEMO_MODEL)
 	$(BIN)/fastdean demo --overwrite
 
+# In two processes, with one thread each (tests/conftest.py).
 test: $(INSTALLED)
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -n 2 -m "not slow"
 
 test-slow: $(DEMO_MODEL)
 	$(BIN)/pytest -q -m slow
@@ -56,7 +57,7 @@ test-slow: $(DEMO_MODEL)
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -c constraints-lowest.txt ".[test]"
-	.venv-lowest/bin/pytest -q -m "not slow"
+	.venv-lowest/bin/pytest -q -n 2 -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
+from fastdean.printable import one_line
+
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
@@ -15,5 +17,12 @@ def _level() -> int:
     return _LEVELS.get(wanted, logging.WARNING)
 
 
+def _written_out(record: logging.LogRecord) -> bool:
+    """A message is one line of ours, whatever names stand in it and whoever shows it."""
+    record.msg, record.args = one_line(record.getMessage()), ()
+    return True
+
+
 logger = logging.getLogger("fastdean")
+logger.addFilter(_written_out)
 logger.setLevel(_level())

@@ -6,8 +6,11 @@ a crash therefore leaves the old state or the new one, never a mixture.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,6 +34,30 @@ def real_place(path: str | os.PathLike, name: str) -> Path:
     return target
 
 
+_LONGEST_NAME_BYTES = 255
+# What file systems answer that cannot flush a folder (SMB, some in user space).
+_NO_FOLDER_FLUSH = (errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def hidden_name(name: str, suffix: str) -> str:
+    """`.<name><suffix>`, with a digest for a name that would make it too long."""
+    hidden = f".{name}{suffix}"
+    if len(os.fsencode(hidden)) > _LONGEST_NAME_BYTES:
+        return f".{hashlib.sha256(os.fsencode(name)).hexdigest()}{suffix}"
+    return hidden
+
+
+def temporary_beside(target: Path) -> Path:
+    """A new path, hidden, for what is to become `target` or was it."""
+    return target.with_name(hidden_name(target.name, f".{secrets.token_hex(4)}.tmp"))
+
+
+def is_temporary(name: str, of: str | None = None) -> bool:
+    """Whether `temporary_beside` gives such a name, for a target called `of` or for any."""
+    stem = r"\..+" if of is None else re.escape(hidden_name(of, ".12345678.tmp")[:-13])
+    return re.fullmatch(stem + r"\.[0-9a-f]{8}\.tmp", name, re.DOTALL) is not None
+
+
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
     """Write `obj` as indented UTF-8 JSON; NaN and infinities are refused (ValueError)."""
     write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -42,18 +69,24 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     A file that is replaced keeps its mode.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_beside(target)
     try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+        # A path whose bytes are no UTF-8 holds lone surrogates. So written they are JSON's own
+        # escapes, which are read as what they were.
+        with open(
+            temporary, "x", encoding="utf-8", errors="backslashreplace", newline="\n"
+        ) as file:
+            if target.exists():
+                # Before the text is in it: a private file is at no moment readable by others.
+                shutil.copymode(target, temporary)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, temporary)
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    flush(target.parent)
 
 
 @contextmanager
@@ -82,11 +115,19 @@ def flush_behind() -> Iterator[Callable[[Path | Callable[[], object]], object]]:
 
 
 def flush(path: Path) -> None:
-    """Ask the system to put a file, or the entries of a folder, on the disk."""
-    if path.is_dir() and os.name != "posix":
+    """Ask the system to put a file, or the entries of a folder, on the disk.
+
+    Some file systems cannot do the second: there nothing happens.
+    """
+    folder = path.is_dir()
+    if folder and os.name != "posix":
         return
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not folder or error.errno not in _NO_FOLDER_FLUSH:
+            raise

@@ -80,3 +80,12 @@ def call(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> Any:
 def logits_of(outputs: Any) -> Tensor:
     """The logits of a forward pass without labels; models of one's own may return tuples."""
     return outputs[0] if isinstance(outputs, tuple) else outputs.logits
+
+
+def require_row_per_token(rows: Tensor, input_ids: Tensor) -> None:
+    """Raise ValueError if `rows` [..., C] are not one for each of `input_ids`."""
+    if rows[..., 0].numel() != input_ids.numel():
+        raise ValueError(
+            f"model must give logits for each of its tokens, {list(input_ids.shape)}, got "
+            f"{list(rows.shape[:-1])}; pass loss_fn= to define its per-example loss"
+        )

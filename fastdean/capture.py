@@ -144,7 +144,7 @@ class Sums:
 
     def receive(self, target: Target, x: Tensor, g: Tensor) -> None:
         if target.parameter in self._sequence_first:
-            x, g = (batch_first(rows, self._rows, len(self._segments)) for rows in (x, g))
+            x, g = (batch_first(rows, len(self._segments)) for rows in (x, g))
         segments = segments_in(x, self._segments, self._rows)
         x, g = x.flatten(0, -2), g.flatten(0, -2)
         if segments is None:
@@ -177,12 +177,12 @@ class Sums:
         return self._finite
 
 
-def batch_first(rows: Tensor, number: int, examples: int) -> Tensor:
-    """The rows [T, B, ...] of a batch of `number` = B x T rows as [B, T, ...]; others as they are.
+def batch_first(rows: Tensor, examples: int) -> Tensor:
+    """Rows [T, B, ...] of a batch of B examples as [B, T, ...]; others as they are.
 
     The last dimension holds features.
     """
-    if rows.dim() != 3 or tuple(rows.shape[:2]) != (number // examples, examples):
+    if rows.dim() != 3 or rows.shape[1] != examples:
         return rows
     return rows.transpose(0, 1)
 
@@ -191,7 +191,8 @@ def segments_in(x: Tensor, segments: Tensor, rows: int) -> Tensor | None:
     """Where the examples of a batch lie in the rows of `x` [..., C], or None if that is unknown.
 
     Usually where they lie in the batch. Where each example is a row of the batch, a module may see
-    other tokens of it, and another number of them: the encoder's beside the decoder's.
+    other tokens of it, and another number of them: the encoder's beside the decoder's, or more
+    padding up to a window of attention.
 
     Args:
         segments, rows: of the batch, as `Sums.expect` takes them.
@@ -203,7 +204,8 @@ def segments_in(x: Tensor, segments: Tensor, rows: int) -> Tensor | None:
     steps = torch.tensor([[0, 1]], device="cpu")
     if x.dim() != 3 or len(x) != len(segments):
         return None
-    if not torch.equal(segments, (starts + steps) * width):
+    row_by_row = (starts + steps) * width
+    if not torch.equal(segments[:, 0], row_by_row[:, 0]) or (segments > row_by_row)[:, 1].any():
         return None
     return (starts + steps) * x.shape[1]
 

@@ -7,7 +7,7 @@ copy, on a machine that could not load it.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import shutil
 import stat
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastdean import storage
+from fastdean.declared import Anything, Exactly, Record, read_json
 from fastdean.masks import NeuronMask
 from fastdean.masks.entries import MaskEntry, same_bits, suppressed
 from fastdean.safetensors_files import (
@@ -107,13 +108,17 @@ def patch_checkpoint(
     """
     source, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
     _check_places(source, out)
+    # Before anything is read: a pipe would keep its reader waiting for ever.
+    contents = list(_contents(source, (out, *out.parents)))
+    for found in contents:
+        _require_own(found, source, follow_links)
     files = weight_files(source)
     stored = stored_tensors(source)
     edits = _plan(source, mask, stored)
     with storage.new_folder(
         out, overwrite=overwrite, may_replace=_is_patched, name="out", keep_modes=True
     ) as folder:
-        _copy_edited(source, folder, edits, mask.scale, follow_links)
+        digests = _copy_edited(source, contents, folder, edits, mask.scale)
         for group in edits.values():
             _check_written(folder, group, mask.scale)
         result = PatchResult(
@@ -130,7 +135,8 @@ def patch_checkpoint(
         )
         manifest = _manifest(source, mask, edits, result)
         (folder / PATCH_NAME).unlink(missing_ok=True)
-        manifest["sha256"] = storage.listed(folder)
+        digests.pop(PATCH_NAME, None)
+        manifest["sha256"] = dict(sorted(digests.items()))
         storage.write_json_atomic(folder / PATCH_NAME, manifest)
     return result
 
@@ -315,19 +321,17 @@ def _check_values(source: Path, edit: _Edit) -> None:
 
 def _copy_edited(
     source: Path,
+    contents: list[Path],
     target: Path,
     edits: Mapping[str, list[_Edit]],
     scale: float,
-    follow_links: bool,
-) -> None:
+) -> dict[str, str]:
     """Copy contents, following links, into an existing folder, with the suppressed values in it.
 
     All files are on the disk at the end, compared with the source; the first error ends it.
+    Returns name -> digest of every file of the copy.
     """
-    # Listed first: what cannot be copied is found before anything is.
-    contents = list(_contents(source, (target.resolve(),)))
-    for found in contents:
-        _require_own(found, source, follow_links)
+    digests: dict[str, str] = {}
     with storage.flush_behind() as behind:
         for found in contents:
             name = found.relative_to(source).as_posix()
@@ -339,10 +343,11 @@ def _copy_edited(
             if name in edits:
                 _edit_file(place, edits[name], scale)
             behind(place)
-            behind(partial(_check_copy, found, place, edits.get(name, [])))
+            behind(partial(_check_copy, found, place, edits.get(name, []), name, digests))
     for found in contents:
         # Afterwards, so that a file or folder that is read-only could be written.
         _copy_mode(found, target / found.relative_to(source))
+    return digests
 
 
 def _copy_mode(found: Path, place: Path) -> None:
@@ -369,17 +374,19 @@ def _contents(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 def _require_own(found: Path, source: Path, follow_links: bool) -> None:
     """Refuse what is neither file nor folder, and a link that leads out of the source."""
-    real = found.resolve(strict=True)
-    # The hub's cache: models--owner--name/snapshots/<commit>/ links to models--owner--name/blobs/.
-    homes = [source]
-    if source.parent.name == "snapshots":
-        homes.append(source.parent.parent / "blobs")
+    try:
+        real = found.resolve(strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"source must hold no link that leads back to itself, got {str(found)!r}; remove the "
+            "link"
+        ) from error
     if not real.is_file() and not real.is_dir():
         raise ValueError(
             f"source must hold files and folders only, got {str(found)!r}, a device, pipe or "
             "socket; remove it"
         )
-    if not follow_links and not any(real == home or home in real.parents for home in homes):
+    if not follow_links and not storage.lies_in(found, source):
         raise ValueError(
             f"source must hold no link that leads out of it, got {str(found)!r}, which leads to "
             f"{str(real)!r}; remove the link, or pass follow_links=True (--follow-links) if it is "
@@ -387,12 +394,16 @@ def _require_own(found: Path, source: Path, follow_links: bool) -> None:
         )
 
 
-def _check_copy(source: Path, copy: Path, edits: list[_Edit]) -> None:
+def _check_copy(
+    source: Path, copy: Path, edits: list[_Edit], name: str, digests: dict[str, str]
+) -> None:
     """Read both files again: they differ at masked values only, and in nothing where none is.
 
-    Finds a flipped bit as well as a source that was changed while it was copied.
+    Finds a flipped bit as well as a source that was changed while it was copied. The digest of what
+    was compared is put into `digests`, so that it need not be read once more.
     """
     masked = _masked_bytes(edits)
+    digest = hashlib.sha256()
     at = 0
     with open(source, "rb") as one, open(copy, "rb") as other:
         while True:
@@ -403,7 +414,9 @@ def _check_copy(source: Path, copy: Path, edits: list[_Edit]) -> None:
                     "where nothing was edited; check the disk, and that nothing changes the source"
                 )
             if not a:
+                digests[name] = digest.hexdigest()
                 return
+            digest.update(b)
             at += len(a)
 
 
@@ -468,7 +481,13 @@ def _manifest(
     The manifest of an earlier patch, which the copy brought along, is kept under "earlier".
     """
     earlier_file = source / PATCH_NAME
-    earlier = json.loads(earlier_file.read_text("utf-8")) if earlier_file.is_file() else None
+    earlier = None
+    if earlier_file.is_file():
+        earlier = read_json(
+            earlier_file,
+            Record({"kind": Exactly("patch")}, others=Anything()),
+            advice="remove it from the checkpoint if the checkpoint was not patched",
+        )
     return {
         "kind": "patch",
         "format_version": storage.FORMAT_VERSION,

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -260,6 +261,7 @@ def _tokenize_chat(turns: Any, tokenizer: Any, number: int) -> tuple[list[int], 
     turns = [
         {**turn, "content": _text_of(turn["content"], i, number)} for i, turn in enumerate(turns)
     ]
+    _require_readable(turns, number)
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"tokenizer must have a chat template to encode row {number} as a chat, got none; "
@@ -303,6 +305,27 @@ def _text_of(content: Any, turn: int, number: int) -> str:
     )
 
 
+def _require_readable(turns: Sequence[Mapping[str, Any]], number: int) -> None:
+    """Raise ValueError for a chat that no template renders turn by turn."""
+    if not turns or turns[0]["role"] == "assistant":
+        found = "its first turn an assistant's" if turns else "no turn"
+        raise ValueError(
+            f"row {number} must be a chat in which something precedes the assistant's answer, got "
+            f"{found}; leave that turn out, or the row"
+        )
+    for i, turn in enumerate(turns):
+        if not isinstance(turn["role"], str):
+            raise ValueError(
+                f"row {number} must have text as the role of every turn, got "
+                f"{type(turn['role']).__name__} in turn {i}; correct the row or leave it out"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in turn["content"]):
+            raise ValueError(
+                f"row {number} must have text in every turn, got a lone surrogate, which is no "
+                f"character, in turn {i}; correct the row or leave it out"
+            )
+
+
 def _uncollated(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """The rows; a batch of chats that torch's default collation has transposed, chat by chat.
 
@@ -340,16 +363,16 @@ def _render(
     *,
     generation_prompt: bool = False,
 ) -> list[int]:
-    from jinja2 import TemplateError
-
     try:
         encoded = tokenizer.apply_chat_template(
             list(turns), add_generation_prompt=generation_prompt, tokenize=True, return_dict=True
         )
-    except TemplateError as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a template computes, and fails as any program does
         raise ValueError(
             f"row {number} must be a chat that the tokenizer's template accepts, got its error: "
-            f"{error}; check the order and the names of the roles"
+            f"{str(error) or type(error).__name__}; check the order and the names of the roles"
         ) from error
     return list(encoded["input_ids"])
 
@@ -559,6 +582,9 @@ def _as_rows(
     value: Any, key: str, position: int, *, keep_bool: bool = False, whole_floats: bool = False
 ) -> list[Tensor]:
     """[T], [B, T] or a ragged list of rows -> a list of int64 CPU rows."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "O":
+        # What `datasets` makes of ragged rows in its NumPy format.
+        value = list(value)
     many = isinstance(value, list | tuple) and len(value) > 0 and hasattr(value[0], "__len__")
     try:
         rows = [torch.as_tensor(row) for row in (value if many else [value])]

@@ -7,6 +7,7 @@ Gemma 2's soft-cap) stays in place; computing `hidden @ weight.T` by hand would 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -19,8 +20,14 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from fastdean.adapters import require_no_prompts
 from fastdean.attention import attention_by_segments
 from fastdean.batching import Batch, Layout, default_tokens_per_batch, plan_batches
-from fastdean.calling import base_of, call, forward_inputs, logits_of
-from fastdean.data import Example
+from fastdean.calling import (
+    base_of,
+    call,
+    forward_inputs,
+    logits_of,
+    require_row_per_token,
+)
+from fastdean.data import IGNORE_INDEX, Example
 from fastdean.hooks import forward_pre_hooks
 from fastdean.model_state import evaluation_state, input_device, max_tokens, unwrap
 from fastdean.probes import (
@@ -31,6 +38,10 @@ from fastdean.probes import (
     sees_back,
     segments_are_exact,
 )
+
+# What models call the tables that they look positions and token types up in.
+_POSITIONS = re.compile(r"^wpe$|^(?!.*(relative|rel_)).*position")
+_TABLES = {"position_ids": _POSITIONS, "token_type_ids": re.compile(r"token_type")}
 
 
 def label_shift(model: nn.Module) -> int:
@@ -136,25 +147,31 @@ class TargetLogits:
 
     def __call__(self, batch: Batch) -> Tensor:
         self._gathering.rows = batch.target_rows
+        self._gathering.input_ids = batch.input_ids
         try:
             with attention_for(self._model, batch):
-                logits = logits_of(call(self._model, batch.model_inputs())).flatten(0, -2)
+                logits = logits_of(call(self._model, batch.model_inputs()))
         finally:
             gathered, self._gathering.rows = self._gathering.rows is None, None
+        if gathered:
+            return logits.flatten(0, -2)
         # A model that never calls its output embedding as a module returns every row.
-        return logits if gathered else logits.index_select(0, batch.target_rows.to(logits.device))
+        require_row_per_token(logits, batch.input_ids)
+        return logits.flatten(0, -2).index_select(0, batch.target_rows.to(logits.device))
 
 
 class _Gathering:
-    """Takes `rows` of what the next call of the output embedding would see."""
+    """Takes `rows` of `input_ids` of what the next call of the output embedding would see."""
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
+        self.input_ids: Tensor | None = None
 
     def gather(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         if self.rows is None or not args:
             return None
         rows, self.rows = self.rows, None
+        require_row_per_token(args[0], self.input_ids)
         hidden = args[0].flatten(0, -2)
         gathered = hidden.index_select(0, rows.to(hidden.device)).unsqueeze(0)
         return (gathered, *args[1:]), kwargs
@@ -241,9 +258,12 @@ def fitted(model: nn.Module, examples: Sequence[Example]) -> list[Example]:
 
     Raises:
         ValueError: an example came with an input that the model's forward names and a batch of
-            tokens cannot carry.
+            tokens cannot carry; or it has more tokens than the model's table has positions, or
+            others than the model knows.
     """
     names = forward_inputs(model)
+    tables = {name: _table_size(model, kind) for name, kind in _TABLES.items()}
+    numbered: dict[int, bool] = {}
     found = []
     for number, example in enumerate(examples):
         if lost := sorted(example.not_carried & names):
@@ -254,18 +274,89 @@ def fitted(model: nn.Module, examples: Sequence[Example]) -> list[Example]:
             )
         if example.columns:
             columns = {name: c for name, c in example.columns.items() if name in names}
-            example = replace(example, columns=_without_default_positions(model, columns))
+            _require_known(columns, tables, number)
+            example = replace(example, columns=_without_default_positions(model, columns, numbered))
         found.append(replace(example, not_carried=frozenset()))
+    _require_tokens(model, found)
+    if tables["position_ids"] is not None:
+        require_positions(model, found)
     return found
 
 
-def _without_default_positions(model: nn.Module, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+def _require_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Refuse what would fail deep inside the model, or on a GPU without a message."""
+    vocabulary = _vocabulary(model)
+    for i, example in enumerate(examples):
+        targets = example.labels[example.labels != IGNORE_INDEX]
+        for key, ids in (("input_ids", example.input_ids), ("labels", targets)):
+            outside = ids[(ids < 0) | (ids >= vocabulary)]
+            if outside.numel():
+                ignored = "" if key == "input_ids" else f" or be {IGNORE_INDEX}"
+                raise ValueError(
+                    f"{key} must lie in 0..{vocabulary - 1}{ignored}, got {int(outside[0])} in "
+                    f"example {i}; use the model's own tokenizer"
+                )
+
+
+def _vocabulary(model: nn.Module) -> int:
+    # Some (Perceiver) name a parameter that is no table of tokens.
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
+
+
+def require_positions(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Raise ValueError for the first example with more tokens than the model has positions for."""
+    longest = max_tokens(model)
+    for i, example in enumerate(examples):
+        if longest is not None and len(example) > longest:
+            raise ValueError(
+                f"example {i} must have at most {longest} tokens (the model's positions), got "
+                f"{len(example)}; cut it with max_length"
+            )
+
+
+def _require_known(
+    columns: Mapping[str, Tensor], tables: Mapping[str, int | None], number: int
+) -> None:
+    """The same of the numbers that the model looks up in a table."""
+    for name, size in tables.items():
+        values = columns.get(name)
+        if values is None or size is None:
+            continue
+        outside = values[(values < 0) | (values >= size)]
+        if outside.numel():
+            raise ValueError(
+                f"{name} must lie in 0..{size - 1}, got {int(outside[0])} in example {number}; "
+                "leave them out to have the model's own"
+            )
+
+
+def _table_size(model: nn.Module, kind: re.Pattern[str]) -> int | None:
+    """How many rows the model's table of positions or of token types has; None where it has none.
+
+    A table of fewer positions than the model has is another part's: of a tower for images.
+    """
+    at_least = (max_tokens(model) or 1) if kind is _POSITIONS else 1
+    sizes = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and kind.search(name.rpartition(".")[2])
+    ]
+    return min((size for size in sizes if size >= at_least), default=None)
+
+
+def _without_default_positions(
+    model: nn.Module, columns: dict[str, Tensor], numbered: dict[int, bool]
+) -> dict[str, Tensor]:
+    """The columns less positions that the model gives by itself; `numbered` keeps the answers."""
     positions, mask = columns.get("position_ids"), columns.get("attention_mask")
     start = 0 if positions is None else int(positions[0])
     # Others than a model may start from are not asked about: each answer takes forward passes.
     if positions is not None and start in _first_positions(model):
         consecutive = torch.arange(start, start + len(positions))
-        if torch.equal(positions, consecutive) and numbers_from(model, start):
+        if start not in numbered:
+            numbered[start] = numbers_from(model, start)
+        if torch.equal(positions, consecutive) and numbered[start]:
             columns = {name: c for name, c in columns.items() if name != "position_ids"}
     if mask is not None and "position_ids" not in columns and bool(mask.all()):
         columns = {name: c for name, c in columns.items() if name != "attention_mask"}

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from fastdean.layout import CONFIG_NAME, file_patterns, is_ours, one_line, read_json
+from fastdean.layout import CONFIG_NAME, file_patterns, is_ours, lies_in, one_line, read_json
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -95,16 +95,10 @@ def push_folder(
         )
     from huggingface_hub import CommitOperationAdd, HfApi
 
+    # Before a repository is made.
+    files = _own_files(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    kind = read_json(folder / CONFIG_NAME)["kind"]
-    files = [file for file in sorted(folder.iterdir()) if is_ours(file.name, kind)]
-    for file in files:
-        if file.is_symlink() and file.resolve().parent != folder.resolve():
-            raise ValueError(
-                f"path must hold its files itself, got {str(file)!r}, a link to "
-                f"{str(file.resolve())!r}; copy the file there before it is published"
-            )
     operations = [
         CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file)) for file in files
     ]
@@ -113,3 +107,28 @@ def push_folder(
             CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card_text.encode())
         )
     return api.create_commit(repo_id, operations, commit_message=commit_message).commit_url
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """The files that a folder lists, which are those that were written with it.
+
+    Raises:
+        ValueError: one that is no file, or a link that leads out of the folder and of the hub's
+            cache that it belongs to.
+    """
+    config = read_json(folder / CONFIG_NAME)
+    known = [file for file in sorted(folder.iterdir()) if is_ours(file.name, config["kind"])]
+    names = config.get("sha256")
+    if isinstance(names, dict):
+        known = [file for file in known if file.name in {CONFIG_NAME, *names}]
+    for file in known:
+        if not lies_in(file, folder.resolve()):
+            raise ValueError(
+                f"path must hold its files itself, got {str(file)!r}, a link to "
+                f"{str(file.resolve())!r}; copy the file there before it is published"
+            )
+        if not file.is_file():
+            raise ValueError(
+                f"path must hold files, got {str(file)!r}, which is none; copy the folder again"
+            )
+    return known

@@ -8,10 +8,12 @@ device and attention code, and a hub id has no files to read.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from fastdean.model_state import unwrap
 _PROVENANCE = ("_name_or_path", "transformers_version")
 # Of a fast tokenizer's state: left there by whoever called it last, and given anew by each caller.
 _OF_A_CALL = ("truncation", "padding")
+# Of a tokenizer's options: where it was found, and what is a part of its own here.
+_OF_A_PLACE = ("name_or_path", "is_local", "local_files_only", "tokenizer_file", "chat_template")
 # Where transformers keeps the code that came with a model.
 _OWN_CODE = "transformers_modules"
 
@@ -32,7 +36,7 @@ def model_identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
 
     The parts are "model weights" (every bit of every parameter and stored buffer, head and
     embeddings too), "model configuration", "attention implementation", "model code" (what came with
-    its files), "device" (its kind), "tokenizer" and "chat template".
+    its files and the tokenizer's), "device" (its kind), "tokenizer" and "chat template".
 
     Reads each weight once, a tied one too, at the speed of SHA-256 (about 1 GB/s); an offloaded
     one is brought to the CPU.
@@ -42,7 +46,7 @@ def model_identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
         "model weights": weights_digest(model),
         "model configuration": json_digest(_configuration(model)),
         "attention implementation": json_digest(_implementations(model)),
-        "model code": json_digest(_own_code(model)),
+        "model code": json_digest(_own_code(model, tokenizer)),
         "device": json_digest(sorted({p.device.type for p in model.parameters()} - {"meta"})),
         "tokenizer": json_digest(_rules(tokenizer)),
         "chat template": json_digest(getattr(tokenizer, "chat_template", None)),
@@ -92,10 +96,23 @@ def _implementations(model: nn.Module) -> list[str]:
     )
 
 
-def _own_code(model: nn.Module) -> list[str]:
-    kinds = {type(module) for module in model.modules()}
-    own = (kind for kind in kinds if kind.__module__.startswith(_OWN_CODE))
-    return sorted({inspect.getsource(inspect.getmodule(kind)) for kind in own})
+def _own_code(model: nn.Module, tokenizer: Any) -> list[str]:
+    """The sources that came with the files of model and tokenizer.
+
+    Also of modules that hold no class of theirs and are only imported by those that do.
+    """
+    kinds = {type(tokenizer), *(type(module) for module in model.modules())}
+    rooms = {
+        kind.__module__.rpartition(".")[0]
+        for kind in kinds
+        if kind.__module__.startswith(_OWN_CODE)
+    }
+    own = (
+        module
+        for name, module in list(sys.modules.items())
+        if name.rpartition(".")[0] in rooms and getattr(module, "__file__", None)
+    )
+    return sorted({Path(module.__file__).read_text(encoding="utf-8") for module in own})
 
 
 def _rules(tokenizer: Any) -> list[Any]:
@@ -103,9 +120,32 @@ def _rules(tokenizer: Any) -> list[Any]:
     if getattr(tokenizer, "is_fast", False):
         vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
         vocabulary = {key: part for key, part in vocabulary.items() if key not in _OF_A_CALL}
+        options = {}
     else:
-        vocabulary = tokenizer.get_vocab()
-    return [type(tokenizer).__name__, vocabulary, tokenizer.special_tokens_map]
+        vocabulary = [tokenizer.get_vocab(), _vocabulary_files(tokenizer)]
+        options = {
+            key: value
+            for key, value in tokenizer.init_kwargs.items()
+            if key not in (*_OF_A_PLACE, *tokenizer.vocab_files_names)
+        }
+    # Of the wrapper, which sets it anew in what it wraps with each call.
+    options["split_special_tokens"] = getattr(tokenizer, "split_special_tokens", False)
+    return [type(tokenizer).__name__, vocabulary, tokenizer.special_tokens_map, options]
+
+
+def _vocabulary_files(tokenizer: Any) -> dict[str, str]:
+    """Digests of what a tokenizer in Python writes of itself: merges and the like are in no dict.
+
+    Empty of one that writes nothing, as one of bytes does.
+    """
+    with TemporaryDirectory() as folder:
+        with suppress(NotImplementedError):
+            tokenizer.save_vocabulary(folder)
+        return {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(Path(folder).rglob("*"))
+            if path.is_file()
+        }
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

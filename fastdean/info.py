@@ -73,7 +73,7 @@ def render(info: dict[str, Any]) -> str:
         lines = [("operation", f"on {kind}", "why"), *_dispatch_lines(rows)]
         sections.append(_table(lines))
     forms = [(row["op"], row["impl"], row["record"]) for row in info["cuda_forms"]]
-    sections.append(_table([("operation", "on CUDA", "its check on a GPU"), *forms]))
+    sections.append(_table([("operation", "CUDA kernel", "its check on a GPU"), *forms]))
     return "\n\n".join(sections)
 
 

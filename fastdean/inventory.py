@@ -36,7 +36,8 @@ def listed(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
 def holds_only_listed(folder: Path, manifest_name: str) -> bool:
     """Whether everything below `folder` is its manifest, or a file or folder that it lists.
 
-    False for a manifest that lists nothing, cannot be read, or was written before there were lists.
+    By name: a listed file that was edited since counts as ours, and goes with the folder. False for
+    a manifest that lists nothing, cannot be read, or was written before there were lists.
     """
     files = _files_of(folder / manifest_name)
     if files is None:

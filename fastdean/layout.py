@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from fastdean import declared
 from fastdean.inventory import holds_only_listed
 
 CONFIG_NAME = "fastdean_config.json"
@@ -30,8 +30,8 @@ def is_ours(file_name: str, kind: str) -> bool:
 def holds_only(folder: Path, kind: str) -> bool:
     """Whether `folder` is a folder of this kind without a file of other origin."""
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(folder / CONFIG_NAME)
+    except (OSError, ValueError):
         return False
     if not isinstance(config, dict) or config.get("kind") != kind:
         return False
@@ -42,17 +42,24 @@ def holds_only(folder: Path, kind: str) -> bool:
     return holds_only_listed(folder, CONFIG_NAME)
 
 
+def lies_in(file: Path, folder: Path) -> bool:
+    """Whether `file`, links followed, is part of `folder`, which is given without links.
+
+    In the hub's cache, models--owner--name/snapshots/<commit>/ consists of links to
+    models--owner--name/blobs/.
+    """
+    real = file.resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parent.parent / "blobs")
+    return any(real == home or home in real.parents for home in homes)
+
+
 def one_line(error: BaseException) -> str:
     """An error's text without its line breaks, to be quoted in another error."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds; ValueError, with its name, where it holds none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{str(file)!r} must be a JSON file, got something else ({one_line(error)}); "
-            "write or copy it again"
-        ) from error
+    """What a JSON file of ours holds; ValueError, with its name, where it holds none."""
+    return declared.read_json(file, declared.Anything(), advice="write or copy it again")

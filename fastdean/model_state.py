@@ -84,7 +84,8 @@ def max_tokens(model: nn.Module) -> int | None:
     model = unwrap(model)
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
+    # MPT, whose attention has a bias for so many tokens, calls it otherwise.
+    longest = getattr(text, "max_position_embeddings", getattr(text, "max_seq_len", None))
     # Configurations write "no bound" as None, 0 or -1.
     if longest is None or longest < 1:
         return None

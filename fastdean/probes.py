@@ -1,12 +1,14 @@
 """What a model does with its tokens, measured by running it on a few of them.
 
 Names of classes and entries of configurations say what a model was written for, not what it
-computes. Each answer is measured once per model, dtype, device and attention implementation: it
-lies in the model's code, not in its weights.
+computes. An answer is kept for as long as nothing is seen to change the model: not its
+configuration, its modules, what is hooked to them, or its weights. Weights that are zero mix no
+tokens, and those that are trained from there do.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,12 +18,13 @@ from torch import Tensor, nn
 
 from fastdean.attention import attention_by_segments
 from fastdean.batching import pad
-from fastdean.calling import call, logits_of
+from fastdean.calling import call, logits_of, require_row_per_token
 from fastdean.data import Example
 from fastdean.model_state import eager, evaluation_state, input_device, max_tokens
 
 _PROBE_TOKENS = 12
-_ANSWERS: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+# Model -> the state that it was measured in, and the answers.
+_ANSWERS: WeakKeyDictionary[nn.Module, tuple[int, dict]] = WeakKeyDictionary()
 
 
 def sees_ahead(model: nn.Module) -> bool | None:
@@ -195,22 +198,45 @@ def _measure_padding(model: nn.Module, examples: Sequence[Example]) -> bool:
 def _asked_once(
     model: nn.Module, question: str | tuple, measure: Callable[[], bool | None]
 ) -> bool | None:
-    """The answer of `measure`, kept for this model as long as it is used in the same way."""
-    config = getattr(model, "config", None)
-    key = (
-        question,
-        next(model.parameters()).dtype,
-        next(model.parameters()).device.type,
-        getattr(config, "_attn_implementation", None),
-        getattr(config, "is_decoder", None),
-    )
-    answers = _ANSWERS.setdefault(model, {})
-    if key not in answers:
+    """The answer of `measure`, kept until the model is seen to change."""
+    state = _state(model)
+    kept, answers = _ANSWERS.get(model, (None, {}))
+    if kept != state:
+        answers = {}
+    if question not in answers:
         answer = measure()
         if answer is None:
             return None
-        answers[key] = answer
-    return answers[key]
+        answers[question] = answer
+        # Some modules note something in their first run.
+        _ANSWERS[model] = _state(model), answers
+    return answers[question]
+
+
+def _state(model: nn.Module) -> int:
+    """A number that is another once the model computes something else, as far as that shows.
+
+    Changes of tensors show in the counters that autograd keeps of them.
+    """
+    config = getattr(model, "config", None)
+    found: list[Any] = [getattr(config, "_attn_implementation", None)]
+    if hasattr(config, "to_dict"):
+        # Every measurement and every pass turns the cache off and back on.
+        found.append(re.sub(r"'use_cache': \w+", "", str(config.to_dict())))
+    for module in model.modules():
+        own = vars(module)
+        found += [type(module), id(type(module).forward), id(own.get("forward"))]
+        found += own["_forward_hooks"], own["_forward_pre_hooks"]
+        found += [
+            (name, value)
+            for name, value in own.items()
+            if isinstance(value, bool | int | float | str) and name != "training"
+        ]
+        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+            if tensor is not None:
+                version = None if tensor.is_inference() else tensor._version
+                found.append((version, tensor.dtype, tensor.device))
+    return hash(tuple(tuple(part) if isinstance(part, dict) else part for part in found))
 
 
 def _ordinary_ids(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -256,7 +282,9 @@ def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     # Uncompiled: nothing would be gained, and a compiled model fires no hooks added later.
     with eager(), evaluation_state(model):
         outputs = call(model, {name: value.to(device) for name, value in inputs.items()})
-    return logits_of(outputs).double()
+    logits = logits_of(outputs)
+    require_row_per_token(logits, inputs["input_ids"])
+    return logits.double()
 
 
 def _distance(value: Tensor, reference: Tensor) -> float:

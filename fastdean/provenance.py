@@ -1,10 +1,18 @@
-"""What every manifest says about when and with what something was made."""
+"""What every manifest says about when, with what and of what something was made.
+
+Manifests, cards and reports travel: a model, a file or a folder is told in them by its name, and
+never by where it lies on somebody's disk.
+"""
 
 from __future__ import annotations
 
+import os
 import platform
+import re
+import shlex
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 
 _PACKAGES = ("fastdean", "torch", "transformers", "numpy", "safetensors")
 
@@ -23,3 +31,45 @@ def versions() -> dict[str, str]:
 def now() -> str:
     """UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def public_name(name_or_path: str) -> str:
+    """The id of something on the hub as it is; of a path on this machine, the last part."""
+    if not name_or_path:
+        return ""
+    if re.match(r"[A-Za-z]:[\\/]|\\\\", name_or_path):
+        return re.split(r"[\\/]", name_or_path.rstrip("\\/"))[-1]
+    if not _is_path(name_or_path):
+        return name_or_path
+    # "." and ".." have no name of their own.
+    return os.path.basename(os.path.abspath(os.path.expanduser(name_or_path)))
+
+
+def public_source(source: str) -> str:
+    """A source as it may be published: `NAME=PATH::key=value` without where PATH lies.
+
+    See `sources.load_rows`; what stands before "=" is the name of a measure or of an option.
+    """
+    place, mark, options = source.partition("::")
+    name, equals, path = place.partition("=")
+    told = f"{name}={public_name(path)}" if equals and not _is_path(name) else public_name(place)
+    return f"{told}{mark}{options}"
+
+
+def public_command(command: str) -> str:
+    """A command line as it may be published: each of its words as `public_source` gives it."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split()
+    return shlex.join(map(public_source, words))
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text names a place on this machine, rather than something on the hub."""
+    if text.startswith(("/", "~", "./", "../")) or text in (".", "..") or text.count("/") > 1:
+        return True
+    try:
+        return os.sep in text and Path(text).exists()
+    except (OSError, ValueError):
+        return False

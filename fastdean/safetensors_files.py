@@ -6,6 +6,7 @@ Values are read and written in place, some neighbours at a time: no tensor is ev
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,20 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from fastdean.declared import (
+    Anything,
+    Lists,
+    Maps,
+    Record,
+    Row,
+    Text,
+    Whole,
+    read_json,
+    read_text,
+    require,
+    unfit,
+)
 
 # Type in a file's header -> dtype, of those whose values a mask can hold.
 DTYPES = {
@@ -25,6 +40,19 @@ _WHOLE_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
 # The format's own limit; a larger number there means that the file is something else.
 _MAX_HEADER_BYTES = 100_000_000
+_NAME = Text(longest=1000)
+# An index of shards, and the header of a file without its metadata.
+_INDEX = Record({"weight_map": Maps(_NAME)}, others=Anything())
+_HEADER = Maps(
+    Record(
+        {
+            "dtype": Text(longest=20),
+            "shape": Lists(Whole(), most=64),
+            "data_offsets": Row((Whole(), Whole())),
+        }
+    )
+)
+_ADVICE = "copy it again"
 # Neighbouring values are read together, but never a whole large tensor.
 _MAX_RUN_BYTES = 1 << 20
 
@@ -79,10 +107,10 @@ def _opened_by_loader(source: Path) -> str | None:
 def _named_by_config(source: Path) -> str | None:
     """What config.json says the weights are called, where it says so and they are there."""
     try:
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        named = config.get("transformers_weights")
+        text = read_text(source / "config.json", advice=_ADVICE)
+        named = json.loads(text).get("transformers_weights")
     # The configuration itself is none of this module's business: a loader will complain.
-    except (OSError, ValueError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         return None
     if not isinstance(named, str) or not (source / named).is_file():
         return None
@@ -96,15 +124,8 @@ def _named_by_config(source: Path) -> str | None:
 
 
 def _weight_map(index_file: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(Path(file_name).name == file_name for file_name in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(index_file)!r} must be an index with a weight_map, got something else; "
-            "copy it again"
-        ) from error
-    if not plain:
+    weight_map = read_json(index_file, _INDEX, advice=_ADVICE)["weight_map"]
+    if not all(Path(file_name).name == file_name for file_name in weight_map.values()):
         raise ValueError(f"{str(index_file)!r} must name files of its own folder, got other paths")
     return weight_map
 
@@ -155,32 +176,33 @@ def header_bytes(path: Path) -> bytes:
 def _read_header(path: Path) -> list[StoredTensor]:
     """The tensors of a safetensors file, after checking that all of their bytes are there."""
     if not path.is_file():
-        raise ValueError(f"source must hold {path.name!r}, got no such file; download it too")
+        raise ValueError(
+            f"source must hold {path.name!r}, got no such file in {str(path.parent)!r}; "
+            "download it too"
+        )
     head = header_bytes(path)
     data_bytes = path.stat().st_size - len(head)
     try:
         header = json.loads(head[8:])
+    except (ValueError, RecursionError):
+        raise unfit(path, "", "a header in JSON", "something else", _ADVICE) from None
+    if isinstance(header, dict):
         header.pop("__metadata__", None)
-        tensors = [
-            (
-                StoredTensor(
-                    name=name,
-                    file_name=path.name,
-                    dtype=info["dtype"],
-                    shape=tuple(info["shape"]),
-                    offset=len(head) + info["data_offsets"][0],
-                ),
-                info["data_offsets"][0],
-                info["data_offsets"][1],
-            )
-            for name, info in header.items()
-        ]
-        sound = all(_is_sound(tensor, begin, end) for tensor, begin, end in tensors)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(path)!r} must be a safetensors file, got a header that is not one; copy it again"
-        ) from error
-    if not sound:
+    require(header, _HEADER, path, where="a header", advice=_ADVICE)
+    tensors = [
+        (
+            StoredTensor(
+                name=name,
+                file_name=path.name,
+                dtype=info["dtype"],
+                shape=tuple(info["shape"]),
+                offset=len(head) + info["data_offsets"][0],
+            ),
+            *info["data_offsets"],
+        )
+        for name, info in header.items()
+    ]
+    if not all(_is_sound(tensor, begin, end) for tensor, begin, end in tensors):
         raise ValueError(
             f"{str(path)!r} must be a sound safetensors file, got tensors whose sizes contradict "
             "their shapes; copy it again"
@@ -196,12 +218,11 @@ def _read_header(path: Path) -> list[StoredTensor]:
 
 
 def _is_sound(tensor: StoredTensor, begin: int, end: int) -> bool:
-    if not 0 <= begin <= end or any(size < 0 for size in tensor.shape):
+    if begin > end:
         return False
     if tensor.dtype not in DTYPES:
         return True
-    numel = torch.Size(tensor.shape).numel()
-    return end - begin == numel * DTYPES[tensor.dtype].itemsize
+    return end - begin == math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
 
 
 def _runs(index: Tensor, itemsize: int) -> Iterator[tuple[int, int, int]]:

@@ -7,6 +7,7 @@ read, so that adding two runs costs one rounding.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,13 +18,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdean.declared import (
+    Anything,
+    Exactly,
+    Filled,
+    Kind,
+    Lists,
+    Maps,
+    Maybe,
+    Places,
+    Real,
+    Record,
+    Text,
+    Whole,
+    brief,
+    require,
+    unfit,
+)
 from fastdean.ops.selection import importance, select_top
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FINGERPRINT_CHUNK = 1 << 18  # entries: 2 MiB of int64, which a CPU's caches hold
-_INT64 = range(-(2**63), 2**63)
 _SHA_BITS = 256
 _COUNTS = ("examples", "tokens", "target_tokens")
+
+# What `save_pretrained` writes; see `_entry_kind` for the entries.
+_CONFIG = Record(
+    {
+        "granularity": Text(choices=("weight", "neuron")),
+        "num_examples": Whole(least=1),
+        "keep_top": Maybe(Real(above=0, most=1)),
+        "manifest": Maps(Anything()),
+        "entries": Maps(Anything()),
+    }
+)
+_WEIGHTS = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
+_ADVICE = "save it again"
 
 
 @dataclass(frozen=True)
@@ -347,20 +377,19 @@ class Scores(Mapping[str, Tensor]):
             ValueError: the folder is missing, truncated, or holds something else; or its
                 configuration and tensors contradict each other. The text names what does not fit.
         """
-        from fastdean.storage import read_folder, resolve
+        from fastdean.storage import CONFIG_NAME, read_folder, resolve
 
-        config, tensors = read_folder(resolve(path, revision=revision, token=token), kind="scores")
-        try:
-            _check_config(config)
-            sparse = config["keep_top"] is not None
-            entries = {
-                name: _read_entry(name, described, config["granularity"], sparse, tensors)
-                for name, described in config["entries"].items()
-            }
-            if tensors:
-                raise ValueError(f"no tensor without an entry, got {min(tensors)}")
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} must hold {error}; save it again") from None
+        folder = resolve(path, revision=revision, token=token)
+        config, tensors = read_folder(folder, kind="scores")
+        require(config, _CONFIG, folder / CONFIG_NAME)
+        sparse = config["keep_top"] is not None
+        entry = _entry_kind(config["granularity"])
+        entries = {}
+        for name, described in config["entries"].items():
+            require(described, entry, folder / CONFIG_NAME, where=f"entries[{brief(name)}]")
+            entries[name] = _read_entry(folder, name, described, sparse, tensors)
+        if tensors:
+            raise unfit(folder, repr(min(tensors)), "a part of the scores", "another", _ADVICE)
         return cls(
             entries,
             granularity=config["granularity"],
@@ -370,119 +399,48 @@ class Scores(Mapping[str, Tensor]):
         )
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
-    n, keep_top = config.get("num_examples"), config.get("keep_top")
-    checks = {
-        "granularity": ("'weight' or 'neuron'", config.get("granularity") in ("weight", "neuron")),
-        "num_examples": ("a positive integer", _is_integer(n) and n > 0),
-        "keep_top": (
-            "null or a ratio above 0 and at most 1",
-            keep_top is None or (_is_number(keep_top) and 0 < keep_top <= 1),
-        ),
-        "manifest": ("an object", isinstance(config.get("manifest"), dict)),
-        "entries": ("an object", isinstance(config.get("entries"), dict)),
-    }
-    for key, (expected, holds) in checks.items():
-        if key not in config:
-            raise ValueError(f"{key!r} in its configuration, got no such key")
-        if not holds:
-            raise ValueError(f"{key!r} as {expected}, got {_brief(config[key])}")
+def _entry_kind(granularity: str) -> Record:
+    """What `save_pretrained` writes of an entry."""
+    axis = Exactly(None) if granularity == "weight" else Whole(most=1)
+    return Record(
+        {
+            "shape": Lists(Whole(least=1), least=2, most=2),
+            "unit_axis": axis,
+            "fingerprint": Whole(least=-(2**63)),
+        }
+    )
 
 
 def _read_entry(
-    name: str, described: Any, granularity: str, sparse: bool, tensors: dict[str, Tensor]
+    folder: Path,
+    name: str,
+    described: Mapping[str, Any],
+    sparse: bool,
+    tensors: dict[str, Tensor],
 ) -> ScoreEntry:
     """One entry; its tensors are taken out of `tensors`."""
-    shape, axis, mark = _checked_description(name, described, granularity)
 
-    def take(part: str) -> Tensor:
-        if f"{name}.{part}" not in tensors:
-            raise ValueError(f"{name}.{part}, got no such tensor")
-        return tensors.pop(f"{name}.{part}")
+    def take(part: str, kind: Kind) -> Tensor:
+        where = f"{name}.{part}"
+        if where not in tensors:
+            raise unfit(folder, repr(where), "a tensor", "no such tensor", _ADVICE)
+        require(tensors[where], kind, folder, where=repr(where))
+        return tensors.pop(where)
 
-    entry = ScoreEntry(
-        sums=take("sums"),
-        weight=take("weight_values") if axis is None else None,
-        index=take("index") if sparse else None,
+    shape, axis = tuple(described["shape"]), described["unit_axis"]
+    numel = math.prod(shape) if axis is None else shape[axis]
+    index = take("index", Places(numel)) if sparse else None
+    size = shape if axis is None else (numel,)
+    if index is not None:
+        size = (index.numel(),)
+    return ScoreEntry(
+        sums=take("sums", Filled(("torch.float32",), size, finite=True, least=0.0)),
+        weight=take("weight_values", Filled(_WEIGHTS, size)) if axis is None else None,
+        index=index,
         shape=shape,
         unit_axis=axis,
-        fingerprint=mark,
+        fingerprint=described["fingerprint"],
     )
-    _check_tensors(name, entry)
-    return entry
-
-
-def _checked_description(
-    name: str, described: Any, granularity: str
-) -> tuple[tuple[int, ...], int | None, int]:
-    """The shape, unit axis and fingerprint that the configuration gives for an entry."""
-    found = described if isinstance(described, dict) else {}
-    shape, axis, mark = (found.get(key) for key in ("shape", "unit_axis", "fingerprint"))
-    axes = (None,) if granularity == "weight" else (0, 1)
-    checks = {
-        "shape": (
-            "two positive integers",
-            isinstance(shape, list) and len(shape) == 2 and all(_is_size(d) for d in shape),
-        ),
-        "unit_axis": (
-            f"{' or '.join('null' if a is None else str(a) for a in axes)} ({granularity} scores)",
-            axis in axes and not isinstance(axis, bool),
-        ),
-        "fingerprint": ("a 64-bit integer", _is_integer(mark) and mark in _INT64),
-    }
-    for key, (expected, holds) in checks.items():
-        if key not in found:
-            raise ValueError(f"{key!r} of {name} in its configuration, got no such key")
-        if not holds:
-            raise ValueError(f"{key!r} of {name} as {expected}, got {_brief(found[key])}")
-    return tuple(shape), axis, mark
-
-
-def _check_tensors(name: str, entry: ScoreEntry) -> None:
-    if entry.index is not None:
-        _check_index(f"{name}.index", entry.index, entry.numel)
-        expected = (entry.index.numel(),)
-    else:
-        expected = entry.shape if entry.unit_axis is None else (entry.numel,)
-    for part, tensor in (("sums", entry.sums), ("weight_values", entry.weight)):
-        if tensor is not None and tuple(tensor.shape) != expected:
-            raise ValueError(f"{name}.{part} of shape {list(expected)}, got {list(tensor.shape)}")
-    if entry.sums.dtype != torch.float32:
-        raise ValueError(f"{name}.sums in torch.float32, got {entry.sums.dtype}")
-    if entry.weight is not None and not entry.weight.is_floating_point():
-        raise ValueError(f"{name}.weight_values in floating point, got {entry.weight.dtype}")
-
-
-def _check_index(name: str, index: Tensor, numel: int) -> None:
-    if index.dtype != torch.int64 or index.dim() != 1:
-        raise ValueError(f"{name} as int64 [M], got {index.dtype} {list(index.shape)}")
-    unordered = (index.diff() <= 0).nonzero()
-    if unordered.numel():
-        place = int(unordered[0]) + 1
-        raise ValueError(
-            f"{name} in ascending order without repetition, got {int(index[place])} after "
-            f"{int(index[place - 1])}"
-        )
-    if index.numel() and not 0 <= int(index[0]) <= int(index[-1]) < numel:
-        outside = int(index[0]) if index[0] < 0 else int(index[-1])
-        raise ValueError(f"{name} within 0..{numel - 1}, got {outside}")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_size(value: Any) -> bool:
-    return _is_integer(value) and value > 0
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def examples_digest(digests: Iterable[bytes]) -> str:

@@ -9,11 +9,9 @@ output gradient) to an accumulator.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +34,7 @@ from fastdean.model_state import (
     strict_determinism,
     unwrap,
 )
+from fastdean.printable import one_line
 from fastdean.scores import ScoreEntry, Scores, check_keep_top, keep_entry
 from fastdean.targets import Target, coverage, find_targets
 from fastdean.trial import Settled, settle
@@ -346,7 +345,7 @@ class _LaggedCheck:
 def _progress_bar(total: int, description: str, shown: bool) -> Iterator[Any]:
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc=description, unit="ex", disable=not shown) as bar:
+    with tqdm(total=total, desc=one_line(description), unit="ex", disable=not shown) as bar:
         yield bar
 
 
@@ -435,13 +434,15 @@ def _manifest(
     target_modules: str | Sequence[str],
     ranks: Ranks,
 ) -> dict[str, Any]:
-    from fastdean.provenance import now, versions
+    from fastdean.provenance import now, public_name, versions
 
     config = getattr(model, "config", None)
     return {
         "created": now(),
         "model": {
-            "name": _public_name(getattr(config, "_name_or_path", None)) or type(model).__name__,
+            # A manifest travels with the mask.
+            "name": public_name(getattr(config, "_name_or_path", None) or "")
+            or type(model).__name__,
             "class": type(model).__name__,
             "parameters": covered["model_parameters"],
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -457,12 +458,3 @@ def _manifest(
         "versions": versions(),
         **work.describe(),
     }
-
-
-def _public_name(name_or_path: str | None) -> str:
-    """The id of a model on the hub, or the last part of a folder: manifests travel with masks."""
-    if not name_or_path:
-        return ""
-    path = Path(name_or_path)
-    local = path.is_absolute() or path.exists()
-    return os.path.basename(os.path.abspath(path)) if local else name_or_path

@@ -49,7 +49,7 @@ def spans(
 
     Args:
         mask: int64 [T], 0 for padding, else 1 or the number of the example.
-        position_ids, seq_idx: int64 [T]; a negative `seq_idx` is padding.
+        position_ids, seq_idx: int64 [T]; a negative one is padding.
         cuts: places 0..T where an example begins.
     Raises:
         ValueError: one number in two places.
@@ -57,8 +57,9 @@ def spans(
     kept = torch.ones(length, dtype=torch.bool)
     if mask is not None:
         kept &= mask != 0
-    if seq_idx is not None:
-        kept &= seq_idx >= 0
+    for numbers in (position_ids, seq_idx):
+        if numbers is not None:
+            kept &= numbers >= 0
     places = kept.nonzero().squeeze(1)
     if len(places) < 2:
         return [(place, place + 1) for place in places.tolist()]

@@ -26,14 +26,23 @@ import fastdean
 from fastdean.atomic import (
     flush,
     flush_behind,
+    is_temporary,
     real_place,
     write_json_atomic,
     write_text_atomic,
 )
-from fastdean.folders import check_free, new_folder, put_back
+from fastdean.folders import (
+    check_free,
+    is_empty,
+    new_folder,
+    put_back,
+    remove_folder,
+    standing,
+    sweep,
+)
 from fastdean.hub import push_folder, resolve
 from fastdean.inventory import file_digest, holds_only_listed, json_digest, listed
-from fastdean.layout import CONFIG_NAME, holds_only, is_ours, one_line, read_json
+from fastdean.layout import CONFIG_NAME, holds_only, is_ours, lies_in, one_line, read_json
 
 __all__ = [
     "CONFIG_NAME",
@@ -42,13 +51,18 @@ __all__ = [
     "flush_behind",
     "holds_only",
     "holds_only_listed",
+    "is_empty",
+    "is_temporary",
     "json_digest",
+    "lies_in",
     "listed",
     "new_folder",
     "push_folder",
     "read_folder",
     "real_place",
+    "remove_folder",
     "resolve",
+    "sweep",
     "write_folder",
     "write_json_atomic",
     "write_text_atomic",
@@ -56,6 +70,7 @@ __all__ = [
 
 # 2: the configuration lists digests. Folders of version 1 are read without them.
 FORMAT_VERSION = 2
+_READS = 50
 _RESERVED = ("kind", "format_version", "fastdean_version", "sha256", "config_sha256")
 
 
@@ -116,13 +131,30 @@ def write_folder(
 def read_folder(path: str | os.PathLike, *, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration (as it was given to `write_folder`) and the tensors, on the CPU.
 
+    Of a folder that is replaced meanwhile, either the old content or the new.
+
     Raises:
         ValueError: no such folder, not a folder of FastDEAN, another kind, a newer format, or a
             file that is missing, truncated, foreign or not as it was written; the text names the
             file.
     """
     folder = Path(path).expanduser()
-    put_back(folder)
+    for _ in range(_READS):
+        put_back(folder)
+        with standing(folder) as still_there:
+            try:
+                found = _read(folder, kind)
+            except (ValueError, OSError, RuntimeError):
+                # What was read may be half of the one and half of the other.
+                if still_there():
+                    raise
+                continue
+            if still_there():
+                return found
+    return _read(folder, kind)
+
+
+def _read(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not folder.is_dir():
         raise ValueError(
             f"path must be a folder written by FastDEAN, got {str(folder)!r}, which is not a "
@@ -212,7 +244,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _check_config(folder: Path, config: Any, kind: str) -> None:
-    if not isinstance(config, dict) or "kind" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
         raise ValueError(
             f"{str(folder / CONFIG_NAME)!r} must say what the folder holds, got no 'kind'; "
             "pass the folder that save_pretrained made"

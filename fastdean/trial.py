@@ -26,7 +26,7 @@ from fastdean.workloads import BatchLosses, Workload
 _DIRECTIONS = 8
 _SEED = 17
 # Of the norm of a gradient's rows, what may lie outside its example's; rounding leaves nothing.
-_STRAY = 1e-2
+_STRAY = 1e-5
 # How often a loss scale is lowered before an overflow is taken for the model's own.
 _SCALES = 4
 
@@ -243,27 +243,30 @@ class _Looking:
         found.times[-1] += 1
         number, examples = self._batch.rows, len(self._batch.segments)
         found.rows, found.dtype = g.numel() // g.shape[-1], g.dtype
-        segments = segments_in(x, self._batch.segments, number)
-        if found.times[-1] > 1 or segments is None:
+        turned = tuple(batch_first(each, examples) for each in (x, g))
+        as_it_is, sequence_first = (
+            segments_in(each, self._batch.segments, number) for each in (x, turned[0])
+        )
+        if found.times[-1] > 1 or (as_it_is is None and sequence_first is None):
             return
         found.largest = max(found.largest, float(g.abs().max()) if g.numel() else 0.0)
-        flat = g.flatten(0, -2).float()
-        found.total.append(float(flat.square().sum()))
-        segment = slice(*segments[self._example].tolist())
-        inside, captured = self._at_rows(target, x, g, segment)
+        found.total.append(_squared_norm(g.flatten(0, -2).float()))
+        inside, captured = self._at_rows(target, x, g, as_it_is)
         found.inside.append(inside)
         found.captured.append(captured)
-        x, g = (batch_first(each, number, examples) for each in (x, g))
-        inside, captured = self._at_rows(target, x, g, segment)
+        inside, captured = self._at_rows(target, *turned, sequence_first)
         found.inside_sequence_first.append(inside)
         found.captured_sequence_first.append(captured)
 
     def _at_rows(
-        self, target: Target, x: Tensor, g: Tensor, segment: slice
+        self, target: Target, x: Tensor, g: Tensor, segments: Tensor | None
     ) -> tuple[float, Tensor]:
         """Squared norm of the example's rows of `g`, and u^T (G^T X) v of them."""
-        x, g = (each.flatten(0, -2)[segment].float() for each in (x, g))
-        inside = float(g.square().sum())
+        if segments is None:
+            return -math.inf, torch.zeros(_DIRECTIONS)
+        rows = slice(*segments[self._example].tolist())
+        x, g = (each.flatten(0, -2)[rows].float() for each in (x, g))
+        inside = _squared_norm(g)
         if not self._found[target.parameter].compared:
             return inside, torch.zeros(_DIRECTIONS)
         u, v = (each.to(g.device) for each in self._directions[target.parameter])
@@ -275,6 +278,11 @@ class _Looking:
         if target.transposed:
             gradient = gradient.T
         self._found[target.parameter].expected[-1] = ((gradient @ v) * u).sum(0).cpu()
+
+
+def _squared_norm(rows: Tensor) -> float:
+    """Row by row and then in float64, so that a few rows are not lost in the rounding of others."""
+    return float(rows.square().sum(1).cpu().double().sum())
 
 
 def _directions(target: Target, seed: int) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,17 @@ from fastdean.batching import (
     require_targets,
     send,
 )
-from fastdean.data import IGNORE_INDEX, Example, example_spans, read_examples
+from fastdean.data import Example, example_spans, read_examples
 from fastdean.distributed import Ranks
-from fastdean.forward import TargetLogits, exact_layout, fitted, label_shift, target_losses
-from fastdean.model_state import input_device, max_tokens
+from fastdean.forward import (
+    TargetLogits,
+    exact_layout,
+    fitted,
+    label_shift,
+    require_positions,
+    target_losses,
+)
+from fastdean.model_state import input_device
 from fastdean.rendering import describe_rendering, rendering_cautions
 from fastdean.scores import examples_digest
 from fastdean.segments import CUMULATIVE_LENGTHS
@@ -160,7 +167,7 @@ class LanguageModelling:
             model,
             read_examples(loader, tokenizer=tokenizer, template=template, max_length=max_length),
         )
-        _check_tokens(model, examples)
+        require_positions(model, examples)
         # On all examples, so that a bad one is refused under its own number on every rank alike.
         require_targets(examples, shift)
         if tokens_per_batch is None:
@@ -287,8 +294,9 @@ class CustomLoss:
         sizes = [batch["input_ids"].shape[0] for batch in batches]
         digest = examples_digest(_digest_of_batch(batch) for batch in batches)
         here = sum(sizes[ranks.rank :: ranks.size])
-        # Rows of one token, or of one example, tell nothing about the order of rows.
-        first = max(batches, key=lambda batch: [n > 1 for n in batch["input_ids"].shape])
+        # Rows of one example tell nothing about the order of rows, and short ones little: what
+        # works in windows or chunks leaves texts shorter than one as they are.
+        first = max(batches, key=lambda batch: _shows_order(*batch["input_ids"].shape))
         return cls(model, loss_fn, mine, sum(sizes), here, digest, first)
 
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
@@ -329,6 +337,10 @@ class CustomLoss:
             "data": {"examples": self.num_examples, "sha256": self.digest},
             "loss": "loss_fn of the caller",
         }
+
+
+def _shows_order(examples: int, width: int) -> tuple[bool, int, int]:
+    return examples > 1, width, examples
 
 
 def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -386,27 +398,6 @@ def _accepted_inputs(model: nn.Module) -> Callable[[str], bool]:
     if "input_ids" in parameters:
         return parameters.__contains__
     return lambda name: True
-
-
-def _check_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
-    """Refuse what would fail deep inside the model, or on a GPU without a message."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    longest = max_tokens(model)
-    for i, example in enumerate(examples):
-        targets = example.labels[example.labels != IGNORE_INDEX]
-        for key, ids in (("input_ids", example.input_ids), ("labels", targets)):
-            outside = ids[(ids < 0) | (ids >= vocabulary)]
-            if outside.numel():
-                ignored = "" if key == "input_ids" else f" or be {IGNORE_INDEX}"
-                raise ValueError(
-                    f"{key} must lie in 0..{vocabulary - 1}{ignored}, got {int(outside[0])} in "
-                    f"example {i}; use the model's own tokenizer"
-                )
-        if longest is not None and len(example) > longest:
-            raise ValueError(
-                f"example {i} must have at most {longest} tokens (the model's positions), got "
-                f"{len(example)}; cut it with max_length"
-            )
 
 
 def _digest_of_batch(batch: Mapping[str, Any]) -> bytes:

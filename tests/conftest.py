@@ -11,6 +11,10 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores: with threads of their own they would mostly wait.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import sys
 from collections.abc import Callable
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -327,7 +328,7 @@ def test_source_that_is_no_checkpoint(tmp_path, simple):
         (lambda raw: b"", "must be a safetensors file, got something else"),
         (lambda raw: raw + b"x", "with bytes after its end"),
         (lambda raw: b"\xff" * 8 + raw[8:], "must be a safetensors file, got something else"),
-        (lambda raw: raw[:8] + b"[" + raw[9:], "a header that is not one"),
+        (lambda raw: raw[:8] + b"[" + raw[9:], "must hold a header in JSON, got something else"),
         (lambda raw: raw.replace(b"[4,6]", b"[4,7]"), "sizes contradict their shapes"),
     ],
     ids=["end", "header", "length", "empty", "longer", "foreign", "no_json", "sizes"],
@@ -339,6 +340,31 @@ def test_damaged_file_is_named(tmp_path, simple, damage, text):
     assert "model.safetensors" in refuse(source, mask, tmp_path / "out", text)
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"shape": [10**400]}, "shape.0. as a whole number of at least 0, got 1000"),
+        ({"shape": [2**62, 2**62]}, "tensors whose sizes contradict their shapes"),
+        ({"shape": [True]}, "shape.0. as a whole number of at least 0, got True"),
+        ({"shape": [-1]}, "shape.0. as a whole number of at least 0, got -1"),
+        ({"dtype": []}, "dtype as a text, got "),
+        ({"data_offsets": [0]}, "data_offsets as a list of 2, got "),
+        ({"data_offsets": [0, 10**30]}, "data_offsets.1. as a whole number of at least 0, got 100"),
+        ({"more": 1}, "an object of dtype, shape, data_offsets, got one with 'more'"),
+    ],
+)
+def test_a_header_that_claims_what_cannot_be_is_refused(tmp_path, simple, change, text):
+    source, _, mask = simple
+    file = source / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header[next(name for name in header if name != "__metadata__")].update(change)
+    edited = json.dumps(header).encode()
+    file.write_bytes(len(edited).to_bytes(8, "little") + edited + raw[8 + length :])
+    refuse(source, mask, tmp_path / "out", text)
+
+
 def test_index_that_cannot_be_followed(tmp_path, simple):
     source, _, mask = simple
     (source / "model.safetensors").rename(source / "shard.safetensors")
@@ -346,7 +372,10 @@ def test_index_that_cannot_be_followed(tmp_path, simple):
     for text, expected in [
         ('{"weight_map": {"h.0.weight": "gone.safetensors"}}', "hold 'gone.safetensors', got no s"),
         ('{"weight_map": {"h.0.weight": "../x.safetensors"}}', "files of its own folder"),
-        ("{}", "an index with a weight_map, got something else"),
+        ("{}", "index.json' must hold the field weight_map, got no such field; copy it again"),
+        ("[]", "index.json' must hold an object, got "),
+        ('{"weight_map": {"h.0.weight": []}}', "weight_map.'h.0.weight'. as a text, got "),
+        ("[" * 100_000, "index.json' must hold JSON, got something else"),
     ]:
         index.write_text(text)
         refuse(source, mask, tmp_path / "out", expected)
@@ -450,6 +479,48 @@ def test_a_link_that_leads_in_a_circle_is_named(tmp_path, simple, where):
     text = "source must hold no link to a folder that it is copied from"
     text = refuse(source, mask, out, text, follow_links=True)
     assert "link" in text and "remove the link" in text
+
+
+def test_a_link_to_itself_is_named(tmp_path, simple):
+    source, _, mask = simple
+    (source / "link").symlink_to("link")
+    refuse(source, mask, tmp_path / "out", "no link that leads back to itself, got .*/link'")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pipe"])
+def test_a_pipe_is_refused_before_anything_waits_for_it(tmp_path, simple, name):
+    source, _, mask = simple
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    with pytest.raises(ValueError, match=f"files and folders only, got .*/{name}', a device, pipe"):
+        fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+
+
+def test_every_file_is_read_twice_and_listed(tmp_path, simple, monkeypatch):
+    source, _, mask = simple
+    (source / "inner").mkdir()
+    (source / "inner" / "notes.txt").write_text("notes")
+    monkeypatch.setattr(checkpoint.storage, "listed", None)
+    out = fastdean.patch_checkpoint(source, mask, tmp_path / "out").out
+    manifest = json.loads((out / "fastdean_patch.json").read_text())
+    files = {name: raw for name, raw in contents(out).items() if name != "fastdean_patch.json"}
+    assert manifest["sha256"] == {
+        name: hashlib.sha256(raw).hexdigest() for name, raw in sorted(files.items())
+    }
+
+
+def test_nothing_private_is_open_to_others_while_it_is_copied(tmp_path, simple, monkeypatch):
+    source, _, mask = simple
+    (source / "model.safetensors").chmod(0o600)
+    seen, real = [], shutil.copyfile
+
+    def copyfile(file, target):
+        seen.append(target.parent.stat().st_mode & 0o077)
+        return real(file, target)
+
+    monkeypatch.setattr(checkpoint.shutil, "copyfile", copyfile)
+    fastdean.patch_checkpoint(source, mask, tmp_path / "out")
+    assert set(seen) == {0}
 
 
 @pytest.mark.parametrize("inside", ["", "inner/"], ids=["file", "folder"])

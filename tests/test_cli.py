@@ -303,7 +303,7 @@ def test_score_and_couple_give_the_mask_of_the_run(place, run_folder, tmp_path):
             "--examples", 5, "--keep-top", 0.05, "--quiet", "--json",
         )  # fmt: skip
         assert result.exit_code == 0
-        assert json.loads(result.stdout)["data"]["sources"] == [str(place[name])]
+        assert json.loads(result.stdout)["data"]["sources"] == [place[name].name]
     for folder in (tmp_path, run_folder / "scores"):
         result = call(
             "couple", "--first", folder / "fairness", "--second", folder / "privacy",
@@ -313,6 +313,21 @@ def test_score_and_couple_give_the_mask_of_the_run(place, run_folder, tmp_path):
         mask = NeuronMask.from_pretrained(tmp_path / "mask")
         assert mask == NeuronMask.from_pretrained(run_folder / "mask")
         assert json.loads(result.stdout)["weights"] == len(mask)
+
+
+def test_nothing_that_is_published_says_where_it_lay(place, tmp_path):
+    home = str(place["model"].parent.parent)
+    out = tmp_path / "run"
+    assert call("run", *sources(place), "--out", out, *OPTIONS).exit_code == 0
+    arguments = ["--model", place["model"], "--data", f"{place['privacy']}::prompt=prompt"]
+    result = call("score", *arguments, "--out", tmp_path / "one", "--keep-top", "0.05", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    told = [path for path in tmp_path.rglob("*") if path.is_file()]
+    told = [path for path in told if home.encode() in path.read_bytes()]
+    # What the run is resumed by stays where it is.
+    assert [path.name for path in told] == ["fastdean_run.json"]
+    command = json.loads((out / "results.json").read_text("utf-8"))["command"]
+    assert "fastdean" in command
 
 
 def test_couple_takes_the_whole_unit_where_asked(place, tmp_path):
@@ -495,7 +510,7 @@ def test_debug_shows_the_traceback_of_bad_input(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTDEAN_VERBOSITY", "debug")
     result = call("report", tmp_path)
     assert result.exit_code == 2
-    assert "Traceback" in result.stderr and "fastdean: run_folder must hold" in result.stderr
+    assert "Traceback" in result.stderr and "\nfastdean: '" in result.stderr
 
 
 def test_libraries_cannot_write_to_stdout(place, run_folder, tmp_path, monkeypatch):
@@ -520,12 +535,28 @@ def test_a_report_replaces_an_earlier_one_and_no_other_file(run_folder, tmp_path
     assert mine.read_text() == "<!DOCTYPE html><p>mine</p>"
 
 
-def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path):
-    code = """
+def test_a_way_round_a_folder_that_is_not_there_leads_to_the_same_one(place, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    command = ["run", *sources(place), "--out", tmp_path / "new" / ".." / "mine", *OPTIONS]
+    refused(call(*command), "which holds other files")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "ignored, number, exit_code",
+    [("SIGUSR1", "SIGTERM", 143), ("SIGUSR1", "SIGHUP", 129), ("SIGHUP", "SIGHUP", 0)],
+    ids=["terminated", "terminal_closed", "nohup"],
+)
+def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path, ignored, number, exit_code):
+    code = f"""
         import os, signal, sys
         from fastdean import checkpoint, cli
-        def edit_file(*_):
-            os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.{ignored}, signal.SIG_IGN)
+        edit = checkpoint._edit_file
+        def edit_file(*arguments):
+            os.kill(os.getpid(), signal.{number})
+            edit(*arguments)
         checkpoint._edit_file = edit_file
         sys.argv = ["fastdean", *sys.argv[1:]]
         cli.main()
@@ -537,9 +568,10 @@ def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 143, done.stderr
-    assert done.stderr.splitlines()[-1] == "fastdean: terminated"
-    assert list(tmp_path.iterdir()) == []
+    assert done.returncode == exit_code, done.stderr
+    if exit_code:
+        assert done.stderr.splitlines()[-1] == "fastdean: terminated"
+    assert [path.name for path in tmp_path.iterdir()] == ([] if exit_code else ["out"])
 
 
 def test_report_draws_again(run_folder, tmp_path):
@@ -548,8 +580,10 @@ def test_report_draws_again(run_folder, tmp_path):
     assert call("report", folder).exit_code == 0
     assert (folder / "report.html").read_text() == (run_folder / "report.html").read_text()
     (folder / "results.json").write_text("[1]")
-    refused(call("report", folder), "results must be a dict, got list")
-    refused(call("report", tmp_path / "no"), "must hold a results.json of a finished run")
+    refused(call("report", folder), "results.json' must hold an object, got [1]")
+    refused(
+        call("report", tmp_path / "no"), "got no such file; pass the results.json of a finished"
+    )
     refused(call("report", run_folder, "--out", tmp_path / "no" / "r.html"), "existing folder")
 
 

@@ -209,16 +209,26 @@ def test_groups_that_are_no_words(groups, error, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "groups must be a well-formed .json file in UTF-8, got .*; correct the file"),
-        (b'["she"]', r'groups must be JSON of the form \{"group": .* with a list; name the group'),
-        (b'{"g": ["\xff"]}', "groups must be a well-formed .json file in UTF-8, got .*; correct"),
+        (b"{", "must hold JSON, got something else (Expecting property name"),
+        (b'["she"]', "must hold an object, got ['she']; correct the file"),
+        (b'{"g": ["\xff"]}', "must hold text in UTF-8, got other bytes at 8; correct the file"),
+        (b'{"g": "she"}', "must hold ['g'] as a list of at least 1, got 'she'; correct the file"),
+        (b'{"g": ["she", 3]}', "must hold ['g'][1] as a text, got 3; correct the file"),
+        (b'{"g": []}', "must hold ['g'] as a list of at least 1, got []; correct the file"),
+        (b'{"g": ["she", " "]}', "words.json': group 'g' must hold words, got an empty one; leave"),
+        (b'{"g": ["she"], "g": ["he"]}', "something else (the name 'g' stands in one object twice"),
+        (b'{"g": [1e400]}', "must hold JSON, got something else ('1e400' is no finite number)"),
+        (b"[" * 100_000, "must hold JSON, got something else ("),
+        (b'{"g": ["' + b"w" * 10**6 + b'"]}', "['g'][0] as a text of at most 1000 characters"),
+        (b"", "must hold JSON, got something else (Expecting value"),
     ],
 )
 def test_files_that_are_no_words(tmp_path, content, message):
     path = tmp_path / "words.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read_word_groups(path)
+    assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", WORD_LISTS)
@@ -369,8 +379,31 @@ def test_classes_go_through_json():
     assert again == classes
     assert hash(again) == hash(classes)
     assert again.left_out == classes.left_out != ()
-    with pytest.raises(ValueError, match="stored must be what .* got none of groups, left_out; "):
+    with pytest.raises(ValueError, match="'stored' must hold the field groups, got no such field;"):
         CollapseClasses.from_dict({"pieces": [[1]], "words": ["she"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"pieces": [[True]]}, "pieces[0][0] as a whole number from 0 to 2147483647, got True"),
+        ({"pieces": [[10**400]]}, "pieces[0][0] as a whole number from 0 to 2147483647, got 1000"),
+        ({"pieces": [[1] * 10**6]}, "pieces[0] as a list of at least 1 and at most 1000, got 1000"),
+        ({"pieces": [1]}, "pieces[0] as a list of at least 1 and at most 1000, got 1"),
+        ({"words": "she"}, "words as a list, got 'she'"),
+        (
+            {"words": ["w" * 10**6]},
+            "words[0] as a text of at most 1000 characters, got one of 1000",
+        ),
+        ({"left_out": [["she"]]}, "left_out[0] as a list of 3, got ['she']"),
+        ({"more": 1}, "an object of pieces, words, groups, left_out, got one with 'more'"),
+    ],
+)
+def test_what_describes_no_classes_is_refused_in_one_line(change, text):
+    stored = {"pieces": [[1]], "words": ["she"], "groups": ["g"], "left_out": []}
+    with pytest.raises(ValueError, match=re.escape(f"'stored' must hold {text}")) as caught:
+        CollapseClasses.from_dict(stored | change)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(

@@ -154,14 +154,23 @@ def test_figures_of_other_input_are_not_used_again(tmp_path, monkeypatch, change
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{}", "[]", '{"format": 2, "step": "col', '{"format": 2, "step": "other", "figures": {}}'],
+    [
+        "",
+        "{}",
+        "[]",
+        '{"format": 2, "step": "col',
+        '{"format": 2, "step": "other", "figures": {}}',
+        '{"format": 2, "step": "collapse", "figures": {}}',
+        '{"format": 2, "step": "collapse", "figures": {"metrics": [NaN]}}',
+    ],
 )
 def test_a_damaged_step_is_named_and_not_used(place, tmp_path, monkeypatch, content):
     options = stopped(place, tmp_path / "out", monkeypatch)
     file = tmp_path / "out" / "steps" / "collapse.json"
     file.write_text(content, "utf-8")
     result = call(place, tmp_path / "out", *options)
-    refused(result, f"got the damaged file {str(file)!r}; delete it")
+    refused(result, f"{str(file)!r} must hold ")
+    assert "; delete the file, and its figures are taken again" in result.stderr
     file.unlink()
     assert call(place, tmp_path / "out", *options).exit_code == 0
 
@@ -208,7 +217,9 @@ def test_several_processes_are_refused(place, tmp_path, monkeypatch):
 def test_a_group_that_stands_twice_in_a_file_is_refused(place, tmp_path):
     words = tmp_path / "words.json"
     words.write_text('{"g": ["she", "he"], "g": ["man", "woman"]}', "utf-8")
-    refused(call({**place, "words": words}, tmp_path / "out"), "the group 'g' stands in it twice")
+    refused(
+        call({**place, "words": words}, tmp_path / "out"), "the name 'g' stands in one object twice"
+    )
 
 
 def test_a_control_measures_other_words(place, tmp_path):

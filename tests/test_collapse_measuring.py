@@ -152,9 +152,14 @@ def test_what_a_mask_token_hides_counts():
 
 
 def test_text_without_the_classes_is_never_run():
-    model = llama()
-    default_shift(model)  # what is measured once per model, on tokens of no text
-    model.model.register_forward_pre_hook(lambda *args: pytest.fail("the model was run"))
+    model, measured = llama(), []
+
+    def refuse(*args):
+        if measured:
+            pytest.fail("the model was run")
+
+    model.model.register_forward_pre_hook(refuse)
+    measured.append(default_shift(model))  # once for a model as it is, on tokens of no text
     text = [{"input_ids": torch.tensor([5, 6, 7])}]
     found = collapse_metrics(model, text, CLASSES, held_out=list(text))
     assert all(metric.value is None and metric.note for metric in found.values.values())
@@ -176,9 +181,15 @@ def test_the_model_is_left_as_it_was(name):
 
 
 def test_a_failure_leaves_no_hook_and_no_mode():
+    def failing(states):
+        if states.shape[1] == 3:
+            raise LookupError("no text of three tokens")
+        return states
+
     model = llama().train()
-    with pytest.raises(IndexError):
-        collapse_metrics(model, [{"input_ids": torch.tensor([8, VOCAB + 1, 8])}], CLASSES)
+    model.model.norm.forward = failing
+    with pytest.raises(LookupError, match="no text of three tokens"):
+        collapse_metrics(model, [{"input_ids": torch.tensor([8, 5, 8])}], CLASSES)
     assert hooks_of(model) == [] and model.training
 
 

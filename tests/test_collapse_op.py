@@ -564,7 +564,7 @@ def test_loading_copies():
     [
         (torch.zeros(3, dtype=torch.float64), r"torch.float64 \[3\]"),
         (torch.zeros(2), r"torch.float32 \[2\]"),
-        ([0.0, 0.0], "list"),
+        ([0.0, 0.0], r"\[0.0, 0.0\]"),
     ],
     ids=["shape", "dtype", "type"],
 )
@@ -573,7 +573,7 @@ def test_counts_that_do_not_fit_are_not_loaded(counts, found):
     before = state.sums.clone()
     stored = {**fastdean.CollapseState(2, 3).state_dict(), "counts": counts}
     with pytest.raises(
-        ValueError, match=rf"stored\['counts'\] must be torch.float64 \[2\], got {found}; save"
+        ValueError, match=rf"must hold counts as .*torch.float64( \[2\])?, got {found}; save"
     ):
         state.load_state_dict(stored)
     assert torch.equal(state.sums, before)
@@ -818,7 +818,7 @@ def test_states_of_another_kind_are_neither_added_nor_loaded():
             state + other
         with pytest.raises(ValueError, match="stored must be of kind"):
             state.load_state_dict(other.state_dict())
-    with pytest.raises(ValueError, match="got none of counts, decay"):
+    with pytest.raises(ValueError, match="must hold the field counts, got no such field"):
         state.load_state_dict({"sums": state.sums, "mode": "cumulative"})
     window = [fastdean.CollapseState(2, 3, mode="window", decay=d) for d in (0.5, 0.9)]
     with pytest.raises(ValueError, match="'decay': 0.5"):

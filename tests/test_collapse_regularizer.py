@@ -8,17 +8,19 @@ import io
 import json
 import logging
 import pickle
+import re
 import weakref
 
 import pytest
 import torch
+from interrupts import interrupt, moments
 from tiny_classes import IDS, gradients, rich_batches, some_classes
 from tiny_models import VOCAB, bert, gpt2, llama, qwen2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdean import CollapseRegularizer
-from fastdean.collapse import CollapseState
+from fastdean.collapse import CollapseState, regularizer, representations
 
 STRENGTH = 10.0
 LIVE = {"detach_features": False, "mode": "batch"}
@@ -488,9 +490,68 @@ def test_a_schedule_is_known_by_the_factors_of_the_steps_done():
 def test_a_state_of_something_else_is_refused():
     regularizer = CollapseRegularizer(llama(), some_classes(), 1.0)
     with pytest.raises(
-        ValueError, match="stored must be what state_dict.. gave, got none of factor"
+        ValueError, match="'stored' must hold the field step, got no such field; save the whole"
     ):
         regularizer.load_state_dict(CollapseState(len(IDS), 32).state_dict())
+
+
+def _filled(tensor, value):
+    tensor = tensor.clone()
+    tensor.view(-1)[0] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda s: {"factors": [[0, 10**15, 1.0]]}, "factors[0][1] as a whole number from 0 to"),
+        (lambda s: {"factors": [[0, 10**12, 1.0]]}, "factors as runs of at most the 2 steps done"),
+        (lambda s: {"factors": [[1, 0, 1.0]]}, "factors[0] as a run forward, got 1 to 0"),
+        (lambda s: {"factors": [[0, 1]]}, "factors[0] as a list of 3, got [0, 1]"),
+        (lambda s: {"factors": [[0, 1, float("nan")]]}, "factors[0][2] as a finite number, got n"),
+        (lambda s: {"factors": None}, "factors as a list, got None"),
+        (lambda s: {"of": []}, "of as an object, got []"),
+        (lambda s: {"step": True}, "step as a whole number from 0 to 1099511627776, got True"),
+        (lambda s: {"step": 10**400}, "step as a whole number from 0 to 1099511627776, got 1000"),
+        (lambda s: {"sums": _filled(s["sums"], float("nan"))}, "sums as finite numbers, got nan"),
+        (lambda s: {"counts": _filled(s["counts"], float("inf"))}, "counts as finite numbers, go"),
+        (lambda s: {"counts": _filled(s["counts"], -1.0)}, "counts as numbers of at least 0, got"),
+        (lambda s: {"counts": s["counts"].float()}, "counts as torch.float64 ["),
+        (lambda s: {"sums": [0.0]}, "sums as a tensor in torch.float32 or torch.float64, got [0"),
+        (lambda s: {"decay": "1"}, "decay as a finite number at least 0 and at most 1, got '1'"),
+        (lambda s: {"mode": ["window"]}, "mode as 'cumulative' or 'window' or 'batch', got ['w"),
+    ],
+)
+@pytest.mark.parametrize("schedule", [None, lambda step: 1.0])
+def test_a_damaged_state_is_refused_in_one_line_and_at_once(damage, text, schedule):
+    model = llama().train()
+    regularizer = CollapseRegularizer(model, some_classes(), 1.0, schedule=schedule)
+    for batch in rich_batches(2):
+        model(**batch)
+    stored = regularizer.state_dict()
+    before = regularizer.state.counts.clone()
+    with pytest.raises(ValueError, match=re.escape(f"'stored' must hold {text}")) as caught:
+        regularizer.load_state_dict(stored | damage(stored))
+    assert len(str(caught.value).splitlines()) == 1
+    assert regularizer.step == 2 and torch.equal(regularizer.state.counts, before)
+
+
+def test_a_schedule_is_asked_for_few_of_very_many_steps():
+    asked = []
+    regularizer = CollapseRegularizer(
+        llama(), some_classes(), 1.0, schedule=lambda step: asked.append(step) or 1.0
+    )
+    stored = regularizer.state_dict() | {"step": 10**12, "factors": [[0, 10**12 - 1, 1.0]]}
+    regularizer.load_state_dict(stored)
+    assert {0, 10**12 - 1} <= set(asked) and 100_000 <= len(asked) <= 100_002
+
+
+def test_a_schedule_that_ends_before_the_steps_done_is_another():
+    table = [1.0, 1.0]
+    regularizer = CollapseRegularizer(llama(), some_classes(), 1.0, schedule=table.__getitem__)
+    stored = regularizer.state_dict() | {"step": 5, "factors": [[0, 4, 1.0]]}
+    with pytest.raises(ValueError, match="regulariser with the same schedule, got another"):
+        regularizer.load_state_dict(stored)
 
 
 REFUSED = [
@@ -543,6 +604,12 @@ def sharded(model):
     model.__class__ = type("FSDPLlama", kinds, {})
 
 
+def freed(model):
+    weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    weight.untyped_storage().resize_(0)
+    model.lm_head.weight = weight
+
+
 def frozen(model):
     model.lm_head.weight.requires_grad_(False)
 
@@ -558,6 +625,7 @@ PLAIN = "model must hold its output embedding as one plain tensor .V, D., got "
         (quantised, PLAIN + "a quantised one in torch.int8"),
         (emptied, PLAIN + "a sharded one .here .0.."),
         (sharded, PLAIN + "a sharded one"),
+        (freed, PLAIN + "one that needs .* bytes of a storage of 0, freed or cut short"),
         (frozen, "detach_features=True must come with an output embedding that is trained"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -626,3 +694,77 @@ def test_a_call_with_embeddings_is_refused_because_classes_are_token_ids():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="model must"):
         CollapseRegularizer(llama().model, some_classes(), STRENGTH)
+
+
+# Ctrl-C at every line of what hooks a model.
+
+HOOKING = {regularizer.__file__, representations.__file__}
+
+
+def all_hooks(model):
+    return [
+        hook
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    ]
+
+
+def test_an_interrupt_while_it_is_made_leaves_no_hook():
+    model, classes = llama().train(), some_classes()
+
+    def make():
+        CollapseRegularizer(model, classes, STRENGTH)
+
+    found = moments(make, HOOKING)
+    assert len(found) > 40
+    for moment in found:
+        for owner in {hook.owner for hook in all_hooks(model)}:
+            if isinstance(owner, CollapseRegularizer):
+                owner.remove()
+        interrupt(make, HOOKING, moment)
+        assert not all_hooks(model), moment
+
+
+@pytest.mark.parametrize("act", ["attach", "remove"])
+def test_an_interrupt_at_any_line_leaves_it_attached_whole_or_removed_whole(act):
+    model = llama().train()
+    made = CollapseRegularizer(model, some_classes(), STRENGTH)
+    whole = len(all_hooks(model))
+    reset = made.remove if act == "attach" else made.attach
+    reset()
+    outcomes = set()
+    for moment in moments(getattr(made, act), HOOKING):
+        reset()
+        interrupt(getattr(made, act), HOOKING, moment)
+        assert len(all_hooks(model)) == (whole if made.attached else 0), moment
+        outcomes.add(made.attached)
+        getattr(made, act)()
+        assert made.attached is (act == "attach")
+    assert False in outcomes
+    made.remove()
+    assert not all_hooks(model)
+
+
+def test_an_interrupt_inside_held_puts_back_what_was_held():
+    made = CollapseRegularizer(llama().train(), some_classes(), STRENGTH)
+
+    def hold():
+        with made.held(step=3):
+            assert made._held
+
+    for moment in moments(hold, HOOKING):
+        interrupt(hold, HOOKING, moment)
+        assert (made._held, made._held_step) == (False, None)
+
+
+def test_an_interrupt_in_a_training_pass_leaves_the_hooks_and_the_modes():
+    model = llama().train()
+    made = CollapseRegularizer(model, some_classes(), STRENGTH)
+    batch = next(rich_batches(1))
+    before = [id(hook) for hook in all_hooks(model)]
+    for moment in moments(lambda: model(**batch), HOOKING)[::4]:
+        interrupt(lambda: model(**batch), HOOKING, moment)
+        assert [id(hook) for hook in all_hooks(model)] == before and model.training
+        assert all(p.requires_grad for p in model.parameters())
+    assert made.attached and torch.isfinite(model(**batch).loss)

@@ -63,6 +63,19 @@ def test_the_model_is_an_ordinary_folder_with_a_card(place, run):
     assert "CrowS-Pairs" in card and "on 6 words of words.json, strength 10" in card
 
 
+def test_nothing_that_is_published_says_where_it_lay(place, run):
+    out, found = run
+    home = str(out.parent.parent)
+    assert all(home in str(path) for path in place.values())
+    told = [
+        path for path in out.rglob("*") if path.is_file() and home.encode() in path.read_bytes()
+    ]
+    # What the job is resumed by stays where it is.
+    assert [path.name for path in told] == ["fastdean_run.json"]
+    assert found["options"]["bias"] == ["crows_pairs=" + place["crows"].name]
+    assert found["model"]["name"] == "model" and "words.json" in found["findings"][0]
+
+
 def test_the_report_says_what_came_of_it(run):
     out, found = run
     assert found == json.loads((out / "results.json").read_text("utf-8"))
@@ -77,6 +90,7 @@ def test_the_report_says_what_came_of_it(run):
         row["after"]["value"] - row["before"]["value"]
     )
     verdict = row["change"]["verdict"]
+    assert verdict in (out / "model" / "README.md").read_text("utf-8")
     assert verdict in ("no effect beyond noise", "closer to neutral", "farther from neutral")
     assert row["change"]["interval_method"] == "clopper-pearson of won and lost, change and side"
     assert row["raw_change"]["test"] == "exact McNemar" and row["raw_change"]["p_value"] <= 1

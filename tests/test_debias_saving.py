@@ -94,6 +94,7 @@ def test_a_local_path_is_no_base_model_of_the_hub(base_model):
 def test_no_effect_is_claimed_within_noise():
     effects = [
         Effect("SS, %", 60.0, 55.0, -7.0, -3.0, "lower"),
+        Effect("SS 2, %", 40.0, 35.0, -7.0, -3.0, "lower", "farther from neutral"),
         Effect("LM, %", 90.0, 89.5, -1.5, 0.5, "lower"),
         Effect("ICAT", 70.0, 75.0, 1.0, 9.0, "no verdict from an interval without a test"),
         Effect("perplexity", 10.0, 11.0, 0.5, 1.5),
@@ -102,6 +103,7 @@ def test_no_effect_is_claimed_within_noise():
     rows = [line for line in card(effects=effects).splitlines() if line.startswith("| ")][1:]
     assert rows == [
         "| SS, % | 60 | 55 | -7 to -3 | lower |",
+        "| SS 2, % | 40 | 35 | -7 to -3 | lower; farther from neutral |",
         "| LM, % | 90 | 89.5 | -1.5 to +0.5 | no effect beyond noise |",
         "| ICAT | 70 | 75 | +1 to +9 | no verdict from an interval without a test |",
         "| perplexity | 10 | 11 | +0.5 to +1.5 | not judged |",

@@ -9,11 +9,16 @@ import weakref
 import pytest
 import tiny_models
 import torch
+from interrupts import interrupt, moments
 from tiny_masks import FIRST, SECOND, Stack, assert_bits, bits, flat, mask_of
 from torch import nn
 
 from fastdean import ops
-from fastdean.masks import MaskEntry, NeuronMask
+from fastdean.masks import MaskEntry, NeuronMask, edits, prepared, weights
+from fastdean.native import masks as native_masks
+from fastdean.native import replacement
+from fastdean.ops import mask as mask_ops
+from fastdean.ops import reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -466,3 +471,106 @@ def test_a_model_on_cuda_is_edited_as_on_the_cpu_and_restored(impl, monkeypatch)
         assert_bits(copy.deepcopy(model).cpu(), bits(expected))
         mask.restore_(model)
         assert_bits(copy.deepcopy(model).cpu(), clean)
+
+
+# Ctrl-C at every line of what edits a model.
+
+EDITING = {
+    module.__file__
+    for module in (edits, prepared, weights, replacement, native_masks, mask_ops, reference)
+}
+
+
+def in_step(model, mask, original, masked):
+    """The weights are all original and no mask is recorded, or all masked and it is."""
+    assert torch.is_grad_enabled()
+    found = bits(model)
+    recorded = edits._EDITED[model].stack if model in edits._EDITED else []
+    state = "masked" if recorded else "original"
+    assert [each.mask for each in recorded] == ([mask] if recorded else [])
+    for name, expected in (masked if recorded else original).items():
+        assert torch.equal(found[name], expected), (name, state)
+    return state
+
+
+@pytest.mark.parametrize("times_before, impl", [(0, None), (2, None), (0, "reference")])
+def test_an_interrupt_at_any_line_leaves_weights_and_record_in_step(times_before, impl):
+    scale = 0.0 if impl is None else 0.5
+
+    def fresh():
+        model = Stack()
+        mask = mask_of(model, {FIRST: [0, 3, 35], SECOND: [7]}, scale=scale)
+        for _ in range(times_before):
+            with mask.applied(model, impl=impl):
+                pass
+        return model, mask
+
+    model, mask = fresh()
+    original = bits(model)
+    mask.apply_(model, impl=impl)
+    masked = bits(model)
+    states = set()
+    for act in ("apply_", "restore_"):
+        model, mask = fresh()
+        if act == "restore_":
+            mask.apply_(model, impl=impl)
+        options = {"impl": impl} if act == "apply_" else {}
+        found = moments(lambda: getattr(mask, act)(model, **options), EDITING)  # noqa: B023
+        assert len(found) > 10
+        for moment in found:
+            model, mask = fresh()
+            if act == "restore_":
+                mask.apply_(model, impl=impl)
+            interrupt(lambda: getattr(mask, act)(model, **options), EDITING, moment)  # noqa: B023
+            states.add(in_step(model, mask, original, masked))
+            # And nothing keeps the next from its work.
+            getattr(mask, act)(model, **options)
+            mask.restore_(model)
+            assert_bits(model, original)
+    assert states == {"original", "masked"}
+
+
+@pytest.mark.parametrize("times_before, impl", [(0, None), (2, None), (0, "reference")])
+def test_an_interrupt_at_any_line_of_a_block_leaves_the_originals(times_before, impl):
+    def fresh():
+        model = Stack()
+        mask = mask_of(model, {FIRST: [0, 3, 35], SECOND: [7]})
+        for _ in range(times_before):
+            with mask.applied(model, impl=impl):
+                pass
+        return model, mask
+
+    def block(model, mask):
+        with mask.applied(model, impl=impl):
+            assert int((flat(model, FIRST) == 0).sum()) == 3
+
+    model, mask = fresh()
+    original = bits(model)
+    for moment in moments(lambda: block(model, mask), EDITING):
+        again, other = fresh()
+        interrupt(lambda: block(again, other), EDITING, moment)  # noqa: B023
+        assert in_step(again, other, original, None) == "original"
+
+
+def test_a_mask_applied_anew_inside_its_block_stays(model, mask):
+    before = bits(model)
+    with mask.applied(model):
+        mask.restore_(model)
+        mask.apply_(model)
+    assert mask.restore_(model) is model
+    assert_bits(model, before)
+
+
+def test_a_model_made_in_inference_mode_is_refused_before_anything_is_written(monkeypatch):
+    with torch.inference_mode():
+        model = Stack()
+    mask = mask_of(model, {FIRST: [0, 3]})
+    for name in ("write_", "zero_"):
+        monkeypatch.setattr(weights.Weights, name, None)
+    text = f"parameter {FIRST!r} of the model must be a tensor that can be written in place, got "
+    with pytest.raises(ValueError, match=text + "one made in inference mode, outside of it; edit"):
+        mask.apply_(model)
+    # One that holds the masked values has nothing written to it.
+    with torch.inference_mode():
+        model.layers[0].weight.data.view(-1)[[0, 3]] = 0
+    mask.apply_(model)

@@ -169,6 +169,9 @@ def test_margins_errors_name_what_was_expected():
         encode_pairs([ROWS[0], {"prompt": "a", "response": "b"}], CharacterTokenizer())
     with pytest.raises(ValueError, match=r"after must be of the same pairs as before \(2\), got 1"):
         compare_margins(_margins([1.0, 2.0]), _margins([1.0]))
+    first, second = (replace(_margins([1.0, 2.0]), prompts=order) for order in ("ab", "ba"))
+    with pytest.raises(ValueError, match="same pairs as before, in their order, got .* in pair 0"):
+        compare_margins(first, second)
     with pytest.raises(ValueError, match="values must be finite, got nan at index 1"):
         compare_margins(_margins([1.0, 2.0]), _margins([1.0, math.nan]))
     with pytest.raises(ValueError, match="margins must be finite, got nan of pair 1; drop that"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 
@@ -344,7 +345,9 @@ def test_a_resumed_training_has_the_same_bits(method, tmp_path, caplog):
     assert "resumes" not in caplog.text
     with pytest.raises(Stop):
         run("stopped", stop_at=5)
-    assert [p.name for p in (tmp_path / "stopped").iterdir()] == ["checkpoint-000004"]
+    # The last and the one before it, should the last be damaged.
+    kept = sorted(p.name for p in (tmp_path / "stopped").iterdir())
+    assert kept == ["checkpoint-000002", "checkpoint-000004"]
     resumed = run("stopped")
     assert "training resumes from the checkpoint of step 4 of 7" in caplog.text
     assert resumed[0] == straight[0]
@@ -465,22 +468,162 @@ def test_checkpoints_leave_other_files_and_half_written_ones_alone(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+def test_a_checkpoint_that_was_half_removed_is_swept(tmp_path, monkeypatch):
+    from fastdean import folders
+
+    def crash(folder):
+        next(folder.iterdir()).unlink()
+        raise Stop
+
+    monkeypatch.setattr(folders.shutil, "rmtree", crash)
+    with pytest.raises(Stop):
+        train(CAUSAL(), steps=3, save_every=1, out=tmp_path)
+    monkeypatch.undo()
+    train(CAUSAL(), steps=3, save_every=1, out=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000003"]
+
+
 def test_a_crash_between_two_checkpoints_leaves_the_later_one(tmp_path, monkeypatch):
     from fastdean.debias import resuming
 
     def crash(folder):
         raise Stop
 
-    monkeypatch.setattr(resuming.shutil, "rmtree", crash)
+    monkeypatch.setattr(resuming, "remove_folder", crash)
     with pytest.raises(Stop):
-        train(CAUSAL(), steps=3, save_every=1, out=tmp_path)
+        train(CAUSAL(), steps=4, save_every=1, out=tmp_path)
     monkeypatch.undo()
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
     resumed, straight = CAUSAL(), CAUSAL()
-    history = train(resumed, steps=3, save_every=1, out=tmp_path)
-    assert history == train(straight, steps=3)
+    history = train(resumed, steps=4, save_every=1, out=tmp_path)
+    assert history == train(straight, steps=4)
     assert_same(weights(resumed), weights(straight))
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000003"]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000004"]
+
+
+def _stopped(out, save_every=1):
+    """A training of 5 steps that ended in its fourth, with the checkpoints of steps 2 and 3."""
+
+    def on_eval(step, model):
+        if step == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(CAUSAL(), steps=5, save_every=save_every, eval_every=1, on_eval=on_eval, out=out)
+
+
+def _edit_json(change):
+    def damage(folder):
+        file = folder / "fastdean_config.json"
+        config = json.loads(file.read_text("utf-8"))
+        change(config)
+        file.write_text(json.dumps(config), "utf-8")
+
+    return damage
+
+
+def _edit_tensors(change):
+    def damage(folder):
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / "training.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "training.safetensors")
+
+    return damage
+
+
+def _cut(folder):
+    file = folder / "training.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+DAMAGE = {
+    "cut": _cut,
+    "no tensors": lambda folder: (folder / "training.safetensors").unlink(),
+    "no configuration": lambda folder: (folder / "fastdean_config.json").unlink(),
+    "garbage": lambda folder: (folder / "fastdean_config.json").write_bytes(b"\xff{"),
+    "deep": lambda folder: (folder / "fastdean_config.json").write_text("[" * 10**5),
+    "no history": _edit_json(lambda c: c.pop("history")),
+    "other history": _edit_json(lambda c: c["history"].pop()),
+    "no number": _edit_json(lambda c: c["history"][0].update(loss="1")),
+    "another step": _edit_json(lambda c: c.update(step=10**15)),
+    "no state": _edit_json(lambda c: c.update(state={"value": 1})),
+    "no tensor of the state": _edit_json(lambda c: c["state"]["mapping"]["model"].clear()),
+    "another optimizer": _edit_json(
+        lambda c: c["state"]["mapping"]["optimizer"]["mapping"].update(x={"value": 1})
+    ),
+    "another shape": _edit_tensors(
+        lambda t: t.update({"model/lm_head.weight": t["model/lm_head.weight"][:-1].clone()})
+    ),
+    "another dtype": _edit_tensors(
+        lambda t: t.update({"model/lm_head.weight": t["model/lm_head.weight"].double()})
+    ),
+    "a weight that is none": _edit_tensors(lambda t: t["model/lm_head.weight"].fill_(float("nan"))),
+    "infinite moment": _edit_tensors(lambda t: t["optimizer/0/exp_avg"].fill_(float("inf"))),
+    "negative square": _edit_tensors(lambda t: t["optimizer/0/exp_avg_sq"].fill_(-1.0)),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(case, tmp_path, caplog):
+    _stopped(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000002", "checkpoint-000003"]
+    DAMAGE[case](tmp_path / "checkpoint-000003")
+    resumed, straight = CAUSAL(), CAUSAL()
+    history = train(resumed, steps=5, save_every=1, out=tmp_path)
+    (said, goes_on) = caplog.messages
+    assert said.startswith("checkpoint-000003 is damaged, training goes on from the one before: ")
+    assert str(tmp_path / "checkpoint-000003") in said and len(said.splitlines()) == 1
+    assert "training resumes from the checkpoint of step 2 of 5" in goes_on
+    assert history == train(straight, steps=5)
+    assert_same(weights(resumed), weights(straight))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000005"]
+
+
+def test_checkpoints_that_are_all_damaged_are_refused_in_one_line(tmp_path):
+    _stopped(tmp_path)
+    for step in (2, 3):
+        _cut(tmp_path / f"checkpoint-00000{step}")
+    model = CAUSAL()
+    before = weights(model)
+    with pytest.raises(ValueError, match="checkpoint-000003/training.safetensors' must be a whole"):
+        train(model, steps=5, save_every=1, out=tmp_path)
+    assert_same(weights(model), before)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000002", "checkpoint-000003"]
+
+
+def test_a_damaged_regulariser_in_the_last_checkpoint_is_passed_over(tmp_path, caplog):
+    def run(model, **options):
+        regularizer = collapse_regularizer(model)
+        return train(model, steps=5, save_every=1, out=tmp_path, regularizer=regularizer, **options)
+
+    def stop(step, model):
+        if step == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(CAUSAL(), eval_every=1, on_eval=stop)
+    damage = _edit_json(
+        lambda c: c["state"]["mapping"]["regularizer"]["mapping"].update(
+            factors={"value": [[0, 10**15, 1.0]]}
+        )
+    )
+    damage(tmp_path / "checkpoint-000003")
+    resumed = CAUSAL()
+    history = run(resumed)
+    assert "checkpoint-000003 is damaged" in caplog.text and "of step 2 of 5" in caplog.text
+    assert [entry["step"] for entry in history] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_of_another_program_is_left_alone(tmp_path):
+    other = tmp_path / "checkpoint-7"
+    other.mkdir()
+    (other / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-²").mkdir()
+    train(CAUSAL(), steps=1, out=tmp_path)
+    names = ["checkpoint-000001", "checkpoint-7", "checkpoint-²"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 def test_a_file_is_no_folder_for_checkpoints(tmp_path):

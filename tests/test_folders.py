@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -99,6 +101,16 @@ KILLED_BETWEEN_THE_STEPS = """
     os.rename = renamed
     write(overwrite=True)
 """
+KILLED_AFTER_THE_STEPS = """
+    folders._exchange = lambda one, other: False
+    rename = os.rename
+    def renamed(one, other):
+        rename(one, other)
+        if str(other) == path and str(one).endswith(".tmp"):
+            die()
+    os.rename = renamed
+    write(overwrite=True)
+"""
 KILLED_WHILE_WRITING = """
     storage._verify_shard = die
     write(overwrite=True)
@@ -112,6 +124,110 @@ def test_a_kill_between_the_two_steps_loses_nothing(tmp_path, reader):
     assert not path.exists()
     assert reader(path) == 0
     assert _names(tmp_path) == ["m"] or reader is _number
+
+
+def test_a_kill_after_the_two_steps_leaves_nothing_in_the_way(tmp_path, exchange):
+    path = _write(tmp_path / "m")
+    _killed(KILLED_AFTER_THE_STEPS, path)
+    assert _number(path) == 1
+    _write(path, 2, overwrite=True)
+    assert _number(path) == 2 and _names(tmp_path) == ["m"]
+
+
+def test_an_old_folder_that_somebody_put_a_file_into_is_not_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+    path = _write(tmp_path / "m")
+    mine = _write(tmp_path / ".m.before") / "notes.txt"
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=r"must have no earlier folder .*m\.before.*move it away"):
+        _write(path, 1, overwrite=True)
+    assert mine.read_text() == "mine" and _number(path) == 0
+
+
+def test_a_file_that_comes_at_the_last_moment_is_kept(tmp_path, monkeypatch, exchange):
+    path = _write(tmp_path / "m")
+    mine = path / "notes.txt"
+
+    def late(step, argument):
+        def taken(*places):
+            if places[argument] == path and not mine.exists():
+                mine.write_text("mine")
+            done = step(*places)
+            # Another call for the same path, which takes litter away.
+            folders._sweep(path, inside=False)
+            return done
+
+        return taken
+
+    if exchange:
+        monkeypatch.setattr(folders, "_exchange", late(folders._exchange, 1))
+    else:
+        monkeypatch.setattr(os, "rename", late(os.rename, 0))
+    with pytest.raises(ValueError, match="holds nothing else, for overwrite=True"):
+        _write(path, 1, overwrite=True)
+    assert mine.read_text() == "mine" and _number(path) == 0
+
+
+def test_a_file_system_without_locks_and_exchange(tmp_path, monkeypatch):
+    def flock(handle, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+    path = _write(tmp_path / "m")
+    _write(path, 1, overwrite=True)
+    assert _number(path) == 1 and _names(tmp_path) == ["m"]
+    path.rename(tmp_path / ".m.before")
+    assert _number(path) == 1
+
+
+def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert _number(_write(tmp_path / "m", 7)) == 7
+
+
+def test_the_parents_of_what_is_put_in_place_are_flushed(tmp_path, monkeypatch):
+    flushed, real = [], os.fsync
+
+    def fsync(handle):
+        flushed.append(os.readlink(f"/proc/self/fd/{handle}"))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    _write(tmp_path / "a" / "b" / "m")
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")} <= set(flushed)
+    flushed.clear()
+    storage.write_json_atomic(tmp_path / "x.json", {})
+    assert flushed[-1] == str(tmp_path)
+
+
+def test_the_current_folder_is_filled_and_never_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "here"
+    path.mkdir()
+    monkeypatch.chdir(path)
+    assert _write(".", 3) == path
+    # The folder that the shell stands in, and not one that it does not see.
+    assert sorted(os.listdir(".")) == ["fastdean_config.json", "mask.safetensors"]
+    assert _number(".") == _number("") == 3
+    with pytest.raises(ValueError, match="can be replaced as a whole, got .* the current folder"):
+        _write(".", 4, overwrite=True)
+    assert _number(path) == 3
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "a\nb", "-x", "...", "~nobody-here"])
+def test_any_name_that_the_file_system_takes(tmp_path, name, exchange):
+    path = _write(tmp_path / name)
+    _write(path, 1, overwrite=True)
+    assert _number(path) == 1 and _names(tmp_path) == [name]
+    storage.write_json_atomic(path / name, {})
+    assert json.loads((path / name).read_text()) == {}
 
 
 def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path):
@@ -151,6 +267,44 @@ def test_a_mount_point_is_filled_from_inside(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="can be replaced as a whole, got .* a mount point"):
         _write(path, overwrite=True)
     assert _number(path) == 7
+
+
+def test_a_bound_folder_of_the_same_disk_is_a_mount_point_too(tmp_path, monkeypatch):
+    path = tmp_path / "my volume"
+    path.mkdir()
+    mounts = tmp_path / "mountinfo"
+    escaped = str(path).replace(" ", r"\040")
+    mounts.write_text(f"36 35 254:0 /data {escaped} rw,relatime shared:1 - ext4 /dev/vda rw\n")
+    monkeypatch.setattr(folders, "_MOUNTS", mounts)
+    real = os.rename
+
+    def rename(one, other):
+        if str(path) in (str(one), str(other)):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        real(one, other)
+
+    monkeypatch.setattr(os, "rename", rename)
+    assert _number(_write(path, 7)) == 7
+
+
+def test_what_comes_into_a_folder_while_it_is_filled_from_inside_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "volume"
+    path.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda place: os.fspath(place) == str(path))
+    with (
+        pytest.raises(ValueError, match="which has files in it"),
+        folders.new_folder(path) as folder,
+    ):
+        (folder / "a.txt").write_text("ours")
+        (folder / "b.txt").write_text("ours")
+        real = os.rename
+
+        def rename(one, other):
+            (path / "b.txt").write_text("mine")
+            real(one, other)
+
+        monkeypatch.setattr(os, "rename", rename)
+    assert _names(path) == ["b.txt"] and (path / "b.txt").read_text() == "mine"
 
 
 def test_a_parent_that_cannot_be_written_to(tmp_path, monkeypatch):
@@ -207,6 +361,44 @@ def test_a_private_folder_and_a_private_file_stay_private(tmp_path, exchange):
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_nobody_else_reads_in_a_folder_while_it_is_filled(tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o2775)
+    for path in (shared, tmp_path / "m"):
+        with folders.new_folder(path) as folder:
+            (folder / "inner").mkdir()
+            assert folder.stat().st_mode & 0o077 == 0
+        assert (path / "inner").is_dir() and path.stat().st_mode & 0o777 != 0o700
+    assert shared.stat().st_mode & 0o7777 == 0o2775
+    # What lies in a folder of a group belongs to the group.
+    assert (shared / "inner").stat().st_mode & 0o2000
+
+
+def test_a_folder_keeps_its_owner_and_its_group(tmp_path, monkeypatch, exchange):
+    path = tmp_path / "m"
+    path.mkdir()
+    given = []
+    monkeypatch.setattr(os, "chown", lambda place, *owner: given.append(owner))
+    _write(path)
+    _write(path, overwrite=True)
+    assert given == [(path.stat().st_uid, path.stat().st_gid)] * 2
+
+
+def test_a_private_file_is_private_before_its_text_is_in_it(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    file.touch(mode=0o600)
+    modes, real = [], os.fsync
+
+    def fsync(handle):
+        modes.append(stat.S_IMODE(os.fstat(handle).st_mode))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    storage.write_json_atomic(file, {})
+    assert modes[0] == 0o600
+
+
 def test_every_flipped_bit_is_found(tmp_path):
     path = _write(tmp_path / "m", max_shard_bytes=1)
     generator = torch.Generator().manual_seed(0)
@@ -227,6 +419,57 @@ def test_every_flipped_bit_is_found(tmp_path):
                 # White space of the JSON, which says nothing.
                 assert config == expected[0] and torch.equal(tensors["t"], expected[1]["t"])
         file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("last", [1, 0], ids=["once", "there_and_back"])
+def test_a_reader_gets_the_old_or_the_new_of_a_folder_that_is_replaced(tmp_path, monkeypatch, last):
+    def write(number):
+        tensors = {"t": torch.full((3,), float(number))}
+        storage.write_folder(path, {"n": number}, tensors, kind="mask", overwrite=True)
+
+    path = tmp_path / "m"
+    write(0)
+    real, reads = storage._read_shard, []
+
+    def read_shard(*arguments):
+        reads.append(arguments)
+        if len(reads) > 1:
+            return real(*arguments)
+        with monkeypatch.context() as undone:
+            undone.setattr(storage, "_read_shard", real)
+            write(1)
+            found = real(*arguments)
+            write(last)
+        return found
+
+    monkeypatch.setattr(storage, "_read_shard", read_shard)
+    config, tensors = storage.read_folder(path, kind="mask")
+    assert config["n"] == last and tensors["t"].tolist() == [last] * 3
+
+
+def test_a_third_that_comes_between_the_two_steps_is_replaced_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+    path, other = _write(tmp_path / "m"), _write(tmp_path / "other", 2)
+    real = os.rename
+
+    def rename(one, to):
+        real(one, to)
+        if one == path and other.exists():
+            real(other, path)
+
+    monkeypatch.setattr(os, "rename", rename)
+    _write(path, 1, overwrite=True)
+    assert _number(path) == 1 and _names(tmp_path) == ["m"]
+
+
+def test_a_reader_waits_while_another_process_is_between_the_two_steps(tmp_path, monkeypatch):
+    path = _write(tmp_path / "m")
+    before = path.rename(tmp_path / ".m.before")
+    handle = os.open(before, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    monkeypatch.setattr(folders.time, "sleep", lambda seconds: before.rename(path))
+    assert _number(path) == 0
+    os.close(handle)
 
 
 def test_folders_of_the_version_before_are_read_and_replaced(tmp_path):

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -508,6 +509,9 @@ def test_the_extension_is_compiled_with_cuda_whatever_the_environment_says(tmp_p
 
     monkeypatch.setattr(build_extension.subprocess, "run", run_it)
     monkeypatch.setattr(build_extension, "find_nvcc", lambda path: "/somewhere/nvcc")
+    # Of the machine with the GPU; an install here builds where it is out of sight.
+    pybind11 = SimpleNamespace(get_cmake_dir=lambda: "/somewhere/pybind11")
+    monkeypatch.setitem(sys.modules, "pybind11", pybind11)
     monkeypatch.setenv("FASTDEAN_CUDA", "AUTO")
     assert not build_extension._compile(tmp_path)
     [(command, environment)] = commands

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import tiny_models
 import torch
 
 from fastdean.identity import json_digest, model_identity
+from fastdean.loading import load_model
 
 
 def identity(change=lambda model, tokenizer: None):
@@ -36,6 +38,10 @@ def _special(model, tokenizer):
     tokenizer.eos_token = "w3"
 
 
+def _split(model, tokenizer):
+    tokenizer.split_special_tokens = True
+
+
 def _chat(model, tokenizer):
     tokenizer.chat_template = "{{ messages[0].content }}"
 
@@ -47,6 +53,7 @@ def _chat(model, tokenizer):
         (_dtype, "model weights"),
         (_attention, "attention implementation"),
         (_special, "tokenizer"),
+        (_split, "tokenizer"),
         (_chat, "chat template"),
     ],
 )
@@ -75,6 +82,48 @@ def _moved(model, tokenizer):
 @pytest.mark.parametrize("change", [_used, _moved])
 def test_use_and_place_are_no_part_of_it(change):
     assert identity(change) == identity()
+
+
+def test_merges_of_a_tokenizer_in_python_are_part_of_it(tmp_path):
+    from transformers import CTRLTokenizer
+
+    def digest(merges):
+        vocabulary = tmp_path / "vocab.json"
+        vocabulary.write_text(json.dumps({"a": 0, "b</w>": 1, "ab</w>": 2, "<unk>": 3, "a@@": 4}))
+        (tmp_path / "merges.txt").write_text(f"#version\n{merges}\n")
+        tokenizer = CTRLTokenizer(str(vocabulary), str(tmp_path / "merges.txt"))
+        return model_identity(tiny_models.llama(), tokenizer)["tokenizer"]
+
+    assert digest("a b</w>") == digest("a b</w>") != digest("b a</w>")
+
+
+def _with_code_of_a_tokenizer(folder, rule):
+    """A saved model whose tokenizer is its own Python code, in two files."""
+    tiny_folders.save_model(folder)
+    (folder / "rule_own.py").write_text(f"def changed(text):\n    return {rule}\n")
+    (folder / "tokenizer_own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        "from .rule_own import changed\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n"
+        "    def __call__(self, text, **options):\n"
+        "        return super().__call__(changed(text), **options)\n"
+    )
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    options |= {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenizer_own.OwnTokenizer", None]},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    return folder
+
+
+def test_the_code_of_a_tokenizer_is_part_of_it_with_what_it_imports(tmp_path):
+    def digest(name, rule):
+        folder = _with_code_of_a_tokenizer(tmp_path / name, rule)
+        return model_identity(*load_model(str(folder), trust_remote_code=True))["model code"]
+
+    first = digest("first", "text")
+    assert digest("second", "text") == first != digest("third", "text + text")
 
 
 def test_a_set_has_one_digest_in_every_process():

@@ -224,6 +224,10 @@ def test_too_few_examples_have_no_bounds_and_no_test():
         (lambda: mean_interval([0.0, 1.0], weights=[1]), r"as many as values \(2\), got 1"),
         (lambda: share_interval([0.0, 0.3]), "values must be 0, 0.5 or 1, got 0.3"),
         (lambda: share_interval([math.nan]), "values must be finite, got nan"),
+        (lambda: mean_interval([1e308] * 9), "values must have a mean .* hold, got up to 1e.308"),
+        (lambda: mean_interval([1e300, -1e300]), "values must have a mean and a spread that"),
+        (lambda: mean_interval([1.0, 2.0], no_effect=math.nan), "no_effect must be a finite numb"),
+        (lambda: mean_interval([1.0, 2.0], no_effect=0, logs=True), "no_effect must be .* above 0"),
     ],
 )
 def test_errors_name_what_was_expected(call, message):

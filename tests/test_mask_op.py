@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interrupts import interrupt, moments
 
 from fastdean import native
 from fastdean.native import extension
-from fastdean.ops import _checks, gather_at, prepare_replacement, write_at_, zero_at_
+from fastdean.ops import Replacement, _checks, gather_at, prepare_replacement, write_at_, zero_at_
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -583,3 +584,24 @@ def test_cuda_gathers_writes_and_replaces_what_the_cpu_does():
     assert [_bits(view.cpu()) for view in views] == clean
     write_at_(views, indices, after, impl="native")
     assert [_bits(view.cpu()) for view in views] == written
+
+
+def test_an_interrupt_between_two_devices_leaves_both_as_they_are(extension_built):
+    if not extension_built:
+        pytest.skip("an install without the extension is under test")
+    weights = [torch.zeros(3), torch.zeros(3)]
+    groups = [
+        ([p], native.Replacement([w], [_index(1)], [torch.zeros(1)], [torch.ones(1)]))
+        for p, w in enumerate(weights)
+    ]
+    prepared = Replacement(groups)
+    files = {native.replacement.__file__, Replacement.replace_.__code__.co_filename}
+    found = moments(lambda: prepared.replace_(weights), files)
+    assert len(found) > 10 and all(w.tolist() == [0.0, 1.0, 0.0] for w in weights)
+    assert prepared.replace_(weights, back=True)
+    for moment in found[:-1]:
+        interrupt(lambda: prepared.replace_(weights), files, moment)
+        assert [w.tolist() for w in weights] == [[0.0, 0.0, 0.0]] * 2
+    # From Python 3.12 on the last moment is that of the return, when everything is done.
+    interrupt(lambda: prepared.replace_(weights), files, found[-1])
+    assert weights[0].tolist() == weights[1].tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tiny_masks import FIRST, SECOND, Stack, assert_bits, bits, flat, mask_of
@@ -53,6 +55,7 @@ def test_entry_takes_tensors():
         ("0", TypeError, "scale must be a number, got str"),
         (True, TypeError, "scale must be a number, got bool"),
         (float("inf"), ValueError, "scale must be finite, got inf"),
+        (10**400, ValueError, "scale must be finite, got 1000"),
         (1e9, ValueError, "scale must keep every value finite in torch.float16"),
     ],
 )
@@ -236,22 +239,42 @@ def test_saving_over_a_mask_needs_overwrite(tmp_path, mask):
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "text"),
     [
-        lambda config, tensors: config.pop("scale"),
-        lambda config, tensors: config.update(scale="x"),
-        lambda config, tensors: config["shapes"].update({FIRST: [2, 2]}),
-        lambda config, tensors: config["shapes"].pop(FIRST),
-        lambda config, tensors: tensors.pop(f"{SECOND}.original"),
-        lambda config, tensors: tensors.update({f"{FIRST}.index": torch.tensor([3, 0, 35])}),
+        (lambda config, tensors: config.pop("scale"), "must hold the field scale, got no such fi"),
+        (lambda config, tensors: config.update(scale="x"), "scale as a finite number, got 'x';"),
+        (lambda config, tensors: config.update(scale=10**400), "scale as a finite number, got 10"),
+        (
+            lambda config, tensors: config["shapes"].update({FIRST: [2, 2]}),
+            f"must hold an entry for {FIRST!r}, got one that contradicts itself (index must be wit",
+        ),
+        (
+            lambda config, tensors: config["shapes"].update({FIRST: [2, True]}),
+            f"shapes[{FIRST!r}][1] as a whole number of at least 0, got True;",
+        ),
+        (
+            lambda config, tensors: config["shapes"].pop(FIRST),
+            f"must hold '{FIRST}.index' as a part of the mask, got another tensor;",
+        ),
+        (
+            lambda config, tensors: tensors.pop(f"{SECOND}.original"),
+            f"must hold '{SECOND}.original' as a part of the mask, got no such tensor;",
+        ),
+        (
+            lambda config, tensors: tensors.update({f"{FIRST}.index": torch.tensor([3, 0, 35])}),
+            "contradicts itself (index must be strictly ascending",
+        ),
+        (
+            lambda config, tensors: config.update(table=[{"name": FIRST}]),
+            "must hold the field table[0].layer, got no such field;",
+        ),
     ],
-    ids=["no_scale", "scale", "shape", "missing_name", "missing_tensor", "unsorted"],
 )
-def test_loading_validates_again(tmp_path, mask, damage):
+def test_loading_validates_again(tmp_path, mask, damage, text):
     config, tensors = storage.read_folder(mask.save_pretrained(tmp_path / "good"), kind="mask")
     damage(config, tensors)
     storage.write_folder(tmp_path / "bad", config, tensors, kind="mask")
-    with pytest.raises(ValueError, match="must hold a whole mask, got .*bad' with inconsistent"):
+    with pytest.raises(ValueError, match=re.escape(text)):
         NeuronMask.from_pretrained(tmp_path / "bad")
 
 

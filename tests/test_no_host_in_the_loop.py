@@ -202,11 +202,13 @@ def test_losses_are_looked_at_when_the_next_batch_is_queued(monkeypatch):
 @pytest.mark.parametrize("bad", [0, 3, EXAMPLES - 1])
 def test_a_loss_that_is_not_finite_is_named_at_most_one_batch_later(monkeypatch, bad):
     model, examples = MODELS["llama"](), make_examples()
-    token = next(t for t in range(3, tiny_models.VOCAB) if all(t not in ids for ids, _ in examples))
-    fastdean.score(model, batches(examples, 1), progress=False)  # what is probed once per model
-    examples[bad][0][0] = token
+    # The last one: the first few are those that a model is measured on.
+    unused = reversed(range(3, tiny_models.VOCAB))
+    token = next(t for t in unused if all(t not in ids for ids, _ in examples))
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = float("nan")
+    fastdean.score(model, batches(examples, 1), progress=False)  # what is probed once per model
+    examples[bad][0][0] = token
     *events, message = passing(monkeypatch, model, examples)
     assert message.startswith(f"loss must be finite, got nan for example {bad}; ")
     assert events.count("f") == min(bad + 2, EXAMPLES)
@@ -268,9 +270,10 @@ def test_targets_are_counted_when_batches_are_planned(packed):
 def test_evaluation_reads_after_the_last_batch(monkeypatch):
     model, reads, forwards = MODELS["llama"](), DeviceReads(), []
     examples = [Example(ids, labels) for ids, labels in make_examples()]
-    target_log_likelihood(model, examples[:2], progress=False)  # what is probed once per model
-    reads.mark([*model.parameters(), *model.buffers()])
     model.register_forward_hook(lambda *args: forwards.append(len(reads.by("fastdean"))))
+    target_log_likelihood(model, examples[:2], progress=False)  # what is probed once per model
+    forwards.clear()
+    reads.mark([*model.parameters(), *model.buffers()])
     with reads:
         sums, counts = target_log_likelihood(model, examples, tokens_per_batch=1, progress=False)
     assert forwards == [0] * EXAMPLES and len(reads.by("fastdean")) >= EXAMPLES

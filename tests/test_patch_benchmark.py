@@ -164,7 +164,7 @@ def test_a_process_that_fails_is_named_with_what_it_said(
     assert benchmark() == 2
     error = capsys.readouterr().err
     assert "must end well to be timed, got exit code 1 and" in error
-    assert "must be an index with a weight_map" in error
+    assert "must hold the field weight_map" in error
     assert not list(disk.iterdir()) and not (tmp_path / "results").exists()
 
 

@@ -17,7 +17,7 @@ from tiny_folders import WORDS, rows, save_model, write_jsonl, write_sources
 
 from fastdean.coupling import RULES
 from fastdean.masks import NeuronMask
-from fastdean.pipeline import measuring, run
+from fastdean.pipeline import measuring, run, run_folder
 from fastdean.pipeline import steps as pipeline
 from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.job import Job
@@ -311,7 +311,9 @@ def test_a_finished_run_is_refused_before_any_work_and_kept(job, finished, monke
 def test_another_run_is_refused_before_any_work_and_kept(place, finished, monkeypatch):
     nothing_loaded(monkeypatch)
     before = tree(finished[0])
-    with pytest.raises(ValueError, match="holds another run; choose another folder or pass --over"):
+    with pytest.raises(
+        ValueError, match="another run, which differs in seed; choose another folder"
+    ):
         run(Job(**place, **QUICK, seed=1), finished[0], progress=False)
     assert tree(finished[0]) == before
 
@@ -347,7 +349,15 @@ def test_overwrite_replaces_another_run(place, finished, scored, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "foreign", ["notes.txt", "scores/mine.csv", "mask/mine.csv", "controls/mine/deep.csv"]
+    "foreign",
+    [
+        "notes.txt",
+        ".notes.tmp",
+        "scores/mine.csv",
+        "scores/.notes.tmp",
+        "mask/mine.csv",
+        "controls/mine/deep.csv",
+    ],
 )
 def test_overwrite_never_deletes_what_lies_beside_a_run(
     job, finished, tmp_path, monkeypatch, foreign
@@ -357,12 +367,58 @@ def test_overwrite_never_deletes_what_lies_beside_a_run(
     (out / foreign).parent.mkdir(exist_ok=True)
     (out / foreign).write_text("mine")
     before = tree(out)
-    named = foreign if foreign.count("/") < 1 or foreign.startswith("scores") else foreign[:4]
     with pytest.raises(
-        ValueError, match=f"that FastDEAN did not write: .*{named[:4]}.*; move them"
+        ValueError, match=f"that FastDEAN did not write: .*{foreign[:4]}.*; move them"
     ):
         run(job, out, overwrite=True, progress=False)
     assert tree(out) == before
+
+
+@pytest.mark.parametrize("moved", ["scores", "scores/privacy", "mask", "controls/random"])
+def test_overwrite_refuses_parts_that_were_moved_to_another_place(
+    job, finished, tmp_path, monkeypatch, moved
+):
+    nothing_loaded(monkeypatch)
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    elsewhere = (out / moved).rename(tmp_path / "elsewhere")
+    (out / moved).symlink_to(elsewhere)
+    before = tree(out), tree(elsewhere)
+    with pytest.raises(ValueError, match=f"did not write: {moved}; move them"):
+        run(job, out, overwrite=True, progress=False)
+    assert (tree(out), tree(elsewhere)) == before
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_kill_while_a_run_is_removed_does_not_stop_the_next_overwrite(
+    job, finished, tmp_path, monkeypatch, after
+):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    calls, real = [], shutil.rmtree
+
+    def rmtree(folder, **options):
+        calls.append(folder)
+        if len(calls) > after:
+            # As SIGKILL leaves it: half of the files are gone.
+            for file in [file for file in folder.rglob("*") if file.is_file()][::2]:
+                file.unlink()
+            raise KeyboardInterrupt
+        real(folder, **options)
+
+    monkeypatch.setattr(run_folder.shutil, "rmtree", rmtree)
+    with pytest.raises(KeyboardInterrupt):
+        run_folder._remove_run(out)
+    monkeypatch.undo()
+    results = run(job, out, overwrite=True, progress=False)
+    assert json.loads((out / "results.json").read_text()) == results
+    assert sorted(tree(out)) == sorted(tree(finished[0]))
+
+
+def test_a_kill_while_a_run_begins_does_not_stop_the_next(job, finished, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".fastdean_run.json.1a2b3c4d.tmp").write_text("{")
+    run(job, out, progress=False)
+    assert sorted(tree(out)) == sorted(tree(finished[0]))
 
 
 def test_an_old_run_stays_until_there_is_something_to_replace_it_with(
@@ -779,22 +835,47 @@ def test_a_run_is_not_resumed_by_another_version_of_the_method(job, scored, tmp_
         run(job, tmp_path / "run", progress=False)
 
 
-def test_a_run_is_resumed_with_another_torch_and_says_so(job, scored, tmp_path, caplog):
+@pytest.mark.parametrize(
+    "name, earlier, now",
+    [("torch", "0.1", None), ("FASTDEAN_IMPL", "unset", "reference"), ("ranks", "2", "1")],
+)
+def test_a_run_is_resumed_with_what_rounds_otherwise_and_says_so(
+    job, scored, tmp_path, caplog, monkeypatch, name, earlier, now
+):
     scored.fail = {"score privacy": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
         run(job, tmp_path / "run", progress=False)
 
     def change(state):
-        state["versions"]["torch"] = "0.1"
+        state["versions"][name] = earlier
 
     _change_json(tmp_path / "run" / "fastdean_run.json", change)
+    if name == "FASTDEAN_IMPL":
+        monkeypatch.setenv(name, now)
     scored.fail = {}
     results = run(job, tmp_path / "run", progress=False)
     assert scored.count("score fairness") == 1
     said = [
-        warning for warning in results["warnings"] if "were done with torch 0.1 (now" in warning
+        warning
+        for warning in results["warnings"]
+        if f"were done with {name} {earlier} (now {now or ''}" in warning
     ]
     assert len(said) == 1 and said[0] in caplog.text
+
+
+def test_paths_that_are_no_utf8_are_recorded_and_resumed(place, scored, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/f\xe9.jsonl")
+    shutil.copy(place["fairness"], odd)
+    job = Job(**{**place, "fairness": odd}, **QUICK)
+    scored.fail = {"score privacy": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "run", progress=False)
+    scored.fail = {}
+    run(job, tmp_path / "run", progress=False)
+    assert scored.count("score fairness") == 1
+    kept = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert kept["data"]["fairness"]["source"] == odd.rpartition("/")[2]
+    assert "f\N{REPLACEMENT CHARACTER}" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
 
 def test_sets_that_became_tokens_otherwise_are_warned_of_once(place, tmp_path, caplog):

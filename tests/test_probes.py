@@ -202,6 +202,35 @@ def test_causality_is_measured_once_and_leaves_the_model_as_it_was():
     assert model.config.use_cache is True
 
 
+def no_longer_causal(model):
+    for block in model.transformer.h:
+        block.attn.is_causal = False
+
+
+def of_another_configuration(model):
+    model.config.is_causal = False
+
+
+@pytest.mark.parametrize("change", [no_longer_causal, of_another_configuration])
+def test_a_model_that_was_changed_is_measured_again(change):
+    model = gpt2()
+    assert label_shift(model) == 1
+    change(model)
+    with pytest.raises(ValueError, match="^model must be causal to be read as the causal"):
+        fastdean.score(model, [Example(*EXAMPLES[0])], progress=False)
+
+
+def test_weights_that_mix_tokens_by_now_are_measured_again():
+    model = mamba()
+    trained = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for layer in model.backbone.layers:
+        torch.nn.init.zeros_(layer.mixer.out_proj.weight)
+    examples = [Example(*each) for each in EXAMPLES]
+    assert exact_layout(model, examples).packed
+    model.load_state_dict(trained)
+    assert not exact_layout(model, examples).packed
+
+
 # Positions and padding.
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interrupts import interrupt, moments
 from tiny_models import HIDDEN, MAX_TOKENS, VOCAB, bert, gpt2, llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdean.collapse import Representations
+from fastdean.collapse import Representations, representations
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
 IDS = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -312,3 +313,36 @@ def test_models_without_the_place_are_refused():
         Representations(llama().model)
     with pytest.raises(ValueError, match="an output embedding, got LlamaModel without one"):
         Representations(llama().model, features="head")
+
+
+@pytest.mark.parametrize("features", ["base", "head"])
+def test_an_interrupt_at_any_line_leaves_no_hook(features):
+    model, files, used = Bare(), {representations.__file__}, []
+
+    def read():
+        last = Representations(model, features=features, skip_logits=True)
+        used.append(last)
+        with last:
+            model(IDS)
+            last.clear()
+
+    found = moments(read, files)
+    assert len(found) > 40
+    for moment in found:
+        interrupt(read, files, moment)
+        used.clear()
+        assert not hooks_of(model), moment
+        assert not any(m._forward_hooks_with_kwargs for m in model.modules())
+        assert not any(m._forward_hooks_always_called for m in model.modules())
+    with Representations(model, features=features) as last:
+        model(IDS)
+    assert last.features.shape == (*IDS.shape, HIDDEN)
+
+
+def test_hooks_go_with_the_last_user_of_what_they_read():
+    model = llama()
+    last = Representations(model).attach()
+    assert hooks_of(model)
+    del last
+    assert not hooks_of(model)
+    model(input_ids=IDS)

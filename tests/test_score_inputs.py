@@ -5,11 +5,12 @@ Against one example at a time through the plain model, with exactly what the loa
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from oracle import norm_error, weight_importance
 from tiny_data import batches, make_examples
-from tiny_models import HIDDEN, MODELS, bert, gpt2, llama
+from tiny_models import HIDDEN, MODELS, VOCAB, bert, gpt2, llama
 
 import fastdean
 from fastdean.collapse import CollapseClasses, collapse_metrics
@@ -75,6 +76,15 @@ def padded_on(batch, **values):
     ]
 
 
+def ragged_arrays():
+    """As `datasets` gives a slice of rows in its NumPy format."""
+    columns = {"input_ids": np.empty(len(EXAMPLES), object)}
+    columns["labels"] = columns["input_ids"].copy()
+    for row, (ids, labels) in enumerate(EXAMPLES):
+        columns["input_ids"][row], columns["labels"][row] = ids.numpy(), labels.numpy()
+    return [columns]
+
+
 FLATTENED = {
     "position_ids that restart": lambda: flattened(),
     "seq_idx": lambda: flattened(return_position_ids=False, return_seq_idx=True),
@@ -93,6 +103,10 @@ FLATTENED = {
         attention_mask=torch.ones(TOTAL), position_ids=restarting()
     ),
     "filled up with zeros": lambda: padded_on(joined(position_ids=restarting()), labels=-100),
+    "filled up, positions of -1": lambda: padded_on(
+        joined(position_ids=restarting()), labels=-100, position_ids=-1
+    ),
+    "ragged arrays of arrays": lambda: ragged_arrays(),
     "filled up, seq_idx -1": lambda: padded_on(joined(seq_idx=numbers()), labels=-100, seq_idx=-1),
     "cumulative lengths alone": lambda: [joined()[0] | {"cu_seqlens": lengths_so_far()}],
     "lists": lambda: [{k: v.tolist() for k, v in flattened()[0].items()}],
@@ -409,6 +423,58 @@ def test_what_the_model_does_not_take_is_no_matter(more):
 def test_what_divides_rows_must_fit_them(more, text):
     with pytest.raises(ValueError, match=text):
         score(llama(), [{"input_ids": GOOD[None], "labels": GOOD[None], **more}])
+
+
+@pytest.mark.parametrize("run", [score, perplexity])
+@pytest.mark.parametrize(
+    ("name", "more", "text"),
+    [
+        (
+            "gpt2",
+            {"position_ids": torch.tensor([125, 126, 127, 128])},
+            r"0\.\.127, got 128 in exam",
+        ),
+        ("bert", {"token_type_ids": torch.tensor([0, 1, 1, 2])}, r"0\.\.1, got 2 in example 1;"),
+        ("gpt2", {"input_ids": torch.tensor([5, 6, 7, VOCAB])}, "input_ids must lie in 0..95, got"),
+    ],
+)
+def test_numbers_that_the_model_does_not_know_are_refused(run, name, more, text):
+    good = {"input_ids": GOOD[None], "labels": torch.tensor([[-100, 6, 7, 8]])}
+    bad = good | {key: value[None] for key, value in more.items()}
+    if name == "bert":  # perplexity takes no target that stands visible in its own input
+        good, bad = (
+            each | {"labels": torch.tensor([[9, -100, -100, -100]])} for each in (good, bad)
+        )
+    with pytest.raises(ValueError, match=text):
+        run(MODELS[name](), [good, bad])
+
+
+def test_a_bias_of_attention_bounds_the_text_too():
+    from transformers import MptConfig, MptForCausalLM
+
+    config = MptConfig(d_model=32, n_heads=4, n_layers=1, max_seq_len=16, vocab_size=VOCAB)
+    with pytest.raises(ValueError, match=r"must have at most 16 tokens \(the model's positions\)"):
+        score(MptForCausalLM(config), batches(make_examples(lengths=(20, 9)), 2))
+
+
+@pytest.mark.parametrize("lengths", [(9,), (9, 9)])
+def test_logits_of_other_places_than_the_tokens_are_refused(lengths):
+    from transformers import PerceiverConfig, PerceiverForMaskedLM
+
+    config = PerceiverConfig(
+        num_latents=8, d_latents=16, d_model=32, num_blocks=1, num_self_attends_per_block=1,
+        num_self_attention_heads=2, num_cross_attention_heads=2, qk_channels=16, v_channels=16,
+        vocab_size=VOCAB, max_position_embeddings=64,
+    )  # fmt: skip
+    loader = batches(make_examples(lengths=lengths), 2)
+    with pytest.raises(ValueError, match=r"^model must give logits for each of its tokens, \[1, "):
+        score(PerceiverForMaskedLM(config).eval(), loader, target_modules="all")
+
+
+def test_text_that_is_too_long_is_refused_wherever_it_is_read():
+    ids = torch.arange(300) % VOCAB
+    with pytest.raises(ValueError, match=r"must have at most 128 tokens \(the model's positions\)"):
+        perplexity(MODELS["gpt2"](), [{"input_ids": ids, "labels": ids}])
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,21 @@ def test_refused_rows(row, options, text):
         score([row], tokenizer=word_tokenizer(), **options)
 
 
+@pytest.mark.parametrize(
+    "row, text",
+    [
+        ({"messages": []}, "row 0 must be a chat in which something precedes .*, got no turn"),
+        (turns(("assistant", "a"), ("user", "the cat")), "row 0 must be .* its first turn an assi"),
+        (turns((5, "a"), ("assistant", "the cat")), "row 0 must have text as the role .*got int"),
+        (turns(("user", "a"), ("assistant", "\ud800")), "row 0 must have text .*got a lone surro"),
+    ],
+)
+def test_refused_turns(row, text):
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    with pytest.raises(ValueError, match=text):
+        score([row], tokenizer=word_tokenizer(chat_template=template))
+
+
 def test_the_number_of_the_bad_row_is_told():
     with pytest.raises(ValueError, match="row 2 must have"):
         score([PAIR, PAIR, {"prompt": "a"}], tokenizer=word_tokenizer())
@@ -356,6 +371,10 @@ def test_the_number_of_the_bad_row_is_told():
             # Counts the turns first, so that no prefix of the chat is a prefix of its text.
             "{{ 'a ' * messages|length }}{% for m in messages %}{{ m.content }} {% endfor %}",
             "row 0 must be a chat whose turns are rendered one after the other",
+        ),
+        *(
+            (template, "row 0 must be a chat that the tokenizer's template accepts, got its error")
+            for template in ("{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{% include 'x' %}")
         ),
     ],
 )

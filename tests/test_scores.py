@@ -9,6 +9,7 @@ from importlib import metadata
 import pytest
 import torch
 from oracle import norm_error, top_k
+from resigned import resign
 from tiny_data import batches, make_examples
 from tiny_models import INTERMEDIATE, gpt2, llama
 
@@ -253,8 +254,9 @@ def test_a_file_without_one_of_its_tensors_is_refused(part, dense, tmp_path):
     tensors = load_file(file)
     del tensors[f"{UP}.{part}"]
     save_file(tensors, file)
+    resign(tmp_path / "scores")
     with pytest.raises(
-        ValueError, match=f"must hold {UP}.{part}, got no such tensor; save it again"
+        ValueError, match=f"must hold '{UP}.{part}' as a tensor, got no such tensor; save it again"
     ):
         Scores.from_pretrained(tmp_path / "scores")
 
@@ -265,6 +267,7 @@ def _change_config(change):
         config = json.loads(file.read_text("utf-8"))
         change(config)
         file.write_text(json.dumps(config), "utf-8")
+        resign(folder)
 
     return edit
 
@@ -276,6 +279,7 @@ def _change_tensors(change):
         tensors = load_file(folder / "scores.safetensors")
         change(tensors)
         save_file(tensors, folder / "scores.safetensors")
+        resign(folder)
 
     return edit
 
@@ -309,6 +313,13 @@ def _cut(part):
     return _change_tensors(edit)
 
 
+def _fill(part, value):
+    def edit(tensors):
+        tensors[f"{UP}.{part}"][-1] = value
+
+    return _change_tensors(edit)
+
+
 def _at(place, value):
     def change(index):
         index[place] = value
@@ -320,38 +331,53 @@ def _at(place, value):
 @pytest.mark.parametrize(
     "edit, text",
     [
-        (_change_config(lambda c: c.pop("entries")), "'entries' in its configuration, got no such"),
-        (_set("entries", [UP]), f"'entries' as an object, got ['{UP}']"),
-        (_set("granularity", "row"), "'granularity' as 'weight' or 'neuron', got 'row'"),
-        (_set("num_examples", 0), "'num_examples' as a positive integer, got 0"),
-        (_set("num_examples", True), "'num_examples' as a positive integer, got True"),
-        (_set("num_examples", "8"), "'num_examples' as a positive integer, got '8'"),
-        (_set("num_examples", 2.5), "'num_examples' as a positive integer, got 2.5"),
-        (_set("keep_top", 7), "'keep_top' as null or a ratio above 0 and at most 1, got 7"),
-        (_set("manifest", None), "'manifest' as an object, got None"),
+        (_change_config(lambda c: c.pop("entries")), "the field entries, got no such field"),
+        (_set("entries", [UP]), f"entries as an object, got ['{UP}']"),
+        (_set("granularity", "row"), "granularity as 'weight' or 'neuron', got 'row'"),
+        (_set("num_examples", 0), "num_examples as a whole number of at least 1, got 0"),
+        (_set("num_examples", True), "num_examples as a whole number of at least 1, got True"),
+        (_set("num_examples", "8"), "num_examples as a whole number of at least 1, got '8'"),
+        (_set("num_examples", 2.5), "num_examples as a whole number of at least 1, got 2.5"),
+        (_set("num_examples", 10**400), "num_examples as a whole number of at least 1, got 1000"),
+        (_set("keep_top", 7), "keep_top as null or a finite number above 0 and at most 1, got 7"),
+        (_set("keep_top", float("nan")), "JSON, got something else ('NaN' is no finite number)"),
+        (_set("manifest", None), "manifest as an object, got None"),
+        (_set("manifest", {"a": float("inf")}), "JSON, got something else ('Infinity' is"),
         (
             _change_config(lambda c: c["entries"][UP].pop("shape")),
-            f"'shape' of {UP} in its configuration, got no such key",
+            f"the field entries['{UP}'].shape, got no such field",
         ),
-        (_set_entry("shape", [64, -32]), f"'shape' of {UP} as two positive integers, got [64, -32"),
-        (_set_entry("shape", [64, 32, 1]), f"'shape' of {UP} as two positive integers, got [64,"),
-        (_set_entry("unit_axis", 1), f"'unit_axis' of {UP} as null (weight scores), got 1"),
-        (_set_entry("fingerprint", 2**63), f"'fingerprint' of {UP} as a 64-bit integer, got 922"),
-        (_set_entry("fingerprint", "a"), f"'fingerprint' of {UP} as a 64-bit integer, got 'a'"),
-        (_set_entry("shape", [8, 4]), f"{UP}.index within 0..31, got "),
-        (_index(lambda i: i.flip(0)), f"{UP}.index in ascending order without repetition, got"),
-        (_index(lambda i: i[:1].repeat(len(i))), f"{UP}.index in ascending order without repet"),
-        (_index(_at(0, -1)), f"{UP}.index within 0..2047, got -1"),
-        (_index(_at(-1, 2048)), f"{UP}.index within 0..2047, got 2048"),
-        (_index(lambda i: i.int()), f"{UP}.index as int64 [M], got torch.int32 [102]"),
-        (_index(lambda i: i.view(2, -1)), f"{UP}.index as int64 [M], got torch.int64 [2, 51]"),
-        (_cut("sums"), f"{UP}.sums of shape [102], got [101]"),
-        (_cut("weight_values"), f"{UP}.weight_values of shape [102], got [101]"),
-        (_cast("sums", torch.float64), f"{UP}.sums in torch.float32, got torch.float64"),
-        (_cast("weight_values", torch.int32), f"{UP}.weight_values in floating point, got torch.i"),
+        (
+            _set_entry("shape", [64, -32]),
+            f"entries['{UP}'].shape[1] as a whole number of at least 1, got -32",
+        ),
+        (_set_entry("shape", [64, 32, 1]), f"entries['{UP}'].shape as a list of 2, got [64, 32, 1"),
+        (_set_entry("unit_axis", 1), f"entries['{UP}'].unit_axis as null, got 1"),
+        (
+            _set_entry("fingerprint", 2**63),
+            f"entries['{UP}'].fingerprint as a whole number of at least -922",
+        ),
+        (_set_entry("fingerprint", "a"), f"entries['{UP}'].fingerprint as a whole number of at"),
+        (_set_entry("shape", [8, 4]), f"'{UP}.index' as places within 0..31, got "),
+        (_index(lambda i: i.flip(0)), f"'{UP}.index' as places in ascending order without repe"),
+        (
+            _index(lambda i: i[:1].repeat(len(i))),
+            f"'{UP}.index' as places in ascending order without repetition, got",
+        ),
+        (_index(_at(0, -1)), f"'{UP}.index' as places within 0..2047, got -1"),
+        (_index(_at(-1, 2048)), f"'{UP}.index' as places within 0..2047, got 2048"),
+        (_index(lambda i: i.int()), f"'{UP}.index' as torch.int64 [M], got torch.int32 [102]"),
+        (_index(lambda i: i.view(2, -1)), f"'{UP}.index' as torch.int64 [M], got torch.int64 [2, "),
+        (_cut("sums"), f"'{UP}.sums' as torch.float32 [102], got torch.float32 [101]"),
+        (_cut("weight_values"), f"'{UP}.weight_values' as torch.float32 or torch.bfloat16 or"),
+        (_cast("sums", torch.float64), f"'{UP}.sums' as torch.float32 [102], got torch.float64"),
+        (_fill("sums", float("nan")), f"'{UP}.sums' as finite numbers, got nan in it"),
+        (_fill("sums", float("inf")), f"'{UP}.sums' as finite numbers, got inf in it"),
+        (_fill("sums", -1.0), f"'{UP}.sums' as numbers of at least 0, got -1 in it"),
+        (_cast("weight_values", torch.int32), f"'{UP}.weight_values' as torch.float32 or torch.bf"),
         (
             _change_config(lambda c: c["entries"].pop(UP)),
-            f"no tensor without an entry, got {UP}.index",
+            f"'{UP}.index' as a part of the scores, got another",
         ),
     ],
 )
@@ -361,26 +387,25 @@ def test_a_folder_that_contradicts_itself_is_refused_in_one_line(edit, text, den
     edit(folder)
     with pytest.raises(ValueError) as caught:
         Scores.from_pretrained(folder)
-    assert str(caught.value).startswith(f"{str(folder)!r} must hold {text}")
-    assert str(caught.value).endswith("; save it again") and "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert said.startswith(f"'{folder}") and f"' must hold {text}" in said
+    assert said.endswith(("; save it again", "; write or copy it again")) and "\n" not in said
 
 
 def test_a_folder_of_dense_scores_must_hold_whole_matrices(dense, units, tmp_path):
     dense.save_pretrained(tmp_path / "dense")
     _cut("weight_values")(tmp_path / "dense")
     with pytest.raises(
-        ValueError, match=r"weight_values of shape \[64, 32\], got \[63, 32\]; save"
+        ValueError, match=r"weight_values' as .*float64 \[64, 32\], got .*float32 \[63, 32\]; save"
     ):
         Scores.from_pretrained(tmp_path / "dense")
     units.save_pretrained(tmp_path / "units")
     name = next(iter(units))
     _change_config(lambda c: c["entries"][name].update(unit_axis=None))(tmp_path / "units")
-    with pytest.raises(
-        ValueError, match=r"'unit_axis' of .* as 0 or 1 \(neuron scores\), got None"
-    ):
+    with pytest.raises(ValueError, match=r"unit_axis as a whole number from 0 to 1, got None"):
         Scores.from_pretrained(tmp_path / "units")
     _change_config(lambda c: c["entries"][name].update(unit_axis=0))(tmp_path / "units")
-    with pytest.raises(ValueError, match=r"sums of shape \[32\], got \[64\]; save it again"):
+    with pytest.raises(ValueError, match=r"sums' as torch.float32 \[32\], got .* \[64\]; save"):
         Scores.from_pretrained(tmp_path / "units")
 
 

@@ -422,6 +422,40 @@ def test_push_uploads_our_files_and_keeps_a_written_card(tmp_path, monkeypatch, 
     assert FakeApi.commits == [("me/name", files, "hello")]
 
 
+def test_push_uploads_what_the_folder_lists(tmp_path, monkeypatch):
+    path = _write(tmp_path / "m")
+    (path / "mask-my-notes-of-today.safetensors").write_text("not for the hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+    monkeypatch.setattr(FakeApi, "commits", [])
+    storage.push_folder(path, "name", commit_message="", card_text="")
+    assert FakeApi.commits[0][1] == ["fastdean_config.json", "mask.safetensors", "README.md"]
+
+
+@pytest.mark.parametrize("linked_cache", [False, True])
+def test_push_takes_a_folder_of_the_cache_and_no_other_link(tmp_path, monkeypatch, linked_cache):
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+    monkeypatch.setattr(FakeApi, "commits", [])
+    repository = tmp_path / "cache" / "models--me--m"
+    blobs = _write(repository / "blobs")
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    for file in blobs.iterdir():
+        (repository / "snapshots" / "abc" / file.name).symlink_to(f"../../blobs/{file.name}")
+    cache = tmp_path / "cache"
+    if linked_cache:
+        cache = tmp_path / "home"
+        cache.symlink_to(tmp_path / "cache")
+    snapshot = cache / "models--me--m" / "snapshots" / "abc"
+    storage.push_folder(snapshot, "name", commit_message="", card_text="")
+    assert FakeApi.commits[0][1][:2] == ["fastdean_config.json", "mask.safetensors"]
+
+    # Refused before a repository is made for it.
+    monkeypatch.setattr(FakeApi, "create_repo", None)
+    elsewhere = (blobs / "mask.safetensors").rename(tmp_path / "elsewhere")
+    (blobs / "mask.safetensors").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="must hold its files itself, got .*copy the file there"):
+        storage.push_folder(snapshot, "name", commit_message="", card_text="")
+
+
 def test_push_refuses_other_folders(tmp_path):
     with pytest.raises(ValueError, match="has no fastdean_config.json"):
         storage.push_folder(tmp_path, "name", commit_message="", card_text="")

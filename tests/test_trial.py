@@ -253,6 +253,10 @@ class Block(nn.Module):
         if self.how == "flattened sequence first":
             rows = self.mlp(x.transpose(0, 1).flatten(0, 1))
             return x + rows.view(x.shape[1], x.shape[0], -1).transpose(0, 1)
+        if self.how == "windows":
+            # Every example's first window comes before any second; texts of one window stay.
+            windows = x.unflatten(1, (-1, 3)) if x.shape[1] % 3 == 0 else x.unsqueeze(1)
+            return x + self.mlp(windows.transpose(0, 1)).transpose(0, 1).reshape(x.shape)
         # Sorted by what the first feature is.
         order = flat[:, 0].argsort()
         return x + torch.empty_like(flat).index_copy(0, order, self.mlp(flat[order])).view_as(x)
@@ -343,6 +347,36 @@ def test_rows_in_every_order(name, shapes, caplog):
         assert norm_error(value, expected[parameter]) < 1e-5, parameter
     said = [r for r in caplog.records if r.getMessage().startswith("examples are scored one at a")]
     assert ("one_example_per_batch" in scores.manifest) == bool(said) == (name in ONE_BY_ONE)
+
+
+def test_windows_that_only_long_texts_are_cut_into(caplog):
+    model, loader = block_model("windows"), tokens((4, 3), (2, 6))
+    options = {"loss_fn": token_losses, "target_modules": "mlp", "progress": False}
+    scores = fastdean.score(model, loader, **options)
+    expected = alone(model, loader, list(scores))
+    for parameter, value in scores.items():
+        assert norm_error(value, expected[parameter]) < 1e-5, parameter
+
+
+class Leaking(Block):
+    """A little of the batch's mean is in each of its examples."""
+
+    def __init__(self):
+        super().__init__("batch first")
+
+    def mlp(self, x):
+        x = super().mlp(x)
+        return x + 1e-3 * x.mean(0, keepdim=True)
+
+
+def test_examples_that_leak_into_each_other_are_scored_one_at_a_time():
+    torch.manual_seed(0)
+    model, loader = Mixing([Leaking(), Leaking()]).eval(), tokens((3, 5), (2, 7))
+    scores = fastdean.score(model, loader, loss_fn=token_losses, progress=False)
+    expected = alone(model, loader, list(scores))
+    assert "one_example_per_batch" in scores.manifest
+    for parameter, value in scores.items():
+        assert norm_error(value, expected[parameter]) < 1e-5, parameter
 
 
 def test_units_in_another_order():
@@ -481,3 +515,23 @@ def test_an_excerpt_is_short_and_all_targets():
     assert len(excerpt.batches) == 1 and excerpt.batches[0].num_examples == 2
     assert [len(example) for example in excerpt.examples] == [64, 42]
     assert all(isinstance(each, Example) and each.num_targets(0) for each in excerpt.examples)
+
+
+@pytest.mark.parametrize("target_modules", ["all", ["query", "lm_head.dense"]])
+def test_texts_that_are_shorter_than_a_window(target_modules):
+    from transformers import LongformerConfig, LongformerForMaskedLM
+
+    torch.manual_seed(0)
+    config = LongformerConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, attention_window=16, max_position_embeddings=128, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model, examples = LongformerForMaskedLM(config).eval(), make_examples(lengths=(5, 9, 20))
+    loader, options = batches(examples, 3), {"target_modules": target_modules, "progress": False}
+    scores = fastdean.score(model, loader, **options)
+    assert any(name.endswith("attention.self.query.weight") for name in scores)
+    # Padding that sees nothing is NaN to this model in float64.
+    expected = weight_importance(model, examples, list(scores), 0, torch.float32)
+    for name, value in scores.items():
+        assert norm_error(value, expected[name]) < 1e-5, name

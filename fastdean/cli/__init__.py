@@ -2,20 +2,20 @@
 
 stdout carries results only: the JSON of `--json`, and what `fastdean info` prints; everything else
 goes to stderr. Exit codes: 0 done; 1 a fault of FastDEAN (with a traceback); 2 the request cannot
-be carried out as given (one line says why); 130 interrupted; 143 terminated (SIGTERM).
+be carried out as given (one line says why); 129 its terminal was closed (SIGHUP); 130 interrupted;
+143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import warnings
 
 from fastdean.cli import collapse_commands
 from fastdean.cli.commands import app
-from fastdean.cli.running import terminate
+from fastdean.cli.running import terminate_on_signals
 from fastdean.cli.terminal import write_what_can_be_shown
 
 __all__ = ["app", "main"]
@@ -29,7 +29,7 @@ def main() -> None:
     write_what_can_be_shown()
     _quieten_libraries()
     _log_to_stderr()
-    signal.signal(signal.SIGTERM, terminate)
+    terminate_on_signals()
     app()
 
 

@@ -24,6 +24,7 @@ from fastdean.cli.options import (
     out_path,
 )
 from fastdean.cli.running import command, command_line, tell
+from fastdean.printable import one_line
 
 app = typer.Typer()
 
@@ -195,7 +196,9 @@ def debias(
     max_length: MaxLength = None,
     save_every: Annotated[
         int,
-        typer.Option(help="Steps between checkpoints; the last is gone once the model is saved."),
+        typer.Option(
+            help="Steps between checkpoints; the last two are kept until the model is saved."
+        ),
     ] = 50,
     bias: Bias = None,
     start_token: StartToken = "auto",
@@ -264,13 +267,13 @@ def _closing_text(results: dict[str, Any], out: Path) -> str:
     lines = [" ".join(["metric".ljust(24), *(state.rjust(12) for state in states)])]
     for name, metric in results["collapse"]["metrics"].items():
         cells = (_cell(metric["values"][state]).rjust(12) for state in states)
-        lines.append(" ".join([name.ljust(24), *cells]))
+        lines.append(" ".join([one_line(name).ljust(24), *cells]))
     lines += [
         "",
         "(U)NC3 is unc3_std: 0 where all words are aligned alike. NC3 is nc3_mean: at most 1.",
     ]
-    lines += ["", *(f"  {sentence}" for sentence in results["findings"])]
-    lines += [f"  Note: {warning}" for warning in results["warnings"]] + [""]
+    lines += ["", *(f"  {one_line(sentence)}" for sentence in results["findings"])]
+    lines += [f"  Note: {one_line(warning)}" for warning in results["warnings"]] + [""]
     lines += [f"  report  {out / 'report.html'}"]
     if "model" in results["files"]:
         lines += [f"  model   {out / 'model'}"]

@@ -38,12 +38,13 @@ from fastdean.cli.options import (
     out_path,
 )
 from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
+from fastdean.printable import one_line, printable
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault of FastDEAN, with a traceback; 2 the request cannot be carried "
-    "out as given, one line on stderr says why; 130 interrupted; 143 terminated. "
-    "FASTDEAN_VERBOSITY (debug, info, "
-    "warning, error) sets what is told on stderr; debug shows the traceback of every error."
+    "out as given, one line on stderr says why; 129 terminal closed; 130 interrupted; 143 "
+    "terminated. FASTDEAN_VERBOSITY (debug, info, warning, error) sets what is told on stderr; "
+    "debug shows the traceback of every error."
 )
 
 app = typer.Typer(
@@ -215,6 +216,7 @@ def score(
     from fastdean.loading import load_model
     from fastdean.pipeline.rows import encode_rows, take_rows
     from fastdean.pipeline.run_folder import require_outside
+    from fastdean.provenance import public_source
     from fastdean.rendering import describe_rendering, rendering_cautions
     from fastdean.scores import check_keep_top
     from fastdean.scoring import score as score_model
@@ -261,7 +263,7 @@ def score(
         )
         if not ranks.first:
             return None
-        scores.manifest["data"]["sources"] = [data]
+        scores.manifest["data"]["sources"] = [public_source(data)]
         scores.manifest["data"] |= describe_rendering(encoded, tokenizer, template)
         scores.manifest["model"] |= {"revision": revision, "trust_remote_code": trust_remote_code}
         scores.save_pretrained(out, overwrite=overwrite)
@@ -417,7 +419,7 @@ def patch(
         f"the copy is in {out}"
     )
     for name in result.unpatched_files:
-        tell(f"fastdean: {name} holds weights too and was copied unedited")
+        tell(f"fastdean: {one_line(name)} holds weights too and was copied unedited")
     return {
         "out": str(out),
         "values_edited": result.values_edited,
@@ -442,7 +444,7 @@ def report(
 
     Example: `fastdean report run/`
     """
-    from fastdean.report import is_report, write_report
+    from fastdean.report import is_report, read_results, write_report
 
     if out is not None and out.exists() and not is_report(out):
         raise ValueError(
@@ -450,12 +452,7 @@ def report(
             "not write; choose another"
         )
     file = run_folder / "results.json" if run_folder.is_dir() else run_folder
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"run_folder must hold a results.json of a finished run, got {str(file)!r}: {error}"
-        ) from None
+    results = read_results(file)
     target = file.parent / "report.html" if out is None else out
     write_report(results, target)
     tell(f"written to {target}")
@@ -471,7 +468,7 @@ def info(as_json: Json = False) -> None:
     from fastdean.info import collect, render
 
     found = collect()
-    typer.echo(json.dumps(found, indent=2) if as_json else render(found))
+    typer.echo(printable(json.dumps(found, indent=2) if as_json else render(found)))
 
 
 def _preview(sources: dict[str, str], job: Any) -> dict[str, Any] | None:
@@ -498,8 +495,8 @@ def _closing_text(results: dict[str, Any], out: Path) -> str:
 
     mask = NeuronMask.from_pretrained(out.expanduser() / "mask")
     lines = [str(mask.summary()), ""]
-    lines += [f"  {sentence}" for sentence in results["findings"]]
-    lines += [f"  Note: {warning}" for warning in results["warnings"]]
+    lines += [f"  {one_line(sentence)}" for sentence in results["findings"]]
+    lines += [f"  Note: {one_line(warning)}" for warning in results["warnings"]]
     lines += [
         "",
         f"  report  {out / 'report.html'}",
@@ -533,10 +530,10 @@ def _bytes(gigabytes: float | None) -> int | None:
 def _require_free(out: Path, overwrite: bool, kind: str | None) -> None:
     """Before the work, not after: the folder is free, or holds nothing but an earlier `kind`."""
     from fastdean.pipeline.run_folder import check_place
-    from fastdean.storage import check_free, holds_only
+    from fastdean.storage import check_free, holds_only, is_empty, real_place
 
     check_place(out, "out")
-    if not overwrite and out.exists() and any(out.iterdir()):
+    if not overwrite and out.exists() and not is_empty(real_place(out, "out")):
         way_out = " or pass --overwrite" if kind else ""
         raise ValueError(
             f"out must be a new or empty folder, got {str(out)!r}, which has files in it; choose "

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fastdean.atomic import real_place
 from fastdean.cli.running import tell
 
 SOURCE_HELP = (
@@ -22,7 +23,9 @@ def out_path(text: str | Path) -> Path:
     if not str(text):
         tell("fastdean: out must be a path, got ''; name the folder or file to write")
         raise typer.Exit(2)
-    return Path(text)
+    path = Path(text)
+    # `new/../other` is `other`, also while there is no `new`.
+    return real_place(path, "out") if ".." in path.parts else path
 
 
 Model = Annotated[

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,35 @@ import typer
 
 import fastdean
 from fastdean.cli.terminal import shows_everything
+from fastdean.printable import printable
 
 _PACKAGE = Path(fastdean.__file__).parent
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as schedulers send it before they kill: undone and tidied up like an interrupt."""
+    """SIGTERM, as schedulers send it before they kill, or SIGHUP, when the terminal is closed.
+
+    Undone and tidied up like an interrupt.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
-def terminate(*_: object) -> None:
+def terminate_on_signals() -> None:
+    """Have SIGTERM and SIGHUP raise `Terminated`, SIGHUP unless nohup has it ignored."""
+    signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _terminate)
+
+
+def _terminate(number: int, _: object) -> None:
     """The signal handler; a second signal does not disturb the tidying up."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    raise Terminated(number)
 
 
 def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -46,10 +63,12 @@ def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[
                 with redirect_stdout(sys.stderr):
                     result = function(*args, **kwargs)
                 if kwargs.get("as_json") and result is not None:
-                    typer.echo(_json(result))
-            except Terminated:
-                tell(f"fastdean: terminated{kept}")
-                raise typer.Exit(143) from None
+                    typer.echo(printable(_json(result)))
+            except Terminated as terminated:
+                # Nobody hears it where the terminal is gone.
+                with suppress(OSError):
+                    tell(f"fastdean: terminated{kept}")
+                raise typer.Exit(terminated.exit_code) from None
             except KeyboardInterrupt:
                 tell(f"fastdean: interrupted{kept}")
                 raise typer.Exit(130) from None
@@ -73,10 +92,10 @@ def _told(error: Exception) -> int:
     """Write an error to stderr, in one line where a user can mend it; returns the exit code."""
     code = 2 if _is_mendable(error) else 1
     if code == 1 or os.environ.get("FASTDEAN_VERBOSITY", "").lower() == "debug":
-        traceback.print_exception(error)
+        typer.echo(printable("".join(traceback.format_exception(error))), err=True, nl=False)
     who = "fastdean" if is_first_rank() else f"fastdean (rank {os.environ['RANK']})"
     text = " ".join(str(error).split()) or type(error).__name__
-    typer.echo(f"{who}: {text}", err=True)
+    typer.echo(f"{who}: {printable(text)}", err=True)
     return code
 
 
@@ -131,8 +150,9 @@ def is_first_rank() -> bool:
 
 
 def tell(text: str) -> None:
+    """Write lines of our own to stderr; names in them come through `one_line`."""
     if is_first_rank():
-        typer.echo(text, err=True)
+        typer.echo(printable(text), err=True)
 
 
 def command_line() -> str:

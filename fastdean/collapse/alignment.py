@@ -8,11 +8,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from fastdean.declared import Anything, Filled, Real, Record, Text, require
 from fastdean.distributed import Ranks
 from fastdean.ops.collapse import collapse_alignment
 
 Mode = Literal["cumulative", "window", "batch"]
 
+STATE_ADVICE = "save the whole state as state_dict() gives it"
 _WINDOW_DECAY = 0.99
 _FIXED_DECAY = {"cumulative": 1.0, "batch": 0.0}
 
@@ -119,15 +121,11 @@ class CollapseState:
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
         """Take over a saved state, onto the device of this one.
 
-        Raises: ValueError if an entry is missing, or mode, decay, shape or dtype are others.
+        Raises: ValueError if an entry is missing or holds what is no sum or count, or if mode,
+            decay, shape or dtype are others.
         """
-        if missing := sorted(self.state_dict().keys() - stored.keys()):
-            raise ValueError(
-                f"stored must be what state_dict() gave, got none of {', '.join(missing)}; "
-                "save the whole dictionary"
-            )
+        require(stored, _stored_kind(len(self.counts)), "stored", advice=STATE_ADVICE)
         self._check_kind(stored, "stored")
-        _check_counts(stored["counts"], len(self.counts))
         device = self.sums.device
         self.sums = stored["sums"].to(device, copy=True)
         self.counts = stored["counts"].to(device, copy=True)
@@ -226,14 +224,17 @@ def _decay_of(mode: str, decay: float | None) -> float:
     return decay
 
 
-def _check_counts(counts: Any, num_classes: int) -> None:
-    is_tensor = isinstance(counts, Tensor)
-    if is_tensor and counts.dtype == torch.float64 and tuple(counts.shape) == (num_classes,):
-        return
-    found = f"{counts.dtype} {list(counts.shape)}" if is_tensor else type(counts).__name__
-    raise ValueError(
-        f"stored['counts'] must be torch.float64 [{num_classes}], got {found}; save the state as "
-        "state_dict() gives it"
+def _stored_kind(num_classes: int) -> Record:
+    """What `state_dict` gives, alone or among what a regulariser keeps beside it."""
+    sums = Filled(("torch.float32", "torch.float64"), (None, None), finite=True)
+    return Record(
+        {
+            "sums": sums,
+            "counts": Filled(("torch.float64",), (num_classes,), finite=True, least=0),
+            "mode": Text(choices=get_args(Mode)),
+            "decay": Real(least=0, most=1),
+        },
+        others=Anything(),
     )
 
 

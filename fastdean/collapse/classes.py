@@ -14,11 +14,21 @@ from torch.nn import functional
 from fastdean.batching import send
 from fastdean.collapse.forms import encode_forms, written_forms
 from fastdean.collapse.matching import MAX_ID, RunMatcher
-from fastdean.collapse.words import WordGroups, read_word_groups
+from fastdean.collapse.words import WORD, WordGroups, read_word_groups
+from fastdean.declared import Lists, Record, Row, Text, Whole, require
 
 MultiPiece = Literal["skip", "mean"]
 
 _REASONS_SHOWN = 8
+# What `to_dict` gives. Every class takes as much room as the longest: no word has as many pieces.
+_STORED = Record(
+    {
+        "pieces": Lists(Lists(Whole(most=MAX_ID), least=1, most=1000)),
+        "words": Lists(WORD),
+        "groups": Lists(WORD),
+        "left_out": Lists(Row((WORD, WORD, Text(longest=1000)))),
+    }
+)
 
 
 class LeftOut(NamedTuple):
@@ -65,7 +75,7 @@ class CollapseClasses:
             )
         for pieces in self.pieces:
             if not pieces or not all(
-                isinstance(piece, int) and 0 <= piece <= MAX_ID for piece in pieces
+                type(piece) is int and 0 <= piece <= MAX_ID for piece in pieces
             ):
                 raise ValueError(
                     f"pieces must be token ids, at least one for each class, got {pieces!r}; "
@@ -216,12 +226,7 @@ class CollapseClasses:
 
         Raises: ValueError if an entry is missing or does not describe classes.
         """
-        expected = ("pieces", "words", "groups", "left_out")
-        if missing := [name for name in expected if name not in stored]:
-            raise ValueError(
-                f"stored must be what to_dict() gave, got none of {', '.join(missing)}; "
-                "save the whole dictionary"
-            )
+        require(stored, _STORED, "stored", advice="pass what to_dict() gave")
         return cls(
             tuple(tuple(pieces) for pieces in stored["pieces"]),
             tuple(stored["words"]),

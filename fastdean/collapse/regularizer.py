@@ -11,25 +11,49 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fastdean._logging import logger
-from fastdean.collapse.alignment import CollapseState, Mode, collapse_alignment_loss
+from fastdean.collapse.alignment import (
+    STATE_ADVICE,
+    CollapseState,
+    Mode,
+    collapse_alignment_loss,
+)
 from fastdean.collapse.classes import CollapseClasses
 from fastdean.collapse.labels import Shift, default_shift, position_labels
 from fastdean.collapse.representations import (
     Features,
     Hook,
     Representations,
+    hooked_by,
     output_embedding,
+    remove_hooks_of,
 )
+from fastdean.declared import Anything, Lists, Maps, Real, Record, Row, Whole, require, unfit
 from fastdean.distributed import Ranks
 from fastdean.forward import label_shift_of_class
 from fastdean.model_state import unwrap
 from fastdean.ops.collapse import STATISTICS, collapse_alignment
+from fastdean.ops.memory import memory_fault
+
+# No training has as many passes; a larger number was never a step.
+_MOST_STEPS = 1 << 40
+# How many of a state's steps a schedule is asked for, about, besides the ends of its runs.
+_MOST_ASKED = 100_000
+# What `state_dict` gives beside the state; its runs are [first step, last step, factor].
+_STORED = Record(
+    {
+        "step": Whole(most=_MOST_STEPS),
+        "of": Maps(Anything()),
+        "factors": Lists(Row((Whole(most=_MOST_STEPS), Whole(most=_MOST_STEPS), Real()))),
+    },
+    others=Anything(),
+)
 
 
 class CollapseRegularizer:
@@ -137,7 +161,6 @@ class CollapseRegularizer:
         self._held = False
         self._held_step: int | None = None
         self._last = Representations(self.module, features=features)
-        self._handle: Any = None
         self.attach()
 
     def __enter__(self) -> Self:
@@ -163,25 +186,33 @@ class CollapseRegularizer:
         if self.attached:
             return self
         _check_alone(self.module)
-        self._last.attach()
-        # After the hooks of `Representations`: those that were there first run first.
-        self._handle = self.module.register_forward_hook(
-            Hook(self, self._after_forward), with_kwargs=True
-        )
-        return self
+        try:
+            self._last.attach()
+            # After the hooks of `Representations`: those that were there first run first.
+            hook = Hook(self, self._after_forward)
+            self.module.register_forward_hook(hook, with_kwargs=True)
+            return self
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Leave no hook behind. The statistics stay readable."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
+        # Twice: an interrupt of the first time leaves the second.
+        try:
+            self._detach()
+        finally:
+            self._detach()
+
+    def _detach(self) -> None:
+        remove_hooks_of(self, [self.module])
         self._last.remove()
         self._last.clear()
         self._pending = None
 
     @property
     def attached(self) -> bool:
-        return self._handle is not None
+        return hooked_by(self, [self.module])
 
     @property
     def value(self) -> float | None:
@@ -215,9 +246,12 @@ class CollapseRegularizer:
         `step`, where given, is what the schedule is asked for.
         """
         before = self._held, self._held_step
-        self._held, self._held_step = True, step
         try:
-            yield
+            try:
+                self._held, self._held_step = True, step
+                yield
+            finally:
+                self._held, self._held_step = before
         finally:
             self._held, self._held_step = before
 
@@ -251,19 +285,21 @@ class CollapseRegularizer:
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
         """Go on from a saved state. On every rank, with the same one.
 
+        The schedule is asked for each step done; of more than 100,000 steps for about as many of
+        them, and for the first and the last of each run of equal factors.
+
         Raises:
-            ValueError: an entry is missing; it belongs to other classes, another strength or other
-                options; or `schedule` gives other factors for the steps done than were used.
+            ValueError: an entry is missing or damaged; it belongs to other classes, another
+                strength or other options; or `schedule` gives other factors for the steps done
+                than were used. Nothing is taken over then.
         """
-        if missing := sorted({"step", "of", "factors"} - stored.keys()):
-            raise ValueError(
-                f"stored must be what state_dict() gave, got none of {', '.join(missing)}; save "
-                "the whole dictionary"
-            )
+        require(stored, _STORED, "stored", advice=STATE_ADVICE)
+        held = _checked_length(stored["factors"], stored["step"])
         for name, own in self._identity().items():
             if stored["of"].get(name) != own:
                 raise _belongs_to_another(name)
-        if not all(map(self._gives, stored["factors"])):
+        stride = max(1, held // _MOST_ASKED)
+        if not all(self._gives(run, stride) for run in stored["factors"]):
             raise _belongs_to_another("schedule")
         self.state.load_state_dict(stored)
         self.step = int(stored["step"])
@@ -281,10 +317,17 @@ class CollapseRegularizer:
             "features": self._features,
         }
 
-    def _gives(self, run: Sequence[Any]) -> bool:
-        """Whether the schedule has the factor of `run` at each of its steps."""
+    def _gives(self, run: Sequence[Any], stride: int) -> bool:
+        """Whether the schedule has the factor of `run` at every `stride`-th of its steps."""
         first, last, factor = run
-        return all(self._factor_at(step) == factor for step in range(first, last + 1))
+        if self.schedule is None:
+            return factor == 1.0
+        steps = chain(range(first, last, stride), [last])
+        try:
+            return all(self._factor_at(step) == factor for step in steps)
+        # A schedule that is a table has an end.
+        except (LookupError, ArithmeticError):
+            return False
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         try:
@@ -436,6 +479,19 @@ def _belongs_to_another(name: str) -> ValueError:
     )
 
 
+def _checked_length(runs: Sequence[Sequence[Any]], step: int) -> int:
+    """The steps in the runs, which go forward and hold no more of them than passes were begun."""
+    for place, (first, last, _) in enumerate(runs):
+        if first > last:
+            where = f"factors[{place}]"
+            raise unfit("stored", where, "a run forward", f"{first} to {last}", STATE_ADVICE)
+    held = sum(last - first + 1 for first, last, _ in runs)
+    if held > step + 1:
+        expected = f"runs of at most the {step} steps done"
+        raise unfit("stored", "factors", expected, f"runs of {held}", STATE_ADVICE)
+    return held
+
+
 def _check_options(
     strength: float, statistic: str, detach_features: bool, mode: str, shift: str | None
 ) -> None:
@@ -485,6 +541,8 @@ def _check_plain(weight: Any, module: nn.Module) -> None:
         found = f"a quantised one in {weight.dtype}"
     elif weight.dim() != 2 or weight.numel() == 0 or _is_sharded(module):
         found = f"a sharded one (here {list(weight.shape)})"
+    elif (fault := memory_fault(weight)) is not None:
+        found = fault.got
     if found is not None:
         raise ValueError(
             f"model must hold its output embedding as one plain tensor [V, D], got {found}; the "

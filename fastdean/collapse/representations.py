@@ -6,7 +6,8 @@ The only code of this room that hooks a module to look at tokens; modules are ne
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Self, get_args
 
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ class Hook:
 
     Otherwise a copied model would be hooked by a copy of `owner` that nobody holds and nobody can
     remove; and an owner that holds tensors with a graph could not be copied at all.
+
+    A hook is found again by its owner: the handle that torch returns can be lost to an interrupt
+    before it is kept.
     """
 
     def __init__(self, owner: object, call: Callable[..., Any]) -> None:
@@ -33,6 +37,41 @@ class Hook:
 
     def __reduce__(self) -> tuple:
         return _NoHook, ()
+
+
+def hooked_by(owner: object, modules: Iterable[nn.Module]) -> bool:
+    """Whether one of the modules has a hook of this owner."""
+    return any(
+        isinstance(hook, Hook) and hook.owner is owner
+        for module in modules
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
+
+
+def remove_hooks_of(owner: object, modules: Iterable[nn.Module]) -> None:
+    """Remove every hook of this owner from the modules."""
+    for module in modules:
+        _remove(
+            owner,
+            module._forward_hooks,
+            module._forward_hooks_with_kwargs,
+            module._forward_hooks_always_called,
+        )
+        _remove(owner, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+
+
+def _remove_from_live(owner: object, modules: Iterable[weakref.ref[nn.Module]]) -> None:
+    remove_hooks_of(owner, [module for ref in modules if (module := ref()) is not None])
+
+
+def _remove(owner: object, hooks: dict[int, Any], *flags: dict[int, bool]) -> None:
+    for key, hook in [*hooks.items()]:
+        if isinstance(hook, Hook) and hook.owner is owner:
+            # Last from where the next search looks.
+            for flag in flags:
+                flag.pop(key, None)
+            hooks.pop(key, None)
 
 
 class _NoHook:
@@ -83,33 +122,41 @@ class Representations:
         self._bases = _base_modules(inner) if features == "base" else []
         needs_head = skip_logits or features == "head"
         self._head = output_embedding(model) if needs_head else None
-        self._skip_logits = skip_logits
-        self._argument_names = _argument_names(self._outer, inner)
-        self._handles: list = []
-        self._running = False
-        self.clear()
+        self._pass = _Pass(_argument_names(self._outer, inner), features, skip_logits)
+        self._hooked = [self._outer, *self._bases, *([] if self._head is None else [self._head])]
+        # The hooks know the pass and not this object: with its last user it goes, and they go with
+        # it, even where an interrupt kept `__exit__` from its work.
+        modules = [weakref.ref(module) for module in self._hooked]
+        weakref.finalize(self, _remove_from_live, self._pass, modules).atexit = False
 
     def attach(self) -> Self:
         """Start to listen to the model; without effect while attached."""
-        if self._handles:
+        if hooked_by(self._pass, self._hooked):
             return self
-        keep_output = Hook(self, self._keep_output)
-        self._handles = [
-            self._outer.register_forward_pre_hook(Hook(self, self._begin), with_kwargs=True),
-            self._outer.register_forward_hook(Hook(self, self._end), always_call=True),
-            *(base.register_forward_hook(keep_output) for base in self._bases),
-        ]
+        try:
+            self._register()
+            return self
+        except BaseException:
+            self.remove()
+            raise
+
+    def _register(self) -> None:
+        of = self._pass
+        self._outer.register_forward_pre_hook(Hook(of, of.begin), with_kwargs=True)
+        self._outer.register_forward_hook(Hook(of, of.end), always_call=True)
+        for base in self._bases:
+            base.register_forward_hook(Hook(of, of.keep_output))
         if self._head is not None:
-            at_head = Hook(self, self._at_head)
-            self._handles.append(self._head.register_forward_pre_hook(at_head))
-        return self
+            self._head.register_forward_pre_hook(Hook(of, of.at_head))
 
     def remove(self) -> None:
         """Leave no hook behind. What the last pass gave stays readable."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._running = False
+        # Looked for twice: an interrupt of the first search leaves the second.
+        try:
+            remove_hooks_of(self._pass, self._hooked)
+        finally:
+            remove_hooks_of(self._pass, self._hooked)
+            self._pass.running = False
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -119,8 +166,7 @@ class Representations:
 
     def clear(self) -> None:
         """Let go of the tensors of the last pass, and of the graph that hangs on them."""
-        self._features: Tensor | None = None
-        self._arguments: dict[str, Any] | None = None
+        self._pass.clear()
 
     @property
     def features(self) -> Tensor:
@@ -130,24 +176,25 @@ class Representations:
             RuntimeError: no pass has run since, or it did not reach the place that is read.
             ValueError: the pass gave anything but one representation for each token.
         """
-        if self._arguments is None:
+        if self._pass.arguments is None:
             raise RuntimeError(
                 "model must have run while its representations are read, got no forward pass; "
                 f"{_COMPILED}"
             )
-        if self._features is None:
+        features = self._pass.features
+        if features is None:
             raise RuntimeError(
                 f"model must call its {_PLACES[self._place]} as a module, got a forward pass that "
                 f"does not; {_ELSEWHERE[self._place]}; {_COMPILED}"
             )
         tokens = self.input_ids.shape
-        if self._features.shape[:-1] != tokens:
+        if features.shape[:-1] != tokens:
             raise ValueError(
                 "model must give one representation for each of its input_ids, "
-                f"{list(tokens)}, got {list(self._features.shape)}; prompt tuning, cut logits and "
+                f"{list(tokens)}, got {list(features.shape)}; prompt tuning, cut logits and "
                 "losses in chunks cannot be read"
             )
-        return self._features
+        return features
 
     @property
     def input_ids(self) -> Tensor:
@@ -173,33 +220,46 @@ class Representations:
         return self._argument("labels")
 
     def _argument(self, name: str) -> Any:
-        return (self._arguments or {}).get(name)
+        return (self._pass.arguments or {}).get(name)
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+
+class _Pass:
+    """What the hooks hand over of the last forward pass."""
+
+    def __init__(self, argument_names: Sequence[str], place: Features, skip_logits: bool) -> None:
+        self._argument_names, self._place, self._skip_logits = argument_names, place, skip_logits
+        self.running = False
+        self.clear()
+
+    def clear(self) -> None:
+        self.features: Tensor | None = None
+        self.arguments: dict[str, Any] | None = None
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "model must run whole in one process, got a replica of nn.DataParallel, which sees "
                 "a part of the batch; start the job with torchrun or show it one GPU"
             )
-        self._features = None
-        self._arguments = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
-        self._running = True
+        self.features = None
+        self.arguments = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        self.running = True
 
-    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._running = False
+    def end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.running = False
 
-    def _keep_output(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def keep_output(self, module: nn.Module, args: tuple, output: Any) -> None:
         # Activation checkpointing runs modules again during the backward pass, after the outer
         # model's forward has ended. Of nested modules the outermost comes last and stays.
-        if self._running:
+        if self.running:
             last = getattr(output, "last_hidden_state", None)
-            self._features = output[0] if last is None else last
+            self.features = output[0] if last is None else last
 
-    def _at_head(self, module: nn.Module, args: tuple) -> tuple | None:
-        if not self._running or not args:
+    def at_head(self, module: nn.Module, args: tuple) -> tuple | None:
+        if not self.running or not args:
             return None
         if self._place == "head":
-            self._features = args[0]
+            self.features = args[0]
         return (args[0][..., :1, :], *args[1:]) if self._skip_logits else None
 
 

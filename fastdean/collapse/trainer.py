@@ -140,4 +140,7 @@ def _read_state(regularizer: CollapseRegularizer, checkpoint: str | os.PathLike)
             "checkpoint and train without resume_from_checkpoint"
         )
     config, tensors = read_folder(folder, kind=_KIND)
-    regularizer.load_state_dict({**config, **tensors})
+    try:
+        regularizer.load_state_dict({**config, **tensors})
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r}: {error}") from None

@@ -20,9 +20,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fastdean.declared import Lists, Maps, Text, read_json, read_text, require
+
 WORD_LISTS = ("gender", "religion", "ethnicity")
 
 WordGroups = str | Path | Mapping[str, Sequence[str]]
+
+# A form of a word, or the name of a group.
+WORD = Text(longest=1000)
+# What a file of words looks like.
+_GROUPS = Maps(Lists(WORD, least=1), least=1)
+_MOST_BYTES = 1 << 24
 
 
 def read_word_groups(groups: WordGroups) -> dict[str, list[str]]:
@@ -60,32 +68,17 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         )
     if not path.is_file():
         raise ValueError(f"groups must be an existing file, got {str(path)!r}; check the path")
+    options = {"advice": "correct the file", "most_bytes": _MOST_BYTES}
+    if path.suffix == ".json":
+        found = read_json(path, _GROUPS, **options)
+    else:
+        lines = read_text(path, **options).splitlines()
+        found = {path.stem: [line for line in lines if line.strip()]}
+        require(found, _GROUPS, path, advice="correct the file")
     try:
-        text = path.read_text("utf-8-sig")
-        if path.suffix == ".txt":
-            return {path.stem: [line for line in text.splitlines() if line.strip()]}
-        found = json.loads(text, object_pairs_hook=_distinct)
+        return {name: _words_of(name, words) for name, words in found.items()}
     except ValueError as error:
-        raise ValueError(
-            f"groups must be a well-formed {path.suffix} file in UTF-8, got {str(path)!r}: "
-            f"{error}; correct the file"
-        ) from None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f'groups must be JSON of the form {{"group": ["word", ...]}}, got {str(path)!r} with a '
-            f"{type(found).__name__}; name the group"
-        )
-    return found
-
-
-def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs; JSON itself would keep the last of two with one name."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the group {name!r} stands in it twice")
-        found[name] = value
-    return found
+        raise ValueError(f"{str(path)!r}: {error}") from None
 
 
 def _words_of(name: str, words: Any) -> list[str]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastdean import markdown
 from fastdean.verdicts import reading
 
 _NAMES = {
@@ -27,6 +28,8 @@ class Effect:
         before, after: the figure of the base model and of this one.
         low, high: 95 % interval of after - before, or None where none was measured.
         verdict: what may be said about the change, of `Interval.verdict()`.
+        from_neutral: the verdict on the distance from the metric's neutral value, or None where it
+            has none.
     """
 
     metric: str
@@ -35,12 +38,14 @@ class Effect:
     low: float | None = None
     high: float | None = None
     verdict: str | None = None
+    from_neutral: str | None = None
 
     def reading(self) -> str:
-        """The verdict; no effect where the interval holds 0, whatever the verdict says."""
+        """The verdicts; no effect where the interval holds 0, whatever the first one says."""
         if self.low is None or self.high is None:
             return "no interval measured"
-        return reading(self.low, self.high, 0.0, self.verdict)
+        said = reading(self.low, self.high, 0.0, self.verdict)
+        return said if self.from_neutral in (None, said) else f"{said}; {self.from_neutral}"
 
 
 def model_card(
@@ -63,7 +68,7 @@ def model_card(
         strength: of the collapse regulariser; None where there was none.
         data: the source of the rows, and their number.
         regularised: the words of the regulariser; of no account without one.
-        command: what was run, so that it can be run again.
+        command: what was run, with names in place of local paths.
         effects: what was measured, good and bad; empty where nothing was, which is said.
     Raises:
         ValueError: an unknown method.
@@ -76,13 +81,13 @@ library_name: transformers
 - fastdean
 - debiasing
 ---
-# {name}
+# {markdown.text(name)}
 
-{_inline(base_model)}, fine-tuned with FastDEAN to be less biased by gender.
+{markdown.code(base_model)}, fine-tuned with FastDEAN to be less biased by gender.
 
 - **Method**: {_NAMES[method]}
 - **Collapse regulariser**: {_regulariser(strength, regularised)}
-- **Data**: {_inline(data)}, with gender-swapped copies
+- **Data**: {markdown.code(data)}, with gender-swapped copies
 
 {_command(command)}## Measured effect
 
@@ -102,11 +107,11 @@ def _base_model_line(base_model: str) -> str:
 def _regulariser(strength: float | None, words: str) -> str:
     if strength is None:
         return "none"
-    return f"(U)NC3 on {words}, strength {strength:g} (arXiv 2410.04472)"
+    return f"(U)NC3 on {markdown.text(words)}, strength {strength:g} (arXiv 2410.04472)"
 
 
 def _command(command: str | None) -> str:
-    return "" if command is None else f"```bash\n{command}\n```\n\n"
+    return "" if command is None else f"{markdown.block(command, 'bash')}\n\n"
 
 
 def _table(effects: Sequence[Effect]) -> str:
@@ -123,11 +128,7 @@ def _table(effects: Sequence[Effect]) -> str:
             else f"{effect.low:+.4g} to {effect.high:+.4g}"
         )
         lines.append(
-            f"| {effect.metric} | {effect.before:.4g} | {effect.after:.4g} | {low_high} "
-            f"| {effect.reading()} |"
+            f"| {markdown.text(effect.metric)} | {effect.before:.4g} | {effect.after:.4g} "
+            f"| {low_high} | {effect.reading()} |"
         )
     return "\n".join(lines)
-
-
-def _inline(text: str) -> str:
-    return "`" + text.replace("`", "'") + "`"

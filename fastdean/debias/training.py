@@ -17,7 +17,7 @@ from torch import nn
 from fastdean.debias.forms import WITH_FORMS, Form, require_form
 from fastdean.debias.gender_words import GenderWords
 from fastdean.debias.objectives import Material, Objective, require_method
-from fastdean.debias.resuming import Checkpoints, announce
+from fastdean.debias.resuming import Checkpoint, Checkpoints, announce
 from fastdean.debias.schedule import (
     Purpose,
     Schedule,
@@ -27,6 +27,7 @@ from fastdean.debias.schedule import (
     steps_per_epoch,
 )
 from fastdean.debias.texts import TextEncoder
+from fastdean.declared import Anything, Filled, Maps, Record, Unfit, require
 from fastdean.identity import json_digest, model_identity
 from fastdean.model_state import evaluation_state, input_device, max_tokens, unwrap
 
@@ -96,8 +97,9 @@ def fine_tune(
             the package.
         out: folder for checkpoints, see `resuming`; None: nothing is written. The model itself is
             saved with `save_model`.
-        resume: go on from the checkpoint of this very job in `out`, and say so in a warning of the
-            log. The model must come with the weights that the job started from.
+        resume: go on from the last checkpoint of this very job in `out`, or from the one before
+            where the last is damaged, and say so in a warning of the log. The model must come with
+            the weights that the job started from.
         save_every: steps between checkpoints; None: at the end only, where there is always one.
         eval_every: steps between calls of `on_eval`; None: at the end only.
         on_eval: (steps done, model) -> figures for the history, as JSON, or None; called in eval
@@ -189,11 +191,12 @@ class _Run:
     def keep_in(self, folder: Path, job: Mapping[str, Any], *, resume: bool, every: int) -> None:
         """Save checkpoints there, and start from the one that is there already."""
         self._checkpoints, self._save_every = Checkpoints(folder, job), every
-        found = self._checkpoints.latest(resume=resume)
+        found = self._checkpoints.restore(self._restore, resume=resume)
         if found is not None:
             announce(folder, found.step, self.schedule.steps)
-            self._restore(found.state)
             self.history = found.history
+            if found.step == self.schedule.steps:
+                self._checkpoints.keep_only(found)
 
     def train(self, on_eval: OnEval | None, *, every: int, progress: bool) -> None:
         """The steps that are left."""
@@ -210,7 +213,7 @@ class _Run:
                     entry |= self._evaluate(on_eval, step + 1)
                 self.history.append(entry)
                 if self._checkpoints and (last or (step + 1) % self._save_every == 0):
-                    self._checkpoints.save(step + 1, self._state(), self.history)
+                    self._checkpoints.save(step + 1, self._state(), self.history, last=last)
                 bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
                 bar.update()
 
@@ -277,13 +280,43 @@ class _Run:
             state["regularizer"] = self.regularizer.state_dict()
         return state
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def _kind(self) -> Record:
+        """What `_state` gives after a step, in the shapes and dtypes of this model."""
+        trained = {name for name, p in unwrap(self.model).named_parameters() if p.requires_grad}
+        # A buffer, such as a mask of attention, may well hold an infinity.
+        model = {
+            name: Filled((str(tensor.dtype),), tuple(tensor.shape), finite=name in trained)
+            for name, tensor in unwrap(self.model).state_dict().items()
+        }
+        # Where AdamW keeps nothing of a parameter, it has had no gradient.
+        moments = {str(place): _moments(p) for place, p in enumerate(self._parameters)}
+        own = {} if self.regularizer is None else {"regularizer": Maps(Anything())}
+        return Record({"model": Record(model), "optimizer": Record({}, optional=moments), **own})
+
+    def _restore(self, found: Checkpoint) -> None:
+        state = found.state
+        require(state, self._kind(), found.folder, advice="remove this checkpoint to start again")
         # First: it may refuse another schedule, which the job does not tell.
         if self.regularizer is not None:
-            self.regularizer.load_state_dict(state["regularizer"])
+            try:
+                self.regularizer.load_state_dict(state["regularizer"])
+            except Unfit as error:
+                raise Unfit(f"{str(found.folder)!r}: {error}") from None
         unwrap(self.model).load_state_dict(state["model"])
         moments = {int(place): found for place, found in state["optimizer"].items()}
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
+
+
+def _moments(parameter: nn.Parameter) -> Record:
+    """What AdamW keeps of a parameter."""
+    like = (str(parameter.dtype),), tuple(parameter.shape)
+    return Record(
+        {
+            "step": Filled(("torch.float32",), (), finite=True, least=1),
+            "exp_avg": Filled(*like, finite=True),
+            "exp_avg_sq": Filled(*like, finite=True, least=0),
+        }
+    )
 
 
 def _regularizer_job(regularizer: CollapseRegularizer | None) -> dict[str, Any]:

@@ -114,14 +114,22 @@ def mean_interval(
             f"the smallest {sizes.min(initial=math.inf):g}; give the size of each group"
         )
     check_confidence(confidence)
+    _check_no_effect(no_effect, logs)
     n = len(found)
     weight = np.ones(n) if sizes is None else sizes
-    estimate = float(found.sum() / weight.sum()) if n else math.nan
+    # What overflows is refused below.
+    with np.errstate(over="ignore", invalid="ignore"):
+        estimate = float(found.sum() / weight.sum()) if n else math.nan
+        spread = float(((found - estimate * weight) / weight.mean()).std(ddof=1)) if n > 1 else 0.0
     low, high = math.nan, math.nan
     if n > 1:
-        spread = float(((found - estimate * weight) / weight.mean()).std(ddof=1))
         half = student_quantile(n - 1, confidence) * spread / math.sqrt(n)
         low, high = estimate - half, estimate + half
+    if n and not all(map(math.isfinite, (estimate, low, high)[: 1 if n == 1 else 3])):
+        raise ValueError(
+            f"values must have a mean and a spread that float64 can hold, got up to "
+            f"{abs(found).max():.4g}; measure them in another unit"
+        )
     null = None if no_effect is None else math.log(no_effect) if logs else no_effect
     test = {}
     if null is not None and n > 1:
@@ -221,6 +229,15 @@ def check_confidence(confidence: float) -> None:
         raise ValueError(
             f"confidence must be between 0 and 1, got {confidence}; 0.95 is the usual choice"
         )
+
+
+def _check_no_effect(no_effect: float | None, logs: bool) -> None:
+    if no_effect is None or (math.isfinite(no_effect) and (no_effect > 0 or not logs)):
+        return
+    raise ValueError(
+        f"no_effect must be a finite number{', above 0 with logs' if logs else ''}, got "
+        f"{no_effect}; pass None where there is no such value"
+    )
 
 
 def _signed(

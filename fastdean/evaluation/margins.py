@@ -154,7 +154,7 @@ def compare_margins(
     all share a single prompt, its answers are what was sampled, and the pairs are the units.
 
     Raises:
-        ValueError: different numbers of pairs, or a margin that is NaN or infinite.
+        ValueError: other pairs or another order, or a margin that is NaN or infinite.
     """
     _check_same_pairs(before, after)
     changes = after.values - before.values
@@ -169,7 +169,7 @@ def compare_shares(
     With McNemar's exact test; where pairs share a prompt, Student's t over the prompts.
 
     Raises:
-        ValueError: different numbers of pairs, or a margin that is NaN or infinite.
+        ValueError: other pairs or another order, or a margin that is NaN or infinite.
     """
     _check_same_pairs(before, after)
     for margins in (before, after):
@@ -223,4 +223,11 @@ def _check_same_pairs(before: Margins, after: Margins) -> None:
         raise ValueError(
             f"after must be of the same pairs as before ({len(before)}), got {len(after)}; "
             "measure both models on one list of pairs"
+        )
+    prompts = before.prompts, after.prompts
+    if None not in prompts and list(prompts[0]) != list(prompts[1]):
+        place = next(i for i, (a, b) in enumerate(zip(*prompts, strict=True)) if a != b)
+        raise ValueError(
+            f"after must be of the same pairs as before, in their order, got another prompt in "
+            f"pair {place}; measure both models on one list of pairs"
         )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
+from fastdean import markdown
+
 
 def mask_card(repo_id: str, *, described: str, scale: float, summary: str) -> str:
     """A README.md with the hub's metadata.
@@ -18,9 +22,9 @@ tags:
 - fastdean
 - weight-mask
 ---
-# {repo_id}
+# {markdown.text(repo_id)}
 
-`{described}`
+{markdown.code(described)}
 
 A list of weights of a language model in which two safety-related attributes are coupled, with
 their original values, after the method DEAN (arXiv 2410.16672). Applying it multiplies these
@@ -30,7 +34,7 @@ made on, which it recognises by the original values.
 ```python
 import fastdean
 
-mask = fastdean.NeuronMask.from_pretrained("{repo_id}")
+mask = fastdean.NeuronMask.from_pretrained({json.dumps(repo_id)})
 with mask.applied(model):
     ...                    # edited here, restored bit for bit afterwards
 ```
@@ -38,7 +42,5 @@ with mask.applied(model):
 **Content warning.** The mask changes how a model behaves where safety matters, on fairness and
 privacy among others, and not always for the better. Evaluate the edited model before any use.
 
-```text
-{summary}
-```
+{markdown.block(summary, "text")}
 """

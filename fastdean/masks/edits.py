@@ -11,7 +11,7 @@ at again, and says what is wrong.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -73,7 +73,10 @@ def apply_(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Applicat
     Raises:
         TypeError, ValueError, RuntimeError: as `NeuronMask.apply_`; nothing is written then.
     """
-    root, edited = _open(model)
+    return _apply(*_open(model), mask, impl)
+
+
+def _apply(root: nn.Module, edited: _Edited, mask: Mask, impl: str | None) -> Application | None:
     prepared = None if edited.stack else edited.prepared.get(mask, impl)
     if prepared is not None:
         application = Application(mask, prepared.parts, wrote=True, prepared=prepared)
@@ -99,18 +102,21 @@ def _apply_unprepared(
         application = Application(mask, targets, wrote=False)
         stack.append(application)
         return application
+    weights.require_writable(targets)
     parts = [replace(part, previous=now) for part, now in zip(targets, current, strict=True)]
     prepared = None
     if not stack:
         prepared = prepare(root, weights, parts, mask.entries, impl)
         edited.prepared.keep(mask, prepared, impl)
     application = Application(mask, parts, wrote=True, prepared=prepared)
-    with _all_or_nothing(parts, current, weights):
+
+    def write() -> None:
         if mask.scale == 0.0:
             weights.zero_(parts, impl)
         else:
             weights.write_(parts, written, impl)
-        stack.append(application)
+
+    _all_or_nothing(write, stack, [*stack, application], parts, current, weights)
     return application
 
 
@@ -139,17 +145,32 @@ def restore_(model: nn.Module, mask: Mask) -> None:
 @contextmanager
 def applied(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Iterator[nn.Module]:
     """`apply_` on entry; on exit, also after an exception, undo what was written on entry."""
-    application = apply_(model, mask, impl=impl)
-    try:
-        yield model
-    finally:
-        if application is not None:
-            _leave(model, application)
-
-
-def _leave(model: nn.Module, application: Application) -> None:
     root, edited = _open(model)
-    stack = edited.stack
+    before, entered = list(edited.stack), []
+    # Undone twice: an interrupt of the first time leaves the second.
+    try:
+        try:
+            entered.append(_apply(root, edited, mask, impl))
+            yield model
+        finally:
+            _leave(root, edited.stack, mask, before, entered)
+    except BaseException:
+        _leave(root, edited.stack, mask, before, entered)
+        raise
+
+
+def _leave(
+    root: nn.Module,
+    stack: list[Application],
+    mask: Mask,
+    before: Sequence[Application],
+    entered: Sequence[Application | None],
+) -> None:
+    """Undo what `entered` holds; where an interrupt lost it, what was recorded since `before`."""
+    found = entered or [each for each in stack if each.mask is mask and each not in before]
+    application = found[0] if found else None
+    if application not in stack:
+        return
     if stack == [application] and application.wrote and _undone(root, stack):
         return
     weights = Weights(root)
@@ -291,19 +312,35 @@ def _undo(stack: list[Application], active: Application, weights: Weights) -> No
     current = weights.read(active.parts)
     for part, values in zip(active.parts, current, strict=True):
         _check_unchanged(part.name, values, part.written)
-    with _all_or_nothing(active.parts, current, weights):
+    weights.require_writable(active.parts)
+
+    def write() -> None:
         weights.write_(active.parts, [part.previous for part in active.parts])
-        del stack[-1:]
+
+    _all_or_nothing(write, stack, stack[:-1], active.parts, current, weights)
 
 
-@contextmanager
 def _all_or_nothing(
-    parts: Sequence[Part], current: Sequence[Tensor], weights: Weights
-) -> Iterator[None]:
-    """Put `current` back if the block is cut short; a write that never began is left alone."""
+    write: Callable[[], None],
+    stack: list[Application],
+    afterwards: list[Application],
+    parts: Sequence[Part],
+    current: Sequence[Tensor],
+    weights: Weights,
+) -> None:
+    """Edit by `write` and record it; if that is cut short, neither is done.
+
+    Args:
+        afterwards: what the stack holds once the edit is made.
+        current: what the parts hold now; a write that never began is left alone.
+    """
+    before = list(stack)
+    # No context manager: an interrupt as a block ends would undo the write and not the record.
     try:
-        yield
+        write()
+        stack[:] = afterwards
     except BaseException:
+        stack[:] = before
         if not _all_same(weights.read(parts), current):
             weights.write_(parts, current)
         raise

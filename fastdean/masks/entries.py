@@ -7,6 +7,7 @@ are what tells one model from another.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +120,8 @@ def checked_scale(scale: Any) -> float:
     """A finite factor as a float; TypeError or ValueError for anything else."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    # An integer may be too large for a float, and finite all the same.
+    if not abs(scale) <= sys.float_info.max:
         raise ValueError(f"scale must be finite, got {scale}")
     # So that -0.0 reads as the 0 that it does.
     return float(scale) + 0.0

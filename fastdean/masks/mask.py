@@ -16,12 +16,36 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdean import storage
+from fastdean.declared import (
+    Anything,
+    Lists,
+    Maps,
+    Maybe,
+    Real,
+    Record,
+    Unfit,
+    Whole,
+    brief,
+    require,
+    unfit,
+)
 from fastdean.masks import edits
 from fastdean.masks.cards import mask_card
 from fastdean.masks.entries import MaskEntry, checked_scale, suppressed
-from fastdean.masks.summary import MaskSummary, check_table, rows_from_names
+from fastdean.masks.summary import TABLE, MaskSummary, check_table, rows_from_names
 
 __all__ = ["MaskEntry", "MaskSummary", "NeuronMask"]
+
+# What `save_pretrained` writes.
+_CONFIG = Record(
+    {
+        "scale": Real(),
+        "shapes": Maps(Lists(Whole(), most=8)),
+        "manifest": Maps(Anything()),
+        "table": Maybe(TABLE),
+    }
+)
+_ADVICE = "copy or save it again"
 
 _OPERATIONS = {"|": MaskEntry.union, "&": MaskEntry.intersection, "-": MaskEntry.difference}
 
@@ -118,7 +142,7 @@ class NeuronMask:
         text += f" matrices, scale={self._scale:g}"
         for key in ("rule", "ratio"):
             if key in self._manifest:
-                text += f", {key}={self._manifest[key]!r}"
+                text += f", {key}={brief(self._manifest[key])}"
         return f"NeuronMask({text})"
 
     def __eq__(self, other: object) -> bool:
@@ -240,18 +264,14 @@ class NeuronMask:
     ) -> NeuronMask:
         """Read a mask from a folder or from the hub, and validate all of it.
 
-        Raises: as `storage.resolve` and `storage.read_folder`; ValueError for a folder whose parts
-        contradict each other.
+        Raises: as `storage.resolve` and `storage.read_folder`; ValueError for a folder whose
+        configuration is no mask's, or whose parts contradict each other; the text names the file
+        and the field.
         """
         folder = storage.resolve(path_or_repo_id, revision=revision, token=token, kind="mask")
         config, tensors = storage.read_folder(folder, kind="mask")
-        try:
-            return _from_parts(config, tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"path must hold a whole mask, got {str(folder)!r} with inconsistent contents "
-                f"({error}); save it again"
-            ) from error
+        require(config, _CONFIG, folder / storage.CONFIG_NAME, advice=_ADVICE)
+        return _from_parts(folder, config, tensors)
 
     def push_to_hub(
         self,
@@ -305,13 +325,29 @@ class NeuronMask:
         return NeuronMask(entries, scale=self._scale, manifest=manifest)
 
 
-def _from_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> NeuronMask:
-    entries = {
-        name: MaskEntry(tensors[f"{name}.index"], tensors[f"{name}.original"], tuple(shape))
-        for name, shape in config["shapes"].items()
-    }
-    if len(tensors) != 2 * len(entries):
-        raise ValueError(f"{len(tensors)} tensors for {len(entries)} parameters")
-    return NeuronMask(
-        entries, scale=config["scale"], manifest=config["manifest"], table=config["table"]
-    )
+def _from_parts(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> NeuronMask:
+    """The mask of a folder's configuration and tensors, whose values are not checked yet."""
+    expected = [f"{name}.{part}" for name in config["shapes"] for part in ("index", "original")]
+    if odd := sorted({*expected} ^ tensors.keys()):
+        found = "another tensor" if odd[0] in tensors else "no such tensor"
+        raise unfit(folder, repr(odd[0]), "a part of the mask", found, _ADVICE)
+    entries = {}
+    for name, shape in config["shapes"].items():
+        try:
+            entries[name] = MaskEntry(
+                tensors[f"{name}.index"], tensors[f"{name}.original"], tuple(shape)
+            )
+        except (TypeError, ValueError) as error:
+            raise _contradicts(folder, f"an entry for {name!r}", error) from error
+    try:
+        return NeuronMask(
+            entries, scale=config["scale"], manifest=config["manifest"], table=config["table"]
+        )
+    except ValueError as error:
+        raise _contradicts(folder, "a whole mask", error) from error
+
+
+def _contradicts(folder: Path, what: str, error: Exception) -> Unfit:
+    return unfit(folder, "", what, f"one that contradicts itself ({error})", _ADVICE)

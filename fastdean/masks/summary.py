@@ -10,18 +10,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TABLE_COLUMNS = (
-    "name",
-    "layer",
-    "module",
-    "numel",
-    "k",
-    "first",
-    "second",
-    "coupled",
-    "removed",
-    "kept",
-)
+from fastdean.declared import Kind, Lists, Maybe, Record, Text, Whole
+
+_COLUMNS: dict[str, Kind] = {
+    "name": Text(longest=1000),
+    "layer": Maybe(Whole()),
+    "module": Text(longest=1000),
+    "numel": Maybe(Whole()),
+    "k": Maybe(Whole()),
+    "first": Maybe(Whole()),
+    "second": Maybe(Whole()),
+    "coupled": Maybe(Whole()),
+    "removed": Maybe(Whole()),
+    "kept": Whole(),
+}
+TABLE_COLUMNS = tuple(_COLUMNS)
+# What a table looks like in a file.
+TABLE = Lists(Record(_COLUMNS, optional={"weights": Whole()}))
 _CANDIDATES = ("first", "second", "coupled", "removed")
 _COUNTS = (*_CANDIDATES, "kept")
 
@@ -101,12 +106,17 @@ def rows_from_names(weights: Mapping[str, int]) -> list[dict[str, Any]]:
 def place_of(name: str) -> dict[str, Any]:
     """Layer number and module name, read off a parameter's name."""
     parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    number = next((i for i, part in enumerate(parts) if _is_number(part)), None)
     inner = parts[0 if number is None else number + 1 :]
     return {
         "layer": None if number is None else int(parts[number]),
         "module": ".".join(inner[:-1] or inner),
     }
+
+
+def _is_number(part: str) -> bool:
+    """Whether a part of a name numbers a layer; "²" is a digit too, but no number."""
+    return part.isascii() and part.isdigit() and len(part) < 10
 
 
 def _aggregate(table: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastdean import ops
 from fastdean.adapters import parameter_paths
 from fastdean.masks.entries import EDITABLE_DTYPES
+from fastdean.ops.memory import memory_fault, write_fault
 
 # Name components that a wrapper adds and that no checkpoint has.
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -79,6 +80,13 @@ class Weights:
             elements += coordinate * stride
         return memory, elements
 
+    def require_writable(self, parts: Sequence[Part]) -> None:
+        """Raises: ValueError naming a parameter that cannot be written in place where it lies."""
+        for part, parameter in zip(parts, self._tensors(parts), strict=True):
+            fault = write_fault(parameter)
+            if fault is not None:
+                raise fault.error(f"parameter {part.name!r} of the model")
+
     def read(self, parts: Sequence[Part]) -> list[Tensor]:
         """The values of the parts now, [M] each, on the CPU."""
         values = ops.gather_at(self._tensors(parts), [part.index for part in parts])
@@ -129,4 +137,7 @@ class Weights:
                 f"model must have {name!r} in the mask's dtype {dtype}, got {parameter.dtype}; "
                 f"load it with dtype={dtype}, or convert it back"
             )
+        fault = memory_fault(parameter)
+        if fault is not None:
+            raise fault.error(f"parameter {name!r} of the model")
         return parameter

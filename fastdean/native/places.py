@@ -93,8 +93,7 @@ def _packed(arrays: Sequence[torch.Tensor], device: torch.device) -> tuple[torch
     # On the CPU where they all are, so that one transfer carries them.
     home = device if any(a.device.type != "cpu" for a in arrays) else torch.device("cpu")
     order = sorted(range(len(arrays)), key=lambda i: -arrays[i].element_size())
-    with torch.no_grad():
-        pieces = [_dense(arrays[i].to(home)).view(torch.uint8) for i in order]
+    pieces = [_dense(arrays[i].detach().to(home)).view(torch.uint8) for i in order]
     buffer = torch.cat(pieces)
     buffer = buffer.to(device)
     return buffer, [buffer.data_ptr() + offset for offset in offsets]

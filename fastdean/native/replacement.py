@@ -13,6 +13,9 @@ from fastdean.native.places import Places
 # What torch calls DLPack's table of C functions.
 _DLPACK = "__dlpack_c_exchange_api__"
 
+_storage_of = torch.Tensor.untyped_storage
+_size_of = torch.UntypedStorage.nbytes
+
 
 def can_replace() -> bool:
     """Whether this torch describes its tensors through DLPack's C functions."""
@@ -45,6 +48,7 @@ class Replacement:
         self._facts = torch.empty(shape, dtype=torch.int64, device="cpu")
         self._facts_at = self._facts.data_ptr()
         self._extension.read_facts(api=self._api, tensors=list(tensors), facts=self._facts_at)
+        self._storage_sizes = _storage_sizes(tensors)
         self._of_inference = any(tensor.is_inference() for tensor in tensors)
         self._places = Places(tensors, indices, after, before)
         self._on_cpu = self._places.device.type == "cpu"
@@ -61,8 +65,8 @@ class Replacement:
             tensors: a list of what is to be edited, now.
             write: False only compares.
         Returns: False if a tensor is not the type, address, shape, strides, dtype and device that
-            it was, or if any place holds another value than the one to be written over, by bits;
-            or, outside of inference mode, if one was made in it.
+            it was, in a storage of the same size, or if any place holds another value than the one
+            to be written over, by bits; or, outside of inference mode, if one was made in it.
         Raises: ValueError if the number of tensors is another.
         """
         same = self._extension.same_facts(
@@ -71,7 +75,10 @@ class Replacement:
             facts=self._facts_at,
             num_tensors=self._places.num_rows,
         )
-        if not same or (self._of_inference and not torch.is_inference_mode_enabled()):
+        # DLPack does not tell how much memory there is at the address: some may be given back.
+        if not same or _storage_sizes(tensors) != self._storage_sizes:
+            return False
+        if self._of_inference and not torch.is_inference_mode_enabled():
             return False
         first_other = self._on_places(reverse=back, write=write)
         if first_other != len(tensors):
@@ -103,3 +110,8 @@ class Replacement:
             )
             found = int(first_other)
         return places.num_rows if found == -1 else found
+
+
+def _storage_sizes(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """In bytes."""
+    return [*map(_size_of, map(_storage_of, tensors))]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastdean.ops import memory
 
 # What the compiled operations can address; csrc/fastdean.h has the same number.
 MAX_RANK = 8
@@ -26,6 +27,7 @@ def check_edited_places(tensors: Sequence[torch.Tensor], indices: Sequence[torch
         raise ValueError(
             f"indices must have one entry per tensor, got {len(indices)} for {len(tensors)} tensors"
         )
+    memory.check_surroundings()
     for position, (tensor, index) in enumerate(zip(tensors, indices, strict=True)):
         _check_tensor(tensor, f"tensors[{position}]")
         _check_index(index, tensor, f"indices[{position}]")
@@ -37,22 +39,12 @@ def check_edited_places(tensors: Sequence[torch.Tensor], indices: Sequence[torch
 def check_writable(tensors: Sequence[torch.Tensor]) -> None:
     """Checks that the tensors can be written in place.
 
-    Raises: ValueError for a tensor whose elements share memory with each other, or that was made in
-        inference mode and is to be written outside of it, unseen by autograd.
+    Raises: ValueError for a tensor whose elements share memory with each other, that lies in
+        read-only memory, or that was made in inference mode and is to be written outside of it,
+        unseen by autograd.
     """
-    outside = not torch.is_inference_mode_enabled()
     for position, tensor in enumerate(tensors):
-        if outside and tensor.is_inference():
-            raise ValueError(
-                f"tensors[{position}] must be a tensor that can be written in place, got one made "
-                "in inference mode, outside of it; edit it inside torch.inference_mode, or clone it"
-            )
-        if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise ValueError(
-                f"tensors[{position}] must have a place in memory for every element, got an "
-                f"expanded tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}; "
-                "edit the tensor it was expanded from"
-            )
+        memory.check_written(f"tensors[{position}]", tensor)
 
 
 def check_values(
@@ -75,6 +67,7 @@ def check_values(
                 f"{name} must be a torch.Tensor, got {type(value).__name__}; make it with "
                 "torch.tensor"
             )
+        memory.check_memory(name, value)
         if value.dtype != tensor.dtype:
             raise ValueError(
                 f"{name} must have its tensor's dtype {tensor.dtype}, got {value.dtype}; "
@@ -90,18 +83,7 @@ def check_values(
 def _check_tensor(tensor: torch.Tensor, name: str) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if is_traceable_wrapper_subclass(tensor):
-        raise TypeError(
-            f"{name} must be a plain tensor or parameter, got {type(tensor).__name__}; "
-            "pass the local tensor that it wraps"
-        )
-    if tensor.device.type == "meta":
-        raise ValueError(
-            f"{name} must hold data, got a tensor on the meta device; "
-            "an offloaded weight must be loaded before it is edited"
-        )
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    memory.check_memory(name, tensor)
     if tensor.is_neg():
         raise ValueError(
             f"{name} must hold its values as they are, got a tensor that torch negates on reading; "
@@ -129,6 +111,7 @@ def _check_index(index: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
             f"{name} must be on the CPU or on its tensor's device {tensor.device}, "
             f"got {index.device}"
         )
+    memory.check_memory(name, index)
 
 
 def _all_ascend_within(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> bool:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastdean.ops._dispatch import choose
+from fastdean.ops.memory import check_memory, check_surroundings, check_tensor
 
 STATISTICS = ("std", "cv", "mean")
 
@@ -79,14 +80,7 @@ def collapse_alignment(
             out of range. On other devices, where looking at them would have to wait, such labels
             count as -1, the loss is NaN, and its gradients are 0.
     """
-    _check_arguments(features, labels, weight, sums, counts)
-    if statistic not in STATISTICS:
-        raise ValueError(
-            f"statistic must be one of {', '.join(STATISTICS)}, got {statistic!r}; "
-            "'std' is the published one"
-        )
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must be from 0 to 1, got {decay}; 1 forgets nothing")
+    _check_arguments(features, labels, weight, sums, counts, decay, statistic)
     loss, sums, counts, _, _ = _forward(
         features, labels, weight, sums, counts, float(decay), statistic, impl
     )
@@ -110,7 +104,10 @@ def _forward(
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, sums [K, D], counts [K], centre [D], factors [3, K]), all but counts in one dtype."""
-    # Here and not with the other checks: a compiled graph knows no values.
+    # Whoever calls the operation by its name in torch.ops comes here directly.
+    _check_arguments(features, labels, weight, sums, counts, decay, statistic)
+    # Here alone: a compiled graph knows neither memory nor values.
+    _check_memory(features=features, labels=labels, weight=weight, sums=sums, counts=counts)
     _check_labels(labels, len(sums))
     run = choose("collapse_alignment", features.device, impl, features.dtype).callable
     return run(features, labels, weight, sums, counts, decay, statistic)
@@ -127,6 +124,7 @@ def _forward_shapes(
     statistic: str,
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(features=features, labels=labels, weight=weight, sums=sums, counts=counts)
     num_classes, num_features = sums.shape
     return (
         sums.new_empty(()),
@@ -164,6 +162,19 @@ def collapse_alignment_backward(
         sums, counts, centre, factors: what the forward returned.
         features_dtype: of the features, and so of their gradient.
     """
+    _check_backward(
+        grad_loss, labels, weight, sums, counts, centre, factors, features_dtype=features_dtype
+    )
+    _check_memory(
+        grad_loss=grad_loss,
+        labels=labels,
+        weight=weight,
+        sums=sums,
+        counts=counts,
+        centre=centre,
+        factors=factors,
+    )
+    _check_labels(labels, len(sums))
     run = choose("collapse_alignment_backward", weight.device, impl, features_dtype).callable
     return run(
         grad_loss,
@@ -193,6 +204,7 @@ def _backward_shapes(
     needs_features: bool,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(labels=labels, weight=weight, sums=sums, counts=counts, factors=factors)
     num_classes, num_features = sums.shape
     weight_shape = (num_classes, num_features) if needs_weight else (0,)
     features_shape = (labels.shape[0], num_features) if needs_features else (0,)
@@ -236,25 +248,91 @@ _forward.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def _check_arguments(
-    features: Tensor, labels: Tensor, weight: Tensor, sums: Tensor, counts: Tensor
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    decay: float,
+    statistic: str,
 ) -> None:
+    given = {"features": features, "labels": labels, "weight": weight, "sums": sums}
+    given["counts"] = counts
+    for name, value in given.items():
+        check_tensor(name, value)
     if features.dim() != 2:
         raise ValueError(
             f"features must be [N, D], got {list(features.shape)}; flatten batch and time first"
         )
-    if sums.numel() == 0:
-        raise ValueError(
-            f"sums must have at least one class and one feature, got {list(sums.shape)}; "
-            "make them with fastdean.CollapseState"
-        )
-    if sums.dim() != 2 or sums.shape[1] != features.shape[1]:
+    _check_sums(sums)
+    if sums.shape[1] != features.shape[1]:
         raise ValueError(
             f"features must have the {list(sums.shape)[-1]} columns of the state's sums, "
             f"got {list(features.shape)}; make the state for these features"
         )
-    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
+    _check_of_classes(labels, weight, sums, counts, features.shape[0])
+    _check_dtypes(features.dtype, weight, sums)
+    _check_devices(**given)
+    if statistic not in STATISTICS:
         raise ValueError(
-            f"labels must be int64 [{features.shape[0]}], a class or -1 for each row of features, "
+            f"statistic must be one of {', '.join(STATISTICS)}, got {statistic!r}; "
+            "'std' is the published one"
+        )
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be from 0 to 1, got {decay}; 1 forgets nothing")
+
+
+def _check_backward(
+    grad_loss: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    centre: Tensor,
+    factors: Tensor,
+    *,
+    features_dtype: torch.dtype,
+) -> None:
+    returned = {"grad_loss": grad_loss, "centre": centre, "factors": factors}
+    given = {"labels": labels, "weight": weight, "sums": sums, "counts": counts, **returned}
+    for name, value in given.items():
+        check_tensor(name, value)
+    _check_sums(sums)
+    if labels.dim() != 1:
+        raise ValueError(f"labels must be int64 [N], got {list(labels.shape)}; flatten them")
+    _check_of_classes(labels, weight, sums, counts, labels.shape[0])
+    num_classes, num_features = sums.shape
+    shapes = ((), (num_features,), (3, num_classes))
+    for (name, value), shape in zip(returned.items(), shapes, strict=True):
+        if value.shape != shape or value.dtype != sums.dtype:
+            raise ValueError(
+                f"{name} must be {sums.dtype} {list(shape)}, got {value.dtype} "
+                f"{list(value.shape)}; pass what the forward returned"
+            )
+    _check_dtypes(features_dtype, weight, sums)
+    _check_devices(**given)
+
+
+def _check_memory(**arguments: Tensor) -> None:
+    check_surroundings()
+    for name, tensor in arguments.items():
+        check_memory(name, tensor)
+
+
+def _check_sums(sums: Tensor) -> None:
+    if sums.dim() != 2 or sums.numel() == 0:
+        raise ValueError(
+            f"sums must have at least one class and one feature, got {list(sums.shape)}; "
+            "make them with fastdean.CollapseState"
+        )
+
+
+def _check_of_classes(
+    labels: Tensor, weight: Tensor, sums: Tensor, counts: Tensor, number: int
+) -> None:
+    if labels.shape != (number,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 [{number}], a class or -1 for each row of features, "
             f"got {labels.dtype} {list(labels.shape)}"
         )
     if weight.shape != sums.shape:
@@ -267,23 +345,24 @@ def _check_arguments(
             f"counts must be torch.float64 [{sums.shape[0]}], got {counts.dtype} "
             f"{list(counts.shape)}; they are whole numbers only until they decay"
         )
-    _check_dtypes(features, weight, sums)
-    devices = [each.device for each in (features, labels, weight, sums, counts)]
+
+
+def _check_devices(**arguments: Tensor) -> None:
+    devices = [each.device for each in arguments.values()]
     if any(device != devices[0] for device in devices):
         raise ValueError(
-            "features, labels, weight and state must be on one device, got "
-            f"{', '.join(str(device) for device in devices[:4])}; move them there"
+            f"{', '.join(arguments)} must be on one device, got "
+            f"{', '.join(str(device) for device in devices)}; move them there"
         )
 
 
-def _check_dtypes(features: Tensor, weight: Tensor, sums: Tensor) -> None:
-    double = torch.float64
-    if features.dtype == weight.dtype == sums.dtype == double:
+def _check_dtypes(features: torch.dtype, weight: Tensor, sums: Tensor) -> None:
+    if features == weight.dtype == sums.dtype == torch.float64:
         return
-    if features.dtype not in _HALVES or weight.dtype not in _HALVES or sums.dtype != torch.float32:
+    if features not in _HALVES or weight.dtype not in _HALVES or sums.dtype != torch.float32:
         raise TypeError(
             "features and weight must be float32, bfloat16 or float16 with sums in float32, or "
-            f"all float64, got {features.dtype}, {weight.dtype} and {sums.dtype}; cast them or "
+            f"all float64, got {features}, {weight.dtype} and {sums.dtype}; cast them or "
             "make the state with this dtype"
         )
 

@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 from fastdean.ops._dispatch import choose
+from fastdean.ops.memory import (
+    check_apart,
+    check_memory,
+    check_surroundings,
+    check_tensor,
+    check_written,
+)
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,7 +49,7 @@ def accumulate_importance_(
         later.
     """
     _check_inputs(x, g, segments)
-    _check_accumulator(acc, (g.shape[1], x.shape[1]), x.device)
+    _check_accumulator(acc, (g.shape[1], x.shape[1]), x, g, segments)
     choose("accumulate_importance_", x.device, impl, x.dtype).callable(acc, x, g, segments)
     return acc
 
@@ -80,12 +87,13 @@ def accumulate_expert_importance_(
             outside the inputs.
     """
     _check_pair(x, g)
-    _require_tensor("acc", acc)
+    check_tensor("acc", acc)
     if acc.dim() != 3:
         raise ValueError(f"acc must be [E, R, C], got {list(acc.shape)}; stack the experts")
-    _check_accumulator(acc, (acc.shape[0], g.shape[1], x.shape[1]), x.device)
     _check_segments(segments, x, ("cpu", x.device.type))
     _check_experts(experts, segments, acc.shape[0])
+    shape = (acc.shape[0], g.shape[1], x.shape[1])
+    _check_accumulator(acc, shape, x, g, segments, experts)
     op = choose("accumulate_expert_importance_", x.device, impl, x.dtype)
     op.callable(acc, x, g, segments, experts)
     return acc
@@ -116,7 +124,7 @@ def accumulate_unit_importance_(
             f"g must have as many columns as a ({a.shape[1]}), got {g.shape[1]}; "
             "pass the gradient with respect to a itself"
         )
-    _check_accumulator(acc, (a.shape[1],), a.device)
+    _check_accumulator(acc, (a.shape[1],), a, g, segments)
     op = choose("accumulate_unit_importance_", a.device, impl, a.dtype)
     op.callable(acc, a, g, segments)
     return acc
@@ -128,8 +136,9 @@ def _check_inputs(x: Tensor, g: Tensor, segments: Tensor) -> None:
 
 
 def _check_pair(x: Tensor, g: Tensor) -> None:
+    check_surroundings()
     for name, tensor in (("the inputs", x), ("g", g)):
-        _require_tensor(name, tensor)
+        check_tensor(name, tensor)
     if x.dim() != 2 or g.dim() != 2 or x.shape[0] != g.shape[0]:
         raise ValueError(
             "inputs and gradients must be [N, C] and [N, R] with the same N, "
@@ -144,6 +153,8 @@ def _check_pair(x: Tensor, g: Tensor) -> None:
         raise ValueError(
             f"g must be on the device of the inputs, {x.device}, got {g.device}; move it there"
         )
+    check_memory("the inputs", x)
+    check_memory("g", g)
 
 
 def _check_segments(segments: Tensor, x: Tensor, places: tuple[str, ...]) -> None:
@@ -164,6 +175,7 @@ def _check_segments(segments: Tensor, x: Tensor, places: tuple[str, ...]) -> Non
             f"got {segments.dtype} {list(segments.shape)} on {segments.device}; "
             "give (start, end) of each example"
         )
+    check_memory("segments", segments)
     if segments.numel() and segments.device.type == "cpu":
         starts, ends = segments.unbind(1)
         if starts.min() < 0 or ends.max() > x.shape[0] or (starts > ends).any():
@@ -188,6 +200,7 @@ def _check_experts(experts: Tensor, segments: Tensor, number: int) -> None:
             f"experts must be int64 [{len(segments)}] on {segments.device}, one per segment, "
             f"got {experts.dtype} {list(experts.shape)} on {experts.device}; sort tokens by expert"
         )
+    check_memory("experts", experts)
     if experts.numel() and experts.device.type == "cpu":
         if bool((experts.diff() < 0).any()):
             raise ValueError(
@@ -201,28 +214,21 @@ def _check_experts(experts: Tensor, segments: Tensor, number: int) -> None:
             )
 
 
-def _require_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor, got {type(value).__name__}; make it with torch.as_tensor"
-        )
-
-
-def _check_accumulator(acc: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    _require_tensor("acc", acc)
-    if tuple(acc.shape) != shape or acc.dtype != torch.float32 or acc.device != device:
+def _check_accumulator(
+    acc: Tensor,
+    shape: tuple[int, ...],
+    x: Tensor,
+    g: Tensor,
+    segments: Tensor,
+    experts: Tensor | None = None,
+) -> None:
+    check_tensor("acc", acc)
+    if tuple(acc.shape) != shape or acc.dtype != torch.float32 or acc.device != x.device:
         raise ValueError(
-            f"acc must be torch.float32 {list(shape)} on {device}, "
+            f"acc must be torch.float32 {list(shape)} on {x.device}, "
             f"got {acc.dtype} {list(acc.shape)} on {acc.device}; make it with torch.zeros"
         )
-    if any(n > 1 and s == 0 for n, s in zip(acc.shape, acc.stride(), strict=True)):
-        raise ValueError(
-            f"acc must have a place in memory for every element, got an expanded tensor of strides "
-            f"{acc.stride()}; make it with torch.zeros"
-        )
-    if acc.is_neg() or (acc.is_inference() and not torch.is_inference_mode_enabled()):
-        kind = "a negated view" if acc.is_neg() else "one made in inference mode, outside of it"
-        raise ValueError(
-            f"acc must be a tensor that can be written in place, got {kind}; make it with "
-            "torch.zeros"
-        )
+    check_memory("acc", acc)
+    check_written("acc", acc)
+    read = [("the inputs", x), ("g", g), ("segments", segments)]
+    check_apart("acc", acc, read if experts is None else [*read, ("experts", experts)])

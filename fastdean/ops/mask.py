@@ -36,7 +36,9 @@ def zero_at_(
         indices: one int64 [M] per tensor: row-major flat indices, strictly ascending, within the
             tensor, on the CPU or on the tensor's device.
         impl: None, "reference" or "native".
-    Raises: TypeError or ValueError for the arguments; RuntimeError if `impl` cannot run there.
+    Raises: TypeError or ValueError for the arguments, also where their memory is freed, cut short
+        or (under Linux) read-only; RuntimeError if `impl` cannot run there, or inside a
+        FakeTensorMode or a transform of torch.func.
     """
     _checks.check_edited_places(tensors, indices)
     _checks.check_writable(tensors)
@@ -156,7 +158,13 @@ class Replacement:
         # Every device before the first write, of which each is all or nothing by itself.
         if not all(each.replace_(part, back=back, write=False) for part, each in groups):
             return False
-        return all([each.replace_(part, back=back) for part, each in groups])
+        try:
+            return all([each.replace_(part, back=back) for part, each in groups])
+        except BaseException:
+            # Each writes only over what this call has written.
+            for part, each in groups:
+                each.replace_(part, back=not back)
+            raise
 
 
 def _by_device(tensors: Sequence[torch.Tensor]) -> dict[torch.device, list[int]]:

@@ -18,35 +18,39 @@ LEAST_COUNT = 2.0**-20
 CENTRED_ROUNDING = 8.0
 
 
+# A decorator and no block: an interrupt as a block ends would leave autograd off.
+@torch.no_grad()
 def zero_at_(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> None:
     """See `ops.zero_at_`."""
-    with torch.no_grad():
-        for tensor, index in zip(tensors, indices, strict=True):
-            coordinates = _coordinates(tensor, index)
-            _at_least_1d(tensor).index_put_(coordinates, tensor.new_zeros(()))
+    # All before the first write: an index may be a view of what is written.
+    places = [_coordinates(t, i) for t, i in zip(tensors, indices, strict=True)]
+    for tensor, coordinates in zip(tensors, places, strict=True):
+        _at_least_1d(tensor).index_put_(coordinates, tensor.new_zeros(()))
 
 
+@torch.no_grad()
 def gather_at(
     tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """See `ops.gather_at`."""
-    with torch.no_grad():
-        return [
-            _at_least_1d(tensor)[_coordinates(tensor, index)]
-            for tensor, index in zip(tensors, indices, strict=True)
-        ]
+    return [
+        _at_least_1d(tensor)[_coordinates(tensor, index)]
+        for tensor, index in zip(tensors, indices, strict=True)
+    ]
 
 
+@torch.no_grad()
 def write_at_(
     tensors: Sequence[torch.Tensor],
     indices: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
 ) -> None:
     """See `ops.write_at_`."""
-    with torch.no_grad():
-        for tensor, index, value in zip(tensors, indices, values, strict=True):
-            coordinates = _coordinates(tensor, index)
-            _at_least_1d(tensor).index_put_(coordinates, value.to(tensor.device))
+    # All before the first write: indices and values may be views of what is written.
+    places = [_coordinates(t, i) for t, i in zip(tensors, indices, strict=True)]
+    copies = [v.to(t.device, copy=True) for t, v in zip(tensors, values, strict=True)]
+    for tensor, coordinates, value in zip(tensors, places, copies, strict=True):
+        _at_least_1d(tensor).index_put_(coordinates, value)
 
 
 def _at_least_1d(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,13 +107,21 @@ def _full_fp32_products() -> Iterator[None]:
     """No TF32 and no bf16 inside, whatever the caller allows the model's own products."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     allowed = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
+
+    def restore() -> None:
         for backend, precision in zip(backends, allowed, strict=True):
             backend.fp32_precision = precision
+
+    # Twice: an interrupt of the first time leaves the second.
+    try:
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            restore()
+    finally:
+        restore()
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdean.ops._dispatch import choose
+from fastdean.ops.memory import check_memory, check_surroundings, check_tensor
 
 
 def importance(sums: Tensor, weight: Tensor | None, num_examples: int) -> Tensor:
@@ -61,12 +62,11 @@ def select_top(
 
 
 def _check_matrix(sums: Tensor, weight: Tensor | None) -> None:
+    check_surroundings()
     for name, tensor in (("sums", sums), ("weight", weight)):
-        if not isinstance(tensor, Tensor) and not (name == "weight" and tensor is None):
-            raise TypeError(
-                f"{name} must be a tensor, got {type(tensor).__name__}; make it with "
-                "torch.as_tensor"
-            )
+        if tensor is not None or name == "sums":
+            check_tensor(name, tensor)
+            check_memory(name, tensor)
     if sums.dtype != torch.float32:
         raise TypeError(f"sums must be torch.float32, got {sums.dtype}; accumulate in fp32")
     if weight is not None and not weight.is_floating_point():

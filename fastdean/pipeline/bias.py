@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fastdean.declared import Anything, Lists, Maps, Maybe, Real, Record, Text, Whole
 from fastdean.evaluation import Interval, change_between, change_of_distance
 from fastdean.evaluation import bias as measures
 from fastdean.evaluation.bias import BiasResult
 from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.run_folder import RunFolder
+from fastdean.provenance import public_source
 from fastdean.verdicts import CLOSER, FARTHER, reworded
 
 
@@ -42,6 +44,34 @@ _FROM_START = frozenset({"crows_pairs", "stereoset", "winobias", "bec_pro"})
 _RESAMPLES = 2000
 
 Found = dict[str, dict[str, Any]]
+
+_LABEL = Text(longest=10_000)
+_ENDS = {"low": Maybe(Real()), "high": Maybe(Real()), "n": Whole()}
+# What `stored` gives of each figure of a measure, by its name.
+FIGURES = Maps(
+    Record(
+        {
+            "value": Real(),
+            "unit": _LABEL,
+            "neutral": Maybe(Real()),
+            "verdict": _LABEL,
+            **_ENDS,
+            "confidence": Real(above=0, most=1),
+            "by_category": Maps(Record({"value": Real(), **_ENDS}, others=Anything())),
+            "notes": Lists(_LABEL),
+            "made_of": Record(
+                {
+                    "values": Maybe(Lists(Real())),
+                    "weights": Maybe(Lists(Real())),
+                    "whole": Maybe(Real()),
+                    "resamples": Maybe(Whole()),
+                    "replicates": Maybe(Lists(Real())),
+                }
+            ),
+        },
+        others=Anything(),
+    )
+)
 
 
 def check(asked: Sequence[str], start: str | int = "auto") -> None:
@@ -100,10 +130,14 @@ def measure(
             return {each.name: stored(each) for each in results_of(result)}
 
         with costs.step(f"{name}, {state}"):
-            kept = folder.figures(f"{state}-{number}-{name}", take)
+            kept = folder.figures(f"{state}-{number}-{name}", take, FIGURES)
         for title, figures in kept.items():
             # Two files of one measure have figures of the same name.
-            found[title if title not in found else f"{title} ({source})"] = figures
+            where = "its own data" if source is None else public_source(source)
+            for name in (title, f"{title} ({where})", f"{title} ({number + 1}: {where})"):
+                if name not in found:
+                    found[name] = figures
+                    break
     return found
 
 

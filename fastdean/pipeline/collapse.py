@@ -22,22 +22,44 @@ from fastdean.collapse import (
     read_word_groups,
 )
 from fastdean.data import Example
+from fastdean.declared import Anything, Either, Exactly, Maybe, Real, Record, Text, Whole
 from fastdean.distributed import Ranks
 from fastdean.identity import json_digest, model_identity
 from fastdean.loading import load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.inputs import benchmark_digests
+from fastdean.pipeline.published import published
 from fastdean.pipeline.results import plain
 from fastdean.pipeline.rows import encode_rows, take_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
-from fastdean.provenance import now, versions
+from fastdean.provenance import now, public_command, public_name, versions
 from fastdean.rendering import describe_rendering, rendering_cautions
 from fastdean.report import write_report
 from fastdean.storage import write_json_atomic
 
 CONTROLS = ("random", "frequency")
 _HELD_OUT = 0.2
+_METRIC = Record(
+    {
+        "value": Maybe(Either((Real(), Exactly("inf")))),
+        "definition": Text(),
+        "note": Maybe(Text()),
+    }
+)
+# What `measured_collapse` gives; the job's closing words name some of the metrics.
+FIGURES = Record(
+    {
+        "shift": Text(),
+        "features": Text(),
+        "examples": Whole(),
+        "held-out examples": Whole(),
+        "tokens of a class": Whole(),
+        "classes seen": Whole(),
+        "metrics": Record({"unc3_std": _METRIC, "nc3_mean": _METRIC}, others=_METRIC),
+    },
+    others=Anything(),
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +162,9 @@ def run(
         folder.claim()
         with costs.step("neural collapse", sum(map(len, encoded))):
             table = folder.figures(
-                "collapse", lambda: measured_collapse(model, encoded, classes, job, progress)
+                "collapse",
+                lambda: measured_collapse(model, encoded, classes, job, progress),
+                FIGURES,
             )
         found = bias.measure(
             model,
@@ -153,21 +177,22 @@ def run(
             seed=job.seed,
             progress=progress,
         )
+        told = published(job)
         results = plain(
             {
                 "title": "FastDEAN: neural collapse on chosen words",
                 "created": now(),
-                "command": command,
+                "command": public_command(command),
                 "versions": versions(),
                 "model": describe(job.model, model),
                 "data": {
                     "text": {
-                        "source": job.text,
+                        "source": told["text"],
                         "examples": len(encoded),
                         **describe_rendering(encoded, tokenizer, job.template),
                     }
                 },
-                "options": asdict(job),
+                "options": told,
                 "collapse": collapse_results(classes, {"measured": table}),
                 "bias": bias.results({"before": found}),
                 "findings": [collapse_sentence(classes, table), *bias.sentences(found)],
@@ -179,7 +204,7 @@ def run(
                 "cost": costs.steps,
                 "files": {"figures": RESULTS_FILE},
                 "manifest": {
-                    "job": asdict(job),
+                    "job": told,
                     "classes": classes.to_dict(),
                     "start_token": bias.start_token(found),
                 },
@@ -291,7 +316,7 @@ def collapse_sentence(classes: CollapseClasses, table: Mapping[str, Any]) -> str
 
 def describe(name: str, model: nn.Module) -> dict[str, Any]:
     return {
-        "name": name,
+        "name": public_name(name),
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }

@@ -6,8 +6,8 @@ the model, an ordinary Hugging Face folder. The same job goes on where it was in
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
 from fastdean.debias.forms import require_form
 from fastdean.debias.objectives import require_method
 from fastdean.debias.schedule import check_counts, check_schedule
+from fastdean.declared import Lists, Real, Record, Whole
 from fastdean.distributed import Ranks
 from fastdean.evaluation import Perplexity, compare_perplexity, perplexity
 from fastdean.forward import label_shift
@@ -29,6 +30,7 @@ from fastdean.loading import load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.collapse import (
     CONTROLS,
+    FIGURES,
     check_seed,
     classes_of,
     collapse_results,
@@ -37,15 +39,19 @@ from fastdean.pipeline.collapse import (
 )
 from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.inputs import benchmark_digests
+from fastdean.pipeline.published import published
 from fastdean.pipeline.results import plain
 from fastdean.pipeline.rows import NumberedRow, encode_rows, take_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
-from fastdean.provenance import now, versions
+from fastdean.provenance import now, public_command, public_name, public_source, versions
 from fastdean.report import write_report
-from fastdean.storage import write_json_atomic
+from fastdean.storage import remove_folder, write_json_atomic
 
 # Of the rows, for the metrics; none of them is trained on.
 _MEASURED = 0.25
+_FLUENCY = Record(
+    {"value": Real(least=0), "nll_sums": Lists(Real()), "token_counts": Lists(Whole())}
+)
 # Share of the steps in which the learning rate rises.
 _WARMUP = 0.1
 
@@ -63,7 +69,8 @@ class DebiasJob:
         words, multi_piece, control: of the classes, see `CollapseJob`.
         statistic, live_features, mode, shift, features: see `CollapseRegularizer`.
         steps, epochs, learning_rate, batch_size, accumulation: see `debias.fine_tune`.
-        save_every: steps between checkpoints, of which the last is kept until the model is saved.
+        save_every: steps between checkpoints, of which the last two are kept while it trains, and
+            the last until the model is saved.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
         seed: of shuffles, masking, dropout, controls, permutations and bootstraps.
@@ -171,7 +178,8 @@ def run(
         write_report(found, folder.path / REPORT_FILE)
         folder.finish()
         # Three times the model in size, and of no use once the model is saved.
-        shutil.rmtree(folder.training, ignore_errors=True)
+        with suppress(OSError):
+            remove_folder(folder.training)
         return found
     except BaseException:
         folder.release_if_empty()
@@ -283,7 +291,7 @@ def _measure(
         }
 
     with costs.step(f"neural collapse, {state}", sum(map(len, examples))):
-        found = {"collapse": folder.figures(f"{state}-collapse", collapse)}
+        found = {"collapse": folder.figures(f"{state}-collapse", collapse, FIGURES)}
     found["bias"] = bias.measure(
         model,
         prepared.tokenizer,
@@ -297,7 +305,7 @@ def _measure(
     )
     if label_shift(model) == 1:
         with costs.step(f"perplexity, {state}", sum(map(len, examples))):
-            found["perplexity"] = folder.figures(f"{state}-perplexity", fluency)
+            found["perplexity"] = folder.figures(f"{state}-perplexity", fluency, _FLUENCY)
     return found
 
 
@@ -356,21 +364,25 @@ def _collect(
     collapse = collapse_results(
         prepared.measured_classes, {state: found["collapse"] for state, found in states.items()}
     )
+    told = published(job)
     return plain(
         {
             "title": "FastDEAN: a debiased model, before and after",
             "created": now(),
-            "command": command,
+            "command": public_command(command),
             "versions": versions(),
             "model": describe(job.model, prepared.model),
             "data": {
-                "training": {"source": job.source, "examples": len(prepared.trained)},
+                "training": {
+                    "source": public_source(job.source),
+                    "examples": len(prepared.trained),
+                },
                 "measuring": {
-                    "source": job.text or f"{job.source}, other rows",
+                    "source": told["text"] or f"{public_source(job.source)}, other rows",
                     "examples": len(prepared.measured),
                 },
             },
-            "options": asdict(job),
+            "options": told,
             "collapse": collapse,
             "bias": table,
             "training": {
@@ -404,14 +416,14 @@ def _manifest(
     job: DebiasJob, prepared: _Prepared, states: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     return {
-        "job": asdict(job),
+        "job": published(job),
         "classes": prepared.classes.to_dict(),
         "start_token": bias.start_token(states["before"]["bias"]),
     }
 
 
 def _regularised(job: DebiasJob, classes: CollapseClasses) -> str:
-    words = Path(job.words).name
+    words = public_source(job.words)
     kind = f"{job.control} control words of {words}" if job.control else f"words of {words}"
     return f"{len(classes)} {kind}"
 
@@ -423,8 +435,9 @@ def _collapse_change(job: DebiasJob, collapse: Mapping[str, Any]) -> str:
         trained = f"{job.method} without the regulariser"
     if None in values.values():
         return f"After {trained}, (U)NC3 could not be measured: too few classes in the text."
+    words = public_source(job.words)
     return (
-        f"After {trained}, the spread of the alignment of {job.words} words ((U)NC3, std, on text "
+        f"After {trained}, the spread of the alignment of {words} words ((U)NC3, std, on text "
         f"not trained on) is {values['after']:.4g}; it was {values['before']:.4g}."
     )
 
@@ -464,17 +477,18 @@ def _save(
             row["raw_change"]["low"],
             row["raw_change"]["high"],
             row["raw_change"]["verdict"],
+            None if row["neutral"] is None else row["change"]["verdict"],
         )
         for name, row in results["bias"].items()
     ]
     card = model_card(
         f"{Path(job.model).name}-{job.method}",
-        base_model=job.model,
+        base_model=public_name(job.model),
         method=job.method,
         strength=job.collapse_strength or None,
-        data=f"{job.source}, {len(prepared.trained)} rows",
+        data=f"{public_source(job.source)}, {len(prepared.trained)} rows",
         regularised=_regularised(job, prepared.classes),
-        command=command,
+        command=public_command(command),
         effects=effects,
     )
     with costs.step("save"):

@@ -6,6 +6,7 @@ What belongs to the model is in `fastdean.identity`.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def _path_digest(source: str) -> str | None:
     files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        digest.update(os.fsencode(path.name) + f" {path.stat().st_size} ".encode())
         with open(path, "rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
@@ -14,9 +13,10 @@ from fastdean.forward import label_shift
 from fastdean.masks import NeuronMask
 from fastdean.pipeline.findings import findings
 from fastdean.pipeline.job import DATA_SETS, Job
+from fastdean.pipeline.published import published
 from fastdean.pipeline.rows import SplitRows
 from fastdean.pipeline.run_folder import RESULTS_FILE
-from fastdean.provenance import now, versions
+from fastdean.provenance import now, public_command, versions
 from fastdean.scores import Scores
 
 
@@ -39,17 +39,17 @@ def collect(
     """
     fairness, privacy, general = (scores[name] for name in DATA_SETS)
     coverage = fairness.manifest["coverage"]
+    told = published(job)
     results = {
         "title": "FastDEAN: coupled fairness and privacy weights",
         "created": now(),
-        "command": command,
+        "command": public_command(command),
         "versions": versions(),
-        "model": {**fairness.manifest["model"], "name": job.model},
+        "model": {**fairness.manifest["model"], "name": told["model"]},
         "data": {
-            name: {"source": getattr(job, name), **scores[name].manifest["data"]}
-            for name in DATA_SETS
+            name: {"source": told[name], **scores[name].manifest["data"]} for name in DATA_SETS
         },
-        "options": asdict(job) | {"ratio": job.effective_ratio},
+        "options": told | {"ratio": job.effective_ratio},
         "coverage": {key: value for key, value in coverage.items() if key != "unscorable"},
         "coupling": {"rows": mask.table, "total": _total(mask.table)},
         **tables,
@@ -61,7 +61,7 @@ def collect(
             "scores": "scores",
             "figures": RESULTS_FILE,
         },
-        "manifest": {"job": asdict(job), "mask": mask.manifest},
+        "manifest": {"job": told, "mask": mask.manifest},
     }
     if job.scope == "matrix":
         results["overlap"] = overlap(fairness, privacy, general=general, ratios=job.curve)

@@ -78,11 +78,14 @@ def encode_rows(
         ValueError: a row without a target the model predicts, or longer than its positions.
     """
     try:
+        # Once for all rows: whether a model has changed takes a look at each of its modules.
+        shift = 0 if model is None else label_shift(model)
         return [
             _fitting(
                 encode([row], tokenizer, template=template, max_length=max_length, first=n),
                 n,
                 model,
+                shift,
             )
             for n, row in rows
         ]
@@ -90,11 +93,13 @@ def encode_rows(
         raise ValueError(f"source {source!r}: {error}") from None
 
 
-def _fitting(encoded: Sequence[Example], number: int, model: nn.Module | None) -> Example:
+def _fitting(
+    encoded: Sequence[Example], number: int, model: nn.Module | None, shift: int
+) -> Example:
     (example,) = encoded
     if model is None:
         return example
-    if example.num_targets(label_shift(model)) == 0:
+    if example.num_targets(shift) == 0:
         raise ValueError(
             f"row {number} must have at least one target token after its first token, got none; "
             "leave the row out"

@@ -17,20 +17,39 @@ not write (refused).
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from fastdean._logging import logger
 from fastdean.debias.saving import is_saved_model
+from fastdean.declared import (
+    Anything,
+    Exactly,
+    Flag,
+    Kind,
+    Maps,
+    Maybe,
+    Record,
+    Text,
+    Whole,
+    read_json,
+    require,
+)
+from fastdean.distributed import Ranks
+from fastdean.ops._dispatch import ENVIRONMENT_VARIABLE
 from fastdean.provenance import versions
-from fastdean.storage import holds_only, real_place, write_json_atomic
+from fastdean.storage import (
+    holds_only,
+    is_temporary,
+    real_place,
+    remove_folder,
+    write_json_atomic,
+)
 
 RUN_FILE = "fastdean_run.json"
 RESULTS_FILE = "results.json"
@@ -38,10 +57,21 @@ REPORT_FILE = "report.html"
 
 _FOLDERS = ("scores", "mask", "controls", "steps", "training", "model")
 _FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
-# What an atomic write leaves behind when the machine goes down in the middle of it.
-_LEFTOVER = ".*.tmp"
 # 2: intervals that are Student's or exact, with the values they were made of.
 _STEP_FORMAT = 2
+# What a run file holds.
+_RUN = Record(
+    {
+        "job": Maps(Anything()),
+        "inputs": Maps(Maybe(Text(longest=1000))),
+        "finished": Flag(),
+        "versions": Maps(Text(longest=1000)),
+    }
+)
+
+
+# Of a run file that does not say.
+_USUAL = {ENVIRONMENT_VARIABLE: "unset", "ranks": "1"}
 
 
 @dataclass
@@ -54,8 +84,9 @@ class RunFolder:
         overwrite: whether a finished or another run may be replaced.
         inputs: what the job reads, such as a data set, "model weights" or "words" -> its digest,
             None where it has none; as far as it is read so far.
-        other_versions: a sentence on packages whose version is not the one that the resumed run
-            began with, and may change its figures; none of a run that is not resumed.
+        other_versions: a sentence on what is not as the resumed run began and may change its
+            figures in rounding: versions of packages, FASTDEAN_IMPL, the number of ranks; none of a
+            run that is not resumed.
     """
 
     path: Path
@@ -65,6 +96,11 @@ class RunFolder:
     other_versions: list[str] = field(default_factory=list)
     _claimed: bool = False
     _created: bool = False
+
+    def __post_init__(self) -> None:
+        if ".." in self.path.parts:
+            # `new/../other` is `other`, also while there is no `new`.
+            self.path = real_place(self.path, "out")
 
     @property
     def mask(self) -> Path:
@@ -84,7 +120,9 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
-    def figures(self, step: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def figures(
+        self, step: str, measure: Callable[[], dict[str, Any]], kind: Kind
+    ) -> dict[str, Any]:
         """The figures of a step: those that an earlier call of the job kept, or `measure()`.
 
         Figures of an older format were computed by other rules: they are taken anew, so that no
@@ -92,11 +130,12 @@ class RunFolder:
 
         Args:
             measure: returns what JSON can hold.
+            kind: what its figures look like.
         Raises:
             ValueError: the file of the step holds anything but its figures.
         """
         file = self.path / "steps" / f"{step}.json"
-        kept = _kept_figures(file, step) if file.exists() else None
+        kept = _kept_figures(file, step, kind) if file.exists() else None
         if kept is not None:
             return kept
         found = measure()
@@ -114,7 +153,7 @@ class RunFolder:
     def check(self) -> None:
         """Raise ValueError unless the job may write here; nothing is changed."""
         check_place(self.path, "out")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(_is_leftover(part) for part in self.path.iterdir()):
             return
         if self.resumes:
             self._note_versions()
@@ -174,8 +213,8 @@ class RunFolder:
         return [*changed, *(["the version of fastdean"] if own else [])]
 
     def _note_versions(self) -> None:
-        """Say once which packages are not what they were: their rounding may be another."""
-        kept, now = self._state()["versions"], versions()
+        """Say once which packages and settings are not what they were: they round otherwise."""
+        kept, now = {**_USUAL, **self._state()["versions"]}, _circumstances()
         moved = [
             f"{name} {kept.get(name, 'absent')} (now {now.get(name, 'absent')})"
             for name in sorted({*kept, *now})
@@ -190,7 +229,10 @@ class RunFolder:
 
     def _described(self, state: Mapping[str, Any]) -> str:
         if state["job"] != self.job:
-            return "another run; choose another folder or pass --overwrite"
+            return (
+                f"another run, which differs in {', '.join(self._other_options(state))}; choose "
+                "another folder or pass --overwrite"
+            )
         if state["finished"]:
             return f"this run, finished; see its {REPORT_FILE}, or pass --overwrite to do it again"
         return (
@@ -198,21 +240,43 @@ class RunFolder:
             "another folder or pass --overwrite"
         )
 
+    def _other_options(self, state: Mapping[str, Any]) -> list[str]:
+        kept = state["job"] if isinstance(state["job"], dict) else {}
+        missing = object()
+        return [
+            name
+            for name in {**self.job, **kept}
+            if self.job.get(name, missing) != kept.get(name, missing)
+        ]
+
     def _state(self) -> dict[str, Any] | None:
-        try:
-            state = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        """What the run file says, None where there is none; ValueError for a damaged one."""
+        file = self.path / RUN_FILE
+        if not file.exists():
             return None
-        parts = {"job", "inputs", "finished", "versions"}
-        if not isinstance(state, dict) or not parts <= state.keys():
-            return None
-        return state if all(isinstance(state[n], dict) for n in ("inputs", "versions")) else None
+        return read_json(file, _RUN, advice="choose another folder, or delete this one")
 
     def _mark(self, finished: bool) -> None:
         write_json_atomic(
             self.path / RUN_FILE,
-            {"job": self.job, "inputs": self.inputs, "finished": finished, "versions": versions()},
+            {
+                "job": self.job,
+                "inputs": self.inputs,
+                "finished": finished,
+                "versions": _circumstances(),
+            },
         )
+
+
+def _circumstances() -> dict[str, str]:
+    """What a figure's last digits depend on besides the job and its inputs."""
+    asked = os.environ.get(ENVIRONMENT_VARIABLE)
+    return {
+        **versions(),
+        **_USUAL,
+        **({ENVIRONMENT_VARIABLE: asked} if asked else {}),
+        "ranks": str(Ranks.of_group().size),
+    }
 
 
 def require_outside(out: Path, model: str) -> None:
@@ -242,38 +306,39 @@ def check_place(path: Path, name: str) -> None:
         )
 
 
-def _kept_figures(file: Path, step: str) -> dict[str, Any] | None:
+def _kept_figures(file: Path, step: str, kind: Kind) -> dict[str, Any] | None:
     """What `RunFolder.figures` wrote for a step; None of an older format.
 
     Raises:
         ValueError: the file holds anything else.
     """
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        kept = None
-    whole = isinstance(kept, dict) and kept.get("step") == step
-    if whole and kept.get("format") in range(1, _STEP_FORMAT):
+    advice = "delete the file, and its figures are taken again"
+    whole = Record({"format": Whole(1, _STEP_FORMAT), "step": Exactly(step), "figures": Anything()})
+    kept = read_json(file, whole, advice=advice)
+    if kept["format"] < _STEP_FORMAT:
         return None
-    whole = whole and kept.get("format") == _STEP_FORMAT
-    if not whole or not isinstance(kept.get("figures"), dict):
-        raise ValueError(
-            f"steps must hold the figures of {step!r} as they were written, got the damaged file "
-            f"{str(file)!r}; delete it, and they are taken again"
-        )
+    require(kept["figures"], kind, file, where="figures", advice=advice)
     return kept["figures"]
 
 
+def _is_leftover(path: Path) -> bool:
+    """Whether a write or a removal that a kill cut short left `path` at the top of a run folder."""
+    return any(is_temporary(path.name, name) for name in (*_FILES, *_FOLDERS))
+
+
 def _foreign(folder: Path) -> Iterator[str]:
-    """What lies in a run folder and is no part of a run, relative to it."""
+    """What lies in a run folder and is no part of a run, relative to it.
+
+    A link is none: what it leads to lies elsewhere, and whoever made it wants it there.
+    """
     for entry in folder.iterdir():
-        if entry.name in _FILES or fnmatch(entry.name, _LEFTOVER):
+        if _is_leftover(entry) or (entry.name in _FILES and not entry.is_dir()):
             continue
-        if entry.name not in _FOLDERS or not entry.is_dir():
+        if entry.name not in _FOLDERS or entry.is_symlink() or not entry.is_dir():
             yield entry.name
             continue
         for part in [entry] if entry.name in ("mask", "model") else entry.iterdir():
-            if not fnmatch(part.name, _LEFTOVER) and not _is_part(part, entry.name):
+            if part.is_symlink() or not (is_temporary(part.name) or _is_part(part, entry.name)):
                 yield part.relative_to(folder).as_posix()
 
 
@@ -289,19 +354,20 @@ def _is_part(path: Path, room: str) -> bool:
 
 def _is_step(path: Path) -> bool:
     """Whether `path` is a file that `RunFolder.figures` wrote under that name."""
+    step = Record({"format": Whole(), "step": Exactly(path.stem), "figures": Anything()})
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        read_json(path, step, advice="")
+    except (OSError, ValueError):
         return False
-    return isinstance(kept, dict) and path.name == f"{kept.get('step')}.json" and "format" in kept
+    return path.suffix == ".json"
 
 
 def _remove_run(folder: Path) -> None:
     """Delete the parts of a run; its run file last, so that half a run is not taken for none."""
     for name in _FOLDERS:
         if (folder / name).exists():
-            shutil.rmtree(folder / name)
-    for leftover in folder.glob(_LEFTOVER):
+            remove_folder(folder / name)
+    for leftover in [part for part in folder.iterdir() if _is_leftover(part)]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)

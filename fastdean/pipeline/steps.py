@@ -28,6 +28,7 @@ from fastdean.pipeline.measuring import TOPICS, MeasuringSet, measure
 from fastdean.pipeline.preview import shown
 from fastdean.pipeline.rows import NumberedRow, SplitRows, encode_rows, split_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
+from fastdean.provenance import public_source
 from fastdean.rendering import (
     NOT_ALIKE,
     describe_rendering,
@@ -180,7 +181,12 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
         keep_top=_keep_top(sizes, job),
         renderings=renderings,
         shown={
-            name: shown(getattr(job, name), rows[name].scored[0][0], scored[name][0], tokenizer)
+            name: shown(
+                public_source(getattr(job, name)),
+                rows[name].scored[0][0],
+                scored[name][0],
+                tokenizer,
+            )
             for name in DATA_SETS
         },
         cautions=cautions,
@@ -251,7 +257,10 @@ def _score(
             progress=progress,
             description=f"score {name}",
         )
-    scores.manifest["data"] |= {"sources": [getattr(job, name)], **prepared.renderings[name]}
+    scores.manifest["data"] |= {
+        "sources": [public_source(getattr(job, name))],
+        **prepared.renderings[name],
+    }
     scores.manifest["model"] |= {
         "revision": job.revision,
         "trust_remote_code": job.trust_remote_code,

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from fastdean.report.quantities import decimal, measured, ratio
 
+# Below it, the parts of a number are no numbers any more.
+_TINY = 1e-290
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -22,14 +25,14 @@ class Axis:
     @classmethod
     def around(cls, values: Iterable[object], start: float, end: float, log: bool = False) -> Axis:
         """An axis whose ends are round values outside of the measured ones."""
-        known = [value for value in values if measured(value) and (value > 0 or not log)]
+        known = [value for value in values if measured(value) and (value > _TINY or not log)]
         if log:
             known = [math.log10(value) for value in known]
         low, high = (min(known), max(known)) if known else (0.0, 1.0)
         if log:
             return cls(10 ** (low - 0.15), 10 ** (high + 0.15), start, end, log=True)
-        if high - low <= 1e-12 * max(abs(low), abs(high)):
-            margin = abs(low) / 2 or 0.5
+        if high - low <= max(_TINY, 1e-12 * max(abs(low), abs(high))):
+            margin = abs(low) / 2 if abs(low) > _TINY else 0.5
             low, high = low - margin, high + margin
         step = _round_step((high - low) / 4)
         low, high = step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from html import escape as _escape
 
 # Lone surrogates (undecodable bytes of a command line) cannot be written as UTF-8, and control
-# characters are no text: both would spoil the file.
-_NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+# characters are no text: both would spoil the file. Marks that turn the direction of reading let a
+# name rewrite the line that it stands in.
+_NOT_TEXT = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2060-\u2069"
+    "\ufeff\ufff9-\ufffb\ufffe\uffff]"
+)
 _VOID = frozenset({"meta", "link", "br"})
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fastdean.atomic import write_text_atomic
+from fastdean.declared import Misfit
 from fastdean.report.collapse import bias_section, collapse_section, training_section
 from fastdean.report.coupled import coupling_section, coupling_totals, overlap_section
 from fastdean.report.effects import (
@@ -33,6 +34,7 @@ from fastdean.report.quantities import (
     percent,
     quotient,
 )
+from fastdean.report.results import RESULTS
 from fastdean.report.wording import Edit
 
 _KINDS = {
@@ -97,7 +99,7 @@ def render_report(results: dict) -> str:
     that the page has no section for are shown as they are, so that nothing measured is lost.
     The page loads nothing from elsewhere and runs no script.
 
-    Raises TypeError where `results` or one of its sections is of the wrong type.
+    Raises TypeError where `results` or a part of it is of the wrong type: see `results.py`.
     """
     _check(results)
     title = results.get("title") or "FastDEAN report"
@@ -158,6 +160,13 @@ def _check(results: object) -> None:
                 f"results[{key!r}] must be a {kind.__name__}, got {type(value).__name__}; "
                 "leave the key out if there is nothing to show"
             )
+    try:
+        RESULTS.check(results, "results")
+    except Misfit as misfit:
+        raise TypeError(
+            f"{misfit.where} must be {misfit.expected}, got {misfit.got}; leave it out if there is "
+            "nothing to show"
+        ) from None
 
 
 def _style() -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from numbers import Real
 
+from fastdean.declared import FINITE
+
 MISSING = "–"
 _MINUS = "−"
 
 
 def measured(value: object) -> bool:
-    """Whether `value` is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a finite number, and not so large that sums of such are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= FINITE
 
 
 def decimal(value: object, digits: int = 4) -> str:
@@ -120,6 +122,6 @@ def _short(value: float) -> str:
 
 
 def _unmeasured(value: object) -> str:
-    if isinstance(value, float) and math.isinf(value):
+    if isinstance(value, Real) and abs(value) > FINITE:
         return "∞" if value > 0 else f"{_MINUS}∞"
     return MISSING

@@ -1,0 +1,126 @@
+"""What results look like, in memory and in their file: any section and any figure may be missing.
+
+A figure is a number or null; what is not finite is allowed in memory and never in a file, where
+JSON has no word for it. Keys that no section knows hold anything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastdean.declared import (
+    Anything,
+    Either,
+    Kind,
+    Lists,
+    Maps,
+    Maybe,
+    Number,
+    Record,
+    Row,
+    Text,
+    Whole,
+    read_json,
+)
+
+_ANYTHING = Anything(finite=False)
+_WORDS = Text(longest=1_000_000)
+
+
+def _partial(**fields: Kind) -> Record:
+    """An object of which any field may be missing or null, and which may hold others."""
+    optional = {name: Maybe(kind) for name, kind in fields.items()}
+    return Record(optional=optional, others=_ANYTHING)
+
+
+def _numbers(*names: str, **fields: Kind) -> Record:
+    return _partial(**dict.fromkeys(names, Number()), **fields)
+
+
+_COUNTS = ("numel", "k", "first", "second", "coupled", "removed", "kept")
+_ENDS = _numbers("value", "low", "high", "n")
+_MASKS = Maps(Maybe(_numbers("mean", "low", "high", "weights", "value", "ratio")))
+
+# Part of an example's text, and what it is: prompt or target.
+_SHOWN = Row((_WORDS, _WORDS))
+
+_GROUP = Record(
+    dict.fromkeys(("modules", "parameters", "scored", "unscorable"), Whole()), others=_ANYTHING
+)
+
+RESULTS = _partial(
+    title=_WORDS,
+    created=_WORDS,
+    command=_WORDS,
+    versions=Maps(_ANYTHING),
+    findings=Lists(_ANYTHING),
+    warnings=Lists(_ANYTHING),
+    model=_numbers("parameters", name=_WORDS),
+    data=Maps(_numbers("examples", "tokens", "target_tokens", source=_WORDS, sha256=_WORDS)),
+    options=Maps(_ANYTHING),
+    shown=Maps(_partial(row=Number(), tokens=Number(), rendered=_WORDS, parts=Lists(_SHOWN))),
+    coverage=_numbers(
+        "scored_parameters", "targets", "share", groups=Maps(_GROUP), left_out=Maps(_WORDS)
+    ),
+    coupling=_partial(
+        rows=Lists(_numbers(*_COUNTS, name=_WORDS, module=_WORDS, layer=Whole())),
+        total=_numbers(*_COUNTS),
+    ),
+    overlap=Lists(_numbers("ratio", "k", "coupled", "expected_by_chance", "removed", "kept")),
+    margins=Maps(
+        Maybe(
+            _numbers(
+                "pairs",
+                "confidence",
+                unit=_WORDS,
+                origin=_numbers("mean", "low", "high"),
+                masks=_MASKS,
+            )
+        )
+    ),
+    perplexity=_numbers("origin", "tokens", masks=_MASKS, text=_WORDS),
+    hsic=_numbers(
+        "n",
+        layers=Lists(
+            _numbers("before", "after", "null_low", "null_high", layer=Either((Whole(), _WORDS)))
+        ),
+    ),
+    collapse=_partial(
+        metrics=Maps(
+            Maybe(
+                _partial(
+                    definition=_WORDS,
+                    values=Maps(Maybe(Either((Number(), _WORDS)))),
+                    notes=Maps(_WORDS),
+                )
+            )
+        ),
+        classes=_numbers("kept", "left_out", groups=Maps(Maybe(Number()))),
+        settings=Maps(_ANYTHING),
+    ),
+    training=_partial(
+        history=Lists(_numbers("step", "loss", "base", "collapse")),
+        evaluations=Lists(Maps(_ANYTHING)),
+    ),
+    bias=Maps(
+        Maybe(
+            _numbers(
+                "neutral", unit=_WORDS, definition=_WORDS, before=_ENDS, after=_ENDS, change=_ENDS
+            )
+        )
+    ),
+    cost=Lists(_numbers("seconds", "tokens", "peak_bytes", step=_WORDS)),
+    files=Maps(_ANYTHING),
+    manifest=Maps(_ANYTHING),
+)
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """The results of a run as `render_report` takes them.
+
+    Raises:
+        ValueError: the file is missing, cannot be read, or does not hold results; the text names it
+            and the field.
+    """
+    return read_json(file, RESULTS, advice="pass the results.json of a finished run")
