@@ -10,12 +10,12 @@ from fastdean import batching
 from fastdean.attention import (
     NAME,
     NotExpressible,
-    Segments,
     attention_by_segments,
     segment_attention,
 )
 from fastdean.data import Example
 from fastdean.forward import exact_layout, prepare_batches
+from fastdean.segment_products import Segments
 
 LENGTHS = (7, 11, 3, 9, 1)
 _SHAPE = {
