@@ -11,7 +11,7 @@ from budget import assert_within_budget, lost_by_rounding
 from fastdean import native
 from fastdean.ops import accumulate_importance_
 
-LEVELS = {0: "portable", 1: "avx2", 2: "avx512", 3: "avx512_bf16"}
+LEVELS = {0: "portable", 1: "avx2", 2: "avx512", 3: "avx512_bf16", 4: "amx_bf16"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
