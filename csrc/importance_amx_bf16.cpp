@@ -202,6 +202,7 @@ TileKernel amx_bf16_tile() {
   kernel.tokens = kStepTokens;
   kernel.bytes = sizeof(uint16_t);
   kernel.chunk_tokens = 1024;
+  kernel.block_bytes = 768 * 1024;
   kernel.pack_g = &pack<true>;
   kernel.pack_x = &pack<false>;
   kernel.enter = &enter;

@@ -21,8 +21,6 @@ namespace fastdean {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-// Of column panels, in the second-level cache, which also holds what passes by.
-constexpr int64_t kBlockBytes = 768 * 1024;
 // Enough for workers of unequal speed to end at the same time.
 constexpr int64_t kItemsPerWorker = 8;
 
@@ -184,7 +182,7 @@ Plan plan_of(const ImportanceParams& p) {
   const int64_t step_bytes = kernel.tokens * kernel.bytes;
   plan.g_panel_bytes = round_up(steps * kernel.rows * step_bytes, kAlignment);
   plan.x_panel_bytes = round_up(steps * kernel.columns * step_bytes, kAlignment);
-  const int64_t cached = kBlockBytes / std::max<int64_t>(plan.x_panel_bytes, 1);
+  const int64_t cached = kernel.block_bytes / std::max<int64_t>(plan.x_panel_bytes, 1);
   const int64_t shared = plan.row_panels * plan.column_panels / (kItemsPerWorker * p.num_workers);
   plan.block_panels = std::max<int64_t>(1, std::min({cached, shared, plan.column_panels}));
   return plan;

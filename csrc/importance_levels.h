@@ -40,6 +40,7 @@ struct TileKernel {
   int64_t tokens;        // tokens that one step takes; an example's last step is filled up with 0
   int64_t bytes;         // of one number in a panel
   int64_t chunk_tokens;  // tokens that are taken together, unless one example has more
+  int64_t block_bytes;   // of panels of X that the second-level cache keeps beside what passes by
   Pack pack_g;           // for a panel of `rows` columns of G
   Pack pack_x;           // for a panel of `columns` columns of X
   // What a thread does before its first tile and after its last.

@@ -67,6 +67,8 @@ TileKernel tile_kernel(Pack pack) {
   kernel.tokens = V::kTokens;
   kernel.bytes = sizeof(typename V::Element);
   kernel.chunk_tokens = 384;
+  // Half of the smallest second-level caches that processors with these levels have.
+  kernel.block_bytes = 256 * 1024;
   kernel.pack_g = kernel.pack_x = pack;
   kernel.enter = kernel.leave = [] {};
   kernel.run = &run_tile<V>;
