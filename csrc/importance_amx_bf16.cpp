@@ -4,7 +4,8 @@
 // A tile is 32 x 32: four of the unit's registers hold the products of one example, four its inputs,
 // 16 rows or columns of 32 tokens each. The unit cannot take absolute values: at an example's end its
 // registers are stored to the nearest cache, and the vector units add them to `total` while the unit
-// multiplies the next example.
+// multiplies the next example. It takes denormals for 0 and rounds to nearest, whatever the thread's
+// settings.
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -13,7 +14,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "importance_levels.h"
+#include "importance_tile.h"
 
 namespace fastdean {
 namespace {
@@ -188,10 +189,7 @@ void run(const void* g_panel, const void* x_panel, const int64_t* steps, int64_t
 }
 
 void add(const float* total, float* acc, int64_t stride_r, int64_t height, int64_t width) {
-  for (int64_t i = 0; i < height; ++i) {
-    float* row = acc + i * stride_r;
-    for (int64_t j = 0; j < width; ++j) row[j] += total[i * kSide + j];
-  }
+  add_tile(total, acc, stride_r, height, width, kSide);
 }
 
 }  // namespace
@@ -201,6 +199,7 @@ TileKernel amx_bf16_tile() {
   kernel.rows = kernel.columns = kSide;
   kernel.tokens = kStepTokens;
   kernel.bytes = sizeof(uint16_t);
+  // The accumulator's bytes take longer than the products of a few hundred tokens.
   kernel.chunk_tokens = 1024;
   kernel.block_bytes = 768 * 1024;
   kernel.pack_g = &pack<true>;

@@ -1,10 +1,11 @@
 // accumulate_importance on the CPU.
 //
-// Tokens of whole examples are taken together while they fit a chunk. A chunk's G is packed once
-// into panels of a tile's rows; each worker then takes column panels of X one after the other,
-// packs one, and walks down the weight: the panel of X stays in the first-level cache, the tile's
-// sums in registers, and the accumulator is read and written once per chunk. Every tile is computed
-// by one worker in one order, so the result does not depend on the number of workers.
+// Tokens of whole examples are taken together while they fit a chunk. A chunk's G and X are packed
+// once, into panels of a tile's rows and columns that all workers read. Each worker then takes a panel
+// of G and a block of panels of X one after the other: the panel of G stays in the first-level cache,
+// the block of X in the second, the tile's sums in registers, and the accumulator is read and written
+// once per chunk, along its rows. Every tile is computed by one worker in one order, so the result
+// does not depend on the number of workers.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
