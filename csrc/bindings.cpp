@@ -272,6 +272,8 @@ const char* name_of(fastdean::CpuLevel level) {
       return "AVX512";
     case fastdean::CpuLevel::kAvx512Bf16:
       return "AVX512-BF16";
+    case fastdean::CpuLevel::kAmxBf16:
+      return "AMX-BF16";
   }
   throw std::logic_error("every level must have a name");
 }

@@ -41,6 +41,7 @@ enum class CpuLevel : int64_t {
   kAvx2 = 1,       // with FMA
   kAvx512 = 2,     // AVX512F
   kAvx512Bf16 = 3,
+  kAmxBf16 = 4,    // AMX-TILE and AMX-BF16, if the system grants them
 };
 
 // The highest of `levels`, which ascend from kPortable, that is not above `limit`.

@@ -24,6 +24,6 @@ struct Avx2 {
 
 }  // namespace
 
-TileKernel avx2_tile() { return tile_kernel<Avx2>(); }
+TileKernel avx2_tile(Pack pack) { return tile_kernel<Avx2>(pack); }
 
 }  // namespace fastdean

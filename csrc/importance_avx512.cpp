@@ -23,6 +23,6 @@ struct Avx512 {
 
 }  // namespace
 
-TileKernel avx512_tile() { return tile_kernel<Avx512>(); }
+TileKernel avx512_tile(Pack pack) { return tile_kernel<Avx512>(pack); }
 
 }  // namespace fastdean

@@ -29,6 +29,6 @@ struct Avx512Bf16 {
 
 }  // namespace
 
-TileKernel avx512_bf16_tile() { return tile_kernel<Avx512Bf16>(); }
+TileKernel avx512_bf16_tile(Pack pack) { return tile_kernel<Avx512Bf16>(pack); }
 
 }  // namespace fastdean

@@ -1,10 +1,11 @@
 // accumulate_importance on the CPU.
 //
-// Tokens of whole examples are taken together while they fit a chunk. A chunk's G is packed once
-// into panels of a tile's rows; each worker then takes column panels of X one after the other,
-// packs one, and walks down the weight: the panel of X stays in the first-level cache, the tile's
-// sums in registers, and the accumulator is read and written once per chunk. Every tile is computed
-// by one worker in one order, so the result does not depend on the number of workers.
+// Tokens of whole examples are taken together while they fit a chunk. A chunk's G and X are packed
+// once, into panels of a tile's rows and columns that all workers read. Each worker then takes a panel
+// of G and a block of panels of X one after the other: the panel of G stays in the first-level cache,
+// the block of X in the second, the tile's sums in registers, and the accumulator is read and written
+// once per chunk, along its rows. Every tile is computed by one worker in one order, so the result
+// does not depend on the number of workers.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -20,9 +21,9 @@
 namespace fastdean {
 namespace {
 
-constexpr int64_t kChunkTokens = 384;
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kMostTileEntries = 12 * 32;
+// Enough for workers of unequal speed to end at the same time.
+constexpr int64_t kItemsPerWorker = 8;
 
 struct Portable {
   using Element = float;
@@ -51,32 +52,89 @@ struct Portable {
   }
 };
 
-TileKernel kernel_of(CpuLevel level) {
-  switch (level) {
-#ifdef FASTDEAN_X86_LEVELS
-    case CpuLevel::kAvx2:
-      return avx2_tile();
-    case CpuLevel::kAvx512:
-      return avx512_tile();
-    case CpuLevel::kAvx512Bf16:
-      return avx512_bf16_tile();
-#endif
-    default:
-      return tile_kernel<Portable>();
-  }
-}
-
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// A matrix of the batch, [tokens, width], any strides.
-struct Source {
-  int64_t data;
-  int64_t stride_t;
-  int64_t stride_w;
-  int64_t width;
-};
+// Panels [steps, wide, 1] of fp32.
+template <class T>
+void pack_as_float(const PanelSource& source, int64_t wide, void* panel) {
+  const auto* data = static_cast<const T*>(source.data);
+  auto* to = static_cast<float*>(panel);
+  const int64_t filled = std::min(wide, source.columns);
+  for (int64_t b = 0; b < source.num_examples; ++b) {
+    for (int64_t t = source.segments[2 * b]; t < source.segments[2 * b + 1]; ++t) {
+      const T* row = data + t * source.stride_t;
+      if (source.stride_w == 1) {
+        for (int64_t w = 0; w < filled; ++w) to[w] = widen(row[w]);
+      } else {
+        for (int64_t w = 0; w < filled; ++w) to[w] = widen(row[w * source.stride_w]);
+      }
+      std::fill(to + filled, to + wide, 0.0f);
+      to += wide;
+    }
+  }
+}
+
+#ifdef FASTDEAN_X86_LEVELS
+// Panels [steps, wide, 2] of bf16 pairs; an odd example ends with a pair of one.
+void pack_as_pairs(const PanelSource& source, int64_t wide, void* panel) {
+  const auto* data = static_cast<const uint16_t*>(source.data);
+  auto* to = static_cast<uint16_t*>(panel);
+  const int64_t filled = std::min(wide, source.columns);
+  for (int64_t b = 0; b < source.num_examples; ++b) {
+    const int64_t end = source.segments[2 * b + 1];
+    for (int64_t t = source.segments[2 * b]; t < end; t += 2) {
+      const uint16_t* row = data + t * source.stride_t;
+      const uint16_t* next = row + source.stride_t;
+      if (t + 1 == end) {
+        for (int64_t w = 0; w < filled; ++w) {
+          to[2 * w] = row[w * source.stride_w];
+          to[2 * w + 1] = 0;
+        }
+      } else if (source.stride_w == 1) {
+        for (int64_t w = 0; w < filled; ++w) {
+          to[2 * w] = row[w];
+          to[2 * w + 1] = next[w];
+        }
+      } else {
+        for (int64_t w = 0; w < filled; ++w) {
+          to[2 * w] = row[w * source.stride_w];
+          to[2 * w + 1] = next[w * source.stride_w];
+        }
+      }
+      std::fill(to + 2 * filled, to + 2 * wide, uint16_t{0});
+      to += 2 * wide;
+    }
+  }
+}
+#endif
+
+Pack pack_of(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return &pack_as_float<BFloat16>;
+    case DType::kFloat16:
+      return &pack_as_float<Half>;
+    default:
+      return &pack_as_float<float>;
+  }
+}
+
+// The bf16 instructions serve bf16 inputs alone.
+TileKernel kernel_of(CpuLevel level, DType dtype) {
+#ifdef FASTDEAN_X86_LEVELS
+  const bool bf16 = dtype == DType::kBFloat16;
+#ifdef FASTDEAN_AMX_LEVEL
+  if (bf16 && level == CpuLevel::kAmxBf16) return amx_bf16_tile();
+#endif
+  if (bf16 && level >= CpuLevel::kAvx512Bf16) return avx512_bf16_tile(&pack_as_pairs);
+  if (level >= CpuLevel::kAvx512) return avx512_tile(pack_of(dtype));
+  if (level == CpuLevel::kAvx2) return avx2_tile(pack_of(dtype));
+#endif
+  (void)level;
+  return tile_kernel<Portable>(pack_of(dtype));
+}
 
 // Some whole examples.
 struct Chunk {
@@ -86,13 +144,13 @@ struct Chunk {
   int64_t steps;   // of all of them, in steps of the level
 };
 
-std::vector<Chunk> chunks_of(const ImportanceParams& p, int64_t tokens_per_step) {
+std::vector<Chunk> chunks_of(const ImportanceParams& p, const TileKernel& kernel) {
   const auto* segments = reinterpret_cast<const int64_t*>(p.segments);
   std::vector<Chunk> chunks;
   for (int64_t b = 0; b < p.num_segments; ++b) {
     const int64_t length = segments[2 * b + 1] - segments[2 * b];
-    const int64_t steps = (length + tokens_per_step - 1) / tokens_per_step;
-    if (chunks.empty() || chunks.back().tokens + length > kChunkTokens) {
+    const int64_t steps = (length + kernel.tokens - 1) / kernel.tokens;
+    if (chunks.empty() || chunks.back().tokens + length > kernel.chunk_tokens) {
       chunks.push_back({b, 0, 0, 0});
     }
     chunks.back().count += 1;
@@ -102,141 +160,7 @@ std::vector<Chunk> chunks_of(const ImportanceParams& p, int64_t tokens_per_step)
   return chunks;
 }
 
-// Columns [start, start + wide) of a chunk's tokens, as panel [steps, wide, 1] of fp32; columns
-// beyond the matrix are 0.
-template <class T>
-void pack_as_float(const ImportanceParams& p, const Chunk& chunk, const Source& source,
-                   int64_t start, int64_t wide, float* panel) {
-  const auto* segments = reinterpret_cast<const int64_t*>(p.segments);
-  const auto* data = reinterpret_cast<const T*>(source.data) + start * source.stride_w;
-  const int64_t filled = std::min(wide, source.width - start);
-  for (int64_t b = chunk.first; b < chunk.first + chunk.count; ++b) {
-    for (int64_t t = segments[2 * b]; t < segments[2 * b + 1]; ++t) {
-      const T* row = data + t * source.stride_t;
-      if (source.stride_w == 1) {
-        for (int64_t w = 0; w < filled; ++w) panel[w] = widen(row[w]);
-      } else {
-        for (int64_t w = 0; w < filled; ++w) panel[w] = widen(row[w * source.stride_w]);
-      }
-      std::fill(panel + filled, panel + wide, 0.0f);
-      panel += wide;
-    }
-  }
-}
-
-// The same as panel [steps, wide, 2] of bf16 pairs; an odd example ends with a pair of one.
-void pack_as_pairs(const ImportanceParams& p, const Chunk& chunk, const Source& source,
-                   int64_t start, int64_t wide, uint16_t* panel) {
-  const auto* segments = reinterpret_cast<const int64_t*>(p.segments);
-  const auto* data = reinterpret_cast<const uint16_t*>(source.data) + start * source.stride_w;
-  const int64_t filled = std::min(wide, source.width - start);
-  for (int64_t b = chunk.first; b < chunk.first + chunk.count; ++b) {
-    for (int64_t t = segments[2 * b]; t < segments[2 * b + 1]; t += 2) {
-      const bool two = t + 1 < segments[2 * b + 1];
-      const uint16_t* row = data + t * source.stride_t;
-      for (int64_t w = 0; w < wide; ++w) {
-        const bool inside = w < filled;
-        panel[2 * w] = inside ? row[w * source.stride_w] : uint16_t{0};
-        panel[2 * w + 1] = inside && two ? row[w * source.stride_w + source.stride_t] : uint16_t{0};
-      }
-      panel += 2 * wide;
-    }
-  }
-}
-
-void pack(const ImportanceParams& p, const TileKernel& kernel, const Chunk& chunk,
-          const Source& source, int64_t start, int64_t wide, char* panel) {
-  auto* floats = reinterpret_cast<float*>(panel);
-  if (kernel.tokens == 2) {
-    pack_as_pairs(p, chunk, source, start, wide, reinterpret_cast<uint16_t*>(panel));
-  } else if (p.dtype == static_cast<int64_t>(DType::kFloat32)) {
-    pack_as_float<float>(p, chunk, source, start, wide, floats);
-  } else if (p.dtype == static_cast<int64_t>(DType::kBFloat16)) {
-    pack_as_float<BFloat16>(p, chunk, source, start, wide, floats);
-  } else {
-    pack_as_float<Half>(p, chunk, source, start, wide, floats);
-  }
-}
-
-// What the workers share while they work on one chunk.
-struct Work {
-  const ImportanceParams* params;
-  TileKernel kernel;
-  Chunk chunk;
-  const int64_t* steps;    // of each example of the chunk
-  char* g_panels;          // [row panels] of g_panel_bytes
-  int64_t g_panel_bytes;
-  char* x_panels;          // [workers] of x_panel_bytes
-  int64_t x_panel_bytes;
-  int64_t row_panels;
-  int64_t column_panels;
-  std::atomic<int64_t> next;
-};
-
-Source source_x(const ImportanceParams& p) { return {p.x, p.x_stride_t, p.x_stride_c, p.columns}; }
-Source source_g(const ImportanceParams& p) { return {p.g, p.g_stride_t, p.g_stride_r, p.rows}; }
-
-void pack_rows(void* context, int64_t) {
-  auto* work = static_cast<Work*>(context);
-  const TileKernel& kernel = work->kernel;
-  for (int64_t r; (r = work->next.fetch_add(1)) < work->row_panels;) {
-    pack(*work->params, kernel, work->chunk, source_g(*work->params), r * kernel.rows, kernel.rows,
-         work->g_panels + r * work->g_panel_bytes);
-  }
-}
-
-void add_tile(const ImportanceParams& p, const TileKernel& kernel, int64_t r, int64_t c,
-              const float* total) {
-  auto* acc = reinterpret_cast<float*>(p.acc);
-  const int64_t height = std::min(kernel.rows, p.rows - r);
-  const int64_t width = std::min(kernel.columns, p.columns - c);
-  for (int64_t i = 0; i < height; ++i) {
-    float* row = acc + (r + i) * p.acc_stride_r + c * p.acc_stride_c;
-    const float* sums = total + i * kernel.columns;
-    if (p.acc_stride_c == 1) {
-      for (int64_t j = 0; j < width; ++j) row[j] += sums[j];
-    } else {
-      for (int64_t j = 0; j < width; ++j) row[j * p.acc_stride_c] += sums[j];
-    }
-  }
-}
-
-// Asks for a tile of the accumulator, whose rows lie far apart, while its sums are computed.
-void prefetch_tile(const ImportanceParams& p, const TileKernel& kernel, int64_t r, int64_t c) {
-#if defined(__GNUC__) || defined(__clang__)
-  const auto* acc = reinterpret_cast<const float*>(p.acc);
-  const int64_t height = std::min(kernel.rows, p.rows - r);
-  for (int64_t i = 0; i < height; ++i) {
-    __builtin_prefetch(acc + (r + i) * p.acc_stride_r + c * p.acc_stride_c, 1);
-  }
-#else
-  (void)p, (void)kernel, (void)r, (void)c;
-#endif
-}
-
-void take_columns(void* context, int64_t worker) {
-  auto* work = static_cast<Work*>(context);
-  const ImportanceParams& p = *work->params;
-  const TileKernel& kernel = work->kernel;
-  char* x_panel = work->x_panels + worker * work->x_panel_bytes;
-  alignas(kAlignment) float total[kMostTileEntries];
-  for (int64_t c; (c = work->next.fetch_add(1)) < work->column_panels;) {
-    pack(p, kernel, work->chunk, source_x(p), c * kernel.columns, kernel.columns, x_panel);
-    for (int64_t r = 0; r < work->row_panels; ++r) {
-      prefetch_tile(p, kernel, r * kernel.rows, c * kernel.columns);
-      std::fill(total, total + kernel.rows * kernel.columns, 0.0f);
-      kernel.run(work->g_panels + r * work->g_panel_bytes, x_panel, work->steps,
-                 work->chunk.count, total);
-      add_tile(p, kernel, r * kernel.rows, c * kernel.columns, total);
-    }
-  }
-}
-
-int64_t panel_bytes(const TileKernel& kernel, int64_t steps, int64_t wide) {
-  const int64_t element_bytes = kernel.tokens == 2 ? 2 * 2 : 4;
-  return round_up(steps * wide * element_bytes, kAlignment);
-}
-
+// What is taken together, and in which pieces.
 struct Plan {
   TileKernel kernel;
   std::vector<Chunk> chunks;
@@ -244,23 +168,130 @@ struct Plan {
   int64_t column_panels;
   int64_t g_panel_bytes;  // of the largest chunk
   int64_t x_panel_bytes;
+  int64_t block_panels;   // column panels that a worker takes for one row panel
 };
 
 Plan plan_of(const ImportanceParams& p) {
-  const auto level = static_cast<CpuLevel>(p.level);
-  const bool pairs = level == CpuLevel::kAvx512Bf16 &&
-                     p.dtype == static_cast<int64_t>(DType::kBFloat16);
-  // The bf16 instructions serve bf16 inputs alone.
   Plan plan;
-  plan.kernel = kernel_of(level == CpuLevel::kAvx512Bf16 && !pairs ? CpuLevel::kAvx512 : level);
-  plan.chunks = chunks_of(p, plan.kernel.tokens);
-  plan.row_panels = (p.rows + plan.kernel.rows - 1) / plan.kernel.rows;
-  plan.column_panels = (p.columns + plan.kernel.columns - 1) / plan.kernel.columns;
+  plan.kernel = kernel_of(static_cast<CpuLevel>(p.level), static_cast<DType>(p.dtype));
+  const TileKernel& kernel = plan.kernel;
+  plan.chunks = chunks_of(p, kernel);
+  plan.row_panels = (p.rows + kernel.rows - 1) / kernel.rows;
+  plan.column_panels = (p.columns + kernel.columns - 1) / kernel.columns;
   int64_t steps = 0;
   for (const Chunk& chunk : plan.chunks) steps = std::max(steps, chunk.steps);
-  plan.g_panel_bytes = panel_bytes(plan.kernel, steps, plan.kernel.rows);
-  plan.x_panel_bytes = panel_bytes(plan.kernel, steps, plan.kernel.columns);
+  const int64_t step_bytes = kernel.tokens * kernel.bytes;
+  plan.g_panel_bytes = round_up(steps * kernel.rows * step_bytes, kAlignment);
+  plan.x_panel_bytes = round_up(steps * kernel.columns * step_bytes, kAlignment);
+  const int64_t cached = kernel.block_bytes / std::max<int64_t>(plan.x_panel_bytes, 1);
+  const int64_t shared = plan.row_panels * plan.column_panels / (kItemsPerWorker * p.num_workers);
+  plan.block_panels = std::max<int64_t>(1, std::min({cached, shared, plan.column_panels}));
   return plan;
+}
+
+// What the workers share while they work on one chunk.
+struct Work {
+  const ImportanceParams& p;
+  const Plan& plan;
+  const Chunk& chunk;
+  const int64_t* steps;  // of each example of the chunk
+  char* g_panels;        // [row panels] of g_panel_bytes
+  char* x_panels;        // [column panels] of x_panel_bytes
+  std::atomic<int64_t> next;
+};
+
+PanelSource source_of(const Work& work, int64_t data, int64_t stride_t, int64_t stride_w,
+                      int64_t first, int64_t columns) {
+  const int64_t bytes = element_bytes(work.p.dtype);
+  return {reinterpret_cast<const char*>(data) + first * stride_w * bytes, stride_t, stride_w,
+          columns - first,
+          reinterpret_cast<const int64_t*>(work.p.segments) + 2 * work.chunk.first,
+          work.chunk.count};
+}
+
+void pack_panels(void* context, int64_t) {
+  auto& work = *static_cast<Work*>(context);
+  const ImportanceParams& p = work.p;
+  const TileKernel& kernel = work.plan.kernel;
+  const int64_t of_g = work.plan.row_panels, of_x = work.plan.column_panels;
+  for (int64_t item; (item = work.next.fetch_add(1)) < of_g + of_x;) {
+    if (item < of_g) {
+      kernel.pack_g(source_of(work, p.g, p.g_stride_t, p.g_stride_r, item * kernel.rows, p.rows),
+                    kernel.rows, work.g_panels + item * work.plan.g_panel_bytes);
+    } else {
+      const int64_t c = item - of_g;
+      kernel.pack_x(
+          source_of(work, p.x, p.x_stride_t, p.x_stride_c, c * kernel.columns, p.columns),
+          kernel.columns, work.x_panels + c * work.plan.x_panel_bytes);
+    }
+  }
+}
+
+// A tile of the accumulator.
+struct Place {
+  float* acc;
+  int64_t height;
+  int64_t width;
+};
+
+Place place_of(const ImportanceParams& p, const TileKernel& kernel, int64_t r, int64_t c) {
+  const int64_t row = r * kernel.rows, column = c * kernel.columns;
+  return {reinterpret_cast<float*>(p.acc) + row * p.acc_stride_r + column * p.acc_stride_c,
+          std::min(kernel.rows, p.rows - row), std::min(kernel.columns, p.columns - column)};
+}
+
+void add_tile(const ImportanceParams& p, const TileKernel& kernel, const Place& place,
+              const float* total) {
+  if (p.acc_stride_c == 1) {
+    kernel.add(total, place.acc, p.acc_stride_r, place.height, place.width);
+    return;
+  }
+  for (int64_t i = 0; i < place.height; ++i) {
+    float* row = place.acc + i * p.acc_stride_r;
+    for (int64_t j = 0; j < place.width; ++j) {
+      row[j * p.acc_stride_c] += total[i * kernel.columns + j];
+    }
+  }
+}
+
+// Asks for a tile of the accumulator, whose rows lie far apart, while its sums are computed.
+void prefetch_tile(const ImportanceParams& p, const Place& place) {
+#if defined(__GNUC__) || defined(__clang__)
+  constexpr int64_t kLine = kAlignment / sizeof(float);
+  for (int64_t i = 0; i < place.height; ++i) {
+    const float* row = place.acc + i * p.acc_stride_r;
+    for (int64_t j = 0; j < place.width; j += kLine) {
+      __builtin_prefetch(row + j * p.acc_stride_c, 1);
+    }
+  }
+#else
+  (void)p, (void)place;
+#endif
+}
+
+// A row panel stays in the first-level cache while a block of column panels, which stays in the
+// second-level cache, passes by; the accumulator is walked along its rows.
+void take_blocks(void* context, int64_t) {
+  auto& work = *static_cast<Work*>(context);
+  const ImportanceParams& p = work.p;
+  const Plan& plan = work.plan;
+  const TileKernel& kernel = plan.kernel;
+  alignas(kAlignment) float total[kMostTileEntries];
+  const int64_t blocks = (plan.column_panels + plan.block_panels - 1) / plan.block_panels;
+  kernel.enter();
+  for (int64_t item; (item = work.next.fetch_add(1)) < blocks * plan.row_panels;) {
+    const int64_t r = item % plan.row_panels;
+    const int64_t first = item / plan.row_panels * plan.block_panels;
+    const int64_t end = std::min(first + plan.block_panels, plan.column_panels);
+    for (int64_t c = first; c < end; ++c) {
+      const Place place = place_of(p, kernel, r, c);
+      prefetch_tile(p, place);
+      kernel.run(work.g_panels + r * plan.g_panel_bytes, work.x_panels + c * plan.x_panel_bytes,
+                 work.steps, work.chunk.count, total);
+      add_tile(p, kernel, place, total);
+    }
+  }
+  kernel.leave();
 }
 
 }  // namespace
@@ -268,7 +299,11 @@ Plan plan_of(const ImportanceParams& p) {
 CpuLevel best_cpu_level() {
 #ifdef FASTDEAN_X86_LEVELS
   if (__builtin_cpu_supports("avx512f")) {
-    return __builtin_cpu_supports("avx512bf16") ? CpuLevel::kAvx512Bf16 : CpuLevel::kAvx512;
+    if (!__builtin_cpu_supports("avx512bf16")) return CpuLevel::kAvx512;
+#ifdef FASTDEAN_AMX_LEVEL
+    if (amx_bf16_granted()) return CpuLevel::kAmxBf16;
+#endif
+    return CpuLevel::kAvx512Bf16;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuLevel::kAvx2;
 #endif
@@ -277,7 +312,8 @@ CpuLevel best_cpu_level() {
 
 int64_t accumulate_importance_workspace_bytes(const ImportanceParams& p) {
   const Plan plan = plan_of(p);
-  return plan.row_panels * plan.g_panel_bytes + p.num_workers * plan.x_panel_bytes + kAlignment;
+  return plan.row_panels * plan.g_panel_bytes + plan.column_panels * plan.x_panel_bytes +
+         kAlignment;
 }
 
 Status accumulate_importance_cpu(const ImportanceParams& p) {
@@ -303,13 +339,11 @@ Status accumulate_importance_cpu(const ImportanceParams& p) {
       steps.push_back((length + plan.kernel.tokens - 1) / plan.kernel.tokens);
     }
     char* start = reinterpret_cast<char*>(round_up(p.workspace, kAlignment));
-    char* x_panels = start + plan.row_panels * plan.g_panel_bytes;
-    Work work{&p,           plan.kernel,        chunk,           steps.data(),
-              start,        plan.g_panel_bytes, x_panels,        plan.x_panel_bytes,
-              plan.row_panels, plan.column_panels, {0}};
-    run_workers(p.num_workers, pack_rows, &work);
+    Work work{p, plan, chunk, steps.data(), start, start + plan.row_panels * plan.g_panel_bytes,
+              {0}};
+    run_workers(p.num_workers, pack_panels, &work);
     work.next = 0;
-    run_workers(p.num_workers, take_columns, &work);
+    run_workers(p.num_workers, take_blocks, &work);
   }
   return Status::kOk;
 }

@@ -15,22 +15,56 @@ constexpr CpuLevel kImportanceLevels[] = {
     CpuLevel::kAvx512,
     CpuLevel::kAvx512Bf16,
 #endif
+#ifdef FASTDEAN_AMX_LEVEL
+    CpuLevel::kAmxBf16,
+#endif
 };
 
-// One way to compute a tile.
+// The tokens of some examples in a few neighbouring columns of G or of X.
+struct PanelSource {
+  const void* data;         // the first of these columns at token 0
+  int64_t stride_t;         // between tokens, in elements
+  int64_t stride_w;         // between columns, in elements
+  int64_t columns;          // how many of them the matrix has; those of the panel beyond are 0
+  const int64_t* segments;  // [num_examples, 2]: first token and end of each
+  int64_t num_examples;
+};
+
+// Writes a panel of `wide` columns, [steps, wide, tokens of a step] unless the level says otherwise.
+using Pack = void (*)(const PanelSource& source, int64_t wide, void* panel);
+
+// One way to compute a tile. Panels are aligned to 64 bytes, and so are sums.
 struct TileKernel {
-  int64_t rows;     // rows of the weight in a tile
-  int64_t columns;  // columns of the weight in a tile; a multiple of what 64 bytes hold
-  int64_t tokens;   // tokens that one step takes; 2: bf16 pairs, interleaved, not fp32
-  // g_panel [steps, rows, tokens], x_panel [steps, columns, tokens], both aligned to 64 bytes;
-  // steps[b] of each example in turn; adds to total fp32 [rows, columns], aligned likewise.
+  int64_t rows;          // rows of the weight in a tile
+  int64_t columns;       // columns of the weight in a tile; a multiple of what 64 bytes hold
+  int64_t tokens;        // tokens that one step takes; an example's last step is filled up with 0
+  int64_t bytes;         // of one number in a panel
+  int64_t chunk_tokens;  // tokens that are taken together, unless one example has more
+  int64_t block_bytes;   // of panels of X that the second-level cache keeps beside what passes by
+  Pack pack_g;           // for a panel of `rows` columns of G
+  Pack pack_x;           // for a panel of `columns` columns of X
+  // What a thread does before its first tile and after its last.
+  void (*enter)();
+  void (*leave)();
+  // steps[b] of each example in turn; writes total fp32 [rows, columns].
   void (*run)(const void* g_panel, const void* x_panel, const int64_t* steps, int64_t num_examples,
               float* total);
+  // Adds the first `height` rows and `width` columns of `total` to `acc`, whose columns lie side by
+  // side.
+  void (*add)(const float* total, float* acc, int64_t stride_r, int64_t height, int64_t width);
 };
 
-// Defined by the files that are compiled for the level; x86-64 only.
-TileKernel avx2_tile();
-TileKernel avx512_tile();
-TileKernel avx512_bf16_tile();
+constexpr int64_t kMostTileEntries = 32 * 32;
+
+// Defined by the files that are compiled for the level; x86-64 only. `pack` writes panels of fp32,
+// or of bf16 in pairs of tokens for the last.
+TileKernel avx2_tile(Pack pack);
+TileKernel avx512_tile(Pack pack);
+TileKernel avx512_bf16_tile(Pack pack);
+
+// Linux only, where a process has to ask for the matrix unit.
+TileKernel amx_bf16_tile();
+// Whether the processor has it and the system grants it; asks once.
+bool amx_bf16_granted();
 
 }  // namespace fastdean

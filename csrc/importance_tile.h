@@ -25,6 +25,7 @@ void run_tile(const void* g_panel, const void* x_panel, const int64_t* steps, in
   constexpr int kColumns = kRegisters * V::kWidth;
   const auto* g = static_cast<const Element*>(g_panel);
   const auto* x = static_cast<const Element*>(x_panel);
+  for (int64_t k = 0; k < kRows * kColumns; ++k) total[k] = 0.0f;
   for (int64_t b = 0; b < num_examples; ++b) {
     typename V::Sum part[kRows][kRegisters];
     for (int i = 0; i < kRows; ++i) {
@@ -48,9 +49,32 @@ void run_tile(const void* g_panel, const void* x_panel, const int64_t* steps, in
   }
 }
 
+inline void add_tile(const float* total, float* acc, int64_t stride_r, int64_t height,
+                     int64_t width, int64_t columns) {
+  for (int64_t i = 0; i < height; ++i) {
+    float* row = acc + i * stride_r;
+    for (int64_t j = 0; j < width; ++j) row[j] += total[i * columns + j];
+  }
+}
+
 template <class V>
-constexpr TileKernel tile_kernel() {
-  return {V::kRows, V::kRegisters * V::kWidth, V::kTokens, &run_tile<V>};
+TileKernel tile_kernel(Pack pack) {
+  constexpr int64_t columns = V::kRegisters * V::kWidth;
+  static_assert(V::kRows * columns <= kMostTileEntries, "a tile's sums must have room");
+  TileKernel kernel{};
+  kernel.rows = V::kRows;
+  kernel.columns = columns;
+  kernel.tokens = V::kTokens;
+  kernel.bytes = sizeof(typename V::Element);
+  kernel.chunk_tokens = 384;
+  // Half of the smallest second-level caches that processors with these levels have.
+  kernel.block_bytes = 256 * 1024;
+  kernel.pack_g = kernel.pack_x = pack;
+  kernel.enter = kernel.leave = [] {};
+  kernel.run = &run_tile<V>;
+  kernel.add = [](const float* total, float* acc, int64_t stride_r, int64_t height,
+                  int64_t width) { add_tile(total, acc, stride_r, height, width, columns); };
+  return kernel;
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -11,7 +13,7 @@ from budget import assert_within_budget, lost_by_rounding
 from fastdean import native
 from fastdean.ops import accumulate_importance_
 
-LEVELS = {0: "portable", 1: "avx2", 2: "avx512", 3: "avx512_bf16"}
+LEVELS = {0: "portable", 1: "avx2", 2: "avx512", 3: "avx512_bf16", 4: "amx_bf16"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -56,6 +58,90 @@ def test_every_level_is_within_the_budget(level, dtype, segments, rows, columns)
     native.accumulate_importance_(acc, x, g, segments, level=level)
     lost = lost_by_rounding(lambda t: g[t, :, None].double() * x[t].double(), segments)
     assert_within_budget(acc, same, exact, lost=lost)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_level_takes_more_columns_than_it_keeps_in_a_cache(level, dtype):
+    x, g = random(61, 1100, seed=1, dtype=dtype), random(61, 130, seed=2, dtype=dtype)
+    segments = torch.tensor([[0, 20], [20, 61]])
+    acc = random(130, 1100, seed=3).abs()
+    exact, same = (sums(acc, x, g, segments, d) for d in (torch.float64, torch.float32))
+    native.accumulate_importance_(acc, x, g, segments, level=level)
+    lost = lost_by_rounding(lambda t: g[t, :, None].double() * x[t].double(), segments)
+    assert_within_budget(acc, same, exact, lost=lost)
+
+
+def spread(values):
+    """`values` with NaN in the memory between its elements."""
+    holder = torch.full([2 * n + 1 for n in values.shape], float("nan"), dtype=values.dtype)
+    view = holder[1::2, 1::2]
+    view.copy_(values)
+    return view
+
+
+@pytest.mark.parametrize("lay_out", [spread, lambda t: t.T.clone().T], ids=["spread", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_do_not_change_a_bit(level, dtype, lay_out):
+    x, g = random(37, 70, seed=1, dtype=dtype), random(37, 50, seed=2, dtype=dtype)
+    expected, acc = torch.zeros(50, 70), lay_out(torch.zeros(50, 70))
+    native.accumulate_importance_(expected, x, g, RAGGED, level=level)
+    native.accumulate_importance_(acc, lay_out(x), lay_out(g), RAGGED, level=level)
+    assert torch.equal(acc, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_reaches_its_entries_and_no_others(level, dtype):
+    x, g = random(37, 70, seed=1, dtype=dtype), random(37, 50, seed=2, dtype=dtype)
+    segments = torch.tensor([[0, 1], [1, 36]])
+    x[0, 3], g[5, 40], x[36, 9] = float("inf"), float("nan"), float("nan")
+    acc = torch.zeros(50, 70)
+    native.accumulate_importance_(acc, x, g, segments, level=level)
+    is_inf, is_nan = torch.zeros(50, 70, dtype=bool), torch.zeros(50, 70, dtype=bool)
+    is_inf[:, 3], is_nan[40] = True, True
+    assert torch.equal(acc.isnan(), is_nan)
+    assert torch.equal(acc.isinf(), is_inf & ~is_nan)
+
+
+def test_the_bf16_instructions_take_denormals_for_0(level):
+    least = torch.finfo(torch.bfloat16).tiny
+    x = torch.tensor([[least, least / 16, 2.0**-40]], dtype=torch.bfloat16)
+    g = torch.tensor([[1.0, 2.0**-100]], dtype=torch.bfloat16)
+    acc = torch.zeros(2, 3)
+    native.accumulate_importance_(acc, x, g, torch.tensor([[0, 1]]), level=level)
+    exact = g.T.float() @ x.float()
+    if level >= 3:
+        exact = torch.where(exact < least, 0.0, exact)
+    assert torch.equal(acc, exact)
+    assert acc[0, 0] == least and acc[0, 2] == 2.0**-40
+
+
+# Linux refuses the matrix unit to a process that takes signals on a stack too small for its state.
+REFUSED = """
+import ctypes
+
+class Stack(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+size = 4096
+memory = ctypes.create_string_buffer(size)
+stack = Stack(ctypes.addressof(memory), 0, size)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+import torch
+from fastdean import native
+from fastdean.ops import accumulate_importance_
+
+x, g = torch.full((3, 40), 2.0).bfloat16(), torch.full((3, 50), -3.0).bfloat16()
+acc = accumulate_importance_(torch.zeros(50, 40), x, g, torch.tensor([[0, 3]]), impl="native")
+assert bool((acc == 18).all())
+print(native.cpu_level(), native.status().build.cpu_levels[0].in_use)
+"""
+
+
+def test_without_the_systems_leave_the_next_level_is_taken():
+    if native.cpu_level() < 4:
+        pytest.skip("this processor has no matrix unit, or its system does not lend it")
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("3 AVX512-BF16\n", "")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

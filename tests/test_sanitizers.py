@@ -41,7 +41,14 @@ def objects(tmp_path_factory, extension_built):
     folder = tmp_path_factory.mktemp("objects")
     sources = [path for path in sorted(CSRC.glob("*.cpp")) if path.name != "bindings.cpp"]
     instructions = _instruction_sets()
-    flags = {source: [*SOURCE_FLAGS, *instructions.get(source.name, [])] for source in sources}
+    amx = instructions["importance_amx_bf16.cpp"]
+    command = ["g++", *amx, "-E", "-x", "c++", "/dev/null"]
+    if subprocess.run(command, capture_output=True).returncode == 0:
+        common = [*SOURCE_FLAGS, "-DFASTDEAN_AMX_LEVEL"]
+    else:
+        common = SOURCE_FLAGS
+        sources = [source for source in sources if instructions.get(source.name) != amx]
+    flags = {source: [*common, *instructions.get(source.name, [])] for source in sources}
     flags |= dict.fromkeys(CHECKS, CHECK_FLAGS)
     running = {}
     for path, options in flags.items():
@@ -58,7 +65,9 @@ def _errors(process):
 
 
 def test_every_file_for_an_instruction_set_is_compiled_for_it():
-    assert set(_instruction_sets()) == {path.name for path in CSRC.glob("*_avx*.cpp")}
+    assert set(_instruction_sets()) == {
+        path.name for pattern in ("*_avx*.cpp", "*_amx*.cpp") for path in CSRC.glob(pattern)
+    }
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda path: path.stem)

@@ -25,7 +25,8 @@ _REINSTALL = "reinstall fastdean, or set FASTDEAN_IMPL=reference to do without t
 class CpuLevels:
     """The instruction sets that an operation, its backward included, was compiled for, ascending.
 
-    `in_use` is the one that this processor takes; with AVX512-BF16, what is not bf16 takes AVX512.
+    `in_use` is the one that this processor takes; with AVX512-BF16 or AMX-BF16, what is
+    not bf16 takes AVX512.
     """
 
     op: str
