@@ -199,8 +199,8 @@ class _CrossEntropy(torch.autograd.Function):
         targets = targets.unsqueeze(1)
         highest = logits.amax(1, keepdim=True).float()
         log_sum = torch.empty_like(highest)
-        for block, m, s in _row_blocks(logits, highest, log_sum):
-            torch.sum((block.float() - m).exp_(), 1, keepdim=True, out=s)
+        for block, wide, m, s in _row_blocks(logits, highest, log_sum):
+            torch.sum(wide.copy_(block).sub_(m).exp_(), 1, keepdim=True, out=s)
         log_sum.log_()
         ctx.save_for_backward(logits, targets, highest, log_sum)
         return (highest - logits.gather(1, targets).float() + log_sum).squeeze(1)
@@ -211,19 +211,27 @@ class _CrossEntropy(torch.autograd.Function):
         logits, *by_row = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         blocks = _row_blocks(logits, *by_row, grad.unsqueeze(1), grad_logits)
-        for block, target, m, s, g, out in blocks:
-            probability = (block.float() - m).sub_(s).exp_()
+        for block, wide, target, m, s, g, out in blocks:
+            # exp(logits - (m + s)) would lose what s adds to a large m.
+            probability = wide.copy_(block).sub_(m).sub_(s).exp_()
             probability.scatter_(1, target, probability.gather(1, target) - 1)
-            out.copy_(probability.mul_(g))
+            torch.mul(probability, g, out=out if out.dtype == wide.dtype else wide)
+            if out.dtype != wide.dtype:
+                out.copy_(wide)
         return grad_logits, None
 
 
 def _row_blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the tensors' rows, as many at a time as one block of fp32 logits may hold."""
+    """Views of the tensors' rows, as many at a time as one block of fp32 logits may hold.
+
+    Behind each block of logits stands fp32 memory of its shape, the same for all blocks.
+    """
     # On a CPU a block stays in the cache between its operations; elsewhere launches must be few.
-    block_bytes = (4 if logits.device.type == "cpu" else 64) * 1024 * 1024
+    block_bytes = (2 if logits.device.type == "cpu" else 64) * 1024 * 1024
     rows = max(1, block_bytes // (4 * logits.shape[1]))
-    return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
+    wide = logits.new_empty(min(rows, len(logits)), logits.shape[1], dtype=torch.float32)
+    for block, *rest in zip(*(t.split(rows) for t in (logits, *others)), strict=True):
+        yield block, wide[: len(block)], *rest
 
 
 def prepare_batches(

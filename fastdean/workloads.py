@@ -28,6 +28,7 @@ from fastdean.data import Example, example_spans, read_examples
 from fastdean.distributed import Ranks
 from fastdean.forward import (
     TargetLogits,
+    attention_for,
     exact_layout,
     fitted,
     label_shift,
@@ -40,7 +41,7 @@ from fastdean.scores import examples_digest
 from fastdean.segments import CUMULATIVE_LENGTHS
 
 # An excerpt is to show what depends on the length of a text, and to cost next to nothing.
-_EXCERPT_TOKENS = 64
+_EXCERPT_TOKENS = 32
 _EXCERPT_FROM = 8
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
@@ -198,8 +199,11 @@ class LanguageModelling:
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         with TargetLogits(self.model) as head:
             for batch in self.batches:
-                # In a call of its own, so that no name here keeps the graph while the caller works.
-                yield self._losses_of(batch.to(device), head)
+                # Until the caller is through with the backward pass, which may run layers again
+                # (activation checkpointing).
+                with attention_for(self.model, batch):
+                    # In a call of its own, so that no name here keeps the graph meanwhile.
+                    yield self._losses_of(batch.to(device), head)
 
     def _losses_of(self, batch: Batch, head: TargetLogits) -> BatchLosses:
         per_token = target_losses(head(batch), batch)
