@@ -65,6 +65,8 @@ struct CollapseLoops {
   // null, for nothing.
   void (*join)(T* sums, const T* old, const T* batch, T* total, T decay, T per_count,
                int64_t columns);
+  // The same where `old` is `sums`; with a decay of 1 and no batch they are read at most.
+  void (*join_in_place)(T* sums, const T* batch, T* total, T decay, T per_count, int64_t columns);
 };
 
 // Defined by the file that is compiled for the level; x86-64 only.

@@ -55,6 +55,12 @@ void round_row(void* out, const T* row, int64_t columns) {
 }
 
 template <class T>
+void add_scaled(T* __restrict total, const T* __restrict sums, T per_count, int64_t columns) {
+  if (total == nullptr) return;
+  for (int64_t j = 0; j < columns; ++j) total[j] += sums[j] * per_count;
+}
+
+template <class T>
 void join(T* __restrict sums, const T* __restrict old, const T* __restrict batch,
           T* __restrict total, T decay, T per_count, int64_t columns) {
   if (old != nullptr && batch != nullptr) {
@@ -66,9 +72,18 @@ void join(T* __restrict sums, const T* __restrict old, const T* __restrict batch
   } else {
     std::fill(sums, sums + columns, T(0));
   }
-  if (total != nullptr) {
-    for (int64_t j = 0; j < columns; ++j) total[j] += sums[j] * per_count;
+  add_scaled(total, sums, per_count, columns);
+}
+
+template <class T>
+void join_in_place(T* __restrict sums, const T* __restrict batch, T* __restrict total, T decay,
+                   T per_count, int64_t columns) {
+  if (batch != nullptr) {
+    for (int64_t j = 0; j < columns; ++j) sums[j] = decay * sums[j] + batch[j];
+  } else if (decay != T(1)) {
+    for (int64_t j = 0; j < columns; ++j) sums[j] = decay * sums[j];
   }
+  add_scaled(total, sums, per_count, columns);
 }
 
 template <class T>
@@ -153,6 +168,7 @@ void set_loops(CollapseLoops<T>* loops, DType dtype) {
 inline void set_all_loops(CollapseLoops<float>* loops) {
   *loops = {};
   loops->join = &join<float>;
+  loops->join_in_place = &join_in_place<float>;
   set_loops<float, Half>(loops, DType::kFloat16);
   set_loops<float, BFloat16>(loops, DType::kBFloat16);
   set_loops<float, float>(loops, DType::kFloat32);
@@ -161,6 +177,7 @@ inline void set_all_loops(CollapseLoops<float>* loops) {
 inline void set_all_loops(CollapseLoops<double>* loops) {
   *loops = {};
   loops->join = &join<double>;
+  loops->join_in_place = &join_in_place<double>;
   set_loops<double, double>(loops, DType::kFloat64);
 }
 
