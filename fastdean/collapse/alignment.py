@@ -115,8 +115,7 @@ class CollapseState:
             donated = (
                 self._alone
                 and not torch.compiler.is_compiling()
-                and held_alone(self._sums)
-                and held_alone(self._counts)
+                and held_alone(self._sums, self._counts)
             )
             loss, sums, counts, alone = collapse_alignment_step(
                 features,

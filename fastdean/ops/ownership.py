@@ -12,10 +12,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, nn.Parameter)
-# Of a tensor's storage: the tensor, and the Python object that it is asked by.
-_HOLDERS = 2
-# Of that object: a local name, and the argument of the one who counts.
-_REFERENCES = 2
 
 
 def nobody_looks_on(*tensors: Tensor) -> bool:
@@ -36,13 +32,23 @@ def nobody_looks_on(*tensors: Tensor) -> bool:
     )
 
 
-def held_alone(tensor: Tensor) -> bool:
-    """Whether no other tensor, graph or storage object shares the memory of `tensor`.
+def held_alone(*tensors: Tensor) -> bool:
+    """Whether no other tensor, graph or storage object shares the memory of one of `tensors`.
 
-    Python's references to this very tensor are not counted: the caller knows them.
+    Python's references to these very tensors are not counted: the caller knows them.
     """
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    if count is None or tensor._use_count() != 1:
+    if not hasattr(torch._C, "_storage_Use_Count"):
         return False
+    # One that nobody else can have: how often it counts itself differs between versions of torch.
+    alone = _holders(torch.empty(1, device="cpu"))
+    return all(_holders(each) == alone for each in tensors)
+
+
+def _holders(tensor: Tensor) -> tuple[int, int, int]:
+    """How many hold the tensor, its storage, and the Python object of the storage."""
     storage = tensor.untyped_storage()
-    return count(storage._cdata) == _HOLDERS and sys.getrefcount(storage) <= _REFERENCES
+    return (
+        tensor._use_count(),
+        torch._C._storage_Use_Count(storage._cdata),
+        sys.getrefcount(storage),
+    )
