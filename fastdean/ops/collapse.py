@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdean.ops._dispatch import choose
 from fastdean.ops.memory import check_memory, check_surroundings, check_tensor
@@ -178,13 +177,13 @@ class _PlainStep(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_features, _, needs_weight = ctx.needs_input_grad[:3]
         if grad_loss is None:
             return (None,) * 5
         saved = ctx.saved_tensors
-        if nobody_looks_on(grad_loss, *saved):
+        # With gradients enabled the operation has to say that there are no second derivatives.
+        if nobody_looks_on(grad_loss, *saved) and not torch.is_grad_enabled():
             labels, weight = saved[:2]
             # What the caller holds too; the rest is the graph's own.
             _check_memory(labels=labels, weight=weight)
