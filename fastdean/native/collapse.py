@@ -40,6 +40,8 @@ FIELDS = (
     "num_workers",
     "workspace",
 )
+_PLACE_OF = {name: place for place, name in enumerate(FIELDS)}
+_NO_FIELDS = [0] * len(FIELDS)
 
 
 def collapse_alignment(
@@ -146,13 +148,13 @@ def _with_contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
 def _run_collapse(op: str, device: torch.device, **fields: int | torch.dtype) -> None:
     """Calls the compiled `op`; a field that it does not read may be left out."""
     extension = loaded()
-    fields.update(level=cpu_level(), num_workers=torch.get_num_threads())
-    values = [fields.get(name, 0) for name in FIELDS]
-    codes = [
-        dtype_code(extension, value) if isinstance(value, torch.dtype) else value
-        for value in values
-    ]
-    params = array("q", codes)
+    params = array("q", _NO_FIELDS)
+    for name, value in fields.items():
+        if isinstance(value, torch.dtype):
+            value = dtype_code(extension, value)
+        params[_PLACE_OF[name]] = value
+    params[_PLACE_OF["level"]] = cpu_level()
+    params[_PLACE_OF["num_workers"]] = torch.get_num_threads()
     address = params.buffer_info()[0]
     if device.type == "cpu":
         size = extension.collapse_workspace_bytes(params=address)

@@ -137,17 +137,28 @@ def _plain_step(
     donated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, sums, counts) by compiled code on the CPU; the arguments have passed their checks."""
-    _check_memory(features=features, labels=labels, weight=weight, sums=sums, counts=counts)
-    _check_labels(labels, len(sums))
+    for name, tensor in (
+        ("features", features),
+        ("labels", labels),
+        ("weight", weight),
+        ("sums", sums),
+        ("counts", counts),
+    ):
+        check_memory(name, tensor)
     # A graph keeps no tensor that was made in inference mode.
     in_place = donated and not any(
         each.is_inference() or not each.is_contiguous() for each in (sums, counts)
     )
 
     def run() -> tuple[Tensor, ...]:
-        return native_forward(
-            features, labels, weight, sums, counts, decay, statistic, in_place=in_place
-        )
+        try:
+            return native_forward(
+                features, labels, weight, sums, counts, decay, statistic, in_place=in_place
+            )
+        except IndexError:
+            # Compiled code looks at every label anyway; this finds the one to name.
+            _check_labels(labels, len(sums))
+            raise
 
     if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
         results: list[Tensor] = []
@@ -186,7 +197,8 @@ class _PlainStep(torch.autograd.Function):
         if nobody_looks_on(grad_loss, *saved) and not torch.is_grad_enabled():
             labels, weight = saved[:2]
             # What the caller holds too; the rest is the graph's own.
-            _check_memory(labels=labels, weight=weight)
+            check_memory("labels", labels)
+            check_memory("weight", weight)
             chosen = choose("collapse_alignment_backward", weight.device, "native")
             run, impl = chosen.callable, ()
         else:
