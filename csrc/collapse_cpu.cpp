@@ -262,7 +262,7 @@ class Collapse {
       if (rows_of(c) > 0) {
         batch = scratch(worker, 0);
         features.sum_rows(batch, data, p_.features_stride, order_ + starts_[c], rows_of(c),
-                          tile.columns);
+                          starts_[tile.last] - starts_[c + 1], tile.columns);
       }
       T* added = seen(c) ? total : nullptr;
       if (old == nullptr || !in_place()) {
