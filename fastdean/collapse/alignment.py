@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
@@ -71,7 +72,8 @@ class CollapseState:
         self._lock = threading.RLock()
         sums = torch.zeros(num_classes, num_features, dtype=dtype, device=device)
         counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
-        self._take(sums, counts, alone=True)
+        self._sums, self._counts, self._alone = sums, counts, True
+        self._loans: dict[str, weakref.ref[Tensor]] = {}
 
     # Tensors that nobody else has take the next batch in where they lie. So they are never given
     # away themselves: who asks gets others of the same memory, and while one of these or a graph
@@ -95,11 +97,23 @@ class CollapseState:
     def _lent(self, name: str) -> Tensor:
         with self._locked():
             tensor = getattr(self, name)
-            return tensor.detach() if self._alone else tensor
+            if not self._alone:
+                return tensor
+            if torch.compiler.is_compiling():
+                return tensor.detach()
+            # The same one as long as somebody has it.
+            known = self._loans.get(name)
+            lent = None if known is None else known()
+            if lent is None:
+                lent = tensor.detach()
+                self._loans[name] = weakref.ref(lent)
+            return lent
 
     def _take(self, sums: Tensor, counts: Tensor, *, alone: bool) -> None:
         """Keep these from now on; `alone` if nobody else has them."""
         self._alone = False
+        if sums is not self._sums or counts is not self._counts:
+            self._loans = {}
         self._sums, self._counts = sums, counts
         self._alone = alone
 
@@ -132,8 +146,9 @@ class CollapseState:
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in vars(self).items() if name != "_lock"}
-        return {**kept, "_sums": self.sums, "_counts": self.counts}
+        kept = {**vars(self), "_sums": self.sums, "_counts": self.counts, "_loans": {}}
+        del kept["_lock"]
+        return kept
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         vars(self).update(kept, _lock=threading.RLock())

@@ -21,14 +21,15 @@ def nobody_looks_on(*tensors: Tensor) -> bool:
     for tensors that are of no subclass: there is no one who would have to see an operation by its
     name, or who could keep what it makes.
     """
+    # The compiler first: it cannot trace the other questions.
     return (
-        all(type(each) in _PLAIN for each in tensors)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
+        and all(type(each) in _PLAIN and not torch._is_functional_tensor(each) for each in tensors)
     )
 
 
