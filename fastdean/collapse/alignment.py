@@ -41,7 +41,7 @@ class CollapseState:
         dtype: torch.float32, or torch.float64 for features and weights in fp64.
         device: of features and weight.
     Attributes:
-        sums: [K, D] in `dtype`.
+        sums: [K, D] in `dtype`. What was taken of it is never written by a later batch.
         counts: fp64 [K]; exact while they are whole numbers.
     Raises:
         ValueError, TypeError: for the arguments.
