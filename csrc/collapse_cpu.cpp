@@ -247,6 +247,17 @@ class Collapse {
     return scratch_ + (2 * worker + which) * kSliceColumns;
   }
 
+  // Writes zeros only where there is something else: the memory of classes that are never seen is
+  // then never touched.
+  static void clear(T* row, int64_t columns) {
+    const auto* bytes = reinterpret_cast<const char*>(row);
+    const size_t size = static_cast<size_t>(columns) * sizeof(T);
+    // All bytes are equal to the one before them, and the first one is 0.
+    if (bytes[0] != 0 || std::memcmp(bytes, bytes + 1, size - 1) != 0) {
+      std::fill(row, row + columns, T(0));
+    }
+  }
+
   void join_sums(const Tile& tile, int64_t worker) {
     const auto& features = loops_.features[p_.features_dtype];
     const char* data = pointer<const char>(p_.features) +
@@ -257,7 +268,7 @@ class Collapse {
       const int64_t place = c * p_.columns + tile.start;
       const T* old = pointer<const T>(p_.old_sums) + place;
       // A sum that has been dropped or forgotten must not come back as 0 * infinity.
-      if (decay_ == 0 || (decay_ < 1 && !seen(c))) old = nullptr;
+      if (decay_ == 0 || !seen(c)) old = nullptr;
       T* batch = nullptr;
       if (rows_of(c) > 0) {
         batch = scratch(worker, 0);
@@ -265,6 +276,10 @@ class Collapse {
                           starts_[tile.last] - starts_[c + 1], tile.columns);
       }
       T* added = seen(c) ? total : nullptr;
+      if (in_place() && !seen(c) && rows_of(c) == 0) {
+        clear(sums_ + place, tile.columns);
+        continue;
+      }
       if (old == nullptr || !in_place()) {
         loops_.join(sums_ + place, old, batch, added, static_cast<T>(decay_), per_count(c),
                     tile.columns);
