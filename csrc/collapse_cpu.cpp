@@ -116,10 +116,14 @@ class Collapse {
   Status forward() {
     if (!sort_rows()) return Status::kIndexOutOfRange;
     join_counts();
+    if (!in_place()) advise(p_.sums, p_.classes, p_.sums_dtype);
+    average_out_ = centre_;
     const int64_t labelled = starts_[p_.classes];
-    over_tiles(&Collapse::join_sums, (labelled + 2 * p_.classes) * p_.columns);
-    average_partials(centre_);
-    if (num_seen_ >= 2) over_tiles(&Collapse::multiply, 2 * p_.classes * p_.columns);
+    Phases phases(this);
+    phases.add<&Collapse::join_sums>(tiles(), (labelled + 2 * p_.classes) * p_.columns);
+    phases.add<&Collapse::average_slice>(layout_.slices, layout_.blocks * p_.columns);
+    if (num_seen_ >= 2) phases.add<&Collapse::multiply>(tiles(), 2 * p_.classes * p_.columns);
+    phases.run();
     finish();
     return Status::kOk;
   }
@@ -128,56 +132,77 @@ class Collapse {
     if (p_.grad_features != 0 && !sort_rows()) return Status::kIndexOutOfRange;
     count_seen();
     grad_loss_ = *pointer<const T>(p_.grad_loss);
-    over_tiles(&Collapse::weight_gradients, 3 * p_.classes * p_.columns);
-    if (p_.grad_features == 0) return Status::kOk;
-    average_partials(average_);
-    over_tiles(&Collapse::row_gradients, (starts_[p_.classes] + 2 * p_.classes) * p_.columns);
-    over(divide_up(starts_[p_.classes + 1] - starts_[p_.classes], kRowsPerFill),
-         &Collapse::clear_unlabelled, p_.rows * p_.columns);
+    average_out_ = average_;
+    Phases phases(this);
+    if (p_.grad_weight != 0) advise(p_.grad_weight, p_.classes, p_.weight_dtype);
+    phases.add<&Collapse::weight_gradients>(tiles(), 3 * p_.classes * p_.columns);
+    if (p_.grad_features != 0) {
+      advise(p_.grad_features, p_.rows, p_.features_dtype);
+      const int64_t labelled = starts_[p_.classes], unlabelled = p_.rows - labelled;
+      phases.add<&Collapse::average_slice>(layout_.slices, layout_.blocks * p_.columns);
+      phases.add<&Collapse::row_gradients>(tiles(), (labelled + 2 * p_.classes) * p_.columns);
+      phases.add<&Collapse::clear_unlabelled>(divide_up(unlabelled, kRowsPerFill),
+                                              unlabelled * p_.columns);
+    }
+    phases.run();
     return Status::kOk;
   }
 
  private:
-  using Step = void (Collapse::*)(int64_t item, int64_t worker);
-  using TileStep = void (Collapse::*)(const Tile& tile, int64_t worker);
+  // Steps of the computation, done by as many workers as the largest of them deserves.
+  class Phases {
+   public:
+    explicit Phases(Collapse* self) : self_(self) {}
 
-  // Calls step(item, worker) for item = 0 .. count - 1, each once, on as many workers as `elements`
-  // of work deserve.
-  void over(int64_t count, Step step, int64_t elements) {
-    struct Items {
-      Collapse* self;
-      Step step;
-      int64_t count;
-      std::atomic<int64_t> next;
-    } items{this, step, count, {0}};
-    const int64_t workers =
-        std::clamp<int64_t>(elements / kLeastElementsPerWorker, 1, p_.num_workers);
-    run_workers(
-        workers,
-        [](void* context, int64_t worker) {
-          auto* all = static_cast<Items*>(context);
-          for (int64_t item; (item = all->next.fetch_add(1)) < all->count;) {
-            (all->self->*all->step)(item, worker);
-          }
-        },
-        &items);
-  }
+    // step(item, worker) for every item, after all steps added before; `elements` to go through.
+    template <void (Collapse::*step)(int64_t, int64_t)>
+    void add(int64_t items, int64_t elements) {
+      phases_[count_++] = {[](void* self, int64_t item, int64_t worker) {
+                             (static_cast<Collapse*>(self)->*step)(item, worker);
+                           },
+                           items};
+      elements_ = std::max(elements_, elements);
+    }
 
-  void over_tiles(TileStep step, int64_t elements) {
-    tile_step_ = step;
-    over(layout_.blocks * layout_.slices, &Collapse::take_tile, elements);
-  }
+    // step(tile, worker) for every tile.
+    template <void (Collapse::*step)(const Tile&, int64_t)>
+    void add(int64_t items, int64_t elements) {
+      phases_[count_++] = {[](void* self, int64_t item, int64_t worker) {
+                             auto* collapse = static_cast<Collapse*>(self);
+                             (collapse->*step)(collapse->tile(item), worker);
+                           },
+                           items};
+      elements_ = std::max(elements_, elements);
+    }
 
-  void take_tile(int64_t item, int64_t worker) {
+    void run() {
+      const int64_t workers =
+          std::clamp<int64_t>(elements_ / kLeastElementsPerWorker, 1, self_->p_.num_workers);
+      run_phases(workers, phases_, count_, self_);
+    }
+
+   private:
+    Collapse* self_;
+    Phase phases_[kMaxPhases];
+    int64_t count_ = 0;
+    int64_t elements_ = 0;
+  };
+
+  int64_t tiles() const { return layout_.blocks * layout_.slices; }
+
+  Tile tile(int64_t item) const {
     const int64_t block = item / layout_.slices, slice = item % layout_.slices;
     const int64_t start = slice * kSliceColumns;
-    const Tile tile{block,
-                    slice,
-                    block * kBlockClasses,
-                    std::min((block + 1) * kBlockClasses, p_.classes),
-                    start,
-                    std::min(kSliceColumns, p_.columns - start)};
-    (this->*tile_step_)(tile, worker);
+    return {block,
+            slice,
+            block * kBlockClasses,
+            std::min((block + 1) * kBlockClasses, p_.classes),
+            start,
+            std::min(kSliceColumns, p_.columns - start)};
+  }
+
+  void advise(int64_t address, int64_t rows, int64_t dtype) const {
+    advise_large_pages(pointer<void>(address), rows * p_.columns * element_bytes(dtype));
   }
 
   // The rows of every class in ascending order; false if a label is out of range.
@@ -198,6 +223,7 @@ class Collapse {
 
   int64_t list_of(int64_t label) const { return label < 0 ? p_.classes : label; }
   int64_t rows_of(int64_t c) const { return starts_[c + 1] - starts_[c]; }
+  bool in_place() const { return p_.sums == p_.old_sums; }
   bool seen(int64_t c) const { return counts_[c] > 0; }
   T per_count(int64_t c) const { return seen(c) ? static_cast<T>(1.0 / counts_[c]) : T(0); }
 
@@ -221,6 +247,17 @@ class Collapse {
     return scratch_ + (2 * worker + which) * kSliceColumns;
   }
 
+  // Writes zeros only where there is something else: the memory of classes that are never seen is
+  // then never touched.
+  static void clear(T* row, int64_t columns) {
+    const auto* bytes = reinterpret_cast<const char*>(row);
+    const size_t size = static_cast<size_t>(columns) * sizeof(T);
+    // All bytes are equal to the one before them, and the first one is 0.
+    if (bytes[0] != 0 || std::memcmp(bytes, bytes + 1, size - 1) != 0) {
+      std::fill(row, row + columns, T(0));
+    }
+  }
+
   void join_sums(const Tile& tile, int64_t worker) {
     const auto& features = loops_.features[p_.features_dtype];
     const char* data = pointer<const char>(p_.features) +
@@ -236,19 +273,25 @@ class Collapse {
       if (rows_of(c) > 0) {
         batch = scratch(worker, 0);
         features.sum_rows(batch, data, p_.features_stride, order_ + starts_[c], rows_of(c),
-                          tile.columns);
+                          starts_[tile.last] - starts_[c + 1], tile.columns);
       }
-      loops_.join(sums_ + place, old, batch, seen(c) ? total : nullptr, static_cast<T>(decay_),
-                  per_count(c), tile.columns);
+      T* added = seen(c) ? total : nullptr;
+      if (in_place() && !seen(c) && rows_of(c) == 0) {
+        clear(sums_ + place, tile.columns);
+        continue;
+      }
+      if (old == nullptr || !in_place()) {
+        loops_.join(sums_ + place, old, batch, added, static_cast<T>(decay_), per_count(c),
+                    tile.columns);
+      } else {
+        loops_.join_in_place(sums_ + place, batch, added, static_cast<T>(decay_), per_count(c),
+                             tile.columns);
+      }
     }
   }
 
-  // out [columns] = the sum of the partial rows of all blocks over the number of classes seen.
-  void average_partials(T* out) {
-    average_out_ = out;
-    over(layout_.slices, &Collapse::average_slice, layout_.blocks * p_.columns);
-  }
-
+  // average_out_ [columns] = the sum of the partial rows of all blocks over the number of classes
+  // seen.
   void average_slice(int64_t slice, int64_t) {
     const int64_t start = slice * kSliceColumns;
     const int64_t end = std::min(start + kSliceColumns, p_.columns);
@@ -424,7 +467,6 @@ class Collapse {
   double* counts_;
   T* centre_;
   T* factors_;
-  TileStep tile_step_ = nullptr;
   T* average_out_ = nullptr;
   double decay_ = 0;
   T grad_loss_ = 0;

@@ -34,9 +34,10 @@ struct Products {
 
 template <class T>
 struct FeatureLoops {
-  // sum[columns] = the rows `order[0 .. count)` of `features`, added in this order.
+  // sum[columns] = the rows `order[0 .. count)` of `features`, added in this order. `order` goes on
+  // with the rows of the next call, `following` in all until the last.
   void (*sum_rows)(T* sum, const void* features, int64_t stride, const int64_t* order,
-                   int64_t count, int64_t columns);
+                   int64_t count, int64_t following, int64_t columns);
   // out[columns] = row, rounded.
   void (*round_row)(void* out, const T* row, int64_t columns);
 };
@@ -65,6 +66,8 @@ struct CollapseLoops {
   // null, for nothing.
   void (*join)(T* sums, const T* old, const T* batch, T* total, T decay, T per_count,
                int64_t columns);
+  // The same where `old` is `sums`; with a decay of 1 and no batch they are read at most.
+  void (*join_in_place)(T* sums, const T* batch, T* total, T decay, T per_count, int64_t columns);
 };
 
 // Defined by the file that is compiled for the level; x86-64 only.

@@ -27,9 +27,21 @@ struct Lanes {
   }
 };
 
+// Asks for a row's memory: rows lie anywhere, and a processor only foresees what lies in order.
+template <class F>
+void prefetch(const F* row, int64_t columns) {
+#if defined(__GNUC__)
+  constexpr int64_t kLine = 64 / sizeof(F);
+  for (int64_t j = 0; j < columns; j += kLine) __builtin_prefetch(row + j);
+#else
+  (void)row;
+  (void)columns;
+#endif
+}
+
 template <class T, class F>
 void sum_rows(T* __restrict sum, const void* features, int64_t stride, const int64_t* order,
-              int64_t count, int64_t columns) {
+              int64_t count, int64_t following, int64_t columns) {
   const auto* data = static_cast<const F*>(features);
   std::fill(sum, sum + columns, T(0));
   int64_t i = 0;
@@ -43,6 +55,9 @@ void sum_rows(T* __restrict sum, const void* features, int64_t stride, const int
     }
   }
   for (; i < count; ++i) {
+    // Four rows at a time ask for enough memory by themselves, a few single ones do not.
+    constexpr int64_t kAhead = 2;
+    if (i + kAhead < count + following) prefetch(data + order[i + kAhead] * stride, columns);
     const F* __restrict row = data + order[i] * stride;
     for (int64_t j = 0; j < columns; ++j) sum[j] += widen(row[j]);
   }
@@ -52,6 +67,12 @@ template <class T, class F>
 void round_row(void* out, const T* row, int64_t columns) {
   auto* rounded = static_cast<F*>(out);
   for (int64_t j = 0; j < columns; ++j) narrow(row[j], rounded[j]);
+}
+
+template <class T>
+void add_scaled(T* __restrict total, const T* __restrict sums, T per_count, int64_t columns) {
+  if (total == nullptr) return;
+  for (int64_t j = 0; j < columns; ++j) total[j] += sums[j] * per_count;
 }
 
 template <class T>
@@ -66,9 +87,18 @@ void join(T* __restrict sums, const T* __restrict old, const T* __restrict batch
   } else {
     std::fill(sums, sums + columns, T(0));
   }
-  if (total != nullptr) {
-    for (int64_t j = 0; j < columns; ++j) total[j] += sums[j] * per_count;
+  add_scaled(total, sums, per_count, columns);
+}
+
+template <class T>
+void join_in_place(T* __restrict sums, const T* __restrict batch, T* __restrict total, T decay,
+                   T per_count, int64_t columns) {
+  if (batch != nullptr) {
+    for (int64_t j = 0; j < columns; ++j) sums[j] = decay * sums[j] + batch[j];
+  } else if (decay != T(1)) {
+    for (int64_t j = 0; j < columns; ++j) sums[j] = decay * sums[j];
   }
+  add_scaled(total, sums, per_count, columns);
 }
 
 template <class T>
@@ -153,6 +183,7 @@ void set_loops(CollapseLoops<T>* loops, DType dtype) {
 inline void set_all_loops(CollapseLoops<float>* loops) {
   *loops = {};
   loops->join = &join<float>;
+  loops->join_in_place = &join_in_place<float>;
   set_loops<float, Half>(loops, DType::kFloat16);
   set_loops<float, BFloat16>(loops, DType::kBFloat16);
   set_loops<float, float>(loops, DType::kFloat32);
@@ -161,6 +192,7 @@ inline void set_all_loops(CollapseLoops<float>* loops) {
 inline void set_all_loops(CollapseLoops<double>* loops) {
   *loops = {};
   loops->join = &join<double>;
+  loops->join_in_place = &join_in_place<double>;
   set_loops<double, double>(loops, DType::kFloat64);
 }
 

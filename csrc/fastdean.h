@@ -134,8 +134,8 @@ struct CollapseParams {
   int64_t weight;           // address of [classes, columns]
   int64_t weight_stride;    // between rows, in elements
   int64_t weight_dtype;     // a DType; also that of grad_weight
-  int64_t old_sums;         // address of T [classes, columns]; forward
-  int64_t old_counts;       // address of fp64 [classes]; forward
+  int64_t old_sums;         // address of T [classes, columns]; forward; on the CPU it may be `sums`
+  int64_t old_counts;       // address of fp64 [classes]; forward; `counts` where old_sums is `sums`
   int64_t decay;            // address of one fp64 in host memory; forward
   int64_t statistic;        // a CollapseStatistic; forward
   int64_t sums;             // address of T [classes, columns]; written by the forward

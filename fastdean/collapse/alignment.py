@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,7 +13,8 @@ from torch import Tensor
 
 from fastdean.declared import Anything, Filled, Real, Record, Text, require
 from fastdean.distributed import Ranks
-from fastdean.ops.collapse import collapse_alignment
+from fastdean.ops.collapse import collapse_alignment_step
+from fastdean.ops.ownership import held_alone
 
 Mode = Literal["cumulative", "window", "batch"]
 
@@ -37,7 +41,7 @@ class CollapseState:
         dtype: torch.float32, or torch.float64 for features and weights in fp64.
         device: of features and weight.
     Attributes:
-        sums: [K, D] in `dtype`.
+        sums: [K, D] in `dtype`. What was taken of it is never written by a later batch.
         counts: fp64 [K]; exact while they are whole numbers.
     Raises:
         ValueError, TypeError: for the arguments.
@@ -65,8 +69,89 @@ class CollapseState:
             )
         self.mode = mode
         self.decay = _decay_of(mode, decay)
-        self.sums = torch.zeros(num_classes, num_features, dtype=dtype, device=device)
-        self.counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        self._lock = threading.RLock()
+        sums = torch.zeros(num_classes, num_features, dtype=dtype, device=device)
+        counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        self._sums, self._counts, self._alone = sums, counts, True
+        self._loans: dict[str, weakref.ref[Tensor]] = {}
+
+    # Tensors that nobody else has take the next batch in where they lie. So they are never given
+    # away themselves: who asks gets others of the same memory, and while one of these or a graph
+    # lives, the next batch goes into new memory.
+    @property
+    def sums(self) -> Tensor:
+        return self._lent("_sums")
+
+    @sums.setter
+    def sums(self, sums: Tensor) -> None:
+        self._sums, self._alone = sums, False
+
+    @property
+    def counts(self) -> Tensor:
+        return self._lent("_counts")
+
+    @counts.setter
+    def counts(self, counts: Tensor) -> None:
+        self._counts, self._alone = counts, False
+
+    def _lent(self, name: str) -> Tensor:
+        with self._locked():
+            tensor = getattr(self, name)
+            if not self._alone:
+                return tensor
+            if torch.compiler.is_compiling():
+                return tensor.detach()
+            # The same one as long as somebody has it.
+            known = self._loans.get(name)
+            lent = None if known is None else known()
+            if lent is None:
+                lent = tensor.detach()
+                self._loans[name] = weakref.ref(lent)
+            return lent
+
+    def _take(self, sums: Tensor, counts: Tensor, *, alone: bool) -> None:
+        """Keep these from now on; `alone` if nobody else has them."""
+        self._alone = False
+        if sums is not self._sums or counts is not self._counts:
+            self._loans = {}
+        self._sums, self._counts = sums, counts
+        self._alone = alone
+
+    def _locked(self) -> AbstractContextManager[object]:
+        """No thread reads what another one writes in place; compiled code writes nothing so."""
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
+
+    def _join(
+        self, features: Tensor, labels: Tensor, weight: Tensor, statistic: str, impl: str | None
+    ) -> Tensor:
+        """Add a batch; its loss."""
+        with self._locked():
+            donated = (
+                self._alone
+                and not torch.compiler.is_compiling()
+                and held_alone(self._sums, self._counts)
+            )
+            loss, sums, counts, alone = collapse_alignment_step(
+                features,
+                labels,
+                weight,
+                self._sums,
+                self._counts,
+                self.decay,
+                statistic,
+                impl,
+                donated=donated,
+            )
+            self._take(sums, counts, alone=alone)
+        return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {**vars(self), "_sums": self.sums, "_counts": self.counts, "_loans": {}}
+        del kept["_lock"]
+        return kept
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept, _lock=threading.RLock())
 
     def __repr__(self) -> str:
         num_classes, num_features = self.sums.shape
@@ -78,12 +163,12 @@ class CollapseState:
     def reset(self) -> None:
         """Forget every position seen so far."""
         # New tensors: a backward pass may still need the old ones.
-        self.sums = torch.zeros_like(self.sums)
-        self.counts = torch.zeros_like(self.counts)
+        self._take(torch.zeros_like(self._sums), torch.zeros_like(self._counts), alone=True)
 
     def to(self, device: torch.device | str) -> CollapseState:
         """Moves sums and counts there; returns the state itself, as a module does."""
-        self.sums, self.counts = self.sums.to(device), self.counts.to(device)
+        sums, counts = self._sums.to(device), self._counts.to(device)
+        self._take(sums, counts, alone=self._alone)
         return self
 
     def __add__(self, other: CollapseState) -> CollapseState:
@@ -127,8 +212,8 @@ class CollapseState:
         require(stored, _stored_kind(len(self.counts)), "stored", advice=STATE_ADVICE)
         self._check_kind(stored, "stored")
         device = self.sums.device
-        self.sums = stored["sums"].to(device, copy=True)
-        self.counts = stored["counts"].to(device, copy=True)
+        sums, counts = (stored[name].to(device, copy=True) for name in ("sums", "counts"))
+        self._take(sums, counts, alone=True)
 
     def like(self) -> CollapseState:
         """An empty state of this kind, on the same device."""
@@ -190,17 +275,8 @@ def collapse_alignment_loss(
             "'cumulative'; its means move by 1 / count of all positions ever seen, so the gradient "
             "of the features fades to nothing"
         )
-    loss, state.sums, state.counts = collapse_alignment(
-        features.detach() if detach_features else features,
-        labels,
-        weight,
-        state.sums,
-        state.counts,
-        decay=state.decay,
-        statistic=statistic,
-        impl=impl,
-    )
-    return loss
+    features = features.detach() if detach_features else features
+    return state._join(features, labels, weight, statistic, impl)
 
 
 def _decay_of(mode: str, decay: float | None) -> float:

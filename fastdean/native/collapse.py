@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 
 from fastdean.native.extension import cpu_level, dtype_code, loaded
@@ -38,6 +40,8 @@ FIELDS = (
     "num_workers",
     "workspace",
 )
+_PLACE_OF = {name: place for place, name in enumerate(FIELDS)}
+_NO_FIELDS = [0] * len(FIELDS)
 
 
 def collapse_alignment(
@@ -48,17 +52,24 @@ def collapse_alignment(
     counts: torch.Tensor,
     decay: float,
     statistic: str,
+    *,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`ops.collapse_alignment` in compiled code, with the centre and factors for its backward.
 
-    The arguments have passed the checks of `ops.collapse_alignment`.
+    The arguments have passed the checks of `ops.collapse_alignment`. `in_place`, on the CPU, writes
+    into `sums` and `counts`, which are contiguous then, and returns these; what is refused leaves
+    them as they are.
     """
     features, weight = _with_contiguous_rows(features), _with_contiguous_rows(weight)
     labels, sums, counts = labels.contiguous(), sums.contiguous(), counts.contiguous()
     loss = sums.new_empty(())
     centre, factors = sums.new_empty(sums.shape[1]), sums.new_empty(3, len(sums))
-    new_sums, new_counts = torch.empty_like(sums), torch.empty_like(counts)
-    decay_cell = torch.tensor(decay, dtype=torch.float64, device="cpu")
+    if in_place:
+        new_sums, new_counts = sums, counts
+    else:
+        new_sums, new_counts = torch.empty_like(sums), torch.empty_like(counts)
+    decay_cell = array("d", [decay])
     _run_collapse(
         "collapse_alignment",
         weight.device,
@@ -71,7 +82,7 @@ def collapse_alignment(
         weight_dtype=weight.dtype,
         old_sums=sums.data_ptr(),
         old_counts=counts.data_ptr(),
-        decay=decay_cell.data_ptr(),
+        decay=decay_cell.buffer_info()[0],
         statistic=STATISTICS.index(statistic),
         sums=new_sums.data_ptr(),
         counts=new_counts.data_ptr(),
@@ -137,24 +148,25 @@ def _with_contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
 def _run_collapse(op: str, device: torch.device, **fields: int | torch.dtype) -> None:
     """Calls the compiled `op`; a field that it does not read may be left out."""
     extension = loaded()
-    fields.update(level=cpu_level(), num_workers=torch.get_num_threads())
-    values = [fields.get(name, 0) for name in FIELDS]
-    codes = [
-        dtype_code(extension, value) if isinstance(value, torch.dtype) else value
-        for value in values
-    ]
-    params = torch.tensor(codes, dtype=torch.int64, device="cpu")
+    params = array("q", _NO_FIELDS)
+    for name, value in fields.items():
+        if isinstance(value, torch.dtype):
+            value = dtype_code(extension, value)
+        params[_PLACE_OF[name]] = value
+    params[_PLACE_OF["level"]] = cpu_level()
+    params[_PLACE_OF["num_workers"]] = torch.get_num_threads()
+    address = params.buffer_info()[0]
     if device.type == "cpu":
-        size = extension.collapse_workspace_bytes(params=params.data_ptr())
+        size = extension.collapse_workspace_bytes(params=address)
         workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
         params[-1] = workspace.data_ptr()
-        getattr(extension, f"{op}_cpu")(params=params.data_ptr())
+        getattr(extension, f"{op}_cpu")(params=address)
         return
     with torch.cuda.device(device):
-        size = extension.collapse_cuda_workspace_bytes(params=params.data_ptr())
+        size = extension.collapse_cuda_workspace_bytes(params=address)
         # Freed while the kernels may still run: safe, the allocator reuses memory in the order of
         # this stream.
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         params[-1] = workspace.data_ptr()
         stream = torch.cuda.current_stream(device).cuda_stream
-        getattr(extension, f"{op}_cuda")(params=params.data_ptr(), stream=stream)
+        getattr(extension, f"{op}_cuda")(params=address, stream=stream)

@@ -18,6 +18,13 @@ import torch
 # The number in csrc/fastdean.h that this package was written for.
 ABI_VERSION = 7
 
+_DTYPE_CODES = {
+    torch.float16: "DTYPE_FLOAT16",
+    torch.bfloat16: "DTYPE_BFLOAT16",
+    torch.float32: "DTYPE_FLOAT32",
+    torch.float64: "DTYPE_FLOAT64",
+}
+
 _REINSTALL = "reinstall fastdean, or set FASTDEAN_IMPL=reference to do without the extension"
 
 
@@ -151,9 +158,4 @@ def loaded() -> ModuleType:
 
 def dtype_code(extension: ModuleType, dtype: torch.dtype) -> int:
     """The `DType` of csrc/fastdean.h; `extension` is what `loaded` returned."""
-    return {
-        torch.float16: extension.DTYPE_FLOAT16,
-        torch.bfloat16: extension.DTYPE_BFLOAT16,
-        torch.float32: extension.DTYPE_FLOAT32,
-        torch.float64: extension.DTYPE_FLOAT64,
-    }[dtype]
+    return getattr(extension, _DTYPE_CODES[dtype])

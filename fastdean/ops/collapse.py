@@ -13,11 +13,16 @@ backward is an operation of its own. With s_c the derivative of the statistic by
 
 The forward returns the three factors of each class, so that the backward is one pass over the rows.
 
+Compiled code on a CPU has a second way to the same bits, for plain calls: no operation that torch
+knows by name, whose bookkeeping takes longer than a small problem does, and sums and counts that
+take the batch in where they lie, if the caller alone holds their memory.
+
 Source: collapsed language models promote fairness (arXiv 2410.04472), (U)NC3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +30,7 @@ from torch import Tensor
 
 from fastdean.ops._dispatch import choose
 from fastdean.ops.memory import check_memory, check_surroundings, check_tensor
+from fastdean.ops.ownership import nobody_looks_on
 
 STATISTICS = ("std", "cv", "mean")
 
@@ -80,11 +86,133 @@ def collapse_alignment(
             out of range. On other devices, where looking at them would have to wait, such labels
             count as -1, the loss is NaN, and its gradients are 0.
     """
-    _check_arguments(features, labels, weight, sums, counts, decay, statistic)
-    loss, sums, counts, _, _ = _forward(
-        features, labels, weight, sums, counts, float(decay), statistic, impl
+    loss, sums, counts, _ = collapse_alignment_step(
+        features, labels, weight, sums, counts, decay, statistic, impl, donated=False
     )
     return loss, sums, counts
+
+
+def collapse_alignment_step(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    decay: float,
+    statistic: str,
+    impl: str | None,
+    *,
+    donated: bool,
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """`collapse_alignment`, which may return `sums` and `counts` themselves where they are donated.
+
+    The batch has joined them in place then. A call that raises leaves them as they are.
+
+    Args:
+        donated: the caller holds `sums` and `counts` alone, and does without what they hold now.
+    Returns:
+        (loss, sums, counts, alone): `alone` if nobody but the caller has the returned sums and
+            counts; the graph of the loss has tensors of its own with their memory.
+    """
+    _check_arguments(features, labels, weight, sums, counts, decay, statistic)
+    given = features, labels, weight, sums, counts
+    if nobody_looks_on(*given):
+        chosen = choose("collapse_alignment", features.device, impl, features.dtype)
+        if chosen.name == "native" and features.device.type == "cpu":
+            results = _plain_step(*given, float(decay), statistic, chosen.callable, donated)
+            return *results, True
+    loss, sums, counts, _, _ = _forward(*given, float(decay), statistic, impl)
+    return loss, sums, counts, False
+
+
+def _plain_step(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    decay: float,
+    statistic: str,
+    native_forward: Callable[..., tuple[Tensor, ...]],
+    donated: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, sums, counts) by compiled code on the CPU; the arguments have passed their checks."""
+    for name, tensor in (
+        ("features", features),
+        ("labels", labels),
+        ("weight", weight),
+        ("sums", sums),
+        ("counts", counts),
+    ):
+        check_memory(name, tensor)
+    # A graph keeps no tensor that was made in inference mode.
+    in_place = donated and not any(
+        each.is_inference() or not each.is_contiguous() for each in (sums, counts)
+    )
+
+    def run() -> tuple[Tensor, ...]:
+        try:
+            return native_forward(
+                features, labels, weight, sums, counts, decay, statistic, in_place=in_place
+            )
+        except IndexError:
+            # Compiled code looks at every label anyway; this finds the one to name.
+            _check_labels(labels, len(sums))
+            raise
+
+    if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
+        results: list[Tensor] = []
+        return _PlainStep.apply(features, labels, weight, run, results), *results
+    return run()[:3]
+
+
+class _PlainStep(torch.autograd.Function):
+    """Joins the backward to what `run` computes; `results` receives sums and counts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        run: Callable[[], tuple[Tensor, ...]],
+        results: list[Tensor],
+    ) -> Tensor:
+        loss, sums, counts, centre, factors = run()
+        results += sums, counts
+        # Tensors of the graph's own: they tell that it holds the memory until it has been used.
+        kept = sums.detach(), counts.detach()
+        ctx.save_for_backward(labels, weight, *kept, centre, factors)
+        ctx.set_materialize_grads(False)
+        ctx.features_dtype = features.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs_features, _, needs_weight = ctx.needs_input_grad[:3]
+        if grad_loss is None:
+            return (None,) * 5
+        saved = ctx.saved_tensors
+        # With gradients enabled the operation has to say that there are no second derivatives.
+        if nobody_looks_on(grad_loss, *saved) and not torch.is_grad_enabled():
+            labels, weight = saved[:2]
+            # What the caller holds too; the rest is the graph's own.
+            check_memory("labels", labels)
+            check_memory("weight", weight)
+            chosen = choose("collapse_alignment_backward", weight.device, "native")
+            run, impl = chosen.callable, ()
+        else:
+            run, impl = collapse_alignment_backward, ("native",)
+        grad_weight, grad_features = run(
+            grad_loss, *saved, ctx.features_dtype, needs_weight, needs_features, *impl
+        )
+        return (
+            grad_features if needs_features else None,
+            None,
+            grad_weight if needs_weight else None,
+            None,
+            None,
+        )
 
 
 @torch.library.custom_op(
