@@ -14,9 +14,8 @@ from baselines import loop_sums, published_sums, vmap_sums
 from torch import Tensor, nn
 
 import fastdean
-from fastdean.batching import default_tokens_per_batch
 from fastdean.data import Example
-from fastdean.model_state import input_device
+from fastdean.forward import tokens_per_batch_of
 from fastdean.targets import Target, find_targets
 
 
@@ -225,7 +224,7 @@ def matrix_shapes(
     model: nn.Module, targets: Sequence[Target], work: ScoreWork
 ) -> tuple[MatrixShape, ...]:
     """The distinct products of one batch, as `score` cuts batches by default."""
-    rows = min(work.tokens, default_tokens_per_batch(input_device(model)))
+    rows = min(work.tokens, tokens_per_batch_of(model))
     head_rows = max(1, round(rows * work.target_tokens / work.tokens))
     lowest = min(target.layer_index for target in targets)
     matrices = find_targets(model, "all")

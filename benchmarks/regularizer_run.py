@@ -22,10 +22,10 @@ from regularizer_table import FLOORS, METRICS, STEP, regularizer_table
 from timing import Spread, synchronize
 from torch import nn
 
-from fastdean.batching import Batch, default_tokens_per_batch, plan_batches
+from fastdean.batching import Batch, plan_batches
 from fastdean.collapse import CollapseRegularizer, Representations, collapse_metrics
 from fastdean.data import Example
-from fastdean.forward import exact_layout
+from fastdean.forward import exact_layout, tokens_per_batch_of
 from fastdean.model_state import evaluation_state
 
 # Live features fade in mode "cumulative", which therefore refuses them.
@@ -177,7 +177,7 @@ def _metrics(subject: Subject, options: argparse.Namespace) -> Measurement:
     batches = plan_batches(
         [Example(example.input_ids, example.input_ids) for example in examples],
         shift=0,
-        tokens_per_batch=default_tokens_per_batch(device),
+        tokens_per_batch=tokens_per_batch_of(subject.model),
         **vars(exact_layout(subject.model, examples)),
     )
     turns = _take_turns(

@@ -6,7 +6,7 @@ run can be repeated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fastdean.attention import LONGEST_SEGMENT
 from fastdean.data import IGNORE_INDEX, Example
+
+_TOKENS_ON_A_GPU = 2048
+_FEWEST_TOKENS = 192
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,25 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def default_tokens_per_batch(device: torch.device) -> int:
-    """A GPU needs about 2k tokens to fill its matrix units; a CPU is busy with far fewer and its
-    activations then cost less memory than one example's weight gradients would."""
-    return 2048 if device.type == "cuda" else 192
+def default_tokens_per_batch(device: torch.device, matrices: Iterable[tuple[int, int]]) -> int:
+    """Tokens in one forward pass, by the shapes of the model's weights and never by free memory.
+
+    A GPU needs about 2k tokens to fill its matrix units. On a CPU a longer batch reads the weights
+    less often and multiplies faster, while what is kept of it for the backward pass grows. It is as
+    long as that takes about the memory of the gradients of one layer's weights, which a loop over
+    single examples has to hold for every layer (docs/performance.md).
+
+    Args:
+        matrices: (outputs, inputs) of the weights that every token goes through.
+    """
+    if device.type == "cuda":
+        return _TOKENS_ON_A_GPU
+    entries = kept = 0
+    for outputs, inputs in matrices:
+        entries += outputs * inputs
+        kept += outputs + inputs
+    fitting = entries // max(1, kept) // 16 * 16
+    return min(max(fitting, _FEWEST_TOKENS), _TOKENS_ON_A_GPU)
 
 
 @dataclass(frozen=True)

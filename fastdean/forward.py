@@ -177,6 +177,19 @@ class _Gathering:
         return (gathered, *args[1:]), kwargs
 
 
+def tokens_per_batch_of(model: nn.Module) -> int:
+    """How many tokens of this model go through one forward pass by default."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = (
+        (weight.shape[0], weight.shape[1])
+        for weight in model.parameters()
+        if weight.dim() == 2 and id(weight) not in tables
+    )
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    size = None if head is None else tuple(head.shape)
+    return default_tokens_per_batch(input_device(model), (m for m in matrices if m != size))
+
+
 def target_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of each target row in nats, fp32 [M], computed in fp32.
 
@@ -249,7 +262,7 @@ def prepare_batches(
         ValueError: as `fitted`, `label_shift` and `plan_batches` do.
     """
     if tokens_per_batch is None:
-        tokens_per_batch = default_tokens_per_batch(input_device(model))
+        tokens_per_batch = tokens_per_batch_of(model)
     examples = fitted(model, examples)
     return plan_batches(
         examples,

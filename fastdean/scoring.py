@@ -90,7 +90,8 @@ def score(
         target_modules: "mlp", "self_attn", "all", a regular expression or a list of name suffixes
             (`fastdean.targets.find_targets`).
         tokenizer, template, max_length: how rows of text become tokens (`fastdean.data.encode`).
-        tokens_per_batch: tokens in one forward pass; None: 2048 on a GPU, 192 on a CPU.
+        tokens_per_batch: tokens in one forward pass; None: 2048 on a GPU, 192 to 2048 on a CPU, by
+            the shapes of the model's weights (`fastdean.batching.default_tokens_per_batch`).
         loss_fn: `(outputs, batch) -> [B]` losses of the examples of a batch. The loader's batches
             are then passed to the model as they come, less `labels`.
         keep_top: keep only each matrix's top `keep_top` share of entries (sparse scores).

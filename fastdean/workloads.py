@@ -19,7 +19,6 @@ from fastdean._logging import logger
 from fastdean.batching import (
     Batch,
     Layout,
-    default_tokens_per_batch,
     plan_batches,
     require_targets,
     send,
@@ -34,8 +33,8 @@ from fastdean.forward import (
     label_shift,
     require_positions,
     target_losses,
+    tokens_per_batch_of,
 )
-from fastdean.model_state import input_device
 from fastdean.rendering import describe_rendering, rendering_cautions
 from fastdean.scores import examples_digest
 from fastdean.segments import CUMULATIVE_LENGTHS
@@ -172,7 +171,7 @@ class LanguageModelling:
         # On all examples, so that a bad one is refused under its own number on every rank alike.
         require_targets(examples, shift)
         if tokens_per_batch is None:
-            tokens_per_batch = default_tokens_per_batch(input_device(model))
+            tokens_per_batch = tokens_per_batch_of(model)
         mine = list(range(len(examples)))[ranks.rank :: ranks.size]
         layout = exact_layout(model, examples)
         batches = plan_batches(

@@ -128,6 +128,65 @@ def test_against_the_dense_masked_softmax(lengths, heads, kv_heads, width, value
         assert (ours.double() - oracle).norm() <= limit * oracle.norm().clamp_min(1e-12) + limit
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("layout", ["by token", "by head", "sliced"])
+def test_sinks_softcap_and_layouts_against_float64(softcap, layout):
+    lengths, heads, kv_heads, width = (6, 1, 5), 6, 2, 4
+    n = sum(lengths)
+    torch.manual_seed(0)
+
+    def leaf(h: int) -> torch.Tensor:
+        if layout == "by head":
+            return torch.randn(1, h, n, width, dtype=torch.float64, requires_grad=True)
+        wide = torch.randn(1, n, h, width + (layout == "sliced"), dtype=torch.float64)
+        return wide[..., :width].transpose(1, 2).requires_grad_()
+
+    q, k, v = leaf(heads), leaf(kv_heads), leaf(kv_heads)
+    sinks = torch.randn(heads, dtype=torch.float64, requires_grad=True)
+    window = torch.ones(6, 6, dtype=torch.bool).tril().triu(-2)
+    mask = torch.zeros(3, 1, 6, 6, dtype=torch.float64).masked_fill(~window, -torch.inf)
+
+    def alone(start: int, end: int) -> torch.Tensor:
+        own_k, own_v = (t[0, :, start:end].repeat_interleave(3, 0) for t in (k, v))
+        scores = q[0, :, start:end] @ own_k.transpose(1, 2) * 0.3
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores + mask[0, 0, : end - start, : end - start]
+        scores = torch.cat([scores, sinks.view(-1, 1, 1).expand(-1, end - start, 1)], dim=-1)
+        return (scores.softmax(-1)[..., :-1] @ own_v).transpose(0, 1)
+
+    segments = _segments(lengths)
+    with attention_by_segments(torch.nn.Identity(), segments):
+        found, _ = segment_attention(None, q, k, v, mask, scaling=0.3, softcap=softcap, s_aux=sinks)
+    expected = torch.cat([alone(*bounds) for bounds in segments.tolist()]).unsqueeze(0)
+    upstream = torch.randn(found.shape, dtype=torch.float64)
+    inputs = (q, k, v, sinks)
+    ours = torch.autograd.grad(found, inputs, upstream)
+    oracle = torch.autograd.grad(expected, inputs, upstream)
+    for mine, right in zip((found, *ours), (expected, *oracle), strict=True):
+        assert (mine - right).norm() <= 1e-13 * right.norm()
+
+
+def test_layers_that_are_run_again_in_the_backward_pass_attend_alike():
+    """Activation checkpointing runs a layer's forward a second time, after the model's own."""
+    from torch.utils.checkpoint import checkpoint
+
+    import fastdean
+
+    examples = [Example(torch.arange(3, n), torch.arange(3, n)) for n in (9, 14, 12)]
+    model = _family("Llama")
+    expected = fastdean.score(model, examples, progress=False)
+    for layer in model.model.layers:
+        run = layer.forward
+        layer.forward = lambda *args, run=run, **kwargs: checkpoint(
+            run, *args, use_reentrant=False, **kwargs
+        )
+    found = fastdean.score(model, examples, progress=False)
+    assert found.manifest["batching"]["by_segments"]
+    for name, entry in expected.entries.items():
+        assert torch.equal(found.entries[name].sums, entry.sums)
+
+
 def test_examples_of_like_length_share_a_product_and_no_other_do():
     segments = Segments.cut(_segments((10, 40, 9, 39, 8, 1)))
     assert segments.groups == ((1, 3), (0, 2, 4), (5,))

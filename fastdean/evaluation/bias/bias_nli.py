@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.batching import default_tokens_per_batch, plan_batches
+from fastdean.batching import plan_batches
 from fastdean.data import Example
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.occupations import OCCUPATIONS
 from fastdean.evaluation.bias.result import BiasResult, members
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
 from fastdean.evaluation.intervals import Interval, mean_interval
+from fastdean.forward import tokens_per_batch_of
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
 COLUMNS = ("premise", "hypothesis")
@@ -160,7 +161,7 @@ def _probabilities(
     device = input_device(model)
     encoded = [tokenizer(row["premise"], row["hypothesis"]) for row in rows]
     if tokens_per_batch is None:
-        tokens_per_batch = default_tokens_per_batch(device)
+        tokens_per_batch = tokens_per_batch_of(model)
     if getattr(model.config, "pad_token_id", None) is None:
         # A decoder then cannot find the last token of a row among several.
         tokens_per_batch = 1

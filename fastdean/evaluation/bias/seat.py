@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.adapters import require_no_prompts
-from fastdean.batching import Layout, default_tokens_per_batch, plan_batches
+from fastdean.batching import Layout, plan_batches
 from fastdean.data import IGNORE_INDEX, Example
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import encode_text
@@ -26,7 +26,7 @@ from fastdean.evaluation.bias.result import BiasResult
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, is_file, require_columns
 from fastdean.evaluation.bootstrap import Interval, bootstrap_interval
 from fastdean.evaluation.representations import layer_outputs
-from fastdean.forward import attention_for, exact_layout, label_shift
+from fastdean.forward import attention_for, exact_layout, label_shift, tokens_per_batch_of
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
 SETS = ("targ1", "targ2", "attr1", "attr2")
@@ -190,7 +190,7 @@ def sentence_states(
     batches = plan_batches(
         examples,
         shift=0,
-        tokens_per_batch=tokens_per_batch or default_tokens_per_batch(device),
+        tokens_per_batch=tokens_per_batch or tokens_per_batch_of(model),
         **vars(layout),
     )
     states: Tensor | None = None
