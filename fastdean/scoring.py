@@ -23,6 +23,7 @@ from fastdean.adapters import require_no_prompts
 from fastdean.batching import send
 from fastdean.capture import Sums, capturing
 from fastdean.distributed import Ranks
+from fastdean.doing import titled
 from fastdean.loss_scale import LossScale, row_factors
 from fastdean.model_state import (
     eager,
@@ -345,7 +346,7 @@ class _LaggedCheck:
 def _progress_bar(total: int, description: str, shown: bool) -> Iterator[Any]:
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc=one_line(description), unit="ex", disable=not shown) as bar:
+    with tqdm(total=total, desc=one_line(titled(description)), unit="ex", disable=not shown) as bar:
         yield bar
 
 

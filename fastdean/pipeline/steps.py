@@ -78,7 +78,9 @@ def run(
     """
     ranks = Ranks.current()
     folder = RunFolder(Path(out).expanduser(), results.plain(asdict(job)), overwrite)
-    costs = Costs()
+    # Reading, loading, checking, a scoring of each data set, coupling, the model and its masks.
+    total = 3 + len(DATA_SETS) + 2 + len({job.rule, *CONTROLS})
+    costs = Costs(total=total, shown=progress and ranks.first)
     with ranks.failing_together():
         prepared = _prepare(job, folder, ranks, costs, progress)
     try:
@@ -87,7 +89,8 @@ def run(
         }
         if not ranks.first:
             return {}
-        masks, warnings = _couple(scores, prepared.model, job, folder)
+        with costs.step("couple"):
+            masks, warnings = _couple(scores, prepared.model, job, folder)
         tables, notes = measure(
             prepared.model,
             masks,
@@ -122,7 +125,8 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
     if ranks.first:
         require_outside(folder.path, job.model)
         folder.check()
-    rows = {name: split_rows(name, job) for name in DATA_SETS}
+    with costs.step("read data"):
+        rows = {name: split_rows(name, job) for name in DATA_SETS}
     folder.inputs = {name: split.digest for name, split in rows.items()}
     if ranks.first:
         folder.check()
@@ -147,7 +151,7 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
     options = {"template": job.template, "max_length": job.max_length}
 
     def encoded(name: str, numbered: Sequence[NumberedRow]) -> list[Example]:
-        return encode_rows(numbered, getattr(job, name), tokenizer, model, **options)
+        return encode_rows(numbered, getattr(job, name), tokenizer, model, name=name, **options)
 
     def pairs(topic: str) -> list[tuple[Example, Example]]:
         safe = rows[topic].measured
