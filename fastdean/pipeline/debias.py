@@ -26,7 +26,7 @@ from fastdean.distributed import Ranks
 from fastdean.evaluation import Perplexity, compare_perplexity, perplexity
 from fastdean.forward import label_shift
 from fastdean.identity import json_digest, model_identity
-from fastdean.loading import load_model
+from fastdean.loading import dtype_name, load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.collapse import (
     CONTROLS,
@@ -71,6 +71,8 @@ class DebiasJob:
         steps, epochs, learning_rate, batch_size, accumulation: see `debias.fine_tune`.
         save_every: steps between checkpoints, of which the last two are kept while it trains, and
             the last until the model is saved.
+        dtype: see `loading.load_model`; AdamW's small steps round away in another than float32,
+            and a warning says so.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
         seed: of shuffles, masking, dropout, controls, permutations and bootstraps.
@@ -104,6 +106,7 @@ class DebiasJob:
     bias: tuple[str, ...] = ("bec_pro",)
     start_token: str | int = "auto"
     tokens_per_batch: int | None = None
+    dtype: str = "float32"
     device: str | None = None
     seed: int = 0
 
@@ -128,6 +131,7 @@ class DebiasJob:
             )
         read_word_groups(self.words)
         check_seed(self.seed)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         bias.check(self.bias, self.start_token)
 
     @property
@@ -165,7 +169,7 @@ def run(
     folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
     require_outside(folder.path, job.model)
     folder.check()
-    costs = Costs()
+    costs = Costs(shown=progress)
     prepared = _prepare(job, folder, costs, progress)
     try:
         folder.claim()
@@ -187,8 +191,10 @@ def run(
 
 
 def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) -> _Prepared:
-    trained, measured = _split(job)
-    texts = _numbered_texts(measured, job.text or job.source)
+    with costs.step("read data"):
+        trained, measured = _split(job)
+    name, source = ("data", job.source) if job.text is None else ("text", job.text)
+    texts = _numbered_texts(measured, source, name)
     folder.inputs = {
         "data": json_digest(trained),
         "text": json_digest(measured),
@@ -196,16 +202,17 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     }
     folder.check()
     with costs.step("load model"):
-        # AdamW's steps are lost in half precision.
         model, tokenizer = load_model(
             job.model,
-            dtype="float32",
+            dtype=job.dtype,
             device=job.device,
             revision=job.revision,
             trust_remote_code=job.trust_remote_code,
             progress=progress,
         )
     costs.watch(model)
+    # Collapse, each measure of bias and a causal model's perplexity, before and after.
+    costs.total = 5 + 2 * (1 + len(job.bias) + label_shift(model))
     model.requires_grad_(True)
     with costs.step("check model"):
         folder.inputs |= model_identity(model, tokenizer)
@@ -224,25 +231,25 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
         classes,
         measured_classes,
         [row for _, row in trained],
-        encode_rows(texts, job.text or job.source, tokenizer, model, max_length=job.max_length),
+        encode_rows(texts, source, tokenizer, model, max_length=job.max_length, name=name),
     )
 
 
 def _split(job: DebiasJob) -> tuple[list[NumberedRow], list[NumberedRow]]:
     """The rows that are trained on, and those that are measured on."""
-    rows, _ = take_rows(job.source, None, job.seed)
+    rows, _ = take_rows(job.source, None, job.seed, name="data")
     if job.text is not None:
-        return rows, take_rows(job.text, None, job.seed)[0]
+        return rows, take_rows(job.text, None, job.seed, name="text")[0]
     if len(rows) < 2:
         raise ValueError(
             f"data must hold at least 2 rows, got {len(rows)} in {job.source!r}: a quarter of them "
-            "is held out to measure on; add rows, or name others to measure on with --text"
+            "is held out to measure on; add rows, or name others to measure on as text="
         )
     apart = max(1, round(_MEASURED * len(rows)))
     return rows[apart:], rows[:apart]
 
 
-def _numbered_texts(rows: Sequence[NumberedRow], source: str) -> list[NumberedRow]:
+def _numbered_texts(rows: Sequence[NumberedRow], source: str, name: str) -> list[NumberedRow]:
     """The texts of the rows, each as a row with the number of its own.
 
     Raises:
@@ -253,7 +260,7 @@ def _numbered_texts(rows: Sequence[NumberedRow], source: str) -> list[NumberedRo
         number = min(unread)
         chat = unread[number].get("messages") is not None
         raise ValueError(
-            f"source {source!r}: row {number} must hold text, or prompt and response, or premise "
+            f"{name} {source!r}: row {number} must hold text, or prompt and response, or premise "
             f"and hypothesis, got {'a chat (messages)' if chat else sorted(unread[number])}; write "
             "what is to be measured as text"
         )
@@ -403,6 +410,7 @@ def _collect(
                 *cautions.about_classes(
                     len(prepared.measured_classes), states["before"]["collapse"]
                 ),
+                *cautions.about_precision(prepared.model),
                 *cautions.about_regularizer(job.collapse_strength, job.control, history),
             ],
             "cost": costs.steps,

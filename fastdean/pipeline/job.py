@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastdean.coupling import DEFAULT_RATIO, RULES, SCOPES
 from fastdean.data import TEMPLATES
+from fastdean.loading import dtype_name
 from fastdean.masks.entries import checked_scale
 
 DATA_SETS = ("fairness", "privacy", "general")
@@ -82,6 +83,8 @@ class Job:
                 f"{self.min_k}"
             )
         checked_scale(self.scale)
+        # One name, so that a job in bf16 is the job in bfloat16.
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
     @property
     def effective_ratio(self) -> float:
