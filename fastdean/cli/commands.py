@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+import fastdean
+from fastdean.cli.flags import naming
 from fastdean.cli.options import (
     SOURCE_HELP,
     Deterministic,
@@ -62,7 +64,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(fastdean.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def everything(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it, and end."),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -105,13 +124,13 @@ def run(
     privacy: Annotated[str, typer.Option(help="SRC of privacy rows.")],
     general: Annotated[str, typer.Option(help="SRC of general instruction rows, to be spared.")],
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             parser=out_path,
             metavar="PATH",
-            help="Run folder, new or empty, or of the same job to resume it.",
+            help="Run folder, new or empty, or of the same job to resume it; --preview needs none.",
         ),
-    ],
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     ratio: Ratio = None,
@@ -175,7 +194,7 @@ def run(
     )
     if preview:
         return _preview({name: getattr(job, name) for name in DATA_SETS}, job)
-    return _run_job(job, out, overwrite, quiet)
+    return _run_job(job, _given(out), overwrite, quiet)
 
 
 @app.command()
@@ -184,8 +203,11 @@ def score(
     model: Model,
     data: Annotated[str, typer.Option(help=f"SRC: {SOURCE_HELP}.")],
     out: Annotated[
-        Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the scores.")
-    ],
+        Path | None,
+        typer.Option(
+            parser=out_path, metavar="PATH", help="Folder for the scores; not needed to preview."
+        ),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     examples: Examples = 128,
@@ -227,6 +249,7 @@ def score(
         options |= {"examples": examples, "seed": seed}
         options |= {"template": template, "max_length": max_length}
         return _preview({"data": data}, SimpleNamespace(**options))
+    out = _given(out)
     budget = _bytes(memory_budget)
     with process_group():
         ranks = Ranks.current()
@@ -234,7 +257,7 @@ def score(
             if ranks.first:
                 require_outside(out, model)
                 _require_free(out, overwrite, "scores")
-            rows, _ = take_rows(data, examples, seed)
+            rows, _ = take_rows(data, examples, seed, name="data")
             loaded, tokenizer = load_model(
                 model,
                 dtype=dtype,
@@ -244,7 +267,13 @@ def score(
                 progress=ranks.first and not quiet,
             )
             encoded = encode_rows(
-                rows, data, tokenizer, loaded, template=template, max_length=max_length
+                rows,
+                data,
+                tokenizer,
+                loaded,
+                template=template,
+                max_length=max_length,
+                name="data",
             )
         if ranks.first:
             numbers = [number for number, _ in rows]
@@ -320,7 +349,11 @@ def couple(
             f"revision must come with model, whose revision it is, got {revision!r} alone; "
             "pass --model too"
         )
-    scores = [Scores.from_pretrained(path) for path in (first, second, *(general or []))]
+    given = [("first", first), ("second", second), *(("general", path) for path in general or [])]
+    scores = []
+    for option, path in given:
+        with naming(path_or_repo_id=option):
+            scores.append(Scores.from_pretrained(path))
     loaded = None
     if model is not None:
         loaded, _ = load_model(
@@ -347,7 +380,7 @@ def couple(
 
 
 @app.command()
-@command()
+@command(names={"path_or_repo_id": "mask"})
 def apply(
     model: Model,
     mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
@@ -386,7 +419,7 @@ def apply(
 
 
 @app.command()
-@command()
+@command(names={"path_or_repo_id": "mask", "source": "checkpoint"})
 def patch(
     checkpoint: Annotated[Path, typer.Option(help="Local Hugging Face folder with safetensors.")],
     mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
@@ -514,6 +547,12 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # how it reports a full disk
         raise OSError(f"the model could not be written: {error}") from error
+
+
+def _given(out: Path | None) -> Path:
+    if out is None:
+        raise ValueError("out must be a path, got none; name the folder to write")
+    return out
 
 
 def _bytes(gigabytes: float | None) -> int | None:

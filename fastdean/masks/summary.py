@@ -51,9 +51,7 @@ class MaskSummary:
     scale: float = 0.0
 
     @classmethod
-    def of(
-        cls, table: Sequence[Mapping[str, Any]], unit: str, scale: float = 0.0
-    ) -> MaskSummary:
+    def of(cls, table: Sequence[Mapping[str, Any]], unit: str, scale: float = 0.0) -> MaskSummary:
         """The sums of a table's rows."""
         return cls(
             rows=_aggregate(table, "layer"),

@@ -43,10 +43,16 @@ def preview(sources: Mapping[str, str], job: Any) -> dict[str, Any]:
     )
     examples, data, warnings = {}, {}, []
     for name, source in sources.items():
-        rows, _ = take_rows(source, job.examples, job.seed)
+        rows, _ = take_rows(source, job.examples, job.seed, name=name)
         numbers = [number for number, _ in rows]
         encoded = encode_rows(
-            rows, source, tokenizer, None, template=job.template, max_length=job.max_length
+            rows,
+            source,
+            tokenizer,
+            None,
+            template=job.template,
+            max_length=job.max_length,
+            name=name,
         )
         examples[name] = shown(source, numbers[0], encoded[0], tokenizer)
         data[name] = describe_rendering(encoded, tokenizer, job.template)

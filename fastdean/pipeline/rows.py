@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +45,17 @@ class SplitRows:
 
 
 def take_rows(
-    source: str, count: int | None, seed: int
+    source: str, count: int | None, seed: int, *, name: str = "source"
 ) -> tuple[list[NumberedRow], list[NumberedRow]]:
     """(`count` rows of a source in shuffled order, the others), each with its number from 1.
 
     With fewer rows than `count` all are taken, and a warning says so.
+
+    Args:
+        name: of the argument that names the source, for messages.
     """
-    numbered = list(enumerate(load_rows(source), start=1))
+    with _named(name):
+        numbered = list(enumerate(load_rows(source), start=1))
     if count is not None and count > len(numbered):
         logger.warning(
             "%s has %d rows, fewer than the %d asked for: all are taken",
@@ -69,6 +75,7 @@ def encode_rows(
     *,
     template: str | None = None,
     max_length: int | None = None,
+    name: str = "source",
 ) -> list[Example]:
     """Tokenise numbered rows; what the model could not take is refused by source and number.
 
@@ -90,7 +97,16 @@ def encode_rows(
             for n, row in rows
         ]
     except ValueError as error:
-        raise ValueError(f"source {source!r}: {error}") from None
+        raise ValueError(f"{name} {source!r}: {error}") from None
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors call the source by the argument that names it: there may be several."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"^source\b", name, str(error))) from None
 
 
 def _fitting(
@@ -115,7 +131,7 @@ def _fitting(
 
 def split_rows(name: str, job: Job) -> SplitRows:
     """The scored rows, and others to measure on: of other prompts, with what the figures need."""
-    scored, others = take_rows(getattr(job, name), job.examples, job.seed)
+    scored, others = take_rows(getattr(job, name), job.examples, job.seed, name=name)
     seen = {str(row["prompt"]) for _, row in scored if "prompt" in row}
     fresh = [(n, row) for n, row in others if str(row.get("prompt")) not in seen]
 
