@@ -391,7 +391,8 @@ def _require_weights_of_their_own(model: nn.Module, targets: Sequence[Target]) -
 
 def _require_each_wanted(settled: Settled, target_modules: str | Sequence[str]) -> None:
     """Whoever names a group gets what of it can be scored; nothing that was named goes missing."""
-    for suffix in () if isinstance(target_modules, str) else target_modules:
+    text = isinstance(target_modules, str)
+    for suffix in target_modules.replace(",", " ").split() if text else target_modules:
         names = [target.name for target in settled.targets]
         if not any(name == suffix or name.endswith(f".{suffix}") for name in names):
             for name, reason in settled.left_out.items():

@@ -53,7 +53,11 @@ Rule = Annotated[
 ]
 Granularity = Annotated[str, typer.Option(help="weight, or neuron for the units of the MLPs.")]
 Targets = Annotated[
-    str, typer.Option("--target-modules", help="mlp, self_attn, all, or a regular expression.")
+    str,
+    typer.Option(
+        "--target-modules",
+        help="mlp, self_attn, all, ends of names (q_proj,v_proj), or a regular expression.",
+    ),
 ]
 Examples = Annotated[
     int | None, typer.Option(help="Rows of each source to score, shuffled by --seed.")
@@ -63,6 +67,14 @@ Template = Annotated[
     typer.Option(
         help="Of prompt and response: raw (one after the other), chat (the tokenizer's template), "
         "or published [default: raw]. Messages always take the chat template, text takes none."
+    ),
+]
+SkipBadRows = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad-rows",
+        help="Leave out rows that cannot be read or encoded, and count them, rather than refuse "
+        "the first.",
     ),
 ]
 Preview = Annotated[
