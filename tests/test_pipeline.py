@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -803,6 +804,46 @@ def test_each_step_is_announced_before_it_begins_and_titles_its_bars(
     assert lines == [f"fastdean: {step}" for step in steps]
     assert {steps[3], f"{steps[9]}: margins", f"{steps[8]}: hidden states"} <= {*titles}
     assert all(title.startswith("step ") for title in titles)
+
+
+def _spoiled(path, source):
+    """The rows of a source, with one that is not JSON, one without an answer and one too long."""
+    lines = source.read_text("utf-8").splitlines()
+    long = json.dumps({"prompt": "w1", "response": "w2 " * 200, "unsafe": "w3"})
+    lines[1:1] = ['{"prompt": ', '{"prompt": "w1", "response": "", "unsafe": "w2"}', long]
+    path.write_text("\n".join(lines), "utf-8")
+    return path
+
+
+def test_bad_rows_are_refused_with_the_way_to_skip_them_or_left_out_and_counted(
+    place, tmp_path, caplog
+):
+    bad = _spoiled(tmp_path / "bad.jsonl", Path(place["privacy"]))
+    job = {**place, "privacy": str(bad), **OPTIONS, "examples": None, "progress": False}
+    with pytest.raises(ValueError, match=r"^privacy .* line 2: .*pass skip_bad_rows=True to leave"):
+        fastdean.run(**job, out=tmp_path / "run")
+    results = fastdean.run(**job, skip_bad_rows=True, out=tmp_path / "run")
+    kept = results["data"]["privacy"]
+    assert kept["examples"] == 10 and kept["skipped_rows"]["count"] == 3
+    assert [row["row"] for row in kept["skipped_rows"]["first"]] == [2, 3, 4]
+    stored = Scores.from_pretrained(tmp_path / "run" / "scores" / "privacy").manifest
+    assert stored["data"]["skipped_rows"] == kept["skipped_rows"]
+    assert "skipped_rows" not in results["data"]["fairness"]
+    (told,) = [text for text in results["warnings"] if "left out" in text]
+    assert told.startswith("privacy: 3 rows are left out: row 2 (") and "row 4 (" in told
+    assert caplog.messages.count(told) == 1
+    clean = fastdean.run(
+        **{**job, "privacy": place["privacy"]}, out=tmp_path / "clean", skip_bad_rows=True
+    )
+    assert clean["coupling"]["total"] == results["coupling"]["total"]
+
+
+def test_options_that_fit_no_row_are_not_taken_for_bad_rows(place, tmp_path):
+    job = {**place, **QUICK, "skip_bad_rows": True, "out": tmp_path / "run", "progress": False}
+    with pytest.raises(ValueError, match="max_length must be at least 2 tokens"):
+        fastdean.run(**job, max_length=1)
+    with pytest.raises(ValueError, match="every row had to be left out: .*chat template"):
+        fastdean.run(**job, template="chat")
 
 
 def test_one_call_does_what_the_command_does(place, finished, tmp_path):

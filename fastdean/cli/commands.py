@@ -33,6 +33,7 @@ from fastdean.cli.options import (
     Scale,
     Scope,
     Seed,
+    SkipBadRows,
     Targets,
     Template,
     TokensPerBatch,
@@ -144,6 +145,7 @@ def run(
     scope: Scope = "matrix",
     min_k: MinK = 0,
     scale: Scale = 0.0,
+    skip_bad_rows: SkipBadRows = False,
     template: Template = None,
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
@@ -183,6 +185,7 @@ def run(
         scale=scale,
         examples=examples,
         eval_examples=eval_examples,
+        skip_bad_rows=skip_bad_rows,
         template=template,
         max_length=max_length,
         tokens_per_batch=tokens_per_batch,
@@ -216,6 +219,7 @@ def score(
     keep_top: Annotated[
         float, typer.Option(help="Keep only this share of each matrix; 1 keeps all, with its size.")
     ] = 1e-3,
+    skip_bad_rows: SkipBadRows = False,
     template: Template = None,
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
@@ -236,7 +240,7 @@ def score(
     """
     from fastdean.distributed import Ranks
     from fastdean.loading import load_model
-    from fastdean.pipeline.rows import encode_rows, take_rows
+    from fastdean.pipeline.rows import Skipped, encode_rows, take_rows, usable_rows
     from fastdean.pipeline.run_folder import require_outside
     from fastdean.provenance import public_source
     from fastdean.rendering import describe_rendering, rendering_cautions
@@ -247,7 +251,7 @@ def score(
     if preview:
         options = {"model": model, "revision": revision, "trust_remote_code": trust_remote_code}
         options |= {"examples": examples, "seed": seed}
-        options |= {"template": template, "max_length": max_length}
+        options |= {"template": template, "max_length": max_length, "skip_bad_rows": skip_bad_rows}
         return _preview({"data": data}, SimpleNamespace(**options))
     out = _given(out)
     budget = _bytes(memory_budget)
@@ -257,7 +261,8 @@ def score(
             if ranks.first:
                 require_outside(out, model)
                 _require_free(out, overwrite, "scores")
-            rows, _ = take_rows(data, examples, seed, name="data")
+            skipped = Skipped() if skip_bad_rows else None
+            rows, _ = take_rows(data, examples, seed, name="data", skipped=skipped)
             loaded, tokenizer = load_model(
                 model,
                 dtype=dtype,
@@ -266,18 +271,15 @@ def score(
                 trust_remote_code=trust_remote_code,
                 progress=ranks.first and not quiet,
             )
-            encoded = encode_rows(
-                rows,
-                data,
-                tokenizer,
-                loaded,
-                template=template,
-                max_length=max_length,
-                name="data",
-            )
+            given = (data, tokenizer, loaded)
+            options = {"template": template, "max_length": max_length, "name": "data"}
+            rows = usable_rows(rows, skipped, *given, **options)
+            encoded = encode_rows(rows, *given, **options)
         if ranks.first:
             numbers = [number for number, _ in rows]
-            for caution in rendering_cautions(encoded, numbers, tokenizer, data, template):
+            cautions = [] if skipped is None else skipped.told("data")
+            cautions += rendering_cautions(encoded, numbers, tokenizer, data, template)
+            for caution in cautions:
                 tell(f"fastdean: {caution}")
         scores = score_model(
             loaded,
@@ -294,6 +296,7 @@ def score(
             return None
         scores.manifest["data"]["sources"] = [public_source(data)]
         scores.manifest["data"] |= describe_rendering(encoded, tokenizer, template)
+        scores.manifest["data"] |= {} if skipped is None else skipped.described()
         scores.manifest["model"] |= {"revision": revision, "trust_remote_code": trust_remote_code}
         scores.save_pretrained(out, overwrite=overwrite)
     tell(f"{scores!r}\nwritten to {out}")

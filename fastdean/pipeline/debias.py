@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdean._logging import logger
 from fastdean.collapse import CollapseClasses, CollapseRegularizer, read_word_groups
 from fastdean.data import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
@@ -41,7 +42,7 @@ from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.inputs import benchmark_digests
 from fastdean.pipeline.published import published
 from fastdean.pipeline.results import plain
-from fastdean.pipeline.rows import NumberedRow, encode_rows, take_rows
+from fastdean.pipeline.rows import NumberedRow, Skipped, encode_rows, take_rows, usable_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
 from fastdean.provenance import now, public_command, public_name, public_source, versions
 from fastdean.report import write_report
@@ -75,6 +76,7 @@ class DebiasJob:
             and a warning says so.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
+        skip_bad_rows: see `Job`; of the rows that are trained on, those that cannot be read.
         seed: of shuffles, masking, dropout, controls, permutations and bootstraps.
     Raises:
         ValueError: an option out of range.
@@ -109,6 +111,7 @@ class DebiasJob:
     dtype: str = "float32"
     device: str | None = None
     seed: int = 0
+    skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -151,6 +154,7 @@ class _Prepared:
     measured_classes: CollapseClasses
     trained: list[dict[str, Any]]
     measured: list[Example]
+    left_out: list[str]
 
 
 def run(
@@ -192,7 +196,8 @@ def run(
 
 def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) -> _Prepared:
     with costs.step("read data"):
-        trained, measured = _split(job)
+        skipped = {name: Skipped() for name in ("data", "text") if job.skip_bad_rows}
+        trained, measured = _split(job, skipped)
     name, source = ("data", job.source) if job.text is None else ("text", job.text)
     texts = _numbered_texts(measured, source, name)
     folder.inputs = {
@@ -225,21 +230,30 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     check_counts(save_every=job.save_every, max_length=job.max_length)
     check_schedule(warmup=_WARMUP, seed=job.seed, **_course(job))
     _regularizer(model, classes, job).remove()
+    options = {"max_length": job.max_length, "name": name}
+    texts = usable_rows(texts, skipped.get(name), source, tokenizer, model, **options)
+    left_out = [sentence for name, rows in skipped.items() for sentence in rows.told(name)]
+    for sentence in left_out:
+        logger.warning("%s", sentence)
     return _Prepared(
         model,
         tokenizer,
         classes,
         measured_classes,
         [row for _, row in trained],
-        encode_rows(texts, source, tokenizer, model, max_length=job.max_length, name=name),
+        encode_rows(texts, source, tokenizer, model, **options),
+        left_out,
     )
 
 
-def _split(job: DebiasJob) -> tuple[list[NumberedRow], list[NumberedRow]]:
+def _split(
+    job: DebiasJob, skipped: Mapping[str, Skipped]
+) -> tuple[list[NumberedRow], list[NumberedRow]]:
     """The rows that are trained on, and those that are measured on."""
-    rows, _ = take_rows(job.source, None, job.seed, name="data")
+    data, text = skipped.get("data"), skipped.get("text")
+    rows, _ = take_rows(job.source, None, job.seed, name="data", skipped=data)
     if job.text is not None:
-        return rows, take_rows(job.text, None, job.seed, name="text")[0]
+        return rows, take_rows(job.text, None, job.seed, name="text", skipped=text)[0]
     if len(rows) < 2:
         raise ValueError(
             f"data must hold at least 2 rows, got {len(rows)} in {job.source!r}: a quarter of them "
@@ -407,6 +421,7 @@ def _collect(
             ],
             "warnings": [
                 *folder.other_versions,
+                *prepared.left_out,
                 *cautions.about_classes(
                     len(prepared.measured_classes), states["before"]["collapse"]
                 ),

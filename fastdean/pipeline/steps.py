@@ -158,11 +158,21 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
         unsafe = [(n, {"prompt": r["prompt"], "response": r["unsafe"]}) for n, r in safe]
         return list(zip(encoded(topic, safe), encoded(topic, unsafe), strict=True))
 
+    rows = {
+        name: split.usable(getattr(job, name), tokenizer, model, name=name, **options)
+        for name, split in rows.items()
+    }
     scored = {name: encoded(name, rows[name].scored) for name in DATA_SETS}
     renderings = {
         name: describe_rendering(scored[name], tokenizer, job.template) for name in DATA_SETS
     }
     cautions = [
+        *(
+            sentence
+            for name, split in rows.items()
+            if split.skipped is not None
+            for sentence in split.skipped.told(name)
+        ),
         *differing_renderings(renderings),
         *(
             caution
@@ -261,9 +271,11 @@ def _score(
             progress=progress,
             description=f"score {name}",
         )
+    skipped = prepared.rows[name].skipped
     scores.manifest["data"] |= {
         "sources": [public_source(getattr(job, name))],
         **prepared.renderings[name],
+        **({} if skipped is None else skipped.described()),
     }
     scores.manifest["model"] |= {
         "revision": job.revision,
