@@ -356,6 +356,32 @@ def test_make_demo_can_be_called_again(tmp_path, monkeypatch):
     assert done == [Path("fastdean-demo")] * 2
 
 
+@pytest.mark.parametrize("given", [None, "active"])
+def test_the_demo_lets_waiting_threads_sleep_before_torch_is_loaded(given):
+    """OpenMP reads the policy when its library is loaded, which is with torch."""
+    script = textwrap.dedent(
+        """
+        import os, sys
+        from fastdean.cli import commands
+        assert "torch" not in sys.modules
+        class Stop:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    print(os.environ["OMP_WAIT_POLICY"])
+                    sys.stdout.flush()
+                    os._exit(0)
+        sys.meta_path.insert(0, Stop())
+        commands.demo.__wrapped__(out="x")
+        """
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    made = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert made.stdout.split() == [given or "passive"], made.stderr
+
+
 def test_score_refuses_a_used_folder_before_the_model_is_loaded(place, tmp_path, monkeypatch):
     def load_model(*args, **options):
         raise AssertionError("the model was loaded")

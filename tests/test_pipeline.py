@@ -846,6 +846,26 @@ def test_options_that_fit_no_row_are_not_taken_for_bad_rows(place, tmp_path):
         fastdean.run(**job, template="chat")
 
 
+def test_one_set_given_twice_is_told_by_its_content(place, tmp_path, caplog):
+    lines = Path(place["privacy"]).read_text("utf-8").splitlines()
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text("\n".join(reversed(lines)), "utf-8")
+    job = {**place, **QUICK, "fairness": str(copy), "out": tmp_path / "run", "progress": False}
+    results = fastdean.run(**job)
+    told = "fairness and privacy hold the same rows: "
+    assert [text for text in results["warnings"] if "same rows" in text][0].startswith(told)
+    assert len([text for text in caplog.messages if told in text]) == 1
+
+
+def test_couple_tells_scores_of_the_same_examples(finished, tmp_path, caplog):
+    fair, general = (
+        Scores.from_pretrained(finished[0] / "scores" / s) for s in ("fairness", "general")
+    )
+    fastdean.couple(fair, fair, general=general, ratio=0.05)
+    (told,) = [text for text in caplog.messages if "same examples" in text]
+    assert told.startswith("first and second were scored on the same examples")
+
+
 def test_one_call_does_what_the_command_does(place, finished, tmp_path):
     results = fastdean.run(**place, **QUICK, out=tmp_path / "run", progress=False)
     assert lasting(results) == lasting(finished[1])

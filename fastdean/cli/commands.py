@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -102,6 +103,9 @@ def demo(
 
     Example: `fastdean demo --out demo/`
     """
+    # Read once, when torch is loaded: threads that wait spinning slow down a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
     from fastdean.loading import DEMO_MODEL
     from fastdean.pipeline.job import Job
 

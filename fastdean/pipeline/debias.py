@@ -23,6 +23,7 @@ from fastdean.debias.forms import require_form
 from fastdean.debias.objectives import require_method
 from fastdean.debias.schedule import check_counts, check_schedule
 from fastdean.declared import Lists, Real, Record, Whole
+from fastdean.digits import apart
 from fastdean.distributed import Ranks
 from fastdean.evaluation import Perplexity, compare_perplexity, perplexity
 from fastdean.forward import label_shift
@@ -42,7 +43,15 @@ from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.inputs import benchmark_digests
 from fastdean.pipeline.published import published
 from fastdean.pipeline.results import plain
-from fastdean.pipeline.rows import NumberedRow, Skipped, encode_rows, take_rows, usable_rows
+from fastdean.pipeline.rows import (
+    NumberedRow,
+    Skipped,
+    content_digest,
+    encode_rows,
+    same_content,
+    take_rows,
+    usable_rows,
+)
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
 from fastdean.provenance import now, public_command, public_name, public_source, versions
 from fastdean.report import write_report
@@ -154,7 +163,7 @@ class _Prepared:
     measured_classes: CollapseClasses
     trained: list[dict[str, Any]]
     measured: list[Example]
-    left_out: list[str]
+    cautions: list[str]
 
 
 def run(
@@ -232,7 +241,9 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     _regularizer(model, classes, job).remove()
     options = {"max_length": job.max_length, "name": name}
     texts = usable_rows(texts, skipped.get(name), source, tokenizer, model, **options)
-    left_out = [sentence for name, rows in skipped.items() for sentence in rows.told(name)]
+    contents = {"data": content_digest(trained), "text": content_digest(measured)}
+    left_out = same_content(contents)
+    left_out += [sentence for name, rows in skipped.items() for sentence in rows.told(name)]
     for sentence in left_out:
         logger.warning("%s", sentence)
     return _Prepared(
@@ -421,7 +432,7 @@ def _collect(
             ],
             "warnings": [
                 *folder.other_versions,
-                *prepared.left_out,
+                *prepared.cautions,
                 *cautions.about_classes(
                     len(prepared.measured_classes), states["before"]["collapse"]
                 ),
@@ -459,9 +470,10 @@ def _collapse_change(job: DebiasJob, collapse: Mapping[str, Any]) -> str:
     if None in values.values():
         return f"After {trained}, (U)NC3 could not be measured: too few classes in the text."
     words = public_source(job.words)
+    before, after = apart(values["before"], values["after"])
     return (
         f"After {trained}, the spread of the alignment of {words} words ((U)NC3, std, on text "
-        f"not trained on) is {values['after']:.4g}; it was {values['before']:.4g}."
+        f"not trained on) is {after}; it was {before}."
     )
 
 
@@ -477,10 +489,10 @@ def _perplexity_change(states: Mapping[str, Mapping[str, Any]]) -> list[str]:
     except ValueError:
         # Infinite, or no number: it is shown as it is, and not judged.
         verdict = ""
+    was, now = apart(before.value, after.value)
     return [
-        f"Perplexity of the measured text: {before.value:.4g} before, {after.value:.4g} "
-        f"after{verdict}. It is of the same kind as the training text, so that most of a fall is "
-        "adaptation to it."
+        f"Perplexity of the measured text: {was} before, {now} after{verdict}. It is of the "
+        "same kind as the training text, so that most of a fall is adaptation to it."
     ]
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 from torch import nn
@@ -64,12 +65,14 @@ class SplitRows:
     Attributes:
         held_out: whether none of the measured rows is a scored one.
         skipped: what was left out; None where the first bad row is an error.
+        content: digest of all rows of the source, whatever their order.
     """
 
     scored: list[NumberedRow]
     measured: list[NumberedRow]
     held_out: bool
     skipped: Skipped | None = None
+    content: str = ""
 
     def usable(self, *arguments: Any, **options: Any) -> SplitRows:
         """Without the rows that cannot be encoded: see `usable_rows`."""
@@ -238,7 +241,27 @@ def split_rows(name: str, job: Job) -> SplitRows:
         return found[: job.eval_examples]
 
     held_out = usable(fresh)
-    return SplitRows(scored, held_out or usable(scored), bool(held_out), skipped)
+    content = content_digest([*scored, *others])
+    return SplitRows(scored, held_out or usable(scored), bool(held_out), skipped, content)
+
+
+def content_digest(rows: Sequence[NumberedRow]) -> str:
+    """Of what the rows hold, whatever their order: equal for two copies of one file."""
+    lines = sorted(json.dumps(row, sort_keys=True, default=str) for _, row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def same_content(contents: Mapping[str, str]) -> list[str]:
+    """A sentence for each two sets of the same rows.
+
+    Args:
+        contents: name of the set -> `content_digest` of its rows.
+    """
+    return [
+        f"{one} and {other} hold the same rows: what is said of both is said of one set twice"
+        for one, other in combinations(contents, 2)
+        if contents[one] == contents[other]
+    ]
 
 
 def _is_measurable(row: Mapping[str, Any], name: str) -> bool:

@@ -26,7 +26,7 @@ from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.job import DATA_SETS, Job
 from fastdean.pipeline.measuring import TOPICS, MeasuringSet, measure
 from fastdean.pipeline.preview import shown
-from fastdean.pipeline.rows import NumberedRow, SplitRows, encode_rows, split_rows
+from fastdean.pipeline.rows import NumberedRow, SplitRows, encode_rows, same_content, split_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
 from fastdean.provenance import public_source
 from fastdean.rendering import (
@@ -167,6 +167,7 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
         name: describe_rendering(scored[name], tokenizer, job.template) for name in DATA_SETS
     }
     cautions = [
+        *same_content({name: split.content for name, split in rows.items()}),
         *(
             sentence
             for name, split in rows.items()
