@@ -93,6 +93,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "workloads",
     },
     "masks": {
+        "_logging",
         "adapters",
         "declared",
         "fastdean",
