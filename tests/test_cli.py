@@ -483,6 +483,17 @@ def test_apply_and_patch_give_the_same_tensors(place, run_folder, tmp_path):
     assert (tmp_path / "a" / "tokenizer.json").is_file()
 
 
+def test_apply_says_where_a_model_was_masked_already(place, run_folder, tmp_path):
+    arguments = ["--mask", run_folder / "mask", "--json"]
+    once = call("apply", "--model", place["model"], *arguments, "--out", tmp_path / "once")
+    again = call("apply", "--model", tmp_path / "once", *arguments, "--out", tmp_path / "again")
+    weights = json.loads(once.stdout)["weights"]
+    assert json.loads(once.stdout)["values_edited"] == weights
+    assert json.loads(again.stdout)["values_edited"] == 0
+    assert f"changed nothing: all {weights} values are zero already" in again.stderr
+    assert "applied" in once.stderr and "applied" not in again.stderr
+
+
 def test_masks_of_another_model_are_refused(place, run_folder, tmp_path):
     other = save_model(tmp_path / "other", lambda: tiny_models.llama(seed=1))
     shape = save_model(tmp_path / "shape", tiny_models.gpt2)

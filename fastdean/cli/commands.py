@@ -407,7 +407,7 @@ def apply(
     """
     from fastdean.checkpoint import verify_checkpoint
     from fastdean.loading import load_model
-    from fastdean.masks import NeuronMask
+    from fastdean.masks import NeuronMask, edits
     from fastdean.pipeline.run_folder import require_outside
     from fastdean.storage import new_folder
 
@@ -417,12 +417,19 @@ def apply(
     loaded, tokenizer = load_model(
         model, dtype=dtype, device="cpu", revision=revision, trust_remote_code=trust_remote_code
     )
-    found.apply_(loaded)
+    application = edits.apply_(loaded, found)
     with new_folder(out, name="out") as folder:
         _save_model(loaded, tokenizer, folder)
         verify_checkpoint(folder, found)
-    tell(f"{found!r} applied; the model is in {out}")
-    return {"out": str(out), "weights": len(found)}
+    edited = application is not None and application.wrote
+    value = "zero" if found.scale == 0 else "as the mask makes them"
+    said = "applied" if edited else f"changed nothing: all {len(found)} values are {value} already"
+    tell(f"{found!r} {said}; the model is in {out}")
+    return {
+        "out": str(out),
+        "weights": len(found),
+        "values_edited": len(found) if edited else 0,
+    }
 
 
 @app.command()
