@@ -8,6 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdean.hub import is_unreachable
+from fastdean.nearest import nearest
+
 if TYPE_CHECKING:
     import torch
 
@@ -57,7 +60,7 @@ def load_model(
     if device == "auto":
         options = {**options, "device_map": "auto"}
     # Never None: transformers then asks on stdin, where any "y" is taken for consent.
-    origin = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
+    origin = _asked_of_the_hub(where, revision, trust_remote_code)
     with _progress_bars(progress), _refusing(name, trust_remote_code):
         tokenizer, model, missing = _from_pretrained(where, options, wanted, origin)
     if missing:
@@ -93,7 +96,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     where, options = _locate(name, revision)
-    origin = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
+    origin = _asked_of_the_hub(where, revision, trust_remote_code)
     with _refusing(name, trust_remote_code):
         return AutoTokenizer.from_pretrained(where, **origin, **options)
 
@@ -117,7 +120,7 @@ def _refusing(name: str, trust_remote_code: bool) -> Iterator[None]:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
             "model must be a Hugging Face folder, a reachable hub id or a .gguf file, got "
-            f"{name!r}: {reason}"
+            f"{name!r}: {reason}{nearest(name)}"
         ) from error
 
 
@@ -170,16 +173,33 @@ def _found(name: str) -> tuple[str, dict[str, Any]]:
     path = _demo_file() if name == DEMO_MODEL else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"model must be an existing file, got {name!r}; check the path")
+            raise ValueError(
+                f"model must be an existing file, got {name!r}; check the path{nearest(name)}"
+            )
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(
             f"model must be a Hugging Face folder with a config.json, got {name!r}; save the model "
             "there with save_pretrained first"
         )
-    if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(f"model must be an existing folder, got {name!r}; check the path")
+    if not path.is_dir() and _is_path(name):
+        raise ValueError(
+            f"model must be an existing folder, got {name!r}; check the path{nearest(name)}"
+        )
     return str(path) if path.is_dir() else name, {}
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name cannot be a hub id, which is a name or owner/name."""
+    return name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(("/", "\\"))
+
+
+def _asked_of_the_hub(where: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """The options of a request; where the hub cannot be reached, its cache alone is asked."""
+    options = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
+    if not Path(where).exists() and is_unreachable():
+        options["local_files_only"] = True
+    return options
 
 
 def _demo_file() -> Path:

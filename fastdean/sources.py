@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from fastdean.columns import usual_columns
+from fastdean.nearest import nearest
 
 ROW_KEYS = ("prompt", "response", "unsafe", "messages", "text", "premise", "hypothesis")
 _TEXT_KEYS = tuple(key for key in ROW_KEYS if key != "messages")
@@ -161,7 +162,7 @@ def _read(
     comma = "," if also else " or"
     raise ValueError(
         f"source must be a file ending in {', '.join(_READERS)}{comma} a hub id owner/name{also}, "
-        f"got {name!r}"
+        f"got {name!r}{nearest(name)}"
     )
 
 
@@ -272,7 +273,9 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
             f"source must be a file ending in {', '.join(_READERS)}, got {str(path)!r}"
         )
     if not path.is_file():
-        raise ValueError(f"source must be an existing file, got {str(path)!r}; check the path")
+        raise ValueError(
+            f"source must be an existing file, got {str(path)!r}; check the path{nearest(path)}"
+        )
     if path.stat().st_size == 0:
         raise ValueError(f"source must hold at least one row, got the empty file {str(path)!r}")
     try:
@@ -395,7 +398,7 @@ def _load_hub(
         raise ValueError(
             f"source {name!r} must be a file or a reachable data set of the hub, got: "
             f"{_first_line(error)}; "
-            "check the id, the split and the network, or pass a local file"
+            f"check the id, the split and the network, or pass a local file{nearest(name)}"
         ) from None
 
 

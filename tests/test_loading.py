@@ -58,6 +58,36 @@ def test_a_missing_model_is_refused_in_one_line(name):
     assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
+def test_a_mistyped_path_is_refused_at_once_with_the_names_beside_it(llama, monkeypatch):
+    def no_hub(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("fastdean.loading.is_unreachable", no_hub)
+    mistyped = f"{str(llama)[:-1]}x"
+    with pytest.raises(ValueError, match="must be an existing folder") as caught:
+        load(mistyped)
+    assert f"near it: {str(llama)!r}" in str(caught.value)
+    monkeypatch.chdir(llama.parent)
+    with pytest.raises(ValueError, match="must be an existing folder"):
+        load("lama/")
+
+
+def test_where_the_hub_cannot_be_reached_the_cache_alone_is_asked(llama, monkeypatch):
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(timeout)
+            raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    monkeypatch.chdir(llama.parent)
+    with pytest.raises(ValueError, match=f"near it: {llama.name!r}"):
+        load(llama.name[:-1])
+    assert len(asked) == 1 and asked[0] <= 5
+
+
 def test_an_unreachable_hub_id_is_refused_in_one_line():
     with pytest.raises(ValueError, match="a reachable hub id .* got 'nobody/nothing': ") as caught:
         load("nobody/nothing")
