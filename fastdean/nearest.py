@@ -9,7 +9,7 @@ _MOST = 3
 
 
 def nearest(path: str | Path) -> str:
-    """ "; near it are ..." with existing paths whose last part is like that of `path`; or nothing."""
+    """Existing paths beside `path` whose last part is like its own, as the end of a sentence."""
     place = Path(path).expanduser()
     try:
         names = sorted(found.name for found in place.parent.iterdir())

@@ -609,7 +609,7 @@ def test_a_fault_of_ours_shows_its_traceback(place, tmp_path, monkeypatch, error
     def load_rows(source):
         raise error
 
-    monkeypatch.setattr("fastdean.pipeline.rows.load_rows", load_rows)
+    monkeypatch.setattr("fastdean.pipeline.rows.numbered_rows", load_rows)
     result = call("run", *sources(place), "--out", tmp_path / "out", *OPTIONS)
     assert result.exit_code == 1
     assert "Traceback" in result.stderr and type(error).__name__ in result.stderr
