@@ -606,10 +606,10 @@ def test_a_run_that_stops_is_one_line_and_goes_on_later(
 def test_a_fault_of_ours_shows_its_traceback(place, tmp_path, monkeypatch, error):
     """Raised outside the package, as by a library that was called wrongly."""
 
-    def load_rows(source):
+    def numbered_rows(*_):
         raise error
 
-    monkeypatch.setattr("fastdean.pipeline.rows.numbered_rows", load_rows)
+    monkeypatch.setattr("fastdean.pipeline.rows.numbered_rows", numbered_rows)
     result = call("run", *sources(place), "--out", tmp_path / "out", *OPTIONS)
     assert result.exit_code == 1
     assert "Traceback" in result.stderr and type(error).__name__ in result.stderr
