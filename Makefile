@@ -23,10 +23,13 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 # What the checks on a GPU write.
 OUT ?= gpu-out
 
-.PHONY: demo install test test-slow test-lowest lint format build clean
+.PHONY: help demo install test test-slow test-lowest lint format build clean
 .PHONY: gpu-first gpu-rehearsal gpu-extension gpu-results gpu-check gpu-bench gpu-sanitize
 
-install: $(INSTALLED)
+install: $(INSTALLED)  ## a .venv with the package and what its tests and demo need
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,32 +46,32 @@ $(DEMO_MODEL): $(INSTALLED)
 
 # --overwrite, because a second call finds the first one's finished run: only a run that FastDEAN
 # wrote is replaced, a folder with other files in it is refused, and an interrupted run is resumed.
-demo: $(DEMO_MODEL)
+demo: $(DEMO_MODEL)  ## install, and the main job on a small real model (3 to 5 minutes)
 	$(BIN)/fastdean demo --overwrite
 
 # In two processes, with one thread each (tests/conftest.py).
-test: $(INSTALLED)
+test: $(INSTALLED)  ## the tests that need no GPU, no network and no model
 	$(BIN)/pytest -q -n 2 -m "not slow"
 
-test-slow: $(DEMO_MODEL)
+test-slow: $(DEMO_MODEL)  ## the tests with a real model
 	$(BIN)/pytest -q -m slow
 
 # The same tests on the oldest versions that pyproject.toml admits, in an environment of their own.
-test-lowest:
+test-lowest:  ## the tests on the oldest versions that are admitted
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install -c constraints-lowest.txt ".[test]"
 	.venv-lowest/bin/pytest -q -n 2 -m "not slow"
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## ruff, its format included
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(INSTALLED)
+format: $(INSTALLED)  ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # The wheel is built from the sdist, so that one which lacks a file does not pass.
-build: $(INSTALLED)
+build: $(INSTALLED)  ## sdist and wheel, in dist/
 	$(BIN)/python -m build --outdir dist
 
 # The targets for a machine with a GPU take what stands there: no network and no environment of
@@ -81,31 +84,31 @@ build: $(INSTALLED)
 #
 # gpu-first is what to run where minutes on a GPU are few: tests, the sanitizer and measurements,
 # most worth first. The other three are its parts, gpu-bench with more to measure.
-gpu-first:
+gpu-first:  ## on a GPU: tests, sanitizer and measurements, most worth first, into OUT
 	$(PYTHON) benchmarks/gpu/first.py $(OUT)
 
-gpu-check:
+gpu-check:  ## on a GPU: the tests of the kernels
 	$(PYTHON) benchmarks/gpu/first.py $(OUT) --target check
 
-gpu-sanitize:
+gpu-sanitize:  ## on a GPU: the kernels under compute-sanitizer
 	$(PYTHON) benchmarks/gpu/first.py $(OUT) --target sanitize
 
-gpu-bench:
+gpu-bench:  ## on a GPU: kernels and score beside their baselines
 	$(PYTHON) benchmarks/gpu/first.py $(OUT) --target bench
 
 # The records that came back from a GPU, put where the tables are made from.
-gpu-results:
+gpu-results:  ## records that came back from a GPU, put where tables are made from
 	$(PYTHON) benchmarks/gpu/carried.py $(OUT) benchmarks/results
 
 # gpu-first where there is no GPU, with the versions of benchmarks/gpu/constraints.txt: the same
 # parts and processes, Triton's kernels interpreted, the extension compiled (nvcc is needed for its
 # CUDA half), nothing sanitized, tiny measurements of the CPU that say nothing.
-gpu-rehearsal: .venv-gpu/.installed
+gpu-rehearsal: .venv-gpu/.installed  ## gpu-first where there is no GPU
 	.venv-gpu/bin/python benchmarks/gpu/first.py $(OUT) --rehearsal
 
 # The extension for Python 3.12, to be carried to the GPU: fastdean/_C.*.so with fastdean/_C.sources
 # beside it. gpu-first takes it where it lies, or from FASTDEAN_PREBUILT, if these are its sources.
-gpu-extension: .venv-gpu/.installed
+gpu-extension: .venv-gpu/.installed  ## the extension for Python 3.12, to be carried to a GPU
 	.venv-gpu/bin/python benchmarks/gpu/build_extension.py build/gpu-extension
 
 # What the GPU machine has, less what is not there (datasets, gguf): several GB, since torch comes
@@ -118,6 +121,6 @@ PYTHON312 ?= python3.12
 		pytest pytest-xdist hypothesis pybind11 scikit-build-core cmake ninja
 	touch $@
 
-clean:
+clean:  ## everything that was made here
 	rm -rf $(VENV) .venv-lowest .venv-gpu fastdean/_C.* build dist .pytest_cache .ruff_cache .hypothesis
 	find fastdean tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastdean.coupling import couple
     from fastdean.dependence import hsic
     from fastdean.masks import NeuronMask
+    from fastdean.pipeline.calling import run
     from fastdean.scores import Scores
     from fastdean.scoring import score
 
@@ -37,6 +38,7 @@ _HOME = {
     "couple": "fastdean.coupling",
     "hsic": "fastdean.dependence",
     "patch_checkpoint": "fastdean.checkpoint",
+    "run": "fastdean.pipeline.calling",
     "score": "fastdean.scoring",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "couple",
     "hsic",
     "patch_checkpoint",
+    "run",
     "score",
 ]
 

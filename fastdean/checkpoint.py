@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastdean import storage
@@ -92,8 +91,8 @@ def patch_checkpoint(
             Devices, pipes and sockets are refused. Version control and cache folders are not
             copied.
         mask: its names may differ from the file's by a leading prefix such as "model." where that
-            leaves one tensor of the same shape; its dtype may differ where the values agree
-            exactly in the wider of the two.
+            leaves one tensor of the same shape; its dtype may differ where every original rounds
+            to the value in the file.
         out: a new or empty folder outside of `source`.
         overwrite: replace an earlier output of this function that holds nothing else.
         follow_links: follow links that lead out of `source`, too. They are refused otherwise: what
@@ -297,9 +296,8 @@ def _holds_originals(source: Path, entry: MaskEntry, tensor: StoredTensor) -> bo
 
 
 def _count_other(values: Tensor, entry: MaskEntry) -> int:
-    """How many values differ from the originals, compared in the wider of the two dtypes."""
-    wide = torch.promote_types(values.dtype, entry.dtype)
-    return int((~same_bits(values.to(wide), entry.original.to(wide))).sum())
+    """How many values differ from the originals, rounded to the dtype of the values."""
+    return int((~same_bits(values, entry.original.to(values.dtype))).sum())
 
 
 def _check_values(source: Path, edit: _Edit) -> None:

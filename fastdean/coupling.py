@@ -19,6 +19,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_UP, Context, Decimal
+from itertools import combinations
 from math import prod
 
 import torch
@@ -170,6 +171,15 @@ def _warn_about_renderings(first: Scores, second: Scores, general: Sequence[Scor
     data = {name: scores.manifest.get("data") or {} for name, scores in sets.items()}
     for caution in differing_renderings(data):
         logger.warning("%s", caution)
+    for one, other in combinations(sets, 2):
+        digests = [(data[name] or {}).get("sha256") for name in (one, other)]
+        if digests[0] is not None and digests[0] == digests[1]:
+            logger.warning(
+                "%s and %s were scored on the same examples: what is coupled there is one set "
+                "with itself",
+                one,
+                other,
+            )
 
 
 def overlap(

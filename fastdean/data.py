@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdean.columns import usual_columns
 from fastdean.segments import CUMULATIVE_LENGTHS, DIVIDING_COLUMNS, spans
 
 IGNORE_INDEX = -100
@@ -168,7 +169,8 @@ def encode(
     """Tokenise rows of text.
 
     A row has `prompt` and `response`, or `messages` (chat turns; every assistant turn is a target),
-    or `text` (every token is a target). How `prompt` and `response` are joined is the `template`:
+    or `text` (every token is a target); other habits are read as `columns` says. How `prompt` and
+    `response` are joined is the `template`:
 
     - None: "raw". `messages` always take the chat template and `text` takes none; under "raw" or
       "published" by name `messages` are refused.
@@ -218,6 +220,7 @@ def _tokenize_row(
     row: Mapping[str, Any], tokenizer: Any, template: str | None, number: int
 ) -> tuple[list[int], list[int], str]:
     """Token ids, labels, and what they were rendered as."""
+    row = usual_columns(row)
     if row.get("messages") is not None:
         if template not in (None, "chat"):
             raise ValueError(

@@ -7,8 +7,29 @@ import re
 from pathlib import Path
 
 from fastdean.layout import CONFIG_NAME, file_patterns, is_ours, lies_in, one_line, read_json
+from fastdean.nearest import nearest
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+# A connection that takes longer is taken for none: each file of a model is asked for several times.
+_SECONDS = 5.0
+
+
+def is_unreachable() -> bool:
+    """Whether one short request to the hub fails; False where the libraries are told to be offline.
+
+    Who then asks the cache alone has an answer at once, where the libraries retry for minutes.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except Exception:  # the client's libraries raise a dozen unrelated types
+        return True
+    return False
 
 
 def resolve(
@@ -35,7 +56,10 @@ def resolve(
         f"got {str(path_or_repo_id)!r}"
     )
     if not _REPO_ID.fullmatch(str(path_or_repo_id)):
-        raise ValueError(f"{asked}; no such folder, and it is not of the form owner/name")
+        raise ValueError(
+            f"{asked}; no such folder, and it is not of the form owner/name"
+            f"{nearest(path_or_repo_id)}"
+        )
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -52,20 +76,24 @@ def resolve(
                 revision=revision,
                 token=token,
                 allow_patterns=file_patterns(kind or "*"),
+                **({"local_files_only": True} if is_unreachable() else {}),
             )
         )
     # Unreachable first: newer releases derive it from several of the classes below.
     except LocalEntryNotFoundError as error:
         raise RuntimeError(
             f"{asked}; no such folder, and the hub could not be reached ({one_line(error)})"
+            f"{nearest(path_or_repo_id)}"
         ) from error
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ValueError(
             f"{asked}; no such folder, and the hub does not know it ({one_line(error)})"
+            f"{nearest(path_or_repo_id)}"
         ) from error
     except OSError as error:
         raise RuntimeError(
             f"{asked}; no such folder, and the hub could not be reached ({one_line(error)})"
+            f"{nearest(path_or_repo_id)}"
         ) from error
 
 

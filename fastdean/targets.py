@@ -20,6 +20,8 @@ from fastdean.stacks import decoder_layers
 
 _BOTH = (FEED_FORWARD, ATTENTION)
 _SEED = 7
+# A module's name or the end of one; no sign of a regular expression but the point.
+_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 _TOKENS = 2
 # Whether a subclass of Linear computes a Linear's product lies in its code, not in its weights.
 _TRIED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -77,8 +79,9 @@ def find_targets(
     Args:
         target_modules: "mlp" (feed-forward blocks), "self_attn", "all" (both), the name of another
             group of the layers ("mamba", "conv", "router", ... as `coverage` lists them), a
-            regular expression that the whole module name must match, or a list of name suffixes.
-            The output embedding never counts.
+            regular expression that the whole module name must match, a list of name suffixes, or
+            such suffixes and groups in one text, "q_proj,v_proj". The output embedding never
+            counts.
         granularity: "weight", or "neuron" to keep only each MLP's down projection, whose inputs are
             the MLP's units.
     Raises:
@@ -97,6 +100,8 @@ def find_targets(
     candidates = found.targets
     groups = {target.group for target in candidates}
     chosen = [target for target in candidates if _matches(target, target_modules, groups)]
+    if not chosen and isinstance(target_modules, str):
+        chosen = _listed(candidates, target_modules, groups)
     if granularity == "neuron":
         chosen = [target for target in chosen if target.leads_from_units]
     if not chosen:
@@ -345,6 +350,35 @@ def _returns_its_outputs(module: nn.Linear) -> bool:
         except Exception:
             return False
     return isinstance(output, Tensor) and output.shape == (1, _TOKENS, weight.shape[0])
+
+
+def _listed(
+    candidates: Sequence[Target], text: str, groups: Collection[str | None]
+) -> list[Target]:
+    """What a text that is no regular expression of any names as a list; none if it is no list.
+
+    Raises:
+        ValueError: a part of the list that nothing is called.
+    """
+    parts = text.replace(",", " ").split()
+    if not all(_NAME.fullmatch(part) for part in parts):
+        return []
+    by_part = {
+        part: [
+            target
+            for target in candidates
+            if _matches(target, part if part in {"all", *_BOTH, *groups} else [part], groups)
+        ]
+        for part in parts
+    }
+    unknown = [part for part, found in by_part.items() if not found]
+    if unknown and len(unknown) < len(by_part):
+        raise ValueError(
+            f"target_modules must match a Linear layer with each of its parts, got {unknown[0]!r} "
+            f"in {text!r}; the layers are {_kinds(target.name for target in candidates)}"
+        )
+    chosen = {target.name for found in by_part.values() for target in found}
+    return [target for target in candidates if target.name in chosen]
 
 
 def _matches(

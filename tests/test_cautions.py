@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from fastdean.pipeline.cautions import about_classes, about_regularizer
+from fastdean.pipeline.cautions import about_classes, about_precision, about_regularizer
 
 
 def table(seen, tokens=40):
@@ -36,6 +37,12 @@ def test_a_term_that_was_always_or_at_times_0_is_told():
     assert said == "The regulariser's term was 0 in 1 of 3 steps."
     assert about_regularizer(10.0, None, history(0.3, 0.2)) == []
     assert about_regularizer(0.0, None, history(0.0)) == []
+
+
+@pytest.mark.parametrize("dtype, told", [("float32", False), ("bfloat16", True)])
+def test_a_training_whose_steps_round_away_is_told(dtype, told):
+    said = about_precision(torch.nn.Linear(2, 2, dtype=getattr(torch, dtype)))
+    assert [f"trained in {dtype}" in sentence for sentence in said] == [True] * told
 
 
 def test_a_control_is_told():

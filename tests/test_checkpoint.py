@@ -158,6 +158,17 @@ def test_mask_made_in_a_wider_dtype_than_the_file(tmp_path):
     assert one["model.safetensors"] == two["model.safetensors"]
 
 
+def test_a_mask_of_the_wide_model_fits_its_rounded_copy(tmp_path):
+    model = tiny_models.llama()
+    mask = mask_of(model, PLACES["llama"], scale=0.3)
+    model.bfloat16().save_pretrained(tmp_path / "source")
+    fastdean.patch_checkpoint(tmp_path / "source", mask, tmp_path / "patched")
+    mask.apply_(model)
+    model.save_pretrained(tmp_path / "saved")
+    one, two = contents(tmp_path / "patched"), contents(tmp_path / "saved")
+    assert one["model.safetensors"] == two["model.safetensors"]
+
+
 def test_mask_made_in_a_narrower_dtype_holds_other_values(tmp_path, simple):
     source, tensors, _ = simple
     mask = tensor_mask({"h.0.weight": tensors["h.0.weight"].half()})

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import fastdean
 from fastdean import cli
 from fastdean.cli import running
+from fastdean.cli.flags import in_flags
 from fastdean.masks import NeuronMask
 from fastdean.pipeline import run as run_job
 from fastdean.pipeline.job import Job
@@ -86,8 +87,8 @@ def test_a_run_says_what_it_found_and_prints_one_json_document(place, tmp_path):
 
 
 BAD_SOURCES = {
-    "missing": ("nowhere.csv", None, "source must be an existing file, got 'nowhere.csv'"),
-    "empty": ("empty.jsonl", b"", "source must hold at least one row, got the empty file"),
+    "missing": ("nowhere.csv", None, "must be an existing file, got 'nowhere.csv'"),
+    "empty": ("empty.jsonl", b"", "must hold at least one row, got the empty file"),
     "malformed": ("bad.json", b"{", "must be a well-formed .json file"),
     "columns": ("c.csv", b"q,a\n1,2\n", "['a', 'q'] in row 1; map them with ::prompt=COLUMN"),
     "preset": ("embedded:faimess", None, "or one of beavertails:fairness"),
@@ -145,18 +146,18 @@ def test_a_bad_model_is_one_line_and_writes_nothing(place, tmp_path, case):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--target-modules", "nothing"], "target_modules must match at least one Linear layer"),
-        (["--target-modules", "("], "target_modules must be"),
-        (["--ratio", "1e-6"], "the smallest that would is 0.00049, or set min_k=1"),
-        (["--rule", "best"], "rule must be one of paper, released"),
-        (["--max-length", "1"], "max_length must be at least 2 tokens, got 1"),
+        (["--target-modules", "nothing"], "--target-modules must match at least one Linear layer"),
+        (["--target-modules", "("], "--target-modules must be"),
+        (["--ratio", "1e-6"], "the smallest that would is 0.00049, or set --min-k 1"),
+        (["--rule", "best"], "--rule must be one of paper, released"),
+        (["--max-length", "1"], "--max-length must be at least 2 tokens, got 1"),
         (["--template", "chat"], "row "),
-        (["--device", "tpu"], "device must be cpu, cuda, mps or auto, got 'tpu'"),
-        (["--memory-budget", "1e-9"], "memory_budget must hold the sums of at least one matrix"),
-        (["--memory-budget", "inf"], "memory_budget must be a positive number of GB, got inf"),
-        (["--memory-budget", "nan"], "memory_budget must be a positive number of GB, got nan"),
-        (["--memory-budget", "-1"], "memory_budget must be a positive number of GB, got -1"),
-        (["--tokens-per-batch", "0"], "tokens_per_batch must be"),
+        (["--device", "tpu"], "--device must be cpu, cuda, mps or auto, got 'tpu'"),
+        (["--memory-budget", "1e-9"], "--memory-budget must hold the sums of at least one matrix"),
+        (["--memory-budget", "inf"], "--memory-budget must be a positive number of GB, got inf"),
+        (["--memory-budget", "nan"], "--memory-budget must be a positive number of GB, got nan"),
+        (["--memory-budget", "-1"], "--memory-budget must be a positive number of GB, got -1"),
+        (["--tokens-per-batch", "0"], "--tokens-per-batch must be"),
     ],
 )
 def test_bad_options_of_a_run_are_one_line_and_write_nothing(place, tmp_path, options, text):
@@ -189,6 +190,77 @@ def test_a_model_is_not_applied_into_its_own_folder(place, run_folder):
     result = call("apply", "--model", place["model"], "--mask", mask, "--out", out)
     refused(result, "out must be a folder outside of model")
     assert not out.exists()
+
+
+def test_an_error_names_the_flag_of_the_source_it_is_about(place, run_folder, tmp_path):
+    out = tmp_path / "out"
+    nowhere = tmp_path / "nowhere"
+    wanted = "must be an existing folder or a repository"
+    scores = run_folder / "scores" / "fairness"
+    given = {"first": scores, "second": scores, "general": scores, "out": out}
+    for flag in ("first", "second", "general"):
+        options = {**given, flag: nowhere}
+        arguments = [part for name, path in options.items() for part in (f"--{name}", path)]
+        refused(call("couple", *arguments), f"fastdean: --{flag} {wanted}")
+    for command, model in (("patch", "--checkpoint"), ("apply", "--model")):
+        result = call(command, model, place["model"], "--mask", nowhere, "--out", out)
+        refused(result, f"fastdean: --mask {wanted}")
+    result = call("patch", "--checkpoint", nowhere, "--mask", run_folder / "mask", "--out", out)
+    refused(result, "fastdean: --checkpoint must be a local folder")
+    result = call("run", *sources(place, privacy="nowhere.csv"), "--out", out, *OPTIONS)
+    refused(result, "fastdean: --privacy must be an existing file")
+    refused(call("run", *sources(place), *OPTIONS), "fastdean: --out must be a path, got none")
+    unread = write_jsonl(tmp_path / "no-target.jsonl", [{"prompt": "w1", "response": ""}])
+    result = call("run", *sources(place, privacy=unread), "--out", out, *OPTIONS)
+    refused(result, f"fastdean: --privacy '{unread}': row 1 must have")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "min_k must be 0 with scope='model', got 2",
+            "--min-k must be 0 with --scope model, got 2",
+        ),
+        (
+            "model must be one of its rules; the model",
+            "--model must be one of its rules; the model",
+        ),
+        ("cut it with max_length.", "cut it with --max-length."),
+        ("pass trust_remote_code=True (--trust-remote-code)", "pass --trust-remote-code"),
+        ("seed=0 (now 1), template=unset", "--seed 0 (now 1), --template unset"),
+        ("got 'max_length', model's 'seed=1'", "got 'max_length', model's 'seed=1'"),
+        ('model="a b"', '--model "a b"'),
+        ("fastdean.model.max_length(x), a/seed=1", "fastdean.model.max_length(x), a/seed=1"),
+    ],
+)
+def test_names_are_told_as_flags_and_quoted_text_stays(text, told):
+    names = ("min_k", "scope", "model", "max_length", "trust_remote_code", "seed", "template")
+    assert in_flags(text, {name: f"--{name.replace('_', '-')}" for name in names}) == told
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16"])
+def test_another_run_is_refused_with_every_option_that_differs(place, run_folder, tmp_path, dtype):
+    options = [*OPTIONS, "--ratio", "0.1", "--dtype", dtype]
+    refused(
+        call("run", *sources(place), "--out", run_folder, *options),
+        "which differs in --ratio 0.05 (now 0.1), --dtype auto (now 'bfloat16'); choose",
+    )
+
+
+def test_version_and_short_help(place):
+    assert call("--version").stdout.strip() == fastdean.__version__
+    for arguments in ([], *([command] for command in COMMANDS)):
+        result = call(*arguments, "-h")
+        assert result.exit_code == 0 and "Usage: " in result.stdout
+
+
+def test_make_help_lists_the_targets():
+    root = Path(__file__).parent.parent
+    made = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True)
+    makefile = (root / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):(?!=)", makefile, re.MULTILINE))
+    assert {line.split()[1] for line in made.stdout.splitlines()} == targets
 
 
 def test_an_unknown_option_is_a_usage_error():
@@ -284,6 +356,32 @@ def test_make_demo_can_be_called_again(tmp_path, monkeypatch):
     assert done == [Path("fastdean-demo")] * 2
 
 
+@pytest.mark.parametrize("given", [None, "active"])
+def test_the_demo_lets_waiting_threads_sleep_before_torch_is_loaded(given):
+    """OpenMP reads the policy when its library is loaded, which is with torch."""
+    script = textwrap.dedent(
+        """
+        import os, sys
+        from fastdean.cli import commands
+        assert "torch" not in sys.modules
+        class Stop:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    print(os.environ["OMP_WAIT_POLICY"])
+                    sys.stdout.flush()
+                    os._exit(0)
+        sys.meta_path.insert(0, Stop())
+        commands.demo.__wrapped__(out="x")
+        """
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    made = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert made.stdout.split() == [given or "passive"], made.stderr
+
+
 def test_score_refuses_a_used_folder_before_the_model_is_loaded(place, tmp_path, monkeypatch):
     def load_model(*args, **options):
         raise AssertionError("the model was loaded")
@@ -349,7 +447,7 @@ def test_couple_takes_the_whole_unit_where_asked(place, tmp_path):
         assert kinds == ({"down_proj"} if unit_weights == "down" else set(GATED))
         sizes[unit_weights] = len(mask)
     assert sizes["all"] == 3 * sizes["down"]
-    refused(call(*command, "--unit-weights", "some"), "unit_weights must be 'down' or 'all'")
+    refused(call(*command, "--unit-weights", "some"), "--unit-weights must be 'down' or 'all'")
 
 
 def test_score_takes_all_rows_where_more_are_asked_for(place, tmp_path, caplog):
@@ -383,6 +481,17 @@ def test_apply_and_patch_give_the_same_tensors(place, run_folder, tmp_path):
         == len(NeuronMask.from_pretrained(mask))
     )
     assert (tmp_path / "a" / "tokenizer.json").is_file()
+
+
+def test_apply_says_where_a_model_was_masked_already(place, run_folder, tmp_path):
+    arguments = ["--mask", run_folder / "mask", "--json"]
+    once = call("apply", "--model", place["model"], *arguments, "--out", tmp_path / "once")
+    again = call("apply", "--model", tmp_path / "once", *arguments, "--out", tmp_path / "again")
+    weights = json.loads(once.stdout)["weights"]
+    assert json.loads(once.stdout)["values_edited"] == weights
+    assert json.loads(again.stdout)["values_edited"] == 0
+    assert f"changed nothing: all {weights} values are zero already" in again.stderr
+    assert "applied" in once.stderr and "applied" not in again.stderr
 
 
 def test_masks_of_another_model_are_refused(place, run_folder, tmp_path):
@@ -497,10 +606,10 @@ def test_a_run_that_stops_is_one_line_and_goes_on_later(
 def test_a_fault_of_ours_shows_its_traceback(place, tmp_path, monkeypatch, error):
     """Raised outside the package, as by a library that was called wrongly."""
 
-    def load_rows(source):
+    def numbered_rows(*_):
         raise error
 
-    monkeypatch.setattr("fastdean.pipeline.rows.load_rows", load_rows)
+    monkeypatch.setattr("fastdean.pipeline.rows.numbered_rows", numbered_rows)
     result = call("run", *sources(place), "--out", tmp_path / "out", *OPTIONS)
     assert result.exit_code == 1
     assert "Traceback" in result.stderr and type(error).__name__ in result.stderr
@@ -745,7 +854,7 @@ def test_bad_input_of_one_rank_ends_both(place, tmp_path):
 
     first, second = ranks(command)
     assert (first[0], second[0]) == (2, 2)
-    assert "source must be an existing file" in first[2]
+    assert "--privacy must be an existing file" in first[2]
     assert second[2].startswith("fastdean (rank 1): ") and "got 1 of 2 that failed" in second[2]
     assert not (tmp_path / "run").exists()
 
@@ -814,14 +923,15 @@ def test_a_preview_shows_an_example_of_each_source_and_does_nothing_else(
         "run": [*sources(place, general=odd), *OPTIONS],
         "score": ["--model", place["model"], "--data", odd, "--examples", 5],
     }[name]
-    result = call(name, *options, "--out", tmp_path / "out", "--preview", "--json")
+    monkeypatch.chdir(tmp_path)
+    result = call(name, *options, "--preview", "--json")
     assert result.exit_code == 0, result.stderr
     shown = json.loads(result.stdout)
     asked = ["fairness", "privacy", "general"] if name == "run" else ["data"]
     assert list(shown["examples"]) == asked
     assert "\x1b" not in result.stderr and "rendered as text" in result.stderr
     assert ("Note: The data sets did not become tokens alike" in result.stderr) == (name == "run")
-    assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path) == ["odd.jsonl"]
 
 
 @pytest.mark.parametrize("arguments", [["run", "--help"], ["info"], ["run", "--mödel", "├─┤"]])

@@ -19,6 +19,18 @@ PEOPLE = {"female": ["she", "her", "woman"], "male": ["he", "him", "man"]}
 RUNS = ((5,), (7,), (5, 7), (7, 5), (5, 7, 9), (9, 9), (2, 5, 7, 9))
 
 
+def test_a_repr_is_short_whatever_the_classes():
+    classes = CollapseClasses.from_words(byte_level(), PEOPLE)
+    counted = ", ".join(f"{name!r} {count}" for name, count in Counter(classes.groups).items())
+    assert repr(classes).startswith(f"CollapseClasses({len(classes)} classes: {counted}; ")
+    many = CollapseClasses(
+        tuple((n,) for n in range(500)),
+        ("w",) * 500,
+        tuple("g" * 900 + str(n) for n in range(500)),
+    )
+    assert len(repr(many)) < 400 and "492 more groups" in repr(many)
+
+
 def classes_of(runs):
     return CollapseClasses(tuple(runs), tuple(map(str, runs)), ("g",) * len(runs))
 

@@ -58,6 +58,12 @@ def test_the_metrics_are_those_of_the_function(place, tmp_path):
         "groups": {"female": 3, "male": 3},
     }
     assert found == json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    lines = result.stderr.splitlines()
+    place_of = {line.split()[0]: number for number, line in enumerate(lines) if line.strip()}
+    # Every family of metrics has its heading above it.
+    for family in ("NC1", "NC2", "GNC2", "NC3", "(U)NC3", "NC4"):
+        first = lines[place_of[f"{family},"] + 1].split()[0]
+        assert first.startswith(family.lower().replace("(u)", "u"))
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "Neural collapse" in page and "unc3_std" in page
     assert "unc3_std" in result.stderr
@@ -203,7 +209,7 @@ def test_the_start_token_of_the_bias_measures_can_be_chosen(place, tmp_path):
     assert found["[EOS]"]["bias"] == found["2"]["bias"] != found["none"]["bias"]
     refused(
         call(place, tmp_path / "out", "--start-token", "eos"),
-        "start_token must be 'auto' without a measure of bec_pro, crows_pairs, stereoset, winobias",
+        "--start-token must be 'auto' without a measure of bec_pro, crows_pairs, ",
     )
     refused(call(place, tmp_path / "out", *asked, "<nope>"), "vocabulary, got '<nope>'")
 
@@ -239,7 +245,7 @@ def test_a_control_measures_other_words(place, tmp_path):
         (("--shift", "back"), "shift must be one of next, same, published"),
         (("--features", "tail"), "features must be one of base, head"),
         (("--words", "colours"), "colours"),
-        (("--multi-piece", "first"), "multi_piece must be 'skip' or 'mean'"),
+        (("--multi-piece", "first"), "--multi-piece must be 'skip' or 'mean'"),
         (("--seed", "-1", "--control", "random"), "seed must be at least 0, got -1"),
     ],
 )

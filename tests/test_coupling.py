@@ -373,5 +373,5 @@ def test_a_unit_mask_takes_the_units_out_of_the_function(name, tmp_path):
     assert (loaded, repr(loaded)) == (mask, repr(mask))
     caption, head, *_, total = str(loaded.summary()).splitlines()
     assert caption.startswith("counted in units")
-    assert head.split()[-2:] == ["kept", "weights"]
+    assert head.split()[-2:] == ["zeroed", "weights"]
     assert total.split()[-2:] == [str(units), str(32 * units)]

@@ -164,8 +164,12 @@ def test_a_masked_model_is_debiased_too(masked_place, tmp_path):
         ((), "bec", "bec"),
         (("--collapse-strength", "-1"), "causal", "strength must be"),
         (("--live-features",), "causal", "cumulative"),
-        (("--control", "random"), "causal", "control must come with a collapse_strength above 0"),
-        (("--save-every", "0"), "causal", "save_every must be"),
+        (
+            ("--control", "random"),
+            "causal",
+            "--control must come with a --collapse-strength above 0",
+        ),
+        (("--save-every", "0"), "causal", "--save-every must be"),
         (("--steps", "0"), "causal", "steps must be"),
         (("--text", "nowhere.jsonl"), "causal", "nowhere.jsonl"),
         (("--seed", "-1"), "causal", "seed must be at least 0, got -1"),
@@ -199,7 +203,7 @@ def test_measured_rows_that_cannot_be_read_are_refused(place, tmp_path):
     text = {"text": "she saw him ."}
     mixed = write_rows(tmp_path / "mixed.jsonl", text, text, CHAT, text, CHAT)
     line = told(call(place, tmp_path / "out", "--text", mixed))
-    assert f"source {str(mixed)!r}: row 3 must hold text" in line
+    assert f"--text {str(mixed)!r}: row 3 must hold text" in line
     assert "got a chat (messages)" in line
     chats = write_rows(tmp_path / "chats.jsonl", CHAT)
     assert "row 1 must hold text, or prompt and response" in told(

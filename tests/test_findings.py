@@ -8,6 +8,7 @@ import math
 
 import pytest
 
+from fastdean.digits import apart
 from fastdean.pipeline.findings import findings
 
 
@@ -227,3 +228,23 @@ def test_no_weights_taken_is_no_effect():
 
 def test_results_read_back_from_json_give_the_same_sentences():
     assert findings(json.loads(json.dumps(results()))) == findings(results())
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "written"),
+    [
+        ((1.00004, 0.99998, 1.0011), {}, ["1", "0.99998", "1.0011"]),
+        ((29.2801, 29.2834), {}, ["29.28", "29.283"]),
+        ((123456.7, 123459.2), {}, ["123457", "123459"]),
+        ((0.00294, -0.0449), {"least": 3, "sign": True}, ["+0.00294", "-0.0449"]),
+        ((1.0, 1.0), {}, ["1", "1"]),
+    ],
+)
+def test_numbers_that_are_read_together_are_told_apart(values, options, written):
+    assert apart(*values, **options) == written
+
+
+def test_an_interval_is_told_from_its_ratio():
+    run = results()
+    run["perplexity"]["masks"]["paper"] |= {"ratio": 1.00003, "low": 0.99998, "high": 1.0009}
+    assert "ratio 1, 95 % interval 0.99998 to 1.0009" in findings(run)[2]

@@ -24,7 +24,15 @@ def load(name, **options):
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)],
+    [
+        ("auto", torch.bfloat16),
+        ("float32", torch.float32),
+        ("float16", torch.float16),
+        ("fp32", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("fp16", torch.float16),
+        (torch.float32, torch.float32),
+    ],
 )
 def test_dtype_is_the_checkpoints_own_or_the_one_asked_for(llama, dtype, expected):
     model, tokenizer = load(llama, dtype=dtype)
@@ -48,6 +56,36 @@ def test_a_missing_model_is_refused_in_one_line(name):
     with pytest.raises(ValueError, match="^model must be .*, got ") as caught:
         load(name)
     assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_a_mistyped_path_is_refused_at_once_with_the_names_beside_it(llama, monkeypatch):
+    def no_hub(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("fastdean.loading.is_unreachable", no_hub)
+    mistyped = f"{str(llama)[:-1]}x"
+    with pytest.raises(ValueError, match="must be an existing folder") as caught:
+        load(mistyped)
+    assert f"near it: {str(llama)!r}" in str(caught.value)
+    monkeypatch.chdir(llama.parent)
+    with pytest.raises(ValueError, match="must be an existing folder"):
+        load("lama/")
+
+
+def test_where_the_hub_cannot_be_reached_the_cache_alone_is_asked(llama, monkeypatch):
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append(timeout)
+            raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    monkeypatch.chdir(llama.parent)
+    with pytest.raises(ValueError, match=f"near it: {llama.name!r}"):
+        load(llama.name[:-1])
+    assert len(asked) == 1 and asked[0] <= 5
 
 
 def test_an_unreachable_hub_id_is_refused_in_one_line():
@@ -103,7 +141,10 @@ def test_another_kind_of_model_is_refused(llama, tmp_path):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        (
+            {"dtype": "int8"},
+            "dtype must be one of auto, .*float16 .or fp32, bf16, fp16., got 'int8'",
+        ),
         ({"device": "gpu"}, "device must be cpu, cuda, mps or auto, got 'gpu'"),
         ({"device": "meta"}, "device must be cpu, cuda, mps or auto, got 'meta'"),
         ({"device": "cuda:99"}, "device must be one of this machine, got 'cuda:99'"),

@@ -161,12 +161,14 @@ def test_summary_counts_by_layer_and_module(mask, table):
     assert [summary.total[key] for key in sums] == [3, 12, 12, 11, 4, 4]
     lines = str(summary).splitlines()
     assert [line.split() for line in lines] == [
-        ["layer", *sums],
+        ["layer", "matrices", "first", "second", "coupled", "spared", "scaled"],
         ["0", "2", "8", "8", "8", "3", "3"],
         ["1", "1", "4", "4", "3", "1", "1"],
         ["total", "3", "12", "12", "11", "4", "4"],
     ]
     assert len({len(line) for line in lines}) == 1
+    zeroed = str(NeuronMask(mask.entries, table=table).summary()).splitlines()[0].split()
+    assert zeroed[-2:] == ["spared", "zeroed"]
 
 
 def test_summary_without_a_table_knows_only_what_is_kept(mask):

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import logging
 import math
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
+import tqdm.auto
 from tiny_folders import WORDS, rows, save_model, write_jsonl, write_sources
 
+import fastdean
+from fastdean.cli import commands
 from fastdean.coupling import RULES
 from fastdean.masks import NeuronMask
 from fastdean.pipeline import measuring, run, run_folder
 from fastdean.pipeline import steps as pipeline
+from fastdean.pipeline.collapse import CollapseJob
 from fastdean.pipeline.costs import Costs
-from fastdean.pipeline.job import Job
+from fastdean.pipeline.debias import DebiasJob
+from fastdean.pipeline.job import DATA_SETS, Job
+from fastdean.pipeline.results import _about_rows
 from fastdean.pipeline.rows import split_rows
 from fastdean.scores import Scores
 
@@ -113,6 +121,26 @@ def test_a_run_writes_its_parts_and_its_results(measured):
     assert results["hsic"]["n"] == 5 and len(results["overlap"]) == 11
     assert json.loads((out / "fastdean_run.json").read_text())["finished"] is True
     assert not [name for name in tree(out) if name.endswith(".tmp")]
+
+
+def test_fewer_measured_rows_than_asked_for_are_told(place, measured):
+    told = "Fairness was measured on 5 rows, fewer than the 6 asked for: there are no more."
+    job = Job(**place, **{**OPTIONS, "eval_examples": 6})
+    rows = {name: split_rows(name, job) for name in DATA_SETS}
+    assert told in list(_about_rows(job, rows))
+    assert not [text for text in measured[1]["warnings"] if "asked for" in text]
+
+
+@pytest.mark.parametrize("kind", [Job, CollapseJob, DebiasJob])
+def test_a_dtype_has_one_name_in_every_job(kind):
+    asked = {"model": "m", "text": "t"}
+    if kind is Job:
+        asked = {"model": "m", "fairness": "f", "privacy": "p", "general": "g"}
+    if kind is DebiasJob:
+        asked = {"model": "m", "method": "causal"}
+    assert kind(**asked, dtype="bf16") == kind(**asked, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"dtype must be one of .*bfloat16.*bf16.*, got 'int8'"):
+        kind(**asked, dtype="int8")
 
 
 def test_the_mask_is_that_of_score_and_couple_by_hand(place, finished):
@@ -312,7 +340,7 @@ def test_another_run_is_refused_before_any_work_and_kept(place, finished, monkey
     nothing_loaded(monkeypatch)
     before = tree(finished[0])
     with pytest.raises(
-        ValueError, match="another run, which differs in seed; choose another folder"
+        ValueError, match="another run, which differs in seed=0 .now 1.; choose another folder"
     ):
         run(Job(**place, **QUICK, seed=1), finished[0], progress=False)
     assert tree(finished[0]) == before
@@ -619,7 +647,7 @@ def test_a_row_that_cannot_be_scored_is_named_before_anything_is_scored(
     place, scored, tmp_path, name, row, text
 ):
     job = bad_source(place, tmp_path, name, row, position=3)
-    with pytest.raises(ValueError, match=f"source '.*bad_{name}.jsonl': row 4 {text}"):
+    with pytest.raises(ValueError, match=f"{name} '.*bad_{name}.jsonl': row 4 {text}"):
         run(job, tmp_path / "run", progress=False)
     assert scored == []
 
@@ -752,6 +780,116 @@ def test_the_memory_of_a_step_is_the_models_devices(monkeypatch):
     # A process with torch loaded takes more than this.
     assert on_cpu["peak_bytes"] > 50_000_000
     assert on_gpus["peak_bytes"] == 12 and on_gpus["tokens"] == 3
+
+
+def test_each_step_is_announced_before_it_begins_and_titles_its_bars(
+    place, tmp_path, monkeypatch, capsys
+):
+    titles = []
+
+    class Bar(tqdm.auto.tqdm):
+        def __init__(self, *args, desc=None, **options):
+            titles.append(desc)
+            super().__init__(*args, desc=desc, **options)
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    run(Job(**place, **OPTIONS), tmp_path / "run", progress=True)
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("fastdean: step")
+    ]
+    names = ["read data", "load model", "check model", *(f"score {name}" for name in DATA_SETS)]
+    names += ["couple", "measure unmasked model"]
+    names += [f"measure {rule} mask" for rule in ("paper", "random", "released")]
+    steps = [f"step {n} of {len(names)}, {name}" for n, name in enumerate(names, start=1)]
+    assert lines == [f"fastdean: {step}" for step in steps]
+    assert {steps[3], f"{steps[9]}: margins", f"{steps[8]}: hidden states"} <= {*titles}
+    assert all(title.startswith("step ") for title in titles)
+
+
+def _spoiled(path, source):
+    """The rows of a source, with one that is not JSON, one without an answer and one too long."""
+    lines = source.read_text("utf-8").splitlines()
+    long = json.dumps({"prompt": "w1", "response": "w2 " * 200, "unsafe": "w3"})
+    lines[1:1] = ['{"prompt": ', '{"prompt": "w1", "response": "", "unsafe": "w2"}', long]
+    path.write_text("\n".join(lines), "utf-8")
+    return path
+
+
+def test_bad_rows_are_refused_with_the_way_to_skip_them_or_left_out_and_counted(
+    place, tmp_path, caplog
+):
+    bad = _spoiled(tmp_path / "bad.jsonl", Path(place["privacy"]))
+    job = {**place, "privacy": str(bad), **OPTIONS, "examples": None, "progress": False}
+    with pytest.raises(ValueError, match=r"^privacy .* line 2: .*pass skip_bad_rows=True to leave"):
+        fastdean.run(**job, out=tmp_path / "run")
+    results = fastdean.run(**job, skip_bad_rows=True, out=tmp_path / "run")
+    kept = results["data"]["privacy"]
+    assert kept["examples"] == 10 and kept["skipped_rows"]["count"] == 3
+    assert [row["row"] for row in kept["skipped_rows"]["first"]] == [2, 3, 4]
+    stored = Scores.from_pretrained(tmp_path / "run" / "scores" / "privacy").manifest
+    assert stored["data"]["skipped_rows"] == kept["skipped_rows"]
+    assert "skipped_rows" not in results["data"]["fairness"]
+    (told,) = [text for text in results["warnings"] if "left out" in text]
+    assert told.startswith("privacy: 3 rows are left out: row 2 (") and "row 4 (" in told
+    assert caplog.messages.count(told) == 1
+    clean = fastdean.run(
+        **{**job, "privacy": place["privacy"]}, out=tmp_path / "clean", skip_bad_rows=True
+    )
+    assert clean["coupling"]["total"] == results["coupling"]["total"]
+
+
+def test_options_that_fit_no_row_are_not_taken_for_bad_rows(place, tmp_path):
+    job = {**place, **QUICK, "skip_bad_rows": True, "out": tmp_path / "run", "progress": False}
+    with pytest.raises(ValueError, match="max_length must be at least 2 tokens"):
+        fastdean.run(**job, max_length=1)
+    with pytest.raises(ValueError, match="every row had to be left out: .*chat template"):
+        fastdean.run(**job, template="chat")
+
+
+def test_one_set_given_twice_is_told_by_its_content(place, tmp_path, caplog):
+    lines = Path(place["privacy"]).read_text("utf-8").splitlines()
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text("\n".join(reversed(lines)), "utf-8")
+    job = {**place, **QUICK, "fairness": str(copy), "out": tmp_path / "run", "progress": False}
+    results = fastdean.run(**job)
+    told = "fairness and privacy hold the same rows: "
+    assert [text for text in results["warnings"] if "same rows" in text][0].startswith(told)
+    assert len([text for text in caplog.messages if told in text]) == 1
+
+
+def test_couple_tells_scores_of_the_same_examples(finished, tmp_path, caplog):
+    fair, general = (
+        Scores.from_pretrained(finished[0] / "scores" / s) for s in ("fairness", "general")
+    )
+    fastdean.couple(fair, fair, general=general, ratio=0.05)
+    (told,) = [text for text in caplog.messages if "same examples" in text]
+    assert told.startswith("first and second were scored on the same examples")
+
+
+def test_one_call_does_what_the_command_does(place, finished, tmp_path):
+    results = fastdean.run(**place, **QUICK, out=tmp_path / "run", progress=False)
+    assert lasting(results) == lasting(finished[1])
+    assert tree(tmp_path / "run").keys() == tree(finished[0]).keys()
+    with pytest.raises(ValueError, match="this run, finished"):
+        fastdean.run(**place, **QUICK, out=tmp_path / "run", progress=False)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        fastdean.run(**place, out=tmp_path / "other", colour="red")
+    with pytest.raises(TypeError, match="missing a required .*'general'"):
+        fastdean.run(model="m", fairness="f", privacy="p", out=tmp_path / "other")
+
+
+def test_the_call_has_the_arguments_of_the_command():
+    call = inspect.signature(fastdean.run).parameters
+    command = inspect.signature(commands.run.__wrapped__).parameters
+    shown = {"preview", "quiet", "as_json"}
+    assert {*call} - {"progress"} == {*command} - shown
+    for name in {*call} - {"progress", "out"}:
+        assert call[name].default == command[name].default, name
+
+
+def test_a_quiet_run_announces_nothing(place, tmp_path, capsys):
+    run(Job(**place, **QUICK), tmp_path / "run", progress=False)
+    assert "step" not in capsys.readouterr().err
 
 
 def _change_json(file, change):

@@ -33,6 +33,7 @@ SMALLER = {
     "ratios=[1e-5, 1e-4]": "ratios=[1e-2, 1e-1]",
     "1e-3": "1e-1",
     '"embedded:{name}"), 32': '"embedded:{name}"), 12',
+    "examples=32": "examples=8",
     "permutations=200": "permutations=20",
     "[:32]": "[:8]",
     'tokenizer, "gender")': 'tokenizer, {"one": ["the", "of"], "two": ["and", "is"]})',

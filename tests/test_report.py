@@ -572,7 +572,7 @@ def test_bars_of_another_rule_are_no_parts_of_what_is_coupled(rule):
     section = text(next(n for n in parse(page).iter("section") if n.get("id") == "coupling"))
     assert f"Entries that rule {rule} selects, per layer and module" in section
     assert re.search(rf"rule {rule} \([^)]+\) selects [\d,]+ entries, which are zeroed", section)
-    assert "left as it is" not in section
+    assert "in the general set: spared" not in section
     assert ("taller than k" in section) == (kept > 8)
 
 
@@ -580,7 +580,7 @@ def test_bars_of_the_rule_of_the_paper_add_up_to_what_is_coupled():
     page = render_report(edited(rule="paper"))
     section = text(next(n for n in parse(page).iter("section") if n.get("id") == "coupling"))
     assert "Coupled entries per layer and module" in section
-    assert "in both sets and in the general set: left as it is" in section
+    assert "in both sets and in the general set: spared" in section
     assert boxes(plots(page)[0], "outlined")
 
 

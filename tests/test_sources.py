@@ -6,7 +6,9 @@ import csv
 import json
 
 import pytest
+import tiny_folders
 
+from fastdean.data import encode
 from fastdean.sources import PRESETS, load_rows, load_table, sample_rows
 
 ROWS = [
@@ -66,6 +68,32 @@ def test_columns_are_mapped_and_others_are_dropped(tmp_path):
     file = write(tmp_path / "rows.jsonl", rows)
     found = load_rows(f"{file}::prompt=question,response=answer,unsafe=bad")
     assert found == [{"prompt": "q", "response": "a", "unsafe": "b"}]
+
+
+TURN = {"role": "user", "content": "q"}
+REPLY = {"role": "assistant", "content": "a"}
+HABITS = {
+    "alpaca": ({"instruction": "q", "input": "x", "output": "a"}, {"prompt": "q\nx"}),
+    "alpaca without input": ({"instruction": "q", "input": "", "output": "a"}, {"prompt": "q"}),
+    "dolly": ({"instruction": "q", "context": "x", "response": "a"}, {"prompt": "q\nx"}),
+    "trl": ({"prompt": "q", "completion": "a"}, {"prompt": "q"}),
+    "trl chat": ({"prompt": [TURN], "completion": [REPLY]}, {"messages": [TURN, REPLY]}),
+    "both": ({"prompt": "q", "response": "a", "completion": "z"}, {"prompt": "q"}),
+}
+
+
+@pytest.mark.parametrize("case", HABITS)
+def test_columns_of_other_habits_are_read(tmp_path, case):
+    row, expected = HABITS[case]
+    expected = expected if "messages" in expected else {**expected, "response": "a"}
+    (found,) = load_rows(write(tmp_path / "rows.jsonl", [row]))
+    assert {key: found[key] for key in expected} == expected
+    if "messages" not in expected:
+        tokenizer = tiny_folders.tokenizer()
+        ours = {key: "w1 w2" for key in ("prompt", "response")}
+        theirs = {key: "w1 w2" if value else value for key, value in row.items()}
+        theirs |= {key: "" for key in ("input", "context") if key in theirs}
+        assert encode([theirs], tokenizer) == encode([ours], tokenizer)
 
 
 def test_rows_of_messages_and_of_text(tmp_path):

@@ -85,7 +85,28 @@ def test_regular_expressions_match_the_whole_name():
     ]
     assert len(names(model, r".*\.[qk]_proj")) == 2 * LAYERS
     with pytest.raises(ValueError, match="must match at least one Linear layer"):
-        find_targets(model, "up_proj")
+        find_targets(model, "up_pro.")
+
+
+@pytest.mark.parametrize(
+    ("text", "modules"),
+    [
+        ("q_proj", ["self_attn.q_proj"]),
+        ("q_proj,v_proj", ["self_attn.q_proj", "self_attn.v_proj"]),
+        (" mlp.up_proj, q_proj ", ["mlp.up_proj", "self_attn.q_proj"]),
+        ("mlp,o_proj", [*GATED, "self_attn.o_proj"]),
+        (".*q_proj", ["self_attn.q_proj"]),
+    ],
+)
+def test_a_text_may_list_suffixes_and_groups(text, modules):
+    assert set(names(llama(), text)) == in_every_layer("llama", modules)
+
+
+def test_a_part_of_a_list_that_nothing_is_called_is_refused():
+    with pytest.raises(ValueError, match="with each of its parts, got 'vproj' in 'q_proj,vproj'"):
+        names(llama(), "q_proj,vproj")
+    with pytest.raises(ValueError, match="target_modules must match at least one Linear layer"):
+        names(llama(), "q_pro")
 
 
 def test_suffixes_match_whole_parts_of_a_name():

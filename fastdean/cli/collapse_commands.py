@@ -18,6 +18,7 @@ from fastdean.cli.options import (
     Quiet,
     Revision,
     Seed,
+    SkipBadRows,
     Template,
     TokensPerBatch,
     TrustRemoteCode,
@@ -76,7 +77,7 @@ RunOut = Annotated[
 
 
 @app.command()
-@command(resumable=True)
+@command(resumable=True, names={"groups": "words"})
 def collapse(
     model: Model,
     text: Annotated[str, typer.Option(help=f"SRC of text to measure on: {SOURCE_HELP}.")],
@@ -93,6 +94,7 @@ def collapse(
     ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    skip_bad_rows: SkipBadRows = False,
     template: Template = None,
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
@@ -125,6 +127,7 @@ def collapse(
         bias=tuple(bias or ()),
         start_token=_start(start_token),
         examples=examples,
+        skip_bad_rows=skip_bad_rows,
         template=template,
         max_length=max_length,
         tokens_per_batch=tokens_per_batch,
@@ -138,7 +141,7 @@ def collapse(
 
 
 @app.command()
-@command(resumable=True)
+@command(resumable=True, names={"groups": "words", "strength": "collapse_strength"})
 def debias(
     model: Model,
     method: Annotated[
@@ -166,6 +169,7 @@ def debias(
         str | None,
         typer.Option(help="SRC of rows to train on [default: the embedded ones of the method]."),
     ] = None,
+    skip_bad_rows: SkipBadRows = False,
     text: Annotated[
         str | None,
         typer.Option(help="SRC to measure on [default: a quarter of the data, not trained on]."),
@@ -205,6 +209,7 @@ def debias(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     tokens_per_batch: TokensPerBatch = None,
+    dtype: Dtype = "float32",
     device: Device = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -228,6 +233,7 @@ def debias(
         form=form,
         collapse_strength=collapse_strength,
         data=data,
+        skip_bad_rows=skip_bad_rows,
         text=text,
         words=words,
         multi_piece=multi_piece,
@@ -248,6 +254,7 @@ def debias(
         save_every=save_every,
         tokens_per_batch=tokens_per_batch,
         start_token=_start(start_token),
+        dtype=dtype,
         device=device,
         seed=seed,
         **options,
@@ -263,14 +270,20 @@ def _start(text: str) -> str | int:
 
 
 def _closing_text(results: dict[str, Any], out: Path) -> str:
+    from fastdean.pipeline.run_folder import RESULTS_FILE
+
     states = list(next(iter(results["collapse"]["metrics"].values()))["values"])
     lines = [" ".join(["metric".ljust(24), *(state.rjust(12) for state in states)])]
+    family = None
     for name, metric in results["collapse"]["metrics"].items():
+        if name.partition("_")[0] != family:
+            family = name.partition("_")[0]
+            lines += [f"{_FAMILIES[family]}:"] if family in _FAMILIES else []
         cells = (_cell(metric["values"][state]).rjust(12) for state in states)
-        lines.append(" ".join([one_line(name).ljust(24), *cells]))
+        lines.append(" ".join([f"  {one_line(name)}".ljust(24), *cells]))
     lines += [
-        "",
-        "(U)NC3 is unc3_std: 0 where all words are aligned alike. NC3 is nc3_mean: at most 1.",
+        "_w: with the output embedding's rows in place of the words' means; cv: std / abs(mean). "
+        f"Formulas: {RESULTS_FILE}.",
     ]
     lines += ["", *(f"  {one_line(sentence)}" for sentence in results["findings"])]
     lines += [f"  Note: {one_line(warning)}" for warning in results["warnings"]] + [""]
@@ -278,6 +291,17 @@ def _closing_text(results: dict[str, Any], out: Path) -> str:
     if "model" in results["files"]:
         lines += [f"  model   {out / 'model'}"]
     return "\n".join([*lines, f"  figures {out / 'results.json'}"])
+
+
+# What the metrics of a family have in common, by the first part of their names.
+_FAMILIES = {
+    "nc1": "NC1, spread of a word over its contexts beside the words' distance (0: collapsed)",
+    "nc2": "NC2, lengths and angles of the words' means (cv, std 0 and mean at target: collapsed)",
+    "gnc2": "GNC2, how evenly the words' directions are spread (cv 0: collapsed)",
+    "nc3": "NC3, alignment of the words' means with the output embedding (1: collapsed)",
+    "unc3": "(U)NC3, how unlike that alignment is from word to word (0: all alike)",
+    "nc4": "NC4, share of held-out tokens predicted as their nearest mean says (1: collapsed)",
+}
 
 
 def _cell(value: Any) -> str:

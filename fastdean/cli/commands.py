@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
 
+import fastdean
+from fastdean.cli.flags import naming
 from fastdean.cli.options import (
     SOURCE_HELP,
     Deterministic,
@@ -31,6 +34,7 @@ from fastdean.cli.options import (
     Scale,
     Scope,
     Seed,
+    SkipBadRows,
     Targets,
     Template,
     TokensPerBatch,
@@ -62,7 +66,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(fastdean.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def everything(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it, and end."),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -82,6 +103,9 @@ def demo(
 
     Example: `fastdean demo --out demo/`
     """
+    # Read once, when torch is loaded: threads that wait spinning slow down a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
     from fastdean.loading import DEMO_MODEL
     from fastdean.pipeline.job import Job
 
@@ -105,13 +129,13 @@ def run(
     privacy: Annotated[str, typer.Option(help="SRC of privacy rows.")],
     general: Annotated[str, typer.Option(help="SRC of general instruction rows, to be spared.")],
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             parser=out_path,
             metavar="PATH",
-            help="Run folder, new or empty, or of the same job to resume it.",
+            help="Run folder, new or empty, or of the same job to resume it; --preview needs none.",
         ),
-    ],
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     ratio: Ratio = None,
@@ -125,6 +149,7 @@ def run(
     scope: Scope = "matrix",
     min_k: MinK = 0,
     scale: Scale = 0.0,
+    skip_bad_rows: SkipBadRows = False,
     template: Template = None,
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
@@ -164,6 +189,7 @@ def run(
         scale=scale,
         examples=examples,
         eval_examples=eval_examples,
+        skip_bad_rows=skip_bad_rows,
         template=template,
         max_length=max_length,
         tokens_per_batch=tokens_per_batch,
@@ -175,7 +201,7 @@ def run(
     )
     if preview:
         return _preview({name: getattr(job, name) for name in DATA_SETS}, job)
-    return _run_job(job, out, overwrite, quiet)
+    return _run_job(job, _given(out), overwrite, quiet)
 
 
 @app.command()
@@ -184,8 +210,11 @@ def score(
     model: Model,
     data: Annotated[str, typer.Option(help=f"SRC: {SOURCE_HELP}.")],
     out: Annotated[
-        Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the scores.")
-    ],
+        Path | None,
+        typer.Option(
+            parser=out_path, metavar="PATH", help="Folder for the scores; not needed to preview."
+        ),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     examples: Examples = 128,
@@ -194,6 +223,7 @@ def score(
     keep_top: Annotated[
         float, typer.Option(help="Keep only this share of each matrix; 1 keeps all, with its size.")
     ] = 1e-3,
+    skip_bad_rows: SkipBadRows = False,
     template: Template = None,
     max_length: MaxLength = None,
     tokens_per_batch: TokensPerBatch = None,
@@ -214,7 +244,7 @@ def score(
     """
     from fastdean.distributed import Ranks
     from fastdean.loading import load_model
-    from fastdean.pipeline.rows import encode_rows, take_rows
+    from fastdean.pipeline.rows import Skipped, encode_rows, take_rows, usable_rows
     from fastdean.pipeline.run_folder import require_outside
     from fastdean.provenance import public_source
     from fastdean.rendering import describe_rendering, rendering_cautions
@@ -225,8 +255,9 @@ def score(
     if preview:
         options = {"model": model, "revision": revision, "trust_remote_code": trust_remote_code}
         options |= {"examples": examples, "seed": seed}
-        options |= {"template": template, "max_length": max_length}
+        options |= {"template": template, "max_length": max_length, "skip_bad_rows": skip_bad_rows}
         return _preview({"data": data}, SimpleNamespace(**options))
+    out = _given(out)
     budget = _bytes(memory_budget)
     with process_group():
         ranks = Ranks.current()
@@ -234,7 +265,8 @@ def score(
             if ranks.first:
                 require_outside(out, model)
                 _require_free(out, overwrite, "scores")
-            rows, _ = take_rows(data, examples, seed)
+            skipped = Skipped() if skip_bad_rows else None
+            rows, _ = take_rows(data, examples, seed, name="data", skipped=skipped)
             loaded, tokenizer = load_model(
                 model,
                 dtype=dtype,
@@ -243,12 +275,15 @@ def score(
                 trust_remote_code=trust_remote_code,
                 progress=ranks.first and not quiet,
             )
-            encoded = encode_rows(
-                rows, data, tokenizer, loaded, template=template, max_length=max_length
-            )
+            given = (data, tokenizer, loaded)
+            options = {"template": template, "max_length": max_length, "name": "data"}
+            rows = usable_rows(rows, skipped, *given, **options)
+            encoded = encode_rows(rows, *given, **options)
         if ranks.first:
             numbers = [number for number, _ in rows]
-            for caution in rendering_cautions(encoded, numbers, tokenizer, data, template):
+            cautions = [] if skipped is None else skipped.told("data")
+            cautions += rendering_cautions(encoded, numbers, tokenizer, data, template)
+            for caution in cautions:
                 tell(f"fastdean: {caution}")
         scores = score_model(
             loaded,
@@ -265,6 +300,7 @@ def score(
             return None
         scores.manifest["data"]["sources"] = [public_source(data)]
         scores.manifest["data"] |= describe_rendering(encoded, tokenizer, template)
+        scores.manifest["data"] |= {} if skipped is None else skipped.described()
         scores.manifest["model"] |= {"revision": revision, "trust_remote_code": trust_remote_code}
         scores.save_pretrained(out, overwrite=overwrite)
     tell(f"{scores!r}\nwritten to {out}")
@@ -320,7 +356,11 @@ def couple(
             f"revision must come with model, whose revision it is, got {revision!r} alone; "
             "pass --model too"
         )
-    scores = [Scores.from_pretrained(path) for path in (first, second, *(general or []))]
+    given = [("first", first), ("second", second), *(("general", path) for path in general or [])]
+    scores = []
+    for option, path in given:
+        with naming(path_or_repo_id=option):
+            scores.append(Scores.from_pretrained(path))
     loaded = None
     if model is not None:
         loaded, _ = load_model(
@@ -347,7 +387,7 @@ def couple(
 
 
 @app.command()
-@command()
+@command(names={"path_or_repo_id": "mask"})
 def apply(
     model: Model,
     mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
@@ -367,7 +407,7 @@ def apply(
     """
     from fastdean.checkpoint import verify_checkpoint
     from fastdean.loading import load_model
-    from fastdean.masks import NeuronMask
+    from fastdean.masks import NeuronMask, edits
     from fastdean.pipeline.run_folder import require_outside
     from fastdean.storage import new_folder
 
@@ -377,16 +417,23 @@ def apply(
     loaded, tokenizer = load_model(
         model, dtype=dtype, device="cpu", revision=revision, trust_remote_code=trust_remote_code
     )
-    found.apply_(loaded)
+    application = edits.apply_(loaded, found)
     with new_folder(out, name="out") as folder:
         _save_model(loaded, tokenizer, folder)
         verify_checkpoint(folder, found)
-    tell(f"{found!r} applied; the model is in {out}")
-    return {"out": str(out), "weights": len(found)}
+    edited = application is not None and application.wrote
+    value = "zero" if found.scale == 0 else "as the mask makes them"
+    said = "applied" if edited else f"changed nothing: all {len(found)} values are {value} already"
+    tell(f"{found!r} {said}; the model is in {out}")
+    return {
+        "out": str(out),
+        "weights": len(found),
+        "values_edited": len(found) if edited else 0,
+    }
 
 
 @app.command()
-@command()
+@command(names={"path_or_repo_id": "mask", "source": "checkpoint"})
 def patch(
     checkpoint: Annotated[Path, typer.Option(help="Local Hugging Face folder with safetensors.")],
     mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
@@ -514,6 +561,12 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # how it reports a full disk
         raise OSError(f"the model could not be written: {error}") from error
+
+
+def _given(out: Path | None) -> Path:
+    if out is None:
+        raise ValueError("out must be a path, got none; name the folder to write")
+    return out
 
 
 def _bytes(gigabytes: float | None) -> int | None:

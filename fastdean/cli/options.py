@@ -21,7 +21,7 @@ SOURCE_HELP = (
 def out_path(text: str | Path) -> Path:
     """The path of `--out`; nothing at all would be taken for the current folder."""
     if not str(text):
-        tell("fastdean: out must be a path, got ''; name the folder or file to write")
+        tell("fastdean: --out must be a path, got ''; name the folder or file to write")
         raise typer.Exit(2)
     path = Path(text)
     # `new/../other` is `other`, also while there is no `new`.
@@ -53,7 +53,11 @@ Rule = Annotated[
 ]
 Granularity = Annotated[str, typer.Option(help="weight, or neuron for the units of the MLPs.")]
 Targets = Annotated[
-    str, typer.Option("--target-modules", help="mlp, self_attn, all, or a regular expression.")
+    str,
+    typer.Option(
+        "--target-modules",
+        help="mlp, self_attn, all, ends of names (q_proj,v_proj), or a regular expression.",
+    ),
 ]
 Examples = Annotated[
     int | None, typer.Option(help="Rows of each source to score, shuffled by --seed.")
@@ -63,6 +67,14 @@ Template = Annotated[
     typer.Option(
         help="Of prompt and response: raw (one after the other), chat (the tokenizer's template), "
         "or published [default: raw]. Messages always take the chat template, text takes none."
+    ),
+]
+SkipBadRows = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad-rows",
+        help="Leave out rows that cannot be read or encoded, and count them, rather than refuse "
+        "the first.",
     ),
 ]
 Preview = Annotated[
@@ -81,7 +93,9 @@ MemoryBudget = Annotated[
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Torch's strict deterministic mode.")
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto, float32, bfloat16 or float16; or fp32, bf16, fp16.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, or auto to spread over GPUs.")]
 Seed = Annotated[int, typer.Option(help="Of shuffles, controls, permutations and bootstraps.")]
 MinK = Annotated[int, typer.Option(help="At least this many candidates in every matrix.")]

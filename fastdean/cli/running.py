@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import wraps
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 import fastdean
+from fastdean.cli.flags import flags_of, retold
 from fastdean.cli.terminal import shows_everything
 from fastdean.printable import printable
 
@@ -49,14 +50,21 @@ def _terminate(number: int, _: object) -> None:
     raise Terminated(number)
 
 
-def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+def command(
+    resumable: bool = False, names: Mapping[str, str] = {}
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """A command: its errors in one line, its result as JSON where `--json` is given.
 
     While it runs, nothing else can get at stdout.
+
+    Args:
+        names: what functions below call a parameter of the command, see `flags.naming`.
     """
     kept = "; what is finished is kept, run the same command to go on" if resumable else ""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
+        flags = flags_of(function)
+
         @wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> None:
             try:
@@ -75,7 +83,7 @@ def command(resumable: bool = False) -> Callable[[Callable[..., Any]], Callable[
             except typer.Exit:
                 raise
             except Exception as error:
-                raise typer.Exit(_told(error)) from None
+                raise typer.Exit(_told(error, retold(error, flags, names))) from None
 
         return wrapped
 
@@ -88,13 +96,12 @@ def _json(result: Any) -> str:
     return json.dumps(result, indent=2, ensure_ascii=plain, default=str)
 
 
-def _told(error: Exception) -> int:
-    """Write an error to stderr, in one line where a user can mend it; returns the exit code."""
+def _told(error: Exception, text: str) -> int:
+    """Write an error to stderr, as `text` where a user can mend it; returns the exit code."""
     code = 2 if _is_mendable(error) else 1
     if code == 1 or os.environ.get("FASTDEAN_VERBOSITY", "").lower() == "debug":
         typer.echo(printable("".join(traceback.format_exception(error))), err=True, nl=False)
     who = "fastdean" if is_first_rank() else f"fastdean (rank {os.environ['RANK']})"
-    text = " ".join(str(error).split()) or type(error).__name__
     typer.echo(f"{who}: {printable(text)}", err=True)
     return code
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -15,7 +16,7 @@ from fastdean.batching import send
 from fastdean.collapse.forms import encode_forms, written_forms
 from fastdean.collapse.matching import MAX_ID, RunMatcher
 from fastdean.collapse.words import WORD, WordGroups, read_word_groups
-from fastdean.declared import Lists, Record, Row, Text, Whole, require
+from fastdean.declared import Lists, Record, Row, Text, Whole, brief, require
 
 MultiPiece = Literal["skip", "mean"]
 
@@ -152,6 +153,16 @@ class CollapseClasses:
 
     def __len__(self) -> int:
         return len(self.pieces)
+
+    def __repr__(self) -> str:
+        """In short; `report` has the words."""
+        counted = Counter(self.groups)
+        groups = ", ".join(f"{brief(group)[:30]} {n}" for group, n in islice(counted.items(), 8))
+        more = f" and {len(counted) - 8} more groups" if len(counted) > 8 else ""
+        return (
+            f"CollapseClasses({len(self)} classes: {groups}{more}; "
+            f"{len(self.left_out)} forms left out)"
+        )
 
     def labels(self, token_ids: Tensor) -> Tensor:
         """The class of the token at each position; int64, shape and device of the input.

@@ -17,6 +17,7 @@ from fastdean.collapse.metrics import CollapseMetrics, NearestMean, count_neares
 from fastdean.collapse.moments import ClassMoments
 from fastdean.collapse.representations import Features, Representations, output_embedding
 from fastdean.data import Example, read_examples
+from fastdean.doing import titled
 from fastdean.forward import attention_for, prepare_batches
 from fastdean.model_state import (
     eager,
@@ -161,7 +162,9 @@ class _Reading:
         with (
             eager(),
             evaluation_state(model),
-            tqdm(total=len(examples), desc=title, unit="ex", disable=not self.progress) as bar,
+            tqdm(
+                total=len(examples), desc=titled(title), unit="ex", disable=not self.progress
+            ) as bar,
         ):
             batches = prepare_batches(
                 model,

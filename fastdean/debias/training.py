@@ -28,6 +28,7 @@ from fastdean.debias.schedule import (
 )
 from fastdean.debias.texts import TextEncoder
 from fastdean.declared import Anything, Filled, Maps, Record, Unfit, require
+from fastdean.doing import titled
 from fastdean.identity import json_digest, model_identity
 from fastdean.model_state import evaluation_state, input_device, max_tokens, unwrap
 
@@ -204,7 +205,7 @@ class _Run:
 
         steps, done = self.schedule.steps, len(self.history)
         with tqdm(
-            total=steps, initial=done, desc="debiasing", unit="step", disable=not progress
+            total=steps, initial=done, desc=titled("debiasing"), unit="step", disable=not progress
         ) as bar:
             for step in range(done, steps):
                 entry = self._step(step)

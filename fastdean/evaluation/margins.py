@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdean.data import IGNORE_INDEX, Example, encode
+from fastdean.doing import titled
 from fastdean.evaluation.intervals import (
     Interval,
     by_unit,
@@ -130,7 +131,7 @@ def response_margins(
         [*safe_examples, *unsafe_examples],
         tokens_per_batch=tokens_per_batch,
         progress=progress,
-        description="margins",
+        description=titled("margins"),
     )
     safe, unsafe = (sums / counts).split(len(pairs))
     return Margins(safe - unsafe, safe, unsafe, prompts=[_prompt(safe) for safe, _ in pairs])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.data import IGNORE_INDEX, Example, read_examples
+from fastdean.doing import titled
 from fastdean.evaluation.intervals import Interval, mean_interval
 from fastdean.forward import label_shift, target_log_likelihood
 from fastdean.model_state import max_tokens, unwrap
@@ -172,7 +173,7 @@ def _measure(
         examples,
         tokens_per_batch=tokens_per_batch,
         progress=progress,
-        description="perplexity",
+        description=titled("perplexity"),
     )
     return Perplexity(-sums, counts, window, stride)
 

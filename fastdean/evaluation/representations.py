@@ -12,6 +12,7 @@ from fastdean.adapters import require_no_prompts
 from fastdean.calling import call
 from fastdean.data import IGNORE_INDEX, Example
 from fastdean.dependence import HSICResult, hsic
+from fastdean.doing import titled
 from fastdean.forward import attention_for, prepare_batches
 from fastdean.model_state import evaluation_state, input_device, unwrap
 
@@ -87,7 +88,9 @@ def last_token_states(
     states = None
     with (
         evaluation_state(model),
-        tqdm(total=len(examples), desc="hidden states", unit="ex", disable=not progress) as bar,
+        tqdm(
+            total=len(examples), desc=titled("hidden states"), unit="ex", disable=not progress
+        ) as bar,
     ):
         for batch in batches:
             with attention_for(model, batch):

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fastdean._logging import logger
 from fastdean.masks.entries import MaskEntry, same_bits, shared_positions, suppressed
 from fastdean.masks.prepared import PreparedEdit, PreparedEdits, prepare
 from fastdean.masks.weights import Part, Weights
@@ -101,6 +102,7 @@ def _apply_unprepared(
             raise ValueError(_other_values(targets, base))
         application = Application(mask, targets, wrote=False)
         stack.append(application)
+        _say_if_rounded(mask, targets)
         return application
     weights.require_writable(targets)
     parts = [replace(part, previous=now) for part, now in zip(targets, current, strict=True)]
@@ -117,6 +119,7 @@ def _apply_unprepared(
             weights.write_(parts, written, impl)
 
     _all_or_nothing(write, stack, [*stack, application], parts, current, weights)
+    _say_if_rounded(mask, parts)
     return application
 
 
@@ -263,17 +266,33 @@ def _targets(mask: Mask, weights: Weights) -> list[Part]:
     """What to write where, one part per tensor in memory, however many names it has."""
     merged: dict[tuple, tuple[str, MaskEntry]] = {}
     for name, entry in mask.entries.items():
-        place = weights.place(name, entry.shape, entry.dtype)
+        # The same model in another dtype holds the originals rounded to it.
+        place = weights.place(name, entry.shape, weights.dtype_of(name, entry.dtype))
         if place in merged:
             first_name, first = merged[place]
             first.require_same_originals(entry, name)
             merged[place] = (first_name, first.union(entry))
         else:
             merged[place] = (name, entry)
-    return [
-        Part(name, entry.shape, entry.index, entry.original, suppressed(entry.original, mask.scale))
-        for name, entry in merged.values()
-    ]
+    parts = []
+    for name, entry in merged.values():
+        dtype = weights.dtype_of(name, entry.dtype)
+        written = suppressed(entry.original, mask.scale, dtype)
+        parts.append(Part(name, entry.shape, entry.index, entry.original.to(dtype), written))
+    return parts
+
+
+def _say_if_rounded(mask: Mask, parts: Sequence[Part]) -> None:
+    for part in parts:
+        own, found = mask.entries[part.name].dtype, part.previous.dtype
+        if own != found:
+            logger.warning(
+                "the mask was made in %s and the model is in %s: every original rounds to the "
+                "weight found there, and that is what is restored",
+                str(own).removeprefix("torch."),
+                str(found).removeprefix("torch."),
+            )
+            return
 
 
 def _beneath(

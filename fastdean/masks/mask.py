@@ -175,7 +175,7 @@ class NeuronMask:
     def summary(self) -> MaskSummary:
         """Counts per layer, per module and in total; `str()` of it is an aligned table."""
         table = rows_from_names(self._counts()) if self._table is None else self._table
-        return MaskSummary.of(table, self._counted())
+        return MaskSummary.of(table, self._counted(), self._scale)
 
     def apply_(self, model: nn.Module, *, impl: str | None = None) -> nn.Module:
         """Write original * scale over the masked weights of `model`, in place; returns the model.
@@ -184,15 +184,17 @@ class NeuronMask:
         weights hold the masked values from the start, as one loaded from a patched checkpoint
         does, nothing is written and the mask counts as active. The first time prepares the next
         ones: while the model stays where it is, toggling then costs little more than reading and
-        writing the masked weights, and most where they are not in the processor's caches.
+        writing the masked weights, and most where they are not in the processor's caches. A model
+        in another dtype than the mask's is edited where every original rounds to the value found,
+        and a warning says so.
 
         Args:
             model: the module whose parameters the names mean; wrappers of torch.compile and
                 DistributedDataParallel are looked through.
             impl: the implementation of the mask operations of `ops`; None picks by device.
         Raises:
-            ValueError: a parameter that is missing, of another shape or dtype, offloaded or
-                quantised, or that holds other values than the originals.
+            ValueError: a parameter that is missing, of another shape, offloaded or quantised, or
+                that holds other values than the originals.
             RuntimeError: weights under an active mask were changed by something else.
             Nothing is written in either case.
         """

@@ -29,6 +29,8 @@ TABLE_COLUMNS = tuple(_COLUMNS)
 TABLE = Lists(Record(_COLUMNS, optional={"weights": Whole()}))
 _CANDIDATES = ("first", "second", "coupled", "removed")
 _COUNTS = (*_CANDIDATES, "kept")
+# What the rule left out of the coupled ones is spared; what it keeps is what the mask edits.
+_HEADINGS = {"removed": "spared"}
 
 
 @dataclass(frozen=True)
@@ -38,31 +40,37 @@ class MaskSummary:
     Each row has "layer" (int, None outside of layers) or "module", "matrices", "first", "second",
     "coupled", "removed", "kept" and "weights"; counts that the mask does not know are None. `unit`
     is what is counted, "weights" or "units"; "weights" is the number of weights in either case.
-    `str()` gives the rows of the layers and the total as an aligned table.
+    `str()` gives the rows of the layers and the total as an aligned table, in which "removed" is
+    headed "spared" and "kept" by what happens to these: "zeroed", or "scaled" by another `scale`.
     """
 
     rows: list[dict[str, Any]]
     modules: list[dict[str, Any]]
     total: dict[str, Any]
     unit: str = "weights"
+    scale: float = 0.0
 
     @classmethod
-    def of(cls, table: Sequence[Mapping[str, Any]], unit: str) -> MaskSummary:
+    def of(cls, table: Sequence[Mapping[str, Any]], unit: str, scale: float = 0.0) -> MaskSummary:
         """The sums of a table's rows."""
         return cls(
             rows=_aggregate(table, "layer"),
             modules=_aggregate(table, "module"),
             total=_sum_rows({"layer": "total"}, table),
             unit=unit,
+            scale=scale,
         )
 
     def __str__(self) -> str:
-        head = ("layer", "matrices", *_COUNTS)
+        columns = ("layer", "matrices", *_COUNTS)
+        done = "zeroed" if self.scale == 0 else "scaled"
         caption = []
         if self.unit != "weights":
-            head = (*head, "weights")
-            caption = [f"counted in {self.unit}; weights: those of the {self.unit} kept"]
-        body = [[_cell(row[column]) for column in head] for row in [*self.rows, self.total]]
+            columns = (*columns, "weights")
+            caption = [f"counted in {self.unit}; weights: those of the {self.unit} {done}"]
+        headings = {**_HEADINGS, "kept": done}
+        head = [headings.get(column, column) for column in columns]
+        body = [[_cell(row[column]) for column in columns] for row in [*self.rows, self.total]]
         widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
         lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))

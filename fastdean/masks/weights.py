@@ -51,6 +51,13 @@ class Weights:
         """The name of a parameter in the model as it is, wrappers included."""
         return self._paths[name]
 
+    def dtype_of(self, name: str, otherwise: torch.dtype) -> torch.dtype:
+        """The dtype in which a parameter can be edited; `otherwise` where it cannot."""
+        parameter = self._parameters.get(name)
+        if parameter is None or parameter.dtype not in EDITABLE_DTYPES:
+            return otherwise
+        return parameter.dtype
+
     def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
         """Equal for two parameters exactly if they are the same elements in the same order.
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from fastdean.declared import Anything, Lists, Maps, Maybe, Real, Record, Text, Whole
+from fastdean.digits import apart
 from fastdean.evaluation import Interval, change_between, change_of_distance
 from fastdean.evaluation import bias as measures
 from fastdean.evaluation.bias import BiasResult
@@ -249,9 +250,10 @@ def sentences(found: Found) -> list[str]:
     for name, figures in found.items():
         if figures["neutral"] is None or figures["low"] is None:
             continue
+        value, low, high = apart(*(figures[key] for key in ("value", "low", "high")), least=3)
         said.append(
-            f"{name}: {figures['value']:.3g} {figures['unit']} [{figures['low']:.3g}, "
-            f"{figures['high']:.3g}], where {figures['neutral']:g} is neutral: "
+            f"{name}: {value} {figures['unit']} [{low}, {high}], where {figures['neutral']:g} is "
+            "neutral: "
             f"{figures['verdict']}."
         )
     return said
@@ -264,8 +266,9 @@ def change_sentences(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
         moved = row.get("change") or {}
         if row["neutral"] is None or moved.get("low") is None:
             continue
+        before, after = apart(row["before"]["value"], row["after"]["value"], least=3)
         said.append(
-            f"{name}: {row['before']['value']:.3g} before, {row['after']['value']:.3g} after "
+            f"{name}: {before} before, {after} after "
             f"(neutral {row['neutral']:g}): {moved['verdict']}."
         )
     return said

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
 # Below this share of the classes in the text, its figures are those of a few words.
 _FEW_SEEN = 0.5
 
@@ -26,6 +29,17 @@ def about_classes(classes: int, table: Mapping[str, Any]) -> list[str]:
             "interval. Measure on more text."
         ]
     return []
+
+
+def about_precision(model: nn.Module) -> list[str]:
+    """Of a training: whether its steps are kept."""
+    dtype = next(model.parameters()).dtype
+    if dtype.itemsize >= torch.float32.itemsize:
+        return []
+    return [
+        f"The model was trained in {str(dtype).removeprefix('torch.')}: steps that are small "
+        "beside a weight are rounded away. Train in float32."
+    ]
 
 
 def about_regularizer(

@@ -25,13 +25,13 @@ from fastdean.data import Example
 from fastdean.declared import Anything, Either, Exactly, Maybe, Real, Record, Text, Whole
 from fastdean.distributed import Ranks
 from fastdean.identity import json_digest, model_identity
-from fastdean.loading import load_model
+from fastdean.loading import dtype_name, load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.inputs import benchmark_digests
 from fastdean.pipeline.published import published
 from fastdean.pipeline.results import plain
-from fastdean.pipeline.rows import encode_rows, take_rows
+from fastdean.pipeline.rows import Skipped, encode_rows, take_rows, usable_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
 from fastdean.provenance import now, public_command, public_name, versions
 from fastdean.rendering import describe_rendering, rendering_cautions
@@ -76,6 +76,7 @@ class CollapseJob:
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
         examples: rows of the text to read; None: all.
+        skip_bad_rows: see `Job`.
         seed: of the shuffles, controls, permutations and bootstraps.
     Raises:
         ValueError: an option out of range.
@@ -99,6 +100,7 @@ class CollapseJob:
     dtype: str = "auto"
     device: str | None = None
     seed: int = 0
+    skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.control is not None and self.control not in CONTROLS:
@@ -108,6 +110,7 @@ class CollapseJob:
             )
         read_word_groups(self.words)
         check_seed(self.seed)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         bias.check(self.bias, self.start_token)
 
 
@@ -133,8 +136,11 @@ def run(
     folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
     require_outside(folder.path, job.model)
     folder.check()
-    costs = Costs()
-    rows, _ = take_rows(job.text, job.examples, job.seed)
+    # Reading, loading, checking, collapse, and each measure of bias.
+    costs = Costs(total=4 + len(job.bias), shown=progress)
+    with costs.step("read data"):
+        skipped = Skipped() if job.skip_bad_rows else None
+        rows, _ = take_rows(job.text, job.examples, job.seed, name="text", skipped=skipped)
     folder.inputs = {"text": json_digest(rows), **benchmark_digests(job.bias)}
     folder.check()
     with costs.step("load model"):
@@ -152,9 +158,13 @@ def run(
     classes = classes_of(job, tokenizer)
     folder.inputs["words"] = json_digest(classes.to_dict())
     folder.check()
-    encoded = encode_rows(
-        rows, job.text, tokenizer, model, template=job.template, max_length=job.max_length
-    )
+    given = (job.text, tokenizer, model)
+    options = {"template": job.template, "max_length": job.max_length, "name": "text"}
+    rows = usable_rows(rows, skipped, *given, **options)
+    encoded = encode_rows(rows, *given, **options)
+    left_out = [] if skipped is None else skipped.told("text")
+    for sentence in left_out:
+        logger.warning("%s", sentence)
     odd = rendering_cautions(encoded, [n for n, _ in rows], tokenizer, "text", job.template)
     for caution in odd:
         logger.warning("%s", caution)
@@ -190,6 +200,7 @@ def run(
                         "source": told["text"],
                         "examples": len(encoded),
                         **describe_rendering(encoded, tokenizer, job.template),
+                        **({} if skipped is None else skipped.described()),
                     }
                 },
                 "options": told,
@@ -198,6 +209,7 @@ def run(
                 "findings": [collapse_sentence(classes, table), *bias.sentences(found)],
                 "warnings": [
                     *folder.other_versions,
+                    *left_out,
                     *odd,
                     *cautions.about_classes(len(classes), table),
                 ],

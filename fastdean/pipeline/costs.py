@@ -1,4 +1,4 @@
-"""What the steps of a job take: seconds, tokens, memory."""
+"""The steps of a job: which is being done, and what each takes: seconds, tokens, memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdean.doing import during
+from fastdean.printable import one_line
+
 
 @dataclass
 class Costs:
@@ -21,8 +24,12 @@ class Costs:
         steps: of each, in order, "step", "seconds", "tokens" and "peak_bytes": the most memory held
             so far, from the start of the process to the end of the step. It is memory on the GPUs
             for a model that lies there, else the process's resident memory.
+        total: how many steps the job has at most; None: not known yet.
+        shown: whether each step is announced on stderr.
     """
 
+    total: int | None = None
+    shown: bool = False
     steps: list[dict[str, Any]] = field(default_factory=list)
     _gpus: set[torch.device] = field(default_factory=set)
 
@@ -32,8 +39,14 @@ class Costs:
 
     @contextmanager
     def step(self, name: str, tokens: int | None = None) -> Iterator[None]:
+        label = f"step {len(self.steps) + 1}"
+        label += f" of {self.total}, {name}" if self.total else f", {name}"
+        if self.shown:
+            # Before a step has a bar of its own it may read, load or compile for a minute.
+            print(f"fastdean: {one_line(label)}", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        yield
+        with during(label):
+            yield
         self.add(name, tokens, time.perf_counter() - start, self._peak_bytes())
 
     def add(

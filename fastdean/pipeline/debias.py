@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdean._logging import logger
 from fastdean.collapse import CollapseClasses, CollapseRegularizer, read_word_groups
 from fastdean.data import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
@@ -22,11 +23,12 @@ from fastdean.debias.forms import require_form
 from fastdean.debias.objectives import require_method
 from fastdean.debias.schedule import check_counts, check_schedule
 from fastdean.declared import Lists, Real, Record, Whole
+from fastdean.digits import apart
 from fastdean.distributed import Ranks
 from fastdean.evaluation import Perplexity, compare_perplexity, perplexity
 from fastdean.forward import label_shift
 from fastdean.identity import json_digest, model_identity
-from fastdean.loading import load_model
+from fastdean.loading import dtype_name, load_model
 from fastdean.pipeline import bias, cautions
 from fastdean.pipeline.collapse import (
     CONTROLS,
@@ -41,7 +43,15 @@ from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.inputs import benchmark_digests
 from fastdean.pipeline.published import published
 from fastdean.pipeline.results import plain
-from fastdean.pipeline.rows import NumberedRow, encode_rows, take_rows
+from fastdean.pipeline.rows import (
+    NumberedRow,
+    Skipped,
+    content_digest,
+    encode_rows,
+    same_content,
+    take_rows,
+    usable_rows,
+)
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
 from fastdean.provenance import now, public_command, public_name, public_source, versions
 from fastdean.report import write_report
@@ -71,8 +81,11 @@ class DebiasJob:
         steps, epochs, learning_rate, batch_size, accumulation: see `debias.fine_tune`.
         save_every: steps between checkpoints, of which the last two are kept while it trains, and
             the last until the model is saved.
+        dtype: see `loading.load_model`; AdamW's small steps round away in another than float32,
+            and a warning says so.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
+        skip_bad_rows: see `Job`; of the rows that are trained on, those that cannot be read.
         seed: of shuffles, masking, dropout, controls, permutations and bootstraps.
     Raises:
         ValueError: an option out of range.
@@ -104,8 +117,10 @@ class DebiasJob:
     bias: tuple[str, ...] = ("bec_pro",)
     start_token: str | int = "auto"
     tokens_per_batch: int | None = None
+    dtype: str = "float32"
     device: str | None = None
     seed: int = 0
+    skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -128,6 +143,7 @@ class DebiasJob:
             )
         read_word_groups(self.words)
         check_seed(self.seed)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         bias.check(self.bias, self.start_token)
 
     @property
@@ -147,6 +163,7 @@ class _Prepared:
     measured_classes: CollapseClasses
     trained: list[dict[str, Any]]
     measured: list[Example]
+    cautions: list[str]
 
 
 def run(
@@ -165,7 +182,7 @@ def run(
     folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
     require_outside(folder.path, job.model)
     folder.check()
-    costs = Costs()
+    costs = Costs(shown=progress)
     prepared = _prepare(job, folder, costs, progress)
     try:
         folder.claim()
@@ -187,8 +204,11 @@ def run(
 
 
 def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) -> _Prepared:
-    trained, measured = _split(job)
-    texts = _numbered_texts(measured, job.text or job.source)
+    with costs.step("read data"):
+        skipped = {name: Skipped() for name in ("data", "text") if job.skip_bad_rows}
+        trained, measured = _split(job, skipped)
+    name, source = ("data", job.source) if job.text is None else ("text", job.text)
+    texts = _numbered_texts(measured, source, name)
     folder.inputs = {
         "data": json_digest(trained),
         "text": json_digest(measured),
@@ -196,16 +216,17 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     }
     folder.check()
     with costs.step("load model"):
-        # AdamW's steps are lost in half precision.
         model, tokenizer = load_model(
             job.model,
-            dtype="float32",
+            dtype=job.dtype,
             device=job.device,
             revision=job.revision,
             trust_remote_code=job.trust_remote_code,
             progress=progress,
         )
     costs.watch(model)
+    # Collapse, each measure of bias and a causal model's perplexity, before and after.
+    costs.total = 5 + 2 * (1 + len(job.bias) + label_shift(model))
     model.requires_grad_(True)
     with costs.step("check model"):
         folder.inputs |= model_identity(model, tokenizer)
@@ -218,31 +239,42 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     check_counts(save_every=job.save_every, max_length=job.max_length)
     check_schedule(warmup=_WARMUP, seed=job.seed, **_course(job))
     _regularizer(model, classes, job).remove()
+    options = {"max_length": job.max_length, "name": name}
+    texts = usable_rows(texts, skipped.get(name), source, tokenizer, model, **options)
+    contents = {"data": content_digest(trained), "text": content_digest(measured)}
+    left_out = same_content(contents)
+    left_out += [sentence for name, rows in skipped.items() for sentence in rows.told(name)]
+    for sentence in left_out:
+        logger.warning("%s", sentence)
     return _Prepared(
         model,
         tokenizer,
         classes,
         measured_classes,
         [row for _, row in trained],
-        encode_rows(texts, job.text or job.source, tokenizer, model, max_length=job.max_length),
+        encode_rows(texts, source, tokenizer, model, **options),
+        left_out,
     )
 
 
-def _split(job: DebiasJob) -> tuple[list[NumberedRow], list[NumberedRow]]:
+def _split(
+    job: DebiasJob, skipped: Mapping[str, Skipped]
+) -> tuple[list[NumberedRow], list[NumberedRow]]:
     """The rows that are trained on, and those that are measured on."""
-    rows, _ = take_rows(job.source, None, job.seed)
+    data, text = skipped.get("data"), skipped.get("text")
+    rows, _ = take_rows(job.source, None, job.seed, name="data", skipped=data)
     if job.text is not None:
-        return rows, take_rows(job.text, None, job.seed)[0]
+        return rows, take_rows(job.text, None, job.seed, name="text", skipped=text)[0]
     if len(rows) < 2:
         raise ValueError(
             f"data must hold at least 2 rows, got {len(rows)} in {job.source!r}: a quarter of them "
-            "is held out to measure on; add rows, or name others to measure on with --text"
+            "is held out to measure on; add rows, or name others to measure on as text="
         )
     apart = max(1, round(_MEASURED * len(rows)))
     return rows[apart:], rows[:apart]
 
 
-def _numbered_texts(rows: Sequence[NumberedRow], source: str) -> list[NumberedRow]:
+def _numbered_texts(rows: Sequence[NumberedRow], source: str, name: str) -> list[NumberedRow]:
     """The texts of the rows, each as a row with the number of its own.
 
     Raises:
@@ -253,7 +285,7 @@ def _numbered_texts(rows: Sequence[NumberedRow], source: str) -> list[NumberedRo
         number = min(unread)
         chat = unread[number].get("messages") is not None
         raise ValueError(
-            f"source {source!r}: row {number} must hold text, or prompt and response, or premise "
+            f"{name} {source!r}: row {number} must hold text, or prompt and response, or premise "
             f"and hypothesis, got {'a chat (messages)' if chat else sorted(unread[number])}; write "
             "what is to be measured as text"
         )
@@ -400,9 +432,11 @@ def _collect(
             ],
             "warnings": [
                 *folder.other_versions,
+                *prepared.cautions,
                 *cautions.about_classes(
                     len(prepared.measured_classes), states["before"]["collapse"]
                 ),
+                *cautions.about_precision(prepared.model),
                 *cautions.about_regularizer(job.collapse_strength, job.control, history),
             ],
             "cost": costs.steps,
@@ -436,9 +470,10 @@ def _collapse_change(job: DebiasJob, collapse: Mapping[str, Any]) -> str:
     if None in values.values():
         return f"After {trained}, (U)NC3 could not be measured: too few classes in the text."
     words = public_source(job.words)
+    before, after = apart(values["before"], values["after"])
     return (
         f"After {trained}, the spread of the alignment of {words} words ((U)NC3, std, on text "
-        f"not trained on) is {values['after']:.4g}; it was {values['before']:.4g}."
+        f"not trained on) is {after}; it was {before}."
     )
 
 
@@ -454,10 +489,10 @@ def _perplexity_change(states: Mapping[str, Mapping[str, Any]]) -> list[str]:
     except ValueError:
         # Infinite, or no number: it is shown as it is, and not judged.
         verdict = ""
+    was, now = apart(before.value, after.value)
     return [
-        f"Perplexity of the measured text: {before.value:.4g} before, {after.value:.4g} "
-        f"after{verdict}. It is of the same kind as the training text, so that most of a fall is "
-        "adaptation to it."
+        f"Perplexity of the measured text: {was} before, {now} after{verdict}. It is of the "
+        "same kind as the training text, so that most of a fall is adaptation to it."
     ]
 
 

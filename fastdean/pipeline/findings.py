@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+from fastdean.digits import apart
 from fastdean.verdicts import NO_EFFECT, direction, reading
 
 _TOPICS = ("fairness", "privacy")
@@ -80,9 +81,8 @@ def _random_clause(tables: Mapping[str, Any], topics: Sequence[str]) -> str:
 
 def _margin_clause(topic: str, tables: Mapping[str, Any], rule: str) -> str:
     change = tables[topic]["masks"][rule]
-    figures = (
-        f"{change['mean']:+.3g} nats per token, {_evidence(change, '+.3g')}{_pairs(tables[topic])}"
-    )
+    mean, evidence = _evidence(change, "mean", least=3, sign=True)
+    figures = f"{mean} nats per token, {evidence}{_pairs(tables[topic])}"
     return f"{_moved(change, 0.0)} on {topic} ({figures})"
 
 
@@ -98,9 +98,10 @@ def _perplexity_clause(results: Mapping[str, Any]) -> list[str]:
     change = _masks(table).get(results["options"]["rule"])
     if not change or not _known(table.get("origin"), change.get("value"), change.get("ratio")):
         return []
-    values = f"{table['origin']:.4g} to {change['value']:.4g}"
+    values = " to ".join(apart(table["origin"], change["value"]))
     counted = f"{table['n']} answers" if table.get("n") else ""
-    figures = f"{values}, ratio {change['ratio']:.4g}, {_evidence(change, '.4g')}{counted}"
+    ratio, evidence = _evidence(change, "ratio")
+    figures = f"{values}, ratio {ratio}, {evidence}{counted}"
     return [f"Perplexity on general answers {_moved(change, 1.0)} ({figures.removesuffix(', ')})"]
 
 
@@ -176,14 +177,17 @@ def _moved(change: Mapping[str, Any], no_effect: float) -> str:
     return f"has {verdict or 'no verdict without an interval'}"
 
 
-def _evidence(change: Mapping[str, Any], form: str) -> str:
-    """Interval and p-value, as far as there are any."""
-    said = ""
+def _evidence(change: Mapping[str, Any], key: str, **digits: Any) -> tuple[str, str]:
+    """The figure under `key`; and its interval and p-value, as far as there are any."""
+    found, said = change[key], ""
     if _known(change["low"], change["high"]):
-        said = f"95 % interval {change['low']:{form}} to {change['high']:{form}}, "
+        figure, low, high = apart(found, change["low"], change["high"], **digits)
+        said = f"95 % interval {low} to {high}, "
+    else:
+        (figure,) = apart(found, **digits)
     if _known(change.get("p_value")):
         said += f"p = {change['p_value']:.2g}, "
-    return said
+    return figure, said
 
 
 def _pairs(table: Mapping[str, Any]) -> str:

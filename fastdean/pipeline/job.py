@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastdean.coupling import DEFAULT_RATIO, RULES, SCOPES
 from fastdean.data import TEMPLATES
+from fastdean.loading import dtype_name
 from fastdean.masks.entries import checked_scale
 
 DATA_SETS = ("fairness", "privacy", "general")
@@ -29,6 +30,8 @@ class Job:
         scale: what the weights of the masks are multiplied by.
         examples: rows of each source that are scored; None: all.
         eval_examples: rows, of other prompts than these where there are any, that are measured on.
+        skip_bad_rows: leave out rows that cannot be read or encoded, and count them, rather than
+            refuse the first.
         seed: of the shuffles, the random control, permutations and bootstraps.
     Raises:
         ValueError, TypeError: an option out of range; found here rather than after hours of work.
@@ -57,6 +60,7 @@ class Job:
     dtype: str = "auto"
     device: str | None = None
     seed: int = 0
+    skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -82,6 +86,8 @@ class Job:
                 f"{self.min_k}"
             )
         checked_scale(self.scale)
+        # One name, so that a job in bf16 is the job in bfloat16.
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
     @property
     def effective_ratio(self) -> float:

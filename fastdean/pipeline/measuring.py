@@ -90,12 +90,12 @@ def measure(
             "Margins and perplexity were not measured: a masked language model sees the tokens it "
             "would be asked about."
         )
-    with timed("measure origin"):
+    with timed("measure unmasked model"):
         origin = _figures(model, examples, options, notes)
     after = {}
     for name, mask in masks.items():
         if len(mask):
-            with timed(f"measure {name}"), mask.applied(model):
+            with timed(f"measure {name} mask"), mask.applied(model):
                 after[name] = _figures(
                     model, examples, options, notes, name, origin, with_states=name == rule
                 )

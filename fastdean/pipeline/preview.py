@@ -7,7 +7,7 @@ from typing import Any
 
 from fastdean.data import Example
 from fastdean.loading import load_tokenizer
-from fastdean.pipeline.rows import encode_rows, take_rows
+from fastdean.pipeline.rows import Skipped, encode_rows, take_rows, usable_rows
 from fastdean.rendering import (
     describe_rendering,
     differing_renderings,
@@ -43,11 +43,14 @@ def preview(sources: Mapping[str, str], job: Any) -> dict[str, Any]:
     )
     examples, data, warnings = {}, {}, []
     for name, source in sources.items():
-        rows, _ = take_rows(source, job.examples, job.seed)
+        skipped = Skipped() if job.skip_bad_rows else None
+        rows, _ = take_rows(source, job.examples, job.seed, name=name, skipped=skipped)
+        given = (source, tokenizer, None)
+        options = {"template": job.template, "max_length": job.max_length, "name": name}
+        rows = usable_rows(rows, skipped, *given, **options)
         numbers = [number for number, _ in rows]
-        encoded = encode_rows(
-            rows, source, tokenizer, None, template=job.template, max_length=job.max_length
-        )
+        encoded = encode_rows(rows, *given, **options)
+        warnings += [] if skipped is None else skipped.told(name)
         examples[name] = shown(source, numbers[0], encoded[0], tokenizer)
         data[name] = describe_rendering(encoded, tokenizer, job.template)
         warnings += rendering_cautions(encoded, numbers, tokenizer, name, job.template)

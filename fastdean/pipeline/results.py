@@ -122,7 +122,12 @@ def _about_rows(job: Job, rows: Mapping[str, SplitRows]) -> Iterator[str]:
                 f"No {name} rows have an unsafe response beside the safe one: not measured on "
                 f"{name}."
             )
-        elif not rows[name].held_out:
+        elif len(rows[name].measured) < job.eval_examples:
+            yield (
+                f"{name.capitalize()} was measured on {len(rows[name].measured)} rows, fewer than "
+                f"the {job.eval_examples} asked for: there are no more."
+            )
+        if rows[name].measured and not rows[name].held_out:
             yield (f"The {name} rows that were measured on are scored ones: no others were left.")
 
 

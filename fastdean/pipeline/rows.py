@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 from torch import nn
@@ -18,9 +21,41 @@ from fastdean.data import Example, encode
 from fastdean.forward import label_shift
 from fastdean.model_state import max_tokens
 from fastdean.pipeline.job import Job
-from fastdean.sources import load_rows, sample_rows
+from fastdean.sources import BadRow, numbered_rows, sample_rows
 
 NumberedRow = tuple[int, dict[str, Any]]
+# Of the rows that are left out: how many are shown, and how much of each reason.
+_SHOWN, _REASON = 3, 160
+
+
+@dataclass
+class Skipped:
+    """Rows of one source that are left out, because they could not be read or used.
+
+    Attributes:
+        rows: number of each -> the reason.
+    """
+
+    rows: dict[int, str] = field(default_factory=dict)
+
+    def described(self) -> dict[str, Any]:
+        """For a manifest: how many, and the first of them; nothing where there are none."""
+        if not self.rows:
+            return {}
+        first = [{"row": number, "reason": reason} for number, reason in self._first()]
+        return {"skipped_rows": {"count": len(self.rows), "first": first}}
+
+    def told(self, name: str) -> list[str]:
+        """A sentence on them, if there are any."""
+        if not self.rows:
+            return []
+        shown = "; ".join(f"row {number} ({reason[:_REASON]})" for number, reason in self._first())
+        more = len(self.rows) - len(self._first())
+        rest = f"; and {more} more" if more else ""
+        return [f"{name}: {len(self.rows)} rows are left out: {shown}{rest}"]
+
+    def _first(self) -> list[tuple[int, str]]:
+        return sorted(self.rows.items())[:_SHOWN]
 
 
 @dataclass(frozen=True)
@@ -29,11 +64,23 @@ class SplitRows:
 
     Attributes:
         held_out: whether none of the measured rows is a scored one.
+        skipped: what was left out; None where the first bad row is an error.
+        content: digest of all rows of the source, whatever their order.
     """
 
     scored: list[NumberedRow]
     measured: list[NumberedRow]
     held_out: bool
+    skipped: Skipped | None = None
+    content: str = ""
+
+    def usable(self, *arguments: Any, **options: Any) -> SplitRows:
+        """Without the rows that cannot be encoded: see `usable_rows`."""
+        scored, measured = (
+            usable_rows(rows, self.skipped, *arguments, pairs=pairs, **options)
+            for rows, pairs in ((self.scored, False), (self.measured, True))
+        )
+        return replace(self, scored=scored, measured=measured)
 
     @property
     def digest(self) -> str:
@@ -43,13 +90,23 @@ class SplitRows:
 
 
 def take_rows(
-    source: str, count: int | None, seed: int
+    source: str,
+    count: int | None,
+    seed: int,
+    *,
+    name: str = "source",
+    skipped: Skipped | None = None,
 ) -> tuple[list[NumberedRow], list[NumberedRow]]:
     """(`count` rows of a source in shuffled order, the others), each with its number from 1.
 
     With fewer rows than `count` all are taken, and a warning says so.
+
+    Args:
+        name: of the argument that names the source, for messages.
+        skipped: gets the rows that cannot be read; None: the first of them is an error.
     """
-    numbered = list(enumerate(load_rows(source), start=1))
+    with _named(name):
+        numbered = numbered_rows(source, None if skipped is None else skipped.rows)
     if count is not None and count > len(numbered):
         logger.warning(
             "%s has %d rows, fewer than the %d asked for: all are taken",
@@ -69,6 +126,7 @@ def encode_rows(
     *,
     template: str | None = None,
     max_length: int | None = None,
+    name: str = "source",
 ) -> list[Example]:
     """Tokenise numbered rows; what the model could not take is refused by source and number.
 
@@ -90,7 +148,63 @@ def encode_rows(
             for n, row in rows
         ]
     except ValueError as error:
-        raise ValueError(f"source {source!r}: {error}") from None
+        raise ValueError(f"{name} {source!r}: {error}{_or_skip(error)}") from None
+
+
+def usable_rows(
+    rows: Sequence[NumberedRow],
+    skipped: Skipped | None,
+    *arguments: Any,
+    pairs: bool = False,
+    **options: Any,
+) -> list[NumberedRow]:
+    """The rows that `encode_rows` takes with these arguments; the others are added to `skipped`.
+
+    Where nothing is skipped all are, and `encode_rows` refuses the first that it cannot take.
+
+    Args:
+        pairs: the unsafe response must be taken as well.
+    Raises:
+        ValueError: the options are wrong, or no row is left.
+    """
+    if skipped is None:
+        return list(rows)
+    # What is wrong with the options is wrong with every row.
+    encode_rows([], *arguments, **options)
+    found = []
+    for number, row in rows:
+        try:
+            encode_rows([(number, row)], *arguments, **options)
+            if pairs and _is_pair(row):
+                encode_rows([(number, {**row, "response": row["unsafe"]})], *arguments, **options)
+        except ValueError as error:
+            skipped.rows[number] = str(error)
+        else:
+            found.append((number, row))
+    if rows and not found:
+        raise ValueError(f"every row had to be left out: {skipped.rows[rows[0][0]]}")
+    return found
+
+
+def _is_pair(row: Mapping[str, Any]) -> bool:
+    return all(row.get(key) for key in ("prompt", "response", "unsafe"))
+
+
+def _or_skip(error: Exception) -> str:
+    """What else can be done about rows that are refused."""
+    text = str(error)
+    is_row = isinstance(error, BadRow) or text.startswith("row ")
+    return "; or pass skip_bad_rows=True to leave such rows out" if is_row else ""
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors call the source by the argument that names it: there may be several."""
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(r"^source\b", name, str(error))
+        raise ValueError(f"{text}{_or_skip(error)}") from None
 
 
 def _fitting(
@@ -115,7 +229,10 @@ def _fitting(
 
 def split_rows(name: str, job: Job) -> SplitRows:
     """The scored rows, and others to measure on: of other prompts, with what the figures need."""
-    scored, others = take_rows(getattr(job, name), job.examples, job.seed)
+    skipped = Skipped() if job.skip_bad_rows else None
+    scored, others = take_rows(
+        getattr(job, name), job.examples, job.seed, name=name, skipped=skipped
+    )
     seen = {str(row["prompt"]) for _, row in scored if "prompt" in row}
     fresh = [(n, row) for n, row in others if str(row.get("prompt")) not in seen]
 
@@ -124,9 +241,29 @@ def split_rows(name: str, job: Job) -> SplitRows:
         return found[: job.eval_examples]
 
     held_out = usable(fresh)
-    return SplitRows(scored, held_out or usable(scored), bool(held_out))
+    content = content_digest([*scored, *others])
+    return SplitRows(scored, held_out or usable(scored), bool(held_out), skipped, content)
+
+
+def content_digest(rows: Sequence[NumberedRow]) -> str:
+    """Of what the rows hold, whatever their order: equal for two copies of one file."""
+    lines = sorted(json.dumps(row, sort_keys=True, default=str) for _, row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def same_content(contents: Mapping[str, str]) -> list[str]:
+    """A sentence for each two sets of the same rows.
+
+    Args:
+        contents: name of the set -> `content_digest` of its rows.
+    """
+    return [
+        f"{one} and {other} hold the same rows: what is said of both is said of one set twice"
+        for one, other in combinations(contents, 2)
+        if contents[one] == contents[other]
+    ]
 
 
 def _is_measurable(row: Mapping[str, Any], name: str) -> bool:
     """Margins need both answers to a prompt; perplexity takes any row."""
-    return name == "general" or all(row.get(key) for key in ("prompt", "response", "unsafe"))
+    return name == "general" or _is_pair(row)

@@ -59,6 +59,8 @@ _FOLDERS = ("scores", "mask", "controls", "steps", "training", "model")
 _FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
 # 2: intervals that are Student's or exact, with the values they were made of.
 _STEP_FORMAT = 2
+# Of an option's value in a message.
+_LONGEST_VALUE = 120
 # What a run file holds.
 _RUN = Record(
     {
@@ -241,12 +243,12 @@ class RunFolder:
         )
 
     def _other_options(self, state: Mapping[str, Any]) -> list[str]:
-        kept = state["job"] if isinstance(state["job"], dict) else {}
-        missing = object()
+        """Each option whose value is not what it was, with both, as in "seed=0 (now 1)"."""
+        kept = state["job"]
         return [
-            name
+            f"{name}={_shown(kept.get(name))} (now {_shown(self.job.get(name))})"
             for name in {**self.job, **kept}
-            if self.job.get(name, missing) != kept.get(name, missing)
+            if (name in self.job, self.job.get(name)) != (name in kept, kept.get(name))
         ]
 
     def _state(self) -> dict[str, Any] | None:
@@ -266,6 +268,14 @@ class RunFolder:
                 "versions": _circumstances(),
             },
         )
+
+
+def _shown(value: Any) -> str:
+    """An option's value in a message."""
+    if value is None:
+        return "unset"
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _circumstances() -> dict[str, str]:

@@ -26,7 +26,7 @@ from fastdean.pipeline.costs import Costs
 from fastdean.pipeline.job import DATA_SETS, Job
 from fastdean.pipeline.measuring import TOPICS, MeasuringSet, measure
 from fastdean.pipeline.preview import shown
-from fastdean.pipeline.rows import NumberedRow, SplitRows, encode_rows, split_rows
+from fastdean.pipeline.rows import NumberedRow, SplitRows, encode_rows, same_content, split_rows
 from fastdean.pipeline.run_folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
 from fastdean.provenance import public_source
 from fastdean.rendering import (
@@ -78,7 +78,9 @@ def run(
     """
     ranks = Ranks.current()
     folder = RunFolder(Path(out).expanduser(), results.plain(asdict(job)), overwrite)
-    costs = Costs()
+    # Reading, loading, checking, a scoring of each data set, coupling, the model and its masks.
+    total = 3 + len(DATA_SETS) + 2 + len({job.rule, *CONTROLS})
+    costs = Costs(total=total, shown=progress and ranks.first)
     with ranks.failing_together():
         prepared = _prepare(job, folder, ranks, costs, progress)
     try:
@@ -87,7 +89,8 @@ def run(
         }
         if not ranks.first:
             return {}
-        masks, warnings = _couple(scores, prepared.model, job, folder)
+        with costs.step("couple"):
+            masks, warnings = _couple(scores, prepared.model, job, folder)
         tables, notes = measure(
             prepared.model,
             masks,
@@ -122,7 +125,8 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
     if ranks.first:
         require_outside(folder.path, job.model)
         folder.check()
-    rows = {name: split_rows(name, job) for name in DATA_SETS}
+    with costs.step("read data"):
+        rows = {name: split_rows(name, job) for name in DATA_SETS}
     folder.inputs = {name: split.digest for name, split in rows.items()}
     if ranks.first:
         folder.check()
@@ -147,18 +151,29 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
     options = {"template": job.template, "max_length": job.max_length}
 
     def encoded(name: str, numbered: Sequence[NumberedRow]) -> list[Example]:
-        return encode_rows(numbered, getattr(job, name), tokenizer, model, **options)
+        return encode_rows(numbered, getattr(job, name), tokenizer, model, name=name, **options)
 
     def pairs(topic: str) -> list[tuple[Example, Example]]:
         safe = rows[topic].measured
         unsafe = [(n, {"prompt": r["prompt"], "response": r["unsafe"]}) for n, r in safe]
         return list(zip(encoded(topic, safe), encoded(topic, unsafe), strict=True))
 
+    rows = {
+        name: split.usable(getattr(job, name), tokenizer, model, name=name, **options)
+        for name, split in rows.items()
+    }
     scored = {name: encoded(name, rows[name].scored) for name in DATA_SETS}
     renderings = {
         name: describe_rendering(scored[name], tokenizer, job.template) for name in DATA_SETS
     }
     cautions = [
+        *same_content({name: split.content for name, split in rows.items()}),
+        *(
+            sentence
+            for name, split in rows.items()
+            if split.skipped is not None
+            for sentence in split.skipped.told(name)
+        ),
         *differing_renderings(renderings),
         *(
             caution
@@ -257,9 +272,11 @@ def _score(
             progress=progress,
             description=f"score {name}",
         )
+    skipped = prepared.rows[name].skipped
     scores.manifest["data"] |= {
         "sources": [public_source(getattr(job, name))],
         **prepared.renderings[name],
+        **({} if skipped is None else skipped.described()),
     }
     scores.manifest["model"] |= {
         "revision": job.revision,

@@ -39,7 +39,7 @@ def coupling_section(coupling: dict, edit: Edit) -> Html:
         f"Of {count(total.get('k'))} {edit.entries} in each top set"
         f"{where}, {count(total.get('coupled'))} are in both "
         f"the fairness and the privacy set. {count(total.get('removed'))} of those matter for "
-        f"general text as well and are left as they are; {_selected_words(total, edit)}."
+        f"general text as well and are spared; {_selected_words(total, edit)}."
     )
     if not rows:
         return element("p", said)
@@ -63,7 +63,7 @@ def _coupling_figure(rows: Sequence[dict], said: str, edit: Edit) -> Html:
     caption = f"Coupled {edit.entries} per layer and module. "
     samples = [(("track", None), "size k of each top set")]
     if edit.is_coupled:
-        samples += [(("outlined", None), "in both sets and in the general set: left as it is")]
+        samples += [(("outlined", None), "in both sets and in the general set: spared")]
         samples += [(("solid", None), edit.done)]
     else:
         caption = (
@@ -123,7 +123,7 @@ def _matrix_table(rows: Sequence[dict], total: dict, edit: Edit) -> Html:
         Column("Fairness set"),
         Column("Privacy set"),
         Column("In both"),
-        Column("Also general"),
+        Column("Spared"),
         Column(edit.done.capitalize()),
     ]
     listed = table(

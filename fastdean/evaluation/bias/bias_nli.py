@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdean.batching import plan_batches
 from fastdean.data import Example
+from fastdean.doing import titled
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.occupations import OCCUPATIONS
 from fastdean.evaluation.bias.result import BiasResult, members
@@ -177,7 +178,7 @@ def _probabilities(
     logits: list[Tensor] = []
     with (
         evaluation_state(model),
-        tqdm(total=len(rows), desc="Bias-NLI", unit="ex", disable=not progress) as bar,
+        tqdm(total=len(rows), desc=titled("Bias-NLI"), unit="ex", disable=not progress) as bar,
     ):
         for batch in batches:
             inputs = {"input_ids": batch.input_ids}

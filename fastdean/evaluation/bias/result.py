@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdean.digits import apart
 from fastdean.evaluation.bootstrap import bootstrap_interval
 from fastdean.evaluation.intervals import Interval, is_share, mean_interval, share_interval
 from fastdean.verdicts import ABOVE, BELOW, NO_NEUTRAL, reworded
@@ -93,8 +94,10 @@ class BiasResult:
 
     @staticmethod
     def _line(interval: Interval, unit: str) -> str:
-        bounds = "" if interval.n < 2 else f" [{interval.low:.4g}, {interval.high:.4g}]"
-        return f"{interval.mean:.4g}{unit}{bounds}, n = {interval.n}"
+        known = (interval.mean,) if interval.n < 2 else (interval.mean, interval.low, interval.high)
+        mean, *ends = apart(*known)
+        bounds = f" [{', '.join(ends)}]" if ends else ""
+        return f"{mean}{unit}{bounds}, n = {interval.n}"
 
     def _verdict(self, category: str | None = None) -> str:
         return "" if self.neutral is None else f"; {self.verdict(category)}"

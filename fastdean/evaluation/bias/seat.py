@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastdean.adapters import require_no_prompts
 from fastdean.batching import Layout, plan_batches
 from fastdean.data import IGNORE_INDEX, Example
+from fastdean.doing import titled
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import encode_text
 from fastdean.evaluation.bias.result import BiasResult
@@ -196,7 +197,9 @@ def sentence_states(
     states: Tensor | None = None
     with (
         evaluation_state(model),
-        tqdm(total=len(examples), desc="representations", unit="ex", disable=not progress) as bar,
+        tqdm(
+            total=len(examples), desc=titled("representations"), unit="ex", disable=not progress
+        ) as bar,
     ):
         for batch in batches:
             with attention_for(model, batch):

@@ -1,0 +1,27 @@
+"""What is being done, for the progress bars of whatever it takes: "step 5 of 9, random mask"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_STEP: ContextVar[str] = ContextVar("step", default="")
+
+
+@contextmanager
+def during(step: str) -> Iterator[None]:
+    """Bars that are shown inside name this step of a job."""
+    before = _STEP.set(step)
+    try:
+        yield
+    finally:
+        _STEP.reset(before)
+
+
+def titled(what: str) -> str:
+    """The title of a bar that shows `what`, with the step of the job that it belongs to."""
+    step = _STEP.get()
+    if not step or step.endswith(what):
+        return step or what
+    return f"{step}: {what}"

@@ -1,0 +1,20 @@
+"""What a mistyped path may have meant: the names beside it that are like it."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+
+_MOST = 3
+
+
+def nearest(path: str | Path) -> str:
+    """Existing paths beside `path` whose last part is like its own, as the end of a sentence."""
+    place = Path(path).expanduser()
+    try:
+        names = sorted(found.name for found in place.parent.iterdir())
+    except OSError:
+        return ""
+    close = get_close_matches(place.name, names, n=_MOST)
+    found = ", ".join(repr(str(Path(path).parent / name)) for name in close)
+    return f"; near it: {found}" if found else ""
