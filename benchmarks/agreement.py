@@ -11,8 +11,8 @@ from inputs import cast_parameters_
 from torch import Tensor, nn
 
 import fastdean
-from fastdean.data import Example
-from fastdean.targets import find_targets
+from fastdean.coupling.targets import find_targets
+from fastdean.data.examples import Example
 
 RATIOS = (1e-5, 1e-4, 1e-3)
 TOP = 256

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastdean.data import IGNORE_INDEX, Example
-from fastdean.model_state import input_device
-from fastdean.targets import Target
+from fastdean.coupling.targets import Target
+from fastdean.data.examples import IGNORE_INDEX, Example
+from fastdean.models.model_state import input_device
 
 
 def published_sums(

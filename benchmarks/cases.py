@@ -14,9 +14,9 @@ from baselines import loop_sums, published_sums, vmap_sums
 from torch import Tensor, nn
 
 import fastdean
-from fastdean.data import Example
-from fastdean.forward import tokens_per_batch_of
-from fastdean.targets import Target, find_targets
+from fastdean.coupling.targets import Target, find_targets
+from fastdean.data.examples import Example
+from fastdean.models.forward import tokens_per_batch_of
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from progress import say
 from random_model import EncoderShape, random_encoder
 from torch import nn
 
+from fastdean.data.sources import load_rows
 from fastdean.debias import augment, mask_tokens, masked_lm_loss
 from fastdean.debias.gender_words import GenderWords
 from fastdean.debias.texts import TextEncoder, collate
 from fastdean.evaluation.bias import bec_pro_rows
-from fastdean.sources import load_rows
 
 HIDDEN, LAYERS = 128, 2
 _SPECIAL = {

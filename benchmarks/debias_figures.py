@@ -14,15 +14,15 @@ from debias_subject import Subject
 from torch import nn
 
 from fastdean.collapse import collapse_metrics
-from fastdean.data import IGNORE_INDEX, Example, encode
+from fastdean.data.examples import IGNORE_INDEX, Example, encode
 from fastdean.evaluation import perplexity
 from fastdean.evaluation.bias import bec_pro_rows
 from fastdean.evaluation.bias.bec_pro import TEMPLATES
 from fastdean.evaluation.bias.crows_pairs import BIAS_TYPES
 from fastdean.evaluation.bias.occupations import PERSONS
 from fastdean.evaluation.bias.rows import Row, benchmark_rows
-from fastdean.forward import label_shift
-from fastdean.pipeline.bias import MEASURES, results_of
+from fastdean.jobs.bias import MEASURES, results_of
+from fastdean.models.forward import label_shift
 
 UNC3, NC3 = "(U)NC3, std", "NC3, mean"
 PERPLEXITY, MASKED_LOSS = "perplexity of held-out text", "masked loss of held-out text"

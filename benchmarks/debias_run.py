@@ -28,7 +28,7 @@ from torch import nn
 
 from fastdean.collapse import CollapseRegularizer
 from fastdean.debias import fine_tune
-from fastdean.pipeline import bias
+from fastdean.jobs import bias
 
 # For causal models none is published; BEC's is.
 _STRENGTHS = {"causal": 10.0, "bec": 100.0}

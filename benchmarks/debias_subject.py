@@ -17,9 +17,9 @@ from progress import say
 from torch import Tensor, nn
 
 from fastdean.collapse import CollapseClasses, frequency_matched_control, random_control
+from fastdean.data.sources import load_rows
 from fastdean.debias import augment
-from fastdean.loading import load_model
-from fastdean.sources import load_rows
+from fastdean.models.loading import load_model
 
 DATA = "embedded:debias"
 ARMS = ("none", "words", "random", "frequency")

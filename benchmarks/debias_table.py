@@ -10,7 +10,7 @@ from records import Record
 
 from fastdean.evaluation import mean_interval
 from fastdean.evaluation.intervals import student_quantile
-from fastdean.verdicts import FEWEST, is_withheld
+from fastdean.wording.verdicts import FEWEST, is_withheld
 
 BASE, NONE = "base", "none"
 NAMES = {

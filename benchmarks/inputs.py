@@ -96,7 +96,7 @@ def load_rows(path: Path | None, count: int) -> list[dict[str, str]]:
 
 
 def _embedded_rows() -> list[dict[str, str]]:
-    folder = resources.files("fastdean") / "datasets"
+    folder = resources.files("fastdean.data") / "datasets"
     sets = [
         [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
         for name in _EMBEDDED

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdean.data import IGNORE_INDEX, Example
+from fastdean.data.examples import IGNORE_INDEX, Example
 
 # Share of the rows that are at most this long: (share, tokens of the prompt, of the response).
 _BEAVERTAILS = (

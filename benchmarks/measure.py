@@ -18,7 +18,7 @@ import torch
 from cases import Implementation, MatrixShape
 from timing import synchronize, time_calls
 
-from fastdean.data import Example
+from fastdean.data.examples import Example
 
 _LEAST_SECONDS = 0.2
 _GPU_SECONDS = 0.05

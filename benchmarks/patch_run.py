@@ -25,8 +25,9 @@ from progress import Budget, say
 from records import Environment, PatchRecord
 from timing import Spread
 
-from fastdean import NeuronMask, atomic
-from fastdean.checkpoint import verify_checkpoint
+from fastdean import NeuronMask
+from fastdean.files import atomic
+from fastdean.masks.checkpoint import verify_checkpoint
 
 _OURS = "fastdean"
 # The source, a copy, and as much again for whoever else writes to the disk meanwhile.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import fastdean
-from fastdean import atomic
+from fastdean.files import atomic
 from fastdean.masks import MaskEntry
 
 MASKED_EACH = 25

@@ -22,7 +22,7 @@ from progress import say
 from timing import Spread
 
 import fastdean
-from fastdean import provenance
+from fastdean.files import provenance
 from fastdean.ops._dispatch import choose
 
 Record = Mapping[str, Any]

@@ -22,11 +22,11 @@ from regularizer_table import FLOORS, METRICS, STEP, regularizer_table
 from timing import Spread, synchronize
 from torch import nn
 
-from fastdean.batching import Batch, plan_batches
 from fastdean.collapse import CollapseRegularizer, Representations, collapse_metrics
-from fastdean.data import Example
-from fastdean.forward import exact_layout, tokens_per_batch_of
-from fastdean.model_state import evaluation_state
+from fastdean.data.batching import Batch, plan_batches
+from fastdean.data.examples import Example
+from fastdean.models.forward import exact_layout, tokens_per_batch_of
+from fastdean.models.model_state import evaluation_state
 
 # Live features fade in mode "cumulative", which therefore refuses them.
 _REGULARIZERS: dict[str, dict[str, Any]] = {

@@ -14,9 +14,9 @@ from random_model import ENCODERS, display_name, random_encoder, random_model
 from torch import Tensor, nn
 
 from fastdean.collapse import CollapseClasses, default_shift, position_labels
-from fastdean.data import Example
+from fastdean.data.examples import Example
+from fastdean.data.sources import load_rows
 from fastdean.debias import mask_tokens
-from fastdean.sources import load_rows
 
 ARCHITECTURES = ("causal", "masked")
 _TEXT = "embedded:debias"

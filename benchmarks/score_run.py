@@ -22,8 +22,8 @@ from records import Environment, LeftOutRecord, Record, ScoreRecord
 from subject import Subject, load_subject
 from torch import nn
 
-from fastdean.data import Example
-from fastdean.targets import find_targets
+from fastdean.coupling.targets import find_targets
+from fastdean.data.examples import Example
 
 # Largest norm-wise difference between the sums of two implementations; published ones are bf16.
 # In fp32 it is torch's own cross-entropy on a CPU that is off, by 1.6e-4 at a vocabulary of 49k.

@@ -13,7 +13,7 @@ from lengths import Length
 from random_model import display_name, random_model
 from torch import nn
 
-from fastdean.data import Example, encode
+from fastdean.data.examples import Example, encode
 
 
 @dataclass(frozen=True)

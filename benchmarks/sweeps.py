@@ -25,7 +25,7 @@ from score_run import floor_now, require_same_sums
 from subject import Subject, lengths_of, random_examples, random_subject
 from torch import nn
 
-from fastdean.targets import find_targets
+from fastdean.coupling.targets import find_targets
 
 _TOKENS = (64, 256, 1024, 32, 128, 512)
 _EXAMPLES = (32, 128, 8, 64, 256)

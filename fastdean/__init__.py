@@ -7,10 +7,11 @@ transformers nor Triton.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdean.checkpoint import patch_checkpoint
     from fastdean.collapse import (
         CollapseClasses,
         CollapseRegularizer,
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
         collapse_alignment_loss,
         collapse_metrics,
     )
-    from fastdean.coupling import couple
-    from fastdean.dependence import hsic
+    from fastdean.coupling.scores import Scores
+    from fastdean.coupling.scoring import score
+    from fastdean.coupling.sets import couple
+    from fastdean.evaluation.dependence import hsic
+    from fastdean.jobs.calling import run
     from fastdean.masks import NeuronMask
-    from fastdean.pipeline.calling import run
-    from fastdean.scores import Scores
-    from fastdean.scoring import score
+    from fastdean.masks.checkpoint import patch_checkpoint
 
     __version__: str
 
@@ -32,14 +34,14 @@ _HOME = {
     "CollapseRegularizer": "fastdean.collapse",
     "CollapseState": "fastdean.collapse",
     "NeuronMask": "fastdean.masks",
-    "Scores": "fastdean.scores",
+    "Scores": "fastdean.coupling.scores",
     "collapse_alignment_loss": "fastdean.collapse",
     "collapse_metrics": "fastdean.collapse",
     "couple": "fastdean.coupling",
-    "hsic": "fastdean.dependence",
-    "patch_checkpoint": "fastdean.checkpoint",
-    "run": "fastdean.pipeline.calling",
-    "score": "fastdean.scoring",
+    "hsic": "fastdean.evaluation.dependence",
+    "patch_checkpoint": "fastdean.masks.checkpoint",
+    "run": "fastdean.jobs.calling",
+    "score": "fastdean.coupling.scoring",
 }
 
 __all__ = [
@@ -57,6 +59,28 @@ __all__ = [
     "run",
     "score",
 ]
+
+# Modules that were documented before they had rooms; imports from them keep working.
+_MOVED = {"loading": "models.loading", "sources": "data.sources"}
+
+
+def _stand_in(old: str, new: str) -> ModuleType:
+    """A module `old` whose names are those of `new`, which is imported when one is asked for."""
+
+    def found(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {old!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(new), name)
+
+    module = ModuleType(old, f"Moved to `{new}`.")
+    module.__getattr__ = found
+    return module
+
+
+for _old, _new in _MOVED.items():
+    globals()[_old] = sys.modules[f"fastdean.{_old}"] = _stand_in(
+        f"fastdean.{_old}", f"fastdean.{_new}"
+    )
 
 
 def _installed_version() -> str:

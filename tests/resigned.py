@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastdean.inventory import json_digest, listed
+from fastdean.files.inventory import json_digest, listed
 
 
 def resign(folder: Path) -> None:

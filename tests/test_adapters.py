@@ -10,10 +10,10 @@ from tiny_models import LAYERS, llama
 from torch import nn
 
 import fastdean
-from fastdean.adapters import parameter_paths
 from fastdean.collapse.representations import Representations
+from fastdean.coupling.targets import coverage, find_targets
 from fastdean.evaluation import perplexity
-from fastdean.targets import coverage, find_targets
+from fastdean.models.adapters import parameter_paths
 
 UP = "model.layers.0.mlp.up_proj"
 

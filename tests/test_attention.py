@@ -6,16 +6,16 @@ import pytest
 import torch
 from tiny_models import HEADS, HIDDEN, INTERMEDIATE, LAYERS, MAX_TOKENS, VOCAB, _build
 
-from fastdean import batching
-from fastdean.attention import (
+from fastdean.data import batching
+from fastdean.data.examples import Example
+from fastdean.models.attention import (
     NAME,
     NotExpressible,
     attention_by_segments,
     segment_attention,
 )
-from fastdean.data import Example
-from fastdean.forward import exact_layout, prepare_batches
-from fastdean.segment_products import Segments
+from fastdean.models.forward import exact_layout, prepare_batches
+from fastdean.models.segment_products import Segments
 
 LENGTHS = (7, 11, 3, 9, 1)
 _SHAPE = {

@@ -14,7 +14,7 @@ import torch
 from oracle import norm_error, weight_importance
 from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, VOCAB, gpt2, llama
 
-from fastdean.data import Example
+from fastdean.data.examples import Example
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdean.pipeline.cautions import about_classes, about_precision, about_regularizer
+from fastdean.jobs.cautions import about_classes, about_precision, about_regularizer
 
 
 def table(seen, tokens=40):

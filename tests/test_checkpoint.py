@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastdean
-from fastdean import checkpoint, safetensors_files
-from fastdean.masks import MaskEntry, NeuronMask
+from fastdean.files import safetensors as safetensors_files
+from fastdean.masks import MaskEntry, NeuronMask, checkpoint
 
 PLACES = {
     "llama": ["model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"],

@@ -25,10 +25,10 @@ import fastdean
 from fastdean import cli
 from fastdean.cli import running
 from fastdean.cli.flags import in_flags
+from fastdean.jobs import run as run_job
+from fastdean.jobs.coupling.job import Job
+from fastdean.jobs.folder import RunFolder
 from fastdean.masks import NeuronMask
-from fastdean.pipeline import run as run_job
-from fastdean.pipeline.job import Job
-from fastdean.pipeline.run_folder import RunFolder
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 OPTIONS = ("--ratio", "0.05", "--examples", "5", "--eval-examples", "0", "--quiet")
@@ -320,7 +320,7 @@ def test_a_revision_of_no_model_is_refused(run_folder, tmp_path):
 
 
 def test_score_records_the_revision(place, tmp_path, monkeypatch):
-    from fastdean import loading
+    from fastdean.models import loading
 
     real = loading.load_model
 
@@ -348,7 +348,7 @@ def test_make_demo_can_be_called_again(tmp_path, monkeypatch):
         done.append(out)
         return {}
 
-    monkeypatch.setattr("fastdean.pipeline.run", run)
+    monkeypatch.setattr("fastdean.jobs.run", run)
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         result = call(*shlex.split(arguments))
@@ -386,7 +386,7 @@ def test_score_refuses_a_used_folder_before_the_model_is_loaded(place, tmp_path,
     def load_model(*args, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("fastdean.loading.load_model", load_model)
+    monkeypatch.setattr("fastdean.models.loading.load_model", load_model)
     out = write_foreign(tmp_path / "out")
     refused(
         call("score", "--model", place["model"], "--data", place["privacy"], "--out", out),
@@ -583,7 +583,7 @@ def test_a_saved_model_without_the_masked_values_is_not_handed_over(
 def test_a_run_that_stops_is_one_line_and_goes_on_later(
     place, run_folder, tmp_path, monkeypatch, error, code, text
 ):
-    from fastdean.pipeline import steps as pipeline
+    from fastdean.jobs.coupling import steps as pipeline
 
     real = pipeline.couple
 
@@ -609,7 +609,7 @@ def test_a_fault_of_ours_shows_its_traceback(place, tmp_path, monkeypatch, error
     def numbered_rows(*_):
         raise error
 
-    monkeypatch.setattr("fastdean.pipeline.rows.numbered_rows", numbered_rows)
+    monkeypatch.setattr("fastdean.jobs.rows.numbered_rows", numbered_rows)
     result = call("run", *sources(place), "--out", tmp_path / "out", *OPTIONS)
     assert result.exit_code == 1
     assert "Traceback" in result.stderr and type(error).__name__ in result.stderr
@@ -660,7 +660,8 @@ def test_a_way_round_a_folder_that_is_not_there_leads_to_the_same_one(place, tmp
 def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path, ignored, number, exit_code):
     code = f"""
         import os, signal, sys
-        from fastdean import checkpoint, cli
+        from fastdean.masks import checkpoint
+        from fastdean import cli
         signal.signal(signal.{ignored}, signal.SIG_IGN)
         edit = checkpoint._edit_file
         def edit_file(*arguments):
@@ -915,8 +916,8 @@ def test_a_preview_shows_an_example_of_each_source_and_does_nothing_else(
     def load_model(*args, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("fastdean.loading.load_model", load_model)
-    monkeypatch.setattr("fastdean.pipeline.steps.load_model", load_model)
+    monkeypatch.setattr("fastdean.models.loading.load_model", load_model)
+    monkeypatch.setattr("fastdean.jobs.coupling.steps.load_model", load_model)
     chats = [{"text": f"w{n} \x1b[31m w2"} for n in range(5)]
     odd = write_jsonl(tmp_path / "odd.jsonl", chats)
     options = {

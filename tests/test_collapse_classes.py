@@ -260,7 +260,7 @@ def test_gender_has_three_groups_with_their_pronouns():
 
 
 def test_gender_pairs_say_where_a_word_has_several_counterparts():
-    text = (resources.files("fastdean") / "words" / "gender_pairs.json").read_text("utf-8")
+    text = (resources.files("fastdean.data") / "words" / "gender_pairs.json").read_text("utf-8")
     stored = json.loads(text)
     female, male = ([pair[side] for pair in stored["pairs"]] for side in (0, 1))
     assert not set(female) & set(male)
@@ -276,7 +276,7 @@ def test_gender_pairs_say_where_a_word_has_several_counterparts():
 
 
 def test_paired_names_are_parallel_and_of_one_gender():
-    text = (resources.files("fastdean") / "words" / "gender_pairs.json").read_text("utf-8")
+    text = (resources.files("fastdean.data") / "words" / "gender_pairs.json").read_text("utf-8")
     stored = json.loads(text)
     female, male = stored["names"]["female"], stored["names"]["male"]
     assert len(female) == len(male) == len({*female, *male}) / 2

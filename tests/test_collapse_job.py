@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 import fastdean
 from fastdean import cli
-from fastdean.data import encode
-from fastdean.loading import load_model
-from fastdean.pipeline import bias as measures
-from fastdean.pipeline import collapse as job_module
-from fastdean.sources import load_rows, sample_rows
+from fastdean.data.examples import encode
+from fastdean.data.sources import load_rows, sample_rows
+from fastdean.jobs import bias as measures
+from fastdean.jobs import collapse as job_module
+from fastdean.models.loading import load_model
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ LISTS = {
 def test_a_text_becomes(text, expected):
     names = {"female": ["Mary"], "male": ["James"]}
     embedded = json.loads(
-        (resources.files("fastdean") / "words" / "gender_pairs.json").read_text("utf-8")
+        (resources.files("fastdean.data") / "words" / "gender_pairs.json").read_text("utf-8")
     )
     assert counterfactual(text, lists={**embedded, "names": names}) == expected
 
@@ -78,7 +78,7 @@ def test_the_first_pair_of_a_word_counts_and_the_others_are_one_way():
 
 def _reversible_words():
     listed = json.loads(
-        (resources.files("fastdean") / "words" / "gender_pairs.json").read_text("utf-8")
+        (resources.files("fastdean.data") / "words" / "gender_pairs.json").read_text("utf-8")
     )
     one_way = set(irreversible_words())
     words = sorted({word for pair in listed["pairs"] for word in pair} - one_way)

@@ -10,9 +10,9 @@ from test_score import batches, make_examples
 from tiny_models import MODELS
 
 import fastdean
-from fastdean.coupling import RULES, count, overlap, smallest_ratio
+from fastdean.coupling.scores import ScoreEntry, Scores
+from fastdean.coupling.sets import RULES, count, overlap, smallest_ratio
 from fastdean.masks import NeuronMask
-from fastdean.scores import ScoreEntry, Scores
 
 
 def scores_from(lists, numel=24, name="layers.0.mlp.up.weight", keep=None, weight=None):

@@ -27,18 +27,18 @@ from tiny_masks import FIRST, SECOND, Stack, mask_of
 
 from fastdean import CollapseRegularizer, Scores
 from fastdean.collapse import CollapseClasses, read_word_groups
+from fastdean.coupling.scores import ScoreEntry
 from fastdean.debias.resuming import Checkpoints
 from fastdean.debias.schedule import Schedule
 from fastdean.debias.training import _Run
-from fastdean.declared import read_json
+from fastdean.files.declared import read_json
+from fastdean.files.safetensors import stored_tensors
+from fastdean.files.storage import CONFIG_NAME, read_folder, write_folder
+from fastdean.jobs.bias import FIGURES as BIAS_FIGURES
+from fastdean.jobs.collapse import FIGURES as COLLAPSE_FIGURES
+from fastdean.jobs.folder import RUN_FILE, RunFolder
 from fastdean.masks import NeuronMask
-from fastdean.pipeline.bias import FIGURES as BIAS_FIGURES
-from fastdean.pipeline.collapse import FIGURES as COLLAPSE_FIGURES
-from fastdean.pipeline.run_folder import RUN_FILE, RunFolder
 from fastdean.report import read_results, render_report
-from fastdean.safetensors_files import stored_tensors
-from fastdean.scores import ScoreEntry
-from fastdean.storage import CONFIG_NAME, read_folder, write_folder
 
 MUTATIONS = 60
 # What storage itself says of a folder; its reader is tested with it.

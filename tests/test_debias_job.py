@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fastdean import cli
-from fastdean.pipeline import debias as job_module
+from fastdean.jobs import debias as job_module
 
 STEPS = ("--steps", "3", "--batch-size", "4", "--learning-rate", "1e-2")
 

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from fastdean.declared import (
+from fastdean.files.declared import (
     Anything,
     Either,
     Exactly,

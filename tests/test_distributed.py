@@ -16,7 +16,7 @@ from torch import distributed
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
-from fastdean.distributed import Ranks
+from fastdean.models.distributed import Ranks
 
 EXAMPLES = make_examples(lengths=(3, 9, 17, 4, 12))
 
@@ -174,7 +174,7 @@ def test_sums_on_the_cpu_travel_through_a_group_of_gpus(monkeypatch):
         tensor.mul_(WORLD)
 
     # The machine of this test has no GPU: float64 stands for the other device.
-    monkeypatch.setattr("fastdean.distributed._collective_device", lambda: torch.float64)
+    monkeypatch.setattr("fastdean.models.distributed._collective_device", lambda: torch.float64)
     monkeypatch.setattr(distributed, "all_reduce", all_reduce)
     sums = torch.tensor([1.0, 2.5])
     Ranks(0, WORLD).sum_([sums])

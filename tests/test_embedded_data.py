@@ -19,7 +19,7 @@ FIELDS = ("prompt", "response", "unsafe", "text", "premise", "hypothesis")
 
 
 def _rows(name: str) -> list[dict[str, str]]:
-    text = (resources.files("fastdean") / "datasets" / f"{name}.jsonl").read_text("utf-8")
+    text = (resources.files("fastdean.data") / "datasets" / f"{name}.jsonl").read_text("utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from tiny_models import CAUSAL_MODELS, HIDDEN, LAYERS, MODELS, VOCAB
 
-from fastdean.data import IGNORE_INDEX, Example, encode
-from fastdean.dependence import hsic
+from fastdean.data.examples import IGNORE_INDEX, Example, encode
 from fastdean.evaluation import (
     Margins,
     Pair,
@@ -28,6 +27,7 @@ from fastdean.evaluation import (
     prompts_only,
     response_margins,
 )
+from fastdean.evaluation.dependence import hsic
 
 # Packing is exact for llama and gpt2 and not for bert, so both ways of batching are walked through.
 BATCH_SIZES = [1, 40, 4096]

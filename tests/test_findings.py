@@ -8,8 +8,8 @@ import math
 
 import pytest
 
-from fastdean.digits import apart
-from fastdean.pipeline.findings import findings
+from fastdean.jobs.coupling.findings import findings
+from fastdean.wording.digits import apart
 
 
 def change(low, high, **more):

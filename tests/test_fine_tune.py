@@ -469,7 +469,7 @@ def test_checkpoints_leave_other_files_and_half_written_ones_alone(tmp_path):
 
 
 def test_a_checkpoint_that_was_half_removed_is_swept(tmp_path, monkeypatch):
-    from fastdean import folders
+    from fastdean.files import folders
 
     def crash(folder):
         next(folder.iterdir()).unlink()

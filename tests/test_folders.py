@@ -15,7 +15,7 @@ import textwrap
 import pytest
 import torch
 
-from fastdean import folders, storage
+from fastdean.files import folders, storage
 
 
 def _write(path, number=0, **options):
@@ -78,7 +78,7 @@ def _killed(code, path):
     setup = """
         import os, signal, sys
         import torch
-        from fastdean import folders, storage
+        from fastdean.files import folders, storage
         path = sys.argv[1]
         def die(*_):
             os.kill(os.getpid(), signal.SIGKILL)

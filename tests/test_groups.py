@@ -12,7 +12,7 @@ from tiny_models import VOCAB, llama
 from torch import nn
 
 import fastdean
-from fastdean.targets import coverage, decoder_layers, find_targets
+from fastdean.coupling.targets import coverage, decoder_layers, find_targets
 
 GATED = "mlp.gate_proj mlp.up_proj mlp.down_proj"
 FF_GATED = "feed_forward.gate_proj feed_forward.up_proj feed_forward.down_proj"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdean.dependence import SIBLING_CODE_OPTIONS, hsic
+from fastdean.evaluation.dependence import SIBLING_CODE_OPTIONS, hsic
 
 ESTIMATORS = ["biased", "unbiased", "normalized"]
 

@@ -196,10 +196,10 @@ HEAVY = {
 MAY_IMPORT_TRITON = {"kernels"}
 
 MAY_HOOK = {
-    "capture.py",
+    "coupling/capture.py",
     "collapse/regularizer.py",
     "collapse/representations.py",
-    "hooks.py",
+    "models/hooks.py",
 }
 HOOKS = r"\bregister_(\w+_)?hook\b"
 

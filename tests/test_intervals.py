@@ -21,7 +21,7 @@ from fastdean.evaluation.intervals import (
     student_quantile,
 )
 from fastdean.evaluation.sign_flips import DRAWS, sign_flip_test
-from fastdean.verdicts import direction, is_withheld, judge
+from fastdean.wording.verdicts import direction, is_withheld, judge
 
 NO_EFFECT = "no effect beyond noise"
 

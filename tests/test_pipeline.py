@@ -20,17 +20,19 @@ from tiny_folders import WORDS, rows, save_model, write_jsonl, write_sources
 
 import fastdean
 from fastdean.cli import commands
-from fastdean.coupling import RULES
+from fastdean.coupling.scores import Scores
+from fastdean.coupling.sets import RULES
+from fastdean.jobs import folder as run_folder
+from fastdean.jobs import run
+from fastdean.jobs.collapse import CollapseJob
+from fastdean.jobs.costs import Costs
+from fastdean.jobs.coupling import measuring
+from fastdean.jobs.coupling import steps as pipeline
+from fastdean.jobs.coupling.job import DATA_SETS, Job
+from fastdean.jobs.coupling.results import _about_rows
+from fastdean.jobs.debias import DebiasJob
+from fastdean.jobs.rows import split_rows
 from fastdean.masks import NeuronMask
-from fastdean.pipeline import measuring, run, run_folder
-from fastdean.pipeline import steps as pipeline
-from fastdean.pipeline.collapse import CollapseJob
-from fastdean.pipeline.costs import Costs
-from fastdean.pipeline.debias import DebiasJob
-from fastdean.pipeline.job import DATA_SETS, Job
-from fastdean.pipeline.results import _about_rows
-from fastdean.pipeline.rows import split_rows
-from fastdean.scores import Scores
 
 OPTIONS = {"ratio": 0.05, "examples": 5, "eval_examples": 5}
 # For what does not hang on the measurements, which take most of a tiny run.
@@ -145,8 +147,8 @@ def test_a_dtype_has_one_name_in_every_job(kind):
 
 def test_the_mask_is_that_of_score_and_couple_by_hand(place, finished):
     from fastdean import couple, score
-    from fastdean.loading import load_model
-    from fastdean.sources import load_rows, sample_rows
+    from fastdean.data.sources import load_rows, sample_rows
+    from fastdean.models.loading import load_model
 
     model, tokenizer = load_model(place["model"], progress=False)
     fair, priv, gen = (
@@ -212,10 +214,10 @@ def test_an_interrupt_while_measuring_restores_the_model_and_loses_nothing(
 
 
 FAILING_WRITES = {
-    "scores": ("fastdean.storage._write_shard", "scores"),
-    "mask": ("fastdean.storage._write_shard", "mask"),
-    "results": ("fastdean.pipeline.steps.write_json_atomic", "results.json"),
-    "report": ("fastdean.pipeline.steps.write_report", "report.html"),
+    "scores": ("fastdean.files.storage._write_shard", "scores"),
+    "mask": ("fastdean.files.storage._write_shard", "mask"),
+    "results": ("fastdean.jobs.coupling.steps.write_json_atomic", "results.json"),
+    "report": ("fastdean.jobs.coupling.steps.write_report", "report.html"),
 }
 
 

@@ -11,14 +11,15 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from fastdean import cli, markdown
-from fastdean._logging import logger
+from fastdean import cli
 from fastdean.cli.running import command, tell
 from fastdean.debias import Effect, model_card
 from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.masks import mask as masks
-from fastdean.printable import one_line, printable
 from fastdean.report import render_report
+from fastdean.wording import markdown
+from fastdean.wording.log import logger
+from fastdean.wording.printable import one_line, printable
 
 # Clears the screen, retitles the window, deletes, turns the reading direction, breaks the line.
 STEERING = "a\x1b[2J\x1b]0;owned\x07b\x9b1mc\x7f\u202ed\u2066e\u2028f\u200ef\x00g\ud800h\U000e0041"
@@ -76,8 +77,8 @@ def test_the_log_does_not_let_names_steer_whoever_shows_it(caplog):
 
 
 def test_a_copied_file_is_named_in_one_line(tmp_path, monkeypatch):
-    from fastdean import checkpoint
-    from fastdean.checkpoint import PatchResult
+    from fastdean.masks import checkpoint
+    from fastdean.masks.checkpoint import PatchResult
 
     name = f"{STEERING[:-3]}\nfastdean: nothing else.bin"
     patched = PatchResult(tmp_path, (), 0, {}, (name,))

@@ -10,12 +10,12 @@ from tiny_data import batches, make_examples
 from tiny_models import CAUSAL_MODELS, HIDDEN, VOCAB, bert, gpt2, llama
 
 import fastdean
-from fastdean.batching import plan_batches
-from fastdean.data import Example
+from fastdean.data.batching import plan_batches
+from fastdean.data.examples import Example
 from fastdean.evaluation import last_token_states, perplexity
-from fastdean.forward import exact_layout, fitted, label_shift
-from fastdean.model_state import max_tokens
-from fastdean.probes import numbers_from, padding_is_exact, sees_ahead, sees_back
+from fastdean.models.forward import exact_layout, fitted, label_shift
+from fastdean.models.model_state import max_tokens
+from fastdean.models.probes import numbers_from, padding_is_exact, sees_ahead, sees_back
 
 EXAMPLES = make_examples(lengths=(4, 9, 7, 12, 5, 16, 11))
 SIZES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastdean.provenance import public_command, public_name, public_source
+from fastdean.files.provenance import public_command, public_name, public_source
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from tiny_models import VOCAB, llama
 
 import fastdean
 from fastdean.cli import app
-from fastdean.data import encode
-from fastdean.sources import PRESETS, load_rows
+from fastdean.data.examples import encode
+from fastdean.data.sources import PRESETS, load_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from tiny_data import word_tokenizer
 
-from fastdean.data import Example, encode
-from fastdean.rendering import (
+from fastdean.data.examples import Example, encode
+from fastdean.data.rendering import (
     differing_renderings,
     printable,
     rendering_cautions,

@@ -14,7 +14,7 @@ from tiny_models import HIDDEN, MODELS, VOCAB, bert, gpt2, llama
 
 import fastdean
 from fastdean.collapse import CollapseClasses, collapse_metrics
-from fastdean.data import Example, read_examples
+from fastdean.data.examples import Example, read_examples
 from fastdean.evaluation import last_token_states, perplexity, response_margins
 
 EXAMPLES = make_examples(lengths=(4, 9, 2, 7, 12, 5))

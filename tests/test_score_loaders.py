@@ -11,8 +11,8 @@ from tiny_data import batches, make_examples, word_tokenizer
 from tiny_models import CAUSAL_MODELS, MAX_TOKENS, VOCAB, bert, llama
 
 import fastdean
-from fastdean.data import Example, encode, read_examples
-from fastdean.targets import find_targets
+from fastdean.coupling.targets import find_targets
+from fastdean.data.examples import Example, encode, read_examples
 
 EXAMPLES = make_examples(lengths=(4, 7, 5))
 
@@ -283,7 +283,7 @@ def roberta(kind="RobertaForMaskedLM"):
 
 
 def test_positions_behind_the_padding_token_hold_fewer_tokens():
-    from fastdean.model_state import max_tokens
+    from fastdean.models.model_state import max_tokens
 
     assert max_tokens(roberta()) == 18
     assert max_tokens(torch.nn.DataParallel(roberta())) == 18

@@ -10,7 +10,7 @@ from budget import assert_within_budget
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdean.forward import target_losses
+from fastdean.models.forward import target_losses
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

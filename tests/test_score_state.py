@@ -17,8 +17,9 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook
 
 import fastdean
-from fastdean import accumulators, capture, forward, hooks, model_state, scoring, trial, workloads
-from fastdean.targets import find_targets
+from fastdean.coupling import accumulators, capture, scoring, trial, workloads
+from fastdean.coupling.targets import find_targets
+from fastdean.models import forward, hooks, model_state
 
 
 def loader():

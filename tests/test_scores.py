@@ -14,7 +14,7 @@ from tiny_data import batches, make_examples
 from tiny_models import INTERMEDIATE, gpt2, llama
 
 import fastdean
-from fastdean.scores import ScoreEntry, Scores, fingerprint
+from fastdean.coupling.scores import ScoreEntry, Scores, fingerprint
 
 EXAMPLES = make_examples()
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -197,7 +197,7 @@ def test_fingerprints_see_where_values_lie(dtype):
 @pytest.mark.parametrize("shape", [(), (11,), (5, 7), (7, 5), (2, 3, 4), (0, 4)])
 @pytest.mark.parametrize("chunk", [1, 14, 1 << 18])
 def test_fingerprints_are_the_sum_they_say_whatever_the_chunks(shape, chunk, monkeypatch):
-    monkeypatch.setattr("fastdean.scores._FINGERPRINT_CHUNK", chunk)
+    monkeypatch.setattr("fastdean.coupling.scores._FINGERPRINT_CHUNK", chunk)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
     bits = weight.flatten().view(torch.int64).tolist()
     total = sum((2 * i + 1) * value for i, value in enumerate(bits)) % 2**64

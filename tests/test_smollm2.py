@@ -7,9 +7,9 @@ import torch
 from oracle import norm_error, weight_importance
 
 import fastdean
-from fastdean.data import encode
-from fastdean.loading import DEMO_MODEL, load_model
-from fastdean.sources import load_rows
+from fastdean.data.examples import encode
+from fastdean.data.sources import load_rows
+from fastdean.models.loading import DEMO_MODEL, load_model
 
 TOP = 256
 NUM_EXAMPLES = 6

@@ -8,8 +8,8 @@ import json
 import pytest
 import tiny_folders
 
-from fastdean.data import encode
-from fastdean.sources import PRESETS, load_rows, load_table, sample_rows
+from fastdean.data.examples import encode
+from fastdean.data.sources import PRESETS, load_rows, load_table, sample_rows
 
 ROWS = [
     {"prompt": "who?", "response": "them, all"},

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from fastdean import atomic, storage
+from fastdean.files import atomic, storage
 
 
 def _tensors():

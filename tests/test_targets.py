@@ -12,7 +12,7 @@ from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, MODELS, gpt2, llama
 from torch import nn
 
 import fastdean
-from fastdean.targets import coverage, decoder_layers, find_targets
+from fastdean.coupling.targets import coverage, decoder_layers, find_targets
 
 # Per layer: the MLP's and the attention's matrices, by hand, and the MLP's down projection.
 GATED = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

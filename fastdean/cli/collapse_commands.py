@@ -25,7 +25,7 @@ from fastdean.cli.options import (
     out_path,
 )
 from fastdean.cli.running import command, command_line, tell
-from fastdean.printable import one_line
+from fastdean.wording.printable import one_line
 
 app = typer.Typer()
 
@@ -112,7 +112,7 @@ def collapse(
     Example: `fastdean collapse --model HuggingFaceTB/SmolLM2-135M --text embedded:debias
     --words gender --bias bec_pro --out collapse/`
     """
-    from fastdean.pipeline.collapse import CollapseJob, run
+    from fastdean.jobs.collapse import CollapseJob, run
 
     job = CollapseJob(
         model=model,
@@ -224,7 +224,7 @@ def debias(
     Example: `fastdean debias --model bert-base-uncased --method bec --collapse-strength 100
     --out debiased/`
     """
-    from fastdean.pipeline.debias import DebiasJob, run
+    from fastdean.jobs.debias import DebiasJob, run
 
     options = {} if not bias else {"bias": tuple(bias)}
     job = DebiasJob(
@@ -270,7 +270,7 @@ def _start(text: str) -> str | int:
 
 
 def _closing_text(results: dict[str, Any], out: Path) -> str:
-    from fastdean.pipeline.run_folder import RESULTS_FILE
+    from fastdean.jobs.folder import RESULTS_FILE
 
     states = list(next(iter(results["collapse"]["metrics"].values()))["values"])
     lines = [" ".join(["metric".ljust(24), *(state.rjust(12) for state in states)])]

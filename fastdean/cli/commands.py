@@ -42,7 +42,7 @@ from fastdean.cli.options import (
     out_path,
 )
 from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
-from fastdean.printable import one_line, printable
+from fastdean.wording.printable import one_line, printable
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault of FastDEAN, with a traceback; 2 the request cannot be carried "
@@ -106,8 +106,8 @@ def demo(
     # Read once, when torch is loaded: threads that wait spinning slow down a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-    from fastdean.loading import DEMO_MODEL
-    from fastdean.pipeline.job import Job
+    from fastdean.jobs.coupling.job import Job
+    from fastdean.models.loading import DEMO_MODEL
 
     job = Job(
         model=DEMO_MODEL,
@@ -171,7 +171,7 @@ def run(
     Example: `fastdean run --model Qwen/Qwen2-7B-Instruct --fairness beavertails:fairness --privacy
     beavertails:privacy --general alpaca-cleaned --ratio 5e-7 --out run/`
     """
-    from fastdean.pipeline.job import DATA_SETS, Job
+    from fastdean.jobs.coupling.job import DATA_SETS, Job
 
     job = Job(
         model=model,
@@ -242,14 +242,14 @@ def score(
     Example: `fastdean score --model Qwen/Qwen2-7B-Instruct --data beavertails:privacy
     --out privacy/`
     """
-    from fastdean.distributed import Ranks
-    from fastdean.loading import load_model
-    from fastdean.pipeline.rows import Skipped, encode_rows, take_rows, usable_rows
-    from fastdean.pipeline.run_folder import require_outside
-    from fastdean.provenance import public_source
-    from fastdean.rendering import describe_rendering, rendering_cautions
-    from fastdean.scores import check_keep_top
-    from fastdean.scoring import score as score_model
+    from fastdean.coupling.scores import check_keep_top
+    from fastdean.coupling.scoring import score as score_model
+    from fastdean.data.rendering import describe_rendering, rendering_cautions
+    from fastdean.files.provenance import public_source
+    from fastdean.jobs.folder import require_outside
+    from fastdean.jobs.rows import Skipped, encode_rows, take_rows, usable_rows
+    from fastdean.models.distributed import Ranks
+    from fastdean.models.loading import load_model
 
     check_keep_top(keep_top)
     if preview:
@@ -346,9 +346,9 @@ def couple(
     Example: `fastdean couple --first fairness/ --second privacy/ --general general/ --ratio 5e-7
     --out mask/`
     """
-    from fastdean.coupling import couple as couple_scores
-    from fastdean.loading import load_model
-    from fastdean.scores import Scores
+    from fastdean.coupling.scores import Scores
+    from fastdean.coupling.sets import couple as couple_scores
+    from fastdean.models.loading import load_model
 
     _require_free(out, overwrite, "mask")
     if revision is not None and model is None:
@@ -405,11 +405,11 @@ def apply(
 
     Example: `fastdean apply --model Qwen/Qwen2-7B-Instruct --mask run/mask --out edited/`
     """
-    from fastdean.checkpoint import verify_checkpoint
-    from fastdean.loading import load_model
+    from fastdean.files.storage import new_folder
+    from fastdean.jobs.folder import require_outside
     from fastdean.masks import NeuronMask, edits
-    from fastdean.pipeline.run_folder import require_outside
-    from fastdean.storage import new_folder
+    from fastdean.masks.checkpoint import verify_checkpoint
+    from fastdean.models.loading import load_model
 
     require_outside(out, model)
     _require_free(out, overwrite=False, kind=None)
@@ -451,8 +451,8 @@ def patch(
 
     Example: `fastdean patch --checkpoint Qwen2-7B-Instruct/ --mask run/mask --out edited/`
     """
-    from fastdean.checkpoint import patch_checkpoint
     from fastdean.masks import NeuronMask
+    from fastdean.masks.checkpoint import patch_checkpoint
 
     result = patch_checkpoint(
         checkpoint,
@@ -519,7 +519,7 @@ def info(as_json: Json = False) -> None:
 
 
 def _preview(sources: dict[str, str], job: Any) -> dict[str, Any] | None:
-    from fastdean.pipeline.preview import preview, preview_text
+    from fastdean.jobs.preview import preview, preview_text
 
     found = preview(sources, job)
     tell(preview_text(found))
@@ -527,7 +527,7 @@ def _preview(sources: dict[str, str], job: Any) -> dict[str, Any] | None:
 
 
 def _run_job(job: Any, out: Path, overwrite: bool, quiet: bool) -> dict[str, Any] | None:
-    from fastdean.pipeline import run as run_job
+    from fastdean.jobs import run as run_job
 
     with process_group():
         results = run_job(job, out, command=command_line(), overwrite=overwrite, progress=not quiet)
@@ -582,8 +582,8 @@ def _bytes(gigabytes: float | None) -> int | None:
 
 def _require_free(out: Path, overwrite: bool, kind: str | None) -> None:
     """Before the work, not after: the folder is free, or holds nothing but an earlier `kind`."""
-    from fastdean.pipeline.run_folder import check_place
-    from fastdean.storage import check_free, holds_only, is_empty, real_place
+    from fastdean.files.storage import check_free, holds_only, is_empty, real_place
+    from fastdean.jobs.folder import check_place
 
     check_place(out, "out")
     if not overwrite and out.exists() and not is_empty(real_place(out, "out")):

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fastdean.atomic import real_place
 from fastdean.cli.running import tell
+from fastdean.files.atomic import real_place
 
 SOURCE_HELP = (
     "a .csv, .tsv, .json, .jsonl or .parquet file, a hub id, or a preset (beavertails:fairness, "

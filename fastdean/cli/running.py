@@ -19,7 +19,7 @@ import typer
 import fastdean
 from fastdean.cli.flags import flags_of, retold
 from fastdean.cli.terminal import shows_everything
-from fastdean.printable import printable
+from fastdean.wording.printable import printable
 
 _PACKAGE = Path(fastdean.__file__).parent
 

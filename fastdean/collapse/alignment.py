@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastdean.declared import Anything, Filled, Real, Record, Text, require
-from fastdean.distributed import Ranks
+from fastdean.files.declared import Anything, Filled, Real, Record, Text, require
+from fastdean.models.distributed import Ranks
 from fastdean.ops.collapse import collapse_alignment_step
 from fastdean.ops.ownership import held_alone
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdean.batching import send
 from fastdean.collapse.forms import encode_forms, written_forms
 from fastdean.collapse.matching import MAX_ID, RunMatcher
 from fastdean.collapse.words import WORD, WordGroups, read_word_groups
-from fastdean.declared import Lists, Record, Row, Text, Whole, brief, require
+from fastdean.data.batching import send
+from fastdean.files.declared import Lists, Record, Row, Text, Whole, brief, require
 
 MultiPiece = Literal["skip", "mean"]
 

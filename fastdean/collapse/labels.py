@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fastdean.collapse.classes import CollapseClasses
 from fastdean.collapse.matching import shifted
-from fastdean.forward import label_shift
-from fastdean.model_state import unwrap
+from fastdean.models.forward import label_shift
+from fastdean.models.model_state import unwrap
 
 Shift = Literal["next", "same", "published"]
 

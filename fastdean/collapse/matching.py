@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdean.batching import send
+from fastdean.data.batching import send
 
 # Keys are node * _NODE + id: no id of a tokenizer, and no -100 in its place, reaches another node.
 _NODE = 2**32

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.batching import Batch, send
-from fastdean.calling import call
 from fastdean.collapse.classes import CollapseClasses
 from fastdean.collapse.labels import Shift, default_shift, position_labels
 from fastdean.collapse.metrics import CollapseMetrics, NearestMean, count_nearest
 from fastdean.collapse.moments import ClassMoments
 from fastdean.collapse.representations import Features, Representations, output_embedding
-from fastdean.data import Example, read_examples
-from fastdean.doing import titled
-from fastdean.forward import attention_for, prepare_batches
-from fastdean.model_state import (
+from fastdean.data.batching import Batch, send
+from fastdean.data.examples import Example, read_examples
+from fastdean.models.calling import call
+from fastdean.models.forward import attention_for, prepare_batches
+from fastdean.models.model_state import (
     eager,
     evaluation_state,
     input_device,
@@ -27,6 +26,7 @@ from fastdean.model_state import (
     max_tokens,
     unwrap,
 )
+from fastdean.wording.doing import titled
 
 
 def collapse_metrics(

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fastdean.batching import send
-from fastdean.distributed import Ranks
+from fastdean.data.batching import send
+from fastdean.models.distributed import Ranks
 
 
 class ClassMoments:

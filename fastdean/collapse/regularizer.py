@@ -17,7 +17,6 @@ from typing import Any, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from fastdean._logging import logger
 from fastdean.collapse.alignment import (
     STATE_ADVICE,
     CollapseState,
@@ -34,12 +33,13 @@ from fastdean.collapse.representations import (
     output_embedding,
     remove_hooks_of,
 )
-from fastdean.declared import Anything, Lists, Maps, Real, Record, Row, Whole, require, unfit
-from fastdean.distributed import Ranks
-from fastdean.forward import label_shift_of_class
-from fastdean.model_state import unwrap
+from fastdean.files.declared import Anything, Lists, Maps, Real, Record, Row, Whole, require, unfit
+from fastdean.models.distributed import Ranks
+from fastdean.models.forward import label_shift_of_class
+from fastdean.models.model_state import unwrap
 from fastdean.ops.collapse import STATISTICS, collapse_alignment
 from fastdean.ops.memory import memory_fault
+from fastdean.wording.log import logger
 
 # No training has as many passes; a larger number was never a step.
 _MOST_STEPS = 1 << 40

@@ -12,8 +12,8 @@ from typing import Any, Literal, Self, get_args
 
 from torch import Tensor, nn
 
-from fastdean.adapters import require_no_prompts
-from fastdean.model_state import unwrap
+from fastdean.models.adapters import require_no_prompts
+from fastdean.models.model_state import unwrap
 
 Features = Literal["base", "head"]
 

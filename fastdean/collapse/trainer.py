@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.collapse.regularizer import CollapseRegularizer
-from fastdean.storage import read_folder, write_folder
+from fastdean.files.storage import read_folder, write_folder
 
 STATE_FOLDER = "collapse_regularizer"
 

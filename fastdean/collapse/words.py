@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fastdean.declared import Lists, Maps, Text, read_json, read_text, require
+from fastdean.files.declared import Lists, Maps, Text, read_json, read_text, require
 
 WORD_LISTS = ("gender", "religion", "ethnicity")
 
@@ -46,7 +46,7 @@ def read_word_groups(groups: WordGroups) -> dict[str, list[str]]:
     if isinstance(groups, Mapping):
         found = groups
     elif groups in WORD_LISTS:
-        text = (resources.files("fastdean") / "words" / f"{groups}.json").read_text("utf-8")
+        text = (resources.files("fastdean.data") / "words" / f"{groups}.json").read_text("utf-8")
         found = json.loads(text)
     elif isinstance(groups, str | Path):
         found = _read_file(Path(groups).expanduser())

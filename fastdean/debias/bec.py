@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdean.data import IGNORE_INDEX
+from fastdean.data.examples import IGNORE_INDEX
 from fastdean.debias.causal import mean_cross_entropy
 
 _SHOWN_AS_MASK = 0.8

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastdean import markdown
-from fastdean.verdicts import reading
+from fastdean.wording import markdown
+from fastdean.wording.verdicts import reading
 
 _NAMES = {
     "causal": "causal language modelling on gender-swapped text",

@@ -77,7 +77,7 @@ def augment(
     """The rows, each followed by its swapped copy: both genders occur equally often.
 
     Args:
-        rows: of `fastdean.sources.load_rows`: text, prompt and response, messages, or premise and
+        rows: of `fastdean.data.load_rows`: text, prompt and response, messages, or premise and
             hypothesis. What is no text is copied as it is.
         lists: see `counterfactual`.
     Returns:

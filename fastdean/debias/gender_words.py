@@ -79,7 +79,7 @@ class GenderWords:
 
 @cache
 def _embedded() -> GenderWords:
-    text = (resources.files("fastdean") / "words" / "gender_pairs.json").read_text("utf-8")
+    text = (resources.files("fastdean.data") / "words" / "gender_pairs.json").read_text("utf-8")
     return _read(json.loads(text))
 
 

@@ -32,8 +32,8 @@ from fastdean.debias.texts import (
     collate,
     texts_of,
 )
-from fastdean.forward import label_shift
-from fastdean.model_state import evaluation_state, input_device, max_tokens, unwrap
+from fastdean.models.forward import label_shift
+from fastdean.models.model_state import evaluation_state, input_device, max_tokens, unwrap
 
 _FISHER_BATCHES = 8
 _FISHER_BATCH_SIZE = 8

@@ -19,8 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdean._logging import logger
-from fastdean.declared import (
+from fastdean.files.declared import (
     Anything,
     Kind,
     Lists,
@@ -35,8 +34,8 @@ from fastdean.declared import (
     require,
     unfit,
 )
-from fastdean.layout import is_ours
-from fastdean.storage import (
+from fastdean.files.names import is_ours
+from fastdean.files.storage import (
     CONFIG_NAME,
     is_temporary,
     read_folder,
@@ -44,6 +43,7 @@ from fastdean.storage import (
     sweep,
     write_folder,
 )
+from fastdean.wording.log import logger
 
 KIND = "training"
 _PREFIX = "checkpoint-"

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdean.model_state import unwrap
-from fastdean.provenance import now, versions
-from fastdean.safetensors_files import weight_files
-from fastdean.storage import (
+from fastdean.files.provenance import now, versions
+from fastdean.files.safetensors import weight_files
+from fastdean.files.storage import (
     holds_only_listed,
     listed,
     new_folder,
     write_json_atomic,
     write_text_atomic,
 )
+from fastdean.models.model_state import unwrap
 
 MANIFEST_NAME = "fastdean_debias.json"
 

@@ -114,7 +114,7 @@ class TextEncoder:
 
 def embedded_neutral_words() -> tuple[str, ...]:
     """Occupations and traits that stereotypes tie to a gender; written for this package."""
-    listed = resources.files("fastdean.debias") / "neutral_words.txt"
+    listed = resources.files("fastdean.data") / "neutral_words.txt"
     return tuple(listed.read_text("utf-8").split())
 
 

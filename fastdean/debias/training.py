@@ -27,10 +27,10 @@ from fastdean.debias.schedule import (
     steps_per_epoch,
 )
 from fastdean.debias.texts import TextEncoder
-from fastdean.declared import Anything, Filled, Maps, Record, Unfit, require
-from fastdean.doing import titled
-from fastdean.identity import json_digest, model_identity
-from fastdean.model_state import evaluation_state, input_device, max_tokens, unwrap
+from fastdean.files.declared import Anything, Filled, Maps, Record, Unfit, require
+from fastdean.models.identity import json_digest, model_identity
+from fastdean.models.model_state import evaluation_state, input_device, max_tokens, unwrap
+from fastdean.wording.doing import titled
 
 if TYPE_CHECKING:
     from fastdean.collapse import CollapseRegularizer

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdean.evaluation.sign_flips import sign_flip_test
-from fastdean.verdicts import judge
+from fastdean.wording.verdicts import judge
 
 Values = Tensor | np.ndarray | Sequence[float]
 

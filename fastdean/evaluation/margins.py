@@ -13,16 +13,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdean.data import IGNORE_INDEX, Example, encode
-from fastdean.doing import titled
+from fastdean.data.examples import IGNORE_INDEX, Example, encode
 from fastdean.evaluation.intervals import (
     Interval,
     by_unit,
     mean_interval,
     share_change_interval,
 )
-from fastdean.forward import label_shift, target_log_likelihood
-from fastdean.model_state import unwrap
+from fastdean.models.forward import label_shift, target_log_likelihood
+from fastdean.models.model_state import unwrap
+from fastdean.wording.doing import titled
 
 
 @dataclass(frozen=True)

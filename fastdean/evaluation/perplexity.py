@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.data import IGNORE_INDEX, Example, read_examples
-from fastdean.doing import titled
+from fastdean.data.examples import IGNORE_INDEX, Example, read_examples
 from fastdean.evaluation.intervals import Interval, mean_interval
-from fastdean.forward import label_shift, target_log_likelihood
-from fastdean.model_state import max_tokens, unwrap
+from fastdean.models.forward import label_shift, target_log_likelihood
+from fastdean.models.model_state import max_tokens, unwrap
+from fastdean.wording.doing import titled
 
 _LONGEST_DEFAULT_WINDOW = 2048
 

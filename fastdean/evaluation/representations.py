@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.adapters import require_no_prompts
-from fastdean.calling import call
-from fastdean.data import IGNORE_INDEX, Example
-from fastdean.dependence import HSICResult, hsic
-from fastdean.doing import titled
-from fastdean.forward import attention_for, prepare_batches
-from fastdean.model_state import evaluation_state, input_device, unwrap
+from fastdean.data.examples import IGNORE_INDEX, Example
+from fastdean.evaluation.dependence import HSICResult, hsic
+from fastdean.models.adapters import require_no_prompts
+from fastdean.models.calling import call
+from fastdean.models.forward import attention_for, prepare_batches
+from fastdean.models.model_state import evaluation_state, input_device, unwrap
+from fastdean.wording.doing import titled
 
 
 def prompts_only(examples: Sequence[Example]) -> list[Example]:
@@ -118,7 +118,7 @@ def layer_dependence(states_x: Tensor, states_y: Tensor, **options: Any) -> list
     Args:
         states_x: [L, n, D1], as from `last_token_states`.
         states_y: [L, n, D2], row i paired with row i of `states_x`.
-        options: passed on to `fastdean.dependence.hsic`.
+        options: passed on to `fastdean.evaluation.dependence.hsic`.
 
     Raises:
         ValueError: other shapes, and whatever `hsic` raises.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from fastdean import markdown
+from fastdean.wording import markdown
 
 
 def mask_card(repo_id: str, *, described: str, scale: float, summary: str) -> str:

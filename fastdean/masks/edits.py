@@ -19,11 +19,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdean._logging import logger
 from fastdean.masks.entries import MaskEntry, same_bits, shared_positions, suppressed
 from fastdean.masks.prepared import PreparedEdit, PreparedEdits, prepare
 from fastdean.masks.weights import Part, Weights
-from fastdean.model_state import unwrap
+from fastdean.models.model_state import unwrap
+from fastdean.wording.log import logger
 
 
 class Mask(Protocol):

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdean import storage
-from fastdean.declared import (
+from fastdean.files import storage
+from fastdean.files.declared import (
     Anything,
     Lists,
     Maps,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdean.declared import Kind, Lists, Maybe, Record, Text, Whole
+from fastdean.files.declared import Kind, Lists, Maybe, Record, Text, Whole
 
 _COLUMNS: dict[str, Kind] = {
     "name": Text(longest=1000),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdean import ops
-from fastdean.adapters import parameter_paths
 from fastdean.masks.entries import EDITABLE_DTYPES
+from fastdean.models.adapters import parameter_paths
 from fastdean.ops.memory import memory_fault, write_fault
 
 # Name components that a wrapper adds and that no checkpoint has.

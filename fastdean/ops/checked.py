@@ -167,7 +167,7 @@ def write(path: str | PathLike, entries: Iterable[Entry]) -> None:
     the place of rehearsals alone, and goes when its form has passed.
     Raises: ValueError if there is a file that is not a record.
     """
-    from fastdean.atomic import write_json_atomic
+    from fastdean.files.atomic import write_json_atomic
 
     path = Path(path)
     known = {}

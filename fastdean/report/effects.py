@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastdean import verdicts
 from fastdean.report.markup import Column, Html, element, folded, join, table
 from fastdean.report.plots import Interval, dependence_lines, interval_rows, legend, responsive
 from fastdean.report.quantities import (
@@ -15,12 +14,14 @@ from fastdean.report.quantities import (
     signed,
 )
 from fastdean.report.wording import Edit
+from fastdean.wording import verdicts
 
 
 def reading(row: Interval, reference: float) -> str:
     """In words what was found about `reference`, the value of no effect.
 
-    The verdict that came with the results, see `fastdean.verdicts`; without an interval none.
+    The verdict that came with the results, see `fastdean.wording.verdicts`; without an interval
+    none.
     """
     if not row.is_known:
         return "no interval: not to be judged" if measured(row.value) else "not measured"

@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
 
-from fastdean.atomic import write_text_atomic
-from fastdean.declared import Misfit
+from fastdean.files.atomic import write_text_atomic
+from fastdean.files.declared import Misfit
 from fastdean.report.collapse import bias_section, collapse_section, training_section
 from fastdean.report.coupled import coupling_section, coupling_totals, overlap_section
 from fastdean.report.effects import (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fastdean.report.axis import Axis
 from fastdean.report.markup import Html, element
 from fastdean.report.quantities import MISSING, count, estimate, measured
-from fastdean.verdicts import direction
+from fastdean.wording.verdicts import direction
 
 WIDE, NARROW = 800, 360
 _LEFT, _RIGHT = 46, 10
@@ -177,7 +177,7 @@ def step_line(points: Sequence[tuple[float, float]], label: str, width: int) -> 
 class Interval:
     """One line of an interval plot. Values that were not measured are None or NaN.
 
-    `verdict` is what the results say of it, see `fastdean.verdicts`.
+    `verdict` is what the results say of it, see `fastdean.wording.verdicts`.
     """
 
     name: str

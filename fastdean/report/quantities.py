@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Real
 
-from fastdean.declared import FINITE
+from fastdean.files.declared import FINITE
 
 MISSING = "–"
 _MINUS = "−"

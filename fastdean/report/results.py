@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastdean.declared import (
+from fastdean.files.declared import (
     Anything,
     Either,
     Kind,

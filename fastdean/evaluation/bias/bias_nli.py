@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.batching import plan_batches
-from fastdean.data import Example
-from fastdean.doing import titled
+from fastdean.data.batching import plan_batches
+from fastdean.data.examples import Example
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.occupations import OCCUPATIONS
 from fastdean.evaluation.bias.result import BiasResult, members
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
 from fastdean.evaluation.intervals import Interval, mean_interval
-from fastdean.forward import tokens_per_batch_of
-from fastdean.model_state import evaluation_state, input_device, unwrap
+from fastdean.models.forward import tokens_per_batch_of
+from fastdean.models.model_state import evaluation_state, input_device, unwrap
+from fastdean.wording.doing import titled
 
 COLUMNS = ("premise", "hypothesis")
 ACTIONS = (

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastdean.model_state import unwrap
+from fastdean.models.model_state import unwrap
 
 
 def require_finite(

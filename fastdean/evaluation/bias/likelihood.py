@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.data import IGNORE_INDEX, Example
+from fastdean.data.examples import IGNORE_INDEX, Example
 from fastdean.evaluation.bias.start import StartToken
-from fastdean.forward import label_shift, target_log_likelihood
-from fastdean.model_state import max_tokens, unwrap
+from fastdean.models.forward import label_shift, target_log_likelihood
+from fastdean.models.model_state import max_tokens, unwrap
 
 
 @dataclass(frozen=True)

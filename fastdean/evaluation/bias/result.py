@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdean.digits import apart
 from fastdean.evaluation.bootstrap import bootstrap_interval
 from fastdean.evaluation.intervals import Interval, is_share, mean_interval, share_interval
-from fastdean.verdicts import ABOVE, BELOW, NO_NEUTRAL, reworded
+from fastdean.wording.digits import apart
+from fastdean.wording.verdicts import ABOVE, BELOW, NO_NEUTRAL, reworded
 
 # What counts in full, in the unit of a share.
 _WHOLE = {"%": 100.0}
@@ -50,8 +50,9 @@ class BiasResult:
     notes: tuple[str, ...] = ()
 
     def verdict(self, category: str | None = None) -> str:
-        """What may be said of the distance to neutral, see `fastdean.verdicts`: "above neutral",
-        "below neutral", "no effect beyond noise", or that there is no verdict or no neutral value.
+        """What may be said of the distance to neutral, see `fastdean.wording.verdicts`: "above
+        neutral", "below neutral", "no effect beyond noise", or that there is no verdict or no
+        neutral value.
         """
         if self.neutral is None:
             return NO_NEUTRAL

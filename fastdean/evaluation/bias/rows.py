@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdean.sources import load_table
+from fastdean.data.sources import load_table
 
 Row = Mapping[str, Any]
 Source = str | Path | Iterable[Row]
@@ -21,7 +21,7 @@ def benchmark_rows(source: Source, **hub_defaults: str) -> list[Row]:
     """The rows of `source`, in order, with the benchmark's own columns.
 
     Args:
-        source: rows, or what `fastdean.sources.load_table` reads.
+        source: rows, or what `fastdean.data.load_table` reads.
         hub_defaults: `split` and `config` of the hub data set, where the source names none.
     Raises:
         TypeError: `source` is neither, or a row is no mapping.

@@ -17,18 +17,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdean.adapters import require_no_prompts
-from fastdean.batching import Layout, plan_batches
-from fastdean.data import IGNORE_INDEX, Example
-from fastdean.doing import titled
+from fastdean.data.batching import Layout, plan_batches
+from fastdean.data.examples import IGNORE_INDEX, Example
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import encode_text
 from fastdean.evaluation.bias.result import BiasResult
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, is_file, require_columns
 from fastdean.evaluation.bootstrap import Interval, bootstrap_interval
 from fastdean.evaluation.representations import layer_outputs
-from fastdean.forward import attention_for, exact_layout, label_shift, tokens_per_batch_of
-from fastdean.model_state import evaluation_state, input_device, unwrap
+from fastdean.models.adapters import require_no_prompts
+from fastdean.models.forward import attention_for, exact_layout, label_shift, tokens_per_batch_of
+from fastdean.models.model_state import evaluation_state, input_device, unwrap
+from fastdean.wording.doing import titled
 
 SETS = ("targ1", "targ2", "attr1", "attr2")
 COLUMNS = ("set", "category", "sentence")

@@ -1,0 +1,243 @@
+"""The hooks of `score()`: every target's input paired with the gradient of its output.
+
+What becomes of a pair is told by the caller: `Sums` adds it up, the trial (trial.py) looks at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdean.coupling.accumulators import Accumulator
+from fastdean.coupling.targets import Target
+from fastdean.models.hooks import forward_hooks, forward_pre_hooks
+
+Receiver = Callable[[Target, Tensor, Tensor], None]
+
+
+@contextmanager
+def capturing(
+    targets: Sequence[Target], granularity: str, receive: Receiver, *, again: bool = False
+) -> Iterator[None]:
+    """Inside, hooks pair every target's input with the gradient of its own product.
+
+    A forward hook of the user may return something else than the product, and the model goes on
+    with that; the pair stays that of the product, which is what the weight made.
+
+    The graph starts at the lowest targets: where nothing below a target carries a gradient, its
+    hook begins one, so that no backward pass goes deeper than the targets need.
+
+    Args:
+        receive: called with the target, its input [..., C] and the gradient [..., R], during the
+            backward pass.
+        again: keep the inputs for further backward passes over the same graph.
+    """
+    hook, attached = (
+        (_weight_hook, forward_hooks)
+        if granularity == "weight"
+        else (_unit_hook, forward_pre_hooks)
+    )
+    with attached({target.module: hook(target, receive, again) for target in targets}):
+        yield
+
+
+def _weight_hook(target: Target, receive: Receiver, again: bool) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise RuntimeError(
+                f"{target.name} must return a tensor, got {type(output).__name__}; leave it out of "
+                "target_modules"
+            )
+        x = (args[0] if args else _only(kwargs)).detach()
+        if not output.requires_grad:
+            # A clone, because a leaf that requires grad must not be changed in place later.
+            output = output.detach().requires_grad_(True).clone()
+        if not output.requires_grad:
+            return output
+        product = _unviewed(output)
+        _listen(target, x, product, receive, again)
+        # Whoever comes later puts hooks of his own on another tensor, whose gradient is passed on
+        # to the product only once they are through with it.
+        return output.view_as(output) if product is output else output
+
+    return hook
+
+
+def _unit_hook(target: Target, receive: Receiver, again: bool) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        a = args[0] if args else _only(kwargs)
+        if not a.requires_grad:
+            a = a.detach().requires_grad_(True)
+        if a.requires_grad:
+            _listen(target, a.detach(), a, receive, again)
+        return (a, *args[1:]), {} if not args else kwargs
+
+    return hook
+
+
+def _listen(
+    target: Target, x: Tensor, differentiated: Tensor, receive: Receiver, again: bool
+) -> None:
+    # Autograd keeps no copy of x for a frozen weight, and so would not notice a change to it.
+    version = x._version
+    # Let go of x as soon as its gradient is there: the graph, and this closure with it, lives on
+    # until the end of the batch.
+    held = [x]
+    del x
+
+    def deliver(g: Tensor) -> None:
+        x = held[0] if again else held.pop()
+        if x._version != version:
+            raise RuntimeError(
+                f"{target.name} must have an input that stays as it was until the backward pass, "
+                "got one that was changed in place; leave it out of target_modules"
+            )
+        if g.numel() * x.shape[-1] == x.numel() * g.shape[-1]:
+            # The product behind a view is [B x T, R] where the input is [B, T, C].
+            g = g.reshape(*x.shape[:-1], g.shape[-1])
+        # Under autocast a layer computes with its input cast to the dtype of its output; where a
+        # model is spread over devices it may fetch its input itself.
+        receive(target, x.to(g), g)
+
+    differentiated.register_hook(deliver)
+
+
+class Sums:
+    """Adds the pairs of one batch after the other to the accumulators of their targets.
+
+    Args:
+        sequence_first: parameters of the targets that see [T, B, ...] where the batch is [B, T].
+    """
+
+    def __init__(
+        self, accumulators: Mapping[str, Accumulator], sequence_first: Collection[str] = ()
+    ) -> None:
+        self._accumulators = accumulators
+        self._sequence_first = sequence_first
+        self._fired: dict[str, int] = {}
+        self._segments: Tensor | None = None
+        self._rows = 0
+        self._factors: tuple[Tensor, Tensor] | None = None
+        self._wanted: Collection[str] | None = None
+        self._finite: dict[str, Tensor] = {}
+
+    def expect(
+        self,
+        segments: Tensor,
+        rows: int,
+        factors: tuple[Tensor, Tensor] | None = None,
+        wanted: Collection[str] | None = None,
+    ) -> None:
+        """Say how the rows that the next backward pass delivers belong to examples.
+
+        Args:
+            factors: [rows, 1] for inputs and gradients; then a pair with a gradient that is not
+                finite is not added, and `finite` says so.
+            wanted: the parameters whose pairs are added; None: all.
+        """
+        self._segments, self._rows, self._fired = segments, rows, {}
+        self._factors, self._wanted, self._finite = factors, wanted, {}
+
+    def receive(self, target: Target, x: Tensor, g: Tensor) -> None:
+        if target.parameter in self._sequence_first:
+            x, g = (batch_first(rows, len(self._segments)) for rows in (x, g))
+        segments = segments_in(x, self._segments, self._rows)
+        x, g = x.flatten(0, -2), g.flatten(0, -2)
+        if segments is None:
+            raise RuntimeError(wrong_rows(target, self._rows, x.shape[0]))
+        self._fired[target.parameter] = self._fired.get(target.parameter, 0) + 1
+        if self._wanted is not None and target.parameter not in self._wanted:
+            return
+        if self._factors is not None:
+            finite = g.isfinite().all()
+            self._finite[target.parameter] = finite
+            for_x, for_g = (factor.to(g.device) for factor in self._factors)
+            if segments is not self._segments:
+                width = len(x) // len(segments)
+                for_x, for_g = (
+                    factor[:: len(factor) // len(segments)].repeat_interleave(width, 0)
+                    for factor in (for_x, for_g)
+                )
+            dtype = torch.promote_types(for_g.dtype, g.dtype)
+            x, g = x.to(dtype) * for_x, torch.where(finite, g, 0).to(dtype) * for_g
+        self._accumulators[target.parameter].add_(x, g, segments)
+
+    def require_complete(self) -> None:
+        for parameter in self._accumulators:
+            times = self._fired.get(parameter, 0)
+            if times != 1:
+                raise RuntimeError(wrong_times(parameter.removesuffix(".weight"), times))
+
+    def finite(self) -> dict[str, Tensor]:
+        """Parameter -> whether the gradient of this batch was finite, a bool on its device."""
+        return self._finite
+
+
+def batch_first(rows: Tensor, examples: int) -> Tensor:
+    """Rows [T, B, ...] of a batch of B examples as [B, T, ...]; others as they are.
+
+    The last dimension holds features.
+    """
+    if rows.dim() != 3 or rows.shape[1] != examples:
+        return rows
+    return rows.transpose(0, 1)
+
+
+def segments_in(x: Tensor, segments: Tensor, rows: int) -> Tensor | None:
+    """Where the examples of a batch lie in the rows of `x` [..., C], or None if that is unknown.
+
+    Usually where they lie in the batch. Where each example is a row of the batch, a module may see
+    other tokens of it, and another number of them: the encoder's beside the decoder's, or more
+    padding up to a window of attention.
+
+    Args:
+        segments, rows: of the batch, as `Sums.expect` takes them.
+    """
+    if x[..., 0].numel() == rows:
+        return segments
+    width = rows // len(segments)
+    starts = torch.arange(len(segments), device="cpu")[:, None]
+    steps = torch.tensor([[0, 1]], device="cpu")
+    if x.dim() != 3 or len(x) != len(segments):
+        return None
+    row_by_row = (starts + steps) * width
+    if not torch.equal(segments[:, 0], row_by_row[:, 0]) or (segments > row_by_row)[:, 1].any():
+        return None
+    return (starts + steps) * x.shape[1]
+
+
+def wrong_rows(target: Target, expected: int, got: int) -> str:
+    return (
+        f"{target.name} must see every token of the batch once, {expected} rows, got {got}; "
+        "modules behind a router or a pooling cannot be scored through hooks, so leave it out of "
+        "target_modules"
+    )
+
+
+def wrong_times(name: str, times: int) -> str:
+    return (
+        f"{name} must take part in the loss exactly once per batch, got {times} times; modules "
+        "that are shared between layers or skipped cannot be scored, so leave it out of "
+        "target_modules"
+    )
+
+
+def _unviewed(output: Tensor) -> Tensor:
+    """The product behind the view that a Linear with a bias returns.
+
+    A hook on the view would be lost where the model goes on in place (ReLU(inplace=True), `+=`).
+    """
+    base = output._base
+    if base is None or base.numel() != output.numel() or base.shape[-1] != output.shape[-1]:
+        return output
+    return base
+
+
+def _only(kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a module called by keyword: `input` of a Linear, `x` of a Conv1D."""
+    (value,) = kwargs.values()
+    return value

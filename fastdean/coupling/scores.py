@@ -1,0 +1,479 @@
+"""`Scores`: how important every weight (or MLP unit) is to one set of examples.
+
+What is stored are the parts: the fp32 sum over examples of per-example absolute gradients, the
+weights they belong to, and the number of examples. Importance is their product over n, taken on
+read, so that adding two runs costs one rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdean.files.declared import (
+    Anything,
+    Exactly,
+    Filled,
+    Kind,
+    Lists,
+    Maps,
+    Maybe,
+    Places,
+    Real,
+    Record,
+    Text,
+    Whole,
+    brief,
+    require,
+    unfit,
+)
+from fastdean.ops.selection import importance, select_top
+
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FINGERPRINT_CHUNK = 1 << 18  # entries: 2 MiB of int64, which a CPU's caches hold
+_SHA_BITS = 256
+_COUNTS = ("examples", "tokens", "target_tokens")
+
+# What `save_pretrained` writes; see `_entry_kind` for the entries.
+_CONFIG = Record(
+    {
+        "granularity": Text(choices=("weight", "neuron")),
+        "num_examples": Whole(least=1),
+        "keep_top": Maybe(Real(above=0, most=1)),
+        "manifest": Maps(Anything()),
+        "entries": Maps(Anything()),
+    }
+)
+_WEIGHTS = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
+_ADVICE = "save it again"
+
+
+@dataclass(frozen=True)
+class ScoreEntry:
+    """The score of one matrix.
+
+    Attributes:
+        sums: fp32; dense weight scores have the weight's shape, unit scores [C], sparse ones [M].
+        weight: dense and unit scores: the stored weight [.., ..], sharing the model's memory unless
+            read from a file; sparse: its values [M]. None for unit scores read from a file.
+        index: int64 [M], ascending flat indices of sparse scores; None when dense.
+        shape: shape of the stored weight.
+        unit_axis: for unit scores, the axis of the weight that counts units; else None.
+        fingerprint: exact checksum of the weight when it was scored.
+    """
+
+    sums: Tensor
+    weight: Tensor | None
+    index: Tensor | None
+    shape: tuple[int, ...]
+    unit_axis: int | None
+    fingerprint: int
+
+    @classmethod
+    def dense(cls, sums: Tensor, weight: Tensor) -> ScoreEntry:
+        weight = weight.detach()
+        return cls(sums, weight, None, tuple(weight.shape), None, fingerprint(weight))
+
+    @classmethod
+    def units(cls, sums: Tensor, weight: Tensor, axis: int) -> ScoreEntry:
+        weight = weight.detach()
+        return cls(sums, weight, None, tuple(weight.shape), axis, fingerprint(weight))
+
+    @property
+    def numel(self) -> int:
+        """How many entries (weights or units) compete for selection."""
+        if self.unit_axis is not None:
+            return self.shape[self.unit_axis]
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+    @property
+    def is_current(self) -> bool:
+        """False if the weight it shares with a model has changed since it was scored."""
+        owns_values = self.index is not None and self.unit_axis is None
+        if self.weight is None or owns_values:
+            return True
+        return fingerprint(self.weight) == self.fingerprint
+
+    @property
+    def factor(self) -> Tensor | None:
+        """What the sums are multiplied with: the weight, or nothing for units."""
+        return None if self.unit_axis is not None else self.weight
+
+    def select(self, num_examples: int, k: int) -> Tensor:
+        """int64, ascending: flat indices (unit numbers) of the k most important entries.
+
+        They stay on the device of the sums.
+        """
+        chosen = select_top(self.sums, self.factor, num_examples, k)
+        return chosen if self.index is None else self.index[chosen]
+
+    def keep(self, num_examples: int, k: int) -> ScoreEntry:
+        """The sparse entry of the k most important ones."""
+        chosen = select_top(self.sums, self.factor, num_examples, k)
+        weight = self.weight
+        if self.unit_axis is None:
+            weight = weight.flatten()[chosen.to(weight.device)]
+        index = chosen if self.index is None else self.index[chosen]
+        return replace(self, sums=self.sums.flatten()[chosen], weight=weight, index=index)
+
+
+def fingerprint(weight: Tensor) -> int:
+    """Exact checksum of a weight, the same on any device and for any layout in memory.
+
+    sum_i (2 i + 1) b_i modulo 2^64, as an int64, with i the row-major index of an entry and b_i its
+    bits as a signed integer. The multipliers are odd, so that every change of one entry shows, and
+    they differ, so that a swap of two shows.
+    """
+    bits = weight.detach().view(_INTEGER_OF_SIZE[weight.element_size()])
+    rows = bits.flatten(1) if bits.dim() > 1 else bits.reshape(-1, 1)
+    columns = max(1, rows.shape[1])
+    # Elsewhere than on a CPU launches must be few.
+    chunk = _FINGERPRINT_CHUNK * (1 if bits.device.type == "cpu" else 64)
+    step = max(1, chunk // columns)
+    length = max(1, min(step, rows.shape[0]))
+    odd = torch.arange(1, 2 * length * columns, 2, device=bits.device).view(length, -1)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for first in range(0, rows.shape[0], step):
+        part = rows[first : first + step].to(torch.int64)
+        total += (part * odd[: part.shape[0]]).sum() + 2 * first * columns * part.sum()
+    return int(total)
+
+
+def keep_entry(name: str, entry: ScoreEntry, num_examples: int, ratio: float) -> ScoreEntry:
+    """The sparse entry of the top `ratio` of a matrix; a ValueError names it."""
+    with _named(name):
+        return entry.keep(num_examples, int(ratio * entry.numel))
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"scores of {name}: {error}") from None
+
+
+def _require_unchanged(name: str, entry: ScoreEntry) -> None:
+    if not entry.is_current:
+        raise RuntimeError(
+            f"{name} has changed since it was scored; restore the mask that is applied, or score "
+            "again"
+        )
+
+
+def check_keep_top(keep_top: float | None) -> None:
+    """Raise ValueError unless `keep_top` is None (dense) or a ratio above 0 and at most 1."""
+    if keep_top is not None and not 0 < keep_top <= 1:
+        raise ValueError(
+            f"keep_top must be a ratio above 0 and at most 1, got {keep_top}; "
+            "leave it out to keep every entry"
+        )
+
+
+class Scores(Mapping[str, Tensor]):
+    """Read-only mapping: parameter name -> importance.
+
+    For dense scores `scores[name]` is fp32 in the weight's shape ([C] for units); for sparse scores
+    it is fp32 [M], the importance at `scores.index(name)`.
+
+    Attributes:
+        entries: name -> ScoreEntry.
+        granularity: "weight" or "neuron".
+        num_examples: n.
+        keep_top: None for dense scores, else the ratio of entries kept in each matrix.
+        manifest: where the numbers come from (model, examples, tokens, dtype, coverage, versions).
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, ScoreEntry],
+        *,
+        granularity: str,
+        num_examples: int,
+        keep_top: float | None = None,
+        manifest: Mapping[str, Any] | None = None,
+    ) -> None:
+        if num_examples < 1:
+            raise ValueError(
+                f"num_examples must be at least 1, got {num_examples}; give what the sums are over"
+            )
+        self.entries = dict(entries)
+        self.granularity = granularity
+        self.num_examples = num_examples
+        self.keep_top = keep_top
+        self.manifest = dict(manifest or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._current(name)
+        return importance(entry.sums, entry.factor, self.num_examples)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        form = "dense" if self.keep_top is None else f"top {self.keep_top:g} of each matrix"
+        unit = "weights" if self.granularity == "weight" else "units"
+        total = sum(entry.numel for entry in self.entries.values())
+        size = f"{len(self)} matrices, {total:,} {unit}"
+        return f"Scores({size}, n={self.num_examples} examples, {form})"
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.keep_top is not None
+
+    def index(self, name: str) -> Tensor | None:
+        """int64 [M], ascending flat indices of a sparse score's entries; None when dense."""
+        return self.entries[name].index
+
+    def select(self, name: str, k: int) -> Tensor:
+        """int64, ascending: the k most important entries (`ops.select_top`), where the sums lie.
+
+        Raises:
+            ValueError: a score is NaN or infinite, or k reaches beyond what sparse scores kept.
+        """
+        entry = self.entries[name]
+        if entry.index is not None and k > int(self.keep_top * entry.numel):
+            raise ValueError(
+                f"ratio must not select more than keep_top={self.keep_top:g} kept of {name}, got "
+                f"k={k} of {entry.numel}; score again with a larger keep_top"
+            )
+        with _named(name):
+            return self._current(name).select(self.num_examples, k)
+
+    def keep(self, ratio: float) -> Scores:
+        """Sparse scores with only each matrix's top `ratio` entries, enough for smaller ratios.
+
+        Raises:
+            ValueError: `ratio` is out of range or above what these scores kept, or a score is NaN
+                or infinite.
+        """
+        check_keep_top(ratio)
+        if self.keep_top is not None and ratio > self.keep_top:
+            raise ValueError(
+                f"keep_top must be at most the {self.keep_top:g} that these scores kept, got "
+                f"{ratio}; score again with a larger keep_top"
+            )
+        kept = {
+            name: keep_entry(name, self._current(name), self.num_examples, ratio)
+            for name in self.entries
+        }
+        return Scores(
+            kept,
+            granularity=self.granularity,
+            num_examples=self.num_examples,
+            keep_top=ratio,
+            manifest={**self.manifest, "keep_top": ratio},
+        )
+
+    def __add__(self, other: Scores) -> Scores:
+        """Scores over the examples of both runs.
+
+        Raises:
+            ValueError: either is sparse (an entry dropped from one may be large in the other), or
+                they belong to different weights.
+        """
+        if not isinstance(other, Scores):
+            return NotImplemented
+        if self.is_sparse or other.is_sparse:
+            raise ValueError(
+                "scores must be dense to be added, got scores made with keep_top; score the joined "
+                "examples instead, or score both without keep_top"
+            )
+        self.require_same_weights(other)
+        entries = {
+            name: replace(entry, sums=entry.sums + other.entries[name].sums.to(entry.sums.device))
+            for name, entry in self.entries.items()
+        }
+        return Scores(
+            entries,
+            granularity=self.granularity,
+            num_examples=self.num_examples + other.num_examples,
+            manifest=_join_manifests(self.manifest, other.manifest),
+        )
+
+    def require_same_weights(self, other: Scores) -> None:
+        """Raise ValueError unless both were made on the same matrices of the same model."""
+        if self.granularity != other.granularity:
+            raise ValueError(
+                f"scores must share one granularity, got {self.granularity!r} and "
+                f"{other.granularity!r}; score both with the same one"
+            )
+        if set(self.entries) != set(other.entries):
+            extra = sorted(set(self.entries) ^ set(other.entries))
+            raise ValueError(
+                f"scores must cover the same matrices, got {len(extra)} in only one of them "
+                f"({', '.join(extra[:3])}); score both with the same target_modules"
+            )
+        for name, entry in self.entries.items():
+            theirs = other.entries[name]
+            if entry.shape != theirs.shape or entry.fingerprint != theirs.fingerprint:
+                raise ValueError(
+                    f"scores must belong to the same weights, got different values or shapes in "
+                    f"{name}; score both on the same model in the same dtype"
+                )
+
+    def require_unchanged_weights(self) -> None:
+        """Raise RuntimeError if a weight the scores share with a model has changed since."""
+        for name, entry in self.entries.items():
+            _require_unchanged(name, entry)
+
+    def _current(self, name: str) -> ScoreEntry:
+        """The entry, refused where its importance would be that of a weight changed since."""
+        entry = self.entries[name]
+        if entry.factor is not None:
+            _require_unchanged(name, entry)
+        return entry
+
+    def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write `fastdean_config.json` and safetensors into a new folder, atomically.
+
+        Dense weight scores are written with their weights, so that the folder stands on its own.
+        """
+        from fastdean.files.storage import write_folder
+
+        self.require_unchanged_weights()
+        tensors, described = {}, {}
+        for name, entry in self.entries.items():
+            tensors[f"{name}.sums"] = entry.sums.contiguous().cpu()
+            if entry.index is not None:
+                tensors[f"{name}.index"] = entry.index.contiguous().cpu()
+            if entry.unit_axis is None:
+                tensors[f"{name}.weight_values"] = entry.weight.contiguous().cpu()
+            described[name] = {
+                "shape": list(entry.shape),
+                "unit_axis": entry.unit_axis,
+                "fingerprint": entry.fingerprint,
+            }
+        config = {
+            "granularity": self.granularity,
+            "num_examples": self.num_examples,
+            "keep_top": self.keep_top,
+            "manifest": self.manifest,
+            "entries": described,
+        }
+        write_folder(path, config, tensors, kind="scores", overwrite=overwrite)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> Scores:
+        """Read scores from a local folder or a hub id.
+
+        Raises:
+            ValueError: the folder is missing, truncated, or holds something else; or its
+                configuration and tensors contradict each other. The text names what does not fit.
+        """
+        from fastdean.files.storage import CONFIG_NAME, read_folder, resolve
+
+        folder = resolve(path, revision=revision, token=token)
+        config, tensors = read_folder(folder, kind="scores")
+        require(config, _CONFIG, folder / CONFIG_NAME)
+        sparse = config["keep_top"] is not None
+        entry = _entry_kind(config["granularity"])
+        entries = {}
+        for name, described in config["entries"].items():
+            require(described, entry, folder / CONFIG_NAME, where=f"entries[{brief(name)}]")
+            entries[name] = _read_entry(folder, name, described, sparse, tensors)
+        if tensors:
+            raise unfit(folder, repr(min(tensors)), "a part of the scores", "another", _ADVICE)
+        return cls(
+            entries,
+            granularity=config["granularity"],
+            num_examples=config["num_examples"],
+            keep_top=config["keep_top"],
+            manifest=config["manifest"],
+        )
+
+
+def _entry_kind(granularity: str) -> Record:
+    """What `save_pretrained` writes of an entry."""
+    axis = Exactly(None) if granularity == "weight" else Whole(most=1)
+    return Record(
+        {
+            "shape": Lists(Whole(least=1), least=2, most=2),
+            "unit_axis": axis,
+            "fingerprint": Whole(least=-(2**63)),
+        }
+    )
+
+
+def _read_entry(
+    folder: Path,
+    name: str,
+    described: Mapping[str, Any],
+    sparse: bool,
+    tensors: dict[str, Tensor],
+) -> ScoreEntry:
+    """One entry; its tensors are taken out of `tensors`."""
+
+    def take(part: str, kind: Kind) -> Tensor:
+        where = f"{name}.{part}"
+        if where not in tensors:
+            raise unfit(folder, repr(where), "a tensor", "no such tensor", _ADVICE)
+        require(tensors[where], kind, folder, where=repr(where))
+        return tensors.pop(where)
+
+    shape, axis = tuple(described["shape"]), described["unit_axis"]
+    numel = math.prod(shape) if axis is None else shape[axis]
+    index = take("index", Places(numel)) if sparse else None
+    size = shape if axis is None else (numel,)
+    if index is not None:
+        size = (index.numel(),)
+    return ScoreEntry(
+        sums=take("sums", Filled(("torch.float32",), size, finite=True, least=0.0)),
+        weight=take("weight_values", Filled(_WEIGHTS, size)) if axis is None else None,
+        index=index,
+        shape=shape,
+        unit_axis=axis,
+        fingerprint=described["fingerprint"],
+    )
+
+
+def examples_digest(digests: Iterable[bytes]) -> str:
+    """One digest of a set of examples whatever their order: the sum of theirs modulo 2^256."""
+    total = sum(int.from_bytes(digest, "big") for digest in digests) % (1 << _SHA_BITS)
+    return f"{total:064x}"
+
+
+def _join_manifests(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    joined = dict(first)
+    data, other = first.get("data"), second.get("data")
+    if data and other:
+        joined["data"] = {
+            **data,
+            **{key: data[key] + other[key] for key in _COUNTS if key in data and key in other},
+            "sha256": examples_digest(bytes.fromhex(d["sha256"]) for d in (data, other)),
+            "sources": [*data.get("sources", []), *other.get("sources", [])],
+            **_joined_rendering(data, other),
+        }
+    joined["joined_from"] = [
+        *first.get("joined_from", [first.get("created")]),
+        *second.get("joined_from", [second.get("created")]),
+    ]
+    return joined
+
+
+def _joined_rendering(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """How the examples of both became tokens; what differs beside the counts is a list of both."""
+    if not {"rendered"} <= first.keys() & second.keys():
+        return {}
+    counts = Counter(first["rendered"]) + Counter(second["rendered"])
+    joined: dict[str, Any] = {"rendered": dict(sorted(counts.items()))}
+    for key in ("template", "tokenizer"):
+        if key in first and key in second and first[key] != second[key]:
+            joined[key] = [first[key], second[key]]
+    return joined

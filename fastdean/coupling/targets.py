@@ -1,0 +1,399 @@
+"""Which layers are scored: Linear (and Conv1D) modules of the decoder layers, or their MLPs' units.
+
+No list of model families: stacks.py finds the decoder layers, blocks.py what each is made of.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastdean.models.adapters import Plain, base_model, plain_modules
+from fastdean.models.blocks import ATTENTION, FEED_FORWARD, Grouping, Matrix, group_layer
+from fastdean.models.model_state import evaluation_state
+from fastdean.models.stacks import decoder_layers
+
+_BOTH = (FEED_FORWARD, ATTENTION)
+_SEED = 7
+# A module's name or the end of one; no sign of a regular expression but the point.
+_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
+_TOKENS = 2
+# Whether a subclass of Linear computes a Linear's product lies in its code, not in its weights.
+_TRIED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module whose weight, or whose input units, are scored.
+
+    Attributes:
+        name: module name in the model, without what PEFT adds to it; the score is stored under
+            `parameter`.
+        module: the nn.Linear or Conv1D.
+        transposed: True when the weight is stored [C, R] (in x out), as Conv1D does.
+        layer: the decoder layer it lies in, or None.
+        layer_index: position of that layer, or None.
+        group: "mlp", "self_attn", another group of its layer (`fastdean.models.blocks`), or None
+            outside the decoder layers.
+        leads_from_units: whether its inputs are an MLP's units.
+        adapted: an adapter that is neither merged nor off is on top of it.
+    """
+
+    name: str
+    module: nn.Module
+    transposed: bool
+    layer: nn.Module | None
+    layer_index: int | None
+    group: str | None
+    leads_from_units: bool = False
+    adapted: bool = False
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def num_inputs(self) -> int:
+        return self.module.weight.shape[0 if self.transposed else 1]
+
+    @property
+    def num_outputs(self) -> int:
+        return self.module.weight.shape[1 if self.transposed else 0]
+
+    @property
+    def unit_axis(self) -> int:
+        """The axis of the stored weight that counts the layer's inputs."""
+        return 0 if self.transposed else 1
+
+
+def find_targets(
+    model: nn.Module, target_modules: str | Sequence[str] = "mlp", granularity: str = "weight"
+) -> list[Target]:
+    """The modules to score, in the model's order.
+
+    Args:
+        target_modules: "mlp" (feed-forward blocks), "self_attn", "all" (both), the name of another
+            group of the layers ("mamba", "conv", "router", ... as `coverage` lists them), a
+            regular expression that the whole module name must match, a list of name suffixes, or
+            such suffixes and groups in one text, "q_proj,v_proj". The output embedding never
+            counts.
+        granularity: "weight", or "neuron" to keep only each MLP's down projection, whose inputs are
+            the MLP's units.
+    Raises:
+        ValueError: nothing matches, a weight is not floating point (quantised), or an adapter is
+            on top of one.
+        TypeError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; load it first, for "
+            "example with transformers.AutoModelForCausalLM.from_pretrained"
+        )
+    if granularity not in ("weight", "neuron"):
+        raise ValueError(f"granularity must be 'weight' or 'neuron', got {granularity!r}")
+    found = _survey(model)
+    candidates = found.targets
+    groups = {target.group for target in candidates}
+    chosen = [target for target in candidates if _matches(target, target_modules, groups)]
+    if not chosen and isinstance(target_modules, str):
+        chosen = _listed(candidates, target_modules, groups)
+    if granularity == "neuron":
+        chosen = [target for target in chosen if target.leads_from_units]
+    if not chosen:
+        wanted = "Linear layer" if granularity == "weight" else "down projection of an MLP"
+        raise ValueError(
+            f"target_modules must match at least one {wanted} of the model, got "
+            f"{target_modules!r}; the layers are {_kinds(target.name for target in candidates)}"
+            f"{_groups_hint(groups)}{_fused_hint(found.unscorable)}"
+        )
+    _require_own_weights(candidates, chosen)
+    for target in chosen:
+        if not _is_floating_point(target.module):
+            raise ValueError(
+                f"model must hold floating-point weights, got {target.module.weight.dtype} in "
+                f"{target.parameter}; load it without quantisation"
+            )
+        if target.adapted:
+            raise ValueError(
+                f"model must have its adapters merged, got one on {target.name} that is not; merge "
+                "it first (PEFT: merge_and_unload(), or merge_adapter() to take it out again), or "
+                "score inside model.disable_adapter()"
+            )
+    return chosen
+
+
+def _require_own_weights(candidates: Sequence[Target], chosen: Sequence[Target]) -> None:
+    """A weight that two layers use has the sum of their gradients, which no hook on one sees."""
+    users: dict[int, list[str]] = {}
+    for target in candidates:
+        users.setdefault(id(target.module.weight), []).append(target.name)
+    for target in chosen:
+        others = [name for name in users[id(target.module.weight)] if name != target.name]
+        if others:
+            raise ValueError(
+                f"target_modules must match layers with weights of their own, got {target.name}, "
+                f"which shares its weight with {others[0]}; leave both out"
+            )
+
+
+def coverage(
+    model: nn.Module, targets: Sequence[Target], scored: Collection[str] | None = None
+) -> dict:
+    """What share of the model the scored weights are, and what in its layers no hook can see.
+
+    Args:
+        targets: the modules that `find_targets` matched.
+        scored: parameter names of those that have a score; None: all of them.
+    Returns:
+        matched: number of matched modules; scored, targets: number of scored ones;
+        scored_parameters, model_parameters; share: scored parameters of the model's;
+        share_of_matched: scored parameters of the matched ones'; groups: name of each group of the
+        decoder layers -> its modules and their parameters, how many modules are scored, and the
+        parameters that no hook can see; unscorable: name -> size of those (matrices that belong to
+        no Linear or Conv1D, or to a Linear that computes something else: fused experts, routers).
+    """
+    kept = [t for t in targets if scored is None or t.parameter in scored]
+    scored_parameters, matched_parameters = _weights_of(kept), _weights_of(targets)
+    total = sum({id(p): p.numel() for p in _parameters(model)}.values())
+    found = _survey(model)
+    return {
+        "targets": len(kept),
+        "matched": len(targets),
+        "scored": len(kept),
+        "scored_parameters": scored_parameters,
+        "model_parameters": total,
+        "share": scored_parameters / max(1, total),
+        "share_of_matched": scored_parameters / max(1, matched_parameters),
+        "groups": _by_group(found, {target.name for target in kept}),
+        "unscorable": {name: size for name, (_, size) in found.unscorable.items()},
+    }
+
+
+def _by_group(found: _Survey, scored: Collection[str]) -> dict[str, dict[str, int]]:
+    groups: dict[str, dict[str, int]] = {}
+
+    def of(name: str) -> dict[str, int]:
+        empty = {"modules": 0, "parameters": 0, "scored": 0, "unscorable": 0}
+        return groups.setdefault(name, empty)
+
+    for target in found.targets:
+        if target.group is not None:
+            of(target.group)["modules"] += 1
+            of(target.group)["parameters"] += target.module.weight.numel()
+            of(target.group)["scored"] += target.name in scored
+    for group, size in found.unscorable.values():
+        of(group)["unscorable"] += size
+    return groups
+
+
+def _parameters(model: nn.Module) -> Iterable[nn.Parameter]:
+    """Those of the model without adapters."""
+    for plain in plain_modules(model):
+        yield from plain.module.parameters(recurse=False)
+
+
+def _weights_of(targets: Sequence[Target]) -> int:
+    """How many weights the targets have; one that several share counts once."""
+    return sum({id(t.module.weight): t.module.weight.numel() for t in targets}.values())
+
+
+def _kinds(names: Iterable[str]) -> str:
+    """Names with their numbers left out, each kind once, for messages."""
+    kinds = sorted({re.sub(r"\d+", "*", name) for name in names})
+    return ", ".join(kinds[:12]) or "none"
+
+
+def _groups_hint(groups: Collection[str | None]) -> str:
+    others = sorted(group for group in groups if group is not None and group not in _BOTH)
+    return f", in groups of their own {', '.join(others)}" if others else ""
+
+
+def _fused_hint(unscorable: Iterable[str]) -> str:
+    kinds = _kinds(unscorable)
+    return f", and hooks cannot see the fused tensors {kinds}" if kinds != "none" else ""
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """Attributes:
+    targets: every module that can be scored, in the model's order.
+    unscorable: parameter name -> its group and size.
+    """
+
+    targets: list[Target]
+    unscorable: dict[str, tuple[str, int]]
+
+
+def _survey(model: nn.Module) -> _Survey:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    excluded = set() if head is None else set(head.modules())
+    layers = decoder_layers(model)
+    indices = {name: i for i, name in enumerate(layers)}
+    inside: dict[str, list[Plain]] = {name: [] for name in layers}
+    outside: list[Plain] = []
+    order: list[Plain] = []
+    never: set[nn.Module] = set()
+    for plain in plain_modules(model):
+        owner = _owner(plain.name, layers)
+        if isinstance(plain.module, nn.MultiheadAttention):
+            never.add(plain.module.out_proj)  # it takes the weight and never calls the module
+        (outside if owner is None else inside[owner]).append(plain)
+        if plain.module not in excluded and plain.module not in never:
+            order.append(plain)
+    scorable = {plain.module for plain in order if _is_scorable(plain.module)}
+    groupings = {
+        owner: _grouping(model, owner, layers[owner], plains, scorable)
+        for owner, plains in inside.items()
+    }
+    targets = []
+    for plain in order:
+        if plain.module not in scorable:
+            continue
+        owner = _owner(plain.name, layers)
+        path = None if owner is None else plain.name[len(owner) + 1 :]
+        targets.append(
+            Target(
+                name=plain.name,
+                module=plain.module,
+                transposed=not isinstance(plain.module, nn.Linear),
+                layer=layers.get(owner),
+                layer_index=indices.get(owner),
+                group=None if owner is None else groupings[owner].groups[path],
+                leads_from_units=owner is not None and path in groupings[owner].downs,
+                adapted=plain.adapted,
+            )
+        )
+    weights = {id(target.module.weight) for target in targets}
+    unscorable = {
+        f"{plain.name}.{name}": (
+            groupings[owner].groups[plain.name[len(owner) + 1 :]],
+            parameter.numel(),
+        )
+        for owner, plains in inside.items()
+        for plain in plains
+        for name, parameter in plain.module.named_parameters(recurse=False)
+        if parameter.dim() >= 2 and id(parameter) not in weights
+    }
+    return _Survey(targets, unscorable)
+
+
+def _grouping(
+    model: nn.Module,
+    owner: str,
+    layer: nn.Module,
+    plains: Sequence[Plain],
+    scorable: Collection[nn.Module],
+) -> Grouping:
+    config = getattr(base_model(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    modules = {plain.name[len(owner) + 1 :]: plain.module for plain in plains}
+    matrices = {
+        path: Matrix(*_sizes(module)) for path, module in modules.items() if module in scorable
+    }
+    return group_layer(layer, owner, matrices, modules, getattr(text, "hidden_size", None))
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+
+
+def _owner(name: str, layers: Mapping[str, nn.Module]) -> str | None:
+    """The layer that a module is or lies in."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return next((prefix for prefix in prefixes if prefix in layers), None)
+
+
+def _is_scorable(module: nn.Module) -> bool:
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return module.weight.dim() == 2
+    if not isinstance(module, nn.Linear) or module.weight.dim() != 2:
+        return False
+    # Quantised ones are refused by name where they are asked for.
+    return not _is_floating_point(module) or _is_linear_map(module)
+
+
+def _is_floating_point(module: nn.Module) -> bool:
+    dtype = module.weight.dtype
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _is_linear_map(module: nn.Linear) -> bool:
+    """Whether a Linear returns one tensor of its outputs; a subclass is tried once.
+
+    Whether that tensor has the gradient of a product is for the trial to say (trial.py): a layer
+    that rounds its weight straight through does, one that scales it does not.
+    """
+    if type(module).forward is nn.Linear.forward:
+        return True
+    if module not in _TRIED:
+        _TRIED[module] = _returns_its_outputs(module)
+    return _TRIED[module]
+
+
+def _returns_its_outputs(module: nn.Linear) -> bool:
+    weight = module.weight
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    x = torch.randn((1, _TOKENS, weight.shape[1]), generator=generator, device="cpu")
+    x = x.to(weight.device, weight.dtype)
+    with torch.no_grad(), evaluation_state(module):
+        try:
+            # Past the instance's own forward: an offloading hook would load the weight.
+            output = type(module).forward(module, x)
+        except Exception:
+            return False
+    return isinstance(output, Tensor) and output.shape == (1, _TOKENS, weight.shape[0])
+
+
+def _listed(
+    candidates: Sequence[Target], text: str, groups: Collection[str | None]
+) -> list[Target]:
+    """What a text that is no regular expression of any names as a list; none if it is no list.
+
+    Raises:
+        ValueError: a part of the list that nothing is called.
+    """
+    parts = text.replace(",", " ").split()
+    if not all(_NAME.fullmatch(part) for part in parts):
+        return []
+    by_part = {
+        part: [
+            target
+            for target in candidates
+            if _matches(target, part if part in {"all", *_BOTH, *groups} else [part], groups)
+        ]
+        for part in parts
+    }
+    unknown = [part for part, found in by_part.items() if not found]
+    if unknown and len(unknown) < len(by_part):
+        raise ValueError(
+            f"target_modules must match a Linear layer with each of its parts, got {unknown[0]!r} "
+            f"in {text!r}; the layers are {_kinds(target.name for target in candidates)}"
+        )
+    chosen = {target.name for found in by_part.values() for target in found}
+    return [target for target in candidates if target.name in chosen]
+
+
+def _matches(
+    target: Target, target_modules: str | Sequence[str], groups: Collection[str | None]
+) -> bool:
+    if isinstance(target_modules, str):
+        if target_modules == "all":
+            return target.group in _BOTH
+        if target_modules in _BOTH or target_modules in groups:
+            return target.group == target_modules
+        try:
+            return re.fullmatch(target_modules, target.name) is not None
+        except re.error as error:
+            raise ValueError(
+                "target_modules must be 'mlp', 'self_attn', 'all', a list of suffixes or a valid "
+                f"regular expression, got {target_modules!r} ({error}); escape special characters"
+            ) from None
+    return any(target.name == s or target.name.endswith(f".{s}") for s in target_modules)

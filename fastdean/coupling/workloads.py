@@ -1,0 +1,422 @@
+"""What `score()` runs over: which batches, and the loss of every example in them.
+
+Two workloads: language models with this package's own loss and batches, and any other module with
+the caller's. `score` knows only the `Workload` interface.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdean.coupling.scores import examples_digest
+from fastdean.data.batching import (
+    Batch,
+    Layout,
+    plan_batches,
+    require_targets,
+    send,
+)
+from fastdean.data.examples import Example, example_spans, read_examples
+from fastdean.data.rendering import describe_rendering, rendering_cautions
+from fastdean.data.segments import CUMULATIVE_LENGTHS
+from fastdean.models.distributed import Ranks
+from fastdean.models.forward import (
+    TargetLogits,
+    attention_for,
+    exact_layout,
+    fitted,
+    label_shift,
+    require_positions,
+    target_losses,
+    tokens_per_batch_of,
+)
+from fastdean.wording.log import logger
+
+# An excerpt is to show what depends on the length of a text, and to cost next to nothing.
+_EXCERPT_TOKENS = 32
+_EXCERPT_FROM = 8
+
+LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class BatchLosses:
+    """What one forward pass gave.
+
+    Attributes:
+        values: the loss of each example, [B], on the graph that leads back to the model.
+        segments: int64 [B, 2] on the CPU, the first token row of each example and the one past its
+            last; never changed in place.
+        rows: token rows of the batch, padding included.
+        examples: the number of each of the B examples, for messages.
+        averaged: over how many target tokens each loss is a mean, as far as that is known; else 1.
+    """
+
+    values: Tensor
+    segments: Tensor
+    rows: int
+    examples: Sequence[int]
+    averaged: Sequence[int]
+
+
+class Workload(Protocol):
+    """The examples of a `score()` and their losses."""
+
+    @property
+    def num_examples(self) -> int:
+        """Examples on all ranks together."""
+
+    @property
+    def examples_here(self) -> int:
+        """Examples that this rank scores."""
+
+    def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
+        """Run the model over this rank's batches, one by one; may be called again.
+
+        Work is put on the device's queue, and nothing but the model's own code waits for results.
+        The model may carry a hook until the generator is closed.
+        """
+
+    def only(self, numbers: Sequence[int]) -> Workload:
+        """These of its batches, by their place in the order of `losses`."""
+
+    def alone(self) -> Workload:
+        """The same with every example in a batch of its own."""
+
+    def excerpt(self, *, whole: bool = False) -> Workload:
+        """One batch, the same on all ranks, of at least two examples where that is possible.
+
+        Args:
+            whole: of texts as they are, however long; else of their beginnings, if that is exact.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Examples, loss and batching, for the manifest; `data.sha256` tells examples apart."""
+
+
+def plan_workload(
+    model: nn.Module,
+    loader: Any,
+    *,
+    loss_fn: LossFunction | None,
+    tokenizer: Any,
+    template: str | None,
+    max_length: int | None,
+    tokens_per_batch: int | None,
+    ranks: Ranks,
+) -> Workload:
+    """Read the loader and split its examples over the ranks; arguments as `score` takes them.
+
+    Raises:
+        ValueError, TypeError: as `score` does for its loader.
+    """
+    with ranks.failing_together():
+        if loss_fn is None:
+            work = LanguageModelling.plan(
+                model, loader, tokenizer, template, max_length, tokens_per_batch, ranks
+            )
+        else:
+            work = CustomLoss.plan(model, loader, loss_fn, ranks)
+    _require_same_examples(work, ranks)
+    return work
+
+
+def _require_same_examples(work: Workload, ranks: Ranks) -> None:
+    """Loaders that already shard (DistributedSampler) would have most examples never scored."""
+    digest = work.describe()["data"]["sha256"] if ranks.size > 1 else "0"
+    if not ranks.hold_the_same(int(digest[:15], 16)):
+        raise ValueError(
+            "loader must give every rank the same examples, got different ones; leave out the "
+            "distributed sampler, score() splits the examples itself"
+        )
+
+
+@dataclass
+class LanguageModelling:
+    """Causal and masked language models: our own loss, our own batches."""
+
+    model: nn.Module
+    examples: list[Example]
+    batches: list[Batch]
+    shift: int
+    layout: Layout
+    tokens_per_batch: int
+    mine: list[int]
+    rendering: dict[str, Any]
+
+    @classmethod
+    def plan(
+        cls,
+        model: nn.Module,
+        loader: Any,
+        tokenizer: Any,
+        template: str | None,
+        max_length: int | None,
+        tokens_per_batch: int | None,
+        ranks: Ranks,
+    ) -> LanguageModelling:
+        shift = label_shift(model)
+        examples = fitted(
+            model,
+            read_examples(loader, tokenizer=tokenizer, template=template, max_length=max_length),
+        )
+        require_positions(model, examples)
+        # On all examples, so that a bad one is refused under its own number on every rank alike.
+        require_targets(examples, shift)
+        if tokens_per_batch is None:
+            tokens_per_batch = tokens_per_batch_of(model)
+        mine = list(range(len(examples)))[ranks.rank :: ranks.size]
+        layout = exact_layout(model, examples)
+        batches = plan_batches(
+            [examples[i] for i in mine],
+            shift=shift,
+            tokens_per_batch=tokens_per_batch,
+            **vars(layout),
+        )
+        rendering = describe_rendering(examples, tokenizer, template)
+        if tokenizer is not None and ranks.first:
+            numbers = range(len(examples))
+            for caution in rendering_cautions(examples, numbers, tokenizer, "loader", template):
+                logger.warning("%s", caution)
+        return cls(model, examples, batches, shift, layout, tokens_per_batch, mine, rendering)
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.examples)
+
+    @property
+    def examples_here(self) -> int:
+        return len(self.mine)
+
+    def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
+        with TargetLogits(self.model) as head:
+            for batch in self.batches:
+                # Until the caller is through with the backward pass, which may run layers again
+                # (activation checkpointing).
+                with attention_for(self.model, batch):
+                    # In a call of its own, so that no name here keeps the graph meanwhile.
+                    yield self._losses_of(batch.to(device), head)
+
+    def _losses_of(self, batch: Batch, head: TargetLogits) -> BatchLosses:
+        per_token = target_losses(head(batch), batch)
+        owner = batch.target_example.to(per_token.device)
+        totals = per_token.new_zeros(batch.num_examples).index_add(0, owner, per_token)
+        return BatchLosses(
+            values=totals / batch.target_counts.to(per_token.device),
+            segments=batch.segments,
+            rows=batch.input_ids.numel(),
+            examples=[self.mine[i] for i in batch.example_index],
+            averaged=[self._example(i).num_targets(self.shift) for i in batch.example_index],
+        )
+
+    def _example(self, i: int) -> Example:
+        return self.examples[self.mine[i]]
+
+    def only(self, numbers: Sequence[int]) -> LanguageModelling:
+        return replace(self, batches=[self.batches[i] for i in numbers])
+
+    def alone(self) -> LanguageModelling:
+        layout = replace(self.layout, padded=self.layout.packed)
+        return replace(self, batches=self._plan([self._example(i) for i in self._here], 1, layout))
+
+    @property
+    def _here(self) -> range:
+        return range(len(self.mine))
+
+    def _plan(
+        self, examples: Sequence[Example], tokens_per_batch: int, layout: Layout
+    ) -> list[Batch]:
+        return plan_batches(
+            examples, shift=self.shift, tokens_per_batch=tokens_per_batch, **vars(layout)
+        )
+
+    def excerpt(self, *, whole: bool = False) -> LanguageModelling:
+        """Two examples with every token a target; of two lengths if that is exact."""
+        longest = sorted(self.examples[:_EXCERPT_FROM], key=len)[:-3:-1]
+        texts = [example.predicting_itself() for example in longest]
+        if not whole:
+            most = max(2, min(_EXCERPT_TOKENS, self.layout.alone_above or _EXCERPT_TOKENS))
+            texts = [text.first(most) for text in texts]
+            if len(texts) == 2:
+                # The second is the shorter one, and not longer than the first.
+                apart = self.layout.packed or self.layout.padded
+                ends = max(2, 2 * len(texts[0]) // 3) if apart else len(texts[1])
+                first = texts[0] if apart else texts[0].first(len(texts[1]))
+                texts = [first, texts[1].first(ends)]
+        batches = self._plan(texts, sum(map(len, texts)) * 2, self.layout)
+        mine = list(range(len(texts)))
+        return replace(self, examples=texts, batches=batches[:1], mine=mine)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "data": {
+                "examples": len(self.examples),
+                "tokens": sum(len(example) for example in self.examples),
+                "target_tokens": sum(example.num_targets(self.shift) for example in self.examples),
+                "sha256": examples_digest(
+                    _digest(e.input_ids, e.labels, columns=e.columns) for e in self.examples
+                ),
+                **self.rendering,
+            },
+            "loss": "cross-entropy in nats, mean over an example's target tokens",
+            "label_shift": self.shift,
+            "batching": {**vars(self.layout), "tokens_per_batch": self.tokens_per_batch},
+        }
+
+
+@dataclass
+class CustomLoss:
+    """Any other model: the caller's batches, the caller's per-example losses."""
+
+    model: nn.Module
+    loss_fn: LossFunction
+    batches: list[Mapping[str, Any]]
+    num_examples: int
+    examples_here: int
+    digest: str
+    first: Mapping[str, Any]
+
+    @classmethod
+    def plan(cls, model: nn.Module, loader: Any, loss_fn: LossFunction, ranks: Ranks) -> CustomLoss:
+        batches = [loader] if isinstance(loader, Mapping) else list(loader)
+        for position, batch in enumerate(batches):
+            _require_batch(batch, position)
+            _require_one_example_a_row(batch, position)
+        if not batches:
+            raise ValueError(
+                "loader must yield at least one batch, got none; check the source and its filter"
+            )
+        mine = batches[ranks.rank :: ranks.size]
+        sizes = [batch["input_ids"].shape[0] for batch in batches]
+        digest = examples_digest(_digest_of_batch(batch) for batch in batches)
+        here = sum(sizes[ranks.rank :: ranks.size])
+        # Rows of one example tell nothing about the order of rows, and short ones little: what
+        # works in windows or chunks leaves texts shorter than one as they are.
+        first = max(batches, key=lambda batch: _shows_order(*batch["input_ids"].shape))
+        return cls(model, loss_fn, mine, sum(sizes), here, digest, first)
+
+    def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
+        first = 0
+        accepted = _accepted_inputs(self.model)
+        for batch in self.batches:
+            batch = {k: send(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            size, width = batch["input_ids"].shape
+            inputs = {k: v for k, v in batch.items() if k != "labels" and accepted(k)}
+            losses = self.loss_fn(self.model(**inputs), batch)
+            if not isinstance(losses, Tensor) or tuple(losses.shape) != (size,):
+                got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+                raise ValueError(
+                    f"loss_fn must return one loss per example, [{size}], got {got}; "
+                    "reduce over tokens only"
+                )
+            starts = torch.arange(size) * width
+            yield BatchLosses(
+                values=losses,
+                segments=torch.stack([starts, starts + width], dim=1),
+                rows=size * width,
+                examples=range(first, first + size),
+                averaged=[1] * size,
+            )
+            first += size
+
+    def only(self, numbers: Sequence[int]) -> CustomLoss:
+        return replace(self, batches=[self.batches[i] for i in numbers])
+
+    def alone(self) -> CustomLoss:
+        return replace(self, batches=[row for batch in self.batches for row in _rows(batch)])
+
+    def excerpt(self, *, whole: bool = False) -> CustomLoss:
+        return replace(self, batches=[self.first])
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "data": {"examples": self.num_examples, "sha256": self.digest},
+            "loss": "loss_fn of the caller",
+        }
+
+
+def _shows_order(examples: int, width: int) -> tuple[bool, int, int]:
+    return examples > 1, width, examples
+
+
+def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A batch of B examples as B batches: whatever has B entries is taken apart."""
+    size = batch["input_ids"].shape[0]
+
+    def part(value: Any, row: int) -> Any:
+        shared = not isinstance(value, Tensor | list | tuple) or getattr(value, "ndim", 1) == 0
+        return value if shared or len(value) != size else value[row : row + 1]
+
+    return [{key: part(value, row) for key, value in batch.items()} for row in range(size)]
+
+
+def _require_batch(batch: Any, position: int) -> None:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        got = type(batch).__name__ if ids is None else getattr(ids, "shape", type(ids).__name__)
+        raise ValueError(
+            "loader must yield dictionaries with a tensor input_ids [B, T] when loss_fn is given, "
+            f"got {got} at item {position}; collate the batches as the model takes them"
+        )
+
+
+def _require_one_example_a_row(batch: Mapping[str, Any], position: int) -> None:
+    """Rows of several examples have gradients of several, whose sizes no sum over a row gives."""
+    ids = batch["input_ids"]
+    dividing = {"attention_mask": len(ids), "seq_idx": len(ids), "position_ids": 1}
+    told = {
+        key: batch[key] for key, rows in dividing.items() if _numbers(batch.get(key), ids, rows)
+    }
+    told |= {key: batch[key] for key in CUMULATIVE_LENGTHS if batch.get(key) is not None}
+    for found in example_spans(told, [ids.shape[1]] * len(ids), position):
+        if len(found) > 1:
+            raise ValueError(
+                "loader must yield one example in each row when loss_fn is given, got a row of "
+                f"{len(found)} at item {position} (by {', '.join(told)}); collate the examples "
+                "with padding"
+            )
+
+
+def _numbers(column: Any, ids: Tensor, rows: int) -> bool:
+    """Whether it has a whole number, 0 or above, for each token; `rows` may stand for all rows."""
+    return (
+        isinstance(column, Tensor)
+        and list(column.shape) in ([rows, ids.shape[1]], list(ids.shape))
+        and not column.is_floating_point()
+        and not column.is_complex()
+        and not bool((column < 0).any())
+    )
+
+
+def _accepted_inputs(model: nn.Module) -> Callable[[str], bool]:
+    """Which entries of a batch the model's forward names; all of them where it names none."""
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" in parameters:
+        return parameters.__contains__
+    return lambda name: True
+
+
+def _digest_of_batch(batch: Mapping[str, Any]) -> bytes:
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    return _digest(tensors.pop("input_ids"), columns=tensors)
+
+
+def _digest(*tensors: Tensor, columns: Mapping[str, Tensor] | None = None) -> bytes:
+    content = hashlib.sha256()
+    for tensor in tensors:
+        content.update(_bytes_of(tensor))
+    for name, tensor in sorted((columns or {}).items()):
+        content.update(name.encode() + _bytes_of(tensor))
+    return content.digest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    # By bytes: NumPy knows no bfloat16.
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,133 @@
+"""How rows became tokens: counted for manifests, compared between data sets, shown to people.
+
+Scores of two data sets that were rendered differently differ by their templates too, and nothing in
+the numbers says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from fastdean.data.examples import IGNORE_INDEX, TOKENS, Example
+
+# How `differing_renderings` begins.
+NOT_ALIKE = "The data sets did not become tokens alike"
+
+
+def describe_rendering(examples: Sequence[Example], tokenizer: Any, template: str | None) -> dict:
+    """For a manifest: the `template` asked for, `rendered` (kind -> examples) and `tokenizer`.
+
+    Args:
+        tokenizer: None where tokens were given; the template and it are then left out.
+    """
+    rendered = dict(sorted(Counter(example.rendered for example in examples).items()))
+    if tokenizer is None:
+        return {"rendered": rendered}
+    return {"rendered": rendered, "template": template, "tokenizer": _public_name(tokenizer)}
+
+
+def rendering_cautions(
+    examples: Sequence[Example],
+    numbers: Sequence[int],
+    tokenizer: Any,
+    name: str,
+    template: str | None,
+) -> list[str]:
+    """Sentences on what hardly anyone wants of a data set's tokens.
+
+    Args:
+        numbers: of the examples' rows.
+        template: that was asked for.
+        name: of the data set.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    ends = {getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "sep")} - {None}
+    doubled, ended = [], []
+    for number, example in zip(numbers, examples, strict=True):
+        ids = example.input_ids.tolist()
+        if bos is not None and ids[:2] == [bos, bos]:
+            doubled.append(number)
+        prompt = int((example.labels == IGNORE_INDEX).cumprod(0).sum())
+        # A chat template ends its turns as it likes; a lone first token is the start of the text.
+        if example.rendered in ("raw", "published") and prompt > 1 and ids[prompt - 1] in ends:
+            ended.append(number)
+    said = []
+    texts = sum(example.rendered == "text" for example in examples)
+    if texts and template in ("chat", "published"):
+        said.append(
+            f"{name}: {texts} of {len(examples)} rows are plain text, to which the template "
+            f"{template!r} does not apply."
+        )
+    if doubled:
+        said.append(
+            f"{name}: {len(doubled)} of {len(examples)} examples start with two "
+            f"{tokenizer.bos_token!r} (first: row {doubled[0]}): the text holds one, and the "
+            "tokenizer adds another."
+        )
+    if ended:
+        said.append(
+            f"{name}: {len(ended)} of {len(examples)} prompts end in an end token (first: row "
+            f"{ended[0]}), which the tokenizer adds to every text: each response follows the end "
+            "of a text."
+        )
+    return said
+
+
+def differing_renderings(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence where data sets did not become tokens alike; none where they did.
+
+    Args:
+        sets: name -> what `describe_rendering` gave. Sets that do not say, and those given as
+            tokens, are not compared.
+    """
+    kinds = {
+        name: {kind: n for kind, n in (found.get("rendered") or {}).items() if kind != TOKENS}
+        for name, found in sets.items()
+    }
+    known = {name: found for name, found in kinds.items() if found}
+    if len({kind for found in known.values() for kind in found}) > 1:
+        listed = "; ".join(
+            f"{name} {', '.join(f'{kind} ({n})' for kind, n in found.items())}"
+            for name, found in known.items()
+        )
+        return [f"{NOT_ALIKE}: {listed}. What differs between their scores may be due to that."]
+    return []
+
+
+def show_example(example: Example, tokenizer: Any) -> list[tuple[str, str]]:
+    """An example as the model reads it: ("context" | "target", text) of one run of tokens each.
+
+    Special tokens stand as they are written; what is not printable is escaped, so that no text can
+    move a terminal's cursor or turn its direction.
+    """
+    tokens = zip(example.input_ids.tolist(), example.labels.tolist(), strict=True)
+    runs = groupby(tokens, key=lambda token: token[1] == IGNORE_INDEX)
+    return [
+        (
+            "context" if ignored else "target",
+            printable(_decoded([token for token, _ in run], tokenizer)),
+        )
+        for ignored, run in runs
+    ]
+
+
+def _decoded(ids: list[int], tokenizer: Any) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with an escape for every character that is not printable."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
+def _public_name(tokenizer: Any) -> str:
+    """Of a folder the last part: manifests travel with masks."""
+    name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+    path = Path(name)
+    return path.resolve().name if path.is_absolute() or path.exists() else name

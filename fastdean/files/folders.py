@@ -1,0 +1,528 @@
+"""Folders that appear whole or not at all, and replace only what FastDEAN wrote.
+
+A folder is filled under a temporary name and then takes its place in one step of the file system:
+a rename onto a path that is free, or an exchange with the folder that stands there. A kill at any
+moment leaves the old state or the new one. The temporary folder is locked while its process lives,
+and closed to everybody else; one that nobody holds any more is swept away by the next call for the
+same path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fastdean.files.atomic import flush, hidden_name, is_temporary, real_place, temporary_beside
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+# EPERM: a container that does not know the system call.
+_NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM)
+_MOUNTS = Path("/proc/self/mountinfo")
+_TRIES, _PAUSE_SECONDS = 200, 0.02
+_FILLED = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+@contextmanager
+def new_folder(
+    path: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    may_replace: Callable[[Path], bool] = lambda folder: False,
+    name: str = "path",
+    keep_modes: bool = False,
+) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes `path` when the block ends well.
+
+    `may_replace(folder)` says whether an existing non-empty folder is one that `overwrite=True` may
+    delete. `name` is the caller's argument, for the error text. Missing parents of `path` are made.
+    On any exception, KeyboardInterrupt included, the temporary folder and the parents made here are
+    removed, and `path` is as it was. Files that a library made for their owner alone get the mode
+    that the umask gives, unless `keep_modes`. A folder that stood at `path` gives the new one its
+    mode and group, and its owner where the system allows that.
+
+    An empty folder that cannot be renamed onto (a mount point, a parent without write permission),
+    or that the process stands in, is filled from a temporary folder inside it, entry by entry:
+    there, and only there, a kill in the last moment leaves a part, without the files named
+    fastdean_*.json.
+
+    Raises:
+        ValueError: `path` is a file, or a folder in use that may not be replaced, also one that
+            another process filled meanwhile.
+    """
+    target = real_place(path, name)
+    check_free(target, overwrite=overwrite, may_replace=may_replace, name=name)
+    absent = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for parent in absent:
+            flush(parent.parent)
+        with _workplace(target, may_replace) as temporary:
+            yield temporary
+            if not keep_modes:
+                _apply_umask(temporary)
+            for file in temporary.rglob("*"):
+                flush(file)
+            _open_to_others(temporary, target)
+            flush(temporary)
+            _publish(temporary, target, overwrite, may_replace, name)
+    except BaseException:
+        for parent in absent:
+            # Innermost first, but none that somebody else has put something into.
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def check_free(
+    target: Path,
+    *,
+    overwrite: bool,
+    may_replace: Callable[[Path], bool],
+    name: str = "path",
+) -> None:
+    """Raise ValueError unless a new folder may come to stand at `target`."""
+    put_back(target, name)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{name} must be a new or empty folder, got the file {str(target)!r}")
+    if not target.exists() or is_empty(target):
+        return
+    _require_replaceable(target, target, overwrite, may_replace, name)
+    if _filled_inside(target):
+        raise ValueError(
+            f"{name} must be a folder that can be replaced as a whole, got {str(target)!r}, "
+            "which is the current folder, a mount point, or in a folder that cannot be written to; "
+            "choose another"
+        )
+
+
+def put_back(path: Path, name: str = "path") -> None:
+    """Where a replacement was cut off between its two steps, the old folder takes its place again.
+
+    Raises:
+        ValueError: a living process is between the two steps.
+    """
+    target = real_place(path, name)
+    for _ in range(_TRIES):
+        if target.exists() or not _before(target).is_dir():
+            return
+        handle = _locked(_before(target), even_without_locks=True)
+        if handle is not None:
+            try:
+                with suppress(FileNotFoundError):
+                    os.rename(_before(target), target)
+            finally:
+                os.close(handle)
+            return
+        time.sleep(_PAUSE_SECONDS)
+    raise ValueError(
+        f"{name} must not be in use, got {str(target)!r}, which another process is replacing; "
+        "try again"
+    )
+
+
+@contextmanager
+def standing(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether what stands at `folder` is still the same folder.
+
+    It is held open meanwhile, so that none that comes later is taken for it.
+    """
+    try:
+        # Only to know it again: what is in it need not be listed.
+        handle = os.open(folder, getattr(os, "O_PATH", os.O_RDONLY))
+    except OSError:
+        yield lambda: not folder.exists() and not _before(real_place(folder, "path")).exists()
+        return
+    try:
+        yield lambda: _is_held(folder, handle)
+    finally:
+        os.close(handle)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder and what is in it; a kill leaves all of it, or a temporary folder.
+
+    So no half of a folder stands where a whole one is looked for.
+    """
+    temporary = temporary_beside(folder)
+    os.rename(folder, temporary)
+    shutil.rmtree(temporary)
+
+
+def sweep(target: Path) -> None:
+    """Remove what killed processes left beside `target` of writing or removing it."""
+    _sweep(target, inside=False)
+
+
+def _discard(folder: Path) -> None:
+    """Delete as much as there are permissions for; what remains does no harm."""
+    with suppress(OSError):
+        folder.chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_replaceable(
+    target: Path,
+    found: Path,
+    overwrite: bool,
+    may_replace: Callable[[Path], bool],
+    name: str,
+) -> None:
+    """`found` is what stands, or stood, at `target`."""
+    if not overwrite:
+        raise ValueError(
+            f"{name} must be a new or empty folder, got {str(target)!r}, which has files in it; "
+            "choose another or pass overwrite=True (--overwrite)"
+        )
+    if not may_replace(found):
+        raise ValueError(
+            f"{name} must be a folder that FastDEAN wrote and that holds nothing else, for "
+            f"overwrite=True (--overwrite) to replace it, got {str(target)!r}; choose another"
+        )
+
+
+@contextmanager
+def _workplace(target: Path, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
+    """A new temporary folder, locked, and gone at the end if it was not renamed away."""
+    inside = _filled_inside(target)
+    _sweep(target, inside)
+    _sweep_before(target, may_replace)
+    handle = None
+    while handle is None:
+        temporary = temporary_beside(target)
+        if inside:
+            temporary = target / temporary.name
+        try:
+            temporary.mkdir()
+            # None: between the two another process has taken it for litter.
+            handle = _locked(temporary, even_without_locks=True)
+            if handle is not None:
+                _close_to_others(temporary, target)
+                yield temporary
+        finally:
+            if handle is not None:
+                # Not what an exchange put there: that is for `_publish` to judge.
+                if _is_held(temporary, handle):
+                    _discard(temporary)
+                os.close(handle)
+
+
+def _close_to_others(temporary: Path, target: Path) -> None:
+    """While it is filled nobody else reads in it, also not what a kill leaves.
+
+    What is copied may be private, and has its own mode only at the end. Group and setgid bit come
+    first, since what is made in the folder inherits them.
+    """
+    mode = stat.S_IMODE(temporary.stat().st_mode)
+    if target.is_dir():
+        found = target.stat()
+        mode = stat.S_IMODE(found.st_mode)
+        # The owner too where root writes for somebody.
+        for owner in (found.st_uid, -1):
+            with suppress(OSError):
+                os.chown(temporary, owner, found.st_gid)
+                break
+    temporary.chmod(mode & ~0o077 | 0o700)
+
+
+def _open_to_others(temporary: Path, target: Path) -> None:
+    """Give a filled folder the mode of the one it replaces, or of any new one."""
+    if target.is_dir():
+        shutil.copymode(target, temporary)
+        return
+    probe = temporary / f".{secrets.token_hex(4)}"
+    probe.mkdir()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    temporary.chmod(mode)
+
+
+def _filled_inside(target: Path) -> bool:
+    """Whether `target` is a folder that nothing may be renamed onto."""
+    return target.is_dir() and (
+        _is_mount(target) or _is_current(target) or not os.access(target.parent, os.W_OK | os.X_OK)
+    )
+
+
+def _is_current(folder: Path) -> bool:
+    """Whether the process, and so the shell it was called from, stands in `folder`.
+
+    Both would go on standing in the folder that was there before, which nobody sees any more.
+    """
+    try:
+        here = Path.cwd()
+    except OSError:
+        return False
+    return here == folder or folder in here.parents
+
+
+def _is_mount(folder: Path) -> bool:
+    if os.path.ismount(folder):
+        return True
+    # Which overlooks a folder bound to another one of the same disk.
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return False
+    places = (line.split()[4] for line in lines)
+    return any(
+        re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), place)
+        == os.fsencode(folder)
+        for place in places
+    )
+
+
+def _sweep(target: Path, inside: bool) -> None:
+    """Remove what killed processes left of this target."""
+    with suppress(OSError):
+        for entry in list((target if inside else target.parent).iterdir()):
+            if is_temporary(entry.name, target.name) and entry.is_dir() and not entry.is_symlink():
+                handle = _locked(entry)
+                if handle is not None:
+                    _discard(entry)
+                    os.close(handle)
+
+
+def _sweep_before(target: Path, may_replace: Callable[[Path], bool]) -> None:
+    """Remove the old folder where a kill came after the second step of a replacement."""
+    before = _before(target)
+    if not target.exists() or not before.is_dir() or before.is_symlink():
+        return
+    handle = _locked(before)
+    if handle is not None:
+        try:
+            if may_replace(before):
+                _discard_before(target)
+        finally:
+            os.close(handle)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing lies in `folder` but what processes that fill it from inside hold there."""
+    return all(is_temporary(entry.name, folder.name) for entry in folder.iterdir())
+
+
+def _locked(folder: Path, *, even_without_locks: bool = False) -> int | None:
+    """A handle that holds `folder` for this process, None where another one holds it or it is gone.
+
+    The system lets go of it when the process ends, however it ends. Where the file system has no
+    locks, None too, or a handle that holds nothing.
+    """
+    import fcntl
+
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = _is_held(folder, handle)
+    except BlockingIOError:
+        held = False
+    except OSError:
+        held = even_without_locks and _is_held(folder, handle)
+    if held:
+        return handle
+    os.close(handle)
+    return None
+
+
+def _is_held(folder: Path, handle: int) -> bool:
+    """Whether `handle` is of what stands at `folder` now."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(folder))
+    except FileNotFoundError:
+        return False
+
+
+def _publish(
+    temporary: Path,
+    target: Path,
+    overwrite: bool,
+    may_replace: Callable[[Path], bool],
+    name: str,
+) -> None:
+    """Put a finished folder in its place; what stands there goes only where it may."""
+    if temporary.parent == target:
+        _move_inside(temporary, target, name)
+        return
+
+    def require(found: Path) -> None:
+        if any(found.iterdir()):
+            _require_replaceable(target, found, overwrite, may_replace, name)
+
+    for _ in range(_TRIES):
+        try:
+            # Atomic, and refused where the target has files in it.
+            os.rename(temporary, target)
+            break
+        except OSError as error:
+            if error.errno not in _FILLED:
+                raise
+        try:
+            require(target)
+            if _replace_in_one_step(temporary, target, require):
+                break
+            if _replace_in_two_steps(temporary, target, require, name):
+                break
+        except FileNotFoundError:
+            # Somebody else has moved the target away meanwhile.
+            if target.exists():
+                raise
+        time.sleep(_PAUSE_SECONDS)
+    else:
+        raise ValueError(
+            f"{name} must not be in use, got {str(target)!r}, which another process is replacing; "
+            "try again"
+        )
+    flush(target.parent)
+
+
+def _replace_in_one_step(temporary: Path, target: Path, require: Callable[[Path], None]) -> bool:
+    """Exchange the two and remove the old folder; False where the file system cannot.
+
+    `require` raises where what stood there at that very moment may not go. Nobody finds it by its
+    path any more, so nothing comes into it afterwards.
+    """
+    # Held, or the old folder would be litter to others while it is judged.
+    handle = _locked(target, even_without_locks=True)
+    try:
+        if not _exchange(temporary, target):
+            return False
+        try:
+            require(temporary)
+        except BaseException:
+            _exchange(temporary, target)
+            raise
+        _discard(temporary)
+        return True
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step; False where kernel or file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    code = rename(
+        _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)
+    )
+    if code == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NOT_SUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _before(target: Path) -> Path:
+    """Where the old folder waits between the two steps of a replacement."""
+    return target.with_name(hidden_name(target.name, ".before"))
+
+
+def _discard_before(target: Path) -> None:
+    # Under a name that is swept: `put_back` must never find a half of it.
+    litter = temporary_beside(target)
+    with suppress(OSError):
+        os.rename(_before(target), litter)
+        _discard(litter)
+
+
+def _replace_in_two_steps(
+    temporary: Path, target: Path, require: Callable[[Path], None], name: str
+) -> bool:
+    """Rename `target` away and `temporary` in; `put_back` undoes the first step after a kill.
+
+    `require` as for one step. Returns False where another process was quicker.
+    """
+    handle = _locked(target, even_without_locks=True)
+    if handle is None:
+        return False
+    before = _before(target)
+    try:
+        try:
+            os.rename(target, before)
+        except OSError as error:
+            if error.errno not in _FILLED:
+                raise
+            raise ValueError(
+                f"{name} must have no earlier folder waiting beside it, got {str(before)!r}, left "
+                "by a replacement that was cut off; move it away"
+            ) from None
+        try:
+            require(before)
+            os.rename(temporary, target)
+        except BaseException as error:
+            try:
+                os.rename(before, target)
+            except FileNotFoundError:
+                # On a file system without locks a reader has put it back.
+                pass
+            except OSError as taken:
+                if taken.errno not in _FILLED:
+                    raise
+                # Another process has put its own folder there, which replaces the old one.
+                require(before)
+                _discard_before(target)
+            if isinstance(error, OSError) and error.errno in _FILLED:
+                return False
+            raise
+        _discard_before(target)
+    finally:
+        os.close(handle)
+    return True
+
+
+def _move_inside(temporary: Path, target: Path, name: str) -> None:
+    in_use = ValueError(
+        f"{name} must be a new or empty folder, got {str(target)!r}, which has files in it; choose "
+        "another"
+    )
+    # Two that fill one folder do not mix.
+    handle = _locked(target, even_without_locks=True)
+    if handle is None:
+        raise in_use
+    # Our own manifests last: without its manifest a folder is not taken for a whole one.
+    entries = sorted(temporary.iterdir(), key=lambda e: (e.name.startswith("fastdean_"), e.name))
+    try:
+        if not is_empty(target):
+            raise in_use
+        for entry in entries:
+            if os.path.lexists(target / entry.name):
+                raise in_use
+            os.rename(entry, target / entry.name)
+        flush(target)
+    except BaseException:
+        for entry in entries:
+            if not os.path.lexists(entry):
+                os.rename(target / entry.name, entry)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _apply_umask(folder: Path) -> None:
+    """Files for their owner alone get the mode of any other new file.
+
+    safetensors makes them so whatever the umask; shared folders would hold files that nobody else
+    can read.
+    """
+    probe = folder / f".{secrets.token_hex(4)}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(mode)

@@ -1,0 +1,162 @@
+"""Folders of FastDEAN on the Hugging Face hub: fetching and publishing them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from fastdean.files.names import CONFIG_NAME, file_patterns, is_ours, lies_in, one_line, read_json
+from fastdean.wording.nearest import nearest
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+# A connection that takes longer is taken for none: each file of a model is asked for several times.
+_SECONDS = 5.0
+
+
+def is_unreachable() -> bool:
+    """Whether one short request to the hub fails; False where the libraries are told to be offline.
+
+    Who then asks the cache alone has an answer at once, where the libraries retry for minutes.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except Exception:  # the client's libraries raise a dozen unrelated types
+        return True
+    return False
+
+
+def resolve(
+    path_or_repo_id: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    kind: str | None = None,
+) -> Path:
+    """The folder itself where it exists, else the hub's repository of that name, downloaded.
+
+    Only FastDEAN's files are fetched (those of `kind`, where given), into the cache of
+    `huggingface_hub`, which also honours HF_HUB_OFFLINE, HF_TOKEN and HF_HOME.
+
+    Raises:
+        ValueError: neither a folder nor a repository (or revision) that the hub knows.
+        RuntimeError: the hub could not be asked, and nothing is in the cache.
+    """
+    folder = Path(path_or_repo_id).expanduser()
+    if folder.is_dir():
+        return folder
+    asked = (
+        "path_or_repo_id must be an existing folder or a repository of the Hugging Face hub, "
+        f"got {str(path_or_repo_id)!r}"
+    )
+    if not _REPO_ID.fullmatch(str(path_or_repo_id)):
+        raise ValueError(
+            f"{asked}; no such folder, and it is not of the form owner/name"
+            f"{nearest(path_or_repo_id)}"
+        )
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(
+                str(path_or_repo_id),
+                revision=revision,
+                token=token,
+                allow_patterns=file_patterns(kind or "*"),
+                **({"local_files_only": True} if is_unreachable() else {}),
+            )
+        )
+    # Unreachable first: newer releases derive it from several of the classes below.
+    except LocalEntryNotFoundError as error:
+        raise RuntimeError(
+            f"{asked}; no such folder, and the hub could not be reached ({one_line(error)})"
+            f"{nearest(path_or_repo_id)}"
+        ) from error
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ValueError(
+            f"{asked}; no such folder, and the hub does not know it ({one_line(error)})"
+            f"{nearest(path_or_repo_id)}"
+        ) from error
+    except OSError as error:
+        raise RuntimeError(
+            f"{asked}; no such folder, and the hub could not be reached ({one_line(error)})"
+            f"{nearest(path_or_repo_id)}"
+        ) from error
+
+
+def push_folder(
+    path: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str,
+    card_text: str,
+) -> str:
+    """Upload a folder of FastDEAN in one commit and return the commit's address.
+
+    The repository is created where it does not exist. `card_text` becomes its README.md unless it
+    has one: a card that somebody wrote is not replaced.
+
+    Raises:
+        ValueError: `path` is not a folder of FastDEAN, or a file in it is a link that leads out.
+        Errors of `huggingface_hub` (credentials, network) come through as they are.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"path must be a folder written by FastDEAN, got {str(folder)!r}, which has no "
+            f"{CONFIG_NAME}; pass the folder that save_pretrained made"
+        )
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    # Before a repository is made.
+    files = _own_files(folder)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    operations = [
+        CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file)) for file in files
+    ]
+    if not api.file_exists(repo_id, "README.md"):
+        operations.append(
+            CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card_text.encode())
+        )
+    return api.create_commit(repo_id, operations, commit_message=commit_message).commit_url
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """The files that a folder lists, which are those that were written with it.
+
+    Raises:
+        ValueError: one that is no file, or a link that leads out of the folder and of the hub's
+            cache that it belongs to.
+    """
+    config = read_json(folder / CONFIG_NAME)
+    known = [file for file in sorted(folder.iterdir()) if is_ours(file.name, config["kind"])]
+    names = config.get("sha256")
+    if isinstance(names, dict):
+        known = [file for file in known if file.name in {CONFIG_NAME, *names}]
+    for file in known:
+        if not lies_in(file, folder.resolve()):
+            raise ValueError(
+                f"path must hold its files itself, got {str(file)!r}, a link to "
+                f"{str(file.resolve())!r}; copy the file there before it is published"
+            )
+        if not file.is_file():
+            raise ValueError(
+                f"path must hold files, got {str(file)!r}, which is none; copy the folder again"
+            )
+    return known

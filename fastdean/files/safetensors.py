@@ -1,0 +1,263 @@
+"""Safetensors files on disk: which of them a model is loaded from, where a tensor's values lie.
+
+Values are read and written in place, some neighbours at a time: no tensor is ever held whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from fastdean.files.declared import (
+    Anything,
+    Lists,
+    Maps,
+    Record,
+    Row,
+    Text,
+    Whole,
+    read_json,
+    read_text,
+    require,
+    unfit,
+)
+
+# Type in a file's header -> dtype, of those whose values a mask can hold.
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_WHOLE_NAME = "model.safetensors"
+_INDEX_NAME = "model.safetensors.index.json"
+# The format's own limit; a larger number there means that the file is something else.
+_MAX_HEADER_BYTES = 100_000_000
+_NAME = Text(longest=1000)
+# An index of shards, and the header of a file without its metadata.
+_INDEX = Record({"weight_map": Maps(_NAME)}, others=Anything())
+_HEADER = Maps(
+    Record(
+        {
+            "dtype": Text(longest=20),
+            "shape": Lists(Whole(), most=64),
+            "data_offsets": Row((Whole(), Whole())),
+        }
+    )
+)
+_ADVICE = "copy it again"
+# Neighbouring values are read together, but never a whole large tensor.
+_MAX_RUN_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `offset` in bytes from the beginning of the file; `dtype` as stored."""
+
+    name: str
+    file_name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def weight_files(source: Path) -> list[str]:
+    """The safetensors files that from_pretrained reads, by name.
+
+    Where a folder holds one whole file and an index of shards, only the whole file is loaded.
+
+    Raises:
+        ValueError: there are none, or an index or a config.json that cannot be followed.
+    """
+    opened = _opened_by_loader(source)
+    if opened is None:
+        files = sorted(file.name for file in source.glob("*.safetensors"))
+    elif opened.endswith(".json"):
+        files = sorted(set(_weight_map(source / opened).values()))
+    else:
+        files = [opened]
+    if files:
+        return files
+    if any(source.glob("*.bin")):
+        raise ValueError(
+            f"source must hold *.safetensors, got only *.bin files in {str(source)!r}; convert it: "
+            "load the model with from_pretrained and write it with save_pretrained"
+        )
+    raise ValueError(
+        f"source must hold *.safetensors, got none in {str(source)!r}; "
+        "pass the folder that save_pretrained made"
+    )
+
+
+def _opened_by_loader(source: Path) -> str | None:
+    """The file or index that from_pretrained opens, in its order of preference."""
+    named = _named_by_config(source)
+    if named is not None:
+        return named
+    return next((name for name in (_WHOLE_NAME, _INDEX_NAME) if (source / name).is_file()), None)
+
+
+def _named_by_config(source: Path) -> str | None:
+    """What config.json says the weights are called, where it says so and they are there."""
+    try:
+        text = read_text(source / "config.json", advice=_ADVICE)
+        named = json.loads(text).get("transformers_weights")
+    # The configuration itself is none of this module's business: a loader will complain.
+    except (ValueError, RecursionError, AttributeError):
+        return None
+    if not isinstance(named, str) or not (source / named).is_file():
+        return None
+    if Path(named).name != named or not named.endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(
+            f"source must hold its weights in its own folder as *.safetensors, got {named!r} as "
+            "transformers_weights in its config.json; load the model, use apply_ and "
+            "save_pretrained"
+        )
+    return named
+
+
+def _weight_map(index_file: Path) -> dict[str, str]:
+    weight_map = read_json(index_file, _INDEX, advice=_ADVICE)["weight_map"]
+    if not all(Path(file_name).name == file_name for file_name in weight_map.values()):
+        raise ValueError(f"{str(index_file)!r} must name files of its own folder, got other paths")
+    return weight_map
+
+
+def stored_tensors(source: Path) -> dict[str, StoredTensor]:
+    """Tensor name -> where it lies in the files that from_pretrained reads.
+
+    Where two shards hold a name, the index decides.
+
+    Raises:
+        ValueError: as `weight_files`; a file that is missing, truncated, foreign or unsound; a name
+            in two files without an index that decides.
+    """
+    opened = _opened_by_loader(source)
+    weight_map = _weight_map(source / opened) if opened and opened.endswith(".json") else {}
+    stored: dict[str, StoredTensor] = {}
+    for file_name in weight_files(source):
+        for tensor in _read_header(source / file_name):
+            if weight_map.get(tensor.name, file_name) != file_name:
+                continue
+            if tensor.name in stored:
+                raise ValueError(
+                    f"source must hold each tensor once, got {tensor.name!r} in "
+                    f"{stored[tensor.name].file_name!r} and {file_name!r}; remove one of the files"
+                )
+            stored[tensor.name] = tensor
+    return stored
+
+
+def header_bytes(path: Path) -> bytes:
+    """The length field and the header of a safetensors file."""
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
+            raise ValueError(
+                f"{str(path)!r} must be a safetensors file, got something else; copy it again"
+            )
+        header = file.read(length)
+    if len(header) < length:
+        raise ValueError(
+            f"{str(path)!r} must be a whole safetensors file, got one truncated in its header; "
+            "copy it again"
+        )
+    return prefix + header
+
+
+def _read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file, after checking that all of their bytes are there."""
+    if not path.is_file():
+        raise ValueError(
+            f"source must hold {path.name!r}, got no such file in {str(path.parent)!r}; "
+            "download it too"
+        )
+    head = header_bytes(path)
+    data_bytes = path.stat().st_size - len(head)
+    try:
+        header = json.loads(head[8:])
+    except (ValueError, RecursionError):
+        raise unfit(path, "", "a header in JSON", "something else", _ADVICE) from None
+    if isinstance(header, dict):
+        header.pop("__metadata__", None)
+    require(header, _HEADER, path, where="a header", advice=_ADVICE)
+    tensors = [
+        (
+            StoredTensor(
+                name=name,
+                file_name=path.name,
+                dtype=info["dtype"],
+                shape=tuple(info["shape"]),
+                offset=len(head) + info["data_offsets"][0],
+            ),
+            *info["data_offsets"],
+        )
+        for name, info in header.items()
+    ]
+    if not all(_is_sound(tensor, begin, end) for tensor, begin, end in tensors):
+        raise ValueError(
+            f"{str(path)!r} must be a sound safetensors file, got tensors whose sizes contradict "
+            "their shapes; copy it again"
+        )
+    needed_bytes = max((end for _, _, end in tensors), default=0)
+    if data_bytes != needed_bytes:
+        state = "truncated" if data_bytes < needed_bytes else "with bytes after its end"
+        raise ValueError(
+            f"{str(path)!r} must be a whole safetensors file, got one {state} ({data_bytes} of "
+            f"{needed_bytes} bytes of data); copy it again"
+        )
+    return [tensor for tensor, _, _ in tensors]
+
+
+def _is_sound(tensor: StoredTensor, begin: int, end: int) -> bool:
+    if begin > end:
+        return False
+    if tensor.dtype not in DTYPES:
+        return True
+    return end - begin == math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+
+
+def _runs(index: Tensor, itemsize: int) -> Iterator[tuple[int, int, int]]:
+    """(position in `index`, first element, count) of each stretch of neighbouring elements."""
+    most = max(1, _MAX_RUN_BYTES // itemsize)
+    is_first = torch.ones_like(index, dtype=torch.bool)
+    is_first[1:] = index.diff() != 1
+    # Lists: one element of a tensor takes longer to ask for than the read that it is for.
+    positions = is_first.nonzero().flatten().tolist()
+    elements = index[is_first].tolist()
+    ends = [*positions[1:], index.numel()]
+    for position, element, end in zip(positions, elements, ends, strict=False):
+        for skipped in range(0, end - position, most):
+            yield position + skipped, element + skipped, min(end - position - skipped, most)
+
+
+def read_values(file: BinaryIO, tensor: StoredTensor, index: Tensor) -> Tensor:
+    """[M] values of a stored tensor at ascending flat `index`, in its dtype."""
+    dtype = DTYPES[tensor.dtype]
+    buffer = bytearray(index.numel() * dtype.itemsize)
+    for position, first, count in _runs(index, dtype.itemsize):
+        file.seek(tensor.offset + first * dtype.itemsize)
+        piece = file.read(count * dtype.itemsize)
+        if len(piece) != count * dtype.itemsize:
+            raise RuntimeError(f"{tensor.file_name} ended early while it was read; try again")
+        start = position * dtype.itemsize
+        buffer[start : start + len(piece)] = piece
+    return torch.frombuffer(buffer, dtype=dtype)
+
+
+def write_values(file: BinaryIO, tensor: StoredTensor, index: Tensor, values: Tensor) -> None:
+    """Write [M] values, in the tensor's dtype, to the elements of ascending flat `index`."""
+    itemsize = values.element_size()
+    raw = bytes(values.view(torch.uint8).numpy())
+    for position, first, count in _runs(index, itemsize):
+        file.seek(tensor.offset + first * itemsize)
+        # An unbuffered write may stop short; reading back afterwards would tell.
+        file.write(raw[position * itemsize : (position + count) * itemsize])

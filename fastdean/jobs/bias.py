@@ -1,0 +1,279 @@
+"""The bias measures of a job: which are asked for, their figures, and what a training changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fastdean.evaluation import Interval, change_between, change_of_distance
+from fastdean.evaluation import bias as measures
+from fastdean.evaluation.bias import BiasResult
+from fastdean.files.declared import Anything, Lists, Maps, Maybe, Real, Record, Text, Whole
+from fastdean.files.provenance import public_source
+from fastdean.jobs.costs import Costs
+from fastdean.jobs.folder import RunFolder
+from fastdean.wording.digits import apart
+from fastdean.wording.verdicts import CLOSER, FARTHER, reworded
+
+
+def _winobias(model: nn.Module, tokenizer: Any, *source: str, **options: Any) -> Any:
+    """Without the published pairs that differ in more than their pronouns; the note counts them."""
+    return measures.winobias(model, tokenizer, *source, mismatched="leave_out", **options)
+
+
+def _bec_pro(model: nn.Module, tokenizer: Any, *source: str, **options: Any) -> Any:
+    """On one of the four templates where no file is given: a quarter of the time, twice a job."""
+    rows = source or (measures.bec_pro_rows(templates=measures.TEMPLATES[:1]),)
+    return measures.bec_pro(model, tokenizer, *rows, **options)
+
+
+# Name -> the function, and whether it needs a source.
+MEASURES = {
+    "crows_pairs": (measures.crows_pairs, False),
+    "stereoset": (measures.stereoset, False),
+    "winobias": (_winobias, False),
+    "seat": (measures.seat, True),
+    "bec_pro": (_bec_pro, False),
+}
+# Those that rest on likelihoods, and so on the token that a text starts from.
+_FROM_START = frozenset({"crows_pairs", "stereoset", "winobias", "bec_pro"})
+# Of what is no mean. Enough for two digits of an interval's ends; they are kept on disk.
+_RESAMPLES = 2000
+
+Found = dict[str, dict[str, Any]]
+
+_LABEL = Text(longest=10_000)
+_ENDS = {"low": Maybe(Real()), "high": Maybe(Real()), "n": Whole()}
+# What `stored` gives of each figure of a measure, by its name.
+FIGURES = Maps(
+    Record(
+        {
+            "value": Real(),
+            "unit": _LABEL,
+            "neutral": Maybe(Real()),
+            "verdict": _LABEL,
+            **_ENDS,
+            "confidence": Real(above=0, most=1),
+            "by_category": Maps(Record({"value": Real(), **_ENDS}, others=Anything())),
+            "notes": Lists(_LABEL),
+            "made_of": Record(
+                {
+                    "values": Maybe(Lists(Real())),
+                    "weights": Maybe(Lists(Real())),
+                    "whole": Maybe(Real()),
+                    "resamples": Maybe(Whole()),
+                    "replicates": Maybe(Lists(Real())),
+                }
+            ),
+        },
+        others=Anything(),
+    )
+)
+
+
+def check(asked: Sequence[str], start: str | int = "auto") -> None:
+    """Raise ValueError unless every entry is `name` or `name=SRC` of a known measure, once.
+
+    Also for a `start` other than "auto" that none of them would use.
+    """
+    for entry in asked:
+        name, source = _parts(entry)
+        if name not in MEASURES:
+            raise ValueError(f"bias must be one of {', '.join(MEASURES)}, got {name!r}")
+        if MEASURES[name][1] and source is None:
+            raise ValueError(
+                f"bias {name!r} must come with its file, got the name alone; write {name}=FILE"
+            )
+    doubled = sorted({entry for entry in asked if list(asked).count(entry) > 1})
+    if doubled:
+        raise ValueError(f"bias must name each measure once, got {doubled[0]!r} again")
+    if start != "auto" and not any(_parts(entry)[0] in _FROM_START for entry in asked):
+        raise ValueError(
+            "start_token must be 'auto' without a measure of "
+            f"{', '.join(sorted(_FROM_START))}, got "
+            f"{start!r}; leave it out"
+        )
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: Any,
+    asked: Sequence[str],
+    folder: RunFolder,
+    state: str,
+    costs: Costs,
+    *,
+    start: str | int = "auto",
+    seed: int,
+    progress: bool,
+) -> Found:
+    """Every figure of the measures, by name; those that an earlier call kept are not taken again.
+
+    Args:
+        asked: as `check` takes them.
+        state: of the model, such as "before"; names the kept files.
+        start: see `evaluation.bias.start.start_token`.
+    """
+    found: Found = {}
+    for number, entry in enumerate(asked):
+        name, source = _parts(entry)
+
+        def take(name: str = name, source: str | None = source) -> dict[str, Any]:
+            options = {"resamples": _RESAMPLES, "seed": seed, "progress": progress}
+            if name in _FROM_START:
+                options["start"] = start
+            arguments = [] if source is None else [source]
+            result = MEASURES[name][0](model, tokenizer, *arguments, **options)
+            return {each.name: stored(each) for each in results_of(result)}
+
+        with costs.step(f"{name}, {state}"):
+            kept = folder.figures(f"{state}-{number}-{name}", take, FIGURES)
+        for title, figures in kept.items():
+            # Two files of one measure have figures of the same name.
+            where = "its own data" if source is None else public_source(source)
+            for name in (title, f"{title} ({where})", f"{title} ({number + 1}: {where})"):
+                if name not in found:
+                    found[name] = figures
+                    break
+    return found
+
+
+def results_of(result: Any) -> list[BiasResult]:
+    """The figures of one measure, whose result may hold several."""
+    return [result] if isinstance(result, BiasResult) else list(vars(result).values())
+
+
+def stored(result: BiasResult) -> dict[str, Any]:
+    """A figure as JSON, with what `results` needs to say how it changed."""
+    interval = result.interval
+    return {
+        **result.to_dict(),
+        "made_of": {
+            "values": _numbers_of(interval.values),
+            "weights": _numbers_of(interval.weights),
+            "whole": interval.whole,
+            "resamples": interval.resamples,
+            "replicates": _numbers_of(interval.replicates),
+        },
+    }
+
+
+def start_token(found: Found) -> str | None:
+    """What the likelihoods of these figures started from; None where there are none."""
+    names = (figures.get("start_token") for figures in found.values())
+    return next((name for name in names if name is not None), None)
+
+
+def results(states: Mapping[str, Found]) -> dict[str, dict[str, Any]]:
+    """`report.bias_section`'s input from the figures "before" and, maybe, "after"."""
+    before, after = states["before"], states.get("after")
+    return {
+        name: {
+            "unit": figures["unit"],
+            "neutral": figures["neutral"],
+            "definition": "; ".join(figures["notes"]),
+            "before": _numbers(figures),
+            "by_category": {"before": figures["by_category"]},
+            **({} if after is None else _compared(figures, after[name])),
+        }
+        for name, figures in before.items()
+    }
+
+
+def _compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    intervals = _interval(before), _interval(after)
+    moved = change_between(*intervals)
+    found = {
+        "after": _numbers(after),
+        "raw_change": _change(moved, moved.verdict()),
+        "change": _change(moved, moved.verdict()),
+        "by_category": {"before": before["by_category"], "after": after["by_category"]},
+    }
+    neutral = before["neutral"]
+    if neutral is not None:
+        distance = change_of_distance(*intervals, neutral)
+        found["change"] = _change(distance, reworded(distance.verdict(), CLOSER, FARTHER))
+        found["definition"] = "; ".join(
+            [*before["notes"], "the change is that of the distance to the neutral value"]
+        )
+    return found
+
+
+def _interval(figures: Mapping[str, Any]) -> Interval:
+    """A kept figure's interval, with what changes are computed from."""
+    low, high = (math.nan if figures[end] is None else figures[end] for end in ("low", "high"))
+    made_of = dict(figures["made_of"])
+    for name in ("values", "weights", "replicates"):
+        made_of[name] = None if made_of[name] is None else np.array(made_of[name])
+    return Interval(
+        figures["value"],
+        low,
+        high,
+        figures["n"],
+        figures["confidence"],
+        figures["interval_method"],
+        no_effect=figures["neutral"],
+        p_value=figures["p_value"],
+        test=figures["test"],
+        **made_of,
+    )
+
+
+def _numbers_of(values: Sequence[float] | None) -> list[float] | None:
+    return None if values is None else list(map(float, values))
+
+
+def _change(interval: Interval, verdict: str) -> dict[str, Any]:
+    low, high = (None if math.isnan(end) else end for end in (interval.low, interval.high))
+    return {
+        "value": interval.mean,
+        "low": low,
+        "high": high,
+        "interval_method": interval.method,
+        "p_value": interval.p_value,
+        "test": interval.test,
+        "verdict": verdict,
+    }
+
+
+def _numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: figures[key] for key in ("value", "low", "high", "n")}
+
+
+def sentences(found: Found) -> list[str]:
+    """What the figures of one state say, a sentence each for those that have a neutral value."""
+    said = []
+    for name, figures in found.items():
+        if figures["neutral"] is None or figures["low"] is None:
+            continue
+        value, low, high = apart(*(figures[key] for key in ("value", "low", "high")), least=3)
+        said.append(
+            f"{name}: {value} {figures['unit']} [{low}, {high}], where {figures['neutral']:g} is "
+            "neutral: "
+            f"{figures['verdict']}."
+        )
+    return said
+
+
+def change_sentences(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a training did to each figure that has a neutral value."""
+    said = []
+    for name, row in table.items():
+        moved = row.get("change") or {}
+        if row["neutral"] is None or moved.get("low") is None:
+            continue
+        before, after = apart(row["before"]["value"], row["after"]["value"], least=3)
+        said.append(
+            f"{name}: {before} before, {after} after "
+            f"(neutral {row['neutral']:g}): {moved['verdict']}."
+        )
+    return said
+
+
+def _parts(entry: str) -> tuple[str, str | None]:
+    name, _, source = entry.partition("=")
+    return name, source or None

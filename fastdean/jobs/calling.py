@@ -1,0 +1,57 @@
+"""`fastdean.run`: the main job as one call, with the arguments of the command."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from fastdean.jobs.coupling.job import Job
+from fastdean.jobs.coupling.steps import run as run_job
+
+
+def run(
+    *, out: str | Path, overwrite: bool = False, progress: bool = True, **job: Any
+) -> dict[str, Any]:
+    """Score three data sets, couple, mask, measure before and after, and report: the whole job.
+
+    Equals the command `fastdean run`: the same folder, resumed or refused alike, and the results
+    that `--json` prints.
+
+    Args:
+        out: the run folder: new, empty, or of the same unfinished job, which is then resumed.
+        overwrite: replace a folder that holds another or a finished run, and nothing else.
+        progress: say which step is being done, and show progress bars.
+        job: `model`, `fairness`, `privacy`, `general`, and every option of the command by its name
+            in Python; `fastdean.jobs.Job` describes them. `memory_budget` is in bytes, as in
+            `fastdean.score`.
+    Returns:
+        The content of results.json; on other ranks than the first an empty dictionary.
+    Raises:
+        TypeError: an argument that is missing or unknown.
+        ValueError, OSError: as the steps; what was finished is kept and used again.
+    """
+    _SIGNATURE.bind(out=out, **job)
+    return run_job(Job(**job), out, overwrite=overwrite, progress=progress)
+
+
+def _signature() -> inspect.Signature:
+    """What `help` shows: the fields of a job, and where its results go."""
+    own = inspect.signature(run)
+    asked = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=field.type,
+        )
+        for field in fields(Job)
+    ]
+    out, *others = (each for each in own.parameters.values() if each.name != "job")
+    first = [each for each in asked if each.default is inspect.Parameter.empty]
+    return own.replace(parameters=[*first, out, *asked[len(first) :], *others])
+
+
+_SIGNATURE = _signature()
+run.__signature__ = _SIGNATURE

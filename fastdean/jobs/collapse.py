@@ -1,0 +1,334 @@
+"""The job of `fastdean collapse`: neural collapse of a model on chosen words, and its bias."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isinf
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastdean.collapse import (
+    CollapseClasses,
+    CollapseMetrics,
+    collapse_metrics,
+    default_shift,
+    frequency_matched_control,
+    random_control,
+    read_word_groups,
+)
+from fastdean.data.examples import Example
+from fastdean.data.rendering import describe_rendering, rendering_cautions
+from fastdean.files.declared import Anything, Either, Exactly, Maybe, Real, Record, Text, Whole
+from fastdean.files.provenance import now, public_command, public_name, versions
+from fastdean.files.storage import write_json_atomic
+from fastdean.jobs import bias, cautions
+from fastdean.jobs.costs import Costs
+from fastdean.jobs.coupling.results import plain
+from fastdean.jobs.folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
+from fastdean.jobs.inputs import benchmark_digests
+from fastdean.jobs.published import published
+from fastdean.jobs.rows import Skipped, encode_rows, take_rows, usable_rows
+from fastdean.models.distributed import Ranks
+from fastdean.models.identity import json_digest, model_identity
+from fastdean.models.loading import dtype_name, load_model
+from fastdean.report import write_report
+from fastdean.wording.log import logger
+
+CONTROLS = ("random", "frequency")
+_HELD_OUT = 0.2
+_METRIC = Record(
+    {
+        "value": Maybe(Either((Real(), Exactly("inf")))),
+        "definition": Text(),
+        "note": Maybe(Text()),
+    }
+)
+# What `measured_collapse` gives; the job's closing words name some of the metrics.
+FIGURES = Record(
+    {
+        "shift": Text(),
+        "features": Text(),
+        "examples": Whole(),
+        "held-out examples": Whole(),
+        "tokens of a class": Whole(),
+        "classes seen": Whole(),
+        "metrics": Record({"unc3_std": _METRIC, "nc3_mean": _METRIC}, others=_METRIC),
+    },
+    others=Anything(),
+)
+
+
+@dataclass(frozen=True)
+class CollapseJob:
+    """What is asked for; two jobs that are equal give equal results.
+
+    Attributes:
+        model, revision, trust_remote_code: see `loading.load_model`.
+        text: see `sources.load_rows`; a fifth of its rows is held out for NC4.
+        words: a list of the package, or a file: see `CollapseClasses.from_words`.
+        multi_piece: "skip" or "mean": see there.
+        control: None, or measure control words instead: "random" or "frequency".
+        shift, features: see `collapse_metrics`; None: by the model.
+        bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
+        start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
+        examples: rows of the text to read; None: all.
+        skip_bad_rows: see `Job`.
+        seed: of the shuffles, controls, permutations and bootstraps.
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    model: str
+    text: str
+    words: str = "gender"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    multi_piece: str = "skip"
+    control: str | None = None
+    shift: str | None = None
+    features: str = "base"
+    bias: tuple[str, ...] = ()
+    start_token: str | int = "auto"
+    examples: int | None = None
+    template: str | None = None
+    max_length: int | None = None
+    tokens_per_batch: int | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    seed: int = 0
+    skip_bad_rows: bool = False
+
+    def __post_init__(self) -> None:
+        if self.control is not None and self.control not in CONTROLS:
+            raise ValueError(
+                f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
+                "to measure the words themselves"
+            )
+        read_word_groups(self.words)
+        check_seed(self.seed)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        bias.check(self.bias, self.start_token)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that not every generator takes."""
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}; choose another")
+
+
+def run(
+    job: CollapseJob,
+    out: str | Path,
+    *,
+    command: str = "",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Do the job and return its results (the content of results.json).
+
+    Args and errors as for `jobs.run`.
+    """
+    Ranks.require_alone("collapse")
+    folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
+    require_outside(folder.path, job.model)
+    folder.check()
+    # Reading, loading, checking, collapse, and each measure of bias.
+    costs = Costs(total=4 + len(job.bias), shown=progress)
+    with costs.step("read data"):
+        skipped = Skipped() if job.skip_bad_rows else None
+        rows, _ = take_rows(job.text, job.examples, job.seed, name="text", skipped=skipped)
+    folder.inputs = {"text": json_digest(rows), **benchmark_digests(job.bias)}
+    folder.check()
+    with costs.step("load model"):
+        model, tokenizer = load_model(
+            job.model,
+            dtype=job.dtype,
+            device=job.device,
+            revision=job.revision,
+            trust_remote_code=job.trust_remote_code,
+            progress=progress,
+        )
+    costs.watch(model)
+    with costs.step("check model"):
+        folder.inputs |= model_identity(model, tokenizer)
+    classes = classes_of(job, tokenizer)
+    folder.inputs["words"] = json_digest(classes.to_dict())
+    folder.check()
+    given = (job.text, tokenizer, model)
+    options = {"template": job.template, "max_length": job.max_length, "name": "text"}
+    rows = usable_rows(rows, skipped, *given, **options)
+    encoded = encode_rows(rows, *given, **options)
+    left_out = [] if skipped is None else skipped.told("text")
+    for sentence in left_out:
+        logger.warning("%s", sentence)
+    odd = rendering_cautions(encoded, [n for n, _ in rows], tokenizer, "text", job.template)
+    for caution in odd:
+        logger.warning("%s", caution)
+    try:
+        folder.claim()
+        with costs.step("neural collapse", sum(map(len, encoded))):
+            table = folder.figures(
+                "collapse",
+                lambda: measured_collapse(model, encoded, classes, job, progress),
+                FIGURES,
+            )
+        found = bias.measure(
+            model,
+            tokenizer,
+            job.bias,
+            folder,
+            "bias",
+            costs,
+            start=job.start_token,
+            seed=job.seed,
+            progress=progress,
+        )
+        told = published(job)
+        results = plain(
+            {
+                "title": "FastDEAN: neural collapse on chosen words",
+                "created": now(),
+                "command": public_command(command),
+                "versions": versions(),
+                "model": describe(job.model, model),
+                "data": {
+                    "text": {
+                        "source": told["text"],
+                        "examples": len(encoded),
+                        **describe_rendering(encoded, tokenizer, job.template),
+                        **({} if skipped is None else skipped.described()),
+                    }
+                },
+                "options": told,
+                "collapse": collapse_results(classes, {"measured": table}),
+                "bias": bias.results({"before": found}),
+                "findings": [collapse_sentence(classes, table), *bias.sentences(found)],
+                "warnings": [
+                    *folder.other_versions,
+                    *left_out,
+                    *odd,
+                    *cautions.about_classes(len(classes), table),
+                ],
+                "cost": costs.steps,
+                "files": {"figures": RESULTS_FILE},
+                "manifest": {
+                    "job": told,
+                    "classes": classes.to_dict(),
+                    "start_token": bias.start_token(found),
+                },
+            }
+        )
+        write_json_atomic(folder.path / RESULTS_FILE, results)
+        write_report(results, folder.path / REPORT_FILE)
+        folder.finish()
+        return results
+    except BaseException:
+        folder.release_if_empty()
+        raise
+
+
+def classes_of(job: Any, tokenizer: Any) -> CollapseClasses:
+    """The classes that a job's `words`, `multi_piece`, `control` and `seed` describe."""
+    classes = CollapseClasses.from_words(tokenizer, job.words, multi_piece=job.multi_piece)
+    if job.control == "random":
+        return random_control(classes, tokenizer, seed=job.seed)
+    if job.control == "frequency":
+        return frequency_matched_control(classes, tokenizer, seed=job.seed)
+    return classes
+
+
+def measured_collapse(
+    model: nn.Module,
+    examples: Sequence[Example],
+    classes: CollapseClasses,
+    job: Any,
+    progress: bool,
+) -> dict[str, Any]:
+    """The metrics of one state of a model; NC4 on the last fifth of the examples."""
+    held_out = max(1, round(_HELD_OUT * len(examples))) if len(examples) > 1 else 0
+    metrics = collapse_metrics(
+        model,
+        list(examples[: len(examples) - held_out]),
+        classes,
+        held_out=list(examples[len(examples) - held_out :]) or None,
+        shift=job.shift,
+        features=job.features,
+        tokens_per_batch=job.tokens_per_batch,
+        progress=progress,
+    )
+    return {
+        "shift": job.shift or default_shift(model),
+        "features": job.features,
+        "examples": len(examples) - held_out,
+        "held-out examples": held_out,
+        "tokens of a class": int(metrics.moments.counts.sum()),
+        "classes seen": int((metrics.moments.counts > 0).sum()),
+        "metrics": _metric_table(metrics),
+    }
+
+
+def _metric_table(metrics: CollapseMetrics) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            # JSON knows no infinity, and here it is a result: two classes with one mean.
+            "value": "inf" if metric.value is not None and isinf(metric.value) else metric.value,
+            "definition": metric.definition,
+            "note": metric.note,
+        }
+        for name, metric in metrics.values.items()
+    }
+
+
+def collapse_results(
+    classes: CollapseClasses, states: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """`report.collapse_section`'s input: each metric in each state of the model."""
+    first = next(iter(states.values()))
+    return {
+        "classes": {
+            "kept": len(classes),
+            "left_out": len(_bare(left.word for left in classes.left_out) - _bare(classes.words)),
+            "groups": dict(Counter(classes.groups)),
+        },
+        "settings": {key: value for key, value in first.items() if key != "metrics"},
+        "metrics": {
+            name: {
+                "definition": metric["definition"],
+                "values": {state: t["metrics"][name]["value"] for state, t in states.items()},
+                "notes": {state: t["metrics"][name]["note"] for state, t in states.items()},
+            }
+            for name, metric in first["metrics"].items()
+        },
+    }
+
+
+def _bare(words: Iterable[str]) -> set[str]:
+    return {word.strip().casefold() for word in words}
+
+
+def collapse_sentence(classes: CollapseClasses, table: Mapping[str, Any]) -> str:
+    """What was measured, with the two figures of the paper."""
+    metrics = table["metrics"]
+    said = (
+        f"{table['tokens of a class']:,} tokens belong to {table['classes seen']} of "
+        f"{len(classes)} classes"
+    )
+    if metrics["unc3_std"]["value"] is None:
+        return f"{said}: too few for a spread of their alignment."
+    return (
+        f"{said}; their means align with the output embedding at a mean cosine (NC3) of "
+        f"{metrics['nc3_mean']['value']:.3f} with a spread ((U)NC3, std) of "
+        f"{metrics['unc3_std']['value']:.3f}."
+    )
+
+
+def describe(name: str, model: nn.Module) -> dict[str, Any]:
+    return {
+        "name": public_name(name),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }

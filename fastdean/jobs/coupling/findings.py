@@ -1,0 +1,205 @@
+"""What a run found, in three sentences that claim no more than its verdicts do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+from fastdean.wording.digits import apart
+from fastdean.wording.verdicts import NO_EFFECT, direction, reading
+
+_TOPICS = ("fairness", "privacy")
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """What was done, what it did to awareness, what it did to everything else: a sentence each.
+
+    Args:
+        results: of a run, with NaN or None where a figure could not be taken. A change is called
+            one only where its verdict is, and its interval excludes "nothing changed".
+    """
+    return [_done(results), _awareness(results), _side_effects(results)]
+
+
+def _done(results: Mapping[str, Any]) -> str:
+    options, total = results["options"], results["coupling"]["total"]
+    rows = results["coupling"]["rows"]
+    unit = _unit(options)
+    chance = sum(row["first"] * row["second"] / row["numel"] for row in rows if row["numel"])
+    return (
+        f"At ratio {options['ratio']:g}, {total['coupled']:,} of the "
+        f"{_counted(total['first'], unit)} most important to fairness are also among the "
+        f"{total['second']:,} most important to privacy ({_expected(chance)} expected by chance), "
+        f"{total['removed']:,} of these are among the most important to general ability too, and "
+        f"rule {options['rule']!r} {_edited(total['kept'], unit, options['scale'], rows)}."
+    )
+
+
+def _edited(kept: int, unit: str, scale: float, rows: Sequence[Mapping[str, Any]]) -> str:
+    if kept == 0:
+        return f"selected no {unit}s, so that the model was not edited"
+    matrices = sum(1 for row in rows if row["kept"])
+    selected = f"selected {_counted(kept, unit)}, in {matrices} of {len(rows)} matrices, "
+    edit = "set to zero" if scale == 0 else f"multiplied by {scale:g}"
+    if unit == "unit":
+        return f"{selected}whose outgoing weights were {edit}"
+    return f"{selected}to be {edit}"
+
+
+def _awareness(results: Mapping[str, Any]) -> str:
+    if results["coupling"]["total"]["kept"] == 0:
+        return "Awareness was not measured again: no weights were edited."
+    rule, tables = results["options"]["rule"], results.get("margins") or {}
+    changes = {topic: _masks(tables.get(topic)).get(rule) for topic in _TOPICS}
+    clauses = [_margin_clause(topic, tables, rule) for topic in _TOPICS if changes[topic]]
+    if not clauses:
+        return "Awareness was not measured: there are no margins to compare (see the warnings)."
+    sentence = f"The margin of safe over unsafe answers {' and '.join(clauses)}"
+    unmeasured = [topic for topic in _TOPICS if not changes[topic]]
+    if unmeasured:
+        sentence += f", and was not measured on {unmeasured[0]}"
+    like_random = [topic for topic in _TOPICS if _is_like_random(_masks(tables.get(topic)), rule)]
+    if like_random:
+        sentence += (
+            f"; on {' and '.join(like_random)}, editing as many random "
+            f"{_unit(results['options'])}s gives an interval that overlaps this one"
+        )
+    elif rule != "random":
+        claimed = [t for t in _TOPICS if changes[t] and _direction(changes[t], 0.0)]
+        sentence += _random_clause(tables, claimed)
+    return sentence + "."
+
+
+def _random_clause(tables: Mapping[str, Any], topics: Sequence[str]) -> str:
+    control = [(topic, _masks(tables[topic]).get("random")) for topic in topics]
+    if not control or not all(change and _known(change.get("mean")) for _, change in control):
+        return ""
+    figures = " and ".join(f"{change['mean']:+.3g} on {topic}" for topic, change in control)
+    return f"; editing as many random ones changed it by {figures}"
+
+
+def _margin_clause(topic: str, tables: Mapping[str, Any], rule: str) -> str:
+    change = tables[topic]["masks"][rule]
+    mean, evidence = _evidence(change, "mean", least=3, sign=True)
+    figures = f"{mean} nats per token, {evidence}{_pairs(tables[topic])}"
+    return f"{_moved(change, 0.0)} on {topic} ({figures})"
+
+
+def _side_effects(results: Mapping[str, Any]) -> str:
+    if results["coupling"]["total"]["kept"] == 0:
+        return "There are no side effects to measure: no weights were edited."
+    parts = [*_perplexity_clause(results), *_dependence_clause(results)]
+    return f"{'; '.join(parts)}." if parts else "Side effects were not measured."
+
+
+def _perplexity_clause(results: Mapping[str, Any]) -> list[str]:
+    table = results.get("perplexity") or {}
+    change = _masks(table).get(results["options"]["rule"])
+    if not change or not _known(table.get("origin"), change.get("value"), change.get("ratio")):
+        return []
+    values = " to ".join(apart(table["origin"], change["value"]))
+    counted = f"{table['n']} answers" if table.get("n") else ""
+    ratio, evidence = _evidence(change, "ratio")
+    figures = f"{values}, ratio {ratio}, {evidence}{counted}"
+    return [f"Perplexity on general answers {_moved(change, 1.0)} ({figures.removesuffix(', ')})"]
+
+
+def _dependence_clause(results: Mapping[str, Any]) -> list[str]:
+    layers = [
+        layer
+        for layer in (results.get("hsic") or {}).get("layers", [])
+        if _known(layer["before"], layer["null_low"], layer["null_high"])
+    ]
+    if not layers:
+        return []
+    outside = sum(not row["null_low"] <= row["before"] <= row["null_high"] for row in layers)
+    clause = (
+        "HSIC of fairness and privacy prompts, paired by position, lay outside what other pairings "
+        f"give in {outside} of {len(layers)} layers before the edit (about "
+        f"{0.05 * len(layers):.1f} expected by chance)"
+    )
+    edited = [layer for layer in layers if _known(layer.get("after"))]
+    if edited:
+        within = sum(_is_change_within_null(layer) for layer in edited)
+        clause += (
+            "; its change by the edit is smaller than the width of that range in "
+            f"{within} of {len(edited)} layers, and has no test of its own"
+        )
+    return [clause]
+
+
+def _is_change_within_null(layer: Mapping[str, Any]) -> bool:
+    change = abs(layer["after"] - layer["before"])
+    return change <= layer["null_high"] - layer["null_low"]
+
+
+def _unit(options: Mapping[str, Any]) -> str:
+    return "unit" if options["granularity"] == "neuron" else "weight"
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'' if number == 1 else 's'}"
+
+
+def _expected(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _masks(table: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    return (table or {}).get("masks") or {}
+
+
+def _known(*values: float | None) -> bool:
+    return all(value is not None and isfinite(value) for value in values)
+
+
+def _verdict(change: Mapping[str, Any], no_effect: float) -> str | None:
+    """None without an interval."""
+    if not _known(change["low"], change["high"]):
+        return None
+    return reading(change["low"], change["high"], no_effect, change.get("verdict"))
+
+
+def _direction(change: Mapping[str, Any], no_effect: float) -> int | None:
+    """+1 or -1 of an effect, 0 of none; None without a verdict."""
+    return direction(_verdict(change, no_effect))
+
+
+def _moved(change: Mapping[str, Any], no_effect: float) -> str:
+    """The verb of a change."""
+    verdict = _verdict(change, no_effect)
+    if verdict == NO_EFFECT:
+        return "did not change beyond noise"
+    found = direction(verdict)
+    if found:
+        return "rose" if found > 0 else "fell"
+    return f"has {verdict or 'no verdict without an interval'}"
+
+
+def _evidence(change: Mapping[str, Any], key: str, **digits: Any) -> tuple[str, str]:
+    """The figure under `key`; and its interval and p-value, as far as there are any."""
+    found, said = change[key], ""
+    if _known(change["low"], change["high"]):
+        figure, low, high = apart(found, change["low"], change["high"], **digits)
+        said = f"95 % interval {low} to {high}, "
+    else:
+        (figure,) = apart(found, **digits)
+    if _known(change.get("p_value")):
+        said += f"p = {change['p_value']:.2g}, "
+    return figure, said
+
+
+def _pairs(table: Mapping[str, Any]) -> str:
+    pairs, prompts = table["pairs"], table.get("n")
+    return f"{pairs} pairs" + (f" of {prompts} prompts" if prompts not in (None, pairs) else "")
+
+
+def _is_like_random(masks: Mapping[str, Any], rule: str) -> bool:
+    """Whether a change was claimed that a random edit of the same size may have made as well."""
+    ours, control = masks.get(rule), masks.get("random")
+    if rule == "random" or not ours or not control or not _direction(ours, 0.0):
+        return False
+    if not _known(control["low"], control["high"]):
+        return False
+    return ours["low"] <= control["high"] and control["low"] <= ours["high"]

@@ -1,0 +1,99 @@
+"""What the main job is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastdean.coupling.sets import DEFAULT_RATIO, RULES, SCOPES
+from fastdean.data.examples import TEMPLATES
+from fastdean.masks.entries import checked_scale
+from fastdean.models.loading import dtype_name
+
+DATA_SETS = ("fairness", "privacy", "general")
+
+# Ratios at which the overlap of the sets is shown; scores keep as much as the largest needs.
+_CURVE = {
+    "weight": (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3),
+    "neuron": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for; two runs with equal jobs give equal results.
+
+    Attributes:
+        model, revision, trust_remote_code: see `loading.load_model`.
+        fairness, privacy, general: see `sources.load_rows`.
+        ratio: share of a matrix's entries in each top set; None: 5e-7 for weights, 1e-3 for units.
+        rule, scope, min_k: see `coupling.couple`.
+        scale: what the weights of the masks are multiplied by.
+        examples: rows of each source that are scored; None: all.
+        eval_examples: rows, of other prompts than these where there are any, that are measured on.
+        skip_bad_rows: leave out rows that cannot be read or encoded, and count them, rather than
+            refuse the first.
+        seed: of the shuffles, the random control, permutations and bootstraps.
+    Raises:
+        ValueError, TypeError: an option out of range; found here rather than after hours of work.
+    """
+
+    model: str
+    fairness: str
+    privacy: str
+    general: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    ratio: float | None = None
+    rule: str = "paper"
+    granularity: str = "weight"
+    target_modules: str = "mlp"
+    scope: str = "matrix"
+    min_k: int = 0
+    scale: float = 0.0
+    examples: int | None = 128
+    eval_examples: int = 64
+    template: str | None = None
+    max_length: int | None = None
+    tokens_per_batch: int | None = None
+    memory_budget: int | None = None
+    deterministic: bool = False
+    dtype: str = "auto"
+    device: str | None = None
+    seed: int = 0
+    skip_bad_rows: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("rule", tuple(RULES)),
+            ("granularity", tuple(DEFAULT_RATIO)),
+            ("scope", SCOPES),
+            ("template", TEMPLATES),
+        ):
+            # None: by the kind of row, see `data.encode`.
+            if getattr(self, name) not in (*allowed, *((None,) if name == "template" else ())):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        if not 0 < self.effective_ratio <= 1:
+            raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
+        for name, least in (("min_k", 0), ("eval_examples", 0), ("examples", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.min_k and self.scope == "model":
+            raise ValueError(
+                f"min_k must be 0 with scope='model', where no matrix has a share of its own, got "
+                f"{self.min_k}"
+            )
+        checked_scale(self.scale)
+        # One name, so that a job in bf16 is the job in bfloat16.
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+
+    @property
+    def effective_ratio(self) -> float:
+        return DEFAULT_RATIO[self.granularity] if self.ratio is None else self.ratio
+
+    @property
+    def curve(self) -> list[float]:
+        """The ratios at which the overlap is shown, the job's own among them."""
+        return sorted({*_CURVE[self.granularity], self.effective_ratio})

@@ -1,0 +1,280 @@
+"""What the masks of a run change in its model, as tables of plain numbers with their noise.
+
+Every figure is taken on the model as it came and again under every mask, on the same examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastdean.data.examples import Example
+from fastdean.evaluation import (
+    Interval,
+    Margins,
+    Perplexity,
+    compare_margins,
+    compare_perplexity,
+    last_token_states,
+    layer_dependence,
+    margin_interval,
+    perplexity,
+    prompts_only,
+    response_margins,
+)
+from fastdean.masks import NeuronMask
+from fastdean.models.forward import label_shift
+
+TOPICS = ("fairness", "privacy")
+_PERMUTATIONS = 200
+_HSIC = {"estimator": "unbiased", "kernel": "gaussian", "bandwidth": "median"}
+# The unbiased estimator of HSIC is not defined on fewer.
+_FEWEST_STATES = 4
+
+
+@dataclass(frozen=True)
+class MeasuringSet:
+    """What is measured on; each part may be empty.
+
+    Attributes:
+        pairs: topic -> (safe, unsafe) examples that share their prompt.
+        general: examples whose targets' perplexity is taken.
+    """
+
+    pairs: Mapping[str, list[tuple[Example, Example]]]
+    general: list[Example]
+
+
+@dataclass
+class _Figures:
+    """The figures of one model, as far as they could be taken; all finite but the states."""
+
+    margins: dict[str, Margins] = field(default_factory=dict)
+    perplexity: Perplexity | None = None
+    states: dict[str, Tensor] | None = None
+
+
+def measure(
+    model: nn.Module,
+    masks: Mapping[str, NeuronMask],
+    rule: str,
+    examples: MeasuringSet,
+    *,
+    seed: int = 0,
+    timed: Callable[[str], AbstractContextManager],
+    tokens_per_batch: int | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, Any], list[str]]:
+    """Margins and perplexity under every mask, HSIC of the hidden states under the main one.
+
+    Masked language models have neither margins nor a perplexity here: they see the tokens they
+    would be asked about.
+
+    Args:
+        masks: rule -> mask; one without weights is not measured. The model is restored after each.
+        rule: the main one.
+        timed: `timed(name)` is entered around each model's measurement.
+    Returns:
+        The tables "margins", "perplexity" and "hsic", as far as there are examples for them and the
+        model gives numbers, and sentences about what could not be measured.
+    """
+    options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
+    notes: list[str] = []
+    if label_shift(model) == 0:
+        notes.append(
+            "Margins and perplexity were not measured: a masked language model sees the tokens it "
+            "would be asked about."
+        )
+    with timed("measure unmasked model"):
+        origin = _figures(model, examples, options, notes)
+    after = {}
+    for name, mask in masks.items():
+        if len(mask):
+            with timed(f"measure {name} mask"), mask.applied(model):
+                after[name] = _figures(
+                    model, examples, options, notes, name, origin, with_states=name == rule
+                )
+
+    results: dict[str, Any] = {
+        "margins": {
+            topic: _margin_table(topic, margins, after, masks, seed)
+            for topic, margins in origin.margins.items()
+        }
+    }
+    if origin.perplexity is not None:
+        results["perplexity"] = _perplexity_table(origin.perplexity, after, seed, notes)
+    if rule in after and after[rule].states is not None:
+        with _noted(notes, "HSIC"):
+            results["hsic"] = _hsic_table(origin.states, after[rule].states, seed)
+    return results, notes
+
+
+def _figures(
+    model: nn.Module,
+    examples: MeasuringSet,
+    options: Mapping[str, Any],
+    notes: list[str],
+    mask: str | None = None,
+    origin: _Figures | None = None,
+    with_states: bool = True,
+) -> _Figures:
+    """What can be measured of the model; under a mask, of that what its origin has too."""
+    under = "" if mask is None else f" under {mask!r}"
+    found = _Figures()
+    if label_shift(model) == 1:
+        for topic in TOPICS if origin is None else origin.margins:
+            if examples.pairs[topic]:
+                with _noted(notes, f"The {topic} margin{under}"):
+                    found.margins[topic] = _margins(model, examples.pairs[topic], options)
+        if examples.general and (origin is None or origin.perplexity is not None):
+            with _noted(notes, f"Perplexity{under}"):
+                found.perplexity = _perplexity(model, examples.general, options)
+    if with_states and (origin is None or origin.states is not None):
+        with _noted(notes, f"HSIC{under}"):
+            found.states = _states(model, examples, options)
+    return found
+
+
+def _margins(
+    model: nn.Module, pairs: list[tuple[Example, Example]], options: Mapping[str, Any]
+) -> Margins:
+    found = response_margins(model, pairs, **options)
+    bad = int((~found.values.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"log-probabilities must be finite, got others for {bad} of {len(pairs)} pairs; "
+            "another dtype may hold them"
+        )
+    return found
+
+
+def _perplexity(
+    model: nn.Module, examples: list[Example], options: Mapping[str, Any]
+) -> Perplexity:
+    found = perplexity(model, examples, **options)
+    if not isfinite(found.value):
+        raise ValueError(
+            f"perplexity must be finite, got {found.value}; another dtype may hold the "
+            "log-probabilities"
+        )
+    return found
+
+
+def _states(
+    model: nn.Module, examples: MeasuringSet, options: Mapping[str, Any]
+) -> dict[str, Tensor] | None:
+    """The last prompt token's hidden states, of equally many prompts of either topic."""
+    count = min(len(examples.pairs[topic]) for topic in TOPICS)
+    if count < _FEWEST_STATES:
+        return None
+    return {
+        topic: last_token_states(
+            model, prompts_only([safe for safe, _ in examples.pairs[topic][:count]]), **options
+        )
+        for topic in TOPICS
+    }
+
+
+def _margin_table(
+    topic: str,
+    before: Margins,
+    after: Mapping[str, _Figures],
+    masks: Mapping[str, NeuronMask],
+    seed: int,
+) -> dict[str, Any]:
+    interval = margin_interval(before, seed=seed)
+    return {
+        "pairs": len(before),
+        # What the intervals count: pairs of one prompt are one unit.
+        "n": interval.n,
+        "unit": before.unit,
+        "confidence": interval.confidence,
+        "interval_method": interval.method,
+        "share_positive": before.share_positive,
+        "origin": {"mean": interval.mean, "low": interval.low, "high": interval.high},
+        "masks": {
+            name: {
+                **_numbers(compare_margins(before, figures.margins[topic], seed=seed)),
+                "share_positive": figures.margins[topic].share_positive,
+                "weights": len(masks[name]),
+            }
+            for name, figures in after.items()
+            if topic in figures.margins
+        },
+    }
+
+
+def _perplexity_table(
+    before: Perplexity, after: Mapping[str, _Figures], seed: int, notes: list[str]
+) -> dict[str, Any]:
+    rows = {}
+    for name, figures in after.items():
+        if figures.perplexity is None:
+            continue
+        # A ratio can overflow where neither perplexity does.
+        with _noted(notes, f"Perplexity under {name!r}"):
+            change = _numbers(compare_perplexity(before, figures.perplexity, seed=seed))
+            rows[name] = {
+                "value": figures.perplexity.value,
+                "ratio": change.pop("mean"),
+                **change,
+            }
+    return {
+        "text": "targets of the general rows that are measured on",
+        "n": len(before.token_counts),
+        "tokens": before.tokens,
+        "origin": before.value,
+        "masks": rows,
+    }
+
+
+def _hsic_table(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], seed: int
+) -> dict[str, Any]:
+    layers_before = layer_dependence(
+        *(before[topic] for topic in TOPICS), permutations=_PERMUTATIONS, seed=seed, **_HSIC
+    )
+    layers_after = layer_dependence(*(after[topic] for topic in TOPICS), **_HSIC)
+    return {
+        **_HSIC,
+        "n": layers_before[0].n,
+        "permutations": _PERMUTATIONS,
+        "pairing": "by position in the shuffled sources; the prompts are unrelated, so the pairing "
+        "is arbitrary",
+        "layers": [
+            {
+                "layer": number,
+                "before": was.value,
+                "after": now.value,
+                "null_low": was.null_low,
+                "null_high": was.null_high,
+            }
+            for number, (was, now) in enumerate(zip(layers_before, layers_after, strict=True))
+        ],
+    }
+
+
+def _numbers(interval: Interval) -> dict[str, Any]:
+    return {
+        "mean": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "interval_method": interval.method,
+        "p_value": interval.p_value,
+        "test": interval.test,
+        "verdict": interval.verdict(),
+    }
+
+
+@contextmanager
+def _noted(notes: list[str], what: str) -> Iterator[None]:
+    """A figure that cannot be taken is reported; it must not cost the others of a long run."""
+    try:
+        yield
+    except ValueError as error:
+        notes.append(f"{what} was not measured: {error}.")

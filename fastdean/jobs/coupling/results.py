@@ -1,0 +1,142 @@
+"""The results of a run: every figure of its report, as one dictionary that JSON can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+from torch import nn
+
+from fastdean.coupling.scores import Scores
+from fastdean.coupling.sets import overlap
+from fastdean.files.provenance import now, public_command, versions
+from fastdean.jobs.coupling.findings import findings
+from fastdean.jobs.coupling.job import DATA_SETS, Job
+from fastdean.jobs.folder import RESULTS_FILE
+from fastdean.jobs.published import published
+from fastdean.jobs.rows import SplitRows
+from fastdean.masks import NeuronMask
+from fastdean.models.forward import label_shift
+
+
+def collect(
+    job: Job,
+    command: str,
+    scores: Mapping[str, Scores],
+    mask: NeuronMask,
+    tables: Mapping[str, Any],
+    warnings: list[str],
+    cost: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The content of results.json.
+
+    Args:
+        scores: by data set.
+        mask: of the job's rule.
+        tables: of `measuring.measure`.
+        cost: of each step, see `costs.Costs`.
+    """
+    fairness, privacy, general = (scores[name] for name in DATA_SETS)
+    coverage = fairness.manifest["coverage"]
+    told = published(job)
+    results = {
+        "title": "FastDEAN: coupled fairness and privacy weights",
+        "created": now(),
+        "command": public_command(command),
+        "versions": versions(),
+        "model": {**fairness.manifest["model"], "name": told["model"]},
+        "data": {
+            name: {"source": told[name], **scores[name].manifest["data"]} for name in DATA_SETS
+        },
+        "options": told | {"ratio": job.effective_ratio},
+        "coverage": {key: value for key, value in coverage.items() if key != "unscorable"},
+        "coupling": {"rows": mask.table, "total": _total(mask.table)},
+        **tables,
+        "warnings": warnings,
+        "cost": cost,
+        "files": {
+            "mask": "mask",
+            "control masks": "controls",
+            "scores": "scores",
+            "figures": RESULTS_FILE,
+        },
+        "manifest": {"job": told, "mask": mask.manifest},
+    }
+    if job.scope == "matrix":
+        results["overlap"] = overlap(fairness, privacy, general=general, ratios=job.curve)
+    return plain(results | {"findings": findings(results)})
+
+
+def _total(table: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    keys = ("numel", "k", "first", "second", "coupled", "removed", "kept")
+    return {key: sum(row[key] for row in table) for key in keys}
+
+
+def warnings_about(
+    job: Job, model: nn.Module, rows: Mapping[str, SplitRows], mask: NeuronMask, scores: Scores
+) -> list[str]:
+    """Sentences on what a reader of the figures must know; `scores` are of any of the data sets."""
+    return [
+        *_about_scores(job, model, mask, scores),
+        *_about_rows(job, rows),
+        *([f"The weights are multiplied by {job.scale:g}, not set to zero."] if job.scale else []),
+    ]
+
+
+def _about_scores(job: Job, model: nn.Module, mask: NeuronMask, scores: Scores) -> Iterator[str]:
+    empty = sum(1 for row in mask.table if row["k"] == 0)
+    if empty and job.scope == "matrix":
+        yield (
+            f"The ratio selects nothing from {empty} of {len(mask.table)} matrices: they are too "
+            "small for it, or their scores are zero."
+        )
+    if job.scope == "model":
+        yield "The overlap over ratios is left out: it is counted matrix by matrix."
+    coverage = scores.manifest["coverage"]
+    share = sum(coverage["unscorable"].values()) / coverage["model_parameters"]
+    if share > 0.05:
+        yield (
+            f"{share:.0%} of the parameters lie in layers that hooks cannot score, such as fused "
+            "experts."
+        )
+    if label_shift(model) == 0:
+        yield (
+            "The model is a masked language model, scored on responses that it sees: their "
+            "importance is that of copying them."
+        )
+
+
+def _about_rows(job: Job, rows: Mapping[str, SplitRows]) -> Iterator[str]:
+    if not job.eval_examples:
+        yield "Nothing was measured: eval_examples is 0."
+        return
+    for name in DATA_SETS:
+        if job.examples is not None and len(rows[name].scored) < job.examples:
+            yield (
+                f"{name.capitalize()} has {len(rows[name].scored)} rows, fewer than the "
+                f"{job.examples} asked for: all were scored."
+            )
+        if not rows[name].measured:
+            yield (
+                f"No {name} rows have an unsafe response beside the safe one: not measured on "
+                f"{name}."
+            )
+        elif len(rows[name].measured) < job.eval_examples:
+            yield (
+                f"{name.capitalize()} was measured on {len(rows[name].measured)} rows, fewer than "
+                f"the {job.eval_examples} asked for: there are no more."
+            )
+        if rows[name].measured and not rows[name].held_out:
+            yield (f"The {name} rows that were measured on are scored ones: no others were left.")
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN and no tuples; what is not a number is null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    return value

@@ -1,0 +1,39 @@
+"""The files that a job reads beside its rows and its model, as digests.
+
+What belongs to the model is in `fastdean.models.identity`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+_CHUNK_BYTES = 1 << 20
+
+
+def benchmark_digests(asked: Sequence[str]) -> dict[str, str | None]:
+    """By "bias NAME=SRC": SHA-256 of the file, or of the files of the folder, that SRC names.
+
+    None for what is no file, such as a hub id, whose content costs a download to know.
+
+    Args:
+        asked: as `bias.check` takes them.
+    """
+    sources = {entry: entry.partition("=")[2].partition("::")[0] for entry in asked}
+    return {f"bias {entry}": _path_digest(source) for entry, source in sources.items() if source}
+
+
+def _path_digest(source: str) -> str | None:
+    place = Path(source).expanduser()
+    if not place.exists():
+        return None
+    files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(os.fsencode(path.name) + f" {path.stat().st_size} ".encode())
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()

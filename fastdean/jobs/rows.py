@@ -1,0 +1,269 @@
+"""From the sources of a job to numbered rows and their examples: which are scored, which measured.
+
+Rows keep their number in the source, counted from 1, so that one that is refused can be found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+from torch import nn
+
+from fastdean.data.examples import Example, encode
+from fastdean.data.sources import BadRow, numbered_rows, sample_rows
+from fastdean.jobs.coupling.job import Job
+from fastdean.models.forward import label_shift
+from fastdean.models.model_state import max_tokens
+from fastdean.wording.log import logger
+
+NumberedRow = tuple[int, dict[str, Any]]
+# Of the rows that are left out: how many are shown, and how much of each reason.
+_SHOWN, _REASON = 3, 160
+
+
+@dataclass
+class Skipped:
+    """Rows of one source that are left out, because they could not be read or used.
+
+    Attributes:
+        rows: number of each -> the reason.
+    """
+
+    rows: dict[int, str] = field(default_factory=dict)
+
+    def described(self) -> dict[str, Any]:
+        """For a manifest: how many, and the first of them; nothing where there are none."""
+        if not self.rows:
+            return {}
+        first = [{"row": number, "reason": reason} for number, reason in self._first()]
+        return {"skipped_rows": {"count": len(self.rows), "first": first}}
+
+    def told(self, name: str) -> list[str]:
+        """A sentence on them, if there are any."""
+        if not self.rows:
+            return []
+        shown = "; ".join(f"row {number} ({reason[:_REASON]})" for number, reason in self._first())
+        more = len(self.rows) - len(self._first())
+        rest = f"; and {more} more" if more else ""
+        return [f"{name}: {len(self.rows)} rows are left out: {shown}{rest}"]
+
+    def _first(self) -> list[tuple[int, str]]:
+        return sorted(self.rows.items())[:_SHOWN]
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """One source, split into what is scored and what is measured on.
+
+    Attributes:
+        held_out: whether none of the measured rows is a scored one.
+        skipped: what was left out; None where the first bad row is an error.
+        content: digest of all rows of the source, whatever their order.
+    """
+
+    scored: list[NumberedRow]
+    measured: list[NumberedRow]
+    held_out: bool
+    skipped: Skipped | None = None
+    content: str = ""
+
+    def usable(self, *arguments: Any, **options: Any) -> SplitRows:
+        """Without the rows that cannot be encoded: see `usable_rows`."""
+        scored, measured = (
+            usable_rows(rows, self.skipped, *arguments, pairs=pairs, **options)
+            for rows, pairs in ((self.scored, False), (self.measured, True))
+        )
+        return replace(self, scored=scored, measured=measured)
+
+    @property
+    def digest(self) -> str:
+        """Of the rows and their order, to tell whether the source has changed."""
+        content = json.dumps([self.scored, self.measured], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def take_rows(
+    source: str,
+    count: int | None,
+    seed: int,
+    *,
+    name: str = "source",
+    skipped: Skipped | None = None,
+) -> tuple[list[NumberedRow], list[NumberedRow]]:
+    """(`count` rows of a source in shuffled order, the others), each with its number from 1.
+
+    With fewer rows than `count` all are taken, and a warning says so.
+
+    Args:
+        name: of the argument that names the source, for messages.
+        skipped: gets the rows that cannot be read; None: the first of them is an error.
+    """
+    with _named(name):
+        numbered = numbered_rows(source, None if skipped is None else skipped.rows)
+    if count is not None and count > len(numbered):
+        logger.warning(
+            "%s has %d rows, fewer than the %d asked for: all are taken",
+            source,
+            len(numbered),
+            count,
+        )
+        count = len(numbered)
+    return sample_rows(numbered, count, seed)
+
+
+def encode_rows(
+    rows: Sequence[NumberedRow],
+    source: str,
+    tokenizer: Any,
+    model: nn.Module | None,
+    *,
+    template: str | None = None,
+    max_length: int | None = None,
+    name: str = "source",
+) -> list[Example]:
+    """Tokenise numbered rows; what the model could not take is refused by source and number.
+
+    Without a model only what cannot be tokenised is refused.
+
+    Raises:
+        ValueError: a row without a target the model predicts, or longer than its positions.
+    """
+    try:
+        # Once for all rows: whether a model has changed takes a look at each of its modules.
+        shift = 0 if model is None else label_shift(model)
+        return [
+            _fitting(
+                encode([row], tokenizer, template=template, max_length=max_length, first=n),
+                n,
+                model,
+                shift,
+            )
+            for n, row in rows
+        ]
+    except ValueError as error:
+        raise ValueError(f"{name} {source!r}: {error}{_or_skip(error)}") from None
+
+
+def usable_rows(
+    rows: Sequence[NumberedRow],
+    skipped: Skipped | None,
+    *arguments: Any,
+    pairs: bool = False,
+    **options: Any,
+) -> list[NumberedRow]:
+    """The rows that `encode_rows` takes with these arguments; the others are added to `skipped`.
+
+    Where nothing is skipped all are, and `encode_rows` refuses the first that it cannot take.
+
+    Args:
+        pairs: the unsafe response must be taken as well.
+    Raises:
+        ValueError: the options are wrong, or no row is left.
+    """
+    if skipped is None:
+        return list(rows)
+    # What is wrong with the options is wrong with every row.
+    encode_rows([], *arguments, **options)
+    found = []
+    for number, row in rows:
+        try:
+            encode_rows([(number, row)], *arguments, **options)
+            if pairs and _is_pair(row):
+                encode_rows([(number, {**row, "response": row["unsafe"]})], *arguments, **options)
+        except ValueError as error:
+            skipped.rows[number] = str(error)
+        else:
+            found.append((number, row))
+    if rows and not found:
+        raise ValueError(f"every row had to be left out: {skipped.rows[rows[0][0]]}")
+    return found
+
+
+def _is_pair(row: Mapping[str, Any]) -> bool:
+    return all(row.get(key) for key in ("prompt", "response", "unsafe"))
+
+
+def _or_skip(error: Exception) -> str:
+    """What else can be done about rows that are refused."""
+    text = str(error)
+    is_row = isinstance(error, BadRow) or text.startswith("row ")
+    return "; or pass skip_bad_rows=True to leave such rows out" if is_row else ""
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors call the source by the argument that names it: there may be several."""
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(r"^source\b", name, str(error))
+        raise ValueError(f"{text}{_or_skip(error)}") from None
+
+
+def _fitting(
+    encoded: Sequence[Example], number: int, model: nn.Module | None, shift: int
+) -> Example:
+    (example,) = encoded
+    if model is None:
+        return example
+    if example.num_targets(shift) == 0:
+        raise ValueError(
+            f"row {number} must have at least one target token after its first token, got none; "
+            "leave the row out"
+        )
+    longest = max_tokens(model)
+    if longest is not None and len(example) > longest:
+        raise ValueError(
+            f"row {number} must have at most {longest} tokens (the model's positions), got "
+            f"{len(example)}; cut it with max_length"
+        )
+    return example
+
+
+def split_rows(name: str, job: Job) -> SplitRows:
+    """The scored rows, and others to measure on: of other prompts, with what the figures need."""
+    skipped = Skipped() if job.skip_bad_rows else None
+    scored, others = take_rows(
+        getattr(job, name), job.examples, job.seed, name=name, skipped=skipped
+    )
+    seen = {str(row["prompt"]) for _, row in scored if "prompt" in row}
+    fresh = [(n, row) for n, row in others if str(row.get("prompt")) not in seen]
+
+    def usable(candidates: Sequence[NumberedRow]) -> list[NumberedRow]:
+        found = [(n, row) for n, row in candidates if _is_measurable(row, name)]
+        return found[: job.eval_examples]
+
+    held_out = usable(fresh)
+    content = content_digest([*scored, *others])
+    return SplitRows(scored, held_out or usable(scored), bool(held_out), skipped, content)
+
+
+def content_digest(rows: Sequence[NumberedRow]) -> str:
+    """Of what the rows hold, whatever their order: equal for two copies of one file."""
+    lines = sorted(json.dumps(row, sort_keys=True, default=str) for _, row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def same_content(contents: Mapping[str, str]) -> list[str]:
+    """A sentence for each two sets of the same rows.
+
+    Args:
+        contents: name of the set -> `content_digest` of its rows.
+    """
+    return [
+        f"{one} and {other} hold the same rows: what is said of both is said of one set twice"
+        for one, other in combinations(contents, 2)
+        if contents[one] == contents[other]
+    ]
+
+
+def _is_measurable(row: Mapping[str, Any], name: str) -> bool:
+    """Margins need both answers to a prompt; perplexity takes any row."""
+    return name == "general" or _is_pair(row)

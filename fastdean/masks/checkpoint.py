@@ -1,0 +1,499 @@
+"""`patch_checkpoint`: a mask applied to a Hugging Face folder on disk, without loading the model.
+
+The folder is copied and the few bytes of the masked weights are rewritten in the copy's safetensors
+shards. Neither a tensor nor a model is ever held: a 70B checkpoint is patched in the time of a
+copy, on a machine that could not load it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fastdean.files import storage
+from fastdean.files.declared import Anything, Exactly, Record, read_json
+from fastdean.files.safetensors import (
+    DTYPES,
+    StoredTensor,
+    read_values,
+    stored_tensors,
+    weight_files,
+    write_values,
+)
+from fastdean.masks.entries import MaskEntry, same_bits, suppressed
+from fastdean.masks.mask import NeuronMask
+
+PATCH_NAME = "fastdean_patch.json"
+_NOT_COPIED = {".git", ".cache"}
+_BLOCK_BYTES = 1 << 18
+_OTHER_WEIGHTS = (
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+)
+
+
+@dataclass(frozen=True)
+class PatchResult:
+    """What `patch_checkpoint` did.
+
+    Args:
+        out: the edited folder.
+        files_edited: names of the safetensors files in which something was written.
+        values_edited: number of values written.
+        renamed: parameter name in the mask -> tensor name in the file, where they differ.
+        unpatched_files: other files with weights (pytorch_model.bin, GGUF, shards beside a whole
+            model.safetensors, ...), copied unedited; a program that reads those sees the model
+            without the mask.
+    """
+
+    out: Path
+    files_edited: tuple[str, ...]
+    values_edited: int
+    renamed: dict[str, str]
+    unpatched_files: tuple[str, ...]
+
+
+def patch_checkpoint(
+    source: str | os.PathLike,
+    mask: NeuronMask,
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    follow_links: bool = False,
+) -> PatchResult:
+    """Copy a Hugging Face folder to `out` with the mask applied to the files it is loaded from.
+
+    The result is, bit for bit, what `mask.apply_(model)` and `model.save_pretrained(out)` give,
+    with the source's sharding, names, dtype and file modes. The source is only read. Every byte of
+    the copy is compared with the source afterwards. A manifest, `fastdean_patch.json`, is added; it
+    lists the digest of every file.
+
+    Args:
+        source: a local folder with `*.safetensors`. Symbolic links are followed where they lead to
+            something in the folder itself, or to the files of the hub's cache that it belongs to.
+            Devices, pipes and sockets are refused. Version control and cache folders are not
+            copied.
+        mask: its names may differ from the file's by a leading prefix such as "model." where that
+            leaves one tensor of the same shape; its dtype may differ where every original rounds
+            to the value in the file.
+        out: a new or empty folder outside of `source`.
+        overwrite: replace an earlier output of this function that holds nothing else.
+        follow_links: follow links that lead out of `source`, too. They are refused otherwise: what
+            they lead to need not be part of the model, and the copy may be published.
+    Raises:
+        ValueError: a folder or file that is missing, truncated, foreign or quantised; names,
+            shapes or values of another model, or of one patched already; a link that leads out of
+            the source, back to a folder it lies in, or to `out`; `out` in use.
+        OSError: the disk refused, or a link leads nowhere; nothing is left behind.
+        RuntimeError: what was read back is not what was written, or the source changed meanwhile;
+            nothing is left behind.
+    """
+    source, out = Path(source).expanduser().resolve(), Path(out).expanduser().resolve()
+    _check_places(source, out)
+    # Before anything is read: a pipe would keep its reader waiting for ever.
+    contents = list(_contents(source, (out, *out.parents)))
+    for found in contents:
+        _require_own(found, source, follow_links)
+    files = weight_files(source)
+    stored = stored_tensors(source)
+    edits = _plan(source, mask, stored)
+    with storage.new_folder(
+        out, overwrite=overwrite, may_replace=_is_patched, name="out", keep_modes=True
+    ) as folder:
+        digests = _copy_edited(source, contents, folder, edits, mask.scale)
+        for group in edits.values():
+            _check_written(folder, group, mask.scale)
+        result = PatchResult(
+            out=out,
+            files_edited=tuple(edits),
+            values_edited=sum(len(edit.entry) for group in edits.values() for edit in group),
+            renamed={
+                edit.name: edit.tensor.name
+                for group in edits.values()
+                for edit in group
+                if edit.name != edit.tensor.name
+            },
+            unpatched_files=_unpatched_files(folder, files),
+        )
+        manifest = _manifest(source, mask, edits, result)
+        (folder / PATCH_NAME).unlink(missing_ok=True)
+        digests.pop(PATCH_NAME, None)
+        manifest["sha256"] = dict(sorted(digests.items()))
+        storage.write_json_atomic(folder / PATCH_NAME, manifest)
+    return result
+
+
+def verify_checkpoint(folder: str | os.PathLike, mask: NeuronMask) -> None:
+    """Read the masked values of a saved model and compare them with what the mask makes of them.
+
+    For a model that was edited in memory and saved: its names may have gained or lost a leading
+    prefix, and its dtype may be another one.
+
+    Raises:
+        RuntimeError: a parameter of the mask is not in the files, or a value in them is not the
+            suppressed original, rounded to the file's dtype; the text names the parameter.
+        ValueError: the folder holds no safetensors, or truncated or foreign ones.
+    """
+    folder = Path(folder)
+    stored = stored_tensors(folder)
+    longer = _by_suffix(stored)
+    for name, entry in mask.entries.items():
+        fitting = [
+            tensor
+            for tensor in _named(name, stored, longer)
+            if tensor.shape == entry.shape and tensor.dtype in DTYPES
+        ]
+        if not fitting:
+            raise RuntimeError(
+                f"the saved model must hold {name!r} of shape {list(entry.shape)}, got no such "
+                f"tensor in {str(folder)!r}: renamed, fused or quantised in the file"
+            )
+        if not any(_holds_suppressed(folder, entry, tensor, mask.scale) for tensor in fitting):
+            raise RuntimeError(
+                f"the saved model must hold the masked values of {name!r}, got others in "
+                f"{fitting[0].file_name!r}; check the disk, and that nothing edits the model while "
+                "it is saved"
+            )
+
+
+def _holds_suppressed(folder: Path, entry: MaskEntry, tensor: StoredTensor, scale: float) -> bool:
+    expected = suppressed(entry.original, scale, DTYPES[tensor.dtype])
+    with open(folder / tensor.file_name, "rb", buffering=0) as file:
+        return bool(same_bits(read_values(file, tensor, entry.index), expected).all())
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """One entry of the mask and the tensor in a file that it means."""
+
+    name: str
+    entry: MaskEntry
+    tensor: StoredTensor
+
+
+def _check_places(source: Path, out: Path) -> None:
+    if not source.is_dir():
+        raise ValueError(
+            f"source must be a local folder of a checkpoint, got {str(source)!r}, which is not a "
+            "folder; download the model first"
+        )
+    if out == source or source in out.parents or out in source.parents:
+        raise ValueError(
+            f"out must be a folder outside of source, got {str(out)!r} for source {str(source)!r}; "
+            "choose another"
+        )
+
+
+def _is_patched(folder: Path) -> bool:
+    return storage.holds_only_listed(folder, PATCH_NAME)
+
+
+def _plan(
+    source: Path, mask: NeuronMask, stored: Mapping[str, StoredTensor]
+) -> dict[str, list[_Edit]]:
+    """File name -> its edits, after checking names, shapes, dtypes and values of all of them."""
+    longer = _by_suffix(stored)
+    edits: list[_Edit] = []
+    unmapped: list[str] = []
+    taken: dict[str, str] = {}
+    for name, entry in mask.entries.items():
+        tensors, reason = _locate(source, name, entry, stored, longer)
+        shared = next((tensor.name for tensor in tensors if tensor.name in taken), None)
+        if shared is not None:
+            reason = f"{taken[shared]!r} of the mask means the same tensor, {shared!r}"
+        if reason:
+            unmapped.append(f"{name!r} ({reason})")
+            continue
+        taken.update((tensor.name, name) for tensor in tensors)
+        edits.extend(_Edit(name, entry, tensor) for tensor in tensors)
+    if unmapped:
+        more = f" and {len(unmapped) - 3} more" if len(unmapped) > 3 else ""
+        raise ValueError(
+            f"mask must name tensors of the checkpoint, got {len(unmapped)} of {len(mask.names)} "
+            f"that {str(source)!r} does not have: {'; '.join(unmapped[:3])}{more}; load the model, "
+            "use apply_ and save_pretrained"
+        )
+    grouped: dict[str, list[_Edit]] = {}
+    for edit in edits:
+        _check_values(source, edit)
+        grouped.setdefault(edit.tensor.file_name, []).append(edit)
+    return dict(sorted(grouped.items()))
+
+
+def _shorter_names(name: str) -> Iterator[str]:
+    """`name` without one, two, ... leading components, up to the first layer number."""
+    parts = name.split(".")
+    for start in range(1, len(parts)):
+        if parts[start - 1].isdigit():
+            return
+        yield ".".join(parts[start:])
+
+
+def _by_suffix(stored: Mapping[str, StoredTensor]) -> dict[str, list[StoredTensor]]:
+    """Shortened name -> the tensors whose name shortens to it."""
+    found: dict[str, list[StoredTensor]] = {}
+    for name, tensor in stored.items():
+        for shorter in _shorter_names(name):
+            found.setdefault(shorter, []).append(tensor)
+    return found
+
+
+def _named(
+    name: str, stored: Mapping[str, StoredTensor], longer: Mapping[str, list[StoredTensor]]
+) -> list[StoredTensor]:
+    """The tensors that a parameter's name may mean, whatever their shapes."""
+    if name in stored:
+        return [stored[name]]
+    shorter = [stored[other] for other in _shorter_names(name) if other in stored]
+    return shorter + longer.get(name, [])
+
+
+def _locate(
+    source: Path,
+    name: str,
+    entry: MaskEntry,
+    stored: Mapping[str, StoredTensor],
+    longer: Mapping[str, list[StoredTensor]],
+) -> tuple[list[StoredTensor], str]:
+    """The tensors that a parameter's name means, or none and the reason.
+
+    More than one only where all hold the originals: copies of one tensor under several names.
+    """
+    named = _named(name, stored, longer)
+    if not named:
+        return [], "no tensor of that name: renamed or fused in the file"
+    fitting = [tensor for tensor in named if tensor.shape == entry.shape]
+    if not fitting:
+        return [], f"shape {list(entry.shape)} in the mask, {list(named[0].shape)} in the file"
+    if len(fitting) > 1 and not all(_holds_originals(source, entry, each) for each in fitting):
+        names = " or ".join(repr(tensor.name) for tensor in fitting[:3])
+        return [], f"not unique: {names}"
+    return fitting, ""
+
+
+def _holds_originals(source: Path, entry: MaskEntry, tensor: StoredTensor) -> bool:
+    if tensor.dtype not in DTYPES:
+        return False
+    with open(source / tensor.file_name, "rb", buffering=0) as file:
+        return _count_other(read_values(file, tensor, entry.index), entry) == 0
+
+
+def _count_other(values: Tensor, entry: MaskEntry) -> int:
+    """How many values differ from the originals, rounded to the dtype of the values."""
+    return int((~same_bits(values, entry.original.to(values.dtype))).sum())
+
+
+def _check_values(source: Path, edit: _Edit) -> None:
+    tensor = edit.tensor
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"source must hold {tensor.name!r} as one of {', '.join(DTYPES)}, got {tensor.dtype} "
+            f"(quantised) in {tensor.file_name!r}; use a checkpoint that is not quantised"
+        )
+    with open(source / tensor.file_name, "rb", buffering=0) as file:
+        other = _count_other(read_values(file, tensor, edit.entry.index), edit.entry)
+    if other:
+        raise ValueError(
+            f"source must be the model that the mask was made on, got {tensor.name!r} in "
+            f"{tensor.file_name!r}, which holds other values than the mask's originals at {other} "
+            f"of {len(edit.entry)} places: another model or already patched"
+        )
+
+
+def _copy_edited(
+    source: Path,
+    contents: list[Path],
+    target: Path,
+    edits: Mapping[str, list[_Edit]],
+    scale: float,
+) -> dict[str, str]:
+    """Copy contents, following links, into an existing folder, with the suppressed values in it.
+
+    All files are on the disk at the end, compared with the source; the first error ends it.
+    Returns name -> digest of every file of the copy.
+    """
+    digests: dict[str, str] = {}
+    with storage.flush_behind() as behind:
+        for found in contents:
+            name = found.relative_to(source).as_posix()
+            place = target / name
+            if found.is_dir():
+                place.mkdir()
+                continue
+            shutil.copyfile(found, place)
+            if name in edits:
+                _edit_file(place, edits[name], scale)
+            behind(place)
+            behind(partial(_check_copy, found, place, edits.get(name, []), name, digests))
+    for found in contents:
+        # Afterwards, so that a file or folder that is read-only could be written.
+        _copy_mode(found, target / found.relative_to(source))
+    return digests
+
+
+def _copy_mode(found: Path, place: Path) -> None:
+    mode = stat.S_IMODE(found.stat().st_mode)
+    # Folders stay open to their owner: `overwrite` must be able to remove them.
+    place.chmod(mode | 0o700 if place.is_dir() else mode)
+
+
+def _contents(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """What is copied of a folder, folders before what is in them; `above` must not be entered."""
+    real = folder.resolve()
+    if real in above:
+        raise ValueError(
+            f"source must hold no link to a folder that it is copied from or to, got "
+            f"{str(folder)!r}, which leads to {str(real)!r}; remove the link"
+        )
+    for found in sorted(folder.iterdir()):
+        if found.name in _NOT_COPIED and found.is_dir():
+            continue
+        yield found
+        if found.is_dir():
+            yield from _contents(found, (*above, real))
+
+
+def _require_own(found: Path, source: Path, follow_links: bool) -> None:
+    """Refuse what is neither file nor folder, and a link that leads out of the source."""
+    try:
+        real = found.resolve(strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"source must hold no link that leads back to itself, got {str(found)!r}; remove the "
+            "link"
+        ) from error
+    if not real.is_file() and not real.is_dir():
+        raise ValueError(
+            f"source must hold files and folders only, got {str(found)!r}, a device, pipe or "
+            "socket; remove it"
+        )
+    if not follow_links and not storage.lies_in(found, source):
+        raise ValueError(
+            f"source must hold no link that leads out of it, got {str(found)!r}, which leads to "
+            f"{str(real)!r}; remove the link, or pass follow_links=True (--follow-links) if it is "
+            "part of the model"
+        )
+
+
+def _check_copy(
+    source: Path, copy: Path, edits: list[_Edit], name: str, digests: dict[str, str]
+) -> None:
+    """Read both files again: they differ at masked values only, and in nothing where none is.
+
+    Finds a flipped bit as well as a source that was changed while it was copied. The digest of what
+    was compared is put into `digests`, so that it need not be read once more.
+    """
+    masked = _masked_bytes(edits)
+    digest = hashlib.sha256()
+    at = 0
+    with open(source, "rb") as one, open(copy, "rb") as other:
+        while True:
+            a, b = one.read(_BLOCK_BYTES), other.read(_BLOCK_BYTES)
+            if a != b and (len(a) != len(b) or not np.isin(at + _different(a, b), masked).all()):
+                raise RuntimeError(
+                    f"{copy.name} could not be verified after writing: it differs from the source "
+                    "where nothing was edited; check the disk, and that nothing changes the source"
+                )
+            if not a:
+                digests[name] = digest.hexdigest()
+                return
+            digest.update(b)
+            at += len(a)
+
+
+def _different(a: bytes, b: bytes) -> np.ndarray:
+    return np.nonzero(np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8))[0]
+
+
+def _masked_bytes(edits: list[_Edit]) -> np.ndarray:
+    """Offsets in the file of every byte of a masked value."""
+    offsets = [
+        edit.tensor.offset
+        + (edit.entry.index.numpy()[:, None] * size + np.arange(size)).reshape(-1)
+        for edit in edits
+        for size in (DTYPES[edit.tensor.dtype].itemsize,)
+    ]
+    return np.concatenate(offsets) if offsets else np.empty(0, np.int64)
+
+
+def _edit_file(path: Path, edits: list[_Edit], scale: float) -> None:
+    """Write the suppressed values into a file of the copy."""
+    with open(path, "r+b", buffering=0) as file:
+        for edit in edits:
+            index, tensor = edit.entry.index, edit.tensor
+            values = suppressed(edit.entry.original, scale, DTYPES[tensor.dtype])
+            if not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"mask must keep every value finite, got scale {scale:g} for {tensor.name!r} "
+                    f"stored as {tensor.dtype}; use a smaller scale"
+                )
+            if _count_other(read_values(file, tensor, index), edit.entry):
+                raise RuntimeError(f"{path.name} changed while it was copied; try again")
+            write_values(file, tensor, index, values)
+
+
+def _check_written(folder: Path, edits: list[_Edit], scale: float) -> None:
+    """Read the suppressed values back from the copy."""
+    for edit in edits:
+        if not _holds_suppressed(folder, edit.entry, edit.tensor, scale):
+            raise RuntimeError(
+                f"{edit.tensor.file_name} could not be verified after writing: "
+                f"{edit.tensor.name!r} read back differently; check the disk"
+            )
+
+
+def _unpatched_files(folder: Path, patched: list[str]) -> tuple[str, ...]:
+    files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return tuple(
+        sorted(
+            name
+            for name in files
+            if name not in patched
+            and any(fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in _OTHER_WEIGHTS)
+        )
+    )
+
+
+def _manifest(
+    source: Path, mask: NeuronMask, edits: Mapping[str, list[_Edit]], result: PatchResult
+) -> dict[str, Any]:
+    """Provenance that travels with the folder; the folder's name, not its path, names the source.
+
+    The manifest of an earlier patch, which the copy brought along, is kept under "earlier".
+    """
+    earlier_file = source / PATCH_NAME
+    earlier = None
+    if earlier_file.is_file():
+        earlier = read_json(
+            earlier_file,
+            Record({"kind": Exactly("patch")}, others=Anything()),
+            advice="remove it from the checkpoint if the checkpoint was not patched",
+        )
+    return {
+        "kind": "patch",
+        "format_version": storage.FORMAT_VERSION,
+        "source": source.name,
+        "mask": {"weights": len(mask), "scale": mask.scale, "manifest": mask.manifest},
+        "values_edited": result.values_edited,
+        "files": {name: sum(len(e.entry) for e in group) for name, group in edits.items()},
+        "renamed": result.renamed,
+        "unpatched_files": list(result.unpatched_files),
+        "earlier": earlier,
+    }

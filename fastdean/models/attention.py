@@ -1,0 +1,181 @@
+"""Attention of packed examples, each by itself.
+
+Several examples stand in one row, and each attends to its own tokens only. A mask over the whole
+row says so at the price of its square. Here the model's own mask is asked about each example's
+square alone, examples of like length go through batched products together, and what lies between
+two examples is never computed:
+
+    O_s = softmax(scaling * Q_s K_s^T, where the model's mask allows) V_s     for each example s
+
+The function takes part through transformers' `AttentionInterface` and `AttentionMaskInterface`.
+A model that does not go through them, or asks for what is not written here, keeps its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdean.models.segment_products import SegmentAttention, Segments
+
+NAME = "fastdean_segments"
+
+# What models pass on to any attention function, and what changes nothing here: the mask says it,
+# or it asks for outputs and caches that a scoring pass does not have.
+_IGNORED = frozenset(
+    {
+        "attention_mask",
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "dropout",
+        "is_causal",
+        "layer_idx",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "use_cache",
+    }
+)
+
+
+class NotExpressible(RuntimeError):
+    """The model asks its attention for something that this one does not do."""
+
+
+_ANNOUNCED: ContextVar[Segments | None] = ContextVar("fastdean_segments", default=None)
+
+
+def _announced() -> Segments:
+    segments = _ANNOUNCED.get()
+    if segments is None:
+        raise NotExpressible("a pass outside of the block that says which examples it has")
+    return segments
+
+
+@contextmanager
+def attention_by_segments(model: nn.Module, segments: Tensor) -> Iterator[None]:
+    """The model's attention is the one of this file inside the block, and its own afterwards.
+
+    Args:
+        segments: int64 [S, 2] on the CPU, (start, end) of each example in the packed row that the
+            model is called on inside.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, segment_attention)
+    AttentionMaskInterface.register(NAME, segment_mask)
+    configs = [c for c in _configs(model) if hasattr(c, "_attn_implementation_internal")]
+    before = [config._attn_implementation_internal for config in configs]
+    announced = _ANNOUNCED.get()
+    cut = Segments.cut(segments)
+    try:
+        # A block inside of another for the same batch goes on with what that one looked up.
+        _ANNOUNCED.set(announced if announced == cut else cut)
+        for config in configs:
+            # Not through the public setter: it sets the vision and audio parts' as well.
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+        _ANNOUNCED.set(announced)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configurations that the model's modules read, each once."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in configs if config is not None}.values())
+
+
+def segment_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor:
+    """What is added to the scores of each example: `dtype` [S, 1, L, L], 0 where a token may attend
+    and -inf elsewhere, L the longest example's tokens.
+
+    The model's mask function is asked by row numbers of the whole batch, so that sliding windows
+    and chunks mean what they mean in the model. The places behind an example's end attend as its
+    last token does; their results are not read.
+    """
+    segments = _announced()
+    if (batch_size, q_length, kv_length, q_offset, kv_offset) != (1, *2 * (segments.rows,), 0, 0):
+        raise NotExpressible("a mask between other tokens than the packed row's own")
+    if use_vmap or attention_mask is not None or mask_function is None:
+        raise NotExpressible("a mask that is not a function of two positions")
+    bounds = torch.tensor(segments.bounds, device=device)
+    starts, lengths = bounds[:, :1], bounds[:, 1:] - bounds[:, :1]
+    steps = torch.arange(segments.longest(), device=device)
+    places = starts + steps.minimum(lengths - 1)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    allowed = mask_function(zero, zero, places[:, None, :, None], places[:, None, None, :])
+    allowed = allowed & (steps < lengths)[:, None, None, :]
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -torch.inf)
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each announced example by itself.
+
+    Args:
+        query: [1, H, N, d]; key, value: [1, H_kv, N, d] and [1, H_kv, N, d_v], H a multiple of
+            H_kv.
+        attention_mask: what `segment_mask` returned.
+        scaling: of the products; None: d^-1/2.
+        softcap: cap * tanh(scores / cap) takes the scores' place before they are masked.
+        s_aux: [H], one more score of each head, which takes part in the softmax alone (sinks).
+    Returns:
+        [1, N, H, d_v], as transformers' attention functions do, and no weights.
+    Raises:
+        NotExpressible: the model asks for anything else.
+    """
+    asked = {name for name, value in kwargs.items() if value is not None and value is not False}
+    unknown = sorted(asked - _IGNORED)
+    if unknown or kwargs.get("dropout"):
+        raise NotExpressible(f"attention with {', '.join(unknown) or 'dropout'}")
+    segments = _announced()
+    batch, heads, rows, width = query.shape
+    kv_heads = key.shape[1]
+    mask_shape = (len(segments.bounds), 1, *2 * (segments.longest(),))
+    if (
+        attention_mask is None
+        or attention_mask.shape != mask_shape
+        or (batch, rows) != (1, segments.rows)
+        or key.shape[2] != rows
+        or heads % kv_heads
+    ):
+        raise NotExpressible("attention between other tokens than the packed row's own")
+    scaling = width**-0.5 if scaling is None else scaling
+    return SegmentAttention.apply(
+        query, key, value, s_aux, attention_mask, segments, float(scaling), softcap
+    ), None

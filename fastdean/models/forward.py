@@ -1,0 +1,466 @@
+"""One forward pass of a Hugging Face model over a batch, with logits at the target rows only.
+
+Scoring and evaluation share it. The rows are gathered on the way into the model's own output
+embedding, so that whatever the model does to its logits afterwards (Cohere's and Granite's scaling,
+Gemma 2's soft-cap) stays in place; computing `hidden @ weight.T` by hand would lose it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from fastdean.data.batching import Batch, Layout, default_tokens_per_batch, plan_batches
+from fastdean.data.examples import IGNORE_INDEX, Example
+from fastdean.models.adapters import require_no_prompts
+from fastdean.models.attention import attention_by_segments
+from fastdean.models.calling import (
+    base_of,
+    call,
+    forward_inputs,
+    logits_of,
+    require_row_per_token,
+)
+from fastdean.models.hooks import forward_pre_hooks
+from fastdean.models.model_state import evaluation_state, input_device, max_tokens, unwrap
+from fastdean.models.probes import (
+    numbers_from,
+    packing_is_exact,
+    padding_is_exact,
+    sees_ahead,
+    sees_back,
+    segments_are_exact,
+)
+
+# What models call the tables that they look positions and token types up in.
+_POSITIONS = re.compile(r"^wpe$|^(?!.*(relative|rel_)).*position")
+_TABLES = {"position_ids": _POSITIONS, "token_type_ids": re.compile(r"token_type")}
+
+
+def label_shift(model: nn.Module) -> int:
+    """1 for causal language models, 0 for masked ones.
+
+    The class says which of the two the model may be, and a measurement which it is: some classes
+    are causal or not by an entry of their configuration.
+
+    Raises:
+        ValueError: the model is neither, or not what its class is for; its loss has to come from
+            the caller. Or it puts a learned prompt in front of the tokens.
+    """
+    require_no_prompts(model)
+    shifts = _shifts_by_class(model)
+    if not shifts:
+        raise ValueError(
+            f"model must be a causal or masked language model, got {type(model).__name__}; "
+            "pass loss_fn= to define its per-example loss"
+        )
+    inner = base_of(model)
+    ahead = sees_ahead(inner)
+    if ahead is None:
+        return max(shifts)
+    if ahead and 0 not in shifts:
+        raise ValueError(
+            "model must be causal to be read as the causal language model of its class, got "
+            f"{type(inner).__name__}, whose logits depend on later tokens; set is_decoder=True (or "
+            "causal=True) in its configuration, load it as a masked language model, or pass "
+            "loss_fn= to define its per-example loss"
+        )
+    # Of a model that mixes no tokens at all (its attention may be masked out) the class decides.
+    if not ahead and 1 not in shifts and sees_back(inner):
+        raise ValueError(
+            "model must see the tokens on both sides to be read as the masked language model of "
+            f"its class, got {type(inner).__name__}, whose logits depend on earlier tokens only; "
+            "load it as a causal language model, or pass loss_fn= to define its per-example loss"
+        )
+    return 0 if ahead or 1 not in shifts else 1
+
+
+def label_shift_of_class(model: nn.Module) -> int:
+    """By how many places the model's own loss moves the labels: by its class alone.
+
+    Raises:
+        ValueError: the model is no causal or masked language model.
+    """
+    shifts = _shifts_by_class(model)
+    if not shifts:
+        raise ValueError(
+            f"model must be a causal or masked language model, got {type(model).__name__}; load it "
+            "with its language modelling head"
+        )
+    return min(shifts)
+
+
+def _shifts_by_class(model: nn.Module) -> set[int]:
+    from transformers.models.auto import modeling_auto as auto
+
+    masked = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    causal = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return set()
+    for cls in type(base_of(model)).__mro__:
+        name = cls.__name__
+        shifts = {1} if name in causal else set()
+        if name in masked and not getattr(config, "is_decoder", False):
+            shifts.add(0)
+        if shifts:
+            return shifts
+    return {1} if getattr(model, "can_generate", lambda: False)() else set()
+
+
+def attention_for(model: nn.Module, batch: Batch) -> AbstractContextManager:
+    """What a pass of `model` over `batch` runs in, so that its examples attend as planned."""
+    return attention_by_segments(model, batch.segments) if batch.by_segments else nullcontext()
+
+
+class TargetLogits:
+    """Callable inside a `with` block: `batch -> logits [M, V]` at the batch's target rows.
+
+    Example:
+        with TargetLogits(model) as head:
+            logits = head(batch)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        # An object of its own, so that the hook does not keep this one, which undoes it, alive.
+        self._gathering = _Gathering()
+        self._hooked: AbstractContextManager | None = None
+
+    def __enter__(self) -> Self:
+        head = self._model.get_output_embeddings()
+        hooks = {} if head is None else {head: self._gathering.gather}
+        self._hooked = forward_pre_hooks(hooks)
+        self._hooked.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        hooked, self._hooked = self._hooked, None
+        hooked.__exit__(*exc_info)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        self._gathering.rows = batch.target_rows
+        self._gathering.input_ids = batch.input_ids
+        try:
+            with attention_for(self._model, batch):
+                logits = logits_of(call(self._model, batch.model_inputs()))
+        finally:
+            gathered, self._gathering.rows = self._gathering.rows is None, None
+        if gathered:
+            return logits.flatten(0, -2)
+        # A model that never calls its output embedding as a module returns every row.
+        require_row_per_token(logits, batch.input_ids)
+        return logits.flatten(0, -2).index_select(0, batch.target_rows.to(logits.device))
+
+
+class _Gathering:
+    """Takes `rows` of `input_ids` of what the next call of the output embedding would see."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self.input_ids: Tensor | None = None
+
+    def gather(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        if self.rows is None or not args:
+            return None
+        rows, self.rows = self.rows, None
+        require_row_per_token(args[0], self.input_ids)
+        hidden = args[0].flatten(0, -2)
+        gathered = hidden.index_select(0, rows.to(hidden.device)).unsqueeze(0)
+        return (gathered, *args[1:]), kwargs
+
+
+def tokens_per_batch_of(model: nn.Module) -> int:
+    """How many tokens of this model go through one forward pass by default."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = (
+        (weight.shape[0], weight.shape[1])
+        for weight in model.parameters()
+        if weight.dim() == 2 and id(weight) not in tables
+    )
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    size = None if head is None else tuple(head.shape)
+    return default_tokens_per_batch(input_device(model), (m for m in matrices if m != size))
+
+
+def target_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of each target row in nats, fp32 [M], computed in fp32.
+
+    Equivalent to `cross_entropy(logits.float(), targets, reduction="none")` up to rounding. Keeps
+    the logits [M, V] for the backward pass and makes no other tensor of their size before it.
+    """
+    return _CrossEntropy.apply(logits, batch.targets.to(logits.device))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[target] of each row; its gradient is softmax(logits) - one-hot.
+
+    With m the largest logit of a row and s = log sum exp(logits - m), the loss is
+    (m - logits[target]) + s. Blocks of rows pass through fp32 one after the other, forward and
+    backward: whole fp32 copies of bf16 logits would take five times the logits' own memory.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.unsqueeze(1)
+        highest = logits.amax(1, keepdim=True).float()
+        log_sum = torch.empty_like(highest)
+        for block, wide, m, s in _row_blocks(logits, highest, log_sum):
+            torch.sum(wide.copy_(block).sub_(m).exp_(), 1, keepdim=True, out=s)
+        log_sum.log_()
+        ctx.save_for_backward(logits, targets, highest, log_sum)
+        return (highest - logits.gather(1, targets).float() + log_sum).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        logits, *by_row = ctx.saved_tensors
+        grad_logits = torch.empty_like(logits)
+        blocks = _row_blocks(logits, *by_row, grad.unsqueeze(1), grad_logits)
+        for block, wide, target, m, s, g, out in blocks:
+            # exp(logits - (m + s)) would lose what s adds to a large m.
+            probability = wide.copy_(block).sub_(m).sub_(s).exp_()
+            probability.scatter_(1, target, probability.gather(1, target) - 1)
+            torch.mul(probability, g, out=out if out.dtype == wide.dtype else wide)
+            if out.dtype != wide.dtype:
+                out.copy_(wide)
+        return grad_logits, None
+
+
+def _row_blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the tensors' rows, as many at a time as one block of fp32 logits may hold.
+
+    Behind each block of logits stands fp32 memory of its shape, the same for all blocks.
+    """
+    # On a CPU a block stays in the cache between its operations; elsewhere launches must be few.
+    block_bytes = (2 if logits.device.type == "cpu" else 64) * 1024 * 1024
+    rows = max(1, block_bytes // (4 * logits.shape[1]))
+    wide = logits.new_empty(min(rows, len(logits)), logits.shape[1], dtype=torch.float32)
+    for block, *rest in zip(*(t.split(rows) for t in (logits, *others)), strict=True):
+        yield block, wide[: len(block)], *rest
+
+
+def prepare_batches(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    tokens_per_batch: int | None = None,
+    shift: int | None = None,
+) -> list[Batch]:
+    """Plan the batches of a causal or masked LM, in its `exact_layout`.
+
+    Args:
+        shift: see `plan_batches`; None: the model's `label_shift`.
+    Raises:
+        ValueError: as `fitted`, `label_shift` and `plan_batches` do.
+    """
+    if tokens_per_batch is None:
+        tokens_per_batch = tokens_per_batch_of(model)
+    examples = fitted(model, examples)
+    return plan_batches(
+        examples,
+        shift=label_shift(model) if shift is None else shift,
+        tokens_per_batch=tokens_per_batch,
+        **vars(exact_layout(model, examples)),
+    )
+
+
+def fitted(model: nn.Module, examples: Sequence[Example]) -> list[Example]:
+    """The examples with those of their columns that `model` takes, and no others.
+
+    Positions that the model gives its tokens by itself are left out as well.
+
+    Raises:
+        ValueError: an example came with an input that the model's forward names and a batch of
+            tokens cannot carry; or it has more tokens than the model's table has positions, or
+            others than the model knows.
+    """
+    names = forward_inputs(model)
+    tables = {name: _table_size(model, kind) for name, kind in _TABLES.items()}
+    numbered: dict[int, bool] = {}
+    found = []
+    for number, example in enumerate(examples):
+        if lost := sorted(example.not_carried & names):
+            raise ValueError(
+                "loader must give the model inputs of one integer per token, got "
+                f"{', '.join(lost)} for example {number}, which {type(model).__name__} takes in "
+                "another form; leave them out, or score its batches as they are with loss_fn="
+            )
+        if example.columns:
+            columns = {name: c for name, c in example.columns.items() if name in names}
+            _require_known(columns, tables, number)
+            example = replace(example, columns=_without_default_positions(model, columns, numbered))
+        found.append(replace(example, not_carried=frozenset()))
+    _require_tokens(model, found)
+    if tables["position_ids"] is not None:
+        require_positions(model, found)
+    return found
+
+
+def _require_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Refuse what would fail deep inside the model, or on a GPU without a message."""
+    vocabulary = _vocabulary(model)
+    for i, example in enumerate(examples):
+        targets = example.labels[example.labels != IGNORE_INDEX]
+        for key, ids in (("input_ids", example.input_ids), ("labels", targets)):
+            outside = ids[(ids < 0) | (ids >= vocabulary)]
+            if outside.numel():
+                ignored = "" if key == "input_ids" else f" or be {IGNORE_INDEX}"
+                raise ValueError(
+                    f"{key} must lie in 0..{vocabulary - 1}{ignored}, got {int(outside[0])} in "
+                    f"example {i}; use the model's own tokenizer"
+                )
+
+
+def _vocabulary(model: nn.Module) -> int:
+    # Some (Perceiver) name a parameter that is no table of tokens.
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
+
+
+def require_positions(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Raise ValueError for the first example with more tokens than the model has positions for."""
+    longest = max_tokens(model)
+    for i, example in enumerate(examples):
+        if longest is not None and len(example) > longest:
+            raise ValueError(
+                f"example {i} must have at most {longest} tokens (the model's positions), got "
+                f"{len(example)}; cut it with max_length"
+            )
+
+
+def _require_known(
+    columns: Mapping[str, Tensor], tables: Mapping[str, int | None], number: int
+) -> None:
+    """The same of the numbers that the model looks up in a table."""
+    for name, size in tables.items():
+        values = columns.get(name)
+        if values is None or size is None:
+            continue
+        outside = values[(values < 0) | (values >= size)]
+        if outside.numel():
+            raise ValueError(
+                f"{name} must lie in 0..{size - 1}, got {int(outside[0])} in example {number}; "
+                "leave them out to have the model's own"
+            )
+
+
+def _table_size(model: nn.Module, kind: re.Pattern[str]) -> int | None:
+    """How many rows the model's table of positions or of token types has; None where it has none.
+
+    A table of fewer positions than the model has is another part's: of a tower for images.
+    """
+    at_least = (max_tokens(model) or 1) if kind is _POSITIONS else 1
+    sizes = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and kind.search(name.rpartition(".")[2])
+    ]
+    return min((size for size in sizes if size >= at_least), default=None)
+
+
+def _without_default_positions(
+    model: nn.Module, columns: dict[str, Tensor], numbered: dict[int, bool]
+) -> dict[str, Tensor]:
+    """The columns less positions that the model gives by itself; `numbered` keeps the answers."""
+    positions, mask = columns.get("position_ids"), columns.get("attention_mask")
+    start = 0 if positions is None else int(positions[0])
+    # Others than a model may start from are not asked about: each answer takes forward passes.
+    if positions is not None and start in _first_positions(model):
+        consecutive = torch.arange(start, start + len(positions))
+        if start not in numbered:
+            numbered[start] = numbers_from(model, start)
+        if torch.equal(positions, consecutive) and numbered[start]:
+            columns = {name: c for name, c in columns.items() if name != "position_ids"}
+    if mask is not None and "position_ids" not in columns and bool(mask.all()):
+        columns = {name: c for name, c in columns.items() if name != "attention_mask"}
+    return columns
+
+
+def _first_positions(model: nn.Module) -> set[int]:
+    """0, and the one behind the padding token (RoBERTa)."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return {0} if padding is None else {0, padding + 1}
+
+
+def exact_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
+    """How these `fitted` examples may share a batch of this model without changing its numbers."""
+    causal = label_shift(model) == 1
+    plain = [example for example in examples if not example.columns]
+    by_columns: dict[tuple[str, ...], list[Example]] = {}
+    for example in examples:
+        if example.columns and not example.stands_alone:
+            by_columns.setdefault(tuple(sorted(example.columns)), []).append(example)
+    packed = causal and packing_is_exact(model, plain)
+    by_segments = causal and segments_are_exact(model, plain)
+    grouped = [*([] if packed else [plain]), *by_columns.values()]
+    return Layout(
+        packed=packed,
+        padded=all(padding_is_exact(model, group) for group in grouped),
+        alone_above=_rotary_limit(model),
+        longest_row=max_tokens(model) if packed or by_segments else None,
+        by_segments=by_segments,
+    )
+
+
+def _rotary_limit(model: nn.Module) -> int | None:
+    """The length from which rotary frequencies depend on the longest example of a batch."""
+    config = model.config.get_text_config()
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limits = []
+    for rope in (found, *found.values()):
+        kind = rope.get("rope_type") or rope.get("type") if isinstance(rope, Mapping) else None
+        if kind is not None and ("dynamic" in kind or kind == "longrope"):
+            limits += [
+                rope.get("original_max_position_embeddings"),
+                getattr(config, "original_max_position_embeddings", None),
+                getattr(config, "max_position_embeddings", None),
+            ]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+@torch.no_grad()
+def target_log_likelihood(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    tokens_per_batch: int | None = None,
+    progress: bool = True,
+    description: str = "log-likelihood",
+) -> tuple[Tensor, Tensor]:
+    """Log-likelihood of each example's targets given everything before them.
+
+    Returns:
+        sums: float64 [n], log p of the targets in nats, summed over the example's targets.
+        counts: int64 [n], targets per example. Both on the CPU, in the order of `examples`.
+    """
+    from tqdm.auto import tqdm
+
+    model = unwrap(model)
+    sums = torch.zeros(len(examples), dtype=torch.float64)
+    counts = torch.zeros(len(examples), dtype=torch.int64)
+    batches = prepare_batches(model, examples, tokens_per_batch=tokens_per_batch)
+    device = input_device(model)
+    with (
+        evaluation_state(model),
+        TargetLogits(model) as head,
+        tqdm(total=len(examples), desc=description, unit="ex", disable=not progress) as bar,
+    ):
+        losses = []
+        for batch in batches:
+            moved = batch.to(device)
+            losses.append(target_losses(head(moved), moved))
+            bar.update(batch.num_examples)
+    # Read when all batches are queued: one read after each would leave the device without work.
+    for batch, per_token in zip(batches, losses, strict=True):
+        members = torch.tensor(batch.example_index)[batch.target_example]
+        sums.index_add_(0, members, -per_token.cpu().double())
+        counts.index_add_(0, members, torch.ones_like(members))
+    return sums, counts

