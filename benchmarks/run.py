@@ -58,31 +58,31 @@ _RUNS = {
 # Asked before any test runs, so that what cannot be measured costs nothing.
 _REQUIRED = {"kernels": require_measurable, "patch": require_room, "debias": require_measures}
 _TESTS = {
-    "patch": ("tests/test_checkpoint.py",),
+    "patch": ("tests/masks/test_checkpoint.py",),
     "regularizer": (
-        "tests/test_collapse_op.py",
-        "tests/test_collapse_regularizer.py",
-        "tests/test_collapse_measuring.py",
+        "tests/ops/test_collapse_op.py",
+        "tests/collapse/test_collapse_regularizer.py",
+        "tests/collapse/test_collapse_measuring.py",
     ),
     "debias": (
-        "tests/test_collapse_regularizer.py",
-        "tests/test_collapse_measuring.py",
-        "tests/test_collapse_controls.py",
-        "tests/test_fine_tune.py",
-        "tests/test_bias_bec_pro.py",
-        "tests/test_bias_crows_pairs.py",
+        "tests/collapse/test_collapse_regularizer.py",
+        "tests/collapse/test_collapse_measuring.py",
+        "tests/collapse/test_collapse_controls.py",
+        "tests/debias/test_fine_tune.py",
+        "tests/evaluation/test_bias_bec_pro.py",
+        "tests/evaluation/test_bias_crows_pairs.py",
     ),
 }
-_SCORE_TESTS = ("tests/test_score.py",)
+_SCORE_TESTS = ("tests/coupling/test_score.py",)
 # Those above run on the CPU: what a GPU runs is the kernels.
 _SCORE_TESTS_ON_GPU = (
-    "tests/test_score_kernels.py",
-    "tests/test_repeatable.py::test_a_deterministic_run_of_score_repeats_its_bits",
-    "tests/test_repeatable.py::test_an_op_repeats_its_bits[weight_sums-torch.float32-triton]",
-    "tests/test_repeatable.py::test_an_op_repeats_its_bits[weight_sums-torch.bfloat16-triton]",
+    "tests/coupling/test_score_kernels.py",
+    "tests/ops/test_repeatable.py::test_a_deterministic_run_of_score_repeats_its_bits",
+    "tests/ops/test_repeatable.py::test_an_op_repeats_its_bits[weight_sums-torch.float32-triton]",
+    "tests/ops/test_repeatable.py::test_an_op_repeats_its_bits[weight_sums-torch.bfloat16-triton]",
 )
 # It selects as well.
-_AGREEMENT_TESTS_ON_GPU = ("tests/test_score_kernels.py", "tests/test_repeatable.py")
+_AGREEMENT_TESTS_ON_GPU = ("tests/coupling/test_score_kernels.py", "tests/ops/test_repeatable.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

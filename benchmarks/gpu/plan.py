@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[2]
 
 TESTS, SANITIZER, RECORDS, TOOL = "tests", "sanitizer", "records", "tool"
 
@@ -45,8 +48,14 @@ class Part:
     rehearsed: tuple[str, ...] = ()
 
 
+def _test_file(name: str) -> str:
+    """Where test_NAME.py lies, whatever folder of tests/ that is."""
+    [found] = (_ROOT / "tests").rglob(f"test_{name}.py")
+    return found.relative_to(_ROOT).as_posix()
+
+
 def _tests(name: str, *files: str, workers: int = 1, after: tuple[str, ...] = ("build",)) -> Part:
-    paths = tuple(f"tests/test_{file}.py" for file in files)
+    paths = tuple(_test_file(file) for file in files)
     return Part(
         f"tests-{name}", TESTS, 150, needs=("machine",), after=after, tests=paths, workers=workers
     )
@@ -70,24 +79,24 @@ _CHECK = (
     _tests("other", "token_blocks", "coupling", "distributed", workers=2),
 )
 
-_REPEATS = "tests/test_repeatable.py::test_an_op_repeats_its_bits"
+_REPEATS = "tests/ops/test_repeatable.py::test_an_op_repeats_its_bits"
 # What is sanitized of an operation: awkward strides and lengths, and sizes that no tile divides.
 _SANITIZED = {
     "collapse": (
-        "tests/test_collapse_op.py::test_cuda_is_within_the_budget_and_repeats_bit_for_bit",
-        "tests/test_collapse_op.py::test_on_cuda_labels_out_of_range_show_as_a_loss_of_nan",
+        "tests/ops/test_collapse_op.py::test_cuda_is_within_the_budget_and_repeats_bit_for_bit",
+        "tests/ops/test_collapse_op.py::test_on_cuda_labels_out_of_range_show_as_a_loss_of_nan",
     ),
     "masks": (
-        "tests/test_mask_op.py::test_cuda_clears_what_the_cpu_clears",
-        "tests/test_mask_op.py::test_cuda_gathers_writes_and_replaces_what_the_cpu_does",
+        "tests/ops/test_mask_op.py::test_cuda_clears_what_the_cpu_clears",
+        "tests/ops/test_mask_op.py::test_cuda_gathers_writes_and_replaces_what_the_cpu_does",
     ),
     "importance": (
-        "tests/test_importance_op.py::test_strides_do_not_matter",
-        "tests/test_importance_op.py::test_numbers_and_lengths_of_examples",
-        "tests/test_importance_op.py::test_a_long_example_beside_a_short_one",
+        "tests/ops/test_importance_op.py::test_strides_do_not_matter",
+        "tests/ops/test_importance_op.py::test_numbers_and_lengths_of_examples",
+        "tests/ops/test_importance_op.py::test_a_long_example_beside_a_short_one",
     ),
     "selection": (f"{_REPEATS}[selection-torch.bfloat16-triton]",),
-    "experts": ("tests/test_expert_importance_op.py::test_every_expert_gets_its_own_examples",),
+    "experts": ("tests/ops/test_expert_importance_op.py::test_every_expert_gets_its_own_examples",),
     "units": (f"{_REPEATS}[unit_sums-torch.bfloat16-triton]",),
 }
 # Whose tests have compiled its kernels, which the sanitizer would slow down.
@@ -119,7 +128,7 @@ def _records(name: str, op: str, *files: str, seconds: int) -> Part:
         least=25,
         needs=("machine",),
         after=("build",),
-        needs_tests=tuple(f"tests/test_{file}.py" for file in files),
+        needs_tests=tuple(_test_file(file) for file in files),
         alone=True,
         arguments=("kernels", "--op", op),
         seconds=seconds,
@@ -128,9 +137,9 @@ def _records(name: str, op: str, *files: str, seconds: int) -> Part:
 
 
 _SCORE_TESTS = (
-    "tests/test_score.py",
-    "tests/test_score_kernels.py",
-    "tests/test_repeatable.py::test_a_deterministic_run_of_score_repeats_its_bits",
+    "tests/coupling/test_score.py",
+    "tests/coupling/test_score_kernels.py",
+    "tests/ops/test_repeatable.py::test_a_deterministic_run_of_score_repeats_its_bits",
     f"{_REPEATS}[weight_sums-torch.float32-triton]",
     f"{_REPEATS}[weight_sums-torch.bfloat16-triton]",
 )
@@ -244,7 +253,7 @@ def _form(
     op: str,
     repeats: str = "",
 ) -> Form:
-    """`repeats`: what tests/test_repeatable.py calls it; "" where its own tests hold that."""
+    """`repeats`: what tests/ops/test_repeatable.py calls it; "" where its own tests hold that."""
     repeated = (
         f"{_REPEATS}[{repeats}-torch.{dtype}-triton]"
         for dtype in ("float32", "bfloat16", "float16")
@@ -252,7 +261,7 @@ def _form(
     )
     return Form(
         name,
-        (*(f"tests/test_{file}.py" for file in files), *repeated),
+        (*(_test_file(file) for file in files), *repeated),
         (f"memcheck-{sanitized}", f"racecheck-{sanitized}"),
         op,
         name.partition(":")[2],

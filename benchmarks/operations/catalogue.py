@@ -21,10 +21,14 @@ OPERATIONS: dict[str, Callable[[bool], Iterator[OpCase]]] = {
 }
 
 GATES: dict[str, tuple[str, ...]] = {
-    importance.OP: ("tests/test_importance_op.py",),
-    unit_importance.OP: ("tests/test_importance_op.py",),
-    expert_importance.OP: ("tests/test_expert_importance_op.py",),
-    mask.OP: ("tests/test_mask_op.py", "tests/test_edits.py", "tests/test_toggling.py"),
-    collapse.OP: ("tests/test_collapse_op.py",),
-    selection.OP: ("tests/test_selection_op.py", "tests/test_selection_kernel.py"),
+    importance.OP: ("tests/ops/test_importance_op.py",),
+    unit_importance.OP: ("tests/ops/test_importance_op.py",),
+    expert_importance.OP: ("tests/ops/test_expert_importance_op.py",),
+    mask.OP: (
+        "tests/ops/test_mask_op.py",
+        "tests/masks/test_edits.py",
+        "tests/masks/test_toggling.py",
+    ),
+    collapse.OP: ("tests/ops/test_collapse_op.py",),
+    selection.OP: ("tests/ops/test_selection_op.py", "tests/kernels/test_selection_kernel.py"),
 }

@@ -21,9 +21,9 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
-from test_report import DEBIASED, make_results
 from tiny_classes import some_classes
 from tiny_masks import FIRST, SECOND, Stack, mask_of
+from tiny_results import DEBIASED, make_results
 
 from fastdean import CollapseRegularizer, Scores
 from fastdean.collapse import CollapseClasses, read_word_groups

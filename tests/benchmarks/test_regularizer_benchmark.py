@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import gate
 import records
@@ -166,7 +166,7 @@ def test_the_tests_of_the_regulariser_run_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gate, "passes", lambda tests, on_gpu: bool(seen.extend(tests)))
     command = ["regularizer", "--toy", "--device", "cpu", "--out", str(tmp_path)]
     assert run.main(command) == 1
-    assert "tests/test_collapse_regularizer.py" in seen
+    assert "tests/collapse/test_collapse_regularizer.py" in seen
     assert all((records.ROOT / test).is_file() for test in seen)
     assert "nothing was measured" in capsys.readouterr().err
 

@@ -256,7 +256,7 @@ def test_version_and_short_help(place):
 
 
 def test_make_help_lists_the_targets():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     made = subprocess.run(["make", "help"], cwd=root, capture_output=True, text=True, check=True)
     makefile = (root / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):(?!=)", makefile, re.MULTILINE))
@@ -337,7 +337,7 @@ def test_score_records_the_revision(place, tmp_path, monkeypatch):
 
 def test_make_demo_can_be_called_again(tmp_path, monkeypatch):
     """The second call finds the first one's finished run."""
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     arguments = re.search(r"^demo:.*\n\t\$\(BIN\)/fastdean (.+)$", makefile, re.MULTILINE)[1]
     done = []
 
@@ -583,20 +583,20 @@ def test_a_saved_model_without_the_masked_values_is_not_handed_over(
 def test_a_run_that_stops_is_one_line_and_goes_on_later(
     place, run_folder, tmp_path, monkeypatch, error, code, text
 ):
-    from fastdean.jobs.coupling import steps as pipeline
+    from fastdean.jobs.coupling import steps
 
-    real = pipeline.couple
+    real = steps.couple
 
     def couple(*args, **options):
         raise error
 
-    monkeypatch.setattr(pipeline, "couple", couple)
+    monkeypatch.setattr(steps, "couple", couple)
     command = ["run", *sources(place), "--out", tmp_path / "run", *OPTIONS]
     result = call(*command)
     assert result.exit_code == code and result.stdout == ""
     assert text in result.stderr and len(result.stderr.splitlines()) == 1
-    monkeypatch.setattr(pipeline, "couple", real)
-    monkeypatch.setattr(pipeline, "score", None)
+    monkeypatch.setattr(steps, "couple", real)
+    monkeypatch.setattr(steps, "score", None)
     assert call(*command).exit_code == 0
     mask = NeuronMask.from_pretrained(tmp_path / "run" / "mask")
     assert mask == NeuronMask.from_pretrained(run_folder / "mask")

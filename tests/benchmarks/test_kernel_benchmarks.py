@@ -17,8 +17,8 @@ from machine import DEVICE
 
 from fastdean import kernels as fastdean_kernels
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
 
 import gate
 import lengths
@@ -624,7 +624,7 @@ def test_the_tests_of_the_chosen_operations_run_first_and_once(tmp_path, monkeyp
     monkeypatch.setattr(gate, "passes", lambda tests, on_gpu: bool(seen.append(tests)))
     command = ["kernels", "--device", "cpu", "--toy", "--out", str(tmp_path), "--op"]
     assert run.main([*command, "unit_importance", "--op", "importance"]) == 1
-    assert seen == [("tests/test_importance_op.py",)]
+    assert seen == [("tests/ops/test_importance_op.py",)]
     assert "nothing was measured" in capsys.readouterr().err
     assert read_all(tmp_path) == []
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import gate
 import patch_run
@@ -218,8 +218,8 @@ def test_the_tests_of_patching_run_first(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(gate, "passes", lambda tests, on_gpu: bool(seen.append((tests, on_gpu))))
     assert run.main(["patch", "--toy", "--out", str(tmp_path)]) == 1
-    assert seen == [(("tests/test_checkpoint.py",), False)]
-    assert (records.ROOT / "tests" / "test_checkpoint.py").is_file()
+    assert seen == [(("tests/masks/test_checkpoint.py",), False)]
+    assert (records.ROOT / "tests" / "masks" / "test_checkpoint.py").is_file()
     assert "nothing was measured" in capsys.readouterr().err
 
 

@@ -16,7 +16,7 @@ from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, VOCAB, gpt2, llama
 
 from fastdean.data.examples import Example
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import agreement
 import baselines
@@ -654,7 +654,7 @@ def test_nothing_is_measured_when_the_scoring_tests_fail(tmp_path, monkeypatch, 
     monkeypatch.setattr(inputs, "load_model", lambda *a: pytest.fail("measured after red tests"))
     assert run.main(["score", "--device", "cpu", "--out", str(tmp_path)]) == 1
     [tests] = [command[1:] for command in commands if "pytest" in command]
-    assert tests == ["-m", "pytest", "tests/test_score.py", "-q"]
+    assert tests == ["-m", "pytest", "tests/coupling/test_score.py", "-q"]
     assert "nothing was measured" in capsys.readouterr().err
 
 
@@ -667,7 +667,8 @@ def test_on_a_gpu_the_kernels_are_tested_first_too(tmp_path, monkeypatch, comman
     monkeypatch.setattr(gate, "passes", lambda tests, on_gpu: bool(seen.append((tests, on_gpu))))
     assert run.main([command, "--device", "cuda:0", "--out", str(tmp_path)]) == 1
     [(tests, on_gpu)] = seen
-    files = [f"tests/{name}.py" for name in ("test_score", "test_score_kernels", "test_repeatable")]
+    names = ("coupling/test_score", "coupling/test_score_kernels", "ops/test_repeatable")
+    files = [f"tests/{name}.py" for name in names]
     assert on_gpu and list(dict.fromkeys(test.split("::")[0] for test in tests)) == files
     assert all((records.ROOT / path).is_file() for path in files)
     # What else repeats its bits or does not is no reason against measuring these two.

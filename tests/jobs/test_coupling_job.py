@@ -26,8 +26,7 @@ from fastdean.jobs import folder as run_folder
 from fastdean.jobs import run
 from fastdean.jobs.collapse import CollapseJob
 from fastdean.jobs.costs import Costs
-from fastdean.jobs.coupling import measuring
-from fastdean.jobs.coupling import steps as pipeline
+from fastdean.jobs.coupling import measuring, steps
 from fastdean.jobs.coupling.job import DATA_SETS, Job
 from fastdean.jobs.coupling.results import _about_rows
 from fastdean.jobs.debias import DebiasJob
@@ -90,7 +89,7 @@ def scored(monkeypatch):
     class Record(list):
         fail = {}
 
-    record, real = Record(), pipeline.score
+    record, real = Record(), steps.score
 
     def score(*args, description, **options):
         if description in record.fail:
@@ -98,7 +97,7 @@ def scored(monkeypatch):
         record.append(description)
         return real(*args, description=description, **options)
 
-    monkeypatch.setattr(pipeline, "score", score)
+    monkeypatch.setattr(steps, "score", score)
     return record
 
 
@@ -106,7 +105,7 @@ def nothing_loaded(monkeypatch):
     def load_model(*args, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(pipeline, "load_model", load_model)
+    monkeypatch.setattr(steps, "load_model", load_model)
 
 
 def test_a_run_writes_its_parts_and_its_results(measured):
@@ -286,14 +285,14 @@ def test_weights_that_are_offloaded_are_refused_before_anything_is_scored(
     """Masks are applied to weights in memory; the device "auto" may leave some elsewhere."""
     from accelerate import cpu_offload
 
-    real = pipeline.load_model
+    real = steps.load_model
 
     def load_model(*args, **options):
         model, tokenizer = real(*args, **options)
         cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
         return model, tokenizer
 
-    monkeypatch.setattr(pipeline, "load_model", load_model)
+    monkeypatch.setattr(steps, "load_model", load_model)
     with pytest.raises(
         ValueError,
         match=r"device must hold .* offloads 3 of 6 matrices, such as model\.layers\.1\..*; use a",
@@ -303,13 +302,13 @@ def test_weights_that_are_offloaded_are_refused_before_anything_is_scored(
 
 
 def test_the_revision_of_the_model_is_loaded_and_recorded(place, tmp_path, monkeypatch):
-    real, asked = pipeline.load_model, []
+    real, asked = steps.load_model, []
 
     def load_model(name, *, revision, **options):
         asked.append(revision)
         return real(name, **options)
 
-    monkeypatch.setattr(pipeline, "load_model", load_model)
+    monkeypatch.setattr(steps, "load_model", load_model)
     results = run(Job(**place, **QUICK, revision="v2"), tmp_path / "run", progress=False)
     assert asked == ["v2"]
     assert results["model"]["revision"] == results["manifest"]["job"]["revision"] == "v2"

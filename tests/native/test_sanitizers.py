@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 CHECKS = sorted((ROOT / "tests" / "csrc").glob("*_check.cpp"))
 COMPILE = ["g++", "-c", "-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = sorted(CSRC.glob("*.cu"))
 BUILD = (ROOT / "CMakeLists.txt").read_text("utf-8")

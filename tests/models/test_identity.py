@@ -127,7 +127,10 @@ def test_the_code_of_a_tokenizer_is_part_of_it_with_what_it_imports(tmp_path):
 
 
 def test_a_set_has_one_digest_in_every_process():
-    code = "from fastdean.models.identity import json_digest; print(json_digest({'a': {'x', 'y', 'z'}}))"
+    code = (
+        "from fastdean.models.identity import json_digest; "
+        "print(json_digest({'a': {'x', 'y', 'z'}}))"
+    )
     said = {
         subprocess.run(
             [sys.executable, "-c", code],

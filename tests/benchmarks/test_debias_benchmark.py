@@ -15,7 +15,7 @@ from tiny_models import bert, llama
 
 from fastdean.collapse import collapse_metrics
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import debias_encoder
 import debias_figures
@@ -266,7 +266,7 @@ def test_the_tests_of_debiasing_run_first(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(gate, "passes", lambda tests, on_gpu: bool(seen.extend(tests)))
     assert run.main(["debias", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert "tests/test_fine_tune.py" in seen
+    assert "tests/debias/test_fine_tune.py" in seen
     assert all((records.ROOT / test).is_file() for test in seen)
 
 

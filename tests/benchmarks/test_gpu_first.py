@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
 
 import aims
 import build_extension
@@ -35,7 +35,7 @@ from operations import catalogue
 from outcomes import CUT, FAILED, PASSED, REFUSAL, SKIPPED
 from plan import Part
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # One call of the program with parts of the test's own, that start in no time.
 DRIVER = """
@@ -334,14 +334,14 @@ def test_the_benchmarks_know_the_tests_that_have_passed_again(tmp_path):
     session = first.Session([], tmp_path, tmp_path, seconds=9.0, rehearsal=True)
     session.close()
     session._facts = prerequisites.facts(rehearsal=True)
-    passed = ["tests/test_mask_op.py", "tests/test_edits.py::test_one"]
+    passed = ["tests/ops/test_mask_op.py", "tests/masks/test_edits.py::test_one"]
     session.outcomes = {"tests": outcomes.Outcome(FAILED, covered=passed)}
     session._write_gate()
     here = records.Environment.collect(torch.device("cpu"), [])
     here = replace(here, device=records.REHEARSAL)
     results = tmp_path / "results"
     assert gate.passed_before(passed, results, here)
-    assert not gate.passed_before(["tests/test_edits.py"], results, here)
+    assert not gate.passed_before(["tests/masks/test_edits.py"], results, here)
     assert not gate.passed_before(passed, results, replace(here, device="Some GPU"))
 
 
@@ -656,7 +656,7 @@ def test_whatever_needs_a_gpu_is_run_on_one():
         named = {Path(test).name for part in plan.parts_of(target) for test in part.tests}
         marked = {
             path.name
-            for path in (ROOT / "tests").glob("test_*.py")
+            for path in (ROOT / "tests").rglob("test_*.py")
             if re.search(r"^@pytest\.mark\.gpu$", path.read_text("utf-8"), re.MULTILINE)
         }
         assert len(marked) > 4 and marked <= named

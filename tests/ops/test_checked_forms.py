@@ -18,7 +18,7 @@ from fastdean.native import extension
 from fastdean.ops import _dispatch, checked
 from fastdean.ops._dispatch import choose
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CSRC, KERNELS = ROOT / "csrc", ROOT / "fastdean" / "kernels"
 FORM = ("zero_at_", "native")
 SOURCES = {"collapse_cuda.cu": "1c", "fastdean.h": "1f", "mask_cuda.cu": "1a"}
