@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import platform
 import re
@@ -51,6 +52,24 @@ def test_a_source_tree_that_is_not_installed_says_so(monkeypatch):
 def test_public_names_resolve(name):
     assert getattr(fastdean, name) is not None
     assert name in dir(fastdean)
+
+
+# Names that README.md has imported, below `fastdean`, and where the same names are.
+DOCUMENTED = {
+    "coupling.overlap": "coupling.sets",
+    "data.encode": "data.examples",
+    "loading.load_model": "models",
+    "sources.load_rows": "data",
+    "sources.sample_rows": "data",
+}
+
+
+@pytest.mark.parametrize(("documented", "home"), DOCUMENTED.items())
+def test_documented_names_keep_working(documented, home):
+    module, _, name = f"fastdean.{documented}".rpartition(".")
+    of_home = getattr(importlib.import_module(f"fastdean.{home}"), name)
+    assert getattr(importlib.import_module(module), name) is of_home
+    assert _in_a_new_process(f"from {module} import {name}; print({name}.__name__)") == name
 
 
 def test_an_unknown_name_is_an_attribute_error():
