@@ -123,6 +123,7 @@ def score_case(
     target_modules: str | Sequence[str] = "mlp",
     layers: int = 2,
     vmap_examples: int = 0,
+    tokens_per_batch: int | None = None,
     op: str = "score",
     name: str = "score",
 ) -> Case:
@@ -132,6 +133,7 @@ def score_case(
         layers: how many layers the layer-at-a-time procedure is run on; see `spread`.
         vmap_examples: of how many examples `torch.func.vmap` holds the gradients at a time; 0
             leaves it out.
+        tokens_per_batch: of `score`; None: its default.
         op, name: of the case.
     Raises:
         ValueError: a target lies outside the decoder layers, or `layers` is below 2.
@@ -156,7 +158,13 @@ def score_case(
         return vmap_sums(model, chosen, targets, vmap_examples)
 
     def ours(chosen: Sequence[Example]) -> Mapping[str, Tensor]:
-        scores = fastdean.score(model, chosen, target_modules=target_modules, progress=False)
+        scores = fastdean.score(
+            model,
+            chosen,
+            target_modules=target_modules,
+            tokens_per_batch=tokens_per_batch,
+            progress=False,
+        )
         return {parameter: entry.sums for parameter, entry in scores.entries.items()}
 
     partial = len(measured) < len(scored_layers)
@@ -165,7 +173,7 @@ def score_case(
         op=op,
         name=name,
         work=work,
-        shapes=matrix_shapes(model, targets, work),
+        shapes=matrix_shapes(model, targets, work, tokens_per_batch),
         implementations=(
             Implementation(
                 "published",
@@ -221,10 +229,13 @@ def _entries(targets) -> int:
 
 
 def matrix_shapes(
-    model: nn.Module, targets: Sequence[Target], work: ScoreWork
+    model: nn.Module,
+    targets: Sequence[Target],
+    work: ScoreWork,
+    tokens_per_batch: int | None = None,
 ) -> tuple[MatrixShape, ...]:
-    """The distinct products of one batch, as `score` cuts batches by default."""
-    rows = min(work.tokens, tokens_per_batch_of(model))
+    """The distinct products of one batch; None: as `score` cuts batches by default."""
+    rows = min(work.tokens, tokens_per_batch or tokens_per_batch_of(model))
     head_rows = max(1, round(rows * work.target_tokens / work.tokens))
     lowest = min(target.layer_index for target in targets)
     matrices = find_targets(model, "all")

@@ -220,7 +220,12 @@ def _add_sweep(runs: argparse._SubParsersAction) -> None:
         parents=[_device_option(), _run_options()],
         help="how the time of fastdean.score grows",
     ).add_argument
-    add("--random-model", choices=list(SHAPES), default="qwen2-7b", help="the largest model")
+    add(
+        "--random-model",
+        choices=list(SHAPES),
+        default="qwen2-7b",
+        help="the largest model; smollm2-135m: tokens per batch are varied, in both dtypes",
+    )
     add(
         "--sweep",
         action="append",

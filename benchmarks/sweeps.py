@@ -32,6 +32,10 @@ _EXAMPLES = (32, 128, 8, 64, 256)
 _LAYERS = (0.25, 1.0, 0.5, 0.75)
 _OTHERWISE_EXAMPLES = 64
 _DTYPE = "bf16"
+# On a CPU alone: a GPU's default is 2048, whatever the model.
+_BATCHES = (192, 336, 512, 800, 1200)
+_BATCH_SHAPE = "smollm2-135m"
+_BATCH_EXAMPLES = 24
 _CHECKED_EXAMPLES = 2
 
 
@@ -40,12 +44,14 @@ class Point:
     """One run of a sweep.
 
     Attributes:
-        sweep: what is varied: "tokens per example", "examples", "model parameters" or
-            "scored weights".
+        sweep: what is varied: "tokens per example", "examples", "model parameters", "scored
+            weights", or "tokens per batch" with the dtype behind it.
         shape: the model's.
         tokens: of each example; None: BeaverTails' lengths.
         layers: the share of the layers, from the last down, whose targets are scored.
         group: "mlp" or "all": which of their matrices.
+        dtype: of the model.
+        batch: tokens per batch; None: the default.
     """
 
     sweep: str
@@ -54,6 +60,8 @@ class Point:
     tokens: int | None = None
     layers: float = 1.0
     group: str = "mlp"
+    dtype: str = _DTYPE
+    batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,18 @@ def points(largest: str) -> list[Point]:
         + [Point("scored weights", largest, group="all")],
         [Point("model parameters", name) for name in reversed(sizes)],
     ]
+    if largest == _BATCH_SHAPE:
+        return [
+            Point(
+                f"tokens per batch, {dtype}",
+                largest,
+                examples=_BATCH_EXAMPLES,
+                dtype=dtype,
+                batch=batch,
+            )
+            for dtype in ("fp32", "bf16")
+            for batch in _BATCHES
+        ]
     turns = (point for turn in itertools.zip_longest(*sweeps) for point in turn if point)
     # By model, since loading one takes longer than running over it.
     return sorted(turns, key=lambda point: (point.shape != largest, point.shape))
@@ -105,16 +125,17 @@ def run_sweeps(
         ]
         due = [point for point in due if vars(point) not in done]
     subject: Subject | None = None
-    loaded, failed = "", False
+    loaded, failed = ("", ""), False
     bandwidth = measure.copy_bandwidth(device) if due else 0.0
     for position, point in enumerate(due):
         if budget.spent:
             say(f"the time is used up, {len(due) - position} points left: call again with --resume")
             break
-        if loaded != point.shape:
+        if loaded != (point.shape, point.dtype):
             subject = None  # the next model must not stand beside this one
             gc.collect()
-            subject, loaded = random_subject(point.shape, _DTYPE, device), point.shape
+            subject = random_subject(point.shape, point.dtype, device)
+            loaded = (point.shape, point.dtype)
         rows, problems = _measured(point, subject.model, device, bandwidth, options.repeats, gate)
         # Together: when a sweep is resumed, one of a point's records stands for all.
         for row in rows:
@@ -138,12 +159,17 @@ def _measured(
     examples = random_examples(model, lengths_of(point.examples, point.tokens))
     targets = scored_modules(model, point)
     case = score_case(
-        model, examples, target_modules=targets, op="sweep", name=f"{name}, {point.sweep}"
+        model,
+        examples,
+        target_modules=targets,
+        tokens_per_batch=point.batch,
+        op="sweep",
+        name=f"{name}, {point.sweep}",
     )
     case = replace(case, implementations=case.implementations[1:])  # less the published procedure
-    problems = require_same_sums(case, examples[:_CHECKED_EXAMPLES], _DTYPE, device)
+    problems = require_same_sums(case, examples[:_CHECKED_EXAMPLES], point.dtype, device)
     able = [each for each in case.implementations if each.name not in problems]
-    floor = floor_now(case, _DTYPE, device, bandwidth)
+    floor = floor_now(case, point.dtype, device, bandwidth)
     x = _value(point, model, targets)
     say(f"{point.sweep} {x:g}: {case.work.tokens} tokens, floor {floor.seconds:.3f} s")
     outcomes = list(measure.interleaved(able, examples, repeats, device, say))
@@ -154,7 +180,7 @@ def _measured(
             each.implementation,
             each.samples,
             floor,
-            dtype=_DTYPE,
+            dtype=point.dtype,
             model=name,
             examples=len(examples),
             breakdown=None,
@@ -180,6 +206,8 @@ def scored_modules(model: nn.Module, point: Point) -> str | list[str]:
 
 
 def _value(point: Point, model: nn.Module, targets: str | Sequence[str]) -> float:
+    if point.batch is not None:
+        return point.batch
     if point.sweep == "tokens per example":
         return point.tokens
     if point.sweep == "examples":

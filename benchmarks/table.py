@@ -122,8 +122,8 @@ def sweep_table(rows: Iterable[Record]) -> str:
 
 def _sweep(run: Sequence[Record]) -> str:
     lines = [
-        f"| {run[0]['sweep']} | | seconds (p20 to p80) | tokens/s | floor / time |",
-        "|---|---|---|---|---|",
+        f"| {run[0]['sweep']} | | seconds (p20 to p80) | tokens/s | peak memory | floor / time |",
+        "|---|---|---|---|---|---|",
     ]
     for row in sorted(run, key=lambda row: row["x"]):
         cells = [
@@ -131,6 +131,7 @@ def _sweep(run: Sequence[Record]) -> str:
             _NAMES[row["impl"]],
             f"{row['median_s']:.2f} ({row['p20_s']:.2f} to {row['p80_s']:.2f})",
             f"{row['tokens_per_s']:.0f}",
+            _bytes_held(row["peak_bytes"]),
             f"{row['share_of_floor']:.0%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
