@@ -143,7 +143,7 @@ class Layout:
         alone_above: examples longer than this many tokens must stand alone (rotary embeddings that
             depend on the length of the batch), or None.
         by_segments: they may also stand in one row where each attends by itself (attention.py);
-            so do those of at most `LONGEST_SEGMENT` tokens.
+            so do those of at most `LONGEST_SEGMENT` tokens. One alone keeps the model's own.
         longest_row: tokens that a row of several examples may have at most, or None. Models with a
             table of positions may cut it, or a mask, to the length of the row.
     """
@@ -204,7 +204,7 @@ def plan_batches(
             by_columns.setdefault(tuple(sorted(example.columns)), []).append(i)
     row_tokens = tokens_per_batch if longest_row is None else min(tokens_per_batch, longest_row)
     rows = [
-        replace(_pack(examples, group, shift), by_segments=members is short)
+        replace(_pack(examples, group, shift), by_segments=members is short and len(group) > 1)
         for members in (short, plain)
         for group in _in_order(examples, members, row_tokens)
     ]

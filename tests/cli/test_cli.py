@@ -662,6 +662,8 @@ def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path, ignored, number
         import os, signal, sys
         from fastdean.masks import checkpoint
         from fastdean import cli
+        # As a terminal starts its programs: whoever runs the tests may ignore the signal.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(signal.{ignored}, signal.SIG_IGN)
         edit = checkpoint._edit_file
         def edit_file(*arguments):

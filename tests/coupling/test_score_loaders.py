@@ -571,7 +571,8 @@ def test_coupling_scores_of_other_renderings_is_warned_of(caplog):
     options = {"tokenizer": tokenizer, "progress": False}
     raw = fastdean.score(model, [PAIR], **options)
     chat = fastdean.score(model, [PAIR], template="chat", **options)
-    fastdean.couple(raw, raw, ratio=0.1)
+    other = fastdean.score(model, [{**PAIR, "response": "the dog"}], **options)
+    fastdean.couple(raw, other, ratio=0.1)
     assert caplog.text == ""
     fastdean.couple(raw, chat, ratio=0.1)
     assert "did not become tokens alike: first raw (1); second chat (1)." in caplog.text

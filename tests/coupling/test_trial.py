@@ -513,7 +513,7 @@ def test_an_excerpt_is_short_and_all_targets():
     excerpt = work.excerpt()
     assert [len(example) for example in work.excerpt(whole=True).examples] == [120, 87]
     assert len(excerpt.batches) == 1 and excerpt.batches[0].num_examples == 2
-    assert [len(example) for example in excerpt.examples] == [64, 42]
+    assert [len(example) for example in excerpt.examples] == [32, 21]
     assert all(isinstance(each, Example) and each.num_targets(0) for each in excerpt.examples)
 
 

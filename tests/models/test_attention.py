@@ -223,12 +223,12 @@ def test_what_it_does_not_do_keeps_the_models_own_attention(monkeypatch):
     layout = exact_layout(model, examples)
     assert not layout.by_segments
     assert exact_layout(_family("Llama"), examples).by_segments
-    monkeypatch.setattr(batching, "LONGEST_SEGMENT", 8)
+    monkeypatch.setattr(batching, "LONGEST_SEGMENT", 9)
     llama = _family("Llama")
     batches = prepare_batches(llama, examples, tokens_per_batch=100)
     assert [(batch.by_segments, batch.example_index) for batch in batches] == [
-        (True, [0]),
-        (False, [1, 2]),
+        (True, [0, 1]),
+        (False, [2]),
     ]
     assert llama.config._attn_implementation == "sdpa"
 
