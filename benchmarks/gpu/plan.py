@@ -17,7 +17,7 @@ class Part:
 
     Attributes:
         kind: TESTS (pytest on `tests`), SANITIZER (the same under compute-sanitizer's `tool`),
-            RECORDS (`benchmarks/run.py` with `arguments`) or TOOL (a script of this folder).
+            RECORDS (`python -m benchmarks` with `arguments`) or TOOL (a script of this folder).
         limit: seconds after which it is ended.
         least: seconds below which it is not worth starting.
         after: parts that have to have ended before.

@@ -1,18 +1,19 @@
-"""What is measured of an operation: a size, the work it cannot avoid, and who computes it.
+"""What is measured, as data: a case, the work it cannot avoid, and the contenders that compute it.
 
-All of it is data; `running.py` does the rest. Operations count a multiplication and an addition as
-two; bytes are those of every input read once and every output written once.
+Operations count a multiplication and an addition as two; bytes are those of every input read once
+and every output written once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness.rates import MatrixShape
 from fastdean.kernels import interpreted
 from fastdean.ops._dispatch import choose
 
@@ -43,6 +44,8 @@ class Contender:
         capturable: never waits for the device, so that a CUDA graph can hold it.
         compiled: by torch.compile, whose own allocations cannot be poisoned.
         ours: one of fastdean's own implementations.
+        scale: what a measured time is multiplied with to stand for the whole case.
+        extrapolated: "2 of 30 layers" where `scale` is not 1, else None.
     """
 
     name: str
@@ -54,6 +57,8 @@ class Contender:
     capturable: bool = True
     compiled: bool = False
     ours: bool = False
+    scale: float = 1.0
+    extrapolated: str | None = None
 
     @property
     def turn(self) -> int:
@@ -63,8 +68,8 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class OpCase:
-    """An operation at one size.
+class Case:
+    """One thing to measure.
 
     Attributes:
         op: name of the results file.
@@ -75,8 +80,10 @@ class OpCase:
         expected: inputs -> the result in float64, or exactly; called before a contender's `run`,
             which may change the inputs.
         error: (result, expected) -> 0 for equal; NaN never passes.
-        floor: a product that nothing of this volume beats, timed beside the contenders; None: the
-            bytes at the copy bandwidth.
+        floor: a product that nothing of this volume beats, timed beside the contenders; None: what
+            `operations`, `bytes` and `shapes` say.
+        shapes: the matrix products of a whole model, to measure what rate the machine reaches on
+            them.
         device_type: where it is measured; "": anywhere.
     """
 
@@ -86,13 +93,19 @@ class OpCase:
     settings: Mapping[str, Any]
     operations: int
     bytes: int
-    inputs: Callable[[torch.Generator], Any]
-    input_bytes: int
-    expected: Callable[[Any], Tensor]
-    error: Callable[[Tensor, Tensor], float]
     contenders: tuple[Contender, ...]
-    floor: Contender | None = field(default=None)
+    inputs: Callable[[torch.Generator], Any] | None = None
+    input_bytes: int = 0
+    expected: Callable[[Any], Tensor] | None = None
+    error: Callable[[Tensor, Tensor], float] | None = None
+    floor: Contender | None = None
+    shapes: tuple[MatrixShape, ...] = ()
     device_type: str = ""
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """As the field of a record."""
+        return {"dtype": self.dtype, **self.settings}
 
 
 def norm_error(result: Tensor, expected: Tensor) -> float:
@@ -122,6 +135,33 @@ def implementation(
 
     suffix = ", interpreted" if impl == "triton" and interpreted() else ""
     return Contender(f"{name or impl}{suffix}", run, refusal=refusal, ours=True, **options)
+
+
+class Compiled:
+    """A contender's `run`: an expression by `torch.compile`, compiled at the first call.
+
+    Args:
+        expression: plain torch.
+        arguments: inputs of a case -> what the expression takes.
+        backend: of `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        expression: Callable[..., Tensor],
+        arguments: Callable[[Any], tuple],
+        backend: str = "inductor",
+    ) -> None:
+        self._expression = expression
+        self._arguments = arguments
+        self._backend = backend
+        self._compiled: Callable[..., Tensor] | None = None
+
+    def __call__(self, inputs: Any) -> Tensor:
+        if self._compiled is None:
+            # Here, since already this call loads the compiler.
+            self._compiled = torch.compile(self._expression, backend=self._backend, dynamic=False)
+        return self._compiled(*self._arguments(inputs))
 
 
 def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:

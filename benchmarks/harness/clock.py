@@ -44,6 +44,10 @@ class Spread:
         """Of `value / other`, pair by pair: what took turns shared the machine's state."""
         return cls.of([value / other for value, other in zip(values, others, strict=True)])
 
+    def record(self) -> dict[str, float]:
+        """As the field `seconds` of a record."""
+        return {"median_s": self.median, "p20_s": self.p20, "p80_s": self.p80}
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -64,6 +68,17 @@ class Timing:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def elapsed(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, with everything it started on the device finished."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
 
 
 def time_calls(

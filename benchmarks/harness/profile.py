@@ -6,16 +6,16 @@ the host, are no part of them; work on two streams at a time counts twice.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timing import synchronize
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
+
+from benchmarks.harness.clock import elapsed
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,7 @@ def profiled(call: Callable[[], Any], device: torch.device) -> tuple[list[Functi
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        wall = time.perf_counter() - start
+        wall = elapsed(call, device)
     return list(profiler.events()), wall
 
 
@@ -65,17 +62,11 @@ def launches(events: Sequence[FunctionEvent]) -> list[Launch]:
     for event in events:
         if event.device_type == DeviceType.CUDA and event.name not in ranges:
             by_kernel[event.name] += event.time_range.elapsed_us() / 1e6
-    by_kernel.subtract(_sum_by_kernel(started))
+    for launch in started:
+        by_kernel[launch.kernel] -= launch.seconds
     # Differences of sums: what is less than a nanosecond is rounding.
     rest = [Launch("", name, seconds) for name, seconds in by_kernel.items() if seconds > 1e-9]
     return [*started, *rest]
-
-
-def _sum_by_kernel(started: Sequence[Launch]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for launch in started:
-        total[launch.kernel] += launch.seconds
-    return total
 
 
 def device_seconds(call: Callable[[], Any], device: torch.device) -> float | None:

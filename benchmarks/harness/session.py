@@ -1,34 +1,36 @@
-"""Seconds, bytes and rates of this machine.
-
-Memory is what a run adds to the process while it lasts: its peak less what was held before, the
-model included. On CUDA torch's allocator keeps that count, on Linux the kernel (`resident`).
-Elsewhere memory is not measured (None).
-"""
+"""One call of a benchmark: what is recorded already, contenders in turn, records as they come."""
 
 from __future__ import annotations
 
+import argparse
 import gc
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-import resident
 import torch
-from cases import Implementation, MatrixShape
-from timing import synchronize, time_calls
 
-from fastdean.data import Example
+from benchmarks.harness import clock, store
+from benchmarks.harness.budget import Budget, say
+from benchmarks.harness.clock import Spread
+from benchmarks.harness.memory import Held
+from benchmarks.harness.store import Record
 
-_LEAST_SECONDS = 0.2
-_GPU_SECONDS = 0.05
-_COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+Unit = TypeVar("Unit")
 
 
 @dataclass(frozen=True)
 class Sample:
+    """One turn of a contender.
+
+    Attributes:
+        peak_bytes: memory above what was held before; None where it is not counted.
+        process_peak_bytes: the most that a process of its own ever held.
+    """
+
     seconds: float
-    peak_bytes: int | None
+    peak_bytes: int | None = None
+    process_peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,112 @@ class Problem:
     """
 
     reason: str
-    failed: bool
+    failed: bool = False
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """All samples of an implementation, or why there are none."""
+@dataclass
+class Session:
+    """What holds for all cases of one call of the program.
 
-    implementation: Implementation
-    samples: tuple[Sample, ...]
-    problem: Problem | None = None
+    Attributes:
+        environment: of all its records.
+        gate: what they say of the tests.
+        failed: whether something did not compute what it should.
+    """
+
+    options: argparse.Namespace
+    environment: dict[str, Any]
+    gate: str
+    budget: Budget
+    failed: bool = False
+    _read: dict[str, list[Record]] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.device)
+
+    @property
+    def toy(self) -> bool:
+        return getattr(self.options, "toy", False)
+
+    def due(self, units: Sequence[Unit], name: str = "cases") -> Iterator[Unit]:
+        """The units one after the other, until the time is used up; says what is left."""
+        if not units:
+            say("nothing left to measure")
+        for position, unit in enumerate(units):
+            if self.budget.spent:
+                left = f"{len(units) - position} of {len(units)} {name} left"
+                say(f"the time is used up, {left}: call again with --resume")
+                return
+            yield unit
+
+    def earlier(
+        self,
+        op: str,
+        contenders: set[str],
+        setup: Mapping[str, Any],
+        *,
+        without_problem: str = "",
+        same_command: bool = False,
+    ) -> list[Record]:
+        """What one earlier call of the program said of all these contenders; [] if none did.
+
+        Nothing but with --resume. Records of one call belong together: what took turns can be
+        compared.
+
+        Args:
+            setup: what their records have to hold, and maybe more.
+            without_problem: a contender that has to have been measured.
+        """
+        if not self.options.resume:
+            return []
+        if op not in self._read:
+            rows = store.read(self.options.out, op)
+            self._read[op] = [r for r in rows if store.stands_for(r, self.environment, self.gate)]
+        rows = [
+            row
+            for row in self._read[op]
+            if row.toy == self.toy
+            and (row.problem is None or row.contender != without_problem)
+            and all(row.setup.get(name) == value for name, value in setup.items())
+            and (not same_command or row["command"] == self.environment["command"])
+        ]
+        runs = store.grouped(rows, ("date",))
+        return next((run for run in runs if contenders <= {row.contender for row in run}), [])
+
+    def append(self, op: str, case: str, contender: str, **parts: Any) -> Record:
+        """Write one record down; `parts`: the other fields of one."""
+        row = Record(
+            op,
+            case,
+            contender,
+            toy=self.toy,
+            gate=self.gate,
+            environment=self.environment,
+            **parts,
+        )
+        store.append(self.options.out, row)
+        say(f"  {contender:<24} {_said(row)}")
+        return row
+
+    def leave_out(
+        self, op: str, case: str, contender: str, problem: Problem, **parts: Any
+    ) -> Record:
+        """Write down why there is no measurement."""
+        self.failed |= problem.failed
+        return self.append(op, case, contender, problem=vars(problem), **parts)
+
+
+def _said(row: Record) -> str:
+    if row.problem is not None:
+        return f"not measured: {row.problem['reason']}"
+    if not row.seconds:
+        return "recorded"
+    unit, scale = ("s", 1) if row["median_s"] >= 1 else ("ms", 1e3)
+    median, p20, p80 = (scale * row[name] for name in ("median_s", "p20_s", "p80_s"))
+    floor = f", {row['median_s'] / row['floor_s']:.2f}x the floor" if row.get("floor_s") else ""
+    clock = f", by {row['timed_by']}" if row.get("timed_by") else ""
+    return f"{median:10.3f} {unit} ({p20:.3f} to {p80:.3f}){floor}{clock}"
 
 
 def attempt(call: Callable[[], Any], device: torch.device) -> tuple[Any, Problem | None]:
@@ -58,135 +156,73 @@ def attempt(call: Callable[[], Any], device: torch.device) -> tuple[Any, Problem
     try:
         return call(), None
     except torch.OutOfMemoryError:
-        problem = Problem("out of memory", failed=False)
-    # A transform of a model's code may end in any exception there is.
+        problem = Problem("out of memory")
+    # A transform of a model's code, or a compiler, may end in any exception there is.
     except Exception as error:
         first_line, *_ = str(error).splitlines() or [""]
         problem = Problem(f"{type(error).__name__}: {first_line}", failed=True)
     # Only here, past the handler, is what the frames of the call held free.
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release(device)
     return None, problem
 
 
-def interleaved(
-    implementations: Sequence[Implementation],
-    examples: Sequence[Example],
-    repeats: int,
-    device: torch.device,
-    report: Callable[[str], None],
-) -> Iterator[Outcome]:
-    """Time A B C A B C: a machine that slows down or speeds up does so for all of them.
-
-    Yields each as soon as it is done: after its last turn, or at its first error, which the others
-    survive. Seconds are those of the whole job, `Implementation.scale` applied.
-    """
-    samples: dict[str, list[Sample]] = {each.name: [] for each in implementations}
-    for repeat in range(repeats):
-        for each in implementations:
-            if each.name not in samples:
-                continue
-            sample, problem = attempt(
-                lambda run=each.run: timed(lambda: run(examples), device), device
-            )
-            if problem is not None:
-                del samples[each.name]
-                yield Outcome(each, (), problem)
-                continue
-            sample = Sample(sample.seconds * each.scale, sample.peak_bytes)
-            samples[each.name].append(sample)
-            report(f"  {repeat + 1}/{repeats}  {each.name:<10} {sample.seconds:9.2f} s")
-            if repeat + 1 == repeats:
-                yield Outcome(each, tuple(samples[each.name]))
+def release(device: torch.device) -> None:
+    """Let go of the memory that torch's allocator keeps."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.empty_cache()
+    except RuntimeError as problem:
+        # What is held is held: nothing that was measured is lost over it.
+        say(f"  the allocator keeps its memory: {problem}")
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> Sample:
-    """One call, with everything it started on the device finished."""
-    held = _start_of_memory(device)
-    start = time.perf_counter()
-    result = call()
-    synchronize(device)
-    seconds = time.perf_counter() - start
-    peak = _peak_of_memory(device)
-    del result
-    return Sample(seconds, None if held is None or peak is None else max(0, peak - held))
+    """One call, with everything it started on the device finished, and the memory it added."""
+    held = Held(device)
+    seconds = clock.elapsed(call, device)
+    return Sample(seconds, held.added_bytes())
 
 
-def _start_of_memory(device: torch.device) -> int | None:
-    """Forget earlier peaks; the bytes held now."""
-    if device.type != "cuda":
-        return resident.forget_peak()
-    gc.collect()
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+def take_turns(
+    contenders: Mapping[str, Callable[[], Sample]],
+    rounds: int,
+    *,
+    warm_up: int = 0,
+    forgiving: torch.device | None = None,
+) -> Iterator[tuple[str, list[Sample], Problem | None]]:
+    """A B C A B C: a machine that slows down or speeds up does so for all of them.
 
+    Yields each as soon as it is done: after its last turn, or at its first error.
 
-def _peak_of_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resident.peak_bytes()
-
-
-def matrix_rate(shapes: Sequence[MatrixShape], dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second on the products of a model, each as often as it occurs.
-
-    The fastest of several repeats counts: the floor must not contain the machine's noise.
+    Args:
+        warm_up: rounds before the first that counts.
+        forgiving: the device on which the others go on where one fails; None: no error is caught.
     """
-    operations, seconds = 0, 0.0
-    for shape in shapes:
-        x = torch.randn(shape.rows, shape.inputs, device=device).to(dtype)
-        g = torch.randn(shape.rows, shape.outputs, device=device).to(dtype)
-        w = torch.randn(shape.outputs, shape.inputs, device=device).to(dtype)
-        for number, left, right in (
-            (shape.forward, x, w.T),
-            (shape.input_gradient, g, w),
-            (shape.weight_gradient, g.T, x),
-        ):
-            if number:
-                each = _fastest(lambda a=left, b=right: torch.mm(a, b), device)
-                seconds += number * each
-        operations += shape.products * shape.operations_each
-    return operations / seconds
+    samples: dict[str, list[Sample]] = {name: [] for name in contenders}
+    for number in range(1 - warm_up, rounds + 1):
+        for name, run in contenders.items():
+            if name not in samples:
+                continue
+            sample, problem = (run(), None) if forgiving is None else attempt(run, forgiving)
+            if problem is not None:
+                del samples[name]
+                yield name, [], problem
+                continue
+            if number > 0:
+                samples[name].append(sample)
+                say(f"  {number}/{rounds}  {name:<16} {sample.seconds:9.3f} s")
+            if number == rounds:
+                yield name, samples[name], None
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a copy too large for any cache."""
-    size = _COPY_BYTES[device.type]
-    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / _fastest(lambda: target.copy_(source), device)
+def seconds_of(samples: Sequence[Sample]) -> dict[str, Any]:
+    """As the field of a record."""
+    rounds = [sample.seconds for sample in samples]
+    return {**Spread.of(rounds).record(), "rounds_s": rounds}
 
 
-def _fastest(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of several calls; on a CPU of two, or of as many as fit into
-    `_LEAST_SECONDS`."""
-    if device.type == "cuda":
-        return time_calls([call], device, seconds=_GPU_SECONDS).fastest
-    best, total, calls = float("inf"), 0.0, 0
-    while calls < 2 or total < _LEAST_SECONDS:
-        start = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - start
-        best, total, calls = min(best, seconds), total + seconds, calls + 1
-    return best
-
-
-@dataclass(frozen=True)
-class Floor:
-    """What no run beats: its products at the machine's rate, its bytes at the bandwidth.
-
-    Attributes:
-        matrix_rate: operations per second.
-        copy_bandwidth: bytes per second.
-    """
-
-    operations: int
-    bytes: int
-    matrix_rate: float
-    copy_bandwidth: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.operations / self.matrix_rate, self.bytes / self.copy_bandwidth)
+def most(values: Sequence[int | None]) -> int | None:
+    """None where one of them is not known."""
+    return None if None in values else max(values)

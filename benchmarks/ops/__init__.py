@@ -1,5 +1,1 @@
-"""The operations by themselves: cases at a model's sizes, contenders, timing and records.
-
-Named after what is measured, and not `kernels`, which is the name of a package that transformers
-looks for.
-"""
+"""The operations by themselves: cases at a model's sizes, and who computes them."""

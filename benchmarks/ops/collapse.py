@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness.cases import Case, Compiled, Contender, implementation, norm_error
 from fastdean.ops import collapse_alignment, reference
-from operations.case import Contender, OpCase, implementation, norm_error
-from operations.compiled import Compiled
 
 OP = "collapse"
 # The largest first: what matters most, where a run ends early.
@@ -55,7 +54,7 @@ class Inputs:
     counts: Tensor
 
 
-def cases(toy: bool) -> Iterator[OpCase]:
+def cases(toy: bool) -> Iterator[Case]:
     if toy:
         yield from itertools.starmap(case, TOY_SIZES)
     else:
@@ -66,7 +65,7 @@ def cases(toy: bool) -> Iterator[OpCase]:
     yield case(*(TOY_SIZES[0] if toy else _ZIPF), labels="zipf")
 
 
-def case(tokens: int, features: int, classes: int, share: float, labels: str = "uniform") -> OpCase:
+def case(tokens: int, features: int, classes: int, share: float, labels: str = "uniform") -> Case:
     """`labels`: how the classes are drawn, "uniform" or "zipf", the c-th as often as 1 / c."""
     labelled = round(share * tokens)
     matrix = classes * features
@@ -91,7 +90,7 @@ def case(tokens: int, features: int, classes: int, share: float, labels: str = "
     with_one_hot = labels == "uniform" and size in _ONE_HOT
     with_compiled = labels == "uniform" and size in _COMPILED
     one_hot_bytes = 4 * VOCABULARY * (tokens + 3 * features)
-    return OpCase(
+    return Case(
         op=OP,
         name=f"{tokens} tokens, {share:.0%} labelled, {features} features, {classes} classes"
         + (", Zipf" if labels == "zipf" else ""),

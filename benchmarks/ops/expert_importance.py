@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import lengths
 import torch
-from lengths import Length
 from torch import Tensor
 
+from benchmarks.harness import lengths
+from benchmarks.harness.cases import Case, Contender, implementation, norm_error, product
+from benchmarks.harness.lengths import Length
 from fastdean.ops import accumulate_expert_importance_, accumulate_importance_
-from operations.case import Contender, OpCase, implementation, norm_error, product
 
 OP = "expert_importance"
 SHAPE = (64, 8, 2048, 1408)  # experts, experts a token is sent to, outputs, inputs
@@ -68,18 +68,18 @@ class Inputs:
     groups: tuple[tuple[int, Tensor], ...]
 
 
-def cases(toy: bool) -> Iterator[OpCase]:
+def cases(toy: bool) -> Iterator[Case]:
     for examples in TOY_EXAMPLES if toy else EXAMPLES:
         yield case(*(TOY_SHAPE if toy else SHAPE), examples)
 
 
-def case(experts: int, active: int, rows: int, columns: int, examples: int) -> OpCase:
+def case(experts: int, active: int, rows: int, columns: int, examples: int) -> Case:
     chosen = lengths.beavertails(examples)
     routing = Routing.at_random(chosen, experts, active)
     reached = int(routing.experts.unique().numel())
     input_bytes = routing.rows * (rows + columns) * DTYPE.itemsize
     tokens = sum(length.tokens for length in chosen)
-    return OpCase(
+    return Case(
         op=OP,
         name=(
             f"{experts} experts of {rows} x {columns}, {active} for each of {tokens} tokens, "

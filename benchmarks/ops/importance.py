@@ -10,14 +10,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import lengths
 import torch
-from lengths import Length
 from torch import Tensor
 
+from benchmarks.harness import lengths
+from benchmarks.harness.cases import Case, Compiled, Contender, implementation, norm_error, product
+from benchmarks.harness.lengths import Length
 from fastdean.ops import accumulate_importance_
-from operations.case import Contender, OpCase, implementation, norm_error, product
-from operations.compiled import Compiled
 
 OP = "importance"
 
@@ -52,7 +51,7 @@ class Inputs:
     spans: tuple[tuple[int, int], ...]
 
 
-def cases(toy: bool) -> Iterator[OpCase]:
+def cases(toy: bool) -> Iterator[Case]:
     """The cases in the order of their worth: a run that ends early has seen every shape."""
     if toy:
         for tokens, (rows, columns) in itertools.product(TOY_TOKENS, TOY_SHAPES):
@@ -77,7 +76,7 @@ def case(
     dtype: torch.dtype = torch.bfloat16,
     compiled: bool = False,
     device_type: str = "",
-) -> OpCase:
+) -> Case:
     """`tokens` per example; None: BeaverTails' lengths."""
     chosen = lengths.beavertails(examples) if tokens is None else lengths.fixed(examples, tokens)
     total = sum(length.tokens for length in chosen)
@@ -85,7 +84,7 @@ def case(
     kind = "BeaverTails' lengths" if tokens is None else f"{tokens} tokens each"
     matrix = rows * columns
     element = dtype.itemsize
-    return OpCase(
+    return Case(
         op=OP,
         name=f"{rows} x {columns}, {examples} examples, {kind}",
         dtype=_DTYPE_NAMES[dtype],

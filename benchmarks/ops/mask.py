@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.cases import Case, Contender, implementation
 from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.ops import zero_at_
-from operations.case import Contender, OpCase, implementation
 
 OP = "mask"
 SHAPES = ((18944, 3584), (18944, 3584), (3584, 18944))  # gate, up, down
@@ -45,17 +45,17 @@ class Inputs:
     masked: bool = False
 
 
-def cases(toy: bool) -> Iterator[OpCase]:
+def cases(toy: bool) -> Iterator[Case]:
     for layers in TOY_LAYERS if toy else LAYERS:
         yield case(TOY_SHAPES if toy else SHAPES, layers)
 
 
-def case(shapes: Sequence[tuple[int, int]], layers: int) -> OpCase:
+def case(shapes: Sequence[tuple[int, int]], layers: int) -> Case:
     matrices = [shape for _ in range(layers) for shape in shapes]
     counts = [COUNTS[i % len(COUNTS)] for i in range(len(matrices))]
     numel = sum(rows * columns for rows, columns in matrices)
     element = DTYPE.itemsize
-    return OpCase(
+    return Case(
         op=OP,
         name=f"{len(matrices)} matrices of {shapes[0][0]} x {shapes[0][1]}, {sum(counts)} weights",
         dtype="bf16",

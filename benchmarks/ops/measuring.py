@@ -12,11 +12,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from device_time import device_seconds
-from timing import EVENTS, Timing, synchronize, time_calls
 
+from benchmarks.harness.cases import Case, Contender
+from benchmarks.harness.clock import EVENTS, Timing, elapsed, synchronize, time_calls
+from benchmarks.harness.memory import Held
+from benchmarks.harness.profile import device_seconds
 from fastdean.kernels import on_device
-from operations.case import Contender, OpCase
 
 # Of the inputs together, so that a call finds nothing of them in the cache.
 _TIMES_THE_CACHE = 4
@@ -46,7 +47,7 @@ def too_large(contender: Contender, device: torch.device) -> str:
     return f"takes {contender.needs_bytes / 1e9:.1f} GB besides its inputs, {free / 1e9:.1f} free"
 
 
-def check(case: OpCase, contender: Contender, generator: torch.Generator) -> float:
+def check(case: Case, contender: Contender, generator: torch.Generator) -> float:
     """The error of one call on fresh inputs, with NaN in all memory that it allocates.
 
     Raises:
@@ -108,20 +109,15 @@ def measured(contender: Contender, sets: list, device: torch.device, seconds: fl
     """One call after the other on the sets of inputs, for about `seconds` in all."""
     operands = [contender.prepare(inputs) for inputs in sets]
     peak = _peak_bytes(contender, operands[0], device)
-    if len(operands) > _MIN_SETS and _is_long(contender, operands[0], device):
+    if len(operands) > _MIN_SETS and (
+        elapsed(lambda: contender.run(operands[0]), device) > _LONG_CALL_S
+    ):
         operands = operands[:_MIN_SETS]
     calls = [lambda each=each: contender.run(each) for each in operands]
     timing = time_calls(calls, device, seconds=seconds, capturable=contender.capturable)
     # Last, so that the profiler is in nobody's time.
     busy = _device_seconds(calls, device) if timing.timed_by == EVENTS else None
     return Measured(timing, len(operands), peak, busy, _host_seconds(calls, device))
-
-
-def _is_long(contender: Contender, operands: object, device: torch.device) -> bool:
-    start = time.perf_counter()
-    contender.run(operands)
-    synchronize(device)
-    return time.perf_counter() - start > _LONG_CALL_S
 
 
 def _host_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float | None:
@@ -155,9 +151,7 @@ def _peak_bytes(contender: Contender, operands: object, device: torch.device) ->
     if device.type != "cuda":
         return None
     contender.run(operands)  # compiling and libraries' own workspaces are not its memory
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    held = torch.cuda.memory_allocated(device)
+    held = Held(device)
     contender.run(operands)
     synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - held
+    return held.added_bytes()

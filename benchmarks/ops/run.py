@@ -1,28 +1,61 @@
-"""Cases after cases: skip what is recorded, check, time, append; until the time is used up."""
+"""`kernels`: cases after cases; each contender is checked, timed and recorded."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-import records
 import torch
-from progress import Budget, say
-from records import Environment
 
+from benchmarks.harness.budget import say
+from benchmarks.harness.cases import Case, Contender, product_name
+from benchmarks.harness.rates import copy_bandwidth, large_product_rate
+from benchmarks.harness.session import Problem, Session, release
+from benchmarks.ops import (
+    collapse,
+    expert_importance,
+    importance,
+    mask,
+    selection,
+    unit_importance,
+)
+from benchmarks.ops.measuring import Measured, check, measured, number_of_sets, too_large
 from fastdean.kernels import interpreted
-from operations.case import Contender, OpCase, product_name
-from operations.catalogue import OPERATIONS
-from operations.measuring import Measured, check, measured, number_of_sets, too_large
-from operations.rates import Rates, measure_rates
-from operations.record import BANDWIDTH, Floor, OpRecord
 
+# Results file -> its cases, for a toy run or a real one.
+OPERATIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
+    module.OP: module.cases
+    for module in (importance, selection, unit_importance, expert_importance, mask, collapse)
+}
+# The tests that each of them has to pass before.
+GATES: dict[str, tuple[str, ...]] = {
+    importance.OP: ("tests/test_importance_op.py",),
+    unit_importance.OP: ("tests/test_importance_op.py",),
+    expert_importance.OP: ("tests/test_expert_importance_op.py",),
+    mask.OP: ("tests/test_mask_op.py", "tests/test_edits.py", "tests/test_toggling.py"),
+    collapse.OP: ("tests/test_collapse_op.py",),
+    selection.OP: ("tests/test_selection_op.py", "tests/test_selection_kernel.py"),
+}
+BANDWIDTH = "bytes at the copy bandwidth"
 _SECONDS_EACH = {"cuda": 0.1, "cpu": 0.02}
 _SEED = 7
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--op", action="append", choices=list(OPERATIONS), help="may be repeated; default: all")
+    add(
+        "--impl",
+        action="append",
+        help="measure only this contender, named as in the tables; may be repeated",
+    )
+    add("--toy", action="store_true", help="tiny sizes, to try the command out")
+
+
+def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
+    return tuple(dict.fromkeys(test for op in options.op or GATES for test in GATES[op]))
 
 
 def require_measurable(options: argparse.Namespace) -> None:
@@ -45,208 +78,158 @@ def require_measurable(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     for name in options.impl or ():
         if name not in known:
-            ops = ", ".join(options.op or OPERATIONS)
-            raise ValueError(f"--impl must be one of {_listed(known)}, got {name!r} for {ops}")
+            # Quoted: some names hold a comma.
+            names, ops = ", ".join(map(repr, known)), ", ".join(options.op or OPERATIONS)
+            raise ValueError(f"--impl must be one of {names}, got {name!r} for {ops}")
         refusals = [contender.refusal(device) for contender in known[name]]
         if all(refusals):
             raise RuntimeError(f"--impl {name!r} cannot be measured: {refusals[0]}")
 
 
-def _listed(names: Iterable[str]) -> str:
-    """Quoted: some names hold a comma."""
-    return ", ".join(map(repr, names))
-
-
-def _chosen_cases(options: argparse.Namespace) -> list[OpCase]:
-    ops = options.op or list(OPERATIONS)
+def _chosen_cases(options: argparse.Namespace) -> list[Case]:
+    """The first case of every operation, then the second of each: all are seen early."""
     here = ("", torch.device(options.device).type)
     groups = [
-        [case for case in OPERATIONS[op](options.toy) if case.device_type in here] for op in ops
+        [case for case in OPERATIONS[op](options.toy) if case.device_type in here]
+        for op in options.op or OPERATIONS
     ]
-    return list(_in_turns(groups))
+    turns = itertools.zip_longest(*groups)
+    return [case for turn in turns for case in turn if case is not None]
 
 
-def run_operations(
-    options: argparse.Namespace, environment: Environment, budget: Budget, gate: str
-) -> int:
+def run(session: Session) -> int:
     """Measure the chosen operations; 0, or 1 if a contender did not compute what it should."""
-    device = torch.device(options.device)
-    run = _Run(options, environment, device, gate)
-    cases = _chosen_cases(options)
+    cases = _chosen_cases(session.options)
     turns = [
         (case, turn)
         for turn in range(3)
         for case in cases
         if turn == 0 or any(each.turn == turn for each in case.contenders)
     ]
-    for position, (case, turn) in enumerate(turns):
-        if budget.spent:
-            left = len({id(case) for case, _ in turns[position:]})
-            say(f"the time is used up, {left} of {len(cases)} cases left: call again with --resume")
-            break
+    measuring = _Measuring(session)
+    for case, turn in session.due(turns):
         try:
-            run.measure(case, turn)
+            measuring.measure(case, turn)
         except torch.OutOfMemoryError:
             say(f"  {case.name}: out of memory")
-            _release(device)
-    return 1 if run.failed else 0
-
-
-def _in_turns(groups: Sequence[Sequence[OpCase]]) -> Iterator[OpCase]:
-    """The first case of every operation, then the second of each: all are seen early."""
-    for turn in itertools.zip_longest(*groups):
-        yield from (case for case in turn if case is not None)
-
-
-def recorded_key(row: Mapping[str, Any]) -> tuple:
-    """What two measurements on the same code and machine, of which one will do, have in common."""
-    settings = json.dumps(row["settings"], sort_keys=True)
-    return (settings, *(row[name] for name in ("op", "impl", "dtype", "toy")))
+            release(session.device)
+    return int(session.failed)
 
 
 @dataclass
-class _Run:
-    """What holds for all cases of one call of the program."""
+class _Measuring:
+    """What holds for all cases of a session.
 
-    options: argparse.Namespace
-    environment: Environment
-    device: torch.device
-    gate: str
+    Attributes:
+        rates: what this machine can do; measured where a case first asks for it.
+    """
+
+    session: Session
+    rates: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.failed = False
-        self._rates: Rates | None = None
-        self._generator = torch.Generator(self.device).manual_seed(_SEED)
-        self._recorded = set()
-        if self.options.resume:
-            rows = (row for op in OPERATIONS for row in records.read(self.options.out, op))
-            self._recorded = {
-                recorded_key(row)
-                for row in rows
-                if records.stands_for(row, self.environment, self.gate)
-            }
+        self._device = self.session.device
+        self._generator = torch.Generator(self._device).manual_seed(_SEED)
 
-    def measure(self, case: OpCase, turn: int) -> None:
+    def measure(self, case: Case, turn: int) -> None:
         """Time the case's contenders of one turn, and record the floor in the first one."""
         wanted = [c for c in case.contenders if c.turn == turn and self._is_wanted(case, c)]
         floor_is_due = turn == 0 and case.floor is not None and self._is_wanted(case, case.floor)
         if not wanted and not floor_is_due:
             return
         say(f"{case.op}: {case.name}")
-        able = [contender for contender in wanted if self._is_able(contender)]
+        able = [each for each in wanted if self._may(each, each.refusal(self._device))]
         if not able and not floor_is_due:
             return
-        rates = self._rates_of_machine()
-        count = number_of_sets(case.input_bytes, self.device)
+        if not self.rates:
+            self.rates["copy_bandwidth"] = copy_bandwidth(self._device)
+            self.rates["matrix_rate"] = large_product_rate(self._device, torch.bfloat16)
+        count = number_of_sets(case.input_bytes, self._device)
         sets = [case.inputs(self._generator) for _ in range(count)]
-        floor = self._floor(case, sets, rates, floor_is_due)
+        floor = self._floor(case, sets, floor_is_due)
         for contender in able:
-            self._measure_one(case, contender, sets, floor, rates)
+            release(self._device)
+            if self._may(contender, too_large(contender, self._device)):
+                self._measure_one(case, contender, sets, floor)
         del sets
-        _release(self.device)
+        release(self._device)
 
-    def _is_wanted(self, case: OpCase, contender: Contender) -> bool:
-        chosen = not self.options.impl or contender.name in self.options.impl
-        return chosen and not self._has(case, contender)
+    def _is_wanted(self, case: Case, contender: Contender) -> bool:
+        chosen = self.session.options.impl
+        if chosen and contender.name not in chosen:
+            return False
+        return not self.session.earlier(case.op, {contender.name}, case.setup)
 
-    def _is_able(self, contender: Contender) -> bool:
-        reason = contender.refusal(self.device)
+    def _may(self, contender: Contender, reason: str) -> bool:
+        """Whether nothing speaks against it; what does is said."""
         if reason:
-            _left_out(contender, reason)
+            say(f"  {contender.name:<24} not measured: {reason}")
         return not reason
 
-    def _has(self, case: OpCase, contender: Contender) -> bool:
-        row = {
-            "op": case.op,
-            "impl": contender.name,
-            "dtype": case.dtype,
-            "settings": case.settings,
-            "toy": self.options.toy,
-        }
-        return recorded_key(row) in self._recorded
-
-    def _rates_of_machine(self) -> Rates:
-        if self._rates is None:
-            self._rates = measure_rates(self.device, torch.bfloat16)
-            say(
-                f"copies at {self._rates.copy_bandwidth / 1e9:.1f} GB/s, a large bf16 product at "
-                f"{self._rates.matrix_rate / 1e12:.3f} TFLOP/s"
-            )
-        return self._rates
-
-    def _floor(self, case: OpCase, sets: list, rates: Rates, due: bool) -> Floor:
+    def _floor(self, case: Case, sets: list, due: bool) -> dict[str, str | float]:
         """Measured anew for whatever is compared with it, and recorded once."""
         if case.floor is None:
-            return Floor(BANDWIDTH, case.bytes / rates.copy_bandwidth)
-        seconds = _SECONDS_EACH[self.device.type]
-        found = measured(case.floor, sets, self.device, seconds)
-        floor = Floor(case.floor.name, found.timing.seconds.median)
+            return {"floor": BANDWIDTH, "floor_s": case.bytes / self.rates["copy_bandwidth"]}
+        found = measured(case.floor, sets, self._device, _SECONDS_EACH[self._device.type])
+        floor = {"floor": case.floor.name, "floor_s": found.timing.seconds.median}
         if due:
-            self._append(case, case.floor, found, floor, rates, None)
+            self._append(case, case.floor, found, floor, None)
         return floor
 
     def _measure_one(
-        self, case: OpCase, contender: Contender, sets: list, floor: Floor, rates: Rates
+        self, case: Case, contender: Contender, sets: list, floor: dict[str, str | float]
     ) -> None:
-        _release(self.device)
-        reason = too_large(contender, self.device)
-        if reason:
-            _left_out(contender, reason)
-            return
         if contender.compiled:
             # Else the sizes of earlier cases use up torch.compile's limit of recompilations.
             torch._dynamo.reset()
+        problem = None
         try:
             error = check(case, contender, self._generator)
-            found = measured(contender, sets, self.device, _SECONDS_EACH[self.device.type])
+            found = measured(contender, sets, self._device, _SECONDS_EACH[self._device.type])
         except torch.OutOfMemoryError:
-            _left_out(contender, "out of memory")
+            problem = Problem("out of memory")
         # A compiler may end in any exception there is: the others are measured all the same.
-        except Exception as problem:
-            self.failed = True
-            _left_out(contender, str(problem) or type(problem).__name__)
+        except Exception as raised:
+            problem = Problem(str(raised) or type(raised).__name__, failed=True)
         else:
-            self._append(case, contender, found, floor, rates, error)
-        _release(self.device)
+            self._append(case, contender, found, floor, error)
+        if problem is not None:
+            self.session.failed |= problem.failed
+            say(f"  {contender.name:<24} not measured: {problem.reason}")
 
     def _append(
         self,
-        case: OpCase,
+        case: Case,
         contender: Contender,
         found: Measured,
-        floor: Floor,
-        rates: Rates,
+        floor: dict[str, str | float],
         error: float | None,
     ) -> None:
-        row = OpRecord.of(
-            case,
-            contender,
-            found,
-            floor,
-            rates,
-            sets=found.sets,
-            error=error,
-            product=product_name(self.device.type),
-            toy=self.options.toy,
-            gate=self.gate,
+        """`error`: before the timing, on other inputs: norm-wise, or the share of wrong indices;
+        None for the floor, which computes something else."""
+        timing = found.timing
+        median = timing.seconds.median
+        self.session.append(
+            case.op,
+            case.name,
+            contender.name,
+            setup=case.setup,
+            seconds=timing.seconds.record(),
+            metrics={
+                "sets": found.sets,
+                "rounds": timing.rounds,
+                "timed_by": timing.timed_by,
+                "device_s": found.device_s,
+                "host_s": found.host_s,
+                "operations": case.operations,
+                "bytes": case.bytes,
+                "operations_per_s": case.operations / median,
+                "bytes_per_s": case.bytes / median,
+                "error": error,
+                "peak_bytes": found.peak_bytes,
+                "product": product_name(self._device.type),
+                **floor,
+                "share_of_floor": floor["floor_s"] / median,
+                **self.rates,
+            },
         )
-        records.append(self.options.out, case.op, self.environment, row)
-        busy = "" if row.device_s is None else f", device busy {row.device_s * 1e3:.3f} ms"
-        say(
-            f"  {row.impl:<24} {row.median_s * 1e3:10.3f} ms  {row.median_s / row.floor_s:6.2f}x "
-            f"the floor  ({row.timed_by}{busy})"
-        )
-
-
-def _left_out(contender: Contender, reason: str) -> None:
-    say(f"  {contender.name:<24} not measured: {reason}")
-
-
-def _release(device: torch.device) -> None:
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.empty_cache()
-    except RuntimeError as problem:
-        # What is held is held: nothing that was measured is lost over it.
-        say(f"  the allocator keeps its memory: {problem}")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.harness.cases import Case, Contender, implementation
 from fastdean.ops import select_top
-from operations.case import Contender, OpCase, implementation
 
 OP = "selection"
 SHAPE = (18944, 3584)
@@ -32,12 +32,12 @@ class Inputs:
     weight: Tensor
 
 
-def cases(toy: bool) -> Iterator[OpCase]:
+def cases(toy: bool) -> Iterator[Case]:
     for ratio in TOY_RATIOS if toy else RATIOS:
         yield case(*(TOY_SHAPE if toy else SHAPE), ratio)
 
 
-def case(rows: int, columns: int, ratio: float) -> OpCase:
+def case(rows: int, columns: int, ratio: float) -> Case:
     numel = rows * columns
     k = int(ratio * numel)
     size = numel * (4 + DTYPE.itemsize)
@@ -52,7 +52,7 @@ def case(rows: int, columns: int, ratio: float) -> OpCase:
             weight=torch.randn(rows, columns, **options).mul_(0.02).to(DTYPE),
         )
 
-    return OpCase(
+    return Case(
         op=OP,
         name=f"{rows} x {columns}, ratio {ratio:g}, k = {k}",
         dtype="bf16",

@@ -1,45 +1,64 @@
-"""The table of one operation: a row for each case, a column for each contender."""
+"""The table of one operation: a row for each case, a column for each contender; and its picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import records
-from records import Record
+from benchmarks.harness import store, tables
+from benchmarks.harness.plots import Panel, seconds_over
+from benchmarks.harness.store import Record
+from benchmarks.harness.tables import Cells, Table
 
 # Ours first, whatever was measured first.
 _OURS = ("triton", "native", "reference")
+# Op -> what is on the x axis, and what tells panels apart.
+_AXES = {
+    "importance": ("tokens_per_example", ("rows", "columns", "examples")),
+    "unit_importance": ("tokens", ("units",)),
+    "selection": ("ratio", ("rows", "columns")),
+    "mask": ("matrices", ("rows", "columns")),
+    "expert_importance": ("examples", ("experts", "active", "rows", "columns")),
+    "collapse": ("labelled", ("tokens", "features", "classes")),
+}
+# A resumed run has several dates: the latest of each contender, not of each run.
+_LATEST = ("device", "case", "dtype", "contender")
 
 
-def operations_table(rows: Iterable[Record]) -> str:
-    """One markdown table per device; `rows` as `rows_to_show` gives them, of one op."""
-    # A resumed run has several dates: the latest of each contender, not of each run.
-    chosen = records.latest(rows, ("device", "case", "dtype", "impl"))
-    return "\n\n".join(_device(run) for run in records.grouped(chosen, ("device",)))
+def operation_table(op: str) -> Table:
+    command = f"python -m benchmarks kernels --op {op}"
+    return Table(command, _LATEST, ("device",), _lines, lambda g: [_reading(g), *tables.made(g)])
 
 
-def _device(rows: Sequence[Record]) -> str:
-    floors = {row["impl"] for row in rows if row["impl"] == row["floor"]}
-    found = dict.fromkeys(row["impl"] for row in rows if row["impl"] not in floors)
+def picture(rows: Sequence[Record]) -> list[list[Panel]]:
+    x, panel_keys = _AXES[rows[0].op]
+    # The floor is a line of its own already.
+    chosen = [r for r in store.latest(rows, _LATEST) if r.contender != r["floor"]]
+    panels = []
+    for group in store.grouped(chosen, ("device", *panel_keys)):
+        lines, floor = seconds_over(group, x, scale=1e3)
+        sizes = ", ".join(f"{key} {group[0][key]:,}" for key in panel_keys)
+        title = f"{group[0]['device']}\n{sizes}"
+        label = x.replace("_", " ")
+        panels.append(Panel(title, label, "milliseconds", lines, floor=floor, log="xy"))
+    return [panels]
+
+
+def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+    floors = {row.contender for row in rows if row.contender == row["floor"]}
+    found = dict.fromkeys(row.contender for row in rows if row.contender not in floors)
     names = sorted(found, key=lambda name: _OURS.index(name) if name in _OURS else len(_OURS))
     ours = names[0]
     header = ["case", "floor", *names, f"{ours} / floor", f"rate of {ours}"]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for case in records.grouped(rows, ("case", "dtype")):
-        lines.append(f"| {' | '.join(_cells(case, names, ours))} |")
-    made = dict.fromkeys(records.provenance_line(row) for row in rows)
-    return "\n".join([*lines, "", _reading(rows), *made])
+    return header, [_cells(case, names) for case in store.grouped(rows, ("case", "dtype"))]
 
 
-def _cells(case: Sequence[Record], names: Sequence[str], ours: str) -> list[str]:
-    by_name = {row["impl"]: row for row in case}
-    measured = by_name.get(ours)
-    floor = (measured or case[0])["floor_s"]
-    times = [_time(by_name.get(name), measured) for name in names]
-    ratio = "" if measured is None else f"{measured['median_s'] / floor:.2f}x"
-    rate = "" if measured is None else _rate(measured)
-    name = f"{case[0]['case']}, {case[0]['dtype']}"
-    return [name, _milliseconds(floor), *times, ratio, rate]
+def _cells(case: Sequence[Record], names: Sequence[str]) -> Cells:
+    by_name = {row.contender: row for row in case}
+    ours = by_name.get(names[0])
+    floor = (ours or case[0])["floor_s"]
+    times = [_time(by_name.get(name), ours) for name in names]
+    compared = ["", ""] if ours is None else [f"{ours['median_s'] / floor:.2f}x", _rate(ours)]
+    return [f"{case[0].case}, {case[0]['dtype']}", _milliseconds(floor), *times, *compared]
 
 
 def _time(row: Record | None, ours: Record | None) -> str:
@@ -49,7 +68,7 @@ def _time(row: Record | None, ours: Record | None) -> str:
     notes = []
     if ours is not None and row is not ours:
         notes.append(f"{row['median_s'] / ours['median_s']:.1f}x")
-    if row.get("device_s") is not None:
+    if row["device_s"] is not None:
         notes.append(f"device {_milliseconds(row['device_s'])}")
     return _milliseconds(row["median_s"]) + (f" ({', '.join(notes)})" if notes else "")
 
@@ -73,12 +92,12 @@ def _reading(rows: Sequence[Record]) -> str:
     """What the numbers are, as far as it is not the same for all tables."""
     spread = max((row["p80_s"] - row["p20_s"]) / row["median_s"] for row in rows)
     clocks = {
-        name: sorted({row["impl"] for row in rows if row["timed_by"] == name})
+        name: sorted({row.contender for row in rows if row["timed_by"] == name})
         for name in dict.fromkeys(row["timed_by"] for row in rows)
     }
-    timed_by = "; ".join(f"{name}: {', '.join(impls)}" for name, impls in clocks.items())
+    timed_by = "; ".join(f"{name}: {', '.join(names)}" for name, names in clocks.items())
     row = rows[0]
-    busy = any(each.get("device_s") is not None for each in rows)
+    busy = any(each["device_s"] is not None for each in rows)
     device = " Device: what it is busy for, by torch's profiler, without gaps between launches."
     return (
         f"Medians, and how many times ours the others take; p20 to p80 spans at most "

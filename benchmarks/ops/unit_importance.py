@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import lengths
 import torch
 from torch import Tensor
 
+from benchmarks.harness import lengths
+from benchmarks.harness.cases import Case, Compiled, Contender, implementation, norm_error
 from fastdean.ops import accumulate_unit_importance_
-from operations.case import Contender, OpCase, implementation, norm_error
-from operations.compiled import Compiled
 
 OP = "unit_importance"
 SHAPE = (16384, 18944)
@@ -33,11 +32,11 @@ class Inputs:
     owner: Tensor
 
 
-def cases(toy: bool) -> Iterator[OpCase]:
+def cases(toy: bool) -> Iterator[Case]:
     yield case(*(TOY_SHAPE if toy else SHAPE))
 
 
-def case(tokens: int, units: int) -> OpCase:
+def case(tokens: int, units: int) -> Case:
     chosen = lengths.filling(tokens)
     segments = lengths.segments(chosen)
     size = 2 * tokens * units * DTYPE.itemsize
@@ -54,7 +53,7 @@ def case(tokens: int, units: int) -> OpCase:
         )
 
     fp32_products = 4 * tokens * units
-    return OpCase(
+    return Case(
         op=OP,
         name=f"{tokens} tokens, {units} units, {len(chosen)} examples of BeaverTails' lengths",
         dtype="bf16",

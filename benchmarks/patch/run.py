@@ -1,4 +1,4 @@
-"""`run.py patch`: a copy of a checkpoint with a mask in it, against a plain copy.
+"""`patch`: a copy of a checkpoint with a mask in it, against a plain copy.
 
 Three ways take turns: `cp`; `cp` and then fsync of every file and folder, which leaves the copy as
 safe on the disk as `patch_checkpoint` does; `patch_checkpoint`, each time in a new process. Every
@@ -16,15 +16,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import records
-from patch_subject import Checkpoint, write_checkpoint
-from progress import Budget, say
-from records import Environment, PatchRecord
-from timing import Spread
-
+from benchmarks.harness import store, tables
+from benchmarks.harness.budget import say
+from benchmarks.harness.command import above_zero, positive
+from benchmarks.harness.session import Sample, Session, most, seconds_of, take_turns
+from benchmarks.harness.store import Record
+from benchmarks.harness.tables import Cells, Table
+from benchmarks.patch.subject import Checkpoint, write_checkpoint
 from fastdean import NeuronMask, atomic
 from fastdean.checkpoint import verify_checkpoint
 
@@ -33,26 +34,29 @@ _OURS = "fastdean"
 _COPIES = 3
 _BLOCK_BYTES = 8 << 20
 
-
-@dataclass(frozen=True)
-class Turn:
-    """One copy; bytes as in `PatchRecord`."""
-
-    seconds: float
-    process_peak_bytes: int | None = None
-    peak_bytes: int | None = None
+# Makes a copy as the folder it is given, which does not exist.
+Copying = Callable[[Path], Sample]
 
 
-@dataclass(frozen=True)
-class Contender:
-    """Attributes:
-    how: what is run, for the table.
-    run: makes the copy as the folder it is given, which does not exist.
-    """
+def add_options(parser: argparse.ArgumentParser) -> None:
+    # Files are copied by the host, also where there is a GPU.
+    parser.set_defaults(device="cpu")
+    add = parser.add_argument
+    add("--gigabytes", type=above_zero, default=2.0, help="of the checkpoint; default: 2")
+    add("--shards", type=positive, default=4, help="files it is made of; default: 4")
+    add("--repeats", type=positive, default=5)
+    add(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where it is written and copied, and all of that removed; it chooses the disk; "
+        "default: the system's temporary folder",
+    )
+    add("--toy", action="store_true", help="tiny matrices, to try the command out")
 
-    name: str
-    how: str
-    run: Callable[[Path], Turn]
+
+def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
+    return ("tests/test_checkpoint.py",)
 
 
 def require_room(options: argparse.Namespace) -> None:
@@ -80,32 +84,42 @@ def require_room(options: argparse.Namespace) -> None:
         raise RuntimeError("cp must be on the PATH, got none; it is what is compared with")
 
 
-def run_patch(
-    options: argparse.Namespace, environment: Environment, budget: Budget, gate: str
-) -> int:
+def run(session: Session) -> int:
     """Append one record per way to copy; all that is written to `--folder` is removed again.
 
     Raises:
         RuntimeError: a copy failed or lacks the mask; nothing is recorded.
     """
+    options = session.options
     checkpoint = _checkpoint(options)
-    if options.resume and _was_measured(options, environment, checkpoint, gate):
-        say("nothing left to measure")
-        return 0
-    if budget.spent:
-        say("the time is used up: call again")
-        return 0
-    with tempfile.TemporaryDirectory(prefix="fastdean-patch-", dir=options.folder) as scratch:
-        turns = _measured(Path(scratch), checkpoint, options.repeats)
-        file_system = _file_system(Path(scratch))
-    rows = [
-        _record(options, checkpoint, contender, samples, file_system, gate)
-        for contender, samples in turns
-    ]
-    for row in rows:
-        path = records.append(options.out, "patch", environment, row)
-        say(f"  {row.impl}: appended to {path.parent.name}/{path.name}")
-    print(_render(rows))
+    setup = {
+        "dtype": "bf16",
+        "checkpoint_bytes": checkpoint.nbytes,
+        "shards": checkpoint.shards,
+        "matrices": len(checkpoint.matrices),
+        "masked": checkpoint.masked,
+    }
+    done = session.earlier("patch", {_OURS}, setup, same_command=True)
+    for each in session.due([] if done else [checkpoint], "checkpoints"):
+        with tempfile.TemporaryDirectory(prefix="fastdean-patch-", dir=options.folder) as folder:
+            scratch = Path(folder)
+            turns = _measured(scratch, each, options.repeats)
+            setup["file_system"] = _file_system(scratch)
+        rows = [
+            session.append(
+                "patch",
+                each.name,
+                name,
+                setup=setup | {"how": how, "repeats": len(samples)},
+                seconds=seconds_of(samples),
+                metrics={
+                    "process_peak_bytes": most([sample.process_peak_bytes for sample in samples]),
+                    "peak_bytes": most([sample.peak_bytes for sample in samples]),
+                },
+            )
+            for name, how, samples in turns
+        ]
+        print(tables.rendered(TABLE, rows))
     return 0
 
 
@@ -113,44 +127,28 @@ def _checkpoint(options: argparse.Namespace) -> Checkpoint:
     return Checkpoint.sized(options.gigabytes, options.shards, toy=options.toy)
 
 
-def _was_measured(
-    options: argparse.Namespace, environment: Environment, checkpoint: Checkpoint, gate: str
-) -> bool:
-    return any(
-        (row["case"], row["impl"], row["toy"]) == (checkpoint.name, _OURS, options.toy)
-        and row["command"] == environment.command
-        and records.stands_for(row, environment, gate)
-        for row in records.read(options.out, "patch")
-    )
-
-
 def _measured(
     scratch: Path, checkpoint: Checkpoint, repeats: int
-) -> list[tuple[Contender, list[Turn]]]:
-    """Each contender with its turns, in a folder that somebody else removes."""
+) -> list[tuple[str, str, list[Sample]]]:
+    """(name, what is run, samples) of each contender, in a folder that somebody else removes."""
     say(f"writing {checkpoint.name}")
     source, mask_folder = scratch / "source", scratch / "mask"
     mask = write_checkpoint(source, checkpoint)
     mask.save_pretrained(mask_folder)
-    contenders = _contenders(source, mask_folder, mask, copy_command(scratch))
-    turns: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
+    ways = _contenders(source, mask_folder, mask, copy_command(scratch))
+    turns = {name: partial(_turn, run, source, scratch / "copy") for name, (_, run) in ways.items()}
     # The round before the first is not counted: many disks are slow where they were never written.
-    for number in range(repeats + 1):
-        for contender in contenders:
-            turn = _turn(contender, source, scratch / "copy")
-            if number:
-                turns[contender.name].append(turn)
-            say(f"  {number}/{repeats}  {contender.name:<12} {turn.seconds:8.2f} s")
-    return [(contender, turns[contender.name]) for contender in contenders]
+    taken = take_turns(turns, repeats, warm_up=1)
+    return [(name, ways[name][0], samples) for name, samples, _ in taken]
 
 
-def _turn(contender: Contender, source: Path, copy: Path) -> Turn:
+def _turn(copying: Copying, source: Path, copy: Path) -> Sample:
     _read(source)
-    turn = contender.run(copy)
+    sample = copying(copy)
     shutil.rmtree(copy)
     # Until the removal has reached the disk, the disk is busy with it.
     atomic.flush(copy.parent)
-    return turn
+    return sample
 
 
 def _read(folder: Path) -> None:
@@ -175,37 +173,34 @@ def copy_command(scratch: Path) -> tuple[str, ...]:
 
 def _contenders(
     source: Path, mask_folder: Path, mask: NeuronMask, command: Sequence[str]
-) -> list[Contender]:
-    def copied(copy: Path) -> Turn:
+) -> dict[str, tuple[str, Copying]]:
+    """Name -> (what is run, for the table; the copying)."""
+
+    def copied(copy: Path, *, flush: bool) -> Sample:
         start = time.perf_counter()
         _finished([*command, str(source), str(copy)])
-        return Turn(time.perf_counter() - start)
+        if flush:
+            for path in (*copy.rglob("*"), copy, copy.parent):
+                atomic.flush(path)
+        return Sample(time.perf_counter() - start)
 
-    def copied_and_flushed(copy: Path) -> Turn:
-        start = time.perf_counter()
-        _finished([*command, str(source), str(copy)])
-        for path in (*copy.rglob("*"), copy, copy.parent):
-            atomic.flush(path)
-        return Turn(time.perf_counter() - start)
-
-    def patched(copy: Path) -> Turn:
-        once = Path(__file__).with_name("patch_once.py")
-        arguments = [sys.executable, str(once), str(source), str(mask_folder), str(copy)]
-        turn = Turn(**json.loads(_finished(arguments)))
+    def patched(copy: Path) -> Sample:
+        once = [sys.executable, "-m", "benchmarks.patch.once"]
+        sample = Sample(**json.loads(_finished([*once, str(source), str(mask_folder), str(copy)])))
         verify_checkpoint(copy, mask)
-        return turn
+        return sample
 
     shown = f"`{' '.join(command)}`"
-    return [
-        Contender("cp", shown, copied),
-        Contender("cp and fsync", f"{shown}, then fsync", copied_and_flushed),
-        Contender(_OURS, "`fastdean.patch_checkpoint`", patched),
-    ]
+    return {
+        "cp": (shown, partial(copied, flush=False)),
+        "cp and fsync": (f"{shown}, then fsync", partial(copied, flush=True)),
+        _OURS: ("`fastdean.patch_checkpoint`", patched),
+    }
 
 
 def _finished(command: Sequence[str]) -> str:
     """What the command printed; it sees the package of this checkout."""
-    paths = [str(records.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(store.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
     if done.returncode != 0:
@@ -228,60 +223,33 @@ def _file_system(folder: Path) -> str | None:
     return done.stdout.split()[-1]
 
 
-def _record(
-    options: argparse.Namespace,
-    checkpoint: Checkpoint,
-    contender: Contender,
-    turns: Sequence[Turn],
-    file_system: str | None,
-    gate: str,
-) -> PatchRecord:
-    seconds = tuple(turn.seconds for turn in turns)
-    spread = Spread.of(seconds)
-    return PatchRecord(
-        op="patch",
-        case=checkpoint.name,
-        impl=contender.name,
-        how=contender.how,
-        dtype="bf16",
-        checkpoint_bytes=checkpoint.nbytes,
-        shards=checkpoint.shards,
-        matrices=len(checkpoint.matrices),
-        masked=checkpoint.masked,
-        file_system=file_system,
-        repeats=len(turns),
-        seconds=seconds,
-        median_s=spread.median,
-        p20_s=spread.p20,
-        p80_s=spread.p80,
-        process_peak_bytes=_most([turn.process_peak_bytes for turn in turns]),
-        peak_bytes=_most([turn.peak_bytes for turn in turns]),
-        toy=options.toy,
-        gate=gate,
-    )
-
-
-def _most(values: Sequence[int | None]) -> int | None:
-    return None if None in values else max(values)
-
-
-def _render(rows: Sequence[PatchRecord]) -> str:
-    lines = [
-        f"{'':<13} {'median':>9} {'p20':>9} {'p80':>9} "
-        + " ".join(f"{'x ' + row.impl:>14}" for row in rows if row.impl != _OURS)
-        + f" {'process peak':>13} {'above before':>13}"
-    ]
-    for row in rows:
-        times = [
-            Spread.of_ratios(row.seconds, other.seconds) for other in rows if other.impl != _OURS
+def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+    plain = [row for row in rows if row.contender != _OURS]
+    header = ["", "seconds (p20 to p80)", *(f"vs {row['how']}" for row in plain)]
+    return [*header, "peak memory", "of it during the call"], [
+        [
+            row["how"],
+            tables.spread(row),
+            *(
+                "1.00x" if row is each else tables.ratio(tables.of_rounds(row, each))
+                for each in plain
+            ),
+            tables.held(row["process_peak_bytes"]),
+            tables.held(row["peak_bytes"]),
         ]
-        lines.append(
-            f"{row.impl:<13} {row.median_s:7.2f} s {row.p20_s:7.2f} s {row.p80_s:7.2f} s "
-            + " ".join(f"{each.median:14.2f}" for each in times)
-            + f" {_megabytes(row.process_peak_bytes):>13} {_megabytes(row.peak_bytes):>13}"
-        )
-    return "\n".join(lines)
+        for row in rows
+    ]
 
 
-def _megabytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:.0f} MB"
+def _times(row: Record, other: Record) -> str:
+    return "1.00x" if row is other else tables.ratio(tables.of_rounds(row, other))
+
+
+def _notes(rows: Sequence[Record]) -> list[str]:
+    row = rows[0]
+    on = "" if row["file_system"] is None else f", on {row['file_system']}"
+    return [f"{row.case}{on}, {row['repeats']} rounds. {tables.provenance_line(row)}"]
+
+
+_KEYS = ("device", "case", "file_system")
+TABLE = Table("python -m benchmarks patch", _KEYS, _KEYS, _lines, _notes)

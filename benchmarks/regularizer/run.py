@@ -1,4 +1,4 @@
-"""`run.py regularizer`: what the collapse regulariser adds to a training step.
+"""`regularizer`: what the collapse regulariser adds to a training step.
 
 And what `collapse_metrics` adds to its forward passes. Both take turns with what they add to, in
 one process and on the same batches.
@@ -8,31 +8,45 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import records
 import torch
-from progress import Budget, say
-from records import Environment, RegularizerRecord
-from regularizer_subject import ARCHITECTURES, Subject, load_subject
-from regularizer_table import FLOORS, METRICS, STEP, regularizer_table
-from timing import Spread, synchronize
 from torch import nn
 
+from benchmarks.harness import tables
+from benchmarks.harness.budget import say
+from benchmarks.harness.clock import Spread, elapsed
+from benchmarks.harness.command import at_least_two, model_options, positive
+from benchmarks.harness.session import Sample, Session, seconds_of, take_turns
+from benchmarks.harness.store import Record
+from benchmarks.harness.tables import Cells, Table
+from benchmarks.regularizer.subject import ARCHITECTURES, Subject, load_subject
 from fastdean.batching import Batch, default_tokens_per_batch, plan_batches
 from fastdean.collapse import CollapseRegularizer, Representations, collapse_metrics
 from fastdean.data import Example
 from fastdean.forward import exact_layout
 from fastdean.model_state import evaluation_state
 
+STEP, METRICS = "training step", "collapse_metrics"
+_NAMES = {
+    "without": "without a regulariser",
+    "forward passes": "its forward passes alone",
+    METRICS: "`collapse_metrics`",
+}
 # Live features fade in mode "cumulative", which therefore refuses them.
 _REGULARIZERS: dict[str, dict[str, Any]] = {
     "std, detached": {"detach_features": True, "mode": "cumulative"},
     "std, live": {"detach_features": False, "mode": "batch"},
 }
+# The first of each is what the others add to.
+CONTENDERS = {
+    STEP: ("without", *_REGULARIZERS),
+    METRICS: ("forward passes", METRICS),
+}
+FLOORS = {what: names[0] for what, names in CONTENDERS.items()}
 _STRENGTH = 1.0
 # Small enough that all rounds train the same model, as far as time goes.
 _LEARNING_RATE = 1e-7
@@ -43,81 +57,117 @@ _WARM_UP_ROUNDS = 2
 class Measurement:
     """Attributes:
     case: what was run, without the model.
-    turns: contender -> seconds of every round; the first one is what the others add to.
+    turns: contender -> its samples; the first one is what the others add to.
     """
 
     case: str
     tokens: int
     labelled: int
-    turns: Mapping[str, Sequence[float]]
+    turns: Mapping[str, Sequence[Sample]]
 
 
-def run_regularizer(
-    options: argparse.Namespace, environment: Environment, budget: Budget, gate: str
-) -> int:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    model_options(parser)
+    add = parser.add_argument
+    add(
+        "--architecture",
+        action="append",
+        choices=ARCHITECTURES,
+        help="causal: --model; masked: random weights in the shape of BERT-base; may be repeated; "
+        "default: both",
+    )
+    add("--tokens", type=at_least_two, default=256, help="of a step; default: 256")
+    add("--length", type=at_least_two, default=64, help="of its sequences; default: 64")
+    add("--repeats", type=positive, default=10)
+    add(
+        "--metrics-tokens",
+        type=positive,
+        default=4000,
+        help="that collapse_metrics reads; default: 4000",
+    )
+    add("--metrics-repeats", type=positive, default=5)
+    add("--toy", action="store_true", help="tiny models, to try the command out")
+
+
+def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
+    names = ("collapse_op", "collapse_regularizer", "collapse_measuring")
+    return tuple(f"tests/test_{name}.py" for name in names)
+
+
+def run(session: Session) -> int:
     """Append one record per architecture, thing measured and contender.
 
     Raises:
         ValueError: too few tokens for a sequence.
         RuntimeError: a loss or a metric is not finite; nothing of that measurement is recorded.
     """
-    done = _measured_before(options, environment, gate) if options.resume else set()
-    wanted = {
-        architecture: [what for what in _MEASURE if (architecture, what) not in done]
-        for architecture in dict.fromkeys(options.architecture or ARCHITECTURES)
-    }
-    if not any(wanted.values()):
-        say("nothing left to measure")
-    for architecture, measurements in wanted.items():
-        if measurements and budget.spent:
-            say("the time is used up: call again")
-            return 0
-        if measurements:
-            _measure_one(options, environment, gate, architecture, measurements)
+    due = [
+        {"architecture": architecture, "measured": what}
+        for architecture in dict.fromkeys(session.options.architecture or ARCHITECTURES)
+        for what in _MEASURE
+    ]
+    due = [
+        each
+        for each in due
+        if not session.earlier(
+            "regularizer", set(CONTENDERS[each["measured"]]), each, same_command=True
+        )
+    ]
+    subject, loaded = None, ""
+    for each in session.due(due, "measurements"):
+        architecture, what = each["architecture"], each["measured"]
+        if loaded != architecture:
+            subject, loaded = load_subject(session.options, architecture), architecture
+        say(f"{subject.name}, {what}")
+        rows = _record(session, subject, each, _MEASURE[what](subject, session.options))
+        print(tables.rendered(TABLE, rows))
     return 0
 
 
-def _measured_before(
-    options: argparse.Namespace, environment: Environment, gate: str
-) -> set[tuple[str, str]]:
-    return {
-        (row["architecture"], row["measured"])
-        for row in records.read(options.out, "regularizer")
-        if row["command"] == environment.command and records.stands_for(row, environment, gate)
+def _record(
+    session: Session, subject: Subject, measurement: Mapping[str, str], found: Measurement
+) -> list[Record]:
+    """Ratios are those of the seconds over the floor's, round by round."""
+    floor = seconds_of(found.turns[FLOORS[measurement["measured"]]])
+    setup = {
+        **measurement,
+        "model": subject.name,
+        "tokens": found.tokens,
+        "labelled": found.labelled,
+        "classes": len(subject.classes),
+        "features": subject.model.get_output_embeddings().weight.shape[1],
     }
-
-
-def _measure_one(
-    options: argparse.Namespace,
-    environment: Environment,
-    gate: str,
-    architecture: str,
-    measurements: Sequence[str],
-) -> None:
-    subject = load_subject(options, architecture)
-    for what in measurements:
-        say(f"{subject.name}, {what}")
-        found = _MEASURE[what](subject, options)
-        rows = [
-            _record(options, subject, architecture, what, found, impl, gate) for impl in found.turns
-        ]
-        for row in rows:
-            path = records.append(options.out, "regularizer", environment, row)
-            say(f"  {row.impl}: appended to {path.parent.name}/{path.name}")
-        print(regularizer_table([{**vars(row), **vars(environment)} for row in rows]))
+    rows = []
+    for name, samples in found.turns.items():
+        seconds = seconds_of(samples)
+        ratio = Spread.of_ratios(seconds["rounds_s"], floor["rounds_s"])
+        rows.append(
+            session.append(
+                "regularizer",
+                f"{subject.name}, {found.case}",
+                name,
+                setup=setup | {"repeats": len(samples)},
+                seconds=seconds,
+                metrics={
+                    "ratio_median": ratio.median,
+                    "ratio_p20": ratio.p20,
+                    "ratio_p80": ratio.p80,
+                    "floor_s": floor["median_s"],
+                },
+            )
+        )
+    return rows
 
 
 def _training_steps(subject: Subject, options: argparse.Namespace) -> Measurement:
     batch = subject.batch(options.tokens, options.length)
     steps = _Steps(subject, batch)
-    contenders = {
-        FLOORS[STEP]: lambda: steps.seconds(None),
-        **{name: lambda name=name: steps.seconds(name) for name in _REGULARIZERS},
-    }
+    contenders = {FLOORS[STEP]: partial(steps.turn, None)}
+    contenders |= {name: partial(steps.turn, name) for name in _REGULARIZERS}
     was_training = subject.model.training
     subject.model.train()
     try:
-        turns = _take_turns(contenders, options.repeats)
+        turns = _turns(contenders, options.repeats)
     finally:
         subject.model.train(was_training)
     sequences, length = batch["input_ids"].shape
@@ -129,6 +179,11 @@ def _training_steps(subject: Subject, options: argparse.Namespace) -> Measuremen
     )
 
 
+def _turns(contenders: Mapping[str, Callable[[], Sample]], rounds: int) -> dict[str, list[Sample]]:
+    taken = take_turns(contenders, rounds, warm_up=_WARM_UP_ROUNDS)
+    return {name: samples for name, samples, _ in taken}
+
+
 class _Steps:
     """Forward, backward and AdamW's step on one batch, with a regulariser attached or none."""
 
@@ -138,36 +193,32 @@ class _Steps:
         self._optimizer = torch.optim.AdamW(subject.model.parameters(), lr=_LEARNING_RATE)
         self._statistics: dict[str, dict[str, Any]] = {}
 
-    def seconds(self, name: str | None) -> float:
-        """Of one step; attaching and detaching are outside of it.
+    def turn(self, name: str | None) -> Sample:
+        """One step; attaching and detaching are outside of its time.
 
         Raises:
             RuntimeError: the regulariser gave no finite term.
         """
         if name is None:
-            return self._timed()
+            return Sample(elapsed(self._step, self._device))
         with CollapseRegularizer(
             self._model, self._classes, _STRENGTH, statistic="std", **_REGULARIZERS[name]
         ) as regularizer:
             if name in self._statistics:
                 regularizer.load_state_dict(self._statistics[name])
-            elapsed = self._timed()
+            seconds = elapsed(self._step, self._device)
             if regularizer.value is None or not math.isfinite(regularizer.value):
                 raise RuntimeError(
                     f"the regulariser {name} must give a finite term, got {regularizer.value}; "
                     "there is nothing to time before it does"
                 )
             self._statistics[name] = regularizer.state_dict()
-        return elapsed
+        return Sample(seconds)
 
-    def _timed(self) -> float:
-        synchronize(self._device)
-        start = time.perf_counter()
+    def _step(self) -> None:
         self._model(**self._batch).loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
-        synchronize(self._device)
-        return time.perf_counter() - start
 
 
 def _metrics(subject: Subject, options: argparse.Namespace) -> Measurement:
@@ -180,18 +231,20 @@ def _metrics(subject: Subject, options: argparse.Namespace) -> Measurement:
         tokens_per_batch=default_tokens_per_batch(device),
         **vars(exact_layout(subject.model, examples)),
     )
-    turns = _take_turns(
-        {
-            FLOORS[METRICS]: lambda: _clocked(lambda: _forward(subject.model, batches), device),
-            METRICS: lambda: _clocked(lambda: _collapse(subject, examples), device),
-        },
-        options.metrics_repeats,
-    )
+    calls = {
+        FLOORS[METRICS]: partial(_forward, subject.model, batches),
+        METRICS: partial(_collapse, subject, examples),
+    }
+
+    def turn(call: Callable[[], None]) -> Sample:
+        return Sample(elapsed(call, device))
+
+    turns = {name: partial(turn, call) for name, call in calls.items()}
     return Measurement(
         f"{len(examples)} texts in {len(batches)} batches",
         tokens=sum(map(len, examples)),
         labelled=sum(subject.labelled(each.input_ids.unsqueeze(0)) for each in examples),
-        turns=turns,
+        turns=_turns(turns, options.metrics_repeats),
     )
 
 
@@ -220,59 +273,33 @@ _MEASURE: dict[str, Callable[[Subject, argparse.Namespace], Measurement]] = {
 }
 
 
-def _take_turns(
-    contenders: Mapping[str, Callable[[], float]], repeats: int
-) -> dict[str, list[float]]:
-    """A B A B ...: a machine that slows down or speeds up does so for all of them."""
-    turns: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(1 - _WARM_UP_ROUNDS, repeats + 1):
-        for name, run in contenders.items():
-            seconds = run()
-            if number > 0:
-                turns[name].append(seconds)
-                say(f"  {number}/{repeats}  {name:<16} {seconds:8.3f} s")
-    return turns
+def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+    measured = rows[0]["measured"]
+    compared = "times the first, round by round (p20 to p80)"
+    return [measured, "seconds (p20 to p80)", compared], [
+        [
+            _NAMES.get(row.contender, f"with it: {row.contender}"),
+            tables.spread(row, 3),
+            "1.000x" if row.contender == FLOORS[measured] else _ratio(row),
+        ]
+        for row in rows
+    ]
 
 
-def _clocked(call: Callable[[], None], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
+def _ratio(row: Record) -> str:
+    times = Spread(row["ratio_median"], row["ratio_p20"], row["ratio_p80"])
+    within = ", no difference beyond noise" if times.p20 <= 1 <= times.p80 else ""
+    return tables.ratio(times, 3) + within
 
 
-def _record(
-    options: argparse.Namespace,
-    subject: Subject,
-    architecture: str,
-    what: str,
-    found: Measurement,
-    impl: str,
-    gate: str,
-) -> RegularizerRecord:
-    seconds, floor = found.turns[impl], found.turns[FLOORS[what]]
-    spread, ratio = Spread.of(seconds), Spread.of_ratios(seconds, floor)
-    return RegularizerRecord(
-        op="regularizer",
-        case=f"{subject.name}, {found.case}",
-        architecture=architecture,
-        measured=what,
-        impl=impl,
-        model=subject.name,
-        tokens=found.tokens,
-        labelled=found.labelled,
-        classes=len(subject.classes),
-        features=subject.model.get_output_embeddings().weight.shape[1],
-        repeats=len(seconds),
-        seconds=tuple(seconds),
-        median_s=spread.median,
-        p20_s=spread.p20,
-        p80_s=spread.p80,
-        ratio_median=ratio.median,
-        ratio_p20=ratio.p20,
-        ratio_p80=ratio.p80,
-        floor_s=Spread.of(floor).median,
-        toy=options.toy,
-        gate=gate,
+def _notes(rows: Sequence[Record]) -> list[str]:
+    row = rows[0]
+    made = (
+        f"{row.case}: {row['tokens']} tokens, {row['labelled']} of them of one of "
+        f"{row['classes']} classes, {row['features']} features; {row['repeats']} rounds"
     )
+    return [f"{made}. {tables.provenance_line(row)}"]
+
+
+_KEYS = ("device", "case", "architecture", "measured")
+TABLE = Table("python -m benchmarks regularizer", _KEYS, _KEYS, _lines, _notes)

@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import inputs
 import torch
-from progress import say
-from random_model import ENCODERS, display_name, random_encoder, random_model
 from torch import Tensor, nn
 
+from benchmarks.harness import models
+from benchmarks.harness.budget import say
+from benchmarks.harness.models import ENCODERS, display_name, random_encoder, random_model
 from fastdean.collapse import CollapseClasses, default_shift, position_labels
 from fastdean.data import Example
 from fastdean.debias import mask_tokens
@@ -98,7 +98,7 @@ def load_subject(options: argparse.Namespace, architecture: str) -> Subject:
     if architecture == "masked" or options.toy:
         return _random_subject(architecture, device, toy=options.toy)
     say("loading the model")
-    model, tokenizer, name = inputs.load_model(options.model, options.gguf, torch.float32, device)
+    model, tokenizer, name = models.load_model(options.model, options.gguf, torch.float32, device)
     classes = CollapseClasses.from_words(tokenizer, "gender")
     texts = [_example(tokenizer(row["text"])["input_ids"]) for row in load_rows(_TEXT)]
     return Subject(model, name, classes, torch.cat([t.input_ids for t in texts]), texts)

@@ -1,4 +1,7 @@
-"""How alike two selections are: bf16 against fp32, and `fastdean.score` against the plain loop."""
+"""`agreement`: how alike two selections are.
+
+bf16 against fp32, and `fastdean.score` against the plain loop.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from baselines import loop_sums
-from inputs import cast_parameters_
 from torch import Tensor, nn
 
 import fastdean
+from benchmarks.harness import models, tables
+from benchmarks.harness.session import Session
+from benchmarks.harness.store import Record
+from benchmarks.harness.tables import Cells, Table
+from benchmarks.score import subject
+from benchmarks.score.baselines import loop_sums
 from fastdean.data import Example
 from fastdean.targets import find_targets
 
@@ -22,7 +29,14 @@ Selections = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two selections over the same matrices; see `records.AgreementRecord` for the fields."""
+    """Two selections over the same matrices.
+
+    Attributes:
+        k: smallest and largest number selected in a matrix.
+        equal: number of matrices whose two sets are equal.
+        kept: share of the reference's set that the other selects too, mean over matrices.
+        kept_least: the same in the worst matrix.
+    """
 
     k: tuple[int, int]
     matrices: int
@@ -86,7 +100,7 @@ def measure_agreement(
 
     fp32 = {ratio: _selection(scores, ratio) for ratio in RATIOS}
     del scores
-    cast_parameters_(model, torch.bfloat16)
+    models.cast_parameters_(model, torch.bfloat16)
     rounded = fastdean.score(model, examples, target_modules=target_modules, progress=False)
     for ratio in RATIOS:
         if any(index.numel() for index in fp32[ratio].values()):
@@ -100,3 +114,54 @@ def _selection(scores: fastdean.Scores, ratio: float) -> Selections:
         name: scores.select(name, int(ratio * entry.numel))
         for name, entry in scores.entries.items()
     }
+
+
+def run(session: Session) -> int:
+    """Append how alike the loop and fastdean in fp32, and fastdean in bf16, select."""
+    options = session.options
+    for _ in session.due(["all"]):
+        found = subject.load_subject(options, "fp32")
+        examples = found.examples(subject.examples_in(options, "bf16"))
+        rows = []
+        for against, other, ratio, result in measure_agreement(
+            found.model, examples, options.targets
+        ):
+            setup = {
+                "reference": against,
+                "ratio": ratio,
+                "model": found.name,
+                "examples": len(examples),
+                "tokens": sum(map(len, examples)),
+            }
+            case, metrics = f"{found.name}, {options.targets}", dict(vars(result))
+            rows.append(session.append("agreement", case, other, setup=setup, metrics=metrics))
+        print(tables.rendered(TABLE, rows))
+    return 0
+
+
+def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+    header = ["selection", "of", "ratio", "k", "kept (mean)", "kept (worst matrix)"]
+    return [*header, "equal matrices"], [_cells(row) for row in rows]
+
+
+def _cells(row: Record) -> Cells:
+    least, most = row["k"]
+    return [
+        row.contender,
+        row["reference"],
+        "" if row["ratio"] is None else f"{row['ratio']:g}",
+        str(least) if least == most else f"{least} to {most}",
+        f"{row['kept']:.1%}",
+        f"{row['kept_least']:.1%}",
+        f"{row['equal']} of {row['matrices']}",
+    ]
+
+
+def _notes(rows: Sequence[Record]) -> list[str]:
+    row = rows[0]
+    size = f"{row['examples']} examples, {row['tokens']} tokens"
+    return [f"{row.case}. {size}. {tables.provenance_line(row)}"]
+
+
+_KEYS = ("device", "case")
+TABLE = Table("python -m benchmarks agreement", _KEYS, _KEYS, _lines, _notes)

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from device_time import Launch, launches, profiled
 from torch.autograd import DeviceType
+
+from benchmarks.harness.profile import Launch, launches, profiled
 
 GROUPS = {
     "attention": r"attention|flash|aten::(bmm|baddbmm)$",
@@ -89,8 +90,3 @@ def _shares(
     seconds[rest] = max(0.0, wall - sum(seconds.values()))
     total = sum(seconds.values())
     return {group: s / total for group, s in sorted(seconds.items(), key=lambda item: -item[1])}
-
-
-def render(breakdown: dict[str, float]) -> str:
-    width = max(map(len, breakdown))
-    return "\n".join(f"  {group:<{width}}  {share:6.1%}" for group, share in breakdown.items())

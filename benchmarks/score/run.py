@@ -1,27 +1,37 @@
-"""`run.py score`: three or four ways to the same sums, taking turns in one process."""
+"""`score`: several ways to the same sums, taking turns in one process, each dtype by itself."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import breakdown
-import inputs
-import measure
-import records
 import torch
-from baselines import vmap_chunk
-from cases import Case, Implementation, score_case
-from measure import Floor, Outcome, Problem, attempt
-from progress import Budget, say
-from records import Environment, LeftOutRecord, Record, ScoreRecord
-from subject import Subject, load_subject
 from torch import nn
 
+from benchmarks.harness import models, store, tables
+from benchmarks.harness.budget import say
+from benchmarks.harness.cases import Case
+from benchmarks.harness.command import positive
+from benchmarks.harness.plots import Panel
+from benchmarks.harness.rates import Floor, copy_bandwidth, matrix_rate
+from benchmarks.harness.session import (
+    Problem,
+    Sample,
+    Session,
+    attempt,
+    most,
+    seconds_of,
+    take_turns,
+    timed,
+)
+from benchmarks.harness.store import Record
+from benchmarks.harness.tables import Cells, Table
+from benchmarks.score import breakdown, subject
+from benchmarks.score.baselines import vmap_chunk
+from benchmarks.score.work import score_case
 from fastdean.data import Example
 from fastdean.targets import find_targets
 
@@ -29,192 +39,124 @@ from fastdean.targets import find_targets
 # In fp32 it is torch's own cross-entropy on a CPU that is off, by 1.6e-4 at a vocabulary of 49k.
 _MAY_DIFFER = {"fp32": 1e-3, "bf16": 1e-1}
 _CHECKED_EXAMPLES = 2
-_OURS = "fastdean"
-IMPLEMENTATIONS = ("published", "loop", "vmap", _OURS)
-_NO_ROOM = Problem("the gradients of two examples do not fit into the free memory", failed=False)
+OURS = "fastdean"
+NAMES = {
+    "published": "published procedure",
+    "loop": "plain loop",
+    "vmap": "`torch.func.vmap`",
+    OURS: "`fastdean.score`",
+}
+_NO_ROOM = Problem("the gradients of two examples do not fit into the free memory")
+
+_TESTS = ("tests/test_score.py",)
+# Those above run on the CPU: what a GPU runs is the kernels.
+_TESTS_ON_GPU = (
+    "tests/test_score_kernels.py",
+    "tests/test_repeatable.py::test_a_deterministic_run_of_score_repeats_its_bits",
+    "tests/test_repeatable.py::test_an_op_repeats_its_bits[weight_sums-torch.float32-triton]",
+    "tests/test_repeatable.py::test_an_op_repeats_its_bits[weight_sums-torch.bfloat16-triton]",
+)
 
 
-def run_score(
-    options: argparse.Namespace, environment: Environment, budget: Budget, gate: str
-) -> int:
-    """Measure every dtype, print as it goes, append one record per implementation and dtype.
+def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
+    return (*_TESTS, *(_TESTS_ON_GPU if on_gpu else ()))
+
+
+def tests_of_agreement(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
+    """It selects as well."""
+    on_gpu_too = ("tests/test_score_kernels.py", "tests/test_repeatable.py")
+    return (*_TESTS, *(on_gpu_too if on_gpu else ()))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    subject.add_options(parser)
+    add = parser.add_argument
+    add(
+        "--dtype",
+        action="append",
+        choices=list(models.DTYPES),
+        help="may be repeated; default: both",
+    )
+    add(
+        "--impl",
+        action="append",
+        choices=list(NAMES),
+        help="measure only this one; may be repeated; vmap besides needs --vmap",
+    )
+    add("--repeats", type=positive, default=3)
+    add(
+        "--layers",
+        type=positive,
+        default=2,
+        help="layers the published procedure is run on, first to last; default: 2",
+    )
+    add("--vmap", action="store_true", help="measure torch.func.vmap too, where memory allows")
+    add("--profile", action="store_true", help="say where fastdean's time goes")
+
+
+def run(session: Session) -> int:
+    """Append one record per implementation and dtype as soon as it is done.
 
     An implementation that runs out of memory or fails is named, and the others are measured; 1 if
     one failed.
     """
     # fp32 first: casting down keeps what casting up cannot bring back.
-    dtypes = sorted(set(options.dtype or inputs.DTYPES), key=list(inputs.DTYPES).index)
-    failed = False
-    if options.resume:
-        earlier = {dtype: _earlier_run(options, environment, dtype, gate) for dtype in dtypes}
-        dtypes = [dtype for dtype in dtypes if not earlier[dtype]]
-        for row in itertools.chain.from_iterable(earlier.values()):
-            failed |= bool(row.get("failed"))
-            if "reason" in row:
-                say(f"{row['impl']}, {row['dtype']}: not measured: {row['reason']}")
-    if not dtypes or budget.spent:
-        say("nothing left to measure" if not dtypes else "the time is used up: call again")
-        return int(failed)
-    subject = load_subject(options, dtypes[0])
-    bandwidth = measure.copy_bandwidth(torch.device(options.device))
-    run = _Run(options, environment, gate, subject, bandwidth)
-    for dtype in dtypes:
-        run.measure(dtype)
-    return int(failed or run.failed)
-
-
-def _earlier_run(
-    options: argparse.Namespace, environment: Environment, dtype: str, gate: str
-) -> list[Record]:
-    """What the same command said of `dtype` on the same code and machine; [] if it was cut off.
-
-    Records of one call of the program belong together: what took turns can be compared.
-    """
-    rows = [
-        row
-        for op in ("score", "left_out")
-        for row in records.read(options.out, op)
-        if row["op"] == "score"
-        and row["dtype"] == dtype
-        and row["command"] == environment.command
-        and records.stands_for(row, environment, gate)
-    ]
-    wanted = _wanted(options)
-    for run in records.grouped(rows, ("date",)):
-        measured = {row["impl"] for row in run if "reason" not in row}
-        if _OURS in measured and wanted <= {row["impl"] for row in run}:
-            return run
-    return []
+    chosen = set(session.options.dtype or models.DTYPES)
+    due = []
+    for dtype in (each for each in models.DTYPES if each in chosen):
+        earlier = session.earlier(
+            "score",
+            _wanted(session.options),
+            {"dtype": dtype},
+            without_problem=OURS,
+            same_command=True,
+        )
+        due += [] if earlier else [dtype]
+        for row in (row for row in earlier if row.problem is not None):
+            session.failed |= row.problem["failed"]
+            say(f"{row.contender}, {dtype}: not measured: {row.problem['reason']}")
+    loaded: subject.Subject | None = None
+    bandwidth = 0.0
+    for dtype in session.due(due, "dtypes"):
+        if loaded is None:
+            loaded = subject.load_subject(session.options, dtype)
+            bandwidth = copy_bandwidth(session.device)
+        rows = _measure(session, loaded, dtype, bandwidth)
+        if rows:
+            print(tables.rendered(TABLE, rows))
+    return int(session.failed)
 
 
 def _wanted(options: argparse.Namespace) -> set[str]:
     """The implementations asked for; ours always, since the others are compared with it."""
     if options.impl:
-        return {*options.impl, _OURS}
-    return {"published", "loop", _OURS, *(["vmap"] if options.vmap else [])}
+        return {*options.impl, OURS}
+    return {"published", "loop", OURS, *(["vmap"] if options.vmap else [])}
 
 
-@dataclass
-class _Run:
-    """What holds for all dtypes of one call of the program."""
-
-    options: argparse.Namespace
-    environment: Environment
-    gate: str
-    subject: Subject
-    bandwidth: float
-    failed: bool = False
-
-    def __post_init__(self) -> None:
-        self._device = torch.device(self.options.device)
-
-    def measure(self, dtype: str) -> None:
-        model = self.subject.model
-        inputs.cast_parameters_(model, inputs.DTYPES[dtype])
-        examples = self.subject.examples(examples_in(self.options, dtype))
-        chunk = vmap_examples(self.options, model)
-        case = score_case(
-            model,
-            examples,
-            target_modules=self.options.targets,
-            layers=self.options.layers,
-            vmap_examples=chunk,
-            name=f"{self.subject.name}, {self.options.targets}",
-        )
-        wanted = _wanted(self.options)
-        chosen = [each for each in case.implementations if each.name in wanted]
-        case = replace(case, implementations=tuple(chosen))
-        if "vmap" in wanted and not chunk:
-            self._leave_out(case, "vmap", dtype, _NO_ROOM)
-        problems = require_same_sums(case, examples[:_CHECKED_EXAMPLES], dtype, self._device)
-        for name, problem in problems.items():
-            self._leave_out(case, name, dtype, problem)
-        able = [each for each in case.implementations if each.name not in problems]
-        rows = list(self._measured(case, able, examples, dtype))
-        print(_render(rows))
-        for row in rows:
-            if row.breakdown is not None:
-                print(f"\n{row.impl}, {dtype}: share of one profiled run")
-                print(breakdown.render(row.breakdown))
-
-    def _measured(
-        self,
-        case: Case,
-        implementations: Sequence[Implementation],
-        examples: Sequence[Example],
-        dtype: str,
-    ) -> Iterator[ScoreRecord]:
-        """Appends each record as soon as its implementation has had its last turn."""
-        floor = self._floor(case, dtype)
-        say(
-            f"{dtype}: {len(examples)} examples, {case.work.tokens} tokens; products run at "
-            f"{floor.matrix_rate / 1e9:.1f} GFLOP/s, copies at {self.bandwidth / 1e9:.1f} GB/s; "
-            f"floor {floor.seconds:.2f} s"
-        )
-        outcomes = measure.interleaved(
-            implementations, examples, self.options.repeats, self._device, say
-        )
-        floors = [floor]
-        for outcome in outcomes:
-            name = outcome.implementation.name
-            if outcome.problem is not None:
-                self._leave_out(case, name, dtype, outcome.problem)
-                continue
-            if len(floors) == 1:
-                # Before and after: a machine that was busy once must not raise the floor.
-                floors.append(self._floor(case, dtype))
-            floor = min(floors, key=lambda each: each.seconds)
-            row = self._record(case, outcome, examples, floor, dtype)
-            path = records.append(self.options.out, "score", self.environment, row)
-            say(f"  {name}: appended to {path.parent.name}/{path.name}")
-            yield row
-
-    def _floor(self, case: Case, dtype: str) -> Floor:
-        return floor_now(case, dtype, self._device, self.bandwidth)
-
-    def _record(
-        self,
-        case: Case,
-        outcome: Outcome,
-        examples: Sequence[Example],
-        floor: Floor,
-        dtype: str,
-    ) -> ScoreRecord:
-        profiled = self.options.profile and outcome.implementation.name == _OURS
-        run = partial(outcome.implementation.run, examples)
-        return ScoreRecord.of(
-            case,
-            outcome.implementation,
-            outcome.samples,
-            floor,
-            dtype=dtype,
-            model=self.subject.name,
-            examples=len(examples),
-            breakdown=self._profiled(run) if profiled else None,
-            gate=self.gate,
-        )
-
-    def _profiled(self, run: Callable[[], Any]) -> dict[str, float] | None:
-        found, problem = attempt(lambda: breakdown.profile(run, self._device), self._device)
-        if found is None:
-            seen = "the profiler sees no kernels" if problem is None else problem.reason
-            say(f"  no breakdown: {seen}")
-        return found
-
-    def _leave_out(self, case: Case, name: str, dtype: str, problem: Problem) -> None:
-        # Without our own there is nothing to compare, whatever the reason.
-        self.failed |= problem.failed or name == _OURS
-        say(f"  {name:<10} not measured: {problem.reason}")
-        row = LeftOutRecord(
-            case.op, case.name, name, dtype, problem.reason, problem.failed, self.gate
-        )
-        records.append(self.options.out, "left_out", self.environment, row)
-
-
-def examples_in(options: argparse.Namespace, dtype: str) -> int:
-    if dtype == "bf16" and options.bf16_examples is not None:
-        return options.bf16_examples
-    return options.examples
+def _measure(
+    session: Session, loaded: subject.Subject, dtype: str, bandwidth: float
+) -> list[Record]:
+    options, model = session.options, loaded.model
+    models.cast_parameters_(model, models.DTYPES[dtype])
+    examples = loaded.examples(subject.examples_in(options, dtype))
+    chunk = vmap_examples(options, model)
+    case = score_case(
+        model,
+        examples,
+        target_modules=options.targets,
+        layers=options.layers,
+        vmap_examples=chunk,
+        name=f"{loaded.name}, {options.targets}",
+        dtype=dtype,
+        model_name=loaded.name,
+    )
+    wanted = _wanted(options)
+    case = replace(case, contenders=tuple(c for c in case.contenders if c.name in wanted))
+    measuring = Comparison(session, case, examples, bandwidth)
+    if "vmap" in wanted and not chunk:
+        measuring.leave_out("vmap", _NO_ROOM)
+    return measuring.measure(options.repeats, profile=options.profile)
 
 
 def vmap_examples(options: argparse.Namespace, model: nn.Module) -> int:
@@ -229,17 +171,106 @@ def vmap_examples(options: argparse.Namespace, model: nn.Module) -> int:
     return chunk
 
 
+@dataclass
+class Comparison:
+    """The contenders of one case in turn, on the same examples, and the floor of the machine."""
+
+    session: Session
+    case: Case
+    examples: Sequence[Example]
+    bandwidth: float
+
+    def measure(self, repeats: int, *, profile: bool = False) -> list[Record]:
+        """Appends each record as soon as its contender has had its last turn."""
+        problems = require_same_sums(
+            self.case, self.examples[:_CHECKED_EXAMPLES], self.session.device
+        )
+        for name, problem in problems.items():
+            self.leave_out(name, problem)
+        able = {each.name: each for each in self.case.contenders if each.name not in problems}
+        floor = self._floor()
+        say(
+            f"{self.case.name}, {self.case.dtype}: {len(self.examples)} examples, "
+            f"{self.case.settings['tokens']} tokens; products run at "
+            f"{floor.matrix_rate / 1e9:.1f} GFLOP/s; floor {floor.seconds:.2f} s"
+        )
+        turns = {name: partial(self._turn, each.run, each.scale) for name, each in able.items()}
+        floors, rows = [floor], []
+        for name, samples, problem in take_turns(turns, repeats, forgiving=self.session.device):
+            if problem is not None:
+                self.leave_out(name, problem)
+                continue
+            if len(floors) == 1:
+                # Before and after: a machine that was busy once must not raise the floor.
+                floors.append(self._floor())
+            best = min(floors, key=lambda each: each.seconds)
+            shares = self._profiled(able[name].run) if profile and name == OURS else None
+            rows.append(self._append(name, able[name].extrapolated, samples, best, shares))
+        return rows
+
+    def _turn(self, run: Any, scale: float) -> Sample:
+        sample = timed(lambda: run(self.examples), self.session.device)
+        return replace(sample, seconds=scale * sample.seconds)
+
+    def _floor(self) -> Floor:
+        dtype, device = models.DTYPES[self.case.dtype], self.session.device
+        rate = matrix_rate(self.case.shapes, dtype, device)
+        return Floor(self.case.operations, self.case.bytes, rate, self.bandwidth)
+
+    def _profiled(self, run: Any) -> dict[str, float] | None:
+        device = self.session.device
+        found, problem = attempt(
+            lambda: breakdown.profile(lambda: run(self.examples), device), device
+        )
+        if found is None:
+            seen = "the profiler sees no kernels" if problem is None else problem.reason
+            say(f"  no breakdown: {seen}")
+        return found
+
+    def leave_out(self, name: str, problem: Problem) -> None:
+        # Without our own there is nothing to compare, whatever the reason.
+        self.session.failed |= name == OURS
+        case = self.case
+        self.session.leave_out(case.op, case.name, name, problem, setup=case.setup)
+
+    def _append(
+        self,
+        name: str,
+        extrapolated: str | None,
+        samples: Sequence[Sample],
+        floor: Floor,
+        shares: dict[str, float] | None,
+    ) -> Record:
+        """`peak_bytes` is never extrapolated: it is that of the layers run."""
+        seconds = seconds_of(samples)
+        return self.session.append(
+            self.case.op,
+            self.case.name,
+            name,
+            setup=self.case.setup | {"repeats": len(samples), "extrapolated": extrapolated},
+            seconds=seconds,
+            metrics={
+                "tokens_per_s": self.case.settings["tokens"] / seconds["median_s"],
+                "peak_bytes": most([sample.peak_bytes for sample in samples]),
+                **vars(floor),
+                "floor_s": floor.seconds,
+                "share_of_floor": floor.seconds / seconds["median_s"],
+                "breakdown": shares,
+            },
+        )
+
+
 def require_same_sums(
-    case: Case, examples: Sequence[Example], dtype: str, device: torch.device
+    case: Case, examples: Sequence[Example], device: torch.device
 ) -> dict[str, Problem]:
     """Run everything once on a few examples: a warm-up, and what does not agree is not timed.
 
     Returns:
-        Of each implementation that could not run its name and why.
+        Of each contender that could not run its name and why.
     Raises:
-        RuntimeError: two implementations disagree, or fastdean could not run.
+        RuntimeError: two contenders disagree, or fastdean could not run.
     """
-    *others, ours = case.implementations
+    *others, ours = case.contenders
     expected, problem = attempt(lambda: ours.run(examples), device)
     if problem is not None:
         raise RuntimeError(
@@ -249,46 +280,82 @@ def require_same_sums(
     problems = {}
     for each in others:
         # One after the other: at 7B the sums of all of them together would not fit.
-        sums, problem = attempt(lambda run=each.run: run(examples), device)
-        if problem is not None:
+        sums, problem = attempt(partial(each.run, examples), device)
+        if problem is None:
+            _require_alike(each.name, sums, expected, _MAY_DIFFER[case.dtype])
+        else:
             problems[each.name] = problem
-            continue
-        for parameter, value in sums.items():
-            reference = expected[parameter].double()
-            error = float((value.double() - reference).norm() / reference.norm())
-            if not error <= _MAY_DIFFER[dtype]:
-                raise RuntimeError(
-                    f"{each.name} and fastdean must compute the same sums to "
-                    f"{_MAY_DIFFER[dtype]:g}, got {error:.2g} in {parameter}; "
-                    "there is nothing to time before they do"
-                )
         del sums
     return problems
 
 
-def floor_now(case: Case, dtype: str, device: torch.device, bandwidth: float) -> Floor:
-    rate = measure.matrix_rate(case.shapes, inputs.DTYPES[dtype], device)
-    return Floor(case.work.operations, case.work.bytes, rate, bandwidth)
+def _require_alike(name: str, sums: Mapping, expected: Mapping, most: float) -> None:
+    for parameter, value in sums.items():
+        reference = expected[parameter].double()
+        error = float((value.double() - reference).norm() / reference.norm())
+        if not error <= most:
+            raise RuntimeError(
+                f"{name} and fastdean must compute the same sums to {most:g}, got {error:.2g} in "
+                f"{parameter}; there is nothing to time before they do"
+            )
 
 
-def _render(rows: Sequence[ScoreRecord]) -> str:
-    median = {row.impl: row.median_s for row in rows}
-    lines = [
-        f"{'':<10} {'median':>10} {'p20':>10} {'p80':>10} {'tokens/s':>9} {'x loop':>7} "
-        f"{'x publ.':>8} {'peak':>10} {'floor/time':>10}"
+def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+    header = ["dtype", "", "seconds (p20 to p80)", "tokens/s", "vs plain loop", "vs published"]
+    lines = []
+    for alike in store.grouped(rows, ("dtype",)):
+        median = {row.contender: row["median_s"] for row in alike}
+        lines += [_cells(row, median) for row in alike]
+    return [*header, "peak memory", "floor / time"], lines
+
+
+def _cells(row: Record, median: Mapping[str, float]) -> Cells:
+    note = f", extrapolated from {row['extrapolated']}" if row["extrapolated"] else ""
+    return [
+        row["dtype"],
+        NAMES[row.contender] + note,
+        tables.spread(row),
+        f"{row['tokens_per_s']:.0f}",
+        tables.times_as_long(median.get("loop"), row),
+        tables.times_as_long(median.get("published"), row),
+        tables.held(row["peak_bytes"]),
+        f"{row['share_of_floor']:.0%}",
     ]
-    for row in rows:
-        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f} MB"
-        note = f"  extrapolated from {row.extrapolated}" if row.extrapolated else ""
-        lines.append(
-            f"{row.impl:<10} {row.median_s:8.2f} s {row.p20_s:8.2f} s {row.p80_s:8.2f} s "
-            f"{row.tokens_per_s:9.1f} {_times(median.get('loop'), row):>7} "
-            f"{_times(median.get('published'), row):>8} {peak:>10} "
-            f"{row.share_of_floor:10.1%}{note}"
-        )
-    return "\n".join(lines)
 
 
-def _times(seconds: float | None, row: ScoreRecord) -> str:
-    """How many times as long as `row` something takes, as far as it was measured."""
-    return "-" if seconds is None else f"{seconds / row.median_s:.2f}"
+def _notes(rows: Sequence[Record]) -> list[str]:
+    sizes = "; ".join(_size(alike[0]) for alike in store.grouped(rows, ("dtype",)))
+    notes = [f"{rows[0].case}. {sizes}. {tables.provenance_line(rows[0])}"]
+    for row in (row for row in rows if row["breakdown"]):
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in row["breakdown"].items())
+        notes += ["", f"One profiled run of {NAMES[row.contender]}, {row['dtype']}: {shares}."]
+    return notes
+
+
+def _size(row: Record) -> str:
+    return (
+        f"{row['dtype']}: {row['examples']} examples, {row['tokens']} tokens, "
+        f"floor {row['floor_s']:.2f} s at {row['matrix_rate'] / 1e9:.1f} GFLOP/s"
+        + ("" if row["sums_bytes"] is None else f", sums {row['sums_bytes'] / 1e6:.0f} MB")
+    )
+
+
+_KIND = ("device", "case", "dtype")
+TABLE = Table("python -m benchmarks score", _KIND, ("device", "case", "date"), _lines, _notes)
+
+
+def picture(rows: Sequence[Record]) -> list[list[Panel]]:
+    """A panel for each device, case and dtype."""
+    panels = []
+    for group in store.grouped(store.latest(rows, _KIND), _KIND):
+        bars = {
+            row.contender + ("\nextrapolated" if row["extrapolated"] else ""): (
+                row["median_s"],
+                row["p20_s"],
+                row["p80_s"],
+            )
+            for row in group
+        }
+        title = "\n".join(group[0][key] for key in _KIND)
+        panels.append(Panel(title, "", "seconds", bars=bars, floor=group[0]["floor_s"]))
+    return [panels]

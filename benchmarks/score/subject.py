@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import inputs
-import lengths
 import torch
-from lengths import Length
-from random_model import display_name, random_model
 from torch import nn
 
+from benchmarks.harness import lengths, models
+from benchmarks.harness.command import at_least_two, model_options, positive
+from benchmarks.harness.lengths import Length
+from benchmarks.score.text import load_rows
 from fastdean.data import Example, encode
 
 
@@ -29,6 +30,36 @@ class Subject:
     examples: Callable[[int], list[Example]]
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    model_options(parser)
+    add = parser.add_argument
+    add("--rows", type=Path, help="CSV with prompt and response; default: the embedded rows")
+    add(
+        "--random-model",
+        choices=list(models.SHAPES),
+        help="random weights in this shape, and random tokens; needs no files",
+    )
+    add(
+        "--tokens",
+        type=at_least_two,
+        help="of each example, with --random-model; default: BeaverTails' lengths",
+    )
+    add("--examples", type=positive, default=32)
+    add(
+        "--bf16-examples",
+        type=positive,
+        help="fewer examples in bf16, for all implementations alike; "
+        "a CPU without bf16 instructions is far slower there than in fp32",
+    )
+    add("--targets", default="mlp", help="mlp, self_attn, all or a regular expression")
+
+
+def examples_in(options: argparse.Namespace, dtype: str) -> int:
+    if dtype == "bf16" and options.bf16_examples is not None:
+        return options.bf16_examples
+    return options.examples
+
+
 def load_subject(options: argparse.Namespace, dtype: str) -> Subject:
     """`--random-model`, else `--model`, else the GGUF file.
 
@@ -43,10 +74,10 @@ def load_subject(options: argparse.Namespace, dtype: str) -> Subject:
             f"tokens must be left out where rows of text are scored, got {options.tokens}; "
             "pass --random-model"
         )
-    model, tokenizer, name = inputs.load_model(
-        options.model, options.gguf, inputs.DTYPES[dtype], device
+    model, tokenizer, name = models.load_model(
+        options.model, options.gguf, models.DTYPES[dtype], device
     )
-    return Subject(model, name, lambda n: encode(inputs.load_rows(options.rows, n), tokenizer))
+    return Subject(model, name, lambda n: encode(load_rows(options.rows, n), tokenizer))
 
 
 def random_subject(
@@ -57,13 +88,13 @@ def random_subject(
     Args:
         tokens: None: BeaverTails' lengths.
     """
-    model = random_model(shape, inputs.DTYPES[dtype], device)
+    model = models.random_model(shape, models.DTYPES[dtype], device)
     kind = "BeaverTails' lengths" if tokens is None else f"{tokens} tokens each"
 
     def examples(count: int) -> list[Example]:
         return random_examples(model, lengths_of(count, tokens))
 
-    return Subject(model, f"{display_name(shape)}, {kind}", examples)
+    return Subject(model, f"{models.display_name(shape)}, {kind}", examples)
 
 
 def lengths_of(count: int, tokens: int | None) -> list[Length]:

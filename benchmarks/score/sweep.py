@@ -1,4 +1,4 @@
-"""How the time of `fastdean.score` grows: one thing is varied, everything else stays.
+"""`sweep`: how the time of `fastdean.score` grows: one thing is varied, everything else stays.
 
 On models with random weights, in bf16; beside it the plain loop, so that a bend can be told from
 one that every implementation has.
@@ -11,20 +11,19 @@ import gc
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import measure
-import records
-import torch
-from cases import score_case
-from measure import Problem
-from progress import Budget, say
-from random_model import SHAPES, display_name
-from records import Environment, ScoreRecord
-from score_run import floor_now, require_same_sums
-from subject import Subject, lengths_of, random_examples, random_subject
 from torch import nn
 
+from benchmarks.harness import models, store, tables
+from benchmarks.harness.command import positive
+from benchmarks.harness.plots import Line, Panel, seconds_over
+from benchmarks.harness.rates import copy_bandwidth
+from benchmarks.harness.session import Session
+from benchmarks.harness.store import Record
+from benchmarks.harness.tables import Cells, Table
+from benchmarks.score.run import NAMES, OURS, Comparison
+from benchmarks.score.subject import Subject, lengths_of, random_examples, random_subject
+from benchmarks.score.work import score_case
 from fastdean.targets import find_targets
 
 _TOKENS = (64, 256, 1024, 32, 128, 512)
@@ -32,7 +31,7 @@ _EXAMPLES = (32, 128, 8, 64, 256)
 _LAYERS = (0.25, 1.0, 0.5, 0.75)
 _OTHERWISE_EXAMPLES = 64
 _DTYPE = "bf16"
-_CHECKED_EXAMPLES = 2
+SWEEPS = ("tokens per example", "examples", "scored weights", "model parameters")
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class Point:
     """One run of a sweep.
 
     Attributes:
-        sweep: what is varied: "tokens per example", "examples", "model parameters" or
-            "scored weights".
+        sweep: what is varied, one of `SWEEPS`.
         shape: the model's.
         tokens: of each example; None: BeaverTails' lengths.
         layers: the share of the layers, from the last down, whose targets are scored.
@@ -56,19 +54,12 @@ class Point:
     group: str = "mlp"
 
 
-@dataclass(frozen=True)
-class SweepRecord(ScoreRecord):
-    """A `ScoreRecord` at one point of a sweep.
-
-    Attributes:
-        sweep: what is varied.
-        x: its value: tokens, examples, the model's parameters, or scored weights.
-        point: the point's settings, to know it again.
-    """
-
-    sweep: str
-    x: float
-    point: dict[str, Any]
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    shapes = list(models.SHAPES)
+    add("--random-model", choices=shapes, default="qwen2-7b", help="the largest model")
+    add("--sweep", action="append", choices=SWEEPS, help="may be repeated; default: all")
+    add("--repeats", type=positive, default=3)
 
 
 def points(largest: str) -> list[Point]:
@@ -77,96 +68,65 @@ def points(largest: str) -> list[Point]:
     Args:
         largest: the shape that all sweeps but that of the size use; the size ends there.
     """
-    names = list(SHAPES)
+    names = list(models.SHAPES)
     sizes = [name for name in names[: names.index(largest) + 1] if name != "toy"] or [largest]
+    by_tokens, by_examples, by_weights, by_size = SWEEPS
     sweeps = [
-        [Point("tokens per example", largest, examples=32, tokens=t) for t in _TOKENS],
-        [Point("examples", largest, examples=e) for e in _EXAMPLES],
-        [Point("scored weights", largest, layers=share) for share in _LAYERS]
-        + [Point("scored weights", largest, group="all")],
-        [Point("model parameters", name) for name in reversed(sizes)],
+        [Point(by_tokens, largest, examples=32, tokens=t) for t in _TOKENS],
+        [Point(by_examples, largest, examples=e) for e in _EXAMPLES],
+        [Point(by_weights, largest, layers=share) for share in _LAYERS]
+        + [Point(by_weights, largest, group="all")],
+        [Point(by_size, name) for name in reversed(sizes)],
     ]
     turns = (point for turn in itertools.zip_longest(*sweeps) for point in turn if point)
     # By model, since loading one takes longer than running over it.
     return sorted(turns, key=lambda point: (point.shape != largest, point.shape))
 
 
-def run_sweeps(
-    options: argparse.Namespace, environment: Environment, budget: Budget, gate: str
-) -> int:
-    """Append one record per point and implementation; 1 if an implementation failed."""
-    device = torch.device(options.device)
-    due = [p for p in points(options.random_model) if not options.sweep or p.sweep in options.sweep]
-    if options.resume:
-        done = [
-            row["point"]
-            for row in records.read(options.out, "sweep")
-            if records.stands_for(row, environment, gate)
-        ]
-        due = [point for point in due if vars(point) not in done]
+def run(session: Session) -> int:
+    """Append one record per point and contender; 1 if one failed."""
+    options = session.options
+    due = [
+        point
+        for point in points(options.random_model)
+        if (not options.sweep or point.sweep in options.sweep) and not _was_measured(session, point)
+    ]
     subject: Subject | None = None
-    loaded, failed = "", False
-    bandwidth = measure.copy_bandwidth(device) if due else 0.0
-    for position, point in enumerate(due):
-        if budget.spent:
-            say(f"the time is used up, {len(due) - position} points left: call again with --resume")
-            break
+    loaded, bandwidth = "", 0.0
+    for point in session.due(due, "points"):
+        bandwidth = bandwidth or copy_bandwidth(session.device)
         if loaded != point.shape:
             subject = None  # the next model must not stand beside this one
             gc.collect()
-            subject, loaded = random_subject(point.shape, _DTYPE, device), point.shape
-        rows, problems = _measured(point, subject.model, device, bandwidth, options.repeats, gate)
-        # Together: when a sweep is resumed, one of a point's records stands for all.
-        for row in rows:
-            records.append(options.out, "sweep", environment, row)
-        for name, problem in problems.items():
-            say(f"  {name:<10} not measured: {problem.reason}")
-            failed |= problem.failed
-    return int(failed)
+            subject, loaded = random_subject(point.shape, _DTYPE, session.device), point.shape
+        _measure(session, point, subject.model, bandwidth)
+    return int(session.failed)
 
 
-def _measured(
-    point: Point,
-    model: nn.Module,
-    device: torch.device,
-    bandwidth: float,
-    repeats: int,
-    gate: str,
-) -> tuple[list[SweepRecord], dict[str, Problem]]:
-    """The point's records, and of each implementation that could not run its name and why."""
-    name = display_name(point.shape)
+def _was_measured(session: Session, point: Point) -> bool:
+    # Ours has the last turn: it stands for all.
+    setup = {"point": dict(vars(point))}
+    return bool(session.earlier("sweep", {OURS}, setup, without_problem=OURS))
+
+
+def _measure(session: Session, point: Point, model: nn.Module, bandwidth: float) -> None:
+    name = models.display_name(point.shape)
     examples = random_examples(model, lengths_of(point.examples, point.tokens))
     targets = scored_modules(model, point)
     case = score_case(
-        model, examples, target_modules=targets, op="sweep", name=f"{name}, {point.sweep}"
+        model,
+        examples,
+        target_modules=targets,
+        op="sweep",
+        name=f"{name}, {point.sweep}",
+        dtype=_DTYPE,
+        model_name=name,
     )
-    case = replace(case, implementations=case.implementations[1:])  # less the published procedure
-    problems = require_same_sums(case, examples[:_CHECKED_EXAMPLES], _DTYPE, device)
-    able = [each for each in case.implementations if each.name not in problems]
-    floor = floor_now(case, _DTYPE, device, bandwidth)
-    x = _value(point, model, targets)
-    say(f"{point.sweep} {x:g}: {case.work.tokens} tokens, floor {floor.seconds:.3f} s")
-    outcomes = list(measure.interleaved(able, examples, repeats, device, say))
-    problems |= {each.implementation.name: each.problem for each in outcomes if each.problem}
-    rows = [
-        SweepRecord.of(
-            case,
-            each.implementation,
-            each.samples,
-            floor,
-            dtype=_DTYPE,
-            model=name,
-            examples=len(examples),
-            breakdown=None,
-            gate=gate,
-            sweep=point.sweep,
-            x=x,
-            point=dict(vars(point)),
-        )
-        for each in outcomes
-        if each.problem is None
-    ]
-    return rows, problems
+    varied = {"sweep": point.sweep, "x": _value(point, model, targets), "point": dict(vars(point))}
+    # Less the published procedure.
+    contenders = tuple(each for each in case.contenders if each.name != "published")
+    case = replace(case, contenders=contenders, settings={**case.settings, **varied})
+    Comparison(session, case, examples, bandwidth).measure(session.options.repeats)
 
 
 def scored_modules(model: nn.Module, point: Point) -> str | list[str]:
@@ -180,10 +140,50 @@ def scored_modules(model: nn.Module, point: Point) -> str | list[str]:
 
 
 def _value(point: Point, model: nn.Module, targets: str | Sequence[str]) -> float:
-    if point.sweep == "tokens per example":
+    by_tokens, by_examples, _, by_size = SWEEPS
+    if point.sweep == by_tokens:
         return point.tokens
-    if point.sweep == "examples":
+    if point.sweep == by_examples:
         return point.examples
-    if point.sweep == "model parameters":
+    if point.sweep == by_size:
         return sum(parameter.numel() for parameter in model.parameters())
     return sum(target.module.weight.numel() for target in find_targets(model, targets))
+
+
+def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+    header = [rows[0]["sweep"], "", "seconds (p20 to p80)", "tokens/s", "floor / time"]
+    return header, [
+        [
+            f"{row['x']:,.0f}",
+            NAMES[row.contender],
+            tables.spread(row),
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['share_of_floor']:.0%}",
+        ]
+        for row in sorted(rows, key=lambda row: row["x"])
+    ]
+
+
+# A resumed sweep has several dates: the latest of each point, not of each run.
+_LATEST = ("device", "sweep", "x", "contender")
+_GROUPS = ("device", "sweep")
+TABLE = Table("python -m benchmarks sweep", _LATEST, _GROUPS, _lines, tables.made)
+
+
+def picture(rows: Sequence[Record]) -> list[list[Panel]]:
+    """Seconds above, tokens per second below, one column a sweep."""
+    above, below = [], []
+    for group in store.grouped(store.latest(rows, _LATEST), _GROUPS):
+        sweep = group[0]["sweep"]
+        lines, floor = seconds_over(group, "x")
+        title = f"{group[0]['device']}\n{sweep}"
+        above.append(Panel(title, sweep, "seconds", lines, floor=floor, log="xy"))
+        ordered = sorted(group, key=lambda row: row["x"])
+        rates = [
+            Line(line[0].contender, [r["x"] for r in line], [r["tokens_per_s"] for r in line])
+            for line in store.grouped(ordered, ("contender",))
+        ]
+        best = {row["x"]: row["tokens"] / row["floor_s"] for row in ordered}
+        floor = Line("floor", list(best), list(best.values()))
+        below.append(Panel("", sweep, "tokens per second", rates, floor=floor, log="x"))
+    return [above, below]

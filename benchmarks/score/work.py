@@ -1,64 +1,21 @@
-"""What is measured: an operation at a size, with the work it cannot avoid, and who computes it.
-
-A `Case` is data. An operation is added by a function that returns one: `score_case` is the model.
-Operations count a multiplication and an addition as two; bytes are bytes.
-"""
+"""`score` as a case: who computes its sums, and the work that none of them can avoid."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from baselines import loop_sums, published_sums, vmap_sums
 from torch import Tensor, nn
 
 import fastdean
+from benchmarks.harness.cases import Case, Contender
+from benchmarks.harness.rates import MatrixShape
+from benchmarks.score.baselines import loop_sums, published_sums, vmap_sums
 from fastdean.batching import default_tokens_per_batch
 from fastdean.data import Example
 from fastdean.model_state import input_device
 from fastdean.targets import Target, find_targets
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute a case.
-
-    Attributes:
-        run: examples -> parameter name -> fp32 or weight-dtype sums.
-        scale: what a measured time is multiplied with to stand for the whole job.
-        extrapolated: "2 of 30 layers" where `scale` is not 1, else None.
-    """
-
-    name: str
-    run: Callable[[Sequence[Example]], Mapping[str, Tensor]]
-    scale: float = 1.0
-    extrapolated: str | None = None
-
-
-@dataclass(frozen=True)
-class MatrixShape:
-    """The products of all weights of one shape, [outputs, inputs], with `rows` tokens.
-
-    Attributes:
-        forward, input_gradient, weight_gradient: how many of these weights take part in
-            x W^T, in g W and in g^T x.
-    """
-
-    outputs: int
-    inputs: int
-    rows: int
-    forward: int
-    input_gradient: int
-    weight_gradient: int
-
-    @property
-    def operations_each(self) -> int:
-        return 2 * self.rows * self.outputs * self.inputs
-
-    @property
-    def products(self) -> int:
-        return self.forward + self.input_gradient + self.weight_gradient
 
 
 @dataclass(frozen=True)
@@ -99,24 +56,6 @@ class ScoreWork:
         return self.element_bytes * (self.layer_parameters + self.head_parameters)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One thing to measure.
-
-    Attributes:
-        op: name of the results file.
-        name: what tells it from other cases of the same op.
-        work: operations and bytes that no implementation can avoid.
-        shapes: its matrix products, to measure what rate the machine reaches on them.
-    """
-
-    op: str
-    name: str
-    work: ScoreWork
-    shapes: tuple[MatrixShape, ...]
-    implementations: tuple[Implementation, ...]
-
-
 def score_case(
     model: nn.Module,
     examples: Sequence[Example],
@@ -126,6 +65,8 @@ def score_case(
     vmap_examples: int = 0,
     op: str = "score",
     name: str = "score",
+    dtype: str = "",
+    model_name: str = "",
 ) -> Case:
     """`score` on a causal language model against its baselines.
 
@@ -133,7 +74,7 @@ def score_case(
         layers: how many layers the layer-at-a-time procedure is run on; see `spread`.
         vmap_examples: of how many examples `torch.func.vmap` holds the gradients at a time; 0
             leaves it out.
-        op, name: of the case.
+        op, name, dtype, model_name: of the case.
     Raises:
         ValueError: a target lies outside the decoder layers, or `layers` is below 2.
     """
@@ -163,20 +104,29 @@ def score_case(
     partial = len(measured) < len(scored_layers)
     work = score_work(model, examples, targets)
     return Case(
-        op=op,
-        name=name,
-        work=work,
+        op,
+        name,
+        dtype,
+        settings={
+            "model": model_name,
+            "examples": len(examples),
+            "tokens": work.tokens,
+            "target_tokens": work.target_tokens,
+            "sums_bytes": 4 * work.target_parameters,
+        },
+        operations=work.operations,
+        bytes=work.bytes,
         shapes=matrix_shapes(model, targets, work),
-        implementations=(
-            Implementation(
+        contenders=(
+            Contender(
                 "published",
                 published,
                 scale=len(scored_layers) / len(measured),
                 extrapolated=f"{len(measured)} of {len(scored_layers)} layers" if partial else None,
             ),
-            Implementation("loop", loop),
-            *([Implementation("vmap", vmap)] if vmap_examples else []),
-            Implementation("fastdean", ours),
+            Contender("loop", loop),
+            *([Contender("vmap", vmap)] if vmap_examples else []),
+            Contender("fastdean", ours, ours=True),
         ),
     )
 
@@ -217,7 +167,7 @@ def score_work(
     )
 
 
-def _entries(targets) -> int:
+def _entries(targets: Iterable[Target]) -> int:
     return sum(target.module.weight.numel() for target in targets)
 
 
@@ -240,5 +190,5 @@ def matrix_shapes(
     return (*layers, MatrixShape(head.shape[0], head.shape[1], head_rows, 1, 1, 0))
 
 
-def _count(targets) -> Counter[tuple[int, int]]:
+def _count(targets: Iterable[Target]) -> Counter[tuple[int, int]]:
     return Counter((target.num_outputs, target.num_inputs) for target in targets)

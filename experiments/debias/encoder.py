@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from progress import say
-from random_model import EncoderShape, random_encoder
 from torch import nn
 
+from benchmarks.harness.budget import say
+from benchmarks.harness.models import EncoderShape, random_encoder
 from fastdean.debias import augment, mask_tokens, masked_lm_loss
 from fastdean.debias.gender_words import GenderWords
 from fastdean.debias.texts import TextEncoder, collate

