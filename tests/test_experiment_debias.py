@@ -1,44 +1,26 @@
-"""The debiasing experiment: fair arms, complete records, and honest intervals over seeds."""
+"""The debiasing study: fair arms, complete records, and honest intervals over seeds."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
-from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import tiny_words
 import torch
 from tiny_models import bert, llama
 
+from benchmarks.harness import environment, gate, models, store, tables
+from benchmarks.harness.store import Record
+from experiments.debias import encoder, figures, plot, run, subject, table
+from experiments.debias.__main__ import main
+from experiments.debias.figures import MASKED_LOSS, NC3, PERPLEXITY, UNC3
 from fastdean.collapse import collapse_metrics
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import debias_encoder
-import debias_figures
-import debias_run
-import debias_subject
-import gate
-import inputs
-import plot
-import records
-import run
-import table
-from debias_figures import MASKED_LOSS, NC3, PERPLEXITY, UNC3
 
 BEC = "BEC-Pro, association with male minus female words"
 ROWS = [{"text": text} for text in tiny_words.TEXTS]
 
-
-@pytest.fixture(autouse=True)
-def package_of_this_checkout(monkeypatch):
-    """The tests may run on an installed package; the benchmarks refuse one."""
-    here = records.ROOT / "fastdean" / "__init__.py"
-    monkeypatch.setattr(records.fastdean, "__file__", str(here))
-    monkeypatch.setattr(records, "sources_checksum", lambda: "these sources")
+pytestmark = pytest.mark.usefixtures("quick_benchmarks")
 
 
 @pytest.fixture
@@ -57,36 +39,29 @@ def crows(tmp_path):
 
 @pytest.fixture
 def benchmark(tmp_path, monkeypatch, crows):
-    """run.py debias on a tiny causal model and short text, without the tests before it."""
-    texts = [text for text in tiny_words.TEXTS for _ in range(2)]
-    monkeypatch.setattr(
-        debias_subject, "load_rows", lambda source: [{"text": text} for text in texts]
-    )
-    monkeypatch.setattr(
-        inputs,
-        "load_model",
-        lambda model, gguf, dtype, device: (llama(), tiny_words.tokenizer(), "tiny"),
-    )
+    """The study on a tiny causal model and short text, without the tests before it."""
+    texts = [{"text": text} for text in tiny_words.TEXTS for _ in range(2)]
+    monkeypatch.setattr(subject, "load_rows", lambda source: texts)
+    loaded = lambda *a: (llama(), tiny_words.tokenizer(), "tiny")  # noqa: E731
+    monkeypatch.setattr(models, "load_model", loaded)
 
     def measure(*arguments):
         places = ["--device", "cpu", "--out", str(tmp_path / "results")]
         course = ["--steps", "2", "--batch-size", "4", "--seeds", "1", "--learning-rate", "1e-2"]
         flags = ["--no-gate", *places, *course, "--bias", f"crows_pairs={crows}"]
-        return run.main(["debias", *flags, *arguments])
+        return main(["run", *flags, *arguments])
 
     return measure
 
 
 def read(tmp_path):
-    return list(records.read(tmp_path / "results", "debias"))
+    return list(store.read(tmp_path / "results", "debias"))
 
 
 def test_each_arm_is_recorded_half_way_and_at_the_end(benchmark, tmp_path, capsys):
     assert benchmark("--strength", "5", "--bias-rows", "2", "--seeds", "2") == 0
     rows = read(tmp_path)
-    kinds = (records.DebiasRecord, records.Environment)
-    assert all(set(row) == {f.name for kind in kinds for f in fields(kind)} for row in rows)
-    assert [(r["arm"], r["strength"], r["seed"], r["step"]) for r in rows] == [
+    assert [(r.contender, r["strength"], r["seed"], r["step"]) for r in rows] == [
         ("base", 0, None, 0),
         *(
             (arm, strength, seed, step)
@@ -103,12 +78,12 @@ def test_each_arm_is_recorded_half_way_and_at_the_end(benchmark, tmp_path, capsy
         assert row["neutral"] == dict(zip(names, (None, None, None, 50.0), strict=True))
         assert (row["trained_rows"], row["held_out_rows"], row["steps"]) == (15, 5, 2)
         assert row["settings"]["bias"] == ["crows_pairs=crows.jsonl"]
-        assert str(tmp_path) not in json.dumps(row)
+        assert str(tmp_path) not in json.dumps(vars(row))
     assert base["step_s"] is None and all(row["step_s"] > 0 for row in trained)
-    regularised = [row for row in trained if row["arm"] != "none"]
-    assert {row["classes"] for row in trained if row["arm"] == "none"} == {0}
+    regularised = [row for row in trained if row.contender != "none"]
+    assert {row["classes"] for row in trained if row.contender == "none"} == {0}
     assert len({row["classes"] for row in regularised}) == 1 and regularised[0]["classes"] > 1
-    assert all(row["labelled"] > 0 for row in regularised if row["arm"] == "words")
+    assert all(row["labelled"] > 0 for row in regularised if row.contender == "words")
     printed = capsys.readouterr().out
     assert "| gender words, strength 5 |" in printed and "not measured" not in printed
 
@@ -127,11 +102,11 @@ def test_every_arm_starts_from_the_same_weights_and_the_seed_is_the_trainings(be
 
 
 def test_a_control_is_another_one_for_another_seed_and_shares_no_word():
-    subject = debias_subject.Subject(llama(), tiny_words.tokenizer(), "tiny", ROWS, ROWS)
-    words = subject.classes("words", 0)
-    assert subject.classes("none", 0) is None
+    given = subject.Subject(llama(), tiny_words.tokenizer(), "tiny", ROWS, ROWS)
+    words = given.classes("words", 0)
+    assert given.classes("none", 0) is None
     for arm in ("random", "frequency"):
-        controls = [subject.classes(arm, seed) for seed in range(3)]
+        controls = [given.classes(arm, seed) for seed in range(3)]
         assert len({control.pieces for control in controls}) > 1
         for control in controls:
             assert len(control) == len(words) and not set(control.pieces) & set(words.pieces)
@@ -139,47 +114,45 @@ def test_a_control_is_another_one_for_another_seed_and_shares_no_word():
 
 def test_labelled_tokens_are_those_of_the_text_and_its_swapped_copies():
     rows = [{"text": "the nurse saw him"}, {"text": "the old town"}]
-    subject = debias_subject.Subject(llama(), tiny_words.tokenizer(), "tiny", rows, rows)
+    given = subject.Subject(llama(), tiny_words.tokenizer(), "tiny", rows, rows)
     # "him" and, in the copy, "her".
-    assert subject.labelled(subject.words()) == 2
+    assert given.labelled(given.words()) == 2
 
 
 def test_the_split_is_fixed_and_nothing_is_in_both_parts():
     rows = [{"text": str(number)} for number in range(20)]
-    trained, held_out = debias_subject.split_rows(rows)
+    trained, held_out = subject.split_rows(rows)
     assert (len(trained), len(held_out)) == (15, 5)
     assert sorted(int(row["text"]) for row in trained + held_out) == list(range(20))
-    assert debias_subject.split_rows(rows) == (trained, held_out)
+    assert subject.split_rows(rows) == (trained, held_out)
 
 
 def test_collapse_is_that_of_the_gender_words_on_the_held_out_text(crows):
     model, tokenizer = llama(), tiny_words.tokenizer()
-    subject = debias_subject.Subject(model, tokenizer, "tiny", ROWS[:2], ROWS[2:])
-    figures = debias_figures.HeldOut(subject, [f"crows_pairs={crows}"], 2)(model)
-    expected = collapse_metrics(
-        model, ROWS[2:], subject.words(), tokenizer=tokenizer, progress=False
-    )
-    assert figures[UNC3].value == pytest.approx(expected.values["unc3_std"].value)
-    assert figures[NC3].value == pytest.approx(expected.values["nc3_mean"].value)
+    given = subject.Subject(model, tokenizer, "tiny", ROWS[:2], ROWS[2:])
+    found = figures.HeldOut(given, [f"crows_pairs={crows}"], 2)(model)
+    expected = collapse_metrics(model, ROWS[2:], given.words(), tokenizer=tokenizer, progress=False)
+    assert found[UNC3].value == pytest.approx(expected.values["unc3_std"].value)
+    assert found[NC3].value == pytest.approx(expected.values["nc3_mean"].value)
     total = count = 0.0
     for row in ROWS[2:]:
         ids = torch.tensor([tokenizer(row["text"])["input_ids"]])
         total += float(model(ids, labels=ids).loss.detach()) * (ids.numel() - 1)
         count += ids.numel() - 1
-    assert figures[PERPLEXITY].value == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert found[PERPLEXITY].value == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
 def test_a_masked_model_is_judged_by_what_is_always_hidden():
     model, tokenizer = bert(), tiny_words.tokenizer()
-    subject = debias_subject.Subject(model, tokenizer, "tiny", ROWS, ROWS)
-    held_out = debias_figures.HeldOut(subject, [], 1)
+    given = subject.Subject(model, tokenizer, "tiny", ROWS, ROWS)
+    held_out = figures.HeldOut(given, [], 1)
     for example in held_out._hidden:
         hidden = example.labels != -100
         assert 1 <= int(hidden.sum()) <= 2
         assert (example.input_ids[hidden] == tokenizer.mask_token_id).all()
     first, second = (held_out(model)[MASKED_LOSS] for _ in range(2))
     assert first == second and first.unit == "nats"
-    again = debias_figures.HeldOut(subject, [], 1)
+    again = figures.HeldOut(given, [], 1)
     assert all(
         torch.equal(a.labels, b.labels)
         for a, b in zip(held_out._hidden, again._hidden, strict=True)
@@ -187,30 +160,25 @@ def test_a_masked_model_is_judged_by_what_is_always_hidden():
 
 
 def test_of_crows_pairs_only_the_gender_pairs_are_taken(crows, tmp_path):
-    taken = debias_figures.bias_source("crows_pairs", str(crows), 10)
+    taken = figures.bias_source("crows_pairs", str(crows), 10)
     assert len(taken) == 3 and {row["bias_type"] for row in taken} == {"gender"}
-    assert debias_figures.bias_source("crows_pairs", str(crows), 2) == taken[:2]
+    assert figures.bias_source("crows_pairs", str(crows), 2) == taken[:2]
     numbered = tmp_path / "numbered.jsonl"
     numbered.write_text(json.dumps({**taken[0], "bias_type": 2}) + "\n")
-    assert len(debias_figures.bias_source("crows_pairs", str(numbered), 2)) == 1
+    assert len(figures.bias_source("crows_pairs", str(numbered), 2)) == 1
     others = tmp_path / "others.jsonl"
     others.write_text(json.dumps({**taken[0], "bias_type": "age"}) + "\n")
     with pytest.raises(ValueError, match="must have pairs of bias_type 'gender', got none in"):
-        debias_figures.bias_source("crows_pairs", str(others), 2)
+        figures.bias_source("crows_pairs", str(others), 2)
 
 
 def test_the_subset_of_bec_pro_has_every_occupation_with_both_genders():
-    rows = debias_figures.bec_pro_subset(150)
-    assert len(rows) == 144 and rows == debias_figures.bec_pro_subset(191)
+    rows = figures.bec_pro_subset(150)
+    assert len(rows) == 144 and rows == figures.bec_pro_subset(191)
     cells = {(row["occupation"], row["gender"]) for row in rows}
     assert len(cells) == 48
     with pytest.raises(ValueError, match="bias-rows must be at least 48, a sentence of each gend"):
-        debias_figures.bec_pro_subset(47)
-
-
-def test_other_measures_get_their_files_as_they_are():
-    assert debias_figures.bias_source("seat", "tests.json", 5) == "tests.json"
-    assert debias_figures.bias_source("bec_pro", "mine.tsv", 5) == "mine.tsv"
+        figures.bec_pro_subset(47)
 
 
 def test_finished_trainings_are_skipped_and_others_are_not(benchmark, tmp_path, monkeypatch):
@@ -223,7 +191,7 @@ def test_finished_trainings_are_skipped_and_others_are_not(benchmark, tmp_path, 
     # A strength of its own; "none" has none.
     assert measured("--strength", "3") == 11
     assert measured("--steps", "4") == 16
-    monkeypatch.setattr(records, "sources_checksum", lambda: "other sources")
+    monkeypatch.setattr(environment, "sources_checksum", lambda: "other sources")
     assert measured() == 21
 
 
@@ -238,52 +206,30 @@ def test_a_training_that_was_cut_off_is_made_again(benchmark, tmp_path):
 
 def test_a_run_without_time_measures_nothing(benchmark, tmp_path, capsys):
     assert benchmark("--seconds", "0") == 0
-    assert "the time is used up: call again" in capsys.readouterr().err
+    assert "the time is used up, 5 of 5 trainings left: call again" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
 def test_what_cannot_be_measured_costs_no_tests(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gate, "passes", lambda *a, **options: pytest.fail("ran the tests"))
-    assert run.main(["debias", "--out", str(tmp_path), "--bias", "tea_leaves"]) == 2
+    assert main(["run", "--device", "cpu", "--out", str(tmp_path), "--bias", "tea_leaves"]) == 2
     assert "error: bias must be one of crows_pairs, stereoset" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments, text",
-    [
-        (["--strength", "0"], "argument --strength: must be above 0, got 0"),
-        (["--masked", "--model", "m"], "not allowed with argument"),
-        (["--arm", "legs"], "invalid choice: 'legs'"),
-    ],
-)
-def test_options_that_make_no_experiment_are_refused(capsys, arguments, text):
-    with pytest.raises(SystemExit):
-        run.main(["debias", *arguments])
-    assert text in capsys.readouterr().err
-
-
-def test_the_tests_of_debiasing_run_first(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(gate, "passes", lambda tests, on_gpu: bool(seen.extend(tests)))
-    assert run.main(["debias", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert "tests/test_fine_tune.py" in seen
-    assert all((records.ROOT / test).is_file() for test in seen)
-
-
 def test_the_encoder_learns_the_text_and_knows_its_words_swapped_too(monkeypatch):
-    monkeypatch.setattr(debias_encoder, "_other_texts", lambda: [])
-    monkeypatch.setattr(debias_encoder, "HIDDEN", 32)
+    monkeypatch.setattr(encoder, "_other_texts", lambda: [])
+    monkeypatch.setattr(encoder, "HIDDEN", 32)
     texts = ["she met the Doctor .", "a poet slept ."]
     device = torch.device("cpu")
     state = torch.get_rng_state()
 
     def loss(steps):
-        model, tokenizer = debias_encoder.trained_encoder(texts, ["his aunt"], steps, device)
+        model, tokenizer = encoder.trained_encoder(texts, ["his aunt"], steps, device)
         assert not model.training
         assert {"[UNK]"}.isdisjoint(tokenizer.tokenize("he met the doctor . her uncle plumber"))
         rows = [{"text": text} for text in texts]
-        subject = debias_subject.Subject(model, tokenizer, "encoder", rows, rows)
-        return debias_figures.HeldOut(subject, [], 48)(model)[MASKED_LOSS].value
+        given = subject.Subject(model, tokenizer, "encoder", rows, rows)
+        return figures.HeldOut(given, [], 48)(model)[MASKED_LOSS].value
 
     untrained, trained = loss(1), loss(30)
     assert trained < untrained - 0.5
@@ -292,7 +238,7 @@ def test_the_encoder_learns_the_text_and_knows_its_words_swapped_too(monkeypatch
 
 
 def test_a_masked_model_is_debiased_by_bec(benchmark, tmp_path, monkeypatch):
-    monkeypatch.setattr(debias_encoder, "HIDDEN", 32)
+    monkeypatch.setattr(encoder, "HIDDEN", 32)
     arguments = ["--masked", "--pretraining-steps", "1", "--arm", "words", "--bias", "bec_pro"]
     assert benchmark(*arguments, "--bias-rows", "48") == 0
     base, *_, end = read(tmp_path)
@@ -302,26 +248,25 @@ def test_a_masked_model_is_debiased_by_bec(benchmark, tmp_path, monkeypatch):
     assert base["neutral"][BEC] == 0 and base["units"][BEC] == "nats"
 
 
-def result(arm, seed, step, unc3, bec=0.5, date="2026-01-02T00:00:00+00:00", **changes):
-    row = {
-        "op": "debias", "case": "tiny, causal", "arm": arm, "seed": seed,
-        "strength": 0.0 if arm in ("base", "none") else 10.0, "step": step, "steps": 4,
-        "model": "tiny", "method": "causal", "settings": {}, "figures": {UNC3: unc3, BEC: bec},
-        "units": {UNC3: "", BEC: "nats"}, "neutral": {UNC3: None, BEC: 0.0},
-        "step_s": None if arm == "base" else 1.5, "classes": 9, "labelled": 30 + (seed or 0),
-        "trained_rows": 15, "held_out_rows": 5, "held_out_tokens": 60, "toy": False,
-        "gate": "passed", "device": "Some CPU", "driver": None, "cuda": None, "threads": 2,
-        "cpu_capability": "AVX2", "torch": "2.13.0", "transformers": "5.23.0",
-        "fastdean": "0.1.0", "commit": "0123456789abcdef", "dirty": False, "date": date,
-        "command": "python benchmarks/run.py debias",
+def result(arm, seed, step, unc3, bec=0.5, day=2):
+    known = next(store.read(store.RESULTS, "debias")).environment
+    setup = {
+        "strength": 0.0 if arm in ("base", "none") else 10.0, "seed": seed, "step": step,
+        "steps": 4, "classes": 9, "labelled": 30 + (seed or 0), "trained_rows": 15,
+        "held_out_rows": 5, "held_out_tokens": 60,
     }  # fmt: skip
-    return {**row, **changes}
+    metrics = {
+        "figures": {UNC3: unc3, BEC: bec}, "units": {UNC3: "", BEC: "nats"},
+        "neutral": {UNC3: None, BEC: 0.0}, "step_s": None if arm == "base" else 1.5,
+    }  # fmt: skip
+    here = known | {"device": "Some CPU", "date": f"2026-01-0{day}"}
+    return Record("debias", "tiny, causal", arm, setup, metrics=metrics, environment=here)
 
 
 def three_seeds():
     # Ends of "none" 1, 2, 3 and of "words" -9, -8, -7: seed by seed the difference is 10 exactly.
     return [
-        result("words", 0, 4, 99.0, date="2026-01-01T00:00:00+00:00"),
+        result("words", 0, 4, 99.0, day=1),
         result("base", None, 0, 1.5),
         *(result("none", seed, 4, 1.0 + seed) for seed in range(3)),
         *(result("words", seed, 2, 50.0) for seed in range(3)),
@@ -329,34 +274,31 @@ def three_seeds():
     ]
 
 
-def test_the_table_compares_seed_by_seed_and_says_where_there_is_no_effect(tmp_path, capsys):
-    folder = tmp_path / "some-cpu"
-    folder.mkdir()
-    (folder / "debias.jsonl").write_text("".join(json.dumps(r) + "\n" for r in three_seeds()))
-    assert table.main(["--op", "debias", "--results", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def rendered(rows):
+    return tables.rendered(table.TABLE, rows).splitlines()
+
+
+def test_the_table_compares_seed_by_seed_and_says_where_there_is_no_effect():
+    lines = rendered(three_seeds())
     # 4.3027 / sqrt(3) = 2.4841 is half of the interval of the differences to the base.
     assert lines[2:8] == [
         f"| {UNC3} | the model before training | 1.5 | | |",
-        "|  | no regulariser | 2 | +0.5 [-1.984, +2.984] |  |",
-        "|  | gender words, strength 10 | -8 | -9.5 [-11.98, -7.016] | -10 [-10, -10] |",
+        "| | no regulariser | 2 | +0.5 [-1.984, +2.984] | |",
+        "| | gender words, strength 10 | -8 | -9.5 [-11.98, -7.016] | -10 [-10, -10] |",
         f"| {BEC}, nats (neutral: 0) | the model before training | 0.5 | | |",
-        "|  | no regulariser | 0.5 | +0 [+0, +0] |  |",
-        "|  | gender words, strength 10 | 0.1 | -0.4 [-0.6484, -0.1516] "
-        "| -0.4 [-0.6484, -0.1516] |",
+        "| | no regulariser | 0.5 | +0 [+0, +0] | |",
+        "| | gender words, strength 10 | 0.1 | -0.4 [-0.6484, -0.1516] | -0.4 [-0.6484, -0.1516] |",
     ]
     about = lines[9]
     assert about.startswith("tiny, causal. Trained on 15 rows and their swapped copies;")
-    assert (
+    for said in (
         "95 % interval of the mean over 3 seeds, Student's t, 4.30 standard errors to each side, "
         "which with so few seeds is wide. A verdict takes 8 seeds, an interval without 0 and a "
-        "sign-flip test that agrees: there is none here." in about
-    )
-    assert "No regulariser: 1.50 s a step." in about
-    assert (
-        "Gender words, strength 10: 1.50 s a step, 9 classes, 30 to 32 tokens of the training "
-        "text." in about
-    )
+        "sign-flip test that agrees: there is none here.",
+        "No regulariser: 1.50 s a step.",
+        "Gender words, strength 10: 1.50 s a step, 9 classes, 30 to 32 tokens of the training text",
+    ):
+        assert said in about
     assert len([line for line in lines if line.startswith("Some CPU, 2 threads")]) == 1
 
 
@@ -366,7 +308,7 @@ def test_eight_seeds_that_agree_are_an_effect():
         *(result("none", seed, 4, 0.1 * seed) for seed in range(8)),
         *(result("words", seed, 4, 0.1 * seed - 3.0, bec=(-1.0) ** seed) for seed in range(8)),
     ]
-    lines = table.TABLES["debias"](rows).splitlines()
+    lines = rendered(rows)
     assert lines[4].endswith("| -3 [-3, -3], lower |")
     assert lines[7].endswith(", no effect beyond noise |")
 
@@ -378,48 +320,33 @@ def test_one_seed_has_no_interval_and_what_is_missing_is_not_measured():
         result("random", 0, 4, None),
         result("words", 0, 4, 3.0),
     ]
-    lines = table.TABLES["debias"](rows).splitlines()
+    lines = rendered(rows)
     assert lines[2:6] == [
         f"| {UNC3} | the model before training | not measured | | |",
-        "|  | no regulariser | 2 | not measured |  |",
-        "|  | gender words, strength 10 | 3 | not measured | +1 (one seed: no interval) |",
-        "|  | random words, strength 10 | not measured | not measured | not measured |",
+        "| | no regulariser | 2 | not measured | |",
+        "| | gender words, strength 10 | 3 | not measured | +1 (one seed: no interval) |",
+        "| | random words, strength 10 | not measured | not measured | not measured |",
     ]
     assert "1 seed: no intervals." in "\n".join(lines)
 
 
-def test_the_table_has_its_place_in_the_document():
-    text = (records.ROOT / "docs" / "performance.md").read_text("utf-8")
-    assert "| a table |" in table.replace_between_markers(text, "debias", "| a table |")
-
-
 def test_the_plot_has_a_line_per_arm_from_the_base_with_the_seeds_spread(tmp_path):
-    from plots.debias import draw_debias
-
-    rows = three_seeds()
-    collapse, bias = draw_debias(rows).axes
-    lines = {line.get_label(): line for line in collapse.lines}
-    assert set(lines) == {"no regulariser", "gender words, strength 10"}
-    words = lines["gender words, strength 10"]
-    assert list(words.get_xdata()) == [0, 2, 4] and list(words.get_ydata()) == [1.5, 50.0, -8.0]
-    *_, band = collapse.collections
-    at_the_end = [y for x, y in band.get_paths()[0].vertices if x == 4]
-    assert (min(at_the_end), max(at_the_end)) == (-9.0, -7.0)
-    assert "neutral" in {line.get_label() for line in bias.lines}
-
-    (tmp_path / "some-cpu").mkdir()
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "some-cpu" / "debias.jsonl").write_text(text)
+    [[collapse, bias]] = plot.picture(three_seeds())
+    none, words = collapse.lines
+    assert (none.label, words.label) == ("no regulariser", "gender words, strength 10")
+    assert words.x == [0, 2, 4] and words.y == [1.5, 50.0, -8.0]
+    assert (words.low[-1], words.high[-1]) == (-9.0, -7.0)
+    assert collapse.level is None and bias.level == ("neutral", 0.0)
     out = tmp_path / "debias.png"
-    assert plot.main(["--op", "debias", "--results", str(tmp_path), "--out", str(out)]) == 0
+    assert main(["plot", "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_step_is_timed_without_the_evaluation_and_the_first_is_left_out(monkeypatch):
     # Called at 10, 13, 20; measured at the second and third until 15 and 26.
     clock = iter([10.0, 13.0, 15.0, 20.0, 26.0])
-    monkeypatch.setattr(debias_run.time, "perf_counter", lambda: next(clock))
-    course = debias_run._Course(lambda model: {"steps": 1}, 4, torch.device("cpu"))
+    monkeypatch.setattr(run.time, "perf_counter", lambda: next(clock))
+    course = run._Course(lambda model: {"steps": 1}, 4, torch.device("cpu"))
     for step in (1, 2, 4):
         course(step, None)
     assert list(course.figures) == [2, 4]

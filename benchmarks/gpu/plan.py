@@ -237,13 +237,7 @@ class Form:
     ours: str
 
 
-def _form(
-    name: str,
-    files: Sequence[str],
-    sanitized: str,
-    op: str,
-    repeats: str = "",
-) -> Form:
+def _form(name: str, files: Sequence[str], sanitized: str, op: str, repeats: str = "") -> Form:
     """`repeats`: what tests/test_repeatable.py calls it; "" where its own tests hold that."""
     repeated = (
         f"{_REPEATS}[{repeats}-torch.{dtype}-triton]"

@@ -23,14 +23,6 @@ from fastdean.ops._dispatch import choose
 FP32_TOLERANCE = 5e-5
 
 
-def _as_they_are(inputs: Any) -> Any:
-    return inputs
-
-
-def _refuses_nothing(device: torch.device) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Contender:
     """One way to compute a case.
@@ -50,8 +42,8 @@ class Contender:
 
     name: str
     run: Callable[[Any], Any]
-    prepare: Callable[[Any], Any] = _as_they_are
-    refusal: Callable[[torch.device], str] = _refuses_nothing
+    prepare: Callable[[Any], Any] = lambda inputs: inputs
+    refusal: Callable[[torch.device], str] = lambda device: ""
     tolerance: float = FP32_TOLERANCE
     needs_bytes: int = 0
     capturable: bool = True
@@ -75,15 +67,13 @@ class Case:
         op: name of the results file.
         name: what tells it from other cases of the op, for people.
         settings: the same in numbers, for plots and for knowing a case again.
-        inputs: fresh random inputs on the generator's device.
-        input_bytes: of one set of inputs.
+        inputs: fresh random inputs on the generator's device; `input_bytes`: of one set of them.
         expected: inputs -> the result in float64, or exactly; called before a contender's `run`,
             which may change the inputs.
         error: (result, expected) -> 0 for equal; NaN never passes.
         floor: a product that nothing of this volume beats, timed beside the contenders; None: what
             `operations`, `bytes` and `shapes` say.
-        shapes: the matrix products of a whole model, to measure what rate the machine reaches on
-            them.
+        shapes: the matrix products of a whole model, whose rate the machine is asked for.
         device_type: where it is measured; "": anywhere.
     """
 
@@ -96,8 +86,8 @@ class Case:
     contenders: tuple[Contender, ...]
     inputs: Callable[[torch.Generator], Any] | None = None
     input_bytes: int = 0
-    expected: Callable[[Any], Tensor] | None = None
-    error: Callable[[Tensor, Tensor], float] | None = None
+    expected: Callable[[Any], Any] | None = None
+    error: Callable[[Any, Any], float] | None = None
     floor: Contender | None = None
     shapes: tuple[MatrixShape, ...] = ()
     device_type: str = ""
@@ -110,8 +100,7 @@ class Case:
 
 def norm_error(result: Tensor, expected: Tensor) -> float:
     """||result - expected|| / ||expected||."""
-    difference = result.double() - expected.double()
-    return float(difference.norm() / expected.double().norm())
+    return float((result.double() - expected.double()).norm() / expected.double().norm())
 
 
 def implementation(
@@ -120,10 +109,7 @@ def implementation(
     """One of fastdean's own implementations; `run` has to ask for it by name.
 
     Interpreted kernels are another contender: nobody must take their seconds for those of kernels.
-
-    Args:
-        name: of the contender; None: that of the implementation.
-        options: further fields of the contender.
+    `options`: further fields of the contender.
     """
 
     def refusal(device: torch.device) -> str:
@@ -143,18 +129,12 @@ class Compiled:
     Args:
         expression: plain torch.
         arguments: inputs of a case -> what the expression takes.
-        backend: of `torch.compile`.
     """
 
     def __init__(
-        self,
-        expression: Callable[..., Tensor],
-        arguments: Callable[[Any], tuple],
-        backend: str = "inductor",
+        self, expression: Callable, arguments: Callable[[Any], tuple], backend: str = "inductor"
     ) -> None:
-        self._expression = expression
-        self._arguments = arguments
-        self._backend = backend
+        self._expression, self._arguments, self._backend = expression, arguments, backend
         self._compiled: Callable[..., Tensor] | None = None
 
     def __call__(self, inputs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Seconds of one call of an operation, short enough that the clock itself matters.
+"""Seconds of one call, also where it is so short that the clock itself matters.
 
 On CUDA device events stand around replays of a graph that holds one call for every set of inputs:
 no gap between launches, and no set still in the cache from the call before. What cannot be
@@ -21,7 +21,6 @@ from fastdean.kernels import on_device
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 _WARM_UP_ROUNDS = 2
-
 GRAPH, EVENTS, HOST = "graph replays", "events", "host clock"
 
 
@@ -36,8 +35,7 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         points = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-        quantiles = torch.tensor(values, dtype=torch.float64).quantile(points)
-        return cls(*quantiles.tolist())
+        return cls(*torch.tensor(values, dtype=torch.float64).quantile(points).tolist())
 
     @classmethod
     def of_ratios(cls, values: Sequence[float], others: Sequence[float]) -> Spread:
@@ -51,13 +49,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call.
-
-    Attributes:
-        seconds: over `rounds` rounds, each the mean of its calls.
-        fastest: that of the fastest round.
-        timed_by: "graph replays", "events" or "host clock".
-    """
+    """Seconds of one call over `rounds` rounds, each the mean of its calls; the fastest round's."""
 
     seconds: Spread
     fastest: float
@@ -125,18 +117,15 @@ def _timed(
 
 
 def _host_clock(launch: Callable[[], Any], rounds: int) -> list[float]:
-    elapsed = []
+    ticks = [time.perf_counter()]
     for _ in range(rounds):
-        start = time.perf_counter()
         launch()
-        elapsed.append(time.perf_counter() - start)
-    return elapsed
+        ticks.append(time.perf_counter())
+    return [end - start for start, end in zip(ticks, ticks[1:], strict=False)]
 
 
 def _device_events(launch: Callable[[], Any], rounds: int) -> list[float]:
-    events = [
-        tuple(torch.cuda.Event(enable_timing=True) for _ in ("start", "end")) for _ in range(rounds)
-    ]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for start, end in events:
         start.record()
         launch()
@@ -186,11 +175,7 @@ def _waits_for_the_device(launch: Callable[[], Any]) -> bool:
 
 
 def _give_up_pool(device: torch.device, pool: tuple[int, int]) -> None:
-    """End what a failed capture has left open.
-
-    torch ends the allocations to a graph's pool only where the capture ends well; until they are
-    ended every call of `empty_cache` raises.
-    """
+    """End what a failed capture has left open: until then every call of `empty_cache` raises."""
     index = torch.cuda.current_device() if device.index is None else device.index
     for step in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
         # A capture that failed before it began, or after it ended, has left nothing open.

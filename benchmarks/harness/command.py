@@ -170,11 +170,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --resume: run no tests, and measure nothing where they have not passed before",
     )
-    add(
-        "--seconds",
-        type=float,
-        help="start nothing new after this long, the tests not counted",
-    )
+    add("--seconds", type=float, help="start nothing new after this long, the tests not counted")
     add(
         "--rehearsal",
         action="store_true",

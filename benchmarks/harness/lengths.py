@@ -9,34 +9,21 @@ are drawn apart.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from fastdean.data import IGNORE_INDEX, Example
 
-# Share of the rows that are at most this long: (share, tokens of the prompt, of the response).
+# At most so long are the prompts, and the responses, of these shares of the rows.
+_SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 _BEAVERTAILS = (
-    (0.00, 4, 11),
-    (0.05, 6, 25),
-    (0.10, 6, 34),
-    (0.20, 7, 42),
-    (0.30, 8, 49),
-    (0.40, 9, 55),
-    (0.50, 11, 62),
-    (0.60, 13, 69),
-    (0.70, 16, 75),
-    (0.80, 19, 80),
-    (0.90, 27, 87),
-    (0.95, 39, 92),
-    (0.98, 50, 97),
-    (0.99, 56, 100),
-    (1.00, 120, 108),
+    (4, 6, 6, 7, 8, 9, 11, 13, 16, 19, 27, 39, 50, 56, 120),
+    (11, 25, 34, 42, 49, 55, 62, 69, 75, 80, 87, 92, 97, 100, 108),
 )
 
 
-@dataclass(frozen=True)
-class Length:
+class Length(NamedTuple):
     """Tokens of one example; the response's are the targets."""
 
     prompt: int
@@ -47,6 +34,14 @@ class Length:
         return self.prompt + self.response
 
 
+def chosen(count: int, tokens: int | None) -> list[Length]:
+    """`count` lengths of `tokens` each, one in five of it prompt; None: BeaverTails'."""
+    if tokens is None:
+        return beavertails(count)
+    prompt = max(1, tokens // 5)
+    return [Length(prompt, tokens - prompt)] * count
+
+
 def beavertails(count: int) -> list[Length]:
     """`count` lengths distributed like BeaverTails' fairness rows; the same ones every time.
 
@@ -55,45 +50,34 @@ def beavertails(count: int) -> list[Length]:
     """
     generator = torch.Generator().manual_seed(count)
     shares = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    prompts, responses = (
-        _quantile(column, shares[torch.randperm(count, generator=generator)]) for column in (1, 2)
-    )
-    return [Length(p, r) for p, r in zip(prompts, responses, strict=True)]
+    orders = (torch.randperm(count, generator=generator) for _ in _BEAVERTAILS)
+    drawn = [_quantile(t, shares[o]) for t, o in zip(_BEAVERTAILS, orders, strict=True)]
+    return [Length(*pair) for pair in zip(*drawn, strict=True)]
 
 
-def _quantile(column: int, shares: torch.Tensor) -> list[int]:
-    """Between two rows of the table a length grows linearly."""
-    known = torch.tensor([row[0] for row in _BEAVERTAILS], dtype=torch.float64)
-    tokens = torch.tensor([row[column] for row in _BEAVERTAILS], dtype=torch.float64)
+def _quantile(tokens: Sequence[int], shares: torch.Tensor) -> list[int]:
+    """Between two known shares a length grows linearly."""
+    known, values = (torch.tensor(each, dtype=torch.float64) for each in (_SHARES, tokens))
     above = torch.searchsorted(known, shares).clamp(1, len(known) - 1)
     step = (shares - known[above - 1]) / (known[above] - known[above - 1])
-    return torch.lerp(tokens[above - 1], tokens[above], step).round().long().tolist()
-
-
-def fixed(count: int, tokens: int) -> list[Length]:
-    """`count` times the same length, one in five tokens of it prompt, as in BeaverTails."""
-    prompt = max(1, tokens // 5)
-    return [Length(prompt, tokens - prompt)] * count
+    return torch.lerp(values[above - 1], values[above], step).round().long().tolist()
 
 
 def filling(rows: int) -> list[Length]:
     """BeaverTails' lengths until `rows` tokens are full, the last one cut to what is left."""
-    lengths = beavertails(max(1, rows // 8))
-    chosen: list[Length] = []
-    left = rows
-    for length in lengths:
-        if length.tokens >= left:
+    found: list[Length] = []
+    for length in beavertails(max(1, rows // 8)):
+        if length.tokens >= rows:
             break
-        chosen.append(length)
-        left -= length.tokens
-    return [*chosen, Length(0, left)]
+        found.append(length)
+        rows -= length.tokens
+    return [*found, Length(0, rows)]
 
 
 def segments(lengths: Sequence[Length]) -> torch.Tensor:
     """int64 [B, 2]: (start, end) of each example when they lie one after the other."""
-    ends = torch.tensor([length.tokens for length in lengths], dtype=torch.int64).cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    return torch.stack([starts, ends], dim=1)
+    counts = torch.tensor([length.tokens for length in lengths], dtype=torch.int64)
+    return torch.stack([counts.cumsum(0) - counts, counts.cumsum(0)], dim=1)
 
 
 def examples(lengths: Sequence[Length], vocabulary: int) -> list[Example]:

@@ -63,9 +63,7 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Modu
 
     shape = SHAPES[name]
     config = Qwen2Config(
-        num_key_value_heads=shape.key_value_heads,
-        tie_word_embeddings=shape.tied,
-        **_common(shape),
+        num_key_value_heads=shape.key_value_heads, tie_word_embeddings=shape.tied, **_common(shape)
     )
     return _built(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), device)
 

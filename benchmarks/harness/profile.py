@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import DeviceType
@@ -18,8 +17,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from benchmarks.harness.clock import elapsed
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One piece of work on the device, or several of one name.
 
     Attributes:
@@ -65,8 +63,7 @@ def launches(events: Sequence[FunctionEvent]) -> list[Launch]:
     for launch in started:
         by_kernel[launch.kernel] -= launch.seconds
     # Differences of sums: what is less than a nanosecond is rounding.
-    rest = [Launch("", name, seconds) for name, seconds in by_kernel.items() if seconds > 1e-9]
-    return [*started, *rest]
+    return started + [Launch("", name, each) for name, each in by_kernel.items() if each > 1e-9]
 
 
 def device_seconds(call: Callable[[], Any], device: torch.device) -> float | None:

@@ -119,24 +119,11 @@ class Session:
     def append(self, op: str, case: str, contender: str, **parts: Any) -> Record:
         """Write one record down; `parts`: the other fields of one."""
         row = Record(
-            op,
-            case,
-            contender,
-            toy=self.toy,
-            gate=self.gate,
-            environment=self.environment,
-            **parts,
+            op, case, contender, toy=self.toy, gate=self.gate, environment=self.environment, **parts
         )
         store.append(self.options.out, row)
         say(f"  {contender:<24} {_said(row)}")
         return row
-
-    def leave_out(
-        self, op: str, case: str, contender: str, problem: Problem, **parts: Any
-    ) -> Record:
-        """Write down why there is no measurement."""
-        self.failed |= problem.failed
-        return self.append(op, case, contender, problem=vars(problem), **parts)
 
 
 def _said(row: Record) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -67,59 +66,31 @@ def append(results: Path, record: Record) -> Path:
     """Add one line; returns the file."""
     path = results / slug(record["device"]) / f"{record.op}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        _end_last_line(path)
-    line = json.dumps(asdict(record), allow_nan=False)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    with path.open("a+b") as file:
+        # After a line that was cut off with the run that wrote it a new one starts.
+        file.seek(max(0, file.tell() - 1))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(start + json.dumps(asdict(record), allow_nan=False).encode() + b"\n")
     return path
 
 
 def read(results: Path, op: str) -> Iterator[Record]:
-    """All records of an op, device after device, oldest first.
-
-    A last line that does not parse was cut off with the run that wrote it: it is named and ignored.
-
-    Raises:
-        ValueError: another line is no record; names file and line.
-    """
+    """All records of an op, device after device, oldest first; a line that is none is named."""
     for path in sorted(results.glob(f"*/{op}.jsonl")):
-        lines = path.read_bytes().splitlines()
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             record = parsed(line)
-            if record is not None:
-                yield record
-            elif number == len(lines):
-                say(f"warning: {path}, line {number}, was cut off and is ignored")
+            if record is None:
+                say(f"warning: {path}, line {number}, is no record (cut off?) and is left out")
             else:
-                raise ValueError(
-                    f"{path}, line {number}, must be a record, got {line[:40]!r}; only a last line "
-                    "can have been cut off: repair this one or delete it"
-                )
+                yield record
 
 
 def parsed(line: bytes | str) -> Record | None:
-    """None where a line holds no record."""
+    """None where a line holds no record, such as one that was cut off."""
     try:
         return Record(**json.loads(line))
     except (ValueError, TypeError):
         return None
-
-
-def _end_last_line(path: Path) -> None:
-    """Let what is appended start a line: end the last one, or drop it where it was cut off.
-
-    Left where it is, what was cut off would stand in the middle of the file, where it is an error.
-    """
-    lines = path.read_bytes().splitlines(keepends=True)
-    if not lines:
-        return
-    if parsed(lines[-1]) is None:
-        say(f"warning: {path}, line {len(lines)}, was cut off and is dropped")
-        os.truncate(path, sum(map(len, lines[:-1])))
-    elif not lines[-1].endswith(b"\n"):
-        with path.open("ab") as file:
-            file.write(b"\n")
 
 
 def stands_for(record: Record, here: Mapping[str, Any], gate: str) -> bool:
@@ -162,7 +133,7 @@ def shown(results: Path, op: str, command: str) -> list[Record]:
     """What tables and pictures are made of: all measurements but those of toys; at least one.
 
     Raises:
-        ValueError: there is none, or a file is broken; names `command`, which makes them.
+        ValueError: there is none; names `command`, which makes them.
     """
     rows = list(read(results, op))
     chosen = [row for row in rows if not row.toy and row.problem is None]

@@ -6,57 +6,32 @@ Bytes: x and g of those pairs, and the accumulator of every expert with tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import lengths
 from benchmarks.harness.cases import Case, Contender, implementation, norm_error, product
-from benchmarks.harness.lengths import Length
 from fastdean.ops import accumulate_expert_importance_, accumulate_importance_
 
 OP = "expert_importance"
-SHAPE = (64, 8, 2048, 1408)  # experts, experts a token is sent to, outputs, inputs
-EXAMPLES = (32, 8)
-TOY_SHAPE = (6, 2, 20, 12)
-TOY_EXAMPLES = (2,)
+SHAPE, EXAMPLES = (64, 8, 2048, 1408), (32, 8)  # experts, those of a token, outputs, inputs
+TOY_SHAPE, TOY_EXAMPLES = (6, 2, 20, 12), (2,)
 DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Routing:
-    """Rows sorted by expert, and for each expert by example.
+class Inputs:
+    """acc fp32 [E, R, C], x [N, C], g [N, R], rows sorted by expert, and for each by example.
 
     Attributes:
         segments: int64 [S, 2], rows of one example's tokens at one expert; none is empty.
         experts: int64 [S], ascending.
-        rows: number of rows.
-    """
-
-    segments: Tensor
-    experts: Tensor
-    rows: int
-
-    @classmethod
-    def at_random(cls, chosen: Sequence[Length], experts: int, active: int) -> Routing:
-        """Every token goes to `active` different experts, all experts alike; always the same."""
-        generator = torch.Generator().manual_seed(experts)
-        counts = torch.tensor([length.tokens for length in chosen])
-        owner = torch.arange(len(chosen)).repeat_interleave(counts)
-        picked = torch.rand(len(owner), experts, generator=generator).topk(active).indices
-        pair = (picked * len(chosen) + owner[:, None]).flatten()
-        kinds, sizes = pair.unique(return_counts=True)
-        ends = sizes.cumsum(0)
-        return cls(torch.stack([ends - sizes, ends], 1), kinds // len(chosen), pair.numel())
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """acc fp32 [E, R, C], x [N, C], g [N, R]; the routing on their device, and as Python numbers.
-
-    `groups`: per expert with tokens its number and its examples' segments on the CPU.
+        spans: (expert, start, end) of each segment, as Python numbers.
+        groups: per expert with tokens its number and its examples' segments on the CPU.
     """
 
     acc: Tensor
@@ -74,18 +49,34 @@ def cases(toy: bool) -> Iterator[Case]:
 
 
 def case(experts: int, active: int, rows: int, columns: int, examples: int) -> Case:
-    chosen = lengths.beavertails(examples)
-    routing = Routing.at_random(chosen, experts, active)
-    reached = int(routing.experts.unique().numel())
-    input_bytes = routing.rows * (rows + columns) * DTYPE.itemsize
-    tokens = sum(length.tokens for length in chosen)
+    counts = torch.tensor([length.tokens for length in lengths.beavertails(examples)])
+    tokens = int(counts.sum())
+    segments, numbers = _routed(counts, experts, active)
+    pairs = tokens * active
+    matrix_bytes = 4 * rows * columns
+    groups = tuple((each, segments[numbers == each]) for each in numbers.unique().tolist())
+    spans = tuple(zip(numbers.tolist(), *segments.T.tolist(), strict=True))
+    input_bytes = pairs * (rows + columns) * DTYPE.itemsize
+
+    def make(generator: torch.Generator) -> Inputs:
+        options = {"generator": generator, "device": generator.device}
+        return Inputs(
+            acc=torch.rand(experts, rows, columns, **options).mul_(8),
+            x=torch.randn(pairs, columns, **options).to(DTYPE),
+            g=torch.randn(pairs, rows, **options).to(DTYPE),
+            segments=segments.to(generator.device),
+            experts=numbers.to(generator.device),
+            spans=spans,
+            groups=groups,
+        )
+
+    op = "accumulate_expert_importance_"
+    one_by_one = partial(_expert_by_expert, "triton")
     return Case(
-        op=OP,
-        name=(
-            f"{experts} experts of {rows} x {columns}, {active} for each of {tokens} tokens, "
-            f"{examples} examples of BeaverTails' lengths"
-        ),
-        dtype="bf16",
+        OP,
+        f"{experts} experts of {rows} x {columns}, {active} for each of {tokens} tokens, "
+        f"{examples} examples of BeaverTails' lengths",
+        "bf16",
         settings={
             "experts": experts,
             "active": active,
@@ -93,53 +84,40 @@ def case(experts: int, active: int, rows: int, columns: int, examples: int) -> C
             "columns": columns,
             "examples": examples,
             "tokens": tokens,
-            "segments": len(routing.segments),
+            "segments": len(segments),
         },
-        operations=2 * routing.rows * rows * columns,
-        bytes=input_bytes + 8 * reached * rows * columns,
-        inputs=_maker(experts, rows, columns, routing),
-        input_bytes=input_bytes + 4 * experts * rows * columns,
+        operations=2 * pairs * rows * columns,
+        bytes=input_bytes + 2 * len(groups) * matrix_bytes,
+        inputs=make,
+        input_bytes=input_bytes + experts * matrix_bytes,
         expected=expected,
         error=norm_error,
         contenders=(
-            implementation("accumulate_expert_importance_", "triton", _ours("triton")),
+            implementation(op, "triton", partial(_ours, "triton")),
             # The reference brings the routing to the host.
+            implementation(op, "reference", partial(_ours, "reference"), capturable=False),
             implementation(
-                "accumulate_expert_importance_",
-                "reference",
-                _ours("reference"),
-                capturable=False,
+                "accumulate_importance_", "triton", one_by_one, name="triton, expert by expert"
             ),
-            _expert_by_expert("triton"),
-            Contender("mm per segment", _mm_loop, needs_bytes=8 * rows * columns),
+            Contender("mm per segment", _mm_loop, needs_bytes=2 * matrix_bytes),
         ),
-        floor=Contender("plain product", _plain_product, prepare=_plain_operands(experts)),
+        floor=Contender("plain product", _plain_product, prepare=_plain_operands),
     )
 
 
-def _maker(experts: int, rows: int, columns: int, routing: Routing) -> Callable[..., Inputs]:
-    numbers = routing.experts.tolist()
-    spans = tuple(
-        (expert, start, end)
-        for expert, (start, end) in zip(numbers, routing.segments.tolist(), strict=True)
-    )
-    groups = tuple(
-        (expert, routing.segments[routing.experts == expert]) for expert in sorted(set(numbers))
-    )
+def _routed(counts: Tensor, experts: int, active: int) -> tuple[Tensor, Tensor]:
+    """(segments, experts): every token goes to `active` different ones, all alike; always the same.
 
-    def make(generator: torch.Generator) -> Inputs:
-        options = {"generator": generator, "device": generator.device}
-        return Inputs(
-            acc=torch.rand(experts, rows, columns, **options).mul_(8),
-            x=torch.randn(routing.rows, columns, **options).to(DTYPE),
-            g=torch.randn(routing.rows, rows, **options).to(DTYPE),
-            segments=routing.segments.to(generator.device),
-            experts=routing.experts.to(generator.device),
-            spans=spans,
-            groups=groups,
-        )
-
-    return make
+    Args:
+        counts: tokens of each example.
+    """
+    generator = torch.Generator().manual_seed(experts)
+    owner = torch.arange(len(counts)).repeat_interleave(counts)
+    picked = torch.rand(len(owner), experts, generator=generator).topk(active).indices
+    pair = (picked * len(counts) + owner[:, None]).flatten()
+    kinds, sizes = pair.unique(return_counts=True)
+    ends = sizes.cumsum(0)
+    return torch.stack([ends - sizes, ends], 1), kinds // len(counts)
 
 
 def expected(inputs: Inputs) -> Tensor:
@@ -149,24 +127,17 @@ def expected(inputs: Inputs) -> Tensor:
     return result
 
 
-def _ours(impl: str) -> Callable[[Inputs], Tensor]:
-    def run(inputs: Inputs) -> Tensor:
-        return accumulate_expert_importance_(
-            inputs.acc, inputs.x, inputs.g, inputs.segments, inputs.experts, impl=impl
-        )
-
-    return run
+def _ours(impl: str, inputs: Inputs) -> Tensor:
+    return accumulate_expert_importance_(
+        inputs.acc, inputs.x, inputs.g, inputs.segments, inputs.experts, impl=impl
+    )
 
 
-def _expert_by_expert(impl: str) -> Contender:
+def _expert_by_expert(impl: str, inputs: Inputs) -> Tensor:
     """The op for one matrix, once for every expert."""
-
-    def run(inputs: Inputs) -> Tensor:
-        for expert, segments in inputs.groups:
-            accumulate_importance_(inputs.acc[expert], inputs.x, inputs.g, segments, impl=impl)
-        return inputs.acc
-
-    return implementation("accumulate_importance_", impl, run, name=f"{impl}, expert by expert")
+    for expert, segments in inputs.groups:
+        accumulate_importance_(inputs.acc[expert], inputs.x, inputs.g, segments, impl=impl)
+    return inputs.acc
 
 
 def _mm_loop(inputs: Inputs) -> Tensor:
@@ -177,18 +148,12 @@ def _mm_loop(inputs: Inputs) -> Tensor:
     return inputs.acc
 
 
-def _plain_operands(experts: int) -> Callable[[Inputs], tuple[Tensor, Tensor, Tensor]]:
+def _plain_operands(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """The same rows, dealt out evenly (less a remainder below one row an expert)."""
-
-    def prepare(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        each = inputs.x.shape[0] // experts
-        g, x = (
-            flat[: each * experts].view(experts, each, flat.shape[1])
-            for flat in (inputs.g, inputs.x)
-        )
-        return g.transpose(1, 2), x, torch.empty_like(inputs.acc, dtype=DTYPE)
-
-    return prepare
+    experts = len(inputs.acc)
+    each = len(inputs.x) // experts
+    g, x = (flat[: each * experts].unflatten(0, (experts, each)) for flat in (inputs.g, inputs.x))
+    return g.transpose(1, 2), x, torch.empty_like(inputs.acc, dtype=DTYPE)
 
 
 def _plain_product(operands: tuple[Tensor, Tensor, Tensor]) -> Tensor:

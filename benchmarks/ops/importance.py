@@ -7,15 +7,22 @@ model, in fp32 and bf16. Operations: 2 N R C. Bytes: x and g once, the accumulat
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import lengths
-from benchmarks.harness.cases import Case, Compiled, Contender, implementation, norm_error, product
-from benchmarks.harness.lengths import Length
+from benchmarks.harness.cases import (
+    Case,
+    Compiled,
+    Contender,
+    implementation,
+    norm_error,
+    product,
+)
 from fastdean.ops import accumulate_importance_
 
 OP = "importance"
@@ -29,15 +36,10 @@ TOKENS = ((None, 256, 512), (128, 64, 32))
 _COMPILED = {(SHAPES[0], EXAMPLES[0], None), (SHAPES[0], EXAMPLES[0], 256)}
 
 CPU_SHAPES = ((1536, 576), (576, 1536), (8192, 2048), (2048, 8192))
-CPU_DTYPES = (torch.float32, torch.bfloat16)
 # Examples and tokens of each: about as many tokens in every case.
 CPU_LENGTHS = ((7, None), (32, 16), (8, 64), (4, 128), (2, 256), (1, 512))
-
-TOY_SHAPES = ((48, 32), (16, 32))
-TOY_EXAMPLES = 3
-TOY_TOKENS = (None, 8)
-
-_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+TOY_SHAPES, TOY_EXAMPLES, TOY_TOKENS = ((48, 32), (16, 32)), 3, (None, 8)
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,11 @@ def cases(toy: bool) -> Iterator[Case]:
             yield case(rows, columns, TOY_EXAMPLES, tokens)
         return
     for group in TOKENS:
-        for examples, tokens, (rows, columns) in itertools.product(EXAMPLES, group, SHAPES):
-            compiled = ((rows, columns), examples, tokens) in _COMPILED
-            yield case(rows, columns, examples, tokens, compiled=compiled, device_type="cuda")
-    for (examples, tokens), dtype, (rows, columns) in itertools.product(
-        CPU_LENGTHS, CPU_DTYPES, CPU_SHAPES
-    ):
-        yield case(rows, columns, examples, tokens, dtype=dtype, device_type="cpu")
+        for examples, tokens, shape in itertools.product(EXAMPLES, group, SHAPES):
+            compiled = (shape, examples, tokens) in _COMPILED
+            yield case(*shape, examples, tokens, compiled=compiled, device_type="cuda")
+    for (examples, tokens), dtype, shape in itertools.product(CPU_LENGTHS, DTYPES, CPU_SHAPES):
+        yield case(*shape, examples, tokens, dtype=dtype, device_type="cpu")
 
 
 def case(
@@ -78,41 +78,12 @@ def case(
     device_type: str = "",
 ) -> Case:
     """`tokens` per example; None: BeaverTails' lengths."""
-    chosen = lengths.beavertails(examples) if tokens is None else lengths.fixed(examples, tokens)
-    total = sum(length.tokens for length in chosen)
-    longest = max(length.tokens for length in chosen)
-    kind = "BeaverTails' lengths" if tokens is None else f"{tokens} tokens each"
-    matrix = rows * columns
-    element = dtype.itemsize
-    return Case(
-        op=OP,
-        name=f"{rows} x {columns}, {examples} examples, {kind}",
-        dtype=_DTYPE_NAMES[dtype],
-        settings={
-            "rows": rows,
-            "columns": columns,
-            "examples": examples,
-            "lengths": "beavertails" if tokens is None else "fixed",
-            "tokens_per_example": total / examples,
-            "tokens": total,
-        },
-        operations=2 * total * matrix,
-        bytes=total * (rows + columns) * element + 8 * matrix,
-        inputs=_maker(rows, columns, chosen, dtype),
-        input_bytes=total * (rows + columns) * element + 4 * matrix,
-        expected=expected,
-        error=norm_error,
-        contenders=_contenders(examples, longest, rows, columns, compiled),
-        floor=Contender("plain product", _plain_product, prepare=_plain_operands),
-        device_type=device_type,
-    )
-
-
-def _maker(
-    rows: int, columns: int, chosen: Sequence[Length], dtype: torch.dtype
-) -> Callable[..., Inputs]:
+    chosen = lengths.chosen(examples, tokens)
     segments = lengths.segments(chosen)
-    total = int(segments[-1, 1])
+    total, longest = int(segments[-1, 1]), max(length.tokens for length in chosen)
+    kind = "BeaverTails' lengths" if tokens is None else f"{tokens} tokens each"
+    matrix_bytes = 4 * rows * columns
+    input_bytes = total * (rows + columns) * dtype.itemsize
 
     def make(generator: torch.Generator) -> Inputs:
         options = {"generator": generator, "device": generator.device}
@@ -125,7 +96,41 @@ def _maker(
             spans=tuple(map(tuple, segments.tolist())),
         )
 
-    return make
+    batched_bytes = (examples + 1) * matrix_bytes
+    padded_bytes = 2 * examples * longest * (rows + columns) + batched_bytes
+    contenders = [
+        *(
+            implementation("accumulate_importance_", impl, partial(_ours, impl))
+            for impl in ("triton", "native", "reference")
+        ),
+        Contender("mm per example", mm_loop, needs_bytes=2 * matrix_bytes),
+        Contender("bmm, padded", _bmm, prepare=_padded, needs_bytes=padded_bytes),
+    ]
+    if compiled:
+        run = compiled_expression()
+        contenders.append(Contender("torch.compile", run, needs_bytes=batched_bytes, compiled=True))
+    return Case(
+        OP,
+        f"{rows} x {columns}, {examples} examples, {kind}",
+        DTYPES[dtype],
+        settings={
+            "rows": rows,
+            "columns": columns,
+            "examples": examples,
+            "lengths": "beavertails" if tokens is None else "fixed",
+            "tokens_per_example": total / examples,
+            "tokens": total,
+        },
+        operations=2 * total * rows * columns,
+        bytes=input_bytes + 2 * matrix_bytes,
+        inputs=make,
+        input_bytes=input_bytes + matrix_bytes,
+        expected=expected,
+        error=norm_error,
+        contenders=tuple(contenders),
+        floor=Contender("plain product", _plain_product, prepare=_plain_operands),
+        device_type=device_type,
+    )
 
 
 def expected(inputs: Inputs) -> Tensor:
@@ -135,41 +140,8 @@ def expected(inputs: Inputs) -> Tensor:
     return result
 
 
-def _contenders(
-    examples: int, longest: int, rows: int, columns: int, compiled: bool
-) -> tuple[Contender, ...]:
-    matrix_bytes = 4 * rows * columns
-    padded_bytes = 2 * examples * longest * (rows + columns)
-    found = [
-        implementation("accumulate_importance_", impl, _ours(impl))
-        for impl in ("triton", "native", "reference")
-    ]
-    found.append(Contender("mm per example", mm_loop, needs_bytes=2 * matrix_bytes))
-    found.append(
-        Contender(
-            "bmm, padded",
-            _bmm,
-            prepare=_padded,
-            needs_bytes=padded_bytes + (examples + 1) * matrix_bytes,
-        )
-    )
-    if compiled:
-        found.append(
-            Contender(
-                "torch.compile",
-                compiled_expression(),
-                needs_bytes=(examples + 1) * matrix_bytes,
-                compiled=True,
-            )
-        )
-    return tuple(found)
-
-
-def _ours(impl: str) -> Callable[[Inputs], Tensor]:
-    def run(inputs: Inputs) -> Tensor:
-        return accumulate_importance_(inputs.acc, inputs.x, inputs.g, inputs.segments, impl=impl)
-
-    return run
+def _ours(impl: str, inputs: Inputs) -> Tensor:
+    return accumulate_importance_(inputs.acc, inputs.x, inputs.g, inputs.segments, impl=impl)
 
 
 def mm_loop(inputs: Inputs) -> Tensor:
@@ -183,14 +155,10 @@ def mm_loop(inputs: Inputs) -> Tensor:
 
 def _padded(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """(acc, g [B, R, T], x [B, T, C]): a loader's padded batch has this form already."""
-    longest = max(end - start for start, end in inputs.spans)
     g, x = (
-        torch.zeros(len(inputs.spans), longest, flat.shape[1], dtype=flat.dtype, device=flat.device)
+        torch.nn.utils.rnn.pad_sequence([flat[s:e] for s, e in inputs.spans], batch_first=True)
         for flat in (inputs.g, inputs.x)
     )
-    for b, (start, end) in enumerate(inputs.spans):
-        g[b, : end - start] = inputs.g[start:end]
-        x[b, : end - start] = inputs.x[start:end]
     return inputs.acc, g.transpose(1, 2), x
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,13 @@ from fastdean.ops import zero_at_
 OP = "mask"
 SHAPES = ((18944, 3584), (18944, 3584), (3584, 18944))  # gate, up, down
 LAYERS = (28, 4)
-TOY_SHAPES = ((48, 32), (48, 32), (32, 48))
-TOY_LAYERS = (2,)
+TOY_SHAPES, TOY_LAYERS = ((48, 32), (48, 32), (32, 48)), (2,)
 COUNTS = range(22, 34)
 DTYPE = torch.bfloat16
 # What full boolean masks may take on a CPU; they touch every weight besides.
 _MOST_MASK_BYTES_ON_CPU = 1 << 30
+# A toggle leaves Python's state changed too, which a graph would not.
+_EXACT = {"tolerance": 0.0, "capturable": False}
 
 
 @dataclass
@@ -44,6 +46,11 @@ class Inputs:
     mask: NeuronMask
     masked: bool = False
 
+    def places(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(the flat weight, its indices, the values there) of each matrix."""
+        flat = (weight.view(-1) for weight in self.weights)
+        return zip(flat, self.indices, self.originals, strict=True)
+
 
 def cases(toy: bool) -> Iterator[Case]:
     for layers in TOY_LAYERS if toy else LAYERS:
@@ -54,33 +61,39 @@ def case(shapes: Sequence[tuple[int, int]], layers: int) -> Case:
     matrices = [shape for _ in range(layers) for shape in shapes]
     counts = [COUNTS[i % len(COUNTS)] for i in range(len(matrices))]
     numel = sum(rows * columns for rows, columns in matrices)
-    element = DTYPE.itemsize
+    rows, columns = shapes[0]
+
+    def too_many_masks(device: torch.device) -> str:
+        if device.type == "cpu" and numel > _MOST_MASK_BYTES_ON_CPU:
+            return f"its masks and the weights they touch take {3 * numel / 1e9:.0f} GB"
+        return ""
+
     return Case(
-        op=OP,
-        name=f"{len(matrices)} matrices of {shapes[0][0]} x {shapes[0][1]}, {sum(counts)} weights",
-        dtype="bf16",
+        OP,
+        f"{len(matrices)} matrices of {rows} x {columns}, {sum(counts)} weights",
+        "bf16",
         settings={
             "matrices": len(matrices),
-            "rows": shapes[0][0],
-            "columns": shapes[0][1],
+            "rows": rows,
+            "columns": columns,
             "weights": sum(counts),
         },
         operations=sum(counts),
-        bytes=sum(counts) * (8 + 2 * element),
-        inputs=_maker(matrices, counts),
-        input_bytes=numel * element,
+        bytes=sum(counts) * (8 + 2 * DTYPE.itemsize),
+        inputs=partial(_made, matrices, counts),
+        input_bytes=numel * DTYPE.itemsize,
         expected=expected,
         error=share_wrong,
         contenders=(
-            _ours("native", _toggle_native),
-            _one_call("native"),
-            _ours("reference", _toggle_reference),
+            _ours("write_at_", "native", "native", _toggled),
+            _ours("zero_at_", "native", "native, zeros only", _zeroed),
+            _ours("write_at_", "reference", "reference", _toggled_as_told),
             Contender("index_fill_ loop", _index_loop, prepare=_cleaned, **_EXACT),
             Contender(
                 "boolean masks",
                 _boolean_loop,
                 prepare=_with_boolean_masks,
-                refusal=_too_many_masks(numel),
+                refusal=too_many_masks,
                 needs_bytes=numel,
                 **_EXACT,
             ),
@@ -88,31 +101,24 @@ def case(shapes: Sequence[tuple[int, int]], layers: int) -> Case:
     )
 
 
-# A toggle leaves Python's state changed too, which a graph would not.
-_EXACT = {"tolerance": 0.0, "capturable": False}
-
-
-def _maker(
-    matrices: Sequence[tuple[int, int]], counts: Sequence[int]
-) -> Callable[[torch.Generator], Inputs]:
-    def make(generator: torch.Generator) -> Inputs:
-        device = generator.device
-        model = nn.ModuleList(nn.Module() for _ in range(len(matrices) // 3))
-        weights, indices, originals, entries = [], [], [], {}
-        for i, ((rows, columns), count) in enumerate(zip(matrices, counts, strict=True)):
-            weight = torch.empty(rows, columns, dtype=DTYPE, device=device)
-            index = _distinct(rows * columns, count, generator)
-            original = torch.randn(count, generator=generator, device=device).to(DTYPE)
-            weight.view(-1)[index] = original
-            name = ("gate", "up", "down")[i % 3]
-            model[i // 3].register_parameter(name, nn.Parameter(weight, requires_grad=False))
-            entries[f"{i // 3}.{name}"] = MaskEntry(index.cpu(), original.cpu(), (rows, columns))
-            weights.append(weight)
-            indices.append(index)
-            originals.append(original)
-        return Inputs(weights, indices, originals, model, NeuronMask(entries))
-
-    return make
+def _made(
+    matrices: Sequence[tuple[int, int]], counts: Sequence[int], generator: torch.Generator
+) -> Inputs:
+    device = generator.device
+    model = nn.ModuleList(nn.Module() for _ in range(len(matrices) // 3))
+    weights, indices, originals, entries = [], [], [], {}
+    for i, ((rows, columns), count) in enumerate(zip(matrices, counts, strict=True)):
+        weight = torch.empty(rows, columns, dtype=DTYPE, device=device)
+        index = _distinct(rows * columns, count, generator)
+        original = torch.randn(count, generator=generator, device=device).to(DTYPE)
+        weight.view(-1)[index] = original
+        name = ("gate", "up", "down")[i % 3]
+        model[i // 3].register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        entries[f"{i // 3}.{name}"] = MaskEntry(index.cpu(), original.cpu(), (rows, columns))
+        weights.append(weight)
+        indices.append(index)
+        originals.append(original)
+    return Inputs(weights, indices, originals, model, NeuronMask(entries))
 
 
 def _distinct(numel: int, count: int, generator: torch.Generator) -> Tensor:
@@ -131,73 +137,56 @@ def expected(inputs: Inputs) -> Tensor:
 
 def share_wrong(result: Inputs, expected: Tensor) -> float:
     """Share of the masked places that hold other bits."""
-    pairs = zip(result.weights, result.indices, strict=True)
-    found = torch.cat([weight.view(-1)[index] for weight, index in pairs])
+    found = torch.cat([weight[index] for weight, index, _ in result.places()])
     return float((found.view(torch.int16) != expected.view(torch.int16)).double().mean())
 
 
 def _cleaned(inputs: Inputs) -> Inputs:
-    """As `_maker` made them, whatever the contender before has left."""
-    for weight, index, original in zip(
-        inputs.weights, inputs.indices, inputs.originals, strict=True
-    ):
-        weight.view(-1)[index] = original
+    """As `_made` made them, whatever the contender before has left."""
+    for weight, index, original in inputs.places():
+        weight[index] = original
     inputs.masked = False
     return inputs
 
 
-def _ours(impl: str, toggle: Callable[[Inputs], None]) -> Contender:
-    def run(inputs: Inputs) -> Inputs:
-        toggle(inputs)
-        inputs.masked = not inputs.masked
-        return inputs
-
-    return implementation("write_at_", impl, run, prepare=_cleaned, **_EXACT)
+def _ours(op: str, impl: str, name: str, run: Callable[..., Inputs]) -> Contender:
+    return implementation(op, impl, partial(run, impl), name=name, prepare=_cleaned, **_EXACT)
 
 
-def _one_call(impl: str) -> Contender:
-    """Zeros to all matrices by one call of the op, on CUDA one launch; never back."""
-
-    def run(inputs: Inputs) -> Inputs:
-        zero_at_(inputs.weights, inputs.indices, impl=impl)
-        return inputs
-
-    name = f"{impl}, zeros only"
-    return implementation("zero_at_", impl, run, name=name, prepare=_cleaned, **_EXACT)
-
-
-def _toggle_native(inputs: Inputs) -> None:
+def _toggled(impl: str, inputs: Inputs) -> Inputs:
     if inputs.masked:
         inputs.mask.restore_(inputs.model)
     else:
-        inputs.mask.apply_(inputs.model, impl="native")
+        inputs.mask.apply_(inputs.model, impl=impl)
+    inputs.masked = not inputs.masked
+    return inputs
 
 
-def _toggle_reference(inputs: Inputs) -> None:
+def _toggled_as_told(impl: str, inputs: Inputs) -> Inputs:
+    """By the variable: restoring takes no argument for it."""
     before = os.environ.get("FASTDEAN_IMPL")
-    os.environ["FASTDEAN_IMPL"] = "reference"
+    os.environ["FASTDEAN_IMPL"] = impl
     try:
-        if inputs.masked:
-            inputs.mask.restore_(inputs.model)
-        else:
-            inputs.mask.apply_(inputs.model)
+        return _toggled(impl, inputs)
     finally:
-        if before is None:
-            del os.environ["FASTDEAN_IMPL"]
-        else:
+        del os.environ["FASTDEAN_IMPL"]
+        if before is not None:
             os.environ["FASTDEAN_IMPL"] = before
+
+
+def _zeroed(impl: str, inputs: Inputs) -> Inputs:
+    """Zeros to all matrices by one call of the op, on CUDA one launch; never back."""
+    zero_at_(inputs.weights, inputs.indices, impl=impl)
+    return inputs
 
 
 def _index_loop(inputs: Inputs) -> Inputs:
     """The least that torch can do; checks nothing."""
-    if inputs.masked:
-        for weight, index, original in zip(
-            inputs.weights, inputs.indices, inputs.originals, strict=True
-        ):
-            weight.view(-1).index_copy_(0, index, original)
-    else:
-        for weight, index in zip(inputs.weights, inputs.indices, strict=True):
-            weight.view(-1).index_fill_(0, index, 0)
+    for weight, index, original in inputs.places():
+        if inputs.masked:
+            weight.index_copy_(0, index, original)
+        else:
+            weight.index_fill_(0, index, 0)
     inputs.masked = not inputs.masked
     return inputs
 
@@ -221,12 +210,3 @@ def _boolean_loop(operands: tuple[Inputs, list[Tensor]]) -> Inputs:
             weight.masked_fill_(mask, 0)
     inputs.masked = not inputs.masked
     return inputs
-
-
-def _too_many_masks(numel: int) -> Callable[[torch.device], str]:
-    def refusal(device: torch.device) -> str:
-        if device.type == "cpu" and numel > _MOST_MASK_BYTES_ON_CPU:
-            return f"its masks and the weights they touch take {3 * numel / 1e9:.0f} GB"
-        return ""
-
-    return refusal

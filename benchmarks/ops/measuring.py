@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -90,8 +91,8 @@ class Measured:
     """What a call takes.
 
     Attributes:
-        peak_bytes: memory besides its operands; None on a CPU.
         sets: of inputs, on which the calls took turns.
+        peak_bytes: memory besides its operands; None on a CPU.
         device_s: seconds for which the device is busy, where the timing holds the host's gaps
             between launches too; None where it does not, or the profiler cannot tell.
         host_s: seconds until a call is back at the host, with the device idle before and nothing
@@ -108,19 +109,17 @@ class Measured:
 def measured(contender: Contender, sets: list, device: torch.device, seconds: float) -> Measured:
     """One call after the other on the sets of inputs, for about `seconds` in all."""
     operands = [contender.prepare(inputs) for inputs in sets]
-    peak = _peak_bytes(contender, operands[0], device)
-    if len(operands) > _MIN_SETS and (
-        elapsed(lambda: contender.run(operands[0]), device) > _LONG_CALL_S
-    ):
-        operands = operands[:_MIN_SETS]
     calls = [lambda each=each: contender.run(each) for each in operands]
+    peak = _peak_bytes(calls[0], device)
+    if len(calls) > _MIN_SETS and elapsed(calls[0], device) > _LONG_CALL_S:
+        del operands[_MIN_SETS:], calls[_MIN_SETS:]
     timing = time_calls(calls, device, seconds=seconds, capturable=contender.capturable)
     # Last, so that the profiler is in nobody's time.
     busy = _device_seconds(calls, device) if timing.timed_by == EVENTS else None
-    return Measured(timing, len(operands), peak, busy, _host_seconds(calls, device))
+    return Measured(timing, len(calls), peak, busy, _host_seconds(calls, device))
 
 
-def _host_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float | None:
+def _host_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     seconds, end = [], time.perf_counter() + _HOST_SECONDS
@@ -135,23 +134,18 @@ def _host_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -
     return statistics.median(seconds)
 
 
-def _device_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float | None:
+def _device_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float | None:
     """Of one call, the mean over all of them."""
-
-    def once() -> None:
-        for call in calls:
-            call()
-
     with on_device(device):
-        total = device_seconds(once, device)
+        total = device_seconds(lambda: [call() for call in calls], device)
     return None if total is None else total / len(calls)
 
 
-def _peak_bytes(contender: Contender, operands: object, device: torch.device) -> int | None:
+def _peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
-    contender.run(operands)  # compiling and libraries' own workspaces are not its memory
+    call()  # compiling and libraries' own workspaces are not its memory
     held = Held(device)
-    contender.run(operands)
+    call()
     synchronize(device)
     return held.added_bytes()

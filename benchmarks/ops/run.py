@@ -12,15 +12,8 @@ import torch
 from benchmarks.harness.budget import say
 from benchmarks.harness.cases import Case, Contender, product_name
 from benchmarks.harness.rates import copy_bandwidth, large_product_rate
-from benchmarks.harness.session import Problem, Session, release
-from benchmarks.ops import (
-    collapse,
-    expert_importance,
-    importance,
-    mask,
-    selection,
-    unit_importance,
-)
+from benchmarks.harness.session import Session, release
+from benchmarks.ops import collapse, expert_importance, importance, mask, selection, unit_importance
 from benchmarks.ops.measuring import Measured, check, measured, number_of_sets, too_large
 from fastdean.kernels import interpreted
 
@@ -182,20 +175,17 @@ class _Measuring:
         if contender.compiled:
             # Else the sizes of earlier cases use up torch.compile's limit of recompilations.
             torch._dynamo.reset()
-        problem = None
         try:
             error = check(case, contender, self._generator)
             found = measured(contender, sets, self._device, _SECONDS_EACH[self._device.type])
         except torch.OutOfMemoryError:
-            problem = Problem("out of memory")
+            self._may(contender, "out of memory")
         # A compiler may end in any exception there is: the others are measured all the same.
-        except Exception as raised:
-            problem = Problem(str(raised) or type(raised).__name__, failed=True)
+        except Exception as problem:
+            self.session.failed = True
+            self._may(contender, str(problem) or type(problem).__name__)
         else:
             self._append(case, contender, found, floor, error)
-        if problem is not None:
-            self.session.failed |= problem.failed
-            say(f"  {contender.name:<24} not measured: {problem.reason}")
 
     def _append(
         self,
@@ -209,27 +199,23 @@ class _Measuring:
         None for the floor, which computes something else."""
         timing = found.timing
         median = timing.seconds.median
-        self.session.append(
-            case.op,
-            case.name,
-            contender.name,
-            setup=case.setup,
-            seconds=timing.seconds.record(),
-            metrics={
-                "sets": found.sets,
-                "rounds": timing.rounds,
-                "timed_by": timing.timed_by,
-                "device_s": found.device_s,
-                "host_s": found.host_s,
-                "operations": case.operations,
-                "bytes": case.bytes,
-                "operations_per_s": case.operations / median,
-                "bytes_per_s": case.bytes / median,
-                "error": error,
-                "peak_bytes": found.peak_bytes,
-                "product": product_name(self._device.type),
-                **floor,
-                "share_of_floor": floor["floor_s"] / median,
-                **self.rates,
-            },
-        )
+        metrics = {
+            "sets": found.sets,
+            "rounds": timing.rounds,
+            "timed_by": timing.timed_by,
+            "device_s": found.device_s,
+            "host_s": found.host_s,
+            "operations": case.operations,
+            "bytes": case.bytes,
+            "operations_per_s": case.operations / median,
+            "bytes_per_s": case.bytes / median,
+            "error": error,
+            "peak_bytes": found.peak_bytes,
+            "product": product_name(self._device.type),
+            **floor,
+            "share_of_floor": floor["floor_s"] / median,
+            **self.rates,
+        }
+        seconds = timing.seconds.record()
+        parts = {"setup": case.setup, "seconds": seconds, "metrics": metrics}
+        self.session.append(case.op, case.name, contender.name, **parts)

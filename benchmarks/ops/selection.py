@@ -5,8 +5,9 @@ Bytes: W and the sums, read once, and the indices written; bound by memory at ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,10 +16,8 @@ from benchmarks.harness.cases import Case, Contender, implementation
 from fastdean.ops import select_top
 
 OP = "selection"
-SHAPE = (18944, 3584)
-RATIOS = (1e-5, 5e-7, 1e-6, 1e-4, 1e-3, 1e-2)
-TOY_SHAPE = (64, 48)
-TOY_RATIOS = (1e-3, 1e-2)
+SHAPE, RATIOS = (18944, 3584), (1e-5, 5e-7, 1e-6, 1e-4, 1e-3, 1e-2)
+TOY_SHAPE, TOY_RATIOS = (64, 48), (1e-3, 1e-2)
 # A power of two: dividing by it rounds nothing, so that a baseline may leave the division out.
 _EXAMPLES = 128
 DTYPE = torch.bfloat16
@@ -52,37 +51,33 @@ def case(rows: int, columns: int, ratio: float) -> Case:
             weight=torch.randn(rows, columns, **options).mul_(0.02).to(DTYPE),
         )
 
+    # None of them can be captured: a NaN has to raise.
+    ours = {"tolerance": 0.0, "capturable": False}
+    # It may take another one of several equal entries at the threshold.
+    topk = {"tolerance": 1e-5, "capturable": False, "needs_bytes": 16 * numel}
     return Case(
-        op=OP,
-        name=f"{rows} x {columns}, ratio {ratio:g}, k = {k}",
-        dtype="bf16",
+        OP,
+        f"{rows} x {columns}, ratio {ratio:g}, k = {k}",
+        "bf16",
         settings={"rows": rows, "columns": columns, "ratio": ratio, "k": k},
         operations=2 * numel,
         bytes=size + 8 * k,
         inputs=make,
         input_bytes=size,
-        expected=_expected(k),
+        expected=partial(_expected, k),
         error=share_wrong,
         contenders=(
-            *(
-                implementation("select_top", impl, _ours(impl, k), tolerance=0.0, capturable=False)
-                for impl in ("triton", "reference")
-            ),
-            # It may take another one of several equal entries at the threshold.
-            Contender(
-                "torch.topk", _topk(k), tolerance=1e-5, needs_bytes=16 * numel, capturable=False
-            ),
+            implementation("select_top", "triton", partial(_ours, "triton", k), **ours),
+            implementation("select_top", "reference", partial(_ours, "reference", k), **ours),
+            Contender("torch.topk", partial(_topk, k), **topk),
         ),
     )
 
 
-def _expected(k: int) -> Callable[[Inputs], Tensor]:
-    def expected(inputs: Inputs) -> Tensor:
-        value = (inputs.sums * inputs.weight.float().abs() / _EXAMPLES).flatten()
-        order = value.argsort(descending=True, stable=True)[:k]
-        return order[value[order] > 0].sort().values
-
-    return expected
+def _expected(k: int, inputs: Inputs) -> Tensor:
+    value = (inputs.sums * inputs.weight.float().abs() / _EXAMPLES).flatten()
+    order = value.argsort(descending=True, stable=True)[:k]
+    return order[value[order] > 0].sort().values
 
 
 def share_wrong(result: Tensor, expected: Tensor) -> float:
@@ -92,16 +87,10 @@ def share_wrong(result: Tensor, expected: Tensor) -> float:
     return 1 - float(torch.isin(expected, result).double().mean())
 
 
-def _ours(impl: str, k: int) -> Callable[[Inputs], Tensor]:
-    def run(inputs: Inputs) -> Tensor:
-        return select_top(inputs.sums, inputs.weight, _EXAMPLES, k, impl=impl)
-
-    return run
+def _ours(impl: str, k: int, inputs: Inputs) -> Tensor:
+    return select_top(inputs.sums, inputs.weight, _EXAMPLES, k, impl=impl)
 
 
-def _topk(k: int) -> Callable[[Inputs], Tensor]:
-    def run(inputs: Inputs) -> Tensor:
-        value = inputs.weight.abs().float().mul_(inputs.sums)
-        return value.flatten().topk(k, sorted=False).indices
-
-    return run
+def _topk(k: int, inputs: Inputs) -> Tensor:
+    value = inputs.weight.abs().float().mul_(inputs.sums)
+    return value.flatten().topk(k, sorted=False).indices

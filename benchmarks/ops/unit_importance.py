@@ -5,8 +5,9 @@ Bound by memory: bytes are those of a and g, read once; three operations per pai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ from benchmarks.harness.cases import Case, Compiled, Contender, implementation, 
 from fastdean.ops import accumulate_unit_importance_
 
 OP = "unit_importance"
-SHAPE = (16384, 18944)
-TOY_SHAPE = (200, 48)
+SHAPE, TOY_SHAPE = (16384, 18944), (200, 48)
 DTYPE = torch.bfloat16
 
 
@@ -37,9 +37,10 @@ def cases(toy: bool) -> Iterator[Case]:
 
 
 def case(tokens: int, units: int) -> Case:
-    chosen = lengths.filling(tokens)
-    segments = lengths.segments(chosen)
+    segments = lengths.segments(lengths.filling(tokens))
+    examples = len(segments)
     size = 2 * tokens * units * DTYPE.itemsize
+    products = 4 * tokens * units  # bytes in fp32
 
     def make(generator: torch.Generator) -> Inputs:
         options = {"generator": generator, "device": generator.device}
@@ -49,15 +50,15 @@ def case(tokens: int, units: int) -> Case:
             a=torch.randn(tokens, units, **options).to(DTYPE),
             g=torch.randn(tokens, units, **options).to(DTYPE),
             segments=segments.clone(),
-            owner=torch.arange(len(chosen)).repeat_interleave(counts).to(generator.device),
+            owner=torch.arange(examples).repeat_interleave(counts).to(generator.device),
         )
 
-    fp32_products = 4 * tokens * units
+    op, run = "accumulate_unit_importance_", compiled_expression()
     return Case(
-        op=OP,
-        name=f"{tokens} tokens, {units} units, {len(chosen)} examples of BeaverTails' lengths",
-        dtype="bf16",
-        settings={"tokens": tokens, "units": units, "examples": len(chosen)},
+        OP,
+        f"{tokens} tokens, {units} units, {examples} examples of BeaverTails' lengths",
+        "bf16",
+        settings={"tokens": tokens, "units": units, "examples": examples},
         operations=3 * tokens * units,
         bytes=size + 8 * units,
         inputs=make,
@@ -65,20 +66,10 @@ def case(tokens: int, units: int) -> Case:
         expected=expected,
         error=norm_error,
         contenders=(
-            implementation("accumulate_unit_importance_", "triton", _ours("triton")),
-            implementation(
-                "accumulate_unit_importance_",
-                "reference",
-                _ours("reference"),
-                needs_bytes=3 * fp32_products,
-            ),
-            Contender("torch", _torch, needs_bytes=4 * fp32_products),
-            Contender(
-                "torch.compile",
-                compiled_expression(),
-                needs_bytes=4 * fp32_products,
-                compiled=True,
-            ),
+            implementation(op, "triton", partial(_ours, "triton")),
+            implementation(op, "reference", partial(_ours, "reference"), needs_bytes=3 * products),
+            Contender("torch", _torch, needs_bytes=4 * products),
+            Contender("torch.compile", run, needs_bytes=4 * products, compiled=True),
         ),
     )
 
@@ -90,13 +81,8 @@ def expected(inputs: Inputs) -> Tensor:
     return result
 
 
-def _ours(impl: str) -> Callable[[Inputs], Tensor]:
-    def run(inputs: Inputs) -> Tensor:
-        return accumulate_unit_importance_(
-            inputs.acc, inputs.a, inputs.g, inputs.segments, impl=impl
-        )
-
-    return run
+def _ours(impl: str, inputs: Inputs) -> Tensor:
+    return accumulate_unit_importance_(inputs.acc, inputs.a, inputs.g, inputs.segments, impl=impl)
 
 
 def _expression(acc: Tensor, a: Tensor, g: Tensor, owner: Tensor, examples: int) -> Tensor:

@@ -42,10 +42,7 @@ _REGULARIZERS: dict[str, dict[str, Any]] = {
     "std, live": {"detach_features": False, "mode": "batch"},
 }
 # The first of each is what the others add to.
-CONTENDERS = {
-    STEP: ("without", *_REGULARIZERS),
-    METRICS: ("forward passes", METRICS),
-}
+CONTENDERS = {STEP: ("without", *_REGULARIZERS), METRICS: ("forward passes", METRICS)}
 FLOORS = {what: names[0] for what, names in CONTENDERS.items()}
 _STRENGTH = 1.0
 # Small enough that all rounds train the same model, as far as time goes.

@@ -5,8 +5,8 @@ bf16 against fp32, and `fastdean.score` against the plain loop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,29 +27,52 @@ TOP = 256
 Selections = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Two selections over the same matrices.
+def run(session: Session) -> int:
+    """Append how alike the loop and fastdean in fp32, and fastdean in bf16, select."""
+    options = session.options
+    for _ in session.due(["all"]):
+        found = subject.load_subject(options, "fp32")
+        examples = found.examples(subject.examples_in(options, "bf16"))
+        size = {"examples": len(examples), "tokens": sum(map(len, examples))}
+        case, rows = f"{found.name}, {options.targets}", []
+        for against, other, ratio, metrics in measured(found.model, examples, options.targets):
+            setup = {"reference": against, "ratio": ratio, "model": found.name, **size}
+            rows.append(session.append("agreement", case, other, setup=setup, metrics=metrics))
+        print(tables.rendered(TABLE, rows))
+    return 0
 
-    Attributes:
-        k: smallest and largest number selected in a matrix.
-        equal: number of matrices whose two sets are equal.
-        kept: share of the reference's set that the other selects too, mean over matrices.
-        kept_least: the same in the worst matrix.
+
+def measured(
+    model: nn.Module, examples: Sequence[Example], target_modules: str
+) -> Iterator[tuple[str, str, float | None, dict[str, Any]]]:
+    """(reference, other, ratio or None, metrics) of an fp32 model, which is bf16 afterwards.
+
+    The bf16 model has its weights rounded too, so what differs is both rounding and arithmetic.
     """
+    loop = loop_selection(model, examples, target_modules, TOP)
+    scores = fastdean.score(model, examples, target_modules=target_modules, progress=False)
+    ours = {name: scores.select(name, TOP) for name in scores}
+    yield "loop fp32", "fastdean fp32", None, compare(loop, ours)
 
-    k: tuple[int, int]
-    matrices: int
-    equal: int
-    kept: float
-    kept_least: float
+    fp32 = {ratio: _selection(scores, ratio) for ratio in RATIOS}
+    del scores
+    models.cast_parameters_(model, torch.bfloat16)
+    rounded = fastdean.score(model, examples, target_modules=target_modules, progress=False)
+    for ratio, selection in fp32.items():
+        if any(index.numel() for index in selection.values()):
+            found = compare(selection, _selection(rounded, ratio))
+            yield "fastdean fp32", "fastdean bf16", ratio, found
 
 
-def compare(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Agreement:
-    """Per matrix the share of `reference`'s flat indices that `other` has too.
+def compare(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How much of `reference`'s flat indices `other` has too.
 
     Matrices in which `reference` selects nothing are left out.
 
+    Returns:
+        k: smallest and largest number selected in a matrix; matrices; equal: how many have two
+        equal sets; kept: share of the reference's set that the other selects too, mean over
+        matrices; kept_least: in the worst of them.
     Raises:
         ValueError: the matrices differ, or `reference` selects nothing anywhere.
     """
@@ -64,13 +87,13 @@ def compare(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Agr
         )
     kept = [len(ours & theirs) / len(ours) for ours, theirs in pairs]
     sizes = [len(ours) for ours, _ in pairs]
-    return Agreement(
-        k=(min(sizes), max(sizes)),
-        matrices=len(pairs),
-        equal=sum(ours == theirs for ours, theirs in pairs),
-        kept=sum(kept) / len(kept),
-        kept_least=min(kept),
-    )
+    return {
+        "k": [min(sizes), max(sizes)],
+        "matrices": len(pairs),
+        "equal": sum(ours == theirs for ours, theirs in pairs),
+        "kept": sum(kept) / len(kept),
+        "kept_least": min(kept),
+    }
 
 
 def loop_selection(
@@ -86,57 +109,11 @@ def loop_selection(
     }
 
 
-def measure_agreement(
-    model: nn.Module, examples: Sequence[Example], target_modules: str
-) -> list[tuple[str, str, float | None, Agreement]]:
-    """(reference, other, ratio or None, agreement) of an fp32 model, which is bf16 afterwards.
-
-    The bf16 model has its weights rounded too, so what differs is both rounding and arithmetic.
-    """
-    loop = loop_selection(model, examples, target_modules, TOP)
-    scores = fastdean.score(model, examples, target_modules=target_modules, progress=False)
-    ours = {name: scores.select(name, TOP) for name in scores}
-    results = [("loop fp32", "fastdean fp32", None, compare(loop, ours))]
-
-    fp32 = {ratio: _selection(scores, ratio) for ratio in RATIOS}
-    del scores
-    models.cast_parameters_(model, torch.bfloat16)
-    rounded = fastdean.score(model, examples, target_modules=target_modules, progress=False)
-    for ratio in RATIOS:
-        if any(index.numel() for index in fp32[ratio].values()):
-            agreement = compare(fp32[ratio], _selection(rounded, ratio))
-            results.append(("fastdean fp32", "fastdean bf16", ratio, agreement))
-    return results
-
-
 def _selection(scores: fastdean.Scores, ratio: float) -> Selections:
     return {
         name: scores.select(name, int(ratio * entry.numel))
         for name, entry in scores.entries.items()
     }
-
-
-def run(session: Session) -> int:
-    """Append how alike the loop and fastdean in fp32, and fastdean in bf16, select."""
-    options = session.options
-    for _ in session.due(["all"]):
-        found = subject.load_subject(options, "fp32")
-        examples = found.examples(subject.examples_in(options, "bf16"))
-        rows = []
-        for against, other, ratio, result in measure_agreement(
-            found.model, examples, options.targets
-        ):
-            setup = {
-                "reference": against,
-                "ratio": ratio,
-                "model": found.name,
-                "examples": len(examples),
-                "tokens": sum(map(len, examples)),
-            }
-            case, metrics = f"{found.name}, {options.targets}", dict(vars(result))
-            rows.append(session.append("agreement", case, other, setup=setup, metrics=metrics))
-        print(tables.rendered(TABLE, rows))
-    return 0
 
 
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:

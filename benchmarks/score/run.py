@@ -6,14 +6,13 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.harness import models, store, tables
 from benchmarks.harness.budget import say
-from benchmarks.harness.cases import Case
+from benchmarks.harness.cases import Case, Contender
 from benchmarks.harness.command import positive
 from benchmarks.harness.plots import Panel
 from benchmarks.harness.rates import Floor, copy_bandwidth, matrix_rate
@@ -153,10 +152,10 @@ def _measure(
     )
     wanted = _wanted(options)
     case = replace(case, contenders=tuple(c for c in case.contenders if c.name in wanted))
-    measuring = Comparison(session, case, examples, bandwidth)
+    comparison = Comparison(session, case, examples, bandwidth)
     if "vmap" in wanted and not chunk:
-        measuring.leave_out("vmap", _NO_ROOM)
-    return measuring.measure(options.repeats, profile=options.profile)
+        comparison.leave_out("vmap", _NO_ROOM)
+    return comparison.measure(options.repeats, profile=options.profile)
 
 
 def vmap_examples(options: argparse.Namespace, model: nn.Module) -> int:
@@ -182,82 +181,73 @@ class Comparison:
 
     def measure(self, repeats: int, *, profile: bool = False) -> list[Record]:
         """Appends each record as soon as its contender has had its last turn."""
-        problems = require_same_sums(
-            self.case, self.examples[:_CHECKED_EXAMPLES], self.session.device
-        )
+        case, device = self.case, self.session.device
+        problems = require_same_sums(case, self.examples[:_CHECKED_EXAMPLES], device)
         for name, problem in problems.items():
             self.leave_out(name, problem)
-        able = {each.name: each for each in self.case.contenders if each.name not in problems}
-        floor = self._floor()
+        able = {each.name: each for each in case.contenders if each.name not in problems}
+        floors, rows = [self._floor()], []
         say(
-            f"{self.case.name}, {self.case.dtype}: {len(self.examples)} examples, "
-            f"{self.case.settings['tokens']} tokens; products run at "
-            f"{floor.matrix_rate / 1e9:.1f} GFLOP/s; floor {floor.seconds:.2f} s"
+            f"{case.name}, {case.dtype}: {len(self.examples)} examples, {case.settings['tokens']} "
+            f"tokens; products run at {floors[0].matrix_rate / 1e9:.1f} GFLOP/s; floor "
+            f"{floors[0].seconds:.2f} s"
         )
-        turns = {name: partial(self._turn, each.run, each.scale) for name, each in able.items()}
-        floors, rows = [floor], []
-        for name, samples, problem in take_turns(turns, repeats, forgiving=self.session.device):
+        turns = {name: partial(self._turn, each) for name, each in able.items()}
+        for name, samples, problem in take_turns(turns, repeats, forgiving=device):
             if problem is not None:
                 self.leave_out(name, problem)
                 continue
             if len(floors) == 1:
                 # Before and after: a machine that was busy once must not raise the floor.
                 floors.append(self._floor())
+            shares = self._profiled(able[name]) if profile and name == OURS else None
             best = min(floors, key=lambda each: each.seconds)
-            shares = self._profiled(able[name].run) if profile and name == OURS else None
-            rows.append(self._append(name, able[name].extrapolated, samples, best, shares))
+            rows.append(self._append(able[name], samples, best, shares))
         return rows
 
-    def _turn(self, run: Any, scale: float) -> Sample:
-        sample = timed(lambda: run(self.examples), self.session.device)
-        return replace(sample, seconds=scale * sample.seconds)
+    def leave_out(self, name: str, problem: Problem) -> None:
+        # Without our own there is nothing to compare, whatever the reason.
+        self.session.failed |= problem.failed or name == OURS
+        case = self.case
+        self.session.append(case.op, case.name, name, setup=case.setup, problem=vars(problem))
+
+    def _turn(self, contender: Contender) -> Sample:
+        sample = timed(lambda: contender.run(self.examples), self.session.device)
+        return replace(sample, seconds=contender.scale * sample.seconds)
 
     def _floor(self) -> Floor:
         dtype, device = models.DTYPES[self.case.dtype], self.session.device
         rate = matrix_rate(self.case.shapes, dtype, device)
         return Floor(self.case.operations, self.case.bytes, rate, self.bandwidth)
 
-    def _profiled(self, run: Any) -> dict[str, float] | None:
-        device = self.session.device
-        found, problem = attempt(
-            lambda: breakdown.profile(lambda: run(self.examples), device), device
-        )
+    def _profiled(self, contender: Contender) -> dict[str, float] | None:
+        run, device = partial(contender.run, self.examples), self.session.device
+        found, problem = attempt(lambda: breakdown.profile(run, device), device)
         if found is None:
             seen = "the profiler sees no kernels" if problem is None else problem.reason
             say(f"  no breakdown: {seen}")
         return found
 
-    def leave_out(self, name: str, problem: Problem) -> None:
-        # Without our own there is nothing to compare, whatever the reason.
-        self.session.failed |= name == OURS
-        case = self.case
-        self.session.leave_out(case.op, case.name, name, problem, setup=case.setup)
-
     def _append(
         self,
-        name: str,
-        extrapolated: str | None,
+        contender: Contender,
         samples: Sequence[Sample],
         floor: Floor,
         shares: dict[str, float] | None,
     ) -> Record:
         """`peak_bytes` is never extrapolated: it is that of the layers run."""
-        seconds = seconds_of(samples)
-        return self.session.append(
-            self.case.op,
-            self.case.name,
-            name,
-            setup=self.case.setup | {"repeats": len(samples), "extrapolated": extrapolated},
-            seconds=seconds,
-            metrics={
-                "tokens_per_s": self.case.settings["tokens"] / seconds["median_s"],
-                "peak_bytes": most([sample.peak_bytes for sample in samples]),
-                **vars(floor),
-                "floor_s": floor.seconds,
-                "share_of_floor": floor.seconds / seconds["median_s"],
-                "breakdown": shares,
-            },
-        )
+        case, seconds = self.case, seconds_of(samples)
+        ran = {"repeats": len(samples), "extrapolated": contender.extrapolated}
+        metrics = {
+            "tokens_per_s": case.settings["tokens"] / seconds["median_s"],
+            "peak_bytes": most([sample.peak_bytes for sample in samples]),
+            **vars(floor),
+            "floor_s": floor.seconds,
+            "share_of_floor": floor.seconds / seconds["median_s"],
+            "breakdown": shares,
+        }
+        parts = {"setup": case.setup | ran, "seconds": seconds, "metrics": metrics}
+        return self.session.append(case.op, case.name, contender.name, **parts)
 
 
 def require_same_sums(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from benchmarks.harness import models, store, tables
+from benchmarks.harness import lengths, models, store, tables
 from benchmarks.harness.command import positive
 from benchmarks.harness.plots import Line, Panel, seconds_over
 from benchmarks.harness.rates import copy_bandwidth
@@ -22,7 +22,7 @@ from benchmarks.harness.session import Session
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
 from benchmarks.score.run import NAMES, OURS, Comparison
-from benchmarks.score.subject import Subject, lengths_of, random_examples, random_subject
+from benchmarks.score.subject import Subject, random_examples, random_subject
 from benchmarks.score.work import score_case
 from fastdean.targets import find_targets
 
@@ -111,7 +111,7 @@ def _was_measured(session: Session, point: Point) -> bool:
 
 def _measure(session: Session, point: Point, model: nn.Module, bandwidth: float) -> None:
     name = models.display_name(point.shape)
-    examples = random_examples(model, lengths_of(point.examples, point.tokens))
+    examples = random_examples(model, lengths.chosen(point.examples, point.tokens))
     targets = scored_modules(model, point)
     case = score_case(
         model,

@@ -1,10 +1,14 @@
-"""`score` as a case: who computes its sums, and the work that none of them can avoid."""
+"""`score` as a case: who computes its sums, and the work that none of them can avoid.
+
+A run takes (2 + 2) P T + 2 P_target T operations. Left out, so that the floor stays one: the
+products of attention itself, everything elementwise, the embedding's lookup. Counted a little too
+high: the backward pass through the lowest scored layer, whose inputs need no gradient.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -18,44 +22,6 @@ from fastdean.model_state import input_device
 from fastdean.targets import Target, find_targets
 
 
-@dataclass(frozen=True)
-class ScoreWork:
-    """The work of one `score` run: (2 + 2) P T + 2 P_target T operations.
-
-    Left out, so that the floor stays one: attention's own products, everything elementwise, the
-    embedding's lookup. Counted a little too high: the backward pass through the lowest scored
-    layer, whose inputs need no gradient.
-
-    Attributes:
-        tokens: all tokens of all examples.
-        target_tokens: rows that have to predict a target; only these pass through the head.
-        layer_parameters: entries of the matrices of all decoder layers (forward).
-        gradient_parameters: those of the lowest scored layer and of all above it (gradient of
-            activations).
-        target_parameters: entries of the scored matrices (gradient of weights).
-        head_parameters: entries of the output embedding.
-        element_bytes: bytes of one weight.
-    """
-
-    tokens: int
-    target_tokens: int
-    layer_parameters: int
-    gradient_parameters: int
-    target_parameters: int
-    head_parameters: int
-    element_bytes: int
-
-    @property
-    def operations(self) -> int:
-        per_token = self.layer_parameters + self.gradient_parameters + self.target_parameters
-        return 2 * per_token * self.tokens + 4 * self.head_parameters * self.target_tokens
-
-    @property
-    def bytes(self) -> int:
-        """Every weight read once."""
-        return self.element_bytes * (self.layer_parameters + self.head_parameters)
-
-
 def score_case(
     model: nn.Module,
     examples: Sequence[Example],
@@ -65,7 +31,7 @@ def score_case(
     vmap_examples: int = 0,
     op: str = "score",
     name: str = "score",
-    dtype: str = "",
+    dtype: str = "fp32",
     model_name: str = "",
 ) -> Case:
     """`score` on a causal language model against its baselines.
@@ -88,21 +54,33 @@ def score_case(
     measured = spread(scored_layers, layers)
     some = [target for target in targets if target.layer_index in measured]
 
-    def published(chosen: Sequence[Example]) -> Mapping[str, Tensor]:
-        return published_sums(model, chosen, some)
-
-    def loop(chosen: Sequence[Example]) -> Mapping[str, Tensor]:
-        return loop_sums(model, chosen, targets)
-
-    def vmap(chosen: Sequence[Example]) -> Mapping[str, Tensor]:
-        return vmap_sums(model, chosen, targets, vmap_examples)
-
     def ours(chosen: Sequence[Example]) -> Mapping[str, Tensor]:
         scores = fastdean.score(model, chosen, target_modules=target_modules, progress=False)
         return {parameter: entry.sums for parameter, entry in scores.entries.items()}
 
-    partial = len(measured) < len(scored_layers)
-    work = score_work(model, examples, targets)
+    contenders = [
+        Contender(
+            "published",
+            lambda chosen: published_sums(model, chosen, some),
+            scale=len(scored_layers) / len(measured),
+            extrapolated=None
+            if len(measured) == len(scored_layers)
+            else f"{len(measured)} of {len(scored_layers)} layers",
+        ),
+        Contender("loop", lambda chosen: loop_sums(model, chosen, targets)),
+        Contender("vmap", lambda chosen: vmap_sums(model, chosen, targets, vmap_examples)),
+        Contender("fastdean", ours, ours=True),
+    ]
+    matrices = find_targets(model, "all")
+    head = model.get_output_embeddings().weight
+    lowest = min(target.layer_index for target in targets)
+    # Of the lowest scored layer and of all above it: what has gradients of activations.
+    above = [target for target in matrices if target.layer_index >= lowest]
+    tokens = sum(len(example) for example in examples)
+    # Rows that have to predict a target; only these pass through the head.
+    target_tokens = sum(example.num_targets(shift=1) for example in examples)
+    per_token = _entries(matrices) + _entries(above) + _entries(targets)
+    rows = min(tokens, default_tokens_per_batch(input_device(model)))
     return Case(
         op,
         name,
@@ -110,24 +88,19 @@ def score_case(
         settings={
             "model": model_name,
             "examples": len(examples),
-            "tokens": work.tokens,
-            "target_tokens": work.target_tokens,
-            "sums_bytes": 4 * work.target_parameters,
+            "tokens": tokens,
+            "target_tokens": target_tokens,
+            # What the result itself takes.
+            "sums_bytes": 4 * _entries(targets),
         },
-        operations=work.operations,
-        bytes=work.bytes,
-        shapes=matrix_shapes(model, targets, work),
-        contenders=(
-            Contender(
-                "published",
-                published,
-                scale=len(scored_layers) / len(measured),
-                extrapolated=f"{len(measured)} of {len(scored_layers)} layers" if partial else None,
-            ),
-            Contender("loop", loop),
-            *([Contender("vmap", vmap)] if vmap_examples else []),
-            Contender("fastdean", ours, ours=True),
+        operations=2 * per_token * tokens + 4 * head.numel() * target_tokens,
+        # Every weight read once.
+        bytes=targets[0].module.weight.element_size() * (_entries(matrices) + head.numel()),
+        shapes=(
+            *_shapes(rows, matrices, above, targets),
+            MatrixShape(*head.shape, max(1, round(rows * target_tokens / tokens)), 1, 1, 0),
         ),
+        contenders=tuple(c for c in contenders if c.name != "vmap" or vmap_examples),
     )
 
 
@@ -150,45 +123,14 @@ def spread(layers: Sequence[int], count: int) -> list[int]:
     return [layers[round(i * step)] for i in range(count)]
 
 
-def score_work(
-    model: nn.Module, examples: Sequence[Example], targets: Sequence[Target]
-) -> ScoreWork:
-    matrices = find_targets(model, "all")
-    lowest = min(target.layer_index for target in targets)
-    weight = targets[0].module.weight
-    return ScoreWork(
-        tokens=sum(len(example) for example in examples),
-        target_tokens=sum(example.num_targets(shift=1) for example in examples),
-        layer_parameters=_entries(matrices),
-        gradient_parameters=_entries(m for m in matrices if m.layer_index >= lowest),
-        target_parameters=_entries(targets),
-        head_parameters=model.get_output_embeddings().weight.numel(),
-        element_bytes=weight.element_size(),
-    )
-
-
 def _entries(targets: Iterable[Target]) -> int:
     return sum(target.module.weight.numel() for target in targets)
 
 
-def matrix_shapes(
-    model: nn.Module, targets: Sequence[Target], work: ScoreWork
-) -> tuple[MatrixShape, ...]:
-    """The distinct products of one batch, as `score` cuts batches by default."""
-    rows = min(work.tokens, default_tokens_per_batch(input_device(model)))
-    head_rows = max(1, round(rows * work.target_tokens / work.tokens))
-    lowest = min(target.layer_index for target in targets)
-    matrices = find_targets(model, "all")
-    forward = _count(matrices)
-    backward = _count(m for m in matrices if m.layer_index >= lowest)
-    scored = _count(targets)
-    layers = [
-        MatrixShape(*size, rows, number, backward[size], scored[size])
+def _shapes(rows: int, *groups: Iterable[Target]) -> list[MatrixShape]:
+    """The distinct products of one batch of `rows`: forward, and for both gradients."""
+    forward, *backward = (Counter((t.num_outputs, t.num_inputs) for t in group) for group in groups)
+    return [
+        MatrixShape(*size, rows, number, *(each[size] for each in backward))
         for size, number in sorted(forward.items())
     ]
-    head = model.get_output_embeddings().weight
-    return (*layers, MatrixShape(head.shape[0], head.shape[1], head_rows, 1, 1, 0))
-
-
-def _count(targets: Iterable[Target]) -> Counter[tuple[int, int]]:
-    return Counter((target.num_outputs, target.num_inputs) for target in targets)

@@ -92,9 +92,7 @@ def load_subject(options: argparse.Namespace) -> Subject:
     return Subject(model.requires_grad_(True), tokenizer, name, trained, held_out)
 
 
-def split_rows(
-    rows: Sequence[dict[str, str]],
-) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def split_rows(rows: Sequence[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """(three quarters to train on, one quarter held out), the same for the same rows."""
     shuffled = list(rows)
     random.Random(_SPLIT_SEED).shuffle(shuffled)
