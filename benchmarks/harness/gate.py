@@ -23,6 +23,12 @@ def passes(tests: Sequence[str], on_gpu: bool) -> bool:
     return done.returncode == 0
 
 
+def test_files(*names: str) -> tuple[str, ...]:
+    """Where each test_NAME.py lies, whatever folder of tests/ that is."""
+    found = [path for name in names for path in (store.ROOT / "tests").rglob(f"test_{name}.py")]
+    return tuple(path.relative_to(store.ROOT).as_posix() for path in found)
+
+
 def passed_before(tests: Sequence[str], out: Path, here: Mapping[str, Any]) -> bool:
     """Whether earlier runs that wrote to `out` have seen all of them pass, nothing changed."""
     rows = [row for row in store.read(out, OP) if store.is_of(row, here)]

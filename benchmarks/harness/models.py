@@ -22,7 +22,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen2 model; `tied`: the head shares the embedding's weight."""
+    """A Qwen2 model, or of that kind; `tied`: the head shares the embedding's weight."""
 
     hidden: int
     intermediate: int
@@ -47,6 +47,7 @@ class EncoderShape:
 # As published, smallest first; "toy" is for trying a command out.
 SHAPES: dict[str, Shape] = {
     "toy": Shape(32, 64, 2, 4, 2, 96, False),
+    "smollm2-135m": Shape(576, 1536, 30, 9, 3, 49152, True),
     "qwen2-0.5b": Shape(896, 4864, 24, 14, 2, 151936, True),
     "qwen2-1.5b": Shape(1536, 8960, 28, 12, 2, 151936, True),
     "qwen2-7b": Shape(3584, 18944, 28, 28, 4, 152064, False),

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.harness.budget import say
 from benchmarks.harness.cases import Case, Contender, product_name
+from benchmarks.harness.gate import test_files
 from benchmarks.harness.rates import copy_bandwidth, large_product_rate
 from benchmarks.harness.session import Session, release
 from benchmarks.ops import collapse, expert_importance, importance, mask, selection, unit_importance
@@ -24,12 +25,12 @@ OPERATIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
 }
 # The tests that each of them has to pass before.
 GATES: dict[str, tuple[str, ...]] = {
-    importance.OP: ("tests/test_importance_op.py",),
-    unit_importance.OP: ("tests/test_importance_op.py",),
-    expert_importance.OP: ("tests/test_expert_importance_op.py",),
-    mask.OP: ("tests/test_mask_op.py", "tests/test_edits.py", "tests/test_toggling.py"),
-    collapse.OP: ("tests/test_collapse_op.py",),
-    selection.OP: ("tests/test_selection_op.py", "tests/test_selection_kernel.py"),
+    importance.OP: test_files("importance_op"),
+    unit_importance.OP: test_files("importance_op"),
+    expert_importance.OP: test_files("expert_importance_op"),
+    mask.OP: test_files("mask_op", "edits", "toggling"),
+    collapse.OP: test_files("collapse_op"),
+    selection.OP: test_files("selection_op", "selection_kernel"),
 }
 BANDWIDTH = "bytes at the copy bandwidth"
 _SECONDS_EACH = {"cuda": 0.1, "cpu": 0.02}

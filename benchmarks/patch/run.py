@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.harness import store, tables
 from benchmarks.harness.budget import say
 from benchmarks.harness.command import above_zero, positive
+from benchmarks.harness.gate import test_files
 from benchmarks.harness.session import Sample, Session, most, seconds_of, take_turns
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
@@ -56,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
-    return ("tests/test_checkpoint.py",)
+    return test_files("checkpoint")
 
 
 def require_room(options: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from benchmarks.harness import tables
 from benchmarks.harness.budget import say
 from benchmarks.harness.clock import Spread, elapsed
 from benchmarks.harness.command import at_least_two, model_options, positive
+from benchmarks.harness.gate import test_files
 from benchmarks.harness.session import Sample, Session, seconds_of, take_turns
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
@@ -87,8 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
-    names = ("collapse_op", "collapse_regularizer", "collapse_measuring")
-    return tuple(f"tests/test_{name}.py" for name in names)
+    return test_files("collapse_op", "collapse_regularizer", "collapse_measuring")
 
 
 def run(session: Session) -> int:

@@ -14,6 +14,7 @@ from benchmarks.harness import models, store, tables
 from benchmarks.harness.budget import say
 from benchmarks.harness.cases import Case, Contender
 from benchmarks.harness.command import positive
+from benchmarks.harness.gate import test_files
 from benchmarks.harness.plots import Panel
 from benchmarks.harness.rates import Floor, copy_bandwidth, matrix_rate
 from benchmarks.harness.session import (
@@ -47,24 +48,25 @@ NAMES = {
 }
 _NO_ROOM = Problem("the gradients of two examples do not fit into the free memory")
 
-_TESTS = ("tests/test_score.py",)
-# Those above run on the CPU: what a GPU runs is the kernels.
-_TESTS_ON_GPU = (
-    "tests/test_score_kernels.py",
-    "tests/test_repeatable.py::test_a_deterministic_run_of_score_repeats_its_bits",
-    "tests/test_repeatable.py::test_an_op_repeats_its_bits[weight_sums-torch.float32-triton]",
-    "tests/test_repeatable.py::test_an_op_repeats_its_bits[weight_sums-torch.bfloat16-triton]",
+# test_score.py runs on the CPU: what a GPU runs is the kernels.
+_REPEATED = (
+    "test_a_deterministic_run_of_score_repeats_its_bits",
+    "test_an_op_repeats_its_bits[weight_sums-torch.float32-triton]",
+    "test_an_op_repeats_its_bits[weight_sums-torch.bfloat16-triton]",
 )
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
-    return (*_TESTS, *(_TESTS_ON_GPU if on_gpu else ()))
+    if not on_gpu:
+        return test_files("score")
+    [repeatable] = test_files("repeatable")
+    repeated = (f"{repeatable}::{test}" for test in _REPEATED)
+    return (*test_files("score", "score_kernels"), *repeated)
 
 
 def tests_of_agreement(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     """It selects as well."""
-    on_gpu_too = ("tests/test_score_kernels.py", "tests/test_repeatable.py")
-    return (*_TESTS, *(on_gpu_too if on_gpu else ()))
+    return test_files("score", *(("score_kernels", "repeatable") if on_gpu else ()))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from benchmarks.harness import lengths, models
 from benchmarks.harness.command import at_least_two, model_options, positive
 from benchmarks.harness.lengths import Length
 from fastdean.data import Example, encode
+from fastdean.sources import load_rows as embedded_rows
 
 _EMBEDDED = ("fairness", "privacy", "general")
 _COLUMNS = ("prompt", "response")
@@ -113,11 +112,7 @@ def load_rows(path: Path | None, count: int) -> list[dict[str, str]]:
 
 
 def _embedded_rows() -> list[dict[str, str]]:
-    folder = resources.files("fastdean") / "datasets"
-    sets = [
-        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
-        for name in _EMBEDDED
-    ]
+    sets = [embedded_rows(f"embedded:{name}") for name in _EMBEDDED]
     return list(itertools.chain.from_iterable(zip(*sets, strict=False)))
 
 

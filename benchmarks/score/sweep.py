@@ -31,6 +31,10 @@ _EXAMPLES = (32, 128, 8, 64, 256)
 _LAYERS = (0.25, 1.0, 0.5, 0.75)
 _OTHERWISE_EXAMPLES = 64
 _DTYPE = "bf16"
+# On this shape tokens per batch are varied, in both dtypes, and nothing else; on a CPU alone: a
+# GPU's default is 2048, whatever the model.
+_BATCH_SHAPE, _BATCH_EXAMPLES = "smollm2-135m", 24
+_BATCHES = (192, 336, 512, 800, 1200)
 SWEEPS = ("tokens per example", "examples", "scored weights", "model parameters")
 
 
@@ -39,11 +43,13 @@ class Point:
     """One run of a sweep.
 
     Attributes:
-        sweep: what is varied, one of `SWEEPS`.
+        sweep: what is varied: one of `SWEEPS`, or "tokens per batch" with the dtype behind it.
         shape: the model's.
         tokens: of each example; None: BeaverTails' lengths.
         layers: the share of the layers, from the last down, whose targets are scored.
         group: "mlp" or "all": which of their matrices.
+        dtype: of the model.
+        batch: tokens per batch; None: the default.
     """
 
     sweep: str
@@ -52,12 +58,15 @@ class Point:
     tokens: int | None = None
     layers: float = 1.0
     group: str = "mlp"
+    dtype: str = _DTYPE
+    batch: int | None = None
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     shapes = list(models.SHAPES)
-    add("--random-model", choices=shapes, default="qwen2-7b", help="the largest model")
+    said = f"the largest model; {_BATCH_SHAPE}: tokens per batch are varied, in both dtypes"
+    add("--random-model", choices=shapes, default="qwen2-7b", help=said)
     add("--sweep", action="append", choices=SWEEPS, help="may be repeated; default: all")
     add("--repeats", type=positive, default=3)
 
@@ -68,6 +77,10 @@ def points(largest: str) -> list[Point]:
     Args:
         largest: the shape that all sweeps but that of the size use; the size ends there.
     """
+    if largest == _BATCH_SHAPE:
+        sizes = itertools.product(("fp32", "bf16"), _BATCHES)
+        fixed = {"shape": largest, "examples": _BATCH_EXAMPLES}
+        return [Point(f"tokens per batch, {d}", dtype=d, batch=b, **fixed) for d, b in sizes]
     names = list(models.SHAPES)
     sizes = [name for name in names[: names.index(largest) + 1] if name != "toy"] or [largest]
     by_tokens, by_examples, by_weights, by_size = SWEEPS
@@ -92,13 +105,14 @@ def run(session: Session) -> int:
         if (not options.sweep or point.sweep in options.sweep) and not _was_measured(session, point)
     ]
     subject: Subject | None = None
-    loaded, bandwidth = "", 0.0
+    loaded, bandwidth = ("", ""), 0.0
     for point in session.due(due, "points"):
         bandwidth = bandwidth or copy_bandwidth(session.device)
-        if loaded != point.shape:
+        if loaded != (point.shape, point.dtype):
             subject = None  # the next model must not stand beside this one
             gc.collect()
-            subject, loaded = random_subject(point.shape, _DTYPE, session.device), point.shape
+            subject = random_subject(point.shape, point.dtype, session.device)
+            loaded = (point.shape, point.dtype)
         _measure(session, point, subject.model, bandwidth)
     return int(session.failed)
 
@@ -117,9 +131,10 @@ def _measure(session: Session, point: Point, model: nn.Module, bandwidth: float)
         model,
         examples,
         target_modules=targets,
+        tokens_per_batch=point.batch,
         op="sweep",
         name=f"{name}, {point.sweep}",
-        dtype=_DTYPE,
+        dtype=point.dtype,
         model_name=name,
     )
     varied = {"sweep": point.sweep, "x": _value(point, model, targets), "point": dict(vars(point))}
@@ -140,6 +155,8 @@ def scored_modules(model: nn.Module, point: Point) -> str | list[str]:
 
 
 def _value(point: Point, model: nn.Module, targets: str | Sequence[str]) -> float:
+    if point.batch is not None:
+        return point.batch
     by_tokens, by_examples, _, by_size = SWEEPS
     if point.sweep == by_tokens:
         return point.tokens
@@ -151,13 +168,14 @@ def _value(point: Point, model: nn.Module, targets: str | Sequence[str]) -> floa
 
 
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
-    header = [rows[0]["sweep"], "", "seconds (p20 to p80)", "tokens/s", "floor / time"]
-    return header, [
+    header = [rows[0]["sweep"], "", "seconds (p20 to p80)", "tokens/s", "peak memory"]
+    return [*header, "floor / time"], [
         [
             f"{row['x']:,.0f}",
             NAMES[row.contender],
             tables.spread(row),
             f"{row['tokens_per_s']:.0f}",
+            tables.held(row["peak_bytes"]),
             f"{row['share_of_floor']:.0%}",
         ]
         for row in sorted(rows, key=lambda row: row["x"])

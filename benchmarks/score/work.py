@@ -29,6 +29,7 @@ def score_case(
     target_modules: str | Sequence[str] = "mlp",
     layers: int = 2,
     vmap_examples: int = 0,
+    tokens_per_batch: int | None = None,
     op: str = "score",
     name: str = "score",
     dtype: str = "fp32",
@@ -40,6 +41,7 @@ def score_case(
         layers: how many layers the layer-at-a-time procedure is run on; see `spread`.
         vmap_examples: of how many examples `torch.func.vmap` holds the gradients at a time; 0
             leaves it out.
+        tokens_per_batch: of `score`; None: its default.
         op, name, dtype, model_name: of the case.
     Raises:
         ValueError: a target lies outside the decoder layers, or `layers` is below 2.
@@ -55,7 +57,8 @@ def score_case(
     some = [target for target in targets if target.layer_index in measured]
 
     def ours(chosen: Sequence[Example]) -> Mapping[str, Tensor]:
-        scores = fastdean.score(model, chosen, target_modules=target_modules, progress=False)
+        options = {"target_modules": target_modules, "tokens_per_batch": tokens_per_batch}
+        scores = fastdean.score(model, chosen, **options, progress=False)
         return {parameter: entry.sums for parameter, entry in scores.entries.items()}
 
     contenders = [
@@ -80,7 +83,7 @@ def score_case(
     # Rows that have to predict a target; only these pass through the head.
     target_tokens = sum(example.num_targets(shift=1) for example in examples)
     per_token = _entries(matrices) + _entries(above) + _entries(targets)
-    rows = min(tokens, default_tokens_per_batch(input_device(model)))
+    rows = min(tokens, tokens_per_batch or default_tokens_per_batch(input_device(model)))
     return Case(
         op,
         name,

@@ -23,6 +23,7 @@ from benchmarks.harness import models, store, tables
 from benchmarks.harness.budget import say
 from benchmarks.harness.clock import synchronize
 from benchmarks.harness.command import above_zero, positive
+from benchmarks.harness.gate import test_files
 from benchmarks.harness.session import Session
 from experiments.debias.figures import Figure, HeldOut
 from experiments.debias.subject import ARMS, DATA, Subject, load_subject
@@ -87,8 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     collapse = ("collapse_regularizer", "collapse_measuring", "collapse_controls")
-    names = (*collapse, "fine_tune", "bias_bec_pro", "bias_crows_pairs")
-    return tuple(f"tests/test_{name}.py" for name in names)
+    return test_files(*collapse, "fine_tune", "bias_bec_pro", "bias_crows_pairs")
 
 
 def require_measures(options: argparse.Namespace) -> None:

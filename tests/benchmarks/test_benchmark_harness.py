@@ -138,7 +138,7 @@ def test_nothing_is_measured_when_the_tests_fail(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gate.subprocess, "run", lambda c, **options: commands.append(c) or failed)
     assert main(toy(tmp_path, "--op", "unit_importance", "--op", "importance")) == 1
     [tests] = [command[1:] for command in commands if "pytest" in command]
-    assert tests == ["-m", "pytest", "tests/test_importance_op.py", "-q"]
+    assert tests == ["-m", "pytest", *gate.test_files("importance_op"), "-q"]
     assert "nothing was measured" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -148,8 +148,7 @@ def test_every_benchmark_has_tests_that_exist():
         for on_gpu in (False, True):
             tests = benchmark.tests(options, on_gpu)
             assert tests and all((ROOT / test.split("::")[0]).is_file() for test in tests)
-    on_gpu = BENCHMARKS["score"].tests(options, True)
-    assert "tests/test_score_kernels.py" in on_gpu
+    assert set(gate.test_files("score_kernels")) < set(BENCHMARKS["score"].tests(options, True))
 
 
 def test_tests_that_passed_are_not_run_again_by_a_resumed_run(tmp_path, tested):

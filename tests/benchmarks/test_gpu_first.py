@@ -34,7 +34,7 @@ from benchmarks.harness.gate import is_covered
 from benchmarks.harness.store import Record
 from benchmarks.ops.run import GATES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = store.ROOT
 
 # One call of the program with parts of the test's own, that start in no time.
 DRIVER = """
@@ -704,7 +704,7 @@ def test_whatever_needs_a_gpu_is_run_on_one():
         named = {Path(test).name for part in plan.parts_of(target) for test in part.tests}
         marked = {
             path.name
-            for path in (ROOT / "tests").glob("test_*.py")
+            for path in (ROOT / "tests").rglob("test_*.py")
             if re.search(r"^@pytest\.mark\.gpu$", path.read_text("utf-8"), re.MULTILINE)
         }
         assert len(marked) > 4 and marked <= named

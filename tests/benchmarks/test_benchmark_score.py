@@ -377,8 +377,10 @@ def test_a_sweep_goes_on_where_one_contender_fails(benchmark, few_points, tmp_pa
 def test_a_sweep_sees_every_kind_before_it_goes_into_detail(monkeypatch):
     points = sweep.points("qwen2-7b")
     assert len({point.sweep for point in points[:4]}) == 4
-    assert len(points) == len(set(points)) == 6 + 5 + 5 + 3
-    assert {point.shape for point in points} == {"qwen2-0.5b", "qwen2-1.5b", "qwen2-7b"}
+    assert len(points) == len(set(points)) == 6 + 5 + 5 + 4
+    assert {point.shape for point in points} == set(models.SHAPES) - {"toy"}
+    batches = [(point.dtype, point.batch) for point in sweep.points("smollm2-135m")]
+    assert batches == [(d, b) for d in ("fp32", "bf16") for b in (192, 336, 512, 800, 1200)]
     # Over the targets it takes the last layers first, two at least.
     weights = sweep.Point("scored weights", "toy", layers=0.25)
     assert len(sweep.scored_modules(llama(), weights)) == 3 * LAYERS
