@@ -16,6 +16,7 @@ from benchmarks.harness.budget import Budget, say
 from benchmarks.harness.plots import Picture, drawn
 from benchmarks.harness.session import Session
 from benchmarks.harness.tables import Table, rendered, replace_between_markers
+from fastdean.atomic import write_text_atomic
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _table(options: argparse.Namespace, tables: Mapping[str, Table]) -> int:
         print(text)
     else:
         page = replace_between_markers(options.into.read_text("utf-8"), options.op, text)
-        options.into.write_text(page, "utf-8")
+        write_text_atomic(options.into, page)
     return 0
 
 

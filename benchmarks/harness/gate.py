@@ -24,9 +24,12 @@ def passes(tests: Sequence[str], on_gpu: bool) -> bool:
 
 
 def test_files(*names: str) -> tuple[str, ...]:
-    """Where each test_NAME.py lies, whatever folder of tests/ that is."""
-    found = [path for name in names for path in (store.ROOT / "tests").rglob(f"test_{name}.py")]
-    return tuple(path.relative_to(store.ROOT).as_posix() for path in found)
+    """Where each test_NAME.py lies, whatever folder of tests/ that is; ValueError without it."""
+    found = []
+    for name in names:
+        [path] = (store.ROOT / "tests").rglob(f"test_{name}.py")
+        found.append(path.relative_to(store.ROOT).as_posix())
+    return tuple(found)
 
 
 def passed_before(tests: Sequence[str], out: Path, here: Mapping[str, Any]) -> bool:

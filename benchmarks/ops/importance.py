@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import lengths
-from benchmarks.harness.cases import (
-    Case,
-    Compiled,
-    Contender,
-    implementation,
-    norm_error,
-    product,
-)
+from benchmarks.harness.cases import Case, Compiled, Contender, implementation, norm_error, product
 from fastdean.ops import accumulate_importance_
 
 OP = "importance"

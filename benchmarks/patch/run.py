@@ -64,11 +64,15 @@ def require_room(options: argparse.Namespace) -> None:
     """Asked before any test runs.
 
     Raises:
-        ValueError: `--folder` is no folder or has no room; more shards than matrices.
+        ValueError: `--folder` is no folder or has no room; more shards than matrices; a GPU.
         RuntimeError: there is no `cp`.
     """
     checkpoint = _checkpoint(options)
     folder = options.folder
+    if options.device != "cpu":
+        raise ValueError(
+            f"device must be cpu, got {options.device}; files are copied by the host, leave it out"
+        )
     if not folder.is_dir():
         raise ValueError(
             f"folder must be a folder, got {str(folder)!r}, which is none; make it, or leave "
@@ -106,20 +110,15 @@ def run(session: Session) -> int:
             scratch = Path(folder)
             turns = _measured(scratch, each, options.repeats)
             setup["file_system"] = _file_system(scratch)
-        rows = [
-            session.append(
-                "patch",
-                each.name,
-                name,
-                setup=setup | {"how": how, "repeats": len(samples)},
-                seconds=seconds_of(samples),
-                metrics={
-                    "process_peak_bytes": most([sample.process_peak_bytes for sample in samples]),
-                    "peak_bytes": most([sample.peak_bytes for sample in samples]),
-                },
-            )
-            for name, how, samples in turns
-        ]
+        rows = []
+        for name, how, samples in turns:
+            memory = ("process_peak_bytes", "peak_bytes")
+            parts = {
+                "setup": setup | {"how": how, "repeats": len(samples)},
+                "seconds": seconds_of(samples),
+                "metrics": {key: most([getattr(s, key) for s in samples]) for key in memory},
+            }
+            rows.append(session.append("patch", each.name, name, **parts))
         print(tables.rendered(TABLE, rows))
     return 0
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -44,24 +43,12 @@ _REGULARIZERS: dict[str, dict[str, Any]] = {
 }
 # The first of each is what the others add to.
 CONTENDERS = {STEP: ("without", *_REGULARIZERS), METRICS: ("forward passes", METRICS)}
-FLOORS = {what: names[0] for what, names in CONTENDERS.items()}
 _STRENGTH = 1.0
 # Small enough that all rounds train the same model, as far as time goes.
 _LEARNING_RATE = 1e-7
 _WARM_UP_ROUNDS = 2
 
-
-@dataclass(frozen=True)
-class Measurement:
-    """Attributes:
-    case: what was run, without the model.
-    turns: contender -> its samples; the first one is what the others add to.
-    """
-
-    case: str
-    tokens: int
-    labelled: int
-    turns: Mapping[str, Sequence[Sample]]
+Turns = dict[str, list[Sample]]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -101,66 +88,61 @@ def run(session: Session) -> int:
     due = [
         {"architecture": architecture, "measured": what}
         for architecture in dict.fromkeys(session.options.architecture or ARCHITECTURES)
-        for what in _MEASURE
+        for what in CONTENDERS
     ]
-    due = [
-        each
-        for each in due
-        if not session.earlier(
-            "regularizer", set(CONTENDERS[each["measured"]]), each, same_command=True
-        )
-    ]
+    due = [each for each in due if not _earlier(session, each)]
     subject, loaded = None, ""
     for each in session.due(due, "measurements"):
         architecture, what = each["architecture"], each["measured"]
         if loaded != architecture:
             subject, loaded = load_subject(session.options, architecture), architecture
         say(f"{subject.name}, {what}")
-        rows = _record(session, subject, each, _MEASURE[what](subject, session.options))
+        measure = _training_steps if what == STEP else _metrics
+        rows = _record(session, subject, each, *measure(subject, session.options))
         print(tables.rendered(TABLE, rows))
     return 0
 
 
+def _earlier(session: Session, each: Mapping[str, str]) -> list[Record]:
+    contenders = set(CONTENDERS[each["measured"]])
+    return session.earlier("regularizer", contenders, each, same_command=True)
+
+
 def _record(
-    session: Session, subject: Subject, measurement: Mapping[str, str], found: Measurement
+    session: Session, subject: Subject, measured: Mapping[str, str], found: Mapping, turns: Turns
 ) -> list[Record]:
-    """Ratios are those of the seconds over the floor's, round by round."""
-    floor = seconds_of(found.turns[FLOORS[measurement["measured"]]])
-    setup = {
-        **measurement,
-        "model": subject.name,
-        "tokens": found.tokens,
-        "labelled": found.labelled,
-        "classes": len(subject.classes),
-        "features": subject.model.get_output_embeddings().weight.shape[1],
-    }
-    rows = []
-    for name, samples in found.turns.items():
+    """Ratios are those of the seconds over the first contender's, round by round.
+
+    Args:
+        found: "case", without the model, "tokens", and how many are "labelled".
+    """
+    features = subject.model.get_output_embeddings().weight.shape[1]
+    size = {"classes": len(subject.classes), "features": features}
+    setup = {**measured, "model": subject.name, **found, **size}
+    case = f"{subject.name}, {setup.pop('case')}"
+    floor, rows = seconds_of(next(iter(turns.values()))), []
+    for name, samples in turns.items():
         seconds = seconds_of(samples)
         ratio = Spread.of_ratios(seconds["rounds_s"], floor["rounds_s"])
-        rows.append(
-            session.append(
-                "regularizer",
-                f"{subject.name}, {found.case}",
-                name,
-                setup=setup | {"repeats": len(samples)},
-                seconds=seconds,
-                metrics={
-                    "ratio_median": ratio.median,
-                    "ratio_p20": ratio.p20,
-                    "ratio_p80": ratio.p80,
-                    "floor_s": floor["median_s"],
-                },
-            )
-        )
+        metrics = {f"ratio_{point}": value for point, value in vars(ratio).items()}
+        parts = {
+            "setup": setup | {"repeats": len(samples)},
+            "seconds": seconds,
+            "metrics": {**metrics, "floor_s": floor["median_s"]},
+        }
+        rows.append(session.append("regularizer", case, name, **parts))
     return rows
 
 
-def _training_steps(subject: Subject, options: argparse.Namespace) -> Measurement:
+def _turns(contenders: Mapping[str, Callable[[], Sample]], rounds: int) -> Turns:
+    taken = take_turns(contenders, rounds, warm_up=_WARM_UP_ROUNDS)
+    return {name: samples for name, samples, _ in taken}
+
+
+def _training_steps(subject: Subject, options: argparse.Namespace) -> tuple[Mapping, Turns]:
     batch = subject.batch(options.tokens, options.length)
     steps = _Steps(subject, batch)
-    contenders = {FLOORS[STEP]: partial(steps.turn, None)}
-    contenders |= {name: partial(steps.turn, name) for name in _REGULARIZERS}
+    contenders = {name: partial(steps.turn, name) for name in CONTENDERS[STEP]}
     was_training = subject.model.training
     subject.model.train()
     try:
@@ -168,17 +150,9 @@ def _training_steps(subject: Subject, options: argparse.Namespace) -> Measuremen
     finally:
         subject.model.train(was_training)
     sequences, length = batch["input_ids"].shape
-    return Measurement(
-        f"steps of {sequences} x {length} tokens",
-        tokens=batch["input_ids"].numel(),
-        labelled=subject.labelled(batch["input_ids"], batch["labels"]),
-        turns=turns,
-    )
-
-
-def _turns(contenders: Mapping[str, Callable[[], Sample]], rounds: int) -> dict[str, list[Sample]]:
-    taken = take_turns(contenders, rounds, warm_up=_WARM_UP_ROUNDS)
-    return {name: samples for name, samples, _ in taken}
+    labelled = subject.labelled(batch["input_ids"], batch["labels"])
+    case = f"steps of {sequences} x {length} tokens"
+    return {"case": case, "tokens": sequences * length, "labelled": labelled}, turns
 
 
 class _Steps:
@@ -186,24 +160,24 @@ class _Steps:
 
     def __init__(self, subject: Subject, batch: Mapping[str, torch.Tensor]) -> None:
         self._model, self._classes, self._batch = subject.model, subject.classes, batch
-        self._device = batch["input_ids"].device
         self._optimizer = torch.optim.AdamW(subject.model.parameters(), lr=_LEARNING_RATE)
         self._statistics: dict[str, dict[str, Any]] = {}
 
-    def turn(self, name: str | None) -> Sample:
+    def turn(self, name: str) -> Sample:
         """One step; attaching and detaching are outside of its time.
 
         Raises:
             RuntimeError: the regulariser gave no finite term.
         """
-        if name is None:
-            return Sample(elapsed(self._step, self._device))
+        device = self._batch["input_ids"].device
+        if name not in _REGULARIZERS:
+            return Sample(elapsed(self._step, device))
         with CollapseRegularizer(
             self._model, self._classes, _STRENGTH, statistic="std", **_REGULARIZERS[name]
         ) as regularizer:
             if name in self._statistics:
                 regularizer.load_state_dict(self._statistics[name])
-            seconds = elapsed(self._step, self._device)
+            seconds = elapsed(self._step, device)
             if regularizer.value is None or not math.isfinite(regularizer.value):
                 raise RuntimeError(
                     f"the regulariser {name} must give a finite term, got {regularizer.value}; "
@@ -218,7 +192,7 @@ class _Steps:
         self._optimizer.zero_grad()
 
 
-def _metrics(subject: Subject, options: argparse.Namespace) -> Measurement:
+def _metrics(subject: Subject, options: argparse.Namespace) -> tuple[Mapping, Turns]:
     examples = subject.examples(options.metrics_tokens)
     device = next(subject.model.parameters()).device
     # Planned as `collapse_metrics` does, which plans inside of its time.
@@ -228,21 +202,17 @@ def _metrics(subject: Subject, options: argparse.Namespace) -> Measurement:
         tokens_per_batch=default_tokens_per_batch(device),
         **vars(exact_layout(subject.model, examples)),
     )
-    calls = {
-        FLOORS[METRICS]: partial(_forward, subject.model, batches),
-        METRICS: partial(_collapse, subject, examples),
+    calls = (partial(_forward, subject.model, batches), partial(_collapse, subject, examples))
+    turns = {
+        name: lambda call=call: Sample(elapsed(call, device))
+        for name, call in zip(CONTENDERS[METRICS], calls, strict=True)
     }
-
-    def turn(call: Callable[[], None]) -> Sample:
-        return Sample(elapsed(call, device))
-
-    turns = {name: partial(turn, call) for name, call in calls.items()}
-    return Measurement(
-        f"{len(examples)} texts in {len(batches)} batches",
-        tokens=sum(map(len, examples)),
-        labelled=sum(subject.labelled(each.input_ids.unsqueeze(0)) for each in examples),
-        turns=_turns(turns, options.metrics_repeats),
-    )
+    found = {
+        "case": f"{len(examples)} texts in {len(batches)} batches",
+        "tokens": sum(map(len, examples)),
+        "labelled": sum(subject.labelled(each.input_ids.unsqueeze(0)) for each in examples),
+    }
+    return found, _turns(turns, options.metrics_repeats)
 
 
 @torch.no_grad()
@@ -264,12 +234,6 @@ def _collapse(subject: Subject, examples: Sequence[Example]) -> None:
         )
 
 
-_MEASURE: dict[str, Callable[[Subject, argparse.Namespace], Measurement]] = {
-    STEP: _training_steps,
-    METRICS: _metrics,
-}
-
-
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
     measured = rows[0]["measured"]
     compared = "times the first, round by round (p20 to p80)"
@@ -277,7 +241,7 @@ def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
         [
             _NAMES.get(row.contender, f"with it: {row.contender}"),
             tables.spread(row, 3),
-            "1.000x" if row.contender == FLOORS[measured] else _ratio(row),
+            "1.000x" if row.contender == CONTENDERS[measured][0] else _ratio(row),
         ]
         for row in rows
     ]

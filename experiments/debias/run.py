@@ -28,7 +28,7 @@ from benchmarks.harness.session import Session
 from experiments.debias.figures import Figure, HeldOut
 from experiments.debias.subject import ARMS, DATA, Subject, load_subject
 from experiments.debias.table import BASE, TABLE
-from fastdean.collapse import CollapseRegularizer
+from fastdean.collapse import CollapseClasses, CollapseRegularizer
 from fastdean.debias import fine_tune
 from fastdean.pipeline import bias
 
@@ -178,26 +178,24 @@ class _Study:
 
     def append(self, arm: Arm) -> None:
         """Of one arm and seed, after its last step only: a training that was cut off has none."""
-        self._subject.model.load_state_dict(self._start)
+        subject = self._subject
+        subject.model.load_state_dict(self._start)
         if arm == _UNTRAINED:
             say("the model before any training")
-            self._append(arm, 0, self._figures(self._subject.model))
+            self._append(arm, 0, self._figures(subject.model), None, None)
             return
         say(f"{arm.name}, strength {arm.strength:g}, seed {arm.seed}")
-        course, classes, labelled = self._trained(arm)
-        for step, figures in course.figures.items():
-            self._append(arm, step, figures, course.median_seconds, classes, labelled)
-
-    def _trained(self, arm: Arm) -> tuple[_Course, int, int]:
-        """Its course; number of classes, and of the training text's tokens of a class."""
-        subject, options = self._subject, self._session.options
         classes = subject.classes(arm.name, arm.seed)
+        course = self._trained(arm, classes)
+        for step, figures in course.figures.items():
+            self._append(arm, step, figures, course.median_seconds, classes)
+
+    def _trained(self, arm: Arm, classes: CollapseClasses | None) -> _Course:
+        subject, options = self._subject, self._session.options
         course = _Course(self._figures, options.steps, self._session.device)
-        attached = (
-            nullcontext()
-            if classes is None
-            else CollapseRegularizer(subject.model, classes, arm.strength)
-        )
+        attached = nullcontext()
+        if classes is not None:
+            attached = CollapseRegularizer(subject.model, classes, arm.strength)
         with attached as regularizer:
             fine_tune(
                 subject.model,
@@ -213,44 +211,38 @@ class _Study:
                 on_eval=course,
                 progress=False,
             )
-        if classes is None:
-            return course, 0, 0
-        return course, len(classes), subject.labelled(classes)
+        return course
 
     def _append(
         self,
         arm: Arm,
         step: int,
         figures: Mapping[str, Figure],
-        step_s: float | None = None,
-        classes: int = 0,
-        labelled: int = 0,
+        step_s: float | None,
+        classes: CollapseClasses | None,
     ) -> None:
-        """`step_s`: median seconds of an optimizer step, evaluation left out; `labelled`: how many
+        """`step_s`: median seconds of an optimizer step, evaluation left out. "labelled": how many
         tokens of the training text, swapped copies included, are of the regulariser's classes."""
-        self._session.append(
-            "debias",
-            self.case,
-            arm.name,
-            setup={
-                **_last(arm, self._settings),
-                "step": step,
-                "steps": self._settings["steps"],
-                "model": self._subject.name,
-                "method": self._settings["method"],
-                "classes": classes,
-                "labelled": labelled,
-                "trained_rows": len(self._subject.trained),
-                "held_out_rows": len(self._subject.held_out),
-                "held_out_tokens": sum(map(len, self._figures.examples)),
-            },
-            metrics={
-                "figures": {name: figure.value for name, figure in figures.items()},
-                "units": {name: figure.unit for name, figure in figures.items()},
-                "neutral": {name: figure.neutral for name, figure in figures.items()},
-                "step_s": step_s,
-            },
-        )
+        subject, settings = self._subject, self._settings
+        setup = {
+            **_last(arm, settings),
+            "step": step,
+            "steps": settings["steps"],
+            "model": subject.name,
+            "method": settings["method"],
+            "classes": 0 if classes is None else len(classes),
+            "labelled": 0 if classes is None else subject.labelled(classes),
+            "trained_rows": len(subject.trained),
+            "held_out_rows": len(subject.held_out),
+            "held_out_tokens": sum(map(len, self._figures.examples)),
+        }
+        metrics = {
+            "figures": {name: figure.value for name, figure in figures.items()},
+            "units": {name: figure.unit for name, figure in figures.items()},
+            "neutral": {name: figure.neutral for name, figure in figures.items()},
+            "step_s": step_s,
+        }
+        self._session.append("debias", self.case, arm.name, setup=setup, metrics=metrics)
 
 
 @dataclass

@@ -133,6 +133,7 @@ def test_a_process_that_fails_is_named_with_what_it_said(benchmark, monkeypatch,
     "arguments, text",
     [
         (("--folder", "nowhere"), "folder must be a folder, got 'nowhere', which is none; make it"),
+        (("--device", "cpu:0"), "device must be cpu, got cpu:0; files are copied by the host"),
         (("--shards", "7"), "shards must be at most 6, the matrices of the checkpoint, got 7; pa"),
         ((), "folder must have room for 3 copies of the checkpoint, 1.84e-05 GB, got 1.84e-05 GB"),
     ],

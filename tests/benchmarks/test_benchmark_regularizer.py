@@ -64,7 +64,7 @@ def test_a_step_with_the_regulariser_trains_with_its_term_and_leaves_no_hook(arc
     steps = run._Steps(case, batch)
     case.model.train()
     hooks = sum(len(module._forward_hooks) for module in case.model.modules())
-    for name in (None, *CONTENDERS[STEP][1:]):
+    for name in CONTENDERS[STEP]:
         before = case.model.get_output_embeddings().weight.detach().clone()
         assert steps.turn(name).seconds > 0
         assert not torch.equal(case.model.get_output_embeddings().weight, before)
@@ -102,9 +102,9 @@ def test_both_sides_of_the_metrics_run_the_same_passes():
     handle = case.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True
     )
-    found = run._metrics(case, argparse.Namespace(metrics_tokens=100, metrics_repeats=1))
+    found, _ = run._metrics(case, argparse.Namespace(metrics_tokens=100, metrics_repeats=1))
     handle.remove()
-    batches = int(found.case.split(" in ")[1].split()[0])
+    batches = int(found["case"].split(" in ")[1].split()[0])
     passes, metrics = seen[-2 * batches : -batches], seen[-batches:]
     assert batches and all(torch.equal(a, b) for a, b in zip(passes, metrics, strict=True))
 

@@ -261,10 +261,7 @@ def test_a_run_is_resumed_only_where_nothing_changed(benchmark, tmp_path, monkey
 @pytest.mark.parametrize("call", [1, 2], ids=["in the check", "while it is timed"])
 @pytest.mark.parametrize(
     "error, code, reason",
-    [
-        (torch.OutOfMemoryError("9 GB"), 0, "out of memory"),
-        (KeyError("key"), 1, "KeyError: 'key'"),
-    ],
+    [(torch.OutOfMemoryError("9 GB"), 0, "out of memory"), (KeyError("key"), 1, "KeyError: 'key'")],
 )
 def test_the_others_are_measured_where_one_fails_and_that_is_not_tried_again(
     benchmark, tmp_path, monkeypatch, capsys, call, error, code, reason

@@ -556,30 +556,25 @@ def test_a_rehearsal_asks_for_no_gpu_and_names_none(everything_here, monkeypatch
 def test_everything_that_is_missing_is_named_in_a_line_of_its_own(
     everything_here, monkeypatch, capsys
 ):
+    def import_module(name):
+        if name == "triton":
+            raise ImportError("no such library")
+        return everything_here[name]
+
     everything_here["torch"].__version__ = "2.9.1"
+    monkeypatch.setattr(prerequisites, "import_module", import_module)
     monkeypatch.setattr(prerequisites, "_is_installed", lambda name: name == "pytest")
     monkeypatch.setattr(prerequisites, "_is_program", lambda name: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert prerequisites.main(["facts.json"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: torch >= 2.11 is needed, got 2.9.1",
+        "error: triton >= 3.6 is needed, and it cannot be imported: no such library",
         "error: the Python package hypothesis is needed",
         "error: the Python package accelerate is needed",
         "error: the Python package pybind11 is needed",
         "error: the program cmake is needed, on the PATH or beside Python",
         "error: a CUDA device is needed, and torch sees none",
-    ]
-
-
-def test_a_package_that_cannot_be_imported_is_named_with_the_reason(everything_here, monkeypatch):
-    def import_module(name):
-        if name == "triton":
-            raise ImportError("no such library")
-        return everything_here[name]
-
-    monkeypatch.setattr(prerequisites, "import_module", import_module)
-    assert prerequisites.missing() == [
-        "triton >= 3.6 is needed, and it cannot be imported: no such library"
     ]
 
 
