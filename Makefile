@@ -85,31 +85,31 @@ build: $(INSTALLED)  ## sdist and wheel, in dist/
 # gpu-first is what to run where minutes on a GPU are few: tests, the sanitizer and measurements,
 # most worth first. The other three are its parts, gpu-bench with more to measure.
 gpu-first:  ## on a GPU: tests, sanitizer and measurements, most worth first, into OUT
-	$(PYTHON) benchmarks/gpu/first.py $(OUT)
+	$(PYTHON) -m benchmarks.gpu.first $(OUT)
 
 gpu-check:  ## on a GPU: the tests of the kernels
-	$(PYTHON) benchmarks/gpu/first.py $(OUT) --target check
+	$(PYTHON) -m benchmarks.gpu.first $(OUT) --target check
 
 gpu-sanitize:  ## on a GPU: the kernels under compute-sanitizer
-	$(PYTHON) benchmarks/gpu/first.py $(OUT) --target sanitize
+	$(PYTHON) -m benchmarks.gpu.first $(OUT) --target sanitize
 
 gpu-bench:  ## on a GPU: kernels and score beside their baselines
-	$(PYTHON) benchmarks/gpu/first.py $(OUT) --target bench
+	$(PYTHON) -m benchmarks.gpu.first $(OUT) --target bench
 
 # The records that came back from a GPU, put where the tables are made from.
 gpu-results:  ## records that came back from a GPU, put where tables are made from
-	$(PYTHON) benchmarks/gpu/carried.py $(OUT) benchmarks/results
+	$(PYTHON) -m benchmarks.gpu.carried $(OUT) benchmarks/results
 
 # gpu-first where there is no GPU, with the versions of benchmarks/gpu/constraints.txt: the same
 # parts and processes, Triton's kernels interpreted, the extension compiled (nvcc is needed for its
 # CUDA half), nothing sanitized, tiny measurements of the CPU that say nothing.
 gpu-rehearsal: .venv-gpu/.installed  ## gpu-first where there is no GPU
-	.venv-gpu/bin/python benchmarks/gpu/first.py $(OUT) --rehearsal
+	.venv-gpu/bin/python -m benchmarks.gpu.first $(OUT) --rehearsal
 
 # The extension for Python 3.12, to be carried to the GPU: fastdean/_C.*.so with fastdean/_C.sources
 # beside it. gpu-first takes it where it lies, or from FASTDEAN_PREBUILT, if these are its sources.
 gpu-extension: .venv-gpu/.installed  ## the extension for Python 3.12, to be carried to a GPU
-	.venv-gpu/bin/python benchmarks/gpu/build_extension.py build/gpu-extension
+	.venv-gpu/bin/python -m benchmarks.gpu.build_extension build/gpu-extension
 
 # What the GPU machine has, less what is not there (datasets, gguf): several GB, since torch comes
 # with CUDA.
@@ -123,4 +123,4 @@ PYTHON312 ?= python3.12
 
 clean:  ## everything that was made here
 	rm -rf $(VENV) .venv-lowest .venv-gpu fastdean/_C.* build dist .pytest_cache .ruff_cache .hypothesis
-	find fastdean tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fastdean benchmarks experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,12 +17,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import machine
 import pytest
 import torch
 
 from fastdean import native
+
+# `benchmarks` and `experiments` are those of the checkout. Last: an installed fastdean goes first.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
 
 with torch.device("meta"):
     # Torch notes once which functions take a device: its own, not those that stand in below.
@@ -73,3 +78,17 @@ def extension_built() -> bool:
     expected = os.environ.get("FASTDEAN_NATIVE", "ON") != "OFF"
     assert found.state == ("available" if expected else "missing"), found
     return expected
+
+
+@pytest.fixture
+def quick_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks take whatever package is under test, and measure the machine in no time."""
+    from benchmarks.harness import environment, rates
+
+    monkeypatch.setattr(environment.fastdean, "__file__", str(ROOT / "fastdean" / "__init__.py"))
+    # A file that is saved between two calls must not keep the second from resuming the first.
+    monkeypatch.setattr(environment, "sources_checksum", lambda: "these sources")
+    monkeypatch.setattr(rates, "_COPY_BYTES", {"cpu": 1 << 16, "cuda": 1 << 20})
+    monkeypatch.setattr(rates, "_MATRIX_SIZE", {"cpu": 16, "cuda": 256})
+    monkeypatch.setattr(rates, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(rates, "_MATRIX_SECONDS", 0.0)

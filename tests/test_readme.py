@@ -8,7 +8,6 @@ instead of the README's values.
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -163,13 +162,6 @@ def test_links_to_files_lead_somewhere():
     assert targets
     for target in targets:
         assert (ROOT / target).is_file(), target
-
-
-def test_the_benchmark_table_has_its_place(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    table = runpy.run_path(str(ROOT / "benchmarks" / "table.py"))
-    replaced = table["replace_between_markers"](README, "score", "| a table |")
-    assert replaced.count("| a table |") == 1
 
 
 def test_make_targets_exist():

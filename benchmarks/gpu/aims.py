@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Row = Mapping[str, Any]
+from benchmarks.harness import store
+from benchmarks.harness.store import Record as Row
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,7 @@ def figures(rows: Iterable[tuple[str, Row]], facts: Mapping[str, str]) -> list[F
         rows: (results file, record).
     """
     here = _of_this_code(rows, facts)
-    return [_figure(aim, [row for row in here if row["op"] == aim.op]) for aim in AIMS]
-
-
-_SAME = ("device", "sources", "torch", "triton", "transformers")
+    return [_figure(aim, [row for row in here if row.op == aim.op]) for aim in AIMS]
 
 
 def _of_this_code(rows: Iterable[tuple[str, Row]], facts: Mapping[str, str]) -> list[Row]:
@@ -69,19 +66,17 @@ def _of_this_code(rows: Iterable[tuple[str, Row]], facts: Mapping[str, str]) -> 
     return [
         row
         for _, row in rows
-        if not row.get("toy")
-        and row.get("gate") == "passed"
-        and all(row.get(name) == facts.get(name) for name in _SAME)
+        if not row.toy and row.gate == store.PASSED and store.is_of(row, facts)
     ]
 
 
 def _figure(aim: Aim, rows: list[Row]) -> Figure:
     found: dict[str, float] = {}
     for row in rows:  # oldest first: the last one of a case stands
-        if "median_s" in row and aim.chosen(row):
+        if row.seconds and aim.chosen(row):
             value = aim.value(row, rows)
             if value is not None:
-                found[row["case"]] = value
+                found[row.case] = value
     if not found:
         return Figure(aim.text, None, "not measured")
     worst = (min if aim.most is None else max)(found, key=found.__getitem__)
@@ -115,7 +110,7 @@ def times_faster_than(impl: str) -> Callable[[Row, Sequence[Row]], float | None]
         alike = [
             each["median_s"]
             for each in rows
-            if each.get("impl") == impl and each["case"] == row["case"] and "median_s" in each
+            if each.contender == impl and each.case == row.case and each.seconds
         ]
         return alike[-1] / row["median_s"] if alike else None
 
@@ -123,22 +118,20 @@ def times_faster_than(impl: str) -> Callable[[Row, Sequence[Row]], float | None]
 
 
 def _importance(row: Row, beavertails: bool) -> bool:
-    settings = row["settings"]
-    if row["impl"] != "triton":
+    if row.contender != "triton":
         return False
     if beavertails:
-        return settings["lengths"] == "beavertails"
-    return settings["lengths"] == "fixed" and settings["tokens_per_example"] >= 256
+        return row["lengths"] == "beavertails"
+    return row["lengths"] == "fixed" and row["tokens_per_example"] >= 256
 
 
 def _large_collapse(row: Row) -> bool:
-    size = (row["settings"]["tokens"], row["settings"]["features"])
-    return row["impl"] == "native" and size == (16384, 4096)
+    return row.contender == "native" and (row["tokens"], row["features"]) == (16384, 4096)
 
 
 def _score(row: Row) -> bool:
     return (
-        row["impl"] == "fastdean"
+        row.contender == "fastdean"
         and row["dtype"] == "bf16"
         and row["examples"] == 128
         and "qwen2-7b, BeaverTails' lengths" in row["model"]
@@ -166,7 +159,7 @@ AIMS = (
         "finish + top-k, 18944 x 3584, ratio up to 1e-5: at most 1.3x of one read of W and sums",
         "selection",
         3,
-        lambda row: row["impl"] == "triton" and row["settings"]["ratio"] <= 1e-5,
+        lambda row: row.contender == "triton" and row["ratio"] <= 1e-5,
         of_floor,
         most=1.3,
     ),
@@ -174,7 +167,7 @@ AIMS = (
         "unit importance, 16384 x 18944: at least 85 % of the copy bandwidth",
         "unit_importance",
         1,
-        lambda row: row["impl"] == "triton",
+        lambda row: row.contender == "triton",
         _of_bandwidth,
         least=0.85,
         shown="{:.0%}",
@@ -183,7 +176,7 @@ AIMS = (
         "masks, 84 matrices, one launch: at most 60 us of host time",
         "mask",
         1,
-        lambda row: row["impl"] == "native, zeros only" and row["settings"]["matrices"] == 84,
+        lambda row: row.contender == "native, zeros only" and row["matrices"] == 84,
         lambda row, rows: row["host_s"] * 1e6,
         most=60.0,
         shown="{:.1f} us",
@@ -229,12 +222,12 @@ def slower_than_the_reference(
     rows: Iterable[tuple[str, Row]], facts: Mapping[str, str], op: str, impl: str
 ) -> str:
     """How much slower in its first case, the largest or most usual; "" if it is not, or unknown."""
-    here = [row for row in _of_this_code(rows, facts) if row["op"] == op]
-    ours = [row for row in here if row.get("impl") == impl]
+    here = [row for row in _of_this_code(rows, facts) if row.op == op]
+    ours = [row for row in here if row.contender == impl]
     if not ours:
         return ""
-    first = [row for row in ours if row["case"] == ours[0]["case"]][-1]
+    first = [row for row in ours if row.case == ours[0].case][-1]
     faster = times_faster_than("reference")(first, here)
     if faster is None or faster >= 1:
         return ""
-    return f"{1 / faster:.2f} times as long: {first['case']}"
+    return f"{1 / faster:.2f} times as long: {first.case}"

@@ -1,6 +1,6 @@
 """The extension in this source tree, where PYTHONPATH finds it, with CUDA: taken or compiled.
 
-    python3 benchmarks/gpu/build_extension.py BUILD_FOLDER
+    python3 -m benchmarks.gpu.build_extension BUILD_FOLDER
 
 Taken is FASTDEAN_PREBUILT, else what lies in fastdean/ already, where it was compiled from these
 sources, loads here and has CUDA; compiled is with what is installed: no network, no build
@@ -136,5 +136,5 @@ def find_nvcc(path: str) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit(f"usage: python3 {sys.argv[0]} BUILD_FOLDER")
+        sys.exit("usage: python3 -m benchmarks.gpu.build_extension BUILD_FOLDER")
     sys.exit(main(Path(sys.argv[1]).resolve()))

@@ -1,6 +1,6 @@
 """What goes to the output folder: a few flat files, each whole at any moment.
 
-    python3 benchmarks/gpu/carried.py OUT RESULTS    # append OUT's records to RESULTS
+    python3 -m benchmarks.gpu.carried OUT RESULTS    # append OUT's records to RESULTS
 
 The work itself lies elsewhere (folders, logs, a build); what comes back from a borrowed machine is
     summary.md           what passed, what failed, what was measured: to be read
@@ -12,17 +12,17 @@ The work itself lies elsewhere (folders, logs, a build); what comes back from a 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from outcomes import Outcome
+from benchmarks.gpu.outcomes import Outcome
+from benchmarks.harness import gate, store
+from benchmarks.harness.store import Record
 
 SUMMARY, STATE, RECORDS, LOG = "summary.md", "state.json", "records.jsonl", "log.txt"
 FORMS = "checked_forms.json"
@@ -60,41 +60,41 @@ def adopt(out: Path, work: Path) -> None:
         unpack(out / RECORDS, work / "results")
 
 
-def rows_of(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows_of(results: Path) -> Iterator[tuple[str, Record]]:
     """(device/file, record) of every whole line; the gates are not measurements."""
     for path in sorted(results.glob("*/*.jsonl")):
-        if path.name == "gate.jsonl":
+        if path.stem == gate.OP:
             continue
-        for row in _parsed(path.read_text("utf-8", "replace").splitlines()):
-            yield f"{path.parent.name}/{path.name}", row
-
-
-def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut off
-        if isinstance(row, dict):
-            yield row
+        for line in path.read_text("utf-8", "replace").splitlines():
+            row = store.parsed(line)
+            if row is not None:  # else cut off
+                yield f"{path.parent.name}/{path.name}", row
 
 
 def packed(results: Path) -> str:
     return "".join(
-        json.dumps({_RESULTS_FILE: name, **row}) + "\n" for name, row in rows_of(results)
+        json.dumps({_RESULTS_FILE: name, **asdict(row)}) + "\n" for name, row in rows_of(results)
     )
+
+
+def _unpacked(records: Path) -> list[tuple[str, Record]]:
+    found = []
+    for line in records.read_text("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off
+            fields = json.loads(line)
+            found.append((fields.pop(_RESULTS_FILE), Record(**fields)))
+    return found
 
 
 def unpack(records: Path, results: Path) -> int:
     """Append every record to the file it belongs to; returns how many."""
-    number = 0
-    for row in _parsed(records.read_text("utf-8", "replace").splitlines()):
-        path = results / row.pop(_RESULTS_FILE)
+    rows = _unpacked(records)
+    for name, row in rows:
+        path = results / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        number += 1
-    return number
+            file.write(json.dumps(asdict(row)) + "\n")
+    return len(rows)
 
 
 def joined_logs(work: Path, names: Iterable[str]) -> str:
@@ -112,8 +112,7 @@ def joined_logs(work: Path, names: Iterable[str]) -> str:
 
 def main(out: Path, results: Path) -> int:
     records = out / RECORDS
-    rows = list(_parsed(records.read_text("utf-8", "replace").splitlines()))
-    if any(row.get("toy") or "rehearsal" in row["device"] for row in rows):
+    if any(row.toy or "rehearsal" in row["device"] for _, row in _unpacked(records)):
         print(f"error: {records} must come from a GPU, got a rehearsal's", file=sys.stderr)
         return 2
     print(f"{unpack(records, results)} records appended to {results}")
@@ -122,5 +121,5 @@ def main(out: Path, results: Path) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit(f"usage: python3 {sys.argv[0]} OUT RESULTS")
+        sys.exit("usage: python3 -m benchmarks.gpu.carried OUT RESULTS")
     sys.exit(main(*map(Path, sys.argv[1:])))

@@ -1,6 +1,6 @@
 """What is to be learned from a GPU, most worth first, within ten minutes and whatever cuts them.
 
-    python3 benchmarks/gpu/first.py OUT [--target first|check|sanitize|bench] [--rehearsal]
+    python3 -m benchmarks.gpu.first OUT [--target first|check|sanitize|bench] [--rehearsal]
 
 `plan.py` says which parts there are. Each is a process of its own with a limit of its own, and what
 came of it is written as it ends: one that fails, hangs or dies takes itself out and what rests on
@@ -29,18 +29,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import aims
-import carried
-import summary
-from covered import is_covered
-from outcomes import CUT, FAILED, PASSED, REFUSAL, SKIPPED, Outcome, judged
-from plan import FORMS, RECORDS, SANITIZER, TARGETS, TOOL, Part, parts_of
-from processes import Keeper, Running
+from benchmarks.gpu import aims, carried, summary
+from benchmarks.gpu.outcomes import CUT, FAILED, PASSED, REFUSAL, SKIPPED, Outcome, judged
+from benchmarks.gpu.plan import FORMS, RECORDS, SANITIZER, TARGETS, TOOL, Part, parts_of
+from benchmarks.gpu.processes import Keeper, Running
+from benchmarks.harness import gate
+from benchmarks.harness.gate import is_covered
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -253,14 +250,14 @@ class Session:
             seconds = max(1.0, min(part.seconds, limit - 15))
             where = ["--out", str(self.work / "results"), "--resume", "--tested"]
             limits = ["--seconds", f"{seconds:.0f}"]
-            return [python, "benchmarks/run.py", *chosen, "--device", *device, *where, *limits]
+            return [python, "-m", "benchmarks", *chosen, "--device", *device, *where, *limits]
         options = ["-q", "--tb=short", "--durations=5", "-p", "no:cacheprovider"]
-        options += ["-p", "watched_tests", "-o", "faulthandler_timeout=60"]
+        options += ["-p", "benchmarks.gpu.watched_tests", "-o", "faulthandler_timeout=60"]
         if part.kind == SANITIZER:
             options += ["-k", "not reference"]
             return [python, str(HERE / "sanitized.py"), part.tool, *options, *part.tests]
         if self.rehearsal:
-            options += ["-p", "interpreted"]
+            options += ["-p", "benchmarks.gpu.interpreted"]
         if self._workers(part) > 1:
             options += ["-p", "xdist.plugin", "-n", str(self._workers(part))]
         return [python, "-m", "pytest", *options, *part.tests]
@@ -268,7 +265,7 @@ class Session:
     def _environment(self, part: Part) -> dict[str, str]:
         found = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE))),
+            "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "FASTDEAN_WATCHED_TESTS": str(self._notes(part.name)),
             # What else is installed there must not change how tests run.
@@ -298,11 +295,11 @@ class Session:
         return [test for outcome in self.outcomes.values() for test in outcome.covered]
 
     def _write_gate(self) -> None:
-        """Tell `benchmarks/run.py` which tests have passed, in the form it writes itself."""
-        path = self.work / "results" / "tests" / "gate.jsonl"
+        """Tell the benchmarks which tests have passed, in the form they write themselves."""
+        path = self.work / "results" / "tests" / f"{gate.OP}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        row = {**self._facts, "op": "gate", "tests": self._covered()}
-        carried.put(path, json.dumps(row) + "\n")
+        row = gate.seen_to_pass(self._covered(), self._facts)
+        carried.put(path, json.dumps(asdict(row)) + "\n")
 
     def _lacking(self) -> dict[str, str]:
         """Form -> what it lacks to be a checked one; in a rehearsal nothing can be sanitized."""

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from covered import covered
-from plan import RECORDS, SANITIZER, TESTS, Part
-from sanitized import FOUND, REFUSED
+from benchmarks.gpu.plan import RECORDS, SANITIZER, TESTS, Part
+from benchmarks.gpu.sanitized import FOUND, REFUSED
+from benchmarks.harness.gate import covered
 
 PASSED, FAILED, CUT, SKIPPED, REFUSAL = "passed", "failed", "cut", "skipped", "refused"
 _MOST_LINES, _MOST_LETTERS = 5, 200

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.harness.gate import test_files
+
 _ROOT = Path(__file__).resolve().parents[2]
 
 TESTS, SANITIZER, RECORDS, TOOL = "tests", "sanitizer", "records", "tool"
@@ -20,7 +22,7 @@ class Part:
 
     Attributes:
         kind: TESTS (pytest on `tests`), SANITIZER (the same under compute-sanitizer's `tool`),
-            RECORDS (`benchmarks/run.py` with `arguments`) or TOOL (a script of this folder).
+            RECORDS (`python -m benchmarks` with `arguments`) or TOOL (a script of this folder).
         limit: seconds after which it is ended.
         least: seconds below which it is not worth starting.
         after: parts that have to have ended before.
@@ -55,7 +57,7 @@ def _test_file(name: str) -> str:
 
 
 def _tests(name: str, *files: str, workers: int = 1, after: tuple[str, ...] = ("build",)) -> Part:
-    paths = tuple(_test_file(file) for file in files)
+    paths = test_files(*files)
     return Part(
         f"tests-{name}", TESTS, 150, needs=("machine",), after=after, tests=paths, workers=workers
     )
@@ -79,24 +81,28 @@ _CHECK = (
     _tests("other", "token_blocks", "coupling", "distributed", workers=2),
 )
 
-_REPEATS = "tests/ops/test_repeatable.py::test_an_op_repeats_its_bits"
+_REPEATABLE, _COLLAPSE_OP, _MASK_OP, _IMPORTANCE_OP, _EXPERTS_OP, _SCORE_OP, _KERNELS = test_files(
+    *("repeatable", "collapse_op", "mask_op", "importance_op", "expert_importance_op"),
+    *("score", "score_kernels"),
+)
+_REPEATS = f"{_REPEATABLE}::test_an_op_repeats_its_bits"
 # What is sanitized of an operation: awkward strides and lengths, and sizes that no tile divides.
 _SANITIZED = {
     "collapse": (
-        "tests/ops/test_collapse_op.py::test_cuda_is_within_the_budget_and_repeats_bit_for_bit",
-        "tests/ops/test_collapse_op.py::test_on_cuda_labels_out_of_range_show_as_a_loss_of_nan",
+        f"{_COLLAPSE_OP}::test_cuda_is_within_the_budget_and_repeats_bit_for_bit",
+        f"{_COLLAPSE_OP}::test_on_cuda_labels_out_of_range_show_as_a_loss_of_nan",
     ),
     "masks": (
-        "tests/ops/test_mask_op.py::test_cuda_clears_what_the_cpu_clears",
-        "tests/ops/test_mask_op.py::test_cuda_gathers_writes_and_replaces_what_the_cpu_does",
+        f"{_MASK_OP}::test_cuda_clears_what_the_cpu_clears",
+        f"{_MASK_OP}::test_cuda_gathers_writes_and_replaces_what_the_cpu_does",
     ),
     "importance": (
-        "tests/ops/test_importance_op.py::test_strides_do_not_matter",
-        "tests/ops/test_importance_op.py::test_numbers_and_lengths_of_examples",
-        "tests/ops/test_importance_op.py::test_a_long_example_beside_a_short_one",
+        f"{_IMPORTANCE_OP}::test_strides_do_not_matter",
+        f"{_IMPORTANCE_OP}::test_numbers_and_lengths_of_examples",
+        f"{_IMPORTANCE_OP}::test_a_long_example_beside_a_short_one",
     ),
     "selection": (f"{_REPEATS}[selection-torch.bfloat16-triton]",),
-    "experts": ("tests/ops/test_expert_importance_op.py::test_every_expert_gets_its_own_examples",),
+    "experts": (f"{_EXPERTS_OP}::test_every_expert_gets_its_own_examples",),
     "units": (f"{_REPEATS}[unit_sums-torch.bfloat16-triton]",),
 }
 # Whose tests have compiled its kernels, which the sanitizer would slow down.
@@ -128,7 +134,7 @@ def _records(name: str, op: str, *files: str, seconds: int) -> Part:
         least=25,
         needs=("machine",),
         after=("build",),
-        needs_tests=tuple(_test_file(file) for file in files),
+        needs_tests=test_files(*files),
         alone=True,
         arguments=("kernels", "--op", op),
         seconds=seconds,
@@ -137,9 +143,9 @@ def _records(name: str, op: str, *files: str, seconds: int) -> Part:
 
 
 _SCORE_TESTS = (
-    "tests/coupling/test_score.py",
-    "tests/coupling/test_score_kernels.py",
-    "tests/ops/test_repeatable.py::test_a_deterministic_run_of_score_repeats_its_bits",
+    _SCORE_OP,
+    _KERNELS,
+    f"{_REPEATABLE}::test_a_deterministic_run_of_score_repeats_its_bits",
     f"{_REPEATS}[weight_sums-torch.float32-triton]",
     f"{_REPEATS}[weight_sums-torch.bfloat16-triton]",
 )
@@ -246,14 +252,8 @@ class Form:
     ours: str
 
 
-def _form(
-    name: str,
-    files: Sequence[str],
-    sanitized: str,
-    op: str,
-    repeats: str = "",
-) -> Form:
-    """`repeats`: what tests/ops/test_repeatable.py calls it; "" where its own tests hold that."""
+def _form(name: str, files: Sequence[str], sanitized: str, op: str, repeats: str = "") -> Form:
+    """`repeats`: what test_repeatable.py calls it; "" where its own tests hold that."""
     repeated = (
         f"{_REPEATS}[{repeats}-torch.{dtype}-triton]"
         for dtype in ("float32", "bfloat16", "float16")
@@ -261,7 +261,7 @@ def _form(
     )
     return Form(
         name,
-        (*(_test_file(file) for file in files), *repeated),
+        (*test_files(*files), *repeated),
         (f"memcheck-{sanitized}", f"racecheck-{sanitized}"),
         op,
         name.partition(":")[2],

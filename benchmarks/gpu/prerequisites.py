@@ -1,6 +1,6 @@
 """What the checks and measurements on a GPU need of this machine; nothing is installed for them.
 
-    python3 benchmarks/gpu/prerequisites.py FACTS.json [--rehearsal]
+    python3 -m benchmarks.gpu.prerequisites FACTS.json [--rehearsal]
 
 What is missing goes to stderr, one line each, and the status is 2; else one line says what is here,
 and the file holds what results depend on. In a rehearsal no GPU is asked for, and the device is
@@ -82,15 +82,15 @@ def _no_device() -> str:
 
 
 def facts(rehearsal: bool) -> dict[str, str]:
-    """What results depend on: the fields of `records.SAME_CODE`, and a checksum of the tests."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import records
+    """What results depend on: the fields of `store.SAME_CODE`, and a checksum of the tests."""
     import torch
 
-    # Not `Environment.collect`, which asks the extension, while it may be compiled just now.
+    from benchmarks.harness import environment
+
+    # Not `environment.collect`, which asks the extension, while it may be compiled just now.
     return {
-        "device": records.REHEARSAL if rehearsal else torch.cuda.get_device_name(),
-        "sources": records.sources_checksum(),
+        "device": environment.REHEARSAL if rehearsal else torch.cuda.get_device_name(),
+        "sources": environment.sources_checksum(),
         "torch": torch.__version__,
         "triton": metadata.version("triton"),
         "transformers": metadata.version("transformers"),

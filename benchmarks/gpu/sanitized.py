@@ -1,7 +1,7 @@
 """compute-sanitizer: whether it can run on this device, and tests under it.
 
-    python3 benchmarks/gpu/sanitized.py                       # whether it can run
-    python3 benchmarks/gpu/sanitized.py memcheck ARGUMENTS    # pytest with these arguments under it
+    python3 -m benchmarks.gpu.sanitized                       # whether it can run
+    python3 -m benchmarks.gpu.sanitized memcheck ARGUMENTS    # pytest with these arguments under it
 
 memcheck finds reads and writes out of bounds, racecheck programs that race for shared memory. The
 status is 0 only where the tool says itself that it found nothing: silence must not look like a

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from aims import Figure
-from outcomes import CUT, FAILED, PASSED, REFUSAL, SKIPPED, Outcome
-from plan import Part
+from benchmarks.gpu.aims import Figure
+from benchmarks.gpu.outcomes import CUT, FAILED, PASSED, REFUSAL, SKIPPED, Outcome
+from benchmarks.gpu.plan import Part
 
 
 def rendered(

@@ -9,40 +9,38 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
+from benchmarks.__main__ import BENCHMARKS
+from benchmarks.gpu import (
+    aims,
+    build_extension,
+    carried,
+    first,
+    outcomes,
+    plan,
+    prerequisites,
+    sanitized,
+)
+from benchmarks.gpu.outcomes import CUT, FAILED, PASSED, REFUSAL, SKIPPED
+from benchmarks.gpu.plan import Part
+from benchmarks.harness import command, environment, gate, store
+from benchmarks.harness.gate import is_covered
+from benchmarks.harness.store import Record
+from benchmarks.ops.run import GATES
 
-import aims
-import build_extension
-import carried
-import first
-import gate
-import outcomes
-import plan
-import prerequisites
-import records
-import run
-import sanitized
-from covered import covered, is_covered
-from operations import catalogue
-from outcomes import CUT, FAILED, PASSED, REFUSAL, SKIPPED
-from plan import Part
-
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = store.ROOT
 
 # One call of the program with parts of the test's own, that start in no time.
 DRIVER = """
 import json, sys
-sys.path.insert(0, {here!r})
-import first
-from plan import Part
+from benchmarks.gpu import first
+from benchmarks.gpu.plan import Part
 
 parts = [Part(**each) for each in json.loads({parts!r})]
 {more}
@@ -71,7 +69,6 @@ def program(tmp_path):
     def start(*parts, more="", **variables):
         machine = tool("machine", "", needs=[], arguments=[str(tmp_path / "machine.py")])
         code = DRIVER.format(
-            here=str(ROOT / "benchmarks" / "gpu"),
             parts=json.dumps([machine, *parts]),
             more=more,
             out=str(tmp_path / "out"),
@@ -79,6 +76,7 @@ def program(tmp_path):
         )
         return subprocess.Popen(
             [sys.executable, "-c", code],
+            cwd=ROOT,
             env={**os.environ, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -281,7 +279,7 @@ def test_a_failing_operation_takes_only_its_own_cases_out(call, tmp_path):
 
 
 FORMS = """
-from plan import Form
+from benchmarks.gpu.plan import Form
 first.FORMS = [
     Form(name, (test,), (sanitized,), "mask", "native") for name, test, sanitized in (
         ("good:native", "test_good.py", "memcheck-good"),
@@ -299,8 +297,8 @@ def test_forms_are_recorded_once_all_their_checks_have_passed(call, tmp_path):
     files = [str(tmp_path / f"test_{name}.py") for name in ("good", "bad")]
     seen = tmp_path / "work" / carried.FORMS
     # Slower than the reference, as it turns out after the form was first recorded.
-    facts = {name: None for name in ("sources", "triton", "transformers")}
-    rows = [row("mask", impl, s, **facts | {"torch": "2"})[1] for impl, s in RACE]
+    here = {"device": "Some GPU", "torch": "2"}
+    rows = [replace(row("mask", who, s)[1], environment=here) for who, s in RACE]
     results = tmp_path / "work" / "results" / "some-gpu" / "mask.jsonl"
     measure = (
         f"import os; print(open({str(seen)!r}).read())\n"
@@ -326,7 +324,7 @@ RACE = (("reference", 1.0), ("native", 2.0))
 
 
 def lines(rows):
-    return "".join(json.dumps(each) + "\n" for each in rows)
+    return "".join(json.dumps(asdict(each)) + "\n" for each in rows)
 
 
 def test_the_benchmarks_know_the_tests_that_have_passed_again(tmp_path):
@@ -337,12 +335,11 @@ def test_the_benchmarks_know_the_tests_that_have_passed_again(tmp_path):
     passed = ["tests/ops/test_mask_op.py", "tests/masks/test_edits.py::test_one"]
     session.outcomes = {"tests": outcomes.Outcome(FAILED, covered=passed)}
     session._write_gate()
-    here = records.Environment.collect(torch.device("cpu"), [])
-    here = replace(here, device=records.REHEARSAL)
+    here = environment.collect(torch.device("cpu"), []) | {"device": environment.REHEARSAL}
     results = tmp_path / "results"
     assert gate.passed_before(passed, results, here)
     assert not gate.passed_before(["tests/masks/test_edits.py"], results, here)
-    assert not gate.passed_before(passed, results, replace(here, device="Some GPU"))
+    assert not gate.passed_before(passed, results, {**here, "device": "Some GPU"})
 
 
 # What became of a part, without one running.
@@ -399,26 +396,6 @@ def test_a_measurement_that_ran_out_of_time_is_cut_and_not_done(tmp_path):
     assert judged(tmp_path, plan.RECORDS, 1, said).lines == [
         "triton    not measured: must compute importance"
     ]
-
-
-def test_names_stand_for_what_passed_and_nothing_else():
-    ran = {
-        "a.py::t[1]": "passed",
-        "a.py::t[2]": "skipped",
-        "b.py::t[1]": "passed",
-        "b.py::t[2]": "failed",
-        "b.py::u": "passed",
-        "c.py": "failed",
-        "c.py::t": "passed",
-        "d.py::t": "started",
-    }
-    names = covered(ran)
-    assert names == ["a.py", "b.py::t[1]", "b.py::u", "c.py::t"]
-    for test, expected in (
-        ("a.py", True), ("a.py::t[9]", True), ("b.py::t[1]", True), ("b.py::t[2]", False),
-        ("b.py::t", False), ("b.py", False), ("c.py", False), ("d.py::t", False),
-    ):  # fmt: skip
-        assert is_covered(test, names) is expected, test
 
 
 # The sanitizer, by a stand-in.
@@ -534,21 +511,91 @@ def test_nvcc_is_found_where_it_is_not_on_the_path(tmp_path, monkeypatch):
     assert build_extension.find_nvcc("") == "/opt/nvcc"
 
 
+# What a machine needs.
+
+
+@pytest.fixture
+def everything_here(monkeypatch):
+    """A machine with all that the GPU's scripts need."""
+    modules = {
+        name: SimpleNamespace(__version__=f"{major}.{minor}.0+cu130")
+        for name, (major, minor) in prerequisites.VERSIONS.items()
+    }
+    monkeypatch.setattr(prerequisites, "import_module", modules.__getitem__)
+    monkeypatch.setattr(prerequisites, "_is_installed", lambda name: True)
+    monkeypatch.setattr(prerequisites, "_is_program", lambda name: True)
+    monkeypatch.setattr(prerequisites, "_no_compiler", lambda: "")
+    monkeypatch.setattr(prerequisites, "_no_headers", lambda: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    return modules
+
+
+def test_a_machine_with_everything_is_named_in_one_line(
+    everything_here, monkeypatch, tmp_path, capsys
+):
+    facts = {"device": "Some GPU", "torch": "2.11.0+cu130"}
+    monkeypatch.setattr(prerequisites, "facts", lambda rehearsal: facts)
+    assert prerequisites.main([str(tmp_path / "facts.json")]) == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("device Some GPU, torch 2.11.0+cu130\n", "")
+    assert json.loads((tmp_path / "facts.json").read_text()) == facts
+
+
+def test_a_rehearsal_asks_for_no_gpu_and_names_none(everything_here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert prerequisites.missing() == ["a CUDA device is needed, and torch sees none"]
+    assert prerequisites.missing(rehearsal=True) == []
+    found = prerequisites.facts(rehearsal=True)
+    assert (found["device"], found["cuda"]) == ("cpu, rehearsal", "none")
+    here = environment.collect(torch.device("cpu"), [])
+    same = {name: here[name] for name in store.SAME_CODE if name != "device"}
+    assert same.items() <= found.items()
+
+
+def test_everything_that_is_missing_is_named_in_a_line_of_its_own(
+    everything_here, monkeypatch, capsys
+):
+    def import_module(name):
+        if name == "triton":
+            raise ImportError("no such library")
+        return everything_here[name]
+
+    everything_here["torch"].__version__ = "2.9.1"
+    monkeypatch.setattr(prerequisites, "import_module", import_module)
+    monkeypatch.setattr(prerequisites, "_is_installed", lambda name: name == "pytest")
+    monkeypatch.setattr(prerequisites, "_is_program", lambda name: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert prerequisites.main(["facts.json"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: torch >= 2.11 is needed, got 2.9.1",
+        "error: triton >= 3.6 is needed, and it cannot be imported: no such library",
+        "error: the Python package hypothesis is needed",
+        "error: the Python package accelerate is needed",
+        "error: the Python package pybind11 is needed",
+        "error: the program cmake is needed, on the PATH or beside Python",
+        "error: a CUDA device is needed, and torch sees none",
+    ]
+
+
 # Figures and aims.
 
 FACTS = {"device": "Some GPU", "sources": "s", "torch": "2", "triton": "3", "transformers": "5"}
 
 
-def row(op, impl, median_s=1.0, case="one", **fields):
-    return f"some-gpu/{op}.jsonl", {
-        **FACTS, "op": op, "impl": impl, "case": case, "median_s": median_s, "floor_s": 1.0,
-        "bytes_per_s": 1.0, "copy_bandwidth": 2.0, "gate": "passed", "toy": False, **fields,
-    }  # fmt: skip
+def row(op, contender, median_s=1.0, case="one", setup=None, **changes):
+    seconds = {"median_s": median_s}
+    metrics = {"floor_s": 1.0, "bytes_per_s": 1.0, "copy_bandwidth": 2.0}
+    made = Record(op, case, contender, setup or {}, seconds, metrics, environment=FACTS)
+    fields = {name: changes.pop(name) for name in ("toy", "gate") if name in changes}
+    here = FACTS | {name: changes.pop(name) for name in FACTS if name in changes}
+    made = replace(made, **{"gate": "passed", "environment": here, **fields})
+    return f"some-gpu/{op}.jsonl", replace(made, metrics=metrics | changes)
 
 
-def importance(median_s, case, **fields):
-    settings = {"lengths": "beavertails", "tokens_per_example": 76}
-    return row("importance", "triton", median_s, case, settings=settings, **fields)
+def importance(median_s, case, **changes):
+    setup = {"lengths": "beavertails", "tokens_per_example": 76}
+    return row("importance", "triton", median_s, case, setup, **changes)
 
 
 def figure(rows, start):
@@ -562,7 +609,7 @@ def test_what_was_not_measured_here_is_missing_and_never_made_up():
         importance(1.5, "untested", gate="skipped"),
         importance(1.5, "rehearsed", device="cpu, rehearsal"),
         importance(1.5, "other sources", sources="t"),
-        row("importance", "reference", settings={"lengths": "beavertails"}),
+        row("importance", "reference", setup={"lengths": "beavertails"}),
     ]
     for rows in ([], others):
         for found in aims.figures(rows, FACTS):
@@ -583,19 +630,18 @@ def test_a_share_has_to_reach_its_aim_and_a_time_to_stay_below():
     unit = [row("unit_importance", "triton", bytes_per_s=1.6)]
     assert figure(unit, "unit importance").text == "80% (one)"
     assert figure(unit, "unit importance").met is False
-    settings = {"matrices": 84}
-    mask = [row("mask", "native, zeros only", host_s=45e-6, settings=settings)]
+    mask = [row("mask", "native, zeros only", host_s=45e-6, setup={"matrices": 84})]
     assert figure(mask, "masks").text == "45.0 us (one)" and figure(mask, "masks").met is True
 
 
 def test_what_is_compared_with_another_is_missing_without_it():
-    settings = {"tokens": 16384, "features": 4096}
-    ours = row("collapse", "native", 1.0, settings=settings)
+    setup = {"tokens": 16384, "features": 4096}
+    ours = row("collapse", "native", 1.0, setup=setup)
     assert figure([ours], "collapse loss").met is None
-    rows = [ours, row("collapse", "reference", 6.0, settings=settings)]
+    rows = [ours, row("collapse", "reference", 6.0, setup=setup)]
     assert figure(rows, "collapse loss").met is True
     assert aims.slower_than_the_reference(rows, FACTS, "collapse", "native") == ""
-    rows.append(row("collapse", "native", 9.0, settings=settings))
+    rows.append(row("collapse", "native", 9.0, setup=setup))
     found = aims.slower_than_the_reference(rows, FACTS, "collapse", "native")
     assert found == "1.50 times as long: one"
     assert aims.slower_than_the_reference([ours], FACTS, "collapse", "native") == ""
@@ -606,23 +652,20 @@ def test_what_is_compared_with_another_is_missing_without_it():
 
 def test_records_come_back_in_one_file_and_go_where_they_belong(tmp_path, capsys):
     results, out = tmp_path / "results", tmp_path / "out"
-    for name in ("gpu-a/mask.jsonl", "gpu-b/left_out.jsonl", "tests/gate.jsonl"):
+    names = ("gpu-a/mask.jsonl", "gpu-b/score.jsonl")
+    for name in (*names, "tests/gate.jsonl"):
         (results / name).parent.mkdir(parents=True, exist_ok=True)
-        (results / name).write_text(json.dumps({"op": "score", "device": name}) + '\n{"cut o')
+        (results / name).write_text(lines([row("score", name)[1]]) + '{"cut o')
     out.mkdir()
     (out / carried.RECORDS).write_text(carried.packed(results))
-    script = ROOT / "benchmarks" / "gpu" / "carried.py"
-    subprocess.run([sys.executable, script, out, tmp_path / "again"], check=True)
+    assert carried.main(out, tmp_path / "again") == 0
     found = {
-        path.relative_to(tmp_path / "again").as_posix(): json.loads(path.read_text())
+        path.relative_to(tmp_path / "again").as_posix(): store.parsed(path.read_text())
         for path in (tmp_path / "again").rglob("*.jsonl")
     }
-    assert found == {
-        name: {"op": "score", "device": name}
-        for name in ("gpu-a/mask.jsonl", "gpu-b/left_out.jsonl")
-    }
-    rehearsed = {"results_file": "cpu-rehearsal/mask.jsonl", "device": "cpu, rehearsal"}
-    (out / carried.RECORDS).write_text(json.dumps(rehearsed) + "\n")
+    assert found == {name: row("score", name)[1] for name in names}
+    rehearsed = asdict(row("mask", "native", device="cpu, rehearsal")[1])
+    (out / carried.RECORDS).write_text(json.dumps({"results_file": "a/b.jsonl", **rehearsed}))
     assert carried.main(out, tmp_path / "never") == 2
     assert not (tmp_path / "never").exists()
     assert "must come from a GPU, got a rehearsal's" in capsys.readouterr().err
@@ -682,19 +725,20 @@ def test_measurements_rest_on_the_tests_that_the_benchmarks_ask_for():
     for part in parts.values():
         if part.arguments[:2] == ("kernels", "--op"):
             measured[part.arguments[2]] = part.needs_tests
-    assert measured == catalogue.GATES
+    assert measured == GATES
     for name in ("records-score", "records-all-of-score", "records-sweep"):
-        assert parts[name].needs_tests == run._SCORE_TESTS + run._SCORE_TESTS_ON_GPU
+        assert parts[name].needs_tests == BENCHMARKS["score"].tests(None, True)
 
 
 def test_measurements_ask_for_what_the_benchmarks_know():
+    def parsed(*arguments):
+        return command.parsed("", "", BENCHMARKS, arguments)
+
     for part in everything().values():
         if part.kind == plan.RECORDS:
-            run._parse([*part.arguments, "--device", "cuda"])
-            options = run._parse(
-                [*part.rehearsed, "--device", "cpu", "--rehearsal", "--out", "out"]
-            )
-            assert options.rehearsal and options.out == Path("out")
+            parsed(*part.arguments, "--device", "cuda")
+            rehearsed = parsed(*part.rehearsed, "--device", "cpu", "--rehearsal", "--out", "out")
+            assert rehearsed.rehearsal and rehearsed.out == Path("out")
 
 
 def test_every_operation_of_the_extension_and_of_triton_is_a_form_and_sanitized():

@@ -1,0 +1,1 @@
+"""What fastdean takes: `python -m benchmarks`, from the root of a checkout."""

@@ -1,0 +1,163 @@
+"""What is measured, as data: a case, the work it cannot avoid, and the contenders that compute it.
+
+Operations count a multiplication and an addition as two; bytes are those of every input read once
+and every output written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.rates import MatrixShape
+from fastdean.kernels import interpreted
+from fastdean.ops._dispatch import choose
+
+# Largest norm-wise error of sums in fp32 over products in fp32: matrix units cut what they add to
+# the accumulator's length, which over 512 tokens comes near 1e-5. Products rounded to bf16 are off
+# by 1e-3, TF32 by 3e-4.
+FP32_TOLERANCE = 5e-5
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a case.
+
+    Attributes:
+        run: what `prepare` returned -> the result; only this is timed.
+        prepare: inputs -> what `run` takes, once per set of inputs, before the clock starts.
+        refusal: why it cannot run on a device; "" if it can.
+        tolerance: the largest error (as the case defines it) at which it may be timed.
+        needs_bytes: memory it takes besides the inputs; left out where less is free.
+        capturable: never waits for the device, so that a CUDA graph can hold it.
+        compiled: by torch.compile, whose own allocations cannot be poisoned.
+        ours: one of fastdean's own implementations.
+        scale: what a measured time is multiplied with to stand for the whole case.
+        extrapolated: "2 of 30 layers" where `scale` is not 1, else None.
+    """
+
+    name: str
+    run: Callable[[Any], Any]
+    prepare: Callable[[Any], Any] = lambda inputs: inputs
+    refusal: Callable[[torch.device], str] = lambda device: ""
+    tolerance: float = FP32_TOLERANCE
+    needs_bytes: int = 0
+    capturable: bool = True
+    compiled: bool = False
+    ours: bool = False
+    scale: float = 1.0
+    extrapolated: str | None = None
+
+    @property
+    def turn(self) -> int:
+        """Ours are measured on all cases first, then what they are compared with, at last what
+        torch compiles: compiling takes longer than everything else of a case."""
+        return 2 if self.compiled else 0 if self.ours else 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure.
+
+    Attributes:
+        op: name of the results file.
+        name: what tells it from other cases of the op, for people.
+        settings: the same in numbers, for plots and for knowing a case again.
+        inputs: fresh random inputs on the generator's device; `input_bytes`: of one set of them.
+        expected: inputs -> the result in float64, or exactly; called before a contender's `run`,
+            which may change the inputs.
+        error: (result, expected) -> 0 for equal; NaN never passes.
+        floor: a product that nothing of this volume beats, timed beside the contenders; None: what
+            `operations`, `bytes` and `shapes` say.
+        shapes: the matrix products of a whole model, whose rate the machine is asked for.
+        device_type: where it is measured; "": anywhere.
+    """
+
+    op: str
+    name: str
+    dtype: str
+    settings: Mapping[str, Any]
+    operations: int
+    bytes: int
+    contenders: tuple[Contender, ...]
+    inputs: Callable[[torch.Generator], Any] | None = None
+    input_bytes: int = 0
+    expected: Callable[[Any], Any] | None = None
+    error: Callable[[Any, Any], float] | None = None
+    floor: Contender | None = None
+    shapes: tuple[MatrixShape, ...] = ()
+    device_type: str = ""
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """As the field of a record."""
+        return {"dtype": self.dtype, **self.settings}
+
+
+def norm_error(result: Tensor, expected: Tensor) -> float:
+    """||result - expected|| / ||expected||."""
+    return float((result.double() - expected.double()).norm() / expected.double().norm())
+
+
+def implementation(
+    op: str, impl: str, run: Callable[[Any], Any], *, name: str | None = None, **options: Any
+) -> Contender:
+    """One of fastdean's own implementations; `run` has to ask for it by name.
+
+    Interpreted kernels are another contender: nobody must take their seconds for those of kernels.
+    `options`: further fields of the contender.
+    """
+
+    def refusal(device: torch.device) -> str:
+        try:
+            choose(op, device, impl)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    suffix = ", interpreted" if impl == "triton" and interpreted() else ""
+    return Contender(f"{name or impl}{suffix}", run, refusal=refusal, ours=True, **options)
+
+
+class Compiled:
+    """A contender's `run`: an expression by `torch.compile`, compiled at the first call.
+
+    Args:
+        expression: plain torch.
+        arguments: inputs of a case -> what the expression takes.
+    """
+
+    def __init__(
+        self, expression: Callable, arguments: Callable[[Any], tuple], backend: str = "inductor"
+    ) -> None:
+        self._expression, self._arguments, self._backend = expression, arguments, backend
+        self._compiled: Callable[..., Tensor] | None = None
+
+    def __call__(self, inputs: Any) -> Tensor:
+        if self._compiled is None:
+            # Here, since already this call loads the compiler.
+            self._compiled = torch.compile(self._expression, backend=self._backend, dynamic=False)
+        return self._compiled(*self._arguments(inputs))
+
+
+def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """left @ right in fp32 for half-precision operands: [M, K] x [K, N], or the same in batches.
+
+    On CUDA from the matrix units, without rounding the result (`out_dtype`); a CPU has no such
+    product, so the operands are copied to fp32 there.
+    """
+    multiply = torch.bmm if left.dim() == 3 else torch.mm
+    if left.dtype == torch.float32:
+        return multiply(left, right, out=out)
+    if left.device.type == "cuda":
+        return multiply(left, right, out_dtype=torch.float32, out=out)
+    return multiply(left.float(), right.float(), out=out)
+
+
+def product_name(device_type: str) -> str:
+    """How `product` is computed, for the record."""
+    return "out_dtype=fp32" if device_type == "cuda" else "operands copied to fp32"

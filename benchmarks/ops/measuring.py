@@ -1,0 +1,151 @@
+"""One contender on one case: checked on inputs of its own, then timed on several sets in turn."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.harness.cases import Case, Contender
+from benchmarks.harness.clock import EVENTS, Timing, elapsed, synchronize, time_calls
+from benchmarks.harness.memory import Held
+from benchmarks.harness.profile import device_seconds
+from fastdean.kernels import on_device
+
+# Of the inputs together, so that a call finds nothing of them in the cache.
+_TIMES_THE_CACHE = 4
+_MIN_SETS, _MAX_SETS = 2, 16
+_CPU_CACHE_BYTES = 32 << 20
+# A call this long has pushed its own inputs out of the cache: two sets do, and more take minutes.
+_LONG_CALL_S = 0.25
+_HOST_CALLS, _HOST_SECONDS = 20, 0.1
+# Of the free memory, so that the allocator has room to move.
+_SHARE_OF_FREE = 0.8
+
+
+def number_of_sets(input_bytes: int, device: torch.device) -> int:
+    cache = _CPU_CACHE_BYTES
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(_MAX_SETS, max(_MIN_SETS, math.ceil(_TIMES_THE_CACHE * cache / input_bytes)))
+
+
+def too_large(contender: Contender, device: torch.device) -> str:
+    """Why a contender's temporary memory does not fit; "" if it does, or nobody can tell."""
+    if device.type != "cuda":
+        return ""
+    free, _ = torch.cuda.mem_get_info(device)
+    if contender.needs_bytes <= _SHARE_OF_FREE * free:
+        return ""
+    return f"takes {contender.needs_bytes / 1e9:.1f} GB besides its inputs, {free / 1e9:.1f} free"
+
+
+def check(case: Case, contender: Contender, generator: torch.Generator) -> float:
+    """The error of one call on fresh inputs, with NaN in all memory that it allocates.
+
+    Raises:
+        RuntimeError: the error is above the contender's tolerance, or NaN.
+    """
+    inputs = case.inputs(generator)
+    expected = case.expected(inputs)
+    operands = contender.prepare(inputs)
+    # A change of the mode that poisons would have torch.compile compile twice, to no purpose.
+    with nullcontext() if contender.compiled else poisoned_allocations():
+        result = contender.run(operands)
+    error = case.error(result, expected)
+    if not error <= contender.tolerance:
+        raise RuntimeError(
+            f"{contender.name} must compute {case.op} to {contender.tolerance:g}, got an error of "
+            f"{error:.3g} on {case.name}; there is nothing to time before it does"
+        )
+    return error
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Inside, what torch allocates without a value holds NaN, or the largest integer."""
+    mode = torch.get_deterministic_debug_mode()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        # The filling is part of the deterministic mode, whose other warnings are of no concern.
+        torch.set_deterministic_debug_mode("warn")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.set_deterministic_debug_mode(mode)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a call takes.
+
+    Attributes:
+        sets: of inputs, on which the calls took turns.
+        peak_bytes: memory besides its operands; None on a CPU.
+        device_s: seconds for which the device is busy, where the timing holds the host's gaps
+            between launches too; None where it does not, or the profiler cannot tell.
+        host_s: seconds until a call is back at the host, with the device idle before and nothing
+            waited for after; the median of several calls. None on a CPU.
+    """
+
+    timing: Timing
+    sets: int
+    peak_bytes: int | None
+    device_s: float | None
+    host_s: float | None
+
+
+def measured(contender: Contender, sets: list, device: torch.device, seconds: float) -> Measured:
+    """One call after the other on the sets of inputs, for about `seconds` in all."""
+    operands = [contender.prepare(inputs) for inputs in sets]
+    calls = [lambda each=each: contender.run(each) for each in operands]
+    peak = _peak_bytes(calls[0], device)
+    if len(calls) > _MIN_SETS and elapsed(calls[0], device) > _LONG_CALL_S:
+        del operands[_MIN_SETS:], calls[_MIN_SETS:]
+    timing = time_calls(calls, device, seconds=seconds, capturable=contender.capturable)
+    # Last, so that the profiler is in nobody's time.
+    busy = _device_seconds(calls, device) if timing.timed_by == EVENTS else None
+    return Measured(timing, len(calls), peak, busy, _host_seconds(calls, device))
+
+
+def _host_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    seconds, end = [], time.perf_counter() + _HOST_SECONDS
+    for call in itertools.islice(itertools.cycle(calls), _HOST_CALLS):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+        if start > end:
+            break
+    synchronize(device)
+    return statistics.median(seconds)
+
+
+def _device_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float | None:
+    """Of one call, the mean over all of them."""
+    with on_device(device):
+        total = device_seconds(lambda: [call() for call in calls], device)
+    return None if total is None else total / len(calls)
+
+
+def _peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    call()  # compiling and libraries' own workspaces are not its memory
+    held = Held(device)
+    call()
+    synchronize(device)
+    return held.added_bytes()

@@ -1,0 +1,108 @@
+"""The table of one operation: a row for each case, a column for each contender; and its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.harness import store, tables
+from benchmarks.harness.plots import Panel, seconds_over
+from benchmarks.harness.store import Record
+from benchmarks.harness.tables import Cells, Table
+
+# Ours first, whatever was measured first.
+_OURS = ("triton", "native", "reference")
+# Op -> what is on the x axis, and what tells panels apart.
+_AXES = {
+    "importance": ("tokens_per_example", ("rows", "columns", "examples")),
+    "unit_importance": ("tokens", ("units",)),
+    "selection": ("ratio", ("rows", "columns")),
+    "mask": ("matrices", ("rows", "columns")),
+    "expert_importance": ("examples", ("experts", "active", "rows", "columns")),
+    "collapse": ("labelled", ("tokens", "features", "classes")),
+}
+# A resumed run has several dates: the latest of each contender, not of each run.
+_LATEST = ("device", "case", "dtype", "contender")
+
+
+def operation_table(op: str) -> Table:
+    command = f"python -m benchmarks kernels --op {op}"
+    return Table(command, _LATEST, ("device",), _lines, lambda g: [_reading(g), *tables.made(g)])
+
+
+def picture(rows: Sequence[Record]) -> list[list[Panel]]:
+    x, panel_keys = _AXES[rows[0].op]
+    # The floor is a line of its own already.
+    chosen = [r for r in store.latest(rows, _LATEST) if r.contender != r["floor"]]
+    panels = []
+    for group in store.grouped(chosen, ("device", *panel_keys)):
+        lines, floor = seconds_over(group, x, scale=1e3)
+        sizes = ", ".join(f"{key} {group[0][key]:,}" for key in panel_keys)
+        title = f"{group[0]['device']}\n{sizes}"
+        label = x.replace("_", " ")
+        panels.append(Panel(title, label, "milliseconds", lines, floor=floor, log="xy"))
+    return [panels]
+
+
+def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+    floors = {row.contender for row in rows if row.contender == row["floor"]}
+    found = dict.fromkeys(row.contender for row in rows if row.contender not in floors)
+    names = sorted(found, key=lambda name: _OURS.index(name) if name in _OURS else len(_OURS))
+    ours = names[0]
+    header = ["case", "floor", *names, f"{ours} / floor", f"rate of {ours}"]
+    return header, [_cells(case, names) for case in store.grouped(rows, ("case", "dtype"))]
+
+
+def _cells(case: Sequence[Record], names: Sequence[str]) -> Cells:
+    by_name = {row.contender: row for row in case}
+    ours = by_name.get(names[0])
+    floor = (ours or case[0])["floor_s"]
+    times = [_time(by_name.get(name), ours) for name in names]
+    compared = ["", ""] if ours is None else [f"{ours['median_s'] / floor:.2f}x", _rate(ours)]
+    return [f"{case[0].case}, {case[0]['dtype']}", _milliseconds(floor), *times, *compared]
+
+
+def _time(row: Record | None, ours: Record | None) -> str:
+    """Milliseconds, how many times ours that is, and for how many the device is busy."""
+    if row is None:
+        return ""
+    notes = []
+    if ours is not None and row is not ours:
+        notes.append(f"{row['median_s'] / ours['median_s']:.1f}x")
+    if row["device_s"] is not None:
+        notes.append(f"device {_milliseconds(row['device_s'])}")
+    return _milliseconds(row["median_s"]) + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms"
+
+
+def _rate(row: Record) -> str:
+    """The rate that bounds it: bytes where the floor is made of bytes, else operations."""
+    if row["floor"].startswith("bytes"):
+        return f"{row['bytes_per_s'] / 1e9:.0f} GB/s"
+    return _operations_per_s(row["operations_per_s"])
+
+
+def _operations_per_s(rate: float) -> str:
+    return f"{rate / 1e12:.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.1f} GFLOP/s"
+
+
+def _reading(rows: Sequence[Record]) -> str:
+    """What the numbers are, as far as it is not the same for all tables."""
+    spread = max((row["p80_s"] - row["p20_s"]) / row["median_s"] for row in rows)
+    clocks = {
+        name: sorted({row.contender for row in rows if row["timed_by"] == name})
+        for name in dict.fromkeys(row["timed_by"] for row in rows)
+    }
+    timed_by = "; ".join(f"{name}: {', '.join(names)}" for name, names in clocks.items())
+    row = rows[0]
+    busy = any(each["device_s"] is not None for each in rows)
+    device = " Device: what it is busy for, by torch's profiler, without gaps between launches."
+    return (
+        f"Medians, and how many times ours the others take; p20 to p80 spans at most "
+        f"{spread:.0%} of one. Floor: {row['floor']}. Copies "
+        f"{row['copy_bandwidth'] / 1e9:.0f} GB/s, a large bf16 product "
+        f"{_operations_per_s(row['matrix_rate'])}. fp32 products of plain torch: {row['product']}. "
+        f"Timed by {timed_by}.{device if busy else ''}"
+    )

@@ -1,0 +1,1 @@
+"""`fastdean.patch_checkpoint` against a plain copy of the same files."""

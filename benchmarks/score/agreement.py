@@ -1,0 +1,144 @@
+"""`agreement`: how alike two selections are.
+
+bf16 against fp32, and `fastdean.score` against the plain loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastdean
+from benchmarks.harness import models, tables
+from benchmarks.harness.session import Session
+from benchmarks.harness.store import Record
+from benchmarks.harness.tables import Cells, Table
+from benchmarks.score import subject
+from benchmarks.score.baselines import loop_sums
+from fastdean.coupling.targets import find_targets
+from fastdean.data.examples import Example
+
+RATIOS = (1e-5, 1e-4, 1e-3)
+TOP = 256
+
+Selections = dict[str, Tensor]
+
+
+def run(session: Session) -> int:
+    """Append how alike the loop and fastdean in fp32, and fastdean in bf16, select."""
+    options = session.options
+    for _ in session.due(["all"]):
+        found = subject.load_subject(options, "fp32")
+        examples = found.examples(subject.examples_in(options, "bf16"))
+        size = {"examples": len(examples), "tokens": sum(map(len, examples))}
+        case, rows = f"{found.name}, {options.targets}", []
+        for against, other, ratio, metrics in measured(found.model, examples, options.targets):
+            setup = {"reference": against, "ratio": ratio, "model": found.name, **size}
+            rows.append(session.append("agreement", case, other, setup=setup, metrics=metrics))
+        print(tables.rendered(TABLE, rows))
+    return 0
+
+
+def measured(
+    model: nn.Module, examples: Sequence[Example], target_modules: str
+) -> Iterator[tuple[str, str, float | None, dict[str, Any]]]:
+    """(reference, other, ratio or None, metrics) of an fp32 model, which is bf16 afterwards.
+
+    The bf16 model has its weights rounded too, so what differs is both rounding and arithmetic.
+    """
+    loop = loop_selection(model, examples, target_modules, TOP)
+    scores = fastdean.score(model, examples, target_modules=target_modules, progress=False)
+    ours = {name: scores.select(name, TOP) for name in scores}
+    yield "loop fp32", "fastdean fp32", None, compare(loop, ours)
+
+    fp32 = {ratio: _selection(scores, ratio) for ratio in RATIOS}
+    del scores
+    models.cast_parameters_(model, torch.bfloat16)
+    rounded = fastdean.score(model, examples, target_modules=target_modules, progress=False)
+    for ratio, selection in fp32.items():
+        if any(index.numel() for index in selection.values()):
+            found = compare(selection, _selection(rounded, ratio))
+            yield "fastdean fp32", "fastdean bf16", ratio, found
+
+
+def compare(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How much of `reference`'s flat indices `other` has too.
+
+    Matrices in which `reference` selects nothing are left out.
+
+    Returns:
+        k: smallest and largest number selected in a matrix; matrices; equal: how many have two
+        equal sets; kept: share of the reference's set that the other selects too, mean over
+        matrices; kept_least: in the worst of them.
+    Raises:
+        ValueError: the matrices differ, or `reference` selects nothing anywhere.
+    """
+    if set(reference) != set(other):
+        raise ValueError("selections must cover the same matrices, got different names")
+    pairs = [(set(reference[n].tolist()), set(other[n].tolist())) for n in reference]
+    pairs = [(ours, theirs) for ours, theirs in pairs if ours]
+    if not pairs:
+        raise ValueError(
+            "reference must select at least one entry, got none; "
+            "the matrices are too small for the ratio, so take a larger one"
+        )
+    kept = [len(ours & theirs) / len(ours) for ours, theirs in pairs]
+    sizes = [len(ours) for ours, _ in pairs]
+    return {
+        "k": [min(sizes), max(sizes)],
+        "matrices": len(pairs),
+        "equal": sum(ours == theirs for ours, theirs in pairs),
+        "kept": sum(kept) / len(kept),
+        "kept_least": min(kept),
+    }
+
+
+def loop_selection(
+    model: nn.Module, examples: Sequence[Example], target_modules: str, k: int
+) -> Selections:
+    """The k most important entries of each matrix by the plain loop and torch's own top-k."""
+    targets = find_targets(model, target_modules)
+    sums = loop_sums(model, examples, targets)
+    weights = {target.parameter: target.module.weight.detach() for target in targets}
+    return {
+        name: (sums[name] * weights[name].abs()).flatten().topk(min(k, sums[name].numel())).indices
+        for name in sums
+    }
+
+
+def _selection(scores: fastdean.Scores, ratio: float) -> Selections:
+    return {
+        name: scores.select(name, int(ratio * entry.numel))
+        for name, entry in scores.entries.items()
+    }
+
+
+def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+    header = ["selection", "of", "ratio", "k", "kept (mean)", "kept (worst matrix)"]
+    return [*header, "equal matrices"], [_cells(row) for row in rows]
+
+
+def _cells(row: Record) -> Cells:
+    least, most = row["k"]
+    return [
+        row.contender,
+        row["reference"],
+        "" if row["ratio"] is None else f"{row['ratio']:g}",
+        str(least) if least == most else f"{least} to {most}",
+        f"{row['kept']:.1%}",
+        f"{row['kept_least']:.1%}",
+        f"{row['equal']} of {row['matrices']}",
+    ]
+
+
+def _notes(rows: Sequence[Record]) -> list[str]:
+    row = rows[0]
+    size = f"{row['examples']} examples, {row['tokens']} tokens"
+    return [f"{row.case}. {size}. {tables.provenance_line(row)}"]
+
+
+_KEYS = ("device", "case")
+TABLE = Table("python -m benchmarks agreement", _KEYS, _KEYS, _lines, _notes)

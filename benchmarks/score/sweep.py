@@ -1,0 +1,207 @@
+"""`sweep`: how the time of `fastdean.score` grows: one thing is varied, everything else stays.
+
+On models with random weights, in bf16; beside it the plain loop, so that a bend can be told from
+one that every implementation has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from benchmarks.harness import lengths, models, store, tables
+from benchmarks.harness.command import positive
+from benchmarks.harness.plots import Line, Panel, seconds_over
+from benchmarks.harness.rates import copy_bandwidth
+from benchmarks.harness.session import Session
+from benchmarks.harness.store import Record
+from benchmarks.harness.tables import Cells, Table
+from benchmarks.score.run import NAMES, OURS, Comparison
+from benchmarks.score.subject import Subject, random_examples, random_subject
+from benchmarks.score.work import score_case
+from fastdean.coupling.targets import find_targets
+
+_TOKENS = (64, 256, 1024, 32, 128, 512)
+_EXAMPLES = (32, 128, 8, 64, 256)
+_LAYERS = (0.25, 1.0, 0.5, 0.75)
+_OTHERWISE_EXAMPLES = 64
+_DTYPE = "bf16"
+# On this shape tokens per batch are varied, in both dtypes, and nothing else; on a CPU alone: a
+# GPU's default is 2048, whatever the model.
+_BATCH_SHAPE, _BATCH_EXAMPLES = "smollm2-135m", 24
+_BATCHES = (192, 336, 512, 800, 1200)
+SWEEPS = ("tokens per example", "examples", "scored weights", "model parameters")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes:
+        sweep: what is varied: one of `SWEEPS`, or "tokens per batch" with the dtype behind it.
+        shape: the model's.
+        tokens: of each example; None: BeaverTails' lengths.
+        layers: the share of the layers, from the last down, whose targets are scored.
+        group: "mlp" or "all": which of their matrices.
+        dtype: of the model.
+        batch: tokens per batch; None: the default.
+    """
+
+    sweep: str
+    shape: str
+    examples: int = _OTHERWISE_EXAMPLES
+    tokens: int | None = None
+    layers: float = 1.0
+    group: str = "mlp"
+    dtype: str = _DTYPE
+    batch: int | None = None
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    shapes = list(models.SHAPES)
+    said = f"the largest model; {_BATCH_SHAPE}: tokens per batch are varied, in both dtypes"
+    add("--random-model", choices=shapes, default="qwen2-7b", help=said)
+    add("--sweep", action="append", choices=SWEEPS, help="may be repeated; default: all")
+    add("--repeats", type=positive, default=3)
+
+
+def points(largest: str) -> list[Point]:
+    """All sweeps, in an order in which a run that ends early has seen the ends of each.
+
+    Args:
+        largest: the shape that all sweeps but that of the size use; the size ends there.
+    """
+    if largest == _BATCH_SHAPE:
+        sizes = itertools.product(("fp32", "bf16"), _BATCHES)
+        fixed = {"shape": largest, "examples": _BATCH_EXAMPLES}
+        return [Point(f"tokens per batch, {d}", dtype=d, batch=b, **fixed) for d, b in sizes]
+    names = list(models.SHAPES)
+    sizes = [name for name in names[: names.index(largest) + 1] if name != "toy"] or [largest]
+    by_tokens, by_examples, by_weights, by_size = SWEEPS
+    sweeps = [
+        [Point(by_tokens, largest, examples=32, tokens=t) for t in _TOKENS],
+        [Point(by_examples, largest, examples=e) for e in _EXAMPLES],
+        [Point(by_weights, largest, layers=share) for share in _LAYERS]
+        + [Point(by_weights, largest, group="all")],
+        [Point(by_size, name) for name in reversed(sizes)],
+    ]
+    turns = (point for turn in itertools.zip_longest(*sweeps) for point in turn if point)
+    # By model, since loading one takes longer than running over it.
+    return sorted(turns, key=lambda point: (point.shape != largest, point.shape))
+
+
+def run(session: Session) -> int:
+    """Append one record per point and contender; 1 if one failed."""
+    options = session.options
+    due = [
+        point
+        for point in points(options.random_model)
+        if (not options.sweep or point.sweep in options.sweep) and not _was_measured(session, point)
+    ]
+    subject: Subject | None = None
+    loaded, bandwidth = ("", ""), 0.0
+    for point in session.due(due, "points"):
+        bandwidth = bandwidth or copy_bandwidth(session.device)
+        if loaded != (point.shape, point.dtype):
+            subject = None  # the next model must not stand beside this one
+            gc.collect()
+            subject = random_subject(point.shape, point.dtype, session.device)
+            loaded = (point.shape, point.dtype)
+        _measure(session, point, subject.model, bandwidth)
+    return int(session.failed)
+
+
+def _was_measured(session: Session, point: Point) -> bool:
+    # Ours has the last turn: it stands for all.
+    setup = {"point": dict(vars(point))}
+    return bool(session.earlier("sweep", {OURS}, setup, without_problem=OURS))
+
+
+def _measure(session: Session, point: Point, model: nn.Module, bandwidth: float) -> None:
+    name = models.display_name(point.shape)
+    examples = random_examples(model, lengths.chosen(point.examples, point.tokens))
+    targets = scored_modules(model, point)
+    case = score_case(
+        model,
+        examples,
+        target_modules=targets,
+        tokens_per_batch=point.batch,
+        op="sweep",
+        name=f"{name}, {point.sweep}",
+        dtype=point.dtype,
+        model_name=name,
+    )
+    varied = {"sweep": point.sweep, "x": _value(point, model, targets), "point": dict(vars(point))}
+    # Less the published procedure.
+    contenders = tuple(each for each in case.contenders if each.name != "published")
+    case = replace(case, contenders=contenders, settings={**case.settings, **varied})
+    Comparison(session, case, examples, bandwidth).measure(session.options.repeats)
+
+
+def scored_modules(model: nn.Module, point: Point) -> str | list[str]:
+    """What `score` takes as its targets at this point."""
+    if point.layers == 1.0:
+        return point.group
+    found = find_targets(model, point.group)
+    count = 1 + max(target.layer_index for target in found)
+    lowest = count - max(2, round(point.layers * count))
+    return [target.name for target in found if target.layer_index >= max(0, lowest)]
+
+
+def _value(point: Point, model: nn.Module, targets: str | Sequence[str]) -> float:
+    if point.batch is not None:
+        return point.batch
+    by_tokens, by_examples, _, by_size = SWEEPS
+    if point.sweep == by_tokens:
+        return point.tokens
+    if point.sweep == by_examples:
+        return point.examples
+    if point.sweep == by_size:
+        return sum(parameter.numel() for parameter in model.parameters())
+    return sum(target.module.weight.numel() for target in find_targets(model, targets))
+
+
+def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+    header = [rows[0]["sweep"], "", "seconds (p20 to p80)", "tokens/s", "peak memory"]
+    return [*header, "floor / time"], [
+        [
+            f"{row['x']:,.0f}",
+            NAMES[row.contender],
+            tables.spread(row),
+            f"{row['tokens_per_s']:.0f}",
+            tables.held(row["peak_bytes"]),
+            f"{row['share_of_floor']:.0%}",
+        ]
+        for row in sorted(rows, key=lambda row: row["x"])
+    ]
+
+
+# A resumed sweep has several dates: the latest of each point, not of each run.
+_LATEST = ("device", "sweep", "x", "contender")
+_GROUPS = ("device", "sweep")
+TABLE = Table("python -m benchmarks sweep", _LATEST, _GROUPS, _lines, tables.made)
+
+
+def picture(rows: Sequence[Record]) -> list[list[Panel]]:
+    """Seconds above, tokens per second below, one column a sweep."""
+    above, below = [], []
+    for group in store.grouped(store.latest(rows, _LATEST), _GROUPS):
+        sweep = group[0]["sweep"]
+        lines, floor = seconds_over(group, "x")
+        title = f"{group[0]['device']}\n{sweep}"
+        above.append(Panel(title, sweep, "seconds", lines, floor=floor, log="xy"))
+        ordered = sorted(group, key=lambda row: row["x"])
+        rates = [
+            Line(line[0].contender, [r["x"] for r in line], [r["tokens_per_s"] for r in line])
+            for line in store.grouped(ordered, ("contender",))
+        ]
+        best = {row["x"]: row["tokens"] / row["floor_s"] for row in ordered}
+        floor = Line("floor", list(best), list(best.values()))
+        below.append(Panel("", sweep, "tokens per second", rates, floor=floor, log="x"))
+    return [above, below]

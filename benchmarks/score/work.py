@@ -1,0 +1,138 @@
+"""`score` as a case: who computes its sums, and the work that none of them can avoid.
+
+A run takes (2 + 2) P T + 2 P_target T operations. Left out, so that the floor stays one: the
+products of attention itself, everything elementwise, the embedding's lookup. Counted a little too
+high: the backward pass through the lowest scored layer, whose inputs need no gradient.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+import fastdean
+from benchmarks.harness.cases import Case, Contender
+from benchmarks.harness.rates import MatrixShape
+from benchmarks.score.baselines import loop_sums, published_sums, vmap_sums
+from fastdean.coupling.targets import Target, find_targets
+from fastdean.data.examples import Example
+from fastdean.models.forward import tokens_per_batch_of
+
+
+def score_case(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    target_modules: str | Sequence[str] = "mlp",
+    layers: int = 2,
+    vmap_examples: int = 0,
+    tokens_per_batch: int | None = None,
+    op: str = "score",
+    name: str = "score",
+    dtype: str = "fp32",
+    model_name: str = "",
+) -> Case:
+    """`score` on a causal language model against its baselines.
+
+    Args:
+        layers: how many layers the layer-at-a-time procedure is run on; see `spread`.
+        vmap_examples: of how many examples `torch.func.vmap` holds the gradients at a time; 0
+            leaves it out.
+        tokens_per_batch: of `score`; None: its default.
+        op, name, dtype, model_name: of the case.
+    Raises:
+        ValueError: a target lies outside the decoder layers, or `layers` is below 2.
+    """
+    targets = find_targets(model, target_modules)
+    scored_layers = sorted({t.layer_index for t in targets if t.layer_index is not None})
+    if any(target.layer_index is None for target in targets):
+        raise ValueError(
+            f"targets must lie in the decoder layers, got {target_modules!r}; "
+            "leave out what the layer-at-a-time procedure cannot reach"
+        )
+    measured = spread(scored_layers, layers)
+    some = [target for target in targets if target.layer_index in measured]
+
+    def ours(chosen: Sequence[Example]) -> Mapping[str, Tensor]:
+        options = {"target_modules": target_modules, "tokens_per_batch": tokens_per_batch}
+        scores = fastdean.score(model, chosen, **options, progress=False)
+        return {parameter: entry.sums for parameter, entry in scores.entries.items()}
+
+    contenders = [
+        Contender(
+            "published",
+            lambda chosen: published_sums(model, chosen, some),
+            scale=len(scored_layers) / len(measured),
+            extrapolated=None
+            if len(measured) == len(scored_layers)
+            else f"{len(measured)} of {len(scored_layers)} layers",
+        ),
+        Contender("loop", lambda chosen: loop_sums(model, chosen, targets)),
+        Contender("vmap", lambda chosen: vmap_sums(model, chosen, targets, vmap_examples)),
+        Contender("fastdean", ours, ours=True),
+    ]
+    matrices = find_targets(model, "all")
+    head = model.get_output_embeddings().weight
+    lowest = min(target.layer_index for target in targets)
+    # Of the lowest scored layer and of all above it: what has gradients of activations.
+    above = [target for target in matrices if target.layer_index >= lowest]
+    tokens = sum(len(example) for example in examples)
+    # Rows that have to predict a target; only these pass through the head.
+    target_tokens = sum(example.num_targets(shift=1) for example in examples)
+    per_token = _entries(matrices) + _entries(above) + _entries(targets)
+    rows = min(tokens, tokens_per_batch or tokens_per_batch_of(model))
+    return Case(
+        op,
+        name,
+        dtype,
+        settings={
+            "model": model_name,
+            "examples": len(examples),
+            "tokens": tokens,
+            "target_tokens": target_tokens,
+            # What the result itself takes.
+            "sums_bytes": 4 * _entries(targets),
+        },
+        operations=2 * per_token * tokens + 4 * head.numel() * target_tokens,
+        # Every weight read once.
+        bytes=targets[0].module.weight.element_size() * (_entries(matrices) + head.numel()),
+        shapes=(
+            *_shapes(rows, matrices, above, targets),
+            MatrixShape(*head.shape, max(1, round(rows * target_tokens / tokens)), 1, 1, 0),
+        ),
+        contenders=tuple(c for c in contenders if c.name != "vmap" or vmap_examples),
+    )
+
+
+def spread(layers: Sequence[int], count: int) -> list[int]:
+    """`count` of the layers (at most all), evenly spaced from the first to the last.
+
+    The backward pass of a layer-at-a-time run ends at its layer, so its cost falls linearly with
+    depth; the mean over layers that lie symmetrically about the middle is then the mean over all.
+
+    Raises:
+        ValueError: fewer than two are asked for.
+    """
+    if count < 2:
+        raise ValueError(
+            f"layers must be at least 2, got {count}; "
+            "the cost depends on depth, so one layer says nothing about the others"
+        )
+    count = min(count, len(layers))
+    step = (len(layers) - 1) / max(1, count - 1)
+    return [layers[round(i * step)] for i in range(count)]
+
+
+def _entries(targets: Iterable[Target]) -> int:
+    return sum(target.module.weight.numel() for target in targets)
+
+
+def _shapes(rows: int, *groups: Iterable[Target]) -> list[MatrixShape]:
+    """The distinct products of one batch of `rows`: forward, and for both gradients."""
+    forward, *backward = (Counter((t.num_outputs, t.num_inputs) for t in group) for group in groups)
+    return [
+        MatrixShape(*size, rows, number, *(each[size] for each in backward))
+        for size, number in sorted(forward.items())
+    ]

