@@ -163,10 +163,10 @@ struct Work {
   const ImportanceParams* params;
   TileKernel kernel;
   Chunk chunk;
-  const int64_t* steps;    // of each example of the chunk
-  char* g_panels;          // [row panels] of g_panel_bytes
+  const int64_t* steps;  // of each example of the chunk
+  char* g_panels;        // [row panels] of g_panel_bytes
   int64_t g_panel_bytes;
-  char* x_panels;          // [workers] of x_panel_bytes
+  char* x_panels;  // [workers] of x_panel_bytes
   int64_t x_panel_bytes;
   int64_t row_panels;
   int64_t column_panels;
@@ -225,8 +225,8 @@ void take_columns(void* context, int64_t worker) {
     for (int64_t r = 0; r < work->row_panels; ++r) {
       prefetch_tile(p, kernel, r * kernel.rows, c * kernel.columns);
       std::fill(total, total + kernel.rows * kernel.columns, 0.0f);
-      kernel.run(work->g_panels + r * work->g_panel_bytes, x_panel, work->steps,
-                 work->chunk.count, total);
+      kernel.run(work->g_panels + r * work->g_panel_bytes, x_panel, work->steps, work->chunk.count,
+                 total);
       add_tile(p, kernel, r * kernel.rows, c * kernel.columns, total);
     }
   }
@@ -248,8 +248,8 @@ struct Plan {
 
 Plan plan_of(const ImportanceParams& p) {
   const auto level = static_cast<CpuLevel>(p.level);
-  const bool pairs = level == CpuLevel::kAvx512Bf16 &&
-                     p.dtype == static_cast<int64_t>(DType::kBFloat16);
+  const bool pairs =
+      level == CpuLevel::kAvx512Bf16 && p.dtype == static_cast<int64_t>(DType::kBFloat16);
   // The bf16 instructions serve bf16 inputs alone.
   Plan plan;
   plan.kernel = kernel_of(level == CpuLevel::kAvx512Bf16 && !pairs ? CpuLevel::kAvx512 : level);
@@ -304,9 +304,17 @@ Status accumulate_importance_cpu(const ImportanceParams& p) {
     }
     char* start = reinterpret_cast<char*>(round_up(p.workspace, kAlignment));
     char* x_panels = start + plan.row_panels * plan.g_panel_bytes;
-    Work work{&p,           plan.kernel,        chunk,           steps.data(),
-              start,        plan.g_panel_bytes, x_panels,        plan.x_panel_bytes,
-              plan.row_panels, plan.column_panels, {0}};
+    Work work{&p,
+              plan.kernel,
+              chunk,
+              steps.data(),
+              start,
+              plan.g_panel_bytes,
+              x_panels,
+              plan.x_panel_bytes,
+              plan.row_panels,
+              plan.column_panels,
+              {0}};
     run_workers(p.num_workers, pack_rows, &work);
     work.next = 0;
     run_workers(p.num_workers, take_columns, &work);

@@ -32,8 +32,7 @@ using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 // with them.
 OpenMpParallel openmp_parallel() {
 #ifdef __unix__
-  static const auto found =
-      reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const auto found = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return found;
 #else
   return nullptr;
