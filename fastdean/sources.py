@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["load_rows", "load_table", "sample_rows"]
+
 ROW_KEYS = ("prompt", "response", "unsafe", "messages", "text", "premise", "hypothesis")
 _TEXT_KEYS = tuple(key for key in ROW_KEYS if key != "messages")
 _PAIRS = ({"prompt", "response"}, {"premise", "hypothesis"})
