@@ -54,7 +54,8 @@ def main() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
-    loaders = [[{"input_ids": torch.randint(1, 96, (2, 9))}] for _ in range(3)]
+    tokens = [torch.randint(1, 96, (2, 9)) for _ in range(3)]
+    loaders = [[{"input_ids": ids, "labels": ids}] for ids in tokens]
     first, second, general = (fastdean.score(model, each, progress=False) for each in loaders)
     mask = fastdean.couple(first, second, general=general, ratio=0.1)
     weights = model.state_dict()
