@@ -34,6 +34,8 @@ from fastdean.safetensors_files import (
     write_values,
 )
 
+__all__ = ["PatchResult", "patch_checkpoint", "verify_checkpoint"]
+
 PATCH_NAME = "fastdean_patch.json"
 _NOT_COPIED = {".git", ".cache"}
 _BLOCK_BYTES = 1 << 18

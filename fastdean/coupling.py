@@ -35,6 +35,8 @@ from fastdean.rendering import differing_renderings
 from fastdean.scores import ScoreEntry, Scores, fingerprint
 from fastdean.units import unit_layers
 
+__all__ = ["couple", "overlap"]
+
 DEFAULT_RATIO = {"weight": 5e-7, "neuron": 1e-3}
 SCOPES = ("matrix", "model")
 UNIT_WEIGHTS = ("down", "all")
