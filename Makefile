@@ -23,7 +23,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 # What the checks on a GPU write.
 OUT ?= gpu-out
 
-.PHONY: help demo install test test-slow test-lowest lint format build clean
+.PHONY: help demo install test test-slow test-lowest lint format docs build release-check clean
 .PHONY: gpu-first gpu-rehearsal gpu-extension gpu-results gpu-check gpu-bench gpu-sanitize
 
 install: $(INSTALLED)  ## a .venv with the package and what its tests and demo need
@@ -65,14 +65,46 @@ test-lowest:  ## the tests on the oldest versions that are admitted
 lint: $(INSTALLED)  ## ruff, its format included
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 format: $(INSTALLED)  ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+# The site is made from the sources as text: its environment holds neither torch nor FastDEAN.
+DOCS_NEED := import tomllib; print(*tomllib.load(open("pyproject.toml", \
+	"rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c '$(DOCS_NEED)' > .venv-docs/docs.txt
+	.venv-docs/bin/python -m pip install -c constraints.txt -r .venv-docs/docs.txt
+	touch $@
+
+# A link that leads nowhere or a docstring that cannot be read is an error.
+docs: .venv-docs/.installed  ## the site, in site/
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 # The wheel is built from the sdist, so that one which lacks a file does not pass.
 build: $(INSTALLED)  ## sdist and wheel, in dist/
+	rm -rf dist
 	$(BIN)/python -m build --outdir dist
+
+# What a release is made of: both files, what an index would say of them, and each of them installed
+# where nothing else is and tried. -I: what a file lacks must not be found in the checkout.
+RELEASE := build/release
+define tried
+	rm -rf $(RELEASE)/fresh && $(PYTHON) -m venv $(RELEASE)/fresh
+	$(RELEASE)/fresh/bin/python -m pip install -q -c constraints.txt $(1)
+	$(RELEASE)/fresh/bin/python -I tests/support/installed.py
+endef
+
+release-check: build  ## both files of a release, installed and tried where nothing else is
+	$(PYTHON) -m venv $(RELEASE)/twine
+	$(RELEASE)/twine/bin/python -m pip install -q -c constraints.txt twine
+	$(RELEASE)/twine/bin/twine check --strict dist/*
+	$(call tried,dist/*.whl)
+	$(call tried,dist/*.tar.gz)
 
 # The targets for a machine with a GPU take what stands there: no network and no environment of
 # their own. All need a CUDA device that torch sees, torch >= 2.11, triton >= 3.6, transformers >=
@@ -122,5 +154,6 @@ PYTHON312 ?= python3.12
 	touch $@
 
 clean:  ## everything that was made here
-	rm -rf $(VENV) .venv-lowest .venv-gpu fastdean/_C.* build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-gpu .venv-docs fastdean/_C.* build dist site .pytest_cache \
+		.ruff_cache .hypothesis
 	find fastdean benchmarks experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -132,26 +132,24 @@ using PlacesOnCuda = cudaError_t (*)(const fastdean::PlacesParams&, cudaStream_t
 
 template <PlacesOnCuda op>
 void def_places_cuda(py::module_& m, const char* name) {
-  m.def(
-      (std::string(name) + "_cuda").c_str(),
-      [name](int64_t rows, int64_t num_rows, int64_t max_count, int64_t stream) {
-        raise_unless_ok(op({reinterpret_cast<const fastdean::PlacesRow*>(rows), num_rows,
-                            max_count, 1},
-                           reinterpret_cast<cudaStream_t>(stream)),
-                        name);
-      },
-      py::kw_only(), py::arg("rows"), py::arg("num_rows"), py::arg("max_count"),
-      py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def((std::string(name) + "_cuda").c_str(),
+        [name](int64_t rows, int64_t num_rows, int64_t max_count, int64_t stream) {
+          raise_unless_ok(
+              op({reinterpret_cast<const fastdean::PlacesRow*>(rows), num_rows, max_count, 1},
+                 reinterpret_cast<cudaStream_t>(stream)),
+              name);
+        },
+        py::kw_only(), py::arg("rows"), py::arg("num_rows"), py::arg("max_count"),
+        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
 
 void replace_at_cuda(int64_t rows, int64_t num_rows, int64_t max_count, bool reverse, bool write,
                      int64_t first_other, int64_t stream) {
-  raise_unless_ok(
-      fastdean::replace_at_cuda(
-          {reinterpret_cast<const fastdean::PlacesRow*>(rows), num_rows, max_count, 1}, reverse,
-          write, reinterpret_cast<unsigned long long*>(first_other),
-          reinterpret_cast<cudaStream_t>(stream)),
-      "replace_at");
+  raise_unless_ok(fastdean::replace_at_cuda(
+                      {reinterpret_cast<const fastdean::PlacesRow*>(rows), num_rows, max_count, 1},
+                      reverse, write, reinterpret_cast<unsigned long long*>(first_other),
+                      reinterpret_cast<cudaStream_t>(stream)),
+                  "replace_at");
 }
 #endif
 

@@ -260,8 +260,8 @@ class Collapse {
 
   void join_sums(const Tile& tile, int64_t worker) {
     const auto& features = loops_.features[p_.features_dtype];
-    const char* data = pointer<const char>(p_.features) +
-                       tile.start * element_bytes(p_.features_dtype);
+    const char* data =
+        pointer<const char>(p_.features) + tile.start * element_bytes(p_.features_dtype);
     T* total = partial_ + tile.block * p_.columns + tile.start;
     std::fill(total, total + tile.columns, T(0));
     for (int64_t c = tile.first; c < tile.last; ++c) {
@@ -319,9 +319,9 @@ class Collapse {
   void multiply(const Tile& tile, int64_t) {
     for (int64_t c = tile.first; c < tile.last; ++c) {
       Products& result = products_[tile.slice * p_.classes + c];
-      result = seen(c) ? loops_.weight[p_.weight_dtype].products(row_of(c, tile.start),
-                                                                 tile.columns)
-                       : Products{};
+      result = seen(c)
+                   ? loops_.weight[p_.weight_dtype].products(row_of(c, tile.start), tile.columns)
+                   : Products{};
     }
   }
 
@@ -438,8 +438,8 @@ class Collapse {
     for (int64_t c = tile.first; c < tile.last; ++c) {
       if (rows_of(c) == 0) continue;
       loops_.weight[p_.weight_dtype].row_gradient(wide, row_of(c, tile.start),
-                                                  average_ + tile.start, factor(0, c),
-                                                  factor(2, c), tile.columns);
+                                                  average_ + tile.start, factor(0, c), factor(2, c),
+                                                  tile.columns);
       loops_.features[p_.features_dtype].round_row(rounded, wide, tile.columns);
       for (int64_t i = starts_[c]; i < starts_[c + 1]; ++i) {
         std::memcpy(feature_gradient(order_[i], tile.start), rounded, bytes);

@@ -49,8 +49,8 @@ struct Plan {
   CollapseParams p;
   double decay;
   int64_t chunks;
-  int64_t chunk_rows;     // a multiple of kThreads
-  int64_t groups;         // of classes
+  int64_t chunk_rows;  // a multiple of kThreads
+  int64_t groups;      // of classes
   int64_t group_classes;
   int32_t* out_of_range;  // not 0 if a label was
   int32_t* table;         // [chunks, classes]: rows of a class in a chunk, later in earlier chunks
@@ -68,8 +68,8 @@ struct Plan {
 Plan plan_of(const CollapseParams& p) {
   Plan plan{};
   plan.p = p;
-  plan.chunk_rows = divide_up(divide_up(std::max<int64_t>(p.rows, 1), kMostChunks), kThreads) *
-                    kThreads;
+  plan.chunk_rows =
+      divide_up(divide_up(std::max<int64_t>(p.rows, 1), kMostChunks), kThreads) * kThreads;
   plan.chunks = std::max<int64_t>(1, divide_up(p.rows, plan.chunk_rows));
   const int64_t blocks = p.classes * divide_up(p.columns, kThreads);
   plan.group_classes = std::clamp<int64_t>(blocks / kEnoughBlocks, 1, kMostGroupClasses);
@@ -137,7 +137,8 @@ __global__ void rank_rows(Plan plan) {
     if (row < last) {
       label = label_of(p, row);
       // Every thread that writes writes the same.
-      if (label < 0 && reinterpret_cast<const int64_t*>(p.labels)[row] != -1) *plan.out_of_range = 1;
+      if (label < 0 && reinterpret_cast<const int64_t*>(p.labels)[row] != -1)
+        *plan.out_of_range = 1;
     }
     labels[threadIdx.x] = label;
     __syncthreads();

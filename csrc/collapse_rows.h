@@ -160,8 +160,8 @@ void add_mean_gradient(T* __restrict total, const ClassRow<T>& row, T by_both, T
 }
 
 template <class T, class W>
-void row_gradient(T* __restrict out, const ClassRow<T>& row, const T* __restrict average,
-                  T by_both, T by_mean, int64_t columns) {
+void row_gradient(T* __restrict out, const ClassRow<T>& row, const T* __restrict average, T by_both,
+                  T by_mean, int64_t columns) {
   const auto* __restrict weight = static_cast<const W*>(row.weight);
   const T* __restrict sums = row.sums;
   const T* __restrict centre = row.centre;

@@ -11,6 +11,13 @@
 #include <cuda_runtime_api.h>
 #endif
 
+// For what both a kernel and the CPU call.
+#ifdef __CUDACC__
+#define FASTDEAN_HOST_DEVICE __host__ __device__
+#else
+#define FASTDEAN_HOST_DEVICE
+#endif
+
 namespace fastdean {
 
 // Raised by one with every change of a struct or a signature in this file, or of the constants and
@@ -38,10 +45,10 @@ enum class Status {
 // Instruction sets of the CPU operations, each including those before it.
 enum class CpuLevel : int64_t {
   kPortable = 0,
-  kAvx2 = 1,       // with FMA
-  kAvx512 = 2,     // AVX512F
+  kAvx2 = 1,    // with FMA
+  kAvx512 = 2,  // AVX512F
   kAvx512Bf16 = 3,
-  kAmxBf16 = 4,    // AMX-TILE and AMX-BF16, if the system grants them
+  kAmxBf16 = 4,  // AMX-TILE and AMX-BF16, if the system grants them
 };
 
 // The highest of `levels`, which ascend from kPortable, that is not above `limit`.
@@ -88,24 +95,24 @@ struct PlacesParams {
 // accumulate_importance: acc[r, c] += sum over examples of |sum over its tokens t of g[t, r] x[t, c]|
 // in fp32. Python writes it as int64 [kImportanceFields]. All strides in elements.
 struct ImportanceParams {
-  int64_t acc;           // address of fp32 [rows, columns]
+  int64_t acc;  // address of fp32 [rows, columns]
   int64_t acc_stride_r;
   int64_t acc_stride_c;
-  int64_t x;             // address of [tokens, columns]
+  int64_t x;  // address of [tokens, columns]
   int64_t x_stride_t;
   int64_t x_stride_c;
-  int64_t g;             // address of [tokens, rows]
+  int64_t g;  // address of [tokens, rows]
   int64_t g_stride_t;
   int64_t g_stride_r;
-  int64_t dtype;         // a DType but kFloat64, of x and g
+  int64_t dtype;  // a DType but kFloat64, of x and g
   int64_t rows;
   int64_t columns;
   int64_t tokens;
-  int64_t segments;      // address of int64 [num_segments, 2]: start and end row of each example
+  int64_t segments;  // address of int64 [num_segments, 2]: start and end row of each example
   int64_t num_segments;
-  int64_t level;         // a CpuLevel that this processor has
-  int64_t num_workers;   // how many threads share the work, at least 1
-  int64_t workspace;     // address of as many bytes as accumulate_importance_workspace_bytes says
+  int64_t level;        // a CpuLevel that this processor has
+  int64_t num_workers;  // how many threads share the work, at least 1
+  int64_t workspace;    // address of as many bytes as accumulate_importance_workspace_bytes says
 };
 
 constexpr int kImportanceFields = 18;
@@ -150,9 +157,9 @@ struct CollapseParams {
   int64_t rows;
   int64_t columns;
   int64_t classes;
-  int64_t level;            // a CpuLevel that this processor has; CPU
-  int64_t num_workers;      // how many threads share the work, at least 1; CPU
-  int64_t workspace;        // address of as many bytes as the function of this name says
+  int64_t level;        // a CpuLevel that this processor has; CPU
+  int64_t num_workers;  // how many threads share the work, at least 1; CPU
+  int64_t workspace;    // address of as many bytes as the function of this name says
 };
 
 constexpr int kCollapseFields = 26;
@@ -161,10 +168,7 @@ static_assert(sizeof(CollapseParams) == kCollapseFields * sizeof(int64_t),
 
 // Values are copied and compared by their bits, and zero is all bits clear in every DType: the mask
 // operations need the width of an element and no more. Returns 0 for a value that is no DType.
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-inline int element_bytes(int64_t dtype) {
+FASTDEAN_HOST_DEVICE inline int element_bytes(int64_t dtype) {
   switch (static_cast<DType>(dtype)) {
     case DType::kFloat16:
     case DType::kBFloat16:
@@ -178,10 +182,7 @@ inline int element_bytes(int64_t dtype) {
 }
 
 // The offset, in elements, of a row-major logical index.
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-inline int64_t element_offset(const PlacesRow& row, int64_t index) {
+FASTDEAN_HOST_DEVICE inline int64_t element_offset(const PlacesRow& row, int64_t index) {
   if (row.rank == 0) return index;
   int64_t offset = 0;
   for (int64_t dim = row.rank - 1; dim >= 0; --dim) {

@@ -38,8 +38,8 @@ inline float widen(Half value) {
   const uint32_t rest = value.bits & 0x7fffu;
   const uint32_t bias = rest >= 0x7c00u ? 0x70000000u : 0x38000000u;
   // Zero or denormal: an integer multiple of 2^-24.
-  const uint32_t small = bits_of(static_cast<float>(static_cast<int32_t>(rest)) *
-                                 5.9604644775390625e-8f);
+  const uint32_t small =
+      bits_of(static_cast<float>(static_cast<int32_t>(rest)) * 5.9604644775390625e-8f);
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   return float_of((rest < 0x0400u ? small : (rest << 13) + bias) | sign);
 }

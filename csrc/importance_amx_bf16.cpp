@@ -19,8 +19,8 @@
 namespace fastdean {
 namespace {
 
-constexpr int64_t kSide = 32;         // rows and columns of a tile
-constexpr int64_t kStepTokens = 32;   // of one product of the unit
+constexpr int64_t kSide = 32;        // rows and columns of a tile
+constexpr int64_t kStepTokens = 32;  // of one product of the unit
 constexpr int64_t kRegisterRows = 16;
 constexpr int64_t kRowBytes = 64;
 constexpr int64_t kRegisterBytes = kRegisterRows * kRowBytes;
@@ -69,7 +69,8 @@ Pairs pairs_of(const uint16_t* data, int64_t stride_t, int64_t stride_w, int64_t
       const uint16_t* row = data + 2 * i * stride_t;
       __m512i pair = _mm512_setzero_si512();
       if (2 * i < tokens) {
-        pair = _mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+        pair = _mm512_maskz_cvtepu16_epi32(
+            kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
       }
       if (2 * i + 1 < tokens) {
         const auto* next = reinterpret_cast<const __m256i*>(row + stride_t);
@@ -128,8 +129,7 @@ void pack(const PanelSource& source, int64_t wide, void* panel) {
     for (int64_t t = source.segments[2 * b]; t < end; t += kStepTokens) {
       for (int64_t w = 0; w < wide; w += kRegisterRows) {
         const Pairs pairs = pairs_of(data + t * source.stride_t + w * source.stride_w,
-                                     source.stride_t, source.stride_w, end - t,
-                                     source.columns - w);
+                                     source.stride_t, source.stride_w, end - t, source.columns - w);
         const Pairs rows = of_g ? transposed(pairs) : pairs;
         for (int64_t i = 0; i < kRegisterRows; ++i) {
           _mm512_store_si512(to + i * kRowBytes, rows.of[i]);

@@ -168,7 +168,7 @@ struct Plan {
   int64_t column_panels;
   int64_t g_panel_bytes;  // of the largest chunk
   int64_t x_panel_bytes;
-  int64_t block_panels;   // column panels that a worker takes for one row panel
+  int64_t block_panels;  // column panels that a worker takes for one row panel
 };
 
 Plan plan_of(const ImportanceParams& p) {
@@ -203,7 +203,9 @@ struct Work {
 PanelSource source_of(const Work& work, int64_t data, int64_t stride_t, int64_t stride_w,
                       int64_t first, int64_t columns) {
   const int64_t bytes = element_bytes(work.p.dtype);
-  return {reinterpret_cast<const char*>(data) + first * stride_w * bytes, stride_t, stride_w,
+  return {reinterpret_cast<const char*>(data) + first * stride_w * bytes,
+          stride_t,
+          stride_w,
           columns - first,
           reinterpret_cast<const int64_t*>(work.p.segments) + 2 * work.chunk.first,
           work.chunk.count};
@@ -220,9 +222,8 @@ void pack_panels(void* context, int64_t) {
                     kernel.rows, work.g_panels + item * work.plan.g_panel_bytes);
     } else {
       const int64_t c = item - of_g;
-      kernel.pack_x(
-          source_of(work, p.x, p.x_stride_t, p.x_stride_c, c * kernel.columns, p.columns),
-          kernel.columns, work.x_panels + c * work.plan.x_panel_bytes);
+      kernel.pack_x(source_of(work, p.x, p.x_stride_t, p.x_stride_c, c * kernel.columns, p.columns),
+                    kernel.columns, work.x_panels + c * work.plan.x_panel_bytes);
     }
   }
 }
@@ -339,7 +340,7 @@ Status accumulate_importance_cpu(const ImportanceParams& p) {
       steps.push_back((length + plan.kernel.tokens - 1) / plan.kernel.tokens);
     }
     char* start = reinterpret_cast<char*>(round_up(p.workspace, kAlignment));
-    Work work{p, plan, chunk, steps.data(), start, start + plan.row_panels * plan.g_panel_bytes,
+    Work work{p,  plan, chunk, steps.data(), start, start + plan.row_panels * plan.g_panel_bytes,
               {0}};
     run_workers(p.num_workers, pack_panels, &work);
     work.next = 0;

@@ -11,9 +11,7 @@ namespace fastdean {
 constexpr CpuLevel kImportanceLevels[] = {
     CpuLevel::kPortable,
 #ifdef FASTDEAN_X86_LEVELS
-    CpuLevel::kAvx2,
-    CpuLevel::kAvx512,
-    CpuLevel::kAvx512Bf16,
+    CpuLevel::kAvx2,     CpuLevel::kAvx512, CpuLevel::kAvx512Bf16,
 #endif
 #ifdef FASTDEAN_AMX_LEVEL
     CpuLevel::kAmxBf16,

@@ -72,8 +72,9 @@ TileKernel tile_kernel(Pack pack) {
   kernel.pack_g = kernel.pack_x = pack;
   kernel.enter = kernel.leave = [] {};
   kernel.run = &run_tile<V>;
-  kernel.add = [](const float* total, float* acc, int64_t stride_r, int64_t height,
-                  int64_t width) { add_tile(total, acc, stride_r, height, width, columns); };
+  kernel.add = [](const float* total, float* acc, int64_t stride_r, int64_t height, int64_t width) {
+    add_tile(total, acc, stride_r, height, width, columns);
+  };
   return kernel;
 }
 

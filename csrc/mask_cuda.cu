@@ -40,8 +40,7 @@ struct Compare {
   unsigned long long* first_other;
 
   template <typename Bits>
-  __device__ void operator()(Bits* place, Bits*, const Bits* expected, int64_t i,
-                             int64_t r) const {
+  __device__ void operator()(Bits* place, Bits*, const Bits* expected, int64_t i, int64_t r) const {
     if (*place != expected[i]) atomicMin(first_other, static_cast<unsigned long long>(r));
   }
   __device__ bool runs() const { return true; }

@@ -65,8 +65,7 @@ void take_phases(void* data, int64_t worker) {
 // with them.
 OpenMpParallel openmp_parallel() {
 #ifdef __unix__
-  static const auto found =
-      reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  static const auto found = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return found;
 #else
   return nullptr;

@@ -1,37 +1,42 @@
-"""What README.md shows is what the package does: its Python runs, its commands parse.
+"""What the README and the guide show is what the package does: Python runs, commands parse.
 
-A Python block in the README stands below a line `<!-- tested -->` and runs here, in order, in one
-namespace, on a tiny model with a tokenizer of its own. `SMALLER` names what the tiny model needs
-instead of the README's values.
+A Python block stands below a line `<!-- tested -->` and runs here, page after page in the site's
+order, in one namespace, on a tiny model with a tokenizer of its own. `SMALLER` names what the tiny
+model needs instead of the values that are shown.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from tiny_models import VOCAB, llama
+import yaml
+from tiny_checkpoint import save_language_model
 
 import fastdean
 from fastdean.cli import app
-from fastdean.data.examples import encode
-from fastdean.data.sources import PRESETS, load_rows
+from fastdean.data.sources import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+NAV = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+GUIDE = [page for part in NAV for page in part.get("Guide", [])]
+TEXTS = {"README.md": README}
+for each in (path for page in GUIDE for path in page.values()):
+    TEXTS[each] = (ROOT / "docs" / each).read_text(encoding="utf-8")
+ALL = "\n".join([*TEXTS.values(), PERFORMANCE])
 TESTED = re.compile(r"^<!-- tested -->\n```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SMALLER = {
     '"smollm2-135m-instruct"': '"tiny"',
-    "ratio=5e-7": "ratio=2e-2",
     "ratio=1e-5": "ratio=2e-2",
     "ratios=[1e-5, 1e-4]": "ratios=[1e-2, 1e-1]",
     "1e-3": "1e-1",
-    '"embedded:{name}"), 32': '"embedded:{name}"), 12',
+    '"embedded:{topic}"), 32': '"embedded:{topic}"), 12',
     "examples=32": "examples=8",
     "permutations=200": "permutations=20",
     "[:32]": "[:8]",
@@ -40,12 +45,12 @@ SMALLER = {
 }
 
 
-def fenced(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def fenced(language: str, text: str = ALL) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[list[str]]:
-    """Words of every `fastdean` call in the README's shell blocks, without the program's name."""
+    """Words of every `fastdean` call in the shell blocks, without the program's name."""
     found = []
     for line in "\n".join(fenced("bash")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -54,64 +59,33 @@ def commands() -> list[list[str]]:
     return found
 
 
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """(model, tokenizer), also saved as the folder `tiny` of the current directory."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    monkeypatch.chdir(tmp_path)
-    texts = [row["response"] for row in load_rows("embedded:general")]
-    frequent = Counter(word for text in texts for word in text.split()).most_common(VOCAB - 3)
-    words = ["<pad>", "<unk>", "</s>", *(word for word, _ in frequent)]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
-    )
-    model = llama()
-    model.save_pretrained("tiny")
-    tokenizer.save_pretrained("tiny")
-    return model, tokenizer
-
-
 def test_every_python_block_is_tested_and_every_substitution_is_needed():
-    blocks = TESTED.findall(README)
-    assert blocks == fenced("python")
+    assert TESTED.findall(ALL) == fenced("python")
+    shown = "".join(fenced("python"))
     for original in SMALLER:
-        assert any(original in block for block in blocks), original
-    shown = "".join(blocks)
+        assert original in shown, original
     missing = [
         name for name in fastdean.__all__ if name[0] != "_" and f"fastdean.{name}" not in shown
     ]
     assert missing == []
 
 
-def test_python_blocks_run_and_both_ways_give_the_same_importance(tiny):
-    model, tokenizer = tiny
-    rows = {
-        topic: load_rows(f"embedded:{topic}")[:8] for topic in ("fairness", "privacy", "general")
-    }
-    fairness = encode(rows["fairness"], tokenizer)
-    names = {
-        "model": model,
-        "tokenizer": tokenizer,
-        "examples": [{"input_ids": e.input_ids[None], "labels": e.labels[None]} for e in fairness],
-        **{f"{topic}_rows": some for topic, some in rows.items()},
-    }
-    blocks = TESTED.findall(README)
-    for number, block in enumerate(blocks):
-        for original, smaller in SMALLER.items():
-            block = block.replace(original, smaller)
-        exec(compile(block, f"README.md, Python block {number}", "exec"), names)
-        if number == 1:
-            _assert_the_same(names["importance"], names["fair"])
+def test_python_blocks_run_and_both_ways_give_the_same_importance(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_language_model("tiny")
+    names = {}
+    for page, text in TEXTS.items():
+        for number, block in enumerate(TESTED.findall(text)):
+            for original, smaller in SMALLER.items():
+                block = block.replace(original, smaller)
+            exec(compile(block, f"{page}, Python block {number}", "exec"), names)
 
+    _assert_the_same(names["importance"], names["fair"])
     weights = names["model"].state_dict()
     patched = _stored(Path("model-masked"))
     changed = sum(int((patched[name] != weights[name]).sum()) for name in weights)
     assert changed == len(names["mask"]) > 0
-    assert names["kept"].keys() == names["fair"].keys()
+    assert names["kept"].keys() == names["small"].keys() == names["fair"].keys()
     assert names["both"].num_examples == 24
     assert len(names["curve"]) == 2 and len(names["by_layer"]) == 2
     assert 0 < names["last"].p_value <= 1
@@ -119,9 +93,10 @@ def test_python_blocks_run_and_both_ways_give_the_same_importance(tiny):
 
 def _assert_the_same(importance: dict[str, torch.Tensor], scores: fastdean.Scores) -> None:
     assert set(importance) == set(scores)
-    for name, sparse in scores.items():
-        expected = importance[name].detach().flatten()[scores.index(name)]
-        torch.testing.assert_close(sparse, expected, rtol=1e-4, atol=0)
+    for name, dense in scores.items():
+        top = scores.select(name, 200)
+        expected = importance[name].detach().flatten()[top]
+        torch.testing.assert_close(dense.flatten()[top], expected, rtol=1e-4, atol=0)
 
 
 def _stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -141,36 +116,57 @@ def test_shell_commands_are_accepted_as_written(words):
 
 
 def test_every_command_is_shown_and_every_one_named_exists():
-    named = set(re.findall(r"`fastdean ([a-z]+)", README)) | {words[0] for words in commands()}
+    named = set(re.findall(r"`fastdean ([a-z]+)", ALL)) | {words[0] for words in commands()}
     assert named == set(typer.main.get_command(app).commands)
 
 
 def test_options_named_in_the_text_exist():
     group = typer.main.get_command(app)
     known = {o for c in group.commands.values() for p in c.params for o in p.opts}
-    named = set(re.findall(r"`(--[a-z-]+)`", README))
+    named = set(re.findall(r"`(--[a-z-]+)`", "\n".join(TEXTS.values())))
     assert named and named <= known
 
 
 def test_sources_are_those_the_package_knows():
-    listed = {name for name in PRESETS if f"`{name}`" in README}
+    listed = {name for name in PRESETS if f"`{name}`" in ALL}
     assert listed == {name for name in PRESETS if not name.endswith(":unsafe")}
 
 
 def test_links_to_files_lead_somewhere():
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert targets
-    for target in targets:
-        assert (ROOT / target).is_file(), target
+    pages = [
+        p
+        for folder in (".", "docs", "docs/guide", "docs/reference", "examples")
+        for p in sorted((ROOT / folder).glob("*.md"))
+    ]
+    links = 0
+    for page in pages:
+        text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
+            assert (page.parent / target).is_file(), f"{page.name}: {target}"
+            links += 1
+    assert links > 50
+
+
+def test_the_readme_is_a_page():
+    assert len(README.splitlines()) <= 160
+    assert len(fenced("python", README)) == 1
+    (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert (ROOT / picture).stat().st_size < 200_000
+
+
+def test_what_the_readme_shows_as_measured_is_in_the_records_table():
+    start = README.index("## Measured")
+    shown = README[start : README.index("\n## ", start)]
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    caption = re.search(r"^.*: `python .*`$", shown, re.MULTILINE)
+    assert len(rows) == 5
+    assert "\n".join(rows) + "\n\n" + caption[0] in PERFORMANCE
 
 
 def test_make_targets_exist():
     made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(
-        re.findall(
-            r"\bmake ([a-z-]+)", "\n".join(re.findall(r"`[^`]+`", README)) + "".join(fenced("bash"))
-        )
-    )
+    code = "\n".join(re.findall(r"`[^`\n]+`", ALL)) + "".join(fenced("bash"))
+    named = set(re.findall(r"\bmake ([a-z-]+)", code))
     assert named and named <= made
 
 

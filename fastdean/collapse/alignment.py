@@ -206,8 +206,9 @@ class CollapseState:
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
         """Take over a saved state, onto the device of this one.
 
-        Raises: ValueError if an entry is missing or holds what is no sum or count, or if mode,
-            decay, shape or dtype are others.
+        Raises:
+            ValueError: an entry is missing or holds what is no sum or count, or mode, decay, shape
+                or dtype are others.
         """
         require(stored, _stored_kind(len(self.counts)), "stored", advice=STATE_ADVICE)
         self._check_kind(stored, "stored")

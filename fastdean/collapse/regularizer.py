@@ -118,9 +118,11 @@ class CollapseRegularizer:
             What can change later is looked at again in every training pass.
 
     Example:
+        ```python
         with CollapseRegularizer(model, classes, strength=10.0):
             for batch in loader:
                 model(**batch).loss.backward()
+        ```
     """
 
     def __init__(

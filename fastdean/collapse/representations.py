@@ -102,9 +102,11 @@ class Representations:
         ValueError: `features` is another word, or the model has no such place.
 
     Example:
+        ```python
         with Representations(model) as last:
             loss = model(input_ids=input_ids, labels=input_ids).loss
             last.features, last.input_ids
+        ```
     """
 
     def __init__(

@@ -47,7 +47,9 @@ def trainer_class(base: type) -> type:
         TypeError: `base` is no such class.
 
     Example:
+        ```python
         trainer = trainer_class(Trainer)(model, args, train_dataset=rows, regularizer=regularizer)
+        ```
     """
     lacking = [name for name in _OVERRIDDEN if not hasattr(base, name)]
     if not isinstance(base, type) or lacking:

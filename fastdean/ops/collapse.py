@@ -51,6 +51,7 @@ def collapse_alignment(
     """The loss, and the state's sums and counts with this batch in them.
 
     Equivalent, where every class has been seen, no norm is 0 and nothing is forgotten, to:
+
         rows = labels >= 0
         sums = (decay * sums).index_add(0, labels[rows], features[rows].to(sums.dtype))
         counts = decay * counts + labels[rows].bincount(minlength=K)

@@ -27,6 +27,7 @@ def accumulate_importance_(
     """Add every example's absolute weight gradient to `acc`, in place.
 
     Equivalent to:
+
         for start, end in segments.tolist():
             acc += (g[start:end].T.float() @ x[start:end].float()).abs()
 
@@ -67,6 +68,7 @@ def accumulate_expert_importance_(
 
     For stacked expert weights [E, R, C], once the tokens that were routed to an expert are sorted
     by expert and, within it, by example. Equivalent to:
+
         for (start, end), expert in zip(segments.tolist(), experts.tolist()):
             acc[expert] += (g[start:end].T.float() @ x[start:end].float()).abs()
 
@@ -105,6 +107,7 @@ def accumulate_unit_importance_(
     """Add every example's absolute activation x gradient sum to `acc`, in place.
 
     Equivalent to:
+
         for start, end in segments.tolist():
             acc += (a[start:end].float() * g[start:end].float()).sum(0).abs()
 

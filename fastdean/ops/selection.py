@@ -34,6 +34,7 @@ def select_top(
     """Flat indices of the k entries of highest importance, ascending.
 
     Equivalent to, for finite input:
+
         value = importance(sums, weight, num_examples).flatten()
         order = value.argsort(descending=True, stable=True)
         (order[value[order] > 0][:k]).sort().values
