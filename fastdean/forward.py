@@ -405,9 +405,22 @@ def exact_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
         packed=packed,
         padded=all(padding_is_exact(model, group) for group in grouped),
         alone_above=_rotary_limit(model),
-        longest_row=max_tokens(model) if packed or by_segments else None,
+        longest_row=_longest_row(model) if packed or by_segments else None,
         by_segments=by_segments,
     )
+
+
+def _longest_row(model: nn.Module) -> int | None:
+    """Tokens of a row in which no example's numbers depend on how many stand before it.
+
+    Llama 4 scales its queries by their places in the row, from the `floor_scale`th on, whatever
+    their positions.
+    """
+    config = model.config.get_text_config()
+    scaled = getattr(config, "attn_temperature_tuning", None)
+    scaled_from = getattr(config, "floor_scale", None) if scaled else None
+    limits = (max_tokens(model), scaled_from and int(scaled_from) - 1)
+    return min((limit for limit in limits if limit), default=None)
 
 
 def _rotary_limit(model: nn.Module) -> int | None:
