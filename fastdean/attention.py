@@ -161,10 +161,15 @@ def _attention(module: nn.Module, *asked: Any, **further: Any) -> tuple[Tensor, 
 
     own = None
     if _ANNOUNCED.get() is None:
-        # What models hand over as the default, for "eager".
-        default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        own = functions.get(_own_name(getattr(module, "config", None)), default)
+        own = functions.get(_own_name(getattr(module, "config", None)), _eager_of(module))
     return (segment_attention if own in (None, _attention) else own)(module, *asked, **further)
+
+
+def _eager_of(module: nn.Module) -> Callable | None:
+    """What the model hands over as its default, from the file of the module's class."""
+    files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+    found = (getattr(file, "eager_attention_forward", None) for file in files)
+    return next((function for function in found if function is not None), None)
 
 
 def attends_plainly(model: nn.Module) -> bool:

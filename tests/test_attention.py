@@ -286,6 +286,21 @@ def test_an_attention_that_somebody_registered_is_the_models_own(monkeypatch):
         assert sum_ == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_row_ends_where_places_in_it_begin_to_count():
+    """Llama 4 scales queries by their place in the row, whatever their position."""
+    import transformers
+
+    shape = _SHAPE | FAMILIES["Llama4Text"] | {"no_rope_layers": [0, 1], "floor_scale": 24}
+    config = transformers.Llama4TextConfig(**shape)
+    model = _build(transformers.Llama4ForCausalLM, config, 0)
+    examples = [Example(torch.arange(3, n), torch.arange(3, n)) for n in (13, 14, 15, 40)]
+    batches = prepare_batches(model, examples, tokens_per_batch=200)
+    assert [batch.example_index for batch in batches] == [[0, 1], [2], [3]]
+    found, _ = target_log_likelihood(model, examples, tokens_per_batch=200, progress=False)
+    alone = [target_log_likelihood(model, [e], progress=False)[0][0] for e in examples]
+    assert (found - torch.stack(alone)).abs().max() < 1e-5 * found.abs().max()
+
+
 def test_one_long_example_among_short_ones_does_not_let_their_mask_grow():
     lengths = [2] * 300 + [256] + [2] * 600
     texts = [torch.arange(n) for n in lengths]
