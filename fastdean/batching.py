@@ -145,7 +145,8 @@ class Layout:
         by_segments: they may also stand in one row where each attends by itself (attention.py);
             so do those of at most `LONGEST_SEGMENT` tokens.
         longest_row: tokens that a row of several examples may have at most, or None. Models with a
-            table of positions may cut it, or a mask, to the length of the row.
+            table of positions may cut it, or a mask, to the length of the row; others compute
+            something else in longer rows.
     """
 
     packed: bool

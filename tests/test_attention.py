@@ -286,14 +286,20 @@ def test_an_attention_that_somebody_registered_is_the_models_own(monkeypatch):
         assert sum_ == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_row_ends_where_places_in_it_begin_to_count():
-    """Llama 4 scales queries by their place in the row, whatever their position."""
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("Llama4Text", FAMILIES["Llama4Text"] | {"no_rope_layers": [0, 1], "floor_scale": 25}),
+        ("Doge", {"keep_window_size": 24}),
+    ],
+)
+def test_a_row_ends_where_its_length_begins_to_count(name, shape):
+    """Llama 4 scales queries by their place in the row, Doge picks keys of the whole row."""
     import transformers
 
-    shape = _SHAPE | FAMILIES["Llama4Text"] | {"no_rope_layers": [0, 1], "floor_scale": 24}
-    config = transformers.Llama4TextConfig(**shape)
-    model = _build(transformers.Llama4ForCausalLM, config, 0)
-    examples = [Example(torch.arange(3, n), torch.arange(3, n)) for n in (13, 14, 15, 40)]
+    config = getattr(transformers, f"{name}Config")(**_SHAPE | shape)
+    model = _build(transformers.AutoModelForCausalLM.from_config, config, 0)
+    examples = [Example(torch.arange(3, n), torch.arange(3, n)) for n in (14, 15, 16, 40)]
     batches = prepare_batches(model, examples, tokens_per_batch=200)
     assert [batch.example_index for batch in batches] == [[0, 1], [2], [3]]
     found, _ = target_log_likelihood(model, examples, tokens_per_batch=200, progress=False)
