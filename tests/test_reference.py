@@ -26,10 +26,9 @@ PUBLIC = (
     "fastdean.debias",
     "fastdean.evaluation",
     "fastdean.evaluation.bias",
-    "fastdean.models.loading",
+    "fastdean.models",
     "fastdean.masks",
     "fastdean.ops",
-    "fastdean.data.sources",
 )
 SHOWN = [
     path
