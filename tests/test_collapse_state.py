@@ -166,6 +166,33 @@ def test_copies_and_pickles_of_a_state_go_their_own_ways():
         assert same(values(other), values(state))
 
 
+def test_a_copy_does_not_write_what_was_copied_with_it():
+    """Copies keep that two of the copied things are one tensor."""
+    weight, state = weight_of(), new_state()
+    step(state, weight)
+    other, sums = copy.deepcopy((state, state.sums))
+    before = sums.clone()
+    step(other, weight, 2)
+    assert torch.equal(sums, before)
+
+
+def test_a_state_that_another_process_has_is_never_written():
+    """A state sent to another process shares its memory from then on."""
+    from multiprocessing.reduction import ForkingPickler
+
+    import torch.multiprocessing  # noqa: F401  it tells the pickler how tensors are sent
+
+    weight, state = weight_of(), new_state()
+    step(state, weight)
+    received = pickle.loads(ForkingPickler.dumps(state))
+    before = values(state)
+    step(received, weight, 2)
+    assert same(values(state), before)
+    where = place(state)
+    step(state, weight, 3)
+    assert place(state) != where
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["first first", "last first"])
 def test_losses_that_share_a_state_keep_the_gradients_of_their_steps(order):
     weight = weight_of()

@@ -151,7 +151,8 @@ class CollapseState:
         return kept
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        vars(self).update(kept, _lock=threading.RLock())
+        # Whoever copied it may have handed out these very tensors, or share their memory.
+        vars(self).update(kept, _lock=threading.RLock(), _alone=False)
 
     def __repr__(self) -> str:
         num_classes, num_features = self.sums.shape

@@ -20,6 +20,9 @@ LONGEST_SEGMENT = 256
 
 _TOKENS_ON_A_GPU = 2048
 _FEWEST_TOKENS = 192
+# Entries of the mask of examples that attend by themselves, for each token of a batch, and the
+# fewest tokens that this is counted for: a row of so many has such a mask when it is packed.
+_MASK_PER_TOKEN = 2048
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,8 @@ class Layout:
         by_segments: they may also stand in one row where each attends by itself (attention.py);
             so do those of at most `LONGEST_SEGMENT` tokens.
         longest_row: tokens that a row of several examples may have at most, or None. Models with a
-            table of positions may cut it, or a mask, to the length of the row.
+            table of positions may cut it, or a mask, to the length of the row; others compute
+            something else in longer rows.
     """
 
     packed: bool
@@ -206,7 +210,7 @@ def plan_batches(
     rows = [
         replace(_pack(examples, group, shift), by_segments=members is short)
         for members in (short, plain)
-        for group in _in_order(examples, members, row_tokens)
+        for group in _in_order(examples, members, row_tokens, squares=members is short)
     ]
     for members in by_columns.values():
         groups = _by_length(examples, members, tokens_per_batch, padded)
@@ -226,16 +230,31 @@ def require_targets(examples: Sequence[Example], shift: int) -> None:
 
 
 def _in_order(
-    examples: Sequence[Example], members: Sequence[int], tokens_per_batch: int
+    examples: Sequence[Example],
+    members: Sequence[int],
+    tokens_per_batch: int,
+    *,
+    squares: bool = False,
 ) -> Iterator[list[int]]:
+    """Groups of at most so many tokens.
+
+    Args:
+        squares: their mask has a square of the longest example's tokens for each example, and gets
+            no larger either; one long example among many short ones would have it grow.
+    """
+    most = _MASK_PER_TOKEN * max(tokens_per_batch, _MASK_PER_TOKEN) if squares else None
     group: list[int] = []
-    tokens = 0
+    tokens = longest = 0
     for i in members:
-        if group and tokens + len(examples[i]) > tokens_per_batch:
+        length = len(examples[i])
+        entries = (len(group) + 1) * max(longest, length) ** 2
+        full = tokens + length > tokens_per_batch or (most is not None and entries > most)
+        if group and full:
             yield group
-            group, tokens = [], 0
+            group, tokens, longest = [], 0, 0
         group.append(i)
-        tokens += len(examples[i])
+        tokens += length
+        longest = max(longest, length)
     if group:
         yield group
 

@@ -8,14 +8,18 @@ two examples is never computed:
     O_s = softmax(scaling * Q_s K_s^T, where the model's mask allows) V_s     for each example s
 
 The function takes part through transformers' `AttentionInterface` and `AttentionMaskInterface`.
-A model that does not go through them, or asks for what is not written here, keeps its own.
+A model that does not go through them, or asks for what is not written here, keeps its own. So do
+passes outside of the block: of other threads, and of other models with the same configuration.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,6 +68,46 @@ def _announced() -> Segments:
     return segments
 
 
+@dataclass
+class _Taken:
+    """A configuration that names our attention: what it named before, and the blocks it is for."""
+
+    config: Any
+    own: str | None
+    blocks: set[object] = field(default_factory=set)
+
+
+_LOCK = threading.RLock()
+# By the identity of the configuration, which the entry keeps alive.
+_TAKEN: dict[int, _Taken] = {}
+
+
+def _take(config: Any, block: object) -> None:
+    with _LOCK:
+        own = config._attn_implementation_internal
+        _TAKEN.setdefault(id(config), _Taken(config, own)).blocks.add(block)
+        # Not through the public setter: it sets the vision and audio parts' as well.
+        config._attn_implementation_internal = NAME
+
+
+def _give_back(config: Any, block: object) -> None:
+    """May be repeated. The last of several blocks gives it back, in whatever order they end."""
+    with _LOCK:
+        taken = _TAKEN.get(id(config))
+        if taken is None:
+            return
+        taken.blocks.discard(block)
+        if not taken.blocks:
+            config._attn_implementation_internal = taken.own
+            del _TAKEN[id(config)]
+
+
+def _own_name(config: Any) -> str | None:
+    """What the configuration names, or named before it was taken."""
+    taken = _TAKEN.get(id(config))
+    return getattr(config, "_attn_implementation_internal", None) if taken is None else taken.own
+
+
 @contextmanager
 def attention_by_segments(model: nn.Module, segments: Tensor) -> Iterator[None]:
     """The model's attention is the one of this file inside the block, and its own afterwards.
@@ -74,29 +118,78 @@ def attention_by_segments(model: nn.Module, segments: Tensor) -> Iterator[None]:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, segment_attention)
-    AttentionMaskInterface.register(NAME, segment_mask)
-    configs = [c for c in _configs(model) if hasattr(c, "_attn_implementation_internal")]
-    before = [config._attn_implementation_internal for config in configs]
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    configs = _configs(model)
+    block = object()
     announced = _ANNOUNCED.get()
     cut = Segments.cut(segments)
-    try:
-        # A block inside of another for the same batch goes on with what that one looked up.
-        _ANNOUNCED.set(announced if announced == cut else cut)
+
+    def undo() -> None:
         for config in configs:
-            # Not through the public setter: it sets the vision and audio parts' as well.
-            config._attn_implementation_internal = NAME
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
+            _give_back(config, block)
         _ANNOUNCED.set(announced)
+
+    # Twice: an interrupt of the first leaves the second.
+    try:
+        try:
+            # A block inside of another for the same batch goes on with what that one looked up.
+            _ANNOUNCED.set(announced if announced == cut else cut)
+            for config in configs:
+                _take(config, block)
+            yield
+        finally:
+            undo()
+    finally:
+        undo()
+
+
+def _mask(**asked: Any) -> Any:
+    """`segment_mask` inside of a block, the mask of the model's own attention elsewhere."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+
+    own = masks.get(_own_name(asked.get("config"))) if _ANNOUNCED.get() is None else None
+    return (segment_mask if own in (None, _mask) else own)(**asked)
+
+
+def _attention(module: nn.Module, *asked: Any, **further: Any) -> tuple[Tensor, Tensor | None]:
+    """`segment_attention` inside of a block, the model's own attention elsewhere."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+
+    own = None
+    if _ANNOUNCED.get() is None:
+        own = functions.get(_own_name(getattr(module, "config", None)), _eager_of(module))
+    return (segment_attention if own in (None, _attention) else own)(module, *asked, **further)
+
+
+def _eager_of(module: nn.Module) -> Callable | None:
+    """What the model hands over as its default, from the file of the module's class."""
+    files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+    found = (getattr(file, "eager_attention_forward", None) for file in files)
+    return next((function for function in found if function is not None), None)
+
+
+def attends_plainly(model: nn.Module) -> bool:
+    """Whether the model attends through transformers' own functions, which all compute the same.
+
+    One that somebody else registered may compute anything for longer texts than one can try.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+
+    def known(function: Callable | None) -> bool:
+        origin = getattr(function, "__module__", None) or ""
+        return function is None or origin.partition(".")[0] == "transformers"
+
+    names = {_own_name(config) for config in _configs(model)}
+    return all(known(of.get(name)) for of in (functions, masks) for name in names)
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configurations that the model's modules read, each once."""
+    """The configurations that the model's modules read their attention from, each once."""
     configs = (getattr(module, "config", None) for module in model.modules())
-    return list({id(config): config for config in configs if config is not None}.values())
+    with_attention = (c for c in configs if hasattr(c, "_attn_implementation_internal"))
+    return list({id(config): config for config in with_attention}.values())
 
 
 def segment_mask(

@@ -7,6 +7,7 @@ Gemma 2's soft-cap) stays in place; computing `hidden @ weight.T` by hand would 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -405,9 +406,24 @@ def exact_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
         packed=packed,
         padded=all(padding_is_exact(model, group) for group in grouped),
         alone_above=_rotary_limit(model),
-        longest_row=max_tokens(model) if packed or by_segments else None,
+        longest_row=_longest_row(model) if packed or by_segments else None,
         by_segments=by_segments,
     )
+
+
+def _longest_row(model: nn.Module) -> int | None:
+    """Tokens of a row in which no example's numbers depend on the others there, or None.
+
+    Llama 4 scales its queries by their places in the row, from the `floor_scale`th on, whatever
+    their positions. Doge picks keys among all of a row of more than `keep_window_size` tokens.
+    """
+    config = model.config.get_text_config()
+    scaled_from = getattr(config, "floor_scale", None)
+    if not scaled_from or not getattr(config, "attn_temperature_tuning", False):
+        scaled_from = math.inf
+    window = getattr(config, "keep_window_size", None) or math.inf
+    shortest = min(max_tokens(model) or math.inf, scaled_from - 1, window)
+    return None if shortest == math.inf else max(1, int(shortest))
 
 
 def _rotary_limit(model: nn.Module) -> int | None:

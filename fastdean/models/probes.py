@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastdean.data.batching import pad
 from fastdean.data.examples import Example
-from fastdean.models.attention import attention_by_segments
+from fastdean.models.attention import attends_plainly, attention_by_segments
 from fastdean.models.calling import call, logits_of, require_row_per_token
 from fastdean.models.model_state import eager, evaluation_state, input_device, max_tokens
 
@@ -144,10 +144,11 @@ def _keeps_apart(
 def segments_are_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
     """Whether packed examples of this causal model may attend by themselves (attention.py).
 
-    Measured like packing: as the model's own attention has it for one of them alone. On a CPU only:
-    other devices have attention of their own for ragged examples, which is not used yet.
+    Measured like packing: as the model's own attention has it for one of them alone. False,
+    unmeasured, where that is not one of transformers' own. On a CPU only: other devices have
+    attention of their own for ragged examples, which is not used yet.
     """
-    if len(examples) < 2 or input_device(model).type != "cpu":
+    if len(examples) < 2 or input_device(model).type != "cpu" or not attends_plainly(model):
         return False
     return bool(
         _asked_once(model, "segments_are_exact", lambda: _measure_segments(model, examples))

@@ -34,7 +34,7 @@ def nobody_looks_on(*tensors: Tensor) -> bool:
 
 
 def held_alone(*tensors: Tensor) -> bool:
-    """Whether no other tensor, graph or storage object shares the memory of one of `tensors`.
+    """Whether no other tensor, graph, storage object or process shares the memory of `tensors`.
 
     Python's references to these very tensors are not counted: the caller knows them.
     """
@@ -45,11 +45,15 @@ def held_alone(*tensors: Tensor) -> bool:
     return all(_holders(each) == alone for each in tensors)
 
 
-def _holders(tensor: Tensor) -> tuple[int, int, int]:
-    """How many hold the tensor, its storage, and the Python object of the storage."""
+def _holders(tensor: Tensor) -> tuple[int, int, int, bool]:
+    """How many hold the tensor, its storage, and the Python object of the storage.
+
+    And whether other processes may hold the memory, who are not counted.
+    """
     storage = tensor.untyped_storage()
     return (
         tensor._use_count(),
         torch._C._storage_Use_Count(storage._cdata),
         sys.getrefcount(storage),
+        storage.is_shared(),
     )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
+from interrupts import interrupt, moments
 from tiny_models import HEADS, HIDDEN, INTERMEDIATE, LAYERS, MAX_TOKENS, VOCAB, _build
 
 from fastdean.data import batching
 from fastdean.data.examples import Example
+from fastdean.models import attention
 from fastdean.models.attention import (
     NAME,
     NotExpressible,
     attention_by_segments,
     segment_attention,
 )
-from fastdean.models.forward import exact_layout, prepare_batches
+from fastdean.models.forward import exact_layout, prepare_batches, target_log_likelihood
 from fastdean.models.segment_products import Segments
 
 LENGTHS = (7, 11, 3, 9, 1)
@@ -202,6 +206,122 @@ def test_the_models_own_attention_comes_back(error):
         raise error
     assert model.config._attn_implementation == before
     assert torch.equal(model(**_packed()).logits, expected)
+
+
+def test_an_interrupt_at_any_line_leaves_the_models_own_attention():
+    model, files = _family("Llama"), {attention.__file__}
+
+    def block() -> None:
+        with attention_by_segments(model, _segments((2, 3))):
+            pass
+
+    block()
+    for moment in moments(block, files):
+        interrupt(block, files, moment)
+        assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(NotExpressible, match="outside"):
+        attention._announced()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_blocks_of_models_with_one_configuration_may_end_in_any_order(implementation):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**_SHAPE, attn_implementation=implementation)
+    models = [_build(LlamaForCausalLM, config, seed) for seed in range(2)]
+    assert models[0].config is models[1].config
+    first, second = (attention_by_segments(model, _segments()) for model in models)
+    for step in (first.__enter__, second.__enter__):
+        step()
+        assert config._attn_implementation == NAME
+    first.__exit__(None, None, None)
+    assert config._attn_implementation == NAME
+    second.__exit__(None, None, None)
+    assert config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_another_threads_passes_keep_the_models_own_attention(implementation):
+    model = _family("Llama")
+    model.set_attn_implementation(implementation)
+    ids = _packed()["input_ids"].view(1, -1).expand(2, -1)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    found = []
+
+    def run() -> None:
+        with torch.no_grad():
+            found.append(model(ids, use_cache=False).logits)
+
+    with attention_by_segments(model, _segments()):
+        other = threading.Thread(target=run)
+        other.start()
+        other.join()
+    assert torch.equal(found[0], expected)
+
+
+def test_an_attention_that_somebody_registered_is_the_models_own(monkeypatch):
+    """It may be another for longer texts than are tried: here it sees the last 16 tokens."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def of_the_last_16(module, query, key, value, attention_mask, **others):
+        n = query.shape[2]
+        allowed = torch.ones(n, n, dtype=torch.bool).tril().triu(-15)
+        allowed = allowed if attention_mask is None else allowed & attention_mask
+        mask = allowed.expand(query.shape[0], 1, n, n)
+        return sdpa_attention_forward(module, query, key, value, mask, **others)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "windowed", of_the_last_16)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "windowed", sdpa_mask)
+    model = _family("Llama")
+    model.set_attn_implementation("windowed")
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(3, VOCAB, (n,), generator=generator) for n in (60, 50, 40)]
+    found, _ = target_log_likelihood(model, [Example(ids, ids) for ids in texts], progress=False)
+    for ids, sum_ in zip(texts, found.tolist(), strict=True):
+        with torch.no_grad():
+            logits = model(ids.unsqueeze(0), use_cache=False).logits[0, :-1].double()
+        expected = -torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+        assert sum_ == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("Llama4Text", FAMILIES["Llama4Text"] | {"no_rope_layers": [0, 1], "floor_scale": 25}),
+        ("Doge", {"keep_window_size": 24}),
+    ],
+)
+def test_a_row_ends_where_its_length_begins_to_count(name, shape):
+    """Llama 4 scales queries by their place in the row, Doge picks keys of the whole row."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**_SHAPE | shape)
+    model = _build(transformers.AutoModelForCausalLM.from_config, config, 0)
+    examples = [Example(torch.arange(3, n), torch.arange(3, n)) for n in (14, 15, 16, 40)]
+    batches = prepare_batches(model, examples, tokens_per_batch=200)
+    assert [batch.example_index for batch in batches] == [[0, 1], [2], [3]]
+    found, _ = target_log_likelihood(model, examples, tokens_per_batch=200, progress=False)
+    alone = [target_log_likelihood(model, [e], progress=False)[0][0] for e in examples]
+    assert (found - torch.stack(alone)).abs().max() < 1e-5 * found.abs().max()
+
+
+def test_one_long_example_among_short_ones_does_not_let_their_mask_grow():
+    lengths = [2] * 300 + [256] + [2] * 600
+    texts = [torch.arange(n) for n in lengths]
+    batches = batching.plan_batches(
+        [Example(ids, ids) for ids in texts],
+        shift=1,
+        tokens_per_batch=2048,
+        packed=True,
+        by_segments=True,
+    )
+    assert sorted(i for batch in batches for i in batch.example_index) == list(range(901))
+    for batch in batches:
+        longest = max(lengths[i] for i in batch.example_index)
+        assert batch.by_segments and batch.num_examples * longest**2 <= 2048**2
 
 
 def test_a_pass_over_other_tokens_is_refused():
