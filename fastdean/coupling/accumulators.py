@@ -35,7 +35,9 @@ class DenseWeightAccumulator:
     def __init__(self, target: Target, device: torch.device, impl: str | None) -> None:
         self._transposed = target.transposed
         self._impl = impl
-        self._sums = torch.zeros(tuple(target.module.weight.shape), device=device)
+        self._sums = torch.zeros(
+            tuple(target.module.weight.shape), dtype=torch.float32, device=device
+        )
 
     def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
         if self._transposed:
@@ -55,7 +57,7 @@ class UnitAccumulator:
     def __init__(self, target: Target, device: torch.device, impl: str | None) -> None:
         self._axis = target.unit_axis
         self._impl = impl
-        self._sums = torch.zeros(target.num_inputs, device=device)
+        self._sums = torch.zeros(target.num_inputs, dtype=torch.float32, device=device)
 
     def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
         accumulate_unit_importance_(self._sums, x, g, segments, impl=self._impl)

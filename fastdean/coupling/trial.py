@@ -289,7 +289,9 @@ def _directions(target: Target, seed: int) -> tuple[Tensor, Tensor]:
     """Random vectors of the outputs [R, K] and of the inputs [C, K]."""
     generator = torch.Generator("cpu").manual_seed(_SEED + seed)
     sizes = (target.num_outputs, target.num_inputs)
-    u, v = (torch.randn(n, _DIRECTIONS, generator=generator, device="cpu") for n in sizes)
+    # In fp32 whatever the caller's default is: the rows that they are multiplied with are.
+    options = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    u, v = (torch.randn(n, _DIRECTIONS, **options) for n in sizes)
     return u, v
 
 

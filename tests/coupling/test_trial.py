@@ -535,3 +535,16 @@ def test_texts_that_are_shorter_than_a_window(target_modules):
     expected = weight_importance(model, examples, list(scores), 0, torch.float32)
     for name, value in scores.items():
         assert norm_error(value, expected[name]) < 1e-5, name
+
+
+def test_a_default_dtype_of_the_callers_changes_nothing():
+    model, examples = llama(), make_examples()
+    expected = fastdean.score(model, batches(examples, 2), progress=False)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        found = fastdean.score(model, batches(examples, 2), progress=False)
+    finally:
+        torch.set_default_dtype(before)
+    for name, value in expected.items():
+        assert norm_error(found[name], value) < 1e-5, name
