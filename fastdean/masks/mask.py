@@ -195,8 +195,8 @@ class NeuronMask:
         Raises:
             ValueError: a parameter that is missing, of another shape, offloaded or quantised, or
                 that holds other values than the originals.
-            RuntimeError: weights under an active mask were changed by something else.
-            Nothing is written in either case.
+            RuntimeError: weights under an active mask were changed by something else; as with the
+                other errors, nothing is written.
         """
         edits.apply_(model, self, impl=impl)
         return model
