@@ -62,7 +62,7 @@ test-lowest:  ## the tests on the oldest versions that are admitted
 	.venv-lowest/bin/python -m pip install -c constraints-lowest.txt ".[test]"
 	.venv-lowest/bin/pytest -q -n 2 -m "not slow"
 
-lint: $(INSTALLED)  ## ruff, its format included
+lint: $(INSTALLED)  ## ruff and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
