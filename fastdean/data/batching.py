@@ -18,7 +18,7 @@ from fastdean.data.examples import IGNORE_INDEX, Example
 # keeps none of them for the backward pass.
 LONGEST_SEGMENT = 256
 
-_TOKENS_ON_A_GPU = 2048
+_MOST_TOKENS = 2048
 _FEWEST_TOKENS = 192
 # Entries of the mask of examples that attend by themselves, for each token of a batch, and the
 # fewest tokens that this is counted for: a row of so many has such a mask when it is packed.
@@ -120,19 +120,19 @@ def default_tokens_per_batch(device: torch.device, matrices: Iterable[tuple[int,
     A GPU needs about 2k tokens to fill its matrix units. On a CPU a longer batch reads the weights
     less often and multiplies faster, while what is kept of it for the backward pass grows. It is as
     long as that takes about the memory of the gradients of one layer's weights, which a loop over
-    single examples has to hold for every layer (docs/performance.md).
+    single examples has to hold for every layer.
 
     Args:
         matrices: (outputs, inputs) of the weights that every token goes through.
     """
     if device.type == "cuda":
-        return _TOKENS_ON_A_GPU
+        return _MOST_TOKENS
     entries = kept = 0
     for outputs, inputs in matrices:
         entries += outputs * inputs
         kept += outputs + inputs
     fitting = entries // max(1, kept) // 16 * 16
-    return min(max(fitting, _FEWEST_TOKENS), _TOKENS_ON_A_GPU)
+    return min(max(fitting, _FEWEST_TOKENS), _MOST_TOKENS)
 
 
 @dataclass(frozen=True)

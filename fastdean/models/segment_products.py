@@ -185,8 +185,9 @@ class SegmentAttention(torch.autograd.Function):
             if grad_sinks is not None:
                 by_head = (sink_weights * share).view(*group.shape[:4]).sum((0, 2))
                 grad_sinks -= by_head.view(sinks.shape)
-            if softcap_slope := group.slope_of_softcap():
-                d_s.mul_(softcap_slope[0])
+            slope = group.slope_of_softcap()
+            if slope is not None:
+                d_s.mul_(slope)
             for out, factor, of in (
                 (group.q_like(dq), d_s, group.k),
                 (group.k_like(dk), d_s.transpose(1, 2), group.q),
@@ -311,6 +312,6 @@ class _Group:
         torch.softmax(scores, -1, out=weights)
         return (weights, None) if sinks is None else (weights[..., :-1], weights[..., -1:])
 
-    def slope_of_softcap(self) -> tuple[Tensor] | None:
+    def slope_of_softcap(self) -> Tensor | None:
         """d(cap tanh(s / cap)) / ds, after `weights`."""
-        return None if self._tanh is None else (1 - self._tanh.square(),)
+        return None if self._tanh is None else 1 - self._tanh.square()
