@@ -11,17 +11,14 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import typer
 
-import fastdean
 from fastdean.cli.flags import flags_of, retold
 from fastdean.cli.terminal import shows_everything
+from fastdean.wording.mendable import MendableError
 from fastdean.wording.printable import printable
-
-_PACKAGE = Path(fastdean.__file__).parent
 
 
 class Terminated(KeyboardInterrupt):
@@ -107,26 +104,11 @@ def _told(error: Exception, text: str) -> int:
 
 
 def _is_mendable(error: Exception) -> bool:
-    """Whether input or machine are at fault, rather than FastDEAN.
-
-    Our own checks raise ValueError, TypeError and RuntimeError in our own files. The last two, when
-    they come from inside a library, mean that we called it wrongly.
-    """
+    """Whether input or machine are at fault, rather than FastDEAN."""
     import torch
 
     machine = (OSError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
-    if isinstance(error, (ValueError, *machine)):
-        return True
-    return isinstance(error, (TypeError, RuntimeError)) and _is_raised_here(error)
-
-
-def _is_raised_here(error: Exception) -> bool:
-    frames = list(traceback.walk_tb(error.__traceback__))
-    where = Path(frames[-1][0].f_code.co_filename) if frames else Path()
-    if _PACKAGE not in where.parents:
-        return False
-    source = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return source.startswith("raise")
+    return isinstance(error, (ValueError, MendableError, *machine))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from fastdean.files.declared import Anything, Filled, Real, Record, Text, requir
 from fastdean.models.distributed import Ranks
 from fastdean.ops.collapse import collapse_alignment_step
 from fastdean.ops.ownership import held_alone
+from fastdean.wording.mendable import InputTypeError
 
 Mode = Literal["cumulative", "window", "batch"]
 
@@ -63,7 +64,7 @@ class CollapseState:
                 f"got {num_classes} and {num_features}; give K and D of the classes' weight [K, D]"
             )
         if dtype not in (torch.float32, torch.float64):
-            raise TypeError(
+            raise InputTypeError(
                 f"dtype must be torch.float32 or torch.float64, got {dtype}; features in half "
                 "precision have their sums in float32"
             )

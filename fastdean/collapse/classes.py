@@ -17,6 +17,7 @@ from fastdean.collapse.matching import MAX_ID, RunMatcher
 from fastdean.collapse.words import WORD, WordGroups, read_word_groups
 from fastdean.data.batching import send
 from fastdean.files.declared import Lists, Record, Row, Text, Whole, brief, require
+from fastdean.wording.mendable import InputTypeError
 
 MultiPiece = Literal["skip", "mean"]
 
@@ -181,7 +182,9 @@ class CollapseClasses:
         """
         kind = token_ids.dtype
         if kind.is_floating_point or kind.is_complex or kind == torch.bool:
-            raise TypeError(f"token_ids must be integers, got {kind}; pass what the tokenizer gave")
+            raise InputTypeError(
+                f"token_ids must be integers, got {kind}; pass what the tokenizer gave"
+            )
         if token_ids.dim() == 0:
             raise ValueError("token_ids must be [..., T], got a single number; pass a row")
         return self._on(token_ids.device).matcher.labels(token_ids.long())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdean.data.batching import send
 from fastdean.models.distributed import Ranks
+from fastdean.wording.mendable import InputTypeError
 
 
 class ClassMoments:
@@ -130,7 +131,9 @@ class ClassMoments:
                 "flatten batch and positions into rows"
             )
         if not features.is_floating_point():
-            raise TypeError(f"features must be floating point, got {features.dtype}; cast them")
+            raise InputTypeError(
+                f"features must be floating point, got {features.dtype}; cast them"
+            )
         if labels.dtype != torch.int64 or labels.shape != features.shape[:1]:
             raise ValueError(
                 f"labels must be int64 [{features.shape[0]}], got {labels.dtype} "

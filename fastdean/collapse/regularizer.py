@@ -40,6 +40,7 @@ from fastdean.models.model_state import unwrap
 from fastdean.ops.collapse import STATISTICS, collapse_alignment
 from fastdean.ops.memory import memory_fault
 from fastdean.wording.log import logger
+from fastdean.wording.mendable import InputTypeError, StateError
 
 # No training has as many passes; a larger number was never a step.
 _MOST_STEPS = 1 << 40
@@ -172,7 +173,7 @@ class CollapseRegularizer:
         self.remove()
 
     def __reduce__(self) -> tuple:
-        raise TypeError(
+        raise InputTypeError(
             "a CollapseRegularizer must not be copied or pickled, because it is attached to its "
             "model; make one for the copied model and give it state_dict()"
         )
@@ -232,7 +233,7 @@ class CollapseRegularizer:
                 a loss, to which the term was added already.
         """
         if self._pending is None:
-            raise RuntimeError(
+            raise StateError(
                 "term() must follow a training pass whose output carries no loss, got none since "
                 "the last call; where the model computes the loss the term is part of it already, "
                 "and a model in eval mode, under no_grad, or compiled before the regulariser was "
@@ -569,7 +570,7 @@ def _check_columns(features: Tensor, weight: Tensor) -> None:
 
 def _check_not_recomputing() -> None:
     if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
+        raise StateError(
             "model must not run again during the backward pass, got a recomputation of the whole "
             "of it, which would count its batch twice; checkpoint its layers instead, as "
             "transformers does"

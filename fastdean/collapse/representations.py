@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdean.models.adapters import require_no_prompts
 from fastdean.models.model_state import unwrap
+from fastdean.wording.mendable import StateError
 
 Features = Literal["base", "head"]
 
@@ -179,13 +180,13 @@ class Representations:
             ValueError: the pass gave anything but one representation for each token.
         """
         if self._pass.arguments is None:
-            raise RuntimeError(
+            raise StateError(
                 "model must have run while its representations are read, got no forward pass; "
                 f"{_COMPILED}"
             )
         features = self._pass.features
         if features is None:
-            raise RuntimeError(
+            raise StateError(
                 f"model must call its {_PLACES[self._place]} as a module, got a forward pass that "
                 f"does not; {_ELSEWHERE[self._place]}; {_COMPILED}"
             )
@@ -239,7 +240,7 @@ class _Pass:
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if getattr(module, "_is_replica", False):
-            raise RuntimeError(
+            raise StateError(
                 "model must run whole in one process, got a replica of nn.DataParallel, which sees "
                 "a part of the batch; start the job with torchrun or show it one GPU"
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdean.collapse.regularizer import CollapseRegularizer
 from fastdean.files.storage import read_folder, write_folder
+from fastdean.wording.mendable import InputTypeError
 
 STATE_FOLDER = "collapse_regularizer"
 
@@ -53,7 +54,7 @@ def trainer_class(base: type) -> type:
     """
     lacking = [name for name in _OVERRIDDEN if not hasattr(base, name)]
     if not isinstance(base, type) or lacking:
-        raise TypeError(
+        raise InputTypeError(
             "base must be transformers.Trainer or a class derived from it, got "
             f"{getattr(base, '__name__', type(base).__name__)} without {', '.join(lacking)}"
         )
@@ -107,7 +108,7 @@ def trainer_class(base: type) -> type:
 
 def _check_attached(regularizer: CollapseRegularizer, model: nn.Module) -> None:
     if not isinstance(regularizer, CollapseRegularizer):
-        raise TypeError(
+        raise InputTypeError(
             f"regularizer must be a CollapseRegularizer, got {type(regularizer).__name__}"
         )
     regularizer.require_attached_to(model)

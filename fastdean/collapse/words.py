@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdean.files.declared import Lists, Maps, Text, read_json, read_text, require
+from fastdean.wording.mendable import InputTypeError
 
 WORD_LISTS = ("gender", "religion", "ethnicity")
 
@@ -51,7 +52,7 @@ def read_word_groups(groups: WordGroups) -> dict[str, list[str]]:
     elif isinstance(groups, str | Path):
         found = _read_file(Path(groups).expanduser())
     else:
-        raise TypeError(
+        raise InputTypeError(
             f"groups must be a name, a file or a mapping of groups to words, got a "
             f'{type(groups).__name__}; write {{"group": ["word", ...]}}'
         )
@@ -83,13 +84,13 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 
 def _words_of(name: str, words: Any) -> list[str]:
     if isinstance(words, str) or not isinstance(words, Sequence):
-        raise TypeError(
+        raise InputTypeError(
             f"the words of group {name!r} must be a list, got a {type(words).__name__}; "
             'write ["word", ...]'
         )
     for word in words:
         if not isinstance(word, str):
-            raise TypeError(
+            raise InputTypeError(
                 f"the words of group {name!r} must be text, got {word!r}; write it in quotes"
             )
     stripped = list(dict.fromkeys(word.strip() for word in words))

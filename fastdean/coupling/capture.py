@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastdean.coupling.accumulators import Accumulator
 from fastdean.coupling.targets import Target
 from fastdean.models.hooks import forward_hooks, forward_pre_hooks
+from fastdean.wording.mendable import StateError
 
 Receiver = Callable[[Target, Tensor, Tensor], None]
 
@@ -48,7 +49,7 @@ def capturing(
 def _weight_hook(target: Target, receive: Receiver, again: bool) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         if not isinstance(output, Tensor):
-            raise RuntimeError(
+            raise StateError(
                 f"{target.name} must return a tensor, got {type(output).__name__}; leave it out of "
                 "target_modules"
             )
@@ -92,7 +93,7 @@ def _listen(
     def deliver(g: Tensor) -> None:
         x = held[0] if again else held.pop()
         if x._version != version:
-            raise RuntimeError(
+            raise StateError(
                 f"{target.name} must have an input that stays as it was until the backward pass, "
                 "got one that was changed in place; leave it out of target_modules"
             )
@@ -148,7 +149,7 @@ class Sums:
         segments = segments_in(x, self._segments, self._rows)
         x, g = x.flatten(0, -2), g.flatten(0, -2)
         if segments is None:
-            raise RuntimeError(wrong_rows(target, self._rows, x.shape[0]))
+            raise StateError(wrong_rows(target, self._rows, x.shape[0]))
         self._fired[target.parameter] = self._fired.get(target.parameter, 0) + 1
         if self._wanted is not None and target.parameter not in self._wanted:
             return
@@ -170,7 +171,7 @@ class Sums:
         for parameter in self._accumulators:
             times = self._fired.get(parameter, 0)
             if times != 1:
-                raise RuntimeError(wrong_times(parameter.removesuffix(".weight"), times))
+                raise StateError(wrong_times(parameter.removesuffix(".weight"), times))
 
     def finite(self) -> dict[str, Tensor]:
         """Parameter -> whether the gradient of this batch was finite, a bool on its device."""

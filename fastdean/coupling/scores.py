@@ -36,6 +36,7 @@ from fastdean.files.declared import (
     unfit,
 )
 from fastdean.ops.selection import importance, select_top
+from fastdean.wording.mendable import StateError
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FINGERPRINT_CHUNK = 1 << 18  # entries: 2 MiB of int64, which a CPU's caches hold
@@ -166,7 +167,7 @@ def _named(name: str) -> Iterator[None]:
 
 def _require_unchanged(name: str, entry: ScoreEntry) -> None:
     if not entry.is_current:
-        raise RuntimeError(
+        raise StateError(
             f"{name} has changed since it was scored; restore the mask that is applied, or score "
             "again"
         )

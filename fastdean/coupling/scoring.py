@@ -39,6 +39,7 @@ from fastdean.models.model_state import (
 )
 from fastdean.wording.doing import titled
 from fastdean.wording.log import logger
+from fastdean.wording.mendable import StateError
 from fastdean.wording.printable import one_line
 
 # How often the scale of a batch that overflowed is lowered.
@@ -281,7 +282,7 @@ def _add_what_overflowed(
             if not wanted:
                 break
         else:
-            raise RuntimeError(
+            raise StateError(
                 f"gradients must be finite in float16, got others in the batch of example "
                 f"{example} for {min(wanted)}, whatever the loss is multiplied by; load the model "
                 "in bfloat16 or float32"
@@ -398,7 +399,7 @@ def _require_each_wanted(settled: Settled, target_modules: str | Sequence[str]) 
         if not any(name == suffix or name.endswith(f".{suffix}") for name in names):
             for name, reason in settled.left_out.items():
                 if name == suffix or name.endswith(f".{suffix}"):
-                    raise RuntimeError(reason)
+                    raise StateError(reason)
 
 
 def _say_what_was_found(settled: Settled, ranks: Ranks) -> None:

@@ -34,6 +34,7 @@ from fastdean.models.adapters import plain_parameter, plain_submodule
 from fastdean.models.model_state import materialised_weight, unwrap
 from fastdean.ops.selection import importance, select_top
 from fastdean.wording.log import logger
+from fastdean.wording.mendable import InputTypeError
 
 __all__ = ["couple", "overlap"]
 
@@ -121,7 +122,7 @@ def couple(
     if scope not in SCOPES:
         raise ValueError(f"scope must be 'matrix' or 'model', got {scope!r}")
     if isinstance(min_k, bool) or not isinstance(min_k, int):
-        raise TypeError(f"min_k must be an integer, got {type(min_k).__name__}; give a count")
+        raise InputTypeError(f"min_k must be an integer, got {type(min_k).__name__}; give a count")
     if min_k < 0:
         raise ValueError(f"min_k must be at least 0, got {min_k}")
     _require_unit_weights(unit_weights, first.granularity, model)
@@ -380,7 +381,7 @@ def _is_ratio(value: object) -> bool:
 def _require_scores(everyone: Sequence[Scores]) -> None:
     for scores in everyone:
         if not isinstance(scores, Scores):
-            raise TypeError(
+            raise InputTypeError(
                 f"couple takes Scores, got {type(scores).__name__}; make them with fastdean.score()"
             )
 

@@ -17,6 +17,7 @@ from fastdean.models.adapters import Plain, base_model, plain_modules
 from fastdean.models.blocks import ATTENTION, FEED_FORWARD, Grouping, Matrix, group_layer
 from fastdean.models.model_state import evaluation_state
 from fastdean.models.stacks import decoder_layers
+from fastdean.wording.mendable import InputTypeError
 
 _BOTH = (FEED_FORWARD, ATTENTION)
 _SEED = 7
@@ -90,7 +91,7 @@ def find_targets(
         TypeError: `model` is no module.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
+        raise InputTypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}; load it first, for "
             "example with transformers.AutoModelForCausalLM.from_pretrained"
         )

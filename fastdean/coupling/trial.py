@@ -22,6 +22,7 @@ from fastdean.coupling.targets import Target
 from fastdean.coupling.workloads import BatchLosses, Workload
 from fastdean.models.hooks import take_gradients
 from fastdean.models.model_state import fresh_leaves
+from fastdean.wording.mendable import StateError
 
 _DIRECTIONS = 8
 _SEED = 17
@@ -124,14 +125,14 @@ def settle(
         found = _try_scales(model, excerpt.alone(), found.targets, granularity, device)
         left_out = left_out | found.left_out
         if found.mixed is not None:
-            raise RuntimeError(
+            raise StateError(
                 f"{found.mixed} must see the tokens of an example in that example's rows, got "
                 "gradients in others, also with one example at a time; leave it out of "
                 "target_modules"
             )
         work = work.alone()
     if not found.targets:
-        raise RuntimeError(next(iter(left_out.values())))
+        raise StateError(next(iter(left_out.values())))
     scale = None if found.scale is None else found.scale.fitted(found.largest)
     return Settled(found.targets, left_out, found.sequence_first, work, alone, scale)
 
@@ -163,7 +164,7 @@ def _require_losses_of_their_own(work: Workload, device: torch.device, name: str
     )
     allowed = max(1e-3, 6 * torch.finfo(together.dtype).eps) * together.norm()
     if not (together - alone).norm() <= allowed:
-        raise RuntimeError(
+        raise StateError(
             f"loss_fn must give each example a loss of its own, got other losses for one example "
             f"at a time, which {name} needs; pass batches of one example"
         )
@@ -345,7 +346,7 @@ def _require_gradient(target: Target, found: _Found, captured: Sequence[Tensor])
         allowed = max(1e-3, 4 * info.eps) * scale + 4 * smallest * _DIRECTIONS**0.5
         if not off <= allowed:
             share = "no gradient" if expected is None else f"one that is {off / scale:.2g} off"
-            raise RuntimeError(
+            raise StateError(
                 f"{target.name} must get the gradient of its weight from its input and the "
                 f"gradient of its output, got {share} of what autograd gives; a forward of its "
                 "own, a quantised weight or one that is used elsewhere too cannot be scored "

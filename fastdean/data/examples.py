@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdean.data.columns import usual_columns
 from fastdean.data.segments import CUMULATIVE_LENGTHS, DIVIDING_COLUMNS, spans
+from fastdean.wording.mendable import InputTypeError
 
 __all__ = ["Example", "encode"]
 
@@ -115,14 +116,14 @@ def read_examples(
         ValueError: an item lacks what is needed, or `loader` is empty.
     """
     if isinstance(loader, str | bytes):
-        raise TypeError(
+        raise InputTypeError(
             f"loader must be an iterable of batches or rows, got the text {loader!r}; "
             "read a file or hub id with fastdean.data.load_rows first"
         )
     if isinstance(loader, Mapping):
         loader = [loader]
     if not isinstance(loader, Iterable):
-        raise TypeError(
+        raise InputTypeError(
             f"loader must be an iterable of batches or rows, got {type(loader).__name__}"
         )
 
@@ -133,7 +134,7 @@ def read_examples(
         if isinstance(item, Example):
             examples.append(item.first(max_length))
         elif not isinstance(item, Mapping):
-            raise TypeError(
+            raise InputTypeError(
                 f"loader must yield dictionaries, got {type(item).__name__} at item {position}; "
                 "give each batch the keys input_ids, attention_mask and labels"
             )

@@ -20,6 +20,7 @@ from fastdean.files.storage import (
     write_text_atomic,
 )
 from fastdean.models.model_state import unwrap
+from fastdean.wording.mendable import StateError
 
 MANIFEST_NAME = "fastdean_debias.json"
 
@@ -85,12 +86,12 @@ def _verify(folder: Path, model: nn.Module) -> None:
                     continue
                 compared += 1
                 if not torch.equal(opened.get_tensor(name), own[name].detach().cpu()):
-                    raise RuntimeError(
+                    raise StateError(
                         f"the saved model must hold the trained {name!r}, got other values in "
                         f"{file!r}; check the disk"
                     )
     if compared == 0:
-        raise RuntimeError(
+        raise StateError(
             "the saved model must hold tensors by the model's names, got none; this model renames "
             "its weights when it is saved, so they cannot be verified"
         )

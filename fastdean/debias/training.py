@@ -31,6 +31,7 @@ from fastdean.files.declared import Anything, Filled, Maps, Record, Unfit, requi
 from fastdean.models.identity import json_digest, model_identity
 from fastdean.models.model_state import evaluation_state, input_device, max_tokens, unwrap
 from fastdean.wording.doing import titled
+from fastdean.wording.mendable import StateError
 
 if TYPE_CHECKING:
     from fastdean.collapse import CollapseRegularizer
@@ -232,7 +233,7 @@ class _Run:
             self._optimizer.zero_grad()
             if self.regularizer is not None:
                 self.regularizer.load_state_dict(before)
-            raise RuntimeError(
+            raise StateError(
                 f"loss must be finite, got {totals['loss']} in step {step + 1}; lower the "
                 "learning_rate or the regulariser's strength"
             )

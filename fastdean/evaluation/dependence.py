@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdean.wording.mendable import InputTypeError
+
 Estimator = Literal["biased", "unbiased", "normalized"]
 Kernel = Literal["gaussian", "linear"]
 Bandwidth = float | str | tuple[str, float]
@@ -148,7 +150,7 @@ def _as_rows(rows: Tensor | np.ndarray, name: str) -> Tensor:
         rows = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float64))
     if not isinstance(rows, Tensor) or rows.is_complex():
         kind = getattr(rows, "dtype", type(rows).__name__)
-        raise TypeError(
+        raise InputTypeError(
             f"{name} must be a tensor or numpy array of real numbers, got {kind}; convert it first"
         )
     if rows.ndim != 2:

@@ -14,6 +14,7 @@ from fastdean.evaluation.intervals import Interval, mean_interval
 from fastdean.models.forward import label_shift, target_log_likelihood
 from fastdean.models.model_state import max_tokens, unwrap
 from fastdean.wording.doing import titled
+from fastdean.wording.mendable import InputTypeError
 
 _LONGEST_DEFAULT_WINDOW = 2048
 
@@ -192,7 +193,7 @@ def _tokenize_running_text(tokenizer: Any, texts: str | Iterable[str]) -> Tensor
     rows = [texts] if isinstance(texts, str) else list(texts)
     for number, row in enumerate(rows):
         if not isinstance(row, str):
-            raise TypeError(
+            raise InputTypeError(
                 f"texts must be text, got {type(row).__name__} in row {number}; pick the text "
                 "column"
             )

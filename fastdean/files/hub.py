@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from fastdean.files.names import CONFIG_NAME, file_patterns, is_ours, lies_in, one_line, read_json
+from fastdean.wording.mendable import StateError
 from fastdean.wording.nearest import nearest
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -81,7 +82,7 @@ def resolve(
         )
     # Unreachable first: newer releases derive it from several of the classes below.
     except LocalEntryNotFoundError as error:
-        raise RuntimeError(
+        raise StateError(
             f"{asked}; no such folder, and the hub could not be reached ({one_line(error)})"
             f"{nearest(path_or_repo_id)}"
         ) from error
@@ -91,7 +92,7 @@ def resolve(
             f"{nearest(path_or_repo_id)}"
         ) from error
     except OSError as error:
-        raise RuntimeError(
+        raise StateError(
             f"{asked}; no such folder, and the hub could not be reached ({one_line(error)})"
             f"{nearest(path_or_repo_id)}"
         ) from error

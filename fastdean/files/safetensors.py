@@ -28,6 +28,7 @@ from fastdean.files.declared import (
     require,
     unfit,
 )
+from fastdean.wording.mendable import StateError
 
 # Type in a file's header -> dtype, of those whose values a mask can hold.
 DTYPES = {
@@ -247,7 +248,7 @@ def read_values(file: BinaryIO, tensor: StoredTensor, index: Tensor) -> Tensor:
         file.seek(tensor.offset + first * dtype.itemsize)
         piece = file.read(count * dtype.itemsize)
         if len(piece) != count * dtype.itemsize:
-            raise RuntimeError(f"{tensor.file_name} ended early while it was read; try again")
+            raise StateError(f"{tensor.file_name} ended early while it was read; try again")
         start = position * dtype.itemsize
         buffer[start : start + len(piece)] = piece
     return torch.frombuffer(buffer, dtype=dtype)

@@ -43,6 +43,7 @@ from fastdean.files.folders import (
 from fastdean.files.hub import push_folder, resolve
 from fastdean.files.inventory import file_digest, holds_only_listed, json_digest, listed
 from fastdean.files.names import CONFIG_NAME, holds_only, is_ours, lies_in, one_line, read_json
+from fastdean.wording.mendable import StateError
 
 __all__ = [
     "CONFIG_NAME",
@@ -124,7 +125,7 @@ def write_folder(
         full_config["config_sha256"] = json_digest(full_config)
         write_json_atomic(folder / CONFIG_NAME, full_config)
         if read_json(folder / CONFIG_NAME) != json.loads(json.dumps(full_config)):
-            raise RuntimeError(f"{folder / CONFIG_NAME} could not be verified after writing")
+            raise StateError(f"{folder / CONFIG_NAME} could not be verified after writing")
     return Path(path).expanduser().resolve()
 
 
@@ -229,11 +230,11 @@ def _verify_shard(file: Path, expected: Mapping[str, Tensor]) -> None:
     try:
         found = _read_shard(file, list(expected))
     except ValueError as error:
-        raise RuntimeError(f"{file.name} could not be verified after writing: {error}") from error
+        raise StateError(f"{file.name} could not be verified after writing: {error}") from error
     for name, tensor in expected.items():
         same_kind = found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
         if not same_kind or not torch.equal(_bytes(found[name]), _bytes(tensor)):
-            raise RuntimeError(
+            raise StateError(
                 f"{file.name} could not be verified after writing: {name!r} read back differently; "
                 "check the disk"
             )

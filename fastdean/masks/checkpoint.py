@@ -33,6 +33,7 @@ from fastdean.files.safetensors import (
 )
 from fastdean.masks.entries import MaskEntry, same_bits, suppressed
 from fastdean.masks.mask import NeuronMask
+from fastdean.wording.mendable import StateError
 
 __all__ = ["PatchResult", "patch_checkpoint", "verify_checkpoint"]
 
@@ -163,12 +164,12 @@ def verify_checkpoint(folder: str | os.PathLike, mask: NeuronMask) -> None:
             if tensor.shape == entry.shape and tensor.dtype in DTYPES
         ]
         if not fitting:
-            raise RuntimeError(
+            raise StateError(
                 f"the saved model must hold {name!r} of shape {list(entry.shape)}, got no such "
                 f"tensor in {str(folder)!r}: renamed, fused or quantised in the file"
             )
         if not any(_holds_suppressed(folder, entry, tensor, mask.scale) for tensor in fitting):
-            raise RuntimeError(
+            raise StateError(
                 f"the saved model must hold the masked values of {name!r}, got others in "
                 f"{fitting[0].file_name!r}; check the disk, and that nothing edits the model while "
                 "it is saved"
@@ -409,7 +410,7 @@ def _check_copy(
         while True:
             a, b = one.read(_BLOCK_BYTES), other.read(_BLOCK_BYTES)
             if a != b and (len(a) != len(b) or not np.isin(at + _different(a, b), masked).all()):
-                raise RuntimeError(
+                raise StateError(
                     f"{copy.name} could not be verified after writing: it differs from the source "
                     "where nothing was edited; check the disk, and that nothing changes the source"
                 )
@@ -447,7 +448,7 @@ def _edit_file(path: Path, edits: list[_Edit], scale: float) -> None:
                     f"stored as {tensor.dtype}; use a smaller scale"
                 )
             if _count_other(read_values(file, tensor, index), edit.entry):
-                raise RuntimeError(f"{path.name} changed while it was copied; try again")
+                raise StateError(f"{path.name} changed while it was copied; try again")
             write_values(file, tensor, index, values)
 
 
@@ -455,7 +456,7 @@ def _check_written(folder: Path, edits: list[_Edit], scale: float) -> None:
     """Read the suppressed values back from the copy."""
     for edit in edits:
         if not _holds_suppressed(folder, edit.entry, edit.tensor, scale):
-            raise RuntimeError(
+            raise StateError(
                 f"{edit.tensor.file_name} could not be verified after writing: "
                 f"{edit.tensor.name!r} read back differently; check the disk"
             )

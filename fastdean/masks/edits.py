@@ -24,6 +24,7 @@ from fastdean.masks.prepared import PreparedEdit, PreparedEdits, prepare
 from fastdean.masks.weights import Part, Weights
 from fastdean.models.model_state import unwrap
 from fastdean.wording.log import logger
+from fastdean.wording.mendable import InputTypeError, StateError
 
 
 class Mask(Protocol):
@@ -187,7 +188,7 @@ def _leave(
 def _open(model: nn.Module) -> tuple[nn.Module, _Edited]:
     """The model below its wrappers, and what is remembered of it."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise InputTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     root = unwrap(model)
     edited = _EDITED.get(root)
     return root, _EDITED.setdefault(root, _Edited()) if edited is None else edited
@@ -324,7 +325,7 @@ def _beneath(
 def _undo(stack: list[Application], active: Application, weights: Weights) -> None:
     """Write what stood there before `active`, which is the latest or was never recorded."""
     if stack and stack[-1] is not active:
-        raise RuntimeError(
+        raise StateError(
             f"masks must be restored in reverse order, got {active.mask!r} while "
             f"{stack[-1].mask!r} was applied later; restore that one first"
         )
@@ -372,7 +373,7 @@ def _all_same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 def _check_unchanged(name: str, values: Tensor, written: Tensor) -> None:
     changed = int((~same_bits(values, written)).sum())
     if changed:
-        raise RuntimeError(
+        raise StateError(
             f"model must hold what the mask wrote, got {changed} of {values.numel()} masked "
             f"weights of {name!r} changed since (training, loading or another edit); "
             "nothing was written, reload the model"

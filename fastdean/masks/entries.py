@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdean.wording.mendable import InputTypeError
+
 EDITABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -119,7 +121,7 @@ class MaskEntry:
 def checked_scale(scale: Any) -> float:
     """A finite factor as a float; TypeError or ValueError for anything else."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+        raise InputTypeError(f"scale must be a number, got {type(scale).__name__}")
     # An integer may be too large for a float, and finite all the same.
     if not abs(scale) <= sys.float_info.max:
         raise ValueError(f"scale must be finite, got {scale}")
@@ -157,10 +159,10 @@ def shared_positions(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_tensor(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        raise InputTypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{name} must be {expected}, got {tensor.dtype}")
+        raise InputTypeError(f"{name} must be {expected}, got {tensor.dtype}")
     if tensor.dim() != 1 or tensor.device.type != "cpu":
         raise ValueError(
             f"{name} must be 1-D and on the CPU, got {tensor.dim()}-D on {tensor.device}"

@@ -33,6 +33,7 @@ from fastdean.masks import edits
 from fastdean.masks.cards import mask_card
 from fastdean.masks.entries import MaskEntry, checked_scale, suppressed
 from fastdean.masks.summary import TABLE, MaskSummary, check_table, rows_from_names
+from fastdean.wording.mendable import InputTypeError
 
 __all__ = ["MaskEntry", "MaskSummary", "NeuronMask"]
 
@@ -82,7 +83,7 @@ class NeuronMask:
     ) -> None:
         for name, entry in entries.items():
             if not isinstance(name, str) or not isinstance(entry, MaskEntry):
-                raise TypeError(
+                raise InputTypeError(
                     "entries must map parameter names to MaskEntry, got "
                     f"{type(name).__name__} -> {type(entry).__name__}"
                 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastdean.wording.log import logger
+from fastdean.wording.mendable import StateError
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Ranks:
         if error is not None:
             raise error
         if failed.item():
-            raise RuntimeError(
+            raise StateError(
                 f"every rank must finish its part of the work, got {int(failed)} of {self.size} "
                 "that failed; see their own messages"
             )

@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from fastdean.wording.mendable import StateError
+
 # The number in csrc/fastdean.h that this package was written for.
 ABI_VERSION = 7
 
@@ -116,7 +118,7 @@ def _raise_if_broken() -> None:
     """Raises: RuntimeError if the extension is present and cannot be used."""
     found = status()
     if found.state == "broken":
-        raise RuntimeError(
+        raise StateError(
             f"the compiled extension must be usable or absent, got {found.reason}; {_REINSTALL}"
         )
 
@@ -152,7 +154,7 @@ def loaded() -> ModuleType:
     _raise_if_broken()
     extension, found = _load()
     if extension is None:
-        raise RuntimeError(f"impl='native' must have a compiled extension; {found.reason}")
+        raise StateError(f"impl='native' must have a compiled extension; {found.reason}")
     return extension
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fastdean.ops import memory
+from fastdean.wording.mendable import InputTypeError
 
 # What the compiled operations can address; csrc/fastdean.h has the same number.
 MAX_RANK = 8
@@ -63,7 +64,7 @@ def check_values(
     for position, (tensor, index, value) in enumerate(zip(tensors, indices, values, strict=True)):
         name = f"values[{position}]"
         if not isinstance(value, torch.Tensor):
-            raise TypeError(
+            raise InputTypeError(
                 f"{name} must be a torch.Tensor, got {type(value).__name__}; make it with "
                 "torch.tensor"
             )
@@ -82,7 +83,7 @@ def check_values(
 
 def _check_tensor(tensor: torch.Tensor, name: str) -> None:
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        raise InputTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     memory.check_memory(name, tensor)
     if tensor.is_neg():
         raise ValueError(
@@ -100,7 +101,7 @@ def _check_tensor(tensor: torch.Tensor, name: str) -> None:
 
 def _check_index(index: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
     if not isinstance(index, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(index).__name__}")
+        raise InputTypeError(f"{name} must be a torch.Tensor, got {type(index).__name__}")
     if index.dtype != torch.int64 or index.dim() != 1:
         raise ValueError(
             f"{name} must be a 1-D int64 tensor, got {index.dim()}-D {index.dtype}; "

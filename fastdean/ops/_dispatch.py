@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastdean.ops import checked
+from fastdean.wording.mendable import StateError
 
 IMPLEMENTATIONS = ("reference", "triton", "native")
 ENVIRONMENT_VARIABLE = "FASTDEAN_IMPL"
@@ -211,13 +212,13 @@ def _named(
             continue
         refusal = entry.refuses(device, dtype)
         if refusal:
-            raise RuntimeError(
+            raise StateError(
                 f"{asked_by} must be able to run {op} on {device.type}, got a refusal: {refusal}; "
                 "leave it out to let the device decide"
             )
         return entry, f"asked for by {asked_by}"
     available = ", ".join(entry.name for entry in _TABLE[op])
-    raise RuntimeError(
+    raise StateError(
         f"{asked_by} must name an implementation that exists, got {impl!r}: "
         f"{_absence(op, impl)}; use one of {available}"
     )

@@ -31,6 +31,8 @@ from pathlib import Path
 
 import torch
 
+from fastdean.wording.mendable import StateError
+
 FILE = Path(__file__).with_name("checked_forms.json")
 _FORMAT = 1
 
@@ -104,7 +106,7 @@ def digest(op: str, impl: str) -> str:
     made_of = dict(_compiled_sources()) if impl == "native" else _kernel_sources(op, impl)
     names = SOURCES[op, impl]
     if not made_of.keys() >= set(names):
-        raise RuntimeError(
+        raise StateError(
             f"{op}:{impl} must be in this install to have a digest, got an extension without CUDA; "
             "build it with FASTDEAN_CUDA=ON"
         )
@@ -136,7 +138,7 @@ def entry(op: str, impl: str, *, figure: str = "", rehearsal: bool = False) -> E
     _check_form(op, impl)
     on_gpu = torch.cuda.is_available()
     if not (on_gpu or rehearsal):
-        raise RuntimeError(
+        raise StateError(
             "a record of checks must be written where they ran, on a CUDA device, got none; "
             "--rehearse writes one that nothing believes"
         )

@@ -31,6 +31,7 @@ from torch import Tensor
 from fastdean.ops._dispatch import choose
 from fastdean.ops.memory import check_memory, check_surroundings, check_tensor
 from fastdean.ops.ownership import nobody_looks_on
+from fastdean.wording.mendable import InputTypeError
 
 STATISTICS = ("std", "cv", "mean")
 
@@ -489,7 +490,7 @@ def _check_dtypes(features: torch.dtype, weight: Tensor, sums: Tensor) -> None:
     if features == weight.dtype == sums.dtype == torch.float64:
         return
     if features not in _HALVES or weight.dtype not in _HALVES or sums.dtype != torch.float32:
-        raise TypeError(
+        raise InputTypeError(
             "features and weight must be float32, bfloat16 or float16 with sums in float32, or "
             f"all float64, got {features}, {weight.dtype} and {sums.dtype}; cast them or "
             "make the state with this dtype"

@@ -17,6 +17,7 @@ from fastdean.ops.memory import (
     check_tensor,
     check_written,
 )
+from fastdean.wording.mendable import InputTypeError
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -148,7 +149,7 @@ def _check_pair(x: Tensor, g: Tensor) -> None:
             f"got {list(x.shape)} and {list(g.shape)}; flatten batch and time first"
         )
     if x.dtype not in _INPUT_DTYPES or g.dtype != x.dtype:
-        raise TypeError(
+        raise InputTypeError(
             f"inputs and gradients must share one floating dtype, got {x.dtype} and {g.dtype}; "
             "cast one to the other"
         )
@@ -163,7 +164,7 @@ def _check_pair(x: Tensor, g: Tensor) -> None:
 def _check_segments(segments: Tensor, x: Tensor, places: tuple[str, ...]) -> None:
     where = "the CPU" if places == ("cpu",) else "the CPU or the inputs' device"
     if not isinstance(segments, Tensor):
-        raise TypeError(
+        raise InputTypeError(
             f"segments must be a tensor, int64 [B, 2] on {where}, "
             f"got {type(segments).__name__}; make it with torch.tensor"
         )
@@ -190,7 +191,7 @@ def _check_segments(segments: Tensor, x: Tensor, places: tuple[str, ...]) -> Non
 
 def _check_experts(experts: Tensor, segments: Tensor, number: int) -> None:
     if not isinstance(experts, Tensor):
-        raise TypeError(
+        raise InputTypeError(
             "experts must be a tensor, int64 [S] beside segments, "
             f"got {type(experts).__name__}; make it with torch.tensor"
         )

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdean.wording.mendable import InputTypeError, StateError
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -37,7 +39,7 @@ class Fault(NamedTuple):
 def check_tensor(name: str, value: object) -> None:
     """Raises: TypeError unless `value` is a tensor, ValueError unless it has one shape."""
     if not isinstance(value, Tensor):
-        raise TypeError(
+        raise InputTypeError(
             f"{name} must be a tensor, got {type(value).__name__}; make it with torch.as_tensor"
         )
     if value.is_nested:
@@ -75,7 +77,7 @@ def check_surroundings() -> None:
     """
     made = torch.empty(1, dtype=torch.uint8, device="cpu")
     if type(made) is not Tensor or memory_fault(made) is not None:
-        raise RuntimeError(
+        raise StateError(
             "operations of fastdean must be called where new tensors hold values, got a "
             "FakeTensorMode or a transform of torch.func around the call; call them outside of it"
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdean.ops._dispatch import choose
 from fastdean.ops.memory import check_memory, check_surroundings, check_tensor
+from fastdean.wording.mendable import InputTypeError
 
 
 def importance(sums: Tensor, weight: Tensor | None, num_examples: int) -> Tensor:
@@ -69,9 +70,9 @@ def _check_matrix(sums: Tensor, weight: Tensor | None) -> None:
             check_tensor(name, tensor)
             check_memory(name, tensor)
     if sums.dtype != torch.float32:
-        raise TypeError(f"sums must be torch.float32, got {sums.dtype}; accumulate in fp32")
+        raise InputTypeError(f"sums must be torch.float32, got {sums.dtype}; accumulate in fp32")
     if weight is not None and not weight.is_floating_point():
-        raise TypeError(
+        raise InputTypeError(
             f"weight must be floating point, got {weight.dtype}; pass the weight that was scored"
         )
     if weight is not None and weight.shape != sums.shape:
@@ -84,5 +85,5 @@ def _check_matrix(sums: Tensor, weight: Tensor | None) -> None:
 def _integer(name: str, value: object) -> int:
     """NumPy's integers too; a tensor would reach a kernel as a pointer."""
     if isinstance(value, bool | Tensor) or not hasattr(type(value), "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}; use int()")
+        raise InputTypeError(f"{name} must be an integer, got {type(value).__name__}; use int()")
     return operator.index(value)

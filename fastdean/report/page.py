@@ -36,6 +36,7 @@ from fastdean.report.quantities import (
 )
 from fastdean.report.results import RESULTS
 from fastdean.report.wording import Edit
+from fastdean.wording.mendable import InputTypeError
 
 _KINDS = {
     "title": str, "created": str, "command": str, "versions": dict, "findings": list,
@@ -149,21 +150,21 @@ def is_report(path: Path) -> bool:
 
 def _check(results: object) -> None:
     if not isinstance(results, Mapping):
-        raise TypeError(
+        raise InputTypeError(
             f"results must be a dict, got {type(results).__name__}; pass the results of a run, "
             "read from their file with json.load"
         )
     for key, kind in _KINDS.items():
         value = results.get(key)
         if value is not None and not isinstance(value, kind):
-            raise TypeError(
+            raise InputTypeError(
                 f"results[{key!r}] must be a {kind.__name__}, got {type(value).__name__}; "
                 "leave the key out if there is nothing to show"
             )
     try:
         RESULTS.check(results, "results")
     except Misfit as misfit:
-        raise TypeError(
+        raise InputTypeError(
             f"{misfit.where} must be {misfit.expected}, got {misfit.got}; leave it out if there is "
             "nothing to show"
         ) from None

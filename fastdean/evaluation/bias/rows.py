@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdean.data.sources import load_table
+from fastdean.wording.mendable import InputTypeError
 
 Row = Mapping[str, Any]
 Source = str | Path | Iterable[Row]
@@ -30,14 +31,14 @@ def benchmark_rows(source: Source, **hub_defaults: str) -> list[Row]:
     if isinstance(source, str | Path):
         return load_table(source, **hub_defaults)
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
-        raise TypeError(
+        raise InputTypeError(
             "source must be rows, the path of a file or a hub id, got "
             f"{type(source).__name__}; give a list of dictionaries"
         )
     rows = list(source)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
-            raise TypeError(
+            raise InputTypeError(
                 f"source must hold dictionaries, got {type(row).__name__} as row {number}; give "
                 "each row its columns by name"
             )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastdean.evaluation.bias.result import BiasResult
+from fastdean.wording.mendable import InputTypeError
 
 Start = str | int
 
@@ -89,7 +90,7 @@ def start_token(tokenizer: Any, start: Start, *, masked: bool) -> StartToken | N
         ValueError: `start` names no token of this tokenizer, or is given for a masked model.
     """
     if isinstance(start, bool) or not isinstance(start, str | int):
-        raise TypeError(
+        raise InputTypeError(
             f"start must be auto, bos, eos, none, a token or its id, got {type(start).__name__}"
         )
     if masked:
