@@ -272,14 +272,19 @@ def collapse_alignment_loss(
     Source:
         Collapsed language models promote fairness (arXiv 2410.04472), (U)NC3.
     """
-    if not detach_features and state.mode == "cumulative":
+    check_live(detach_features, state.mode)
+    features = features.detach() if detach_features else features
+    return state._join(features, labels, weight, statistic, impl)
+
+
+def check_live(detach_features: bool, mode: str) -> None:
+    """Raise ValueError for features with a gradient in mode "cumulative"."""
+    if not detach_features and mode == "cumulative":
         raise ValueError(
             "detach_features=False must come with a state of mode 'window' or 'batch', got "
             "'cumulative'; its means move by 1 / count of all positions ever seen, so the gradient "
             "of the features fades to nothing"
         )
-    features = features.detach() if detach_features else features
-    return state._join(features, labels, weight, statistic, impl)
 
 
 def _decay_of(mode: str, decay: float | None) -> float:
