@@ -12,14 +12,12 @@ copies, and s(a, b) = cos(a, b) / 0.05:
                   "paper":      (cos(p_i, h_i) - cos(p'_i, h'_i))^2
     MLM         = `bec.masked_lm_loss` of the four sentences
 
+"published" is the released code, which trained the authors' models; "paper" is the term as the
+paper describes it, 1 / T^2 = 400 times smaller and more. As in the code, the swapped copy of an
+example's own hypothesis is among its negatives.
+
 Source: arXiv 2210.14975 and its released code, with the figures of the MABEL row of arXiv
-2410.04472, whose code takes the same loss. "published" is what the released code computes, and what
-its models were trained with: all pairs of the batch, and cosines over the temperature. "paper" is
-the term as the paper is described: pairs of one example alone, plain cosines; 1 / T^2 = 400 times
-smaller and more. All else is of the released code: the contrastive term weighs 1, and the swapped
-copy of an example's own hypothesis is among its negatives. How a sentence becomes one vector is the
-caller's: `objectives` takes the mean of the last representations over the tokens, where the
-released code puts the first token's through two layers of its own, which it throws away afterwards.
+2410.04472. docs/methods.md lists the departures from the code.
 """
 
 from __future__ import annotations
