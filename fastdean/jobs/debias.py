@@ -18,9 +18,9 @@ from torch import nn
 from fastdean.collapse import CollapseClasses, CollapseRegularizer, read_word_groups
 from fastdean.data.examples import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
+from fastdean.debias.course import check_counts, check_course
 from fastdean.debias.forms import require_form
 from fastdean.debias.objectives import require_method
-from fastdean.debias.schedule import check_counts, check_schedule
 from fastdean.evaluation import Perplexity, compare_perplexity, perplexity
 from fastdean.files.declared import Lists, Real, Record, Whole
 from fastdean.files.provenance import now, public_command, public_name, public_source, versions
@@ -237,7 +237,7 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     # Refused now, and not after the first measurements.
     require_method(model, job.method)
     check_counts(save_every=job.save_every, max_length=job.max_length)
-    check_schedule(warmup=_WARMUP, seed=job.seed, **_course(job))
+    check_course(warmup=_WARMUP, seed=job.seed, **_course(job))
     _regularizer(model, classes, job).remove()
     options = {"max_length": job.max_length, "name": name}
     texts = usable_rows(texts, skipped.get(name), source, tokenizer, model, **options)
