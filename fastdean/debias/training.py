@@ -68,6 +68,7 @@ def fine_tune(
     eval_every: int | None = None,
     on_eval: OnEval | None = None,
     progress: bool = True,
+    identity: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place to be less biased, in one process, with AdamW.
 
@@ -102,6 +103,8 @@ def fine_tune(
         eval_every: steps between calls of `on_eval`; None: at the end only.
         on_eval: (steps done, model) -> figures for the history, as JSON, or None; called in eval
             mode without gradients.
+        identity: of the model and tokenizer in the checkpoints, if it is known: the result of
+            `model_identity`, which reads all weights. None: computed here, with `out`.
     Returns:
         One dictionary for each step: "step" from 1; "loss", "base" plus the regulariser's term;
         "base", the method's loss; "collapse", `regularizer.value`, or None; "learning_rate"; and
@@ -151,7 +154,7 @@ def fine_tune(
             **({"form": form} if method in WITH_FORMS else {}),
             "rows": json_digest(rows),
             "words": json_digest([lists, neutral_words]),
-            **model_identity(model, tokenizer),
+            **(model_identity(model, tokenizer) if identity is None else identity),
             **_regularizer_job(regularizer),
             "max_length": longest,
             "weight_decay": weight_decay,

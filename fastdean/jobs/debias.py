@@ -163,6 +163,7 @@ class _Prepared:
     measured_classes: CollapseClasses
     trained: list[dict[str, Any]]
     measured: list[Example]
+    identity: dict[str, str]
     cautions: list[str]
 
 
@@ -229,7 +230,8 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     costs.total = 5 + 2 * (1 + len(job.bias) + label_shift(model))
     model.requires_grad_(True)
     with costs.step("check model"):
-        folder.inputs |= model_identity(model, tokenizer)
+        identity = model_identity(model, tokenizer)
+        folder.inputs |= identity
     classes = classes_of(job, tokenizer)
     measured_classes = CollapseClasses.from_words(tokenizer, job.words, multi_piece=job.multi_piece)
     folder.inputs["words"] = json_digest([classes.to_dict(), measured_classes.to_dict()])
@@ -253,6 +255,7 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
         measured_classes,
         [row for _, row in trained],
         encode_rows(texts, source, tokenizer, model, **options),
+        identity,
         left_out,
     )
 
@@ -359,6 +362,7 @@ def _train(
             warmup=_WARMUP,
             seed=job.seed,
             out=folder.training,
+            identity=prepared.identity,
             save_every=job.save_every,
             progress=progress,
             **_course(job),
