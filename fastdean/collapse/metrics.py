@@ -74,9 +74,9 @@ class CollapseMetrics:
 
     With h the last representation of a token, C the number of classes seen, mu_c the mean of h over
     the tokens of class c, s2_c the mean of ||h - mu_c||^2 (over n_c), mu_bar the unweighted mean of
-    mu_c over the classes seen, m_c = mu_c - mu_bar, w_c the row of the output embedding. All
-    statistics are over the classes seen, or over their pairs c < c', in fp64; "std" is unbiased,
-    "cv" is std / |mean|. `Metric.definition` has each formula.
+    mu_c over the classes seen, m_c = mu_c - mu_bar, w_c the row of the output embedding, hat: of
+    norm 1. All statistics are over the classes seen, or over their pairs c < c', in fp64; "std" is
+    unbiased, "cv" is std / |mean|. `Metric.definition` has each formula.
 
     - nc1_k1, nc1_k2: class-distance normalised variance (CDNV), distances to the power 2 and 4.
     - nc1_w_k1, nc1_w_k2, gnc2_w_mean, gnc2_w_cv: with distances of w_c in the place of mu_c's. The
@@ -173,19 +173,20 @@ class CollapseMetrics:
 _PAIRS = "mean over pairs c < c' of"
 _CV = "std / |mean| over"
 _LOG = "log(1 / ||hat a_c - hat a_c'||)"
-_CALIBRATED = "form not confirmed in the literature"
+_COSINE = "cos(w_c, m_c): means centred, weights not"
+_CALIBRATED = "; form not confirmed in the literature"
+
+
+def _cdnv(point: str, k: int, more: str = "") -> str:
+    distance = f"||{point}_c - {point}_c'||^{2 * k}"
+    return f"{_PAIRS} (s2_c + s2_c') / (2 {distance}): exponent {2 * k} (k = {k}){more}"
+
 
 DEFINITIONS = {
-    "nc1_k1": f"{_PAIRS} (s2_c + s2_c') / (2 ||mu_c - mu_c'||^2): exponent 2 (k = 1)",
-    "nc1_k2": f"{_PAIRS} (s2_c + s2_c') / (2 ||mu_c - mu_c'||^4): exponent 4 (k = 2)",
-    "nc1_w_k1": (
-        f"{_PAIRS} (s2_c + s2_c') / (2 ||w_c - w_c'||^2): exponent 2 (k = 1), uncentred weights; "
-        f"{_CALIBRATED}"
-    ),
-    "nc1_w_k2": (
-        f"{_PAIRS} (s2_c + s2_c') / (2 ||w_c - w_c'||^4): exponent 4 (k = 2), uncentred weights; "
-        f"{_CALIBRATED}"
-    ),
+    "nc1_k1": _cdnv("mu", 1),
+    "nc1_k2": _cdnv("mu", 2),
+    "nc1_w_k1": _cdnv("w", 1, f", uncentred weights{_CALIBRATED}"),
+    "nc1_w_k2": _cdnv("w", 2, f", uncentred weights{_CALIBRATED}"),
     "nc2_equinorm_cv": f"{_CV} classes of log ||m_c||: centred, std unbiased",
     "nc2_interference_mean": f"{_PAIRS} hat m_c . hat m_c': centred",
     "nc2_interference_std": "std (unbiased) over pairs c < c' of hat m_c . hat m_c': centred",
@@ -194,13 +195,11 @@ DEFINITIONS = {
     "gnc2_uncentred_cv": f"{_CV} pairs c < c' of {_LOG} with a = mu: uncentred, std unbiased",
     "gnc2_centred_mean": f"{_PAIRS} {_LOG} with a = m: centred",
     "gnc2_centred_cv": f"{_CV} pairs c < c' of {_LOG} with a = m: centred, std unbiased",
-    "gnc2_w_mean": f"{_PAIRS} {_LOG} with a = w: uncentred; {_CALIBRATED}",
-    "gnc2_w_cv": (
-        f"{_CV} pairs c < c' of {_LOG} with a = w: uncentred, std unbiased; {_CALIBRATED}"
-    ),
-    "nc3_mean": "mean over classes of cos(w_c, m_c): means centred, weights not",
-    "unc3_std": "std (unbiased) over classes of cos(w_c, m_c): means centred, weights not",
-    "unc3_cv": f"{_CV} classes of cos(w_c, m_c): means centred, weights not, std unbiased",
+    "gnc2_w_mean": f"{_PAIRS} {_LOG} with a = w: uncentred{_CALIBRATED}",
+    "gnc2_w_cv": f"{_CV} pairs c < c' of {_LOG} with a = w: uncentred, std unbiased{_CALIBRATED}",
+    "nc3_mean": f"mean over classes of {_COSINE}",
+    "unc3_std": f"std (unbiased) over classes of {_COSINE}",
+    "unc3_cv": f"{_CV} classes of {_COSINE}, std unbiased",
     "nc4_agreement": (
         "share of the held-out tokens of classes that have a mean with "
         "argmax_c w_c.h = argmin_c ||h - mu_c||: uncentred, without biases; classes whose means "

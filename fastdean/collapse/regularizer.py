@@ -34,6 +34,7 @@ from fastdean.collapse.representations import (
     hooked_by,
     remove_hooks_of,
 )
+from fastdean.data.examples import IGNORE_INDEX
 from fastdean.files.declared import Anything, Maps, Record, require
 from fastdean.models.distributed import Ranks
 from fastdean.models.forward import label_shift_of_class
@@ -57,23 +58,22 @@ class CollapseRegularizer:
         loss = model(input_ids, attention_mask, labels=...).loss + strength * term
 
     Every forward pass of `model` in training mode with gradients enabled adds its batch to the
-    statistics and, where the output carries a loss, its term to that loss. Plain loops and
-    accelerate need nothing else; without labels, add `term()` to your own loss. Evaluation changes
-    nothing. For a Trainer use `trainer_class`, which knows gradient accumulation and checkpoints.
-    A step makes one more gradient of the output embedding's size, zero but for the classes' rows.
+    statistics and, where the output carries a loss, its term to that loss; without labels, add
+    `term()` to your own loss. Evaluation changes nothing. For a Trainer use `trainer_class`, which
+    knows gradient accumulation and checkpoints. A step makes one more gradient of the output
+    embedding's size, zero but for the classes' rows.
 
     Where the loss is divided by `num_items_in_batch`, the term is weighted by the batch's share of
     these items: over an accumulation the terms come to their mean by tokens, not to their sum.
 
     Under `torch.distributed` all ranks share the statistics, and the gradient that
     DistributedDataParallel averages is that of one process with all their batches. Every rank must
-    make the same number of training passes. Detached features cost an all-reduce of [K, D]; live
-    ones wait for the number of labelled positions, gather their features in the forward pass and
-    all-reduce these in the backward pass. nn.DataParallel and sharded models are refused.
+    make the same number of training passes. Live features make each wait for the others' number of
+    labelled positions. nn.DataParallel and sharded models are refused.
 
-    A batch whose features are not finite makes the statistics so for good: looking would make every
-    step wait for the device. `fine_tune`, which reads the loss, restores them before it raises; in
-    your own loop call `state.reset()`, or load an earlier state.
+    Features that are not finite make the statistics so for good, as a check would make every step
+    wait for the device. `fine_tune`, which reads the loss, restores them before it raises; in your
+    own loop call `state.reset()`, or load an earlier state.
 
     A model has one regulariser at a time. Copies of the model, deep or pickled, come without it.
 
@@ -142,7 +142,11 @@ class CollapseRegularizer:
         weight = trained_weight(self.module)
         self._check_something_learns(weight, any(p.requires_grad for p in model.parameters()))
         self.shift: Shift = default_shift(model) if shift is None else check_shift(shift)
-        self.state = _state_for(classes, weight, mode, decay)
+        rows = classes.rows(weight.detach())
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        self.state = CollapseState(
+            *rows.shape, mode=mode, decay=decay, dtype=dtype, device=rows.device
+        )
 
         self._value: Tensor | None = None
         self._pending: Tensor | None = None
@@ -226,10 +230,9 @@ class CollapseRegularizer:
 
     @contextmanager
     def held(self, *, step: int | None = None) -> Iterator[None]:
-        """Inside, `term()` gives the term and no output's loss has it added.
+        """Inside, outputs stay as the model made them, and `term()` gives the term.
 
-        Args:
-            step: what the schedule is asked for; None: the number of training passes.
+        `step` is the schedule's; None: the number of training passes.
         """
         before = self._held, self._held_step
         try:
@@ -390,15 +393,14 @@ class CollapseRegularizer:
         return factor
 
     def _share(self, kwargs: Mapping[str, Any]) -> Tensor | float:
-        """This batch's part of the items that the model's loss was divided by."""
+        """This batch's share of the items by which the model divides its loss."""
         items = kwargs.get("num_items_in_batch")
         targets, labels = kwargs.get("shift_labels"), self._last.labels
         if targets is None and labels is not None:
             targets = labels[..., label_shift_of_class(self.module) :]
         if items is None or targets is None:
             return 1.0
-        share = (targets != -100).sum() / items
-        return share.to(self._value.device)
+        return ((targets != IGNORE_INDEX).sum() / items).to(self._value.device)
 
     def _check_something_learns(self, weight: Tensor, below: bool) -> None:
         """`below`: a gradient of the features would reach a parameter."""
@@ -458,20 +460,6 @@ def _check_not_recomputing() -> None:
             "of it, which would count its batch twice; checkpoint its layers instead, as "
             "transformers does"
         )
-
-
-def _state_for(
-    classes: CollapseClasses, weight: Tensor, mode: Mode, decay: float | None
-) -> CollapseState:
-    rows = classes.rows(weight.detach())
-    double = rows.dtype == torch.float64
-    return CollapseState(
-        *rows.shape,
-        mode=mode,
-        decay=decay,
-        dtype=torch.float64 if double else torch.float32,
-        device=rows.device,
-    )
 
 
 def _labelled_rows_of_all(features: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
