@@ -268,7 +268,9 @@ def _variability(
                 # 0 / 0 where two classes of no variance coincide.
                 statistics.add_(ratios.masked_fill_(squared[pairs] == 0, math.inf))
         for power, statistics in by_power.items():
-            notes = _coincident(statistics, f"have identical {kind}") + _dominated(statistics)
+            notes = _coincidence_notes(statistics, f"have identical {kind}") + _dominance_notes(
+                statistics
+            )
             if unresolved and kind == "means":
                 notes.append(
                     f"{unresolved} pairs of means are closer than one representation is rounded "
@@ -295,7 +297,7 @@ def _simplex(means: Tensor) -> dict[str, _Found]:
         "nc2_interference_target": _Found(-1 / (len(means) - 1)),
     }
     of_directions = [each for name, each in found.items() if name != "nc2_interference_target"]
-    _note(of_directions, *_without_direction(on_centre, "a mean on the centre"))
+    _note(of_directions, *_direction_notes(on_centre, "a mean on the centre"))
     return found
 
 
@@ -315,8 +317,8 @@ def _sphere(means: Tensor, weight: Tensor) -> dict[str, _Found]:
             squared, _ = squared_distances(units[rows], units[columns])
             statistics.add_(squared[above_diagonal(squared)].log() / -2)
         mean, cv = _mean(statistics), _cv(statistics, "pairs of classes")
-        _note([mean], *_coincident(statistics, "have the same direction"))
-        _note([mean, cv], *_without_direction(without, why))
+        _note([mean], *_coincidence_notes(statistics, "have the same direction"))
+        _note([mean, cv], *_direction_notes(without, why))
         found |= {f"{name}_mean": mean, f"{name}_cv": cv}
     return found
 
@@ -397,7 +399,7 @@ def _cv(statistics: Statistics, what: str) -> _Found:
     return _Found(std.value / abs(statistics.mean))
 
 
-def _coincident(statistics: Statistics, how: str) -> list[str]:
+def _coincidence_notes(statistics: Statistics, how: str) -> list[str]:
     if not statistics.infinite:
         return []
     total = statistics.count + statistics.infinite
@@ -405,7 +407,7 @@ def _coincident(statistics: Statistics, how: str) -> list[str]:
     return [f"infinite: {statistics.infinite} of {total} pairs {how}{others}"]
 
 
-def _dominated(statistics: Statistics) -> list[str]:
+def _dominance_notes(statistics: Statistics) -> list[str]:
     """A note where one pair makes up most of a mean of positive values."""
     total = statistics.mean * statistics.count
     if statistics.infinite or statistics.count < 3 or statistics.largest <= total / 2:
@@ -425,7 +427,7 @@ def _zero_rows(points: Tensor) -> Tensor:
     return points.norm(dim=1) == 0
 
 
-def _without_direction(without: Tensor, why: str) -> list[str]:
+def _direction_notes(without: Tensor, why: str) -> list[str]:
     count = int(without.sum())
     return [f"{count} classes with {why} have no direction and are left out"] if count else []
 

@@ -99,11 +99,11 @@ class Objective:
         return collate([self.examples[i] for i in members], self._pad_id)
 
     def _outputs(self, input_ids: Tensor, batch: TextBatch, **options: Any) -> Any:
-        return self.model(
-            input_ids=input_ids.to(self.device),
-            attention_mask=batch.attention_mask.to(self.device),
-            **options,
-        )
+        return self.model(**self._inputs(input_ids, batch), **options)
+
+    def _inputs(self, input_ids: Tensor, batch: TextBatch) -> dict[str, Tensor]:
+        attention_mask = batch.attention_mask.to(self.device)
+        return {"input_ids": input_ids.to(self.device), "attention_mask": attention_mask}
 
 
 class Causal(Objective):
@@ -186,10 +186,9 @@ class Mabel(Bec):
         inner = base_of(unwrap(self.model))
         # Without the head, whose logits would need most of the memory.
         base = getattr(inner, inner.base_model_prefix)
-        mask = batch.attention_mask.to(self.device)
-        hidden = base(input_ids=batch.input_ids.to(self.device), attention_mask=mask)
-        weights = mask.to(hidden.last_hidden_state).unsqueeze(2)
-        return (hidden.last_hidden_state * weights).sum(1) / weights.sum(1)
+        hidden = base(**self._inputs(batch.input_ids, batch)).last_hidden_state
+        weights = batch.attention_mask.to(hidden).unsqueeze(2)
+        return (hidden * weights).sum(1) / weights.sum(1)
 
 
 class Ase(Bec):
@@ -200,7 +199,7 @@ class Ase(Bec):
         _require_kinds(self.examples, {"neutral": NEUTRAL})
         self._direction = self._gender_direction(material)
         self._parameters = _trained(self.model)
-        self._start = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._start = _copies(self._parameters)
         self._importance = self._fisher(material.seed)
 
     def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -235,12 +234,11 @@ class Ase(Bec):
     def _fisher(self, seed: int) -> dict[str, Tensor]:
         """From the first rows, without dropout; a regulariser ignores a model in eval mode."""
         generator = torch.Generator().manual_seed(seed)
-        groups = [
-            range(start, min(start + _FISHER_BATCH_SIZE, len(self.examples)))
-            for start in range(0, len(self.examples), _FISHER_BATCH_SIZE)
-        ][:_FISHER_BATCHES]
+        first = range(len(self.examples))[: _FISHER_BATCHES * _FISHER_BATCH_SIZE]
+        starts = first[::_FISHER_BATCH_SIZE]
+        batches = (self._batch(first[start : start + _FISHER_BATCH_SIZE]) for start in starts)
         with evaluation_state(self.model), torch.enable_grad():
-            losses = (self._masked_lm(self._batch(group), generator) for group in groups)
+            losses = (self._masked_lm(batch, generator) for batch in batches)
             return diagonal_fisher(losses, self._parameters)
 
 
@@ -257,8 +255,7 @@ class Adept(Objective):
     def __init__(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> None:
         super().__init__(material, rows)
         _require_kinds(self.examples, {"neutral": NEUTRAL, "female": FEMALE, "male": MALE})
-        trained = _trained(self.model)
-        self._start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        self._start = _copies(_trained(self.model))
 
     def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
         batch = self._batch(members)
@@ -289,11 +286,7 @@ class Adept(Objective):
     @torch.no_grad()
     def _original(self, batch: TextBatch) -> Tensor:
         """The features [B, T, D] under the weights before training, dropout off."""
-        inputs = {
-            "input_ids": batch.input_ids.to(self.device),
-            "attention_mask": batch.attention_mask.to(self.device),
-            "output_hidden_states": True,
-        }
+        inputs = {**self._inputs(batch.input_ids, batch), "output_hidden_states": True}
         with evaluation_state(self.model):
             outputs = torch.func.functional_call(self.model, self._start, kwargs=inputs)
         return self._features(outputs)
@@ -367,6 +360,10 @@ def _word_texts(material: Material, words: Sequence[str]) -> list[Text]:
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 def _require_kinds(examples: Sequence[Any], kinds: Mapping[str, int]) -> None:

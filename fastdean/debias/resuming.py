@@ -94,7 +94,7 @@ class Checkpoints:
     def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
         self._folder = folder
         self._job = json.loads(json.dumps(job))
-        self._damaged: list[Path] = []
+        self._damaged: dict[Path, Unfit] = {}
 
     def restore(self, take: Callable[[Checkpoint], None], *, resume: bool) -> Checkpoint | None:
         """Give the last checkpoint that is not damaged to `take`, and return it, or None.
@@ -111,8 +111,7 @@ class Checkpoints:
             raise ValueError(
                 f"out must be a folder, got the file {str(self._folder)!r}; choose another"
             )
-        self._damaged = []
-        reasons: list[Unfit] = []
+        self._damaged = {}
         for folder in reversed(self._stored()):
             try:
                 found = self._read(folder)
@@ -124,19 +123,16 @@ class Checkpoints:
                         "pass resume=True or choose another folder"
                     )
                 take(found)
-            except Unfit as reason:
-                self._damaged.append(folder)
-                reasons.append(reason)
+            except Unfit as error:
+                self._damaged[folder] = error
                 continue
-            if reasons:
-                logger.warning(
-                    "%s is damaged, training goes on from the one before: %s",
-                    self._damaged[0].name,
-                    reasons[0],
-                )
+            if self._damaged:
+                last, error = next(iter(self._damaged.items()))
+                said = "%s is damaged, training goes on from the one before: %s"
+                logger.warning(said, last.name, error)
             return found
-        if reasons:
-            raise reasons[0]
+        if self._damaged:
+            raise next(iter(self._damaged.values()))
         return None
 
     def save(
@@ -163,7 +159,7 @@ class Checkpoints:
         place = self._folder / f"{_PREFIX}{step:06d}"
         if place in self._damaged:
             # Writing replaces whole checkpoints only.
-            self._damaged.remove(place)
+            del self._damaged[place]
             remove_folder(place)
         before = [folder for folder in self._stored() if folder not in self._damaged]
         written = write_folder(place, config, tensors, kind=KIND, overwrite=True)
@@ -177,7 +173,7 @@ class Checkpoints:
     def _remove(self, folders: Iterable[Path]) -> None:
         for folder in folders:
             remove_folder(folder)
-        self._damaged = []
+        self._damaged = {}
         # Left by a kill while a checkpoint was written or removed.
         for left in self._folder.glob(f".{_PREFIX}*"):
             if is_temporary(left.name):
