@@ -144,7 +144,7 @@ class ClassMoments:
 
 
 def _segment_moments(rows: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Counts [P], means [P, D] and scatter [P] of consecutive runs of rows [N, D], none empty."""
+    """Counts [P], means [P, D] and scatter [P] of consecutive segments of rows [N, D]."""
     counts = lengths.double()
     # unsafe=True leaves out checks that would make the host wait for the device.
     means = torch.segment_reduce(rows, "sum", lengths=lengths, unsafe=True)

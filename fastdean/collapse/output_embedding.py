@@ -51,7 +51,7 @@ def trained_weight(model: nn.Module) -> Tensor:
 
     Raises: ValueError unless it is one whole floating-point tensor [V, D] that lies in memory.
     """
-    weight = getattr(output_embedding(model), "weight", None)
+    weight: Any = getattr(output_embedding(model), "weight", None)
     if (fault := _fault(weight, model)) is not None:
         raise ValueError(
             f"model must hold its output embedding as one plain tensor [V, D], got {fault}; the "

@@ -49,19 +49,20 @@ def hooked_by(owner: object, modules: Iterable[nn.Module]) -> bool:
 def remove_hooks_of(owner: object, modules: Iterable[nn.Module]) -> None:
     """Remove every hook of this owner from the modules."""
     for module in modules:
-        for hooks, *flags in (
+        # The hooks last: after an interrupt a second search finds the rest by them.
+        tables: tuple[dict[int, Any], ...]
+        for tables in (
             (
-                module._forward_hooks,
                 module._forward_hooks_with_kwargs,
                 module._forward_hooks_always_called,
+                module._forward_hooks,
             ),
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_pre_hooks_with_kwargs, module._forward_pre_hooks),
         ):
-            for key, hook in [*hooks.items()]:
+            for key, hook in [*tables[-1].items()]:
                 if isinstance(hook, Hook) and hook.owner is owner:
-                    # The hook last: a search after an interrupt finds by it what is left.
-                    for of_hook in (*flags, hooks):
-                        of_hook.pop(key, None)
+                    for table in tables:
+                        table.pop(key, None)
 
 
 def _remove_from_live(owner: object, modules: Iterable[weakref.ref[nn.Module]]) -> None:

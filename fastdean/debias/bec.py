@@ -2,10 +2,11 @@
 
     L = mean over the positions t in M of  -log p(token_t | text with M hidden)
 
-M holds each token of the text with probability 0.15, independently, so that a batch of few tokens
-may have none and a loss of 0. Of M, 80 % are shown as the mask token, 10 % as a random token,
-uniform over the vocabulary without its special tokens, and 10 % unchanged, as in BERT (arXiv
-1810.04805). Original and swapped text are both trained on.
+M holds each token of the text with probability 0.15. Of M, 80 % are shown as the mask token, 10 %
+as a random token and 10 % unchanged, as in BERT (arXiv 1810.04805). Chosen here, where the source
+says nothing: original and swapped text are both trained on; a random token is uniform over the
+vocabulary without its special tokens; tokens are drawn independently, so that a batch of few may
+have none in M and a loss of 0.
 
 Source: the BEC row of arXiv 2410.04472: lr 2e-5, 3 epochs, on GAP with genders swapped.
 """

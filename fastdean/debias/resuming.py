@@ -127,9 +127,9 @@ class Checkpoints:
                 self._damaged[folder] = error
                 continue
             if self._damaged:
-                last, error = next(iter(self._damaged.items()))
+                last, reason = next(iter(self._damaged.items()))
                 said = "%s is damaged, training goes on from the one before: %s"
-                logger.warning(said, last.name, error)
+                logger.warning(said, last.name, reason)
             return found
         if self._damaged:
             raise next(iter(self._damaged.values()))

@@ -233,8 +233,8 @@ class _Training:
                 "learning_rate or the regulariser's strength"
             )
         rate = self.course.rate(step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        for parameters in self._optimizer.param_groups:
+            parameters["lr"] = rate
         nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
         self._optimizer.step()
         self._optimizer.zero_grad()
