@@ -206,10 +206,7 @@ class CollapseRegularizer:
 
     @property
     def value(self) -> float | None:
-        """The loss of the last training pass, without strength and factor; None before the first.
-
-        Reading it waits for the device.
-        """
+        """The last training pass's loss, without strength and factor; waits for the device."""
         return None if self._value is None else float(self._value)
 
     def term(self) -> Tensor:

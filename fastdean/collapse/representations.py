@@ -128,21 +128,18 @@ class Representations:
         """Hook the model, unless it is hooked already."""
         if hooked_by(self._pass, self._hooked):
             return self
+        of = self._pass
         try:
-            self._register()
+            self._outer.register_forward_pre_hook(Hook(of, of.begin), with_kwargs=True)
+            self._outer.register_forward_hook(Hook(of, of.end), always_call=True)
+            for base in self._bases:
+                base.register_forward_hook(Hook(of, of.keep_output))
+            if self._head is not None:
+                self._head.register_forward_pre_hook(Hook(of, of.at_head))
             return self
         except BaseException:
             self.remove()
             raise
-
-    def _register(self) -> None:
-        of = self._pass
-        self._outer.register_forward_pre_hook(Hook(of, of.begin), with_kwargs=True)
-        self._outer.register_forward_hook(Hook(of, of.end), always_call=True)
-        for base in self._bases:
-            base.register_forward_hook(Hook(of, of.keep_output))
-        if self._head is not None:
-            self._head.register_forward_pre_hook(Hook(of, of.at_head))
 
     def remove(self) -> None:
         """Remove the hooks. The last pass stays readable."""

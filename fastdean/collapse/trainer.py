@@ -62,7 +62,10 @@ def trainer_class(base: type) -> type:
     class CollapseTrainer(base):
         def __init__(self, *args: Any, regularizer: CollapseRegularizer, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            _check_attached(regularizer, self.model)
+            if not isinstance(regularizer, CollapseRegularizer):
+                kind = type(regularizer).__name__
+                raise InputTypeError(f"regularizer must be a CollapseRegularizer, got {kind}")
+            regularizer.require_attached_to(self.model)
             self.regularizer = regularizer
 
         def compute_loss(
@@ -104,14 +107,6 @@ def trainer_class(base: type) -> type:
 
     CollapseTrainer.__name__ = CollapseTrainer.__qualname__ = f"Collapse{base.__name__}"
     return CollapseTrainer
-
-
-def _check_attached(regularizer: CollapseRegularizer, model: nn.Module) -> None:
-    if not isinstance(regularizer, CollapseRegularizer):
-        raise InputTypeError(
-            f"regularizer must be a CollapseRegularizer, got {type(regularizer).__name__}"
-        )
-    regularizer.require_attached_to(model)
 
 
 def _divides_by_accumulation(trainer: Any, num_items_in_batch: Tensor | int | None) -> bool:

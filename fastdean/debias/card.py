@@ -121,11 +121,8 @@ def _table(effects: Sequence[Effect]) -> str:
         "|---|---:|---:|---|---|",
     ]
     for effect in effects:
-        low_high = (
-            "-"
-            if effect.low is None or effect.high is None
-            else f"{effect.low:+.4g} to {effect.high:+.4g}"
-        )
+        measured = effect.low is not None and effect.high is not None
+        low_high = f"{effect.low:+.4g} to {effect.high:+.4g}" if measured else "-"
         lines.append(
             f"| {markdown.text(effect.metric)} | {effect.before:.4g} | {effect.after:.4g} "
             f"| {low_high} | {effect.reading()} |"
