@@ -9,9 +9,9 @@ from fastdean.collapse.alignment import CollapseState, collapse_alignment_loss
 from fastdean.collapse.classes import CollapseClasses, LeftOut
 from fastdean.collapse.controls import frequency_matched_control, random_control
 from fastdean.collapse.labels import Shift, default_shift, position_labels
-from fastdean.collapse.measuring import collapse_metrics, nearest_mean_agreement
 from fastdean.collapse.metrics import CollapseMetrics, Metric, NearestMean
 from fastdean.collapse.moments import ClassMoments
+from fastdean.collapse.passes import collapse_metrics, nearest_mean_agreement
 from fastdean.collapse.regularizer import CollapseRegularizer
 from fastdean.collapse.representations import Representations
 from fastdean.collapse.trainer import trainer_class

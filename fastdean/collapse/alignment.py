@@ -1,4 +1,4 @@
-"""The collapse-alignment loss with the class statistics it keeps from batch to batch."""
+"""The collapse-alignment loss, with class statistics that go on from batch to batch."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ class CollapseState:
     """Sums and counts of the features of each class.
 
     With every batch: sums = decay * sums + the batch's, counts likewise, where decay is 1 in mode
-    "cumulative" (the mean over all positions since the start, as published), 0 in mode "batch"
-    (this batch alone), and `decay` in mode "window": a position's weight halves every
-    log(1/2) / log(decay) batches, 69 at 0.99. A class whose count has decayed below 2^-20 is
-    forgotten.
+    "cumulative" (all positions since the start, as published), 0 in mode "batch" (this batch
+    alone), and `decay` in mode "window": a position's weight halves every log(1/2) / log(decay)
+    batches, 69 at 0.99. A class whose count has decayed below 2^-20 is forgotten.
 
-    Not a module: it would be cast with the model's weights and overwritten by the first rank's.
+    Not a module, which would be cast with the model and overwritten by the first rank's.
 
     Args:
         num_classes, num_features: K and D.
@@ -42,7 +41,7 @@ class CollapseState:
         dtype: torch.float32, or torch.float64 for features and weights in fp64.
         device: of features and weight.
     Attributes:
-        sums: [K, D] in `dtype`. What was taken of it is never written by a later batch.
+        sums: [K, D] in `dtype`. A later batch never writes into a tensor that was read from here.
         counts: fp64 [K]; exact while they are whole numbers.
     Raises:
         ValueError, TypeError: for the arguments.
@@ -76,9 +75,8 @@ class CollapseState:
         self._sums, self._counts, self._alone = sums, counts, True
         self._loans: dict[str, weakref.ref[Tensor]] = {}
 
-    # Tensors that nobody else has take the next batch in where they lie. So they are never given
-    # away themselves: who asks gets others of the same memory, and while one of these or a graph
-    # lives, the next batch goes into new memory.
+    # The next batch is added in place to tensors that nobody else has. So a reader gets another
+    # tensor of the same memory; while it or a graph lives, the next batch goes into new memory.
     @property
     def sums(self) -> Tensor:
         return self._lent("_sums")
@@ -102,7 +100,7 @@ class CollapseState:
                 return tensor
             if torch.compiler.is_compiling():
                 return tensor.detach()
-            # The same one as long as somebody has it.
+            # The same one as long as a reader has it.
             known = self._loans.get(name)
             lent = None if known is None else known()
             if lent is None:
@@ -111,7 +109,7 @@ class CollapseState:
             return lent
 
     def _take(self, sums: Tensor, counts: Tensor, *, alone: bool) -> None:
-        """Keep these from now on; `alone` if nobody else has them."""
+        """Replace sums and counts; `alone`: nobody else has the new ones."""
         self._alone = False
         if sums is not self._sums or counts is not self._counts:
             self._loans = {}
@@ -119,13 +117,13 @@ class CollapseState:
         self._alone = alone
 
     def _locked(self) -> AbstractContextManager[object]:
-        """No thread reads what another one writes in place; compiled code writes nothing so."""
+        """Keeps threads apart that read and write in place; compiled code never writes in place."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def _join(
         self, features: Tensor, labels: Tensor, weight: Tensor, statistic: str, impl: str | None
     ) -> Tensor:
-        """Add a batch; its loss."""
+        """Add a batch, and return its loss."""
         with self._locked():
             donated = (
                 self._alone
@@ -147,13 +145,13 @@ class CollapseState:
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {**vars(self), "_sums": self.sums, "_counts": self.counts, "_loans": {}}
-        del kept["_lock"]
-        return kept
+        state = {**vars(self), "_sums": self.sums, "_counts": self.counts, "_loans": {}}
+        del state["_lock"]
+        return state
 
-    def __setstate__(self, kept: dict[str, Any]) -> None:
-        # Whoever copied it may have handed out these very tensors, or share their memory.
-        vars(self).update(kept, _lock=threading.RLock(), _alone=False)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The copier may have given these very tensors to others, or share their memory.
+        vars(self).update(state, _lock=threading.RLock(), _alone=False)
 
     def __repr__(self) -> str:
         num_classes, num_features = self.sums.shape
@@ -168,13 +166,13 @@ class CollapseState:
         self._take(torch.zeros_like(self._sums), torch.zeros_like(self._counts), alone=True)
 
     def to(self, device: torch.device | str) -> CollapseState:
-        """Moves sums and counts there; returns the state itself, as a module does."""
+        """Move sums and counts there, in place; returns the state, as a module does."""
         sums, counts = self._sums.to(device), self._counts.to(device)
         self._take(sums, counts, alone=self._alone)
         return self
 
     def __add__(self, other: CollapseState) -> CollapseState:
-        """The state of both histories: exact where the sums are, else to one rounding.
+        """The state of both histories, to one rounding of the sums.
 
         Raises: ValueError if the two differ in mode, decay, shape or dtype.
         """
@@ -187,10 +185,7 @@ class CollapseState:
         return total
 
     def summed_across_ranks(self) -> CollapseState:
-        """The sum of the states of all ranks, the same on each; `self` stays this rank's own.
-
-        A new state, so that calling it often counts nothing twice. All ranks must call it.
-        """
+        """A new state, the sum of all ranks', the same on each. All ranks must call it."""
         total = self.like()
         total.sums, total.counts = self.sums.clone(), self.counts.clone()
         Ranks.current().sum_([total.sums, total.counts])
@@ -206,11 +201,9 @@ class CollapseState:
         }
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
-        """Take over a saved state, onto the device of this one.
+        """Restore a saved state, on this one's device.
 
-        Raises:
-            ValueError: an entry is missing or holds what is no sum or count, or mode, decay, shape
-                or dtype are others.
+        Raises: ValueError if an entry is missing or damaged, or mode, decay, shape or dtype differ.
         """
         require(stored, _stored_kind(len(self.counts)), "stored", advice=STATE_ADVICE)
         self._check_kind(stored, "stored")
@@ -219,7 +212,7 @@ class CollapseState:
         self._take(sums, counts, alone=True)
 
     def like(self) -> CollapseState:
-        """An empty state of this kind, on the same device."""
+        """An empty state with the same mode, decay, shape, dtype and device."""
         decay = self.decay if self.mode == "window" else None
         return CollapseState(
             *self.sums.shape,
@@ -255,9 +248,9 @@ def collapse_alignment_loss(
     Args:
         features: [N, D] last-layer representations; fp32, bf16 or fp16, or fp64 with a state and a
             weight in fp64. Any strides.
-        labels: int64 [N], the class of each row, 0..K-1, or -1: such rows are not looked at.
+        labels: int64 [N], the class of each row, 0..K-1, or -1: such rows are ignored.
         weight: [K, D], one row of the output embedding for each class.
-        state: what is kept; every call adds the batch to it, also without gradients.
+        state: every call adds the batch to it, also without gradients.
         statistic: "std" (published, unbiased: least when all cosines are equal, whatever they are),
             "cv" (std / sqrt(mean^2 + 1e-6)) or "mean" (1 - mean: least when all are 1).
         detach_features: True, as published: only `weight` has a gradient. False: the features of
@@ -272,14 +265,19 @@ def collapse_alignment_loss(
     Source:
         Collapsed language models promote fairness (arXiv 2410.04472), (U)NC3.
     """
-    if not detach_features and state.mode == "cumulative":
+    check_live(detach_features, state.mode)
+    features = features.detach() if detach_features else features
+    return state._join(features, labels, weight, statistic, impl)
+
+
+def check_live(detach_features: bool, mode: str) -> None:
+    """Raise ValueError for features with a gradient in mode "cumulative"."""
+    if not detach_features and mode == "cumulative":
         raise ValueError(
             "detach_features=False must come with a state of mode 'window' or 'batch', got "
             "'cumulative'; its means move by 1 / count of all positions ever seen, so the gradient "
             "of the features fades to nothing"
         )
-    features = features.detach() if detach_features else features
-    return state._join(features, labels, weight, statistic, impl)
 
 
 def _decay_of(mode: str, decay: float | None) -> float:
@@ -304,7 +302,7 @@ def _decay_of(mode: str, decay: float | None) -> float:
 
 
 def _stored_kind(num_classes: int) -> Record:
-    """What `state_dict` gives, alone or among what a regulariser keeps beside it."""
+    """The form of `state_dict`, alone or inside a regulariser's."""
     sums = Filled(("torch.float32", "torch.float64"), (None, None), finite=True)
     return Record(
         {
@@ -318,7 +316,7 @@ def _stored_kind(num_classes: int) -> Record:
 
 
 def _kind(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """What two states must share to be added or exchanged, for people to read."""
+    """Must be equal in states that are added or restored; shown in errors."""
     sums = stored["sums"]
     return {
         "mode": stored["mode"],

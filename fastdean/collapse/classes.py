@@ -1,4 +1,4 @@
-"""The classes whose collapse is measured: the tokens of chosen words."""
+"""Classes of tokens: those of chosen words, for one tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdean.collapse.forms import encode_forms, written_forms
-from fastdean.collapse.matching import MAX_ID, RunMatcher
+from fastdean.collapse.matching import MAX_ID, Matcher
 from fastdean.collapse.words import WORD, WordGroups, read_word_groups
 from fastdean.data.batching import send
 from fastdean.files.declared import Lists, Record, Row, Text, Whole, brief, require
@@ -22,7 +22,7 @@ from fastdean.wording.mendable import InputTypeError
 MultiPiece = Literal["skip", "mean"]
 
 _REASONS_SHOWN = 8
-# What `to_dict` gives. Every class takes as much room as the longest: no word has as many pieces.
+# The form of `to_dict`. Every class takes as much memory as the longest, so its length is bounded.
 _STORED = Record(
     {
         "pieces": Lists(Lists(Whole(most=MAX_ID), least=1, most=1000)),
@@ -43,18 +43,18 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class CollapseClasses:
-    """K classes: each a token id, or a run of ids for a word that has several pieces.
+    """K classes, each of one token id, or of several for a word of several pieces.
 
     "he", " he", "He" and " He" are different classes where the tokenizer has a token for each, and
-    one where it has one for all. A token counts wherever it stands, also as a piece of a longer
-    word: "son" of "Stephenson", " he" of " heather" in some vocabularies.
+    one where it has one for all. A token counts everywhere, also as a piece of a longer word: "son"
+    of "Stephenson", " he" of " heather" in some vocabularies.
 
     Attributes:
         pieces: the token ids of each class.
         words: the form of the word that was encoded, e.g. " she".
         groups: the name of the group each class belongs to.
-        left_out: the forms that became no class, and why. A form with the token of another form
-            in its group is that class and not left out.
+        left_out: the forms that became no class, and why. A form that shares its token with another
+            form in its group is in that class and not left out.
     Raises:
         ValueError: no classes, lengths that differ, pieces that are no token ids, or the same
             pieces twice.
@@ -103,18 +103,17 @@ class CollapseClasses:
         """The classes of words in groups, for one tokenizer.
 
         Args:
-            tokenizer: of transformers, fast or slow. Byte-level, SentencePiece and WordPiece
-                vocabularies all work: every form is encoded, alone and behind another word.
+            tokenizer: of transformers, fast or slow, with any vocabulary.
             groups: "gender", "religion", "ethnicity"; a file, .txt with one word a line or .json
                 with {"group": ["word", ...]}; or a mapping like the latter.
-            multi_piece: what becomes of a form with several tokens: "skip" leaves it out, "mean"
-                makes its run of tokens one class, whose positions and rows are averaged. The
-                published code takes the first piece instead, so that " and" became a class.
+            multi_piece: "skip" leaves a form of several tokens out, "mean" makes these tokens one
+                class, whose positions and rows are averaged. The published code uses the first
+                piece instead, so that " and" became a class.
             casing: also the form with a capital first letter. No form is made lower case.
             leading_space: also the form that follows a space. Where that one splits, a form that
                 is one token without a space is left out too: a piece of other words, not a word.
         Raises:
-            ValueError: no form was kept; a token stands in two groups; the groups cannot be read.
+            ValueError: no form is left; a token is in two groups; the groups cannot be read.
             TypeError: the groups are no words.
         """
         if multi_piece not in get_args(MultiPiece):
@@ -137,7 +136,7 @@ class CollapseClasses:
             if len(pieces) == 1 < len(in_text.get(f" {form}", pieces)):
                 reason = "is a token only where no space precedes it"
             if reason:
-                # Once, where the tokenizer sees no difference between the forms of a word.
+                # Once, where the forms of a word are the same to the tokenizer.
                 key = (form.strip().casefold(), group, pieces)
                 left_out.setdefault(key, LeftOut(form, group, reason))
                 continue
@@ -148,7 +147,7 @@ class CollapseClasses:
                     f"{list(pieces)} of {first[0]!r} in {first[1]!r}; leave one of them out"
                 )
         if not kept:
-            raise ValueError(_nothing_kept(left_out.values()))
+            raise ValueError(_no_class_message(left_out.values()))
         words, names = zip(*kept.values(), strict=True)
         return cls(tuple(kept), words, names, tuple(left_out.values()))
 
@@ -156,7 +155,7 @@ class CollapseClasses:
         return len(self.pieces)
 
     def __repr__(self) -> str:
-        """In short; `report` has the words."""
+        """The groups with their sizes; `report` has the words."""
         counted = Counter(self.groups)
         groups = ", ".join(f"{brief(group)[:30]} {n}" for group, n in islice(counted.items(), 8))
         more = f" and {len(counted) - 8} more groups" if len(counted) > 8 else ""
@@ -166,17 +165,15 @@ class CollapseClasses:
         )
 
     def labels(self, token_ids: Tensor) -> Tensor:
-        """The class of the token at each position; int64, shape and device of the input.
+        """The class of the token at each position; the host does not wait for the device.
 
-        Every piece of a run has the run's class. A run counts only whole and inside one row, the
-        last dimension; the longest of those that cover a position, of equally long ones the one
-        that starts first. Nothing of the vocabulary's size is made, and after the first call on a
-        device the host does not wait for it.
+        Every piece of a word has its class. A word counts only whole and inside one row, the last
+        dimension. Where words overlap, the longest counts, of equally long ones the first.
 
         Args:
             token_ids: integers [..., T]. Values that are no token ids are of no class.
         Returns:
-            0..K-1, or -1 for no class.
+            int64, shape and device of the input: 0..K-1, or -1 for no class.
         Raises:
             TypeError, ValueError: no integers, or a single number.
         """
@@ -192,8 +189,8 @@ class CollapseClasses:
     def rows(self, embedding: Tensor) -> Tensor:
         """The rows of the classes in an embedding, differentiable.
 
-        Equivalent to `embedding[ids]` for classes of one token; else the mean over each class's
-        pieces, computed in fp32 at least.
+        `embedding[ids]` for classes of one token; else the mean over each class's pieces, computed
+        in fp32 at least.
 
         Args:
             embedding: [V, D], of any floating dtype.
@@ -217,7 +214,7 @@ class CollapseClasses:
         return (total / tables.present.sum(1, keepdim=True)).to(embedding.dtype)
 
     def report(self) -> str:
-        """For people: what was kept and left out, group by group."""
+        """The words of each group and those left out, as text."""
         lines = [f"{len(self)} classes, {len(self.left_out)} forms left out"]
         for group in dict.fromkeys((*self.groups, *(left.group for left in self.left_out))):
             kept = [w for w, g in zip(self.words, self.groups, strict=True) if g == group]
@@ -250,31 +247,31 @@ class CollapseClasses:
 
     def _on(self, device: torch.device) -> _Tables:
         if device not in self._tables:
-            # Kept, and later part of a backward pass: never tensors of an inference mode.
+            # They are part of later backward passes: no tensors of an inference mode.
             with torch.inference_mode(False):
                 self._tables[device] = _tables(self.pieces, device)
         return self._tables[device]
 
 
 class _Tables(NamedTuple):
-    """What `labels` and `rows` need on one device.
+    """The tensors of `labels` and `rows` on one device.
 
     Attributes:
-        pieces: int64 [K, longest]; shorter runs are filled up with their first id.
-        present: bool [K, longest], False where it was filled up.
+        pieces: int64 [K, longest]; shorter words are padded with their first id.
+        present: bool [K, longest], False on padding.
     """
 
-    matcher: RunMatcher
+    matcher: Matcher
     pieces: Tensor
     present: Tensor
 
 
-def _tables(runs: Sequence[tuple[int, ...]], device: torch.device) -> _Tables:
-    longest = max(map(len, runs))
-    pieces = [[*run, *run[:1] * (longest - len(run))] for run in runs]
-    present = [[place < len(run) for place in range(longest)] for run in runs]
+def _tables(words: Sequence[tuple[int, ...]], device: torch.device) -> _Tables:
+    longest = max(map(len, words))
+    pieces = [[*word, *word[:1] * (longest - len(word))] for word in words]
+    present = [[place < len(word) for place in range(longest)] for word in words]
     return _Tables(
-        RunMatcher(runs, device),
+        Matcher(words, device),
         send(torch.tensor(pieces), device),
         send(torch.tensor(present), device),
     )
@@ -290,7 +287,7 @@ def _reason_against(pieces: tuple[int, ...], tokenizer: Any, multi_piece: MultiP
     return None
 
 
-def _nothing_kept(left_out: Iterable[LeftOut]) -> str:
+def _no_class_message(left_out: Iterable[LeftOut]) -> str:
     reasons = [f"{left.word!r} {left.reason}" for left in left_out]
     more = len(reasons) - _REASONS_SHOWN
     return (

@@ -1,6 +1,6 @@
 """Control classes: as many words as the chosen ones, chosen without regard to their meaning.
 
-What a regulariser does to a model with them is what it does by itself, whatever the words mean.
+With them a regulariser shows its effect whatever the words mean.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ class _Candidate(NamedTuple):
 def random_control(classes: CollapseClasses, tokenizer: Any, *, seed: int) -> CollapseClasses:
     """As many whole words, each as likely as any other.
 
-    A candidate is a token that the tokenizer writes for a word of two or more letters behind a
-    space; of ASCII letters where all words of `classes` are. No candidate is a token of `classes`,
-    nor any other form of its words, kept or left out. All control classes have one token each. A
-    vocabulary knows no words: some of its tokens only begin one.
+    A candidate is a token for a word of two or more letters behind a space, of ASCII letters where
+    all words of `classes` are. Tokens and words of `classes`, in any form, are no candidates. Each
+    control class has one token. Some tokens only begin words: no vocabulary tells.
 
     Args:
-        classes: the classes to be controlled.
+        classes: the chosen ones.
         tokenizer: the one they were made with.
-        seed: the same seed gives the same control.
+        seed: of the draw.
     Returns:
         K classes; the one at place k belongs to the group "control of ..." the group of class k.
     Raises:
@@ -54,14 +53,12 @@ def frequency_matched_control(
     """As many whole words, each about as frequent as the class at its place.
 
     The candidates are those of `random_control`. The frequency of a token is log(1 + its count),
-    or without `counts` log(1 + its id): byte-pair vocabularies are numbered in the order in which
-    merges were learned, and WordPiece and Unigram ones mostly by frequency, so that the id stands
-    in for the rank. It is a proxy; give the counts of the corpus where you have them. A class of
-    several pieces is as frequent as its rarest piece.
+    or without `counts` log(1 + its id), a proxy: most vocabularies are numbered by frequency or by
+    the order of merges. A class of several pieces is as frequent as its rarest piece.
 
-    Matching: the classes are gone through in random order. Each draws one of the 10 candidates
-    nearest to it in frequency that no earlier class has drawn, all 10 equally likely; candidates
-    of the same frequency are in random order before. The match is greedy, not the best overall.
+    The classes, in random order, each draw one of the 10 remaining candidates nearest in frequency,
+    all 10 equally likely; candidates of the same frequency are in random order before. The match is
+    greedy, not the best overall.
 
     Args:
         classes, tokenizer, seed: as in `random_control`.
@@ -95,7 +92,7 @@ def _frequency(pieces: Sequence[int], counts: Mapping[int, int] | None) -> float
 
 
 def _draw_near(frequency: float, frequencies: Sequence[float], rng: Random) -> int:
-    """A place among those of the nearest of the sorted `frequencies`."""
+    """A random index among the nearest of the sorted `frequencies`."""
     middle = bisect_left(frequencies, frequency)
     window = range(max(0, middle - _NEAREST), min(len(frequencies), middle + _NEAREST))
     return rng.choice(

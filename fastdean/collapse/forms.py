@@ -1,8 +1,7 @@
-"""How a tokenizer writes a word: alone and after a space.
+"""How a tokenizer encodes a word: alone and after a space.
 
-Tokenizers differ in where they keep the space. Byte-level ones have "he" and " he" as two tokens,
-SentencePiece has one for both ("▁he"), WordPiece knows no spaces. Only encoding tells, so nothing
-here looks into the spelling of a vocabulary's entries.
+Byte-level ones have "he" and " he" as two tokens, SentencePiece has one for both ("▁he"), WordPiece
+has no spaces. So every form is encoded; the spelling of a vocabulary's entries tells nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# A word whose token hardly any tokenizer joins to the next word's.
+# Hardly any tokenizer joins its token to the next word's.
 _BEFORE = "a"
 
 
@@ -22,12 +21,10 @@ def written_forms(word: str, *, casing: bool, leading_space: bool) -> list[str]:
 
 
 def encode_forms(tokenizer: Any, forms: Sequence[str]) -> list[tuple[int, ...]]:
-    """Token ids of each form, as they stand in running text; no special tokens are added.
+    """Token ids of each form in running text, without special tokens.
 
-    Args:
-        tokenizer: of transformers, fast or slow.
-        forms: words; one that begins with a space is encoded as it follows another word. By
-            itself it would show SentencePiece's own leading space twice.
+    A form that begins with a space is encoded behind another word: alone it would have
+    SentencePiece's own leading space twice.
     """
     before, *encoded = _encode(
         tokenizer, [_BEFORE, *(_BEFORE + form if form[0] == " " else form for form in forms)]

@@ -1,4 +1,4 @@
-"""Where given runs of token ids stand in texts, without reading a value of the texts."""
+"""Finds words of one or more token ids in texts, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _NODE = 2**32
 MAX_ID = 2**31 - 1
 
 
-class RunMatcher:
-    """Finds runs 0..K-1 in texts: a walk down a prefix tree whose edges are one sorted table.
+class Matcher:
+    """Finds words 0..K-1: a walk down a prefix tree whose edges are one sorted table.
 
-    A step is a binary search of all positions at once, so that nothing of the vocabulary's size is
-    needed and the host never waits.
+    A step is a binary search of all positions at once, so that nothing has the vocabulary's size
+    and the host never waits.
 
     Args:
-        runs: K different runs of one or more ids each, ids from 0 to MAX_ID.
+        words: K different sequences of one or more ids, from 0 to MAX_ID.
         device: of the texts.
     """
 
-    def __init__(self, runs: Sequence[Sequence[int]], device: torch.device) -> None:
+    def __init__(self, words: Sequence[Sequence[int]], device: torch.device) -> None:
         edges: dict[int, int] = {}
         ends = [-1]
-        for number, run in enumerate(runs):
+        for number, word in enumerate(words):
             node = 0
-            for token_id in run:
+            for token_id in word:
                 key = node * _NODE + token_id
                 if key not in edges:
                     edges[key] = len(ends)
@@ -39,30 +39,30 @@ class RunMatcher:
                 node = edges[key]
             ends[node] = number
         keys = sorted(edges)
-        # One node more: where a text leaves the tree. It has no edges, and no run ends there.
+        # One more node, without edges and words, for texts that leave the tree.
         self._outside = len(ends)
-        self._longest = max(map(len, runs))
+        self._longest = max(map(len, words))
         self._keys = send(torch.tensor(keys), device)
         self._targets = send(torch.tensor([edges[key] for key in keys]), device)
         self._ends = send(torch.tensor([*ends, -1]), device)
 
     def labels(self, ids: Tensor) -> Tensor:
-        """The number of the run that covers each position, or -1; int64, the shape of `ids`.
+        """The number of the word at each position, or -1: int64 [..., T].
 
-        The longest run counts where several cover a position, of equally long ones the one that
-        starts first. A run must stand whole in its row, the last dimension.
+        Where several words overlap, the longest counts, of equally long ones the first. A word must
+        be whole in its row, the last dimension.
 
         Args:
-            ids: int64 [..., T]. Values that are no token ids are in no run.
+            ids: int64 [..., T]. Values that are no token ids are in no word.
         """
-        ids = ids.contiguous()  # what searchsorted wants
+        ids = ids.contiguous()  # searchsorted wants it
         node = torch.zeros_like(ids)
         labels = torch.full_like(ids, -1)
         for ahead in range(self._longest):
-            node = self._step(node, shifted(ids, ahead))
+            node = self._step(node, at_offset(ids, ahead))
             started = self._ends[node]
             for back in range(ahead + 1):
-                covering = shifted(started, -back)
+                covering = at_offset(started, -back)
                 labels = torch.where(covering >= 0, covering, labels)
         return labels
 
@@ -72,8 +72,8 @@ class RunMatcher:
         return torch.where(self._keys[edge] == keys, self._targets[edge], self._outside)
 
 
-def shifted(values: Tensor, by: int) -> Tensor:
-    """`values[..., t + by]` at position t, and -1 where the row has no such position."""
+def at_offset(values: Tensor, offset: int) -> Tensor:
+    """`values[..., t + offset]` at position t, and -1 where the row has no such position."""
     length = values.shape[-1]
-    by = max(-length, min(by, length))
-    return functional.pad(values, (-by, by), value=-1) if by else values
+    offset = max(-length, min(offset, length))
+    return functional.pad(values, (-offset, offset), value=-1) if offset else values

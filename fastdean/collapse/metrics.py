@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+import operator
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +33,7 @@ class Metric:
     Attributes:
         value: None where it is not defined, infinite where two classes coincide.
         definition: the formula, with its exponent, its centring and its statistic.
-        note: what a reader must know of this value, such as why it is None; else empty.
+        note: a caution about this value, such as why it is None; else empty.
     """
 
     value: float | None
@@ -41,9 +43,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class NearestMean:
-    """Of how many held-out tokens classifier and nearest class mean say the same (NC4).
+    """Of how many held-out tokens classifier and nearest class mean name the same class (NC4).
 
-    Counts against one set of class means: those of other texts add, those of other means do not.
+    Counts of several texts add if they are against the same class means.
 
     Attributes:
         agreeing: tokens with argmax_c w_c.h = argmin_c ||h - mu_c||.
@@ -58,39 +60,35 @@ class NearestMean:
     def __add__(self, other: NearestMean) -> NearestMean:
         if not isinstance(other, NearestMean):
             return NotImplemented
-        return NearestMean(
-            self.agreeing + other.agreeing,
-            self.tokens + other.tokens,
-            self.left_out + other.left_out,
-        )
+        return NearestMean(*map(operator.add, astuple(self), astuple(other)))
 
     def across_ranks(self) -> NearestMean:
         """The counts of all ranks. All ranks must call it, with the same class means."""
-        counts = torch.tensor([self.agreeing, self.tokens, self.left_out])
+        counts = torch.tensor(astuple(self))
         Ranks.current().sum_([counts])
         return NearestMean(*counts.tolist())
 
 
 class CollapseMetrics:
-    """The state of neural collapse on some classes, with all that it was computed from.
+    """NC1 to NC4 and (U)NC3 of some classes, with the moments and weights they come from.
 
     With h the last representation of a token, C the number of classes seen, mu_c the mean of h over
     the tokens of class c, s2_c the mean of ||h - mu_c||^2 (over n_c), mu_bar the unweighted mean of
     mu_c over the classes seen, m_c = mu_c - mu_bar, w_c the row of the output embedding, hat: of
-    norm 1. All statistics are over the classes seen, or over their pairs c < c', in fp64; "std"
-    divides by the number less one, "cv" is std / |mean|. `Metric.definition` has each formula.
+    norm 1. All statistics are over the classes seen, or over their pairs c < c', in fp64; "std" is
+    unbiased, "cv" is std / |mean|. `Metric.definition` has each formula.
 
     - nc1_k1, nc1_k2: class-distance normalised variance (CDNV), distances to the power 2 and 4.
-    - nc1_w_k1, nc1_w_k2, gnc2_w_mean, gnc2_w_cv: with w_c in the place of mu_c in the denominator,
-      and in the distances. The literature names these weight-calibrated forms; the form they have
-      here is this package's reading of the names, not confirmed against a published formula.
-    - nc2_equinorm_cv: are the m_c of equal length? 0 when collapsed.
-    - nc2_interference_mean, _std, _target: the angles between the m_c. Collapsed: the mean is the
+    - nc1_w_k1, nc1_w_k2, gnc2_w_mean, gnc2_w_cv: with distances of w_c in the place of mu_c's. The
+      literature names these weight-calibrated forms; the formula here is this package's reading of
+      the names, not confirmed against a published one.
+    - nc2_equinorm_cv: evenness of the lengths of m_c, 0 when collapsed.
+    - nc2_interference_mean, _std, _target: cosines between the m_c. Collapsed: the mean is the
       target -1 / (C - 1), the std 0.
-    - gnc2_uncentred_mean, _cv, gnc2_centred_mean, _cv: spread of the directions on the sphere, of
-      mu_c and of m_c. The cv is 0 when all pairs are equally far apart.
+    - gnc2_uncentred_mean, _cv, gnc2_centred_mean, _cv: spread of the directions of mu_c and of m_c
+      on the sphere. The cv is 0 when all pairs are equally far apart.
     - nc3_mean: alignment of w_c with m_c, 1 when collapsed; unc3_std and unc3_cv: its evenness,
-      (U)NC3, 0 when all classes are aligned alike, whatever the alignment is.
+      (U)NC3, 0 when all classes are equally aligned.
     - nc4_agreement: on held-out text; None without.
 
     Args:
@@ -133,11 +131,11 @@ class CollapseMetrics:
         }
 
     def with_nearest(self, nearest: NearestMean | None) -> CollapseMetrics:
-        """The same with counts on held-out text, taken against these class means."""
+        """The same with counts on held-out text against these class means."""
         return CollapseMetrics(self.moments, self.weight, nearest)
 
     def __add__(self, other: CollapseMetrics) -> CollapseMetrics:
-        """Both texts as one. NC4 is dropped: its counts are against the means of one part.
+        """The metrics of both texts together, without NC4, which is against the means of one.
 
         Raises: ValueError for other classes or another output embedding.
         """
@@ -153,14 +151,14 @@ class CollapseMetrics:
         return CollapseMetrics(moments, self.weight)
 
     def across_ranks(self) -> CollapseMetrics:
-        """The text of all ranks as one, the same on each. All ranks must call it.
+        """The metrics of all ranks' text, the same on each. All ranks must call it.
 
-        NC4 is dropped: see `nearest_mean_agreement`, to be counted against the merged means.
+        Without NC4: count it against the merged means with `nearest_mean_agreement`.
         """
         return CollapseMetrics(self.moments.across_ranks(), self.weight)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: an infinite value is null, as JSON has none, and its note says so."""
+        """For JSON, which has no infinity: such a value is null, and its note says so."""
         values = {name: asdict(metric) for name, metric in self.values.items()}
         for value in values.values():
             if value["value"] is not None and not math.isfinite(value["value"]):
@@ -175,19 +173,20 @@ class CollapseMetrics:
 _PAIRS = "mean over pairs c < c' of"
 _CV = "std / |mean| over"
 _LOG = "log(1 / ||hat a_c - hat a_c'||)"
-_CALIBRATED = "form not confirmed in the literature"
+_COSINE = "cos(w_c, m_c): means centred, weights not"
+_CALIBRATED = "; form not confirmed in the literature"
+
+
+def _cdnv(point: str, k: int, more: str = "") -> str:
+    distance = f"||{point}_c - {point}_c'||^{2 * k}"
+    return f"{_PAIRS} (s2_c + s2_c') / (2 {distance}): exponent {2 * k} (k = {k}){more}"
+
 
 DEFINITIONS = {
-    "nc1_k1": f"{_PAIRS} (s2_c + s2_c') / (2 ||mu_c - mu_c'||^2): exponent 2 (k = 1)",
-    "nc1_k2": f"{_PAIRS} (s2_c + s2_c') / (2 ||mu_c - mu_c'||^4): exponent 4 (k = 2)",
-    "nc1_w_k1": (
-        f"{_PAIRS} (s2_c + s2_c') / (2 ||w_c - w_c'||^2): exponent 2 (k = 1), uncentred weights; "
-        f"{_CALIBRATED}"
-    ),
-    "nc1_w_k2": (
-        f"{_PAIRS} (s2_c + s2_c') / (2 ||w_c - w_c'||^4): exponent 4 (k = 2), uncentred weights; "
-        f"{_CALIBRATED}"
-    ),
+    "nc1_k1": _cdnv("mu", 1),
+    "nc1_k2": _cdnv("mu", 2),
+    "nc1_w_k1": _cdnv("w", 1, f", uncentred weights{_CALIBRATED}"),
+    "nc1_w_k2": _cdnv("w", 2, f", uncentred weights{_CALIBRATED}"),
     "nc2_equinorm_cv": f"{_CV} classes of log ||m_c||: centred, std unbiased",
     "nc2_interference_mean": f"{_PAIRS} hat m_c . hat m_c': centred",
     "nc2_interference_std": "std (unbiased) over pairs c < c' of hat m_c . hat m_c': centred",
@@ -196,13 +195,11 @@ DEFINITIONS = {
     "gnc2_uncentred_cv": f"{_CV} pairs c < c' of {_LOG} with a = mu: uncentred, std unbiased",
     "gnc2_centred_mean": f"{_PAIRS} {_LOG} with a = m: centred",
     "gnc2_centred_cv": f"{_CV} pairs c < c' of {_LOG} with a = m: centred, std unbiased",
-    "gnc2_w_mean": f"{_PAIRS} {_LOG} with a = w: uncentred; {_CALIBRATED}",
-    "gnc2_w_cv": (
-        f"{_CV} pairs c < c' of {_LOG} with a = w: uncentred, std unbiased; {_CALIBRATED}"
-    ),
-    "nc3_mean": "mean over classes of cos(w_c, m_c): means centred, weights not",
-    "unc3_std": "std (unbiased) over classes of cos(w_c, m_c): means centred, weights not",
-    "unc3_cv": f"{_CV} classes of cos(w_c, m_c): means centred, weights not, std unbiased",
+    "gnc2_w_mean": f"{_PAIRS} {_LOG} with a = w: uncentred{_CALIBRATED}",
+    "gnc2_w_cv": f"{_CV} pairs c < c' of {_LOG} with a = w: uncentred, std unbiased{_CALIBRATED}",
+    "nc3_mean": f"mean over classes of {_COSINE}",
+    "unc3_std": f"std (unbiased) over classes of {_COSINE}",
+    "unc3_cv": f"{_CV} classes of {_COSINE}, std unbiased",
     "nc4_agreement": (
         "share of the held-out tokens of classes that have a mean with "
         "argmax_c w_c.h = argmin_c ||h - mu_c||: uncentred, without biases; classes whose means "
@@ -213,7 +210,7 @@ DEFINITIONS = {
 
 @dataclass
 class _Found:
-    """A value on its way to a `Metric`."""
+    """A metric's value and notes."""
 
     value: float | None
     notes: list[str] = field(default_factory=list)
@@ -241,19 +238,16 @@ def _measured(
         "nc4_agreement": _agreement(nearest),
     }
     if count < total:
-        for each in found.values():
-            each.notes.append(f"{total - count} of {total} classes were not seen and are left out")
-    _note_single_tokens(found, moments.counts[seen])
+        _note(found.values(), f"{total - count} of {total} classes were not seen and are left out")
+    if single := int((moments.counts == 1).sum()):
+        nc1 = [found[name] for name in ("nc1_k1", "nc1_k2", "nc1_w_k1", "nc1_w_k2")]
+        _note(nc1, f"{single} of {count} classes were seen once: their variance counts as 0")
     return found
 
 
-def _note_single_tokens(found: dict[str, _Found], counts: Tensor) -> None:
-    single = int((counts == 1).sum())
-    if single:
-        for name in ("nc1_k1", "nc1_k2", "nc1_w_k1", "nc1_w_k2"):
-            found[name].notes.append(
-                f"{single} of {len(counts)} classes were seen once: their variance counts as 0"
-            )
+def _note(found: Iterable[_Found], *notes: str) -> None:
+    for each in found:
+        each.notes.extend(notes)
 
 
 def _variability(
@@ -274,7 +268,9 @@ def _variability(
                 # 0 / 0 where two classes of no variance coincide.
                 statistics.add_(ratios.masked_fill_(squared[pairs] == 0, math.inf))
         for power, statistics in by_power.items():
-            notes = _coincident(statistics, f"have identical {kind}") + _dominated(statistics)
+            notes = _coincidence_notes(statistics, f"have identical {kind}") + _dominance_notes(
+                statistics
+            )
             if unresolved and kind == "means":
                 notes.append(
                     f"{unresolved} pairs of means are closer than one representation is rounded "
@@ -300,8 +296,8 @@ def _simplex(means: Tensor) -> dict[str, _Found]:
         "nc2_interference_std": _std(cosines, "pairs of classes"),
         "nc2_interference_target": _Found(-1 / (len(means) - 1)),
     }
-    for name in ("nc2_equinorm_cv", "nc2_interference_mean", "nc2_interference_std"):
-        found[name].notes.extend(_without_direction(on_centre, "a mean on the centre"))
+    of_directions = [each for name, each in found.items() if name != "nc2_interference_target"]
+    _note(of_directions, *_direction_notes(on_centre, "a mean on the centre"))
     return found
 
 
@@ -320,11 +316,9 @@ def _sphere(means: Tensor, weight: Tensor) -> dict[str, _Found]:
         for rows, columns in pair_blocks(len(units)):
             squared, _ = squared_distances(units[rows], units[columns])
             statistics.add_(squared[above_diagonal(squared)].log() / -2)
-        notes = _without_direction(without, why)
         mean, cv = _mean(statistics), _cv(statistics, "pairs of classes")
-        mean.notes.extend(_coincident(statistics, "have the same direction"))
-        for each in (mean, cv):
-            each.notes.extend(notes)
+        _note([mean], *_coincidence_notes(statistics, "have the same direction"))
+        _note([mean, cv], *_direction_notes(without, why))
         found |= {f"{name}_mean": mean, f"{name}_cv": cv}
     return found
 
@@ -343,11 +337,8 @@ def _alignment(means: Tensor, weight: Tensor) -> dict[str, _Found]:
         "unc3_cv": _cv(statistics, "classes"),
     }
     if count := int(without.sum()):
-        for each in found.values():
-            each.notes.append(
-                f"the cosine of {count} classes with a mean on the centre or a weight of 0 counts "
-                "as 0"
-            )
+        why = "a mean on the centre or a weight of 0"
+        _note(found.values(), f"the cosine of {count} classes with {why} counts as 0")
     return found
 
 
@@ -363,23 +354,23 @@ def _agreement(nearest: NearestMean | None) -> _Found:
 
 
 def count_nearest(features: Tensor, means: Tensor, weight: Tensor) -> Tensor:
-    """Of how many rows classifier and nearest mean name the same class: int64 scalar.
+    """How many rows have the same class by classifier and by nearest mean: int64 scalar.
 
     Args:
         features: [N, D] floating point.
         means, weight: fp64 [C, D] on the device of `features`.
     """
     centre = means.mean(0)
-    # Distances from the common centre: of far points, they would be differences of large numbers.
+    # From the common centre: distances of far points would be differences of large numbers.
     centred = means - centre
     norms = centred.square().sum(1)
     agreeing = torch.zeros((), dtype=torch.int64, device=means.device)
     for block in features.split(max(1, _BLOCK // len(means))):
-        states = block.double()
-        chosen = (states @ weight.T).argmax(1, keepdim=True)
-        states = states - centre
-        distances = norms - 2 * states @ centred.T
-        rounding = ROUNDING * (states.square().sum(1, keepdim=True) + norms.max())
+        rows = block.double()
+        chosen = (rows @ weight.T).argmax(1, keepdim=True)
+        rows = rows - centre
+        distances = norms - 2 * rows @ centred.T
+        rounding = ROUNDING * (rows.square().sum(1, keepdim=True) + norms.max())
         nearest = distances.amin(1, keepdim=True) + rounding
         agreeing += (distances.gather(1, chosen) <= nearest).sum()
     return agreeing
@@ -408,7 +399,7 @@ def _cv(statistics: Statistics, what: str) -> _Found:
     return _Found(std.value / abs(statistics.mean))
 
 
-def _coincident(statistics: Statistics, how: str) -> list[str]:
+def _coincidence_notes(statistics: Statistics, how: str) -> list[str]:
     if not statistics.infinite:
         return []
     total = statistics.count + statistics.infinite
@@ -416,8 +407,8 @@ def _coincident(statistics: Statistics, how: str) -> list[str]:
     return [f"infinite: {statistics.infinite} of {total} pairs {how}{others}"]
 
 
-def _dominated(statistics: Statistics) -> list[str]:
-    """A word of warning where a mean of many positive values is mostly one of them."""
+def _dominance_notes(statistics: Statistics) -> list[str]:
+    """A note where one pair makes up most of a mean of positive values."""
     total = statistics.mean * statistics.count
     if statistics.infinite or statistics.count < 3 or statistics.largest <= total / 2:
         return []
@@ -426,7 +417,7 @@ def _dominated(statistics: Statistics) -> list[str]:
 
 
 def _centred(means: Tensor) -> tuple[Tensor, Tensor]:
-    """Means less their mean, and which of them are the centre but for rounding."""
+    """Means less their mean, and which of them equal the centre up to rounding."""
     centre = means.mean(0)
     centred = means - centre
     return centred, centred.norm(dim=1) <= ROUNDING * centre.norm()
@@ -436,7 +427,7 @@ def _zero_rows(points: Tensor) -> Tensor:
     return points.norm(dim=1) == 0
 
 
-def _without_direction(without: Tensor, why: str) -> list[str]:
+def _direction_notes(without: Tensor, why: str) -> list[str]:
     count = int(without.sum())
     return [f"{count} classes with {why} have no direction and are left out"] if count else []
 

@@ -13,22 +13,20 @@ from fastdean.wording.mendable import InputTypeError
 
 
 class ClassMoments:
-    """What neural collapse asks of the representations: n_c, mu_c and sum ||h - mu_c||^2, in fp64.
+    """Count n_c, mean mu_c and scatter sum ||h - mu_c||^2 of each class's representations, in fp64.
 
-    A batch's own means are taken first, its scatter about them, and both are merged with what was
-    there (Chan, Golub and LeVeque 1979):
+    A batch's own means and scatter are merged with those so far (Chan, Golub and LeVeque 1979):
 
         scatter += scatter_b + ||mu_b - mu||^2 n n_b / (n + n_b)
         mu += (mu_b - mu) n_b / (n + n_b)
 
-    Squares are only taken of differences from a mean, so that no digits are lost where, as in
-    language models, all representations share a mean far larger than what tells them apart:
-    sum h^2 - n mu^2 would lose twice as many as the ratio of the two has. Any grouping of the same
-    tokens gives the same moments up to fp64 rounding.
+    Only differences from a mean are squared: sum h^2 - n mu^2 would lose digits where, as in
+    language models, representations share a mean far larger than their differences. Any grouping of
+    the same tokens gives the same moments up to fp64 rounding.
 
     Args:
         num_classes, num_features: K and D.
-        device: where the moments are kept, one that knows fp64.
+        device: of the moments, one with fp64.
     Attributes:
         counts: fp64 [K], whole numbers.
         means: fp64 [K, D]; 0 where nothing was counted.
@@ -63,8 +61,8 @@ class ClassMoments:
 
         Args:
             features: [N, D] floating point, any strides and device.
-            labels: int64 [N], the class of each row, 0..K-1, or -1: such rows are not looked at.
-                On the CPU nothing waits for the device of `features`.
+            labels: int64 [N], the class of each row, 0..K-1, or -1: such rows are ignored. Labels
+                on the CPU spare a wait for the device.
         Raises:
             ValueError, TypeError: shapes, dtypes or labels are not these.
         """
@@ -92,10 +90,7 @@ class ClassMoments:
         return self._with(_merged(self._parts, [part.to(home) for part in other._parts]))
 
     def across_ranks(self) -> ClassMoments:
-        """The moments of all ranks' tokens, the same bits on each; `self` stays this rank's own.
-
-        All ranks must call it.
-        """
+        """New moments, of all ranks' tokens, the same bits on each. All ranks must call it."""
         ranks = Ranks.current()
         if ranks.size == 1:
             return self._with([part.clone() for part in self._parts])
@@ -149,7 +144,7 @@ class ClassMoments:
 
 
 def _segment_moments(rows: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Counts [P], means [P, D] and scatter [P] of consecutive runs of rows [N, D], none empty."""
+    """Counts [P], means [P, D] and scatter [P] of consecutive segments of rows [N, D]."""
     counts = lengths.double()
     # unsafe=True leaves out checks that would make the host wait for the device.
     means = torch.segment_reduce(rows, "sum", lengths=lengths, unsafe=True)

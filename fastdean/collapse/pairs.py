@@ -19,11 +19,11 @@ _CLOSE = 1e-4
 
 @dataclass
 class Statistics:
-    """Count, mean and scatter of values that come block by block; infinite ones are counted apart.
+    """Statistics of values that come block by block.
 
     Attributes:
         count, mean, scatter, largest: of the finite values; scatter is sum (value - mean)^2.
-        infinite: how many were not finite.
+        infinite: the number of the others.
     """
 
     count: int = 0
@@ -33,7 +33,7 @@ class Statistics:
     infinite: int = 0
 
     def add_(self, values: Tensor) -> None:
-        """Take in a block of values [n], without NaN."""
+        """Add a block of values [n], without NaN."""
         finite = values[~values.isinf()]
         self.infinite += values.numel() - finite.numel()
         if not finite.numel():
@@ -73,10 +73,10 @@ def above_diagonal(block: Tensor) -> Tensor:
 
 
 def squared_distances(a: Tensor, b: Tensor, precision: float = 0.0) -> tuple[Tensor, Tensor]:
-    """||a_i - b_j||^2, fp64 [I, J], and which of these distances the data hardly resolve.
+    """||a_i - b_j||^2, fp64 [I, J], and bool [I, J], where the data hardly resolve a distance.
 
-    |a|^2 + |b|^2 - 2 a.b, from an origin amid the points, loses what tells close ones apart: those
-    are computed again, from their differences. A distance within the rounding of fp64 sums is 0.
+    |a|^2 + |b|^2 - 2 a.b, from an origin amid the points, loses the digits of close points, which
+    are computed again from their differences. A distance within the rounding of fp64 sums is 0.
 
     Args:
         a, b: fp64 [I, D] and [J, D].
@@ -98,6 +98,6 @@ def _squared_norms(rows: Tensor) -> Tensor:
 
 
 def _in_parts(pairs: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs' two columns [n], for as many pairs at a time as rows of `width` fit a block."""
+    """The two columns [n] of the pairs, as many at a time as rows of `width` fit a block."""
     for part in pairs.split(max(1, _BLOCK // width)):
         yield part[:, 0], part[:, 1]

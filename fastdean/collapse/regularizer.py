@@ -9,10 +9,9 @@ Source: Collapsed language models promote fairness (arXiv 2410.04472), (U)NC3 as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,40 +20,31 @@ from fastdean.collapse.alignment import (
     STATE_ADVICE,
     CollapseState,
     Mode,
+    check_live,
     collapse_alignment_loss,
 )
 from fastdean.collapse.classes import CollapseClasses
-from fastdean.collapse.labels import Shift, default_shift, position_labels
+from fastdean.collapse.factors import SPANS, STEP, Schedule, check_spans, factor_at, gives, record
+from fastdean.collapse.labels import Shift, check_shift, default_shift, position_labels
+from fastdean.collapse.output_embedding import check_width, trained_weight
 from fastdean.collapse.representations import (
     Features,
     Hook,
     Representations,
     hooked_by,
-    output_embedding,
     remove_hooks_of,
 )
-from fastdean.files.declared import Anything, Lists, Maps, Real, Record, Row, Whole, require, unfit
+from fastdean.data.examples import IGNORE_INDEX
+from fastdean.files.declared import Anything, Maps, Record, require
 from fastdean.models.distributed import Ranks
 from fastdean.models.forward import label_shift_of_class
 from fastdean.models.model_state import unwrap
 from fastdean.ops.collapse import STATISTICS, collapse_alignment
-from fastdean.ops.memory import memory_fault
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError, StateError
 
-# No training has as many passes; a larger number was never a step.
-_MOST_STEPS = 1 << 40
-# How many of a state's steps a schedule is asked for, about, besides the ends of its runs.
-_MOST_ASKED = 100_000
-# What `state_dict` gives beside the state; its runs are [first step, last step, factor].
-_STORED = Record(
-    {
-        "step": Whole(most=_MOST_STEPS),
-        "of": Maps(Anything()),
-        "factors": Lists(Row((Whole(most=_MOST_STEPS), Whole(most=_MOST_STEPS), Real()))),
-    },
-    others=Anything(),
-)
+# What `state_dict` gives beside the statistics.
+_STORED = Record({"step": STEP, "of": Maps(Anything()), "factors": SPANS}, others=Anything())
 
 
 class CollapseRegularizer:
@@ -67,29 +57,23 @@ class CollapseRegularizer:
         term = collapse_alignment_loss(hidden.flatten(0, 1), labels.flatten(), rows, state)
         loss = model(input_ids, attention_mask, labels=...).loss + strength * term
 
-    It attaches itself: every forward pass of `model` in training mode with gradients enabled adds
-    its batch to the statistics and, where the output carries a loss, its term to that loss. Plain
-    loops and accelerate need nothing else; where no labels are passed, add `term()` to the loss of
-    your own. Evaluation changes nothing. For a Trainer take `trainer_class`, which knows about
-    gradient accumulation and checkpoints.
+    Every forward pass of `model` in training mode with gradients enabled adds its batch to the
+    statistics and, where the output carries a loss, its term to that loss; without labels, add
+    `term()` to your own loss. Evaluation changes nothing. For a Trainer use `trainer_class`, which
+    knows gradient accumulation and checkpoints. A step makes one more gradient of the output
+    embedding's size, zero but for the classes' rows.
 
-    Besides the hooks, which are little, a step makes one more gradient of the output embedding's
-    size: zeros but for the classes' rows.
+    Where the loss is divided by `num_items_in_batch`, the term is weighted by the batch's share of
+    these items: over an accumulation the terms come to their mean by tokens, not to their sum.
 
-    A loss that was divided by `num_items_in_batch`, as under the Trainer itself, has its term
-    weighted by the batch's share of these items, so that the terms of an accumulation come to
-    their mean by tokens and not to their sum.
+    Under `torch.distributed` all ranks share the statistics, and the gradient that
+    DistributedDataParallel averages is that of one process with all their batches. Every rank must
+    make the same number of training passes. Live features make each wait for the others' number of
+    labelled positions. nn.DataParallel and sharded models are refused.
 
-    Under `torch.distributed` all ranks share the statistics, and the gradient after
-    DistributedDataParallel has averaged it is that of one process with all their batches. Every
-    rank must then make the same number of training passes. Detached features cost an all-reduce of
-    [K, D] and no wait; live ones a wait for the number of labelled positions, an all-gather of
-    their features in the forward pass, and an all-reduce of those in the backward pass. A model in
-    nn.DataParallel and a sharded one are refused.
-
-    A batch whose features are not finite leaves statistics that are not finite either, for good:
-    looking would make every step wait for the device. `fine_tune`, which reads the loss, puts them
-    back before it raises; in a loop of your own call `state.reset()`, or load an earlier state.
+    Features that are not finite make the statistics so for good, as a check would make every step
+    wait for the device. `fine_tune`, which reads the loss, restores them before it raises; in your
+    own loop call `state.reset()`, or load an earlier state.
 
     A model has one regulariser at a time. Copies of the model, deep or pickled, come without it.
 
@@ -97,18 +81,18 @@ class CollapseRegularizer:
         model: a causal or masked language model, also inside PEFT, DistributedDataParallel or
             `torch.compile` (then attach before its first pass). It is hooked, never wrapped.
         classes: the words.
-        strength: 0 or above; 0 measures and leaves the training as it is, to the bit.
+        strength: 0 or above; 0 measures and leaves the training the same, to the bit.
         statistic: "std", "cv" or "mean", of the cosines; see `collapse_alignment_loss`.
-        detach_features: True, as published: the gradient reaches the classes' rows of the output
-            embedding alone, which therefore has to be trained. False: the model below as well; in
-            mode "window" or "batch" only.
+        detach_features: True, as published: the gradient reaches only the classes' rows of the
+            output embedding, which must be trained. False: the model below as well; in mode
+            "window" or "batch" only.
         mode, decay: of the statistics; see `CollapseState`.
         shift: which token names the class of a position; see `position_labels`. None: the next one
-            for causal models, the one that stands there for masked ones.
+            for causal models, the one at the position for masked ones.
         features: "base" or "head"; see `Representations`.
         schedule: step -> factor on `strength`. Steps are training passes counted from 0; those of
-            the optimizer under `trainer_class`. It must give a step the same factor whenever it is
-            asked: `load_state_dict` asks again for the steps done.
+            the optimizer under `trainer_class`. A step's factor must always be the same:
+            `load_state_dict` asks again for the steps done.
         impl: of the loss: None (by device), "reference" or "native".
     Attributes:
         state: the `CollapseState`.
@@ -116,7 +100,7 @@ class CollapseRegularizer:
     Raises:
         ValueError, TypeError: for the arguments; nothing could ever have a gradient; or an output
             embedding that is not one plain tensor [V, D] in memory: sharded, quantised, offloaded.
-            What can change later is looked at again in every training pass.
+            What can change later is checked again in every training pass.
 
     Example:
         ```python
@@ -138,25 +122,31 @@ class CollapseRegularizer:
         decay: float | None = None,
         shift: Shift | None = None,
         features: Features = "base",
-        schedule: Callable[[int], float] | None = None,
+        schedule: Schedule | None = None,
         impl: str | None = None,
     ) -> None:
-        _check_options(strength, statistic, detach_features, mode, shift)
+        _check_options(strength, statistic)
+        check_live(detach_features, mode)
         self.module = unwrap(model)
         self.classes = classes
         self.strength = float(strength)
         self.schedule = schedule
         self.step = 0
+        # [first step, last step, factor] for each span of equal factors.
         self._factors: list[list[Any]] = []
         self._features = features
         self._statistic = statistic
         self._detach_features = detach_features
         self._impl = impl
 
-        weight = self._output_weight()
+        weight = trained_weight(self.module)
         self._check_something_learns(weight, any(p.requires_grad for p in model.parameters()))
-        self.shift: Shift = default_shift(model) if shift is None else shift
-        self.state = _state_for(classes, weight, mode, decay)
+        self.shift: Shift = default_shift(model) if shift is None else check_shift(shift)
+        rows = classes.rows(weight.detach())
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        self.state = CollapseState(
+            *rows.shape, mode=mode, decay=decay, dtype=dtype, device=rows.device
+        )
 
         self._value: Tensor | None = None
         self._pending: Tensor | None = None
@@ -179,12 +169,9 @@ class CollapseRegularizer:
         )
 
     def attach(self) -> Self:
-        """Hook the model again after `remove()`, with the statistics and the step of before.
+        """Hook the model again after `remove()`; statistics and step go on.
 
-        Without effect while attached.
-
-        Raises:
-            ValueError: another regulariser is attached to the model.
+        Raises: ValueError if another regulariser is attached to the model.
         """
         if self.attached:
             return self
@@ -200,7 +187,7 @@ class CollapseRegularizer:
             raise
 
     def remove(self) -> None:
-        """Leave no hook behind. The statistics stay readable."""
+        """Remove the hooks. The statistics stay readable."""
         # Twice: an interrupt of the first time leaves the second.
         try:
             self._detach()
@@ -219,18 +206,14 @@ class CollapseRegularizer:
 
     @property
     def value(self) -> float | None:
-        """The loss of the last training pass, without strength and factor; None before the first.
-
-        Reading it waits for the device.
-        """
+        """The last training pass's loss, without strength and factor; waits for the device."""
         return None if self._value is None else float(self._value)
 
     def term(self) -> Tensor:
-        """strength * factor * loss of the last training pass, for a loss of your own; taken once.
+        """strength * factor * loss of the last training pass, once, for a loss of your own.
 
-        Raises:
-            RuntimeError: there is none: no training pass since the last call, or its output carried
-                a loss, to which the term was added already.
+        Raises: RuntimeError without a training pass since the last call, or if its output carried
+            a loss, which the term is part of already.
         """
         if self._pending is None:
             raise StateError(
@@ -244,9 +227,9 @@ class CollapseRegularizer:
 
     @contextmanager
     def held(self, *, step: int | None = None) -> Iterator[None]:
-        """Inside, no term is added to an output's loss: `term()` gives it.
+        """Inside, outputs stay as the model made them, and `term()` gives the term.
 
-        `step`, where given, is what the schedule is asked for.
+        `step` is the schedule's; None: the number of training passes.
         """
         before = self._held, self._held_step
         try:
@@ -273,40 +256,37 @@ class CollapseRegularizer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The statistics (not copies), the step, and what they belong to; the same on all ranks.
+        """The statistics (not copies), the step, and whose they are; the same on all ranks.
 
-        "of" tells this regulariser's training from another's, but for the schedule, which is known
-        by what it gave: "factors" has [first step, last step, factor] for each run of equal ones.
+        "of" has this regulariser's options; "factors", in place of the schedule, the factors it
+        gave: [first step, last step, factor] for each span of equal ones.
         """
         return {
             **self.state.state_dict(),
             "step": self.step,
             "of": self._identity(),
-            "factors": [list(run) for run in self._factors],
+            "factors": [list(span) for span in self._factors],
         }
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
-        """Go on from a saved state. On every rank, with the same one.
+        """Go on from a saved state; every rank from the same one.
 
-        The schedule is asked for each step done; of more than 100,000 steps for about as many of
-        them, and for the first and the last of each run of equal factors.
-
-        Raises:
-            ValueError: an entry is missing or damaged; it belongs to other classes, another
-                strength or other options; or `schedule` gives other factors for the steps done
-                than were used. Nothing is taken over then.
+        Raises: ValueError, before anything changes, if an entry is missing or damaged, or if
+            classes, strength, options or the schedule's factors for the steps done are others.
         """
         require(stored, _STORED, "stored", advice=STATE_ADVICE)
-        held = _checked_length(stored["factors"], stored["step"])
-        for name, own in self._identity().items():
-            if stored["of"].get(name) != own:
-                raise _belongs_to_another(name)
-        stride = max(1, held // _MOST_ASKED)
-        if not all(self._gives(run, stride) for run in stored["factors"]):
-            raise _belongs_to_another("schedule")
+        check_spans(stored["factors"], stored["step"], STATE_ADVICE)
+        other = [name for name, own in self._identity().items() if stored["of"].get(name) != own]
+        if not other and not gives(self.schedule, stored["factors"]):
+            other = ["schedule"]
+        if other:
+            raise ValueError(
+                f"stored must belong to a regulariser with the same {other[0]}, got another; make "
+                "this one like it, or start with empty statistics"
+            )
         self.state.load_state_dict(stored)
         self.step = int(stored["step"])
-        self._factors = [list(run) for run in stored["factors"]]
+        self._factors = [list(span) for span in stored["factors"]]
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -319,18 +299,6 @@ class CollapseRegularizer:
             "shift": self.shift,
             "features": self._features,
         }
-
-    def _gives(self, run: Sequence[Any], stride: int) -> bool:
-        """Whether the schedule has the factor of `run` at every `stride`-th of its steps."""
-        first, last, factor = run
-        if self.schedule is None:
-            return factor == 1.0
-        steps = chain(range(first, last, stride), [last])
-        try:
-            return all(self._factor_at(step) == factor for step in steps)
-        # A schedule that is a table has an end.
-        except (LookupError, ArithmeticError):
-            return False
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         try:
@@ -347,14 +315,14 @@ class CollapseRegularizer:
         _check_not_recomputing()
         self._warn_about_an_untaken_term()
         scale = self.strength * self._factor()
-        weight = self._output_weight()
+        weight = trained_weight(self.module)
         features = self._last.features
         live = features.requires_grad and not self._detach_features
         self._check_something_learns(weight, live)
         loss = self._loss(features, self._labels(), weight)
         self._value = loss.detach()
         self.step += 1
-        # 0 * loss would still reach every weight, as a zero or as a NaN.
+        # 0 * loss would still reach every weight, as zero or NaN.
         term = scale * loss if scale else torch.zeros_like(self._value)
         own = None if self._held else _loss_in(output)
         if own is None:
@@ -374,7 +342,7 @@ class CollapseRegularizer:
         ).flatten()
 
     def _loss(self, features: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-        _check_columns(features, weight)
+        check_width(features, weight, self._features)
         # Layers may lie on several devices; the loss lies where the output embedding does.
         features = features.flatten(0, -2).to(weight.device)
         labels = labels.to(weight.device)
@@ -398,7 +366,7 @@ class CollapseRegularizer:
     def _loss_on_shared_sums(
         self, features: Tensor, labels: Tensor, rows: Tensor, ranks: Ranks
     ) -> Tensor:
-        """As on the batch of all ranks: what went before is one rank's share of the sums."""
+        """The loss on the batch of all ranks; the first rank adds the sums so far."""
         share = self.state if ranks.first else self.state.like()
         with torch.no_grad():
             collapse_alignment_loss(features, labels, rows, share, impl=self._impl)
@@ -417,40 +385,22 @@ class CollapseRegularizer:
 
     def _factor(self) -> float:
         step = self.step if self._held_step is None else self._held_step
-        factor = self._factor_at(step)
-        run = self._factors[-1] if self._factors else None
-        if run is not None and run[2] == factor and run[1] <= step <= run[1] + 1:
-            run[1] = step
-        else:
-            self._factors.append([step, step, factor])
-        return factor
-
-    def _factor_at(self, step: int) -> float:
-        if self.schedule is None:
-            return 1.0
-        factor = float(self.schedule(step))
-        if not math.isfinite(factor):
-            raise ValueError(f"schedule must give a finite factor, got {factor} for step {step}")
+        factor = factor_at(self.schedule, step)
+        record(self._factors, step, factor)
         return factor
 
     def _share(self, kwargs: Mapping[str, Any]) -> Tensor | float:
-        """This batch's part of the items that the model's loss was divided by."""
+        """This batch's share of the items by which the model divides its loss."""
         items = kwargs.get("num_items_in_batch")
         targets, labels = kwargs.get("shift_labels"), self._last.labels
         if targets is None and labels is not None:
             targets = labels[..., label_shift_of_class(self.module) :]
         if items is None or targets is None:
             return 1.0
-        share = (targets != -100).sum() / items
-        return share.to(self._value.device)
-
-    def _output_weight(self) -> Tensor:
-        weight = getattr(output_embedding(self.module), "weight", None)
-        _check_plain(weight, self.module)
-        return weight
+        return ((targets != IGNORE_INDEX).sum() / items).to(self._value.device)
 
     def _check_something_learns(self, weight: Tensor, below: bool) -> None:
-        """`below`: whether a gradient of the features would reach a parameter."""
+        """`below`: a gradient of the features would reach a parameter."""
         if self.strength == 0 or weight.requires_grad:
             return
         if self._detach_features:
@@ -475,29 +425,7 @@ class CollapseRegularizer:
             )
 
 
-def _belongs_to_another(name: str) -> ValueError:
-    return ValueError(
-        f"stored must belong to a regulariser with the same {name}, got another; make this one "
-        "like it, or start with empty statistics"
-    )
-
-
-def _checked_length(runs: Sequence[Sequence[Any]], step: int) -> int:
-    """The steps in the runs, which go forward and hold no more of them than passes were begun."""
-    for place, (first, last, _) in enumerate(runs):
-        if first > last:
-            where = f"factors[{place}]"
-            raise unfit("stored", where, "a run forward", f"{first} to {last}", STATE_ADVICE)
-    held = sum(last - first + 1 for first, last, _ in runs)
-    if held > step + 1:
-        expected = f"runs of at most the {step} steps done"
-        raise unfit("stored", "factors", expected, f"runs of {held}", STATE_ADVICE)
-    return held
-
-
-def _check_options(
-    strength: float, statistic: str, detach_features: bool, mode: str, shift: str | None
-) -> None:
+def _check_options(strength: float, statistic: str) -> None:
     if not (math.isfinite(strength) and strength >= 0):
         raise ValueError(
             f"strength must be finite and at least 0, got {strength}; the published ones are 5 "
@@ -508,21 +436,10 @@ def _check_options(
             f"statistic must be one of {', '.join(STATISTICS)}, got {statistic!r}; 'std' is the "
             "published one"
         )
-    if shift is not None and shift not in get_args(Shift):
-        raise ValueError(
-            f"shift must be one of {', '.join(get_args(Shift))}, got {shift!r}; None takes the one "
-            "that fits the model"
-        )
-    if not detach_features and mode == "cumulative":
-        raise ValueError(
-            "detach_features=False must come with mode 'window' or 'batch', got 'cumulative'; its "
-            "means move by 1 / count of all positions ever seen, so the gradient of the features "
-            "fades to nothing"
-        )
 
 
 def _check_alone(module: nn.Module) -> None:
-    """Raise if a regulariser is attached: a cell run twice would add its term twice, unseen."""
+    """Refuse a second regulariser: a notebook cell run twice would add its term twice."""
     hooks = [hook for each in module.modules() for hook in each._forward_hooks.values()]
     owners = [hook.owner for hook in hooks if isinstance(hook, Hook)]
     if any(isinstance(owner, CollapseRegularizer) for owner in owners):
@@ -530,41 +447,6 @@ def _check_alone(module: nn.Module) -> None:
             "model must have no other regulariser attached, got one that would add its term as "
             "well; call its remove() first, or load the model again, and put all words into one "
             "CollapseClasses"
-        )
-
-
-def _check_plain(weight: Any, module: nn.Module) -> None:
-    """Raise unless `weight` is one whole floating-point tensor [V, D] that lies in memory."""
-    found = None
-    if type(weight) not in (Tensor, nn.Parameter):
-        found = f"a {type(weight).__name__}"
-    elif weight.device.type == "meta":
-        found = "an offloaded one"
-    elif not weight.is_floating_point():
-        found = f"a quantised one in {weight.dtype}"
-    elif weight.dim() != 2 or weight.numel() == 0 or _is_sharded(module):
-        found = f"a sharded one (here {list(weight.shape)})"
-    elif (fault := memory_fault(weight)) is not None:
-        found = fault.got
-    if found is not None:
-        raise ValueError(
-            f"model must hold its output embedding as one plain tensor [V, D], got {found}; the "
-            "gradient of single rows cannot be put into it, so train with "
-            "DistributedDataParallel, in floating point and without offloading"
-        )
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    # By name: importing FSDP takes longer than building a tiny model. During a forward pass the
-    # weight of a sharded model looks like any other.
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
-
-
-def _check_columns(features: Tensor, weight: Tensor) -> None:
-    if features.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"features must have the {weight.shape[1]} columns of the output embedding, got "
-            f"{features.shape[-1]}; this model projects them first, so pass features='head'"
         )
 
 
@@ -577,20 +459,6 @@ def _check_not_recomputing() -> None:
         )
 
 
-def _state_for(
-    classes: CollapseClasses, weight: Tensor, mode: Mode, decay: float | None
-) -> CollapseState:
-    rows = classes.rows(weight.detach())
-    double = rows.dtype == torch.float64
-    return CollapseState(
-        *rows.shape,
-        mode=mode,
-        decay=decay,
-        dtype=torch.float64 if double else torch.float32,
-        device=rows.device,
-    )
-
-
 def _labelled_rows_of_all(features: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """The labelled positions of all ranks, in the ranks' order; padded with rows labelled -1."""
     labelled = (labels >= 0).nonzero().squeeze(1)
@@ -601,7 +469,7 @@ def _labelled_rows_of_all(features: Tensor, labels: Tensor, ranks: Ranks) -> tup
 
 
 def _loss_in(output: Any) -> Tensor | None:
-    """The loss that a transformers model put into its output, whatever the output's form."""
+    """The loss in a transformers model's output of any form."""
     if isinstance(output, Mapping):
         return output.get("loss")
     first = output[0] if isinstance(output, tuple) and output else None

@@ -1,7 +1,4 @@
-"""The hooks that read a language model's last representations while it runs.
-
-The only code of this room that hooks a module to look at tokens; modules are never replaced.
-"""
+"""The hooks that read a language model's last representations while it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +9,9 @@ from typing import Any, Literal, Self, get_args
 
 from torch import Tensor, nn
 
+from fastdean.collapse.output_embedding import output_embedding
 from fastdean.models.adapters import require_no_prompts
+from fastdean.models.calling import base_of
 from fastdean.models.model_state import unwrap
 from fastdean.wording.mendable import StateError
 
@@ -20,13 +19,10 @@ Features = Literal["base", "head"]
 
 
 class Hook:
-    """A hook that its module's copies, deep or pickled, are without: theirs does nothing.
+    """A hook that does nothing in copies of its module, deep or pickled.
 
-    Otherwise a copied model would be hooked by a copy of `owner` that nobody holds and nobody can
-    remove; and an owner that holds tensors with a graph could not be copied at all.
-
-    A hook is found again by its owner: the handle that torch returns can be lost to an interrupt
-    before it is kept.
+    Nobody could remove it from a copy, and an owner that holds a graph could not be copied at all.
+    It is removed by its owner, as an interrupt can lose the handle that torch returns.
     """
 
     def __init__(self, owner: object, call: Callable[..., Any]) -> None:
@@ -53,54 +49,50 @@ def hooked_by(owner: object, modules: Iterable[nn.Module]) -> bool:
 def remove_hooks_of(owner: object, modules: Iterable[nn.Module]) -> None:
     """Remove every hook of this owner from the modules."""
     for module in modules:
-        _remove(
-            owner,
-            module._forward_hooks,
-            module._forward_hooks_with_kwargs,
-            module._forward_hooks_always_called,
-        )
-        _remove(owner, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+        # The hooks last: after an interrupt a second search finds the rest by them.
+        tables: tuple[dict[int, Any], ...]
+        for tables in (
+            (
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+                module._forward_hooks,
+            ),
+            (module._forward_pre_hooks_with_kwargs, module._forward_pre_hooks),
+        ):
+            for key, hook in [*tables[-1].items()]:
+                if isinstance(hook, Hook) and hook.owner is owner:
+                    for table in tables:
+                        table.pop(key, None)
 
 
 def _remove_from_live(owner: object, modules: Iterable[weakref.ref[nn.Module]]) -> None:
     remove_hooks_of(owner, [module for ref in modules if (module := ref()) is not None])
 
 
-def _remove(owner: object, hooks: dict[int, Any], *flags: dict[int, bool]) -> None:
-    for key, hook in [*hooks.items()]:
-        if isinstance(hook, Hook) and hook.owner is owner:
-            # Last from where the next search looks.
-            for flag in flags:
-                flag.pop(key, None)
-            hooks.pop(key, None)
-
-
 class _NoHook:
-    """What a copy of a `Hook` is."""
+    """The copy of a `Hook`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 class Representations:
-    """Inside a `with` block, or from `attach()` to `remove()`: what a forward pass made of its
-    tokens.
+    """The last representations of each forward pass inside a `with` block, with its arguments.
 
-    Equivalent, for "base", and without a second pass:
+    Or from `attach()` to `remove()`. Equivalent, for "base", and without a second pass:
 
         features = model.base_model(input_ids, attention_mask).last_hidden_state
 
     Args:
         model: a Hugging Face language model, also inside PEFT, DistributedDataParallel or
-            `torch.compile`. A compiled model must not have run before `attach()`: it fires no
-            hooks that came later, except under `torch.compiler.set_stance("force_eager")`.
+            `torch.compile`. A compiled model fires no hooks added after its first run, except under
+            `torch.compiler.set_stance("force_eager")`.
         features: "base", the output of the base model, after its final norm where it has one and,
             in a masked language model, before the transform of the prediction head (as published);
-            or "head", what enters the output embedding.
-        skip_logits: the output embedding is given the first position only, for passes without
-            labels whose logits nobody reads.
+            or "head", the input of the output embedding.
+        skip_logits: compute logits of the first position only, for passes without labels.
     Raises:
-        ValueError: `features` is another word, or the model has no such place.
+        ValueError: an unknown place, or one that the model does not have.
 
     Example:
         ```python
@@ -120,41 +112,38 @@ class Representations:
             )
         self._outer = unwrap(model)
         require_no_prompts(self._outer)
-        inner = language_model(model)
+        inner = base_of(self._outer)
         self._place = features
         self._bases = _base_modules(inner) if features == "base" else []
         needs_head = skip_logits or features == "head"
         self._head = output_embedding(model) if needs_head else None
         self._pass = _Pass(_argument_names(self._outer, inner), features, skip_logits)
         self._hooked = [self._outer, *self._bases, *([] if self._head is None else [self._head])]
-        # The hooks know the pass and not this object: with its last user it goes, and they go with
-        # it, even where an interrupt kept `__exit__` from its work.
+        # The hooks know the pass and not this object: they go with its last user, even where an
+        # interrupt kept `__exit__` from its work.
         modules = [weakref.ref(module) for module in self._hooked]
         weakref.finalize(self, _remove_from_live, self._pass, modules).atexit = False
 
     def attach(self) -> Self:
-        """Start to listen to the model; without effect while attached."""
+        """Hook the model, unless it is hooked already."""
         if hooked_by(self._pass, self._hooked):
             return self
+        of = self._pass
         try:
-            self._register()
+            self._outer.register_forward_pre_hook(Hook(of, of.begin), with_kwargs=True)
+            self._outer.register_forward_hook(Hook(of, of.end), always_call=True)
+            for base in self._bases:
+                base.register_forward_hook(Hook(of, of.keep_output))
+            if self._head is not None:
+                self._head.register_forward_pre_hook(Hook(of, of.at_head))
             return self
         except BaseException:
             self.remove()
             raise
 
-    def _register(self) -> None:
-        of = self._pass
-        self._outer.register_forward_pre_hook(Hook(of, of.begin), with_kwargs=True)
-        self._outer.register_forward_hook(Hook(of, of.end), always_call=True)
-        for base in self._bases:
-            base.register_forward_hook(Hook(of, of.keep_output))
-        if self._head is not None:
-            self._head.register_forward_pre_hook(Hook(of, of.at_head))
-
     def remove(self) -> None:
-        """Leave no hook behind. What the last pass gave stays readable."""
-        # Looked for twice: an interrupt of the first search leaves the second.
+        """Remove the hooks. The last pass stays readable."""
+        # Twice: an interrupt of the first search leaves the second.
         try:
             remove_hooks_of(self._pass, self._hooked)
         finally:
@@ -168,16 +157,16 @@ class Representations:
         self.remove()
 
     def clear(self) -> None:
-        """Let go of the tensors of the last pass, and of the graph that hangs on them."""
+        """Drop the tensors of the last pass, and their graph."""
         self._pass.clear()
 
     @property
     def features(self) -> Tensor:
-        """[B, T, D] of the last forward pass, in the dtype of the model and with its graph.
+        """[B, T, D] of the last forward pass, in the model's dtype and with its graph.
 
         Raises:
-            RuntimeError: no pass has run since, or it did not reach the place that is read.
-            ValueError: the pass gave anything but one representation for each token.
+            RuntimeError: no pass has run, or it did not reach the place.
+            ValueError: the pass did not give one representation for each token.
         """
         if self._pass.arguments is None:
             raise StateError(
@@ -201,25 +190,25 @@ class Representations:
 
     @property
     def input_ids(self) -> Tensor:
-        """int64 [B, T], as the last forward pass was given them.
+        """int64 [B, T], of the last forward pass.
 
-        Raises: ValueError if it was given none, as with `inputs_embeds`.
+        Raises: ValueError if it had none, as with `inputs_embeds`.
         """
-        found = self._argument("input_ids")
-        if found is None:
+        input_ids = self._argument("input_ids")
+        if input_ids is None:
             raise ValueError(
                 "model must be called with input_ids, got none; classes are told apart by token id"
             )
-        return found
+        return input_ids
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """As the last forward pass was given it."""
+        """Of the last forward pass."""
         return self._argument("attention_mask")
 
     @property
     def labels(self) -> Tensor | None:
-        """As the last forward pass was given them."""
+        """Of the last forward pass."""
         return self._argument("labels")
 
     def _argument(self, name: str) -> Any:
@@ -227,7 +216,7 @@ class Representations:
 
 
 class _Pass:
-    """What the hooks hand over of the last forward pass."""
+    """The last forward pass: its arguments and features, which the hooks fill in."""
 
     def __init__(self, argument_names: Sequence[str], place: Features, skip_logits: bool) -> None:
         self._argument_names, self._place, self._skip_logits = argument_names, place, skip_logits
@@ -252,8 +241,8 @@ class _Pass:
         self.running = False
 
     def keep_output(self, module: nn.Module, args: tuple, output: Any) -> None:
-        # Activation checkpointing runs modules again during the backward pass, after the outer
-        # model's forward has ended. Of nested modules the outermost comes last and stays.
+        # Activation checkpointing runs modules again after the outer model's forward has ended.
+        # Of nested modules the outermost comes last and stays.
         if self.running:
             last = getattr(output, "last_hidden_state", None)
             self.features = output[0] if last is None else last
@@ -275,27 +264,6 @@ _ELSEWHERE = {
     "base": "use features='head'",
     "head": "losses fused with the output embedding bypass it, so use features='base'",
 }
-
-
-def language_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside `torch.compile`, parallel wrappers and PEFT."""
-    outer = unwrap(model)
-    return outer.get_base_model() if hasattr(outer, "get_base_model") else outer
-
-
-def output_embedding(model: nn.Module) -> nn.Module:
-    """The module whose weight [V, D] turns representations into logits.
-
-    Raises: ValueError if the model has none.
-    """
-    inner = language_model(model)
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if head is None:
-        raise ValueError(
-            f"model must have an output embedding, got {type(inner).__name__} without one; load it "
-            "as a causal or masked language model"
-        )
-    return head
 
 
 def _base_modules(inner: nn.Module) -> list[nn.Module]:

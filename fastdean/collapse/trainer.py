@@ -27,17 +27,17 @@ _OVERRIDDEN = (
 def trainer_class(base: type) -> type:
     """A subclass of a Hugging Face Trainer with a further argument, `regularizer=`.
 
-    The term joins whatever loss the Trainer has computed: the model's, a label-smoothed one, or
-    that of `compute_loss_func`. Over the batches of one accumulation it comes to the mean of their
-    terms; every batch adds to the statistics. The logged "loss" has the term in it, "collapse" is
-    `regularizer.value`. The schedule's steps are those of the optimizer.
+    The term is added to the Trainer's loss, be it the model's, a label-smoothed one, or that of
+    `compute_loss_func`. Every batch adds to the statistics; over an accumulation the terms come to
+    their mean. The logged "loss" includes the term, "collapse" is `regularizer.value`. The
+    schedule's steps are the optimizer's.
 
-    Models whose loss ignores `num_items_in_batch` although their forward takes it, as BERT's does,
-    have it summed over an accumulation by the Trainer, with or without a regulariser, and the term
-    is small beside it: set `model.accepts_loss_kwargs = False` before making the Trainer.
+    Of models whose loss ignores `num_items_in_batch` although their forward has it, such as BERT,
+    the Trainer sums the loss over an accumulation, so that the term is small beside it: set
+    `model.accepts_loss_kwargs = False` before making the Trainer.
 
-    Checkpoints hold the statistics in the folder "collapse_regularizer", except those of
-    `save_only_model`; resuming takes them over, into a regulariser with the same options.
+    Checkpoints have the statistics in the folder "collapse_regularizer", except with
+    `save_only_model`; resuming restores them into a regulariser with the same options.
 
     Args:
         base: `transformers.Trainer` or a class derived from it.
@@ -62,7 +62,10 @@ def trainer_class(base: type) -> type:
     class CollapseTrainer(base):
         def __init__(self, *args: Any, regularizer: CollapseRegularizer, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            _check_attached(regularizer, self.model)
+            if not isinstance(regularizer, CollapseRegularizer):
+                kind = type(regularizer).__name__
+                raise InputTypeError(f"regularizer must be a CollapseRegularizer, got {kind}")
+            regularizer.require_attached_to(self.model)
             self.regularizer = regularizer
 
         def compute_loss(
@@ -86,12 +89,12 @@ def trainer_class(base: type) -> type:
             return loss + term.to(loss.device), outputs
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            # The Trainer logs a loss while training and other names when it evaluates or ends.
+            # The Trainer logs "loss" only while it trains.
             if "loss" in logs and (value := self.regularizer.value) is not None:
                 logs["collapse"] = value
             super().log(logs, *args, **kwargs)
 
-        # The two that the Trainer calls for all that a checkpoint needs besides the weights.
+        # The Trainer saves and loads with these two all of a checkpoint but the weights.
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             super()._save_optimizer_and_scheduler(output_dir)
             if self.args.should_save:
@@ -106,18 +109,10 @@ def trainer_class(base: type) -> type:
     return CollapseTrainer
 
 
-def _check_attached(regularizer: CollapseRegularizer, model: nn.Module) -> None:
-    if not isinstance(regularizer, CollapseRegularizer):
-        raise InputTypeError(
-            f"regularizer must be a CollapseRegularizer, got {type(regularizer).__name__}"
-        )
-    regularizer.require_attached_to(model)
-
-
 def _divides_by_accumulation(trainer: Any, num_items_in_batch: Tensor | int | None) -> bool:
-    """Whether the Trainer will divide what `compute_loss` returns by the accumulated batches.
+    """Whether the Trainer divides the loss of `compute_loss` by the number of accumulated batches.
 
-    It does unless that is already a share of all their items.
+    It does unless the loss is divided by all their items already.
     """
     declared = getattr(trainer, "loss_is_scaled_for_ga", None)
     if declared is not None:

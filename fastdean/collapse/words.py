@@ -4,12 +4,12 @@
     words.txt                          one word a line: one group, named after the file
     words.json                         {"group": ["word", ...], ...}
 
-The lists are written for the project, in the selection of its authors: pronouns, kinship and roles
-of women, of men, and of non-binary people together with the neutral forms; adherents and schools
-of religions; demonyms. Words that are capitalised in English are written so, because "Polish" is
-not "polish". Short ones that stand inside many other words (ze, hir, gal, lad) are not in them,
-because their tokens may be pieces of those. No list is complete, and a word may mean something
-else where it stands ("Black", "Native", "partner"): read the groups before you rely on them.
+The project's authors chose the words of its lists: pronouns, kinship and roles of women, of men,
+and of non-binary people together with the neutral forms; adherents and schools of religions;
+demonyms. "Polish" is not "polish", so words have their English capitals. Short ones inside many
+other words (ze, hir, gal, lad) are left out, because their tokens may be pieces of those. No list
+is complete, and words have other meanings ("Black", "Native", "partner"): read the groups before
+you rely on them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WordGroups = str | Path | Mapping[str, Sequence[str]]
 
 # A form of a word, or the name of a group.
 WORD = Text(longest=1000)
-# What a file of words looks like.
+# The form of a file of words.
 _GROUPS = Maps(Lists(WORD, least=1), least=1)
 _MOST_BYTES = 1 << 24
 

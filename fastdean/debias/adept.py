@@ -1,4 +1,4 @@
-"""ADEPT: neutral words equally near to every attribute, representations kept otherwise.
+"""ADEPT: neutral words equally near to every attribute, other representations preserved.
 
     L = 0.3 * bias + 0.7 * preservation
     P_a(n) = softmax over the neutral words n of -||h_n - prototype_a||^2 / (2 rho^2)
@@ -8,16 +8,13 @@
         "published":  mean of JS(P_a, P_b) in bits; rho = 10
         "paper":      sum of JS(P_a, P_b) in nats; rho = sqrt(D)
 
-prototype_a is the mean representation of the words of attribute a (here: female, male). Source:
-arXiv 2211.05414 and its released code, with the weights of the ADEPT row of arXiv 2410.04472.
-"published" is what the released code computes: logarithms of base 2, a mean over the pairs, the
-features of all layers together (the caller's to give, as `objectives` does), prototypes that are
-constants, and a rho of 10 whatever its script asks for. "paper" sums as the paper is described,
-which names no base; its rho is chosen here, as it keeps the exponents of the order of 1 behind a
-layer norm, and the caller gives the last layer and prototypes with a gradient. In both forms,
-unlike the released code: the prototypes are those of the batch, not of all text once an epoch;
-preservation is of all tokens of the batch, not of texts with attribute words alone; and all weights
-that require a gradient are trained, as in its "finetuning" variant, not a prompt.
+prototype_a is the mean representation of the words of attribute a (here: female, male). "published"
+is the released code, which also joins the features of all layers and has constant prototypes: the
+caller gives them so. "paper" is the loss as the paper describes it, without a base or a rho; the
+rho here keeps the exponents of the order of 1 behind a layer norm.
+
+Source: arXiv 2211.05414 and its released code, with the weights of the ADEPT row of arXiv
+2410.04472. docs/methods.md lists the departures from the code.
 """
 
 from __future__ import annotations

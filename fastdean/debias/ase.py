@@ -1,18 +1,17 @@
-"""ASE: stereotype words off the gender direction, the weights held where they matter.
+"""ASE: stereotype words off the gender direction, with elastic weight consolidation.
 
     L = MLM + sum over the stereotype words of |h . g| + 0.5 * EWC
     g = (male - female) / ||male - female||,  male = sum of h over the tokens of the male words
     EWC = sum over the parameters of F * (theta - theta*)^2
 
-h is the last representation where a stereotype word stands. Source: the ASE row of arXiv 2410.04472
-and its released code, with elastic weight consolidation of arXiv 1612.00796. As there: male and
-female are last representations, of the words of each list read as one text without dropout, and g
-is a constant, taken once from the weights that training starts from; both lists have the same
-number of words, so that sums will do; the terms are summed over a batch; theta* are the weights
-training starts from, and no factor 1/2 is added. Otherwise than there: F is the mean over batches
-of the squared gradient of the MLM loss of the training text at theta* (a diagonal of the empirical
-Fisher information), not that of WinoBias sentences with their pronoun masked; a word of several
-pieces counts with its last one.
+h is the last representation at the last piece of a stereotype word. g is a constant, from the
+weights before training, without dropout, and from the words of each list read as one text; both
+lists have the same number of words, so that sums will do. The terms are summed over a batch. theta*
+are the weights before training. F is the mean over batches of the squared gradient of the MLM loss
+of the training text at theta*, a diagonal of the empirical Fisher information.
+
+Source: the ASE row of arXiv 2410.04472 and its released code, with elastic weight consolidation of
+arXiv 1612.00796. docs/methods.md lists the departures from the code.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def gender_direction(female: Tensor, male: Tensor) -> Tensor:
         female, male: [F, D] and [M, D], F and M >= 1: the representations of the tokens of equally
             many words.
     Raises:
-        ValueError: other shapes, or sums that are equal: no direction.
+        ValueError: other shapes, or equal sums, which have no direction.
     """
     shapes = [list(rows.shape) for rows in (female, male)]
     if any(len(shape) != 2 or not shape[0] for shape in shapes) or shapes[0][1] != shapes[1][1]:
@@ -65,9 +64,8 @@ def diagonal_fisher(
     """Mean over the losses of each parameter's squared gradient, in the parameters' dtype.
 
     Args:
-        losses: scalars, at least one, made one after the other: one graph is alive at a time.
-        parameters: name -> a tensor that requires a gradient; one that a loss does not depend on
-            has 0 there.
+        losses: scalars, at least one; an iterator need keep only one graph alive.
+        parameters: name -> a tensor that requires a gradient; 0 where a loss does not depend on it.
     """
     importance = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     count = 0

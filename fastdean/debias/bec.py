@@ -2,13 +2,13 @@
 
     L = mean over the positions t in M of  -log p(token_t | text with M hidden)
 
-M holds each word of the text with probability 0.15; of M, 80 % are shown as the mask token, 10 % as
-a random word and 10 % as they are. The choice is BERT's (arXiv 1810.04805), the objective that of
-the BEC row of arXiv 2410.04472: lr 2e-5, 3 epochs, on GAP with genders swapped.
+M holds each token of the text with probability 0.15. Of M, 80 % are shown as the mask token, 10 %
+as a random token and 10 % unchanged, as in BERT (arXiv 1810.04805). Chosen here, where the source
+says nothing: original and swapped text are both trained on; a random token is uniform over the
+vocabulary without its special tokens; tokens are drawn independently, so that a batch of few may
+have none in M and a loss of 0.
 
-Not settled there, chosen here: original and swapped text are both trained on; a random word is
-uniform over the vocabulary without its special tokens; a position is drawn independently of the
-others, so that a batch of few tokens may hide none, and its loss is then 0.
+Source: the BEC row of arXiv 2410.04472: lr 2e-5, 3 epochs, on GAP with genders swapped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MaskedTokens:
     """A batch with hidden tokens.
 
     Attributes:
-        input_ids: int64 [B, T], what the model is shown.
+        input_ids: int64 [B, T], for the model.
         labels: int64 [B, T], the hidden token's id; -100 elsewhere.
     """
 
@@ -53,8 +53,8 @@ def mask_tokens(
         input_ids: int64 [B, T].
         may_hide: bool [B, T]; False on special tokens and padding, which are never hidden.
         mask_id: the mask token.
-        random_ids: int64 [W], W >= 1; what a random word is drawn from.
-        generator: of the CPU; three draws of [B, T] are taken from it whatever is hidden.
+        random_ids: int64 [W], W >= 1, to draw a random token from.
+        generator: of the CPU; gives three draws of [B, T].
         rate: above 0 and at most 1.
     Raises:
         ValueError: `rate` is out of range or `random_ids` is empty.

@@ -1,4 +1,4 @@
-"""The text that goes with a debiased model: what was done to it, and what that changed."""
+"""The README.md of a debiased model: its training, and the measured effect."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ class Effect:
     """One figure before and after training.
 
     Attributes:
-        metric: with its unit and the data it was measured on, such as "StereoSet SS (gender), %".
+        metric: with its unit and its data, such as "StereoSet SS (gender), %".
         before, after: the figure of the base model and of this one.
         low, high: 95 % interval of after - before, or None where none was measured.
-        verdict: what may be said about the change, of `Interval.verdict()`.
-        from_neutral: the verdict on the distance from the metric's neutral value, or None where it
-            has none.
+        verdict: on the change, of `Interval.verdict()`.
+        from_neutral: the verdict on the distance from the metric's neutral value, if it has one.
     """
 
     metric: str
@@ -41,7 +40,7 @@ class Effect:
     from_neutral: str | None = None
 
     def reading(self) -> str:
-        """The verdicts; no effect where the interval holds 0, whatever the first one says."""
+        """The verdicts; no effect where the interval holds 0."""
         if self.low is None or self.high is None:
             return "no interval measured"
         said = reading(self.low, self.high, 0.0, self.verdict)
@@ -62,14 +61,14 @@ def model_card(
     """A README.md with the hub's metadata.
 
     Args:
-        name: the title: of the model, or "owner/name" of its place on the hub.
-        base_model: what was trained. It stands in the metadata where it has the form of a hub id.
+        name: the title, such as the model's "owner/name" on the hub.
+        base_model: the model before training; in the metadata if it has the form of a hub id.
         method: as given to `fine_tune`.
-        strength: of the collapse regulariser; None where there was none.
+        strength: of the collapse regulariser; None: there was none.
         data: the source of the rows, and their number.
-        regularised: the words of the regulariser; of no account without one.
-        command: what was run, with names in place of local paths.
-        effects: what was measured, good and bad; empty where nothing was, which is said.
+        regularised: the words of the regulariser, if there was one.
+        command: the command line, with names in place of local paths.
+        effects: all measured ones, good and bad; the card says so where there are none.
     Raises:
         ValueError: an unknown method.
     """
@@ -122,11 +121,8 @@ def _table(effects: Sequence[Effect]) -> str:
         "|---|---:|---:|---|---|",
     ]
     for effect in effects:
-        low_high = (
-            "-"
-            if effect.low is None or effect.high is None
-            else f"{effect.low:+.4g} to {effect.high:+.4g}"
-        )
+        measured = effect.low is not None and effect.high is not None
+        low_high = f"{effect.low:+.4g} to {effect.high:+.4g}" if measured else "-"
         lines.append(
             f"| {markdown.text(effect.metric)} | {effect.before:.4g} | {effect.after:.4g} "
             f"| {low_high} | {effect.reading()} |"

@@ -2,9 +2,8 @@
 
     L = mean over the tokens t > 0 that are no padding of  -log p(token_t | tokens before t)
 
-The causal counterpart of BEC (`bec.py`): the base methods of arXiv 2410.04472 are all masked, and
-its section on decoder-only models leaves the base objective open. Chosen here: every token of the
-text counts, original and swapped text alike.
+The causal counterpart of BEC (`bec.py`), chosen here: arXiv 2410.04472 leaves the base objective of
+decoder-only models open. Every token counts, of original and swapped text.
 """
 
 from __future__ import annotations

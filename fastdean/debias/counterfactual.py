@@ -1,18 +1,17 @@
 """Text with its gendered words swapped: she for he, her mother for his father, Mary for James.
 
-What a word becomes is decided by the lists of `gender_words`; where they give several counterparts,
-by the word's use, read from the words beside it:
+The lists of `gender_words` give each word its counterpart, or several, by the word's use, which the
+words beside it tell:
 
-- her, his: a determiner where a word follows that is none of `_FUNCTION_WORDS` ("her car", "his own
+- her, his: a determiner before a word that is none of `_FUNCTION_WORDS` ("her car", "his own
   book"), else "her" is an object and "his" a pronoun ("saw her in town", "the car is his.").
-  Wrong where object and noun or verb meet without a word between ("gave her flowers", "let her
-  win").
-- a title where it is capitalised before a capitalised word ("Sir John", "Father Brown"; also
-  "Founding Fathers"); "Lord" capitalised elsewhere is the deity.
-- a verb: "groom" after "to", a modal or a personal pronoun; "miss" wherever it is no title.
+  Wrong where an object meets a noun or verb ("gave her flowers", "let her win").
+- a title: capitalised before a capitalised word ("Sir John", "Father Brown"; also "Founding
+  Fathers"); elsewhere capitalised "Lord" is the deity.
+- a verb: "groom" after "to", a modal or a personal pronoun; "miss" where it is no title.
 
-Words in lower case, Capitalised or UPPER CASE are swapped and keep that form; names are not swapped
-in lower case ("grace", "mark"), nor is anything whose case is mixed.
+A swapped word has the case of the original: lower, Capitalised or UPPER. Names in lower case
+("grace", "mark") and words of mixed case are not swapped.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from fastdean.debias.gender_words import GenderWords
 
 _TEXT_KEYS = ("prompt", "response", "unsafe", "text", "premise", "hypothesis")
 
-# Words that begin no noun phrase after a possessive. The gendered pronouns are all among them and
-# the gendered nouns are not, so that a swap of the next word never changes the use of this one.
+# Words that begin no noun phrase after a possessive. All gendered pronouns are among them and no
+# gendered noun is, so that swapping the next word never changes the use of this one.
 _FUNCTION_WORDS_LISTED = """
 a an the this that these those some any every each all both no not
 i you we they it he she me us them him her his hers himself herself mine yours theirs who whom
@@ -47,7 +46,7 @@ _FUNCTION_WORDS = frozenset(_FUNCTION_WORDS_LISTED.split())
 _BEFORE_A_VERB = frozenset(_BEFORE_A_VERB_LISTED.split())
 _NEXT_WORD = re.compile(r"\s+[\"'“‘]?(\w+)")
 _PREVIOUS_WORD = re.compile(r"(\w+)[\"'”’]?\s+\Z")
-# As far back as a previous word is looked for: it bounds the search of a long text.
+# Characters searched for the previous word; a bound for long texts.
 _LOOK_BACK = 40
 
 
@@ -59,7 +58,7 @@ def counterfactual(text: str, *, lists: Mapping[str, Any] | None = None) -> str 
 
     Args:
         text: any text; only whole words are looked at.
-        lists: what to swap, in the form of `gender_words`; None: the lists of the package.
+        lists: in the form of `gender_words`; None: the lists of the package.
     Raises:
         ValueError: the lists are not of that form.
     """
@@ -78,7 +77,7 @@ def augment(
 
     Args:
         rows: of `fastdean.data.load_rows`: text, prompt and response, messages, or premise and
-            hypothesis. What is no text is copied as it is.
+            hypothesis. Other columns are copied.
         lists: see `counterfactual`.
     Returns:
         New dictionaries; a row in which nothing was swapped has no copy.
@@ -86,13 +85,13 @@ def augment(
         ValueError: the lists are not of that form, or a turn of `messages` has no "content".
     """
     words = GenderWords.from_lists(lists)
-    found = []
+    augmented = []
     for row in rows:
-        found.append(dict(row))
+        augmented.append(dict(row))
         swapped = {key: _swap_value(value, key, words) for key, value in row.items()}
         if swapped != dict(row):
-            found.append(swapped)
-    return found
+            augmented.append(swapped)
+    return augmented
 
 
 def _swap_value(value: Any, key: str, words: GenderWords) -> Any:
@@ -137,7 +136,7 @@ def _swap_word(match: re.Match[str], words: GenderWords) -> str:
 
 
 def _case_of(word: str) -> Callable[[str], str] | None:
-    """How to give another word the case of this one; None where its case is mixed."""
+    """Gives another word this one's case; None where that is mixed."""
     for recase in (str.lower, _capitalised, str.upper, _capitalised_parts):
         if word == recase(word):
             return recase
@@ -153,7 +152,7 @@ def _capitalised_parts(word: str) -> str:
 
 
 def _use_of(word: str, match: re.Match[str], uses: Mapping[str, str | None]) -> str | None:
-    """Which of its listed uses the word has here; the rules are in the module's docstring."""
+    """One of the word's listed uses, by the rules of the module's docstring."""
     following, previous = _neighbours(match)
     if "determiner" in uses:
         if following and following.lower() not in _FUNCTION_WORDS:
@@ -169,7 +168,7 @@ def _use_of(word: str, match: re.Match[str], uses: Mapping[str, str | None]) -> 
 
 
 def _neighbours(match: re.Match[str]) -> tuple[str, str]:
-    """The words after and before, or "" where something other than space stands between."""
+    """The words after and before, or "" where anything but space is between."""
     text, start = match.string, match.start()
     following = _NEXT_WORD.match(text, match.end())
     previous = _PREVIOUS_WORD.search(text[max(0, start - _LOOK_BACK) : start])

@@ -1,4 +1,4 @@
-"""Gendered words and what each of them becomes: `words/gender_pairs.json`, or lists of its form.
+"""Gendered words and their counterparts: `words/gender_pairs.json`, or lists of its form.
 
 - pairs: [[female, male], ...] in lower case; a word's first pair gives its counterpart
 - ambiguous: {word: {use: counterpart or null}}, where it depends on the word's use
@@ -20,12 +20,12 @@ _KEYS = ("pairs", "ambiguous", "names")
 
 @dataclass(frozen=True)
 class GenderWords:
-    """The lists, ready for use.
+    """The lists as dictionaries.
 
     Attributes:
         pairs: (female, male) in lower case, in the lists' order.
         swaps: word -> counterpart, in lower case, by the first pair that has the word.
-        uses: word -> {use: counterpart, or None where it stays}; goes before `swaps`.
+        uses: word -> {use: counterpart, or None: not swapped}; goes before `swaps`.
         names: name -> name, both ways, spelt as listed, and both in upper case.
     """
 
@@ -38,9 +38,8 @@ class GenderWords:
     def from_lists(cls, lists: Mapping[str, Any] | None = None) -> GenderWords:
         """Read lists of the form above; None: those of the package.
 
-        Raises:
-            ValueError: a key is missing, a pair is no pair of two words, a word is female and male,
-                or the names are not parallel.
+        Raises: ValueError if a key is missing, a pair is no pair of two words, a word is female and
+            male, or the names are not parallel.
         """
         return _embedded() if lists is None else _read(lists)
 
@@ -58,19 +57,13 @@ class GenderWords:
         Their counterpart depends on their use ("her"), is such a word ("him" becomes "her"), or has
         another counterpart itself ("mum" becomes "dad", which becomes "mom").
         """
-        return tuple(
-            sorted(
-                word
-                for word in {*self.swaps, *self.uses}
-                if word in self.uses
-                or self.swaps[word] in self.uses
-                or self.swaps[self.swaps[word]] != word
-            )
-        )
+        swaps, uses = self.swaps, self.uses
+        others = {word for word in swaps if swaps[word] in uses or swaps[swaps[word]] != word}
+        return tuple(sorted({*uses, *others}))
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Any word of the lists, whole, in any case; the longest that fits."""
+        """Matches any whole word of the lists, in any case; the longest one."""
         words = {*self.swaps, *self.uses, *self.names}
         longest_first = sorted(words, key=lambda word: (-len(word), word))
         either = "|".join(re.escape(word).replace("'", "['’]") for word in longest_first)

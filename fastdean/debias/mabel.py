@@ -12,17 +12,17 @@ copies, and s(a, b) = cos(a, b) / 0.05:
                   "paper":      (cos(p_i, h_i) - cos(p'_i, h'_i))^2
     MLM         = `bec.masked_lm_loss` of the four sentences
 
+"published" is the released code, which trained the authors' models; "paper" is the term as the
+paper describes it, 1 / T^2 = 400 times smaller and more. As in the code, the swapped copy of an
+example's own hypothesis is among its negatives.
+
 Source: arXiv 2210.14975 and its released code, with the figures of the MABEL row of arXiv
-2410.04472, whose code takes the same loss. "published" is what the released code computes, and what
-its models were trained with: all pairs of the batch, and cosines over the temperature. "paper" is
-the term as the paper is described: pairs of one example alone, plain cosines; 1 / T^2 = 400 times
-smaller and more. All else is of the released code: the contrastive term weighs 1, and the swapped
-copy of an example's own hypothesis is among its negatives. How a sentence becomes one vector is the
-caller's: `objectives` takes the mean of the last representations over the tokens, where the
-released code puts the first token's through two layers of its own, which it throws away afterwards.
+2410.04472. docs/methods.md lists the departures from the code.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +51,9 @@ def contrastive_loss(
     Raises:
         ValueError: shapes that differ, or a temperature that is not positive.
     """
-    _check_shapes(premises, hypotheses, swapped_premises, swapped_hypotheses)
-    _check_temperature(temperature)
-    p, h, p_swapped, h_swapped = (
-        nn.functional.normalize(rows, dim=1)
-        for rows in (premises, hypotheses, swapped_premises, swapped_hypotheses)
-    )
+    sentences = (premises, hypotheses, swapped_premises, swapped_hypotheses)
+    _check(sentences, temperature)
+    p, h, p_swapped, h_swapped = (nn.functional.normalize(rows, dim=1) for rows in sentences)
     own = torch.arange(len(p), device=p.device)
     original = torch.cat([p @ h.T, p @ h_swapped.T], dim=1) / temperature
     swapped = torch.cat([p_swapped @ h_swapped.T, p_swapped @ h.T], dim=1) / temperature
@@ -79,13 +76,10 @@ def alignment_loss(
         form: "published" or "paper".
         temperature: above 0; "paper" has none.
     """
-    _check_shapes(premises, hypotheses, swapped_premises, swapped_hypotheses)
-    _check_temperature(temperature)
+    sentences = (premises, hypotheses, swapped_premises, swapped_hypotheses)
+    _check(sentences, temperature)
     if require_form(form) == "published":
-        p, h, p_swapped, h_swapped = (
-            nn.functional.normalize(rows, dim=1)
-            for rows in (premises, hypotheses, swapped_premises, swapped_hypotheses)
-        )
+        p, h, p_swapped, h_swapped = (nn.functional.normalize(rows, dim=1) for rows in sentences)
         difference = (p @ h.T - p_swapped @ h_swapped.T) / temperature
         return difference.square().sum(1).mean()
     original = nn.functional.cosine_similarity(premises, hypotheses, dim=1)
@@ -118,17 +112,14 @@ def mabel_loss(
     return contrast + alignment_weight * alignment + mlm_weight * masked_lm
 
 
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature must be above 0, got {temperature}; {TEMPERATURE} is the published one"
-        )
-
-
-def _check_shapes(first: Tensor, *others: Tensor) -> None:
-    shapes = [tuple(tensor.shape) for tensor in (first, *others)]
-    if first.dim() != 2 or len(set(shapes)) > 1:
+def _check(sentences: Sequence[Tensor], temperature: float) -> None:
+    shapes = [tuple(rows.shape) for rows in sentences]
+    if len(shapes[0]) != 2 or len(set(shapes)) > 1:
         raise ValueError(
             f"premises, hypotheses and their swapped copies must have one shape [B, D], got "
             f"{shapes}; give one row per example in each"
+        )
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature must be above 0, got {temperature}; {TEMPERATURE} is the published one"
         )

@@ -1,8 +1,8 @@
-"""The five methods as training sees them: rows to examples, and the loss of some of them.
+"""Five methods: from rows to examples, and the forward passes of each loss.
 
-The losses themselves are `causal`, `bec`, `mabel`, `ase` and `adept`. Here it is decided which
-forward passes they take. The last pass of a loss always is one of the whole model, with gradients,
-on the language modelling text: the one that a collapse regulariser's term is of.
+The losses themselves are in `causal`, `bec`, `mabel`, `ase` and `adept`. The last pass of each is
+of the whole model, with gradients, on the language modelling text: a collapse regulariser's term is
+of the last pass.
 """
 
 from __future__ import annotations
@@ -32,26 +32,27 @@ from fastdean.debias.texts import (
     collate,
     texts_of,
 )
+from fastdean.models.calling import base_of
 from fastdean.models.forward import label_shift
 from fastdean.models.model_state import evaluation_state, input_device, max_tokens, unwrap
 
 _FISHER_BATCHES = 8
 _FISHER_BATCH_SIZE = 8
-# Tokens of the text that a list of words is read as, for a model that names no limit.
+# Most tokens of a text made of listed words, for a model without a limit.
 _WORDS_LENGTH = 512
-CAUSAL, MASKED = 1, 0
-_KIND = {CAUSAL: "causal", MASKED: "masked"}
+# By `label_shift`.
+_KINDS = ("masked", "causal")
 
 
 @dataclass(frozen=True)
 class Material:
-    """What every objective is made from.
+    """The arguments of an objective.
 
     Attributes:
         model, tokenizer: of Hugging Face.
         encoder: text -> tokens.
-        words: the gendered words; `lists` are where they came from, for `augment`.
-        seed: of what an objective draws before training.
+        words: the gendered words, made from `lists`.
+        seed: of random numbers before training.
         form: of the losses that have two.
     """
 
@@ -68,11 +69,11 @@ class Objective:
     """One method on its rows.
 
     Attributes:
-        fits: the label shifts of the models it can train.
-        examples: what `loss` takes indices of.
+        fits: the kinds of model it can train, "causal" and "masked".
+        examples: `loss` has indices into them.
     """
 
-    fits: ClassVar[frozenset[int]]
+    fits: ClassVar[frozenset[str]]
 
     def __init__(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> None:
         self.model = material.model
@@ -85,7 +86,7 @@ class Objective:
         self.examples = self._encode(material, rows)
 
     def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
-        """The mean loss of these examples; `generator`, of the CPU, gives all its randomness."""
+        """The mean loss of these examples; its random numbers are `generator`'s, of the CPU."""
         raise NotImplementedError
 
     def _encode(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> list:
@@ -98,15 +99,15 @@ class Objective:
         return collate([self.examples[i] for i in members], self._pad_id)
 
     def _outputs(self, input_ids: Tensor, batch: TextBatch, **options: Any) -> Any:
-        return self.model(
-            input_ids=input_ids.to(self.device),
-            attention_mask=batch.attention_mask.to(self.device),
-            **options,
-        )
+        return self.model(**self._inputs(input_ids, batch), **options)
+
+    def _inputs(self, input_ids: Tensor, batch: TextBatch) -> dict[str, Tensor]:
+        attention_mask = batch.attention_mask.to(self.device)
+        return {"input_ids": input_ids.to(self.device), "attention_mask": attention_mask}
 
 
 class Causal(Objective):
-    fits = frozenset({CAUSAL})
+    fits = frozenset({"causal"})
 
     def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
         batch = self._batch(members)
@@ -116,7 +117,7 @@ class Causal(Objective):
 
 
 class Bec(Objective):
-    fits = frozenset({MASKED})
+    fits = frozenset({"masked"})
 
     def __init__(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> None:
         super().__init__(material, rows)
@@ -126,17 +127,15 @@ class Bec(Objective):
                 "tokenizer must have a mask token for masked language modelling, got none; load "
                 "the one that belongs to the model"
             )
-        special = torch.tensor(sorted(tokenizer.all_special_ids))
-        # An embedding may be padded by rows that are no tokens.
-        rows = unwrap(material.model).get_input_embeddings().num_embeddings
-        ids = torch.tensor(sorted({*tokenizer.get_vocab().values()} & {*range(rows)}))
-        self._special_ids = special
-        self._random_ids = ids[~torch.isin(ids, special)]
         self._mask_id = tokenizer.mask_token_id
+        self._special_ids = torch.tensor(sorted(tokenizer.all_special_ids))
+        # Some vocabularies have more tokens than the model, some models more rows than tokens.
+        known = range(unwrap(material.model).get_input_embeddings().num_embeddings)
+        ids = torch.tensor(sorted({*tokenizer.get_vocab().values()} & {*known}))
+        self._random_ids = ids[~torch.isin(ids, self._special_ids)]
 
     def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
-        batch = self._batch(members)
-        return self._masked_lm(batch, generator)
+        return self._masked_lm(self._batch(members), generator)
 
     def _hide(self, batch: TextBatch, generator: torch.Generator) -> MaskedTokens:
         may_hide = ~(batch.special | torch.isin(batch.input_ids, self._special_ids))
@@ -158,54 +157,49 @@ class Mabel(Bec):
     """A sentence's vector is the mean of its last representations over its tokens."""
 
     def _encode(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> list:
-        """Premise, hypothesis and their swapped copies, of the pairs in which something is swapped.
+        """Premise, hypothesis and their swapped copies, of each pair in which something is swapped.
 
         In the others both copies would be the same, and the hypothesis its own negative.
         """
         columns = ["premise", "hypothesis"]
         texts_of(rows, columns)
-        found = []
+        examples = []
         for row in rows:
             original, *swapped = texts_of(augment([row], lists=material.lists), columns)
             if swapped:
-                found.append([material.encoder(text) for text in (*original, *swapped[0])])
-        if not found:
+                examples.append([material.encoder(text) for text in (*original, *swapped[0])])
+        if not examples:
             raise ValueError(
                 "rows must hold at least one pair with a gendered word, got none; give pairs such "
                 "as those of embedded:debias:pairs"
             )
-        return found
+        return examples
 
     def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
-        sentences = [text for column in self._columns(members) for text in column]
-        batch = collate(sentences, self._pad_id)
+        # Premises, hypotheses, swapped premises, swapped hypotheses.
+        columns = zip(*(self.examples[i] for i in members), strict=True)
+        batch = collate([text for column in columns for text in column], self._pad_id)
         vectors = self._sentence_vectors(batch).unflatten(0, (4, len(members)))
         return mabel_loss(*vectors, self._masked_lm(batch, generator), form=self._form)
 
-    def _columns(self, members: Sequence[int]) -> list[tuple]:
-        """[premises, hypotheses, swapped premises, swapped hypotheses]."""
-        return list(zip(*(self.examples[i] for i in members), strict=True))
-
     def _sentence_vectors(self, batch: TextBatch) -> Tensor:
-        inner = unwrap(self.model)
-        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-        # Without the head: logits over the vocabulary would take most of the memory.
+        inner = base_of(unwrap(self.model))
+        # Without the head, whose logits would need most of the memory.
         base = getattr(inner, inner.base_model_prefix)
-        mask = batch.attention_mask.to(self.device)
-        hidden = base(input_ids=batch.input_ids.to(self.device), attention_mask=mask)
-        weights = mask.to(hidden.last_hidden_state).unsqueeze(2)
-        return (hidden.last_hidden_state * weights).sum(1) / weights.sum(1)
+        hidden = base(**self._inputs(batch.input_ids, batch)).last_hidden_state
+        weights = batch.attention_mask.to(hidden).unsqueeze(2)
+        return (hidden * weights).sum(1) / weights.sum(1)
 
 
 class Ase(Bec):
-    """The stereotype words are the neutral ones of the encoder, hidden or not."""
+    """The stereotype words are the encoder's neutral words, hidden or not."""
 
     def __init__(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> None:
         super().__init__(material, rows)
         _require_kinds(self.examples, {"neutral": NEUTRAL})
         self._direction = self._gender_direction(material)
         self._parameters = _trained(self.model)
-        self._start = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._start = _copies(self._parameters)
         self._importance = self._fisher(material.seed)
 
     def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -222,7 +216,7 @@ class Ase(Bec):
         )
 
     def _gender_direction(self, material: Material) -> Tensor:
-        """From the paired words that are known, each list read as one text, before any training."""
+        """From the known pairs of words, each side read as one text, before training."""
         pairs = _known_pairs(material)
         with evaluation_state(self.model), torch.no_grad():
             sides = [
@@ -232,39 +226,36 @@ class Ase(Bec):
         return gender_direction(*sides)
 
     def _states(self, text: Text) -> Tensor:
-        """The last representations of the text's own tokens: [N, D]."""
+        """The last representations of the text's tokens, without special ones: [N, D]."""
         batch = collate([text], self._pad_id)
         hidden = self._outputs(batch.input_ids, batch, output_hidden_states=True).hidden_states[-1]
         return hidden[0][~text.special.to(hidden.device)]
 
     def _fisher(self, seed: int) -> dict[str, Tensor]:
-        """From the first rows, without dropout, and unseen by a regulariser, which sleeps then."""
+        """From the first rows, without dropout; a regulariser ignores a model in eval mode."""
         generator = torch.Generator().manual_seed(seed)
-        groups = [
-            range(start, min(start + _FISHER_BATCH_SIZE, len(self.examples)))
-            for start in range(0, len(self.examples), _FISHER_BATCH_SIZE)
-        ][:_FISHER_BATCHES]
+        first = range(len(self.examples))[: _FISHER_BATCHES * _FISHER_BATCH_SIZE]
+        starts = first[::_FISHER_BATCH_SIZE]
+        batches = (self._batch(first[start : start + _FISHER_BATCH_SIZE]) for start in starts)
         with evaluation_state(self.model), torch.enable_grad():
-            losses = (self._masked_lm(self._batch(group), generator) for group in groups)
+            losses = (self._masked_lm(batch, generator) for batch in batches)
             return diagonal_fisher(losses, self._parameters)
 
 
 class Adept(Objective):
-    """The neutral words are those of the encoder, the attributes its female and male words.
+    """The neutral words are the encoder's, the attributes its female and male words.
 
-    The form "published" takes the features of all layers together and prototypes without a
-    gradient, "paper" the last layer and prototypes with one.
-    A pass without words of both genders and two neutral ones has no bias term, so that short texts
-    ask for a `batch_size` of 16 or more.
+    "published" has the features of all layers together and prototypes without a gradient, "paper"
+    the last layer and prototypes with one. The bias term of a pass is 0 without words of both
+    genders and two neutral ones: short texts need a `batch_size` of 16 or more.
     """
 
-    fits = frozenset({CAUSAL, MASKED})
+    fits = frozenset({"causal", "masked"})
 
     def __init__(self, material: Material, rows: Sequence[Mapping[str, Any]]) -> None:
         super().__init__(material, rows)
         _require_kinds(self.examples, {"neutral": NEUTRAL, "female": FEMALE, "male": MALE})
-        trained = _trained(self.model)
-        self._start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        self._start = _copies(_trained(self.model))
 
     def loss(self, members: Sequence[int], generator: torch.Generator) -> Tensor:
         batch = self._batch(members)
@@ -286,7 +277,7 @@ class Adept(Objective):
         )
 
     def _features(self, outputs: Any) -> Tensor:
-        """[B, T, D]; D is that of all layers, the embeddings included, in the published form."""
+        """[B, T, D] of the last layer; in the published form of all, the embeddings included."""
         states = outputs.hidden_states
         if self._form == "paper":
             return states[-1]
@@ -295,11 +286,7 @@ class Adept(Objective):
     @torch.no_grad()
     def _original(self, batch: TextBatch) -> Tensor:
         """The features [B, T, D] under the weights before training, dropout off."""
-        inputs = {
-            "input_ids": batch.input_ids.to(self.device),
-            "attention_mask": batch.attention_mask.to(self.device),
-            "output_hidden_states": True,
-        }
+        inputs = {**self._inputs(batch.input_ids, batch), "output_hidden_states": True}
         with evaluation_state(self.model):
             outputs = torch.func.functional_call(self.model, self._start, kwargs=inputs)
         return self._features(outputs)
@@ -315,30 +302,26 @@ METHODS: dict[str, type[Objective]] = {
 
 
 def require_method(model: nn.Module, method: str) -> type[Objective]:
-    """The objective of that name, if it can train this model.
-
-    Raises:
-        ValueError: an unknown method, a model that is no language model, or of the other kind.
-    """
+    """The objective of that name; ValueError for an unknown one or a model that it cannot train."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     try:
-        shift = label_shift(unwrap(model))
+        kind = _KINDS[label_shift(unwrap(model))]
     except ValueError:
         raise ValueError(
             "model must be a causal or masked language model to be debiased, got "
             f"{type(unwrap(model)).__name__}; load it with its language modelling head"
         ) from None
-    if shift not in METHODS[method].fits:
-        fitting = ", ".join(name for name, kind in METHODS.items() if shift in kind.fits)
+    if kind not in METHODS[method].fits:
+        fitting = ", ".join(name for name, other in METHODS.items() if kind in other.fits)
         raise ValueError(
-            f"method must be one of {fitting} for a {_KIND[shift]} language model, got {method!r}"
+            f"method must be one of {fitting} for a {kind} language model, got {method!r}"
         )
     return METHODS[method]
 
 
 def _known_pairs(material: Material) -> list[tuple[str, str]]:
-    """The pairs without a piece that the tokenizer does not know: both sides have as many words."""
+    """The pairs of which the tokenizer knows both words."""
     unknown = material.tokenizer.unk_token_id
     known = [
         pair
@@ -354,7 +337,7 @@ def _known_pairs(material: Material) -> list[tuple[str, str]]:
 
 
 def _word_texts(material: Material, words: Sequence[str]) -> list[Text]:
-    """The words as one text, or as several where the model cannot read so many tokens at once."""
+    """The words as one text, or halved until each text fits the model."""
     limit = max_tokens(material.model) or _WORDS_LENGTH
     encoder = TextEncoder(
         material.tokenizer, material.words, neutral_words=(), max_length=limit + 1
@@ -377,6 +360,10 @@ def _word_texts(material: Material, words: Sequence[str]) -> list[Text]:
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 def _require_kinds(examples: Sequence[Any], kinds: Mapping[str, int]) -> None:

@@ -1,19 +1,18 @@
-"""The folder that training writes as it goes, and goes on from.
+"""The checkpoints of a training, from which it goes on.
 
     checkpoint-000120/     weights, optimizer and regulariser after step 120; the job; the history
 
-A checkpoint appears whole under its own name, and the one before it is kept beside it until a third
-is written: where the last is damaged, training goes on from the one before. While it runs this
-takes room for three, each about three times the model (weights and AdamW's two moments); the last
-save leaves its own alone. One job owns the checkpoints of a folder; other files in it are neither
-read nor changed.
+A checkpoint appears whole or not at all. The one before it stays until a third is written, so that
+training can go on from it where the last is damaged; at the end only the last stays. This takes
+disk space for three, each about three times the model (weights and AdamW's two moments). One job
+owns the checkpoints of a folder; other files in it are neither read nor changed.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from torch import Tensor
 
 from fastdean.files.declared import (
     Anything,
+    Either,
     Kind,
     Lists,
     Maps,
     Maybe,
-    Misfit,
     Real,
     Record,
     Text,
@@ -50,37 +49,24 @@ _PREFIX = "checkpoint-"
 _ADVICE = "remove this checkpoint to start again"
 
 
-@dataclass(frozen=True)
-class _Node:
-    """A part of the state: {"tensor": its name}, {"mapping": parts by key} or {"value": JSON}."""
-
-    deepest: int = 8
-
-    def check(self, value: Any, where: str) -> None:
-        if not isinstance(value, Mapping) or len(value) != 1:
-            raise Misfit(
-                where, "an object of tensor, mapping or value", f"a {type(value).__name__}"
-            )
-        if self.deepest == 0:
-            raise Misfit(where, "a state of few levels", "a deeper one")
-        kinds: dict[str, Kind] = {
-            "tensor": Text(longest=1000),
-            "mapping": Maps(_Node(self.deepest - 1)),
-            "value": Anything(),
-        }
-        Record(optional=kinds).check(value, where)
+def _part(levels: int) -> Kind:
+    """A part of the state: {"tensor": its name}, {"value": JSON} or {"mapping": parts by key}."""
+    kinds: list[Kind] = [Record({"tensor": Text(longest=1000)}), Record({"value": Anything()})]
+    if levels:
+        kinds.append(Record({"mapping": Maps(_part(levels - 1))}))
+    return Either(tuple(kinds))
 
 
 _HISTORY = Record(
     {"step": Whole(least=1), "loss": Real(), "base": Real(), "collapse": Maybe(Real())},
     optional={"learning_rate": Real(), "eval": Maps(Anything())},
 )
-# What `Checkpoints.save` writes.
+# Written by `Checkpoints.save`.
 _CONFIG = Record(
     {
         "job": Maps(Anything()),
         "step": Whole(least=1),
-        "state": _Node(),
+        "state": _part(levels=8),
         "history": Lists(_HISTORY, least=1),
     }
 )
@@ -88,12 +74,13 @@ _CONFIG = Record(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was stored after a step: `state` as it was given to `save`, and the history."""
+    """A training after a step: `state` is that given to `save`."""
 
+    job: dict[str, Any]
     step: int
     state: dict[str, Any]
     history: list[dict[str, Any]]
-    folder: Path = field(compare=False)
+    folder: Path
 
 
 class Checkpoints:
@@ -101,31 +88,30 @@ class Checkpoints:
 
     Args:
         folder: need not exist.
-        job: what tells this training from another, as plain JSON.
+        job: the training's arguments and digests, as plain JSON; another training has others.
     """
 
     def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
         self._folder = folder
         self._job = json.loads(json.dumps(job))
-        self._damaged: list[Path] = []
+        self._damaged: dict[Path, Unfit] = {}
 
     def restore(self, take: Callable[[Checkpoint], None], *, resume: bool) -> Checkpoint | None:
-        """Hand the last checkpoint of this job that is not damaged to `take`, and return it.
+        """Give the last checkpoint that is not damaged to `take`, and return it, or None.
 
-        Where a later one is damaged, one line of the log says so. None where the folder holds none.
+        A line of the log names a later one that is damaged.
 
         Args:
-            take: takes the state over; raises `Unfit`, and takes nothing, where it is damaged.
+            take: restores the state; for a damaged one it raises `Unfit` and changes nothing.
         Raises:
-            ValueError: the folder is a file, holds checkpoints of another job, or of this one that
-                `resume=False` would not go on from; all checkpoints are damaged.
+            ValueError: the folder is a file, or holds checkpoints of another job, of this one with
+                `resume=False`, or damaged ones only.
         """
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(
                 f"out must be a folder, got the file {str(self._folder)!r}; choose another"
             )
-        self._damaged = []
-        reasons: list[Unfit] = []
+        self._damaged = {}
         for folder in reversed(self._stored()):
             try:
                 found = self._read(folder)
@@ -133,23 +119,20 @@ class Checkpoints:
                 if not resume:
                     raise ValueError(
                         "out must hold no training for resume=False, got "
-                        f"{str(self._folder)!r} with this one after step {found.checkpoint.step}; "
+                        f"{str(self._folder)!r} with this one after step {found.step}; "
                         "pass resume=True or choose another folder"
                     )
-                take(found.checkpoint)
-            except Unfit as reason:
-                self._damaged.append(folder)
-                reasons.append(reason)
+                take(found)
+            except Unfit as error:
+                self._damaged[folder] = error
                 continue
-            if reasons:
-                logger.warning(
-                    "%s is damaged, training goes on from the one before: %s",
-                    self._damaged[0].name,
-                    reasons[0],
-                )
-            return found.checkpoint
-        if reasons:
-            raise reasons[0]
+            if self._damaged:
+                last, reason = next(iter(self._damaged.items()))
+                said = "%s is damaged, training goes on from the one before: %s"
+                logger.warning(said, last.name, reason)
+            return found
+        if self._damaged:
+            raise next(iter(self._damaged.values()))
         return None
 
     def save(
@@ -160,11 +143,11 @@ class Checkpoints:
         *,
         last: bool = False,
     ) -> None:
-        """Store a checkpoint and remove the earlier ones, but for the one before it.
+        """Write a checkpoint and remove the earlier ones, but for the one before it.
 
         Args:
             state: nested mappings with text keys, of tensors and of JSON values.
-            last: the training ends here; no earlier one is kept.
+            last: the training ends here: remove the one before too.
         """
         tensors: dict[str, Tensor] = {}
         config = {
@@ -175,8 +158,8 @@ class Checkpoints:
         }
         place = self._folder / f"{_PREFIX}{step:06d}"
         if place in self._damaged:
-            # Nothing else would make room for it: it may not even say any more whose it is.
-            self._damaged.remove(place)
+            # Writing replaces whole checkpoints only.
+            del self._damaged[place]
             remove_folder(place)
         before = [folder for folder in self._stored() if folder not in self._damaged]
         written = write_folder(place, config, tensors, kind=KIND, overwrite=True)
@@ -184,25 +167,25 @@ class Checkpoints:
         self._remove([*self._damaged, *(others if last else others[:-1])])
 
     def keep_only(self, checkpoint: Checkpoint) -> None:
-        """Remove the other checkpoints of a training that was finished already."""
+        """Remove all other checkpoints."""
         self._remove([folder for folder in self._stored() if folder != checkpoint.folder])
 
     def _remove(self, folders: Iterable[Path]) -> None:
         for folder in folders:
             remove_folder(folder)
-        self._damaged = []
-        # Of a checkpoint whose writing or removal a kill cut short.
+        self._damaged = {}
+        # Left by a kill while a checkpoint was written or removed.
         for left in self._folder.glob(f".{_PREFIX}*"):
             if is_temporary(left.name):
                 sweep(self._folder / left.name[1:].rsplit(".", 2)[0])
 
     def _stored(self) -> list[Path]:
-        """The folders of the checkpoints, the last one last; whole or not."""
+        """The folders of the checkpoints by step, damaged ones too."""
         found = [path for path in self._folder.glob(f"{_PREFIX}*") if _is_checkpoint(path)]
         return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
-    def _read(self, folder: Path) -> _Read:
-        """Raises `Unfit` for a checkpoint that is damaged."""
+    def _read(self, folder: Path) -> Checkpoint:
+        """Raises `Unfit` for a damaged checkpoint."""
         file = folder / CONFIG_NAME
         try:
             config, tensors = read_folder(folder, kind=KIND)
@@ -218,9 +201,9 @@ class Checkpoints:
         state = _nested(config["state"], left, file)
         if left or not isinstance(state, dict):
             raise unfit(file, "state", "all tensors of the folder", "fewer", _ADVICE)
-        return _Read(config["job"], Checkpoint(step, state, history, folder))
+        return Checkpoint(config["job"], step, state, history, folder)
 
-    def _require_own(self, found: _Read) -> None:
+    def _require_own(self, found: Checkpoint) -> None:
         differing = [
             key for key in {**self._job, **found.job} if self._job.get(key) != found.job.get(key)
         ]
@@ -232,14 +215,8 @@ class Checkpoints:
             )
 
 
-@dataclass(frozen=True)
-class _Read:
-    job: dict[str, Any]
-    checkpoint: Checkpoint
-
-
 def _is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a checkpoint of ours, by the names of the files in it, damaged or not."""
+    """Whether all files in `path` have the names of a checkpoint's; it may be damaged."""
     number = path.name.removeprefix(_PREFIX)
     if not (number.isascii() and number.isdigit() and path.is_dir()):
         return False
@@ -248,7 +225,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def announce(folder: Path, step: int, steps: int) -> None:
-    """Say that training goes on from a checkpoint instead of starting."""
+    """Log that training goes on from a checkpoint."""
     where = f"the checkpoint of step {step} of {steps} in {str(folder)!r}"
     if step == steps:
         logger.warning("training was finished already: weights and history are those of %s", where)
@@ -257,7 +234,7 @@ def announce(folder: Path, step: int, steps: int) -> None:
 
 
 def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` with each tensor put into `tensors` under its path and its place marked."""
+    """`value` as JSON; its tensors go into `tensors`, each under its path."""
     if isinstance(value, Tensor):
         tensors[path] = value
         return {"tensor": path}
@@ -271,7 +248,7 @@ def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _nested(stored: Mapping[str, Any], tensors: dict[str, Tensor], file: Path) -> Any:
-    """The state that `_without_tensors` took apart; its tensors are taken out of `tensors`."""
+    """The inverse of `_without_tensors`; removes from `tensors` those it uses."""
     if "tensor" in stored:
         if stored["tensor"] not in tensors:
             expected = f"the tensor {stored['tensor']!r}"

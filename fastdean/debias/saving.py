@@ -39,14 +39,14 @@ def save_model(
     Args:
         path: a new or empty folder.
         card: the README.md, see `model_card`.
-        manifest: what else to keep in `fastdean_debias.json` beside time and versions: JSON.
+        manifest: JSON for `fastdean_debias.json`, beside time and versions.
         overwrite: replace an earlier output of this function that holds nothing else.
     Returns:
-        The absolute path of the folder, which any program that reads Hugging Face folders loads.
+        The absolute path of the folder.
     Raises:
         ValueError: a path in use.
         OSError: the disk refused; nothing is left behind.
-        RuntimeError: what was read back is not the model; nothing is left behind.
+        RuntimeError: the files do not hold the model; nothing is left behind.
     """
     with new_folder(path, overwrite=overwrite, may_replace=is_saved_model) as folder:
         unwrap(model).save_pretrained(folder)
@@ -66,15 +66,12 @@ def save_model(
 
 
 def is_saved_model(folder: Path) -> bool:
-    """Whether `folder` is what `save_model` wrote, and holds nothing else."""
+    """Whether `folder` holds an output of `save_model` and nothing else."""
     return holds_only_listed(folder, MANIFEST_NAME)
 
 
 def _verify(folder: Path, model: nn.Module) -> None:
-    """Compare what the files hold with the model's tensors of the same names.
-
-    Raises: RuntimeError where one differs, or none has the name of one.
-    """
+    """Raise RuntimeError unless the tensors in the files are the model's of the same names."""
     from safetensors import safe_open
 
     own = model.state_dict()

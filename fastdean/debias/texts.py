@@ -1,4 +1,4 @@
-"""From text to tokens that know which of them end a female, a male or a neutral word."""
+"""From text to tokens, with those that end a female, a male or a neutral word marked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Text:
 
     Attributes:
         input_ids: int64 [T] on the CPU, no padding.
-        special: bool [T]; tokens that the tokenizer added.
+        special: bool [T], the tokens that the tokenizer added.
         kinds: int64 [T]; FEMALE, MALE or NEUTRAL on the last token of such a word, else OTHER.
     """
 
@@ -55,11 +55,10 @@ class TextEncoder:
     """Callable: text -> `Text`.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer: words are found through its offsets, so that a
-            word of several pieces is found like any other.
+        tokenizer: a fast Hugging Face tokenizer, whose offsets find words of several pieces too.
         words: the female and male words.
-        neutral_words: words of the kind NEUTRAL, in any case; None: `embedded_neutral_words()`.
-        max_length: texts are cut to so many tokens.
+        neutral_words: in any case; None: `embedded_neutral_words()`.
+        max_length: the text is cut to this number of tokens.
     Raises:
         ValueError: the tokenizer is not a fast one.
     """
@@ -100,7 +99,7 @@ class TextEncoder:
             )
         kinds = torch.full((len(encoded["input_ids"]),), OTHER)
         for match in self._pattern.finditer(text):
-            # A pattern that ignores case takes more letters for the same than lower() does: "ſhe".
+            # To the pattern, which ignores case, more letters are equal than to lower(): "ſhe".
             kind = self._kinds.get(match.group().lower())
             place = _last_token(encoded["offset_mapping"], *match.span())
             if kind is not None and place is not None:
@@ -114,8 +113,8 @@ class TextEncoder:
 
 def embedded_neutral_words() -> tuple[str, ...]:
     """Occupations and traits that stereotypes tie to a gender; written for this package."""
-    listed = resources.files("fastdean.data") / "neutral_words.txt"
-    return tuple(listed.read_text("utf-8").split())
+    file = resources.files("fastdean.data") / "neutral_words.txt"
+    return tuple(file.read_text("utf-8").split())
 
 
 def collate(texts: Sequence[Text], pad_id: int) -> TextBatch:
@@ -152,15 +151,14 @@ def texts_of(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> list[
 
 
 def _last_token(offsets: Sequence[tuple[int, int]], start: int, end: int) -> int | None:
-    """The last token that covers a character of text[start:end]; None where all are cut off."""
+    """The last token that covers a character of text[start:end]; None if the end is cut off."""
     covering = [i for i, (low, high) in enumerate(offsets) if low < end and high > start]
-    # A word that is cut in the middle ends in no token.
     return covering[-1] if covering and offsets[covering[-1]][1] >= end else None
 
 
 @contextmanager
 def _own_settings_kept(tokenizer: Any) -> Iterator[None]:
-    """Truncation and padding as before afterwards: a call sets them, and they would be saved."""
+    """Restores truncation and padding: a call sets them, and saving would keep them."""
     backend = tokenizer.backend_tokenizer
     truncation, padding = backend.truncation, backend.padding
     try:

@@ -1,4 +1,4 @@
-"""`fine_tune`: the five methods in one plain loop, with or without a collapse regulariser."""
+"""`fine_tune`: five methods in one plain loop, with or without a collapse regulariser."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastdean.debias.course import (
+    Course,
+    Purpose,
+    check_counts,
+    check_course,
+    random_seed,
+    steps_per_epoch,
+)
 from fastdean.debias.forms import WITH_FORMS, Form, require_form
 from fastdean.debias.gender_words import GenderWords
 from fastdean.debias.objectives import Material, Objective, require_method
 from fastdean.debias.resuming import Checkpoint, Checkpoints, announce
-from fastdean.debias.schedule import (
-    Purpose,
-    Schedule,
-    check_counts,
-    check_schedule,
-    random_seed,
-    steps_per_epoch,
-)
 from fastdean.debias.texts import TextEncoder
 from fastdean.files.declared import Anything, Filled, Maps, Record, Unfit, require
 from fastdean.models.identity import json_digest, model_identity
@@ -68,44 +68,43 @@ def fine_tune(
     eval_every: int | None = None,
     on_eval: OnEval | None = None,
     progress: bool = True,
+    identity: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place to be less biased, in one process, with AdamW.
 
     A step's loss is the mean over its forward passes, weighted by their examples, of the method's
     loss plus `regularizer.term()`. Gradients are clipped to a norm of 1. The same arguments give
-    the same weights, to the bit on a CPU with the same number of threads, also over a resume; the
-    caller's random state is left alone. Modes of the modules are as before afterwards, and no
-    gradient is left.
+    the same weights, to the bit on a CPU with the same number of threads, also over a resume. The
+    caller's random state and the modules' modes are restored, and no gradient is left.
 
     Args:
         model: a causal or masked language model in fp32 or fp64; the weights that require a
             gradient are trained.
         tokenizer: a fast one, the model's own.
-        rows: `text`; for "mabel" `premise` and `hypothesis`: embedded:debias and
-            embedded:debias:pairs are such. Swapped copies are added here: pass original text.
+        rows: with `text`, as embedded:debias; for "mabel" with `premise` and `hypothesis`, as
+            embedded:debias:pairs. Swapped copies are added here: pass original text.
         method: "causal" (causal models), "bec", "mabel", "ase" (masked models) or "adept" (both).
         form: of the losses of "mabel" and "adept", whose papers and released code differ:
             "published" (the code) or "paper"; see their modules.
-        regularizer: attached to this model, or None. A resumed job needs one with the same classes,
-            options and schedule, fresh from its constructor. In a masked text a hidden word is
-            of no class.
-        steps, epochs: one of them; an epoch has every example, copies included, once. 3 epochs
-            where both are None.
+        regularizer: attached to this model, or None. A resumed job needs a new one with the same
+            classes, options and schedule. A hidden word of a masked text is of no class.
+        steps, epochs: one of them, else 3 epochs. An epoch has each example and each copy once.
         learning_rate: the highest, reached after the share `warmup` of the steps.
         batch_size, accumulation: examples of a forward pass; passes of a step.
         max_length: tokens; None: 128, or the model's own limit where that is less.
         lists: the gendered words, see `counterfactual`.
         neutral_words: the stereotype words of "ase", the neutral ones of "adept"; None: those of
             the package.
-        out: folder for checkpoints, see `resuming`; None: nothing is written. The model itself is
-            saved with `save_model`.
-        resume: go on from the last checkpoint of this very job in `out`, or from the one before
-            where the last is damaged, and say so in a warning of the log. The model must come with
-            the weights that the job started from.
+        out: folder for checkpoints, see `resuming`; None: nothing is written. Save the model itself
+            with `save_model`.
+        resume: go on from this job's last checkpoint in `out`, or from the one before if the last
+            is damaged, with a warning in the log. Give the model with the weights of the start.
         save_every: steps between checkpoints; None: at the end only, where there is always one.
         eval_every: steps between calls of `on_eval`; None: at the end only.
         on_eval: (steps done, model) -> figures for the history, as JSON, or None; called in eval
             mode without gradients.
+        identity: of the model and tokenizer in the checkpoints, if it is known: the result of
+            `model_identity`, which reads all weights. None: computed here, with `out`.
     Returns:
         One dictionary for each step: "step" from 1; "loss", "base" plus the regulariser's term;
         "base", the method's loss; "collapse", `regularizer.value`, or None; "learning_rate"; and
@@ -117,14 +116,14 @@ def fine_tune(
     Source:
         Collapsed language models promote fairness (arXiv 2410.04472), with the methods' own papers.
     """
-    course = {
+    options = {
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "accumulation": accumulation,
         "warmup": warmup,
         "seed": seed,
     }
-    check_schedule(steps=steps, epochs=epochs, **course)
+    check_course(steps=steps, epochs=epochs, **options)
     check_counts(max_length=max_length, save_every=save_every, eval_every=eval_every)
     if eval_every is not None and on_eval is None:
         raise ValueError(
@@ -147,38 +146,34 @@ def fine_tune(
     if steps is None:
         per_epoch = steps_per_epoch(len(objective.examples), batch_size * accumulation)
         steps = per_epoch * (epochs or _DEFAULT_EPOCHS)
-    schedule = Schedule(examples=len(objective.examples), steps=steps, **course)
-    run = _Run(model, objective, regularizer, schedule, weight_decay)
+    course = Course(examples=len(objective.examples), steps=steps, **options)
+    training = _Training(model, objective, regularizer, course, weight_decay)
     if out is not None:
         job = {
             "method": method,
             **({"form": form} if method in WITH_FORMS else {}),
             "rows": json_digest(rows),
             "words": json_digest([lists, neutral_words]),
-            **model_identity(model, tokenizer),
+            **(model_identity(model, tokenizer) if identity is None else identity),
             **_regularizer_job(regularizer),
             "max_length": longest,
             "weight_decay": weight_decay,
-            **asdict(schedule),
+            **asdict(course),
         }
-        run.keep_in(Path(out), job, resume=resume, every=save_every or steps)
+        training.keep_in(Path(out), job, resume=resume, every=save_every or steps)
     with _training_state(model):
-        run.train(on_eval, every=eval_every or steps, progress=progress)
-    return run.history
+        training.finish(on_eval, every=eval_every or steps, progress=progress)
+    return training.history
 
 
 @dataclass
-class _Run:
-    """A training under way.
-
-    Attributes:
-        history: one entry for each step done.
-    """
+class _Training:
+    """A training under way; `history` has an entry for each step done."""
 
     model: nn.Module
     objective: Objective
     regularizer: CollapseRegularizer | None
-    schedule: Schedule
+    course: Course
     weight_decay: float
     history: list[dict[str, Any]] = field(default_factory=list)
     _checkpoints: Checkpoints | None = None
@@ -187,24 +182,24 @@ class _Run:
     def __post_init__(self) -> None:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=self.schedule.learning_rate, weight_decay=self.weight_decay
+            self._parameters, lr=self.course.learning_rate, weight_decay=self.weight_decay
         )
 
     def keep_in(self, folder: Path, job: Mapping[str, Any], *, resume: bool, every: int) -> None:
-        """Save checkpoints there, and start from the one that is there already."""
+        """Save checkpoints in the folder, and go on from the one in it."""
         self._checkpoints, self._save_every = Checkpoints(folder, job), every
         found = self._checkpoints.restore(self._restore, resume=resume)
         if found is not None:
-            announce(folder, found.step, self.schedule.steps)
+            announce(folder, found.step, self.course.steps)
             self.history = found.history
-            if found.step == self.schedule.steps:
+            if found.step == self.course.steps:
                 self._checkpoints.keep_only(found)
 
-    def train(self, on_eval: OnEval | None, *, every: int, progress: bool) -> None:
-        """The steps that are left."""
+    def finish(self, on_eval: OnEval | None, *, every: int, progress: bool) -> None:
+        """Do the remaining steps."""
         from tqdm.auto import tqdm
 
-        steps, done = self.schedule.steps, len(self.history)
+        steps, done = self.course.steps, len(self.history)
         with tqdm(
             total=steps, initial=done, desc=titled("debiasing"), unit="step", disable=not progress
         ) as bar:
@@ -220,13 +215,13 @@ class _Run:
                 bar.update()
 
     def _step(self, step: int) -> dict[str, Any]:
-        torch.manual_seed(random_seed(self.schedule.seed, Purpose.DROPOUT, step))
+        torch.manual_seed(random_seed(self.course.seed, Purpose.DROPOUT, step))
         before = None if self.regularizer is None else self.regularizer.state_dict()
-        members = self.schedule.members(step)
+        members = self.course.members(step)
         count = sum(map(len, members))
         totals = {"loss": 0.0, "base": 0.0, "collapse": 0.0}
         for place, group in enumerate(members):
-            generator = self.schedule.generator(Purpose.MASKING, step, place)
+            generator = self.course.generator(Purpose.MASKING, step, place)
             for name, value in self._backward(group, generator, len(group) / count).items():
                 totals[name] += value
         if not math.isfinite(totals["loss"]):
@@ -237,9 +232,9 @@ class _Run:
                 f"loss must be finite, got {totals['loss']} in step {step + 1}; lower the "
                 "learning_rate or the regulariser's strength"
             )
-        rate = self.schedule.rate(step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        rate = self.course.rate(step)
+        for parameters in self._optimizer.param_groups:
+            parameters["lr"] = rate
         nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -283,14 +278,14 @@ class _Run:
         return state
 
     def _kind(self) -> Record:
-        """What `_state` gives after a step, in the shapes and dtypes of this model."""
+        """The form of `_state` after a step, in the shapes and dtypes of this model."""
         trained = {name for name, p in unwrap(self.model).named_parameters() if p.requires_grad}
-        # A buffer, such as a mask of attention, may well hold an infinity.
+        # A buffer, such as an attention mask, may hold an infinity.
         model = {
             name: Filled((str(tensor.dtype),), tuple(tensor.shape), finite=name in trained)
             for name, tensor in unwrap(self.model).state_dict().items()
         }
-        # Where AdamW keeps nothing of a parameter, it has had no gradient.
+        # AdamW has no moments of a parameter that has had no gradient.
         moments = {str(place): _moments(p) for place, p in enumerate(self._parameters)}
         own = {} if self.regularizer is None else {"regularizer": Maps(Anything())}
         return Record({"model": Record(model), "optimizer": Record({}, optional=moments), **own})
@@ -298,7 +293,7 @@ class _Run:
     def _restore(self, found: Checkpoint) -> None:
         state = found.state
         require(state, self._kind(), found.folder, advice="remove this checkpoint to start again")
-        # First: it may refuse another schedule, which the job does not tell.
+        # First: it refuses another schedule, which is not in the job.
         if self.regularizer is not None:
             try:
                 self.regularizer.load_state_dict(state["regularizer"])
@@ -310,7 +305,7 @@ class _Run:
 
 
 def _moments(parameter: nn.Parameter) -> Record:
-    """What AdamW keeps of a parameter."""
+    """AdamW's state of a parameter."""
     like = (str(parameter.dtype),), tuple(parameter.shape)
     return Record(
         {
@@ -322,11 +317,9 @@ def _moments(parameter: nn.Parameter) -> Record:
 
 
 def _regularizer_job(regularizer: CollapseRegularizer | None) -> dict[str, Any]:
-    """What tells its training from another's, each under a name for people to read."""
-    if regularizer is None:
-        return {}
-    identity = regularizer.state_dict()["of"]
-    return {f"regularizer {name}": value for name, value in identity.items()}
+    """Its options, by the names that a refusal to resume shows."""
+    options = {} if regularizer is None else regularizer.state_dict()["of"]
+    return {f"regularizer {name}": value for name, value in options.items()}
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -345,20 +338,20 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _longest(model: nn.Module, method: str, max_length: int | None) -> int:
-    """`max_length`, or its default; no more than the model has positions for."""
-    if method == "causal" and max_length is not None and max_length < 2:
+    """`max_length`, or its default; at most the model's positions."""
+    limit = max_tokens(model)
+    if max_length is None:
+        return _DEFAULT_MAX_LENGTH if limit is None else min(_DEFAULT_MAX_LENGTH, limit)
+    if method == "causal" and max_length < 2:
         raise ValueError(
             f"max_length must be at least 2 for method 'causal', got {max_length}, where no token "
             "follows another and nothing is learnt; raise it"
         )
-    limit = max_tokens(model)
-    if max_length is not None and limit is not None and max_length > limit:
+    if limit is not None and max_length > limit:
         raise ValueError(
             f"max_length must be at most the model's {limit} tokens, got {max_length}; lower it"
         )
-    if max_length is not None:
-        return max_length
-    return _DEFAULT_MAX_LENGTH if limit is None else min(_DEFAULT_MAX_LENGTH, limit)
+    return max_length
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from torch import nn
 from fastdean.collapse import CollapseClasses, CollapseRegularizer, read_word_groups
 from fastdean.data.examples import Example
 from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
+from fastdean.debias.course import check_counts, check_course
 from fastdean.debias.forms import require_form
 from fastdean.debias.objectives import require_method
-from fastdean.debias.schedule import check_counts, check_schedule
 from fastdean.evaluation import Perplexity, compare_perplexity, perplexity
 from fastdean.files.declared import Lists, Real, Record, Whole
 from fastdean.files.provenance import now, public_command, public_name, public_source, versions
@@ -163,6 +163,7 @@ class _Prepared:
     measured_classes: CollapseClasses
     trained: list[dict[str, Any]]
     measured: list[Example]
+    identity: dict[str, str]
     cautions: list[str]
 
 
@@ -229,7 +230,8 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     costs.total = 5 + 2 * (1 + len(job.bias) + label_shift(model))
     model.requires_grad_(True)
     with costs.step("check model"):
-        folder.inputs |= model_identity(model, tokenizer)
+        identity = model_identity(model, tokenizer)
+        folder.inputs |= identity
     classes = classes_of(job, tokenizer)
     measured_classes = CollapseClasses.from_words(tokenizer, job.words, multi_piece=job.multi_piece)
     folder.inputs["words"] = json_digest([classes.to_dict(), measured_classes.to_dict()])
@@ -237,7 +239,7 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
     # Refused now, and not after the first measurements.
     require_method(model, job.method)
     check_counts(save_every=job.save_every, max_length=job.max_length)
-    check_schedule(warmup=_WARMUP, seed=job.seed, **_course(job))
+    check_course(warmup=_WARMUP, seed=job.seed, **_course(job))
     _regularizer(model, classes, job).remove()
     options = {"max_length": job.max_length, "name": name}
     texts = usable_rows(texts, skipped.get(name), source, tokenizer, model, **options)
@@ -253,6 +255,7 @@ def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) ->
         measured_classes,
         [row for _, row in trained],
         encode_rows(texts, source, tokenizer, model, **options),
+        identity,
         left_out,
     )
 
@@ -359,6 +362,7 @@ def _train(
             warmup=_WARMUP,
             seed=job.seed,
             out=folder.training,
+            identity=prepared.identity,
             save_every=job.save_every,
             progress=progress,
             **_course(job),

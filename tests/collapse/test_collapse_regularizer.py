@@ -505,8 +505,8 @@ def _filled(tensor, value):
     ("damage", "text"),
     [
         (lambda s: {"factors": [[0, 10**15, 1.0]]}, "factors[0][1] as a whole number from 0 to"),
-        (lambda s: {"factors": [[0, 10**12, 1.0]]}, "factors as runs of at most the 2 steps done"),
-        (lambda s: {"factors": [[1, 0, 1.0]]}, "factors[0] as a run forward, got 1 to 0"),
+        (lambda s: {"factors": [[0, 10**12, 1.0]]}, "factors as spans of at most the 2 steps done"),
+        (lambda s: {"factors": [[1, 0, 1.0]]}, "factors[0] as a span forward, got 1 to 0"),
         (lambda s: {"factors": [[0, 1]]}, "factors[0] as a list of 3, got [0, 1]"),
         (lambda s: {"factors": [[0, 1, float("nan")]]}, "factors[0][2] as a finite number, got n"),
         (lambda s: {"factors": None}, "factors as a list, got None"),
@@ -558,7 +558,10 @@ REFUSED = [
     ({"strength": -1.0}, "strength must be finite and at least 0, got -1.0"),
     ({"strength": float("nan")}, "strength must be finite and at least 0, got nan"),
     ({"statistic": "sum"}, "statistic must be one of std, cv, mean, got 'sum'"),
-    ({"detach_features": False}, "detach_features=False must come with mode 'window' or 'batch'"),
+    (
+        {"detach_features": False},
+        "detach_features=False must come with a state of mode 'window' or 'batch'",
+    ),
     ({"mode": "epoch"}, "mode must be one of cumulative, window, batch, got 'epoch'"),
     ({"decay": 0.5}, "decay must be left out in mode 'cumulative'"),
     ({"features": "last"}, "features must be one of base, head, got 'last'"),

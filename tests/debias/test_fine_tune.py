@@ -13,7 +13,7 @@ import torch
 from fastdean.debias import METHODS, augment, causal_loss, fine_tune, objectives
 from fastdean.debias.adept import bias_loss
 from fastdean.debias.bec import masked_lm_loss
-from fastdean.debias.schedule import Schedule
+from fastdean.debias.course import Course
 
 SPECIAL = ("[PAD]", "[BOS]", "[EOS]", "[UNK]", "[MASK]", "[CLS]", "[SEP]")
 LISTED = """
@@ -679,10 +679,10 @@ def test_epochs_are_counted_with_the_swapped_copies():
 
 
 def test_an_epoch_has_every_example_once_in_an_order_of_its_own():
-    schedule = Schedule(
+    course = Course(
         examples=11, steps=6, learning_rate=1.0, batch_size=2, accumulation=2, warmup=0.5, seed=0
     )
-    steps = [schedule.members(step) for step in range(6)]
+    steps = [course.members(step) for step in range(6)]
     assert [list(map(len, groups)) for groups in steps[:3]] == [[2, 2], [2, 2], [2, 1]]
     epochs = [[i for groups in part for g in groups for i in g] for part in (steps[:3], steps[3:])]
     assert [sorted(epoch) for epoch in epochs] == [list(range(11))] * 2
@@ -691,10 +691,10 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own():
 
 def test_the_rate_rises_and_falls_linearly():
     options = {"examples": 1, "learning_rate": 1.0, "batch_size": 1, "accumulation": 1, "seed": 0}
-    schedule = Schedule(steps=10, warmup=0.4, **options)
-    rates = [schedule.rate(step) for step in range(10)]
+    course = Course(steps=10, warmup=0.4, **options)
+    rates = [course.rate(step) for step in range(10)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    assert Schedule(steps=2, warmup=0.0, **options).rate(0) == 1.0
+    assert Course(steps=2, warmup=0.0, **options).rate(0) == 1.0
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step():

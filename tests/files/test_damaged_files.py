@@ -28,9 +28,9 @@ from tiny_results import DEBIASED, make_results
 from fastdean import CollapseRegularizer, Scores
 from fastdean.collapse import CollapseClasses, read_word_groups
 from fastdean.coupling.scores import ScoreEntry
+from fastdean.debias.course import Course
 from fastdean.debias.resuming import Checkpoints
-from fastdean.debias.schedule import Schedule
-from fastdean.debias.training import _Run
+from fastdean.debias.training import _Training
 from fastdean.files.declared import read_json
 from fastdean.files.safetensors import stored_tensors
 from fastdean.files.storage import CONFIG_NAME, read_folder, write_folder
@@ -200,33 +200,34 @@ def use_state(path: Path) -> None:
     assert torch.equal(regularizer.state.sums, tensors["sums"])
 
 
-def a_run() -> _Run:
+def a_training() -> _Training:
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
-    schedule = Schedule(4, 3, 0.1, 2, 1, 0.0, 0)
-    return _Run(model, None, None, schedule, 0.0)
+    course = Course(4, 3, 0.1, 2, 1, 0.0, 0)
+    return _Training(model, None, None, course, 0.0)
 
 
 def make_checkpoint(path: Path) -> Path:
-    run = a_run()
-    run.model(torch.ones(1, 3)).sum().backward()
-    run._optimizer.step()
+    training = a_training()
+    training.model(torch.ones(1, 3)).sum().backward()
+    training._optimizer.step()
     history = [{"step": 1, "loss": 1.0, "base": 1.0, "collapse": None, "learning_rate": 0.1}]
-    Checkpoints(path, {"seed": 0}).save(1, run._state(), history)
+    Checkpoints(path, {"seed": 0}).save(1, training._state(), history)
     return as_version_1(path / "checkpoint-000001")
 
 
 def use_checkpoint(path: Path) -> None:
-    run = a_run()
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    training = a_training()
+    model = training.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
-        found = Checkpoints(path, {"seed": 0}).restore(run._restore, resume=True)
+        found = Checkpoints(path, {"seed": 0}).restore(training._restore, resume=True)
     except (ValueError, RuntimeError):
-        assert all(torch.equal(value, before[n]) for n, value in run.model.state_dict().items())
+        assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
         raise
     _, tensors = read_folder(path / "checkpoint-000001", kind="training")
     assert found.step == len(found.history)
-    for name, value in run.model.state_dict().items():
+    for name, value in model.state_dict().items():
         assert any(torch.equal(value, stored) for stored in tensors.values()), name
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from fastdean import cli
 from fastdean.jobs import debias as job_module
+from fastdean.models import identity
 
 STEPS = ("--steps", "3", "--batch-size", "4", "--learning-rate", "1e-2")
 
@@ -61,6 +62,15 @@ def test_the_model_is_an_ordinary_folder_with_a_card(place, run):
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
     card = (out / "model" / "README.md").read_text("utf-8")
     assert "CrowS-Pairs" in card and "on 6 words of words.json, strength 10" in card
+
+
+def test_the_weights_are_read_once_to_tell_the_model(place, tmp_path, monkeypatch):
+    digested, weights_digest = [], identity.weights_digest
+    monkeypatch.setattr(
+        identity, "weights_digest", lambda model: digested.append(model) or weights_digest(model)
+    )
+    assert call(place, tmp_path / "out").exit_code == 0
+    assert len(digested) == 1
 
 
 def test_nothing_that_is_published_says_where_it_lay(place, run):

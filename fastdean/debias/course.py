@@ -1,4 +1,4 @@
-"""When what is trained: steps, rates, the order of the examples, the seeds of all randomness."""
+"""The course of a training: steps, rates, the order of the examples, all random seeds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Purpose(IntEnum):
-    """What random numbers are for: none of these may depend on another."""
+    """Uses of random numbers, each independent of the others."""
 
     ORDER = 0
     DROPOUT = 1
@@ -20,11 +20,11 @@ class Purpose(IntEnum):
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The course of a training, the same whenever it is asked for: nothing has to be stored.
+class Course:
+    """A function of these numbers alone, so that a checkpoint need not store it.
 
     Attributes:
-        examples: how many there are; an epoch has each of them once, in an order of its own.
+        examples: their number; an epoch has each of them once, in an order of its own.
         steps: optimizer steps, counted from 0.
         learning_rate: the highest.
         batch_size, accumulation: examples of a forward pass; passes of a step.
@@ -41,7 +41,7 @@ class Schedule:
     seed: int
 
     def rate(self, step: int) -> float:
-        """Linear up to `learning_rate`, then linear down, to reach 0 after the last step."""
+        """Rises linearly to `learning_rate`, then falls linearly to 0 after the last step."""
         rising = math.ceil(self.warmup * self.steps)
         if step < rising:
             return self.learning_rate * (step + 1) / rising
@@ -56,7 +56,7 @@ class Schedule:
         return [group.tolist() for group in chosen.split(self.batch_size)]
 
     def generator(self, purpose: Purpose, *place: int) -> torch.Generator:
-        """Of the CPU, for one purpose in one place, such as a step and a forward pass of it."""
+        """On the CPU, for one purpose and one place, such as a step and a forward pass of it."""
         return torch.Generator().manual_seed(random_seed(self.seed, purpose, *place))
 
 
@@ -65,12 +65,12 @@ def steps_per_epoch(examples: int, per_step: int) -> int:
 
 
 def random_seed(seed: int, purpose: Purpose, *place: int) -> int:
-    """A seed of 63 bits that is no simple function of the others."""
-    (found,) = np.random.SeedSequence((seed, purpose, *place)).generate_state(1, np.uint64)
-    return int(found >> np.uint64(1))
+    """63 bits."""
+    (bits,) = np.random.SeedSequence((seed, purpose, *place)).generate_state(1, np.uint64)
+    return int(bits >> np.uint64(1))
 
 
-def check_schedule(
+def check_course(
     *,
     steps: int | None,
     epochs: int | None,
@@ -97,7 +97,7 @@ def check_schedule(
 
 
 def check_counts(**counts: int | None) -> None:
-    """Raise ValueError for one that is below 1; None stands for a default."""
+    """Raise ValueError for a count below 1; None stands for a default."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(

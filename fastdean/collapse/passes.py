@@ -13,7 +13,8 @@ from fastdean.collapse.classes import CollapseClasses
 from fastdean.collapse.labels import Shift, default_shift, position_labels
 from fastdean.collapse.metrics import CollapseMetrics, NearestMean, count_nearest
 from fastdean.collapse.moments import ClassMoments
-from fastdean.collapse.representations import Features, Representations, output_embedding
+from fastdean.collapse.output_embedding import check_width, measured_weight
+from fastdean.collapse.representations import Features, Representations
 from fastdean.data.batching import Batch, send
 from fastdean.data.examples import Example, read_examples
 from fastdean.models.calling import call
@@ -22,7 +23,6 @@ from fastdean.models.model_state import (
     eager,
     evaluation_state,
     input_device,
-    materialised_weight,
     max_tokens,
     unwrap,
 )
@@ -43,8 +43,8 @@ def collapse_metrics(
 ) -> CollapseMetrics:
     """How far the representations of chosen words have collapsed, in one pass over a text.
 
-    Every token of the text counts that is of a class, prompts too. In a job of several processes
-    each gives its own part of the text and merges:
+    Every token of a class counts, in prompts too. In a job of several processes each gives its own
+    part of the text and merges:
 
         metrics = collapse_metrics(model, my_part, classes).across_ranks()
         nearest = nearest_mean_agreement(model, my_held_out_part, classes, metrics).across_ranks()
@@ -52,12 +52,12 @@ def collapse_metrics(
 
     Args:
         model: a causal or masked language model of transformers, in any dtype, also inside PEFT;
-            run without dropout and left in its mode. A compiled one is run as it was before.
+            run without dropout and left in its mode. A compiled one is run uncompiled.
         loader: batches as for `fastdean.score`, whose labels may be left out, `Example`s, or, with
-            `tokenizer`, rows of text. A masked model sees the text as it is; where labels hold what
-            a mask token hides, that counts.
+            `tokenizer`, rows of text. A masked model sees the text unmasked; where labels hold
+            what a mask token hides, that counts.
         classes: K classes of the model's tokenizer.
-        held_out: other text of the same kinds, for NC4; None: not measured.
+        held_out: other text, for NC4; None: not measured.
         shift: which token a representation stands for, see `position_labels`; None: by the model.
         features: "base" (published) or "head", see `Representations`.
         tokenizer: for rows of text.
@@ -73,19 +73,21 @@ def collapse_metrics(
             "held_out must be other text than loader, got the same object; NC4 on the text of the "
             "class means says little"
         )
-    weight = _class_weight(model, classes)
-    moments = ClassMoments(*weight.shape, device=_home(weight))
+    weight = classes.rows(measured_weight(model)).clone()
+    # MPS knows no fp64.
+    home = torch.device("cpu") if weight.device.type == "mps" else weight.device
+    moments = ClassMoments(*weight.shape, device=home)
 
-    def count(states: Tensor, labels: Tensor) -> None:
-        _require_width(states, weight, features)
-        moments.add_(states, labels)
+    def count(rows: Tensor, labels: Tensor) -> None:
+        check_width(rows, weight, features)
+        moments.add_(rows, labels)
 
-    reading = _Reading(classes, shift, features, tokenizer, tokens_per_batch, progress)
-    reading.each_batch(model, loader, count, "class means")
+    passes = _Passes(model, classes, shift, features, tokenizer, tokens_per_batch, progress)
+    passes.each_batch(loader, count, "class means")
     metrics = CollapseMetrics(moments, weight)
     if held_out is None:
         return metrics
-    return metrics.with_nearest(_nearest(model, held_out, metrics, reading))
+    return metrics.with_nearest(_nearest(passes, held_out, metrics))
 
 
 def nearest_mean_agreement(
@@ -102,21 +104,19 @@ def nearest_mean_agreement(
 ) -> NearestMean:
     """NC4 by itself: `held_out` counted against the class means of `metrics`, in one pass.
 
-    For means that were merged first. Arguments and errors are those of `collapse_metrics`, and
-    should be the ones `metrics` was measured with.
+    For means that were merged first. Arguments and errors are those of `collapse_metrics`; give
+    the ones that `metrics` was measured with.
     """
     if len(classes) != len(metrics.weight):
         raise ValueError(
             f"classes must be those of metrics, {len(metrics.weight)} classes, got {len(classes)}; "
             "measure and count the same ones"
         )
-    reading = _Reading(classes, shift, features, tokenizer, tokens_per_batch, progress)
-    return _nearest(model, held_out, metrics, reading)
+    passes = _Passes(model, classes, shift, features, tokenizer, tokens_per_batch, progress)
+    return _nearest(passes, held_out, metrics)
 
 
-def _nearest(
-    model: nn.Module, held_out: Any, metrics: CollapseMetrics, reading: _Reading
-) -> NearestMean:
+def _nearest(passes: _Passes, held_out: Any, metrics: CollapseMetrics) -> NearestMean:
     moments = metrics.moments
     seen = (moments.counts > 0).cpu()
     home = moments.means.device
@@ -125,23 +125,24 @@ def _nearest(
     agreeing = torch.zeros((), dtype=torch.int64, device=home)
     tokens = left_out = 0
 
-    def count(states: Tensor, labels: Tensor) -> None:
+    def count(features: Tensor, labels: Tensor) -> None:
         nonlocal tokens, left_out
         kept = seen[labels]
         tokens += int(kept.sum())
         left_out += int((~kept).sum())
         if kept.any():
-            rows = send(kept.nonzero().squeeze(1), states.device)
-            agreeing.add_(count_nearest(states.index_select(0, rows).to(home), means, weight))
+            rows = send(kept.nonzero().squeeze(1), features.device)
+            agreeing.add_(count_nearest(features.index_select(0, rows).to(home), means, weight))
 
-    reading.each_batch(model, held_out, count, "held-out tokens")
+    passes.each_batch(held_out, count, "held-out tokens")
     return NearestMean(int(agreeing), tokens, left_out)
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """How a text is read: the options that the two passes share."""
+class _Passes:
+    """Passes of one model with the same options."""
 
+    model: nn.Module
     classes: CollapseClasses
     shift: Shift | None
     features: Features
@@ -150,13 +151,11 @@ class _Reading:
     progress: bool
 
     @torch.no_grad()
-    def each_batch(
-        self, model: nn.Module, loader: Any, take: Callable[[Tensor, Tensor], None], title: str
-    ) -> None:
-        """`take(states [n, D], labels [n] on the CPU)` for each batch's tokens of a class."""
+    def each_batch(self, loader: Any, count: Callable[[Tensor, Tensor], None], title: str) -> None:
+        """`count(features [n, D], labels [n] on the CPU)` for each batch's tokens of a class."""
         from tqdm.auto import tqdm
 
-        model = unwrap(model)
+        model = unwrap(self.model)
         last = Representations(model, features=self.features, skip_logits=True)
         examples, labels = self._labelled_examples(model, loader)
         with (
@@ -176,26 +175,23 @@ class _Reading:
             device = input_device(model)
             with last:
                 for batch in batches:
-                    rows, found = _labelled_rows(batch, labels)
+                    rows, classes = _labelled_rows(batch, labels)
                     with attention_for(model, batch):
                         call(model, batch.to(device).model_inputs())
-                    states = last.features.flatten(0, 1)
-                    take(states.index_select(0, send(rows, states.device)), found)
+                    features = last.features.flatten(0, 1)
+                    count(features.index_select(0, send(rows, features.device)), classes)
                     last.clear()
                     bar.update(batch.num_examples)
 
     def _labelled_examples(
         self, model: nn.Module, loader: Any
     ) -> tuple[list[Example], list[Tensor]]:
-        """The examples with a token of a class, and the class at each of their positions.
-
-        An example without one changes no class, so that it need not pass through the model.
-        """
+        """The examples with a token of a class, and the class at each of their positions."""
         shift = default_shift(model) if self.shift is None else self.shift
         longest = max_tokens(model)
         examples, labels = [], []
-        read = read_examples(loader, tokenizer=self.tokenizer, require_labels=False)
-        for number, example in enumerate(read):
+        text = read_examples(loader, tokenizer=self.tokenizer, require_labels=False)
+        for number, example in enumerate(text):
             if longest is not None and len(example) > longest:
                 raise ValueError(
                     f"example {number} must have at most {longest} tokens (the model's positions), "
@@ -223,33 +219,3 @@ def _labelled_rows(batch: Batch, labels: Sequence[Tensor]) -> tuple[Tensor, Tens
     joined = torch.cat(found)
     kept = joined >= 0
     return torch.cat(rows)[kept], joined[kept]
-
-
-def _class_weight(model: nn.Module, classes: CollapseClasses) -> Tensor:
-    """The classes' rows [K, D] of the output embedding."""
-    head = output_embedding(model)
-    if hasattr(head, "base_layer"):
-        raise ValueError(
-            f"model must have a plain output embedding, got the adapter {type(head).__name__}; "
-            "merge it first (merge_and_unload)"
-        )
-    weight = materialised_weight(head).detach()
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"model must have an output embedding in floating point, got {weight.dtype}; load it "
-            "without quantisation of the output embedding"
-        )
-    return classes.rows(weight).clone()
-
-
-def _home(weight: Tensor) -> torch.device:
-    """Where the moments are kept: with the weight, unless its device knows no fp64."""
-    return torch.device("cpu") if weight.device.type == "mps" else weight.device
-
-
-def _require_width(states: Tensor, weight: Tensor, features: Features) -> None:
-    if states.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"features={features!r} must have the {weight.shape[1]} dimensions of the output "
-            f"embedding, got {states.shape[1]}; use features='head', which enters it"
-        )
