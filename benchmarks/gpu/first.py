@@ -282,12 +282,13 @@ def loaded(state: Path) -> dict[str, Outcome]:
 
 
 def _facts_in(log: Path) -> dict[str, Any]:
-    """What the machine's part printed last; none where that says nothing."""
-    try:
-        found = json.loads(log.read_text("utf-8").splitlines()[-1])
-    except (ValueError, IndexError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """The JSON object that the machine's part printed, between whatever warnings; else {}."""
+    for line in log.read_text("utf-8", "replace").splitlines():
+        with suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                return found
+    return {}
 
 
 def _joined(logs: Iterable[Path]) -> str:

@@ -287,12 +287,6 @@ def test_ours_come_first_on_every_case_and_what_torch_compiles_last(kernels, mon
     ]
 
 
-def test_a_rehearsal_is_called_one_in_every_record(kernels, tmp_path):
-    _, rows = kernels("--op", "selection", "--impl", "reference", "--rehearsal", "--device", "cpu")
-    assert {row["device"] for row in rows} == {"cpu, rehearsal"}
-    assert [path.name for path in tmp_path.iterdir()] == ["cpu-rehearsal"]
-
-
 def row_of(contender, median_s, case="2 x 3", day=2, **metrics):
     seconds = {"median_s": median_s, "p20_s": 0.9 * median_s, "p80_s": 1.1 * median_s}
     metrics = {

@@ -13,9 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from benchmarks.__main__ import BENCHMARKS
+from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.gpu import (
     aims,
     build_extension,
@@ -28,7 +27,7 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.outcomes import CUT, FAILED, PASSED, REFUSAL, SKIPPED
 from benchmarks.gpu.plan import Part
-from benchmarks.harness import command, environment, store
+from benchmarks.harness import command, gate, store
 from benchmarks.harness.gate import is_covered
 from benchmarks.harness.store import Record
 
@@ -45,7 +44,7 @@ stages = [[Part(**each) for each in stage] for stage in json.loads({stages!r})]
 {more}
 sys.exit(first.main([{out!r}, "--work", {work!r}], stages=stages))
 """
-MACHINE = f"print({json.dumps(FACTS)!r})"
+MACHINE = f"print({json.dumps(FACTS)!r}); print('a warning')"
 SLEEP = "import time; time.sleep(99)"
 
 
@@ -380,10 +379,18 @@ def test_everything_that_is_missing_is_named_in_a_line_of_its_own(monkeypatch, c
         assert shown.out == ""
 
 
-def test_what_results_depend_on_is_what_the_benchmarks_record():
+def test_a_measurement_goes_on_where_its_tests_have_passed_in_other_parts(
+    tmp_path, quick_benchmarks
+):
+    stages = plan.stages("first", tmp_path, tmp_path, rehearsal=True)
+    [part] = [part for stage in stages for part in stage if part.name == "records-mask"]
+    assert main(part.command[2:]) == 1  # it runs no tests itself
     facts = prerequisites.facts(rehearsal=True)
-    here = environment.collect(torch.device("cpu"), []) | {"device": "cpu, rehearsal"}
-    assert store.is_of(Record("", "", "", environment=here), facts)
+    gate.record_passed(part.needs_tests, tmp_path / "results", facts)
+    assert main(part.command[2:]) == 0
+    rows = first.measurements(tmp_path)
+    assert rows and all(row.gate == "passed" and store.is_of(row, facts) for row in rows)
+    assert {row["device"] for row in rows} == {"cpu, rehearsal"}
 
 
 # Figures and aims.
