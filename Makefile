@@ -110,9 +110,9 @@ release-check: build  ## both files of a release, installed and tried where noth
 # their own. All need a CUDA device that torch sees, torch >= 2.11, triton >= 3.6, transformers >=
 # 5.17, accelerate, pytest, hypothesis, pybind11, CMake with nvcc, and, for Triton, a C compiler and
 # the headers of Python; pytest-xdist is used where it is there. What is missing is named before
-# anything else starts. OUT gets a handful of files, of which summary.md is the one to read. A
-# second call with the same OUT goes on where the first one ended. SECONDS_ALL (560) is what a call
-# may take; FRESH=1 forgets earlier ones. benchmarks/gpu/first.py says more.
+# anything else starts. OUT gets a handful of files, of which summary.md is the one to read, and the
+# records. A second call with the same OUT goes on where the first one ended. SECONDS_ALL (560) is
+# what a call may take; FRESH=1 forgets earlier ones. benchmarks/gpu/first.py says more.
 #
 # gpu-first is what to run where minutes on a GPU are few: tests, the sanitizer and measurements,
 # most worth first. The other three are its parts, gpu-bench with more to measure.
@@ -128,9 +128,8 @@ gpu-sanitize:  ## on a GPU: the kernels under compute-sanitizer
 gpu-bench:  ## on a GPU: kernels and score beside their baselines
 	$(PYTHON) -m benchmarks.gpu.first $(OUT) --target bench
 
-# The records that came back from a GPU, put where the tables are made from.
 gpu-results:  ## records that came back from a GPU, put where tables are made from
-	$(PYTHON) -m benchmarks.gpu.carried $(OUT) benchmarks/results
+	$(PYTHON) -m benchmarks.gpu.results $(OUT) benchmarks/results
 
 # gpu-first where there is no GPU, with the versions of benchmarks/gpu/constraints.txt: the same
 # parts and processes, Triton's kernels interpreted, the extension compiled (nvcc is needed for its

@@ -1,11 +1,9 @@
 """Measure fastdean: `python -m benchmarks RUN`, where RUN is one of these.
 
 `kernels` times each operation by itself at the shapes of Qwen2-7B, against plain torch and a floor.
-`score` times several ways to the same sums in one process, taking turns, each dtype by itself:
-  published   the released procedure, one layer at a time; run on a few layers, extrapolated to all
-  loop        the best plain loop: one pass, one example per backward
-  vmap        `torch.func.vmap` of `grad`, with --vmap and where memory allows
-  fastdean    `fastdean.score`
+`score` times several ways to the same sums, taking turns in one process: `published`, the released
+procedure on a few layers, extrapolated to all; `loop`, the best plain loop; `vmap`, that is
+`torch.func.vmap` of `grad`, with --vmap and where memory allows; and `fastdean`.
 `sweep` shows how `fastdean.score` grows with tokens, examples, model and number of scored weights.
 `agreement` counts how much of the fp32 selection survives in bf16, and whether `fastdean.score`
 selects what the plain loop does.

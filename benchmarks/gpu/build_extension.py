@@ -2,10 +2,9 @@
 
     python3 -m benchmarks.gpu.build_extension BUILD_FOLDER
 
-Taken is FASTDEAN_PREBUILT, else what lies in fastdean/ already, where it was compiled from these
-sources, loads here and has CUDA; compiled is with what is installed: no network, no build
-environment of pip's own, nothing installed. Beside the extension lies `_C.sources`, a checksum of
-what it was compiled from: a stale one must not be checked in place of these sources.
+FASTDEAN_PREBUILT, or what lies in fastdean/ already, is taken where it was compiled from these
+sources and loads here with CUDA; else it is compiled with what is installed, without a network.
+Beside the extension lies `_C.sources`, a checksum of what it was compiled from.
 """
 
 from __future__ import annotations
@@ -33,11 +32,22 @@ raise SystemExit(found.state != "available" or not found.build.cuda)
 
 
 def main(build: Path) -> int:
-    prebuilt = os.environ.get("FASTDEAN_PREBUILT")
-    if prebuilt and Path(prebuilt).resolve() != EXTENSION:
-        _take(Path(prebuilt))
-    objection = _objection()
-    if not objection:
+    prebuilt = Path(os.environ.get("FASTDEAN_PREBUILT") or EXTENSION)
+    if prebuilt.resolve() != EXTENSION:
+        if _is_of_these_sources(prebuilt):
+            _put(prebuilt, checksum())
+        else:
+            print(
+                f"passed over: FASTDEAN_PREBUILT must be compiled from these sources and have "
+                f"{SOURCES} beside it that says so, got {prebuilt}"
+            )
+    if not EXTENSION.is_file():
+        objection = f"there is no {NAME}"
+    elif not _is_of_these_sources(EXTENSION):
+        objection = f"{NAME} was compiled from other sources"
+    elif not _loads():
+        objection = f"{NAME} does not load here with CUDA"
+    else:
         print(f"taken: {EXTENSION.relative_to(ROOT)}, compiled from these sources")
         return 0
     print(f"compiled, since {objection}", flush=True)
@@ -57,20 +67,10 @@ def checksum() -> str:
     return digest.hexdigest()[:16]
 
 
-def _take(prebuilt: Path) -> None:
-    if _is_of_these_sources(prebuilt):
-        _put(prebuilt, checksum())
-    else:
-        print(
-            f"passed over: FASTDEAN_PREBUILT must be compiled from these sources and have "
-            f"{SOURCES} beside it that says so, got {prebuilt}"
-        )
-
-
 def _is_of_these_sources(extension: Path) -> bool:
     sources = extension.with_name(SOURCES)
-    there = extension.is_file() and sources.is_file()
-    return there and sources.read_text("utf-8").strip() == checksum()
+    is_there = extension.is_file() and sources.is_file()
+    return is_there and sources.read_text("utf-8").strip() == checksum()
 
 
 def _put(extension: Path, sources: str) -> None:
@@ -82,43 +82,32 @@ def _put(extension: Path, sources: str) -> None:
     EXTENSION.with_name(SOURCES).write_text(sources + "\n", "utf-8")
 
 
-def _objection() -> str:
-    """Why what lies in fastdean/ will not do; "" if it does."""
-    if not EXTENSION.is_file():
-        return f"there is no {NAME}"
-    if not _is_of_these_sources(EXTENSION):
-        return f"{NAME} was compiled from other sources"
-    return "" if _loads() else f"{NAME} does not load here with CUDA"
-
-
 def _loads() -> bool:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", _LOADS], env=environment).returncode == 0
 
 
 def _compile(build: Path) -> bool:
-    before = checksum()
-    made = build / "made"
+    from pybind11 import get_cmake_dir
+
+    before, made = checksum(), build / "made"
     # A virtual environment's own CMake and ninja before the system's.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, "PATH": path}
     nvcc = find_nvcc(path)
     if nvcc:
         environment["CUDACXX"] = nvcc
-    from pybind11 import get_cmake_dir
-
-    configure = [
-        "cmake",
-        *("-S", str(ROOT)),
-        *("-B", str(build)),
-        *(["-G", "Ninja"] if shutil.which("ninja", path=path) else []),
-        "-DCMAKE_BUILD_TYPE=Release",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={made}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={get_cmake_dir()}",
-        # Whatever the environment says: without CUDA there would be nothing to check.
-        "-DFASTDEAN_CUDA=ON",
-    ]
+    # FASTDEAN_CUDA, whatever the environment says: without CUDA there would be nothing to check.
+    settings = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": made,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": get_cmake_dir(),
+        "FASTDEAN_CUDA": "ON",
+    }
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build)]
+    configure += ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
+    configure += [f"-D{name}={value}" for name, value in settings.items()]
     for command in (configure, ["cmake", "--build", str(build), "--parallel"]):
         if subprocess.run(command, env=environment).returncode:
             return False

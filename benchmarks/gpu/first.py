@@ -2,17 +2,21 @@
 
     python3 -m benchmarks.gpu.first OUT [--target first|check|sanitize|bench] [--rehearsal]
 
-`plan.py` says which parts there are. Each is a process of its own with a limit of its own, and what
-came of it is written as it ends: one that fails, hangs or dies takes itself out and what rests on
-it, nothing else. Tests run beside each other, nothing runs beside a measurement. OUT gets the files
-that `carried.py` lists; logs and builds lie in `build/gpu-...`. A second call goes on where the
-first one ended: what has passed with the same sources, versions and GPU is not run again.
+`plan.py` says which parts there are. Each is a process with a limit of its own, and its outcome is
+written as it ends: one that fails, hangs or dies takes out itself and what needs it, nothing else.
+OUT gets
+    summary.md            what passed, what failed, every figure against its aim: to be read
+    state.json            the same for the next call
+    log.txt               what every part printed
+    checked_forms.json    the forms that passed all their checks
+    results/              the measurements, as `python -m benchmarks` writes them
+A second call with the same OUT goes on: what has passed with the same sources, versions and GPU is
+not run again. Builds and whole logs lie in `build/gpu-...`.
 
 SECONDS_ALL is what all parts may take together (default 560: ten minutes less a margin), counted
-from the start of the command; what no longer fits is not started and said so. FRESH=1 forgets what
-earlier calls have found. `--rehearsal` runs the same parts where there is no GPU.
-
-The status is 0 if everything has passed, 1 if not, 2 if this machine lacks something.
+from the start of the command. FRESH=1 forgets earlier calls. `--rehearsal` runs the same parts
+where there is no GPU. The status is 0 if everything has passed, 1 if not, 2 if this machine lacks
+something.
 """
 
 from __future__ import annotations
@@ -20,263 +24,187 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from benchmarks.gpu import aims, carried, summary
+from benchmarks.gpu import aims, plan, processes, summary
 from benchmarks.gpu.outcomes import CUT, FAILED, PASSED, REFUSAL, SKIPPED, Outcome, judged
-from benchmarks.gpu.plan import FORMS, RECORDS, SANITIZER, TARGETS, TOOL, Part, parts_of
-from benchmarks.gpu.processes import Keeper, Running
-from benchmarks.harness import gate
+from benchmarks.gpu.plan import TARGETS, TOOL, Part, Stage
+from benchmarks.harness import gate, store
 from benchmarks.harness.gate import is_covered
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+STATE, SUMMARY, LOG, FORMS = "state.json", "summary.md", "log.txt", "checked_forms.json"
+_CHECKED = ("-m", "fastdean.ops.checked")
+_STARTED = time.monotonic()
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SECONDS_ALL = 560
+# A rehearsal interprets the kernels, in Python and on few processors.
+_SLOWER_HERE = 10
 # Share of the time, and seconds at most, for the files that are written last.
 _MARGIN, _MOST_MARGIN_S = 0.1, 5.0
-_FORMS_PART = Part("forms", TOOL, 30)
-_CHECKED = ("-m", "fastdean.ops.checked")
-# What is running may write records and notes in between.
 _PUBLISH_EVERY_S = 5
-_TURN_S = 0.1
-# Made anew by every call: what they find is not in the files.
-_ALWAYS = ("machine", "build")
-_FACTS = "facts.json"
-# Ten minutes less a margin; a rehearsal interprets the kernels, in Python and on few processors.
-_SECONDS_ALL, _SLOWER_HERE = 560, 10
+# Of a long log, the bytes that log.txt gets from its beginning and its end.
+_HEAD, _TAIL = 64 << 10, 192 << 10
 
 
-class Session:
-    """One call of the program: parts that wait, run and have ended."""
+class Running(NamedTuple):
+    """A part on its way; `cut_by`: what ends it at `end`, if it does not end by itself."""
 
-    def __init__(
-        self, parts: Sequence[Part], out: Path, work: Path, *, seconds: float, rehearsal: bool
-    ) -> None:
-        self.parts, self.out, self.work = list(parts), out, work
-        self.rehearsal = rehearsal
+    part: Part
+    process: subprocess.Popen
+    start: float
+    end: float
+    cut_by: str
+
+
+class Call:
+    """One call of the program: the parts that run and those that have ended."""
+
+    def __init__(self, out: Path, work: Path, seconds: float, *, rehearsal: bool) -> None:
+        self.out, self.work, self.rehearsal = out, work, rehearsal
         self._seconds = seconds
         self._end = _STARTED + seconds - min(_MOST_MARGIN_S, _MARGIN * seconds)
-        self._cores = os.cpu_count() or 1
-        self._keeper = Keeper()
-        self._running: dict[str, tuple[Part, Running]] = {}
-        self._limits: dict[str, str] = {}
-        self._facts: dict[str, str] = {}
-        self._recorded_forms: tuple[str, ...] = ()
-        self._all_measured = False
-        self._published = 0.0
-        carried.adopt(out, work)
-        self._earlier = carried.load(work / carried.STATE)
-        # What this call asks for is known again once it is clear on what machine it runs.
+        self._mark = f"{os.getpid()}-{time.time_ns()}"
+        self._keeper = processes.keeper(self._mark)
+        self._names: list[str] = []
+        self._running: dict[str, Running] = {}
+        self._facts: dict[str, Any] = {}
+        self._recorded_forms: list[str] = []
+        self._earlier = loaded(out / STATE)
         self.outcomes: dict[str, Outcome] = {}
 
-    def run(self) -> None:
-        waiting = list(self.parts)
+    def run(self, stages: Sequence[Stage]) -> None:
+        self._names = [part.name for stage in stages for part in stage]
         self._publish("started")
-        while waiting or self._running:
-            self._collect()
-            for part in self._startable(waiting):
-                waiting.remove(part)
-                self._begin(part)
-            if time.monotonic() - self._published > _PUBLISH_EVERY_S:
-                self._publish("under way")
-            time.sleep(_TURN_S)
-        self._all_measured = True
-        self._record_forms()
-        while self._running:
-            self._collect()
-            time.sleep(_TURN_S)
+        for stage in stages:
+            self._run_stage(stage)
+            self._record_forms()
         self._publish("ended")
 
     def close(self, why: str = "") -> None:
-        """End what runs; with `why`, what was cut by it."""
+        """End what runs; `why` is the reason in the summary."""
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        for name, (part, running) in list(self._running.items()):
-            running.stop()
-            self._ended(name, part, running, None, why)
-        self._keeper.close()
+        for name in list(self._running):
+            self._ended(name, None, why)
+        self._keeper.communicate()
         if why:
             self._publish(why)
 
-    def _startable(self, waiting: list[Part]) -> Iterator[Part]:
-        """What may start now, one after the other; what cannot start at all is crossed out."""
-        for part in list(waiting):
-            if any(running.alone for running, _ in self._running.values()):
-                return
-            if self._left() <= 0:
-                waiting.remove(part)
-                self._skip(part, "no time was left")
-                continue
-            before = {*part.after, *part.needs}
-            missing = {name for name in before if name not in self.outcomes}
-            # A part that measures waits for all before it, and all after it wait for it.
-            ready = not missing and not (part.alone and self._running)
-            if not ready:
-                if part.alone:
-                    return
-                continue
-            known = self._known(part)
-            if known is not None:
-                waiting.remove(part)
-                self.outcomes[part.name] = known
-                continue
-            lack = self._lack(part)
-            if lack:
-                waiting.remove(part)
-                self._skip(part, lack)
-                continue
-            if self._running and self._weight() + self._workers(part) > self._cores:
-                return
-            yield part
+    def _run_stage(self, stage: Stage) -> None:
+        waiting, cores = list(stage), os.cpu_count() or 1
+        published = time.monotonic()
+        while waiting or self._running:
+            while waiting:
+                busy = sum(running.part.workers for running in self._running.values())
+                if busy and busy + waiting[0].workers > cores:
+                    break
+                self._start(waiting.pop(0))
+            for name, running in list(self._running.items()):
+                status = running.process.poll()
+                if status is not None or time.monotonic() > running.end:
+                    self._ended(name, status, running.cut_by if status is None else "")
+                    self._publish("under way")
+            if time.monotonic() - published > _PUBLISH_EVERY_S:
+                published = time.monotonic()
+                self._publish("under way")
+            time.sleep(0.05)
 
-    def _known(self, part: Part) -> Outcome | None:
-        """What an earlier call has found, where it passed and nothing has changed."""
+    def _start(self, part: Part) -> None:
         earlier = self._earlier.get(part.name)
-        if part.name in _ALWAYS or earlier is None or earlier.status != PASSED:
-            return None
-        return earlier if earlier.stamp == self._stamp(part) else None
+        known = PASSED, self._stamp(part)
+        # What a tool finds out or builds is not in the files.
+        if earlier and part.kind != TOOL and (earlier.status, earlier.stamp) == known:
+            self.outcomes[part.name] = earlier
+            return
+        lack = self._lack(part)
+        if lack:
+            self.outcomes[part.name] = Outcome(SKIPPED, reason=lack)
+            self._say(f"{part.name}: not started: {lack}")
+            return
+        limit = part.limit * (_SLOWER_HERE if self.rehearsal else 1)
+        cut_by = f"its limit of {limit} s"
+        if self._left() < limit:
+            limit, cut_by = self._left(), "the end of the time for all parts"
+        self._notes(part.name).unlink(missing_ok=True)
+        if part.kind == plan.RECORDS:
+            gate.record_passed(self._covered(), self.out / "results", self._facts)
+        self._say(f"{part.name}: started")
+        with self._log(part.name).open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, *part.command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=store.ROOT,
+                env=self._environment(part.name),
+                start_new_session=True,
+            )
+        start = time.monotonic()
+        self._running[part.name] = Running(part, process, start, start + limit, cut_by)
+
+    def _environment(self, name: str) -> dict[str, str]:
+        variables = {
+            **os.environ,
+            "PYTHONPATH": str(store.ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "FASTDEAN_WATCHED_TESTS": str(self._notes(name)),
+            # What else is installed there must not change how tests run.
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "FASTDEAN_REQUIRE_GPU": "" if self.rehearsal else "1",
+            processes.MARK: f"{self._mark}/{name}/",
+        }
+        variables.pop("TRITON_INTERPRET", None)
+        return variables
 
     def _lack(self, part: Part) -> str:
         """Why a part cannot start; "" if it can."""
         for name in part.needs:
             if self.outcomes[name].status != PASSED:
                 return f"{name} has not passed: {self.outcomes[name].status}"
-        seen = self._covered()
-        missing = [test for test in part.needs_tests if not is_covered(test, seen)]
+        missing = [t for t in part.needs_tests if not is_covered(t, self._covered())]
         if missing:
             return f"tests have not passed: {', '.join(missing)}"
-        if self._left() < part.least:
-            return f"{self._left():.0f} s were left, and it takes at least {part.least}"
+        left = self._left()
+        if left <= 0:
+            return "no time was left"
+        if left < part.least:
+            return f"{left:.0f} s were left, it takes at least {part.least}"
         return ""
+
+    def _ended(self, name: str, status: int | None, cut_by: str) -> None:
+        part, process, start, _, _ = self._running.pop(name)
+        seconds = time.monotonic() - start
+        # Also after a good end: nothing that it started is left beside a measurement.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        processes.end_marked(f"{self._mark}/{name}/")
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+        log, notes = self._log(name), self._notes(name)
+        if name == "machine" and status == 0:
+            self._facts = _facts_in(log)
+            status = 0 if self._facts else 1
+        outcome = judged(part, status, seconds, log, notes, cut_by, self._stamp(part))
+        self.outcomes[name] = outcome
+        said = f"{name}: {outcome.status} after {outcome.seconds:.0f} s {outcome.reason}"
+        self._say("\n         ".join([said.rstrip(), *outcome.lines]))
+
+    def _say(self, line: str) -> None:
+        print(f"{time.monotonic() - _STARTED:5.0f} s  {line}", flush=True)
 
     def _left(self) -> float:
         return self._end - time.monotonic()
-
-    def _weight(self) -> int:
-        return sum(self._workers(part) for part, _ in self._running.values())
-
-    def _workers(self, part: Part) -> int:
-        if part.workers == 1 or importlib.util.find_spec("xdist") is None:
-            return 1
-        return min(part.workers, max(2, self._cores // 3))
-
-    def _begin(self, part: Part) -> None:
-        limit = part.limit * (_SLOWER_HERE if self.rehearsal else 1)
-        cut_by = f"its limit of {limit} s"
-        if self._left() < limit:
-            limit, cut_by = self._left(), "the end of the time for all parts"
-        self._limits[part.name] = cut_by
-        self._notes(part.name).unlink(missing_ok=True)
-        if part.name == "machine":
-            (self.work / _FACTS).unlink(missing_ok=True)
-        if part.kind == RECORDS:
-            self._write_gate()
-        print(f"{time.monotonic() - _STARTED:5.0f} s  {part.name}: started", flush=True)
-        running = Running(
-            self._command(part, limit),
-            self._keeper,
-            log=self._log(part.name),
-            limit=limit,
-            cwd=ROOT,
-            environment=self._environment(part),
-        )
-        self._running[part.name] = (part, running)
-
-    def _collect(self) -> None:
-        for name, (part, running) in list(self._running.items()):
-            status = running.poll()
-            cut = status is None and running.seconds > running.limit
-            if status is None and not cut:
-                continue
-            # Also after a good end: nothing that it started is left beside a measurement.
-            running.stop()
-            self._ended(name, part, running, status, self._limits[name] if cut else "")
-            self._publish("under way")
-            self._record_forms()
-
-    def _ended(
-        self, name: str, part: Part, running: Running, status: int | None, cut_by: str
-    ) -> None:
-        del self._running[name]
-        if name == "machine" and status == 0:
-            self._facts = self._read_facts()
-            status = 0 if self._facts else 1
-        logs = self._log(name), self._notes(name)
-        outcome = judged(part, status, running.seconds, *logs, cut_by, self._stamp(part))
-        self.outcomes[name] = outcome
-        print(
-            f"{time.monotonic() - _STARTED:5.0f} s  {name}: {outcome.status} after "
-            f"{outcome.seconds:.0f} s {outcome.reason}".rstrip(),
-            flush=True,
-        )
-        for line in outcome.lines:
-            print(f"         {line}", flush=True)
-
-    def _read_facts(self) -> dict[str, str]:
-        try:
-            found = json.loads((self.work / _FACTS).read_text("utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def _skip(self, part: Part, reason: str) -> None:
-        self.outcomes[part.name] = Outcome(SKIPPED, reason=reason)
-        print(f"{time.monotonic() - _STARTED:5.0f} s  {part.name}: not started: {reason}")
-
-    def _command(self, part: Part, limit: float) -> list[str]:
-        python = sys.executable
-        if part.kind == TOOL:
-            script, *arguments = part.arguments
-            if part.name == "machine":
-                arguments = [str(self.work / _FACTS)]
-                arguments += ["--rehearsal"] if self.rehearsal else []
-            elif part.name == "build":
-                arguments = [str(self.work / "extension")]
-            script = script if script.startswith("-") else str(HERE / script)
-            return [python, script, *arguments]
-        if part.kind == RECORDS:
-            chosen = part.rehearsed if self.rehearsal else part.arguments
-            device = ["cpu", "--rehearsal"] if self.rehearsal else ["cuda"]
-            # A case that has started is finished.
-            seconds = max(1.0, min(part.seconds, limit - 15))
-            where = ["--out", str(self.work / "results"), "--resume", "--tested"]
-            limits = ["--seconds", f"{seconds:.0f}"]
-            return [python, "-m", "benchmarks", *chosen, "--device", *device, *where, *limits]
-        options = ["-q", "--tb=short", "--durations=5", "-p", "no:cacheprovider"]
-        options += ["-p", "benchmarks.gpu.watched_tests", "-o", "faulthandler_timeout=60"]
-        if part.kind == SANITIZER:
-            options += ["-k", "not reference"]
-            return [python, str(HERE / "sanitized.py"), part.tool, *options, *part.tests]
-        if self.rehearsal:
-            options += ["-p", "benchmarks.gpu.interpreted"]
-        if self._workers(part) > 1:
-            options += ["-p", "xdist.plugin", "-n", str(self._workers(part))]
-        return [python, "-m", "pytest", *options, *part.tests]
-
-    def _environment(self, part: Part) -> dict[str, str]:
-        found = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PYTHONUNBUFFERED": "1",
-            "FASTDEAN_WATCHED_TESTS": str(self._notes(part.name)),
-            # What else is installed there must not change how tests run.
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        }
-        found.pop("FASTDEAN_REQUIRE_GPU", None)
-        if part.kind == RECORDS:
-            found.pop("TRITON_INTERPRET", None)
-        elif not self.rehearsal:
-            found["FASTDEAN_REQUIRE_GPU"] = "1"
-        return found
 
     def _log(self, name: str) -> Path:
         return self.work / f"{name}.log"
@@ -285,104 +213,106 @@ class Session:
         return self.work / f"{name}.tests.jsonl"
 
     def _stamp(self, part: Part) -> str:
-        """Of all that an outcome depends on; what waited for an extension that did not come, and
-        passed without it, has not passed for good."""
+        """Of all that an outcome depends on; what passed without the extension, which did not
+        come, has not passed for good."""
         build = self.outcomes.get("build")
-        native = "build" not in part.after or (build is not None and build.status == PASSED)
-        return hashlib.sha256(json.dumps([self._facts, native]).encode()).hexdigest()[:16]
+        has_extension = part.native and build is not None and build.status == PASSED
+        return hashlib.sha256(json.dumps([self._facts, has_extension]).encode()).hexdigest()[:16]
 
     def _covered(self) -> list[str]:
         return [test for outcome in self.outcomes.values() for test in outcome.covered]
 
-    def _write_gate(self) -> None:
-        """Tell the benchmarks which tests have passed, in the form they write themselves."""
-        path = self.work / "results" / "tests" / f"{gate.OP}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        row = gate.seen_to_pass(self._covered(), self._facts)
-        carried.put(path, json.dumps(asdict(row)) + "\n")
-
     def _lacking(self) -> dict[str, str]:
         """Form -> what it lacks to be a checked one; in a rehearsal nothing can be sanitized."""
-        seen = self._covered()
+        seen, lacking = self._covered(), {}
         passed = {name for name, outcome in self.outcomes.items() if outcome.status == PASSED}
-        found = {}
-        for form in FORMS:
+        for form in plan.FORMS:
             lack = [test for test in form.tests if not is_covered(test, seen)]
-            lack += [] if self.rehearsal else [n for n in form.sanitized if n not in passed]
-            found[form.name] = f"not passed: {', '.join(lack)}" if lack else ""
-        return found
+            lack += [n for n in form.sanitized if n not in passed and not self.rehearsal]
+            lacking[form.name] = f"not passed: {', '.join(lack)}" if lack else ""
+        return lacking
 
     def _record_forms(self) -> None:
-        """Write the forms that have passed, as soon as there are more; at last with their speed."""
-        passed = tuple(name for name, lack in self._lacking().items() if not lack)
-        named = (*passed, *(self._slower(passed) if self._all_measured else ()))
-        if not passed or named == self._recorded_forms or "forms" in self._running:
-            return
-        if any(part.alone for part, _ in self._running.values()) or self._left() < 1:
+        """Write down the forms that have passed, and which are slower, where that has changed."""
+        rows, lacking = measurements(self.out), self._lacking()
+        passed = [form for form in plan.FORMS if not lacking[form.name]]
+        slower = {f.name: aims.slower_text(rows, self._facts, f.op, f.impl) for f in passed}
+        slower = [f"{name}={text}" for name, text in slower.items() if text]
+        named = ["--passed", *(form.name for form in passed)]
+        named += ["--slower", *slower] if slower else []
+        if not passed or named == self._recorded_forms:
             return
         self._recorded_forms = named
-        arguments = [*_CHECKED, "--out", str(self.work / carried.FORMS)]
-        arguments += ["--passed", *passed]
-        slower = named[len(passed) :]
-        arguments += ["--slower", *slower] if slower else []
-        arguments += ["--rehearse"] if self.rehearsal else []
-        (self.work / carried.FORMS).unlink(missing_ok=True)
-        self._begin(replace(_FORMS_PART, arguments=tuple(arguments)))
-
-    def _slower(self, passed: Sequence[str]) -> list[str]:
-        rows = list(carried.rows_of(self.work / "results"))
-        found = {
-            form.name: aims.slower_than_the_reference(rows, self._facts, form.op, form.ours)
-            for form in FORMS
-            if form.name in passed
-        }
-        return [f"{name}={figure}" for name, figure in found.items() if figure]
+        rehearse = ["--rehearse"] if self.rehearsal else []
+        command = (*_CHECKED, "--out", str(self.out / FORMS), *named, *rehearse)
+        self._run_stage([Part("forms", TOOL, command, 30, least=1)])
 
     def _publish(self, state: str) -> None:
-        self._published = time.monotonic()
-        results = self.work / "results"
-        ran = f"{self._published - _STARTED:.0f} of {self._seconds:.0f} s"
-        shown = summary.rendered(
-            f"{state}, {ran} used, {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC",
+        rows = measurements(self.out)
+        text = summary.rendered(
+            f"{state}, {time.monotonic() - _STARTED:.0f} of {self._seconds:.0f} s used, "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC",
             self._facts,
-            [*self.parts, _FORMS_PART],
+            [*self._names, "forms"],
             self.outcomes,
-            {name: running.seconds for name, (_, running) in self._running.items()},
-            aims.figures(carried.rows_of(results), self._facts),
+            {name: time.monotonic() - each.start for name, each in self._running.items()},
+            aims.figures(rows, self._facts),
             self._lacking(),
             rehearsal=self.rehearsal,
         )
-        kept = {name: each for name, each in self._earlier.items() if name not in self.outcomes}
-        carried.save(self.work / carried.STATE, kept | self.outcomes)
-        carried.put(self.out / carried.SUMMARY, shown)
-        carried.put(self.out / carried.STATE, (self.work / carried.STATE).read_text("utf-8"))
-        carried.put(self.out / carried.RECORDS, carried.packed(results))
-        names = [*(part.name for part in self.parts), "forms"]
-        carried.put(self.out / carried.LOG, carried.joined_logs(self.work, names))
-        forms = self.work / carried.FORMS
-        if forms.is_file() and "forms" not in self._running:
-            carried.put(self.out / carried.FORMS, forms.read_text("utf-8"))
+        outcomes = {name: asdict(each) for name, each in (self._earlier | self.outcomes).items()}
+        _put(self.out / STATE, json.dumps(outcomes, indent=1))
+        _put(self.out / SUMMARY, text)
+        _put(self.out / LOG, _joined(self._log(name) for name in [*self._names, "forms"]))
 
 
-_STARTED = time.monotonic()
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def measurements(out: Path) -> list[store.Record]:
+    """All that was recorded in OUT; the tests are none."""
+    ops = sorted({path.stem for path in (out / "results").glob("*/*.jsonl")} - {gate.OP})
+    return [row for op in ops for row in store.read(out / "results", op, quiet=True)]
 
 
-@contextmanager
-def _only_one(work: Path) -> Iterator[None]:
-    with (work / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SystemExit(f"error: another call is at work in {work}; wait for it") from None
-        yield
+def loaded(state: Path) -> dict[str, Outcome]:
+    """Outcomes by part; none where there is no state, or one that cannot be read."""
+    try:
+        found = json.loads(state.read_text("utf-8"))
+        return {name: Outcome(**fields) for name, fields in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _facts_in(log: Path) -> dict[str, Any]:
+    """The JSON object that the machine's part printed, between whatever warnings; else {}."""
+    for line in log.read_text("utf-8", "replace").splitlines():
+        with suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                return found
+    return {}
+
+
+def _joined(logs: Iterable[Path]) -> str:
+    sections = []
+    for log in (log for log in logs if log.is_file()):
+        said = log.read_bytes()
+        if len(said) > _HEAD + _TAIL:
+            said = said[:_HEAD] + b"\n[...]\n" + said[-_TAIL:]
+        sections.append(f"===== {log.stem} =====\n{said.decode('utf-8', 'replace')}\n")
+    return "".join(sections)
+
+
+def _put(path: Path, text: str) -> None:
+    """The whole file or the one before, whenever the writer is killed."""
+    arriving = path.with_name(f".{path.name}")
+    arriving.write_text(text, "utf-8")
+    os.replace(arriving, path)
 
 
 def _interrupted(number: int, frame: object) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-def main(argv: Sequence[str] | None = None, parts: Sequence[Part] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -392,37 +322,36 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] | None = None)
     parser.add_argument("--work", type=Path, help="default: in build/ of this checkout")
     options = parser.parse_args(argv)
     kind = "gpu-rehearsal" if options.rehearsal else "gpu-work"
-    work = (options.work or ROOT / "build" / kind).resolve()
+    work = (options.work or store.ROOT / "build" / kind).resolve()
     out = options.out.resolve()
     if os.environ.get("FRESH") == "1":
-        shutil.rmtree(work, ignore_errors=True)
-        for name in carried.FILES:
+        for folder in (work, out / "results"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for name in (STATE, SUMMARY, LOG, FORMS):
             (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
-    for number in _SIGNALS:
-        signal.signal(number, _interrupted)
-    default = _SECONDS_ALL * (_SLOWER_HERE if options.rehearsal else 1)
-    seconds = float(os.environ.get("SECONDS_ALL") or default)
-    with _only_one(work):
-        session = Session(
-            parts or parts_of(options.target),
-            out,
-            work,
-            seconds=seconds,
-            rehearsal=options.rehearsal,
-        )
+    for folder in (out, work):
+        folder.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
         try:
-            session.run()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"error: another call is at work in {work}; wait for it") from None
+        for number in _SIGNALS:
+            signal.signal(number, _interrupted)
+        default = _SECONDS_ALL * (_SLOWER_HERE if options.rehearsal else 1)
+        seconds = float(os.environ.get("SECONDS_ALL") or default)
+        call = Call(out, work, seconds, rehearsal=options.rehearsal)
+        try:
+            call.run(stages or plan.stages(options.target, out, work, rehearsal=options.rehearsal))
         except KeyboardInterrupt as signalled:
-            session.close(f"cut by {signalled}")
+            call.close(f"cut by {signalled}")
             return 1
         except BaseException:
-            session.close("cut by an error of its own")
+            call.close("cut by an error of its own")
             raise
-        session.close()
-    print((out / carried.SUMMARY).read_text("utf-8"))
-    statuses = {name: outcome.status for name, outcome in session.outcomes.items()}
+        call.close()
+    print((out / SUMMARY).read_text("utf-8"))
+    statuses = {name: outcome.status for name, outcome in call.outcomes.items()}
     if statuses.get("machine", PASSED) != PASSED:
         return 2
     # Where nothing can be sanitized and little is measured, that is no failure.

@@ -1,8 +1,5 @@
-"""A plugin of pytest for rehearsals: Triton 3.6's interpreter under NumPy 2.5.
-
-Where there is a GPU nothing is interpreted. Without one the tests run Triton's kernels in Python,
-and NumPy 2.5 no longer turns an array of one element into a number by itself.
-"""
+"""A pytest plugin for rehearsals: Triton 3.6's interpreter under NumPy 2.5, which no longer turns
+an array of one element into a number by itself."""
 
 from __future__ import annotations
 

@@ -1,236 +1,179 @@
-"""What `make gpu-first` runs, in the order of its worth, as data; `first.py` does the rest.
+"""What `make gpu-first` runs, as data: stages in the order of their worth; `first.py` runs them.
 
-The aims that the figures are held against stand in `aims.py`.
+The parts of a stage run beside each other; the next stage starts when all of them have ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import importlib.util
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness.gate import test_files
-
-_ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.harness import gate
+from benchmarks.harness.gate import OPERATIONS, REPEATS, score_tests, test_files
 
 TESTS, SANITIZER, RECORDS, TOOL = "tests", "sanitizer", "records", "tool"
+TARGETS = ("first", "check", "sanitize", "bench")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A process of its own, with a limit of its own.
+    """A process with a limit of its own.
 
     Attributes:
-        kind: TESTS (pytest on `tests`), SANITIZER (the same under compute-sanitizer's `tool`),
-            RECORDS (`python -m benchmarks` with `arguments`) or TOOL (a script of this folder).
+        kind: TESTS (pytest), SANITIZER (pytest under compute-sanitizer), RECORDS (`python -m
+            benchmarks`) or TOOL.
+        command: what follows `python`.
         limit: seconds after which it is ended.
         least: seconds below which it is not worth starting.
-        after: parts that have to have ended before.
-        needs: parts that have to have passed before.
-        needs_tests: files or tests that have to have passed before, in whatever part.
-        alone: nothing runs beside it, since it measures.
-        workers: processes that share its tests, where pytest-xdist is there.
-        seconds: after which a measurement starts nothing new.
-        rehearsed: arguments in place of `arguments` where there is no GPU.
+        needs: parts, of an earlier stage, that have to have passed.
+        needs_tests: files or tests that have to have passed, in whatever part.
+        native: whether it takes the compiled extension, and so differs without one.
+        workers: its processes.
     """
 
     name: str
     kind: str
-    limit: int
-    least: int = 15
-    after: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
+    command: tuple[str, ...]
+    limit: float
+    least: float = 15
+    needs: tuple[str, ...] = ("machine",)
     needs_tests: tuple[str, ...] = ()
-    alone: bool = False
+    native: bool = True
     workers: int = 1
-    tests: tuple[str, ...] = ()
-    tool: str = ""
-    arguments: tuple[str, ...] = ()
-    seconds: int = 0
-    rehearsed: tuple[str, ...] = ()
 
 
-def _test_file(name: str) -> str:
-    """Where test_NAME.py lies, whatever folder of tests/ that is."""
-    [found] = (_ROOT / "tests").rglob(f"test_{name}.py")
-    return found.relative_to(_ROOT).as_posix()
+Stage = Sequence[Part]
+_TOOLS = ("memcheck", "racecheck")
 
-
-def _tests(name: str, *files: str, workers: int = 1, after: tuple[str, ...] = ("build",)) -> Part:
-    paths = test_files(*files)
-    return Part(
-        f"tests-{name}", TESTS, 150, needs=("machine",), after=after, tests=paths, workers=workers
-    )
-
-
-_BEFORE = (
-    Part("machine", TOOL, 90, arguments=("prerequisites.py",)),
-    Part("build", TOOL, 240, arguments=("build_extension.py",)),
-)
-
-_CHECK = (
-    _tests("collapse", "collapse_op", workers=2),
-    _tests("masks", "mask_op", "edits", "toggling", workers=2),
-    # Triton's kernels do not wait for the extension.
-    _tests("importance", "importance_op", workers=4, after=()),
-    _tests("selection", "selection_op", "selection_kernel", workers=3, after=()),
-    _tests("experts", "expert_importance_op", workers=2, after=()),
-    _tests("repeatable", "repeatable", workers=2),
-    _tests("host", "no_host_in_the_loop"),
-    _tests("score", "score", "score_kernels", "score_losses", "score_state", workers=3),
-    _tests("other", "token_blocks", "coupling", "distributed", workers=2),
-)
-
-_REPEATABLE, _COLLAPSE_OP, _MASK_OP, _IMPORTANCE_OP, _EXPERTS_OP, _SCORE_OP, _KERNELS = test_files(
-    *("repeatable", "collapse_op", "mask_op", "importance_op", "expert_importance_op"),
-    *("score", "score_kernels"),
-)
-_REPEATS = f"{_REPEATABLE}::test_an_op_repeats_its_bits"
-# What is sanitized of an operation: awkward strides and lengths, and sizes that no tile divides.
+# Name -> processes, and the files; Triton's kernels do not wait for the extension.
+_TRITON = {
+    "importance": (4, "importance_op"),
+    "selection": (3, "selection_op", "selection_kernel"),
+    "experts": (2, "expert_importance_op"),
+}
+_NATIVE = {
+    "collapse": (2, "collapse_op"),
+    "masks": (2, "mask_op", "edits", "toggling"),
+    "repeatable": (2, "repeatable"),
+    "score": (3, "score", "score_kernels", "score_losses", "score_state"),
+}
+# Nothing that is measured or sanitized rests on these.
+_OTHER = {
+    "host": (1, "no_host_in_the_loop"),
+    "other": (2, "token_blocks", "coupling", "distributed"),
+}
+# What is sanitized of an operation, awkward strides and lengths and sizes that no tile divides:
+# the file, and its tests.
 _SANITIZED = {
     "collapse": (
-        f"{_COLLAPSE_OP}::test_cuda_is_within_the_budget_and_repeats_bit_for_bit",
-        f"{_COLLAPSE_OP}::test_on_cuda_labels_out_of_range_show_as_a_loss_of_nan",
+        "collapse_op",
+        "test_cuda_is_within_the_budget_and_repeats_bit_for_bit",
+        "test_on_cuda_labels_out_of_range_show_as_a_loss_of_nan",
     ),
     "masks": (
-        f"{_MASK_OP}::test_cuda_clears_what_the_cpu_clears",
-        f"{_MASK_OP}::test_cuda_gathers_writes_and_replaces_what_the_cpu_does",
+        "mask_op",
+        "test_cuda_clears_what_the_cpu_clears",
+        "test_cuda_gathers_writes_and_replaces_what_the_cpu_does",
     ),
     "importance": (
-        f"{_IMPORTANCE_OP}::test_strides_do_not_matter",
-        f"{_IMPORTANCE_OP}::test_numbers_and_lengths_of_examples",
-        f"{_IMPORTANCE_OP}::test_a_long_example_beside_a_short_one",
+        "importance_op",
+        "test_strides_do_not_matter",
+        "test_numbers_and_lengths_of_examples",
+        "test_a_long_example_beside_a_short_one",
     ),
-    "selection": (f"{_REPEATS}[selection-torch.bfloat16-triton]",),
-    "experts": (f"{_EXPERTS_OP}::test_every_expert_gets_its_own_examples",),
-    "units": (f"{_REPEATS}[unit_sums-torch.bfloat16-triton]",),
+    "selection": ("repeatable", "test_an_op_repeats_its_bits[selection-torch.bfloat16-triton]"),
+    "experts": ("expert_importance_op", "test_every_expert_gets_its_own_examples"),
+    "units": ("repeatable", "test_an_op_repeats_its_bits[unit_sums-torch.bfloat16-triton]"),
 }
-# Whose tests have compiled its kernels, which the sanitizer would slow down.
-_COMPILED_BY = {"selection": "repeatable", "units": "repeatable"}
-
-_SANITIZE = (
-    Part("sanitizer", TOOL, 60, needs=("machine",), arguments=("sanitized.py",)),
-    *(
-        Part(
-            f"{tool}-{name}",
-            SANITIZER,
-            150,
-            needs=("sanitizer", "build"),
-            after=(f"tests-{_COMPILED_BY.get(name, name)}",),
-            tests=tests,
-            tool=tool,
-        )
-        for name, tests in _SANITIZED.items()
-        for tool in ("memcheck", "racecheck")
-    ),
-)
-
-
-def _records(name: str, op: str, *files: str, seconds: int) -> Part:
-    return Part(
-        f"records-{name}",
-        RECORDS,
-        seconds + 45,
-        least=25,
-        needs=("machine",),
-        after=("build",),
-        needs_tests=test_files(*files),
-        alone=True,
-        arguments=("kernels", "--op", op),
-        seconds=seconds,
-        rehearsed=("kernels", "--toy", "--op", op),
-    )
-
-
-_SCORE_TESTS = (
-    _SCORE_OP,
-    _KERNELS,
-    f"{_REPEATABLE}::test_a_deterministic_run_of_score_repeats_its_bits",
-    f"{_REPEATS}[weight_sums-torch.float32-triton]",
-    f"{_REPEATS}[weight_sums-torch.bfloat16-triton]",
-)
+# Operation -> seconds after which nothing new is measured of it.
+_MEASURED = {
+    "importance": 40,
+    "selection": 20,
+    "mask": 20,
+    "collapse": 35,
+    "unit_importance": 10,
+    "expert_importance": 15,
+}
 _SCORE = ("score", "--dtype", "bf16", "--random-model")
-
-_BENCH = (
-    _records("importance", "importance", "importance_op", seconds=40),
-    _records("selection", "selection", "selection_op", "selection_kernel", seconds=20),
-    _records("masks", "mask", "mask_op", "edits", "toggling", seconds=20),
-    _records("collapse", "collapse", "collapse_op", seconds=35),
-    _records("units", "unit_importance", "importance_op", seconds=10),
-    _records("experts", "expert_importance", "expert_importance_op", seconds=15),
-    Part(
-        "records-score",
-        RECORDS,
-        170,
-        least=60,
-        needs=("machine",),
-        after=("build",),
-        needs_tests=_SCORE_TESTS,
-        alone=True,
-        arguments=(
-            *(*_SCORE, "qwen2-7b", "--examples", "128", "--profile", "--repeats", "2"),
-            *("--impl", "loop", "--impl", "fastdean"),
-        ),
-        seconds=170,
-        rehearsed=(*_SCORE, "toy", "--examples", "4", "--impl", "loop", "--impl", "fastdean"),
-    ),
-)
-# Further than the first ten minutes reach.
-_MORE = (
-    Part(
-        "records-all-of-score",
-        RECORDS,
-        400,
-        least=120,
-        needs=("machine",),
-        after=("build",),
-        needs_tests=_SCORE_TESTS,
-        alone=True,
-        arguments=(*_SCORE, "qwen2-7b", "--examples", "128", "--vmap", "--profile"),
-        seconds=400,
-        rehearsed=(*_SCORE, "toy", "--examples", "4", "--vmap"),
-    ),
-    Part(
-        "records-sweep",
-        RECORDS,
-        400,
-        least=60,
-        needs=("machine",),
-        after=("build",),
-        needs_tests=_SCORE_TESTS,
-        alone=True,
-        arguments=("sweep", "--random-model", "qwen2-7b"),
-        seconds=380,
-        rehearsed=("sweep", "--random-model", "toy", "--repeats", "1"),
-    ),
-)
-
-# What the targets of the Makefile ask for, each with the parts it rests on.
-_ASKED = {
-    "first": (*_CHECK, *_SANITIZE, *_BENCH),
-    "check": _CHECK,
-    "sanitize": _SANITIZE,
-    "bench": (*_BENCH, *_MORE),
-}
-TARGETS = tuple(_ASKED)
+_SCORE_7B = (*_SCORE, "qwen2-7b", "--examples", "128", "--profile")
+_TOY = (*_SCORE, "toy", "--examples", "4")
 
 
-def parts_of(target: str) -> list[Part]:
-    """The target's parts and those they rest on, in the order in which they start."""
-    every = [*_BEFORE, *_CHECK, *_SANITIZE, *_BENCH, *_MORE]
-    chosen = {"machine", "build", *(part.name for part in _ASKED[target])}
-    while True:
-        before = set(chosen)
-        for part in every:
-            if part.name in chosen:
-                chosen |= {*part.after, *part.needs, *_testing(part.needs_tests, every)}
-        if chosen == before:
-            return [part for part in every if part.name in chosen]
+def stages(target: str, out: Path, work: Path, *, rehearsal: bool) -> list[Stage]:
+    """The target's stages, with those they rest on."""
+    rehearse = ("--rehearsal",) if rehearsal else ()
+    machine = ("-m", "benchmarks.gpu.prerequisites", *rehearse)
+    build = ("-m", "benchmarks.gpu.build_extension", str(work / "extension"))
+    native = _NATIVE | (_OTHER if target in ("first", "check") else {})
+    found: list[Stage] = [
+        [Part("machine", TOOL, machine, 90, needs=(), native=False)],
+        [Part("build", TOOL, build, 240, native=False), *_tests(_TRITON, rehearsal, native=False)],
+        _tests(native, rehearsal),
+    ]
+    if target in ("first", "sanitize"):
+        tool = ("-m", "benchmarks.gpu.sanitized")
+        found.append([Part("sanitizer", TOOL, tool, 60, native=False)])
+        found.append([_sanitized(name, tool) for name in _SANITIZED for tool in _TOOLS])
+    if target in ("first", "bench"):
+        found += [[part] for part in _measured(out, rehearsal, more=target == "bench")]
+    return found
 
 
-def _testing(tests: Sequence[str], parts: Iterable[Part]) -> set[str]:
-    files = {test.split("::")[0] for test in tests}
-    return {part.name for part in parts if part.kind == TESTS and files & set(part.tests)}
+def _pytest(*more: str) -> tuple[str, ...]:
+    plugins = ("-p", "no:cacheprovider", "-p", "benchmarks.gpu.watched_tests")
+    return ("-q", "--tb=short", "--durations=5", *plugins, "-o", "faulthandler_timeout=60", *more)
+
+
+def _tests(groups: dict[str, tuple], rehearsal: bool, *, native: bool = True) -> list[Part]:
+    parts = []
+    for name, (workers, *files) in groups.items():
+        options = ["-p", "benchmarks.gpu.interpreted"] if rehearsal else []
+        workers = min(workers, os.cpu_count() or 1)
+        if workers > 1 and importlib.util.find_spec("xdist") is not None:
+            options += ["-p", "xdist.plugin", "-n", str(workers)]
+        command = ("-m", "pytest", *_pytest(*options, *test_files(*files)))
+        parts.append(Part(f"tests-{name}", TESTS, command, 150, native=native, workers=workers))
+    return parts
+
+
+def _sanitized(name: str, tool: str) -> Part:
+    file, *tests = _SANITIZED[name]
+    [path] = test_files(file)
+    named = (f"{path}::{test}" for test in tests)
+    command = ("-m", "benchmarks.gpu.sanitized", tool, *_pytest("-k", "not reference", *named))
+    return Part(f"{tool}-{name}", SANITIZER, command, 150, needs=("machine", "sanitizer", "build"))
+
+
+def _measured(out: Path, rehearsal: bool, *, more: bool) -> list[Part]:
+    """`more`: further than the first ten minutes reach."""
+    tests = score_tests(on_gpu=True)
+    # Name, tests, seconds, least, and what is asked of `python -m benchmarks` on a GPU and here.
+    asked = [
+        (op, OPERATIONS[op], seconds, 25, ("kernels", "--op", op), ("kernels", "--toy", "--op", op))
+        for op, seconds in _MEASURED.items()
+    ]
+    both = ("--impl", "loop", "--impl", "fastdean")
+    asked += [("score", tests, 170, 60, (*_SCORE_7B, "--repeats", "2", *both), (*_TOY, *both))]
+    if more:
+        sweep, toy = (("sweep", "--random-model", name) for name in ("qwen2-7b", "toy"))
+        asked += [("all-of-score", tests, 355, 120, (*_SCORE_7B, "--vmap"), (*_TOY, "--vmap"))]
+        asked += [("sweep", tests, 355, 60, sweep, (*toy, "--repeats", "1"))]
+    shared = ["--device", *(("cpu", "--rehearsal") if rehearsal else ("cuda",))]
+    shared += ["--out", str(out / "results"), "--resume", "--tested", "--seconds"]
+    return [
+        Part(
+            f"records-{name}",
+            RECORDS,
+            ("-m", "benchmarks", *(here if rehearsal else there), *shared, str(seconds)),
+            seconds + 45,
+            least,
+            needs_tests=needed,
+        )
+        for name, needed, seconds, least, there, here in asked
+    ]
 
 
 @dataclass(frozen=True)
@@ -239,49 +182,38 @@ class Form:
 
     Attributes:
         name: operation and implementation.
-        tests: of the operation, and that it repeats its bits.
+        op: the results file in which it may turn out slower than the reference.
         sanitized: parts that have to have found nothing.
-        op, ours: the results file and the contender that runs it: one that is slower than the
-            reference is said to be.
+        repeats: what test_repeatable.py calls it; "" where its own tests hold that it repeats.
     """
 
     name: str
-    tests: tuple[str, ...]
-    sanitized: tuple[str, ...]
     op: str
-    ours: str
+    sanitized: tuple[str, ...]
+    repeats: str = ""
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        dtypes = ("float32", "bfloat16", "float16") if self.repeats else ()
+        repeated = (f"{REPEATS}[{self.repeats}-torch.{dtype}-triton]" for dtype in dtypes)
+        return (*gate.OPERATIONS[self.op], *repeated)
+
+    @property
+    def impl(self) -> str:
+        return self.name.partition(":")[2]
 
 
-def _form(name: str, files: Sequence[str], sanitized: str, op: str, repeats: str = "") -> Form:
-    """`repeats`: what test_repeatable.py calls it; "" where its own tests hold that."""
-    repeated = (
-        f"{_REPEATS}[{repeats}-torch.{dtype}-triton]"
-        for dtype in ("float32", "bfloat16", "float16")
-        if repeats
+FORMS = tuple(
+    Form(name, op, tuple(f"{tool}-{sanitized}" for tool in _TOOLS), *repeats)
+    for name, op, sanitized, *repeats in (
+        ("collapse_alignment:native", "collapse", "collapse"),
+        ("collapse_alignment_backward:native", "collapse", "collapse"),
+        ("gather_at:native", "mask", "masks"),
+        ("write_at_:native", "mask", "masks"),
+        ("zero_at_:native", "mask", "masks"),
+        ("accumulate_importance_:triton", "importance", "importance", "weight_sums"),
+        ("select_top:triton", "selection", "selection", "selection"),
+        ("accumulate_unit_importance_:triton", "unit_importance", "units", "unit_sums"),
+        ("accumulate_expert_importance_:triton", "expert_importance", "experts", "expert_sums"),
     )
-    return Form(
-        name,
-        (*test_files(*files), *repeated),
-        (f"memcheck-{sanitized}", f"racecheck-{sanitized}"),
-        op,
-        name.partition(":")[2],
-    )
-
-
-_COLLAPSE = (["collapse_op"], "collapse", "collapse")
-_MASKS = (["mask_op", "edits", "toggling"], "masks", "mask")
-_WEIGHT = (["importance_op"], "importance", "importance", "weight_sums")
-_EXPERTS = (["expert_importance_op"], "experts", "expert_importance", "expert_sums")
-_UNITS = (["importance_op"], "units", "unit_importance", "unit_sums")
-_SELECTION = (["selection_op", "selection_kernel"], "selection", "selection", "selection")
-FORMS = (
-    _form("collapse_alignment:native", *_COLLAPSE),
-    _form("collapse_alignment_backward:native", *_COLLAPSE),
-    _form("gather_at:native", *_MASKS),
-    _form("write_at_:native", *_MASKS),
-    _form("zero_at_:native", *_MASKS),
-    _form("accumulate_importance_:triton", *_WEIGHT),
-    _form("select_top:triton", *_SELECTION),
-    _form("accumulate_unit_importance_:triton", *_UNITS),
-    _form("accumulate_expert_importance_:triton", *_EXPERTS),
 )

@@ -1,10 +1,9 @@
 """What the checks and measurements on a GPU need of this machine; nothing is installed for them.
 
-    python3 -m benchmarks.gpu.prerequisites FACTS.json [--rehearsal]
+    python3 -m benchmarks.gpu.prerequisites [--rehearsal]
 
-What is missing goes to stderr, one line each, and the status is 2; else one line says what is here,
-and the file holds what results depend on. In a rehearsal no GPU is asked for, and the device is
-called that.
+What is missing goes to stderr, one line each, and the status is 2; else one line of JSON holds what
+results depend on. In a rehearsal no GPU is asked for, and the device is called that.
 """
 
 from __future__ import annotations
@@ -23,35 +22,36 @@ from pathlib import Path
 
 VERSIONS = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17)}
 MODULES = ("pytest", "hypothesis", "accelerate", "pybind11")
-PROGRAMS = ("cmake",)
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def missing(rehearsal: bool = False) -> list[str]:
     """A line for each thing that is not here; in a rehearsal no GPU is missed."""
     lines = [_too_old(name, least) for name, least in VERSIONS.items()]
-    lines += [f"the Python package {name} is needed" for name in MODULES if not _is_installed(name)]
     lines += [
-        f"the program {name} is needed, on the PATH or beside Python"
-        for name in PROGRAMS
-        if not _is_program(name)
+        f"the Python package {name} is needed"
+        for name in MODULES
+        if importlib.util.find_spec(name) is None
     ]
-    lines += [_no_compiler(), _no_headers(), "" if rehearsal else _no_device()]
+    if not _is_program("cmake"):
+        lines.append("the program cmake is needed, on the PATH or beside Python")
+    if not any(map(_is_program, [os.environ.get("CC") or "gcc", "gcc", "clang"])):
+        lines.append("a C compiler is needed (gcc, clang or $CC): Triton builds launchers with it")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        lines.append("Python.h is needed, got none: Triton and the extension include it")
+    if not (rehearsal or _has_device()):
+        lines.append("a CUDA device is needed, and torch sees none")
     return [line for line in lines if line]
 
 
 def _too_old(name: str, least: tuple[int, int]) -> str:
     needed = f"{name} >= {'.'.join(map(str, least))} is needed"
     try:
-        found = import_module(name).__version__
+        version = import_module(name).__version__
     except ImportError as error:
         return f"{needed}, and it cannot be imported: {error}"
-    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-    return "" if numbers >= least else f"{needed}, got {found}"
-
-
-def _is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    return "" if numbers >= least else f"{needed}, got {version}"
 
 
 def _is_program(name: str) -> bool:
@@ -59,26 +59,11 @@ def _is_program(name: str) -> bool:
     return shutil.which(name, path=os.pathsep.join(folders)) is not None
 
 
-def _no_compiler() -> str:
-    names = [os.environ.get("CC") or "", "gcc", "clang"]
-    if any(name and shutil.which(name) for name in names):
-        return ""
-    return "a C compiler is needed (gcc, clang or $CC): Triton builds its launchers with it"
-
-
-def _no_headers() -> str:
-    folder = Path(sysconfig.get_paths()["include"])
-    if (folder / "Python.h").is_file():
-        return ""
-    return "the headers of Python are needed, got no Python.h: Triton and the extension include it"
-
-
-def _no_device() -> str:
+def _has_device() -> bool:
     try:
-        import torch
+        return import_module("torch").cuda.is_available()
     except ImportError:
-        return ""  # named already
-    return "" if torch.cuda.is_available() else "a CUDA device is needed, and torch sees none"
+        return True  # that torch is missing is said already
 
 
 def facts(rehearsal: bool) -> dict[str, str]:
@@ -109,17 +94,13 @@ def _tests_checksum() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    path, *options = arguments
-    rehearsal = "--rehearsal" in options
+    rehearsal = "--rehearsal" in arguments
     lines = missing(rehearsal)
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
-    if lines:
-        return 2
-    found = facts(rehearsal)
-    Path(path).write_text(json.dumps(found) + "\n", "utf-8")
-    print(", ".join(f"{name} {value}" for name, value in found.items()))
-    return 0
+    if not lines:
+        print(json.dumps(facts(rehearsal)))
+    return 2 if lines else 0
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
     python3 -m benchmarks.gpu.sanitized                       # whether it can run
     python3 -m benchmarks.gpu.sanitized memcheck ARGUMENTS    # pytest with these arguments under it
 
-memcheck finds reads and writes out of bounds, racecheck programs that race for shared memory. The
-status is 0 only where the tool says itself that it found nothing: silence must not look like a
+The status is 0 only where the tool says itself that it found nothing: silence must not look like a
 clean run. REFUSED: it is not here, or cannot run on this device; FOUND: it found something; else
 the tests' own.
 """
@@ -30,48 +29,34 @@ def main(arguments: Sequence[str]) -> int:
     if tool is None:
         print("refused: compute-sanitizer is not installed; nothing was checked")
         return REFUSED
+    command = [tool, "--error-exitcode", str(FOUND)]
     if not arguments:
-        return _probe(tool)
+        status, is_clean = _run([*command, sys.executable, "-c", _PROBE])
+        if status or not is_clean:
+            print("refused: compute-sanitizer cannot run on this device; nothing was checked")
+            return REFUSED
+        return 0
     check, *rest = arguments
-    # Every tensor an allocation of its own: inside torch's pool a stray access hits another tensor.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [tool, "--tool", check, "--error-exitcode", str(FOUND)]
-    status, said = _run([*command, sys.executable, "-m", "pytest", *rest], environment)
-    if status == 0 and not _CLEAN.search(said):
+    status, is_clean = _run([*command, "--tool", check, sys.executable, "-m", "pytest", *rest])
+    if status == 0 and not is_clean:
         print(f"error: {check} did not say that it found nothing")
         return 1
     return status
 
 
-def _probe(tool: str) -> int:
-    import torch
-
-    if not torch.cuda.is_available():
-        print("refused: torch sees no CUDA device; nothing was checked")
-        return REFUSED
-    command = [tool, "--error-exitcode", str(FOUND), sys.executable, "-c", _PROBE]
-    status, said = _run(command, dict(os.environ))
-    if status or not _CLEAN.search(said):
-        print("refused: compute-sanitizer cannot run on this device; nothing was checked")
-        return REFUSED
-    return 0
-
-
-def _run(command: Sequence[str], environment: dict[str, str]) -> tuple[int, str]:
-    """(status, output), which is passed on line by line."""
+def _run(command: Sequence[str]) -> tuple[int, bool]:
+    """(status, whether the tool said that it found nothing); the output is passed on."""
+    # Every tensor an allocation of its own: inside torch's pool a stray access hits another tensor.
+    variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     said = []
     with subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace",
-    ) as process:
+    ) as process:  # fmt: skip
         for line in process.stdout:
             print(line, end="", flush=True)
             said.append(line)
-    return process.returncode, "".join(said)
+    return process.returncode, _CLEAN.search("".join(said)) is not None
 
 
 def _path() -> str:

@@ -32,7 +32,6 @@ class Contender:
         prepare: inputs -> what `run` takes, once per set of inputs, before the clock starts.
         refusal: why it cannot run on a device; "" if it can.
         tolerance: the largest error (as the case defines it) at which it may be timed.
-        needs_bytes: memory it takes besides the inputs; left out where less is free.
         capturable: never waits for the device, so that a CUDA graph can hold it.
         compiled: by torch.compile, whose own allocations cannot be poisoned.
         ours: one of fastdean's own implementations.
@@ -45,7 +44,6 @@ class Contender:
     prepare: Callable[[Any], Any] = lambda inputs: inputs
     refusal: Callable[[torch.device], str] = lambda device: ""
     tolerance: float = FP32_TOLERANCE
-    needs_bytes: int = 0
     capturable: bool = True
     compiled: bool = False
     ours: bool = False
@@ -67,7 +65,7 @@ class Case:
         op: name of the results file.
         name: what tells it from other cases of the op, for people.
         settings: the same in numbers, for plots and for knowing a case again.
-        inputs: fresh random inputs on the generator's device; `input_bytes`: of one set of them.
+        inputs: fresh random inputs on the generator's device.
         expected: inputs -> the result in float64, or exactly; called before a contender's `run`,
             which may change the inputs.
         error: (result, expected) -> 0 for equal; NaN never passes.
@@ -85,7 +83,6 @@ class Case:
     bytes: int
     contenders: tuple[Contender, ...]
     inputs: Callable[[torch.Generator], Any] | None = None
-    input_bytes: int = 0
     expected: Callable[[Any], Any] | None = None
     error: Callable[[Any, Any], float] | None = None
     floor: Contender | None = None
@@ -104,9 +101,9 @@ def norm_error(result: Tensor, expected: Tensor) -> float:
 
 
 def implementation(
-    op: str, impl: str, run: Callable[[Any], Any], *, name: str | None = None, **options: Any
+    op: str, impl: str, run: Callable[[str, Any], Any], name: str = "", **options: Any
 ) -> Contender:
-    """One of fastdean's own implementations; `run` has to ask for it by name.
+    """One of fastdean's own implementations, computed by `run(impl, inputs)`.
 
     Interpreted kernels are another contender: nobody must take their seconds for those of kernels.
     `options`: further fields of the contender.
@@ -119,29 +116,20 @@ def implementation(
             return str(error)
         return ""
 
-    suffix = ", interpreted" if impl == "triton" and interpreted() else ""
-    return Contender(f"{name or impl}{suffix}", run, refusal=refusal, ours=True, **options)
+    name = (name or impl) + (", interpreted" if impl == "triton" and interpreted() else "")
+    return Contender(name, lambda inputs: run(impl, inputs), refusal=refusal, ours=True, **options)
 
 
-class Compiled:
-    """A contender's `run`: an expression by `torch.compile`, compiled at the first call.
+def compiled(expression: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """`torch.compile` of plain torch, at the first call: it loads the compiler."""
+    made: list[Callable[..., Any]] = []
 
-    Args:
-        expression: plain torch.
-        arguments: inputs of a case -> what the expression takes.
-    """
+    def run(*arguments: Any) -> Any:
+        if not made:
+            made.append(torch.compile(expression, backend=backend, dynamic=False))
+        return made[0](*arguments)
 
-    def __init__(
-        self, expression: Callable, arguments: Callable[[Any], tuple], backend: str = "inductor"
-    ) -> None:
-        self._expression, self._arguments, self._backend = expression, arguments, backend
-        self._compiled: Callable[..., Tensor] | None = None
-
-    def __call__(self, inputs: Any) -> Tensor:
-        if self._compiled is None:
-            # Here, since already this call loads the compiler.
-            self._compiled = torch.compile(self._expression, backend=self._backend, dynamic=False)
-        return self._compiled(*self._arguments(inputs))
+    return run
 
 
 def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -151,9 +139,7 @@ def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor
     product, so the operands are copied to fp32 there.
     """
     multiply = torch.bmm if left.dim() == 3 else torch.mm
-    if left.dtype == torch.float32:
-        return multiply(left, right, out=out)
-    if left.device.type == "cuda":
+    if left.dtype != torch.float32 and left.device.type == "cuda":
         return multiply(left, right, out_dtype=torch.float32, out=out)
     return multiply(left.float(), right.float(), out=out)
 

@@ -2,8 +2,8 @@
 
 On CUDA device events stand around replays of a graph that holds one call for every set of inputs:
 no gap between launches, and no set still in the cache from the call before. What cannot be
-captured (it waits for the device, or allocates in a way a graph cannot) runs between events as it
-is, gaps included. On a CPU the host's clock stands around the same round of calls.
+captured runs between events as it is, gaps included. On a CPU the host's clock stands around the
+same round of calls.
 """
 
 from __future__ import annotations
@@ -87,32 +87,24 @@ def time_calls(
         capturable: whether a CUDA graph may be tried.
     """
 
-    def once() -> None:
+    def launch() -> None:
         for call in calls:
             call()
 
     # Events and the graph's streams belong to the current device, which need not be this one.
     with on_device(device):
         for _ in range(_WARM_UP_ROUNDS):
-            once()
+            launch()
         synchronize(device)
-        if device.type != "cuda":
-            return _timed(once, len(calls), seconds, _host_clock, HOST)
-        graph = _captured(once, device) if capturable else None
-        launch, timed_by = (once, EVENTS) if graph is None else (graph.replay, GRAPH)
-        return _timed(launch, len(calls), seconds, _device_events, timed_by)
-
-
-def _timed(
-    launch: Callable[[], Any],
-    calls: int,
-    seconds: float,
-    clock: Callable[[Callable[[], Any], int], list[float]],
-    timed_by: str,
-) -> Timing:
-    estimate = max(min(clock(launch, 2)), 1e-9)
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / estimate)))
-    each = [elapsed / calls for elapsed in clock(launch, rounds)]
+        clock, timed_by = _host_clock, HOST
+        if device.type == "cuda":
+            clock, timed_by = _device_events, EVENTS
+            graph = _captured(launch, device) if capturable else None
+            if graph is not None:
+                launch, timed_by = graph.replay, GRAPH
+        estimate = max(min(clock(launch, 2)), 1e-9)
+        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / estimate)))
+        each = [elapsed / len(calls) for elapsed in clock(launch, rounds)]
     return Timing(Spread.of(each), min(each), rounds, timed_by)
 
 
@@ -139,8 +131,7 @@ def _captured(launch: Callable[[], Any], device: torch.device) -> torch.cuda.CUD
     if _waits_for_the_device(launch):
         return None
     gc.collect()  # freeing memory of the device while it is captured would end the capture
-    graph = torch.cuda.CUDAGraph()
-    pool = torch.cuda.graph_pool_handle()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
@@ -153,14 +144,17 @@ def _captured(launch: Callable[[], Any], device: torch.device) -> torch.cuda.CUD
                 graph.capture_end()
     except RuntimeError:
         torch.cuda.synchronize(device)
-        _give_up_pool(device, pool)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        # What is left open of the pool lets every call of `empty_cache` raise.
+        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with contextlib.suppress(RuntimeError):
+                end(index, pool)
         return None
     torch.cuda.current_stream(device).wait_stream(stream)
     return graph
 
 
 def _waits_for_the_device(launch: Callable[[], Any]) -> bool:
-    """Whether torch sees it wait: such a call is not even tried as a graph."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -172,12 +166,3 @@ def _waits_for_the_device(launch: Callable[[], Any]) -> bool:
     finally:
         torch.cuda.set_sync_debug_mode(before)
     return False
-
-
-def _give_up_pool(device: torch.device, pool: tuple[int, int]) -> None:
-    """End what a failed capture has left open: until then every call of `empty_cache` raises."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    for step in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-        # A capture that failed before it began, or after it ended, has left nothing open.
-        with contextlib.suppress(RuntimeError):
-            step(index, pool)

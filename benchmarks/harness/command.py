@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import environment, gate, store
-from benchmarks.harness.budget import Budget, say
 from benchmarks.harness.plots import Picture, drawn
+from benchmarks.harness.progress import say
 from benchmarks.harness.session import Session
 from benchmarks.harness.tables import Table, rendered, replace_between_markers
 from fastdean.files.atomic import write_text_atomic
@@ -35,7 +36,7 @@ class Benchmark:
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[Session], int]
     tests: Callable[[argparse.Namespace, bool], Sequence[str]]
-    require: Callable[[argparse.Namespace], None] | None = None
+    require: Callable[[argparse.Namespace], None] = lambda options: None
     tables: Mapping[str, Table] = field(default_factory=dict)
     pictures: Mapping[str, Picture] = field(default_factory=dict)
 
@@ -43,9 +44,7 @@ class Benchmark:
 def main(
     program: str, description: str, benchmarks: Mapping[str, Benchmark], argv: Sequence[str] | None
 ) -> int:
-    """Args:
-    program: as it follows `python`, such as "-m benchmarks".
-    """
+    """`program`: as it follows `python`, such as "-m benchmarks"."""
     argv = sys.argv[1:] if argv is None else argv
     options = parsed(program, description, benchmarks, argv)
     try:
@@ -67,8 +66,7 @@ def _measure(benchmark: Benchmark, options: argparse.Namespace, command: Sequenc
             "device must be one that torch sees, got cuda and no CUDA device; use cpu"
         )
     environment.require_this_checkout()
-    if benchmark.require is not None:
-        benchmark.require(options)
+    benchmark.require(options)
     here = environment.collect(device, command)
     if options.rehearsal:
         here["device"] = environment.REHEARSAL
@@ -76,16 +74,17 @@ def _measure(benchmark: Benchmark, options: argparse.Namespace, command: Sequenc
         f"{here['device']}, {here['threads']} threads, CPU capability {here['cpu_capability']}, "
         f"torch {here['torch']}, accumulation by {here['accumulation']}"
     )
-    passed = _passed(options, tuple(benchmark.tests(options, on_gpu)), here, on_gpu)
-    if passed is None:
+    gated = _gated(options, benchmark.tests(options, on_gpu), here, on_gpu)
+    if gated is None:
         say("the tests of what is to be measured failed: nothing was measured")
         return 1
     # Only now: the tests take none of the time that is meant for measuring.
-    return benchmark.run(Session(options, here, passed, Budget(options.seconds)))
+    end = None if options.seconds is None else time.monotonic() + options.seconds
+    return benchmark.run(Session(options, here, gated, end))
 
 
-def _passed(
-    options: argparse.Namespace, tests: tuple[str, ...], here: dict[str, Any], on_gpu: bool
+def _gated(
+    options: argparse.Namespace, tests: Sequence[str], here: Mapping[str, Any], on_gpu: bool
 ) -> str | None:
     """What records say of the tests; None if one failed."""
     if not options.gate:
@@ -98,7 +97,7 @@ def _passed(
     if not gate.passes(tests, on_gpu=on_gpu):
         return None
     if options.resume:
-        store.append(options.out, gate.seen_to_pass(tests, here))
+        gate.record_passed(tests, options.out, here)
     return store.PASSED
 
 
@@ -128,10 +127,9 @@ def _plot(options: argparse.Namespace, pictures: Mapping[str, Picture]) -> int:
 def parsed(
     program: str, description: str, benchmarks: Mapping[str, Benchmark], argv: Sequence[str]
 ) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        f"python {program}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        f"python {program}", description=description, formatter_class=raw
     )
     commands = parser.add_subparsers(dest="run", required=True)
     for name, benchmark in benchmarks.items():
@@ -157,26 +155,16 @@ def parsed(
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add, flag = parser.add_argument, {"action": "store_true"}
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=store.RESULTS)
     add("--no-gate", dest="gate", action="store_false", help="do not run the tests first")
-    add(
-        "--resume",
-        action="store_true",
-        help="skip what --out already holds of the same code, machine and settings",
-    )
-    add(
-        "--tested",
-        action="store_true",
-        help="with --resume: run no tests, and measure nothing where they have not passed before",
-    )
+    add("--resume", **flag, help="skip what --out holds of the same code, machine and settings")
+    said = "with --resume: run no tests, and measure nothing where they have not passed before"
+    add("--tested", **flag, help=said)
     add("--seconds", type=float, help="start nothing new after this long, the tests not counted")
-    add(
-        "--rehearsal",
-        action="store_true",
-        help=f"call the device {environment.REHEARSAL!r}: the GPU's runs, tried out without one",
-    )
+    said = f"call the device {environment.REHEARSAL!r}: the GPU's runs, tried out without one"
+    add("--rehearsal", **flag, help=said)
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:

@@ -30,9 +30,12 @@ def collect(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
     still tells runs of the same code from others; `date`: the start of the run, in UTC, and shared
     by all of its records; `command`: without absolute paths."""
     on_gpu = device.type == "cuda"
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    # Results themselves do not make a checkout dirty.
+    changed = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_model(),
-        "driver": _driver() if on_gpu else None,
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_model(),
+        "driver": driver.splitlines()[0].strip() if on_gpu and driver else None,
         "cuda": torch.version.cuda if on_gpu else None,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -42,7 +45,7 @@ def collect(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
         "transformers": metadata.version("transformers"),
         "fastdean": fastdean.__version__,
         "commit": _output("git", "rev-parse", "HEAD"),
-        "dirty": _dirty(),
+        "dirty": None if changed is None else bool(changed),
         "sources": sources_checksum(),
         "date": provenance.now(),
         "command": command_line(argv),
@@ -50,26 +53,13 @@ def collect(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def require_this_checkout() -> None:
-    """What is recorded are the commit and the sources of this checkout: nothing else is measured.
-
-    Raises:
-        RuntimeError: `fastdean` was imported from elsewhere.
-    """
+    """What is recorded are commit and sources of this checkout: nothing else is measured."""
     found = Path(fastdean.__file__).resolve().parent
     if found != ROOT / "fastdean":
         raise RuntimeError(
             f"fastdean must be the package of this checkout, {ROOT / 'fastdean'}, got {found}; "
             "set PYTHONPATH to the checkout, or install it from there with `pip install -e .`"
         )
-
-
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def command_line(argv: Sequence[str]) -> str:
@@ -97,10 +87,11 @@ def sources_checksum() -> str:
     return digest.hexdigest()[:16]
 
 
-def _dirty() -> bool | None:
-    """Results themselves do not make a checkout dirty."""
-    changed = _output("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
-    return None if changed is None else bool(changed)
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
@@ -108,11 +99,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _driver() -> str | None:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0].strip() if found else None
 
 
 def _output(*command: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The tests that have to pass before anything is measured, and which of them have been seen to."""
+"""The tests that have to pass before anything is measured, and which of them have passed before."""
 
 from __future__ import annotations
 
@@ -13,6 +13,37 @@ from benchmarks.harness import store
 from benchmarks.harness.store import Record
 
 OP = "gate"
+_FILES = {path.stem: path for path in sorted((store.ROOT / "tests").rglob("test_*.py"))}
+
+
+def test_files(*names: str) -> tuple[str, ...]:
+    """Where each test_NAME.py lies, in whatever folder of tests/."""
+    return tuple(_FILES[f"test_{name}"].relative_to(store.ROOT).as_posix() for name in names)
+
+
+# Operation -> the tests before it is timed by itself.
+OPERATIONS: dict[str, tuple[str, ...]] = {
+    "importance": test_files("importance_op"),
+    "selection": test_files("selection_op", "selection_kernel"),
+    "unit_importance": test_files("importance_op"),
+    "expert_importance": test_files("expert_importance_op"),
+    "mask": test_files("mask_op", "edits", "toggling"),
+    "collapse": test_files("collapse_op"),
+}
+[_REPEATABLE] = test_files("repeatable")
+# Followed by [OPERATION-DTYPE-triton].
+REPEATS = f"{_REPEATABLE}::test_an_op_repeats_its_bits"
+
+
+def score_tests(on_gpu: bool) -> tuple[str, ...]:
+    """Before `fastdean.score` is timed; test_score.py runs on the CPU, a GPU runs the kernels."""
+    if not on_gpu:
+        return test_files("score")
+    return (
+        *test_files("score", "score_kernels"),
+        f"{_REPEATABLE}::test_a_deterministic_run_of_score_repeats_its_bits",
+        *(f"{REPEATS}[weight_sums-torch.{dtype}-triton]" for dtype in ("float32", "bfloat16")),
+    )
 
 
 def passes(tests: Sequence[str], on_gpu: bool) -> bool:
@@ -23,50 +54,38 @@ def passes(tests: Sequence[str], on_gpu: bool) -> bool:
     return done.returncode == 0
 
 
-def test_files(*names: str) -> tuple[str, ...]:
-    """Where each test_NAME.py lies, whatever folder of tests/ that is; ValueError without it."""
-    found = []
-    for name in names:
-        [path] = (store.ROOT / "tests").rglob(f"test_{name}.py")
-        found.append(path.relative_to(store.ROOT).as_posix())
-    return tuple(found)
-
-
 def passed_before(tests: Sequence[str], out: Path, here: Mapping[str, Any]) -> bool:
-    """Whether earlier runs that wrote to `out` have seen all of them pass, nothing changed."""
+    """Whether runs that wrote to `out` have seen all of them pass, with nothing changed since."""
     rows = [row for row in store.read(out, OP) if store.is_of(row, here)]
     seen = {test for row in rows for test in row["tests"]}
     return all(is_covered(test, seen) for test in tests)
 
 
-def seen_to_pass(tests: Sequence[str], here: Mapping[str, Any]) -> Record:
-    """Tests that passed on these sources and this machine, to be remembered."""
-    return Record(OP, "", "", setup={"tests": list(tests)}, environment=dict(here))
+def record_passed(tests: Sequence[str], out: Path, here: Mapping[str, Any]) -> None:
+    """Remember tests that passed on these sources and this machine."""
+    store.append(out, Record(OP, "", "", setup={"tests": list(tests)}, environment=dict(here)))
 
 
 def covered(outcomes: Mapping[str, str]) -> list[str]:
-    """The fewest names that stand for all that passed, and for nothing that did not.
+    """The fewest names (files, tests, cases) that stand for all that passed and nothing else.
 
     Args:
         outcomes: of every test of a run, or of a file that could not be read: "passed", "skipped"
             or anything else.
     """
-    found: dict[str, None] = {}
-    for test, outcome in outcomes.items():
-        if outcome != "passed":
-            continue
+    names: dict[str, None] = {}
+    for test in (test for test, outcome in outcomes.items() if outcome == "passed"):
         for level in (_file, _function, str):
-            name = level(test)
-            alike = {each for other, each in outcomes.items() if level(other) == name}
+            alike = {each for other, each in outcomes.items() if level(other) == level(test)}
             if alike <= {"passed", "skipped"}:
-                found[name] = None
+                names[level(test)] = None
                 break
-    return list(found)
+    return list(names)
 
 
 def is_covered(test: str, seen: Collection[str]) -> bool:
-    """Whether a file, a test or a case of one is among `seen`, or part of what is."""
-    return any(each in seen for each in (test, _function(test), _file(test)))
+    """Whether a file, a test or a case of one is among `seen`, or part of one that is."""
+    return not {test, _function(test), _file(test)}.isdisjoint(seen)
 
 
 def _file(test: str) -> str:

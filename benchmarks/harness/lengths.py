@@ -1,9 +1,8 @@
-"""How long examples are: what the speed of scoring depends on where the text itself does not.
+"""How long examples are, and examples of such lengths.
 
 `_BEAVERTAILS` says how long the rows of BeaverTails are that DEAN scores fairness with: 600 rows,
-prompt and safe response encoded separately ("raw", no chat template) with SmolLM2's tokenizer. Only
-these counts are kept; prompt and response lengths are all but uncorrelated there (0.08), so they
-are drawn apart.
+prompt and safe response encoded separately ("raw", no chat template) with SmolLM2's tokenizer.
+Their lengths are all but uncorrelated there (0.08), so they are drawn apart.
 """
 
 from __future__ import annotations

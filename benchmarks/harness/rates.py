@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.harness.clock import time_calls
+from benchmarks.harness.clock import elapsed, time_calls
 
 _LEAST_SECONDS = 0.2
 _GPU_SECONDS = 0.05
@@ -20,12 +19,8 @@ _MATRIX_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class MatrixShape:
-    """The products of all weights of one shape, [outputs, inputs], with `rows` tokens.
-
-    Attributes:
-        forward, input_gradient, weight_gradient: how many of these weights take part in
-            x W^T, in g W and in g^T x.
-    """
+    """The products of all weights of one shape, [outputs, inputs], with `rows` tokens: how many of
+    them take part in x W^T (forward), in g W and in g^T x."""
 
     outputs: int
     inputs: int
@@ -45,12 +40,8 @@ class MatrixShape:
 
 @dataclass(frozen=True)
 class Floor:
-    """What no run beats: its products at the machine's rate, its bytes at the bandwidth.
-
-    Attributes:
-        matrix_rate: operations per second.
-        copy_bandwidth: bytes per second.
-    """
+    """What no run beats: its products at the machine's rate, its bytes at the bandwidth; both rates
+    per second."""
 
     operations: int
     bytes: int
@@ -101,14 +92,10 @@ def matrix_rate(shapes: Sequence[MatrixShape], dtype: torch.dtype, device: torch
 
 
 def _fastest(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of several calls; on a CPU of two, or of as many as fit into
-    `_LEAST_SECONDS`."""
+    """Seconds of the fastest of several calls."""
     if device.type == "cuda":
         return time_calls([call], device, seconds=_GPU_SECONDS).fastest
-    best, total, calls = float("inf"), 0.0, 0
-    while calls < 2 or total < _LEAST_SECONDS:
-        start = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - start
-        best, total, calls = min(best, seconds), total + seconds, calls + 1
-    return best
+    seconds: list[float] = []
+    while len(seconds) < 2 or sum(seconds) < _LEAST_SECONDS:
+        seconds.append(elapsed(call, device))
+    return min(seconds)

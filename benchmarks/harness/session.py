@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -11,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.harness import clock, store
-from benchmarks.harness.budget import Budget, say
 from benchmarks.harness.clock import Spread
 from benchmarks.harness.memory import Held
+from benchmarks.harness.progress import say
 from benchmarks.harness.store import Record
 
 Unit = TypeVar("Unit")
@@ -35,12 +36,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why there is no measurement.
-
-    Attributes:
-        reason: for people.
-        failed: whether it is a mistake; not having the memory is not one.
-    """
+    """Why there is no measurement. `failed`: it is a mistake; not having the memory is not one."""
 
     reason: str
     failed: bool = False
@@ -53,13 +49,14 @@ class Session:
     Attributes:
         environment: of all its records.
         gate: what they say of the tests.
+        end: `time.monotonic()` after which no case starts; None: whenever it is done.
         failed: whether something did not compute what it should.
     """
 
     options: argparse.Namespace
     environment: dict[str, Any]
     gate: str
-    budget: Budget
+    end: float | None = None
     failed: bool = False
     _read: dict[str, list[Record]] = field(default_factory=dict)
 
@@ -76,7 +73,7 @@ class Session:
         if not units:
             say("nothing left to measure")
         for position, unit in enumerate(units):
-            if self.budget.spent:
+            if self.end is not None and time.monotonic() >= self.end:
                 left = f"{len(units) - position} of {len(units)} {name} left"
                 say(f"the time is used up, {left}: call again with --resume")
                 return
@@ -91,14 +88,14 @@ class Session:
         without_problem: str = "",
         same_command: bool = False,
     ) -> list[Record]:
-        """What one earlier call of the program said of all these contenders; [] if none did.
-
-        Nothing but with --resume. Records of one call belong together: what took turns can be
-        compared.
+        """What one earlier call of the program said of all these contenders; [] if none did, or
+        without --resume. What took turns in one call can be compared.
 
         Args:
             setup: what their records have to hold, and maybe more.
-            without_problem: a contender that has to have been measured.
+            without_problem: the contender that has to have been measured; of the others one that
+                could not be is not tried again.
+            same_command: whether the call has to have been this one.
         """
         if not self.options.resume:
             return []
@@ -133,9 +130,10 @@ def _said(row: Record) -> str:
         return "recorded"
     unit, scale = ("s", 1) if row["median_s"] >= 1 else ("ms", 1e3)
     median, p20, p80 = (scale * row[name] for name in ("median_s", "p20_s", "p80_s"))
-    floor = f", {row['median_s'] / row['floor_s']:.2f}x the floor" if row.get("floor_s") else ""
-    clock = f", by {row['timed_by']}" if row.get("timed_by") else ""
-    return f"{median:10.3f} {unit} ({p20:.3f} to {p80:.3f}){floor}{clock}"
+    floor_s, timed_by = row.metrics.get("floor_s"), row.metrics.get("timed_by")
+    floor = f", {row['median_s'] / floor_s:.2f}x the floor" if floor_s else ""
+    by = f", by {timed_by}" if timed_by else ""
+    return f"{median:10.3f} {unit} ({p20:.3f} to {p80:.3f}){floor}{by}"
 
 
 def attempt(call: Callable[[], Any], device: torch.device) -> tuple[Any, Problem | None]:
@@ -161,7 +159,7 @@ def release(device: torch.device) -> None:
     try:
         torch.cuda.empty_cache()
     except RuntimeError as problem:
-        # What is held is held: nothing that was measured is lost over it.
+        # Nothing that was measured is lost over it.
         say(f"  the allocator keeps its memory: {problem}")
 
 

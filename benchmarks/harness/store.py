@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.budget import say
+from benchmarks.harness.progress import say
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,8 +26,6 @@ class Record:
 
     Attributes:
         op: name of the results file.
-        case: what was measured, for people.
-        contender: who was measured.
         setup: the case in numbers and names, which tell it from all others.
         seconds: "median_s", "p20_s" and "p80_s" of one call; where turns are compared, "rounds_s",
             in order. Empty where nothing was timed.
@@ -55,15 +53,9 @@ class Record:
                 return part[name]
         raise KeyError(name)
 
-    def get(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            return None
 
-
-def append(results: Path, record: Record) -> Path:
-    """Add one line; returns the file."""
+def append(results: Path, record: Record) -> None:
+    """Add one line."""
     path = results / slug(record["device"]) / f"{record.op}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
@@ -71,26 +63,18 @@ def append(results: Path, record: Record) -> Path:
         file.seek(max(0, file.tell() - 1))
         start = b"" if file.read(1) in (b"", b"\n") else b"\n"
         file.write(start + json.dumps(asdict(record), allow_nan=False).encode() + b"\n")
-    return path
 
 
-def read(results: Path, op: str) -> Iterator[Record]:
-    """All records of an op, device after device, oldest first; a line that is none is named."""
+def read(results: Path, op: str, *, quiet: bool = False) -> Iterator[Record]:
+    """All records of an op, device after device, oldest first; names a line that was cut off,
+    unless `quiet`."""
     for path in sorted(results.glob(f"*/{op}.jsonl")):
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            record = parsed(line)
-            if record is None:
-                say(f"warning: {path}, line {number}, is no record (cut off?) and is left out")
-            else:
-                yield record
-
-
-def parsed(line: bytes | str) -> Record | None:
-    """None where a line holds no record, such as one that was cut off."""
-    try:
-        return Record(**json.loads(line))
-    except (ValueError, TypeError):
-        return None
+            try:
+                yield Record(**json.loads(line))
+            except (ValueError, TypeError):
+                if not quiet:
+                    say(f"warning: {path}, line {number}, is no record (cut off?) and is left out")
 
 
 def stands_for(record: Record, here: Mapping[str, Any], gate: str) -> bool:
@@ -114,11 +98,11 @@ def is_of(record: Record, here: Mapping[str, Any], names: Sequence[str] = SAME_C
 def latest(records: Iterable[Record], keys: Sequence[str]) -> list[Record]:
     """Of the records alike in `keys`, those of the last run, in the order of the file."""
     records = list(records)
-    last: dict[tuple, str] = {}
-    for record in records:
-        key = tuple(record[k] for k in keys)
-        last[key] = max(last.get(key, ""), record["date"])
-    return [r for r in records if r["date"] == last[tuple(r[k] for k in keys)]]
+    last = {}
+    for group in grouped(records, keys):
+        date = max(record["date"] for record in group)
+        last |= {id(record): record for record in group if record["date"] == date}
+    return [record for record in records if id(record) in last]
 
 
 def grouped(records: Iterable[Record], keys: Sequence[str]) -> list[list[Record]]:
@@ -130,11 +114,7 @@ def grouped(records: Iterable[Record], keys: Sequence[str]) -> list[list[Record]
 
 
 def shown(results: Path, op: str, command: str) -> list[Record]:
-    """What tables and pictures are made of: all measurements but those of toys; at least one.
-
-    Raises:
-        ValueError: there is none; names `command`, which makes them.
-    """
+    """What tables and pictures are made of: all measurements but those of toys."""
     rows = list(read(results, op))
     chosen = [row for row in rows if not row.toy and row.problem is None]
     if chosen:

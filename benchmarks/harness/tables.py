@@ -38,14 +38,12 @@ class Table:
 
 def rendered(table: Table, records: Iterable[Record]) -> str:
     """One markdown table per group, with what it was measured on below it."""
-    chosen = store.latest(records, table.latest)
-    return "\n\n".join(_one(table, group) for group in store.grouped(chosen, table.groups))
-
-
-def _one(table: Table, group: Sequence[Record]) -> str:
-    header, lines = table.lines(group)
-    rows = [_row(header), "|" + "---|" * len(header), *map(_row, lines)]
-    return "\n".join([*rows, "", *table.notes(group)])
+    texts = []
+    for group in store.grouped(store.latest(records, table.latest), table.groups):
+        header, lines = table.lines(group)
+        rows = [_row(header), "|" + "---|" * len(header), *map(_row, lines)]
+        texts.append("\n".join([*rows, "", *table.notes(group)]))
+    return "\n\n".join(texts)
 
 
 def _row(cells: Cells) -> str:
@@ -62,21 +60,16 @@ def ratio(times: Spread, digits: int = 2) -> str:
     return f"{times.median:.{digits}f}x ({times.p20:.{digits}f} to {times.p80:.{digits}f})"
 
 
-def of_rounds(record: Record, other: Record) -> Spread:
-    """How many times as long as `other` a record takes, round by round."""
-    return Spread.of_ratios(record["rounds_s"], other["rounds_s"])
-
-
 def times_as_long(seconds: float | None, record: Record) -> str:
     """How many times as long as `record` something takes, as far as it was measured."""
     return NOT_MEASURED if seconds is None else f"{seconds / record['median_s']:.2f}x"
 
 
-def held(count: int | None) -> str:
+def megabytes(count: int | None) -> str:
     return NOT_MEASURED if count is None else f"{count / 1e6:.0f} MB"
 
 
-def made(group: Sequence[Record]) -> list[str]:
+def provenance_lines(group: Sequence[Record]) -> list[str]:
     """A line for each way in which the records were made."""
     return list(dict.fromkeys(map(provenance_line, group)))
 
@@ -84,9 +77,10 @@ def made(group: Sequence[Record]) -> list[str]:
 def provenance_line(record: Record) -> str:
     """Where, when and with what a record was made, in one line."""
     on = f"{record['device']}, {record['threads']} threads, {record['cpu_capability']}"
+    triton = ""
     if record["driver"]:
         on = f"{record['device']}, driver {record['driver']}, CUDA {record['cuda']}"
-    triton = f", triton {record['triton']}" if record["triton"] and record["driver"] else ""
+        triton = f", triton {record['triton']}" if record["triton"] else ""
     # Outside a git checkout the checksum of the sources is what a checkout can be compared with.
     commit = f"sources {record['sources']}" if record["commit"] is None else record["commit"][:10]
     changed = " with changes" if record["dirty"] else ""
@@ -99,17 +93,13 @@ def provenance_line(record: Record) -> str:
 
 
 def replace_between_markers(text: str, op: str, table: str) -> str:
-    """`text` with what stands between the op's markers replaced by `table`.
-
-    Raises:
-        ValueError: the markers are not there exactly once.
-    """
+    """`text` with what stands between the op's markers replaced by `table`."""
     begin, end = f"<!-- benchmark: {op} -->", "<!-- benchmark end -->"
     pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
-    found = len(pattern.findall(text))
-    if found != 1:
+    page, count = pattern.subn(lambda match: f"{begin}\n{table}\n{end}", text)
+    if count != 1:
         raise ValueError(
-            f"the file must hold the lines {begin} and {end} once, got them {found} times; "
+            f"the file must hold the lines {begin} and {end} once, got them {count} times; "
             "write them where the table is to stand"
         )
-    return pattern.sub(lambda match: f"{begin}\n{table}\n{end}", text)
+    return page

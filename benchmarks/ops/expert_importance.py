@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,10 +52,8 @@ def case(experts: int, active: int, rows: int, columns: int, examples: int) -> C
     tokens = int(counts.sum())
     segments, numbers = _routed(counts, experts, active)
     pairs = tokens * active
-    matrix_bytes = 4 * rows * columns
     groups = tuple((each, segments[numbers == each]) for each in numbers.unique().tolist())
     spans = tuple(zip(numbers.tolist(), *segments.T.tolist(), strict=True))
-    input_bytes = pairs * (rows + columns) * DTYPE.itemsize
 
     def make(generator: torch.Generator) -> Inputs:
         options = {"generator": generator, "device": generator.device}
@@ -70,8 +67,7 @@ def case(experts: int, active: int, rows: int, columns: int, examples: int) -> C
             groups=groups,
         )
 
-    op = "accumulate_expert_importance_"
-    one_by_one = partial(_expert_by_expert, "triton")
+    op, by_expert = "accumulate_expert_importance_", "triton, expert by expert"
     return Case(
         OP,
         f"{experts} experts of {rows} x {columns}, {active} for each of {tokens} tokens, "
@@ -87,30 +83,24 @@ def case(experts: int, active: int, rows: int, columns: int, examples: int) -> C
             "segments": len(segments),
         },
         operations=2 * pairs * rows * columns,
-        bytes=input_bytes + 2 * len(groups) * matrix_bytes,
+        bytes=pairs * (rows + columns) * DTYPE.itemsize + 8 * len(groups) * rows * columns,
         inputs=make,
-        input_bytes=input_bytes + experts * matrix_bytes,
         expected=expected,
         error=norm_error,
         contenders=(
-            implementation(op, "triton", partial(_ours, "triton")),
+            implementation(op, "triton", _ours),
             # The reference brings the routing to the host.
-            implementation(op, "reference", partial(_ours, "reference"), capturable=False),
-            implementation(
-                "accumulate_importance_", "triton", one_by_one, name="triton, expert by expert"
-            ),
-            Contender("mm per segment", _mm_loop, needs_bytes=2 * matrix_bytes),
+            implementation(op, "reference", _ours, capturable=False),
+            implementation("accumulate_importance_", "triton", _expert_by_expert, by_expert),
+            Contender("mm per segment", _mm_loop),
         ),
         floor=Contender("plain product", _plain_product, prepare=_plain_operands),
     )
 
 
 def _routed(counts: Tensor, experts: int, active: int) -> tuple[Tensor, Tensor]:
-    """(segments, experts): every token goes to `active` different ones, all alike; always the same.
-
-    Args:
-        counts: tokens of each example.
-    """
+    """(segments, experts) of examples with `counts` tokens: every token goes to `active` different
+    experts, all alike; the same every time."""
     generator = torch.Generator().manual_seed(experts)
     owner = torch.arange(len(counts)).repeat_interleave(counts)
     picked = torch.rand(len(owner), experts, generator=generator).topk(active).indices

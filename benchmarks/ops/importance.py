@@ -7,19 +7,18 @@ model, in fp32 and bf16. Operations: 2 N R C. Bytes: x and g once, the accumulat
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.harness import lengths
-from benchmarks.harness.cases import Case, Compiled, Contender, implementation, norm_error, product
+from benchmarks.harness.cases import Case, Contender, compiled, implementation, norm_error, product
 from fastdean.ops import accumulate_importance_
 
 OP = "importance"
-
 # Gate and up, down, query and output, key and value: rows are outputs, columns inputs.
 SHAPES = ((18944, 3584), (3584, 18944), (3584, 3584), (512, 3584))
 EXAMPLES = (32, 8, 64)
@@ -27,7 +26,6 @@ EXAMPLES = (32, 8, 64)
 TOKENS = ((None, 256, 512), (128, 64, 32))
 # One case each: compiling a loop over the examples takes longer than everything else of a case.
 _COMPILED = {(SHAPES[0], EXAMPLES[0], None), (SHAPES[0], EXAMPLES[0], 256)}
-
 CPU_SHAPES = ((1536, 576), (576, 1536), (8192, 2048), (2048, 8192))
 # Examples and tokens of each: about as many tokens in every case.
 CPU_LENGTHS = ((7, None), (32, 16), (8, 64), (4, 128), (2, 256), (1, 512))
@@ -49,13 +47,13 @@ class Inputs:
 def cases(toy: bool) -> Iterator[Case]:
     """The cases in the order of their worth: a run that ends early has seen every shape."""
     if toy:
-        for tokens, (rows, columns) in itertools.product(TOY_TOKENS, TOY_SHAPES):
-            yield case(rows, columns, TOY_EXAMPLES, tokens)
+        for tokens, shape in itertools.product(TOY_TOKENS, TOY_SHAPES):
+            yield case(*shape, TOY_EXAMPLES, tokens)
         return
     for group in TOKENS:
         for examples, tokens, shape in itertools.product(EXAMPLES, group, SHAPES):
-            compiled = (shape, examples, tokens) in _COMPILED
-            yield case(*shape, examples, tokens, compiled=compiled, device_type="cuda")
+            compiles = (shape, examples, tokens) in _COMPILED
+            yield case(*shape, examples, tokens, compiles=compiles, device_type="cuda")
     for (examples, tokens), dtype, shape in itertools.product(CPU_LENGTHS, DTYPES, CPU_SHAPES):
         yield case(*shape, examples, tokens, dtype=dtype, device_type="cpu")
 
@@ -67,16 +65,12 @@ def case(
     tokens: int | None,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    compiled: bool = False,
+    compiles: bool = False,
     device_type: str = "",
 ) -> Case:
     """`tokens` per example; None: BeaverTails' lengths."""
-    chosen = lengths.chosen(examples, tokens)
-    segments = lengths.segments(chosen)
-    total, longest = int(segments[-1, 1]), max(length.tokens for length in chosen)
-    kind = "BeaverTails' lengths" if tokens is None else f"{tokens} tokens each"
-    matrix_bytes = 4 * rows * columns
-    input_bytes = total * (rows + columns) * dtype.itemsize
+    segments = lengths.segments(lengths.chosen(examples, tokens))
+    total = int(segments[-1, 1])
 
     def make(generator: torch.Generator) -> Inputs:
         options = {"generator": generator, "device": generator.device}
@@ -89,19 +83,11 @@ def case(
             spans=tuple(map(tuple, segments.tolist())),
         )
 
-    batched_bytes = (examples + 1) * matrix_bytes
-    padded_bytes = 2 * examples * longest * (rows + columns) + batched_bytes
-    contenders = [
-        *(
-            implementation("accumulate_importance_", impl, partial(_ours, impl))
-            for impl in ("triton", "native", "reference")
-        ),
-        Contender("mm per example", mm_loop, needs_bytes=2 * matrix_bytes),
-        Contender("bmm, padded", _bmm, prepare=_padded, needs_bytes=padded_bytes),
-    ]
-    if compiled:
-        run = compiled_expression()
-        contenders.append(Contender("torch.compile", run, needs_bytes=batched_bytes, compiled=True))
+    op, impls = "accumulate_importance_", ("triton", "native", "reference")
+    compiled_ones = (
+        [Contender("torch.compile", compiled_expression(), compiled=True)] if compiles else []
+    )
+    kind = "BeaverTails' lengths" if tokens is None else f"{tokens} tokens each"
     return Case(
         OP,
         f"{rows} x {columns}, {examples} examples, {kind}",
@@ -115,12 +101,16 @@ def case(
             "tokens": total,
         },
         operations=2 * total * rows * columns,
-        bytes=input_bytes + 2 * matrix_bytes,
+        bytes=total * (rows + columns) * dtype.itemsize + 8 * rows * columns,
         inputs=make,
-        input_bytes=input_bytes + matrix_bytes,
         expected=expected,
         error=norm_error,
-        contenders=tuple(contenders),
+        contenders=(
+            *(implementation(op, impl, _ours) for impl in impls),
+            Contender("mm per example", mm_loop),
+            Contender("bmm, padded", _bmm, prepare=_padded),
+            *compiled_ones,
+        ),
         floor=Contender("plain product", _plain_product, prepare=_plain_operands),
         device_type=device_type,
     )
@@ -148,10 +138,7 @@ def mm_loop(inputs: Inputs) -> Tensor:
 
 def _padded(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """(acc, g [B, R, T], x [B, T, C]): a loader's padded batch has this form already."""
-    g, x = (
-        torch.nn.utils.rnn.pad_sequence([flat[s:e] for s, e in inputs.spans], batch_first=True)
-        for flat in (inputs.g, inputs.x)
-    )
+    g, x = (pad_sequence([e[i:j] for i, j in inputs.spans], True) for e in (inputs.g, inputs.x))
     return inputs.acc, g.transpose(1, 2), x
 
 
@@ -160,8 +147,9 @@ def _bmm(operands: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return acc.add_(product(g, x).abs_().sum(0))
 
 
-def compiled_expression(backend: str = "inductor") -> Compiled:
-    return Compiled(_expression, lambda each: (each.acc, each.x, each.g, each.spans), backend)
+def compiled_expression(backend: str = "inductor") -> Callable[[Inputs], Tensor]:
+    run = compiled(_expression, backend)
+    return lambda each: run(each.acc, each.x, each.g, each.spans)
 
 
 def _expression(acc: Tensor, x: Tensor, g: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:

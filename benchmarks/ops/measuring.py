@@ -27,33 +27,27 @@ _CPU_CACHE_BYTES = 32 << 20
 # A call this long has pushed its own inputs out of the cache: two sets do, and more take minutes.
 _LONG_CALL_S = 0.25
 _HOST_CALLS, _HOST_SECONDS = 20, 0.1
-# Of the free memory, so that the allocator has room to move.
-_SHARE_OF_FREE = 0.8
 
 
-def number_of_sets(input_bytes: int, device: torch.device) -> int:
-    cache = _CPU_CACHE_BYTES
+def input_sets(case: Case, generator: torch.Generator) -> list[Any]:
+    """As many sets of inputs as are several times as large as the cache."""
+    device, cache = generator.device, _CPU_CACHE_BYTES
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(_MAX_SETS, max(_MIN_SETS, math.ceil(_TIMES_THE_CACHE * cache / input_bytes)))
+    first = case.inputs(generator)
+    wanted = math.ceil(_TIMES_THE_CACHE * cache / _size(first))
+    more = min(_MAX_SETS, max(_MIN_SETS, wanted)) - 1
+    return [first, *(case.inputs(generator) for _ in range(more))]
 
 
-def too_large(contender: Contender, device: torch.device) -> str:
-    """Why a contender's temporary memory does not fit; "" if it does, or nobody can tell."""
-    if device.type != "cuda":
-        return ""
-    free, _ = torch.cuda.mem_get_info(device)
-    if contender.needs_bytes <= _SHARE_OF_FREE * free:
-        return ""
-    return f"takes {contender.needs_bytes / 1e9:.1f} GB besides its inputs, {free / 1e9:.1f} free"
+def _size(inputs: Any) -> int:
+    """Bytes of the tensors, which lie in it or in its lists."""
+    values = [v for each in vars(inputs).values() for v in (each if type(each) is list else [each])]
+    return sum(each.nbytes for each in values if isinstance(each, torch.Tensor))
 
 
 def check(case: Case, contender: Contender, generator: torch.Generator) -> float:
-    """The error of one call on fresh inputs, with NaN in all memory that it allocates.
-
-    Raises:
-        RuntimeError: the error is above the contender's tolerance, or NaN.
-    """
+    """The error of one call on fresh inputs, with NaN in all memory that it allocates."""
     inputs = case.inputs(generator)
     expected = case.expected(inputs)
     operands = contender.prepare(inputs)
@@ -110,18 +104,22 @@ def measured(contender: Contender, sets: list, device: torch.device, seconds: fl
     """One call after the other on the sets of inputs, for about `seconds` in all."""
     operands = [contender.prepare(inputs) for inputs in sets]
     calls = [lambda each=each: contender.run(each) for each in operands]
-    peak = _peak_bytes(calls[0], device)
+    on_gpu = device.type == "cuda"
+    peak = _peak_bytes(calls[0], device) if on_gpu else None
     if len(calls) > _MIN_SETS and elapsed(calls[0], device) > _LONG_CALL_S:
         del operands[_MIN_SETS:], calls[_MIN_SETS:]
     timing = time_calls(calls, device, seconds=seconds, capturable=contender.capturable)
-    # Last, so that the profiler is in nobody's time.
-    busy = _device_seconds(calls, device) if timing.timed_by == EVENTS else None
-    return Measured(timing, len(calls), peak, busy, _host_seconds(calls, device))
+    busy = None
+    if timing.timed_by == EVENTS:  # last, so that the profiler is in nobody's time
+        with on_device(device):
+            total = device_seconds(lambda: [call() for call in calls], device)
+        busy = None if total is None else total / len(calls)
+    return Measured(
+        timing, len(calls), peak, busy, _host_seconds(calls, device) if on_gpu else None
+    )
 
 
-def _host_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
+def _host_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
     seconds, end = [], time.perf_counter() + _HOST_SECONDS
     for call in itertools.islice(itertools.cycle(calls), _HOST_CALLS):
         synchronize(device)
@@ -134,16 +132,7 @@ def _host_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> f
     return statistics.median(seconds)
 
 
-def _device_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float | None:
-    """Of one call, the mean over all of them."""
-    with on_device(device):
-        total = device_seconds(lambda: [call() for call in calls], device)
-    return None if total is None else total / len(calls)
-
-
 def _peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
     call()  # compiling and libraries' own workspaces are not its memory
     held = Held(device)
     call()

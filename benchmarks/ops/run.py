@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from benchmarks.harness.budget import say
+from benchmarks.harness import gate
 from benchmarks.harness.cases import Case, Contender, product_name
-from benchmarks.harness.gate import test_files
+from benchmarks.harness.progress import say
 from benchmarks.harness.rates import copy_bandwidth, large_product_rate
 from benchmarks.harness.session import Session, release
 from benchmarks.ops import collapse, expert_importance, importance, mask, selection, unit_importance
-from benchmarks.ops.measuring import Measured, check, measured, number_of_sets, too_large
+from benchmarks.ops.measuring import Measured, check, input_sets, measured
 from fastdean.kernels import interpreted
 
 # Results file -> its cases, for a toy run or a real one.
 OPERATIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
     module.OP: module.cases
     for module in (importance, selection, unit_importance, expert_importance, mask, collapse)
-}
-# The tests that each of them has to pass before.
-GATES: dict[str, tuple[str, ...]] = {
-    importance.OP: test_files("importance_op"),
-    unit_importance.OP: test_files("importance_op"),
-    expert_importance.OP: test_files("expert_importance_op"),
-    mask.OP: test_files("mask_op", "edits", "toggling"),
-    collapse.OP: test_files("collapse_op"),
-    selection.OP: test_files("selection_op", "selection_kernel"),
 }
 BANDWIDTH = "bytes at the copy bandwidth"
 _SECONDS_EACH = {"cuda": 0.1, "cpu": 0.02}
@@ -40,26 +32,18 @@ _SEED = 7
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--op", action="append", choices=list(OPERATIONS), help="may be repeated; default: all")
-    add(
-        "--impl",
-        action="append",
-        help="measure only this contender, named as in the tables; may be repeated",
-    )
+    said = "measure only this contender, named as in the tables; may be repeated"
+    add("--impl", action="append", help=said)
     add("--toy", action="store_true", help="tiny sizes, to try the command out")
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
-    return tuple(dict.fromkeys(test for op in options.op or GATES for test in GATES[op]))
+    files = [test for op in options.op or OPERATIONS for test in gate.OPERATIONS[op]]
+    return tuple(dict.fromkeys(files))
 
 
 def require_measurable(options: argparse.Namespace) -> None:
-    """Asked before any test runs, so that a mistyped name costs nothing.
-
-    Raises:
-        ValueError: `--impl` names no contender of the chosen operations.
-        RuntimeError: a contender that it names cannot run on the device, or kernels would be
-            interpreted in a run that is no toy.
-    """
+    """Asked before any test runs, so that a mistyped name costs nothing."""
     if interpreted() and not options.toy:
         raise RuntimeError(
             "TRITON_INTERPRET must be unset where kernels are timed, got interpreted kernels, "
@@ -106,17 +90,14 @@ def run(session: Session) -> int:
             measuring.measure(case, turn)
         except torch.OutOfMemoryError:
             say(f"  {case.name}: out of memory")
-            release(session.device)
+        release(session.device)
     return int(session.failed)
 
 
 @dataclass
 class _Measuring:
-    """What holds for all cases of a session.
-
-    Attributes:
-        rates: what this machine can do; measured where a case first asks for it.
-    """
+    """What holds for all cases of a session; `rates`: what this machine can do, once it is asked
+    for."""
 
     session: Session
     rates: dict[str, float] = field(default_factory=dict)
@@ -128,25 +109,32 @@ class _Measuring:
     def measure(self, case: Case, turn: int) -> None:
         """Time the case's contenders of one turn, and record the floor in the first one."""
         wanted = [c for c in case.contenders if c.turn == turn and self._is_wanted(case, c)]
-        floor_is_due = turn == 0 and case.floor is not None and self._is_wanted(case, case.floor)
-        if not wanted and not floor_is_due:
+        records_floor = turn == 0 and case.floor is not None and self._is_wanted(case, case.floor)
+        if not wanted and not records_floor:
             return
         say(f"{case.op}: {case.name}")
-        able = [each for each in wanted if self._may(each, each.refusal(self._device))]
-        if not able and not floor_is_due:
+        refusals = {each.name: each.refusal(self._device) for each in wanted}
+        for name, reason in refusals.items():
+            if reason:
+                _leave_out(name, reason)
+        able = [each for each in wanted if not refusals[each.name]]
+        if not able and not records_floor:
             return
         if not self.rates:
             self.rates["copy_bandwidth"] = copy_bandwidth(self._device)
             self.rates["matrix_rate"] = large_product_rate(self._device, torch.bfloat16)
-        count = number_of_sets(case.input_bytes, self._device)
-        sets = [case.inputs(self._generator) for _ in range(count)]
-        floor = self._floor(case, sets, floor_is_due)
+        sets = input_sets(case, self._generator)
+        if case.floor is None:
+            floor_s = case.bytes / self.rates["copy_bandwidth"]
+            floor = {"floor": BANDWIDTH, "floor_s": floor_s}
+        else:
+            found = self._measured(case.floor, sets)
+            floor = {"floor": case.floor.name, "floor_s": found.timing.seconds.median}
+            if records_floor:
+                self._append(case, case.floor.name, found, floor, None)
         for contender in able:
             release(self._device)
-            if self._may(contender, too_large(contender, self._device)):
-                self._measure_one(case, contender, sets, floor)
-        del sets
-        release(self._device)
+            self._measure_one(case, contender, sets, floor)
 
     def _is_wanted(self, case: Case, contender: Contender) -> bool:
         chosen = self.session.options.impl
@@ -154,47 +142,29 @@ class _Measuring:
             return False
         return not self.session.earlier(case.op, {contender.name}, case.setup)
 
-    def _may(self, contender: Contender, reason: str) -> bool:
-        """Whether nothing speaks against it; what does is said."""
-        if reason:
-            say(f"  {contender.name:<24} not measured: {reason}")
-        return not reason
-
-    def _floor(self, case: Case, sets: list, due: bool) -> dict[str, str | float]:
-        """Measured anew for whatever is compared with it, and recorded once."""
-        if case.floor is None:
-            return {"floor": BANDWIDTH, "floor_s": case.bytes / self.rates["copy_bandwidth"]}
-        found = measured(case.floor, sets, self._device, _SECONDS_EACH[self._device.type])
-        floor = {"floor": case.floor.name, "floor_s": found.timing.seconds.median}
-        if due:
-            self._append(case, case.floor, found, floor, None)
-        return floor
+    def _measured(self, contender: Contender, sets: list) -> Measured:
+        return measured(contender, sets, self._device, _SECONDS_EACH[self._device.type])
 
     def _measure_one(
-        self, case: Case, contender: Contender, sets: list, floor: dict[str, str | float]
+        self, case: Case, contender: Contender, sets: list, floor: Mapping[str, Any]
     ) -> None:
         if contender.compiled:
             # Else the sizes of earlier cases use up torch.compile's limit of recompilations.
             torch._dynamo.reset()
         try:
             error = check(case, contender, self._generator)
-            found = measured(contender, sets, self._device, _SECONDS_EACH[self._device.type])
+            found = self._measured(contender, sets)
         except torch.OutOfMemoryError:
-            self._may(contender, "out of memory")
+            _leave_out(contender.name, "out of memory")
         # A compiler may end in any exception there is: the others are measured all the same.
         except Exception as problem:
             self.session.failed = True
-            self._may(contender, str(problem) or type(problem).__name__)
+            _leave_out(contender.name, str(problem) or type(problem).__name__)
         else:
-            self._append(case, contender, found, floor, error)
+            self._append(case, contender.name, found, floor, error)
 
     def _append(
-        self,
-        case: Case,
-        contender: Contender,
-        found: Measured,
-        floor: dict[str, str | float],
-        error: float | None,
+        self, case: Case, name: str, found: Measured, floor: Mapping[str, Any], error: float | None
     ) -> None:
         """`error`: before the timing, on other inputs: norm-wise, or the share of wrong indices;
         None for the floor, which computes something else."""
@@ -218,5 +188,10 @@ class _Measuring:
             **self.rates,
         }
         seconds = timing.seconds.record()
-        parts = {"setup": case.setup, "seconds": seconds, "metrics": metrics}
-        self.session.append(case.op, case.name, contender.name, **parts)
+        self.session.append(
+            case.op, case.name, name, setup=case.setup, seconds=seconds, metrics=metrics
+        )
+
+
+def _leave_out(name: str, reason: str) -> None:
+    say(f"  {name:<24} not measured: {reason}")

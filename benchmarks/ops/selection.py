@@ -39,39 +39,41 @@ def cases(toy: bool) -> Iterator[Case]:
 def case(rows: int, columns: int, ratio: float) -> Case:
     numel = rows * columns
     k = int(ratio * numel)
-    size = numel * (4 + DTYPE.itemsize)
-
-    def make(generator: torch.Generator) -> Inputs:
-        options = {"generator": generator, "device": generator.device}
-        # Rows and columns of different strength, as a model's gradients have them: the scores then
-        # cover many powers of two.
-        strength = torch.randn(rows, 1, **options).exp() * torch.randn(1, columns, **options).exp()
-        return Inputs(
-            sums=torch.randn(rows, columns, **options).abs_().mul_(strength),
-            weight=torch.randn(rows, columns, **options).mul_(0.02).to(DTYPE),
-        )
-
     # None of them can be captured: a NaN has to raise.
     ours = {"tolerance": 0.0, "capturable": False}
-    # It may take another one of several equal entries at the threshold.
-    topk = {"tolerance": 1e-5, "capturable": False, "needs_bytes": 16 * numel}
+
+    def run(impl: str, inputs: Inputs) -> Tensor:
+        return select_top(inputs.sums, inputs.weight, _EXAMPLES, k, impl=impl)
+
+    def topk(inputs: Inputs) -> Tensor:
+        value = inputs.weight.abs().float().mul_(inputs.sums)
+        return value.flatten().topk(k, sorted=False).indices
+
     return Case(
         OP,
         f"{rows} x {columns}, ratio {ratio:g}, k = {k}",
         "bf16",
         settings={"rows": rows, "columns": columns, "ratio": ratio, "k": k},
         operations=2 * numel,
-        bytes=size + 8 * k,
-        inputs=make,
-        input_bytes=size,
+        bytes=numel * (4 + DTYPE.itemsize) + 8 * k,
+        inputs=partial(_made, rows, columns),
         expected=partial(_expected, k),
         error=share_wrong,
         contenders=(
-            implementation("select_top", "triton", partial(_ours, "triton", k), **ours),
-            implementation("select_top", "reference", partial(_ours, "reference", k), **ours),
-            Contender("torch.topk", partial(_topk, k), **topk),
+            *(implementation("select_top", impl, run, **ours) for impl in ("triton", "reference")),
+            # It may take another one of several equal entries at the threshold.
+            Contender("torch.topk", topk, tolerance=1e-5, capturable=False),
         ),
     )
+
+
+def _made(rows: int, columns: int, generator: torch.Generator) -> Inputs:
+    options = {"generator": generator, "device": generator.device}
+    # Rows and columns of different strength, as a model's gradients have them: the scores then
+    # cover many powers of two.
+    strength = torch.randn(rows, 1, **options).exp() * torch.randn(1, columns, **options).exp()
+    sums = torch.randn(rows, columns, **options).abs_().mul_(strength)
+    return Inputs(sums, torch.randn(rows, columns, **options).mul_(0.02).to(DTYPE))
 
 
 def _expected(k: int, inputs: Inputs) -> Tensor:
@@ -85,12 +87,3 @@ def share_wrong(result: Tensor, expected: Tensor) -> float:
     if result.shape != expected.shape:
         return 1.0
     return 1 - float(torch.isin(expected, result).double().mean())
-
-
-def _ours(impl: str, k: int, inputs: Inputs) -> Tensor:
-    return select_top(inputs.sums, inputs.weight, _EXAMPLES, k, impl=impl)
-
-
-def _topk(k: int, inputs: Inputs) -> Tensor:
-    value = inputs.weight.abs().float().mul_(inputs.sums)
-    return value.flatten().topk(k, sorted=False).indices

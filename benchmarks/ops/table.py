@@ -26,7 +26,9 @@ _LATEST = ("device", "case", "dtype", "contender")
 
 def operation_table(op: str) -> Table:
     command = f"python -m benchmarks kernels --op {op}"
-    return Table(command, _LATEST, ("device",), _lines, lambda g: [_reading(g), *tables.made(g)])
+    return Table(
+        command, _LATEST, ("device",), _lines, lambda g: [_reading(g), *tables.provenance_lines(g)]
+    )
 
 
 def picture(rows: Sequence[Record]) -> list[list[Panel]]:
@@ -44,9 +46,8 @@ def picture(rows: Sequence[Record]) -> list[list[Panel]]:
 
 
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
-    floors = {row.contender for row in rows if row.contender == row["floor"]}
-    found = dict.fromkeys(row.contender for row in rows if row.contender not in floors)
-    names = sorted(found, key=lambda name: _OURS.index(name) if name in _OURS else len(_OURS))
+    names = dict.fromkeys(row.contender for row in rows if row.contender != row["floor"])
+    names = sorted(names, key=lambda name: _OURS.index(name) if name in _OURS else len(_OURS))
     ours = names[0]
     header = ["case", "floor", *names, f"{ours} / floor", f"rate of {ours}"]
     return header, [_cells(case, names) for case in store.grouped(rows, ("case", "dtype"))]

@@ -5,15 +5,14 @@ Bound by memory: bytes are those of a and g, read once; three operations per pai
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import lengths
-from benchmarks.harness.cases import Case, Compiled, Contender, implementation, norm_error
+from benchmarks.harness.cases import Case, Contender, compiled, implementation, norm_error
 from fastdean.ops import accumulate_unit_importance_
 
 OP = "unit_importance"
@@ -39,8 +38,6 @@ def cases(toy: bool) -> Iterator[Case]:
 def case(tokens: int, units: int) -> Case:
     segments = lengths.segments(lengths.filling(tokens))
     examples = len(segments)
-    size = 2 * tokens * units * DTYPE.itemsize
-    products = 4 * tokens * units  # bytes in fp32
 
     def make(generator: torch.Generator) -> Inputs:
         options = {"generator": generator, "device": generator.device}
@@ -53,23 +50,21 @@ def case(tokens: int, units: int) -> Case:
             owner=torch.arange(examples).repeat_interleave(counts).to(generator.device),
         )
 
-    op, run = "accumulate_unit_importance_", compiled_expression()
+    op = "accumulate_unit_importance_"
     return Case(
         OP,
         f"{tokens} tokens, {units} units, {examples} examples of BeaverTails' lengths",
         "bf16",
         settings={"tokens": tokens, "units": units, "examples": examples},
         operations=3 * tokens * units,
-        bytes=size + 8 * units,
+        bytes=2 * tokens * units * DTYPE.itemsize + 8 * units,
         inputs=make,
-        input_bytes=size + 4 * units,
         expected=expected,
         error=norm_error,
         contenders=(
-            implementation(op, "triton", partial(_ours, "triton")),
-            implementation(op, "reference", partial(_ours, "reference"), needs_bytes=3 * products),
-            Contender("torch", _torch, needs_bytes=4 * products),
-            Contender("torch.compile", run, needs_bytes=4 * products, compiled=True),
+            *(implementation(op, impl, _ours) for impl in ("triton", "reference")),
+            Contender("torch", _computed_by(_expression)),
+            Contender("torch.compile", compiled_expression(), compiled=True),
         ),
     )
 
@@ -92,13 +87,9 @@ def _expression(acc: Tensor, a: Tensor, g: Tensor, owner: Tensor, examples: int)
     return acc.add_(sums.abs_().sum(0))
 
 
-def _arguments(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    return inputs.acc, inputs.a, inputs.g, inputs.owner, len(inputs.segments)
+def _computed_by(expression: Callable[..., Tensor]) -> Callable[[Inputs], Tensor]:
+    return lambda each: expression(each.acc, each.a, each.g, each.owner, len(each.segments))
 
 
-def _torch(inputs: Inputs) -> Tensor:
-    return _expression(*_arguments(inputs))
-
-
-def compiled_expression(backend: str = "inductor") -> Compiled:
-    return Compiled(_expression, _arguments, backend)
+def compiled_expression(backend: str = "inductor") -> Callable[[Inputs], Tensor]:
+    return _computed_by(compiled(_expression, backend))

@@ -1,10 +1,8 @@
 """One `patch_checkpoint` in a process of its own.
 
 `python -m benchmarks.patch.once SOURCE MASK OUT` prints the fields of a `Sample` as a JSON object.
-Seconds are those of the call alone, without the interpreter's start, the imports and reading the
-mask. `process_peak_bytes` holds all of those,
-`peak_bytes` what was held during the call above what was held just before. Besides the package it
-imports nothing that takes memory.
+Seconds and `peak_bytes` are those of the call alone; `process_peak_bytes` also holds the
+interpreter, the imports and the mask. Besides the package it imports nothing that takes memory.
 """
 
 from __future__ import annotations
@@ -27,12 +25,9 @@ def main(source: str, mask_folder: str, out: str) -> None:
     patch(source, mask, out)
     seconds = time.perf_counter() - start
     peak = memory.peak_bytes()
-    measured = {
-        "seconds": seconds,
-        "process_peak_bytes": None if peak is None else max(peak, peak_so_far),
-        "peak_bytes": held.added_bytes(),
-    }
-    print(json.dumps(measured))
+    peak = None if peak is None else max(peak, peak_so_far)
+    added = held.added_bytes()
+    print(json.dumps({"seconds": seconds, "process_peak_bytes": peak, "peak_bytes": added}))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import store, tables
-from benchmarks.harness.budget import say
+from benchmarks.harness.clock import Spread
 from benchmarks.harness.command import above_zero, positive
 from benchmarks.harness.gate import test_files
+from benchmarks.harness.progress import say
 from benchmarks.harness.session import Sample, Session, most, seconds_of, take_turns
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
@@ -47,13 +48,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--gigabytes", type=above_zero, default=2.0, help="of the checkpoint; default: 2")
     add("--shards", type=positive, default=4, help="files it is made of; default: 4")
     add("--repeats", type=positive, default=5)
-    add(
-        "--folder",
-        type=Path,
-        default=Path(tempfile.gettempdir()),
-        help="where it is written and copied, and all of that removed; it chooses the disk; "
-        "default: the system's temporary folder",
-    )
+    said = "where it is written and copied, and all of that removed: it chooses the disk"
+    add("--folder", type=Path, default=Path(tempfile.gettempdir()), help=said)
     add("--toy", action="store_true", help="tiny matrices, to try the command out")
 
 
@@ -62,14 +58,8 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
 
 
 def require_room(options: argparse.Namespace) -> None:
-    """Asked before any test runs.
-
-    Raises:
-        ValueError: `--folder` is no folder or has no room; more shards than matrices; a GPU.
-        RuntimeError: there is no `cp`.
-    """
-    checkpoint = _checkpoint(options)
-    folder = options.folder
+    """Asked before any test runs."""
+    checkpoint, folder = _checkpoint(options), options.folder
     if options.device != "cpu":
         raise ValueError(
             f"device must be cpu, got {options.device}; files are copied by the host, leave it out"
@@ -91,11 +81,7 @@ def require_room(options: argparse.Namespace) -> None:
 
 
 def run(session: Session) -> int:
-    """Append one record per way to copy; all that is written to `--folder` is removed again.
-
-    Raises:
-        RuntimeError: a copy failed or lacks the mask; nothing is recorded.
-    """
+    """Append one record per way to copy; all that is written to `--folder` is removed again."""
     options = session.options
     checkpoint = _checkpoint(options)
     setup = {
@@ -108,9 +94,8 @@ def run(session: Session) -> int:
     done = session.earlier("patch", {_OURS}, setup, same_command=True)
     for each in session.due([] if done else [checkpoint], "checkpoints"):
         with tempfile.TemporaryDirectory(prefix="fastdean-patch-", dir=options.folder) as folder:
-            scratch = Path(folder)
-            turns = _measured(scratch, each, options.repeats)
-            setup["file_system"] = _file_system(scratch)
+            turns = _measured(Path(folder), each, options.repeats)
+            setup["file_system"] = _file_system(folder)
         rows = []
         for name, how, samples in turns:
             memory = ("process_peak_bytes", "peak_bytes")
@@ -144,7 +129,10 @@ def _measured(
 
 
 def _turn(copying: Copying, source: Path, copy: Path) -> Sample:
-    _read(source)
+    for path in source.iterdir():  # the next one to read it finds it in the page cache
+        with open(path, "rb", buffering=0) as file:
+            while file.read(_BLOCK_BYTES):
+                pass
     sample = copying(copy)
     shutil.rmtree(copy)
     # Until the removal has reached the disk, the disk is busy with it.
@@ -152,19 +140,9 @@ def _turn(copying: Copying, source: Path, copy: Path) -> Sample:
     return sample
 
 
-def _read(folder: Path) -> None:
-    """Read every file, so that the next one to do so finds it in the page cache."""
-    for path in folder.iterdir():
-        with open(path, "rb", buffering=0) as file:
-            while file.read(_BLOCK_BYTES):
-                pass
-
-
 def copy_command(scratch: Path) -> tuple[str, ...]:
-    """`cp` of a folder, such that it really copies.
-
-    Where the file system shares blocks between files (btrfs, XFS), `cp` would copy nothing at all.
-    """
+    """`cp` of a folder, such that it really copies: where the file system shares blocks between
+    files (btrfs, XFS), it would copy nothing at all."""
     probe = scratch / "probe"
     probe.write_text("probe")
     tried = ["cp", "--reflink=always", str(probe), str(scratch / "cloned")]
@@ -213,37 +191,27 @@ def _finished(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def _file_system(folder: Path) -> str | None:
+def _file_system(folder: str) -> str | None:
     """Its type, as `df` names it."""
     try:
-        done = subprocess.run(
-            ["df", "--output=fstype", str(folder)], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+        return _finished(["df", "--output=fstype", folder]).split()[-1]
+    except (OSError, RuntimeError):
         return None
-    return done.stdout.split()[-1]
 
 
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
     plain = [row for row in rows if row.contender != _OURS]
     header = ["", "seconds (p20 to p80)", *(f"vs {row['how']}" for row in plain)]
-    return [*header, "peak memory", "of it during the call"], [
-        [
-            row["how"],
-            tables.spread(row),
-            *(
-                "1.00x" if row is each else tables.ratio(tables.of_rounds(row, each))
-                for each in plain
-            ),
-            tables.held(row["process_peak_bytes"]),
-            tables.held(row["peak_bytes"]),
+    lines = []
+    for row in rows:
+        times = [Spread.of_ratios(row["rounds_s"], each["rounds_s"]) for each in plain]
+        ratios = [
+            "1.00x" if row is each else tables.ratio(time)
+            for each, time in zip(plain, times, strict=True)
         ]
-        for row in rows
-    ]
-
-
-def _times(row: Record, other: Record) -> str:
-    return "1.00x" if row is other else tables.ratio(tables.of_rounds(row, other))
+        memory = [tables.megabytes(row[name]) for name in ("process_peak_bytes", "peak_bytes")]
+        lines.append([row["how"], tables.spread(row), *ratios, *memory])
+    return [*header, "peak memory", "of it during the call"], lines
 
 
 def _notes(rows: Sequence[Record]) -> list[str]:

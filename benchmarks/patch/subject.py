@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +22,7 @@ _SEED = 11
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The MLPs of a language model in bf16, and nothing else of it.
-
-    Attributes:
-        shards: number of files, as equal as the matrices allow.
-    """
+    """The MLPs of a language model in bf16, in `shards` files, and nothing else of it."""
 
     hidden: int
     intermediate: int
@@ -36,11 +31,7 @@ class Checkpoint:
 
     @classmethod
     def sized(cls, gigabytes: float, shards: int, *, toy: bool) -> Checkpoint:
-        """The fewest layers that make `gigabytes` (1e9 bytes); toy: two tiny ones.
-
-        Raises:
-            ValueError: more shards than matrices.
-        """
+        """The fewest layers that make `gigabytes` (1e9 bytes); toy: two tiny ones."""
         hidden, intermediate = _TOY_SIZES if toy else _SIZES
         layer_bytes = 3 * hidden * intermediate * _ITEM_BYTES
         layers = _TOY_LAYERS if toy else -int(-gigabytes * 1e9 // layer_bytes)
@@ -64,7 +55,6 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Of all values."""
         return len(self.matrices) * self.hidden * self.intermediate * _ITEM_BYTES
 
     @property
@@ -88,42 +78,21 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> fastdean.NeuronMas
     from safetensors.torch import save_file
 
     folder.mkdir()
-    generator = torch.Generator().manual_seed(_SEED)
-    places = random.Random(_SEED)
+    generator, places = torch.Generator().manual_seed(_SEED), random.Random(_SEED)
     weight_map: dict[str, str] = {}
     entries: dict[str, MaskEntry] = {}
-    for number, names in enumerate(_split(list(checkpoint.matrices), checkpoint.shards), start=1):
-        file_name = f"model-{number:05d}-of-{checkpoint.shards:05d}.safetensors"
+    names, shards = list(checkpoint.matrices), checkpoint.shards
+    for shard in range(shards):
+        file_name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         tensors = {}
-        for name in names:
-            tensors[name] = torch.empty(checkpoint.matrices[name], dtype=torch.bfloat16)
-            tensors[name].normal_(generator=generator)
-            entries[name] = _entry(tensors[name], places)
-            weight_map[name] = file_name
+        for name in names[len(names) * shard // shards : len(names) * (shard + 1) // shards]:
+            weight = torch.empty(checkpoint.matrices[name], dtype=torch.bfloat16)
+            weight.normal_(generator=generator)
+            index = torch.tensor(sorted(places.sample(range(weight.numel()), MASKED_EACH)))
+            entries[name] = MaskEntry(index, weight.flatten()[index], tuple(weight.shape))
+            tensors[name], weight_map[name] = weight, file_name
         save_file(tensors, folder / file_name, metadata={"format": "pt"})
-    _write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map},
-    )
-    _write_json(folder / "config.json", _config(checkpoint))
-    # What the disk has still to write would be counted in the first turn.
-    for path in (*folder.iterdir(), folder):
-        atomic.flush(path)
-    return fastdean.NeuronMask(entries)
-
-
-def _split(names: Sequence[str], parts: int) -> list[Sequence[str]]:
-    bounds = [len(names) * part // parts for part in range(parts + 1)]
-    return [names[bounds[part] : bounds[part + 1]] for part in range(parts)]
-
-
-def _entry(weight: torch.Tensor, places: random.Random) -> MaskEntry:
-    index = torch.tensor(sorted(places.sample(range(weight.numel()), MASKED_EACH)))
-    return MaskEntry(index, weight.reshape(-1)[index], tuple(weight.shape))
-
-
-def _config(checkpoint: Checkpoint) -> dict[str, object]:
-    return {
+    config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": checkpoint.hidden,
@@ -131,7 +100,10 @@ def _config(checkpoint: Checkpoint) -> dict[str, object]:
         "num_hidden_layers": checkpoint.layers,
         "torch_dtype": "bfloat16",
     }
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    index = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map}
+    for name, content in (("model.safetensors.index.json", index), ("config.json", config)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # What the disk has still to write would be counted in the first turn.
+    for path in (*folder.iterdir(), folder):
+        atomic.flush(path)
+    return fastdean.NeuronMask(entries)

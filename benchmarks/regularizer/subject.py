@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import models
-from benchmarks.harness.budget import say
 from benchmarks.harness.models import ENCODERS, display_name, random_encoder, random_model
+from benchmarks.harness.progress import say
 from fastdean.collapse import CollapseClasses, default_shift, position_labels
 from fastdean.data.examples import Example
 from fastdean.data.sources import load_rows
@@ -44,18 +44,15 @@ class Subject:
     texts: Sequence[Example]
 
     def batch(self, tokens: int, length: int) -> dict[str, Tensor]:
-        """The arguments of one forward pass with labels: tokens // length sequences.
-
-        Raises:
-            ValueError: `tokens` makes no sequence.
-        """
+        """The arguments of one forward pass with labels: tokens // length sequences."""
         if tokens < length:
             raise ValueError(
                 f"tokens must be at least length, {length}, to make a sequence, got {tokens}; pass "
                 "more --tokens or a shorter --length"
             )
         count = tokens // length
-        ids = _cycled(self.stream, count * length).view(count, length)
+        times = -(-count * length // len(self.stream))
+        ids = self.stream.repeat(times)[: count * length].view(count, length)
         device = next(self.model.parameters()).device
         batch = {"input_ids": ids, "labels": ids}
         if default_shift(self.model) == "same":
@@ -66,14 +63,9 @@ class Subject:
     def examples(self, tokens: int) -> list[Example]:
         """Texts with a token of a class, until they hold so many tokens, over and over again."""
         labelled = [text for text in self.texts if self.labelled(text.input_ids.unsqueeze(0))]
-        chosen: list[Example] = []
-        held = 0
-        for text in itertools.cycle(labelled):
-            if held >= tokens:
-                return chosen
-            chosen.append(text)
-            held += len(text)
-        return chosen
+        held = itertools.accumulate(map(len, itertools.cycle(labelled)))
+        count = 1 + next(i for i, total in enumerate(held) if total >= tokens)
+        return list(itertools.islice(itertools.cycle(labelled), count))
 
     def labelled(self, ids: Tensor, labels: Tensor | None = None) -> int:
         """How many positions of int64 [B, T] are of a class."""
@@ -120,18 +112,12 @@ def _random_subject(architecture: str, device: torch.device, *, toy: bool) -> Su
     is_named = torch.rand(ids.shape, generator=generator) < _CLASS_SHARE
     ids = torch.where(is_named, named, ids)
     texts = [_example(part.tolist()) for part in ids.split(_TEXT_LENGTH)]
-    return Subject(model, display_name(shape), _classes(chosen.tolist()), ids, texts)
-
-
-def _classes(ids: Sequence[int]) -> CollapseClasses:
-    words = tuple(f"token {token}" for token in ids)
-    return CollapseClasses(tuple((token,) for token in ids), words, ("random",) * len(ids))
+    words = tuple(f"token {token}" for token in chosen.tolist())
+    pieces = tuple((token,) for token in chosen.tolist())
+    classes = CollapseClasses(pieces, words, ("random",) * len(words))
+    return Subject(model, display_name(shape), classes, ids, texts)
 
 
 def _example(ids: Sequence[int]) -> Example:
     tokens = torch.tensor(ids, dtype=torch.int64)
     return Example(tokens, tokens)
-
-
-def _cycled(stream: Tensor, count: int) -> Tensor:
-    return stream.repeat(-(-count // len(stream)))[:count]

@@ -25,9 +25,8 @@ def published_sums(
 ) -> dict[str, Tensor]:
     """The procedure of DEAN's released code: one layer at a time over all examples.
 
-    One example per backward, the model's own `labels=` loss, sums in the dtype of the weight. Only
-    the layer's target weights require a gradient, so autograd itself leaves out the backward pass
-    below the layer.
+    One example per backward, the model's own `labels=` loss, sums in the dtype of the weight.
+    Autograd itself leaves out the backward pass below the layer.
     """
     device = input_device(model)
     sums: dict[str, Tensor] = {}
@@ -48,14 +47,12 @@ def loop_sums(
 ) -> dict[str, Tensor]:
     """The best plain loop we know: all targets in one pass, one example per backward, no padding.
 
-    Nothing but the targets requires a gradient, logits are computed at target rows only where the
-    model offers it (`logits_to_keep`), `.grad` is reused for the absolute value, and sums are fp32.
+    Logits are computed at target rows only where the model offers it (`logits_to_keep`), `.grad` is
+    reused for the absolute value, and sums are fp32.
     """
     device = input_device(model)
     with _only_trainable(model, targets) as weights:
-        sums = {
-            name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()
-        }
+        sums = {n: torch.zeros_like(w, dtype=torch.float32) for n, w in weights.items()}
         for example in examples:
             _loss(model, example, device).backward()
             for name, weight in weights.items():
@@ -99,11 +96,8 @@ def vmap_sums(
 
 
 def vmap_chunk(weights: Sequence[Tensor]) -> int:
-    """How many examples' gradients of these weights fit into the free memory beside their sums.
-
-    What is free now is where they have to fit, with two fifths left to activations and the
-    allocator. On a CPU, where nobody can tell, 4.
-    """
+    """How many examples' gradients of these weights fit into the free memory beside their sums,
+    with two fifths left to activations and the allocator. On a CPU, where nobody can tell, 4."""
     device = weights[0].device
     if device.type != "cuda":
         return 4

@@ -1,14 +1,10 @@
 """Where the time of a run goes, by kind of operation.
 
-On a CPU the time is that of torch's operations themselves, and what none of them accounts for
-(Python, the autograd engine, the profiler itself) is "outside operations". On CUDA it is that of
-what ran on the device, and the rest is "device idle": launches that the host was late with, which
-the profiler makes more of.
-
-Grouped by the name of the torch operation, so a kind is what it says plus what looks like it: "abs
-+ add" also holds the model's residual additions, and an unfused attention's softmax counts under
-"softmax + loss". fastdean's own kernels are known by their names. The profiler slows a run of many
-small operations down: read shares from here, never seconds.
+On a CPU the time is that of torch's operations themselves, and the rest (Python, the autograd
+engine, the profiler itself) is "outside operations". On CUDA it is that of what ran on the device,
+and the rest is "device idle". A kind is a name of torch operations: "abs + add" also holds the
+model's residual additions. fastdean's own kernels are known by their names. The profiler slows a
+run of many small operations down: read shares from here, never seconds.
 """
 
 from __future__ import annotations
@@ -41,19 +37,14 @@ OUTSIDE = "outside operations"
 IDLE = "device idle"
 
 
-def group_of(operation: str) -> str:
-    """The group of a torch operation, such as "aten::mm"; the first that fits."""
-    return _first_fitting(GROUPS, operation)
-
-
-def group_of_launch(launch: Launch) -> str:
+def group_of(launch: Launch) -> str:
     """The group of fastdean's kernels that it is one of, else that of its operation."""
     ours = _first_fitting(KERNEL_GROUPS, launch.kernel)
-    return group_of(launch.operation or launch.kernel) if ours == OTHER else ours
+    return ours or _first_fitting(GROUPS, launch.operation or launch.kernel) or OTHER
 
 
 def _first_fitting(groups: dict[str, str], name: str) -> str:
-    return next((group for group, names in groups.items() if re.search(names, name)), OTHER)
+    return next((group for group, names in groups.items() if re.search(names, name)), "")
 
 
 def profile(call: Callable[[], Any], device: torch.device) -> dict[str, float] | None:
@@ -64,29 +55,18 @@ def profile(call: Callable[[], Any], device: torch.device) -> dict[str, float] |
     events, wall = profiled(call, device)
     if device.type == "cuda":
         launched = launches(events)
-        return device_shares(launched, wall) if launched else None
+        return shares(launched, wall, IDLE) if launched else None
     operations = (event for event in events if event.device_type == DeviceType.CPU)
-    return shares(((event.key, event.self_cpu_time_total / 1e6) for event in operations), wall)
+    launched = [Launch(each.key, "", each.self_cpu_time_total / 1e6) for each in operations]
+    return shares(launched, wall, OUTSIDE)
 
 
-def shares(operations: Iterable[tuple[str, float]], wall: float) -> dict[str, float]:
-    """(operation, its own seconds) -> group -> share of `wall` seconds, largest first."""
-    spent = ((group_of(name), own) for name, own in operations)
-    return _shares(spent, GROUPS, wall, OUTSIDE)
-
-
-def device_shares(launched: Iterable[Launch], wall: float) -> dict[str, float]:
-    """Group -> share of `wall` seconds, largest first."""
-    spent = ((group_of_launch(launch), launch.seconds) for launch in launched)
-    return _shares(spent, (*KERNEL_GROUPS, *GROUPS), wall, IDLE)
-
-
-def _shares(
-    spent: Iterable[tuple[str, float]], groups: Iterable[str], wall: float, rest: str
-) -> dict[str, float]:
-    seconds = dict.fromkeys([*groups, OTHER], 0.0)
-    for group, own in spent:
-        seconds[group] += own
+def shares(spent: Iterable[Launch], wall: float, rest: str) -> dict[str, float]:
+    """Group -> share of `wall` seconds, largest first; `rest`: what the remainder is called."""
+    groups = (*(KERNEL_GROUPS if rest == IDLE else ()), *GROUPS, OTHER)
+    seconds = dict.fromkeys(groups, 0.0)
+    for launch in spent:
+        seconds[group_of(launch)] += launch.seconds
     seconds[rest] = max(0.0, wall - sum(seconds.values()))
     total = sum(seconds.values())
     return {group: s / total for group, s in sorted(seconds.items(), key=lambda item: -item[1])}

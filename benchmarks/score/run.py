@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from benchmarks.harness import models, store, tables
-from benchmarks.harness.budget import say
-from benchmarks.harness.cases import Case, Contender
+from benchmarks.harness import gate, models, store, tables
+from benchmarks.harness.cases import Case, Contender, norm_error
 from benchmarks.harness.command import positive
-from benchmarks.harness.gate import test_files
 from benchmarks.harness.plots import Panel
+from benchmarks.harness.progress import say
 from benchmarks.harness.rates import Floor, copy_bandwidth, matrix_rate
 from benchmarks.harness.session import (
     Problem,
@@ -48,49 +47,25 @@ NAMES = {
 }
 _NO_ROOM = Problem("the gradients of two examples do not fit into the free memory")
 
-# test_score.py runs on the CPU: what a GPU runs is the kernels.
-_REPEATED = (
-    "test_a_deterministic_run_of_score_repeats_its_bits",
-    "test_an_op_repeats_its_bits[weight_sums-torch.float32-triton]",
-    "test_an_op_repeats_its_bits[weight_sums-torch.bfloat16-triton]",
-)
-
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
-    if not on_gpu:
-        return test_files("score")
-    [repeatable] = test_files("repeatable")
-    repeated = (f"{repeatable}::{test}" for test in _REPEATED)
-    return (*test_files("score", "score_kernels"), *repeated)
+    return gate.score_tests(on_gpu)
 
 
 def tests_of_agreement(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     """It selects as well."""
-    return test_files("score", *(("score_kernels", "repeatable") if on_gpu else ()))
+    return gate.test_files("score", *(("score_kernels", "repeatable") if on_gpu else ()))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     subject.add_options(parser)
-    add = parser.add_argument
-    add(
-        "--dtype",
-        action="append",
-        choices=list(models.DTYPES),
-        help="may be repeated; default: both",
-    )
-    add(
-        "--impl",
-        action="append",
-        choices=list(NAMES),
-        help="measure only this one; may be repeated; vmap besides needs --vmap",
-    )
+    add, several = parser.add_argument, {"action": "append"}
+    add("--dtype", **several, choices=list(models.DTYPES), help="may be repeated; default: both")
+    said = "measure only this one; may be repeated; vmap besides needs --vmap"
+    add("--impl", **several, choices=list(NAMES), help=said)
     add("--repeats", type=positive, default=3)
-    add(
-        "--layers",
-        type=positive,
-        default=2,
-        help="layers the published procedure is run on, first to last; default: 2",
-    )
+    said = "layers the published procedure is run on, first to last; default: 2"
+    add("--layers", type=positive, default=2, help=said)
     add("--vmap", action="store_true", help="measure torch.func.vmap too, where memory allows")
     add("--profile", action="store_true", help="say where fastdean's time goes")
 
@@ -101,28 +76,39 @@ def run(session: Session) -> int:
     An implementation that runs out of memory or fails is named, and the others are measured; 1 if
     one failed.
     """
-    # fp32 first: casting down keeps what casting up cannot bring back.
-    chosen = set(session.options.dtype or models.DTYPES)
+    options, wanted = session.options, _wanted(session.options)
     due = []
-    for dtype in (each for each in models.DTYPES if each in chosen):
+    # fp32 first: casting down keeps what casting up cannot bring back.
+    for dtype in (each for each in models.DTYPES if each in (options.dtype or models.DTYPES)):
         earlier = session.earlier(
-            "score",
-            _wanted(session.options),
-            {"dtype": dtype},
-            without_problem=OURS,
-            same_command=True,
+            "score", wanted, {"dtype": dtype}, without_problem=OURS, same_command=True
         )
         due += [] if earlier else [dtype]
         for row in (row for row in earlier if row.problem is not None):
             session.failed |= row.problem["failed"]
             say(f"{row.contender}, {dtype}: not measured: {row.problem['reason']}")
-    loaded: subject.Subject | None = None
-    bandwidth = 0.0
+    loaded, bandwidth = None, 0.0
     for dtype in session.due(due, "dtypes"):
         if loaded is None:
-            loaded = subject.load_subject(session.options, dtype)
+            loaded = subject.load_subject(options, dtype)
             bandwidth = copy_bandwidth(session.device)
-        rows = _measure(session, loaded, dtype, bandwidth)
+        models.cast_parameters_(loaded.model, models.DTYPES[dtype])
+        examples = loaded.examples(subject.examples_in(options, dtype))
+        chunk = _vmap_examples(options, loaded.model) if "vmap" in wanted else 0
+        case = score_case(
+            loaded.model,
+            examples,
+            target_modules=options.targets,
+            layers=options.layers,
+            contenders=wanted if chunk else wanted - {"vmap"},
+            vmap_examples=chunk,
+            name=f"{loaded.name}, {options.targets}",
+            dtype=dtype,
+            model_name=loaded.name,
+        )
+        if "vmap" in wanted and not chunk:
+            leave_out(session, case, "vmap", _NO_ROOM)
+        rows = compare(session, case, examples, bandwidth, options.repeats, options.profile)
         if rows:
             print(tables.rendered(TABLE, rows))
     return int(session.failed)
@@ -132,124 +118,87 @@ def _wanted(options: argparse.Namespace) -> set[str]:
     """The implementations asked for; ours always, since the others are compared with it."""
     if options.impl:
         return {*options.impl, OURS}
-    return {"published", "loop", OURS, *(["vmap"] if options.vmap else [])}
+    return set(NAMES) - (set() if options.vmap else {"vmap"})
 
 
-def _measure(
-    session: Session, loaded: subject.Subject, dtype: str, bandwidth: float
-) -> list[Record]:
-    options, model = session.options, loaded.model
-    models.cast_parameters_(model, models.DTYPES[dtype])
-    examples = loaded.examples(subject.examples_in(options, dtype))
-    chunk = vmap_examples(options, model)
-    case = score_case(
-        model,
-        examples,
-        target_modules=options.targets,
-        layers=options.layers,
-        vmap_examples=chunk,
-        name=f"{loaded.name}, {options.targets}",
-        dtype=dtype,
-        model_name=loaded.name,
-    )
-    wanted = _wanted(options)
-    case = replace(case, contenders=tuple(c for c in case.contenders if c.name in wanted))
-    comparison = Comparison(session, case, examples, bandwidth)
-    if "vmap" in wanted and not chunk:
-        comparison.leave_out("vmap", _NO_ROOM)
-    return comparison.measure(options.repeats, profile=options.profile)
-
-
-def vmap_examples(options: argparse.Namespace, model: nn.Module) -> int:
+def _vmap_examples(options: argparse.Namespace, model: nn.Module) -> int:
     """0 unless vmap was asked for and the gradients of two examples fit into the memory."""
-    if not options.vmap:
-        return 0
     weights = [target.module.weight for target in find_targets(model, options.targets)]
-    chunk = min(options.examples, vmap_chunk(weights))
+    chunk = min(options.examples, vmap_chunk(weights)) if options.vmap else 0
     if chunk < 2:
         return 0
     say(f"vmap: the gradients of {chunk} examples at a time")
     return chunk
 
 
-@dataclass
-class Comparison:
-    """The contenders of one case in turn, on the same examples, and the floor of the machine."""
+def leave_out(session: Session, case: Case, name: str, problem: Problem) -> None:
+    """Record why a contender is not measured."""
+    # Without our own there is nothing to compare, whatever the reason.
+    session.failed |= problem.failed or name == OURS
+    session.append(case.op, case.name, name, setup=case.setup, problem=vars(problem))
 
-    session: Session
-    case: Case
-    examples: Sequence[Example]
-    bandwidth: float
 
-    def measure(self, repeats: int, *, profile: bool = False) -> list[Record]:
-        """Appends each record as soon as its contender has had its last turn."""
-        case, device = self.case, self.session.device
-        problems = require_same_sums(case, self.examples[:_CHECKED_EXAMPLES], device)
-        for name, problem in problems.items():
-            self.leave_out(name, problem)
-        able = {each.name: each for each in case.contenders if each.name not in problems}
-        floors, rows = [self._floor()], []
-        say(
-            f"{case.name}, {case.dtype}: {len(self.examples)} examples, {case.settings['tokens']} "
-            f"tokens; products run at {floors[0].matrix_rate / 1e9:.1f} GFLOP/s; floor "
-            f"{floors[0].seconds:.2f} s"
-        )
-        turns = {name: partial(self._turn, each) for name, each in able.items()}
-        for name, samples, problem in take_turns(turns, repeats, forgiving=device):
-            if problem is not None:
-                self.leave_out(name, problem)
-                continue
-            if len(floors) == 1:
-                # Before and after: a machine that was busy once must not raise the floor.
-                floors.append(self._floor())
-            shares = self._profiled(able[name]) if profile and name == OURS else None
-            best = min(floors, key=lambda each: each.seconds)
-            rows.append(self._append(able[name], samples, best, shares))
-        return rows
+def compare(
+    session: Session,
+    case: Case,
+    examples: Sequence[Example],
+    bandwidth: float,
+    repeats: int,
+    profile: bool = False,
+) -> list[Record]:
+    """The contenders in turn, on the same examples, and the floor of the machine.
 
-    def leave_out(self, name: str, problem: Problem) -> None:
-        # Without our own there is nothing to compare, whatever the reason.
-        self.session.failed |= problem.failed or name == OURS
-        case = self.case
-        self.session.append(case.op, case.name, name, setup=case.setup, problem=vars(problem))
+    Appends each record as soon as its contender has had its last turn.
+    """
+    device, tokens = session.device, case.settings["tokens"]
 
-    def _turn(self, contender: Contender) -> Sample:
-        sample = timed(lambda: contender.run(self.examples), self.session.device)
+    def measured_floor() -> Floor:
+        rate = matrix_rate(case.shapes, models.DTYPES[case.dtype], device)
+        return Floor(case.operations, case.bytes, rate, bandwidth)
+
+    def turn(contender: Contender) -> Sample:
+        sample = timed(lambda: contender.run(examples), device)
         return replace(sample, seconds=contender.scale * sample.seconds)
 
-    def _floor(self) -> Floor:
-        dtype, device = models.DTYPES[self.case.dtype], self.session.device
-        rate = matrix_rate(self.case.shapes, dtype, device)
-        return Floor(self.case.operations, self.case.bytes, rate, self.bandwidth)
-
-    def _profiled(self, contender: Contender) -> dict[str, float] | None:
-        run, device = partial(contender.run, self.examples), self.session.device
-        found, problem = attempt(lambda: breakdown.profile(run, device), device)
-        if found is None:
+    def profiled(contender: Contender) -> dict[str, float] | None:
+        run = partial(contender.run, examples)
+        shares, problem = attempt(lambda: breakdown.profile(run, device), device)
+        if shares is None:
             seen = "the profiler sees no kernels" if problem is None else problem.reason
             say(f"  no breakdown: {seen}")
-        return found
+        return shares
 
-    def _append(
-        self,
-        contender: Contender,
-        samples: Sequence[Sample],
-        floor: Floor,
-        shares: dict[str, float] | None,
-    ) -> Record:
-        """`peak_bytes` is never extrapolated: it is that of the layers run."""
-        case, seconds = self.case, seconds_of(samples)
-        ran = {"repeats": len(samples), "extrapolated": contender.extrapolated}
+    problems = require_same_sums(case, examples[:_CHECKED_EXAMPLES], device)
+    for name, problem in problems.items():
+        leave_out(session, case, name, problem)
+    able = {each.name: each for each in case.contenders if each.name not in problems}
+    floors, rows = [measured_floor()], []
+    say(
+        f"{case.name}, {case.dtype}: {len(examples)} examples, {tokens} tokens; products run at "
+        f"{floors[0].matrix_rate / 1e9:.1f} GFLOP/s; floor {floors[0].seconds:.2f} s"
+    )
+    turns = {name: partial(turn, each) for name, each in able.items()}
+    for name, samples, problem in take_turns(turns, repeats, forgiving=device):
+        if problem is not None:
+            leave_out(session, case, name, problem)
+            continue
+        if len(floors) == 1:
+            # Before and after: a machine that was busy once must not raise the floor.
+            floors.append(measured_floor())
+        floor, seconds = min(floors, key=lambda each: each.seconds), seconds_of(samples)
+        ran = {"repeats": len(samples), "extrapolated": able[name].extrapolated}
         metrics = {
-            "tokens_per_s": case.settings["tokens"] / seconds["median_s"],
+            "tokens_per_s": tokens / seconds["median_s"],
+            # Never extrapolated: it is that of the layers run.
             "peak_bytes": most([sample.peak_bytes for sample in samples]),
             **vars(floor),
             "floor_s": floor.seconds,
             "share_of_floor": floor.seconds / seconds["median_s"],
-            "breakdown": shares,
+            "breakdown": profiled(able[name]) if profile and name == OURS else None,
         }
         parts = {"setup": case.setup | ran, "seconds": seconds, "metrics": metrics}
-        return self.session.append(case.op, case.name, contender.name, **parts)
+        rows.append(session.append(case.op, case.name, name, **parts))
+    return rows
 
 
 def require_same_sums(
@@ -259,8 +208,6 @@ def require_same_sums(
 
     Returns:
         Of each contender that could not run its name and why.
-    Raises:
-        RuntimeError: two contenders disagree, or fastdean could not run.
     """
     *others, ours = case.contenders
     expected, problem = attempt(lambda: ours.run(examples), device)
@@ -269,27 +216,22 @@ def require_same_sums(
             f"{ours.name} must run on {len(examples)} examples, got {problem.reason}; "
             "there is nothing to time before it does"
         )
-    problems = {}
+    problems, allowed = {}, _MAY_DIFFER[case.dtype]
     for each in others:
         # One after the other: at 7B the sums of all of them together would not fit.
         sums, problem = attempt(partial(each.run, examples), device)
-        if problem is None:
-            _require_alike(each.name, sums, expected, _MAY_DIFFER[case.dtype])
-        else:
+        if problem is not None:
             problems[each.name] = problem
+            continue
+        for parameter, value in sums.items():
+            error = norm_error(value, expected[parameter])
+            if not error <= allowed:
+                raise RuntimeError(
+                    f"{each.name} and fastdean must compute the same sums to {allowed:g}, got "
+                    f"{error:.2g} in {parameter}; there is nothing to time before they do"
+                )
         del sums
     return problems
-
-
-def _require_alike(name: str, sums: Mapping, expected: Mapping, most: float) -> None:
-    for parameter, value in sums.items():
-        reference = expected[parameter].double()
-        error = float((value.double() - reference).norm() / reference.norm())
-        if not error <= most:
-            raise RuntimeError(
-                f"{name} and fastdean must compute the same sums to {most:g}, got {error:.2g} in "
-                f"{parameter}; there is nothing to time before they do"
-            )
 
 
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
@@ -310,7 +252,7 @@ def _cells(row: Record, median: Mapping[str, float]) -> Cells:
         f"{row['tokens_per_s']:.0f}",
         tables.times_as_long(median.get("loop"), row),
         tables.times_as_long(median.get("published"), row),
-        tables.held(row["peak_bytes"]),
+        tables.megabytes(row["peak_bytes"]),
         f"{row['share_of_floor']:.0%}",
     ]
 
@@ -325,10 +267,10 @@ def _notes(rows: Sequence[Record]) -> list[str]:
 
 
 def _size(row: Record) -> str:
+    sums = "" if row["sums_bytes"] is None else f", sums {row['sums_bytes'] / 1e6:.0f} MB"
     return (
         f"{row['dtype']}: {row['examples']} examples, {row['tokens']} tokens, "
-        f"floor {row['floor_s']:.2f} s at {row['matrix_rate'] / 1e9:.1f} GFLOP/s"
-        + ("" if row["sums_bytes"] is None else f", sums {row['sums_bytes'] / 1e6:.0f} MB")
+        f"floor {row['floor_s']:.2f} s at {row['matrix_rate'] / 1e9:.1f} GFLOP/s{sums}"
     )
 
 
@@ -340,14 +282,10 @@ def picture(rows: Sequence[Record]) -> list[list[Panel]]:
     """A panel for each device, case and dtype."""
     panels = []
     for group in store.grouped(store.latest(rows, _KIND), _KIND):
-        bars = {
-            row.contender + ("\nextrapolated" if row["extrapolated"] else ""): (
-                row["median_s"],
-                row["p20_s"],
-                row["p80_s"],
-            )
-            for row in group
-        }
+        bars = {}
+        for row in group:
+            label = row.contender + ("\nextrapolated" if row["extrapolated"] else "")
+            bars[label] = tuple(row[name] for name in ("median_s", "p20_s", "p80_s"))
         title = "\n".join(group[0][key] for key in _KIND)
         panels.append(Panel(title, "", "seconds", bars=bars, floor=group[0]["floor_s"]))
     return [panels]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from torch import nn
 
 from benchmarks.harness import lengths, models
 from benchmarks.harness.command import at_least_two, model_options, positive
-from benchmarks.harness.lengths import Length
 from fastdean.data.examples import Example, encode
 from fastdean.data.sources import load_rows as embedded_rows
 
@@ -43,26 +42,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--random-model", choices=shapes, help="random weights and tokens in this shape; no files")
     add("--tokens", type=at_least_two, help="with --random-model; default: BeaverTails' lengths")
     add("--examples", type=positive, default=32)
-    add(
-        "--bf16-examples",
-        type=positive,
-        help="fewer examples in bf16, for all implementations alike; "
-        "a CPU without bf16 instructions is far slower there than in fp32",
-    )
+    add("--bf16-examples", type=positive, help="fewer examples in bf16, for all alike")
     add("--targets", default="mlp", help="mlp, self_attn, all or a regular expression")
 
 
 def examples_in(options: argparse.Namespace, dtype: str) -> int:
-    fewer = options.bf16_examples if dtype == "bf16" else None
-    return options.examples if fewer is None else fewer
+    return (options.bf16_examples if dtype == "bf16" else None) or options.examples
 
 
 def load_subject(options: argparse.Namespace, dtype: str) -> Subject:
-    """`--random-model`, else `--model`, else the GGUF file.
-
-    Raises:
-        ValueError: `--tokens` is given for text.
-    """
+    """`--random-model`, else `--model`, else the GGUF file."""
     device = torch.device(options.device)
     if options.random_model is not None:
         return random_subject(options.random_model, dtype, device, options.tokens)
@@ -79,29 +68,23 @@ def load_subject(options: argparse.Namespace, dtype: str) -> Subject:
 def random_subject(
     shape: str, dtype: str, device: torch.device, tokens: int | None = None
 ) -> Subject:
-    """A model with random weights, and random tokens in examples of `tokens` each; None:
-    BeaverTails' lengths."""
+    """Random weights and tokens, `tokens` in each example; None: BeaverTails' lengths."""
     model = models.random_model(shape, models.DTYPES[dtype], device)
     kind = "BeaverTails' lengths" if tokens is None else f"{tokens} tokens each"
     name = f"{models.display_name(shape)}, {kind}"
-    return Subject(model, name, lambda n: random_examples(model, lengths.chosen(n, tokens)))
-
-
-def random_examples(model: nn.Module, chosen: Sequence[Length]) -> list[Example]:
-    """Random tokens of the model's vocabulary."""
-    return lengths.examples(chosen, model.config.vocab_size)
+    vocabulary = model.config.vocab_size
+    return Subject(model, name, lambda n: lengths.examples(lengths.chosen(n, tokens), vocabulary))
 
 
 def load_rows(path: Path | None, count: int) -> list[dict[str, str]]:
-    """The first `count` rows of `prompt` and `response`.
-
-    Args:
-        path: a CSV file with these two columns; None: the embedded data sets, one row of each in
-            turn.
-    Raises:
-        ValueError: a column is missing, or there are fewer rows.
+    """The first `count` rows of `prompt` and `response` of a CSV file; None: of the embedded data
+    sets, one row of each in turn.
     """
-    rows = _embedded_rows() if path is None else _csv_rows(path)
+    if path is None:
+        sets = [embedded_rows(f"embedded:{name}") for name in _EMBEDDED]
+        rows = list(itertools.chain.from_iterable(zip(*sets, strict=False)))
+    else:
+        rows = _csv_rows(path)
     if not 1 <= count <= len(rows):
         source = "the embedded data sets" if path is None else path.name
         raise ValueError(
@@ -109,11 +92,6 @@ def load_rows(path: Path | None, count: int) -> list[dict[str, str]]:
             "give more rows with --rows"
         )
     return [{name: row[name] for name in _COLUMNS} for row in rows[:count]]
-
-
-def _embedded_rows() -> list[dict[str, str]]:
-    sets = [embedded_rows(f"embedded:{name}") for name in _EMBEDDED]
-    return list(itertools.chain.from_iterable(zip(*sets, strict=False)))
 
 
 def _csv_rows(path: Path) -> list[dict[str, str]]:

@@ -21,8 +21,7 @@ from benchmarks.harness.rates import copy_bandwidth
 from benchmarks.harness.session import Session
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
-from benchmarks.score.run import NAMES, OURS, Comparison
-from benchmarks.score.subject import Subject, random_examples, random_subject
+from benchmarks.score.run import NAMES, OURS, compare
 from benchmarks.score.work import score_case
 from fastdean.coupling.targets import find_targets
 
@@ -30,7 +29,6 @@ _TOKENS = (64, 256, 1024, 32, 128, 512)
 _EXAMPLES = (32, 128, 8, 64, 256)
 _LAYERS = (0.25, 1.0, 0.5, 0.75)
 _OTHERWISE_EXAMPLES = 64
-_DTYPE = "bf16"
 # On this shape tokens per batch are varied, in both dtypes, and nothing else; on a CPU alone: a
 # GPU's default is 2048, whatever the model.
 _BATCH_SHAPE, _BATCH_EXAMPLES = "smollm2-135m", 24
@@ -44,11 +42,9 @@ class Point:
 
     Attributes:
         sweep: what is varied: one of `SWEEPS`, or "tokens per batch" with the dtype behind it.
-        shape: the model's.
         tokens: of each example; None: BeaverTails' lengths.
         layers: the share of the layers, from the last down, whose targets are scored.
         group: "mlp" or "all": which of their matrices.
-        dtype: of the model.
         batch: tokens per batch; None: the default.
     """
 
@@ -58,7 +54,7 @@ class Point:
     tokens: int | None = None
     layers: float = 1.0
     group: str = "mlp"
-    dtype: str = _DTYPE
+    dtype: str = "bf16"
     batch: int | None = None
 
 
@@ -74,8 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def points(largest: str) -> list[Point]:
     """All sweeps, in an order in which a run that ends early has seen the ends of each.
 
-    Args:
-        largest: the shape that all sweeps but that of the size use; the size ends there.
+    `largest`: the shape that all sweeps but that of the size use; the size ends there.
     """
     if largest == _BATCH_SHAPE:
         sizes = itertools.product(("fp32", "bf16"), _BATCHES)
@@ -104,16 +99,14 @@ def run(session: Session) -> int:
         for point in points(options.random_model)
         if (not options.sweep or point.sweep in options.sweep) and not _was_measured(session, point)
     ]
-    subject: Subject | None = None
-    loaded, bandwidth = ("", ""), 0.0
+    model, loaded, bandwidth = None, ("", ""), 0.0
     for point in session.due(due, "points"):
         bandwidth = bandwidth or copy_bandwidth(session.device)
         if loaded != (point.shape, point.dtype):
-            subject = None  # the next model must not stand beside this one
-            gc.collect()
-            subject = random_subject(point.shape, point.dtype, session.device)
-            loaded = (point.shape, point.dtype)
-        _measure(session, point, subject.model, bandwidth)
+            model, loaded = None, (point.shape, point.dtype)
+            gc.collect()  # the next model must not stand beside the last one
+            model = models.random_model(point.shape, models.DTYPES[point.dtype], session.device)
+        _measure(session, point, model, bandwidth)
     return int(session.failed)
 
 
@@ -125,12 +118,14 @@ def _was_measured(session: Session, point: Point) -> bool:
 
 def _measure(session: Session, point: Point, model: nn.Module, bandwidth: float) -> None:
     name = models.display_name(point.shape)
-    examples = random_examples(model, lengths.chosen(point.examples, point.tokens))
+    chosen = lengths.chosen(point.examples, point.tokens)
+    examples = lengths.examples(chosen, model.config.vocab_size)
     targets = scored_modules(model, point)
     case = score_case(
         model,
         examples,
         target_modules=targets,
+        contenders=("loop", OURS),
         tokens_per_batch=point.batch,
         op="sweep",
         name=f"{name}, {point.sweep}",
@@ -138,10 +133,8 @@ def _measure(session: Session, point: Point, model: nn.Module, bandwidth: float)
         model_name=name,
     )
     varied = {"sweep": point.sweep, "x": _value(point, model, targets), "point": dict(vars(point))}
-    # Less the published procedure.
-    contenders = tuple(each for each in case.contenders if each.name != "published")
-    case = replace(case, contenders=contenders, settings={**case.settings, **varied})
-    Comparison(session, case, examples, bandwidth).measure(session.options.repeats)
+    case = replace(case, settings={**case.settings, **varied})
+    compare(session, case, examples, bandwidth, session.options.repeats)
 
 
 def scored_modules(model: nn.Module, point: Point) -> str | list[str]:
@@ -157,14 +150,13 @@ def scored_modules(model: nn.Module, point: Point) -> str | list[str]:
 def _value(point: Point, model: nn.Module, targets: str | Sequence[str]) -> float:
     if point.batch is not None:
         return point.batch
-    by_tokens, by_examples, _, by_size = SWEEPS
-    if point.sweep == by_tokens:
-        return point.tokens
-    if point.sweep == by_examples:
-        return point.examples
-    if point.sweep == by_size:
-        return sum(parameter.numel() for parameter in model.parameters())
-    return sum(target.module.weight.numel() for target in find_targets(model, targets))
+    values = (
+        point.tokens,
+        point.examples,
+        sum(target.module.weight.numel() for target in find_targets(model, targets)),
+        sum(parameter.numel() for parameter in model.parameters()),
+    )
+    return values[SWEEPS.index(point.sweep)]
 
 
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
@@ -175,7 +167,7 @@ def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
             NAMES[row.contender],
             tables.spread(row),
             f"{row['tokens_per_s']:.0f}",
-            tables.held(row["peak_bytes"]),
+            tables.megabytes(row["peak_bytes"]),
             f"{row['share_of_floor']:.0%}",
         ]
         for row in sorted(rows, key=lambda row: row["x"])
@@ -185,7 +177,7 @@ def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
 # A resumed sweep has several dates: the latest of each point, not of each run.
 _LATEST = ("device", "sweep", "x", "contender")
 _GROUPS = ("device", "sweep")
-TABLE = Table("python -m benchmarks sweep", _LATEST, _GROUPS, _lines, tables.made)
+TABLE = Table("python -m benchmarks sweep", _LATEST, _GROUPS, _lines, tables.provenance_lines)
 
 
 def picture(rows: Sequence[Record]) -> list[list[Panel]]:

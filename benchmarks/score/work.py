@@ -1,14 +1,13 @@
 """`score` as a case: who computes its sums, and the work that none of them can avoid.
 
 A run takes (2 + 2) P T + 2 P_target T operations. Left out, so that the floor stays one: the
-products of attention itself, everything elementwise, the embedding's lookup. Counted a little too
-high: the backward pass through the lowest scored layer, whose inputs need no gradient.
+products of attention itself, everything elementwise, the embedding's lookup.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -20,6 +19,8 @@ from fastdean.coupling.targets import Target, find_targets
 from fastdean.data.examples import Example
 from fastdean.models.forward import tokens_per_batch_of
 
+NAMES = ("published", "loop", "vmap", "fastdean")
+
 
 def score_case(
     model: nn.Module,
@@ -27,7 +28,8 @@ def score_case(
     *,
     target_modules: str | Sequence[str] = "mlp",
     layers: int = 2,
-    vmap_examples: int = 0,
+    contenders: Collection[str] = NAMES,
+    vmap_examples: int = 4,
     tokens_per_batch: int | None = None,
     op: str = "score",
     name: str = "score",
@@ -38,12 +40,8 @@ def score_case(
 
     Args:
         layers: how many layers the layer-at-a-time procedure is run on; see `spread`.
-        vmap_examples: of how many examples `torch.func.vmap` holds the gradients at a time; 0
-            leaves it out.
+        vmap_examples: of how many examples `torch.func.vmap` holds the gradients at a time.
         tokens_per_batch: of `score`; None: its default.
-        op, name, dtype, model_name: of the case.
-    Raises:
-        ValueError: a target lies outside the decoder layers, or `layers` is below 2.
     """
     targets = find_targets(model, target_modules)
     scored_layers = sorted({t.layer_index for t in targets if t.layer_index is not None})
@@ -60,14 +58,13 @@ def score_case(
         scores = fastdean.score(model, chosen, **options, progress=False)
         return {parameter: entry.sums for parameter, entry in scores.entries.items()}
 
-    contenders = [
+    part = f"{len(measured)} of {len(scored_layers)} layers"
+    every = [
         Contender(
             "published",
             lambda chosen: published_sums(model, chosen, some),
             scale=len(scored_layers) / len(measured),
-            extrapolated=None
-            if len(measured) == len(scored_layers)
-            else f"{len(measured)} of {len(scored_layers)} layers",
+            extrapolated=None if len(measured) == len(scored_layers) else part,
         ),
         Contender("loop", lambda chosen: loop_sums(model, chosen, targets)),
         Contender("vmap", lambda chosen: vmap_sums(model, chosen, targets, vmap_examples)),
@@ -102,7 +99,7 @@ def score_case(
             *_shapes(rows, matrices, above, targets),
             MatrixShape(*head.shape, max(1, round(rows * target_tokens / tokens)), 1, 1, 0),
         ),
-        contenders=tuple(c for c in contenders if c.name != "vmap" or vmap_examples),
+        contenders=tuple(each for each in every if each.name in contenders),
     )
 
 
@@ -111,9 +108,6 @@ def spread(layers: Sequence[int], count: int) -> list[int]:
 
     The backward pass of a layer-at-a-time run ends at its layer, so its cost falls linearly with
     depth; the mean over layers that lie symmetrically about the middle is then the mean over all.
-
-    Raises:
-        ValueError: fewer than two are asked for.
     """
     if count < 2:
         raise ValueError(

@@ -1,8 +1,7 @@
 """A small masked language model, trained here from scratch: where none can be downloaded.
 
-It knows little of English. What a method or a regulariser does to it says nothing about how much
-it would do to a model of use; it shows that the masked methods run, and in which direction they
-push.
+It knows little of English: it shows that the masked methods run, and in which direction they push,
+and nothing about how far they would push a model of use.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness.budget import say
-from benchmarks.harness.models import EncoderShape, random_encoder
+from benchmarks.harness.models import Shape, random_encoder
+from benchmarks.harness.progress import say
 from fastdean.data.sources import load_rows
 from fastdean.debias import augment, mask_tokens, masked_lm_loss
 from fastdean.debias.gender_words import GenderWords
@@ -44,16 +43,14 @@ def trained_encoder(
 ) -> tuple[nn.Module, Any]:
     """The model, in eval mode, and its tokenizer; the same every time on a CPU.
 
-    Args:
-        trained: what the experiment trains on; original text, without swapped copies, so that
-            whatever bias it has is learned.
-        held_out: only its words are looked at.
+    Trained on `trained` without swapped copies, so that whatever bias it has is learned; of
+    `held_out` only the words are looked at.
     """
     texts = [*trained, *_other_texts()]
     swapped = [row["text"] for row in augment([{"text": text} for text in (*trained, *held_out)])]
     sentences = [row["sentence"] for row in bec_pro_rows()]
     tokenizer = word_tokenizer([*texts, *swapped, *sentences, _NEUTRAL_OCCUPATION])
-    shape = EncoderShape(HIDDEN, 4 * HIDDEN, LAYERS, 2, len(tokenizer))
+    shape = Shape(HIDDEN, 4 * HIDDEN, LAYERS, 2, len(tokenizer))
     model = random_encoder(shape, device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -53,8 +53,6 @@ class HeldOut:
     Args:
         asked: bias measures, "name" or "name=FILE", as `fastdean debias` takes them.
         rows: at most so many of BEC-Pro's own sentences, and of the gender pairs of CrowS-Pairs.
-    Raises:
-        ValueError: a file cannot be read or holds no gender pair; too few rows for BEC-Pro.
     """
 
     def __init__(self, subject: Subject, asked: Sequence[str], rows: int) -> None:
@@ -62,7 +60,8 @@ class HeldOut:
         self._classes = subject.words()
         self.examples = encode(subject.held_out, subject.tokenizer)
         self._hidden = _with_hidden_tokens(self.examples, subject.tokenizer)
-        self._bias = [(name, bias_source(name, file, rows)) for name, file in map(_parts, asked)]
+        parts = [entry.partition("=") for entry in asked]
+        self._bias = [(name, bias_source(name, file or None, rows)) for name, _, file in parts]
 
     def __call__(self, model: nn.Module) -> dict[str, Figure]:
         collapse = collapse_metrics(model, self.examples, self._classes, progress=False).values
@@ -82,10 +81,10 @@ class HeldOut:
 
     def _fluency(self, model: nn.Module) -> dict[str, Figure]:
         if label_shift(model) == 1:
-            found = perplexity(model, self.examples, progress=False)
-            return {PERPLEXITY: Figure(_finite(found.value))}
-        found = perplexity(model, self._hidden, progress=False)
-        return {MASKED_LOSS: Figure(_finite(found.nll_per_token), "nats")}
+            value = perplexity(model, self.examples, progress=False).value
+            return {PERPLEXITY: Figure(_finite(value))}
+        value = perplexity(model, self._hidden, progress=False).nll_per_token
+        return {MASKED_LOSS: Figure(_finite(value), "nats")}
 
 
 def bias_source(name: str, file: str | None, rows: int) -> Any:
@@ -152,8 +151,3 @@ def _with_hidden_tokens(examples: Sequence[Example], tokenizer: Any) -> list[Exa
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _parts(entry: str) -> tuple[str, str | None]:
-    name, _, file = entry.partition("=")
-    return name, file or None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from textwrap import fill
 
 from benchmarks.harness import store
@@ -16,34 +17,26 @@ _NOT_DRAWN = (NC3, PERPLEXITY, MASKED_LOSS)
 
 def picture(rows: Sequence[Record]) -> list[list[Panel]]:
     """A row of panels per experiment, a panel for each figure."""
-    return [
-        [
-            _panel(run, name, fill(run[0].case, 70) if position == 0 else "")
-            for position, name in enumerate(_names(run))
-        ]
-        for run in store.grouped(store.latest(rows, ONE_STATE), ONE_EXPERIMENT)
-    ]
-
-
-def _names(rows: Sequence[Record]) -> list[str]:
-    found = dict.fromkeys(name for row in rows for name in row["figures"])
-    return [name for name in found if name not in _NOT_DRAWN]
+    grid = []
+    for run in store.grouped(store.latest(rows, ONE_STATE), ONE_EXPERIMENT):
+        names = dict.fromkeys(name for row in run for name in row["figures"])
+        names = [name for name in names if name not in _NOT_DRAWN]
+        titles = [fill(run[0].case, 70), *[""] * len(names)]
+        grid.append([_panel(run, name, titles[i]) for i, name in enumerate(names)])
+    return grid
 
 
 def _panel(rows: Sequence[Record], name: str, title: str) -> Panel:
-    start = [row["figures"].get(name) for row in rows if row.contender == BASE]
+    start = [(0, row["figures"].get(name)) for row in rows if row.contender == BASE]
     lines = []
     for arm, members in by_arm(row for row in rows if row.contender != BASE).items():
-        values = {0: start} if start else {}
-        for row in members:
-            values.setdefault(row["step"], []).append(row["figures"].get(name))
-        found = {s: [v for v in values[s] if v is not None] for s in sorted(values)}
-        found = {step: each for step, each in found.items() if each}
-        means, low, high = (
-            [function(each) for each in found.values()]
-            for function in (lambda each: sum(each) / len(each), min, max)
-        )
-        lines.append(Line(label(arm), list(found), means, low, high))
+        values: dict[int, list[float]] = {}
+        for step, value in [*start, *((row["step"], row["figures"].get(name)) for row in members)]:
+            if value is not None:
+                values.setdefault(step, []).append(value)
+        steps = sorted(values)
+        mean, low, high = ([f(values[s]) for s in steps] for f in (fmean, min, max))
+        lines.append(Line(label(arm), steps, mean, low, high))
     unit, neutral = rows[0]["units"].get(name), rows[0]["neutral"].get(name)
     level = None if neutral is None else ("neutral", neutral)
     return Panel(title, "steps", f"{name}, {unit}" if unit else name, lines, level=level)

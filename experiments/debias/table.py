@@ -42,7 +42,7 @@ def _lines(run: Sequence[Record]) -> tuple[Cells, list[Cells]]:
 def _notes(run: Sequence[Record]) -> list[str]:
     arms = _ends(run)
     notes = [_about(run), _about_intervals(arms), *map(_about_arm, arms.values())]
-    return [" ".join(filter(None, notes)), "", *tables.made(run)]
+    return [" ".join(filter(None, notes)), "", *tables.provenance_lines(run)]
 
 
 # A resumed run has several dates: the latest of each training, not of each run.
@@ -69,26 +69,19 @@ def label(arm: Arm) -> str:
 
 
 def _block(name: str, base: Record | None, arms: Mapping[Arm, Sequence[Record]]) -> list[Cells]:
-    """The lines of one figure."""
+    """The lines of one figure, which its title begins."""
     before = None if base is None else base["figures"].get(name)
     values = {arm: _values(rows, name) for arm, rows in arms.items()}
     without = values.get((NONE, 0.0), {})
-    lines = []
-    if base is not None:
-        lines.append([_title(name, base), NAMES[BASE], _number(before), "", ""])
+    lines = [] if base is None else [["", NAMES[BASE], _number(before), "", ""]]
     for arm, found in values.items():
         paired = [found[seed] - without[seed] for seed in found if seed in without]
         changes = [] if before is None else [value - before for value in found.values()]
         mean = fmean(found.values()) if found else None
-        lines.append(
-            [
-                "" if base is not None else _title(name, arms[arm][0]),
-                label(arm),
-                _number(mean),
-                _change(changes),
-                "" if arm[0] == NONE else _change(paired),
-            ]
-        )
+        against_none = "" if arm[0] == NONE else _change(paired)
+        lines.append(["", label(arm), _number(mean), _change(changes), against_none])
+    first = base or next(iter(arms.values()))[0]
+    lines[0][0] = _title(name, first)
     return lines
 
 
@@ -136,9 +129,7 @@ def _about_intervals(arms: Mapping[Arm, Sequence[Record]]) -> str:
     if counts[-1] < 2:
         return f"{seeds} seed: no intervals."
     factors = " or ".join(f"{student_quantile(n - 1):.2f}" for n in counts if n > 1)
-    wide = ""
-    if counts[0] <= _FEW_SEEDS:
-        wide = ", which with so few seeds is wide"
+    wide = ", which with so few seeds is wide" if counts[0] <= _FEW_SEEDS else ""
     none = ": there is none here" if counts[-1] < FEWEST else ""
     return (
         f"Brackets: 95 % interval of the mean over {seeds} seeds, Student's t, {factors} standard "
@@ -148,16 +139,13 @@ def _about_intervals(arms: Mapping[Arm, Sequence[Record]]) -> str:
 
 
 def _about_arm(rows: Sequence[Record]) -> str:
-    first = rows[0]
     times = [row["step_s"] for row in rows if row["step_s"] is not None]
-    said = [f"{label((first.contender, first['strength']))}: "]
-    if times:
-        said.append(f"{fmean(times):.2f} s a step")
-    if first.contender != NONE:
-        said.append(f"{', ' if times else ''}{_range(rows, 'classes')} classes, ")
+    said = [f"{fmean(times):.2f} s a step"] if times else []
+    if rows[0].contender != NONE:
+        said.append(f"{_range(rows, 'classes')} classes")
         said.append(f"{_range(rows, 'labelled')} tokens of the training text")
-    text = "".join(said)
-    return f"{text[0].upper()}{text[1:]}."
+    name = label((rows[0].contender, rows[0]["strength"]))
+    return f"{name[0].upper()}{name[1:]}: {', '.join(said)}."
 
 
 def _range(rows: Sequence[Record], key: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from machine import DEVICE
 
 from benchmarks.__main__ import main
-from benchmarks.harness import clock, environment, gate, lengths, store, tables
+from benchmarks.harness import environment, gate, lengths, store, tables
 from benchmarks.harness.cases import Contender
 from benchmarks.harness.store import Record
 from benchmarks.ops import collapse, importance, measuring, run, table, unit_importance
@@ -146,26 +146,6 @@ def test_the_work_of_a_case_by_hand():
     assert unit.bytes == 2 * 2 * 16384 * 18944 + 8 * 18944
 
 
-@pytest.mark.parametrize("case", TOYS, ids=lambda case: case.name)
-def test_the_stated_size_of_the_inputs_is_theirs(case):
-    inputs = vars(case.inputs(generator()))
-    # What says which rows belong together is small, and not counted.
-    tensors = [v for k, v in inputs.items() if k not in ("segments", "owner", "experts")]
-    # Lists are one tensor per matrix, of which the weights are all that is large.
-    tensors += inputs.get("weights", [])
-    tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
-    assert case.input_bytes == sum(t.numel() * t.element_size() for t in tensors)
-
-
-def test_labels_by_zipfs_law_fall_with_the_rank_of_their_class():
-    made = collapse.case(20_000, 1, 50, 0.5, "zipf").inputs(generator()).labels
-    assert int((made == -1).sum()) == 10_000
-    drawn = made[made >= 0].bincount(minlength=50).double()
-    harmonic = sum(1 / rank for rank in range(1, 51))
-    for rank in (1, 2, 5):
-        assert float(drawn[rank - 1]) / 10_000 == pytest.approx(1 / (rank * harmonic), rel=0.15)
-
-
 def test_lengths_are_distributed_like_beavertails():
     for count in (8, 32, 128):
         tokens = [length.tokens for length in lengths.beavertails(count)]
@@ -182,26 +162,12 @@ def test_lengths_are_distributed_like_beavertails():
     assert lengths.chosen(2, 10) == [lengths.Length(2, 8)] * 2
 
 
-@pytest.mark.parametrize("timed_by, expected", [("events", 0.25), ("graph replays", None)])
-def test_where_a_time_holds_gaps_the_device_has_one_of_its_own(monkeypatch, timed_by, expected):
-    found = clock.Timing(clock.Spread(1.0, 1.0, 1.0), 1.0, 5, timed_by)
-    monkeypatch.setattr(measuring, "time_calls", lambda *a, **options: found)
-    monkeypatch.setattr(measuring, "device_seconds", lambda call, device: call() and 0.5)
-    ran = []
-    cpu = torch.device("cpu")
-    measured = measuring.measured(Contender("ours", ran.append), ["one", "two"], cpu, 0.0)
-    assert (measured.timing, measured.device_s) == (found, expected)
-    assert ran == (["one", "two"] if expected else [])
-
-
-@pytest.mark.parametrize("longest, sets", [(3600.0, 4), (-1.0, 2)])
-def test_a_call_that_empties_the_cache_itself_is_timed_on_two_sets(monkeypatch, longest, sets):
-    monkeypatch.setattr(measuring, "_LONG_CALL_S", longest)
-    cpu = torch.device("cpu")
-    found = measuring.measured(Contender("ours", lambda inputs: None), list("abcd"), cpu, 0.0)
-    assert found.sets == sets
-    assert measuring.number_of_sets(1 << 40, cpu) == 2
-    assert measuring.number_of_sets(measuring._CPU_CACHE_BYTES // 2, cpu) == 8
+def test_the_inputs_are_together_larger_than_the_cache(monkeypatch):
+    [case] = [case for case in TOYS if case.op == "unit_importance"]
+    size = 2 * 2 * 200 * 48 + 4 * 48 + 8 * 200 + 2 * 8 * 3
+    for cache, sets in ((size // 100, 2), (size, 4), (100 * size, 16)):
+        monkeypatch.setattr(measuring, "_CPU_CACHE_BYTES", cache)
+        assert len(measuring.input_sets(case, torch.Generator())) == sets
 
 
 @pytest.fixture
@@ -319,12 +285,6 @@ def test_ours_come_first_on_every_case_and_what_torch_compiles_last(kernels, mon
         *("plain product", "reference", "plain product", "reference"),
         *("mm per example", "mm per example", "compiled", "compiled"),
     ]
-
-
-def test_a_rehearsal_is_called_one_in_every_record(kernels, tmp_path):
-    _, rows = kernels("--op", "selection", "--impl", "reference", "--rehearsal", "--device", "cpu")
-    assert {row["device"] for row in rows} == {"cpu, rehearsal"}
-    assert [path.name for path in tmp_path.iterdir()] == ["cpu-rehearsal"]
 
 
 def row_of(contender, median_s, case="2 x 3", day=2, **metrics):

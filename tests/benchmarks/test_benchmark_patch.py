@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import namedtuple
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.harness import environment, gate, memory, store, tables
+from benchmarks.harness import gate, memory, store, tables
 from benchmarks.harness.session import Sample
 from benchmarks.patch import run, subject
 
@@ -146,43 +145,6 @@ def test_what_cannot_be_measured_costs_no_tests(tmp_path, monkeypatch, capsys, a
     assert f"error: {text}" in capsys.readouterr().err
 
 
-def test_a_run_is_resumed_only_where_nothing_changed(benchmark, quickly, tmp_path, monkeypatch):
-    def measured(*arguments):
-        quickly(cp=[1.0, 1.0], fastdean=[1.0, 1.0])
-        assert benchmark("--repeats", "1", "--resume", *arguments) == 0
-        return len(read(tmp_path))
-
-    assert [measured(), measured(), measured("--shards", "2")] == [2, 2, 4]
-    monkeypatch.setattr(environment, "sources_checksum", lambda: "other sources")
-    assert measured() == 6
-
-
-@pytest.mark.parametrize("clones", [True, False])
-def test_a_file_system_that_clones_is_made_to_copy(tmp_path, monkeypatch, clones):
-    class Done:
-        returncode = 0 if clones else 1
-
-    monkeypatch.setattr(run.subprocess, "run", lambda c, **options: Done())
-    expected = ("cp", "-r", "--reflink=never") if clones else ("cp", "-r")
-    assert run.copy_command(tmp_path) == expected
-
-
-def test_the_safe_copy_reaches_the_disk_and_the_plain_one_need_not(tmp_path, monkeypatch):
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "a").write_text("a")
-    synced, right = [], os.fsync
-    monkeypatch.setattr(
-        os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino) or right(handle)
-    )
-    ways = run._contenders(source, tmp_path / "mask", None, ("cp", "-r"))
-    ways["cp"][1](tmp_path / "plain")
-    assert not synced
-    ways["cp and fsync"][1](tmp_path / "safe")
-    expected = [tmp_path / "safe" / "a", tmp_path / "safe", tmp_path]
-    assert synced == [path.stat().st_ino for path in expected]
-
-
 def test_the_checkpoint_is_one_that_is_loaded_shard_by_shard(tmp_path):
     from safetensors.torch import load_file
 
@@ -199,11 +161,3 @@ def test_the_checkpoint_is_one_that_is_loaded_shard_by_shard(tmp_path):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert all(tensor.float().std() > 0.5 for tensor in tensors.values())
     assert len(mask) == tiny.masked and mask.names == list(tiny.matrices)
-
-
-@pytest.mark.parametrize("gigabytes, layers", [(2.0, 20), (0.05, 1), (0.1007, 2)])
-def test_a_checkpoint_is_as_large_as_it_is_asked_to_be(gigabytes, layers):
-    checkpoint = subject.Checkpoint.sized(gigabytes, 3, toy=False)
-    layer_bytes = 3 * 2048 * 8192 * 2
-    assert checkpoint.layers == layers and checkpoint.nbytes == layers * layer_bytes
-    assert checkpoint.nbytes - layer_bytes < gigabytes * 1e9 <= checkpoint.nbytes

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.harness import environment, store, tables
+from benchmarks.harness import store, tables
 from benchmarks.regularizer import run
 from benchmarks.regularizer.run import CONTENDERS, METRICS, STEP
 from benchmarks.regularizer.subject import ARCHITECTURES, load_subject
@@ -61,7 +61,7 @@ def test_steps_and_metrics_of_both_architectures_are_recorded(benchmark, tmp_pat
 def test_a_step_with_the_regulariser_trains_with_its_term_and_leaves_no_hook(architecture):
     case = subject(architecture)
     batch = case.batch(32, 8)
-    steps = run._Steps(case, batch)
+    steps = run.Steps(case, batch)
     case.model.train()
     hooks = sum(len(module._forward_hooks) for module in case.model.modules())
     for name in CONTENDERS[STEP]:
@@ -70,9 +70,9 @@ def test_a_step_with_the_regulariser_trains_with_its_term_and_leaves_no_hook(arc
         assert not torch.equal(case.model.get_output_embeddings().weight, before)
         assert sum(len(module._forward_hooks) for module in case.model.modules()) == hooks
     labelled = case.labelled(batch["input_ids"], batch["labels"])
-    assert steps._statistics["std, detached"]["counts"].sum() == labelled
+    assert steps.statistics["std, detached"]["counts"].sum() == labelled
     steps.turn("std, detached")
-    assert steps._statistics["std, detached"]["counts"].sum() == 2 * labelled
+    assert steps.statistics["std, detached"]["counts"].sum() == 2 * labelled
 
 
 def test_a_term_that_is_not_finite_is_not_timed(benchmark, monkeypatch, tmp_path, capsys):
@@ -102,23 +102,11 @@ def test_both_sides_of_the_metrics_run_the_same_passes():
     handle = case.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True
     )
-    found, _ = run._metrics(case, argparse.Namespace(metrics_tokens=100, metrics_repeats=1))
+    found, _ = run.metrics(case, argparse.Namespace(metrics_tokens=100, metrics_repeats=1))
     handle.remove()
     batches = int(found["case"].split(" in ")[1].split()[0])
     passes, metrics = seen[-2 * batches : -batches], seen[-batches:]
     assert batches and all(torch.equal(a, b) for a, b in zip(passes, metrics, strict=True))
-
-
-def test_a_run_is_resumed_only_where_nothing_changed(benchmark, tmp_path, monkeypatch, capsys):
-    def measured(*arguments):
-        assert benchmark("--architecture", "masked", "--resume", *arguments) == 0
-        return len(list(store.read(tmp_path / "results", "regularizer")))
-
-    assert measured("--seconds", "0") == 0
-    assert "the time is used up, 2 of 2 measurements left: call again" in capsys.readouterr().err
-    assert [measured(), measured(), measured("--seconds", "60")] == [5, 5, 10]
-    monkeypatch.setattr(environment, "sources_checksum", lambda: "other sources")
-    assert measured() == 15
 
 
 def test_the_table_says_what_is_within_the_noise():

@@ -9,71 +9,65 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from benchmarks.__main__ import BENCHMARKS
+from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.gpu import (
     aims,
     build_extension,
-    carried,
     first,
     outcomes,
     plan,
     prerequisites,
+    results,
     sanitized,
 )
 from benchmarks.gpu.outcomes import CUT, FAILED, PASSED, REFUSAL, SKIPPED
 from benchmarks.gpu.plan import Part
-from benchmarks.harness import command, environment, gate, store
+from benchmarks.harness import command, gate, store
 from benchmarks.harness.gate import is_covered
 from benchmarks.harness.store import Record
-from benchmarks.ops.run import GATES
 
 ROOT = store.ROOT
+FACTS = {"device": "Some GPU", "sources": "s", "torch": "2", "triton": "3", "transformers": "5"}
 
-# One call of the program with parts of the test's own, that start in no time.
+# One call of the program with stages of the test's own, that start in no time.
 DRIVER = """
-import json, sys
+import json, os, sys
 from benchmarks.gpu import first
 from benchmarks.gpu.plan import Part
 
-parts = [Part(**each) for each in json.loads({parts!r})]
+stages = [[Part(**each) for each in stage] for stage in json.loads({stages!r})]
 {more}
-sys.exit(first.main([{out!r}, "--work", {work!r}], parts=parts))
+sys.exit(first.main([{out!r}, "--work", {work!r}], stages=stages))
 """
-MACHINE = """
-import json, os, sys
-json.dump({"device": os.environ.get("DEVICE", "Some GPU"), "torch": "2"}, open(sys.argv[1], "w"))
-"""
+MACHINE = f"print({json.dumps(FACTS)!r}); print('a warning')"
+SLEEP = "import time; time.sleep(99)"
 
 
-def tool(name, code, limit=20, **fields):
+def tool(name, code, limit=20, kind=plan.TOOL, **fields):
+    """Like the parts of the plan that pass, a stand-in for tests is known again."""
     return {
-        "name": name, "kind": plan.TOOL, "limit": limit, "least": 0, "arguments": ["-c", code],
-        "needs": ["machine"], **fields,
-    }  # fmt: skip
+        "name": name,
+        "kind": kind,
+        "command": ["-c", code],
+        "limit": limit,
+        "least": 0,
+    } | fields
 
 
 @pytest.fixture
 def program(tmp_path):
-    """Starts the program; `outcome_of` and `summary` read what it has written."""
-    (tmp_path / "machine.py").write_text(MACHINE)
-    # Where the names of the tests in this folder start.
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    """Starts the program on stages, after one that says what machine this is."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # where the names of tests start
 
-    def start(*parts, more="", **variables):
-        machine = tool("machine", "", needs=[], arguments=[str(tmp_path / "machine.py")])
-        code = DRIVER.format(
-            parts=json.dumps([machine, *parts]),
-            more=more,
-            out=str(tmp_path / "out"),
-            work=str(tmp_path / "work"),
-        )
+    def start(*stages, more="", machine=MACHINE, **variables):
+        stages = [[tool("machine", machine, needs=[])], *stages]
+        places = {name: str(tmp_path / name) for name in ("out", "work")}
+        code = DRIVER.format(stages=json.dumps(stages), more=more, **places)
         return subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=ROOT,
@@ -90,12 +84,12 @@ def program(tmp_path):
 def call(program, tmp_path):
     """The program from start to end: its status, the outcomes by part, and the summary."""
 
-    def call(*parts, **variables):
-        process = program(*parts, **variables)
+    def call(*stages, **options):
+        process = program(*stages, **options)
         said, _ = process.communicate(timeout=60)
-        found = carried.load(tmp_path / "out" / carried.STATE)
+        found = first.loaded(tmp_path / "out" / first.STATE)
         assert found, said
-        return process.returncode, found, (tmp_path / "out" / carried.SUMMARY).read_text()
+        return process.returncode, found, (tmp_path / "out" / first.SUMMARY).read_text()
 
     return call
 
@@ -115,32 +109,20 @@ def alive(pid):
     return state not in "ZX"
 
 
-GARBAGE = "import sys; sys.stdout.buffer.write(bytes(range(256)) * 9000); sys.exit(1)"
-
-
 def test_a_part_that_fails_hangs_dies_or_prints_garbage_takes_only_itself_out(call, tmp_path):
     status, found, summary = call(
-        tool("fails", "raise ValueError('no such | thing')"),
-        tool("hangs", "print('so far'); import time; time.sleep(99)", limit=2),
-        tool("dies", "import os; os.kill(os.getpid(), 9)"),
-        tool("garbage", GARBAGE),
-        tool("refuses", "print('refused: no device'); raise SystemExit(3)"),
-        tool("rests on it", "", needs=["machine", "fails"]),
-        tool("measures", "print('fine')", alone=True),
-        tool("after", "print('fine')"),
+        [
+            tool("fails", "raise ValueError('no such | thing')"),
+            tool("hangs", f"print('so far', flush=True); {SLEEP}", limit=2),
+            tool("dies", "import os; os.kill(os.getpid(), 9)"),
+            tool("garbage", "import sys; sys.stdout.buffer.write(bytes(range(256)) * 9000); 1 / 0"),
+            tool("refuses", "print('refused: no device'); raise SystemExit(3)"),
+        ],
+        [tool("rests on it", "", needs=["machine", "fails"]), tool("after", "print('fine')")],
     )
-    assert status == 1
-    assert {name: each.status for name, each in found.items()} == {
-        "machine": PASSED,
-        "fails": FAILED,
-        "hangs": CUT,
-        "dies": FAILED,
-        "garbage": FAILED,
-        "refuses": REFUSAL,
-        "rests on it": SKIPPED,
-        "measures": PASSED,
-        "after": PASSED,
-    }
+    expected = {"machine": PASSED, "fails": FAILED, "hangs": CUT, "dies": FAILED}
+    expected |= {"garbage": FAILED, "refuses": REFUSAL, "rests on it": SKIPPED, "after": PASSED}
+    assert status == 1 and {name: each.status for name, each in found.items()} == expected
     assert found["fails"].lines == ["ValueError: no such | thing"]
     assert (found["hangs"].reason, found["hangs"].lines) == ("its limit of 2 s", ["so far"])
     assert found["dies"].reason == "killed by signal 9"
@@ -148,16 +130,12 @@ def test_a_part_that_fails_hangs_dies_or_prints_garbage_takes_only_itself_out(ca
     assert found["refuses"].reason == "refused: no device"
     assert found["rests on it"].reason == "fails has not passed: failed"
     assert "| after | passed |" in summary and "## Cut\n\n- hangs: its limit of 2 s" in summary
-    # Whatever was printed, a few flat files come back, none of them large.
-    files = list((tmp_path / "out").iterdir())
-    assert len(files) <= 8 and {path.name for path in files} <= set(carried.FILES)
-    assert all(path.is_file() and path.stat().st_size < 16 << 20 for path in files)
+    assert (tmp_path / "out" / first.LOG).stat().st_size < 1 << 20
 
 
-@pytest.mark.parametrize("machine", ["", "open(sys.argv[1], 'w').write('{')", "sys.exit(2)"])
-def test_on_a_machine_that_lacks_something_nothing_else_starts(call, tmp_path, machine):
-    (tmp_path / "machine.py").write_text(f"import sys\n{machine}\n")
-    status, found, _ = call(tool("good", ""))
+@pytest.mark.parametrize("machine", ["", "print('{')", "raise SystemExit(2)"])
+def test_on_a_machine_that_lacks_something_nothing_else_starts(call, machine):
+    status, found, _ = call([tool("good", "")], machine=machine)
     assert (status, found["machine"].status) == (2, FAILED)
     assert (found["good"].status, found["good"].reason) == (
         SKIPPED,
@@ -167,238 +145,164 @@ def test_on_a_machine_that_lacks_something_nothing_else_starts(call, tmp_path, m
 
 def test_what_passed_is_not_run_again_until_something_changes(call, tmp_path):
     def counted(name, code=""):
-        return tool(name, f"print('ran', file=open({str(tmp_path / name)!r}, 'a')); {code}")
+        code = f"print('ran', file=open({str(tmp_path / name)!r}, 'a')); {code}"
+        return tool(name, code, kind=plan.RECORDS)
 
-    def runs():
-        parts = counted("good"), counted("bad", "raise SystemExit(1)")
-        call(*parts, **variables)
+    def runs(device="Some GPU", **variables):
+        machine = f"print({json.dumps(FACTS | {'device': device})!r})"
+        parts = [counted("good"), counted("bad", "raise SystemExit(1)")]
+        call(parts, machine=machine, **variables)
         return [len((tmp_path / name).read_text().splitlines()) for name in ("good", "bad")]
 
-    variables = {}
     assert [runs(), runs()] == [[1, 1], [1, 2]]
-    variables = {"DEVICE": "another GPU"}
-    assert [runs(), runs()] == [[2, 3], [2, 4]]
-    variables["FRESH"] = "1"
-    assert runs() == [3, 5]
-
-
-def test_a_call_goes_on_from_what_an_earlier_one_has_left_in_its_output(call, tmp_path):
-    part = tool("good", f"print('ran', file=open({str(tmp_path / 'good')!r}, 'a'))")
-    call(part)
+    # OUT is what a call goes on from, also on a machine that has nothing else.
     (tmp_path / "work").rename(tmp_path / "of another machine")
-    status, found, _ = call(part)
-    assert (status, found["good"].status) == (0, PASSED)
-    assert (tmp_path / "good").read_text() == "ran\n"
+    assert runs() == [1, 3]
+    assert [runs("another GPU"), runs("another GPU")] == [[2, 4], [2, 5]]
+    assert runs("another GPU", FRESH="1") == [3, 6]
 
 
 def test_a_killed_program_leaves_a_true_summary_and_no_process(program, call, tmp_path):
     pids = tmp_path / "pids"
-    # The child leaves its group, as those of ninja do.
+    # The child leaves its session.
     code = (
-        "import os, subprocess, sys, time\n"
-        "child = subprocess.Popen(['sleep', '99'], process_group=0)\n"
+        "import os, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '99'], start_new_session=True)\n"
         f"print(os.getpid(), child.pid, file=open({str(pids)!r}, 'w'), flush=True)\n"
         "time.sleep(99)"
     )
-    parts = tool("good", ""), tool("long", code, after=["good"])
-    process = program(*parts)
+    good = tool("good", "", kind=plan.RECORDS)
+    process = program([good], [tool("long", code)])
     until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
-    until(lambda: "| good | passed |" in (tmp_path / "out" / carried.SUMMARY).read_text())
     started = [int(pid) for pid in pids.read_text().split()]
     assert all(map(alive, started))
     process.kill()
     process.communicate()
     until(lambda: not any(map(alive, started)))
-    summary = (tmp_path / "out" / carried.SUMMARY).read_text()
-    assert "| long | passed" not in summary and "| long | " in summary
-    found = carried.load(tmp_path / "out" / carried.STATE)
+    summary = (tmp_path / "out" / first.SUMMARY).read_text()
+    assert "| good | passed |" in summary and "| long | passed" not in summary
+    found = first.loaded(tmp_path / "out" / first.STATE)
     assert found["good"].status == PASSED and "long" not in found
-    # Resumed: what was under way is run again.
-    status, found, _ = call(tool("good", "raise SystemExit(1)"), tool("long", ""))
+    # Resumed: what was under way is run again, and nothing else.
+    status, found, _ = call([good | {"command": ["-c", "1 / 0"]}], [tool("long", "")])
     assert (status, found["long"].status, found["good"].status) == (0, PASSED, PASSED)
 
 
 def test_a_program_that_is_told_to_end_says_what_it_cut(program, tmp_path):
     started = tmp_path / "started"
-    process = program(tool("long", f"open({str(started)!r}, 'w'); import time; time.sleep(99)"))
+    process = program([tool("long", f"open({str(started)!r}, 'w'); {SLEEP}")])
     until(started.exists)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 1
-    outcome = carried.load(tmp_path / "out" / carried.STATE)["long"]
+    outcome = first.loaded(tmp_path / "out" / first.STATE)["long"]
     assert (outcome.status, outcome.reason) == (CUT, "cut by SIGTERM")
 
 
 def test_the_time_for_all_parts_is_kept(call):
-    sleep = "import time; time.sleep(99)"
     start = time.monotonic()
-    _, found, summary = call(
-        tool("long", sleep, needs=[]),
-        tool("measures", sleep, alone=True),
-        tool("too late", ""),
-        SECONDS_ALL="3",
-    )
+    parts = [tool("never", "", least=1000)], [tool("long", SLEEP)], [tool("late", "")]
+    _, found, summary = call(*parts, SECONDS_ALL="3")
     assert time.monotonic() - start < 30
-    assert (found["long"].status, found["long"].reason) == (
-        CUT,
-        "the end of the time for all parts",
-    )
-    assert {found[name].status for name in ("measures", "too late")} == {SKIPPED}
-    assert "- measures: no time was left" in summary
+    reason = "the end of the time for all parts"
+    assert (found["long"].status, found["long"].reason) == (CUT, reason)
+    assert {found[name].status for name in ("never", "late")} == {SKIPPED}
+    assert re.search(r"- never: \d+ s were left, it takes at least 1000\n", summary)
+    assert "- late: no time was left" in summary
 
 
-def test_what_would_not_be_worth_starting_is_left_out(call):
-    _, found, _ = call(tool("short", ""), tool("long", "", least=1000), SECONDS_ALL="30")
-    assert found["short"].status == PASSED
-    assert found["long"].status == SKIPPED
-    assert re.fullmatch(r"\d+ s were left, and it takes at least 1000", found["long"].reason)
+def pytest_part(tmp_path, **bodies):
+    """A part that runs a file of two tests for each, of which the second has the body."""
+    files = [tmp_path / f"test_{name}.py" for name in bodies]
+    for path, (name, body) in zip(files, bodies.items(), strict=True):
+        path.write_text(f"def test_other(): pass\n\ndef test_{name}(): {body}\n")
+    command = ["-m", "pytest", *plan._pytest(*map(str, files))]
+    return tool("tests", "", kind=plan.TESTS, limit=60, command=command)
 
 
 def test_a_failing_operation_takes_only_its_own_cases_out(call, tmp_path):
-    for name, body in (("good", "assert True"), ("bad", "assert 1 == 2, 'off by one'")):
-        (tmp_path / f"test_{name}.py").write_text(
-            f"import pytest\n\ndef test_other(): pass\n\ndef test_{name}(): {body}\n"
-        )
-    good, bad = (str(tmp_path / f"test_{name}.py") for name in ("good", "bad"))
-    names = {"good": "test_good.py", "bad": "test_bad.py"}
-    tests = tool("tests", "", kind=plan.TESTS, tests=[good, bad], limit=60)
-    _, found, summary = call(
-        tests,
-        tool("records-good", "", alone=True, after=["tests"], needs_tests=[names["good"]]),
-        tool("records-bad", "", alone=True, after=["tests"], needs_tests=[names["bad"]]),
-    )
+    measuring = [
+        tool(f"records-{name}", "", needs_tests=[f"test_{name}.py"]) for name in ("good", "bad")
+    ]
+    part = pytest_part(tmp_path, good="assert True", bad="assert 1 == 2, 'off by one'")
+    _, found, summary = call([part], measuring)
     assert found["tests"].status == FAILED
     assert found["tests"].tests == {"passed": 3, "failed": 1}
     assert found["tests"].covered == ["test_good.py", "test_bad.py::test_other"]
-    [line] = found["tests"].lines
-    assert line.startswith("test_bad.py::test_bad: AssertionError: off by one")
+    assert "`test_bad.py::test_bad: AssertionError: off by one" in summary
     assert found["records-good"].status == PASSED
     assert found["records-bad"].status == SKIPPED
     assert found["records-bad"].reason == "tests have not passed: test_bad.py"
-    assert "`test_bad.py::test_bad: AssertionError: off by one" in summary
 
 
 FORMS = """
-from benchmarks.gpu.plan import Form
-first.FORMS = [
-    Form(name, (test,), (sanitized,), "mask", "native") for name, test, sanitized in (
-        ("good:native", "test_good.py", "memcheck-good"),
-        ("failing:native", "test_bad.py", "memcheck-good"),
-        ("racing:native", "test_good.py", "racecheck-good"),
+first.plan.FORMS = [
+    first.plan.Form(name, op, (sanitized,)) for name, op, sanitized in (
+        ("good:native", "mask", "memcheck-good"),
+        ("failing:native", "collapse", "memcheck-good"),
+        ("racing:native", "mask", "racecheck-good"),
     )
 ]
-first._CHECKED = ("-c", "import sys; open(sys.argv[2], 'w').write(' '.join(sys.argv[3:]))")
+first.gate.OPERATIONS = {"mask": ("test_good.py",), "collapse": ("test_bad.py",)}
+first._CHECKED = ("-c", "import sys; open(sys.argv[2], 'a').write(' '.join(sys.argv[3:]) + ';')")
 """
 
 
 def test_forms_are_recorded_once_all_their_checks_have_passed(call, tmp_path):
-    for name, body in (("good", "pass"), ("bad", "assert False")):
-        (tmp_path / f"test_{name}.py").write_text(f"def test_{name}(): {body}\n")
-    files = [str(tmp_path / f"test_{name}.py") for name in ("good", "bad")]
-    seen = tmp_path / "work" / carried.FORMS
     # Slower than the reference, as it turns out after the form was first recorded.
-    here = {"device": "Some GPU", "torch": "2"}
-    rows = [replace(row("mask", who, s)[1], environment=here) for who, s in RACE]
-    results = tmp_path / "work" / "results" / "some-gpu" / "mask.jsonl"
-    measure = (
-        f"import os; print(open({str(seen)!r}).read())\n"
-        f"os.makedirs({str(results.parent)!r}); open({str(results)!r}, 'w').write({lines(rows)!r})"
-    )
-    _, found, summary = call(
-        tool("tests", "", kind=plan.TESTS, tests=files, limit=60),
-        tool("memcheck-good", "", after=["tests"]),
-        tool("racecheck-good", "raise SystemExit(9)"),
-        tool("measures", measure, alone=True),
+    rows = [row("mask", "reference", 1.0), row("mask", "native", 2.0)]
+    for each in rows:
+        store.append(tmp_path / "measured", each)
+    measure = f"import shutil; shutil.copytree({str(tmp_path / 'measured')!r}, sys.argv[1])"
+    command = ["-c", f"import sys; {measure}", str(tmp_path / "out" / "results")]
+    _, _, summary = call(
+        [pytest_part(tmp_path, good="pass", bad="assert False")],
+        [tool("memcheck-good", ""), tool("racecheck-good", "raise SystemExit(9)")],
+        [tool("measures", "", command=command)],
         more=FORMS,
     )
-    assert found["measures"].status == PASSED
-    assert "--passed good:native\n" in (tmp_path / "work" / "measures.log").read_text()
-    recorded = (tmp_path / "out" / carried.FORMS).read_text()
-    assert recorded == "--passed good:native --slower good:native=2.00 times as long: one"
+    recorded = (tmp_path / "out" / first.FORMS).read_text()
+    slower = "--passed good:native --slower good:native=2.00 times as long: one;"
+    assert recorded == f"--passed good:native;{slower}"
     assert "- good:native: passed all checks" in summary
     assert "- failing:native: not passed: test_bad.py" in summary
     assert "- racing:native: not passed: racecheck-good" in summary
-
-
-RACE = (("reference", 1.0), ("native", 2.0))
-
-
-def lines(rows):
-    return "".join(json.dumps(asdict(each)) + "\n" for each in rows)
-
-
-def test_the_benchmarks_know_the_tests_that_have_passed_again(tmp_path):
-    """Without this they would measure nothing, or run all of them once more."""
-    session = first.Session([], tmp_path, tmp_path, seconds=9.0, rehearsal=True)
-    session.close()
-    session._facts = prerequisites.facts(rehearsal=True)
-    passed = ["tests/ops/test_mask_op.py", "tests/masks/test_edits.py::test_one"]
-    session.outcomes = {"tests": outcomes.Outcome(FAILED, covered=passed)}
-    session._write_gate()
-    here = environment.collect(torch.device("cpu"), []) | {"device": environment.REHEARSAL}
-    results = tmp_path / "results"
-    assert gate.passed_before(passed, results, here)
-    assert not gate.passed_before(["tests/masks/test_edits.py"], results, here)
-    assert not gate.passed_before(passed, results, {**here, "device": "Some GPU"})
-
-
-# What became of a part, without one running.
-
-
-def judged(tmp_path, kind, status, said="", notes=(), cut_by=""):
-    log, noted = tmp_path / "log", tmp_path / "notes"
-    log.write_text(said)
-    noted.write_text("".join(f"{line}\n" for line in notes))
-    part = Part("part", kind, 10, tool="memcheck")
-    return outcomes.judged(part, status, 1.0, log, noted, cut_by, "stamp")
 
 
 def note(test, outcome, why=""):
     return json.dumps({"test": test, "outcome": outcome, "why": why})
 
 
-def test_tests_that_end_well_without_one_that_passed_have_not_passed(tmp_path):
-    for kind in (plan.TESTS, plan.SANITIZER):
-        for notes in ((), [note("a.py::t", "skipped")], ["{cut off", '"no note"', "3"]):
-            found = judged(tmp_path, kind, 0, notes=notes)
-            assert (found.status, found.reason) == (FAILED, "ended without a test that passed")
-    assert judged(tmp_path, plan.TESTS, 0, notes=[note("a.py::t", "passed")]).status == PASSED
+FINDING = "noise\n========= Invalid __global__ read of size 4\n"
+LEFT = "the time is used up, 7 of 72 cases left: call again with --resume"
+WRONG = "triton    not measured: must compute importance"
 
 
-def test_tests_that_were_cut_say_which_one_was_running_and_cover_nothing(tmp_path):
-    notes = [note("a.py::t", "started"), note("a.py::t", "passed"), note("a.py::u", "started")]
-    found = judged(tmp_path, plan.TESTS, None, notes=notes, cut_by="its limit of 10 s")
-    assert (found.status, found.lines) == (CUT, ["was running: a.py::u"])
-    assert found.tests == {"passed": 1} and found.covered == []
-
-
-def test_a_teardown_that_fails_takes_its_test_back(tmp_path):
-    notes = [note("a.py::t", "passed"), note("a.py::t", "failed", "left open")]
-    found = judged(tmp_path, plan.TESTS, 1, notes=notes)
-    assert (found.status, found.covered, found.lines) == (FAILED, [], ["a.py::t: left open"])
-
-
-def test_findings_of_the_sanitizer_are_shown(tmp_path):
-    said = "noise\n========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 4\n"
-    notes = [note("a.py::t", "passed")]
-    found = judged(tmp_path, plan.SANITIZER, sanitized.FOUND, said, notes)
-    assert (found.status, found.reason) == (FAILED, "memcheck found something")
-    assert "========= Invalid __global__ read of size 4" in found.lines
-    assert judged(tmp_path, plan.SANITIZER, 0, said, notes).status == PASSED
-
-
-def test_a_measurement_that_ran_out_of_time_is_cut_and_not_done(tmp_path):
-    said = "the time is used up, 7 of 72 cases left: call again with --resume\n"
-    found = judged(tmp_path, plan.RECORDS, 0, said)
-    assert (found.status, found.reason) == (CUT, said.strip())
-    assert judged(tmp_path, plan.RECORDS, 0, "all measured").status == PASSED
-    said = "  triton    not measured: must compute importance\n  reference   1 ms\n"
-    assert judged(tmp_path, plan.RECORDS, 1, said).lines == [
-        "triton    not measured: must compute importance"
-    ]
-
-
-# The sanitizer, by a stand-in.
+@pytest.mark.parametrize(
+    "kind, status, said, notes, expected, reason, lines",
+    [
+        (plan.TESTS, 0, "", [note("a", "passed")], PASSED, "", []),
+        (plan.TESTS, 0, "", [note("a", "skipped"), "{cut", "3"], FAILED, "ended without", []),
+        (plan.SANITIZER, 0, "", [], FAILED, "ended without a test that passed", []),
+        (plan.TESTS, None, "", [note("a", "started")], CUT, "its limit", ["was running: a"]),
+        # A teardown that fails takes its test back.
+        (plan.TESTS, 1, "", [note("a", "passed"), note("a", "failed", "left open"),
+                             note("a", "passed")], FAILED, "1 of 1 tests failed", ["a: left open"]),
+        (plan.SANITIZER, sanitized.FOUND, FINDING, [note("a", "passed")], FAILED,
+         "the sanitizer found something", ["========= Invalid __global__ read of size 4"]),
+        (plan.RECORDS, 0, "all measured", [], PASSED, "", []),
+        (plan.RECORDS, 0, LEFT, [], CUT, LEFT, [LEFT]),
+        (plan.RECORDS, 1, f"  {WRONG}\n  reference 1 ms", [], FAILED, "ended with", [WRONG]),
+    ],
+)  # fmt: skip
+def test_what_became_of_a_part(tmp_path, kind, status, said, notes, expected, reason, lines):
+    log, noted = tmp_path / "log", tmp_path / "notes"
+    log.write_text(said)
+    noted.write_text("".join(f"{line}\n" for line in notes))
+    part, cut_by = Part("part", kind, (), 10), "its limit" if status is None else ""
+    found = outcomes.judged(part, status, 1.0, log, noted, cut_by, "stamp")
+    assert (found.status, found.lines) == (expected, lines) and found.reason.startswith(reason)
+    assert bool(found.covered) == (kind == plan.TESTS and expected == PASSED)
 
 
 @pytest.mark.parametrize(
@@ -413,184 +317,91 @@ def test_a_measurement_that_ran_out_of_time_is_cut_and_not_done(tmp_path):
     ],
 )
 def test_silence_of_the_sanitizer_is_no_clean_run(tmp_path, monkeypatch, said, status, expected):
+    monkeypatch.setattr(sanitized, "_path", lambda: str(tmp_path))
+    assert sanitized.main(["memcheck", "tests"]) == sanitized.REFUSED  # there is none
     stand_in = tmp_path / "compute-sanitizer"
     stand_in.write_text(f"#!/bin/sh\necho '{said}'\nexit {status}\n")
     stand_in.chmod(0o755)
-    monkeypatch.setattr(sanitized, "_path", lambda: str(tmp_path))
     assert sanitized.main(["memcheck", "tests"]) == expected
 
 
-def test_without_the_sanitizer_nothing_is_clean(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sanitized, "_path", lambda: str(tmp_path))
-    for arguments in ([], ["memcheck", "tests"]):
-        assert sanitized.main(arguments) == sanitized.REFUSED
-        assert "refused: compute-sanitizer is not installed" in capsys.readouterr().out
-
-
-# The extension.
-
-
-@pytest.fixture
-def in_tree(tmp_path, monkeypatch):
-    """An extension in fastdean/, compiled from these sources, as far as anyone can tell."""
-    extension = tmp_path / "fastdean" / build_extension.NAME
-    extension.parent.mkdir()
+@pytest.mark.parametrize("place", ["in the tree", "FASTDEAN_PREBUILT"])
+@pytest.mark.parametrize("sources, is_taken", [(None, False), ("others", False), ("these", True)])
+def test_only_an_extension_of_these_sources_is_taken(
+    tmp_path, monkeypatch, capsys, place, sources, is_taken
+):
+    compiled, extension = [], tmp_path / "fastdean" / build_extension.NAME
     monkeypatch.setattr(build_extension, "EXTENSION", extension)
+    monkeypatch.setattr(build_extension, "ROOT", tmp_path)
     monkeypatch.setattr(build_extension, "_loads", lambda: True)
     monkeypatch.setattr(build_extension, "_compile", lambda build: compiled.append(build) or True)
-    monkeypatch.setattr(build_extension, "ROOT", tmp_path)
     monkeypatch.setattr(build_extension, "checksum", lambda: "these")
     monkeypatch.delenv("FASTDEAN_PREBUILT", raising=False)
-    compiled = []
-    return extension, compiled
-
-
-def test_only_what_was_compiled_from_these_sources_is_taken(in_tree, tmp_path):
-    extension, compiled = in_tree
-    for sources, taken in ((None, False), ("others", False), ("these", True)):
-        compiled.clear()
-        extension.write_text("before")
-        if sources is not None:
-            extension.with_name(build_extension.SOURCES).write_text(sources + "\n")
-        assert build_extension.main(tmp_path / "build") == 0
-        # A stale one is gone before anything is compiled: others start meanwhile.
-        assert bool(compiled) is not taken and extension.exists() is taken
-
-
-def test_a_prebuilt_extension_is_taken_where_it_says_what_it_was_made_of(
-    in_tree, tmp_path, monkeypatch, capsys
-):
-    extension, compiled = in_tree
-    prebuilt = tmp_path / "elsewhere" / build_extension.NAME
-    monkeypatch.setenv("FASTDEAN_PREBUILT", str(prebuilt))
+    extension.parent.mkdir()
+    given = extension
+    if place != "in the tree":
+        given = tmp_path / build_extension.NAME
+        monkeypatch.setenv("FASTDEAN_PREBUILT", str(given))
+    given.write_text("given")
+    if sources is not None:
+        given.with_name(build_extension.SOURCES).write_text(sources + "\n")
     assert build_extension.main(tmp_path / "build") == 0
-    assert compiled and "passed over: FASTDEAN_PREBUILT must be" in capsys.readouterr().out
-    prebuilt.parent.mkdir()
-    prebuilt.write_text("carried")
-    for sources, taken in (("others", False), ("these", True), ("others", False)):
-        compiled.clear()
-        prebuilt.with_name(build_extension.SOURCES).write_text(f"{sources}\n")
-        assert build_extension.main(tmp_path / "build") == 0
-        assert ("passed over" in capsys.readouterr().out) is not taken
-        assert extension.exists() == (taken or not compiled)
-    # The good one that was taken stays.
-    assert extension.read_text() == "carried" and not compiled
+    # A stale one is gone before anything is compiled: others start meanwhile.
+    assert bool(compiled) is not is_taken and extension.exists() is is_taken
+    assert not is_taken or extension.read_text() == "given"
 
 
-def test_the_extension_is_compiled_with_cuda_whatever_the_environment_says(tmp_path, monkeypatch):
-    commands = []
+def test_everything_that_is_missing_is_named_in_a_line_of_its_own(monkeypatch, capsys):
+    versions = {"torch": "2.9.1", "transformers": "5.17.0"}
+    cuda = SimpleNamespace(is_available=lambda: False)
+    modules = {n: SimpleNamespace(__version__=v, cuda=cuda) for n, v in versions.items()}
 
-    def run_it(command, env):
-        commands.append((command, env))
-        return subprocess.CompletedProcess(command, 1)
-
-    monkeypatch.setattr(build_extension.subprocess, "run", run_it)
-    monkeypatch.setattr(build_extension, "find_nvcc", lambda path: "/somewhere/nvcc")
-    # Of the machine with the GPU; an install here builds where it is out of sight.
-    pybind11 = SimpleNamespace(get_cmake_dir=lambda: "/somewhere/pybind11")
-    monkeypatch.setitem(sys.modules, "pybind11", pybind11)
-    monkeypatch.setenv("FASTDEAN_CUDA", "AUTO")
-    assert not build_extension._compile(tmp_path)
-    [(command, environment)] = commands
-    assert "-DFASTDEAN_CUDA=ON" in command and environment["CUDACXX"] == "/somewhere/nvcc"
-
-
-def test_nvcc_is_found_where_it_is_not_on_the_path(tmp_path, monkeypatch):
-    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(build_extension.glob, "glob", lambda pattern: [str(tmp_path / "cuda-13")])
-    elsewhere = tmp_path / "cuda-13" / "bin" / "nvcc"
-    elsewhere.parent.mkdir(parents=True)
-    elsewhere.write_text("#!/bin/sh\n")
-    elsewhere.chmod(0o755)
-    found = build_extension.find_nvcc("")
-    assert found == str(elsewhere) or found.startswith("/usr/local/cuda/")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda-13"))
-    assert build_extension.find_nvcc("") == str(elsewhere)
-    monkeypatch.setenv("CUDACXX", "/opt/nvcc")
-    assert build_extension.find_nvcc("") == "/opt/nvcc"
-
-
-# What a machine needs.
-
-
-@pytest.fixture
-def everything_here(monkeypatch):
-    """A machine with all that the GPU's scripts need."""
-    modules = {
-        name: SimpleNamespace(__version__=f"{major}.{minor}.0+cu130")
-        for name, (major, minor) in prerequisites.VERSIONS.items()
-    }
-    monkeypatch.setattr(prerequisites, "import_module", modules.__getitem__)
-    monkeypatch.setattr(prerequisites, "_is_installed", lambda name: True)
-    monkeypatch.setattr(prerequisites, "_is_program", lambda name: True)
-    monkeypatch.setattr(prerequisites, "_no_compiler", lambda: "")
-    monkeypatch.setattr(prerequisites, "_no_headers", lambda: "")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    return modules
-
-
-def test_a_machine_with_everything_is_named_in_one_line(
-    everything_here, monkeypatch, tmp_path, capsys
-):
-    facts = {"device": "Some GPU", "torch": "2.11.0+cu130"}
-    monkeypatch.setattr(prerequisites, "facts", lambda rehearsal: facts)
-    assert prerequisites.main([str(tmp_path / "facts.json")]) == 0
-    printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("device Some GPU, torch 2.11.0+cu130\n", "")
-    assert json.loads((tmp_path / "facts.json").read_text()) == facts
-
-
-def test_a_rehearsal_asks_for_no_gpu_and_names_none(everything_here, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert prerequisites.missing() == ["a CUDA device is needed, and torch sees none"]
-    assert prerequisites.missing(rehearsal=True) == []
-    found = prerequisites.facts(rehearsal=True)
-    assert (found["device"], found["cuda"]) == ("cpu, rehearsal", "none")
-    here = environment.collect(torch.device("cpu"), [])
-    same = {name: here[name] for name in store.SAME_CODE if name != "device"}
-    assert same.items() <= found.items()
-
-
-def test_everything_that_is_missing_is_named_in_a_line_of_its_own(
-    everything_here, monkeypatch, capsys
-):
     def import_module(name):
-        if name == "triton":
+        if name not in modules:
             raise ImportError("no such library")
-        return everything_here[name]
+        return modules[name]
 
-    everything_here["torch"].__version__ = "2.9.1"
     monkeypatch.setattr(prerequisites, "import_module", import_module)
-    monkeypatch.setattr(prerequisites, "_is_installed", lambda name: name == "pytest")
-    monkeypatch.setattr(prerequisites, "_is_program", lambda name: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert prerequisites.main(["facts.json"]) == 2
-    assert capsys.readouterr().err.splitlines() == [
+    is_here = lambda name: name == "pytest" or None  # noqa: E731
+    monkeypatch.setattr(prerequisites.importlib.util, "find_spec", is_here)
+    monkeypatch.setattr(prerequisites, "_is_program", lambda name: name == "gcc")
+    gpu = "error: a CUDA device is needed, and torch sees none"
+    lines = [
         "error: torch >= 2.11 is needed, got 2.9.1",
         "error: triton >= 3.6 is needed, and it cannot be imported: no such library",
-        "error: the Python package hypothesis is needed",
-        "error: the Python package accelerate is needed",
-        "error: the Python package pybind11 is needed",
+        *(f"error: the Python package {n} is needed" for n in prerequisites.MODULES[1:]),
         "error: the program cmake is needed, on the PATH or beside Python",
-        "error: a CUDA device is needed, and torch sees none",
     ]
+    for arguments, expected in (([], [*lines, gpu]), (["--rehearsal"], lines)):
+        assert prerequisites.main(arguments) == 2
+        shown = capsys.readouterr()
+        assert [e for e in shown.err.splitlines() if "Python.h" not in e] == expected
+        assert shown.out == ""
+
+
+def test_a_measurement_goes_on_where_its_tests_have_passed_in_other_parts(
+    tmp_path, quick_benchmarks
+):
+    stages = plan.stages("first", tmp_path, tmp_path, rehearsal=True)
+    [part] = [part for stage in stages for part in stage if part.name == "records-mask"]
+    assert main(part.command[2:]) == 1  # it runs no tests itself
+    facts = prerequisites.facts(rehearsal=True)
+    gate.record_passed(part.needs_tests, tmp_path / "results", facts)
+    assert main(part.command[2:]) == 0
+    rows = first.measurements(tmp_path)
+    assert rows and all(row.gate == "passed" and store.is_of(row, facts) for row in rows)
+    assert {row["device"] for row in rows} == {"cpu, rehearsal"}
 
 
 # Figures and aims.
 
-FACTS = {"device": "Some GPU", "sources": "s", "torch": "2", "triton": "3", "transformers": "5"}
 
-
-def row(op, contender, median_s=1.0, case="one", setup=None, **changes):
-    seconds = {"median_s": median_s}
-    metrics = {"floor_s": 1.0, "bytes_per_s": 1.0, "copy_bandwidth": 2.0}
-    made = Record(op, case, contender, setup or {}, seconds, metrics, environment=FACTS)
-    fields = {name: changes.pop(name) for name in ("toy", "gate") if name in changes}
+def row(op, contender, median_s=1.0, case="one", setup=None, gate="passed", toy=False, **changes):
     here = FACTS | {name: changes.pop(name) for name in FACTS if name in changes}
-    made = replace(made, **{"gate": "passed", "environment": here, **fields})
-    return f"some-gpu/{op}.jsonl", replace(made, metrics=metrics | changes)
+    metrics = {"floor_s": 1.0, "bytes_per_s": 1.0, "copy_bandwidth": 2.0, **changes}
+    here["date"] = "2026-01-01"
+    return Record(op, case, contender, setup or {}, {"median_s": median_s}, metrics,
+                  gate=gate, toy=toy, environment=here)  # fmt: skip
 
 
 def importance(median_s, case, **changes):
@@ -600,7 +411,7 @@ def importance(median_s, case, **changes):
 
 def figure(rows, start):
     [found] = [each for each in aims.figures(rows, FACTS) if each.aim.startswith(start)]
-    return found
+    return found.met, found.text
 
 
 def test_what_was_not_measured_here_is_missing_and_never_made_up():
@@ -618,127 +429,87 @@ def test_what_was_not_measured_here_is_missing_and_never_made_up():
 
 def test_the_worst_case_counts_and_the_last_measurement_of_each():
     rows = [importance(9.0, "a"), importance(1.5, "a"), importance(1.9, "b")]
-    found = figure(rows, "weight importance, BeaverTails'")
-    assert found.met is True
-    assert found.text == "worst 1.90x (b), best 1.50x; met in 2 of 2; 10 of 12 missing"
-    found = figure([*rows, importance(2.5, "c")], "weight importance, BeaverTails'")
-    assert found.met is False and found.text.startswith("worst 2.50x (c), best 1.50x; met in 2 of")
-    assert figure(rows, "weight importance, 256").met is None
-
-
-def test_a_share_has_to_reach_its_aim_and_a_time_to_stay_below():
+    text = "worst 1.90x (b), best 1.50x; met in 2 of 2; 10 of 12 missing"
+    assert figure(rows, "weight importance, BeaverTails'") == (True, text)
+    met, text = figure([*rows, importance(2.5, "c")], "weight importance, BeaverTails'")
+    assert met is False and text.startswith("worst 2.50x (c), best 1.50x; met in 2 of")
     unit = [row("unit_importance", "triton", bytes_per_s=1.6)]
-    assert figure(unit, "unit importance").text == "80% (one)"
-    assert figure(unit, "unit importance").met is False
+    assert figure(unit, "unit importance") == (False, "80% (one)")
     mask = [row("mask", "native, zeros only", host_s=45e-6, setup={"matrices": 84})]
-    assert figure(mask, "masks").text == "45.0 us (one)" and figure(mask, "masks").met is True
+    assert figure(mask, "masks") == (True, "45.0 us (one)")
 
 
 def test_what_is_compared_with_another_is_missing_without_it():
     setup = {"tokens": 16384, "features": 4096}
     ours = row("collapse", "native", 1.0, setup=setup)
-    assert figure([ours], "collapse loss").met is None
+    assert figure([ours], "collapse loss")[0] is None
+    assert aims.slower_text([ours], FACTS, "collapse", "native") == ""
     rows = [ours, row("collapse", "reference", 6.0, setup=setup)]
-    assert figure(rows, "collapse loss").met is True
-    assert aims.slower_than_the_reference(rows, FACTS, "collapse", "native") == ""
+    assert figure(rows, "collapse loss")[0] is True
+    assert aims.slower_text(rows, FACTS, "collapse", "native") == ""
     rows.append(row("collapse", "native", 9.0, setup=setup))
-    found = aims.slower_than_the_reference(rows, FACTS, "collapse", "native")
-    assert found == "1.50 times as long: one"
-    assert aims.slower_than_the_reference([ours], FACTS, "collapse", "native") == ""
+    assert aims.slower_text(rows, FACTS, "collapse", "native") == "1.50 times as long: one"
 
 
-# Records on their way.
-
-
-def test_records_come_back_in_one_file_and_go_where_they_belong(tmp_path, capsys):
-    results, out = tmp_path / "results", tmp_path / "out"
-    names = ("gpu-a/mask.jsonl", "gpu-b/score.jsonl")
-    for name in (*names, "tests/gate.jsonl"):
-        (results / name).parent.mkdir(parents=True, exist_ok=True)
-        (results / name).write_text(lines([row("score", name)[1]]) + '{"cut o')
-    out.mkdir()
-    (out / carried.RECORDS).write_text(carried.packed(results))
-    assert carried.main(out, tmp_path / "again") == 0
-    found = {
-        path.relative_to(tmp_path / "again").as_posix(): store.parsed(path.read_text())
-        for path in (tmp_path / "again").rglob("*.jsonl")
-    }
-    assert found == {name: row("score", name)[1] for name in names}
-    rehearsed = asdict(row("mask", "native", device="cpu, rehearsal")[1])
-    (out / carried.RECORDS).write_text(json.dumps({"results_file": "a/b.jsonl", **rehearsed}))
-    assert carried.main(out, tmp_path / "never") == 2
+def test_records_of_a_gpu_go_where_tables_are_made_from(tmp_path, capsys):
+    rows = [row("mask", "native"), row("score", "fastdean", device="Another GPU")]
+    for each in rows:
+        store.append(tmp_path / "results", each)
+    assert results.main(tmp_path, tmp_path / "again") == 0
+    assert [each for op in ("mask", "score") for each in store.read(tmp_path / "again", op)] == rows
+    store.append(tmp_path / "results", row("mask", "native", device="cpu, rehearsal"))
+    assert results.main(tmp_path, tmp_path / "never") == 2
     assert not (tmp_path / "never").exists()
     assert "must come from a GPU, got a rehearsal's" in capsys.readouterr().err
-
-
-def test_a_state_that_cannot_be_read_is_none(tmp_path):
-    for text in ("", "3", "[]", '{"a": 3}', '{"a": {"colour": 1}}', '{"a": {"sta'):
-        (tmp_path / "state").write_text(text)
-        assert carried.load(tmp_path / "state") == {}
 
 
 # The plan, against the code and the tests that it names.
 
 
-def everything():
-    return {part.name: part for target in plan.TARGETS for part in plan.parts_of(target)}
+def parts_of(target, *, rehearsal=False):
+    stages = plan.stages(target, Path("out"), Path("work"), rehearsal=rehearsal)
+    return {part.name: part for stage in stages for part in stage}
 
 
-def test_the_plan_names_tests_that_exist():
-    named = {test for part in everything().values() for test in (*part.tests, *part.needs_tests)}
-    named |= {test for form in plan.FORMS for test in form.tests}
-    assert len(named) > 20
-    for test in named:
-        path, _, function = test.partition("[")[0].partition("::")
-        source = (ROOT / path).read_text("utf-8")
-        assert not function or f"def {function}(" in source, test
+def paths_in(part):
+    return [word for word in part.command if word.startswith("tests/")]
 
 
-def test_whatever_needs_a_gpu_is_run_on_one():
-    for target in ("first", "check"):
-        named = {Path(test).name for part in plan.parts_of(target) for test in part.tests}
-        marked = {
-            path.name
-            for path in (ROOT / "tests").rglob("test_*.py")
-            if re.search(r"^@pytest\.mark\.gpu$", path.read_text("utf-8"), re.MULTILINE)
-        }
-        assert len(marked) > 4 and marked <= named
-
-
-def test_every_part_comes_after_what_it_rests_on():
+def test_the_plan_names_tests_that_exist_and_every_test_that_needs_a_gpu():
     for target in plan.TARGETS:
-        parts = plan.parts_of(target)
-        seen = []
-        for part in parts:
-            assert set(part.needs) | set(part.after) <= set(seen), part.name
-            seen.append(part.name)
-        measuring = [part.alone for part in parts]
-        assert measuring == sorted(measuring)
-        tested = [test for part in parts if part.kind == plan.TESTS for test in part.tests]
-        for part in parts:
-            assert all(is_covered(test, tested) for test in part.needs_tests), part.name
+        parts = parts_of(target).values()
+        run = [test for part in parts if part.kind == plan.TESTS for test in paths_in(part)]
+        named = {test for part in parts for test in (*paths_in(part), *part.needs_tests)}
+        named |= {test for form in plan.FORMS for test in form.tests}
+        for test in named:
+            path, _, function = test.partition("[")[0].partition("::")
+            source = (ROOT / path).read_text("utf-8")
+            assert not function or f"def {function}(" in source, test
+        # What rests on tests comes with them.
+        assert all(is_covered(test, run) for part in parts for test in part.needs_tests)
+        if target in ("first", "check"):
+            marked = {
+                path.relative_to(ROOT).as_posix()
+                for path in (ROOT / "tests").rglob("test_*.py")
+                if re.search(r"^@pytest\.mark\.gpu$", path.read_text("utf-8"), re.MULTILINE)
+            }
+            assert len(marked) > 4 and marked <= set(run)
 
 
-def test_measurements_rest_on_the_tests_that_the_benchmarks_ask_for():
-    parts = everything()
-    measured = {}
-    for part in parts.values():
-        if part.arguments[:2] == ("kernels", "--op"):
-            measured[part.arguments[2]] = part.needs_tests
-    assert measured == GATES
-    for name in ("records-score", "records-all-of-score", "records-sweep"):
-        assert parts[name].needs_tests == BENCHMARKS["score"].tests(None, True)
-
-
-def test_measurements_ask_for_what_the_benchmarks_know():
-    def parsed(*arguments):
-        return command.parsed("", "", BENCHMARKS, arguments)
-
-    for part in everything().values():
-        if part.kind == plan.RECORDS:
-            parsed(*part.arguments, "--device", "cuda")
-            rehearsed = parsed(*part.rehearsed, "--device", "cpu", "--rehearsal", "--out", "out")
-            assert rehearsed.rehearsal and rehearsed.out == Path("out")
+def test_measurements_come_last_alone_and_ask_for_what_the_benchmarks_know():
+    for rehearsal in (False, True):
+        for target in ("first", "bench"):
+            stages = plan.stages(target, Path("out"), Path("work"), rehearsal=rehearsal)
+            kinds = [[part.kind for part in stage] for stage in stages]
+            count = kinds.count([plan.RECORDS])
+            assert count > 6 and kinds[-count:] == [[plan.RECORDS]] * count
+            for [part] in stages[-count:]:
+                options = command.parsed("", "", BENCHMARKS, part.command[2:])
+                assert options.rehearsal == rehearsal and options.resume and options.tested
+                tests = BENCHMARKS[options.run].tests(options, on_gpu=True)
+                assert part.needs_tests == tuple(tests) and options.seconds <= part.limit
+                assert part.least <= part.limit
+    assert sum(float(part.command[-1]) for [part] in stages[-count:][:7]) <= 320
 
 
 def test_every_operation_of_the_extension_and_of_triton_is_a_form_and_sanitized():
@@ -751,17 +522,7 @@ def test_every_operation_of_the_extension_and_of_triton_is_a_form_and_sanitized(
         if entry.name == "triton" or (entry.name == "native" and "importance" not in op)
     }
     assert {form.name for form in plan.FORMS} == on_a_gpu
-    parts = everything()
+    parts = parts_of("first")
     for form in plan.FORMS:
-        assert {parts[name].tool for name in form.sanitized} == {"memcheck", "racecheck"}
-        assert any(form.op in part.arguments for part in parts.values())
-    for op in ("mask", "collapse"):
-        assert (ROOT / "csrc" / f"{op}_cuda.cu").is_file()
-
-
-def test_the_first_ten_minutes_hold_no_more_measuring_than_they_have():
-    parts = plan.parts_of("first")
-    measuring = [part for part in parts if part.kind == plan.RECORDS]
-    assert sum(part.seconds for part in measuring) <= 320
-    for part in measuring:
-        assert part.seconds <= part.limit and part.least <= part.limit
+        assert {parts[name].command[2] for name in form.sanitized} == {"memcheck", "racecheck"}
+        assert any(form.op in part.command for part in parts.values())

@@ -112,21 +112,6 @@ def test_a_control_is_another_one_for_another_seed_and_shares_no_word():
             assert len(control) == len(words) and not set(control.pieces) & set(words.pieces)
 
 
-def test_labelled_tokens_are_those_of_the_text_and_its_swapped_copies():
-    rows = [{"text": "the nurse saw him"}, {"text": "the old town"}]
-    given = subject.Subject(llama(), tiny_words.tokenizer(), "tiny", rows, rows)
-    # "him" and, in the copy, "her".
-    assert given.labelled(given.words()) == 2
-
-
-def test_the_split_is_fixed_and_nothing_is_in_both_parts():
-    rows = [{"text": str(number)} for number in range(20)]
-    trained, held_out = subject.split_rows(rows)
-    assert (len(trained), len(held_out)) == (15, 5)
-    assert sorted(int(row["text"]) for row in trained + held_out) == list(range(20))
-    assert subject.split_rows(rows) == (trained, held_out)
-
-
 def test_collapse_is_that_of_the_gender_words_on_the_held_out_text(crows):
     model, tokenizer = llama(), tiny_words.tokenizer()
     given = subject.Subject(model, tokenizer, "tiny", ROWS[:2], ROWS[2:])
@@ -202,12 +187,6 @@ def test_a_training_that_was_cut_off_is_made_again(benchmark, tmp_path):
     path.write_text("".join(lines[:2]))
     assert benchmark("--arm", "none", "--resume") == 0
     assert [row["step"] for row in read(tmp_path)] == [0, 1, 1, 2]
-
-
-def test_a_run_without_time_measures_nothing(benchmark, tmp_path, capsys):
-    assert benchmark("--seconds", "0") == 0
-    assert "the time is used up, 5 of 5 trainings left: call again" in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()
 
 
 def test_what_cannot_be_measured_costs_no_tests(tmp_path, monkeypatch, capsys):
@@ -311,23 +290,6 @@ def test_eight_seeds_that_agree_are_an_effect():
     lines = rendered(rows)
     assert lines[4].endswith("| -3 [-3, -3], lower |")
     assert lines[7].endswith(", no effect beyond noise |")
-
-
-def test_one_seed_has_no_interval_and_what_is_missing_is_not_measured():
-    rows = [
-        result("base", None, 0, None),
-        result("none", 0, 4, 2.0),
-        result("random", 0, 4, None),
-        result("words", 0, 4, 3.0),
-    ]
-    lines = rendered(rows)
-    assert lines[2:6] == [
-        f"| {UNC3} | the model before training | not measured | | |",
-        "| | no regulariser | 2 | not measured | |",
-        "| | gender words, strength 10 | 3 | not measured | +1 (one seed: no interval) |",
-        "| | random words, strength 10 | not measured | not measured | not measured |",
-    ]
-    assert "1 seed: no intervals." in "\n".join(lines)
 
 
 def test_the_plot_has_a_line_per_arm_from_the_base_with_the_seeds_spread(tmp_path):
