@@ -3,9 +3,8 @@
 Every edit is all or nothing. The masks that are active on a model are remembered, the latest last,
 in a dictionary of this module. Two threads may edit two models, not one.
 
-An edit is decided here by looking at everything. What an unnested edit found is prepared for the
-next time (`prepared`), which goes through if the model is as it was then; else everything is looked
-at again, and says what is wrong.
+Every edit finds the parameters and compares their values anew: tens of milliseconds for a whole
+model, and no state that a `.to()`, a reload or a replaced layer could make stale.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.masks.entries import MaskEntry, same_bits, shared_positions, suppressed
-from fastdean.masks.prepared import PreparedEdit, PreparedEdits, prepare
 from fastdean.masks.weights import Part, Weights
 from fastdean.models.model_state import unwrap
 from fastdean.wording.log import logger
@@ -44,27 +42,18 @@ class Application:
     Attributes:
         parts: what it wrote over what.
         wrote: False where the model held the masked values from the start.
-        prepared: how to take it back where no other mask is active; None: the long way.
     """
 
     mask: Mask
     parts: list[Part]
     wrote: bool
-    prepared: PreparedEdit | None = None
 
 
-class _Edited:
-    """What is remembered of a model: its active masks, the latest last, and how to toggle them.
-
-    Parameters are named and never held, so that a model can go, and `.to()` and reloading are seen.
-    """
-
-    def __init__(self) -> None:
-        self.stack: list[Application] = []
-        self.prepared = PreparedEdits()
-
-
-_EDITED: weakref.WeakKeyDictionary[nn.Module, _Edited] = weakref.WeakKeyDictionary()
+# The active masks of each model, the latest last. Parameters are named and never held, so that a
+# model can go, and `.to()` and reloading are seen.
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[Application]] = weakref.WeakKeyDictionary()
+# The models of another dtype than their mask's, of which the user has been warned.
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def apply_(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Application | None:
@@ -75,22 +64,8 @@ def apply_(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Applicat
     Raises:
         TypeError, ValueError, RuntimeError: as `NeuronMask.apply_`; nothing is written then.
     """
-    return _apply(*_open(model), mask, impl)
-
-
-def _apply(root: nn.Module, edited: _Edited, mask: Mask, impl: str | None) -> Application | None:
-    prepared = None if edited.stack else edited.prepared.get(mask, impl)
-    if prepared is not None:
-        application = Application(mask, prepared.parts, wrote=True, prepared=prepared)
-        if _replaced(root, edited.stack, [application], prepared, back=False):
-            return application
-    return _apply_unprepared(root, edited, mask, impl)
-
-
-def _apply_unprepared(
-    root: nn.Module, edited: _Edited, mask: Mask, impl: str | None
-) -> Application | None:
-    stack, weights = edited.stack, Weights(root)
+    root, stack = _open(model)
+    weights = Weights(root)
     _forget_undone(stack, weights)
     targets = _targets(mask, weights)
     current = weights.read(targets)
@@ -103,15 +78,11 @@ def _apply_unprepared(
             raise ValueError(_other_values(targets, base))
         application = Application(mask, targets, wrote=False)
         stack.append(application)
-        _say_if_rounded(mask, targets)
+        _warn_if_rounded(root, mask, targets)
         return application
     weights.require_writable(targets)
     parts = [replace(part, previous=now) for part, now in zip(targets, current, strict=True)]
-    prepared = None
-    if not stack:
-        prepared = prepare(root, weights, parts, mask.entries, impl)
-        edited.prepared.keep(mask, prepared, impl)
-    application = Application(mask, parts, wrote=True, prepared=prepared)
+    application = Application(mask, parts, wrote=True)
 
     def write() -> None:
         if mask.scale == 0.0:
@@ -120,7 +91,7 @@ def _apply_unprepared(
             weights.write_(parts, written, impl)
 
     _all_or_nothing(write, stack, [*stack, application], parts, current, weights)
-    _say_if_rounded(mask, parts)
+    _warn_if_rounded(root, mask, parts)
     return application
 
 
@@ -133,10 +104,8 @@ def restore_(model: nn.Module, mask: Mask) -> None:
     Raises:
         TypeError, ValueError, RuntimeError: as `NeuronMask.restore_`; nothing is written then.
     """
-    root, edited = _open(model)
-    if len(edited.stack) == 1 and edited.stack[0].mask is mask and _undone(root, edited.stack):
-        return
-    stack, weights = edited.stack, Weights(root)
+    root, stack = _open(model)
+    weights = Weights(root)
     _forget_undone(stack, weights)
     active = _find(stack, mask)
     if active is None:
@@ -149,17 +118,17 @@ def restore_(model: nn.Module, mask: Mask) -> None:
 @contextmanager
 def applied(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Iterator[nn.Module]:
     """`apply_` on entry; on exit, also after an exception, undo what was written on entry."""
-    root, edited = _open(model)
-    before, entered = list(edited.stack), []
+    root, stack = _open(model)
+    before, entered = list(stack), []
     # Undone twice: an interrupt of the first time leaves the second.
     try:
         try:
-            entered.append(_apply(root, edited, mask, impl))
+            entered.append(apply_(model, mask, impl=impl))
             yield model
         finally:
-            _leave(root, edited.stack, mask, before, entered)
+            _leave(root, stack, mask, before, entered)
     except BaseException:
-        _leave(root, edited.stack, mask, before, entered)
+        _leave(root, stack, mask, before, entered)
         raise
 
 
@@ -175,8 +144,6 @@ def _leave(
     application = found[0] if found else None
     if application not in stack:
         return
-    if stack == [application] and application.wrote and _undone(root, stack):
-        return
     weights = Weights(root)
     _forget_undone(stack, weights)
     if application in stack and application.wrote:
@@ -185,47 +152,12 @@ def _leave(
         stack.remove(application)
 
 
-def _open(model: nn.Module) -> tuple[nn.Module, _Edited]:
-    """The model below its wrappers, and what is remembered of it."""
+def _open(model: nn.Module) -> tuple[nn.Module, list[Application]]:
+    """The model below its wrappers, and its active masks."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     root = unwrap(model)
-    edited = _EDITED.get(root)
-    return root, _EDITED.setdefault(root, _Edited()) if edited is None else edited
-
-
-def _undone(root: nn.Module, stack: list[Application]) -> bool:
-    """Take back the only active mask as it was prepared; False: nothing was done."""
-    prepared = stack[0].prepared
-    return prepared is not None and _replaced(root, stack, [], prepared, back=True)
-
-
-def _replaced(
-    root: nn.Module,
-    stack: list[Application],
-    afterwards: list[Application],
-    prepared: PreparedEdit,
-    *,
-    back: bool,
-) -> bool:
-    """Edit as prepared, and record it; False, and nothing is done, if the model is not as it was.
-
-    Raises: what interrupts it, after undoing what was done.
-    """
-    tensors = prepared.find(root)
-    if tensors is None:
-        return False
-    before = list(stack)
-    try:
-        if not prepared.replace_(tensors, back=back):
-            return False
-        stack[:] = afterwards
-        return True
-    except BaseException:
-        stack[:] = before
-        # Writes only over what it wrote itself.
-        prepared.replace_(tensors, back=not back)
-        raise
+    return root, _ACTIVE.setdefault(root, [])
 
 
 def _find(stack: Sequence[Application], mask: Mask) -> Application | None:
@@ -283,17 +215,18 @@ def _targets(mask: Mask, weights: Weights) -> list[Part]:
     return parts
 
 
-def _say_if_rounded(mask: Mask, parts: Sequence[Part]) -> None:
+def _warn_if_rounded(root: nn.Module, mask: Mask, parts: Sequence[Part]) -> None:
+    """Warn once per model: a mask is applied once for every evaluation."""
     for part in parts:
         own, found = mask.entries[part.name].dtype, part.previous.dtype
-        if own != found:
+        if own != found and root not in _WARNED:
+            _WARNED.add(root)
             logger.warning(
                 "the mask was made in %s and the model is in %s: every original rounds to the "
                 "weight found there, and that is what is restored",
                 str(own).removeprefix("torch."),
                 str(found).removeprefix("torch."),
             )
-            return
 
 
 def _beneath(
