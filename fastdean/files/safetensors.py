@@ -1,6 +1,6 @@
 """Safetensors files on disk: which of them a model is loaded from, where a tensor's values lie.
 
-Values are read and written in place, some neighbours at a time: no tensor is ever held whole.
+Values are read some neighbours at a time: no tensor is ever held whole.
 """
 
 from __future__ import annotations
@@ -252,13 +252,3 @@ def read_values(file: BinaryIO, tensor: StoredTensor, index: Tensor) -> Tensor:
         start = position * dtype.itemsize
         buffer[start : start + len(piece)] = piece
     return torch.frombuffer(buffer, dtype=dtype)
-
-
-def write_values(file: BinaryIO, tensor: StoredTensor, index: Tensor, values: Tensor) -> None:
-    """Write [M] values, in the tensor's dtype, to the elements of ascending flat `index`."""
-    itemsize = values.element_size()
-    raw = bytes(values.view(torch.uint8).numpy())
-    for position, first, count in _runs(index, itemsize):
-        file.seek(tensor.offset + first * itemsize)
-        # An unbuffered write may stop short; reading back afterwards would tell.
-        file.write(raw[position * itemsize : (position + count) * itemsize])
