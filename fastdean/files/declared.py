@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastdean.wording.printable import error_line
+
 LARGEST = 2**63 - 1
 # Every float and integer that arithmetic on a few of them keeps finite.
 FINITE = 1e300
@@ -389,7 +391,7 @@ def read_json(
             text, object_pairs_hook=_distinct, parse_float=_finite, parse_constant=_finite
         )
     except (ValueError, RecursionError) as error:
-        raise unfit(file, "", "JSON", f"something else ({_one_line(error)})", advice) from None
+        raise unfit(file, "", "JSON", f"something else ({error_line(error)})", advice) from None
     require(value, kind, file, advice=advice)
     return value
 
@@ -460,10 +462,6 @@ def _finite(written: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{brief(written)} is no finite number")
     return value
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _is_list(value: Any) -> bool:

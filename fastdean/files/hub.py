@@ -6,9 +6,11 @@ import os
 import re
 from pathlib import Path
 
-from fastdean.files.names import CONFIG_NAME, file_patterns, is_ours, lies_in, one_line, read_json
+from fastdean.files.declared import read_json
+from fastdean.files.names import CONFIG_NAME, file_patterns, is_ours, lies_in
 from fastdean.wording.mendable import StateError
 from fastdean.wording.nearest import nearest
+from fastdean.wording.printable import error_line
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -80,21 +82,14 @@ def resolve(
                 **({"local_files_only": True} if is_unreachable() else {}),
             )
         )
-    # Unreachable first: newer releases derive it from several of the classes below.
-    except LocalEntryNotFoundError as error:
-        raise StateError(
-            f"{asked}; no such folder, and the hub could not be reached ({one_line(error)})"
-            f"{nearest(path_or_repo_id)}"
-        ) from error
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ValueError(
-            f"{asked}; no such folder, and the hub does not know it ({one_line(error)})"
-            f"{nearest(path_or_repo_id)}"
-        ) from error
-    except OSError as error:
-        raise StateError(
-            f"{asked}; no such folder, and the hub could not be reached ({one_line(error)})"
-            f"{nearest(path_or_repo_id)}"
+    except (HFValidationError, OSError) as error:
+        unknown = (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)
+        kind, why = StateError, "the hub could not be reached"
+        # Newer releases derive the error of an empty cache from several of the unknown ones.
+        if isinstance(error, unknown) and not isinstance(error, LocalEntryNotFoundError):
+            kind, why = ValueError, "the hub does not know it"
+        raise kind(
+            f"{asked}; no such folder, and {why} ({error_line(error)}){nearest(path_or_repo_id)}"
         ) from error
 
 

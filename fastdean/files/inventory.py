@@ -11,18 +11,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 
 def file_digest(file: Path) -> str:
     """SHA-256 of a file's bytes."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value, however it is laid out in its file."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def listed(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:

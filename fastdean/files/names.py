@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-from fastdean.files import declared
+from fastdean.files.declared import read_json
 from fastdean.files.inventory import holds_only_listed
 
 CONFIG_NAME = "fastdean_config.json"
@@ -53,13 +52,3 @@ def lies_in(file: Path, folder: Path) -> bool:
     if folder.parent.name == "snapshots":
         homes.append(folder.parent.parent / "blobs")
     return any(real == home or home in real.parents for home in homes)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text without its line breaks, to be quoted in another error."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file of ours holds; ValueError, with its name, where it holds none."""
-    return declared.read_json(file, declared.Anything(), advice="write or copy it again")

@@ -6,29 +6,18 @@ Values are read some neighbours at a time: no tensor is ever held whole.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from fastdean.files.declared import (
-    Anything,
-    Lists,
-    Maps,
-    Record,
-    Row,
-    Text,
-    Whole,
-    read_json,
-    read_text,
-    require,
-    unfit,
-)
+from fastdean.files.declared import Anything, Maps, Record, Text, read_json, read_text
 from fastdean.wording.mendable import StateError
+from fastdean.wording.printable import error_line
 
 # Type in a file's header -> dtype, of those whose values a mask can hold.
 DTYPES = {
@@ -39,20 +28,7 @@ DTYPES = {
 }
 _WHOLE_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
-# The format's own limit; a larger number there means that the file is something else.
-_MAX_HEADER_BYTES = 100_000_000
-_NAME = Text(longest=1000)
-# An index of shards, and the header of a file without its metadata.
-_INDEX = Record({"weight_map": Maps(_NAME)}, others=Anything())
-_HEADER = Maps(
-    Record(
-        {
-            "dtype": Text(longest=20),
-            "shape": Lists(Whole(), most=64),
-            "data_offsets": Row((Whole(), Whole())),
-        }
-    )
-)
+_INDEX = Record({"weight_map": Maps(Text(longest=1000))}, others=Anything())
 _ADVICE = "copy it again"
 # Neighbouring values are read together, but never a whole large tensor.
 _MAX_RUN_BYTES = 1 << 20
@@ -156,74 +132,47 @@ def stored_tensors(source: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def header_bytes(path: Path) -> bytes:
-    """The length field and the header of a safetensors file."""
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{str(path)!r} must be a safetensors file, got something else; copy it again"
-            )
-        header = file.read(length)
-    if len(header) < length:
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A `safetensors.safe_open`; the library checks the header and that all bytes are there.
+
+    Raises:
+        ValueError: a file that is truncated, foreign or unsound.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as found:
+            yield found
+    except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{str(path)!r} must be a whole safetensors file, got one truncated in its header; "
-            "copy it again"
-        )
-    return prefix + header
+            f"{str(file)!r} must be a whole safetensors file, got a truncated or foreign one "
+            f"({error_line(error)}); copy or write it again"
+        ) from error
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file, after checking that all of their bytes are there."""
+    """The tensors of a safetensors file that is whole."""
     if not path.is_file():
         raise ValueError(
             f"source must hold {path.name!r}, got no such file in {str(path.parent)!r}; "
             "download it too"
         )
-    head = header_bytes(path)
-    data_bytes = path.stat().st_size - len(head)
-    try:
-        header = json.loads(head[8:])
-    except (ValueError, RecursionError):
-        raise unfit(path, "", "a header in JSON", "something else", _ADVICE) from None
-    if isinstance(header, dict):
-        header.pop("__metadata__", None)
-    require(header, _HEADER, path, where="a header", advice=_ADVICE)
-    tensors = [
-        (
-            StoredTensor(
-                name=name,
-                file_name=path.name,
-                dtype=info["dtype"],
-                shape=tuple(info["shape"]),
-                offset=len(head) + info["data_offsets"][0],
-            ),
-            *info["data_offsets"],
+    # The library checks offsets and does not tell them.
+    with opened(path), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return [
+        StoredTensor(
+            name=name,
+            file_name=path.name,
+            dtype=info["dtype"],
+            shape=tuple(info["shape"]),
+            offset=8 + length + info["data_offsets"][0],
         )
         for name, info in header.items()
     ]
-    if not all(_is_sound(tensor, begin, end) for tensor, begin, end in tensors):
-        raise ValueError(
-            f"{str(path)!r} must be a sound safetensors file, got tensors whose sizes contradict "
-            "their shapes; copy it again"
-        )
-    needed_bytes = max((end for _, _, end in tensors), default=0)
-    if data_bytes != needed_bytes:
-        state = "truncated" if data_bytes < needed_bytes else "with bytes after its end"
-        raise ValueError(
-            f"{str(path)!r} must be a whole safetensors file, got one {state} ({data_bytes} of "
-            f"{needed_bytes} bytes of data); copy it again"
-        )
-    return [tensor for tensor, _, _ in tensors]
-
-
-def _is_sound(tensor: StoredTensor, begin: int, end: int) -> bool:
-    if begin > end:
-        return False
-    if tensor.dtype not in DTYPES:
-        return True
-    return end - begin == math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
 
 
 def _runs(index: Tensor, itemsize: int) -> Iterator[tuple[int, int, int]]:

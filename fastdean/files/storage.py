@@ -13,6 +13,7 @@ store something need one import.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,7 @@ from fastdean.files.atomic import (
     write_json_atomic,
     write_text_atomic,
 )
+from fastdean.files.declared import Anything, Maps, Record, Text, read_json
 from fastdean.files.folders import (
     check_free,
     is_empty,
@@ -41,9 +43,11 @@ from fastdean.files.folders import (
     sweep,
 )
 from fastdean.files.hub import push_folder, resolve
-from fastdean.files.inventory import file_digest, holds_only_listed, json_digest, listed
-from fastdean.files.names import CONFIG_NAME, holds_only, is_ours, lies_in, one_line, read_json
+from fastdean.files.inventory import file_digest, holds_only_listed, listed
+from fastdean.files.names import CONFIG_NAME, holds_only, is_ours, lies_in
+from fastdean.files.safetensors import opened
 from fastdean.wording.mendable import StateError
+from fastdean.wording.printable import error_line
 
 __all__ = [
     "CONFIG_NAME",
@@ -54,7 +58,6 @@ __all__ = [
     "holds_only_listed",
     "is_empty",
     "is_temporary",
-    "json_digest",
     "lies_in",
     "listed",
     "new_folder",
@@ -72,6 +75,7 @@ __all__ = [
 # 2: the configuration lists digests. Folders of version 1 are read without them.
 FORMAT_VERSION = 2
 _READS = 50
+_INDEX = Record({"weight_map": Maps(Text())}, others=Anything())
 _RESERVED = ("kind", "format_version", "fastdean_version", "sha256", "config_sha256")
 
 
@@ -122,7 +126,7 @@ def write_folder(
         if len(shards) > 1:
             write_json_atomic(folder / f"{kind}.safetensors.index.json", _index(tensors, shards))
         full_config["sha256"] = listed(folder)
-        full_config["config_sha256"] = json_digest(full_config)
+        full_config["config_sha256"] = _config_digest(full_config)
         write_json_atomic(folder / CONFIG_NAME, full_config)
         if read_json(folder / CONFIG_NAME) != json.loads(json.dumps(full_config)):
             raise StateError(f"{folder / CONFIG_NAME} could not be verified after writing")
@@ -216,7 +220,7 @@ def _write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(plain, file, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{file.name} could not be written: {one_line(error)}") from error
+        raise OSError(f"{file.name} could not be written: {error_line(error)}") from error
     flush(file)
     _verify_shard(file, plain)
 
@@ -264,8 +268,13 @@ def _check_config(folder: Path, config: Any, kind: str) -> None:
         )
     if version > 1:
         content = {key: value for key, value in config.items() if key != "config_sha256"}
-        if config.get("config_sha256") != json_digest(content):
+        if config.get("config_sha256") != _config_digest(content):
             raise ValueError(f"{str(folder / CONFIG_NAME)!r} {_AS_WRITTEN}")
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration, however it is laid out in its file."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 _AS_WRITTEN = "must be as it was written, got other content: damaged or edited; copy it again"
@@ -289,13 +298,9 @@ def _stored_files(folder: Path, kind: str) -> dict[str, list[str] | None]:
     index_file = folder / f"{kind}.safetensors.index.json"
     if not index_file.exists():
         return {f"{kind}.safetensors": None}
-    index = read_json(index_file)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{str(index_file)!r} must hold a weight_map, got none; write it again")
     files: dict[str, list[str] | None] = {}
-    for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not is_ours(file_name, kind) or "/" in file_name:
+    for name, file_name in read_json(index_file, _INDEX)["weight_map"].items():
+        if not is_ours(file_name, kind) or "/" in file_name:
             raise ValueError(
                 f"{str(index_file)!r} must name files of its own folder, got {file_name!r}"
             )
@@ -305,18 +310,10 @@ def _stored_files(folder: Path, kind: str) -> dict[str, list[str] | None]:
 
 def _read_shard(file: Path, names: list[str] | None) -> dict[str, Tensor]:
     """The tensors of one file; `names`, where given, are exactly those it must hold."""
-    from safetensors import SafetensorError, safe_open
-
     if not file.is_file():
         raise ValueError(f"{str(file)!r} must be a safetensors file, got no such file; copy it too")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{str(file)!r} must be a whole safetensors file, got a truncated or foreign one "
-            f"({one_line(error)}); copy or write it again"
-        ) from error
+    with opened(file) as found:
+        tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
     if names is not None and set(names) != set(tensors):
         odd = sorted(set(names) ^ set(tensors))[0]
         raise ValueError(

@@ -30,6 +30,11 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
+def error_line(error: BaseException) -> str:
+    """An error's text without its line breaks, to be quoted in another error."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def is_steering(character: str) -> bool:
     """Whether a character is none to read but changes what is shown, or where."""
     return unicodedata.category(character) in _STEERING and character not in _JOINERS

@@ -331,40 +331,41 @@ def test_source_that_is_no_checkpoint(tmp_path, simple):
 
 
 @pytest.mark.parametrize(
-    ("damage", "text"),
+    "damage",
     [
-        (lambda raw: raw[:-1], "got one truncated .191 of 192 bytes"),
-        (lambda raw: raw[:40], "truncated in its header"),
-        (lambda raw: raw[:4], "must be a safetensors file, got something else"),
-        (lambda raw: b"", "must be a safetensors file, got something else"),
-        (lambda raw: raw + b"x", "with bytes after its end"),
-        (lambda raw: b"\xff" * 8 + raw[8:], "must be a safetensors file, got something else"),
-        (lambda raw: raw[:8] + b"[" + raw[9:], "must hold a header in JSON, got something else"),
-        (lambda raw: raw.replace(b"[4,6]", b"[4,7]"), "sizes contradict their shapes"),
+        lambda raw: raw[:-1],
+        lambda raw: raw[:40],
+        lambda raw: raw[:4],
+        lambda raw: b"",
+        lambda raw: raw + b"x",
+        lambda raw: b"\xff" * 8 + raw[8:],
+        lambda raw: raw[:8] + b"[" + raw[9:],
+        lambda raw: raw.replace(b"[4,6]", b"[4,7]"),
     ],
     ids=["end", "header", "length", "empty", "longer", "foreign", "no_json", "sizes"],
 )
-def test_damaged_file_is_named(tmp_path, simple, damage, text):
+def test_damaged_file_is_named(tmp_path, simple, damage):
     source, _, mask = simple
     file = source / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    assert "model.safetensors" in refuse(source, mask, tmp_path / "out", text)
+    text = "model.safetensors' must be a whole safetensors file, got .*; copy or write it again"
+    refuse(source, mask, tmp_path / "out", text)
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    "change",
     [
-        ({"shape": [10**400]}, "shape.0. as a whole number of at least 0, got 1000"),
-        ({"shape": [2**62, 2**62]}, "tensors whose sizes contradict their shapes"),
-        ({"shape": [True]}, "shape.0. as a whole number of at least 0, got True"),
-        ({"shape": [-1]}, "shape.0. as a whole number of at least 0, got -1"),
-        ({"dtype": []}, "dtype as a text, got "),
-        ({"data_offsets": [0]}, "data_offsets as a list of 2, got "),
-        ({"data_offsets": [0, 10**30]}, "data_offsets.1. as a whole number of at least 0, got 100"),
-        ({"more": 1}, "an object of dtype, shape, data_offsets, got one with 'more'"),
+        {"shape": [10**400]},
+        {"shape": [2**62, 2**62]},
+        {"shape": [True]},
+        {"shape": [-1]},
+        {"dtype": []},
+        {"data_offsets": [0]},
+        {"data_offsets": [0, 10**30]},
     ],
+    ids=str,
 )
-def test_a_header_that_claims_what_cannot_be_is_refused(tmp_path, simple, change, text):
+def test_a_header_that_claims_what_cannot_be_is_refused(tmp_path, simple, change):
     source, _, mask = simple
     file = source / "model.safetensors"
     raw = file.read_bytes()
@@ -373,7 +374,7 @@ def test_a_header_that_claims_what_cannot_be_is_refused(tmp_path, simple, change
     header[next(name for name in header if name != "__metadata__")].update(change)
     edited = json.dumps(header).encode()
     file.write_bytes(len(edited).to_bytes(8, "little") + edited + raw[8 + length :])
-    refuse(source, mask, tmp_path / "out", text)
+    refuse(source, mask, tmp_path / "out", "must be a whole safetensors file")
 
 
 def test_index_that_cannot_be_followed(tmp_path, simple):
