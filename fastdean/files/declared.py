@@ -15,7 +15,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,54 +56,53 @@ class Kind(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
+class _Single:
+    """A value without parts: what it must be, in words, and a test that it passes."""
+
+    expected: str
+    fits: Callable[[Any], bool]
+
+    def check(self, value: Any, where: str) -> None:
+        if not self.fits(value):
+            raise Misfit(where, self.expected, brief(value))
+
+
+def Whole(least: int = 0, most: int = LARGEST) -> Kind:
     """An integer; True and False are none."""
-
-    least: int = 0
-    most: int = LARGEST
-
-    def check(self, value: Any, where: str) -> None:
-        if type(value) is not int or not self.least <= value <= self.most:
-            bounds = (
-                f"of at least {self.least}"
-                if self.most == LARGEST
-                else (f"from {self.least} to {self.most}")
-            )
-            raise Misfit(where, f"a whole number {bounds}", brief(value))
+    bounds = f"of at least {least}" if most == LARGEST else f"from {least} to {most}"
+    return _Single(
+        f"a whole number {bounds}", lambda value: type(value) is int and least <= value <= most
+    )
 
 
-@dataclass(frozen=True)
-class Real:
-    """A finite number; True and False are none.
-
-    `least` and `most` belong to what is allowed, `above` does not.
-    """
-
-    least: float = -FINITE
-    most: float = FINITE
-    above: float | None = None
-
-    def check(self, value: Any, where: str) -> None:
-        low = self.least if self.above is None else self.above
-        within = type(value) in (int, float) and low <= value <= self.most
-        if within and value != self.above:
-            return
-        bounds = [f"above {self.above:g}"] if self.above is not None else []
-        bounds += [f"at least {self.least:g}"] if self.least > -FINITE else []
-        bounds += [f"at most {self.most:g}"] if self.most < FINITE else []
-        raise Misfit(
-            where, " ".join(["a finite number", " and ".join(bounds)]).strip(), brief(value)
-        )
+def Real(least: float = -FINITE, most: float = FINITE, above: float | None = None) -> Kind:
+    """A finite number, True and False are none; `least` and `most` are allowed, `above` is not."""
+    low = least if above is None else above
+    bounds = [f"above {above:g}"] if above is not None else []
+    bounds += [f"at least {least:g}"] if least > -FINITE else []
+    bounds += [f"at most {most:g}"] if most < FINITE else []
+    return _Single(
+        " ".join(["a finite number", " and ".join(bounds)]).strip(),
+        lambda value: type(value) in (int, float) and low <= value <= most and value != above,
+    )
 
 
-@dataclass(frozen=True)
-class Number:
-    """Any number, also one that is not finite: what figures are in memory."""
+def Number() -> Kind:
+    """Any number, also one that is not finite: figures in memory, numpy's scalars among them."""
+    return _Single(
+        "a number", lambda value: not isinstance(value, bool) and hasattr(value, "__float__")
+    )
 
-    def check(self, value: Any, where: str) -> None:
-        # numpy's scalars are numbers too; JSON has none of them.
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
-            raise Misfit(where, "a number", brief(value))
+
+def Flag() -> Kind:
+    """True or false."""
+    return _Single("true or false", lambda value: isinstance(value, bool))
+
+
+def Exactly(wanted: Any) -> Kind:
+    """This value and no other."""
+    expected = "null" if wanted is None else repr(wanted)
+    return _Single(expected, lambda value: type(value) is type(wanted) and value == wanted)
 
 
 @dataclass(frozen=True)
@@ -123,27 +122,6 @@ class Text:
         elif len(value) > self.longest:
             expected = f"a text of at most {self.longest} characters"
             raise Misfit(where, expected, f"one of {len(value)}")
-
-
-@dataclass(frozen=True)
-class Flag:
-    """True or false."""
-
-    def check(self, value: Any, where: str) -> None:
-        if not isinstance(value, bool):
-            raise Misfit(where, "true or false", brief(value))
-
-
-@dataclass(frozen=True)
-class Exactly:
-    """This value and no other."""
-
-    wanted: Any
-
-    def check(self, value: Any, where: str) -> None:
-        if type(value) is not type(self.wanted) or value != self.wanted:
-            expected = "null" if self.wanted is None else repr(self.wanted)
-            raise Misfit(where, expected, brief(value))
 
 
 @dataclass(frozen=True)

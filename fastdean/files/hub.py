@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fastdean.files.declared import read_json
-from fastdean.files.names import CONFIG_NAME, file_patterns, is_ours, lies_in
+from fastdean.files.inventory import CONFIG_NAME, file_patterns, is_ours, lies_in
 from fastdean.wording.mendable import StateError
 from fastdean.wording.nearest import nearest
 from fastdean.wording.printable import error_line

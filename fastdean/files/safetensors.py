@@ -53,32 +53,31 @@ def weight_files(source: Path) -> list[str]:
     Raises:
         ValueError: there are none, or an index or a config.json that cannot be followed.
     """
-    opened = _opened_by_loader(source)
-    if opened is None:
-        files = sorted(file.name for file in source.glob("*.safetensors"))
-    elif opened.endswith(".json"):
-        files = sorted(set(_weight_map(source / opened).values()))
+    return _loaded(source)[0]
+
+
+def _loaded(source: Path) -> tuple[list[str], dict[str, str]]:
+    """The files that from_pretrained reads, and tensor -> file of the index that it follows."""
+    there = (name for name in (_WHOLE_NAME, _INDEX_NAME) if (source / name).is_file())
+    first = _named_by_config(source) or next(there, None)
+    if first is None:
+        files, weight_map = sorted(file.name for file in source.glob("*.safetensors")), {}
+    elif first.endswith(".json"):
+        weight_map = read_json(source / first, _INDEX, advice=_ADVICE)["weight_map"]
+        files = sorted(set(weight_map.values()))
+        if any(Path(file_name).name != file_name for file_name in files):
+            raise ValueError(
+                f"{str(source / first)!r} must name files of its own folder, got other paths"
+            )
     else:
-        files = [opened]
-    if files:
-        return files
-    if any(source.glob("*.bin")):
-        raise ValueError(
-            f"source must hold *.safetensors, got only *.bin files in {str(source)!r}; convert it: "
-            "load the model with from_pretrained and write it with save_pretrained"
-        )
-    raise ValueError(
-        f"source must hold *.safetensors, got none in {str(source)!r}; "
-        "pass the folder that save_pretrained made"
-    )
-
-
-def _opened_by_loader(source: Path) -> str | None:
-    """The file or index that from_pretrained opens, in its order of preference."""
-    named = _named_by_config(source)
-    if named is not None:
-        return named
-    return next((name for name in (_WHOLE_NAME, _INDEX_NAME) if (source / name).is_file()), None)
+        files, weight_map = [first], {}
+    if not files:
+        got, advice = "none", "pass the folder that save_pretrained made"
+        if any(source.glob("*.bin")):
+            got = "only *.bin files"
+            advice = "convert it: load it with from_pretrained and write it with save_pretrained"
+        raise ValueError(f"source must hold *.safetensors, got {got} in {str(source)!r}; {advice}")
+    return files, weight_map
 
 
 def _named_by_config(source: Path) -> str | None:
@@ -100,13 +99,6 @@ def _named_by_config(source: Path) -> str | None:
     return named
 
 
-def _weight_map(index_file: Path) -> dict[str, str]:
-    weight_map = read_json(index_file, _INDEX, advice=_ADVICE)["weight_map"]
-    if not all(Path(file_name).name == file_name for file_name in weight_map.values()):
-        raise ValueError(f"{str(index_file)!r} must name files of its own folder, got other paths")
-    return weight_map
-
-
 def stored_tensors(source: Path) -> dict[str, StoredTensor]:
     """Tensor name -> where it lies in the files that from_pretrained reads.
 
@@ -116,10 +108,9 @@ def stored_tensors(source: Path) -> dict[str, StoredTensor]:
         ValueError: as `weight_files`; a file that is missing, truncated, foreign or unsound; a name
             in two files without an index that decides.
     """
-    opened = _opened_by_loader(source)
-    weight_map = _weight_map(source / opened) if opened and opened.endswith(".json") else {}
+    files, weight_map = _loaded(source)
     stored: dict[str, StoredTensor] = {}
-    for file_name in weight_files(source):
+    for file_name in files:
         for tensor in _read_header(source / file_name):
             if weight_map.get(tensor.name, file_name) != file_name:
                 continue

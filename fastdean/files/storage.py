@@ -6,9 +6,7 @@ form of a Hugging Face checkpoint. Nothing is ever pickled, and what was written
 compared before it takes its place. The configuration lists the digest of every file and its own;
 both are compared whenever the folder is read.
 
-How files (`atomic`) and folders (`folders`) are put in place, what they are called (`names`), what
-they list (`inventory`) and the way to the hub (`hub`) are offered here as well, so that those who
-store something need one import.
+Those who store something find here what they need of `atomic`, `folders`, `inventory` and `hub`.
 """
 
 from __future__ import annotations
@@ -43,8 +41,15 @@ from fastdean.files.folders import (
     sweep,
 )
 from fastdean.files.hub import push_folder, resolve
-from fastdean.files.inventory import file_digest, holds_only_listed, listed
-from fastdean.files.names import CONFIG_NAME, holds_only, is_ours, lies_in
+from fastdean.files.inventory import (
+    CONFIG_NAME,
+    file_digest,
+    holds_only,
+    holds_only_listed,
+    is_ours,
+    lies_in,
+    listed,
+)
 from fastdean.files.safetensors import opened
 from fastdean.wording.mendable import StateError
 from fastdean.wording.printable import error_line
@@ -126,7 +131,7 @@ def write_folder(
         if len(shards) > 1:
             write_json_atomic(folder / f"{kind}.safetensors.index.json", _index(tensors, shards))
         full_config["sha256"] = listed(folder)
-        full_config["config_sha256"] = _config_digest(full_config)
+        full_config["config_sha256"] = config_digest(full_config)
         write_json_atomic(folder / CONFIG_NAME, full_config)
         if read_json(folder / CONFIG_NAME) != json.loads(json.dumps(full_config)):
             raise StateError(f"{folder / CONFIG_NAME} could not be verified after writing")
@@ -215,7 +220,7 @@ def _write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # safetensors refuses two names on one storage; here each name simply gets its own copy.
-    if len({id(storage) for storage in _storages(plain)}) < len(plain):
+    if len({tensor.untyped_storage().data_ptr() for tensor in plain.values()}) < len(plain):
         plain = {name: tensor.clone() for name, tensor in plain.items()}
     try:
         save_file(plain, file, metadata={"format": "pt"})
@@ -223,10 +228,6 @@ def _write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(f"{file.name} could not be written: {error_line(error)}") from error
     flush(file)
     _verify_shard(file, plain)
-
-
-def _storages(tensors: Mapping[str, Tensor]) -> list[torch.UntypedStorage]:
-    return [tensor.untyped_storage() for tensor in tensors.values()]
 
 
 def _verify_shard(file: Path, expected: Mapping[str, Tensor]) -> None:
@@ -268,11 +269,11 @@ def _check_config(folder: Path, config: Any, kind: str) -> None:
         )
     if version > 1:
         content = {key: value for key, value in config.items() if key != "config_sha256"}
-        if config.get("config_sha256") != _config_digest(content):
+        if config.get("config_sha256") != config_digest(content):
             raise ValueError(f"{str(folder / CONFIG_NAME)!r} {_AS_WRITTEN}")
 
 
-def _config_digest(config: Mapping[str, Any]) -> str:
+def config_digest(config: Mapping[str, Any]) -> str:
     """SHA-256 of a configuration, however it is laid out in its file."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
