@@ -114,11 +114,10 @@ def patch_checkpoint(
     for found in contents:
         _require_own(found, source, follow_links)
     edits = _plan(source, mask, stored_tensors(source))
-    patches = {name: _Patch.of(group, mask.scale) for name, group in edits.items()}
     with storage.new_folder(
         out, overwrite=overwrite, may_replace=_is_patched, name="out", keep_modes=True
     ) as folder:
-        digests = _copy_patched(source, contents, folder, patches)
+        digests = _copy_patched(source, contents, folder, edits, mask.scale)
         every = [edit for group in edits.values() for edit in group]
         result = PatchResult(
             out=out,
@@ -226,7 +225,7 @@ def _plan(
         )
     grouped: dict[str, list[_Edit]] = {}
     for edit in edits:
-        _check_values(source, edit)
+        _check_values(source, edit, mask.scale)
         grouped.setdefault(edit.tensor.file_name, []).append(edit)
     return dict(sorted(grouped.items()))
 
@@ -286,7 +285,7 @@ def _count_other(values: Tensor, entry: MaskEntry) -> int:
     return int((~same_bits(values, entry.original.to(values.dtype))).sum())
 
 
-def _check_values(source: Path, edit: _Edit) -> None:
+def _check_values(source: Path, edit: _Edit, scale: float) -> None:
     tensor = edit.tensor
     if tensor.dtype not in DTYPES:
         raise ValueError(
@@ -301,6 +300,11 @@ def _check_values(source: Path, edit: _Edit) -> None:
             f"{tensor.file_name!r}, which holds other values than the mask's originals at {other} "
             f"of {len(edit.entry)} places: another model or already patched"
         )
+    if not bool(suppressed(edit.entry.original, scale, DTYPES[tensor.dtype]).isfinite().all()):
+        raise ValueError(
+            f"mask must keep every value finite, got scale {scale:g} for {tensor.name!r} stored as "
+            f"{tensor.dtype}; use a smaller scale"
+        )
 
 
 @dataclass(frozen=True)
@@ -313,22 +317,15 @@ class _Patch:
 
     @classmethod
     def of(cls, edits: list[_Edit], scale: float) -> _Patch:
-        offsets, before, after = [], [], []
-        for edit in edits:
-            original, tensor = edit.entry.original, edit.tensor
-            dtype = DTYPES[tensor.dtype]
-            values = suppressed(original, scale, dtype)
-            if not bool(values.isfinite().all()):
-                raise ValueError(
-                    f"mask must keep every value finite, got scale {scale:g} for {tensor.name!r} "
-                    f"stored as {tensor.dtype}; use a smaller scale"
-                )
-            first = tensor.offset + edit.entry.index * dtype.itemsize
-            offsets.append((first[:, None] + torch.arange(dtype.itemsize)).flatten())
-            before.append(original.to(dtype).view(torch.uint8))
-            after.append(values.view(torch.uint8))
-        places, order = torch.cat(offsets).sort()
-        return cls(places.numpy(), *(torch.cat(each)[order].numpy() for each in (before, after)))
+        offsets = [np.empty(0, np.int64)]
+        before, after = [np.empty(0, np.uint8)], [np.empty(0, np.uint8)]
+        for edit in sorted(edits, key=lambda edit: edit.tensor.offset):
+            original, dtype = edit.entry.original, DTYPES[edit.tensor.dtype]
+            first = edit.tensor.offset + edit.entry.index.numpy() * dtype.itemsize
+            offsets.append((first[:, None] + np.arange(dtype.itemsize)).reshape(-1))
+            before.append(original.to(dtype).view(torch.uint8).numpy())
+            after.append(suppressed(original, scale, dtype).view(torch.uint8).numpy())
+        return cls(*map(np.concatenate, (offsets, before, after)))
 
     def blocks(self, file: Path) -> Iterator[bytearray]:
         """The content of the file with the bytes exchanged, in blocks."""
@@ -347,11 +344,12 @@ class _Patch:
             raise changed
 
 
-_UNCHANGED = _Patch(np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.uint8))
-
-
 def _copy_patched(
-    source: Path, contents: list[Path], target: Path, patches: Mapping[str, _Patch]
+    source: Path,
+    contents: list[Path],
+    target: Path,
+    edits: Mapping[str, list[_Edit]],
+    scale: float,
 ) -> dict[str, str]:
     """Copy contents, following links, into an existing folder, with the suppressed values in it.
 
@@ -367,7 +365,7 @@ def _copy_patched(
             if found.is_dir():
                 place.mkdir()
                 continue
-            patch = patches.get(name, _UNCHANGED)
+            patch = _Patch.of(edits.get(name, []), scale)
             _copy_file(found, place, patch)
             behind(place)
             behind(partial(_check_copy, found, place, patch, name, digests))
