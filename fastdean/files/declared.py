@@ -1,4 +1,4 @@
-"""What a file of FastDEAN looks like, declared as data and checked at one gate.
+"""The contents of FastDEAN's files, declared as data and checked in one place.
 
 A *kind* says what a value must be: `Whole(least=1)`, `Maps(Text())`, `Record({"scale": Real()})`.
 Each reader declares the kind of its file beside the code that writes it, and `read_json` or
@@ -31,7 +31,7 @@ _DEEPEST = 300
 
 
 class Unfit(ValueError):
-    """A file, or a part of one, that does not look as it is declared: damaged, foreign, edited."""
+    """A file, or a part of one, that does not fit its declaration: damaged, foreign or edited."""
 
 
 class Misfit(Exception):
@@ -39,8 +39,8 @@ class Misfit(Exception):
 
     Args:
         where: the field, as `entries['a'].shape[0]`; empty for the whole value.
-        expected: what stands there in a sound file.
-        got: what stands there, in short.
+        expected: what a sound file has there.
+        got: what this one has, in short.
     """
 
     def __init__(self, where: str, expected: str, got: str) -> None:
@@ -136,7 +136,7 @@ class Maybe:
         try:
             self.kind.check(value, where)
         except Misfit as misfit:
-            # The null is spoken of where it could stand, and not in the parts of a list.
+            # Null is allowed for the value, not for its parts.
             if misfit.where != where:
                 raise
             raise Misfit(where, f"null or {misfit.expected}", misfit.got) from None
@@ -199,7 +199,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Maps:
-    """An object with any names, all of whose values are of one kind."""
+    """An object with any names and values of one kind."""
 
     kind: Kind
     names: Kind = Text(longest=1000)
@@ -241,7 +241,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Anything:
-    """Whatever JSON can hold, not too deep: what others have written, and what is only shown."""
+    """Any JSON that is not too deep: what others have written, or what is only shown."""
 
     finite: bool = True
 
@@ -334,8 +334,8 @@ def require(
 
     Args:
         holder: the file or folder that the value was read from.
-        where: the field that it stands in, where it is not the whole of it.
-        advice: what to do about it.
+        where: its field there; empty for the whole content.
+        advice: what to do.
     """
     try:
         kind.check(value, where)
@@ -356,7 +356,7 @@ def read_json(
     advice: str = "write or copy it again",
     most_bytes: int = _MOST_BYTES,
 ) -> Any:
-    """What a JSON file holds: UTF-8, numbers that are finite, no name twice in an object.
+    """The content of a JSON file: UTF-8, finite numbers, no name twice in an object.
 
     Raises:
         Unfit: it is missing, no file, cannot be read, larger than `most_bytes`, no JSON, or not of

@@ -34,7 +34,7 @@ _FILLED = (errno.ENOTEMPTY, errno.EEXIST)
 
 @dataclass(frozen=True)
 class _Target:
-    """Where a new folder is to stand; `name` is what the caller's argument is called."""
+    """The path of a new folder; `name` is that of the caller's argument, for errors."""
 
     path: Path
     overwrite: bool
@@ -42,7 +42,7 @@ class _Target:
     name: str
 
     def require_replaceable(self, found: Path) -> None:
-        """Raise ValueError unless `found`, which stands or stood there, may go."""
+        """Raise ValueError unless `found`, the folder at the path, may be deleted."""
         if not any(found.iterdir()):
             return
         if not self.overwrite:
@@ -114,7 +114,7 @@ def check_free(
     may_replace: Callable[[Path], bool],
     name: str = "path",
 ) -> None:
-    """Raise ValueError unless a new folder may come to stand at `target`."""
+    """Raise ValueError unless a new folder may be put at `target`."""
     put_back(target, name)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{name} must be a new or empty folder, got the file {str(target)!r}")
@@ -165,7 +165,7 @@ def _in_use_error(target: Path, name: str) -> ValueError:
 
 @contextmanager
 def standing(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether the same folder still stands at `folder`.
+    """Yield a function that says whether `folder` is still the same folder.
 
     It is held open meanwhile, so that no later folder gets its number.
     """
@@ -233,7 +233,7 @@ def _workplace(target: _Target) -> Iterator[Path]:
             temporary = place / temporary.name
         try:
             temporary.mkdir()
-            # None: between the two another process has taken it for litter.
+            # None: another process has just removed it as litter.
             handle = _locked(temporary, even_without_locks=True)
             if handle is not None:
                 _close_to_others(temporary, place)
@@ -289,10 +289,7 @@ def _filled_inside(target: Path) -> bool:
 
 
 def _is_current(folder: Path) -> bool:
-    """Whether the process, and so the shell it was called from, stands in `folder`.
-
-    Both would go on standing in the folder that was there before, which nobody sees any more.
-    """
+    """Whether `folder` is the current one, or around it: the shell would stay in the old folder."""
     try:
         here = Path.cwd()
     except OSError:
@@ -340,7 +337,7 @@ def _locked(folder: Path, *, even_without_locks: bool = False) -> int | None:
 
 
 def _is_held(folder: Path, handle: int) -> bool:
-    """Whether `handle` is of what stands at `folder` now."""
+    """Whether `handle` is that of the folder now at this path."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(folder))
     except FileNotFoundError:
@@ -348,7 +345,7 @@ def _is_held(folder: Path, handle: int) -> bool:
 
 
 def _publish(temporary: Path, target: _Target) -> None:
-    """Put a finished folder in its place; what stands there goes only where it may."""
+    """Put a finished folder in its place; a folder there is deleted only if it may be."""
     if temporary.parent == target.path:
         _move_inside(temporary, target)
         return
@@ -473,7 +470,7 @@ def _move_inside(temporary: Path, target: _Target) -> None:
     handle = _locked(place, even_without_locks=True)
     if handle is None:
         raise in_use
-    # Our own manifests last: without its manifest a folder is not taken for a whole one.
+    # Our own manifests last: a folder without its manifest is refused.
     entries = sorted(temporary.iterdir(), key=lambda e: (e.name.startswith("fastdean_"), e.name))
     try:
         if not is_empty(place):

@@ -124,7 +124,7 @@ def write_folder(
     with new_folder(
         path, overwrite=overwrite, may_replace=lambda folder: holds_only(folder, kind)
     ) as folder:
-        # Before the tensors: a configuration that JSON cannot hold is found at once.
+        # Before the tensors: this raises at once for a configuration that JSON cannot hold.
         json.dumps(full_config, allow_nan=False)
         for file_name, names in shards.items():
             _write_shard(folder / file_name, {name: tensors[name] for name in names})
@@ -256,10 +256,9 @@ def _check_config(folder: Path, config: Any, kind: str) -> None:
             "pass the folder that save_pretrained made"
         )
     if config["kind"] != kind:
-        nouns = {"mask": "a mask"}
         raise ValueError(
-            f"path must be a folder of kind {kind!r}, got {str(folder)!r}, which holds "
-            f"{nouns.get(config['kind'], config['kind'])}, not {nouns.get(kind, kind)}"
+            f"path must be a folder of kind {kind!r}, got {str(folder)!r}, which is of kind "
+            f"{config['kind']!r}; pass another folder"
         )
     version = config.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:

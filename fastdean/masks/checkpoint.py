@@ -174,7 +174,7 @@ def _holds_suppressed(folder: Path, entry: MaskEntry, tensor: StoredTensor, scal
 
 @dataclass(frozen=True)
 class _Edit:
-    """One entry of the mask and the tensor in a file that it means."""
+    """One entry of the mask and its tensor in a file."""
 
     name: str
     entry: MaskEntry
@@ -325,7 +325,7 @@ class _Patch:
             offsets.append((first[:, None] + np.arange(dtype.itemsize)).reshape(-1))
             before.append(original.to(dtype).view(torch.uint8).numpy())
             after.append(suppressed(original, scale, dtype).view(torch.uint8).numpy())
-        return cls(*map(np.concatenate, (offsets, before, after)))
+        return cls(np.concatenate(offsets), np.concatenate(before), np.concatenate(after))
 
     def blocks(self, file: Path) -> Iterator[bytearray]:
         """The content of the file with the bytes exchanged, in blocks."""
@@ -407,7 +407,7 @@ def _check_copy(
 
 
 def _contents(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """What is copied of a folder, folders before what is in them; `above` must not be entered."""
+    """The files and folders to copy, a folder before its contents; `above` must not be entered."""
     real = folder.resolve()
     if real in above:
         raise ValueError(
@@ -423,7 +423,7 @@ def _contents(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def _require_own(found: Path, source: Path, follow_links: bool) -> None:
-    """Refuse what is neither file nor folder, and a link that leads out of the source."""
+    """Refuse anything but files and folders, and a link that leads out of the source."""
     try:
         real = found.resolve(strict=True)
     except RuntimeError as error:
@@ -458,7 +458,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """Provenance that travels with the folder; the folder's name, not its path, names the source.
 
-    The manifest of an earlier patch, which the copy brought along, is kept under "earlier".
+    The manifest of an earlier patch of the source goes under "earlier".
     """
     earlier_file = source / PATCH_NAME
     earlier = None

@@ -26,7 +26,7 @@ from fastdean.wording.mendable import InputTypeError, StateError
 
 
 class Mask(Protocol):
-    """What an edit asks of a mask; masks are told apart by `==` and named in errors by `repr`."""
+    """What an edit needs of a mask; it also compares masks by `==` and prints them by `repr`."""
 
     @property
     def entries(self) -> Mapping[str, MaskEntry]: ...
@@ -139,7 +139,7 @@ def _leave(
     before: Sequence[Application],
     entered: Sequence[Application | None],
 ) -> None:
-    """Undo what `entered` holds; where an interrupt lost it, what was recorded since `before`."""
+    """Undo the mask in `entered`; if an interrupt lost it, the one recorded since `before`."""
     found = entered or [each for each in stack if each.mask is mask and each not in before]
     application = found[0] if found else None
     if application not in stack:
@@ -165,11 +165,11 @@ def _find(stack: Sequence[Application], mask: Mask) -> Application | None:
 
 
 def _forget_undone(stack: list[Application], weights: Weights) -> None:
-    """Forget the latest masks whose weights hold what restoring them would leave.
+    """Forget the latest masks if the weights already hold the values from before them.
 
-    This is what reloading a clean state dict over an edited model leads to. Where the weights are
-    as the masks wrote them nothing was reloaded: a mask may itself write what stood there before
-    an earlier one.
+    Loading a clean state dict over an edited model has that effect. If the weights still hold what
+    the masks wrote, nothing was loaded: a mask may write the very values from before an earlier
+    one.
     """
     written = [(part, part.written) for active in reversed(stack) for part in active.parts]
     if _holds(written, weights):
@@ -182,16 +182,18 @@ def _forget_undone(stack: list[Application], weights: Weights) -> None:
 
 
 def _holds(states: Sequence[tuple[Part, Tensor]], weights: Weights) -> bool:
-    """Whether the model holds these values; where parts overlap, the first of them counts."""
+    """Whether the model holds these values; where parts overlap, the first one counts."""
     seen: dict[tuple, Tensor] = {}
     now = weights.read([part for part, _ in states])
     for (part, values), current in zip(states, now, strict=True):
         memory, elements = weights.elements(part)
-        before = seen.get(memory, elements[:0])
-        first = ~torch.isin(elements, before)
-        if not bool(same_bits(current[first], values[first]).all()):
+        if memory in seen:
+            first = ~torch.isin(elements, seen[memory])
+            current, values = current[first], values[first]
+            elements = torch.cat([seen[memory], elements])
+        if not bool(same_bits(current, values).all()):
             return False
-        seen[memory] = torch.cat([before, elements])
+        seen[memory] = elements
     return True
 
 
@@ -235,14 +237,14 @@ def _beneath(
     stack: Sequence[Application],
     weights: Weights,
 ) -> list[Tensor]:
-    """The values at the targets with every active mask thought away, [M] each."""
+    """The values at the targets without the active masks, [M] each."""
     base = [values.clone() for values in current]
     wanted: dict[tuple, list[tuple[int, Tensor]]] = {}
     for position, part in enumerate(targets):
         memory, elements = weights.elements(part)
         wanted.setdefault(memory, []).append((position, elements))
     for active in reversed(stack):
-        # Two parts of one mask may hold the same element: both are compared with what is there.
+        # Two parts of one mask may hold the same element: both are compared with the model.
         above, base = base, [values.clone() for values in base]
         for part in active.parts:
             memory, elements = weights.elements(part)
@@ -256,7 +258,7 @@ def _beneath(
 
 
 def _undo(stack: list[Application], active: Application, weights: Weights) -> None:
-    """Write what stood there before `active`, which is the latest or was never recorded."""
+    """Write the values from before `active`, which is the latest mask or was never recorded."""
     if stack and stack[-1] is not active:
         raise StateError(
             f"masks must be restored in reverse order, got {active.mask!r} while "
@@ -281,11 +283,11 @@ def _all_or_nothing(
     current: Sequence[Tensor],
     weights: Weights,
 ) -> None:
-    """Edit by `write` and record it; if that is cut short, neither is done.
+    """Call `write` and record it; if an exception cuts that short, undo both.
 
     Args:
-        afterwards: what the stack holds once the edit is made.
-        current: what the parts hold now; a write that never began is left alone.
+        afterwards: the stack after the edit.
+        current: the values of the parts now; a write that never began is left alone.
     """
     before = list(stack)
     # No context manager: an interrupt as a block ends would undo the write and not the record.

@@ -1,7 +1,6 @@
-"""`NeuronMask`: which weights are suppressed, what they were, and by how much; kept as a folder.
+"""`NeuronMask`: which weights are suppressed, their original values, and by how much; on disk too.
 
-The originals are the model's identity: a mask is applied only where they are what the model holds.
-What happens to a model is in `edits`.
+The originals identify the model: a mask is applied only to a model that holds them.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One parameter of an edit: where, what stands there without it, and what with it."""
+    """One parameter of an edit: its masked places, their values before and after."""
 
     name: str
     shape: tuple[int, ...]

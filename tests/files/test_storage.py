@@ -214,7 +214,7 @@ def test_reading_what_is_not_there(tmp_path):
 
 def test_reading_another_kind(tmp_path):
     path = storage.write_folder(tmp_path / "s", {}, {}, kind="scores")
-    with pytest.raises(ValueError, match="holds scores, not a mask"):
+    with pytest.raises(ValueError, match="which is of kind .scores."):
         storage.read_folder(path, kind="mask")
 
 
