@@ -125,24 +125,6 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Maybe:
-    """null, or a value of the kind."""
-
-    kind: Kind
-
-    def check(self, value: Any, where: str) -> None:
-        if value is None:
-            return
-        try:
-            self.kind.check(value, where)
-        except Misfit as misfit:
-            # Null is allowed for the value, not for its parts.
-            if misfit.where != where:
-                raise
-            raise Misfit(where, f"null or {misfit.expected}", misfit.got) from None
-
-
-@dataclass(frozen=True)
 class Either:
     """A value of one of the kinds."""
 
@@ -155,10 +137,16 @@ class Either:
                 return kind.check(value, where)
             except Misfit as misfit:
                 misfits.append(misfit)
-        deepest = max(misfits, key=lambda misfit: len(misfit.where))
-        if deepest.where != where:
-            raise deepest
-        raise Misfit(where, " or ".join(m.expected for m in misfits), brief(value))
+        # A fault in a part says more than that the whole is none of the kinds.
+        for misfit in misfits:
+            if misfit.where != where:
+                raise misfit
+        raise Misfit(where, " or ".join(m.expected for m in misfits), misfits[-1].got)
+
+
+def Maybe(kind: Kind) -> Kind:
+    """null, or a value of the kind."""
+    return Either((Exactly(None), kind))
 
 
 @dataclass(frozen=True)

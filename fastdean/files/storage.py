@@ -30,7 +30,16 @@ from fastdean.files.atomic import (
     write_json_atomic,
     write_text_atomic,
 )
-from fastdean.files.declared import Anything, Maps, Record, Text, read_json
+from fastdean.files.declared import (
+    Anything,
+    Maps,
+    Record,
+    Text,
+    Whole,
+    brief,
+    read_json,
+    require,
+)
 from fastdean.files.folders import (
     check_free,
     is_empty,
@@ -250,26 +259,20 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _check_config(folder: Path, config: Any, kind: str) -> None:
-    if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
-        raise ValueError(
-            f"{str(folder / CONFIG_NAME)!r} must say what the folder holds, got no 'kind'; "
-            "pass the folder that save_pretrained made"
-        )
+    file = folder / CONFIG_NAME
+    named = Record({"kind": Text()}, others=Anything())
+    require(config, named, file, advice="pass the folder that save_pretrained made")
     if config["kind"] != kind:
         raise ValueError(
             f"path must be a folder of kind {kind!r}, got {str(folder)!r}, which is of kind "
-            f"{config['kind']!r}; pass another folder"
+            f"{brief(config['kind'])}; pass another folder"
         )
-    version = config.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise ValueError(
-            f"{str(folder / CONFIG_NAME)!r} must have a format_version up to {FORMAT_VERSION}, got "
-            f"{version!r}; update fastdean"
-        )
-    if version > 1:
+    readable = Record({"format_version": Whole(1, FORMAT_VERSION)}, others=Anything())
+    require(config, readable, file, advice="update fastdean")
+    if config["format_version"] > 1:
         content = {key: value for key, value in config.items() if key != "config_sha256"}
         if config.get("config_sha256") != config_digest(content):
-            raise ValueError(f"{str(folder / CONFIG_NAME)!r} {_AS_WRITTEN}")
+            raise ValueError(f"{str(file)!r} {_AS_WRITTEN}")
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
