@@ -138,9 +138,9 @@ class Either:
             except Misfit as misfit:
                 misfits.append(misfit)
         # A fault in a part says more than that the whole is none of the kinds.
-        for misfit in misfits:
-            if misfit.where != where:
-                raise misfit
+        for inside in misfits:
+            if inside.where != where:
+                raise inside
         raise Misfit(where, " or ".join(m.expected for m in misfits), misfits[-1].got)
 
 

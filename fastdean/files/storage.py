@@ -229,7 +229,7 @@ def _write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # safetensors refuses two names on one storage; here each name simply gets its own copy.
-    if len({tensor.untyped_storage().data_ptr() for tensor in plain.values()}) < len(plain):
+    if len({tensor.untyped_storage() for tensor in plain.values()}) < len(plain):
         plain = {name: tensor.clone() for name, tensor in plain.items()}
     try:
         save_file(plain, file, metadata={"format": "pt"})

@@ -531,7 +531,9 @@ def test_truncated_and_foreign_files_are_refused(place, run_folder, tmp_path):
         call("couple", "--first", scores, "--second", scores, *out),
         "scores.safetensors' must be a whole safetensors file",
     )
-    refused(call("patch", "--checkpoint", model, "--mask", good, *out), "got one truncated")
+    refused(
+        call("patch", "--checkpoint", model, "--mask", good, *out), "got a truncated or foreign one"
+    )
     refused(call("apply", "--model", model, "--mask", good, *out), "model must be a Hugging Face")
     refused(
         call("couple", "--first", good, "--second", good, *out), "must be a folder of kind 'scores'"
