@@ -1,14 +1,12 @@
 // Integers from Python -> struct -> launch -> exception. The only file that knows Python.
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <stdexcept>
 #include <string>
 
 #include "collapse_levels.h"
 #include "fastdean.h"
 #include "importance_levels.h"
-#include "tensor_facts.h"
 
 #ifndef FASTDEAN_WITH_CUDA
 #define FASTDEAN_CUDA_VERSION ""
@@ -113,14 +111,6 @@ void places_cpu(int64_t rows, int64_t num_rows, int64_t num_workers) {
   raise_unless_ok(op(params), params);
 }
 
-int64_t replace_at_cpu(int64_t rows, int64_t num_rows, int64_t num_workers, bool reverse,
-                       bool write) {
-  const fastdean::PlacesParams params = places_params(rows, num_rows, num_workers);
-  int64_t first_other = 0;
-  raise_unless_ok(fastdean::replace_at_cpu(params, reverse, write, &first_other), params);
-  return first_other;
-}
-
 template <PlacesOnCpu op>
 void def_places_cpu(py::module_& m, const char* name) {
   m.def(name, &places_cpu<op>, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
@@ -142,72 +132,7 @@ void def_places_cuda(py::module_& m, const char* name) {
         py::kw_only(), py::arg("rows"), py::arg("num_rows"), py::arg("max_count"),
         py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
-
-void replace_at_cuda(int64_t rows, int64_t num_rows, int64_t max_count, bool reverse, bool write,
-                     int64_t first_other, int64_t stream) {
-  raise_unless_ok(fastdean::replace_at_cuda(
-                      {reinterpret_cast<const fastdean::PlacesRow*>(rows), num_rows, max_count, 1},
-                      reverse, write, reinterpret_cast<unsigned long long*>(first_other),
-                      reinterpret_cast<cudaStream_t>(stream)),
-                  "replace_at");
-}
 #endif
-
-// What is remembered of a tensor: its Python type, and its facts.
-constexpr int kFields = 1 + fastdean::kFactFields;
-using Facts = std::array<int64_t, kFields>;
-
-const void* exchange_api(const py::capsule& capsule) {
-  const void* api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
-  if (api == nullptr) throw py::error_already_set();
-  return api;
-}
-
-bool describes_tensors(const py::capsule& api) {
-  return fastdean::describes_tensors(exchange_api(api));
-}
-
-int64_t type_of(py::handle object) { return reinterpret_cast<int64_t>(Py_TYPE(object.ptr())); }
-
-void read_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts) {
-  const void* api = exchange_api(capsule);
-  auto* row = reinterpret_cast<Facts*>(facts);
-  for (const py::handle tensor : tensors) {
-    (*row)[0] = type_of(tensor);
-    if (!fastdean::read_facts(api, tensor.ptr(), row->data() + 1)) {
-      if (PyErr_Occurred()) throw py::error_already_set();
-      throw std::invalid_argument("tensors must have at most " +
-                                  std::to_string(fastdean::kMaxRank) +
-                                  " dimensions, got more; view them with fewer");
-    }
-    ++row;
-  }
-}
-
-bool same_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts,
-                int64_t num_tensors) {
-  // More tensors than `facts` has rows would be read beyond it, and fewer compared with too few.
-  if (static_cast<int64_t>(tensors.size()) != num_tensors) {
-    throw std::invalid_argument("tensors must be the " + std::to_string(num_tensors) +
-                                " that were prepared, in their order, got " +
-                                std::to_string(tensors.size()) +
-                                "; prepare another replacement for others");
-  }
-  const void* api = exchange_api(capsule);
-  const auto* before = reinterpret_cast<const Facts*>(facts);
-  Facts now;
-  for (const py::handle tensor : tensors) {
-    // An object of another type may be no tensor at all, which torch's function does not check.
-    now[0] = type_of(tensor);
-    if (now[0] != (*before)[0]) return false;
-    if (!fastdean::read_facts(api, tensor.ptr(), now.data() + 1)) {
-      PyErr_Clear();
-      return false;
-    }
-    if (now != *before++) return false;
-  }
-  return true;
-}
 
 // `params` is the address of an ImportanceParams that Python wrote field by field.
 const fastdean::ImportanceParams& importance_params(int64_t params) {
@@ -320,19 +245,10 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>());
   m.def("collapse_alignment_backward_cpu", &collapse_alignment_backward_cpu, py::kw_only(),
         py::arg("params"), py::call_guard<py::gil_scoped_release>());
-  m.attr("FACT_FIELDS") = kFields;
-  m.def("describes_tensors", &describes_tensors, py::kw_only(), py::arg("api"));
-  m.def("read_facts", &read_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
-        py::arg("facts"));
-  m.def("same_facts", &same_facts, py::kw_only(), py::arg("api"), py::arg("tensors"),
-        py::arg("facts"), py::arg("num_tensors"));
 
   def_places_cpu<fastdean::gather_at_cpu>(m, "gather_at_cpu");
   def_places_cpu<fastdean::write_at_cpu>(m, "write_at_cpu");
   def_places_cpu<fastdean::zero_at_cpu>(m, "zero_at_cpu");
-  m.def("replace_at_cpu", &replace_at_cpu, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
-        py::arg("num_workers"), py::arg("reverse"), py::arg("write"),
-        py::call_guard<py::gil_scoped_release>());
 #ifdef FASTDEAN_WITH_CUDA
   m.def("collapse_cuda_workspace_bytes", &collapse_cuda_workspace_bytes, py::kw_only(),
         py::arg("params"));
@@ -343,8 +259,5 @@ PYBIND11_MODULE(_C, m) {
   def_places_cuda<fastdean::gather_at_cuda>(m, "gather_at");
   def_places_cuda<fastdean::write_at_cuda>(m, "write_at");
   def_places_cuda<fastdean::zero_at_cuda>(m, "zero_at");
-  m.def("replace_at_cuda", &replace_at_cuda, py::kw_only(), py::arg("rows"), py::arg("num_rows"),
-        py::arg("max_count"), py::arg("reverse"), py::arg("write"), py::arg("first_other"),
-        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 #endif
 }

@@ -66,9 +66,9 @@ constexpr CpuLevel highest_level(const CpuLevel (&levels)[count], CpuLevel limit
 struct PlacesRow {
   int64_t data;               // address of the element whose coordinates are all 0
   int64_t indices;            // address of int64 [count], row-major logical indices
-  int64_t values;             // address of [count] elements: gather_at fills them, write_at and
-                              // replace_at write them; zero_at has none
-  int64_t expected;           // address of [count] elements that replace_at writes over; else none
+  int64_t values;             // address of [count] elements: gather_at fills them, write_at writes
+                              // them; zero_at has none
+  int64_t expected;           // no operation reads it
   int64_t count;              // how many indices
   int64_t numel;              // how many elements the tensor has; indices lie in 0 .. numel - 1
   int64_t dtype;              // a DType, of the tensor, `values` and `expected`
@@ -84,7 +84,6 @@ static_assert(sizeof(PlacesRow) == kRowFields * sizeof(int64_t), "a row must hav
 //   gather_at   values[i] = t[p[i]]
 //   write_at    t[p[i]] = values[i]
 //   zero_at     t[p[i]] = 0
-//   replace_at  write_at if t[p[i]] is expected[i] for every i of every row, else nothing
 struct PlacesParams {
   const PlacesRow* rows;  // [num_rows]; in host memory for the CPU, in device memory for CUDA
   int64_t num_rows;       // how many tensors
@@ -198,10 +197,6 @@ Status gather_at_cpu(const PlacesParams& params);
 Status write_at_cpu(const PlacesParams& params);
 Status zero_at_cpu(const PlacesParams& params);
 
-// Args: reverse: `values` are what must be there and `expected` what is written; write: false only
-// compares; first_other: receives the first row that holds something else, num_rows if none does.
-Status replace_at_cpu(const PlacesParams& params, bool reverse, bool write, int64_t* first_other);
-
 // The highest level that this processor has and this build contains.
 CpuLevel best_cpu_level();
 
@@ -224,11 +219,6 @@ Status collapse_alignment_backward_cpu(const CollapseParams& params);
 cudaError_t gather_at_cuda(const PlacesParams& params, cudaStream_t stream);
 cudaError_t write_at_cuda(const PlacesParams& params, cudaStream_t stream);
 cudaError_t zero_at_cuda(const PlacesParams& params, cudaStream_t stream);
-
-// Enqueues a comparison and a kernel that writes if nothing differed. `first_other`, in device
-// memory, receives the first row that holds something else, all bits set if none does.
-cudaError_t replace_at_cuda(const PlacesParams& params, bool reverse, bool write,
-                            unsigned long long* first_other, cudaStream_t stream);
 
 // For forward and backward; reads everything but the addresses.
 int64_t collapse_cuda_workspace_bytes(const CollapseParams& params);

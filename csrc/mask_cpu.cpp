@@ -1,6 +1,5 @@
-// gather_at, write_at, zero_at and replace_at on the CPU.
+// gather_at, write_at and zero_at on the CPU.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "fastdean.h"
@@ -85,24 +84,6 @@ struct Zero {
   }
 };
 
-struct Compare {
-  std::atomic<int64_t>& first_other;
-
-  // No branch on the values, so that the processor has many reads under way at once: each of them
-  // is a miss of every cache in a large model.
-  template <typename Bits>
-  void operator()(const Elements<Bits>& e, int64_t r, int64_t first, int64_t last) const {
-    Bits difference = 0;
-    for (int64_t i = first; i < last; ++i) {
-      difference = static_cast<Bits>(difference | (e.read(e.place(i)) ^ e.read(e.expected, i)));
-    }
-    if (difference == 0) return;
-    int64_t known = first_other.load();
-    while (r < known && !first_other.compare_exchange_weak(known, r)) {
-    }
-  }
-};
-
 template <typename Act>
 struct Job {
   const PlacesParams& params;
@@ -162,15 +143,5 @@ Status gather_at_cpu(const PlacesParams& params) { return checked(params, Gather
 Status write_at_cpu(const PlacesParams& params) { return checked(params, Write{}); }
 
 Status zero_at_cpu(const PlacesParams& params) { return checked(params, Zero{}); }
-
-Status replace_at_cpu(const PlacesParams& params, bool reverse, bool write, int64_t* first_other) {
-  const Status status = check_rows(params);
-  if (status != Status::kOk) return status;
-  std::atomic<int64_t> first{params.num_rows};
-  for_all(params, reverse, Compare{first});
-  *first_other = first.load();
-  if (write && *first_other == params.num_rows) for_all(params, reverse, Write{});
-  return Status::kOk;
-}
 
 }  // namespace fastdean

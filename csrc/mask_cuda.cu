@@ -1,6 +1,6 @@
-// gather_at, write_at, zero_at and replace_at on CUDA: one launch for all tensors of a device, two
-// for replace_at. A block of the grid's y dimension takes a tensor, its threads along x take the
-// indices; both walk on in strides when the grid is smaller.
+// gather_at, write_at and zero_at on CUDA: one launch for all tensors of a device. A block of the
+// grid's y dimension takes a tensor, its threads along x take the indices; both walk on in strides
+// when the grid is smaller.
 #include <algorithm>
 
 #include "fastdean.h"
@@ -34,27 +34,6 @@ struct Zero {
     *place = 0;
   }
   __device__ bool runs() const { return true; }
-};
-
-struct Compare {
-  unsigned long long* first_other;
-
-  template <typename Bits>
-  __device__ void operator()(Bits* place, Bits*, const Bits* expected, int64_t i, int64_t r) const {
-    if (*place != expected[i]) atomicMin(first_other, static_cast<unsigned long long>(r));
-  }
-  __device__ bool runs() const { return true; }
-};
-
-struct WriteIfNoOther {
-  const unsigned long long* first_other;
-
-  template <typename Bits>
-  __device__ void operator()(Bits* place, Bits* values, const Bits*, int64_t i, int64_t) const {
-    *place = values[i];
-  }
-  // The comparison was the launch before this one on the same stream.
-  __device__ bool runs() const { return *first_other == ~0ull; }
 };
 
 template <typename Bits, typename Act>
@@ -113,15 +92,6 @@ cudaError_t write_at_cuda(const PlacesParams& params, cudaStream_t stream) {
 
 cudaError_t zero_at_cuda(const PlacesParams& params, cudaStream_t stream) {
   return launch(params, false, Zero{}, stream);
-}
-
-cudaError_t replace_at_cuda(const PlacesParams& params, bool reverse, bool write,
-                            unsigned long long* first_other, cudaStream_t stream) {
-  const cudaError_t cleared = cudaMemsetAsync(first_other, 0xff, sizeof(*first_other), stream);
-  if (cleared != cudaSuccess) return cleared;
-  const cudaError_t compared = launch(params, reverse, Compare{first_other}, stream);
-  if (compared != cudaSuccess || !write) return compared;
-  return launch(params, reverse, WriteIfNoOther{first_other}, stream);
 }
 
 }  // namespace fastdean

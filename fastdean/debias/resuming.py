@@ -33,7 +33,7 @@ from fastdean.files.declared import (
     require,
     unfit,
 )
-from fastdean.files.names import is_ours
+from fastdean.files.inventory import is_ours
 from fastdean.files.storage import (
     CONFIG_NAME,
     is_temporary,

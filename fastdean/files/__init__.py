@@ -1,1 +1,1 @@
-"""What lies on disk: files and folders that appear whole or not at all, and what they hold."""
+"""Files and folders that appear whole or not at all, and the checks of their contents."""

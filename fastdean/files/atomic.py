@@ -48,7 +48,7 @@ def hidden_name(name: str, suffix: str) -> str:
 
 
 def temporary_beside(target: Path) -> Path:
-    """A new path, hidden, for what is to become `target` or was it."""
+    """A new hidden path, for the next `target` or the last one."""
     return target.with_name(hidden_name(target.name, f".{secrets.token_hex(4)}.tmp"))
 
 
@@ -71,8 +71,8 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     target = Path(path)
     temporary = temporary_beside(target)
     try:
-        # A path whose bytes are no UTF-8 holds lone surrogates. So written they are JSON's own
-        # escapes, which are read as what they were.
+        # A path that is not UTF-8 holds lone surrogates. Written like this they are JSON's own
+        # escapes, and read back as they were.
         with open(
             temporary, "x", encoding="utf-8", errors="backslashreplace", newline="\n"
         ) as file:

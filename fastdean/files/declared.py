@@ -1,4 +1,4 @@
-"""What a file of FastDEAN looks like, declared as data and checked at one gate.
+"""The contents of FastDEAN's files, declared as data and checked in one place.
 
 A *kind* says what a value must be: `Whole(least=1)`, `Maps(Text())`, `Record({"scale": Real()})`.
 Each reader declares the kind of its file beside the code that writes it, and `read_json` or
@@ -15,10 +15,12 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from fastdean.wording.printable import error_line
 
 LARGEST = 2**63 - 1
 # Every float and integer that arithmetic on a few of them keeps finite.
@@ -29,7 +31,7 @@ _DEEPEST = 300
 
 
 class Unfit(ValueError):
-    """A file, or a part of one, that does not look as it is declared: damaged, foreign, edited."""
+    """A file, or a part of one, that does not fit its declaration: damaged, foreign or edited."""
 
 
 class Misfit(Exception):
@@ -37,8 +39,8 @@ class Misfit(Exception):
 
     Args:
         where: the field, as `entries['a'].shape[0]`; empty for the whole value.
-        expected: what stands there in a sound file.
-        got: what stands there, in short.
+        expected: what a sound file has there.
+        got: what this one has, in short.
     """
 
     def __init__(self, where: str, expected: str, got: str) -> None:
@@ -54,54 +56,53 @@ class Kind(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
+class _Single:
+    """A value without parts: what it must be, in words, and a test that it passes."""
+
+    expected: str
+    fits: Callable[[Any], bool]
+
+    def check(self, value: Any, where: str) -> None:
+        if not self.fits(value):
+            raise Misfit(where, self.expected, brief(value))
+
+
+def Whole(least: int = 0, most: int = LARGEST) -> Kind:
     """An integer; True and False are none."""
-
-    least: int = 0
-    most: int = LARGEST
-
-    def check(self, value: Any, where: str) -> None:
-        if type(value) is not int or not self.least <= value <= self.most:
-            bounds = (
-                f"of at least {self.least}"
-                if self.most == LARGEST
-                else (f"from {self.least} to {self.most}")
-            )
-            raise Misfit(where, f"a whole number {bounds}", brief(value))
+    bounds = f"of at least {least}" if most == LARGEST else f"from {least} to {most}"
+    return _Single(
+        f"a whole number {bounds}", lambda value: type(value) is int and least <= value <= most
+    )
 
 
-@dataclass(frozen=True)
-class Real:
-    """A finite number; True and False are none.
-
-    `least` and `most` belong to what is allowed, `above` does not.
-    """
-
-    least: float = -FINITE
-    most: float = FINITE
-    above: float | None = None
-
-    def check(self, value: Any, where: str) -> None:
-        low = self.least if self.above is None else self.above
-        within = type(value) in (int, float) and low <= value <= self.most
-        if within and value != self.above:
-            return
-        bounds = [f"above {self.above:g}"] if self.above is not None else []
-        bounds += [f"at least {self.least:g}"] if self.least > -FINITE else []
-        bounds += [f"at most {self.most:g}"] if self.most < FINITE else []
-        raise Misfit(
-            where, " ".join(["a finite number", " and ".join(bounds)]).strip(), brief(value)
-        )
+def Real(least: float = -FINITE, most: float = FINITE, above: float | None = None) -> Kind:
+    """A finite number, True and False are none; `least` and `most` are allowed, `above` is not."""
+    low = least if above is None else above
+    bounds = [f"above {above:g}"] if above is not None else []
+    bounds += [f"at least {least:g}"] if least > -FINITE else []
+    bounds += [f"at most {most:g}"] if most < FINITE else []
+    return _Single(
+        " ".join(["a finite number", " and ".join(bounds)]).strip(),
+        lambda value: type(value) in (int, float) and low <= value <= most and value != above,
+    )
 
 
-@dataclass(frozen=True)
-class Number:
-    """Any number, also one that is not finite: what figures are in memory."""
+def Number() -> Kind:
+    """Any number, also one that is not finite: figures in memory, numpy's scalars among them."""
+    return _Single(
+        "a number", lambda value: not isinstance(value, bool) and hasattr(value, "__float__")
+    )
 
-    def check(self, value: Any, where: str) -> None:
-        # numpy's scalars are numbers too; JSON has none of them.
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
-            raise Misfit(where, "a number", brief(value))
+
+def Flag() -> Kind:
+    """True or false."""
+    return _Single("true or false", lambda value: isinstance(value, bool))
+
+
+def Exactly(wanted: Any) -> Kind:
+    """This value and no other."""
+    expected = "null" if wanted is None else repr(wanted)
+    return _Single(expected, lambda value: type(value) is type(wanted) and value == wanted)
 
 
 @dataclass(frozen=True)
@@ -124,45 +125,6 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Flag:
-    """True or false."""
-
-    def check(self, value: Any, where: str) -> None:
-        if not isinstance(value, bool):
-            raise Misfit(where, "true or false", brief(value))
-
-
-@dataclass(frozen=True)
-class Exactly:
-    """This value and no other."""
-
-    wanted: Any
-
-    def check(self, value: Any, where: str) -> None:
-        if type(value) is not type(self.wanted) or value != self.wanted:
-            expected = "null" if self.wanted is None else repr(self.wanted)
-            raise Misfit(where, expected, brief(value))
-
-
-@dataclass(frozen=True)
-class Maybe:
-    """null, or a value of the kind."""
-
-    kind: Kind
-
-    def check(self, value: Any, where: str) -> None:
-        if value is None:
-            return
-        try:
-            self.kind.check(value, where)
-        except Misfit as misfit:
-            # The null is spoken of where it could stand, and not in the parts of a list.
-            if misfit.where != where:
-                raise
-            raise Misfit(where, f"null or {misfit.expected}", misfit.got) from None
-
-
-@dataclass(frozen=True)
 class Either:
     """A value of one of the kinds."""
 
@@ -175,10 +137,16 @@ class Either:
                 return kind.check(value, where)
             except Misfit as misfit:
                 misfits.append(misfit)
-        deepest = max(misfits, key=lambda misfit: len(misfit.where))
-        if deepest.where != where:
-            raise deepest
-        raise Misfit(where, " or ".join(m.expected for m in misfits), brief(value))
+        # A fault in a part says more than that the whole is none of the kinds.
+        for inside in misfits:
+            if inside.where != where:
+                raise inside
+        raise Misfit(where, " or ".join(m.expected for m in misfits), misfits[-1].got)
+
+
+def Maybe(kind: Kind) -> Kind:
+    """null, or a value of the kind."""
+    return Either((Exactly(None), kind))
 
 
 @dataclass(frozen=True)
@@ -219,7 +187,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Maps:
-    """An object with any names, all of whose values are of one kind."""
+    """An object with any names and values of one kind."""
 
     kind: Kind
     names: Kind = Text(longest=1000)
@@ -261,7 +229,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Anything:
-    """Whatever JSON can hold, not too deep: what others have written, and what is only shown."""
+    """Any JSON that is not too deep: what others have written, or what is only shown."""
 
     finite: bool = True
 
@@ -354,8 +322,8 @@ def require(
 
     Args:
         holder: the file or folder that the value was read from.
-        where: the field that it stands in, where it is not the whole of it.
-        advice: what to do about it.
+        where: its field there; empty for the whole content.
+        advice: what to do.
     """
     try:
         kind.check(value, where)
@@ -376,7 +344,7 @@ def read_json(
     advice: str = "write or copy it again",
     most_bytes: int = _MOST_BYTES,
 ) -> Any:
-    """What a JSON file holds: UTF-8, numbers that are finite, no name twice in an object.
+    """The content of a JSON file: UTF-8, finite numbers, no name twice in an object.
 
     Raises:
         Unfit: it is missing, no file, cannot be read, larger than `most_bytes`, no JSON, or not of
@@ -389,7 +357,7 @@ def read_json(
             text, object_pairs_hook=_distinct, parse_float=_finite, parse_constant=_finite
         )
     except (ValueError, RecursionError) as error:
-        raise unfit(file, "", "JSON", f"something else ({_one_line(error)})", advice) from None
+        raise unfit(file, "", "JSON", f"something else ({error_line(error)})", advice) from None
     require(value, kind, file, advice=advice)
     return value
 
@@ -460,10 +428,6 @@ def _finite(written: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{brief(written)} is no finite number")
     return value
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _is_list(value: Any) -> bool:

@@ -1,10 +1,10 @@
 """Folders that appear whole or not at all, and replace only what FastDEAN wrote.
 
-A folder is filled under a temporary name and then takes its place in one step of the file system:
-a rename onto a path that is free, or an exchange with the folder that stands there. A kill at any
-moment leaves the old state or the new one. The temporary folder is locked while its process lives,
-and closed to everybody else; one that nobody holds any more is swept away by the next call for the
-same path.
+A folder is filled under a temporary name beside its place. It then comes there by one rename, or by
+an exchange with the folder that stands there. A kill leaves the old state or the new one. Where the
+file system cannot exchange, it is two renames: the old folder waits as `.<name>.before`, and the
+next call for the path puts it back. A temporary folder is locked while its process lives and closed
+to everybody else; the next call for the path removes those of killed processes.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import re
 import secrets
 import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastdean.files.atomic import flush, hidden_name, is_temporary, real_place, temporary_beside
@@ -30,6 +30,32 @@ _NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, er
 _MOUNTS = Path("/proc/self/mountinfo")
 _TRIES, _PAUSE_SECONDS = 200, 0.02
 _FILLED = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The path of a new folder; `name` is that of the caller's argument, for errors."""
+
+    path: Path
+    overwrite: bool
+    may_replace: Callable[[Path], bool]
+    name: str
+
+    def require_replaceable(self, found: Path) -> None:
+        """Raise ValueError unless `found`, the folder at the path, may be deleted."""
+        if not any(found.iterdir()):
+            return
+        if not self.overwrite:
+            raise ValueError(
+                f"{self.name} must be a new or empty folder, got {str(self.path)!r}, which has "
+                "files in it; choose another or pass overwrite=True (--overwrite)"
+            )
+        if not self.may_replace(found):
+            raise ValueError(
+                f"{self.name} must be a folder that FastDEAN wrote and that holds nothing else, "
+                f"for overwrite=True (--overwrite) to replace it, got {str(self.path)!r}; choose "
+                "another"
+            )
 
 
 @contextmanager
@@ -59,22 +85,20 @@ def new_folder(
         ValueError: `path` is a file, or a folder in use that may not be replaced, also one that
             another process filled meanwhile.
     """
-    target = real_place(path, name)
-    check_free(target, overwrite=overwrite, may_replace=may_replace, name=name)
-    absent = [parent for parent in target.parents if not parent.exists()]
+    place = real_place(path, name)
+    target = _Target(place, overwrite, may_replace, name)
+    check_free(place, overwrite=overwrite, may_replace=may_replace, name=name)
+    absent = [parent for parent in place.parents if not parent.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         for parent in absent:
             flush(parent.parent)
-        with _workplace(target, may_replace) as temporary:
+        with _workplace(target) as temporary:
             yield temporary
-            if not keep_modes:
-                _apply_umask(temporary)
-            for file in temporary.rglob("*"):
-                flush(file)
-            _open_to_others(temporary, target)
-            flush(temporary)
-            _publish(temporary, target, overwrite, may_replace, name)
+            _open_to_others(temporary, place, keep_modes)
+            for written in (*temporary.rglob("*"), temporary):
+                flush(written)
+            _publish(temporary, target)
     except BaseException:
         for parent in absent:
             # Innermost first, but none that somebody else has put something into.
@@ -90,13 +114,13 @@ def check_free(
     may_replace: Callable[[Path], bool],
     name: str = "path",
 ) -> None:
-    """Raise ValueError unless a new folder may come to stand at `target`."""
+    """Raise ValueError unless a new folder may be put at `target`."""
     put_back(target, name)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{name} must be a new or empty folder, got the file {str(target)!r}")
     if not target.exists() or is_empty(target):
         return
-    _require_replaceable(target, target, overwrite, may_replace, name)
+    _Target(target, overwrite, may_replace, name).require_replaceable(target)
     if _filled_inside(target):
         raise ValueError(
             f"{name} must be a folder that can be replaced as a whole, got {str(target)!r}, "
@@ -105,11 +129,16 @@ def check_free(
         )
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether `folder` holds nothing but what processes that fill it from inside have there."""
+    return all(is_temporary(entry.name, folder.name) for entry in folder.iterdir())
+
+
 def put_back(path: Path, name: str = "path") -> None:
-    """Where a replacement was cut off between its two steps, the old folder takes its place again.
+    """Where a replacement was cut off between its two renames, put the old folder back.
 
     Raises:
-        ValueError: a living process is between the two steps.
+        ValueError: a living process is between the two.
     """
     target = real_place(path, name)
     for _ in range(_TRIES):
@@ -124,7 +153,11 @@ def put_back(path: Path, name: str = "path") -> None:
                 os.close(handle)
             return
         time.sleep(_PAUSE_SECONDS)
-    raise ValueError(
+    raise _in_use_error(target, name)
+
+
+def _in_use_error(target: Path, name: str) -> ValueError:
+    return ValueError(
         f"{name} must not be in use, got {str(target)!r}, which another process is replacing; "
         "try again"
     )
@@ -132,12 +165,11 @@ def put_back(path: Path, name: str = "path") -> None:
 
 @contextmanager
 def standing(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether what stands at `folder` is still the same folder.
+    """Yield a function that says whether `folder` is still the same folder.
 
-    It is held open meanwhile, so that none that comes later is taken for it.
+    It is held open meanwhile, so that no later folder gets its number.
     """
     try:
-        # Only to know it again: what is in it need not be listed.
         handle = os.open(folder, getattr(os, "O_PATH", os.O_RDONLY))
     except OSError:
         yield lambda: not folder.exists() and not _before(real_place(folder, "path")).exists()
@@ -149,18 +181,35 @@ def standing(folder: Path) -> Iterator[Callable[[], bool]]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder and what is in it; a kill leaves all of it, or a temporary folder.
-
-    So no half of a folder stands where a whole one is looked for.
-    """
+    """Delete a folder and what is in it; a kill leaves all of it, or a temporary folder."""
     temporary = temporary_beside(folder)
     os.rename(folder, temporary)
     shutil.rmtree(temporary)
 
 
-def sweep(target: Path) -> None:
-    """Remove what killed processes left beside `target` of writing or removing it."""
-    _sweep(target, inside=False)
+def sweep(target: Path, *, inside: bool = False) -> None:
+    """Remove what killed processes left beside `target`, or in it, of writing or removing it."""
+    with suppress(OSError):
+        for entry in list((target if inside else target.parent).iterdir()):
+            if is_temporary(entry.name, target.name) and entry.is_dir() and not entry.is_symlink():
+                handle = _locked(entry)
+                if handle is not None:
+                    _discard(entry)
+                    os.close(handle)
+
+
+def _sweep_before(target: _Target) -> None:
+    """Remove the old folder where a kill came after the second rename of a replacement."""
+    before = _before(target.path)
+    if not target.path.exists() or not before.is_dir() or before.is_symlink():
+        return
+    handle = _locked(before)
+    if handle is not None:
+        try:
+            if target.may_replace(before):
+                _discard_before(target.path)
+        finally:
+            os.close(handle)
 
 
 def _discard(folder: Path) -> None:
@@ -170,61 +219,42 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _require_replaceable(
-    target: Path,
-    found: Path,
-    overwrite: bool,
-    may_replace: Callable[[Path], bool],
-    name: str,
-) -> None:
-    """`found` is what stands, or stood, at `target`."""
-    if not overwrite:
-        raise ValueError(
-            f"{name} must be a new or empty folder, got {str(target)!r}, which has files in it; "
-            "choose another or pass overwrite=True (--overwrite)"
-        )
-    if not may_replace(found):
-        raise ValueError(
-            f"{name} must be a folder that FastDEAN wrote and that holds nothing else, for "
-            f"overwrite=True (--overwrite) to replace it, got {str(target)!r}; choose another"
-        )
-
-
 @contextmanager
-def _workplace(target: Path, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
+def _workplace(target: _Target) -> Iterator[Path]:
     """A new temporary folder, locked, and gone at the end if it was not renamed away."""
-    inside = _filled_inside(target)
-    _sweep(target, inside)
-    _sweep_before(target, may_replace)
+    place = target.path
+    inside = _filled_inside(place)
+    sweep(place, inside=inside)
+    _sweep_before(target)
     handle = None
     while handle is None:
-        temporary = temporary_beside(target)
+        temporary = temporary_beside(place)
         if inside:
-            temporary = target / temporary.name
+            temporary = place / temporary.name
         try:
             temporary.mkdir()
-            # None: between the two another process has taken it for litter.
+            # None: another process has just removed it as litter.
             handle = _locked(temporary, even_without_locks=True)
             if handle is not None:
-                _close_to_others(temporary, target)
+                _close_to_others(temporary, place)
                 yield temporary
         finally:
             if handle is not None:
-                # Not what an exchange put there: that is for `_publish` to judge.
+                # Not what an exchange put there: `_replace` has judged that.
                 if _is_held(temporary, handle):
                     _discard(temporary)
                 os.close(handle)
 
 
-def _close_to_others(temporary: Path, target: Path) -> None:
-    """While it is filled nobody else reads in it, also not what a kill leaves.
+def _close_to_others(temporary: Path, place: Path) -> None:
+    """Let nobody else read in a folder while it is filled, nor what a kill leaves of it.
 
     What is copied may be private, and has its own mode only at the end. Group and setgid bit come
     first, since what is made in the folder inherits them.
     """
     mode = stat.S_IMODE(temporary.stat().st_mode)
-    if target.is_dir():
-        found = target.stat()
+    if place.is_dir():
+        found = place.stat()
         mode = stat.S_IMODE(found.st_mode)
         # The owner too where root writes for somebody.
         for owner in (found.st_uid, -1):
@@ -234,16 +264,21 @@ def _close_to_others(temporary: Path, target: Path) -> None:
     temporary.chmod(mode & ~0o077 | 0o700)
 
 
-def _open_to_others(temporary: Path, target: Path) -> None:
-    """Give a filled folder the mode of the one it replaces, or of any new one."""
-    if target.is_dir():
-        shutil.copymode(target, temporary)
-        return
+def _open_to_others(temporary: Path, place: Path, keep_modes: bool) -> None:
+    """Give a filled folder the mode of the one it replaces, or of any new one.
+
+    Its files for their owner alone get the mode of any new file, unless `keep_modes`: safetensors
+    makes them so whatever the umask, and others could not read them in a shared folder.
+    """
     probe = temporary / f".{secrets.token_hex(4)}"
     probe.mkdir()
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.rmdir()
-    temporary.chmod(mode)
+    for file in temporary.rglob("*"):
+        found = file.lstat().st_mode
+        if not keep_modes and stat.S_ISREG(found) and stat.S_IMODE(found) == 0o600:
+            file.chmod(mode & 0o666)
+    temporary.chmod(stat.S_IMODE(place.stat().st_mode) if place.is_dir() else mode)
 
 
 def _filled_inside(target: Path) -> bool:
@@ -254,10 +289,7 @@ def _filled_inside(target: Path) -> bool:
 
 
 def _is_current(folder: Path) -> bool:
-    """Whether the process, and so the shell it was called from, stands in `folder`.
-
-    Both would go on standing in the folder that was there before, which nobody sees any more.
-    """
+    """Whether `folder` is the current one, or around it: the shell would stay in the old folder."""
     try:
         here = Path.cwd()
     except OSError:
@@ -270,45 +302,13 @@ def _is_mount(folder: Path) -> bool:
         return True
     # Which overlooks a folder bound to another one of the same disk.
     try:
-        lines = _MOUNTS.read_bytes().splitlines()
+        places = [line.split()[4] for line in _MOUNTS.read_bytes().splitlines()]
     except OSError:
         return False
-    places = (line.split()[4] for line in lines)
-    return any(
-        re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), place)
-        == os.fsencode(folder)
-        for place in places
+    # A space is written \040 there, and so on.
+    return os.fsencode(folder) in (
+        place.decode("unicode_escape").encode("latin-1") for place in places
     )
-
-
-def _sweep(target: Path, inside: bool) -> None:
-    """Remove what killed processes left of this target."""
-    with suppress(OSError):
-        for entry in list((target if inside else target.parent).iterdir()):
-            if is_temporary(entry.name, target.name) and entry.is_dir() and not entry.is_symlink():
-                handle = _locked(entry)
-                if handle is not None:
-                    _discard(entry)
-                    os.close(handle)
-
-
-def _sweep_before(target: Path, may_replace: Callable[[Path], bool]) -> None:
-    """Remove the old folder where a kill came after the second step of a replacement."""
-    before = _before(target)
-    if not target.exists() or not before.is_dir() or before.is_symlink():
-        return
-    handle = _locked(before)
-    if handle is not None:
-        try:
-            if may_replace(before):
-                _discard_before(target)
-        finally:
-            os.close(handle)
-
-
-def is_empty(folder: Path) -> bool:
-    """Whether nothing lies in `folder` but what processes that fill it from inside hold there."""
-    return all(is_temporary(entry.name, folder.name) for entry in folder.iterdir())
 
 
 def _locked(folder: Path, *, even_without_locks: bool = False) -> int | None:
@@ -337,77 +337,62 @@ def _locked(folder: Path, *, even_without_locks: bool = False) -> int | None:
 
 
 def _is_held(folder: Path, handle: int) -> bool:
-    """Whether `handle` is of what stands at `folder` now."""
+    """Whether `handle` is that of the folder now at this path."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(folder))
     except FileNotFoundError:
         return False
 
 
-def _publish(
-    temporary: Path,
-    target: Path,
-    overwrite: bool,
-    may_replace: Callable[[Path], bool],
-    name: str,
-) -> None:
-    """Put a finished folder in its place; what stands there goes only where it may."""
-    if temporary.parent == target:
-        _move_inside(temporary, target, name)
+def _publish(temporary: Path, target: _Target) -> None:
+    """Put a finished folder in its place; a folder there is deleted only if it may be."""
+    if temporary.parent == target.path:
+        _move_inside(temporary, target)
         return
-
-    def require(found: Path) -> None:
-        if any(found.iterdir()):
-            _require_replaceable(target, found, overwrite, may_replace, name)
-
     for _ in range(_TRIES):
         try:
             # Atomic, and refused where the target has files in it.
-            os.rename(temporary, target)
+            os.rename(temporary, target.path)
             break
         except OSError as error:
             if error.errno not in _FILLED:
                 raise
         try:
-            require(target)
-            if _replace_in_one_step(temporary, target, require):
-                break
-            if _replace_in_two_steps(temporary, target, require, name):
+            target.require_replaceable(target.path)
+            if _replace(temporary, target):
                 break
         except FileNotFoundError:
             # Somebody else has moved the target away meanwhile.
-            if target.exists():
+            if target.path.exists():
                 raise
         time.sleep(_PAUSE_SECONDS)
     else:
-        raise ValueError(
-            f"{name} must not be in use, got {str(target)!r}, which another process is replacing; "
-            "try again"
-        )
-    flush(target.parent)
+        raise _in_use_error(target.path, target.name)
+    flush(target.path.parent)
 
 
-def _replace_in_one_step(temporary: Path, target: Path, require: Callable[[Path], None]) -> bool:
-    """Exchange the two and remove the old folder; False where the file system cannot.
+def _replace(temporary: Path, target: _Target) -> bool:
+    """Put `temporary` in the place of a folder and remove that; False: another process was quicker.
 
-    `require` raises where what stood there at that very moment may not go. Nobody finds it by its
-    path any more, so nothing comes into it afterwards.
+    The old folder is judged again once nobody finds it by its path any more: nothing comes into it
+    afterwards.
     """
     # Held, or the old folder would be litter to others while it is judged.
-    handle = _locked(target, even_without_locks=True)
+    handle = _locked(target.path, even_without_locks=True)
+    if handle is None:
+        return False
     try:
-        if not _exchange(temporary, target):
-            return False
+        if not _exchange(temporary, target.path):
+            return _replace_in_two_steps(temporary, target)
         try:
-            require(temporary)
+            target.require_replaceable(temporary)
         except BaseException:
-            _exchange(temporary, target)
+            _exchange(temporary, target.path)
             raise
         _discard(temporary)
         return True
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -428,7 +413,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _before(target: Path) -> Path:
-    """Where the old folder waits between the two steps of a replacement."""
+    """Where the old folder waits between the two renames of a replacement."""
     return target.with_name(hidden_name(target.name, ".before"))
 
 
@@ -440,89 +425,65 @@ def _discard_before(target: Path) -> None:
         _discard(litter)
 
 
-def _replace_in_two_steps(
-    temporary: Path, target: Path, require: Callable[[Path], None], name: str
-) -> bool:
-    """Rename `target` away and `temporary` in; `put_back` undoes the first step after a kill.
-
-    `require` as for one step. Returns False where another process was quicker.
-    """
-    handle = _locked(target, even_without_locks=True)
-    if handle is None:
-        return False
-    before = _before(target)
+def _replace_in_two_steps(temporary: Path, target: _Target) -> bool:
+    """Rename the target away and `temporary` in; `put_back` undoes the first step after a kill."""
+    place, before = target.path, _before(target.path)
     try:
-        try:
-            os.rename(target, before)
-        except OSError as error:
-            if error.errno not in _FILLED:
-                raise
-            raise ValueError(
-                f"{name} must have no earlier folder waiting beside it, got {str(before)!r}, left "
-                "by a replacement that was cut off; move it away"
-            ) from None
-        try:
-            require(before)
-            os.rename(temporary, target)
-        except BaseException as error:
-            try:
-                os.rename(before, target)
-            except FileNotFoundError:
-                # On a file system without locks a reader has put it back.
-                pass
-            except OSError as taken:
-                if taken.errno not in _FILLED:
-                    raise
-                # Another process has put its own folder there, which replaces the old one.
-                require(before)
-                _discard_before(target)
-            if isinstance(error, OSError) and error.errno in _FILLED:
-                return False
+        os.rename(place, before)
+    except OSError as error:
+        if error.errno not in _FILLED:
             raise
-        _discard_before(target)
-    finally:
-        os.close(handle)
+        raise ValueError(
+            f"{target.name} must have no earlier folder waiting beside it, got {str(before)!r}, "
+            "left by a replacement that was cut off; move it away"
+        ) from None
+    try:
+        target.require_replaceable(before)
+        os.rename(temporary, place)
+    except BaseException as error:
+        try:
+            os.rename(before, place)
+        except FileNotFoundError:
+            # On a file system without locks a reader has put it back.
+            pass
+        except OSError as taken:
+            if taken.errno not in _FILLED:
+                raise
+            # Another process has put its own folder there, which replaces the old one.
+            target.require_replaceable(before)
+            _discard_before(place)
+        if isinstance(error, OSError) and error.errno in _FILLED:
+            return False
+        raise
+    _discard_before(place)
     return True
 
 
-def _move_inside(temporary: Path, target: Path, name: str) -> None:
+def _move_inside(temporary: Path, target: _Target) -> None:
+    """Move the entries of a folder that was filled inside its place, if nothing else is there."""
+    place = target.path
     in_use = ValueError(
-        f"{name} must be a new or empty folder, got {str(target)!r}, which has files in it; choose "
-        "another"
+        f"{target.name} must be a new or empty folder, got {str(place)!r}, which has files in it; "
+        "choose another"
     )
     # Two that fill one folder do not mix.
-    handle = _locked(target, even_without_locks=True)
+    handle = _locked(place, even_without_locks=True)
     if handle is None:
         raise in_use
-    # Our own manifests last: without its manifest a folder is not taken for a whole one.
+    # Our own manifests last: a folder without its manifest is refused.
     entries = sorted(temporary.iterdir(), key=lambda e: (e.name.startswith("fastdean_"), e.name))
     try:
-        if not is_empty(target):
+        if not is_empty(place):
             raise in_use
         for entry in entries:
-            if os.path.lexists(target / entry.name):
+            if os.path.lexists(place / entry.name):
                 raise in_use
-            os.rename(entry, target / entry.name)
-        flush(target)
+            os.rename(entry, place / entry.name)
+        flush(place)
     except BaseException:
         for entry in entries:
             if not os.path.lexists(entry):
-                os.rename(target / entry.name, entry)
+                os.rename(place / entry.name, entry)
         raise
     finally:
         os.close(handle)
-
-
-def _apply_umask(folder: Path) -> None:
-    """Files for their owner alone get the mode of any other new file.
-
-    safetensors makes them so whatever the umask; shared folders would hold files that nobody else
-    can read.
-    """
-    probe = folder / f".{secrets.token_hex(4)}"
-    probe.touch()
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
-    for file in folder.rglob("*"):
-        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) == 0o600:
-            file.chmod(mode)

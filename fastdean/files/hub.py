@@ -6,21 +6,23 @@ import os
 import re
 from pathlib import Path
 
-from fastdean.files.names import CONFIG_NAME, file_patterns, is_ours, lies_in, one_line, read_json
+from fastdean.files.declared import read_json
+from fastdean.files.inventory import CONFIG_NAME, file_patterns, is_ours, lies_in
 from fastdean.wording.mendable import StateError
 from fastdean.wording.nearest import nearest
+from fastdean.wording.printable import error_line
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-# A connection that takes longer is taken for none: each file of a model is asked for several times.
+# For one request: a library asks several times for each file of a model.
 _SECONDS = 5.0
 
 
 def is_unreachable() -> bool:
-    """Whether one short request to the hub fails; False where the libraries are told to be offline.
+    """Whether one short request to the hub fails; False if HF_HUB_OFFLINE is set.
 
-    Who then asks the cache alone has an answer at once, where the libraries retry for minutes.
+    The caller can then ask the cache alone, where the libraries would retry for minutes.
     """
     from huggingface_hub import constants, get_session
 
@@ -70,6 +72,7 @@ def resolve(
         RevisionNotFoundError,
     )
 
+    unknown = (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)
     try:
         return Path(
             snapshot_download(
@@ -77,24 +80,18 @@ def resolve(
                 revision=revision,
                 token=token,
                 allow_patterns=file_patterns(kind or "*"),
-                **({"local_files_only": True} if is_unreachable() else {}),
+                local_files_only=is_unreachable(),
             )
         )
-    # Unreachable first: newer releases derive it from several of the classes below.
-    except LocalEntryNotFoundError as error:
+    except (*unknown, OSError) as error:
+        text = f"({error_line(error)}){nearest(path_or_repo_id)}"
+        # Newer releases derive the error of an empty cache from several of the unknown ones.
+        if isinstance(error, unknown) and not isinstance(error, LocalEntryNotFoundError):
+            raise ValueError(
+                f"{asked}; no such folder, and the hub does not know it {text}"
+            ) from error
         raise StateError(
-            f"{asked}; no such folder, and the hub could not be reached ({one_line(error)})"
-            f"{nearest(path_or_repo_id)}"
-        ) from error
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ValueError(
-            f"{asked}; no such folder, and the hub does not know it ({one_line(error)})"
-            f"{nearest(path_or_repo_id)}"
-        ) from error
-    except OSError as error:
-        raise StateError(
-            f"{asked}; no such folder, and the hub could not be reached ({one_line(error)})"
-            f"{nearest(path_or_repo_id)}"
+            f"{asked}; no such folder, and the hub could not be reached {text}"
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""What every manifest says about when, with what and of what something was made.
+"""The time, versions and names that every manifest records.
 
-Manifests, cards and reports travel: a model, a file or a folder is told in them by its name, and
-never by where it lies on somebody's disk.
+Manifests, cards and reports are published: they name a model, a file or a folder without the path
+to it on somebody's disk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def now() -> str:
 
 
 def public_name(name_or_path: str) -> str:
-    """The id of something on the hub as it is; of a path on this machine, the last part."""
+    """A hub id unchanged; of a path on this machine, the last part."""
     if not name_or_path:
         return ""
     if re.match(r"[A-Za-z]:[\\/]|\\\\", name_or_path):
@@ -46,10 +46,7 @@ def public_name(name_or_path: str) -> str:
 
 
 def public_source(source: str) -> str:
-    """A source as it may be published: `NAME=PATH::key=value` without where PATH lies.
-
-    See `sources.load_rows`; what stands before "=" is the name of a measure or of an option.
-    """
+    """`NAME=PATH::key=value` with the last part of PATH only; see `sources.load_rows`."""
     place, mark, options = source.partition("::")
     name, equals, path = place.partition("=")
     told = f"{name}={public_name(path)}" if equals and not _is_path(name) else public_name(place)
@@ -57,7 +54,7 @@ def public_source(source: str) -> str:
 
 
 def public_command(command: str) -> str:
-    """A command line as it may be published: each of its words as `public_source` gives it."""
+    """A command line with `public_source` applied to each of its words."""
     try:
         words = shlex.split(command)
     except ValueError:

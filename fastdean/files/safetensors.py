@@ -1,34 +1,23 @@
 """Safetensors files on disk: which of them a model is loaded from, where a tensor's values lie.
 
-Values are read and written in place, some neighbours at a time: no tensor is ever held whole.
+Values are read some neighbours at a time: no tensor is ever held whole.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from fastdean.files.declared import (
-    Anything,
-    Lists,
-    Maps,
-    Record,
-    Row,
-    Text,
-    Whole,
-    read_json,
-    read_text,
-    require,
-    unfit,
-)
+from fastdean.files.declared import Anything, Maps, Record, Text, read_json, read_text
 from fastdean.wording.mendable import StateError
+from fastdean.wording.printable import error_line
 
 # Type in a file's header -> dtype, of those whose values a mask can hold.
 DTYPES = {
@@ -39,20 +28,7 @@ DTYPES = {
 }
 _WHOLE_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
-# The format's own limit; a larger number there means that the file is something else.
-_MAX_HEADER_BYTES = 100_000_000
-_NAME = Text(longest=1000)
-# An index of shards, and the header of a file without its metadata.
-_INDEX = Record({"weight_map": Maps(_NAME)}, others=Anything())
-_HEADER = Maps(
-    Record(
-        {
-            "dtype": Text(longest=20),
-            "shape": Lists(Whole(), most=64),
-            "data_offsets": Row((Whole(), Whole())),
-        }
-    )
-)
+_INDEX = Record({"weight_map": Maps(Text(longest=1000))}, others=Anything())
 _ADVICE = "copy it again"
 # Neighbouring values are read together, but never a whole large tensor.
 _MAX_RUN_BYTES = 1 << 20
@@ -77,32 +53,31 @@ def weight_files(source: Path) -> list[str]:
     Raises:
         ValueError: there are none, or an index or a config.json that cannot be followed.
     """
-    opened = _opened_by_loader(source)
-    if opened is None:
-        files = sorted(file.name for file in source.glob("*.safetensors"))
-    elif opened.endswith(".json"):
-        files = sorted(set(_weight_map(source / opened).values()))
+    return _loaded(source)[0]
+
+
+def _loaded(source: Path) -> tuple[list[str], dict[str, str]]:
+    """The files that from_pretrained reads, and tensor -> file of the index that it follows."""
+    there = (name for name in (_WHOLE_NAME, _INDEX_NAME) if (source / name).is_file())
+    first = _named_by_config(source) or next(there, None)
+    if first is None:
+        files, weight_map = sorted(file.name for file in source.glob("*.safetensors")), {}
+    elif first.endswith(".json"):
+        weight_map = read_json(source / first, _INDEX, advice=_ADVICE)["weight_map"]
+        files = sorted(set(weight_map.values()))
+        if any(Path(file_name).name != file_name for file_name in files):
+            raise ValueError(
+                f"{str(source / first)!r} must name files of its own folder, got other paths"
+            )
     else:
-        files = [opened]
-    if files:
-        return files
-    if any(source.glob("*.bin")):
-        raise ValueError(
-            f"source must hold *.safetensors, got only *.bin files in {str(source)!r}; convert it: "
-            "load the model with from_pretrained and write it with save_pretrained"
-        )
-    raise ValueError(
-        f"source must hold *.safetensors, got none in {str(source)!r}; "
-        "pass the folder that save_pretrained made"
-    )
-
-
-def _opened_by_loader(source: Path) -> str | None:
-    """The file or index that from_pretrained opens, in its order of preference."""
-    named = _named_by_config(source)
-    if named is not None:
-        return named
-    return next((name for name in (_WHOLE_NAME, _INDEX_NAME) if (source / name).is_file()), None)
+        files, weight_map = [first], {}
+    if not files:
+        got, advice = "none", "pass the folder that save_pretrained made"
+        if any(source.glob("*.bin")):
+            got = "only *.bin files"
+            advice = "convert it: load it with from_pretrained and write it with save_pretrained"
+        raise ValueError(f"source must hold *.safetensors, got {got} in {str(source)!r}; {advice}")
+    return files, weight_map
 
 
 def _named_by_config(source: Path) -> str | None:
@@ -124,13 +99,6 @@ def _named_by_config(source: Path) -> str | None:
     return named
 
 
-def _weight_map(index_file: Path) -> dict[str, str]:
-    weight_map = read_json(index_file, _INDEX, advice=_ADVICE)["weight_map"]
-    if not all(Path(file_name).name == file_name for file_name in weight_map.values()):
-        raise ValueError(f"{str(index_file)!r} must name files of its own folder, got other paths")
-    return weight_map
-
-
 def stored_tensors(source: Path) -> dict[str, StoredTensor]:
     """Tensor name -> where it lies in the files that from_pretrained reads.
 
@@ -140,10 +108,9 @@ def stored_tensors(source: Path) -> dict[str, StoredTensor]:
         ValueError: as `weight_files`; a file that is missing, truncated, foreign or unsound; a name
             in two files without an index that decides.
     """
-    opened = _opened_by_loader(source)
-    weight_map = _weight_map(source / opened) if opened and opened.endswith(".json") else {}
+    files, weight_map = _loaded(source)
     stored: dict[str, StoredTensor] = {}
-    for file_name in weight_files(source):
+    for file_name in files:
         for tensor in _read_header(source / file_name):
             if weight_map.get(tensor.name, file_name) != file_name:
                 continue
@@ -156,74 +123,47 @@ def stored_tensors(source: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def header_bytes(path: Path) -> bytes:
-    """The length field and the header of a safetensors file."""
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{str(path)!r} must be a safetensors file, got something else; copy it again"
-            )
-        header = file.read(length)
-    if len(header) < length:
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A `safetensors.safe_open`; the library checks the header and that all bytes are there.
+
+    Raises:
+        ValueError: a file that is truncated, foreign or unsound.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as found:
+            yield found
+    except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{str(path)!r} must be a whole safetensors file, got one truncated in its header; "
-            "copy it again"
-        )
-    return prefix + header
+            f"{str(file)!r} must be a whole safetensors file, got a truncated or foreign one "
+            f"({error_line(error)}); copy or write it again"
+        ) from error
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file, after checking that all of their bytes are there."""
+    """The tensors of a safetensors file that is whole."""
     if not path.is_file():
         raise ValueError(
             f"source must hold {path.name!r}, got no such file in {str(path.parent)!r}; "
             "download it too"
         )
-    head = header_bytes(path)
-    data_bytes = path.stat().st_size - len(head)
-    try:
-        header = json.loads(head[8:])
-    except (ValueError, RecursionError):
-        raise unfit(path, "", "a header in JSON", "something else", _ADVICE) from None
-    if isinstance(header, dict):
-        header.pop("__metadata__", None)
-    require(header, _HEADER, path, where="a header", advice=_ADVICE)
-    tensors = [
-        (
-            StoredTensor(
-                name=name,
-                file_name=path.name,
-                dtype=info["dtype"],
-                shape=tuple(info["shape"]),
-                offset=len(head) + info["data_offsets"][0],
-            ),
-            *info["data_offsets"],
+    # The library checks offsets and does not tell them.
+    with opened(path), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return [
+        StoredTensor(
+            name=name,
+            file_name=path.name,
+            dtype=info["dtype"],
+            shape=tuple(info["shape"]),
+            offset=8 + length + info["data_offsets"][0],
         )
         for name, info in header.items()
     ]
-    if not all(_is_sound(tensor, begin, end) for tensor, begin, end in tensors):
-        raise ValueError(
-            f"{str(path)!r} must be a sound safetensors file, got tensors whose sizes contradict "
-            "their shapes; copy it again"
-        )
-    needed_bytes = max((end for _, _, end in tensors), default=0)
-    if data_bytes != needed_bytes:
-        state = "truncated" if data_bytes < needed_bytes else "with bytes after its end"
-        raise ValueError(
-            f"{str(path)!r} must be a whole safetensors file, got one {state} ({data_bytes} of "
-            f"{needed_bytes} bytes of data); copy it again"
-        )
-    return [tensor for tensor, _, _ in tensors]
-
-
-def _is_sound(tensor: StoredTensor, begin: int, end: int) -> bool:
-    if begin > end:
-        return False
-    if tensor.dtype not in DTYPES:
-        return True
-    return end - begin == math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
 
 
 def _runs(index: Tensor, itemsize: int) -> Iterator[tuple[int, int, int]]:
@@ -252,13 +192,3 @@ def read_values(file: BinaryIO, tensor: StoredTensor, index: Tensor) -> Tensor:
         start = position * dtype.itemsize
         buffer[start : start + len(piece)] = piece
     return torch.frombuffer(buffer, dtype=dtype)
-
-
-def write_values(file: BinaryIO, tensor: StoredTensor, index: Tensor, values: Tensor) -> None:
-    """Write [M] values, in the tensor's dtype, to the elements of ascending flat `index`."""
-    itemsize = values.element_size()
-    raw = bytes(values.view(torch.uint8).numpy())
-    for position, first, count in _runs(index, itemsize):
-        file.seek(tensor.offset + first * itemsize)
-        # An unbuffered write may stop short; reading back afterwards would tell.
-        file.write(raw[position * itemsize : (position + count) * itemsize])

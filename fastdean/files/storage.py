@@ -6,13 +6,12 @@ form of a Hugging Face checkpoint. Nothing is ever pickled, and what was written
 compared before it takes its place. The configuration lists the digest of every file and its own;
 both are compared whenever the folder is read.
 
-How files (`atomic`) and folders (`folders`) are put in place, what they are called (`names`), what
-they list (`inventory`) and the way to the hub (`hub`) are offered here as well, so that those who
-store something need one import.
+Those who store something find here what they need of `atomic`, `folders`, `inventory` and `hub`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -31,6 +30,16 @@ from fastdean.files.atomic import (
     write_json_atomic,
     write_text_atomic,
 )
+from fastdean.files.declared import (
+    Anything,
+    Maps,
+    Record,
+    Text,
+    Whole,
+    brief,
+    read_json,
+    require,
+)
 from fastdean.files.folders import (
     check_free,
     is_empty,
@@ -41,9 +50,18 @@ from fastdean.files.folders import (
     sweep,
 )
 from fastdean.files.hub import push_folder, resolve
-from fastdean.files.inventory import file_digest, holds_only_listed, json_digest, listed
-from fastdean.files.names import CONFIG_NAME, holds_only, is_ours, lies_in, one_line, read_json
+from fastdean.files.inventory import (
+    CONFIG_NAME,
+    file_digest,
+    holds_only,
+    holds_only_listed,
+    is_ours,
+    lies_in,
+    listed,
+)
+from fastdean.files.safetensors import opened
 from fastdean.wording.mendable import StateError
+from fastdean.wording.printable import error_line
 
 __all__ = [
     "CONFIG_NAME",
@@ -54,7 +72,6 @@ __all__ = [
     "holds_only_listed",
     "is_empty",
     "is_temporary",
-    "json_digest",
     "lies_in",
     "listed",
     "new_folder",
@@ -72,6 +89,7 @@ __all__ = [
 # 2: the configuration lists digests. Folders of version 1 are read without them.
 FORMAT_VERSION = 2
 _READS = 50
+_INDEX = Record({"weight_map": Maps(Text())}, others=Anything())
 _RESERVED = ("kind", "format_version", "fastdean_version", "sha256", "config_sha256")
 
 
@@ -115,14 +133,14 @@ def write_folder(
     with new_folder(
         path, overwrite=overwrite, may_replace=lambda folder: holds_only(folder, kind)
     ) as folder:
-        # Before the tensors: a configuration that JSON cannot hold is found at once.
+        # Before the tensors: this raises at once for a configuration that JSON cannot hold.
         json.dumps(full_config, allow_nan=False)
         for file_name, names in shards.items():
             _write_shard(folder / file_name, {name: tensors[name] for name in names})
         if len(shards) > 1:
             write_json_atomic(folder / f"{kind}.safetensors.index.json", _index(tensors, shards))
         full_config["sha256"] = listed(folder)
-        full_config["config_sha256"] = json_digest(full_config)
+        full_config["config_sha256"] = config_digest(full_config)
         write_json_atomic(folder / CONFIG_NAME, full_config)
         if read_json(folder / CONFIG_NAME) != json.loads(json.dumps(full_config)):
             raise StateError(f"{folder / CONFIG_NAME} could not be verified after writing")
@@ -211,18 +229,14 @@ def _write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # safetensors refuses two names on one storage; here each name simply gets its own copy.
-    if len({id(storage) for storage in _storages(plain)}) < len(plain):
+    if len({tensor.untyped_storage() for tensor in plain.values()}) < len(plain):
         plain = {name: tensor.clone() for name, tensor in plain.items()}
     try:
         save_file(plain, file, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{file.name} could not be written: {one_line(error)}") from error
+        raise OSError(f"{file.name} could not be written: {error_line(error)}") from error
     flush(file)
     _verify_shard(file, plain)
-
-
-def _storages(tensors: Mapping[str, Tensor]) -> list[torch.UntypedStorage]:
-    return [tensor.untyped_storage() for tensor in tensors.values()]
 
 
 def _verify_shard(file: Path, expected: Mapping[str, Tensor]) -> None:
@@ -245,27 +259,25 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _check_config(folder: Path, config: Any, kind: str) -> None:
-    if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
-        raise ValueError(
-            f"{str(folder / CONFIG_NAME)!r} must say what the folder holds, got no 'kind'; "
-            "pass the folder that save_pretrained made"
-        )
+    file = folder / CONFIG_NAME
+    named = Record({"kind": Text()}, others=Anything())
+    require(config, named, file, advice="pass the folder that save_pretrained made")
     if config["kind"] != kind:
-        nouns = {"mask": "a mask"}
         raise ValueError(
-            f"path must be a folder of kind {kind!r}, got {str(folder)!r}, which holds "
-            f"{nouns.get(config['kind'], config['kind'])}, not {nouns.get(kind, kind)}"
+            f"path must be a folder of kind {kind!r}, got {str(folder)!r}, which is of kind "
+            f"{brief(config['kind'])}; pass another folder"
         )
-    version = config.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise ValueError(
-            f"{str(folder / CONFIG_NAME)!r} must have a format_version up to {FORMAT_VERSION}, got "
-            f"{version!r}; update fastdean"
-        )
-    if version > 1:
+    readable = Record({"format_version": Whole(1, FORMAT_VERSION)}, others=Anything())
+    require(config, readable, file, advice="update fastdean")
+    if config["format_version"] > 1:
         content = {key: value for key, value in config.items() if key != "config_sha256"}
-        if config.get("config_sha256") != json_digest(content):
-            raise ValueError(f"{str(folder / CONFIG_NAME)!r} {_AS_WRITTEN}")
+        if config.get("config_sha256") != config_digest(content):
+            raise ValueError(f"{str(file)!r} {_AS_WRITTEN}")
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration, however it is laid out in its file."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 _AS_WRITTEN = "must be as it was written, got other content: damaged or edited; copy it again"
@@ -289,13 +301,9 @@ def _stored_files(folder: Path, kind: str) -> dict[str, list[str] | None]:
     index_file = folder / f"{kind}.safetensors.index.json"
     if not index_file.exists():
         return {f"{kind}.safetensors": None}
-    index = read_json(index_file)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{str(index_file)!r} must hold a weight_map, got none; write it again")
     files: dict[str, list[str] | None] = {}
-    for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not is_ours(file_name, kind) or "/" in file_name:
+    for name, file_name in read_json(index_file, _INDEX)["weight_map"].items():
+        if not is_ours(file_name, kind) or "/" in file_name:
             raise ValueError(
                 f"{str(index_file)!r} must name files of its own folder, got {file_name!r}"
             )
@@ -305,18 +313,10 @@ def _stored_files(folder: Path, kind: str) -> dict[str, list[str] | None]:
 
 def _read_shard(file: Path, names: list[str] | None) -> dict[str, Tensor]:
     """The tensors of one file; `names`, where given, are exactly those it must hold."""
-    from safetensors import SafetensorError, safe_open
-
     if not file.is_file():
         raise ValueError(f"{str(file)!r} must be a safetensors file, got no such file; copy it too")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{str(file)!r} must be a whole safetensors file, got a truncated or foreign one "
-            f"({one_line(error)}); copy or write it again"
-        ) from error
+    with opened(file) as found:
+        tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
     if names is not None and set(names) != set(tensors):
         odd = sorted(set(names) ^ set(tensors))[0]
         raise ValueError(

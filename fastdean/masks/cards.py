@@ -1,4 +1,4 @@
-"""The text that goes with a mask to the hub: what it is, how it is used, what to beware of."""
+"""The model card of a mask on the hub: contents, use and warnings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ def mask_card(repo_id: str, *, described: str, scale: float, summary: str) -> st
     """A README.md with the hub's metadata.
 
     Args:
-        repo_id: where the mask will be, "owner/name".
+        repo_id: "owner/name".
         described: the mask in one line.
-        scale: what it multiplies the weights by.
         summary: its counts, as preformatted text.
     """
     return f"""---

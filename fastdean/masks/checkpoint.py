@@ -1,17 +1,16 @@
 """`patch_checkpoint`: a mask applied to a Hugging Face folder on disk, without loading the model.
 
-The folder is copied and the few bytes of the masked weights are rewritten in the copy's safetensors
-shards. Neither a tensor nor a model is ever held: a 70B checkpoint is patched in the time of a
-copy, on a machine that could not load it.
+The folder is copied block by block, with the few bytes of the masked weights exchanged on the way.
+Neither a tensor nor a model is ever held: a 70B checkpoint is patched in the time of a copy, on a
+machine that could not load it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastdean.files import storage
@@ -29,7 +29,6 @@ from fastdean.files.safetensors import (
     read_values,
     stored_tensors,
     weight_files,
-    write_values,
 )
 from fastdean.masks.entries import MaskEntry, same_bits, suppressed
 from fastdean.masks.mask import NeuronMask
@@ -114,32 +113,23 @@ def patch_checkpoint(
     contents = list(_contents(source, (out, *out.parents)))
     for found in contents:
         _require_own(found, source, follow_links)
-    files = weight_files(source)
-    stored = stored_tensors(source)
-    edits = _plan(source, mask, stored)
+    edits = _plan(source, mask, stored_tensors(source))
     with storage.new_folder(
         out, overwrite=overwrite, may_replace=_is_patched, name="out", keep_modes=True
     ) as folder:
-        digests = _copy_edited(source, contents, folder, edits, mask.scale)
-        for group in edits.values():
-            _check_written(folder, group, mask.scale)
+        digests = _copy_patched(source, contents, folder, edits, mask.scale)
+        every = [edit for group in edits.values() for edit in group]
         result = PatchResult(
             out=out,
             files_edited=tuple(edits),
-            values_edited=sum(len(edit.entry) for group in edits.values() for edit in group),
+            values_edited=sum(len(edit.entry) for edit in every),
             renamed={
-                edit.name: edit.tensor.name
-                for group in edits.values()
-                for edit in group
-                if edit.name != edit.tensor.name
+                edit.name: edit.tensor.name for edit in every if edit.name != edit.tensor.name
             },
-            unpatched_files=_unpatched_files(folder, files),
+            unpatched_files=_other_weights(digests, weight_files(source)),
         )
         manifest = _manifest(source, mask, edits, result)
-        (folder / PATCH_NAME).unlink(missing_ok=True)
-        digests.pop(PATCH_NAME, None)
-        manifest["sha256"] = dict(sorted(digests.items()))
-        storage.write_json_atomic(folder / PATCH_NAME, manifest)
+        storage.write_json_atomic(folder / PATCH_NAME, {**manifest, "sha256": digests})
     return result
 
 
@@ -156,11 +146,11 @@ def verify_checkpoint(folder: str | os.PathLike, mask: NeuronMask) -> None:
     """
     folder = Path(folder)
     stored = stored_tensors(folder)
-    longer = _by_suffix(stored)
+    named = _named(stored)
     for name, entry in mask.entries.items():
         fitting = [
             tensor
-            for tensor in _named(name, stored, longer)
+            for tensor in named(name)
             if tensor.shape == entry.shape and tensor.dtype in DTYPES
         ]
         if not fitting:
@@ -184,7 +174,7 @@ def _holds_suppressed(folder: Path, entry: MaskEntry, tensor: StoredTensor, scal
 
 @dataclass(frozen=True)
 class _Edit:
-    """One entry of the mask and the tensor in a file that it means."""
+    """One entry of the mask and its tensor in a file."""
 
     name: str
     entry: MaskEntry
@@ -212,12 +202,12 @@ def _plan(
     source: Path, mask: NeuronMask, stored: Mapping[str, StoredTensor]
 ) -> dict[str, list[_Edit]]:
     """File name -> its edits, after checking names, shapes, dtypes and values of all of them."""
-    longer = _by_suffix(stored)
+    named = _named(stored)
     edits: list[_Edit] = []
     unmapped: list[str] = []
     taken: dict[str, str] = {}
     for name, entry in mask.entries.items():
-        tensors, reason = _locate(source, name, entry, stored, longer)
+        tensors, reason = _locate(source, entry, named(name))
         shared = next((tensor.name for tensor in tensors if tensor.name in taken), None)
         if shared is not None:
             reason = f"{taken[shared]!r} of the mask means the same tensor, {shared!r}"
@@ -235,7 +225,7 @@ def _plan(
         )
     grouped: dict[str, list[_Edit]] = {}
     for edit in edits:
-        _check_values(source, edit)
+        _check_values(source, edit, mask.scale)
         grouped.setdefault(edit.tensor.file_name, []).append(edit)
     return dict(sorted(grouped.items()))
 
@@ -249,37 +239,29 @@ def _shorter_names(name: str) -> Iterator[str]:
         yield ".".join(parts[start:])
 
 
-def _by_suffix(stored: Mapping[str, StoredTensor]) -> dict[str, list[StoredTensor]]:
-    """Shortened name -> the tensors whose name shortens to it."""
-    found: dict[str, list[StoredTensor]] = {}
+def _named(stored: Mapping[str, StoredTensor]) -> Callable[[str], list[StoredTensor]]:
+    """A function that gives the tensors that a parameter's name may mean, whatever their shapes."""
+    longer: dict[str, list[StoredTensor]] = {}
     for name, tensor in stored.items():
         for shorter in _shorter_names(name):
-            found.setdefault(shorter, []).append(tensor)
-    return found
+            longer.setdefault(shorter, []).append(tensor)
 
+    def named(name: str) -> list[StoredTensor]:
+        if name in stored:
+            return [stored[name]]
+        shorter = [stored[other] for other in _shorter_names(name) if other in stored]
+        return shorter + longer.get(name, [])
 
-def _named(
-    name: str, stored: Mapping[str, StoredTensor], longer: Mapping[str, list[StoredTensor]]
-) -> list[StoredTensor]:
-    """The tensors that a parameter's name may mean, whatever their shapes."""
-    if name in stored:
-        return [stored[name]]
-    shorter = [stored[other] for other in _shorter_names(name) if other in stored]
-    return shorter + longer.get(name, [])
+    return named
 
 
 def _locate(
-    source: Path,
-    name: str,
-    entry: MaskEntry,
-    stored: Mapping[str, StoredTensor],
-    longer: Mapping[str, list[StoredTensor]],
+    source: Path, entry: MaskEntry, named: list[StoredTensor]
 ) -> tuple[list[StoredTensor], str]:
-    """The tensors that a parameter's name means, or none and the reason.
+    """Those of the tensors of a parameter's name that it means, or none and the reason.
 
     More than one only where all hold the originals: copies of one tensor under several names.
     """
-    named = _named(name, stored, longer)
     if not named:
         return [], "no tensor of that name: renamed or fused in the file"
     fitting = [tensor for tensor in named if tensor.shape == entry.shape]
@@ -303,7 +285,7 @@ def _count_other(values: Tensor, entry: MaskEntry) -> int:
     return int((~same_bits(values, entry.original.to(values.dtype))).sum())
 
 
-def _check_values(source: Path, edit: _Edit) -> None:
+def _check_values(source: Path, edit: _Edit, scale: float) -> None:
     tensor = edit.tensor
     if tensor.dtype not in DTYPES:
         raise ValueError(
@@ -318,9 +300,51 @@ def _check_values(source: Path, edit: _Edit) -> None:
             f"{tensor.file_name!r}, which holds other values than the mask's originals at {other} "
             f"of {len(edit.entry)} places: another model or already patched"
         )
+    if not bool(suppressed(edit.entry.original, scale, DTYPES[tensor.dtype]).isfinite().all()):
+        raise ValueError(
+            f"mask must keep every value finite, got scale {scale:g} for {tensor.name!r} stored as "
+            f"{tensor.dtype}; use a smaller scale"
+        )
 
 
-def _copy_edited(
+@dataclass(frozen=True)
+class _Patch:
+    """The bytes of a file that change: int64 [K] ascending offsets, uint8 [K] before and after."""
+
+    offsets: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+
+    @classmethod
+    def of(cls, edits: list[_Edit], scale: float) -> _Patch:
+        offsets = [np.empty(0, np.int64)]
+        before, after = [np.empty(0, np.uint8)], [np.empty(0, np.uint8)]
+        for edit in sorted(edits, key=lambda edit: edit.tensor.offset):
+            original, dtype = edit.entry.original, DTYPES[edit.tensor.dtype]
+            first = edit.tensor.offset + edit.entry.index.numpy() * dtype.itemsize
+            offsets.append((first[:, None] + np.arange(dtype.itemsize)).reshape(-1))
+            before.append(original.to(dtype).view(torch.uint8).numpy())
+            after.append(suppressed(original, scale, dtype).view(torch.uint8).numpy())
+        return cls(np.concatenate(offsets), np.concatenate(before), np.concatenate(after))
+
+    def blocks(self, file: Path) -> Iterator[bytearray]:
+        """The content of the file with the bytes exchanged, in blocks."""
+        at = first = 0
+        changed = StateError(f"{file.name} changed while it was copied; try again")
+        with open(file, "rb") as opened:
+            while block := bytearray(opened.read(_BLOCK_BYTES)):
+                last = int(np.searchsorted(self.offsets, at + len(block)))
+                places, content = self.offsets[first:last] - at, np.frombuffer(block, np.uint8)
+                if (content[places] != self.before[first:last]).any():
+                    raise changed
+                content[places] = self.after[first:last]
+                yield block
+                at, first = at + len(block), last
+        if first < len(self.offsets):
+            raise changed
+
+
+def _copy_patched(
     source: Path,
     contents: list[Path],
     target: Path,
@@ -330,35 +354,60 @@ def _copy_edited(
     """Copy contents, following links, into an existing folder, with the suppressed values in it.
 
     All files are on the disk at the end, compared with the source; the first error ends it.
-    Returns name -> digest of every file of the copy.
+    Returns name -> digest of every file of the copy. The manifest of an earlier patch is left out.
     """
     digests: dict[str, str] = {}
+    copied = [found for found in contents if found != source / PATCH_NAME]
     with storage.flush_behind() as behind:
-        for found in contents:
+        for found in copied:
             name = found.relative_to(source).as_posix()
             place = target / name
             if found.is_dir():
                 place.mkdir()
                 continue
-            shutil.copyfile(found, place)
-            if name in edits:
-                _edit_file(place, edits[name], scale)
+            patch = _Patch.of(edits.get(name, []), scale)
+            _copy_file(found, place, patch)
             behind(place)
-            behind(partial(_check_copy, found, place, edits.get(name, []), name, digests))
-    for found in contents:
-        # Afterwards, so that a file or folder that is read-only could be written.
-        _copy_mode(found, target / found.relative_to(source))
-    return digests
+            behind(partial(_check_copy, found, place, patch, name, digests))
+    for found in copied:
+        # Afterwards, so that a file or folder that is read-only could be written. Folders stay open
+        # to their owner: `overwrite` must be able to remove them.
+        mode = stat.S_IMODE(found.stat().st_mode)
+        place = target / found.relative_to(source)
+        place.chmod(mode | 0o700 if place.is_dir() else mode)
+    return dict(sorted(digests.items()))
 
 
-def _copy_mode(found: Path, place: Path) -> None:
-    mode = stat.S_IMODE(found.stat().st_mode)
-    # Folders stay open to their owner: `overwrite` must be able to remove them.
-    place.chmod(mode | 0o700 if place.is_dir() else mode)
+def _copy_file(source: Path, copy: Path, patch: _Patch) -> None:
+    with open(copy, "xb") as file:
+        file.writelines(patch.blocks(source))
+
+
+def _check_copy(
+    source: Path, copy: Path, patch: _Patch, name: str, digests: dict[str, str]
+) -> None:
+    """Read both files again: the copy is the source with the bytes exchanged, and nothing else.
+
+    Finds a flipped bit as well as a source that was changed while it was copied. The digest of what
+    was compared is put into `digests`, so that it need not be read once more.
+    """
+    different = StateError(
+        f"{copy.name} could not be verified after writing: it differs from the edited source; "
+        "check the disk, and that nothing changes the source"
+    )
+    digest = hashlib.sha256()
+    with open(copy, "rb") as file:
+        for block in patch.blocks(source):
+            if file.read(len(block)) != block:
+                raise different
+            digest.update(block)
+        if file.read(1):
+            raise different
+    digests[name] = digest.hexdigest()
 
 
 def _contents(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """What is copied of a folder, folders before what is in them; `above` must not be entered."""
+    """The files and folders to copy, a folder before its contents; `above` must not be entered."""
     real = folder.resolve()
     if real in above:
         raise ValueError(
@@ -374,7 +423,7 @@ def _contents(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def _require_own(found: Path, source: Path, follow_links: bool) -> None:
-    """Refuse what is neither file nor folder, and a link that leads out of the source."""
+    """Refuse anything but files and folders, and a link that leads out of the source."""
     try:
         real = found.resolve(strict=True)
     except RuntimeError as error:
@@ -395,82 +444,12 @@ def _require_own(found: Path, source: Path, follow_links: bool) -> None:
         )
 
 
-def _check_copy(
-    source: Path, copy: Path, edits: list[_Edit], name: str, digests: dict[str, str]
-) -> None:
-    """Read both files again: they differ at masked values only, and in nothing where none is.
-
-    Finds a flipped bit as well as a source that was changed while it was copied. The digest of what
-    was compared is put into `digests`, so that it need not be read once more.
-    """
-    masked = _masked_bytes(edits)
-    digest = hashlib.sha256()
-    at = 0
-    with open(source, "rb") as one, open(copy, "rb") as other:
-        while True:
-            a, b = one.read(_BLOCK_BYTES), other.read(_BLOCK_BYTES)
-            if a != b and (len(a) != len(b) or not np.isin(at + _different(a, b), masked).all()):
-                raise StateError(
-                    f"{copy.name} could not be verified after writing: it differs from the source "
-                    "where nothing was edited; check the disk, and that nothing changes the source"
-                )
-            if not a:
-                digests[name] = digest.hexdigest()
-                return
-            digest.update(b)
-            at += len(a)
-
-
-def _different(a: bytes, b: bytes) -> np.ndarray:
-    return np.nonzero(np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8))[0]
-
-
-def _masked_bytes(edits: list[_Edit]) -> np.ndarray:
-    """Offsets in the file of every byte of a masked value."""
-    offsets = [
-        edit.tensor.offset
-        + (edit.entry.index.numpy()[:, None] * size + np.arange(size)).reshape(-1)
-        for edit in edits
-        for size in (DTYPES[edit.tensor.dtype].itemsize,)
-    ]
-    return np.concatenate(offsets) if offsets else np.empty(0, np.int64)
-
-
-def _edit_file(path: Path, edits: list[_Edit], scale: float) -> None:
-    """Write the suppressed values into a file of the copy."""
-    with open(path, "r+b", buffering=0) as file:
-        for edit in edits:
-            index, tensor = edit.entry.index, edit.tensor
-            values = suppressed(edit.entry.original, scale, DTYPES[tensor.dtype])
-            if not bool(values.isfinite().all()):
-                raise ValueError(
-                    f"mask must keep every value finite, got scale {scale:g} for {tensor.name!r} "
-                    f"stored as {tensor.dtype}; use a smaller scale"
-                )
-            if _count_other(read_values(file, tensor, index), edit.entry):
-                raise StateError(f"{path.name} changed while it was copied; try again")
-            write_values(file, tensor, index, values)
-
-
-def _check_written(folder: Path, edits: list[_Edit], scale: float) -> None:
-    """Read the suppressed values back from the copy."""
-    for edit in edits:
-        if not _holds_suppressed(folder, edit.entry, edit.tensor, scale):
-            raise StateError(
-                f"{edit.tensor.file_name} could not be verified after writing: "
-                f"{edit.tensor.name!r} read back differently; check the disk"
-            )
-
-
-def _unpatched_files(folder: Path, patched: list[str]) -> tuple[str, ...]:
-    files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+def _other_weights(names: Iterable[str], patched: list[str]) -> tuple[str, ...]:
     return tuple(
-        sorted(
-            name
-            for name in files
-            if name not in patched
-            and any(fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in _OTHER_WEIGHTS)
-        )
+        name
+        for name in names
+        if name not in patched
+        and any(fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in _OTHER_WEIGHTS)
     )
 
 
@@ -479,7 +458,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """Provenance that travels with the folder; the folder's name, not its path, names the source.
 
-    The manifest of an earlier patch, which the copy brought along, is kept under "earlier".
+    The manifest of an earlier patch of the source goes under "earlier".
     """
     earlier_file = source / PATCH_NAME
     earlier = None

@@ -3,9 +3,8 @@
 Every edit is all or nothing. The masks that are active on a model are remembered, the latest last,
 in a dictionary of this module. Two threads may edit two models, not one.
 
-An edit is decided here by looking at everything. What an unnested edit found is prepared for the
-next time (`prepared`), which goes through if the model is as it was then; else everything is looked
-at again, and says what is wrong.
+Every edit finds the parameters and compares their values anew: tens of milliseconds for a whole
+model, and no state that a `.to()`, a reload or a replaced layer could make stale.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.masks.entries import MaskEntry, same_bits, shared_positions, suppressed
-from fastdean.masks.prepared import PreparedEdit, PreparedEdits, prepare
 from fastdean.masks.weights import Part, Weights
 from fastdean.models.model_state import unwrap
 from fastdean.wording.log import logger
@@ -28,7 +26,7 @@ from fastdean.wording.mendable import InputTypeError, StateError
 
 
 class Mask(Protocol):
-    """What an edit asks of a mask; masks are told apart by `==` and named in errors by `repr`."""
+    """What an edit needs of a mask; it also compares masks by `==` and prints them by `repr`."""
 
     @property
     def entries(self) -> Mapping[str, MaskEntry]: ...
@@ -44,27 +42,18 @@ class Application:
     Attributes:
         parts: what it wrote over what.
         wrote: False where the model held the masked values from the start.
-        prepared: how to take it back where no other mask is active; None: the long way.
     """
 
     mask: Mask
     parts: list[Part]
     wrote: bool
-    prepared: PreparedEdit | None = None
 
 
-class _Edited:
-    """What is remembered of a model: its active masks, the latest last, and how to toggle them.
-
-    Parameters are named and never held, so that a model can go, and `.to()` and reloading are seen.
-    """
-
-    def __init__(self) -> None:
-        self.stack: list[Application] = []
-        self.prepared = PreparedEdits()
-
-
-_EDITED: weakref.WeakKeyDictionary[nn.Module, _Edited] = weakref.WeakKeyDictionary()
+# The active masks of each model, the latest last. Parameters are named and never held, so that a
+# model can go, and `.to()` and reloading are seen.
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[Application]] = weakref.WeakKeyDictionary()
+# The models of another dtype than their mask's, of which the user has been warned.
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def apply_(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Application | None:
@@ -75,22 +64,8 @@ def apply_(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Applicat
     Raises:
         TypeError, ValueError, RuntimeError: as `NeuronMask.apply_`; nothing is written then.
     """
-    return _apply(*_open(model), mask, impl)
-
-
-def _apply(root: nn.Module, edited: _Edited, mask: Mask, impl: str | None) -> Application | None:
-    prepared = None if edited.stack else edited.prepared.get(mask, impl)
-    if prepared is not None:
-        application = Application(mask, prepared.parts, wrote=True, prepared=prepared)
-        if _replaced(root, edited.stack, [application], prepared, back=False):
-            return application
-    return _apply_unprepared(root, edited, mask, impl)
-
-
-def _apply_unprepared(
-    root: nn.Module, edited: _Edited, mask: Mask, impl: str | None
-) -> Application | None:
-    stack, weights = edited.stack, Weights(root)
+    root, stack = _open(model)
+    weights = Weights(root)
     _forget_undone(stack, weights)
     targets = _targets(mask, weights)
     current = weights.read(targets)
@@ -103,15 +78,11 @@ def _apply_unprepared(
             raise ValueError(_other_values(targets, base))
         application = Application(mask, targets, wrote=False)
         stack.append(application)
-        _say_if_rounded(mask, targets)
+        _warn_if_rounded(root, mask, targets)
         return application
     weights.require_writable(targets)
     parts = [replace(part, previous=now) for part, now in zip(targets, current, strict=True)]
-    prepared = None
-    if not stack:
-        prepared = prepare(root, weights, parts, mask.entries, impl)
-        edited.prepared.keep(mask, prepared, impl)
-    application = Application(mask, parts, wrote=True, prepared=prepared)
+    application = Application(mask, parts, wrote=True)
 
     def write() -> None:
         if mask.scale == 0.0:
@@ -120,7 +91,7 @@ def _apply_unprepared(
             weights.write_(parts, written, impl)
 
     _all_or_nothing(write, stack, [*stack, application], parts, current, weights)
-    _say_if_rounded(mask, parts)
+    _warn_if_rounded(root, mask, parts)
     return application
 
 
@@ -133,10 +104,8 @@ def restore_(model: nn.Module, mask: Mask) -> None:
     Raises:
         TypeError, ValueError, RuntimeError: as `NeuronMask.restore_`; nothing is written then.
     """
-    root, edited = _open(model)
-    if len(edited.stack) == 1 and edited.stack[0].mask is mask and _undone(root, edited.stack):
-        return
-    stack, weights = edited.stack, Weights(root)
+    root, stack = _open(model)
+    weights = Weights(root)
     _forget_undone(stack, weights)
     active = _find(stack, mask)
     if active is None:
@@ -149,17 +118,17 @@ def restore_(model: nn.Module, mask: Mask) -> None:
 @contextmanager
 def applied(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Iterator[nn.Module]:
     """`apply_` on entry; on exit, also after an exception, undo what was written on entry."""
-    root, edited = _open(model)
-    before, entered = list(edited.stack), []
+    root, stack = _open(model)
+    before, entered = list(stack), []
     # Undone twice: an interrupt of the first time leaves the second.
     try:
         try:
-            entered.append(_apply(root, edited, mask, impl))
+            entered.append(apply_(model, mask, impl=impl))
             yield model
         finally:
-            _leave(root, edited.stack, mask, before, entered)
+            _leave(root, stack, mask, before, entered)
     except BaseException:
-        _leave(root, edited.stack, mask, before, entered)
+        _leave(root, stack, mask, before, entered)
         raise
 
 
@@ -170,12 +139,10 @@ def _leave(
     before: Sequence[Application],
     entered: Sequence[Application | None],
 ) -> None:
-    """Undo what `entered` holds; where an interrupt lost it, what was recorded since `before`."""
+    """Undo the mask in `entered`; if an interrupt lost it, the one recorded since `before`."""
     found = entered or [each for each in stack if each.mask is mask and each not in before]
     application = found[0] if found else None
     if application not in stack:
-        return
-    if stack == [application] and application.wrote and _undone(root, stack):
         return
     weights = Weights(root)
     _forget_undone(stack, weights)
@@ -185,47 +152,12 @@ def _leave(
         stack.remove(application)
 
 
-def _open(model: nn.Module) -> tuple[nn.Module, _Edited]:
-    """The model below its wrappers, and what is remembered of it."""
+def _open(model: nn.Module) -> tuple[nn.Module, list[Application]]:
+    """The model below its wrappers, and its active masks."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     root = unwrap(model)
-    edited = _EDITED.get(root)
-    return root, _EDITED.setdefault(root, _Edited()) if edited is None else edited
-
-
-def _undone(root: nn.Module, stack: list[Application]) -> bool:
-    """Take back the only active mask as it was prepared; False: nothing was done."""
-    prepared = stack[0].prepared
-    return prepared is not None and _replaced(root, stack, [], prepared, back=True)
-
-
-def _replaced(
-    root: nn.Module,
-    stack: list[Application],
-    afterwards: list[Application],
-    prepared: PreparedEdit,
-    *,
-    back: bool,
-) -> bool:
-    """Edit as prepared, and record it; False, and nothing is done, if the model is not as it was.
-
-    Raises: what interrupts it, after undoing what was done.
-    """
-    tensors = prepared.find(root)
-    if tensors is None:
-        return False
-    before = list(stack)
-    try:
-        if not prepared.replace_(tensors, back=back):
-            return False
-        stack[:] = afterwards
-        return True
-    except BaseException:
-        stack[:] = before
-        # Writes only over what it wrote itself.
-        prepared.replace_(tensors, back=not back)
-        raise
+    return root, _ACTIVE.setdefault(root, [])
 
 
 def _find(stack: Sequence[Application], mask: Mask) -> Application | None:
@@ -233,11 +165,11 @@ def _find(stack: Sequence[Application], mask: Mask) -> Application | None:
 
 
 def _forget_undone(stack: list[Application], weights: Weights) -> None:
-    """Forget the latest masks whose weights hold what restoring them would leave.
+    """Forget the latest masks if the weights already hold the values from before them.
 
-    This is what reloading a clean state dict over an edited model leads to. Where the weights are
-    as the masks wrote them nothing was reloaded: a mask may itself write what stood there before
-    an earlier one.
+    Loading a clean state dict over an edited model has that effect. If the weights still hold what
+    the masks wrote, nothing was loaded: a mask may write the very values from before an earlier
+    one.
     """
     written = [(part, part.written) for active in reversed(stack) for part in active.parts]
     if _holds(written, weights):
@@ -250,16 +182,18 @@ def _forget_undone(stack: list[Application], weights: Weights) -> None:
 
 
 def _holds(states: Sequence[tuple[Part, Tensor]], weights: Weights) -> bool:
-    """Whether the model holds these values; where parts overlap, the first of them counts."""
+    """Whether the model holds these values; where parts overlap, the first one counts."""
     seen: dict[tuple, Tensor] = {}
     now = weights.read([part for part, _ in states])
     for (part, values), current in zip(states, now, strict=True):
         memory, elements = weights.elements(part)
-        before = seen.get(memory, elements[:0])
-        first = ~torch.isin(elements, before)
-        if not bool(same_bits(current[first], values[first]).all()):
+        if memory in seen:
+            first = ~torch.isin(elements, seen[memory])
+            current, values = current[first], values[first]
+            elements = torch.cat([seen[memory], elements])
+        if not bool(same_bits(current, values).all()):
             return False
-        seen[memory] = torch.cat([before, elements])
+        seen[memory] = elements
     return True
 
 
@@ -283,17 +217,18 @@ def _targets(mask: Mask, weights: Weights) -> list[Part]:
     return parts
 
 
-def _say_if_rounded(mask: Mask, parts: Sequence[Part]) -> None:
+def _warn_if_rounded(root: nn.Module, mask: Mask, parts: Sequence[Part]) -> None:
+    """Warn once per model: a mask is applied once for every evaluation."""
     for part in parts:
         own, found = mask.entries[part.name].dtype, part.previous.dtype
-        if own != found:
+        if own != found and root not in _WARNED:
+            _WARNED.add(root)
             logger.warning(
                 "the mask was made in %s and the model is in %s: every original rounds to the "
                 "weight found there, and that is what is restored",
                 str(own).removeprefix("torch."),
                 str(found).removeprefix("torch."),
             )
-            return
 
 
 def _beneath(
@@ -302,14 +237,14 @@ def _beneath(
     stack: Sequence[Application],
     weights: Weights,
 ) -> list[Tensor]:
-    """The values at the targets with every active mask thought away, [M] each."""
+    """The values at the targets without the active masks, [M] each."""
     base = [values.clone() for values in current]
     wanted: dict[tuple, list[tuple[int, Tensor]]] = {}
     for position, part in enumerate(targets):
         memory, elements = weights.elements(part)
         wanted.setdefault(memory, []).append((position, elements))
     for active in reversed(stack):
-        # Two parts of one mask may hold the same element: both are compared with what is there.
+        # Two parts of one mask may hold the same element: both are compared with the model.
         above, base = base, [values.clone() for values in base]
         for part in active.parts:
             memory, elements = weights.elements(part)
@@ -323,7 +258,7 @@ def _beneath(
 
 
 def _undo(stack: list[Application], active: Application, weights: Weights) -> None:
-    """Write what stood there before `active`, which is the latest or was never recorded."""
+    """Write the values from before `active`, which is the latest mask or was never recorded."""
     if stack and stack[-1] is not active:
         raise StateError(
             f"masks must be restored in reverse order, got {active.mask!r} while "
@@ -348,11 +283,11 @@ def _all_or_nothing(
     current: Sequence[Tensor],
     weights: Weights,
 ) -> None:
-    """Edit by `write` and record it; if that is cut short, neither is done.
+    """Call `write` and record it; if an exception cuts that short, undo both.
 
     Args:
-        afterwards: what the stack holds once the edit is made.
-        current: what the parts hold now; a write that never began is left alone.
+        afterwards: the stack after the edit.
+        current: the values of the parts now; a write that never began is left alone.
     """
     before = list(stack)
     # No context manager: an interrupt as a block ends would undo the write and not the record.

@@ -1,4 +1,4 @@
-"""The masked weights of one parameter: where they are, what they were, what suppression makes.
+"""The masked weights of one parameter: their places, original values and suppressed values.
 
 A weight is addressed by its flat row-major index, and values are compared bit by bit: the originals
 are what tells one model from another.
@@ -152,7 +152,7 @@ def same_bits(left: Tensor, right: Tensor) -> Tensor:
 
 
 def shared_positions(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the indices that are in both stand in each, int64; `right` is ascending."""
+    """The positions, in each, of the indices that are in both, int64; `right` is ascending."""
     here = torch.isin(left, right).nonzero().flatten()
     return here, torch.searchsorted(right, left[here])
 

@@ -1,7 +1,6 @@
-"""`NeuronMask`: which weights are suppressed, what they were, and by how much; kept as a folder.
+"""`NeuronMask`: which weights are suppressed, their original values, and by how much; on disk too.
 
-The originals are the model's identity: a mask is applied only where they are what the model holds.
-What happens to a model is in `edits`.
+The originals identify the model: a mask is applied only to a model that holds them.
 """
 
 from __future__ import annotations
@@ -183,11 +182,8 @@ class NeuronMask:
 
         A mask that is active already (this one or an equal one) changes nothing. On a model whose
         weights hold the masked values from the start, as one loaded from a patched checkpoint
-        does, nothing is written and the mask counts as active. The first time prepares the next
-        ones: while the model stays where it is, toggling then costs little more than reading and
-        writing the masked weights, and most where they are not in the processor's caches. A model
-        in another dtype than the mask's is edited where every original rounds to the value found,
-        and a warning says so.
+        does, nothing is written and the mask counts as active. A model in another dtype than the
+        mask's is edited where every original rounds to the value found, and one warning says so.
 
         Args:
             model: the module whose parameters the names mean; wrappers of torch.compile and

@@ -1,4 +1,4 @@
-"""The parameters of a model as a mask names them: found, checked, read and written."""
+"""The parameters of a model as a mask names them: looked up, checked, read and written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One parameter of an edit: where, what stands there without it, and what with it."""
+    """One parameter of an edit: its masked places, their values before and after."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,22 +34,13 @@ class Weights:
     def __init__(self, root: nn.Module) -> None:
         # Tied parameters under all their names.
         named = dict(root.named_parameters(remove_duplicate=False))
-        self._paths: dict[str, str] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
         self._adapted: set[str] = set()
         for name, (path, adapted) in parameter_paths(root).items():
             name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-            self._paths[name] = path
+            self._parameters[name] = named[path]
             if adapted:
                 self._adapted.add(name)
-        self._parameters = {name: named[path] for name, path in self._paths.items()}
-
-    def parameter(self, name: str) -> nn.Parameter:
-        """The parameter of this name, which the model has."""
-        return self._parameters[name]
-
-    def path(self, name: str) -> str:
-        """The name of a parameter in the model as it is, wrappers included."""
-        return self._paths[name]
 
     def dtype_of(self, name: str, otherwise: torch.dtype) -> torch.dtype:
         """The dtype in which a parameter can be edited; `otherwise` where it cannot."""

@@ -16,16 +16,13 @@ from fastdean.native.extension import (
 )
 from fastdean.native.importance import accumulate_importance_
 from fastdean.native.masks import gather_at, write_at_, zero_at_
-from fastdean.native.replacement import Replacement, can_replace
 
 __all__ = [
     "ABI_VERSION",
     "BuildFacts",
     "CpuLevels",
     "NativeStatus",
-    "Replacement",
     "accumulate_importance_",
-    "can_replace",
     "collapse_alignment",
     "collapse_alignment_backward",
     "cpu_level",

@@ -13,35 +13,29 @@ if TYPE_CHECKING:
         accumulate_unit_importance_,
     )
     from fastdean.ops.mask import (
-        Replacement,
         gather_at,
-        prepare_replacement,
         write_at_,
         zero_at_,
     )
     from fastdean.ops.selection import select_top
 
 _HOME = {
-    "Replacement": "fastdean.ops.mask",
     "accumulate_expert_importance_": "fastdean.ops.importance",
     "accumulate_importance_": "fastdean.ops.importance",
     "accumulate_unit_importance_": "fastdean.ops.importance",
     "collapse_alignment": "fastdean.ops.collapse",
     "gather_at": "fastdean.ops.mask",
-    "prepare_replacement": "fastdean.ops.mask",
     "select_top": "fastdean.ops.selection",
     "write_at_": "fastdean.ops.mask",
     "zero_at_": "fastdean.ops.mask",
 }
 
 __all__ = [
-    "Replacement",
     "accumulate_expert_importance_",
     "accumulate_importance_",
     "accumulate_unit_importance_",
     "collapse_alignment",
     "gather_at",
-    "prepare_replacement",
     "select_top",
     "write_at_",
     "zero_at_",

@@ -37,7 +37,6 @@ FILE = Path(__file__).with_name("checked_forms.json")
 _FORMAT = 1
 
 _KERNELS = Path(__file__).parent.parent / "kernels"
-# The prepared replacement of masked weights is in it too, and belongs to write_at_.
 _MASK = ("fastdean.h", "mask_cuda.cu")
 _COLLAPSE = ("collapse_cuda.cu", "fastdean.h")
 

@@ -9,14 +9,10 @@ else in autograd. Nothing is written if any argument fails its check.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from fastdean.ops import _checks, _dispatch
-
-if TYPE_CHECKING:
-    from fastdean import native
 
 
 def zero_at_(
@@ -87,84 +83,6 @@ def write_at_(
     _checks.check_writable(tensors)
     _checks.check_values(tensors, indices, values)
     _on_every_device("write_at_", impl, tensors, indices, values)
-
-
-def prepare_replacement(
-    tensors: Sequence[torch.Tensor],
-    indices: Sequence[torch.Tensor],
-    before: Sequence[torch.Tensor],
-    after: Sequence[torch.Tensor],
-    *,
-    impl: str | None = None,
-) -> Replacement | None:
-    """What it takes to switch the addressed entries between two states many times, at little cost.
-
-    Args:
-        tensors, indices, impl: as for `zero_at_`. The tensors are not kept.
-        before, after: one [M] per tensor, in the tensor's dtype, on the CPU; copied.
-    Returns:
-        None where `write_at_` is not run by the extension on all of their devices: then there is
-        nothing to prepare.
-    Raises: as `zero_at_`.
-    """
-    _checks.check_edited_places(tensors, indices)
-    _checks.check_writable(tensors)
-    _checks.check_values(tensors, indices, before)
-    _checks.check_values(tensors, indices, after)
-    groups = _by_device(tensors)
-    chosen = [_dispatch.choose("write_at_", device, impl).name for device in groups]
-    if not groups or set(chosen) != {"native"}:
-        return None
-    from fastdean import native
-
-    if not native.can_replace():
-        return None
-    arguments = (tensors, indices, before, after)
-    return Replacement(
-        [
-            (positions, native.Replacement(*([each[p] for p in positions] for each in arguments)))
-            for positions in groups.values()
-        ]
-    )
-
-
-class Replacement:
-    """See `prepare_replacement`. Not to be used by two threads at once."""
-
-    def __init__(self, groups: Sequence[tuple[list[int], native.Replacement]]) -> None:
-        self._groups = groups
-        self._num_tensors = sum(len(positions) for positions, _ in groups)
-
-    def replace_(self, tensors: list[torch.Tensor], *, back: bool = False) -> bool:
-        """Write `after` over `before`, or with `back` the other way round: all of it or nothing.
-
-        Args:
-            tensors: those that it was prepared for, as they are now.
-        Returns:
-            False, and nothing is written, if a tensor has another type, address, shape, strides,
-            dtype or device than it had, or if an entry does not hold, bit for bit, what is to be
-            written over; or, outside of inference mode, if a tensor was made in it. On CUDA the
-            host waits for the current stream.
-        Raises: ValueError if the number of tensors is another.
-        """
-        if len(tensors) != self._num_tensors:
-            raise ValueError(
-                f"tensors must be the {self._num_tensors} that were prepared, in their order, got "
-                f"{len(tensors)}; prepare another replacement for others"
-            )
-        if len(self._groups) == 1:
-            return self._groups[0][1].replace_(tensors, back=back)
-        groups = [([tensors[p] for p in positions], each) for positions, each in self._groups]
-        # Every device before the first write, of which each is all or nothing by itself.
-        if not all(each.replace_(part, back=back, write=False) for part, each in groups):
-            return False
-        try:
-            return all([each.replace_(part, back=back) for part, each in groups])
-        except BaseException:
-            # Each writes only over what this call has written.
-            for part, each in groups:
-                each.replace_(part, back=not back)
-            raise
 
 
 def _by_device(tensors: Sequence[torch.Tensor]) -> dict[torch.device, list[int]]:

@@ -1,1 +1,1 @@
-"""What people are told: the log, text that steers nothing, and what may be said of a figure."""
+"""Text for people: the log, text that is safe to print, and the verdict on a figure."""

@@ -1,4 +1,4 @@
-"""Numbers that are read together, with enough digits that they are told apart."""
+"""Numbers that are read together, with enough digits to differ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _MOST = 12
 
 
 def apart(*values: float, least: int = 4, sign: bool = False) -> list[str]:
-    """The values with `least` significant digits, or more where two of them would read alike.
+    """The values with `least` significant digits, or more if two of them would look the same.
 
     Numbers up to 1e9 are written out and not as powers of ten.
 

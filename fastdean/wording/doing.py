@@ -1,4 +1,4 @@
-"""What is being done, for the progress bars of whatever it takes: "step 5 of 9, random mask"."""
+"""The running step of a job, for the titles of progress bars: "step 5 of 9, random mask"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STEP: ContextVar[str] = ContextVar("step", default="")
 
 @contextmanager
 def during(step: str) -> Iterator[None]:
-    """Bars that are shown inside name this step of a job."""
+    """Bars shown inside name this step."""
     before = _STEP.set(step)
     try:
         yield
@@ -20,7 +20,7 @@ def during(step: str) -> Iterator[None]:
 
 
 def titled(what: str) -> str:
-    """The title of a bar that shows `what`, with the step of the job that it belongs to."""
+    """The title of a bar that shows `what`, with the running step before it."""
     step = _STEP.get()
     if not step or step.endswith(what):
         return step or what

@@ -18,7 +18,7 @@ def _level() -> int:
 
 
 def _written_out(record: logging.LogRecord) -> bool:
-    """A message is one line of ours, whatever names stand in it and whoever shows it."""
+    """Make the message one line, whatever names are in it."""
     record.msg, record.args = one_line(record.getMessage()), ()
     return True
 

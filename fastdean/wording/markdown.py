@@ -1,4 +1,4 @@
-"""Text that stays text in a Markdown card, whatever stands in it.
+"""Text that stays text in a Markdown card.
 
 Names of models, files and measures come from others. None of them may begin a heading, close a
 fence, open a tag or a link, or end the metadata above a card.
@@ -10,12 +10,12 @@ import re
 
 from fastdean.wording.printable import one_line, printable
 
-# What means something in running text or in the cell of a table.
+# Markup in running text or in the cell of a table.
 _MEANT = re.compile(r"([\\`*_{}\[\]<>#|~$!])")
 
 
 def text(words: str) -> str:
-    """As running text, in a heading or in the cell of a table: one line, nothing of it markup."""
+    """As running text, in a heading or in the cell of a table: one line without markup."""
     return _MEANT.sub(r"\\\1", one_line(words).replace("&", "&amp;")).replace("\\<", "&lt;")
 
 

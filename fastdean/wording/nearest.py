@@ -1,4 +1,4 @@
-"""What a mistyped path may have meant: the names beside it that are like it."""
+"""Suggestions for a mistyped path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MOST = 3
 
 
 def nearest(path: str | Path) -> str:
-    """Existing paths beside `path` whose last part is like its own, as the end of a sentence."""
+    """Existing paths beside `path` with a similar last part, as the end of a sentence."""
     place = Path(path).expanduser()
     try:
         names = sorted(found.name for found in place.parent.iterdir())

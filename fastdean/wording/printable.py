@@ -1,8 +1,8 @@
-"""Text that a terminal or a page may be given: what would steer either is written out.
+"""Text that is safe on a terminal or a page: control characters are escaped.
 
-Names of files, modules, models and rows come from others. In them may stand escape sequences that
-move the cursor or retitle the window, marks that turn the reading direction, and line breaks that
-begin a line of somebody else.
+Names of files, modules, models and rows come from others. They may hold escape sequences that move
+the cursor or retitle the window, marks that turn the reading direction, and line breaks that fake a
+line of output.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def printable(text: str) -> str:
-    r"""`text` with all that is no character to read as JSON writes it (`\u001b`).
+    r"""`text` with every control character as JSON escapes it (`\u001b`).
 
-    Line breaks and tabs stay: see `one_line` for what is a line, or a part of one.
+    Line breaks and tabs stay; `one_line` escapes them too.
     """
     if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
         return text
@@ -30,8 +30,13 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
+def error_line(error: BaseException) -> str:
+    """An error's text without its line breaks, to be quoted in another error."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def is_steering(character: str) -> bool:
-    """Whether a character is none to read but changes what is shown, or where."""
+    """Whether a character is not shown itself but changes what is shown, or where."""
     return unicodedata.category(character) in _STEERING and character not in _JOINERS
 
 

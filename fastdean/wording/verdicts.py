@@ -1,4 +1,4 @@
-"""What may be said about a figure: the words of a verdict, and what it takes to earn one.
+"""The verdict on a figure: its words, and when they are given.
 
 Every interval, table and sentence of the package takes its verdict from here.
 """
@@ -11,7 +11,7 @@ NOT_JUDGED = "not judged"
 HIGHER, LOWER = "higher", "lower"
 ABOVE, BELOW = "above neutral", "below neutral"
 FARTHER, CLOSER = "farther from neutral", "closer to neutral"
-# Below it an interval is known too badly, and the sign-flip test has too few patterns.
+# With fewer, an interval is too uncertain and the sign-flip test has too few patterns.
 FEWEST = 8
 
 _WITHHELD = "no verdict from "
@@ -54,10 +54,10 @@ def judge(
 
 
 def reading(low: float, high: float, no_effect: float, verdict: object) -> str:
-    """What is shown beside an interval that came with a verdict, from a file or a caller.
+    """The words beside an interval that came with a verdict, from a file or a caller.
 
-    An interval that holds "nothing changed" is never called an effect, and none is read into one
-    that came without a verdict.
+    An interval that holds "nothing changed" is no effect, whatever the verdict; one without a
+    verdict is not judged.
     """
     if is_withheld(verdict):
         return verdict

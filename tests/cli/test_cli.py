@@ -531,7 +531,9 @@ def test_truncated_and_foreign_files_are_refused(place, run_folder, tmp_path):
         call("couple", "--first", scores, "--second", scores, *out),
         "scores.safetensors' must be a whole safetensors file",
     )
-    refused(call("patch", "--checkpoint", model, "--mask", good, *out), "got one truncated")
+    refused(
+        call("patch", "--checkpoint", model, "--mask", good, *out), "got a truncated or foreign one"
+    )
     refused(call("apply", "--model", model, "--mask", good, *out), "model must be a Hugging Face")
     refused(
         call("couple", "--first", good, "--second", good, *out), "must be a folder of kind 'scores'"
@@ -672,11 +674,11 @@ def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path, ignored, number
         # As a terminal starts its programs: whoever runs the tests may ignore the signal.
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(signal.{ignored}, signal.SIG_IGN)
-        edit = checkpoint._edit_file
-        def edit_file(*arguments):
+        copy = checkpoint._copy_file
+        def copy_file(*arguments):
             os.kill(os.getpid(), signal.{number})
-            edit(*arguments)
-        checkpoint._edit_file = edit_file
+            copy(*arguments)
+        checkpoint._copy_file = copy_file
         sys.argv = ["fastdean", *sys.argv[1:]]
         cli.main()
     """

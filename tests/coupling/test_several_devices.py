@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_masks import FIRST, SECOND, Stack, assert_bits, bits, flat, mask_of
 
-from fastdean.ops import _dispatch, gather_at, mask, prepare_replacement, write_at_, zero_at_
+from fastdean.ops import _dispatch, gather_at, mask, write_at_, zero_at_
 
 # Equal in type, so that the CPU's implementations run, and different as keys.
 DEVICES = torch.device("cpu"), torch.device("cpu", 0)
@@ -121,56 +121,6 @@ def test_nothing_is_written_where_one_device_has_no_implementation(weights, monk
     with pytest.raises(RuntimeError, match="not today"):
         write_at_(weights, indices(), [-values for values in expected(weights)])
     assert same(weights, before)
-
-
-@pytest.fixture
-def replacement(weights, two_devices, extension_built):
-    """Of what the weights hold by the negated values."""
-    if not extension_built:
-        pytest.skip("an install without the extension is under test")
-    before = expected(weights)
-    return prepare_replacement(weights, indices(), before, [-values for values in before])
-
-
-def test_a_replacement_edits_every_device_there_and_back(weights, replacement):
-    before = [weight.clone() for weight in weights]
-    for _ in range(2):
-        assert replacement.replace_(weights)
-        assert same(expected(weights), [-values for values in expected(before)])
-        assert not replacement.replace_(weights)
-        assert replacement.replace_(weights, back=True)
-        assert same(weights, before)
-
-
-@pytest.mark.parametrize("changed", [0, 1, 4], ids=["first", "second", "first, last tensor"])
-def test_a_device_with_another_value_keeps_all_from_being_written(weights, replacement, changed):
-    weights[changed].view(-1)[indices()[changed][-1]] = 9.0
-    before = [weight.clone() for weight in weights]
-    versions = [weight._version for weight in weights]
-    assert not replacement.replace_(weights)
-    assert same(weights, before)
-    assert [weight._version for weight in weights] == versions
-
-
-@pytest.mark.parametrize("moved", [0, 3], ids=["first", "second"])
-def test_a_device_with_another_tensor_keeps_all_from_being_written(weights, replacement, moved):
-    before = [weight.clone() for weight in weights]
-    others = list(weights)
-    others[moved] = others[moved].clone()
-    assert not replacement.replace_(others)
-    assert same(weights, before) and same(others, before)
-
-
-@pytest.mark.usefixtures("two_devices")
-def test_nothing_is_prepared_unless_the_extension_edits_every_device(weights, monkeypatch):
-    right = _dispatch.choose
-
-    def reference_on_the_second(op, device, impl=None):
-        return right(op, device, "reference" if device == DEVICES[1] else impl)
-
-    monkeypatch.setattr(_dispatch, "choose", reference_on_the_second)
-    before = expected(weights)
-    assert prepare_replacement(weights, indices(), before, before) is None
 
 
 @pytest.mark.usefixtures("two_devices")

@@ -1,4 +1,4 @@
-// gather_at, write_at, zero_at and replace_at on the CPU against a list of where every element
+// gather_at, write_at and zero_at on the CPU against a list of where every element
 // lies; compiled with the sanitizers, so that a read or write outside its memory, or undefined
 // behaviour, ends it.
 #include <algorithm>
@@ -189,48 +189,14 @@ void check_gather_write_zero(Table table, int64_t workers, const std::string& wh
   expect(table.memories() == after_zero, where + ": zero_at left other bits");
 }
 
-void check_replace(Table table, int64_t workers, const std::string& where) {
-  for (Tensor& tensor : table.tensors) tensor.expected = gathered(tensor);
-  const auto before = table.memories();
-  const auto after = written(table);
-  const auto rows = table.rows(true, true);
-  const auto params = params_of(rows, workers);
-  const auto step = [&](bool reverse, bool write, int64_t other, const std::vector<Bytes>& left) {
-    int64_t first_other = -1;
-    const Status status = replace_at_cpu(params, reverse, write, &first_other);
-    const std::string call = where + ": replace_at, reverse " + std::to_string(reverse) +
-                             ", write " + std::to_string(write);
-    expect(status == Status::kOk, call + ": refused");
-    expect(first_other == other, call + ": first other row is " + std::to_string(first_other) +
-                                     ", not " + std::to_string(other));
-    expect(table.memories() == left, call + ": left other bits");
-  };
-  step(false, false, params.num_rows, before);
-  step(false, true, params.num_rows, after);
-  step(true, false, params.num_rows, after);
-  step(true, true, params.num_rows, before);
-
-  // From the last row to the first, one bit more that is not as expected, at either end of a row.
-  for (int64_t r = params.num_rows - 1; r >= 0; --r) {
-    Tensor& tensor = table.tensors[r];
-    if (tensor.count() == 0) continue;
-    char* place = tensor.place(r % 2 == 0 ? 0 : tensor.count() - 1);
-    place[r % tensor.width] = static_cast<char>(place[r % tensor.width] ^ (1 << r % 8));
-    step(false, true, r, table.memories());
-  }
-}
-
 // Every operation refuses the rows and writes nothing, to tensors or values.
 void check_refused(const Table& table, const std::vector<PlacesRow>& rows, Status right,
                    const std::string& what) {
   const Table before = table;
   const auto params = params_of(rows, 1);
-  int64_t first_other = -1;
   expect(gather_at_cpu(params) == right, what + ": gather_at");
   expect(write_at_cpu(params) == right, what + ": write_at");
   expect(zero_at_cpu(params) == right, what + ": zero_at");
-  expect(replace_at_cpu(params, false, true, &first_other) == right, what + ": replace_at");
-  expect(first_other == -1, what + ": replace_at compared");
   expect(table.memories() == before.memories(), what + ": the tensors have changed");
   for (size_t r = 0; r < table.tensors.size(); ++r) {
     expect(table.tensors[r].values == before.tensors[r].values, what + ": the values have changed");
@@ -318,7 +284,6 @@ int main() {
     for (const int64_t workers : {1, 2, 3, 8}) {
       const std::string where = table.name + ", " + std::to_string(workers) + " workers";
       check_gather_write_zero(table, workers, where);
-      check_replace(table, workers, where);
     }
   }
   check_refusals();

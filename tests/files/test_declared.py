@@ -62,6 +62,12 @@ NAN = float("nan")
             "the field a.b, got no such fi",
         ),
         (Either((Real(), Exactly("inf"))), "nan", "a finite number or 'inf', got 'nan'"),
+        (
+            Record({"a": Maybe(Record({"b": Whole()}))}),
+            {"a": {}},
+            "the field a.b, got no such field",
+        ),
+        (Maybe(Text(longest=3)), "abcd", "null or a text of at most 3 characters, got one of 4"),
         (Anything(), {"a": [NAN]}, "['a'][0] as a finite number, got nan"),
         (Anything(), {1: 2}, "an object with names that are text, got 1"),
         (Filled(("torch.float32",), (2,)), [1.0], "a tensor in torch.float32, got [1.0]"),

@@ -154,7 +154,7 @@ def test_a_file_that_comes_at_the_last_moment_is_kept(tmp_path, monkeypatch, exc
                 mine.write_text("mine")
             done = step(*places)
             # Another call for the same path, which takes litter away.
-            folders._sweep(path, inside=False)
+            folders.sweep(path)
             return done
 
         return taken
@@ -246,7 +246,7 @@ def test_what_a_living_process_fills_is_not_swept(tmp_path):
         (folder / "a").write_text("a")
         with folders.new_folder(tmp_path / "m2"):
             pass
-        folders._sweep(path, inside=False)
+        folders.sweep(path)
         assert (folder / "a").read_text() == "a"
 
 

@@ -282,7 +282,7 @@ def test_loading_validates_again(tmp_path, mask, damage, text):
 
 def test_scores_are_not_a_mask(tmp_path):
     storage.write_folder(tmp_path / "s", {}, {}, kind="scores")
-    with pytest.raises(ValueError, match="holds scores, not a mask"):
+    with pytest.raises(ValueError, match="of kind 'mask', got .* which is of kind 'scores'"):
         NeuronMask.from_pretrained(tmp_path / "s")
 
 

@@ -89,13 +89,6 @@ def places():
     return [random(1_000_000)], [torch.arange(0, 1_000_000, 2)]
 
 
-def replaced():
-    tensors, indices = places()
-    before = native.gather_at(tensors, indices)
-    after = [-values for values in before]
-    native.Replacement(tensors, indices, before, after).replace_(tensors)
-
-
 CALLS = {
     "accumulate_importance_cpu": accumulate,
     "collapse_alignment_cpu": collapse,
@@ -103,7 +96,6 @@ CALLS = {
     "gather_at_cpu": lambda: native.gather_at(*places()),
     "write_at_cpu": lambda: native.write_at_(*places(), [torch.ones(500_000)]),
     "zero_at_cpu": lambda: native.zero_at_(*places()),
-    "replace_at_cpu": replaced,
 }
 
 

@@ -312,7 +312,3 @@ def test_an_extension_with_cuda_imports_without_a_driver_and_its_calls_raise(ext
     for op in ("gather_at", "write_at", "zero_at"):
         with pytest.raises(RuntimeError, match=f"{op} on CUDA: cudaError"):
             getattr(compiled, f"{op}_cuda")(rows=0, num_rows=1, max_count=1, stream=0)
-    with pytest.raises(RuntimeError, match="replace_at on CUDA: cudaError"):
-        compiled.replace_at_cuda(
-            rows=0, num_rows=1, max_count=1, reverse=False, write=True, first_other=0, stream=0
-        )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interrupts import interrupt, moments
 
 from fastdean import native
 from fastdean.native import extension
-from fastdean.ops import Replacement, _checks, gather_at, prepare_replacement, write_at_, zero_at_
+from fastdean.ops import _checks, gather_at, write_at_, zero_at_
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -128,7 +127,6 @@ def test_tensors_made_in_inference_mode_are_not_edited_outside_of_it(impl):
     for edit in (
         lambda: zero_at_([first, weight], places, impl=impl),
         lambda: write_at_([first, weight], places, values, impl=impl),
-        lambda: prepare_replacement([first, weight], places, values, values, impl=impl),
     ):
         with pytest.raises(ValueError, match=message):
             edit()
@@ -381,130 +379,9 @@ def test_values_that_are_no_tensors_are_refused():
     assert all(torch.equal(tensor, torch.ones(4)) for tensor in tensors)
 
 
-@pytest.fixture
-def prepared_here(extension_built: bool) -> None:
+def test_one_thread_and_two_write_the_same(extension_built):
     if not extension_built:
         pytest.skip("an install without the extension is under test")
-
-
-def _replacement_of(views, indices, **options):
-    """A replacement of what the views hold by the negated values, and the latter."""
-    before = gather_at(views, indices, impl="reference")
-    after = [-values for values in before]
-    return prepare_replacement(views, indices, before, after, **options), after
-
-
-def test_without_the_extension_there_is_nothing_to_prepare():
-    weight = torch.ones(3)
-    assert _replacement_of([weight], [_index(1)], impl="reference")[0] is None
-    assert prepare_replacement([], [], [], []) is None
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_replacement_writes_there_and_back(layout, dtype, prepared_here):
-    base, view = _make(layout, dtype)
-    clean = _bits(base)
-    indices = _some_indices(view.numel())
-    expected = view.clone()
-    write_at_([expected], [indices], [-expected.reshape(-1)[indices]], impl="reference")
-    replacement, _ = _replacement_of([view], [indices])
-    for _ in range(2):
-        assert replacement.replace_([view])
-        assert _bits(view) == _bits(expected)
-        assert replacement.replace_([view], back=True)
-        assert _bits(base) == clean
-
-
-def test_a_replacement_writes_nothing_if_one_value_of_the_last_tensor_is_another(prepared_here):
-    made = [_make(name, dtype) for dtype in DTYPES for name in ("matrix", "transposed")]
-    views = [view for _, view in made]
-    indices = [_some_indices(view.numel()) for view in views]
-    replacement, _ = _replacement_of(views, indices)
-    assert not replacement.replace_(views, back=True)
-    last = tuple(int(i) for i in torch.unravel_index(indices[-1][-1], views[-1].shape))
-    value = views[-1][last].clone()
-    for other in (value + 1, float("nan")):
-        views[-1][last] = other
-        before = [_bits(view) for view in views]
-        assert not replacement.replace_(views)
-        assert [_bits(view) for view in views] == before
-    views[-1][last] = value
-    versions = [view._version for view in views]
-    assert replacement.replace_(views)
-    assert all(view._version > v for view, v in zip(views, versions, strict=True))
-
-
-OTHERS = {
-    "address": lambda weight: weight.clone(),
-    "shape": lambda weight: weight.view(4, 6),
-    "strides": lambda weight: weight.view(-1).as_strided(weight.shape, (1, 4)),
-    "dtype": lambda weight: weight.view(torch.bfloat16),
-    "type": lambda weight: torch.nn.Parameter(weight, requires_grad=False),
-    "device": lambda weight: weight.to("meta"),
-    "no-tensor": lambda weight: None,
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_a_replacement_refuses_a_tensor_that_is_not_what_it_was(other, prepared_here):
-    base = torch.randn(24, generator=torch.Generator().manual_seed(0)).half()
-    first, weight = torch.ones(3), base.view(6, 4)
-    tensors, indices = [first, weight], [_index(0), _index(0, 23)]
-    replacement, _ = _replacement_of(tensors, indices)
-    before = _bits(base)
-    assert not replacement.replace_([first, OTHERS[other](weight)])
-    assert torch.equal(first, torch.ones(3)) and _bits(base) == before
-    assert replacement.replace_([first, base.view(6, 4)])
-
-
-@pytest.mark.parametrize("number", [0, 1, 3])
-def test_a_replacement_refuses_another_number_of_tensors(number, prepared_here):
-    tensors = [torch.ones(3), torch.ones(3)]
-    replacement, _ = _replacement_of(tensors, [_index(0), _index(1)])
-    given = [*tensors, torch.ones(3)][:number]
-    message = f"tensors must be the 2 that were prepared, in their order, got {number}; "
-    with pytest.raises(ValueError, match=message):
-        replacement.replace_(given)
-    (_, prepared), *_ = replacement._groups
-    with pytest.raises(ValueError, match=message):
-        prepared.replace_(given)
-    assert all(torch.equal(tensor, torch.ones(3)) for tensor in tensors)
-    assert replacement.replace_(tensors)
-
-
-def test_a_replacement_prepared_in_inference_mode_is_not_made_outside_of_it(prepared_here):
-    with torch.inference_mode():
-        weight = torch.ones(3)
-        replacement, _ = _replacement_of([weight], [_index(1)])
-        assert replacement.replace_([weight]) and replacement.replace_([weight], back=True)
-    assert not replacement.replace_([weight])
-    assert torch.equal(weight, torch.ones(3))
-
-
-def test_a_replacement_does_not_depend_on_the_default_device(prepared_here):
-    weight = torch.ones(3)
-    before, after = torch.ones(1), torch.zeros(1)
-    index = _index(1)
-    with torch.device("meta"):
-        replacement = prepare_replacement([weight], [index], [before], [after])
-        assert replacement.replace_([weight])
-    assert weight.tolist() == [1, 0, 1]
-
-
-def test_what_cannot_be_replaced_is_refused_when_it_is_prepared(prepared_here):
-    weight, value = torch.ones(3), [torch.zeros(1)]
-    with pytest.raises(ValueError, match="must be sorted in strictly ascending order"):
-        prepare_replacement([weight], [_index(1, 1)], value, value)
-    with pytest.raises(ValueError, match="one value per index"):
-        prepare_replacement([weight], [_index(0, 1)], value, value)
-    with pytest.raises(ValueError, match="values must have one entry per tensor, got 2 for 1"):
-        prepare_replacement([weight], [_index(1)], value, value * 2)
-    with pytest.raises(ValueError, match="must have a place in memory for every element"):
-        prepare_replacement([weight.expand(2, 3)], [_index(1)], value, value)
-
-
-def test_one_thread_and_two_write_the_same(prepared_here):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(400, 500, generator=generator) for _ in range(3)]
     indices = [torch.arange(0, 200_000, step) for step in (2, 3, 7)]
@@ -514,15 +391,12 @@ def test_one_thread_and_two_write_the_same(prepared_here):
         for count in (1, 2):
             torch.set_num_threads(count)
             copies = [weight.clone() for weight in weights]
-            replacement, after = _replacement_of(copies, indices)
-            assert replacement.replace_(copies)
+            after = [-values for values in gather_at(copies, indices, impl="native")]
+            zero_at_(copies, indices, impl="native")
+            found.append([_bits(each) for each in copies])
+            write_at_(copies, indices, after, impl="native")
             taken = gather_at(copies, indices, impl="native")
             assert all(torch.equal(a, b) for a, b in zip(taken, after, strict=True))
-            copies[2].view(-1)[199_997] += 1  # 199,997 = 7 * 28,571: the last entry of the last
-            assert not replacement.replace_(copies, back=True)
-            found.append([_bits(each) for each in copies])
-            zero_at_(copies, indices, impl="native")
-            write_at_(copies, indices, after, impl="native")
             found[-1] += [_bits(each) for each in copies]
     finally:
         torch.set_num_threads(threads)
@@ -564,44 +438,17 @@ def test_cuda_clears_what_the_cpu_clears(impl):
 
 
 @pytest.mark.gpu
-def test_cuda_gathers_writes_and_replaces_what_the_cpu_does():
+def test_cuda_gathers_and_writes_what_the_cpu_does():
     made = [_make(name, dtype, seed)[0] for seed, dtype in enumerate(DTYPES) for name in LAYOUTS]
     names = [name for _ in DTYPES for name in LAYOUTS]
     views = [LAYOUTS[name](base.cuda())[1] for name, base in zip(names, made, strict=True)]
     indices = [_some_indices(view.numel()) for view in views]
-    clean = [_bits(view.cpu()) for view in views]
     taken = gather_at(views, indices, impl="native")
     expected = gather_at(views, indices, impl="reference")
     assert [_bits(each.cpu()) for each in taken] == [_bits(each.cpu()) for each in expected]
-    before = [values.cpu() for values in expected]
-    after = [-values for values in before]
-    replacement = prepare_replacement(views, indices, before, after, impl="native")
-    assert not replacement.replace_(views, back=True)
-    assert [_bits(view.cpu()) for view in views] == clean
-    assert replacement.replace_(views)
+    after = [-values.cpu() for values in expected]
+    write_at_(views, indices, after, impl="reference")
     written = [_bits(view.cpu()) for view in views]
-    assert replacement.replace_(views, back=True)
-    assert [_bits(view.cpu()) for view in views] == clean
+    zero_at_(views, indices, impl="native")
     write_at_(views, indices, after, impl="native")
     assert [_bits(view.cpu()) for view in views] == written
-
-
-def test_an_interrupt_between_two_devices_leaves_both_as_they_are(extension_built):
-    if not extension_built:
-        pytest.skip("an install without the extension is under test")
-    weights = [torch.zeros(3), torch.zeros(3)]
-    groups = [
-        ([p], native.Replacement([w], [_index(1)], [torch.zeros(1)], [torch.ones(1)]))
-        for p, w in enumerate(weights)
-    ]
-    prepared = Replacement(groups)
-    files = {native.replacement.__file__, Replacement.replace_.__code__.co_filename}
-    found = moments(lambda: prepared.replace_(weights), files)
-    assert len(found) > 10 and all(w.tolist() == [0.0, 1.0, 0.0] for w in weights)
-    assert prepared.replace_(weights, back=True)
-    for moment in found[:-1]:
-        interrupt(lambda: prepared.replace_(weights), files, moment)
-        assert [w.tolist() for w in weights] == [[0.0, 0.0, 0.0]] * 2
-    # From Python 3.12 on the last moment is that of the return, when everything is done.
-    interrupt(lambda: prepared.replace_(weights), files, found[-1])
-    assert weights[0].tolist() == weights[1].tolist()

@@ -73,10 +73,6 @@ CALLS = {
         lambda t, i, v, impl: ops.write_at_([t], [i], [v], impl=impl),
         lambda: {"t": floats(3, 4), "i": torch.tensor([1, 5]), "v": floats(2)},
     ),
-    "prepare_replacement": (
-        lambda t, i, b, a, impl: ops.prepare_replacement([t], [i], [b], [a], impl=impl),
-        lambda: {"t": floats(3, 4), "i": torch.tensor([1, 5]), "b": floats(2), "a": floats(2)},
-    ),
     "collapse_alignment": (
         lambda impl, **given: ops.collapse_alignment(**given, impl=impl),
         of_collapse,
@@ -104,7 +100,6 @@ WRITING = [
     "accumulate_expert_importance_",
     "zero_at_",
     "write_at_",
-    "prepare_replacement",
 ]
 
 
@@ -307,20 +302,7 @@ def test_a_mask_names_the_parameter_whose_memory_is_gone():
             act(model)
 
 
-def test_what_is_prepared_knows_how_long_the_memory_was(extension_built):
-    if not extension_built:
-        pytest.skip("an install without the extension is under test")
-    memory = np.zeros(40, np.float32)
-    longer = torch.from_numpy(memory)[:36].view(6, 6)
-    shorter = torch.from_numpy(memory[:36]).view(6, 6)
-    assert longer.data_ptr() == shorter.data_ptr()
-    arguments = [torch.tensor([35])], [torch.zeros(1)], [torch.ones(1)]
-    prepared = ops.prepare_replacement([longer], *arguments)
-    assert not prepared.replace_([shorter]) and not memory.any()
-    assert prepared.replace_([longer]) and memory[35] == 1.0
-
-
-def test_a_prepared_mask_is_refused_by_memory_cut_short():
+def test_a_mask_that_was_applied_before_is_refused_by_memory_cut_short():
     model = Stack()
     mask = mask_of(model, {FIRST: [35]})
     for _ in range(2):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastdean.files.inventory import json_digest, listed
+from fastdean.files.storage import config_digest, listed
 
 
 def resign(folder: Path) -> None:
@@ -14,5 +14,5 @@ def resign(folder: Path) -> None:
     config = json.loads(file.read_text("utf-8"))
     config["sha256"] = listed(folder, config["sha256"])
     config.pop("config_sha256")
-    config["config_sha256"] = json_digest(config)
+    config["config_sha256"] = config_digest(config)
     file.write_text(json.dumps(config), "utf-8")
