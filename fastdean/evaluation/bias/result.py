@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdean.evaluation.bootstrap import bootstrap_interval
 from fastdean.evaluation.intervals import Interval, is_share, mean_interval, share_interval
 from fastdean.wording.digits import apart
-from fastdean.wording.verdicts import ABOVE, BELOW, NO_NEUTRAL, reworded
+from fastdean.wording.verdicts import ABOVE, BELOW, reworded
 
 # What counts in full, in the unit of a share.
 _WHOLE = {"%": 100.0}
@@ -50,12 +50,9 @@ class BiasResult:
     notes: tuple[str, ...] = ()
 
     def verdict(self, category: str | None = None) -> str:
-        """What may be said of the distance to neutral, see `fastdean.wording.verdicts`: "above
-        neutral", "below neutral", "no effect beyond noise", or that there is no verdict or no
-        neutral value.
+        """ "above neutral", "below neutral", "no effect beyond noise", or that there is no verdict
+        or no neutral value; see `fastdean.wording.verdicts`.
         """
-        if self.neutral is None:
-            return NO_NEUTRAL
         interval = self.interval if category is None else self.by_category[category]
         return reworded(interval.verdict(), BELOW, ABOVE)
 
