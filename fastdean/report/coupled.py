@@ -77,9 +77,12 @@ def _coupling_figure(rows: Sequence[dict], said: str, edit: Edit) -> Html:
         caption += "The bar marked – lies outside of the layers. "
     if len(panels) == 1 and len({_module(row) for row in rows}) > 1:
         caption += "Modules are added up, because there are too many for a panel each. "
-    label, options = f"{caption}{said}", {"done": edit.done, "stacked": edit.is_coupled}
-    draw = responsive(lambda width: coupling_bars(panels, label, width, **options))
-    return figure(caption, legend(samples), draw)
+    label, done, stacked = f"{caption}{said}", edit.done, edit.is_coupled
+    return figure(
+        caption,
+        legend(samples),
+        responsive(lambda width: coupling_bars(panels, label, width, done=done, stacked=stacked)),
+    )
 
 
 def _panels(rows: Sequence[dict]) -> dict[str, dict[int | None, dict[str, int]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fastdean.report.edit import Edit
 from fastdean.report.estimates import Estimate
@@ -92,7 +92,7 @@ def _margin_table(name: str, margin: dict) -> Html:
     return table(caption, columns, rows, words=("Mask", "Reading"))
 
 
-def _mask_notes(names: Sequence[str], edit: Edit) -> Html | None:
+def _mask_notes(names: Iterable[str], edit: Edit) -> Html | None:
     """What the known masks are; a mask of the user's own is not explained."""
     known = [(name, edit.selection(name)) for name in names if edit.selection(name)]
     return terms(known, "notes") if known else None

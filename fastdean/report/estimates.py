@@ -41,8 +41,8 @@ class Estimate:
         """What may be said about it in words."""
         if not self.is_known and not measured(self.value):
             return "not measured"
-        ends = (self.low, self.high) if self.is_known else (None, None)
-        return reading(*ends, no_effect, self.verdict)
+        low, high = (end if measured(end) else None for end in (self.low, self.high))
+        return reading(low, high, no_effect, self.verdict)
 
     def is_effect(self, no_effect: float) -> bool:
         """Whether `reading` claims an effect."""

@@ -22,16 +22,9 @@ COLUMNS = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
 # The hub's copy holds numbers in place of these names, in this order.
 DIRECTIONS = ("stereo", "antistereo")
 BIAS_TYPES = (
-    "race-color",
-    "socioeconomic",
-    "gender",
-    "disability",
-    "nationality",
-    "sexual-orientation",
-    "physical-appearance",
-    "religion",
-    "age",
-)
+    "race-color", "socioeconomic", "gender", "disability", "nationality", "sexual-orientation",
+    "physical-appearance", "religion", "age",
+)  # fmt: skip
 
 
 def crows_pairs(
@@ -129,8 +122,8 @@ def _scores(ask: Likelihoods, rows: list[Row]) -> Sequence[Tensor]:
 
 def _common_tokens(first: Encoded, second: Encoded, number: int) -> tuple[Question, Question]:
     """The tokens that the sentences have in common, by the longest matching runs of ids."""
-    own = [text.ids[list(text.own)].tolist() for text in (first, second)]
-    runs = SequenceMatcher(None, *own, autojunk=False).get_matching_blocks()
+    own, other = (text.ids[list(text.own)].tolist() for text in (first, second))
+    runs = SequenceMatcher(None, own, other, autojunk=False).get_matching_blocks()
     in_first = tuple(first.own[run.a + i] for run in runs for i in range(run.size))
     in_second = tuple(second.own[run.b + i] for run in runs for i in range(run.size))
     if not in_first:

@@ -50,7 +50,7 @@ class Question:
     ids: int64 [T].
     asked: their places.
     hidden: places that a masked model must not see either, though nothing is asked about them.
-    lead: how many special tokens the tokenizer put before the text.
+    lead: number of special tokens that the tokenizer puts before the text.
     """
 
     ids: Tensor
@@ -193,7 +193,7 @@ def encode_text(tokenizer: Any, text: str, *, offsets: bool = False) -> Encoded:
 
 def _begun(question: Question, start: StartToken) -> Example:
     """The question with `start` before it, its asked tokens as targets."""
-    ids, labels = question.ids, targets(question.ids, question.asked)
+    ids, labels = question.ids, labels_at(question.ids, question.asked)
     if not start.kept and (question.lead or 0 in question.asked):
         before = torch.tensor(start.ids, dtype=ids.dtype)
         ids = torch.cat([before, ids[question.lead :]])
@@ -209,10 +209,10 @@ def _begun(question: Question, start: StartToken) -> Example:
 def _masked(question: Question, asked: Sequence[int], mask: int) -> Example:
     seen = question.ids.clone()
     seen[[*asked, *question.hidden]] = mask
-    return Example(seen, targets(question.ids, asked))
+    return Example(seen, labels_at(question.ids, asked))
 
 
-def targets(ids: Tensor, places: Sequence[int]) -> Tensor:
+def labels_at(ids: Tensor, places: Sequence[int]) -> Tensor:
     """Labels that ask for the tokens at `places` alone."""
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[list(places)] = ids[list(places)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastdean.data.batching import Batch, Layout, plan_batches
 from fastdean.data.examples import Example
 from fastdean.evaluation.bias.finite import require_finite
-from fastdean.evaluation.bias.likelihood import encode_text, targets
+from fastdean.evaluation.bias.likelihood import encode_text, labels_at
 from fastdean.evaluation.bias.result import BiasResult
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, file_named, require_columns
 from fastdean.evaluation.bootstrap import bootstrap_interval
@@ -221,7 +221,7 @@ def _pooled(tokenizer: Any, sentence: str, pooling: str) -> Example:
     """The sentence with the tokens whose states are averaged as its targets."""
     text = encode_text(tokenizer, sentence)
     places = {"mean": text.own, "last": text.own[-1:], "first": (0,)}[pooling]
-    return Example(text.ids, targets(text.ids, places))
+    return Example(text.ids, labels_at(text.ids, places))
 
 
 def _unit(states: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def _chosen(tokenizer: Any) -> StartToken:
     if own:
         name = "".join(_name(tokenizer, i) for i in own)
         return StartToken(own, name, "the tokenizer puts it there", kept=True)
-    passed = []
+    passed: list[str] = []
     for token_id, what in _candidates(tokenizer):
         name = _name(tokenizer, token_id)
         if not _marks_a_turn(tokenizer, name):

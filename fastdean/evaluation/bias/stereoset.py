@@ -197,23 +197,9 @@ class _Terms:
 
 def _rows(source: Source) -> list[Row]:
     """The rows with the columns `COLUMNS` and, where known, `target`."""
-    if path := file_named(source, ".json"):
-        content = _read_json(path)
-        nested = content.get("data") if isinstance(content, Mapping) else None
-        if isinstance(nested, Mapping):
-            found = [(row, task) for task in TASKS for row in nested.get(task, ())]
-        else:
-            found = [(row, None) for row in benchmark_rows(source)]
-    elif isinstance(source, str) and not Path(source.partition("::")[0]).suffix:
-        tasks = TASKS if "config=" not in source else [source.partition("config=")[2].split(",")[0]]
-        found = [
-            (row, task)
-            for task in tasks
-            for row in benchmark_rows(source, split="validation", config=task)
-        ]
-    else:
-        found = [(row, None) for row in benchmark_rows(source)]
-    rows = [_flat(row, task, number) for number, (row, task) in enumerate(found, start=1)]
+    rows: list[Row] = [
+        _flat(row, task, number) for number, (row, task) in enumerate(_of_tasks(source), start=1)
+    ]
     if not rows:
         raise ValueError(
             f"source must hold rows of {' or '.join(TASKS)} under 'data', got none; pass the "
@@ -221,6 +207,23 @@ def _rows(source: Source) -> list[Row]:
         )
     require_columns(rows, COLUMNS, "StereoSet", type=TASKS)
     return rows
+
+
+def _of_tasks(source: Source) -> Iterator[tuple[Row, str | None]]:
+    """Every row with the task that its place in the source gives it, or None."""
+    if path := file_named(source, ".json"):
+        content = _read_json(path)
+        nested = content.get("data") if isinstance(content, Mapping) else None
+        if isinstance(nested, Mapping):
+            yield from ((row, task) for task in TASKS for row in nested.get(task, ()))
+            return
+    if isinstance(source, str) and not Path(source.partition("::")[0]).suffix:
+        tasks = TASKS if "config=" not in source else [source.partition("config=")[2].split(",")[0]]
+        for task in tasks:
+            rows = benchmark_rows(source, split="validation", config=task)
+            yield from ((row, task) for row in rows)
+    else:
+        yield from ((row, None) for row in benchmark_rows(source))
 
 
 def _read_json(path: Path) -> Any:
