@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,8 +77,8 @@ def bootstrapped(
     if drawn.size:
         tail = (1.0 - confidence) / 2.0
         low, high = map(float, np.quantile(drawn, [tail, 1.0 - tail]))
-    method, made_of = BOOTSTRAP, {"resamples": resamples, "replicates": drawn}
-    return Interval(estimate, low, high, n, confidence, method, no_effect, **made_of)
+    made_of: dict[str, Any] = {"resamples": resamples, "replicates": drawn}
+    return Interval(estimate, low, high, n, confidence, BOOTSTRAP, no_effect, **made_of)
 
 
 def _resampled(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -217,7 +217,8 @@ def _resolve_bandwidth(
     distances: Tensor, num_features: int, name: str, bandwidth: Bandwidth
 ) -> float:
     if isinstance(bandwidth, str) and bandwidth == "median":
-        rows, columns = torch.triu_indices(*distances.shape, offset=1)
+        n = len(distances)
+        rows, columns = torch.triu_indices(n, n, offset=1)
         median = float(np.median(distances[rows, columns].numpy()))
         if median == 0.0:
             raise ValueError(
@@ -231,7 +232,8 @@ def _resolve_bandwidth(
                 "its values are too large for float64; divide them by their standard deviation"
             )
         return median
-    number, factor = bandwidth, 1.0
+    number: Any = bandwidth
+    factor = 1.0
     if isinstance(bandwidth, tuple) and len(bandwidth) == 2 and bandwidth[0] == "per_feature":
         number, factor = bandwidth[1], math.sqrt(num_features)
     is_number = isinstance(number, int | float) and not isinstance(number, bool)

@@ -17,8 +17,8 @@ from fastdean.report.quantities import (
     quotient,
     ratio,
 )
+from fastdean.report.results import COUNTS
 
-SUMS = ("numel", "k", "first", "second", "coupled", "removed", "kept")
 # More panels than this are added up into one: a mixture of experts has hundreds of matrices.
 _MOST_PANELS = 12
 _MOST_ROWS = 600
@@ -27,7 +27,7 @@ _MOST_ROWS = 600
 def coupling_totals(coupling: dict) -> dict[str, object]:
     """The section's own totals, or the sums of its rows where it brings none."""
     rows = coupling.get("rows") or []
-    sums = {key: sum(_whole(row.get(key)) for row in rows) for key in SUMS} if rows else {}
+    sums = {key: sum(_whole(row.get(key)) for row in rows) for key in COUNTS} if rows else {}
     return {**sums, **(coupling.get("total") or {})}
 
 
@@ -91,8 +91,8 @@ def _panels(rows: Sequence[dict]) -> dict[str, dict[int | None, dict[str, int]]]
     panels: dict[str, dict[int | None, dict[str, int]]] = {}
     for row in rows:
         bars = panels.setdefault("all modules" if one else _module(row), {})
-        bar = bars.setdefault(row.get("layer"), dict.fromkeys(SUMS, 0))
-        for key in SUMS:
+        bar = bars.setdefault(row.get("layer"), dict.fromkeys(COUNTS, 0))
+        for key in COUNTS:
             bar[key] += _whole(row.get(key))
     return panels
 
@@ -125,7 +125,7 @@ def _matrix_table(rows: Sequence[dict], total: dict, edit: Edit) -> Html:
 
 
 def _counts(row: dict) -> list[str]:
-    return [count(row.get(key)) for key in SUMS]
+    return [count(row.get(key)) for key in COUNTS]
 
 
 def overlap_section(points: Sequence[dict], edit: Edit) -> Html:

@@ -149,7 +149,7 @@ def _style() -> str:
 
 def _header(title: str, results: dict) -> Html:
     model = results.get("model") or {}
-    line = [element("strong", model["name"])] if model.get("name") else []
+    line: list[str] = [element("strong", model["name"])] if model.get("name") else []
     if measured(model.get("parameters")):
         line.append(f"{count(model['parameters'])} parameters")
     if model.get("dtype"):

@@ -113,11 +113,11 @@ def _scores(ask: Likelihoods, rows: list[Row]) -> Sequence[Tensor]:
         return ask.sentences([*sides[0], *sides[1]])[0].chunk(2)
     encoded = [[ask.encode(sentence) for sentence in side] for side in sides]
     common = [
-        _common_tokens(*pair, number)
-        for number, pair in enumerate(zip(*encoded, strict=True), start=1)
+        _common_tokens(first, second, number)
+        for number, (first, second) in enumerate(zip(*encoded, strict=True), start=1)
     ]
-    first, second = zip(*common, strict=True)
-    return ask.pseudo([*first, *second])[0].chunk(2)
+    questions = [question for side in zip(*common, strict=True) for question in side]
+    return ask.pseudo(questions)[0].chunk(2)
 
 
 def _common_tokens(first: Encoded, second: Encoded, number: int) -> tuple[Question, Question]:

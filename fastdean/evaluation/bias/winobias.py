@@ -143,17 +143,17 @@ def _rows(source: Source) -> list[Row]:
 def _folder_rows(folder: Path) -> Iterator[Row]:
     found = False
     for kind in TYPES:
-        paths = [_part(folder, side, kind) for side in ("pro", "anti")]
-        if not any(paths):
+        paths = [path for side in ("pro", "anti") if (path := _part(folder, side, kind))]
+        if not paths:
             continue
-        if not all(paths):
-            there = next(path for path in paths if path)
+        if len(paths) == 1:
             raise ValueError(
                 f"source must hold the pro- and the anti-stereotyped sentences of {kind}, got only "
-                f"{there.name} in {str(folder)!r}; put the other file beside it"
+                f"{paths[0].name} in {str(folder)!r}; put the other file beside it"
             )
         found = True
-        yield from _pairs(*(path.read_text("utf-8").splitlines() for path in paths), kind)
+        pro, anti = (path.read_text("utf-8").splitlines() for path in paths)
+        yield from _pairs(pro, anti, kind)
     if not found:
         raise ValueError(
             "source must be a folder with files like pro_stereotyped_type1.txt.dev, got none in "
@@ -169,14 +169,14 @@ def _part(folder: Path, side: str, kind: str) -> Path | None:
 
 def _hub_rows(source: str | Path) -> Iterator[Row]:
     for kind in TYPES:
-        sides = (
+        pro, anti = (
             [
                 " ".join(row["tokens"]) if "tokens" in row else row["sentences"]
                 for row in benchmark_rows(source, split="validation", config=f"{kind}_{side}")
             ]
             for side in ("pro", "anti")
         )
-        yield from _pairs(*sides, kind)
+        yield from _pairs(pro, anti, kind)
 
 
 def _pairs(pro: list[str], anti: list[str], kind: str) -> Iterator[Row]:
@@ -186,8 +186,8 @@ def _pairs(pro: list[str], anti: list[str], kind: str) -> Iterator[Row]:
             f"source must hold as many pro- as anti-stereotyped sentences of {kind}, got "
             f"{len(pro)} and {len(anti)}; they are paired line by line"
         )
-    for line, sentences in enumerate(zip(pro, anti, strict=True), start=1):
-        yield _pair(*sentences, kind, line)
+    for line, (first, second) in enumerate(zip(pro, anti, strict=True), start=1):
+        yield _pair(first, second, kind, line)
 
 
 def _pair(pro: str, anti: str, kind: str, line: int) -> Row:
