@@ -7,10 +7,8 @@ the occupation masked).
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from fastdean.evaluation.bias.likelihood import Likelihoods
 from fastdean.evaluation.bias.occupations import OCCUPATIONS, PERSONS, with_article
 from fastdean.evaluation.bias.result import mean_result, members
-from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, file_named, require_columns
+from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
 from fastdean.evaluation.bias.start import LikelihoodResult, Start, named
 
 COLUMNS = ("sentence", "person", "gender", "occupation", "group")
@@ -146,18 +144,8 @@ def bec_pro(
 def _rows(source: Source | None) -> list[Row]:
     if source is None:
         return list(bec_pro_rows())
-    path = file_named(source, ".tsv")
-    rows = benchmark_rows(source) if path is None else _read_tsv(path)
-    rows = [_renamed(row) for row in rows]
+    rows = [_renamed(row) for row in benchmark_rows(source)]
     require_columns(rows, COLUMNS, "BEC-Pro", gender=GENDERS)
-    return rows
-
-
-def _read_tsv(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows: list[Row] = list(csv.DictReader(file, delimiter="\t"))
-    if not rows:
-        raise ValueError(f"source must hold at least one row, got none in {str(path)!r}")
     return rows
 
 
