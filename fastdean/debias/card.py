@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastdean.wording import markdown
-from fastdean.wording.verdicts import reading
+from fastdean.wording.verdicts import NO_INTERVAL, reading
 
 _NAMES = {
     "causal": "causal language modelling on gender-swapped text",
@@ -40,11 +40,11 @@ class Effect:
     from_neutral: str | None = None
 
     def reading(self) -> str:
-        """The verdicts; no effect where the interval holds 0."""
-        if self.low is None or self.high is None:
-            return "no interval measured"
+        """The verdicts as `fastdean.wording.verdicts` words them."""
         said = reading(self.low, self.high, 0.0, self.verdict)
-        return said if self.from_neutral in (None, said) else f"{said}; {self.from_neutral}"
+        if said == NO_INTERVAL or self.from_neutral in (None, said):
+            return said
+        return f"{said}; {self.from_neutral}"
 
 
 def model_card(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -21,15 +22,15 @@ def change_between(before: Interval, after: Interval, *, seed: int = 0) -> Inter
     """Interval of after - before, example by example.
 
     A change of means is the mean of the differences, one of shares is that of won and lost
-    examples. Of a bootstrap each resample compares what the two make of the same drawn examples.
+    examples. A bootstrap compares the two on each resample.
 
     Args:
         before, after: of one function of `intervals`, or of `bootstrap_interval` with the same
             options, over the same examples.
         seed: of the test's draws.
     Raises:
-        ValueError: the two differ in n, confidence, method, weights or resamples, or lack what they
-            were made of.
+        ValueError: the two differ in n, confidence, method, weights or resamples, or lack the
+            values they were made of.
     """
     _require_comparable(before, after)
     if before.method == BOOTSTRAP:
@@ -83,8 +84,8 @@ def _distance_change(s: float, d: float) -> float:
 def _combined(
     before: Interval, after: Interval, values: np.ndarray, offset: float, seed: int
 ) -> Interval:
-    """Interval of a sum or a difference of the two, less `offset`."""
-    options = {"confidence": before.confidence, "seed": seed}
+    """Interval of a sum or a difference of the two, less `offset` per example."""
+    options: dict[str, Any] = {"confidence": before.confidence, "seed": seed}
     if before.whole is not None and before.whole == after.whole:
         return share_change_interval(values - offset, before.whole, **options)
     weights = before.weights

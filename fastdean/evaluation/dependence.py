@@ -1,21 +1,20 @@
 """Dependence of two samples: the Hilbert-Schmidt independence criterion (HSIC).
 
-All three estimators here have the same form, value = scale * <A(x), A(y)>, an inner product of two
-[n, n] matrices, each made from one side alone:
+All three estimators are value = scale * <A(x), A(y)>, an inner product of two [n, n] matrices, each
+made from one side alone:
 
     biased        A = H K H                            scale 1 / (n-1)^2      Gretton et al. 2005
     unbiased      A = U-centred K (diagonal 0)         scale 1 / (n (n-3))    Song et al. 2012
     normalized    A = H K H (H K H + eps n I)^-1       scale 1                Fukumizu et al. 2007
 
-with H = I - 1/n. Permuting the pairing permutes the rows and columns of one A, so that a
-permutation null costs one gather and one product for each permutation.
+with H = I - 1/n. Permuting the pairs permutes the rows and columns of one A.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -93,11 +92,11 @@ def hsic(
             "unbiased": Song et al. 2012. Expectation 0 for independent data, so it can be
             negative. n >= 4.
             "normalized": tr(R_x R_y), R = Kc (Kc + eps n I)^-1 with eps = 1e-5, the empirical
-            normalised cross-covariance of Fukumizu et al. 2007. Between 0 and n - 1. Here
-            Kc = H K H; the published code of the sibling paper centres on the right only, K H,
-            which gives the same trace. Where eps n is small against the eigenvalues of Kc, as it is
-            for few rows of many features at the median bandwidth, R is close to H and the value
-            close to n - 1 whatever the data: read it against the permutation null. n >= 2.
+            normalised cross-covariance of Fukumizu et al. 2007, between 0 and n - 1. Kc = H K H;
+            the published code of the sibling paper takes K H, which gives the same trace. For few
+            rows of many features at the median bandwidth, eps n is small against the eigenvalues
+            of Kc and the value close to n - 1 whatever the data: read it against the permutation
+            null. n >= 2.
         kernel: "gaussian", exp(-||a - b||^2 / (2 s^2)), or "linear", <a, b>.
         bandwidth: s of the Gaussian kernel, chosen for x and for y on its own.
             "median": the median of ||a_i - a_j|| over i < j, where that is positive.
@@ -118,7 +117,6 @@ def hsic(
     x = _as_rows(x, "x")
     y = _as_rows(y, "y")
     _check_options(x, y, estimator, kernel, bandwidth, permutations)
-    n = len(x)
     kernel_x, bandwidth_x = _kernel_matrix(x, "x", kernel, bandwidth)
     kernel_y, bandwidth_y = _kernel_matrix(y, "y", kernel, bandwidth)
     side_x, scale = _one_side(kernel_x, estimator)
@@ -129,20 +127,13 @@ def hsic(
             f"x and y must have a finite HSIC, got {value}: their values are too large for "
             "float64; divide each by its standard deviation"
         )
-    result = {
-        "value": value,
-        "estimator": estimator,
-        "kernel": kernel,
-        "bandwidth": bandwidth if kernel == "gaussian" else None,
-        "bandwidth_x": bandwidth_x,
-        "bandwidth_y": bandwidth_y,
-        "n": n,
-        "permutations": permutations,
-    }
+    null: dict[str, float] = {}
     if permutations:
-        null = scale * _permuted_products(side_x, side_y, permutations, seed)
-        result |= _null_summary(value, null)
-    return HSICResult(**result)
+        null = _null_summary(value, scale * _permuted_products(side_x, side_y, permutations, seed))
+    used = bandwidth if kernel == "gaussian" else None
+    return HSICResult(
+        value, estimator, kernel, used, bandwidth_x, bandwidth_y, len(x), permutations, **null
+    )
 
 
 def _as_rows(rows: Tensor | np.ndarray, name: str) -> Tensor:
@@ -227,8 +218,8 @@ def _resolve_bandwidth(
 ) -> float:
     if isinstance(bandwidth, str) and bandwidth == "median":
         n = len(distances)
-        upper = torch.triu_indices(n, n, offset=1)
-        median = float(np.median(distances[upper[0], upper[1]].numpy()))
+        rows, columns = torch.triu_indices(n, n, offset=1)
+        median = float(np.median(distances[rows, columns].numpy()))
         if median == 0.0:
             raise ValueError(
                 f"{name} must have a positive median distance for bandwidth='median', got 0: at "
@@ -241,20 +232,17 @@ def _resolve_bandwidth(
                 "its values are too large for float64; divide them by their standard deviation"
             )
         return median
-    per_feature = (
-        isinstance(bandwidth, tuple) and len(bandwidth) == 2 and bandwidth[0] == "per_feature"
-    )
-    number = bandwidth[1] if per_feature else bandwidth
-    if (
-        isinstance(number, bool)
-        or not isinstance(number, int | float)
-        or not 0.0 < number < math.inf
-    ):
+    number: Any = bandwidth
+    factor = 1.0
+    if isinstance(bandwidth, tuple) and len(bandwidth) == 2 and bandwidth[0] == "per_feature":
+        number, factor = bandwidth[1], math.sqrt(num_features)
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not 0.0 < number < math.inf:
         raise ValueError(
             "bandwidth must be 'median', a positive number or ('per_feature', positive number), "
             f"got {bandwidth!r}; pick one of the three"
         )
-    resolved = float(number) * math.sqrt(num_features) if per_feature else float(number)
+    resolved = float(number) * factor
     if not 0.0 < resolved < math.inf:
         raise ValueError(
             f"bandwidth must be positive and finite in float64, got {resolved} of {bandwidth!r} "

@@ -1,8 +1,7 @@
-"""How far a figure moves when other examples had been drawn, and whether that is beyond noise.
+"""Intervals of means and shares, with their tests: Student's t, and Clopper and Pearson.
 
-Student's t for means, Clopper and Pearson for shares; `bootstrap` for what is neither. An interval
-covers the choice of examples and nothing else: not the choice of the data set they come from, not
-the rounding of the model. docs/methods.md has the rules and their simulated error rates.
+An interval covers the choice of examples and nothing else: not the choice of the data set, not the
+rounding of the model. docs/methods.md has the rules and their simulated error rates.
 """
 
 from __future__ import annotations
@@ -10,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdean.evaluation.sign_flips import sign_flip_test
+from fastdean.evaluation.sign_flips import EXACT, sign_flip_test
 from fastdean.wording.verdicts import judge
 
 Values = Tensor | np.ndarray | Sequence[float]
@@ -32,15 +32,15 @@ class Interval:
     """An estimate with its interval.
 
     mean: the estimate over all examples (a mean, a mean difference, or a ratio where said so).
-    low, high: bounds; NaN for n < 2, which say nothing about their spread.
+    low, high: bounds; NaN for n < 2.
     n: independent units: examples, or groups of examples that belong together.
     method: `STUDENT_T` and the like.
     no_effect: the value that means "nothing changed": 0 for a difference, 1 for a ratio; None where
         there is no such value.
     p_value, test: of the test that a verdict needs as well, and its name; None without a test.
     least_p: the smallest p-value that the test can give.
-    values, weights: float64 [n], what the estimate was made of: sum(values) / sum(weights).
-    whole: of a share, the value of an example that counts in full; None for everything else.
+    values, weights: float64 [n]; the estimate is sum(values) / sum(weights).
+    whole: of a share, the value of an example that counts in full; None for other estimates.
     resamples, replicates: of a bootstrap.
     """
 
@@ -114,7 +114,11 @@ def mean_interval(
             f"the smallest {sizes.min(initial=math.inf):g}; give the size of each group"
         )
     check_confidence(confidence)
-    _check_no_effect(no_effect, logs)
+    if no_effect is not None and (not math.isfinite(no_effect) or (logs and no_effect <= 0)):
+        raise ValueError(
+            f"no_effect must be a finite number{', above 0 with logs' if logs else ''}, got "
+            f"{no_effect}; pass None where there is no such value"
+        )
     n = len(found)
     weight = np.ones(n) if sizes is None else sizes
     # What overflows is refused below.
@@ -131,10 +135,7 @@ def mean_interval(
             f"{abs(found).max():.4g}; measure them in another unit"
         )
     null = None if no_effect is None else math.log(no_effect) if logs else no_effect
-    test = {}
-    if null is not None and n > 1:
-        flips = sign_flip_test(found - null * weight, seed=seed)
-        test = {"p_value": flips.p_value, "test": flips.method, "least_p": flips.least_p}
+    test = {} if null is None or n < 2 else _test(found - null * weight, seed)
     if logs:
         estimate, low, high = (_exp(value) for value in (estimate, low, high))
         if math.isinf(estimate):
@@ -231,15 +232,6 @@ def check_confidence(confidence: float) -> None:
         )
 
 
-def _check_no_effect(no_effect: float | None, logs: bool) -> None:
-    if no_effect is None or (math.isfinite(no_effect) and (no_effect > 0 or not logs)):
-        return
-    raise ValueError(
-        f"no_effect must be a finite number{', above 0 with logs' if logs else ''}, got "
-        f"{no_effect}; pass None where there is no such value"
-    )
-
-
 def _signed(
     found: np.ndarray,
     middle: float,
@@ -257,24 +249,19 @@ def _signed(
     low, high = math.nan, math.nan
     if n > 1:
         low, high = (middle + step * end for end in _won_less_lost(won, lost, n, confidence))
-    test = {}
-    if no_effect is not None and n > 1:
-        flips = sign_flip_test(found - no_effect, seed=seed)
-        exact = "exact McNemar" if middle == 0 else "exact binomial"
-        name = exact if flips.method == "exact binomial" else flips.method
-        test = {"p_value": flips.p_value, "test": name, "least_p": flips.least_p}
+    test = {} if no_effect is None or n < 2 else _test(found - no_effect, seed)
+    if middle == 0 and test.get("test") == EXACT:
+        test["test"] = "exact McNemar"
+    method = CLOPPER_PEARSON if won + lost == n and middle else WON_LESS_LOST
     return Interval(
-        estimate,
-        low,
-        high,
-        n,
-        confidence,
-        CLOPPER_PEARSON if won + lost == n and middle else WON_LESS_LOST,
-        no_effect,
-        values=found,
-        whole=whole,
-        **test,
+        estimate, low, high, n, confidence, method, no_effect, values=found, whole=whole, **test
     )
+
+
+def _test(differences: np.ndarray, seed: int) -> dict[str, Any]:
+    """The sign-flip test, as fields of an `Interval`."""
+    flips = sign_flip_test(differences, seed=seed)
+    return {"p_value": flips.p_value, "test": flips.method, "least_p": flips.least_p}
 
 
 def _won_less_lost(won: int, lost: int, n: int, confidence: float) -> tuple[float, float]:

@@ -83,10 +83,14 @@ def encode_pairs(
         ValueError: a row lacks a key, or an answer has no tokens (left).
     """
     pairs = [_as_pair(row, number) for number, row in enumerate(rows)]
-    options = {"template": template, "max_length": max_length}
-    safe = encode([{"prompt": p.prompt, "response": p.safe} for p in pairs], tokenizer, **options)
-    unsafe = encode(
-        [{"prompt": p.prompt, "response": p.unsafe} for p in pairs], tokenizer, **options
+    safe, unsafe = (
+        encode(
+            [{"prompt": pair.prompt, "response": getattr(pair, side)} for pair in pairs],
+            tokenizer,
+            template=template,
+            max_length=max_length,
+        )
+        for side in ("safe", "unsafe")
     )
     return list(zip(safe, unsafe, strict=True))
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.data.batching import Batch
 from fastdean.data.examples import IGNORE_INDEX, Example
 from fastdean.evaluation.dependence import HSICResult, hsic
+from fastdean.evaluation.passes import rows_of_examples
 from fastdean.models.adapters import require_no_prompts
 from fastdean.models.calling import call
-from fastdean.models.forward import attention_for, prepare_batches
-from fastdean.models.model_state import evaluation_state, input_device, unwrap
-from fastdean.wording.doing import titled
+from fastdean.models.forward import prepare_batches
+from fastdean.models.model_state import input_device, unwrap
 
 
 def prompts_only(examples: Sequence[Example]) -> list[Example]:
@@ -71,8 +72,6 @@ def last_token_states(
         ValueError: no examples, an example without tokens, a layer out of range, or a model that
             returns no hidden states.
     """
-    from tqdm.auto import tqdm
-
     if not examples:
         raise ValueError("examples must hold at least one example, got none; check their source")
     model = unwrap(model)
@@ -85,24 +84,13 @@ def last_token_states(
         tokens_per_batch=tokens_per_batch,
         shift=0,
     )
-    states = None
-    with (
-        evaluation_state(model),
-        tqdm(
-            total=len(examples), desc=titled("hidden states"), unit="ex", disable=not progress
-        ) as bar,
-    ):
-        for batch in batches:
-            with attention_for(model, batch):
-                hidden_states = layer_outputs(model, batch.to(device).model_inputs())
-            kept = _pick_layers(hidden_states, layers)
-            last_rows = batch.segments[:, 1] - 1
-            picked = torch.stack([_rows(state, last_rows) for state in kept])
-            if states is None:
-                states = picked.new_zeros(len(kept), len(examples), picked.shape[-1])
-            states[:, batch.example_index] = picked
-            bar.update(batch.num_examples)
-    return states
+
+    def states_of(batch: Batch) -> Tensor:
+        outputs = _pick_layers(layer_outputs(model, batch.to(device).model_inputs()), layers)
+        last = batch.segments[:, 1] - 1
+        return torch.stack([_rows(output, last) for output in outputs])
+
+    return rows_of_examples(model, batches, states_of, "hidden states", progress, dim=1)
 
 
 def layer_dependence(states_x: Tensor, states_y: Tensor, **options: Any) -> list[HSICResult]:

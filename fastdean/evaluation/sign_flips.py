@@ -1,9 +1,8 @@
-"""The sign-flip permutation test: could the mean of n paired differences be one of chance?
+"""The sign-flip permutation test: could the mean of n paired differences be chance?
 
-If nothing changed, a difference is as likely as its negative: every pattern of signs gives a mean
-that was as likely as the one that was found (Fisher 1935). The p-value is the share of patterns
-whose mean is at least as far from zero. It assumes independent differences that are distributed
-symmetrically about zero when nothing changed, and no other shape.
+If nothing changed, every pattern of signs is as likely as the one observed (Fisher 1935). The
+p-value is the share of patterns whose mean is at least as far from zero. The test assumes
+independent differences that are symmetric about zero when nothing changed, and no other shape.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+EXACT = "exact binomial"
 ALL_PATTERNS_UP_TO = 16
 DRAWS = 100_000
 # Signs held at a time; part of what a seed means, as each chunk draws its own bytes.
@@ -22,14 +22,14 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class SignFlips:
-    """What the test found.
+    """The outcome of the test.
 
     p_value: two-sided. Of all patterns a share; of draws (1 + as extreme) / (1 + draws), which is
         never zero (Phipson & Smyth 2010).
     least_p: the smallest p-value that n differences can have at all.
-    method: "sign-flip, all 2^n patterns", "sign-flip, N draws", or "exact binomial" where all
-        differences that are not zero have one size: the patterns then differ in the number of
-        positive signs alone. For pairs of yes and no that is McNemar's exact test.
+    method: "sign-flip, all 2^n patterns", "sign-flip, N draws", or `EXACT` where all differences
+        that are not zero have one size, so that only the number of positive signs counts. For
+        pairs of yes and no that is McNemar's exact test.
     """
 
     p_value: float
@@ -40,15 +40,15 @@ class SignFlips:
 def sign_flip_test(differences: np.ndarray, *, seed: int = 0) -> SignFlips:
     """Test float64 [n] `differences` against a mean of zero; n may be 0.
 
-    Zeros have no sign and change no pattern: all patterns are looked at where at most
-    `ALL_PATTERNS_UP_TO` differences are not zero, otherwise `DRAWS` random ones of `seed`.
+    All patterns count where at most `ALL_PATTERNS_UP_TO` differences are not zero, otherwise
+    `DRAWS` random ones of `seed`. Zeros have no sign.
     """
     changed = differences[differences != 0]
     sizes = np.abs(changed)
     least = min(1.0, 2.0 ** (1 - len(differences)))
     if not len(changed) or (sizes == sizes[0]).all():
         p = _binomial_p(int((changed > 0).sum()), len(changed))
-        return SignFlips(p, least, "exact binomial")
+        return SignFlips(p, least, EXACT)
     # Sizes of one are as safe from overflow as any.
     changed = changed / sizes.max()
     bound = abs(float(changed.sum())) - _ROUNDING * float(np.abs(changed).sum())

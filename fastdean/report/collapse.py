@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fastdean.report.effects import reading
-from fastdean.report.markup import Column, Html, element, folded, join, table
-from fastdean.report.plots import Interval, interval_rows, responsive, step_line
+from fastdean.report.estimates import Estimate
+from fastdean.report.markup import Html, element, figure, folded, items, join, table
+from fastdean.report.plots import interval_rows, responsive, step_line
 from fastdean.report.quantities import count, decimal, measured, plural
 
 _WHEN_COLLAPSED = (
@@ -24,26 +24,19 @@ def collapse_section(collapse: Mapping) -> Html:
     """
     metrics = {name: metric or {} for name, metric in (collapse.get("metrics") or {}).items()}
     states = list(dict.fromkeys(s for m in metrics.values() for s in (m.get("values") or {})))
-    columns = [Column("Metric", words=True), Column("Definition", words=True)]
-    columns += [Column(state.capitalize()) for state in states]
     rows = [
-        [
-            name,
-            metric.get("definition") or "",
-            *(_metric_value(metric, state) for state in states),
-        ]
+        [name, metric.get("definition") or "", *(_metric_value(metric, each) for each in states)]
         for name, metric in metrics.items()
     ]
+    columns = ["Metric", "Definition", *(state.capitalize() for state in states)]
     notes = [f"{', '.join(where)}: {note}" for note, where in _noted(metrics).items()]
     return join(
         [
             element("p", _class_words(collapse.get("classes") or {})),
             _setting_words(collapse.get("settings") or {}),
             element("p", _WHEN_COLLAPSED, class_="note"),
-            table("Neural collapse on these words", columns, rows),
-            element("ul", *(element("li", note) for note in notes), class_="note")
-            if notes
-            else None,
+            table("Neural collapse on these words", columns, rows, words=columns[:2]),
+            items("ul", notes, "note"),
         ]
     )
 
@@ -92,19 +85,13 @@ def training_section(training: Mapping) -> Html:
     history = training.get("history") or []
     evaluations = training.get("evaluations") or []
     settings = {k: v for k, v in training.items() if k not in ("history", "evaluations")}
-    figures = [
-        _step_figure(history, "base", "Loss of the method"),
-        _step_figure(history, "collapse", "Term of the regulariser, without its strength"),
-        *(
-            _step_figure(evaluations, name, name)
-            for name in dict.fromkeys(key for row in evaluations for key in row if key != "step")
-        ),
-    ]
-    figures = [figure for figure in figures if figure]
+    measures = dict.fromkeys(key for row in evaluations for key in row if key != "step")
     return join(
         [
             _setting_words(settings),
-            *figures,
+            _step_figure(history, "base", "Loss of the method"),
+            _step_figure(history, "collapse", "Term of the regulariser, without its strength"),
+            *(_step_figure(evaluations, name, name) for name in measures),
             _history_table(history) if history else element("p", "No step was taken."),
         ]
     )
@@ -120,11 +107,7 @@ def _step_figure(rows: Sequence[Mapping], name: str, heading: str) -> Html | Non
         f"{heading} against steps: {decimal(first[1])} at step {count(first[0])}, "
         f"{decimal(last[1])} at step {count(last[0])}."
     )
-    return element(
-        "figure",
-        element("figcaption", heading),
-        responsive(lambda width: step_line(known, label, width)),
-    )
+    return figure(heading, responsive(lambda width: step_line(known, label, width)))
 
 
 def _history_table(history: Sequence[Mapping]) -> Html:
@@ -135,7 +118,7 @@ def _history_table(history: Sequence[Mapping]) -> Html:
     ]
     return folded(
         f"Every step in numbers ({count(len(history))})",
-        table("Training", [Column(name.capitalize()) for name in shown], rows),
+        table("Training", [name.capitalize() for name in shown], rows),
     )
 
 
@@ -146,19 +129,10 @@ def bias_section(bias: Mapping) -> Html:
     last three {"value", "low", "high", "n"}, the change with its "verdict"; what a change is of
     stands in "definition".
     """
-    rows = [(name, measure or {}) for name, measure in bias.items()]
-    changes = [
-        (_change_interval(name, measure), measure)
-        for name, measure in rows
-        if measure.get("change")
-    ]
-    columns = [Column("Measure", words=True), Column("Reading of the change", words=True)]
-    columns += [Column("Neutral"), Column("Before"), Column("After"), Column("Change")]
-    columns += [Column("Interval of the change"), Column("Items")]
-    cells = [_bias_row(name, measure) for name, measure in rows]
+    measures = {name: measure or {} for name, measure in bias.items()}
     definitions = [
-        element("li", element("strong", name), f": {measure['definition']}")
-        for name, measure in rows
+        join([element("strong", name), f": {measure['definition']}"])
+        for name, measure in measures.items()
         if measure.get("definition")
     ]
     said = (
@@ -166,43 +140,35 @@ def bias_section(bias: Mapping) -> Html:
         "were enough items. The intervals cover the drawing of the items, not the choice of words, "
         "data or seed."
     )
+    columns = ["Measure", "Reading of the change", "Neutral", "Before", "After", "Change"]
+    columns += ["Interval of the change", "Items"]
+    rows = [_bias_row(name, measure) for name, measure in measures.items()]
     return join(
         [
             element("p", said),
-            *(_change_figure(row, measure) for row, measure in changes),
-            table("Bias measures before and after", columns, cells),
-            element("ul", *definitions, class_="note") if definitions else None,
+            *(_change_figure(n, m) for n, m in measures.items() if m.get("change")),
+            table("Bias measures before and after", columns, rows, words=columns[:2]),
+            items("ul", definitions, "note"),
         ]
     )
 
 
-def _change_interval(name: str, measure: Mapping) -> Interval:
-    change = measure.get("change") or {}
-    return Interval(name, *_ends(change), change.get("verdict"))
-
-
-def _change_figure(row: Interval, measure: Mapping) -> Html:
-    unit = str(measure.get("unit") or "")
-    axis_name = ", ".join(filter(None, ["change", unit]))
-    label = f"{row.name}: {' '.join(row.written(0))}, {reading(row, 0)}."
-    return element("figure", interval_rows([row], label, reference=0, axis_name=axis_name))
+def _change_figure(name: str, measure: Mapping) -> Html:
+    row = Estimate.of(name, measure["change"])
+    axis_name = ", ".join(filter(None, ["change", str(measure.get("unit") or "")]))
+    return element(
+        "figure", interval_rows([row], row.sentence(0), no_effect=0, axis_name=axis_name)
+    )
 
 
 def _bias_row(name: str, measure: Mapping) -> list[object]:
-    change = _change_interval(name, measure)
-    before, after = (measure.get(state) or {} for state in ("before", "after"))
-    items = before.get("n") if measured(before.get("n")) else after.get("n")
+    change = Estimate.of(name, measure["change"]) if measure.get("change") else None
+    states = [measure.get(state) or {} for state in ("before", "after")]
     return [
         name,
-        reading(change, 0) if measure.get("change") else "not compared",
+        change.reading(0) if change else "not compared",
         decimal(measure.get("neutral")),
-        " ".join(Interval(name, *_ends(before)).written(1)) if before else "",
-        " ".join(Interval(name, *_ends(after)).written(1)) if after else "",
-        *(change.written(0) if measure.get("change") else ("", "")),
-        count(items),
+        *(" ".join(Estimate.of(name, state).written(1)) if state else "" for state in states),
+        *(change.written(0) if change else ("", "")),
+        count(next(filter(measured, (state.get("n") for state in states)), None)),
     ]
-
-
-def _ends(numbers: Mapping | None) -> tuple[object, object, object]:
-    numbers = numbers or {}
-    return numbers.get("value"), numbers.get("low"), numbers.get("high")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastdean.report.markup import Column, Html, element, folded, join, table
+from fastdean.report.edit import Edit
+from fastdean.report.markup import Html, element, figure, folded, join, table
 from fastdean.report.plots import coupling_bars, legend, overlap_lines, responsive
 from fastdean.report.quantities import (
     MISSING,
@@ -16,9 +17,8 @@ from fastdean.report.quantities import (
     quotient,
     ratio,
 )
-from fastdean.report.wording import Edit
+from fastdean.report.results import COUNTS
 
-SUMS = ("numel", "k", "first", "second", "coupled", "removed", "kept")
 # More panels than this are added up into one: a mixture of experts has hundreds of matrices.
 _MOST_PANELS = 12
 _MOST_ROWS = 600
@@ -27,7 +27,7 @@ _MOST_ROWS = 600
 def coupling_totals(coupling: dict) -> dict[str, object]:
     """The section's own totals, or the sums of its rows where it brings none."""
     rows = coupling.get("rows") or []
-    sums = {key: sum(_whole(row.get(key)) for row in rows) for key in SUMS} if rows else {}
+    sums = {key: sum(_whole(row.get(key)) for row in rows) for key in COUNTS} if rows else {}
     return {**sums, **(coupling.get("total") or {})}
 
 
@@ -45,8 +45,8 @@ def coupling_section(coupling: dict, edit: Edit) -> Html:
         return element("p", said)
     if not total.get("coupled"):
         said += " No matrix couples fairness and privacy at this ratio."
-    figure = _coupling_figure(rows, said, edit)
-    return join([element("p", said), figure, _matrix_table(rows, total, edit)])
+    drawn = _coupling_figure(rows, said, edit)
+    return join([element("p", said), drawn, _matrix_table(rows, total, edit)])
 
 
 def _selected_words(total: dict, edit: Edit) -> str:
@@ -77,15 +77,11 @@ def _coupling_figure(rows: Sequence[dict], said: str, edit: Edit) -> Html:
         caption += "The bar marked – lies outside of the layers. "
     if len(panels) == 1 and len({_module(row) for row in rows}) > 1:
         caption += "Modules are added up, because there are too many for a panel each. "
-    return element(
-        "figure",
-        element("figcaption", caption),
+    label, done, stacked = f"{caption}{said}", edit.done, edit.is_coupled
+    return figure(
+        caption,
         legend(samples),
-        responsive(
-            lambda width: coupling_bars(
-                panels, f"{caption}{said}", width, done=edit.done, stacked=edit.is_coupled
-            )
-        ),
+        responsive(lambda width: coupling_bars(panels, label, width, done=done, stacked=stacked)),
     )
 
 
@@ -95,8 +91,8 @@ def _panels(rows: Sequence[dict]) -> dict[str, dict[int | None, dict[str, int]]]
     panels: dict[str, dict[int | None, dict[str, int]]] = {}
     for row in rows:
         bars = panels.setdefault("all modules" if one else _module(row), {})
-        bar = bars.setdefault(row.get("layer"), dict.fromkeys(SUMS, 0))
-        for key in SUMS:
+        bar = bars.setdefault(row.get("layer"), dict.fromkeys(COUNTS, 0))
+        for key in COUNTS:
             bar[key] += _whole(row.get(key))
     return panels
 
@@ -116,27 +112,20 @@ def _matrix_table(rows: Sequence[dict], total: dict, edit: Edit) -> Html:
             f"{count(len(rows) - len(coupled))} of them have no coupled {edit.entry}.",
             class_="note",
         )
-    columns = [
-        Column("Matrix", words=True),
-        Column(edit.entries.capitalize()),
-        Column("k"),
-        Column("Fairness set"),
-        Column("Privacy set"),
-        Column("In both"),
-        Column("Spared"),
-        Column(edit.done.capitalize()),
-    ]
+    columns = ["Matrix", edit.entries.capitalize(), "k", "Fairness set", "Privacy set", "In both"]
+    columns += ["Spared", edit.done.capitalize()]
     listed = table(
         "Top sets and their overlap per matrix",
         columns,
         [[element("code", row.get("name") or _module(row)), *_counts(row)] for row in shown],
         ["All matrices", *_counts(total)],
+        words=("Matrix",),
     )
     return folded(f"Every matrix in numbers ({plural(len(rows), 'row')})", note, listed)
 
 
 def _counts(row: dict) -> list[str]:
-    return [count(row.get(key)) for key in SUMS]
+    return [count(row.get(key)) for key in COUNTS]
 
 
 def overlap_section(points: Sequence[dict], edit: Edit) -> Html:
@@ -145,13 +134,10 @@ def overlap_section(points: Sequence[dict], edit: Edit) -> Html:
     It counts the coupled entries whatever the run's rule is: nothing of it is an edit.
     """
     points = sorted(points, key=lambda point: point.get("ratio") or 0)
+    keys = {"shared": "coupled", "left": "kept", "chance": "expected_by_chance"}
     shares = [
-        {
-            "ratio": point.get("ratio"),
-            "shared": quotient(point.get("coupled"), point.get("k")),
-            "left": quotient(point.get("kept"), point.get("k")),
-            "chance": quotient(point.get("expected_by_chance"), point.get("k")),
-        }
+        {"ratio": point.get("ratio")}
+        | {name: quotient(point.get(key), point.get("k")) for name, key in keys.items()}
         for point in points
     ]
     said = "Two sets that have nothing to do with each other would share what chance gives; "
@@ -163,37 +149,25 @@ def overlap_section(points: Sequence[dict], edit: Edit) -> Html:
         + "."
         for share in shares
     )
+    # Where chance stays far below the other lines, its line cannot be told from the axis.
+    chances = [share["chance"] for share in shares if measured(share["chance"])]
+    most = f" ({percent(max(chances))} at most)" if chances else ""
     samples = [
         (("second", "ring"), "in the fairness and the privacy set"),
         (("first", "square"), "in both and not in the general set"),
-        (("quiet", None), f"in both sets by chance{_at_most(shares)}"),
+        (("quiet", None), f"in both sets by chance{most}"),
     ]
-    figure = element(
-        "figure",
-        element("figcaption", "Share of each top set that is coupled, as the sets grow."),
+    drawn = figure(
+        "Share of each top set that is coupled, as the sets grow.",
         legend(samples),
         responsive(lambda width: overlap_lines(shares, label, width, edit.entries)),
     )
-    return join([element("p", said), figure, _overlap_table(points, shares)])
-
-
-def _at_most(shares: Sequence[dict]) -> str:
-    """Where chance stays far below the other lines, its line cannot be told from the axis."""
-    known = [share["chance"] for share in shares if measured(share["chance"])]
-    return f" ({percent(max(known))} at most)" if known else ""
+    return join([element("p", said), drawn, _overlap_table(points, shares)])
 
 
 def _overlap_table(points: Sequence[dict], shares: Sequence[dict]) -> Html:
-    columns = [
-        Column("Ratio", words=True),
-        Column("k, all matrices"),
-        Column("In both"),
-        Column("Share"),
-        Column("By chance"),
-        Column("Times chance"),
-        Column("Also general"),
-        Column("Not general"),
-    ]
+    columns = ["Ratio", "k, all matrices", "In both", "Share", "By chance", "Times chance"]
+    columns += ["Also general", "Not general"]
     rows = [
         [
             ratio(point.get("ratio")),
@@ -207,7 +181,7 @@ def _overlap_table(points: Sequence[dict], shares: Sequence[dict]) -> Html:
         ]
         for point, share in zip(points, shares, strict=True)
     ]
-    return table("Overlap of the top sets against the ratio", columns, rows)
+    return table("Overlap of the top sets against the ratio", columns, rows, words=("Ratio",))
 
 
 def _whole(value: object) -> int:

@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from fastdean.report.markup import Column, Html, element, folded, join, table
-from fastdean.report.plots import Interval, dependence_lines, interval_rows, legend, responsive
-from fastdean.report.quantities import (
-    count,
-    decimal,
-    estimate,
-    measured,
-    signed,
-)
-from fastdean.report.wording import Edit
-from fastdean.wording import verdicts
+from fastdean.report.edit import Edit
+from fastdean.report.estimates import Estimate
+from fastdean.report.markup import Html, element, figure, folded, join, table, terms
+from fastdean.report.plots import dependence_lines, interval_rows, legend, responsive
+from fastdean.report.quantities import count, decimal, estimate, measured, signed
 
 
-def reading(row: Interval, reference: float) -> str:
-    """In words what was found about `reference`, the value of no effect.
-
-    The verdict that came with the results, see `fastdean.wording.verdicts`; without an interval
-    none.
-    """
-    if not row.is_known:
-        return "no interval: not to be judged" if measured(row.value) else "not measured"
-    return verdicts.reading(row.low, row.high, reference, row.verdict)
+def margin_estimates(margin: dict | None) -> list[tuple[Estimate, dict]]:
+    """Each mask of one set of pairs, as an estimate of its difference to the origin."""
+    return _estimates(margin, "mean")
 
 
-def margin_intervals(margin: dict | None) -> list[tuple[Interval, dict]]:
-    """The masks of one set of pairs as intervals of the difference to the origin."""
-    return _intervals(margin, "mean")
+def perplexity_estimates(perplexity: dict | None) -> list[tuple[Estimate, dict]]:
+    """Each mask, as an estimate of its ratio to the origin's perplexity."""
+    return _estimates(perplexity, "ratio")
 
 
-def _intervals(measure: dict | None, value: str) -> list[tuple[Interval, dict]]:
+def _estimates(measure: dict | None, key: str) -> list[tuple[Estimate, dict]]:
     """The masks of one measure; one whose figures could not be taken has None for each."""
     masks = (measure or {}).get("masks") or {}
-    return [
-        (
-            Interval(name, mask.get(value), mask.get("low"), mask.get("high"), mask.get("verdict")),
-            mask,
-        )
-        for name, mask in ((name, mask or {}) for name, mask in masks.items())
-    ]
+    return [(Estimate.of(name, mask, key), mask or {}) for name, mask in masks.items()]
 
 
 def margins_section(margins: dict, edit: Edit) -> Html:
@@ -53,172 +35,119 @@ def margins_section(margins: dict, edit: Edit) -> Html:
         "an effect: the interval leaves zero out, a test agrees, and there were enough pairs."
     )
     margins = {name: margin or {} for name, margin in margins.items()}
-    units = {margin.get("unit") for margin in margins.values()}
-    everything = [row for margin in margins.values() for row, _ in margin_intervals(margin)]
+    everything = [row for margin in margins.values() for row, _ in margin_estimates(margin)]
     span = []
-    if len(units) == 1:
+    if len({margin.get("unit") for margin in margins.values()}) == 1:
         span = [end for row in everything for end in (row.value, row.low, row.high)]
     plots = [
         _margin_figure(name, margin, span)
         for name, margin in margins.items()
         if margin.get("masks")
     ]
-    tables = [_margin_table(name, margin) for name, margin in margins.items()]
-    names = dict.fromkeys(row.name for row in everything)
     return join(
         [
             element("p", said),
             element("div", *plots, class_="pair"),
-            *tables,
-            _mask_notes(names, edit),
+            *(_margin_table(name, margin) for name, margin in margins.items()),
+            _mask_notes(dict.fromkeys(row.name for row in everything), edit),
         ]
     )
 
 
 def _margin_figure(name: str, margin: dict, span: Sequence[object]) -> Html:
     unit = str(margin.get("unit") or "unit not given")
-    rows = margin_intervals(margin)
-    label = f"Change of the {name} margin against the unedited model, {unit}. " + " ".join(
-        f"{row.name}: {' '.join(row.written(0))}, {reading(row, 0)}." for row, _ in rows
-    )
-    return element(
-        "figure",
-        element("figcaption", element("strong", name.capitalize()), ": change of the margin"),
-        interval_rows(
-            [row for row, _ in rows],
-            label,
-            reference=0,
-            axis_name=f"difference to the origin, {unit}",
-            span=span,
-        ),
+    rows = [row for row, _ in margin_estimates(margin)]
+    label = f"Change of the {name} margin against the unedited model, {unit}. "
+    label += " ".join(row.sentence(0) for row in rows)
+    axis_name = f"difference to the origin, {unit}"
+    return figure(
+        join([element("strong", name.capitalize()), ": change of the margin"]),
+        interval_rows(rows, label, no_effect=0, axis_name=axis_name, span=span),
     )
 
 
 def _margin_table(name: str, margin: dict) -> Html:
-    origin = margin.get("origin") or {}
-    columns = [
-        Column("Mask", words=True),
-        Column("Reading", words=True),
-        Column("Weights"),
-        Column("Margin"),
-        Column("Difference"),
-        Column(_interval_heading(margin)),
-    ]
+    origin, confidence = margin.get("origin") or {}, margin.get("confidence")
     _, origin_interval = estimate(None, origin.get("low"), origin.get("high"))
-    first = [
-        "origin",
-        "the unedited model; interval of its margin",
-        "0",
-        decimal(origin.get("mean")),
-        "",
-        origin_interval,
-    ]
     rows = [
         [
-            row.name,
-            reading(row, 0),
-            count(mask.get("weights")),
-            decimal(_sum(origin.get("mean"), row.value)),
-            *row.written(0),
+            "origin",
+            "the unedited model; interval of its margin",
+            "0",
+            decimal(origin.get("mean")),
+            "",
+            origin_interval,
         ]
-        for row, mask in margin_intervals(margin)
     ]
+    for row, mask in margin_estimates(margin):
+        known = measured(origin.get("mean")) and measured(row.value)
+        edited = origin["mean"] + row.value if known else None
+        weights = count(mask.get("weights"))
+        rows += [[row.name, row.reading(0), weights, decimal(edited), *row.written(0)]]
     caption = f"{name.capitalize()} margins before and after, {margin.get('unit') or 'no unit'}"
     if measured(margin.get("pairs")):
         caption += f", {count(margin['pairs'])} pairs"
-    return table(caption, columns, [first, *rows])
+    interval = f"{100 * confidence:g} % interval" if measured(confidence) else "Interval"
+    columns = ["Mask", "Reading", "Weights", "Margin", "Difference", interval]
+    return table(caption, columns, rows, words=("Mask", "Reading"))
 
 
-def _interval_heading(margin: dict) -> str:
-    confidence = margin.get("confidence")
-    return f"{100 * confidence:g} % interval" if measured(confidence) else "Interval"
-
-
-def _sum(first: object, second: object) -> float | None:
-    return first + second if measured(first) and measured(second) else None
-
-
-def _mask_notes(names: Sequence[str], edit: Edit) -> Html | None:
+def _mask_notes(names: Iterable[str], edit: Edit) -> Html | None:
     """What the known masks are; a mask of the user's own is not explained."""
     known = [(name, edit.selection(name)) for name in names if edit.selection(name)]
-    if not known:
-        return None
-    notes = [element("div", element("dt", name), element("dd", words)) for name, words in known]
-    return element("dl", *notes, class_="notes")
-
-
-def perplexity_intervals(perplexity: dict) -> list[tuple[Interval, dict]]:
-    """The masks as intervals of the ratio to the origin's perplexity."""
-    return _intervals(perplexity, "ratio")
+    return terms(known, "notes") if known else None
 
 
 def perplexity_section(perplexity: dict) -> Html:
     """Perplexity of every mask as a ratio to the origin."""
-    rows = perplexity_intervals(perplexity)
-    said = f"The unedited model has a perplexity of {decimal(perplexity.get('origin'))}"
+    estimates, origin = perplexity_estimates(perplexity), decimal(perplexity.get("origin"))
+    said = f"The unedited model has a perplexity of {origin}"
     if perplexity.get("text"):
         said += f" on {perplexity['text']}"
     if measured(perplexity.get("tokens")):
         said += f" ({count(perplexity['tokens'])} tokens)"
     said += ". A ratio above one is a model that predicts this text less well."
-    label = "Perplexity as a ratio to the unedited model. " + " ".join(
-        f"{row.name}: {' '.join(row.written(1))}, {reading(row, 1)}." for row, _ in rows
-    )
-    columns = [
-        Column("Mask", words=True),
-        Column("Reading", words=True),
-        Column("Perplexity"),
-        Column("Ratio to origin"),
-        Column("Interval of the ratio"),
+    label = "Perplexity as a ratio to the unedited model. "
+    label += " ".join(row.sentence(1) for row, _ in estimates)
+    rows = [["origin", "the unedited model", origin, "1", ""]]
+    rows += [
+        [row.name, row.reading(1), decimal(mask.get("value")), *row.written(1)]
+        for row, mask in estimates
     ]
-    cells = [
-        [
-            row.name,
-            reading(row, 1),
-            decimal(mask.get("value")),
-            *row.written(1),
-        ]
-        for row, mask in rows
-    ]
-    first = ["origin", "the unedited model", decimal(perplexity.get("origin")), "1", ""]
-    figure = None
-    if rows:
-        figure = element(
-            "figure",
-            element("figcaption", "Perplexity of each mask, as a ratio to the origin"),
-            interval_rows(
-                [row for row, _ in rows], label, reference=1, axis_name="ratio to the origin"
-            ),
+    plot = None
+    if estimates:
+        drawn = [row for row, _ in estimates]
+        plot = figure(
+            "Perplexity of each mask, as a ratio to the origin",
+            interval_rows(drawn, label, no_effect=1, axis_name="ratio to the origin"),
         )
-    listed = table("Perplexity before and after", columns, [first, *cells])
-    return join([element("p", said), figure, listed])
+    columns = ["Mask", "Reading", "Perplexity", "Ratio to origin", "Interval of the ratio"]
+    listed = table("Perplexity before and after", columns, rows, words=("Mask", "Reading"))
+    return join([element("p", said), plot, listed])
 
 
 def dependence_section(hsic: dict) -> Html:
     """HSIC of fairness and privacy representations per layer, with its permutation null."""
     layers = hsic.get("layers") or []
     said = _dependence_words(layers)
-    kernel = [hsic.get("estimator") and f"{hsic['estimator']} estimator"]
-    kernel += [hsic.get("kernel") and f"{hsic['kernel']} kernel"]
-    kernel += [hsic.get("bandwidth") and f"bandwidth {hsic['bandwidth']}"]
-    kernel += [measured(hsic.get("n")) and f"{count(hsic['n'])} pairs of representations"]
-    kernel += [hsic.get("pairing") and f"pairing: {hsic['pairing']}"]
-    method = element("p", "; ".join(part for part in kernel if part), class_="note")
+    method = [hsic.get("estimator") and f"{hsic['estimator']} estimator"]
+    method += [hsic.get("kernel") and f"{hsic['kernel']} kernel"]
+    method += [hsic.get("bandwidth") and f"bandwidth {hsic['bandwidth']}"]
+    method += [measured(hsic.get("n")) and f"{count(hsic['n'])} pairs of representations"]
+    method += [hsic.get("pairing") and f"pairing: {hsic['pairing']}"]
+    note = element("p", "; ".join(filter(None, method)), class_="note")
     if not layers:
-        return join([method, element("p", "No layer was measured.")])
+        return join([note, element("p", "No layer was measured.")])
     samples = [
         (("second", "ring"), "before"),
         (("first", "square"), "after"),
         (("band", None), "band of pairings drawn at random (permutation null)"),
     ]
-    figure = element(
-        "figure",
-        element("figcaption", "HSIC of fairness and privacy representations per layer"),
+    plot = figure(
+        "HSIC of fairness and privacy representations per layer",
         legend(samples),
         responsive(lambda width: dependence_lines(layers, f"HSIC per layer. {said}", width)),
     )
-    columns = [Column("Layer", words=True), Column("Before"), Column("After")]
-    columns += [Column("Difference"), Column("Null band")]
     rows = [
         [
             str(layer.get("layer")),
@@ -229,11 +158,12 @@ def dependence_section(hsic: dict) -> Html:
         ]
         for layer in layers
     ]
+    columns = ["Layer", "Before", "After", "Difference", "Null band"]
     listed = folded(
         f"Every layer in numbers ({count(len(layers))})",
-        table("HSIC per layer before and after the edit", columns, rows),
+        table("HSIC per layer before and after the edit", columns, rows, words=("Layer",)),
     )
-    return join([element("p", said), method, figure, listed])
+    return join([element("p", said), note, plot, listed])
 
 
 def _dependence_words(layers: Sequence[dict]) -> str:
@@ -250,10 +180,10 @@ def _dependence_words(layers: Sequence[dict]) -> str:
         said += f", where the null band is {decimal(high - low, 3)} wide"
         if abs(_difference(largest)) <= high - low:
             said += ", so that this is not to be read as an effect"
-    judged = [layer for layer in known if _within(layer) is not None]
-    inside = sum(1 for layer in judged if _within(layer))
     said += "."
+    judged = [layer for layer in known if measured(layer.get("null_high"))]
     if judged:
+        inside = sum(layer["after"] <= layer["null_high"] for layer in judged)
         said += (
             f" After the edit {count(inside)} of {count(len(judged))} layers lie no higher than "
             "the null band, where dependence cannot be told from chance."
@@ -264,7 +194,3 @@ def _dependence_words(layers: Sequence[dict]) -> str:
 def _difference(layer: dict) -> float | None:
     before, after = layer.get("before"), layer.get("after")
     return after - before if measured(before) and measured(after) else None
-
-
-def _within(layer: dict) -> bool | None:
-    return layer["after"] <= layer["null_high"] if measured(layer.get("null_high")) else None

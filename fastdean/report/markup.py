@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 from html import escape as _escape
 
 # Lone surrogates (undecodable bytes of a command line) cannot be written as UTF-8, and control
@@ -54,50 +53,59 @@ def _attribute(value: object) -> Html:
     return escape(f"{value:.2f}" if isinstance(value, float) else str(value))
 
 
-@dataclass(frozen=True)
-class Column:
-    """Heading of a table's column; `words` columns are set to the left, numbers to the right."""
-
-    heading: str
-    words: bool = False
-
-
 def table(
     caption: str,
-    columns: Sequence[Column],
+    columns: Sequence[str],
     rows: Iterable[Sequence[object]],
     total: Sequence[object] | None = None,
+    *,
+    words: Collection[str] = (),
 ) -> Html:
     """A captioned table whose first column heads its rows; `total` becomes the foot.
 
-    It lies in a region of its own that scrolls sideways and takes the keyboard's focus, because
-    a narrow screen must not squeeze numbers.
+    The columns named in `words` are set to the left, numbers to the right. The table lies in a
+    region that scrolls sideways and takes the keyboard's focus, so that a narrow screen does not
+    squeeze numbers.
     """
-    head = [element("th", column.heading, scope="col", class_=_kind(column)) for column in columns]
-    foot = None
-    if total is not None:
-        foot = element("tfoot", _row(columns, total))
+    kinds = ["words" if column in words else None for column in columns]
+
+    def row(cells: Sequence[object]) -> Html:
+        first, *rest = zip(cells, kinds, strict=True)
+        head = element("th", first[0], scope="row", class_=first[1])
+        return element("tr", head, *(element("td", cell, class_=kind) for cell, kind in rest))
+
+    heads = zip(columns, kinds, strict=True)
     body = element(
         "table",
         element("caption", caption),
-        element("thead", element("tr", *head)),
-        element("tbody", *(_row(columns, row) for row in rows)),
-        foot,
+        element(
+            "thead",
+            element("tr", *(element("th", head, scope="col", class_=kind) for head, kind in heads)),
+        ),
+        element("tbody", *map(row, rows)),
+        None if total is None else element("tfoot", row(total)),
     )
     return element("div", body, class_="scroll", role="region", tabindex=0, aria_label=caption)
 
 
-def _row(columns: Sequence[Column], cells: Sequence[object]) -> Html:
-    first, *rest = zip(columns, cells, strict=True)
-    return element(
-        "tr",
-        element("th", first[1], scope="row", class_=_kind(first[0])),
-        *(element("td", cell, class_=_kind(column)) for column, cell in rest),
+def items(tag: str, entries: Iterable[object], class_: str | None = None) -> Html | None:
+    """A list, None where it has no entries."""
+    listed = [element("li", entry) for entry in entries]
+    return element(tag, *listed, class_=class_) if listed else None
+
+
+def terms(entries: Iterable[Sequence[object]], class_: str) -> Html:
+    """A list of terms, each with what is said of it."""
+    pairs = (
+        element("div", element("dt", term), *(element("dd", said) for said in rest))
+        for term, *rest in entries
     )
+    return element("dl", *pairs, class_=class_)
 
 
-def _kind(column: Column) -> str | None:
-    return "words" if column.words else None
+def figure(caption: object, *parts: object) -> Html:
+    """Plots with their caption."""
+    return element("figure", element("figcaption", caption), *parts)
 
 
 def folded(summary: str, *children: object) -> Html:

@@ -1,53 +1,35 @@
-"""The page as a whole: its order, its head and foot, and the sections that are tables alone."""
+"""The page as a whole: its head, its sections in order, and its foot."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
 
 from fastdean.files.atomic import write_text_atomic
 from fastdean.files.declared import Misfit
 from fastdean.report.collapse import bias_section, collapse_section, training_section
-from fastdean.report.coupled import coupling_section, coupling_totals, overlap_section
-from fastdean.report.effects import (
-    dependence_section,
-    margin_intervals,
-    margins_section,
-    perplexity_intervals,
-    perplexity_section,
-    reading,
+from fastdean.report.coupled import coupling_section, overlap_section
+from fastdean.report.details import (
+    command_section,
+    cost_section,
+    data_section,
+    manifest_section,
+    other_section,
 )
-from fastdean.report.markup import Column, Html, element, folded, join, table
-from fastdean.report.quantities import (
-    MISSING,
-    count,
-    decimal,
-    duration,
-    measured,
-    memory,
-    percent,
-    quotient,
-)
+from fastdean.report.edit import Edit
+from fastdean.report.effects import dependence_section, margins_section, perplexity_section
+from fastdean.report.key_numbers import key_numbers
+from fastdean.report.markup import Html, element, items
+from fastdean.report.quantities import count, measured
 from fastdean.report.results import RESULTS
-from fastdean.report.wording import Edit
 from fastdean.wording.mendable import InputTypeError
 
-_KINDS = {
-    "title": str, "created": str, "command": str, "versions": dict, "findings": list,
-    "model": dict, "data": dict, "options": dict, "coverage": dict, "coupling": dict,
-    "overlap": list, "hsic": dict, "margins": dict, "perplexity": dict, "cost": list,
-    "files": dict, "manifest": dict, "warnings": list, "collapse": dict, "training": dict,
-    "bias": dict, "shown": dict,
-}  # fmt: skip
-
-# Nothing on the page may load or run anything, even if a string should ever slip through.
 _GENERATOR = "FastDEAN report"
+# Nothing on the page may load or run anything, even if a string should ever slip through.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 
 # What the numbers of these sections are not.
@@ -97,7 +79,7 @@ def render_report(results: dict) -> str:
 
     `results` holds plain values as they come from JSON. Every section may be missing and is then
     left out; within a section, what is missing, None or not finite is written as a dash. Keys
-    that the page has no section for are shown as they are, so that nothing measured is lost.
+    that the page has no section for are shown as JSON, so that nothing measured is lost.
     The page loads nothing from elsewhere and runs no script.
 
     Raises TypeError where `results` or a part of it is of the wrong type: see `results.py`.
@@ -115,9 +97,7 @@ def render_report(results: dict) -> str:
         element("title", title),
         element("style", Html(_style())),
     )
-    top = [_findings(results), _warnings(results), _key_numbers(results)]
-    sections = [_section(*entry, results) for entry in _SECTIONS]
-    main = element("main", *top, *sections)
+    main = element("main", *_top(results), *_sections(results))
     body = element("body", _header(title, results), main, _footer(results))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
@@ -154,13 +134,6 @@ def _check(results: object) -> None:
             f"results must be a dict, got {type(results).__name__}; pass the results of a run, "
             "read from their file with json.load"
         )
-    for key, kind in _KINDS.items():
-        value = results.get(key)
-        if value is not None and not isinstance(value, kind):
-            raise InputTypeError(
-                f"results[{key!r}] must be a {kind.__name__}, got {type(value).__name__}; "
-                "leave the key out if there is nothing to show"
-            )
     try:
         RESULTS.check(results, "results")
     except Misfit as misfit:
@@ -176,7 +149,7 @@ def _style() -> str:
 
 def _header(title: str, results: dict) -> Html:
     model = results.get("model") or {}
-    line = [element("strong", model["name"])] if model.get("name") else []
+    line: list[str] = [element("strong", model["name"])] if model.get("name") else []
     if measured(model.get("parameters")):
         line.append(f"{count(model['parameters'])} parameters")
     if model.get("dtype"):
@@ -197,273 +170,60 @@ def _date(created: str) -> str:
     return f"{moment.day} {moment:%B %Y, %H:%M}{zone}"
 
 
-def _findings(results: dict) -> Html | None:
-    findings = results.get("findings")
-    if not findings:
-        return None
-    items = [element("li", finding) for finding in findings]
-    return _labelled("Findings", element("ol", *items), class_="findings")
-
-
-def _warnings(results: dict) -> Html | None:
-    warnings = results.get("warnings")
-    if not warnings:
-        return None
-    items = [element("li", warning) for warning in warnings]
-    return _labelled("Warnings", element("ul", *items), class_="warnings")
-
-
-def _key_numbers(results: dict) -> Html | None:
-    edit = Edit.of(results.get("options"))
-    numbers = [
-        *_coupling_numbers(results.get("coupling"), results.get("coverage"), edit),
-        *_effect_numbers(results.get("margins"), results.get("perplexity"), edit),
-        *_time_number(results.get("cost")),
-    ]
-    if not numbers:
-        return None
-    cells = [
-        element("div", element("dt", name), element("dd", value), element("dd", note))
-        for name, value, note in numbers
-    ]
-    return _labelled("Key numbers", element("dl", *cells, class_="strip"))
-
-
-def _coupling_numbers(coupling: dict | None, coverage: dict | None, edit: Edit) -> list[tuple]:
-    numbers = []
-    if coupling:
-        total = coupling_totals(coupling)
-        note = f"of {count(total.get('numel'))} scored"
-        heading = f"{edit.weights.capitalize()} {edit.done}"
-        numbers += [(heading, count(total.get("kept")), note)]
-        note = f"of {count(total.get('k'))} in each top set"
-        numbers += [("Coupled", count(total.get("coupled")), note)]
-    if coverage:
-        note = f"{count(coverage.get('scored_parameters'))} parameters"
-        if measured(coverage.get("targets")):
-            note += f" in {count(coverage['targets'])} matrices"
-        left_out = [
-            name
-            for name, group in (coverage.get("groups") or {}).items()
-            if group["modules"] > group["scored"] or group["unscorable"]
-        ]
-        if left_out:
-            note += f"; not or not all of {', '.join(left_out)}"
-        numbers += [("Share of the model scored", percent(coverage.get("share")), note)]
-    return numbers
-
-
-def _effect_numbers(margins: dict | None, perplexity: dict | None, edit: Edit) -> list[tuple]:
-    """What the mask of the run's rule did, or the first mask where there is none by that name."""
-    numbers = []
-    for name, margin in (margins or {}).items():
-        for row, _ in _main(margin_intervals(margin), edit):
-            note = f"{row.name}: {reading(row, 0)}"
-            heading = ", ".join(filter(None, [f"{name.capitalize()} margin", margin.get("unit")]))
-            numbers += [(heading, row.written(0)[0], note)]
-    for row, _ in _main(perplexity_intervals(perplexity), edit):
-        note = f"{row.name}: {reading(row, 1)}"
-        numbers += [("Perplexity ratio", row.written(1)[0], note)]
-    return numbers
-
-
-def _main(masks: Sequence[tuple], edit: Edit) -> Sequence[tuple]:
-    return [entry for entry in masks if entry[0].name == edit.rule] or masks[:1]
-
-
-def _time_number(cost: list | None) -> list[tuple]:
-    if not cost:
-        return []
-    peaks = [step["peak_bytes"] for step in cost if measured(step.get("peak_bytes"))]
-    note = f"peak memory {memory(max(peaks))}" if peaks else "all steps"
-    return [("Time", duration(_seconds(cost)), note)]
-
-
-def _seconds(cost: list) -> float | None:
-    known = [step["seconds"] for step in cost if measured(step.get("seconds"))]
-    return sum(known) if known else None
-
-
-def _cost(cost: list) -> Html:
-    columns = [Column("Step", words=True), Column("Time"), Column("Share"), Column("Tokens")]
-    columns += [Column("Tokens per second"), Column("Peak memory so far")]
-    whole = _seconds(cost)
-    rows = [
-        [
-            step.get("step") or MISSING,
-            duration(step.get("seconds")),
-            percent(quotient(step.get("seconds"), whole)),
-            count(step.get("tokens")),
-            decimal(quotient(step.get("tokens"), step.get("seconds")), 3),
-            memory(step.get("peak_bytes")),
-        ]
-        for step in cost
-    ]
-    total = ["All steps", duration(whole), "", "", "", ""]
-    return table(
-        "Time and tokens per step, and the peak memory of the process by its end",
-        columns,
-        rows,
-        total,
-    )
-
-
-def _data_and_options(results: dict) -> Html | None:
+def _top(results: dict) -> list[Html | None]:
+    """What stands above the sections, with headings that only a screen reader needs."""
     parts = [
-        _data(results["data"]) if results.get("data") else None,
-        _shown(results["shown"]) if results.get("shown") else None,
-        _pairs("Options", results.get("options")),
-        _pairs("Versions", results.get("versions")),
-        _files(results["files"]) if results.get("files") else None,
+        ("Findings", items("ol", results.get("findings") or ()), "findings"),
+        ("Warnings", items("ul", results.get("warnings") or ()), "warnings"),
+        ("Key numbers", key_numbers(results), None),
     ]
-    return join(parts) or None
-
-
-def _data(data: dict) -> Html:
-    columns = [Column("Set", words=True), Column("Source", words=True), Column("Examples")]
-    columns += [Column("Tokens"), Column("Target tokens"), Column("SHA-256", words=True)]
-    rows = [
-        [
-            name,
-            source.get("source") or MISSING,
-            count(source.get("examples")),
-            count(source.get("tokens")),
-            count(source.get("target_tokens")),
-            element("code", source.get("sha256") or MISSING, class_="hash"),
-        ]
-        for name, source in data.items()
+    return [
+        element("div", element("h2", heading, class_="unseen"), content, class_=class_)
+        for heading, content, class_ in parts
+        if content
     ]
-    return table("Examples that were scored", columns, rows)
 
 
-def _shown(shown: dict) -> Html:
-    """An example of each set, as the model read it."""
-    parts = []
-    for name, example in shown.items():
-        texts = [
-            element("div", element("dt", kind), element("dd", element("code", text)))
-            for kind, text in example.get("parts") or []
-        ]
-        heading = (
-            f"{name}: row {count(example.get('row'))}, rendered as "
-            f"{example.get('rendered') or MISSING}, {count(example.get('tokens'))} tokens"
+def _sections(results: dict) -> list[Html | None]:
+    edit = Edit.of(results.get("options"))
+
+    def of(key: str, draw: Callable[..., Html], *more: Any) -> Html | None:
+        return draw(results[key], *more) if results.get(key) else None
+
+    sections = [
+        ("coupling", "Coupling per layer and module", of("coupling", coupling_section, edit)),
+        ("overlap", "Overlap against ratio", of("overlap", overlap_section, edit)),
+        ("margins", "Margins before and after", of("margins", margins_section, edit)),
+        ("perplexity", "Perplexity", of("perplexity", perplexity_section)),
+        ("hsic", "Dependence of representations", of("hsic", dependence_section)),
+        ("collapse", "Neural collapse", of("collapse", collapse_section)),
+        ("bias", "Bias measures", of("bias", bias_section)),
+        ("training", "Training", of("training", training_section)),
+        ("cost", "Cost", of("cost", cost_section)),
+        ("data", "Data and options", data_section(results)),
+        ("command", "Command", of("command", command_section)),
+        ("manifest", "Manifest", of("manifest", manifest_section)),
+        ("other", "Other results", other_section(results)),
+    ]
+    return [
+        element(
+            "section",
+            element("h2", heading, id=f"{name}-heading"),
+            element("div", content, class_="content"),
+            id=name,
+            aria_labelledby=f"{name}-heading",
         )
-        parts += [element("h3", heading), element("dl", *texts, class_="pairs")]
-    return folded("One example of each set, as the model read it", *parts)
-
-
-def _pairs(heading: str, pairs: dict | None) -> Html | None:
-    if not pairs:
-        return None
-    entries = [
-        element("div", element("dt", key), element("dd", element("code", _plain(value))))
-        for key, value in pairs.items()
+        for name, heading, content in sections
+        if content
     ]
-    return join([element("h3", heading), element("dl", *entries, class_="pairs")])
-
-
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _files(paths: dict) -> Html:
-    entries = [
-        element("div", element("dt", label), element("dd", _link(str(path))))
-        for label, path in paths.items()
-    ]
-    return join([element("h3", "Files"), element("dl", *entries, class_="pairs")])
-
-
-def _link(path: str) -> Html:
-    """A link to a file beside the report; quoted, a path can name neither a scheme nor a host."""
-    if path.startswith(("/", "\\")):
-        return element("code", path)
-    relative = quote(path.encode("utf-8", "replace"), safe="/")
-    return element("a", element("code", path), href=f"./{relative}")
-
-
-def _command(command: str) -> Html:
-    # A word of its own box is not broken after its hyphens, and is copied as it stands.
-    words = [
-        word if index % 2 else element("span", word)
-        for index, word in enumerate(re.split(r"(\s+)", command))
-    ]
-    return element("pre", element("code", *words), class_="command", tabindex=0)
-
-
-def _manifest(manifest: dict) -> Html:
-    return folded("The run's manifest, as JSON", element("pre", _json(manifest), tabindex=0))
-
-
-def _other(results: dict) -> Html | None:
-    other = {key: value for key, value in results.items() if key not in _KINDS}
-    return element("pre", _json(other), tabindex=0) if other else None
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
-
-
-def _whole(key: str, draw: Callable[[object], Html]) -> Callable[[dict], Html | None]:
-    """A section that is made of one entry of the results."""
-    return lambda results: draw(results[key]) if results.get(key) else None
-
-
-def _of_edit(key: str, draw: Callable[[object, Edit], Html]) -> Callable[[dict], Html | None]:
-    """The same where the section speaks of the edit, which the options describe."""
-    return lambda results: (
-        draw(results[key], Edit.of(results.get("options"))) if results.get(key) else None
-    )
-
-
-# Id, heading and content of the sections, in the page's order.
-_SECTIONS: tuple[tuple[str, str, Callable[[dict], Html | None]], ...] = (
-    ("coupling", "Coupling per layer and module", _of_edit("coupling", coupling_section)),
-    ("overlap", "Overlap against ratio", _of_edit("overlap", overlap_section)),
-    ("margins", "Margins before and after", _of_edit("margins", margins_section)),
-    ("perplexity", "Perplexity", _whole("perplexity", perplexity_section)),
-    ("hsic", "Dependence of representations", _whole("hsic", dependence_section)),
-    ("collapse", "Neural collapse", _whole("collapse", collapse_section)),
-    ("bias", "Bias measures", _whole("bias", bias_section)),
-    ("training", "Training", _whole("training", training_section)),
-    ("cost", "Cost", _whole("cost", _cost)),
-    ("data", "Data and options", _data_and_options),
-    ("command", "Command", _whole("command", _command)),
-    ("manifest", "Manifest", _whole("manifest", _manifest)),
-    ("other", "Other results", _other),
-)
-
-
-def _section(
-    name: str, heading: str, draw: Callable[[dict], Html | None], results: dict
-) -> Html | None:
-    content = draw(results)
-    if not content:
-        return None
-    return element(
-        "section",
-        element("h2", heading, id=f"{name}-heading"),
-        element("div", content, class_="content"),
-        id=name,
-        aria_labelledby=f"{name}-heading",
-    )
-
-
-def _labelled(heading: str, content: Html, class_: str | None = None) -> Html:
-    """A part of the page's top, whose heading only a screen reader needs."""
-    return element("div", element("h2", heading, class_="unseen"), content, class_=class_)
 
 
 def _footer(results: dict) -> Html | None:
-    limits = [
-        element("li", limit)
-        for sections, limit in _LIMITS
-        if any(results.get(name) for name in sections)
-    ]
+    limits = [limit for sections, limit in _LIMITS if any(map(results.get, sections))]
     if not limits:
         return None
     return element(
         "footer",
         element("h2", "What these numbers are not"),
-        element("ul", *limits, class_="content"),
+        items("ul", limits, "content"),
     )

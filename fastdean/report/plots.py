@@ -8,12 +8,11 @@ read. What colour says, shape or outline says as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from fastdean.report.axis import Axis
-from fastdean.report.markup import Html, element
-from fastdean.report.quantities import MISSING, count, estimate, measured
-from fastdean.wording.verdicts import direction
+from fastdean.report.estimates import Estimate
+from fastdean.report.markup import Html, element, items, join
+from fastdean.report.quantities import MISSING, count, measured
 
 WIDE, NARROW = 800, 360
 _LEFT, _RIGHT = 46, 10
@@ -44,7 +43,10 @@ def coupling_bars(
     `done` says how. Where these are the coupled ones less those that the general set protects
     (`stacked`), the protected ones are outlined above them, so that both together are the coupled.
     """
-    slots = sorted({layer for bars in panels.values() for layer in bars}, key=_layer_order)
+    slots = sorted(
+        {layer for bars in panels.values() for layer in bars},
+        key=lambda layer: (layer is None, layer or 0),
+    )
     every_bar = [bar for bars in panels.values() for bar in bars.values()]
     tallest = max((above for bar in every_bar for *_, above in _layered(bar, stacked)), default=0)
     heading, tall, below = 22, 64, 14
@@ -76,11 +78,8 @@ def _panel_heading(module: str, bars: dict, width: int, y: float, done: str) -> 
     edited = sum(bar["kept"] for bar in bars.values())
     shared = sum(bar["coupled"] for bar in bars.values())
     note = f"{count(shared)} in both, {count(edited)} {done}"
-    module = _beside(module, note, width - _LEFT - _RIGHT)
-    return [
-        _text(module, _LEFT, y, "start", "strong"),
-        _text(note, width - _RIGHT, y, "end"),
-    ]
+    name = _beside(module, note, width - _LEFT - _RIGHT)
+    return [_text(name, _LEFT, y, "start", "strong"), _text(note, width - _RIGHT, y, "end")]
 
 
 def _layered(bar: dict[str, int], stacked: bool) -> list[tuple[str, int, int]]:
@@ -112,22 +111,17 @@ def overlap_lines(points: Sequence[dict], label: str, width: int, entries: str) 
     shares = [100 * p[name] for p in points for name, *_ in _SHARES if measured(p[name])]
     y = Axis.around([0, *shares], height - 48, 12)
     parts = _grid(y, width, " %")
-    for value, text in x.ticks(max(2, int((right - _LEFT) / 60))):
-        parts += [_line(x.place(value), y.start, x.place(value), y.start + 5, "axis")]
-        parts += [_text(text, x.place(value), y.start + 19, "middle")]
+    parts += _ticks(x, max(2, int((right - _LEFT) / 60)), y.start)
     axis_name = f"ratio (share of each matrix's {entries})"
     parts += [_text(axis_name, (_LEFT + right) / 2, height - 8, "middle", "name")]
+
+    def place(point: dict, name: str) -> tuple[float, float] | None:
+        drawn = measured(point["ratio"]) and point["ratio"] > 0 and measured(point[name])
+        return (x.place(point["ratio"]), y.place(100 * point[name])) if drawn else None
+
     for name, style, mark in _SHARES:
-        places = [
-            (x.place(p["ratio"]), y.place(100 * p[name])) if _is_drawn(p, name) else None
-            for p in points
-        ]
-        parts += _curve(places, style, mark)
+        parts += _curve([place(point, name) for point in points], style, mark)
     return _drawing(parts, width, height, label)
-
-
-def _is_drawn(point: dict, name: str) -> bool:
-    return measured(point["ratio"]) and point["ratio"] > 0 and measured(point[name])
 
 
 def dependence_lines(layers: Sequence[dict], label: str, width: int) -> Html:
@@ -164,81 +158,48 @@ def step_line(points: Sequence[tuple[float, float]], label: str, width: int) -> 
     x = Axis.around([step for step, _ in points], _LEFT + 8, right)
     y = Axis.around([value for _, value in points], height - 48, 12)
     parts = _grid(y, width)
-    for value, text in x.ticks(max(2, int((right - _LEFT) / 60))):
-        parts += [_line(x.place(value), y.start, x.place(value), y.start + 5, "axis")]
-        parts += [_text(text, x.place(value), y.start + 19, "middle")]
+    parts += _ticks(x, max(2, int((right - _LEFT) / 60)), y.start)
     parts += [_text("step", (_LEFT + right) / 2, height - 8, "middle", "name")]
     places = [(x.place(step), y.place(value)) for step, value in points]
     parts += _curve(places, "first", "square" if len(points) <= 20 else None)
     return _drawing(parts, width, height, label)
 
 
-@dataclass(frozen=True)
-class Interval:
-    """One line of an interval plot. Values that were not measured are None or NaN.
-
-    `verdict` is what the results say of it, see `fastdean.wording.verdicts`.
-    """
-
-    name: str
-    value: object
-    low: object
-    high: object
-    verdict: object = None
-
-    def written(self, reference: float) -> tuple[str, str]:
-        """The value and its interval as text, a difference with its sign."""
-        return estimate(self.value, self.low, self.high, neutral=reference)
-
-    @property
-    def is_known(self) -> bool:
-        """Whether both ends are."""
-        return measured(self.low) and measured(self.high)
-
-    def is_effect(self, reference: float) -> bool:
-        """Whether the verdict claims one, and the interval leaves `reference` out."""
-        outside = self.is_known and not self.low <= reference <= self.high
-        return outside and bool(direction(self.verdict))
-
-
 def interval_rows(
-    rows: Sequence[Interval],
+    rows: Sequence[Estimate],
     label: str,
     *,
-    reference: float,
+    no_effect: float,
     axis_name: str,
     span: Iterable[object] = (),
     width: int = NARROW,
 ) -> Html:
-    """A dot with its interval per row and a line at `reference` (the value of no effect).
+    """A dot with its interval per row and a line at `no_effect`; the dot of an effect is filled.
 
-    The dot is filled only where the verdict is an effect. `span` holds values that the
-    axis must cover as well, so that plots side by side can share one scale.
+    `span` holds values that the axis must cover as well, so that plots side by side share a scale.
     """
     pitch, top, inset = 46, 4, 24
     height = top + pitch * len(rows) + 44
     values = [value for row in rows for value in (row.value, row.low, row.high)]
-    x = Axis.around([reference, *values, *span], inset, width - inset)
+    x = Axis.around([no_effect, *values, *span], inset, width - inset)
     floor = height - 42
-    zero = x.place(reference)
+    zero = x.place(no_effect)
     parts = [
         _line(inset, floor, width - inset, floor, "axis"),
         _line(zero, top, zero, floor, "zero"),
     ]
-    for value, text in x.ticks(5):
-        parts += [_line(x.place(value), floor, x.place(value), floor + 5, "axis")]
-        parts += [_text(text, x.place(value), floor + 19, "middle")]
+    parts += _ticks(x, 5, floor)
     parts += [_text(axis_name, width / 2, height - 6, "middle", "name")]
     for index, row in enumerate(rows):
-        parts += _interval_row(row, x, top + index * pitch, reference, width)
+        parts += _interval_row(row, x, top + index * pitch, no_effect, width)
     return _drawing(parts, width, height, label)
 
 
-def _interval_row(row: Interval, x: Axis, top: float, reference: float, width: int) -> list[Html]:
-    value, ends = row.written(reference)
+def _interval_row(row: Estimate, x: Axis, top: float, no_effect: float, width: int) -> list[Html]:
+    value, ends = row.written(no_effect)
     value += f" {ends}" if ends != MISSING else " no interval" if value != MISSING else ""
     name = _beside(row.name, value, width)
-    # The reference line runs behind these labels: a halo in the page's colour keeps them legible.
+    # The line of no effect runs behind the labels; a halo in the page's colour keeps them legible.
     parts = [_text(name, 2, top + 14, "start", "strong halo")]
     parts += [_text(value, width - 2, top + 14, "end", "halo")]
     y = top + 29
@@ -247,15 +208,14 @@ def _interval_row(row: Interval, x: Axis, top: float, reference: float, width: i
         parts += [_line(low, y, high, y, "whisker")]
         parts += [_line(end, y - 4, end, y + 4, "whisker") for end in (low, high)]
     if measured(row.value):
-        style = "dot filled" if row.is_effect(reference) else "dot"
+        style = "dot filled" if row.is_effect(no_effect) else "dot"
         parts += [element("circle", cx=x.place(row.value), cy=float(y), r=5, class_=style)]
     return parts
 
 
-def legend(samples: Iterable[tuple[tuple[str, str | None], str]]) -> Html:
+def legend(samples: Iterable[tuple[tuple[str, str | None], str]]) -> Html | None:
     """A list of samples, each a style with its mark, and what they stand for."""
-    items = [element("li", _swatch(*style), words) for style, words in samples]
-    return element("ul", *items, class_="legend")
+    return items("ul", (join([_swatch(*style), words]) for style, words in samples), "legend")
 
 
 def _swatch(style: str, mark: str | None) -> Html:
@@ -300,15 +260,20 @@ def _grid(y: Axis, width: int, unit: str = "") -> list[Html]:
     return parts
 
 
+def _ticks(x: Axis, most: int, floor: float) -> list[Html]:
+    parts = []
+    for value, text in x.ticks(most):
+        place = x.place(value)
+        parts += [_line(place, floor, place, floor + 5, "axis")]
+        parts += [_text(text, place, floor + 19, "middle")]
+    return parts
+
+
 def _every(slots: Sequence[object], pitch: float, room: float = 26) -> range:
     """The slots whose labels are shown: every n-th, n a round number that leaves them apart."""
     steps = (1, 2, 5, 10, 20, 50, 100, 1000, len(slots) + 1)
     step = next(step for step in steps if step * pitch >= room or step > len(slots))
     return range(0, len(slots), step)
-
-
-def _layer_order(layer: int | None) -> tuple[bool, int]:
-    return layer is None, layer or 0
 
 
 def _beside(name: str, note: str, width: float) -> str:

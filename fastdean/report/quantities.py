@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from typing import TypeGuard
 
 from fastdean.files.declared import FINITE
 
@@ -11,7 +12,7 @@ MISSING = "–"
 _MINUS = "−"
 
 
-def measured(value: object) -> bool:
+def measured(value: object) -> TypeGuard[float]:
     """Whether `value` is a finite number, and not so large that sums of such are none."""
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= FINITE
 

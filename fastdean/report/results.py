@@ -38,7 +38,7 @@ def _numbers(*names: str, **fields: Kind) -> Record:
     return _partial(**dict.fromkeys(names, Number()), **fields)
 
 
-_COUNTS = ("numel", "k", "first", "second", "coupled", "removed", "kept")
+COUNTS = ("numel", "k", "first", "second", "coupled", "removed", "kept")
 _ENDS = _numbers("value", "low", "high", "n")
 _MASKS = Maps(Maybe(_numbers("mean", "low", "high", "weights", "value", "ratio")))
 
@@ -64,8 +64,8 @@ RESULTS = _partial(
         "scored_parameters", "targets", "share", groups=Maps(_GROUP), left_out=Maps(_WORDS)
     ),
     coupling=_partial(
-        rows=Lists(_numbers(*_COUNTS, name=_WORDS, module=_WORDS, layer=Whole())),
-        total=_numbers(*_COUNTS),
+        rows=Lists(_numbers(*COUNTS, name=_WORDS, module=_WORDS, layer=Whole())),
+        total=_numbers(*COUNTS),
     ),
     overlap=Lists(_numbers("ratio", "k", "coupled", "expected_by_chance", "removed", "kept")),
     margins=Maps(

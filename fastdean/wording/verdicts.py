@@ -1,20 +1,24 @@
-"""The verdict on a figure: its words, and when they are given.
+"""What may be said about a figure, and in which words.
 
-Every interval, table and sentence of the package takes its verdict from here.
+`judge` decides for an interval and its test; results keep what it says. `reading` decides what is
+shown of an interval that was kept with its verdict, on a page, a card or in a sentence.
 """
 
 from __future__ import annotations
 
+from math import isfinite
+
 NO_EFFECT = "no effect beyond noise"
 NO_NEUTRAL = "no neutral value"
+NO_INTERVAL = "no verdict without an interval"
 NOT_JUDGED = "not judged"
 HIGHER, LOWER = "higher", "lower"
 ABOVE, BELOW = "above neutral", "below neutral"
 FARTHER, CLOSER = "farther from neutral", "closer to neutral"
-# With fewer, an interval is too uncertain and the sign-flip test has too few patterns.
+# With fewer examples the interval is too uncertain, and the sign-flip test has too few patterns.
 FEWEST = 8
 
-_WITHHELD = "no verdict from "
+_WITHHELD = "no verdict "
 _DIRECTIONS = {HIGHER: 1, ABOVE: 1, FARTHER: 1, LOWER: -1, BELOW: -1, CLOSER: -1, NO_EFFECT: 0}
 
 
@@ -30,11 +34,11 @@ def judge(
 ) -> str:
     """`HIGHER` or `LOWER` where interval and test agree that something changed, else `NO_EFFECT`.
 
-    Withheld in words where n is below `FEWEST`, where the test could not have reached the level
-    1 - confidence whatever the values (its `least_p`), and where there is no test at all.
+    There is no verdict, and the text says why, where n is below `FEWEST`, where the test cannot
+    reach the level 1 - confidence (its `least_p` is above it), and where there is no test.
 
     Args:
-        low, high: of the interval; holding `no_effect`, ends included, it claims nothing.
+        low, high: of the interval. One that holds `no_effect`, ends included, claims nothing.
         no_effect: the value that means "nothing changed"; None: `NO_NEUTRAL`.
         n: independent units: examples, or groups of examples that belong together.
         p_value, least_p: of the test; None for an interval without one.
@@ -43,9 +47,9 @@ def judge(
         return NO_NEUTRAL
     level = 1.0 - confidence
     if n < FEWEST or (least_p is not None and least_p > level):
-        return f"{_WITHHELD}n = {n}"
+        return f"{_WITHHELD}from n = {n}"
     if p_value is None:
-        return f"{_WITHHELD}an interval without a test"
+        return f"{_WITHHELD}from an interval without a test"
     if p_value <= level and low > no_effect:
         return HIGHER
     if p_value <= level and high < no_effect:
@@ -53,29 +57,39 @@ def judge(
     return NO_EFFECT
 
 
-def reading(low: float, high: float, no_effect: float, verdict: object) -> str:
-    """The words beside an interval that came with a verdict, from a file or a caller.
+def reading(low: float | None, high: float | None, no_effect: float, verdict: object) -> str:
+    """What is shown of an interval and its verdict from a file or a caller.
 
-    An interval that holds "nothing changed" is no effect, whatever the verdict; one without a
-    verdict is not judged.
+    An interval that holds `no_effect` is never an effect, one without a verdict is not judged, and
+    without two finite ends there is `NO_INTERVAL`.
     """
-    if is_withheld(verdict):
+    if isinstance(verdict, str) and is_withheld(verdict):
         return verdict
+    if low is None or high is None or not isfinite(low) or not isfinite(high):
+        return NO_INTERVAL
     if low <= no_effect <= high:
         return NO_EFFECT
     return verdict if isinstance(verdict, str) and verdict else NOT_JUDGED
 
 
 def direction(verdict: object) -> int | None:
-    """+1 or -1 of a verdict that claims an effect, 0 of one that claims none, else None."""
+    """+1 or -1 of a verdict that claims an effect, 0 of `NO_EFFECT`, else None."""
     return _DIRECTIONS.get(verdict) if isinstance(verdict, str) else None
 
 
-def is_withheld(verdict: object) -> bool:
+def is_withheld(verdict: str) -> bool:
     """Whether a verdict says that there is none."""
-    return isinstance(verdict, str) and verdict.startswith(_WITHHELD)
+    return verdict.startswith(_WITHHELD)
 
 
 def reworded(verdict: str, lower: str, higher: str) -> str:
     """The verdict with other words for its two directions."""
     return {LOWER: lower, HIGHER: higher}.get(verdict, verdict)
+
+
+def verb(verdict: str) -> str:
+    """The verdict as the verb of a sentence: rose, fell, did not change beyond noise."""
+    found = direction(verdict)
+    if found is None:
+        return "was not judged" if verdict == NOT_JUDGED else f"has {verdict}"
+    return {1: "rose", -1: "fell", 0: "did not change beyond noise"}[found]

@@ -107,7 +107,7 @@ def test_no_effect_is_claimed_within_noise():
         "| LM, % | 90 | 89.5 | -1.5 to +0.5 | no effect beyond noise |",
         "| ICAT | 70 | 75 | +1 to +9 | no verdict from an interval without a test |",
         "| perplexity | 10 | 11 | +0.5 to +1.5 | not judged |",
-        "| cosine | 0.5 | 0.25 | - | no interval measured |",
+        "| cosine | 0.5 | 0.25 | - | no verdict without an interval |",
     ]
 
 

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-from fastdean.evaluation.bias.result import members, preferred, resampled, resampled_mean
+from fastdean.evaluation.bias.result import mean_result, members, preferred, statistic_result
 from fastdean.evaluation.bias.rows import benchmark_rows
 
 
 def _shares(values, **options):
-    options = {"unit": "%", "neutral": 50.0, "resamples": 300} | options
-    return resampled_mean("share", torch.tensor(values, dtype=torch.float64), **options)
+    options = {"unit": "%", "neutral": 50.0} | options
+    return mean_result("share", torch.tensor(values, dtype=torch.float64), **options)
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,10 @@ def test_a_result_names_its_interval_and_its_test():
     share = _shares([100.0] * 9 + [0.0]).to_dict()
     assert (share["interval_method"], share["test"]) == ("clopper-pearson", "exact binomial")
     assert share["p_value"] == pytest.approx(22 / 1024)
-    mean = resampled_mean("mean", torch.arange(9.0) - 1.0, unit="nats", neutral=0.0).to_dict()
+    mean = mean_result("mean", torch.arange(9.0) - 1.0, unit="nats", neutral=0.0).to_dict()
     assert mean["interval_method"] == "student-t"
     assert mean["test"] == "sign-flip, all 2^8 patterns"
-    other = resampled(
+    other = statistic_result(
         "spread", lambda i: i.double().std(-1), 9, unit="", neutral=0.0, resamples=50
     ).to_dict()
     assert (other["interval_method"], other["p_value"]) == ("percentile bootstrap", None)

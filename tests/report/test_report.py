@@ -474,8 +474,9 @@ def test_the_wider_the_sets_the_farther_right_and_chance_is_drawn():
         (0.1, 0.3, "no effect beyond noise", "no effect beyond noise"),
         (0.1, 0.3, "no verdict from n = 5", "no verdict from n = 5"),
         (-0.1, 0.3, "no verdict from n = 5", "no verdict from n = 5"),
-        (None, None, "rises", "no interval: not to be judged"),
-        (math.nan, 0.3, None, "no interval: not to be judged"),
+        (None, None, "rises", "no verdict without an interval"),
+        (None, None, "no verdict from n = 1", "no verdict from n = 1"),
+        (math.nan, 0.3, None, "no verdict without an interval"),
     ],
 )
 def test_an_interval_that_holds_zero_is_never_called_an_effect(low, high, verdict, said):
@@ -615,7 +616,7 @@ def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(TypeError, match=r"results must be a dict, got list; pass the results of"):
         render_report([])
     with pytest.raises(
-        TypeError, match=r"results\['overlap'\] must be a list, got dict; leave the key out"
+        TypeError, match=r"results.overlap must be null or a list, got {}; leave it out if there is"
     ):
         render_report({"overlap": {}})
     with pytest.raises(

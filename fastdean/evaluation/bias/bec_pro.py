@@ -7,33 +7,18 @@ the occupation masked).
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdean.evaluation.bias.finite import require_finite
-from fastdean.evaluation.bias.likelihood import (
-    Encoded,
-    encode_text,
-    is_masked,
-    joint_log_likelihood,
-    sentence_log_likelihood,
-)
+from fastdean.evaluation.bias.likelihood import Likelihoods
 from fastdean.evaluation.bias.occupations import OCCUPATIONS, PERSONS, with_article
-from fastdean.evaluation.bias.result import members, resampled_mean
-from fastdean.evaluation.bias.rows import (
-    Row,
-    Source,
-    benchmark_rows,
-    is_file,
-    require_columns,
-)
-from fastdean.evaluation.bias.start import LikelihoodResult, Start, StartToken, named, start_token
+from fastdean.evaluation.bias.result import mean_result, members
+from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
+from fastdean.evaluation.bias.start import LikelihoodResult, Start, named
 
 COLUMNS = ("sentence", "person", "gender", "occupation", "group")
 GENDERS = ("male", "female")
@@ -108,8 +93,9 @@ def bec_pro(
         neutral_occupation: without article; for causal models only.
         start: what a causal model's text starts from, see `start.start_token`; the result names it.
         tokens_per_batch: a bound for memory; the result does not depend on it.
-        confidence, resamples, seed: of the intervals, over occupations: the sentences about one
-            occupation are alike.
+        confidence, seed: of the intervals, over occupations: the sentences about one occupation
+            are alike.
+        resamples: not used; here because other measures have it.
 
     Returns:
         Neutral is 0; above 0 the occupations go with men. n counts occupations. Categories: the
@@ -123,19 +109,15 @@ def bec_pro(
             occupation, an occupation without sentences of both genders, or a log-likelihood that is
             no finite number.
     """
-    masked = is_masked(model)
-    begun = start_token(tokenizer, start, masked=masked)
+    ask = Likelihoods(model, tokenizer, start, tokens_per_batch=tokens_per_batch, progress=progress)
     rows = _rows(source)
-    options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
-    if begun is None:
-        associations = _masked_association(model, tokenizer, rows, options)
+    if ask.start:
+        associations = _causal_association(ask, rows, neutral_occupation)
     else:
-        associations = _causal_association(
-            model, tokenizer, rows, neutral_occupation, begun, options
-        )
-    require_finite(model, associations)
+        associations = _masked_association(ask, rows)
+    ask.require_finite(associations)
     male, female, groups = _by_occupation(rows, associations)
-    found = resampled_mean(
+    result = mean_result(
         "BEC-Pro, association with male minus female words",
         male - female,
         unit="nats",
@@ -147,44 +129,23 @@ def bec_pro(
             "sentences": len(rows),
         },
         notes=[
-            "log p(person word | sentence) - log p(person word | occupation masked)"
-            if masked
-            else "log p(sentence) - log p(sentence with "
-            f"{neutral_occupation!r} as occupation), as the model is causal",
+            f"log p(sentence) - log p(sentence with {neutral_occupation!r} as occupation), as the "
+            "model is causal"
+            if ask.start
+            else "log p(person word | sentence) - log p(person word | occupation masked)",
             "intervals over occupations",
         ],
         confidence=confidence,
-        resamples=resamples,
         seed=seed,
     )
-    return named(found, begun)
+    return named(result, ask.start)
 
 
 def _rows(source: Source | None) -> list[Row]:
     if source is None:
-        return bec_pro_rows()
-    if is_file(source, ".tsv"):
-        rows = _read_tsv(Path(source).expanduser())
-    else:
-        rows = benchmark_rows(source)
-    rows = [_renamed(row) for row in rows]
-    require_columns(rows, COLUMNS, "BEC-Pro")
-    for number, row in enumerate(rows, start=1):
-        if row["gender"] not in GENDERS:
-            raise ValueError(
-                f"row {number} must have 'male' or 'female' in the column gender, got "
-                f"{row['gender']!r}; correct the row"
-            )
-    return rows
-
-
-def _read_tsv(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise ValueError(f"source must be an existing file, got {str(path)!r}; check the path")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    if not rows:
-        raise ValueError(f"source must hold at least one row, got none in {str(path)!r}")
+        return list(bec_pro_rows())
+    rows = [_renamed(row) for row in benchmark_rows(source)]
+    require_columns(rows, COLUMNS, "BEC-Pro", gender=GENDERS)
     return rows
 
 
@@ -194,29 +155,20 @@ def _renamed(row: Row) -> Row:
     return {ours: row[theirs] for ours, theirs in zip(COLUMNS, _PUBLISHED, strict=True)}
 
 
-def _masked_association(
-    model: nn.Module, tokenizer: Any, rows: list[Row], options: dict[str, Any]
-) -> Tensor:
+def _masked_association(ask: Likelihoods, rows: list[Row]) -> Tensor:
     seen, hidden = [], []
     for number, row in enumerate(rows, start=1):
-        text = encode_text(tokenizer, row["sentence"], offsets=True)
-        person = _places(text, row, "person", number)
-        occupation = _places(text, row, "occupation", number)
+        text = ask.encode(row["sentence"], offsets=True)
+        person, occupation = (
+            text.covering(*_span(row, column, number)) for column in ("person", "occupation")
+        )
         seen.append(text.question(person))
         hidden.append(text.question(person, occupation))
-    sums, _ = joint_log_likelihood(model, tokenizer, [*seen, *hidden], **options)
-    with_occupation, without = sums.chunk(2)
+    with_occupation, without = ask.joint([*seen, *hidden])[0].chunk(2)
     return with_occupation - without
 
 
-def _causal_association(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: list[Row],
-    neutral_occupation: str,
-    start: StartToken,
-    options: dict[str, Any],
-) -> Tensor:
+def _causal_association(ask: Likelihoods, rows: list[Row], neutral_occupation: str) -> Tensor:
     sentences = [row["sentence"] for row in rows]
     neutral = []
     for number, row in enumerate(rows, start=1):
@@ -225,8 +177,7 @@ def _causal_association(
         neutral.append(_replaced(row["sentence"], *place, neutral_occupation))
     # Many sentences share their neutral form.
     distinct = list(dict.fromkeys([*sentences, *neutral]))
-    sums, _ = sentence_log_likelihood(model, tokenizer, distinct, start, **options)
-    found = dict(zip(distinct, sums.tolist(), strict=True))
+    found = dict(zip(distinct, ask.sentences(distinct)[0].tolist(), strict=True))
     return torch.tensor(
         [found[s] - found[n] for s, n in zip(sentences, neutral, strict=True)],
         dtype=torch.float64,
@@ -242,10 +193,6 @@ def _span(row: Row, column: str, number: int) -> tuple[int, int]:
             f"{row['sentence']!r:.80}; correct the row"
         )
     return match.span()
-
-
-def _places(text: Encoded, row: Row, column: str, number: int) -> tuple[int, ...]:
-    return text.covering(*_span(row, column, number))
 
 
 def _replaced(sentence: str, start: int, end: int, noun: str) -> str:

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.data.batching import plan_batches
+from fastdean.data.batching import Batch, plan_batches
 from fastdean.data.examples import Example
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.occupations import OCCUPATIONS
-from fastdean.evaluation.bias.result import BiasResult, members
+from fastdean.evaluation.bias.result import BiasResult, Figures, mean_result, members
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
-from fastdean.evaluation.intervals import Interval, mean_interval
+from fastdean.evaluation.passes import rows_of_examples
 from fastdean.models.forward import tokens_per_batch_of
-from fastdean.models.model_state import evaluation_state, input_device, unwrap
-from fastdean.wording.doing import titled
+from fastdean.models.model_state import input_device, unwrap
 
 COLUMNS = ("premise", "hypothesis")
 ACTIONS = (
@@ -39,24 +38,13 @@ GENDERED_WORDS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class BiasNLI:
+class BiasNLI(Figures):
     """net_neutral: mean probability of neutral. fraction_neutral: share of rows whose likeliest
     label is neutral. threshold: share of rows whose probability of neutral is above tau."""
 
     net_neutral: BiasResult
     fraction_neutral: BiasResult
     threshold: BiasResult
-
-    def describe(self) -> str:
-        parts = (self.net_neutral, self.fraction_neutral, self.threshold)
-        return "\n".join(part.describe() for part in parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "net_neutral": self.net_neutral.to_dict(),
-            "fraction_neutral": self.fraction_neutral.to_dict(),
-            "threshold": self.threshold.to_dict(),
-        }
 
 
 def nli_rows(
@@ -104,7 +92,7 @@ def bias_nli(
         tokens_per_batch: a bound for memory; the result does not depend on it.
         confidence, seed: of the intervals: over occupations where every row names one (the rows of
             one are alike), else over rows.
-        resamples: taken as in the other measures; nothing is resampled.
+        resamples: not used; here because other measures have it.
 
     Returns:
         Shares from 0 to 1; 1 is best. Fraction and threshold have 1 as their neutral value; net
@@ -123,12 +111,22 @@ def bias_nli(
     require_columns(rows, COLUMNS, "Bias-NLI")
     probabilities = _probabilities(model, tokenizer, rows, tokens_per_batch, progress)
     neutral = probabilities[:, neutral_label]
-    measure = _Shares(rows, {"confidence": confidence, "seed": seed})
-    is_likeliest = probabilities.argmax(1) == neutral_label
+    occupations, kind = _occupations(rows)
+    shared: dict[str, Any] = {
+        "unit": "",
+        "groups": occupations,
+        "categories": _categories(rows),
+        "figures": {"rows": len(rows)},
+        "notes": [f"intervals over {kind}"],
+        "confidence": confidence,
+        "seed": seed,
+    }
+    is_likeliest = (probabilities.argmax(1) == neutral_label).double()
+    is_above = (neutral > tau).double()
     return BiasNLI(
-        measure("Bias-NLI, net neutral", neutral, None),
-        measure("Bias-NLI, fraction neutral", is_likeliest.double(), 1.0),
-        measure(f"Bias-NLI, threshold {tau:g}", (neutral > tau).double(), 1.0),
+        mean_result("Bias-NLI, net neutral", neutral, neutral=None, **shared),
+        mean_result("Bias-NLI, fraction neutral", is_likeliest, neutral=1.0, **shared),
+        mean_result(f"Bias-NLI, threshold {tau:g}", is_above, neutral=1.0, **shared),
     )
 
 
@@ -156,8 +154,6 @@ def _probabilities(
     progress: bool,
 ) -> Tensor:
     """float64 [n, 3] on the CPU, in the order of the rows."""
-    from tqdm.auto import tqdm
-
     model = unwrap(model)
     device = input_device(model)
     encoded = [tokenizer(row["premise"], row["hypothesis"]) for row in rows]
@@ -175,69 +171,36 @@ def _probabilities(
         packed=False,
         padded=False,
     )
-    logits: list[Tensor] = []
-    with (
-        evaluation_state(model),
-        tqdm(total=len(rows), desc=titled("Bias-NLI"), unit="ex", disable=not progress) as bar,
-    ):
-        for batch in batches:
-            inputs = {"input_ids": batch.input_ids}
-            if "token_type_ids" in encoded[0]:
-                kinds = [encoded[i]["token_type_ids"] for i in batch.example_index]
-                inputs["token_type_ids"] = torch.tensor(kinds)
-            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-            logits.append(model(**inputs).logits)
-            bar.update(batch.num_examples)
-    order = torch.tensor([i for batch in batches for i in batch.example_index])
-    found = torch.cat([part.cpu().double() for part in logits])
-    found = torch.empty_like(found).index_copy_(0, order, found)
-    require_finite(model, found)
-    return found.softmax(1)
+
+    def logits_of(batch: Batch) -> Tensor:
+        inputs = {"input_ids": batch.input_ids}
+        if "token_type_ids" in encoded[0]:
+            kinds = [encoded[i]["token_type_ids"] for i in batch.example_index]
+            inputs["token_type_ids"] = torch.tensor(kinds)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        return model(**inputs).logits.cpu().double()
+
+    logits = rows_of_examples(model, batches, logits_of, "Bias-NLI", progress)
+    require_finite(model, logits)
+    return logits.softmax(1)
 
 
-class _Shares:
-    """Means over rows, with intervals over the occupations they belong to."""
+def _occupations(rows: Sequence[Row]) -> tuple[Tensor, str]:
+    """The number of each row's occupation, int64 [n]; of each row where one has none."""
+    names = [row.get("occupation") for row in rows]
+    if not all(names):
+        return torch.arange(len(rows)), "rows"
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([numbers[name] for name in names]), "occupations"
 
-    def __init__(self, rows: Sequence[Row], options: dict[str, Any]) -> None:
-        self._options = options
-        self._n = len(rows)
-        clustered = all(row.get("occupation") for row in rows)
-        names = [row["occupation"] if clustered else i for i, row in enumerate(rows)]
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-        self._cluster = torch.tensor([numbers[name] for name in names])
-        self._note = f"intervals over {'occupations' if clustered else 'rows'}"
-        groups, genders = ([str(row.get(key) or "") for row in rows] for key in ("group", "gender"))
-        both = [
+
+def _categories(rows: Sequence[Row]) -> dict[str, Tensor]:
+    groups, genders = ([str(row.get(key) or "") for row in rows] for key in ("group", "gender"))
+    return members(
+        [f"{group} occupations" if group else "" for group in groups],
+        [f"{gender} words" if gender else "" for gender in genders],
+        [
             f"{group} occupations, {gender} words" if group and gender else ""
             for group, gender in zip(groups, genders, strict=True)
-        ]
-        self._categories = members(
-            [f"{group} occupations" if group else "" for group in groups],
-            [f"{gender} words" if gender else "" for gender in genders],
-            both,
-        )
-
-    def __call__(self, name: str, values: Tensor, neutral: float | None) -> BiasResult:
-        overall = self._interval(values, torch.arange(self._n), neutral)
-        return BiasResult(
-            name=name,
-            value=overall.mean,
-            interval=overall,
-            n=overall.n,
-            unit="",
-            neutral=neutral,
-            by_category={
-                category: self._interval(values, chosen, neutral)
-                for category, chosen in self._categories.items()
-            },
-            figures={"rows": self._n},
-            notes=(self._note,),
-        )
-
-    def _interval(self, values: Tensor, chosen: Tensor, neutral: float | None) -> Interval:
-        clusters, owner = self._cluster[chosen].unique(return_inverse=True)
-        sums, counts = (
-            torch.zeros(len(clusters), dtype=torch.float64).index_add_(0, owner, part)
-            for part in (values[chosen], torch.ones(len(chosen), dtype=torch.float64))
-        )
-        return mean_interval(sums, weights=counts, no_effect=neutral, **self._options)
+        ],
+    )

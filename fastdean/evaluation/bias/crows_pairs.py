@@ -6,39 +6,25 @@ of pairs whose first sentence is preferred; 50 % is neutral.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdean.evaluation.bias.finite import require_finite
-from fastdean.evaluation.bias.likelihood import (
-    Encoded,
-    Question,
-    encode_text,
-    is_masked,
-    pseudo_log_likelihood,
-    sentence_log_likelihood,
-)
-from fastdean.evaluation.bias.result import members, preferred, resampled_mean
+from fastdean.evaluation.bias.likelihood import Encoded, Likelihoods, Question
+from fastdean.evaluation.bias.result import mean_result, members, preferred, ties
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
-from fastdean.evaluation.bias.start import LikelihoodResult, Start, StartToken, named, start_token
+from fastdean.evaluation.bias.start import LikelihoodResult, Start, named
 
 COLUMNS = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
 # The hub's copy holds numbers in place of these names, in this order.
 DIRECTIONS = ("stereo", "antistereo")
 BIAS_TYPES = (
-    "race-color",
-    "socioeconomic",
-    "gender",
-    "disability",
-    "nationality",
-    "sexual-orientation",
-    "physical-appearance",
-    "religion",
-    "age",
-)
+    "race-color", "socioeconomic", "gender", "disability", "nationality", "sexual-orientation",
+    "physical-appearance", "religion", "age",
+)  # fmt: skip
 
 
 def crows_pairs(
@@ -67,7 +53,8 @@ def crows_pairs(
         source: rows, a file (the benchmark's .csv) or a hub id, with the columns `COLUMNS`.
         start: what a causal model's text starts from, see `start.start_token`; the result names it.
         tokens_per_batch: a bound for memory; the result does not depend on it.
-        confidence, resamples, seed: of the intervals, over pairs.
+        confidence, seed: of the intervals, over pairs.
+        resamples: not used; here because other measures have it.
 
     Returns:
         Neutral is 50 %. Categories: the bias types, and "direction: stereo" (the sentences follow
@@ -79,17 +66,13 @@ def crows_pairs(
             missing column, an unknown direction, a pair without common tokens, or a log-likelihood
             that is no finite number.
     """
-    masked = is_masked(model)
-    begun = start_token(tokenizer, start, masked=masked)
-    rows = benchmark_rows(source, split="test")
-    rows = [_named(row) for row in rows]
-    require_columns(rows, COLUMNS, "CrowS-Pairs")
-    _require_directions(rows)
-    options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
-    first, second = _scores(model, tokenizer, rows, begun, options)
-    require_finite(model, torch.stack([first, second], dim=1))
+    ask = Likelihoods(model, tokenizer, start, tokens_per_batch=tokens_per_batch, progress=progress)
+    rows = [_named(row) for row in benchmark_rows(source, split="test")]
+    require_columns(rows, COLUMNS, "CrowS-Pairs", stereo_antistereo=DIRECTIONS)
+    first, second = _scores(ask, rows)
+    ask.require_finite(torch.stack([first, second], dim=1))
     preference = preferred(first, second)
-    found = resampled_mean(
+    result = mean_result(
         "CrowS-Pairs, share of pairs whose more stereotyping sentence is preferred",
         100.0 * preference,
         unit="%",
@@ -99,22 +82,21 @@ def crows_pairs(
             [f"direction: {row['stereo_antistereo']}" for row in rows],
         ),
         figures={
-            "ties": int((preference == 0.5).sum()),
+            "ties": ties(preference),
             "mean_difference_nats": float((first - second).mean()),
         },
         notes=[
-            "pseudo-log-likelihood of the tokens common to both sentences, each masked in turn"
-            if masked
-            else "log-likelihood of the whole sentence, as the model is causal"
+            "log-likelihood of the whole sentence, as the model is causal"
+            if ask.start
+            else "pseudo-log-likelihood of the tokens common to both sentences, each masked in turn"
         ],
         confidence=confidence,
-        resamples=resamples,
         seed=seed,
     )
-    return named(found, begun)
+    return named(result, ask.start)
 
 
-def _named(row: Row) -> dict[str, Any]:
+def _named(row: Row) -> Row:
     """The row with names in place of the hub's numbers."""
     named = dict(row)
     for column, names in (("stereo_antistereo", DIRECTIONS), ("bias_type", BIAS_TYPES)):
@@ -124,41 +106,24 @@ def _named(row: Row) -> dict[str, Any]:
     return named
 
 
-def _require_directions(rows: list[dict[str, Any]]) -> None:
-    for number, row in enumerate(rows, start=1):
-        if row["stereo_antistereo"] not in DIRECTIONS:
-            raise ValueError(
-                f"row {number} must have 'stereo' or 'antistereo' in the column stereo_antistereo, "
-                f"got {row['stereo_antistereo']!r}; correct the row"
-            )
-
-
-def _scores(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: list[dict[str, Any]],
-    start: StartToken | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
+def _scores(ask: Likelihoods, rows: list[Row]) -> Sequence[Tensor]:
     """Log-likelihoods of the first and of the second sentences, float64 [n] each, in nats."""
-    sentences = [row[column] for column in ("sent_more", "sent_less") for row in rows]
-    if start is not None:
-        return sentence_log_likelihood(model, tokenizer, sentences, start, **options)[0].chunk(2)
-    encoded = [encode_text(tokenizer, sentence) for sentence in sentences]
-    pairs = zip(encoded[: len(rows)], encoded[len(rows) :], strict=True)
-    common = [_common_tokens(*pair, number) for number, pair in enumerate(pairs, start=1)]
+    sides = [[row[column] for row in rows] for column in ("sent_more", "sent_less")]
+    if ask.start:
+        return ask.sentences([*sides[0], *sides[1]])[0].chunk(2)
+    encoded = [[ask.encode(sentence) for sentence in side] for side in sides]
+    common = [
+        _common_tokens(first, second, number)
+        for number, (first, second) in enumerate(zip(*encoded, strict=True), start=1)
+    ]
     questions = [question for side in zip(*common, strict=True) for question in side]
-    return pseudo_log_likelihood(model, tokenizer, questions, **options)[0].chunk(2)
+    return ask.pseudo(questions)[0].chunk(2)
 
 
 def _common_tokens(first: Encoded, second: Encoded, number: int) -> tuple[Question, Question]:
     """The tokens that the sentences have in common, by the longest matching runs of ids."""
-    matcher = SequenceMatcher(
-        None,
-        *(text.ids[list(text.own)].tolist() for text in (first, second)),
-        autojunk=False,
-    )
-    runs = matcher.get_matching_blocks()
+    own, other = (text.ids[list(text.own)].tolist() for text in (first, second))
+    runs = SequenceMatcher(None, own, other, autojunk=False).get_matching_blocks()
     in_first = tuple(first.own[run.a + i] for run in runs for i in range(run.size))
     in_second = tuple(second.own[run.b + i] for run in runs for i in range(run.size))
     if not in_first:

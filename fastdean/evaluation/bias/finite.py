@@ -1,4 +1,4 @@
-"""That what a model gave are numbers: no comparison with NaN may become a preference."""
+"""A model that gives NaN or infinity is refused: a comparison with NaN is no preference."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from fastdean.models.model_state import unwrap
 
 
 def require_finite(
-    model: nn.Module, found: Tensor, name: Callable[[int], str] = "row {}".format
+    model: nn.Module, outputs: Tensor, name: Callable[[int], str] = "row {}".format
 ) -> None:
-    """Raise ValueError, naming the model and the first such row, for NaN or infinity in `found`.
+    """Raise ValueError for NaN or infinity, with the model and the first such row.
 
     Args:
-        found: [n, ...], what the model gave for each of n rows.
+        outputs: [n, ...], the model's numbers for each of n rows.
         name: of a row, from its number counted from 1.
     """
-    bad = ~torch.isfinite(found).flatten(1 if found.dim() > 1 else 0)
-    rows = bad.any(1) if found.dim() > 1 else bad
-    if not bool(rows.any()):
+    bad = (~torch.isfinite(outputs)).nonzero()
+    if not len(bad):
         return
-    first = int(rows.nonzero()[0])
-    value = float(found[first][~torch.isfinite(found[first])].flatten()[0])
+    first, value = int(bad[0, 0]), float(outputs[tuple(bad[0])])
     raise ValueError(
         f"model must give finite numbers, got {value} from {type(unwrap(model)).__name__} for "
         f"{name(first + 1)}; look for NaN in its weights, or load it in float32"

@@ -1,4 +1,4 @@
-"""How probable a model finds tokens of a text: what the likelihood-based measures ask of it.
+"""How likely a model finds tokens of a text: what the likelihood-based measures ask of it.
 
 A causal model gives the log-probability of a token after those before it. A masked model gives that
 of a hidden token in its context: one token hidden at a time (pseudo-log-likelihood, Salazar et al.
@@ -7,7 +7,7 @@ of a hidden token in its context: one token hidden at a time (pseudo-log-likelih
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.data.examples import IGNORE_INDEX, Example
-from fastdean.evaluation.bias.start import StartToken
+from fastdean.evaluation.bias.finite import require_finite
+from fastdean.evaluation.bias.start import Start, StartToken, start_token
 from fastdean.models.forward import label_shift, target_log_likelihood
 from fastdean.models.model_state import max_tokens, unwrap
 
@@ -49,7 +50,7 @@ class Question:
     ids: int64 [T].
     asked: their places.
     hidden: places that a masked model must not see either, though nothing is asked about them.
-    lead: how many special tokens the tokenizer put before the text.
+    lead: number of special tokens that the tokenizer puts before the text.
     """
 
     ids: Tensor
@@ -58,8 +59,102 @@ class Question:
     lead: int = 0
 
 
-def is_masked(model: nn.Module) -> bool:
-    """Whether the model is a masked language model; ValueError where it is no language model."""
+class Likelihoods:
+    """A causal or masked language model and its tokenizer, asked for log-likelihoods in nats.
+
+    Every method gives sums, float64 [n], and counts, int64 [n], how many tokens each is over. The
+    model is evaluated without dropout and left in its mode.
+
+    Attributes:
+        start: what a causal model's text starts from; None for a masked model.
+
+    Raises:
+        ValueError: another kind of model, and what `start_token` raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        start: Start,
+        *,
+        tokens_per_batch: int | None,
+        progress: bool,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._options: dict[str, Any] = {
+            "tokens_per_batch": tokens_per_batch,
+            "progress": progress,
+        }
+        self.start = start_token(tokenizer, start, masked=_is_masked(model))
+
+    def encode(self, text: str, *, offsets: bool = False) -> Encoded:
+        """See `encode_text`."""
+        return encode_text(self._tokenizer, text, offsets=offsets)
+
+    def causal(self, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
+        """log p of the asked tokens under a causal model, each given everything before it.
+
+        `start` stands before a text whose first token is asked for, so that this has a probability
+        too, and in place of what the tokenizer put before any text. A start of no token leaves the
+        first one without a probability, and it is not counted.
+
+        Raises:
+            ValueError: no token of a text has a probability.
+        """
+        assert self.start is not None, "only causal models are asked this"
+        return self._sums([_begun(question, self.start) for question in questions])
+
+    def joint(self, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
+        """log p of the asked tokens under a masked model, all of them and the `hidden` ones masked.
+
+        The sum over the tokens of a word of several pieces takes the pieces as independent.
+        """
+        mask = self._mask_token()
+        return self._sums([_masked(q, q.asked, mask) for q in questions])
+
+    def pseudo(self, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
+        """Sum of log p of the asked tokens under a masked model, each masked in turn.
+
+        `hidden` is masked in every turn. Costs one row per asked token.
+        """
+        mask = self._mask_token()
+        by_turn, _ = self._sums([_masked(q, (t,), mask) for q in questions for t in q.asked])
+        counts = torch.tensor([len(question.asked) for question in questions])
+        owner = torch.arange(len(questions)).repeat_interleave(counts)
+        sums = torch.zeros(len(questions), dtype=torch.float64).index_add_(0, owner, by_turn)
+        return sums, counts
+
+    def sentences(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`causal` or `pseudo` of every token of whole sentences but for special ones."""
+        encoded = [self.encode(sentence) for sentence in sentences]
+        questions = [text.question(text.own) for text in encoded]
+        return self.pseudo(questions) if self.start is None else self.causal(questions)
+
+    def require_finite(self, found: Tensor, *name: Callable[[int], str]) -> None:
+        """See `finite.require_finite`."""
+        require_finite(self._model, found, *name)
+
+    def _mask_token(self) -> int:
+        mask = getattr(self._tokenizer, "mask_token_id", None)
+        if mask is None:
+            raise ValueError(
+                "tokenizer must have a mask token for a masked model, got "
+                f"{type(self._tokenizer).__name__} without one; load the model's own tokenizer"
+            )
+        return int(mask)
+
+    def _sums(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        limit = max_tokens(self._model)
+        longest = max(map(len, examples))
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"texts must fit the model's {limit} tokens, got one of {longest}; leave it out"
+            )
+        return target_log_likelihood(self._model, examples, **self._options)
+
+
+def _is_masked(model: nn.Module) -> bool:
     try:
         return label_shift(unwrap(model)) == 0
     except ValueError:
@@ -96,87 +191,9 @@ def encode_text(tokenizer: Any, text: str, *, offsets: bool = False) -> Encoded:
     return Encoded(torch.tensor(encoded["input_ids"], dtype=torch.int64), own, spans)
 
 
-def causal_log_likelihood(
-    model: nn.Module, questions: Sequence[Question], start: StartToken, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """log p of the asked tokens, each given everything before it.
-
-    `start` stands before a text whose first token is asked for, so that this has a probability too,
-    and in place of what the tokenizer put before any text. A start of no token leaves the first one
-    without a probability, and it is not counted.
-
-    Args:
-        options: `tokens_per_batch` and `progress` of `target_log_likelihood`.
-    Raises:
-        ValueError: no token of a text has a probability.
-    Returns:
-        sums: float64 [n], nats.
-        counts: int64 [n], how many tokens each sum is over.
-    """
-    return _log_likelihood(model, [_begun(question, start) for question in questions], options)
-
-
-def joint_log_likelihood(
-    model: nn.Module, tokenizer: Any, questions: Sequence[Question], **options: Any
-) -> tuple[Tensor, Tensor]:
-    """log p of the asked tokens under a masked model, all of them and the `hidden` ones masked.
-
-    The sum over the tokens of a word of several pieces takes the pieces as independent. Returns and
-    options as in `causal_log_likelihood`.
-    """
-    mask = _mask_token(tokenizer)
-    examples = [
-        _masked(question.ids, question.asked, (*question.asked, *question.hidden), mask)
-        for question in questions
-    ]
-    return _log_likelihood(model, examples, options)
-
-
-def pseudo_log_likelihood(
-    model: nn.Module, tokenizer: Any, questions: Sequence[Question], **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Sum of log p of the asked tokens under a masked model, each masked in turn.
-
-    `hidden` is masked in every turn. Costs one row per asked token. Returns and options as in
-    `causal_log_likelihood`.
-    """
-    mask = _mask_token(tokenizer)
-    turns, owners = [], []
-    for number, question in enumerate(questions):
-        for place in question.asked:
-            turns.append(_masked(question.ids, (place,), (place, *question.hidden), mask))
-            owners.append(number)
-    by_turn, _ = _log_likelihood(model, turns, options)
-    owner = torch.tensor(owners)
-    sums = torch.zeros(len(questions), dtype=torch.float64).index_add_(0, owner, by_turn)
-    return sums, torch.bincount(owner, minlength=len(questions))
-
-
-def sentence_log_likelihood(
-    model: nn.Module,
-    tokenizer: Any,
-    sentences: Sequence[str],
-    start: StartToken | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Log-likelihood of whole sentences, their special tokens left out.
-
-    Causal models: `causal_log_likelihood` of every own token. Masked models, for which `start` is
-    None: `pseudo_log_likelihood` of every own token. Returns and options as there.
-    """
-    encoded = [encode_text(tokenizer, sentence) for sentence in sentences]
-    questions = [text.question(text.own) for text in encoded]
-    if start is None:
-        return pseudo_log_likelihood(model, tokenizer, questions, **options)
-    return causal_log_likelihood(model, questions, start, **options)
-
-
 def _begun(question: Question, start: StartToken) -> Example:
     """The question with `start` before it, its asked tokens as targets."""
-    labels = torch.full_like(question.ids, IGNORE_INDEX)
-    places = list(question.asked)
-    labels[places] = question.ids[places]
-    ids = question.ids
+    ids, labels = question.ids, labels_at(question.ids, question.asked)
     if not start.kept and (question.lead or 0 in question.asked):
         before = torch.tensor(start.ids, dtype=ids.dtype)
         ids = torch.cat([before, ids[question.lead :]])
@@ -189,31 +206,14 @@ def _begun(question: Question, start: StartToken) -> Example:
     return Example(ids, labels)
 
 
-def _masked(ids: Tensor, asked: Sequence[int], masked: Sequence[int], mask: int) -> Example:
+def _masked(question: Question, asked: Sequence[int], mask: int) -> Example:
+    seen = question.ids.clone()
+    seen[[*asked, *question.hidden]] = mask
+    return Example(seen, labels_at(question.ids, asked))
+
+
+def labels_at(ids: Tensor, places: Sequence[int]) -> Tensor:
+    """Labels that ask for the tokens at `places` alone."""
     labels = torch.full_like(ids, IGNORE_INDEX)
-    labels[list(asked)] = ids[list(asked)]
-    seen = ids.clone()
-    seen[list(masked)] = mask
-    return Example(seen, labels)
-
-
-def _mask_token(tokenizer: Any) -> int:
-    mask = getattr(tokenizer, "mask_token_id", None)
-    if mask is None:
-        raise ValueError(
-            f"tokenizer must have a mask token for a masked model, got {type(tokenizer).__name__} "
-            "without one; load the model's own tokenizer"
-        )
-    return mask
-
-
-def _log_likelihood(
-    model: nn.Module, examples: Sequence[Example], options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    limit = max_tokens(model)
-    longest = max(map(len, examples))
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"texts must fit the model's {limit} tokens, got one of {longest}; leave it out"
-        )
-    return target_log_likelihood(model, examples, **options)
+    labels[list(places)] = ids[list(places)]
+    return labels

@@ -9,36 +9,18 @@ from __future__ import annotations
 
 OCCUPATIONS: dict[str, tuple[str, ...]] = {
     "male": (
-        "carpenter",
-        "electrician",
-        "firefighter",
-        "mechanic",
-        "plumber",
-        "roofer",
-        "truck driver",
+        "carpenter", "electrician", "firefighter", "mechanic", "plumber", "roofer", "truck driver",
         "welder",
     ),
     "female": (
-        "dental hygienist",
-        "dietitian",
-        "hairdresser",
-        "kindergarten teacher",
-        "librarian",
-        "nurse",
-        "receptionist",
-        "secretary",
+        "dental hygienist", "dietitian", "hairdresser", "kindergarten teacher", "librarian",
+        "nurse", "receptionist", "secretary",
     ),
     "balanced": (
-        "accountant",
-        "bartender",
-        "editor",
-        "insurance agent",
-        "journalist",
-        "pharmacist",
-        "photographer",
-        "statistician",
+        "accountant", "bartender", "editor", "insurance agent", "journalist", "pharmacist",
+        "photographer", "statistician",
     ),
-}
+}  # fmt: skip
 
 # (male, female): the words stand in the same places.
 PERSONS: tuple[tuple[str, str], ...] = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from fastdean.evaluation.bootstrap import bootstrap_interval
-from fastdean.evaluation.intervals import Interval, is_share, mean_interval, share_interval
+from fastdean.evaluation.intervals import (
+    Interval,
+    by_unit,
+    is_share,
+    mean_interval,
+    share_interval,
+)
 from fastdean.wording.digits import apart
-from fastdean.wording.verdicts import ABOVE, BELOW, NO_NEUTRAL, reworded
-
-# What counts in full, in the unit of a share.
-_WHOLE = {"%": 100.0}
+from fastdean.wording.verdicts import ABOVE, BELOW, reworded
 
 # float32 gives one text slightly different log-likelihoods in batches of different shapes; an order
 # decided by less than this is not the model's.
@@ -50,24 +53,17 @@ class BiasResult:
     notes: tuple[str, ...] = ()
 
     def verdict(self, category: str | None = None) -> str:
-        """What may be said of the distance to neutral, see `fastdean.wording.verdicts`: "above
-        neutral", "below neutral", "no effect beyond noise", or that there is no verdict or no
-        neutral value.
+        """ "above neutral", "below neutral", "no effect beyond noise", or that there is no verdict
+        or no neutral value; see `fastdean.wording.verdicts`.
         """
-        if self.neutral is None:
-            return NO_NEUTRAL
         interval = self.interval if category is None else self.by_category[category]
         return reworded(interval.verdict(), BELOW, ABOVE)
 
     def describe(self) -> str:
         """The figure in words, one line for all examples and one for each category."""
         neutral = "" if self.neutral is None else f" (neutral: {self.neutral:g})"
-        unit = f" {self.unit}" if self.unit else ""
-        lines = [f"{self.name}{neutral}: {self._line(self.interval, unit)}{self._verdict()}"]
-        lines += [
-            f"  {category}: {self._line(interval, unit)}{self._verdict(category)}"
-            for category, interval in self.by_category.items()
-        ]
+        lines = [f"{self.name}{neutral}: {self._line()}"]
+        lines += [f"  {category}: {self._line(category)}" for category in self.by_category]
         lines += [f"  {name}: {value:g}" for name, value in self.figures.items()]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
@@ -93,37 +89,45 @@ class BiasResult:
             "notes": list(self.notes),
         }
 
-    @staticmethod
-    def _line(interval: Interval, unit: str) -> str:
+    def _line(self, category: str | None = None) -> str:
+        interval = self.interval if category is None else self.by_category[category]
         known = (interval.mean,) if interval.n < 2 else (interval.mean, interval.low, interval.high)
         mean, *ends = apart(*known)
+        unit = f" {self.unit}" if self.unit else ""
         bounds = f" [{', '.join(ends)}]" if ends else ""
-        return f"{mean}{unit}{bounds}, n = {interval.n}"
-
-    def _verdict(self, category: str | None = None) -> str:
-        return "" if self.neutral is None else f"; {self.verdict(category)}"
+        verdict = "" if self.neutral is None else f"; {self.verdict(category)}"
+        return f"{mean}{unit}{bounds}, n = {interval.n}{verdict}"
 
 
-def resampled(
+class Figures:
+    """The several figures of one measure, fields of a dataclass."""
+
+    def describe(self) -> str:
+        """Each figure in words."""
+        return "\n".join(figure.describe() for figure in vars(self).values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Each figure as JSON values."""
+        return {name: figure.to_dict() for name, figure in vars(self).items()}
+
+
+def statistic_result(
     name: str,
     statistic: Callable[[Tensor], Tensor],
     n: int,
     *,
-    unit: str,
     neutral: float | None,
-    categories: Mapping[str, Tensor] | None = None,
-    figures: Mapping[str, float] | None = None,
-    notes: Iterable[str] = (),
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
+    **described: Any,
 ) -> BiasResult:
     """The result whose value is `statistic` of n examples, no mean of theirs, with a bootstrap.
 
     Args:
         statistic: from example indices, int64 [k, m], to float64 [k], row by row, for any m.
-        categories: the indices, int64 [m], of each category's examples; see `members`.
         confidence, resamples, seed: as in `bootstrap_interval`.
+        described: as in `_result`.
     """
 
     def interval(chosen: Tensor) -> Interval:
@@ -136,22 +140,20 @@ def resampled(
             no_effect=neutral,
         )
 
-    return _result(name, interval, n, unit, neutral, categories, figures, notes)
+    return _result(name, interval, n, neutral=neutral, **described)
 
 
-def resampled_mean(
+def mean_result(
     name: str,
     values: Tensor,
     *,
     n: int | None = None,
+    groups: Tensor | None = None,
     unit: str,
     neutral: float | None,
-    categories: Mapping[str, Tensor] | None = None,
-    figures: Mapping[str, float] | None = None,
-    notes: Iterable[str] = (),
     confidence: float = 0.95,
-    resamples: int | None = None,
     seed: int = 0,
+    **described: Any,
 ) -> BiasResult:
     """The result whose value is the mean of the first `n` of `values`, float64, by `intervals`.
 
@@ -160,46 +162,52 @@ def resampled_mean(
 
     Args:
         n: the examples; None: all of `values`. Those behind them belong to categories alone.
-        resamples: nothing is resampled here; taken because measures hand on the same options for
-            all of their figures.
+        groups: int64, the number of each value's group, where values of one are alike: the
+            interval is then over groups, by Student's t.
         seed: of the sign-flip test's draws.
-        others: as in `resampled`.
+        described: as in `_result`.
     """
-    options = {"no_effect": neutral, "confidence": confidence, "seed": seed}
-    whole = _WHOLE.get(unit)
-    of_share = whole is not None and is_share(values.double().cpu().numpy(), whole)
+    options: dict[str, Any] = {"no_effect": neutral, "confidence": confidence, "seed": seed}
+    of_share = groups is None and unit == "%" and is_share(values.double().cpu().numpy(), 100.0)
 
     def interval(chosen: Tensor) -> Interval:
         if of_share:
-            return share_interval(values[chosen], whole, **options)
-        return mean_interval(values[chosen], **options)
+            return share_interval(values[chosen], 100.0, **options)
+        if groups is None:
+            return mean_interval(values[chosen], **options)
+        # Sorted by group, so that the test draws the same signs whatever the order of the rows.
+        chosen = chosen[groups[chosen].argsort(stable=True)]
+        sums, counts = by_unit(values[chosen], groups[chosen].tolist())
+        return mean_interval(sums, weights=counts, **options)
 
     n = len(values) if n is None else n
-    return _result(name, interval, n, unit, neutral, categories, figures, notes)
+    return _result(name, interval, n, unit=unit, neutral=neutral, **described)
 
 
 def _result(
     name: str,
     interval: Callable[[Tensor], Interval],
-    n: int,
-    unit: str,
-    neutral: float | None,
-    categories: Mapping[str, Tensor] | None,
-    figures: Mapping[str, float] | None,
-    notes: Iterable[str],
+    examples: int,
+    *,
+    categories: Mapping[str, Tensor] | None = None,
+    notes: Sequence[str] = (),
+    **described: Any,
 ) -> BiasResult:
-    """Of the interval of any chosen examples, int64 [m]."""
-    overall = interval(torch.arange(n))
+    """From the interval of any chosen examples, int64 [m].
+
+    Args:
+        categories: the indices, int64 [m], of each category's examples; see `members`.
+        described: other fields of `BiasResult`.
+    """
+    overall = interval(torch.arange(examples))
     return BiasResult(
-        name=name,
-        value=overall.mean,
-        interval=overall,
-        n=n,
-        unit=unit,
-        neutral=neutral,
+        name,
+        overall.mean,
+        overall,
+        overall.n,
         by_category={label: interval(chosen) for label, chosen in (categories or {}).items()},
-        figures=dict(figures or {}),
         notes=tuple(notes),
+        **described,
     )
 
 
@@ -224,6 +232,11 @@ def preferred(first: Tensor, second: Tensor) -> Tensor:
     difference = first - second
     order = torch.where(difference.abs() <= TIE_NATS, 0.5, (difference > 0).double())
     return torch.where(difference.isnan(), torch.nan, order)
+
+
+def ties(preference: Tensor) -> int:
+    """How many of `preferred` are ties."""
+    return int((preference == 0.5).sum())
 
 
 def _interval_dict(interval: Interval) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The rows of a benchmark, given as they are or by the name of a file or of a hub data set."""
+"""The rows of a benchmark, from the caller, a file or a hub data set, and what they must hold."""
 
 from __future__ import annotations
 
@@ -13,9 +13,18 @@ Row = Mapping[str, Any]
 Source = str | Path | Iterable[Row]
 
 
-def is_file(source: Source, *suffixes: str) -> bool:
-    """Whether `source` names a file that ends in one of `suffixes`."""
-    return isinstance(source, str | Path) and str(source).lower().endswith(suffixes)
+def file_named(source: object, *suffixes: str) -> Path | None:
+    """The file that `source` names, where it ends in one of `suffixes`.
+
+    Raises:
+        ValueError: it does not exist.
+    """
+    if not isinstance(source, str | Path) or not str(source).lower().endswith(suffixes):
+        return None
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise ValueError(f"source must be an existing file, got {str(path)!r}; check the path")
+    return path
 
 
 def benchmark_rows(source: Source, **hub_defaults: str) -> list[Row]:
@@ -29,7 +38,7 @@ def benchmark_rows(source: Source, **hub_defaults: str) -> list[Row]:
         ValueError: no rows, or a source that cannot be read.
     """
     if isinstance(source, str | Path):
-        return load_table(source, **hub_defaults)
+        return list(load_table(source, **hub_defaults))
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise InputTypeError(
             "source must be rows, the path of a file or a hub id, got "
@@ -47,8 +56,13 @@ def benchmark_rows(source: Source, **hub_defaults: str) -> list[Row]:
     return rows
 
 
-def require_columns(rows: Sequence[Row], columns: Sequence[str], measure: str) -> None:
-    """Raise ValueError for the first row that lacks one of `columns`, or text in it."""
+def require_columns(
+    rows: Sequence[Row], columns: Sequence[str], measure: str, **choices: Sequence[str]
+) -> None:
+    """Raise ValueError for the first row that lacks text in one of `columns`.
+
+    Also for one whose column in `choices` holds anything but these.
+    """
     for number, row in enumerate(rows, start=1):
         missing = [column for column in columns if column not in row]
         if missing:
@@ -61,4 +75,13 @@ def require_columns(rows: Sequence[Row], columns: Sequence[str], measure: str) -
                 raise ValueError(
                     f"row {number} must be text in the column {column!r} of {measure}, got "
                     f"{row[column]!r:.40}; correct the row or leave it out"
+                )
+    for column, known in choices.items():
+        pair = " or ".join(map(repr, known))
+        listed = pair if len(known) == 2 else f"one of {', '.join(known)}"
+        for number, row in enumerate(rows, start=1):
+            if row[column] not in known:
+                raise ValueError(
+                    f"row {number} must have {listed} in the column {column}, got "
+                    f"{row[column]!r}; correct the row"
                 )

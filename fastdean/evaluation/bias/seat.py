@@ -17,18 +17,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdean.data.batching import Layout, plan_batches
-from fastdean.data.examples import IGNORE_INDEX, Example
+from fastdean.data.batching import Batch, Layout, plan_batches
+from fastdean.data.examples import Example
 from fastdean.evaluation.bias.finite import require_finite
-from fastdean.evaluation.bias.likelihood import encode_text
+from fastdean.evaluation.bias.likelihood import encode_text, labels_at
 from fastdean.evaluation.bias.result import BiasResult
-from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, is_file, require_columns
-from fastdean.evaluation.bootstrap import Interval, bootstrap_interval
+from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, file_named, require_columns
+from fastdean.evaluation.bootstrap import bootstrap_interval
+from fastdean.evaluation.intervals import Interval
+from fastdean.evaluation.passes import rows_of_examples
 from fastdean.evaluation.representations import layer_outputs
 from fastdean.models.adapters import require_no_prompts
-from fastdean.models.forward import attention_for, exact_layout, label_shift, tokens_per_batch_of
-from fastdean.models.model_state import evaluation_state, input_device, unwrap
-from fastdean.wording.doing import titled
+from fastdean.models.forward import exact_layout, label_shift, tokens_per_batch_of
+from fastdean.models.model_state import input_device, unwrap
 
 SETS = ("targ1", "targ2", "attr1", "attr2")
 COLUMNS = ("set", "category", "sentence")
@@ -175,8 +176,6 @@ def sentence_states(
     progress: bool = True,
 ) -> Tensor:
     """One vector per sentence, float64 [n, D] on the CPU; `pooling` and `layer` as in `seat`."""
-    from tqdm.auto import tqdm
-
     model = unwrap(model)
     require_no_prompts(model)
     shift = _shift(model)
@@ -194,30 +193,20 @@ def sentence_states(
         tokens_per_batch=tokens_per_batch or tokens_per_batch_of(model),
         **vars(layout),
     )
-    states: Tensor | None = None
-    with (
-        evaluation_state(model),
-        tqdm(
-            total=len(examples), desc=titled("representations"), unit="ex", disable=not progress
-        ) as bar,
-    ):
-        for batch in batches:
-            with attention_for(model, batch):
-                outputs = layer_outputs(model, batch.to(device).model_inputs())
-            if not -len(outputs) <= layer < len(outputs):
-                raise ValueError(
-                    f"layer must be in {-len(outputs)}..{len(outputs) - 1}, got {layer}; the model "
-                    f"has {len(outputs)} layers"
-                )
-            flat = outputs[layer].flatten(0, 1)
-            rows = flat.index_select(0, batch.target_rows.to(flat.device)).cpu().double()
-            if states is None:
-                states = rows.new_zeros(len(examples), rows.shape[1])
-            owner = torch.tensor(batch.example_index)[batch.target_example]
-            states.index_add_(0, owner, rows)
-            states[batch.example_index] /= batch.target_counts[:, None]
-            bar.update(batch.num_examples)
-    return states
+
+    def states_of(batch: Batch) -> Tensor:
+        outputs = layer_outputs(model, batch.to(device).model_inputs())
+        if not -len(outputs) <= layer < len(outputs):
+            raise ValueError(
+                f"layer must be in {-len(outputs)}..{len(outputs) - 1}, got {layer}; the model "
+                f"has {len(outputs)} layers"
+            )
+        flat = outputs[layer].flatten(0, 1)
+        rows = flat.index_select(0, batch.target_rows.to(flat.device)).cpu().double()
+        sums = rows.new_zeros(batch.num_examples, rows.shape[1])
+        return sums.index_add_(0, batch.target_example, rows) / batch.target_counts[:, None]
+
+    return rows_of_examples(model, batches, states_of, "representations", progress)
 
 
 def _shift(model: nn.Module) -> int | None:
@@ -232,9 +221,7 @@ def _pooled(tokenizer: Any, sentence: str, pooling: str) -> Example:
     """The sentence with the tokens whose states are averaged as its targets."""
     text = encode_text(tokenizer, sentence)
     places = {"mean": text.own, "last": text.own[-1:], "first": (0,)}[pooling]
-    labels = torch.full_like(text.ids, IGNORE_INDEX)
-    labels[list(places)] = text.ids[list(places)]
-    return Example(text.ids, labels)
+    return Example(text.ids, labels_at(text.ids, places))
 
 
 def _unit(states: Tensor) -> Tensor:
@@ -274,12 +261,8 @@ def _interval(
 
 def _sets(source: Source | Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Name and sentences of each of the four sets."""
-    if isinstance(source, Mapping):
-        test = source
-    elif is_file(source, ".json", ".jsonl"):
-        test = _read_test(Path(source).expanduser())
-    else:
-        test = None
+    path = file_named(source, ".json", ".jsonl")
+    test = source if isinstance(source, Mapping) else _read_test(path) if path else None
     if test is None:
         test = _from_rows(benchmark_rows(source))
     missing = [key for key in SETS if not isinstance(test.get(key), Mapping)]
@@ -300,8 +283,6 @@ def _sets(source: Source | Mapping[str, Any]) -> tuple[list[str], list[list[str]
 
 def _read_test(path: Path) -> Mapping[str, Any] | None:
     """The published files are one object over many lines, whatever their ending; None for rows."""
-    if not path.is_file():
-        raise ValueError(f"source must be an existing file, got {str(path)!r}; check the path")
     try:
         content = json.loads(path.read_text("utf-8-sig"))
     except ValueError:
@@ -310,14 +291,9 @@ def _read_test(path: Path) -> Mapping[str, Any] | None:
 
 
 def _from_rows(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    require_columns(rows, COLUMNS, "SEAT")
+    require_columns(rows, COLUMNS, "SEAT", set=SETS)
     test: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(rows, start=1):
-        if row["set"] not in SETS:
-            raise ValueError(
-                f"row {number} must have one of {', '.join(SETS)} in the column set, got "
-                f"{row['set']!r}; correct the row"
-            )
+    for row in rows:
         part = test.setdefault(row["set"], {"category": row["category"], "examples": []})
         part["examples"].append(row["sentence"])
     return test

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import takewhile
 from typing import Any
 
 from fastdean.evaluation.bias.result import BiasResult
@@ -26,18 +27,17 @@ _MARKS_A_TURN = re.compile(
     r"|\b(user|assistant|system|observation|turn)\b",
     re.IGNORECASE,
 )
-_PROBE = "a"
 
 
 @dataclass(frozen=True)
 class StartToken:
-    """What stands before every text whose first token is scored.
+    """The tokens before every text whose first token is scored.
 
     Attributes:
-        ids: the tokens, usually one; none where a text's first token is not scored.
+        ids: usually one; none where a text's first token is not scored.
         name: as the vocabulary spells them; "none" without one.
         reason: why these.
-        kept: whether the tokenizer puts them there itself, so that nothing is to be done.
+        kept: whether the tokenizer puts them there itself.
     """
 
     ids: tuple[int, ...]
@@ -120,7 +120,7 @@ def _chosen(tokenizer: Any) -> StartToken:
     if own:
         name = "".join(_name(tokenizer, i) for i in own)
         return StartToken(own, name, "the tokenizer puts it there", kept=True)
-    passed = []
+    passed: list[str] = []
     for token_id, what in _candidates(tokenizer):
         name = _name(tokenizer, token_id)
         if not _marks_a_turn(tokenizer, name):
@@ -131,13 +131,9 @@ def _chosen(tokenizer: Any) -> StartToken:
 
 
 def _own_prefix(tokenizer: Any) -> tuple[int, ...]:
-    encoded = tokenizer(_PROBE, return_special_tokens_mask=True)
-    prefix = []
-    for token_id, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
-        if not special:
-            break
-        prefix.append(token_id)
-    return tuple(prefix)
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    tokens = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return tuple(token_id for token_id, _ in takewhile(lambda token: token[1], tokens))
 
 
 def _candidates(tokenizer: Any) -> Iterator[tuple[int, str]]:
@@ -154,16 +150,11 @@ def _candidates(tokenizer: Any) -> Iterator[tuple[int, str]]:
 def _marks_a_turn(tokenizer: Any, token: str) -> bool:
     if _BOUNDS.search(token):
         return False
-    return bool(_MARKS_A_TURN.search(token)) or any(
-        token in template for template in _templates(getattr(tokenizer, "chat_template", None))
-    )
-
-
-def _templates(found: Any) -> list[str]:
-    """A tokenizer has one chat template or several by name."""
-    if isinstance(found, str):
-        return [found]
-    return [each for each in found.values() if isinstance(each, str)] if found else []
+    # A tokenizer has one chat template, or several by name.
+    found = getattr(tokenizer, "chat_template", None) or {}
+    templates = [found] if isinstance(found, str) else found.values()
+    written = any(isinstance(each, str) and token in each for each in templates)
+    return written or bool(_MARKS_A_TURN.search(token))
 
 
 def _known(tokenizer: Any, start: Start) -> int:

@@ -18,25 +18,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastdean.evaluation.bias.finite import require_finite
-from fastdean.evaluation.bias.likelihood import (
-    Encoded,
-    Question,
-    causal_log_likelihood,
-    encode_text,
-    is_masked,
-    joint_log_likelihood,
-    pseudo_log_likelihood,
+from fastdean.evaluation.bias.likelihood import Encoded, Likelihoods, Question
+from fastdean.evaluation.bias.result import (
+    Figures,
+    mean_result,
+    members,
+    preferred,
+    statistic_result,
+    ties,
 )
-from fastdean.evaluation.bias.result import members, preferred, resampled, resampled_mean
-from fastdean.evaluation.bias.rows import (
-    Row,
-    Source,
-    benchmark_rows,
-    is_file,
-    require_columns,
-)
-from fastdean.evaluation.bias.start import LikelihoodResult, Start, StartToken, named, start_token
+from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, file_named, require_columns
+from fastdean.evaluation.bias.start import LikelihoodResult, Start, named
+from fastdean.evaluation.intervals import by_unit
 
 HUB_ID = "McGill-NLP/stereoset"
 TASKS = ("intrasentence", "intersentence")
@@ -48,22 +41,12 @@ _WORD = re.compile(r"\S+")
 
 
 @dataclass(frozen=True)
-class StereoSet:
+class StereoSet(Figures):
     """lm: language modelling score, %. stereotype: SS, %, neutral 50. icat: ICAT, 0 to 100."""
 
     lm: LikelihoodResult
     stereotype: LikelihoodResult
     icat: LikelihoodResult
-
-    def describe(self) -> str:
-        return "\n".join(r.describe() for r in (self.lm, self.stereotype, self.icat))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "lm": self.lm.to_dict(),
-            "stereotype": self.stereotype.to_dict(),
-            "icat": self.icat.to_dict(),
-        }
 
 
 def stereoset(
@@ -104,7 +87,8 @@ def stereoset(
             without a target counts as its own.
         start: what a causal model's text starts from, see `start.start_token`; the result names it.
         tokens_per_batch: a bound for memory; the result does not depend on it.
-        confidence, resamples, seed: of the intervals.
+        confidence, seed: of the intervals.
+        resamples: of ICAT's, a percentile bootstrap.
 
     Returns:
         Categories: the bias types, and the tasks where the source has both. n counts what was
@@ -120,61 +104,60 @@ def stereoset(
     """
     if average not in ("targets", "rows"):
         raise ValueError(f"average must be 'targets' or 'rows', got {average!r}")
-    masked = is_masked(model)
-    begun = start_token(tokenizer, start, masked=masked)
+    ask = Likelihoods(model, tokenizer, start, tokens_per_batch=tokens_per_batch, progress=progress)
     rows = _rows(source)
-    options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
-    anti, stereo, unrelated = _scores(model, tokenizer, rows, begun, options)
+    anti, stereo, unrelated = _scores(ask, rows)
     related = (preferred(stereo, unrelated) + preferred(anti, unrelated)) / 2.0
     stereotyped = preferred(stereo, anti)
-    units = _Units(rows, average, 100.0 * related, 100.0 * stereotyped)
-    shared = {
-        "categories": units.categories,
+    terms = _Terms(rows, average, 100.0 * related, 100.0 * stereotyped)
+    lm, ss, n = terms.lm, terms.ss, terms.n
+    counts = {"rows": len(rows)}
+    shared: dict[str, Any] = {
+        "categories": terms.categories,
         "notes": [
-            "mean log p of the blank's pieces, masked at once; continuations by "
-            "pseudo-log-likelihood per token"
-            if masked
-            else "log-likelihood per token",
+            "log-likelihood per token"
+            if ask.start
+            else "mean log p of the blank's pieces, masked at once; continuations by "
+            "pseudo-log-likelihood per token",
             "averaged over target terms, the units of the intervals; a term's rows of all tasks "
             "together as in the published evaluator"
             if average == "targets"
             else "averaged over rows, the units of the intervals",
         ],
         "confidence": confidence,
-        "resamples": resamples,
         "seed": seed,
     }
-    lm, ss, n = units.lm, units.ss, units.n
-    found = (
-        resampled_mean(
+    results = (
+        mean_result(
             "StereoSet, language modelling score",
             lm,
             n=n,
             unit="%",
             neutral=None,
-            figures={"rows": len(rows)},
+            figures=counts,
             **shared,
         ),
-        resampled_mean(
+        mean_result(
             "StereoSet, stereotype score",
             ss,
             n=n,
             unit="%",
             neutral=50.0,
-            figures={"rows": len(rows), "ties": int((stereotyped == 0.5).sum())},
+            figures={**counts, "ties": ties(stereotyped)},
             **shared,
         ),
-        resampled(
+        statistic_result(
             "StereoSet, ICAT",
             lambda index: icat(lm[index].mean(-1), ss[index].mean(-1)),
             n,
             unit="",
             neutral=None,
-            figures={"rows": len(rows)},
+            figures=counts,
+            resamples=resamples,
             **shared,
         ),
     )
-    return StereoSet(*(named(result, begun) for result in found))
+    return StereoSet(*(named(result, ask.start) for result in results))
 
 
 def icat(lm: Tensor, ss: Tensor) -> Tensor:
@@ -182,8 +165,8 @@ def icat(lm: Tensor, ss: Tensor) -> Tensor:
     return lm * torch.minimum(ss, 100.0 - ss) / 50.0
 
 
-class _Units:
-    """What is averaged and resampled: the rows of one target term, or one row.
+class _Terms:
+    """LM and SS of each target term, or of each row, the units that are averaged and resampled.
 
     A term's rows of all tasks and bias types are averaged together, and in a category those that
     belong to it, as the published evaluator does: a term that is in two categories is another unit
@@ -201,62 +184,49 @@ class _Units:
         tasks = [row["type"] for row in rows]
         both = len(set(tasks)) > 1
         parts = members([row["bias_type"] for row in rows], tasks if both else [])
-        means, self.categories, start = [], {}, 0
-        for name, chosen in {None: torch.arange(len(rows)), **parts}.items():
-            found = _means([keys[i] for i in chosen.tolist()], lm[chosen], ss[chosen])
-            means.append(found)
-            if name is not None:
-                self.categories[name] = torch.arange(start, start + found.shape[1])
-            start += found.shape[1]
-        self.n = means[0].shape[1]
+        means = []
+        for chosen in (torch.arange(len(rows)), *parts.values()):
+            units = [keys[i] for i in chosen.tolist()]
+            sums = [by_unit(score[chosen], units) for score in (lm, ss)]
+            means.append(torch.stack([total / count for total, count in sums]))
         self.lm, self.ss = torch.cat(means, dim=1)
-
-
-def _means(keys: list[tuple[str, Any]], *values: Tensor) -> Tensor:
-    """Mean of each of the values over the rows of one key: float64 [values, keys]."""
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    owner = torch.tensor([numbers[key] for key in keys])
-    counts = torch.bincount(owner, minlength=len(numbers)).double()
-    return torch.stack([torch.zeros_like(counts).index_add_(0, owner, v) / counts for v in values])
+        self.n, *sizes = (part.shape[1] for part in means)
+        places = torch.arange(self.n, len(self.lm)).split(sizes)
+        self.categories = dict(zip(parts, places, strict=True))
 
 
 def _rows(source: Source) -> list[Row]:
     """The rows with the columns `COLUMNS` and, where known, `target`."""
-    if is_file(source, ".json"):
-        content = _read_json(Path(source).expanduser())
-        nested = content.get("data") if isinstance(content, Mapping) else None
-        if isinstance(nested, Mapping):
-            found = [(row, task) for task in TASKS for row in nested.get(task, ())]
-        else:
-            found = [(row, None) for row in benchmark_rows(source)]
-    elif isinstance(source, str) and not Path(source.partition("::")[0]).suffix:
-        tasks = TASKS if "config=" not in source else [source.partition("config=")[2].split(",")[0]]
-        found = [
-            (row, task)
-            for task in tasks
-            for row in benchmark_rows(source, split="validation", config=task)
-        ]
-    else:
-        found = [(row, None) for row in benchmark_rows(source)]
-    rows = [_flat(row, task, number) for number, (row, task) in enumerate(found, start=1)]
+    rows: list[Row] = [
+        _flat(row, task, number) for number, (row, task) in enumerate(_of_tasks(source), start=1)
+    ]
     if not rows:
         raise ValueError(
             f"source must hold rows of {' or '.join(TASKS)} under 'data', got none; pass the "
             "benchmark's own .json"
         )
-    require_columns(rows, COLUMNS, "StereoSet")
-    for number, row in enumerate(rows, start=1):
-        if row["type"] not in TASKS:
-            raise ValueError(
-                f"row {number} must have 'intrasentence' or 'intersentence' in the column type, "
-                f"got {row['type']!r}; correct the row"
-            )
+    require_columns(rows, COLUMNS, "StereoSet", type=TASKS)
     return rows
 
 
+def _of_tasks(source: Source) -> Iterator[tuple[Row, str | None]]:
+    """Every row with the task that its place in the source gives it, or None."""
+    if path := file_named(source, ".json"):
+        content = _read_json(path)
+        nested = content.get("data") if isinstance(content, Mapping) else None
+        if isinstance(nested, Mapping):
+            yield from ((row, task) for task in TASKS for row in nested.get(task, ()))
+            return
+    if isinstance(source, str) and not Path(source.partition("::")[0]).suffix:
+        tasks = TASKS if "config=" not in source else [source.partition("config=")[2].split(",")[0]]
+        for task in tasks:
+            rows = benchmark_rows(source, split="validation", config=task)
+            yield from ((row, task) for row in rows)
+    else:
+        yield from ((row, None) for row in benchmark_rows(source))
+
+
 def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"source must be an existing file, got {str(path)!r}; check the path")
     try:
         return json.loads(path.read_text("utf-8-sig"))
     except ValueError as error:
@@ -299,49 +269,39 @@ def _labelled(sentences: Any, number: int) -> Iterator[tuple[str, str]]:
         yield (LABELS[label] if known else label), sentence["sentence"]
 
 
-def _scores(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: list[Row],
-    start: StartToken | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, ...]:
+def _scores(ask: Likelihoods, rows: list[Row]) -> tuple[Tensor, ...]:
     """Score of each row's continuations in the order of `LABELS`: float64 [n] each, nats/token."""
     scores = torch.zeros(len(LABELS), len(rows), dtype=torch.float64)
     for task in TASKS:
         chosen = [i for i, row in enumerate(rows) if row["type"] == task]
         if not chosen:
             continue
-        within = _whole if start is not None else _in_blank
-        question = _between if task == "intersentence" else within
-        questions = [question(tokenizer, rows[i], label, i + 1) for label in LABELS for i in chosen]
-        if start is not None:
-            sums, counts = causal_log_likelihood(model, questions, start, **options)
-        else:
-            ask = pseudo_log_likelihood if task == "intersentence" else joint_log_likelihood
-            sums, counts = ask(model, tokenizer, questions, **options)
+        between = task == "intersentence"
+        question = _between if between else _whole if ask.start else _in_blank
+        score = ask.causal if ask.start else ask.pseudo if between else ask.joint
+        sums, counts = score([question(ask, rows[i], k, i + 1) for k in LABELS for i in chosen])
         scores[:, chosen] = (sums / counts).view(len(LABELS), -1)
-    require_finite(model, scores.T)
+    ask.require_finite(scores.T)
     return tuple(scores)
 
 
-def _whole(tokenizer: Any, row: Row, label: str, number: int) -> Question:
-    text = encode_text(tokenizer, row[label].strip())
+def _whole(ask: Likelihoods, row: Row, label: str, number: int) -> Question:
+    text = ask.encode(row[label].strip())
     return text.question(text.own)
 
 
-def _between(tokenizer: Any, row: Row, label: str, number: int) -> Question:
+def _between(ask: Likelihoods, row: Row, label: str, number: int) -> Question:
     """The continuation's tokens, after the context and a space."""
     context = row["context"].strip()
     joined = f"{context} {row[label].strip()}"
-    text = encode_text(tokenizer, joined, offsets=True)
+    text = ask.encode(joined, offsets=True)
     return _asked(text, text.covering(len(context) + 1, len(joined)), row[label], number)
 
 
-def _in_blank(tokenizer: Any, row: Row, label: str, number: int) -> Question:
+def _in_blank(ask: Likelihoods, row: Row, label: str, number: int) -> Question:
     """The pieces of the word that fills the blank."""
     sentence = row[label].strip()
-    text = encode_text(tokenizer, sentence, offsets=True)
+    text = ask.encode(sentence, offsets=True)
     return _asked(text, text.covering(*filled(row["context"], sentence, number)), sentence, number)
 
 

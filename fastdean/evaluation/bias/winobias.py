@@ -18,38 +18,29 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fastdean.evaluation.bias.finite import require_finite
-from fastdean.evaluation.bias.likelihood import is_masked, sentence_log_likelihood
-from fastdean.evaluation.bias.result import (
-    members,
-    preferred,
-    resampled_mean,
-)
+from fastdean.evaluation.bias.likelihood import Likelihoods
+from fastdean.evaluation.bias.result import Figures, mean_result, members, preferred, ties
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
-from fastdean.evaluation.bias.start import LikelihoodResult, Start, named, start_token
+from fastdean.evaluation.bias.start import LikelihoodResult, Start, named
 
 COLUMNS = ("pro", "anti", "type")
 TYPES = ("type1", "type2")
 HUB_ID = "uclanlp/wino_bias"
-_MALE = {"he", "him", "his", "himself"}
-_FEMALE = {"she", "her", "hers", "herself"}
+_GENDERS = {
+    **dict.fromkeys(("he", "him", "his", "himself"), "male"),
+    **dict.fromkeys(("she", "her", "hers", "herself"), "female"),
+}
 _NUMBER = re.compile(r"^\s*\d+\s+")
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
-class WinoBias:
+class WinoBias(Figures):
     """share: in %, of pairs whose pro-stereotyped sentence is the likelier; neutral is 50.
     difference: mean log-likelihood of the pro- minus the anti-stereotyped sentence, in nats."""
 
     share: LikelihoodResult
     difference: LikelihoodResult
-
-    def describe(self) -> str:
-        return f"{self.share.describe()}\n{self.difference.describe()}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"share": self.share.to_dict(), "difference": self.difference.to_dict()}
 
 
 def winobias(
@@ -81,7 +72,8 @@ def winobias(
             refuses it, "leave_out" leaves it out and counts it.
         start: what a causal model's text starts from, see `start.start_token`; the result names it.
         tokens_per_batch: a bound for memory; the result does not depend on it.
-        confidence, resamples, seed: of the intervals, over pairs.
+        confidence, seed: of the intervals, over pairs.
+        resamples: not used; here because other measures have it.
 
     Returns:
         Categories: type 1 and type 2 apart, and each by the gender of the pro-stereotyped pronoun:
@@ -95,53 +87,42 @@ def winobias(
     """
     if mismatched not in ("error", "leave_out"):
         raise ValueError(f"mismatched must be 'error' or 'leave_out', got {mismatched!r}")
-    masked = is_masked(model)
-    begun = start_token(tokenizer, start, masked=masked)
+    ask = Likelihoods(model, tokenizer, start, tokens_per_batch=tokens_per_batch, progress=progress)
     rows = _rows(source)
     kept, genders = _matching(rows, mismatched)
-    sentences = [row[side] for side in ("pro", "anti") for row in kept]
-    sums, _ = sentence_log_likelihood(
-        model, tokenizer, sentences, begun, tokens_per_batch=tokens_per_batch, progress=progress
-    )
-    pro, anti = sums.chunk(2)
-    require_finite(
-        model,
+    pro, anti = ask.sentences([row[side] for side in ("pro", "anti") for row in kept])[0].chunk(2)
+    ask.require_finite(
         torch.stack([pro, anti], dim=1),
-        lambda number: f"line {kept[number - 1]['line']} of {kept[number - 1]['type']}",
+        lambda number: "line {line} of {type}".format_map(kept[number - 1]),
     )
     preference = preferred(pro, anti)
     types = [row["type"] for row in kept]
-    options = {
-        "categories": members(
-            types, [f"{t}, {gender} pronoun" for t, gender in zip(types, genders, strict=True)]
-        ),
-        "figures": {
-            "ties": int((preference == 0.5).sum()),
-            "left_out": len(rows) - len(kept),
-        },
+    by_gender = [f"{t}, {gender} pronoun" for t, gender in zip(types, genders, strict=True)]
+    shared: dict[str, Any] = {
+        "categories": members(types, by_gender),
+        "figures": {"ties": ties(preference), "left_out": len(rows) - len(kept)},
         "notes": [
-            f"{'pseudo-log-likelihood' if masked else 'log-likelihood'} of whole sentences; "
+            f"{'log-likelihood' if ask.start else 'pseudo-log-likelihood'} of whole sentences; "
             "categories name the gender of the pro-stereotyped pronoun"
         ],
         "confidence": confidence,
-        "resamples": resamples,
         "seed": seed,
     }
-    share = resampled_mean(
+    share = mean_result(
         "WinoBias by likelihood, share of pairs whose pro-stereotyped sentence is likelier",
         100.0 * preference,
         unit="%",
         neutral=50.0,
-        **options,
+        **shared,
     )
-    difference = resampled_mean(
+    difference = mean_result(
         "WinoBias by likelihood, mean difference of pro minus anti",
         pro - anti,
         unit="nats",
         neutral=0.0,
-        **options,
+        **shared,
     )
-    return WinoBias(named(share, begun), named(difference, begun))
+    return WinoBias(named(share, ask.start), named(difference, ask.start))
 
 
 def _rows(source: Source) -> list[Row]:
@@ -152,20 +133,9 @@ def _rows(source: Source) -> list[Row]:
         if not Path(name).suffix and "config=" not in options:
             return list(_hub_rows(source))
     rows = benchmark_rows(source)
-    require_columns(rows, COLUMNS, "WinoBias")
-    for number, row in enumerate(rows, start=1):
-        if row["type"] not in TYPES:
-            raise ValueError(
-                f"row {number} must have 'type1' or 'type2' in the column type, got "
-                f"{row['type']!r}; correct the row"
-            )
+    require_columns(rows, COLUMNS, "WinoBias", type=TYPES)
     return [
-        {
-            "pro": _plain(row["pro"]),
-            "anti": _plain(row["anti"]),
-            "type": row["type"],
-            "line": number,
-        }
+        _pair(row["pro"], row["anti"], row["type"], number)
         for number, row in enumerate(rows, start=1)
     ]
 
@@ -173,17 +143,17 @@ def _rows(source: Source) -> list[Row]:
 def _folder_rows(folder: Path) -> Iterator[Row]:
     found = False
     for kind in TYPES:
-        paths = [_part(folder, side, kind) for side in ("pro", "anti")]
-        if not any(paths):
+        paths = [path for side in ("pro", "anti") if (path := _part(folder, side, kind))]
+        if not paths:
             continue
-        if not all(paths):
-            there = next(path for path in paths if path)
+        if len(paths) == 1:
             raise ValueError(
                 f"source must hold the pro- and the anti-stereotyped sentences of {kind}, got only "
-                f"{there.name} in {str(folder)!r}; put the other file beside it"
+                f"{paths[0].name} in {str(folder)!r}; put the other file beside it"
             )
         found = True
-        yield from _pairs(*(path.read_text("utf-8").splitlines() for path in paths), kind)
+        pro, anti = (path.read_text("utf-8").splitlines() for path in paths)
+        yield from _pairs(pro, anti, kind)
     if not found:
         raise ValueError(
             "source must be a folder with files like pro_stereotyped_type1.txt.dev, got none in "
@@ -199,14 +169,14 @@ def _part(folder: Path, side: str, kind: str) -> Path | None:
 
 def _hub_rows(source: str | Path) -> Iterator[Row]:
     for kind in TYPES:
-        sides = (
+        pro, anti = (
             [
                 " ".join(row["tokens"]) if "tokens" in row else row["sentences"]
                 for row in benchmark_rows(source, split="validation", config=f"{kind}_{side}")
             ]
             for side in ("pro", "anti")
         )
-        yield from _pairs(*sides, kind)
+        yield from _pairs(pro, anti, kind)
 
 
 def _pairs(pro: list[str], anti: list[str], kind: str) -> Iterator[Row]:
@@ -217,7 +187,11 @@ def _pairs(pro: list[str], anti: list[str], kind: str) -> Iterator[Row]:
             f"{len(pro)} and {len(anti)}; they are paired line by line"
         )
     for line, (first, second) in enumerate(zip(pro, anti, strict=True), start=1):
-        yield {"pro": _plain(first), "anti": _plain(second), "type": kind, "line": line}
+        yield _pair(first, second, kind, line)
+
+
+def _pair(pro: str, anti: str, kind: str, line: int) -> Row:
+    return {"pro": _plain(pro), "anti": _plain(anti), "type": kind, "line": line}
 
 
 def _plain(line: str) -> str:
@@ -253,7 +227,8 @@ def _pronoun_gender(pro: str, anti: str) -> str | None:
     words = [_WORD.findall(sentence.lower()) for sentence in (pro, anti)]
     if len(words[0]) != len(words[1]):
         return None
-    different = [(p, a) for p, a in zip(*words, strict=True) if p != a]
-    if all(p in _MALE and a in _FEMALE or p in _FEMALE and a in _MALE for p, a in different):
-        return ("male" if different[0][0] in _MALE else "female") if different else None
-    return None
+    different = [pair for pair in zip(*words, strict=True) if pair[0] != pair[1]]
+    genders = [tuple(_GENDERS.get(word) for word in pair) for pair in different]
+    if not genders or any(set(pair) != {"male", "female"} for pair in genders):
+        return None
+    return genders[0][0]

@@ -7,7 +7,7 @@ from math import isfinite
 from typing import Any
 
 from fastdean.wording.digits import apart
-from fastdean.wording.verdicts import NO_EFFECT, direction, reading
+from fastdean.wording.verdicts import direction, reading, verb
 
 _TOPICS = ("fairness", "privacy")
 
@@ -66,7 +66,7 @@ def _awareness(results: Mapping[str, Any]) -> str:
             f"{_unit(results['options'])}s gives an interval that overlaps this one"
         )
     elif rule != "random":
-        claimed = [t for t in _TOPICS if changes[t] and _direction(changes[t], 0.0)]
+        claimed = [t for t in _TOPICS if changes[t] and direction(_reading(changes[t], 0.0))]
         sentence += _random_clause(tables, claimed)
     return sentence + "."
 
@@ -83,7 +83,7 @@ def _margin_clause(topic: str, tables: Mapping[str, Any], rule: str) -> str:
     change = tables[topic]["masks"][rule]
     mean, evidence = _evidence(change, "mean", least=3, sign=True)
     figures = f"{mean} nats per token, {evidence}{_pairs(tables[topic])}"
-    return f"{_moved(change, 0.0)} on {topic} ({figures})"
+    return f"{verb(_reading(change, 0.0))} on {topic} ({figures})"
 
 
 def _side_effects(results: Mapping[str, Any]) -> str:
@@ -101,8 +101,8 @@ def _perplexity_clause(results: Mapping[str, Any]) -> list[str]:
     values = " to ".join(apart(table["origin"], change["value"]))
     counted = f"{table['n']} answers" if table.get("n") else ""
     ratio, evidence = _evidence(change, "ratio")
-    figures = f"{values}, ratio {ratio}, {evidence}{counted}"
-    return [f"Perplexity on general answers {_moved(change, 1.0)} ({figures.removesuffix(', ')})"]
+    figures = f"{values}, ratio {ratio}, {evidence}{counted}".removesuffix(", ")
+    return [f"Perplexity on general answers {verb(_reading(change, 1.0))} ({figures})"]
 
 
 def _dependence_clause(results: Mapping[str, Any]) -> list[str]:
@@ -154,27 +154,8 @@ def _known(*values: float | None) -> bool:
     return all(value is not None and isfinite(value) for value in values)
 
 
-def _verdict(change: Mapping[str, Any], no_effect: float) -> str | None:
-    """None without an interval."""
-    if not _known(change["low"], change["high"]):
-        return None
+def _reading(change: Mapping[str, Any], no_effect: float) -> str:
     return reading(change["low"], change["high"], no_effect, change.get("verdict"))
-
-
-def _direction(change: Mapping[str, Any], no_effect: float) -> int | None:
-    """+1 or -1 of an effect, 0 of none; None without a verdict."""
-    return direction(_verdict(change, no_effect))
-
-
-def _moved(change: Mapping[str, Any], no_effect: float) -> str:
-    """The verb of a change."""
-    verdict = _verdict(change, no_effect)
-    if verdict == NO_EFFECT:
-        return "did not change beyond noise"
-    found = direction(verdict)
-    if found:
-        return "rose" if found > 0 else "fell"
-    return f"has {verdict or 'no verdict without an interval'}"
 
 
 def _evidence(change: Mapping[str, Any], key: str, **digits: Any) -> tuple[str, str]:
@@ -198,7 +179,7 @@ def _pairs(table: Mapping[str, Any]) -> str:
 def _is_like_random(masks: Mapping[str, Any], rule: str) -> bool:
     """Whether a change was claimed that a random edit of the same size may have made as well."""
     ours, control = masks.get(rule), masks.get("random")
-    if rule == "random" or not ours or not control or not _direction(ours, 0.0):
+    if rule == "random" or not ours or not control or not direction(_reading(ours, 0.0)):
         return False
     if not _known(control["low"], control["high"]):
         return False
