@@ -7,41 +7,10 @@ from array import array
 import torch
 
 from fastdean.native.extension import cpu_level, dtype_code, loaded
+from fastdean.native.structs import written
 
 # In the order of `CollapseStatistic` of csrc/fastdean.h.
 STATISTICS = ("std", "cv", "mean")
-
-# `CollapseParams` of csrc/fastdean.h.
-FIELDS = (
-    "features",
-    "features_stride",
-    "features_dtype",
-    "labels",
-    "weight",
-    "weight_stride",
-    "weight_dtype",
-    "old_sums",
-    "old_counts",
-    "decay",
-    "statistic",
-    "sums",
-    "counts",
-    "centre",
-    "factors",
-    "loss",
-    "sums_dtype",
-    "grad_loss",
-    "grad_weight",
-    "grad_features",
-    "rows",
-    "columns",
-    "classes",
-    "level",
-    "num_workers",
-    "workspace",
-)
-_PLACE_OF = {name: place for place, name in enumerate(FIELDS)}
-_NO_FIELDS = [0] * len(FIELDS)
 
 
 def collapse_alignment(
@@ -75,11 +44,11 @@ def collapse_alignment(
         weight.device,
         features=features.data_ptr(),
         features_stride=features.stride(0),
-        features_dtype=features.dtype,
+        features_dtype=dtype_code(features.dtype),
         labels=labels.data_ptr(),
         weight=weight.data_ptr(),
         weight_stride=weight.stride(0),
-        weight_dtype=weight.dtype,
+        weight_dtype=dtype_code(weight.dtype),
         old_sums=sums.data_ptr(),
         old_counts=counts.data_ptr(),
         decay=decay_cell.buffer_info()[0],
@@ -89,7 +58,7 @@ def collapse_alignment(
         centre=centre.data_ptr(),
         factors=factors.data_ptr(),
         loss=loss.data_ptr(),
-        sums_dtype=sums.dtype,
+        sums_dtype=dtype_code(sums.dtype),
         rows=len(labels),
         columns=sums.shape[1],
         classes=len(sums),
@@ -119,16 +88,16 @@ def collapse_alignment_backward(
         _run_collapse(
             "collapse_alignment_backward",
             weight.device,
-            features_dtype=features_dtype,
+            features_dtype=dtype_code(features_dtype),
             labels=labels.data_ptr(),
             weight=weight.data_ptr(),
             weight_stride=weight.stride(0),
-            weight_dtype=weight.dtype,
+            weight_dtype=dtype_code(weight.dtype),
             sums=sums.data_ptr(),
             counts=counts.data_ptr(),
             centre=centre.data_ptr(),
             factors=factors.data_ptr(),
-            sums_dtype=sums.dtype,
+            sums_dtype=dtype_code(sums.dtype),
             grad_loss=grad_loss.data_ptr(),
             grad_weight=grad_weight.data_ptr() if needs_weight else 0,
             # No rows have no address either, and nothing to compute.
@@ -145,16 +114,11 @@ def _with_contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def _run_collapse(op: str, device: torch.device, **fields: int | torch.dtype) -> None:
+def _run_collapse(op: str, device: torch.device, **fields: int) -> None:
     """Calls the compiled `op`; a field that it does not read may be left out."""
     extension = loaded()
-    params = array("q", _NO_FIELDS)
-    for name, value in fields.items():
-        if isinstance(value, torch.dtype):
-            value = dtype_code(extension, value)
-        params[_PLACE_OF[name]] = value
-    params[_PLACE_OF["level"]] = cpu_level()
-    params[_PLACE_OF["num_workers"]] = torch.get_num_threads()
+    common = {"level": cpu_level(), "num_workers": torch.get_num_threads()}
+    params = written("CollapseParams", **fields, **common)
     address = params.buffer_info()[0]
     if device.type == "cpu":
         size = extension.collapse_workspace_bytes(params=address)

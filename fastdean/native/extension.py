@@ -15,10 +15,11 @@ from typing import Literal
 
 import torch
 
+from fastdean.native import structs
 from fastdean.wording.mendable import StateError
 
 # The number in csrc/fastdean.h that this package was written for.
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 _DTYPE_CODES = {
     torch.float16: "DTYPE_FLOAT16",
@@ -84,6 +85,9 @@ def _load() -> tuple[ModuleType | None, NativeStatus]:
     abi = getattr(extension, "ABI_VERSION", None)
     if abi != ABI_VERSION:
         reason = f"{name} has ABI number {abi} and this fastdean needs {ABI_VERSION}"
+        return None, NativeStatus("broken", reason, None)
+    if difference := structs.difference(extension.STRUCTS):
+        reason = f"{name} was compiled from another csrc/fastdean.h: {difference}"
         return None, NativeStatus("broken", reason, None)
     return extension, NativeStatus("available", "", _build_of(extension))
 
@@ -158,6 +162,6 @@ def loaded() -> ModuleType:
     return extension
 
 
-def dtype_code(extension: ModuleType, dtype: torch.dtype) -> int:
-    """The `DType` of csrc/fastdean.h; `extension` is what `loaded` returned."""
-    return getattr(extension, _DTYPE_CODES[dtype])
+def dtype_code(dtype: torch.dtype) -> int:
+    """The `DType` of csrc/fastdean.h."""
+    return getattr(loaded(), _DTYPE_CODES[dtype])

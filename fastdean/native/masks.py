@@ -21,7 +21,7 @@ def gather_at(
     offsets, size = layout(counts, [tensor.element_size() for tensor in tensors])
     out = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
     values = [out.data_ptr() + offset for offset in offsets]
-    _run_on_places("gather_at", Places(tensors, indices, addresses=[values]))
+    _run_on_places("gather_at", Places(tensors, indices, values_at=values))
     return [
         out[offset : offset + count * tensor.element_size()].view(tensor.dtype)
         for tensor, offset, count in zip(tensors, offsets, counts, strict=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
+from array import array
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 
-from fastdean.native.extension import dtype_code, loaded
+from fastdean.native.extension import dtype_code
+from fastdean.native.structs import written
 
 
 class Places:
@@ -16,56 +16,48 @@ class Places:
 
     Args:
         tensors, indices: as for `masks.zero_at_`.
-        arrays: up to two, `values` and `expected`: each one tensor [M] per tensor, copied.
-        addresses: the same given by address, where there are no arrays.
+        values, expected: one tensor [M] per tensor, copied; or nothing.
+        values_at: in place of `values`, their addresses.
     """
 
     def __init__(
         self,
         tensors: Sequence[torch.Tensor],
         indices: Sequence[torch.Tensor],
-        *arrays: Sequence[torch.Tensor],
-        addresses: Sequence[Sequence[int]] = (),
+        values: Sequence[torch.Tensor] = (),
+        expected: Sequence[torch.Tensor] = (),
+        *,
+        values_at: Sequence[int] = (),
     ) -> None:
-        extension = loaded()
         self.device = tensors[0].device
         self.num_rows = len(tensors)
         self.max_count = max(index.numel() for index in indices)
-        packed = [*indices, *itertools.chain.from_iterable(arrays)]
-        self._buffer, where = _packed(packed, self.device)
-        count = len(tensors)
-        given = [where[start : start + count] for start in range(0, len(where), count)]
-        given += addresses
-        unused = [[0] * len(tensors)] * (3 - len(given))
-        rows = [
-            _places_row(extension, tensor, index.numel(), pointers)
-            for tensor, index, *pointers in zip(tensors, indices, *given, *unused, strict=True)
-        ]
+        self._buffer, addresses = _packed([*indices, *values, *expected], self.device)
+        addresses += values_at
+        names = ("indices", "values", "expected")
+        table = array("q")
+        for i, (tensor, index) in enumerate(zip(tensors, indices, strict=True)):
+            mine = zip(names, addresses[i :: self.num_rows], strict=False)
+            table += _row(tensor, index.numel(), **dict(mine))
         # Freed while a kernel may still run: safe, the allocator reuses memory in the order of this
         # stream.
-        self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
+        self._rows = torch.tensor(table, dtype=torch.int64, device="cpu").to(self.device)
         self.rows_at = self._rows.data_ptr()
 
 
-def _places_row(
-    extension: ModuleType, tensor: torch.Tensor, count: int, pointers: Sequence[int]
-) -> list[int]:
-    """One `PlacesRow`, field by field; `pointers` to indices, values and expected."""
+def _row(tensor: torch.Tensor, count: int, **addresses: int) -> array:
     contiguous = tensor.is_contiguous()
-    rank = 0 if contiguous else tensor.dim()
-    padding = [0] * (extension.MAX_RANK - rank)
-    return [
-        tensor.data_ptr(),
-        *pointers,
-        count,
-        tensor.numel(),
-        dtype_code(extension, tensor.dtype),
-        rank,
-        *([] if contiguous else tensor.shape),
-        *padding,
-        *([] if contiguous else tensor.stride()),
-        *padding,
-    ]
+    return written(
+        "PlacesRow",
+        data=tensor.data_ptr(),
+        **addresses,
+        count=count,
+        numel=tensor.numel(),
+        dtype=dtype_code(tensor.dtype),
+        rank=0 if contiguous else tensor.dim(),
+        sizes=() if contiguous else tensor.shape,
+        strides=() if contiguous else tensor.stride(),
+    )
 
 
 def layout(counts: Sequence[int], widths: Sequence[int]) -> tuple[list[int], int]:
@@ -94,6 +86,5 @@ def _packed(arrays: Sequence[torch.Tensor], device: torch.device) -> tuple[torch
     home = device if any(a.device.type != "cpu" for a in arrays) else torch.device("cpu")
     order = sorted(range(len(arrays)), key=lambda i: -arrays[i].element_size())
     pieces = [_dense(arrays[i].detach().to(home)).view(torch.uint8) for i in order]
-    buffer = torch.cat(pieces)
-    buffer = buffer.to(device)
+    buffer = torch.cat(pieces).to(device)
     return buffer, [buffer.data_ptr() + offset for offset in offsets]

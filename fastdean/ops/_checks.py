@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from fastdean.native.structs import MAX_RANK
 from fastdean.ops import memory
 from fastdean.wording.mendable import InputTypeError
-
-# What the compiled operations can address; csrc/fastdean.h has the same number.
-MAX_RANK = 8
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
