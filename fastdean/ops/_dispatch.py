@@ -10,6 +10,7 @@ such implementation falls back, and `explain` says so; one that has it and canno
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 
-from fastdean.ops import checked
+from fastdean import kernels, native
+from fastdean.ops import checked, reference
 from fastdean.wording.mendable import StateError
 
 IMPLEMENTATIONS = ("reference", "triton", "native")
@@ -58,26 +60,18 @@ class _Implementation:
 
 
 def _load_reference(op: str) -> Callable[..., Any]:
-    from fastdean.ops import reference
-
     return getattr(reference, op)
 
 
 def _load_triton(op: str) -> Callable[..., Any]:
-    import importlib
-
     return getattr(importlib.import_module(_TRITON_HOME[op]), op)
 
 
 def _load_native(op: str) -> Callable[..., Any]:
-    from fastdean import native
-
     return getattr(native, op)
 
 
 def _native_refuses(device: torch.device, dtype: torch.dtype | None) -> str:
-    from fastdean import native
-
     return native.refusal(device)
 
 
@@ -90,8 +84,6 @@ def _native_accumulation_refuses(device: torch.device, dtype: torch.dtype | None
 
 
 def _triton_refuses(device: torch.device, dtype: torch.dtype | None) -> str:
-    from fastdean import kernels
-
     return kernels.refusal(device, dtype)
 
 

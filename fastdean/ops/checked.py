@@ -31,6 +31,8 @@ from pathlib import Path
 
 import torch
 
+from fastdean import native
+from fastdean.files.atomic import write_json_atomic
 from fastdean.wording.mendable import StateError
 
 FILE = Path(__file__).with_name("checked_forms.json")
@@ -169,8 +171,6 @@ def write(path: str | PathLike, entries: Iterable[Entry]) -> None:
     the place of rehearsals alone, and goes when its form has passed.
     Raises: ValueError if there is a file that is not a record.
     """
-    from fastdean.files.atomic import write_json_atomic
-
     path = Path(path)
     known = {}
     for each in (*(read(path) if path.exists() else ()), *entries):
@@ -258,8 +258,6 @@ def _check_form(op: str, impl: str) -> None:
 
 def _compiled_sources() -> tuple[tuple[str, str], ...]:
     """What the CUDA part of the extension was compiled from: files of csrc/ with their SHA-256."""
-    from fastdean import native
-
     build = native.status().build
     return build.cuda_sources if build else ()
 
@@ -273,8 +271,6 @@ def _kernel_sources(op: str, impl: str) -> dict[str, str]:
 
 
 def _versions(impl: str) -> dict[str, str]:
-    from fastdean import native
-
     build = native.status().build
     compiled_by = build.cuda if impl == "native" and build else torch.version.cuda
     found = {"torch": torch.__version__, "cuda": compiled_by, "triton": _version_of("triton")}

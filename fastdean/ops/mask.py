@@ -9,14 +9,11 @@ else in autograd. Nothing is written if any argument fails its check.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from fastdean import native
 from fastdean.ops import _checks, _dispatch
-
-if TYPE_CHECKING:
-    from fastdean import native
 
 
 def zero_at_(
@@ -115,8 +112,6 @@ def prepare_replacement(
     chosen = [_dispatch.choose("write_at_", device, impl).name for device in groups]
     if not groups or set(chosen) != {"native"}:
         return None
-    from fastdean import native
-
     if not native.can_replace():
         return None
     arguments = (tensors, indices, before, after)

@@ -12,23 +12,6 @@ from fastdean.ops.memory import check_memory, check_surroundings, check_tensor
 from fastdean.wording.mendable import InputTypeError
 
 
-def importance(sums: Tensor, weight: Tensor | None, num_examples: int) -> Tensor:
-    """Importance from its stored parts: sums * |weight| / n, every step in fp32.
-
-    Args:
-        sums: fp32, any shape.
-        weight: floating, shape of `sums`; None for units, whose importance is sums / n.
-        num_examples: n, at least 1.
-    Returns:
-        fp32, shape of `sums`.
-    """
-    # Divided by a tensor: by a number torch multiplies with its rounded inverse on a GPU.
-    divisor = sums.new_full((), num_examples)
-    if weight is None:
-        return sums / divisor
-    return (sums * weight.detach().to(sums.device).float().abs()).div_(divisor)
-
-
 def select_top(
     sums: Tensor, weight: Tensor | None, num_examples: int, k: int, *, impl: str | None = None
 ) -> Tensor:
@@ -36,7 +19,7 @@ def select_top(
 
     Equivalent to, for finite input:
 
-        value = importance(sums, weight, num_examples).flatten()
+        value = reference.importance(sums, weight, num_examples).flatten()
         order = value.argsort(descending=True, stable=True)
         (order[value[order] > 0][:k]).sort().values
 
@@ -44,7 +27,7 @@ def select_top(
     Ties go to the lowest flat index.
 
     Args:
-        sums, weight, num_examples: see `importance`.
+        sums, weight, num_examples: see `reference.importance`.
         k: how many at most; 0 gives an empty result.
         impl: None (by device), "reference" or "triton".
     Returns:
