@@ -116,7 +116,8 @@ def collapse_alignment_step(
         (loss, sums, counts, alone): `alone` if nobody but the caller has the returned sums and
             counts; the graph of the loss has tensors of its own with their memory.
     """
-    _check_arguments(features, labels, weight, sums, counts, decay, statistic)
+    _check_tensors(features=features, labels=labels, weight=weight, sums=sums, counts=counts)
+    _check_settings(decay, statistic)
     given = features, labels, weight, sums, counts
     if nobody_looks_on(*given):
         chosen = choose("collapse_alignment", features.device, impl, features.dtype)
@@ -139,14 +140,7 @@ def _plain_step(
     donated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, sums, counts) by compiled code on the CPU; the arguments have passed their checks."""
-    for name, tensor in (
-        ("features", features),
-        ("labels", labels),
-        ("weight", weight),
-        ("sums", sums),
-        ("counts", counts),
-    ):
-        check_memory(name, tensor)
+    _check_memory(features=features, labels=labels, weight=weight, sums=sums, counts=counts)
     # A graph keeps no tensor that was made in inference mode.
     in_place = donated and not any(
         each.is_inference() or not each.is_contiguous() for each in (sums, counts)
@@ -199,8 +193,7 @@ class _PlainStep(torch.autograd.Function):
         if nobody_looks_on(grad_loss, *saved) and not torch.is_grad_enabled():
             labels, weight = saved[:2]
             # What the caller holds too; the rest is the graph's own.
-            check_memory("labels", labels)
-            check_memory("weight", weight)
+            _check_memory(labels=labels, weight=weight)
             chosen = choose("collapse_alignment_backward", weight.device, "native")
             run, impl = chosen.callable, ()
         else:
@@ -235,9 +228,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, sums [K, D], counts [K], centre [D], factors [3, K]), all but counts in one dtype."""
     # Whoever calls the operation by its name in torch.ops comes here directly.
-    _check_arguments(features, labels, weight, sums, counts, decay, statistic)
+    given = {"features": features, "labels": labels, "weight": weight}
+    given |= {"sums": sums, "counts": counts}
+    _check_tensors(**given)
+    _check_settings(decay, statistic)
     # Here alone: a compiled graph knows neither memory nor values.
-    _check_memory(features=features, labels=labels, weight=weight, sums=sums, counts=counts)
+    check_surroundings()
+    _check_memory(**given)
     _check_labels(labels, len(sums))
     run = choose("collapse_alignment", features.device, impl, features.dtype).callable
     return run(features, labels, weight, sums, counts, decay, statistic)
@@ -245,14 +242,7 @@ def _forward(
 
 @_forward.register_fake
 def _forward_shapes(
-    features: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    decay: float,
-    statistic: str,
-    impl: str | None,
+    features: Tensor, labels: Tensor, weight: Tensor, sums: Tensor, counts: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_devices(features=features, labels=labels, weight=weight, sums=sums, counts=counts)
     num_classes, num_features = sums.shape
@@ -292,18 +282,11 @@ def collapse_alignment_backward(
         sums, counts, centre, factors: what the forward returned.
         features_dtype: of the features, and so of their gradient.
     """
-    _check_backward(
-        grad_loss, labels, weight, sums, counts, centre, factors, features_dtype=features_dtype
-    )
-    _check_memory(
-        grad_loss=grad_loss,
-        labels=labels,
-        weight=weight,
-        sums=sums,
-        counts=counts,
-        centre=centre,
-        factors=factors,
-    )
+    given = {"labels": labels, "weight": weight, "sums": sums, "counts": counts}
+    given |= {"grad_loss": grad_loss, "centre": centre, "factors": factors}
+    _check_tensors(features_dtype, **given)
+    check_surroundings()
+    _check_memory(**given)
     _check_labels(labels, len(sums))
     run = choose("collapse_alignment_backward", weight.device, impl, features_dtype).callable
     return run(
@@ -377,32 +360,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
 _forward.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
-def _check_arguments(
-    features: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    decay: float,
-    statistic: str,
-) -> None:
-    given = {"features": features, "labels": labels, "weight": weight, "sums": sums}
-    given["counts"] = counts
-    for name, value in given.items():
-        check_tensor(name, value)
-    if features.dim() != 2:
-        raise ValueError(
-            f"features must be [N, D], got {list(features.shape)}; flatten batch and time first"
-        )
-    _check_sums(sums)
-    if sums.shape[1] != features.shape[1]:
-        raise ValueError(
-            f"features must have the {list(sums.shape)[-1]} columns of the state's sums, "
-            f"got {list(features.shape)}; make the state for these features"
-        )
-    _check_of_classes(labels, weight, sums, counts, features.shape[0])
-    _check_dtypes(features.dtype, weight, sums)
-    _check_devices(**given)
+def _check_settings(decay: float, statistic: str) -> None:
     if statistic not in STATISTICS:
         raise ValueError(
             f"statistic must be one of {', '.join(STATISTICS)}, got {statistic!r}; "
@@ -412,58 +370,36 @@ def _check_arguments(
         raise ValueError(f"decay must be from 0 to 1, got {decay}; 1 forgets nothing")
 
 
-def _check_backward(
-    grad_loss: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    centre: Tensor,
-    factors: Tensor,
-    *,
-    features_dtype: torch.dtype,
-) -> None:
-    returned = {"grad_loss": grad_loss, "centre": centre, "factors": factors}
-    given = {"labels": labels, "weight": weight, "sums": sums, "counts": counts, **returned}
+def _check_tensors(features_dtype: torch.dtype | None = None, **given: Tensor) -> None:
+    """Types, shapes, dtypes and devices of what the operation or its backward gets.
+
+    Args:
+        features_dtype: for the backward, which has no features.
+    """
     for name, value in given.items():
         check_tensor(name, value)
-    _check_sums(sums)
-    if labels.dim() != 1:
-        raise ValueError(f"labels must be int64 [N], got {list(labels.shape)}; flatten them")
-    _check_of_classes(labels, weight, sums, counts, labels.shape[0])
-    num_classes, num_features = sums.shape
-    shapes = ((), (num_features,), (3, num_classes))
-    for (name, value), shape in zip(returned.items(), shapes, strict=True):
-        if value.shape != shape or value.dtype != sums.dtype:
-            raise ValueError(
-                f"{name} must be {sums.dtype} {list(shape)}, got {value.dtype} "
-                f"{list(value.shape)}; pass what the forward returned"
-            )
-    _check_dtypes(features_dtype, weight, sums)
-    _check_devices(**given)
-
-
-def _check_memory(**arguments: Tensor) -> None:
-    check_surroundings()
-    for name, tensor in arguments.items():
-        check_memory(name, tensor)
-
-
-def _check_sums(sums: Tensor) -> None:
+    labels, weight, sums, counts = (given[n] for n in ("labels", "weight", "sums", "counts"))
+    features = given.get("features")
+    if features is not None and features.dim() != 2:
+        raise ValueError(
+            f"features must be [N, D], got {list(features.shape)}; flatten batch and time first"
+        )
     if sums.dim() != 2 or sums.numel() == 0:
         raise ValueError(
             f"sums must have at least one class and one feature, got {list(sums.shape)}; "
             "make them with fastdean.CollapseState"
         )
-
-
-def _check_of_classes(
-    labels: Tensor, weight: Tensor, sums: Tensor, counts: Tensor, number: int
-) -> None:
-    if labels.shape != (number,) or labels.dtype != torch.int64:
+    num_classes, num_features = sums.shape
+    if features is not None and features.shape[1] != num_features:
         raise ValueError(
-            f"labels must be int64 [{number}], a class or -1 for each row of features, "
-            f"got {labels.dtype} {list(labels.shape)}"
+            f"features must have the {num_features} columns of the state's sums, "
+            f"got {list(features.shape)}; make the state for these features"
+        )
+    one_each = labels.dim() == 1 and (features is None or len(labels) == len(features))
+    if not one_each or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 [{'N' if features is None else len(features)}], a class or -1 "
+            f"for each row of features, got {labels.dtype} {list(labels.shape)}"
         )
     if weight.shape != sums.shape:
         raise ValueError(
@@ -472,9 +408,24 @@ def _check_of_classes(
         )
     if counts.shape != sums.shape[:1] or counts.dtype != torch.float64:
         raise ValueError(
-            f"counts must be torch.float64 [{sums.shape[0]}], got {counts.dtype} "
+            f"counts must be torch.float64 [{num_classes}], got {counts.dtype} "
             f"{list(counts.shape)}; they are whole numbers only until they decay"
         )
+    shapes = {"grad_loss": (), "centre": (num_features,), "factors": (3, num_classes)}
+    for name, shape in shapes.items():
+        value = given.get(name)
+        if value is not None and (value.shape != shape or value.dtype != sums.dtype):
+            raise ValueError(
+                f"{name} must be {sums.dtype} {list(shape)}, got {value.dtype} "
+                f"{list(value.shape)}; pass what the forward returned"
+            )
+    _check_dtypes(features_dtype if features is None else features.dtype, weight, sums)
+    _check_devices(**given)
+
+
+def _check_memory(**given: Tensor) -> None:
+    for name, tensor in given.items():
+        check_memory(name, tensor)
 
 
 def _check_devices(**arguments: Tensor) -> None:
