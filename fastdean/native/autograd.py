@@ -1,4 +1,4 @@
-"""What autograd is told of writes that went through a pointer."""
+"""Version counters of tensors that were written through a pointer."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def increment_versions(tensors: Sequence[torch.Tensor]) -> None:
     try:
         torch.autograd.graph.increment_version(tensors)
     except RuntimeError:
-        # Inference tensors carry no version counter; no harm in telling the others twice.
+        # Inference tensors have no version counter. To count the others twice does no harm.
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

@@ -26,9 +26,8 @@ def collapse_alignment(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`ops.collapse_alignment` in compiled code, with the centre and factors for its backward.
 
-    The arguments have passed the checks of `ops.collapse_alignment`. `in_place`, on the CPU, writes
-    into `sums` and `counts`, which are contiguous then, and returns these; what is refused leaves
-    them as they are.
+    The arguments have passed its checks. With `in_place`, CPU only, the batch joins `sums` and
+    `counts`, which must be contiguous, and these are returned; an error leaves them unchanged.
     """
     features, weight = _with_contiguous_rows(features), _with_contiguous_rows(weight)
     labels, sums, counts = labels.contiguous(), sums.contiguous(), counts.contiguous()
@@ -100,7 +99,7 @@ def collapse_alignment_backward(
             sums_dtype=dtype_code(sums.dtype),
             grad_loss=grad_loss.data_ptr(),
             grad_weight=grad_weight.data_ptr() if needs_weight else 0,
-            # No rows have no address either, and nothing to compute.
+            # An empty tensor has address 0 too, and nothing to compute.
             grad_features=grad_features.data_ptr() if needs_features else 0,
             rows=len(labels),
             columns=sums.shape[1],
@@ -110,12 +109,12 @@ def collapse_alignment_backward(
 
 
 def _with_contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix, or a copy of it where the elements of a row do not lie side by side."""
+    """The matrix, or a copy if a row's elements do not lie side by side."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
 def _run_collapse(op: str, device: torch.device, **fields: int) -> None:
-    """Calls the compiled `op`; a field that it does not read may be left out."""
+    """Calls the compiled `op`; `fields` may leave out those it does not read."""
     extension = loaded()
     common = {"level": cpu_level(), "num_workers": torch.get_num_threads()}
     params = written("CollapseParams", **fields, **common)

@@ -19,13 +19,12 @@ def accumulate_importance_(
 ) -> None:
     """`ops.accumulate_importance_` in compiled code, for fp32, bf16 and fp16 on the CPU.
 
-    The other arguments have passed the checks of `ops.accumulate_importance_`. The bf16
-    instructions (AVX512-BF16, AMX-BF16) take denormals, below 1.2e-38, for 0: in the inputs, in
-    products and in an example's sum.
+    The other arguments have passed its checks. The bf16 instructions (AVX512-BF16, AMX-BF16) treat
+    denormals, below 1.2e-38, as 0: in the inputs, in products and in an example's sum.
 
     Args:
-        level: number of an instruction set, up to `cpu_level()`, which None takes.
-    Raises: ValueError if the processor lacks this instruction set.
+        level: number of an instruction set; None for `cpu_level()`.
+    Raises: ValueError if the processor lacks it.
     """
     if acc.numel() == 0 or len(segments) == 0:
         return

@@ -8,7 +8,7 @@ import torch
 
 from fastdean.native.autograd import increment_versions
 from fastdean.native.extension import loaded
-from fastdean.native.places import Places, layout
+from fastdean.native.places import Places, offsets_of
 
 
 def gather_at(
@@ -18,7 +18,7 @@ def gather_at(
     if not tensors:
         return []
     counts = [index.numel() for index in indices]
-    offsets, size = layout(counts, [tensor.element_size() for tensor in tensors])
+    offsets, size = offsets_of(counts, [tensor.element_size() for tensor in tensors])
     out = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
     values = [out.data_ptr() + offset for offset in offsets]
     _run_on_places("gather_at", Places(tensors, indices, values_at=values))

@@ -12,7 +12,7 @@ from fastdean.native.structs import written
 
 
 class Places:
-    """The rows of one call and, copied into one buffer, what they point to besides the tensors.
+    """The rows of one call, and copies in one buffer of all arrays they point to.
 
     Args:
         tensors, indices: as for `masks.zero_at_`.
@@ -60,10 +60,10 @@ def _row(tensor: torch.Tensor, count: int, **addresses: int) -> array:
     )
 
 
-def layout(counts: Sequence[int], widths: Sequence[int]) -> tuple[list[int], int]:
-    """Where arrays begin in one buffer, and its size; in bytes.
+def offsets_of(counts: Sequence[int], widths: Sequence[int]) -> tuple[list[int], int]:
+    """Where each array begins in one buffer, and the buffer's size, in bytes.
 
-    The widest elements come first, so that every array is aligned to its own.
+    The widest elements come first, so that every array is aligned.
     """
     offsets, end = [0] * len(counts), 0
     for i in sorted(range(len(counts)), key=lambda i: -widths[i]):
@@ -73,7 +73,7 @@ def layout(counts: Sequence[int], widths: Sequence[int]) -> tuple[list[int], int
 
 
 def _dense(array: torch.Tensor) -> torch.Tensor:
-    """Of stride 1 also where there is one element, which torch calls contiguous at any stride."""
+    """Stride 1, also for a single element, which torch calls contiguous at any stride."""
     if array.stride(0) == 1:
         return array
     return array.clone(memory_format=torch.contiguous_format)
@@ -81,8 +81,8 @@ def _dense(array: torch.Tensor) -> torch.Tensor:
 
 def _packed(arrays: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, list[int]]:
     """Copies of 1-D tensors in one buffer on `device`, and the address of each."""
-    offsets, _ = layout([a.numel() for a in arrays], [a.element_size() for a in arrays])
-    # On the CPU where they all are, so that one transfer carries them.
+    offsets, _ = offsets_of([a.numel() for a in arrays], [a.element_size() for a in arrays])
+    # Arrays that are all on the CPU are joined there and take one transfer.
     home = device if any(a.device.type != "cpu" for a in arrays) else torch.device("cpu")
     order = sorted(range(len(arrays)), key=lambda i: -arrays[i].element_size())
     pieces = [_dense(arrays[i].detach().to(home)).view(torch.uint8) for i in order]

@@ -1,4 +1,4 @@
-"""Single entries of weights, switched between two states many times: described and packed once."""
+"""Single entries of weights, switched between two states many times and packed once."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def can_replace() -> bool:
     return api is not None and loaded().describes_tensors(api=api)
 
 
-class Replacement:
-    """Two states of the same places, either of which is put over the other: any number of times.
+class DeviceReplacement:
+    """Two states of the same places on one device; either is written over the other, repeatedly.
 
-    On CUDA a call is two launches, a comparison and a write that looks at its outcome, and reads
-    one number back: the host waits for what the current stream was given before.
+    On CUDA a call launches a comparison and a write that depends on it, and reads one number back:
+    the host waits for the current stream.
 
     Args:
-        tensors, indices: as for `masks.zero_at_`; no tensor is kept.
+        tensors, indices: as for `masks.zero_at_`; keeps no tensor.
         before, after: per tensor one value per index, in its dtype, on the CPU.
     Raises: RuntimeError as `masks.zero_at_`.
     """
@@ -53,21 +53,21 @@ class Replacement:
         self._places = Places(tensors, indices, after, before)
         self._on_cpu = self._places.device.type == "cpu"
         if not self._on_cpu:
-            # Later calls may come from another stream than the one that copied the tables.
+            # Later calls may use another stream than this one, which copies the tables.
             torch.cuda.current_stream(self._places.device).synchronize()
 
     def replace_(
         self, tensors: Sequence[torch.Tensor], *, back: bool = False, write: bool = True
     ) -> bool:
-        """Put `after` over `before`, or `before` over `after` where `back`; False: nothing written.
+        """Write `after` over `before`, with `back` the other way round, or nothing.
 
         Args:
-            tensors: a list of what is to be edited, now.
+            tensors: those prepared, as they are now.
             write: False only compares.
-        Returns: False if a tensor is not the type, address, shape, strides, dtype and device that
-            it was, in a storage of the same size, or if any place holds another value than the one
-            to be written over, by bits; or, outside of inference mode, if one was made in it.
-        Raises: ValueError if the number of tensors is another.
+        Returns: False, with nothing written, if a tensor's type, address, shape, strides, dtype,
+            device or size of storage has changed; if a place does not hold, bit for bit, the value
+            to write over; or if a tensor was made in inference mode and this call is outside of it.
+        Raises: ValueError for another number of tensors.
         """
         same = self._extension.same_facts(
             api=self._api,
@@ -75,7 +75,7 @@ class Replacement:
             facts=self._facts_at,
             num_tensors=self._places.num_rows,
         )
-        # DLPack does not tell how much memory there is at the address: some may be given back.
+        # DLPack does not tell how much memory is at the address; some may have been freed.
         if not same or _storage_sizes(tensors) != self._storage_sizes:
             return False
         if self._of_inference and not torch.is_inference_mode_enabled():

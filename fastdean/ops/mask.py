@@ -1,9 +1,9 @@
 """Reading and writing single entries of weights, addressed by flat index.
 
-An index is logical: it counts the elements in row-major order of the tensor's shape, whatever the
-strides are, so the same indices mean the same weights in a transposed or sliced view. Tensors may
-be parameters that require grad; writes are recorded in autograd's version counters and nowhere
-else in autograd. Nothing is written if any argument fails its check.
+An index counts a tensor's elements in row-major order of its shape, whatever its strides: the same
+indices mean the same weights in a transposed or sliced view. Tensors may be parameters that require
+grad; autograd sees writes in its version counters only. If any argument fails its check, nothing is
+written.
 """
 
 from __future__ import annotations
@@ -94,14 +94,13 @@ def prepare_replacement(
     *,
     impl: str | None = None,
 ) -> Replacement | None:
-    """What it takes to switch the addressed entries between two states many times, at little cost.
+    """Prepare to switch the addressed entries between two states many times, at little cost.
 
     Args:
         tensors, indices, impl: as for `zero_at_`. The tensors are not kept.
         before, after: one [M] per tensor, in the tensor's dtype, on the CPU; copied.
     Returns:
-        None where `write_at_` is not run by the extension on all of their devices: then there is
-        nothing to prepare.
+        None unless the extension runs `write_at_` on all of their devices.
     Raises: as `zero_at_`.
     """
     _checks.check_edited_places(tensors, indices)
@@ -115,32 +114,30 @@ def prepare_replacement(
     if not native.can_replace():
         return None
     arguments = (tensors, indices, before, after)
-    return Replacement(
-        [
-            (positions, native.Replacement(*([each[p] for p in positions] for each in arguments)))
-            for positions in groups.values()
-        ]
-    )
+    prepared = []
+    for positions in groups.values():
+        part = ([each[p] for p in positions] for each in arguments)
+        prepared.append((positions, native.DeviceReplacement(*part)))
+    return Replacement(prepared)
 
 
 class Replacement:
-    """See `prepare_replacement`. Not to be used by two threads at once."""
+    """See `prepare_replacement`. Not for two threads at once."""
 
-    def __init__(self, groups: Sequence[tuple[list[int], native.Replacement]]) -> None:
+    def __init__(self, groups: Sequence[tuple[list[int], native.DeviceReplacement]]) -> None:
         self._groups = groups
         self._num_tensors = sum(len(positions) for positions, _ in groups)
 
     def replace_(self, tensors: list[torch.Tensor], *, back: bool = False) -> bool:
-        """Write `after` over `before`, or with `back` the other way round: all of it or nothing.
+        """Write `after` over `before`, with `back` the other way round: all of it or nothing.
+
+        On CUDA the host waits for the current stream.
 
         Args:
             tensors: those that it was prepared for, as they are now.
         Returns:
-            False, and nothing is written, if a tensor has another type, address, shape, strides,
-            dtype or device than it had, or if an entry does not hold, bit for bit, what is to be
-            written over; or, outside of inference mode, if a tensor was made in it. On CUDA the
-            host waits for the current stream.
-        Raises: ValueError if the number of tensors is another.
+            False, with nothing written; see `native.DeviceReplacement.replace_`.
+        Raises: ValueError for another number of tensors.
         """
         if len(tensors) != self._num_tensors:
             raise ValueError(
@@ -150,7 +147,7 @@ class Replacement:
         if len(self._groups) == 1:
             return self._groups[0][1].replace_(tensors, back=back)
         groups = [([tensors[p] for p in positions], each) for positions, each in self._groups]
-        # Every device before the first write, of which each is all or nothing by itself.
+        # Compare on every device before the first write; each writes all or nothing.
         if not all(each.replace_(part, back=back, write=False) for part, each in groups):
             return False
         try:
@@ -175,7 +172,7 @@ def _on_every_device(
 ) -> list[tuple[list[int], list[torch.Tensor] | None]]:
     """Runs `op` once per device of the first argument: (positions, what it returned) of each."""
     groups = _by_device(arguments[0])
-    # Every device's choice before the first write: a choice may raise.
+    # Choose for every device before the first write, because a choice may raise.
     chosen: Mapping[torch.device, Callable] = {
         device: _dispatch.choose(op, device, impl).callable for device in groups
     }

@@ -93,7 +93,7 @@ def replaced():
     tensors, indices = places()
     before = native.gather_at(tensors, indices)
     after = [-values for values in before]
-    native.Replacement(tensors, indices, before, after).replace_(tensors)
+    native.DeviceReplacement(tensors, indices, before, after).replace_(tensors)
 
 
 CALLS = {

@@ -584,7 +584,7 @@ def test_an_interrupt_between_two_devices_leaves_both_as_they_are(extension_buil
         pytest.skip("an install without the extension is under test")
     weights = [torch.zeros(3), torch.zeros(3)]
     groups = [
-        ([p], native.Replacement([w], [_index(1)], [torch.zeros(1)], [torch.ones(1)]))
+        ([p], native.DeviceReplacement([w], [_index(1)], [torch.zeros(1)], [torch.ones(1)]))
         for p, w in enumerate(weights)
     ]
     prepared = Replacement(groups)
