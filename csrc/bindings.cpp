@@ -21,7 +21,7 @@ namespace py = pybind11;
 
 namespace {
 
-// What the messages of one operation say, in words of its arguments. Made without the GIL.
+// The messages of one operation, in words of its arguments. Made without the GIL.
 struct Refusals {
   std::string dtype;
   std::string range;
@@ -154,7 +154,7 @@ void replace_at_cuda(int64_t rows, int64_t num_rows, int64_t max_count, bool rev
 }
 #endif
 
-// What is remembered of a tensor: its Python type, and its facts.
+// Compared of a tensor: its Python type, and its facts.
 constexpr int kFields = 1 + fastdean::kFactFields;
 using Facts = std::array<int64_t, kFields>;
 
@@ -187,7 +187,7 @@ void read_facts(const py::capsule& capsule, const py::list& tensors, int64_t fac
 
 bool same_facts(const py::capsule& capsule, const py::list& tensors, int64_t facts,
                 int64_t num_tensors) {
-  // More tensors than `facts` has rows would be read beyond it, and fewer compared with too few.
+  // `facts` has a row for each tensor that was prepared.
   if (static_cast<int64_t>(tensors.size()) != num_tensors) {
     throw std::invalid_argument("tensors must be the " + std::to_string(num_tensors) +
                                 " that were prepared, in their order, got " +
@@ -198,7 +198,7 @@ bool same_facts(const py::capsule& capsule, const py::list& tensors, int64_t fac
   const auto* before = reinterpret_cast<const Facts*>(facts);
   Facts now;
   for (const py::handle tensor : tensors) {
-    // An object of another type may be no tensor at all, which torch's function does not check.
+    // Torch's function does not check that the object is a tensor.
     now[0] = type_of(tensor);
     if (now[0] != (*before)[0]) return false;
     if (!fastdean::read_facts(api, tensor.ptr(), now.data() + 1)) {
@@ -279,7 +279,7 @@ const char* name_of(fastdean::CpuLevel level) {
   throw std::logic_error("every level must have a name");
 }
 
-// NAME_LEVELS: those that an operation was compiled for; NAME_LEVEL: the one that runs here.
+// NAME_LEVELS: the levels an operation was compiled for; NAME_LEVEL: the one that runs here.
 template <std::size_t count>
 void add_levels(py::module_& m, const std::string& name,
                 const fastdean::CpuLevel (&levels)[count]) {

@@ -1,7 +1,7 @@
 // The contract between Python and the compiled operations.
 //
-// Plain integers and pointers only: no torch and no Python here. The caller owns all memory, the
-// tables included, and has checked every value that a function below does not say it checks.
+// Plain integers and pointers only: no torch and no Python here. The caller owns all memory, tables
+// included, and has checked every value, unless a function below says that it checks it.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
-// For what both a kernel and the CPU call.
+// Before a function that both kernels and the CPU call.
 #ifdef __CUDACC__
 #define FASTDEAN_HOST_DEVICE __host__ __device__
 #else
@@ -20,9 +20,8 @@
 
 namespace fastdean {
 
-// Raised by one with every change of a struct or a signature in this file, or of the constants and
-// functions that Python sees; fastdean/native/extension.py names the number it was written for,
-// refusing another.
+// Rises by one with every change of a struct or signature in this file, or of the constants and
+// functions that Python sees. fastdean/native/extension.py refuses any number but its own.
 constexpr int kAbiVersion = 8;
 
 constexpr int kMaxRank = 8;
@@ -141,7 +140,7 @@ enum class CollapseStatistic : int64_t {
   kMean = 2,
 };
 
-// What the loss means at its edges; fastdean/ops/reference.py has the same numbers.
+// The loss at its edges; fastdean/ops/reference.py has the same numbers.
 constexpr double kCvEpsilon = 1e-3;
 constexpr double kLeastCount = 1.0 / 1048576.0;
 constexpr double kCentredRounding = 8.0;
@@ -183,8 +182,8 @@ struct CollapseParams {
   FASTDEAN_COLLAPSE_PARAMS(FASTDEAN_FIELD)
 };
 
-// Values are copied and compared by their bits, and zero is all bits clear in every DType: the mask
-// operations need the width of an element and no more. Returns 0 for a value that is no DType.
+// 0 for a value that is no DType. The mask operations need no more than this width: they copy and
+// compare bits, and zero is all bits clear in every DType.
 FASTDEAN_HOST_DEVICE inline int element_bytes(int64_t dtype) {
   switch (static_cast<DType>(dtype)) {
     case DType::kFloat16:
@@ -210,13 +209,13 @@ FASTDEAN_HOST_DEVICE inline int64_t element_offset(const PlacesRow& row, int64_t
 }
 
 // These check dtype, rank and index range of every row, then write; they write nothing unless kOk.
-// Where rows share memory and disagree about a value there, which of them stays is left open.
+// Where rows share memory and disagree about a value, either may remain.
 Status gather_at_cpu(const PlacesParams& params);
 Status write_at_cpu(const PlacesParams& params);
 Status zero_at_cpu(const PlacesParams& params);
 
-// Args: reverse: `values` are what must be there and `expected` what is written; write: false only
-// compares; first_other: receives the first row that holds something else, num_rows if none does.
+// Args: reverse: exchanges `values` and `expected`; write: false only compares; first_other: receives
+// the first row that holds another value, num_rows if none does.
 Status replace_at_cpu(const PlacesParams& params, bool reverse, bool write, int64_t* first_other);
 
 // The highest level that this processor has and this build contains.

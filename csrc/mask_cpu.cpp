@@ -9,8 +9,8 @@
 namespace fastdean {
 namespace {
 
-// A mask of weights holds tens of indices per tensor, and starting a thread costs more than
-// thousands of them; a mask of units holds millions.
+// Starting a thread costs more than thousands of indices. A mask of weights holds tens per tensor, a
+// mask of units millions.
 constexpr int64_t kLeastPerWorker = 16384;
 
 Status check_row(const PlacesRow& row) {
@@ -23,7 +23,7 @@ Status check_row(const PlacesRow& row) {
   return Status::kOk;
 }
 
-// All rows before the first write, so that a refused call leaves every tensor as it was.
+// Before the first write, so that a refused call leaves every tensor unchanged.
 Status check_rows(const PlacesParams& params) {
   for (int64_t r = 0; r < params.num_rows; ++r) {
     const Status status = check_row(params.rows[r]);
