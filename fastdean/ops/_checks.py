@@ -1,4 +1,4 @@
-"""The checks that stand before every operation, and their messages."""
+"""The checks of a mask operation's arguments, and their messages."""
 
 from __future__ import annotations
 
@@ -14,12 +14,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_edited_places(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> None:
-    """Checks the arguments that every mask operation takes.
+    """Checks the tensors and indices of a mask operation; see `mask.zero_at_`.
 
-    Args:
-        tensors: floating-point tensors, any strides, not on the meta device.
-        indices: one int64 [M] per tensor, row-major, strictly ascending, within the tensor; on the
-            CPU or on the tensor's device.
     Raises: TypeError or ValueError, naming the position of the offender.
     """
     if len(tensors) != len(indices):
@@ -36,12 +32,7 @@ def check_edited_places(tensors: Sequence[torch.Tensor], indices: Sequence[torch
 
 
 def check_writable(tensors: Sequence[torch.Tensor]) -> None:
-    """Checks that the tensors can be written in place.
-
-    Raises: ValueError for a tensor whose elements share memory with each other, that lies in
-        read-only memory, or that was made in inference mode and is to be written outside of it,
-        unseen by autograd.
-    """
+    """Raises: ValueError for a tensor that cannot be written in place; see `memory.write_fault`."""
     for position, tensor in enumerate(tensors):
         memory.check_written(f"tensors[{position}]", tensor)
 
@@ -51,10 +42,7 @@ def check_values(
     indices: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
 ) -> None:
-    """Checks that `values` holds, per tensor, one value of its dtype per index.
-
-    Raises: TypeError or ValueError, naming the position of the offender.
-    """
+    """Raises: TypeError or ValueError unless `values` has, per tensor, a value per index."""
     if len(values) != len(tensors):
         raise ValueError(
             f"values must have one entry per tensor, got {len(values)} for {len(tensors)} tensors"
@@ -114,7 +102,7 @@ def _check_index(index: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
 
 
 def _all_ascend_within(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> bool:
-    """Whether no index is out of order or range: of all at once, as most calls are in order."""
+    """Whether every index is in order and in range, checked at once for all tensors."""
     pairs = [(t, i) for t, i in zip(tensors, indices, strict=True) if i.numel()]
     if not pairs:
         return True

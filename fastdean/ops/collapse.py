@@ -3,8 +3,8 @@
 With mu_c the mean of the features labelled c, mu_bar the unweighted mean of mu_c over the classes
 seen, and m_c = mu_c - mu_bar, the loss is a statistic of cos_c = cos(w_c, m_c).
 
-The operation is functional: the state's sums and counts come in, new ones go out, and its analytic
-backward is an operation of its own. With s_c the derivative of the statistic by cos_c:
+The operation takes the state's sums and counts and returns new ones. Its analytic backward is an
+operation of its own. With s_c the derivative of the statistic by cos_c:
 
     dL/dw_c  = s_c (m_c / (|w_c| |m_c|) - cos_c w_c / |w_c|^2)
     dL/dm_c  = s_c (w_c / (|w_c| |m_c|) - cos_c m_c / |m_c|^2)
@@ -13,9 +13,9 @@ backward is an operation of its own. With s_c the derivative of the statistic by
 
 The forward returns the three factors of each class, so that the backward is one pass over the rows.
 
-Compiled code on a CPU has a second way to the same bits, for plain calls: no operation that torch
-knows by name, whose bookkeeping takes longer than a small problem does, and sums and counts that
-take the batch in where they lie, if the caller alone holds their memory.
+On a CPU, plain calls of compiled code take a shorter way to the same bits: without torch's custom
+operation, whose bookkeeping takes longer than a small problem, and with the batch added to sums and
+counts in place if the caller alone holds their memory.
 
 Source: collapsed language models promote fairness (arXiv 2410.04472), (U)NC3.
 """
@@ -106,14 +106,14 @@ def collapse_alignment_step(
     *,
     donated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """`collapse_alignment`, which may return `sums` and `counts` themselves where they are donated.
+    """`collapse_alignment`, which may add the batch to donated `sums` and `counts` in place.
 
-    The batch has joined them in place then. A call that raises leaves them as they are.
+    It then returns these. A call that raises leaves them unchanged.
 
     Args:
-        donated: the caller holds `sums` and `counts` alone, and does without what they hold now.
+        donated: the caller alone holds `sums` and `counts`, and does not need their values again.
     Returns:
-        (loss, sums, counts, alone): `alone` if nobody but the caller has the returned sums and
+        (loss, sums, counts, alone): `alone` if nobody but the caller holds the returned sums and
             counts; the graph of the loss has tensors of its own with their memory.
     """
     _check_tensors(features=features, labels=labels, weight=weight, sums=sums, counts=counts)
@@ -152,7 +152,7 @@ def _plain_step(
                 features, labels, weight, sums, counts, decay, statistic, in_place=in_place
             )
         except IndexError:
-            # Compiled code looks at every label anyway; this finds the one to name.
+            # Compiled code checks every label; this finds the one to name.
             _check_labels(labels, len(sums))
             raise
 
@@ -176,7 +176,7 @@ class _PlainStep(torch.autograd.Function):
     ) -> Tensor:
         loss, sums, counts, centre, factors = run()
         results += sums, counts
-        # Tensors of the graph's own: they tell that it holds the memory until it has been used.
+        # Tensors of the graph's own, so that others see that it holds the memory.
         kept = sums.detach(), counts.detach()
         ctx.save_for_backward(labels, weight, *kept, centre, factors)
         ctx.set_materialize_grads(False)
@@ -189,10 +189,10 @@ class _PlainStep(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 5
         saved = ctx.saved_tensors
-        # With gradients enabled the operation has to say that there are no second derivatives.
+        # With gradients enabled, torch's operation must refuse second derivatives.
         if nobody_looks_on(grad_loss, *saved) and not torch.is_grad_enabled():
             labels, weight = saved[:2]
-            # What the caller holds too; the rest is the graph's own.
+            # The caller holds these too; the rest is the graph's own.
             _check_memory(labels=labels, weight=weight)
             chosen = choose("collapse_alignment_backward", weight.device, "native")
             run, impl = chosen.callable, ()
@@ -227,12 +227,12 @@ def _forward(
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, sums [K, D], counts [K], centre [D], factors [3, K]), all but counts in one dtype."""
-    # Whoever calls the operation by its name in torch.ops comes here directly.
+    # A call through torch.ops comes here directly.
     given = {"features": features, "labels": labels, "weight": weight}
     given |= {"sums": sums, "counts": counts}
     _check_tensors(**given)
     _check_settings(decay, statistic)
-    # Here alone: a compiled graph knows neither memory nor values.
+    # Only here, because a compiled graph has neither memory nor values.
     check_surroundings()
     _check_memory(**given)
     _check_labels(labels, len(sums))

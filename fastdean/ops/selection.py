@@ -66,7 +66,7 @@ def _check_matrix(sums: Tensor, weight: Tensor | None) -> None:
 
 
 def _integer(name: str, value: object) -> int:
-    """NumPy's integers too; a tensor would reach a kernel as a pointer."""
+    """Takes NumPy's integers too, but no tensor, which would reach a kernel as a pointer."""
     if isinstance(value, bool | Tensor) or not hasattr(type(value), "__index__"):
         raise InputTypeError(f"{name} must be an integer, got {type(value).__name__}; use int()")
     return operator.index(value)
