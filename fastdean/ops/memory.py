@@ -13,7 +13,7 @@ import errno
 import functools
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -60,10 +60,10 @@ def check_written(name: str, tensor: Tensor) -> None:
         raise fault.error(name)
 
 
-def check_apart(name: str, written: Tensor, others: Iterable[tuple[str, Tensor]]) -> None:
+def check_apart(name: str, written: Tensor, others: Mapping[str, Tensor | None]) -> None:
     """Raises: ValueError if `written` shares an element's memory with one of `others`."""
-    for other_name, other in others:
-        if _share_memory(written, other):
+    for other_name, other in others.items():
+        if other is not None and _share_memory(written, other):
             raise ValueError(
                 f"{name} must share no memory with {other_name}, got views of the same elements; "
                 "clone one of them"
