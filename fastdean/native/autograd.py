@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
-def increment_versions(tensors: Sequence[torch.Tensor]) -> None:
+def increment_versions(tensors: Sequence[Tensor]) -> None:
     """Tells autograd of writes that it could not see."""
     try:
         torch.autograd.graph.increment_version(tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 
 import torch
+from torch import Tensor
 
 from fastdean.native.extension import cpu_level, dtype_code, loaded
 from fastdean.native.structs import written
@@ -14,16 +15,16 @@ STATISTICS = ("std", "cv", "mean")
 
 
 def collapse_alignment(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor,
-    sums: torch.Tensor,
-    counts: torch.Tensor,
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    counts: Tensor,
     decay: float,
     statistic: str,
     *,
     in_place: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.collapse_alignment` in compiled code, with the centre and factors for its backward.
 
     The arguments have passed its checks. With `in_place`, CPU only, the batch joins `sums` and
@@ -66,17 +67,17 @@ def collapse_alignment(
 
 
 def collapse_alignment_backward(
-    grad_loss: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor,
-    sums: torch.Tensor,
-    counts: torch.Tensor,
-    centre: torch.Tensor,
-    factors: torch.Tensor,
+    grad_loss: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    centre: Tensor,
+    factors: Tensor,
     features_dtype: torch.dtype,
     needs_weight: bool,
     needs_features: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """`ops.collapse_alignment_backward` in compiled code."""
     weight, labels = _with_contiguous_rows(weight), labels.contiguous()
     sums, counts, centre, factors = (t.contiguous() for t in (sums, counts, centre, factors))
@@ -108,7 +109,7 @@ def collapse_alignment_backward(
     return grad_weight, grad_features
 
 
-def _with_contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
+def _with_contiguous_rows(matrix: Tensor) -> Tensor:
     """The matrix, or a copy if a row's elements do not lie side by side."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastdean.native.autograd import increment_versions
 from fastdean.native.extension import cpu_level, dtype_code, loaded
@@ -10,12 +11,7 @@ from fastdean.native.structs import written
 
 
 def accumulate_importance_(
-    acc: torch.Tensor,
-    x: torch.Tensor,
-    g: torch.Tensor,
-    segments: torch.Tensor,
-    *,
-    level: int | None = None,
+    acc: Tensor, x: Tensor, g: Tensor, segments: Tensor, *, level: int | None = None
 ) -> None:
     """`ops.accumulate_importance_` in compiled code, for fp32, bf16 and fp16 on the CPU.
 

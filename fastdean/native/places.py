@@ -6,9 +6,10 @@ from array import array
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from fastdean.native import structs
 from fastdean.native.extension import dtype_code
-from fastdean.native.structs import written
 
 
 class Places:
@@ -22,10 +23,10 @@ class Places:
 
     def __init__(
         self,
-        tensors: Sequence[torch.Tensor],
-        indices: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor] = (),
-        expected: Sequence[torch.Tensor] = (),
+        tensors: Sequence[Tensor],
+        indices: Sequence[Tensor],
+        values: Sequence[Tensor] = (),
+        expected: Sequence[Tensor] = (),
         *,
         values_at: Sequence[int] = (),
     ) -> None:
@@ -34,30 +35,40 @@ class Places:
         self.max_count = max(index.numel() for index in indices)
         self._buffer, addresses = _packed([*indices, *values, *expected], self.device)
         addresses += values_at
-        names = ("indices", "values", "expected")
-        table = array("q")
-        for i, (tensor, index) in enumerate(zip(tensors, indices, strict=True)):
-            mine = zip(names, addresses[i :: self.num_rows], strict=False)
-            table += _row(tensor, index.numel(), **dict(mine))
+        n = self.num_rows
+        given = [addresses[start : start + n] for start in range(0, len(addresses), n)]
         # Freed while a kernel may still run: safe, the allocator reuses memory in the order of this
         # stream.
-        self._rows = torch.tensor(table, dtype=torch.int64, device="cpu").to(self.device)
+        table = _table(tensors, indices, dict(zip(_ARRAYS, given, strict=False)))
+        self._rows = torch.frombuffer(table, dtype=torch.int64).to(self.device)
         self.rows_at = self._rows.data_ptr()
 
 
-def _row(tensor: torch.Tensor, count: int, **addresses: int) -> array:
-    contiguous = tensor.is_contiguous()
-    return written(
+_ARRAYS = ("indices", "values", "expected")
+
+
+def _table(
+    tensors: Sequence[Tensor], indices: Sequence[Tensor], addresses: dict[str, list[int]]
+) -> array:
+    codes = {dtype: dtype_code(dtype) for dtype in {tensor.dtype for tensor in tensors}}
+    strided = [i for i, tensor in enumerate(tensors) if not tensor.is_contiguous()]
+    ranks = [0] * len(tensors)
+    for i in strided:
+        ranks[i] = tensors[i].dim()
+    words = structs.table(
         "PlacesRow",
-        data=tensor.data_ptr(),
+        len(tensors),
+        data=[tensor.data_ptr() for tensor in tensors],
         **addresses,
-        count=count,
-        numel=tensor.numel(),
-        dtype=dtype_code(tensor.dtype),
-        rank=0 if contiguous else tensor.dim(),
-        sizes=() if contiguous else tensor.shape,
-        strides=() if contiguous else tensor.stride(),
+        count=[index.numel() for index in indices],
+        numel=[tensor.numel() for tensor in tensors],
+        dtype=[codes[tensor.dtype] for tensor in tensors],
+        rank=ranks,
     )
+    for i in strided:
+        shape, strides = tensors[i].shape, tensors[i].stride()
+        structs.write_dimensions(words, "PlacesRow", i, sizes=shape, strides=strides)
+    return words
 
 
 def offsets_of(counts: Sequence[int], widths: Sequence[int]) -> tuple[list[int], int]:
@@ -72,14 +83,14 @@ def offsets_of(counts: Sequence[int], widths: Sequence[int]) -> tuple[list[int],
     return offsets, end
 
 
-def _dense(array: torch.Tensor) -> torch.Tensor:
+def _dense(array: Tensor) -> Tensor:
     """Stride 1, also for a single element, which torch calls contiguous at any stride."""
     if array.stride(0) == 1:
         return array
     return array.clone(memory_format=torch.contiguous_format)
 
 
-def _packed(arrays: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, list[int]]:
+def _packed(arrays: Sequence[Tensor], device: torch.device) -> tuple[Tensor, list[int]]:
     """Copies of 1-D tensors in one buffer on `device`, and the address of each."""
     offsets, _ = offsets_of([a.numel() for a in arrays], [a.element_size() for a in arrays])
     # Arrays that are all on the CPU are joined there and take one transfer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fastdean.native.autograd import increment_versions
 from fastdean.native.extension import loaded
@@ -13,13 +14,13 @@ from fastdean.native.places import Places
 # What torch calls DLPack's table of C functions.
 _DLPACK = "__dlpack_c_exchange_api__"
 
-_storage_of = torch.Tensor.untyped_storage
+_storage_of = Tensor.untyped_storage
 _size_of = torch.UntypedStorage.nbytes
 
 
 def can_replace() -> bool:
     """Whether this torch describes its tensors through DLPack's C functions."""
-    api = getattr(torch.Tensor, _DLPACK, None)
+    api = getattr(Tensor, _DLPACK, None)
     return api is not None and loaded().describes_tensors(api=api)
 
 
@@ -37,13 +38,13 @@ class DeviceReplacement:
 
     def __init__(
         self,
-        tensors: Sequence[torch.Tensor],
-        indices: Sequence[torch.Tensor],
-        before: Sequence[torch.Tensor],
-        after: Sequence[torch.Tensor],
+        tensors: Sequence[Tensor],
+        indices: Sequence[Tensor],
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
     ) -> None:
         self._extension = loaded()
-        self._api = getattr(torch.Tensor, _DLPACK)
+        self._api = getattr(Tensor, _DLPACK)
         shape = (len(tensors), self._extension.FACT_FIELDS)
         self._facts = torch.empty(shape, dtype=torch.int64, device="cpu")
         self._facts_at = self._facts.data_ptr()
@@ -57,7 +58,7 @@ class DeviceReplacement:
             torch.cuda.current_stream(self._places.device).synchronize()
 
     def replace_(
-        self, tensors: Sequence[torch.Tensor], *, back: bool = False, write: bool = True
+        self, tensors: Sequence[Tensor], *, back: bool = False, write: bool = True
     ) -> bool:
         """Write `after` over `before`, with `back` the other way round, or nothing.
 
@@ -70,10 +71,7 @@ class DeviceReplacement:
         Raises: ValueError for another number of tensors.
         """
         same = self._extension.same_facts(
-            api=self._api,
-            tensors=tensors,
-            facts=self._facts_at,
-            num_tensors=self._places.num_rows,
+            api=self._api, tensors=tensors, facts=self._facts_at, num_tensors=self._places.num_rows
         )
         # DLPack does not tell how much memory is at the address; some may have been freed.
         if not same or _storage_sizes(tensors) != self._storage_sizes:
@@ -112,6 +110,6 @@ class DeviceReplacement:
         return places.num_rows if found == -1 else found
 
 
-def _storage_sizes(tensors: Sequence[torch.Tensor]) -> list[int]:
+def _storage_sizes(tensors: Sequence[Tensor]) -> list[int]:
     """In bytes."""
     return [*map(_size_of, map(_storage_of, tensors))]

@@ -61,17 +61,30 @@ def _places(fields: Sequence[str]) -> tuple[dict[str, int], int]:
     return places, words
 
 
-_LAYOUT = {struct: _places(fields) for struct, fields in STRUCTS.items()}
+_PLACES = {struct: _places(fields) for struct, fields in STRUCTS.items()}
 
 
-def written(struct: str, **fields: int | tuple[int, ...]) -> array:
-    """One struct; a field that is left out is 0, and a tuple has a number for each dimension."""
-    places, size = _LAYOUT[struct]
+def written(struct: str, **fields: int) -> array:
+    """One struct; a field that is left out is 0."""
+    places, size = _PLACES[struct]
     words = array("q", bytes(8 * size))
     for name, value in fields.items():
-        place = places[name]
-        if isinstance(value, tuple):
-            words[place : place + len(value)] = array("q", value)
-        else:
-            words[place] = value
+        words[places[name]] = value
     return words
+
+
+def table(struct: str, rows: int, **columns: Sequence[int]) -> array:
+    """As many structs, by columns with a number for each; a field that is left out is 0."""
+    places, size = _PLACES[struct]
+    words = array("q", bytes(8 * size * rows))
+    for name, column in columns.items():
+        words[places[name] :: size] = array("q", column)
+    return words
+
+
+def write_dimensions(words: array, struct: str, row: int, **fields: Sequence[int]) -> None:
+    """Fields of one row of a table that have a number for each dimension."""
+    places, size = _PLACES[struct]
+    for name, numbers in fields.items():
+        start = row * size + places[name]
+        words[start : start + len(numbers)] = array("q", numbers)
