@@ -522,7 +522,7 @@ def _select(sums: Tensor, weight: Tensor | None, num_examples: int, k: int, plan
     if k == 0:
         flaw, _, _ = state.read()
         if flaw:
-            raise _not_finite(sums, weight, numel - flaw)
+            raise _not_finite_error(sums, weight, numel - flaw)
         return torch.empty(0, dtype=torch.int64, device=sums.device)
 
     for search_round in range(_BOUND_ROUNDS):
@@ -556,7 +556,7 @@ def _select(sums: Tensor, weight: Tensor | None, num_examples: int, k: int, plan
     chosen = gather_and_finish(plan.capacity)
     flaw, candidates, num_chosen = state.read()
     if flaw:
-        raise _not_finite(sums, weight, numel - flaw)
+        raise _not_finite_error(sums, weight, numel - flaw)
     if candidates > plan.capacity:
         state.of_candidates.zero_()
         chosen = gather_and_finish(candidates)
@@ -605,7 +605,7 @@ def _narrow(
     )
 
 
-def _not_finite(sums: Tensor, weight: Tensor | None, first: int) -> ValueError:
+def _not_finite_error(sums: Tensor, weight: Tensor | None, first: int) -> ValueError:
     # Infinity and NaN stay what they are when they are divided by n.
     value = sums[first] if weight is None else sums[first] * weight[first].float().abs()
     return ValueError(

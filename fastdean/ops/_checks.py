@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fastdean.native.structs import MAX_RANK
 from fastdean.ops import memory
@@ -13,7 +14,7 @@ from fastdean.wording.mendable import InputTypeError
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_edited_places(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> None:
+def check_edited_places(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
     """Checks the tensors and indices of a mask operation; see `mask.zero_at_`.
 
     Raises: TypeError or ValueError, naming the position of the offender.
@@ -31,16 +32,14 @@ def check_edited_places(tensors: Sequence[torch.Tensor], indices: Sequence[torch
             _check_places(index, tensor, f"indices[{position}]")
 
 
-def check_writable(tensors: Sequence[torch.Tensor]) -> None:
+def check_writable(tensors: Sequence[Tensor]) -> None:
     """Raises: ValueError for a tensor that cannot be written in place; see `memory.write_fault`."""
     for position, tensor in enumerate(tensors):
         memory.check_written(f"tensors[{position}]", tensor)
 
 
 def check_values(
-    tensors: Sequence[torch.Tensor],
-    indices: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
+    tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
 ) -> None:
     """Raises: TypeError or ValueError unless `values` has, per tensor, a value per index."""
     if len(values) != len(tensors):
@@ -49,7 +48,7 @@ def check_values(
         )
     for position, (tensor, index, value) in enumerate(zip(tensors, indices, values, strict=True)):
         name = f"values[{position}]"
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, Tensor):
             raise InputTypeError(
                 f"{name} must be a torch.Tensor, got {type(value).__name__}; make it with "
                 "torch.tensor"
@@ -67,8 +66,8 @@ def check_values(
             )
 
 
-def _check_tensor(tensor: torch.Tensor, name: str) -> None:
-    if not isinstance(tensor, torch.Tensor):
+def _check_tensor(tensor: Tensor, name: str) -> None:
+    if not isinstance(tensor, Tensor):
         raise InputTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     memory.check_memory(name, tensor)
     if tensor.is_neg():
@@ -85,8 +84,8 @@ def _check_tensor(tensor: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name} must have at most {MAX_RANK} dimensions, got {tensor.dim()}")
 
 
-def _check_index(index: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
-    if not isinstance(index, torch.Tensor):
+def _check_index(index: Tensor, tensor: Tensor, name: str) -> None:
+    if not isinstance(index, Tensor):
         raise InputTypeError(f"{name} must be a torch.Tensor, got {type(index).__name__}")
     if index.dtype != torch.int64 or index.dim() != 1:
         raise ValueError(
@@ -101,7 +100,7 @@ def _check_index(index: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
     memory.check_memory(name, index)
 
 
-def _all_ascend_within(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> bool:
+def _all_ascend_within(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> bool:
     """Whether every index is in order and in range, checked at once for all tensors."""
     pairs = [(t, i) for t, i in zip(tensors, indices, strict=True) if i.numel()]
     if not pairs:
@@ -117,7 +116,7 @@ def _all_ascend_within(tensors: Sequence[torch.Tensor], indices: Sequence[torch.
     return bool(ascends.all()) and bool((first >= 0).all()) and bool((last < sizes).all())
 
 
-def _check_places(index: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+def _check_places(index: Tensor, tensor: Tensor, name: str) -> None:
     if index.numel() == 0:
         return
     if bool((index[1:] <= index[:-1]).any()):

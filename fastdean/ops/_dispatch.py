@@ -154,7 +154,7 @@ def _select(
     if _entry(op, preferred):
         return _named(op, device, dtype, preferred, f"{ENVIRONMENT_VARIABLE}={preferred}")
     fallback, _ = _first_able(op, device, dtype)
-    return fallback, f"{ENVIRONMENT_VARIABLE}={preferred}, but {_absence(op, preferred)}"
+    return fallback, f"{ENVIRONMENT_VARIABLE}={preferred}, but {_absence_message(op, preferred)}"
 
 
 def _entry(op: str, impl: str | None) -> _Implementation | None:
@@ -169,7 +169,7 @@ def _check_name(impl: str, argument: str) -> None:
         )
 
 
-def _absence(op: str, impl: str) -> str:
+def _absence_message(op: str, impl: str) -> str:
     return f"there is no {_KIND_OF_KERNEL[impl]} for {op} in this version"
 
 
@@ -178,9 +178,10 @@ def _named(
 ) -> tuple[_Implementation, str]:
     entry = _entry(op, impl)
     if entry is None:
+        available = ", ".join(each.name for each in _TABLE[op])
         raise StateError(
             f"{asked_by} must name an implementation that exists, got {impl!r}: "
-            f"{_absence(op, impl)}; use one of {', '.join(each.name for each in _TABLE[op])}"
+            f"{_absence_message(op, impl)}; use one of {available}"
         )
     refusal = entry.refuses(device, dtype)
     if refusal:
@@ -216,14 +217,14 @@ def _explain(op: str, device: torch.device) -> Explanation:
 def _why_not(op: str, device: torch.device, impl: str) -> str:
     entry = _entry(op, impl)
     if entry is None:
-        return _absence(op, impl)
+        return _absence_message(op, impl)
     try:
-        return entry.refuses(device, None) or entry.declines(op, device) or _outranked(op)
+        return entry.refuses(device, None) or entry.declines(op, device) or _outranked_message(op)
     except RuntimeError as error:
         return str(error)
 
 
-def _outranked(op: str) -> str:
+def _outranked_message(op: str) -> str:
     """Why an implementation of `op` that could run does not."""
     asked = os.environ.get(ENVIRONMENT_VARIABLE)
     falls_back = asked in IMPLEMENTATIONS and not _entry(op, asked)

@@ -180,7 +180,7 @@ def objection(op: str, impl: str, device: torch.device) -> str:
     if why:
         return why
     if not torch.cuda.is_initialized():
-        return _slower(found[-1]) if all(not each.preferred for each in found) else ""
+        return _slower_message(found[-1]) if all(not each.preferred for each in found) else ""
     here = _words(torch.cuda.get_device_capability(device))
     fitting = [each for each in found if _major(each.capability) == _major(here)]
     if not fitting:
@@ -188,13 +188,13 @@ def objection(op: str, impl: str, device: torch.device) -> str:
         return f"its check passed on compute capability {where}, and this GPU has {here}"
     exact = [each for each in fitting if each.capability == here]
     best = max(exact or fitting, key=lambda each: each.date)
-    return "" if best.preferred else _slower(best)
+    return "" if best.preferred else _slower_message(best)
 
 
 def described(op: str, impl: str) -> str:
     """The record's entries of a form in words, for `fastdean info`; never raises."""
     found, why = _of_these_sources(op, impl)
-    return why or "; ".join(_passed(each) for each in found)
+    return why or "; ".join(_passed_message(each) for each in found)
 
 
 def _of_these_sources(op: str, impl: str) -> tuple[list[Entry], str]:
@@ -228,11 +228,11 @@ def _held_against(
     return current, ""
 
 
-def _slower(found: Entry) -> str:
+def _slower_message(found: Entry) -> str:
     return f"its check passed, and it was slower than the reference: {found.figure}"
 
 
-def _passed(found: Entry) -> str:
+def _passed_message(found: Entry) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     slower = f"; slower than the reference: {found.figure}" if not found.preferred else ""
     where = f"compute capability {found.capability} ({found.device})"

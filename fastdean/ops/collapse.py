@@ -185,29 +185,28 @@ class _PlainStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs_features, _, needs_weight = ctx.needs_input_grad[:3]
         if grad_loss is None:
             return (None,) * 5
         saved = ctx.saved_tensors
+        run, impl = collapse_alignment_backward, ("native",)
         # With gradients enabled, torch's operation must refuse second derivatives.
         if nobody_looks_on(grad_loss, *saved) and not torch.is_grad_enabled():
             labels, weight = saved[:2]
             # The caller holds these too; the rest is the graph's own.
             _check_memory(labels=labels, weight=weight)
-            chosen = choose("collapse_alignment_backward", weight.device, "native")
-            run, impl = chosen.callable, ()
-        else:
-            run, impl = collapse_alignment_backward, ("native",)
-        grad_weight, grad_features = run(
-            grad_loss, *saved, ctx.features_dtype, needs_weight, needs_features, *impl
-        )
-        return (
-            grad_features if needs_features else None,
-            None,
-            grad_weight if needs_weight else None,
-            None,
-            None,
-        )
+            run, impl = choose("collapse_alignment_backward", weight.device, "native").callable, ()
+        return *_gradients(ctx, grad_loss, run, *impl), None, None
+
+
+def _gradients(
+    ctx: Any, grad_loss: Tensor, run: Callable[..., tuple[Tensor, Tensor]], *impl: str | None
+) -> tuple[Tensor | None, None, Tensor | None]:
+    """For features, labels and weight."""
+    needs_features, _, needs_weight = ctx.needs_input_grad[:3]
+    grad_weight, grad_features = run(
+        grad_loss, *ctx.saved_tensors, ctx.features_dtype, needs_weight, needs_features, *impl
+    )
+    return grad_features if needs_features else None, None, grad_weight if needs_weight else None
 
 
 @torch.library.custom_op(
@@ -237,7 +236,7 @@ def _forward(
     _check_memory(**given)
     _check_labels(labels, len(sums))
     run = choose("collapse_alignment", features.device, impl, features.dtype).callable
-    return run(features, labels, weight, sums, counts, decay, statistic)
+    return run(**given, decay=decay, statistic=statistic)
 
 
 @_forward.register_fake
@@ -290,16 +289,10 @@ def collapse_alignment_backward(
     _check_labels(labels, len(sums))
     run = choose("collapse_alignment_backward", weight.device, impl, features_dtype).callable
     return run(
-        grad_loss,
-        labels,
-        weight,
-        sums,
-        counts,
-        centre,
-        factors,
-        features_dtype,
-        needs_weight,
-        needs_features,
+        **given,
+        features_dtype=features_dtype,
+        needs_weight=needs_weight,
+        needs_features=needs_features,
     )
 
 
@@ -321,10 +314,7 @@ def _backward_shapes(
     num_classes, num_features = sums.shape
     weight_shape = (num_classes, num_features) if needs_weight else (0,)
     features_shape = (labels.shape[0], num_features) if needs_features else (0,)
-    return (
-        weight.new_empty(weight_shape),
-        weight.new_empty(features_shape, dtype=features_dtype),
-    )
+    return weight.new_empty(weight_shape), weight.new_empty(features_shape, dtype=features_dtype)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -338,23 +328,9 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    needs_features, _, needs_weight = ctx.needs_input_grad[:3]
     if grad_loss is None:
         return (None,) * 8
-    grad_weight, grad_features = collapse_alignment_backward(
-        grad_loss,
-        *ctx.saved_tensors,
-        ctx.features_dtype,
-        needs_weight,
-        needs_features,
-        ctx.impl,
-    )
-    return (
-        grad_features if needs_features else None,
-        None,
-        grad_weight if needs_weight else None,
-        *(None,) * 5,
-    )
+    return *_gradients(ctx, grad_loss, collapse_alignment_backward, ctx.impl), *(None,) * 5
 
 
 _forward.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -11,16 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from fastdean import native
 from fastdean.ops import _checks, _dispatch
 
 
 def zero_at_(
-    tensors: Sequence[torch.Tensor],
-    indices: Sequence[torch.Tensor],
-    *,
-    impl: str | None = None,
+    tensors: Sequence[Tensor], indices: Sequence[Tensor], *, impl: str | None = None
 ) -> None:
     """Sets the addressed entries to zero, in place.
 
@@ -43,11 +41,8 @@ def zero_at_(
 
 
 def gather_at(
-    tensors: Sequence[torch.Tensor],
-    indices: Sequence[torch.Tensor],
-    *,
-    impl: str | None = None,
-) -> list[torch.Tensor]:
+    tensors: Sequence[Tensor], indices: Sequence[Tensor], *, impl: str | None = None
+) -> list[Tensor]:
     """Copies of the addressed entries: one [M] per tensor, in its dtype and on its device.
 
     Equivalent to: `[t.reshape(-1)[i] for t, i in zip(tensors, indices)]`, detached.
@@ -57,16 +52,16 @@ def gather_at(
     Raises: as `zero_at_`.
     """
     _checks.check_edited_places(tensors, indices)
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, Tensor] = {}
     for positions, values in _on_every_device("gather_at", impl, tensors, indices):
         found.update(zip(positions, values, strict=True))
     return [found[position] for position in range(len(tensors))]
 
 
 def write_at_(
-    tensors: Sequence[torch.Tensor],
-    indices: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
+    tensors: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
     *,
     impl: str | None = None,
 ) -> None:
@@ -87,10 +82,10 @@ def write_at_(
 
 
 def prepare_replacement(
-    tensors: Sequence[torch.Tensor],
-    indices: Sequence[torch.Tensor],
-    before: Sequence[torch.Tensor],
-    after: Sequence[torch.Tensor],
+    tensors: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
     *,
     impl: str | None = None,
 ) -> Replacement | None:
@@ -128,7 +123,7 @@ class Replacement:
         self._groups = groups
         self._num_tensors = sum(len(positions) for positions, _ in groups)
 
-    def replace_(self, tensors: list[torch.Tensor], *, back: bool = False) -> bool:
+    def replace_(self, tensors: list[Tensor], *, back: bool = False) -> bool:
         """Write `after` over `before`, with `back` the other way round: all of it or nothing.
 
         On CUDA the host waits for the current stream.
@@ -159,7 +154,7 @@ class Replacement:
             raise
 
 
-def _by_device(tensors: Sequence[torch.Tensor]) -> dict[torch.device, list[int]]:
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
     """Device -> positions of its tensors."""
     groups: dict[torch.device, list[int]] = {}
     for position, tensor in enumerate(tensors):
@@ -168,8 +163,8 @@ def _by_device(tensors: Sequence[torch.Tensor]) -> dict[torch.device, list[int]]
 
 
 def _on_every_device(
-    op: str, impl: str | None, *arguments: Sequence[torch.Tensor]
-) -> list[tuple[list[int], list[torch.Tensor] | None]]:
+    op: str, impl: str | None, *arguments: Sequence[Tensor]
+) -> list[tuple[list[int], list[Tensor] | None]]:
     """Runs `op` once per device of the first argument: (positions, what it returned) of each."""
     groups = _by_device(arguments[0])
     # Choose for every device before the first write, because a choice may raise.

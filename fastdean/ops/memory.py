@@ -103,7 +103,7 @@ def memory_fault(tensor: Tensor) -> Fault | None:
     except (NotImplementedError, RuntimeError, ValueError):
         if tensor.layout is not torch.strided:
             return _layout_fault(tensor.layout)
-        return _without_memory("one without a storage, as inside a transform of torch.func")
+        return _without_memory_fault("one without a storage, as inside a transform of torch.func")
     count = tensor.numel()
     if count == 0:
         return None
@@ -111,15 +111,15 @@ def memory_fault(tensor: Tensor) -> Fault | None:
         count = 1
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
             if stride < 0:
-                return _without_memory("one of a negative stride")
+                return _without_memory_fault("one of a negative stride")
             count += (size - 1) * stride
     needed = (tensor.storage_offset() + count) * tensor.itemsize
     if needed > available:
-        return _without_memory(
+        return _without_memory_fault(
             f"one that needs {needed} bytes of a storage of {available}, freed or cut short"
         )
     if tensor.data_ptr() == 0:
-        return _without_memory("one without an address, as inside a transform of torch.func")
+        return _without_memory_fault("one without an address, as inside a transform of torch.func")
     return None
 
 
@@ -145,7 +145,7 @@ def _layout_fault(layout: object) -> Fault:
     )
 
 
-def _without_memory(got: str) -> Fault:
+def _without_memory_fault(got: str) -> Fault:
     return Fault(
         ValueError,
         "hold its values in memory",
