@@ -195,7 +195,7 @@ def _named(
 def _first_able(
     op: str, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[_Implementation, str]:
-    passed_over = []
+    passed_over: list[str] = []
     for entry in _TABLE[op]:
         objection = entry.refuses(device, dtype) or entry.declines(op, device)
         if not objection:

@@ -158,8 +158,10 @@ def _plain_step(
 
     if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
         results: list[Tensor] = []
-        return _PlainStep.apply(features, labels, weight, run, results), *results
-    return run()[:3]
+        loss = _PlainStep.apply(features, labels, weight, run, results)
+        return loss, results[0], results[1]
+    loss, new_sums, new_counts, _, _ = run()
+    return loss, new_sums, new_counts
 
 
 class _PlainStep(torch.autograd.Function):
@@ -188,7 +190,8 @@ class _PlainStep(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 5
         saved = ctx.saved_tensors
-        run, impl = collapse_alignment_backward, ("native",)
+        run: Callable[..., tuple[Tensor, Tensor]] = collapse_alignment_backward
+        impl: tuple[str, ...] = ("native",)
         # With gradients enabled, torch's operation must refuse second derivatives.
         if nobody_looks_on(grad_loss, *saved) and not torch.is_grad_enabled():
             labels, weight = saved[:2]

@@ -48,10 +48,10 @@ def select_top(
 
 def _check_matrix(sums: Tensor, weight: Tensor | None) -> None:
     check_surroundings()
-    for name, tensor in (("sums", sums), ("weight", weight)):
-        if tensor is not None or name == "sums":
-            check_tensor(name, tensor)
-            check_memory(name, tensor)
+    given = {"sums": sums} if weight is None else {"sums": sums, "weight": weight}
+    for name, tensor in given.items():
+        check_tensor(name, tensor)
+        check_memory(name, tensor)
     if sums.dtype != torch.float32:
         raise InputTypeError(f"sums must be torch.float32, got {sums.dtype}; accumulate in fp32")
     if weight is not None and not weight.is_floating_point():
