@@ -182,9 +182,9 @@ def objection(op: str, impl: str, device: torch.device) -> str:
     if not torch.cuda.is_initialized():
         return _slower_message(found[-1]) if all(not each.preferred for each in found) else ""
     here = _words(torch.cuda.get_device_capability(device))
-    fitting = [each for each in found if _major(each.capability) == _major(here)]
+    fitting = [each for each in found if _major(str(each.capability)) == _major(here)]
     if not fitting:
-        where = ", ".join(sorted({each.capability for each in found}))
+        where = ", ".join(sorted({str(each.capability) for each in found}))
         return f"its check passed on compute capability {where}, and this GPU has {here}"
     exact = [each for each in fitting if each.capability == here]
     best = max(exact or fitting, key=lambda each: each.date)

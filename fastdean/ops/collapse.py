@@ -116,15 +116,19 @@ def collapse_alignment_step(
         (loss, sums, counts, alone): `alone` if nobody but the caller holds the returned sums and
             counts; the graph of the loss has tensors of its own with their memory.
     """
-    _check_tensors(features=features, labels=labels, weight=weight, sums=sums, counts=counts)
+    given = {"features": features, "labels": labels, "weight": weight}
+    given |= {"sums": sums, "counts": counts}
+    _check_tensors(given)
     _check_settings(decay, statistic)
-    given = features, labels, weight, sums, counts
-    if nobody_looks_on(*given):
+    if nobody_looks_on(*given.values()):
         chosen = choose("collapse_alignment", features.device, impl, features.dtype)
         if chosen.name == "native" and features.device.type == "cpu":
-            results = _plain_step(*given, float(decay), statistic, chosen.callable, donated)
+            run = chosen.callable
+            results = _plain_step(
+                features, labels, weight, sums, counts, float(decay), statistic, run, donated
+            )
             return *results, True
-    loss, sums, counts, _, _ = _forward(*given, float(decay), statistic, impl)
+    loss, sums, counts, _, _ = _forward(*given.values(), float(decay), statistic, impl)
     return loss, sums, counts, False
 
 
@@ -232,7 +236,7 @@ def _forward(
     # A call through torch.ops comes here directly.
     given = {"features": features, "labels": labels, "weight": weight}
     given |= {"sums": sums, "counts": counts}
-    _check_tensors(**given)
+    _check_tensors(given)
     _check_settings(decay, statistic)
     # Only here, because a compiled graph has neither memory nor values.
     check_surroundings()
@@ -286,7 +290,7 @@ def collapse_alignment_backward(
     """
     given = {"labels": labels, "weight": weight, "sums": sums, "counts": counts}
     given |= {"grad_loss": grad_loss, "centre": centre, "factors": factors}
-    _check_tensors(features_dtype, **given)
+    _check_tensors(given, features_dtype)
     check_surroundings()
     _check_memory(**given)
     _check_labels(labels, len(sums))
@@ -349,11 +353,11 @@ def _check_settings(decay: float, statistic: str) -> None:
         raise ValueError(f"decay must be from 0 to 1, got {decay}; 1 forgets nothing")
 
 
-def _check_tensors(features_dtype: torch.dtype | None = None, **given: Tensor) -> None:
+def _check_tensors(given: dict[str, Tensor], features_dtype: torch.dtype | None = None) -> None:
     """Types, shapes, dtypes and devices of what the operation or its backward gets.
 
     Args:
-        features_dtype: for the backward, which has no features.
+        given: by name; the backward has no features, but `features_dtype`.
     """
     for name, value in given.items():
         check_tensor(name, value)
@@ -392,11 +396,11 @@ def _check_tensors(features_dtype: torch.dtype | None = None, **given: Tensor) -
         )
     shapes = {"grad_loss": (), "centre": (num_features,), "factors": (3, num_classes)}
     for name, shape in shapes.items():
-        value = given.get(name)
-        if value is not None and (value.shape != shape or value.dtype != sums.dtype):
+        kept = given.get(name)
+        if kept is not None and (kept.shape != shape or kept.dtype != sums.dtype):
             raise ValueError(
-                f"{name} must be {sums.dtype} {list(shape)}, got {value.dtype} "
-                f"{list(value.shape)}; pass what the forward returned"
+                f"{name} must be {sums.dtype} {list(shape)}, got {kept.dtype} "
+                f"{list(kept.shape)}; pass what the forward returned"
             )
     _check_dtypes(features_dtype if features is None else features.dtype, weight, sums)
     _check_devices(**given)
@@ -416,7 +420,7 @@ def _check_devices(**arguments: Tensor) -> None:
         )
 
 
-def _check_dtypes(features: torch.dtype, weight: Tensor, sums: Tensor) -> None:
+def _check_dtypes(features: torch.dtype | None, weight: Tensor, sums: Tensor) -> None:
     if features == weight.dtype == sums.dtype == torch.float64:
         return
     if features not in _HALVES or weight.dtype not in _HALVES or sums.dtype != torch.float32:

@@ -9,6 +9,7 @@ written.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,7 +165,7 @@ def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
 
 def _on_every_device(
     op: str, impl: str | None, *arguments: Sequence[Tensor]
-) -> list[tuple[list[int], list[Tensor] | None]]:
+) -> list[tuple[list[int], Any]]:
     """Runs `op` once per device of the first argument: (positions, what it returned) of each."""
     groups = _by_device(arguments[0])
     # Choose for every device before the first write, because a choice may raise.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def _check_matrix(sums: Tensor, weight: Tensor | None) -> None:
         )
 
 
-def _integer(name: str, value: object) -> int:
+def _integer(name: str, value: Any) -> int:
     """Takes NumPy's integers too, but no tensor, which would reach a kernel as a pointer."""
     if isinstance(value, bool | Tensor) or not hasattr(type(value), "__index__"):
         raise InputTypeError(f"{name} must be an integer, got {type(value).__name__}; use int()")
