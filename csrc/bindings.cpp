@@ -18,7 +18,7 @@ namespace py = pybind11;
 
 namespace {
 
-// What the messages of one operation say, in words of its arguments. Made without the GIL.
+// The messages of one operation, in words of its arguments. Made without the GIL.
 struct Refusals {
   std::string dtype;
   std::string range;
@@ -134,56 +134,58 @@ void def_places_cuda(py::module_& m, const char* name) {
 }
 #endif
 
-// `params` is the address of an ImportanceParams that Python wrote field by field.
-const fastdean::ImportanceParams& importance_params(int64_t params) {
-  return *reinterpret_cast<const fastdean::ImportanceParams*>(params);
+// The struct that Python wrote at this address.
+template <class Params>
+const Params& written_at(int64_t address) {
+  return *reinterpret_cast<const Params*>(address);
 }
 
-int64_t importance_workspace_bytes(int64_t params) {
-  return fastdean::accumulate_importance_workspace_bytes(importance_params(params));
+template <class Params>
+using OnCpu = fastdean::Status (*)(const Params&);
+template <class Params>
+using WorkspaceBytes = int64_t (*)(const Params&);
+
+template <class Params, OnCpu<Params> op>
+void def_params_cpu(py::module_& m, const char* name) {
+  m.def(
+      name,
+      [](int64_t params) {
+        const Params& p = written_at<Params>(params);
+        raise_unless_ok(op(p), p);
+      },
+      py::kw_only(), py::arg("params"), py::call_guard<py::gil_scoped_release>());
 }
 
-void accumulate_importance_cpu(int64_t params) {
-  const fastdean::ImportanceParams& p = importance_params(params);
-  raise_unless_ok(fastdean::accumulate_importance_cpu(p), p);
-}
-
-// `params` is the address of a CollapseParams that Python wrote field by field.
-const fastdean::CollapseParams& collapse_params(int64_t params) {
-  return *reinterpret_cast<const fastdean::CollapseParams*>(params);
-}
-
-int64_t collapse_workspace_bytes(int64_t params) {
-  return fastdean::collapse_workspace_bytes(collapse_params(params));
-}
-
-void collapse_alignment_cpu(int64_t params) {
-  const fastdean::CollapseParams& p = collapse_params(params);
-  raise_unless_ok(fastdean::collapse_alignment_cpu(p), p);
-}
-
-void collapse_alignment_backward_cpu(int64_t params) {
-  const fastdean::CollapseParams& p = collapse_params(params);
-  raise_unless_ok(fastdean::collapse_alignment_backward_cpu(p), p);
+template <class Params, WorkspaceBytes<Params> size>
+void def_workspace_bytes(py::module_& m, const char* name) {
+  m.def(
+      name, [](int64_t params) { return size(written_at<Params>(params)); }, py::kw_only(),
+      py::arg("params"));
 }
 
 #ifdef FASTDEAN_WITH_CUDA
-int64_t collapse_cuda_workspace_bytes(int64_t params) {
-  return fastdean::collapse_cuda_workspace_bytes(collapse_params(params));
-}
+using CollapseOnCuda = cudaError_t (*)(const fastdean::CollapseParams&, cudaStream_t);
 
-void collapse_alignment_cuda(int64_t params, int64_t stream) {
-  raise_unless_ok(fastdean::collapse_alignment_cuda(collapse_params(params),
-                                                    reinterpret_cast<cudaStream_t>(stream)),
-                  "collapse_alignment");
-}
-
-void collapse_alignment_backward_cuda(int64_t params, int64_t stream) {
-  raise_unless_ok(fastdean::collapse_alignment_backward_cuda(
-                      collapse_params(params), reinterpret_cast<cudaStream_t>(stream)),
-                  "collapse_alignment_backward");
+template <CollapseOnCuda op>
+void def_collapse_cuda(py::module_& m, const char* name) {
+  m.def((std::string(name) + "_cuda").c_str(),
+        [name](int64_t params, int64_t stream) {
+          raise_unless_ok(op(written_at<fastdean::CollapseParams>(params),
+                             reinterpret_cast<cudaStream_t>(stream)),
+                          name);
+        },
+        py::kw_only(), py::arg("params"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>());
 }
 #endif
+
+// Each field as "kind name".
+py::tuple fields(std::initializer_list<const char*> names) {
+  py::tuple result(names.size());
+  std::size_t i = 0;
+  for (const char* name : names) result[i++] = name;
+  return result;
+}
 
 const char* name_of(fastdean::CpuLevel level) {
   switch (level) {
@@ -201,7 +203,7 @@ const char* name_of(fastdean::CpuLevel level) {
   throw std::logic_error("every level must have a name");
 }
 
-// NAME_LEVELS: those that an operation was compiled for; NAME_LEVEL: the one that runs here.
+// NAME_LEVELS: the levels an operation was compiled for; NAME_LEVEL: the one that runs here.
 template <std::size_t count>
 void add_levels(py::module_& m, const std::string& name,
                 const fastdean::CpuLevel (&levels)[count]) {
@@ -224,9 +226,11 @@ PYBIND11_MODULE(_C, m) {
   // "file=SHA-256 " for each source of a CUDA operation.
   m.attr("CUDA_SOURCES") = FASTDEAN_CUDA_SOURCES;
   m.attr("MAX_RANK") = fastdean::kMaxRank;
-  m.attr("ROW_FIELDS") = fastdean::kRowFields;
-  m.attr("IMPORTANCE_FIELDS") = fastdean::kImportanceFields;
-  m.attr("COLLAPSE_FIELDS") = fastdean::kCollapseFields;
+  py::dict structs;
+  structs["PlacesRow"] = fields({FASTDEAN_PLACES_ROW(FASTDEAN_FIELD_NAME)});
+  structs["ImportanceParams"] = fields({FASTDEAN_IMPORTANCE_PARAMS(FASTDEAN_FIELD_NAME)});
+  structs["CollapseParams"] = fields({FASTDEAN_COLLAPSE_PARAMS(FASTDEAN_FIELD_NAME)});
+  m.attr("STRUCTS") = structs;
   m.attr("DTYPE_FLOAT16") = static_cast<int64_t>(fastdean::DType::kFloat16);
   m.attr("DTYPE_BFLOAT16") = static_cast<int64_t>(fastdean::DType::kBFloat16);
   m.attr("DTYPE_FLOAT32") = static_cast<int64_t>(fastdean::DType::kFloat32);
@@ -236,26 +240,25 @@ PYBIND11_MODULE(_C, m) {
   add_levels(m, "IMPORTANCE", fastdean::kImportanceLevels);
   add_levels(m, "COLLAPSE", fastdean::kCollapseLevels);
 
-  m.def("accumulate_importance_workspace_bytes", &importance_workspace_bytes, py::kw_only(),
-        py::arg("params"));
-  m.def("accumulate_importance_cpu", &accumulate_importance_cpu, py::kw_only(), py::arg("params"),
-        py::call_guard<py::gil_scoped_release>());
-  m.def("collapse_workspace_bytes", &collapse_workspace_bytes, py::kw_only(), py::arg("params"));
-  m.def("collapse_alignment_cpu", &collapse_alignment_cpu, py::kw_only(), py::arg("params"),
-        py::call_guard<py::gil_scoped_release>());
-  m.def("collapse_alignment_backward_cpu", &collapse_alignment_backward_cpu, py::kw_only(),
-        py::arg("params"), py::call_guard<py::gil_scoped_release>());
+  using fastdean::CollapseParams, fastdean::ImportanceParams;
+  def_workspace_bytes<ImportanceParams, fastdean::accumulate_importance_workspace_bytes>(
+      m, "accumulate_importance_workspace_bytes");
+  def_params_cpu<ImportanceParams, fastdean::accumulate_importance_cpu>(
+      m, "accumulate_importance_cpu");
+  def_workspace_bytes<CollapseParams, fastdean::collapse_workspace_bytes>(
+      m, "collapse_workspace_bytes");
+  def_params_cpu<CollapseParams, fastdean::collapse_alignment_cpu>(m, "collapse_alignment_cpu");
+  def_params_cpu<CollapseParams, fastdean::collapse_alignment_backward_cpu>(
+      m, "collapse_alignment_backward_cpu");
 
   def_places_cpu<fastdean::gather_at_cpu>(m, "gather_at_cpu");
   def_places_cpu<fastdean::write_at_cpu>(m, "write_at_cpu");
   def_places_cpu<fastdean::zero_at_cpu>(m, "zero_at_cpu");
 #ifdef FASTDEAN_WITH_CUDA
-  m.def("collapse_cuda_workspace_bytes", &collapse_cuda_workspace_bytes, py::kw_only(),
-        py::arg("params"));
-  m.def("collapse_alignment_cuda", &collapse_alignment_cuda, py::kw_only(), py::arg("params"),
-        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
-  m.def("collapse_alignment_backward_cuda", &collapse_alignment_backward_cuda, py::kw_only(),
-        py::arg("params"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  def_workspace_bytes<CollapseParams, fastdean::collapse_cuda_workspace_bytes>(
+      m, "collapse_cuda_workspace_bytes");
+  def_collapse_cuda<fastdean::collapse_alignment_cuda>(m, "collapse_alignment");
+  def_collapse_cuda<fastdean::collapse_alignment_backward_cuda>(m, "collapse_alignment_backward");
   def_places_cuda<fastdean::gather_at_cuda>(m, "gather_at");
   def_places_cuda<fastdean::write_at_cuda>(m, "write_at");
   def_places_cuda<fastdean::zero_at_cuda>(m, "zero_at");

@@ -1,11 +1,10 @@
 // The collapse-alignment loss and its backward on the CPU.
 //
-// The labelled rows are sorted by class (a counting sort, stable), and the [classes, columns]
-// plane is cut into tiles. A tile's class sums come straight from the rows, and its means go into a
-// partial centre; once the centre is known, a second pass gives the products that cosines are made
-// of. The backward is again one pass for the weight, and two for the features. Tiles depend on
-// sizes alone, each is computed by one worker in one order, and partial results are added in the
-// order of the tiles, so the result does not depend on the number of workers.
+// A stable counting sort orders the labelled rows by class, and the [classes, columns] plane is cut
+// into tiles. One pass adds each tile's rows to its class sums and its means to a partial centre; a
+// second pass gives the products of the cosines. The backward takes one pass for the weight, two for
+// the features. Tiles depend on sizes alone, one worker computes each in one order, and partial
+// results are added in the order of the tiles: the number of workers does not change the result.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -24,9 +23,9 @@ constexpr int64_t kBlockClasses = 32;
 constexpr int64_t kSliceColumns = 1024;
 constexpr int64_t kRowsPerFill = 256;
 constexpr int64_t kAlignment = 64;
-// Below this many elements to go through, a second thread costs more than it takes over.
+// With fewer elements a second thread costs more than it saves.
 constexpr int64_t kLeastElementsPerWorker = 1 << 16;
-// In place of a weight's squared length: the class has no cosine, and so no gradient.
+// Stands for a weight's squared length where the class has no cosine, and so no gradient.
 constexpr double kNoCosine = -1;
 
 template <class T>
@@ -36,8 +35,8 @@ T* pointer(int64_t address) {
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-// How the plane is cut, and where in the workspace everything lies (in bytes).
-struct Layout {
+// How the plane is cut, and where in the workspace each array begins, in bytes.
+struct Workspace {
   int64_t blocks;
   int64_t slices;
   int64_t starts;    // int64 [classes + 2]: first of each class in `order`, of unlabelled rows, end
@@ -49,10 +48,10 @@ struct Layout {
   int64_t bytes;
 };
 
-Layout layout_of(const CollapseParams& p) {
-  Layout layout{};
-  layout.blocks = divide_up(p.classes, kBlockClasses);
-  layout.slices = divide_up(p.columns, kSliceColumns);
+Workspace workspace_of(const CollapseParams& p) {
+  Workspace workspace{};
+  workspace.blocks = divide_up(p.classes, kBlockClasses);
+  workspace.slices = divide_up(p.columns, kSliceColumns);
   const int64_t element = element_bytes(p.sums_dtype);
   int64_t end = 0;
   const auto take = [&end](int64_t bytes) {
@@ -60,14 +59,14 @@ Layout layout_of(const CollapseParams& p) {
     end += divide_up(bytes, kAlignment) * kAlignment;
     return start;
   };
-  layout.starts = take((p.classes + 2) * 8);
-  layout.order = take(p.rows * 8);
-  layout.partial = take(layout.blocks * p.columns * element);
-  layout.average = take(p.columns * element);
-  layout.products = take(layout.slices * p.classes * static_cast<int64_t>(sizeof(Products)));
-  layout.scratch = take(p.num_workers * 2 * kSliceColumns * element);
-  layout.bytes = end;
-  return layout;
+  workspace.starts = take((p.classes + 2) * 8);
+  workspace.order = take(p.rows * 8);
+  workspace.partial = take(workspace.blocks * p.columns * element);
+  workspace.average = take(p.columns * element);
+  workspace.products = take(workspace.slices * p.classes * static_cast<int64_t>(sizeof(Products)));
+  workspace.scratch = take(p.num_workers * 2 * kSliceColumns * element);
+  workspace.bytes = end;
+  return workspace;
 }
 
 template <class T>
@@ -99,14 +98,14 @@ template <class T>
 class Collapse {
  public:
   explicit Collapse(const CollapseParams& p)
-      : p_(p), layout_(layout_of(p)), loops_(loops_of<T>(p.level)) {
-    auto* workspace = pointer<char>(p.workspace);
-    starts_ = reinterpret_cast<int64_t*>(workspace + layout_.starts);
-    order_ = reinterpret_cast<int64_t*>(workspace + layout_.order);
-    partial_ = reinterpret_cast<T*>(workspace + layout_.partial);
-    average_ = reinterpret_cast<T*>(workspace + layout_.average);
-    products_ = reinterpret_cast<Products*>(workspace + layout_.products);
-    scratch_ = reinterpret_cast<T*>(workspace + layout_.scratch);
+      : p_(p), workspace_(workspace_of(p)), loops_(loops_of<T>(p.level)) {
+    auto* start = pointer<char>(p.workspace);
+    starts_ = reinterpret_cast<int64_t*>(start + workspace_.starts);
+    order_ = reinterpret_cast<int64_t*>(start + workspace_.order);
+    partial_ = reinterpret_cast<T*>(start + workspace_.partial);
+    average_ = reinterpret_cast<T*>(start + workspace_.average);
+    products_ = reinterpret_cast<Products*>(start + workspace_.products);
+    scratch_ = reinterpret_cast<T*>(start + workspace_.scratch);
     sums_ = pointer<T>(p.sums);
     counts_ = pointer<double>(p.counts);
     centre_ = pointer<T>(p.centre);
@@ -121,7 +120,7 @@ class Collapse {
     const int64_t labelled = starts_[p_.classes];
     Phases phases(this);
     phases.add<&Collapse::join_sums>(tiles(), (labelled + 2 * p_.classes) * p_.columns);
-    phases.add<&Collapse::average_slice>(layout_.slices, layout_.blocks * p_.columns);
+    phases.add<&Collapse::average_slice>(workspace_.slices, workspace_.blocks * p_.columns);
     if (num_seen_ >= 2) phases.add<&Collapse::multiply>(tiles(), 2 * p_.classes * p_.columns);
     phases.run();
     finish();
@@ -139,7 +138,7 @@ class Collapse {
     if (p_.grad_features != 0) {
       advise(p_.grad_features, p_.rows, p_.features_dtype);
       const int64_t labelled = starts_[p_.classes], unlabelled = p_.rows - labelled;
-      phases.add<&Collapse::average_slice>(layout_.slices, layout_.blocks * p_.columns);
+      phases.add<&Collapse::average_slice>(workspace_.slices, workspace_.blocks * p_.columns);
       phases.add<&Collapse::row_gradients>(tiles(), (labelled + 2 * p_.classes) * p_.columns);
       phases.add<&Collapse::clear_unlabelled>(divide_up(unlabelled, kRowsPerFill),
                                               unlabelled * p_.columns);
@@ -149,12 +148,12 @@ class Collapse {
   }
 
  private:
-  // Steps of the computation, done by as many workers as the largest of them deserves.
+  // Steps of the computation, with as many workers as the largest step is worth.
   class Phases {
    public:
     explicit Phases(Collapse* self) : self_(self) {}
 
-    // step(item, worker) for every item, after all steps added before; `elements` to go through.
+    // step(item, worker) for every item, after all steps added before. `elements` is its size.
     template <void (Collapse::*step)(int64_t, int64_t)>
     void add(int64_t items, int64_t elements) {
       phases_[count_++] = {[](void* self, int64_t item, int64_t worker) {
@@ -188,10 +187,10 @@ class Collapse {
     int64_t elements_ = 0;
   };
 
-  int64_t tiles() const { return layout_.blocks * layout_.slices; }
+  int64_t tiles() const { return workspace_.blocks * workspace_.slices; }
 
   Tile tile(int64_t item) const {
-    const int64_t block = item / layout_.slices, slice = item % layout_.slices;
+    const int64_t block = item / workspace_.slices, slice = item % workspace_.slices;
     const int64_t start = slice * kSliceColumns;
     return {block,
             slice,
@@ -214,7 +213,7 @@ class Collapse {
       starts_[list_of(labels[t]) + 1] += 1;
     }
     for (int64_t c = 0; c <= p_.classes; ++c) starts_[c + 1] += starts_[c];
-    // Each start moves on to its list's end, which is where the next list starts.
+    // Each start moves on to its list's end, which is the next list's start.
     for (int64_t t = 0; t < p_.rows; ++t) order_[starts_[list_of(labels[t])]++] = t;
     for (int64_t c = p_.classes + 1; c > 0; --c) starts_[c] = starts_[c - 1];
     starts_[0] = 0;
@@ -247,8 +246,7 @@ class Collapse {
     return scratch_ + (2 * worker + which) * kSliceColumns;
   }
 
-  // Writes zeros only where there is something else: the memory of classes that are never seen is
-  // then never touched.
+  // Writes zeros only over other values, so that memory of classes never seen stays untouched.
   static void clear(T* row, int64_t columns) {
     const auto* bytes = reinterpret_cast<const char*>(row);
     const size_t size = static_cast<size_t>(columns) * sizeof(T);
@@ -267,7 +265,7 @@ class Collapse {
     for (int64_t c = tile.first; c < tile.last; ++c) {
       const int64_t place = c * p_.columns + tile.start;
       const T* old = pointer<const T>(p_.old_sums) + place;
-      // A sum that has been dropped or forgotten must not come back as 0 * infinity.
+      // A dropped or forgotten sum must not return as 0 * infinity.
       if (decay_ == 0 || !seen(c)) old = nullptr;
       T* batch = nullptr;
       if (rows_of(c) > 0) {
@@ -290,8 +288,7 @@ class Collapse {
     }
   }
 
-  // average_out_ [columns] = the sum of the partial rows of all blocks over the number of classes
-  // seen.
+  // average_out_ [columns] = the sum of all blocks' partial rows / the number of classes seen.
   void average_slice(int64_t slice, int64_t) {
     const int64_t start = slice * kSliceColumns;
     const int64_t end = std::min(start + kSliceColumns, p_.columns);
@@ -300,7 +297,7 @@ class Collapse {
     for (int64_t first = start; first < end; first += kTogether) {
       const int64_t columns = std::min(kTogether, end - first);
       double total[kTogether] = {};
-      for (int64_t block = 0; block < layout_.blocks; ++block) {
+      for (int64_t block = 0; block < workspace_.blocks; ++block) {
         const T* row = partial_ + block * p_.columns + first;
         for (int64_t j = 0; j < columns; ++j) total[j] += static_cast<double>(row[j]);
       }
@@ -327,7 +324,7 @@ class Collapse {
 
   Products whole_products(int64_t c) const {
     Products whole{};
-    for (int64_t slice = 0; slice < layout_.slices; ++slice) {
+    for (int64_t slice = 0; slice < workspace_.slices; ++slice) {
       const Products& part = products_[slice * p_.classes + c];
       whole.both += part.both;
       whole.weight += part.weight;
@@ -336,7 +333,7 @@ class Collapse {
     return whole;
   }
 
-  // The largest squared length of a centred mean that is but rounding.
+  // The largest squared length of a centred mean that is only rounding.
   double smallest_square() const {
     double square = 0;
     for (int64_t j = 0; j < p_.columns; ++j) {
@@ -347,7 +344,7 @@ class Collapse {
   }
 
   static bool defined(const Products& whole, double smallest) {
-    // NaN has no direction either, but must show.
+    // NaN has no direction either, but must reach the loss.
     if (std::isnan(whole.weight + whole.mean)) return true;
     return whole.weight > 0 && whole.mean > smallest;
   }
@@ -359,7 +356,7 @@ class Collapse {
     std::fill(factors_, factors_ + 3 * p_.classes, T(0));
     if (num_seen_ < 2) return;
 
-    // The first slice's products are done with: cosines take their place.
+    // Cosines overwrite the first slice's products.
     const double smallest = smallest_square();
     const double number = static_cast<double>(num_seen_);
     double mean = 0;
@@ -409,7 +406,7 @@ class Collapse {
     T* total = partial_ + tile.block * p_.columns + tile.start;
     if (p_.grad_features != 0) std::fill(total, total + tile.columns, T(0));
     for (int64_t c = tile.first; c < tile.last; ++c) {
-      // A weight's row of a class not seen is not looked at, like its cosine.
+      // The weight's row of a class not seen is not read, as in the forward.
       if (p_.grad_weight != 0) {
         char* out = pointer<char>(p_.grad_weight) + (c * p_.columns + tile.start) * bytes;
         if (seen(c)) {
@@ -455,7 +452,7 @@ class Collapse {
   }
 
   const CollapseParams& p_;
-  Layout layout_;
+  Workspace workspace_;
   CollapseLoops<T> loops_;
   int64_t* starts_;
   int64_t* order_;
@@ -496,7 +493,7 @@ Status check(const CollapseParams& p) {
 
 }  // namespace
 
-int64_t collapse_workspace_bytes(const CollapseParams& p) { return layout_of(p).bytes; }
+int64_t collapse_workspace_bytes(const CollapseParams& p) { return workspace_of(p).bytes; }
 
 Status collapse_alignment_cpu(const CollapseParams& p) {
   const Status status = check(p);

@@ -155,7 +155,6 @@ __global__ void rank_rows(Plan plan) {
     __syncthreads();
     // The last of its class among these rows; nobody else writes this count.
     if (label >= 0 && after == 0) counts[label] = before + 1;
-    __syncthreads();
   }
 }
 

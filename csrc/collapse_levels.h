@@ -1,4 +1,4 @@
-// The loops over rows that the collapse-alignment loss is made of, and how they are chosen.
+// The loops over rows of the collapse-alignment loss, and the instruction sets they exist for.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace fastdean {
 
-// Ascending; all that this build has loops for. A processor beyond the last one takes the last one.
+// Ascending; all that this build has loops for. A newer processor takes the last one.
 constexpr CpuLevel kCollapseLevels[] = {
     CpuLevel::kPortable,
 #ifdef FASTDEAN_X86_LEVELS
@@ -15,8 +15,8 @@ constexpr CpuLevel kCollapseLevels[] = {
 #endif
 };
 
-// Scaled and centred, a class's row of sums is its mean's distance from the centre:
-// sums * per_count - centre. All pointers are to the first of `columns` elements of a row.
+// Parts of a class's row, each at the first of `columns` elements. Its centred mean is
+// sums * per_count - centre.
 template <class T>
 struct ClassRow {
   const T* sums;
@@ -25,7 +25,6 @@ struct ClassRow {
   T per_count;  // 1 / count
 };
 
-// Products of a class's row, of its elements and of the weight's.
 struct Products {
   double both;    // weight . centred mean
   double weight;  // weight . weight
@@ -34,8 +33,8 @@ struct Products {
 
 template <class T>
 struct FeatureLoops {
-  // sum[columns] = the rows `order[0 .. count)` of `features`, added in this order. `order` goes on
-  // with the rows of the next call, `following` in all until the last.
+  // sum[columns] = the rows `order[0 .. count)` of `features`, added in this order. The rows of later
+  // calls follow in `order`, `following` of them.
   void (*sum_rows)(T* sum, const void* features, int64_t stride, const int64_t* order,
                    int64_t count, int64_t following, int64_t columns);
   // out[columns] = row, rounded.
@@ -56,17 +55,16 @@ struct WeightLoops {
                        int64_t columns);
 };
 
-// One way to compute them, in T. Rows of features and weight have types of their own, by DType;
+// All loops of one instruction set, computed in T. Features and weight are indexed by their DType;
 // null where that type is not computed in T.
 template <class T>
 struct CollapseLoops {
   FeatureLoops<T> features[4];
   WeightLoops<T> weight[4];
-  // sums = decay * old + batch, and total += sums * per_count; any of old, batch, total may be
-  // null, for nothing.
+  // sums = decay * old + batch, and total += sums * per_count; without those that are null.
   void (*join)(T* sums, const T* old, const T* batch, T* total, T decay, T per_count,
                int64_t columns);
-  // The same where `old` is `sums`; with a decay of 1 and no batch they are read at most.
+  // The same where `old` is `sums`; with a decay of 1 and no batch nothing is written to them.
   void (*join_in_place)(T* sums, const T* batch, T* total, T decay, T per_count, int64_t columns);
 };
 

@@ -1,7 +1,7 @@
 // The loops over rows of the collapse-alignment loss, once for every instruction set.
 //
-// Included by files that are compiled for different instruction sets. Everything here is in an
-// unnamed namespace: a shared symbol would let the linker take the version of another file.
+// Included by files for different instruction sets, so everything is in an unnamed namespace: the
+// linker could take a shared symbol from another file.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace fastdean {
 namespace {
 
-// Several sums side by side, so that a product over a row needs no single order of additions.
+// Several sums side by side, so that a product over a row is not one chain of additions.
 template <class T>
 struct Lanes {
   static constexpr int kCount = 128 / sizeof(T);
@@ -27,7 +27,7 @@ struct Lanes {
   }
 };
 
-// Asks for a row's memory: rows lie anywhere, and a processor only foresees what lies in order.
+// Rows lie anywhere, and a processor by itself only prefetches memory in order.
 template <class F>
 void prefetch(const F* row, int64_t columns) {
 #if defined(__GNUC__)
@@ -55,7 +55,7 @@ void sum_rows(T* __restrict sum, const void* features, int64_t stride, const int
     }
   }
   for (; i < count; ++i) {
-    // Four rows at a time ask for enough memory by themselves, a few single ones do not.
+    // Four rows at a time keep enough reads under way; single rows need prefetching.
     constexpr int64_t kAhead = 2;
     if (i + kAhead < count + following) prefetch(data + order[i + kAhead] * stride, columns);
     const F* __restrict row = data + order[i] * stride;

@@ -1,7 +1,7 @@
 // The contract between Python and the compiled operations.
 //
-// Plain integers and pointers only: no torch and no Python here. The caller owns all memory, the
-// tables included, and has checked every value that a function below does not say it checks.
+// Plain integers and pointers only: no torch and no Python here. The caller owns all memory, tables
+// included, and has checked every value, unless a function below says that it checks it.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
-// For what both a kernel and the CPU call.
+// Before a function that both kernels and the CPU call.
 #ifdef __CUDACC__
 #define FASTDEAN_HOST_DEVICE __host__ __device__
 #else
@@ -20,10 +20,9 @@
 
 namespace fastdean {
 
-// Raised by one with every change of a struct or a signature in this file, or of the constants and
-// functions that Python sees; fastdean/native/extension.py names the number it was written for,
-// refusing another.
-constexpr int kAbiVersion = 7;
+// Rises by one with every change of a struct or signature in this file, or of the constants and
+// functions that Python sees. fastdean/native/extension.py refuses any number but its own.
+constexpr int kAbiVersion = 8;
 
 constexpr int kMaxRank = 8;
 
@@ -61,24 +60,38 @@ constexpr CpuLevel highest_level(const CpuLevel (&levels)[count], CpuLevel limit
   return found;
 }
 
-// One tensor of a mask operation: one row of the table that Python writes as int64 [T, kRowFields].
-// Every field has eight bytes so that the row has no padding.
-struct PlacesRow {
-  int64_t data;               // address of the element whose coordinates are all 0
-  int64_t indices;            // address of int64 [count], row-major logical indices
-  int64_t values;             // address of [count] elements: gather_at fills them, write_at writes
-                              // them; zero_at has none
-  int64_t expected;           // no operation reads it
-  int64_t count;              // how many indices
-  int64_t numel;              // how many elements the tensor has; indices lie in 0 .. numel - 1
-  int64_t dtype;              // a DType, of the tensor, `values` and `expected`
-  int64_t rank;               // 0: contiguous, an index is an offset; else 1 .. kMaxRank
-  int64_t sizes[kMaxRank];    // the first `rank` are the shape
-  int64_t strides[kMaxRank];  // the first `rank` are the strides, in elements
-};
+// Python writes the structs below as arrays of int64, field after field. Each is declared as a list
+// of (kind, name), from which both the struct and the names that Python compares with its own are
+// made. Every field takes 8 bytes, or 8 for each dimension, so that no struct has padding.
+namespace kind {
+using Address = int64_t;
+using Number = int64_t;  // a size, a count, or a stride in elements
+using PerDimension = int64_t[kMaxRank];
+using DType = int64_t;
+using CpuLevel = int64_t;
+using CollapseStatistic = int64_t;
+}  // namespace kind
 
-constexpr int kRowFields = 8 + 2 * kMaxRank;
-static_assert(sizeof(PlacesRow) == kRowFields * sizeof(int64_t), "a row must have no padding");
+#define FASTDEAN_FIELD(type, name) kind::type name;
+#define FASTDEAN_FIELD_NAME(type, name) #type " " #name,
+
+// One tensor of a mask operation: one row of a table.
+// clang-format off
+#define FASTDEAN_PLACES_ROW(field) \
+  field(Address, data)         /* of the element whose coordinates are all 0 */ \
+  field(Address, indices)      /* int64 [count], row-major logical indices */ \
+  field(Address, values)       /* [count]; gather_at fills it; write_at reads it */ \
+  field(Number, count)         /* of indices */ \
+  field(Number, numel)         /* of the tensor; indices lie in 0 .. numel - 1 */ \
+  field(DType, dtype)          /* of the tensor and `values` */ \
+  field(Number, rank)          /* 0: contiguous, an index is an offset; else 1 .. kMaxRank */ \
+  field(PerDimension, sizes)   /* the first `rank` are the shape */ \
+  field(PerDimension, strides) /* the first `rank` are the strides */
+// clang-format on
+
+struct PlacesRow {
+  FASTDEAN_PLACES_ROW(FASTDEAN_FIELD)
+};
 
 // The mask operations, all by bits. With t the tensor of a row and p = unravel(index):
 //   gather_at   values[i] = t[p[i]]
@@ -92,31 +105,32 @@ struct PlacesParams {
 };
 
 // accumulate_importance: acc[r, c] += sum over examples of |sum over its tokens t of g[t, r] x[t, c]|
-// in fp32. Python writes it as int64 [kImportanceFields]. All strides in elements.
-struct ImportanceParams {
-  int64_t acc;  // address of fp32 [rows, columns]
-  int64_t acc_stride_r;
-  int64_t acc_stride_c;
-  int64_t x;  // address of [tokens, columns]
-  int64_t x_stride_t;
-  int64_t x_stride_c;
-  int64_t g;  // address of [tokens, rows]
-  int64_t g_stride_t;
-  int64_t g_stride_r;
-  int64_t dtype;  // a DType but kFloat64, of x and g
-  int64_t rows;
-  int64_t columns;
-  int64_t tokens;
-  int64_t segments;  // address of int64 [num_segments, 2]: start and end row of each example
-  int64_t num_segments;
-  int64_t level;        // a CpuLevel that this processor has
-  int64_t num_workers;  // how many threads share the work, at least 1
-  int64_t workspace;    // address of as many bytes as accumulate_importance_workspace_bytes says
-};
+// in fp32.
+// clang-format off
+#define FASTDEAN_IMPORTANCE_PARAMS(field) \
+  field(Address, acc)          /* fp32 [rows, columns] */ \
+  field(Number, acc_stride_r) \
+  field(Number, acc_stride_c) \
+  field(Address, x)            /* [tokens, columns] */ \
+  field(Number, x_stride_t) \
+  field(Number, x_stride_c) \
+  field(Address, g)            /* [tokens, rows] */ \
+  field(Number, g_stride_t) \
+  field(Number, g_stride_r) \
+  field(DType, dtype)          /* of x and g; not kFloat64 */ \
+  field(Number, rows) \
+  field(Number, columns) \
+  field(Number, tokens) \
+  field(Address, segments)     /* int64 [num_segments, 2]: start and end row of each example */ \
+  field(Number, num_segments) \
+  field(CpuLevel, level)       /* one that this processor has */ \
+  field(Number, num_workers)   /* threads that share the work, at least 1 */ \
+  field(Address, workspace)    /* of accumulate_importance_workspace_bytes */
+// clang-format on
 
-constexpr int kImportanceFields = 18;
-static_assert(sizeof(ImportanceParams) == kImportanceFields * sizeof(int64_t),
-              "the fields must be those that Python writes");
+struct ImportanceParams {
+  FASTDEAN_IMPORTANCE_PARAMS(FASTDEAN_FIELD)
+};
 
 enum class CollapseStatistic : int64_t {
   kStd = 0,
@@ -124,49 +138,50 @@ enum class CollapseStatistic : int64_t {
   kMean = 2,
 };
 
-// What the loss means at its edges; fastdean/ops/reference.py has the same numbers.
+// The loss at its edges; fastdean/ops/reference.py has the same numbers.
 constexpr double kCvEpsilon = 1e-3;
 constexpr double kLeastCount = 1.0 / 1048576.0;
 constexpr double kCentredRounding = 8.0;
 
-// The collapse-alignment loss and its backward; fastdean/ops/collapse.py says what they compute.
-// Python writes it as int64 [kCollapseFields]. What has no stride is contiguous; a row's elements
-// always are. T is fp32 or fp64, the type of the sums.
+// The collapse-alignment loss and its backward; fastdean/ops/collapse.py has the formulas. What has
+// no stride is contiguous; a row's elements always are. T is fp32 or fp64, the type of the sums.
+// "forward" and "backward": read or written by that one alone.
+// clang-format off
+#define FASTDEAN_COLLAPSE_PARAMS(field) \
+  field(Address, features)            /* [rows, columns]; forward */ \
+  field(Number, features_stride)      /* between rows */ \
+  field(DType, features_dtype)        /* also of grad_features */ \
+  field(Address, labels)              /* int64 [rows]: 0 .. classes - 1, or -1 */ \
+  field(Address, weight)              /* [classes, columns] */ \
+  field(Number, weight_stride)        /* between rows */ \
+  field(DType, weight_dtype)          /* also of grad_weight */ \
+  field(Address, old_sums)            /* T [classes, columns]; forward; on the CPU maybe `sums` */ \
+  field(Address, old_counts)          /* fp64 [classes]; forward; `counts` if old_sums is `sums` */ \
+  field(Address, decay)               /* one fp64 in host memory; forward */ \
+  field(CollapseStatistic, statistic) /* forward */ \
+  field(Address, sums)                /* T [classes, columns]; the forward writes it */ \
+  field(Address, counts)              /* fp64 [classes]; the forward writes it */ \
+  field(Address, centre)              /* T [columns]; the forward writes it */ \
+  field(Address, factors)             /* T [3, classes]; the forward writes it */ \
+  field(Address, loss)                /* T; forward */ \
+  field(DType, sums_dtype)            /* kFloat32, or kFloat64 if features and weight are */ \
+  field(Address, grad_loss)           /* T; backward */ \
+  field(Address, grad_weight)         /* [classes, columns], or 0; backward */ \
+  field(Address, grad_features)       /* [rows, columns], or 0; backward */ \
+  field(Number, rows) \
+  field(Number, columns) \
+  field(Number, classes) \
+  field(CpuLevel, level)              /* one that this processor has; CPU */ \
+  field(Number, num_workers)          /* threads that share the work, at least 1; CPU */ \
+  field(Address, workspace)           /* of collapse_workspace_bytes or its CUDA form */
+// clang-format on
+
 struct CollapseParams {
-  int64_t features;         // address of [rows, columns]; forward
-  int64_t features_stride;  // between rows, in elements
-  int64_t features_dtype;   // a DType; also that of grad_features
-  int64_t labels;           // address of int64 [rows]: 0 .. classes - 1, or -1
-  int64_t weight;           // address of [classes, columns]
-  int64_t weight_stride;    // between rows, in elements
-  int64_t weight_dtype;     // a DType; also that of grad_weight
-  int64_t old_sums;         // address of T [classes, columns]; forward; on the CPU it may be `sums`
-  int64_t old_counts;       // address of fp64 [classes]; forward; `counts` where old_sums is `sums`
-  int64_t decay;            // address of one fp64 in host memory; forward
-  int64_t statistic;        // a CollapseStatistic; forward
-  int64_t sums;             // address of T [classes, columns]; written by the forward
-  int64_t counts;           // address of fp64 [classes]; written by the forward
-  int64_t centre;           // address of T [columns]; written by the forward
-  int64_t factors;          // address of T [3, classes]; written by the forward
-  int64_t loss;             // address of T; written by the forward
-  int64_t sums_dtype;       // kFloat32, or kFloat64 if features and weight are
-  int64_t grad_loss;        // address of T; backward
-  int64_t grad_weight;      // address of [classes, columns], or 0; backward
-  int64_t grad_features;    // address of [rows, columns], or 0; backward
-  int64_t rows;
-  int64_t columns;
-  int64_t classes;
-  int64_t level;        // a CpuLevel that this processor has; CPU
-  int64_t num_workers;  // how many threads share the work, at least 1; CPU
-  int64_t workspace;    // address of as many bytes as the function of this name says
+  FASTDEAN_COLLAPSE_PARAMS(FASTDEAN_FIELD)
 };
 
-constexpr int kCollapseFields = 26;
-static_assert(sizeof(CollapseParams) == kCollapseFields * sizeof(int64_t),
-              "the fields must be those that Python writes");
-
-// Values are copied and compared by their bits, and zero is all bits clear in every DType: the mask
-// operations need the width of an element and no more. Returns 0 for a value that is no DType.
+// 0 for a value that is no DType. The mask operations need no more than this width: they copy and
+// compare bits, and zero is all bits clear in every DType.
 FASTDEAN_HOST_DEVICE inline int element_bytes(int64_t dtype) {
   switch (static_cast<DType>(dtype)) {
     case DType::kFloat16:
@@ -192,7 +207,7 @@ FASTDEAN_HOST_DEVICE inline int64_t element_offset(const PlacesRow& row, int64_t
 }
 
 // These check dtype, rank and index range of every row, then write; they write nothing unless kOk.
-// Where rows share memory and disagree about a value there, which of them stays is left open.
+// Where rows share memory and disagree about a value, either may remain.
 Status gather_at_cpu(const PlacesParams& params);
 Status write_at_cpu(const PlacesParams& params);
 Status zero_at_cpu(const PlacesParams& params);

@@ -3,9 +3,8 @@
 //
 // A tile is 32 x 32: four of the unit's registers hold the products of one example, four its inputs,
 // 16 rows or columns of 32 tokens each. The unit cannot take absolute values: at an example's end its
-// registers are stored to the nearest cache, and the vector units add them to `total` while the unit
-// multiplies the next example. It takes denormals for 0 and rounds to nearest, whatever the thread's
-// settings.
+// registers are stored, and the vector units add them to `total` while the unit multiplies the next
+// example. It treats denormals as 0 and rounds to nearest, whatever the thread's settings.
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -55,8 +54,8 @@ void enter() { _tile_loadconfig(&kEveryRegister); }
 
 void leave() { _tile_release(); }
 
-// The next up to 32 tokens of 16 columns, as pairs of tokens: lane w of vector i holds tokens 2 i and
-// 2 i + 1 of column w. What is not there is 0.
+// The next up to 32 tokens of 16 columns, in pairs: lane w of vector i holds tokens 2 i and 2 i + 1 of
+// column w, or 0 beyond the last.
 struct Pairs {
   __m512i of[kRegisterRows];
 };

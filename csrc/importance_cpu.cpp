@@ -1,11 +1,10 @@
 // accumulate_importance on the CPU.
 //
-// Tokens of whole examples are taken together while they fit a chunk. A chunk's G and X are packed
-// once, into panels of a tile's rows and columns that all workers read. Each worker then takes a panel
-// of G and a block of panels of X one after the other: the panel of G stays in the first-level cache,
-// the block of X in the second, the tile's sums in registers, and the accumulator is read and written
-// once per chunk, along its rows. Every tile is computed by one worker in one order, so the result
-// does not depend on the number of workers.
+// Whole examples are joined into chunks. A chunk's G and X are packed once, into panels of a tile's
+// rows and columns that all workers read. A worker goes through a block of panels of X for one panel
+// of G: the panel of G stays in the first-level cache, the block of X in the second, the tile's sums
+// in registers, and the accumulator is read and written once per chunk, along its rows. One worker
+// computes each tile in one order: the number of workers does not change the result.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -22,7 +21,7 @@ namespace fastdean {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-// Enough for workers of unequal speed to end at the same time.
+// Enough for workers of unequal speed to finish together.
 constexpr int64_t kItemsPerWorker = 8;
 
 struct Portable {
@@ -160,7 +159,7 @@ std::vector<Chunk> chunks_of(const ImportanceParams& p, const TileKernel& kernel
   return chunks;
 }
 
-// What is taken together, and in which pieces.
+// How the work is cut.
 struct Plan {
   TileKernel kernel;
   std::vector<Chunk> chunks;
@@ -189,7 +188,7 @@ Plan plan_of(const ImportanceParams& p) {
   return plan;
 }
 
-// What the workers share while they work on one chunk.
+// Shared by the workers of one chunk.
 struct Work {
   const ImportanceParams& p;
   const Plan& plan;
@@ -255,7 +254,7 @@ void add_tile(const ImportanceParams& p, const TileKernel& kernel, const Place& 
   }
 }
 
-// Asks for a tile of the accumulator, whose rows lie far apart, while its sums are computed.
+// Prefetches a tile of the accumulator, whose rows lie far apart, while its sums are computed.
 void prefetch_tile(const ImportanceParams& p, const Place& place) {
 #if defined(__GNUC__) || defined(__clang__)
   constexpr int64_t kLine = kAlignment / sizeof(float);
@@ -270,8 +269,6 @@ void prefetch_tile(const ImportanceParams& p, const Place& place) {
 #endif
 }
 
-// A row panel stays in the first-level cache while a block of column panels, which stays in the
-// second-level cache, passes by; the accumulator is walked along its rows.
 void take_blocks(void* context, int64_t) {
   auto& work = *static_cast<Work*>(context);
   const ImportanceParams& p = work.p;

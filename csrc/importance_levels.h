@@ -1,4 +1,4 @@
-// The instruction sets that importance on the CPU is compiled for, and how one is taken.
+// The instruction sets that importance on the CPU is compiled for, and its tile in each.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +18,12 @@ constexpr CpuLevel kImportanceLevels[] = {
 #endif
 };
 
-// The tokens of some examples in a few neighbouring columns of G or of X.
+// Some examples' tokens in a few neighbouring columns of G or of X.
 struct PanelSource {
   const void* data;         // the first of these columns at token 0
   int64_t stride_t;         // between tokens, in elements
   int64_t stride_w;         // between columns, in elements
-  int64_t columns;          // how many of them the matrix has; those of the panel beyond are 0
+  int64_t columns;          // how many the matrix has; the panel's further ones are 0
   const int64_t* segments;  // [num_examples, 2]: first token and end of each
   int64_t num_examples;
 };
@@ -35,20 +35,19 @@ using Pack = void (*)(const PanelSource& source, int64_t wide, void* panel);
 struct TileKernel {
   int64_t rows;          // rows of the weight in a tile
   int64_t columns;       // columns of the weight in a tile; a multiple of what 64 bytes hold
-  int64_t tokens;        // tokens that one step takes; an example's last step is filled up with 0
+  int64_t tokens;        // tokens of one step; an example's last step is padded with 0
   int64_t bytes;         // of one number in a panel
-  int64_t chunk_tokens;  // tokens that are taken together, unless one example has more
-  int64_t block_bytes;   // of panels of X that the second-level cache keeps beside what passes by
+  int64_t chunk_tokens;  // most tokens of a chunk of several examples
+  int64_t block_bytes;   // of panels of X that stay in the second-level cache
   Pack pack_g;           // for a panel of `rows` columns of G
   Pack pack_x;           // for a panel of `columns` columns of X
-  // What a thread does before its first tile and after its last.
+  // Called by a thread before its first tile and after its last.
   void (*enter)();
   void (*leave)();
   // steps[b] of each example in turn; writes total fp32 [rows, columns].
   void (*run)(const void* g_panel, const void* x_panel, const int64_t* steps, int64_t num_examples,
               float* total);
-  // Adds the first `height` rows and `width` columns of `total` to `acc`, whose columns lie side by
-  // side.
+  // Adds the first `height` rows and `width` columns of `total` to `acc`, of column stride 1.
   void (*add)(const float* total, float* acc, int64_t stride_r, int64_t height, int64_t width);
 };
 

@@ -1,12 +1,11 @@
 // The innermost loop of importance on the CPU, once for every instruction set.
 //
-// A tile is kRows x (kRegisters vectors) entries of the weight. Its inputs come packed, token after
-// token: kRows values of G and as many of X as the tile has columns. The product of one example
-// grows in registers; at the example's end its absolute value joins `total`, which stays in the
-// nearest cache.
+// A tile is kRows x (kRegisters vectors) entries of the weight. Its inputs are packed token after
+// token: kRows values of G, then a row of X. The product of one example grows in registers; at the
+// example's end its absolute value is added to `total`, which stays in the first-level cache.
 //
-// Included by files that are compiled for different instruction sets. Everything here is in an
-// unnamed namespace: a shared symbol would let the linker take the version of another file.
+// Included by files for different instruction sets, so everything is in an unnamed namespace: the
+// linker could take a shared symbol from another file.
 #pragma once
 
 #include <cstdint>

@@ -8,8 +8,8 @@
 namespace fastdean {
 namespace {
 
-// A mask of weights holds tens of indices per tensor, and starting a thread costs more than
-// thousands of them; a mask of units holds millions.
+// Starting a thread costs more than thousands of indices. A mask of weights holds tens per tensor, a
+// mask of units millions.
 constexpr int64_t kLeastPerWorker = 16384;
 
 Status check_row(const PlacesRow& row) {
@@ -22,7 +22,7 @@ Status check_row(const PlacesRow& row) {
   return Status::kOk;
 }
 
-// All rows before the first write, so that a refused call leaves every tensor as it was.
+// Before the first write, so that a refused call leaves every tensor unchanged.
 Status check_rows(const PlacesParams& params) {
   for (int64_t r = 0; r < params.num_rows; ++r) {
     const Status status = check_row(params.rows[r]);
@@ -32,20 +32,18 @@ Status check_rows(const PlacesParams& params) {
 }
 
 // The elements of one row from `first` to before `last`, as integers of its width: every
-// dtype is copied and compared by its bits. memcpy, because nothing promises aligned storage.
+// dtype is copied by its bits. memcpy, because nothing promises aligned storage.
 template <typename Bits>
 struct Elements {
   char* data;
   const int64_t* indices;
   char* values;
-  char* expected;
   const PlacesRow& row;
 
-  Elements(const PlacesRow& row, bool reverse)
+  explicit Elements(const PlacesRow& row)
       : data(reinterpret_cast<char*>(row.data)),
         indices(reinterpret_cast<const int64_t*>(row.indices)),
-        values(reinterpret_cast<char*>(reverse ? row.expected : row.values)),
-        expected(reinterpret_cast<char*>(reverse ? row.values : row.expected)),
+        values(reinterpret_cast<char*>(row.values)),
         row(row) {}
 
   char* place(int64_t i) const {
@@ -65,21 +63,21 @@ struct Elements {
 
 struct Gather {
   template <typename Bits>
-  void operator()(const Elements<Bits>& e, int64_t, int64_t first, int64_t last) const {
+  void operator()(const Elements<Bits>& e, int64_t first, int64_t last) const {
     for (int64_t i = first; i < last; ++i) e.write(e.values, e.read(e.place(i)), i);
   }
 };
 
 struct Write {
   template <typename Bits>
-  void operator()(const Elements<Bits>& e, int64_t, int64_t first, int64_t last) const {
+  void operator()(const Elements<Bits>& e, int64_t first, int64_t last) const {
     for (int64_t i = first; i < last; ++i) e.write(e.place(i), e.read(e.values, i));
   }
 };
 
 struct Zero {
   template <typename Bits>
-  void operator()(const Elements<Bits>& e, int64_t, int64_t first, int64_t last) const {
+  void operator()(const Elements<Bits>& e, int64_t first, int64_t last) const {
     for (int64_t i = first; i < last; ++i) e.write(e.place(i), 0);
   }
 };
@@ -87,7 +85,6 @@ struct Zero {
 template <typename Act>
 struct Job {
   const PlacesParams& params;
-  bool reverse;
   int64_t total;
   int64_t num_workers;
   const Act& act;
@@ -108,31 +105,31 @@ void take_part(void* context, int64_t worker) {
     if (first >= last) continue;
     switch (element_bytes(row.dtype)) {
       case 2:
-        job.act(Elements<uint16_t>(row, job.reverse), r, first, last);
+        job.act(Elements<uint16_t>(row), first, last);
         break;
       case 4:
-        job.act(Elements<uint32_t>(row, job.reverse), r, first, last);
+        job.act(Elements<uint32_t>(row), first, last);
         break;
       default:
-        job.act(Elements<uint64_t>(row, job.reverse), r, first, last);
+        job.act(Elements<uint64_t>(row), first, last);
     }
   }
 }
 
 template <typename Act>
-void for_all(const PlacesParams& params, bool reverse, const Act& act) {
+void for_all(const PlacesParams& params, const Act& act) {
   int64_t total = 0;
   for (int64_t r = 0; r < params.num_rows; ++r) total += params.rows[r].count;
   const int64_t most = std::max<int64_t>(1, total / kLeastPerWorker);
   const int64_t num_workers = std::min(most, std::max<int64_t>(1, params.num_workers));
-  Job<Act> job{params, reverse, total, num_workers, act};
+  Job<Act> job{params, total, num_workers, act};
   run_workers(num_workers, &take_part<Act>, &job);
 }
 
 template <typename Act>
 Status checked(const PlacesParams& params, const Act& act) {
   const Status status = check_rows(params);
-  if (status == Status::kOk) for_all(params, false, act);
+  if (status == Status::kOk) for_all(params, act);
   return status;
 }
 

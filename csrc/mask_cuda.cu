@@ -14,84 +14,78 @@ constexpr int64_t kMaxBlocksY = 65535;  // the hardware's limit for this dimensi
 
 struct Gather {
   template <typename Bits>
-  __device__ void operator()(Bits* place, Bits* values, const Bits*, int64_t i, int64_t) const {
+  __device__ void operator()(Bits* place, Bits* values, int64_t i) const {
     values[i] = *place;
   }
-  __device__ bool runs() const { return true; }
 };
 
 struct Write {
   template <typename Bits>
-  __device__ void operator()(Bits* place, Bits* values, const Bits*, int64_t i, int64_t) const {
+  __device__ void operator()(Bits* place, Bits* values, int64_t i) const {
     *place = values[i];
   }
-  __device__ bool runs() const { return true; }
 };
 
 struct Zero {
   template <typename Bits>
-  __device__ void operator()(Bits* place, Bits*, const Bits*, int64_t, int64_t) const {
+  __device__ void operator()(Bits* place, Bits*, int64_t) const {
     *place = 0;
   }
-  __device__ bool runs() const { return true; }
 };
 
 template <typename Bits, typename Act>
-__device__ void act_on_row(const PlacesRow& row, bool reverse, int64_t r, int64_t first,
-                           int64_t step, const Act& act) {
+__device__ void act_on_row(const PlacesRow& row, int64_t first, int64_t step, const Act& act) {
   auto* data = reinterpret_cast<Bits*>(row.data);
-  auto* values = reinterpret_cast<Bits*>(reverse ? row.expected : row.values);
-  const auto* expected = reinterpret_cast<const Bits*>(reverse ? row.values : row.expected);
+  auto* values = reinterpret_cast<Bits*>(row.values);
   const auto* indices = reinterpret_cast<const int64_t*>(row.indices);
   for (int64_t i = first; i < row.count; i += step) {
-    act(data + element_offset(row, indices[i]), values, expected, i, r);
+    act(data + element_offset(row, indices[i]), values, i);
   }
 }
 
 template <typename Act>
-__global__ void places_kernel(PlacesParams params, bool reverse, Act act) {
-  if (!act.runs()) return;
+__global__ void places_kernel(PlacesParams params, Act act) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   for (int64_t r = blockIdx.y; r < params.num_rows; r += gridDim.y) {
     const PlacesRow& row = params.rows[r];
     switch (element_bytes(row.dtype)) {
       case 2:
-        act_on_row<uint16_t>(row, reverse, r, first, step, act);
+        act_on_row<uint16_t>(row, first, step, act);
         break;
       case 4:
-        act_on_row<uint32_t>(row, reverse, r, first, step, act);
+        act_on_row<uint32_t>(row, first, step, act);
         break;
       case 8:
-        act_on_row<uint64_t>(row, reverse, r, first, step, act);
+        act_on_row<uint64_t>(row, first, step, act);
         break;
     }
   }
 }
 
 template <typename Act>
-cudaError_t launch(const PlacesParams& params, bool reverse, const Act& act, cudaStream_t stream) {
+cudaError_t launch(const PlacesParams& params, const Act& act, cudaStream_t stream) {
   // An empty grid is a launch error in CUDA and a normal mask here.
   if (params.num_rows == 0 || params.max_count == 0) return cudaSuccess;
   const int64_t blocks_x = std::min((params.max_count + kThreads - 1) / kThreads, kMaxBlocksX);
   const int64_t blocks_y = std::min(params.num_rows, kMaxBlocksY);
   const dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
-  places_kernel<<<grid, kThreads, 0, stream>>>(params, reverse, act);
+  places_kernel<<<grid, kThreads, 0, stream>>>(params, act);
   return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t gather_at_cuda(const PlacesParams& params, cudaStream_t stream) {
-  return launch(params, false, Gather{}, stream);
+  return launch(params, Gather{}, stream);
 }
 
 cudaError_t write_at_cuda(const PlacesParams& params, cudaStream_t stream) {
-  return launch(params, false, Write{}, stream);
+  return launch(params, Write{}, stream);
 }
 
 cudaError_t zero_at_cuda(const PlacesParams& params, cudaStream_t stream) {
-  return launch(params, false, Zero{}, stream);
+  return launch(params, Zero{}, stream);
 }
 
 }  // namespace fastdean

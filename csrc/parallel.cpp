@@ -38,12 +38,12 @@ struct Phases {
   std::atomic<int64_t> done[kMaxPhases];
 };
 
-// An item that is not done has been taken by a worker that runs, so that nobody waits for ever,
-// however few of the workers run at the same time.
+// A running worker has taken every item that is not done, so nobody waits for ever, however few
+// workers run at the same time.
 void wait_for(const std::atomic<int64_t>& done, int64_t items) {
   constexpr int kLooks = 4096;
   for (int looks = 0; done.load(std::memory_order_acquire) < items; ++looks) {
-    // The one that is waited for may need this core.
+    // The worker with the last item may need this core.
     if (looks >= kLooks) std::this_thread::yield();
   }
 }
@@ -60,9 +60,8 @@ void take_phases(void* data, int64_t worker) {
   }
 }
 
-// The OpenMP runtime that torch has loaded, if it is visible. Its idle threads go on spinning for
-// milliseconds after an operation of torch, and threads of our own would have to share the cores
-// with them.
+// The OpenMP runtime that torch has loaded, if it is visible. Its idle threads spin for milliseconds
+// after an operation of torch, and threads of our own would share the cores with them.
 OpenMpParallel openmp_parallel() {
 #ifdef __unix__
   static const auto found = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -79,7 +78,7 @@ void run_workers(int64_t num_workers, void (*body)(void* context, int64_t worker
   if (num_workers <= 1) {
     take_all(&team);
   } else if (const auto parallel = openmp_parallel()) {
-    // May give fewer threads than asked for: those there are take the workers that are left.
+    // May give fewer threads than asked for; these take all workers.
     parallel(take_all, &team, static_cast<unsigned>(num_workers), 0);
   } else {
     std::vector<std::thread> others;
@@ -100,11 +99,11 @@ void advise_large_pages(void* start, int64_t bytes) {
   constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
   constexpr int64_t kLeastBytes = 8 << 20;
   if (bytes < kLeastBytes) return;
-  // Whole pages inside the allocation only: what lies beside it belongs to others.
+  // Whole pages inside the allocation only; its neighbours belong to others.
   const auto address = reinterpret_cast<uintptr_t>(start);
   const uintptr_t first = (address + kLargePage - 1) / kLargePage * kLargePage;
   const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kLargePage * kLargePage;
-  // A wish: a system that refuses it goes on with small pages.
+  // A system may refuse, and uses small pages then.
   madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #else
   (void)start;

@@ -35,7 +35,8 @@ from fastdean.files.declared import (
     require,
     unfit,
 )
-from fastdean.ops.selection import importance, select_top
+from fastdean.ops.reference import importance
+from fastdean.ops.selection import select_top
 from fastdean.wording.mendable import StateError
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -32,7 +32,8 @@ from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.masks.summary import place_of
 from fastdean.models.adapters import plain_parameter, plain_submodule
 from fastdean.models.model_state import materialised_weight, unwrap
-from fastdean.ops.selection import importance, select_top
+from fastdean.ops.reference import importance
+from fastdean.ops.selection import select_top
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError
 

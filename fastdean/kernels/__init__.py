@@ -1,7 +1,7 @@
-"""Triton kernels and their launchers; imported on first use, for tensors on a CUDA device.
+"""Triton kernels and their launchers, imported on first use, for tensors on a CUDA device.
 
 With TRITON_INTERPRET=1 in the environment before Triton is imported, the same kernels run on CPU
-tensors, slowly: that is how they are tested where there is no GPU.
+tensors, slowly. Tests without a GPU use that.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python instead of compiling them."""
-    # Read as Triton reads it, which is not asked: that would import it.
+    # As Triton reads it. Asking Triton would import it.
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def refusal(device: torch.device, dtype: torch.dtype | None = None) -> str:
     """Why no kernel can run on tensors of `device` and `dtype`; "" if they can.
 
-    Creates no CUDA context: the chip is asked for its age only where torch has one already.
+    Creates no CUDA context: asks for the compute capability only where torch has one already.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -48,7 +48,7 @@ def refusal(device: torch.device, dtype: torch.dtype | None = None) -> str:
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Makes `device` current, since Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

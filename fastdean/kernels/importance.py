@@ -2,14 +2,14 @@
 
     acc[e] += sum over the examples b of e of | G_b^T X_b |
 
-X_b [T_b, C] are the inputs of a Linear layer on the tokens of one example, G_b [T_b, R] the
-gradients of its loss with respect to the layer's outputs; G_b^T X_b is then that example's gradient
-of the weight (DEAN, arXiv 2410.16672, needs its absolute value before any sum over examples). e is
-an expert of a stacked layer; an ordinary layer has one.
+X_b [T_b, C] are a Linear layer's inputs on the tokens of one example, G_b [T_b, R] the gradients of
+its loss with respect to the layer's outputs. G_b^T X_b is that example's gradient of the weight;
+DEAN (arXiv 2410.16672) takes its absolute value before the sum over examples. e is an expert of a
+stacked layer; an ordinary layer has one.
 
-Each program owns a tile of the weight and walks over all examples: the tile of one example's
-product grows in registers (`part`), and where the example ends its absolute value joins `total`. So
-no [B, R, C] array exists, and the accumulator is read and written once per batch. The order of
+Each program owns a tile of the weight and goes over all examples. The tile of one example's product
+grows in registers (`part`), and at the example's end its absolute value is added to `total`. So no
+[B, R, C] array exists, and the accumulator is read and written once per batch. The order of
 additions depends on the sizes alone.
 """
 
@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdean.kernels import interpreted, note_write, on_device
-from fastdean.kernels.schedule import placed_token_blocks, token_blocks
 from fastdean.kernels.settings import (
     TileSetting,
     capability_of,
@@ -31,6 +30,7 @@ from fastdean.kernels.settings import (
     searched_settings,
     tile_setting,
 )
+from fastdean.kernels.token_blocks import placed_token_blocks, token_blocks
 
 # Tokens a block -> the blocks, and where each expert's begin.
 _Blocks = Callable[[int], tuple[Tensor, Tensor]]
@@ -149,7 +149,7 @@ def accumulate_expert_importance_(
 
 
 def _accumulate_(acc: Tensor, x: Tensor, g: Tensor, num_examples: int, blocks: _Blocks) -> None:
-    # A negated view says so beside its memory, which is all that a kernel sees.
+    # A kernel sees the memory of a negated view, not that it is negated.
     x, g = x.resolve_neg(), g.resolve_neg()
     _, rows, columns = acc.shape
     if acc.numel() == 0 or x.shape[0] == 0 or num_examples == 0:

@@ -3,15 +3,15 @@
     value = sums * |weight| / n,  each step rounded to fp32;  the k largest positive values, ties to
     the lowest flat index, as ascending flat indices
 
-A positive fp32 number and its bits, read as an integer, have the same order: every comparison below
-is one of integers, "product" is the bits of sums * |weight| and "key" those of its quotient by n.
-Rounding is monotone, so the division, which costs as much as the rest, is left to candidates.
+Positive fp32 numbers and their bits, read as integers, have the same order, so every comparison
+below is one of integers. "product" is the bits of sums * |weight| and "key" those of its quotient
+by n. Rounding is monotone, so only candidates need the division, which costs as much as the rest.
 
  1. `_maxima_kernel` reads the matrix once: the largest product of every GROUP consecutive entries,
     and where the first NaN or Inf stands. The k-th largest of the group maxima is reached by k
-    entries, one in each of k groups, so no entry below it (and none that division does not lift to
-    it, see `_least_product`) can be among the top k. If the k largest entries are scattered over G
-    groups, about -G log(1 - k / G) entries reach it: 1.001 k at k = G / 512, 1.1 k at k = G / 6.
+    entries, one in each of k groups, so no entry below it (but for ties made by the division, see
+    `_least_product`) can be among the top k. If the k largest entries are scattered over G groups,
+    about -G log(1 - k / G) entries reach it: 1.001 k at k = G / 512, 1.1 k at k = G / 6.
  2. `_narrow_kernel` finds that bound to 15 of its 31 bits, rounded down, by a histogram of 8 bits
     at a time. If fewer than k groups hold a positive entry, every positive entry is a candidate.
  3. `_count_kernel` lists the groups whose maximum reaches the bound, reads them and no others again
@@ -30,12 +30,12 @@ less) reach the bound, and C candidates (about k):
 All but the reads of the matrix fit into the cache of a large GPU for k up to some millions.
 
 Launches: a fill and 6 with the one program, a fill and 11 without. The host waits once, for three
-words. Where candidates are far more than k (thousands of ties at the bound, or most of the top k in
-few groups) they do not fit; they are then gathered again with room for all, and the host waits
-twice. At most 12 bytes an entry are allocated for that.
+words. If candidates are far more than k (thousands of ties at the bound, or most of the top k in
+few groups), they do not fit; they are gathered again with room for all, at most 12 bytes an entry,
+and the host waits twice.
 
-Whatever needs the result of all programs (a scan, the descent through a histogram) is done by the
-one that finishes last. What several programs add to is integers: the same bits every time.
+The program that finishes last does what needs the results of all (a scan, the descent through a
+histogram). Programs add to shared integers only: the same bits every time.
 
 Source: radix selection; the bound from group maxima is our own.
 """
@@ -52,15 +52,15 @@ from torch import Tensor
 from fastdean.kernels import on_device
 
 _TILE = 8192
-# Group maxima of 64 entries cost 1 % of the traffic. Where the top k lie so dense that a good part
-# of such groups holds one of them, smaller groups save more of the second read than they cost.
+# Group maxima of 64 entries cost 1 % of the traffic. Where the top k are so dense that many such
+# groups hold one, smaller groups save more of the second read than they cost.
 _SPARSE_GROUP, _DENSE_GROUP = 64, 16
 _SPARSE_K = 512  # sparse: at most one selected entry in this many
 _SPAN = 4096  # keys of one program
 _BLOCK_K = 2048  # keys that it holds at a time
 _BLOCK_S = 512  # counts scanned at a time
-# Room for candidates: this many a selected entry, and a few more. Entries of like size in random
-# places need about one; of rows whose sizes are log-normal with sigma 1, up to five.
+# Room for candidates: so many a selected entry, and a few more. Entries of similar size in random
+# places need about one; rows whose sizes are log-normal with sigma 1 need up to five.
 _ROOM, _SPARE_ROOM = 8, 4096
 _ONE_PROGRAM = 32768  # room for so many candidates or fewer is left to a single program
 _BOUND_ROUNDS = 2
@@ -75,9 +75,9 @@ _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
 _FLAW = tl.constexpr(0)  # numel minus the flat index of the first NaN or Inf; 0 if there is none
 _CANDIDATES = tl.constexpr(1)
 _CHOSEN = tl.constexpr(2)
-# Words of a search in it: the lower edge of the window that holds the wanted rank, the rank in that
-# window, tickets of the rounds and of the scan that follows, the least product that division lifts
-# to the lower edge, histograms of the rounds.
+# Words of a search: the lower edge of the window with the wanted rank, the rank in that window,
+# tickets of the rounds and of the scan that follows, the least product whose key reaches the lower
+# edge, histograms of the rounds.
 _LOW = tl.constexpr(0)
 _WANT = tl.constexpr(1)
 _TICKETS = tl.constexpr(2)
@@ -91,7 +91,7 @@ _SEARCH_WORDS = _HISTOGRAMS.value + _ROUNDS.value * _BINS.value
 @triton.jit
 def _product(sums_ptr, weight_ptr, flat, mask, HAS_WEIGHT: tl.constexpr):
     """Bits of sums * |weight|, 0 where masked."""
-    # Read once, or once more much later: the cache is for what comes of it.
+    # Read once, or again much later: the cache is for results.
     value = tl.load(sums_ptr + flat, mask=mask, other=0.0, eviction_policy="evict_first")
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + flat, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -474,7 +474,7 @@ class _Plan:
 
 def _plan(numel: int, k: int) -> _Plan:
     group = _SPARSE_GROUP if _SPARSE_K * k <= numel else _DENSE_GROUP
-    # With more of the groups at the bound than this, the entries at it may outgrow any such room.
+    # If more groups than this reach the bound, its entries may need more than that room.
     nearly_all = 8 * k * group > 7 * numel
     return _Plan(group, numel if nearly_all else min(numel, _ROOM * k + _SPARE_ROOM))
 
@@ -500,7 +500,7 @@ class _State:
 
 def select_top(sums: Tensor, weight: Tensor | None, num_examples: int, k: int) -> Tensor:
     """See `ops.select_top`."""
-    # A negated view says so beside its memory, which is all that a kernel sees.
+    # A kernel sees the memory of a negated view, not that it is negated.
     sums = sums.detach().resolve_neg().contiguous().flatten()
     if weight is not None:
         weight = weight.detach().to(sums.device).resolve_neg().contiguous().flatten()
@@ -522,7 +522,7 @@ def _select(sums: Tensor, weight: Tensor | None, num_examples: int, k: int, plan
     if k == 0:
         flaw, _, _ = state.read()
         if flaw:
-            raise _not_finite(sums, weight, numel - flaw)
+            raise _not_finite_error(sums, weight, numel - flaw)
         return torch.empty(0, dtype=torch.int64, device=sums.device)
 
     for search_round in range(_BOUND_ROUNDS):
@@ -556,7 +556,7 @@ def _select(sums: Tensor, weight: Tensor | None, num_examples: int, k: int, plan
     chosen = gather_and_finish(plan.capacity)
     flaw, candidates, num_chosen = state.read()
     if flaw:
-        raise _not_finite(sums, weight, numel - flaw)
+        raise _not_finite_error(sums, weight, numel - flaw)
     if candidates > plan.capacity:
         state.of_candidates.zero_()
         chosen = gather_and_finish(candidates)
@@ -605,7 +605,7 @@ def _narrow(
     )
 
 
-def _not_finite(sums: Tensor, weight: Tensor | None, first: int) -> ValueError:
+def _not_finite_error(sums: Tensor, weight: Tensor | None, first: int) -> ValueError:
     # Infinity and NaN stay what they are when they are divided by n.
     value = sums[first] if weight is None else sums[first] * weight[first].float().abs()
     return ValueError(

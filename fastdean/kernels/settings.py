@@ -1,8 +1,8 @@
 """Launch settings: a pure function of sizes, dtype and chip, or searched for on request.
 
-By default the same sizes on the same chip take the same settings, so that results repeat bit for
-bit. FASTDEAN_AUTOTUNE=1 times the candidates on the first use of a size; the order of additions may
-then differ between two processes that found different winners.
+The same sizes on the same chip give the same settings, so that results repeat bit for bit.
+FASTDEAN_AUTOTUNE=1 times the candidates on the first use of a size instead; two processes may then
+find different settings and add in different orders.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class TileSetting:
         return -(-rows // self.block_r) * -(-columns // self.block_c)
 
 
-# Two fp32 accumulators live in registers. With warpgroup products (compute capability 9) 128 x 128
-# is the largest tile that does not spill, and only where no mask is needed; on compute capability 8
-# it spills always. 64 x 128 with 64 tokens a step spills where the inputs' rows are not aligned.
-# Other chips have not been compiled for and take what needs least.
+# Two fp32 accumulators live in registers. On compute capability 9 (warpgroup products) 128 x 128 is
+# the largest tile that does not spill, if it needs no mask; on 8 it always spills. 64 x 128 with 64
+# tokens a step spills if the inputs' rows are not aligned. Other chips, for which nothing was
+# compiled, take the smaller tiles.
 _WARPGROUP_TILES = ((128, 128), (64, 128), (64, 64))
 _WARP_TILES = ((64, 128), (64, 64))
 _NUM_WARPS = 8
-# What is left where rows are strided: addresses of single elements take registers too.
+# Of strided rows, whose addresses of single elements take registers too.
 _STRIDED_TOKENS = 32
-# Two such programs fit a multiprocessor of compute capability 9. Tried by the search alone.
+# Two such programs fit a multiprocessor of compute capability 9. For the search only.
 _TWO_AT_A_TIME = (64, 128, 32, 4, 4)
-# fp32 goes through the ordinary arithmetic units: TF32 would round the inputs to 10 bits.
+# fp32 uses the ordinary arithmetic units, since TF32 would round the inputs to 10 bits.
 _FULL_PRECISION = (64, 64, 16, 8, 3)
 
 # Tokens a step -> stages of the load pipeline. Short examples waste part of their last step: at a
@@ -86,7 +86,7 @@ def _has_warpgroups(capability: int) -> bool:
 def searched_settings(
     rows: int, columns: int, dtype: torch.dtype, capability: int, *, strided: bool = False
 ) -> list[TileSetting]:
-    """What FASTDEAN_AUTOTUNE=1 tries for a weight [rows, columns]; arguments as `tile_setting`."""
+    """The candidates of FASTDEAN_AUTOTUNE=1 for a weight; arguments as for `tile_setting`."""
     settings = tile_settings(dtype, capability)
     if dtype != torch.float32 and _has_warpgroups(capability):
         settings.append(TileSetting(*_TWO_AT_A_TIME))

@@ -18,15 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdean.kernels import note_write, on_device
-from fastdean.kernels.schedule import placed_token_blocks
+from fastdean.kernels.token_blocks import placed_token_blocks
 
 _BLOCK_C = 128
-# Tokens that a program of the first kernel reads at a time, and rows that one of the second does.
+# Tokens, and rows, that a program of the first kernel, and of the second, reads at a time.
 _BLOCK_T = 32
 _BLOCK_M = 32
 _NUM_WARPS = 4
-# An example is read by one program per column block, unless that leaves too few programs to keep
-# memory busy: then long ones are cut into parts of this many tokens.
+# One program per column block reads an example, unless these are too few to keep memory busy. Then
+# long examples are cut into parts of this many tokens.
 _PART_TOKENS = 512
 _ENOUGH_PROGRAMS = 2048
 
@@ -125,7 +125,7 @@ def _unit_join_kernel(
 
 def accumulate_unit_importance_(acc: Tensor, a: Tensor, g: Tensor, segments: Tensor) -> None:
     """See `ops.accumulate_unit_importance_`."""
-    # A negated view says so beside its memory, which is all that a kernel sees.
+    # A kernel sees the memory of a negated view, not that it is negated.
     a, g = a.resolve_neg(), g.resolve_neg()
     num_rows, units = a.shape
     if units == 0 or num_rows == 0 or len(segments) == 0:

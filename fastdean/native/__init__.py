@@ -1,7 +1,7 @@
 """Tensors to pointers: the one gate to the compiled extension.
 
-Pointers go stale without a word (`.to()`, `p.data =`, offload), so pointer, shape, strides, dtype
-and device are read anew on every call; what is kept of them is only ever compared with.
+Pointers go stale unnoticed (`.to()`, `p.data =`, offload), so every call reads pointer, shape,
+strides, dtype and device anew. Older ones are only compared with.
 """
 
 from fastdean.native.collapse import collapse_alignment, collapse_alignment_backward

@@ -5,61 +5,30 @@ from __future__ import annotations
 from array import array
 
 import torch
+from torch import Tensor
 
 from fastdean.native.extension import cpu_level, dtype_code, loaded
+from fastdean.native.structs import written
 
 # In the order of `CollapseStatistic` of csrc/fastdean.h.
 STATISTICS = ("std", "cv", "mean")
 
-# `CollapseParams` of csrc/fastdean.h.
-FIELDS = (
-    "features",
-    "features_stride",
-    "features_dtype",
-    "labels",
-    "weight",
-    "weight_stride",
-    "weight_dtype",
-    "old_sums",
-    "old_counts",
-    "decay",
-    "statistic",
-    "sums",
-    "counts",
-    "centre",
-    "factors",
-    "loss",
-    "sums_dtype",
-    "grad_loss",
-    "grad_weight",
-    "grad_features",
-    "rows",
-    "columns",
-    "classes",
-    "level",
-    "num_workers",
-    "workspace",
-)
-_PLACE_OF = {name: place for place, name in enumerate(FIELDS)}
-_NO_FIELDS = [0] * len(FIELDS)
-
 
 def collapse_alignment(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor,
-    sums: torch.Tensor,
-    counts: torch.Tensor,
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    counts: Tensor,
     decay: float,
     statistic: str,
     *,
     in_place: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.collapse_alignment` in compiled code, with the centre and factors for its backward.
 
-    The arguments have passed the checks of `ops.collapse_alignment`. `in_place`, on the CPU, writes
-    into `sums` and `counts`, which are contiguous then, and returns these; what is refused leaves
-    them as they are.
+    The arguments have passed its checks. With `in_place`, CPU only, the batch joins `sums` and
+    `counts`, which must be contiguous, and these are returned; an error leaves them unchanged.
     """
     features, weight = _with_contiguous_rows(features), _with_contiguous_rows(weight)
     labels, sums, counts = labels.contiguous(), sums.contiguous(), counts.contiguous()
@@ -75,11 +44,11 @@ def collapse_alignment(
         weight.device,
         features=features.data_ptr(),
         features_stride=features.stride(0),
-        features_dtype=features.dtype,
+        features_dtype=dtype_code(features.dtype),
         labels=labels.data_ptr(),
         weight=weight.data_ptr(),
         weight_stride=weight.stride(0),
-        weight_dtype=weight.dtype,
+        weight_dtype=dtype_code(weight.dtype),
         old_sums=sums.data_ptr(),
         old_counts=counts.data_ptr(),
         decay=decay_cell.buffer_info()[0],
@@ -89,7 +58,7 @@ def collapse_alignment(
         centre=centre.data_ptr(),
         factors=factors.data_ptr(),
         loss=loss.data_ptr(),
-        sums_dtype=sums.dtype,
+        sums_dtype=dtype_code(sums.dtype),
         rows=len(labels),
         columns=sums.shape[1],
         classes=len(sums),
@@ -98,17 +67,17 @@ def collapse_alignment(
 
 
 def collapse_alignment_backward(
-    grad_loss: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor,
-    sums: torch.Tensor,
-    counts: torch.Tensor,
-    centre: torch.Tensor,
-    factors: torch.Tensor,
+    grad_loss: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    centre: Tensor,
+    factors: Tensor,
     features_dtype: torch.dtype,
     needs_weight: bool,
     needs_features: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """`ops.collapse_alignment_backward` in compiled code."""
     weight, labels = _with_contiguous_rows(weight), labels.contiguous()
     sums, counts, centre, factors = (t.contiguous() for t in (sums, counts, centre, factors))
@@ -119,19 +88,19 @@ def collapse_alignment_backward(
         _run_collapse(
             "collapse_alignment_backward",
             weight.device,
-            features_dtype=features_dtype,
+            features_dtype=dtype_code(features_dtype),
             labels=labels.data_ptr(),
             weight=weight.data_ptr(),
             weight_stride=weight.stride(0),
-            weight_dtype=weight.dtype,
+            weight_dtype=dtype_code(weight.dtype),
             sums=sums.data_ptr(),
             counts=counts.data_ptr(),
             centre=centre.data_ptr(),
             factors=factors.data_ptr(),
-            sums_dtype=sums.dtype,
+            sums_dtype=dtype_code(sums.dtype),
             grad_loss=grad_loss.data_ptr(),
             grad_weight=grad_weight.data_ptr() if needs_weight else 0,
-            # No rows have no address either, and nothing to compute.
+            # An empty tensor has address 0 too, and nothing to compute.
             grad_features=grad_features.data_ptr() if needs_features else 0,
             rows=len(labels),
             columns=sums.shape[1],
@@ -140,21 +109,16 @@ def collapse_alignment_backward(
     return grad_weight, grad_features
 
 
-def _with_contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix, or a copy of it where the elements of a row do not lie side by side."""
+def _with_contiguous_rows(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy if a row's elements do not lie side by side."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def _run_collapse(op: str, device: torch.device, **fields: int | torch.dtype) -> None:
-    """Calls the compiled `op`; a field that it does not read may be left out."""
+def _run_collapse(op: str, device: torch.device, **fields: int) -> None:
+    """Calls the compiled `op`; `fields` may leave out those it does not read."""
     extension = loaded()
-    params = array("q", _NO_FIELDS)
-    for name, value in fields.items():
-        if isinstance(value, torch.dtype):
-            value = dtype_code(extension, value)
-        params[_PLACE_OF[name]] = value
-    params[_PLACE_OF["level"]] = cpu_level()
-    params[_PLACE_OF["num_workers"]] = torch.get_num_threads()
+    common = {"level": cpu_level(), "num_workers": torch.get_num_threads()}
+    params = written("CollapseParams", **fields, **common)
     address = params.buffer_info()[0]
     if device.type == "cpu":
         size = extension.collapse_workspace_bytes(params=address)

@@ -1,8 +1,8 @@
 """The compiled extension `fastdean._C`: whether it is there, how it was built, what it refuses.
 
-It is in one of three states. *available*; *missing*, which is normal (installed with
-FASTDEAN_NATIVE=OFF, or run from a source tree); *broken*, when it is there and cannot be used:
-then every use raises, because falling back would hide a damaged install.
+It is in one of three states: *available*; *missing*, which is normal (installed with
+FASTDEAN_NATIVE=OFF, or run from a source tree); *broken*, there but not usable. Then every use
+raises, because falling back would hide a damaged install.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Literal
 
 import torch
 
+from fastdean.native import structs
 from fastdean.wording.mendable import StateError
 
 # The number in csrc/fastdean.h that this package was written for.
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 _DTYPE_CODES = {
     torch.float16: "DTYPE_FLOAT16",
@@ -32,10 +33,10 @@ _REINSTALL = "reinstall fastdean, or set FASTDEAN_IMPL=reference to do without t
 
 @dataclass(frozen=True)
 class CpuLevels:
-    """The instruction sets that an operation, its backward included, was compiled for, ascending.
+    """The instruction sets that an operation and its backward were compiled for, ascending.
 
-    `in_use` is the one that this processor takes; with AVX512-BF16 or AMX-BF16, what is
-    not bf16 takes AVX512.
+    This processor runs `in_use`. With AVX512-BF16 or AMX-BF16 that is for bf16 alone; other dtypes
+    run AVX512.
     """
 
     op: str
@@ -47,8 +48,7 @@ class CpuLevels:
 class BuildFacts:
     """How the extension was compiled.
 
-    `cuda`, `architectures` and `cuda_sources` (files of csrc/, each with its SHA-256) are empty
-    without CUDA.
+    Without CUDA, `cuda`, `architectures` and `cuda_sources` (file of csrc/, SHA-256) are empty.
     """
 
     compiler: str
@@ -73,19 +73,21 @@ def _load() -> tuple[ModuleType | None, NativeStatus]:
     name = "fastdean._C"
     try:
         extension = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            reason = "this install has no compiled extension"
-            return None, NativeStatus("missing", reason, None)
-        return None, NativeStatus("broken", f"importing {name} failed: {error}", None)
-    except Exception as error:  # whatever a damaged binary raises is the reason we report
-        return None, NativeStatus("broken", f"importing {name} failed: {error}", None)
+    except Exception as error:  # a damaged binary may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return None, NativeStatus("missing", "this install has no compiled extension", None)
+        return None, _broken(f"importing {name} failed: {error}")
 
     abi = getattr(extension, "ABI_VERSION", None)
     if abi != ABI_VERSION:
-        reason = f"{name} has ABI number {abi} and this fastdean needs {ABI_VERSION}"
-        return None, NativeStatus("broken", reason, None)
+        return None, _broken(f"{name} has ABI number {abi} and this fastdean needs {ABI_VERSION}")
+    if difference := structs.difference(extension.STRUCTS):
+        return None, _broken(f"{name} was compiled from another csrc/fastdean.h: {difference}")
     return extension, NativeStatus("available", "", _build_of(extension))
+
+
+def _broken(reason: str) -> NativeStatus:
+    return NativeStatus("broken", reason, None)
 
 
 def _build_of(extension: ModuleType) -> BuildFacts:
@@ -100,13 +102,11 @@ def _build_of(extension: ModuleType) -> BuildFacts:
             ),
             CpuLevels("collapse_alignment", extension.COLLAPSE_LEVELS, extension.COLLAPSE_LEVEL),
         ),
-        cuda_sources=tuple(_name_and_digest(each) for each in extension.CUDA_SOURCES.split()),
+        cuda_sources=tuple(
+            (name, digest)
+            for name, digest in (each.split("=") for each in extension.CUDA_SOURCES.split())
+        ),
     )
-
-
-def _name_and_digest(source: str) -> tuple[str, str]:
-    name, digest = source.split("=")
-    return name, digest
 
 
 def status() -> NativeStatus:
@@ -158,6 +158,6 @@ def loaded() -> ModuleType:
     return extension
 
 
-def dtype_code(extension: ModuleType, dtype: torch.dtype) -> int:
-    """The `DType` of csrc/fastdean.h; `extension` is what `loaded` returned."""
-    return getattr(extension, _DTYPE_CODES[dtype])
+def dtype_code(dtype: torch.dtype) -> int:
+    """The `DType` of csrc/fastdean.h."""
+    return getattr(loaded(), _DTYPE_CODES[dtype])

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fastdean.native.autograd import increment_versions
 from fastdean.native.extension import loaded
-from fastdean.native.places import Places, layout
+from fastdean.native.places import Places, offsets_of
 
 
-def gather_at(
-    tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def gather_at(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     """`ops.gather_at` in compiled code; arguments and errors as for `zero_at_`."""
     if not tensors:
         return []
     counts = [index.numel() for index in indices]
-    offsets, size = layout(counts, [tensor.element_size() for tensor in tensors])
+    offsets, size = offsets_of(counts, [tensor.element_size() for tensor in tensors])
     out = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
     values = [out.data_ptr() + offset for offset in offsets]
-    _run_on_places("gather_at", Places(tensors, indices, addresses=[values]))
+    _run_on_places("gather_at", Places(tensors, indices, values_at=values))
     return [
         out[offset : offset + count * tensor.element_size()].view(tensor.dtype)
         for tensor, offset, count in zip(tensors, offsets, counts, strict=True)
@@ -29,9 +28,7 @@ def gather_at(
 
 
 def write_at_(
-    tensors: Sequence[torch.Tensor],
-    indices: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
+    tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
 ) -> None:
     """`ops.write_at_` in compiled code; arguments and errors as for `zero_at_`."""
     if tensors:
@@ -39,7 +36,7 @@ def write_at_(
         increment_versions(tensors)
 
 
-def zero_at_(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> None:
+def zero_at_(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
     """`ops.zero_at_` in compiled code: one call, and on CUDA one launch, per device.
 
     The arguments have passed the checks of `ops.zero_at_`; all tensors lie on one device.

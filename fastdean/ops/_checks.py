@@ -1,27 +1,22 @@
-"""The checks that stand before every operation, and their messages."""
+"""The checks of a mask operation's arguments, and their messages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from fastdean.native.structs import MAX_RANK
 from fastdean.ops import memory
 from fastdean.wording.mendable import InputTypeError
-
-# What the compiled operations can address; csrc/fastdean.h has the same number.
-MAX_RANK = 8
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_edited_places(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> None:
-    """Checks the arguments that every mask operation takes.
+def check_edited_places(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+    """Checks the tensors and indices of a mask operation; see `mask.zero_at_`.
 
-    Args:
-        tensors: floating-point tensors, any strides, not on the meta device.
-        indices: one int64 [M] per tensor, row-major, strictly ascending, within the tensor; on the
-            CPU or on the tensor's device.
     Raises: TypeError or ValueError, naming the position of the offender.
     """
     if len(tensors) != len(indices):
@@ -37,33 +32,23 @@ def check_edited_places(tensors: Sequence[torch.Tensor], indices: Sequence[torch
             _check_places(index, tensor, f"indices[{position}]")
 
 
-def check_writable(tensors: Sequence[torch.Tensor]) -> None:
-    """Checks that the tensors can be written in place.
-
-    Raises: ValueError for a tensor whose elements share memory with each other, that lies in
-        read-only memory, or that was made in inference mode and is to be written outside of it,
-        unseen by autograd.
-    """
+def check_writable(tensors: Sequence[Tensor]) -> None:
+    """Raises: ValueError for a tensor that cannot be written in place; see `memory.write_fault`."""
     for position, tensor in enumerate(tensors):
         memory.check_written(f"tensors[{position}]", tensor)
 
 
 def check_values(
-    tensors: Sequence[torch.Tensor],
-    indices: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
+    tensors: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
 ) -> None:
-    """Checks that `values` holds, per tensor, one value of its dtype per index.
-
-    Raises: TypeError or ValueError, naming the position of the offender.
-    """
+    """Raises: TypeError or ValueError unless `values` has, per tensor, a value per index."""
     if len(values) != len(tensors):
         raise ValueError(
             f"values must have one entry per tensor, got {len(values)} for {len(tensors)} tensors"
         )
     for position, (tensor, index, value) in enumerate(zip(tensors, indices, values, strict=True)):
         name = f"values[{position}]"
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, Tensor):
             raise InputTypeError(
                 f"{name} must be a torch.Tensor, got {type(value).__name__}; make it with "
                 "torch.tensor"
@@ -81,8 +66,8 @@ def check_values(
             )
 
 
-def _check_tensor(tensor: torch.Tensor, name: str) -> None:
-    if not isinstance(tensor, torch.Tensor):
+def _check_tensor(tensor: Tensor, name: str) -> None:
+    if not isinstance(tensor, Tensor):
         raise InputTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     memory.check_memory(name, tensor)
     if tensor.is_neg():
@@ -99,8 +84,8 @@ def _check_tensor(tensor: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name} must have at most {MAX_RANK} dimensions, got {tensor.dim()}")
 
 
-def _check_index(index: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
-    if not isinstance(index, torch.Tensor):
+def _check_index(index: Tensor, tensor: Tensor, name: str) -> None:
+    if not isinstance(index, Tensor):
         raise InputTypeError(f"{name} must be a torch.Tensor, got {type(index).__name__}")
     if index.dtype != torch.int64 or index.dim() != 1:
         raise ValueError(
@@ -115,8 +100,8 @@ def _check_index(index: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
     memory.check_memory(name, index)
 
 
-def _all_ascend_within(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> bool:
-    """Whether no index is out of order or range: of all at once, as most calls are in order."""
+def _all_ascend_within(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> bool:
+    """Whether every index is in order and in range, checked at once for all tensors."""
     pairs = [(t, i) for t, i in zip(tensors, indices, strict=True) if i.numel()]
     if not pairs:
         return True
@@ -131,7 +116,7 @@ def _all_ascend_within(tensors: Sequence[torch.Tensor], indices: Sequence[torch.
     return bool(ascends.all()) and bool((first >= 0).all()) and bool((last < sizes).all())
 
 
-def _check_places(index: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+def _check_places(index: Tensor, tensor: Tensor, name: str) -> None:
     if index.numel() == 0:
         return
     if bool((index[1:] <= index[:-1]).any()):

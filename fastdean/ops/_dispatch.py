@@ -10,6 +10,7 @@ such implementation falls back, and `explain` says so; one that has it and canno
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 
-from fastdean.ops import checked
+from fastdean import kernels, native
+from fastdean.ops import checked, reference
 from fastdean.wording.mendable import StateError
 
 IMPLEMENTATIONS = ("reference", "triton", "native")
@@ -32,7 +34,7 @@ _KIND_OF_KERNEL = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs: the callable, its implementation's name, and why it was taken."""
+    """The callable that runs, its implementation's name, and why that one."""
 
     callable: Callable[..., Any]
     name: str
@@ -51,34 +53,16 @@ class Explanation:
 
 @dataclass(frozen=True)
 class _Implementation:
+    """Both functions answer "" where there is nothing against it."""
+
     name: str
-    load: Callable[[str], Callable[..., Any]]
-    refuses: Callable[[torch.device, torch.dtype | None], str]
-    declines: Callable[[str, torch.device], str]
+    refuses: Callable[[torch.device, torch.dtype | None], str] = lambda device, dtype: ""
+    declines: Callable[[str, torch.device], str] = lambda op, device: ""
 
-
-def _load_reference(op: str) -> Callable[..., Any]:
-    from fastdean.ops import reference
-
-    return getattr(reference, op)
-
-
-def _load_triton(op: str) -> Callable[..., Any]:
-    import importlib
-
-    return getattr(importlib.import_module(_TRITON_HOME[op]), op)
-
-
-def _load_native(op: str) -> Callable[..., Any]:
-    from fastdean import native
-
-    return getattr(native, op)
-
-
-def _native_refuses(device: torch.device, dtype: torch.dtype | None) -> str:
-    from fastdean import native
-
-    return native.refusal(device)
+    def load(self, op: str) -> Callable[..., Any]:
+        if self.name == "triton":
+            return getattr(importlib.import_module(_TRITON_HOME[op]), op)
+        return getattr({"reference": reference, "native": native}[self.name], op)
 
 
 def _native_accumulation_refuses(device: torch.device, dtype: torch.dtype | None) -> str:
@@ -86,45 +70,26 @@ def _native_accumulation_refuses(device: torch.device, dtype: torch.dtype | None
         return f"the compiled accumulation runs on the CPU, not on {device.type}"
     if dtype == torch.float64:
         return "the compiled accumulation takes fp32, bf16 and fp16, not torch.float64"
-    return _native_refuses(device, dtype)
-
-
-def _triton_refuses(device: torch.device, dtype: torch.dtype | None) -> str:
-    from fastdean import kernels
-
-    return kernels.refusal(device, dtype)
-
-
-def _refuses_nothing(device: torch.device, dtype: torch.dtype | None) -> str:
-    return ""
-
-
-def _declines_nothing(op: str, device: torch.device) -> str:
-    return ""
+    return native.refusal(device)
 
 
 def _slow_on_a_cpu(op: str, device: torch.device) -> str:
     return "interpreted kernels are slow; ask for it by name" if device.type == "cpu" else ""
 
 
-def _unchecked_on_cuda(op: str, device: torch.device) -> str:
+def _unchecked(op: str, device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     objection = checked.objection(op, "native", device)
     return objection and f"{objection}; ask for it by name"
 
 
-_REFERENCE = _Implementation(
-    "reference", _load_reference, refuses=_refuses_nothing, declines=_declines_nothing
+_REFERENCE = _Implementation("reference")
+_TRITON = _Implementation(
+    "triton", lambda device, dtype: kernels.refusal(device, dtype), _slow_on_a_cpu
 )
-_TRITON = _Implementation("triton", _load_triton, refuses=_triton_refuses, declines=_slow_on_a_cpu)
-_NATIVE = _Implementation(
-    "native", _load_native, refuses=_native_refuses, declines=_unchecked_on_cuda
-)
-
-_NATIVE_ON_CPU = _Implementation(
-    "native", _load_native, refuses=_native_accumulation_refuses, declines=_declines_nothing
-)
+_NATIVE = _Implementation("native", lambda device, dtype: native.refusal(device), _unchecked)
+_NATIVE_ON_CPU = _Implementation("native", _native_accumulation_refuses)
 
 _TRITON_HOME = {
     "accumulate_importance_": "fastdean.kernels.importance",
@@ -186,10 +151,14 @@ def _select(
     if not preferred:
         return _first_able(op, device, dtype)
     _check_name(preferred, ENVIRONMENT_VARIABLE)
-    if any(entry.name == preferred for entry in _TABLE[op]):
+    if _entry(op, preferred):
         return _named(op, device, dtype, preferred, f"{ENVIRONMENT_VARIABLE}={preferred}")
     fallback, _ = _first_able(op, device, dtype)
-    return fallback, f"{ENVIRONMENT_VARIABLE}={preferred}, but {_absence(op, preferred)}"
+    return fallback, f"{ENVIRONMENT_VARIABLE}={preferred}, but {_absence_message(op, preferred)}"
+
+
+def _entry(op: str, impl: str | None) -> _Implementation | None:
+    return next((entry for entry in _TABLE[op] if entry.name == impl), None)
 
 
 def _check_name(impl: str, argument: str) -> None:
@@ -200,34 +169,33 @@ def _check_name(impl: str, argument: str) -> None:
         )
 
 
-def _absence(op: str, impl: str) -> str:
+def _absence_message(op: str, impl: str) -> str:
     return f"there is no {_KIND_OF_KERNEL[impl]} for {op} in this version"
 
 
 def _named(
     op: str, device: torch.device, dtype: torch.dtype | None, impl: str, asked_by: str
 ) -> tuple[_Implementation, str]:
-    for entry in _TABLE[op]:
-        if entry.name != impl:
-            continue
-        refusal = entry.refuses(device, dtype)
-        if refusal:
-            raise StateError(
-                f"{asked_by} must be able to run {op} on {device.type}, got a refusal: {refusal}; "
-                "leave it out to let the device decide"
-            )
-        return entry, f"asked for by {asked_by}"
-    available = ", ".join(entry.name for entry in _TABLE[op])
-    raise StateError(
-        f"{asked_by} must name an implementation that exists, got {impl!r}: "
-        f"{_absence(op, impl)}; use one of {available}"
-    )
+    entry = _entry(op, impl)
+    if entry is None:
+        available = ", ".join(each.name for each in _TABLE[op])
+        raise StateError(
+            f"{asked_by} must name an implementation that exists, got {impl!r}: "
+            f"{_absence_message(op, impl)}; use one of {available}"
+        )
+    refusal = entry.refuses(device, dtype)
+    if refusal:
+        raise StateError(
+            f"{asked_by} must be able to run {op} on {device.type}, got a refusal: {refusal}; "
+            "leave it out to let the device decide"
+        )
+    return entry, f"asked for by {asked_by}"
 
 
 def _first_able(
     op: str, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[_Implementation, str]:
-    passed_over = []
+    passed_over: list[str] = []
     for entry in _TABLE[op]:
         objection = entry.refuses(device, dtype) or entry.declines(op, device)
         if not objection:
@@ -247,19 +215,19 @@ def _explain(op: str, device: torch.device) -> Explanation:
 
 
 def _why_not(op: str, device: torch.device, impl: str) -> str:
-    entry = next((entry for entry in _TABLE[op] if entry.name == impl), None)
+    entry = _entry(op, impl)
     if entry is None:
-        return _absence(op, impl)
+        return _absence_message(op, impl)
     try:
-        return entry.refuses(device, None) or entry.declines(op, device) or _outranked(op)
+        return entry.refuses(device, None) or entry.declines(op, device) or _outranked_message(op)
     except RuntimeError as error:
         return str(error)
 
 
-def _outranked(op: str) -> str:
+def _outranked_message(op: str) -> str:
     """Why an implementation of `op` that could run does not."""
     asked = os.environ.get(ENVIRONMENT_VARIABLE)
-    falls_back = asked in IMPLEMENTATIONS and all(entry.name != asked for entry in _TABLE[op])
+    falls_back = asked in IMPLEMENTATIONS and not _entry(op, asked)
     if not asked or falls_back:
         return "another one is preferred"
     return f"{ENVIRONMENT_VARIABLE}={asked} asks for another one"

@@ -1,17 +1,17 @@
-"""The CUDA forms that have passed their check on hardware: the record that dispatch asks.
+"""Which CUDA forms have passed their check on a GPU: the record that the dispatch reads.
 
 A form is an operation's implementation on CUDA. `checked_forms.json`, beside this file, has an
-entry for each that passed: on which GPU, with which versions, and the digest of its sources. Those
-that changed since have not passed. A compiled form's sources are what the installed extension was
-compiled from, of which it carries the digests; a Triton form's are the installed files.
+entry for each form that passed: the GPU, the versions, and the digest of its sources. A form whose
+sources have changed since has not passed. The extension carries the digests of the sources it was
+compiled from; a Triton form's sources are the installed files.
 
 On a machine with a GPU, after the check has passed:
 
     python -m fastdean.ops.checked --out FILE --passed OP:IMPL [OP:IMPL ...] \
         [--slower OP:IMPL=FIGURE ...]
 
-FILE has the form of `checked_forms.json` and may take its place: a new one begins with what that
-holds. `--rehearse` needs no GPU; nothing believes what it writes.
+A new FILE begins with the entries of `checked_forms.json` and may replace it. `--rehearse` needs no
+GPU; its entries count for nothing.
 """
 
 from __future__ import annotations
@@ -31,32 +31,25 @@ from pathlib import Path
 
 import torch
 
+from fastdean import native
+from fastdean.files.atomic import write_json_atomic
 from fastdean.wording.mendable import StateError
 
 FILE = Path(__file__).with_name("checked_forms.json")
 _FORMAT = 1
 
 _KERNELS = Path(__file__).parent.parent / "kernels"
+_WEIGHTS = ("__init__.py", "importance.py", "settings.py", "token_blocks.py")
 _MASK = ("fastdean.h", "mask_cuda.cu")
 _COLLAPSE = ("collapse_cuda.cu", "fastdean.h")
 
-# (operation, implementation) -> what it is made of: files of csrc/, or of fastdean/kernels/.
+# (operation, implementation) -> its sources: files of csrc/, or of fastdean/kernels/.
 SOURCES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("accumulate_importance_", "triton"): (
-        "__init__.py",
-        "importance.py",
-        "schedule.py",
-        "settings.py",
-    ),
-    ("accumulate_expert_importance_", "triton"): (
-        "__init__.py",
-        "importance.py",
-        "schedule.py",
-        "settings.py",
-    ),
+    ("accumulate_importance_", "triton"): _WEIGHTS,
+    ("accumulate_expert_importance_", "triton"): _WEIGHTS,
     ("accumulate_unit_importance_", "triton"): (
         "__init__.py",
-        "schedule.py",
+        "token_blocks.py",
         "unit_importance.py",
     ),
     ("select_top", "triton"): ("__init__.py", "selection.py"),
@@ -81,7 +74,7 @@ class Entry:
         date: of the check, YYYY-MM-DD.
         preferred: False if the reference was faster.
         figure: how much slower than the reference the form was; "" if it is preferred.
-        rehearsal: written without a check; proves nothing.
+        rehearsal: written without a check; counts for nothing.
     """
 
     op: str
@@ -97,19 +90,19 @@ class Entry:
 
 
 def digest(op: str, impl: str) -> str:
-    """SHA-256 over the names and contents of the sources that the installed form is made of.
+    """SHA-256 over the names and contents of the installed form's sources.
 
-    Raises: ValueError for a form that there is not; RuntimeError if it is not in this install.
+    Raises: ValueError for an unknown form; RuntimeError if this install does not have it.
     """
     _check_form(op, impl)
-    made_of = dict(_compiled_sources()) if impl == "native" else _kernel_sources(op, impl)
+    sources = dict(_compiled_sources()) if impl == "native" else _kernel_sources(op, impl)
     names = SOURCES[op, impl]
-    if not made_of.keys() >= set(names):
+    if not sources.keys() >= set(names):
         raise StateError(
             f"{op}:{impl} must be in this install to have a digest, got an extension without CUDA; "
             "build it with FASTDEAN_CUDA=ON"
         )
-    lines = "".join(f"{name} {made_of[name]}\n" for name in names)
+    lines = "".join(f"{name} {sources[name]}\n" for name in names)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -131,8 +124,8 @@ def entry(op: str, impl: str, *, figure: str = "", rehearsal: bool = False) -> E
     Args:
         op, impl: a key of `SOURCES`.
         figure: how much slower than the reference it was, in words; "" if it is to be preferred.
-        rehearsal: what a machine without a GPU or without the form cannot tell is left None.
-    Raises: ValueError for a form that there is not; RuntimeError without a CUDA device or the form.
+        rehearsal: a field that needs a GPU or the form is None where there is none.
+    Raises: ValueError for an unknown form; RuntimeError without a CUDA device or the form.
     """
     _check_form(op, impl)
     on_gpu = torch.cuda.is_available()
@@ -142,17 +135,17 @@ def entry(op: str, impl: str, *, figure: str = "", rehearsal: bool = False) -> E
             "--rehearse writes one that nothing believes"
         )
     try:
-        made_of = digest(op, impl)
+        its_digest = digest(op, impl)
     except RuntimeError:
         if not rehearsal:
             raise
-        made_of = None
+        its_digest = None
     return Entry(
         op=op,
         impl=impl,
         capability=_words(torch.cuda.get_device_capability()) if on_gpu else None,
         device=torch.cuda.get_device_name() if on_gpu else None,
-        digest=made_of,
+        digest=its_digest,
         versions=_versions(impl),
         date=datetime.now(UTC).date().isoformat(),
         preferred=not figure,
@@ -164,12 +157,10 @@ def entry(op: str, impl: str, *, figure: str = "", rehearsal: bool = False) -> E
 def write(path: str | PathLike, entries: Iterable[Entry]) -> None:
     """Add entries to the record at `path`, which need not exist.
 
-    An entry takes the place of the same form's on the same compute capability. A rehearsal takes
-    the place of rehearsals alone, and goes when its form has passed.
+    An entry replaces the same form's on the same compute capability. A rehearsal replaces only
+    rehearsals, and goes when its form has passed.
     Raises: ValueError if there is a file that is not a record.
     """
-    from fastdean.files.atomic import write_json_atomic
-
     path = Path(path)
     known = {}
     for each in (*(read(path) if path.exists() else ()), *entries):
@@ -180,7 +171,7 @@ def write(path: str | PathLike, entries: Iterable[Entry]) -> None:
 
 
 def objection(op: str, impl: str, device: torch.device) -> str:
-    """Why a form is not to be preferred on a CUDA device, by the record; "" if it is.
+    """Why the record does not prefer a form on a CUDA device; "" if it does.
 
     Creates no CUDA context: the GPU is asked for its compute capability only where torch has one.
     """
@@ -188,34 +179,34 @@ def objection(op: str, impl: str, device: torch.device) -> str:
     if why:
         return why
     if not torch.cuda.is_initialized():
-        return _slower(found[-1]) if all(not each.preferred for each in found) else ""
+        return _slower_message(found[-1]) if all(not each.preferred for each in found) else ""
     here = _words(torch.cuda.get_device_capability(device))
-    fitting = [each for each in found if _major(each.capability) == _major(here)]
+    fitting = [each for each in found if _major(str(each.capability)) == _major(here)]
     if not fitting:
-        where = ", ".join(sorted({each.capability for each in found}))
+        where = ", ".join(sorted({str(each.capability) for each in found}))
         return f"its check passed on compute capability {where}, and this GPU has {here}"
     exact = [each for each in fitting if each.capability == here]
     best = max(exact or fitting, key=lambda each: each.date)
-    return "" if best.preferred else _slower(best)
+    return "" if best.preferred else _slower_message(best)
 
 
 def described(op: str, impl: str) -> str:
-    """What the record of this install says of a form, for `fastdean info`; never raises."""
+    """The record's entries of a form in words, for `fastdean info`; never raises."""
     found, why = _of_these_sources(op, impl)
-    return why or "; ".join(_passed(each) for each in found)
+    return why or "; ".join(_passed_message(each) for each in found)
 
 
 def _of_these_sources(op: str, impl: str) -> tuple[list[Entry], str]:
-    """The entries that hold for what is installed; where there are none, why."""
+    """The entries that hold for this install; if there are none, why."""
     return _held_against(_compiled_sources(), op, impl, FILE)
 
 
-# Asked with every call of an operation.
+# Cached because every call of an operation asks.
 @functools.cache
 def _held_against(
     compiled: tuple[tuple[str, str], ...], op: str, impl: str, path: Path
 ) -> tuple[list[Entry], str]:
-    """`_of_these_sources` of the record at `path` and an extension made of `compiled`."""
+    """`_of_these_sources` for the record at `path` and an extension compiled from `compiled`."""
     try:
         entries = read(path)
     except ValueError as error:
@@ -236,11 +227,11 @@ def _held_against(
     return current, ""
 
 
-def _slower(found: Entry) -> str:
+def _slower_message(found: Entry) -> str:
     return f"its check passed, and it was slower than the reference: {found.figure}"
 
 
-def _passed(found: Entry) -> str:
+def _passed_message(found: Entry) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     slower = f"; slower than the reference: {found.figure}" if not found.preferred else ""
     where = f"compute capability {found.capability} ({found.device})"
@@ -256,9 +247,7 @@ def _check_form(op: str, impl: str) -> None:
 
 
 def _compiled_sources() -> tuple[tuple[str, str], ...]:
-    """What the CUDA part of the extension was compiled from: files of csrc/ with their SHA-256."""
-    from fastdean import native
-
+    """Files of csrc/ that the extension's CUDA part was compiled from, with their SHA-256."""
     build = native.status().build
     return build.cuda_sources if build else ()
 
@@ -272,8 +261,6 @@ def _kernel_sources(op: str, impl: str) -> dict[str, str]:
 
 
 def _versions(impl: str) -> dict[str, str]:
-    from fastdean import native
-
     build = native.status().build
     compiled_by = build.cuda if impl == "native" and build else torch.version.cuda
     found = {"torch": torch.__version__, "cuda": compiled_by, "triton": _version_of("triton")}

@@ -3,8 +3,8 @@
 With mu_c the mean of the features labelled c, mu_bar the unweighted mean of mu_c over the classes
 seen, and m_c = mu_c - mu_bar, the loss is a statistic of cos_c = cos(w_c, m_c).
 
-The operation is functional: the state's sums and counts come in, new ones go out, and its analytic
-backward is an operation of its own. With s_c the derivative of the statistic by cos_c:
+The operation takes the state's sums and counts and returns new ones. Its analytic backward is an
+operation of its own. With s_c the derivative of the statistic by cos_c:
 
     dL/dw_c  = s_c (m_c / (|w_c| |m_c|) - cos_c w_c / |w_c|^2)
     dL/dm_c  = s_c (w_c / (|w_c| |m_c|) - cos_c m_c / |m_c|^2)
@@ -13,9 +13,9 @@ backward is an operation of its own. With s_c the derivative of the statistic by
 
 The forward returns the three factors of each class, so that the backward is one pass over the rows.
 
-Compiled code on a CPU has a second way to the same bits, for plain calls: no operation that torch
-knows by name, whose bookkeeping takes longer than a small problem does, and sums and counts that
-take the batch in where they lie, if the caller alone holds their memory.
+On a CPU, plain calls of compiled code take a shorter way to the same bits: without torch's custom
+operation, whose bookkeeping takes longer than a small problem, and with the batch added to sums and
+counts in place if the caller alone holds their memory.
 
 Source: collapsed language models promote fairness (arXiv 2410.04472), (U)NC3.
 """
@@ -106,24 +106,29 @@ def collapse_alignment_step(
     *,
     donated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """`collapse_alignment`, which may return `sums` and `counts` themselves where they are donated.
+    """`collapse_alignment`, which may add the batch to donated `sums` and `counts` in place.
 
-    The batch has joined them in place then. A call that raises leaves them as they are.
+    It then returns these. A call that raises leaves them unchanged.
 
     Args:
-        donated: the caller holds `sums` and `counts` alone, and does without what they hold now.
+        donated: the caller alone holds `sums` and `counts`, and does not need their values again.
     Returns:
-        (loss, sums, counts, alone): `alone` if nobody but the caller has the returned sums and
+        (loss, sums, counts, alone): `alone` if nobody but the caller holds the returned sums and
             counts; the graph of the loss has tensors of its own with their memory.
     """
-    _check_arguments(features, labels, weight, sums, counts, decay, statistic)
-    given = features, labels, weight, sums, counts
-    if nobody_looks_on(*given):
+    given = {"features": features, "labels": labels, "weight": weight}
+    given |= {"sums": sums, "counts": counts}
+    _check_tensors(given)
+    _check_settings(decay, statistic)
+    if nobody_looks_on(*given.values()):
         chosen = choose("collapse_alignment", features.device, impl, features.dtype)
         if chosen.name == "native" and features.device.type == "cpu":
-            results = _plain_step(*given, float(decay), statistic, chosen.callable, donated)
+            run = chosen.callable
+            results = _plain_step(
+                features, labels, weight, sums, counts, float(decay), statistic, run, donated
+            )
             return *results, True
-    loss, sums, counts, _, _ = _forward(*given, float(decay), statistic, impl)
+    loss, sums, counts, _, _ = _forward(*given.values(), float(decay), statistic, impl)
     return loss, sums, counts, False
 
 
@@ -139,14 +144,7 @@ def _plain_step(
     donated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, sums, counts) by compiled code on the CPU; the arguments have passed their checks."""
-    for name, tensor in (
-        ("features", features),
-        ("labels", labels),
-        ("weight", weight),
-        ("sums", sums),
-        ("counts", counts),
-    ):
-        check_memory(name, tensor)
+    _check_memory(features=features, labels=labels, weight=weight, sums=sums, counts=counts)
     # A graph keeps no tensor that was made in inference mode.
     in_place = donated and not any(
         each.is_inference() or not each.is_contiguous() for each in (sums, counts)
@@ -158,14 +156,16 @@ def _plain_step(
                 features, labels, weight, sums, counts, decay, statistic, in_place=in_place
             )
         except IndexError:
-            # Compiled code looks at every label anyway; this finds the one to name.
+            # Compiled code checks every label; this finds the one to name.
             _check_labels(labels, len(sums))
             raise
 
     if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
         results: list[Tensor] = []
-        return _PlainStep.apply(features, labels, weight, run, results), *results
-    return run()[:3]
+        loss = _PlainStep.apply(features, labels, weight, run, results)
+        return loss, results[0], results[1]
+    loss, new_sums, new_counts, _, _ = run()
+    return loss, new_sums, new_counts
 
 
 class _PlainStep(torch.autograd.Function):
@@ -182,7 +182,7 @@ class _PlainStep(torch.autograd.Function):
     ) -> Tensor:
         loss, sums, counts, centre, factors = run()
         results += sums, counts
-        # Tensors of the graph's own: they tell that it holds the memory until it has been used.
+        # Tensors of the graph's own, so that others see that it holds the memory.
         kept = sums.detach(), counts.detach()
         ctx.save_for_backward(labels, weight, *kept, centre, factors)
         ctx.set_materialize_grads(False)
@@ -191,30 +191,29 @@ class _PlainStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs_features, _, needs_weight = ctx.needs_input_grad[:3]
         if grad_loss is None:
             return (None,) * 5
         saved = ctx.saved_tensors
-        # With gradients enabled the operation has to say that there are no second derivatives.
+        run: Callable[..., tuple[Tensor, Tensor]] = collapse_alignment_backward
+        impl: tuple[str, ...] = ("native",)
+        # With gradients enabled, torch's operation must refuse second derivatives.
         if nobody_looks_on(grad_loss, *saved) and not torch.is_grad_enabled():
             labels, weight = saved[:2]
-            # What the caller holds too; the rest is the graph's own.
-            check_memory("labels", labels)
-            check_memory("weight", weight)
-            chosen = choose("collapse_alignment_backward", weight.device, "native")
-            run, impl = chosen.callable, ()
-        else:
-            run, impl = collapse_alignment_backward, ("native",)
-        grad_weight, grad_features = run(
-            grad_loss, *saved, ctx.features_dtype, needs_weight, needs_features, *impl
-        )
-        return (
-            grad_features if needs_features else None,
-            None,
-            grad_weight if needs_weight else None,
-            None,
-            None,
-        )
+            # The caller holds these too; the rest is the graph's own.
+            _check_memory(labels=labels, weight=weight)
+            run, impl = choose("collapse_alignment_backward", weight.device, "native").callable, ()
+        return *_gradients(ctx, grad_loss, run, *impl), None, None
+
+
+def _gradients(
+    ctx: Any, grad_loss: Tensor, run: Callable[..., tuple[Tensor, Tensor]], *impl: str | None
+) -> tuple[Tensor | None, None, Tensor | None]:
+    """For features, labels and weight."""
+    needs_features, _, needs_weight = ctx.needs_input_grad[:3]
+    grad_weight, grad_features = run(
+        grad_loss, *ctx.saved_tensors, ctx.features_dtype, needs_weight, needs_features, *impl
+    )
+    return grad_features if needs_features else None, None, grad_weight if needs_weight else None
 
 
 @torch.library.custom_op(
@@ -234,25 +233,22 @@ def _forward(
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, sums [K, D], counts [K], centre [D], factors [3, K]), all but counts in one dtype."""
-    # Whoever calls the operation by its name in torch.ops comes here directly.
-    _check_arguments(features, labels, weight, sums, counts, decay, statistic)
-    # Here alone: a compiled graph knows neither memory nor values.
-    _check_memory(features=features, labels=labels, weight=weight, sums=sums, counts=counts)
+    # A call through torch.ops comes here directly.
+    given = {"features": features, "labels": labels, "weight": weight}
+    given |= {"sums": sums, "counts": counts}
+    _check_tensors(given)
+    _check_settings(decay, statistic)
+    # Only here, because a compiled graph has neither memory nor values.
+    check_surroundings()
+    _check_memory(**given)
     _check_labels(labels, len(sums))
     run = choose("collapse_alignment", features.device, impl, features.dtype).callable
-    return run(features, labels, weight, sums, counts, decay, statistic)
+    return run(**given, decay=decay, statistic=statistic)
 
 
 @_forward.register_fake
 def _forward_shapes(
-    features: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    decay: float,
-    statistic: str,
-    impl: str | None,
+    features: Tensor, labels: Tensor, weight: Tensor, sums: Tensor, counts: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_devices(features=features, labels=labels, weight=weight, sums=sums, counts=counts)
     num_classes, num_features = sums.shape
@@ -292,31 +288,18 @@ def collapse_alignment_backward(
         sums, counts, centre, factors: what the forward returned.
         features_dtype: of the features, and so of their gradient.
     """
-    _check_backward(
-        grad_loss, labels, weight, sums, counts, centre, factors, features_dtype=features_dtype
-    )
-    _check_memory(
-        grad_loss=grad_loss,
-        labels=labels,
-        weight=weight,
-        sums=sums,
-        counts=counts,
-        centre=centre,
-        factors=factors,
-    )
+    given = {"labels": labels, "weight": weight, "sums": sums, "counts": counts}
+    given |= {"grad_loss": grad_loss, "centre": centre, "factors": factors}
+    _check_tensors(given, features_dtype)
+    check_surroundings()
+    _check_memory(**given)
     _check_labels(labels, len(sums))
     run = choose("collapse_alignment_backward", weight.device, impl, features_dtype).callable
     return run(
-        grad_loss,
-        labels,
-        weight,
-        sums,
-        counts,
-        centre,
-        factors,
-        features_dtype,
-        needs_weight,
-        needs_features,
+        **given,
+        features_dtype=features_dtype,
+        needs_weight=needs_weight,
+        needs_features=needs_features,
     )
 
 
@@ -338,10 +321,7 @@ def _backward_shapes(
     num_classes, num_features = sums.shape
     weight_shape = (num_classes, num_features) if needs_weight else (0,)
     features_shape = (labels.shape[0], num_features) if needs_features else (0,)
-    return (
-        weight.new_empty(weight_shape),
-        weight.new_empty(features_shape, dtype=features_dtype),
-    )
+    return weight.new_empty(weight_shape), weight.new_empty(features_shape, dtype=features_dtype)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -355,54 +335,15 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    needs_features, _, needs_weight = ctx.needs_input_grad[:3]
     if grad_loss is None:
         return (None,) * 8
-    grad_weight, grad_features = collapse_alignment_backward(
-        grad_loss,
-        *ctx.saved_tensors,
-        ctx.features_dtype,
-        needs_weight,
-        needs_features,
-        ctx.impl,
-    )
-    return (
-        grad_features if needs_features else None,
-        None,
-        grad_weight if needs_weight else None,
-        *(None,) * 5,
-    )
+    return *_gradients(ctx, grad_loss, collapse_alignment_backward, ctx.impl), *(None,) * 5
 
 
 _forward.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
-def _check_arguments(
-    features: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    decay: float,
-    statistic: str,
-) -> None:
-    given = {"features": features, "labels": labels, "weight": weight, "sums": sums}
-    given["counts"] = counts
-    for name, value in given.items():
-        check_tensor(name, value)
-    if features.dim() != 2:
-        raise ValueError(
-            f"features must be [N, D], got {list(features.shape)}; flatten batch and time first"
-        )
-    _check_sums(sums)
-    if sums.shape[1] != features.shape[1]:
-        raise ValueError(
-            f"features must have the {list(sums.shape)[-1]} columns of the state's sums, "
-            f"got {list(features.shape)}; make the state for these features"
-        )
-    _check_of_classes(labels, weight, sums, counts, features.shape[0])
-    _check_dtypes(features.dtype, weight, sums)
-    _check_devices(**given)
+def _check_settings(decay: float, statistic: str) -> None:
     if statistic not in STATISTICS:
         raise ValueError(
             f"statistic must be one of {', '.join(STATISTICS)}, got {statistic!r}; "
@@ -412,58 +353,36 @@ def _check_arguments(
         raise ValueError(f"decay must be from 0 to 1, got {decay}; 1 forgets nothing")
 
 
-def _check_backward(
-    grad_loss: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    sums: Tensor,
-    counts: Tensor,
-    centre: Tensor,
-    factors: Tensor,
-    *,
-    features_dtype: torch.dtype,
-) -> None:
-    returned = {"grad_loss": grad_loss, "centre": centre, "factors": factors}
-    given = {"labels": labels, "weight": weight, "sums": sums, "counts": counts, **returned}
+def _check_tensors(given: dict[str, Tensor], features_dtype: torch.dtype | None = None) -> None:
+    """Types, shapes, dtypes and devices of what the operation or its backward gets.
+
+    Args:
+        given: by name; the backward has no features, but `features_dtype`.
+    """
     for name, value in given.items():
         check_tensor(name, value)
-    _check_sums(sums)
-    if labels.dim() != 1:
-        raise ValueError(f"labels must be int64 [N], got {list(labels.shape)}; flatten them")
-    _check_of_classes(labels, weight, sums, counts, labels.shape[0])
-    num_classes, num_features = sums.shape
-    shapes = ((), (num_features,), (3, num_classes))
-    for (name, value), shape in zip(returned.items(), shapes, strict=True):
-        if value.shape != shape or value.dtype != sums.dtype:
-            raise ValueError(
-                f"{name} must be {sums.dtype} {list(shape)}, got {value.dtype} "
-                f"{list(value.shape)}; pass what the forward returned"
-            )
-    _check_dtypes(features_dtype, weight, sums)
-    _check_devices(**given)
-
-
-def _check_memory(**arguments: Tensor) -> None:
-    check_surroundings()
-    for name, tensor in arguments.items():
-        check_memory(name, tensor)
-
-
-def _check_sums(sums: Tensor) -> None:
+    labels, weight, sums, counts = (given[n] for n in ("labels", "weight", "sums", "counts"))
+    features = given.get("features")
+    if features is not None and features.dim() != 2:
+        raise ValueError(
+            f"features must be [N, D], got {list(features.shape)}; flatten batch and time first"
+        )
     if sums.dim() != 2 or sums.numel() == 0:
         raise ValueError(
             f"sums must have at least one class and one feature, got {list(sums.shape)}; "
             "make them with fastdean.CollapseState"
         )
-
-
-def _check_of_classes(
-    labels: Tensor, weight: Tensor, sums: Tensor, counts: Tensor, number: int
-) -> None:
-    if labels.shape != (number,) or labels.dtype != torch.int64:
+    num_classes, num_features = sums.shape
+    if features is not None and features.shape[1] != num_features:
         raise ValueError(
-            f"labels must be int64 [{number}], a class or -1 for each row of features, "
-            f"got {labels.dtype} {list(labels.shape)}"
+            f"features must have the {num_features} columns of the state's sums, "
+            f"got {list(features.shape)}; make the state for these features"
+        )
+    one_each = labels.dim() == 1 and (features is None or len(labels) == len(features))
+    if not one_each or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 [{'N' if features is None else len(features)}], a class or -1 "
+            f"for each row of features, got {labels.dtype} {list(labels.shape)}"
         )
     if weight.shape != sums.shape:
         raise ValueError(
@@ -472,9 +391,24 @@ def _check_of_classes(
         )
     if counts.shape != sums.shape[:1] or counts.dtype != torch.float64:
         raise ValueError(
-            f"counts must be torch.float64 [{sums.shape[0]}], got {counts.dtype} "
+            f"counts must be torch.float64 [{num_classes}], got {counts.dtype} "
             f"{list(counts.shape)}; they are whole numbers only until they decay"
         )
+    shapes = {"grad_loss": (), "centre": (num_features,), "factors": (3, num_classes)}
+    for name, shape in shapes.items():
+        kept = given.get(name)
+        if kept is not None and (kept.shape != shape or kept.dtype != sums.dtype):
+            raise ValueError(
+                f"{name} must be {sums.dtype} {list(shape)}, got {kept.dtype} "
+                f"{list(kept.shape)}; pass what the forward returned"
+            )
+    _check_dtypes(features_dtype if features is None else features.dtype, weight, sums)
+    _check_devices(**given)
+
+
+def _check_memory(**given: Tensor) -> None:
+    for name, tensor in given.items():
+        check_memory(name, tensor)
 
 
 def _check_devices(**arguments: Tensor) -> None:
@@ -486,7 +420,7 @@ def _check_devices(**arguments: Tensor) -> None:
         )
 
 
-def _check_dtypes(features: torch.dtype, weight: Tensor, sums: Tensor) -> None:
+def _check_dtypes(features: torch.dtype | None, weight: Tensor, sums: Tensor) -> None:
     if features == weight.dtype == sums.dtype == torch.float64:
         return
     if features not in _HALVES or weight.dtype not in _HALVES or sums.dtype != torch.float32:

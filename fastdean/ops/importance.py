@@ -1,7 +1,7 @@
 """Importance accumulation: the sum over examples of per-example absolute gradients.
 
-Three ops (a weight, the stacked weights of experts, units), all without any [B, R, C] temporary and
-without a gradient kept per example: the loop over examples lies inside the op.
+Three ops (a weight, the stacked weights of experts, units). The loop over examples is inside the
+op, so no [B, R, C] tensor and no gradient per example is stored.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def accumulate_importance_(
         DEAN (arXiv 2410.16672), importance E_s |W_ij * dL(s)/dW_ij|; |W_ij| is multiplied once,
         later.
     """
-    _check_inputs(x, g, segments)
+    _check_pair(x, g)
+    _check_segments(segments, x)
     _check_accumulator(acc, (g.shape[1], x.shape[1]), x, g, segments)
     choose("accumulate_importance_", x.device, impl, x.dtype).callable(acc, x, g, segments)
     return acc
@@ -79,8 +80,8 @@ def accumulate_expert_importance_(
         g: [N, R] gradients of the loss with respect to their outputs (routing weight included);
             dtype of `x`.
         segments: int64 [S, 2], rows (start, end) of one example's tokens at one expert, 0 <= start
-            <= end <= N; on the CPU, or on the device of `x`, where routing made them: then they are
-            not checked, so that nothing waits for the device, and must not overlap.
+            <= end <= N; on the CPU or on the device of `x`. There they are not checked, so that
+            nothing waits for the device, and must not overlap.
         experts: int64 [S], ascending, 0..E-1, the expert of each segment; where `segments` are.
         impl: None (by device), "reference" or "triton".
     Returns:
@@ -93,7 +94,7 @@ def accumulate_expert_importance_(
     check_tensor("acc", acc)
     if acc.dim() != 3:
         raise ValueError(f"acc must be [E, R, C], got {list(acc.shape)}; stack the experts")
-    _check_segments(segments, x, ("cpu", x.device.type))
+    _check_segments(segments, x, on_device=True)
     _check_experts(experts, segments, acc.shape[0])
     shape = (acc.shape[0], g.shape[1], x.shape[1])
     _check_accumulator(acc, shape, x, g, segments, experts)
@@ -122,7 +123,8 @@ def accumulate_unit_importance_(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit together.
     """
-    _check_inputs(a, g, segments)
+    _check_pair(a, g)
+    _check_segments(segments, a)
     if a.shape[1] != g.shape[1]:
         raise ValueError(
             f"g must have as many columns as a ({a.shape[1]}), got {g.shape[1]}; "
@@ -132,11 +134,6 @@ def accumulate_unit_importance_(
     op = choose("accumulate_unit_importance_", a.device, impl, a.dtype)
     op.callable(acc, a, g, segments)
     return acc
-
-
-def _check_inputs(x: Tensor, g: Tensor, segments: Tensor) -> None:
-    _check_pair(x, g)
-    _check_segments(segments, x, ("cpu",))
 
 
 def _check_pair(x: Tensor, g: Tensor) -> None:
@@ -161,8 +158,9 @@ def _check_pair(x: Tensor, g: Tensor) -> None:
     check_memory("g", g)
 
 
-def _check_segments(segments: Tensor, x: Tensor, places: tuple[str, ...]) -> None:
-    where = "the CPU" if places == ("cpu",) else "the CPU or the inputs' device"
+def _check_segments(segments: Tensor, x: Tensor, *, on_device: bool = False) -> None:
+    """`on_device`: they may lie on the inputs' device."""
+    where = "the CPU or the inputs' device" if on_device else "the CPU"
     if not isinstance(segments, Tensor):
         raise InputTypeError(
             f"segments must be a tensor, int64 [B, 2] on {where}, "
@@ -172,7 +170,7 @@ def _check_segments(segments: Tensor, x: Tensor, places: tuple[str, ...]) -> Non
         segments.dim() != 2
         or segments.shape[1] != 2
         or segments.dtype != torch.int64
-        or segments.device.type not in places
+        or segments.device.type not in ("cpu", x.device.type if on_device else "cpu")
     ):
         raise ValueError(
             f"segments must be int64 [B, 2] on {where}, "
@@ -234,5 +232,5 @@ def _check_accumulator(
         )
     check_memory("acc", acc)
     check_written("acc", acc)
-    read = [("the inputs", x), ("g", g), ("segments", segments)]
-    check_apart("acc", acc, read if experts is None else [*read, ("experts", experts)])
+    read = {"the inputs": x, "g": g, "segments": segments, "experts": experts}
+    check_apart("acc", acc, read)

@@ -1,25 +1,24 @@
 """Reading and writing single entries of weights, addressed by flat index.
 
-An index is logical: it counts the elements in row-major order of the tensor's shape, whatever the
-strides are, so the same indices mean the same weights in a transposed or sliced view. Tensors may
-be parameters that require grad; writes are recorded in autograd's version counters and nowhere
-else in autograd. Nothing is written if any argument fails its check.
+An index counts a tensor's elements in row-major order of its shape, whatever its strides: the same
+indices mean the same weights in a transposed or sliced view. Tensors may be parameters that require
+grad; autograd sees writes in its version counters only. If any argument fails its check, nothing is
+written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdean.ops import _checks, _dispatch
 
 
 def zero_at_(
-    tensors: Sequence[torch.Tensor],
-    indices: Sequence[torch.Tensor],
-    *,
-    impl: str | None = None,
+    tensors: Sequence[Tensor], indices: Sequence[Tensor], *, impl: str | None = None
 ) -> None:
     """Sets the addressed entries to zero, in place.
 
@@ -42,11 +41,8 @@ def zero_at_(
 
 
 def gather_at(
-    tensors: Sequence[torch.Tensor],
-    indices: Sequence[torch.Tensor],
-    *,
-    impl: str | None = None,
-) -> list[torch.Tensor]:
+    tensors: Sequence[Tensor], indices: Sequence[Tensor], *, impl: str | None = None
+) -> list[Tensor]:
     """Copies of the addressed entries: one [M] per tensor, in its dtype and on its device.
 
     Equivalent to: `[t.reshape(-1)[i] for t, i in zip(tensors, indices)]`, detached.
@@ -56,16 +52,16 @@ def gather_at(
     Raises: as `zero_at_`.
     """
     _checks.check_edited_places(tensors, indices)
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, Tensor] = {}
     for positions, values in _on_every_device("gather_at", impl, tensors, indices):
         found.update(zip(positions, values, strict=True))
     return [found[position] for position in range(len(tensors))]
 
 
 def write_at_(
-    tensors: Sequence[torch.Tensor],
-    indices: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
+    tensors: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
     *,
     impl: str | None = None,
 ) -> None:
@@ -85,7 +81,7 @@ def write_at_(
     _on_every_device("write_at_", impl, tensors, indices, values)
 
 
-def _by_device(tensors: Sequence[torch.Tensor]) -> dict[torch.device, list[int]]:
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
     """Device -> positions of its tensors."""
     groups: dict[torch.device, list[int]] = {}
     for position, tensor in enumerate(tensors):
@@ -94,11 +90,11 @@ def _by_device(tensors: Sequence[torch.Tensor]) -> dict[torch.device, list[int]]
 
 
 def _on_every_device(
-    op: str, impl: str | None, *arguments: Sequence[torch.Tensor]
-) -> list[tuple[list[int], list[torch.Tensor] | None]]:
+    op: str, impl: str | None, *arguments: Sequence[Tensor]
+) -> list[tuple[list[int], Any]]:
     """Runs `op` once per device of the first argument: (positions, what it returned) of each."""
     groups = _by_device(arguments[0])
-    # Every device's choice before the first write: a choice may raise.
+    # Choose for every device before the first write, because a choice may raise.
     chosen: Mapping[torch.device, Callable] = {
         device: _dispatch.choose(op, device, impl).callable for device in groups
     }

@@ -1,9 +1,9 @@
-"""Whether a tensor's values lie where an operation will look for them.
+"""Whether a tensor's values lie in memory that an operation can read and write.
 
-A kernel follows an address and strides, and torch's own do too: memory that is not there ends the
-process. What is asked here is cheap and reads no value. It cannot know of memory that another
-thread or library frees or unmaps meanwhile, nor of a page that cannot be written inside a tensor
-whose first one can; NumPy's read-only arrays on the heap are ordinary memory.
+A kernel, torch's own too, follows an address and strides: missing memory ends the process. These
+checks are cheap and read no value. They cannot see memory that another thread or library frees
+meanwhile, nor a read-only page after a tensor's first one; NumPy's read-only arrays on the heap are
+ordinary memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import errno
 import functools
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class Fault(NamedTuple):
-    """What is wrong with a tensor: it must `expected`, got `got`, and what to do about it."""
+    """Why a tensor is refused: it must `expected`, got `got`; `advice` says what to do."""
 
     kind: type[Exception]
     expected: str
@@ -47,23 +47,23 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
-    """Raises: TypeError or ValueError unless the tensor's values lie in memory, at its strides."""
+    """Raises: TypeError or ValueError for a tensor with a `memory_fault`."""
     fault = memory_fault(tensor)
     if fault is not None:
         raise fault.error(name)
 
 
 def check_written(name: str, tensor: Tensor) -> None:
-    """Raises: ValueError unless a tensor that passed `check_memory` can be written in place."""
+    """Raises: ValueError for a tensor with a `write_fault`."""
     fault = write_fault(tensor)
     if fault is not None:
         raise fault.error(name)
 
 
-def check_apart(name: str, written: Tensor, others: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises: ValueError if what is written shares an element's memory with what is read."""
-    for other_name, other in others:
-        if _share_memory(written, other):
+def check_apart(name: str, written: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """Raises: ValueError if `written` shares an element's memory with one of `others`."""
+    for other_name, other in others.items():
+        if other is not None and _share_memory(written, other):
             raise ValueError(
                 f"{name} must share no memory with {other_name}, got views of the same elements; "
                 "clone one of them"
@@ -71,9 +71,9 @@ def check_apart(name: str, written: Tensor, others: Iterable[tuple[str, Tensor]]
 
 
 def check_surroundings() -> None:
-    """Raises: RuntimeError where tensors that are made now would hold no values themselves.
+    """Raises: RuntimeError where new tensors hold no values.
 
-    So it is inside a FakeTensorMode and inside some transforms of `torch.func`.
+    That is inside a FakeTensorMode and inside some transforms of `torch.func`.
     """
     made = torch.empty(1, dtype=torch.uint8, device="cpu")
     if type(made) is not Tensor or memory_fault(made) is not None:
@@ -85,7 +85,7 @@ def check_surroundings() -> None:
 
 def memory_fault(tensor: Tensor) -> Fault | None:
     """Why the tensor's elements cannot be read at its address and strides; None if they can."""
-    # Before every operation, so in as few questions as can be.
+    # Runs before every operation, so it asks as little as possible.
     if type(tensor) not in _PLAIN and _computes_elsewhere(type(tensor)):
         return Fault(
             TypeError,
@@ -94,7 +94,7 @@ def memory_fault(tensor: Tensor) -> Fault | None:
             "pass the local tensor that it wraps",
         )
     if not (tensor.is_cpu or tensor.is_cuda):
-        # Of other devices torch itself runs every operation.
+        # On other devices torch runs every operation.
         return _meta_fault(tensor)
     if tensor.is_nested:
         return _layout_fault("nested")
@@ -103,7 +103,7 @@ def memory_fault(tensor: Tensor) -> Fault | None:
     except (NotImplementedError, RuntimeError, ValueError):
         if tensor.layout is not torch.strided:
             return _layout_fault(tensor.layout)
-        return _without_memory("one without a storage, as inside a transform of torch.func")
+        return _without_memory_fault("one without a storage, as inside a transform of torch.func")
     count = tensor.numel()
     if count == 0:
         return None
@@ -111,20 +111,20 @@ def memory_fault(tensor: Tensor) -> Fault | None:
         count = 1
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
             if stride < 0:
-                return _without_memory("one of a negative stride")
+                return _without_memory_fault("one of a negative stride")
             count += (size - 1) * stride
     needed = (tensor.storage_offset() + count) * tensor.itemsize
     if needed > available:
-        return _without_memory(
+        return _without_memory_fault(
             f"one that needs {needed} bytes of a storage of {available}, freed or cut short"
         )
     if tensor.data_ptr() == 0:
-        return _without_memory("one without an address, as inside a transform of torch.func")
+        return _without_memory_fault("one without an address, as inside a transform of torch.func")
     return None
 
 
 def _computes_elsewhere(kind: type[Tensor]) -> bool:
-    """Whether a subclass of tensors answers torch's operations by itself, whatever its memory."""
+    """Whether a subclass of tensors implements torch's operations itself."""
     return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
@@ -145,7 +145,7 @@ def _layout_fault(layout: object) -> Fault:
     )
 
 
-def _without_memory(got: str) -> Fault:
+def _without_memory_fault(got: str) -> Fault:
     return Fault(
         ValueError,
         "hold its values in memory",
@@ -155,10 +155,10 @@ def _without_memory(got: str) -> Fault:
 
 
 def write_fault(tensor: Tensor) -> Fault | None:
-    """Why a tensor that has no `memory_fault` cannot be written in place; None if it can.
+    """Why a tensor without a `memory_fault` cannot be written in place; None if it can.
 
-    For one whose elements share memory with each other, which torch negates on reading, that was
-    made in inference mode and is to be written outside of it, or whose memory is read-only.
+    Its elements share memory, torch negates it on reading, its memory is read-only, or it was made
+    in inference mode and this call is outside of it.
     """
     expected, advice = "be a tensor that can be written in place", ""
     if tensor.is_neg():
@@ -194,7 +194,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
         span += (size - 1) * stride
     else:
         return False
-    # Strides that interleave may still give every element a place of its own; few tensors do.
+    # Interleaved strides, which are rare, may still give every element its own place.
     reach = 1 + sum((size - 1) * stride for stride, size in dims)
     if reach < tensor.numel():
         return True
@@ -207,20 +207,20 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     (a_start, a_end), (b_start, b_end) = _span(a), _span(b)
     if a_end <= b_start or b_end <= a_start:
         return False
-    # Columns of one buffer lie between each other without sharing an element; few tensors do.
+    # Columns of one buffer, which are rare, interleave without sharing an element.
     a_bytes, b_bytes = _bytes(a, a_start), _bytes(b, a_start)
     return bool(torch.isin(a_bytes, b_bytes).any())
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The first address of the elements, and the one behind the last."""
+    """The address of the first element, and the one after the last."""
     start = tensor.data_ptr()
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return start, start + (1 + sum((n - 1) * s for n, s in sizes)) * tensor.itemsize
 
 
 def _elements(tensor: Tensor) -> Tensor:
-    """How many elements after the first each one lies in memory: int64 [numel], on the CPU."""
+    """The offset of each element from the first, in elements: int64 [numel], on the CPU."""
     found = torch.zeros(1, dtype=torch.int64, device="cpu")
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         steps = torch.arange(size, dtype=torch.int64, device="cpu") * stride
@@ -229,14 +229,14 @@ def _elements(tensor: Tensor) -> Tensor:
 
 
 def _bytes(tensor: Tensor, origin: int) -> Tensor:
-    """How many bytes after `origin` each byte of the elements lies: int64, on the CPU."""
+    """The offset of each byte of the elements from `origin`: int64, on the CPU."""
     width = torch.arange(tensor.itemsize, dtype=torch.int64, device="cpu")
     return (
         tensor.data_ptr() - origin + _elements(tensor)[:, None] * tensor.itemsize + width
     ).flatten()
 
 
-# Linux, by processor: the number of the system call `futex`.
+# The number of Linux's system call `futex`, by processor.
 _FUTEX = {"x86_64": 202, "aarch64": 98}
 _WAKE_OP_PRIVATE = 5 | 128
 _OR_WITH_NOTHING = 2 << 28
@@ -263,9 +263,9 @@ def _probe() -> Callable[[int], bool]:
 
 
 def _is_writable(address: int) -> bool:
-    """Whether the page there can be written; True where the system has no way to tell.
+    """Whether the page there can be written; True where the system cannot tell.
 
-    The kernel joins the word there with 0, atomically, which changes nothing whoever else uses it;
-    where it cannot it says so. Where a write of ours could not, the process would end.
+    A write to a read-only page would end the process. So the kernel does it: an atomic OR of the
+    word with 0, which changes nothing and returns an error where it cannot write.
     """
     return _probe()(address)

@@ -1,6 +1,6 @@
 """Whether a call is one of plain torch, and whether memory has a single holder.
 
-Both decide between ways to the same values: what is not known for certain is taken to be no.
+Both choose between two ways to the same values. Where they are not certain they answer False.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def nobody_looks_on(*tensors: Tensor) -> bool:
-    """Whether nothing stands between a call and the values of `tensors`.
+    """Whether a call on `tensors` is one of plain torch.
 
-    Nothing does outside of compilers, tracers, modes, transforms and forward-mode differentiation,
-    for tensors that are of no subclass: there is no one who would have to see an operation by its
-    name, or who could keep what it makes.
+    That is a call outside of compilers, tracers, modes, transforms and forward-mode
+    differentiation, on tensors of no subclass: nothing has to see an operation by its name, or
+    could keep its results.
     """
-    # The compiler first: it cannot trace the other questions.
+    # The compiler first, because it cannot trace the other questions.
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
@@ -36,19 +36,19 @@ def nobody_looks_on(*tensors: Tensor) -> bool:
 def held_alone(*tensors: Tensor) -> bool:
     """Whether no other tensor, graph, storage object or process shares the memory of `tensors`.
 
-    Python's references to these very tensors are not counted: the caller knows them.
+    Python's references to these tensors do not count; the caller knows them.
     """
     if not hasattr(torch._C, "_storage_Use_Count"):
         return False
-    # One that nobody else can have: how often it counts itself differs between versions of torch.
+    # Compared with a tensor that nobody else has: versions of torch count it differently.
     alone = _holders(torch.empty(1, device="cpu"))
     return all(_holders(each) == alone for each in tensors)
 
 
 def _holders(tensor: Tensor) -> tuple[int, int, int, bool]:
-    """How many hold the tensor, its storage, and the Python object of the storage.
+    """Holders of the tensor, of its storage and of the storage's Python object.
 
-    And whether other processes may hold the memory, who are not counted.
+    And whether other processes, which are not counted, may hold the memory.
     """
     storage = tensor.untyped_storage()
     return (

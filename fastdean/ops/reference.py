@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-
-from fastdean.ops.selection import importance
+from torch import Tensor
 
 # What the collapse-alignment loss means at its edges; csrc/fastdean.h has the same numbers.
 CV_EPSILON = 1e-3
@@ -20,7 +19,7 @@ CENTRED_ROUNDING = 8.0
 
 # A decorator and no block: an interrupt as a block ends would leave autograd off.
 @torch.no_grad()
-def zero_at_(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> None:
+def zero_at_(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
     """See `ops.zero_at_`."""
     # All before the first write: an index may be a view of what is written.
     places = [_coordinates(t, i) for t, i in zip(tensors, indices, strict=True)]
@@ -29,9 +28,7 @@ def zero_at_(tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -
 
 
 @torch.no_grad()
-def gather_at(
-    tensors: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def gather_at(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     """See `ops.gather_at`."""
     return [
         _at_least_1d(tensor)[_coordinates(tensor, index)]
@@ -41,9 +38,9 @@ def gather_at(
 
 @torch.no_grad()
 def write_at_(
-    tensors: Sequence[torch.Tensor],
-    indices: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
+    tensors: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
 ) -> None:
     """See `ops.write_at_`."""
     # All before the first write: indices and values may be views of what is written.
@@ -53,17 +50,17 @@ def write_at_(
         _at_least_1d(tensor).index_put_(coordinates, value)
 
 
-def _at_least_1d(tensor: torch.Tensor) -> torch.Tensor:
+def _at_least_1d(tensor: Tensor) -> Tensor:
     # A scalar has one element, index 0, and no coordinate to address it by.
     return tensor.unsqueeze(0) if tensor.dim() == 0 else tensor
 
 
-def _coordinates(tensor: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _coordinates(tensor: Tensor, index: Tensor) -> tuple[Tensor, ...]:
     """Row-major flat indices [M] as one coordinate [M] per dimension: right for any strides."""
     return torch.unravel_index(index.to(tensor.device), tensor.shape or (1,))
 
 
-def _block_height(x: torch.Tensor) -> int:
+def _block_height(x: Tensor) -> int:
     """Rows of the product to compute at a time."""
     # On a CPU a block stays in a core's cache between the product, the absolute value and the add.
     # Elsewhere many small blocks would wait for their launches: whole matrices, up to the memory
@@ -73,9 +70,7 @@ def _block_height(x: torch.Tensor) -> int:
 
 
 @torch.no_grad()
-def accumulate_importance_(
-    acc: torch.Tensor, x: torch.Tensor, g: torch.Tensor, segments: torch.Tensor
-) -> None:
+def accumulate_importance_(acc: Tensor, x: Tensor, g: Tensor, segments: Tensor) -> None:
     """See `ops.accumulate_importance_`."""
     x, g = _at_least_fp32(x), _at_least_fp32(g)
     height = _block_height(x)
@@ -91,11 +86,11 @@ def accumulate_importance_(
 
 @torch.no_grad()
 def accumulate_expert_importance_(
-    acc: torch.Tensor,
-    x: torch.Tensor,
-    g: torch.Tensor,
-    segments: torch.Tensor,
-    experts: torch.Tensor,
+    acc: Tensor,
+    x: Tensor,
+    g: Tensor,
+    segments: Tensor,
+    experts: Tensor,
 ) -> None:
     """See `ops.accumulate_expert_importance_`."""
     for expert in experts.unique_consecutive().tolist():
@@ -125,18 +120,31 @@ def _full_fp32_products() -> Iterator[None]:
 
 
 @torch.no_grad()
-def accumulate_unit_importance_(
-    acc: torch.Tensor, a: torch.Tensor, g: torch.Tensor, segments: torch.Tensor
-) -> None:
+def accumulate_unit_importance_(acc: Tensor, a: Tensor, g: Tensor, segments: Tensor) -> None:
     """See `ops.accumulate_unit_importance_`."""
     products = _at_least_fp32(a) * _at_least_fp32(g)
     for start, end in segments.tolist():
         acc += products[start:end].sum(0).abs_()
 
 
-def select_top(
-    sums: torch.Tensor, weight: torch.Tensor | None, num_examples: int, k: int
-) -> torch.Tensor:
+def importance(sums: Tensor, weight: Tensor | None, num_examples: int) -> Tensor:
+    """Importance from its stored parts: sums * |weight| / n, every step in fp32.
+
+    Args:
+        sums: fp32, any shape.
+        weight: floating, shape of `sums`; None for units, whose importance is sums / n.
+        num_examples: n, at least 1.
+    Returns:
+        fp32, shape of `sums`.
+    """
+    # Divided by a tensor: by a number torch multiplies with its rounded inverse on a GPU.
+    divisor = sums.new_full((), num_examples)
+    if weight is None:
+        return sums / divisor
+    return (sums * weight.detach().to(sums.device).float().abs()).div_(divisor)
+
+
+def select_top(sums: Tensor, weight: Tensor | None, num_examples: int, k: int) -> Tensor:
     """See `ops.select_top`."""
     value = importance(sums, weight, num_examples).flatten()
     if not value.isfinite().all():
@@ -155,19 +163,19 @@ def select_top(
     return torch.cat([above, ties]).sort().values
 
 
-def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+def _at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def collapse_alignment(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor,
-    sums: torch.Tensor,
-    counts: torch.Tensor,
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    counts: Tensor,
     decay: float,
     statistic: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `ops.collapse_alignment`. Autograd of the loss is right too, for whoever calls this."""
     num_classes = len(sums)
     known = (labels >= 0) & (labels < num_classes)
@@ -207,13 +215,13 @@ def collapse_alignment(
 
 
 def _join_batch(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    known: torch.Tensor,
-    sums: torch.Tensor,
-    counts: torch.Tensor,
+    features: Tensor,
+    labels: Tensor,
+    known: Tensor,
+    sums: Tensor,
+    counts: Tensor,
     decay: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The state's sums and counts, decayed, plus those of the batch's labelled rows."""
     num_classes = len(sums)
     if features.device.type == "cpu":
@@ -244,14 +252,12 @@ def _join_batch(
     return sums, counts
 
 
-def _class_means(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def _class_means(sums: Tensor, counts: Tensor) -> Tensor:
     """[K, D]; 0 for a class not seen."""
     return sums / torch.where(counts > 0, counts, 1).to(sums.dtype).unsqueeze(1)
 
 
-def _statistic(
-    cosines: torch.Tensor, seen: torch.Tensor, statistic: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _statistic(cosines: Tensor, seen: Tensor, statistic: str) -> tuple[Tensor, Tensor]:
     """The statistic of the seen classes' cosines, and its derivative by each, [K]."""
     number = seen.sum()
     mean = torch.where(seen, cosines, 0).sum() / number.clamp(min=1)
@@ -272,17 +278,17 @@ def _statistic(
 
 @torch.no_grad()
 def collapse_alignment_backward(
-    grad_loss: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor,
-    sums: torch.Tensor,
-    counts: torch.Tensor,
-    centre: torch.Tensor,
-    factors: torch.Tensor,
+    grad_loss: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    centre: Tensor,
+    factors: Tensor,
     features_dtype: torch.dtype,
     needs_weight: bool,
     needs_features: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """See `ops.collapse_alignment_backward`."""
     # A weight's row of a class not seen is not looked at, like its cosine.
     seen = (counts > 0).unsqueeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,23 +13,6 @@ from fastdean.ops.memory import check_memory, check_surroundings, check_tensor
 from fastdean.wording.mendable import InputTypeError
 
 
-def importance(sums: Tensor, weight: Tensor | None, num_examples: int) -> Tensor:
-    """Importance from its stored parts: sums * |weight| / n, every step in fp32.
-
-    Args:
-        sums: fp32, any shape.
-        weight: floating, shape of `sums`; None for units, whose importance is sums / n.
-        num_examples: n, at least 1.
-    Returns:
-        fp32, shape of `sums`.
-    """
-    # Divided by a tensor: by a number torch multiplies with its rounded inverse on a GPU.
-    divisor = sums.new_full((), num_examples)
-    if weight is None:
-        return sums / divisor
-    return (sums * weight.detach().to(sums.device).float().abs()).div_(divisor)
-
-
 def select_top(
     sums: Tensor, weight: Tensor | None, num_examples: int, k: int, *, impl: str | None = None
 ) -> Tensor:
@@ -36,7 +20,7 @@ def select_top(
 
     Equivalent to, for finite input:
 
-        value = importance(sums, weight, num_examples).flatten()
+        value = reference.importance(sums, weight, num_examples).flatten()
         order = value.argsort(descending=True, stable=True)
         (order[value[order] > 0][:k]).sort().values
 
@@ -44,7 +28,7 @@ def select_top(
     Ties go to the lowest flat index.
 
     Args:
-        sums, weight, num_examples: see `importance`.
+        sums, weight, num_examples: see `reference.importance`.
         k: how many at most; 0 gives an empty result.
         impl: None (by device), "reference" or "triton".
     Returns:
@@ -65,10 +49,10 @@ def select_top(
 
 def _check_matrix(sums: Tensor, weight: Tensor | None) -> None:
     check_surroundings()
-    for name, tensor in (("sums", sums), ("weight", weight)):
-        if tensor is not None or name == "sums":
-            check_tensor(name, tensor)
-            check_memory(name, tensor)
+    given = {"sums": sums} if weight is None else {"sums": sums, "weight": weight}
+    for name, tensor in given.items():
+        check_tensor(name, tensor)
+        check_memory(name, tensor)
     if sums.dtype != torch.float32:
         raise InputTypeError(f"sums must be torch.float32, got {sums.dtype}; accumulate in fp32")
     if weight is not None and not weight.is_floating_point():
@@ -82,8 +66,8 @@ def _check_matrix(sums: Tensor, weight: Tensor | None) -> None:
         )
 
 
-def _integer(name: str, value: object) -> int:
-    """NumPy's integers too; a tensor would reach a kernel as a pointer."""
+def _integer(name: str, value: Any) -> int:
+    """Takes NumPy's integers too, but no tensor, which would reach a kernel as a pointer."""
     if isinstance(value, bool | Tensor) or not hasattr(type(value), "__index__"):
         raise InputTypeError(f"{name} must be an integer, got {type(value).__name__}; use int()")
     return operator.index(value)

@@ -76,7 +76,7 @@ struct Tensor {
   int64_t shift;  // bytes before the first element, for a tensor that is not aligned
   int64_t width;
   std::vector<int64_t> offsets;
-  Bytes memory, values, expected;
+  Bytes memory, values;
 
   Tensor(DType dtype, const Layout& layout, int64_t count, int64_t shift)
       : dtype(dtype),
@@ -92,19 +92,17 @@ struct Tensor {
     const int64_t last = offsets.empty() ? -1 : *std::max_element(offsets.begin(), offsets.end());
     memory = random_bytes(shift + (last + 1) * width);
     values = random_bytes(shift + count * width);
-    expected = random_bytes(shift + count * width);
   }
 
   int64_t count() const { return static_cast<int64_t>(indices.size()); }
   char* place(int64_t i) { return memory.data() + shift + offsets[indices[i]] * width; }
   char* value(int64_t i) { return values.data() + shift + i * width; }
 
-  PlacesRow row(bool with_values, bool with_expected) {
+  PlacesRow row(bool with_values) {
     PlacesRow row{};
     row.data = reinterpret_cast<int64_t>(memory.data() + shift);
     row.indices = reinterpret_cast<int64_t>(indices.data());
     if (with_values) row.values = reinterpret_cast<int64_t>(values.data() + shift);
-    if (with_expected) row.expected = reinterpret_cast<int64_t>(expected.data() + shift);
     row.count = count();
     row.numel = static_cast<int64_t>(offsets.size());
     row.dtype = static_cast<int64_t>(dtype);
@@ -126,9 +124,9 @@ struct Table {
     return all;
   }
 
-  std::vector<PlacesRow> rows(bool with_values, bool with_expected) {
+  std::vector<PlacesRow> rows(bool with_values) {
     std::vector<PlacesRow> all;
-    for (Tensor& tensor : tensors) all.push_back(tensor.row(with_values, with_expected));
+    for (Tensor& tensor : tensors) all.push_back(tensor.row(with_values));
     return all;
   }
 };
@@ -167,24 +165,24 @@ Bytes gathered(Tensor& tensor) {
 
 void check_gather_write_zero(Table table, int64_t workers, const std::string& where) {
   const auto before = table.memories();
-  auto rows = table.rows(true, false);
+  auto rows = table.rows(true);
   expect(gather_at_cpu(params_of(rows, workers)) == Status::kOk, where + ": gather_at refused");
   expect(table.memories() == before, where + ": gather_at wrote to the tensors");
   for (Tensor& tensor : table.tensors) {
     const Bytes right = gathered(tensor);
-    expect(std::equal(right.begin() + tensor.shift, right.end(),
-                      tensor.values.begin() + tensor.shift),
-           where + ": gather_at found other values");
+    expect(
+        std::equal(right.begin() + tensor.shift, right.end(), tensor.values.begin() + tensor.shift),
+        where + ": gather_at found other values");
     tensor.values = random_bytes(static_cast<int64_t>(tensor.values.size()));
   }
 
   const auto after_write = written(table);
-  rows = table.rows(true, false);
+  rows = table.rows(true);
   expect(write_at_cpu(params_of(rows, workers)) == Status::kOk, where + ": write_at refused");
   expect(table.memories() == after_write, where + ": write_at left other bits");
 
   const auto after_zero = zeroed(table);
-  rows = table.rows(false, false);
+  rows = table.rows(false);
   expect(zero_at_cpu(params_of(rows, workers)) == Status::kOk, where + ": zero_at refused");
   expect(table.memories() == after_zero, where + ": zero_at left other bits");
 }
@@ -207,8 +205,8 @@ void check_refusals() {
   Table table{"refused", {}};
   for (const DType dtype : kDTypes) table.tensors.emplace_back(dtype, kTransposed, 20, 0);
   Tensor& last = table.tensors.back();
-  const auto good = table.rows(true, true);
-  const auto with = [&](int64_t PlacesRow::*field, int64_t value) {
+  const auto good = table.rows(true);
+  const auto with = [&](int64_t PlacesRow::* field, int64_t value) {
     auto rows = good;
     rows.back().*field = value;
     return rows;

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdean.kernels import schedule
-from fastdean.kernels.schedule import placed_token_blocks, token_blocks
+from fastdean.kernels import token_blocks as module
+from fastdean.kernels.token_blocks import placed_token_blocks, token_blocks
 
 
 def by_hand(segments, owners, num_owners, block_tokens):
@@ -103,8 +103,8 @@ def gpu(monkeypatch):
     stream = SimpleNamespace(cuda_stream=7)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    monkeypatch.setattr(schedule, "on_device", lambda device: nullcontext())
-    monkeypatch.setattr(schedule, "_COPIED_BY_GRAPHS", [])
+    monkeypatch.setattr(module, "on_device", lambda device: nullcontext())
+    monkeypatch.setattr(module, "_COPIED_BY_GRAPHS", [])
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
     monkeypatch.setattr(torch.Tensor, "to", to)
     return state
@@ -123,7 +123,7 @@ def test_what_is_placed_while_a_graph_is_captured_is_for_the_graph_alone(gpu):
     gpu.replay()
     assert read(*of_graph) == [[[0, 3], [3, 6]]]
     # What the graph copies from is there for every replay.
-    assert len(schedule._COPIED_BY_GRAPHS) == 2
+    assert len(module._COPIED_BY_GRAPHS) == 2
 
 
 def test_a_graph_may_use_what_was_placed_before(gpu):
@@ -132,4 +132,4 @@ def test_a_graph_may_use_what_was_placed_before(gpu):
     before = placed_token_blocks(segments, **place)
     gpu.capturing = True
     assert placed_token_blocks(segments, **place) is before
-    assert gpu.captured == [] and schedule._COPIED_BY_GRAPHS == []
+    assert gpu.captured == [] and module._COPIED_BY_GRAPHS == []

@@ -17,7 +17,6 @@ import fastdean
 from fastdean import native
 from fastdean.collapse import alignment
 from fastdean.native import collapse as gate
-from fastdean.native import extension
 from fastdean.ops import collapse, collapse_alignment, reference
 
 STATISTICS = ("std", "cv", "mean")
@@ -738,11 +737,6 @@ def test_gradients_in_half_precision_are_rounded_to_nearest_even(monkeypatch, dt
 
 def test_names_of_statistics_are_the_same_everywhere():
     assert gate.STATISTICS == collapse.STATISTICS == STATISTICS
-
-
-@pytest.mark.usefixtures("compiled")
-def test_the_fields_are_those_of_the_compiled_struct():
-    assert len(gate.FIELDS) == extension.loaded().COLLAPSE_FIELDS
 
 
 def call(**changes):

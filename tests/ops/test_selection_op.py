@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from machine import DEVICE
 
 from fastdean.ops import select_top
-from fastdean.ops.selection import importance
+from fastdean.ops.reference import importance
 
 DENORMAL, LARGEST = 1e-45, 3.4e38
 IMPL = pytest.mark.parametrize("impl", ["reference", "triton"])

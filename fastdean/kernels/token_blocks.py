@@ -1,8 +1,7 @@
-"""Which rows of a batch a kernel reads in which order: ragged examples cut into token blocks.
+"""Ragged examples cut into token blocks: which rows a kernel reads, in which order.
 
-A kernel that ran an inner loop over each example would empty and refill its pipeline of loads per
-example, and examples are short: 76 tokens on average, three blocks of 32. It runs one loop over
-this list instead, and an example ends where the list says so.
+A kernel runs one loop over this list, which marks where an example ends. An inner loop over each
+example would refill its pipeline of loads every time, and examples are short: 76 tokens on average.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastdean.kernels import on_device
 
-# The blocks of the examples that are being worked on, so that all layers of a batch share one copy
-# on the device: without this every layer would wait for its own transfer.
+# The blocks of the current examples, so that all layers of a batch share one copy on the device.
+# Otherwise every layer would wait for its own transfer.
 _PLACED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-# A graph copies from the same host memory at every replay and does not say when it is gone: some
-# kilobytes for each batch that is captured before its blocks were placed.
+# A CUDA graph copies from this host memory at every replay and does not tell when it is freed. Some
+# kilobytes for each batch captured before its blocks were placed.
 _COPIED_BY_GRAPHS: list[Tensor] = []
 
 
@@ -32,20 +31,20 @@ def token_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Cut examples into blocks of at most `block_tokens` rows, grouped by their owners.
 
-    Nothing here reads a tensor of a device back: for segments on a device the list has the length
-    it could have at most, and `first` says where it ends.
+    Reads no tensor back from a device: for segments on a device the list has its greatest possible
+    length, and `first` tells where it ends.
 
     Args:
-        segments: int64 [S, 2], (start, end) of each example, S > 0; cut off at `num_rows`. On a
+        segments: int64 [S, 2], (start, end) of each example, S > 0; clamped to `num_rows`. On a
             device they must not overlap.
         num_rows: rows of the inputs.
         block_tokens: rows of a block.
         owners: int64 [S], ascending, 0..num_owners - 1, on the device of `segments`; None: all
             belong to one.
     Returns:
-        blocks: int64 [M + 1, 2], on the device of `segments`: first row of the block, and how many
-            rows of its example are left from there on (an example's last block has at most
-            `block_tokens`). One entry more than blocks, as kernels load one ahead.
+        blocks: int64 [M + 1, 2], on the device of `segments`: first row of the block, and the rows
+            of its example from there on (at most `block_tokens` in an example's last block). One
+            more entry than blocks, because kernels load one ahead.
         first: int64 [num_owners + 1]; the blocks of owner e are first[e] .. first[e + 1].
     """
     device, number = segments.device, len(segments)
@@ -68,13 +67,13 @@ def placed_token_blocks(
 ) -> tuple[Tensor, Tensor]:
     """`token_blocks` of CPU segments on `device`, moved there once per segments tensor.
 
-    A CUDA graph that is captured meanwhile may use what was placed on its stream before, for as
-    long as `segments` exists. What is placed for the graph itself is remembered for nobody else.
+    A CUDA graph being captured may use blocks that were placed on its stream before, for as long as
+    `segments` exists. Blocks placed during its capture serve that graph only.
     """
     known = _PLACED.setdefault(segments, {})
-    # Of each stream its own: another one would have to wait for the copy.
+    # One per stream, because another stream would have to wait for the copy.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    # The values, not the version: memory that is shared with NumPy changes without one.
+    # By values, because memory shared with NumPy changes without a new version.
     key = (segments.numpy().tobytes(), num_rows, block_tokens, device, stream)
     if key in known:
         return known[key]
@@ -86,7 +85,7 @@ def placed_token_blocks(
     blocks, first = (tensor.to(device, non_blocking=True) for tensor in pinned)
     if not _is_capturing(device):
         return known.setdefault(key, (blocks, first))
-    # A captured copy has not run: the blocks hold nothing before the graph is replayed.
+    # A captured copy has not run; the blocks are empty until the graph is replayed.
     _COPIED_BY_GRAPHS.extend(pinned)
     return blocks, first
 
