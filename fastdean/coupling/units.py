@@ -44,15 +44,20 @@ class UnitLayers:
         rows = self.rows(units)
         found = {}
         for layer in self.layers:
-            height, width = layer.module.weight.shape
-            if layer.transposed:
-                index = torch.arange(height, device=rows.device)[:, None] * width + rows[None, :]
-            else:
-                index = rows[:, None] * width + torch.arange(width, device=rows.device)[None, :]
-            found[layer.parameter] = index.flatten()
+            axis = 1 if layer.transposed else 0
+            found[layer.parameter] = flat_places(tuple(layer.module.weight.shape), axis, rows)
             if layer.module.bias is not None:
                 found[f"{layer.name}.bias"] = rows
         return found
+
+
+def flat_places(shape: tuple[int, ...], axis: int, numbers: Tensor) -> Tensor:
+    """Flat row-major indices, ascending, of these rows (axis 0) or columns of a matrix."""
+    rows, columns = shape
+    if axis == 0:
+        return (numbers[:, None] * columns + torch.arange(columns, device=numbers.device)).flatten()
+    starts = torch.arange(rows, device=numbers.device) * columns
+    return (starts[:, None] + numbers).flatten()
 
 
 def unit_layers(model: nn.Module, down: str) -> UnitLayers:

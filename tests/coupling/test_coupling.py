@@ -10,8 +10,10 @@ from test_score import batches, make_examples
 from tiny_models import MODELS
 
 import fastdean
+from fastdean.coupling.rules import RULES
 from fastdean.coupling.scores import ScoreEntry, Scores
-from fastdean.coupling.sets import RULES, count, overlap, smallest_ratio
+from fastdean.coupling.sets import overlap
+from fastdean.coupling.top_entries import count, smallest_ratio
 from fastdean.masks import NeuronMask
 
 
