@@ -8,8 +8,7 @@ read, so that adding two runs costs one rounding.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdean.coupling.manifest import joined_manifests
 from fastdean.files.declared import (
     Anything,
     Exactly,
@@ -40,8 +40,6 @@ from fastdean.wording.mendable import StateError
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FINGERPRINT_CHUNK = 1 << 18  # entries: 2 MiB of int64, which a CPU's caches hold
-_SHA_BITS = 256
-_COUNTS = ("examples", "tokens", "target_tokens")
 
 # What `save_pretrained` writes; see `_entry_kind` for the entries.
 _CONFIG = Record(
@@ -303,7 +301,7 @@ class Scores(Mapping[str, Tensor]):
             entries,
             granularity=self.granularity,
             num_examples=self.num_examples + other.num_examples,
-            manifest=_join_manifests(self.manifest, other.manifest),
+            manifest=joined_manifests(self.manifest, other.manifest),
         )
 
     def require_same_weights(self, other: Scores) -> None:
@@ -442,39 +440,3 @@ def _read_entry(
         unit_axis=axis,
         fingerprint=described["fingerprint"],
     )
-
-
-def examples_digest(digests: Iterable[bytes]) -> str:
-    """One digest of a set of examples whatever their order: the sum of theirs modulo 2^256."""
-    total = sum(int.from_bytes(digest, "big") for digest in digests) % (1 << _SHA_BITS)
-    return f"{total:064x}"
-
-
-def _join_manifests(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    joined = dict(first)
-    data, other = first.get("data"), second.get("data")
-    if data and other:
-        joined["data"] = {
-            **data,
-            **{key: data[key] + other[key] for key in _COUNTS if key in data and key in other},
-            "sha256": examples_digest(bytes.fromhex(d["sha256"]) for d in (data, other)),
-            "sources": [*data.get("sources", []), *other.get("sources", [])],
-            **_joined_rendering(data, other),
-        }
-    joined["joined_from"] = [
-        *first.get("joined_from", [first.get("created")]),
-        *second.get("joined_from", [second.get("created")]),
-    ]
-    return joined
-
-
-def _joined_rendering(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """How the examples of both became tokens; what differs beside the counts is a list of both."""
-    if not {"rendered"} <= first.keys() & second.keys():
-        return {}
-    counts = Counter(first["rendered"]) + Counter(second["rendered"])
-    joined: dict[str, Any] = {"rendered": dict(sorted(counts.items()))}
-    for key in ("template", "tokenizer"):
-        if key in first and key in second and first[key] != second[key]:
-            joined[key] = [first[key], second[key]]
-    return joined

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdean.coupling.scores import examples_digest
+from fastdean.coupling.manifest import examples_digest
 from fastdean.data.batching import (
     Batch,
     Layout,
@@ -23,17 +23,19 @@ from fastdean.data.batching import (
     require_targets,
     send,
 )
-from fastdean.data.examples import Example, example_spans, read_examples
+from fastdean.data.examples import Example, numbered_examples
 from fastdean.data.rendering import describe_rendering, rendering_cautions
 from fastdean.data.segments import CUMULATIVE_LENGTHS
+from fastdean.data.skipped import Skipped
+from fastdean.data.token_columns import example_spans
 from fastdean.models.distributed import Ranks
 from fastdean.models.forward import (
-    TargetLogits,
     attention_for,
     exact_layout,
     fitted,
     label_shift,
     require_positions,
+    target_logits,
     target_losses,
     tokens_per_batch_of,
 )
@@ -110,6 +112,7 @@ def plan_workload(
     template: str | None,
     max_length: int | None,
     tokens_per_batch: int | None,
+    skip_bad_rows: bool,
     ranks: Ranks,
 ) -> Workload:
     """Read the loader and split its examples over the ranks; arguments as `score` takes them.
@@ -120,7 +123,19 @@ def plan_workload(
     with ranks.failing_together():
         if loss_fn is None:
             work = LanguageModelling.plan(
-                model, loader, tokenizer, template, max_length, tokens_per_batch, ranks
+                model,
+                loader,
+                tokenizer,
+                template,
+                max_length,
+                tokens_per_batch,
+                ranks,
+                skip_bad_rows=skip_bad_rows,
+            )
+        elif skip_bad_rows:
+            raise ValueError(
+                "skip_bad_rows must be left out with loss_fn, whose batches are scored as they "
+                "come, got True; leave bad rows out of the batches"
             )
         else:
             work = CustomLoss.plan(model, loader, loss_fn, ranks)
@@ -144,12 +159,13 @@ class LanguageModelling:
 
     model: nn.Module
     examples: list[Example]
+    numbers: list[int]
     batches: list[Batch]
     shift: int
     layout: Layout
     tokens_per_batch: int
     mine: list[int]
-    rendering: dict[str, Any]
+    described: dict[str, Any]
 
     @classmethod
     def plan(
@@ -161,12 +177,22 @@ class LanguageModelling:
         max_length: int | None,
         tokens_per_batch: int | None,
         ranks: Ranks,
+        *,
+        skip_bad_rows: bool = False,
     ) -> LanguageModelling:
         shift = label_shift(model)
-        examples = fitted(
-            model,
-            read_examples(loader, tokenizer=tokenizer, template=template, max_length=max_length),
+        skipped = Skipped() if skip_bad_rows else None
+        numbered = numbered_examples(
+            loader,
+            tokenizer=tokenizer,
+            template=template,
+            max_length=max_length,
+            skipped=skipped,
         )
+        if skipped is not None:
+            numbered = _usable(model, numbered, shift, skipped)
+        numbers = [number for number, _ in numbered]
+        examples = fitted(model, [example for _, example in numbered])
         require_positions(model, examples)
         # On all examples, so that a bad one is refused under its own number on every rank alike.
         require_targets(examples, shift)
@@ -174,18 +200,19 @@ class LanguageModelling:
             tokens_per_batch = tokens_per_batch_of(model)
         mine = list(range(len(examples)))[ranks.rank :: ranks.size]
         layout = exact_layout(model, examples)
-        batches = plan_batches(
-            [examples[i] for i in mine],
-            shift=shift,
-            tokens_per_batch=tokens_per_batch,
-            **vars(layout),
+        here = [examples[i] for i in mine]
+        batches = _planned(here, shift, tokens_per_batch, layout)
+        described = describe_rendering(examples, tokenizer, template)
+        described |= {} if skipped is None else skipped.described()
+        if ranks.first:
+            if skipped is not None:
+                skipped.warn("loader")
+            if tokenizer is not None:
+                for caution in rendering_cautions(examples, numbers, tokenizer, "loader", template):
+                    logger.warning("%s", caution)
+        return cls(
+            model, examples, numbers, batches, shift, layout, tokens_per_batch, mine, described
         )
-        rendering = describe_rendering(examples, tokenizer, template)
-        if tokenizer is not None and ranks.first:
-            numbers = range(len(examples))
-            for caution in rendering_cautions(examples, numbers, tokenizer, "loader", template):
-                logger.warning("%s", caution)
-        return cls(model, examples, batches, shift, layout, tokens_per_batch, mine, rendering)
 
     @property
     def num_examples(self) -> int:
@@ -196,23 +223,23 @@ class LanguageModelling:
         return len(self.mine)
 
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
-        with TargetLogits(self.model) as head:
+        with target_logits(self.model) as logits_at:
             for batch in self.batches:
                 # Until the caller is through with the backward pass, which may run layers again
                 # (activation checkpointing).
                 with attention_for(self.model, batch):
                     # In a call of its own, so that no name here keeps the graph meanwhile.
-                    yield self._losses_of(batch.to(device), head)
+                    yield self._losses_of(batch.to(device), logits_at)
 
-    def _losses_of(self, batch: Batch, head: TargetLogits) -> BatchLosses:
-        per_token = target_losses(head(batch), batch)
+    def _losses_of(self, batch: Batch, logits_at: Callable[[Batch], Tensor]) -> BatchLosses:
+        per_token = target_losses(logits_at(batch), batch)
         owner = batch.target_example.to(per_token.device)
         totals = per_token.new_zeros(batch.num_examples).index_add(0, owner, per_token)
         return BatchLosses(
             values=totals / batch.target_counts.to(per_token.device),
             segments=batch.segments,
             rows=batch.input_ids.numel(),
-            examples=[self.mine[i] for i in batch.example_index],
+            examples=[self.numbers[self.mine[i]] for i in batch.example_index],
             averaged=[self._example(i).num_targets(self.shift) for i in batch.example_index],
         )
 
@@ -224,18 +251,8 @@ class LanguageModelling:
 
     def alone(self) -> LanguageModelling:
         layout = replace(self.layout, padded=self.layout.packed)
-        return replace(self, batches=self._plan([self._example(i) for i in self._here], 1, layout))
-
-    @property
-    def _here(self) -> range:
-        return range(len(self.mine))
-
-    def _plan(
-        self, examples: Sequence[Example], tokens_per_batch: int, layout: Layout
-    ) -> list[Batch]:
-        return plan_batches(
-            examples, shift=self.shift, tokens_per_batch=tokens_per_batch, **vars(layout)
-        )
+        here = [self.examples[i] for i in self.mine]
+        return replace(self, batches=_planned(here, self.shift, 1, layout))
 
     def excerpt(self, *, whole: bool = False) -> LanguageModelling:
         """Two examples with every token a target; of two lengths if that is exact."""
@@ -250,7 +267,7 @@ class LanguageModelling:
                 ends = max(2, 2 * len(texts[0]) // 3) if apart else len(texts[1])
                 first = texts[0] if apart else texts[0].first(len(texts[1]))
                 texts = [first, texts[1].first(ends)]
-        batches = self._plan(texts, sum(map(len, texts)) * 2, self.layout)
+        batches = _planned(texts, self.shift, sum(map(len, texts)) * 2, self.layout)
         mine = list(range(len(texts)))
         return replace(self, examples=texts, batches=batches[:1], mine=mine)
 
@@ -263,12 +280,37 @@ class LanguageModelling:
                 "sha256": examples_digest(
                     _digest(e.input_ids, e.labels, columns=e.columns) for e in self.examples
                 ),
-                **self.rendering,
+                **self.described,
             },
             "loss": "cross-entropy in nats, mean over an example's target tokens",
             "label_shift": self.shift,
             "batching": {**vars(self.layout), "tokens_per_batch": self.tokens_per_batch},
         }
+
+
+def _planned(
+    examples: Sequence[Example], shift: int, tokens_per_batch: int, layout: Layout
+) -> list[Batch]:
+    return plan_batches(examples, shift=shift, tokens_per_batch=tokens_per_batch, **vars(layout))
+
+
+def _usable(
+    model: nn.Module, numbered: Sequence[tuple[int, Example]], shift: int, skipped: Skipped
+) -> list[tuple[int, Example]]:
+    """The examples that have a target for this model and no more tokens than its positions."""
+    found = []
+    for number, example in numbered:
+        try:
+            require_positions(model, [example], first=number)
+            require_targets([example], shift, first=number)
+        except ValueError as error:
+            skipped.rows[number] = str(error)
+        else:
+            found.append((number, example))
+    if not found:
+        reason = next(iter(skipped.rows.values()))
+        raise ValueError(f"loader must yield at least one example that can be used, got: {reason}")
+    return found
 
 
 @dataclass

@@ -218,13 +218,13 @@ def plan_batches(
     return rows + [pad(examples, [i], shift) for i in alone]
 
 
-def require_targets(examples: Sequence[Example], shift: int) -> None:
-    """Raise ValueError for the first example that gives the model nothing to predict."""
-    for i, example in enumerate(examples):
+def require_targets(examples: Sequence[Example], shift: int, first: int = 0) -> None:
+    """Raise ValueError for the first example, counted from `first`, without a target."""
+    for i, example in enumerate(examples, start=first):
         if example.num_targets(shift) == 0:
-            first = " after its first token" if shift else ""
+            where = " after its first token" if shift else ""
             raise ValueError(
-                f"example {i} must have at least one target token{first}, got labels that are all "
+                f"example {i} must have at least one target token{where}, got labels that are all "
                 "-100 there; set its labels on the response tokens or leave it out"
             )
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.models.model_state import undone
 from fastdean.models.segment_products import SegmentAttention, Segments
 
 NAME = "fastdean_segments"
@@ -130,18 +131,12 @@ def attention_by_segments(model: nn.Module, segments: Tensor) -> Iterator[None]:
             _give_back(config, block)
         _ANNOUNCED.set(announced)
 
-    # Twice: an interrupt of the first leaves the second.
-    try:
-        try:
-            # A block inside of another for the same batch goes on with what that one looked up.
-            _ANNOUNCED.set(announced if announced == cut else cut)
-            for config in configs:
-                _take(config, block)
-            yield
-        finally:
-            undo()
-    finally:
-        undo()
+    with undone(undo):
+        # A block inside of another for the same batch goes on with what that one looked up.
+        _ANNOUNCED.set(announced if announced == cut else cut)
+        for config in configs:
+            _take(config, block)
+        yield
 
 
 def _mask(**asked: Any) -> Any:
