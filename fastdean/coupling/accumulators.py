@@ -30,9 +30,8 @@ class DenseWeightAccumulator:
     def __init__(self, target: Target, device: torch.device, impl: str | None) -> None:
         self._transposed = target.transposed
         self._impl = impl
-        self._sums = torch.zeros(
-            tuple(target.module.weight.shape), dtype=torch.float32, device=device
-        )
+        shape = tuple(target.module.weight.shape)
+        self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
         if self._transposed:
@@ -43,7 +42,7 @@ class DenseWeightAccumulator:
         return [self._sums]
 
     def entry(self, weight: Tensor) -> ScoreEntry:
-        return ScoreEntry.dense(self._sums, weight)
+        return ScoreEntry.of(self._sums, weight)
 
 
 class UnitAccumulator:
@@ -61,7 +60,7 @@ class UnitAccumulator:
         return [self._sums]
 
     def entry(self, weight: Tensor) -> ScoreEntry:
-        return ScoreEntry.units(self._sums, weight, self._axis)
+        return ScoreEntry.of(self._sums, weight, self._axis)
 
 
 ACCUMULATORS = {"weight": DenseWeightAccumulator, "neuron": UnitAccumulator}

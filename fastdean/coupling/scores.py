@@ -41,7 +41,7 @@ from fastdean.wording.mendable import StateError
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FINGERPRINT_CHUNK = 1 << 18  # entries: 2 MiB of int64, which a CPU's caches hold
 
-# What `save_pretrained` writes; see `_entry_kind` for the entries.
+# What `save_pretrained` writes, and of an entry besides its `unit_axis`.
 _CONFIG = Record(
     {
         "granularity": Text(choices=("weight", "neuron")),
@@ -51,6 +51,10 @@ _CONFIG = Record(
         "entries": Maps(Anything()),
     }
 )
+_ENTRY = {
+    "shape": Lists(Whole(least=1), least=2, most=2),
+    "fingerprint": Whole(least=-(2**63)),
+}
 _WEIGHTS = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 _ADVICE = "save it again"
 
@@ -77,24 +81,15 @@ class ScoreEntry:
     fingerprint: int
 
     @classmethod
-    def dense(cls, sums: Tensor, weight: Tensor) -> ScoreEntry:
+    def of(cls, sums: Tensor, weight: Tensor, unit_axis: int | None = None) -> ScoreEntry:
+        """The dense entry of a weight, or of its units."""
         weight = weight.detach()
-        return cls(sums, weight, None, tuple(weight.shape), None, fingerprint(weight))
-
-    @classmethod
-    def units(cls, sums: Tensor, weight: Tensor, axis: int) -> ScoreEntry:
-        weight = weight.detach()
-        return cls(sums, weight, None, tuple(weight.shape), axis, fingerprint(weight))
+        return cls(sums, weight, None, tuple(weight.shape), unit_axis, fingerprint(weight))
 
     @property
     def numel(self) -> int:
         """How many entries (weights or units) compete for selection."""
-        if self.unit_axis is not None:
-            return self.shape[self.unit_axis]
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape) if self.unit_axis is None else self.shape[self.unit_axis]
 
     @property
     def is_current(self) -> bool:
@@ -114,8 +109,7 @@ class ScoreEntry:
 
         They stay on the device of the sums.
         """
-        chosen = select_top(self.sums, self.factor, num_examples, k)
-        return chosen if self.index is None else self.index[chosen]
+        return self._flat_index(select_top(self.sums, self.factor, num_examples, k))
 
     def keep(self, num_examples: int, k: int) -> ScoreEntry:
         """The sparse entry of the k most important ones."""
@@ -123,8 +117,11 @@ class ScoreEntry:
         weight = self.weight
         if self.unit_axis is None:
             weight = weight.flatten()[chosen.to(weight.device)]
-        index = chosen if self.index is None else self.index[chosen]
-        return replace(self, sums=self.sums.flatten()[chosen], weight=weight, index=index)
+        sums = self.sums.flatten()[chosen]
+        return replace(self, sums=sums, weight=weight, index=self._flat_index(chosen))
+
+    def _flat_index(self, chosen: Tensor) -> Tensor:
+        return chosen if self.index is None else self.index[chosen]
 
 
 def fingerprint(weight: Tensor) -> int:
@@ -190,7 +187,7 @@ class Scores(Mapping[str, Tensor]):
         entries: name -> ScoreEntry.
         granularity: "weight" or "neuron".
         num_examples: n.
-        keep_top: None for dense scores, else the ratio of entries kept in each matrix.
+        keep_top: the ratio of entries kept in each matrix; None for dense scores.
         manifest: where the numbers come from (model, examples, tokens, dtype, coverage, versions).
     """
 
@@ -382,7 +379,8 @@ class Scores(Mapping[str, Tensor]):
         config, tensors = read_folder(folder, kind="scores")
         require(config, _CONFIG, folder / CONFIG_NAME)
         sparse = config["keep_top"] is not None
-        entry = _entry_kind(config["granularity"])
+        axis = Exactly(None) if config["granularity"] == "weight" else Whole(most=1)
+        entry = Record({**_ENTRY, "unit_axis": axis})
         entries = {}
         for name, described in config["entries"].items():
             require(described, entry, folder / CONFIG_NAME, where=f"entries[{brief(name)}]")
@@ -396,18 +394,6 @@ class Scores(Mapping[str, Tensor]):
             keep_top=config["keep_top"],
             manifest=config["manifest"],
         )
-
-
-def _entry_kind(granularity: str) -> Record:
-    """What `save_pretrained` writes of an entry."""
-    axis = Exactly(None) if granularity == "weight" else Whole(most=1)
-    return Record(
-        {
-            "shape": Lists(Whole(least=1), least=2, most=2),
-            "unit_axis": axis,
-            "fingerprint": Whole(least=-(2**63)),
-        }
-    )
 
 
 def _read_entry(
@@ -427,9 +413,8 @@ def _read_entry(
         return tensors.pop(where)
 
     shape, axis = tuple(described["shape"]), described["unit_axis"]
-    numel = math.prod(shape) if axis is None else shape[axis]
-    index = take("index", Places(numel)) if sparse else None
-    size = shape if axis is None else (numel,)
+    size = shape if axis is None else (shape[axis],)
+    index = take("index", Places(math.prod(size))) if sparse else None
     if index is not None:
         size = (index.numel(),)
     return ScoreEntry(

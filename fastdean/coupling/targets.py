@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.models.adapters import Plain, base_model, plain_modules
-from fastdean.models.blocks import ATTENTION, FEED_FORWARD, Grouping, Matrix, group_layer
+from fastdean.models.blocks import ATTENTION, FEED_FORWARD, Grouping, LayerParts, Matrix
 from fastdean.models.model_state import evaluation_state, text_config
 from fastdean.models.stacks import decoder_layers
 from fastdean.wording.log import logger
@@ -319,7 +319,7 @@ def _grouping(
             rows, columns = module.weight.shape
             sizes = (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
             matrices[path] = Matrix(*sizes)
-    return group_layer(layer, owner, matrices, modules, hidden_size)
+    return LayerParts(layer, owner, matrices, modules, hidden_size).grouping()
 
 
 def _path_in(owner: str, plain: Plain) -> str:

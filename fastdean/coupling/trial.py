@@ -51,14 +51,18 @@ class Scorable:
         work: the workload, with every example alone where `alone` says so.
         alone: name of a target for which no two examples may share a batch, or None.
         scale: what the losses are multiplied by; None for models that do not compute in fp16.
+        conclusive: False where a loss or a gradient of the trial was not finite.
+        largest: the largest absolute gradient of a product in the trial.
     """
 
     targets: list[Target]
-    left_out: dict[str, str]
-    sequence_first: frozenset[str]
     work: Workload
-    alone: str | None
     scale: LossScale | None
+    left_out: dict[str, str] = field(default_factory=dict)
+    sequence_first: frozenset[str] = frozenset()
+    alone: str | None = None
+    conclusive: bool = True
+    largest: float = 0.0
 
 
 def find_scorable(
@@ -78,8 +82,41 @@ def find_scorable(
         RuntimeError: none can, or none of those named by a suffix in `target_modules`; or a
             captured pair does not give the gradient of its weight.
     """
+
+    def tried(work: Workload, targets: Sequence[Target]) -> Scorable:
+        """With the largest loss scale at which nothing overflows."""
+        scale = initial_scale(model, device)
+        found = _try_out(model, work, targets, granularity, device, scale)
+        for _ in range(_SCALES if scale is not None else 0):
+            if found.conclusive:
+                break
+            scale = scale.lower()
+            found = _try_out(model, work, targets, granularity, device, scale)
+        return found
+
     with ranks.failing_together():
-        found = _find(model, work, targets, granularity, device)
+        excerpt = work.excerpt()
+        found = tried(excerpt, targets)
+        if not found.targets:
+            # Windows of attention, for one, pad a short text to their own width.
+            excerpt = work.excerpt(whole=True)
+            found = tried(excerpt, targets)
+        alone = found.alone
+        if alone is not None:
+            _require_losses_of_their_own(excerpt, device, alone)
+            together, found = found, tried(excerpt.alone(), found.targets)
+            if found.alone is not None:
+                raise StateError(
+                    f"{found.alone} must see the tokens of an example in that example's rows, got "
+                    "gradients in others, also with one example at a time; leave it out of "
+                    "target_modules"
+                )
+            found = replace(found, left_out=together.left_out | found.left_out)
+            work = work.alone()
+        if not found.targets:
+            raise StateError(next(iter(found.left_out.values())))
+        scale = None if found.scale is None else found.scale.fitted(found.largest)
+        found = replace(found, work=work, alone=alone, scale=scale)
         _require_each_suffix(found, target_modules)
     if found.left_out and ranks.first:
         logger.warning(
@@ -87,44 +124,13 @@ def find_scorable(
             len(found.left_out),
             next(iter(found.left_out.values())),
         )
-    if found.alone is not None and ranks.first:
+    if alone is not None and ranks.first:
         logger.warning(
             "examples are scored one at a time: in a batch of several, the rows of %s could not be "
             "told apart by example",
-            found.alone,
+            alone,
         )
     return found
-
-
-def _find(
-    model: nn.Module,
-    work: Workload,
-    targets: Sequence[Target],
-    granularity: str,
-    device: torch.device,
-) -> Scorable:
-    excerpt = work.excerpt()
-    trial = _try_scales(model, excerpt, targets, granularity, device)
-    if not trial.targets:
-        # Windows of attention, for one, pad a short text to their own width.
-        excerpt = work.excerpt(whole=True)
-        trial = _try_scales(model, excerpt, targets, granularity, device)
-    left_out, alone = trial.left_out, trial.mixed
-    if alone is not None:
-        _require_losses_of_their_own(excerpt, device, alone)
-        trial = _try_scales(model, excerpt.alone(), trial.targets, granularity, device)
-        left_out = left_out | trial.left_out
-        if trial.mixed is not None:
-            raise StateError(
-                f"{trial.mixed} must see the tokens of an example in that example's rows, got "
-                "gradients in others, also with one example at a time; leave it out of "
-                "target_modules"
-            )
-        work = work.alone()
-    if not trial.targets:
-        raise StateError(next(iter(left_out.values())))
-    scale = None if trial.scale is None else trial.scale.fitted(trial.largest)
-    return Scorable(trial.targets, left_out, trial.sequence_first, work, alone, scale)
 
 
 def _require_each_suffix(found: Scorable, target_modules: str | Sequence[str]) -> None:
@@ -184,43 +190,6 @@ class _Pass:
         return known and math.isfinite(self.total or 0.0)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """What one trial showed; see `Scorable`.
-
-    Attributes:
-        mixed: name of a target whose rows could not be told apart by example, or None.
-        conclusive: False where a loss or a gradient was not finite.
-        largest: the largest absolute gradient of a product, with the losses multiplied by `scale`.
-    """
-
-    targets: list[Target]
-    left_out: dict[str, str]
-    sequence_first: frozenset[str]
-    mixed: str | None
-    conclusive: bool
-    largest: float
-    scale: LossScale | None
-
-
-def _try_scales(
-    model: nn.Module,
-    work: Workload,
-    targets: Sequence[Target],
-    granularity: str,
-    device: torch.device,
-) -> _Trial:
-    """The trial with the largest loss scale at which nothing overflows."""
-    scale = initial_scale(model, device)
-    trial = _try_out(model, work, targets, granularity, device, scale)
-    for _ in range(_SCALES if scale is not None else 0):
-        if trial.conclusive:
-            break
-        scale = scale.lower()
-        trial = _try_out(model, work, targets, granularity, device, scale)
-    return trial
-
-
 def _try_out(
     model: nn.Module,
     work: Workload,
@@ -228,7 +197,7 @@ def _try_out(
     granularity: str,
     device: torch.device,
     scale: LossScale | None,
-) -> _Trial:
+) -> Scorable:
     """Run the first batch forward, and backward once for its first and once for its last example.
 
     Raises:
@@ -255,7 +224,7 @@ def _try_out(
                 loss.backward(retain_graph=b != last)
                 del loss
         del batch
-    return replace(seen.judged(rows, conclusive), scale=scale)
+    return seen.judged(rows, Scorable(list(targets), work, scale, conclusive=conclusive))
 
 
 class _Observer:
@@ -266,7 +235,6 @@ class _Observer:
     """
 
     def __init__(self, targets: Sequence[Target], compared: set[str]) -> None:
-        self._targets = targets
         self._compared = compared
         self._passes: dict[str, list[_Pass]] = {target.parameter: [] for target in targets}
         self._directions = {t.parameter: _directions(t, seed) for seed, t in enumerate(targets)}
@@ -311,20 +279,20 @@ class _Observer:
         gradient = gradient.float().T if target.transposed else gradient.float()
         self._passes[target.parameter][-1].expected = ((gradient @ v) * u).sum(0).cpu()
 
-    def judged(self, rows: int, conclusive: bool) -> _Trial:
-        """What came of a batch of so many rows; `conclusive` if its losses were finite.
+    def judged(self, rows: int, tried: Scorable) -> Scorable:
+        """What came of a batch of so many rows; `tried.conclusive` if its losses were finite.
 
         Raises:
             RuntimeError: a captured pair does not give the gradient of its weight.
         """
         everything = [seen for passes in self._passes.values() for seen in passes]
-        conclusive = conclusive and all(seen.is_finite() for seen in everything)
+        conclusive = tried.conclusive and all(seen.is_finite() for seen in everything)
         largest = max((seen.largest for seen in everything), default=0.0)
-        trial = _Trial(list(self._targets), {}, frozenset(), None, conclusive, largest, None)
+        tried = replace(tried, conclusive=conclusive, largest=largest)
         if not conclusive:
-            return trial
+            return tried
         scored, left_out, sequence_first, mixed = [], {}, set(), None
-        for target in self._targets:
+        for target in tried.targets:
             passes = self._passes[target.parameter]
             times = next((seen.times for seen in passes if seen.times != 1), 1)
             if times != 1:
@@ -343,11 +311,11 @@ class _Observer:
             if target.parameter in self._compared:
                 _require_gradient(target, passes, order)
         return replace(
-            trial,
+            tried,
             targets=scored,
             left_out=left_out,
             sequence_first=frozenset(sequence_first),
-            mixed=mixed,
+            alone=mixed,
         )
 
 

@@ -1,16 +1,16 @@
 """What `score()` runs over: which batches, and the loss of every example in them.
 
-Two workloads: language models with this package's own loss and batches, and any other module with
-the caller's. `score` knows only the `Workload` interface.
+Language models have this package's own loss and batches, any other module the caller's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,17 +68,22 @@ class BatchLosses:
     averaged: Sequence[int]
 
 
-class Workload(Protocol):
-    """The examples of a `score()` and their losses."""
+@dataclass
+class Workload(ABC):
+    """The examples of a `score()` and their losses.
 
-    @property
-    def num_examples(self) -> int:
-        """Examples on all ranks together."""
+    Attributes:
+        batches: of this rank, in the order in which they are scored.
+        num_examples: on all ranks together.
+        examples_here: how many this rank scores.
+    """
 
-    @property
-    def examples_here(self) -> int:
-        """Examples that this rank scores."""
+    model: nn.Module
+    batches: list[Any]
+    num_examples: int
+    examples_here: int
 
+    @abstractmethod
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         """Run the model over this rank's batches, one by one; may be called again.
 
@@ -86,19 +91,23 @@ class Workload(Protocol):
         The model may carry a hook until the generator is closed.
         """
 
-    def only(self, numbers: Sequence[int]) -> Workload:
-        """These of its batches, by their place in the order of `losses`."""
+    def only(self, numbers: Sequence[int]) -> Self:
+        """These of its batches, by their place in `batches`."""
+        return replace(self, batches=[self.batches[i] for i in numbers])
 
-    def alone(self) -> Workload:
+    @abstractmethod
+    def alone(self) -> Self:
         """The same with every example in a batch of its own."""
 
-    def excerpt(self, *, whole: bool = False) -> Workload:
+    @abstractmethod
+    def excerpt(self, *, whole: bool = False) -> Self:
         """One batch, the same on all ranks, of at least two examples where that is possible.
 
         Args:
-            whole: of texts as they are, however long; else of their beginnings, if that is exact.
+            whole: of whole texts, however long; else of their beginnings, if that is exact.
         """
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Examples, loss and batching, for the manifest; `data.sha256` tells examples apart."""
 
@@ -108,12 +117,9 @@ def plan_workload(
     loader: Any,
     *,
     loss_fn: LossFunction | None,
-    tokenizer: Any,
-    template: str | None,
-    max_length: int | None,
-    tokens_per_batch: int | None,
-    skip_bad_rows: bool,
     ranks: Ranks,
+    skip_bad_rows: bool,
+    **options: Any,
 ) -> Workload:
     """Read the loader and split its examples over the ranks; arguments as `score` takes them.
 
@@ -121,17 +127,10 @@ def plan_workload(
         ValueError, TypeError: as `score` does for its loader.
     """
     with ranks.failing_together():
+        work: Workload
         if loss_fn is None:
-            work = LanguageModelling.plan(
-                model,
-                loader,
-                tokenizer,
-                template,
-                max_length,
-                tokens_per_batch,
-                ranks,
-                skip_bad_rows=skip_bad_rows,
-            )
+            options |= {"ranks": ranks, "skip_bad_rows": skip_bad_rows}
+            work = LanguageModelling.plan(model, loader, **options)
         elif skip_bad_rows:
             raise ValueError(
                 "skip_bad_rows must be left out with loss_fn, whose batches are scored as they "
@@ -154,18 +153,21 @@ def _require_same_examples(work: Workload, ranks: Ranks) -> None:
 
 
 @dataclass
-class LanguageModelling:
-    """Causal and masked language models: our own loss, our own batches."""
+class LanguageModelling(Workload):
+    """Causal and masked language models: our own loss, our own batches.
 
-    model: nn.Module
+    Attributes:
+        examples: of all ranks; `numbers`: their numbers in the loader, for messages.
+        mine: places in `examples` of those that this rank scores.
+    """
+
     examples: list[Example]
     numbers: list[int]
-    batches: list[Batch]
     shift: int
     layout: Layout
     tokens_per_batch: int
     mine: list[int]
-    described: dict[str, Any]
+    rendering: dict[str, Any]
 
     @classmethod
     def plan(
@@ -177,18 +179,12 @@ class LanguageModelling:
         max_length: int | None,
         tokens_per_batch: int | None,
         ranks: Ranks,
-        *,
         skip_bad_rows: bool = False,
     ) -> LanguageModelling:
         shift = label_shift(model)
         skipped = Skipped() if skip_bad_rows else None
-        numbered = numbered_examples(
-            loader,
-            tokenizer=tokenizer,
-            template=template,
-            max_length=max_length,
-            skipped=skipped,
-        )
+        reading = {"tokenizer": tokenizer, "template": template, "max_length": max_length}
+        numbered = numbered_examples(loader, **reading, skipped=skipped)
         if skipped is not None:
             numbered = _usable(model, numbered, shift, skipped)
         numbers = [number for number, _ in numbered]
@@ -196,31 +192,31 @@ class LanguageModelling:
         require_positions(model, examples)
         # On all examples, so that a bad one is refused under its own number on every rank alike.
         require_targets(examples, shift)
+        rendering = describe_rendering(examples, tokenizer, template)
+        if tokenizer is not None and ranks.first:
+            for caution in rendering_cautions(examples, numbers, tokenizer, "loader", template):
+                logger.warning("%s", caution)
+        if skipped is not None:
+            rendering |= skipped.described()
+            if ranks.first:
+                skipped.warn("loader")
         if tokens_per_batch is None:
             tokens_per_batch = tokens_per_batch_of(model)
         mine = list(range(len(examples)))[ranks.rank :: ranks.size]
         layout = exact_layout(model, examples)
-        here = [examples[i] for i in mine]
-        batches = _planned(here, shift, tokens_per_batch, layout)
-        described = describe_rendering(examples, tokenizer, template)
-        described |= {} if skipped is None else skipped.described()
-        if ranks.first:
-            if skipped is not None:
-                skipped.warn("loader")
-            if tokenizer is not None:
-                for caution in rendering_cautions(examples, numbers, tokenizer, "loader", template):
-                    logger.warning("%s", caution)
         return cls(
-            model, examples, numbers, batches, shift, layout, tokens_per_batch, mine, described
+            model=model,
+            batches=_planned([examples[i] for i in mine], shift, tokens_per_batch, layout),
+            num_examples=len(examples),
+            examples_here=len(mine),
+            examples=examples,
+            numbers=numbers,
+            shift=shift,
+            layout=layout,
+            tokens_per_batch=tokens_per_batch,
+            mine=mine,
+            rendering=rendering,
         )
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.examples)
-
-    @property
-    def examples_here(self) -> int:
-        return len(self.mine)
 
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         with target_logits(self.model) as logits_at:
@@ -235,26 +231,21 @@ class LanguageModelling:
         per_token = target_losses(logits_at(batch), batch)
         owner = batch.target_example.to(per_token.device)
         totals = per_token.new_zeros(batch.num_examples).index_add(0, owner, per_token)
+        members = [self.mine[i] for i in batch.example_index]
         return BatchLosses(
             values=totals / batch.target_counts.to(per_token.device),
             segments=batch.segments,
             rows=batch.input_ids.numel(),
-            examples=[self.numbers[self.mine[i]] for i in batch.example_index],
-            averaged=[self._example(i).num_targets(self.shift) for i in batch.example_index],
+            examples=[self.numbers[i] for i in members],
+            averaged=[self.examples[i].num_targets(self.shift) for i in members],
         )
 
-    def _example(self, i: int) -> Example:
-        return self.examples[self.mine[i]]
-
-    def only(self, numbers: Sequence[int]) -> LanguageModelling:
-        return replace(self, batches=[self.batches[i] for i in numbers])
-
-    def alone(self) -> LanguageModelling:
+    def alone(self) -> Self:
         layout = replace(self.layout, padded=self.layout.packed)
         here = [self.examples[i] for i in self.mine]
         return replace(self, batches=_planned(here, self.shift, 1, layout))
 
-    def excerpt(self, *, whole: bool = False) -> LanguageModelling:
+    def excerpt(self, *, whole: bool = False) -> Self:
         """Two examples with every token a target; of two lengths if that is exact."""
         longest = sorted(self.examples[:_EXCERPT_FROM], key=len)[:-3:-1]
         texts = [example.predicting_itself() for example in longest]
@@ -274,13 +265,13 @@ class LanguageModelling:
     def describe(self) -> dict[str, Any]:
         return {
             "data": {
-                "examples": len(self.examples),
+                "examples": self.num_examples,
                 "tokens": sum(len(example) for example in self.examples),
                 "target_tokens": sum(example.num_targets(self.shift) for example in self.examples),
                 "sha256": examples_digest(
                     _digest(e.input_ids, e.labels, columns=e.columns) for e in self.examples
                 ),
-                **self.described,
+                **self.rendering,
             },
             "loss": "cross-entropy in nats, mean over an example's target tokens",
             "label_shift": self.shift,
@@ -314,14 +305,10 @@ def _usable(
 
 
 @dataclass
-class CustomLoss:
+class CustomLoss(Workload):
     """Any other model: the caller's batches, the caller's per-example losses."""
 
-    model: nn.Module
     loss_fn: LossFunction
-    batches: list[Mapping[str, Any]]
-    num_examples: int
-    examples_here: int
     digest: str
     first: Mapping[str, Any]
 
@@ -335,14 +322,19 @@ class CustomLoss:
             raise ValueError(
                 "loader must yield at least one batch, got none; check the source and its filter"
             )
-        mine = batches[ranks.rank :: ranks.size]
         sizes = [batch["input_ids"].shape[0] for batch in batches]
-        digest = examples_digest(_digest_of_batch(batch) for batch in batches)
-        here = sum(sizes[ranks.rank :: ranks.size])
         # Rows of one example tell nothing about the order of rows, and short ones little: what
         # works in windows or chunks leaves texts shorter than one as they are.
         first = max(batches, key=lambda batch: _shows_order(*batch["input_ids"].shape))
-        return cls(model, loss_fn, mine, sum(sizes), here, digest, first)
+        return cls(
+            model=model,
+            batches=batches[ranks.rank :: ranks.size],
+            num_examples=sum(sizes),
+            examples_here=sum(sizes[ranks.rank :: ranks.size]),
+            loss_fn=loss_fn,
+            digest=examples_digest(_digest_of_batch(batch) for batch in batches),
+            first=first,
+        )
 
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         first = 0
@@ -368,13 +360,10 @@ class CustomLoss:
             )
             first += size
 
-    def only(self, numbers: Sequence[int]) -> CustomLoss:
-        return replace(self, batches=[self.batches[i] for i in numbers])
-
-    def alone(self) -> CustomLoss:
+    def alone(self) -> Self:
         return replace(self, batches=[row for batch in self.batches for row in _rows(batch)])
 
-    def excerpt(self, *, whole: bool = False) -> CustomLoss:
+    def excerpt(self, *, whole: bool = False) -> Self:
         return replace(self, batches=[self.first])
 
     def describe(self) -> dict[str, Any]:
