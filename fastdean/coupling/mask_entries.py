@@ -65,7 +65,7 @@ def _whole_weight(name: str, everyone: Sequence[Scores]) -> Tensor | None:
 def _weight_of(model: nn.Module, name: str) -> Tensor:
     """A weight of the model, detached; an offloaded one is copied to the CPU."""
     try:
-        weight = plain_parameter(model, name)
+        weight: Tensor = plain_parameter(model, name)
     except AttributeError:
         raise ValueError(
             f"model must be the one that was scored, got one without {name}; pass the model the "

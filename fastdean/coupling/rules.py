@@ -68,10 +68,10 @@ def _released(sets: TopSets) -> Tensor:
 def _random(sets: TopSets) -> Tensor:
     """Uniform without replacement outside `general`: ranks among the others, then their places."""
     outside = range(sets.numel - sets.general.numel())
-    ranks = sorted(random.Random(sets.seed).sample(outside, _paper(sets).numel()))
+    drawn = random.Random(sets.seed).sample(outside, _paper(sets).numel())
     device = sets.general.device
     below = sets.general - torch.arange(sets.general.numel(), device=device)
-    ranks = torch.tensor(ranks, dtype=torch.int64, device=device)
+    ranks = torch.tensor(sorted(drawn), dtype=torch.int64, device=device)
     return ranks + torch.searchsorted(below, ranks, right=True)
 
 

@@ -51,7 +51,7 @@ _CONFIG = Record(
         "entries": Maps(Anything()),
     }
 )
-_ENTRY = {
+_ENTRY: dict[str, Kind] = {
     "shape": Lists(Whole(least=1), least=2, most=2),
     "fingerprint": Whole(least=-(2**63)),
 }

@@ -175,17 +175,16 @@ def run_pass(
     bar: Any,
 ) -> dict[str, Accumulator]:
     """Sum the targets' importance over this rank's examples; by parameter name."""
-    accumulators = {
+    accumulators: dict[str, Accumulator] = {
         target.parameter: ACCUMULATORS[granularity](
             target, execution_device(target.module, device), impl
         )
         for target in targets
     }
-    scale = scorable.scale
-    if scale is None:
-        sums = Sums(accumulators, scorable.sequence_first)
-    else:
-        sums = ScaledSums(accumulators, scorable.sequence_first, scale)
+    scaled = None
+    if scorable.scale is not None:
+        scaled = ScaledSums(accumulators, scorable.sequence_first, scorable.scale)
+    sums = scaled or Sums(accumulators, scorable.sequence_first)
     check = LossCheck(bar)
     with (
         capturing(targets, granularity, sums.receive),
@@ -198,8 +197,8 @@ def run_pass(
             del batch
             check.look(all_but=1)
         check.look()
-    if scale is not None:
-        add_what_overflowed(sums, scorable.work, targets, granularity, device)
+    if scaled is not None:
+        add_what_overflowed(scaled, scorable.work, targets, granularity, device)
     return accumulators
 
 

@@ -106,7 +106,7 @@ def find_targets(
         chosen = [target for target in chosen if target.leads_from_units]
     if not chosen:
         wanted = "Linear layer" if granularity == "weight" else "down projection of an MLP"
-        others = ", ".join(sorted(groups - {None, *_BOTH}))
+        others = ", ".join(sorted(group for group in groups if group not in (None, *_BOTH)))
         hints = f", in groups of their own {others}" if others else ""
         if found.unscorable:
             hints += f", and hooks cannot see the fused tensors {_kinds(found.unscorable)}"
@@ -267,8 +267,9 @@ def _survey(model: nn.Module) -> _Survey:
     inside: dict[str, list[Plain]] = {name: [] for name in layers}
     owners = {plain.name: _owner(plain.name, layers) for plain in plains}
     for plain in plains:
-        if owners[plain.name] is not None:
-            inside[owners[plain.name]].append(plain)
+        owner = owners[plain.name]
+        if owner is not None:
+            inside[owner].append(plain)
     hidden_size = getattr(text_config(base_model(model)), "hidden_size", None)
     groupings = {
         owner: _grouping(owner, layers[owner], members, scorable, hidden_size)

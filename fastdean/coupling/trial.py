@@ -249,14 +249,15 @@ class _Observer:
         seen = self._passes[target.parameter][-1]
         seen.times += 1
         seen.rows, seen.dtype = g.numel() // g.shape[-1], g.dtype
-        orders = [(x, g), tuple(batch_first(each, len(self._segments)) for each in (x, g))]
+        examples = len(self._segments)
+        orders = [(x, g), (batch_first(x, examples), batch_first(g, examples))]
         segments = [segments_in(turned, self._segments, self._rows) for turned, _ in orders]
         if seen.times > 1 or all(each is None for each in segments):
             return
         seen.largest = float(g.abs().max()) if g.numel() else 0.0
         seen.total = _squared_norm(g.flatten(0, -2).float())
-        for order, of_order in zip(orders, segments, strict=True):
-            inside, captured = self._in_rows(target, *order, of_order)
+        for (x, g), of_order in zip(orders, segments, strict=True):
+            inside, captured = self._in_rows(target, x, g, of_order)
             seen.inside.append(inside)
             seen.captured.append(captured)
 
@@ -321,7 +322,8 @@ class _Observer:
 
 def _apart(passes: Sequence[_Pass], order: int) -> bool:
     """Whether the gradient of every example lies in its own rows."""
-    return all(seen.total - seen.inside[order] <= _STRAY**2 * seen.total for seen in passes)
+    norms = ((seen.total or 0.0, seen.inside[order]) for seen in passes)
+    return all(total - inside <= _STRAY**2 * total for total, inside in norms)
 
 
 def _squared_norm(rows: Tensor) -> float:

@@ -402,21 +402,23 @@ def _require_one_example_a_row(batch: Mapping[str, Any], position: int) -> None:
     """Rows of several examples have gradients of several, whose sizes no sum over a row gives."""
     ids = batch["input_ids"]
     dividing = {"attention_mask": len(ids), "seq_idx": len(ids), "position_ids": 1}
-    told = {
-        key: batch[key] for key, rows in dividing.items() if _numbers(batch.get(key), ids, rows)
+    columns = {
+        key: batch[key]
+        for key, rows in dividing.items()
+        if _numbers_each_token(batch.get(key), ids, rows)
     }
-    told |= {key: batch[key] for key in CUMULATIVE_LENGTHS if batch.get(key) is not None}
-    for found in example_spans(told, [ids.shape[1]] * len(ids), position):
-        if len(found) > 1:
+    columns |= {key: batch[key] for key in CUMULATIVE_LENGTHS if batch.get(key) is not None}
+    for spans in example_spans(columns, [ids.shape[1]] * len(ids), position):
+        if len(spans) > 1:
             raise ValueError(
                 "loader must yield one example in each row when loss_fn is given, got a row of "
-                f"{len(found)} at item {position} (by {', '.join(told)}); collate the examples "
+                f"{len(spans)} at item {position} (by {', '.join(columns)}); collate the examples "
                 "with padding"
             )
 
 
-def _numbers(column: Any, ids: Tensor, rows: int) -> bool:
-    """Whether it has a whole number, 0 or above, for each token; `rows` may stand for all rows."""
+def _numbers_each_token(column: Any, ids: Tensor, rows: int) -> bool:
+    """Whether a column has a whole number, 0 or above, for each token of one or of `rows` rows."""
     return (
         isinstance(column, Tensor)
         and list(column.shape) in ([rows, ids.shape[1]], list(ids.shape))

@@ -282,7 +282,7 @@ def _rows_of(item: Any, position: int) -> Sequence[Mapping[str, Any]]:
             f"loader must yield dictionaries, got {type(item).__name__} at item {position}; "
             "give each batch the keys input_ids, attention_mask and labels"
         )
-    turns = item.get("messages")
+    turns: Any = item.get("messages")
     first = turns[0] if isinstance(turns, Sequence) and turns else None
     if isinstance(first, Mapping) and isinstance(first.get("role"), list | tuple):
         chats = len(first["role"])
