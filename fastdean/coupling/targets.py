@@ -132,7 +132,7 @@ def find_targets(
 
 
 def _require_own_weights(candidates: Sequence[Target], chosen: Sequence[Target]) -> None:
-    """A weight that two layers use has the sum of their gradients, which no hook on one sees."""
+    """Refuse a weight that two layers use: its gradient is the sum of both, and a hook sees one."""
     users: dict[int, list[str]] = {}
     for target in candidates:
         users.setdefault(id(target.module.weight), []).append(target.name)
@@ -165,7 +165,7 @@ def require_own_parameters(model: nn.Module, targets: Sequence[Target]) -> None:
 def coverage(
     model: nn.Module, targets: Sequence[Target], scored: Collection[str] | None = None
 ) -> dict:
-    """What share of the model the scored weights are, and what in its layers no hook can see.
+    """The share of the model that is scored, and the parameters in its layers that cannot be.
 
     Args:
         targets: the modules that `find_targets` matched.
@@ -373,7 +373,7 @@ def _is_linear_map(module: nn.Linear) -> bool:
 def _listed(
     candidates: Sequence[Target], text: str, groups: Collection[str | None]
 ) -> list[Target]:
-    """What a text that is no regular expression of any names as a list; none if it is no list.
+    """The targets that a text names as a list; none if it is no list.
 
     Raises:
         ValueError: a part of the list that nothing is called.

@@ -143,7 +143,7 @@ def plan_workload(
 
 
 def _require_same_examples(work: Workload, ranks: Ranks) -> None:
-    """Loaders that already shard (DistributedSampler) would have most examples never scored."""
+    """Refuse loaders that already shard: most examples would never be scored."""
     digest = work.describe()["data"]["sha256"] if ranks.size > 1 else "0"
     if not ranks.hold_the_same(int(digest[:15], 16)):
         raise ValueError(
@@ -399,7 +399,7 @@ def _require_batch(batch: Any, position: int) -> None:
 
 
 def _require_one_example_a_row(batch: Mapping[str, Any], position: int) -> None:
-    """Rows of several examples have gradients of several, whose sizes no sum over a row gives."""
+    """Refuse rows of several examples: their gradients add up before the absolute value."""
     ids = batch["input_ids"]
     dividing = {"attention_mask": len(ids), "seq_idx": len(ids), "position_ids": 1}
     columns = {

@@ -1,7 +1,6 @@
 """How rows became tokens: counted for manifests, compared between data sets, shown to people.
 
-Scores of two data sets that were rendered differently differ by their templates too, and nothing in
-the numbers says so.
+Scores of two data sets that were rendered differently differ by their templates too.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def rendering_cautions(
     name: str,
     template: str | None,
 ) -> list[str]:
-    """Sentences on what hardly anyone wants of a data set's tokens.
+    """Warnings about a data set's tokens: two BOS tokens, end tokens in prompts, unused templates.
 
     Args:
         numbers: of the examples' rows.

@@ -121,7 +121,7 @@ def _shifts_by_class(model: nn.Module) -> set[int]:
 
 
 def attention_for(model: nn.Module, batch: Batch) -> AbstractContextManager:
-    """What a pass of `model` over `batch` runs in, so that its examples attend as planned."""
+    """A context in which the examples of `batch` attend as planned."""
     return attention_by_segments(model, batch.segments) if batch.by_segments else nullcontext()
 
 
@@ -326,7 +326,7 @@ def require_positions(model: nn.Module, examples: Sequence[Example], first: int 
 def _require_known(
     columns: Mapping[str, Tensor], tables: Mapping[str, int | None], number: int
 ) -> None:
-    """The same of the numbers that the model looks up in a table."""
+    """Refuse numbers that the model looks up in a table and that lie outside of it."""
     for name, size in tables.items():
         values = columns.get(name)
         if values is None or size is None:
