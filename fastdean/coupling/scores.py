@@ -91,13 +91,15 @@ class ScoreEntry:
         """How many entries (weights or units) compete for selection."""
         return math.prod(self.shape) if self.unit_axis is None else self.shape[self.unit_axis]
 
-    @property
-    def is_current(self) -> bool:
-        """False if the weight it shares with a model has changed since it was scored."""
+    def require_unchanged(self, name: str) -> None:
+        """Raise RuntimeError if the weight, called `name`, has changed since it was scored."""
         owns_values = self.index is not None and self.unit_axis is None
-        if self.weight is None or owns_values:
-            return True
-        return fingerprint(self.weight) == self.fingerprint
+        if self.weight is None or owns_values or fingerprint(self.weight) == self.fingerprint:
+            return
+        raise StateError(
+            f"{name} has changed since it was scored; restore the mask that is applied, or score "
+            "again"
+        )
 
     @property
     def factor(self) -> Tensor | None:
@@ -158,14 +160,6 @@ def _named(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"scores of {name}: {error}") from None
-
-
-def _require_unchanged(name: str, entry: ScoreEntry) -> None:
-    if not entry.is_current:
-        raise StateError(
-            f"{name} has changed since it was scored; restore the mask that is applied, or score "
-            "again"
-        )
 
 
 def check_keep_top(keep_top: float | None) -> None:
@@ -325,13 +319,13 @@ class Scores(Mapping[str, Tensor]):
     def require_unchanged_weights(self) -> None:
         """Raise RuntimeError if a weight the scores share with a model has changed since."""
         for name, entry in self.entries.items():
-            _require_unchanged(name, entry)
+            entry.require_unchanged(name)
 
     def _current(self, name: str) -> ScoreEntry:
         """The entry, refused where its importance would be that of a weight changed since."""
         entry = self.entries[name]
         if entry.factor is not None:
-            _require_unchanged(name, entry)
+            entry.require_unchanged(name)
         return entry
 
     def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:

@@ -125,6 +125,7 @@ def score(
     check_keep_top(keep_top)
     targets = find_targets(model, target_modules, granularity)
     require_own_parameters(model, targets)
+    # A budget that is too small is refused before anything runs.
     split_by_memory(targets, granularity, memory_budget)
     warn_about_unscorable(model, targets)
     ranks, device = Ranks.current(), input_device(model)
