@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -63,7 +63,10 @@ class UnitAccumulator:
         return ScoreEntry.of(self._sums, weight, self._axis)
 
 
-ACCUMULATORS = {"weight": DenseWeightAccumulator, "neuron": UnitAccumulator}
+ACCUMULATORS: dict[str, Callable[[Target, torch.device, str | None], Accumulator]] = {
+    "weight": DenseWeightAccumulator,
+    "neuron": UnitAccumulator,
+}
 
 
 def split_by_memory(
