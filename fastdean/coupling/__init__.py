@@ -1,9 +1,4 @@
-"""Which weights: every weight's importance on examples, and the weights that two sets share.
-
-In order: `scoring` (the steps of `score()`) plans batches with `workloads`, finds `targets`, tries
-them in `trial`, hooks them in `capture`, and sums in `accumulators`; `scores` keeps the sums;
-`sets` makes a mask of three of them.
-"""
+"""Which weights: every weight's importance on examples, and the weights that two sets share."""
 
 from __future__ import annotations
 

@@ -1,13 +1,8 @@
-"""Where the sums of one target live while scoring runs.
-
-`score` knows only this interface: `add_` a batch, `tensors` to reduce over ranks, `entry` at the
-end. The dense accumulators below hold one fp32 number per weight or unit; an accumulator that
-certifies from norms which few entries can reach the top needs nothing more than the same three
-methods.
-"""
+"""The sums of one target while scoring runs: one fp32 number per weight or unit."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -35,9 +30,8 @@ class DenseWeightAccumulator:
     def __init__(self, target: Target, device: torch.device, impl: str | None) -> None:
         self._transposed = target.transposed
         self._impl = impl
-        self._sums = torch.zeros(
-            tuple(target.module.weight.shape), dtype=torch.float32, device=device
-        )
+        shape = tuple(target.module.weight.shape)
+        self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
         if self._transposed:
@@ -48,7 +42,7 @@ class DenseWeightAccumulator:
         return [self._sums]
 
     def entry(self, weight: Tensor) -> ScoreEntry:
-        return ScoreEntry.dense(self._sums, weight)
+        return ScoreEntry.of(self._sums, weight)
 
 
 class UnitAccumulator:
@@ -66,12 +60,38 @@ class UnitAccumulator:
         return [self._sums]
 
     def entry(self, weight: Tensor) -> ScoreEntry:
-        return ScoreEntry.units(self._sums, weight, self._axis)
+        return ScoreEntry.of(self._sums, weight, self._axis)
 
 
-ACCUMULATORS = {"weight": DenseWeightAccumulator, "neuron": UnitAccumulator}
+ACCUMULATORS: dict[str, Callable[[Target, torch.device, str | None], Accumulator]] = {
+    "weight": DenseWeightAccumulator,
+    "neuron": UnitAccumulator,
+}
 
 
-def accumulator_bytes(target: Target, granularity: str) -> int:
-    """What the target's accumulator will hold, in bytes."""
-    return 4 * (target.module.weight.numel() if granularity == "weight" else target.num_inputs)
+def split_by_memory(
+    targets: Sequence[Target], granularity: str, memory_budget: int | None
+) -> list[list[Target]]:
+    """The targets in groups whose sums fit into `memory_budget` bytes; None: all in one.
+
+    Raises:
+        ValueError: one target's sums do not fit.
+    """
+    if memory_budget is None:
+        return [list(targets)]
+    groups: list[list[Target]] = []
+    used = 0
+    for target in targets:
+        entries = target.module.weight.numel() if granularity == "weight" else target.num_inputs
+        size = 4 * entries
+        if size > memory_budget:
+            raise ValueError(
+                f"memory_budget must hold the sums of at least one matrix, {size:,} bytes for "
+                f"{target.parameter}, got {memory_budget:,}; raise it or leave it out"
+            )
+        if not groups or used + size > memory_budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(target)
+        used += size
+    return groups

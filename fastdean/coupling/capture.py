@@ -1,10 +1,11 @@
 """The hooks of `score()`: every target's input paired with the gradient of its output.
 
-What becomes of a pair is told by the caller: `Sums` adds it up, the trial (trial.py) looks at it.
+`Sums` adds the pairs up; the trial (trial.py) compares them with autograd's gradients.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdean.coupling.accumulators import Accumulator
 from fastdean.coupling.targets import Target
+from fastdean.coupling.workloads import BatchLosses
 from fastdean.models.hooks import forward_hooks, forward_pre_hooks
 from fastdean.wording.mendable import StateError
 
@@ -117,65 +119,45 @@ class Sums:
     def __init__(
         self, accumulators: Mapping[str, Accumulator], sequence_first: Collection[str] = ()
     ) -> None:
-        self._accumulators = accumulators
+        self.accumulators = accumulators
+        self.segments: Tensor | None = None
         self._sequence_first = sequence_first
-        self._fired: dict[str, int] = {}
-        self._segments: Tensor | None = None
         self._rows = 0
-        self._factors: tuple[Tensor, Tensor] | None = None
-        self._wanted: Collection[str] | None = None
-        self._finite: dict[str, Tensor] = {}
+        self._times: Counter[str] = Counter()
 
-    def expect(
-        self,
-        segments: Tensor,
-        rows: int,
-        factors: tuple[Tensor, Tensor] | None = None,
-        wanted: Collection[str] | None = None,
-    ) -> None:
-        """Say how the rows that the next backward pass delivers belong to examples.
+    def backward(self, batch: BatchLosses) -> None:
+        """Run the backward pass of a batch, in which the hooks deliver its pairs.
 
-        Args:
-            factors: [rows, 1] for inputs and gradients; then a pair with a gradient that is not
-                finite is not added, and `finite` says so.
-            wanted: the parameters whose pairs are added; None: all.
+        Raises:
+            RuntimeError: a target did not deliver exactly one.
         """
-        self._segments, self._rows, self._fired = segments, rows, {}
-        self._factors, self._wanted, self._finite = factors, wanted, {}
+        self.segments, self._rows, self._times = batch.segments, batch.rows, Counter()
+        loss = self.loss(batch)
+        if loss.requires_grad:
+            loss.backward()
+        for parameter in self.accumulators:
+            if self._times[parameter] != 1:
+                name = parameter.removesuffix(".weight")
+                raise StateError(wrong_times_message(name, self._times[parameter]))
+
+    def loss(self, batch: BatchLosses) -> Tensor:
+        """What is differentiated: the sum of the examples' losses."""
+        return batch.values.sum()
 
     def receive(self, target: Target, x: Tensor, g: Tensor) -> None:
+        """Take a pair of the batch from a hook."""
         if target.parameter in self._sequence_first:
-            x, g = (batch_first(rows, len(self._segments)) for rows in (x, g))
-        segments = segments_in(x, self._segments, self._rows)
+            x, g = (batch_first(rows, len(self.segments)) for rows in (x, g))
+        segments = segments_in(x, self.segments, self._rows)
         x, g = x.flatten(0, -2), g.flatten(0, -2)
         if segments is None:
-            raise StateError(wrong_rows(target, self._rows, x.shape[0]))
-        self._fired[target.parameter] = self._fired.get(target.parameter, 0) + 1
-        if self._wanted is not None and target.parameter not in self._wanted:
-            return
-        if self._factors is not None:
-            finite = g.isfinite().all()
-            self._finite[target.parameter] = finite
-            for_x, for_g = (factor.to(g.device) for factor in self._factors)
-            if segments is not self._segments:
-                width = len(x) // len(segments)
-                for_x, for_g = (
-                    factor[:: len(factor) // len(segments)].repeat_interleave(width, 0)
-                    for factor in (for_x, for_g)
-                )
-            dtype = torch.promote_types(for_g.dtype, g.dtype)
-            x, g = x.to(dtype) * for_x, torch.where(finite, g, 0).to(dtype) * for_g
-        self._accumulators[target.parameter].add_(x, g, segments)
+            raise StateError(wrong_rows_message(target, self._rows, x.shape[0]))
+        self._times[target.parameter] += 1
+        self.add(target, x, g, segments)
 
-    def require_complete(self) -> None:
-        for parameter in self._accumulators:
-            times = self._fired.get(parameter, 0)
-            if times != 1:
-                raise StateError(wrong_times(parameter.removesuffix(".weight"), times))
-
-    def finite(self) -> dict[str, Tensor]:
-        """Parameter -> whether the gradient of this batch was finite, a bool on its device."""
-        return self._finite
+    def add(self, target: Target, x: Tensor, g: Tensor, segments: Tensor) -> None:
+        """Add rows x [N, C] and g [N, R], of which `segments` says whose they are."""
+        self.accumulators[target.parameter].add_(x, g, segments)
 
 
 def batch_first(rows: Tensor, examples: int) -> Tensor:
@@ -196,7 +178,7 @@ def segments_in(x: Tensor, segments: Tensor, rows: int) -> Tensor | None:
     padding up to a window of attention.
 
     Args:
-        segments, rows: of the batch, as `Sums.expect` takes them.
+        segments, rows: of the batch (`BatchLosses`).
     """
     if x[..., 0].numel() == rows:
         return segments
@@ -211,7 +193,7 @@ def segments_in(x: Tensor, segments: Tensor, rows: int) -> Tensor | None:
     return (starts + steps) * x.shape[1]
 
 
-def wrong_rows(target: Target, expected: int, got: int) -> str:
+def wrong_rows_message(target: Target, expected: int, got: int) -> str:
     return (
         f"{target.name} must see every token of the batch once, {expected} rows, got {got}; "
         "modules behind a router or a pooling cannot be scored through hooks, so leave it out of "
@@ -219,7 +201,7 @@ def wrong_rows(target: Target, expected: int, got: int) -> str:
     )
 
 
-def wrong_times(name: str, times: int) -> str:
+def wrong_times_message(name: str, times: int) -> str:
     return (
         f"{name} must take part in the loss exactly once per batch, got {times} times; modules "
         "that are shared between layers or skipped cannot be scored, so leave it out of "

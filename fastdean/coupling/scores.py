@@ -8,8 +8,7 @@ read, so that adding two runs costs one rounding.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdean.coupling.manifest import joined_manifests
 from fastdean.files.declared import (
     Anything,
     Exactly,
@@ -41,10 +41,8 @@ from fastdean.wording.mendable import StateError
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FINGERPRINT_CHUNK = 1 << 18  # entries: 2 MiB of int64, which a CPU's caches hold
-_SHA_BITS = 256
-_COUNTS = ("examples", "tokens", "target_tokens")
 
-# What `save_pretrained` writes; see `_entry_kind` for the entries.
+# What `save_pretrained` writes, and of an entry besides its `unit_axis`.
 _CONFIG = Record(
     {
         "granularity": Text(choices=("weight", "neuron")),
@@ -54,6 +52,10 @@ _CONFIG = Record(
         "entries": Maps(Anything()),
     }
 )
+_ENTRY: dict[str, Kind] = {
+    "shape": Lists(Whole(least=1), least=2, most=2),
+    "fingerprint": Whole(least=-(2**63)),
+}
 _WEIGHTS = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 _ADVICE = "save it again"
 
@@ -80,32 +82,25 @@ class ScoreEntry:
     fingerprint: int
 
     @classmethod
-    def dense(cls, sums: Tensor, weight: Tensor) -> ScoreEntry:
+    def of(cls, sums: Tensor, weight: Tensor, unit_axis: int | None = None) -> ScoreEntry:
+        """The dense entry of a weight, or of its units."""
         weight = weight.detach()
-        return cls(sums, weight, None, tuple(weight.shape), None, fingerprint(weight))
-
-    @classmethod
-    def units(cls, sums: Tensor, weight: Tensor, axis: int) -> ScoreEntry:
-        weight = weight.detach()
-        return cls(sums, weight, None, tuple(weight.shape), axis, fingerprint(weight))
+        return cls(sums, weight, None, tuple(weight.shape), unit_axis, fingerprint(weight))
 
     @property
     def numel(self) -> int:
         """How many entries (weights or units) compete for selection."""
-        if self.unit_axis is not None:
-            return self.shape[self.unit_axis]
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape) if self.unit_axis is None else self.shape[self.unit_axis]
 
-    @property
-    def is_current(self) -> bool:
-        """False if the weight it shares with a model has changed since it was scored."""
+    def require_unchanged(self, name: str) -> None:
+        """Raise RuntimeError if the weight, called `name`, has changed since it was scored."""
         owns_values = self.index is not None and self.unit_axis is None
-        if self.weight is None or owns_values:
-            return True
-        return fingerprint(self.weight) == self.fingerprint
+        if self.weight is None or owns_values or fingerprint(self.weight) == self.fingerprint:
+            return
+        raise StateError(
+            f"{name} has changed since it was scored; restore the mask that is applied, or score "
+            "again"
+        )
 
     @property
     def factor(self) -> Tensor | None:
@@ -117,8 +112,7 @@ class ScoreEntry:
 
         They stay on the device of the sums.
         """
-        chosen = select_top(self.sums, self.factor, num_examples, k)
-        return chosen if self.index is None else self.index[chosen]
+        return self._flat_index(select_top(self.sums, self.factor, num_examples, k))
 
     def keep(self, num_examples: int, k: int) -> ScoreEntry:
         """The sparse entry of the k most important ones."""
@@ -126,8 +120,11 @@ class ScoreEntry:
         weight = self.weight
         if self.unit_axis is None:
             weight = weight.flatten()[chosen.to(weight.device)]
-        index = chosen if self.index is None else self.index[chosen]
-        return replace(self, sums=self.sums.flatten()[chosen], weight=weight, index=index)
+        sums = self.sums.flatten()[chosen]
+        return replace(self, sums=sums, weight=weight, index=self._flat_index(chosen))
+
+    def _flat_index(self, chosen: Tensor) -> Tensor:
+        return chosen if self.index is None else self.index[chosen]
 
 
 def fingerprint(weight: Tensor) -> int:
@@ -166,14 +163,6 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(f"scores of {name}: {error}") from None
 
 
-def _require_unchanged(name: str, entry: ScoreEntry) -> None:
-    if not entry.is_current:
-        raise StateError(
-            f"{name} has changed since it was scored; restore the mask that is applied, or score "
-            "again"
-        )
-
-
 def check_keep_top(keep_top: float | None) -> None:
     """Raise ValueError unless `keep_top` is None (dense) or a ratio above 0 and at most 1."""
     if keep_top is not None and not 0 < keep_top <= 1:
@@ -193,7 +182,7 @@ class Scores(Mapping[str, Tensor]):
         entries: name -> ScoreEntry.
         granularity: "weight" or "neuron".
         num_examples: n.
-        keep_top: None for dense scores, else the ratio of entries kept in each matrix.
+        keep_top: the ratio of entries kept in each matrix; None for dense scores.
         manifest: where the numbers come from (model, examples, tokens, dtype, coverage, versions).
     """
 
@@ -304,7 +293,7 @@ class Scores(Mapping[str, Tensor]):
             entries,
             granularity=self.granularity,
             num_examples=self.num_examples + other.num_examples,
-            manifest=_join_manifests(self.manifest, other.manifest),
+            manifest=joined_manifests(self.manifest, other.manifest),
         )
 
     def require_same_weights(self, other: Scores) -> None:
@@ -331,13 +320,13 @@ class Scores(Mapping[str, Tensor]):
     def require_unchanged_weights(self) -> None:
         """Raise RuntimeError if a weight the scores share with a model has changed since."""
         for name, entry in self.entries.items():
-            _require_unchanged(name, entry)
+            entry.require_unchanged(name)
 
     def _current(self, name: str) -> ScoreEntry:
         """The entry, refused where its importance would be that of a weight changed since."""
         entry = self.entries[name]
         if entry.factor is not None:
-            _require_unchanged(name, entry)
+            entry.require_unchanged(name)
         return entry
 
     def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -385,7 +374,8 @@ class Scores(Mapping[str, Tensor]):
         config, tensors = read_folder(folder, kind="scores")
         require(config, _CONFIG, folder / CONFIG_NAME)
         sparse = config["keep_top"] is not None
-        entry = _entry_kind(config["granularity"])
+        axis = Exactly(None) if config["granularity"] == "weight" else Whole(most=1)
+        entry = Record({**_ENTRY, "unit_axis": axis})
         entries = {}
         for name, described in config["entries"].items():
             require(described, entry, folder / CONFIG_NAME, where=f"entries[{brief(name)}]")
@@ -399,18 +389,6 @@ class Scores(Mapping[str, Tensor]):
             keep_top=config["keep_top"],
             manifest=config["manifest"],
         )
-
-
-def _entry_kind(granularity: str) -> Record:
-    """What `save_pretrained` writes of an entry."""
-    axis = Exactly(None) if granularity == "weight" else Whole(most=1)
-    return Record(
-        {
-            "shape": Lists(Whole(least=1), least=2, most=2),
-            "unit_axis": axis,
-            "fingerprint": Whole(least=-(2**63)),
-        }
-    )
 
 
 def _read_entry(
@@ -430,9 +408,8 @@ def _read_entry(
         return tensors.pop(where)
 
     shape, axis = tuple(described["shape"]), described["unit_axis"]
-    numel = math.prod(shape) if axis is None else shape[axis]
-    index = take("index", Places(numel)) if sparse else None
-    size = shape if axis is None else (numel,)
+    size = shape if axis is None else (shape[axis],)
+    index = take("index", Places(math.prod(size))) if sparse else None
     if index is not None:
         size = (index.numel(),)
     return ScoreEntry(
@@ -443,39 +420,3 @@ def _read_entry(
         unit_axis=axis,
         fingerprint=described["fingerprint"],
     )
-
-
-def examples_digest(digests: Iterable[bytes]) -> str:
-    """One digest of a set of examples whatever their order: the sum of theirs modulo 2^256."""
-    total = sum(int.from_bytes(digest, "big") for digest in digests) % (1 << _SHA_BITS)
-    return f"{total:064x}"
-
-
-def _join_manifests(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    joined = dict(first)
-    data, other = first.get("data"), second.get("data")
-    if data and other:
-        joined["data"] = {
-            **data,
-            **{key: data[key] + other[key] for key in _COUNTS if key in data and key in other},
-            "sha256": examples_digest(bytes.fromhex(d["sha256"]) for d in (data, other)),
-            "sources": [*data.get("sources", []), *other.get("sources", [])],
-            **_joined_rendering(data, other),
-        }
-    joined["joined_from"] = [
-        *first.get("joined_from", [first.get("created")]),
-        *second.get("joined_from", [second.get("created")]),
-    ]
-    return joined
-
-
-def _joined_rendering(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """How the examples of both became tokens; what differs beside the counts is a list of both."""
-    if not {"rendered"} <= first.keys() & second.keys():
-        return {}
-    counts = Counter(first["rendered"]) + Counter(second["rendered"])
-    joined: dict[str, Any] = {"rendered": dict(sorted(counts.items()))}
-    for key in ("template", "tokenizer"):
-        if key in first and key in second and first[key] != second[key]:
-            joined[key] = [first[key], second[key]]
-    return joined

@@ -6,7 +6,7 @@ No list of model families: stacks.py finds the decoder layers, blocks.py what ea
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.models.adapters import Plain, base_model, plain_modules
-from fastdean.models.blocks import ATTENTION, FEED_FORWARD, Grouping, Matrix, group_layer
-from fastdean.models.model_state import evaluation_state
+from fastdean.models.blocks import ATTENTION, FEED_FORWARD, Grouping, LayerParts, Matrix
+from fastdean.models.model_state import evaluation_state, text_config
 from fastdean.models.stacks import decoder_layers
+from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError
 
 _BOTH = (FEED_FORWARD, ATTENTION)
@@ -37,8 +38,7 @@ class Target:
             `parameter`.
         module: the nn.Linear or Conv1D.
         transposed: True when the weight is stored [C, R] (in x out), as Conv1D does.
-        layer: the decoder layer it lies in, or None.
-        layer_index: position of that layer, or None.
+        layer_index: position of the decoder layer it lies in, or None.
         group: "mlp", "self_attn", another group of its layer (`fastdean.models.blocks`), or None
             outside the decoder layers.
         leads_from_units: whether its inputs are an MLP's units.
@@ -48,7 +48,6 @@ class Target:
     name: str
     module: nn.Module
     transposed: bool
-    layer: nn.Module | None
     layer_index: int | None
     group: str | None
     leads_from_units: bool = False
@@ -107,10 +106,14 @@ def find_targets(
         chosen = [target for target in chosen if target.leads_from_units]
     if not chosen:
         wanted = "Linear layer" if granularity == "weight" else "down projection of an MLP"
+        others = ", ".join(sorted(group for group in groups if group not in (None, *_BOTH)))
+        hints = f", in groups of their own {others}" if others else ""
+        if found.unscorable:
+            hints += f", and hooks cannot see the fused tensors {_kinds(found.unscorable)}"
         raise ValueError(
             f"target_modules must match at least one {wanted} of the model, got "
             f"{target_modules!r}; the layers are {_kinds(target.name for target in candidates)}"
-            f"{_groups_hint(groups)}{_fused_hint(found.unscorable)}"
+            f"{hints}"
         )
     _require_own_weights(candidates, chosen)
     for target in chosen:
@@ -129,7 +132,7 @@ def find_targets(
 
 
 def _require_own_weights(candidates: Sequence[Target], chosen: Sequence[Target]) -> None:
-    """A weight that two layers use has the sum of their gradients, which no hook on one sees."""
+    """Refuse a weight that two layers use: its gradient is the sum of both, and a hook sees one."""
     users: dict[int, list[str]] = {}
     for target in candidates:
         users.setdefault(id(target.module.weight), []).append(target.name)
@@ -142,10 +145,27 @@ def _require_own_weights(candidates: Sequence[Target], chosen: Sequence[Target])
             )
 
 
+def require_own_parameters(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Refuse weights that can be neither differentiated here nor edited later."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"model must have parameters that autograd can use, got {name}, made under "
+                "torch.inference_mode(); load the model outside of it"
+            )
+    for target in targets:
+        if target.module._parameters.get("weight") is None:
+            raise ValueError(
+                f"{target.parameter} must be a parameter, got a tensor that is computed from "
+                "others (a parametrization, weight or spectral norm, pruning); make it permanent, "
+                "for example with torch.nn.utils.parametrize.remove_parametrizations"
+            )
+
+
 def coverage(
     model: nn.Module, targets: Sequence[Target], scored: Collection[str] | None = None
 ) -> dict:
-    """What share of the model the scored weights are, and what in its layers no hook can see.
+    """The share of the model that is scored, and the parameters in its layers that cannot be.
 
     Args:
         targets: the modules that `find_targets` matched.
@@ -160,7 +180,13 @@ def coverage(
     """
     kept = [t for t in targets if scored is None or t.parameter in scored]
     scored_parameters, matched_parameters = _weights_of(kept), _weights_of(targets)
-    total = sum({id(p): p.numel() for p in _parameters(model)}.values())
+    # Without those of adapters.
+    parameters = (
+        parameter
+        for plain in plain_modules(model)
+        for parameter in plain.module.parameters(recurse=False)
+    )
+    total = sum({id(parameter): parameter.numel() for parameter in parameters}.values())
     found = _survey(model)
     return {
         "targets": len(kept),
@@ -175,27 +201,37 @@ def coverage(
     }
 
 
+def warn_about_unscorable(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Warn where hooks cannot see more than 5 % of the model's parameters."""
+    covered = coverage(model, targets)
+    missed, total = covered["unscorable"], covered["model_parameters"]
+    if sum(missed.values()) > 0.05 * total:
+        logger.warning(
+            "%.0f %% of the model's parameters lie in its layers outside any Linear module and are "
+            "not scored (%d tensors, such as %s)",
+            100 * sum(missed.values()) / total,
+            len(missed),
+            next(iter(missed)),
+        )
+
+
 def _by_group(found: _Survey, scored: Collection[str]) -> dict[str, dict[str, int]]:
     groups: dict[str, dict[str, int]] = {}
 
-    def of(name: str) -> dict[str, int]:
-        empty = {"modules": 0, "parameters": 0, "scored": 0, "unscorable": 0}
-        return groups.setdefault(name, empty)
+    def add(group: str, **counts: int) -> None:
+        of_group = groups.setdefault(
+            group, {"modules": 0, "parameters": 0, "scored": 0, "unscorable": 0}
+        )
+        for key, number in counts.items():
+            of_group[key] += number
 
     for target in found.targets:
         if target.group is not None:
-            of(target.group)["modules"] += 1
-            of(target.group)["parameters"] += target.module.weight.numel()
-            of(target.group)["scored"] += target.name in scored
+            size = target.module.weight.numel()
+            add(target.group, modules=1, parameters=size, scored=target.name in scored)
     for group, size in found.unscorable.values():
-        of(group)["unscorable"] += size
+        add(group, unscorable=size)
     return groups
-
-
-def _parameters(model: nn.Module) -> Iterable[nn.Parameter]:
-    """Those of the model without adapters."""
-    for plain in plain_modules(model):
-        yield from plain.module.parameters(recurse=False)
 
 
 def _weights_of(targets: Sequence[Target]) -> int:
@@ -207,16 +243,6 @@ def _kinds(names: Iterable[str]) -> str:
     """Names with their numbers left out, each kind once, for messages."""
     kinds = sorted({re.sub(r"\d+", "*", name) for name in names})
     return ", ".join(kinds[:12]) or "none"
-
-
-def _groups_hint(groups: Collection[str | None]) -> str:
-    others = sorted(group for group in groups if group is not None and group not in _BOTH)
-    return f", in groups of their own {', '.join(others)}" if others else ""
-
-
-def _fused_hint(unscorable: Iterable[str]) -> str:
-    kinds = _kinds(unscorable)
-    return f", and hooks cannot see the fused tensors {kinds}" if kinds != "none" else ""
 
 
 @dataclass(frozen=True)
@@ -232,51 +258,48 @@ class _Survey:
 
 def _survey(model: nn.Module) -> _Survey:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    plains = list(plain_modules(model))
     excluded = set() if head is None else set(head.modules())
+    # It takes the weight and never calls the module.
+    excluded |= {p.module.out_proj for p in plains if isinstance(p.module, nn.MultiheadAttention)}
+    scorable = {p.module for p in plains if p.module not in excluded and _is_scorable(p.module)}
     layers = decoder_layers(model)
-    indices = {name: i for i, name in enumerate(layers)}
     inside: dict[str, list[Plain]] = {name: [] for name in layers}
-    outside: list[Plain] = []
-    order: list[Plain] = []
-    never: set[nn.Module] = set()
-    for plain in plain_modules(model):
-        owner = _owner(plain.name, layers)
-        if isinstance(plain.module, nn.MultiheadAttention):
-            never.add(plain.module.out_proj)  # it takes the weight and never calls the module
-        (outside if owner is None else inside[owner]).append(plain)
-        if plain.module not in excluded and plain.module not in never:
-            order.append(plain)
-    scorable = {plain.module for plain in order if _is_scorable(plain.module)}
+    owners = {plain.name: _owner(plain.name, layers) for plain in plains}
+    for plain in plains:
+        owner = owners[plain.name]
+        if owner is not None:
+            inside[owner].append(plain)
+    hidden_size = getattr(text_config(base_model(model)), "hidden_size", None)
     groupings = {
-        owner: _grouping(model, owner, layers[owner], plains, scorable)
-        for owner, plains in inside.items()
+        owner: _grouping(owner, layers[owner], members, scorable, hidden_size)
+        for owner, members in inside.items()
     }
+    indices = {name: i for i, name in enumerate(layers)}
     targets = []
-    for plain in order:
+    for plain in plains:
         if plain.module not in scorable:
             continue
-        owner = _owner(plain.name, layers)
-        path = None if owner is None else plain.name[len(owner) + 1 :]
+        owner, group, is_down = owners[plain.name], None, False
+        if owner is not None:
+            path = _path_in(owner, plain)
+            group, is_down = groupings[owner].groups[path], path in groupings[owner].downs
         targets.append(
             Target(
                 name=plain.name,
                 module=plain.module,
                 transposed=not isinstance(plain.module, nn.Linear),
-                layer=layers.get(owner),
                 layer_index=indices.get(owner),
-                group=None if owner is None else groupings[owner].groups[path],
-                leads_from_units=owner is not None and path in groupings[owner].downs,
+                group=group,
+                leads_from_units=is_down,
                 adapted=plain.adapted,
             )
         )
     weights = {id(target.module.weight) for target in targets}
     unscorable = {
-        f"{plain.name}.{name}": (
-            groupings[owner].groups[plain.name[len(owner) + 1 :]],
-            parameter.numel(),
-        )
-        for owner, plains in inside.items()
-        for plain in plains
+        f"{plain.name}.{name}": (groupings[owner].groups[_path_in(owner, plain)], parameter.numel())
+        for owner, members in inside.items()
+        for plain in members
         for name, parameter in plain.module.named_parameters(recurse=False)
         if parameter.dim() >= 2 and id(parameter) not in weights
     }
@@ -284,28 +307,27 @@ def _survey(model: nn.Module) -> _Survey:
 
 
 def _grouping(
-    model: nn.Module,
     owner: str,
     layer: nn.Module,
-    plains: Sequence[Plain],
+    members: Sequence[Plain],
     scorable: Collection[nn.Module],
+    hidden_size: int | None,
 ) -> Grouping:
-    config = getattr(base_model(model), "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    modules = {plain.name[len(owner) + 1 :]: plain.module for plain in plains}
-    matrices = {
-        path: Matrix(*_sizes(module)) for path, module in modules.items() if module in scorable
-    }
-    return group_layer(layer, owner, matrices, modules, getattr(text, "hidden_size", None))
+    modules = {_path_in(owner, plain): plain.module for plain in members}
+    matrices = {}
+    for path, module in modules.items():
+        if module in scorable:
+            rows, columns = module.weight.shape
+            sizes = (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+            matrices[path] = Matrix(*sizes)
+    return LayerParts(layer, owner, matrices, modules, hidden_size).grouping()
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs."""
-    rows, columns = module.weight.shape
-    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+def _path_in(owner: str, plain: Plain) -> str:
+    return plain.name[len(owner) + 1 :]
 
 
-def _owner(name: str, layers: Mapping[str, nn.Module]) -> str | None:
+def _owner(name: str, layers: Collection[str]) -> str | None:
     """The layer that a module is or lies in."""
     parts = name.split(".")
     prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
@@ -335,28 +357,23 @@ def _is_linear_map(module: nn.Linear) -> bool:
     if type(module).forward is nn.Linear.forward:
         return True
     if module not in _TRIED:
-        _TRIED[module] = _returns_its_outputs(module)
-    return _TRIED[module]
-
-
-def _returns_its_outputs(module: nn.Linear) -> bool:
-    weight = module.weight
-    generator = torch.Generator("cpu").manual_seed(_SEED)
-    x = torch.randn((1, _TOKENS, weight.shape[1]), generator=generator, device="cpu")
-    x = x.to(weight.device, weight.dtype)
-    with torch.no_grad(), evaluation_state(module):
+        outputs, inputs = module.weight.shape
+        generator = torch.Generator("cpu").manual_seed(_SEED)
+        x = torch.randn((1, _TOKENS, inputs), generator=generator, device="cpu")
         try:
-            # Past the instance's own forward: an offloading hook would load the weight.
-            output = type(module).forward(module, x)
+            with torch.no_grad(), evaluation_state(module):
+                # Past the instance's own forward: an offloading hook would load the weight.
+                output = type(module).forward(module, x.to(module.weight))
         except Exception:
-            return False
-    return isinstance(output, Tensor) and output.shape == (1, _TOKENS, weight.shape[0])
+            output = None
+        _TRIED[module] = isinstance(output, Tensor) and output.shape == (1, _TOKENS, outputs)
+    return _TRIED[module]
 
 
 def _listed(
     candidates: Sequence[Target], text: str, groups: Collection[str | None]
 ) -> list[Target]:
-    """What a text that is no regular expression of any names as a list; none if it is no list.
+    """The targets that a text names as a list; none if it is no list.
 
     Raises:
         ValueError: a part of the list that nothing is called.

@@ -11,17 +11,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from fastdean.coupling.capture import batch_first, capturing, segments_in, wrong_rows, wrong_times
+from fastdean.coupling.capture import (
+    batch_first,
+    capturing,
+    segments_in,
+    wrong_rows_message,
+    wrong_times_message,
+)
 from fastdean.coupling.loss_scale import LossScale, initial_scale
 from fastdean.coupling.targets import Target
-from fastdean.coupling.workloads import BatchLosses, Workload
+from fastdean.coupling.workloads import Workload
+from fastdean.models.distributed import Ranks
 from fastdean.models.hooks import take_gradients
 from fastdean.models.model_state import fresh_leaves
+from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 
 _DIRECTIONS = 8
@@ -33,126 +41,110 @@ _SCALES = 4
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What was found.
+class Scorable:
+    """The targets that can be scored, and the batches over which.
 
     Attributes:
         targets: those that can be scored.
         left_out: name -> why each of the others cannot be.
         sequence_first: parameters of the targets that see [T, B, ...] where the batch is [B, T].
-        mixed: name of a target whose rows could not be told apart by example in a batch of several,
-            or None.
-        conclusive: False where a loss or a gradient was not finite.
-        largest: the largest absolute gradient of a product, with the losses so scaled.
-        scale: what the losses were multiplied by.
+        work: the workload, with every example alone where `alone` says so.
+        alone: name of a target for which no two examples may share a batch, or None.
+        scale: what the losses are multiplied by; None for models that do not compute in fp16.
+        conclusive: False where a loss or a gradient of the trial was not finite.
+        largest: the largest absolute gradient of a product in the trial.
     """
 
     targets: list[Target]
-    left_out: dict[str, str]
-    sequence_first: frozenset[str]
-    mixed: str | None
-    conclusive: bool
-    largest: float
+    work: Workload
     scale: LossScale | None
-
-
-@dataclass
-class _Found:
-    """One target in the backward passes of the trial: one entry per pass."""
-
-    times: list[int] = field(default_factory=list)
-    rows: int | None = None
-    dtype: torch.dtype = torch.float32
-    # Squared norms of the gradient: all rows, the example's rows batch-first and sequence-first.
-    total: list[float] = field(default_factory=list)
-    inside: list[float] = field(default_factory=list)
-    inside_sequence_first: list[float] = field(default_factory=list)
-    captured: list[Tensor] = field(default_factory=list)
-    captured_sequence_first: list[Tensor] = field(default_factory=list)
-    # None where autograd gave the weight no gradient; not looked at where `compared` is False.
-    expected: list[Tensor | None] = field(default_factory=list)
-    compared: bool = True
+    left_out: dict[str, str] = field(default_factory=dict)
+    sequence_first: frozenset[str] = frozenset()
+    alone: str | None = None
+    conclusive: bool = True
     largest: float = 0.0
 
-    def finite(self) -> bool:
-        gradients = (gradient for gradient in self.expected if gradient is not None)
-        return all(map(math.isfinite, self.total)) and all(
-            bool(gradient.isfinite().all()) for gradient in gradients
-        )
 
-
-@dataclass(frozen=True)
-class Settled:
-    """What is scored, over which batches.
-
-    Attributes:
-        targets, left_out, sequence_first: as in `Trial`.
-        work: the workload, with every example alone where `alone` says so.
-        alone: the target for which no two examples may share a batch, or None.
-        scale: what the losses are multiplied by; None for models that do not compute in fp16.
-    """
-
-    targets: list[Target]
-    left_out: dict[str, str]
-    sequence_first: frozenset[str]
-    work: Workload
-    alone: str | None
-    scale: LossScale | None
-
-
-def settle(
+def find_scorable(
     model: nn.Module,
     work: Workload,
     targets: Sequence[Target],
     granularity: str,
+    target_modules: str | Sequence[str],
     device: torch.device,
-) -> Settled:
+    ranks: Ranks,
+) -> Scorable:
     """Which of the targets can be scored over `work`, with examples together or one by one.
 
+    What cannot is left out with a warning.
+
     Raises:
-        RuntimeError: none can, or a captured pair does not give the gradient of its weight.
+        RuntimeError: none can, or none of those named by a suffix in `target_modules`; or a
+            captured pair does not give the gradient of its weight.
     """
-    excerpt = work.excerpt()
-    found = _try_scales(model, excerpt, targets, granularity, device)
-    if not found.targets:
-        # Windows of attention, for one, pad a short text to their own width.
-        excerpt = work.excerpt(whole=True)
-        found = _try_scales(model, excerpt, targets, granularity, device)
-    left_out, alone = found.left_out, None
-    if found.mixed is not None:
-        alone = found.mixed
-        _require_losses_of_their_own(excerpt, device, alone)
-        found = _try_scales(model, excerpt.alone(), found.targets, granularity, device)
-        left_out = left_out | found.left_out
-        if found.mixed is not None:
-            raise StateError(
-                f"{found.mixed} must see the tokens of an example in that example's rows, got "
-                "gradients in others, also with one example at a time; leave it out of "
-                "target_modules"
-            )
-        work = work.alone()
-    if not found.targets:
-        raise StateError(next(iter(left_out.values())))
-    scale = None if found.scale is None else found.scale.fitted(found.largest)
-    return Settled(found.targets, left_out, found.sequence_first, work, alone, scale)
 
+    def tried(work: Workload, targets: Sequence[Target]) -> Scorable:
+        """With the largest loss scale at which nothing overflows."""
+        scale = initial_scale(model, device)
+        found = _try_out(model, work, targets, granularity, device, scale)
+        for _ in range(_SCALES if scale is not None else 0):
+            if found.conclusive:
+                break
+            scale = scale.lower()
+            found = _try_out(model, work, targets, granularity, device, scale)
+        return found
 
-def _try_scales(
-    model: nn.Module,
-    work: Workload,
-    targets: Sequence[Target],
-    granularity: str,
-    device: torch.device,
-) -> Trial:
-    """The trial with the largest loss scale at which nothing overflows."""
-    scale = initial_scale(model, device)
-    found = try_out(model, work, targets, granularity, device, scale)
-    for _ in range(_SCALES if scale is not None else 0):
-        if found.conclusive:
-            break
-        scale = scale.lower()
-        found = try_out(model, work, targets, granularity, device, scale)
+    with ranks.failing_together():
+        excerpt = work.excerpt()
+        found = tried(excerpt, targets)
+        if not found.targets:
+            # Windows of attention, for one, pad a short text to their own width.
+            excerpt = work.excerpt(whole=True)
+            found = tried(excerpt, targets)
+        alone = found.alone
+        if alone is not None:
+            _require_losses_of_their_own(excerpt, device, alone)
+            together, found = found, tried(excerpt.alone(), found.targets)
+            if found.alone is not None:
+                raise StateError(
+                    f"{found.alone} must see the tokens of an example in that example's rows, got "
+                    "gradients in others, also with one example at a time; leave it out of "
+                    "target_modules"
+                )
+            found = replace(found, left_out=together.left_out | found.left_out)
+            work = work.alone()
+        if not found.targets:
+            raise StateError(next(iter(found.left_out.values())))
+        scale = None if found.scale is None else found.scale.fitted(found.largest)
+        found = replace(found, work=work, alone=alone, scale=scale)
+        _require_each_suffix(found, target_modules)
+    if found.left_out and ranks.first:
+        logger.warning(
+            "%d matched modules are left out of the scores: %s",
+            len(found.left_out),
+            next(iter(found.left_out.values())),
+        )
+    if alone is not None and ranks.first:
+        logger.warning(
+            "examples are scored one at a time: in a batch of several, the rows of %s could not be "
+            "told apart by example",
+            alone,
+        )
     return found
+
+
+def _require_each_suffix(found: Scorable, target_modules: str | Sequence[str]) -> None:
+    """A group may lose modules, a suffix that was named must keep one."""
+    if isinstance(target_modules, str):
+        target_modules = target_modules.replace(",", " ").split()
+    for suffix in target_modules:
+
+        def is_meant(name: str, suffix: str = suffix) -> bool:
+            return name == suffix or name.endswith(f".{suffix}")
+
+        reasons = [reason for name, reason in found.left_out.items() if is_meant(name)]
+        if reasons and not any(is_meant(target.name) for target in found.targets):
+            raise StateError(reasons[0])
 
 
 @torch.no_grad()
@@ -170,96 +162,106 @@ def _require_losses_of_their_own(work: Workload, device: torch.device, name: str
         )
 
 
-def try_out(
+@dataclass
+class _Pass:
+    """What the backward pass of one example's loss showed of one target.
+
+    Attributes:
+        times: how often the target took part.
+        rows, dtype: of its gradient.
+        largest: the largest absolute entry of the gradient.
+        total: squared norm of the gradient; None where the examples' rows are unknown.
+        inside: squared norm of the example's rows, were they batch-first and sequence-first.
+        captured: u^T (G^T X) v over these rows, likewise.
+        expected: u^T (dL/dW) v from autograd; None where it gave no gradient.
+    """
+
+    times: int = 0
+    rows: int = 0
+    dtype: torch.dtype = torch.float32
+    largest: float = 0.0
+    total: float | None = None
+    inside: list[float] = field(default_factory=list)
+    captured: list[Tensor] = field(default_factory=list)
+    expected: Tensor | None = None
+
+    def is_finite(self) -> bool:
+        known = self.expected is None or bool(self.expected.isfinite().all())
+        return known and math.isfinite(self.total or 0.0)
+
+
+def _try_out(
     model: nn.Module,
     work: Workload,
     targets: Sequence[Target],
     granularity: str,
     device: torch.device,
-    scale: LossScale | None = None,
-) -> Trial:
-    """Run one batch forward, and backward once for its first and once for its last example.
+    scale: LossScale | None,
+) -> Scorable:
+    """Run the first batch forward, and backward once for its first and once for its last example.
 
-    Args:
-        work: its first batch is taken.
-        scale: what the losses are multiplied by.
     Raises:
         RuntimeError: a captured pair does not give the gradient of its weight.
     """
-    found = {target.parameter: _Found() for target in targets}
     # An offloaded weight has no gradient here, and a unit's needs none.
     weights = [t for t in targets if granularity == "weight" and not t.module.weight.is_meta]
-    for target in targets:
-        found[target.parameter].compared = target in weights
-    directions = {t.parameter: _directions(t, seed) for seed, t in enumerate(targets)}
-    looking = _Looking(found, directions)
+    seen = _Observer(targets, {target.parameter for target in weights})
     with (
-        capturing(targets, granularity, looking.at_pair, again=True),
+        capturing(targets, granularity, seen.pair, again=True),
         fresh_leaves(model, [target.module.weight for target in weights]) as leaves,
         closing(work.losses(device)) as batches,
     ):
-        take_gradients(leaves, lambda i, gradient: looking.at_gradient(weights[i], gradient))
+        take_gradients(leaves, lambda i, gradient: seen.gradient(weights[i], gradient))
         batch = next(batches)
-        number = batch.rows
-        last = len(batch.segments) - 1
+        rows, last = batch.rows, len(batch.segments) - 1
         conclusive = bool(batch.values.detach().isfinite().all())
-        examples = sorted({0, last}) if conclusive else []
-        for b in examples:
-            looking.begin(batch, b)
+        for b in sorted({0, last}) if conclusive else []:
+            seen.begin(batch.segments, rows, b)
             if batch.values.requires_grad:
                 loss = batch.values[b]
                 if scale is not None:
                     loss = loss.float() * float(scale.of_losses(batch.averaged)[b])
                 loss.backward(retain_graph=b != last)
                 del loss
-            looking.end()
         del batch
-    conclusive = conclusive and all(of.finite() for of in found.values())
-    return _judge(targets, found, number, conclusive, scale)
+    return seen.judged(rows, Scorable(list(targets), work, scale, conclusive=conclusive))
 
 
-class _Looking:
-    """Notes what the hooks see of each backward pass."""
+class _Observer:
+    """Notes what the hooks see of each backward pass.
 
-    def __init__(
-        self, found: dict[str, _Found], directions: dict[str, tuple[Tensor, Tensor]]
-    ) -> None:
-        self._found = found
-        self._directions = directions
-        self._batch: BatchLosses | None = None
-        self._example = 0
+    Args:
+        compared: parameters whose pairs are compared with autograd's gradient.
+    """
 
-    def begin(self, batch: BatchLosses, example: int) -> None:
+    def __init__(self, targets: Sequence[Target], compared: set[str]) -> None:
+        self._compared = compared
+        self._passes: dict[str, list[_Pass]] = {target.parameter: [] for target in targets}
+        self._directions = {t.parameter: _directions(t, seed) for seed, t in enumerate(targets)}
+
+    def begin(self, segments: Tensor, rows: int, example: int) -> None:
         """Say that the next backward pass is that of one example's loss."""
-        self._batch, self._example = batch, example
-        for found in self._found.values():
-            found.times.append(0)
-            found.expected.append(None)
+        self._segments, self._rows, self._example = segments, rows, example
+        for passes in self._passes.values():
+            passes.append(_Pass())
 
-    def end(self) -> None:
-        self._batch = None
-
-    def at_pair(self, target: Target, x: Tensor, g: Tensor) -> None:
-        found = self._found[target.parameter]
-        found.times[-1] += 1
-        number, examples = self._batch.rows, len(self._batch.segments)
-        found.rows, found.dtype = g.numel() // g.shape[-1], g.dtype
-        turned = tuple(batch_first(each, examples) for each in (x, g))
-        as_it_is, sequence_first = (
-            segments_in(each, self._batch.segments, number) for each in (x, turned[0])
-        )
-        if found.times[-1] > 1 or (as_it_is is None and sequence_first is None):
+    def pair(self, target: Target, x: Tensor, g: Tensor) -> None:
+        seen = self._passes[target.parameter][-1]
+        seen.times += 1
+        seen.rows, seen.dtype = g.numel() // g.shape[-1], g.dtype
+        examples = len(self._segments)
+        orders = [(x, g), (batch_first(x, examples), batch_first(g, examples))]
+        segments = [segments_in(turned, self._segments, self._rows) for turned, _ in orders]
+        if seen.times > 1 or all(each is None for each in segments):
             return
-        found.largest = max(found.largest, float(g.abs().max()) if g.numel() else 0.0)
-        found.total.append(_squared_norm(g.flatten(0, -2).float()))
-        inside, captured = self._at_rows(target, x, g, as_it_is)
-        found.inside.append(inside)
-        found.captured.append(captured)
-        inside, captured = self._at_rows(target, *turned, sequence_first)
-        found.inside_sequence_first.append(inside)
-        found.captured_sequence_first.append(captured)
+        seen.largest = float(g.abs().max()) if g.numel() else 0.0
+        seen.total = _squared_norm(g.flatten(0, -2).float())
+        for (x, g), of_order in zip(orders, segments, strict=True):
+            inside, captured = self._in_rows(target, x, g, of_order)
+            seen.inside.append(inside)
+            seen.captured.append(captured)
 
-    def _at_rows(
+    def _in_rows(
         self, target: Target, x: Tensor, g: Tensor, segments: Tensor | None
     ) -> tuple[float, Tensor]:
         """Squared norm of the example's rows of `g`, and u^T (G^T X) v of them."""
@@ -268,17 +270,60 @@ class _Looking:
         rows = slice(*segments[self._example].tolist())
         x, g = (each.flatten(0, -2)[rows].float() for each in (x, g))
         inside = _squared_norm(g)
-        if not self._found[target.parameter].compared:
+        if target.parameter not in self._compared:
             return inside, torch.zeros(_DIRECTIONS)
         u, v = (each.to(g.device) for each in self._directions[target.parameter])
         return inside, ((g @ u) * (x @ v)).sum(0).cpu()
 
-    def at_gradient(self, target: Target, gradient: Tensor) -> None:
+    def gradient(self, target: Target, gradient: Tensor) -> None:
         u, v = (each.to(gradient.device) for each in self._directions[target.parameter])
-        gradient = gradient.float()
-        if target.transposed:
-            gradient = gradient.T
-        self._found[target.parameter].expected[-1] = ((gradient @ v) * u).sum(0).cpu()
+        gradient = gradient.float().T if target.transposed else gradient.float()
+        self._passes[target.parameter][-1].expected = ((gradient @ v) * u).sum(0).cpu()
+
+    def judged(self, rows: int, tried: Scorable) -> Scorable:
+        """What came of a batch of so many rows; `tried.conclusive` if its losses were finite.
+
+        Raises:
+            RuntimeError: a captured pair does not give the gradient of its weight.
+        """
+        everything = [seen for passes in self._passes.values() for seen in passes]
+        conclusive = tried.conclusive and all(seen.is_finite() for seen in everything)
+        largest = max((seen.largest for seen in everything), default=0.0)
+        tried = replace(tried, conclusive=conclusive, largest=largest)
+        if not conclusive:
+            return tried
+        scored, left_out, sequence_first, mixed = [], {}, set(), None
+        for target in tried.targets:
+            passes = self._passes[target.parameter]
+            times = next((seen.times for seen in passes if seen.times != 1), 1)
+            if times != 1:
+                left_out[target.name] = wrong_times_message(target.name, times)
+                continue
+            if any(seen.total is None for seen in passes):
+                left_out[target.name] = wrong_rows_message(target, rows, passes[-1].rows)
+                continue
+            scored.append(target)
+            order = next((order for order in (0, 1) if _apart(passes, order)), None)
+            if order is None:
+                mixed = mixed or target.name
+                continue
+            if order == 1:
+                sequence_first.add(target.parameter)
+            if target.parameter in self._compared:
+                _require_gradient(target, passes, order)
+        return replace(
+            tried,
+            targets=scored,
+            left_out=left_out,
+            sequence_first=frozenset(sequence_first),
+            alone=mixed,
+        )
+
+
+def _apart(passes: Sequence[_Pass], order: int) -> bool:
+    """Whether the gradient of every example lies in its own rows."""
+    norms = ((seen.total or 0.0, seen.inside[order]) for seen in passes)
+    return all(total - inside <= _STRAY**2 * total for total, inside in norms)
 
 
 def _squared_norm(rows: Tensor) -> float:
@@ -296,52 +341,13 @@ def _directions(target: Target, seed: int) -> tuple[Tensor, Tensor]:
     return u, v
 
 
-def _judge(
-    targets: Sequence[Target],
-    found: dict[str, _Found],
-    number: int,
-    conclusive: bool,
-    scale: LossScale | None,
-) -> Trial:
-    scored, left_out, sequence_first, mixed = [], {}, set(), None
-    for target in targets:
-        of = found[target.parameter]
-        times = next((n for n in of.times if n != 1), 1)
-        if not conclusive:
-            scored.append(target)
-            continue
-        if times != 1:
-            left_out[target.name] = wrong_times(target.name, times)
-            continue
-        if len(of.total) < len(of.times):
-            left_out[target.name] = wrong_rows(target, number, of.rows)
-            continue
-        scored.append(target)
-        if _apart(of.total, of.inside):
-            captured = of.captured
-        elif _apart(of.total, of.inside_sequence_first):
-            captured = of.captured_sequence_first
-            sequence_first.add(target.parameter)
-        else:
-            mixed = mixed or target.name
-            continue
-        if of.compared:
-            _require_gradient(target, of, captured)
-    largest = max((f.largest for f in found.values()), default=0.0)
-    return Trial(scored, left_out, frozenset(sequence_first), mixed, conclusive, largest, scale)
-
-
-def _apart(total: Sequence[float], inside: Sequence[float]) -> bool:
-    """Whether the gradient of every example lies in its own rows."""
-    return all(whole - own <= _STRAY**2 * whole for whole, own in zip(total, inside, strict=True))
-
-
-def _require_gradient(target: Target, found: _Found, captured: Sequence[Tensor]) -> None:
-    # What autograd rounds each entry of the gradient to, and where it flushes to zero.
-    info = torch.finfo(found.dtype)
-    smallest = info.smallest_normal * info.eps * target.module.weight.numel() ** 0.5
-    for value, expected in zip(captured, found.expected, strict=True):
-        off = math.inf if expected is None else float((value - expected).norm())
+def _require_gradient(target: Target, passes: Sequence[_Pass], order: int) -> None:
+    for seen in passes:
+        # What autograd rounds each entry of the gradient to, and where it flushes to zero.
+        info = torch.finfo(seen.dtype)
+        smallest = info.smallest_normal * info.eps * target.module.weight.numel() ** 0.5
+        expected = seen.expected
+        off = math.inf if expected is None else float((seen.captured[order] - expected).norm())
         scale = 0.0 if expected is None else float(expected.norm())
         allowed = max(1e-3, 4 * info.eps) * scale + 4 * smallest * _DIRECTIONS**0.5
         if not off <= allowed:

@@ -44,15 +44,20 @@ class UnitLayers:
         rows = self.rows(units)
         found = {}
         for layer in self.layers:
-            height, width = layer.module.weight.shape
-            if layer.transposed:
-                index = torch.arange(height, device=rows.device)[:, None] * width + rows[None, :]
-            else:
-                index = rows[:, None] * width + torch.arange(width, device=rows.device)[None, :]
-            found[layer.parameter] = index.flatten()
+            axis = 1 if layer.transposed else 0
+            found[layer.parameter] = flat_places(tuple(layer.module.weight.shape), axis, rows)
             if layer.module.bias is not None:
                 found[f"{layer.name}.bias"] = rows
         return found
+
+
+def flat_places(shape: tuple[int, ...], axis: int, numbers: Tensor) -> Tensor:
+    """Flat row-major indices, ascending, of these rows (axis 0) or columns of a matrix."""
+    rows, columns = shape
+    if axis == 0:
+        return (numbers[:, None] * columns + torch.arange(columns, device=numbers.device)).flatten()
+    starts = torch.arange(rows, device=numbers.device) * columns
+    return (starts[:, None] + numbers).flatten()
 
 
 def unit_layers(model: nn.Module, down: str) -> UnitLayers:
@@ -65,7 +70,7 @@ def unit_layers(model: nn.Module, down: str) -> UnitLayers:
     """
     targets = {target.parameter: target for target in find_targets(model, "all")}
     if down not in targets:
-        raise _unclear(down, "no layer of the model's MLPs has that name")
+        raise _unclear_error(down, "no layer of the model's MLPs has that name")
     projection = targets[down]
     parent = projection.name.rpartition(".")[0]
     beside = [
@@ -77,38 +82,29 @@ def unit_layers(model: nn.Module, down: str) -> UnitLayers:
     ]
     units = projection.num_inputs
     sizes = [target.num_outputs for target in beside]
+    orders: list[Callable[[Tensor], Tensor]]
     if sizes in ([units], [units, units]):
-        layouts = [_same]
+        orders = [lambda numbers: numbers]
     elif sizes == [2 * units]:
-        layouts = [_halves(units), _pairs]
+        # All gates, then all ups; or gate and up of a unit side by side.
+        orders = [
+            lambda numbers: torch.cat([numbers, units + numbers]),
+            lambda numbers: torch.stack([2 * numbers, 2 * numbers + 1], 1).flatten(),
+        ]
     else:
-        raise _unclear(
+        raise _unclear_error(
             down, f"{len(beside)} layers beside it have {sizes} outputs for {units} units"
         )
     mlp = plain_submodule(model, parent)
     if any(parameter.device.type == "meta" for parameter in mlp.parameters()):
-        raise _unclear(down, "it is offloaded, and there are no weights to try")
-    for layout in layouts:
-        found = UnitLayers(tuple(beside), layout)
+        raise _unclear_error(down, "it is offloaded, and there are no weights to try")
+    for rows in orders:
+        found = UnitLayers(tuple(beside), rows)
         if _takes_out_the_same(mlp, parent, projection, found):
             return found
-    raise _unclear(
+    raise _unclear_error(
         down, "zeroing what lies in front of it does not do what zeroing its columns does"
     )
-
-
-def _same(units: Tensor) -> Tensor:
-    return units
-
-
-def _halves(number: int) -> Callable[[Tensor], Tensor]:
-    """All gates, then all ups."""
-    return lambda units: torch.cat([units, number + units])
-
-
-def _pairs(units: Tensor) -> Tensor:
-    """Gate and up of a unit side by side."""
-    return torch.stack([2 * units, 2 * units + 1], 1).flatten()
 
 
 def _takes_out_the_same(mlp: nn.Module, parent: str, projection: Target, found: UnitLayers) -> bool:
@@ -143,13 +139,13 @@ def _output(mlp: nn.Module, changed: Mapping[str, Tensor], x: Tensor, down: str)
     try:
         output = torch.func.functional_call(mlp, dict(changed), (x,))
     except (TypeError, RuntimeError, ValueError) as error:
-        raise _unclear(down, f"its MLP cannot be run by itself ({error})") from error
+        raise _unclear_error(down, f"its MLP cannot be run by itself ({error})") from error
     if not isinstance(output, Tensor):
-        raise _unclear(down, f"its MLP returns a {type(output).__name__}")
+        raise _unclear_error(down, f"its MLP returns a {type(output).__name__}")
     return output.float()
 
 
-def _unclear(down: str, reason: str) -> ValueError:
+def _unclear_error(down: str, reason: str) -> ValueError:
     return ValueError(
         f"unit_weights='all' must find what belongs to the units of {down!r}, got an MLP that "
         f"leaves it open: {reason}; use unit_weights='down', which takes the units out as well"

@@ -1,21 +1,21 @@
 """What `score()` runs over: which batches, and the loss of every example in them.
 
-Two workloads: language models with this package's own loss and batches, and any other module with
-the caller's. `score` knows only the `Workload` interface.
+Language models have this package's own loss and batches, any other module the caller's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from fastdean.coupling.scores import examples_digest
+from fastdean.coupling.manifest import examples_digest
 from fastdean.data.batching import (
     Batch,
     Layout,
@@ -23,17 +23,19 @@ from fastdean.data.batching import (
     require_targets,
     send,
 )
-from fastdean.data.examples import Example, example_spans, read_examples
+from fastdean.data.examples import Example, numbered_examples
 from fastdean.data.rendering import describe_rendering, rendering_cautions
 from fastdean.data.segments import CUMULATIVE_LENGTHS
+from fastdean.data.skipped import Skipped
+from fastdean.data.token_columns import example_spans
 from fastdean.models.distributed import Ranks
 from fastdean.models.forward import (
-    TargetLogits,
     attention_for,
     exact_layout,
     fitted,
     label_shift,
     require_positions,
+    target_logits,
     target_losses,
     tokens_per_batch_of,
 )
@@ -66,17 +68,22 @@ class BatchLosses:
     averaged: Sequence[int]
 
 
-class Workload(Protocol):
-    """The examples of a `score()` and their losses."""
+@dataclass
+class Workload(ABC):
+    """The examples of a `score()` and their losses.
 
-    @property
-    def num_examples(self) -> int:
-        """Examples on all ranks together."""
+    Attributes:
+        batches: of this rank, in the order in which they are scored.
+        num_examples: on all ranks together.
+        examples_here: how many this rank scores.
+    """
 
-    @property
-    def examples_here(self) -> int:
-        """Examples that this rank scores."""
+    model: nn.Module
+    batches: list[Any]
+    num_examples: int
+    examples_here: int
 
+    @abstractmethod
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         """Run the model over this rank's batches, one by one; may be called again.
 
@@ -84,19 +91,23 @@ class Workload(Protocol):
         The model may carry a hook until the generator is closed.
         """
 
-    def only(self, numbers: Sequence[int]) -> Workload:
-        """These of its batches, by their place in the order of `losses`."""
+    def only(self, numbers: Sequence[int]) -> Self:
+        """These of its batches, by their place in `batches`."""
+        return replace(self, batches=[self.batches[i] for i in numbers])
 
-    def alone(self) -> Workload:
+    @abstractmethod
+    def alone(self) -> Self:
         """The same with every example in a batch of its own."""
 
-    def excerpt(self, *, whole: bool = False) -> Workload:
+    @abstractmethod
+    def excerpt(self, *, whole: bool = False) -> Self:
         """One batch, the same on all ranks, of at least two examples where that is possible.
 
         Args:
-            whole: of texts as they are, however long; else of their beginnings, if that is exact.
+            whole: of whole texts, however long; else of their beginnings, if that is exact.
         """
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Examples, loss and batching, for the manifest; `data.sha256` tells examples apart."""
 
@@ -106,11 +117,9 @@ def plan_workload(
     loader: Any,
     *,
     loss_fn: LossFunction | None,
-    tokenizer: Any,
-    template: str | None,
-    max_length: int | None,
-    tokens_per_batch: int | None,
     ranks: Ranks,
+    skip_bad_rows: bool,
+    **options: Any,
 ) -> Workload:
     """Read the loader and split its examples over the ranks; arguments as `score` takes them.
 
@@ -118,9 +127,14 @@ def plan_workload(
         ValueError, TypeError: as `score` does for its loader.
     """
     with ranks.failing_together():
+        work: Workload
         if loss_fn is None:
-            work = LanguageModelling.plan(
-                model, loader, tokenizer, template, max_length, tokens_per_batch, ranks
+            options |= {"ranks": ranks, "skip_bad_rows": skip_bad_rows}
+            work = LanguageModelling.plan(model, loader, **options)
+        elif skip_bad_rows:
+            raise ValueError(
+                "skip_bad_rows must be left out with loss_fn, whose batches are scored as they "
+                "come, got True; leave bad rows out of the batches"
             )
         else:
             work = CustomLoss.plan(model, loader, loss_fn, ranks)
@@ -129,7 +143,7 @@ def plan_workload(
 
 
 def _require_same_examples(work: Workload, ranks: Ranks) -> None:
-    """Loaders that already shard (DistributedSampler) would have most examples never scored."""
+    """Refuse loaders that already shard: most examples would never be scored."""
     digest = work.describe()["data"]["sha256"] if ranks.size > 1 else "0"
     if not ranks.hold_the_same(int(digest[:15], 16)):
         raise ValueError(
@@ -139,12 +153,16 @@ def _require_same_examples(work: Workload, ranks: Ranks) -> None:
 
 
 @dataclass
-class LanguageModelling:
-    """Causal and masked language models: our own loss, our own batches."""
+class LanguageModelling(Workload):
+    """Causal and masked language models: our own loss, our own batches.
 
-    model: nn.Module
+    Attributes:
+        examples: of all ranks; `numbers`: their numbers in the loader, for messages.
+        mine: places in `examples` of those that this rank scores.
+    """
+
     examples: list[Example]
-    batches: list[Batch]
+    numbers: list[int]
     shift: int
     layout: Layout
     tokens_per_batch: int
@@ -161,83 +179,73 @@ class LanguageModelling:
         max_length: int | None,
         tokens_per_batch: int | None,
         ranks: Ranks,
+        skip_bad_rows: bool = False,
     ) -> LanguageModelling:
         shift = label_shift(model)
-        examples = fitted(
-            model,
-            read_examples(loader, tokenizer=tokenizer, template=template, max_length=max_length),
-        )
+        skipped = Skipped() if skip_bad_rows else None
+        reading = {"tokenizer": tokenizer, "template": template, "max_length": max_length}
+        numbered = numbered_examples(loader, **reading, skipped=skipped)
+        if skipped is not None:
+            numbered = _usable(model, numbered, shift, skipped)
+        numbers = [number for number, _ in numbered]
+        examples = fitted(model, [example for _, example in numbered])
         require_positions(model, examples)
         # On all examples, so that a bad one is refused under its own number on every rank alike.
         require_targets(examples, shift)
+        rendering = describe_rendering(examples, tokenizer, template)
+        if tokenizer is not None and ranks.first:
+            for caution in rendering_cautions(examples, numbers, tokenizer, "loader", template):
+                logger.warning("%s", caution)
+        if skipped is not None:
+            rendering |= skipped.described()
+            if ranks.first:
+                skipped.warn("loader")
         if tokens_per_batch is None:
             tokens_per_batch = tokens_per_batch_of(model)
         mine = list(range(len(examples)))[ranks.rank :: ranks.size]
         layout = exact_layout(model, examples)
-        batches = plan_batches(
-            [examples[i] for i in mine],
+        return cls(
+            model=model,
+            batches=_planned([examples[i] for i in mine], shift, tokens_per_batch, layout),
+            num_examples=len(examples),
+            examples_here=len(mine),
+            examples=examples,
+            numbers=numbers,
             shift=shift,
+            layout=layout,
             tokens_per_batch=tokens_per_batch,
-            **vars(layout),
+            mine=mine,
+            rendering=rendering,
         )
-        rendering = describe_rendering(examples, tokenizer, template)
-        if tokenizer is not None and ranks.first:
-            numbers = range(len(examples))
-            for caution in rendering_cautions(examples, numbers, tokenizer, "loader", template):
-                logger.warning("%s", caution)
-        return cls(model, examples, batches, shift, layout, tokens_per_batch, mine, rendering)
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.examples)
-
-    @property
-    def examples_here(self) -> int:
-        return len(self.mine)
 
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
-        with TargetLogits(self.model) as head:
+        with target_logits(self.model) as logits_at:
             for batch in self.batches:
                 # Until the caller is through with the backward pass, which may run layers again
                 # (activation checkpointing).
                 with attention_for(self.model, batch):
                     # In a call of its own, so that no name here keeps the graph meanwhile.
-                    yield self._losses_of(batch.to(device), head)
+                    yield self._losses_of(batch.to(device), logits_at)
 
-    def _losses_of(self, batch: Batch, head: TargetLogits) -> BatchLosses:
-        per_token = target_losses(head(batch), batch)
+    def _losses_of(self, batch: Batch, logits_at: Callable[[Batch], Tensor]) -> BatchLosses:
+        per_token = target_losses(logits_at(batch), batch)
         owner = batch.target_example.to(per_token.device)
         totals = per_token.new_zeros(batch.num_examples).index_add(0, owner, per_token)
+        members = [self.mine[i] for i in batch.example_index]
         return BatchLosses(
             values=totals / batch.target_counts.to(per_token.device),
             segments=batch.segments,
             rows=batch.input_ids.numel(),
-            examples=[self.mine[i] for i in batch.example_index],
-            averaged=[self._example(i).num_targets(self.shift) for i in batch.example_index],
+            examples=[self.numbers[i] for i in members],
+            averaged=[self.examples[i].num_targets(self.shift) for i in members],
         )
 
-    def _example(self, i: int) -> Example:
-        return self.examples[self.mine[i]]
-
-    def only(self, numbers: Sequence[int]) -> LanguageModelling:
-        return replace(self, batches=[self.batches[i] for i in numbers])
-
-    def alone(self) -> LanguageModelling:
+    def alone(self) -> Self:
         layout = replace(self.layout, padded=self.layout.packed)
-        return replace(self, batches=self._plan([self._example(i) for i in self._here], 1, layout))
+        here = [self.examples[i] for i in self.mine]
+        return replace(self, batches=_planned(here, self.shift, 1, layout))
 
-    @property
-    def _here(self) -> range:
-        return range(len(self.mine))
-
-    def _plan(
-        self, examples: Sequence[Example], tokens_per_batch: int, layout: Layout
-    ) -> list[Batch]:
-        return plan_batches(
-            examples, shift=self.shift, tokens_per_batch=tokens_per_batch, **vars(layout)
-        )
-
-    def excerpt(self, *, whole: bool = False) -> LanguageModelling:
+    def excerpt(self, *, whole: bool = False) -> Self:
         """Two examples with every token a target; of two lengths if that is exact."""
         longest = sorted(self.examples[:_EXCERPT_FROM], key=len)[:-3:-1]
         texts = [example.predicting_itself() for example in longest]
@@ -250,14 +258,14 @@ class LanguageModelling:
                 ends = max(2, 2 * len(texts[0]) // 3) if apart else len(texts[1])
                 first = texts[0] if apart else texts[0].first(len(texts[1]))
                 texts = [first, texts[1].first(ends)]
-        batches = self._plan(texts, sum(map(len, texts)) * 2, self.layout)
+        batches = _planned(texts, self.shift, sum(map(len, texts)) * 2, self.layout)
         mine = list(range(len(texts)))
         return replace(self, examples=texts, batches=batches[:1], mine=mine)
 
     def describe(self) -> dict[str, Any]:
         return {
             "data": {
-                "examples": len(self.examples),
+                "examples": self.num_examples,
                 "tokens": sum(len(example) for example in self.examples),
                 "target_tokens": sum(example.num_targets(self.shift) for example in self.examples),
                 "sha256": examples_digest(
@@ -271,15 +279,36 @@ class LanguageModelling:
         }
 
 
+def _planned(
+    examples: Sequence[Example], shift: int, tokens_per_batch: int, layout: Layout
+) -> list[Batch]:
+    return plan_batches(examples, shift=shift, tokens_per_batch=tokens_per_batch, **vars(layout))
+
+
+def _usable(
+    model: nn.Module, numbered: Sequence[tuple[int, Example]], shift: int, skipped: Skipped
+) -> list[tuple[int, Example]]:
+    """The examples that have a target for this model and no more tokens than its positions."""
+    found = []
+    for number, example in numbered:
+        try:
+            require_positions(model, [example], first=number)
+            require_targets([example], shift, first=number)
+        except ValueError as error:
+            skipped.rows[number] = str(error)
+        else:
+            found.append((number, example))
+    if not found:
+        reason = next(iter(skipped.rows.values()))
+        raise ValueError(f"loader must yield at least one example that can be used, got: {reason}")
+    return found
+
+
 @dataclass
-class CustomLoss:
+class CustomLoss(Workload):
     """Any other model: the caller's batches, the caller's per-example losses."""
 
-    model: nn.Module
     loss_fn: LossFunction
-    batches: list[Mapping[str, Any]]
-    num_examples: int
-    examples_here: int
     digest: str
     first: Mapping[str, Any]
 
@@ -293,14 +322,19 @@ class CustomLoss:
             raise ValueError(
                 "loader must yield at least one batch, got none; check the source and its filter"
             )
-        mine = batches[ranks.rank :: ranks.size]
         sizes = [batch["input_ids"].shape[0] for batch in batches]
-        digest = examples_digest(_digest_of_batch(batch) for batch in batches)
-        here = sum(sizes[ranks.rank :: ranks.size])
         # Rows of one example tell nothing about the order of rows, and short ones little: what
         # works in windows or chunks leaves texts shorter than one as they are.
         first = max(batches, key=lambda batch: _shows_order(*batch["input_ids"].shape))
-        return cls(model, loss_fn, mine, sum(sizes), here, digest, first)
+        return cls(
+            model=model,
+            batches=batches[ranks.rank :: ranks.size],
+            num_examples=sum(sizes),
+            examples_here=sum(sizes[ranks.rank :: ranks.size]),
+            loss_fn=loss_fn,
+            digest=examples_digest(_digest_of_batch(batch) for batch in batches),
+            first=first,
+        )
 
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         first = 0
@@ -326,13 +360,10 @@ class CustomLoss:
             )
             first += size
 
-    def only(self, numbers: Sequence[int]) -> CustomLoss:
-        return replace(self, batches=[self.batches[i] for i in numbers])
-
-    def alone(self) -> CustomLoss:
+    def alone(self) -> Self:
         return replace(self, batches=[row for batch in self.batches for row in _rows(batch)])
 
-    def excerpt(self, *, whole: bool = False) -> CustomLoss:
+    def excerpt(self, *, whole: bool = False) -> Self:
         return replace(self, batches=[self.first])
 
     def describe(self) -> dict[str, Any]:
@@ -368,24 +399,26 @@ def _require_batch(batch: Any, position: int) -> None:
 
 
 def _require_one_example_a_row(batch: Mapping[str, Any], position: int) -> None:
-    """Rows of several examples have gradients of several, whose sizes no sum over a row gives."""
+    """Refuse rows of several examples: their gradients add up before the absolute value."""
     ids = batch["input_ids"]
     dividing = {"attention_mask": len(ids), "seq_idx": len(ids), "position_ids": 1}
-    told = {
-        key: batch[key] for key, rows in dividing.items() if _numbers(batch.get(key), ids, rows)
+    columns = {
+        key: batch[key]
+        for key, rows in dividing.items()
+        if _numbers_each_token(batch.get(key), ids, rows)
     }
-    told |= {key: batch[key] for key in CUMULATIVE_LENGTHS if batch.get(key) is not None}
-    for found in example_spans(told, [ids.shape[1]] * len(ids), position):
-        if len(found) > 1:
+    columns |= {key: batch[key] for key in CUMULATIVE_LENGTHS if batch.get(key) is not None}
+    for spans in example_spans(columns, [ids.shape[1]] * len(ids), position):
+        if len(spans) > 1:
             raise ValueError(
                 "loader must yield one example in each row when loss_fn is given, got a row of "
-                f"{len(found)} at item {position} (by {', '.join(told)}); collate the examples "
+                f"{len(spans)} at item {position} (by {', '.join(columns)}); collate the examples "
                 "with padding"
             )
 
 
-def _numbers(column: Any, ids: Tensor, rows: int) -> bool:
-    """Whether it has a whole number, 0 or above, for each token; `rows` may stand for all rows."""
+def _numbers_each_token(column: Any, ids: Tensor, rows: int) -> bool:
+    """Whether a column has a whole number, 0 or above, for each token of one or of `rows` rows."""
     return (
         isinstance(column, Tensor)
         and list(column.shape) in ([rows, ids.shape[1]], list(ids.shape))

@@ -117,10 +117,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def default_tokens_per_batch(device: torch.device, matrices: Iterable[tuple[int, int]]) -> int:
     """Tokens in one forward pass, by the shapes of the model's weights and never by free memory.
 
-    A GPU needs about 2k tokens to fill its matrix units. On a CPU a longer batch reads the weights
-    less often and multiplies faster, while what is kept of it for the backward pass grows. It is as
-    long as that takes about the memory of the gradients of one layer's weights, which a loop over
-    single examples has to hold for every layer.
+    A GPU needs about 2k tokens to fill its matrix units. On a CPU the batch grows until what the
+    backward pass needs of it takes about the memory of the gradients of one layer's weights.
 
     Args:
         matrices: (outputs, inputs) of the weights that every token goes through.
@@ -178,11 +176,9 @@ def plan_batches(
     Args:
         shift: 1 when the logits of row t predict token t + 1 (causal), 0 when they predict token t
             (masked).
-        packed, by_segments: one row of tokens per batch, examples one after the other in the given
-            order; otherwise examples of similar length are padded on the right to the longest of
-            their batch, and padding counts as tokens. See `Layout`.
-        padded, alone_above, longest_row: see `Layout`; without padding only equal lengths share a
-            batch.
+        packed, padded, alone_above, longest_row, by_segments: see `Layout`. Packed rows keep the
+            given order; else examples of similar length are padded to the longest of their batch,
+            and padding counts as tokens. Without padding only equal lengths share a batch.
     Raises:
         ValueError: `tokens_per_batch` is not positive, or an example has no target.
     """
@@ -218,13 +214,13 @@ def plan_batches(
     return rows + [pad(examples, [i], shift) for i in alone]
 
 
-def require_targets(examples: Sequence[Example], shift: int) -> None:
-    """Raise ValueError for the first example that gives the model nothing to predict."""
-    for i, example in enumerate(examples):
+def require_targets(examples: Sequence[Example], shift: int, first: int = 0) -> None:
+    """Raise ValueError for the first example, counted from `first`, without a target."""
+    for i, example in enumerate(examples, start=first):
         if example.num_targets(shift) == 0:
-            first = " after its first token" if shift else ""
+            where = " after its first token" if shift else ""
             raise ValueError(
-                f"example {i} must have at least one target token{first}, got labels that are all "
+                f"example {i} must have at least one target token{where}, got labels that are all "
                 "-100 there; set its labels on the response tokens or leave it out"
             )
 
@@ -239,8 +235,7 @@ def _in_order(
     """Groups of at most so many tokens.
 
     Args:
-        squares: their mask has a square of the longest example's tokens for each example, and gets
-            no larger either; one long example among many short ones would have it grow.
+        squares: the mask of a group, examples x longest^2, is bounded too.
     """
     most = _MASK_PER_TOKEN * max(tokens_per_batch, _MASK_PER_TOKEN) if squares else None
     group: list[int] = []

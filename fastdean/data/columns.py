@@ -34,3 +34,8 @@ def usual_columns(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if "response" not in has and named is not None and "prompt" in found:
         found["response"] = row[named]
     return found
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text holds what is no character, and UTF-8 cannot write."""
+    return any("\ud800" <= character <= "\udfff" for character in text)

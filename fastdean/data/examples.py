@@ -10,18 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastdean.data.columns import usual_columns
-from fastdean.data.segments import CUMULATIVE_LENGTHS, DIVIDING_COLUMNS, spans
+from fastdean.data.segments import DIVIDING_COLUMNS
+from fastdean.data.skipped import Skipped
+from fastdean.data.token_columns import as_rows, beside, carried_rows, example_spans
+from fastdean.data.tokenising import IGNORE_INDEX, TEMPLATES, tokenised
 from fastdean.wording.mendable import InputTypeError
 
-__all__ = ["Example", "encode"]
+__all__ = ["IGNORE_INDEX", "TEMPLATES", "Example", "encode", "read_examples"]
 
-IGNORE_INDEX = -100
-TEMPLATES = ("raw", "chat", "published")
 _READ_HERE = ("input_ids", "labels", "shift_labels", "attention_mask", *DIVIDING_COLUMNS)
 # How an example was rendered that came as tokens.
 TOKENS = "tokens"
@@ -95,6 +94,7 @@ def read_examples(
     template: str | None = None,
     max_length: int | None = None,
     require_labels: bool = True,
+    skip_bad_rows: bool = False,
 ) -> list[Example]:
     """Read every example of `loader`, in order, padding stripped.
 
@@ -111,9 +111,39 @@ def read_examples(
         template, max_length: see `encode`.
         require_labels: False, for those who predict nothing: `labels` may be left out, and every
             token is its own.
+        skip_bad_rows: leave out rows of text that cannot be read or tokenised, with a warning that
+            counts them, rather than refuse the first.
     Raises:
         TypeError: `loader` cannot be iterated, or yields something that is no mapping.
-        ValueError: an item lacks what is needed, or `loader` is empty.
+        ValueError: an item lacks what is needed, or no example is left.
+    """
+    skipped = Skipped() if skip_bad_rows else None
+    found = numbered_examples(
+        loader,
+        tokenizer=tokenizer,
+        template=template,
+        max_length=max_length,
+        require_labels=require_labels,
+        skipped=skipped,
+    )
+    if skipped is not None:
+        skipped.warn("loader")
+    return [example for _, example in found]
+
+
+def numbered_examples(
+    loader: Any,
+    *,
+    tokenizer: Any = None,
+    template: str | None = None,
+    max_length: int | None = None,
+    require_labels: bool = True,
+    skipped: Skipped | None = None,
+) -> list[tuple[int, Example]]:
+    """The examples of `read_examples`, each with its number from 0.
+
+    Args:
+        skipped: gets the rows of text that cannot be used; None: the first of them is an error.
     """
     if isinstance(loader, str | bytes):
         raise InputTypeError(
@@ -126,38 +156,37 @@ def read_examples(
         raise InputTypeError(
             f"loader must be an iterable of batches or rows, got {type(loader).__name__}"
         )
-
     _check_max_length(max_length)
-
-    examples: list[Example] = []
+    examples: list[tuple[int, Example]] = []
     for position, item in enumerate(loader):
+        first = len(examples) + (0 if skipped is None else len(skipped.rows))
         if isinstance(item, Example):
-            examples.append(item.first(max_length))
-        elif not isinstance(item, Mapping):
-            raise InputTypeError(
-                f"loader must yield dictionaries, got {type(item).__name__} at item {position}; "
-                "give each batch the keys input_ids, attention_mask and labels"
-            )
-        elif "input_ids" in item:
+            examples.append((first, item.first(max_length)))
+        elif isinstance(item, Mapping) and "input_ids" in item:
             item = _as_collected(item, loader)
             if not require_labels and item.get("labels") is None:
                 item = {**item, "labels": item["input_ids"]}
-            found = _examples_of(item, position)
-            examples.extend(example.first(max_length) for example in found)
-        elif tokenizer is None:
+            found = (example.first(max_length) for example in _examples_of(item, position))
+            examples.extend(enumerate(found, start=first))
+        elif isinstance(item, Mapping) and tokenizer is None:
             raise ValueError(
                 f"loader must yield input_ids and labels, got the columns {sorted(item)} at item "
                 f"{position}; pass tokenizer= to have rows of text tokenised"
             )
         else:
-            rows, first = _rows_of(item), len(examples)
-            examples.extend(
-                encode(rows, tokenizer, template=template, max_length=max_length, first=first)
-            )
+            try:
+                rows = _rows_of(item, position)
+            except (InputTypeError, ValueError) as error:
+                if skipped is None or tokenizer is None:
+                    raise
+                skipped.rows[first] = str(error)
+                continue
+            examples.extend(_encoded(rows, tokenizer, template, max_length, first, skipped))
     if not examples:
-        raise ValueError(
-            "loader must yield at least one example, got none; check the source and its filter"
-        )
+        advice = "; check the source and its filter"
+        if skipped is not None and skipped.rows:
+            advice = f" that can be used: {next(iter(skipped.rows.values()))}"
+        raise ValueError(f"loader must yield at least one example, got none{advice}")
     return examples
 
 
@@ -188,27 +217,8 @@ def encode(
     Raises:
         ValueError: a row lacks its columns, or no target token remains.
     """
-    if template is not None and template not in TEMPLATES:
-        raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
     _check_max_length(max_length)
-
-    examples = []
-    for number, row in enumerate(_uncollated(rows), start=first):
-        ids, labels, rendered = _tokenize_row(row, tokenizer, template, number)
-        whole = Example(
-            torch.tensor(ids, dtype=torch.int64),
-            torch.tensor(labels, dtype=torch.int64),
-            rendered=rendered,
-        )
-        example = whole.first(max_length)
-        if example.num_targets(0) == 0:
-            cut = "" if max_length is None else f" within max_length={max_length}"
-            raise ValueError(
-                f"row {number} must have at least one target token{cut}, got none; "
-                "its response is empty or cut off, so leave the row out or raise max_length"
-            )
-        examples.append(example)
-    return examples
+    return [example for _, example in _encoded(rows, tokenizer, template, max_length, first)]
 
 
 def _check_max_length(max_length: int | None) -> None:
@@ -219,172 +229,73 @@ def _check_max_length(max_length: int | None) -> None:
         )
 
 
-def _tokenize_row(
-    row: Mapping[str, Any], tokenizer: Any, template: str | None, number: int
-) -> tuple[list[int], list[int], str]:
-    """Token ids, labels, and what they were rendered as."""
-    row = usual_columns(row)
-    if row.get("messages") is not None:
-        if template not in (None, "chat"):
-            raise ValueError(
-                f"template must be 'chat' or left out for a row of messages, got {template!r} for "
-                f"row {number}, which has no other rendering; leave it out, or give prompt and "
-                "response columns"
-            )
-        return *_tokenize_chat(row["messages"], tokenizer, number), "chat"
-    if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        if template == "chat":
-            turns = [
-                {"role": "user", "content": row["prompt"]},
-                {"role": "assistant", "content": row["response"]},
-            ]
-            return *_tokenize_chat(turns, tokenizer, number), "chat"
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        if template == "published":
-            response = tokenizer(row["response"])["input_ids"][1:]
-        else:
-            response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-        labels = [IGNORE_INDEX] * len(prompt) + list(response)
-        return [*prompt, *response], labels, template or "raw"
-    if isinstance(row.get("text"), str):
-        ids = list(tokenizer(row["text"])["input_ids"])
-        return ids, list(ids), "text"
-    raise ValueError(
-        f"row {number} must have the text columns 'prompt' and 'response', or 'messages', or "
-        f"'text', got {sorted(row)}; rename the columns or map them"
+def _encoded(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    template: str | None,
+    max_length: int | None,
+    first: int,
+    skipped: Skipped | None = None,
+) -> Iterator[tuple[int, Example]]:
+    if template is not None and template not in TEMPLATES:
+        raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+    for number, row in enumerate(rows, start=first):
+        try:
+            yield number, _encoded_row(row, tokenizer, template, max_length, number)
+        except ValueError as error:
+            if skipped is None:
+                raise
+            skipped.rows[number] = str(error)
+
+
+def _encoded_row(
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    template: str | None,
+    max_length: int | None,
+    number: int,
+) -> Example:
+    ids, labels, rendered = tokenised(row, tokenizer, template, number)
+    whole = Example(
+        torch.tensor(ids, dtype=torch.int64),
+        torch.tensor(labels, dtype=torch.int64),
+        rendered=rendered,
     )
-
-
-def _tokenize_chat(turns: Any, tokenizer: Any, number: int) -> tuple[list[int], list[int]]:
-    """Assistant turns are found by rendering each prefix: templates rarely mark them themselves."""
-    if not isinstance(turns, Sequence) or not all(
-        isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in turns
-    ):
+    example = whole.first(max_length)
+    if example.num_targets(0) == 0:
+        cut = "" if max_length is None else f" within max_length={max_length}"
         raise ValueError(
-            f"row {number} must have a list of {{'role', 'content'}} dictionaries as messages, "
-            f"got {turns!r:.80}; convert the chat to that form"
+            f"row {number} must have at least one target token{cut}, got none; "
+            "its response is empty or cut off, so leave the row out or raise max_length"
         )
-    turns = [
-        {**turn, "content": _text_of(turn["content"], i, number)} for i, turn in enumerate(turns)
-    ]
-    _require_readable(turns, number)
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"tokenizer must have a chat template to encode row {number} as a chat, got none; "
-            "use template='raw' with prompt and response columns"
-        )
-    ids = _render(turns, tokenizer, number)
-    labels = [IGNORE_INDEX] * len(ids)
-    for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before = _render(turns[:i], tokenizer, number, generation_prompt=True)
-        after = _render(turns[: i + 1], tokenizer, number)
-        if ids[: len(after)] != after or after[: len(before)] != before:
-            raise ValueError(
-                f"row {number} must be a chat whose turns are rendered one after the other, got a "
-                f"template that changes what precedes turn {i} or the turn itself, so its tokens "
-                "cannot be told apart; give single-turn rows or use template='raw'"
-            )
-        labels[len(before) : len(after)] = ids[len(before) : len(after)]
-    return ids, labels
+    return example
 
 
-def _text_of(content: Any, turn: int, number: int) -> str:
-    """A turn's content as text: it may be a list of parts, which must all be text."""
-    if isinstance(content, str):
-        return content
-    found = "null" if content is None else type(content).__name__
-    if isinstance(content, Sequence):
-        parts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
-        kinds = [p.get("type") if isinstance(p, Mapping) else type(p).__name__ for p in parts]
-        if parts and all(
-            kind == "text" and isinstance(p.get("text"), str)
-            for kind, p in zip(kinds, parts, strict=True)
-        ):
-            return "".join(part["text"] for part in parts)
-        other = next((kind for kind in kinds if kind != "text"), "text without text")
-        found = f"a part of type {other!r}" if parts else "a list without parts"
-    raise ValueError(
-        f"row {number} must have text in every turn, got {found} in turn {turn}; leave the row out "
-        "(a call of a tool, an image and a recording have no tokens here)"
-    )
+def _rows_of(item: Any, position: int) -> Sequence[Mapping[str, Any]]:
+    """The rows of a loader's item: itself, or those that torch's default collation has joined.
 
-
-def _require_readable(turns: Sequence[Mapping[str, Any]], number: int) -> None:
-    """Raise ValueError for a chat that no template renders turn by turn."""
-    if not turns or turns[0]["role"] == "assistant":
-        found = "its first turn an assistant's" if turns else "no turn"
-        raise ValueError(
-            f"row {number} must be a chat in which something precedes the assistant's answer, got "
-            f"{found}; leave that turn out, or the row"
-        )
-    for i, turn in enumerate(turns):
-        if not isinstance(turn["role"], str):
-            raise ValueError(
-                f"row {number} must have text as the role of every turn, got "
-                f"{type(turn['role']).__name__} in turn {i}; correct the row or leave it out"
-            )
-        if any("\ud800" <= character <= "\udfff" for character in turn["content"]):
-            raise ValueError(
-                f"row {number} must have text in every turn, got a lone surrogate, which is no "
-                f"character, in turn {i}; correct the row or leave it out"
-            )
-
-
-def _uncollated(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The rows; a batch of chats that torch's default collation has transposed, chat by chat.
-
-    It makes one list of turns of B chats, each turn with B roles and B contents.
+    It makes columns [B] of text rows, and of B chats one list of turns, each with B roles and B
+    contents.
     """
-    for row in rows:
-        turns = row.get("messages")
-        first = turns[0] if isinstance(turns, Sequence) and turns else None
-        if not isinstance(first, Mapping) or not isinstance(first.get("role"), list | tuple):
-            yield row
-            continue
-        chats, columns = len(first["role"]), ("role", "content")
+    if not isinstance(item, Mapping):
+        raise InputTypeError(
+            f"loader must yield dictionaries, got {type(item).__name__} at item {position}; "
+            "give each batch the keys input_ids, attention_mask and labels"
+        )
+    turns: Any = item.get("messages")
+    first = turns[0] if isinstance(turns, Sequence) and turns else None
+    if isinstance(first, Mapping) and isinstance(first.get("role"), list | tuple):
+        chats = len(first["role"])
         for turn in turns:
-            if not all(_is_text_column(turn.get(key), chats) for key in columns):
+            if not all(_is_text_column(turn, key, chats) for key in ("role", "content")):
                 raise ValueError(
                     "loader must collate chats of roles and texts, got a turn of other parts, "
                     f"{turn!r:.80}; pass collate_fn=list to the DataLoader, and give its rows"
                 )
-        for chat in range(chats):
-            yield {"messages": [{key: turn[key][chat] for key in columns} for turn in turns]}
-
-
-def _is_text_column(value: Any, length: int) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == length
-        and all(isinstance(text, str) for text in value)
-    )
-
-
-def _render(
-    turns: Sequence[Mapping[str, Any]],
-    tokenizer: Any,
-    number: int,
-    *,
-    generation_prompt: bool = False,
-) -> list[int]:
-    try:
-        encoded = tokenizer.apply_chat_template(
-            list(turns), add_generation_prompt=generation_prompt, tokenize=True, return_dict=True
-        )
-    except MemoryError:
-        raise
-    except Exception as error:  # a template computes, and fails as any program does
-        raise ValueError(
-            f"row {number} must be a chat that the tokenizer's template accepts, got its error: "
-            f"{str(error) or type(error).__name__}; check the order and the names of the roles"
-        ) from error
-    return list(encoded["input_ids"])
-
-
-def _rows_of(item: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A batch of text rows as a DataLoader collates it, {"prompt": [B], ...}, row by row."""
+        return [
+            {"messages": [{key: turn[key][i] for key in ("role", "content")} for turn in turns]}
+            for i in range(chats)
+        ]
     columns = {
         key: item[key]
         for key in ("prompt", "response", "text")
@@ -393,6 +304,12 @@ def _rows_of(item: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not columns:
         return [item]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _is_text_column(turn: Any, key: str, length: int) -> bool:
+    value = turn.get(key) if isinstance(turn, Mapping) else None
+    is_column = isinstance(value, list | tuple) and len(value) == length
+    return is_column and all(isinstance(text, str) for text in value)
 
 
 def _as_collected(item: Mapping[str, Any], loader: Any) -> Mapping[str, Any]:
@@ -426,14 +343,14 @@ def _examples_of(item: Mapping[str, Any], position: int) -> list[Example]:
             f"{position}; set labels to input_ids on target tokens and to -100 on the prompt and "
             "on padding"
         )
-    input_ids = _as_rows(item["input_ids"], "input_ids", position)
+    input_ids = as_rows(item["input_ids"], "input_ids", position)
     lengths = [row.numel() for row in input_ids]
-    labels = _beside(item, "labels", lengths, position)
-    following = _beside(item, "shift_labels", lengths, position)
-    masks = _beside(item, "attention_mask", lengths, position)
+    labels = beside(item, "labels", lengths, position)
+    following = beside(item, "shift_labels", lengths, position)
+    masks = beside(item, "attention_mask", lengths, position)
     divided = example_spans(item, lengths, position)
     carried = {
-        key: _carried_rows(value, key, lengths)
+        key: carried_rows(value, key, lengths)
         for key, value in item.items()
         if key not in _READ_HERE and value is not None
     }
@@ -469,40 +386,6 @@ def _examples_of(item: Mapping[str, Any], position: int) -> list[Example]:
     return examples
 
 
-def example_spans(
-    item: Mapping[str, Any], lengths: Sequence[int], position: int
-) -> list[list[tuple[int, int]]]:
-    """For each row of a batch, of `lengths` tokens, the (start, end) of each of its examples.
-
-    Raises:
-        ValueError: what divides the rows contradicts itself or their lengths.
-    """
-    masks = _beside(item, "attention_mask", lengths, position)
-    seq_idx = _beside(item, "seq_idx", lengths, position)
-    given = item.get("position_ids")
-    positions = None if given is None else _carried_rows(given, "position_ids", lengths)
-    for mask in masks or ():
-        if bool((mask < 0).any()):
-            raise ValueError(
-                "attention_mask must hold 0 for padding, else 1 or the number of the example, got "
-                f"{int(mask.min())} at item {position}; give the mask that the tokenizer made"
-            )
-    cuts = _cuts(item, lengths, masks, position)
-    try:
-        return [
-            spans(
-                length,
-                mask=None if masks is None else masks[number],
-                position_ids=None if positions is None else positions[number],
-                seq_idx=None if seq_idx is None else seq_idx[number],
-                cuts=cuts[number],
-            )
-            for number, length in enumerate(lengths)
-        ]
-    except ValueError as error:
-        raise ValueError(f"{error} (item {position})") from None
-
-
 def _without_padding_at_the_end(pieces: list[Example]) -> list[Example]:
     """Collators fill a row of several examples up, and what they fill it with is no example."""
     filling = pieces[-1].input_ids[-1]
@@ -520,100 +403,3 @@ def _require_shifted(following: Tensor, labels: Tensor, position: int) -> None:
             "shift_labels must be labels moved by one place, -100 at the end of each example, got "
             f"others at item {position}; leave shift_labels out, labels say the same"
         )
-
-
-def _beside(
-    item: Mapping[str, Any], key: str, lengths: Sequence[int], position: int
-) -> list[Tensor] | None:
-    """The rows of a column that is read here, one value for each token; None: not given."""
-    if item.get(key) is None:
-        return None
-    rows = _as_rows(item[key], key, position, whole_floats=key == "attention_mask")
-    found = [row.numel() for row in rows]
-    if found != lengths:
-        raise ValueError(
-            f"{key} must have the shape of input_ids at item {position}, got rows of "
-            f"{found} and {lengths} tokens; pad both alike"
-        )
-    return rows
-
-
-def _carried_rows(value: Any, key: str, lengths: Sequence[int]) -> list[Tensor] | None:
-    """The rows of any other column, where it has one integer for each token; else None."""
-    try:
-        rows = _as_rows(value, key, 0, keep_bool=True)
-    except ValueError:
-        return None
-    if key == "position_ids" and len(rows) == 1:
-        # Models take one row of them for a whole batch.
-        rows = rows * len(lengths)
-    return rows if [row.numel() for row in rows] == lengths else None
-
-
-def _cuts(
-    item: Mapping[str, Any],
-    lengths: Sequence[int],
-    masks: Sequence[Tensor] | None,
-    position: int,
-) -> list[set[int]]:
-    """Where cumulative lengths say that an example begins, row by row.
-
-    They count all tokens of the batch, or those that its mask keeps.
-    """
-    total = sum(lengths)
-    kept = torch.arange(total) if masks is None else torch.cat(list(masks)).nonzero().squeeze(1)
-    places: set[int] = set()
-    for key in CUMULATIVE_LENGTHS:
-        if item.get(key) is None:
-            continue
-        found, *more = _as_rows(item[key], key, position)
-        wrong = more or len(found) < 2 or found[0] != 0 or found[-1] > total
-        if wrong or bool((found.diff() < 0).any()):
-            raise ValueError(
-                f"{key} must rise from 0 to at most the batch's {total} tokens, got "
-                f"{item[key]!r:.80} at item {position}; give the places where its examples begin, "
-                "and its end"
-            )
-        if found[-1] == len(kept):
-            found = kept[found[found < len(kept)]]
-        places.update(found.tolist())
-    rows, first = [], 0
-    for length in lengths:
-        rows.append({place - first for place in places if first <= place < first + length})
-        first += length
-    return rows
-
-
-def _as_rows(
-    value: Any, key: str, position: int, *, keep_bool: bool = False, whole_floats: bool = False
-) -> list[Tensor]:
-    """[T], [B, T] or a ragged list of rows -> a list of int64 CPU rows."""
-    if isinstance(value, np.ndarray) and value.dtype.kind == "O":
-        # What `datasets` makes of ragged rows in its NumPy format.
-        value = list(value)
-    many = isinstance(value, list | tuple) and len(value) > 0 and hasattr(value[0], "__len__")
-    try:
-        rows = [torch.as_tensor(row) for row in (value if many else [value])]
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(
-            f"{key} must hold integers of shape [T] or [B, T], got {value!r:.80} at item "
-            f"{position} ({error}); tokenise the loader's rows, or pass tokenizer="
-        ) from None
-    if not many and rows[0].dim() == 2:
-        rows = list(rows[0])
-    for row in rows:
-        if row.dim() != 1:
-            raise ValueError(
-                f"{key} must have shape [T] or [B, T], got a row of shape {list(row.shape)} at "
-                f"item {position}; drop the extra dimensions"
-            )
-        if row.is_complex() or (row.is_floating_point() and row.numel()):
-            if whole_floats and torch.equal(row, row.round()) and row.isfinite().all():
-                continue
-            raise ValueError(
-                f"{key} must hold integers, got {row.dtype} at item {position}; cast it to int64"
-            )
-    kept = torch.bool if keep_bool else torch.int64
-    return [
-        row.detach().to("cpu", kept if row.dtype == torch.bool else torch.int64) for row in rows
-    ]

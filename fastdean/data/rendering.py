@@ -1,7 +1,6 @@
 """How rows became tokens: counted for manifests, compared between data sets, shown to people.
 
-Scores of two data sets that were rendered differently differ by their templates too, and nothing in
-the numbers says so.
+Scores of two data sets that were rendered differently differ by their templates too.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdean.data.examples import IGNORE_INDEX, TOKENS, Example
+from fastdean.wording.printable import one_line
 
 # How `differing_renderings` begins.
 NOT_ALIKE = "The data sets did not become tokens alike"
@@ -37,7 +37,7 @@ def rendering_cautions(
     name: str,
     template: str | None,
 ) -> list[str]:
-    """Sentences on what hardly anyone wants of a data set's tokens.
+    """Warnings about a data set's tokens: two BOS tokens, end tokens in prompts, unused templates.
 
     Args:
         numbers: of the examples' rows.
@@ -101,29 +101,15 @@ def differing_renderings(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def show_example(example: Example, tokenizer: Any) -> list[tuple[str, str]]:
     """An example as the model reads it: ("context" | "target", text) of one run of tokens each.
 
-    Special tokens stand as they are written; what is not printable is escaped, so that no text can
-    move a terminal's cursor or turn its direction.
+    Special tokens stand as they are written; what would steer a terminal is escaped.
     """
     tokens = zip(example.input_ids.tolist(), example.labels.tolist(), strict=True)
-    runs = groupby(tokens, key=lambda token: token[1] == IGNORE_INDEX)
-    return [
-        (
-            "context" if ignored else "target",
-            printable(_decoded([token for token, _ in run], tokenizer)),
-        )
-        for ignored, run in runs
-    ]
-
-
-def _decoded(ids: list[int], tokenizer: Any) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with an escape for every character that is not printable."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
+    shown = []
+    for ignored, run in groupby(tokens, key=lambda token: token[1] == IGNORE_INDEX):
+        ids = [token for token, _ in run]
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        shown.append(("context" if ignored else "target", one_line(text)))
+    return shown
 
 
 def _public_name(tokenizer: Any) -> str:

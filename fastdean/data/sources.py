@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdean.data.columns import usual_columns
+from fastdean.data.columns import has_lone_surrogate, usual_columns
+from fastdean.data.skipped import Skipped
 from fastdean.wording.nearest import nearest
 
 __all__ = ["load_rows", "load_table", "sample_rows"]
@@ -43,17 +44,17 @@ _BEAVERTAILS = {
 
 
 class BadRow(ValueError):
-    """A row that cannot be read or used, among others that perhaps can."""
+    """A row that cannot be read or used; others of the source perhaps can."""
 
 
 @dataclass(frozen=True)
 class _Unread:
-    """In the place of a row: why it is none."""
+    """Stands for a row that could not be read."""
 
     reason: str
 
 
-def load_rows(source: str | Path) -> list[dict[str, Any]]:
+def load_rows(source: str | Path, *, skip_bad_rows: bool = False) -> list[dict[str, Any]]:
     """Read every row of a source, columns mapped to the row keys.
 
     Args:
@@ -61,12 +62,18 @@ def load_rows(source: str | Path) -> list[dict[str, Any]]:
             .parquet; a .json file may hold JSON Lines, and a .jsonl file one list. A hub id
             is read with `datasets.load_dataset`, split "train" unless given; HF_HUB_OFFLINE and
             HF_TOKEN are honoured.
+        skip_bad_rows: leave out rows that cannot be read, with a warning that counts them, rather
+            than refuse the first.
     Returns:
         At least one row, in the source's order.
     Raises:
         ValueError: the source does not exist, cannot be parsed, is empty, or lacks its columns.
     """
-    return [row for _, row in numbered_rows(source)]
+    skipped = Skipped() if skip_bad_rows else None
+    rows = numbered_rows(source, None if skipped is None else skipped.rows)
+    if skipped is not None:
+        skipped.warn(str(source))
+    return [row for _, row in rows]
 
 
 def numbered_rows(
@@ -98,17 +105,24 @@ def numbered_rows(
             if skipped is None:
                 raise
             skipped[number] = str(error)
-    if not found:
-        reason = f" that can be read: {next(iter(skipped.values()))}" if skipped else ""
-        raise ValueError(f"source {name!r} must hold at least one row, got none{reason}")
+    _require_rows(found, name, skipped)
     return found
 
 
-def load_table(source: str | Path, **hub_defaults: str) -> list[dict[str, Any]]:
+def _require_rows(found: Sequence[Any], name: str, skipped: Mapping[int, str] | None) -> None:
+    if not found:
+        reason = f" that can be read: {next(iter(skipped.values()))}" if skipped else ""
+        raise ValueError(f"source {name!r} must hold at least one row, got none{reason}")
+
+
+def load_table(
+    source: str | Path, *, skip_bad_rows: bool = False, **hub_defaults: str
+) -> list[dict[str, Any]]:
     """Read every row of a file or a hub data set with the columns that it has.
 
     Args:
         source: as in `load_rows`, without presets and without column mappings.
+        skip_bad_rows: as in `load_rows`.
         hub_defaults: `split`, `config` or `revision` of a hub data set where the source names none.
     Returns:
         At least one row, in the source's order.
@@ -122,12 +136,16 @@ def load_table(source: str | Path, **hub_defaults: str) -> list[dict[str, Any]]:
             f"source {name!r} must keep its own columns here, got the mapping of {mapped[0]!r}; "
             "leave it out"
         )
-    rows = list(_read(name, options, hub_defaults))
-    unread = next((row for row in rows if isinstance(row, _Unread)), None)
-    if unread is not None:
-        raise ValueError(_malformed(Path(name), unread.reason))
-    if not rows:
-        raise ValueError(f"source {name!r} must hold at least one row, got none")
+    skipped, rows = Skipped(), []
+    for number, row in enumerate(_read(name, options, hub_defaults), start=1):
+        if not isinstance(row, _Unread):
+            rows.append(row)
+            continue
+        skipped.rows[number] = _malformed_message(Path(name), row.reason)
+        if not skip_bad_rows:
+            raise BadRow(skipped.rows[number])
+    _require_rows(rows, name, skipped.rows)
+    skipped.warn(name)
     return rows
 
 
@@ -156,7 +174,12 @@ def _read(
 ) -> Iterable[dict[str, Any]]:
     """The rows of a file or a hub data set as they are; `also` names what else a source may be."""
     if name and (Path(name).suffix.lower() in _READERS or Path(name).expanduser().exists()):
-        _require_no_hub_options(name, options)
+        for key in _HUB_KEYS:
+            if key in options:
+                raise ValueError(
+                    f"source {name!r} is a file and takes columns only, got the option {key!r}; "
+                    "leave it out"
+                )
         return _read_file(Path(name))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         chosen = {**hub_defaults, **options}
@@ -186,20 +209,11 @@ def _parse(source: str) -> tuple[str, dict[str, str]]:
     return name, options
 
 
-def _require_no_hub_options(name: str, options: Mapping[str, str]) -> None:
-    found = [key for key in _HUB_KEYS if key in options]
-    if found:
-        raise ValueError(
-            f"source {name!r} is a file and takes columns only, got the option {found[0]!r}; "
-            "leave it out"
-        )
-
-
 def _map_columns(
     row: Mapping[str, Any], columns: Mapping[str, str], name: str, number: int
 ) -> dict[str, Any]:
     if isinstance(row, _Unread):
-        raise BadRow(_malformed(Path(name), row.reason))
+        raise BadRow(_malformed_message(Path(name), row.reason))
     if not isinstance(row, Mapping):
         raise BadRow(f"row {number} of {name!r} must be an object, got {type(row).__name__}")
     missing = [column for column in columns.values() if column not in row]
@@ -238,7 +252,7 @@ def _require_text(
     name: str,
     number: int,
 ) -> None:
-    """Raise ValueError for a row key whose value is no text, or text that UTF-8 cannot hold.
+    """Raise BadRow for a row key whose value is no text, or text that UTF-8 cannot hold.
 
     Messages take the place of the other keys, which then may hold anything.
     """
@@ -246,25 +260,21 @@ def _require_text(
         return
     for key in _TEXT_KEYS:
         column = columns.get(key, key)
+        value = mapped.get(key, row.get(column))
         # A null is a missing value where the row has another text to read, or needs none.
         absent = key == "unsafe" or (key not in columns and ("text" in mapped or _has_pair(mapped)))
-        value = mapped.get(key, row.get(column))
         if column not in row or (value is None and absent):
             continue
         if not isinstance(value, str):
-            raise BadRow(
-                f"row {number} of {name!r} must be text in the column {column!r}, got "
-                f"{_type_of(value)}; correct the row or leave it out"
-            )
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise BadRow(
-                f"row {number} of {name!r} must be text in the column {column!r}, got a lone "
-                "surrogate, which is no character; correct the row or leave it out"
-            )
-
-
-def _type_of(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
+            found = "null" if value is None else type(value).__name__
+        elif has_lone_surrogate(value):
+            found = "a lone surrogate, which is no character"
+        else:
+            continue
+        raise BadRow(
+            f"row {number} of {name!r} must be text in the column {column!r}, got {found}; correct "
+            "the row or leave it out"
+        )
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
@@ -283,10 +293,10 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     try:
         return list(reader(path))
     except (ValueError, OSError, csv.Error, RecursionError) as error:
-        raise ValueError(_malformed(path, _first_line(error))) from None
+        raise ValueError(_malformed_message(path, _first_line(error))) from None
 
 
-def _malformed(path: Path, reason: str) -> str:
+def _malformed_message(path: Path, reason: str) -> str:
     return (
         f"source {str(path)!r} must be a well-formed {path.suffix} file, got: {reason}; repair or "
         "export it again"
@@ -409,12 +419,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _embedded(name: str) -> list[dict[str, Any]]:
-    text = (
-        resources.files("fastdean.data.datasets")
-        .joinpath(f"{name}.jsonl")
-        .read_text(encoding="utf-8")
-    )
-    return [json.loads(line) for line in text.splitlines()]
+    file = resources.files("fastdean.data.datasets") / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _beavertails(topic: str, unsafe: bool) -> list[dict[str, Any]]:
@@ -422,18 +428,14 @@ def _beavertails(topic: str, unsafe: bool) -> list[dict[str, Any]]:
 
     A safe answer carries no category label of its own, so its topic is that of its prompt.
     """
-    category = _BEAVERTAILS[topic]
     rows = list(_load_hub("PKU-Alignment/BeaverTails", split="330k_train"))
-    labelled: dict[str, str] = {}
-    for row in rows:
-        if row["category"][category] and not row["is_safe"]:
-            labelled.setdefault(row["prompt"], row["response"])
+    category = _BEAVERTAILS[topic]
+    harmful = [row for row in rows if row["category"][category] and not row["is_safe"]]
     if unsafe:
-        return [
-            {"prompt": row["prompt"], "response": row["response"]}
-            for row in rows
-            if row["category"][category] and not row["is_safe"]
-        ]
+        return [{"prompt": row["prompt"], "response": row["response"]} for row in harmful]
+    labelled: dict[str, str] = {}
+    for row in harmful:
+        labelled.setdefault(row["prompt"], row["response"])
     return [
         {"prompt": row["prompt"], "response": row["response"], "unsafe": labelled[row["prompt"]]}
         for row in rows
@@ -442,13 +444,11 @@ def _beavertails(topic: str, unsafe: bool) -> list[dict[str, Any]]:
 
 
 def _alpaca_cleaned() -> list[dict[str, Any]]:
+    rows = [row for row in _load_hub("yahma/alpaca-cleaned") if row["output"]]
+    prompts = ("\n".join(filter(None, (row["instruction"], row["input"]))) for row in rows)
     return [
-        {
-            "prompt": "\n".join(filter(None, (row["instruction"], row["input"]))),
-            "response": row["output"],
-        }
-        for row in _load_hub("yahma/alpaca-cleaned")
-        if row["output"]
+        {"prompt": prompt, "response": row["output"]}
+        for prompt, row in zip(prompts, rows, strict=True)
     ]
 
 

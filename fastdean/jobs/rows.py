@@ -10,13 +10,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 from torch import nn
 
 from fastdean.data.examples import Example, encode
+from fastdean.data.skipped import Skipped
 from fastdean.data.sources import BadRow, numbered_rows, sample_rows
 from fastdean.jobs.coupling.job import Job
 from fastdean.models.forward import label_shift
@@ -24,38 +25,6 @@ from fastdean.models.model_state import max_tokens
 from fastdean.wording.log import logger
 
 NumberedRow = tuple[int, dict[str, Any]]
-# Of the rows that are left out: how many are shown, and how much of each reason.
-_SHOWN, _REASON = 3, 160
-
-
-@dataclass
-class Skipped:
-    """Rows of one source that are left out, because they could not be read or used.
-
-    Attributes:
-        rows: number of each -> the reason.
-    """
-
-    rows: dict[int, str] = field(default_factory=dict)
-
-    def described(self) -> dict[str, Any]:
-        """For a manifest: how many, and the first of them; nothing where there are none."""
-        if not self.rows:
-            return {}
-        first = [{"row": number, "reason": reason} for number, reason in self._first()]
-        return {"skipped_rows": {"count": len(self.rows), "first": first}}
-
-    def told(self, name: str) -> list[str]:
-        """A sentence on them, if there are any."""
-        if not self.rows:
-            return []
-        shown = "; ".join(f"row {number} ({reason[:_REASON]})" for number, reason in self._first())
-        more = len(self.rows) - len(self._first())
-        rest = f"; and {more} more" if more else ""
-        return [f"{name}: {len(self.rows)} rows are left out: {shown}{rest}"]
-
-    def _first(self) -> list[tuple[int, str]]:
-        return sorted(self.rows.items())[:_SHOWN]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ two examples is never computed:
 
     O_s = softmax(scaling * Q_s K_s^T, where the model's mask allows) V_s     for each example s
 
-The function takes part through transformers' `AttentionInterface` and `AttentionMaskInterface`.
-A model that does not go through them, or asks for what is not written here, keeps its own. So do
-passes outside of the block: of other threads, and of other models with the same configuration.
+The function is registered with transformers' `AttentionInterface` and `AttentionMaskInterface`. A
+model that does not use them, or asks for something else, keeps its own attention. So do passes
+outside of the block: of other threads, and of other models with the same configuration.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.models.model_state import undone
 from fastdean.models.segment_products import SegmentAttention, Segments
 
 NAME = "fastdean_segments"
 
-# What models pass on to any attention function, and what changes nothing here: the mask says it,
-# or it asks for outputs and caches that a scoring pass does not have.
+# Arguments of any attention function that change nothing here: the mask holds them, or they ask for
+# outputs and caches that a scoring pass does not have.
 _IGNORED = frozenset(
     {
         "attention_mask",
@@ -70,7 +71,7 @@ def _announced() -> Segments:
 
 @dataclass
 class _Taken:
-    """A configuration that names our attention: what it named before, and the blocks it is for."""
+    """A configuration that names our attention: its own before, and the blocks it is for."""
 
     config: Any
     own: str | None
@@ -130,18 +131,12 @@ def attention_by_segments(model: nn.Module, segments: Tensor) -> Iterator[None]:
             _give_back(config, block)
         _ANNOUNCED.set(announced)
 
-    # Twice: an interrupt of the first leaves the second.
-    try:
-        try:
-            # A block inside of another for the same batch goes on with what that one looked up.
-            _ANNOUNCED.set(announced if announced == cut else cut)
-            for config in configs:
-                _take(config, block)
-            yield
-        finally:
-            undo()
-    finally:
-        undo()
+    with undone(undo):
+        # A block inside of another for the same batch goes on with what that one looked up.
+        _ANNOUNCED.set(announced if announced == cut else cut)
+        for config in configs:
+            _take(config, block)
+        yield
 
 
 def _mask(**asked: Any) -> Any:
@@ -163,7 +158,7 @@ def _attention(module: nn.Module, *asked: Any, **further: Any) -> tuple[Tensor, 
 
 
 def _eager_of(module: nn.Module) -> Callable | None:
-    """What the model hands over as its default, from the file of the module's class."""
+    """The model's default attention, from the file of the module's class."""
     files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
     found = (getattr(file, "eager_attention_forward", None) for file in files)
     return next((function for function in found if function is not None), None)

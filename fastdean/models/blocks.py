@@ -71,42 +71,33 @@ class _Pair:
     site: str
 
 
-def group_layer(
-    layer: nn.Module,
-    name: str,
-    matrices: Mapping[str, Matrix],
-    modules: Mapping[str, nn.Module],
-    hidden_size: int | None,
-) -> Grouping:
-    """Which group every matrix of a decoder layer belongs to.
+@dataclass
+class LayerParts:
+    """A decoder layer, for `grouping`.
 
-    Args:
-        layer: the layer, called `name` in the model.
+    Attributes:
+        layer, name: the layer, and what it is called in the model.
         matrices: path in the layer -> its matrix, in the model's order.
         modules: path in the layer -> module, of all of them.
         hidden_size: as the model's configuration has it, or None.
     """
-    return _Layer(layer, name, matrices, modules, hidden_size).grouping()
 
+    layer: nn.Module
+    name: str
+    matrices: Mapping[str, Matrix]
+    modules: Mapping[str, nn.Module]
+    hidden_size: int | None
 
-class _Layer:
-    def __init__(
-        self,
-        layer: nn.Module,
-        name: str,
-        matrices: Mapping[str, Matrix],
-        modules: Mapping[str, nn.Module],
-        hidden_size: int | None,
-    ) -> None:
-        self._matrices = matrices
-        self._modules = {**modules, "": layer}
+    def __post_init__(self) -> None:
+        self._modules = {**self.modules, "": self.layer}
         # A layer may be a block by itself, in a list that says so ("ffns.3").
-        self._name = next((p for p in reversed(name.split(".")) if not p.isdigit()), "")
-        self._hidden = self._width(hidden_size)
+        self._name = next((p for p in reversed(self.name.split(".")) if not p.isdigit()), "")
+        self._hidden = self._width(self.hidden_size)
 
     def grouping(self) -> Grouping:
-        attention = {path for path in self._matrices if self._in_attention(path)}
-        left = [path for path in self._matrices if path not in attention and not self._other(path)]
+        """Which group every matrix of the layer belongs to."""
+        attention = {path for path in self.matrices if self._in_attention(path)}
+        left = [path for path in self.matrices if path not in attention and not self._other(path)]
         pairs = self._pairs(left)
         members = {path for pair in pairs for path in (pair.up, pair.down)}
         for pair in pairs:
@@ -114,13 +105,8 @@ class _Layer:
         members |= self._chains(left, members)
         if not members and not attention and self._is_plain_stack():
             members = set(left)
-        groups = {}
-        for path in self._matrices:
-            if path in attention:
-                groups[path] = ATTENTION
-            elif path in members:
-                groups[path] = FEED_FORWARD
-        for path in self._matrices:
+        groups = dict.fromkeys(members, FEED_FORWARD) | dict.fromkeys(attention, ATTENTION)
+        for path in self.matrices:
             if path not in groups:
                 groups[path] = self._other_group(path, attention | members)
         for path, module in self._modules.items():
@@ -211,7 +197,7 @@ class _Layer:
         The model's alone would not do: layers with a bottleneck are narrower than the model.
         """
         counts: dict[int, int] = {}
-        for matrix in self._matrices.values():
+        for matrix in self.matrices.values():
             for size in (matrix.inputs, matrix.outputs):
                 counts[size] = counts.get(size, 0) + 1
         commonest = [size for size in counts if counts[size] == max(counts.values())]
@@ -245,7 +231,7 @@ class _Layer:
 
     def _fits(self, up: str, down: str) -> bool:
         """From a size to units, or twice as many where gate and up are fused, and back to it."""
-        first, last = self._matrices[up], self._matrices[down]
+        first, last = self.matrices[up], self.matrices[down]
         return first.inputs == last.outputs and first.outputs in (last.inputs, 2 * last.inputs)
 
     def _is_named_pair(self, up: str, down: str, inside: list[str]) -> bool:
@@ -257,8 +243,8 @@ class _Layer:
 
     def _is_wide_pair(self, up: str, down: str, inside: list[str]) -> bool:
         """Without a name: wider than the layer, and with nothing beside it that does not fit."""
-        first = self._matrices[up]
-        if first.inputs != self._hidden or self._matrices[down].inputs <= self._hidden:
+        first = self.matrices[up]
+        if first.inputs != self._hidden or self.matrices[down].inputs <= self._hidden:
             return False
         return all(
             any(self._fits(path, other) or self._fits(other, path) for other in inside)
@@ -269,13 +255,13 @@ class _Layer:
         """Further matrices of a block between its two sizes, such as a gate on its output."""
         if not any(self._is_feed_forward(above) for above in (pair.site, *_above(pair.site))):
             return set()
-        sizes = {self._matrices[pair.up].inputs, self._matrices[pair.down].inputs}
+        sizes = {self.matrices[pair.up].inputs, self.matrices[pair.down].inputs}
         return {
             path
             for path in left
             if path not in members
             and path.rpartition(".")[0] == pair.site
-            and {self._matrices[path].inputs, self._matrices[path].outputs} <= sizes
+            and {self.matrices[path].inputs, self.matrices[path].outputs} <= sizes
         }
 
     def _chains(self, left: list[str], members: set[str]) -> set[str]:
@@ -285,17 +271,17 @@ class _Layer:
             inside = [path for path in left if _is_below(path, site)]
             if not self._is_feed_forward(site) or members & set(inside):
                 continue
-            given = {self._hidden} | {self._matrices[path].outputs for path in inside}
-            taken = {self._hidden} | {self._matrices[path].inputs for path in inside}
+            given = {self._hidden} | {self.matrices[path].outputs for path in inside}
+            taken = {self._hidden} | {self.matrices[path].inputs for path in inside}
             chain = set()
             for path in inside:
-                inputs, outputs = self._matrices[path].inputs, self._matrices[path].outputs
+                inputs, outputs = self.matrices[path].inputs, self.matrices[path].outputs
                 # Twice as many where gate and up are fused.
                 follows = inputs in given or 2 * inputs in given
                 if follows and (outputs in taken or outputs / 2 in taken):
                     chain.add(path)
-            ends = {self._matrices[path].outputs for path in chain}
-            starts = {self._matrices[path].inputs for path in chain}
+            ends = {self.matrices[path].outputs for path in chain}
+            starts = {self.matrices[path].inputs for path in chain}
             if len(chain) > 1 and self._hidden in ends and self._hidden in starts:
                 found |= chain
         return found
@@ -313,20 +299,20 @@ class _Layer:
 
         Where units are as many as hidden dimensions, the last one of the block is it.
         """
-        order = {path: position for position, path in enumerate(self._matrices)}
+        order = {path: position for position, path in enumerate(self.matrices)}
         for site in dict.fromkeys(pair.site for pair in pairs):
             here = [pair for pair in pairs if pair.site == site]
-            proper = [pair for pair in here if self._matrices[pair.up].inputs == self._hidden]
+            proper = [pair for pair in here if self.matrices[pair.up].inputs == self._hidden]
             for pair in proper or [p for p in here if self._widens(p)] or here:
-                if self._matrices[pair.down].inputs != self._matrices[pair.down].outputs:
+                if self.matrices[pair.down].inputs != self.matrices[pair.down].outputs:
                     yield pair.down
-                elif self._matrices[pair.up].outputs != self._matrices[pair.down].inputs:
+                elif self.matrices[pair.up].outputs != self.matrices[pair.down].inputs:
                     yield pair.down  # beside a fused gate and up, which tell the direction
                 else:
                     yield max((p.down for p in here), key=order.__getitem__)
 
     def _widens(self, pair: _Pair) -> bool:
-        return self._matrices[pair.up].outputs >= self._matrices[pair.up].inputs
+        return self.matrices[pair.up].outputs >= self.matrices[pair.up].inputs
 
     # Everything else, by where it lies.
 

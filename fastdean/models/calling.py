@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastdean.models.adapters import base_model
+from fastdean.models.model_state import text_config
+
 # Named by forwards, and without influence on the logits.
 _SAYS_HOW = {
     "cache_position",
@@ -23,18 +26,13 @@ _SAYS_HOW = {
 }
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT's; any other as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def forward_inputs(model: nn.Module) -> frozenset[str]:
     """The names of the inputs that move the logits of `model`, as far as its forward tells them.
 
     A forward that passes the rest on (`**kwargs`) takes what those below it name: of the classes it
     inherits from, and of the base model.
     """
-    inner = base_of(model)
+    inner = base_model(model)
     names: set[str] = set()
     for module in (inner, getattr(inner, "base_model", inner)):
         for forward in _forwards(module):
@@ -65,9 +63,8 @@ def call(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> Any:
     Parts of a model read `return_dict` from the configuration they share, so that passing it does
     not reach them.
     """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    unnamed = [c for c in (config, text) if getattr(c, "return_dict", True) is False]
+    configs = (getattr(model, "config", None), text_config(model))
+    unnamed = [c for c in configs if getattr(c, "return_dict", True) is False]
     try:
         for each in unnamed:
             each.return_dict = True

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +19,22 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastdean.data.batching import Batch, Layout, default_tokens_per_batch, plan_batches
 from fastdean.data.examples import IGNORE_INDEX, Example
-from fastdean.models.adapters import require_no_prompts
+from fastdean.models.adapters import base_model, require_no_prompts
 from fastdean.models.attention import attention_by_segments
 from fastdean.models.calling import (
-    base_of,
     call,
     forward_inputs,
     logits_of,
     require_row_per_token,
 )
 from fastdean.models.hooks import forward_pre_hooks
-from fastdean.models.model_state import evaluation_state, input_device, max_tokens, unwrap
+from fastdean.models.model_state import (
+    evaluation_state,
+    input_device,
+    max_tokens,
+    text_config,
+    unwrap,
+)
 from fastdean.models.probes import (
     numbers_from,
     packing_is_exact,
@@ -62,7 +66,7 @@ def label_shift(model: nn.Module) -> int:
             f"model must be a causal or masked language model, got {type(model).__name__}; "
             "pass loss_fn= to define its per-example loss"
         )
-    inner = base_of(model)
+    inner = base_model(model)
     ahead = sees_ahead(inner)
     if ahead is None:
         return max(shifts)
@@ -106,7 +110,7 @@ def _shifts_by_class(model: nn.Module) -> set[int]:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return set()
-    for cls in type(base_of(model)).__mro__:
+    for cls in type(base_model(model)).__mro__:
         name = cls.__name__
         shifts = {1} if name in causal else set()
         if name in masked and not getattr(config, "is_decoder", False):
@@ -117,65 +121,47 @@ def _shifts_by_class(model: nn.Module) -> set[int]:
 
 
 def attention_for(model: nn.Module, batch: Batch) -> AbstractContextManager:
-    """What a pass of `model` over `batch` runs in, so that its examples attend as planned."""
+    """A context in which the examples of `batch` attend as planned."""
     return attention_by_segments(model, batch.segments) if batch.by_segments else nullcontext()
 
 
-class TargetLogits:
-    """Callable inside a `with` block: `batch -> logits [M, V]` at the batch's target rows.
+@contextmanager
+def target_logits(model: nn.Module) -> Iterator[Callable[[Batch], Tensor]]:
+    """Inside, a function `batch -> logits [M, V]` at the batch's target rows.
 
     Example:
-        with TargetLogits(model) as head:
-            logits = head(batch)
+        with target_logits(model) as logits_at:
+            logits = logits_at(batch)
     """
+    waiting: Batch | None = None
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        # An object of its own, so that the hook does not keep this one, which undoes it, alive.
-        self._gathering = _Gathering()
-        self._hooked: AbstractContextManager | None = None
+    def gather(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        nonlocal waiting
+        if waiting is None or not args:
+            return None
+        batch, waiting = waiting, None
+        require_row_per_token(args[0], batch.input_ids)
+        hidden = args[0].flatten(0, -2)
+        gathered = hidden.index_select(0, batch.target_rows.to(hidden.device)).unsqueeze(0)
+        return (gathered, *args[1:]), kwargs
 
-    def __enter__(self) -> Self:
-        head = self._model.get_output_embeddings()
-        hooks = {} if head is None else {head: self._gathering.gather}
-        self._hooked = forward_pre_hooks(hooks)
-        self._hooked.__enter__()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        hooked, self._hooked = self._hooked, None
-        hooked.__exit__(*exc_info)
-
-    def __call__(self, batch: Batch) -> Tensor:
-        self._gathering.rows = batch.target_rows
-        self._gathering.input_ids = batch.input_ids
+    def logits_at(batch: Batch) -> Tensor:
+        nonlocal waiting
+        waiting = batch
         try:
-            with attention_for(self._model, batch):
-                logits = logits_of(call(self._model, batch.model_inputs()))
+            with attention_for(model, batch):
+                logits = logits_of(call(model, batch.model_inputs()))
         finally:
-            gathered, self._gathering.rows = self._gathering.rows is None, None
+            gathered, waiting = waiting is None, None
         if gathered:
             return logits.flatten(0, -2)
         # A model that never calls its output embedding as a module returns every row.
         require_row_per_token(logits, batch.input_ids)
         return logits.flatten(0, -2).index_select(0, batch.target_rows.to(logits.device))
 
-
-class _Gathering:
-    """Takes `rows` of `input_ids` of what the next call of the output embedding would see."""
-
-    def __init__(self) -> None:
-        self.rows: Tensor | None = None
-        self.input_ids: Tensor | None = None
-
-    def gather(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-        if self.rows is None or not args:
-            return None
-        rows, self.rows = self.rows, None
-        require_row_per_token(args[0], self.input_ids)
-        hidden = args[0].flatten(0, -2)
-        gathered = hidden.index_select(0, rows.to(hidden.device)).unsqueeze(0)
-        return (gathered, *args[1:]), kwargs
+    head = model.get_output_embeddings()
+    with forward_pre_hooks({} if head is None else {head: gather}):
+        yield logits_at
 
 
 def tokens_per_batch_of(model: nn.Module) -> int:
@@ -323,13 +309,13 @@ def _require_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
 def _vocabulary(model: nn.Module) -> int:
     # Some (Perceiver) name a parameter that is no table of tokens.
     weight = getattr(model.get_input_embeddings(), "weight", None)
-    return model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
+    return text_config(model).vocab_size if weight is None else weight.shape[0]
 
 
-def require_positions(model: nn.Module, examples: Sequence[Example]) -> None:
-    """Raise ValueError for the first example with more tokens than the model has positions for."""
+def require_positions(model: nn.Module, examples: Sequence[Example], first: int = 0) -> None:
+    """Raise ValueError for the first example, counted from `first`, longer than the positions."""
     longest = max_tokens(model)
-    for i, example in enumerate(examples):
+    for i, example in enumerate(examples, start=first):
         if longest is not None and len(example) > longest:
             raise ValueError(
                 f"example {i} must have at most {longest} tokens (the model's positions), got "
@@ -340,7 +326,7 @@ def require_positions(model: nn.Module, examples: Sequence[Example]) -> None:
 def _require_known(
     columns: Mapping[str, Tensor], tables: Mapping[str, int | None], number: int
 ) -> None:
-    """The same of the numbers that the model looks up in a table."""
+    """Refuse numbers that the model looks up in a table and that lie outside of it."""
     for name, size in tables.items():
         values = columns.get(name)
         if values is None or size is None:
@@ -372,23 +358,21 @@ def _without_default_positions(
 ) -> dict[str, Tensor]:
     """The columns less positions that the model gives by itself; `numbered` keeps the answers."""
     positions, mask = columns.get("position_ids"), columns.get("attention_mask")
-    start = 0 if positions is None else int(positions[0])
-    # Others than a model may start from are not asked about: each answer takes forward passes.
-    if positions is not None and start in _first_positions(model):
-        consecutive = torch.arange(start, start + len(positions))
-        if start not in numbered:
-            numbered[start] = numbers_from(model, start)
-        if torch.equal(positions, consecutive) and numbered[start]:
-            columns = {name: c for name, c in columns.items() if name != "position_ids"}
+    columns = dict(columns)
+    if positions is not None:
+        start = int(positions[0])
+        # Models start from 0, or behind the padding token (RoBERTa). Other starts are not asked
+        # about: each answer takes forward passes.
+        padding = getattr(text_config(model), "pad_token_id", None)
+        if start in ({0} if padding is None else {0, padding + 1}):
+            consecutive = torch.arange(start, start + len(positions))
+            if start not in numbered:
+                numbered[start] = numbers_from(model, start)
+            if torch.equal(positions, consecutive) and numbered[start]:
+                del columns["position_ids"]
     if mask is not None and "position_ids" not in columns and bool(mask.all()):
-        columns = {name: c for name, c in columns.items() if name != "attention_mask"}
+        del columns["attention_mask"]
     return columns
-
-
-def _first_positions(model: nn.Module) -> set[int]:
-    """0, and the one behind the padding token (RoBERTa)."""
-    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
-    return {0} if padding is None else {0, padding + 1}
 
 
 def exact_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
@@ -417,7 +401,7 @@ def _longest_row(model: nn.Module) -> int | None:
     Llama 4 scales its queries by their places in the row, from the `floor_scale`th on, whatever
     their positions. Doge picks keys among all of a row of more than `keep_window_size` tokens.
     """
-    config = model.config.get_text_config()
+    config = text_config(model)
     scaled_from = getattr(config, "floor_scale", None)
     if not scaled_from or not getattr(config, "attn_temperature_tuning", False):
         scaled_from = math.inf
@@ -428,7 +412,7 @@ def _longest_row(model: nn.Module) -> int | None:
 
 def _rotary_limit(model: nn.Module) -> int | None:
     """The length from which rotary frequencies depend on the longest example of a batch."""
-    config = model.config.get_text_config()
+    config = text_config(model)
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     limits = []
     for rope in (found, *found.values()):
@@ -466,13 +450,13 @@ def target_log_likelihood(
     device = input_device(model)
     with (
         evaluation_state(model),
-        TargetLogits(model) as head,
+        target_logits(model) as logits_at,
         tqdm(total=len(examples), desc=description, unit="ex", disable=not progress) as bar,
     ):
         losses = []
         for batch in batches:
             moved = batch.to(device)
-            losses.append(target_losses(head(moved), moved))
+            losses.append(target_losses(logits_at(moved), moved))
             bar.update(batch.num_examples)
     # Read when all batches are queued: one read after each would leave the device without work.
     for batch, per_token in zip(batches, losses, strict=True):

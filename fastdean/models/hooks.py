@@ -1,8 +1,7 @@
 """Hooks on modules that are gone at the end, whatever interrupts their coming or going.
 
-A handle that `register_forward_hook` returns can be lost to an interrupt before it is kept. So
-hooks are found again by what they are, and looked for twice: an interrupt of the first search
-leaves the second.
+An interrupt can lose the handle that `register_forward_hook` returns. So hooks are found again by
+what they are.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+
+from fastdean.models.model_state import undone
 
 
 @contextmanager
@@ -26,48 +27,35 @@ def forward_hooks(hooks: Mapping[nn.Module, Callable]) -> Iterator[None]:
         hook = hooks.get(module)
         return None if hook is None else hook(module, args, kwargs, output)
 
-    try:
-        try:
-            if torch_module._global_forward_hooks:
-                handle = torch_module.register_module_forward_hook(of_all_modules, with_kwargs=True)
-                torch_module._global_forward_hooks.move_to_end(handle.id, last=False)
-            else:
-                for module, hook in hooks.items():
-                    module.register_forward_hook(hook, with_kwargs=True, prepend=True)
-            yield
-        finally:
-            _remove_forward_hooks(hooks, of_all_modules)
-    finally:
-        _remove_forward_hooks(hooks, of_all_modules)
+    everywhere = torch_module._global_forward_hooks
+
+    def undo() -> None:
+        _remove(of_all_modules, everywhere, torch_module._global_forward_hooks_with_kwargs)
+        for module, hook in hooks.items():
+            _remove(hook, module._forward_hooks, module._forward_hooks_with_kwargs)
+
+    with undone(undo):
+        if everywhere:
+            handle = torch_module.register_module_forward_hook(of_all_modules, with_kwargs=True)
+            everywhere.move_to_end(handle.id, last=False)
+        else:
+            for module, hook in hooks.items():
+                module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+        yield
 
 
 @contextmanager
 def forward_pre_hooks(hooks: Mapping[nn.Module, Callable]) -> Iterator[None]:
     """Call `hook(module, args, kwargs)` on what each module will see: after all others so far."""
-    try:
-        try:
-            for module, hook in hooks.items():
-                module.register_forward_pre_hook(hook, with_kwargs=True)
-            yield
-        finally:
-            _remove_forward_pre_hooks(hooks)
-    finally:
-        _remove_forward_pre_hooks(hooks)
 
+    def undo() -> None:
+        for module, hook in hooks.items():
+            _remove(hook, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
 
-def _remove_forward_hooks(hooks: Mapping[nn.Module, Callable], of_all_modules: Callable) -> None:
-    _remove(
-        of_all_modules,
-        torch_module._global_forward_hooks,
-        torch_module._global_forward_hooks_with_kwargs,
-    )
-    for module, hook in hooks.items():
-        _remove(hook, module._forward_hooks, module._forward_hooks_with_kwargs)
-
-
-def _remove_forward_pre_hooks(hooks: Mapping[nn.Module, Callable]) -> None:
-    for module, hook in hooks.items():
-        _remove(hook, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+    with undone(undo):
+        for module, hook in hooks.items():
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+        yield
 
 
 def _remove(hook: Callable, registered: dict, with_kwargs: dict) -> None:

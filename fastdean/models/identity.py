@@ -1,8 +1,7 @@
-"""What tells one model from another, as digests: whoever goes on from kept results compares them.
+"""Digests that tell one model from another, so that results are resumed with the same one only.
 
-The figures of a finished step are used again, so that they must be those of this model and not only
-of its name. Digests are of what was loaded, and not of its files: a folder says nothing of dtype,
-device and attention code, and a hub id has no files to read.
+They are of what was loaded: a folder says nothing of dtype, device and attention code, and a hub id
+has no files to read.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from torch import Tensor, nn
 
 from fastdean.models.model_state import unwrap
 
-# Of the configuration; they say where and with what it was written.
+# Entries of the configuration that say where and with what it was written.
 _PROVENANCE = ("_name_or_path", "transformers_version")
-# Of a fast tokenizer's state: left there by whoever called it last, and given anew by each caller.
+# State of a fast tokenizer that each call sets.
 _OF_A_CALL = ("truncation", "padding")
-# Of a tokenizer's options: where it was found, and what is a part of its own here.
+# Options of a tokenizer that say where it lies, or that are a part of their own here.
 _OF_A_PLACE = ("name_or_path", "is_local", "local_files_only", "tokenizer_file", "chat_template")
 # Where transformers keeps the code that came with a model.
 _OWN_CODE = "transformers_modules"

@@ -162,33 +162,29 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Where the model's files are, and the options that transformers needs to read them."""
-    where, options = _found(name)
+    path = _demo_file() if name == DEMO_MODEL else Path(name).expanduser()
+    where, options = (str(path) if path.is_dir() else name), {}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(
+                f"model must be an existing file, got {name!r}; check the path{nearest(name)}"
+            )
+        where, options = str(path.parent), {"gguf_file": path.name}
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"model must be a Hugging Face folder with a config.json, got {name!r}; save the model "
+            "there with save_pretrained first"
+        )
+    elif not path.is_dir() and _is_path(name):
+        raise ValueError(
+            f"model must be an existing folder, got {name!r}; check the path{nearest(name)}"
+        )
     if revision is not None and Path(where).is_dir():
         raise ValueError(
             f"revision must be of a hub id, got {revision!r} for {name!r}, which is on this disk "
             "as it is; leave it out"
         )
     return where, options
-
-
-def _found(name: str) -> tuple[str, dict[str, Any]]:
-    path = _demo_file() if name == DEMO_MODEL else Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(
-                f"model must be an existing file, got {name!r}; check the path{nearest(name)}"
-            )
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(
-            f"model must be a Hugging Face folder with a config.json, got {name!r}; save the model "
-            "there with save_pretrained first"
-        )
-    if not path.is_dir() and _is_path(name):
-        raise ValueError(
-            f"model must be an existing folder, got {name!r}; check the path{nearest(name)}"
-        )
-    return str(path) if path.is_dir() else name, {}
 
 
 def _is_path(name: str) -> bool:

@@ -1,22 +1,21 @@
-"""A model as it is found, and the states it is put into and back.
+"""What a model is made of and where it lies, and context managers that change its state.
 
-Below its wrappers, on its devices, and the context managers that change a model or torch for the
-length of a block. Nothing here runs the model.
-
-What a context manager undoes, it undoes twice: an interrupt of the first leaves the second.
+Nothing here runs the model.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_NO_WEIGHTS = "model must have weights, got meta tensors without an offload hook; load it first"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -42,9 +41,7 @@ def input_device(model: nn.Module) -> torch.device:
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device)
-    raise ValueError(
-        "model must have weights, got meta tensors without an offload hook; load it first"
-    )
+    raise ValueError(_NO_WEIGHTS)
 
 
 def execution_device(module: nn.Module, default: torch.device) -> torch.device:
@@ -66,13 +63,17 @@ def materialised_weight(module: nn.Module) -> Tensor:
     if weight.device.type != "meta":
         return weight
     if not getattr(getattr(module, "_hf_hook", None), "offload", False):
-        raise ValueError(
-            "model must have weights, got meta tensors without an offload hook; load it first"
-        )
+        raise ValueError(_NO_WEIGHTS)
     from accelerate.utils import align_module_device
 
     with align_module_device(module, execution_device=torch.device("cpu")):
         return module.weight.detach().clone()
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the model's text part; None for a model without one."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def max_tokens(model: nn.Module) -> int | None:
@@ -82,8 +83,7 @@ def max_tokens(model: nn.Module) -> int | None:
     position embeddings) have `padding_idx + 1` fewer than `max_position_embeddings`.
     """
     model = unwrap(model)
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(model)
     # MPT, whose attention has a bias for so many tokens, calls it otherwise.
     longest = getattr(text, "max_position_embeddings", getattr(text, "max_seq_len", None))
     # Configurations write "no bound" as None, 0 or -1.
@@ -97,10 +97,23 @@ def max_tokens(model: nn.Module) -> int | None:
 
 
 @contextmanager
+def undone(undo: Callable[[], None]) -> Iterator[None]:
+    """Call `undo` after the block, twice: an interrupt of the first leaves the second."""
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    finally:
+        undo()
+
+
+@contextmanager
 def evaluation_state(model: nn.Module) -> Iterator[None]:
     """Dropout and key-value cache are off inside; modes and config are as before outside."""
     training = [module for module in model.modules() if module.training]
-    configs = [c for c in {id(c): c for c in _configs(model)}.values() if hasattr(c, "use_cache")]
+    configs = [getattr(model, "config", None), text_config(model)]
+    configs = [c for c in {id(c): c for c in configs}.values() if hasattr(c, "use_cache")]
     use_cache = [config.use_cache for config in configs]
 
     def undo() -> None:
@@ -109,49 +122,27 @@ def evaluation_state(model: nn.Module) -> Iterator[None]:
         for config, value in zip(configs, use_cache, strict=True):
             config.use_cache = value
 
-    try:
-        try:
-            model.eval()
-            for config in configs:
-                config.use_cache = False
-            yield
-        finally:
-            undo()
-    finally:
-        undo()
-
-
-def _configs(model: nn.Module) -> list:
-    config = getattr(model, "config", None)
-    if config is None:
-        return []
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return [config, text]
+    with undone(undo):
+        model.eval()
+        for config in configs:
+            config.use_cache = False
+        yield
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient inside: autograd computes dX and never dW."""
     # By name: offloading replaces the parameter objects during the forward pass.
-    trainable = [
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
-    ]
+    named = model.named_parameters(remove_duplicate=False)
+    trainable = [name for name, parameter in named if parameter.requires_grad]
 
-    def undo() -> None:
+    def require_grad(required: bool) -> None:
         for name in trainable:
-            model.get_parameter(name).requires_grad_(True)
+            model.get_parameter(name).requires_grad_(required)
 
-    try:
-        try:
-            for name in trainable:
-                model.get_parameter(name).requires_grad_(False)
-            yield
-        finally:
-            undo()
-    finally:
-        undo()
+    with undone(lambda: require_grad(True)):
+        require_grad(False)
+        yield
 
 
 @contextmanager
@@ -173,15 +164,10 @@ def fresh_leaves(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[
         for module, name, parameter in places:
             module._parameters[name] = parameter
 
-    try:
-        try:
-            for module, name, parameter in places:
-                module._parameters[name] = leaves[id(parameter)]
-            yield list(leaves.values())
-        finally:
-            undo()
-    finally:
-        undo()
+    with undone(undo):
+        for module, name, parameter in places:
+            module._parameters[name] = leaves[id(parameter)]
+        yield list(leaves.values())
 
 
 @contextmanager
@@ -200,15 +186,10 @@ def strict_determinism(deterministic: bool) -> Iterator[None]:
         if own_workspace:
             os.environ.pop(_CUBLAS_WORKSPACE, None)
 
-    try:
-        try:
-            os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
-            torch.use_deterministic_algorithms(True)
-            yield
-        finally:
-            undo()
-    finally:
-        undo()
+    with undone(undo):
+        os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        yield
 
 
 @contextmanager
@@ -228,13 +209,8 @@ def eager() -> Iterator[None]:
         for stance in stances:
             stance.__exit__(None, None, None)
 
-    try:
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            if compiler:
-                stances.append(torch.compiler.set_stance("force_eager"))
-            yield
-        finally:
-            undo()
-    finally:
-        undo()
+    with undone(undo):
+        torch.backends.mha.set_fastpath_enabled(False)
+        if compiler:
+            stances.append(torch.compiler.set_stance("force_eager"))
+        yield

@@ -1,9 +1,7 @@
 """What a model does with its tokens, measured by running it on a few of them.
 
 Names of classes and entries of configurations say what a model was written for, not what it
-computes. An answer is kept for as long as nothing is seen to change the model: not its
-configuration, its modules, what is hooked to them, or its weights. Weights that are zero mix no
-tokens, and those that are trained from there do.
+computes. An answer is kept until the model's configuration, modules, hooks or weights change.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ _ANSWERS: WeakKeyDictionary[nn.Module, tuple[int, dict]] = WeakKeyDictionary()
 def sees_ahead(model: nn.Module) -> bool | None:
     """Whether the logits of a token depend on the tokens after it.
 
-    The later half of a few tokens is changed, and the logits of the earlier half looked at. Where
+    The later half of a few tokens is changed, and the logits of the earlier half compared. Where
     they moved so little that it may be rounding (experts, whose sizes change with their tokens),
     the movement is compared with that of the later half when the earlier tokens change: in a
     bidirectional model the two are alike.
@@ -39,15 +37,15 @@ def sees_ahead(model: nn.Module) -> bool | None:
         None where it cannot be measured: the model does not run on token ids alone, or its logits
         are not finite.
     """
-    return _asked_once(model, "sees_ahead", lambda: _measure_sight(model, ahead=True))
+    return _asked_once(model, "sees_ahead", lambda: _measured_sight(model, ahead=True))
 
 
 def sees_back(model: nn.Module) -> bool | None:
     """Whether the logits of a token depend on the tokens before it; None as in `sees_ahead`."""
-    return _asked_once(model, "sees_back", lambda: _measure_sight(model, ahead=False))
+    return _asked_once(model, "sees_back", lambda: _measured_sight(model, ahead=False))
 
 
-def _measure_sight(model: nn.Module, *, ahead: bool) -> bool | None:
+def _measured_sight(model: nn.Module, *, ahead: bool) -> bool | None:
     try:
         ids, others = _ordinary_ids(model)
         half = len(ids) // 2
@@ -62,7 +60,7 @@ def _measure_sight(model: nn.Module, *, ahead: bool) -> bool | None:
             changed = torch.cat([others[earlier], ids[later]])
             return _distance(_logits_of_ids(model, changed)[later], logits[later])
 
-        epsilon = torch.finfo(next(model.parameters()).dtype).eps
+        epsilon = _epsilon(model)
         if not ahead:
             return moved_by_the_earlier() > epsilon / 4
         changed = torch.cat([ids[earlier], others[later]])
@@ -79,21 +77,18 @@ def _measure_sight(model: nn.Module, *, ahead: bool) -> bool | None:
 
 def numbers_from(model: nn.Module, start: int) -> bool:
     """Whether the model, given no `position_ids`, numbers tokens `start`, `start` + 1 and so on."""
-    return bool(
-        _asked_once(model, ("numbers_from", start), lambda: _measure_numbering(model, start))
-    )
 
+    def measured() -> bool:
+        try:
+            ids, _ = _ordinary_ids(model)
+            positions = torch.arange(start, start + len(ids))
+            own = _logits_of_ids(model, ids)
+            numbered = _logits_of_ids(model, ids, position_ids=positions)
+        except (AttributeError, IndexError, TypeError, ValueError):
+            return False
+        return _distance(numbered, own) <= max(1e-6, _epsilon(model))
 
-def _measure_numbering(model: nn.Module, start: int) -> bool:
-    try:
-        ids, _ = _ordinary_ids(model)
-        positions = torch.arange(start, start + len(ids))
-        own = _logits_of_ids(model, ids)
-        numbered = _logits_of_ids(model, ids, position_ids=positions)
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return False
-    epsilon = torch.finfo(next(model.parameters()).dtype).eps
-    return _distance(numbered, own) <= max(1e-6, epsilon)
+    return bool(_asked_once(model, ("numbers_from", start), measured))
 
 
 def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
@@ -106,16 +101,43 @@ def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
     """
     if len(examples) < 2:
         return False
-    return bool(
-        _asked_once(model, "packing_is_exact", lambda: _measure_packing(model, examples))
-    ) and numbers_from(model, 0)
+
+    def measured() -> bool:
+        try:
+            return _keeps_apart(model, examples, lambda parts: _packed_logits(model, parts))
+        except (TypeError, ValueError):  # the model takes no position_ids
+            return False
+
+    return bool(_asked_once(model, "packing_is_exact", measured)) and numbers_from(model, 0)
 
 
-def _measure_packing(model: nn.Module, examples: Sequence[Example]) -> bool:
-    try:
-        return _keeps_apart(model, examples, lambda parts: _packed_logits(model, parts))
-    except (TypeError, ValueError):  # the model takes no position_ids
+def segments_are_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
+    """Whether packed examples of this causal model may attend by themselves (attention.py).
+
+    Measured as in `packing_is_exact`. False, unmeasured, for attention that is not one of
+    transformers' own. On a CPU only: other devices have attention of their own for ragged examples,
+    which is not used yet.
+    """
+    if len(examples) < 2 or input_device(model).type != "cpu" or not attends_plainly(model):
         return False
+
+    def packed_logits(parts: Sequence[Tensor]) -> Tensor:
+        lengths = torch.tensor([len(part) for part in parts])
+        ends = lengths.cumsum(0)
+        with attention_by_segments(model, torch.stack([ends - lengths, ends], dim=1)):
+            return _packed_logits(model, parts)
+
+    def measured() -> bool:
+        # Whatever a model does with a mask or an attention that it does not know.
+        errors = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+        try:
+            return _keeps_apart(model, examples, packed_logits)
+        except torch.OutOfMemoryError:
+            raise
+        except errors:
+            return False
+
+    return bool(_asked_once(model, "segments_are_exact", measured)) and numbers_from(model, 0)
 
 
 def _keeps_apart(
@@ -133,43 +155,12 @@ def _keeps_apart(
     changed_a = packed_logits([_another(a), b])
     changed_b = packed_logits([a, _another(b)])
     alone = _logits_of_ids(model, b)
-    epsilon = torch.finfo(next(model.parameters()).dtype).eps
+    epsilon = _epsilon(model)
     return (
         _distance(changed_a[len(a) :], ab[len(a) :]) <= epsilon / 4
         and _distance(changed_b[: len(a)], ab[: len(a)]) <= epsilon / 4
         and _distance(alone, ab[len(a) :]) <= max(1e-4, 6 * epsilon)
     )
-
-
-def segments_are_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
-    """Whether packed examples of this causal model may attend by themselves (attention.py).
-
-    Measured like packing: as the model's own attention has it for one of them alone. False,
-    unmeasured, where that is not one of transformers' own. On a CPU only: other devices have
-    attention of their own for ragged examples, which is not used yet.
-    """
-    if len(examples) < 2 or input_device(model).type != "cpu" or not attends_plainly(model):
-        return False
-    return bool(
-        _asked_once(model, "segments_are_exact", lambda: _measure_segments(model, examples))
-    ) and numbers_from(model, 0)
-
-
-def _measure_segments(model: nn.Module, examples: Sequence[Example]) -> bool:
-    def packed_logits(parts: Sequence[Tensor]) -> Tensor:
-        ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-        starts = ends - torch.tensor([len(part) for part in parts])
-        with attention_by_segments(model, torch.stack([starts, ends], dim=1)):
-            return _packed_logits(model, parts)
-
-    # Whatever a model does with a mask or an attention that it does not know.
-    errors = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-    try:
-        return _keeps_apart(model, examples, packed_logits)
-    except torch.OutOfMemoryError:
-        raise
-    except errors:
-        return False
 
 
 def padding_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
@@ -181,19 +172,18 @@ def padding_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
     """
     if len(examples) < 2:
         return True
+
+    def measured() -> bool:
+        cut = [example.first(_PROBE_TOKENS).predicting_itself() for example in examples[:2]]
+        longer, shorter = sorted(cut, key=len)[::-1]
+        shorter = shorter.first(max(1, len(longer) // 2))
+        together = pad([longer, shorter], [0, 1], shift=0).model_inputs()
+        alone = _logits(model, pad([shorter], [0], shift=0).model_inputs())[0]
+        padded = _logits(model, together)[1]
+        return _distance(padded[: len(shorter)], alone) <= max(1e-4, 6 * _epsilon(model))
+
     question = ("padding_is_exact", *sorted(examples[0].columns))
-    return bool(_asked_once(model, question, lambda: _measure_padding(model, examples)))
-
-
-def _measure_padding(model: nn.Module, examples: Sequence[Example]) -> bool:
-    cut = [example.first(_PROBE_TOKENS).predicting_itself() for example in examples[:2]]
-    longer, shorter = sorted(cut, key=len)[::-1]
-    shorter = shorter.first(max(1, len(longer) // 2))
-    together = pad([longer, shorter], [0, 1], shift=0).model_inputs()
-    alone = _logits(model, pad([shorter], [0], shift=0).model_inputs())[0]
-    padded = _logits(model, together)[1]
-    epsilon = torch.finfo(next(model.parameters()).dtype).eps
-    return _distance(padded[: len(shorter)], alone) <= max(1e-4, 6 * epsilon)
+    return bool(_asked_once(model, question, measured))
 
 
 def _asked_once(
@@ -286,6 +276,10 @@ def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     logits = logits_of(outputs)
     require_row_per_token(logits, inputs["input_ids"])
     return logits.double()
+
+
+def _epsilon(model: nn.Module) -> float:
+    return torch.finfo(next(model.parameters()).dtype).eps
 
 
 def _distance(value: Tensor, reference: Tensor) -> float:

@@ -10,8 +10,10 @@ from test_score import batches, make_examples
 from tiny_models import MODELS
 
 import fastdean
+from fastdean.coupling.rules import RULES
 from fastdean.coupling.scores import ScoreEntry, Scores
-from fastdean.coupling.sets import RULES, count, overlap, smallest_ratio
+from fastdean.coupling.sets import overlap
+from fastdean.coupling.top_entries import count, smallest_ratio
 from fastdean.masks import NeuronMask
 
 
@@ -20,7 +22,7 @@ def scores_from(lists, numel=24, name="layers.0.mlp.up.weight", keep=None, weigh
     sums = torch.full((numel,), 1e-6)
     sums[torch.tensor(lists)] = 1.0
     weight = torch.ones(numel) if weight is None else weight
-    entry = ScoreEntry.dense(sums.reshape(4, -1), weight.reshape(4, -1))
+    entry = ScoreEntry.of(sums.reshape(4, -1), weight.reshape(4, -1))
     scores = Scores({name: entry}, granularity="weight", num_examples=1)
     return scores if keep is None else scores.keep(keep)
 
@@ -130,7 +132,7 @@ def test_only_positive_entries_are_selected():
 
 def test_ties_go_to_the_lowest_index_of_the_earliest_matrix():
     entries = {
-        f"layers.{i}.mlp.up.weight": ScoreEntry.dense(torch.ones(2, 5), torch.ones(2, 5))
+        f"layers.{i}.mlp.up.weight": ScoreEntry.of(torch.ones(2, 5), torch.ones(2, 5))
         for i in range(2)
     }
     scores = Scores(entries, granularity="weight", num_examples=3)
@@ -146,7 +148,7 @@ def test_sparse_scores_give_the_dense_mask_and_refuse_what_they_cannot():
 
     def random_scores(seed):
         sums = torch.rand(4, 6, generator=torch.Generator().manual_seed(seed))
-        entry = ScoreEntry.dense(sums, weight.reshape(4, 6))
+        entry = ScoreEntry.of(sums, weight.reshape(4, 6))
         return Scores({"layers.0.mlp.up.weight": entry}, granularity="weight", num_examples=2)
 
     dense = [random_scores(seed) for seed in range(3)]

@@ -147,7 +147,7 @@ def test_both_ranks_hold_the_same_bits(found):
 def test_a_failure_on_one_rank_is_an_error_on_both(found, situation, own):
     assert found[1][situation].startswith(own)
     assert found[0][situation] == (
-        "RuntimeError: every rank must finish its part of the work, got 1 of 2 that failed; "
+        "StateError: every rank must finish its part of the work, got 1 of 2 that failed; "
         "see their own messages"
     )
 

@@ -18,7 +18,7 @@ from tiny_data import batches, make_examples
 from tiny_models import MODELS
 
 import fastdean
-from fastdean.coupling import accumulators, scoring
+from fastdean.coupling import accumulators, loss_check, scoring
 from fastdean.coupling.targets import find_targets
 from fastdean.data import batching
 from fastdean.data.batching import Batch, plan_batches
@@ -49,7 +49,7 @@ def watched(monkeypatch):
 
     def run(model, examples=None, size=1, **options):
         reads = DeviceReads()
-        real_to, real_send, real_pass = Batch.to, batching.send, scoring._run_pass
+        real_to, real_send, real_pass = Batch.to, batching.send, scoring.run_pass
 
         def send(tensor, device):
             moved = real_send(tensor, device).clone()
@@ -69,7 +69,7 @@ def watched(monkeypatch):
 
         monkeypatch.setattr(Batch, "to", to)
         monkeypatch.setattr("fastdean.coupling.workloads.send", send)
-        monkeypatch.setattr(scoring, "_run_pass", run_pass)
+        monkeypatch.setattr(scoring, "run_pass", run_pass)
         reads.mark([*model.parameters(), *model.buffers()])
         examples = make_examples() if examples is None else examples
         fastdean.score(model, batches(examples, size), progress=False, **options)
@@ -172,8 +172,8 @@ def test_every_layer_gets_the_same_segments_object(monkeypatch):
 
 def passing(monkeypatch, model, examples, **options):
     """The order of forward passes and looks at losses while scoring: "f" and "l"."""
-    events, real_pass = [], scoring._run_pass
-    look = scoring._LossesUnderway.require_finite
+    events, real_pass = [], scoring.run_pass
+    look = loss_check._require_finite
 
     def run_pass(*args):
         handle = model.register_forward_pre_hook(lambda *args: events.append("f"))
@@ -182,12 +182,12 @@ def passing(monkeypatch, model, examples, **options):
         finally:
             handle.remove()
 
-    def looking(losses):
+    def looking(*losses):
         events.append("l")
-        return look(losses)
+        return look(*losses)
 
-    monkeypatch.setattr(scoring, "_run_pass", run_pass)
-    monkeypatch.setattr(scoring._LossesUnderway, "require_finite", looking)
+    monkeypatch.setattr(scoring, "run_pass", run_pass)
+    monkeypatch.setattr(loss_check, "_require_finite", looking)
     try:
         fastdean.score(model, batches(examples, 1), tokens_per_batch=1, progress=False, **options)
     except ValueError as error:
@@ -302,7 +302,7 @@ def test_waits_are_listed_and_the_mode_does_not_outlive_the_block(error, monkeyp
 @pytest.mark.parametrize("granularity", ["weight", "neuron"])
 @pytest.mark.parametrize("loss_fn", [None, token_losses])
 def test_nothing_of_ours_synchronises_a_gpu(granularity, loss_fn, monkeypatch):
-    model, real_pass, seen = llama_of(3).cuda(), scoring._run_pass, []
+    model, real_pass, seen = llama_of(3).cuda(), scoring.run_pass, []
 
     def run_pass(*args):
         with device_waits() as waits:
@@ -316,7 +316,7 @@ def test_nothing_of_ours_synchronises_a_gpu(granularity, loss_fn, monkeypatch):
         fastdean.score(model, examples, tokens_per_batch=1, **options)
 
     run()  # kernels are compiled and loaded by the first run, which may synchronise
-    monkeypatch.setattr(scoring, "_run_pass", run_pass)
+    monkeypatch.setattr(scoring, "run_pass", run_pass)
     run()
     ours = Path(fastdean.__file__).parent
     assert [w for w in seen if Path(w.filename).is_relative_to(ours)] == []

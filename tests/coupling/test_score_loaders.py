@@ -625,3 +625,102 @@ def test_default_collated_parts_are_refused():
 def test_odd_tokens_of_rows_are_warned_of(caplog):
     score([{"text": "<s> the cat sat"}, PAIR], tokenizer=word_tokenizer(True))
     assert "loader: 1 of 2 examples start with two '<s>' (first: row 0)" in caplog.text
+
+
+# Rows that cannot be used, left out and counted.
+
+GOOD_ROWS = [{"prompt": "the cat", "response": "ran"}, {"prompt": "a dog", "response": "sat"}]
+BAD_ROWS = {
+    "an empty response": ({"prompt": "the cat", "response": ""}, "row 1 must have at least one"),
+    "no columns": ({"other": 3}, "row 1 must have the text columns"),
+    "a null": ({"prompt": None, "response": "ran"}, "row 1 must have the text columns"),
+    "an odd turn": ({"messages": [{"role": "user"}]}, "row 1 must have a list of"),
+    "no character": ({"prompt": "a\ud800", "response": "ran"}, "row 1 must have text in 'prompt'"),
+    "no row": (None, "loader must yield dictionaries, got NoneType at item 1"),
+    "turns in columns": ({"messages": [{"role": ["user"], "content": 3}]}, "loader must collate"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_are_left_out_of_scores_and_counted(name, caplog):
+    bad, reason = BAD_ROWS[name]
+    model, tokenizer = llama(), word_tokenizer()
+    options = {"tokenizer": tokenizer, "progress": False}
+    rows = [GOOD_ROWS[0], bad, GOOD_ROWS[1]]
+    with pytest.raises((ValueError, TypeError), match=reason):
+        fastdean.score(model, rows, **options)
+    scores = fastdean.score(model, rows, skip_bad_rows=True, **options)
+    (told,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert told.startswith(f"loader: 1 rows are left out: row 1 ({reason}")
+    skipped = scores.manifest["data"]["skipped_rows"]
+    assert skipped["count"] == 1 and [row["row"] for row in skipped["first"]] == [1]
+    assert skipped["first"][0]["reason"].startswith(reason)
+    expected = fastdean.score(model, GOOD_ROWS, skip_bad_rows=True, **options)
+    assert "skipped_rows" not in expected.manifest["data"]
+    assert scores.num_examples == expected.num_examples == 2
+    assert all(torch.equal(scores[each], expected[each]) for each in expected)
+
+
+def test_examples_that_the_model_cannot_take_are_left_out_too():
+    ids = torch.arange(3, 8)
+    unseen = torch.tensor([5, -100, -100, -100, -100])  # a target, and nothing in front of it
+    good = [{"input_ids": ids, "labels": ids}, {"input_ids": ids[:3], "labels": ids[:3]}]
+    long = torch.full((MAX_TOKENS + 1,), 5)
+    loader = [
+        {"input_ids": ids, "labels": unseen}, good[0], {"input_ids": long, "labels": long}, good[1],
+    ]  # fmt: skip
+    scores = fastdean.score(llama(), loader, skip_bad_rows=True, progress=False)
+    skipped = scores.manifest["data"]["skipped_rows"]
+    assert skipped["count"] == 2 and [row["row"] for row in skipped["first"]] == [0, 2]
+    expected = fastdean.score(llama(), good, progress=False)
+    assert all(torch.equal(scores[each], expected[each]) for each in expected)
+    assert scores.manifest["data"]["sha256"] == expected.manifest["data"]["sha256"]
+
+
+def test_an_example_keeps_its_number_behind_a_row_left_out():
+    model, tokenizer = llama(), word_tokenizer()
+    (last,) = encode([GOOD_ROWS[1]], tokenizer)
+    seen = encode([GOOD_ROWS[0]], tokenizer)[0].input_ids
+    token = next(i for i in last.input_ids.tolist() if i not in seen)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    rows = [{"prompt": "the"}, GOOD_ROWS[0], GOOD_ROWS[1]]
+    with pytest.raises(ValueError, match="loss must be finite, got nan for example 2; "):
+        fastdean.score(model, rows, tokenizer=tokenizer, skip_bad_rows=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (
+            [{"prompt": "the"}] * 2,
+            {},
+            "got none that can be used: row 0 must have the text columns",
+        ),
+        (GOOD_ROWS, {"template": "odd"}, "template must be one of raw, chat, published, got 'odd'"),
+        (GOOD_ROWS, {"max_length": 1}, "max_length must be at least 2 tokens, got 1"),
+        (GOOD_ROWS, {"loss_fn": len}, "skip_bad_rows must be left out with loss_fn"),
+    ],
+)
+def test_what_is_wrong_with_every_row_is_refused(rows, options, message):
+    options = {"tokenizer": word_tokenizer(), "skip_bad_rows": True, "progress": False} | options
+    with pytest.raises(ValueError, match=message):
+        fastdean.score(llama(), rows, **options)
+
+
+def test_reading_skips_bad_rows_of_collated_batches(caplog):
+    batch = {"prompt": ["the", "a", "the"], "response": ["cat", "", "dog"]}
+    found = read_examples([batch, batch], tokenizer=word_tokenizer(), skip_bad_rows=True)
+    assert len(found) == 4
+    assert "loader: 2 rows are left out: row 1 (" in caplog.text and "; row 4 (" in caplog.text
+
+
+def test_scores_that_are_added_count_the_rows_that_both_left_out():
+    options = {"tokenizer": word_tokenizer(), "skip_bad_rows": True, "progress": False}
+    bad, model = {"prompt": "the"}, llama()
+    one = fastdean.score(model, [bad, *GOOD_ROWS], **options)
+    other = fastdean.score(model, [*GOOD_ROWS, bad, bad], **options)
+    plain = fastdean.score(model, GOOD_ROWS, **options)
+    both = (one + other).manifest["data"]["skipped_rows"]
+    assert both["count"] == 3 and [row["row"] for row in both["first"]] == [0, 2, 3]
+    assert (plain + one).manifest["data"]["skipped_rows"]["count"] == 1

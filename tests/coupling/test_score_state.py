@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook
 
 import fastdean
-from fastdean.coupling import accumulators, capture, scoring, trial, workloads
+from fastdean.coupling import accumulators, capture, loss_check, scoring, trial, workloads
 from fastdean.coupling.targets import find_targets
 from fastdean.models import forward, hooks, model_state
 
@@ -336,7 +336,7 @@ def test_half_precision_models_have_fp32_products(dtype, monkeypatch):
 # Ctrl-C at every line of what changes a model, and at some of a whole run.
 
 CHANGING = [hooks, capture, model_state, forward]
-RUNNING = [*CHANGING, scoring, trial, workloads, accumulators]
+RUNNING = [*CHANGING, scoring, trial, workloads, accumulators, loss_check]
 
 
 def files_of(modules):
@@ -354,7 +354,7 @@ def into_every_state(model):
         model_state.fresh_leaves(model, [targets[0].module.weight]),
         capture.capturing(targets[:2], "weight", lambda *pair: None),
         capture.capturing(targets[-1:], "neuron", lambda *pair: None),
-        forward.TargetLogits(model),
+        forward.target_logits(model),
     ):
         assert not model.training
 

@@ -117,7 +117,7 @@ def test_selecting_more_than_was_kept_is_refused(dense):
 
 
 def test_a_score_that_is_not_finite_names_its_matrix():
-    entry = ScoreEntry.dense(torch.tensor([[1.0, float("nan")]]), torch.ones(1, 2))
+    entry = ScoreEntry.of(torch.tensor([[1.0, float("nan")]]), torch.ones(1, 2))
     scores = Scores({"a.weight": entry}, granularity="weight", num_examples=1)
     for call in (lambda: scores.select("a.weight", 1), lambda: scores.keep(0.5)):
         with pytest.raises(

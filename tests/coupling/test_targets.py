@@ -66,12 +66,11 @@ def test_groups_of_every_family(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_targets_know_their_place(name):
     model = MODELS[name]()
-    layers = list(decoder_layers(model).items())
+    layers = list(decoder_layers(model))
     for target in find_targets(model, "all"):
         weight = model.get_parameter(target.parameter)
         assert weight is target.module.weight
-        prefix, layer = layers[target.layer_index]
-        assert target.name.startswith(f"{prefix}.") and target.layer is layer
+        assert target.name.startswith(f"{layers[target.layer_index]}.")
         sizes = (target.num_outputs, target.num_inputs)
         assert sizes == (tuple(weight.shape)[::-1] if name == "gpt2" else tuple(weight.shape))
         assert weight.shape[target.unit_axis] == target.num_inputs

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from tiny_data import word_tokenizer
 
 from fastdean.data.examples import Example, encode
 from fastdean.data.rendering import (
     differing_renderings,
-    printable,
     rendering_cautions,
     show_example,
 )
@@ -62,7 +63,10 @@ def test_an_example_is_shown_with_its_special_tokens_and_its_targets():
 
 
 def test_nothing_that_is_shown_moves_a_terminals_cursor():
-    assert printable("a\x1b[2J\u202eb\n\u00e9\ud800") == "a\\x1b[2J\\u202eb\\n\u00e9\\ud800"
+    tokenizer = SimpleNamespace(decode=lambda ids, **options: "a\x1b[2J\u202eb\n\u00e9\ud800")
+    ids = torch.tensor([3, 4])
+    shown = show_example(Example(ids, ids), tokenizer)
+    assert shown == [("target", "a\\u001b[2J\\u202eb\\n\u00e9\\ud800")]
 
 
 def test_text_under_a_template_that_does_not_apply_is_told():

@@ -397,3 +397,28 @@ def test_a_bad_line_of_json_lines_is_told_by_its_number_whatever_the_file_is_cal
     (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
     with pytest.raises(ValueError, match="well-formed .json file, got: line 2: "):
         load_rows(tmp_path / "lines.json")
+
+
+def test_bad_rows_are_left_out_and_counted(tmp_path, caplog):
+    good = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
+    lines = [json.dumps(good[0]), "{", "3", json.dumps({"prompt": 7, "response": "x"})]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*lines, json.dumps(good[1])]))
+    with pytest.raises(ValueError, match="line 2: "):
+        load_rows(path)
+    assert load_rows(path, skip_bad_rows=True) == good
+    assert f"{path}: 3 rows are left out: row 2 (source" in caplog.text
+    caplog.clear()
+    assert load_rows("embedded:fairness", skip_bad_rows=True) and not caplog.records
+    path.write_text("{\n{")
+    with pytest.raises(ValueError, match="must hold at least one row, got none that can be read: "):
+        load_rows(path, skip_bad_rows=True)
+
+
+def test_torn_rows_of_a_table_are_left_out_and_counted(tmp_path, caplog):
+    path = tmp_path / "table.csv"
+    path.write_text("a,b\n1,2\n3\n4,5\n")
+    with pytest.raises(ValueError, match="line 3 has another number of columns"):
+        load_table(path)
+    assert load_table(path, skip_bad_rows=True) == [{"a": "1", "b": "2"}, {"a": "4", "b": "5"}]
+    assert f"{path}: 1 rows are left out: row 2 (source" in caplog.text

@@ -154,7 +154,7 @@ def use_mask(path: Path) -> None:
 def make_scores(path: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     entries = {
-        name: ScoreEntry.dense(
+        name: ScoreEntry.of(
             torch.rand(8, 4, generator=generator), torch.randn(8, 4, generator=generator)
         )
         for name in ("a.weight", "b.weight")

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.scoring import score
-from fastdean.coupling.sets import couple, nothing_selected
+from fastdean.coupling.sets import couple, nothing_selected_error
 from fastdean.coupling.targets import Target, find_targets
 from fastdean.data.examples import Example
 from fastdean.data.rendering import (
@@ -230,7 +230,7 @@ def _require_selection(sizes: Sequence[int], job: Job) -> None:
     largest = max(sizes) if job.scope == "matrix" else sum(sizes)
     if job.min_k or int(job.effective_ratio * largest):
         return
-    raise nothing_selected(job.effective_ratio, largest, job.scope)
+    raise nothing_selected_error(job.effective_ratio, largest, job.scope)
 
 
 def _keep_top(sizes: Sequence[int], job: Job) -> float | None:

@@ -1,0 +1,59 @@
+"""Whether losses are finite, looked at one batch late.
+
+The device then always has a batch to work on while the host looks, and the host is never more than
+one batch ahead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdean.coupling.workloads import BatchLosses
+
+
+class LossCheck:
+    """Checks the losses of each batch; the progress bar shows how many were checked."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._copies: deque[tuple[Sequence[int], Tensor, torch.cuda.Event | None]] = deque()
+
+    def copy(self, batch: BatchLosses) -> None:
+        """Start to copy a batch's losses to the host, and wait for nothing."""
+        values = batch.values.detach()
+        on_cuda = values.device.type == "cuda"
+        # Asynchronous copies from CUDA arrive in pinned memory; of other devices none is promised.
+        copied = values.to("cpu", non_blocking=on_cuda)
+        arrival = torch.cuda.Event() if on_cuda else None
+        if arrival is not None:
+            arrival.record(torch.cuda.current_stream(values.device))
+        self._copies.append((batch.examples, copied, arrival))
+
+    def look(self, all_but: int = 0) -> None:
+        """Check the batches that were copied, but for the last ones.
+
+        Raises:
+            ValueError: a loss is NaN or infinite.
+        """
+        while len(self._copies) > all_but:
+            self._bar.update(_require_finite(*self._copies.popleft()))
+
+
+def _require_finite(
+    examples: Sequence[int], losses: Tensor, arrival: torch.cuda.Event | None
+) -> int:
+    if arrival is not None:
+        arrival.synchronize()
+    for example, loss in zip(examples, losses.tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"loss must be finite, got {loss} for example {example}; check the model's "
+                "weights and dtype, and that example's tokens"
+            )
+    return len(losses)
