@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,21 +12,21 @@ import typer
 
 import fastdean
 from fastdean.cli.flags import naming
-from fastdean.cli.options import (
+from fastdean.cli.options import Json, Overwrite, Preview, Quiet, out_option
+from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
+from fastdean.jobs.coupling.job import DATA_SETS, Job
+from fastdean.jobs.options import (
     SOURCE_HELP,
     Deterministic,
     Device,
     Dtype,
     Examples,
     Granularity,
-    Json,
+    Help,
     MaxLength,
     MemoryBudget,
     MinK,
     Model,
-    Overwrite,
-    Preview,
-    Quiet,
     Ratio,
     Revision,
     Rule,
@@ -35,13 +34,11 @@ from fastdean.cli.options import (
     Scope,
     Seed,
     SkipBadRows,
-    Targets,
+    TargetModules,
     Template,
     TokensPerBatch,
     TrustRemoteCode,
-    out_path,
 )
-from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
 from fastdean.wording.printable import one_line, printable
 
 EXIT_CODES = (
@@ -89,12 +86,9 @@ def everything(
 @app.command()
 @command(resumable=True)
 def demo(
-    out: Annotated[Path, typer.Option(parser=out_path, metavar="PATH", help="Run folder.")] = Path(
-        "fastdean-demo"
-    ),
+    out: Annotated[Path, out_option("Run folder.")] = Path("fastdean-demo"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
-    as_json: Json = False,
 ) -> dict[str, Any] | None:
     """Run the main job on a small real model and the embedded rows (3 to 5 minutes on 2 cores).
 
@@ -106,7 +100,6 @@ def demo(
     # Read once, when torch is loaded: threads that wait spinning slow down a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-    from fastdean.jobs.coupling.job import Job
     from fastdean.models.loading import DEMO_MODEL
 
     job = Job(
@@ -124,44 +117,16 @@ def demo(
 @app.command()
 @command(resumable=True)
 def run(
-    model: Model,
-    fairness: Annotated[str, typer.Option(help=f"SRC of fairness rows: {SOURCE_HELP}.")],
-    privacy: Annotated[str, typer.Option(help="SRC of privacy rows.")],
-    general: Annotated[str, typer.Option(help="SRC of general instruction rows, to be spared.")],
+    job: Job,
     out: Annotated[
         Path | None,
-        typer.Option(
-            parser=out_path,
-            metavar="PATH",
-            help="Run folder, new or empty, or of the same job to resume it; --preview needs none.",
+        out_option(
+            "Run folder, new or empty, or of the same job to resume it; --preview needs none."
         ),
     ] = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    ratio: Ratio = None,
-    rule: Rule = "paper",
-    examples: Examples = 128,
-    eval_examples: Annotated[
-        int, typer.Option(help="Other rows of each source to measure on; 0 measures nothing.")
-    ] = 64,
-    granularity: Granularity = "weight",
-    target_modules: Targets = "mlp",
-    scope: Scope = "matrix",
-    min_k: MinK = 0,
-    scale: Scale = 0.0,
-    skip_bad_rows: SkipBadRows = False,
-    template: Template = None,
-    max_length: MaxLength = None,
-    tokens_per_batch: TokensPerBatch = None,
-    memory_budget: MemoryBudget = None,
-    deterministic: Deterministic = False,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    seed: Seed = 0,
     preview: Preview = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
-    as_json: Json = False,
 ) -> dict[str, Any] | None:
     """Score three data sets, couple, mask, measure before and after, and report: the whole job.
 
@@ -171,34 +136,6 @@ def run(
     Example: `fastdean run --model Qwen/Qwen2-7B-Instruct --fairness beavertails:fairness --privacy
     beavertails:privacy --general alpaca-cleaned --ratio 5e-7 --out run/`
     """
-    from fastdean.jobs.coupling.job import DATA_SETS, Job
-
-    job = Job(
-        model=model,
-        fairness=fairness,
-        privacy=privacy,
-        general=general,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        ratio=ratio,
-        rule=rule,
-        granularity=granularity,
-        target_modules=target_modules,
-        scope=scope,
-        min_k=min_k,
-        scale=scale,
-        examples=examples,
-        eval_examples=eval_examples,
-        skip_bad_rows=skip_bad_rows,
-        template=template,
-        max_length=max_length,
-        tokens_per_batch=tokens_per_batch,
-        memory_budget=_bytes(memory_budget),
-        deterministic=deterministic,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-    )
     if preview:
         return _preview({name: getattr(job, name) for name in DATA_SETS}, job)
     return _run_job(job, _given(out), overwrite, quiet)
@@ -208,20 +145,15 @@ def run(
 @command()
 def score(
     model: Model,
-    data: Annotated[str, typer.Option(help=f"SRC: {SOURCE_HELP}.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=out_path, metavar="PATH", help="Folder for the scores; not needed to preview."
-        ),
-    ] = None,
+    data: Annotated[str, Help(f"SRC: {SOURCE_HELP}.")],
+    out: Annotated[Path | None, out_option("Folder for the scores; not needed to preview.")] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     examples: Examples = 128,
     granularity: Granularity = "weight",
-    target_modules: Targets = "mlp",
+    target_modules: TargetModules = "mlp",
     keep_top: Annotated[
-        float, typer.Option(help="Keep only this share of each matrix; 1 keeps all, with its size.")
+        float, Help("Keep only this share of each matrix; 1 keeps all, with its size.")
     ] = 1e-3,
     skip_bad_rows: SkipBadRows = False,
     template: Template = None,
@@ -235,7 +167,6 @@ def score(
     preview: Preview = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
-    as_json: Json = False,
 ) -> dict[str, Any] | None:
     """Score every target weight of a model on one data set and save the scores.
 
@@ -258,7 +189,6 @@ def score(
         options |= {"template": template, "max_length": max_length, "skip_bad_rows": skip_bad_rows}
         return _preview({"data": data}, SimpleNamespace(**options))
     out = _given(out)
-    budget = _bytes(memory_budget)
     with process_group():
         ranks = Ranks.current()
         with ranks.failing_together():
@@ -292,7 +222,7 @@ def score(
             target_modules=target_modules,
             keep_top=None if keep_top == 1 else keep_top,
             tokens_per_batch=tokens_per_batch,
-            memory_budget=budget,
+            memory_budget=memory_budget,
             deterministic=deterministic,
             progress=not quiet,
         )
@@ -310,14 +240,11 @@ def score(
 @app.command()
 @command()
 def couple(
-    first: Annotated[Path, typer.Option(help="Scores on the first awareness set (fairness).")],
-    second: Annotated[Path, typer.Option(help="Scores on the second awareness set (privacy).")],
-    out: Annotated[
-        Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the mask.")
-    ],
+    first: Annotated[Path, Help("Scores on the first awareness set (fairness).")],
+    second: Annotated[Path, Help("Scores on the second awareness set (privacy).")],
+    out: Annotated[Path, out_option("Folder for the mask.")],
     general: Annotated[
-        list[Path] | None,
-        typer.Option(help="Scores on general examples, to be spared; may be repeated."),
+        list[Path] | None, Help("Scores on general examples, to be spared; may be repeated.")
     ] = None,
     ratio: Ratio = None,
     rule: Rule = "paper",
@@ -326,20 +253,19 @@ def couple(
     scale: Scale = 0.0,
     seed: Seed = 0,
     model: Annotated[
-        str | None, typer.Option(help="The scored model: needed for units and for the rule random.")
+        str | None, Help("The scored model: needed for units and for the rule random.")
     ] = None,
     unit_weights: Annotated[
         str,
-        typer.Option(
-            help="Of a selected unit: down, its column of the down projection, or all, also its "
-            "rows of gate and up and their biases."
+        Help(
+            "Of a selected unit: down, its column of the down projection, or all, also its rows of "
+            "gate and up and their biases."
         ),
     ] = "down",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
-    as_json: Json = False,
 ) -> dict[str, Any]:
     """Select the coupled weights from saved scores and save them as a mask.
 
@@ -390,14 +316,11 @@ def couple(
 @command(names={"path_or_repo_id": "mask"})
 def apply(
     model: Model,
-    mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
-    out: Annotated[
-        Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the edited model.")
-    ],
+    mask: Annotated[str, Help("Mask folder or hub id.")],
+    out: Annotated[Path, out_option("Folder for the edited model.")],
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
-    as_json: Json = False,
 ) -> dict[str, Any]:
     """Load a model, apply a mask, and save it as an ordinary Hugging Face folder.
 
@@ -435,17 +358,13 @@ def apply(
 @app.command()
 @command(names={"path_or_repo_id": "mask", "source": "checkpoint"})
 def patch(
-    checkpoint: Annotated[Path, typer.Option(help="Local Hugging Face folder with safetensors.")],
-    mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
-    out: Annotated[
-        Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the patched copy.")
-    ],
+    checkpoint: Annotated[Path, Help("Local Hugging Face folder with safetensors.")],
+    mask: Annotated[str, Help("Mask folder or hub id.")],
+    out: Annotated[Path, out_option("Folder for the patched copy.")],
     overwrite: Overwrite = False,
     follow_links: Annotated[
-        bool,
-        typer.Option("--follow-links", help="Copy what links lead to outside of the checkpoint."),
+        bool, Help("Copy what links lead to outside of the checkpoint.")
     ] = False,
-    as_json: Json = False,
 ) -> dict[str, Any]:
     """Copy a checkpoint and edit the masked values in its files, without loading the model.
 
@@ -480,12 +399,8 @@ def patch(
 def report(
     run_folder: Annotated[Path, typer.Argument(help="Run folder, or its results.json.")],
     out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=out_path, metavar="PATH", help="HTML file [default: report.html in the folder]."
-        ),
+        Path | None, out_option("HTML file [default: report.html in the folder].")
     ] = None,
-    as_json: Json = False,
 ) -> dict[str, Any]:
     """Draw the report of a run again from its results.
 
@@ -567,17 +482,6 @@ def _given(out: Path | None) -> Path:
     if out is None:
         raise ValueError("out must be a path, got none; name the folder to write")
     return out
-
-
-def _bytes(gigabytes: float | None) -> int | None:
-    if gigabytes is None:
-        return None
-    if not 0 < gigabytes * 1e9 < math.inf:
-        raise ValueError(
-            f"memory_budget must be a positive number of GB, got {gigabytes:g}; leave it out to "
-            "have it chosen"
-        )
-    return int(gigabytes * 1e9)
 
 
 def _require_free(out: Path, overwrite: bool, kind: str | None) -> None:

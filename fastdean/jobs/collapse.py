@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import isinf
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from fastdean.collapse import (
     default_shift,
     frequency_matched_control,
     random_control,
-    read_word_groups,
 )
 from fastdean.data.examples import Example
 from fastdean.data.rendering import describe_rendering, rendering_cautions
@@ -26,6 +25,7 @@ from fastdean.files.declared import Anything, Either, Exactly, Maybe, Real, Reco
 from fastdean.files.provenance import now, public_command, public_name, versions
 from fastdean.files.storage import write_json_atomic
 from fastdean.jobs import bias, cautions
+from fastdean.jobs.collapse_jobs import CollapseJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling.results import plain
 from fastdean.jobs.folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
@@ -34,11 +34,10 @@ from fastdean.jobs.published import published
 from fastdean.jobs.rows import Skipped, encode_rows, take_rows, usable_rows
 from fastdean.models.distributed import Ranks
 from fastdean.models.identity import json_digest, model_identity
-from fastdean.models.loading import dtype_name, load_model
+from fastdean.models.loading import load_model
 from fastdean.report import write_report
 from fastdean.wording.log import logger
 
-CONTROLS = ("random", "frequency")
 _HELD_OUT = 0.2
 _METRIC = Record(
     {
@@ -60,64 +59,6 @@ FIGURES = Record(
     },
     others=Anything(),
 )
-
-
-@dataclass(frozen=True)
-class CollapseJob:
-    """What is asked for; two jobs that are equal give equal results.
-
-    Attributes:
-        model, revision, trust_remote_code: see `loading.load_model`.
-        text: see `sources.load_rows`; a fifth of its rows is held out for NC4.
-        words: a list of the package, or a file: see `CollapseClasses.from_words`.
-        multi_piece: "skip" or "mean": see there.
-        control: None, or measure control words instead: "random" or "frequency".
-        shift, features: see `collapse_metrics`; None: by the model.
-        bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
-        start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
-        examples: rows of the text to read; None: all.
-        skip_bad_rows: see `Job`.
-        seed: of the shuffles, controls, permutations and bootstraps.
-    Raises:
-        ValueError: an option out of range.
-    """
-
-    model: str
-    text: str
-    words: str = "gender"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    multi_piece: str = "skip"
-    control: str | None = None
-    shift: str | None = None
-    features: str = "base"
-    bias: tuple[str, ...] = ()
-    start_token: str | int = "auto"
-    examples: int | None = None
-    template: str | None = None
-    max_length: int | None = None
-    tokens_per_batch: int | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    seed: int = 0
-    skip_bad_rows: bool = False
-
-    def __post_init__(self) -> None:
-        if self.control is not None and self.control not in CONTROLS:
-            raise ValueError(
-                f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
-                "to measure the words themselves"
-            )
-        read_word_groups(self.words)
-        check_seed(self.seed)
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        bias.check(self.bias, self.start_token)
-
-
-def check_seed(seed: int) -> None:
-    """Raise ValueError for a seed that not every generator takes."""
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}; choose another")
 
 
 def run(

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdean.collapse import CollapseClasses, CollapseRegularizer, read_word_groups
+from fastdean.collapse import CollapseClasses, CollapseRegularizer
 from fastdean.data.examples import Example
-from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
-from fastdean.debias.forms import require_form
+from fastdean.debias import Effect, fine_tune, model_card, save_model
 from fastdean.debias.objectives import require_method
 from fastdean.debias.schedule import check_counts, check_schedule
 from fastdean.evaluation import Perplexity, compare_perplexity, perplexity
@@ -27,14 +26,13 @@ from fastdean.files.provenance import now, public_command, public_name, public_s
 from fastdean.files.storage import remove_folder, write_json_atomic
 from fastdean.jobs import bias, cautions
 from fastdean.jobs.collapse import (
-    CONTROLS,
     FIGURES,
-    check_seed,
     classes_of,
     collapse_results,
     describe,
     measured_collapse,
 )
+from fastdean.jobs.collapse_jobs import DebiasJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling.results import plain
 from fastdean.jobs.folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
@@ -52,7 +50,7 @@ from fastdean.jobs.rows import (
 from fastdean.models.distributed import Ranks
 from fastdean.models.forward import label_shift
 from fastdean.models.identity import json_digest, model_identity
-from fastdean.models.loading import dtype_name, load_model
+from fastdean.models.loading import load_model
 from fastdean.report import write_report
 from fastdean.wording.digits import apart
 from fastdean.wording.log import logger
@@ -64,93 +62,6 @@ _FLUENCY = Record(
 )
 # Share of the steps in which the learning rate rises.
 _WARMUP = 0.1
-
-
-@dataclass(frozen=True)
-class DebiasJob:
-    """What is asked for; two jobs that are equal give equal results on one machine.
-
-    Attributes:
-        model, revision, trust_remote_code: see `loading.load_model`.
-        method, form: see `debias.fine_tune`.
-        collapse_strength: of the regulariser; 0: it measures and changes nothing.
-        data: rows to train on, see `debias.fine_tune`; None: those of the package.
-        text: rows to measure collapse on; None: a quarter of `data`, which is then not trained on.
-        words, multi_piece, control: of the classes, see `CollapseJob`.
-        statistic, live_features, mode, shift, features: see `CollapseRegularizer`.
-        steps, epochs, learning_rate, batch_size, accumulation: see `debias.fine_tune`.
-        save_every: steps between checkpoints, of which the last two are kept while it trains, and
-            the last until the model is saved.
-        dtype: see `loading.load_model`; AdamW's small steps round away in another than float32,
-            and a warning says so.
-        bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
-        start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
-        skip_bad_rows: see `Job`; of the rows that are trained on, those that cannot be read.
-        seed: of shuffles, masking, dropout, controls, permutations and bootstraps.
-    Raises:
-        ValueError: an option out of range.
-    """
-
-    model: str
-    method: str
-    collapse_strength: float = 0.0
-    data: str | None = None
-    text: str | None = None
-    words: str = "gender"
-    multi_piece: str = "skip"
-    control: str | None = None
-    statistic: str = "std"
-    live_features: bool = False
-    mode: str = "cumulative"
-    shift: str | None = None
-    features: str = "base"
-    form: str = "published"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    steps: int | None = None
-    epochs: int | None = None
-    learning_rate: float = 2e-5
-    batch_size: int = 16
-    accumulation: int = 1
-    max_length: int | None = None
-    save_every: int = 50
-    bias: tuple[str, ...] = ("bec_pro",)
-    start_token: str | int = "auto"
-    tokens_per_batch: int | None = None
-    dtype: str = "float32"
-    device: str | None = None
-    seed: int = 0
-    skip_bad_rows: bool = False
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        require_form(self.form, self.method)
-        if self.control is not None and self.control not in CONTROLS:
-            raise ValueError(
-                f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
-                "to regularise the words themselves"
-            )
-        if self.control is not None and self.collapse_strength == 0:
-            raise ValueError(
-                f"control must come with a collapse_strength above 0, got {self.control!r} and 0; "
-                "without a term there are no words to control"
-            )
-        if self.live_features and self.mode == "cumulative":
-            raise ValueError(
-                "live_features must come with mode 'window' or 'batch', got 'cumulative'; the "
-                "gradient of features fades in a mean over the whole training"
-            )
-        read_word_groups(self.words)
-        check_seed(self.seed)
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        bias.check(self.bias, self.start_token)
-
-    @property
-    def source(self) -> str:
-        if self.data is not None:
-            return self.data
-        return "embedded:debias:pairs" if self.method == "mabel" else "embedded:debias"
 
 
 @dataclass

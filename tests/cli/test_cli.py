@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import tiny_models
@@ -26,6 +27,7 @@ from fastdean import cli
 from fastdean.cli import running
 from fastdean.cli.flags import in_flags
 from fastdean.jobs import run as run_job
+from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
 from fastdean.jobs.coupling.job import Job
 from fastdean.jobs.folder import RunFolder
 from fastdean.masks import NeuronMask
@@ -49,9 +51,9 @@ def run_folder(place, tmp_path_factory):
     return out
 
 
-def call(*args):
+def call(*args, **options):
     """A command of the line in this process: exit_code, stdout, stderr."""
-    result = CliRunner().invoke(cli.app, [str(arg) for arg in args])
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], **options)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -725,6 +727,16 @@ def test_help_teaches_with_an_example(command):
     result = call(command, "--help")
     assert result.exit_code == 0
     assert f"Example: fastdean {command}" in plain(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("command", "job"), [("run", Job), ("collapse", CollapseJob), ("debias", DebiasJob)]
+)
+def test_every_field_of_a_job_is_an_option_with_its_help(command, job):
+    text = plain(call(command, "--help", env={"COLUMNS": "999"}).stdout)
+    for name, hint in get_type_hints(job, include_extras=True).items():
+        (said,) = hint.__metadata__
+        assert re.search(rf" --{name.replace('_', '-')} +\S+ +{re.escape(said.text)} ", text), name
 
 
 def test_help_tells_the_exit_codes():

@@ -881,7 +881,7 @@ def test_one_call_does_what_the_command_does(place, finished, tmp_path):
 
 def test_the_call_has_the_arguments_of_the_command():
     call = inspect.signature(fastdean.run).parameters
-    command = inspect.signature(commands.run.__wrapped__).parameters
+    command = inspect.signature(commands.run).parameters
     shown = {"preview", "quiet", "as_json"}
     assert {*call} - {"progress"} == {*command} - shown
     for name in {*call} - {"progress", "out"}:

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from fastdean.coupling.sets import DEFAULT_RATIO, RULES, SCOPES
-from fastdean.data.examples import TEMPLATES
-from fastdean.masks.entries import checked_scale
-from fastdean.models.loading import dtype_name
+from fastdean.jobs.options import (
+    SOURCE_HELP,
+    Deterministic,
+    Device,
+    Dtype,
+    Examples,
+    Granularity,
+    Help,
+    MaxLength,
+    MemoryBudget,
+    MinK,
+    Model,
+    Ratio,
+    Revision,
+    Rule,
+    Scale,
+    Scope,
+    Seed,
+    SkipBadRows,
+    TargetModules,
+    Template,
+    TokensPerBatch,
+    TrustRemoteCode,
+)
 
 DATA_SETS = ("fairness", "privacy", "general")
 
@@ -18,7 +39,7 @@ _CURVE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What is asked for; two runs with equal jobs give equal results.
 
@@ -27,42 +48,47 @@ class Job:
         fairness, privacy, general: see `sources.load_rows`.
         ratio: share of a matrix's entries in each top set; None: 5e-7 for weights, 1e-3 for units.
         rule, scope, min_k: see `coupling.couple`.
-        scale: what the weights of the masks are multiplied by.
         examples: rows of each source that are scored; None: all.
         eval_examples: rows, of other prompts than these where there are any, that are measured on.
-        skip_bad_rows: leave out rows that cannot be read or encoded, and count them, rather than
-            refuse the first.
-        seed: of the shuffles, the random control, permutations and bootstraps.
+        memory_budget: in bytes; see `fastdean.score`.
     Raises:
-        ValueError, TypeError: an option out of range; found here rather than after hours of work.
+        ValueError, TypeError: an option out of range; raised here rather than after hours of work.
     """
 
-    model: str
-    fairness: str
-    privacy: str
-    general: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    ratio: float | None = None
-    rule: str = "paper"
-    granularity: str = "weight"
-    target_modules: str = "mlp"
-    scope: str = "matrix"
-    min_k: int = 0
-    scale: float = 0.0
-    examples: int | None = 128
-    eval_examples: int = 64
-    template: str | None = None
-    max_length: int | None = None
-    tokens_per_batch: int | None = None
-    memory_budget: int | None = None
-    deterministic: bool = False
-    dtype: str = "auto"
-    device: str | None = None
-    seed: int = 0
-    skip_bad_rows: bool = False
+    model: Model
+    fairness: Annotated[str, Help(f"SRC of fairness rows: {SOURCE_HELP}.")]
+    privacy: Annotated[str, Help("SRC of privacy rows.")]
+    general: Annotated[str, Help("SRC of general instruction rows, to be spared.")]
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    ratio: Ratio = None
+    rule: Rule = "paper"
+    examples: Examples = 128
+    eval_examples: Annotated[
+        int, Help("Other rows of each source to measure on; 0 measures nothing.")
+    ] = 64
+    granularity: Granularity = "weight"
+    target_modules: TargetModules = "mlp"
+    scope: Scope = "matrix"
+    min_k: MinK = 0
+    scale: Scale = 0.0
+    skip_bad_rows: SkipBadRows = False
+    template: Template = None
+    max_length: MaxLength = None
+    tokens_per_batch: TokensPerBatch = None
+    memory_budget: MemoryBudget = None
+    deterministic: Deterministic = False
+    dtype: Dtype = "auto"
+    device: Device = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        # Not above: the command line reads the fields before it loads torch.
+        from fastdean.coupling.sets import DEFAULT_RATIO, RULES, SCOPES
+        from fastdean.data.examples import TEMPLATES
+        from fastdean.masks.entries import checked_scale
+        from fastdean.models.loading import dtype_name
+
         for name, allowed in (
             ("rule", tuple(RULES)),
             ("granularity", tuple(DEFAULT_RATIO)),
@@ -91,6 +117,8 @@ class Job:
 
     @property
     def effective_ratio(self) -> float:
+        from fastdean.coupling.sets import DEFAULT_RATIO
+
         return DEFAULT_RATIO[self.granularity] if self.ratio is None else self.ratio
 
     @property
