@@ -151,6 +151,14 @@ def encode_rows(
         raise ValueError(f"{name} {source!r}: {error}{_or_skip(error)}") from None
 
 
+def encode_usable(
+    rows: Sequence[NumberedRow], skipped: Skipped | None, *arguments: Any, **options: Any
+) -> tuple[list[NumberedRow], list[Example]]:
+    """The rows that `usable_rows` leaves, and their examples; arguments as for `encode_rows`."""
+    usable = usable_rows(rows, skipped, *arguments, **options)
+    return usable, encode_rows(usable, *arguments, **options)
+
+
 def usable_rows(
     rows: Sequence[NumberedRow],
     skipped: Skipped | None,

@@ -938,7 +938,7 @@ def test_a_preview_shows_an_example_of_each_source_and_does_nothing_else(
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("fastdean.models.loading.load_model", load_model)
-    monkeypatch.setattr("fastdean.jobs.coupling.steps.load_model", load_model)
+    monkeypatch.setattr("fastdean.jobs.session.load_model", load_model)
     chats = [{"text": f"w{n} \x1b[31m w2"} for n in range(5)]
     odd = write_jsonl(tmp_path / "odd.jsonl", chats)
     options = {
