@@ -177,8 +177,9 @@ def score(
     from fastdean.coupling.scoring import score as score_model
     from fastdean.data.rendering import describe_rendering, rendering_cautions
     from fastdean.files.provenance import public_source
-    from fastdean.jobs.folder import require_outside
-    from fastdean.jobs.rows import Skipped, encode_rows, take_rows, usable_rows
+    from fastdean.files.storage import holds_only
+    from fastdean.jobs.folder import require_free, require_outside
+    from fastdean.jobs.rows import Skipped, encode_usable, take_rows
     from fastdean.models.distributed import Ranks
     from fastdean.models.loading import load_model
 
@@ -194,7 +195,7 @@ def score(
         with ranks.failing_together():
             if ranks.first:
                 require_outside(out, model)
-                _require_free(out, overwrite, "scores")
+                require_free(out, overwrite, lambda folder: holds_only(folder, "scores"))
             skipped = Skipped() if skip_bad_rows else None
             rows, _ = take_rows(data, examples, seed, name="data", skipped=skipped)
             loaded, tokenizer = load_model(
@@ -205,10 +206,8 @@ def score(
                 trust_remote_code=trust_remote_code,
                 progress=ranks.first and not quiet,
             )
-            given = (data, tokenizer, loaded)
             options = {"template": template, "max_length": max_length, "name": "data"}
-            rows = usable_rows(rows, skipped, *given, **options)
-            encoded = encode_rows(rows, *given, **options)
+            rows, encoded = encode_usable(rows, skipped, data, tokenizer, loaded, **options)
         if ranks.first:
             numbers = [number for number, _ in rows]
             cautions = [] if skipped is None else skipped.told("data")
@@ -274,9 +273,11 @@ def couple(
     """
     from fastdean.coupling.scores import Scores
     from fastdean.coupling.sets import couple as couple_scores
+    from fastdean.files.storage import holds_only
+    from fastdean.jobs.folder import require_free
     from fastdean.models.loading import load_model
 
-    _require_free(out, overwrite, "mask")
+    require_free(out, overwrite, lambda folder: holds_only(folder, "mask"))
     if revision is not None and model is None:
         raise ValueError(
             f"revision must come with model, whose revision it is, got {revision!r} alone; "
@@ -321,30 +322,26 @@ def apply(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
 ) -> dict[str, Any]:
-    """Load a model, apply a mask, and save it as an ordinary Hugging Face folder.
+    """Load a model, apply a mask, and save it as an ordinary Hugging Face folder with a card.
 
     For a checkpoint of safetensors, `fastdean patch` does the same without loading the model.
 
     Example: `fastdean apply --model Qwen/Qwen2-7B-Instruct --mask run/mask --out edited/`
     """
-    from fastdean.files.storage import new_folder
-    from fastdean.jobs.folder import require_outside
-    from fastdean.masks import NeuronMask, edits
-    from fastdean.masks.checkpoint import verify_checkpoint
-    from fastdean.models.loading import load_model
+    from fastdean.jobs import editing
 
-    require_outside(out, model)
-    _require_free(out, overwrite=False, kind=None)
-    found = NeuronMask.from_pretrained(mask)
-    loaded, tokenizer = load_model(
-        model, dtype=dtype, device="cpu", revision=revision, trust_remote_code=trust_remote_code
+    found, edited = editing.apply(
+        model,
+        mask,
+        out,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        command=command_line(),
+        overwrite=overwrite,
     )
-    application = edits.apply_(loaded, found)
-    with new_folder(out, name="out") as folder:
-        _save_model(loaded, tokenizer, folder)
-        verify_checkpoint(folder, found)
-    edited = application is not None and application.wrote
     value = "zero" if found.scale == 0 else "as the mask makes them"
     said = "applied" if edited else f"changed nothing: all {len(found)} values are {value} already"
     tell(f"{found!r} {said}; the model is in {out}")
@@ -358,9 +355,10 @@ def apply(
 @app.command()
 @command(names={"path_or_repo_id": "mask", "source": "checkpoint"})
 def patch(
-    checkpoint: Annotated[Path, Help("Local Hugging Face folder with safetensors.")],
+    checkpoint: Annotated[str, Help("Hugging Face folder with safetensors, or hub id.")],
     mask: Annotated[str, Help("Mask folder or hub id.")],
     out: Annotated[Path, out_option("Folder for the patched copy.")],
+    revision: Revision = None,
     overwrite: Overwrite = False,
     follow_links: Annotated[
         bool, Help("Copy what links lead to outside of the checkpoint.")
@@ -368,15 +366,18 @@ def patch(
 ) -> dict[str, Any]:
     """Copy a checkpoint and edit the masked values in its files, without loading the model.
 
+    The copy gets a card; that of the checkpoint then is called README.source.md.
+
     Example: `fastdean patch --checkpoint Qwen2-7B-Instruct/ --mask run/mask --out edited/`
     """
-    from fastdean.masks import NeuronMask
-    from fastdean.masks.checkpoint import patch_checkpoint
+    from fastdean.jobs import editing
 
-    result = patch_checkpoint(
+    result = editing.patch(
         checkpoint,
-        NeuronMask.from_pretrained(mask),
+        mask,
         out,
+        revision=revision,
+        command=command_line(),
         overwrite=overwrite,
         follow_links=follow_links,
     )
@@ -468,33 +469,7 @@ def _closing_text(results: dict[str, Any], out: Path) -> str:
     return "\n".join(lines)
 
 
-def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    from safetensors import SafetensorError
-
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # how it reports a full disk
-        raise OSError(f"the model could not be written: {error}") from error
-
-
 def _given(out: Path | None) -> Path:
     if out is None:
         raise ValueError("out must be a path, got none; name the folder to write")
     return out
-
-
-def _require_free(out: Path, overwrite: bool, kind: str | None) -> None:
-    """Before the work, not after: the folder is free, or holds nothing but an earlier `kind`."""
-    from fastdean.files.storage import check_free, holds_only, is_empty, real_place
-    from fastdean.jobs.folder import check_place
-
-    check_place(out, "out")
-    if not overwrite and out.exists() and not is_empty(real_place(out, "out")):
-        way_out = " or pass --overwrite" if kind else ""
-        raise ValueError(
-            f"out must be a new or empty folder, got {str(out)!r}, which has files in it; choose "
-            f"another{way_out}"
-        )
-    may_replace = (lambda folder: holds_only(folder, kind)) if kind else (lambda folder: False)
-    check_free(out, overwrite=overwrite, may_replace=may_replace, name="out")

@@ -80,6 +80,7 @@ def patch_checkpoint(
     *,
     overwrite: bool = False,
     follow_links: bool = False,
+    card: str | None = None,
 ) -> PatchResult:
     """Copy a Hugging Face folder to `out` with the mask applied to the files it is loaded from.
 
@@ -100,6 +101,7 @@ def patch_checkpoint(
         overwrite: replace an earlier output of this function that holds nothing else.
         follow_links: follow links that lead out of `source`, too. They are refused otherwise: what
             they lead to need not be part of the model, and the copy may be published.
+        card: the README.md of the copy; that of the source then is called README.source.md.
     Raises:
         ValueError: a folder or file that is missing, truncated, foreign or quantised; names,
             shapes or values of another model, or of one patched already; a link that leads out of
@@ -138,6 +140,8 @@ def patch_checkpoint(
         manifest = _manifest(source, mask, edits, result)
         (folder / PATCH_NAME).unlink(missing_ok=True)
         digests.pop(PATCH_NAME, None)
+        if card is not None:
+            _write_card(folder, card, digests)
         manifest["sha256"] = dict(sorted(digests.items()))
         storage.write_json_atomic(folder / PATCH_NAME, manifest)
     return result
@@ -460,6 +464,16 @@ def _check_written(folder: Path, edits: list[_Edit], scale: float) -> None:
                 f"{edit.tensor.file_name} could not be verified after writing: "
                 f"{edit.tensor.name!r} read back differently; check the disk"
             )
+
+
+def _write_card(folder: Path, card: str, digests: dict[str, str]) -> None:
+    readme, of_source = folder / "README.md", folder / "README.source.md"
+    # What was patched before has the first source's card under that name.
+    if readme.is_file() and not of_source.exists():
+        readme.rename(of_source)
+        digests[of_source.name] = digests[readme.name]
+    storage.write_text_atomic(readme, card)
+    digests |= storage.listed(folder, [readme.name])
 
 
 def _unpatched_files(folder: Path, patched: list[str]) -> tuple[str, ...]:

@@ -208,7 +208,7 @@ def test_an_error_names_the_flag_of_the_source_it_is_about(place, run_folder, tm
         result = call(command, model, place["model"], "--mask", nowhere, "--out", out)
         refused(result, f"fastdean: --mask {wanted}")
     result = call("patch", "--checkpoint", nowhere, "--mask", run_folder / "mask", "--out", out)
-    refused(result, "fastdean: --checkpoint must be a local folder")
+    refused(result, "fastdean: --checkpoint must be a local folder of a checkpoint")
     result = call("run", *sources(place, privacy="nowhere.csv"), "--out", out, *OPTIONS)
     refused(result, "fastdean: --privacy must be an existing file")
     refused(call("run", *sources(place), *OPTIONS), "fastdean: --out must be a path, got none")
@@ -296,8 +296,6 @@ def test_a_folder_with_other_files_is_refused_and_kept(
         "apply": ["--model", place["model"], "--mask", run_folder / "mask"],
         "patch": ["--checkpoint", place["model"], "--mask", run_folder / "mask"],
     }
-    if command == "apply" and overwrite:
-        return
     result = call(command, *arguments[command], "--out", out, *overwrite)
     refused(result, "out must be a ")
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
@@ -490,6 +488,80 @@ def test_apply_and_patch_give_the_same_tensors(place, run_folder, tmp_path):
         == len(NeuronMask.from_pretrained(mask))
     )
     assert (tmp_path / "a" / "tokenizer.json").is_file()
+
+
+def publish(cache, repo, folder):
+    """A folder as a download of the hub's repository leaves it in the cache."""
+    commit = "5" * 40
+    home = cache / f"models--{repo.replace('/', '--')}"
+    (home / "snapshots" / commit).mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, home / "blobs")
+    for file in (home / "blobs").iterdir():
+        (home / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{file.name}")
+
+
+EDITORS = [("apply", "--model"), ("patch", "--checkpoint")]
+
+
+@pytest.mark.parametrize(("command", "option"), EDITORS)
+def test_models_and_masks_of_the_hub_are_edited(
+    place, run_folder, tmp_path, monkeypatch, command, option
+):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    publish(tmp_path / "cache", "lab/model", place["model"])
+    publish(tmp_path / "cache", "lab/mask", run_folder / "mask")
+    hub = (command, option, "lab/model", "--mask", "lab/mask", "--revision", "main")
+    result = call(*hub, "--out", tmp_path / "hub")
+    assert result.exit_code == 0, result.stderr
+    local = (command, option, place["model"], "--mask", run_folder / "mask")
+    assert call(*local, "--out", tmp_path / "local").exit_code == 0
+    hub, local = (tmp_path / name / "model.safetensors" for name in ("hub", "local"))
+    assert hub.read_bytes() == local.read_bytes()
+    card = (hub.parent / "README.md").read_text("utf-8")
+    assert card.startswith('---\nlibrary_name: transformers\nbase_model: "lab/model"\n')
+    assert "base_model" not in (local.parent / "README.md").read_text("utf-8")
+    result = call(command, option, "nobody/no", "--mask", run_folder / "mask", "--out", "out")
+    refused(result, f"fastdean: {option} must be a ")
+    assert "reachable hub id" in result.stderr and "'nobody/no'" in result.stderr
+
+
+@pytest.mark.parametrize(("command", "option"), EDITORS)
+def test_an_edited_model_comes_with_a_card(place, run_folder, tmp_path, command, option):
+    model = shutil.copytree(place["model"], tmp_path / "model")
+    (model / "README.md").write_text("the model's own card", "utf-8")
+    out, mask = tmp_path / "out", run_folder / "mask"
+    result = call(command, option, model, "--mask", mask, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    card = (out / "README.md").read_text("utf-8")
+    weights = len(NeuronMask.from_pretrained(mask))
+    assert f"`model` with {weights:,} of its weights set to zero" in card
+    assert str(tmp_path) not in card and "**Content warning.**" in card
+    kept = out / "README.source.md"
+    # What is loaded and saved anew takes no file of the folder along.
+    assert kept.exists() == (command == "patch")
+    assert command == "apply" or kept.read_text("utf-8") == "the model's own card"
+    listed = json.loads((out / "fastdean_patch.json").read_text("utf-8"))["sha256"]
+    assert listed.keys() == {file.name for file in out.iterdir()} - {"fastdean_patch.json"}
+
+
+def test_an_edited_model_is_replaced_by_another_edit_and_no_other_folder_is(
+    place, run_folder, tmp_path
+):
+    out = tmp_path / "out"
+    for (command, option), overwrite in zip(EDITORS * 2, [False, True, True, True], strict=True):
+        arguments = (command, option, place["model"], "--mask", run_folder / "mask", "--out", out)
+        if overwrite:
+            refused(call(*arguments), "which has files in it; choose another or pass --overwrite")
+        assert call(*arguments, *(["--overwrite"] if overwrite else [])).exit_code == 0
+    (out / "notes.txt").write_text("mine")
+    for command, option in EDITORS:
+        arguments = (command, option, place["model"], "--mask", run_folder / "mask", "--out", out)
+        refused(call(*arguments, "--overwrite"), "out must be a ")
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_apply_says_where_a_model_was_masked_already(place, run_folder, tmp_path):
