@@ -115,6 +115,35 @@ def test_a_bad_source_is_one_line_and_writes_nothing(place, tmp_path, monkeypatc
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [("lab/rows", True), ("beavertails:privacy", True), ("embedded:privacy", False), (None, False)],
+)
+def test_a_hub_that_cannot_be_reached_is_asked_once(place, tmp_path, monkeypatch, source, asked):
+    """Left to themselves the libraries try six times."""
+    import datasets
+    from huggingface_hub import constants
+
+    tried, seen = [], []
+
+    def is_unreachable():
+        tried.append(source)
+        return True
+
+    def load_dataset(*_, **__):
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("fastdean.jobs.rows.is_unreachable", is_unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    options = ("--model", tmp_path / "no", "--data", source or place["privacy"])
+    result = call("score", *options, "--out", tmp_path / "out", "--examples", "5")
+    refused(result, "got: no network" if asked else "--model must be an existing folder")
+    assert tried == [source] * asked and seen == [True] * asked
+    assert constants.HF_HUB_OFFLINE is False
+
+
 def bad_models(tmp_path, place):
     def with_nan():
         model = tiny_models.llama()
