@@ -14,31 +14,9 @@ import fastdean
 from fastdean.cli.flags import naming
 from fastdean.cli.options import Json, Overwrite, Preview, Quiet, out_option
 from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
+from fastdean.jobs import options
 from fastdean.jobs.coupling.job import DATA_SETS, Job
-from fastdean.jobs.options import (
-    SOURCE_HELP,
-    Deterministic,
-    Device,
-    Dtype,
-    Examples,
-    Granularity,
-    Help,
-    MaxLength,
-    MemoryBudget,
-    MinK,
-    Model,
-    Ratio,
-    Revision,
-    Rule,
-    Scale,
-    Scope,
-    Seed,
-    SkipBadRows,
-    TargetModules,
-    Template,
-    TokensPerBatch,
-    TrustRemoteCode,
-)
+from fastdean.jobs.options import SOURCE_HELP, Help
 from fastdean.wording.printable import one_line, printable
 
 EXIT_CODES = (
@@ -144,26 +122,26 @@ def run(
 @app.command()
 @command()
 def score(
-    model: Model,
+    model: options.Model,
     data: Annotated[str, Help(f"SRC: {SOURCE_HELP}.")],
     out: Annotated[Path | None, out_option("Folder for the scores; not needed to preview.")] = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    examples: Examples = 128,
-    granularity: Granularity = "weight",
-    target_modules: TargetModules = "mlp",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    examples: options.Examples = 128,
+    granularity: options.Granularity = "weight",
+    target_modules: options.TargetModules = "mlp",
     keep_top: Annotated[
         float, Help("Keep only this share of each matrix; 1 keeps all, with its size.")
     ] = 1e-3,
-    skip_bad_rows: SkipBadRows = False,
-    template: Template = None,
-    max_length: MaxLength = None,
-    tokens_per_batch: TokensPerBatch = None,
-    memory_budget: MemoryBudget = None,
-    deterministic: Deterministic = False,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    seed: Seed = 0,
+    skip_bad_rows: options.SkipBadRows = False,
+    template: options.Template = None,
+    max_length: options.MaxLength = None,
+    tokens_per_batch: options.TokensPerBatch = None,
+    memory_budget: options.MemoryBudget = None,
+    deterministic: options.Deterministic = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    seed: options.Seed = 0,
     preview: Preview = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -185,10 +163,19 @@ def score(
 
     check_keep_top(keep_top)
     if preview:
-        options = {"model": model, "revision": revision, "trust_remote_code": trust_remote_code}
-        options |= {"examples": examples, "seed": seed}
-        options |= {"template": template, "max_length": max_length, "skip_bad_rows": skip_bad_rows}
-        return _preview({"data": data}, SimpleNamespace(**options))
+        return _preview(
+            {"data": data},
+            SimpleNamespace(
+                model=model,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                examples=examples,
+                seed=seed,
+                template=template,
+                max_length=max_length,
+                skip_bad_rows=skip_bad_rows,
+            ),
+        )
     out = _given(out)
     with process_group():
         ranks = Ranks.current()
@@ -206,8 +193,8 @@ def score(
                 trust_remote_code=trust_remote_code,
                 progress=ranks.first and not quiet,
             )
-            options = {"template": template, "max_length": max_length, "name": "data"}
-            rows, encoded = encode_usable(rows, skipped, data, tokenizer, loaded, **options)
+            how = {"template": template, "max_length": max_length, "name": "data"}
+            rows, encoded = encode_usable(rows, skipped, data, tokenizer, loaded, **how)
         if ranks.first:
             numbers = [number for number, _ in rows]
             cautions = [] if skipped is None else skipped.told("data")
@@ -245,12 +232,12 @@ def couple(
     general: Annotated[
         list[Path] | None, Help("Scores on general examples, to be spared; may be repeated.")
     ] = None,
-    ratio: Ratio = None,
-    rule: Rule = "paper",
-    scope: Scope = "matrix",
-    min_k: MinK = 0,
-    scale: Scale = 0.0,
-    seed: Seed = 0,
+    ratio: options.Ratio = None,
+    rule: options.Rule = "paper",
+    scope: options.Scope = "matrix",
+    min_k: options.MinK = 0,
+    scale: options.Scale = 0.0,
+    seed: options.Seed = 0,
     model: Annotated[
         str | None, Help("The scored model: needed for units and for the rule random.")
     ] = None,
@@ -261,9 +248,9 @@ def couple(
             "gate and up and their biases."
         ),
     ] = "down",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    dtype: Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    dtype: options.Dtype = "auto",
     overwrite: Overwrite = False,
 ) -> dict[str, Any]:
     """Select the coupled weights from saved scores and save them as a mask.
@@ -316,12 +303,12 @@ def couple(
 @app.command()
 @command(names={"path_or_repo_id": "mask"})
 def apply(
-    model: Model,
+    model: options.Model,
     mask: Annotated[str, Help("Mask folder or hub id.")],
     out: Annotated[Path, out_option("Folder for the edited model.")],
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    dtype: Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    dtype: options.Dtype = "auto",
     overwrite: Overwrite = False,
 ) -> dict[str, Any]:
     """Load a model, apply a mask, and save it as an ordinary Hugging Face folder with a card.
@@ -358,7 +345,7 @@ def patch(
     checkpoint: Annotated[str, Help("Hugging Face folder with safetensors, or hub id.")],
     mask: Annotated[str, Help("Mask folder or hub id.")],
     out: Annotated[Path, out_option("Folder for the patched copy.")],
-    revision: Revision = None,
+    revision: options.Revision = None,
     overwrite: Overwrite = False,
     follow_links: Annotated[
         bool, Help("Copy what links lead to outside of the checkpoint.")

@@ -5,27 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastdean.jobs.options import (
-    SOURCE_HELP,
-    Bias,
-    Control,
-    Device,
-    Dtype,
-    Features,
-    Help,
-    MaxLength,
-    Model,
-    MultiPiece,
-    Revision,
-    Seed,
-    Shift,
-    SkipBadRows,
-    StartToken,
-    Template,
-    TokensPerBatch,
-    TrustRemoteCode,
-    Words,
-)
+from fastdean.jobs import options
+from fastdean.jobs.options import SOURCE_HELP, Help
 
 _CONTROLS = ("random", "frequency")
 
@@ -47,25 +28,25 @@ class CollapseJob:
         ValueError: an option out of range.
     """
 
-    model: Model
+    model: options.Model
     text: Annotated[str, Help(f"SRC of text to measure on: {SOURCE_HELP}.")]
-    words: Words = "gender"
-    multi_piece: MultiPiece = "skip"
-    control: Control = None
-    shift: Shift = None
-    features: Features = "base"
-    bias: Bias = ()
-    start_token: StartToken = "auto"
+    words: options.Words = "gender"
+    multi_piece: options.MultiPiece = "skip"
+    control: options.Control = None
+    shift: options.Shift = None
+    features: options.Features = "base"
+    bias: options.Bias = ()
+    start_token: options.StartToken = "auto"
     examples: Annotated[int | None, Help("Rows of the text to read, shuffled by --seed.")] = None
-    revision: Revision = None
-    trust_remote_code: TrustRemoteCode = False
-    skip_bad_rows: SkipBadRows = False
-    template: Template = None
-    max_length: MaxLength = None
-    tokens_per_batch: TokensPerBatch = None
-    dtype: Dtype = "auto"
-    device: Device = None
-    seed: Seed = 0
+    revision: options.Revision = None
+    trust_remote_code: options.TrustRemoteCode = False
+    skip_bad_rows: options.SkipBadRows = False
+    template: options.Template = None
+    max_length: options.MaxLength = None
+    tokens_per_batch: options.TokensPerBatch = None
+    dtype: options.Dtype = "auto"
+    device: options.Device = None
+    seed: options.Seed = 0
 
     def __post_init__(self) -> None:
         _check(self, "to measure the words themselves")
@@ -92,7 +73,7 @@ class DebiasJob:
         ValueError: an option out of range.
     """
 
-    model: Model
+    model: options.Model
     method: Annotated[
         str, Help("causal (causal models), bec, mabel, ase (masked models) or adept (both).")
     ]
@@ -109,13 +90,13 @@ class DebiasJob:
     data: Annotated[
         str | None, Help("SRC of rows to train on [default: the embedded ones of the method].")
     ] = None
-    skip_bad_rows: SkipBadRows = False
+    skip_bad_rows: options.SkipBadRows = False
     text: Annotated[
         str | None, Help("SRC to measure on [default: a quarter of the data, not trained on].")
     ] = None
-    words: Words = "gender"
-    multi_piece: MultiPiece = "skip"
-    control: Control = None
+    words: options.Words = "gender"
+    multi_piece: options.MultiPiece = "skip"
+    control: options.Control = None
     statistic: Annotated[str, Help("Of the cosines: std (published), cv or mean.")] = "std"
     live_features: Annotated[
         bool,
@@ -124,26 +105,26 @@ class DebiasJob:
     mode: Annotated[
         str, Help("Of the class statistics: cumulative (published), window or batch.")
     ] = "cumulative"
-    shift: Shift = None
-    features: Features = "base"
+    shift: options.Shift = None
+    features: options.Features = "base"
     steps: Annotated[int | None, Help("Optimizer steps; or give --epochs.")] = None
     epochs: Annotated[int | None, Help("Passes over the data [default: 3].")] = None
     learning_rate: Annotated[float, Help("The highest, after the warm-up.")] = 2e-5
     batch_size: Annotated[int, Help("Examples in one forward pass.")] = 16
     accumulation: Annotated[int, Help("Forward passes in one step.")] = 1
-    max_length: MaxLength = None
+    max_length: options.MaxLength = None
     save_every: Annotated[
         int,
         Help("Steps between checkpoints; the last two are kept until the model is saved."),
     ] = 50
-    bias: Bias = ("bec_pro",)
-    start_token: StartToken = "auto"
-    revision: Revision = None
-    trust_remote_code: TrustRemoteCode = False
-    tokens_per_batch: TokensPerBatch = None
-    dtype: Dtype = "float32"
-    device: Device = None
-    seed: Seed = 0
+    bias: options.Bias = ("bec_pro",)
+    start_token: options.StartToken = "auto"
+    revision: options.Revision = None
+    trust_remote_code: options.TrustRemoteCode = False
+    tokens_per_batch: options.TokensPerBatch = None
+    dtype: options.Dtype = "float32"
+    device: options.Device = None
+    seed: options.Seed = 0
 
     def __post_init__(self) -> None:
         from fastdean.debias import METHODS

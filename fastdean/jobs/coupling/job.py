@@ -5,30 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastdean.jobs.options import (
-    SOURCE_HELP,
-    Deterministic,
-    Device,
-    Dtype,
-    Examples,
-    Granularity,
-    Help,
-    MaxLength,
-    MemoryBudget,
-    MinK,
-    Model,
-    Ratio,
-    Revision,
-    Rule,
-    Scale,
-    Scope,
-    Seed,
-    SkipBadRows,
-    TargetModules,
-    Template,
-    TokensPerBatch,
-    TrustRemoteCode,
-)
+from fastdean.jobs import options
+from fastdean.jobs.options import SOURCE_HELP, Help
 
 DATA_SETS = ("fairness", "privacy", "general")
 
@@ -55,32 +33,32 @@ class Job:
         ValueError, TypeError: an option out of range; raised here rather than after hours of work.
     """
 
-    model: Model
+    model: options.Model
     fairness: Annotated[str, Help(f"SRC of fairness rows: {SOURCE_HELP}.")]
     privacy: Annotated[str, Help("SRC of privacy rows.")]
     general: Annotated[str, Help("SRC of general instruction rows, to be spared.")]
-    revision: Revision = None
-    trust_remote_code: TrustRemoteCode = False
-    ratio: Ratio = None
-    rule: Rule = "paper"
-    examples: Examples = 128
+    revision: options.Revision = None
+    trust_remote_code: options.TrustRemoteCode = False
+    ratio: options.Ratio = None
+    rule: options.Rule = "paper"
+    examples: options.Examples = 128
     eval_examples: Annotated[
         int, Help("Other rows of each source to measure on; 0 measures nothing.")
     ] = 64
-    granularity: Granularity = "weight"
-    target_modules: TargetModules = "mlp"
-    scope: Scope = "matrix"
-    min_k: MinK = 0
-    scale: Scale = 0.0
-    skip_bad_rows: SkipBadRows = False
-    template: Template = None
-    max_length: MaxLength = None
-    tokens_per_batch: TokensPerBatch = None
-    memory_budget: MemoryBudget = None
-    deterministic: Deterministic = False
-    dtype: Dtype = "auto"
-    device: Device = None
-    seed: Seed = 0
+    granularity: options.Granularity = "weight"
+    target_modules: options.TargetModules = "mlp"
+    scope: options.Scope = "matrix"
+    min_k: options.MinK = 0
+    scale: options.Scale = 0.0
+    skip_bad_rows: options.SkipBadRows = False
+    template: options.Template = None
+    max_length: options.MaxLength = None
+    tokens_per_batch: options.TokensPerBatch = None
+    memory_budget: options.MemoryBudget = None
+    deterministic: options.Deterministic = False
+    dtype: options.Dtype = "auto"
+    device: options.Device = None
+    seed: options.Seed = 0
 
     def __post_init__(self) -> None:
         # Not above: the command line reads the fields before it loads torch.
