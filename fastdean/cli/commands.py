@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -15,8 +14,8 @@ from fastdean.cli.flags import naming
 from fastdean.cli.options import Json, Overwrite, Preview, Quiet, out_option
 from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
 from fastdean.jobs import options
-from fastdean.jobs.coupling.job import DATA_SETS, Job
-from fastdean.jobs.options import SOURCE_HELP, Help
+from fastdean.jobs.coupling.job import DATA_SETS, Job, ScoreJob
+from fastdean.jobs.options import Help
 from fastdean.wording.printable import one_line, printable
 
 EXIT_CODES = (
@@ -122,26 +121,8 @@ def run(
 @app.command()
 @command()
 def score(
-    model: options.Model,
-    data: Annotated[str, Help(f"SRC: {SOURCE_HELP}.")],
+    job: ScoreJob,
     out: Annotated[Path | None, out_option("Folder for the scores; not needed to preview.")] = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    examples: options.Examples = 128,
-    granularity: options.Granularity = "weight",
-    target_modules: options.TargetModules = "mlp",
-    keep_top: Annotated[
-        float, Help("Keep only this share of each matrix; 1 keeps all, with its size.")
-    ] = 1e-3,
-    skip_bad_rows: options.SkipBadRows = False,
-    template: options.Template = None,
-    max_length: options.MaxLength = None,
-    tokens_per_batch: options.TokensPerBatch = None,
-    memory_budget: options.MemoryBudget = None,
-    deterministic: options.Deterministic = False,
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
-    seed: options.Seed = 0,
     preview: Preview = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -151,74 +132,15 @@ def score(
     Example: `fastdean score --model Qwen/Qwen2-7B-Instruct --data beavertails:privacy
     --out privacy/`
     """
-    from fastdean.coupling.scores import check_keep_top
-    from fastdean.coupling.scoring import score as score_model
-    from fastdean.data.rendering import describe_rendering, rendering_cautions
-    from fastdean.files.provenance import public_source
-    from fastdean.files.storage import holds_only
-    from fastdean.jobs.folder import require_free, require_outside
-    from fastdean.jobs.rows import Skipped, encode_usable, take_rows
-    from fastdean.models.distributed import Ranks
-    from fastdean.models.loading import load_model
+    from fastdean.jobs.coupling.scoring import run as run_score
 
-    check_keep_top(keep_top)
     if preview:
-        return _preview(
-            {"data": data},
-            SimpleNamespace(
-                model=model,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                examples=examples,
-                seed=seed,
-                template=template,
-                max_length=max_length,
-                skip_bad_rows=skip_bad_rows,
-            ),
-        )
+        return _preview({"data": job.data}, job)
     out = _given(out)
     with process_group():
-        ranks = Ranks.current()
-        with ranks.failing_together():
-            if ranks.first:
-                require_outside(out, model)
-                require_free(out, overwrite, lambda folder: holds_only(folder, "scores"))
-            skipped = Skipped() if skip_bad_rows else None
-            rows, _ = take_rows(data, examples, seed, name="data", skipped=skipped)
-            loaded, tokenizer = load_model(
-                model,
-                dtype=dtype,
-                device=device,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                progress=ranks.first and not quiet,
-            )
-            how = {"template": template, "max_length": max_length, "name": "data"}
-            rows, encoded = encode_usable(rows, skipped, data, tokenizer, loaded, **how)
-        if ranks.first:
-            numbers = [number for number, _ in rows]
-            cautions = [] if skipped is None else skipped.told("data")
-            cautions += rendering_cautions(encoded, numbers, tokenizer, data, template)
-            for caution in cautions:
-                tell(f"fastdean: {caution}")
-        scores = score_model(
-            loaded,
-            encoded,
-            granularity=granularity,
-            target_modules=target_modules,
-            keep_top=None if keep_top == 1 else keep_top,
-            tokens_per_batch=tokens_per_batch,
-            memory_budget=memory_budget,
-            deterministic=deterministic,
-            progress=not quiet,
-        )
-        if not ranks.first:
-            return None
-        scores.manifest["data"]["sources"] = [public_source(data)]
-        scores.manifest["data"] |= describe_rendering(encoded, tokenizer, template)
-        scores.manifest["data"] |= {} if skipped is None else skipped.described()
-        scores.manifest["model"] |= {"revision": revision, "trust_remote_code": trust_remote_code}
-        scores.save_pretrained(out, overwrite=overwrite)
+        scores = run_score(job, out, overwrite=overwrite, progress=not quiet)
+    if scores is None:
+        return None
     tell(f"{scores!r}\nwritten to {out}")
     return {"out": str(out), **scores.manifest}
 

@@ -80,16 +80,8 @@ class Session(Generic[AnyJob]):
 
     def load_model(self) -> tuple[nn.Module, Any]:
         """The job's model and its tokenizer."""
-        job = self.job
         with self.costs.step("load model"):
-            model, tokenizer = load_model(
-                job.model,
-                dtype=job.dtype,
-                device=job.device,
-                revision=job.revision,
-                trust_remote_code=job.trust_remote_code,
-                progress=self.progress and self.ranks.first,
-            )
+            model, tokenizer = load_model_of(self.job, self.progress and self.ranks.first)
             self.costs.watch(model)
         return model, tokenizer
 
@@ -132,6 +124,18 @@ class Session(Generic[AnyJob]):
         write_json_atomic(self.folder.path / RESULTS_FILE, results)
         write_report(results, self.folder.path / REPORT_FILE)
         self.folder.finish()
+
+
+def load_model_of(job: Any, progress: bool) -> tuple[nn.Module, Any]:
+    """The model that a job names, and its tokenizer."""
+    return load_model(
+        job.model,
+        dtype=job.dtype,
+        device=job.device,
+        revision=job.revision,
+        trust_remote_code=job.trust_remote_code,
+        progress=progress,
+    )
 
 
 def plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ from fastdean.cli import running
 from fastdean.cli.flags import in_flags
 from fastdean.jobs import run as run_job
 from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
-from fastdean.jobs.coupling.job import Job
+from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import RunFolder
 from fastdean.masks import NeuronMask
 
@@ -356,14 +356,14 @@ def test_a_revision_of_no_model_is_refused(run_folder, tmp_path):
 
 
 def test_score_records_the_revision(place, tmp_path, monkeypatch):
-    from fastdean.models import loading
+    from fastdean.jobs import session
 
-    real = loading.load_model
+    real = session.load_model
 
     def load_model(name, *, revision, **options):
         return real(name, **options)
 
-    monkeypatch.setattr(loading, "load_model", load_model)
+    monkeypatch.setattr(session, "load_model", load_model)
     result = call(
         "score", "--model", place["model"], "--data", place["privacy"], "--out", tmp_path / "s",
         "--revision", "v2", "--quiet", "--json",
@@ -422,7 +422,7 @@ def test_score_refuses_a_used_folder_before_the_model_is_loaded(place, tmp_path,
     def load_model(*args, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("fastdean.models.loading.load_model", load_model)
+    monkeypatch.setattr("fastdean.jobs.session.load_model", load_model)
     out = write_foreign(tmp_path / "out")
     refused(
         call("score", "--model", place["model"], "--data", place["privacy"], "--out", out),
@@ -831,7 +831,8 @@ def test_help_teaches_with_an_example(command):
 
 
 @pytest.mark.parametrize(
-    ("command", "job"), [("run", Job), ("collapse", CollapseJob), ("debias", DebiasJob)]
+    ("command", "job"),
+    [("run", Job), ("score", ScoreJob), ("collapse", CollapseJob), ("debias", DebiasJob)],
 )
 def test_every_field_of_a_job_is_an_option_with_its_help(command, job):
     text = plain(call(command, "--help", env={"COLUMNS": "999"}).stdout)
@@ -1038,7 +1039,6 @@ def test_a_preview_shows_an_example_of_each_source_and_does_nothing_else(
     def load_model(*args, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("fastdean.models.loading.load_model", load_model)
     monkeypatch.setattr("fastdean.jobs.session.load_model", load_model)
     chats = [{"text": f"w{n} \x1b[31m w2"} for n in range(5)]
     odd = write_jsonl(tmp_path / "odd.jsonl", chats)

@@ -1,4 +1,4 @@
-"""What the main job is asked to do."""
+"""What the main job, and the scoring of one data set, are asked to do."""
 
 from __future__ import annotations
 
@@ -103,3 +103,37 @@ class Job:
     def curve(self) -> list[float]:
         """The ratios at which the overlap is shown, the job's own among them."""
         return sorted({*_CURVE[self.granularity], self.effective_ratio})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob:
+    """What is scored; see `fastdean.score` and `Job`.
+
+    Raises:
+        ValueError: `keep_top` out of range.
+    """
+
+    model: options.Model
+    data: Annotated[str, Help(f"SRC: {SOURCE_HELP}.")]
+    revision: options.Revision = None
+    trust_remote_code: options.TrustRemoteCode = False
+    examples: options.Examples = 128
+    granularity: options.Granularity = "weight"
+    target_modules: options.TargetModules = "mlp"
+    keep_top: Annotated[
+        float, Help("Keep only this share of each matrix; 1 keeps all, with its size.")
+    ] = 1e-3
+    skip_bad_rows: options.SkipBadRows = False
+    template: options.Template = None
+    max_length: options.MaxLength = None
+    tokens_per_batch: options.TokensPerBatch = None
+    memory_budget: options.MemoryBudget = None
+    deterministic: options.Deterministic = False
+    dtype: options.Dtype = "auto"
+    device: options.Device = None
+    seed: options.Seed = 0
+
+    def __post_init__(self) -> None:
+        from fastdean.coupling.scores import check_keep_top
+
+        check_keep_top(self.keep_top)

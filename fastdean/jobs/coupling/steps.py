@@ -29,6 +29,7 @@ from fastdean.files.provenance import public_source
 from fastdean.jobs.coupling.job import DATA_SETS, Job
 from fastdean.jobs.coupling.measuring import TOPICS, MeasuringSet, measure
 from fastdean.jobs.coupling.results import collect, warnings_about
+from fastdean.jobs.coupling.scoring import note_origin
 from fastdean.jobs.preview import shown
 from fastdean.jobs.rows import NumberedRow, SplitRows, encode_rows, same_content, split_rows
 from fastdean.jobs.session import Session
@@ -231,16 +232,8 @@ def _score(name: str, prepared: _Prepared, session: Session[Job]) -> Scores | No
             progress=session.progress,
             description=f"score {name}",
         )
-    skipped = prepared.rows[name].skipped
-    scores.manifest["data"] |= {
-        "sources": [public_source(getattr(job, name))],
-        **prepared.renderings[name],
-        **({} if skipped is None else skipped.described()),
-    }
-    scores.manifest["model"] |= {
-        "revision": job.revision,
-        "trust_remote_code": job.trust_remote_code,
-    }
+    source, skipped = getattr(job, name), prepared.rows[name].skipped
+    note_origin(scores, job, source, prepared.renderings[name], skipped)
     # A disk that is full on the first rank must not leave the others waiting for the next sum.
     with ranks.failing_together():
         if ranks.first:
