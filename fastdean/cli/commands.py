@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
 
 import fastdean
 from fastdean.cli.flags import naming
-from fastdean.cli.options import (
-    SOURCE_HELP,
-    Deterministic,
-    Device,
-    Dtype,
-    Examples,
-    Granularity,
-    Json,
-    MaxLength,
-    MemoryBudget,
-    MinK,
-    Model,
-    Overwrite,
-    Preview,
-    Quiet,
-    Ratio,
-    Revision,
-    Rule,
-    Scale,
-    Scope,
-    Seed,
-    SkipBadRows,
-    Targets,
-    Template,
-    TokensPerBatch,
-    TrustRemoteCode,
-    out_path,
-)
+from fastdean.cli.options import Json, Overwrite, Preview, Quiet, out_option
 from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
+from fastdean.jobs import options
+from fastdean.jobs.coupling.job import DATA_SETS, Job, ScoreJob
+from fastdean.jobs.options import Help
 from fastdean.wording.printable import one_line, printable
 
 EXIT_CODES = (
@@ -89,12 +63,9 @@ def everything(
 @app.command()
 @command(resumable=True)
 def demo(
-    out: Annotated[Path, typer.Option(parser=out_path, metavar="PATH", help="Run folder.")] = Path(
-        "fastdean-demo"
-    ),
+    out: Annotated[Path, out_option("Run folder.")] = Path("fastdean-demo"),
     overwrite: Overwrite = False,
     quiet: Quiet = False,
-    as_json: Json = False,
 ) -> dict[str, Any] | None:
     """Run the main job on a small real model and the embedded rows (3 to 5 minutes on 2 cores).
 
@@ -106,7 +77,6 @@ def demo(
     # Read once, when torch is loaded: threads that wait spinning slow down a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-    from fastdean.jobs.coupling.job import Job
     from fastdean.models.loading import DEMO_MODEL
 
     job = Job(
@@ -124,44 +94,16 @@ def demo(
 @app.command()
 @command(resumable=True)
 def run(
-    model: Model,
-    fairness: Annotated[str, typer.Option(help=f"SRC of fairness rows: {SOURCE_HELP}.")],
-    privacy: Annotated[str, typer.Option(help="SRC of privacy rows.")],
-    general: Annotated[str, typer.Option(help="SRC of general instruction rows, to be spared.")],
+    job: Job,
     out: Annotated[
         Path | None,
-        typer.Option(
-            parser=out_path,
-            metavar="PATH",
-            help="Run folder, new or empty, or of the same job to resume it; --preview needs none.",
+        out_option(
+            "Run folder, new or empty, or of the same job to resume it; --preview needs none."
         ),
     ] = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    ratio: Ratio = None,
-    rule: Rule = "paper",
-    examples: Examples = 128,
-    eval_examples: Annotated[
-        int, typer.Option(help="Other rows of each source to measure on; 0 measures nothing.")
-    ] = 64,
-    granularity: Granularity = "weight",
-    target_modules: Targets = "mlp",
-    scope: Scope = "matrix",
-    min_k: MinK = 0,
-    scale: Scale = 0.0,
-    skip_bad_rows: SkipBadRows = False,
-    template: Template = None,
-    max_length: MaxLength = None,
-    tokens_per_batch: TokensPerBatch = None,
-    memory_budget: MemoryBudget = None,
-    deterministic: Deterministic = False,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    seed: Seed = 0,
     preview: Preview = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
-    as_json: Json = False,
 ) -> dict[str, Any] | None:
     """Score three data sets, couple, mask, measure before and after, and report: the whole job.
 
@@ -171,34 +113,6 @@ def run(
     Example: `fastdean run --model Qwen/Qwen2-7B-Instruct --fairness beavertails:fairness --privacy
     beavertails:privacy --general alpaca-cleaned --ratio 5e-7 --out run/`
     """
-    from fastdean.jobs.coupling.job import DATA_SETS, Job
-
-    job = Job(
-        model=model,
-        fairness=fairness,
-        privacy=privacy,
-        general=general,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        ratio=ratio,
-        rule=rule,
-        granularity=granularity,
-        target_modules=target_modules,
-        scope=scope,
-        min_k=min_k,
-        scale=scale,
-        examples=examples,
-        eval_examples=eval_examples,
-        skip_bad_rows=skip_bad_rows,
-        template=template,
-        max_length=max_length,
-        tokens_per_batch=tokens_per_batch,
-        memory_budget=_bytes(memory_budget),
-        deterministic=deterministic,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-    )
     if preview:
         return _preview({name: getattr(job, name) for name in DATA_SETS}, job)
     return _run_job(job, _given(out), overwrite, quiet)
@@ -207,102 +121,26 @@ def run(
 @app.command()
 @command()
 def score(
-    model: Model,
-    data: Annotated[str, typer.Option(help=f"SRC: {SOURCE_HELP}.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=out_path, metavar="PATH", help="Folder for the scores; not needed to preview."
-        ),
-    ] = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    examples: Examples = 128,
-    granularity: Granularity = "weight",
-    target_modules: Targets = "mlp",
-    keep_top: Annotated[
-        float, typer.Option(help="Keep only this share of each matrix; 1 keeps all, with its size.")
-    ] = 1e-3,
-    skip_bad_rows: SkipBadRows = False,
-    template: Template = None,
-    max_length: MaxLength = None,
-    tokens_per_batch: TokensPerBatch = None,
-    memory_budget: MemoryBudget = None,
-    deterministic: Deterministic = False,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    seed: Seed = 0,
+    job: ScoreJob,
+    out: Annotated[Path | None, out_option("Folder for the scores; not needed to preview.")] = None,
     preview: Preview = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
-    as_json: Json = False,
 ) -> dict[str, Any] | None:
     """Score every target weight of a model on one data set and save the scores.
 
     Example: `fastdean score --model Qwen/Qwen2-7B-Instruct --data beavertails:privacy
     --out privacy/`
     """
-    from fastdean.coupling.scores import check_keep_top
-    from fastdean.coupling.scoring import score as score_model
-    from fastdean.data.rendering import describe_rendering, rendering_cautions
-    from fastdean.files.provenance import public_source
-    from fastdean.jobs.folder import require_outside
-    from fastdean.jobs.rows import Skipped, encode_rows, take_rows, usable_rows
-    from fastdean.models.distributed import Ranks
-    from fastdean.models.loading import load_model
+    from fastdean.jobs.coupling.scoring import run as run_score
 
-    check_keep_top(keep_top)
     if preview:
-        options = {"model": model, "revision": revision, "trust_remote_code": trust_remote_code}
-        options |= {"examples": examples, "seed": seed}
-        options |= {"template": template, "max_length": max_length, "skip_bad_rows": skip_bad_rows}
-        return _preview({"data": data}, SimpleNamespace(**options))
+        return _preview({"data": job.data}, job)
     out = _given(out)
-    budget = _bytes(memory_budget)
     with process_group():
-        ranks = Ranks.current()
-        with ranks.failing_together():
-            if ranks.first:
-                require_outside(out, model)
-                _require_free(out, overwrite, "scores")
-            skipped = Skipped() if skip_bad_rows else None
-            rows, _ = take_rows(data, examples, seed, name="data", skipped=skipped)
-            loaded, tokenizer = load_model(
-                model,
-                dtype=dtype,
-                device=device,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                progress=ranks.first and not quiet,
-            )
-            given = (data, tokenizer, loaded)
-            options = {"template": template, "max_length": max_length, "name": "data"}
-            rows = usable_rows(rows, skipped, *given, **options)
-            encoded = encode_rows(rows, *given, **options)
-        if ranks.first:
-            numbers = [number for number, _ in rows]
-            cautions = [] if skipped is None else skipped.told("data")
-            cautions += rendering_cautions(encoded, numbers, tokenizer, data, template)
-            for caution in cautions:
-                tell(f"fastdean: {caution}")
-        scores = score_model(
-            loaded,
-            encoded,
-            granularity=granularity,
-            target_modules=target_modules,
-            keep_top=None if keep_top == 1 else keep_top,
-            tokens_per_batch=tokens_per_batch,
-            memory_budget=budget,
-            deterministic=deterministic,
-            progress=not quiet,
-        )
-        if not ranks.first:
-            return None
-        scores.manifest["data"]["sources"] = [public_source(data)]
-        scores.manifest["data"] |= describe_rendering(encoded, tokenizer, template)
-        scores.manifest["data"] |= {} if skipped is None else skipped.described()
-        scores.manifest["model"] |= {"revision": revision, "trust_remote_code": trust_remote_code}
-        scores.save_pretrained(out, overwrite=overwrite)
+        scores = run_score(job, out, overwrite=overwrite, progress=not quiet)
+    if scores is None:
+        return None
     tell(f"{scores!r}\nwritten to {out}")
     return {"out": str(out), **scores.manifest}
 
@@ -310,36 +148,32 @@ def score(
 @app.command()
 @command()
 def couple(
-    first: Annotated[Path, typer.Option(help="Scores on the first awareness set (fairness).")],
-    second: Annotated[Path, typer.Option(help="Scores on the second awareness set (privacy).")],
-    out: Annotated[
-        Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the mask.")
-    ],
+    first: Annotated[Path, Help("Scores on the first awareness set (fairness).")],
+    second: Annotated[Path, Help("Scores on the second awareness set (privacy).")],
+    out: Annotated[Path, out_option("Folder for the mask.")],
     general: Annotated[
-        list[Path] | None,
-        typer.Option(help="Scores on general examples, to be spared; may be repeated."),
+        list[Path] | None, Help("Scores on general examples, to be spared; may be repeated.")
     ] = None,
-    ratio: Ratio = None,
-    rule: Rule = "paper",
-    scope: Scope = "matrix",
-    min_k: MinK = 0,
-    scale: Scale = 0.0,
-    seed: Seed = 0,
+    ratio: options.Ratio = None,
+    rule: options.Rule = "paper",
+    scope: options.Scope = "matrix",
+    min_k: options.MinK = 0,
+    scale: options.Scale = 0.0,
+    seed: options.Seed = 0,
     model: Annotated[
-        str | None, typer.Option(help="The scored model: needed for units and for the rule random.")
+        str | None, Help("The scored model: needed for units and for the rule random.")
     ] = None,
     unit_weights: Annotated[
         str,
-        typer.Option(
-            help="Of a selected unit: down, its column of the down projection, or all, also its "
-            "rows of gate and up and their biases."
+        Help(
+            "Of a selected unit: down, its column of the down projection, or all, also its rows of "
+            "gate and up and their biases."
         ),
     ] = "down",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    dtype: Dtype = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    dtype: options.Dtype = "auto",
     overwrite: Overwrite = False,
-    as_json: Json = False,
 ) -> dict[str, Any]:
     """Select the coupled weights from saved scores and save them as a mask.
 
@@ -348,9 +182,11 @@ def couple(
     """
     from fastdean.coupling.scores import Scores
     from fastdean.coupling.sets import couple as couple_scores
+    from fastdean.files.storage import holds_only
+    from fastdean.jobs.folder import require_free
     from fastdean.models.loading import load_model
 
-    _require_free(out, overwrite, "mask")
+    require_free(out, overwrite, lambda folder: holds_only(folder, "mask"))
     if revision is not None and model is None:
         raise ValueError(
             f"revision must come with model, whose revision it is, got {revision!r} alone; "
@@ -389,39 +225,32 @@ def couple(
 @app.command()
 @command(names={"path_or_repo_id": "mask"})
 def apply(
-    model: Model,
-    mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
-    out: Annotated[
-        Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the edited model.")
-    ],
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    dtype: Dtype = "auto",
-    as_json: Json = False,
+    model: options.Model,
+    mask: Annotated[str, Help("Mask folder or hub id.")],
+    out: Annotated[Path, out_option("Folder for the edited model.")],
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    dtype: options.Dtype = "auto",
+    overwrite: Overwrite = False,
 ) -> dict[str, Any]:
-    """Load a model, apply a mask, and save it as an ordinary Hugging Face folder.
+    """Load a model, apply a mask, and save it as an ordinary Hugging Face folder with a card.
 
     For a checkpoint of safetensors, `fastdean patch` does the same without loading the model.
 
     Example: `fastdean apply --model Qwen/Qwen2-7B-Instruct --mask run/mask --out edited/`
     """
-    from fastdean.files.storage import new_folder
-    from fastdean.jobs.folder import require_outside
-    from fastdean.masks import NeuronMask, edits
-    from fastdean.masks.checkpoint import verify_checkpoint
-    from fastdean.models.loading import load_model
+    from fastdean.jobs import editing
 
-    require_outside(out, model)
-    _require_free(out, overwrite=False, kind=None)
-    found = NeuronMask.from_pretrained(mask)
-    loaded, tokenizer = load_model(
-        model, dtype=dtype, device="cpu", revision=revision, trust_remote_code=trust_remote_code
+    found, edited = editing.apply(
+        model,
+        mask,
+        out,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        command=command_line(),
+        overwrite=overwrite,
     )
-    application = edits.apply_(loaded, found)
-    with new_folder(out, name="out") as folder:
-        _save_model(loaded, tokenizer, folder)
-        verify_checkpoint(folder, found)
-    edited = application is not None and application.wrote
     value = "zero" if found.scale == 0 else "as the mask makes them"
     said = "applied" if edited else f"changed nothing: all {len(found)} values are {value} already"
     tell(f"{found!r} {said}; the model is in {out}")
@@ -435,29 +264,29 @@ def apply(
 @app.command()
 @command(names={"path_or_repo_id": "mask", "source": "checkpoint"})
 def patch(
-    checkpoint: Annotated[Path, typer.Option(help="Local Hugging Face folder with safetensors.")],
-    mask: Annotated[str, typer.Option(help="Mask folder or hub id.")],
-    out: Annotated[
-        Path, typer.Option(parser=out_path, metavar="PATH", help="Folder for the patched copy.")
-    ],
+    checkpoint: Annotated[str, Help("Hugging Face folder with safetensors, or hub id.")],
+    mask: Annotated[str, Help("Mask folder or hub id.")],
+    out: Annotated[Path, out_option("Folder for the patched copy.")],
+    revision: options.Revision = None,
     overwrite: Overwrite = False,
     follow_links: Annotated[
-        bool,
-        typer.Option("--follow-links", help="Copy what links lead to outside of the checkpoint."),
+        bool, Help("Copy what links lead to outside of the checkpoint.")
     ] = False,
-    as_json: Json = False,
 ) -> dict[str, Any]:
     """Copy a checkpoint and edit the masked values in its files, without loading the model.
 
+    The copy gets a card; that of the checkpoint then is called README.source.md.
+
     Example: `fastdean patch --checkpoint Qwen2-7B-Instruct/ --mask run/mask --out edited/`
     """
-    from fastdean.masks import NeuronMask
-    from fastdean.masks.checkpoint import patch_checkpoint
+    from fastdean.jobs import editing
 
-    result = patch_checkpoint(
+    result = editing.patch(
         checkpoint,
-        NeuronMask.from_pretrained(mask),
+        mask,
         out,
+        revision=revision,
+        command=command_line(),
         overwrite=overwrite,
         follow_links=follow_links,
     )
@@ -480,12 +309,8 @@ def patch(
 def report(
     run_folder: Annotated[Path, typer.Argument(help="Run folder, or its results.json.")],
     out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=out_path, metavar="PATH", help="HTML file [default: report.html in the folder]."
-        ),
+        Path | None, out_option("HTML file [default: report.html in the folder].")
     ] = None,
-    as_json: Json = False,
 ) -> dict[str, Any]:
     """Draw the report of a run again from its results.
 
@@ -553,44 +378,7 @@ def _closing_text(results: dict[str, Any], out: Path) -> str:
     return "\n".join(lines)
 
 
-def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    from safetensors import SafetensorError
-
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # how it reports a full disk
-        raise OSError(f"the model could not be written: {error}") from error
-
-
 def _given(out: Path | None) -> Path:
     if out is None:
         raise ValueError("out must be a path, got none; name the folder to write")
     return out
-
-
-def _bytes(gigabytes: float | None) -> int | None:
-    if gigabytes is None:
-        return None
-    if not 0 < gigabytes * 1e9 < math.inf:
-        raise ValueError(
-            f"memory_budget must be a positive number of GB, got {gigabytes:g}; leave it out to "
-            "have it chosen"
-        )
-    return int(gigabytes * 1e9)
-
-
-def _require_free(out: Path, overwrite: bool, kind: str | None) -> None:
-    """Before the work, not after: the folder is free, or holds nothing but an earlier `kind`."""
-    from fastdean.files.storage import check_free, holds_only, is_empty, real_place
-    from fastdean.jobs.folder import check_place
-
-    check_place(out, "out")
-    if not overwrite and out.exists() and not is_empty(real_place(out, "out")):
-        way_out = " or pass --overwrite" if kind else ""
-        raise ValueError(
-            f"out must be a new or empty folder, got {str(out)!r}, which has files in it; choose "
-            f"another{way_out}"
-        )
-    may_replace = (lambda folder: holds_only(folder, kind)) if kind else (lambda folder: False)
-    check_free(out, overwrite=overwrite, may_replace=may_replace, name="out")

@@ -8,9 +8,9 @@ it. Text in quotes is someone's own and stays as it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, get_type_hints
+from inspect import Signature
 
 from typer.models import ArgumentInfo, OptionInfo
 
@@ -23,12 +23,11 @@ _PIECE = re.compile(
 )
 
 
-def flags_of(function: Callable[..., Any]) -> dict[str, str]:
+def flags_of(signature: Signature) -> dict[str, str]:
     """Parameter of a command -> what is typed for it: its flag, or an argument's placeholder."""
-    hints = get_type_hints(function, include_extras=True)
     found = {}
-    for name in (name for name in hints if name != "return"):
-        for info in getattr(hints[name], "__metadata__", ()):
+    for name, parameter in signature.parameters.items():
+        for info in getattr(parameter.annotation, "__metadata__", ()):
             if isinstance(info, ArgumentInfo):
                 found[name] = name.upper()
             elif isinstance(info, OptionInfo):

@@ -1,110 +1,95 @@
-"""The options that several commands share, each with its help."""
+"""From declared options to what typer reads, and the options that only the command line has."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
-from fastdean.cli.running import tell
 from fastdean.files.atomic import real_place
-
-SOURCE_HELP = (
-    "a .csv, .tsv, .json, .jsonl or .parquet file, a hub id, or a preset (beavertails:fairness, "
-    "beavertails:privacy, each also :unsafe; alpaca-cleaned; embedded:fairness, embedded:privacy, "
-    "embedded:general, embedded:debias, embedded:debias:pairs). Columns and splits are mapped "
-    "behind '::', as in org/name::split=train,prompt=question,response=answer"
-)
+from fastdean.jobs.options import Help, with_fields
 
 
-def out_path(text: str | Path) -> Path:
-    """The path of `--out`; nothing at all would be taken for the current folder."""
+def out_option(text: str) -> Help:
+    """The `--out` of a command, with its help."""
+    return Help(text, typed=str, read=_out, metavar="PATH")
+
+
+def _out(text: str | Path | None) -> Path | None:
+    if text is None:
+        return None
+    # It would stand for the current folder.
     if not str(text):
-        tell("fastdean: --out must be a path, got ''; name the folder or file to write")
-        raise typer.Exit(2)
+        raise ValueError("out must be a path, got ''; name the folder or file to write")
     path = Path(text)
     # `new/../other` is `other`, also while there is no `new`.
     return real_place(path, "out") if ".." in path.parts else path
 
 
-Model = Annotated[
-    str, typer.Option(help="Hugging Face folder, hub id or .gguf file.", show_default=False)
-]
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a model from the hub.")
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run the Python code that comes with the model's files; without it such a model is "
-        "refused.",
-    ),
-]
-Ratio = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of each matrix's entries in a top set [default: 5e-7, for units 1e-3]."
-    ),
-]
-Rule = Annotated[
-    str, typer.Option(help="paper, released, or a control: first, second, union, random.")
-]
-Granularity = Annotated[str, typer.Option(help="weight, or neuron for the units of the MLPs.")]
-Targets = Annotated[
-    str,
-    typer.Option(
-        "--target-modules",
-        help="mlp, self_attn, all, ends of names (q_proj,v_proj), or a regular expression.",
-    ),
-]
-Examples = Annotated[
-    int | None, typer.Option(help="Rows of each source to score, shuffled by --seed.")
-]
-Template = Annotated[
-    str | None,
-    typer.Option(
-        help="Of prompt and response: raw (one after the other), chat (the tokenizer's template), "
-        "or published [default: raw]. Messages always take the chat template, text takes none."
-    ),
-]
-SkipBadRows = Annotated[
-    bool,
-    typer.Option(
-        "--skip-bad-rows",
-        help="Leave out rows that cannot be read or encoded, and count them, rather than refuse "
-        "the first.",
-    ),
-]
+RunOut = Annotated[Path, out_option("Run folder, new or empty, or of the same job to resume it.")]
 Preview = Annotated[
     bool,
     typer.Option(
         "--preview", help="Show one example of each source as the model would read it, and end."
     ),
 ]
-MaxLength = Annotated[int | None, typer.Option(help="Cut examples to this many tokens.")]
-TokensPerBatch = Annotated[
-    int | None, typer.Option(help="Tokens in one forward pass [default: by device].")
-]
-MemoryBudget = Annotated[
-    float | None, typer.Option(help="GB the sums may take; more passes if they need more.")
-]
-Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="Torch's strict deterministic mode.")
-]
-Dtype = Annotated[
-    str, typer.Option(help="auto, float32, bfloat16 or float16; or fp32, bf16, fp16.")
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, or auto to spread over GPUs.")]
-Seed = Annotated[int, typer.Option(help="Of shuffles, controls, permutations and bootstraps.")]
-MinK = Annotated[int, typer.Option(help="At least this many candidates in every matrix.")]
-Scale = Annotated[
-    float, typer.Option(help="What the selected weights are multiplied by; 0 zeroes them.")
-]
-Scope = Annotated[str, typer.Option(help="matrix, or model for one top set over all matrices.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a folder that FastDEAN wrote earlier.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result to stdout as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result to stdout as JSON.")]
+
+
+class Options:
+    """The options of a command, as its function declares them.
+
+    A parameter `job` whose type is a dataclass stands for an option for each of its fields.
+
+    Attributes:
+        signature: for typer; `as_json` is its last parameter.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        own = inspect.signature(function, eval_str=True)
+        self._job = own.parameters["job"].annotation if "job" in own.parameters else None
+        declared = own if self._job is None else with_fields(own, self._job, with_help=True)
+        self._declared = declared.parameters
+        as_json = inspect.Parameter(
+            "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json
+        )
+        for_typer = [each.replace(annotation=_for_typer(each)) for each in self._declared.values()]
+        self.signature = declared.replace(parameters=[*for_typer, as_json])
+
+    def read(self, typed: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the command's function from what was typed."""
+        given = {name: _read(self._declared[name], value) for name, value in typed.items()}
+        if self._job is not None:
+            asked = {field.name: given.pop(field.name) for field in fields(self._job)}
+            given["job"] = self._job(**asked)
+        return given
+
+
+def _help(parameter: inspect.Parameter) -> Help | None:
+    extras = get_args(parameter.annotation)[1:]
+    return next((extra for extra in extras if isinstance(extra, Help)), None)
+
+
+def _for_typer(parameter: inspect.Parameter) -> Any:
+    said = _help(parameter)
+    if said is None:
+        return parameter.annotation
+    kind = said.typed or get_args(parameter.annotation)[0]
+    # A flag is there or not: none of them needs its opposite.
+    flags = [f"--{parameter.name.replace('_', '-')}"] if kind is bool else []
+    shown = not isinstance(parameter.default, tuple)
+    option = typer.Option(*flags, help=said.text, metavar=said.metavar, show_default=shown)
+    return Annotated[kind, option]
+
+
+def _read(parameter: inspect.Parameter, typed: Any) -> Any:
+    said = _help(parameter)
+    return typed if said is None or said.read is None else said.read(typed)

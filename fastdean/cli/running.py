@@ -16,6 +16,7 @@ from typing import Any
 import typer
 
 from fastdean.cli.flags import flags_of, retold
+from fastdean.cli.options import Options
 from fastdean.cli.terminal import shows_everything
 from fastdean.wording.mendable import MendableError
 from fastdean.wording.printable import printable
@@ -52,7 +53,7 @@ def command(
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """A command: its errors in one line, its result as JSON where `--json` is given.
 
-    While it runs, nothing else can get at stdout.
+    While it runs, nothing else can get at stdout. Its options are read as `options.Options` says.
 
     Args:
         names: what functions below call a parameter of the command, see `flags.naming`.
@@ -60,14 +61,15 @@ def command(
     kept = "; what is finished is kept, run the same command to go on" if resumable else ""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
-        flags = flags_of(function)
+        options = Options(function)
+        flags = flags_of(options.signature)
 
         @wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> None:
+        def wrapped(*, as_json: bool = False, **typed: Any) -> None:
             try:
                 with redirect_stdout(sys.stderr):
-                    result = function(*args, **kwargs)
-                if kwargs.get("as_json") and result is not None:
+                    result = function(**options.read(typed))
+                if as_json and result is not None:
                     typer.echo(printable(_json(result)))
             except Terminated as terminated:
                 # Nobody hears it where the terminal is gone.
@@ -82,6 +84,7 @@ def command(
             except Exception as error:
                 raise typer.Exit(_told(error, retold(error, flags, names))) from None
 
+        wrapped.__signature__ = options.signature  # type: ignore[attr-defined]
         return wrapped
 
     return decorate

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdean.coupling.scores import Scores
-from fastdean.ops.selection import importance, select_top
+from fastdean.ops.reference import importance
+from fastdean.ops.selection import select_top
 
 
 def top_entries(scores: Scores, ratio: float, min_k: int, scope: str) -> dict[str, Tensor]:

@@ -149,6 +149,14 @@ def load_table(
     return rows
 
 
+def asks_the_hub(source: str | Path) -> bool:
+    """Whether the rows of a source come from the hub, or its cache."""
+    name, _ = _parse(str(source))
+    if name in PRESETS:
+        return not name.startswith("embedded:")
+    return not _is_file(name) and _is_hub_id(name)
+
+
 def sample_rows(
     rows: list[dict[str, Any]], count: int | None, seed: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -173,7 +181,7 @@ def _read(
     name: str, options: Mapping[str, str], hub_defaults: Mapping[str, str] = {}, also: str = ""
 ) -> Iterable[dict[str, Any]]:
     """The rows of a file or a hub data set as they are; `also` names what else a source may be."""
-    if name and (Path(name).suffix.lower() in _READERS or Path(name).expanduser().exists()):
+    if _is_file(name):
         for key in _HUB_KEYS:
             if key in options:
                 raise ValueError(
@@ -181,7 +189,7 @@ def _read(
                     "leave it out"
                 )
         return _read_file(Path(name))
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if _is_hub_id(name):
         chosen = {**hub_defaults, **options}
         return _load_hub(name, **{key: chosen[key] for key in _HUB_KEYS if key in chosen})
     comma = "," if also else " or"
@@ -189,6 +197,16 @@ def _read(
         f"source must be a file ending in {', '.join(_READERS)}{comma} a hub id owner/name{also}, "
         f"got {name!r}{nearest(name)}"
     )
+
+
+def _is_file(name: str) -> bool:
+    return bool(name) and (
+        Path(name).suffix.lower() in _READERS or Path(name).expanduser().exists()
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _parse(source: str) -> tuple[str, dict[str, str]]:

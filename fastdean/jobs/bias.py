@@ -14,8 +14,7 @@ from fastdean.evaluation import bias as measures
 from fastdean.evaluation.bias import BiasResult
 from fastdean.files.declared import Anything, Lists, Maps, Maybe, Real, Record, Text, Whole
 from fastdean.files.provenance import public_source
-from fastdean.jobs.costs import Costs
-from fastdean.jobs.folder import RunFolder
+from fastdean.jobs.session import Session
 from fastdean.wording.digits import apart
 from fastdean.wording.verdicts import CLOSER, FARTHER, reworded
 
@@ -99,39 +98,27 @@ def check(asked: Sequence[str], start: str | int = "auto") -> None:
         )
 
 
-def measure(
-    model: nn.Module,
-    tokenizer: Any,
-    asked: Sequence[str],
-    folder: RunFolder,
-    state: str,
-    costs: Costs,
-    *,
-    start: str | int = "auto",
-    seed: int,
-    progress: bool,
-) -> Found:
-    """Every figure of the measures, by name; those that an earlier call kept are not taken again.
+def measure(session: Session, state: str, model: nn.Module, tokenizer: Any) -> Found:
+    """Every figure of the job's measures, by name, unless an earlier call finished the step.
 
     Args:
-        asked: as `check` takes them.
-        state: of the model, such as "before"; names the kept files.
-        start: see `evaluation.bias.start.start_token`.
+        state: of the model, such as "before"; names the files of the figures.
     """
+    job = session.job
     found: Found = {}
-    for number, entry in enumerate(asked):
+    for number, entry in enumerate(job.bias):
         name, source = _parts(entry)
 
         def take(name: str = name, source: str | None = source) -> dict[str, Any]:
-            options = {"resamples": _RESAMPLES, "seed": seed, "progress": progress}
+            options = {"resamples": _RESAMPLES, "seed": job.seed, "progress": session.progress}
             if name in _FROM_START:
-                options["start"] = start
+                options["start"] = job.start_token
             arguments = [] if source is None else [source]
             result = MEASURES[name][0](model, tokenizer, *arguments, **options)
             return {each.name: stored(each) for each in results_of(result)}
 
-        with costs.step(f"{name}, {state}"):
-            kept = folder.figures(f"{state}-{number}-{name}", take, FIGURES)
+        with session.costs.step(f"{name}, {state}"):
+            kept = session.folder.figures(f"{state}-{number}-{name}", take, FIGURES)
         for title, figures in kept.items():
             # Two files of one measure have figures of the same name.
             where = "its own data" if source is None else public_source(source)

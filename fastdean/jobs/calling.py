@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from fastdean.jobs.coupling.job import Job
 from fastdean.jobs.coupling.steps import run as run_job
+from fastdean.jobs.options import with_fields
 
 
 def run(
@@ -36,22 +36,6 @@ def run(
     return run_job(Job(**job), out, overwrite=overwrite, progress=progress)
 
 
-def _signature() -> inspect.Signature:
-    """What `help` shows: the fields of a job, and where its results go."""
-    own = inspect.signature(run)
-    asked = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=field.type,
-        )
-        for field in fields(Job)
-    ]
-    out, *others = (each for each in own.parameters.values() if each.name != "job")
-    first = [each for each in asked if each.default is inspect.Parameter.empty]
-    return own.replace(parameters=[*first, out, *asked[len(first) :], *others])
-
-
-_SIGNATURE = _signature()
-run.__signature__ = _SIGNATURE
+# What `help` shows.
+_SIGNATURE = with_fields(inspect.signature(run), Job)
+run.__signature__ = _SIGNATURE  # type: ignore[attr-defined]

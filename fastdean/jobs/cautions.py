@@ -17,7 +17,7 @@ def about_classes(classes: int, table: Mapping[str, Any]) -> list[str]:
 
     Args:
         classes: how many there are.
-        table: of `jobs.collapse.measured_collapse`.
+        table: of `jobs.collapse.collapse_figures`.
     """
     seen = table["classes seen"]
     if seen == 0:

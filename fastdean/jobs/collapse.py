@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from math import isinf
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,21 @@ from fastdean.collapse import (
     default_shift,
     frequency_matched_control,
     random_control,
-    read_word_groups,
 )
 from fastdean.data.examples import Example
 from fastdean.data.rendering import describe_rendering, rendering_cautions
 from fastdean.files.declared import Anything, Either, Exactly, Maybe, Real, Record, Text, Whole
-from fastdean.files.provenance import now, public_command, public_name, versions
-from fastdean.files.storage import write_json_atomic
+from fastdean.files.provenance import public_name
 from fastdean.jobs import bias, cautions
-from fastdean.jobs.costs import Costs
-from fastdean.jobs.coupling.results import plain
-from fastdean.jobs.folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
+from fastdean.jobs.collapse_jobs import CollapseJob
+from fastdean.jobs.folder import RESULTS_FILE
 from fastdean.jobs.inputs import benchmark_digests
 from fastdean.jobs.published import published
-from fastdean.jobs.rows import Skipped, encode_rows, take_rows, usable_rows
+from fastdean.jobs.rows import Skipped, encode_usable, take_rows
+from fastdean.jobs.session import Session
 from fastdean.models.distributed import Ranks
-from fastdean.models.identity import json_digest, model_identity
-from fastdean.models.loading import dtype_name, load_model
-from fastdean.report import write_report
-from fastdean.wording.log import logger
+from fastdean.models.identity import json_digest
 
-CONTROLS = ("random", "frequency")
 _HELD_OUT = 0.2
 _METRIC = Record(
     {
@@ -47,7 +40,7 @@ _METRIC = Record(
         "note": Maybe(Text()),
     }
 )
-# What `measured_collapse` gives; the job's closing words name some of the metrics.
+# What `collapse_figures` gives; the job's closing words name some of the metrics.
 FIGURES = Record(
     {
         "shift": Text(),
@@ -60,64 +53,6 @@ FIGURES = Record(
     },
     others=Anything(),
 )
-
-
-@dataclass(frozen=True)
-class CollapseJob:
-    """What is asked for; two jobs that are equal give equal results.
-
-    Attributes:
-        model, revision, trust_remote_code: see `loading.load_model`.
-        text: see `sources.load_rows`; a fifth of its rows is held out for NC4.
-        words: a list of the package, or a file: see `CollapseClasses.from_words`.
-        multi_piece: "skip" or "mean": see there.
-        control: None, or measure control words instead: "random" or "frequency".
-        shift, features: see `collapse_metrics`; None: by the model.
-        bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
-        start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
-        examples: rows of the text to read; None: all.
-        skip_bad_rows: see `Job`.
-        seed: of the shuffles, controls, permutations and bootstraps.
-    Raises:
-        ValueError: an option out of range.
-    """
-
-    model: str
-    text: str
-    words: str = "gender"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    multi_piece: str = "skip"
-    control: str | None = None
-    shift: str | None = None
-    features: str = "base"
-    bias: tuple[str, ...] = ()
-    start_token: str | int = "auto"
-    examples: int | None = None
-    template: str | None = None
-    max_length: int | None = None
-    tokens_per_batch: int | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    seed: int = 0
-    skip_bad_rows: bool = False
-
-    def __post_init__(self) -> None:
-        if self.control is not None and self.control not in CONTROLS:
-            raise ValueError(
-                f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
-                "to measure the words themselves"
-            )
-        read_word_groups(self.words)
-        check_seed(self.seed)
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        bias.check(self.bias, self.start_token)
-
-
-def check_seed(seed: int) -> None:
-    """Raise ValueError for a seed that not every generator takes."""
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}; choose another")
 
 
 def run(
@@ -133,102 +68,57 @@ def run(
     Args and errors as for `jobs.run`.
     """
     Ranks.require_alone("collapse")
-    folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
-    require_outside(folder.path, job.model)
-    folder.check()
     # Reading, loading, checking, collapse, and each measure of bias.
-    costs = Costs(total=4 + len(job.bias), shown=progress)
-    with costs.step("read data"):
+    session = Session.open(job, out, command, overwrite, progress, steps=4 + len(job.bias))
+    with session.costs.step("read data"):
         skipped = Skipped() if job.skip_bad_rows else None
         rows, _ = take_rows(job.text, job.examples, job.seed, name="text", skipped=skipped)
-    folder.inputs = {"text": json_digest(rows), **benchmark_digests(job.bias)}
-    folder.check()
-    with costs.step("load model"):
-        model, tokenizer = load_model(
-            job.model,
-            dtype=job.dtype,
-            device=job.device,
-            revision=job.revision,
-            trust_remote_code=job.trust_remote_code,
-            progress=progress,
-        )
-    costs.watch(model)
-    with costs.step("check model"):
-        folder.inputs |= model_identity(model, tokenizer)
+    session.compare({"text": json_digest(rows), **benchmark_digests(job.bias)})
+    model, tokenizer = session.load_model()
     classes = classes_of(job, tokenizer)
-    folder.inputs["words"] = json_digest(classes.to_dict())
-    folder.check()
-    given = (job.text, tokenizer, model)
+    session.compare_model(model, tokenizer, words=json_digest(classes.to_dict()))
     options = {"template": job.template, "max_length": job.max_length, "name": "text"}
-    rows = usable_rows(rows, skipped, *given, **options)
-    encoded = encode_rows(rows, *given, **options)
-    left_out = [] if skipped is None else skipped.told("text")
-    for sentence in left_out:
-        logger.warning("%s", sentence)
-    odd = rendering_cautions(encoded, [n for n, _ in rows], tokenizer, "text", job.template)
-    for caution in odd:
-        logger.warning("%s", caution)
-    try:
-        folder.claim()
-        with costs.step("neural collapse", sum(map(len, encoded))):
-            table = folder.figures(
-                "collapse",
-                lambda: measured_collapse(model, encoded, classes, job, progress),
-                FIGURES,
-            )
-        found = bias.measure(
-            model,
-            tokenizer,
-            job.bias,
-            folder,
-            "bias",
-            costs,
-            start=job.start_token,
-            seed=job.seed,
-            progress=progress,
-        )
-        told = published(job)
-        results = plain(
+    rows, examples = encode_usable(rows, skipped, job.text, tokenizer, model, **options)
+    told = [] if skipped is None else skipped.told("text")
+    told += rendering_cautions(examples, [n for n, _ in rows], tokenizer, "text", job.template)
+    session.warn(told)
+    with session.writing():
+        session.folder.claim()
+        table = collapse_figures(session, "measured", model, examples, classes)
+        found = bias.measure(session, "bias", model, tokenizer)
+        public = published(job)
+        results = session.results(
+            "FastDEAN: neural collapse on chosen words",
             {
-                "title": "FastDEAN: neural collapse on chosen words",
-                "created": now(),
-                "command": public_command(command),
-                "versions": versions(),
                 "model": describe(job.model, model),
                 "data": {
                     "text": {
-                        "source": told["text"],
-                        "examples": len(encoded),
-                        **describe_rendering(encoded, tokenizer, job.template),
+                        "source": public["text"],
+                        "examples": len(examples),
+                        **describe_rendering(examples, tokenizer, job.template),
                         **({} if skipped is None else skipped.described()),
                     }
                 },
-                "options": told,
+                "options": public,
                 "collapse": collapse_results(classes, {"measured": table}),
                 "bias": bias.results({"before": found}),
                 "findings": [collapse_sentence(classes, table), *bias.sentences(found)],
                 "warnings": [
-                    *folder.other_versions,
-                    *left_out,
-                    *odd,
+                    *session.folder.other_versions,
+                    *told,
                     *cautions.about_classes(len(classes), table),
                 ],
-                "cost": costs.steps,
+                "cost": session.costs.steps,
                 "files": {"figures": RESULTS_FILE},
                 "manifest": {
-                    "job": told,
+                    "job": public,
                     "classes": classes.to_dict(),
                     "start_token": bias.start_token(found),
                 },
-            }
+            },
         )
-        write_json_atomic(folder.path / RESULTS_FILE, results)
-        write_report(results, folder.path / REPORT_FILE)
-        folder.finish()
-        return results
-    except BaseException:
-        folder.release_if_empty()
-        raise
+        session.finish(results)
+    return results
 
 
 def classes_of(job: Any, tokenizer: Any) -> CollapseClasses:
@@ -241,14 +131,32 @@ def classes_of(job: Any, tokenizer: Any) -> CollapseClasses:
     return classes
 
 
-def measured_collapse(
+def collapse_figures(
+    session: Session,
+    state: str,
     model: nn.Module,
     examples: Sequence[Example],
     classes: CollapseClasses,
-    job: Any,
-    progress: bool,
 ) -> dict[str, Any]:
-    """The metrics of one state of a model; NC4 on the last fifth of the examples."""
+    """The metrics of one state of a model, unless an earlier call finished the step.
+
+    Args:
+        state: "measured", or of a training "before" and "after".
+    """
+    file, step = ("collapse", "neural collapse")
+    if state != "measured":
+        file, step = f"{state}-{file}", f"{step}, {state}"
+    with session.costs.step(step, sum(map(len, examples))):
+        return session.folder.figures(
+            file, lambda: _measured(session, model, examples, classes), FIGURES
+        )
+
+
+def _measured(
+    session: Session, model: nn.Module, examples: Sequence[Example], classes: CollapseClasses
+) -> dict[str, Any]:
+    """The metrics; NC4 on the last fifth of the examples."""
+    job = session.job
     held_out = max(1, round(_HELD_OUT * len(examples))) if len(examples) > 1 else 0
     metrics = collapse_metrics(
         model,
@@ -258,7 +166,7 @@ def measured_collapse(
         shift=job.shift,
         features=job.features,
         tokens_per_batch=job.tokens_per_batch,
-        progress=progress,
+        progress=session.progress,
     )
     return {
         "shift": job.shift or default_shift(model),

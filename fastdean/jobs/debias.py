@@ -8,54 +8,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastdean.collapse import CollapseClasses, CollapseRegularizer, read_word_groups
+from fastdean.collapse import CollapseClasses, CollapseRegularizer
 from fastdean.data.examples import Example
-from fastdean.debias import METHODS, Effect, fine_tune, model_card, save_model
+from fastdean.debias import Effect, fine_tune, model_card, save_model
 from fastdean.debias.course import check_counts, check_course
-from fastdean.debias.forms import require_form
 from fastdean.debias.objectives import require_method
 from fastdean.evaluation import Perplexity, compare_perplexity, perplexity
 from fastdean.files.declared import Lists, Real, Record, Whole
-from fastdean.files.provenance import now, public_command, public_name, public_source, versions
-from fastdean.files.storage import remove_folder, write_json_atomic
+from fastdean.files.provenance import public_name, public_source
+from fastdean.files.storage import remove_folder
 from fastdean.jobs import bias, cautions
 from fastdean.jobs.collapse import (
-    CONTROLS,
-    FIGURES,
-    check_seed,
     classes_of,
+    collapse_figures,
     collapse_results,
     describe,
-    measured_collapse,
 )
-from fastdean.jobs.costs import Costs
-from fastdean.jobs.coupling.results import plain
-from fastdean.jobs.folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
+from fastdean.jobs.collapse_jobs import DebiasJob
+from fastdean.jobs.folder import RESULTS_FILE
 from fastdean.jobs.inputs import benchmark_digests
 from fastdean.jobs.published import published
 from fastdean.jobs.rows import (
     NumberedRow,
     Skipped,
     content_digest,
-    encode_rows,
+    encode_usable,
     same_content,
     take_rows,
-    usable_rows,
 )
+from fastdean.jobs.session import Session
 from fastdean.models.distributed import Ranks
 from fastdean.models.forward import label_shift
-from fastdean.models.identity import json_digest, model_identity
-from fastdean.models.loading import dtype_name, load_model
-from fastdean.report import write_report
+from fastdean.models.identity import json_digest
 from fastdean.wording.digits import apart
-from fastdean.wording.log import logger
 
 # Of the rows, for the metrics; none of them is trained on.
 _MEASURED = 0.25
@@ -64,93 +56,6 @@ _FLUENCY = Record(
 )
 # Share of the steps in which the learning rate rises.
 _WARMUP = 0.1
-
-
-@dataclass(frozen=True)
-class DebiasJob:
-    """What is asked for; two jobs that are equal give equal results on one machine.
-
-    Attributes:
-        model, revision, trust_remote_code: see `loading.load_model`.
-        method, form: see `debias.fine_tune`.
-        collapse_strength: of the regulariser; 0: it measures and changes nothing.
-        data: rows to train on, see `debias.fine_tune`; None: those of the package.
-        text: rows to measure collapse on; None: a quarter of `data`, which is then not trained on.
-        words, multi_piece, control: of the classes, see `CollapseJob`.
-        statistic, live_features, mode, shift, features: see `CollapseRegularizer`.
-        steps, epochs, learning_rate, batch_size, accumulation: see `debias.fine_tune`.
-        save_every: steps between checkpoints, of which the last two are kept while it trains, and
-            the last until the model is saved.
-        dtype: see `loading.load_model`; AdamW's small steps round away in another than float32,
-            and a warning says so.
-        bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
-        start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
-        skip_bad_rows: see `Job`; of the rows that are trained on, those that cannot be read.
-        seed: of shuffles, masking, dropout, controls, permutations and bootstraps.
-    Raises:
-        ValueError: an option out of range.
-    """
-
-    model: str
-    method: str
-    collapse_strength: float = 0.0
-    data: str | None = None
-    text: str | None = None
-    words: str = "gender"
-    multi_piece: str = "skip"
-    control: str | None = None
-    statistic: str = "std"
-    live_features: bool = False
-    mode: str = "cumulative"
-    shift: str | None = None
-    features: str = "base"
-    form: str = "published"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    steps: int | None = None
-    epochs: int | None = None
-    learning_rate: float = 2e-5
-    batch_size: int = 16
-    accumulation: int = 1
-    max_length: int | None = None
-    save_every: int = 50
-    bias: tuple[str, ...] = ("bec_pro",)
-    start_token: str | int = "auto"
-    tokens_per_batch: int | None = None
-    dtype: str = "float32"
-    device: str | None = None
-    seed: int = 0
-    skip_bad_rows: bool = False
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        require_form(self.form, self.method)
-        if self.control is not None and self.control not in CONTROLS:
-            raise ValueError(
-                f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}; leave it out "
-                "to regularise the words themselves"
-            )
-        if self.control is not None and self.collapse_strength == 0:
-            raise ValueError(
-                f"control must come with a collapse_strength above 0, got {self.control!r} and 0; "
-                "without a term there are no words to control"
-            )
-        if self.live_features and self.mode == "cumulative":
-            raise ValueError(
-                "live_features must come with mode 'window' or 'batch', got 'cumulative'; the "
-                "gradient of features fades in a mean over the whole training"
-            )
-        read_word_groups(self.words)
-        check_seed(self.seed)
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        bias.check(self.bias, self.start_token)
-
-    @property
-    def source(self) -> str:
-        if self.data is not None:
-            return self.data
-        return "embedded:debias:pairs" if self.method == "mabel" else "embedded:debias"
 
 
 @dataclass
@@ -163,7 +68,7 @@ class _Prepared:
     measured_classes: CollapseClasses
     trained: list[dict[str, Any]]
     measured: list[Example]
-    identity: dict[str, str]
+    identity: dict[str, str] | None
     cautions: list[str]
 
 
@@ -180,84 +85,51 @@ def run(
     Args and errors as for `jobs.run`.
     """
     Ranks.require_alone("debias")
-    folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
-    require_outside(folder.path, job.model)
-    folder.check()
-    costs = Costs(shown=progress)
-    prepared = _prepare(job, folder, costs, progress)
-    try:
-        folder.claim()
-        states = {"before": _measure("before", prepared, job, folder, costs, progress)}
-        history = _train(prepared, job, folder, costs, progress)
-        states["after"] = _measure("after", prepared, job, folder, costs, progress)
-        found = _collect(job, command, prepared, states, history, costs, folder)
-        _save(prepared, job, folder, found, command, costs)
-        write_json_atomic(folder.path / RESULTS_FILE, found)
-        write_report(found, folder.path / REPORT_FILE)
-        folder.finish()
+    session = Session.open(job, out, command, overwrite, progress)
+    prepared = _prepare(session)
+    with session.writing():
+        session.folder.claim()
+        states = {"before": _measure("before", prepared, session)}
+        history = _train(prepared, session)
+        states["after"] = _measure("after", prepared, session)
+        results = _collect(prepared, states, history, session)
+        _save(prepared, results, session)
+        session.finish(results)
         # Three times the model in size, and of no use once the model is saved.
         with suppress(OSError):
-            remove_folder(folder.training)
-        return found
-    except BaseException:
-        folder.release_if_empty()
-        raise
+            remove_folder(session.folder.training)
+    return results
 
 
-def _prepare(job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool) -> _Prepared:
-    with costs.step("read data"):
+def _prepare(session: Session[DebiasJob]) -> _Prepared:
+    job = session.job
+    with session.costs.step("read data"):
         skipped = {name: Skipped() for name in ("data", "text") if job.skip_bad_rows}
         trained, measured = _split(job, skipped)
     name, source = ("data", job.source) if job.text is None else ("text", job.text)
     texts = _numbered_texts(measured, source, name)
-    folder.inputs = {
-        "data": json_digest(trained),
-        "text": json_digest(measured),
-        **benchmark_digests(job.bias),
-    }
-    folder.check()
-    with costs.step("load model"):
-        model, tokenizer = load_model(
-            job.model,
-            dtype=job.dtype,
-            device=job.device,
-            revision=job.revision,
-            trust_remote_code=job.trust_remote_code,
-            progress=progress,
-        )
-    costs.watch(model)
+    digests = {"data": json_digest(trained), "text": json_digest(measured)}
+    session.compare({**digests, **benchmark_digests(job.bias)})
+    model, tokenizer = session.load_model()
     # Collapse, each measure of bias and a causal model's perplexity, before and after.
-    costs.total = 5 + 2 * (1 + len(job.bias) + label_shift(model))
+    session.costs.total = 5 + 2 * (1 + len(job.bias) + label_shift(model))
     model.requires_grad_(True)
-    with costs.step("check model"):
-        identity = model_identity(model, tokenizer)
-        folder.inputs |= identity
     classes = classes_of(job, tokenizer)
     measured_classes = CollapseClasses.from_words(tokenizer, job.words, multi_piece=job.multi_piece)
-    folder.inputs["words"] = json_digest([classes.to_dict(), measured_classes.to_dict()])
-    folder.check()
+    words = json_digest([classes.to_dict(), measured_classes.to_dict()])
+    identity = session.compare_model(model, tokenizer, words=words)
     # Refused now, and not after the first measurements.
     require_method(model, job.method)
     check_counts(save_every=job.save_every, max_length=job.max_length)
     check_course(warmup=_WARMUP, seed=job.seed, **_course(job))
     _regularizer(model, classes, job).remove()
     options = {"max_length": job.max_length, "name": name}
-    texts = usable_rows(texts, skipped.get(name), source, tokenizer, model, **options)
-    contents = {"data": content_digest(trained), "text": content_digest(measured)}
-    left_out = same_content(contents)
-    left_out += [sentence for name, rows in skipped.items() for sentence in rows.told(name)]
-    for sentence in left_out:
-        logger.warning("%s", sentence)
-    return _Prepared(
-        model,
-        tokenizer,
-        classes,
-        measured_classes,
-        [row for _, row in trained],
-        encode_rows(texts, source, tokenizer, model, **options),
-        identity,
-        left_out,
-    )
+    _, examples = encode_usable(texts, skipped.get(name), source, tokenizer, model, **options)
+    told = same_content({"data": content_digest(trained), "text": content_digest(measured)})
+    told += [sentence for name, rows in skipped.items() for sentence in rows.told(name)]
+    session.warn(told)
+    rows = [row for _, row in trained]
+    return _Prepared(model, tokenizer, classes, measured_classes, rows, examples, identity, told)
 
 
 def _split(
@@ -302,22 +174,15 @@ def _texts(row: Mapping[str, Any]) -> list[str]:
     return [row[key] for key in ("text", "premise", "hypothesis") if isinstance(row.get(key), str)]
 
 
-def _measure(
-    state: str,
-    prepared: _Prepared,
-    job: DebiasJob,
-    folder: RunFolder,
-    costs: Costs,
-    progress: bool,
-) -> dict[str, Any]:
+def _measure(state: str, prepared: _Prepared, session: Session[DebiasJob]) -> dict[str, Any]:
     """Collapse on the words (not on their control), bias, and perplexity of a causal model."""
     model, examples = prepared.model, prepared.measured
 
-    def collapse() -> dict[str, Any]:
-        return measured_collapse(model, examples, prepared.measured_classes, job, progress)
-
     def fluency() -> dict[str, Any]:
-        options = {"tokens_per_batch": job.tokens_per_batch, "progress": progress}
+        options = {
+            "tokens_per_batch": session.job.tokens_per_batch,
+            "progress": session.progress,
+        }
         found = perplexity(model, examples, **options)
         return {
             "value": found.value,
@@ -325,30 +190,20 @@ def _measure(
             "token_counts": found.token_counts.tolist(),
         }
 
-    with costs.step(f"neural collapse, {state}", sum(map(len, examples))):
-        found = {"collapse": folder.figures(f"{state}-collapse", collapse, FIGURES)}
-    found["bias"] = bias.measure(
-        model,
-        prepared.tokenizer,
-        job.bias,
-        folder,
-        state,
-        costs,
-        start=job.start_token,
-        seed=job.seed,
-        progress=progress,
-    )
+    found = {
+        "collapse": collapse_figures(session, state, model, examples, prepared.measured_classes),
+        "bias": bias.measure(session, state, model, prepared.tokenizer),
+    }
     if label_shift(model) == 1:
-        with costs.step(f"perplexity, {state}", sum(map(len, examples))):
-            found["perplexity"] = folder.figures(f"{state}-perplexity", fluency, _FLUENCY)
+        with session.costs.step(f"perplexity, {state}", sum(map(len, examples))):
+            found["perplexity"] = session.folder.figures(f"{state}-perplexity", fluency, _FLUENCY)
     return found
 
 
-def _train(
-    prepared: _Prepared, job: DebiasJob, folder: RunFolder, costs: Costs, progress: bool
-) -> list[dict[str, Any]]:
+def _train(prepared: _Prepared, session: Session[DebiasJob]) -> list[dict[str, Any]]:
+    job = session.job
     with (
-        costs.step("training"),
+        session.costs.step("training"),
         _regularizer(prepared.model, prepared.classes, job) as regularizer,
     ):
         return fine_tune(
@@ -361,10 +216,10 @@ def _train(
             max_length=job.max_length,
             warmup=_WARMUP,
             seed=job.seed,
-            out=folder.training,
+            out=session.folder.training,
             identity=prepared.identity,
             save_every=job.save_every,
-            progress=progress,
+            progress=session.progress,
             **_course(job),
         )
 
@@ -388,25 +243,19 @@ def _regularizer(model: nn.Module, classes: CollapseClasses, job: DebiasJob) -> 
 
 
 def _collect(
-    job: DebiasJob,
-    command: str,
     prepared: _Prepared,
     states: Mapping[str, Mapping[str, Any]],
     history: Sequence[Mapping[str, Any]],
-    costs: Costs,
-    folder: RunFolder,
+    session: Session[DebiasJob],
 ) -> dict[str, Any]:
+    job, public = session.job, published(session.job)
     table = bias.results({state: found["bias"] for state, found in states.items()})
     collapse = collapse_results(
         prepared.measured_classes, {state: found["collapse"] for state, found in states.items()}
     )
-    told = published(job)
-    return plain(
+    return session.results(
+        "FastDEAN: a debiased model, before and after",
         {
-            "title": "FastDEAN: a debiased model, before and after",
-            "created": now(),
-            "command": public_command(command),
-            "versions": versions(),
             "model": describe(job.model, prepared.model),
             "data": {
                 "training": {
@@ -414,11 +263,11 @@ def _collect(
                     "examples": len(prepared.trained),
                 },
                 "measuring": {
-                    "source": told["text"] or f"{public_source(job.source)}, other rows",
+                    "source": public["text"] or f"{public_source(job.source)}, other rows",
                     "examples": len(prepared.measured),
                 },
             },
-            "options": told,
+            "options": public,
             "collapse": collapse,
             "bias": table,
             "training": {
@@ -435,7 +284,7 @@ def _collect(
                 *_perplexity_change(states),
             ],
             "warnings": [
-                *folder.other_versions,
+                *session.folder.other_versions,
                 *prepared.cautions,
                 *cautions.about_classes(
                     len(prepared.measured_classes), states["before"]["collapse"]
@@ -443,21 +292,15 @@ def _collect(
                 *cautions.about_precision(prepared.model),
                 *cautions.about_regularizer(job.collapse_strength, job.control, history),
             ],
-            "cost": costs.steps,
+            "cost": session.costs.steps,
             "files": {"model": "model", "figures": RESULTS_FILE},
-            "manifest": _manifest(job, prepared, states),
-        }
+            "manifest": {
+                "job": public,
+                "classes": prepared.classes.to_dict(),
+                "start_token": bias.start_token(states["before"]["bias"]),
+            },
+        },
     )
-
-
-def _manifest(
-    job: DebiasJob, prepared: _Prepared, states: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    return {
-        "job": published(job),
-        "classes": prepared.classes.to_dict(),
-        "start_token": bias.start_token(states["before"]["bias"]),
-    }
 
 
 def _regularised(job: DebiasJob, classes: CollapseClasses) -> str:
@@ -500,14 +343,8 @@ def _perplexity_change(states: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _save(
-    prepared: _Prepared,
-    job: DebiasJob,
-    folder: RunFolder,
-    results: Mapping[str, Any],
-    command: str,
-    costs: Costs,
-) -> None:
+def _save(prepared: _Prepared, results: dict[str, Any], session: Session[DebiasJob]) -> None:
+    job = session.job
     effects = [
         Effect(
             f"{name}, {row['unit']}",
@@ -527,12 +364,12 @@ def _save(
         strength=job.collapse_strength or None,
         data=f"{public_source(job.source)}, {len(prepared.trained)} rows",
         regularised=_regularised(job, prepared.classes),
-        command=public_command(command),
+        command=results["command"],
         effects=effects,
     )
-    with costs.step("save"):
+    with session.costs.step("save"):
         save_model(
-            folder.model,
+            session.folder.model,
             prepared.model,
             prepared.tokenizer,
             card=card,

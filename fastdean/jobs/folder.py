@@ -41,7 +41,9 @@ from fastdean.files.declared import (
 )
 from fastdean.files.provenance import versions
 from fastdean.files.storage import (
+    check_free,
     holds_only,
+    is_empty,
     is_temporary,
     real_place,
     remove_folder,
@@ -314,6 +316,21 @@ def check_place(path: Path, name: str) -> None:
             f"{name} must be a folder that can be written to, got {str(path)!r}: no permission in "
             f"{str(place)!r}"
         )
+
+
+def require_free(out: Path, overwrite: bool, may_replace: Callable[[Path], bool]) -> None:
+    """Before the work, not after: raise ValueError unless a new folder may come to stand at `out`.
+
+    Args:
+        may_replace: whether `overwrite` may replace the folder that is there.
+    """
+    check_place(out, "out")
+    if not overwrite and out.exists() and not is_empty(real_place(out, "out")):
+        raise ValueError(
+            f"out must be a new or empty folder, got {str(out)!r}, which has files in it; choose "
+            "another or pass --overwrite"
+        )
+    check_free(out, overwrite=overwrite, may_replace=may_replace, name="out")
 
 
 def _kept_figures(file: Path, step: str, kind: Kind) -> dict[str, Any] | None:

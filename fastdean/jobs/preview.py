@@ -12,7 +12,7 @@ from fastdean.data.rendering import (
     rendering_cautions,
     show_example,
 )
-from fastdean.jobs.rows import Skipped, encode_rows, take_rows, usable_rows
+from fastdean.jobs.rows import Skipped, encode_usable, take_rows
 from fastdean.models.loading import load_tokenizer
 
 
@@ -45,11 +45,9 @@ def preview(sources: Mapping[str, str], job: Any) -> dict[str, Any]:
     for name, source in sources.items():
         skipped = Skipped() if job.skip_bad_rows else None
         rows, _ = take_rows(source, job.examples, job.seed, name=name, skipped=skipped)
-        given = (source, tokenizer, None)
         options = {"template": job.template, "max_length": job.max_length, "name": name}
-        rows = usable_rows(rows, skipped, *given, **options)
+        rows, encoded = encode_usable(rows, skipped, source, tokenizer, None, **options)
         numbers = [number for number, _ in rows]
-        encoded = encode_rows(rows, *given, **options)
         warnings += [] if skipped is None else skipped.told(name)
         examples[name] = shown(source, numbers[0], encoded[0], tokenizer)
         data[name] = describe_rendering(encoded, tokenizer, job.template)

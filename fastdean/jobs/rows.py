@@ -18,7 +18,8 @@ from torch import nn
 
 from fastdean.data.examples import Example, encode
 from fastdean.data.skipped import Skipped
-from fastdean.data.sources import BadRow, numbered_rows, sample_rows
+from fastdean.data.sources import BadRow, asks_the_hub, numbered_rows, sample_rows
+from fastdean.files.hub import is_unreachable
 from fastdean.jobs.coupling.job import Job
 from fastdean.models.forward import label_shift
 from fastdean.models.model_state import max_tokens
@@ -74,7 +75,7 @@ def take_rows(
         name: of the argument that names the source, for messages.
         skipped: gets the rows that cannot be read; None: the first of them is an error.
     """
-    with _named(name):
+    with _named(name), _one_request(source):
         numbered = numbered_rows(source, None if skipped is None else skipped.rows)
     if count is not None and count > len(numbered):
         logger.warning(
@@ -118,6 +119,14 @@ def encode_rows(
         ]
     except ValueError as error:
         raise ValueError(f"{name} {source!r}: {error}{_or_skip(error)}") from None
+
+
+def encode_usable(
+    rows: Sequence[NumberedRow], skipped: Skipped | None, *arguments: Any, **options: Any
+) -> tuple[list[NumberedRow], list[Example]]:
+    """The rows that `usable_rows` leaves, and their examples; arguments as for `encode_rows`."""
+    usable = usable_rows(rows, skipped, *arguments, **options)
+    return usable, encode_rows(usable, *arguments, **options)
 
 
 def usable_rows(
@@ -174,6 +183,23 @@ def _named(name: str) -> Iterator[None]:
     except ValueError as error:
         text = re.sub(r"^source\b", name, str(error))
         raise ValueError(f"{text}{_or_skip(error)}") from None
+
+
+@contextmanager
+def _one_request(source: str) -> Iterator[None]:
+    """If the hub cannot be reached, ask its cache alone: the libraries retry for half a minute."""
+    if not (asks_the_hub(source) and is_unreachable()):
+        yield
+        return
+    from huggingface_hub import constants
+
+    # What the environment variable sets; it is read at every request.
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _fitting(

@@ -79,6 +79,7 @@ def patch_checkpoint(
     *,
     overwrite: bool = False,
     follow_links: bool = False,
+    card: str | None = None,
 ) -> PatchResult:
     """Copy a Hugging Face folder to `out` with the mask applied to the files it is loaded from.
 
@@ -99,6 +100,7 @@ def patch_checkpoint(
         overwrite: replace an earlier output of this function that holds nothing else.
         follow_links: follow links that lead out of `source`, too. They are refused otherwise: what
             they lead to need not be part of the model, and the copy may be published.
+        card: the README.md of the copy; that of the source then is called README.source.md.
     Raises:
         ValueError: a folder or file that is missing, truncated, foreign or quantised; names,
             shapes or values of another model, or of one patched already; a link that leads out of
@@ -129,7 +131,12 @@ def patch_checkpoint(
             unpatched_files=_other_weights(digests, weight_files(source)),
         )
         manifest = _manifest(source, mask, edits, result)
-        storage.write_json_atomic(folder / PATCH_NAME, {**manifest, "sha256": digests})
+        (folder / PATCH_NAME).unlink(missing_ok=True)
+        digests.pop(PATCH_NAME, None)
+        if card is not None:
+            _write_card(folder, card, digests)
+        manifest["sha256"] = dict(sorted(digests.items()))
+        storage.write_json_atomic(folder / PATCH_NAME, manifest)
     return result
 
 
@@ -442,6 +449,16 @@ def _require_own(found: Path, source: Path, follow_links: bool) -> None:
             f"{str(real)!r}; remove the link, or pass follow_links=True (--follow-links) if it is "
             "part of the model"
         )
+
+
+def _write_card(folder: Path, card: str, digests: dict[str, str]) -> None:
+    readme, of_source = folder / "README.md", folder / "README.source.md"
+    # What was patched before has the first source's card under that name.
+    if readme.is_file() and not of_source.exists():
+        readme.rename(of_source)
+        digests[of_source.name] = digests[readme.name]
+    storage.write_text_atomic(readme, card)
+    digests |= storage.listed(folder, [readme.name])
 
 
 def _other_weights(names: Iterable[str], patched: list[str]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import tiny_models
@@ -26,7 +27,8 @@ from fastdean import cli
 from fastdean.cli import running
 from fastdean.cli.flags import in_flags
 from fastdean.jobs import run as run_job
-from fastdean.jobs.coupling.job import Job
+from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
+from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import RunFolder
 from fastdean.masks import NeuronMask
 
@@ -49,9 +51,9 @@ def run_folder(place, tmp_path_factory):
     return out
 
 
-def call(*args):
+def call(*args, **options):
     """A command of the line in this process: exit_code, stdout, stderr."""
-    result = CliRunner().invoke(cli.app, [str(arg) for arg in args])
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], **options)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -111,6 +113,35 @@ def test_a_bad_source_is_one_line_and_writes_nothing(place, tmp_path, monkeypatc
     refused_lines = [x for x in result.stderr.splitlines() if "fewer than the" not in x]
     assert result.exit_code == 2 and len(refused_lines) == 1 and text in refused_lines[0]
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [("lab/rows", True), ("beavertails:privacy", True), ("embedded:privacy", False), (None, False)],
+)
+def test_a_hub_that_cannot_be_reached_is_asked_once(place, tmp_path, monkeypatch, source, asked):
+    """Left to themselves the libraries try six times."""
+    import datasets
+    from huggingface_hub import constants
+
+    tried, seen = [], []
+
+    def is_unreachable():
+        tried.append(source)
+        return True
+
+    def load_dataset(*_, **__):
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("fastdean.jobs.rows.is_unreachable", is_unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    options = ("--model", tmp_path / "no", "--data", source or place["privacy"])
+    result = call("score", *options, "--out", tmp_path / "out", "--examples", "5")
+    refused(result, "got: no network" if asked else "--model must be an existing folder")
+    assert tried == [source] * asked and seen == [True] * asked
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def bad_models(tmp_path, place):
@@ -206,7 +237,7 @@ def test_an_error_names_the_flag_of_the_source_it_is_about(place, run_folder, tm
         result = call(command, model, place["model"], "--mask", nowhere, "--out", out)
         refused(result, f"fastdean: --mask {wanted}")
     result = call("patch", "--checkpoint", nowhere, "--mask", run_folder / "mask", "--out", out)
-    refused(result, "fastdean: --checkpoint must be a local folder")
+    refused(result, "fastdean: --checkpoint must be a local folder of a checkpoint")
     result = call("run", *sources(place, privacy="nowhere.csv"), "--out", out, *OPTIONS)
     refused(result, "fastdean: --privacy must be an existing file")
     refused(call("run", *sources(place), *OPTIONS), "fastdean: --out must be a path, got none")
@@ -294,8 +325,6 @@ def test_a_folder_with_other_files_is_refused_and_kept(
         "apply": ["--model", place["model"], "--mask", run_folder / "mask"],
         "patch": ["--checkpoint", place["model"], "--mask", run_folder / "mask"],
     }
-    if command == "apply" and overwrite:
-        return
     result = call(command, *arguments[command], "--out", out, *overwrite)
     refused(result, "out must be a ")
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
@@ -327,14 +356,14 @@ def test_a_revision_of_no_model_is_refused(run_folder, tmp_path):
 
 
 def test_score_records_the_revision(place, tmp_path, monkeypatch):
-    from fastdean.models import loading
+    from fastdean.jobs import session
 
-    real = loading.load_model
+    real = session.load_model
 
     def load_model(name, *, revision, **options):
         return real(name, **options)
 
-    monkeypatch.setattr(loading, "load_model", load_model)
+    monkeypatch.setattr(session, "load_model", load_model)
     result = call(
         "score", "--model", place["model"], "--data", place["privacy"], "--out", tmp_path / "s",
         "--revision", "v2", "--quiet", "--json",
@@ -393,7 +422,7 @@ def test_score_refuses_a_used_folder_before_the_model_is_loaded(place, tmp_path,
     def load_model(*args, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("fastdean.models.loading.load_model", load_model)
+    monkeypatch.setattr("fastdean.jobs.session.load_model", load_model)
     out = write_foreign(tmp_path / "out")
     refused(
         call("score", "--model", place["model"], "--data", place["privacy"], "--out", out),
@@ -488,6 +517,80 @@ def test_apply_and_patch_give_the_same_tensors(place, run_folder, tmp_path):
         == len(NeuronMask.from_pretrained(mask))
     )
     assert (tmp_path / "a" / "tokenizer.json").is_file()
+
+
+def publish(cache, repo, folder):
+    """A folder as a download of the hub's repository leaves it in the cache."""
+    commit = "5" * 40
+    home = cache / f"models--{repo.replace('/', '--')}"
+    (home / "snapshots" / commit).mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    shutil.copytree(folder, home / "blobs")
+    for file in (home / "blobs").iterdir():
+        (home / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{file.name}")
+
+
+EDITORS = [("apply", "--model"), ("patch", "--checkpoint")]
+
+
+@pytest.mark.parametrize(("command", "option"), EDITORS)
+def test_models_and_masks_of_the_hub_are_edited(
+    place, run_folder, tmp_path, monkeypatch, command, option
+):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    publish(tmp_path / "cache", "lab/model", place["model"])
+    publish(tmp_path / "cache", "lab/mask", run_folder / "mask")
+    hub = (command, option, "lab/model", "--mask", "lab/mask", "--revision", "main")
+    result = call(*hub, "--out", tmp_path / "hub")
+    assert result.exit_code == 0, result.stderr
+    local = (command, option, place["model"], "--mask", run_folder / "mask")
+    assert call(*local, "--out", tmp_path / "local").exit_code == 0
+    hub, local = (tmp_path / name / "model.safetensors" for name in ("hub", "local"))
+    assert hub.read_bytes() == local.read_bytes()
+    card = (hub.parent / "README.md").read_text("utf-8")
+    assert card.startswith('---\nlibrary_name: transformers\nbase_model: "lab/model"\n')
+    assert "base_model" not in (local.parent / "README.md").read_text("utf-8")
+    result = call(command, option, "nobody/no", "--mask", run_folder / "mask", "--out", "out")
+    refused(result, f"fastdean: {option} must be a ")
+    assert "reachable hub id" in result.stderr and "'nobody/no'" in result.stderr
+
+
+@pytest.mark.parametrize(("command", "option"), EDITORS)
+def test_an_edited_model_comes_with_a_card(place, run_folder, tmp_path, command, option):
+    model = shutil.copytree(place["model"], tmp_path / "model")
+    (model / "README.md").write_text("the model's own card", "utf-8")
+    out, mask = tmp_path / "out", run_folder / "mask"
+    result = call(command, option, model, "--mask", mask, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    card = (out / "README.md").read_text("utf-8")
+    weights = len(NeuronMask.from_pretrained(mask))
+    assert f"`model` with {weights:,} of its weights set to zero" in card
+    assert str(tmp_path) not in card and "**Content warning.**" in card
+    kept = out / "README.source.md"
+    # What is loaded and saved anew takes no file of the folder along.
+    assert kept.exists() == (command == "patch")
+    assert command == "apply" or kept.read_text("utf-8") == "the model's own card"
+    listed = json.loads((out / "fastdean_patch.json").read_text("utf-8"))["sha256"]
+    assert listed.keys() == {file.name for file in out.iterdir()} - {"fastdean_patch.json"}
+
+
+def test_an_edited_model_is_replaced_by_another_edit_and_no_other_folder_is(
+    place, run_folder, tmp_path
+):
+    out = tmp_path / "out"
+    for (command, option), overwrite in zip(EDITORS * 2, [False, True, True, True], strict=True):
+        arguments = (command, option, place["model"], "--mask", run_folder / "mask", "--out", out)
+        if overwrite:
+            refused(call(*arguments), "which has files in it; choose another or pass --overwrite")
+        assert call(*arguments, *(["--overwrite"] if overwrite else [])).exit_code == 0
+    (out / "notes.txt").write_text("mine")
+    for command, option in EDITORS:
+        arguments = (command, option, place["model"], "--mask", run_folder / "mask", "--out", out)
+        refused(call(*arguments, "--overwrite"), "out must be a ")
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_apply_says_where_a_model_was_masked_already(place, run_folder, tmp_path):
@@ -729,6 +832,17 @@ def test_help_teaches_with_an_example(command):
     assert f"Example: fastdean {command}" in plain(result.stdout)
 
 
+@pytest.mark.parametrize(
+    ("command", "job"),
+    [("run", Job), ("score", ScoreJob), ("collapse", CollapseJob), ("debias", DebiasJob)],
+)
+def test_every_field_of_a_job_is_an_option_with_its_help(command, job):
+    text = plain(call(command, "--help", env={"COLUMNS": "999"}).stdout)
+    for name, hint in get_type_hints(job, include_extras=True).items():
+        (said,) = hint.__metadata__
+        assert re.search(rf" --{name.replace('_', '-')} +\S+ +{re.escape(said.text)} ", text), name
+
+
 def test_help_tells_the_exit_codes():
     text = plain(call("--help").stdout)
     for said in (
@@ -927,8 +1041,7 @@ def test_a_preview_shows_an_example_of_each_source_and_does_nothing_else(
     def load_model(*args, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("fastdean.models.loading.load_model", load_model)
-    monkeypatch.setattr("fastdean.jobs.coupling.steps.load_model", load_model)
+    monkeypatch.setattr("fastdean.jobs.session.load_model", load_model)
     chats = [{"text": f"w{n} \x1b[31m w2"} for n in range(5)]
     odd = write_jsonl(tmp_path / "odd.jsonl", chats)
     options = {

@@ -23,7 +23,7 @@ from fastdean.cli import commands
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.sets import RULES
 from fastdean.jobs import folder as run_folder
-from fastdean.jobs import run
+from fastdean.jobs import run, session
 from fastdean.jobs.collapse import CollapseJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling import measuring, steps
@@ -105,7 +105,7 @@ def nothing_loaded(monkeypatch):
     def load_model(*args, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(steps, "load_model", load_model)
+    monkeypatch.setattr(session, "load_model", load_model)
 
 
 def test_a_run_writes_its_parts_and_its_results(measured):
@@ -215,8 +215,8 @@ def test_an_interrupt_while_measuring_restores_the_model_and_loses_nothing(
 FAILING_WRITES = {
     "scores": ("fastdean.files.storage._write_shard", "scores"),
     "mask": ("fastdean.files.storage._write_shard", "mask"),
-    "results": ("fastdean.jobs.coupling.steps.write_json_atomic", "results.json"),
-    "report": ("fastdean.jobs.coupling.steps.write_report", "report.html"),
+    "results": ("fastdean.jobs.session.write_json_atomic", "results.json"),
+    "report": ("fastdean.jobs.session.write_report", "report.html"),
 }
 
 
@@ -285,14 +285,14 @@ def test_weights_that_are_offloaded_are_refused_before_anything_is_scored(
     """Masks are applied to weights in memory; the device "auto" may leave some elsewhere."""
     from accelerate import cpu_offload
 
-    real = steps.load_model
+    real = session.load_model
 
     def load_model(*args, **options):
         model, tokenizer = real(*args, **options)
         cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
         return model, tokenizer
 
-    monkeypatch.setattr(steps, "load_model", load_model)
+    monkeypatch.setattr(session, "load_model", load_model)
     with pytest.raises(
         ValueError,
         match=r"device must hold .* offloads 3 of 6 matrices, such as model\.layers\.1\..*; use a",
@@ -302,13 +302,13 @@ def test_weights_that_are_offloaded_are_refused_before_anything_is_scored(
 
 
 def test_the_revision_of_the_model_is_loaded_and_recorded(place, tmp_path, monkeypatch):
-    real, asked = steps.load_model, []
+    real, asked = session.load_model, []
 
     def load_model(name, *, revision, **options):
         asked.append(revision)
         return real(name, **options)
 
-    monkeypatch.setattr(steps, "load_model", load_model)
+    monkeypatch.setattr(session, "load_model", load_model)
     results = run(Job(**place, **QUICK, revision="v2"), tmp_path / "run", progress=False)
     assert asked == ["v2"]
     assert results["model"]["revision"] == results["manifest"]["job"]["revision"] == "v2"
@@ -881,7 +881,7 @@ def test_one_call_does_what_the_command_does(place, finished, tmp_path):
 
 def test_the_call_has_the_arguments_of_the_command():
     call = inspect.signature(fastdean.run).parameters
-    command = inspect.signature(commands.run.__wrapped__).parameters
+    command = inspect.signature(commands.run).parameters
     shown = {"preview", "quiet", "as_json"}
     assert {*call} - {"progress"} == {*command} - shown
     for name in {*call} - {"progress", "out"}:

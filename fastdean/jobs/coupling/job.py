@@ -1,13 +1,12 @@
-"""What the main job is asked to do."""
+"""What the main job, and the scoring of one data set, are asked to do."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from fastdean.coupling.sets import DEFAULT_RATIO, RULES, SCOPES
-from fastdean.data.examples import TEMPLATES
-from fastdean.masks.entries import checked_scale
-from fastdean.models.loading import dtype_name
+from fastdean.jobs import options
+from fastdean.jobs.options import SOURCE_HELP, Help
 
 DATA_SETS = ("fairness", "privacy", "general")
 
@@ -18,7 +17,7 @@ _CURVE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What is asked for; two runs with equal jobs give equal results.
 
@@ -27,42 +26,47 @@ class Job:
         fairness, privacy, general: see `sources.load_rows`.
         ratio: share of a matrix's entries in each top set; None: 5e-7 for weights, 1e-3 for units.
         rule, scope, min_k: see `coupling.couple`.
-        scale: what the weights of the masks are multiplied by.
         examples: rows of each source that are scored; None: all.
         eval_examples: rows, of other prompts than these where there are any, that are measured on.
-        skip_bad_rows: leave out rows that cannot be read or encoded, and count them, rather than
-            refuse the first.
-        seed: of the shuffles, the random control, permutations and bootstraps.
+        memory_budget: in bytes; see `fastdean.score`.
     Raises:
-        ValueError, TypeError: an option out of range; found here rather than after hours of work.
+        ValueError, TypeError: an option out of range; raised here rather than after hours of work.
     """
 
-    model: str
-    fairness: str
-    privacy: str
-    general: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    ratio: float | None = None
-    rule: str = "paper"
-    granularity: str = "weight"
-    target_modules: str = "mlp"
-    scope: str = "matrix"
-    min_k: int = 0
-    scale: float = 0.0
-    examples: int | None = 128
-    eval_examples: int = 64
-    template: str | None = None
-    max_length: int | None = None
-    tokens_per_batch: int | None = None
-    memory_budget: int | None = None
-    deterministic: bool = False
-    dtype: str = "auto"
-    device: str | None = None
-    seed: int = 0
-    skip_bad_rows: bool = False
+    model: options.Model
+    fairness: Annotated[str, Help(f"SRC of fairness rows: {SOURCE_HELP}.")]
+    privacy: Annotated[str, Help("SRC of privacy rows.")]
+    general: Annotated[str, Help("SRC of general instruction rows, to be spared.")]
+    revision: options.Revision = None
+    trust_remote_code: options.TrustRemoteCode = False
+    ratio: options.Ratio = None
+    rule: options.Rule = "paper"
+    examples: options.Examples = 128
+    eval_examples: Annotated[
+        int, Help("Other rows of each source to measure on; 0 measures nothing.")
+    ] = 64
+    granularity: options.Granularity = "weight"
+    target_modules: options.TargetModules = "mlp"
+    scope: options.Scope = "matrix"
+    min_k: options.MinK = 0
+    scale: options.Scale = 0.0
+    skip_bad_rows: options.SkipBadRows = False
+    template: options.Template = None
+    max_length: options.MaxLength = None
+    tokens_per_batch: options.TokensPerBatch = None
+    memory_budget: options.MemoryBudget = None
+    deterministic: options.Deterministic = False
+    dtype: options.Dtype = "auto"
+    device: options.Device = None
+    seed: options.Seed = 0
 
     def __post_init__(self) -> None:
+        # Not above: the command line reads the fields before it loads torch.
+        from fastdean.coupling.sets import DEFAULT_RATIO, RULES, SCOPES
+        from fastdean.data.examples import TEMPLATES
+        from fastdean.masks.entries import checked_scale
+        from fastdean.models.loading import dtype_name
+
         for name, allowed in (
             ("rule", tuple(RULES)),
             ("granularity", tuple(DEFAULT_RATIO)),
@@ -91,9 +95,45 @@ class Job:
 
     @property
     def effective_ratio(self) -> float:
+        from fastdean.coupling.sets import DEFAULT_RATIO
+
         return DEFAULT_RATIO[self.granularity] if self.ratio is None else self.ratio
 
     @property
     def curve(self) -> list[float]:
         """The ratios at which the overlap is shown, the job's own among them."""
         return sorted({*_CURVE[self.granularity], self.effective_ratio})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob:
+    """What is scored; see `fastdean.score` and `Job`.
+
+    Raises:
+        ValueError: `keep_top` out of range.
+    """
+
+    model: options.Model
+    data: Annotated[str, Help(f"SRC: {SOURCE_HELP}.")]
+    revision: options.Revision = None
+    trust_remote_code: options.TrustRemoteCode = False
+    examples: options.Examples = 128
+    granularity: options.Granularity = "weight"
+    target_modules: options.TargetModules = "mlp"
+    keep_top: Annotated[
+        float, Help("Keep only this share of each matrix; 1 keeps all, with its size.")
+    ] = 1e-3
+    skip_bad_rows: options.SkipBadRows = False
+    template: options.Template = None
+    max_length: options.MaxLength = None
+    tokens_per_batch: options.TokensPerBatch = None
+    memory_budget: options.MemoryBudget = None
+    deterministic: options.Deterministic = False
+    dtype: options.Dtype = "auto"
+    device: options.Device = None
+    seed: options.Seed = 0
+
+    def __post_init__(self) -> None:
+        from fastdean.coupling.scores import check_keep_top
+
+        check_keep_top(self.keep_top)

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 from torch import nn
 
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.sets import overlap
-from fastdean.files.provenance import now, public_command, versions
 from fastdean.jobs.coupling.findings import findings
 from fastdean.jobs.coupling.job import DATA_SETS, Job
 from fastdean.jobs.folder import RESULTS_FILE
 from fastdean.jobs.published import published
 from fastdean.jobs.rows import SplitRows
+from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
 from fastdean.models.forward import label_shift
 
 
 def collect(
-    job: Job,
-    command: str,
+    session: Session[Job],
     scores: Mapping[str, Scores],
     mask: NeuronMask,
     tables: Mapping[str, Any],
     warnings: list[str],
-    cost: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The content of results.json.
 
@@ -35,16 +32,12 @@ def collect(
         scores: by data set.
         mask: of the job's rule.
         tables: of `measuring.measure`.
-        cost: of each step, see `costs.Costs`.
     """
+    job = session.job
     fairness, privacy, general = (scores[name] for name in DATA_SETS)
     coverage = fairness.manifest["coverage"]
     told = published(job)
-    results = {
-        "title": "FastDEAN: coupled fairness and privacy weights",
-        "created": now(),
-        "command": public_command(command),
-        "versions": versions(),
+    own = {
         "model": {**fairness.manifest["model"], "name": told["model"]},
         "data": {
             name: {"source": told[name], **scores[name].manifest["data"]} for name in DATA_SETS
@@ -54,7 +47,7 @@ def collect(
         "coupling": {"rows": mask.table, "total": _total(mask.table)},
         **tables,
         "warnings": warnings,
-        "cost": cost,
+        "cost": session.costs.steps,
         "files": {
             "mask": "mask",
             "control masks": "controls",
@@ -64,8 +57,9 @@ def collect(
         "manifest": {"job": told, "mask": mask.manifest},
     }
     if job.scope == "matrix":
-        results["overlap"] = overlap(fairness, privacy, general=general, ratios=job.curve)
-    return plain(results | {"findings": findings(results)})
+        own["overlap"] = overlap(fairness, privacy, general=general, ratios=job.curve)
+    own["findings"] = findings(own)
+    return session.results("FastDEAN: coupled fairness and privacy weights", own)
 
 
 def _total(table: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -129,14 +123,3 @@ def _about_rows(job: Job, rows: Mapping[str, SplitRows]) -> Iterator[str]:
             )
         if rows[name].measured and not rows[name].held_out:
             yield (f"The {name} rows that were measured on are scored ones: no others were left.")
-
-
-def plain(value: Any) -> Any:
-    """JSON has no NaN and no tuples; what is not a number is null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not isfinite(value):
-        return None
-    return value

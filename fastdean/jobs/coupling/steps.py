@@ -7,7 +7,7 @@ figures in `measuring`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from logging import LogRecord
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,15 @@ from fastdean.data.rendering import (
     rendering_cautions,
 )
 from fastdean.files.provenance import public_source
-from fastdean.files.storage import write_json_atomic
-from fastdean.jobs.costs import Costs
-from fastdean.jobs.coupling import results
 from fastdean.jobs.coupling.job import DATA_SETS, Job
 from fastdean.jobs.coupling.measuring import TOPICS, MeasuringSet, measure
-from fastdean.jobs.folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
+from fastdean.jobs.coupling.results import collect, warnings_about
+from fastdean.jobs.coupling.scoring import note_origin
 from fastdean.jobs.preview import shown
 from fastdean.jobs.rows import NumberedRow, SplitRows, encode_rows, same_content, split_rows
+from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
 from fastdean.models.distributed import Ranks
-from fastdean.models.identity import model_identity
-from fastdean.models.loading import load_model
-from fastdean.report import write_report
 from fastdean.wording.log import logger
 
 CONTROLS = ("random", "released")
@@ -77,73 +73,46 @@ def run(
         OSError: the disk refused; what was finished before stays and is used again.
     """
     ranks = Ranks.current()
-    folder = RunFolder(Path(out).expanduser(), results.plain(asdict(job)), overwrite)
     # Reading, loading, checking, a scoring of each data set, coupling, the model and its masks.
-    total = 3 + len(DATA_SETS) + 2 + len({job.rule, *CONTROLS})
-    costs = Costs(total=total, shown=progress and ranks.first)
+    steps = 3 + len(DATA_SETS) + 2 + len({job.rule, *CONTROLS})
     with ranks.failing_together():
-        prepared = _prepare(job, folder, ranks, costs, progress)
-    try:
-        scores = {
-            name: _score(name, prepared, job, folder, ranks, costs, progress) for name in DATA_SETS
-        }
+        session = Session.open(job, out, command, overwrite, progress, steps=steps)
+        prepared = _prepare(session)
+    with session.writing():
+        scores = {name: _score(name, prepared, session) for name in DATA_SETS}
         if not ranks.first:
             return {}
-        with costs.step("couple"):
-            masks, warnings = _couple(scores, prepared.model, job, folder)
+        with session.costs.step("couple"):
+            masks, warnings = _couple(scores, prepared.model, session)
         tables, notes = measure(
             prepared.model,
             masks,
             job.rule,
             prepared.measured,
             seed=job.seed,
-            timed=costs.step,
+            timed=session.costs.step,
             tokens_per_batch=job.tokens_per_batch,
             progress=progress,
         )
         mask = masks[job.rule]
-        warnings += [*folder.other_versions, *prepared.cautions]
-        warnings += results.warnings_about(
-            job, prepared.model, prepared.rows, mask, scores["fairness"]
-        )
-        found = results.collect(
-            job, command, scores, mask, tables, [*warnings, *notes], costs.steps
-        )
-        found["shown"] = prepared.shown
-        write_json_atomic(folder.path / RESULTS_FILE, found)
-        write_report(found, folder.path / REPORT_FILE)
-        folder.finish()
-        return found
-    except BaseException:
-        if ranks.first:
-            folder.release_if_empty()
-        raise
+        warnings += [
+            *session.folder.other_versions,
+            *prepared.cautions,
+            *warnings_about(job, prepared.model, prepared.rows, mask, scores["fairness"]),
+            *notes,
+        ]
+        results = collect(session, scores, mask, {**tables, "shown": prepared.shown}, warnings)
+        session.finish(results)
+    return results
 
 
-def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: bool) -> _Prepared:
-    # Other ranks may run on machines that do not see the folder.
-    if ranks.first:
-        require_outside(folder.path, job.model)
-        folder.check()
-    with costs.step("read data"):
+def _prepare(session: Session[Job]) -> _Prepared:
+    job = session.job
+    with session.costs.step("read data"):
         rows = {name: split_rows(name, job) for name in DATA_SETS}
-    folder.inputs = {name: split.digest for name, split in rows.items()}
-    if ranks.first:
-        folder.check()
-    with costs.step("load model"):
-        model, tokenizer = load_model(
-            job.model,
-            dtype=job.dtype,
-            device=job.device,
-            revision=job.revision,
-            trust_remote_code=job.trust_remote_code,
-            progress=progress and ranks.first,
-        )
-        costs.watch(model)
-    if ranks.first:
-        with costs.step("check model"):
-            folder.inputs |= model_identity(model, tokenizer)
-        folder.check()
+    session.compare({name: split.digest for name, split in rows.items()})
+    model, tokenizer = session.load_model()
+    session.compare_model(model, tokenizer)
     targets = find_targets(model, job.target_modules, job.granularity)
     _require_in_memory(targets, job)
     sizes = _sizes(targets, job)
@@ -183,9 +152,7 @@ def _prepare(job: Job, folder: RunFolder, ranks: Ranks, costs: Costs, progress: 
             )
         ),
     ]
-    if ranks.first:
-        for caution in cautions:
-            logger.warning("%s", caution)
+    session.warn(cautions)
     return _Prepared(
         model=model,
         rows=rows,
@@ -242,24 +209,17 @@ def _keep_top(sizes: Sequence[int], job: Job) -> float | None:
     return min(1.0, max(*job.curve, floor))
 
 
-def _score(
-    name: str,
-    prepared: _Prepared,
-    job: Job,
-    folder: RunFolder,
-    ranks: Ranks,
-    costs: Costs,
-    progress: bool,
-) -> Scores | None:
-    """Score one data set, or read what an earlier run of this job has finished."""
+def _score(name: str, prepared: _Prepared, session: Session[Job]) -> Scores | None:
+    """Score one data set, or read the scores that an earlier call of this job saved."""
+    job, folder, ranks = session.job, session.folder, session.ranks
     examples = prepared.scored[name]
     tokens = sum(len(example) for example in examples)
     if ranks.agree(folder.resumes and folder.scores(name).is_dir()):
         logger.info("%s is scored already, read from %s", name, folder.scores(name))
-        costs.add(f"score {name}, by an earlier call", tokens, None, None)
+        session.costs.add(f"score {name}, by an earlier call", tokens, None, None)
         with ranks.failing_together():
             return Scores.from_pretrained(folder.scores(name)) if ranks.first else None
-    with costs.step(f"score {name}", tokens):
+    with session.costs.step(f"score {name}", tokens):
         scores = score(
             prepared.model,
             examples,
@@ -269,19 +229,11 @@ def _score(
             keep_top=prepared.keep_top,
             memory_budget=job.memory_budget,
             deterministic=job.deterministic,
-            progress=progress,
+            progress=session.progress,
             description=f"score {name}",
         )
-    skipped = prepared.rows[name].skipped
-    scores.manifest["data"] |= {
-        "sources": [public_source(getattr(job, name))],
-        **prepared.renderings[name],
-        **({} if skipped is None else skipped.described()),
-    }
-    scores.manifest["model"] |= {
-        "revision": job.revision,
-        "trust_remote_code": job.trust_remote_code,
-    }
+    source, skipped = getattr(job, name), prepared.rows[name].skipped
+    note_origin(scores, job, source, prepared.renderings[name], skipped)
     # A disk that is full on the first rank must not leave the others waiting for the next sum.
     with ranks.failing_together():
         if ranks.first:
@@ -291,9 +243,10 @@ def _score(
 
 
 def _couple(
-    scores: Mapping[str, Scores], model: nn.Module, job: Job, folder: RunFolder
+    scores: Mapping[str, Scores], model: nn.Module, session: Session[Job]
 ) -> tuple[dict[str, NeuronMask], list[str]]:
-    """The job's mask and its controls, saved; and what is to be said about them."""
+    """The job's mask and its controls, saved, and sentences on those that could not be made."""
+    job, folder = session.job, session.folder
     warnings: list[str] = []
     # Said before the scoring, and not again for every mask.
     logger.addFilter(_says_no_rendering)

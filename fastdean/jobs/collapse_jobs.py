@@ -1,0 +1,171 @@
+"""What the jobs `collapse` and `debias` are asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastdean.jobs import options
+from fastdean.jobs.options import SOURCE_HELP, Help
+
+_CONTROLS = ("random", "frequency")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollapseJob:
+    """What is measured; two jobs that are equal give equal results.
+
+    Attributes:
+        model, revision, trust_remote_code: see `loading.load_model`.
+        text: see `sources.load_rows`; a fifth of its rows is held out for NC4.
+        words, multi_piece: see `CollapseClasses.from_words`.
+        control: None: the words themselves are measured.
+        shift, features: see `collapse_metrics`; None: by the model.
+        bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
+        start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
+        examples: rows of the text to read; None: all.
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    model: options.Model
+    text: Annotated[str, Help(f"SRC of text to measure on: {SOURCE_HELP}.")]
+    words: options.Words = "gender"
+    multi_piece: options.MultiPiece = "skip"
+    control: options.Control = None
+    shift: options.Shift = None
+    features: options.Features = "base"
+    bias: options.Bias = ()
+    start_token: options.StartToken = "auto"
+    examples: Annotated[int | None, Help("Rows of the text to read, shuffled by --seed.")] = None
+    revision: options.Revision = None
+    trust_remote_code: options.TrustRemoteCode = False
+    skip_bad_rows: options.SkipBadRows = False
+    template: options.Template = None
+    max_length: options.MaxLength = None
+    tokens_per_batch: options.TokensPerBatch = None
+    dtype: options.Dtype = "auto"
+    device: options.Device = None
+    seed: options.Seed = 0
+
+    def __post_init__(self) -> None:
+        _check(self, "to measure the words themselves")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebiasJob:
+    """What is trained and measured; two jobs that are equal give equal results on one machine.
+
+    Attributes:
+        model, revision, trust_remote_code: see `loading.load_model`.
+        method, form: see `debias.fine_tune`.
+        collapse_strength: of the regulariser; 0: it measures and changes nothing.
+        data: rows to train on, see `debias.fine_tune`; None: those of the package.
+        text: rows to measure collapse on; None: a quarter of `data`, which is then not trained on.
+        words, multi_piece, control: of the classes, see `CollapseJob`.
+        statistic, live_features, mode, shift, features: see `CollapseRegularizer`.
+        steps, epochs, learning_rate, batch_size, accumulation: see `debias.fine_tune`.
+        bias, start_token: see `CollapseJob`.
+        skip_bad_rows: of the rows that are trained on, those that cannot be read.
+        dtype: AdamW's small steps round away in another than float32, and a warning says so.
+        seed: also of masking and dropout.
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    model: options.Model
+    method: Annotated[
+        str, Help("causal (causal models), bec, mabel, ase (masked models) or adept (both).")
+    ]
+    form: Annotated[
+        str, Help("Of the losses of mabel and adept: published (the released code) or paper.")
+    ] = "published"
+    collapse_strength: Annotated[
+        float,
+        Help(
+            "Of the collapse regulariser; published: bec and ase 100, mabel 10, adept 5. 0 "
+            "trains without it."
+        ),
+    ] = 0.0
+    data: Annotated[
+        str | None, Help("SRC of rows to train on [default: the embedded ones of the method].")
+    ] = None
+    skip_bad_rows: options.SkipBadRows = False
+    text: Annotated[
+        str | None, Help("SRC to measure on [default: a quarter of the data, not trained on].")
+    ] = None
+    words: options.Words = "gender"
+    multi_piece: options.MultiPiece = "skip"
+    control: options.Control = None
+    statistic: Annotated[str, Help("Of the cosines: std (published), cv or mean.")] = "std"
+    live_features: Annotated[
+        bool,
+        Help("The regulariser's gradient reaches the whole model; with --mode window or batch."),
+    ] = False
+    mode: Annotated[
+        str, Help("Of the class statistics: cumulative (published), window or batch.")
+    ] = "cumulative"
+    shift: options.Shift = None
+    features: options.Features = "base"
+    steps: Annotated[int | None, Help("Optimizer steps; or give --epochs.")] = None
+    epochs: Annotated[int | None, Help("Passes over the data [default: 3].")] = None
+    learning_rate: Annotated[float, Help("The highest, after the warm-up.")] = 2e-5
+    batch_size: Annotated[int, Help("Examples in one forward pass.")] = 16
+    accumulation: Annotated[int, Help("Forward passes in one step.")] = 1
+    max_length: options.MaxLength = None
+    save_every: Annotated[
+        int,
+        Help("Steps between checkpoints; the last two are kept until the model is saved."),
+    ] = 50
+    bias: options.Bias = ("bec_pro",)
+    start_token: options.StartToken = "auto"
+    revision: options.Revision = None
+    trust_remote_code: options.TrustRemoteCode = False
+    tokens_per_batch: options.TokensPerBatch = None
+    dtype: options.Dtype = "float32"
+    device: options.Device = None
+    seed: options.Seed = 0
+
+    def __post_init__(self) -> None:
+        from fastdean.debias import METHODS
+        from fastdean.debias.forms import require_form
+
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        require_form(self.form, self.method)
+        _check(self, "to regularise the words themselves")
+        if self.control is not None and self.collapse_strength == 0:
+            raise ValueError(
+                f"control must come with a collapse_strength above 0, got {self.control!r} and 0; "
+                "without a term there are no words to control"
+            )
+        if self.live_features and self.mode == "cumulative":
+            raise ValueError(
+                "live_features must come with mode 'window' or 'batch', got 'cumulative'; the "
+                "gradient of features fades in a mean over the whole training"
+            )
+
+    @property
+    def source(self) -> str:
+        if self.data is not None:
+            return self.data
+        return "embedded:debias:pairs" if self.method == "mabel" else "embedded:debias"
+
+
+def _check(job: CollapseJob | DebiasJob, without_control: str) -> None:
+    """What both jobs ask of their options; one name for each dtype."""
+    # Not above: the command line reads the fields before it loads torch.
+    from fastdean.collapse import read_word_groups
+    from fastdean.jobs import bias
+    from fastdean.models.loading import dtype_name
+
+    if job.control is not None and job.control not in _CONTROLS:
+        raise ValueError(
+            f"control must be one of {', '.join(_CONTROLS)}, got {job.control!r}; leave it out "
+            f"{without_control}"
+        )
+    read_word_groups(job.words)
+    if job.seed < 0:
+        raise ValueError(f"seed must be at least 0, got {job.seed}; choose another")
+    object.__setattr__(job, "dtype", dtype_name(job.dtype))
+    bias.check(job.bias, job.start_token)

@@ -1,0 +1,79 @@
+"""The job of `fastdean score`: one data set is scored, and the scores are saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastdean.coupling.scores import Scores
+from fastdean.coupling.scoring import score
+from fastdean.data.rendering import describe_rendering, rendering_cautions
+from fastdean.files.provenance import public_source
+from fastdean.files.storage import holds_only
+from fastdean.jobs.coupling.job import Job, ScoreJob
+from fastdean.jobs.folder import require_free, require_outside
+from fastdean.jobs.rows import Skipped, encode_usable, take_rows
+from fastdean.jobs.session import load_model_of
+from fastdean.models.distributed import Ranks
+from fastdean.wording.log import logger
+
+
+def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores | None:
+    """Score the data set and save the scores in `out`; None on other ranks than the first.
+
+    Raises:
+        ValueError, OSError: as `score` and `Scores.save_pretrained`.
+    """
+    ranks = Ranks.current()
+    with ranks.failing_together():
+        if ranks.first:
+            require_outside(out, job.model)
+            require_free(out, overwrite, lambda folder: holds_only(folder, "scores"))
+        skipped = Skipped() if job.skip_bad_rows else None
+        rows, _ = take_rows(job.data, job.examples, job.seed, name="data", skipped=skipped)
+        model, tokenizer = load_model_of(job, progress and ranks.first)
+        options = {"template": job.template, "max_length": job.max_length, "name": "data"}
+        rows, examples = encode_usable(rows, skipped, job.data, tokenizer, model, **options)
+    if ranks.first:
+        told = [] if skipped is None else skipped.told("data")
+        numbers = [number for number, _ in rows]
+        told += rendering_cautions(examples, numbers, tokenizer, job.data, job.template)
+        for sentence in told:
+            logger.warning("%s", sentence)
+    scores = score(
+        model,
+        examples,
+        granularity=job.granularity,
+        target_modules=job.target_modules,
+        keep_top=None if job.keep_top == 1 else job.keep_top,
+        tokens_per_batch=job.tokens_per_batch,
+        memory_budget=job.memory_budget,
+        deterministic=job.deterministic,
+        progress=progress,
+    )
+    if not ranks.first:
+        return None
+    note_origin(
+        scores, job, job.data, describe_rendering(examples, tokenizer, job.template), skipped
+    )
+    scores.save_pretrained(out, overwrite=overwrite)
+    return scores
+
+
+def note_origin(
+    scores: Scores,
+    job: Job | ScoreJob,
+    source: str,
+    rendering: dict[str, Any],
+    skipped: Skipped | None,
+) -> None:
+    """Note in the manifest what was scored: the rows, how they were rendered, and the model."""
+    scores.manifest["data"] |= {
+        "sources": [public_source(source)],
+        **rendering,
+        **({} if skipped is None else skipped.described()),
+    }
+    scores.manifest["model"] |= {
+        "revision": job.revision,
+        "trust_remote_code": job.trust_remote_code,
+    }

@@ -1,0 +1,169 @@
+"""What the options of a job are: each is declared once, as a field with its type, help and default.
+
+The command line and `fastdean.run` take their parameters from here. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, get_type_hints
+
+SOURCE_HELP = (
+    "a .csv, .tsv, .json, .jsonl or .parquet file, a hub id, or a preset (beavertails:fairness, "
+    "beavertails:privacy, each also :unsafe; alpaca-cleaned; embedded:fairness, embedded:privacy, "
+    "embedded:general, embedded:debias, embedded:debias:pairs). Columns and splits are mapped "
+    "behind '::', as in org/name::split=train,prompt=question,response=answer"
+)
+
+
+@dataclass(frozen=True)
+class Help:
+    """What the command line says about an option.
+
+    Attributes:
+        text: its help.
+        typed: the type that is typed there; None: the option's own.
+        read: turns a typed value into the option's; None: they are the same.
+        metavar: what stands for the value in the help; None: the name of its type.
+    """
+
+    text: str
+    typed: Any = None
+    read: Callable[[Any], Any] | None = None
+    metavar: str | None = None
+
+
+def with_fields(own: inspect.Signature, job: type, with_help: bool = False) -> inspect.Signature:
+    """A function's signature with the fields of a job in place of its parameter `job`.
+
+    Those without a default come first, then `out`.
+
+    Args:
+        with_help: annotate with type and `Help`, and not with the type alone.
+    """
+    hints = get_type_hints(job, include_extras=with_help)
+    asked = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(job)
+    ]
+    required = [each for each in asked if each.default is inspect.Parameter.empty]
+    others = [
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, each in own.parameters.items()
+        if name not in ("job", "out")
+    ]
+    out = own.parameters["out"].replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    return own.replace(parameters=[*required, out, *asked[len(required) :], *others])
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    if gigabytes is None:
+        return None
+    if not 0 < gigabytes * 1e9 < math.inf:
+        raise ValueError(
+            f"memory_budget must be a positive number of GB, got {gigabytes:g}; leave it out to "
+            "have it chosen"
+        )
+    return int(gigabytes * 1e9)
+
+
+def _token(text: str) -> str | int:
+    """An id where it is written as one."""
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+Model = Annotated[str, Help("Hugging Face folder, hub id or .gguf file.")]
+Revision = Annotated[str | None, Help("Branch, tag or commit of a model from the hub.")]
+TrustRemoteCode = Annotated[
+    bool,
+    Help(
+        "Run the Python code that comes with the model's files; without it such a model is refused."
+    ),
+]
+Dtype = Annotated[str, Help("auto, float32, bfloat16 or float16; or fp32, bf16, fp16.")]
+Device = Annotated[str | None, Help("cpu, cuda, cuda:1, or auto to spread over GPUs.")]
+Deterministic = Annotated[bool, Help("Torch's strict deterministic mode.")]
+Seed = Annotated[int, Help("Of shuffles, controls, permutations and bootstraps.")]
+
+# Which rows, and how they become tokens.
+Examples = Annotated[int | None, Help("Rows of each source to score, shuffled by --seed.")]
+SkipBadRows = Annotated[
+    bool,
+    Help(
+        "Leave out rows that cannot be read or encoded, and count them, rather than refuse the "
+        "first."
+    ),
+]
+Template = Annotated[
+    str | None,
+    Help(
+        "Of prompt and response: raw (one after the other), chat (the tokenizer's template), "
+        "or published [default: raw]. Messages always take the chat template, text takes none."
+    ),
+]
+MaxLength = Annotated[int | None, Help("Cut examples to this many tokens.")]
+TokensPerBatch = Annotated[int | None, Help("Tokens in one forward pass [default: by device].")]
+MemoryBudget = Annotated[
+    int | None,
+    Help("GB the sums may take; more passes if they need more.", typed=float | None, read=_bytes),
+]
+
+# Scores, and the sets that are made of them.
+Ratio = Annotated[
+    float | None,
+    Help("Share of each matrix's entries in a top set [default: 5e-7, for units 1e-3]."),
+]
+Rule = Annotated[str, Help("paper, released, or a control: first, second, union, random.")]
+Granularity = Annotated[str, Help("weight, or neuron for the units of the MLPs.")]
+TargetModules = Annotated[
+    str, Help("mlp, self_attn, all, ends of names (q_proj,v_proj), or a regular expression.")
+]
+Scope = Annotated[str, Help("matrix, or model for one top set over all matrices.")]
+MinK = Annotated[int, Help("At least this many candidates in every matrix.")]
+Scale = Annotated[float, Help("What the selected weights are multiplied by; 0 zeroes them.")]
+
+# Collapse and bias.
+Words = Annotated[
+    str,
+    Help(
+        "gender, religion, ethnicity, or a file: .txt with a word a line, .json with "
+        "{group: [words]}."
+    ),
+]
+MultiPiece = Annotated[
+    str, Help("Words of several tokens: skip leaves them out, mean averages them.")
+]
+Control = Annotated[
+    str | None, Help("Take as many other words instead: random, or frequency (matched).")
+]
+Shift = Annotated[
+    str | None,
+    Help("Which token a representation stands for: next, same or published [default: by model]."),
+]
+Features = Annotated[str, Help("base (before the prediction head) or head (what enters it).")]
+Bias = Annotated[
+    tuple[str, ...],
+    Help(
+        "A bias measure, as NAME or NAME=SRC: crows_pairs, stereoset, winobias, seat, "
+        "bec_pro; may be repeated.",
+        typed=list[str] | None,
+        read=tuple,
+    ),
+]
+StartToken = Annotated[
+    str | int,
+    Help(
+        "What a causal model's texts start from in the bias measures: auto, bos, eos, none, a "
+        "token of the vocabulary, or its id.",
+        typed=str,
+        read=_token,
+    ),
+]

@@ -1,0 +1,157 @@
+"""What the calls of all jobs share: a folder is opened, input compared, results written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from fastdean.files.provenance import now, public_command, versions
+from fastdean.files.storage import write_json_atomic
+from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
+from fastdean.jobs.costs import Costs
+from fastdean.jobs.coupling.job import Job
+from fastdean.jobs.folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
+from fastdean.models.distributed import Ranks
+from fastdean.models.identity import model_identity
+from fastdean.models.loading import load_model
+from fastdean.report import write_report
+from fastdean.wording.log import logger
+
+AnyJob = TypeVar("AnyJob", Job, CollapseJob, DebiasJob)
+
+
+@dataclass(frozen=True)
+class Session(Generic[AnyJob]):
+    """One call of a job.
+
+    Attributes:
+        job: what is asked for, a dataclass.
+        folder: where it is written, and what an earlier call has finished.
+        costs: of its steps.
+        ranks: the processes that share it; the first of them writes.
+        progress: whether bars are shown.
+        command: the command line, for the record.
+    """
+
+    job: AnyJob
+    folder: RunFolder
+    costs: Costs
+    ranks: Ranks
+    progress: bool
+    command: str
+
+    @classmethod
+    def open(
+        cls,
+        job: AnyJob,
+        out: str | Path,
+        command: str,
+        overwrite: bool,
+        progress: bool,
+        *,
+        steps: int | None = None,
+    ) -> Session[AnyJob]:
+        """Begin a call; ValueError unless the job may write to `out`.
+
+        Args:
+            steps: how many there are at most; None: not known yet.
+        """
+        ranks = Ranks.current()
+        folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
+        costs = Costs(total=steps, shown=progress and ranks.first)
+        session = cls(job, folder, costs, ranks, progress, command)
+        # Other ranks may run on machines that do not see the folder.
+        if ranks.first:
+            require_outside(folder.path, job.model)
+            folder.check()
+        return session
+
+    def compare(self, digests: Mapping[str, str | None]) -> None:
+        """Note what the job reads; ValueError if the folder holds figures of other input."""
+        self.folder.inputs |= digests
+        if self.ranks.first:
+            self.folder.check()
+
+    def load_model(self) -> tuple[nn.Module, Any]:
+        """The job's model and its tokenizer."""
+        with self.costs.step("load model"):
+            model, tokenizer = load_model_of(self.job, self.progress and self.ranks.first)
+            self.costs.watch(model)
+        return model, tokenizer
+
+    def compare_model(
+        self, model: nn.Module, tokenizer: Any, **digests: str
+    ) -> dict[str, str] | None:
+        """As `compare`, of the model and what else is known by now.
+
+        Returns:
+            The model's identity, on the first rank.
+        """
+        if not self.ranks.first:
+            return None
+        with self.costs.step("check model"):
+            identity = model_identity(model, tokenizer)
+        self.compare({**identity, **digests})
+        return identity
+
+    def warn(self, sentences: Sequence[str]) -> None:
+        if self.ranks.first:
+            for sentence in sentences:
+                logger.warning("%s", sentence)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Free the folder again if the block fails before anything is finished in it."""
+        try:
+            yield
+        except BaseException:
+            if self.ranks.first:
+                self.folder.release_if_empty()
+            raise
+
+    def results(self, title: str, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of results.json: what every job says of itself, and its `own` entries."""
+        return plain(
+            {
+                "title": title,
+                "created": now(),
+                "command": public_command(self.command),
+                "versions": versions(),
+                **own,
+            }
+        )
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write results.json and the report; the run is finished."""
+        write_json_atomic(self.folder.path / RESULTS_FILE, results)
+        write_report(results, self.folder.path / REPORT_FILE)
+        self.folder.finish()
+
+
+def load_model_of(job: Any, progress: bool) -> tuple[nn.Module, Any]:
+    """The model that a job names, and its tokenizer."""
+    return load_model(
+        job.model,
+        dtype=job.dtype,
+        device=job.device,
+        revision=job.revision,
+        trust_remote_code=job.trust_remote_code,
+        progress=progress,
+    )
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN and no tuples; what is not a number is null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    return value
