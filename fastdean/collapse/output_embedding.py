@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdean.models.calling import base_of
+from fastdean.models.adapters import base_model
 from fastdean.models.model_state import materialised_weight, unwrap
 from fastdean.ops.memory import memory_fault
 
@@ -16,7 +16,7 @@ def output_embedding(model: nn.Module) -> nn.Module:
 
     Raises: ValueError if the model has none.
     """
-    inner = base_of(unwrap(model))
+    inner = base_model(unwrap(model))
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None:
         raise ValueError(

@@ -10,8 +10,7 @@ from typing import Any, Literal, Self, get_args
 from torch import Tensor, nn
 
 from fastdean.collapse.output_embedding import output_embedding
-from fastdean.models.adapters import require_no_prompts
-from fastdean.models.calling import base_of
+from fastdean.models.adapters import base_model, require_no_prompts
 from fastdean.models.model_state import unwrap
 from fastdean.wording.mendable import StateError
 
@@ -112,7 +111,7 @@ class Representations:
             )
         self._outer = unwrap(model)
         require_no_prompts(self._outer)
-        inner = base_of(self._outer)
+        inner = base_model(self._outer)
         self._place = features
         self._bases = _base_modules(inner) if features == "base" else []
         needs_head = skip_logits or features == "head"

@@ -32,7 +32,7 @@ from fastdean.debias.texts import (
     collate,
     texts_of,
 )
-from fastdean.models.calling import base_of
+from fastdean.models.adapters import base_model
 from fastdean.models.forward import label_shift
 from fastdean.models.model_state import evaluation_state, input_device, max_tokens, unwrap
 
@@ -183,7 +183,7 @@ class Mabel(Bec):
         return mabel_loss(*vectors, self._masked_lm(batch, generator), form=self._form)
 
     def _sentence_vectors(self, batch: TextBatch) -> Tensor:
-        inner = base_of(unwrap(self.model))
+        inner = base_model(unwrap(self.model))
         # Without the head, whose logits would need most of the memory.
         base = getattr(inner, inner.base_model_prefix)
         hidden = base(**self._inputs(batch.input_ids, batch)).last_hidden_state
