@@ -76,7 +76,7 @@ _SANITIZED = {
     "masks": (
         "mask_op",
         "test_cuda_clears_what_the_cpu_clears",
-        "test_cuda_gathers_writes_and_replaces_what_the_cpu_does",
+        "test_cuda_gathers_and_writes_what_the_cpu_does",
     ),
     "importance": (
         "importance_op",

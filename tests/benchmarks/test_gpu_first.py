@@ -81,8 +81,10 @@ def program(tmp_path):
 
 
 @pytest.fixture
-def call(program, tmp_path):
+def call(program, tmp_path, monkeypatch):
     """The program from start to end: its status, the outcomes by part, and the summary."""
+    # Its tests are no part of this process's own run, whose other processes would note them.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
     def call(*stages, **options):
         process = program(*stages, **options)

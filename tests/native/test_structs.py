@@ -74,7 +74,7 @@ def test_fields_are_written_where_the_compiled_struct_has_them():
     words = structs.table("PlacesRow", 2, data=[1, 7], rank=[2, 0])
     structs.write_dimensions(words, "PlacesRow", 0, sizes=(3, 4), strides=(5, 6))
     padding = [0] * (width - 2)
-    first = [1, 0, 0, 0, 0, 0, 0, 2, 3, 4, *padding, 5, 6, *padding]
+    first = [1, 0, 0, 0, 0, 0, 2, 3, 4, *padding, 5, 6, *padding]
     assert words.tolist() == [*first, 7, *[0] * (len(first) - 1)]
     one = structs.written("ImportanceParams", acc=1, workspace=2)
     assert one.tolist() == [1, *[0] * (len(structs.STRUCTS["ImportanceParams"]) - 2), 2]

@@ -51,7 +51,7 @@ def test_a_command_does_not_let_names_steer_the_terminal(kind):
 
     @app.command()
     @command()
-    def run(as_json: bool = True) -> dict:
+    def run() -> dict:
         if kind == "told":
             tell(f"written to {STEERING}")
         if kind == "refused":
@@ -60,7 +60,7 @@ def test_a_command_does_not_let_names_steer_the_terminal(kind):
             raise KeyError(STEERING)
         return {"name": STEERING}
 
-    result = CliRunner().invoke(app, ["--as-json"])
+    result = CliRunner().invoke(app, ["--json"])
     shown = result.stdout + result.stderr
     assert not UNSAFE.search(shown) and "owned" in shown
     if kind == "refused":
@@ -77,13 +77,12 @@ def test_the_log_does_not_let_names_steer_whoever_shows_it(caplog):
 
 
 def test_a_copied_file_is_named_in_one_line(tmp_path, monkeypatch):
-    from fastdean.masks import checkpoint
+    from fastdean.jobs import editing
     from fastdean.masks.checkpoint import PatchResult
 
     name = f"{STEERING[:-3]}\nfastdean: nothing else.bin"
     patched = PatchResult(tmp_path, (), 0, {}, (name,))
-    monkeypatch.setattr(checkpoint, "patch_checkpoint", lambda *_, **__: patched)
-    monkeypatch.setattr(NeuronMask, "from_pretrained", lambda *_: None)
+    monkeypatch.setattr(editing, "patch", lambda *_, **__: patched)
     arguments = ["patch", "--checkpoint", "c", "--mask", "m", "--out", str(tmp_path / "o")]
     result = CliRunner().invoke(cli.app, arguments)
     assert len(result.stderr.splitlines()) == 2 and not UNSAFE.search(result.stderr)
