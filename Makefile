@@ -62,9 +62,10 @@ test-lowest:  ## the tests on the oldest versions that are admitted
 	.venv-lowest/bin/python -m pip install -c constraints-lowest.txt ".[test]"
 	.venv-lowest/bin/pytest -q -n 2 -m "not slow"
 
-lint: $(INSTALLED)  ## ruff and clang-format
+lint: $(INSTALLED)  ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 format: $(INSTALLED)  ## what ruff can mend by itself
