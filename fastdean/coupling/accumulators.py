@@ -65,7 +65,7 @@ class UnitAccumulator:
 
 ACCUMULATORS: dict[str, Callable[[Target, torch.device, str | None], Accumulator]] = {
     "weight": DenseWeightAccumulator,
-    "neuron": UnitAccumulator,
+    "unit": UnitAccumulator,
 }
 
 

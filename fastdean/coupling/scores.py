@@ -37,6 +37,7 @@ from fastdean.files.declared import (
 )
 from fastdean.ops.reference import importance
 from fastdean.ops.selection import select_top
+from fastdean.wording.granularity import stored_granularity
 from fastdean.wording.mendable import StateError
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -45,7 +46,7 @@ _FINGERPRINT_CHUNK = 1 << 18  # entries: 2 MiB of int64, which a CPU's caches ho
 # What `save_pretrained` writes, and of an entry besides its `unit_axis`.
 _CONFIG = Record(
     {
-        "granularity": Text(choices=("weight", "neuron")),
+        "granularity": Text(choices=("weight", "unit", "neuron")),
         "num_examples": Whole(least=1),
         "keep_top": Maybe(Real(above=0, most=1)),
         "manifest": Maps(Anything()),
@@ -180,7 +181,7 @@ class Scores(Mapping[str, Tensor]):
 
     Attributes:
         entries: name -> ScoreEntry.
-        granularity: "weight" or "neuron".
+        granularity: "weight" or "unit".
         num_examples: n.
         keep_top: the ratio of entries kept in each matrix; None for dense scores.
         manifest: where the numbers come from (model, examples, tokens, dtype, coverage, versions).
@@ -200,7 +201,7 @@ class Scores(Mapping[str, Tensor]):
                 f"num_examples must be at least 1, got {num_examples}; give what the sums are over"
             )
         self.entries = dict(entries)
-        self.granularity = granularity
+        self.granularity = stored_granularity(granularity)
         self.num_examples = num_examples
         self.keep_top = keep_top
         self.manifest = dict(manifest or {})

@@ -42,6 +42,7 @@ from fastdean.models.model_state import (
     unwrap,
 )
 from fastdean.wording.doing import titled
+from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.printable import one_line
 
 
@@ -68,7 +69,7 @@ def score(
     """Score every weight (or MLP unit) of a model by its first-order effect on the loss.
 
     granularity="weight":  I_ij = E_x | W_ij * dL_x / dW_ij |
-    granularity="neuron":  I_j  = E_x | sum_t a_tj * dL_x / da_tj |
+    granularity="unit":    I_j  = E_x | sum_t a_tj * dL_x / da_tj |
 
     with a the inputs of each MLP's down projection, one per unit.
 
@@ -88,7 +89,7 @@ def score(
         model: a Hugging Face causal or masked language model, or with `loss_fn` any module.
         loader: batches, single examples, a `datasets.Dataset`, or rows of text
             (`fastdean.data.read_examples`).
-        granularity: "weight" or "neuron".
+        granularity: "weight" or "unit".
         target_modules: "mlp", "self_attn", "all", a regular expression or a list of name suffixes
             (`fastdean.coupling.targets.find_targets`).
         tokenizer, template, max_length: how rows of text become tokens (`fastdean.data.encode`).
@@ -123,6 +124,7 @@ def score(
     model = unwrap(model)
     require_no_prompts(model)
     check_keep_top(keep_top)
+    granularity = checked_granularity(granularity)
     targets = find_targets(model, target_modules, granularity)
     require_own_parameters(model, targets)
     # A budget that is too small is refused before anything runs.

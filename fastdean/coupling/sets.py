@@ -31,7 +31,7 @@ from fastdean.wording.mendable import InputTypeError
 
 __all__ = ["couple", "overlap"]
 
-DEFAULT_RATIO = {"weight": 5e-7, "neuron": 1e-3}
+DEFAULT_RATIO = {"weight": 5e-7, "unit": 1e-3}
 SCOPES = ("matrix", "model")
 UNIT_WEIGHTS = ("down", "all")
 
@@ -216,10 +216,10 @@ def _require_options(rule: str, scope: str, min_k: int) -> None:
 def _require_unit_weights(unit_weights: str, granularity: str, model: nn.Module | None) -> None:
     if unit_weights not in UNIT_WEIGHTS:
         raise ValueError(f"unit_weights must be 'down' or 'all', got {unit_weights!r}")
-    if unit_weights == "all" and granularity != "neuron":
+    if unit_weights == "all" and granularity != "unit":
         raise ValueError(
             "unit_weights must be 'down' for scores of weights, got 'all'; "
-            "score with granularity='neuron'"
+            "score with granularity='unit'"
         )
     if unit_weights == "all" and model is None:
         raise ValueError(

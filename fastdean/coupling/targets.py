@@ -17,6 +17,7 @@ from fastdean.models.adapters import Plain, base_model, plain_modules
 from fastdean.models.blocks import ATTENTION, FEED_FORWARD, Grouping, LayerParts, Matrix
 from fastdean.models.model_state import evaluation_state, text_config
 from fastdean.models.stacks import decoder_layers
+from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError
 
@@ -82,7 +83,7 @@ def find_targets(
             regular expression that the whole module name must match, a list of name suffixes, or
             such suffixes and groups in one text, "q_proj,v_proj". The output embedding never
             counts.
-        granularity: "weight", or "neuron" to keep only each MLP's down projection, whose inputs are
+        granularity: "weight", or "unit" to keep only each MLP's down projection, whose inputs are
             the MLP's units.
     Raises:
         ValueError: nothing matches, a weight is not floating point (quantised), or an adapter is
@@ -94,15 +95,14 @@ def find_targets(
             f"model must be a torch.nn.Module, got {type(model).__name__}; load it first, for "
             "example with transformers.AutoModelForCausalLM.from_pretrained"
         )
-    if granularity not in ("weight", "neuron"):
-        raise ValueError(f"granularity must be 'weight' or 'neuron', got {granularity!r}")
+    granularity = checked_granularity(granularity)
     found = _survey(model)
     candidates = found.targets
     groups = {target.group for target in candidates}
     chosen = [target for target in candidates if _matches(target, target_modules, groups)]
     if not chosen and isinstance(target_modules, str):
         chosen = _listed(candidates, target_modules, groups)
-    if granularity == "neuron":
+    if granularity == "unit":
         chosen = [target for target in chosen if target.leads_from_units]
     if not chosen:
         wanted = "Linear layer" if granularity == "weight" else "down projection of an MLP"

@@ -122,7 +122,7 @@ Ratio = Annotated[
     Help("Share of each matrix's entries in a top set [default: 5e-7, for units 1e-3]."),
 ]
 Rule = Annotated[str, Help("paper, released, or a control: first, second, union, random.")]
-Granularity = Annotated[str, Help("weight, or neuron for the units of the MLPs.")]
+Granularity = Annotated[str, Help("weight, or unit for the units of the MLPs.")]
 TargetModules = Annotated[
     str, Help("mlp, self_attn, all, ends of names (q_proj,v_proj), or a regular expression.")
 ]

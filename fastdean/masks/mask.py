@@ -32,6 +32,7 @@ from fastdean.masks import edits
 from fastdean.masks.cards import mask_card
 from fastdean.masks.entries import MaskEntry, checked_scale, suppressed
 from fastdean.masks.summary import TABLE, MaskSummary, check_table, rows_from_names
+from fastdean.wording.granularity import stored_granularity
 from fastdean.wording.mendable import InputTypeError
 
 __all__ = ["MaskEntry", "MaskSummary", "NeuronMask"]
@@ -59,7 +60,7 @@ class NeuronMask:
         scale: what the originals are multiplied by where the mask is applied; 0 switches the
             weights off, 0.5 halves them. Computed in float32 (float64 for float64 parameters).
         manifest: where the mask comes from; JSON-serialisable. Its keys "rule" and "ratio" are
-            shown by `repr`; where "granularity" is "neuron", the table counts units.
+            shown by `repr`; where "granularity" is "unit", the table counts units.
         table: one row per candidate matrix, in order, with the columns `summary.TABLE_COLUMNS`, as
             counted by `couple`: "first" and "second" are the candidates of the two attributes,
             "coupled" those in both, "removed" the coupled ones that matter for general examples,
@@ -303,7 +304,8 @@ class NeuronMask:
 
     def _counted(self) -> str:
         """What the table counts; without one there is nothing but weights to count."""
-        by_unit = self._table is not None and self._manifest.get("granularity") == "neuron"
+        granularity = stored_granularity(self._manifest.get("granularity", ""))
+        by_unit = self._table is not None and granularity == "unit"
         return "units" if by_unit else "weights"
 
     def _combined(self, sign: str, other: NeuronMask) -> NeuronMask:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastdean.report.quantities import measured
+from fastdean.wording.granularity import stored_granularity
 
 # What each rule selects. Every rule but "paper" may select entries that are not in both sets.
 _SELECTIONS = {
@@ -37,7 +38,7 @@ class Edit:
         return cls(
             rule=str(options.get("rule") or "paper"),
             scale=float(scale) if measured(scale) else 0.0,
-            by_unit=options.get("granularity") == "neuron",
+            by_unit=stored_granularity(options.get("granularity")) == "unit",
         )
 
     @property

@@ -468,7 +468,7 @@ def test_couple_takes_the_whole_unit_where_asked(place, tmp_path):
     for name in ("fairness", "privacy"):
         result = call(
             "score", "--model", place["model"], "--data", place[name], "--out", tmp_path / name,
-            "--examples", 5, "--granularity", "neuron", "--keep-top", 1, "--quiet",
+            "--examples", 5, "--granularity", "unit", "--keep-top", 1, "--quiet",
         )  # fmt: skip
         assert result.exit_code == 0, result.stderr
     command = [

@@ -236,7 +236,7 @@ def test_a_model_without_the_weights_is_refused():
         fastdean.couple(scores_from(A), scores_from(B), ratio=0.5, model=torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
 def test_offloaded_weights_give_the_mask_of_those_in_memory(granularity):
     from accelerate import cpu_offload
 
@@ -327,7 +327,7 @@ def test_weights_changed_since_scoring_are_noticed():
 
 def _unit_scores(model, seed):
     loader = batches(make_examples(seed), 3)
-    return fastdean.score(model, loader, granularity="neuron", progress=False)
+    return fastdean.score(model, loader, granularity="unit", progress=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

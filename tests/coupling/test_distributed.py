@@ -46,7 +46,7 @@ def in_passes(rank):
 
 
 def units(rank):
-    return fastdean.score(llama(), loader(), granularity="neuron", progress=False)
+    return fastdean.score(llama(), loader(), granularity="unit", progress=False)
 
 
 def own_loss(rank):

@@ -162,7 +162,7 @@ def test_the_groups_of_a_layer(family):
     if both:
         assert [t.name for t in find_targets(model, "all")] == both
     if downs:
-        units = find_targets(model, "mlp", "neuron")
+        units = find_targets(model, "mlp", "unit")
         assert in_layers(model, units) == {"mlp": set(downs.split())}
     # Every group can be asked for by its name, and is counted.
     for group, counted in coverage(model, everything)["groups"].items():
@@ -253,7 +253,7 @@ def test_without_names_a_block_is_what_widens_and_comes_back():
         for part, group in (("first", "first"), ("second", "mlp"), ("third", "third"))
         for name in "ab"
     }
-    assert [t.name for t in find_targets(model, "mlp", "neuron")] == [
+    assert [t.name for t in find_targets(model, "mlp", "unit")] == [
         "blocks.0.second.b",
         "blocks.1.second.b",
     ]
@@ -316,7 +316,7 @@ def test_torchs_own_encoder():
     }
 
 
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
 @pytest.mark.parametrize("target_tokens", [7, 4])
 def test_both_stacks_of_an_encoder_with_a_decoder(granularity, target_tokens):
     from transformers import T5Config, T5ForConditionalGeneration

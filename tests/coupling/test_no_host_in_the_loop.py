@@ -85,7 +85,7 @@ def operations(reads):
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"granularity": "neuron"}, {"target_modules": "all"}, {"loss_fn": token_losses}],
+    [{}, {"granularity": "unit"}, {"target_modules": "all"}, {"loss_fn": token_losses}],
     ids=["weights", "units", "all modules", "loss_fn"],
 )
 def test_one_look_at_the_losses_of_each_batch_and_nothing_else(watched, layers, options):
@@ -299,7 +299,7 @@ def test_waits_are_listed_and_the_mode_does_not_outlive_the_block(error, monkeyp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
 @pytest.mark.parametrize("loss_fn", [None, token_losses])
 def test_nothing_of_ours_synchronises_a_gpu(granularity, loss_fn, monkeypatch):
     model, real_pass, seen = llama_of(3).cuda(), scoring.run_pass, []

@@ -33,7 +33,7 @@ def test_weight_scores_equal_the_autograd_loop(name, target_modules):
 @pytest.mark.parametrize("name", MODELS)
 def test_unit_scores_equal_the_autograd_loop(name):
     model, examples = MODELS[name](), make_examples()
-    scores = fastdean.score(model, batches(examples, 3), granularity="neuron", progress=False)
+    scores = fastdean.score(model, batches(examples, 3), granularity="unit", progress=False)
     modules = [parameter.removesuffix(".weight") for parameter in scores]
     expected = unit_importance(model, examples, modules, shift_of(name))
     assert len(scores) == 2

@@ -16,7 +16,7 @@ def scored(model, examples, impl, **options):
     return fastdean.score(model, batches(examples, 4), impl=impl, progress=False, **options)
 
 
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_are_those_of_the_reference(name, granularity):
     model, examples = MODELS[name]().to(DEVICE), make_examples()

@@ -391,7 +391,7 @@ def test_refused_chats(chat_template, text):
         ({"keep_top": 1.5}, "keep_top must be a ratio above 0 and at most 1, got 1.5; leave"),
         ({"keep_top": float("nan")}, "keep_top must be a ratio above 0 and at most 1, got nan"),
         ({"memory_budget": 100}, "memory_budget must hold .* 8,192 bytes for .*, got 100; raise"),
-        ({"granularity": "head"}, "granularity must be 'weight' or 'neuron', got 'head'"),
+        ({"granularity": "head"}, "granularity must be one of weight, unit, got 'head'"),
         ({"impl": "fast"}, "impl must be one of reference, triton, native, got 'fast'"),
     ],
 )

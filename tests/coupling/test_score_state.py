@@ -92,7 +92,7 @@ def forward_that_raises(model, error, at):
     model.forward = forward
 
 
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
 @pytest.mark.parametrize("name", MODELS)
 def test_success_changes_nothing(name, granularity):
     model = unusual(MODELS[name]())
@@ -286,7 +286,7 @@ def test_autocast_around_the_call_is_scored_in_the_dtypes_it_computes_in():
         assert norm_error(scores[name], expected[name]) < 0.05
 
 
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
 def test_offloaded_weights(granularity):
     from accelerate import cpu_offload
 
@@ -353,7 +353,7 @@ def into_every_state(model):
         model_state.frozen(model),
         model_state.fresh_leaves(model, [targets[0].module.weight]),
         capture.capturing(targets[:2], "weight", lambda *pair: None),
-        capture.capturing(targets[-1:], "neuron", lambda *pair: None),
+        capture.capturing(targets[-1:], "unit", lambda *pair: None),
         forward.target_logits(model),
     ):
         assert not model.training
@@ -388,7 +388,7 @@ def test_an_interrupt_at_any_line_leaves_nothing_behind(others):
             other.remove()
 
 
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
 def test_an_interrupt_in_a_run_leaves_nothing_behind(granularity):
     model = small()
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])

@@ -36,13 +36,13 @@ def dense(model):
 
 @pytest.fixture(scope="module")
 def units(model):
-    return score(model, granularity="neuron")
+    return score(model, granularity="unit")
 
 
 # Adding.
 
 
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
 def test_the_sum_of_two_runs_is_the_score_of_all_their_examples(model, granularity):
     first, second = EXAMPLES[:2], EXAMPLES[2:]
     joined = score(model, first, granularity=granularity) + score(
@@ -65,7 +65,7 @@ def test_sparse_scores_are_not_added(dense):
 
 
 def test_scores_of_other_things_are_not_added(model, dense, units):
-    with pytest.raises(ValueError, match="must share one granularity, got 'weight' and 'neuron'; "):
+    with pytest.raises(ValueError, match="must share one granularity, got 'weight' and 'unit'; "):
         dense + units
     with pytest.raises(ValueError, match="must cover the same matrices, got 8 in only one of them"):
         dense + score(model, target_modules="all")
@@ -80,7 +80,7 @@ def test_scores_of_other_things_are_not_added(model, dense, units):
 # Sparse scores.
 
 
-@pytest.mark.parametrize("granularity, ratio", [("weight", 0.01), ("weight", 1.0), ("neuron", 0.1)])
+@pytest.mark.parametrize("granularity, ratio", [("weight", 0.01), ("weight", 1.0), ("unit", 0.1)])
 def test_keep_top_keeps_the_dense_top_k(model, granularity, ratio):
     whole = score(model, granularity=granularity)
     sparse = score(model, granularity=granularity, keep_top=ratio)
@@ -155,7 +155,7 @@ def test_dense_scores_share_the_models_memory_and_refuse_to_be_read_once_it_chan
 
 def test_units_are_read_whatever_became_of_the_weight_but_not_coupled(tmp_path):
     model = llama()
-    scores = score(model, granularity="neuron")
+    scores = score(model, granularity="unit")
     name = next(iter(scores))
     value = scores[name]
     with torch.no_grad():
@@ -333,7 +333,7 @@ def _at(place, value):
     [
         (_change_config(lambda c: c.pop("entries")), "the field entries, got no such field"),
         (_set("entries", [UP]), f"entries as an object, got ['{UP}']"),
-        (_set("granularity", "row"), "granularity as 'weight' or 'neuron', got 'row'"),
+        (_set("granularity", "row"), "granularity as 'weight' or 'unit' or 'neuron', got 'row'"),
         (_set("num_examples", 0), "num_examples as a whole number of at least 1, got 0"),
         (_set("num_examples", True), "num_examples as a whole number of at least 1, got True"),
         (_set("num_examples", "8"), "num_examples as a whole number of at least 1, got '8'"),
@@ -510,3 +510,13 @@ def test_scoring_is_quiet(caplog, capsys, model):
     with caplog.at_level(logging.INFO, logger="fastdean"):
         score(model)
     assert not caplog.records and capsys.readouterr().out == ""
+
+
+def test_scores_of_units_under_their_earlier_word_are_read(units, tmp_path):
+    folder = tmp_path / "scores"
+    units.save_pretrained(folder)
+    file = folder / "fastdean_config.json"
+    file.write_text(file.read_text().replace('"granularity": "unit"', '"granularity": "neuron"'))
+    resign(folder)
+    assert '"neuron"' in file.read_text()
+    assert Scores.from_pretrained(folder).granularity == "unit"

@@ -58,9 +58,9 @@ def test_groups_of_every_family(name):
     assert set(names(model)) == set(names(model, "mlp")) == in_every_layer(name, mlp)
     assert set(names(model, "self_attn")) == in_every_layer(name, attention)
     assert set(names(model, "all")) == in_every_layer(name, [*mlp, *attention])
-    assert set(names(model, granularity="neuron")) == in_every_layer(name, [down])
+    assert set(names(model, granularity="unit")) == in_every_layer(name, [down])
     # A choice that holds more than the down projections comes to the same.
-    assert names(model, "all", "neuron") == names(model, "mlp", "neuron")
+    assert names(model, "all", "unit") == names(model, "mlp", "unit")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -144,7 +144,7 @@ def test_conv1d_scores_lie_as_the_weight_is_stored():
     scores = fastdean.score(model, batches(make_examples(), 3), progress=False)
     name = "transformer.h.0.mlp.c_fc.weight"
     assert tuple(scores[name].shape) == (HIDDEN, INTERMEDIATE)
-    units = fastdean.score(model, batches(make_examples(), 3), granularity="neuron", progress=False)
+    units = fastdean.score(model, batches(make_examples(), 3), granularity="unit", progress=False)
     entry = units.entries["transformer.h.0.mlp.c_proj.weight"]
     assert (entry.unit_axis, entry.shape) == (0, (INTERMEDIATE, HIDDEN))
 
@@ -245,7 +245,7 @@ def qwen2_moe():
     return model
 
 
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
 def test_a_model_whose_mlps_are_all_fused_is_refused_with_the_reason(granularity):
     with pytest.raises(ValueError) as caught:
         find_targets(mixtral(), "mlp", granularity)
@@ -296,7 +296,7 @@ def test_shared_experts_are_scored_where_the_routed_ones_cannot_be():
     expected = weight_importance(model, examples, list(scores))
     for name in scores:
         assert norm_error(scores[name], expected[name]) < 1e-5
-    assert names(model, granularity="neuron") == [
+    assert names(model, granularity="unit") == [
         f"model.layers.{i}.mlp.shared_expert.down_proj" for i in range(2)
     ]
 
@@ -317,8 +317,8 @@ def phi3(intermediate):
 def test_the_down_projection_beside_a_fused_gate_and_up(intermediate):
     model, examples = phi3(intermediate), make_examples()
     down = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
-    assert names(model, granularity="neuron") == down
-    scores = fastdean.score(model, batches(examples, 3), granularity="neuron", progress=False)
+    assert names(model, granularity="unit") == down
+    scores = fastdean.score(model, batches(examples, 3), granularity="unit", progress=False)
     expected = unit_importance(model, examples, down)
     for name in down:
         assert norm_error(scores[f"{name}.weight"], expected[name]) < 1e-5
@@ -328,12 +328,12 @@ def test_the_down_projection_of_an_mlp_as_wide_as_the_model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**MOE, intermediate_size=32))
-    assert names(model, granularity="neuron") == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    assert names(model, granularity="unit") == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
 
 
 def test_units_of_attention_do_not_exist():
     with pytest.raises(ValueError, match="at least one down projection of an MLP .* 'self_attn'"):
-        find_targets(llama(), "self_attn", "neuron")
+        find_targets(llama(), "self_attn", "unit")
 
 
 # Refusals.
@@ -405,3 +405,14 @@ def test_what_is_asked_for_by_name_is_refused_and_the_model_restored(build, modu
     )
     assert model.training == training and all(p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_earlier_word_for_units_still_works_and_says_what_to_write():
+    with pytest.warns(FutureWarning, match="'neuron' has been called 'unit' since 0.2.0 .* write"):
+        found = find_targets(llama(), granularity="neuron")
+    assert [t.name for t in found] == names(llama(), granularity="unit")
+    with pytest.warns(FutureWarning):
+        scores = fastdean.score(
+            llama(), batches(make_examples(), 3), granularity="neuron", progress=False
+        )
+    assert scores.granularity == scores.manifest["granularity"] == "unit"

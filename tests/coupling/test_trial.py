@@ -118,7 +118,7 @@ def test_units_of_a_layer_whose_input_is_changed_on_the_way():
     model, examples = llama(), make_examples()
     modules = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
     model.get_submodule(modules[1]).register_forward_pre_hook(lambda module, args: (2 * args[0],))
-    scores = score(model, granularity="neuron")
+    scores = score(model, granularity="unit")
     expected = unit_importance(model, examples, modules)
     for name in modules:
         assert norm_error(scores[f"{name}.weight"], expected[name]) < 1e-5
@@ -381,7 +381,7 @@ def test_examples_that_leak_into_each_other_are_scored_one_at_a_time():
 
 def test_units_in_another_order():
     model, loader = encoder_model(False), tokens((3, 7), (2, 5))
-    options = {"loss_fn": token_losses, "granularity": "neuron", "progress": False}
+    options = {"loss_fn": token_losses, "granularity": "unit", "progress": False}
     together = fastdean.score(model, loader, **options)
     rows = [{"input_ids": row.unsqueeze(0)} for batch in loader for row in batch["input_ids"]]
     one_by_one = fastdean.score(model, rows, **options)
@@ -454,7 +454,7 @@ def test_the_callers_fp16_autocast():
         assert norm_error(value, expected[name]) < 1e-2, name
 
 
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
 @pytest.mark.parametrize("exponent", [14, 20, 24])
 def test_a_batch_that_overflows_is_done_again(exponent, granularity, monkeypatch):
     from fastdean.coupling import loss_scale

@@ -18,9 +18,7 @@ UNITS = [3, 17, 63]
 
 def _couple(scored, **options):
     scores = [
-        fastdean.score(
-            scored, batches(make_examples(seed), 3), granularity="neuron", progress=False
-        )
+        fastdean.score(scored, batches(make_examples(seed), 3), granularity="unit", progress=False)
         for seed in (1, 2)
     ]
     return fastdean.couple(*scores, ratio=0.1, **options)

@@ -505,7 +505,7 @@ def test_truncated_scores_of_an_earlier_call_are_named(job, scored, tmp_path):
 
 BAD_OPTIONS = {
     "rule": ("best", f"rule must be one of {', '.join(RULES)}, got 'best'"),
-    "granularity": ("head", "granularity must be one of weight, neuron, got 'head'"),
+    "granularity": ("head", "granularity must be one of weight, unit, got 'head'"),
     "scope": ("layer", "scope must be one of matrix, model, got 'layer'"),
     "template": ("alpaca", "template must be one of raw, chat, published, got 'alpaca'"),
     "ratio": (1.5, "ratio must be above 0 and at most 1, got 1.5"),
@@ -553,7 +553,7 @@ def test_the_scope_of_the_whole_model(place, tmp_path):
 
 
 def test_units(place, tmp_path):
-    job = Job(**place, **{**QUICK, "ratio": 0.3}, granularity="neuron")
+    job = Job(**place, **{**QUICK, "ratio": 0.3}, granularity="unit")
     results = run(job, tmp_path / "run", progress=False)
     assert results["coupling"]["total"]["first"] == 2 * int(0.3 * 64)
     kept = results["coupling"]["total"]["kept"]

@@ -58,7 +58,7 @@ def test_the_first_sentence_counts_what_was_selected_and_what_chance_gives():
 
 
 def test_units_and_a_scale_are_called_by_their_names():
-    first = findings(results(granularity="neuron", scale=0.5, rule="released"))[0]
+    first = findings(results(granularity="unit", scale=0.5, rule="released"))[0]
     assert "612 units most important to fairness" in first
     assert first.endswith(
         "rule 'released' selected 107 units, in 2 of 2 matrices, whose outgoing weights were "

@@ -202,7 +202,7 @@ def test_units_are_counted_as_units(mask, table):
         {**table[1], "weights": 0},
         {**table[2], "kept": 1, "weights": 1},
     ]
-    by_unit = NeuronMask(mask.entries, table=rows, manifest={"granularity": "neuron"})
+    by_unit = NeuronMask(mask.entries, table=rows, manifest={"granularity": "unit"})
     assert repr(by_unit) == "NeuronMask(2 units (4 weights) in 2 of 3 matrices, scale=0)"
     summary = by_unit.summary()
     assert summary.unit == "units"
@@ -210,7 +210,7 @@ def test_units_are_counted_as_units(mask, table):
     assert str(summary).splitlines()[-1].split() == ["total", "3", "12", "12", "11", "4", "2", "4"]
     with pytest.raises(ValueError, match="got weights=2 for 'layers.0.weight', which has 3 weigh"):
         NeuronMask(mask.entries, table=[{**rows[0], "weights": 2}, *rows[1:]])
-    known_weights = NeuronMask(mask.entries, manifest={"granularity": "neuron"})
+    known_weights = NeuronMask(mask.entries, manifest={"granularity": "unit"})
     assert repr(known_weights) == "NeuronMask(4 weights in 2 matrices, scale=0)"
     assert known_weights.summary().unit == "weights"
 

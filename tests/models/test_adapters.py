@@ -159,7 +159,7 @@ def test_a_module_trained_in_full_counts_as_itself():
     assert found.module is wrapper.original_module
 
 
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
 def test_masks_name_weights_as_the_merged_checkpoint_does(granularity, tmp_path):
     model = adapted(merged=True)
     plain = without_adapters(model)
@@ -169,7 +169,7 @@ def test_masks_name_weights_as_the_merged_checkpoint_does(granularity, tmp_path)
         )
         for seed in (1, 2)
     ]
-    options = {"unit_weights": "all"} if granularity == "neuron" else {}
+    options = {"unit_weights": "all"} if granularity == "unit" else {}
     mask = fastdean.couple(*pair, ratio=0.1, model=model, **options)
     assert f"{UP}.weight" in mask.names
     ids = torch.arange(12).view(2, 6) + 3

@@ -109,7 +109,7 @@ def test_an_op_repeats_its_bits(op, dtype, impl, device):
         assert torch.equal(op(tensors, impl), first), f"run {run} differs from the first"
 
 
-@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
 def test_a_deterministic_run_of_score_repeats_its_bits(granularity, device):
     model, examples = llama().to(device), make_examples()
 

@@ -341,7 +341,7 @@ def test_weights_that_were_multiplied_are_not_called_zeroed():
 
 
 def test_units_are_called_units():
-    main = parse(render_report(edited(granularity="neuron"))).find(".//main")
+    main = parse(render_report(edited(granularity="unit"))).find(".//main")
     said = text(main)
     assert "Units zeroed" in said
     assert re.search(r"Of [\d,]+ units in each top set", said)

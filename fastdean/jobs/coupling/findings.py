@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from fastdean.wording.digits import apart
+from fastdean.wording.granularity import stored_granularity
 from fastdean.wording.verdicts import direction, reading, verb
 
 _TOPICS = ("fairness", "privacy")
@@ -135,7 +136,7 @@ def _is_change_within_null(layer: Mapping[str, Any]) -> bool:
 
 
 def _unit(options: Mapping[str, Any]) -> str:
-    return "unit" if options["granularity"] == "neuron" else "weight"
+    return stored_granularity(options["granularity"])
 
 
 def _counted(number: int, unit: str) -> str:

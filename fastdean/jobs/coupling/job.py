@@ -7,13 +7,14 @@ from typing import Annotated
 
 from fastdean.jobs import options
 from fastdean.jobs.options import SOURCE_HELP, Help
+from fastdean.wording.granularity import checked_granularity
 
 DATA_SETS = ("fairness", "privacy", "general")
 
 # Ratios at which the overlap of the sets is shown; scores keep as much as the largest needs.
 _CURVE = {
     "weight": (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3),
-    "neuron": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
+    "unit": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
 }
 
 
@@ -62,14 +63,14 @@ class Job:
 
     def __post_init__(self) -> None:
         # Not above: the command line reads the fields before it loads torch.
-        from fastdean.coupling.sets import DEFAULT_RATIO, RULES, SCOPES
+        from fastdean.coupling.sets import RULES, SCOPES
         from fastdean.data.examples import TEMPLATES
         from fastdean.masks.entries import checked_scale
         from fastdean.models.loading import dtype_name
 
+        object.__setattr__(self, "granularity", checked_granularity(self.granularity))
         for name, allowed in (
             ("rule", tuple(RULES)),
-            ("granularity", tuple(DEFAULT_RATIO)),
             ("scope", SCOPES),
             ("template", TEMPLATES),
         ):

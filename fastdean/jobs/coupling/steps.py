@@ -188,7 +188,7 @@ def _require_in_memory(targets: Sequence[Target], job: Job) -> None:
 
 def _sizes(targets: Sequence[Target], job: Job) -> list[int]:
     """How many entries compete in each matrix."""
-    if job.granularity == "neuron":
+    if job.granularity == "unit":
         return [target.num_inputs for target in targets]
     return [target.module.weight.numel() for target in targets]
 
