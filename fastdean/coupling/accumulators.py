@@ -69,6 +69,11 @@ ACCUMULATORS: dict[str, Callable[[Target, torch.device, str | None], Accumulator
 }
 
 
+def sums_bytes(target: Target, granularity: str) -> int:
+    """What the sums of a target take."""
+    return 4 * (target.module.weight.numel() if granularity == "weight" else target.num_inputs)
+
+
 def split_by_memory(
     targets: Sequence[Target], granularity: str, memory_budget: int | None
 ) -> list[list[Target]]:
@@ -82,8 +87,7 @@ def split_by_memory(
     groups: list[list[Target]] = []
     used = 0
     for target in targets:
-        entries = target.module.weight.numel() if granularity == "weight" else target.num_inputs
-        size = 4 * entries
+        size = sums_bytes(target, granularity)
         if size > memory_budget:
             raise ValueError(
                 f"memory_budget must hold the sums of at least one matrix, {size:,} bytes for "

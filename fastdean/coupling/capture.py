@@ -131,10 +131,18 @@ class Sums:
         Raises:
             RuntimeError: a target did not deliver exactly one.
         """
-        self.segments, self._rows, self._times = batch.segments, batch.rows, Counter()
+        self.expect(batch.segments, batch.rows)
         loss = self.loss(batch)
         if loss.requires_grad:
             loss.backward()
+        self.require_complete()
+
+    def expect(self, segments: Tensor, rows: int) -> None:
+        """Say where the examples lie in what the hooks deliver next (`BatchLosses`)."""
+        self.segments, self._rows, self._times = segments, rows, Counter()
+
+    def require_complete(self) -> None:
+        """Raise RuntimeError unless every target has delivered exactly one pair since."""
         for parameter in self.accumulators:
             if self._times[parameter] != 1:
                 name = parameter.removesuffix(".weight")

@@ -10,17 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastdean.coupling.accumulators import ACCUMULATORS, Accumulator, split_by_memory
+from fastdean.coupling.by_layers import Set, Sweep
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.loss_check import LossCheck
 from fastdean.coupling.manifest import score_manifest
+from fastdean.coupling.order import Order, choose_order, require_order
 from fastdean.coupling.overflow import ScaledSums, add_what_overflowed
 from fastdean.coupling.scores import ScoreEntry, Scores, check_keep_top, keep_entry
+from fastdean.coupling.states import States, states_home
 from fastdean.coupling.targets import (
     Target,
     find_targets,
@@ -41,8 +45,11 @@ from fastdean.models.model_state import (
     strict_determinism,
     unwrap,
 )
+from fastdean.models.replay import NotByLayers
+from fastdean.models.stacks import decoder_layers
 from fastdean.wording.doing import titled
 from fastdean.wording.granularity import checked_granularity
+from fastdean.wording.log import logger
 from fastdean.wording.printable import one_line
 
 
@@ -61,6 +68,8 @@ def score(
     loss_fn: LossFunction | None = None,
     keep_top: float | None = None,
     memory_budget: int | None = None,
+    order: str = "batches",
+    states: str | Path = "device",
     deterministic: bool = False,
     impl: str | None = None,
     progress: bool = True,
@@ -104,6 +113,13 @@ def score(
         memory_budget: bytes the sums may take at a time; the targets are split over several passes,
             with the same result. Of use with `keep_top`, or where the sums of a GPU model are to
             lie on the CPU.
+        order: "batches": every batch through the whole model. "layers": all batches through one
+            decoder layer before the next, with the same result; sums live for one layer, the layer
+            runs twice, and what it returned is kept meanwhile (`states`). "auto": "layers" where
+            the sums and a batch do not fit into the memory there is, or weights are offloaded;
+            else "batches".
+        states: where `order="layers"` keeps what the layers returned: "device", "host", or a
+            folder, in files that are gone at the end.
         deterministic: run under `torch.use_deterministic_algorithms(True)`.
         impl: implementation of the accumulation: None (by device), or one of
             `fastdean.ops._dispatch.IMPLEMENTATIONS`.
@@ -124,6 +140,7 @@ def score(
     model = unwrap(model)
     require_no_prompts(model)
     check_keep_top(keep_top)
+    require_order(order)
     granularity = checked_granularity(granularity)
     targets = find_targets(model, target_modules, granularity)
     require_own_parameters(model, targets)
@@ -148,24 +165,59 @@ def score(
             scorable = find_scorable(
                 model, work, targets, granularity, target_modules, device, ranks
             )
-            passes = split_by_memory(scorable.targets, granularity, memory_budget)
-            total = work.examples_here * len(passes)
-            with _progress_bar(total, description, progress and ranks.first) as bar:
-                for group in passes:
-                    with ranks.failing_together():
-                        accumulators = run_pass(scorable, group, granularity, device, impl, bar)
-                    off_device = memory_budget is not None
-                    entries |= finish(
-                        accumulators, group, ranks, work.num_examples, keep_top, off_device
-                    )
+
+            def finished(group: Sequence[Target], sums: dict[str, Accumulator]) -> None:
+                off_device = memory_budget is not None
+                entries.update(finish(sums, group, ranks, work.num_examples, keep_top, off_device))
+
+            def split(group: Sequence[Target]) -> list[list[Target]]:
+                return split_by_memory(group, granularity, memory_budget)
+
+            shown = progress and ranks.first
+            chosen = choose_order(order, model, scorable, granularity, memory_budget, device, ranks)
+            if chosen.by_layers:
+                layers = decoder_layers(model)
+                try:
+                    with (
+                        _progress_bar(2 * len(layers) + 1, "layer", description, shown) as bar,
+                        states_home(states) as home,
+                    ):
+                        Sweep(
+                            [Set(scorable, finished)],
+                            layers,
+                            granularity=granularity,
+                            device=device,
+                            impl=impl,
+                            states=States(home),
+                            ranks=ranks,
+                            split=split,
+                            finished_layer=lambda: bar.update(1),
+                        ).run()
+                except NotByLayers as error:
+                    # Ranks without examples would not know of it.
+                    if order != "auto" or ranks.size > 1:
+                        raise
+                    entries.clear()
+                    logger.warning("batch by batch after all: %s", error)
+                    chosen = Order(False, f"not layer by layer: {error}")
+            if not chosen.by_layers:
+                passes = split(scorable.targets)
+                total = work.examples_here * len(passes)
+                with _progress_bar(total, "ex", description, shown) as bar:
+                    for group in passes:
+                        with ranks.failing_together():
+                            accumulators = run_pass(scorable, group, granularity, device, impl, bar)
+                        finished(group, accumulators)
+    entries = {target.parameter: entries[target.parameter] for target in scorable.targets}
+    manifest = score_manifest(
+        model, targets, scorable, entries, granularity, target_modules, keep_top, ranks
+    )
     return Scores(
         entries,
         granularity=granularity,
         num_examples=work.num_examples,
         keep_top=keep_top,
-        manifest=score_manifest(
-            model, targets, scorable, entries, granularity, target_modules, keep_top, ranks
-        ),
+        manifest=manifest | {"order": {"by": chosen.name, "why": chosen.why}},
     )
 
 
@@ -232,7 +284,7 @@ def finish(
     return entries
 
 
-def _progress_bar(total: int, description: str, shown: bool) -> Any:
+def _progress_bar(total: int, unit: str, description: str, shown: bool) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc=one_line(titled(description)), unit="ex", disable=not shown)
+    return tqdm(total=total, desc=one_line(titled(description)), unit=unit, disable=not shown)

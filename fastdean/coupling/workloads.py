@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -68,6 +69,20 @@ class BatchLosses:
     averaged: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A batch that is about to go through the model.
+
+    Attributes:
+        segments, rows: as in `BatchLosses`.
+        losses: runs the model and returns the losses; may be called again.
+    """
+
+    segments: Tensor
+    rows: int
+    losses: Callable[[], BatchLosses]
+
+
 @dataclass
 class Workload(ABC):
     """The examples of a `score()` and their losses.
@@ -84,12 +99,24 @@ class Workload(ABC):
     examples_here: int
 
     @abstractmethod
+    def batch(self, number: int, device: torch.device) -> AbstractContextManager[Pass]:
+        """A batch of this rank; the model is set up for it inside, backward pass included."""
+
+    @property
+    @abstractmethod
+    def most_rows(self) -> int:
+        """Token rows of the largest batch, padding included."""
+
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         """Run the model over this rank's batches, one by one; may be called again.
 
         Work is put on the device's queue, and nothing but the model's own code waits for results.
         The model may carry a hook until the generator is closed.
         """
+        for number in range(len(self.batches)):
+            with self.batch(number, device) as one:
+                # In a call of its own, so that no name here keeps the graph meanwhile.
+                yield one.losses()
 
     def only(self, numbers: Sequence[int]) -> Self:
         """These of its batches, by their place in `batches`."""
@@ -218,14 +245,18 @@ class LanguageModelling(Workload):
             rendering=rendering,
         )
 
-    def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
-        with target_logits(self.model) as logits_at:
-            for batch in self.batches:
-                # Until the caller is through with the backward pass, which may run layers again
-                # (activation checkpointing).
-                with attention_for(self.model, batch):
-                    # In a call of its own, so that no name here keeps the graph meanwhile.
-                    yield self._losses_of(batch.to(device), logits_at)
+    @contextmanager
+    def batch(self, number: int, device: torch.device) -> Iterator[Pass]:
+        batch = self.batches[number].to(device)
+        # Until the caller is through with the backward pass, which may run layers again
+        # (activation checkpointing).
+        with target_logits(self.model) as logits_at, attention_for(self.model, batch):
+            rows = batch.input_ids.numel()
+            yield Pass(batch.segments, rows, lambda: self._losses_of(batch, logits_at))
+
+    @property
+    def most_rows(self) -> int:
+        return max((batch.input_ids.numel() for batch in self.batches), default=0)
 
     def _losses_of(self, batch: Batch, logits_at: Callable[[Batch], Tensor]) -> BatchLosses:
         per_token = target_losses(logits_at(batch), batch)
@@ -336,29 +367,38 @@ class CustomLoss(Workload):
             first=first,
         )
 
-    def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
-        first = 0
+    @contextmanager
+    def batch(self, number: int, device: torch.device) -> Iterator[Pass]:
+        given = self.batches[number].items()
+        batch = {k: send(v, device) if isinstance(v, Tensor) else v for k, v in given}
+        size, width = batch["input_ids"].shape
+        starts = torch.arange(size) * width
+        segments = torch.stack([starts, starts + width], dim=1)
+        first = sum(len(each["input_ids"]) for each in self.batches[:number])
+        numbers = range(first, first + size)
+
+        def losses() -> BatchLosses:
+            values = self._losses_of(batch)
+            return BatchLosses(values, segments, size * width, numbers, [1] * size)
+
+        yield Pass(segments, size * width, losses)
+
+    @property
+    def most_rows(self) -> int:
+        return max((batch["input_ids"].numel() for batch in self.batches), default=0)
+
+    def _losses_of(self, batch: Mapping[str, Any]) -> Tensor:
         accepted = _accepted_inputs(self.model)
-        for batch in self.batches:
-            batch = {k: send(v, device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            size, width = batch["input_ids"].shape
-            inputs = {k: v for k, v in batch.items() if k != "labels" and accepted(k)}
-            losses = self.loss_fn(self.model(**inputs), batch)
-            if not isinstance(losses, Tensor) or tuple(losses.shape) != (size,):
-                got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-                raise ValueError(
-                    f"loss_fn must return one loss per example, [{size}], got {got}; "
-                    "reduce over tokens only"
-                )
-            starts = torch.arange(size) * width
-            yield BatchLosses(
-                values=losses,
-                segments=torch.stack([starts, starts + width], dim=1),
-                rows=size * width,
-                examples=range(first, first + size),
-                averaged=[1] * size,
+        inputs = {k: v for k, v in batch.items() if k != "labels" and accepted(k)}
+        losses = self.loss_fn(self.model(**inputs), batch)
+        size = len(batch["input_ids"])
+        if not isinstance(losses, Tensor) or tuple(losses.shape) != (size,):
+            got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"loss_fn must return one loss per example, [{size}], got {got}; "
+                "reduce over tokens only"
             )
-            first += size
+        return losses
 
     def alone(self) -> Self:
         return replace(self, batches=[row for batch in self.batches for row in _rows(batch)])

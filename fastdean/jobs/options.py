@@ -116,6 +116,18 @@ MemoryBudget = Annotated[
     Help("GB the sums may take; more passes if they need more.", typed=float | None, read=_bytes),
 ]
 
+Order = Annotated[
+    str,
+    Help(
+        "batches, each through the whole model; layers, one after the other for all batches, in "
+        "little memory; or auto: layers where the memory there is does not hold the sums."
+    ),
+]
+States = Annotated[
+    str,
+    Help("Where --order layers keeps what layers return: device, host, or a folder for files."),
+]
+
 # Scores, and the sets that are made of them.
 Ratio = Annotated[
     float | None,

@@ -49,6 +49,10 @@ def units(rank):
     return fastdean.score(llama(), loader(), granularity="unit", progress=False)
 
 
+def by_layers(rank):
+    return fastdean.score(llama(), loader(), order="layers", progress=False)
+
+
 def own_loss(rank):
     return fastdean.score(llama(), loader(), loss_fn=token_loss, progress=False)
 
@@ -87,6 +91,7 @@ SITUATIONS = [
     in_passes,
     other_examples,
     units,
+    by_layers,
     empty_loader,
     own_loss,
 ]
@@ -117,7 +122,9 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "situation", [uneven, one_example, in_passes, units, own_loss], ids=lambda s: s.__name__
+    "situation",
+    [uneven, one_example, in_passes, units, by_layers, own_loss],
+    ids=lambda s: s.__name__,
 )
 def test_two_ranks_give_what_one_gives(found, situation):
     alone = situation(0)

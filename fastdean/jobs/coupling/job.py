@@ -29,7 +29,7 @@ class Job:
         rule, scope, min_k: see `coupling.couple`.
         examples: rows of each source that are scored; None: all.
         eval_examples: rows, of other prompts than these where there are any, that are measured on.
-        memory_budget: in bytes; see `fastdean.score`.
+        memory_budget: in bytes; it, order and states: see `fastdean.score`.
     Raises:
         ValueError, TypeError: an option out of range; raised here rather than after hours of work.
     """
@@ -56,6 +56,8 @@ class Job:
     max_length: options.MaxLength = None
     tokens_per_batch: options.TokensPerBatch = None
     memory_budget: options.MemoryBudget = None
+    order: options.Order = "batches"
+    states: options.States = "device"
     deterministic: options.Deterministic = False
     dtype: options.Dtype = "auto"
     device: options.Device = None
@@ -63,6 +65,7 @@ class Job:
 
     def __post_init__(self) -> None:
         # Not above: the command line reads the fields before it loads torch.
+        from fastdean.coupling.order import ORDERS
         from fastdean.coupling.sets import RULES, SCOPES
         from fastdean.data.examples import TEMPLATES
         from fastdean.masks.entries import checked_scale
@@ -72,6 +75,7 @@ class Job:
         for name, allowed in (
             ("rule", tuple(RULES)),
             ("scope", SCOPES),
+            ("order", ORDERS),
             ("template", TEMPLATES),
         ):
             # None: by the kind of row, see `data.encode`.
@@ -129,6 +133,8 @@ class ScoreJob:
     max_length: options.MaxLength = None
     tokens_per_batch: options.TokensPerBatch = None
     memory_budget: options.MemoryBudget = None
+    order: options.Order = "batches"
+    states: options.States = "device"
     deterministic: options.Deterministic = False
     dtype: options.Dtype = "auto"
     device: options.Device = None

@@ -48,6 +48,8 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
         keep_top=None if job.keep_top == 1 else job.keep_top,
         tokens_per_batch=job.tokens_per_batch,
         memory_budget=job.memory_budget,
+        order=job.order,
+        states=job.states,
         deterministic=job.deterministic,
         progress=progress,
     )

@@ -228,6 +228,8 @@ def _score(name: str, prepared: _Prepared, session: Session[Job]) -> Scores | No
             tokens_per_batch=job.tokens_per_batch,
             keep_top=prepared.keep_top,
             memory_budget=job.memory_budget,
+            order=job.order,
+            states=job.states,
             deterministic=job.deterministic,
             progress=session.progress,
             description=f"score {name}",

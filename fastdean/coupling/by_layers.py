@@ -1,0 +1,320 @@
+"""The sums of `score()` taken layer by layer: all batches through one layer before the next.
+
+Forward from the first layer, then the loss, then backward from the last layer. In each backward
+window a layer runs once more on what it was given, with the hooks of capture.py, and is never
+needed again; so a layer's weights are in use twice, and its sums live as long as its window. The
+model's own forward leads to each layer (`fastdean.models.replay`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastdean.coupling.accumulators import ACCUMULATORS, Accumulator
+from fastdean.coupling.capture import Sums, capturing
+from fastdean.coupling.states import States
+from fastdean.coupling.targets import Target
+from fastdean.coupling.trial import Scorable
+from fastdean.coupling.workloads import BatchLosses, Pass
+from fastdean.models.distributed import Ranks
+from fastdean.models.model_state import execution_device
+from fastdean.models.replay import (
+    Arguments,
+    NotByLayers,
+    Replay,
+    Returned,
+    leaves_below,
+    placeholder,
+    replaying,
+)
+from fastdean.models.trees import Path
+from fastdean.models.windows import weights_in
+from fastdean.wording.mendable import StateError
+
+# Of the norm of what a layer returns, how much the second run may differ from the first: rounding
+# in another order, which a CPU does not have. Dropout that is always on differs by far more.
+_ROUNDING = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Set:
+    """A data set of a sweep.
+
+    Attributes:
+        scorable: its batches, and which targets are scored over them.
+        finished: called with some of the targets and their sums over this rank's examples.
+    """
+
+    scorable: Scorable
+    finished: Callable[[Sequence[Target], dict[str, Accumulator]], None]
+
+
+@dataclass
+class Sweep:
+    """One sweep over the layers for all data sets; `run` it once.
+
+    Args:
+        layers: name -> decoder layer, in the order in which the model calls them.
+        split: divides targets into groups whose sums fit into memory together.
+        finished_layer: called when a layer, or what follows the layers, is through.
+    """
+
+    sets: Sequence[Set]
+    layers: Mapping[str, nn.Module]
+    granularity: str
+    device: torch.device
+    impl: str | None
+    states: States
+    ranks: Ranks
+    split: Callable[[Sequence[Target]], list[list[Target]]]
+    finished_layer: Callable[[], object]
+    _used: dict[int, frozenset[int]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        for of in self.sets:
+            if of.scorable.scale is not None:
+                raise NotByLayers(
+                    "order='layers' must have a model in bfloat16 or float32, got float16; load it "
+                    "in another dtype or use order='batches'"
+                )
+        by_layer = [_by_layer(of.scorable.targets) for of in self.sets]
+        lowest = min(min(groups, default=len(self.layers)) for groups, _ in by_layer)
+        with replaying(self.layers) as replay:
+            modules = list(self.layers.values())
+            for k, layer in enumerate(modules):
+                with weights_in(layer):
+                    self._forward(replay, k)
+                self.finished_layer()
+            for of, (_, outside) in zip(self.sets, by_layer, strict=True):
+                self._loss(replay, of, outside)
+            self.finished_layer()
+            for k in reversed(range(lowest, len(replay))):
+                with weights_in(modules[k]):
+                    for of, (groups, _) in zip(self.sets, by_layer, strict=True):
+                        self._backward(replay, k, of, groups.get(k, []), last=k == lowest)
+                self.finished_layer()
+
+    def _by_layer(self, targets: Sequence[Target]) -> tuple[dict[int, list[Target]], list[Target]]:
+        """The targets by the position of their layer, and those in none."""
+        positions = {layer: k for k, layer in enumerate(self.layers.values())}
+        by_layer: dict[int, list[Target]] = {}
+        outside = []
+        for target in targets:
+            if target.layer in positions:
+                by_layer.setdefault(positions[target.layer], []).append(target)
+            else:
+                outside.append(target)
+        return by_layer, outside
+
+    def _batches(self, sets: Sequence[Set]) -> Iterator[tuple[int, Pass]]:
+        """The batches of some of the sets, each with its number among those of all sets."""
+        number = 0
+        for of in self.sets:
+            work = of.scorable.work
+            for b in range(len(work.batches)):
+                if of in sets:
+                    with work.batch(b, self.device) as batch:
+                        yield number, batch
+                number += 1
+
+    def _forward(self, replay: Replay, k: int) -> None:
+        """Run layer k on every batch and keep what it returns."""
+        with self.ranks.failing_together():
+            for b, batch in self._batches(self.sets):
+                arguments, _ = self._reach(replay, k, b, batch)
+                with torch.no_grad():
+                    self.states.keep(k, b, replay.run(k, _detached(arguments)))
+
+    def _loss(self, replay: Replay, of: Set, outside: Sequence[Target]) -> None:
+        """Run what follows the layers, and backward to what the layers returned."""
+        accumulators = self._accumulators(outside)
+        sums = Sums(accumulators, of.scorable.sequence_first)
+        hooked = capturing(outside, self.granularity, sums.receive)
+        with self.ranks.failing_together(), hooked:
+            for b, batch in self._batches([of]):
+                answers, leaves = self._answers(len(replay), b)
+                losses = replay.finish(answers, batch.losses)
+                _require_finite(losses.values, losses.examples)
+                _backward_behind_the_layers(sums, losses)
+                del losses
+                self._take_gradients(b, leaves)
+        if outside:
+            of.finished(outside, accumulators)
+
+    def _backward(
+        self, replay: Replay, k: int, of: Set, targets: list[Target], *, last: bool
+    ) -> None:
+        """Run layer k once more on every batch, now with the hooks, and backward through it."""
+        groups = self.split(targets) or [[]]
+        for group in groups:
+            accumulators = self._accumulators(group)
+            sums = Sums(accumulators, of.scorable.sequence_first)
+            through = group is groups[-1]
+            hooked = capturing(group, self.granularity, sums.receive)
+            with self.ranks.failing_together(), hooked:
+                for b, batch in self._batches([of]):
+                    self._backward_of_batch(replay, k, b, batch, sums, deeper=through and not last)
+                    if through:
+                        self.states.drop(k, b)
+            if group:
+                of.finished(group, accumulators)
+
+    def _backward_of_batch(
+        self, replay: Replay, k: int, b: int, batch: Pass, sums: Sums, *, deeper: bool
+    ) -> None:
+        arguments, leaves = self._reach(replay, k, b, batch)
+        below = {p: t for p, t in arguments.tensors().items() if t.requires_grad}
+        # The layer may change its arguments in place, and those of a leaf must not be.
+        given = {p: t.detach().requires_grad_(True) for p, t in below.items()}
+        copies = {p: t.clone() for p, t in given.items()}
+        returned = replay.run(k, arguments.replaced(copies))
+        found = returned.tensors()
+        self._require_same(replay.names[k], self.states.returned(k, b).tensors(), found)
+        gradients = self.states.gradients(k, b)
+        pairs = [(found[p], g) for p, g in gradients.items() if found[p].requires_grad]
+        del arguments, returned, found, copies
+        sums.expect(batch.segments, batch.rows)
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        del pairs, gradients
+        sums.require_complete()
+        if not deeper:
+            return
+        back = [(below[p], t.grad) for p, t in given.items() if t.grad is not None]
+        if back:
+            torch.autograd.backward([t for t, _ in back], [g for _, g in back])
+        self._take_gradients(b, leaves)
+
+    def _take_gradients(self, b: int, leaves: Mapping[int, Mapping[Path, Tensor]]) -> None:
+        for j, of_layer in leaves.items():
+            gradients = {p: t.grad for p, t in of_layer.items() if t.grad is not None}
+            self.states.add_gradients(j, b, gradients)
+
+    def _reach(
+        self, replay: Replay, k: int, b: int, batch: Pass
+    ) -> tuple[Arguments, dict[int, dict[Path, Tensor]]]:
+        """The arguments of layer k, and the leaves that they were computed from, by layer."""
+        if k not in self._used:
+            self._used[k] = self._find_used(replay, k, b, batch)
+        answers, leaves = self._answers(k, b)
+        return replay.reach(answers, batch.losses), leaves
+
+    def _find_used(self, replay: Replay, k: int, b: int, batch: Pass) -> frozenset[int]:
+        """Which layers' results reach layer k other than through a layer between.
+
+        By autograd's graph, and believed only if without the other results the arguments of layer k
+        are the same bits.
+        """
+        everything = frozenset(range(k))
+        self._used[k] = everything
+        answers, leaves = self._answers(k, b)
+        arguments = replay.reach(answers, batch.losses)
+        looked_at = leaves_below((arguments.args, arguments.kwargs))
+        used = frozenset(
+            j for j, of_layer in leaves.items() if looked_at & {id(t) for t in of_layer.values()}
+        )
+        if used == everything:
+            return everything
+        self._used[k] = used
+        answers, _ = self._answers(k, b)
+        try:
+            again = replay.reach(answers, batch.losses)
+        except Exception:
+            return everything
+        expected, got = arguments.tensors(), again.tensors()
+        same = expected.keys() == got.keys() and all(
+            torch.equal(expected[path], got[path]) for path in expected
+        )
+        return used if same else everything
+
+    def _answers(self, k: int, b: int) -> tuple[list[Returned], dict[int, dict[Path, Tensor]]]:
+        """What layers 0 to k-1 answer, on leaves of their own where layer k depends on them."""
+        used = self._used.get(k, frozenset(range(k)))
+        answers, leaves = [], {}
+        for j in range(k):
+            if j not in used:
+                answers.append(placeholder(self.states.shapes(j, b), self.device))
+                continue
+            returned = self.states.returned(j, b)
+            whole = returned.tensors()
+            leaves[j] = {
+                path: tensor.detach().requires_grad_(True)
+                for path, tensor in whole.items()
+                if tensor.is_floating_point()
+            }
+            # A model may change what a layer returned in place.
+            given = {
+                p: leaves[j][p].clone() if p in leaves[j] else t.clone() for p, t in whole.items()
+            }
+            answers.append(returned.replaced(given))
+        return answers, leaves
+
+    def _accumulators(self, targets: Sequence[Target]) -> dict[str, Accumulator]:
+        kind = ACCUMULATORS[self.granularity]
+        return {
+            target.parameter: kind(target, execution_device(target.module, self.device), self.impl)
+            for target in targets
+        }
+
+    def _require_same(
+        self, name: str, first: Mapping[Path, Tensor], second: Mapping[Path, Tensor]
+    ) -> None:
+        for path, before in first.items():
+            after = second.get(path)
+            if after is None or not _nearly_equal(before, after.detach()):
+                raise NotByLayers(
+                    f"{name} must compute the same when it is run again, got something else; it is "
+                    "random or keeps a state of its own, so use order='batches'"
+                )
+
+
+def _by_layer(targets: Sequence[Target]) -> tuple[dict[int, list[Target]], list[Target]]:
+    """The targets by the position of their layer, and those in none."""
+    by_layer: dict[int, list[Target]] = {}
+    outside = []
+    for target in targets:
+        if target.layer_index is None:
+            outside.append(target)
+        else:
+            by_layer.setdefault(target.layer_index, []).append(target)
+    return by_layer, outside
+
+
+def _detached(arguments: Arguments) -> Arguments:
+    return arguments.replaced({p: t.detach() for p, t in arguments.tensors().items()})
+
+
+def _nearly_equal(before: Tensor, after: Tensor) -> bool:
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return False
+    if torch.equal(before, after):
+        return True
+    if not before.is_floating_point():
+        return False
+    allowed = _ROUNDING * torch.finfo(before.dtype).eps
+    before, after = before.float(), after.float()
+    return bool((before - after).norm() <= allowed * before.norm())
+
+
+def _backward_behind_the_layers(sums: Sums, losses: BatchLosses) -> None:
+    try:
+        sums.backward(losses)
+    except StateError as error:
+        raise NotByLayers(
+            "order='layers' must find every target in a decoder layer or behind all of them; "
+            f"use order='batches' ({error})"
+        ) from error
+
+
+def _require_finite(values: Tensor, examples: Sequence[int]) -> None:
+    for example, loss in zip(examples, values.detach().tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"loss must be finite, got {loss} for example {example}; check the model's "
+                "weights and dtype, and that example's tokens"
+            )

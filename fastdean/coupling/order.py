@@ -1,0 +1,103 @@
+"""Whether `score()` goes batch by batch or layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastdean.coupling.accumulators import sums_bytes
+from fastdean.coupling.trial import Scorable
+from fastdean.models.available_memory import available_memory
+from fastdean.models.distributed import Ranks
+from fastdean.wording.log import logger
+
+ORDERS = ("auto", "batches", "layers")
+# Memory that the model's passes take besides what autograd keeps: copies, scratch, fragments.
+_SPARE = 1.3
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a job, and why.
+
+    Attributes:
+        by_layers: all batches through one layer before the next.
+        why: in words, for the log and the manifest.
+    """
+
+    by_layers: bool
+    why: str
+
+    @property
+    def name(self) -> str:
+        return "layers" if self.by_layers else "batches"
+
+
+def require_order(order: str) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+
+
+def choose_order(
+    order: str,
+    model: nn.Module,
+    scorable: Scorable,
+    granularity: str,
+    memory_budget: int | None,
+    device: torch.device,
+    ranks: Ranks,
+) -> Order:
+    """What `order` asks for; "auto" decides by memory, the same on all ranks.
+
+    Args:
+        memory_budget: bytes that the sums may take at a time, or None.
+    """
+    if order != "auto":
+        return Order(order == "layers", "as asked for")
+    with ranks.failing_together():
+        chosen = _by_memory(model, scorable, granularity, memory_budget, device)
+    if ranks.agree(chosen.by_layers) != chosen.by_layers:
+        chosen = Order(not chosen.by_layers, "as the first rank goes")
+    if ranks.first:
+        logger.info("order=%r: %s", chosen.name, chosen.why)
+    return chosen
+
+
+def _by_memory(
+    model: nn.Module,
+    scorable: Scorable,
+    granularity: str,
+    memory_budget: int | None,
+    device: torch.device,
+) -> Order:
+    if scorable.scale is not None:
+        return Order(False, "a model in float16 goes batch by batch")
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return Order(True, "some weights are offloaded, and a layer's are brought in once")
+    free = available_memory(device)
+    if free is None:
+        return Order(False, "the system does not say how much memory there is")
+    sums = sum(sums_bytes(target, granularity) for target in scorable.targets)
+    if memory_budget is not None:
+        sums = min(sums, memory_budget)
+    batch = scorable.work.most_rows * kept_bytes_per_token(model)
+    said = f"{_gb(sums)} of sums and {_gb(batch)} for a batch"
+    if _SPARE * (sums + batch) > free:
+        return Order(True, f"{said} do not fit into {_gb(free)} of memory")
+    return Order(False, f"{said} fit into {_gb(free)} of memory")
+
+
+def kept_bytes_per_token(model: nn.Module) -> int:
+    """About what autograd keeps of one token: the inputs and outputs of every matrix."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return sum(
+        (weight.shape[0] + weight.shape[1]) * weight.element_size()
+        for weight in model.parameters()
+        if weight.dim() == 2 and id(weight) not in tables
+    )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

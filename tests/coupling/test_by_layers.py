@@ -1,0 +1,391 @@
+"""`score(order="layers")` is `score(order="batches")`, one layer at a time."""
+
+from __future__ import annotations
+
+import os
+import weakref
+
+import pytest
+import torch
+from interrupts import interrupt, moments
+from oracle import norm_error, weight_importance
+from tiny_data import batches, make_examples
+from tiny_models import MODELS, bert, llama
+from torch import nn
+
+import fastdean
+from fastdean.coupling import by_layers, order, states
+from fastdean.models import available_memory, replay
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SHARING = {
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 96,
+}
+# What differs between them is what stands between layers and what layers hand on.
+FAMILIES = {
+    "gemma2": {},
+    "gemma3n_text": SHARING
+    | {
+        "activation_sparsity_pattern": [0.0] * 6,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+        "intermediate_size": [48] * 6,
+    },
+    "gemma4_text": SHARING | {"global_head_dim": 8},
+    "qwen3": {},
+    "phi3": {},
+    "cohere2": {},
+    "olmo2": {},
+    "smollm3": {},
+    "granite": {},
+    "stablelm": {},
+    "gpt2": {},
+    "opt": {},
+    "gpt_neox": {},
+    "bloom": {},
+    "mpt": {},
+    "mixtral": {},
+    "gpt_oss": {},
+    "roberta": {},
+    "modernbert": {},
+    "deberta-v2": {},
+}
+
+
+def score(model, loader=None, **options):
+    options = {"progress": False, "target_modules": "all", **options}
+    return fastdean.score(model, loader or batches(make_examples(), 4), **options)
+
+
+def assert_same(model, loader=None, **options):
+    expected = score(model, loader, **options)
+    found = score(model, loader, order="layers", **options)
+    assert list(found) == list(expected)
+    for name in expected:
+        assert norm_error(found[name], expected[name]) < 1e-5, name
+        if expected.index(name) is not None:
+            assert torch.equal(found.index(name), expected.index(name))
+    return found
+
+
+def per_token_losses(outputs, batch):
+    logits = outputs.logits.transpose(1, 2)
+    return nn.functional.cross_entropy(logits, batch["labels"], reduction="none").mean(1)
+
+
+def stubs_left(model):
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def hooks_left(model):
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_order_by_batches(family):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    masked = family in ("roberta", "modernbert", "deberta-v2")
+    kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(SMALL | FAMILIES[family]))
+    assert_same(kind.from_config(config).eval().float(), tokens_per_batch=40)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_autograd_one_example_at_a_time(name):
+    model, examples = MODELS[name]().double().float(), make_examples()
+    found = score(model, batches(examples, 4), order="layers", tokens_per_batch=40)
+    shift = 0 if name == "bert" else 1
+    expected = weight_importance(model, examples, list(found), shift)
+    for parameter in found:
+        assert norm_error(found[parameter], expected[parameter]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_and_a_decoder(kind):
+    import transformers
+
+    torch.manual_seed(0)
+    if kind == "t5":
+        config = transformers.T5Config(
+            vocab_size=96, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2
+        )
+        model = transformers.T5ForConditionalGeneration(config)
+    else:
+        sides = {
+            f"{side}_{what}": number
+            for side in ("encoder", "decoder")
+            for what, number in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))
+        }
+        config = transformers.BartConfig(vocab_size=96, d_model=16, **sides)
+        model = transformers.BartForConditionalGeneration(config)
+    generator = torch.Generator().manual_seed(0)
+    loader = [
+        {
+            name: torch.randint(3, 96, (3, width), generator=generator)
+            for name, width in (("input_ids", 6), ("decoder_input_ids", 5), ("labels", 5))
+        }
+        for _ in range(2)
+    ]
+    assert_same(model.eval(), loader, loss_fn=per_token_losses)
+
+
+def test_hooks_that_steer_a_layer_take_part():
+    def steered():
+        model = llama()
+        first, second = model.model.layers
+        first.register_forward_hook(lambda module, args, output: output * 1.1 + 0.2)
+        second.register_forward_pre_hook(lambda module, args: (args[0] * 0.9 + 0.1, *args[1:]))
+        return model
+
+    found = assert_same(steered())
+    assert norm_error(found["model.layers.0.mlp.up_proj.weight"],
+                      score(llama())["model.layers.0.mlp.up_proj.weight"]) > 1e-3  # fmt: skip
+
+
+def test_layers_whose_results_are_changed_in_place():
+    model = llama()
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0].mul_(1.01),))
+    model.model.norm.register_forward_pre_hook(lambda module, args: (args[0].add_(0.1),))
+    assert_same(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"granularity": "unit"},
+        {"keep_top": 0.05},
+        {"target_modules": r"model\.layers\.1\..*up_proj"},
+        {"memory_budget": 4 * 64 * 32, "target_modules": "mlp"},
+        {"tokens_per_batch": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_with_options(options):
+    assert_same(llama(), **options)
+
+
+def test_in_bf16():
+    assert_same(llama().bfloat16())
+
+
+def test_behind_the_layers():
+    assert_same(bert(), target_modules=r".*(output\.dense|transform\.dense)")
+
+
+def test_with_activation_checkpointing():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = llama()
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = checkpoint_wrapper(layer)
+    assert_same(model)
+
+
+def test_offloaded_weights_are_brought_in_once_for_all_batches():
+    from accelerate import cpu_offload
+
+    class Counting(dict):
+        def __getitem__(self, name):
+            reads[name] = reads.get(name, 0) + 1
+            return super().__getitem__(name)
+
+    options = {"tokens_per_batch": 1}
+    expected, model, reads = score(llama(), **options), llama(), {}
+    weights = Counting(llama().state_dict())
+    cpu_offload(model, execution_device=torch.device("cpu"), state_dict=weights)
+    forwards = {name: vars(m).get("forward") for name, m in model.named_modules()}
+    score(model, order="auto", **options)  # asks the model its questions, once
+    reads.clear()
+    found = score(model, order="auto", **options)
+    assert found.manifest["order"]["by"] == "layers"
+    assert found.manifest["data"]["examples"] > 4
+    # The trial, the way forward and the way back, whatever the number of batches.
+    assert {reads[name] for name in reads if ".layers." in name} == {3}
+    for name in expected:
+        assert norm_error(found[name], expected[name]) < 1e-6
+    assert {name: vars(m).get("forward") for name, m in model.named_modules()} == forwards
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_states_in_files_and_in_the_hosts_memory(tmp_path):
+    expected = score(llama(), order="layers")
+    for home in (tmp_path / "states", "host"):
+        found = score(llama(), order="layers", states=home)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not os.listdir(tmp_path / "states")
+
+
+def test_files_hold_the_states_and_memory_does_not(tmp_path):
+    files = states.InFiles(tmp_path)
+    kept = states.States(files)
+    given = []
+    for b in range(3):
+        hidden = torch.randn(1, 50, 8, dtype=torch.bfloat16)
+        given.append(weakref.ref(hidden))
+        kept.keep(0, b, replay.Returned((hidden, None), {}))
+    kept.add_gradients(0, 1, {("result", 0): torch.ones(1, 50, 8)})
+    kept.add_gradients(0, 1, {("result", 0): torch.ones(1, 50, 8)})
+    expected = hidden.clone()
+    del hidden
+    assert not any(tensor() is not None for tensor in given)
+    assert kept.gradients(0, 1)["result", 0].eq(2).all()
+    assert torch.equal(kept.returned(0, 2).result[0], expected)
+    for b in range(3):
+        kept.drop(0, b)
+    assert not os.listdir(tmp_path)
+    files.close()
+
+
+# What cannot be entered layer by layer.
+
+
+class Random(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return nn.functional.dropout(self.inner(x), 0.1, training=True)
+
+
+def dropout_that_is_always_on():
+    model = llama()
+    model.model.layers[1].mlp = Random(model.model.layers[1].mlp)
+    return model
+
+
+def a_shared_layer():
+    model = llama()
+    first, second = model.model.layers
+    model.model.layers = nn.ModuleList([first, second, second])
+    model.config.num_hidden_layers = 3
+    return model
+
+
+def a_skipped_layer():
+    model = llama()
+    model.config.num_hidden_layers = 1
+    return model
+
+
+def loader_with_losses():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 90, (2, 6), generator=generator)
+    return [{"input_ids": ids, "labels": ids}]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (dropout_that_is_always_on, "model.layers.1 must compute the same when it is run again"),
+        (a_shared_layer, "each decoder layer called once.* got model.layers.1 called again"),
+        (a_skipped_layer, "each decoder layer called once.* got model.layers.1 left out"),
+        (lambda: llama().half(), "model in bfloat16 or float32, got float16"),
+    ],
+)
+def test_what_cannot_be_run_by_layers_is_refused_by_name(build, message, monkeypatch, caplog):
+    options = {"loss_fn": per_token_losses, "target_modules": r"model\.layers\.0\..*up_proj"}
+    model = build()
+    with pytest.raises(RuntimeError, match=f"{message}.*use order='batches'"):
+        score(model, loader_with_losses(), order="layers", **options)
+    assert not stubs_left(model) and not hooks_left(model)
+    # On its own it takes the other order and says why.
+    monkeypatch.setattr(order, "available_memory", lambda device: 1)
+    found = score(model, loader_with_losses(), order="auto", **options)
+    assert found.manifest["order"]["by"] == "batches" and list(found)
+    why = found.manifest["order"]["why"]
+    assert "float16 goes batch by batch" in why or "batch by batch after all" in caplog.text
+
+
+def test_targets_before_the_layers_are_refused_by_name():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=96,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model = OPTForCausalLM(config).eval()
+    assert_same(model, target_modules=".*(fc1|project_out)")
+    message = "in a decoder layer or behind all of them; use order='batches' .*project_in"
+    with pytest.raises(RuntimeError, match=message):
+        score(model, order="layers", target_modules=".*(fc1|project_in)")
+
+
+def test_other_orders_are_refused():
+    with pytest.raises(ValueError, match="order must be one of auto, batches, layers, got 'rows'"):
+        score(llama(), order="rows")
+
+
+# Which order "auto" takes.
+
+
+@pytest.mark.parametrize(("free", "by"), [(1 << 40, "batches"), (1 << 10, "layers")])
+def test_auto_goes_by_the_memory_there_is(free, by, monkeypatch):
+    monkeypatch.setattr(order, "available_memory", lambda device: free)
+    assert score(llama(), order="auto").manifest["order"]["by"] == by
+
+
+def test_available_memory_is_the_least_of_what_is_left(tmp_path, monkeypatch):
+    group = tmp_path / "jobs" / "mine"
+    group.mkdir(parents=True)
+    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable: 4000 kB\n")
+    (tmp_path / "cgroup").write_text("0::/jobs/mine\n")
+    monkeypatch.setattr(available_memory, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(available_memory, "_OF_GROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(available_memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(available_memory, "_left_of_limits", lambda: iter(()))
+    cpu = torch.device("cpu")
+    assert available_memory.available_memory(cpu) == 4000 * 1024
+    (group / "memory.max").write_text("max\n")
+    # The group above has the limit.
+    (group.parent / "memory.max").write_text("3000000\n")
+    (group.parent / "memory.current").write_text("2500000\n")
+    (group.parent / "memory.stat").write_text("anon 1\ninactive_file 100000\n")
+    assert available_memory.available_memory(cpu) == 600_000
+    monkeypatch.setattr(available_memory, "_left_of_limits", lambda: iter((1234,)))
+    assert available_memory.available_memory(cpu) == 1234
+
+
+# The model comes back, whatever happens.
+
+
+def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(tmp_path):
+    loader = list(batches(make_examples(lengths=(4,)), 1))
+
+    def call():
+        score(model, loader, order="layers", states=tmp_path, target_modules=".*up_proj")
+
+    files = {module.__file__ for module in (by_layers, replay, states)}
+    model = llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [(p.requires_grad, p.grad) for p in model.parameters()]
+    found = moments(call, files)
+    assert len(found) > 100
+    for moment in found[::7]:
+        interrupt(call, files, moment)
+        assert not stubs_left(model) and not hooks_left(model)
+        assert [(p.requires_grad, p.grad) for p in model.parameters()] == modes
+        assert not os.listdir(tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
