@@ -33,7 +33,9 @@ def flags_of(signature: Signature) -> dict[str, str]:
             elif isinstance(info, OptionInfo):
                 # Of an annotated parameter, what comes first is declared and no default.
                 given = (info.default, *(info.param_decls or ()))
-                declared = [text for text in given if str(text).startswith("--")]
+                declared = [
+                    text for text in given if isinstance(text, str) and text.startswith("--")
+                ]
                 found[name] = declared[0] if declared else f"--{name.replace('_', '-')}"
     return found
 
@@ -76,7 +78,7 @@ def naming(**names: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.called = {**names, **getattr(error, "called", {})}
+        vars(error)["called"] = {**names, **getattr(error, "called", {})}
         raise
 
 

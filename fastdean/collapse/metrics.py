@@ -304,7 +304,7 @@ def _simplex(means: Tensor) -> dict[str, _Found]:
 def _sphere(means: Tensor, weight: Tensor) -> dict[str, _Found]:
     """GNC2: how evenly directions are spread on the sphere."""
     centred, on_centre = _centred(means)
-    found = {}
+    found: dict[str, _Found] = {}
     for name, points, without, why in (
         ("gnc2_uncentred", means, _zero_rows(means), "a mean of 0"),
         ("gnc2_centred", centred, on_centre, "a mean on the centre"),

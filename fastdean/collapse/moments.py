@@ -41,10 +41,9 @@ class ClassMoments:
                 "num_classes and num_features must be at least 1, "
                 f"got {num_classes} and {num_features}; give K and D of the classes' weight [K, D]"
             )
-        options = {"dtype": torch.float64, "device": device}
-        self.counts = torch.zeros(num_classes, **options)
-        self.means = torch.zeros(num_classes, num_features, **options)
-        self.scatter = torch.zeros(num_classes, **options)
+        self.counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        self.means = self.counts.new_zeros(num_classes, num_features)
+        self.scatter = torch.zeros_like(self.counts)
 
     def __repr__(self) -> str:
         num_classes, num_features = self.means.shape

@@ -16,7 +16,7 @@ def output_embedding(model: nn.Module) -> nn.Module:
 
     Raises: ValueError if the model has none.
     """
-    inner = base_model(unwrap(model))
+    inner: Any = base_model(unwrap(model))
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None:
         raise ValueError(

@@ -330,7 +330,7 @@ class CollapseRegularizer:
             return None
         if not scale:
             return None
-        return _with_loss(output, own + (term * self._share(kwargs)).to(own.device))
+        return _with_loss(output, own + (term * self._share(kwargs, term.device)).to(own.device))
 
     def _labels(self) -> Tensor:
         return position_labels(
@@ -389,7 +389,7 @@ class CollapseRegularizer:
         record(self._factors, step, factor)
         return factor
 
-    def _share(self, kwargs: Mapping[str, Any]) -> Tensor | float:
+    def _share(self, kwargs: Mapping[str, Any], device: torch.device) -> Tensor | float:
         """This batch's share of the items by which the model divides its loss."""
         items = kwargs.get("num_items_in_batch")
         targets, labels = kwargs.get("shift_labels"), self._last.labels
@@ -397,7 +397,7 @@ class CollapseRegularizer:
             targets = labels[..., label_shift_of_class(self.module) :]
         if items is None or targets is None:
             return 1.0
-        return ((targets != IGNORE_INDEX).sum() / items).to(self._value.device)
+        return ((targets != IGNORE_INDEX).sum() / items).to(device)
 
     def _check_something_learns(self, weight: Tensor, below: bool) -> None:
         """`below`: a gradient of the features would reach a parameter."""

@@ -273,7 +273,8 @@ def _base_modules(inner: nn.Module) -> list[nn.Module]:
             f"model must have a base model below its head, got {type(inner).__name__}; load it as "
             "a transformers language model, or use features='head'"
         )
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    get_decoder = getattr(base, "get_decoder", None)
+    decoder = base if get_decoder is None else get_decoder()
     return [base] if decoder is base or decoder not in {*base.modules()} else [decoder, base]
 
 

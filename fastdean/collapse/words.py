@@ -69,13 +69,13 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         )
     if not path.is_file():
         raise ValueError(f"groups must be an existing file, got {str(path)!r}; check the path")
-    options = {"advice": "correct the file", "most_bytes": _MOST_BYTES}
+    advice = "correct the file"
     if path.suffix == ".json":
-        found = read_json(path, _GROUPS, **options)
+        found = read_json(path, _GROUPS, advice=advice, most_bytes=_MOST_BYTES)
     else:
-        lines = read_text(path, **options).splitlines()
+        lines = read_text(path, advice=advice, most_bytes=_MOST_BYTES).splitlines()
         found = {path.stem: [line for line in lines if line.strip()]}
-        require(found, _GROUPS, path, advice="correct the file")
+        require(found, _GROUPS, path, advice=advice)
     try:
         return {name: _words_of(name, words) for name, words in found.items()}
     except ValueError as error:

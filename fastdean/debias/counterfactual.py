@@ -129,7 +129,8 @@ def _swap_word(match: re.Match[str], words: GenderWords) -> str:
         return match.group()
     plain = word.lower()
     if plain in words.uses:
-        counterpart = words.uses[plain].get(_use_of(plain, match, words.uses[plain]))
+        use = _use_of(plain, match, words.uses[plain])
+        counterpart = None if use is None else words.uses[plain].get(use)
     else:
         counterpart = words.swaps.get(plain)
     return match.group() if counterpart is None else recase(counterpart)

@@ -130,7 +130,8 @@ class Bec(Objective):
         self._mask_id = tokenizer.mask_token_id
         self._special_ids = torch.tensor(sorted(tokenizer.all_special_ids))
         # Some vocabularies have more tokens than the model, some models more rows than tokens.
-        known = range(unwrap(material.model).get_input_embeddings().num_embeddings)
+        inner: Any = unwrap(material.model)
+        known = range(inner.get_input_embeddings().num_embeddings)
         ids = torch.tensor(sorted({*tokenizer.get_vocab().values()} & {*known}))
         self._random_ids = ids[~torch.isin(ids, self._special_ids)]
 
@@ -180,10 +181,12 @@ class Mabel(Bec):
         columns = zip(*(self.examples[i] for i in members), strict=True)
         batch = collate([text for column in columns for text in column], self._pad_id)
         vectors = self._sentence_vectors(batch).unflatten(0, (4, len(members)))
-        return mabel_loss(*vectors, self._masked_lm(batch, generator), form=self._form)
+        p, h, p_swapped, h_swapped = vectors
+        mlm = self._masked_lm(batch, generator)
+        return mabel_loss(p, h, p_swapped, h_swapped, mlm, form=self._form)
 
     def _sentence_vectors(self, batch: TextBatch) -> Tensor:
-        inner = base_model(unwrap(self.model))
+        inner: Any = base_model(unwrap(self.model))
         # Without the head, whose logits would need most of the memory.
         base = getattr(inner, inner.base_model_prefix)
         hidden = base(**self._inputs(batch.input_ids, batch)).last_hidden_state

@@ -49,10 +49,11 @@ def save_model(
         RuntimeError: the files do not hold the model; nothing is left behind.
     """
     with new_folder(path, overwrite=overwrite, may_replace=is_saved_model) as folder:
-        unwrap(model).save_pretrained(folder)
+        inner: Any = unwrap(model)
+        inner.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_text_atomic(folder / "README.md", card)
-        _verify(folder, unwrap(model))
+        _verify(folder, inner)
         write_json_atomic(
             folder / MANIFEST_NAME,
             {

@@ -116,7 +116,7 @@ def fine_tune(
     Source:
         Collapsed language models promote fairness (arXiv 2410.04472), with the methods' own papers.
     """
-    options = {
+    options: dict[str, Any] = {
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "accumulation": accumulation,
@@ -226,7 +226,7 @@ class _Training:
                 totals[name] += value
         if not math.isfinite(totals["loss"]):
             self._optimizer.zero_grad()
-            if self.regularizer is not None:
+            if self.regularizer is not None and before is not None:
                 self.regularizer.load_state_dict(before)
             raise StateError(
                 f"loss must be finite, got {totals['loss']} in step {step + 1}; lower the "
@@ -238,9 +238,8 @@ class _Training:
         nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        if self.regularizer is None:
-            totals["collapse"] = None
-        return {"step": step + 1, **totals, "learning_rate": rate}
+        collapse = None if self.regularizer is None else totals["collapse"]
+        return {"step": step + 1, **totals, "collapse": collapse, "learning_rate": rate}
 
     def _backward(
         self, group: list[int], generator: torch.Generator, weight: float
@@ -250,7 +249,9 @@ class _Training:
         collapse = 0.0
         if self.regularizer is not None:
             loss = base + self.regularizer.term().to(base.device)
-            collapse = self.regularizer.value
+            value = self.regularizer.value
+            assert value is not None  # as there is a term
+            collapse = value
         (loss * weight).backward()
         figures = {"loss": loss.item(), "base": base.item(), "collapse": collapse}
         return {name: value * weight for name, value in figures.items()}

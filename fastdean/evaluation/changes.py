@@ -35,7 +35,8 @@ def change_between(before: Interval, after: Interval, *, seed: int = 0) -> Inter
     _require_comparable(before, after)
     if before.method == BOOTSTRAP:
         return _bootstrapped_change(before, after, np.asarray)
-    return _combined(before, after, after.values - before.values, 0.0, seed)
+    old, new = _made_of(before, after)
+    return _combined(before, after, new - old, 0.0, seed)
 
 
 def change_of_distance(
@@ -55,14 +56,16 @@ def change_of_distance(
     _require_comparable(before, after)
     if before.method == BOOTSTRAP:
         return _bootstrapped_change(before, after, lambda value: abs(value - neutral))
-    moved = _combined(before, after, after.values - before.values, 0.0, seed)
-    side = _combined(before, after, after.values + before.values, 2.0 * neutral, seed)
+    old, new = _made_of(before, after)
+    moved = _combined(before, after, new - old, 0.0, seed)
+    side = _combined(before, after, new + old, 2.0 * neutral, seed)
     corners = [
         _distance_change(s, d)
         for s, d in itertools.product((side.low, side.high), (moved.low, moved.high))
     ]
     known = not any(map(math.isnan, corners))
-    decisive = moved if not known else max(moved, side, key=lambda interval: interval.p_value)
+    # Both have a p-value where the corners are known.
+    decisive = max(moved, side, key=lambda interval: interval.p_value or 0.0)
     return Interval(
         abs(after.mean - neutral) - abs(before.mean - neutral),
         min(corners) if known else math.nan,
@@ -114,11 +117,8 @@ def _require_comparable(before: Interval, after: Interval) -> None:
             f"before and after must have intervals of one kind, got {before.method!r} and "
             f"{after.method!r}; measure both with the same function"
         )
-    if before.method != BOOTSTRAP:
-        _require_made_of(before, after)
-    elif before.n >= 2 and not (
-        len(before.replicates) == len(after.replicates) == before.resamples
-    ):
+    drawn = before.method == BOOTSTRAP and before.n >= 2
+    if drawn and not len(before.replicates) == len(after.replicates) == before.resamples:
         raise ValueError(
             f"before and after must carry their {before.resamples} replicates, got "
             f"{len(before.replicates)} and {len(after.replicates)}; take both from "
@@ -126,17 +126,19 @@ def _require_comparable(before: Interval, after: Interval) -> None:
         )
 
 
-def _require_made_of(before: Interval, after: Interval) -> None:
-    counts = [-1 if each.values is None else len(each.values) for each in (before, after)]
-    if counts != [before.n, after.n]:
+def _made_of(before: Interval, after: Interval) -> tuple[np.ndarray, np.ndarray]:
+    """The values of each, of one unit after the other."""
+    old, new = before.values, after.values
+    if old is None or new is None or not len(old) == len(new) == before.n:
+        counts = ["none" if values is None else str(len(values)) for values in (old, new)]
         raise ValueError(
             f"before and after must carry the {before.n} values they were made of, got "
-            f"{' and '.join('none' if c < 0 else str(c) for c in counts)}; take both from "
-            "mean_interval or share_interval"
+            f"{' and '.join(counts)}; take both from mean_interval or share_interval"
         )
-    weights = [np.ones(i.n) if i.weights is None else i.weights for i in (before, after)]
-    if not np.array_equal(*weights):
+    weight, other = (np.ones(i.n) if i.weights is None else i.weights for i in (before, after))
+    if not np.array_equal(weight, other):
         raise ValueError(
             "before and after must have the same weights, got others; measure both on the same "
             "groups of examples"
         )
+    return old, new

@@ -180,20 +180,23 @@ def compare_shares(
     for margins in (before, after):
         _check_finite(margins)
     changes = (after.values > 0).double() - (before.values > 0).double()
-    if _share_prompts(before):
+    if _shared_prompts(before) is not None:
         return _interval(before, changes, confidence=confidence, seed=seed)
     return share_change_interval(changes, confidence=confidence, seed=seed)
 
 
 def _interval(margins: Margins, values: Tensor, **options: Any) -> Interval:
-    if not _share_prompts(margins):
+    prompts = _shared_prompts(margins)
+    if prompts is None:
         return mean_interval(values, **options)
-    sums, counts = by_unit(values, margins.prompts)
+    sums, counts = by_unit(values, prompts)
     return mean_interval(sums, weights=counts, **options)
 
 
-def _share_prompts(margins: Margins) -> bool:
-    return margins.prompts is not None and 1 < len(set(margins.prompts)) < len(margins)
+def _shared_prompts(margins: Margins) -> Sequence[Hashable] | None:
+    """Of each pair, where some but not all pairs have one prompt; otherwise None."""
+    prompts = margins.prompts
+    return prompts if prompts is not None and 1 < len(set(prompts)) < len(margins) else None
 
 
 def _prompt(example: Example) -> Hashable:
@@ -229,9 +232,9 @@ def _check_same_pairs(before: Margins, after: Margins) -> None:
             f"after must be of the same pairs as before ({len(before)}), got {len(after)}; "
             "measure both models on one list of pairs"
         )
-    prompts = before.prompts, after.prompts
-    if None not in prompts and list(prompts[0]) != list(prompts[1]):
-        place = next(i for i, (a, b) in enumerate(zip(*prompts, strict=True)) if a != b)
+    old, new = before.prompts, after.prompts
+    if old is not None and new is not None and list(old) != list(new):
+        place = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
         raise ValueError(
             f"after must be of the same pairs as before, in their order, got another prompt in "
             f"pair {place}; measure both models on one list of pairs"

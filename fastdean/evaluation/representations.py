@@ -131,12 +131,13 @@ def layer_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, 
     Raises:
         ValueError: the model returns no hidden states.
     """
-    outputs = call(model.base_model, inputs, output_hidden_states=True)
+    base: Any = model.base_model
+    outputs = call(base, inputs, output_hidden_states=True)
     hidden_states = getattr(outputs, "hidden_states", None)
     if not hidden_states:
         raise ValueError(
             f"model must return hidden states when asked to, got none from "
-            f"{type(model.base_model).__name__}; use a transformers language model"
+            f"{type(base).__name__}; use a transformers language model"
         )
     return hidden_states[1:]
 

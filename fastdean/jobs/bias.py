@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def _bec_pro(model: nn.Module, tokenizer: Any, *source: str, **options: Any) -> 
 
 
 # Name -> the function, and whether it needs a source.
-MEASURES = {
+MEASURES: dict[str, tuple[Callable[..., Any], bool]] = {
     "crows_pairs": (measures.crows_pairs, False),
     "stereoset": (measures.stereoset, False),
     "winobias": (_winobias, False),
@@ -174,7 +174,7 @@ def results(states: Mapping[str, Found]) -> dict[str, dict[str, Any]]:
 def _compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     intervals = _interval(before), _interval(after)
     moved = change_between(*intervals)
-    found = {
+    found: dict[str, Any] = {
         "after": _numbers(after),
         "raw_change": _change(moved, moved.verdict()),
         "change": _change(moved, moved.verdict()),
@@ -210,7 +210,7 @@ def _interval(figures: Mapping[str, Any]) -> Interval:
     )
 
 
-def _numbers_of(values: Sequence[float] | None) -> list[float] | None:
+def _numbers_of(values: Sequence[float] | np.ndarray | None) -> list[float] | None:
     return None if values is None else list(map(float, values))
 
 

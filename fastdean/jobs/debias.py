@@ -56,6 +56,7 @@ _FLUENCY = Record(
 )
 # Share of the steps in which the learning rate rises.
 _WARMUP = 0.1
+_COURSE = ("steps", "epochs", "learning_rate", "batch_size", "accumulation")
 
 
 @dataclass
@@ -115,13 +116,15 @@ def _prepare(session: Session[DebiasJob]) -> _Prepared:
     session.costs.total = 5 + 2 * (1 + len(job.bias) + label_shift(model))
     model.requires_grad_(True)
     classes = classes_of(job, tokenizer)
-    measured_classes = CollapseClasses.from_words(tokenizer, job.words, multi_piece=job.multi_piece)
+    measured_classes = CollapseClasses.from_words(
+        tokenizer, job.words, **_options(job, "multi_piece")
+    )
     words = json_digest([classes.to_dict(), measured_classes.to_dict()])
     identity = session.compare_model(model, tokenizer, words=words)
     # Refused now, and not after the first measurements.
     require_method(model, job.method)
     check_counts(save_every=job.save_every, max_length=job.max_length)
-    check_course(warmup=_WARMUP, seed=job.seed, **_course(job))
+    check_course(warmup=_WARMUP, seed=job.seed, **_options(job, *_COURSE))
     _regularizer(model, classes, job).remove()
     options = {"max_length": job.max_length, "name": name}
     _, examples = encode_usable(texts, skipped.get(name), source, tokenizer, model, **options)
@@ -179,11 +182,12 @@ def _measure(state: str, prepared: _Prepared, session: Session[DebiasJob]) -> di
     model, examples = prepared.model, prepared.measured
 
     def fluency() -> dict[str, Any]:
-        options = {
-            "tokens_per_batch": session.job.tokens_per_batch,
-            "progress": session.progress,
-        }
-        found = perplexity(model, examples, **options)
+        found = perplexity(
+            model,
+            examples,
+            tokens_per_batch=session.job.tokens_per_batch,
+            progress=session.progress,
+        )
         return {
             "value": found.value,
             "nll_sums": found.nll_sums.tolist(),
@@ -211,7 +215,6 @@ def _train(prepared: _Prepared, session: Session[DebiasJob]) -> list[dict[str, A
             prepared.tokenizer,
             prepared.trained,
             job.method,
-            form=job.form,
             regularizer=regularizer,
             max_length=job.max_length,
             warmup=_WARMUP,
@@ -220,12 +223,12 @@ def _train(prepared: _Prepared, session: Session[DebiasJob]) -> list[dict[str, A
             identity=prepared.identity,
             save_every=job.save_every,
             progress=session.progress,
-            **_course(job),
+            **_options(job, "form", *_COURSE),
         )
 
 
-def _course(job: DebiasJob) -> dict[str, Any]:
-    names = ("steps", "epochs", "learning_rate", "batch_size", "accumulation")
+def _options(job: DebiasJob, *names: str) -> dict[str, Any]:
+    """Of the job, as arguments: whoever takes them checks them."""
     return {name: getattr(job, name) for name in names}
 
 
@@ -234,11 +237,8 @@ def _regularizer(model: nn.Module, classes: CollapseClasses, job: DebiasJob) -> 
         model,
         classes,
         job.collapse_strength,
-        statistic=job.statistic,
         detach_features=not job.live_features,
-        mode=job.mode,
-        shift=job.shift,
-        features=job.features,
+        **_options(job, "statistic", "mode", "shift", "features"),
     )
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from fastdean.files.hub import is_unreachable
 from fastdean.files.provenance import now, public_name, versions
 from fastdean.files.storage import (
@@ -54,7 +52,7 @@ def apply(
     require_outside(out, model)
     require_free(out, overwrite, _is_edited)
     found = NeuronMask.from_pretrained(mask)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     loaded, tokenizer = load_model(model, dtype=dtype, device="cpu", **options)
     application = edits.apply_(loaded, found)
     wrote = application is not None and application.wrote
@@ -106,7 +104,7 @@ def _is_edited(folder: Path) -> bool:
     return holds_only_listed(folder, PATCH_NAME)
 
 
-def _save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     from safetensors import SafetensorError
 
     try:

@@ -159,10 +159,10 @@ class RunFolder:
         check_place(self.path, "out")
         if not self.path.exists() or all(_is_leftover(part) for part in self.path.iterdir()):
             return
-        if self.resumes:
-            self._note_versions()
-            return
         state = self._state()
+        if state is not None and self.resumes:
+            self._note_versions(state)
+            return
         found = f"out must be a new or empty folder, got {str(self.path)!r}, which holds"
         if state is None:
             raise ValueError(f"{found} other files; choose another")
@@ -216,9 +216,9 @@ class RunFolder:
         own = state["versions"].get("fastdean") != versions().get("fastdean")
         return [*changed, *(["the version of fastdean"] if own else [])]
 
-    def _note_versions(self) -> None:
+    def _note_versions(self, state: Mapping[str, Any]) -> None:
         """Say once which packages and settings are not what they were: they round otherwise."""
-        kept, now = {**_USUAL, **self._state()["versions"]}, _circumstances()
+        kept, now = {**_USUAL, **state["versions"]}, _circumstances()
         moved = [
             f"{name} {kept.get(name, 'absent')} (now {now.get(name, 'absent')})"
             for name in sorted({*kept, *now})

@@ -127,7 +127,7 @@ class Session(Generic[AnyJob]):
             }
         )
 
-    def finish(self, results: Mapping[str, Any]) -> None:
+    def finish(self, results: dict[str, Any]) -> None:
         """Write results.json and the report; the run is finished."""
         write_json_atomic(self.folder.path / RESULTS_FILE, results)
         write_report(results, self.folder.path / REPORT_FILE)

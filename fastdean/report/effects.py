@@ -168,20 +168,18 @@ def dependence_section(hsic: dict) -> Html:
 
 def _dependence_words(layers: Sequence[dict]) -> str:
     """How far the edit moved HSIC, against the width of the null band in the same layer."""
-    known = [layer for layer in layers if _difference(layer) is not None]
-    if not known:
+    moved = [(layer, by) for layer in layers if (by := _difference(layer)) is not None]
+    if not moved:
         return "No layer was measured both before and after the edit."
-    largest = max(known, key=lambda layer: abs(_difference(layer)))
-    said = (
-        f"The edit moves HSIC most in layer {largest.get('layer')}: {signed(_difference(largest))}"
-    )
+    largest, by = max(moved, key=lambda each: abs(each[1]))
+    said = f"The edit moves HSIC most in layer {largest.get('layer')}: {signed(by)}"
     low, high = largest.get("null_low"), largest.get("null_high")
     if measured(low) and measured(high):
         said += f", where the null band is {decimal(high - low, 3)} wide"
-        if abs(_difference(largest)) <= high - low:
+        if abs(by) <= high - low:
             said += ", so that this is not to be read as an effect"
     said += "."
-    judged = [layer for layer in known if measured(layer.get("null_high"))]
+    judged = [layer for layer, _ in moved if measured(layer.get("null_high"))]
     if judged:
         inside = sum(layer["after"] <= layer["null_high"] for layer in judged)
         said += (

@@ -203,7 +203,7 @@ def _interval_row(row: Estimate, x: Axis, top: float, no_effect: float, width: i
     parts = [_text(name, 2, top + 14, "start", "strong halo")]
     parts += [_text(value, width - 2, top + 14, "end", "halo")]
     y = top + 29
-    if row.is_known:
+    if measured(row.low) and measured(row.high):
         low, high = x.place(row.low), x.place(row.high)
         parts += [_line(low, y, high, y, "whisker")]
         parts += [_line(end, y - 4, end, y + 4, "whisker") for end in (low, high)]

@@ -14,7 +14,12 @@ _MINUS = "−"
 
 def measured(value: object) -> TypeGuard[float]:
     """Whether `value` is a finite number, and not so large that sums of such are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= FINITE
+    return _is_real(value) and not isinstance(value, bool) and abs(value) <= FINITE
+
+
+def _is_real(value: object) -> TypeGuard[float]:
+    """Whether it is a number of any library, with the operators of a float."""
+    return isinstance(value, Real)
 
 
 def decimal(value: object, digits: int = 4) -> str:
@@ -123,6 +128,6 @@ def _short(value: float) -> str:
 
 
 def _unmeasured(value: object) -> str:
-    if isinstance(value, Real) and abs(value) > FINITE:
+    if _is_real(value) and abs(value) > FINITE:
         return "∞" if value > 0 else f"{_MINUS}∞"
     return MISSING

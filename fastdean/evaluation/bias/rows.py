@@ -38,7 +38,7 @@ def benchmark_rows(source: Source, **hub_defaults: str) -> list[Row]:
         ValueError: no rows, or a source that cannot be read.
     """
     if isinstance(source, str | Path):
-        return list(load_table(source, **hub_defaults))
+        return list(load_table(source, skip_bad_rows=False, **hub_defaults))
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise InputTypeError(
             "source must be rows, the path of a file or a hub id, got "

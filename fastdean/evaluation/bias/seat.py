@@ -261,10 +261,12 @@ def _interval(
 
 def _sets(source: Source | Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Name and sentences of each of the four sets."""
-    path = file_named(source, ".json", ".jsonl")
-    test = source if isinstance(source, Mapping) else _read_test(path) if path else None
-    if test is None:
-        test = _from_rows(benchmark_rows(source))
+    if isinstance(source, Mapping):
+        test = source
+    else:
+        path = file_named(source, ".json", ".jsonl")
+        written = _read_test(path) if path else None
+        test = _from_rows(benchmark_rows(source)) if written is None else written
     missing = [key for key in SETS if not isinstance(test.get(key), Mapping)]
     if missing:
         raise ValueError(

@@ -52,7 +52,7 @@ def _awareness(results: Mapping[str, Any]) -> str:
     if results["coupling"]["total"]["kept"] == 0:
         return "Awareness was not measured again: no weights were edited."
     rule, tables = results["options"]["rule"], results.get("margins") or {}
-    changes = {topic: _masks(tables.get(topic)).get(rule) for topic in _TOPICS}
+    changes = {topic: _masks(tables.get(topic)).get(rule) or {} for topic in _TOPICS}
     clauses = [_margin_clause(topic, tables, rule) for topic in _TOPICS if changes[topic]]
     if not clauses:
         return "Awareness was not measured: there are no margins to compare (see the warnings)."
@@ -73,8 +73,8 @@ def _awareness(results: Mapping[str, Any]) -> str:
 
 
 def _random_clause(tables: Mapping[str, Any], topics: Sequence[str]) -> str:
-    control = [(topic, _masks(tables[topic]).get("random")) for topic in topics]
-    if not control or not all(change and _known(change.get("mean")) for _, change in control):
+    control = [(topic, _masks(tables[topic]).get("random") or {}) for topic in topics]
+    if not control or not all(_known(change.get("mean")) for _, change in control):
         return ""
     figures = " and ".join(f"{change['mean']:+.3g} on {topic}" for topic, change in control)
     return f"; editing as many random ones changed it by {figures}"

@@ -32,7 +32,7 @@ from fastdean.models.forward import label_shift
 
 TOPICS = ("fairness", "privacy")
 _PERMUTATIONS = 200
-_HSIC = {"estimator": "unbiased", "kernel": "gaussian", "bandwidth": "median"}
+_HSIC: Mapping[str, Any] = {"estimator": "unbiased", "kernel": "gaussian", "bandwidth": "median"}
 # The unbiased estimator of HSIC is not defined on fewer.
 _FEWEST_STATES = 4
 
@@ -108,9 +108,10 @@ def measure(
     }
     if origin.perplexity is not None:
         results["perplexity"] = _perplexity_table(origin.perplexity, after, seed, notes)
-    if rule in after and after[rule].states is not None:
+    states = after[rule].states if rule in after else None
+    if origin.states is not None and states is not None:
         with _noted(notes, "HSIC"):
-            results["hsic"] = _hsic_table(origin.states, after[rule].states, seed)
+            results["hsic"] = _hsic_table(origin.states, states, seed)
     return results, notes
 
 

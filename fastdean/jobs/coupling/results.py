@@ -36,7 +36,7 @@ def collect(
     job = session.job
     fairness, privacy, general = (scores[name] for name in DATA_SETS)
     coverage = fairness.manifest["coverage"]
-    told = published(job)
+    told, table = published(job), mask.table or []
     own = {
         "model": {**fairness.manifest["model"], "name": told["model"]},
         "data": {
@@ -44,7 +44,7 @@ def collect(
         },
         "options": told | {"ratio": job.effective_ratio},
         "coverage": {key: value for key, value in coverage.items() if key != "unscorable"},
-        "coupling": {"rows": mask.table, "total": _total(mask.table)},
+        "coupling": {"rows": table, "total": _total(table)},
         **tables,
         "warnings": warnings,
         "cost": session.costs.steps,
@@ -79,10 +79,11 @@ def warnings_about(
 
 
 def _about_scores(job: Job, model: nn.Module, mask: NeuronMask, scores: Scores) -> Iterator[str]:
-    empty = sum(1 for row in mask.table if row["k"] == 0)
+    table = mask.table or []
+    empty = sum(1 for row in table if row["k"] == 0)
     if empty and job.scope == "matrix":
         yield (
-            f"The ratio selects nothing from {empty} of {len(mask.table)} matrices: they are too "
+            f"The ratio selects nothing from {empty} of {len(table)} matrices: they are too "
             "small for it, or their scores are zero."
         )
     if job.scope == "model":

@@ -79,7 +79,9 @@ def run(
         session = Session.open(job, out, command, overwrite, progress, steps=steps)
         prepared = _prepare(session)
     with session.writing():
-        scores = {name: _score(name, prepared, session) for name in DATA_SETS}
+        each = ((name, _score(name, prepared, session)) for name in DATA_SETS)
+        # The first rank has all of them.
+        scores = {name: made for name, made in each if made is not None}
         if not ranks.first:
             return {}
         with session.costs.step("couple"):
@@ -117,7 +119,7 @@ def _prepare(session: Session[Job]) -> _Prepared:
     _require_in_memory(targets, job)
     sizes = _sizes(targets, job)
     _require_selection(sizes, job)
-    options = {"template": job.template, "max_length": job.max_length}
+    options: dict[str, Any] = {"template": job.template, "max_length": job.max_length}
 
     def encoded(name: str, numbered: Sequence[NumberedRow]) -> list[Example]:
         return encode_rows(numbered, getattr(job, name), tokenizer, model, name=name, **options)
@@ -190,7 +192,7 @@ def _sizes(targets: Sequence[Target], job: Job) -> list[int]:
     """How many entries compete in each matrix."""
     if job.granularity == "unit":
         return [target.num_inputs for target in targets]
-    return [target.module.weight.numel() for target in targets]
+    return [target.num_inputs * target.num_outputs for target in targets]
 
 
 def _require_selection(sizes: Sequence[int], job: Job) -> None:
