@@ -30,7 +30,7 @@ class DenseWeightAccumulator:
     def __init__(self, target: Target, device: torch.device, impl: str | None) -> None:
         self._transposed = target.transposed
         self._impl = impl
-        shape = tuple(target.module.weight.shape)
+        shape = tuple(target.weight.shape)
         self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
@@ -82,7 +82,7 @@ def split_by_memory(
     groups: list[list[Target]] = []
     used = 0
     for target in targets:
-        entries = target.module.weight.numel() if granularity == "weight" else target.num_inputs
+        entries = target.weight.numel() if granularity == "weight" else target.num_inputs
         size = 4 * entries
         if size > memory_budget:
             raise ValueError(

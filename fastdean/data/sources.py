@@ -54,6 +54,9 @@ class _Unread:
     reason: str
 
 
+_Rows = Iterable[dict[str, Any] | _Unread]
+
+
 def load_rows(source: str | Path, *, skip_bad_rows: bool = False) -> list[dict[str, Any]]:
     """Read every row of a source, columns mapped to the row keys.
 
@@ -94,7 +97,7 @@ def numbered_rows(
             raise ValueError(
                 f"source {name!r} is a preset and takes no options, got {sorted(options)}"
             )
-        rows = PRESETS[name]()
+        rows: _Rows = PRESETS[name]()
     else:
         rows = _read(name, options, also=f" or one of {', '.join(PRESETS)}")
     found = []
@@ -179,7 +182,7 @@ def sample_rows(
 
 def _read(
     name: str, options: Mapping[str, str], hub_defaults: Mapping[str, str] = {}, also: str = ""
-) -> Iterable[dict[str, Any]]:
+) -> _Rows:
     """The rows of a file or a hub data set as they are; `also` names what else a source may be."""
     if _is_file(name):
         for key in _HUB_KEYS:
@@ -228,7 +231,7 @@ def _parse(source: str) -> tuple[str, dict[str, str]]:
 
 
 def _map_columns(
-    row: Mapping[str, Any], columns: Mapping[str, str], name: str, number: int
+    row: Mapping[str, Any] | _Unread, columns: Mapping[str, str], name: str, number: int
 ) -> dict[str, Any]:
     if isinstance(row, _Unread):
         raise BadRow(_malformed_message(Path(name), row.reason))
@@ -295,7 +298,7 @@ def _require_text(
         )
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
+def _read_file(path: Path) -> _Rows:
     path = path.expanduser()
     reader = _READERS.get(path.suffix.lower())
     if reader is None or path.is_dir():
@@ -321,7 +324,7 @@ def _malformed_message(path: Path, reason: str) -> str:
     )
 
 
-def _read_csv(path: Path, delimiter: str = ",") -> Iterable[dict[str, Any]]:
+def _read_csv(path: Path, delimiter: str = ",") -> _Rows:
     # The limit is of the whole process, and a field is no longer than its file.
     limit = csv.field_size_limit()
     csv.field_size_limit(max(limit, path.stat().st_size))
@@ -332,12 +335,12 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterable[dict[str, Any]]:
         csv.field_size_limit(limit)
 
 
-def _csv_rows(reader: csv.DictReader) -> list[dict[str, Any]]:
+def _csv_rows(reader: csv.DictReader) -> _Rows:
     header = [column for column in reader.fieldnames or () if column]
     repeated = [column for n, column in enumerate(header) if column in header[:n]]
     if repeated:
         raise ValueError(f"the header has the column {repeated[0]!r} more than once")
-    rows = []
+    rows: list[dict[str, Any] | _Unread] = []
     for row in reader:
         torn = None in row or None in row.values()
         reason = f"line {reader.line_num} has another number of columns than the header"
@@ -352,7 +355,7 @@ def _without_nul(lines: Iterable[str]) -> Iterator[str]:
         yield line
 
 
-def _read_json(path: Path) -> Iterable[dict[str, Any]]:
+def _read_json(path: Path) -> _Rows:
     text = path.read_text(encoding="utf-8-sig")
     try:
         content = json.loads(text)
@@ -371,7 +374,7 @@ def _read_json(path: Path) -> Iterable[dict[str, Any]]:
     return content
 
 
-def _read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
+def _read_jsonl(path: Path) -> _Rows:
     with path.open(encoding="utf-8-sig") as file:
         start = file.read(1)
         while start.isspace():
@@ -382,7 +385,7 @@ def _read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
         return list(_json_lines(file))
 
 
-def _json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _json_lines(lines: Iterable[str]) -> _Rows:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -398,7 +401,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _read_parquet(path: Path) -> Iterable[dict[str, Any]]:
+def _read_parquet(path: Path) -> _Rows:
     from pyarrow import ArrowException, parquet
 
     try:
@@ -407,7 +410,7 @@ def _read_parquet(path: Path) -> Iterable[dict[str, Any]]:
         raise ValueError(_first_line(error)) from None
 
 
-_READERS: dict[str, Callable[[Path], Iterable[dict[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path], _Rows]] = {
     ".csv": _read_csv,
     ".tsv": partial(_read_csv, delimiter="\t"),
     ".json": _read_json,

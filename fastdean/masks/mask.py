@@ -134,7 +134,7 @@ class NeuronMask:
 
     def __repr__(self) -> str:
         text = f"{len(self)} weights"
-        if self._counted() == "units":
+        if self._table is not None and self._counted() == "units":
             text = f"{sum(row['kept'] for row in self._table)} units ({text})"
         text += f" in {len(self._entries)}"
         if self._table is not None:
@@ -153,8 +153,6 @@ class NeuronMask:
             and self._entries.keys() == other._entries.keys()
             and all(entry.equals(other._entries[name]) for name, entry in self._entries.items())
         )
-
-    __hash__ = None
 
     def __or__(self, other: NeuronMask) -> NeuronMask:
         """The weights in either mask. ValueError unless scales, shapes and originals agree."""
