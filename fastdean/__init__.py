@@ -73,7 +73,7 @@ def _stand_in(old: str, new: str) -> ModuleType:
         return getattr(importlib.import_module(new), name)
 
     module = ModuleType(old, f"Moved to `{new}`.")
-    module.__getattr__ = found
+    vars(module)["__getattr__"] = found
     return module
 
 

@@ -77,3 +77,13 @@ def test_the_workflow_runs_what_a_person_runs():
     assert PROJECT["project"]["requires-python"] == f">={versions[0]}"
     built = PROJECT["tool"]["cibuildwheel"]["build"].split()
     assert built == [f"cp{version.replace('.', '')}-*" for version in versions]
+
+
+def test_what_an_install_is_asked_for_is_in_the_package():
+    source = (ROOT / "tests" / "support" / "installed.py").read_text("utf-8")
+    names = re.findall(r'^    "([\w/.]+)",$', source, re.MULTILINE)
+    assert len(names) == 6
+    for name in names:
+        assert (ROOT / "fastdean" / name).is_file(), name
+    command = PROJECT["tool"]["cibuildwheel"]["test-command"]
+    assert (ROOT / command.rpartition("{project}/")[2]).is_file()

@@ -30,7 +30,7 @@ class DenseWeightAccumulator:
     def __init__(self, target: Target, device: torch.device, impl: str | None) -> None:
         self._transposed = target.transposed
         self._impl = impl
-        shape = tuple(target.module.weight.shape)
+        shape = tuple(target.weight.shape)
         self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
@@ -71,7 +71,7 @@ ACCUMULATORS: dict[str, Callable[[Target, torch.device, str | None], Accumulator
 
 def sums_bytes(target: Target, granularity: str) -> int:
     """What the sums of a target take."""
-    return 4 * (target.module.weight.numel() if granularity == "weight" else target.num_inputs)
+    return 4 * (target.weight.numel() if granularity == "weight" else target.num_inputs)
 
 
 def split_by_memory(

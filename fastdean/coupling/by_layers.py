@@ -99,18 +99,6 @@ class Sweep:
                         self._backward(replay, k, of, groups.get(k, []), last=k == lowest)
                 self.finished_layer()
 
-    def _by_layer(self, targets: Sequence[Target]) -> tuple[dict[int, list[Target]], list[Target]]:
-        """The targets by the position of their layer, and those in none."""
-        positions = {layer: k for k, layer in enumerate(self.layers.values())}
-        by_layer: dict[int, list[Target]] = {}
-        outside = []
-        for target in targets:
-            if target.layer in positions:
-                by_layer.setdefault(positions[target.layer], []).append(target)
-            else:
-                outside.append(target)
-        return by_layer, outside
-
     def _batches(self, sets: Sequence[Set]) -> Iterator[tuple[int, Pass]]:
         """The batches of some of the sets, each with its number among those of all sets."""
         number = 0

@@ -120,7 +120,7 @@ class Sums:
         self, accumulators: Mapping[str, Accumulator], sequence_first: Collection[str] = ()
     ) -> None:
         self.accumulators = accumulators
-        self.segments: Tensor | None = None
+        self.segments = torch.empty((0, 2), dtype=torch.int64, device="cpu")
         self._sequence_first = sequence_first
         self._rows = 0
         self._times: Counter[str] = Counter()

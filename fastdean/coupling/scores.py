@@ -117,10 +117,10 @@ class ScoreEntry:
 
     def keep(self, num_examples: int, k: int) -> ScoreEntry:
         """The sparse entry of the k most important ones."""
-        chosen = select_top(self.sums, self.factor, num_examples, k)
-        weight = self.weight
-        if self.unit_axis is None:
-            weight = weight.flatten()[chosen.to(weight.device)]
+        weight, factor = self.weight, self.factor
+        chosen = select_top(self.sums, factor, num_examples, k)
+        if factor is not None:
+            weight = factor.flatten()[chosen.to(factor.device)]
         sums = self.sums.flatten()[chosen]
         return replace(self, sums=sums, weight=weight, index=self._flat_index(chosen))
 
@@ -238,7 +238,7 @@ class Scores(Mapping[str, Tensor]):
             ValueError: a score is NaN or infinite, or k reaches beyond what sparse scores kept.
         """
         entry = self.entries[name]
-        if entry.index is not None and k > int(self.keep_top * entry.numel):
+        if self.keep_top is not None and k > int(self.keep_top * entry.numel):
             raise ValueError(
                 f"ratio must not select more than keep_top={self.keep_top:g} kept of {name}, got "
                 f"k={k} of {entry.numel}; score again with a larger keep_top"
@@ -343,8 +343,8 @@ class Scores(Mapping[str, Tensor]):
             tensors[f"{name}.sums"] = entry.sums.contiguous().cpu()
             if entry.index is not None:
                 tensors[f"{name}.index"] = entry.index.contiguous().cpu()
-            if entry.unit_axis is None:
-                tensors[f"{name}.weight_values"] = entry.weight.contiguous().cpu()
+            if entry.factor is not None:
+                tensors[f"{name}.weight_values"] = entry.factor.contiguous().cpu()
             described[name] = {
                 "shape": list(entry.shape),
                 "unit_axis": entry.unit_axis,

@@ -113,6 +113,7 @@ def couple(
         if selected.numel():
             entries[name] = mask_entry(name, selected, everyone, model)
         if selected.numel() and unit_weights == "all":
+            assert model is not None  # `_require_unit_weights` refused the other.
             in_front = entries_in_front(name, selected, model)
             entries |= in_front
             table += [_row_in_front(name, entry) for name, entry in in_front.items()]

@@ -98,7 +98,7 @@ class InFiles:
         found = {}
         for path, place in self._kept[key].items():
             content = torch.empty(place.size, dtype=torch.uint8)
-            _read(file, memoryview(content.numpy()), place.offset)
+            _read(file, memoryview(content.numpy().data), place.offset)
             found[path] = content.view(place.dtype).view(place.shape).to(place.device)
         return found
 
@@ -192,7 +192,7 @@ def states_home(where: str | FilePath) -> Iterator[Home]:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _write(file: int, content: memoryview) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastdean.models.adapters import Plain, base_model, plain_modules
 from fastdean.models.blocks import ATTENTION, FEED_FORWARD, Grouping, LayerParts, Matrix
-from fastdean.models.model_state import evaluation_state, text_config
+from fastdean.models.model_state import evaluation_state, text_config, weight_of
 from fastdean.models.stacks import decoder_layers
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
@@ -59,12 +59,17 @@ class Target:
         return f"{self.name}.weight"
 
     @property
+    def weight(self) -> Tensor:
+        """As it is stored; a meta tensor where it is offloaded."""
+        return weight_of(self.module)
+
+    @property
     def num_inputs(self) -> int:
-        return self.module.weight.shape[0 if self.transposed else 1]
+        return self.weight.shape[0 if self.transposed else 1]
 
     @property
     def num_outputs(self) -> int:
-        return self.module.weight.shape[1 if self.transposed else 0]
+        return self.weight.shape[1 if self.transposed else 0]
 
     @property
     def unit_axis(self) -> int:
@@ -119,7 +124,7 @@ def find_targets(
     for target in chosen:
         if not _is_floating_point(target.module):
             raise ValueError(
-                f"model must hold floating-point weights, got {target.module.weight.dtype} in "
+                f"model must hold floating-point weights, got {target.weight.dtype} in "
                 f"{target.parameter}; load it without quantisation"
             )
         if target.adapted:
@@ -135,9 +140,9 @@ def _require_own_weights(candidates: Sequence[Target], chosen: Sequence[Target])
     """Refuse a weight that two layers use: its gradient is the sum of both, and a hook sees one."""
     users: dict[int, list[str]] = {}
     for target in candidates:
-        users.setdefault(id(target.module.weight), []).append(target.name)
+        users.setdefault(id(target.weight), []).append(target.name)
     for target in chosen:
-        others = [name for name in users[id(target.module.weight)] if name != target.name]
+        others = [name for name in users[id(target.weight)] if name != target.name]
         if others:
             raise ValueError(
                 f"target_modules must match layers with weights of their own, got {target.name}, "
@@ -227,7 +232,7 @@ def _by_group(found: _Survey, scored: Collection[str]) -> dict[str, dict[str, in
 
     for target in found.targets:
         if target.group is not None:
-            size = target.module.weight.numel()
+            size = target.weight.numel()
             add(target.group, modules=1, parameters=size, scored=target.name in scored)
     for group, size in found.unscorable.values():
         add(group, unscorable=size)
@@ -236,7 +241,7 @@ def _by_group(found: _Survey, scored: Collection[str]) -> dict[str, dict[str, in
 
 def _weights_of(targets: Sequence[Target]) -> int:
     """How many weights the targets have; one that several share counts once."""
-    return sum({id(t.module.weight): t.module.weight.numel() for t in targets}.values())
+    return sum({id(t.weight): t.weight.numel() for t in targets}.values())
 
 
 def _kinds(names: Iterable[str]) -> str:
@@ -257,7 +262,7 @@ class _Survey:
 
 
 def _survey(model: nn.Module) -> _Survey:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     plains = list(plain_modules(model))
     excluded = set() if head is None else set(head.modules())
     # It takes the weight and never calls the module.
@@ -275,7 +280,7 @@ def _survey(model: nn.Module) -> _Survey:
         owner: _grouping(owner, layers[owner], members, scorable, hidden_size)
         for owner, members in inside.items()
     }
-    indices = {name: i for i, name in enumerate(layers)}
+    indices: dict[str | None, int] = {name: i for i, name in enumerate(layers)}
     targets = []
     for plain in plains:
         if plain.module not in scorable:
@@ -295,7 +300,7 @@ def _survey(model: nn.Module) -> _Survey:
                 adapted=plain.adapted,
             )
         )
-    weights = {id(target.module.weight) for target in targets}
+    weights = {id(target.weight) for target in targets}
     unscorable = {
         f"{plain.name}.{name}": (groupings[owner].groups[_path_in(owner, plain)], parameter.numel())
         for owner, members in inside.items()
@@ -317,7 +322,7 @@ def _grouping(
     matrices = {}
     for path, module in modules.items():
         if module in scorable:
-            rows, columns = module.weight.shape
+            rows, columns = weight_of(module).shape
             sizes = (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
             matrices[path] = Matrix(*sizes)
     return LayerParts(layer, owner, matrices, modules, hidden_size).grouping()
@@ -336,7 +341,7 @@ def _owner(name: str, layers: Collection[str]) -> str | None:
 
 def _is_scorable(module: nn.Module) -> bool:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return module.weight.dim() == 2
+        return weight_of(module).dim() == 2
     if not isinstance(module, nn.Linear) or module.weight.dim() != 2:
         return False
     # Quantised ones are refused by name where they are asked for.
@@ -344,7 +349,7 @@ def _is_scorable(module: nn.Module) -> bool:
 
 
 def _is_floating_point(module: nn.Module) -> bool:
-    dtype = module.weight.dtype
+    dtype = weight_of(module).dtype
     return dtype.is_floating_point and dtype.itemsize > 1
 
 

@@ -87,8 +87,8 @@ def find_scorable(
         """With the largest loss scale at which nothing overflows."""
         scale = initial_scale(model, device)
         found = _try_out(model, work, targets, granularity, device, scale)
-        for _ in range(_SCALES if scale is not None else 0):
-            if found.conclusive:
+        for _ in range(_SCALES):
+            if scale is None or found.conclusive:
                 break
             scale = scale.lower()
             found = _try_out(model, work, targets, granularity, device, scale)
@@ -204,11 +204,11 @@ def _try_out(
         RuntimeError: a captured pair does not give the gradient of its weight.
     """
     # An offloaded weight has no gradient here, and a unit's needs none.
-    weights = [t for t in targets if granularity == "weight" and not t.module.weight.is_meta]
+    weights = [t for t in targets if granularity == "weight" and not t.weight.is_meta]
     seen = _Observer(targets, {target.parameter for target in weights})
     with (
         capturing(targets, granularity, seen.pair, again=True),
-        fresh_leaves(model, [target.module.weight for target in weights]) as leaves,
+        fresh_leaves(model, [target.weight for target in weights]) as leaves,
         closing(work.losses(device)) as batches,
     ):
         take_gradients(leaves, lambda i, gradient: seen.gradient(weights[i], gradient))
@@ -336,8 +336,10 @@ def _directions(target: Target, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator("cpu").manual_seed(_SEED + seed)
     sizes = (target.num_outputs, target.num_inputs)
     # In fp32 whatever the caller's default is: the rows that they are multiplied with are.
-    options = {"generator": generator, "device": "cpu", "dtype": torch.float32}
-    u, v = (torch.randn(n, _DIRECTIONS, **options) for n in sizes)
+    u, v = (
+        torch.randn(n, _DIRECTIONS, generator=generator, device="cpu", dtype=torch.float32)
+        for n in sizes
+    )
     return u, v
 
 
@@ -345,7 +347,7 @@ def _require_gradient(target: Target, passes: Sequence[_Pass], order: int) -> No
     for seen in passes:
         # What autograd rounds each entry of the gradient to, and where it flushes to zero.
         info = torch.finfo(seen.dtype)
-        smallest = info.smallest_normal * info.eps * target.module.weight.numel() ** 0.5
+        smallest = info.smallest_normal * info.eps * target.weight.numel() ** 0.5
         expected = seen.expected
         off = math.inf if expected is None else float((seen.captured[order] - expected).norm())
         scale = 0.0 if expected is None else float(expected.norm())

@@ -45,7 +45,7 @@ class UnitLayers:
         found = {}
         for layer in self.layers:
             axis = 1 if layer.transposed else 0
-            found[layer.parameter] = flat_places(tuple(layer.module.weight.shape), axis, rows)
+            found[layer.parameter] = flat_places(tuple(layer.weight.shape), axis, rows)
             if layer.module.bias is not None:
                 found[f"{layer.name}.bias"] = rows
         return found
@@ -108,7 +108,7 @@ def unit_layers(model: nn.Module, down: str) -> UnitLayers:
 
 
 def _takes_out_the_same(mlp: nn.Module, parent: str, projection: Target, found: UnitLayers) -> bool:
-    weight = projection.module.weight.detach()
+    weight = projection.weight.detach()
     step = max(1, projection.num_inputs // 4)
     units = torch.arange(0, projection.num_inputs, step, device="cpu")
     without_columns = weight.index_fill(projection.unit_axis, units.to(weight.device), 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -314,7 +315,14 @@ def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
     return joined
 
 
-def _targets(members: Sequence[Example], starts: Tensor, shift: int) -> dict[str, Tensor]:
+class _Targets(TypedDict):
+    target_rows: Tensor
+    targets: Tensor
+    target_example: Tensor
+    target_counts: Tensor
+
+
+def _targets(members: Sequence[Example], starts: Tensor, shift: int) -> _Targets:
     rows, targets, owners, counts = [], [], [], []
     for b, (example, start) in enumerate(zip(members, starts.tolist(), strict=True)):
         labels = example.labels[shift:]

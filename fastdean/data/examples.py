@@ -308,8 +308,9 @@ def _rows_of(item: Any, position: int) -> Sequence[Mapping[str, Any]]:
 
 def _is_text_column(turn: Any, key: str, length: int) -> bool:
     value = turn.get(key) if isinstance(turn, Mapping) else None
-    is_column = isinstance(value, list | tuple) and len(value) == length
-    return is_column and all(isinstance(text, str) for text in value)
+    if not isinstance(value, list | tuple) or len(value) != length:
+        return False
+    return all(isinstance(text, str) for text in value)
 
 
 def _as_collected(item: Mapping[str, Any], loader: Any) -> Mapping[str, Any]:
@@ -346,6 +347,7 @@ def _examples_of(item: Mapping[str, Any], position: int) -> list[Example]:
     input_ids = as_rows(item["input_ids"], "input_ids", position)
     lengths = [row.numel() for row in input_ids]
     labels = beside(item, "labels", lengths, position)
+    assert labels is not None  # They were asked for first.
     following = beside(item, "shift_labels", lengths, position)
     masks = beside(item, "attention_mask", lengths, position)
     divided = example_spans(item, lengths, position)

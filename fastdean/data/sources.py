@@ -10,8 +10,7 @@
 A row is a dictionary with `prompt` and `response`, or `messages`, or `text`, or an entailment pair
 with `premise` and `hypothesis`; `unsafe`, where present, is an unsafe response to the same prompt.
 Columns of other habits (instruction and output, prompt and completion) are read as `columns` says,
-others are mapped as `row key=column`. Rows are counted from 1 in messages about
-errors.
+others are mapped as `row key=column`. Rows are counted from 1 in messages about errors.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +31,9 @@ from fastdean.data.skipped import Skipped
 from fastdean.wording.nearest import nearest
 
 __all__ = ["load_rows", "load_table", "sample_rows"]
+
+# With or without its number.
+AnyRow = TypeVar("AnyRow")
 
 ROW_KEYS = ("prompt", "response", "unsafe", "messages", "text", "premise", "hypothesis")
 _TEXT_KEYS = tuple(key for key in ROW_KEYS if key != "messages")
@@ -52,6 +54,9 @@ class _Unread:
     """Stands for a row that could not be read."""
 
     reason: str
+
+
+_Rows = Iterable[dict[str, Any] | _Unread]
 
 
 def load_rows(source: str | Path, *, skip_bad_rows: bool = False) -> list[dict[str, Any]]:
@@ -94,7 +99,7 @@ def numbered_rows(
             raise ValueError(
                 f"source {name!r} is a preset and takes no options, got {sorted(options)}"
             )
-        rows = PRESETS[name]()
+        rows: _Rows = PRESETS[name]()
     else:
         rows = _read(name, options, also=f" or one of {', '.join(PRESETS)}")
     found = []
@@ -158,8 +163,8 @@ def asks_the_hub(source: str | Path) -> bool:
 
 
 def sample_rows(
-    rows: list[dict[str, Any]], count: int | None, seed: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    rows: list[AnyRow], count: int | None, seed: int
+) -> tuple[list[AnyRow], list[AnyRow]]:
     """Shuffle and split into (the first `count` rows, the others).
 
     The order is that of `datasets.Dataset.shuffle(seed=seed)`, so that `count` rows here are those
@@ -179,7 +184,7 @@ def sample_rows(
 
 def _read(
     name: str, options: Mapping[str, str], hub_defaults: Mapping[str, str] = {}, also: str = ""
-) -> Iterable[dict[str, Any]]:
+) -> _Rows:
     """The rows of a file or a hub data set as they are; `also` names what else a source may be."""
     if _is_file(name):
         for key in _HUB_KEYS:
@@ -228,7 +233,7 @@ def _parse(source: str) -> tuple[str, dict[str, str]]:
 
 
 def _map_columns(
-    row: Mapping[str, Any], columns: Mapping[str, str], name: str, number: int
+    row: Mapping[str, Any] | _Unread, columns: Mapping[str, str], name: str, number: int
 ) -> dict[str, Any]:
     if isinstance(row, _Unread):
         raise BadRow(_malformed_message(Path(name), row.reason))
@@ -295,7 +300,7 @@ def _require_text(
         )
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
+def _read_file(path: Path) -> _Rows:
     path = path.expanduser()
     reader = _READERS.get(path.suffix.lower())
     if reader is None or path.is_dir():
@@ -321,7 +326,7 @@ def _malformed_message(path: Path, reason: str) -> str:
     )
 
 
-def _read_csv(path: Path, delimiter: str = ",") -> Iterable[dict[str, Any]]:
+def _read_csv(path: Path, delimiter: str = ",") -> _Rows:
     # The limit is of the whole process, and a field is no longer than its file.
     limit = csv.field_size_limit()
     csv.field_size_limit(max(limit, path.stat().st_size))
@@ -332,12 +337,12 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterable[dict[str, Any]]:
         csv.field_size_limit(limit)
 
 
-def _csv_rows(reader: csv.DictReader) -> list[dict[str, Any]]:
+def _csv_rows(reader: csv.DictReader) -> _Rows:
     header = [column for column in reader.fieldnames or () if column]
     repeated = [column for n, column in enumerate(header) if column in header[:n]]
     if repeated:
         raise ValueError(f"the header has the column {repeated[0]!r} more than once")
-    rows = []
+    rows: list[dict[str, Any] | _Unread] = []
     for row in reader:
         torn = None in row or None in row.values()
         reason = f"line {reader.line_num} has another number of columns than the header"
@@ -352,7 +357,7 @@ def _without_nul(lines: Iterable[str]) -> Iterator[str]:
         yield line
 
 
-def _read_json(path: Path) -> Iterable[dict[str, Any]]:
+def _read_json(path: Path) -> _Rows:
     text = path.read_text(encoding="utf-8-sig")
     try:
         content = json.loads(text)
@@ -371,7 +376,7 @@ def _read_json(path: Path) -> Iterable[dict[str, Any]]:
     return content
 
 
-def _read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
+def _read_jsonl(path: Path) -> _Rows:
     with path.open(encoding="utf-8-sig") as file:
         start = file.read(1)
         while start.isspace():
@@ -382,7 +387,7 @@ def _read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
         return list(_json_lines(file))
 
 
-def _json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _json_lines(lines: Iterable[str]) -> _Rows:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -398,7 +403,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _read_parquet(path: Path) -> Iterable[dict[str, Any]]:
+def _read_parquet(path: Path) -> _Rows:
     from pyarrow import ArrowException, parquet
 
     try:
@@ -407,7 +412,7 @@ def _read_parquet(path: Path) -> Iterable[dict[str, Any]]:
         raise ValueError(_first_line(error)) from None
 
 
-_READERS: dict[str, Callable[[Path], Iterable[dict[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path], _Rows]] = {
     ".csv": _read_csv,
     ".tsv": partial(_read_csv, delimiter="\t"),
     ".json": _read_json,

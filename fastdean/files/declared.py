@@ -417,8 +417,10 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        doubled = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the name {brief(doubled)} stands in one object twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the name {brief(name)} stands in one object twice")
+            seen.add(name)
     return found
 
 

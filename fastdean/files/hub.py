@@ -61,7 +61,7 @@ def resolve(
     if not _REPO_ID.fullmatch(str(path_or_repo_id)):
         raise ValueError(
             f"{asked}; no such folder, and it is not of the form owner/name"
-            f"{nearest(path_or_repo_id)}"
+            f"{nearest(str(path_or_repo_id))}"
         )
 
     from huggingface_hub import snapshot_download
@@ -84,7 +84,7 @@ def resolve(
             )
         )
     except (*unknown, OSError) as error:
-        text = f"({error_line(error)}){nearest(path_or_repo_id)}"
+        text = f"({error_line(error)}){nearest(str(path_or_repo_id))}"
         # Newer releases derive the error of an empty cache from several of the unknown ones.
         if isinstance(error, unknown) and not isinstance(error, LocalEntryNotFoundError):
             raise ValueError(

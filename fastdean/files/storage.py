@@ -296,12 +296,12 @@ def _check_listed(folder: Path, config: Mapping[str, Any], names: Iterable[str])
             raise ValueError(f"{str(file)!r} {_AS_WRITTEN}")
 
 
-def _stored_files(folder: Path, kind: str) -> dict[str, list[str] | None]:
+def _stored_files(folder: Path, kind: str) -> Mapping[str, list[str] | None]:
     """File name -> the names expected in it, or None where there is no index to say so."""
     index_file = folder / f"{kind}.safetensors.index.json"
     if not index_file.exists():
         return {f"{kind}.safetensors": None}
-    files: dict[str, list[str] | None] = {}
+    files: dict[str, list[str]] = {}
     for name, file_name in read_json(index_file, _INDEX)["weight_map"].items():
         if not is_ours(file_name, kind) or "/" in file_name:
             raise ValueError(

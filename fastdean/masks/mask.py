@@ -135,7 +135,7 @@ class NeuronMask:
 
     def __repr__(self) -> str:
         text = f"{len(self)} weights"
-        if self._counted() == "units":
+        if self._table is not None and self._counted() == "units":
             text = f"{sum(row['kept'] for row in self._table)} units ({text})"
         text += f" in {len(self._entries)}"
         if self._table is not None:
@@ -154,8 +154,6 @@ class NeuronMask:
             and self._entries.keys() == other._entries.keys()
             and all(entry.equals(other._entries[name]) for name, entry in self._entries.items())
         )
-
-    __hash__ = None
 
     def __or__(self, other: NeuronMask) -> NeuronMask:
         """The weights in either mask. ValueError unless scales, shapes and originals agree."""
@@ -304,7 +302,7 @@ class NeuronMask:
 
     def _counted(self) -> str:
         """What the table counts; without one there is nothing but weights to count."""
-        granularity = stored_granularity(self._manifest.get("granularity", ""))
+        granularity = stored_granularity(self._manifest.get("granularity"))
         by_unit = self._table is not None and granularity == "unit"
         return "units" if by_unit else "weights"
 

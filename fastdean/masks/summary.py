@@ -62,7 +62,7 @@ class MaskSummary:
         )
 
     def __str__(self) -> str:
-        columns = ("layer", "matrices", *_COUNTS)
+        columns: tuple[str, ...] = ("layer", "matrices", *_COUNTS)
         done = "zeroed" if self.scale == 0 else "scaled"
         caption = []
         if self.unit != "weights":

@@ -70,9 +70,10 @@ class Weights:
         """
         parameter = self._checked(part.name, part.shape, part.written.dtype)
         memory = parameter.untyped_storage(), parameter.dtype
+        offset = int(parameter.storage_offset())
         if parameter.is_contiguous():
-            return memory, part.index + parameter.storage_offset()
-        elements = torch.full_like(part.index, parameter.storage_offset())
+            return memory, part.index + offset
+        elements = torch.full_like(part.index, offset)
         coordinates = torch.unravel_index(part.index, parameter.shape)
         for coordinate, stride in zip(coordinates, parameter.stride(), strict=True):
             elements += coordinate * stride

@@ -33,7 +33,7 @@ class Plain:
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that PEFT was put around, or `model` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(model, "get_base_model", lambda: model)()
 
 
 def plain_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[Plain]:
@@ -136,7 +136,7 @@ def _trained_copy(wrapper: nn.Module) -> str:
     if isinstance(wrapper._modules.get("token_adapter"), nn.Module):
         return "token_adapter"
     copies = wrapper._modules.get("modules_to_save")
-    if copies is not None and not getattr(wrapper, "disable_adapters", False):
+    if isinstance(copies, nn.ModuleDict) and not getattr(wrapper, "disable_adapters", False):
         for name in getattr(wrapper, "active_adapters", ()):
             if name in copies:
                 return f"modules_to_save.{name}"

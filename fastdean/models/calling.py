@@ -63,7 +63,7 @@ def call(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> Any:
     Parts of a model read `return_dict` from the configuration they share, so that passing it does
     not reach them.
     """
-    configs = (getattr(model, "config", None), text_config(model))
+    configs: tuple[Any, ...] = (getattr(model, "config", None), text_config(model))
     unnamed = [c for c in configs if getattr(c, "return_dict", True) is False]
     try:
         for each in unnamed:

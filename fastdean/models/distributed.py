@@ -125,7 +125,6 @@ def _group_exists() -> bool:
 class _Concatenation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
-        ctx.rows = len(rows)
         reachable = _reachable(rows).contiguous()
         parts = [torch.empty_like(reachable) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(parts, reachable)
@@ -137,8 +136,9 @@ class _Concatenation(torch.autograd.Function):
         # A sum of half-precision gradients would be rounded once for each rank.
         total = _reachable(grad.float() if grad.dtype.itemsize < 4 else grad.clone())
         torch.distributed.all_reduce(total)
-        start = torch.distributed.get_rank() * ctx.rows
-        return total[start : start + ctx.rows].to(grad.device, grad.dtype)
+        rows = len(total) // torch.distributed.get_world_size()
+        start = torch.distributed.get_rank() * rows
+        return total[start : start + rows].to(grad.device, grad.dtype)
 
 
 def _reachable(tensor: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from fastdean.data.batching import Batch, Layout, default_tokens_per_batch, plan_batches
 from fastdean.data.examples import IGNORE_INDEX, Example
@@ -31,6 +32,7 @@ from fastdean.models.hooks import forward_pre_hooks
 from fastdean.models.model_state import (
     evaluation_state,
     input_device,
+    input_embedding,
     max_tokens,
     text_config,
     unwrap,
@@ -159,7 +161,8 @@ def target_logits(model: nn.Module) -> Iterator[Callable[[Batch], Tensor]]:
         require_row_per_token(logits, batch.input_ids)
         return logits.flatten(0, -2).index_select(0, batch.target_rows.to(logits.device))
 
-    head = model.get_output_embeddings()
+    of_transformers: Any = model
+    head = of_transformers.get_output_embeddings()
     with forward_pre_hooks({} if head is None else {head: gather}):
         yield logits_at
 
@@ -195,7 +198,7 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: BackwardCFunction, logits: Tensor, targets: Tensor) -> Tensor:
         targets = targets.unsqueeze(1)
         highest = logits.amax(1, keepdim=True).float()
         log_sum = torch.empty_like(highest)
@@ -207,7 +210,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor, None]:
+        by_row: list[Tensor]
         logits, *by_row = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         blocks = _row_blocks(logits, *by_row, grad.unsqueeze(1), grad_logits)
@@ -308,7 +312,7 @@ def _require_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
 
 def _vocabulary(model: nn.Module) -> int:
     # Some (Perceiver) name a parameter that is no table of tokens.
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    weight = getattr(input_embedding(model), "weight", None)
     return text_config(model).vocab_size if weight is None else weight.shape[0]
 
 

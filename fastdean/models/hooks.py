@@ -36,8 +36,12 @@ def forward_hooks(hooks: Mapping[nn.Module, Callable]) -> Iterator[None]:
 
     with undone(undo):
         if everywhere:
-            handle = torch_module.register_module_forward_hook(of_all_modules, with_kwargs=True)
-            everywhere.move_to_end(handle.id, last=False)
+            # torch annotates hooks that return nothing, and its OrderedDict as a dict.
+            handle = torch_module.register_module_forward_hook(
+                of_all_modules,  # type: ignore[arg-type]
+                with_kwargs=True,
+            )
+            everywhere.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
         else:
             for module, hook in hooks.items():
                 module.register_forward_hook(hook, with_kwargs=True, prepend=True)
@@ -75,6 +79,7 @@ def take_gradients(leaves: Sequence[Tensor], take: Callable[[int, Tensor], None]
     def taking(position: int) -> Callable[[Tensor], None]:
         def hook(leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
+            assert gradient is not None  # It has just been accumulated.
             take(position, gradient)
 
         return hook

@@ -62,7 +62,7 @@ def weights_digest(model: nn.Module) -> str:
     for name, tensor in _tensors(model):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy())
+        digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -78,7 +78,8 @@ def _as_json(value: Any) -> Any:
 
 
 def _configuration(model: nn.Module) -> dict[str, Any]:
-    found = model.config.to_diff_dict()
+    config: Any = model.config
+    found = config.to_diff_dict()
     return {key: value for key, value in found.items() if key not in _PROVENANCE}
 
 
@@ -107,11 +108,11 @@ def _own_code(model: nn.Module, tokenizer: Any) -> list[str]:
         if kind.__module__.startswith(_OWN_CODE)
     }
     own = (
-        module
+        getattr(module, "__file__", None)
         for name, module in list(sys.modules.items())
-        if name.rpartition(".")[0] in rooms and getattr(module, "__file__", None)
+        if name.rpartition(".")[0] in rooms
     )
-    return sorted({Path(module.__file__).read_text(encoding="utf-8") for module in own})
+    return sorted({Path(file).read_text(encoding="utf-8") for file in own if file})
 
 
 def _rules(tokenizer: Any) -> list[Any]:

@@ -23,7 +23,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         elif isinstance(model, wrappers):
             model = model.module
         else:
@@ -32,9 +32,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def input_device(model: nn.Module) -> torch.device:
     """The device the model's inputs must lie on, also when its weights are offloaded."""
-    weight = next(model.parameters())
-    if hasattr(model, "get_input_embeddings"):
-        weight = getattr(model.get_input_embeddings(), "weight", weight)
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embedding, "weight", next(model.parameters()))
     if weight.device.type != "meta":
         return weight.device
     for module in model.modules():
@@ -44,9 +43,22 @@ def input_device(model: nn.Module) -> torch.device:
     raise ValueError(_NO_WEIGHTS)
 
 
+def input_embedding(model: nn.Module) -> nn.Module:
+    """The module that turns tokens into vectors, as models of transformers give it."""
+    of_transformers: Any = model
+    return of_transformers.get_input_embeddings()
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a module that has one, as it is stored."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def execution_device(module: nn.Module, default: torch.device) -> torch.device:
     """The device `module` computes on, also when its weight is offloaded."""
-    device = module.weight.device
+    device = weight_of(module).device
     if device.type != "meta":
         return device
     hook = getattr(module, "_hf_hook", None)
@@ -59,7 +71,7 @@ def materialised_weight(module: nn.Module) -> Tensor:
     Raises:
         ValueError: a meta tensor that no offload hook can fill.
     """
-    weight = module.weight
+    weight = weight_of(module)
     if weight.device.type != "meta":
         return weight
     if not getattr(getattr(module, "_hf_hook", None), "offload", False):
@@ -67,12 +79,12 @@ def materialised_weight(module: nn.Module) -> Tensor:
     from accelerate.utils import align_module_device
 
     with align_module_device(module, execution_device=torch.device("cpu")):
-        return module.weight.detach().clone()
+        return weight_of(module).detach().clone()
 
 
 def text_config(model: nn.Module) -> Any:
     """The configuration of the model's text part; None for a model without one."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -146,7 +158,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def fresh_leaves(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+def fresh_leaves(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Inside, parameters that share the weights' memory and require gradients stand in for them.
 
     So that a backward pass reaches neither the weights' own `.grad` nor what is hooked to them

@@ -18,7 +18,14 @@ from fastdean.data.batching import pad
 from fastdean.data.examples import Example
 from fastdean.models.attention import attends_plainly, attention_by_segments
 from fastdean.models.calling import call, logits_of, require_row_per_token
-from fastdean.models.model_state import eager, evaluation_state, input_device, max_tokens
+from fastdean.models.model_state import (
+    eager,
+    evaluation_state,
+    input_device,
+    input_embedding,
+    max_tokens,
+    weight_of,
+)
 
 _PROBE_TOKENS = 12
 # Model -> the state that it was measured in, and the answers.
@@ -209,7 +216,7 @@ def _state(model: nn.Module) -> int:
 
     Changes of tensors show in the counters that autograd keeps of them.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     found: list[Any] = [getattr(config, "_attn_implementation", None)]
     if hasattr(config, "to_dict"):
         # Every measurement and every pass turns the cache off and back on.
@@ -232,8 +239,8 @@ def _state(model: nn.Module) -> int:
 
 def _ordinary_ids(model: nn.Module) -> tuple[Tensor, Tensor]:
     """Twice a few different token ids, int64 [T], none of which the model's configuration names."""
-    embedding = model.get_input_embeddings()
-    vocabulary = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+    embedding = input_embedding(model)
+    vocabulary = getattr(embedding, "num_embeddings", None) or weight_of(embedding).shape[0]
     special = set(_special_ids(vars(model.config)))
     enough = 2 * _PROBE_TOKENS + len(special)
     ids = [i for i in range(min(vocabulary, enough)) if i not in special]

@@ -195,13 +195,13 @@ def leaves_below(tree: Any) -> set[int]:
             found.add(id(tensor))
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             found.add(id(leaf))
-        waiting += [below for below, _ in node.next_functions]
+        waiting += [below for below, _ in node.next_functions if below is not None]
     return found
 
 

@@ -37,7 +37,7 @@ class Segments:
 
     bounds: tuple[tuple[int, int], ...]
     groups: tuple[tuple[int, ...], ...]
-    _lookups: dict[tuple[int, ...], Lookup] = field(default_factory=dict, compare=False)
+    _lookups: dict[tuple[int | str, ...], Lookup] = field(default_factory=dict, compare=False)
     _scratch: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -58,7 +58,7 @@ class Segments:
         return max(self.bounds[i][1] - self.bounds[i][0] for i in members)
 
     def lookup(
-        self, heads: int, shared_by: int, strides: tuple[int, int], device: object
+        self, heads: int, shared_by: int, strides: tuple[int, int], device: torch.device
     ) -> Lookup:
         """Where the rows of `heads` heads stand, `shared_by` of them side by side.
 
@@ -76,8 +76,8 @@ class Segments:
         for n in shape:
             size *= n
         kept = self._scratch.get(name)
-        fits = kept is not None and (kept.dtype, kept.device) == (like.dtype, like.device)
-        if not fits or kept.numel() < size:
+        of_like = like.dtype, like.device
+        if kept is None or (kept.dtype, kept.device) != of_like or kept.numel() < size:
             kept = self._scratch[name] = like.new_empty(size)
         return kept[:size].view(*shape)
 
@@ -111,7 +111,7 @@ class Lookup:
     @classmethod
     def of(cls, segments: Segments, heads: int, shared_by: int, strides: tuple[int, int]) -> Lookup:
         head = torch.arange(heads).view(1, heads // shared_by, 1, shared_by)
-        tokens, inside = [], []
+        tokens, insides = [], []
         for members in segments.groups:
             bounds = torch.tensor([segments.bounds[i] for i in members]).view(-1, 2, 1, 1, 1)
             start, length = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
@@ -119,9 +119,9 @@ class Lookup:
             shape = torch.broadcast_shapes((start + step).shape, head.shape)
             token = start + step.minimum(length - 1)
             tokens.append(torch.stack([token.expand(shape), head.expand(shape)]).flatten(1))
-            inside.append((step < length).expand(shape).flatten())
+            insides.append((step < length).expand(shape).flatten())
         token, head = torch.cat(tokens, dim=1)
-        inside = torch.cat(inside)
+        inside = torch.cat(insides)
         places = torch.empty(segments.rows * heads, dtype=torch.int64)
         places[(token * heads + head)[inside]] = inside.nonzero().squeeze(1)
         by_token, by_head = strides
@@ -129,6 +129,13 @@ class Lookup:
 
     def to(self, device: torch.device) -> Lookup:
         return Lookup(self.rows.to(device), self.places.to(device), self.copies.to(device))
+
+
+class _Kept(FunctionCtx):
+    """What the forward pass leaves to the backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+    rest: tuple[Segments, float, float | None]
 
 
 class SegmentAttention(torch.autograd.Function):
@@ -139,7 +146,7 @@ class SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: _Kept,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -153,16 +160,18 @@ class SegmentAttention(torch.autograd.Function):
         rows = layer.scratch("o", (len(layer.of_q.rows), v.shape[-1]))
         for group in layer.groups():
             torch.bmm(group.weights()[0], group.v, out=group.q_like(rows))
-        ctx.save_for_backward(q, k, v, sinks, mask)
+        # torch takes None too, which its annotation leaves out.
+        ctx.save_for_backward(q, k, v, sinks, mask)  # type: ignore[arg-type]
         ctx.rest = segments, scaling, softcap
         attended = rows.index_select(0, layer.of_q.places).to(v.dtype)
         return attended.view(1, q.shape[2], q.shape[1], v.shape[-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Kept, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, mask = ctx.saved_tensors
-        layer = _Layer(ctx.rest[0], q, k, v, sinks, mask, *ctx.rest[1:])
+        segments, scaling, softcap = ctx.rest
+        layer = _Layer(segments, q, k, v, sinks, mask, scaling, softcap)
         grad_rows = layer.gathered("do", grad.transpose(1, 2), layer.shared_by)
         # What the last row's copies would add is not asked for.
         grad_rows.index_fill_(0, layer.of_q.copies, 0)
@@ -182,7 +191,7 @@ class SegmentAttention(torch.autograd.Function):
             d_s = torch.bmm(d_o, group.v.transpose(1, 2), out=group.scratch("dp"))
             share = torch.mul(weights, d_s, out=group.scratch("share")).sum(-1, keepdim=True)
             d_s.sub_(share).mul_(weights)
-            if grad_sinks is not None:
+            if grad_sinks is not None and sink_weights is not None:
                 by_head = (sink_weights * share).view(*group.shape[:4]).sum((0, 2))
                 grad_sinks -= by_head.view(sinks.shape)
             slope = group.slope_of_softcap()
@@ -201,7 +210,7 @@ class SegmentAttention(torch.autograd.Function):
             .transpose(1, 2)
             for rows, lookup, x in wanted
         ]
-        return *found, None if sinks is None else grad_sinks.to(sinks.dtype), *[None] * 4
+        return *found, None if grad_sinks is None else grad_sinks.to(sinks.dtype), *[None] * 4
 
 
 class _Layer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -24,9 +24,9 @@ def tensors(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield from tensors(value, (*path, position))
 
 
-def mappings(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Mapping]]:
-    """Every mapping with its path."""
-    if isinstance(tree, Mapping):
+def mappings(tree: Any, path: Path = ()) -> Iterator[tuple[Path, MutableMapping]]:
+    """Every mapping that can be written to, with its path."""
+    if isinstance(tree, MutableMapping):
         yield path, tree
         for key, value in tree.items():
             yield from mappings(value, (*path, key))

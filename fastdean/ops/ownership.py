@@ -52,7 +52,7 @@ def _holders(tensor: Tensor) -> tuple[int, int, int, bool]:
     """
     storage = tensor.untyped_storage()
     return (
-        tensor._use_count(),
+        tensor._use_count(),  # type: ignore[attr-defined]  # torch annotates it nowhere
         torch._C._storage_Use_Count(storage._cdata),
         sys.getrefcount(storage),
         storage.is_shared(),

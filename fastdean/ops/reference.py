@@ -100,7 +100,9 @@ def accumulate_expert_importance_(
 @contextmanager
 def _full_fp32_products() -> Iterator[None]:
     """No TF32 and no bf16 inside, whatever the caller allows the model's own products."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    # mkldnn is an object of a class that has it, which type checkers take for a module.
+    onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backends = (torch.backends.cuda.matmul, onednn)
     allowed = [backend.fp32_precision for backend in backends]
 
     def restore() -> None:

@@ -26,6 +26,6 @@ def checked_granularity(granularity: str) -> str:
     return granularity
 
 
-def stored_granularity(granularity: str) -> str:
-    """The word as it is written today, of a file that may be older; others as they are."""
-    return "unit" if granularity == _EARLIER else granularity
+def stored_granularity(granularity: str | None) -> str:
+    """The word as it is written today, of a file that may be older; None means "weight"."""
+    return "unit" if granularity == _EARLIER else granularity or "weight"

@@ -22,12 +22,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fastdean
 
 DATA = (
-    "datasets/fairness.jsonl",
-    "debias/neutral_words.txt",
+    "data/datasets/fairness.jsonl",
+    "data/neutral_words.txt",
     "ops/checked_forms.json",
     "py.typed",
     "report/style.css",
-    "words/gender.json",
+    "data/words/gender.json",
 )
 
 
