@@ -198,6 +198,20 @@ def test_bad_options_of_a_run_are_one_line_and_write_nothing(place, tmp_path, op
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("--seed", "-1", "--seed must be at least 0, got -1"),
+        ("--examples", "0", "--examples must be at least 1, got 0"),
+        ("--template", "own", "--template must be one of raw, chat, published, got 'own'"),
+        ("--granularity", "head", "--granularity must be one of weight, neuron, got 'head'"),
+    ],
+)
+def test_bad_options_of_score_are_told_before_anything_is_read(tmp_path, option, value, text):
+    places = {"model": tmp_path / "no-model", "data": "no-data.jsonl", "out": tmp_path / "out"}
+    refused(call("score", *sources(places), option, value), f"fastdean: {text}")
+
+
+@pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"out": "loop"}, "out must be a path that can be followed, got "),

@@ -246,6 +246,8 @@ def test_a_control_measures_other_words(place, tmp_path):
         (("--features", "tail"), "features must be one of base, head"),
         (("--words", "colours"), "colours"),
         (("--multi-piece", "first"), "--multi-piece must be 'skip' or 'mean'"),
+        (("--template", "own"), "fastdean: --template must be one of raw, chat, published, got"),
+        (("--examples", "0"), "fastdean: --examples must be at least 1, got 0"),
         (("--seed", "-1", "--control", "random"), "seed must be at least 0, got -1"),
     ],
 )

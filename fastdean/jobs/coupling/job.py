@@ -63,7 +63,6 @@ class Job:
     def __post_init__(self) -> None:
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.coupling.sets import DEFAULT_RATIO, RULES, SCOPES
-        from fastdean.data.examples import TEMPLATES
         from fastdean.masks.entries import checked_scale
         from fastdean.models.loading import dtype_name
 
@@ -71,19 +70,12 @@ class Job:
             ("rule", tuple(RULES)),
             ("granularity", tuple(DEFAULT_RATIO)),
             ("scope", SCOPES),
-            ("template", TEMPLATES),
         ):
-            # None: by the kind of row, see `data.encode`.
-            if getattr(self, name) not in (*allowed, *((None,) if name == "template" else ())):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+            options.require_one_of(self, name, allowed)
+        options.require_template(self)
         if not 0 < self.effective_ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
-        for name, least in (("min_k", 0), ("eval_examples", 0), ("examples", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        options.require_at_least(self, min_k=0, eval_examples=0, examples=1, seed=0)
         if self.min_k and self.scope == "model":
             raise ValueError(
                 f"min_k must be 0 with scope='model', where no matrix has a share of its own, got "
@@ -110,7 +102,7 @@ class ScoreJob:
     """What is scored; see `fastdean.score` and `Job`.
 
     Raises:
-        ValueError: `keep_top` out of range.
+        ValueError: an option out of range; raised here rather than after the model is loaded.
     """
 
     model: options.Model
@@ -135,5 +127,9 @@ class ScoreJob:
 
     def __post_init__(self) -> None:
         from fastdean.coupling.scores import check_keep_top
+        from fastdean.coupling.sets import DEFAULT_RATIO
 
+        options.require_one_of(self, "granularity", tuple(DEFAULT_RATIO))
+        options.require_template(self)
+        options.require_at_least(self, examples=1, seed=0)
         check_keep_top(self.keep_top)
