@@ -119,7 +119,7 @@ BAD_FILES = {
     "ragged.csv": (b"prompt,response\na,b,c\n", "line 2 has another number of columns"),
     "short.csv": (b"prompt,response\na\n", "line 2 has another number of columns"),
     "quote.csv": (b'prompt,response\n"a,b\n', "quote.csv' must be a well-formed"),
-    "latin.csv": ("prompt,response\né,b\n".encode("latin-1"), "can't decode byte"),
+    "latin.csv": ("prompt,response\né,b\n".encode("latin-1"), "line 2 is not UTF-8"),
     "foreign.parquet": (b"not a parquet file at all", "foreign.parquet' must be a well-formed"),
     "header.csv": (b"prompt,response\n", "must hold at least one row, got none"),
     "empty.jsonl": (b"", "must hold at least one row, got the empty file"),
