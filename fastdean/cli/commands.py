@@ -148,11 +148,11 @@ def score(
 @app.command()
 @command()
 def couple(
-    first: Annotated[Path, Help("Scores on the first awareness set (fairness).")],
-    second: Annotated[Path, Help("Scores on the second awareness set (privacy).")],
+    first: Annotated[str, Help("Scores on the first awareness set (fairness).")],
+    second: Annotated[str, Help("Scores on the second awareness set (privacy).")],
     out: Annotated[Path, out_option("Folder for the mask.")],
     general: Annotated[
-        list[Path] | None, Help("Scores on general examples, to be spared; may be repeated.")
+        list[str] | None, Help("Scores on general examples, to be spared; may be repeated.")
     ] = None,
     ratio: options.Ratio = None,
     rule: options.Rule = "paper",
@@ -195,7 +195,7 @@ def couple(
     given = [("first", first), ("second", second), *(("general", path) for path in general or [])]
     scores = []
     for option, path in given:
-        with naming(path_or_repo_id=option):
+        with naming(path_or_repo_id=option, path=option):
             scores.append(Scores.from_pretrained(path))
     loaded = None
     if model is not None:
@@ -217,13 +217,14 @@ def couple(
         model=loaded,
         unit_weights=unit_weights,
     ).with_scale(scale)
-    mask.save_pretrained(out, overwrite=overwrite)
+    with naming(path="out"):
+        mask.save_pretrained(out, overwrite=overwrite)
     tell(f"{mask.summary()}\n{mask!r}\nwritten to {out}")
     return {"out": str(out), "weights": len(mask), "table": mask.table}
 
 
 @app.command()
-@command(names={"path_or_repo_id": "mask"})
+@command(names={"path_or_repo_id": "mask", "path": "mask"})
 def apply(
     model: options.Model,
     mask: Annotated[str, Help("Mask folder or hub id.")],
@@ -262,7 +263,7 @@ def apply(
 
 
 @app.command()
-@command(names={"path_or_repo_id": "mask", "source": "checkpoint"})
+@command(names={"path_or_repo_id": "mask", "path": "mask", "source": "checkpoint"})
 def patch(
     checkpoint: Annotated[str, Help("Hugging Face folder with safetensors, or hub id.")],
     mask: Annotated[str, Help("Mask folder or hub id.")],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 # What is read as it is, if a row has it.
 _OURS = ("messages", "text", "premise")
 _ANSWERS = ("output", "completion")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def usual_columns(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -38,4 +40,4 @@ def usual_columns(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def has_lone_surrogate(text: str) -> bool:
     """Whether a text holds what is no character, and UTF-8 cannot write."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    return _SURROGATE.search(text) is not None

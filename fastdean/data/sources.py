@@ -43,6 +43,8 @@ _BEAVERTAILS = {
     "fairness": "discrimination,stereotype,injustice",
     "privacy": "privacy_violation",
 }
+# Bytes that are no UTF-8 become lone surrogates: one bad row is not the whole file.
+_KEEPING = "surrogateescape"
 
 
 class BadRow(ValueError):
@@ -331,7 +333,7 @@ def _read_csv(path: Path, delimiter: str = ",") -> _Rows:
     limit = csv.field_size_limit()
     csv.field_size_limit(max(limit, path.stat().st_size))
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with path.open(newline="", encoding="utf-8-sig", errors=_KEEPING) as file:
             return _csv_rows(csv.DictReader(_without_nul(file), strict=True, delimiter=delimiter))
     finally:
         csv.field_size_limit(limit)
@@ -339,14 +341,21 @@ def _read_csv(path: Path, delimiter: str = ",") -> _Rows:
 
 def _csv_rows(reader: csv.DictReader) -> _Rows:
     header = [column for column in reader.fieldnames or () if column]
+    if has_lone_surrogate("".join(header)):
+        raise ValueError("the header is not UTF-8")
     repeated = [column for n, column in enumerate(header) if column in header[:n]]
     if repeated:
         raise ValueError(f"the header has the column {repeated[0]!r} more than once")
     rows: list[dict[str, Any] | _Unread] = []
     for row in reader:
-        torn = None in row or None in row.values()
-        reason = f"line {reader.line_num} has another number of columns than the header"
-        rows.append(_Unread(reason) if torn else row)
+        if None in row or None in row.values():
+            reason = "has another number of columns than the header"
+        elif has_lone_surrogate("".join(row.values())):
+            reason = "is not UTF-8"
+        else:
+            rows.append(row)
+            continue
+        rows.append(_Unread(f"line {reader.line_num} {reason}"))
     return rows
 
 
@@ -377,7 +386,7 @@ def _read_json(path: Path) -> _Rows:
 
 
 def _read_jsonl(path: Path) -> _Rows:
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig", errors=_KEEPING) as file:
         start = file.read(1)
         while start.isspace():
             start = file.read(1)
@@ -389,7 +398,9 @@ def _read_jsonl(path: Path) -> _Rows:
 
 def _json_lines(lines: Iterable[str]) -> _Rows:
     for number, line in enumerate(lines, start=1):
-        if line.strip():
+        if has_lone_surrogate(line):
+            yield _Unread(f"line {number} is not UTF-8")
+        elif line.strip():
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:

@@ -52,7 +52,8 @@ def resolve(
         RuntimeError: the hub could not be asked, and nothing is in the cache.
     """
     folder = Path(path_or_repo_id).expanduser()
-    if folder.is_dir():
+    # An empty name would stand for the current folder.
+    if str(path_or_repo_id) and folder.is_dir():
         return folder
     asked = (
         "path_or_repo_id must be an existing folder or a repository of the Hugging Face hub, "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,11 @@ from torch import nn
 from fastdean.evaluation import Interval, change_between, change_of_distance
 from fastdean.evaluation import bias as measures
 from fastdean.evaluation.bias import BiasResult
+from fastdean.evaluation.bias.start import start_token as start_of
 from fastdean.files.declared import Anything, Lists, Maps, Maybe, Real, Record, Text, Whole
 from fastdean.files.provenance import public_source
 from fastdean.jobs.session import Session
+from fastdean.models.forward import label_shift
 from fastdean.wording.digits import apart
 from fastdean.wording.verdicts import CLOSER, FARTHER, reworded
 
@@ -40,6 +44,8 @@ MEASURES: dict[str, tuple[Callable[..., Any], bool]] = {
 }
 # Those that rest on likelihoods, and so on the token that a text starts from.
 _FROM_START = frozenset({"crows_pairs", "stereoset", "winobias", "bec_pro"})
+# Of files that measures read.
+_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # Of what is no mean. Enough for two digits of an interval's ends; they are kept on disk.
 _RESAMPLES = 2000
 
@@ -98,6 +104,41 @@ def check(asked: Sequence[str], start: str | int = "auto") -> None:
         )
 
 
+def require_usable(
+    asked: Sequence[str], start: str | int, model: nn.Module, tokenizer: Any
+) -> None:
+    """Refuse now what the measures would refuse after the long steps.
+
+    Raises:
+        ValueError: a file that is not there, or a start that this tokenizer does not have.
+    """
+    for entry in asked:
+        name, source = _parts(entry)
+        file = Path((source or "").partition("::")[0]).expanduser()
+        # Without a suffix it may be of the hub.
+        if source is not None and file.suffix.lower() in _SUFFIXES and not file.exists():
+            raise ValueError(
+                f"bias {entry!r} must name an existing file, got {str(file)!r}; check the path"
+            )
+    if any(_parts(entry)[0] in _FROM_START for entry in asked):
+        masked = label_shift(model) == 0
+        with _named("start_token", "start"):
+            start_of(tokenizer, start, masked=masked)
+
+
+@contextmanager
+def _named(name: str, below: str) -> Iterator[None]:
+    """A ValueError calls what it is about by the name that the job has for it."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        if text.startswith(f"{below} "):
+            raise ValueError(f"{name} {text.removeprefix(below).lstrip()}") from error
+        # A row, for example: of which source is not said below.
+        raise ValueError(f"{name}: {text}") from error
+
+
 def measure(session: Session, state: str, model: nn.Module, tokenizer: Any) -> Found:
     """Every figure of the job's measures, by name, unless an earlier call finished the step.
 
@@ -109,12 +150,15 @@ def measure(session: Session, state: str, model: nn.Module, tokenizer: Any) -> F
     for number, entry in enumerate(job.bias):
         name, source = _parts(entry)
 
-        def take(name: str = name, source: str | None = source) -> dict[str, Any]:
+        def take(
+            entry: str = entry, name: str = name, source: str | None = source
+        ) -> dict[str, Any]:
             options = {"resamples": _RESAMPLES, "seed": job.seed, "progress": session.progress}
             if name in _FROM_START:
                 options["start"] = job.start_token
             arguments = [] if source is None else [source]
-            result = MEASURES[name][0](model, tokenizer, *arguments, **options)
+            with _named(f"bias {entry!r}", "source"):
+                result = MEASURES[name][0](model, tokenizer, *arguments, **options)
             return {each.name: stored(each) for each in results_of(result)}
 
         with session.costs.step(f"{name}, {state}"):

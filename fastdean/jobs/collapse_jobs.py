@@ -49,6 +49,8 @@ class CollapseJob:
     seed: options.Seed = 0
 
     def __post_init__(self) -> None:
+        options.require_template(self)
+        options.require_at_least(self, examples=1)
         _check(self, "to measure the words themselves")
 
 

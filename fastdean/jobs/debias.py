@@ -123,6 +123,7 @@ def _prepare(session: Session[DebiasJob]) -> _Prepared:
     identity = session.compare_model(model, tokenizer, words=words)
     # Refused now, and not after the first measurements.
     require_method(model, job.method)
+    bias.require_usable(job.bias, job.start_token, model, tokenizer)
     check_counts(save_every=job.save_every, max_length=job.max_length)
     check_course(warmup=_WARMUP, seed=job.seed, **_options(job, *_COURSE))
     _regularizer(model, classes, job).remove()

@@ -120,6 +120,9 @@ def _folder_of(checkpoint: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    # It would stand for the current folder.
+    if not checkpoint:
+        raise ValueError("checkpoint must be a folder or a hub id, got ''; name the checkpoint")
     folder = Path(checkpoint).expanduser()
     try:
         validate_repo_id(checkpoint)

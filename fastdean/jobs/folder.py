@@ -292,7 +292,12 @@ def _circumstances() -> dict[str, str]:
 
 
 def require_outside(out: Path, model: str) -> None:
-    """Raise ValueError if `out` is, or lies in, the folder of a local model, which is only read."""
+    """Raise ValueError if `out` is, or lies in, the folder of a local model, which is only read.
+
+    Also if no model is named: "" would stand for the current folder.
+    """
+    if not model:
+        raise ValueError("model must be a folder or a hub id, got ''; name the model")
     source, place = real_place(model, "model"), real_place(out, "out")
     if source.is_dir() and (place == source or source in place.parents):
         raise ValueError(

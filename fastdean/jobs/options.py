@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, get_type_hints
 
@@ -62,6 +62,29 @@ def with_fields(own: inspect.Signature, job: type, with_help: bool = False) -> i
     ]
     out = own.parameters["out"].replace(kind=inspect.Parameter.KEYWORD_ONLY)
     return own.replace(parameters=[*required, out, *asked[len(required) :], *others])
+
+
+def require_one_of(job: Any, name: str, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless the job's option is one of these."""
+    if getattr(job, name) not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(job, name)!r}")
+
+
+def require_template(job: Any) -> None:
+    """Raise ValueError for a template that there is none of; None: by the kind of row."""
+    # Not above: the command line reads the options before it loads torch.
+    from fastdean.data.examples import TEMPLATES
+
+    if job.template is not None:
+        require_one_of(job, "template", TEMPLATES)
+
+
+def require_at_least(job: Any, **least: int) -> None:
+    """Raise ValueError for a number below its least; one that is not given is left alone."""
+    for name, lowest in least.items():
+        value = getattr(job, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
 
 
 def _bytes(gigabytes: float | None) -> int | None:

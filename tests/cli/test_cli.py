@@ -198,6 +198,20 @@ def test_bad_options_of_a_run_are_one_line_and_write_nothing(place, tmp_path, op
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("--seed", "-1", "--seed must be at least 0, got -1"),
+        ("--examples", "0", "--examples must be at least 1, got 0"),
+        ("--template", "own", "--template must be one of raw, chat, published, got 'own'"),
+        ("--granularity", "head", "--granularity must be one of weight, neuron, got 'head'"),
+    ],
+)
+def test_bad_options_of_score_are_told_before_anything_is_read(tmp_path, option, value, text):
+    places = {"model": tmp_path / "no-model", "data": "no-data.jsonl", "out": tmp_path / "out"}
+    refused(call("score", *sources(places), option, value), f"fastdean: {text}")
+
+
+@pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"out": "loop"}, "out must be a path that can be followed, got "),
@@ -227,15 +241,21 @@ def test_an_error_names_the_flag_of_the_source_it_is_about(place, run_folder, tm
     out = tmp_path / "out"
     nowhere = tmp_path / "nowhere"
     wanted = "must be an existing folder or a repository"
+    no_folder_of_ours = f"must be a folder written by FastDEAN, got '{place['model']}'"
     scores = run_folder / "scores" / "fairness"
     given = {"first": scores, "second": scores, "general": scores, "out": out}
     for flag in ("first", "second", "general"):
         options = {**given, flag: nowhere}
         arguments = [part for name, path in options.items() for part in (f"--{name}", path)]
         refused(call("couple", *arguments), f"fastdean: --{flag} {wanted}")
+        options[flag] = place["model"]
+        arguments = [part for name, path in options.items() for part in (f"--{name}", path)]
+        refused(call("couple", *arguments), f"fastdean: --{flag} {no_folder_of_ours}")
     for command, model in (("patch", "--checkpoint"), ("apply", "--model")):
         result = call(command, model, place["model"], "--mask", nowhere, "--out", out)
         refused(result, f"fastdean: --mask {wanted}")
+        result = call(command, model, place["model"], "--mask", place["model"], "--out", out)
+        refused(result, f"fastdean: --mask {no_folder_of_ours}")
     result = call("patch", "--checkpoint", nowhere, "--mask", run_folder / "mask", "--out", out)
     refused(result, "fastdean: --checkpoint must be a local folder of a checkpoint")
     result = call("run", *sources(place, privacy="nowhere.csv"), "--out", out, *OPTIONS)
@@ -244,6 +264,26 @@ def test_an_error_names_the_flag_of_the_source_it_is_about(place, run_folder, tm
     unread = write_jsonl(tmp_path / "no-target.jsonl", [{"prompt": "w1", "response": ""}])
     result = call("run", *sources(place, privacy=unread), "--out", out, *OPTIONS)
     refused(result, f"fastdean: --privacy '{unread}': row 1 must have")
+
+
+def test_an_empty_name_is_not_taken_for_the_current_folder(place, run_folder, tmp_path):
+    """As a shell gives it for a variable that is not set."""
+    mask, scores = run_folder / "mask", run_folder / "scores" / "fairness"
+    given = {
+        "apply": {"model": place["model"], "mask": mask},
+        "patch": {"checkpoint": place["model"], "mask": mask},
+        "couple": {"first": scores, "second": scores, "general": scores},
+        "score": {"model": place["model"], "data": place["privacy"]},
+        "run": place,
+    }
+    for command, options in given.items():
+        for flag in options:
+            asked = sources({**options, flag: ""})
+            asked += ["--quiet"] if command in ("run", "score") else []
+            result = call(command, *asked, "--out", tmp_path / "out")
+            refused(result, f"fastdean: --{flag} must be ")
+            assert "got ''" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ BAD_FILES = {
     "ragged.csv": (b"prompt,response\na,b,c\n", "line 2 has another number of columns"),
     "short.csv": (b"prompt,response\na\n", "line 2 has another number of columns"),
     "quote.csv": (b'prompt,response\n"a,b\n', "quote.csv' must be a well-formed"),
-    "latin.csv": ("prompt,response\né,b\n".encode("latin-1"), "can't decode byte"),
+    "latin.csv": ("prompt,response\né,b\n".encode("latin-1"), "line 2 is not UTF-8"),
     "foreign.parquet": (b"not a parquet file at all", "foreign.parquet' must be a well-formed"),
     "header.csv": (b"prompt,response\n", "must hold at least one row, got none"),
     "empty.jsonl": (b"", "must hold at least one row, got the empty file"),
@@ -413,6 +413,29 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, caplog):
     path.write_text("{\n{")
     with pytest.raises(ValueError, match="must hold at least one row, got none that can be read: "):
         load_rows(path, skip_bad_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("rows.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n{"text": "\xc3\xa4"}\n', 2),
+        ("rows.csv", b"text,n\na,1\n\xff,2\n\xc3\xa4,3\n", 3),
+    ],
+)
+def test_a_row_with_bytes_that_are_no_text_is_left_out_alone(tmp_path, caplog, name, content, line):
+    path = tmp_path / name
+    path.write_bytes(content)
+    for read in (load_rows, load_table):
+        with pytest.raises(ValueError, match=f"got: line {line} is not UTF-8; repair"):
+            read(path)
+        assert [row["text"] for row in read(path, skip_bad_rows=True)] == ["a", "ä"]
+    assert f"{path}: 1 rows are left out: row 2 (source" in caplog.text
+
+
+def test_a_table_whose_header_is_no_text_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b"text,\xff\na,1\n")
+    with pytest.raises(ValueError, match="got: the header is not UTF-8; repair"):
+        load_rows(tmp_path / "rows.csv", skip_bad_rows=True)
 
 
 def test_torn_rows_of_a_table_are_left_out_and_counted(tmp_path, caplog):

@@ -211,7 +211,25 @@ def test_the_start_token_of_the_bias_measures_can_be_chosen(place, tmp_path):
         call(place, tmp_path / "out", "--start-token", "eos"),
         "--start-token must be 'auto' without a measure of bec_pro, crows_pairs, ",
     )
-    refused(call(place, tmp_path / "out", *asked, "<nope>"), "vocabulary, got '<nope>'")
+    told = "fastdean: --start-token must be auto, bos, eos, none, or a token of the vocabulary"
+    refused(call(place, tmp_path / "out", *asked, "<nope>"), told)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bias_file_that_is_not_there_is_told_before_the_collapse_is_measured(place, tmp_path):
+    result = call(place, tmp_path / "out", "--bias", "seat=nowhere.json")
+    told = "fastdean: --bias 'seat=nowhere.json' must name an existing file, got 'nowhere.json'"
+    refused(result, told)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bias_file_of_something_else_is_named(place, tmp_path):
+    """Several files may be asked for."""
+    wrong = f"bec_pro={place['crows']}"
+    result = call(
+        place, tmp_path / "out", "--bias", f"crows_pairs={place['crows']}", "--bias", wrong
+    )
+    refused(result, f"fastdean: --bias '{wrong}': row 1 must have the columns sentence, person")
 
 
 def test_several_processes_are_refused(place, tmp_path, monkeypatch):
@@ -246,6 +264,8 @@ def test_a_control_measures_other_words(place, tmp_path):
         (("--features", "tail"), "features must be one of base, head"),
         (("--words", "colours"), "colours"),
         (("--multi-piece", "first"), "--multi-piece must be 'skip' or 'mean'"),
+        (("--template", "own"), "fastdean: --template must be one of raw, chat, published, got"),
+        (("--examples", "0"), "fastdean: --examples must be at least 1, got 0"),
         (("--seed", "-1", "--control", "random"), "seed must be at least 0, got -1"),
     ],
 )

@@ -67,7 +67,6 @@ class Job:
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.coupling.order import ORDERS
         from fastdean.coupling.sets import RULES, SCOPES
-        from fastdean.data.examples import TEMPLATES
         from fastdean.masks.entries import checked_scale
         from fastdean.models.loading import dtype_name
 
@@ -76,19 +75,12 @@ class Job:
             ("rule", tuple(RULES)),
             ("scope", SCOPES),
             ("order", ORDERS),
-            ("template", TEMPLATES),
         ):
-            # None: by the kind of row, see `data.encode`.
-            if getattr(self, name) not in (*allowed, *((None,) if name == "template" else ())):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+            options.require_one_of(self, name, allowed)
+        options.require_template(self)
         if not 0 < self.effective_ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
-        for name, least in (("min_k", 0), ("eval_examples", 0), ("examples", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        options.require_at_least(self, min_k=0, eval_examples=0, examples=1, seed=0)
         if self.min_k and self.scope == "model":
             raise ValueError(
                 f"min_k must be 0 with scope='model', where no matrix has a share of its own, got "
@@ -115,7 +107,7 @@ class ScoreJob:
     """What is scored; see `fastdean.score` and `Job`.
 
     Raises:
-        ValueError: `keep_top` out of range.
+        ValueError: an option out of range; raised here rather than after the model is loaded.
     """
 
     model: options.Model
@@ -141,6 +133,11 @@ class ScoreJob:
     seed: options.Seed = 0
 
     def __post_init__(self) -> None:
+        from fastdean.coupling.order import ORDERS
         from fastdean.coupling.scores import check_keep_top
 
+        object.__setattr__(self, "granularity", checked_granularity(self.granularity))
+        options.require_one_of(self, "order", ORDERS)
+        options.require_template(self)
+        options.require_at_least(self, examples=1, seed=0)
         check_keep_top(self.keep_top)
