@@ -22,6 +22,7 @@ from fastdean.coupling.targets import Target
 from fastdean.coupling.trial import Scorable
 from fastdean.coupling.workloads import BatchLosses, Pass
 from fastdean.models.distributed import Ranks
+from fastdean.models.hooks import has_hooks
 from fastdean.models.model_state import execution_device
 from fastdean.models.replay import (
     Arguments,
@@ -79,8 +80,7 @@ class Sweep:
         for of in self.sets:
             if of.scorable.scale is not None:
                 raise NotByLayers(
-                    "order='layers' must have a model in bfloat16 or float32, got float16; load it "
-                    "in another dtype or use order='batches'"
+                    "order='layers' must have a model in bfloat16 or float32, got float16"
                 )
         by_layer = [_by_layer(of.scorable.targets) for of in self.sets]
         lowest = min(min(groups, default=len(self.layers)) for groups, _ in by_layer)
@@ -195,11 +195,15 @@ class Sweep:
     def _find_used(self, replay: Replay, k: int, b: int, batch: Pass) -> frozenset[int]:
         """Which layers' results reach layer k other than through a layer between.
 
-        By autograd's graph, and believed only if without the other results the arguments of layer k
-        are the same bits.
+        By autograd's graph of one batch, and believed only if without the other results the
+        arguments of layer k are the same bits. In another batch NaN would take their place and
+        reach the loss, which is refused.
         """
         everything = frozenset(range(k))
         self._used[k] = everything
+        if any(map(has_hooks, self.layers.values())):
+            # Whoever watches a layer is to see what it returned, also where nobody uses it.
+            return everything
         answers, leaves = self._answers(k, b)
         arguments = replay.reach(answers, batch.losses)
         looked_at = leaves_below((arguments.args, arguments.kwargs))
@@ -212,7 +216,7 @@ class Sweep:
         answers, _ = self._answers(k, b)
         try:
             again = replay.reach(answers, batch.losses)
-        except Exception:
+        except Exception:  # of the model's own code, about NaN or a tensor that cannot be changed
             return everything
         expected, got = arguments.tensors(), again.tensors()
         same = expected.keys() == got.keys() and all(
@@ -257,7 +261,7 @@ class Sweep:
             if after is None or not _nearly_equal(before, after.detach()):
                 raise NotByLayers(
                     f"{name} must compute the same when it is run again, got something else; it is "
-                    "random or keeps a state of its own, so use order='batches'"
+                    "random or keeps a state of its own"
                 )
 
 
@@ -294,8 +298,8 @@ def _backward_behind_the_layers(sums: Sums, losses: BatchLosses) -> None:
         sums.backward(losses)
     except StateError as error:
         raise NotByLayers(
-            "order='layers' must find every target in a decoder layer or behind all of them; "
-            f"use order='batches' ({error})"
+            "order='layers' must find every target in a decoder layer or behind all of them: "
+            f"{error}"
         ) from error
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,8 +14,11 @@ from fastdean.coupling.trial import Scorable
 from fastdean.models.available_memory import available_memory
 from fastdean.models.distributed import Ranks
 from fastdean.wording.log import logger
+from fastdean.wording.mendable import InputTypeError
 
 ORDERS = ("auto", "batches", "layers")
+# Where somebody may want the states, in other words than ours.
+_NO_FOLDERS = frozenset(("cpu", "cuda", "disk", "files", "gpu", "memory", "ram"))
 # Memory that the model's passes take besides what autograd keeps: copies, scratch, fragments.
 _SPARE = 1.3
 
@@ -35,9 +40,26 @@ class Order:
         return "layers" if self.by_layers else "batches"
 
 
-def require_order(order: str) -> None:
+def require_order(order: str, states: str | Path) -> None:
+    """ValueError or TypeError unless `score` can take these."""
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+    if not isinstance(states, str | os.PathLike):
+        raise InputTypeError(
+            f"states must be 'device', 'host' or a folder, got {type(states).__name__}"
+        )
+    if states in ("device", "host"):
+        if states == "host" and order == "batches":
+            raise ValueError(
+                "states must be left out with order='batches', which keeps none, got 'host'"
+            )
+        return
+    folder = Path(states)
+    if str(states) == "" or str(states) in _NO_FOLDERS or (folder.exists() and not folder.is_dir()):
+        raise ValueError(
+            f"states must be 'device', 'host' or a folder, got {str(states)!r}; write ./NAME for a "
+            "folder of such a name"
+        )
 
 
 def choose_order(

@@ -118,8 +118,8 @@ def score(
             runs twice, and what it returned is kept meanwhile (`states`). "auto": "layers" where
             the sums and a batch do not fit into the memory there is, or weights are offloaded;
             else "batches".
-        states: where `order="layers"` keeps what the layers returned: "device", "host", or a
-            folder, in files that are gone at the end.
+        states: where "layers" keeps what the layers returned: "device", "host", or a folder, in
+            files that are gone at the end.
         deterministic: run under `torch.use_deterministic_algorithms(True)`.
         impl: implementation of the accumulation: None (by device), or one of
             `fastdean.ops._dispatch.IMPLEMENTATIONS`.
@@ -140,7 +140,7 @@ def score(
     model = unwrap(model)
     require_no_prompts(model)
     check_keep_top(keep_top)
-    require_order(order)
+    require_order(order, states)
     granularity = checked_granularity(granularity)
     targets = find_targets(model, target_modules, granularity)
     require_own_parameters(model, targets)
@@ -196,7 +196,7 @@ def score(
                 except NotByLayers as error:
                     # Ranks without examples would not know of it.
                     if order != "auto" or ranks.size > 1:
-                        raise
+                        raise NotByLayers(f"{error}; use order='batches'") from error
                     entries.clear()
                     logger.warning("batch by batch after all: %s", error)
                     chosen = Order(False, f"not layer by layer: {error}")

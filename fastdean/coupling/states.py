@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Protocol
@@ -173,17 +173,21 @@ def states_home(where: str | FilePath) -> Iterator[Home]:
     """The home that `score(states=...)` names.
 
     Args:
-        where: "device", "host", or a folder, which is made; the files in it go at the end.
+        where: "device", "host", or a folder. It is made where it is not there; what was made goes.
     """
     if where in ("device", "host"):
         yield InMemory(host=where == "host")
         return
-    folder = FilePath(where) / f"states-{uuid.uuid4().hex}"
+    folder = FilePath(where).expanduser() / f"states-{uuid.uuid4().hex}"
+    made = [parent for parent in folder.parents if not parent.exists()]
     files = InFiles(folder)
 
     def undo() -> None:
         files.close()
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
 
     with undone(undo):
         folder.mkdir(parents=True)

@@ -63,7 +63,10 @@ class Session(Generic[AnyJob]):
             steps: how many there are at most; None: not known yet.
         """
         ranks = Ranks.current()
-        folder = RunFolder(Path(out).expanduser(), plain(asdict(job)), overwrite)
+        options = plain(asdict(job))
+        # Where intermediate states lie changes no result; a full disk is answered by another one.
+        options.pop("states", None)
+        folder = RunFolder(Path(out).expanduser(), options, overwrite)
         costs = Costs(total=steps, shown=progress and ranks.first)
         session = cls(job, folder, costs, ranks, progress, command)
         # Other ranks may run on machines that do not see the folder.

@@ -69,6 +69,12 @@ def _remove(hook: Callable, registered: dict, with_kwargs: dict) -> None:
         del registered[key]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a forward hook hangs on the module, or on all modules."""
+    own = module._forward_hooks or module._forward_pre_hooks
+    return bool(own or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
 def take_gradients(leaves: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> None:
     """Call `take(position, gradient)` for each leaf in a backward pass, and keep no gradient.
 

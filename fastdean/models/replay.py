@@ -155,7 +155,7 @@ class Replay:
     def _out_of_order_message(self, j: int, what: str) -> str:
         return (
             "order='layers' must find each decoder layer called once, in the order of the stack, "
-            f"got {self.names[j]} {what}; use order='batches'"
+            f"got {self.names[j]} {what}"
         )
 
 

@@ -15,7 +15,7 @@ def checked_granularity(granularity: str) -> str:
     """The word as it is written today; ValueError for others, FutureWarning for the earlier one."""
     if granularity == _EARLIER:
         warnings.warn(
-            f"granularity {_EARLIER!r} has been called 'unit' since 0.2.0 (2026-11-27) and goes "
+            f"granularity {_EARLIER!r} has been called 'unit' since 0.2 (2026-11-27) and goes "
             "after 2027-05-27; write 'unit'",
             FutureWarning,
             stacklevel=3,

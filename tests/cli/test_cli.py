@@ -203,7 +203,7 @@ def test_bad_options_of_a_run_are_one_line_and_write_nothing(place, tmp_path, op
         ("--seed", "-1", "--seed must be at least 0, got -1"),
         ("--examples", "0", "--examples must be at least 1, got 0"),
         ("--template", "own", "--template must be one of raw, chat, published, got 'own'"),
-        ("--granularity", "head", "--granularity must be one of weight, neuron, got 'head'"),
+        ("--granularity", "head", "--granularity must be one of weight, unit, got 'head'"),
     ],
 )
 def test_bad_options_of_score_are_told_before_anything_is_read(tmp_path, option, value, text):

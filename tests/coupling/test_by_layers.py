@@ -160,6 +160,14 @@ def test_hooks_that_steer_a_layer_take_part():
                       score(llama())["model.layers.0.mlp.up_proj.weight"]) > 1e-3  # fmt: skip
 
 
+def test_a_hook_that_watches_a_layer_sees_what_it_returned():
+    model, seen = llama(), []
+    model.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    assert_same(model)
+    assert seen and not any(bool(tensor.isnan().any()) for tensor in seen)
+
+
 def test_layers_whose_results_are_changed_in_place():
     model = llama()
     model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0].mul_(1.01),))
@@ -230,7 +238,26 @@ def test_states_in_files_and_in_the_hosts_memory(tmp_path):
     for home in (tmp_path / "states", "host"):
         found = score(llama(), order="layers", states=home)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert not os.listdir(tmp_path / "states")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("states", "error", "message"),
+    [
+        ("", ValueError, "a folder, got ''"),
+        ("disk", ValueError, "a folder, got 'disk'; write ./NAME"),
+        (__file__, ValueError, "a folder, got "),
+        (True, TypeError, "a folder, got bool"),
+    ],
+)
+def test_no_home_for_states(states, error, message):
+    with pytest.raises(error, match=f"states must be 'device', 'host' or {message}"):
+        score(llama(), order="layers", states=states)
+
+
+def test_a_home_for_states_is_not_ignored():
+    with pytest.raises(ValueError, match="states must be left out with order='batches'"):
+        score(llama(), states="host")
 
 
 def test_files_hold_the_states_and_memory_does_not(tmp_path):
@@ -328,7 +355,7 @@ def test_targets_before_the_layers_are_refused_by_name():
     )
     model = OPTForCausalLM(config).eval()
     assert_same(model, target_modules=".*(fc1|project_out)")
-    message = "in a decoder layer or behind all of them; use order='batches' .*project_in"
+    message = "in a decoder layer or behind all of them: .*project_in.*use order='batches'"
     with pytest.raises(RuntimeError, match=message):
         score(model, order="layers", target_modules=".*(fc1|project_in)")
 

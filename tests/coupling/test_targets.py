@@ -408,7 +408,7 @@ def test_what_is_asked_for_by_name_is_refused_and_the_model_restored(build, modu
 
 
 def test_the_earlier_word_for_units_still_works_and_says_what_to_write():
-    with pytest.warns(FutureWarning, match="'neuron' has been called 'unit' since 0.2.0 .* write"):
+    with pytest.warns(FutureWarning, match="'neuron' has been called 'unit' since 0.2 .* write"):
         found = find_targets(llama(), granularity="neuron")
     assert [t.name for t in found] == names(llama(), granularity="unit")
     with pytest.warns(FutureWarning):
