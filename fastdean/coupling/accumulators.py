@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdean.coupling.scores import ScoreEntry
 from fastdean.coupling.targets import Target
+from fastdean.models.model_state import execution_device
 from fastdean.ops.importance import accumulate_importance_, accumulate_unit_importance_
 
 
@@ -67,6 +68,21 @@ ACCUMULATORS: dict[str, Callable[[Target, torch.device, str | None], Accumulator
     "weight": DenseWeightAccumulator,
     "unit": UnitAccumulator,
 }
+
+
+def accumulators_of(
+    targets: Sequence[Target], granularity: str, device: torch.device, impl: str | None
+) -> dict[str, Accumulator]:
+    """An accumulator for each target, by parameter name, where the target computes.
+
+    Args:
+        device: that of targets whose weights are offloaded and do not say where they compute.
+    """
+    kind = ACCUMULATORS[granularity]
+    return {
+        target.parameter: kind(target, execution_device(target.module, device), impl)
+        for target in targets
+    }
 
 
 def sums_bytes(target: Target, granularity: str) -> int:

@@ -8,22 +8,21 @@ model's own forward leads to each layer (`fastdean.models.replay`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from fastdean.coupling.accumulators import ACCUMULATORS, Accumulator
+from fastdean.coupling.accumulators import Accumulator, accumulators_of
 from fastdean.coupling.capture import Sums, capturing
+from fastdean.coupling.loss_check import require_finite
 from fastdean.coupling.states import States
 from fastdean.coupling.targets import Target
 from fastdean.coupling.trial import Scorable
 from fastdean.coupling.workloads import BatchLosses, Pass
 from fastdean.models.distributed import Ranks
 from fastdean.models.hooks import has_hooks
-from fastdean.models.model_state import execution_device
 from fastdean.models.replay import (
     Arguments,
     NotByLayers,
@@ -127,7 +126,7 @@ class Sweep:
             for b, batch in self._batches([of]):
                 answers, leaves = self._answers(len(replay), b)
                 losses = replay.finish(answers, batch.losses)
-                _require_finite(losses.values, losses.examples)
+                require_finite(losses.examples, losses.values.detach())
                 _backward_behind_the_layers(sums, losses)
                 del losses
                 self._take_gradients(b, leaves)
@@ -247,11 +246,7 @@ class Sweep:
         return answers, leaves
 
     def _accumulators(self, targets: Sequence[Target]) -> dict[str, Accumulator]:
-        kind = ACCUMULATORS[self.granularity]
-        return {
-            target.parameter: kind(target, execution_device(target.module, self.device), self.impl)
-            for target in targets
-        }
+        return accumulators_of(targets, self.granularity, self.device, self.impl)
 
     def _require_same(
         self, name: str, first: Mapping[Path, Tensor], second: Mapping[Path, Tensor]
@@ -301,12 +296,3 @@ def _backward_behind_the_layers(sums: Sums, losses: BatchLosses) -> None:
             "order='layers' must find every target in a decoder layer or behind all of them: "
             f"{error}"
         ) from error
-
-
-def _require_finite(values: Tensor, examples: Sequence[int]) -> None:
-    for example, loss in zip(examples, values.detach().tolist(), strict=True):
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"loss must be finite, got {loss} for example {example}; check the model's "
-                "weights and dtype, and that example's tokens"
-            )

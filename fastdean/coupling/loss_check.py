@@ -42,18 +42,18 @@ class LossCheck:
             ValueError: a loss is NaN or infinite.
         """
         while len(self._copies) > all_but:
-            self._bar.update(_require_finite(*self._copies.popleft()))
+            examples, losses, arrival = self._copies.popleft()
+            if arrival is not None:
+                arrival.synchronize()
+            require_finite(examples, losses)
+            self._bar.update(len(losses))
 
 
-def _require_finite(
-    examples: Sequence[int], losses: Tensor, arrival: torch.cuda.Event | None
-) -> int:
-    if arrival is not None:
-        arrival.synchronize()
+def require_finite(examples: Sequence[int], losses: Tensor) -> None:
+    """Raise ValueError for the first of the examples whose loss is NaN or infinite."""
     for example, loss in zip(examples, losses.tolist(), strict=True):
         if not math.isfinite(loss):
             raise ValueError(
                 f"loss must be finite, got {loss} for example {example}; check the model's "
                 "weights and dtype, and that example's tokens"
             )
-    return len(losses)

@@ -13,6 +13,7 @@ from fastdean.coupling.accumulators import sums_bytes
 from fastdean.coupling.trial import Scorable
 from fastdean.models.available_memory import available_memory
 from fastdean.models.distributed import Ranks
+from fastdean.models.forward import matrices_of
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError
 
@@ -113,12 +114,7 @@ def _by_memory(
 
 def kept_bytes_per_token(model: nn.Module) -> int:
     """About what autograd keeps of one token: the inputs and outputs of every matrix."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return sum(
-        (weight.shape[0] + weight.shape[1]) * weight.element_size()
-        for weight in model.parameters()
-        if weight.dim() == 2 and id(weight) not in tables
-    )
+    return sum(sum(weight.shape) * weight.element_size() for weight in matrices_of(model))
 
 
 def _gb(size: int) -> str:

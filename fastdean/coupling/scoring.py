@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdean.coupling.accumulators import ACCUMULATORS, Accumulator, split_by_memory
+from fastdean.coupling.accumulators import Accumulator, accumulators_of, split_by_memory
 from fastdean.coupling.by_layers import Set, Sweep
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.loss_check import LossCheck
@@ -38,7 +38,6 @@ from fastdean.models.distributed import Ranks
 from fastdean.models.model_state import (
     eager,
     evaluation_state,
-    execution_device,
     frozen,
     input_device,
     materialised_weight,
@@ -230,12 +229,7 @@ def run_pass(
     bar: Any,
 ) -> dict[str, Accumulator]:
     """Sum the targets' importance over this rank's examples; by parameter name."""
-    accumulators: dict[str, Accumulator] = {
-        target.parameter: ACCUMULATORS[granularity](
-            target, execution_device(target.module, device), impl
-        )
-        for target in targets
-    }
+    accumulators = accumulators_of(targets, granularity, device, impl)
     scaled = None
     if scorable.scale is not None:
         scaled = ScaledSums(accumulators, scorable.sequence_first, scorable.scale)

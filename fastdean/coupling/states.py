@@ -76,7 +76,8 @@ class InFiles:
     def __init__(self, folder: FilePath) -> None:
         self._folder = folder
         self._files: dict[tuple, int] = {}
-        self._kept: dict[tuple, dict[Path, _InFile]] = {}
+        # By layer and kind, then by batch: when the last batch goes, so does the file.
+        self._kept: dict[tuple, dict[int, dict[Path, _InFile]]] = {}
 
     def close(self) -> None:
         while self._files:
@@ -91,12 +92,12 @@ class InFiles:
             _write(file, content)
             places[path] = _InFile(tensor.dtype, tensor.shape, tensor.device, offset, len(content))
             offset += len(content)
-        self._kept[key] = places
+        self._kept.setdefault(key[:-1], {})[key[-1]] = places
 
     def bring(self, key: tuple) -> dict[Path, Tensor]:
         file = self._file(key)
         found = {}
-        for path, place in self._kept[key].items():
+        for path, place in self._kept[key[:-1]][key[-1]].items():
             content = torch.empty(place.size, dtype=torch.uint8)
             _read(file, memoryview(content.numpy().data), place.offset)
             found[path] = content.view(place.dtype).view(place.shape).to(place.device)
@@ -104,9 +105,8 @@ class InFiles:
 
     def drop(self, key: tuple) -> None:
         """The file goes with the last batch of a layer."""
-        if self._kept.pop(key, None) is None:
-            return
-        if not any(other[:-1] == key[:-1] for other in self._kept):
+        of_layer = self._kept.get(key[:-1], {})
+        if of_layer.pop(key[-1], None) is not None and not of_layer:
             os.close(self._files.pop(key[:-1]))
             self._path(key).unlink()
 

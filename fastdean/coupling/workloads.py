@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -374,8 +376,7 @@ class CustomLoss(Workload):
         size, width = batch["input_ids"].shape
         starts = torch.arange(size) * width
         segments = torch.stack([starts, starts + width], dim=1)
-        first = sum(len(each["input_ids"]) for each in self.batches[:number])
-        numbers = range(first, first + size)
+        numbers = range(self._firsts[number], self._firsts[number] + size)
 
         def losses() -> BatchLosses:
             values = self._losses_of(batch)
@@ -387,9 +388,17 @@ class CustomLoss(Workload):
     def most_rows(self) -> int:
         return max((batch["input_ids"].numel() for batch in self.batches), default=0)
 
+    @cached_property
+    def _firsts(self) -> list[int]:
+        """The number of each batch's first example."""
+        return list(accumulate((len(each["input_ids"]) for each in self.batches), initial=0))
+
+    @cached_property
+    def _accepted(self) -> Callable[[str], bool]:
+        return _accepted_inputs(self.model)
+
     def _losses_of(self, batch: Mapping[str, Any]) -> Tensor:
-        accepted = _accepted_inputs(self.model)
-        inputs = {k: v for k, v in batch.items() if k != "labels" and accepted(k)}
+        inputs = {k: v for k, v in batch.items() if k != "labels" and self._accepted(k)}
         losses = self.loss_fn(self.model(**inputs), batch)
         size = len(batch["input_ids"])
         if not isinstance(losses, Tensor) or tuple(losses.shape) != (size,):

@@ -169,15 +169,18 @@ def target_logits(model: nn.Module) -> Iterator[Callable[[Batch], Tensor]]:
 
 def tokens_per_batch_of(model: nn.Module) -> int:
     """How many tokens of this model go through one forward pass by default."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices = (
-        (weight.shape[0], weight.shape[1])
-        for weight in model.parameters()
-        if weight.dim() == 2 and id(weight) not in tables
-    )
+    matrices = ((weight.shape[0], weight.shape[1]) for weight in matrices_of(model))
     head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
     size = None if head is None else tuple(head.shape)
     return default_tokens_per_batch(input_device(model), (m for m in matrices if m != size))
+
+
+def matrices_of(model: nn.Module) -> Iterator[Tensor]:
+    """The two-dimensional parameters that tokens go through: all but the tables of embeddings."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for weight in model.parameters():
+        if weight.dim() == 2 and id(weight) not in tables:
+            yield weight
 
 
 def target_losses(logits: Tensor, batch: Batch) -> Tensor:

@@ -173,7 +173,7 @@ def test_every_layer_gets_the_same_segments_object(monkeypatch):
 def passing(monkeypatch, model, examples, **options):
     """The order of forward passes and looks at losses while scoring: "f" and "l"."""
     events, real_pass = [], scoring.run_pass
-    look = loss_check._require_finite
+    look = loss_check.require_finite
 
     def run_pass(*args):
         handle = model.register_forward_pre_hook(lambda *args: events.append("f"))
@@ -187,7 +187,7 @@ def passing(monkeypatch, model, examples, **options):
         return look(*losses)
 
     monkeypatch.setattr(scoring, "run_pass", run_pass)
-    monkeypatch.setattr(loss_check, "_require_finite", looking)
+    monkeypatch.setattr(loss_check, "require_finite", looking)
     try:
         fastdean.score(model, batches(examples, 1), tokens_per_batch=1, progress=False, **options)
     except ValueError as error:
