@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def require_order(order: str, states: str | Path) -> None:
 def choose_order(
     order: str,
     model: nn.Module,
-    scorable: Scorable,
+    sets: Sequence[Scorable],
     granularity: str,
     memory_budget: int | None,
     device: torch.device,
@@ -75,12 +76,13 @@ def choose_order(
     """What `order` asks for; "auto" decides by memory, the same on all ranks.
 
     Args:
+        sets: the data sets, scored one after the other batch by batch.
         memory_budget: bytes that the sums may take at a time, or None.
     """
     if order != "auto":
         return Order(order == "layers", "as asked for")
     with ranks.failing_together():
-        chosen = _by_memory(model, scorable, granularity, memory_budget, device)
+        chosen = _by_memory(model, sets, granularity, memory_budget, device)
     if ranks.agree(chosen.by_layers) != chosen.by_layers:
         chosen = Order(not chosen.by_layers, "as the first rank goes")
     if ranks.first:
@@ -90,22 +92,23 @@ def choose_order(
 
 def _by_memory(
     model: nn.Module,
-    scorable: Scorable,
+    sets: Sequence[Scorable],
     granularity: str,
     memory_budget: int | None,
     device: torch.device,
 ) -> Order:
-    if scorable.scale is not None:
+    if any(scorable.scale is not None for scorable in sets):
         return Order(False, "a model in float16 goes batch by batch")
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         return Order(True, "some weights are offloaded, and a layer's are brought in once")
     free = available_memory(device)
     if free is None:
         return Order(False, "the system does not say how much memory there is")
-    sums = sum(sums_bytes(target, granularity) for target in scorable.targets)
+    # One data set after the other.
+    sums = max(sum(sums_bytes(t, granularity) for t in scorable.targets) for scorable in sets)
     if memory_budget is not None:
         sums = min(sums, memory_budget)
-    batch = scorable.work.most_rows * kept_bytes_per_token(model)
+    batch = max(scorable.work.most_rows for scorable in sets) * kept_bytes_per_token(model)
     said = f"{_gb(sums)} of sums and {_gb(batch)} for a batch"
     if _SPARE * (sums + batch) > free:
         return Order(True, f"{said} do not fit into {_gb(free)} of memory")

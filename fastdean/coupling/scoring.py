@@ -7,22 +7,19 @@ sums become entries of `Scores`. README.md says which file does what.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastdean.coupling.accumulators import Accumulator, accumulators_of, split_by_memory
+from fastdean.coupling.accumulators import Accumulator, split_by_memory
+from fastdean.coupling.by_batches import run_pass
 from fastdean.coupling.by_layers import Set, Sweep
-from fastdean.coupling.capture import Sums, capturing
-from fastdean.coupling.loss_check import LossCheck
 from fastdean.coupling.manifest import score_manifest
 from fastdean.coupling.order import Order, choose_order, require_order
-from fastdean.coupling.overflow import ScaledSums, add_what_overflowed
 from fastdean.coupling.scores import ScoreEntry, Scores, check_keep_top, keep_entry
 from fastdean.coupling.states import States, states_home
 from fastdean.coupling.targets import (
@@ -136,6 +133,56 @@ def score(
         DEAN (arXiv 2410.16672), importance score; unit granularity is the activation x gradient
         form.
     """
+    return score_sets(
+        model,
+        {description: loader},
+        granularity=granularity,
+        target_modules=target_modules,
+        tokenizer=tokenizer,
+        template=template,
+        max_length=max_length,
+        tokens_per_batch=tokens_per_batch,
+        skip_bad_rows=skip_bad_rows,
+        loss_fn=loss_fn,
+        keep_top=keep_top,
+        memory_budget=memory_budget,
+        order=order,
+        states=states,
+        deterministic=deterministic,
+        impl=impl,
+        progress=progress,
+    )[description]
+
+
+@torch.inference_mode(False)
+def score_sets(
+    model: nn.Module,
+    loaders: Mapping[str, Any],
+    *,
+    granularity: str = "weight",
+    target_modules: str | Sequence[str] = "mlp",
+    keep_top: float | None = None,
+    memory_budget: int | None = None,
+    order: str = "batches",
+    states: str | Path = "device",
+    deterministic: bool = False,
+    impl: str | None = None,
+    progress: bool = True,
+    finished: Callable[[str, Scores], object] = lambda name, scores: None,
+    **reading: Any,
+) -> dict[str, Scores]:
+    """Score several data sets; layer by layer all of them in one sweep.
+
+    Args:
+        loaders: by the name of the data set, which its progress bar shows.
+        finished: called with the name and the scores of each data set as soon as they are complete.
+        granularity, target_modules, keep_top, memory_budget, order, states, deterministic, impl,
+            progress, reading: as `score` takes them.
+    Returns:
+        By name, in the order of `loaders`.
+    Raises:
+        ValueError, TypeError, RuntimeError: as `score`.
+    """
     model = unwrap(model)
     require_no_prompts(model)
     check_keep_top(keep_top)
@@ -147,108 +194,147 @@ def score(
     split_by_memory(targets, granularity, memory_budget)
     warn_about_unscorable(model, targets)
     ranks, device = Ranks.current(), input_device(model)
-    entries: dict[str, ScoreEntry] = {}
     with strict_determinism(deterministic), eager():
-        work = plan_workload(
-            model,
-            loader,
-            loss_fn=loss_fn,
-            tokenizer=tokenizer,
-            template=template,
-            max_length=max_length,
-            tokens_per_batch=tokens_per_batch,
-            skip_bad_rows=skip_bad_rows,
-            ranks=ranks,
-        )
+        works = {
+            name: plan_workload(model, loader, ranks=ranks, **reading)
+            for name, loader in loaders.items()
+        }
         with evaluation_state(model), frozen(model), torch.enable_grad():
-            scorable = find_scorable(
-                model, work, targets, granularity, target_modules, device, ranks
+            sets = {
+                name: find_scorable(
+                    model, work, targets, granularity, target_modules, device, ranks
+                )
+                for name, work in works.items()
+            }
+            chosen = choose_order(
+                order, model, list(sets.values()), granularity, memory_budget, device, ranks
             )
-
-            def finished(group: Sequence[Target], sums: dict[str, Accumulator]) -> None:
-                off_device = memory_budget is not None
-                entries.update(finish(sums, group, ranks, work.num_examples, keep_top, off_device))
-
-            def split(group: Sequence[Target]) -> list[list[Target]]:
-                return split_by_memory(group, granularity, memory_budget)
-
-            shown = progress and ranks.first
-            chosen = choose_order(order, model, scorable, granularity, memory_budget, device, ranks)
+            job = _Scoring(
+                model=model,
+                targets=targets,
+                target_modules=target_modules,
+                granularity=granularity,
+                keep_top=keep_top,
+                memory_budget=memory_budget,
+                sets=sets,
+                device=device,
+                impl=impl,
+                ranks=ranks,
+                shown=progress and ranks.first,
+                finished=finished,
+            )
             if chosen.by_layers:
-                layers = decoder_layers(model)
                 try:
-                    with (
-                        _progress_bar(2 * len(layers) + 1, "layer", description, shown) as bar,
-                        states_home(states) as home,
-                    ):
-                        Sweep(
-                            [Set(scorable, finished)],
-                            layers,
-                            granularity=granularity,
-                            device=device,
-                            impl=impl,
-                            states=States(home),
-                            ranks=ranks,
-                            split=split,
-                            finished_layer=lambda: bar.update(1),
-                        ).run()
+                    return job.by_layers(chosen, states)
                 except NotByLayers as error:
                     # Ranks without examples would not know of it.
                     if order != "auto" or ranks.size > 1:
                         raise NotByLayers(f"{error}; use order='batches'") from error
-                    entries.clear()
                     logger.warning("batch by batch after all: %s", error)
                     chosen = Order(False, f"not layer by layer: {error}")
-            if not chosen.by_layers:
-                passes = split(scorable.targets)
-                total = work.examples_here * len(passes)
-                with _progress_bar(total, "ex", description, shown) as bar:
-                    for group in passes:
-                        with ranks.failing_together():
-                            accumulators = run_pass(scorable, group, granularity, device, impl, bar)
-                        finished(group, accumulators)
-    entries = {target.parameter: entries[target.parameter] for target in scorable.targets}
-    manifest = score_manifest(
-        model, targets, scorable, entries, granularity, target_modules, keep_top, ranks
-    )
-    return Scores(
-        entries,
-        granularity=granularity,
-        num_examples=work.num_examples,
-        keep_top=keep_top,
-        manifest=manifest | {"order": {"by": chosen.name, "why": chosen.why}},
-    )
+            return job.by_batches(chosen)
 
 
-def run_pass(
-    scorable: Scorable,
-    targets: Sequence[Target],
-    granularity: str,
-    device: torch.device,
-    impl: str | None,
-    bar: Any,
-) -> dict[str, Accumulator]:
-    """Sum the targets' importance over this rank's examples; by parameter name."""
-    accumulators = accumulators_of(targets, granularity, device, impl)
-    scaled = None
-    if scorable.scale is not None:
-        scaled = ScaledSums(accumulators, scorable.sequence_first, scorable.scale)
-    sums = scaled or Sums(accumulators, scorable.sequence_first)
-    check = LossCheck(bar)
-    with (
-        capturing(targets, granularity, sums.receive),
-        closing(scorable.work.losses(device)) as batches,
-    ):
-        for batch in batches:
-            check.copy(batch)
-            sums.backward(batch)
-            # Before the next forward pass, not after it: the losses hold this batch's graph.
-            del batch
-            check.look(all_but=1)
-        check.look()
-    if scaled is not None:
-        add_what_overflowed(scaled, scorable.work, targets, granularity, device)
-    return accumulators
+@dataclass(frozen=True, kw_only=True)
+class _Scoring:
+    """Data sets that are ready to be scored, in either order; `by_layers` may be tried first.
+
+    Attributes:
+        targets: the modules that were matched.
+        sets: the batches of each data set, and which of the targets can be scored over them.
+        shown: whether progress bars are.
+        others: as `score_sets` takes them.
+    """
+
+    model: nn.Module
+    targets: list[Target]
+    target_modules: str | Sequence[str]
+    granularity: str
+    keep_top: float | None
+    memory_budget: int | None
+    sets: dict[str, Scorable]
+    device: torch.device
+    impl: str | None
+    ranks: Ranks
+    shown: bool
+    finished: Callable[[str, Scores], object]
+
+    def by_batches(self, order: Order) -> dict[str, Scores]:
+        made = {}
+        for name, scorable in self.sets.items():
+            passes = self._split(scorable.targets)
+            entries: dict[str, ScoreEntry] = {}
+            total = scorable.work.examples_here * len(passes)
+            with _progress_bar(total, "ex", name, self.shown) as bar:
+                for group in passes:
+                    with self.ranks.failing_together():
+                        sums = run_pass(
+                            scorable, group, self.granularity, self.device, self.impl, bar
+                        )
+                    entries |= self._entries(scorable, group, sums)
+            made[name] = self._scores(name, entries, order)
+        return made
+
+    def by_layers(self, order: Order, states: str | Path) -> dict[str, Scores]:
+        entries: dict[str, dict[str, ScoreEntry]] = {name: {} for name in self.sets}
+
+        def of_set(name: str, scorable: Scorable) -> Set:
+            def finished(group: Sequence[Target], sums: dict[str, Accumulator]) -> None:
+                entries[name].update(self._entries(scorable, group, sums))
+
+            return Set(scorable, finished)
+
+        layers = decoder_layers(self.model)
+        with (
+            _progress_bar(2 * len(layers) + 1, "layer", ", ".join(self.sets), self.shown) as bar,
+            states_home(states) as home,
+        ):
+            Sweep(
+                [of_set(name, scorable) for name, scorable in self.sets.items()],
+                layers,
+                granularity=self.granularity,
+                device=self.device,
+                impl=self.impl,
+                states=States(home),
+                ranks=self.ranks,
+                split=self._split,
+                finished_layer=lambda: bar.update(1),
+            ).run()
+        return {name: self._scores(name, entries.pop(name), order) for name in self.sets}
+
+    def _split(self, group: Sequence[Target]) -> list[list[Target]]:
+        return split_by_memory(group, self.granularity, self.memory_budget)
+
+    def _entries(
+        self, scorable: Scorable, group: Sequence[Target], sums: dict[str, Accumulator]
+    ) -> dict[str, ScoreEntry]:
+        off_device = self.memory_budget is not None
+        return finish(
+            sums, group, self.ranks, scorable.work.num_examples, self.keep_top, off_device
+        )
+
+    def _scores(self, name: str, entries: dict[str, ScoreEntry], order: Order) -> Scores:
+        scorable = self.sets[name]
+        entries = {target.parameter: entries[target.parameter] for target in scorable.targets}
+        manifest = score_manifest(
+            self.model,
+            self.targets,
+            scorable,
+            entries,
+            self.granularity,
+            self.target_modules,
+            self.keep_top,
+            self.ranks,
+        )
+        scores = Scores(
+            entries,
+            granularity=self.granularity,
+            num_examples=scorable.work.num_examples,
+            keep_top=self.keep_top,
+            manifest=manifest | {"order": {"by": order.name, "why": order.why}},
+        )
+        self.finished(name, scores)
+        return scores
 
 
 def finish(

@@ -15,6 +15,7 @@ from torch import nn
 
 import fastdean
 from fastdean.coupling import by_layers, order, states
+from fastdean.coupling.scoring import score_sets
 from fastdean.models import available_memory, replay
 
 SMALL = {
@@ -231,6 +232,21 @@ def test_offloaded_weights_are_brought_in_once_for_all_batches():
         assert norm_error(found[name], expected[name]) < 1e-6
     assert {name: vars(m).get("forward") for name, m in model.named_modules()} == forwards
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_several_data_sets_take_one_sweep():
+    model, examples = llama(), make_examples()
+    loaders = {"a": batches(examples[:3], 2), "b": batches(examples[2:], 4)}
+    done = []
+    options = {"progress": False, "target_modules": "all", "keep_top": 0.1}
+    found = score_sets(
+        model, loaders, order="layers", finished=lambda *args: done.append(args), **options
+    )
+    assert list(found) == list(loaders) and done == list(found.items())
+    for name, loader in loaders.items():
+        expected = score(model, loader, **options)
+        for parameter in expected:
+            assert torch.equal(found[name].index(parameter), expected.index(parameter))
 
 
 def test_states_in_files_and_in_the_hosts_memory(tmp_path):

@@ -18,7 +18,7 @@ from tiny_data import batches, make_examples
 from tiny_models import MODELS
 
 import fastdean
-from fastdean.coupling import accumulators, loss_check, scoring
+from fastdean.coupling import accumulators, by_batches, loss_check, scoring
 from fastdean.coupling.targets import find_targets
 from fastdean.data import batching
 from fastdean.data.batching import Batch, plan_batches
@@ -49,7 +49,7 @@ def watched(monkeypatch):
 
     def run(model, examples=None, size=1, **options):
         reads = DeviceReads()
-        real_to, real_send, real_pass = Batch.to, batching.send, scoring.run_pass
+        real_to, real_send, real_pass = Batch.to, batching.send, by_batches.run_pass
 
         def send(tensor, device):
             moved = real_send(tensor, device).clone()
@@ -172,7 +172,7 @@ def test_every_layer_gets_the_same_segments_object(monkeypatch):
 
 def passing(monkeypatch, model, examples, **options):
     """The order of forward passes and looks at losses while scoring: "f" and "l"."""
-    events, real_pass = [], scoring.run_pass
+    events, real_pass = [], by_batches.run_pass
     look = loss_check.require_finite
 
     def run_pass(*args):
@@ -302,7 +302,7 @@ def test_waits_are_listed_and_the_mode_does_not_outlive_the_block(error, monkeyp
 @pytest.mark.parametrize("granularity", ["weight", "unit"])
 @pytest.mark.parametrize("loss_fn", [None, token_losses])
 def test_nothing_of_ours_synchronises_a_gpu(granularity, loss_fn, monkeypatch):
-    model, real_pass, seen = llama_of(3).cuda(), scoring.run_pass, []
+    model, real_pass, seen = llama_of(3).cuda(), by_batches.run_pass, []
 
     def run_pass(*args):
         with device_waits() as waits:
