@@ -145,9 +145,9 @@ def plan_workload(
     model: nn.Module,
     loader: Any,
     *,
-    loss_fn: LossFunction | None,
     ranks: Ranks,
-    skip_bad_rows: bool,
+    loss_fn: LossFunction | None = None,
+    skip_bad_rows: bool = False,
     **options: Any,
 ) -> Workload:
     """Read the loader and split its examples over the ranks; arguments as `score` takes them.
@@ -203,11 +203,12 @@ class LanguageModelling(Workload):
         cls,
         model: nn.Module,
         loader: Any,
-        tokenizer: Any,
-        template: str | None,
-        max_length: int | None,
-        tokens_per_batch: int | None,
+        *,
         ranks: Ranks,
+        tokenizer: Any = None,
+        template: str | None = None,
+        max_length: int | None = None,
+        tokens_per_batch: int | None = None,
         skip_bad_rows: bool = False,
     ) -> LanguageModelling:
         shift = label_shift(model)

@@ -236,7 +236,7 @@ def test_offloaded_weights_are_brought_in_once_for_all_batches():
 
 def test_several_data_sets_take_one_sweep():
     model, examples = llama(), make_examples()
-    loaders = {"a": batches(examples[:3], 2), "b": batches(examples[2:], 4)}
+    loaders = {"a": list(batches(examples[:3], 2)), "b": list(batches(examples[2:], 4))}
     done = []
     options = {"progress": False, "target_modules": "all", "keep_top": 0.1}
     found = score_sets(
