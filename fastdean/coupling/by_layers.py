@@ -33,7 +33,7 @@ from fastdean.models.replay import (
     replaying,
 )
 from fastdean.models.trees import Path
-from fastdean.models.windows import weights_in
+from fastdean.models.windows import Windows
 from fastdean.wording.mendable import StateError
 
 # Of the norm of what a layer returns, how much the second run may differ from the first: rounding
@@ -60,12 +60,14 @@ class Sweep:
 
     Args:
         layers: name -> decoder layer, in the order in which the model calls them.
+        windows: bring in a layer's weights.
         split: divides targets into groups whose sums fit into memory together.
         finished_layer: called when a layer, or what follows the layers, is through.
     """
 
     sets: Sequence[Set]
     layers: Mapping[str, nn.Module]
+    windows: Windows
     granularity: str
     device: torch.device
     impl: str | None
@@ -84,16 +86,15 @@ class Sweep:
         by_layer = [_by_layer(of.scorable.targets) for of in self.sets]
         lowest = min(min(groups, default=len(self.layers)) for groups, _ in by_layer)
         with replaying(self.layers) as replay:
-            modules = list(self.layers.values())
-            for k, layer in enumerate(modules):
-                with weights_in(layer):
+            for k in range(len(replay)):
+                with self.windows(k, k + 1):
                     self._forward(replay, k)
                 self.finished_layer()
             for of, (_, outside) in zip(self.sets, by_layer, strict=True):
                 self._loss(replay, of, outside)
             self.finished_layer()
             for k in reversed(range(lowest, len(replay))):
-                with weights_in(modules[k]):
+                with self.windows(k, k - 1):
                     for of, (groups, _) in zip(self.sets, by_layer, strict=True):
                         self._backward(replay, k, of, groups.get(k, []), last=k == lowest)
                 self.finished_layer()

@@ -64,6 +64,20 @@ def require_order(order: str, states: str | Path) -> None:
         )
 
 
+def require_streamable(order: str, keep_top: float | None, granularity: str) -> None:
+    """ValueError unless a model whose weights stay in files can be scored like this."""
+    if order == "batches":
+        raise ValueError(
+            "order must be 'layers' or 'auto' for a streamed model, got 'batches'; leave it out, "
+            "or load the model first"
+        )
+    if keep_top is None and granularity == "weight":
+        raise ValueError(
+            "keep_top must be given for a streamed model, whose weights are gone when its scores "
+            "are read, got None; pass keep_top=1e-3"
+        )
+
+
 def choose_order(
     order: str,
     model: nn.Module,

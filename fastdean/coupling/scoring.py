@@ -19,7 +19,7 @@ from fastdean.coupling.accumulators import Accumulator, split_by_memory
 from fastdean.coupling.by_batches import run_pass
 from fastdean.coupling.by_layers import Set, Sweep
 from fastdean.coupling.manifest import score_manifest
-from fastdean.coupling.order import Order, choose_order, require_order
+from fastdean.coupling.order import Order, choose_order, require_order, require_streamable
 from fastdean.coupling.scores import ScoreEntry, Scores, check_keep_top, keep_entry
 from fastdean.coupling.states import States, states_home
 from fastdean.coupling.targets import (
@@ -43,6 +43,8 @@ from fastdean.models.model_state import (
 )
 from fastdean.models.replay import NotByLayers
 from fastdean.models.stacks import decoder_layers
+from fastdean.models.streaming import StreamedModel
+from fastdean.models.windows import beginning, outside_layers, stream_of, windows
 from fastdean.wording.doing import titled
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
@@ -51,7 +53,7 @@ from fastdean.wording.printable import one_line
 
 @torch.inference_mode(False)
 def score(
-    model: nn.Module,
+    model: nn.Module | StreamedModel | str | Path,
     loader: Any,
     *,
     granularity: str = "weight",
@@ -64,7 +66,7 @@ def score(
     loss_fn: LossFunction | None = None,
     keep_top: float | None = None,
     memory_budget: int | None = None,
-    order: str = "batches",
+    order: str = "auto",
     states: str | Path = "device",
     deterministic: bool = False,
     impl: str | None = None,
@@ -91,7 +93,10 @@ def score(
     ranks, the sums are reduced once, and every rank returns the whole result.
 
     Args:
-        model: a Hugging Face causal or masked language model, or with `loss_fn` any module.
+        model: a Hugging Face causal or masked language model, or with `loss_fn` any module. The
+            name of a folder or hub id, or a `StreamedModel`, is scored layer by layer, its weights
+            read from their files; no more than one layer of them is in memory (and embedding, norms
+            and head).
         loader: batches, single examples, a `datasets.Dataset`, or rows of text
             (`fastdean.data.read_examples`).
         granularity: "weight" or "unit".
@@ -156,14 +161,14 @@ def score(
 
 @torch.inference_mode(False)
 def score_sets(
-    model: nn.Module,
+    model: nn.Module | StreamedModel | str | Path,
     loaders: Mapping[str, Any],
     *,
     granularity: str = "weight",
     target_modules: str | Sequence[str] = "mlp",
     keep_top: float | None = None,
     memory_budget: int | None = None,
-    order: str = "batches",
+    order: str = "auto",
     states: str | Path = "device",
     deterministic: bool = False,
     impl: str | None = None,
@@ -183,7 +188,9 @@ def score_sets(
     Raises:
         ValueError, TypeError, RuntimeError: as `score`.
     """
-    model = unwrap(model)
+    given: Any = model
+    stream = stream_of(given)
+    model = unwrap(given) if stream is None else stream.model
     require_no_prompts(model)
     check_keep_top(keep_top)
     require_order(order, states)
@@ -193,22 +200,32 @@ def score_sets(
     # A budget that is too small is refused before anything runs.
     split_by_memory(targets, granularity, memory_budget)
     warn_about_unscorable(model, targets)
-    ranks, device = Ranks.current(), input_device(model)
-    with strict_determinism(deterministic), eager():
-        works = {
-            name: plan_workload(model, loader, ranks=ranks, **reading)
-            for name, loader in loaders.items()
-        }
-        with evaluation_state(model), frozen(model), torch.enable_grad():
-            sets = {
-                name: find_scorable(
-                    model, work, targets, granularity, target_modules, device, ranks
-                )
-                for name, work in works.items()
+    if stream is not None:
+        require_streamable(order, keep_top, granularity)
+        if reading.get("tokenizer") is None:
+            reading["tokenizer"] = stream.tokenizer
+    ranks = Ranks.current()
+    device = input_device(model) if stream is None else stream.device
+    with strict_determinism(deterministic), eager(), outside_layers(stream):
+        with beginning(stream) as alike:
+            works = {
+                name: plan_workload(model, loader, ranks=ranks, **reading)
+                for name, loader in loaders.items()
             }
-            chosen = choose_order(
-                order, model, list(sets.values()), granularity, memory_budget, device, ranks
-            )
+            with evaluation_state(model), frozen(model), torch.enable_grad():
+                sets = {
+                    name: find_scorable(
+                        model, work, targets, granularity, target_modules, device, ranks, alike
+                    )
+                    for name, work in works.items()
+                }
+        with evaluation_state(model), frozen(model), torch.enable_grad():
+            if stream is None:
+                chosen = choose_order(
+                    order, model, list(sets.values()), granularity, memory_budget, device, ranks
+                )
+            else:
+                chosen = Order(True, "its weights stay in their files")
             job = _Scoring(
                 model=model,
                 targets=targets,
@@ -222,12 +239,15 @@ def score_sets(
                 ranks=ranks,
                 shown=progress and ranks.first,
                 finished=finished,
+                stream=stream,
             )
             if chosen.by_layers:
                 try:
                     return job.by_layers(chosen, states)
                 except NotByLayers as error:
                     # Ranks without examples would not know of it.
+                    if stream is not None:
+                        raise NotByLayers(f"{error}; load the model first") from error
                     if order != "auto" or ranks.size > 1:
                         raise NotByLayers(f"{error}; use order='batches'") from error
                     logger.warning("batch by batch after all: %s", error)
@@ -258,6 +278,7 @@ class _Scoring:
     ranks: Ranks
     shown: bool
     finished: Callable[[str, Scores], object]
+    stream: StreamedModel | None
 
     def by_batches(self, order: Order) -> dict[str, Scores]:
         made = {}
@@ -292,6 +313,7 @@ class _Scoring:
             Sweep(
                 [of_set(name, scorable) for name, scorable in self.sets.items()],
                 layers,
+                windows(layers) if self.stream is None else self.stream.layer,
                 granularity=self.granularity,
                 device=self.device,
                 impl=self.impl,
@@ -309,9 +331,13 @@ class _Scoring:
         self, scorable: Scorable, group: Sequence[Target], sums: dict[str, Accumulator]
     ) -> dict[str, ScoreEntry]:
         off_device = self.memory_budget is not None
-        return finish(
+        made = finish(
             sums, group, self.ranks, scorable.work.num_examples, self.keep_top, off_device
         )
+        if self.stream is not None and self.granularity == "unit":
+            # The weight is gone when its layer is through.
+            made = {name: replace(entry, weight=None) for name, entry in made.items()}
+        return made
 
     def _scores(self, name: str, entries: dict[str, ScoreEntry], order: Order) -> Scores:
         scorable = self.sets[name]
@@ -326,12 +352,15 @@ class _Scoring:
             self.keep_top,
             self.ranks,
         )
+        described: dict[str, Any] = {"by": order.name, "why": order.why}
+        if self.stream is not None:
+            described["bytes_of_weights_read"] = self.stream.bytes_read
         scores = Scores(
             entries,
             granularity=self.granularity,
             num_examples=scorable.work.num_examples,
             keep_top=self.keep_top,
-            manifest=manifest | {"order": {"by": order.name, "why": order.why}},
+            manifest=manifest | {"order": described},
         )
         self.finished(name, scores)
         return scores

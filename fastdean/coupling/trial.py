@@ -9,7 +9,7 @@ directions. Nothing is looked up by the kind of a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -73,10 +73,15 @@ def find_scorable(
     target_modules: str | Sequence[str],
     device: torch.device,
     ranks: Ranks,
+    alike: Mapping[str, str] | None = None,
 ) -> Scorable:
     """Which of the targets can be scored over `work`, with examples together or one by one.
 
     What cannot is left out with a warning.
+
+    Args:
+        alike: where some layers alone are in the model: name of each layer -> that of one of its
+            kind which is, whose targets are tried in place of its own.
 
     Raises:
         RuntimeError: none can, or none of those named by a suffix in `target_modules`; or a
@@ -94,6 +99,7 @@ def find_scorable(
             found = _try_out(model, work, targets, granularity, device, scale)
         return found
 
+    everything, targets = targets, _standing_for_all(targets, alike or {})
     with ranks.failing_together():
         excerpt = work.excerpt()
         found = tried(excerpt, targets)
@@ -117,6 +123,7 @@ def find_scorable(
             raise StateError(next(iter(found.left_out.values())))
         scale = None if found.scale is None else found.scale.fitted(found.largest)
         found = replace(found, work=work, alone=alone, scale=scale)
+        found = _for_all(found, everything, alike or {})
         _require_each_suffix(found, target_modules)
     if found.left_out and ranks.first:
         logger.warning(
@@ -131,6 +138,43 @@ def find_scorable(
             alone,
         )
     return found
+
+
+def _standing_for_all(targets: Sequence[Target], alike: Mapping[str, str]) -> Sequence[Target]:
+    """The targets of layers that stand for themselves, and those outside of the layers."""
+    return [target for target in targets if _in_kind(target.name, alike) == target.name]
+
+
+def _in_kind(name: str, alike: Mapping[str, str]) -> str:
+    """The module at the same place in the layer that stands for a module's own."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        layer = ".".join(parts[:end])
+        if layer in alike:
+            return alike[layer] + name[len(layer) :]
+    return name
+
+
+def _for_all(found: Scorable, targets: Sequence[Target], alike: Mapping[str, str]) -> Scorable:
+    """What was found of some layers, said of all layers of their kinds."""
+    if not alike:
+        return found
+    scored = {target.name for target in found.targets}
+    kinds = {target.name: _in_kind(target.name, alike) for target in targets}
+    return replace(
+        found,
+        targets=[target for target in targets if kinds[target.name] in scored],
+        left_out={
+            name: found.left_out[kind].replace(kind, name)
+            for name, kind in kinds.items()
+            if kind in found.left_out
+        },
+        sequence_first=frozenset(
+            target.parameter
+            for target in targets
+            if f"{kinds[target.name]}.weight" in found.sequence_first
+        ),
+    )
 
 
 def _require_each_suffix(found: Scorable, target_modules: str | Sequence[str]) -> None:

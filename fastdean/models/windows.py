@@ -1,14 +1,43 @@
-"""The weights of one layer in memory for as long as they are in use."""
+"""The weights of one layer in memory for as long as they are in use, wherever they are else."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
+from fastdean.models.loading import stream_model
 from fastdean.models.model_state import undone
+from fastdean.models.streaming import StreamedModel
+
+# (layer, the one after it) -> a context in which the layer's weights are in memory.
+Windows = Callable[[int, int], AbstractContextManager[None]]
+
+
+def stream_of(model: Any) -> StreamedModel | None:
+    """The streamed model that is given or named; None for a module."""
+    if isinstance(model, str | os.PathLike):
+        return stream_model(os.fspath(model))
+    return model if isinstance(model, StreamedModel) else None
+
+
+def outside_layers(stream: StreamedModel | None) -> AbstractContextManager[None]:
+    """Inside, the weights outside of the layers are in memory."""
+    return nullcontext() if stream is None else stream.outside_layers()
+
+
+def beginning(stream: StreamedModel | None) -> AbstractContextManager[Mapping[str, str]]:
+    """Inside, the model can be run as a whole; yields which layers stand for which."""
+    return nullcontext({}) if stream is None else stream.beginning()
+
+
+def windows(layers: Mapping[str, nn.Module]) -> Windows:
+    """The windows of a model that is in memory or offloaded by accelerate."""
+    modules = list(layers.values())
+    return lambda k, then: weights_in(modules[k])
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class Job:
     max_length: options.MaxLength = None
     tokens_per_batch: options.TokensPerBatch = None
     memory_budget: options.MemoryBudget = None
-    order: options.Order = "batches"
+    order: options.Order = "auto"
     states: options.States = "device"
     deterministic: options.Deterministic = False
     dtype: options.Dtype = "auto"
@@ -125,7 +125,7 @@ class ScoreJob:
     max_length: options.MaxLength = None
     tokens_per_batch: options.TokensPerBatch = None
     memory_budget: options.MemoryBudget = None
-    order: options.Order = "batches"
+    order: options.Order = "auto"
     states: options.States = "device"
     deterministic: options.Deterministic = False
     dtype: options.Dtype = "auto"

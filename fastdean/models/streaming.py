@@ -1,0 +1,325 @@
+"""A model whose weights stay in the files of its checkpoint, and come in one layer at a time.
+
+The model is made from its configuration, its parameters on the meta device. Names and forms of a
+checkpoint's tensors become parameters by transformers' own rules (renamed, fused experts). On a CPU
+and in the checkpoint's dtype a weight is a view of the mapped file: nothing is copied. Files are
+opened for reading only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fastdean.files.safetensors import MappedFiles, StoredTensor, stored_tensors
+from fastdean.models.loading import progress_bars
+from fastdean.models.model_state import undone
+from fastdean.models.stacks import decoder_layers
+
+
+@dataclass
+class StreamedModel:
+    """The model, and contexts in which some of its weights are in memory.
+
+    Attributes:
+        model: its parameters are meta tensors outside of the contexts.
+        tokenizer: of the same folder; None where it has none.
+        layers: name -> decoder layer, in the order of the stack.
+        device: where the weights go.
+        bytes_read: of weights, by all contexts so far.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    layers: dict[str, nn.Module]
+    device: torch.device
+    bytes_read: int
+    _folder: Path
+    # Layer name, or "" for everything outside of the layers -> the tensors of its parameters.
+    _tensors: dict[str, list[StoredTensor]]
+    _config: Any
+    # Parameters that the files do not hold: those that are tied to others.
+    _missing: frozenset[str]
+    _open: dict[str, ExitStack] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dtype, device: str
+    ) -> StreamedModel:
+        """The model of a checkpoint, none of whose weights is read yet.
+
+        Args:
+            model: made from the checkpoint's configuration, its parameters on the meta device.
+            folder: of its safetensors files.
+        Raises:
+            ValueError: the files do not hold all of its weights, or it has no decoder layers.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        of_transformers: Any = model
+        config = LoadStateDictConfig(
+            dtype=dtype,
+            dtype_plan=of_transformers._get_dtype_plan(dtype),
+            weight_mapping=list[Any](get_model_conversion_mapping(of_transformers)),
+            device_map={"": device},
+        )
+        stored = stored_tensors(folder)
+        missing = _require_whole(of_transformers, stored, config)
+        layers = decoder_layers(model)
+        if not layers:
+            raise ValueError(
+                f"model must have decoder layers to be streamed, got {type(model).__name__} "
+                "without a list of them; load it first"
+            )
+        _require_own_weights(of_transformers, layers)
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            layers=layers,
+            device=torch.device(device),
+            bytes_read=0,
+            _folder=folder,
+            _tensors=_by_window(of_transformers, stored.values(), layers, config),
+            _config=config,
+            _missing=missing,
+        )
+
+    @contextmanager
+    def outside_layers(self) -> Iterator[None]:
+        """Inside, the weights outside of the layers are in memory: embedding, norms, head."""
+        of_transformers: Any = self.model
+        with undone(self._close), self._in(""):
+            of_transformers.tie_weights(missing_keys=set(self._missing), recompute_mapping=False)
+            yield
+
+    @contextmanager
+    def layer(self, k: int, then: int | None = None) -> Iterator[None]:
+        """Inside, the weights of layer k are in memory.
+
+        Args:
+            then: the layer that is wanted next; the system begins to read it.
+        """
+        name = list(self.layers)[k]
+        with self._open.pop(name, None) or self._opened(name):
+            if then is not None and 0 <= then < len(self.layers):
+                MappedFiles(self._folder).want(self._tensors[list(self.layers)[then]])
+            yield
+
+    @contextmanager
+    def beginning(self) -> Iterator[dict[str, str]]:
+        """Inside, the model ends after the first layers, which are one of each kind at least.
+
+        Their weights are in memory until the window of each ends, so that they are not read again.
+
+        Yields:
+            The name of each layer -> that of the first of its kind.
+        """
+        alike = {}
+        first: dict[Any, str] = {}
+        for name, layer in self.layers.items():
+            alike[name] = first.setdefault(_kind(layer), name)
+        needed = set(first.values())
+        with ExitStack() as cut:
+            for stack, names in _stacks_of(self.model, self.layers):
+                last = max((i for i, name in enumerate(names) if name in needed), default=0)
+                for name in names[: last + 1]:
+                    self._open[name] = self._opened(name)
+                cut.enter_context(_shortened(stack, last + 1))
+            yield alike
+
+    def _close(self) -> None:
+        """Let go of the weights that `beginning` left in memory."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _opened(self, window: str) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(self._in(window))
+        return stack
+
+    @contextmanager
+    def _in(self, window: str) -> Iterator[None]:
+        tensors = self._tensors[window]
+        modules = [self.layers[window]] if window else [self.model]
+        inside = {id(m) for layer in self.layers.values() for m in layer.modules()}
+        owners = [
+            module
+            for root in modules
+            for module in root.modules()
+            if window or id(module) not in inside
+        ]
+        before = [(module, dict(module._parameters)) for module in owners]
+
+        def undo() -> None:
+            for module, parameters in before:
+                module._parameters.update(parameters)
+
+        with undone(undo):
+            self._load(tensors)
+            for module in owners:
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.requires_grad_(False)
+            yield
+
+    def _load(self, tensors: list[StoredTensor]) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        files, of_transformers = MappedFiles(self._folder), cast(Any, self.model)
+        with progress_bars(False):
+            convert_and_load_state_dict_in_model(
+                of_transformers,
+                {tensor.name: files.view(tensor) for tensor in tensors},
+                self._config,
+            )
+        self.bytes_read += sum(tensor.nbytes for tensor in tensors)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have parameters without content; buffers are computed as ever."""
+    of_modules: Any = nn.Module
+    register = of_modules.register_parameter
+
+    def without_content(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            blank = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            module._parameters[name] = blank
+
+    def undo() -> None:
+        of_modules.register_parameter = register
+
+    with undone(undo):
+        of_modules.register_parameter = without_content
+        yield
+
+
+def _require_whole(model: Any, stored: Mapping[str, StoredTensor], config: Any) -> frozenset[str]:
+    """ValueError unless the checkpoint has every parameter, in its shape; reads headers alone.
+
+    Returns:
+        The parameters that it does not have because they are tied to others.
+    """
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+    shapes = {name: tensor.blank() for name, tensor in stored.items()}
+    with progress_bars(False):
+        info, _ = convert_and_load_state_dict_in_model(
+            model, shapes, replace(config, device_map={"": "meta"})
+        )
+    absent = frozenset(info.missing_keys)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)
+    missing = sorted(info.missing_keys)
+    if missing:
+        raise ValueError(
+            f"model must hold all of its weights, got {model.name_or_path!r} without "
+            f"{len(missing)} of them, such as {missing[0]!r}, which would be random; use the "
+            "whole checkpoint of a language model"
+        )
+    if info.mismatched_keys:
+        name, found, expected = min(info.mismatched_keys)
+        raise ValueError(
+            f"model must hold weights of the shapes in its config.json, got {name} with "
+            f"{list(found)} for {list(expected)}; copy the checkpoint again"
+        )
+    return absent
+
+
+def _require_own_weights(model: Any, layers: Mapping[str, nn.Module]) -> None:
+    for pair in model.all_tied_weights_keys.items():
+        if any(_layer_of(name, layers) for name in pair):
+            raise ValueError(
+                f"model must have decoder layers with weights of their own to be streamed, got "
+                f"{pair[0]} tied to {pair[1]}; load it first"
+            )
+
+
+def _layer_of(name: str, layers: Mapping[str, nn.Module]) -> str:
+    """The layer that a parameter lies in, or ""."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if prefix in layers), "")
+
+
+def _by_window(
+    model: Any, stored: Iterable[StoredTensor], layers: Mapping[str, nn.Module], config: Any
+) -> dict[str, list[StoredTensor]]:
+    """The tensors of each layer, and under "" the others; those of no parameter are left out."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    rules = config.weight_mapping or []
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+    found: dict[str, list[StoredTensor]] = {name: [] for name in ("", *layers)}
+    for tensor in stored:
+        for of in ((renamings, converters), ([], [])):
+            name, _ = rename_source_key(tensor.name, *of, model.base_model_prefix, state)
+            if name in state:
+                found[_layer_of(name, layers)].append(tensor)
+                break
+    return found
+
+
+def _kind(layer: nn.Module) -> tuple:
+    """What layers that compute alike have in common: modules, shapes and options by name."""
+    found: list[Any] = []
+    for path, module in layer.named_modules():
+        options = sorted(
+            (name, value if isinstance(value, bool | str) else type(value).__name__)
+            for name, value in vars(module).items()
+            if not name.startswith("_") and name != "training"
+        )
+        shapes = [(n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)]
+        found.append((path, type(module), *options, *shapes))
+    return tuple(found)
+
+
+def _stacks_of(
+    model: nn.Module, layers: Mapping[str, nn.Module]
+) -> list[tuple[nn.ModuleList, list[str]]]:
+    """The lists that the layers lie in, with the names of their layers in order.
+
+    Raises:
+        ValueError: the layers lie in lists of other lists.
+    """
+    stacks: dict[str, list[str]] = {}
+    for name in layers:
+        stacks.setdefault(name.rpartition(".")[0], []).append(name)
+    found = []
+    for path, names in stacks.items():
+        stack = model.get_submodule(path)
+        if not isinstance(stack, nn.ModuleList) or len(stack) != len(names):
+            raise ValueError(
+                f"model must have its decoder layers in one list to be streamed, got {names[0]} in "
+                f"{type(stack).__name__}; load it first"
+            )
+        found.append((stack, names))
+    return found
+
+
+@contextmanager
+def _shortened(stack: nn.ModuleList, length: int) -> Iterator[None]:
+    whole = dict(stack._modules)
+
+    def undo() -> None:
+        stack._modules.clear()
+        stack._modules.update(whole)
+
+    with undone(undo):
+        for key in list(whole)[length:]:
+            del stack._modules[key]
+        yield
