@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -78,26 +79,43 @@ class StoredTensor:
 class MappedFiles:
     """Tensors of a folder's files as views of the mapped files.
 
-    A view takes memory for the parts of it that were looked at, and the system can take it back.
-    Writing into one leaves the file alone.
+    A view takes memory for the parts of it that were looked at. Writing into one leaves the file
+    alone.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, Tensor] = {}
+        self._files: dict[str, mmap.mmap] = {}
 
     def view(self, tensor: StoredTensor) -> Tensor:
-        if tensor.file_name not in self._files:
-            path = self._folder / tensor.file_name
-            size = path.stat().st_size
-            # Private: what is written to the memory does not reach the file.
-            self._files[tensor.file_name] = torch.from_file(
-                str(path), shared=False, size=size, dtype=torch.uint8
-            )
-        content = self._files[tensor.file_name][tensor.offset : tensor.offset + tensor.nbytes]
+        if not tensor.nbytes:
+            return torch.empty(tensor.shape, dtype=tensor.torch_dtype)
+        content = torch.frombuffer(
+            self._mapped(tensor.file_name),
+            dtype=torch.uint8,
+            count=tensor.nbytes,
+            offset=tensor.offset,
+        )
         if tensor.offset % tensor.torch_dtype.itemsize:
             content = content.clone()
         return content.view(tensor.torch_dtype).view(tensor.shape)
+
+    def let_go(self) -> None:
+        """Give the memory of all views back to the system; they read their files anew."""
+        for mapped in self._files.values():
+            if hasattr(mapped, "madvise"):  # Windows
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Let go of the files; views that are still in use keep theirs."""
+        self._files.clear()
+
+    def _mapped(self, file_name: str) -> mmap.mmap:
+        if file_name not in self._files:
+            with open(self._folder / file_name, "rb") as file:
+                # Private: what is written to the memory does not reach the file.
+                self._files[file_name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._files[file_name]
 
     def want(self, tensors: Iterable[StoredTensor]) -> None:
         """Have the system read them ahead into its own memory, where it can."""

