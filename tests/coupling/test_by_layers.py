@@ -273,7 +273,7 @@ def test_no_home_for_states(states, error, message):
 
 def test_a_home_for_states_is_not_ignored():
     with pytest.raises(ValueError, match="states must be left out with order='batches'"):
-        score(llama(), states="host")
+        score(llama(), order="batches", states="host")
 
 
 def test_files_hold_the_states_and_memory_does_not(tmp_path):
