@@ -8,6 +8,7 @@ sums become entries of `Scores`. README.md says which file does what.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ def score_sets(
     impl: str | None = None,
     progress: bool = True,
     finished: Callable[[str, Scores], object] = lambda name, scores: None,
+    step: Callable[[Sequence[str]], AbstractContextManager] = lambda names: nullcontext(),
     **reading: Any,
 ) -> dict[str, Scores]:
     """Score several data sets; layer by layer all of them in one sweep.
@@ -176,6 +178,8 @@ def score_sets(
     Args:
         loaders: by the name of the data set, which its progress bar shows.
         finished: called with the name and the scores of each data set as soon as they are complete.
+        step: entered around the passes over the data sets of these names: batch by batch each by
+            itself, layer by layer all of them.
         granularity, target_modules, keep_top, memory_budget, order, states, deterministic, impl,
             progress, reading: as `score` takes them.
     Returns:
@@ -222,6 +226,7 @@ def score_sets(
                 ranks=ranks,
                 shown=progress and ranks.first,
                 finished=finished,
+                step=step,
             )
             if chosen.by_layers:
                 try:
@@ -258,6 +263,7 @@ class _Scoring:
     ranks: Ranks
     shown: bool
     finished: Callable[[str, Scores], object]
+    step: Callable[[Sequence[str]], AbstractContextManager]
 
     def by_batches(self, order: Order) -> dict[str, Scores]:
         made = {}
@@ -265,7 +271,7 @@ class _Scoring:
             passes = self._split(scorable.targets)
             entries: dict[str, ScoreEntry] = {}
             total = scorable.work.examples_here * len(passes)
-            with _progress_bar(total, "ex", name, self.shown) as bar:
+            with self.step([name]), _progress_bar(total, "ex", name, self.shown) as bar:
                 for group in passes:
                     with self.ranks.failing_together():
                         sums = run_pass(
@@ -286,6 +292,7 @@ class _Scoring:
 
         layers = decoder_layers(self.model)
         with (
+            self.step(list(self.sets)),
             _progress_bar(2 * len(layers) + 1, "layer", ", ".join(self.sets), self.shown) as bar,
             states_home(states) as home,
         ):
