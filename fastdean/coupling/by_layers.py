@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastdean.coupling.accumulators import Accumulator, accumulators_of
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.loss_check import require_finite
+from fastdean.coupling.progress import SweepProgress
 from fastdean.coupling.states import States
 from fastdean.coupling.targets import Target
 from fastdean.coupling.trial import Scorable
@@ -61,7 +62,7 @@ class Sweep:
     Args:
         layers: name -> decoder layer, in the order in which the model calls them.
         split: divides targets into groups whose sums fit into memory together.
-        finished_layer: called when a layer, or what follows the layers, is through.
+        progress: told of every batch and window.
     """
 
     sets: Sequence[Set]
@@ -72,7 +73,7 @@ class Sweep:
     states: States
     ranks: Ranks
     split: Callable[[Sequence[Target]], list[list[Target]]]
-    finished_layer: Callable[[], object]
+    progress: SweepProgress
     _used: dict[int, frozenset[int]] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -85,18 +86,22 @@ class Sweep:
         lowest = min(min(groups, default=len(self.layers)) for groups, _ in by_layer)
         with replaying(self.layers) as replay:
             modules = list(self.layers.values())
+            self.progress.plan(len(modules), lowest)
             for k, layer in enumerate(modules):
+                self.progress.begin("forward", k)
                 with weights_in(layer):
                     self._forward(replay, k)
-                self.finished_layer()
+                self.progress.end()
+            self.progress.begin("loss", len(modules))
             for of, (_, outside) in zip(self.sets, by_layer, strict=True):
                 self._loss(replay, of, outside)
-            self.finished_layer()
+            self.progress.end()
             for k in reversed(range(lowest, len(replay))):
+                self.progress.begin("backward", k)
                 with weights_in(modules[k]):
                     for of, (groups, _) in zip(self.sets, by_layer, strict=True):
                         self._backward(replay, k, of, groups.get(k, []), last=k == lowest)
-                self.finished_layer()
+                self.progress.end()
 
     def _batches(self, sets: Sequence[Set]) -> Iterator[tuple[int, Pass]]:
         """The batches of some of the sets, each with its number among those of all sets."""
@@ -107,6 +112,7 @@ class Sweep:
                 if of in sets:
                     with work.batch(b, self.device) as batch:
                         yield number, batch
+                    self.progress.passed(batch.rows)
                 number += 1
 
     def _forward(self, replay: Replay, k: int) -> None:

@@ -21,6 +21,7 @@ from fastdean.coupling.by_batches import run_pass
 from fastdean.coupling.by_layers import Set, Sweep
 from fastdean.coupling.manifest import score_manifest
 from fastdean.coupling.order import Order, choose_order, require_order
+from fastdean.coupling.progress import sweep_progress
 from fastdean.coupling.scores import ScoreEntry, Scores, check_keep_top, keep_entry
 from fastdean.coupling.states import States, states_home
 from fastdean.coupling.targets import (
@@ -120,7 +121,8 @@ def score(
         deterministic: run under `torch.use_deterministic_algorithms(True)`.
         impl: implementation of the accumulation: None (by device), or one of
             `fastdean.ops._dispatch.IMPLEMENTATIONS`.
-        progress: show a progress bar, labelled `description`.
+        progress: show a progress bar, labelled `description`; by "layers" a line for each layer
+            where stderr is no terminal.
     Returns:
         Scores, one entry per target weight.
     Raises:
@@ -293,7 +295,7 @@ class _Scoring:
         layers = decoder_layers(self.model)
         with (
             self.step(list(self.sets)),
-            _progress_bar(2 * len(layers) + 1, "layer", ", ".join(self.sets), self.shown) as bar,
+            sweep_progress(", ".join(self.sets), shown=self.shown) as progress,
             states_home(states) as home,
         ):
             Sweep(
@@ -305,7 +307,7 @@ class _Scoring:
                 states=States(home),
                 ranks=self.ranks,
                 split=self._split,
-                finished_layer=lambda: bar.update(1),
+                progress=progress,
             ).run()
         return {name: self._scores(name, entries.pop(name), order) for name in self.sets}
 
