@@ -16,11 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdean.coupling.accumulators import Accumulator, split_by_memory
+from fastdean.coupling.accumulators import Accumulator, split_by_memory, sums_bytes
 from fastdean.coupling.by_batches import run_pass
 from fastdean.coupling.by_layers import Set, Sweep
 from fastdean.coupling.manifest import score_manifest
-from fastdean.coupling.order import Order, choose_order, require_order
+from fastdean.coupling.order import (
+    Order,
+    choose_order,
+    require_order,
+    require_room_for_dense,
+)
 from fastdean.coupling.progress import sweep_progress
 from fastdean.coupling.scores import ScoreEntry, Scores, check_keep_top, keep_entry
 from fastdean.coupling.states import States, states_home
@@ -107,7 +112,9 @@ def score(
             and the manifest's `data["skipped_rows"]` count them, by their number from 0.
         loss_fn: `(outputs, batch) -> [B]` losses of the examples of a batch. The loader's batches
             are then passed to the model as they come, less `labels`.
-        keep_top: keep only each matrix's top `keep_top` share of entries (sparse scores).
+        keep_top: keep only each matrix's top `keep_top` share of entries (sparse scores). By
+            "layers" it must be given unless the sums of all targets fit into `memory_budget`, or
+            without one into the memory there is.
         memory_budget: bytes the sums may take at a time; the targets are split over several passes,
             with the same result. Of use with `keep_top`, or where the sums of a GPU model are to
             lie on the CPU.
@@ -200,6 +207,9 @@ def score_sets(
     split_by_memory(targets, granularity, memory_budget)
     warn_about_unscorable(model, targets)
     ranks, device = Ranks.current(), input_device(model)
+    dense = len(loaders) * sum(sums_bytes(target, granularity) for target in targets)
+    with ranks.failing_together():
+        require_room_for_dense(order, dense, keep_top, memory_budget, device)
     with strict_determinism(deterministic), eager():
         works = {
             name: plan_workload(model, loader, ranks=ranks, **reading)
@@ -213,7 +223,14 @@ def score_sets(
                 for name, work in works.items()
             }
             chosen = choose_order(
-                order, model, list(sets.values()), granularity, memory_budget, device, ranks
+                order,
+                model,
+                list(sets.values()),
+                granularity,
+                keep_top,
+                memory_budget,
+                device,
+                ranks,
             )
             job = _Scoring(
                 model=model,

@@ -182,7 +182,7 @@ def test_layers_whose_results_are_changed_in_place():
         {"granularity": "unit"},
         {"keep_top": 0.05},
         {"target_modules": r"model\.layers\.1\..*up_proj"},
-        {"memory_budget": 4 * 64 * 32, "target_modules": "mlp"},
+        {"memory_budget": 4 * 64 * 32, "target_modules": "mlp", "keep_top": 0.05},
         {"tokens_per_batch": 1},
     ],
     ids=lambda options: next(iter(options)),
@@ -352,7 +352,7 @@ def test_what_cannot_be_run_by_layers_is_refused_by_name(build, message, monkeyp
     assert not stubs_left(model) and not hooks_left(model)
     # On its own it takes the other order and says why.
     monkeypatch.setattr(order, "available_memory", lambda device: 1)
-    found = score(model, loader_with_losses(), order="auto", **options)
+    found = score(model, loader_with_losses(), order="auto", keep_top=0.1, **options)
     assert found.manifest["order"]["by"] == "batches" and list(found)
     why = found.manifest["order"]["why"]
     assert "float16 goes batch by batch" in why or "batch by batch after all" in caplog.text
@@ -384,10 +384,59 @@ def test_other_orders_are_refused():
 # Which order "auto" takes.
 
 
-@pytest.mark.parametrize(("free", "by"), [(1 << 40, "batches"), (1 << 10, "layers")])
-def test_auto_goes_by_the_memory_there_is(free, by, monkeypatch):
+# Of the MLPs of the tiny model: two layers of three matrices of 64 x 32.
+DENSE = 2 * 3 * 64 * 32 * 4
+
+
+def scored_by(free, monkeypatch, **options):
     monkeypatch.setattr(order, "available_memory", lambda device: free)
-    assert score(llama(), order="auto").manifest["order"]["by"] == by
+    found = score(llama(), target_modules="mlp", **{"order": "auto", **options})
+    return found.manifest["order"]["by"]
+
+
+@pytest.mark.parametrize(
+    ("free", "options", "by"),
+    [
+        (1 << 40, {"keep_top": 0.1}, "batches"),
+        (1 << 40, {}, "batches"),
+        (1 << 10, {"keep_top": 0.1}, "layers"),
+        # The sums, and not a batch beside them.
+        (DENSE, {}, "layers"),
+        (DENSE, {"memory_budget": DENSE - 1}, "batches"),
+        (None, {}, "batches"),
+    ],
+)
+def test_auto_goes_by_the_memory_there_is(free, options, by, monkeypatch):
+    assert scored_by(free, monkeypatch, **options) == by
+
+
+@pytest.mark.parametrize("by", ["layers", "auto"])
+def test_dense_sums_that_do_not_fit_are_refused_before_anything_runs(by, monkeypatch):
+    message = (
+        f"keep_top must be given with order='{by}' where .*, got None with {DENSE:,} bytes of sums "
+        f"and room for {DENSE - 1:,}; pass keep_top=1e-3"
+    )
+    monkeypatch.setattr(order, "available_memory", lambda device: DENSE - 1)
+    model = llama()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=message):
+        score(model, target_modules="mlp", order=by)
+
+
+def test_dense_sums_are_those_of_all_data_sets(monkeypatch):
+    monkeypatch.setattr(order, "available_memory", lambda device: 2 * DENSE - 1)
+    assert scored_by(2 * DENSE - 1, monkeypatch, order="layers") == "layers"
+    loaders = {name: list(batches(make_examples(), 4)) for name in ("a", "b")}
+    with pytest.raises(ValueError, match=f"got None with {2 * DENSE:,} bytes of sums"):
+        score_sets(llama(), loaders, order="layers", progress=False)
+
+
+def test_a_budget_bounds_dense_sums_by_layers(monkeypatch):
+    assert scored_by(1 << 40, monkeypatch, order="layers", memory_budget=1 << 30) == "layers"
+    with pytest.raises(ValueError, match=f"keep_top must be given .* and room for {DENSE - 1:,};"):
+        scored_by(1 << 40, monkeypatch, order="layers", memory_budget=DENSE - 1)
+    # It never did batch by batch, where it is for the sums at a time.
+    assert scored_by(1 << 40, monkeypatch, order="batches", memory_budget=DENSE - 1) == "batches"
 
 
 def test_available_memory_is_the_least_of_what_is_left(tmp_path, monkeypatch):
