@@ -125,19 +125,23 @@ class Sweep:
 
     def _loss(self, replay: Replay, of: Set, outside: Sequence[Target]) -> None:
         """Run what follows the layers, and backward to what the layers returned."""
-        accumulators = self._accumulators(outside)
-        sums = Sums(accumulators, of.scorable.sequence_first)
-        hooked = capturing(outside, self.granularity, sums.receive)
-        with self.ranks.failing_together(), hooked:
-            for b, batch in self._batches([of]):
-                answers, leaves = self._answers(len(replay), b)
-                losses = replay.finish(answers, batch.losses)
-                require_finite(losses.examples, losses.values.detach())
-                _backward_behind_the_layers(sums, losses)
-                del losses
-                self._take_gradients(b, leaves)
-        if outside:
-            of.finished(outside, accumulators)
+        groups = self.split(outside) or [[]]
+        for group in groups:
+            accumulators = self._accumulators(group)
+            sums = Sums(accumulators, of.scorable.sequence_first)
+            hooked = capturing(group, self.granularity, sums.receive)
+            with self.ranks.failing_together(), hooked:
+                for b, batch in self._batches([of]):
+                    answers, leaves = self._answers(len(replay), b)
+                    losses = replay.finish(answers, batch.losses)
+                    require_finite(losses.examples, losses.values.detach())
+                    _backward_behind_the_layers(sums, losses)
+                    del losses, answers
+                    if group is groups[0]:
+                        self._take_gradients(b, leaves)
+                    del leaves
+            if group:
+                of.finished(group, accumulators)
 
     def _backward(
         self, replay: Replay, k: int, of: Set, targets: list[Target], *, last: bool

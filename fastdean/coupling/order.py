@@ -12,6 +12,7 @@ from torch import nn
 
 from fastdean.coupling.accumulators import sums_bytes
 from fastdean.coupling.trial import Scorable
+from fastdean.coupling.window_memory import WindowMemory
 from fastdean.models.available_memory import available_memory
 from fastdean.models.distributed import Ranks
 from fastdean.models.forward import matrices_of
@@ -110,6 +111,7 @@ def choose_order(
     granularity: str,
     keep_top: float | None,
     memory_budget: int | None,
+    windows: WindowMemory,
     device: torch.device,
     ranks: Ranks,
 ) -> Order:
@@ -118,9 +120,24 @@ def choose_order(
     Args:
         sets: the data sets, scored one after the other batch by batch.
         memory_budget: bytes that the sums may take at a time, or None.
+        windows: what each window holds beside its sums.
+    Raises:
+        ValueError: "layers" is asked for, and `memory_budget` does not hold a window.
     """
-    if order != "auto":
-        return Order(order == "layers", "as asked for")
+    if order == "batches":
+        return Order(False, "as asked for")
+    least = max(windows.least(scorable.targets, granularity) for scorable in sets)
+    too_small = memory_budget is not None and memory_budget < least
+    if order == "layers":
+        if too_small:
+            raise ValueError(
+                f"memory_budget must be at least {least:,} with order='layers', for the sums of "
+                f"one matrix and what its window holds of a batch of {windows.rows:,} tokens, got "
+                f"{memory_budget:,}; raise it, lower tokens_per_batch or leave it out"
+            )
+        return Order(True, "as asked for")
+    if too_small:
+        return Order(False, f"memory_budget is less than the {_gb(least)} that a window takes")
     with ranks.failing_together():
         chosen = _by_memory(model, sets, granularity, keep_top, memory_budget, device)
     if ranks.agree(chosen.by_layers) != chosen.by_layers:

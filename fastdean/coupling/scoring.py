@@ -36,6 +36,7 @@ from fastdean.coupling.targets import (
     warn_about_unscorable,
 )
 from fastdean.coupling.trial import Scorable, find_scorable
+from fastdean.coupling.window_memory import WindowMemory
 from fastdean.coupling.workloads import LossFunction, plan_workload
 from fastdean.models.adapters import require_no_prompts
 from fastdean.models.distributed import Ranks
@@ -116,8 +117,11 @@ def score(
             "layers" it must be given unless the sums of all targets fit into `memory_budget`, or
             without one into the memory there is.
         memory_budget: bytes the sums may take at a time; the targets are split over several passes,
-            with the same result. Of use with `keep_top`, or where the sums of a GPU model are to
-            lie on the CPU.
+            with the same result. By "batches" it bounds the sums alone, of all layers in a pass.
+            By "layers" it bounds the sums of a window, a part of one layer, together with what the
+            window holds of one batch (inputs, activations and gradients, by the shapes of the
+            weights). What it cannot hold is refused with the least that would do. Of use with
+            `keep_top`, or where the sums of a GPU model are to lie on the CPU.
         order: "batches": every batch through the whole model. "layers": all batches through one
             decoder layer before the next, with the same result; sums live for one layer, the layer
             runs twice, and what it returned is kept meanwhile (`states`). "auto": "layers" where
@@ -222,6 +226,13 @@ def score_sets(
                 )
                 for name, work in works.items()
             }
+            # The same on all ranks, which must split their targets alike.
+            windows = WindowMemory.of(
+                model,
+                list(decoder_layers(model).values()),
+                rows=ranks.highest(max(each.work.most_rows for each in sets.values())),
+                longest=ranks.highest(max(each.work.longest for each in sets.values())),
+            )
             chosen = choose_order(
                 order,
                 model,
@@ -229,6 +240,7 @@ def score_sets(
                 granularity,
                 keep_top,
                 memory_budget,
+                windows,
                 device,
                 ranks,
             )
@@ -239,6 +251,7 @@ def score_sets(
                 granularity=granularity,
                 keep_top=keep_top,
                 memory_budget=memory_budget,
+                windows=windows,
                 sets=sets,
                 device=device,
                 impl=impl,
@@ -265,6 +278,7 @@ class _Scoring:
 
     Attributes:
         targets: the modules that were matched.
+        windows: what each window holds beside its sums, layer by layer.
         sets: the batches of each data set, and which of the targets can be scored over them.
         shown: whether progress bars are.
         others: as `score_sets` takes them.
@@ -276,6 +290,7 @@ class _Scoring:
     granularity: str
     keep_top: float | None
     memory_budget: int | None
+    windows: WindowMemory
     sets: dict[str, Scorable]
     device: torch.device
     impl: str | None
@@ -287,7 +302,7 @@ class _Scoring:
     def by_batches(self, order: Order) -> dict[str, Scores]:
         made = {}
         for name, scorable in self.sets.items():
-            passes = self._split(scorable.targets)
+            passes = split_by_memory(scorable.targets, self.granularity, self.memory_budget)
             entries: dict[str, ScoreEntry] = {}
             total = scorable.work.examples_here * len(passes)
             with self.step([name]), _progress_bar(total, "ex", name, self.shown) as bar:
@@ -323,13 +338,10 @@ class _Scoring:
                 impl=self.impl,
                 states=States(home),
                 ranks=self.ranks,
-                split=self._split,
+                split=lambda group: self.windows.split(group, self.granularity, self.memory_budget),
                 progress=progress,
             ).run()
         return {name: self._scores(name, entries.pop(name), order) for name in self.sets}
-
-    def _split(self, group: Sequence[Target]) -> list[list[Target]]:
-        return split_by_memory(group, self.granularity, self.memory_budget)
 
     def _entries(
         self, scorable: Scorable, group: Sequence[Target], sums: dict[str, Accumulator]

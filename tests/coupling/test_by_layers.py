@@ -182,7 +182,7 @@ def test_layers_whose_results_are_changed_in_place():
         {"granularity": "unit"},
         {"keep_top": 0.05},
         {"target_modules": r"model\.layers\.1\..*up_proj"},
-        {"memory_budget": 4 * 64 * 32, "target_modules": "mlp", "keep_top": 0.05},
+        {"memory_budget": 1 << 19, "target_modules": "mlp", "keep_top": 0.05},
         {"tokens_per_batch": 1},
     ],
     ids=lambda options: next(iter(options)),
