@@ -21,7 +21,7 @@ from fastdean.coupling.progress import SweepProgress
 from fastdean.coupling.states import States
 from fastdean.coupling.targets import Target
 from fastdean.coupling.trial import Scorable
-from fastdean.coupling.workloads import BatchLosses, Pass
+from fastdean.coupling.workloads import BatchLosses, Pass, Workload
 from fastdean.models.distributed import Ranks
 from fastdean.models.hooks import has_hooks
 from fastdean.models.replay import (
@@ -32,6 +32,7 @@ from fastdean.models.replay import (
     leaves_below,
     placeholder,
     replaying,
+    sample,
 )
 from fastdean.models.trees import Path
 from fastdean.models.windows import weights_in
@@ -40,6 +41,10 @@ from fastdean.wording.mendable import StateError
 # Of the norm of what a layer returns, how much the second run may differ from the first: rounding
 # in another order, which a CPU does not have. Dropout that is always on differs by far more.
 _ROUNDING = 32
+# The same over all layers above, where the device rounds as it likes.
+_APART = 1e-3
+# The number of the batch that is rehearsed.
+_REHEARSAL = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +60,22 @@ class Set:
     finished: Callable[[Sequence[Target], dict[str, Accumulator]], None]
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """A batch that goes forward with the others, since what it should come to is known.
+
+    Layers may hand on what no argument and no result shows: attributes of an object, a list, a
+    tensor that is changed in place, a module's own state. They then return something else here.
+
+    Attributes:
+        work: its first batch.
+        expected: for each layer a `sample` of what it returned when the whole model ran the batch.
+    """
+
+    work: Workload
+    expected: Sequence[Mapping[Path, Tensor]]
+
+
 @dataclass
 class Sweep:
     """One sweep over the layers for all data sets; `run` it once.
@@ -63,6 +84,7 @@ class Sweep:
         layers: name -> decoder layer, in the order in which the model calls them.
         split: divides targets into groups whose sums fit into memory together.
         progress: told of every batch and window.
+        rehearsal: a batch that the whole model has run, and what its layers returned.
     """
 
     sets: Sequence[Set]
@@ -74,6 +96,7 @@ class Sweep:
     ranks: Ranks
     split: Callable[[Sequence[Target]], list[list[Target]]]
     progress: SweepProgress
+    rehearsal: Rehearsal
     _used: dict[int, frozenset[int]] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -122,6 +145,27 @@ class Sweep:
                 arguments, _ = self._reach(replay, k, b, batch)
                 with torch.no_grad():
                     self.states.keep(k, b, replay.run(k, _detached(arguments)))
+            self._rehearse(replay, k)
+
+    def _rehearse(self, replay: Replay, k: int) -> None:
+        """Refuse a layer that returns something else than when the whole model ran."""
+        with self.rehearsal.work.batch(0, self.device) as batch, torch.no_grad():
+            arguments, _ = self._reach(replay, k, _REHEARSAL, batch)
+            returned = replay.run(k, _detached(arguments))
+            self.states.keep(k, _REHEARSAL, returned)
+            if not _same_sample(self.rehearsal.expected[k], sample(returned.result)):
+                # Called twice it returned something else than what is compared, and is refused so.
+                answers, _ = self._answers(k + 1, _REHEARSAL)
+                on = replay.finish if k + 1 == len(replay) else replay.reach
+                on(answers, batch.losses)
+                raise NotByLayers(
+                    f"{replay.names[k]} must compute the same when it is run by itself, got "
+                    "something else than in the whole model; it is random, keeps a state of its "
+                    "own, or is handed something beside what layers take and return"
+                )
+        if k == len(replay) - 1:
+            for j in range(len(replay)):
+                self.states.drop(j, _REHEARSAL)
 
     def _loss(self, replay: Replay, of: Set, outside: Sequence[Target]) -> None:
         """Run what follows the layers, and backward to what the layers returned."""
@@ -286,7 +330,12 @@ def _detached(arguments: Arguments) -> Arguments:
     return arguments.replaced({p: t.detach() for p, t in arguments.tensors().items()})
 
 
-def _nearly_equal(before: Tensor, after: Tensor) -> bool:
+def _nearly_equal(before: Tensor, after: Tensor, elsewhere: float = 0.0) -> bool:
+    """Whether two tensors differ by rounding alone.
+
+    Args:
+        elsewhere: of the norm, what may differ on other devices than a CPU, if that is more.
+    """
     if before.shape != after.shape or before.dtype != after.dtype:
         return False
     if torch.equal(before, after):
@@ -294,8 +343,14 @@ def _nearly_equal(before: Tensor, after: Tensor) -> bool:
     if not before.is_floating_point():
         return False
     allowed = _ROUNDING * torch.finfo(before.dtype).eps
+    if before.device.type != "cpu":
+        allowed = max(allowed, elsewhere)
     before, after = before.float(), after.float()
     return bool((before - after).norm() <= allowed * before.norm())
+
+
+def _same_sample(expected: Mapping[Path, Tensor], found: Mapping[Path, Tensor]) -> bool:
+    return all(p in found and _nearly_equal(t, found[p], _APART) for p, t in expected.items())
 
 
 def _backward_behind_the_layers(sums: Sums, losses: BatchLosses) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from fastdean.coupling.accumulators import Accumulator, split_by_memory, sums_bytes
 from fastdean.coupling.by_batches import run_pass
-from fastdean.coupling.by_layers import Set, Sweep
+from fastdean.coupling.by_layers import Rehearsal, Set, Sweep
 from fastdean.coupling.manifest import score_manifest
 from fastdean.coupling.order import (
     Order,
@@ -49,8 +49,9 @@ from fastdean.models.model_state import (
     strict_determinism,
     unwrap,
 )
-from fastdean.models.replay import NotByLayers
+from fastdean.models.replay import NotByLayers, recording
 from fastdean.models.stacks import decoder_layers
+from fastdean.models.trees import Path as TreePath
 from fastdean.wording.doing import titled
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
@@ -220,12 +221,14 @@ def score_sets(
             for name, loader in loaders.items()
         }
         with evaluation_state(model), frozen(model), torch.enable_grad():
-            sets = {
-                name: find_scorable(
-                    model, work, targets, granularity, target_modules, device, ranks
-                )
-                for name, work in works.items()
-            }
+            layers = decoder_layers(model) if order != "batches" else {}
+            with recording(layers) as returned:
+                sets = {
+                    name: find_scorable(
+                        model, work, targets, granularity, target_modules, device, ranks
+                    )
+                    for name, work in works.items()
+                }
             # The same on all ranks, which must split their targets alike.
             windows = WindowMemory.of(
                 model,
@@ -259,6 +262,7 @@ def score_sets(
                 shown=progress and ranks.first,
                 finished=finished,
                 step=step,
+                returned=returned,
             )
             if chosen.by_layers:
                 try:
@@ -281,6 +285,7 @@ class _Scoring:
         windows: what each window holds beside its sums, layer by layer.
         sets: the batches of each data set, and which of the targets can be scored over them.
         shown: whether progress bars are.
+        returned: for each layer a sample of what it returned in the last trial.
         others: as `score_sets` takes them.
     """
 
@@ -298,6 +303,7 @@ class _Scoring:
     shown: bool
     finished: Callable[[str, Scores], object]
     step: Callable[[Sequence[str]], AbstractContextManager]
+    returned: list[dict[TreePath, torch.Tensor]]
 
     def by_batches(self, order: Order) -> dict[str, Scores]:
         made = {}
@@ -340,6 +346,7 @@ class _Scoring:
                 ranks=self.ranks,
                 split=lambda group: self.windows.split(group, self.granularity, self.memory_budget),
                 progress=progress,
+                rehearsal=Rehearsal(list(self.sets.values())[-1].tried, self.returned),
             ).run()
         return {name: self._scores(name, entries.pop(name), order) for name in self.sets}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -338,7 +339,10 @@ def loader_with_losses():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (dropout_that_is_always_on, "model.layers.1 must compute the same when it is run again"),
+        (
+            dropout_that_is_always_on,
+            "model.layers.1 must compute the same when it is run by itself",
+        ),
         (a_shared_layer, "each decoder layer called once.* got model.layers.1 called again"),
         (a_skipped_layer, "each decoder layer called once.* got model.layers.1 left out"),
         (lambda: llama().half(), "model in bfloat16 or float32, got float16"),
@@ -481,3 +485,91 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(tmp_path):
         assert [(p.requires_grad, p.grad) for p in model.parameters()] == modes
         assert not os.listdir(tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# What layers hand on beside what they take and return.
+
+
+class Note:
+    """What is no mapping, and is handed from layer to layer."""
+
+    last = None
+
+
+class Handing(nn.Module):
+    """A layer that adds what the layer above left to it, and leaves its own.
+
+    Args:
+        kind: where it leaves it.
+    """
+
+    def __init__(self, kind):
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+        self.kind = kind
+
+    def forward(self, x, left):
+        before = self._before(left)
+        result = x + torch.tanh(self.up(x)) + (0 if before is None else before)
+        self._leave(left, 0.5 * result)
+        return result
+
+    def _before(self, left):
+        if self.kind == "attribute":
+            return left.last
+        if self.kind == "list":
+            return left[-1] if left else None
+        if self.kind == "tensor":
+            return left.clone()
+        if self.kind == "mapping":
+            return left.get("last")
+        return getattr(left.module, "last", None)
+
+    def _leave(self, left, value):
+        if self.kind == "attribute":
+            left.last = value
+        elif self.kind == "list":
+            left.append(value)
+        elif self.kind == "tensor":
+            left.copy_(value.detach())
+        elif self.kind == "mapping":
+            left["last"] = value
+        else:
+            left.module.last = value
+
+
+class Handed(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.embed = nn.Embedding(96, 16)
+        self.layers = nn.ModuleList(Handing(kind) for _ in range(3))
+        self.head = nn.Linear(16, 96)
+        self.state = nn.Identity()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        self.state.last = None
+        note = Note()
+        note.module = self.state
+        left = {"list": [], "tensor": torch.zeros_like(x), "mapping": {}}.get(self.kind, note)
+        for layer in self.layers:
+            x = layer(x, left)
+        return SimpleNamespace(logits=self.head(x))
+
+
+@pytest.mark.parametrize("kind", ["attribute", "list", "tensor", "module"])
+def test_what_is_handed_on_unseen_is_refused_by_name(kind):
+    options = {"loss_fn": per_token_losses, "target_modules": r"layers\..*up", "keep_top": 0.5}
+    message = r"layers\.1 must compute the same when it is run by itself.*; use order='batches'"
+    with pytest.raises(RuntimeError, match=message):
+        score(Handed(kind), loader_with_losses(), order="layers", **options)
+
+
+def test_what_is_handed_on_in_a_mapping_is_exact():
+    options = {"loss_fn": per_token_losses, "target_modules": r"layers\..*up"}
+    assert_same(Handed("mapping"), loader_with_losses(), **options)
