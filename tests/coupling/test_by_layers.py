@@ -10,8 +10,9 @@ import pytest
 import torch
 from interrupts import interrupt, moments
 from oracle import norm_error, weight_importance
+from tiny_adapters import adapted
 from tiny_data import batches, make_examples
-from tiny_models import MODELS, bert, llama
+from tiny_models import MODELS, bert, gpt2, llama
 from torch import nn
 
 import fastdean
@@ -298,6 +299,80 @@ def test_files_hold_the_states_and_memory_does_not(tmp_path):
     files.close()
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded", "alone"])
+def test_batches_of_every_layout(layout):
+    # BERT's examples cannot be packed.
+    model = llama() if layout == "packed" else bert()
+    found = assert_same(model, tokens_per_batch=1 if layout == "alone" else 60)
+    assert found.manifest["batching"]["packed"] == (layout == "packed")
+
+
+@pytest.mark.parametrize("targets", ["mlp", "self_attn", "all", "q_proj,down_proj"])
+def test_targets_of_every_kind(targets):
+    found = assert_same(llama(), target_modules=targets)
+    if targets == "all":
+        assert len(found) == 2 * 7
+    else:
+        assert_same(gpt2(), target_modules=targets.replace("q_proj,down_proj", "c_proj"))
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+@pytest.mark.parametrize("targets", ["mlp", "self_attn"])
+def test_shared_keys_and_values_of_several_batches(family, targets):
+    """The layers that share them get them from a layer further up, by a mapping."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(SMALL | FAMILIES[family]))
+    model = AutoModelForCausalLM.from_config(config).eval().float()
+    assert_same(model, target_modules=targets, tokens_per_batch=10)
+
+
+@pytest.mark.parametrize("state", ["merged", "off"])
+def test_inside_peft(state):
+    found = assert_same(adapted(merged=state == "merged", off=state == "off"))
+    assert "model.layers.0.mlp.up_proj.weight" in list(found)
+
+
+def test_beside_adapters_that_are_at_work():
+    found = assert_same(adapted(), target_modules=["down_proj", "v_proj"])
+    assert len(found) == 4
+
+
+def test_with_hooks_of_accelerate_that_offload_nothing():
+    from accelerate import dispatch_model
+
+    model = llama()
+    expected = score(model)
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    forwards = {name: vars(m).get("forward") for name, m in model.named_modules()}
+    assert any(forwards.values())
+    found = assert_same(model)
+    assert all(norm_error(found[name], expected[name]) < 1e-6 for name in expected)
+    assert {name: vars(m).get("forward") for name, m in model.named_modules()} == forwards
+
+
+def test_with_the_checkpointing_of_transformers():
+    model = llama()
+    expected = score(model)
+    # By the name that this release of transformers has for it.
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)()
+    model.train()
+    found = assert_same(model)
+    assert model.training
+    assert all(norm_error(found[name], expected[name]) < 1e-6 for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mixtral"])
+def test_other_families_in_bf16(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL)
+    assert_same(AutoModelForCausalLM.from_config(config).eval().bfloat16())
+
+
 # What cannot be entered layer by layer.
 
 
@@ -339,10 +414,7 @@ def loader_with_losses():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (
-            dropout_that_is_always_on,
-            "model.layers.1 must compute the same when it is run by itself",
-        ),
+        (dropout_that_is_always_on, "model.layers.1 must compute the same when it is run by its"),
         (a_shared_layer, "each decoder layer called once.* got model.layers.1 called again"),
         (a_skipped_layer, "each decoder layer called once.* got model.layers.1 left out"),
         (lambda: llama().half(), "model in bfloat16 or float32, got float16"),
