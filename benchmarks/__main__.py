@@ -5,6 +5,7 @@
 procedure on a few layers, extrapolated to all; `loop`, the best plain loop; `vmap`, that is
 `torch.func.vmap` of `grad`, with --vmap and where memory allows; and `fastdean`.
 `sweep` shows how `fastdean.score` grows with tokens, examples, model and number of scored weights.
+`orders` scores three data sets batch by batch and layer by layer, each in a process of its own.
 `agreement` counts how much of the fp32 selection survives in bf16, and whether `fastdean.score`
 selects what the plain loop does.
 `patch` times `fastdean.patch_checkpoint` on a checkpoint of random values against `cp` of its
@@ -31,7 +32,7 @@ import benchmarks.regularizer.run as regularizer
 import benchmarks.score.run as score
 from benchmarks.harness import command
 from benchmarks.harness.command import Benchmark
-from benchmarks.score import agreement, subject, sweep
+from benchmarks.score import agreement, orders, subject, sweep
 
 BENCHMARKS = {
     "score": Benchmark(
@@ -58,6 +59,13 @@ BENCHMARKS = {
         score.tests,
         tables={"sweep": sweep.TABLE},
         pictures={"sweep": sweep.picture},
+    ),
+    "orders": Benchmark(
+        "batch by batch against layer by layer: time and memory",
+        orders.add_options,
+        orders.run,
+        orders.tests,
+        tables={"orders": orders.TABLE},
     ),
     "agreement": Benchmark(
         "bf16 against fp32, fastdean against the loop",

@@ -40,7 +40,7 @@ Preview = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a folder that FastDEAN wrote earlier.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars or lines.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result to stdout as JSON.")]
 
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from fastdean.coupling.accumulators import Accumulator, accumulators_of
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.loss_check import require_finite
+from fastdean.coupling.progress import SweepProgress
 from fastdean.coupling.states import States
 from fastdean.coupling.targets import Target
 from fastdean.coupling.trial import Scorable
-from fastdean.coupling.workloads import BatchLosses, Pass
+from fastdean.coupling.workloads import BatchLosses, Pass, Workload
 from fastdean.models.distributed import Ranks
 from fastdean.models.hooks import has_hooks
 from fastdean.models.replay import (
@@ -31,6 +32,7 @@ from fastdean.models.replay import (
     leaves_below,
     placeholder,
     replaying,
+    sample,
 )
 from fastdean.models.trees import Path
 from fastdean.models.windows import Windows
@@ -39,6 +41,10 @@ from fastdean.wording.mendable import StateError
 # Of the norm of what a layer returns, how much the second run may differ from the first: rounding
 # in another order, which a CPU does not have. Dropout that is always on differs by far more.
 _ROUNDING = 32
+# The same over all layers above, where the device rounds as it likes.
+_APART = 1e-3
+# The number of the batch that is rehearsed.
+_REHEARSAL = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +60,23 @@ class Set:
     finished: Callable[[Sequence[Target], dict[str, Accumulator]], None]
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """A batch that goes forward with the others, since what it should come to is known.
+
+    Layers may hand on what no argument and no result shows: attributes of an object, a list, a
+    tensor that is changed in place, a module's own state. They then return something else here.
+
+    Attributes:
+        work: its first batch.
+        expected: for each layer a `sample` of what it returned when the whole model ran the batch;
+            of a model that was run without its last layers, for those before.
+    """
+
+    work: Workload
+    expected: Sequence[Mapping[Path, Tensor]]
+
+
 @dataclass
 class Sweep:
     """One sweep over the layers for all data sets; `run` it once.
@@ -62,7 +85,8 @@ class Sweep:
         layers: name -> decoder layer, in the order in which the model calls them.
         windows: bring in a layer's weights.
         split: divides targets into groups whose sums fit into memory together.
-        finished_layer: called when a layer, or what follows the layers, is through.
+        progress: told of every batch and window.
+        rehearsal: a batch that the whole model has run, and what its layers returned.
     """
 
     sets: Sequence[Set]
@@ -74,7 +98,8 @@ class Sweep:
     states: States
     ranks: Ranks
     split: Callable[[Sequence[Target]], list[list[Target]]]
-    finished_layer: Callable[[], object]
+    progress: SweepProgress
+    rehearsal: Rehearsal
     _used: dict[int, frozenset[int]] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -86,18 +111,22 @@ class Sweep:
         by_layer = [_by_layer(of.scorable.targets) for of in self.sets]
         lowest = min(min(groups, default=len(self.layers)) for groups, _ in by_layer)
         with replaying(self.layers) as replay:
+            self.progress.plan(len(replay), lowest)
             for k in range(len(replay)):
+                self.progress.begin("forward", k)
                 with self.windows(k, k + 1):
                     self._forward(replay, k)
-                self.finished_layer()
+                self.progress.end()
+            self.progress.begin("loss", len(replay))
             for of, (_, outside) in zip(self.sets, by_layer, strict=True):
                 self._loss(replay, of, outside)
-            self.finished_layer()
+            self.progress.end()
             for k in reversed(range(lowest, len(replay))):
+                self.progress.begin("backward", k)
                 with self.windows(k, k - 1):
                     for of, (groups, _) in zip(self.sets, by_layer, strict=True):
                         self._backward(replay, k, of, groups.get(k, []), last=k == lowest)
-                self.finished_layer()
+                self.progress.end()
 
     def _batches(self, sets: Sequence[Set]) -> Iterator[tuple[int, Pass]]:
         """The batches of some of the sets, each with its number among those of all sets."""
@@ -108,6 +137,7 @@ class Sweep:
                 if of in sets:
                     with work.batch(b, self.device) as batch:
                         yield number, batch
+                    self.progress.passed(batch.rows)
                 number += 1
 
     def _forward(self, replay: Replay, k: int) -> None:
@@ -117,22 +147,50 @@ class Sweep:
                 arguments, _ = self._reach(replay, k, b, batch)
                 with torch.no_grad():
                     self.states.keep(k, b, replay.run(k, _detached(arguments)))
+            self._rehearse(replay, k)
+
+    def _rehearse(self, replay: Replay, k: int) -> None:
+        """Refuse a layer that returns something else than when the whole model ran."""
+        expected = self.rehearsal.expected
+        if k >= len(expected):
+            return
+        with self.rehearsal.work.batch(0, self.device) as batch, torch.no_grad():
+            arguments, _ = self._reach(replay, k, _REHEARSAL, batch)
+            returned = replay.run(k, _detached(arguments))
+            self.states.keep(k, _REHEARSAL, returned)
+            if not _same_sample(expected[k], sample(returned.result)):
+                # Called twice it returned something else than what is compared, and is refused so.
+                answers, _ = self._answers(k + 1, _REHEARSAL)
+                on = replay.finish if k + 1 == len(replay) else replay.reach
+                on(answers, batch.losses)
+                raise NotByLayers(
+                    f"{replay.names[k]} must compute the same when it is run by itself, got "
+                    "something else than in the whole model; it is random, keeps a state of its "
+                    "own, or is handed something beside what layers take and return"
+                )
+        if k == len(expected) - 1:
+            for j in range(k + 1):
+                self.states.drop(j, _REHEARSAL)
 
     def _loss(self, replay: Replay, of: Set, outside: Sequence[Target]) -> None:
         """Run what follows the layers, and backward to what the layers returned."""
-        accumulators = self._accumulators(outside)
-        sums = Sums(accumulators, of.scorable.sequence_first)
-        hooked = capturing(outside, self.granularity, sums.receive)
-        with self.ranks.failing_together(), hooked:
-            for b, batch in self._batches([of]):
-                answers, leaves = self._answers(len(replay), b)
-                losses = replay.finish(answers, batch.losses)
-                require_finite(losses.examples, losses.values.detach())
-                _backward_behind_the_layers(sums, losses)
-                del losses
-                self._take_gradients(b, leaves)
-        if outside:
-            of.finished(outside, accumulators)
+        groups = self.split(outside) or [[]]
+        for group in groups:
+            accumulators = self._accumulators(group)
+            sums = Sums(accumulators, of.scorable.sequence_first)
+            hooked = capturing(group, self.granularity, sums.receive)
+            with self.ranks.failing_together(), hooked:
+                for b, batch in self._batches([of]):
+                    answers, leaves = self._answers(len(replay), b)
+                    losses = replay.finish(answers, batch.losses)
+                    require_finite(losses.examples, losses.values.detach())
+                    _backward_behind_the_layers(sums, losses)
+                    del losses, answers
+                    if group is groups[0]:
+                        self._take_gradients(b, leaves)
+                    del leaves
+            if group:
+                of.finished(group, accumulators)
 
     def _backward(
         self, replay: Replay, k: int, of: Set, targets: list[Target], *, last: bool
@@ -277,7 +335,12 @@ def _detached(arguments: Arguments) -> Arguments:
     return arguments.replaced({p: t.detach() for p, t in arguments.tensors().items()})
 
 
-def _nearly_equal(before: Tensor, after: Tensor) -> bool:
+def _nearly_equal(before: Tensor, after: Tensor, elsewhere: float = 0.0) -> bool:
+    """Whether two tensors differ by rounding alone.
+
+    Args:
+        elsewhere: of the norm, what may differ on other devices than a CPU, if that is more.
+    """
     if before.shape != after.shape or before.dtype != after.dtype:
         return False
     if torch.equal(before, after):
@@ -285,8 +348,14 @@ def _nearly_equal(before: Tensor, after: Tensor) -> bool:
     if not before.is_floating_point():
         return False
     allowed = _ROUNDING * torch.finfo(before.dtype).eps
+    if before.device.type != "cpu":
+        allowed = max(allowed, elsewhere)
     before, after = before.float(), after.float()
     return bool((before - after).norm() <= allowed * before.norm())
+
+
+def _same_sample(expected: Mapping[Path, Tensor], found: Mapping[Path, Tensor]) -> bool:
+    return all(p in found and _nearly_equal(t, found[p], _APART) for p, t in expected.items())
 
 
 def _backward_behind_the_layers(sums: Sums, losses: BatchLosses) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastdean.coupling.accumulators import sums_bytes
 from fastdean.coupling.trial import Scorable
+from fastdean.coupling.window_memory import WindowMemory
 from fastdean.models.available_memory import available_memory
 from fastdean.models.distributed import Ranks
 from fastdean.models.forward import matrices_of
@@ -78,12 +79,53 @@ def require_streamable(order: str, keep_top: float | None, granularity: str) -> 
         )
 
 
+def require_room_for_dense(
+    order: str,
+    dense: int,
+    keep_top: float | None,
+    memory_budget: int | None,
+    device: torch.device,
+) -> None:
+    """Without `keep_top` the sums of all targets are kept until the end, in whatever order.
+
+    Args:
+        dense: bytes of the sums of all targets, of all data sets.
+    Raises:
+        ValueError: "layers" is asked for, or "auto", and there is no room for them.
+    """
+    if keep_top is not None or order == "batches":
+        return
+    rooms = [_room_for_dense("layers", memory_budget, device)]
+    if order == "auto":
+        rooms.append(_room_for_dense("batches", memory_budget, device))
+    known = [room for room in rooms if room is not None]
+    if len(known) < len(rooms) or dense <= max(known):
+        return
+    raise ValueError(
+        f"keep_top must be given with order={order!r} where the sums of all targets do not fit "
+        f"into memory, got None with {dense:,} bytes of sums and room for {max(known):,}; pass "
+        "keep_top=1e-3, which keeps each matrix's top 0.1 %"
+    )
+
+
+def _room_for_dense(by: str, memory_budget: int | None, device: torch.device) -> int | None:
+    """Bytes that dense sums may take in an order; None where the system does not say."""
+    if memory_budget is None:
+        return available_memory(device)
+    # Under a budget they go to the CPU as soon as they are complete.
+    if by == "layers" and device.type == "cpu":
+        return memory_budget
+    return available_memory(torch.device("cpu"))
+
+
 def choose_order(
     order: str,
     model: nn.Module,
     sets: Sequence[Scorable],
     granularity: str,
+    keep_top: float | None,
     memory_budget: int | None,
+    windows: WindowMemory,
     device: torch.device,
     ranks: Ranks,
 ) -> Order:
@@ -92,11 +134,26 @@ def choose_order(
     Args:
         sets: the data sets, scored one after the other batch by batch.
         memory_budget: bytes that the sums may take at a time, or None.
+        windows: what each window holds beside its sums.
+    Raises:
+        ValueError: "layers" is asked for, and `memory_budget` does not hold a window.
     """
-    if order != "auto":
-        return Order(order == "layers", "as asked for")
+    if order == "batches":
+        return Order(False, "as asked for")
+    least = max(windows.least(scorable.targets, granularity) for scorable in sets)
+    too_small = memory_budget is not None and memory_budget < least
+    if order == "layers":
+        if too_small:
+            raise ValueError(
+                f"memory_budget must be at least {least:,} with order='layers', for the sums of "
+                f"one matrix and what its window holds of a batch of {windows.rows:,} tokens, got "
+                f"{memory_budget:,}; raise it, lower tokens_per_batch or leave it out"
+            )
+        return Order(True, "as asked for")
+    if too_small:
+        return Order(False, f"memory_budget is less than the {_gb(least)} that a window takes")
     with ranks.failing_together():
-        chosen = _by_memory(model, sets, granularity, memory_budget, device)
+        chosen = _by_memory(model, sets, granularity, keep_top, memory_budget, device)
     if ranks.agree(chosen.by_layers) != chosen.by_layers:
         chosen = Order(not chosen.by_layers, "as the first rank goes")
     if ranks.first:
@@ -108,18 +165,26 @@ def _by_memory(
     model: nn.Module,
     sets: Sequence[Scorable],
     granularity: str,
+    keep_top: float | None,
     memory_budget: int | None,
     device: torch.device,
 ) -> Order:
     if any(scorable.scale is not None for scorable in sets):
         return Order(False, "a model in float16 goes batch by batch")
+    of_sets = [sum(sums_bytes(t, granularity) for t in scorable.targets) for scorable in sets]
+    if keep_top is None:
+        room = _room_for_dense("layers", memory_budget, device)
+        if room is not None and sum(of_sets) > room:
+            return Order(
+                False, f"keep_top is None, and {_gb(sum(of_sets))} of sums do not fit by layers"
+            )
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         return Order(True, "some weights are offloaded, and a layer's are brought in once")
     free = available_memory(device)
     if free is None:
         return Order(False, "the system does not say how much memory there is")
-    # One data set after the other.
-    sums = max(sum(sums_bytes(t, granularity) for t in scorable.targets) for scorable in sets)
+    # One data set after the other; without keep_top the sums of the earlier ones stay.
+    sums = max(of_sets) if keep_top is not None else sum(of_sets)
     if memory_budget is not None:
         sums = min(sums, memory_budget)
     batch = max(scorable.work.most_rows for scorable in sets) * kept_bytes_per_token(model)

@@ -8,18 +8,27 @@ sums become entries of `Scores`. README.md says which file does what.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastdean.coupling.accumulators import Accumulator, split_by_memory
+from fastdean.coupling.accumulators import Accumulator, split_by_memory, sums_bytes
 from fastdean.coupling.by_batches import run_pass
-from fastdean.coupling.by_layers import Set, Sweep
+from fastdean.coupling.by_layers import Rehearsal, Set, Sweep
 from fastdean.coupling.manifest import score_manifest
-from fastdean.coupling.order import Order, choose_order, require_order, require_streamable
+from fastdean.coupling.order import (
+    Order,
+    choose_order,
+    require_order,
+    require_room_for_dense,
+    require_streamable,
+)
+from fastdean.coupling.progress import sweep_progress
 from fastdean.coupling.scores import ScoreEntry, Scores, check_keep_top, keep_entry
 from fastdean.coupling.states import States, states_home
 from fastdean.coupling.targets import (
@@ -29,6 +38,7 @@ from fastdean.coupling.targets import (
     warn_about_unscorable,
 )
 from fastdean.coupling.trial import Scorable, find_scorable
+from fastdean.coupling.window_memory import WindowMemory
 from fastdean.coupling.workloads import LossFunction, plan_workload
 from fastdean.models.adapters import require_no_prompts
 from fastdean.models.distributed import Ranks
@@ -41,10 +51,11 @@ from fastdean.models.model_state import (
     strict_determinism,
     unwrap,
 )
-from fastdean.models.replay import NotByLayers
+from fastdean.models.replay import NotByLayers, recording
 from fastdean.models.stacks import decoder_layers
 from fastdean.models.streaming import StreamedModel
-from fastdean.models.windows import beginning, outside_layers, stream_of, windows
+from fastdean.models.trees import Path as TreePath
+from fastdean.models.windows import beginning, outside_layers, resident_windows, stream_of
 from fastdean.wording.doing import titled
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
@@ -110,10 +121,15 @@ def score(
             and the manifest's `data["skipped_rows"]` count them, by their number from 0.
         loss_fn: `(outputs, batch) -> [B]` losses of the examples of a batch. The loader's batches
             are then passed to the model as they come, less `labels`.
-        keep_top: keep only each matrix's top `keep_top` share of entries (sparse scores).
+        keep_top: keep only each matrix's top `keep_top` share of entries (sparse scores). By
+            "layers" it must be given unless the sums of all targets fit into `memory_budget`, or
+            without one into the memory there is.
         memory_budget: bytes the sums may take at a time; the targets are split over several passes,
-            with the same result. Of use with `keep_top`, or where the sums of a GPU model are to
-            lie on the CPU.
+            with the same result. By "batches" it bounds the sums alone, of all layers in a pass.
+            By "layers" it bounds the sums of a window, a part of one layer, together with what the
+            window holds of one batch (inputs, activations and gradients, by the shapes of the
+            weights). What it cannot hold is refused with the least that would do. Of use with
+            `keep_top`, or where the sums of a GPU model are to lie on the CPU.
         order: "batches": every batch through the whole model. "layers": all batches through one
             decoder layer before the next, with the same result; sums live for one layer, the layer
             runs twice, and what it returned is kept meanwhile (`states`). "auto": "layers" where
@@ -124,7 +140,8 @@ def score(
         deterministic: run under `torch.use_deterministic_algorithms(True)`.
         impl: implementation of the accumulation: None (by device), or one of
             `fastdean.ops._dispatch.IMPLEMENTATIONS`.
-        progress: show a progress bar, labelled `description`.
+        progress: show a progress bar, labelled `description`; by "layers" a line for each layer
+            where stderr is no terminal.
     Returns:
         Scores, one entry per target weight.
     Raises:
@@ -174,6 +191,7 @@ def score_sets(
     impl: str | None = None,
     progress: bool = True,
     finished: Callable[[str, Scores], object] = lambda name, scores: None,
+    step: Callable[[Sequence[str]], AbstractContextManager] = lambda names: nullcontext(),
     **reading: Any,
 ) -> dict[str, Scores]:
     """Score several data sets; layer by layer all of them in one sweep.
@@ -181,6 +199,8 @@ def score_sets(
     Args:
         loaders: by the name of the data set, which its progress bar shows.
         finished: called with the name and the scores of each data set as soon as they are complete.
+        step: entered around the passes over the data sets of these names: batch by batch each by
+            itself, layer by layer all of them.
         granularity, target_modules, keep_top, memory_budget, order, states, deterministic, impl,
             progress, reading: as `score` takes them.
     Returns:
@@ -206,6 +226,9 @@ def score_sets(
             reading["tokenizer"] = stream.tokenizer
     ranks = Ranks.current()
     device = input_device(model) if stream is None else stream.device
+    dense = len(loaders) * sum(sums_bytes(target, granularity) for target in targets)
+    with ranks.failing_together():
+        require_room_for_dense(order, dense, keep_top, memory_budget, device)
     with strict_determinism(deterministic), eager(), outside_layers(stream):
         with beginning(stream) as alike:
             works = {
@@ -213,18 +236,37 @@ def score_sets(
                 for name, loader in loaders.items()
             }
             with evaluation_state(model), frozen(model), torch.enable_grad():
-                sets = {
-                    name: find_scorable(
-                        model, work, targets, granularity, target_modules, device, ranks, alike
-                    )
-                    for name, work in works.items()
-                }
+                run_here = decoder_layers(model) if order != "batches" else {}
+                with recording(run_here) as returned:
+                    sets = {
+                        name: find_scorable(
+                            model, work, targets, granularity, target_modules, device, ranks, alike
+                        )
+                        for name, work in works.items()
+                    }
         with evaluation_state(model), frozen(model), torch.enable_grad():
-            if stream is None:
-                chosen = choose_order(
-                    order, model, list(sets.values()), granularity, memory_budget, device, ranks
-                )
-            else:
+            layers = decoder_layers(model)
+            # What comes after a layer that was left out was given something else.
+            whole = sum(1 for _ in takewhile(run_here.__contains__, layers))
+            # The same on all ranks, which must split their targets alike.
+            windows = WindowMemory.of(
+                model,
+                list(layers.values()),
+                rows=ranks.highest(max(each.work.most_rows for each in sets.values())),
+                longest=ranks.highest(max(each.work.longest for each in sets.values())),
+            )
+            chosen = choose_order(
+                order if stream is None else "layers",
+                model,
+                list(sets.values()),
+                granularity,
+                keep_top,
+                memory_budget,
+                windows,
+                device,
+                ranks,
+            )
+            if stream is not None:
                 chosen = Order(True, "its weights stay in their files")
             job = _Scoring(
                 model=model,
@@ -233,6 +275,7 @@ def score_sets(
                 granularity=granularity,
                 keep_top=keep_top,
                 memory_budget=memory_budget,
+                windows=windows,
                 sets=sets,
                 device=device,
                 impl=impl,
@@ -240,6 +283,8 @@ def score_sets(
                 shown=progress and ranks.first,
                 finished=finished,
                 stream=stream,
+                step=step,
+                returned=returned[:whole],
             )
             if chosen.by_layers:
                 try:
@@ -261,8 +306,11 @@ class _Scoring:
 
     Attributes:
         targets: the modules that were matched.
+        windows: what each window holds beside its sums, layer by layer.
         sets: the batches of each data set, and which of the targets can be scored over them.
         shown: whether progress bars are.
+        returned: for each layer that was run with all layers before it, a sample of what it
+            returned in the last trial.
         others: as `score_sets` takes them.
     """
 
@@ -272,6 +320,7 @@ class _Scoring:
     granularity: str
     keep_top: float | None
     memory_budget: int | None
+    windows: WindowMemory
     sets: dict[str, Scorable]
     device: torch.device
     impl: str | None
@@ -279,14 +328,16 @@ class _Scoring:
     shown: bool
     finished: Callable[[str, Scores], object]
     stream: StreamedModel | None
+    step: Callable[[Sequence[str]], AbstractContextManager]
+    returned: list[dict[TreePath, torch.Tensor]]
 
     def by_batches(self, order: Order) -> dict[str, Scores]:
         made = {}
         for name, scorable in self.sets.items():
-            passes = self._split(scorable.targets)
+            passes = split_by_memory(scorable.targets, self.granularity, self.memory_budget)
             entries: dict[str, ScoreEntry] = {}
             total = scorable.work.examples_here * len(passes)
-            with _progress_bar(total, "ex", name, self.shown) as bar:
+            with self.step([name]), _progress_bar(total, "ex", name, self.shown) as bar:
                 for group in passes:
                     with self.ranks.failing_together():
                         sums = run_pass(
@@ -306,26 +357,26 @@ class _Scoring:
             return Set(scorable, finished)
 
         layers = decoder_layers(self.model)
+        last = list(self.sets.values())[-1]
         with (
-            _progress_bar(2 * len(layers) + 1, "layer", ", ".join(self.sets), self.shown) as bar,
+            self.step(list(self.sets)),
+            sweep_progress(", ".join(self.sets), shown=self.shown) as progress,
             states_home(states) as home,
         ):
             Sweep(
                 [of_set(name, scorable) for name, scorable in self.sets.items()],
                 layers,
-                windows(layers) if self.stream is None else self.stream.layer,
+                resident_windows(layers) if self.stream is None else self.stream.layer,
                 granularity=self.granularity,
                 device=self.device,
                 impl=self.impl,
                 states=States(home),
                 ranks=self.ranks,
-                split=self._split,
-                finished_layer=lambda: bar.update(1),
+                split=lambda group: self.windows.split(group, self.granularity, self.memory_budget),
+                progress=progress,
+                rehearsal=Rehearsal(last.tried or last.work, self.returned),
             ).run()
         return {name: self._scores(name, entries.pop(name), order) for name in self.sets}
-
-    def _split(self, group: Sequence[Target]) -> list[list[Target]]:
-        return split_by_memory(group, self.granularity, self.memory_budget)
 
     def _entries(
         self, scorable: Scorable, group: Sequence[Target], sums: dict[str, Accumulator]

@@ -53,6 +53,7 @@ class Scorable:
         scale: what the losses are multiplied by; None for models that do not compute in fp16.
         conclusive: False where a loss or a gradient of the trial was not finite.
         largest: the largest absolute gradient of a product in the trial.
+        tried: the workload of one batch that the whole model ran last in the trial.
     """
 
     targets: list[Target]
@@ -63,6 +64,7 @@ class Scorable:
     alone: str | None = None
     conclusive: bool = True
     largest: float = 0.0
+    tried: Workload | None = None
 
 
 def find_scorable(
@@ -122,7 +124,7 @@ def find_scorable(
         if not found.targets:
             raise StateError(next(iter(found.left_out.values())))
         scale = None if found.scale is None else found.scale.fitted(found.largest)
-        found = replace(found, work=work, alone=alone, scale=scale)
+        found = replace(found, work=work, alone=alone, scale=scale, tried=found.work)
         found = _for_all(found, everything, alike or {})
         _require_each_suffix(found, target_modules)
     if found.left_out and ranks.first:

@@ -38,13 +38,20 @@ class Costs:
         self._gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
 
     @contextmanager
-    def step(self, name: str, tokens: int | None = None) -> Iterator[None]:
+    def step(
+        self, name: str, tokens: int | None = None, *, since: float | None = None
+    ) -> Iterator[None]:
+        """A step of the job, announced now.
+
+        Args:
+            since: `time.perf_counter()` when it began, where that was before it had a name.
+        """
         label = f"step {len(self.steps) + 1}"
         label += f" of {self.total}, {name}" if self.total else f", {name}"
         if self.shown:
             # Before a step has a bar of its own it may read, load or compile for a minute.
             print(f"fastdean: {one_line(label)}", file=sys.stderr, flush=True)
-        start = time.perf_counter()
+        start = time.perf_counter() if since is None else since
         with during(label):
             yield
         self.add(name, tokens, time.perf_counter() - start, self._peak_bytes())

@@ -136,7 +136,12 @@ MaxLength = Annotated[int | None, Help("Cut examples to this many tokens.")]
 TokensPerBatch = Annotated[int | None, Help("Tokens in one forward pass [default: by device].")]
 MemoryBudget = Annotated[
     int | None,
-    Help("GB the sums may take; more passes if they need more.", typed=float | None, read=_bytes),
+    Help(
+        "GB the sums may take, with --order layers the sums and what a layer holds of one batch; "
+        "more passes if they need more.",
+        typed=float | None,
+        read=_bytes,
+    ),
 ]
 
 Order = Annotated[

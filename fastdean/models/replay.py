@@ -23,6 +23,8 @@ from fastdean.wording.mendable import StateError
 
 # A mapping among a layer's arguments, by its path, and one of its keys.
 _Place = tuple[Path, Any]
+# Of each tensor, how many numbers a sample has at most.
+_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
@@ -163,24 +165,64 @@ class Replay:
 def replaying(layers: Mapping[str, nn.Module]) -> Iterator[Replay]:
     """Inside, the layers answer to the `Replay`; afterwards their forwards are what they were."""
     replay = Replay(layers)
-    modules = list(layers.values())
-    # A forward of the instance's own (accelerate's, a user's) is put back, not deleted.
-    own = [layer.__dict__.get("forward") for layer in modules]
-
-    def undo() -> None:
-        for layer, forward in zip(modules, own, strict=True):
-            if forward is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.__dict__["forward"] = forward
 
     def stub(j: int) -> Callable[..., Any]:
         return lambda *args, **kwargs: replay._answer(j, args, kwargs)
 
-    with undone(undo):
-        for j, layer in enumerate(modules):
-            layer.__dict__["forward"] = stub(j)
+    with _forwards(list(layers.values()), stub):
         yield replay
+
+
+@contextmanager
+def recording(layers: Mapping[str, nn.Module]) -> Iterator[list[dict[Path, Tensor]]]:
+    """What each layer returns, below the hooks on it, when the model runs as it is.
+
+    Yields:
+        For each layer a `sample` of what it returned last; empty as long as it has not run.
+    """
+    modules = list(layers.values())
+    forwards = [layer.forward for layer in modules]
+    found: list[dict[Path, Tensor]] = [{} for _ in modules]
+
+    def recorded(j: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            result = forwards[j](*args, **kwargs)
+            found[j] = sample(result)
+            return result
+
+        return forward
+
+    with _forwards(modules, recorded):
+        yield found
+
+
+def sample(result: Any) -> dict[Path, Tensor]:
+    """Some numbers of each floating-point tensor in what a layer returned, evenly spread."""
+    with torch.no_grad():
+        return {
+            path: tensor.flatten()[:: 1 + tensor.numel() // _SAMPLE].clone()
+            for path, tensor in tensors(result)
+            if tensor.is_floating_point()
+        }
+
+
+@contextmanager
+def _forwards(modules: Sequence[nn.Module], new: Callable[[int], Callable[..., Any]]) -> Iterator:
+    """Inside, module j runs `new(j)`; afterwards the forwards are what they were."""
+    # A forward of the instance's own (accelerate's, a user's) is put back, not deleted.
+    own = [module.__dict__.get("forward") for module in modules]
+
+    def undo() -> None:
+        for module, forward in zip(modules, own, strict=True):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+    with undone(undo):
+        for j, module in enumerate(modules):
+            module.__dict__["forward"] = new(j)
+        yield
 
 
 def leaves_below(tree: Any) -> set[int]:

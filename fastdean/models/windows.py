@@ -34,7 +34,7 @@ def beginning(stream: StreamedModel | None) -> AbstractContextManager[Mapping[st
     return nullcontext({}) if stream is None else stream.beginning()
 
 
-def windows(layers: Mapping[str, nn.Module]) -> Windows:
+def resident_windows(layers: Mapping[str, nn.Module]) -> Windows:
     """The windows of a model that is in memory or offloaded by accelerate."""
     modules = list(layers.values())
     return lambda k, then: weights_in(modules[k])

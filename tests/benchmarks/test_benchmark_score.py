@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, VOCAB, gpt2, llama
 from benchmarks.__main__ import main
 from benchmarks.harness import environment, models, store, tables
 from benchmarks.harness.profile import Launch
-from benchmarks.score import agreement, breakdown, run, subject, sweep, work
+from benchmarks.score import agreement, breakdown, order_once, orders, run, subject, sweep, work
 from fastdean.data.examples import Example
 
 CPU = torch.device("cpu")
@@ -436,3 +439,31 @@ def test_the_table_shows_the_latest_run_with_ratios_and_what_is_missing():
     [[panel]] = run.picture(rows)
     assert panel.bars["loop"] == (20.0, 19.0, 21.0) and panel.floor == 5.0
     assert "published\nextrapolated" in panel.bars
+
+
+# Orders.
+
+
+def test_the_orders_take_turns_on_the_same_examples(benchmark, tmp_path, monkeypatch):
+    def here(command, **options):
+        """A process would take longer to import torch than to score."""
+        said = io.StringIO()
+        with redirect_stdout(said):
+            order_once.main(command[-1])
+        return SimpleNamespace(returncode=0, stdout=said.getvalue())
+
+    monkeypatch.setattr(orders, "subprocess", SimpleNamespace(run=here))
+    monkeypatch.setattr(orders, "matrix_rate", lambda *_: 1e9)
+    monkeypatch.setattr(orders, "copy_bandwidth", lambda *_: 1e9)
+    asked = ("orders", "--random-model", "toy", "--tokens", "12", "--examples", "2")
+    assert benchmark(*asked, "--repeats", "1", "--folder", str(tmp_path)) == 0
+    rows = read(tmp_path, "orders")
+    assert [row.contender for row in rows] == ["batches", "layers", "layers, files"]
+    batches, layers, files = rows
+    assert all(row["tokens"] == 3 * 2 * 12 and row["median_s"] > 0 for row in rows)
+    # A forward more through the matrices of both layers.
+    again = 2 * 72 * 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
+    assert layers["operations"] == files["operations"] == batches["operations"] + again
+    text = tables.rendered(orders.TABLE, rows)
+    assert "| layers, files |" in text and "| 1.00x |" in text and "Aims: at most 1.35x" in text
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("fastdean-states")]

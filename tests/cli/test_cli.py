@@ -748,7 +748,7 @@ def test_a_run_that_stops_is_one_line_and_goes_on_later(
     assert result.exit_code == code and result.stdout == ""
     assert text in result.stderr and len(result.stderr.splitlines()) == 1
     monkeypatch.setattr(steps, "couple", real)
-    monkeypatch.setattr(steps, "score", None)
+    monkeypatch.setattr(steps, "score_sets", None)
     assert call(*command).exit_code == 0
     mask = NeuronMask.from_pretrained(tmp_path / "run" / "mask")
     assert mask == NeuronMask.from_pretrained(run_folder / "mask")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from interrupts import interrupt, moments
 from oracle import norm_error, weight_importance
+from tiny_adapters import adapted
 from tiny_data import batches, make_examples
-from tiny_models import MODELS, bert, llama
+from tiny_models import MODELS, bert, gpt2, llama
 from torch import nn
 
 import fastdean
@@ -182,7 +184,7 @@ def test_layers_whose_results_are_changed_in_place():
         {"granularity": "unit"},
         {"keep_top": 0.05},
         {"target_modules": r"model\.layers\.1\..*up_proj"},
-        {"memory_budget": 4 * 64 * 32, "target_modules": "mlp"},
+        {"memory_budget": 1 << 19, "target_modules": "mlp", "keep_top": 0.05},
         {"tokens_per_batch": 1},
     ],
     ids=lambda options: next(iter(options)),
@@ -297,6 +299,80 @@ def test_files_hold_the_states_and_memory_does_not(tmp_path):
     files.close()
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded", "alone"])
+def test_batches_of_every_layout(layout):
+    # BERT's examples cannot be packed.
+    model = llama() if layout == "packed" else bert()
+    found = assert_same(model, tokens_per_batch=1 if layout == "alone" else 60)
+    assert found.manifest["batching"]["packed"] == (layout == "packed")
+
+
+@pytest.mark.parametrize("targets", ["mlp", "self_attn", "all", "q_proj,down_proj"])
+def test_targets_of_every_kind(targets):
+    found = assert_same(llama(), target_modules=targets)
+    if targets == "all":
+        assert len(found) == 2 * 7
+    else:
+        assert_same(gpt2(), target_modules=targets.replace("q_proj,down_proj", "c_proj"))
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+@pytest.mark.parametrize("targets", ["mlp", "self_attn"])
+def test_shared_keys_and_values_of_several_batches(family, targets):
+    """The layers that share them get them from a layer further up, by a mapping."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(SMALL | FAMILIES[family]))
+    model = AutoModelForCausalLM.from_config(config).eval().float()
+    assert_same(model, target_modules=targets, tokens_per_batch=10)
+
+
+@pytest.mark.parametrize("state", ["merged", "off"])
+def test_inside_peft(state):
+    found = assert_same(adapted(merged=state == "merged", off=state == "off"))
+    assert "model.layers.0.mlp.up_proj.weight" in list(found)
+
+
+def test_beside_adapters_that_are_at_work():
+    found = assert_same(adapted(), target_modules=["down_proj", "v_proj"])
+    assert len(found) == 4
+
+
+def test_with_hooks_of_accelerate_that_offload_nothing():
+    from accelerate import dispatch_model
+
+    model = llama()
+    expected = score(model)
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    forwards = {name: vars(m).get("forward") for name, m in model.named_modules()}
+    assert any(forwards.values())
+    found = assert_same(model)
+    assert all(norm_error(found[name], expected[name]) < 1e-6 for name in expected)
+    assert {name: vars(m).get("forward") for name, m in model.named_modules()} == forwards
+
+
+def test_with_the_checkpointing_of_transformers():
+    model = llama()
+    expected = score(model)
+    # By the name that this release of transformers has for it.
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)()
+    model.train()
+    found = assert_same(model)
+    assert model.training
+    assert all(norm_error(found[name], expected[name]) < 1e-6 for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mixtral"])
+def test_other_families_in_bf16(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL)
+    assert_same(AutoModelForCausalLM.from_config(config).eval().bfloat16())
+
+
 # What cannot be entered layer by layer.
 
 
@@ -338,7 +414,7 @@ def loader_with_losses():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (dropout_that_is_always_on, "model.layers.1 must compute the same when it is run again"),
+        (dropout_that_is_always_on, "model.layers.1 must compute the same when it is run by its"),
         (a_shared_layer, "each decoder layer called once.* got model.layers.1 called again"),
         (a_skipped_layer, "each decoder layer called once.* got model.layers.1 left out"),
         (lambda: llama().half(), "model in bfloat16 or float32, got float16"),
@@ -352,7 +428,7 @@ def test_what_cannot_be_run_by_layers_is_refused_by_name(build, message, monkeyp
     assert not stubs_left(model) and not hooks_left(model)
     # On its own it takes the other order and says why.
     monkeypatch.setattr(order, "available_memory", lambda device: 1)
-    found = score(model, loader_with_losses(), order="auto", **options)
+    found = score(model, loader_with_losses(), order="auto", keep_top=0.1, **options)
     assert found.manifest["order"]["by"] == "batches" and list(found)
     why = found.manifest["order"]["why"]
     assert "float16 goes batch by batch" in why or "batch by batch after all" in caplog.text
@@ -384,10 +460,59 @@ def test_other_orders_are_refused():
 # Which order "auto" takes.
 
 
-@pytest.mark.parametrize(("free", "by"), [(1 << 40, "batches"), (1 << 10, "layers")])
-def test_auto_goes_by_the_memory_there_is(free, by, monkeypatch):
+# Of the MLPs of the tiny model: two layers of three matrices of 64 x 32.
+DENSE = 2 * 3 * 64 * 32 * 4
+
+
+def scored_by(free, monkeypatch, **options):
     monkeypatch.setattr(order, "available_memory", lambda device: free)
-    assert score(llama(), order="auto").manifest["order"]["by"] == by
+    found = score(llama(), target_modules="mlp", **{"order": "auto", **options})
+    return found.manifest["order"]["by"]
+
+
+@pytest.mark.parametrize(
+    ("free", "options", "by"),
+    [
+        (1 << 40, {"keep_top": 0.1}, "batches"),
+        (1 << 40, {}, "batches"),
+        (1 << 10, {"keep_top": 0.1}, "layers"),
+        # The sums, and not a batch beside them.
+        (DENSE, {}, "layers"),
+        (DENSE, {"memory_budget": DENSE - 1}, "batches"),
+        (None, {}, "batches"),
+    ],
+)
+def test_auto_goes_by_the_memory_there_is(free, options, by, monkeypatch):
+    assert scored_by(free, monkeypatch, **options) == by
+
+
+@pytest.mark.parametrize("by", ["layers", "auto"])
+def test_dense_sums_that_do_not_fit_are_refused_before_anything_runs(by, monkeypatch):
+    message = (
+        f"keep_top must be given with order='{by}' where .*, got None with {DENSE:,} bytes of sums "
+        f"and room for {DENSE - 1:,}; pass keep_top=1e-3"
+    )
+    monkeypatch.setattr(order, "available_memory", lambda device: DENSE - 1)
+    model = llama()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=message):
+        score(model, target_modules="mlp", order=by)
+
+
+def test_dense_sums_are_those_of_all_data_sets(monkeypatch):
+    monkeypatch.setattr(order, "available_memory", lambda device: 2 * DENSE - 1)
+    assert scored_by(2 * DENSE - 1, monkeypatch, order="layers") == "layers"
+    loaders = {name: list(batches(make_examples(), 4)) for name in ("a", "b")}
+    with pytest.raises(ValueError, match=f"got None with {2 * DENSE:,} bytes of sums"):
+        score_sets(llama(), loaders, order="layers", progress=False)
+
+
+def test_a_budget_bounds_dense_sums_by_layers(monkeypatch):
+    assert scored_by(1 << 40, monkeypatch, order="layers", memory_budget=1 << 30) == "layers"
+    with pytest.raises(ValueError, match=f"keep_top must be given .* and room for {DENSE - 1:,};"):
+        scored_by(1 << 40, monkeypatch, order="layers", memory_budget=DENSE - 1)
+    # It never did batch by batch, where it is for the sums at a time.
+    assert scored_by(1 << 40, monkeypatch, order="batches", memory_budget=DENSE - 1) == "batches"
 
 
 def test_available_memory_is_the_least_of_what_is_left(tmp_path, monkeypatch):
@@ -432,3 +557,91 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(tmp_path):
         assert [(p.requires_grad, p.grad) for p in model.parameters()] == modes
         assert not os.listdir(tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# What layers hand on beside what they take and return.
+
+
+class Note:
+    """What is no mapping, and is handed from layer to layer."""
+
+    last = None
+
+
+class Handing(nn.Module):
+    """A layer that adds what the layer above left to it, and leaves its own.
+
+    Args:
+        kind: where it leaves it.
+    """
+
+    def __init__(self, kind):
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+        self.kind = kind
+
+    def forward(self, x, left):
+        before = self._before(left)
+        result = x + torch.tanh(self.up(x)) + (0 if before is None else before)
+        self._leave(left, 0.5 * result)
+        return result
+
+    def _before(self, left):
+        if self.kind == "attribute":
+            return left.last
+        if self.kind == "list":
+            return left[-1] if left else None
+        if self.kind == "tensor":
+            return left.clone()
+        if self.kind == "mapping":
+            return left.get("last")
+        return getattr(left.module, "last", None)
+
+    def _leave(self, left, value):
+        if self.kind == "attribute":
+            left.last = value
+        elif self.kind == "list":
+            left.append(value)
+        elif self.kind == "tensor":
+            left.copy_(value.detach())
+        elif self.kind == "mapping":
+            left["last"] = value
+        else:
+            left.module.last = value
+
+
+class Handed(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.embed = nn.Embedding(96, 16)
+        self.layers = nn.ModuleList(Handing(kind) for _ in range(3))
+        self.head = nn.Linear(16, 96)
+        self.state = nn.Identity()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        self.state.last = None
+        note = Note()
+        note.module = self.state
+        left = {"list": [], "tensor": torch.zeros_like(x), "mapping": {}}.get(self.kind, note)
+        for layer in self.layers:
+            x = layer(x, left)
+        return SimpleNamespace(logits=self.head(x))
+
+
+@pytest.mark.parametrize("kind", ["attribute", "list", "tensor", "module"])
+def test_what_is_handed_on_unseen_is_refused_by_name(kind):
+    options = {"loss_fn": per_token_losses, "target_modules": r"layers\..*up", "keep_top": 0.5}
+    message = r"layers\.1 must compute the same when it is run by itself.*; use order='batches'"
+    with pytest.raises(RuntimeError, match=message):
+        score(Handed(kind), loader_with_losses(), order="layers", **options)
+
+
+def test_what_is_handed_on_in_a_mapping_is_exact():
+    options = {"loss_fn": per_token_losses, "target_modules": r"layers\..*up"}
+    assert_same(Handed("mapping"), loader_with_losses(), **options)

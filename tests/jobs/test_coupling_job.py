@@ -20,6 +20,7 @@ from tiny_folders import WORDS, rows, save_model, write_jsonl, write_sources
 
 import fastdean
 from fastdean.cli import commands
+from fastdean.coupling import by_layers, order
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.sets import RULES
 from fastdean.jobs import folder as run_folder
@@ -32,6 +33,7 @@ from fastdean.jobs.coupling.results import _about_rows
 from fastdean.jobs.debias import DebiasJob
 from fastdean.jobs.rows import split_rows
 from fastdean.masks import NeuronMask
+from fastdean.models import replay
 
 OPTIONS = {"ratio": 0.05, "examples": 5, "eval_examples": 5}
 # For what does not hang on the measurements, which take most of a tiny run.
@@ -89,15 +91,16 @@ def scored(monkeypatch):
     class Record(list):
         fail = {}
 
-    record, real = Record(), steps.score
+    record, real = Record(), steps.score_sets
 
-    def score(*args, description, **options):
-        if description in record.fail:
-            raise record.fail[description]
-        record.append(description)
-        return real(*args, description=description, **options)
+    def score_sets(model, loaders, **options):
+        for description in (f"score {name}" for name in loaders):
+            if description in record.fail:
+                raise record.fail[description]
+            record.append(description)
+        return real(model, loaders, **options)
 
-    monkeypatch.setattr(steps, "score", score)
+    monkeypatch.setattr(steps, "score_sets", score_sets)
     return record
 
 
@@ -805,6 +808,108 @@ def test_each_step_is_announced_before_it_begins_and_titles_its_bars(
     assert lines == [f"fastdean: {step}" for step in steps]
     assert {steps[3], f"{steps[9]}: margins", f"{steps[8]}: hidden states"} <= {*titles}
     assert all(title.startswith("step ") for title in titles)
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """How often the weights of each layer were brought in."""
+    entered, real = {}, by_layers.weights_in
+
+    def weights_in(layer):
+        entered[id(layer)] = entered.get(id(layer), 0) + 1
+        return real(layer)
+
+    monkeypatch.setattr(by_layers, "weights_in", weights_in)
+    return entered
+
+
+def little_memory(monkeypatch):
+    """So that "auto" takes the order of the layers."""
+    monkeypatch.setattr(order, "available_memory", lambda device: 200_000)
+
+
+def scoring_steps(capsys):
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if line.startswith("fastdean: step") and ", score" in line]
+
+
+@pytest.mark.parametrize("by", ["layers", "auto"])
+def test_all_data_sets_take_one_sweep_by_layers(
+    place, finished, windows, tmp_path, monkeypatch, capsys, by
+):
+    little_memory(monkeypatch)
+    results = run(Job(**place, **QUICK, order=by), tmp_path / "run", progress=True)
+    assert set(windows.values()) == {2} and len(windows) == 2
+    assert results["coupling"] == finished[1]["coupling"]
+    assert results["overlap"] == finished[1]["overlap"]
+    for name in DATA_SETS:
+        found, expected = (
+            Scores.from_pretrained(folder / "scores" / name)
+            for folder in (tmp_path / "run", finished[0])
+        )
+        assert all(torch.equal(found.index(each), expected.index(each)) for each in expected)
+        assert found.manifest["order"]["by"] == "layers"
+        assert found.manifest["data"] == expected.manifest["data"]
+    named = "score fairness, privacy, general"
+    assert scoring_steps(capsys) == [f"fastdean: step 4 of 9, {named}"]
+    (row,) = [row for row in results["cost"] if row["step"].startswith("score")]
+    tokens = sum(data["tokens"] for data in results["data"].values())
+    assert row["step"] == named and row["tokens"] == tokens and row["seconds"] > 0
+    assert len(results["cost"]) == 9
+
+
+def test_auto_that_takes_the_batches_has_a_step_for_each_data_set(
+    place, finished, windows, tmp_path, capsys
+):
+    results = run(Job(**place, **QUICK, order="auto"), tmp_path / "run", progress=True)
+    assert not windows and results["coupling"] == finished[1]["coupling"]
+    names = [f"score {name}" for name in DATA_SETS]
+    expected = [f"fastdean: step {n} of 11, {name}" for n, name in enumerate(names, 4)]
+    assert scoring_steps(capsys) == expected
+    costs = {row["step"]: row["tokens"] for row in results["cost"]}
+    assert [costs[name] for name in names] == [results["data"][s]["tokens"] for s in DATA_SETS]
+    assert len(costs) == 11
+
+
+def test_auto_that_must_take_the_batches_after_all_counts_its_steps_anew(
+    place, finished, tmp_path, monkeypatch, capsys
+):
+    def sweep(self):
+        raise replay.NotByLayers("model.layers.1 must compute the same")
+
+    little_memory(monkeypatch)
+    monkeypatch.setattr(by_layers.Sweep, "run", sweep)
+    results = run(Job(**place, **QUICK, order="auto"), tmp_path / "run", progress=True)
+    assert results["coupling"] == finished[1]["coupling"]
+    expected = ["step 4 of 9, score fairness, privacy, general"]
+    expected += [f"step {n} of 11, score {name}" for n, name in enumerate(DATA_SETS, 4)]
+    assert scoring_steps(capsys) == [f"fastdean: {step}" for step in expected]
+    assert len(results["cost"]) == 11
+
+
+@pytest.mark.parametrize("by", ["layers", "auto"])
+def test_a_sweep_that_was_stopped_takes_the_data_sets_that_are_left(
+    place, finished, windows, tmp_path, monkeypatch, capsys, by
+):
+    little_memory(monkeypatch)
+    job, real = Job(**place, **QUICK, order=by), Scores.save_pretrained
+
+    def save_pretrained(self, folder, **options):
+        if folder.name == "privacy":
+            raise OSError(errno.ENOSPC, "No space left")
+        return real(self, folder, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Scores, "save_pretrained", save_pretrained)
+        run(job, tmp_path / "run", progress=False)
+    assert [path.name for path in (tmp_path / "run" / "scores").iterdir()] == ["fairness"]
+    windows.clear()
+    results = run(job, tmp_path / "run", progress=True)
+    assert set(windows.values()) == {2}
+    assert results["coupling"] == finished[1]["coupling"]
+    assert scoring_steps(capsys) == ["fastdean: step 5 of 10, score privacy, general"]
+    steps = [row["step"] for row in results["cost"]]
+    assert "score fairness, by an earlier call" in steps and len(steps) == 10
 
 
 def _spoiled(path, source):

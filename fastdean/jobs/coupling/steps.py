@@ -6,7 +6,9 @@ figures in `measuring`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from logging import LogRecord
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from fastdean.coupling.scores import Scores
-from fastdean.coupling.scoring import score
+from fastdean.coupling.scoring import score_sets
 from fastdean.coupling.sets import couple, nothing_selected_error
 from fastdean.coupling.targets import Target, find_targets
 from fastdean.data.examples import Example
@@ -73,15 +75,12 @@ def run(
         OSError: the disk refused; what was finished before stays and is used again.
     """
     ranks = Ranks.current()
-    # Reading, loading, checking, a scoring of each data set, coupling, the model and its masks.
-    steps = 3 + len(DATA_SETS) + 2 + len({job.rule, *CONTROLS})
     with ranks.failing_together():
-        session = Session.open(job, out, command, overwrite, progress, steps=steps)
+        session = Session.open(job, out, command, overwrite, progress)
+        session.costs.total = _number_of_steps(session)
         prepared = _prepare(session)
     with session.writing():
-        each = ((name, _score(name, prepared, session)) for name in DATA_SETS)
-        # The first rank has all of them.
-        scores = {name: made for name, made in each if made is not None}
+        scores = _score(prepared, session)
         if not ranks.first:
             return {}
         with session.costs.step("couple"):
@@ -211,20 +210,69 @@ def _keep_top(sizes: Sequence[int], job: Job) -> float | None:
     return min(1.0, max(*job.curve, floor))
 
 
-def _score(name: str, prepared: _Prepared, session: Session[Job]) -> Scores | None:
-    """Score one data set, or read the scores that an earlier call of this job saved."""
+def _number_of_steps(session: Session[Job]) -> int | None:
+    """Of the whole job; None where the order of scoring shows only later."""
+    if session.job.order == "auto":
+        return None
+    earlier = sum(_is_scored(name, session) for name in DATA_SETS)
+    left = len(DATA_SETS) - earlier
+    scoring = left if session.job.order == "batches" else min(left, 1)
+    # Reading, loading, checking.
+    return 3 + earlier + scoring + _steps_after_scoring(session.job)
+
+
+def _steps_after_scoring(job: Job) -> int:
+    """Coupling, the model and its masks."""
+    return 2 + len({job.rule, *CONTROLS})
+
+
+def _is_scored(name: str, session: Session[Job]) -> bool:
+    """Whether an earlier call of this job saved these scores, as the rank's own disk has it."""
+    return session.folder.resumes and session.folder.scores(name).is_dir()
+
+
+def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
+    """Score the data sets, but for those whose scores an earlier call of this job saved.
+
+    Batch by batch each is a step; layer by layer all of them are one, in one sweep.
+
+    Returns:
+        By name; nothing on other ranks than the first.
+    """
     job, folder, ranks = session.job, session.folder, session.ranks
-    examples = prepared.scored[name]
-    tokens = sum(len(example) for example in examples)
-    if ranks.agree(folder.resumes and folder.scores(name).is_dir()):
+    tokens = {name: sum(map(len, examples)) for name, examples in prepared.scored.items()}
+    found: dict[str, Scores] = {}
+    left = []
+    for name in DATA_SETS:
+        if not ranks.agree(_is_scored(name, session)):
+            left.append(name)
+            continue
         logger.info("%s is scored already, read from %s", name, folder.scores(name))
-        session.costs.add(f"score {name}, by an earlier call", tokens, None, None)
+        session.costs.add(f"score {name}, by an earlier call", tokens[name], None, None)
         with ranks.failing_together():
-            return Scores.from_pretrained(folder.scores(name)) if ranks.first else None
-    with session.costs.step(f"score {name}", tokens):
-        scores = score(
+            if ranks.first:
+                found[name] = Scores.from_pretrained(folder.scores(name))
+
+    def finished(name: str, scores: Scores) -> None:
+        skipped = prepared.rows[name].skipped
+        note_origin(scores, job, getattr(job, name), prepared.renderings[name], skipped)
+        # A disk that is full on the first rank must not leave the others waiting for the next sum.
+        with ranks.failing_together():
+            if ranks.first:
+                folder.claim()
+                scores.save_pretrained(folder.scores(name))
+                found[name] = scores
+
+    @contextmanager
+    def step(names: Sequence[str], since: float | None = None) -> Iterator[None]:
+        every = sum(tokens[name] for name in names)
+        with session.costs.step(f"score {', '.join(names)}", every, since=since):
+            yield
+
+    def score(names: Sequence[str], **options: Any) -> None:
+        score_sets(
             prepared.model,
-            examples,
+            {name: prepared.scored[name] for name in names},
             granularity=job.granularity,
             target_modules=job.target_modules,
             tokens_per_batch=job.tokens_per_batch,
@@ -234,16 +282,27 @@ def _score(name: str, prepared: _Prepared, session: Session[Job]) -> Scores | No
             states=job.states,
             deterministic=job.deterministic,
             progress=session.progress,
-            description=f"score {name}",
+            finished=finished,
+            **options,
         )
-    source, skipped = getattr(job, name), prepared.rows[name].skipped
-    note_origin(scores, job, source, prepared.renderings[name], skipped)
-    # A disk that is full on the first rank must not leave the others waiting for the next sum.
-    with ranks.failing_together():
-        if ranks.first:
-            folder.claim()
-            scores.save_pretrained(folder.scores(name))
-    return scores
+
+    if job.order == "auto" and left:
+        began = time.perf_counter()
+
+        def chosen(names: Sequence[str]) -> AbstractContextManager:
+            """A step, now that the order is chosen; the first has chosen it."""
+            to_come = 1 if len(names) == len(left) else len(left) - left.index(names[0])
+            done = len(session.costs.steps)
+            session.costs.total = done + to_come + _steps_after_scoring(job)
+            return step(names, began if names[0] == left[0] else None)
+
+        score(left, step=chosen)
+    else:
+        alone = [[name] for name in left]
+        for names in alone if job.order == "batches" else filter(None, [left]):
+            with step(names):
+                score(names)
+    return {name: found[name] for name in DATA_SETS if name in found}
 
 
 def _couple(
