@@ -1,4 +1,4 @@
-// The collapse-alignment loss and its backward on CUDA, without atomics: every sum has one order,
+// The collapse-alignment loss and its backward on CUDA, without atomic sums: every sum has one order,
 // which depends on sizes alone.
 //
 // Forward: the labelled rows are sorted by class with a stable counting sort (rank_rows, add_chunks,
@@ -136,9 +136,9 @@ __global__ void rank_rows(Plan plan) {
     int64_t label = -1;
     if (row < last) {
       label = label_of(p, row);
-      // Every thread that writes writes the same.
+      // Many threads may find one: a plain store would be a race, though all write the same.
       if (label < 0 && reinterpret_cast<const int64_t*>(p.labels)[row] != -1)
-        *plan.out_of_range = 1;
+        atomicExch(plan.out_of_range, 1);
     }
     labels[threadIdx.x] = label;
     __syncthreads();

@@ -42,8 +42,8 @@ class TileSetting:
 
 # Two fp32 accumulators live in registers. On compute capability 9 (warpgroup products) 128 x 128 is
 # the largest tile that does not spill, if it needs no mask; on 8 it always spills. 64 x 128 with 64
-# tokens a step spills if the inputs' rows are not aligned. Other chips, for which nothing was
-# compiled, take the smaller tiles.
+# tokens a step spills if the inputs' rows are not aligned. Other chips take
+# the smaller tiles.
 _WARPGROUP_TILES = ((128, 128), (64, 128), (64, 64))
 _WARP_TILES = ((64, 128), (64, 64))
 _NUM_WARPS = 8

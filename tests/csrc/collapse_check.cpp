@@ -1,5 +1,8 @@
-// collapse_alignment_cpu and its backward against sums in double; compiled with the sanitizers, so
-// that a read or write outside its memory, or undefined behaviour, ends it.
+// The collapse-alignment loss and its backward against sums in double; compiled with the sanitizers,
+// so that a read or write outside its memory, or undefined behaviour, ends it.
+//
+// Without an argument all cases are checked; "few" are each case in each dtype once, and "one" is a
+// single case. "random SEED" are some of random sizes.
 //
 // What must not be read holds NaN: the gaps between rows, rows of features without a label, rows of
 // the weight of classes not seen, and every output and workspace before the call; what is dropped
@@ -7,13 +10,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "entry_points.h"
 #include "fastdean.h"
 
 namespace {
@@ -137,6 +143,12 @@ const Case kCases[] = {
     {"class means alike", 9, 7, 3, 2, 2, 1, false, Features::kAlike},
     {"cosines alike", 6, 1, 2, 0, 2, 1, false, Features::kOpposite},
 };
+
+// More of rows, columns and classes than a block of a kernel takes at once.
+const Case kBlocks = {"several blocks", 300, 258, 7, 2, 5, 0.5, true, Features::kScattered};
+// Rows and classes of which a block of a kernel takes one lot after the other.
+const Case kManyRows = {"many rows", 16500, 2, 5, 1, 3, 0.5, true, Features::kScattered};
+const Case kManyClasses = {"many classes", 90, 2, 2100, 0, 40, 0.5, true, Features::kScattered};
 
 // Three blocks of classes in two slices of columns, two lots of rows without a label, and work for
 // three threads.
@@ -422,7 +434,7 @@ CollapseParams params_of(const Problem& p, const Results& results, int64_t level
 template <class Call>
 Status in_a_workspace(CollapseParams params, Call call) {
   // NaN in either dtype of the sums, and as integers no two alike.
-  std::vector<int64_t> workspace(fastdean::collapse_workspace_bytes(params) / 8);
+  std::vector<int64_t> workspace(entry_points::collapse_workspace_bytes(params) / 8);
   std::iota(workspace.begin(), workspace.end(), -(int64_t{1} << 20));
   params.workspace = address_of(workspace);
   return call(params);
@@ -460,9 +472,9 @@ Results run(const Problem& p, CollapseStatistic statistic, int64_t level, int64_
   Results results(p);
   const CollapseParams forward = forward_params(p, results, statistic, level, workers);
   const CollapseParams backward = backward_params(p, results, level, workers);
-  expect(in_a_workspace(forward, fastdean::collapse_alignment_cpu) == Status::kOk,
+  expect(in_a_workspace(forward, entry_points::collapse_alignment) == Status::kOk,
          where + ": the forward refused");
-  expect(in_a_workspace(backward, fastdean::collapse_alignment_backward_cpu) == Status::kOk,
+  expect(in_a_workspace(backward, entry_points::collapse_alignment_backward) == Status::kOk,
          where + ": the backward refused");
   return results;
 }
@@ -474,12 +486,12 @@ void check_alone(const Problem& p, const Results& results, int64_t level,
   CollapseParams one = backward_params(p, results, level, 1);
   one.grad_weight = alone.grad_weight.address();
   one.grad_features = 0;
-  in_a_workspace(one, fastdean::collapse_alignment_backward_cpu);
+  in_a_workspace(one, entry_points::collapse_alignment_backward);
   expect(alone.grad_weight.bytes == results.grad_weight.bytes,
          where + ": another grad_weight without grad_features");
   one.grad_weight = 0;
   one.grad_features = alone.grad_features.address();
-  in_a_workspace(one, fastdean::collapse_alignment_backward_cpu);
+  in_a_workspace(one, entry_points::collapse_alignment_backward);
   expect(alone.grad_features.bytes == results.grad_features.bytes,
          where + ": another grad_features without grad_weight");
 }
@@ -509,8 +521,7 @@ void check_results(const Problem& p, const Results& found, const Expected& right
   expect_close(found.sums, right.sums, right.sums_scale, direct, where + ": sums");
   expect_close(found.counts, p.counts, p.counts, 1e-15, where + ": counts");
   expect_close(found.centre, right.centre, right.centre_scale, direct, where + ": centre");
-  expect_close(found.loss, right.loss, right.loss_scale, wide ? 1e-13 : indirect,
-               where + ": loss");
+  expect_close(found.loss, right.loss, right.loss_scale, wide ? 1e-13 : indirect, where + ": loss");
   expect_close(found.grad_weight, right.grad_weight, right.grad_weight_scale, indirect,
                where + ": grad_weight");
   expect_close(found.grad_features, right.grad_features, right.grad_features_scale, indirect,
@@ -518,36 +529,37 @@ void check_results(const Problem& p, const Results& found, const Expected& right
 }
 
 const char* name_of(CollapseStatistic statistic) {
-  return statistic == CollapseStatistic::kStd ? "std"
+  return statistic == CollapseStatistic::kStd  ? "std"
          : statistic == CollapseStatistic::kCv ? "cv"
                                                : "mean";
 }
 
-void check(const Problem& p, CollapseStatistic statistic) {
+void check(const Problem& p, CollapseStatistic statistic,
+           const std::vector<int64_t>& more_workers = {2, 3}) {
   const Oracle oracle(p, statistic);
-  const auto best = static_cast<int64_t>(std::min(fastdean::best_cpu_level(), CpuLevel::kAvx2));
+  const auto best = static_cast<int64_t>(std::min(entry_points::best_level(), CpuLevel::kAvx2));
   for (int64_t level = 0; level <= best; ++level) {
     const std::string where = std::string(p.c.name) + ", " + p.dtypes.name + ", " +
                               name_of(statistic) + ", level " + std::to_string(level);
     const Results first = run(p, statistic, level, 1, where);
     check_results(p, first, oracle.expected(), where);
     check_alone(p, first, level, where);
-    for (const int64_t workers : {2, 3}) {
+    for (const int64_t workers : more_workers) {
       const std::string by = where + ", " + std::to_string(workers) + " workers";
       expect(run(p, statistic, level, workers, by) == first, by + ": other bits than by 1");
     }
   }
 }
 
-void check_refused(const Problem& p, int64_t CollapseParams::*field, int64_t value, Status right,
+void check_refused(const Problem& p, int64_t CollapseParams::* field, int64_t value, Status right,
                    const std::string& what) {
   const Results results(p);
   CollapseParams params = forward_params(p, results, CollapseStatistic::kStd, 0, 1);
   params.*field = value;
-  expect(in_a_workspace(params, fastdean::collapse_alignment_cpu) == right, what + ": forward");
+  expect(in_a_workspace(params, entry_points::collapse_alignment) == right, what + ": forward");
   params = backward_params(p, results, 0, 1);
   params.*field = value;
-  expect(in_a_workspace(params, fastdean::collapse_alignment_backward_cpu) == right,
+  expect(in_a_workspace(params, entry_points::collapse_alignment_backward) == right,
          what + ": backward");
   for (const Elements* each : {&results.sums, &results.counts, &results.centre, &results.factors,
                                &results.loss, &results.grad_weight, &results.grad_features}) {
@@ -570,7 +582,7 @@ void check_refusals() {
   const Problem wide(kRefused, kDTypes[4]);
   check_refused(wide, &CollapseParams::features_dtype, fp16, unknown, "fp16 with a weight in fp64");
   check_refused(wide, &CollapseParams::weight_dtype, fp16, unknown, "fp64 with a weight in fp16");
-  const auto beyond = static_cast<int64_t>(fastdean::best_cpu_level()) + 1;
+  const auto beyond = static_cast<int64_t>(entry_points::best_level()) + 1;
   for (const int64_t level : {int64_t{-1}, beyond}) {
     check_refused(half, &CollapseParams::level, level, Status::kUnsupportedLevel,
                   "level " + std::to_string(level));
@@ -583,20 +595,89 @@ void check_refusals() {
   }
 }
 
-}  // namespace
+// The kernels cannot refuse a label: it counts as none, and shows in the loss.
+void check_labels_out_of_range() {
+  Problem p(kBlocks, kDTypes[2]);
+  const Results right = run(p, CollapseStatistic::kStd, 0, 1, "labels in range");
+  // Of every block of rows more than one.
+  for (int64_t t = 0; t < p.c.rows; ++t) {
+    if (p.labels[t] < 0) p.labels[t] = t % 2 == 0 ? -2 - t : p.c.classes + (t << 32);
+  }
+  const Results found = run(p, CollapseStatistic::kStd, 0, 1, "labels out of range");
+  expect(found.sums.bytes == right.sums.bytes, "labels out of range: other sums");
+  expect(found.counts.bytes == right.counts.bytes, "labels out of range: other counts");
+  expect(std::isnan(found.loss.get(0)), "labels out of range: a loss");
+  for (const Elements* each : {&found.factors, &found.grad_weight, &found.grad_features}) {
+    bool zero = true;
+    for (int64_t i = 0; i < each->count(); ++i) zero &= each->get(i) == 0;
+    expect(zero, "labels out of range: a gradient");
+  }
+}
 
-int main() {
-  const CollapseStatistic statistics[] = {CollapseStatistic::kStd, CollapseStatistic::kCv,
-                                          CollapseStatistic::kMean};
+Case random_case(std::mt19937& random) {
+  const auto one_of = [&](std::initializer_list<int64_t> values) {
+    return values.begin()[random() % values.size()];
+  };
+  Case c = {"random", 0, 0, 0, 0, 0, 1, true, Features::kScattered};
+  c.rows = one_of({0, 1, 2, 31, 255, 256, 257, 511, 700, 1025});
+  c.columns = one_of({2, 3, 31, 32, 33, 63, 65, 255, 256, 257, 513});
+  c.classes = one_of({3, 5, 31, 32, 33, 65, 257});
+  c.gap = one_of({0, 1, 5});
+  c.labelled = one_of({0, 1, c.classes / 2, c.classes - 2});
+  c.decay = std::vector<double>{1, 0.875, 0.5, 0}[random() % 4];
+  c.has_state = random() % 3 != 0;
+  return c;
+}
+
+constexpr CollapseStatistic kStatistics[] = {CollapseStatistic::kStd, CollapseStatistic::kCv,
+                                             CollapseStatistic::kMean};
+
+void check_random(unsigned seed) {
+  std::mt19937 random(seed);
+  for (int i = 0; i < 20; ++i) {
+    const Case c = random_case(random);
+    const DTypes& dtypes = kDTypes[random() % std::size(kDTypes)];
+    check(Problem(c, dtypes), kStatistics[random() % 3], {2});
+  }
+}
+
+void check_few() {
+  size_t next = 0;
+  for (const DTypes& dtypes : kDTypes) {
+    for (const Case& c : kCases) check(Problem(c, dtypes), kStatistics[next++ % 3], {});
+  }
+  check(Problem(kBlocks, kDTypes[1]), CollapseStatistic::kCv, {2});
+  check(Problem(kManyRows, kDTypes[4]), CollapseStatistic::kStd, {});
+}
+
+void check_all() {
   for (const DTypes& dtypes : kDTypes) {
     for (const Case& c : kCases) {
       const Problem problem(c, dtypes);
-      for (const CollapseStatistic statistic : statistics) check(problem, statistic);
+      for (const CollapseStatistic statistic : kStatistics) check(problem, statistic);
     }
   }
   // In bf16, mixed and in fp64: what differs between dtypes has been seen above.
   for (const int i : {1, 3, 4}) check(Problem(kManyTiles, kDTypes[i]), CollapseStatistic::kCv);
-  check_refusals();
+  check(Problem(kBlocks, kDTypes[2]), CollapseStatistic::kCv);
+  check(Problem(kManyClasses, kDTypes[2]), CollapseStatistic::kCv);
+  // In fp64: so many rows round further in fp32 than the others.
+  check(Problem(kManyRows, kDTypes[4]), CollapseStatistic::kCv);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string which = count > 1 ? arguments[1] : "all";
+  if (which == "all") check_all();
+  if (which == "few") check_few();
+  if (which == "one") check(Problem(kBlocks, kDTypes[2]), CollapseStatistic::kCv, {});
+  if (which == "random") check_random(std::atoi(arguments[2]));
+  if (entry_points::kOnCuda) {
+    check_labels_out_of_range();
+  } else {
+    check_refusals();
+  }
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

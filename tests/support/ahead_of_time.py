@@ -18,9 +18,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import pytest
+
 # Compute capability -> bytes of shared memory that one program may take.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
 REGISTER_LIMIT = 255
+
+# Every run of the tests compiles for those that wheels are made for; the others take minutes more.
+CAPABILITIES = [
+    pytest.param(each, marks=() if each in (80, 90) else pytest.mark.slow) for each in SHARED_LIMIT
+]
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,7 @@ class Resources:
 
 
 def compile_all(builds: Sequence[Build], capability: int) -> dict[str, Resources]:
-    """name -> resources of every build, for compute capability 80 (8.0) or 90 (9.0)."""
+    """name -> resources of every build, for a compute capability such as 80 (8.0)."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([*sys.path, environment.get("PYTHONPATH", "")])
     request = {"capability": capability, "builds": [asdict(build) for build in builds]}
@@ -71,11 +85,20 @@ def compile_all(builds: Sequence[Build], capability: int) -> dict[str, Resources
     return {name: Resources(**found) for name, found in json.loads(done.stdout).items()}
 
 
-def require_fit(builds: Mapping[str, Resources], capability: int) -> None:
-    """Fail unless every build keeps to registers and to the shared memory that there is."""
+def require_fit(
+    builds: Mapping[str, Resources],
+    capability: int,
+    known_spills: Mapping[tuple[str, int], int] | None = None,
+) -> None:
+    """Fail unless every build keeps to registers and to the shared memory that there is.
+
+    Args:
+        known_spills: (name, compute capability) -> bytes that may be spilled, and no more.
+    """
     assert builds
     for name, found in builds.items():
-        assert found.stack_bytes == 0, f"{name} spills {found.stack_bytes} bytes"
+        allowed = (known_spills or {}).get((name, capability), 0)
+        assert found.stack_bytes <= allowed, f"{name} spills {found.stack_bytes} bytes"
         assert found.registers <= REGISTER_LIMIT, name
         assert found.shared_bytes <= SHARED_LIMIT[capability], name
 
