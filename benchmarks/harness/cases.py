@@ -23,6 +23,11 @@ from fastdean.ops._dispatch import choose
 FP32_TOLERANCE = 5e-5
 
 
+def norm_error(result: Tensor, expected: Tensor) -> float:
+    """||result - expected|| / ||expected||."""
+    return float((result.double() - expected.double()).norm() / expected.double().norm())
+
+
 @dataclass(frozen=True)
 class Contender:
     """One way to compute a case.
@@ -84,7 +89,7 @@ class Case:
     contenders: tuple[Contender, ...]
     inputs: Callable[[torch.Generator], Any] | None = None
     expected: Callable[[Any], Any] | None = None
-    error: Callable[[Any, Any], float] | None = None
+    error: Callable[[Any, Any], float] = norm_error
     floor: Contender | None = None
     shapes: tuple[MatrixShape, ...] = ()
     device_type: str = ""
@@ -93,11 +98,6 @@ class Case:
     def setup(self) -> dict[str, Any]:
         """As the field of a record."""
         return {"dtype": self.dtype, **self.settings}
-
-
-def norm_error(result: Tensor, expected: Tensor) -> float:
-    """||result - expected|| / ||expected||."""
-    return float((result.double() - expected.double()).norm() / expected.double().norm())
 
 
 def implementation(
@@ -120,13 +120,13 @@ def implementation(
     return Contender(name, lambda inputs: run(impl, inputs), refusal=refusal, ours=True, **options)
 
 
-def compiled(expression: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+def compiled(expression: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` of plain torch, at the first call: it loads the compiler."""
     made: list[Callable[..., Any]] = []
 
     def run(*arguments: Any) -> Any:
         if not made:
-            made.append(torch.compile(expression, backend=backend, dynamic=False))
+            made.append(torch.compile(expression, dynamic=False))
         return made[0](*arguments)
 
     return run
