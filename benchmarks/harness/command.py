@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.harness import environment, gate, store
 from benchmarks.harness.plots import Picture, drawn
-from benchmarks.harness.progress import say
 from benchmarks.harness.session import Session
+from benchmarks.harness.store import say
 from benchmarks.harness.tables import Table, rendered, replace_between_markers
 from fastdean.files.atomic import write_text_atomic
 

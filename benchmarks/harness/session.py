@@ -14,8 +14,7 @@ import torch
 from benchmarks.harness import clock, store
 from benchmarks.harness.clock import Spread
 from benchmarks.harness.memory import Held
-from benchmarks.harness.progress import say
-from benchmarks.harness.store import Record
+from benchmarks.harness.store import Record, say
 
 Unit = TypeVar("Unit")
 

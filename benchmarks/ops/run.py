@@ -12,9 +12,9 @@ import torch
 from benchmarks.harness import gate
 from benchmarks.harness.cases import Case, Contender, product_name
 from benchmarks.harness.clock import Spread
-from benchmarks.harness.progress import say
 from benchmarks.harness.rates import copy_bandwidth, large_product_rate
 from benchmarks.harness.session import Session, release
+from benchmarks.harness.store import say
 from benchmarks.ops import collapse, importance, mask, selection, unit_importance
 from benchmarks.ops.measuring import check, input_sets, measured
 from fastdean.kernels import interpreted

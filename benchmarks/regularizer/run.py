@@ -18,9 +18,8 @@ from benchmarks.harness import tables
 from benchmarks.harness.clock import Spread, elapsed
 from benchmarks.harness.command import at_least_two, model_options, positive
 from benchmarks.harness.gate import test_files
-from benchmarks.harness.progress import say
 from benchmarks.harness.session import Sample, Session, seconds_of, take_turns
-from benchmarks.harness.store import Record
+from benchmarks.harness.store import Record, say
 from benchmarks.harness.tables import Cells, Table
 from benchmarks.regularizer.subject import ARCHITECTURES, Subject, load_subject
 from fastdean.collapse import CollapseRegularizer, Representations, collapse_metrics

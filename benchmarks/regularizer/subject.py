@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import models
 from benchmarks.harness.models import ENCODERS, display_name, random_encoder, random_model
-from benchmarks.harness.progress import say
+from benchmarks.harness.store import say
 from fastdean.collapse import CollapseClasses, default_shift, position_labels
 from fastdean.data.examples import Example
 from fastdean.data.sources import load_rows

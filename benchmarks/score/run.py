@@ -14,7 +14,6 @@ from benchmarks.harness import gate, models, store, tables
 from benchmarks.harness.cases import Case, Contender, norm_error
 from benchmarks.harness.command import positive
 from benchmarks.harness.plots import Panel
-from benchmarks.harness.progress import say
 from benchmarks.harness.rates import Floor, copy_bandwidth, matrix_rate
 from benchmarks.harness.session import (
     Problem,
@@ -26,7 +25,7 @@ from benchmarks.harness.session import (
     take_turns,
     timed,
 )
-from benchmarks.harness.store import Record
+from benchmarks.harness.store import Record, say
 from benchmarks.harness.tables import Cells, Table
 from benchmarks.score import breakdown, subject
 from benchmarks.score.baselines import vmap_chunk

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness.models import Shape, random_encoder
-from benchmarks.harness.progress import say
+from benchmarks.harness.store import say
 from fastdean.data.sources import load_rows
 from fastdean.debias import augment, mask_tokens, masked_lm_loss
 from fastdean.debias.gender_words import GenderWords

@@ -23,8 +23,8 @@ from benchmarks.harness import models, store, tables
 from benchmarks.harness.clock import synchronize
 from benchmarks.harness.command import above_zero, positive
 from benchmarks.harness.gate import test_files
-from benchmarks.harness.progress import say
 from benchmarks.harness.session import Session
+from benchmarks.harness.store import say
 from experiments.debias.figures import Figure, HeldOut
 from experiments.debias.subject import ARMS, DATA, Subject, load_subject
 from experiments.debias.table import BASE, TABLE

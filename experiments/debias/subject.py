@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import models
-from benchmarks.harness.progress import say
+from benchmarks.harness.store import say
 from experiments.debias.encoder import HIDDEN, LAYERS, trained_encoder
 from fastdean.collapse import CollapseClasses, frequency_matched_control, random_control
 from fastdean.data.sources import load_rows
