@@ -26,9 +26,8 @@ from collections.abc import Sequence
 
 import benchmarks.ops.run as ops
 import benchmarks.ops.table as ops_table
-import benchmarks.regularizer.run as regularizer
 import benchmarks.score.run as score
-from benchmarks import patch
+from benchmarks import patch, regularizer
 from benchmarks.harness import command
 from benchmarks.harness.command import Benchmark
 from benchmarks.score import agreement, subject, sweep
