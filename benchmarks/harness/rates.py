@@ -38,21 +38,6 @@ class MatrixShape:
         return self.forward + self.input_gradient + self.weight_gradient
 
 
-@dataclass(frozen=True)
-class Floor:
-    """What no run beats: its products at the machine's rate, its bytes at the bandwidth; both rates
-    per second."""
-
-    operations: int
-    bytes: int
-    matrix_rate: float
-    copy_bandwidth: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.operations / self.matrix_rate, self.bytes / self.copy_bandwidth)
-
-
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written, of a copy too large for any cache."""
     size = _COPY_BYTES[device.type]

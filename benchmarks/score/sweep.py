@@ -161,17 +161,11 @@ def _value(point: Point, model: nn.Module, targets: str | Sequence[str]) -> floa
 
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
     header = [rows[0]["sweep"], "", "seconds (p20 to p80)", "tokens/s", "peak memory"]
-    return [*header, "floor / time"], [
-        [
-            f"{row['x']:,.0f}",
-            NAMES[row.contender],
-            tables.spread(row),
-            f"{row['tokens_per_s']:.0f}",
-            tables.megabytes(row["peak_bytes"]),
-            f"{row['share_of_floor']:.0%}",
-        ]
-        for row in sorted(rows, key=lambda row: row["x"])
-    ]
+    lines = []
+    for row in sorted(rows, key=lambda row: row["x"]):
+        line = [f"{row['x']:,.0f}", NAMES[row.contender], tables.spread(row)]
+        lines.append([*line, f"{row['tokens_per_s']:.0f}", *tables.memory_and_floor(row)])
+    return [*header, "floor / time"], lines
 
 
 # A resumed sweep has several dates: the latest of each point, not of each run.
@@ -185,15 +179,14 @@ def picture(rows: Sequence[Record]) -> list[list[Panel]]:
     above, below = [], []
     for group in store.grouped(store.latest(rows, _LATEST), _GROUPS):
         sweep = group[0]["sweep"]
-        lines, floor = seconds_over(group, "x")
         title = f"{group[0]['device']}\n{sweep}"
+        lines, floor = seconds_over(group, "x")
         above.append(Panel(title, sweep, "seconds", lines, floor=floor, log="xy"))
-        ordered = sorted(group, key=lambda row: row["x"])
+        tokens = {row["x"]: row["tokens"] for row in group}
         rates = [
-            Line(line[0].contender, [r["x"] for r in line], [r["tokens_per_s"] for r in line])
-            for line in store.grouped(ordered, ("contender",))
+            Line(each.label, each.x, [tokens[x] / y for x, y in zip(each.x, each.y, strict=True)])
+            for each in (*lines, floor)
         ]
-        best = {row["x"]: row["tokens"] / row["floor_s"] for row in ordered}
-        floor = Line("floor", list(best), list(best.values()))
-        below.append(Panel("", sweep, "tokens per second", rates, floor=floor, log="x"))
+        *lines, floor = rates
+        below.append(Panel("", sweep, "tokens per second", lines, floor=floor, log="x"))
     return [above, below]
