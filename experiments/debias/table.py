@@ -71,7 +71,10 @@ def label(arm: Arm) -> str:
 def _block(name: str, base: Record | None, arms: Mapping[Arm, Sequence[Record]]) -> list[Cells]:
     """The lines of one figure, which its title begins."""
     before = None if base is None else base["figures"].get(name)
-    values = {arm: _values(rows, name) for arm, rows in arms.items()}
+    values: dict[Arm, dict[int, float]] = {arm: {} for arm in arms}
+    for arm, row in ((arm, row) for arm, rows in arms.items() for row in rows):
+        if row["figures"].get(name) is not None:
+            values[arm][row["seed"]] = row["figures"][name]
     without = values.get((NONE, 0.0), {})
     lines = [] if base is None else [["", NAMES[BASE], _number(before), "", ""]]
     for arm, found in values.items():
@@ -81,20 +84,10 @@ def _block(name: str, base: Record | None, arms: Mapping[Arm, Sequence[Record]])
         against_none = "" if arm[0] == NONE else _change(paired)
         lines.append(["", label(arm), _number(mean), _change(changes), against_none])
     first = base or next(iter(arms.values()))[0]
-    lines[0][0] = _title(name, first)
+    unit, neutral = first["units"].get(name), first["neutral"].get(name)
+    title = f"{name}, {unit}" if unit else name
+    lines[0][0] = title if neutral is None else f"{title} (neutral: {neutral:g})"
     return lines
-
-
-def _values(rows: Sequence[Record], name: str) -> dict[int, float]:
-    """Seed -> value, where there is one."""
-    found = {row["seed"]: row["figures"].get(name) for row in rows}
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def _title(name: str, row: Record) -> str:
-    unit, neutral = row["units"].get(name), row["neutral"].get(name)
-    said = f", {unit}" if unit else ""
-    return name + said + ("" if neutral is None else f" (neutral: {neutral:g})")
 
 
 def _number(value: float | None) -> str:
