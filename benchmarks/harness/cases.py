@@ -7,13 +7,13 @@ and every output written once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.rates import MatrixShape
+from benchmarks.harness.rates import Products
 from fastdean.kernels import interpreted
 from fastdean.ops._dispatch import choose
 
@@ -75,8 +75,8 @@ class Case:
             which may change the inputs.
         error: (result, expected) -> 0 for equal; NaN never passes.
         floor: a product that nothing of this volume beats, timed beside the contenders; None: what
-            `operations`, `bytes` and `shapes` say.
-        shapes: the matrix products of a whole model, whose rate the machine is asked for.
+            `operations`, `bytes` and `products` say.
+        products: the matrix products of a whole model, whose rate the machine is asked for.
         device_type: where it is measured; "": anywhere.
     """
 
@@ -91,7 +91,7 @@ class Case:
     expected: Callable[[Any], Any] | None = None
     error: Callable[[Any, Any], float] = norm_error
     floor: Contender | None = None
-    shapes: tuple[MatrixShape, ...] = ()
+    products: Products = field(default_factory=dict)
     device_type: str = ""
 
     @property

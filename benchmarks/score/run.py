@@ -140,7 +140,7 @@ def compare(
     device, tokens = session.device, case.settings["tokens"]
 
     def measured_floor() -> dict[str, float]:
-        rate = matrix_rate(case.shapes, models.DTYPES[case.dtype], device)
+        rate = matrix_rate(case.products, models.DTYPES[case.dtype], device)
         seconds = max(case.operations / rate, case.bytes / bandwidth)
         work = {"operations": case.operations, "bytes": case.bytes}
         return {**work, "matrix_rate": rate, "copy_bandwidth": bandwidth, "floor_s": seconds}

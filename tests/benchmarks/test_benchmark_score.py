@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -113,7 +114,8 @@ def test_the_floor_of_the_tiny_model_by_hand():
     assert case.operations == (2 + 2) * (layers * tokens + head * target_tokens) + weights
     assert case.bytes == 4 * (layers + head) and case.setup["sums_bytes"] == 4 * 2 * mlp
     # All tokens fit into one batch, whose products are then all there is.
-    assert sum(s.products * s.operations_each for s in case.shapes) == case.operations
+    found = case.products.items()
+    assert sum(2 * math.prod(size) * number for (_, *size), number in found) == case.operations
     # No gradient of activations is counted below the lowest target.
     upper = work.score_case(model, examples, target_modules=r".*layers\.1\.mlp\..*")
     assert case.operations - upper.operations == 2 * (layers // 2) * tokens + weights // 2
