@@ -68,10 +68,13 @@ def command_line(argv: Sequence[str]) -> str:
 
 def sources_checksum() -> str:
     """Of every file that a measurement runs."""
+    return checksum("fastdean/**/*.py", "csrc/*", "benchmarks/**/*.py", "experiments/**/*.py")
+
+
+def checksum(*patterns: str) -> str:
     digest = hashlib.sha256()
-    for pattern in ("fastdean/**/*.py", "csrc/*", "benchmarks/**/*.py", "experiments/**/*.py"):
-        for path in sorted(ROOT.glob(pattern)):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in (path for pattern in patterns for path in sorted(ROOT.glob(pattern))):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
