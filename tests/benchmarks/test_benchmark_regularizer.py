@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import regularizer
 from benchmarks.__main__ import main
-from benchmarks.harness import store, tables
+from benchmarks.harness import store
 from benchmarks.regularizer import ARCHITECTURES, CONTENDERS, METRICS, STEP, load_subject
 
 pytestmark = pytest.mark.usefixtures("quick_benchmarks")
@@ -110,14 +110,3 @@ def test_both_sides_of_the_metrics_run_the_same_passes():
     # Before its own passes `collapse_metrics` may try the model out.
     metrics = metrics[-len(passes) :]
     assert passes and all(torch.equal(a, b) for a, b in zip(passes, metrics, strict=True))
-
-
-def test_the_table_says_what_is_within_the_noise():
-    known = [row for row in store.read(store.RESULTS, "regularizer") if row["measured"] == STEP]
-    first, doubtful, clear = known[:3]
-    doubtful.metrics.update(ratio_median=1.01, ratio_p20=0.99, ratio_p80=1.04)
-    clear.metrics.update(ratio_median=1.1, ratio_p20=1.05, ratio_p80=1.2)
-    lines = tables.rendered(regularizer.TABLE, [first, doubtful, clear]).splitlines()
-    assert lines[2].endswith(" | 1.000x |")
-    assert lines[3].endswith("| 1.010x (0.990 to 1.040), no difference beyond noise |")
-    assert lines[4].endswith("| 1.100x (1.050 to 1.200) |")

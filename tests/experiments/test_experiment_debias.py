@@ -227,30 +227,6 @@ def rendered(rows):
     return tables.rendered(table.TABLE, rows).splitlines()
 
 
-def test_the_table_compares_seed_by_seed_and_says_where_there_is_no_effect():
-    lines = rendered(three_seeds())
-    # 4.3027 / sqrt(3) = 2.4841 is half of the interval of the differences to the base.
-    assert lines[2:8] == [
-        f"| {UNC3} | the model before training | 1.5 | | |",
-        "| | no regulariser | 2 | +0.5 [-1.984, +2.984] | |",
-        "| | gender words, strength 10 | -8 | -9.5 [-11.98, -7.016] | -10 [-10, -10] |",
-        f"| {BEC}, nats (neutral: 0) | the model before training | 0.5 | | |",
-        "| | no regulariser | 0.5 | +0 [+0, +0] | |",
-        "| | gender words, strength 10 | 0.1 | -0.4 [-0.6484, -0.1516] | -0.4 [-0.6484, -0.1516] |",
-    ]
-    about = lines[9]
-    assert about.startswith("tiny, causal. Trained on 15 rows and their swapped copies;")
-    for said in (
-        "95 % interval of the mean over 3 seeds, Student's t, 4.30 standard errors to each side, "
-        "which with so few seeds is wide. A verdict takes 8 seeds, an interval without 0 and a "
-        "sign-flip test that agrees: there is none here.",
-        "No regulariser: 1.50 s a step.",
-        "Gender words, strength 10: 1.50 s a step, 9 classes, 30 to 32 tokens of the training text",
-    ):
-        assert said in about
-    assert len([line for line in lines if line.startswith("Some CPU, 2 threads")]) == 1
-
-
 def test_eight_seeds_that_agree_are_an_effect():
     rows = [
         result("base", None, 0, 0.0),
