@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.harness import gate, models, store, tables
+from benchmarks.harness import gate, models, profile, store, tables
 from benchmarks.harness.cases import Case, Contender, norm_error
 from benchmarks.harness.clock import elapsed
 from benchmarks.harness.command import positive
@@ -26,7 +26,7 @@ from benchmarks.harness.session import (
 )
 from benchmarks.harness.store import Record, say
 from benchmarks.harness.tables import Cells, Table
-from benchmarks.score import breakdown, subject
+from benchmarks.score import subject
 from benchmarks.score.baselines import vmap_chunk
 from benchmarks.score.work import score_case
 from fastdean.coupling.targets import find_targets
@@ -131,7 +131,7 @@ def compare(
     examples: Sequence[Example],
     bandwidth: float,
     repeats: int,
-    profile: bool = False,
+    with_breakdown: bool = False,
 ) -> list[Record]:
     """The contenders in turn, on the same examples, and the floor of the machine.
 
@@ -153,7 +153,7 @@ def compare(
 
     def shares_of(contender: Contender) -> dict[str, float] | None:
         run = partial(contender.run, examples)
-        shares, problem = attempt(lambda: breakdown.profile(run, device), device)
+        shares, problem = attempt(lambda: profile.shares_of(run, device), device)
         if shares is None:
             seen = "the profiler sees no kernels" if problem is None else problem.reason
             say(f"  no breakdown: {seen}")
@@ -183,7 +183,7 @@ def compare(
             "peak_bytes": most([sample.peak_bytes for sample in samples]),
             **floor,
             "share_of_floor": floor["floor_s"] / seconds["median_s"],
-            "breakdown": shares_of(able[name]) if profile and name == OURS else None,
+            "breakdown": shares_of(able[name]) if with_breakdown and name == OURS else None,
         }
         parts = {"setup": case.setup | ran, "seconds": seconds, "metrics": metrics}
         rows.append(session.append(case.op, case.name, name, **parts))

@@ -1,13 +1,16 @@
-"""The table of the study: what each arm came to, against the base and against "none"."""
+"""What each arm came to, against the base and against "none": a table and a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
+from textwrap import fill
 
-from benchmarks.harness import tables
+from benchmarks.harness import store, tables
+from benchmarks.harness.plots import Line, Panel
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import NOT_MEASURED, Cells, Table
+from experiments.debias.figures import MASKED_LOSS, NC3, PERPLEXITY
 from fastdean.evaluation import mean_interval
 from fastdean.evaluation.intervals import student_quantile
 from fastdean.wording.verdicts import FEWEST, is_withheld
@@ -26,6 +29,7 @@ _FEW_SEEDS = 6
 # What tells a state of one training from all others.
 ONE_STATE = ("device", "case", "contender", "strength", "seed", "step")
 ONE_EXPERIMENT = ("device", "case")
+_NOT_DRAWN = (NC3, PERPLEXITY, MASKED_LOSS)
 
 Arm = tuple[str, float]
 
@@ -144,3 +148,31 @@ def _about_arm(rows: Sequence[Record]) -> str:
 def _range(rows: Sequence[Record], key: str) -> str:
     least, most = min(row[key] for row in rows), max(row[key] for row in rows)
     return str(least) if least == most else f"{least} to {most}"
+
+
+def picture(rows: Sequence[Record]) -> list[list[Panel]]:
+    """Against steps, a line per arm with a band over its seeds: a row of panels per experiment, a
+    panel for each figure."""
+    grid = []
+    for run in store.grouped(store.latest(rows, ONE_STATE), ONE_EXPERIMENT):
+        names = dict.fromkeys(name for row in run for name in row["figures"])
+        names = [name for name in names if name not in _NOT_DRAWN]
+        titles = [fill(run[0].case, 70), *[""] * len(names)]
+        grid.append([_panel(run, name, titles[i]) for i, name in enumerate(names)])
+    return grid
+
+
+def _panel(rows: Sequence[Record], name: str, title: str) -> Panel:
+    start = [(0, row["figures"].get(name)) for row in rows if row.contender == BASE]
+    lines = []
+    for arm, members in by_arm(row for row in rows if row.contender != BASE).items():
+        values: dict[int, list[float]] = {}
+        for step, value in [*start, *((row["step"], row["figures"].get(name)) for row in members)]:
+            if value is not None:
+                values.setdefault(step, []).append(value)
+        steps = sorted(values)
+        mean, low, high = ([f(values[s]) for s in steps] for f in (fmean, min, max))
+        lines.append(Line(label(arm), steps, mean, low, high))
+    unit, neutral = rows[0]["units"].get(name), rows[0]["neutral"].get(name)
+    level = None if neutral is None else ("neutral", neutral)
+    return Panel(title, "steps", f"{name}, {unit}" if unit else name, lines, level=level)

@@ -12,9 +12,9 @@ from oracle import norm_error, weight_importance
 from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, VOCAB, gpt2, llama
 
 from benchmarks.__main__ import main
-from benchmarks.harness import environment, models, store, tables
+from benchmarks.harness import environment, models, profile, store, tables
 from benchmarks.harness.profile import Launch
-from benchmarks.score import agreement, breakdown, run, subject, sweep, work
+from benchmarks.score import agreement, run, subject, sweep, work
 from fastdean.data.examples import Example
 
 CPU = torch.device("cpu")
@@ -313,7 +313,7 @@ def test_breakdown_groups_operations_and_names_the_rest():
         ("aten::_log_softmax", 0.25), ("aten::copy_", 0.5), ("aten::silu", 0.25),
     ]  # fmt: skip
     spent = [Launch(name, "", seconds) for name, seconds in spent]
-    assert breakdown.shares(spent, 10.0, breakdown.OUTSIDE) == {
+    assert profile.shares(spent, 10.0, profile.OUTSIDE) == {
         "matmul": 0.5, "outside operations": 0.2, "attention": 0.1, "abs + add": 0.1,
         "copies + casts": 0.05, "softmax + loss": 0.025, "other operations": 0.025,
     }  # fmt: skip
@@ -322,17 +322,17 @@ def test_breakdown_groups_operations_and_names_the_rest():
         Launch("", "_importance_kernel", 2.5),
         Launch("", "Memcpy DtoH (Device -> Pinned)", 0.5),
     ]
-    found = breakdown.shares(launched, 10.0, breakdown.IDLE)
+    found = profile.shares(launched, 10.0, profile.IDLE)
     assert {group: share for group, share in found.items() if share} == pytest.approx(
         {"device idle": 0.4, "matmul": 0.3, "importance kernel": 0.25, "copies + casts": 0.05}
     )
 
 
 def test_the_profiler_of_a_cpu_lists_its_operations_and_on_a_gpu_nothing_is_made_up(monkeypatch):
-    found = breakdown.profile(lambda: torch.mm(torch.ones(200, 200), torch.ones(200, 200)), CPU)
+    found = profile.shares_of(lambda: torch.mm(torch.ones(200, 200), torch.ones(200, 200)), CPU)
     assert found["matmul"] > 0 and sum(found.values()) == pytest.approx(1)
-    monkeypatch.setattr(breakdown, "profiled", lambda call, device: ([], 4.0))
-    assert breakdown.profile(lambda: None, torch.device("cuda")) is None
+    monkeypatch.setattr(profile, "profiled", lambda call, device: ([], 4.0))
+    assert profile.shares_of(lambda: None, torch.device("cuda")) is None
 
 
 def test_every_kernel_of_ours_has_a_group():
@@ -341,5 +341,5 @@ def test_every_kernel_of_ours_has_a_group():
         # With a grid behind its name: what is launched, unlike what kernels call.
         names += re.findall(r"\b(_\w+)\[\(", path.read_text("utf-8"))
     assert len(set(names)) > 8
-    groups = {breakdown.group_of(Launch("", name, 1.0)) for name in names}
-    assert groups == set(breakdown.KERNEL_GROUPS)
+    groups = {profile.group_of(Launch("", name, 1.0)) for name in names}
+    assert groups == set(profile.KERNEL_GROUPS)

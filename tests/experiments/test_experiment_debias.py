@@ -12,7 +12,7 @@ from tiny_models import bert, llama
 
 from benchmarks.harness import environment, gate, models, store, tables
 from benchmarks.harness.store import Record
-from experiments.debias import encoder, figures, plot, run, subject, table
+from experiments.debias import encoder, figures, run, subject, table
 from experiments.debias.__main__ import main
 from experiments.debias.figures import MASKED_LOSS, NC3, PERPLEXITY, UNC3
 from fastdean.collapse import collapse_metrics
@@ -239,7 +239,7 @@ def test_eight_seeds_that_agree_are_an_effect():
 
 
 def test_the_plot_has_a_line_per_arm_from_the_base_with_the_seeds_spread(tmp_path):
-    [[collapse, bias]] = plot.picture(three_seeds())
+    [[collapse, bias]] = table.picture(three_seeds())
     none, words = collapse.lines
     assert (none.label, words.label) == ("no regulariser", "gender words, strength 10")
     assert words.x == [0, 2, 4] and words.y == [1.5, 50.0, -8.0]
