@@ -1,22 +1,13 @@
-"""Measure fastdean: `python -m benchmarks RUN`, where RUN is one of these.
+"""Measure fastdean: `python -m benchmarks RUN`, from the root of a checkout.
 
-`kernels` times each operation by itself at the shapes of Qwen2-7B, against plain torch and a floor.
-`score` times several ways to the same sums, taking turns in one process: `published`, the released
-procedure on a few layers, extrapolated to all; `loop`, the best plain loop; `vmap`, that is
-`torch.func.vmap` of `grad`, with --vmap and where memory allows; and `fastdean`.
-`sweep` shows how `fastdean.score` grows with tokens, examples, model and number of scored weights.
-`agreement` counts how much of the fp32 selection survives in bf16, and whether `fastdean.score`
-selects what the plain loop does.
-`patch` times `fastdean.patch_checkpoint` on a checkpoint of random values against `cp` of its
-files, and counts its memory.
-`regularizer` times training steps with and without the collapse regulariser, and
-`collapse_metrics` against its forward passes.
+All runs pass the tests of what they measure first, and measure nothing when one fails. `table` and
+`plot` show what they have recorded:
 
-All run the tests of what they measure first, and measure nothing when one fails. `table` and `plot`
-show what they have recorded:
+    python -m benchmarks kernels --op mask
+    python -m benchmarks table --op mask --into docs/performance.md
+    python -m benchmarks plot --op mask --out mask.png
 
-    python -m benchmarks table --op score --into docs/performance.md
-    python -m benchmarks plot --op sweep --out sweep.png
+`python -m benchmarks RUN --help` says what a run measures and takes.
 """
 
 from __future__ import annotations

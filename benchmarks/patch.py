@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.harness import store, tables
+from benchmarks.harness import command, store, tables
 from benchmarks.harness.clock import Spread
 from benchmarks.harness.command import above_zero, positive
 from benchmarks.harness.gate import test_files
@@ -53,12 +53,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     # Files are copied by the host, also where there is a GPU.
     parser.set_defaults(device="cpu")
     add = parser.add_argument
-    add("--gigabytes", type=above_zero, default=2.0, help="of the checkpoint; default: 2")
-    add("--shards", type=positive, default=4, help="files it is made of; default: 4")
-    add("--repeats", type=positive, default=5)
+    said = "size of the checkpoint"
+    add("--gigabytes", type=above_zero, default=2.0, metavar="X", help=said)
+    add("--shards", type=positive, default=4, metavar="N", help="files it is made of")
     said = "where it is written and copied, and all of that removed: it chooses the disk"
     add("--folder", type=Path, default=Path(tempfile.gettempdir()), help=said)
-    add("--toy", action="store_true", help="tiny matrices, to try the command out")
+    command.repeats(parser, 5)
+    command.toy(parser)
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
@@ -226,13 +227,13 @@ def copy_command(scratch: Path) -> tuple[str, ...]:
 
 
 def _contenders(
-    source: Path, mask_folder: Path, mask: NeuronMask, command: Sequence[str]
+    source: Path, mask_folder: Path, mask: NeuronMask, cp: Sequence[str]
 ) -> dict[str, tuple[str, Copying]]:
     """Name -> (what is run, for the table; the copying)."""
 
     def copied(copy: Path, *, flush: bool) -> Sample:
         start = time.perf_counter()
-        _finished([*command, str(source), str(copy)])
+        _finished([*cp, str(source), str(copy)])
         if flush:
             _flush(copy)
             atomic.flush(copy.parent)
@@ -244,7 +245,7 @@ def _contenders(
         verify_checkpoint(copy, mask)
         return sample
 
-    shown = f"`{' '.join(command)}`"
+    shown = f"`{' '.join(cp)}`"
     return {
         "cp": (shown, partial(copied, flush=False)),
         "cp and fsync": (f"{shown}, then fsync", partial(copied, flush=True)),

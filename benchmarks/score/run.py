@@ -1,4 +1,8 @@
-"""`score`: several ways to the same sums, taking turns in one process, each dtype by itself."""
+"""`score`: several ways to the same sums, taking turns in one process, each dtype by itself.
+
+They are `published`, the released procedure on a few layers, extrapolated to all; `loop`, the best
+plain loop; `vmap`, that is `torch.func.vmap` of `grad`; and `fastdean`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.harness import gate, models, profile, store, tables
+from benchmarks.harness import command, gate, models, profile, store, tables
 from benchmarks.harness.cases import Case, Contender, norm_error
 from benchmarks.harness.clock import elapsed
 from benchmarks.harness.command import positive
@@ -61,11 +65,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", **several, choices=list(models.DTYPES), help="may be repeated; default: both")
     said = "measure only this one; may be repeated; vmap besides needs --vmap"
     add("--impl", **several, choices=list(NAMES), help=said)
-    add("--repeats", type=positive, default=3)
-    said = "layers the published procedure is run on, first to last; default: 2"
-    add("--layers", type=positive, default=2, help=said)
+    said = "layers the published procedure is run on, first to last"
+    add("--layers", type=positive, default=2, metavar="N", help=said)
     add("--vmap", action="store_true", help="measure torch.func.vmap too, where memory allows")
     add("--profile", action="store_true", help="say where fastdean's time goes")
+    command.repeats(parser, 3)
 
 
 def run(session: Session) -> int:

@@ -31,13 +31,17 @@ class Subject(NamedTuple):
 def add_options(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
     add = parser.add_argument
-    add("--rows", type=Path, help="CSV with prompt and response; default: the embedded rows")
-    shapes = list(models.SHAPES)
-    add("--random-model", choices=shapes, help="random weights and tokens in this shape; no files")
-    add("--tokens", type=at_least_two, help="with --random-model; default: BeaverTails' lengths")
-    add("--examples", type=positive, default=32)
-    add("--bf16-examples", type=positive, help="fewer examples in bf16, for all alike")
-    add("--targets", default="mlp", help="mlp, self_attn, all or a regular expression")
+    said = "file with prompt and response; default: the embedded rows"
+    add("--rows", type=Path, metavar="FILE", help=said)
+    said = f"random weights and tokens in this shape, no files: {', '.join(models.SHAPES)}"
+    add("--random-model", choices=list(models.SHAPES), metavar="SHAPE", help=said)
+    said = "with --random-model: of each example; default: BeaverTails' lengths"
+    add("--tokens", type=at_least_two, metavar="N", help=said)
+    add("--examples", type=positive, default=32, metavar="N", help="number of examples")
+    said = "fewer examples in bf16, for all alike"
+    add("--bf16-examples", type=positive, metavar="N", help=said)
+    said = "weights to score: mlp, self_attn, all or a regular expression"
+    add("--targets", default="mlp", help=said)
 
 
 def examples_in(options: argparse.Namespace, dtype: str) -> int:

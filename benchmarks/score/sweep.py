@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from benchmarks.harness import lengths, models, store, tables
-from benchmarks.harness.command import positive
+from benchmarks.harness import command, lengths, models, store, tables
 from benchmarks.harness.plots import Line, Panel, seconds_over
 from benchmarks.harness.rates import copy_bandwidth
 from benchmarks.harness.session import Session
@@ -60,11 +59,14 @@ class Point:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    shapes = list(models.SHAPES)
-    said = f"the largest model; {_BATCH_SHAPE}: tokens per batch are varied, in both dtypes"
-    add("--random-model", choices=shapes, default="qwen2-7b", help=said)
+    said = (
+        f"the largest model of {', '.join(models.SHAPES)}; with {_BATCH_SHAPE} tokens per batch "
+        "are varied, in both dtypes"
+    )
+    shapes = {"choices": list(models.SHAPES), "default": "qwen2-7b"}
+    add("--random-model", **shapes, metavar="SHAPE", help=said)
     add("--sweep", action="append", choices=SWEEPS, help="may be repeated; default: all")
-    add("--repeats", type=positive, default=3)
+    command.repeats(parser, 3)
 
 
 def points(largest: str) -> list[Point]:

@@ -56,19 +56,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     said = "a small masked model that is trained first, from scratch on the embedded text"
     chosen("--masked", action="store_true", help=said)
     add = parser.add_argument
-    add("--pretraining-steps", type=positive, default=400, help="of --masked; default: 400")
+    number = {"type": positive, "metavar": "N"}
+    add("--pretraining-steps", **number, default=400, help="of --masked")
     add("--method", choices=["causal", "bec"], help="default: causal; with --masked: bec")
     said = "of the regulariser, in all arms but none; default: 10; of bec: 100"
-    add("--strength", type=above_zero, nargs="+", help=said)
+    add("--strength", type=above_zero, nargs="+", metavar="X", help=said)
     add("--arm", choices=ARMS, nargs="+", help="default: all")
-    add("--seeds", type=positive, default=3, help="trainings of each arm; default: 3")
-    add("--steps", type=positive, default=40)
-    add("--batch-size", type=positive, default=8)
-    add("--learning-rate", type=above_zero, default=2e-5)
-    said = "measures; of crows_pairs the gender pairs only; default: bec_pro"
+    add("--seeds", **number, default=3, help="trainings of each arm")
+    add("--steps", **number, default=40, help="optimizer steps of a training")
+    add("--batch-size", **number, default=8, help="texts of a step")
+    add("--learning-rate", type=above_zero, default=2e-5, metavar="X", help="of a training")
+    said = "bias measures, of crows_pairs the gender pairs only"
     add("--bias", nargs="+", default=["bec_pro"], metavar="NAME[=FILE]", help=said)
-    said = "at most, of bec_pro without a file and of crows_pairs; default: 192"
-    add("--bias-rows", type=positive, default=192, help=said)
+    said = "at most, of bec_pro without a file and of crows_pairs"
+    add("--bias-rows", **number, default=192, help=said)
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
