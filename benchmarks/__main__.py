@@ -15,61 +15,44 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import benchmarks.ops.run as ops
-import benchmarks.ops.table as ops_table
-import benchmarks.score.run as score
 from benchmarks import patch, regularizer
 from benchmarks.harness import command
 from benchmarks.harness.command import Benchmark
-from benchmarks.score import agreement, subject, sweep
+from benchmarks.ops import run as kernels
+from benchmarks.ops import table as kernels_table
+from benchmarks.score import agreement, sweep
+from benchmarks.score import run as score
 
+_KERNELS = {op: kernels_table.operation_table(op) for op in kernels.OPERATIONS}
 BENCHMARKS = {
     "score": Benchmark(
         "time several ways to the same scores",
-        score.add_options,
-        score.run,
-        score.tests,
-        tables={"score": score.TABLE},
-        pictures={"score": score.picture},
+        score,
+        {"score": score.TABLE},
+        {"score": score.picture},
     ),
     "kernels": Benchmark(
         "time every operation by itself",
-        ops.add_options,
-        ops.run,
-        ops.tests,
-        ops.require_measurable,
-        tables={op: ops_table.operation_table(op) for op in ops.OPERATIONS},
-        pictures=dict.fromkeys(ops.OPERATIONS, ops_table.picture),
+        kernels,
+        _KERNELS,
+        dict.fromkeys(_KERNELS, kernels_table.picture),
     ),
     "sweep": Benchmark(
         "how the time of fastdean.score grows",
-        sweep.add_options,
-        sweep.run,
-        score.tests,
-        tables={"sweep": sweep.TABLE},
-        pictures={"sweep": sweep.picture},
+        sweep,
+        {"sweep": sweep.TABLE},
+        {"sweep": sweep.picture},
     ),
     "agreement": Benchmark(
-        "bf16 against fp32, fastdean against the loop",
-        subject.add_options,
-        agreement.run,
-        score.tests_of_agreement,
-        tables={"agreement": agreement.TABLE},
+        "bf16 against fp32, fastdean against the loop", agreement, {"agreement": agreement.TABLE}
     ),
     "patch": Benchmark(
-        "time patch_checkpoint against cp of the same files",
-        patch.add_options,
-        patch.run,
-        patch.tests,
-        patch.require_room,
-        tables={"patch": patch.TABLE},
+        "time patch_checkpoint against cp of the same files", patch, {"patch": patch.TABLE}
     ),
     "regularizer": Benchmark(
         "time training steps with and without the collapse regulariser",
-        regularizer.add_options,
-        regularizer.run,
-        regularizer.tests,
-        tables={"regularizer": regularizer.TABLE},
+        regularizer,
+        {"regularizer": regularizer.TABLE},
     ),
 }
 

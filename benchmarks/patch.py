@@ -145,7 +145,7 @@ class Checkpoint:
         return NeuronMask(entries)
 
 
-def require_room(options: argparse.Namespace) -> None:
+def require(options: argparse.Namespace) -> None:
     """Asked before any test runs."""
     checkpoint, folder = Checkpoint.asked_for(options), options.folder
     if options.device != "cpu":

@@ -6,9 +6,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,25 +19,23 @@ from benchmarks.harness.tables import Table, rendered, replace_between_markers
 from fastdean.files.atomic import write_text_atomic
 
 
-@dataclass(frozen=True)
-class Benchmark:
+class Benchmark(NamedTuple):
     """A subcommand.
 
     Attributes:
-        options: declares its own options.
-        run: measures, and returns the status: 0, or 1 where something failed.
-        tests: (options, whether on a GPU) -> the tests that have to pass before.
-        require: raises, before any test runs, for what cannot be measured.
+        module: its docstring says what is measured. It has
+            add_options(parser): declares options of its own;
+            run(session) -> the status: 0, or 1 where something failed;
+            tests(options, on_gpu) -> the tests that have to pass before;
+            and may have require(options), which raises, before any test runs, for what cannot be
+            measured.
         tables, pictures: op -> how its records are shown.
     """
 
     help: str
-    options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[Session], int]
-    tests: Callable[[argparse.Namespace, bool], Sequence[str]]
-    require: Callable[[argparse.Namespace], None] = lambda options: None
-    tables: Mapping[str, Table] = field(default_factory=dict)
-    pictures: Mapping[str, Picture] = field(default_factory=dict)
+    module: Any
+    tables: Mapping[str, Table]
+    pictures: Mapping[str, Picture] = {}
 
 
 def main(
@@ -66,7 +63,7 @@ def _measure(benchmark: Benchmark, options: argparse.Namespace, command: Sequenc
             "device must be one that torch sees, got cuda and no CUDA device; use cpu"
         )
     environment.require_this_checkout()
-    benchmark.require(options)
+    getattr(benchmark.module, "require", lambda options: None)(options)
     here = environment.collect(device, command)
     if options.rehearsal:
         here["device"] = environment.REHEARSAL
@@ -74,13 +71,13 @@ def _measure(benchmark: Benchmark, options: argparse.Namespace, command: Sequenc
         f"{here['device']}, {here['threads']} threads, CPU capability {here['cpu_capability']}, "
         f"torch {here['torch']}, accumulation by {here['accumulation']}"
     )
-    gated = _gated(options, benchmark.tests(options, on_gpu), here, on_gpu)
+    gated = _gated(options, benchmark.module.tests(options, on_gpu), here, on_gpu)
     if gated is None:
         say("the tests of what is to be measured failed: nothing was measured")
         return 1
     # Only now: the tests take none of the time that is meant for measuring.
     end = None if options.seconds is None else time.monotonic() + options.seconds
-    return benchmark.run(Session(options, here, gated, end))
+    return benchmark.module.run(Session(options, here, gated, end))
 
 
 def _gated(
@@ -128,7 +125,9 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Each option with its default, where that says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default in (None, True, False, argparse.SUPPRESS)
+        says_nothing = (
+            action.default in (None, True, False, argparse.SUPPRESS) or action.nargs == "+"
+        )
         return action.help if says_nothing else f"{action.help}; default: %(default)s"
 
 
@@ -140,11 +139,10 @@ def parsed(
     )
     commands = parser.add_subparsers(dest="run", required=True, metavar="RUN")
     for name, benchmark in benchmarks.items():
-        text = sys.modules[benchmark.run.__module__].__doc__
-        options = {"description": text, "formatter_class": _Help}
+        options = {"description": benchmark.module.__doc__, "formatter_class": _Help}
         command = commands.add_parser(name, help=benchmark.help, **options)
         _add_shared(command)
-        benchmark.options(command)
+        benchmark.module.add_options(command)
     for name, kind in (("table", "tables"), ("plot", "pictures")):
         said = f"show recorded results as a {name}"
         command = commands.add_parser(name, help=said, description=said, formatter_class=_Help)

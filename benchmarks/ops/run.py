@@ -49,7 +49,7 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     return tuple(dict.fromkeys(files))
 
 
-def require_measurable(options: argparse.Namespace) -> None:
+def require(options: argparse.Namespace) -> None:
     """Asked before any test runs, so that a mistyped name costs nothing."""
     if interpreted() and not options.toy:
         raise RuntimeError(

@@ -5,6 +5,7 @@ bf16 against fp32, and `fastdean.score` against the plain loop.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,16 +14,23 @@ from torch import Tensor, nn
 
 import fastdean
 from benchmarks.harness import models, tables
+from benchmarks.harness.gate import test_files
 from benchmarks.harness.session import Session
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
 from benchmarks.score import subject
 from benchmarks.score.baselines import loop_sums
+from benchmarks.score.subject import add_options  # noqa: F401
 from fastdean.coupling.targets import find_targets
 from fastdean.data.examples import Example
 
 RATIOS = (1e-5, 1e-4, 1e-3)
 TOP = 256
+
+
+def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
+    """It selects as well."""
+    return test_files("score", *(("score_kernels", "repeatable") if on_gpu else ()))
 
 
 def run(session: Session) -> int:

@@ -54,11 +54,6 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     return gate.score_tests(on_gpu)
 
 
-def tests_of_agreement(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
-    """It selects as well."""
-    return gate.test_files("score", *(("score_kernels", "repeatable") if on_gpu else ()))
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     subject.add_options(parser)
     add, several = parser.add_argument, {"action": "append"}

@@ -19,12 +19,9 @@ from experiments.debias import run, table
 STUDY = {
     "run": Benchmark(
         "train with and without the regulariser, over several seeds",
-        run.add_options,
-        run.run,
-        run.tests,
-        run.require_measures,
-        tables={"debias": table.TABLE},
-        pictures={"debias": table.picture},
+        run,
+        {"debias": table.TABLE},
+        {"debias": table.picture},
     )
 }
 

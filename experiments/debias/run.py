@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--steps", **number, default=40, help="optimizer steps of a training")
     add("--batch-size", **number, default=8, help="texts of a step")
     add("--learning-rate", type=above_zero, default=2e-5, metavar="X", help="of a training")
-    said = "bias measures, of crows_pairs the gender pairs only"
+    said = "bias measures, of crows_pairs the gender pairs only; default: bec_pro"
     add("--bias", nargs="+", default=["bec_pro"], metavar="NAME[=FILE]", help=said)
     said = "at most, of bec_pro without a file and of crows_pairs"
     add("--bias-rows", **number, default=192, help=said)
@@ -77,7 +77,7 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     return test_files(*collapse, "fine_tune", "bias_bec_pro", "bias_crows_pairs")
 
 
-def require_measures(options: argparse.Namespace) -> None:
+def require(options: argparse.Namespace) -> None:
     """Asked before any test runs. Raises ValueError for a measure that does not exist."""
     bias.check(options.bias)
 

@@ -100,9 +100,11 @@ def test_every_benchmark_has_tests_that_exist():
     options = argparse.Namespace(op=None)
     for benchmark in (BENCHMARKS | STUDY).values():
         for on_gpu in (False, True):
-            tests = benchmark.tests(options, on_gpu)
+            tests = benchmark.module.tests(options, on_gpu)
             assert tests and all((ROOT / test.split("::")[0]).is_file() for test in tests)
-    assert set(gate.test_files("score_kernels")) < set(BENCHMARKS["score"].tests(options, True))
+    assert set(gate.test_files("score_kernels")) < set(
+        BENCHMARKS["score"].module.tests(options, True)
+    )
 
 
 def test_tests_that_passed_are_not_run_again_by_a_resumed_run(tmp_path, tested):
@@ -116,7 +118,7 @@ def test_tests_are_never_run_where_they_have_to_have_passed(tmp_path, here, test
     command = toy(tmp_path, "--op", "mask", "--resume", "--tested")
     assert main(command) == 1
     assert "--tested needs tests that have passed with this --out" in capsys.readouterr().err
-    for test in BENCHMARKS["kernels"].tests(argparse.Namespace(op=["mask"]), False):
+    for test in BENCHMARKS["kernels"].module.tests(argparse.Namespace(op=["mask"]), False):
         remember(tmp_path, here, test)  # by one run or by several
     assert main(command) == 0 and not tested
 
