@@ -119,12 +119,10 @@ class Subject:
 
     def examples(self, tokens: int) -> list[Example]:
         """Texts with a token of a class, until they hold so many tokens, over and over again."""
-        found: list[Example] = []
-        for text in itertools.cycle(t for t in self.texts if self.labelled(t.input_ids[None])):
-            if sum(map(len, found)) >= tokens:
-                return found
-            found.append(text)
-        raise ValueError(f"texts must hold a token of a class, got none in {len(self.texts)}")
+        labelled = [text for text in self.texts if self.labelled(text.input_ids[None])]
+        held = itertools.accumulate(map(len, itertools.cycle(labelled)))
+        count = 1 + next(i for i, total in enumerate(held) if total >= tokens)
+        return list(itertools.islice(itertools.cycle(labelled), count))
 
     def labelled(self, ids: Tensor, labels: Tensor | None = None) -> int:
         """How many positions of int64 [B, T] are of a class."""

@@ -6,6 +6,7 @@ A figure is made of recorded rows and of nothing else: one that was not measured
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from benchmarks.harness import store
@@ -104,8 +105,7 @@ def _faster_than(impl: str, row: Row, rows: Sequence[Row]) -> float | None:
     return same[-1]["median_s"] / row["median_s"] if same else None
 
 
-def _faster_than_reference(row: Row, rows: Sequence[Row]) -> float | None:
-    return _faster_than("reference", row, rows)
+_faster_than_reference = partial(_faster_than, "reference")
 
 
 def _large_collapse(row: Row) -> bool:
@@ -142,6 +142,6 @@ AIMS = (
         "score", 1, "fastdean", _score_7b,
         lambda row, rows: row["floor_s"] / row["median_s"], least=0.5, shown="{:.0%}"),
     Aim("the same: at least 4x the plain loop", "score", 1, "fastdean", _score_7b,
-        lambda row, rows: _faster_than("loop", row, rows), least=4.0),
+        partial(_faster_than, "loop"), least=4.0),
 )
 # fmt: on

@@ -25,7 +25,7 @@ def cases(toy: bool) -> Iterator[Case]:
     examples = len(segments)
 
     def make(generator: torch.Generator) -> SimpleNamespace:
-        """acc fp32 [C]; a, g [N, C]; segments int64 [B, 2] on the CPU; owner int64 [N] of rows."""
+        """acc fp32 [C]; a, g [N, C]; segments int64 [B, 2] on the CPU; owner [N]: each row's b."""
         options = {"generator": generator, "device": generator.device}
         owner = torch.arange(examples).repeat_interleave(segments.diff().flatten())
         return SimpleNamespace(

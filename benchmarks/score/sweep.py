@@ -20,7 +20,7 @@ from benchmarks.harness.rates import copy_bandwidth
 from benchmarks.harness.session import Session
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
-from benchmarks.score.run import NAMES, OURS, compare, tests  # noqa: F401
+from benchmarks.score.run import NAMES, OURS, compare, tests  # noqa: F401, its own too
 from benchmarks.score.work import score_case
 from fastdean.coupling.targets import find_targets
 
