@@ -134,8 +134,12 @@ def _measure(session: Session, point: Point, model: nn.Module, bandwidth: float)
         dtype=point.dtype,
         model_name=name,
     )
-    varied = {"sweep": point.sweep, "x": _value(point, model, targets), "point": dict(vars(point))}
-    case = replace(case, settings={**case.settings, **varied})
+    weights = sum(each.module.weight.numel() for each in find_targets(model, targets))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    varied = zip(SWEEPS, (point.tokens, point.examples, weights, parameters), strict=True)
+    x = point.batch or dict(varied)[point.sweep]
+    setup = {"sweep": point.sweep, "x": x, "point": dict(vars(point))}
+    case = replace(case, settings={**case.settings, **setup})
     compare(session, case, examples, bandwidth, session.options.repeats)
 
 
@@ -147,18 +151,6 @@ def scored_modules(model: nn.Module, point: Point) -> str | list[str]:
     count = 1 + max(target.layer_index for target in found)
     lowest = count - max(2, round(point.layers * count))
     return [target.name for target in found if target.layer_index >= max(0, lowest)]
-
-
-def _value(point: Point, model: nn.Module, targets: str | Sequence[str]) -> float:
-    if point.batch is not None:
-        return point.batch
-    values = (
-        point.tokens,
-        point.examples,
-        sum(target.module.weight.numel() for target in find_targets(model, targets)),
-        sum(parameter.numel() for parameter in model.parameters()),
-    )
-    return values[SWEEPS.index(point.sweep)]
 
 
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
