@@ -125,10 +125,10 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Each option with its default, where that says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = (
-            action.default in (None, True, False, argparse.SUPPRESS) or action.nargs == "+"
-        )
-        return action.help if says_nothing else f"{action.help}; default: %(default)s"
+        if action.nargs == "+" or action.default in (None, True, False, argparse.SUPPRESS):
+            return action.help
+        shown = "benchmarks/results" if action.default == store.RESULTS else "%(default)s"
+        return f"{action.help}; default: {shown}"
 
 
 def parsed(
