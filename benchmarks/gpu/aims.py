@@ -6,14 +6,14 @@ A figure is made of recorded rows and of nothing else: one that was not measured
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 from benchmarks.harness import store
 from benchmarks.harness.store import Record as Row
 
 
-@dataclass(frozen=True)
-class Aim:
+class Aim(NamedTuple):
     """Attributes:
     text: what is aimed at.
     op: the results file.
@@ -21,7 +21,7 @@ class Aim:
     contender: whose figure it is.
     chosen: whether a row of the contender's is one of them.
     value: (row, all rows) -> its figure; None where what it is compared with is missing.
-    least, most: the aim's bound.
+    least, most: the aim's bound, one of them.
     shown: how the figure is written.
     """
 
@@ -36,17 +36,11 @@ class Aim:
     shown: str = "{:.2f}x"
 
     def is_met_by(self, value: float) -> bool:
-        return (self.least is None or value >= self.least) and (
-            self.most is None or value <= self.most
-        )
+        return value >= self.least if self.most is None else value <= self.most
 
 
-@dataclass(frozen=True)
-class Figure:
-    """Attributes:
-    met: None where it is missing.
-    text: the figure, worst first, or that it is missing.
-    """
+class Figure(NamedTuple):
+    """`met`: None where it is missing; `text`: the figure, worst first, or that it is missing."""
 
     aim: str
     met: bool | None
@@ -67,7 +61,7 @@ def slower_text(rows: Iterable[Row], facts: Mapping[str, str], op: str, impl: st
     if not ours:
         return ""
     first = [row for row in ours if row.case == ours[0].case][-1]
-    faster = _times_faster_than("reference")(first, here)
+    faster = _faster_than_reference(first, here)
     if faster is None or faster >= 1:
         return ""
     return f"{1 / faster:.2f} times as long: {first.case}"
@@ -80,12 +74,10 @@ def _of_this_code(rows: Iterable[Row], facts: Mapping[str, str]) -> list[Row]:
 
 
 def _figure(aim: Aim, rows: list[Row]) -> Figure:
-    values: dict[str, float] = {}
-    for row in rows:  # oldest first: the last one of a case stands
-        if row.seconds and row.contender == aim.contender and aim.chosen(row):
-            value = aim.value(row, rows)
-            if value is not None:
-                values[row.case] = value
+    chosen = [r for r in rows if r.seconds and r.contender == aim.contender and aim.chosen(r)]
+    # Oldest first: the last one of a case stands.
+    values = {row.case: aim.value(row, rows) for row in chosen}
+    values = {case: value for case, value in values.items() if value is not None}
     if not values:
         return Figure(aim.text, None, "not measured")
     ordered = sorted(values, key=values.__getitem__, reverse=aim.least is None)
@@ -107,15 +99,13 @@ def _of_bandwidth(row: Row, rows: Sequence[Row]) -> float:
     return row["bytes_per_s"] / row["copy_bandwidth"]
 
 
-def _times_faster_than(impl: str) -> Callable[[Row, Sequence[Row]], float | None]:
+def _faster_than(impl: str, row: Row, rows: Sequence[Row]) -> float | None:
     """How many times as long the same case takes `impl`, in its last measurement."""
+    same = [r for r in rows if r.contender == impl and r.case == row.case and r.seconds]
+    return same[-1]["median_s"] / row["median_s"] if same else None
 
-    def value(row: Row, rows: Sequence[Row]) -> float | None:
-        same = [each for each in rows if each.contender == impl and each.case == row.case]
-        seconds = [each["median_s"] for each in same if each.seconds]
-        return seconds[-1] / row["median_s"] if seconds else None
 
-    return value
+_faster_than_reference = partial(_faster_than, "reference")
 
 
 def _large_collapse(row: Row) -> bool:
@@ -145,13 +135,13 @@ AIMS = (
         "mask", 1, "native, zeros only", lambda row: row["matrices"] == 84,
         lambda row, rows: row["host_s"] * 1e6, most=60.0, shown="{:.1f} us"),
     Aim("collapse loss and gradient, 16384 x 4096, 287 and 8192 classes: at least 5x the reference",
-        "collapse", 6, "native", _large_collapse, _times_faster_than("reference"), least=5.0),
+        "collapse", 6, "native", _large_collapse, _faster_than_reference, least=5.0),
     Aim("the same: at least 40 % of the copy bandwidth",
         "collapse", 6, "native", _large_collapse, _of_bandwidth, least=0.4, shown="{:.0%}"),
     Aim("score, 7B, 128 examples of BeaverTails' lengths, MLP: at least 50 % of the floor",
         "score", 1, "fastdean", _score_7b,
         lambda row, rows: row["floor_s"] / row["median_s"], least=0.5, shown="{:.0%}"),
-    Aim("the same: at least 4x the plain loop",
-        "score", 1, "fastdean", _score_7b, _times_faster_than("loop"), least=4.0),
+    Aim("the same: at least 4x the plain loop", "score", 1, "fastdean", _score_7b,
+        partial(_faster_than, "loop"), least=4.0),
 )
 # fmt: on

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.harness import gate
 from benchmarks.harness.gate import OPERATIONS, REPEATS, score_tests, test_files
@@ -149,35 +150,29 @@ def _sanitized(name: str, tool: str) -> Part:
 
 def _measured(out: Path, rehearsal: bool, *, more: bool) -> list[Part]:
     """`more`: further than the first ten minutes reach."""
-    tests = score_tests(on_gpu=True)
-    # Name, tests, seconds, least, and what is asked of `python -m benchmarks` on a GPU and here.
+    both = ("--impl", "loop", "--impl", "fastdean")
+    # Name, seconds, least, and what is asked of `python -m benchmarks` on a GPU and here.
     asked = [
-        (op, OPERATIONS[op], seconds, 25, ("kernels", "--op", op), ("kernels", "--toy", "--op", op))
+        (op, seconds, 25, ("kernels", "--op", op), ("kernels", "--toy", "--op", op))
         for op, seconds in _MEASURED.items()
     ]
-    both = ("--impl", "loop", "--impl", "fastdean")
-    asked += [("score", tests, 170, 60, (*_SCORE_7B, "--repeats", "2", *both), (*_TOY, *both))]
+    asked += [("score", 170, 60, (*_SCORE_7B, "--repeats", "2", *both), (*_TOY, *both))]
     if more:
         sweep, toy = (("sweep", "--random-model", name) for name in ("qwen2-7b", "toy"))
-        asked += [("all-of-score", tests, 355, 120, (*_SCORE_7B, "--vmap"), (*_TOY, "--vmap"))]
-        asked += [("sweep", tests, 355, 60, sweep, (*toy, "--repeats", "1"))]
+        asked += [("all-of-score", 355, 120, (*_SCORE_7B, "--vmap"), (*_TOY, "--vmap"))]
+        asked += [("sweep", 355, 60, sweep, (*toy, "--repeats", "1"))]
     shared = ["--device", *(("cpu", "--rehearsal") if rehearsal else ("cuda",))]
     shared += ["--out", str(out / "results"), "--resume", "--tested", "--seconds"]
-    return [
-        Part(
-            f"records-{name}",
-            RECORDS,
-            ("-m", "benchmarks", *(here if rehearsal else there), *shared, str(seconds)),
-            seconds + 45,
-            least,
-            needs_tests=needed,
-        )
-        for name, needed, seconds, least, there, here in asked
-    ]
+    parts = []
+    for name, seconds, least, there, here in asked:
+        command = ("-m", "benchmarks", *(here if rehearsal else there), *shared, str(seconds))
+        needs = OPERATIONS.get(name) or score_tests(on_gpu=True)
+        part = Part(f"records-{name}", RECORDS, command, seconds + 45, least, needs_tests=needs)
+        parts.append(part)
+    return parts
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """An implementation of an operation, and what has to have passed before it is a checked one.
 
     Attributes:

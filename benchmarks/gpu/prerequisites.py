@@ -8,7 +8,6 @@ results depend on. In a rehearsal no GPU is asked for, and the device is called 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -22,7 +21,6 @@ from pathlib import Path
 
 VERSIONS = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17)}
 MODULES = ("pytest", "hypothesis", "accelerate", "pybind11")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def missing(rehearsal: bool = False) -> list[str]:
@@ -80,17 +78,10 @@ def facts(rehearsal: bool) -> dict[str, str]:
         "triton": metadata.version("triton"),
         "transformers": metadata.version("transformers"),
         "cuda": "none" if rehearsal else torch.version.cuda,
-        "tests_checksum": _tests_checksum(),
+        "tests_checksum": environment.checksum(
+            "CMakeLists.txt", "pyproject.toml", "tests/**/*.py", "tests/**/*.cpp"
+        ),
     }
-
-
-def _tests_checksum() -> str:
-    digest = hashlib.sha256()
-    files = [ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]
-    files += sorted(path for path in (ROOT / "tests").rglob("*") if path.suffix in (".py", ".cpp"))
-    for path in files:
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,13 +7,13 @@ and every output written once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.rates import MatrixShape
+from benchmarks.harness.rates import Products
 from fastdean.kernels import interpreted
 from fastdean.ops._dispatch import choose
 
@@ -21,6 +21,11 @@ from fastdean.ops._dispatch import choose
 # the accumulator's length, which over 512 tokens comes near 1e-5. Products rounded to bf16 are off
 # by 1e-3, TF32 by 3e-4.
 FP32_TOLERANCE = 5e-5
+
+
+def norm_error(result: Tensor, expected: Tensor) -> float:
+    """||result - expected|| / ||expected||."""
+    return float((result.double() - expected.double()).norm() / expected.double().norm())
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,8 @@ class Case:
             which may change the inputs.
         error: (result, expected) -> 0 for equal; NaN never passes.
         floor: a product that nothing of this volume beats, timed beside the contenders; None: what
-            `operations`, `bytes` and `shapes` say.
-        shapes: the matrix products of a whole model, whose rate the machine is asked for.
+            `operations`, `bytes` and `products` say.
+        products: the matrix products of a whole model, whose rate the machine is asked for.
         device_type: where it is measured; "": anywhere.
     """
 
@@ -84,20 +89,15 @@ class Case:
     contenders: tuple[Contender, ...]
     inputs: Callable[[torch.Generator], Any] | None = None
     expected: Callable[[Any], Any] | None = None
-    error: Callable[[Any, Any], float] | None = None
+    error: Callable[[Any, Any], float] = norm_error
     floor: Contender | None = None
-    shapes: tuple[MatrixShape, ...] = ()
+    products: Products = field(default_factory=dict)
     device_type: str = ""
 
     @property
     def setup(self) -> dict[str, Any]:
         """As the field of a record."""
         return {"dtype": self.dtype, **self.settings}
-
-
-def norm_error(result: Tensor, expected: Tensor) -> float:
-    """||result - expected|| / ||expected||."""
-    return float((result.double() - expected.double()).norm() / expected.double().norm())
 
 
 def implementation(
@@ -120,13 +120,13 @@ def implementation(
     return Contender(name, lambda inputs: run(impl, inputs), refusal=refusal, ours=True, **options)
 
 
-def compiled(expression: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+def compiled(expression: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` of plain torch, at the first call: it loads the compiler."""
     made: list[Callable[..., Any]] = []
 
     def run(*arguments: Any) -> Any:
         if not made:
-            made.append(torch.compile(expression, backend=backend, dynamic=False))
+            made.append(torch.compile(expression, dynamic=False))
         return made[0](*arguments)
 
     return run

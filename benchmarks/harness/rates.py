@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness.clock import elapsed, time_calls
 
@@ -17,40 +17,10 @@ _MATRIX_SIZE = {"cpu": 512, "cuda": 8192}
 _MATRIX_SECONDS = 0.1
 
 
-@dataclass(frozen=True)
-class MatrixShape:
-    """The products of all weights of one shape, [outputs, inputs], with `rows` tokens: how many of
-    them take part in x W^T (forward), in g W and in g^T x."""
-
-    outputs: int
-    inputs: int
-    rows: int
-    forward: int
-    input_gradient: int
-    weight_gradient: int
-
-    @property
-    def operations_each(self) -> int:
-        return 2 * self.rows * self.outputs * self.inputs
-
-    @property
-    def products(self) -> int:
-        return self.forward + self.input_gradient + self.weight_gradient
-
-
-@dataclass(frozen=True)
-class Floor:
-    """What no run beats: its products at the machine's rate, its bytes at the bandwidth; both rates
-    per second."""
-
-    operations: int
-    bytes: int
-    matrix_rate: float
-    copy_bandwidth: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.operations / self.matrix_rate, self.bytes / self.copy_bandwidth)
+# How many weights of one shape take part in one kind of product: (kind, outputs, inputs, rows) ->
+# their number, with `rows` tokens.
+Products = Mapping[tuple[str, int, int, int], int]
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "x W^T", "g W", "g^T x"
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -70,24 +40,25 @@ def large_product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / timing.fastest
 
 
-def matrix_rate(shapes: Sequence[MatrixShape], dtype: torch.dtype, device: torch.device) -> float:
+def matrix_rate(products: Products, dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second on the products of a model, each as often as it occurs.
 
     The fastest of several repeats counts: the floor must not contain the machine's noise.
     """
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, device=device).to(dtype)
+
     operations, seconds = 0, 0.0
-    for shape in shapes:
-        x = torch.randn(shape.rows, shape.inputs, device=device).to(dtype)
-        g = torch.randn(shape.rows, shape.outputs, device=device).to(dtype)
-        w = torch.randn(shape.outputs, shape.inputs, device=device).to(dtype)
-        for number, left, right in (
-            (shape.forward, x, w.T),
-            (shape.input_gradient, g, w),
-            (shape.weight_gradient, g.T, x),
-        ):
-            if number:
-                seconds += number * _fastest(lambda a=left, b=right: torch.mm(a, b), device)
-        operations += shape.products * shape.operations_each
+    for (kind, outputs, inputs, rows), number in products.items():
+        if kind == FORWARD:
+            left, right = random(rows, inputs), random(outputs, inputs).T
+        elif kind == INPUT_GRADIENT:
+            left, right = random(rows, outputs), random(outputs, inputs)
+        else:
+            left, right = random(rows, outputs).T, random(rows, inputs)
+        seconds += number * _fastest(lambda a=left, b=right: torch.mm(a, b), device)
+        operations += number * 2 * rows * outputs * inputs
     return operations / seconds
 
 

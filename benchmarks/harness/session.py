@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.harness import clock, store
+from benchmarks.harness import store
 from benchmarks.harness.clock import Spread
-from benchmarks.harness.memory import Held
-from benchmarks.harness.progress import say
-from benchmarks.harness.store import Record
+from benchmarks.harness.store import Record, say
 
 Unit = TypeVar("Unit")
 
@@ -161,13 +159,6 @@ def release(device: torch.device) -> None:
     except RuntimeError as problem:
         # Nothing that was measured is lost over it.
         say(f"  the allocator keeps its memory: {problem}")
-
-
-def timed(call: Callable[[], Any], device: torch.device) -> Sample:
-    """One call, with everything it started on the device finished, and the memory it added."""
-    held = Held(device)
-    seconds = clock.elapsed(call, device)
-    return Sample(seconds, held.added_bytes())
 
 
 def take_turns(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from benchmarks.harness.progress import say
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 # What two measurements share of which one says what the other would.
 SAME_CODE = ("device", "sources", "torch", "triton", "transformers")
 PASSED, SKIPPED = "passed", "skipped"
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr; stdout holds results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

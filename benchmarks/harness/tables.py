@@ -69,6 +69,10 @@ def megabytes(count: int | None) -> str:
     return NOT_MEASURED if count is None else f"{count / 1e6:.0f} MB"
 
 
+def memory_and_floor(record: Record) -> Cells:
+    return [megabytes(record["peak_bytes"]), f"{record['share_of_floor']:.0%}"]
+
+
 def provenance_lines(group: Sequence[Record]) -> list[str]:
     """A line for each way in which the records were made."""
     return list(dict.fromkeys(map(provenance_line, group)))

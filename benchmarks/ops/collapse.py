@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from benchmarks.harness.cases import Case, Contender, compiled, implementation, 
 from fastdean.collapse import CollapseState, collapse_alignment_loss
 from fastdean.ops import collapse_alignment, reference
 
-OP = "collapse"
 # The largest first: what matters most, where a run ends early.
 TOKENS, FEATURES, SHARES, CLASSES = (16384, 2048), (4096, 768), (0.2, 1.0, 0.01), (287, 8192)
 TOY_SIZE = (60, 12, 7, 0.5)
@@ -40,28 +39,10 @@ VOCABULARY = 49152
 Result = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """features fp32 [N, D], labels int64 [N], weight [K, D]; the state's sums [K, D], counts [K].
-
-    Every class has been seen before.
-    """
-
-    features: Tensor
-    labels: Tensor
-    weight: Tensor
-    sums: Tensor
-    counts: Tensor
-
-
 def cases(toy: bool) -> Iterator[Case]:
-    if toy:
-        yield case(*TOY_SIZE)
-    else:
-        for tokens, features, share, classes in itertools.product(
-            TOKENS, FEATURES, SHARES, CLASSES
-        ):
-            yield case(tokens, features, classes, share)
+    sizes = itertools.product(TOKENS, FEATURES, SHARES, CLASSES)
+    for tokens, features, share, classes in [(60, 12, 0.5, 7)] if toy else sizes:
+        yield case(tokens, features, classes, share)
     yield case(*(TOY_SIZE if toy else _ZIPF), labels="zipf")
 
 
@@ -70,14 +51,16 @@ def case(tokens: int, features: int, classes: int, share: float, labels: str = "
     labelled = round(share * tokens)
     matrix = classes * features
 
-    def make(generator: torch.Generator) -> Inputs:
+    def make(generator: torch.Generator) -> SimpleNamespace:
+        """features fp32 [N, D], labels int64 [N], weight [K, D]; the state's sums [K, D], counts
+        [K]. Every class has been seen before."""
         options = {"generator": generator, "device": generator.device}
         frequency = torch.ones(classes, device=generator.device)
         if labels == "zipf":
             frequency /= torch.arange(1, classes + 1, device=generator.device)
         drawn = frequency.multinomial(tokens, replacement=True, generator=generator)
         drawn[torch.randperm(tokens, **options)[labelled:]] = -1
-        return Inputs(
+        return SimpleNamespace(
             features=torch.randn(tokens, features, **options),
             labels=drawn,
             weight=torch.randn(classes, features, **options),
@@ -85,25 +68,26 @@ def case(tokens: int, features: int, classes: int, share: float, labels: str = "
             counts=torch.randint(1, 9, (classes,), **options).double(),
         )
 
-    op, in_place = "collapse_alignment", {"prepare": _with_copies}
+    op, in_place, compiles = "collapse_alignment", {"prepare": _with_copies}, {"compiled": True}
     contenders = [
         implementation(op, "native", _ours),
         implementation(op, "reference", _ours),
         implementation(op, "native", _ours_in_place, "native, in place", prepare=_with_state),
-        Contender("torch", _torch),
-        Contender("torch, in place", partial(_differentiated, _in_place), **in_place),
+        # The reference's formula, differentiated by autograd instead of by its own backward.
+        Contender("torch", _differentiated(_expression)),
+        Contender("torch, in place", _differentiated(_in_place), **in_place),
     ]
     size = (tokens, features, classes, share)
     if labels == "uniform" and size in _COMPILED:
-        run, other = compiled_expression(), compiled_expression(expression=_in_place)
+        run, other = (_differentiated(compiled(each)) for each in (_expression, _in_place))
         contenders += [
-            Contender("torch.compile", run, compiled=True),
-            Contender("torch.compile, in place", other, compiled=True, **in_place),
+            Contender("torch.compile", run, **compiles),
+            Contender("torch.compile, in place", other, **compiles, **in_place),
         ]
     if labels == "uniform" and size in _ONE_HOT:
-        contenders.append(Contender("one-hot", partial(_differentiated, _published)))
+        contenders.append(Contender("one-hot", _differentiated(_published)))
     return Case(
-        OP,
+        "collapse",
         f"{tokens} tokens, {share:.0%} labelled, {features} features, {classes} classes"
         + (", Zipf" if labels == "zipf" else ""),
         "fp32",
@@ -126,15 +110,14 @@ def case(tokens: int, features: int, classes: int, share: float, labels: str = "
     )
 
 
-def expected(inputs: Inputs) -> Result:
+def expected(inputs: SimpleNamespace) -> Result:
     """(loss, gradient of the weight, new sums) in float64, by torch's own differentiation."""
     rows = inputs.labels >= 0
     labels, features = inputs.labels[rows], inputs.features[rows].double()
     sums = inputs.sums.double().index_add(0, labels, features)
     counts = inputs.counts + labels.bincount(minlength=len(inputs.counts))
-    means = sums / counts.unsqueeze(1)
     weight = inputs.weight.double().requires_grad_()
-    loss = torch.cosine_similarity(weight, means - means.mean(0)).std()
+    loss = _loss(weight, sums, counts)
     (gradient,) = torch.autograd.grad(loss, weight)
     return loss.detach(), gradient, sums
 
@@ -145,40 +128,43 @@ def largest_error(result: Result, right: Result) -> float:
     return float(torch.tensor(errors).max())
 
 
-def _differentiated(expression: Callable[..., Any], inputs: Inputs) -> Result:
+def _differentiated(expression: Callable[..., Any]) -> Callable[[SimpleNamespace], Result]:
     """Of an expression that returns (loss, new sums)."""
-    weight = inputs.weight.detach().requires_grad_()
-    loss, sums = expression(inputs.features, inputs.labels, weight, inputs.sums, inputs.counts)
-    (gradient,) = torch.autograd.grad(loss, weight)
-    return loss.detach(), gradient, sums
+
+    def run(inputs: SimpleNamespace) -> Result:
+        weight = inputs.weight.detach().requires_grad_()
+        loss, sums = expression(inputs.features, inputs.labels, weight, inputs.sums, inputs.counts)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        return loss.detach(), gradient, sums
+
+    return run
 
 
-def _ours(impl: str, inputs: Inputs) -> Result:
-    def run(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-        return collapse_alignment(*arguments, statistic=STATISTIC, impl=impl)[:2]
-
-    return _differentiated(run, inputs)
+def _ours(impl: str, inputs: SimpleNamespace) -> Result:
+    ours = partial(collapse_alignment, statistic=STATISTIC, impl=impl)
+    return _differentiated(lambda *arguments: ours(*arguments)[:2])(inputs)
 
 
-def _with_state(inputs: Inputs) -> tuple[Inputs, CollapseState]:
+def _with_state(inputs: SimpleNamespace) -> tuple[SimpleNamespace, CollapseState]:
     """The inputs, and a state of its own with their sums and counts."""
     state = CollapseState(*inputs.sums.shape, device=inputs.sums.device)
     state.load_state_dict({**state.state_dict(), "sums": inputs.sums, "counts": inputs.counts})
     return inputs, state
 
 
-def _ours_in_place(impl: str, operands: tuple[Inputs, CollapseState]) -> Result:
+def _ours_in_place(impl: str, operands: tuple[SimpleNamespace, CollapseState]) -> Result:
     inputs, state = operands
 
     def run(features: Tensor, labels: Tensor, weight: Tensor, *rest: Tensor) -> tuple:
         options = {"statistic": STATISTIC, "impl": impl}
         return collapse_alignment_loss(features, labels, weight, state, **options), state.sums
 
-    return _differentiated(run, inputs)
+    return _differentiated(run)(inputs)
 
 
-def _with_copies(inputs: Inputs) -> Inputs:
-    return replace(inputs, sums=inputs.sums.clone(), counts=inputs.counts.clone())
+def _with_copies(inputs: SimpleNamespace) -> SimpleNamespace:
+    copies = {"sums": inputs.sums.clone(), "counts": inputs.counts.clone()}
+    return SimpleNamespace(**{**vars(inputs), **copies})
 
 
 def _in_place(
@@ -199,17 +185,6 @@ def _loss(weight: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
 
 def _expression(*arguments: Tensor) -> tuple[Tensor, Tensor]:
     return reference.collapse_alignment(*arguments, 1.0, STATISTIC)[:2]
-
-
-def _torch(inputs: Inputs) -> Result:
-    """The reference's formula, differentiated by autograd instead of by its own backward."""
-    return _differentiated(_expression, inputs)
-
-
-def compiled_expression(
-    backend: str = "inductor", expression: Callable[..., Any] = _expression
-) -> Callable[[Inputs], Result]:
-    return partial(_differentiated, compiled(expression, backend))
 
 
 def _published(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from benchmarks.harness.cases import Case, Contender, implementation
 from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.ops import zero_at_
 
-OP = "mask"
 SHAPES = ((18944, 3584), (18944, 3584), (3584, 18944))  # gate, up, down
 LAYERS = (28, 4)
 TOY_SHAPES, TOY_LAYERS = ((48, 32), (48, 32), (32, 48)), (2,)
@@ -28,26 +27,6 @@ COUNTS = range(22, 34)
 DTYPE = torch.bfloat16
 # What full boolean masks may take on a CPU; they touch every weight besides.
 _MOST_MASK_BYTES_ON_CPU = 1 << 30
-
-
-@dataclass
-class Inputs:
-    """The weights, flat indices [M] on their device, the values there; the same as model and mask.
-
-    `masked`: whether the next toggle restores.
-    """
-
-    weights: list[Tensor]
-    indices: list[Tensor]
-    originals: list[Tensor]
-    model: nn.Module
-    mask: NeuronMask
-    masked: bool = False
-
-    def places(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(the flat weight, its indices, the values there) of each matrix."""
-        flat = (weight.view(-1) for weight in self.weights)
-        return zip(flat, self.indices, self.originals, strict=True)
 
 
 def cases(toy: bool) -> Iterator[Case]:
@@ -71,7 +50,7 @@ def case(shapes: Sequence[tuple[int, int]], layers: int) -> Case:
     ours = {**exact, "prepare": _cleaned}
     loops = {"prepare": _with_boolean_masks, "refusal": too_many_masks, **exact}
     return Case(
-        OP,
+        "mask",
         f"{len(matrices)} matrices of {rows} x {columns}, {sum(counts)} weights",
         "bf16",
         settings={
@@ -97,12 +76,16 @@ def case(shapes: Sequence[tuple[int, int]], layers: int) -> Case:
 
 def _made(
     matrices: Sequence[tuple[int, int]], counts: Sequence[int], generator: torch.Generator
-) -> Inputs:
+) -> SimpleNamespace:
+    """The weights, flat indices [M] on their device, the values there; the same as model and mask.
+
+    `masked`: whether the next toggle restores.
+    """
     device = generator.device
     seed = torch.randint(1 << 62, (), generator=generator, device=device)
     places = random.Random(int(seed))
     model = nn.ModuleList(nn.Module() for _ in range(len(matrices) // 3))
-    made = Inputs([], [], [], model, NeuronMask({}))
+    made = SimpleNamespace(weights=[], indices=[], originals=[], model=model, masked=False)
     entries = {}
     for i, ((rows, columns), count) in enumerate(zip(matrices, counts, strict=True)):
         weight = torch.empty(rows, columns, dtype=DTYPE, device=device)
@@ -119,26 +102,32 @@ def _made(
     return made
 
 
-def expected(inputs: Inputs) -> Tensor:
+def _places(inputs: SimpleNamespace) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(the flat weight, its indices, the values there) of each matrix."""
+    flat = (weight.view(-1) for weight in inputs.weights)
+    return zip(flat, inputs.indices, inputs.originals, strict=True)
+
+
+def expected(inputs: SimpleNamespace) -> Tensor:
     """What the first toggle leaves at the masked places."""
     return torch.zeros_like(torch.cat(inputs.originals))
 
 
-def share_wrong(result: Inputs, expected: Tensor) -> float:
+def share_wrong(result: SimpleNamespace, expected: Tensor) -> float:
     """Share of the masked places that hold other bits."""
-    found = torch.cat([weight[index] for weight, index, _ in result.places()])
+    found = torch.cat([weight[index] for weight, index, _ in _places(result)])
     return float((found.view(torch.int16) != expected.view(torch.int16)).double().mean())
 
 
-def _cleaned(inputs: Inputs) -> Inputs:
+def _cleaned(inputs: SimpleNamespace) -> SimpleNamespace:
     """As `_made` made them, whatever the contender before has left."""
-    for weight, index, original in inputs.places():
+    for weight, index, original in _places(inputs):
         weight[index] = original
     inputs.masked = False
     return inputs
 
 
-def _toggled(impl: str, inputs: Inputs) -> Inputs:
+def _toggled(impl: str, inputs: SimpleNamespace) -> SimpleNamespace:
     # By the variable: restoring takes no argument for the implementation.
     before = os.environ.get("FASTDEAN_IMPL", "")
     os.environ["FASTDEAN_IMPL"] = impl
@@ -153,15 +142,15 @@ def _toggled(impl: str, inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _zeroed(impl: str, inputs: Inputs) -> Inputs:
+def _zeroed(impl: str, inputs: SimpleNamespace) -> SimpleNamespace:
     """Zeros to all matrices by one call of the op, on CUDA one launch; never back."""
     zero_at_(inputs.weights, inputs.indices, impl=impl)
     return inputs
 
 
-def _index_loop(inputs: Inputs) -> Inputs:
+def _index_loop(inputs: SimpleNamespace) -> SimpleNamespace:
     """The least that torch can do; checks nothing."""
-    for weight, index, original in inputs.places():
+    for weight, index, original in _places(inputs):
         if inputs.masked:
             weight.index_copy_(0, index, original)
         else:
@@ -170,7 +159,7 @@ def _index_loop(inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _with_boolean_masks(inputs: Inputs) -> tuple[Inputs, list[Tensor]]:
+def _with_boolean_masks(inputs: SimpleNamespace) -> tuple[SimpleNamespace, list[Tensor]]:
     masks = []
     for weight, index in zip(inputs.weights, inputs.indices, strict=True):
         masks.append(torch.zeros_like(weight, dtype=torch.bool))
@@ -178,7 +167,7 @@ def _with_boolean_masks(inputs: Inputs) -> tuple[Inputs, list[Tensor]]:
     return _cleaned(inputs), masks
 
 
-def _boolean_loop(operands: tuple[Inputs, list[Tensor]]) -> Inputs:
+def _boolean_loop(operands: tuple[SimpleNamespace, list[Tensor]]) -> SimpleNamespace:
     """One boolean mask of a weight's size for each, as the published code keeps them."""
     inputs, masks = operands
     for weight, mask, original in zip(inputs.weights, masks, inputs.originals, strict=True):

@@ -9,13 +9,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.harness.cases import Case, Contender
-from benchmarks.harness.clock import EVENTS, Timing, elapsed, synchronize, time_calls
+from benchmarks.harness.clock import EVENTS, Spread, elapsed, synchronize, time_calls
 from benchmarks.harness.memory import Held
 from benchmarks.harness.profile import device_seconds
 from fastdean.kernels import on_device
@@ -80,11 +79,12 @@ def poisoned_allocations() -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a call takes.
+def measured(
+    contender: Contender, sets: list, device: torch.device, seconds: float
+) -> tuple[Spread, dict[str, Any]]:
+    """(seconds of a call, metrics), of one call after the other for about `seconds` in all.
 
-    Attributes:
+    Metrics:
         sets: of inputs, on which the calls took turns.
         peak_bytes: memory besides its operands; None on a CPU.
         device_s: seconds for which the device is busy, where the timing holds the host's gaps
@@ -92,16 +92,6 @@ class Measured:
         host_s: seconds until a call is back at the host, with the device idle before and nothing
             waited for after; the median of several calls. None on a CPU.
     """
-
-    timing: Timing
-    sets: int
-    peak_bytes: int | None
-    device_s: float | None
-    host_s: float | None
-
-
-def measured(contender: Contender, sets: list, device: torch.device, seconds: float) -> Measured:
-    """One call after the other on the sets of inputs, for about `seconds` in all."""
     operands = [contender.prepare(inputs) for inputs in sets]
     calls = [lambda each=each: contender.run(each) for each in operands]
     on_gpu = device.type == "cuda"
@@ -114,9 +104,14 @@ def measured(contender: Contender, sets: list, device: torch.device, seconds: fl
         with on_device(device):
             total = device_seconds(lambda: [call() for call in calls], device)
         busy = None if total is None else total / len(calls)
-    return Measured(
-        timing, len(calls), peak, busy, _host_seconds(calls, device) if on_gpu else None
-    )
+    return timing.seconds, {
+        "sets": len(calls),
+        "rounds": timing.rounds,
+        "timed_by": timing.timed_by,
+        "peak_bytes": peak,
+        "device_s": busy,
+        "host_s": _host_seconds(calls, device) if on_gpu else None,
+    }
 
 
 def _host_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:

@@ -1,28 +1,35 @@
-"""`kernels`: cases after cases; each contender is checked, timed and recorded."""
+"""`kernels`: each operation by itself at the shapes of Qwen2-7B, against plain torch and a floor.
+
+Cases after cases; each contender is checked, timed and recorded.
+"""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from benchmarks.harness import gate
+from benchmarks.harness import command, gate
 from benchmarks.harness.cases import Case, Contender, product_name
-from benchmarks.harness.progress import say
+from benchmarks.harness.clock import Spread
 from benchmarks.harness.rates import copy_bandwidth, large_product_rate
 from benchmarks.harness.session import Session, release
-from benchmarks.ops import collapse, expert_importance, importance, mask, selection, unit_importance
-from benchmarks.ops.measuring import Measured, check, input_sets, measured
+from benchmarks.harness.store import say
+from benchmarks.ops import collapse, importance, mask, selection, unit_importance
+from benchmarks.ops.measuring import check, input_sets, measured
 from fastdean.kernels import interpreted
 
 # Results file -> its cases, for a toy run or a real one.
 OPERATIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
-    module.OP: module.cases
-    for module in (importance, selection, unit_importance, expert_importance, mask, collapse)
+    "importance": importance.cases,
+    "selection": selection.cases,
+    "unit_importance": unit_importance.cases,
+    "expert_importance": importance.expert_cases,
+    "mask": mask.cases,
+    "collapse": collapse.cases,
 }
 BANDWIDTH = "bytes at the copy bandwidth"
 _SECONDS_EACH = {"cuda": 0.1, "cpu": 0.02}
@@ -30,11 +37,11 @@ _SEED = 7
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--op", action="append", choices=list(OPERATIONS), help="may be repeated; default: all")
-    said = "measure only this contender, named as in the tables; may be repeated"
-    add("--impl", action="append", help=said)
-    add("--toy", action="store_true", help="tiny sizes, to try the command out")
+    add, several = parser.add_argument, {"action": "append"}
+    said = f"one of {', '.join(OPERATIONS)}; may be repeated; default: all"
+    add("--op", **several, choices=list(OPERATIONS), metavar="OP", help=said)
+    add("--impl", **several, help="only this contender, named as in the tables; may be repeated")
+    command.toy(parser)
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
@@ -42,7 +49,7 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     return tuple(dict.fromkeys(files))
 
 
-def require_measurable(options: argparse.Namespace) -> None:
+def require(options: argparse.Namespace) -> None:
     """Asked before any test runs, so that a mistyped name costs nothing."""
     if interpreted() and not options.toy:
         raise RuntimeError(
@@ -84,113 +91,92 @@ def run(session: Session) -> int:
         for case in cases
         if turn == 0 or any(each.turn == turn for each in case.contenders)
     ]
-    measuring = _Measuring(session)
+    generator = torch.Generator(session.device).manual_seed(_SEED)
+    rates: dict[str, float] = {}
     for case, turn in session.due(turns):
         try:
-            measuring.measure(case, turn)
+            _measure(session, case, turn, generator, rates)
         except torch.OutOfMemoryError:
             say(f"  {case.name}: out of memory")
         release(session.device)
     return int(session.failed)
 
 
-@dataclass
-class _Measuring:
-    """What holds for all cases of a session; `rates`: what this machine can do, once it is asked
-    for."""
+def _measure(
+    session: Session, case: Case, turn: int, generator: torch.Generator, rates: dict[str, float]
+) -> None:
+    """Time the case's contenders of one turn, and record the floor in the first one.
 
-    session: Session
-    rates: dict[str, float] = field(default_factory=dict)
+    `rates`: what this machine can do, once it has been asked for.
+    """
+    device, chosen = session.device, session.options.impl
 
-    def __post_init__(self) -> None:
-        self._device = self.session.device
-        self._generator = torch.Generator(self._device).manual_seed(_SEED)
+    def is_wanted(contender: Contender) -> bool:
+        is_chosen = not chosen or contender.name in chosen
+        return is_chosen and not session.earlier(case.op, {contender.name}, case.setup)
 
-    def measure(self, case: Case, turn: int) -> None:
-        """Time the case's contenders of one turn, and record the floor in the first one."""
-        wanted = [c for c in case.contenders if c.turn == turn and self._is_wanted(case, c)]
-        records_floor = turn == 0 and case.floor is not None and self._is_wanted(case, case.floor)
-        if not wanted and not records_floor:
-            return
-        say(f"{case.op}: {case.name}")
-        refusals = {each.name: each.refusal(self._device) for each in wanted}
-        for name, reason in refusals.items():
-            if reason:
-                _leave_out(name, reason)
-        able = [each for each in wanted if not refusals[each.name]]
-        if not able and not records_floor:
-            return
-        if not self.rates:
-            self.rates["copy_bandwidth"] = copy_bandwidth(self._device)
-            self.rates["matrix_rate"] = large_product_rate(self._device, torch.bfloat16)
-        sets = input_sets(case, self._generator)
-        if case.floor is None:
-            floor_s = case.bytes / self.rates["copy_bandwidth"]
-            floor = {"floor": BANDWIDTH, "floor_s": floor_s}
-        else:
-            found = self._measured(case.floor, sets)
-            floor = {"floor": case.floor.name, "floor_s": found.timing.seconds.median}
-            if records_floor:
-                self._append(case, case.floor.name, found, floor, None)
-        for contender in able:
-            release(self._device)
-            self._measure_one(case, contender, sets, floor)
+    def timed(contender: Contender) -> tuple[Spread, dict[str, Any]]:
+        return measured(contender, sets, device, _SECONDS_EACH[device.type])
 
-    def _is_wanted(self, case: Case, contender: Contender) -> bool:
-        chosen = self.session.options.impl
-        if chosen and contender.name not in chosen:
-            return False
-        return not self.session.earlier(case.op, {contender.name}, case.setup)
-
-    def _measured(self, contender: Contender, sets: list) -> Measured:
-        return measured(contender, sets, self._device, _SECONDS_EACH[self._device.type])
-
-    def _measure_one(
-        self, case: Case, contender: Contender, sets: list, floor: Mapping[str, Any]
+    def append(
+        name: str, seconds: Spread, found: Mapping[str, Any], error: float | None = None
     ) -> None:
+        """`error`: before the timing, on other inputs: norm-wise, or the share of wrong indices;
+        None for the floor, which computes something else."""
+        metrics = {
+            **found,
+            "operations": case.operations,
+            "bytes": case.bytes,
+            "operations_per_s": case.operations / seconds.median,
+            "bytes_per_s": case.bytes / seconds.median,
+            "error": error,
+            "product": product_name(device.type),
+            **floor,
+            "share_of_floor": floor["floor_s"] / seconds.median,
+            **rates,
+        }
+        parts = {"setup": case.setup, "seconds": seconds.record(), "metrics": metrics}
+        session.append(case.op, case.name, name, **parts)
+
+    wanted = [each for each in case.contenders if each.turn == turn and is_wanted(each)]
+    records_floor = turn == 0 and case.floor is not None and is_wanted(case.floor)
+    if not wanted and not records_floor:
+        return
+    say(f"{case.op}: {case.name}")
+    refusals = {each.name: each.refusal(device) for each in wanted}
+    for name, reason in refusals.items():
+        if reason:
+            _leave_out(name, reason)
+    able = [each for each in wanted if not refusals[each.name]]
+    if not able and not records_floor:
+        return
+    if not rates:
+        rates["copy_bandwidth"] = copy_bandwidth(device)
+        rates["matrix_rate"] = large_product_rate(device, torch.bfloat16)
+    sets = input_sets(case, generator)
+    if case.floor is None:
+        floor = {"floor": BANDWIDTH, "floor_s": case.bytes / rates["copy_bandwidth"]}
+    else:
+        seconds, found = timed(case.floor)
+        floor = {"floor": case.floor.name, "floor_s": seconds.median}
+        if records_floor:
+            append(case.floor.name, seconds, found)
+    for contender in able:
+        release(device)
         if contender.compiled:
             # Else the sizes of earlier cases use up torch.compile's limit of recompilations.
             torch._dynamo.reset()
         try:
-            error = check(case, contender, self._generator)
-            found = self._measured(contender, sets)
+            error = check(case, contender, generator)
+            seconds, found = timed(contender)
         except torch.OutOfMemoryError:
             _leave_out(contender.name, "out of memory")
         # A compiler may end in any exception there is: the others are measured all the same.
         except Exception as problem:
-            self.session.failed = True
+            session.failed = True
             _leave_out(contender.name, str(problem) or type(problem).__name__)
         else:
-            self._append(case, contender.name, found, floor, error)
-
-    def _append(
-        self, case: Case, name: str, found: Measured, floor: Mapping[str, Any], error: float | None
-    ) -> None:
-        """`error`: before the timing, on other inputs: norm-wise, or the share of wrong indices;
-        None for the floor, which computes something else."""
-        timing = found.timing
-        median = timing.seconds.median
-        metrics = {
-            "sets": found.sets,
-            "rounds": timing.rounds,
-            "timed_by": timing.timed_by,
-            "device_s": found.device_s,
-            "host_s": found.host_s,
-            "operations": case.operations,
-            "bytes": case.bytes,
-            "operations_per_s": case.operations / median,
-            "bytes_per_s": case.bytes / median,
-            "error": error,
-            "peak_bytes": found.peak_bytes,
-            "product": product_name(self._device.type),
-            **floor,
-            "share_of_floor": floor["floor_s"] / median,
-            **self.rates,
-        }
-        seconds = timing.seconds.record()
-        self.session.append(
-            case.op, case.name, name, setup=case.setup, seconds=seconds, metrics=metrics
-        )
+            append(contender.name, seconds, found, error)
 
 
 def _leave_out(name: str, reason: str) -> None:

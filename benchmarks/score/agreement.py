@@ -5,6 +5,7 @@ bf16 against fp32, and `fastdean.score` against the plain loop.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,18 +14,23 @@ from torch import Tensor, nn
 
 import fastdean
 from benchmarks.harness import models, tables
+from benchmarks.harness.gate import test_files
 from benchmarks.harness.session import Session
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
 from benchmarks.score import subject
 from benchmarks.score.baselines import loop_sums
+from benchmarks.score.subject import add_options  # noqa: F401
 from fastdean.coupling.targets import find_targets
 from fastdean.data.examples import Example
 
 RATIOS = (1e-5, 1e-4, 1e-3)
 TOP = 256
 
-Selections = dict[str, Tensor]
+
+def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
+    """It selects as well."""
+    return test_files("score", *(("score_kernels", "repeatable") if on_gpu else ()))
 
 
 def run(session: Session) -> int:
@@ -58,13 +64,17 @@ def measured(
     ours = {name: scores.select(name, TOP) for name in scores}
     yield "loop fp32", "fastdean fp32", None, compare(loop, ours)
 
-    fp32 = {ratio: _selections(scores, ratio) for ratio in RATIOS}
+    def selections(scores: fastdean.Scores, ratio: float) -> dict[str, Tensor]:
+        entries = scores.entries.items()
+        return {name: scores.select(name, int(ratio * each.numel)) for name, each in entries}
+
+    fp32 = {ratio: selections(scores, ratio) for ratio in RATIOS}
     del scores
     models.cast_parameters_(model, torch.bfloat16)
     rounded = fastdean.score(model, examples, target_modules=target_modules, progress=False)
-    for ratio, selections in fp32.items():
-        if any(index.numel() for index in selections.values()):
-            found = compare(selections, _selections(rounded, ratio))
+    for ratio, chosen in fp32.items():
+        if any(index.numel() for index in chosen.values()):
+            found = compare(chosen, selections(rounded, ratio))
             yield "fastdean fp32", "fastdean bf16", ratio, found
 
 
@@ -96,26 +106,17 @@ def compare(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dic
     }
 
 
-def _selections(scores: fastdean.Scores, ratio: float) -> Selections:
-    return {n: scores.select(n, int(ratio * entry.numel)) for n, entry in scores.entries.items()}
-
-
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
     header = ["selection", "of", "ratio", "k", "kept (mean)", "kept (worst matrix)"]
-    return [*header, "equal matrices"], [_cells(row) for row in rows]
-
-
-def _cells(row: Record) -> Cells:
-    least, most = row["k"]
-    return [
-        row.contender,
-        row["reference"],
-        "" if row["ratio"] is None else f"{row['ratio']:g}",
-        str(least) if least == most else f"{least} to {most}",
-        f"{row['kept']:.1%}",
-        f"{row['kept_least']:.1%}",
-        f"{row['equal']} of {row['matrices']}",
-    ]
+    lines = []
+    for row in rows:
+        least, most = row["k"]
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:g}"
+        k = str(least) if least == most else f"{least} to {most}"
+        kept = [f"{row[name]:.1%}" for name in ("kept", "kept_least")]
+        equal = f"{row['equal']} of {row['matrices']}"
+        lines.append([row.contender, row["reference"], ratio, k, *kept, equal])
+    return [*header, "equal matrices"], lines
 
 
 def _notes(rows: Sequence[Record]) -> list[str]:

@@ -1,21 +1,24 @@
-"""`score`: several ways to the same sums, taking turns in one process, each dtype by itself."""
+"""`score`: several ways to the same sums, taking turns in one process, each dtype by itself.
+
+They are `published`, the released procedure on a few layers, extrapolated to all; `loop`, the best
+plain loop; `vmap`, that is `torch.func.vmap` of `grad`; and `fastdean`.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import nn
 
-from benchmarks.harness import gate, models, store, tables
+from benchmarks.harness import command, gate, models, profile, store, tables
 from benchmarks.harness.cases import Case, Contender, norm_error
+from benchmarks.harness.clock import elapsed
 from benchmarks.harness.command import positive
+from benchmarks.harness.memory import Held
 from benchmarks.harness.plots import Panel
-from benchmarks.harness.progress import say
-from benchmarks.harness.rates import Floor, copy_bandwidth, matrix_rate
+from benchmarks.harness.rates import copy_bandwidth, matrix_rate
 from benchmarks.harness.session import (
     Problem,
     Sample,
@@ -24,11 +27,10 @@ from benchmarks.harness.session import (
     most,
     seconds_of,
     take_turns,
-    timed,
 )
-from benchmarks.harness.store import Record
+from benchmarks.harness.store import Record, say
 from benchmarks.harness.tables import Cells, Table
-from benchmarks.score import breakdown, subject
+from benchmarks.score import subject
 from benchmarks.score.baselines import vmap_chunk
 from benchmarks.score.work import score_case
 from fastdean.coupling.targets import find_targets
@@ -52,22 +54,17 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     return gate.score_tests(on_gpu)
 
 
-def tests_of_agreement(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
-    """It selects as well."""
-    return gate.test_files("score", *(("score_kernels", "repeatable") if on_gpu else ()))
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     subject.add_options(parser)
     add, several = parser.add_argument, {"action": "append"}
     add("--dtype", **several, choices=list(models.DTYPES), help="may be repeated; default: both")
     said = "measure only this one; may be repeated; vmap besides needs --vmap"
     add("--impl", **several, choices=list(NAMES), help=said)
-    add("--repeats", type=positive, default=3)
-    said = "layers the published procedure is run on, first to last; default: 2"
-    add("--layers", type=positive, default=2, help=said)
+    said = "layers the published procedure is run on, first to last"
+    add("--layers", type=positive, default=2, metavar="N", help=said)
     add("--vmap", action="store_true", help="measure torch.func.vmap too, where memory allows")
     add("--profile", action="store_true", help="say where fastdean's time goes")
+    command.repeats(parser, 3)
 
 
 def run(session: Session) -> int:
@@ -76,8 +73,9 @@ def run(session: Session) -> int:
     An implementation that runs out of memory or fails is named, and the others are measured; 1 if
     one failed.
     """
-    options, wanted = session.options, _wanted(session.options)
-    due = []
+    options, due = session.options, []
+    # Ours always, since the others are compared with it.
+    wanted = {*(options.impl or NAMES), OURS} - (set() if options.vmap else {"vmap"})
     # fp32 first: casting down keeps what casting up cannot bring back.
     for dtype in (each for each in models.DTYPES if each in (options.dtype or models.DTYPES)):
         earlier = session.earlier(
@@ -94,41 +92,29 @@ def run(session: Session) -> int:
             bandwidth = copy_bandwidth(session.device)
         models.cast_parameters_(loaded.model, models.DTYPES[dtype])
         examples = loaded.examples(subject.examples_in(options, dtype))
-        chunk = _vmap_examples(options, loaded.model) if "vmap" in wanted else 0
+        chunk = 0
+        if "vmap" in wanted:
+            targets = find_targets(loaded.model, options.targets)
+            chunk = min(options.examples, vmap_chunk([each.module.weight for each in targets]))
+            if chunk > 1:
+                say(f"vmap: the gradients of {chunk} examples at a time")
         case = score_case(
             loaded.model,
             examples,
             target_modules=options.targets,
             layers=options.layers,
-            contenders=wanted if chunk else wanted - {"vmap"},
+            contenders=wanted if chunk > 1 else wanted - {"vmap"},
             vmap_examples=chunk,
             name=f"{loaded.name}, {options.targets}",
             dtype=dtype,
             model_name=loaded.name,
         )
-        if "vmap" in wanted and not chunk:
+        if "vmap" in wanted and chunk < 2:
             leave_out(session, case, "vmap", _NO_ROOM)
         rows = compare(session, case, examples, bandwidth, options.repeats, options.profile)
         if rows:
             print(tables.rendered(TABLE, rows))
     return int(session.failed)
-
-
-def _wanted(options: argparse.Namespace) -> set[str]:
-    """The implementations asked for; ours always, since the others are compared with it."""
-    if options.impl:
-        return {*options.impl, OURS}
-    return set(NAMES) - (set() if options.vmap else {"vmap"})
-
-
-def _vmap_examples(options: argparse.Namespace, model: nn.Module) -> int:
-    """0 unless vmap was asked for and the gradients of two examples fit into the memory."""
-    weights = [target.module.weight for target in find_targets(model, options.targets)]
-    chunk = min(options.examples, vmap_chunk(weights)) if options.vmap else 0
-    if chunk < 2:
-        return 0
-    say(f"vmap: the gradients of {chunk} examples at a time")
-    return chunk
 
 
 def leave_out(session: Session, case: Case, name: str, problem: Problem) -> None:
@@ -144,7 +130,7 @@ def compare(
     examples: Sequence[Example],
     bandwidth: float,
     repeats: int,
-    profile: bool = False,
+    with_breakdown: bool = False,
 ) -> list[Record]:
     """The contenders in turn, on the same examples, and the floor of the machine.
 
@@ -152,17 +138,21 @@ def compare(
     """
     device, tokens = session.device, case.settings["tokens"]
 
-    def measured_floor() -> Floor:
-        rate = matrix_rate(case.shapes, models.DTYPES[case.dtype], device)
-        return Floor(case.operations, case.bytes, rate, bandwidth)
+    def measured_floor() -> dict[str, float]:
+        rate = matrix_rate(case.products, models.DTYPES[case.dtype], device)
+        seconds = max(case.operations / rate, case.bytes / bandwidth)
+        work = {"operations": case.operations, "bytes": case.bytes}
+        return {**work, "matrix_rate": rate, "copy_bandwidth": bandwidth, "floor_s": seconds}
 
     def turn(contender: Contender) -> Sample:
-        sample = timed(lambda: contender.run(examples), device)
-        return replace(sample, seconds=contender.scale * sample.seconds)
+        held = Held(device)
+        seconds = contender.scale * elapsed(lambda: contender.run(examples), device)
+        # Never extrapolated: it is that of the layers run.
+        return Sample(seconds, held.added_bytes())
 
-    def profiled(contender: Contender) -> dict[str, float] | None:
+    def shares_of(contender: Contender) -> dict[str, float] | None:
         run = partial(contender.run, examples)
-        shares, problem = attempt(lambda: breakdown.profile(run, device), device)
+        shares, problem = attempt(lambda: profile.shares_of(run, device), device)
         if shares is None:
             seen = "the profiler sees no kernels" if problem is None else problem.reason
             say(f"  no breakdown: {seen}")
@@ -175,7 +165,7 @@ def compare(
     floors, rows = [measured_floor()], []
     say(
         f"{case.name}, {case.dtype}: {len(examples)} examples, {tokens} tokens; products run at "
-        f"{floors[0].matrix_rate / 1e9:.1f} GFLOP/s; floor {floors[0].seconds:.2f} s"
+        f"{floors[0]['matrix_rate'] / 1e9:.1f} GFLOP/s; floor {floors[0]['floor_s']:.2f} s"
     )
     turns = {name: partial(turn, each) for name, each in able.items()}
     for name, samples, problem in take_turns(turns, repeats, forgiving=device):
@@ -185,16 +175,14 @@ def compare(
         if len(floors) == 1:
             # Before and after: a machine that was busy once must not raise the floor.
             floors.append(measured_floor())
-        floor, seconds = min(floors, key=lambda each: each.seconds), seconds_of(samples)
+        floor, seconds = min(floors, key=lambda each: each["floor_s"]), seconds_of(samples)
         ran = {"repeats": len(samples), "extrapolated": able[name].extrapolated}
         metrics = {
             "tokens_per_s": tokens / seconds["median_s"],
-            # Never extrapolated: it is that of the layers run.
             "peak_bytes": most([sample.peak_bytes for sample in samples]),
-            **vars(floor),
-            "floor_s": floor.seconds,
-            "share_of_floor": floor.seconds / seconds["median_s"],
-            "breakdown": profiled(able[name]) if profile and name == OURS else None,
+            **floor,
+            "share_of_floor": floor["floor_s"] / seconds["median_s"],
+            "breakdown": shares_of(able[name]) if with_breakdown and name == OURS else None,
         }
         parts = {"setup": case.setup | ran, "seconds": seconds, "metrics": metrics}
         rows.append(session.append(case.op, case.name, name, **parts))
@@ -237,41 +225,28 @@ def require_same_sums(
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
     header = ["dtype", "", "seconds (p20 to p80)", "tokens/s", "vs plain loop", "vs published"]
     lines = []
-    for alike in store.grouped(rows, ("dtype",)):
-        median = {row.contender: row["median_s"] for row in alike}
-        lines += [_cells(row, median) for row in alike]
+    for row in rows:
+        median = {r.contender: r["median_s"] for r in rows if r["dtype"] == row["dtype"]}
+        note = f", extrapolated from {row['extrapolated']}" if row["extrapolated"] else ""
+        times = [tables.times_as_long(median.get(name), row) for name in ("loop", "published")]
+        line = [row["dtype"], NAMES[row.contender] + note, tables.spread(row)]
+        lines.append([*line, f"{row['tokens_per_s']:.0f}", *times, *tables.memory_and_floor(row)])
     return [*header, "peak memory", "floor / time"], lines
 
 
-def _cells(row: Record, median: Mapping[str, float]) -> Cells:
-    note = f", extrapolated from {row['extrapolated']}" if row["extrapolated"] else ""
-    return [
-        row["dtype"],
-        NAMES[row.contender] + note,
-        tables.spread(row),
-        f"{row['tokens_per_s']:.0f}",
-        tables.times_as_long(median.get("loop"), row),
-        tables.times_as_long(median.get("published"), row),
-        tables.megabytes(row["peak_bytes"]),
-        f"{row['share_of_floor']:.0%}",
-    ]
-
-
 def _notes(rows: Sequence[Record]) -> list[str]:
-    sizes = "; ".join(_size(alike[0]) for alike in store.grouped(rows, ("dtype",)))
-    notes = [f"{rows[0].case}. {sizes}. {tables.provenance_line(rows[0])}"]
+    sizes = []
+    for row, *_ in store.grouped(rows, ("dtype",)):
+        sums = "" if row["sums_bytes"] is None else f", sums {row['sums_bytes'] / 1e6:.0f} MB"
+        sizes.append(
+            f"{row['dtype']}: {row['examples']} examples, {row['tokens']} tokens, "
+            f"floor {row['floor_s']:.2f} s at {row['matrix_rate'] / 1e9:.1f} GFLOP/s{sums}"
+        )
+    notes = [f"{rows[0].case}. {'; '.join(sizes)}. {tables.provenance_line(rows[0])}"]
     for row in (row for row in rows if row["breakdown"]):
         shares = ", ".join(f"{name} {share:.0%}" for name, share in row["breakdown"].items())
         notes += ["", f"One profiled run of {NAMES[row.contender]}, {row['dtype']}: {shares}."]
     return notes
-
-
-def _size(row: Record) -> str:
-    sums = "" if row["sums_bytes"] is None else f", sums {row['sums_bytes'] / 1e6:.0f} MB"
-    return (
-        f"{row['dtype']}: {row['examples']} examples, {row['tokens']} tokens, "
-        f"floor {row['floor_s']:.2f} s at {row['matrix_rate'] / 1e9:.1f} GFLOP/s{sums}"
-    )
 
 
 _KIND = ("device", "case", "dtype")

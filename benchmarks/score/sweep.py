@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from benchmarks.harness import lengths, models, store, tables
-from benchmarks.harness.command import positive
+from benchmarks.harness import command, lengths, models, store, tables
 from benchmarks.harness.plots import Line, Panel, seconds_over
 from benchmarks.harness.rates import copy_bandwidth
 from benchmarks.harness.session import Session
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
-from benchmarks.score.run import NAMES, OURS, compare
+from benchmarks.score.run import NAMES, OURS, compare, tests  # noqa: F401, its own too
 from benchmarks.score.work import score_case
 from fastdean.coupling.targets import find_targets
 
@@ -60,11 +59,14 @@ class Point:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    shapes = list(models.SHAPES)
-    said = f"the largest model; {_BATCH_SHAPE}: tokens per batch are varied, in both dtypes"
-    add("--random-model", choices=shapes, default="qwen2-7b", help=said)
+    said = (
+        f"the largest model of {', '.join(models.SHAPES)}; with {_BATCH_SHAPE} tokens per batch "
+        "are varied, in both dtypes"
+    )
+    shapes = {"choices": list(models.SHAPES), "default": "qwen2-7b"}
+    add("--random-model", **shapes, metavar="SHAPE", help=said)
     add("--sweep", action="append", choices=SWEEPS, help="may be repeated; default: all")
-    add("--repeats", type=positive, default=3)
+    command.repeats(parser, 3)
 
 
 def points(largest: str) -> list[Point]:
@@ -132,8 +134,12 @@ def _measure(session: Session, point: Point, model: nn.Module, bandwidth: float)
         dtype=point.dtype,
         model_name=name,
     )
-    varied = {"sweep": point.sweep, "x": _value(point, model, targets), "point": dict(vars(point))}
-    case = replace(case, settings={**case.settings, **varied})
+    weights = sum(each.module.weight.numel() for each in find_targets(model, targets))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    varied = zip(SWEEPS, (point.tokens, point.examples, weights, parameters), strict=True)
+    x = point.batch or dict(varied)[point.sweep]
+    setup = {"sweep": point.sweep, "x": x, "point": dict(vars(point))}
+    case = replace(case, settings={**case.settings, **setup})
     compare(session, case, examples, bandwidth, session.options.repeats)
 
 
@@ -147,31 +153,13 @@ def scored_modules(model: nn.Module, point: Point) -> str | list[str]:
     return [target.name for target in found if target.layer_index >= max(0, lowest)]
 
 
-def _value(point: Point, model: nn.Module, targets: str | Sequence[str]) -> float:
-    if point.batch is not None:
-        return point.batch
-    values = (
-        point.tokens,
-        point.examples,
-        sum(target.module.weight.numel() for target in find_targets(model, targets)),
-        sum(parameter.numel() for parameter in model.parameters()),
-    )
-    return values[SWEEPS.index(point.sweep)]
-
-
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
     header = [rows[0]["sweep"], "", "seconds (p20 to p80)", "tokens/s", "peak memory"]
-    return [*header, "floor / time"], [
-        [
-            f"{row['x']:,.0f}",
-            NAMES[row.contender],
-            tables.spread(row),
-            f"{row['tokens_per_s']:.0f}",
-            tables.megabytes(row["peak_bytes"]),
-            f"{row['share_of_floor']:.0%}",
-        ]
-        for row in sorted(rows, key=lambda row: row["x"])
-    ]
+    lines = []
+    for row in sorted(rows, key=lambda row: row["x"]):
+        line = [f"{row['x']:,.0f}", NAMES[row.contender], tables.spread(row)]
+        lines.append([*line, f"{row['tokens_per_s']:.0f}", *tables.memory_and_floor(row)])
+    return [*header, "floor / time"], lines
 
 
 # A resumed sweep has several dates: the latest of each point, not of each run.
@@ -185,15 +173,14 @@ def picture(rows: Sequence[Record]) -> list[list[Panel]]:
     above, below = [], []
     for group in store.grouped(store.latest(rows, _LATEST), _GROUPS):
         sweep = group[0]["sweep"]
-        lines, floor = seconds_over(group, "x")
         title = f"{group[0]['device']}\n{sweep}"
+        lines, floor = seconds_over(group, "x")
         above.append(Panel(title, sweep, "seconds", lines, floor=floor, log="xy"))
-        ordered = sorted(group, key=lambda row: row["x"])
+        tokens = {row["x"]: row["tokens"] for row in group}
         rates = [
-            Line(line[0].contender, [r["x"] for r in line], [r["tokens_per_s"] for r in line])
-            for line in store.grouped(ordered, ("contender",))
+            Line(each.label, each.x, [tokens[x] / y for x, y in zip(each.x, each.y, strict=True)])
+            for each in (*lines, floor)
         ]
-        best = {row["x"]: row["tokens"] / row["floor_s"] for row in ordered}
-        floor = Line("floor", list(best), list(best.values()))
-        below.append(Panel("", sweep, "tokens per second", rates, floor=floor, log="x"))
+        *lines, floor = rates
+        below.append(Panel("", sweep, "tokens per second", lines, floor=floor, log="x"))
     return [above, below]

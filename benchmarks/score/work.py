@@ -7,15 +7,15 @@ products of attention itself, everything elementwise, the embedding's lookup.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
 import fastdean
 from benchmarks.harness.cases import Case, Contender
-from benchmarks.harness.rates import MatrixShape
+from benchmarks.harness.rates import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from benchmarks.score.baselines import loop_sums, published_sums, vmap_sums
-from fastdean.coupling.targets import Target, find_targets
+from fastdean.coupling.targets import find_targets
 from fastdean.data.examples import Example
 from fastdean.models.forward import tokens_per_batch_of
 
@@ -44,12 +44,12 @@ def score_case(
         tokens_per_batch: of `score`; None: its default.
     """
     targets = find_targets(model, target_modules)
-    scored_layers = sorted({t.layer_index for t in targets if t.layer_index is not None})
     if any(target.layer_index is None for target in targets):
         raise ValueError(
             f"targets must lie in the decoder layers, got {target_modules!r}; "
             "leave out what the layer-at-a-time procedure cannot reach"
         )
+    scored_layers = sorted({target.layer_index for target in targets})
     measured = spread(scored_layers, layers)
     some = [target for target in targets if target.layer_index in measured]
 
@@ -72,14 +72,22 @@ def score_case(
     ]
     matrices = find_targets(model, "all")
     head = model.get_output_embeddings().weight
-    lowest = min(target.layer_index for target in targets)
     # Of the lowest scored layer and of all above it: what has gradients of activations.
-    above = [target for target in matrices if target.layer_index >= lowest]
+    above = [target for target in matrices if target.layer_index >= scored_layers[0]]
     tokens = sum(len(example) for example in examples)
     # Rows that have to predict a target; only these pass through the head.
     target_tokens = sum(example.num_targets(shift=1) for example in examples)
-    per_token = _entries(matrices) + _entries(above) + _entries(targets)
     rows = min(tokens, tokens_per_batch or tokens_per_batch_of(model))
+    head_rows = max(1, round(rows * target_tokens / tokens))
+    # Of one batch of `rows`.
+    products: Counter[tuple[str, int, int, int]] = Counter()
+    for kind, group in ((FORWARD, matrices), (INPUT_GRADIENT, above), (WEIGHT_GRADIENT, targets)):
+        products.update((kind, each.num_outputs, each.num_inputs, rows) for each in group)
+    products.update((kind, *head.shape, head_rows) for kind in (FORWARD, INPUT_GRADIENT))
+    entries = [
+        sum(target.module.weight.numel() for target in group)
+        for group in (matrices, above, targets)
+    ]
     return Case(
         op,
         name,
@@ -90,15 +98,12 @@ def score_case(
             "tokens": tokens,
             "target_tokens": target_tokens,
             # What the result itself takes.
-            "sums_bytes": 4 * _entries(targets),
+            "sums_bytes": 4 * entries[2],
         },
-        operations=2 * per_token * tokens + 4 * head.numel() * target_tokens,
+        operations=2 * sum(entries) * tokens + 4 * head.numel() * target_tokens,
         # Every weight read once.
-        bytes=targets[0].module.weight.element_size() * (_entries(matrices) + head.numel()),
-        shapes=(
-            *_shapes(rows, matrices, above, targets),
-            MatrixShape(*head.shape, max(1, round(rows * target_tokens / tokens)), 1, 1, 0),
-        ),
+        bytes=targets[0].module.weight.element_size() * (entries[0] + head.numel()),
+        products=products,
         contenders=tuple(each for each in every if each.name in contenders),
     )
 
@@ -117,16 +122,3 @@ def spread(layers: Sequence[int], count: int) -> list[int]:
     count = min(count, len(layers))
     step = (len(layers) - 1) / max(1, count - 1)
     return [layers[round(i * step)] for i in range(count)]
-
-
-def _entries(targets: Iterable[Target]) -> int:
-    return sum(target.module.weight.numel() for target in targets)
-
-
-def _shapes(rows: int, *groups: Iterable[Target]) -> list[MatrixShape]:
-    """The distinct products of one batch of `rows`: forward, and for both gradients."""
-    forward, *backward = (Counter((t.num_outputs, t.num_inputs) for t in group) for group in groups)
-    return [
-        MatrixShape(*size, rows, number, *(each[size] for each in backward))
-        for size, number in sorted(forward.items())
-    ]

@@ -14,17 +14,14 @@ from collections.abc import Sequence
 
 from benchmarks.harness import command
 from benchmarks.harness.command import Benchmark
-from experiments.debias import plot, run, table
+from experiments.debias import run, table
 
 STUDY = {
     "run": Benchmark(
         "train with and without the regulariser, over several seeds",
-        run.add_options,
-        run.run,
-        run.tests,
-        run.require_measures,
-        tables={"debias": table.TABLE},
-        pictures={"debias": plot.picture},
+        run,
+        {"debias": table.TABLE},
+        {"debias": table.picture},
     )
 }
 

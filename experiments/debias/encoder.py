@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness.models import Shape, random_encoder
-from benchmarks.harness.progress import say
+from benchmarks.harness.store import say
 from fastdean.data.sources import load_rows
 from fastdean.debias import augment, mask_tokens, masked_lm_loss
 from fastdean.debias.gender_words import GenderWords
@@ -21,13 +21,7 @@ from fastdean.debias.texts import TextEncoder, collate
 from fastdean.evaluation.bias import bec_pro_rows
 
 HIDDEN, LAYERS = 128, 2
-_SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+_SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 # With answers, unlike the text to be trained on: a larger vocabulary, and longer sentences.
 _OTHER_TEXT = ("embedded:fairness", "embedded:privacy", "embedded:general")
 _MAX_LENGTH = 64

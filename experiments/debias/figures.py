@@ -6,8 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,12 +32,9 @@ _SEED = 19
 _RESAMPLES = 100
 
 
-@dataclass(frozen=True)
-class Figure:
-    """Attributes:
-    value: None where it could not be measured, or is infinite.
-    neutral: what an unbiased model has; None where there is no such value.
-    """
+class Figure(NamedTuple):
+    """`value`: None where it could not be measured, or is infinite; `neutral`: what an unbiased
+    model has; None where there is no such value."""
 
     value: float | None
     unit: str = ""
@@ -65,26 +61,19 @@ class HeldOut:
 
     def __call__(self, model: nn.Module) -> dict[str, Figure]:
         collapse = collapse_metrics(model, self.examples, self._classes, progress=False).values
-        figures = {
-            UNC3: Figure(_finite(collapse["unc3_std"].value)),
-            NC3: Figure(_finite(collapse["nc3_mean"].value)),
-            **self._fluency(model),
-        }
+        found = {UNC3: (collapse["unc3_std"].value,), NC3: (collapse["nc3_mean"].value,)}
+        if label_shift(model) == 1:
+            found[PERPLEXITY] = (perplexity(model, self.examples, progress=False).value,)
+        else:
+            loss = perplexity(model, self._hidden, progress=False).nll_per_token
+            found[MASKED_LOSS] = (loss, "nats")
         for name, source in self._bias:
             arguments = [] if source is None else [source]
-            found = MEASURES[name][0](
-                model, self._tokenizer, *arguments, resamples=_RESAMPLES, progress=False
-            )
-            for each in results_of(found):
-                figures[each.name] = Figure(_finite(each.value), each.unit, each.neutral)
-        return figures
-
-    def _fluency(self, model: nn.Module) -> dict[str, Figure]:
-        if label_shift(model) == 1:
-            value = perplexity(model, self.examples, progress=False).value
-            return {PERPLEXITY: Figure(_finite(value))}
-        value = perplexity(model, self._hidden, progress=False).nll_per_token
-        return {MASKED_LOSS: Figure(_finite(value), "nats")}
+            options = {"resamples": _RESAMPLES, "progress": False}
+            measured = MEASURES[name][0](model, self._tokenizer, *arguments, **options)
+            for each in results_of(measured):
+                found[each.name] = (each.value, each.unit, each.neutral)
+        return {name: Figure(_finite(value), *rest) for name, (value, *rest) in found.items()}
 
 
 def bias_source(name: str, file: str | None, rows: int) -> Any:

@@ -19,17 +19,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness import models, store, tables
+from benchmarks.harness import store, tables
 from benchmarks.harness.clock import synchronize
 from benchmarks.harness.command import above_zero, positive
 from benchmarks.harness.gate import test_files
-from benchmarks.harness.progress import say
 from benchmarks.harness.session import Session
+from benchmarks.harness.store import say
 from experiments.debias.figures import Figure, HeldOut
 from experiments.debias.subject import ARMS, DATA, Subject, load_subject
 from experiments.debias.table import BASE, TABLE
 from fastdean.collapse import CollapseClasses, CollapseRegularizer
 from fastdean.debias import fine_tune
+from fastdean.files.provenance import public_name, public_source
 from fastdean.jobs import bias
 
 # For causal models none is published; BEC's is.
@@ -55,19 +56,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     said = "a small masked model that is trained first, from scratch on the embedded text"
     chosen("--masked", action="store_true", help=said)
     add = parser.add_argument
-    add("--pretraining-steps", type=positive, default=400, help="of --masked; default: 400")
+    number = {"type": positive, "metavar": "N"}
+    add("--pretraining-steps", **number, default=400, help="of --masked")
     add("--method", choices=["causal", "bec"], help="default: causal; with --masked: bec")
     said = "of the regulariser, in all arms but none; default: 10; of bec: 100"
-    add("--strength", type=above_zero, nargs="+", help=said)
+    add("--strength", type=above_zero, nargs="+", metavar="X", help=said)
     add("--arm", choices=ARMS, nargs="+", help="default: all")
-    add("--seeds", type=positive, default=3, help="trainings of each arm; default: 3")
-    add("--steps", type=positive, default=40)
-    add("--batch-size", type=positive, default=8)
-    add("--learning-rate", type=above_zero, default=2e-5)
-    said = "measures; of crows_pairs the gender pairs only; default: bec_pro"
+    add("--seeds", **number, default=3, help="trainings of each arm")
+    add("--steps", **number, default=40, help="optimizer steps of a training")
+    add("--batch-size", **number, default=8, help="texts of a step")
+    add("--learning-rate", type=above_zero, default=2e-5, metavar="X", help="of a training")
+    said = "bias measures, of crows_pairs the gender pairs only; default: bec_pro"
     add("--bias", nargs="+", default=["bec_pro"], metavar="NAME[=FILE]", help=said)
-    said = "at most, of bec_pro without a file and of crows_pairs; default: 192"
-    add("--bias-rows", type=positive, default=192, help=said)
+    said = "at most, of bec_pro without a file and of crows_pairs"
+    add("--bias-rows", **number, default=192, help=said)
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
@@ -75,7 +77,7 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     return test_files(*collapse, "fine_tune", "bias_bec_pro", "bias_crows_pairs")
 
 
-def require_measures(options: argparse.Namespace) -> None:
+def require(options: argparse.Namespace) -> None:
     """Asked before any test runs. Raises ValueError for a measure that does not exist."""
     bias.check(options.bias)
 
@@ -107,20 +109,17 @@ def _last(arm: Arm, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """All that decides the figures of an arm, without folders of this machine."""
-    model = options.model if options.gguf is None else options.gguf.name
+    model = public_name(options.model or "") or None
+    if options.gguf is not None:
+        model = options.gguf.name
     if options.masked:
         model = f"masked, {options.pretraining_steps} steps"
-    elif model is not None:
-        model = models.folder_name(model)
-    asked = [entry.partition("=") for entry in options.bias]
     return {
         "model": model,
         "method": options.method or ("bec" if options.masked else "causal"),
         "data": DATA,
-        "steps": options.steps,
-        "batch_size": options.batch_size,
-        "learning_rate": options.learning_rate,
-        "bias": [f"{name}{equals}{Path(file).name}" for name, equals, file in asked],
+        **{name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate")},
+        "bias": list(map(public_source, options.bias)),
         "bias_rows": options.bias_rows,
     }
 
@@ -139,67 +138,31 @@ def _arms(options: argparse.Namespace, method: str) -> list[Arm]:
 class _Study:
     """One model, from whose weights every arm starts."""
 
-    def __init__(self, session: Session, settings: Mapping[str, Any], subject: Subject) -> None:
+    def __init__(self, session: Session, settings: dict[str, Any], subject: Subject) -> None:
         options = session.options
         self.case = (
             f"{subject.name}, {settings['method']}, {options.steps} steps of {options.batch_size} "
             f"texts, learning rate {options.learning_rate:g}, on {settings['data']}, bias by "
             f"{', '.join(settings['bias'])} (at most {options.bias_rows} rows)"
         )
-        self._session, self._settings, self._subject = session, dict(settings), subject
+        self._session, self._settings, self._subject = session, settings, subject
         self._figures = HeldOut(subject, options.bias, options.bias_rows)
         self._start = {name: t.clone() for name, t in subject.model.state_dict().items()}
 
     def append(self, arm: Arm) -> None:
         """Of one arm and seed, after its last step only: a training that was cut off has none."""
-        subject = self._subject
+        subject, settings, classes = self._subject, self._settings, None
         subject.model.load_state_dict(self._start)
+        course = _Course(self._figures, settings["steps"], self._session.device)
         if arm == _UNTRAINED:
             say("the model before any training")
-            self._append(arm, 0, self._figures(subject.model), None, None)
-            return
-        say(f"{arm.name}, strength {arm.strength:g}, seed {arm.seed}")
-        classes = subject.classes(arm.name, arm.seed)
-        course = self._trained(arm, classes)
-        for step, figures in course.figures.items():
-            self._append(arm, step, figures, course.median_seconds, classes)
-
-    def _trained(self, arm: Arm, classes: CollapseClasses | None) -> _Course:
-        subject, options = self._subject, self._session.options
-        course = _Course(self._figures, options.steps, self._session.device)
-        attached = nullcontext()
-        if classes is not None:
-            attached = CollapseRegularizer(subject.model, classes, arm.strength)
-        with attached as regularizer:
-            fine_tune(
-                subject.model,
-                subject.tokenizer,
-                subject.trained,
-                self._settings["method"],
-                regularizer=regularizer,
-                steps=options.steps,
-                learning_rate=options.learning_rate,
-                batch_size=options.batch_size,
-                seed=arm.seed,
-                eval_every=1,
-                on_eval=course,
-                progress=False,
-            )
-        return course
-
-    def _append(
-        self,
-        arm: Arm,
-        step: int,
-        figures: Mapping[str, Figure],
-        step_s: float | None,
-        classes: CollapseClasses | None,
-    ) -> None:
-        """`step_s`: median seconds of an optimizer step, evaluation left out."""
-        subject, settings = self._subject, self._settings
+            course.figures[0] = self._figures(subject.model)
+        else:
+            say(f"{arm.name}, strength {arm.strength:g}, seed {arm.seed}")
+            classes = subject.classes(arm.name, arm.seed)
+            self._train(arm, classes, course)
         setup = {
             **_last(arm, settings),
-            "step": step,
             "steps": settings["steps"],
             "model": subject.name,
             "method": settings["method"],
@@ -209,13 +172,34 @@ class _Study:
             "held_out_rows": len(subject.held_out),
             "held_out_tokens": sum(map(len, self._figures.examples)),
         }
-        metrics = {
-            "figures": {name: figure.value for name, figure in figures.items()},
-            "units": {name: figure.unit for name, figure in figures.items()},
-            "neutral": {name: figure.neutral for name, figure in figures.items()},
-            "step_s": step_s,
-        }
-        self._session.append("debias", self.case, arm.name, setup=setup, metrics=metrics)
+        for step, figures in course.figures.items():
+            metrics = {
+                "figures": {name: figure.value for name, figure in figures.items()},
+                "units": {name: figure.unit for name, figure in figures.items()},
+                "neutral": {name: figure.neutral for name, figure in figures.items()},
+                "step_s": course.median_seconds,
+            }
+            parts = {"setup": setup | {"step": step}, "metrics": metrics}
+            self._session.append("debias", self.case, arm.name, **parts)
+
+    def _train(self, arm: Arm, classes: CollapseClasses | None, course: _Course) -> None:
+        subject, settings = self._subject, self._settings
+        attached = nullcontext()
+        if classes is not None:
+            attached = CollapseRegularizer(subject.model, classes, arm.strength)
+        with attached as regularizer:
+            fine_tune(
+                subject.model,
+                subject.tokenizer,
+                subject.trained,
+                settings["method"],
+                regularizer=regularizer,
+                **{name: settings[name] for name in ("steps", "learning_rate", "batch_size")},
+                seed=arm.seed,
+                eval_every=1,
+                on_eval=course,
+                progress=False,
+            )
 
 
 @dataclass
@@ -241,5 +225,5 @@ class _Course:
 
     @property
     def median_seconds(self) -> float | None:
-        """Of a step but the first; None if there was no other."""
+        """Of an optimizer step but the first, evaluation left out; None if there was no other."""
         return statistics.median(self._seconds) if self._seconds else None

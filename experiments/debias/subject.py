@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import models
-from benchmarks.harness.progress import say
+from benchmarks.harness.store import say
 from experiments.debias.encoder import HIDDEN, LAYERS, trained_encoder
 from fastdean.collapse import CollapseClasses, frequency_matched_control, random_control
 from fastdean.data.sources import load_rows
 from fastdean.debias import augment
-from fastdean.models.loading import load_model
 
 DATA = "embedded:debias"
 ARMS = ("none", "words", "random", "frequency")
@@ -81,14 +80,9 @@ def load_subject(options: argparse.Namespace) -> Subject:
             f"BERT of {LAYERS} layers, {HIDDEN} wide, trained from scratch for "
             f"{options.pretraining_steps} steps on the embedded text"
         )
-    elif options.model is not None:
-        name = models.folder_name(options.model)
-        # Masked ones too, unlike what the other runs measure.
-        model, tokenizer = load_model(
-            options.model, dtype="float32", device=options.device, progress=False
-        )
     else:
-        model, tokenizer, name = models.load_model(None, options.gguf, torch.float32, device)
+        found = models.load_model(options.model, options.gguf, torch.float32, device)
+        model, tokenizer, name = found
     return Subject(model.requires_grad_(True), tokenizer, name, trained, held_out)
 
 

@@ -1,13 +1,16 @@
-"""The table of the study: what each arm came to, against the base and against "none"."""
+"""What each arm came to, against the base and against "none": a table and a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
+from textwrap import fill
 
-from benchmarks.harness import tables
+from benchmarks.harness import store, tables
+from benchmarks.harness.plots import Line, Panel
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import NOT_MEASURED, Cells, Table
+from experiments.debias.figures import MASKED_LOSS, NC3, PERPLEXITY
 from fastdean.evaluation import mean_interval
 from fastdean.evaluation.intervals import student_quantile
 from fastdean.wording.verdicts import FEWEST, is_withheld
@@ -26,6 +29,7 @@ _FEW_SEEDS = 6
 # What tells a state of one training from all others.
 ONE_STATE = ("device", "case", "contender", "strength", "seed", "step")
 ONE_EXPERIMENT = ("device", "case")
+_NOT_DRAWN = (NC3, PERPLEXITY, MASKED_LOSS)
 
 Arm = tuple[str, float]
 
@@ -71,7 +75,10 @@ def label(arm: Arm) -> str:
 def _block(name: str, base: Record | None, arms: Mapping[Arm, Sequence[Record]]) -> list[Cells]:
     """The lines of one figure, which its title begins."""
     before = None if base is None else base["figures"].get(name)
-    values = {arm: _values(rows, name) for arm, rows in arms.items()}
+    values: dict[Arm, dict[int, float]] = {arm: {} for arm in arms}
+    for arm, row in ((arm, row) for arm, rows in arms.items() for row in rows):
+        if row["figures"].get(name) is not None:
+            values[arm][row["seed"]] = row["figures"][name]
     without = values.get((NONE, 0.0), {})
     lines = [] if base is None else [["", NAMES[BASE], _number(before), "", ""]]
     for arm, found in values.items():
@@ -81,20 +88,10 @@ def _block(name: str, base: Record | None, arms: Mapping[Arm, Sequence[Record]])
         against_none = "" if arm[0] == NONE else _change(paired)
         lines.append(["", label(arm), _number(mean), _change(changes), against_none])
     first = base or next(iter(arms.values()))[0]
-    lines[0][0] = _title(name, first)
+    unit, neutral = first["units"].get(name), first["neutral"].get(name)
+    title = f"{name}, {unit}" if unit else name
+    lines[0][0] = title if neutral is None else f"{title} (neutral: {neutral:g})"
     return lines
-
-
-def _values(rows: Sequence[Record], name: str) -> dict[int, float]:
-    """Seed -> value, where there is one."""
-    found = {row["seed"]: row["figures"].get(name) for row in rows}
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def _title(name: str, row: Record) -> str:
-    unit, neutral = row["units"].get(name), row["neutral"].get(name)
-    said = f", {unit}" if unit else ""
-    return name + said + ("" if neutral is None else f" (neutral: {neutral:g})")
 
 
 def _number(value: float | None) -> str:
@@ -151,3 +148,31 @@ def _about_arm(rows: Sequence[Record]) -> str:
 def _range(rows: Sequence[Record], key: str) -> str:
     least, most = min(row[key] for row in rows), max(row[key] for row in rows)
     return str(least) if least == most else f"{least} to {most}"
+
+
+def picture(rows: Sequence[Record]) -> list[list[Panel]]:
+    """Against steps, a line per arm with a band over its seeds: a row of panels per experiment, a
+    panel for each figure."""
+    grid = []
+    for run in store.grouped(store.latest(rows, ONE_STATE), ONE_EXPERIMENT):
+        names = dict.fromkeys(name for row in run for name in row["figures"])
+        names = [name for name in names if name not in _NOT_DRAWN]
+        titles = [fill(run[0].case, 70), *[""] * len(names)]
+        grid.append([_panel(run, name, titles[i]) for i, name in enumerate(names)])
+    return grid
+
+
+def _panel(rows: Sequence[Record], name: str, title: str) -> Panel:
+    start = [(0, row["figures"].get(name)) for row in rows if row.contender == BASE]
+    lines = []
+    for arm, members in by_arm(row for row in rows if row.contender != BASE).items():
+        values: dict[int, list[float]] = {}
+        for step, value in [*start, *((row["step"], row["figures"].get(name)) for row in members)]:
+            if value is not None:
+                values.setdefault(step, []).append(value)
+        steps = sorted(values)
+        mean, low, high = ([f(values[s]) for s in steps] for f in (fmean, min, max))
+        lines.append(Line(label(arm), steps, mean, low, high))
+    unit, neutral = rows[0]["units"].get(name), rows[0]["neutral"].get(name)
+    level = None if neutral is None else ("neutral", neutral)
+    return Panel(title, "steps", f"{name}, {unit}" if unit else name, lines, level=level)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from machine import DEVICE
 
 from benchmarks.__main__ import main
+from benchmarks.gpu.aims import AIMS
 from benchmarks.harness import environment, gate, lengths, store, tables
 from benchmarks.harness.cases import Contender
 from benchmarks.harness.store import Record
-from benchmarks.ops import collapse, importance, measuring, run, table, unit_importance
+from benchmarks.ops import importance, measuring, run, table
 from fastdean import kernels as fastdean_kernels
 
 TOYS = [case for cases in run.OPERATIONS.values() for case in cases(True)]
@@ -34,14 +36,20 @@ def test_every_contender_computes_the_operation(case, contender, extension_built
     assert measuring.check(case, contender, generator()) <= contender.tolerance
 
 
-@pytest.mark.parametrize("module", [importance, unit_importance, collapse])
-def test_the_compiled_expressions_compute_the_operation(module):
+def test_the_compiled_expressions_compute_the_operation(monkeypatch):
     # "eager" traces as every backend does and spares the test the compiler.
-    run_it = module.compiled_expression(backend="eager")
-    contender = Contender("torch.compile", run_it, compiled=True)
-    case = next(module.cases(True))
-    assert measuring.check(case, contender, generator()) <= contender.tolerance
-    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    found = [importance.case(48, 32, 3, None, compiles=True), toy("unit_importance")]
+    pairs = [
+        (case, contender)
+        for case in (*found, toy("collapse"))
+        for contender in case.contenders
+        if contender.compiled
+    ]
+    assert len(pairs) == 4
+    for case, contender in pairs:
+        assert measuring.check(case, contender, generator()) <= contender.tolerance
+        torch._dynamo.reset()
 
 
 def toy(op):
@@ -74,66 +82,22 @@ def test_a_contender_that_is_wrong_or_leaves_memory_unwritten_is_not_timed():
             measuring.check(case, Contender("wrong", wrong, tolerance=0.0), generator())
 
 
-def test_the_cases_are_those_that_are_to_be_measured():
+def test_every_aim_has_its_cases_and_they_come_first():
     real = {op: list(cases(False)) for op, cases in run.OPERATIONS.items()}
-
-    def sizes(op, *names, **chosen):
-        return [
-            tuple(case.setup[name] for name in names)
-            for case in real[op]
-            if all(getattr(case, key) == value for key, value in chosen.items())
-        ]
-
-    names = ("rows", "columns", "examples")
-    shapes = ((18944, 3584), (3584, 18944), (3584, 3584), (512, 3584))
-    on_gpu = sizes("importance", *names, device_type="cuda")
-    assert set(on_gpu) == {(*shape, n) for shape in shapes for n in (8, 32, 64)}
-    assert len(on_gpu) == 4 * 3 * 6
-    cpu_shapes = ((1536, 576), (576, 1536), (8192, 2048), (2048, 8192))
-    on_cpu = sizes("importance", "dtype", *names[:2], device_type="cpu")
-    assert set(on_cpu) == {(dtype, *shape) for dtype in ("fp32", "bf16") for shape in cpu_shapes}
-    assert len(on_cpu) == 2 * 4 * 6
-    assert {k for (k,) in sizes("selection", "k")} == {33, 67, 678, 6789, 67895, 678952}
-    assert sizes("unit_importance", "tokens", "units") == [(16384, 18944)]
-    assert sizes("expert_importance", "experts", "examples") == [(64, 32), (64, 8)]
-    assert sizes("mask", "matrices") == [(84,), (12,)]
-    found = sizes("collapse", "tokens", "features", "classes", "labels")
-    every = itertools.product((2048, 16384), (768, 4096), (287, 8192), ("uniform",))
-    assert set(found) == {*every, (2048, 768, 287, "zipf")} and len(found) == 3 * 8 + 1
-    # What something is aimed at for comes first, and every case has a name of its own.
-    aimed = sizes("importance", "lengths", "tokens_per_example", device_type="cuda")
-    is_aimed = [kind == "beavertails" or tokens >= 256 for kind, tokens in aimed]
-    assert is_aimed == [True] * 36 + [False] * 36 and found[0] == (16384, 4096, 287, "uniform")
-    every = [(case.op, case.name, case.dtype) for cases in real.values() for case in cases]
-    assert len(set(every)) == len(every)
-    compiled = {
-        op: sum(any(c.compiled for c in case.contenders) for case in real[op]) for op in real
-    }
-    assert compiled["importance"] == compiled["collapse"] == 2 and max(compiled.values()) <= 3
+    here = {op: [case for case in cases if case.device_type != "cpu"] for op, cases in real.items()}
+    for aim in (aim for aim in AIMS if aim.op in here):
+        chosen = [aim.chosen(Record("", "", "", case.setup)) for case in here[aim.op]]
+        assert sum(chosen) == aim.cases, aim.text
+    first = [case.setup for case in here["importance"][:36]]
+    assert all(e["lengths"] == "beavertails" or e["tokens_per_example"] >= 256 for e in first)
+    names = [(case.op, case.name, case.dtype) for cases in real.values() for case in cases]
+    assert len(set(names)) == len(names)
 
 
-def test_the_contenders_are_those_that_are_to_be_measured(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    names = {
-        op: {each.name for case in cases(False) for each in (*case.contenders, case.floor) if each}
-        for op, cases in run.OPERATIONS.items()
-    }
-    plain = {"plain product"}
-    assert names == {
-        "importance": plain
-        | {"triton", "native", "reference", "mm per example", "bmm, padded", "torch.compile"},
-        "selection": {"triton", "reference", "torch.topk"},
-        "unit_importance": {"triton", "reference", "torch", "torch.compile"},
-        "expert_importance": plain
-        | {"triton", "reference", "triton, expert by expert", "mm per segment"},
-        "mask": {
-            *("native", "native, zeros only", "reference", "index_fill_ loop", "boolean masks")
-        },
-        "collapse": {"native", "reference", "torch", "torch.compile", "one-hot"}
-        | {f"{name}, in place" for name in ("native", "torch", "torch.compile")},
-    }
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "triton, interpreted" in {each.name for each in toy("importance").contenders}
+def test_interpreted_kernels_have_a_name_of_their_own(monkeypatch):
+    for value, name in (("0", "triton"), ("1", "triton, interpreted")):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        assert toy("importance").contenders[0].name == name
 
 
 def test_the_work_of_a_case_by_hand():
@@ -142,7 +106,7 @@ def test_the_work_of_a_case_by_hand():
     assert case.operations == 2 * tokens * matrix
     # bf16 inputs read once, the fp32 accumulator read and written.
     assert case.bytes == 2 * tokens * (18944 + 3584) + 8 * matrix
-    [unit] = unit_importance.cases(False)
+    [unit] = run.OPERATIONS["unit_importance"](False)
     assert unit.bytes == 2 * 2 * 16384 * 18944 + 8 * 18944
 
 
@@ -222,25 +186,20 @@ def test_what_is_recorded_is_skipped_until_something_changes(kernels, monkeypatc
     assert [measured(gated=True), measured(gated=True), measured()] == [8, 8, 8]
 
 
-def test_a_name_that_nothing_has_is_refused_before_any_test_runs(kernels, monkeypatch, capsys):
+def test_what_cannot_be_measured_is_refused_before_any_test_runs(kernels, monkeypatch, capsys):
     monkeypatch.setattr(gate, "passes", lambda *a, **options: pytest.fail("ran the tests"))
-    assert kernels("--op", "selection", "--impl", "tritn", gated=True) == (2, [])
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --impl must be one of ")
-    assert line.endswith(", 'reference', 'torch.topk', got 'tritn' for selection")
-
-
-def test_a_named_contender_that_can_run_nowhere_is_an_error(kernels, monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(fastdean_kernels, "refusal", lambda device, dtype: "no kernels today")
-    assert kernels("--op", "importance", "--impl", "triton") == (2, [])
-    error = capsys.readouterr().err
-    assert "error: --impl 'triton' cannot be measured: " in error and "no kernels today" in error
-
-
-def test_interpreted_kernels_are_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for arguments, *texts in (
+        ("selection tritn", "--impl must be one of ", "'torch.topk', got 'tritn' for selection"),
+        ("importance triton", "--impl 'triton' cannot be measured: ", "no kernels today"),
+    ):
+        op, impl = arguments.split()
+        assert kernels("--op", op, "--impl", impl, gated=True) == (2, [])
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {texts[0]}") and texts[1] in line
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert main(["kernels", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert main(["kernels", "--device", "cpu"]) == 2
     assert "error: TRITON_INTERPRET must be unset where kernels" in capsys.readouterr().err
 
 

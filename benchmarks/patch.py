@@ -1,4 +1,4 @@
-"""`patch`: a copy of a checkpoint with a mask in it, against a plain copy.
+"""`patch`: a copy of a checkpoint of random values with a mask in it, against a plain copy.
 
 Three ways take turns: `cp`; `cp` and then fsync of every file and folder, which leaves the copy as
 safe on the disk as `patch_checkpoint` does; `patch_checkpoint`, each time in a new process. Every
@@ -10,32 +10,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness import store, tables
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.harness import command, store, tables
 from benchmarks.harness.clock import Spread
 from benchmarks.harness.command import above_zero, positive
 from benchmarks.harness.gate import test_files
-from benchmarks.harness.progress import say
 from benchmarks.harness.session import Sample, Session, most, seconds_of, take_turns
-from benchmarks.harness.store import Record
+from benchmarks.harness.store import Record, say
 from benchmarks.harness.tables import Cells, Table
-from benchmarks.patch.subject import Checkpoint, write_checkpoint
 from fastdean import NeuronMask
 from fastdean.files import atomic
+from fastdean.masks import MaskEntry
 from fastdean.masks.checkpoint import verify_checkpoint
 
 _OURS = "fastdean"
 # The source, a copy, and as much again for whoever else writes to the disk meanwhile.
 _COPIES = 3
 _BLOCK_BYTES = 8 << 20
+_MASKED_EACH = 25
+_SIZES = (2048, 8192)  # hidden and intermediate, as in models of a billion parameters
+_TOY_SIZES, _TOY_LAYERS = (16, 32), 2
+_SEED = 11
 
 # Makes a copy as the folder it is given, which does not exist.
 Copying = Callable[[Path], Sample]
@@ -45,21 +53,101 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     # Files are copied by the host, also where there is a GPU.
     parser.set_defaults(device="cpu")
     add = parser.add_argument
-    add("--gigabytes", type=above_zero, default=2.0, help="of the checkpoint; default: 2")
-    add("--shards", type=positive, default=4, help="files it is made of; default: 4")
-    add("--repeats", type=positive, default=5)
+    said = "size of the checkpoint"
+    add("--gigabytes", type=above_zero, default=2.0, metavar="X", help=said)
+    add("--shards", type=positive, default=4, metavar="N", help="files it is made of")
     said = "where it is written and copied, and all of that removed: it chooses the disk"
     add("--folder", type=Path, default=Path(tempfile.gettempdir()), help=said)
-    add("--toy", action="store_true", help="tiny matrices, to try the command out")
+    command.repeats(parser, 5)
+    command.toy(parser)
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     return test_files("checkpoint")
 
 
-def require_room(options: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Checkpoint:
+    """The MLPs of a language model in bf16, in `shards` files, and nothing else of it."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    shards: int
+
+    @classmethod
+    def asked_for(cls, options: argparse.Namespace) -> Checkpoint:
+        """The fewest layers that make `--gigabytes` (1e9 bytes); `--toy`: two tiny ones."""
+        hidden, intermediate = _TOY_SIZES if options.toy else _SIZES
+        fewest = -int(-options.gigabytes * 1e9 // (3 * hidden * intermediate * 2))
+        layers = _TOY_LAYERS if options.toy else fewest
+        if options.shards > 3 * layers:
+            raise ValueError(
+                f"shards must be at most {3 * layers}, the matrices of the checkpoint, got "
+                f"{options.shards}; pass fewer, or more gigabytes"
+            )
+        return cls(hidden, intermediate, layers, options.shards)
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Name -> shape, in the order of the layers."""
+        wide, narrow = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
+        projections = {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+        return {
+            f"model.layers.{layer}.mlp.{projection}.weight": shape
+            for layer in range(self.layers)
+            for projection, shape in projections.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.matrices) * self.hidden * self.intermediate * 2
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.nbytes / 1e9:.3g} GB in {self.shards} shards, {len(self.matrices)} matrices of "
+            f"{self.intermediate} x {self.hidden}, {_MASKED_EACH} values masked in each"
+        )
+
+    def write(self, folder: Path) -> NeuronMask:
+        """Write it as a new folder, through to the disk, and return a mask on it.
+
+        The same values and the same mask every time. One shard at a time is held.
+        """
+        folder.mkdir()
+        generator, places = torch.Generator().manual_seed(_SEED), random.Random(_SEED)
+        weight_map: dict[str, str] = {}
+        entries: dict[str, MaskEntry] = {}
+        names, shards = list(self.matrices), self.shards
+        for shard in range(shards):
+            file_name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+            tensors = {}
+            for name in names[len(names) * shard // shards : len(names) * (shard + 1) // shards]:
+                weight = torch.empty(self.matrices[name], dtype=torch.bfloat16)
+                weight.normal_(generator=generator)
+                index = torch.tensor(sorted(places.sample(range(weight.numel()), _MASKED_EACH)))
+                entries[name] = MaskEntry(index, weight.flatten()[index], tuple(weight.shape))
+                tensors[name], weight_map[name] = weight, file_name
+            save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "torch_dtype": "bfloat16",
+        }
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+        for name, content in (("model.safetensors.index.json", index), ("config.json", config)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _flush(folder)  # what the disk has still to write would be counted in the first turn
+        return NeuronMask(entries)
+
+
+def require(options: argparse.Namespace) -> None:
     """Asked before any test runs."""
-    checkpoint, folder = _checkpoint(options), options.folder
+    checkpoint, folder = Checkpoint.asked_for(options), options.folder
     if options.device != "cpu":
         raise ValueError(
             f"device must be cpu, got {options.device}; files are copied by the host, leave it out"
@@ -83,24 +171,31 @@ def require_room(options: argparse.Namespace) -> None:
 def run(session: Session) -> int:
     """Append one record per way to copy; all that is written to `--folder` is removed again."""
     options = session.options
-    checkpoint = _checkpoint(options)
+    checkpoint = Checkpoint.asked_for(options)
     setup = {
         "dtype": "bf16",
         "checkpoint_bytes": checkpoint.nbytes,
         "shards": checkpoint.shards,
         "matrices": len(checkpoint.matrices),
-        "masked": checkpoint.masked,
+        "masked": _MASKED_EACH * len(checkpoint.matrices),
     }
     done = session.earlier("patch", {_OURS}, setup, same_command=True)
     for each in session.due([] if done else [checkpoint], "checkpoints"):
         with tempfile.TemporaryDirectory(prefix="fastdean-patch-", dir=options.folder) as folder:
-            turns = _measured(Path(folder), each, options.repeats)
+            scratch = Path(folder)
+            say(f"writing {each.name}")
+            mask = each.write(scratch / "source")
+            mask.save_pretrained(scratch / "mask")
+            ways = _contenders(scratch / "source", scratch / "mask", mask, copy_command(scratch))
+            turns = {name: partial(_turn, copying, scratch) for name, (_, copying) in ways.items()}
+            # The first round is not counted: many disks are slow where they were never written.
+            taken = list(take_turns(turns, options.repeats, warm_up=1))
             setup["file_system"] = _file_system(folder)
         rows = []
-        for name, how, samples in turns:
+        for name, samples, _ in taken:
             memory = ("process_peak_bytes", "peak_bytes")
             parts = {
-                "setup": setup | {"how": how, "repeats": len(samples)},
+                "setup": setup | {"how": ways[name][0], "repeats": len(samples)},
                 "seconds": seconds_of(samples),
                 "metrics": {key: most([getattr(s, key) for s in samples]) for key in memory},
             }
@@ -109,34 +204,15 @@ def run(session: Session) -> int:
     return 0
 
 
-def _checkpoint(options: argparse.Namespace) -> Checkpoint:
-    return Checkpoint.sized(options.gigabytes, options.shards, toy=options.toy)
-
-
-def _measured(
-    scratch: Path, checkpoint: Checkpoint, repeats: int
-) -> list[tuple[str, str, list[Sample]]]:
-    """(name, what is run, samples) of each contender, in a folder that somebody else removes."""
-    say(f"writing {checkpoint.name}")
-    source, mask_folder = scratch / "source", scratch / "mask"
-    mask = write_checkpoint(source, checkpoint)
-    mask.save_pretrained(mask_folder)
-    ways = _contenders(source, mask_folder, mask, copy_command(scratch))
-    turns = {name: partial(_turn, run, source, scratch / "copy") for name, (_, run) in ways.items()}
-    # The round before the first is not counted: many disks are slow where they were never written.
-    taken = take_turns(turns, repeats, warm_up=1)
-    return [(name, ways[name][0], samples) for name, samples, _ in taken]
-
-
-def _turn(copying: Copying, source: Path, copy: Path) -> Sample:
-    for path in source.iterdir():  # the next one to read it finds it in the page cache
+def _turn(copying: Copying, scratch: Path) -> Sample:
+    for path in (scratch / "source").iterdir():  # whoever reads it next finds it in the page cache
         with open(path, "rb", buffering=0) as file:
             while file.read(_BLOCK_BYTES):
                 pass
-    sample = copying(copy)
-    shutil.rmtree(copy)
+    sample = copying(scratch / "copy")
+    shutil.rmtree(scratch / "copy")
     # Until the removal has reached the disk, the disk is busy with it.
-    atomic.flush(copy.parent)
+    atomic.flush(scratch)
     return sample
 
 
@@ -151,30 +227,35 @@ def copy_command(scratch: Path) -> tuple[str, ...]:
 
 
 def _contenders(
-    source: Path, mask_folder: Path, mask: NeuronMask, command: Sequence[str]
+    source: Path, mask_folder: Path, mask: NeuronMask, cp: Sequence[str]
 ) -> dict[str, tuple[str, Copying]]:
     """Name -> (what is run, for the table; the copying)."""
 
     def copied(copy: Path, *, flush: bool) -> Sample:
         start = time.perf_counter()
-        _finished([*command, str(source), str(copy)])
+        _finished([*cp, str(source), str(copy)])
         if flush:
-            for path in (*copy.rglob("*"), copy, copy.parent):
-                atomic.flush(path)
+            _flush(copy)
+            atomic.flush(copy.parent)
         return Sample(time.perf_counter() - start)
 
     def patched(copy: Path) -> Sample:
-        once = [sys.executable, "-m", "benchmarks.patch.once"]
+        once = [sys.executable, "-m", "benchmarks.patch_once"]
         sample = Sample(**json.loads(_finished([*once, str(source), str(mask_folder), str(copy)])))
         verify_checkpoint(copy, mask)
         return sample
 
-    shown = f"`{' '.join(command)}`"
+    shown = f"`{' '.join(cp)}`"
     return {
         "cp": (shown, partial(copied, flush=False)),
         "cp and fsync": (f"{shown}, then fsync", partial(copied, flush=True)),
         _OURS: ("`fastdean.patch_checkpoint`", patched),
     }
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        atomic.flush(path)
 
 
 def _finished(command: Sequence[str]) -> str:

@@ -1,1 +1,0 @@
-"""`fastdean.patch_checkpoint` against a plain copy of the same files."""
