@@ -11,6 +11,7 @@ from typing import Any
 
 from fastdean.files.hub import is_unreachable
 from fastdean.files.provenance import now, public_name, versions
+from fastdean.files.safetensors import THROUGH_THE_MODEL
 from fastdean.files.storage import (
     FORMAT_VERSION,
     holds_only_listed,
@@ -23,7 +24,7 @@ from fastdean.jobs.edited_card import edited_card
 from fastdean.jobs.folder import require_free, require_outside
 from fastdean.masks import NeuronMask, edits
 from fastdean.masks.checkpoint import PATCH_NAME, PatchResult, patch_checkpoint, verify_checkpoint
-from fastdean.models.loading import load_model
+from fastdean.models.loading import DEMO_MODEL, load_model
 from fastdean.wording.nearest import nearest
 
 # Weights in the forms that `patch_checkpoint` does not edit.
@@ -124,6 +125,11 @@ def _folder_of(checkpoint: str, revision: str | None) -> Path:
     if not checkpoint:
         raise ValueError("checkpoint must be a folder or a hub id, got ''; name the checkpoint")
     folder = Path(checkpoint).expanduser()
+    if not folder.is_dir() and (checkpoint == DEMO_MODEL or folder.suffix == ".gguf"):
+        raise ValueError(
+            "checkpoint must be a folder of safetensors files, or a hub id, got "
+            f"{checkpoint!r}, a GGUF file; {THROUGH_THE_MODEL}"
+        )
     try:
         validate_repo_id(checkpoint)
         is_local = folder.exists()

@@ -25,6 +25,7 @@ from fastdean.files import storage
 from fastdean.files.declared import Anything, Exactly, Record, read_json
 from fastdean.files.safetensors import (
     DTYPES,
+    THROUGH_THE_MODEL,
     StoredTensor,
     read_values,
     stored_tensors,
@@ -190,9 +191,11 @@ class _Edit:
 
 def _check_places(source: Path, out: Path) -> None:
     if not source.is_dir():
+        advice = "pass the folder it lies in" if source.exists() else "download the model first"
+        advice = THROUGH_THE_MODEL if source.suffix == ".gguf" else advice
         raise ValueError(
-            f"source must be a local folder of a checkpoint, got {str(source)!r}, which is not a "
-            "folder; download the model first"
+            f"source must be a local folder of a checkpoint, got {str(source)!r}, which is "
+            f"{'a file' if source.exists() else 'not a folder'}; {advice}"
         )
     if out == source or source in out.parents or out in source.parents:
         raise ValueError(

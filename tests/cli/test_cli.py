@@ -266,6 +266,20 @@ def test_an_error_names_the_flag_of_the_source_it_is_about(place, run_folder, tm
     refused(result, f"fastdean: --privacy '{unread}': row 1 must have")
 
 
+@pytest.mark.parametrize("form", ["preset", "file", "missing file", "folder"])
+def test_patch_sends_gguf_to_apply(run_folder, tmp_path, form):
+    """It edits files of safetensors, and never asks the hub for the demo model."""
+    file = tmp_path / "gguf" / "m.gguf"
+    file.parent.mkdir()
+    if form != "missing file":
+        file.touch()
+    given = {"preset": "smollm2-135m-instruct", "folder": file.parent}.get(form, file)
+    out = tmp_path / "out"
+    result = call("patch", "--checkpoint", given, "--mask", run_folder / "mask", "--out", out)
+    refused(result, "; edit it with `fastdean apply`, which loads the model and saves safetensors")
+    assert "--checkpoint must " in result.stderr and "safetensors" in result.stderr
+
+
 def test_an_empty_name_is_not_taken_for_the_current_folder(place, run_folder, tmp_path):
     """As a shell gives it for a variable that is not set."""
     mask, scores = run_folder / "mask", run_folder / "scores" / "fairness"
