@@ -41,6 +41,7 @@ from fastdean.models.probes import (
     numbers_from,
     packing_is_exact,
     padding_is_exact,
+    repeats,
     sees_ahead,
     sees_back,
     segments_are_exact,
@@ -59,7 +60,8 @@ def label_shift(model: nn.Module) -> int:
 
     Raises:
         ValueError: the model is neither, or not what its class is for; its loss has to come from
-            the caller. Or it puts a learned prompt in front of the tokens.
+            the caller. Or it does not compute the same twice, or puts a learned prompt in front of
+            the tokens.
     """
     require_no_prompts(model)
     shifts = _shifts_by_class(model)
@@ -72,6 +74,12 @@ def label_shift(model: nn.Module) -> int:
     ahead = sees_ahead(inner)
     if ahead is None:
         return max(shifts)
+    if ahead and 1 in shifts and repeats(inner) is False:
+        raise ValueError(
+            "model must give the same logits for the same tokens, got "
+            f"{type(inner).__name__}, which does not compute the same twice; turn off what is "
+            "random in eval mode too (such as dropout), or what a forward pass changes in it"
+        )
     if ahead and 0 not in shifts:
         raise ValueError(
             "model must be causal to be read as the causal language model of its class, got "
