@@ -146,7 +146,7 @@ def score(
 
 
 @app.command()
-@command()
+@command(reads=score)
 def couple(
     first: Annotated[str, Help("Scores on the first awareness set (fairness).")],
     second: Annotated[str, Help("Scores on the second awareness set (privacy).")],

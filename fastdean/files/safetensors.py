@@ -96,8 +96,7 @@ def _named_by_config(source: Path) -> str | None:
     if Path(named).name != named or not named.endswith((".safetensors", ".safetensors.index.json")):
         raise ValueError(
             f"source must hold its weights in its own folder as *.safetensors, got {named!r} as "
-            "transformers_weights in its config.json; load the model, use apply_ and "
-            "save_pretrained"
+            f"transformers_weights in its config.json; {THROUGH_THE_MODEL}"
         )
     return named
 

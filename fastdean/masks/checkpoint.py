@@ -230,8 +230,8 @@ def _plan(
         more = f" and {len(unmapped) - 3} more" if len(unmapped) > 3 else ""
         raise ValueError(
             f"mask must name tensors of the checkpoint, got {len(unmapped)} of {len(mask.names)} "
-            f"that {str(source)!r} does not have: {'; '.join(unmapped[:3])}{more}; load the model, "
-            "use apply_ and save_pretrained"
+            f"that {str(source)!r} does not have: {'; '.join(unmapped[:3])}{more}; "
+            f"{THROUGH_THE_MODEL}"
         )
     grouped: dict[str, list[_Edit]] = {}
     for edit in edits:

@@ -540,6 +540,41 @@ def test_couple_takes_the_whole_unit_where_asked(place, tmp_path):
     refused(call(*command, "--unit-weights", "some"), "--unit-weights must be 'down' or 'all'")
 
 
+@pytest.mark.parametrize(
+    ("granularity", "options", "text"),
+    [
+        ("weight", ["--unit-weights", "all"], "got 'all'; score with --granularity unit"),
+        ("weight", ["--scope", "model"], "--scope model must have dense scores"),
+        ("weight", ["--scope", "model"], "scores made with --keep-top; the model's"),
+        ("weight", ["--ratio", 0.3], "than --keep-top 0.1 kept of"),
+        ("weight", ["--ratio", 0.3], "score again with a larger --keep-top"),
+        ("unit", ["--ratio", 0.05, "--unit-weights", "all"], "--model must be given with "),
+        ("unit", ["--ratio", 0.05, "--unit-weights", "all"], "projections only, pass --model"),
+    ],
+)
+def test_couple_advises_in_flags_also_of_the_command_that_scored(
+    scores_of_both_kinds, tmp_path, granularity, options, text
+):
+    """In those of Python's functions a user of the command line has nothing to type."""
+    scores = scores_of_both_kinds / granularity
+    result = call("couple", "--first", scores, "--second", scores, "--out", tmp_path, *options)
+    told = [line for line in result.stderr.splitlines() if "same examples" not in line]
+    assert result.exit_code == 2 and len(told) == 1 and text in told[0], result.stderr
+    assert not re.search(r"\b\w+=|_", told[0].split(" kept of ")[0])
+
+
+@pytest.fixture(scope="module")
+def scores_of_both_kinds(place, tmp_path_factory):
+    out = tmp_path_factory.mktemp("scores")
+    for granularity in ("weight", "unit"):
+        result = call(
+            "score", "--model", place["model"], "--data", place["privacy"], "--examples", 3,
+            "--granularity", granularity, "--keep-top", 0.1, "--out", out / granularity, "--quiet",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+    return out
+
+
 def test_score_takes_all_rows_where_more_are_asked_for(place, tmp_path, caplog):
     result = call(
         "score", "--model", place["model"], "--data", place["privacy"], "--out", tmp_path / "s",
