@@ -16,6 +16,7 @@ from fastdean.models.distributed import Ranks
 from fastdean.ops.collapse import collapse_alignment_step
 from fastdean.ops.ownership import held_alone
 from fastdean.wording.mendable import InputTypeError
+from fastdean.wording.numbers import require_real
 
 Mode = Literal["cumulative", "window", "batch"]
 
@@ -292,6 +293,8 @@ def _decay_of(mode: str, decay: float | None) -> float:
                 f"decay must be left out in mode {mode!r}, got {decay}; use mode 'window'"
             )
         return _FIXED_DECAY[mode]
+    if decay is not None:
+        require_real("decay", decay)
     decay = _WINDOW_DECAY if decay is None else float(decay)
     if not 0 < decay < 1:
         raise ValueError(

@@ -18,6 +18,7 @@ from fastdean.data.skipped import Skipped
 from fastdean.data.token_columns import as_rows, beside, carried_rows, example_spans
 from fastdean.data.tokenising import IGNORE_INDEX, TEMPLATES, tokenised
 from fastdean.wording.mendable import InputTypeError
+from fastdean.wording.numbers import require_whole
 
 __all__ = ["IGNORE_INDEX", "TEMPLATES", "Example", "encode", "read_examples"]
 
@@ -223,7 +224,10 @@ def encode(
 
 def _check_max_length(max_length: int | None) -> None:
     # A causal model predicts nothing from less than two tokens.
-    if max_length is not None and max_length < 2:
+    if max_length is None:
+        return
+    require_whole("max_length", max_length, "a number of tokens")
+    if max_length < 2:
         raise ValueError(
             f"max_length must be at least 2 tokens, got {max_length}; leave it out to cut nothing"
         )
