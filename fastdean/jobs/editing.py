@@ -26,6 +26,7 @@ from fastdean.masks import NeuronMask, edits
 from fastdean.masks.checkpoint import PATCH_NAME, PatchResult, patch_checkpoint, verify_checkpoint
 from fastdean.models.loading import DEMO_MODEL, load_model
 from fastdean.wording.nearest import nearest
+from fastdean.wording.printable import first_line
 
 # Weights in the forms that `patch_checkpoint` does not edit.
 _OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
@@ -152,8 +153,7 @@ def _folder_of(checkpoint: str, revision: str | None) -> Path:
             )
         )
     except Exception as error:  # the library raises a dozen unrelated types
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
             f"checkpoint must be a local folder or a reachable hub id, got {checkpoint!r}: "
-            f"{reason}{nearest(checkpoint)}"
+            f"{first_line(error)}{nearest(checkpoint)}"
         ) from error
