@@ -19,6 +19,7 @@ import typer
 from fastdean.cli.flags import flags_of, retold
 from fastdean.cli.options import Options
 from fastdean.cli.terminal import shows_everything
+from fastdean.wording.bars import bars
 from fastdean.wording.mendable import MendableError
 from fastdean.wording.printable import printable
 
@@ -72,7 +73,7 @@ def command(
         @wraps(function)
         def wrapped(*, as_json: bool = False, **typed: Any) -> None:
             try:
-                with redirect_stdout(sys.stderr):
+                with redirect_stdout(sys.stderr), bars(shown=not typed.get("quiet")):
                     result = function(**options.read(typed))
                 if as_json and result is not None:
                     typer.echo(printable(_json(result)))

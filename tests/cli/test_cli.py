@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from typing import get_type_hints
 import pytest
 import tiny_models
 import torch
+import tqdm.auto
 from safetensors.torch import load_file
 from tiny_folders import rows, save_model, save_model_with_code, write_jsonl, write_sources
 from typer.testing import CliRunner
@@ -27,6 +29,7 @@ from fastdean import cli
 from fastdean.cli import running
 from fastdean.cli.flags import in_flags
 from fastdean.jobs import run as run_job
+from fastdean.jobs import session
 from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
 from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import RunFolder
@@ -930,6 +933,26 @@ def test_every_field_of_a_job_is_an_option_with_its_help(command, job):
     for name, hint in get_type_hints(job, include_extras=True).items():
         (said,) = hint.__metadata__
         assert re.search(rf" --{name.replace('_', '-')} +\S+ +{re.escape(said.text)} ", text), name
+
+
+@pytest.mark.parametrize("options", [[], ["--quiet"]])
+def test_quiet_silences_the_bars_that_libraries_draw(place, tmp_path, monkeypatch, options):
+    """Reading GGUF and writing shards draw bars that no option of transformers reaches."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+
+    def load(*args, **kwargs):
+        for bar in (tqdm.tqdm, tqdm.auto.tqdm):
+            for _ in bar([1], desc="foreign", disable=False):
+                pass
+        raise ValueError("model must be another")
+
+    monkeypatch.setattr(session, "load_model", load)
+    asked = ["--model", place["model"], "--data", place["privacy"], "--out", tmp_path / "out"]
+    result = call("score", *asked, *options)
+    assert result.exit_code == 2
+    assert ("foreign: 100%" in result.stderr) is (options == [])
+    # And only while the command runs.
+    assert not tqdm.tqdm([1], disable=False, file=io.StringIO()).disable
 
 
 def test_help_tells_the_exit_codes():
