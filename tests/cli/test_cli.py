@@ -336,6 +336,12 @@ def test_another_run_is_refused_with_every_option_that_differs(place, run_folder
     )
 
 
+def test_a_budget_that_differs_is_shown_as_it_was_typed(place, run_folder, tmp_path):
+    asked = [*OPTIONS, "--memory-budget", "2.5"]
+    told = "which differs in --memory-budget unset (now 2.5 GB); choose"
+    refused(call("run", *sources(place), "--out", run_folder, *asked), told)
+
+
 def test_version_and_short_help(place):
     assert call("--version").stdout.strip() == fastdean.__version__
     for arguments in ([], *([command] for command in COMMANDS)):
