@@ -102,6 +102,10 @@ def check(asked: Sequence[str], start: str | int = "auto") -> None:
         name, source = _parts(entry)
         if name not in MEASURES:
             raise ValueError(f"bias must be one of {', '.join(MEASURES)}, got {name!r}")
+        if entry.endswith("="):
+            raise ValueError(
+                f"bias {entry!r} must name a source behind its '=', got none; write {name}=FILE"
+            )
         if MEASURES[name][1] and source is None:
             raise ValueError(
                 f"bias {name!r} must come with its file, got the name alone; write {name}=FILE"
@@ -279,16 +283,8 @@ def _numbers_of(values: Sequence[float] | np.ndarray | None) -> list[float] | No
 
 
 def _change(interval: Interval, verdict: str) -> dict[str, Any]:
-    low, high = (None if math.isnan(end) else end for end in (interval.low, interval.high))
-    return {
-        "value": interval.mean,
-        "low": low,
-        "high": high,
-        "interval_method": interval.method,
-        "p_value": interval.p_value,
-        "test": interval.test,
-        "verdict": verdict,
-    }
+    found = interval.to_dict()
+    return {"value": found.pop("mean"), **found, "verdict": verdict}
 
 
 def _numbers(figures: Mapping[str, Any]) -> dict[str, Any]:

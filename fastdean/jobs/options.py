@@ -74,11 +74,19 @@ def require_one_of(job: Any, name: str, allowed: Sequence[str]) -> None:
 
 
 def require_numbers(job: Any) -> None:
-    """Raise TypeError for an option that should be a number and is none, by the fields' types."""
+    """Raise TypeError for an option that should be a number and is none, by the fields' types.
+
+    A float that is an integer becomes one where one is asked for.
+    """
     for name, hint in get_type_hints(type(job)).items():
         kinds = {*(get_args(hint) or (hint,))} - {NoneType}
         value = getattr(job, name)
-        if value is not None and kinds <= {int, float}:
+        if value is None or not kinds <= {int, float}:
+            continue
+        if kinds == {int} and isinstance(value, float) and value.is_integer():
+            # As 16e9 bytes are written.
+            object.__setattr__(job, name, int(value))
+        else:
             (require_real if float in kinds else require_whole)(name, value)
 
 
@@ -147,7 +155,7 @@ Template = Annotated[
 MaxLength = Annotated[int | None, Help("Cut examples to this many tokens.")]
 TokensPerBatch = Annotated[int | None, Help("Tokens in one forward pass [default: by device].")]
 MemoryBudget = Annotated[
-    int | float | None,
+    int | None,
     Help("GB the sums may take; more passes if they need more.", typed=float | None, read=_bytes),
 ]
 
