@@ -22,6 +22,7 @@ from fastdean.files.storage import (
 )
 from fastdean.jobs.edited_card import edited_card
 from fastdean.jobs.folder import require_free, require_outside
+from fastdean.jobs.source_texts import carry_texts
 from fastdean.masks import NeuronMask, edits
 from fastdean.masks.checkpoint import PATCH_NAME, PatchResult, patch_checkpoint, verify_checkpoint
 from fastdean.models.loading import DEMO_MODEL, load_model
@@ -69,6 +70,7 @@ def apply(
     }
     with new_folder(out, overwrite=overwrite, may_replace=_is_edited, name="out") as folder:
         _save(loaded, tokenizer, folder)
+        carry_texts(model, revision, folder)
         verify_checkpoint(folder, found)
         write_text_atomic(folder / "README.md", edited_card(model, found, mask, command))
         write_json_atomic(folder / PATCH_NAME, {**manifest, "sha256": listed(folder)})

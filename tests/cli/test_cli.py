@@ -218,7 +218,7 @@ def test_bad_options_of_score_are_told_before_anything_is_read(tmp_path, option,
     ("options", "text"),
     [
         ({"out": "loop"}, "out must be a path that can be followed, got "),
-        ({"out": ""}, "out must be a path, got ''"),
+        ({"out": ""}, "out must be a value, got ''"),
         ({"data": ""}, "got ''"),
         ({"out": "model/scores"}, "out must be a folder outside of model"),
     ],
@@ -283,7 +283,9 @@ def test_patch_sends_gguf_to_apply(run_folder, tmp_path, form):
     assert "--checkpoint must " in result.stderr and "safetensors" in result.stderr
 
 
-def test_an_empty_name_is_not_taken_for_the_current_folder(place, run_folder, tmp_path):
+def test_an_empty_name_is_not_taken_for_the_current_folder(
+    place, run_folder, tmp_path, monkeypatch
+):
     """As a shell gives it for a variable that is not set."""
     mask, scores = run_folder / "mask", run_folder / "scores" / "fairness"
     given = {
@@ -292,15 +294,22 @@ def test_an_empty_name_is_not_taken_for_the_current_folder(place, run_folder, tm
         "couple": {"first": scores, "second": scores, "general": scores},
         "score": {"model": place["model"], "data": place["privacy"]},
         "run": place,
+        "collapse": {"model": place["model"], "text": place["general"], "words": "gender"},
+        "debias": {"model": place["model"], "data": place["general"], "method": "causal"},
     }
     for command, options in given.items():
         for flag in options:
             asked = sources({**options, flag: ""})
-            asked += ["--quiet"] if command in ("run", "score") else []
+            asked += [] if command in ("apply", "patch", "couple") else ["--quiet"]
             result = call(command, *asked, "--out", tmp_path / "out")
             refused(result, f"fastdean: --{flag} must be ")
             assert "got ''" in result.stderr
     assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(shutil.copytree(run_folder, tmp_path / "run"))
+    refused(call("report", ""), "fastdean: RUN_FOLDER must be a value, got ''; give one, or")
+    refused(call("report", ".", "--out", ""), "fastdean: --out must be a value, got ''; give one")
+    asked = ["--model", place["model"], "--text", place["general"], "--out", tmp_path / "out"]
+    refused(call("collapse", *asked, "--bias", "crows_pairs="), "'crows_pairs=' must name a source")
 
 
 @pytest.mark.parametrize(
@@ -639,7 +648,9 @@ def test_models_and_masks_of_the_hub_are_edited(
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    publish(tmp_path / "cache", "lab/model", place["model"])
+    model = shutil.copytree(place["model"], tmp_path / "model")
+    (model / "LICENSE").write_text("terms", "utf-8")
+    publish(tmp_path / "cache", "lab/model", model)
     publish(tmp_path / "cache", "lab/mask", run_folder / "mask")
     hub = (command, option, "lab/model", "--mask", "lab/mask", "--revision", "main")
     result = call(*hub, "--out", tmp_path / "hub")
@@ -650,6 +661,7 @@ def test_models_and_masks_of_the_hub_are_edited(
     assert hub.read_bytes() == local.read_bytes()
     card = (hub.parent / "README.md").read_text("utf-8")
     assert card.startswith('---\nlibrary_name: transformers\nbase_model: "lab/model"\n')
+    assert (hub.parent / "LICENSE").read_text("utf-8") == "terms"
     assert "base_model" not in (local.parent / "README.md").read_text("utf-8")
     result = call(command, option, "nobody/no", "--mask", run_folder / "mask", "--out", "out")
     refused(result, f"fastdean: {option} must be a ")
@@ -660,6 +672,10 @@ def test_models_and_masks_of_the_hub_are_edited(
 def test_an_edited_model_comes_with_a_card(place, run_folder, tmp_path, command, option):
     model = shutil.copytree(place["model"], tmp_path / "model")
     (model / "README.md").write_text("the model's own card", "utf-8")
+    licences = ("LICENSE", "LICENCE.txt", "NOTICE", "license_of_base.md", "USE_POLICY.md")
+    for name in licences:
+        (model / name).write_text(f"terms of {name}", "utf-8")
+    (model / "notes.txt").write_text("no licence", "utf-8")
     out, mask = tmp_path / "out", run_folder / "mask"
     result = call(command, option, model, "--mask", mask, "--out", out)
     assert result.exit_code == 0, result.stderr
@@ -667,12 +683,24 @@ def test_an_edited_model_comes_with_a_card(place, run_folder, tmp_path, command,
     weights = len(NeuronMask.from_pretrained(mask))
     assert f"`model` with {weights:,} of its weights set to zero" in card
     assert str(tmp_path) not in card and "**Content warning.**" in card
-    kept = out / "README.source.md"
-    # What is loaded and saved anew takes no file of the folder along.
-    assert kept.exists() == (command == "patch")
-    assert command == "apply" or kept.read_text("utf-8") == "the model's own card"
+    assert (out / "README.source.md").read_text("utf-8") == "the model's own card"
+    for name in licences:
+        assert (out / name).read_text("utf-8") == f"terms of {name}"
+    # What is loaded and saved anew takes nothing else of the folder along.
+    assert (out / "notes.txt").exists() == (command == "patch")
     listed = json.loads((out / "fastdean_patch.json").read_text("utf-8"))["sha256"]
     assert listed.keys() == {file.name for file in out.iterdir()} - {"fastdean_patch.json"}
+
+
+def test_apply_follows_no_link_of_a_licence_out_of_the_model(place, run_folder, tmp_path, caplog):
+    """The copy may be published."""
+    model = shutil.copytree(place["model"], tmp_path / "model")
+    (tmp_path / "secret").write_text("of another", "utf-8")
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+    arguments = ["--model", model, "--mask", run_folder / "mask", "--out", tmp_path / "out"]
+    assert call("apply", *arguments).exit_code == 0
+    assert not (tmp_path / "out" / "LICENSE").exists()
+    assert "LICENSE of the model is a link out of its folder and left out" in caplog.text
 
 
 def test_an_edited_model_is_replaced_by_another_edit_and_no_other_folder_is(
