@@ -178,17 +178,26 @@ def target_logits(model: nn.Module) -> Iterator[Callable[[Batch], Tensor]]:
 def tokens_per_batch_of(model: nn.Module) -> int:
     """How many tokens of this model go through one forward pass by default."""
     matrices = ((weight.shape[0], weight.shape[1]) for weight in matrices_of(model))
-    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    head = _head_of(model)
     size = None if head is None else tuple(head.shape)
     return default_tokens_per_batch(input_device(model), (m for m in matrices if m != size))
 
 
 def matrices_of(model: nn.Module) -> Iterator[Tensor]:
-    """The two-dimensional parameters that tokens go through: all but the tables of embeddings."""
+    """The two-dimensional parameters that tokens are multiplied with.
+
+    All but the tables of embeddings, of which one may be the head as well.
+    """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables.discard(id(_head_of(model)))
     for weight in model.parameters():
         if weight.dim() == 2 and id(weight) not in tables:
             yield weight
+
+
+def _head_of(model: nn.Module) -> Tensor | None:
+    """The weight that makes the logits, as far as the model says."""
+    return getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
 
 
 def target_losses(logits: Tensor, batch: Batch) -> Tensor:

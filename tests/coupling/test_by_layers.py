@@ -10,7 +10,7 @@ import torch
 from interrupts import interrupt, moments
 from oracle import norm_error, weight_importance
 from tiny_data import batches, make_examples
-from tiny_models import MODELS, bert, llama
+from tiny_models import MODELS, bert, llama, qwen2
 from torch import nn
 
 import fastdean
@@ -372,6 +372,16 @@ def test_other_orders_are_refused():
 def test_auto_goes_by_the_memory_there_is(free, by, monkeypatch):
     monkeypatch.setattr(order, "available_memory", lambda device: free)
     assert score(llama(), order="auto").manifest["order"]["by"] == by
+
+
+def test_the_head_counts_whether_it_is_the_embedding_or_not():
+    """Its logits are kept either way; a table that is only looked up in keeps nothing."""
+    tied, own = qwen2(), qwen2()
+    own.lm_head.weight = torch.nn.Parameter(own.lm_head.weight.detach().clone())
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    assert order.kept_bytes_per_token(tied) == order.kept_bytes_per_token(own)
+    head = sum(own.lm_head.weight.shape) * 4
+    assert order.kept_bytes_per_token(tied.model) == order.kept_bytes_per_token(own) - head
 
 
 def test_available_memory_is_the_least_of_what_is_left(tmp_path, monkeypatch):
