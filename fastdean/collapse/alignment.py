@@ -239,7 +239,7 @@ def collapse_alignment_loss(
     detach_features: bool = True,
     impl: str | None = None,
 ) -> Tensor:
-    """How unevenly, or how badly, class means align with the rows of `weight`: a scalar to add.
+    """Measure how unevenly, or how badly, class means align with the rows of `weight`: a scalar.
 
     With mu_c the mean of the features labelled c in `state`, this batch included, and mu_bar the
     unweighted mean of mu_c over the classes seen: a statistic of cos(w_c, mu_c - mu_bar) over these

@@ -270,7 +270,7 @@ class CollapseRegularizer:
         }
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
-        """Go on from a saved state; every rank from the same one.
+        """Restore a saved state. All ranks must pass the same one.
 
         Raises: ValueError, before anything changes, if an entry is missing or damaged, or if
             classes, strength, options or the schedule's factors for the steps done are others.

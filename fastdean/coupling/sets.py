@@ -145,7 +145,7 @@ def overlap(
     general: Scores | None = None,
     ratios: Sequence[float],
 ) -> list[dict]:
-    """How much the top sets overlap, matrix by matrix, at each ratio.
+    """Count how much the top sets overlap, matrix by matrix, at each ratio.
 
     Returns:
         One row per ratio: k (candidates of `first`), coupled, expected_by_chance (of two

@@ -80,11 +80,11 @@ class Example:
         return replace(self, input_ids=ids, labels=labels, columns=columns)
 
     def predicting_itself(self) -> Example:
-        """With every token a target of shift 0: for those who read representations."""
+        """A copy in which every token is a target of shift 0, for reading representations."""
         return replace(self, labels=self.input_ids)
 
     def num_targets(self, shift: int) -> int:
-        """How many targets a model sees that predicts the token `shift` places ahead."""
+        """Number of targets for a model that predicts the token `shift` places ahead."""
         return int((self.labels[shift:] != IGNORE_INDEX).sum())
 
 
