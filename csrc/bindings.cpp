@@ -236,6 +236,13 @@ PYBIND11_MODULE(_C, m) {
   m.attr("DTYPE_FLOAT32") = static_cast<int64_t>(fastdean::DType::kFloat32);
   m.attr("DTYPE_FLOAT64") = static_cast<int64_t>(fastdean::DType::kFloat64);
 
+  // By the names that callers have for them.
+  py::dict statistics;
+  statistics["std"] = static_cast<int64_t>(fastdean::CollapseStatistic::kStd);
+  statistics["cv"] = static_cast<int64_t>(fastdean::CollapseStatistic::kCv);
+  statistics["mean"] = static_cast<int64_t>(fastdean::CollapseStatistic::kMean);
+  m.attr("COLLAPSE_STATISTICS") = statistics;
+
   m.attr("CPU_LEVEL") = static_cast<int64_t>(fastdean::best_cpu_level());
   add_levels(m, "IMPORTANCE", fastdean::kImportanceLevels);
   add_levels(m, "COLLAPSE", fastdean::kCollapseLevels);

@@ -22,7 +22,7 @@ namespace fastdean {
 
 // Rises by one with every change of a struct or signature in this file, or of the constants and
 // functions that Python sees. fastdean/native/extension.py refuses any number but its own.
-constexpr int kAbiVersion = 8;
+constexpr int kAbiVersion = 9;
 
 constexpr int kMaxRank = 8;
 

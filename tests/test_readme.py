@@ -20,6 +20,7 @@ from tiny_checkpoint import save_language_model
 import fastdean
 from fastdean.cli import app
 from fastdean.data.sources import PRESETS
+from fastdean.models.loading import DEMO_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,10 +50,10 @@ def fenced(language: str, text: str = ALL) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def commands() -> list[list[str]]:
+def commands(text: str = ALL) -> list[list[str]]:
     """Words of every `fastdean` call in the shell blocks, without the program's name."""
     found = []
-    for line in "\n".join(fenced("bash")).replace("\\\n", " ").splitlines():
+    for line in "\n".join(fenced("bash", text)).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if "fastdean" in words:
             found.append(words[words.index("fastdean") + 1 :])
@@ -113,6 +114,15 @@ def test_shell_commands_are_accepted_as_written(words):
     # Parsing refuses unknown options, missing ones and values of another type; nothing is run.
     context = group.commands[name].make_context(name, arguments)
     assert context.args == []
+
+
+def test_a_model_in_a_command_is_the_demo_s_or_said_to_be_a_placeholder():
+    """What a reader pastes runs, and first of all what stands in the README."""
+    assert "my-model" not in README
+    assert {words[words.index("--model") + 1] for words in commands(README)} == {DEMO_MODEL}
+    for page, text in TEXTS.items():
+        if "my-model" in "".join(fenced("bash", text)):
+            assert "`my-model` stands for a model of yours" in text, page
 
 
 def test_every_command_is_shown_and_every_one_named_exists():

@@ -146,7 +146,7 @@ def score(
 
 
 @app.command()
-@command()
+@command(reads=score)
 def couple(
     first: Annotated[str, Help("Scores on the first awareness set (fairness).")],
     second: Annotated[str, Help("Scores on the second awareness set (privacy).")],
@@ -236,6 +236,8 @@ def apply(
 ) -> dict[str, Any]:
     """Load a model, apply a mask, and save it as an ordinary Hugging Face folder with a card.
 
+    Licence files come along, and the model's own card as README.source.md.
+
     For a checkpoint of safetensors, `fastdean patch` does the same without loading the model.
 
     Example: `fastdean apply --model Qwen/Qwen2-7B-Instruct --mask run/mask --out edited/`
@@ -308,7 +310,7 @@ def patch(
 @app.command()
 @command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(help="Run folder, or its results.json.")],
+    run_folder: Annotated[str, typer.Argument(help="Run folder, or its results.json.")],
     out: Annotated[
         Path | None, out_option("HTML file [default: report.html in the folder].")
     ] = None,
@@ -324,7 +326,8 @@ def report(
             f"out must be a new file or an earlier report, got {str(out)!r}, which FastDEAN did "
             "not write; choose another"
         )
-    file = run_folder / "results.json" if run_folder.is_dir() else run_folder
+    place = Path(run_folder)
+    file = place / "results.json" if place.is_dir() else place
     results = read_results(file)
     target = file.parent / "report.html" if out is None else out
     write_report(results, target)

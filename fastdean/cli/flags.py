@@ -14,6 +14,8 @@ from inspect import Signature
 
 from typer.models import ArgumentInfo, OptionInfo
 
+from fastdean.wording.printable import error_line
+
 _VALUE = r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[\w.+-]*[\w+]"
 # Quoted text; or a name by itself, with a value, and with the flag that the text has beside it.
 _PIECE = re.compile(
@@ -89,6 +91,6 @@ def retold(error: Exception, flags: Mapping[str, str], names: Mapping[str, str])
         flags: of `flags_of`.
         names: as in `naming`, of the whole command.
     """
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = error_line(error)
     others = {**names, **getattr(error, "called", {})}
     return in_flags(text, {**flags, **{name: flags[own] for name, own in others.items()}})

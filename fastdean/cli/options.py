@@ -22,9 +22,6 @@ def out_option(text: str) -> Help:
 def _out(text: str | Path | None) -> Path | None:
     if text is None:
         return None
-    # It would stand for the current folder.
-    if not str(text):
-        raise ValueError("out must be a path, got ''; name the folder or file to write")
     path = Path(text)
     # `new/../other` is `other`, also while there is no `new`.
     return real_place(path, "out") if ".." in path.parts else path
@@ -65,7 +62,11 @@ class Options:
         self.signature = declared.replace(parameters=[*for_typer, as_json])
 
     def read(self, typed: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of the command's function from what was typed."""
+        """The arguments of the command's function from what was typed; ValueError for ""."""
+        for name, value in typed.items():
+            # As a shell gives it for a variable that is not set; it would be the current folder.
+            if value == "" or (isinstance(value, list | tuple) and "" in value):
+                raise ValueError(f"{name} must be a value, got ''; give one, or leave it out")
         given = {name: _read(self._declared[name], value) for name, value in typed.items()}
         if self._job is not None:
             asked = {field.name: given.pop(field.name) for field in fields(self._job)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ import typer
 from fastdean.cli.flags import flags_of, retold
 from fastdean.cli.options import Options
 from fastdean.cli.terminal import shows_everything
+from fastdean.wording.bars import bars
 from fastdean.wording.mendable import MendableError
 from fastdean.wording.printable import printable
 
@@ -49,7 +51,9 @@ def _terminate(number: int, _: object) -> None:
 
 
 def command(
-    resumable: bool = False, names: Mapping[str, str] = {}
+    resumable: bool = False,
+    names: Mapping[str, str] = {},
+    reads: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """A command: its errors in one line, its result as JSON where `--json` is given.
 
@@ -57,17 +61,19 @@ def command(
 
     Args:
         names: what functions below call a parameter of the command, see `flags.naming`.
+        reads: the command whose folders this one reads; errors about them are told in its flags.
     """
     kept = "; what is finished is kept, run the same command to go on" if resumable else ""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
         options = Options(function)
-        flags = flags_of(options.signature)
+        flags = {} if reads is None else flags_of(inspect.signature(reads))
+        flags |= flags_of(options.signature)
 
         @wraps(function)
         def wrapped(*, as_json: bool = False, **typed: Any) -> None:
             try:
-                with redirect_stdout(sys.stderr):
+                with redirect_stdout(sys.stderr), bars(shown=not typed.get("quiet")):
                     result = function(**options.read(typed))
                 if as_json and result is not None:
                     typer.echo(printable(_json(result)))

@@ -16,6 +16,7 @@ from fastdean.models.distributed import Ranks
 from fastdean.ops.collapse import collapse_alignment_step
 from fastdean.ops.ownership import held_alone
 from fastdean.wording.mendable import InputTypeError
+from fastdean.wording.numbers import require_real
 
 Mode = Literal["cumulative", "window", "batch"]
 
@@ -238,7 +239,7 @@ def collapse_alignment_loss(
     detach_features: bool = True,
     impl: str | None = None,
 ) -> Tensor:
-    """How unevenly, or how badly, class means align with the rows of `weight`: a scalar to add.
+    """Measure how unevenly, or how badly, class means align with the rows of `weight`: a scalar.
 
     With mu_c the mean of the features labelled c in `state`, this batch included, and mu_bar the
     unweighted mean of mu_c over the classes seen: a statistic of cos(w_c, mu_c - mu_bar) over these
@@ -292,6 +293,8 @@ def _decay_of(mode: str, decay: float | None) -> float:
                 f"decay must be left out in mode {mode!r}, got {decay}; use mode 'window'"
             )
         return _FIXED_DECAY[mode]
+    if decay is not None:
+        require_real("decay", decay)
     decay = _WINDOW_DECAY if decay is None else float(decay)
     if not 0 < decay < 1:
         raise ValueError(

@@ -34,7 +34,7 @@ _STORED = Record(
 
 
 class LeftOut(NamedTuple):
-    """A form of a word that became no class."""
+    """A form of a word that has no class, and the reason."""
 
     word: str
     group: str
@@ -100,7 +100,7 @@ class CollapseClasses:
         casing: bool = True,
         leading_space: bool = True,
     ) -> CollapseClasses:
-        """The classes of words in groups, for one tokenizer.
+        """Make the classes of grouped words, for one tokenizer.
 
         Args:
             tokenizer: of transformers, fast or slow, with any vocabulary.

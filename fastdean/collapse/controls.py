@@ -24,7 +24,7 @@ class _Candidate(NamedTuple):
 
 
 def random_control(classes: CollapseClasses, tokenizer: Any, *, seed: int) -> CollapseClasses:
-    """As many whole words, each as likely as any other.
+    """Draw as many control words from the whole words, each equally likely.
 
     A candidate is a token for a word of two or more letters behind a space, of ASCII letters where
     all words of `classes` are. Tokens and words of `classes`, in any form, are no candidates. Each
@@ -50,7 +50,7 @@ def frequency_matched_control(
     counts: Mapping[int, int] | None = None,
     seed: int,
 ) -> CollapseClasses:
-    """As many whole words, each about as frequent as the class at its place.
+    """Draw as many control words, each about as frequent as the class at its place.
 
     The candidates are those of `random_control`. The frequency of a token is log(1 + its count),
     or without `counts` log(1 + its id), a proxy: most vocabularies are numbered by frequency or by

@@ -43,7 +43,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class NearestMean:
-    """Of how many held-out tokens classifier and nearest class mean name the same class (NC4).
+    """Count of held-out tokens on which classifier and nearest class mean agree (NC4).
 
     Counts of several texts add if they are against the same class means.
 
@@ -63,7 +63,7 @@ class NearestMean:
         return NearestMean(*map(operator.add, astuple(self), astuple(other)))
 
     def across_ranks(self) -> NearestMean:
-        """The counts of all ranks. All ranks must call it, with the same class means."""
+        """Sum the counts over all ranks. All must call it, with the same class means."""
         counts = torch.tensor(astuple(self))
         Ranks.current().sum_([counts])
         return NearestMean(*counts.tolist())
@@ -131,7 +131,7 @@ class CollapseMetrics:
         }
 
     def with_nearest(self, nearest: NearestMean | None) -> CollapseMetrics:
-        """The same with counts on held-out text against these class means."""
+        """Return a copy with NC4, from counts on held-out text against these class means."""
         return CollapseMetrics(self.moments, self.weight, nearest)
 
     def __add__(self, other: CollapseMetrics) -> CollapseMetrics:
@@ -151,14 +151,14 @@ class CollapseMetrics:
         return CollapseMetrics(moments, self.weight)
 
     def across_ranks(self) -> CollapseMetrics:
-        """The metrics of all ranks' text, the same on each. All ranks must call it.
+        """Compute the metrics over all ranks' text, the same on each. All ranks must call it.
 
         Without NC4: count it against the merged means with `nearest_mean_agreement`.
         """
         return CollapseMetrics(self.moments.across_ranks(), self.weight)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: such a value is null, and its note says so."""
+        """Return the metrics as JSON values; an infinite one is null, and its note says so."""
         values = {name: asdict(metric) for name, metric in self.values.items()}
         for value in values.values():
             if value["value"] is not None and not math.isfinite(value["value"]):

@@ -89,7 +89,7 @@ class ClassMoments:
         return self._with(_merged(self._parts, [part.to(home) for part in other._parts]))
 
     def across_ranks(self) -> ClassMoments:
-        """New moments, of all ranks' tokens, the same bits on each. All ranks must call it."""
+        """Sum over all ranks into new moments, the same bits on each. All ranks must call it."""
         ranks = Ranks.current()
         if ranks.size == 1:
             return self._with([part.clone() for part in self._parts])

@@ -41,7 +41,7 @@ def collapse_metrics(
     tokens_per_batch: int | None = None,
     progress: bool = True,
 ) -> CollapseMetrics:
-    """How far the representations of chosen words have collapsed, in one pass over a text.
+    """Measure how far the representations of chosen words have collapsed, in one pass over text.
 
     Every token of a class counts, in prompts too. In a job of several processes each gives its own
     part of the text and merges:

@@ -42,6 +42,7 @@ from fastdean.models.model_state import unwrap
 from fastdean.ops.collapse import STATISTICS, collapse_alignment
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError, StateError
+from fastdean.wording.numbers import require_real
 
 # What `state_dict` gives beside the statistics.
 _STORED = Record({"step": STEP, "of": Maps(Anything()), "factors": SPANS}, others=Anything())
@@ -269,7 +270,7 @@ class CollapseRegularizer:
         }
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
-        """Go on from a saved state; every rank from the same one.
+        """Restore a saved state. All ranks must pass the same one.
 
         Raises: ValueError, before anything changes, if an entry is missing or damaged, or if
             classes, strength, options or the schedule's factors for the steps done are others.
@@ -426,6 +427,7 @@ class CollapseRegularizer:
 
 
 def _check_options(strength: float, statistic: str) -> None:
+    require_real("strength", strength)
     if not (math.isfinite(strength) and strength >= 0):
         raise ValueError(
             f"strength must be finite and at least 0, got {strength}; the published ones are 5 "

@@ -76,7 +76,7 @@ class _NoHook:
 
 
 class Representations:
-    """The last representations of each forward pass inside a `with` block, with its arguments.
+    """Keeps the last representations and the arguments of each forward pass in a `with` block.
 
     Or from `attach()` to `remove()`. Equivalent, for "base", and without a second pass:
 

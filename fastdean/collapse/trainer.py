@@ -25,7 +25,7 @@ _OVERRIDDEN = (
 
 
 def trainer_class(base: type) -> type:
-    """A subclass of a Hugging Face Trainer with a further argument, `regularizer=`.
+    """Return a subclass of a Hugging Face Trainer that also takes `regularizer=`.
 
     The term is added to the Trainer's loss, be it the model's, a label-smoothed one, or that of
     `compute_loss_func`. Every batch adds to the statistics; over an accumulation the terms come to

@@ -12,6 +12,7 @@ from fastdean.coupling.scores import ScoreEntry
 from fastdean.coupling.targets import Target
 from fastdean.models.model_state import execution_device
 from fastdean.ops.importance import accumulate_importance_, accumulate_unit_importance_
+from fastdean.wording.numbers import require_real
 
 
 class Accumulator(Protocol):
@@ -96,15 +97,17 @@ def split_by_memory(
     """The targets in groups whose sums fit into `memory_budget` bytes; None: all in one.
 
     Raises:
+        TypeError: `memory_budget` is no number.
         ValueError: one target's sums do not fit.
     """
     if memory_budget is None:
         return [list(targets)]
+    require_real("memory_budget", memory_budget, "a number of bytes")
     groups: list[list[Target]] = []
     used = 0
     for target in targets:
         size = sums_bytes(target, granularity)
-        if size > memory_budget:
+        if not size <= memory_budget:
             raise ValueError(
                 f"memory_budget must hold the sums of at least one matrix, {size:,} bytes for "
                 f"{target.parameter}, got {memory_budget:,}; raise it or leave it out"

@@ -39,6 +39,7 @@ from fastdean.ops.reference import importance
 from fastdean.ops.selection import select_top
 from fastdean.wording.granularity import stored_granularity
 from fastdean.wording.mendable import StateError
+from fastdean.wording.numbers import require_real
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FINGERPRINT_CHUNK = 1 << 18  # entries: 2 MiB of int64, which a CPU's caches hold
@@ -165,8 +166,11 @@ def _named(name: str) -> Iterator[None]:
 
 
 def check_keep_top(keep_top: float | None) -> None:
-    """Raise ValueError unless `keep_top` is None (dense) or a ratio above 0 and at most 1."""
-    if keep_top is not None and not 0 < keep_top <= 1:
+    """Raise unless `keep_top` is None (dense) or a ratio above 0 and at most 1."""
+    if keep_top is None:
+        return
+    require_real("keep_top", keep_top, "a ratio above 0 and at most 1")
+    if not 0 < keep_top <= 1:
         raise ValueError(
             f"keep_top must be a ratio above 0 and at most 1, got {keep_top}; "
             "leave it out to keep every entry"

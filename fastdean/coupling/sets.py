@@ -28,6 +28,7 @@ from fastdean.masks.summary import place_of
 from fastdean.models.model_state import unwrap
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError
+from fastdean.wording.numbers import require_whole
 
 __all__ = ["couple", "overlap"]
 
@@ -90,7 +91,8 @@ def couple(
     if model is not None:
         model = unwrap(model)
         require_scored_model(first, model)
-    _require_options(rule, scope, min_k)
+    _require_options(rule, scope, min_k, seed)
+    min_k, seed = int(min_k), int(seed)
     _require_unit_weights(unit_weights, first.granularity, model)
     ratios = three_ratios(DEFAULT_RATIO[first.granularity] if ratio is None else ratio)
 
@@ -143,7 +145,7 @@ def overlap(
     general: Scores | None = None,
     ratios: Sequence[float],
 ) -> list[dict]:
-    """How much the top sets overlap, matrix by matrix, at each ratio.
+    """Count how much the top sets overlap, matrix by matrix, at each ratio.
 
     Returns:
         One row per ratio: k (candidates of `first`), coupled, expected_by_chance (of two
@@ -203,13 +205,13 @@ def _require_scores(everyone: Sequence[Scores]) -> None:
         everyone[0].require_same_weights(other)
 
 
-def _require_options(rule: str, scope: str, min_k: int) -> None:
+def _require_options(rule: str, scope: str, min_k: int, seed: int) -> None:
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if scope not in SCOPES:
         raise ValueError(f"scope must be 'matrix' or 'model', got {scope!r}")
-    if isinstance(min_k, bool) or not isinstance(min_k, int):
-        raise InputTypeError(f"min_k must be an integer, got {type(min_k).__name__}; give a count")
+    require_whole("min_k", min_k)
+    require_whole("seed", seed)
     if min_k < 0:
         raise ValueError(f"min_k must be at least 0, got {min_k}")
 

@@ -24,6 +24,7 @@ from fastdean.data.batching import (
     Layout,
     plan_batches,
     require_targets,
+    require_tokens_per_batch,
     send,
 )
 from fastdean.data.examples import Example, numbered_examples
@@ -42,6 +43,7 @@ from fastdean.models.forward import (
     target_losses,
     tokens_per_batch_of,
 )
+from fastdean.models.trees import tensors
 from fastdean.wording.log import logger
 
 # An excerpt is to show what depends on the length of a text, and to cost next to nothing.
@@ -161,6 +163,9 @@ def plan_workload(
         ValueError, TypeError: as `score` does for its loader.
     """
     with ranks.failing_together():
+        # Before the loader is read.
+        if options["tokens_per_batch"] is not None:
+            require_tokens_per_batch(options["tokens_per_batch"])
         work: Workload
         if loss_fn is None:
             options |= {"ranks": ranks, "skip_bad_rows": skip_bad_rows}
@@ -413,13 +418,20 @@ class CustomLoss(Workload):
 
     def _losses_of(self, batch: Mapping[str, Any]) -> Tensor:
         inputs = {k: v for k, v in batch.items() if k != "labels" and self._accepted(k)}
-        losses = self.loss_fn(self.model(**inputs), batch)
+        outputs = self.model(**inputs)
+        losses = self.loss_fn(outputs, batch)
         size = len(batch["input_ids"])
         if not isinstance(losses, Tensor) or tuple(losses.shape) != (size,):
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
                 f"loss_fn must return one loss per example, [{size}], got {got}; "
                 "reduce over tokens only"
+            )
+        if torch.is_grad_enabled() and not losses.requires_grad and _carry_gradient(outputs):
+            raise ValueError(
+                "loss_fn must return losses that depend on the model with gradient, got losses "
+                "without one; compute them from its outputs, not detached, nor under no_grad, nor "
+                "through numbers that autograd does not follow"
             )
         return losses
 
@@ -438,6 +450,13 @@ class CustomLoss(Workload):
 
 def _shows_order(examples: int, width: int) -> tuple[bool, int, int]:
     return examples > 1, width, examples
+
+
+def _carry_gradient(outputs: Any) -> bool:
+    """Whether what a model returned leads back to it."""
+    known = isinstance(outputs, Tensor | Mapping | tuple | list)
+    parts = outputs if known else getattr(outputs, "__dict__", {})
+    return any(part.requires_grad for _, part in tensors(parts))
 
 
 def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdean.data.examples import IGNORE_INDEX, Example
+from fastdean.wording.numbers import require_whole
 
 # The weights of a longer example's attention would take more memory than the model's own, which
 # keeps none of them for the backward pass.
@@ -158,6 +159,16 @@ class Layout:
     by_segments: bool = False
 
 
+def require_tokens_per_batch(tokens_per_batch: int) -> None:
+    """Raise TypeError or ValueError unless this is a positive number of tokens."""
+    require_whole("tokens_per_batch", tokens_per_batch, "a positive number of tokens")
+    if tokens_per_batch < 1:
+        raise ValueError(
+            f"tokens_per_batch must be a positive number of tokens, got {tokens_per_batch}; "
+            "leave it out for the device's default"
+        )
+
+
 def plan_batches(
     examples: Sequence[Example],
     *,
@@ -181,13 +192,10 @@ def plan_batches(
             given order; else examples of similar length are padded to the longest of their batch,
             and padding counts as tokens. Without padding only equal lengths share a batch.
     Raises:
-        ValueError: `tokens_per_batch` is not positive, or an example has no target.
+        TypeError: `tokens_per_batch` is no integer.
+        ValueError: it is not positive, or an example has no target.
     """
-    if tokens_per_batch < 1:
-        raise ValueError(
-            f"tokens_per_batch must be a positive number of tokens, got {tokens_per_batch}; "
-            "leave it out for the device's default"
-        )
+    require_tokens_per_batch(tokens_per_batch)
     require_targets(examples, shift)
     short: list[int] = []
     plain: list[int] = []

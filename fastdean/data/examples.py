@@ -18,6 +18,7 @@ from fastdean.data.skipped import Skipped
 from fastdean.data.token_columns import as_rows, beside, carried_rows, example_spans
 from fastdean.data.tokenising import IGNORE_INDEX, TEMPLATES, tokenised
 from fastdean.wording.mendable import InputTypeError
+from fastdean.wording.numbers import require_whole
 
 __all__ = ["IGNORE_INDEX", "TEMPLATES", "Example", "encode", "read_examples"]
 
@@ -79,11 +80,11 @@ class Example:
         return replace(self, input_ids=ids, labels=labels, columns=columns)
 
     def predicting_itself(self) -> Example:
-        """With every token a target of shift 0: for those who read representations."""
+        """A copy in which every token is a target of shift 0, for reading representations."""
         return replace(self, labels=self.input_ids)
 
     def num_targets(self, shift: int) -> int:
-        """How many targets a model sees that predicts the token `shift` places ahead."""
+        """Number of targets for a model that predicts the token `shift` places ahead."""
         return int((self.labels[shift:] != IGNORE_INDEX).sum())
 
 
@@ -223,7 +224,10 @@ def encode(
 
 def _check_max_length(max_length: int | None) -> None:
     # A causal model predicts nothing from less than two tokens.
-    if max_length is not None and max_length < 2:
+    if max_length is None:
+        return
+    require_whole("max_length", max_length, "a number of tokens")
+    if max_length < 2:
         raise ValueError(
             f"max_length must be at least 2 tokens, got {max_length}; leave it out to cut nothing"
         )

@@ -29,6 +29,7 @@ import numpy as np
 from fastdean.data.columns import has_lone_surrogate, usual_columns
 from fastdean.data.skipped import Skipped
 from fastdean.wording.nearest import nearest
+from fastdean.wording.printable import first_line
 
 __all__ = ["load_rows", "load_table", "sample_rows"]
 
@@ -318,7 +319,7 @@ def _read_file(path: Path) -> _Rows:
     try:
         return list(reader(path))
     except (ValueError, OSError, csv.Error, RecursionError) as error:
-        raise ValueError(_malformed_message(path, _first_line(error))) from None
+        raise ValueError(_malformed_message(path, first_line(error))) from None
 
 
 def _malformed_message(path: Path, reason: str) -> str:
@@ -404,7 +405,7 @@ def _json_lines(lines: Iterable[str]) -> _Rows:
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield _Unread(f"line {number}: {_first_line(error)}")
+                yield _Unread(f"line {number}: {first_line(error)}")
 
 
 def _is_object(line: str) -> bool:
@@ -420,7 +421,7 @@ def _read_parquet(path: Path) -> _Rows:
     try:
         return parquet.read_table(path).to_pylist()
     except ArrowException as error:
-        raise ValueError(_first_line(error)) from None
+        raise ValueError(first_line(error)) from None
 
 
 _READERS: dict[str, Callable[[Path], _Rows]] = {
@@ -443,13 +444,9 @@ def _load_hub(
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ValueError(
             f"source {name!r} must be a file or a reachable data set of the hub, got: "
-            f"{_first_line(error)}; "
+            f"{first_line(error)}; "
             f"check the id, the split and the network, or pass a local file{nearest(name)}"
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _embedded(name: str) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ def irreversible_words(*, lists: Mapping[str, Any] | None = None) -> tuple[str, 
 def augment(
     rows: Iterable[Mapping[str, Any]], *, lists: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """The rows, each followed by its swapped copy: both genders occur equally often.
+    """Return each row followed by its gender-swapped copy, so that both occur equally often.
 
     Args:
         rows: of `fastdean.data.load_rows`: text, prompt and response, messages, or premise and

@@ -9,6 +9,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from fastdean.wording.numbers import require_whole
+
 
 class Purpose(IntEnum):
     """Uses of random numbers, each independent of the others."""
@@ -97,9 +99,12 @@ def check_course(
 
 
 def check_counts(**counts: int | None) -> None:
-    """Raise ValueError for a count below 1; None stands for a default."""
+    """Raise for what is no count, or below 1; None stands for a default."""
     for name, count in counts.items():
-        if count is not None and count < 1:
+        if count is None:
+            continue
+        require_whole(name, count)
+        if count < 1:
             raise ValueError(
                 f"{name} must be at least 1, got {count}; leave it out for its default"
             )

@@ -60,6 +60,19 @@ class Interval:
     resamples: int = 0
     replicates: Sequence[float] = field(default=(), repr=False, compare=False)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Estimate, interval, test and verdict as JSON values; a bound that is NaN is None."""
+        low, high = (None if math.isnan(end) else end for end in (self.low, self.high))
+        return {
+            "mean": self.mean,
+            "low": low,
+            "high": high,
+            "interval_method": self.method,
+            "p_value": self.p_value,
+            "test": self.test,
+            "verdict": self.verdict(),
+        }
+
     def verdict(self) -> str:
         """ "higher", "lower" or "no effect beyond noise", or that there is none; see `verdicts`."""
         return judge(

@@ -130,7 +130,7 @@ def push_folder(
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(
             f"path must be a folder written by FastDEAN, got {str(folder)!r}, which has no "
-            f"{CONFIG_NAME}; pass the folder that save_pretrained made"
+            f"{CONFIG_NAME}; pass the folder that FastDEAN wrote"
         )
     from huggingface_hub import CommitOperationAdd, HfApi
 

@@ -42,6 +42,8 @@ _WHOLE_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
 _INDEX = Record({"weight_map": Maps(Text(longest=1000))}, others=Anything())
 _ADVICE = "copy it again"
+# What to do with weights in another form.
+THROUGH_THE_MODEL = "edit it with `fastdean apply`, which loads the model and saves safetensors"
 # Neighbouring values are read together, but never a whole large tensor.
 _MAX_RUN_BYTES = 1 << 20
 
@@ -157,9 +159,10 @@ def _loaded(source: Path) -> tuple[list[str], dict[str, str]]:
         files, weight_map = [first], {}
     if not files:
         got, advice = "none", "pass the folder that save_pretrained made"
-        if any(source.glob("*.bin")):
-            got = "only *.bin files"
-            advice = "convert it: load it with from_pretrained and write it with save_pretrained"
+        others = [f"*{suffix}" for suffix in (".bin", ".gguf") if any(source.glob(f"*{suffix}"))]
+        if others:
+            got = f"only {' and '.join(others)} files"
+            advice = THROUGH_THE_MODEL
         raise ValueError(f"source must hold *.safetensors, got {got} in {str(source)!r}; {advice}")
     return files, weight_map
 
@@ -177,8 +180,7 @@ def _named_by_config(source: Path) -> str | None:
     if Path(named).name != named or not named.endswith((".safetensors", ".safetensors.index.json")):
         raise ValueError(
             f"source must hold its weights in its own folder as *.safetensors, got {named!r} as "
-            "transformers_weights in its config.json; load the model, use apply_ and "
-            "save_pretrained"
+            f"transformers_weights in its config.json; {THROUGH_THE_MODEL}"
         )
     return named
 

@@ -182,7 +182,7 @@ def _read(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(
             f"path must be a folder written by FastDEAN, got {str(folder)!r}, which has no "
-            f"{CONFIG_NAME}; pass the folder that save_pretrained made"
+            f"{CONFIG_NAME}; pass the folder that FastDEAN wrote"
         )
     config = read_json(folder / CONFIG_NAME)
     _check_config(folder, config, kind)
@@ -261,7 +261,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _check_config(folder: Path, config: Any, kind: str) -> None:
     file = folder / CONFIG_NAME
     named = Record({"kind": Text()}, others=Anything())
-    require(config, named, file, advice="pass the folder that save_pretrained made")
+    require(config, named, file, advice="pass the folder that FastDEAN wrote")
     if config["kind"] != kind:
         raise ValueError(
             f"path must be a folder of kind {kind!r}, got {str(folder)!r}, which is of kind "

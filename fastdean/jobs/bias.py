@@ -14,7 +14,12 @@ from torch import nn
 from fastdean.evaluation import Interval, change_between, change_of_distance
 from fastdean.evaluation import bias as measures
 from fastdean.evaluation.bias import BiasResult
+from fastdean.evaluation.bias.bec_pro import rows_of as bec_pro_source_rows
+from fastdean.evaluation.bias.crows_pairs import crows_pairs_rows
+from fastdean.evaluation.bias.seat import seat_sets
 from fastdean.evaluation.bias.start import start_token as start_of
+from fastdean.evaluation.bias.stereoset import stereoset_rows
+from fastdean.evaluation.bias.winobias import winobias_rows
 from fastdean.files.declared import Anything, Lists, Maps, Maybe, Real, Record, Text, Whole
 from fastdean.files.provenance import public_source
 from fastdean.jobs.session import Session
@@ -41,6 +46,14 @@ MEASURES: dict[str, tuple[Callable[..., Any], bool]] = {
     "winobias": (_winobias, False),
     "seat": (measures.seat, True),
     "bec_pro": (_bec_pro, False),
+}
+# Name -> what reads its source, before there is a model.
+_READERS: dict[str, Callable[[str], object]] = {
+    "crows_pairs": crows_pairs_rows,
+    "stereoset": stereoset_rows,
+    "winobias": winobias_rows,
+    "seat": seat_sets,
+    "bec_pro": bec_pro_source_rows,
 }
 # Those that rest on likelihoods, and so on the token that a text starts from.
 _FROM_START = frozenset({"crows_pairs", "stereoset", "winobias", "bec_pro"})
@@ -89,6 +102,10 @@ def check(asked: Sequence[str], start: str | int = "auto") -> None:
         name, source = _parts(entry)
         if name not in MEASURES:
             raise ValueError(f"bias must be one of {', '.join(MEASURES)}, got {name!r}")
+        if entry.endswith("="):
+            raise ValueError(
+                f"bias {entry!r} must name a source behind its '=', got none; write {name}=FILE"
+            )
         if MEASURES[name][1] and source is None:
             raise ValueError(
                 f"bias {name!r} must come with its file, got the name alone; write {name}=FILE"
@@ -104,13 +121,13 @@ def check(asked: Sequence[str], start: str | int = "auto") -> None:
         )
 
 
-def require_usable(
-    asked: Sequence[str], start: str | int, model: nn.Module, tokenizer: Any
-) -> None:
-    """Refuse now what the measures would refuse after the long steps.
+def require_readable(asked: Sequence[str]) -> None:
+    """Refuse files before a model is loaded, and not when their measure runs.
+
+    What may be of the hub is left to its measure: a run that is resumed may not need it any more.
 
     Raises:
-        ValueError: a file that is not there, or a start that this tokenizer does not have.
+        ValueError, OSError: a file that is not there, cannot be read, or has other columns.
     """
     for entry in asked:
         name, source = _parts(entry)
@@ -120,6 +137,13 @@ def require_usable(
             raise ValueError(
                 f"bias {entry!r} must name an existing file, got {str(file)!r}; check the path"
             )
+        if source is not None and file.exists():
+            with _named(f"bias {entry!r}", "source"):
+                _READERS[name](source)
+
+
+def require_start(asked: Sequence[str], start: str | int, model: nn.Module, tokenizer: Any) -> None:
+    """Raise ValueError for a start that the tokenizer does not have, if a measure asks for one."""
     if any(_parts(entry)[0] in _FROM_START for entry in asked):
         masked = label_shift(model) == 0
         with _named("start_token", "start"):
@@ -259,16 +283,8 @@ def _numbers_of(values: Sequence[float] | np.ndarray | None) -> list[float] | No
 
 
 def _change(interval: Interval, verdict: str) -> dict[str, Any]:
-    low, high = (None if math.isnan(end) else end for end in (interval.low, interval.high))
-    return {
-        "value": interval.mean,
-        "low": low,
-        "high": high,
-        "interval_method": interval.method,
-        "p_value": interval.p_value,
-        "test": interval.test,
-        "verdict": verdict,
-    }
+    found = interval.to_dict()
+    return {"value": found.pop("mean"), **found, "verdict": verdict}
 
 
 def _numbers(figures: Mapping[str, Any]) -> dict[str, Any]:

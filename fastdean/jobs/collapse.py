@@ -73,9 +73,10 @@ def run(
     with session.costs.step("read data"):
         skipped = Skipped() if job.skip_bad_rows else None
         rows, _ = take_rows(job.text, job.examples, job.seed, name="text", skipped=skipped)
+        bias.require_readable(job.bias)
     session.compare({"text": json_digest(rows), **benchmark_digests(job.bias)})
     model, tokenizer = session.load_model()
-    bias.require_usable(job.bias, job.start_token, model, tokenizer)
+    bias.require_start(job.bias, job.start_token, model, tokenizer)
     classes = classes_of(job, tokenizer)
     session.compare_model(model, tokenizer, words=json_digest(classes.to_dict()))
     options = {"template": job.template, "max_length": job.max_length, "name": "text"}

@@ -49,6 +49,7 @@ class CollapseJob:
     seed: options.Seed = 0
 
     def __post_init__(self) -> None:
+        options.require_numbers(self)
         options.require_template(self)
         options.require_at_least(self, examples=1)
         _check(self, "to measure the words themselves")
@@ -129,6 +130,7 @@ class DebiasJob:
     seed: options.Seed = 0
 
     def __post_init__(self) -> None:
+        options.require_numbers(self)
         from fastdean.debias import METHODS
         from fastdean.debias.forms import require_form
 

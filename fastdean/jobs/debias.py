@@ -107,6 +107,7 @@ def _prepare(session: Session[DebiasJob]) -> _Prepared:
     with session.costs.step("read data"):
         skipped = {name: Skipped() for name in ("data", "text") if job.skip_bad_rows}
         trained, measured = _split(job, skipped)
+        bias.require_readable(job.bias)
     name, source = ("data", job.source) if job.text is None else ("text", job.text)
     texts = _numbered_texts(measured, source, name)
     digests = {"data": json_digest(trained), "text": json_digest(measured)}
@@ -123,7 +124,7 @@ def _prepare(session: Session[DebiasJob]) -> _Prepared:
     identity = session.compare_model(model, tokenizer, words=words)
     # Refused now, and not after the first measurements.
     require_method(model, job.method)
-    bias.require_usable(job.bias, job.start_token, model, tokenizer)
+    bias.require_start(job.bias, job.start_token, model, tokenizer)
     check_counts(save_every=job.save_every, max_length=job.max_length)
     check_course(warmup=_WARMUP, seed=job.seed, **_options(job, *_COURSE))
     _regularizer(model, classes, job).remove()

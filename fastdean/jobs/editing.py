@@ -11,6 +11,7 @@ from typing import Any
 
 from fastdean.files.hub import is_unreachable
 from fastdean.files.provenance import now, public_name, versions
+from fastdean.files.safetensors import THROUGH_THE_MODEL
 from fastdean.files.storage import (
     FORMAT_VERSION,
     holds_only_listed,
@@ -21,10 +22,12 @@ from fastdean.files.storage import (
 )
 from fastdean.jobs.edited_card import edited_card
 from fastdean.jobs.folder import require_free, require_outside
+from fastdean.jobs.source_texts import carry_texts
 from fastdean.masks import NeuronMask, edits
 from fastdean.masks.checkpoint import PATCH_NAME, PatchResult, patch_checkpoint, verify_checkpoint
-from fastdean.models.loading import load_model
+from fastdean.models.loading import DEMO_MODEL, load_model
 from fastdean.wording.nearest import nearest
+from fastdean.wording.printable import first_line
 
 # Weights in the forms that `patch_checkpoint` does not edit.
 _OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
@@ -67,6 +70,7 @@ def apply(
     }
     with new_folder(out, overwrite=overwrite, may_replace=_is_edited, name="out") as folder:
         _save(loaded, tokenizer, folder)
+        carry_texts(model, revision, folder)
         verify_checkpoint(folder, found)
         write_text_atomic(folder / "README.md", edited_card(model, found, mask, command))
         write_json_atomic(folder / PATCH_NAME, {**manifest, "sha256": listed(folder)})
@@ -124,6 +128,11 @@ def _folder_of(checkpoint: str, revision: str | None) -> Path:
     if not checkpoint:
         raise ValueError("checkpoint must be a folder or a hub id, got ''; name the checkpoint")
     folder = Path(checkpoint).expanduser()
+    if not folder.is_dir() and (checkpoint == DEMO_MODEL or folder.suffix == ".gguf"):
+        raise ValueError(
+            "checkpoint must be a folder of safetensors files, or a hub id, got "
+            f"{checkpoint!r}, a GGUF file; {THROUGH_THE_MODEL}"
+        )
     try:
         validate_repo_id(checkpoint)
         is_local = folder.exists()
@@ -146,8 +155,7 @@ def _folder_of(checkpoint: str, revision: str | None) -> Path:
             )
         )
     except Exception as error:  # the library raises a dozen unrelated types
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
             f"checkpoint must be a local folder or a reachable hub id, got {checkpoint!r}: "
-            f"{reason}{nearest(checkpoint)}"
+            f"{first_line(error)}{nearest(checkpoint)}"
         ) from error

@@ -63,6 +63,8 @@ _FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
 _STEP_FORMAT = 2
 # Of an option's value in a message.
 _LONGEST_VALUE = 120
+# Options that nobody reads in bytes; on the command line they are typed in GB.
+_IN_BYTES = ("memory_budget",)
 # What a run file holds.
 _RUN = Record(
     {
@@ -248,7 +250,7 @@ class RunFolder:
         """Each option whose value is not what it was, with both, as in "seed=0 (now 1)"."""
         kept = state["job"]
         return [
-            f"{name}={_shown(kept.get(name))} (now {_shown(self.job.get(name))})"
+            f"{name}={_shown(name, kept.get(name))} (now {_shown(name, self.job.get(name))})"
             for name in {**self.job, **kept}
             if (name in self.job, self.job.get(name)) != (name in kept, kept.get(name))
         ]
@@ -272,10 +274,12 @@ class RunFolder:
         )
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     """An option's value in a message."""
     if value is None:
         return "unset"
+    if name in _IN_BYTES and isinstance(value, int | float):
+        return f"{value / 1e9:.12g} GB"
     text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 

@@ -9,7 +9,10 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, get_args, get_type_hints
+
+from fastdean.wording.numbers import require_real, require_whole
 
 SOURCE_HELP = (
     "a .csv, .tsv, .json, .jsonl or .parquet file, a hub id, or a preset (beavertails:fairness, "
@@ -68,6 +71,23 @@ def require_one_of(job: Any, name: str, allowed: Sequence[str]) -> None:
     """Raise ValueError unless the job's option is one of these."""
     if getattr(job, name) not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(job, name)!r}")
+
+
+def require_numbers(job: Any) -> None:
+    """Raise TypeError for an option that should be a number and is none, by the fields' types.
+
+    A float that is an integer becomes one where one is asked for.
+    """
+    for name, hint in get_type_hints(type(job)).items():
+        kinds = {*(get_args(hint) or (hint,))} - {NoneType}
+        value = getattr(job, name)
+        if value is None or not kinds <= {int, float}:
+            continue
+        if kinds == {int} and isinstance(value, float) and value.is_integer():
+            # As 16e9 bytes are written.
+            object.__setattr__(job, name, int(value))
+        else:
+            (require_real if float in kinds else require_whole)(name, value)
 
 
 def require_template(job: Any) -> None:

@@ -25,6 +25,7 @@ from fastdean.files import storage
 from fastdean.files.declared import Anything, Exactly, Record, read_json
 from fastdean.files.safetensors import (
     DTYPES,
+    THROUGH_THE_MODEL,
     StoredTensor,
     read_values,
     stored_tensors,
@@ -190,9 +191,11 @@ class _Edit:
 
 def _check_places(source: Path, out: Path) -> None:
     if not source.is_dir():
+        advice = "pass the folder it lies in" if source.exists() else "download the model first"
+        advice = THROUGH_THE_MODEL if source.suffix == ".gguf" else advice
         raise ValueError(
-            f"source must be a local folder of a checkpoint, got {str(source)!r}, which is not a "
-            "folder; download the model first"
+            f"source must be a local folder of a checkpoint, got {str(source)!r}, which is "
+            f"{'a file' if source.exists() else 'not a folder'}; {advice}"
         )
     if out == source or source in out.parents or out in source.parents:
         raise ValueError(
@@ -227,8 +230,8 @@ def _plan(
         more = f" and {len(unmapped) - 3} more" if len(unmapped) > 3 else ""
         raise ValueError(
             f"mask must name tensors of the checkpoint, got {len(unmapped)} of {len(mask.names)} "
-            f"that {str(source)!r} does not have: {'; '.join(unmapped[:3])}{more}; load the model, "
-            "use apply_ and save_pretrained"
+            f"that {str(source)!r} does not have: {'; '.join(unmapped[:3])}{more}; "
+            f"{THROUGH_THE_MODEL}"
         )
     grouped: dict[str, list[_Edit]] = {}
     for edit in edits:

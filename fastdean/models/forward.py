@@ -41,6 +41,7 @@ from fastdean.models.probes import (
     numbers_from,
     packing_is_exact,
     padding_is_exact,
+    repeats,
     sees_ahead,
     sees_back,
     segments_are_exact,
@@ -59,7 +60,8 @@ def label_shift(model: nn.Module) -> int:
 
     Raises:
         ValueError: the model is neither, or not what its class is for; its loss has to come from
-            the caller. Or it puts a learned prompt in front of the tokens.
+            the caller. Or it does not compute the same twice, or puts a learned prompt in front of
+            the tokens.
     """
     require_no_prompts(model)
     shifts = _shifts_by_class(model)
@@ -72,6 +74,12 @@ def label_shift(model: nn.Module) -> int:
     ahead = sees_ahead(inner)
     if ahead is None:
         return max(shifts)
+    if ahead and 1 in shifts and repeats(inner) is False:
+        raise ValueError(
+            "model must give the same logits for the same tokens, got "
+            f"{type(inner).__name__}, which does not compute the same twice; turn off what is "
+            "random in eval mode too (such as dropout), or what a forward pass changes in it"
+        )
     if ahead and 0 not in shifts:
         raise ValueError(
             "model must be causal to be read as the causal language model of its class, got "
@@ -170,17 +178,26 @@ def target_logits(model: nn.Module) -> Iterator[Callable[[Batch], Tensor]]:
 def tokens_per_batch_of(model: nn.Module) -> int:
     """How many tokens of this model go through one forward pass by default."""
     matrices = ((weight.shape[0], weight.shape[1]) for weight in matrices_of(model))
-    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    head = _head_of(model)
     size = None if head is None else tuple(head.shape)
     return default_tokens_per_batch(input_device(model), (m for m in matrices if m != size))
 
 
 def matrices_of(model: nn.Module) -> Iterator[Tensor]:
-    """The two-dimensional parameters that tokens go through: all but the tables of embeddings."""
+    """The two-dimensional parameters that tokens are multiplied with.
+
+    All but the tables of embeddings, of which one may be the head as well.
+    """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables.discard(id(_head_of(model)))
     for weight in model.parameters():
         if weight.dim() == 2 and id(weight) not in tables:
             yield weight
+
+
+def _head_of(model: nn.Module) -> Tensor | None:
+    """The weight that makes the logits, as far as the model says."""
+    return getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
 
 
 def target_losses(logits: Tensor, batch: Batch) -> Tensor:

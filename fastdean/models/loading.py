@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdean.files.hub import checkpoint_folder, is_unreachable
+from fastdean.wording.bars import bars
 from fastdean.wording.log import logger
 from fastdean.wording.nearest import nearest
+from fastdean.wording.printable import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +49,7 @@ def load_model(
             when there is one.
         revision: branch, tag or commit of a hub id; None: its main branch.
         trust_remote_code: run Python code that comes with the model's files, where there is any.
-        progress: show a bar while the weights are read.
+        progress: show a bar while the weights are read; False: in the whole process none meanwhile.
     Raises:
         ValueError: there is no such model or device, a revision of files on this disk is asked for,
             the model is of another kind, its files do not hold all of its weights, or it needs code
@@ -66,7 +68,7 @@ def load_model(
         options = {**options, "device_map": "auto"}
     # Never None: transformers then asks on stdin, where any "y" is taken for consent.
     origin = _asked_of_the_hub(where, revision, trust_remote_code)
-    with progress_bars(progress), _refusing(name, trust_remote_code):
+    with bars(progress), _refusing(name, trust_remote_code):
         tokenizer, model, missing = _from_pretrained(where, options, wanted, origin)
     if missing:
         raise ValueError(
@@ -109,7 +111,7 @@ def stream_model(
     if options:
         raise _not_in_safetensors_error(name, "a GGUF file")
     origin = _asked_of_the_hub(where, revision, trust_remote_code)
-    with progress_bars(False), _refusing(name, trust_remote_code):
+    with bars(False), _refusing(name, trust_remote_code):
         config = AutoConfig.from_pretrained(where, **origin)
         _require_no_fetched_kernels(config, trust_remote_code)
         folder = Path(where)
@@ -121,7 +123,7 @@ def stream_model(
         )
     if not any(folder.glob("*.safetensors")):
         raise _not_in_safetensors_error(name, "a folder without them")
-    with progress_bars(False), _refusing(name, trust_remote_code):
+    with bars(False), _refusing(name, trust_remote_code):
         wanted = _dtype_of_checkpoint(folder, config) if dtype == "auto" else getattr(torch, dtype)
         auto = _class_of(config, own_code=trust_remote_code)
         with parameters_on_meta():
@@ -201,10 +203,9 @@ def _refusing(name: str, trust_remote_code: bool) -> Iterator[None]:
                 "loaded without running that code; read it first, then pass "
                 "trust_remote_code=True (--trust-remote-code)"
             ) from error
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
             "model must be a Hugging Face folder, a reachable hub id or a .gguf file, got "
-            f"{name!r}: {reason}{nearest(name)}"
+            f"{name!r}: {first_line(error)}{nearest(name)}"
         ) from error
 
 
@@ -225,21 +226,6 @@ def _check_device(device: str | None) -> None:
             f"device must be one of this machine, got {device!r}, of which torch sees "
             f"{int(usable[kind.type])}; run `fastdean info`"
         )
-
-
-@contextmanager
-def progress_bars(shown: bool) -> Iterator[None]:
-    """transformers draws its bars inside, or none; it knows one answer for the whole process."""
-    from transformers.utils import logging
-
-    if shown or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:

@@ -52,6 +52,25 @@ def sees_back(model: nn.Module) -> bool | None:
     return _asked_once(model, "sees_back", lambda: _measured_sight(model, ahead=False))
 
 
+def repeats(model: nn.Module) -> bool | None:
+    """Whether the same tokens give the same logits again; None as in `sees_ahead`.
+
+    False for a layer that is random in eval mode too, or whose passes change what it computes.
+    """
+
+    def measured() -> bool | None:
+        try:
+            ids, _ = _ordinary_ids(model)
+            first, again = _logits_of_ids(model, ids), _logits_of_ids(model, ids)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return None
+        return _distance(again, first) <= _epsilon(model) / 4
+
+    return _asked_once(model, "repeats", measured)
+
+
 def _measured_sight(model: nn.Module, *, ahead: bool) -> bool | None:
     try:
         ids, others = _ordinary_ids(model)

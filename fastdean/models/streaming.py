@@ -20,9 +20,9 @@ from torch import nn
 
 from fastdean.files.safetensors import MappedFiles, StoredTensor, stored_tensors
 from fastdean.models.available_memory import available_memory
-from fastdean.models.loading import progress_bars
 from fastdean.models.model_state import undone
 from fastdean.models.stacks import decoder_layers
+from fastdean.wording.bars import bars
 
 
 class NotStreamableError(ValueError):
@@ -190,7 +190,7 @@ class StreamedModel:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
         of_transformers: Any = self.model
-        with progress_bars(False):
+        with bars(False):
             convert_and_load_state_dict_in_model(
                 of_transformers,
                 {tensor.name: files.view(tensor) for tensor in tensors},
@@ -242,7 +242,7 @@ def _require_whole(model: Any, stored: Mapping[str, StoredTensor], config: Any) 
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
     shapes = {name: tensor.blank() for name, tensor in stored.items()}
-    with progress_bars(False), _tensors_put_back(model.modules()):
+    with bars(False), _tensors_put_back(model.modules()):
         info, _ = convert_and_load_state_dict_in_model(
             model, shapes, replace(config, device_map={"": "meta"})
         )

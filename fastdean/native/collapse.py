@@ -10,9 +10,6 @@ from torch import Tensor
 from fastdean.native.extension import cpu_level, dtype_code, loaded
 from fastdean.native.structs import written
 
-# In the order of `CollapseStatistic` of csrc/fastdean.h.
-STATISTICS = ("std", "cv", "mean")
-
 
 def collapse_alignment(
     features: Tensor,
@@ -52,7 +49,7 @@ def collapse_alignment(
         old_sums=sums.data_ptr(),
         old_counts=counts.data_ptr(),
         decay=decay_cell.buffer_info()[0],
-        statistic=STATISTICS.index(statistic),
+        statistic=loaded().COLLAPSE_STATISTICS[statistic],
         sums=new_sums.data_ptr(),
         counts=new_counts.data_ptr(),
         centre=centre.data_ptr(),

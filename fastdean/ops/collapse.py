@@ -49,7 +49,7 @@ def collapse_alignment(
     statistic: str = "std",
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and the state's sums and counts with this batch in them.
+    """Compute the loss, and the sums and counts that include this batch.
 
     Equivalent, where every class has been seen, no norm is 0 and nothing is forgotten, to:
 

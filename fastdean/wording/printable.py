@@ -35,6 +35,11 @@ def error_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for errors of libraries that go on at length."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def is_steering(character: str) -> bool:
     """Whether a character is not shown itself but changes what is shown, or where."""
     return unicodedata.category(character) in _STEERING and character not in _JOINERS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from typing import get_type_hints
 import pytest
 import tiny_models
 import torch
+import tqdm.auto
 from safetensors.torch import load_file
 from tiny_folders import rows, save_model, save_model_with_code, write_jsonl, write_sources
 from typer.testing import CliRunner
@@ -27,6 +29,7 @@ from fastdean import cli
 from fastdean.cli import running
 from fastdean.cli.flags import in_flags
 from fastdean.jobs import run as run_job
+from fastdean.jobs import session
 from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
 from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import RunFolder
@@ -215,7 +218,7 @@ def test_bad_options_of_score_are_told_before_anything_is_read(tmp_path, option,
     ("options", "text"),
     [
         ({"out": "loop"}, "out must be a path that can be followed, got "),
-        ({"out": ""}, "out must be a path, got ''"),
+        ({"out": ""}, "out must be a value, got ''"),
         ({"data": ""}, "got ''"),
         ({"out": "model/scores"}, "out must be a folder outside of model"),
     ],
@@ -266,7 +269,23 @@ def test_an_error_names_the_flag_of_the_source_it_is_about(place, run_folder, tm
     refused(result, f"fastdean: --privacy '{unread}': row 1 must have")
 
 
-def test_an_empty_name_is_not_taken_for_the_current_folder(place, run_folder, tmp_path):
+@pytest.mark.parametrize("form", ["preset", "file", "missing file", "folder"])
+def test_patch_sends_gguf_to_apply(run_folder, tmp_path, form):
+    """It edits files of safetensors, and never asks the hub for the demo model."""
+    file = tmp_path / "gguf" / "m.gguf"
+    file.parent.mkdir()
+    if form != "missing file":
+        file.touch()
+    given = {"preset": "smollm2-135m-instruct", "folder": file.parent}.get(form, file)
+    out = tmp_path / "out"
+    result = call("patch", "--checkpoint", given, "--mask", run_folder / "mask", "--out", out)
+    refused(result, "; edit it with `fastdean apply`, which loads the model and saves safetensors")
+    assert "--checkpoint must " in result.stderr and "safetensors" in result.stderr
+
+
+def test_an_empty_name_is_not_taken_for_the_current_folder(
+    place, run_folder, tmp_path, monkeypatch
+):
     """As a shell gives it for a variable that is not set."""
     mask, scores = run_folder / "mask", run_folder / "scores" / "fairness"
     given = {
@@ -275,15 +294,22 @@ def test_an_empty_name_is_not_taken_for_the_current_folder(place, run_folder, tm
         "couple": {"first": scores, "second": scores, "general": scores},
         "score": {"model": place["model"], "data": place["privacy"]},
         "run": place,
+        "collapse": {"model": place["model"], "text": place["general"], "words": "gender"},
+        "debias": {"model": place["model"], "data": place["general"], "method": "causal"},
     }
     for command, options in given.items():
         for flag in options:
             asked = sources({**options, flag: ""})
-            asked += ["--quiet"] if command in ("run", "score") else []
+            asked += [] if command in ("apply", "patch", "couple") else ["--quiet"]
             result = call(command, *asked, "--out", tmp_path / "out")
             refused(result, f"fastdean: --{flag} must be ")
             assert "got ''" in result.stderr
     assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(shutil.copytree(run_folder, tmp_path / "run"))
+    refused(call("report", ""), "fastdean: RUN_FOLDER must be a value, got ''; give one, or")
+    refused(call("report", ".", "--out", ""), "fastdean: --out must be a value, got ''; give one")
+    asked = ["--model", place["model"], "--text", place["general"], "--out", tmp_path / "out"]
+    refused(call("collapse", *asked, "--bias", "crows_pairs="), "'crows_pairs=' must name a source")
 
 
 @pytest.mark.parametrize(
@@ -317,6 +343,12 @@ def test_another_run_is_refused_with_every_option_that_differs(place, run_folder
         call("run", *sources(place), "--out", run_folder, *options),
         "which differs in --ratio 0.05 (now 0.1), --dtype auto (now 'bfloat16'); choose",
     )
+
+
+def test_a_budget_that_differs_is_shown_as_it_was_typed(place, run_folder, tmp_path):
+    asked = [*OPTIONS, "--memory-budget", "2.5"]
+    told = "which differs in --memory-budget unset (now 2.5 GB); choose"
+    refused(call("run", *sources(place), "--out", run_folder, *asked), told)
 
 
 def test_version_and_short_help(place):
@@ -526,6 +558,41 @@ def test_couple_takes_the_whole_unit_where_asked(place, tmp_path):
     refused(call(*command, "--unit-weights", "some"), "--unit-weights must be 'down' or 'all'")
 
 
+@pytest.mark.parametrize(
+    ("granularity", "options", "text"),
+    [
+        ("weight", ["--unit-weights", "all"], "got 'all'; score with --granularity unit"),
+        ("weight", ["--scope", "model"], "--scope model must have dense scores"),
+        ("weight", ["--scope", "model"], "scores made with --keep-top; the model's"),
+        ("weight", ["--ratio", 0.3], "than --keep-top 0.1 kept of"),
+        ("weight", ["--ratio", 0.3], "score again with a larger --keep-top"),
+        ("unit", ["--ratio", 0.05, "--unit-weights", "all"], "--model must be given with "),
+        ("unit", ["--ratio", 0.05, "--unit-weights", "all"], "projections only, pass --model"),
+    ],
+)
+def test_couple_advises_in_flags_also_of_the_command_that_scored(
+    scores_of_both_kinds, tmp_path, granularity, options, text
+):
+    """In those of Python's functions a user of the command line has nothing to type."""
+    scores = scores_of_both_kinds / granularity
+    result = call("couple", "--first", scores, "--second", scores, "--out", tmp_path, *options)
+    told = [line for line in result.stderr.splitlines() if "same examples" not in line]
+    assert result.exit_code == 2 and len(told) == 1 and text in told[0], result.stderr
+    assert not re.search(r"\b\w+=|_", told[0].split(" kept of ")[0])
+
+
+@pytest.fixture(scope="module")
+def scores_of_both_kinds(place, tmp_path_factory):
+    out = tmp_path_factory.mktemp("scores")
+    for granularity in ("weight", "unit"):
+        result = call(
+            "score", "--model", place["model"], "--data", place["privacy"], "--examples", 3,
+            "--granularity", granularity, "--keep-top", 0.1, "--out", out / granularity, "--quiet",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+    return out
+
+
 def test_score_takes_all_rows_where_more_are_asked_for(place, tmp_path, caplog):
     result = call(
         "score", "--model", place["model"], "--data", place["privacy"], "--out", tmp_path / "s",
@@ -581,7 +648,9 @@ def test_models_and_masks_of_the_hub_are_edited(
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    publish(tmp_path / "cache", "lab/model", place["model"])
+    model = shutil.copytree(place["model"], tmp_path / "model")
+    (model / "LICENSE").write_text("terms", "utf-8")
+    publish(tmp_path / "cache", "lab/model", model)
     publish(tmp_path / "cache", "lab/mask", run_folder / "mask")
     hub = (command, option, "lab/model", "--mask", "lab/mask", "--revision", "main")
     result = call(*hub, "--out", tmp_path / "hub")
@@ -592,6 +661,7 @@ def test_models_and_masks_of_the_hub_are_edited(
     assert hub.read_bytes() == local.read_bytes()
     card = (hub.parent / "README.md").read_text("utf-8")
     assert card.startswith('---\nlibrary_name: transformers\nbase_model: "lab/model"\n')
+    assert (hub.parent / "LICENSE").read_text("utf-8") == "terms"
     assert "base_model" not in (local.parent / "README.md").read_text("utf-8")
     result = call(command, option, "nobody/no", "--mask", run_folder / "mask", "--out", "out")
     refused(result, f"fastdean: {option} must be a ")
@@ -602,6 +672,10 @@ def test_models_and_masks_of_the_hub_are_edited(
 def test_an_edited_model_comes_with_a_card(place, run_folder, tmp_path, command, option):
     model = shutil.copytree(place["model"], tmp_path / "model")
     (model / "README.md").write_text("the model's own card", "utf-8")
+    licences = ("LICENSE", "LICENCE.txt", "NOTICE", "license_of_base.md", "USE_POLICY.md")
+    for name in licences:
+        (model / name).write_text(f"terms of {name}", "utf-8")
+    (model / "notes.txt").write_text("no licence", "utf-8")
     out, mask = tmp_path / "out", run_folder / "mask"
     result = call(command, option, model, "--mask", mask, "--out", out)
     assert result.exit_code == 0, result.stderr
@@ -609,12 +683,24 @@ def test_an_edited_model_comes_with_a_card(place, run_folder, tmp_path, command,
     weights = len(NeuronMask.from_pretrained(mask))
     assert f"`model` with {weights:,} of its weights set to zero" in card
     assert str(tmp_path) not in card and "**Content warning.**" in card
-    kept = out / "README.source.md"
-    # What is loaded and saved anew takes no file of the folder along.
-    assert kept.exists() == (command == "patch")
-    assert command == "apply" or kept.read_text("utf-8") == "the model's own card"
+    assert (out / "README.source.md").read_text("utf-8") == "the model's own card"
+    for name in licences:
+        assert (out / name).read_text("utf-8") == f"terms of {name}"
+    # What is loaded and saved anew takes nothing else of the folder along.
+    assert (out / "notes.txt").exists() == (command == "patch")
     listed = json.loads((out / "fastdean_patch.json").read_text("utf-8"))["sha256"]
     assert listed.keys() == {file.name for file in out.iterdir()} - {"fastdean_patch.json"}
+
+
+def test_apply_follows_no_link_of_a_licence_out_of_the_model(place, run_folder, tmp_path, caplog):
+    """The copy may be published."""
+    model = shutil.copytree(place["model"], tmp_path / "model")
+    (tmp_path / "secret").write_text("of another", "utf-8")
+    (model / "LICENSE").symlink_to(tmp_path / "secret")
+    arguments = ["--model", model, "--mask", run_folder / "mask", "--out", tmp_path / "out"]
+    assert call("apply", *arguments).exit_code == 0
+    assert not (tmp_path / "out" / "LICENSE").exists()
+    assert "LICENSE of the model is a link out of its folder and left out" in caplog.text
 
 
 def test_an_edited_model_is_replaced_by_another_edit_and_no_other_folder_is(
@@ -881,6 +967,26 @@ def test_every_field_of_a_job_is_an_option_with_its_help(command, job):
     for name, hint in get_type_hints(job, include_extras=True).items():
         (said,) = hint.__metadata__
         assert re.search(rf" --{name.replace('_', '-')} +\S+ +{re.escape(said.text)} ", text), name
+
+
+@pytest.mark.parametrize("options", [[], ["--quiet"]])
+def test_quiet_silences_the_bars_that_libraries_draw(place, tmp_path, monkeypatch, options):
+    """Reading GGUF and writing shards draw bars that no option of transformers reaches."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+
+    def load(*args, **kwargs):
+        for bar in (tqdm.tqdm, tqdm.auto.tqdm):
+            for _ in bar([1], desc="foreign", disable=False):
+                pass
+        raise ValueError("model must be another")
+
+    monkeypatch.setattr(session, "load_model", load)
+    asked = ["--model", place["model"], "--data", place["privacy"], "--out", tmp_path / "out"]
+    result = call("score", *asked, *options)
+    assert result.exit_code == 2
+    assert ("foreign: 100%" in result.stderr) is (options == [])
+    # And only while the command runs.
+    assert not tqdm.tqdm([1], disable=False, file=io.StringIO()).disable
 
 
 def test_help_tells_the_exit_codes():

@@ -341,3 +341,9 @@ def test_two_ranks_find_what_one_finds(tmp_path):
 
 def test_the_public_name_is_this_function():
     assert fastdean.collapse_metrics is collapse_metrics
+
+
+def test_tokens_per_batch_must_be_a_number():
+    text = "^tokens_per_batch must be a positive number of tokens, got 'big'; give an integer"
+    with pytest.raises(TypeError, match=text):
+        collapse_metrics(llama(), batches(EXAMPLES, 2), CLASSES, tokens_per_batch="big")

@@ -577,6 +577,15 @@ def test_options_that_make_no_sense_are_refused(options, message):
     assert not any(any(names.values()) for names in hooks_of(model))
 
 
+@pytest.mark.parametrize(
+    "options", [{"strength": "10"}, {"strength": True}, {"mode": "window", "decay": "0.9"}]
+)
+def test_a_number_that_is_none_is_told_by_its_name(options):
+    name, value = list(options.items())[-1]
+    with pytest.raises(TypeError, match=f"^{name} must be a number, got {value!r}; give a number"):
+        CollapseRegularizer(llama(), some_classes(), **{"strength": 1.0, **options})
+
+
 def test_classes_of_another_vocabulary_are_refused():
     with pytest.raises(ValueError, match="embedding must be .* above 96, the largest token id"):
         CollapseRegularizer(llama(), some_classes((5, 96)), 1.0)

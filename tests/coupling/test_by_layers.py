@@ -12,7 +12,7 @@ from interrupts import interrupt, moments
 from oracle import norm_error, weight_importance
 from tiny_adapters import adapted
 from tiny_data import batches, make_examples
-from tiny_models import MODELS, bert, gpt2, llama
+from tiny_models import MODELS, bert, gpt2, llama, qwen2
 from torch import nn
 
 import fastdean
@@ -513,6 +513,16 @@ def test_a_budget_bounds_dense_sums_by_layers(monkeypatch):
         scored_by(1 << 40, monkeypatch, order="layers", memory_budget=DENSE - 1)
     # It never did batch by batch, where it is for the sums at a time.
     assert scored_by(1 << 40, monkeypatch, order="batches", memory_budget=DENSE - 1) == "batches"
+
+
+def test_the_head_counts_whether_it_is_the_embedding_or_not():
+    """Its logits are kept either way; a table that is only looked up in keeps nothing."""
+    tied, own = qwen2(), qwen2()
+    own.lm_head.weight = torch.nn.Parameter(own.lm_head.weight.detach().clone())
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    assert order.kept_bytes_per_token(tied) == order.kept_bytes_per_token(own)
+    head = sum(own.lm_head.weight.shape) * 4
+    assert order.kept_bytes_per_token(tied.model) == order.kept_bytes_per_token(own) - head
 
 
 def test_available_memory_is_the_least_of_what_is_left(tmp_path, monkeypatch):

@@ -276,6 +276,8 @@ def test_a_model_that_was_never_loaded_is_refused():
         ({"ratio": 0.5, "rule": "both"}, "rule must be one of paper, released"),
         ({"ratio": 0.5, "scope": "layer"}, "scope must be 'matrix' or 'model'"),
         ({"ratio": 0.5, "min_k": -1}, "min_k must be at least 0"),
+        ({"ratio": "0.1"}, "ratio must be one number above 0 .* got '0.1'; give it as a number"),
+        ({"ratio": True}, "ratio must be one number above 0 .* got True; give it as a number"),
     ],
 )
 def test_bad_arguments_name_themselves(kwargs, message):
@@ -283,10 +285,11 @@ def test_bad_arguments_name_themselves(kwargs, message):
         fastdean.couple(scores_from(A), scores_from(B), **kwargs)
 
 
-@pytest.mark.parametrize("min_k", [True, 1.0, "1"])
-def test_min_k_must_be_an_integer(min_k):
-    with pytest.raises(TypeError, match="min_k must be an integer, got "):
-        fastdean.couple(scores_from(A), scores_from(B), ratio=0.5, min_k=min_k)
+@pytest.mark.parametrize("name", ["min_k", "seed"])
+@pytest.mark.parametrize("value", [True, 1.0, "1"])
+def test_min_k_and_seed_must_be_integers(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got {value!r}; give an int"):
+        fastdean.couple(scores_from(A), scores_from(B), ratio=0.5, **{name: value})
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.1, float("nan"), True, "0.5"])

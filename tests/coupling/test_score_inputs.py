@@ -493,3 +493,42 @@ def test_a_loss_of_ones_own_needs_one_example_in_each_row(kind):
         mask = batch["attention_mask"]
         batch["position_ids"] = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
     assert score(llama(), loader, loss_fn=loss_fn).num_examples == len(EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"memory_budget": "16GB"}, "memory_budget must be a number of bytes, got '16GB'; give a"),
+        ({"memory_budget": True}, "memory_budget must be a number of bytes, got True; give a"),
+        ({"tokens_per_batch": "big"}, "tokens_per_batch must be a positive number of tokens, got"),
+        ({"tokens_per_batch": 64.5}, "tokens_per_batch must be a positive number of tokens, got"),
+        ({"keep_top": "1e-3"}, "keep_top must be a ratio above 0 and at most 1, got '1e-3'; give"),
+        ({"keep_top": True}, "keep_top must be a ratio above 0 and at most 1, got True; give a"),
+    ],
+)
+def test_a_number_that_is_none_is_told_by_its_name_before_the_loader_is_read(options, told):
+    def loader():
+        raise AssertionError("the loader was read")
+        yield
+
+    with pytest.raises(TypeError, match=f"^{told}"):
+        fastdean.score(llama(), loader(), progress=False, **options)
+
+
+def test_max_length_must_be_a_number_of_tokens():
+    with pytest.raises(TypeError, match="^max_length must be a number of tokens, got '8'; give"):
+        fastdean.score(llama(), [], max_length="8", progress=False)
+
+
+def test_a_budget_of_no_bytes_is_none():
+    """NaN is neither above nor below what the sums take."""
+    with pytest.raises(ValueError, match="^memory_budget must hold the sums of .* got nan; raise"):
+        fastdean.score(llama(), [], memory_budget=float("nan"), progress=False)
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    model, rows = llama(), list(batches(make_examples(lengths=(4, 6)), 2))
+    plain = fastdean.score(model, rows, keep_top=0.5, tokens_per_batch=8, progress=False)
+    options = {"keep_top": np.float32(0.5), "tokens_per_batch": np.int64(8), "memory_budget": 1e9}
+    found = fastdean.score(model, rows, progress=False, **options)
+    assert all(torch.equal(plain[name], found[name]) for name in plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -522,7 +523,15 @@ def test_a_loss_of_ones_own_scores_any_module():
         ),
         (
             {"loss_fn": lambda o, b: class_loss(o, b).detach()},
-            "once per batch, got 0 times; modules",
+            "^loss_fn must return losses that depend on the model with gradient, got losses with",
+        ),
+        (
+            {"loss_fn": torch.no_grad()(class_loss)},
+            "^loss_fn must return losses that depend on the model with gradient, got losses with",
+        ),
+        (
+            {"loss_fn": lambda o, b: torch.tensor(class_loss(o, b).tolist())},
+            "^loss_fn must return losses that depend on the model with gradient, got losses with",
         ),
     ],
 )
@@ -530,6 +539,29 @@ def test_refused_losses(change, text):
     arguments = {"loader": class_batches(), "loss_fn": class_loss} | change
     with pytest.raises((ValueError, RuntimeError), match=text):
         score(arguments.pop("loader"), Classifier(), **arguments)
+
+
+def test_a_detached_loss_is_told_whatever_the_model_returns():
+    class Wrapped(Classifier):
+        def forward(self, input_ids):
+            return SimpleNamespace(logits=super().forward(input_ids))
+
+    def loss_fn(outputs, batch):
+        return class_loss(outputs.logits, batch).detach()
+
+    with pytest.raises(ValueError, match="^loss_fn must return losses that depend on the model"):
+        score(class_batches(), Wrapped(), loss_fn=loss_fn)
+
+
+def test_a_module_that_takes_no_part_is_still_told_of():
+    """Its losses have no gradient either: nothing but the targets begins a graph."""
+
+    class Skipping(Classifier):
+        def forward(self, input_ids):
+            return self.head(self.embed(input_ids).mean(1))
+
+    with pytest.raises(RuntimeError, match="once per batch, got 0 times; modules"):
+        score(class_batches(), Skipping(), loss_fn=class_loss)
 
 
 def test_an_input_changed_in_place_is_refused():

@@ -429,3 +429,14 @@ def test_shares_and_changes_of_distance_keep_their_level(n, monkeypatch):
         assert np.mean([each.low <= truth <= each.high for each in found]) >= 0.93
         if truth == 0:
             assert np.mean([bool(direction(each.verdict())) for each in found]) <= 0.065
+
+
+def test_an_interval_as_json_values():
+    found = mean_interval([0.5, 1.5, 2.5]).to_dict()
+    assert list(found) == [
+        "mean", "low", "high", "interval_method", "p_value", "test", "verdict"
+    ]  # fmt: skip
+    assert found["mean"] == 1.5 and found["low"] < 1.5 < found["high"]
+    one = mean_interval([1.0]).to_dict()
+    # JSON has no NaN.
+    assert one["low"] is None and one["high"] is None

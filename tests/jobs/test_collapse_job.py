@@ -15,6 +15,7 @@ from fastdean.data.examples import encode
 from fastdean.data.sources import load_rows, sample_rows
 from fastdean.jobs import bias as measures
 from fastdean.jobs import collapse as job_module
+from fastdean.jobs import session
 from fastdean.models.loading import load_model
 
 
@@ -230,6 +231,27 @@ def test_a_bias_file_of_something_else_is_named(place, tmp_path):
         place, tmp_path / "out", "--bias", f"crows_pairs={place['crows']}", "--bias", wrong
     )
     refused(result, f"fastdean: --bias '{wrong}': row 1 must have the columns sentence, person")
+
+
+@pytest.mark.parametrize("measure", sorted(measures.MEASURES))
+@pytest.mark.parametrize("job", ["collapse", "debias"])
+def test_a_bias_file_of_something_else_is_told_before_a_model_is_loaded(
+    place, tmp_path, monkeypatch, job, measure
+):
+    """A large one takes minutes to load, and its measure comes last."""
+
+    def load(*args, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(session, "load_model", load)
+    (tmp_path / "wrong.csv").write_text("a,b\n1,2\n", "utf-8")
+    wrong = f"{measure}={tmp_path / 'wrong.csv'}"
+    arguments = ["--model", place["model"], "--words", place["words"], "--bias", wrong]
+    texts = {"collapse": ["--text"], "debias": ["--method", "causal", "--data"]}[job]
+    arguments = [job, *arguments, *texts, place["text"], "--out", tmp_path / "out", "--quiet"]
+    result = CliRunner().invoke(cli.app, [str(each) for each in arguments])
+    refused(result, f"fastdean: --bias '{wrong}': row 1 must have the columns ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_processes_are_refused(place, tmp_path, monkeypatch):

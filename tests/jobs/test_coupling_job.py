@@ -527,6 +527,21 @@ def test_options_out_of_range_are_refused_at_once(place, name):
         Job(**place, **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("ratio", "0.1", "ratio must be a number, got '0.1'; give a number"),
+        ("examples", "12", "examples must be an integer, got '12'; give an integer"),
+        ("seed", True, "seed must be an integer, got True; give an integer"),
+        ("memory_budget", "16GB", "memory_budget must be an integer, got '16GB'; give an integer"),
+    ],
+)
+def test_an_option_that_is_no_number_is_refused_at_once(place, name, value, text):
+    with pytest.raises(TypeError, match=f"^{text}"):
+        Job(**place, **{name: value})
+    assert repr(Job(**place, memory_budget=16e9).memory_budget) == "16000000000"
+
+
 def test_a_ratio_that_selects_nothing_is_refused_before_scoring(place, scored, tmp_path):
     job = Job(**place, examples=5, ratio=1e-6)
     with pytest.raises(

@@ -327,7 +327,7 @@ def test_source_that_is_no_checkpoint(tmp_path, simple):
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", mask, tmp_path / "out", r"source must hold \*.safetensors, got none")
     (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"pickle")
-    refuse(tmp_path / "empty", mask, tmp_path / "out", "only .*bin files .*with save_pretrained")
+    refuse(tmp_path / "empty", mask, tmp_path / "out", "only .*bin files .*`fastdean apply`")
 
 
 @pytest.mark.parametrize(

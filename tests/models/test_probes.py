@@ -136,6 +136,39 @@ def test_bidirectional_models_of_a_causal_class_are_refused(name, dtype):
         label_shift(torch.nn.DataParallel(model).module)
 
 
+class Random(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.1, training=True)
+
+
+class Counting(torch.nn.Module):
+    """As a running mean that is not switched off."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        return x * self.passes
+
+
+@pytest.mark.parametrize("layer", [Random, Counting])
+@pytest.mark.parametrize("make", [llama, lambda: xlm(causal=True)], ids=["Llama", "XLM"])
+def test_a_causal_model_that_does_not_repeat_itself_is_told_so(make, layer):
+    """And is not taken for one that sees later tokens, or for a masked one."""
+    model = make()
+    head = model.get_output_embeddings()
+    mixed = layer()
+    head.register_forward_pre_hook(lambda _, args: (mixed(args[0]),))
+    name = type(model).__name__
+    text = f"same logits for the same tokens, got {name}, which does not compute the same twice"
+    with pytest.raises(ValueError, match=text):
+        fastdean.score(model, batches(EXAMPLES, 2), progress=False)
+    with pytest.raises(ValueError, match=text):
+        perplexity(model, batches(EXAMPLES, 2), progress=False)
+
+
 def test_a_causal_model_of_a_masked_class_is_refused():
     class Forward(transformers.BertForMaskedLM):
         def forward(self, input_ids, attention_mask=None, **kwargs):

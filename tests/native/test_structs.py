@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastdean.native import extension, structs
+from fastdean.ops.collapse import STATISTICS
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +81,8 @@ def test_fields_are_written_where_the_compiled_struct_has_them():
     assert one.tolist() == [1, *[0] * (len(structs.STRUCTS["ImportanceParams"]) - 2), 2]
     with pytest.raises(KeyError):
         structs.written("CollapseParams", date=1)
+
+
+def test_a_statistic_is_told_by_its_name():
+    """No order of them is written twice: a changed one would compute another loss."""
+    assert set(extension.loaded().COLLAPSE_STATISTICS) == set(STATISTICS)

@@ -110,7 +110,7 @@ def bec_pro(
             no finite number.
     """
     ask = Likelihoods(model, tokenizer, start, tokens_per_batch=tokens_per_batch, progress=progress)
-    rows = _rows(source)
+    rows = rows_of(source)
     if ask.start:
         associations = _causal_association(ask, rows, neutral_occupation)
     else:
@@ -141,7 +141,8 @@ def bec_pro(
     return named(result, ask.start)
 
 
-def _rows(source: Source | None) -> list[Row]:
+def rows_of(source: Source | None) -> list[Row]:
+    """The rows of `source`, with the columns `COLUMNS`; arguments and errors as `bec_pro`."""
     if source is None:
         return list(bec_pro_rows())
     rows = [_renamed(row) for row in benchmark_rows(source)]

@@ -67,8 +67,7 @@ def crows_pairs(
             that is no finite number.
     """
     ask = Likelihoods(model, tokenizer, start, tokens_per_batch=tokens_per_batch, progress=progress)
-    rows = [_named(row) for row in benchmark_rows(source, split="test")]
-    require_columns(rows, COLUMNS, "CrowS-Pairs", stereo_antistereo=DIRECTIONS)
+    rows = crows_pairs_rows(source)
     first, second = _scores(ask, rows)
     ask.require_finite(torch.stack([first, second], dim=1))
     preference = preferred(first, second)
@@ -94,6 +93,13 @@ def crows_pairs(
         seed=seed,
     )
     return named(result, ask.start)
+
+
+def crows_pairs_rows(source: Source) -> list[Row]:
+    """The rows of `source`, with the columns `COLUMNS`; arguments and errors as `crows_pairs`."""
+    rows = [_named(row) for row in benchmark_rows(source, split="test")]
+    require_columns(rows, COLUMNS, "CrowS-Pairs", stereo_antistereo=DIRECTIONS)
+    return rows
 
 
 def _named(row: Row) -> Row:

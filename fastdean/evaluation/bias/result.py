@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -240,11 +239,7 @@ def ties(preference: Tensor) -> int:
 
 
 def _interval_dict(interval: Interval) -> dict[str, Any]:
-    bounds = {"low": interval.low, "high": interval.high}
-    return {
-        **{name: None if math.isnan(bound) else bound for name, bound in bounds.items()},
-        "n": interval.n,
-        "interval_method": interval.method,
-        "p_value": interval.p_value,
-        "test": interval.test,
-    }
+    found = interval.to_dict()
+    # These two are called and worded by what the figure measures.
+    del found["mean"], found["verdict"]
+    return {"n": interval.n, **found}

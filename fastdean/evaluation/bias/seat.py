@@ -85,7 +85,7 @@ def seat(
         raise ValueError(f"pooling must be 'mean', 'last' or 'first', got {pooling!r}")
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
-    names, sentences = _sets(source)
+    names, sentences = seat_sets(source)
     sizes = [len(examples) for examples in sentences]
     states = sentence_states(
         model,
@@ -259,8 +259,8 @@ def _interval(
     return bootstrap_interval(statistic, sum(sizes), strata=sizes, **options)
 
 
-def _sets(source: Source | Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Name and sentences of each of the four sets."""
+def seat_sets(source: Source | Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Name and sentences of each of the four sets; arguments and errors as `seat`."""
     if isinstance(source, Mapping):
         test = source
     else:

@@ -105,7 +105,7 @@ def stereoset(
     if average not in ("targets", "rows"):
         raise ValueError(f"average must be 'targets' or 'rows', got {average!r}")
     ask = Likelihoods(model, tokenizer, start, tokens_per_batch=tokens_per_batch, progress=progress)
-    rows = _rows(source)
+    rows = stereoset_rows(source)
     anti, stereo, unrelated = _scores(ask, rows)
     related = (preferred(stereo, unrelated) + preferred(anti, unrelated)) / 2.0
     stereotyped = preferred(stereo, anti)
@@ -195,8 +195,11 @@ class _Terms:
         self.categories = dict(zip(parts, places, strict=True))
 
 
-def _rows(source: Source) -> list[Row]:
-    """The rows with the columns `COLUMNS` and, where known, `target`."""
+def stereoset_rows(source: Source) -> list[Row]:
+    """The rows with the columns `COLUMNS` and, where known, `target`.
+
+    Arguments and errors as `stereoset`.
+    """
     rows: list[Row] = [
         _flat(row, task, number) for number, (row, task) in enumerate(_of_tasks(source), start=1)
     ]

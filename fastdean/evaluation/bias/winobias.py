@@ -88,7 +88,7 @@ def winobias(
     if mismatched not in ("error", "leave_out"):
         raise ValueError(f"mismatched must be 'error' or 'leave_out', got {mismatched!r}")
     ask = Likelihoods(model, tokenizer, start, tokens_per_batch=tokens_per_batch, progress=progress)
-    rows = _rows(source)
+    rows = winobias_rows(source)
     kept, genders = _matching(rows, mismatched)
     pro, anti = ask.sentences([row[side] for side in ("pro", "anti") for row in kept])[0].chunk(2)
     ask.require_finite(
@@ -125,7 +125,8 @@ def winobias(
     return WinoBias(named(share, ask.start), named(difference, ask.start))
 
 
-def _rows(source: Source) -> list[Row]:
+def winobias_rows(source: Source) -> list[Row]:
+    """The pairs of `source`, with the columns `COLUMNS`; arguments and errors as `winobias`."""
     if isinstance(source, str | Path):
         if Path(source).expanduser().is_dir():
             return list(_folder_rows(Path(source).expanduser()))

@@ -64,6 +64,7 @@ class Job:
     seed: options.Seed = 0
 
     def __post_init__(self) -> None:
+        options.require_numbers(self)
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.coupling.order import ORDERS
         from fastdean.coupling.sets import RULES, SCOPES
@@ -133,6 +134,7 @@ class ScoreJob:
     seed: options.Seed = 0
 
     def __post_init__(self) -> None:
+        options.require_numbers(self)
         from fastdean.coupling.order import ORDERS
         from fastdean.coupling.scores import check_keep_top
 

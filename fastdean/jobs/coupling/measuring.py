@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fastdean.data.examples import Example
 from fastdean.evaluation import (
-    Interval,
     Margins,
     Perplexity,
     compare_margins,
@@ -200,7 +199,7 @@ def _margin_table(
         "origin": {"mean": interval.mean, "low": interval.low, "high": interval.high},
         "masks": {
             name: {
-                **_numbers(compare_margins(before, figures.margins[topic], seed=seed)),
+                **compare_margins(before, figures.margins[topic], seed=seed).to_dict(),
                 "share_positive": figures.margins[topic].share_positive,
                 "weights": len(masks[name]),
             }
@@ -219,7 +218,7 @@ def _perplexity_table(
             continue
         # A ratio can overflow where neither perplexity does.
         with _noted(notes, f"Perplexity under {name!r}"):
-            change = _numbers(compare_perplexity(before, figures.perplexity, seed=seed))
+            change = compare_perplexity(before, figures.perplexity, seed=seed).to_dict()
             rows[name] = {
                 "value": figures.perplexity.value,
                 "ratio": change.pop("mean"),
@@ -257,18 +256,6 @@ def _hsic_table(
             }
             for number, (was, now) in enumerate(zip(layers_before, layers_after, strict=True))
         ],
-    }
-
-
-def _numbers(interval: Interval) -> dict[str, Any]:
-    return {
-        "mean": interval.mean,
-        "low": interval.low,
-        "high": interval.high,
-        "interval_method": interval.method,
-        "p_value": interval.p_value,
-        "test": interval.test,
-        "verdict": interval.verdict(),
     }
 
 
