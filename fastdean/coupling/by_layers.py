@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fastdean.coupling.accumulators import Accumulator, accumulators_of
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.loss_check import require_finite
+from fastdean.coupling.milestones import Milestones
 from fastdean.coupling.states import States
 from fastdean.coupling.targets import Target
 from fastdean.coupling.trial import Scorable
@@ -62,6 +64,7 @@ class Sweep:
         layers: name -> decoder layer, in the order in which the model calls them.
         split: divides targets into groups whose sums fit into memory together.
         finished_layer: called when a layer, or what follows the layers, is through.
+        milestones: hears of every step that is done, and says which are left.
     """
 
     sets: Sequence[Set]
@@ -73,7 +76,11 @@ class Sweep:
     ranks: Ranks
     split: Callable[[Sequence[Target]], list[list[Target]]]
     finished_layer: Callable[[], object]
-    _used: dict[int, frozenset[int]] = field(default_factory=dict)
+    milestones: Milestones = field(default_factory=Milestones)
+
+    @property
+    def _used(self) -> dict[int, frozenset[int]]:
+        return self.milestones.used
 
     def run(self) -> None:
         for of in self.sets:
@@ -85,37 +92,61 @@ class Sweep:
         lowest = min(min(groups, default=len(self.layers)) for groups, _ in by_layer)
         with replaying(self.layers) as replay:
             modules = list(self.layers.values())
+            steps = count()
             for k, layer in enumerate(modules):
-                with weights_in(layer):
-                    self._forward(replay, k)
+                if self.milestones.pending(step := next(steps)):
+                    with weights_in(layer):
+                        self.milestones.require_same(replay.names[k], layer)
+                        self._forward(replay, k, step)
+                    self.milestones.reached(step)
                 self.finished_layer()
             for of, (_, outside) in zip(self.sets, by_layer, strict=True):
-                self._loss(replay, of, outside)
+                if self.milestones.pending(step := next(steps)):
+                    self._loss(replay, of, outside)
+                    self.milestones.reached(step)
             self.finished_layer()
             for k in reversed(range(lowest, len(replay))):
-                with weights_in(modules[k]):
-                    for of, (groups, _) in zip(self.sets, by_layer, strict=True):
-                        self._backward(replay, k, of, groups.get(k, []), last=k == lowest)
+                todo = [
+                    (step, of, group, through)
+                    for of, (groups, _) in zip(self.sets, by_layer, strict=True)
+                    for group, through in _last_marked(self.split(groups.get(k, [])) or [[]])
+                    if self.milestones.pending(step := next(steps))
+                ]
+                if todo:
+                    with weights_in(modules[k]):
+                        self.milestones.require_same(replay.names[k], modules[k])
+                        for step, of, group, through in todo:
+                            deeper = through and k != lowest
+                            self._backward(replay, k, of, group, through=through, deeper=deeper)
+                            self.milestones.reached(step)
                 self.finished_layer()
 
-    def _batches(self, sets: Sequence[Set]) -> Iterator[tuple[int, Pass]]:
-        """The batches of some of the sets, each with its number among those of all sets."""
+    def _batches(self, sets: Sequence[Set], first: int = 0) -> Iterator[tuple[int, Pass]]:
+        """The batches of some of the sets, each with its number among those of all sets.
+
+        Args:
+            first: the lowest number.
+        """
         number = 0
         for of in self.sets:
             work = of.scorable.work
             for b in range(len(work.batches)):
-                if of in sets:
+                if of in sets and number >= first:
                     with work.batch(b, self.device) as batch:
                         yield number, batch
                 number += 1
 
-    def _forward(self, replay: Replay, k: int) -> None:
-        """Run layer k on every batch and keep what it returns."""
+    def _forward(self, replay: Replay, k: int, step: int) -> None:
+        """Run layer k on every batch that is left and keep what it returns."""
         with self.ranks.failing_together():
-            for b, batch in self._batches(self.sets):
+            for b, batch in self._batches(self.sets, self.milestones.batches_done(step)):
                 arguments, _ = self._reach(replay, k, b, batch)
                 with torch.no_grad():
                     self.states.keep(k, b, replay.run(k, _detached(arguments)))
+                if k == b == 0:
+                    rows = sum(of.scorable.work.all_rows for of in self.sets)
+                    self.states.foresee(k, b, batch.rows / rows, len(replay))
+                self.milestones.batch_done(step, b + 1)
 
     def _loss(self, replay: Replay, of: Set, outside: Sequence[Target]) -> None:
         """Run what follows the layers, and backward to what the layers returned."""
@@ -134,22 +165,31 @@ class Sweep:
             of.finished(outside, accumulators)
 
     def _backward(
-        self, replay: Replay, k: int, of: Set, targets: list[Target], *, last: bool
+        self,
+        replay: Replay,
+        k: int,
+        of: Set,
+        group: Sequence[Target],
+        *,
+        through: bool,
+        deeper: bool,
     ) -> None:
-        """Run layer k once more on every batch, now with the hooks, and backward through it."""
-        groups = self.split(targets) or [[]]
-        for group in groups:
-            accumulators = self._accumulators(group)
-            sums = Sums(accumulators, of.scorable.sequence_first)
-            through = group is groups[-1]
-            hooked = capturing(group, self.granularity, sums.receive)
-            with self.ranks.failing_together(), hooked:
-                for b, batch in self._batches([of]):
-                    self._backward_of_batch(replay, k, b, batch, sums, deeper=through and not last)
-                    if through:
-                        self.states.drop(k, b)
-            if group:
-                of.finished(group, accumulators)
+        """Run layer k once more on every batch, now with the hooks, and backward through it.
+
+        Args:
+            through: nothing of the layer is needed afterwards.
+            deeper: take the gradients to the layers below.
+        """
+        accumulators = self._accumulators(group)
+        sums = Sums(accumulators, of.scorable.sequence_first)
+        hooked = capturing(group, self.granularity, sums.receive)
+        with self.ranks.failing_together(), hooked:
+            for b, batch in self._batches([of]):
+                self._backward_of_batch(replay, k, b, batch, sums, deeper=deeper)
+                if through:
+                    self.states.drop(k, b)
+        if group:
+            of.finished(group, accumulators)
 
     def _backward_of_batch(
         self, replay: Replay, k: int, b: int, batch: Pass, sums: Sums, *, deeper: bool
@@ -270,6 +310,12 @@ def _by_layer(targets: Sequence[Target]) -> tuple[dict[int, list[Target]], list[
         else:
             by_layer.setdefault(target.layer_index, []).append(target)
     return by_layer, outside
+
+
+def _last_marked(groups: Sequence[list[Target]]) -> Iterator[tuple[list[Target], bool]]:
+    """Each group, and whether it is the last."""
+    for number, group in enumerate(groups, start=1):
+        yield group, number == len(groups)
 
 
 def _detached(arguments: Arguments) -> Arguments:

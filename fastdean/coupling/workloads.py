@@ -109,6 +109,11 @@ class Workload(ABC):
     def most_rows(self) -> int:
         """Token rows of the largest batch, padding included."""
 
+    @property
+    @abstractmethod
+    def all_rows(self) -> int:
+        """Token rows of all batches of this rank, padding included."""
+
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         """Run the model over this rank's batches, one by one; may be called again.
 
@@ -261,6 +266,10 @@ class LanguageModelling(Workload):
     def most_rows(self) -> int:
         return max((batch.input_ids.numel() for batch in self.batches), default=0)
 
+    @property
+    def all_rows(self) -> int:
+        return sum(batch.input_ids.numel() for batch in self.batches)
+
     def _losses_of(self, batch: Batch, logits_at: Callable[[Batch], Tensor]) -> BatchLosses:
         per_token = target_losses(logits_at(batch), batch)
         owner = batch.target_example.to(per_token.device)
@@ -388,6 +397,10 @@ class CustomLoss(Workload):
     @property
     def most_rows(self) -> int:
         return max((batch["input_ids"].numel() for batch in self.batches), default=0)
+
+    @property
+    def all_rows(self) -> int:
+        return sum(batch["input_ids"].numel() for batch in self.batches)
 
     @cached_property
     def _firsts(self) -> list[int]:

@@ -1,0 +1,124 @@
+"""A job of scoring in a process that is killed; run as `killed.py FOLDER POINT...`.
+
+At each POINT a job begins, is killed there, and is called again until it ends; "same" is printed if
+its bits are those of a job that was left alone. A point is "write:5" (in the middle of the fifth
+write of states), "replace-before:4" or "replace-after:4" (around the fourth time that a file is put
+in its place), or "random" (again and again, after a random while).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tiny_data import batches, make_examples
+from tiny_models import llama
+
+from fastdean.coupling.scoring import score_sets
+
+
+def job(**options):
+    sets = {
+        "fair": list(batches(make_examples(lengths=(3, 9, 5)), 2)),
+        "general": list(batches(make_examples(7, lengths=(6, 11)), 1)),
+    }
+    found = score_sets(
+        llama(), sets, order="layers", tokens_per_batch=12, progress=False, **options
+    )
+    return {
+        f"{name} {parameter}": entry.sums
+        for name, scores in found.items()
+        for parameter, entry in scores.entries.items()
+    }
+
+
+def child(action) -> int:
+    """Run something in a process of its own; its number."""
+    number = os.fork()
+    if number == 0:
+        try:
+            action()
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    return number
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(point: str) -> None:
+    """Have this process killed at a point."""
+    where, _, nth = point.partition(":")
+    left = int(nth)
+    write, replace = os.pwrite, os.replace
+
+    def writing(handle, content, at):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            write(handle, content[: len(content) // 2], at)
+            die()
+        return write(handle, content, at)
+
+    def replacing(*args, **options):
+        nonlocal left
+        left -= 1
+        if left == 0 and where == "replace-before":
+            die()
+        replace(*args, **options)
+        if left == 0:
+            die()
+
+    if where == "write":
+        os.pwrite = writing
+    else:
+        os.replace = replacing
+
+
+def run(folder: Path, point: str) -> None:
+    if point != "random":
+        arm(point)
+    torch.save(job(resume=folder / "job"), folder / "result.pt")
+
+
+def main(folder: Path, points: list[str]) -> None:
+    # No pool of threads, which a child would not have.
+    torch.set_num_threads(1)
+    expected = job()
+    for point in points:
+        kills = 0
+        while True:
+            number = child(
+                lambda point=point, kills=kills: (
+                    run(folder, point)
+                    if not kills or point == "random"
+                    else torch.save(job(resume=folder / "job"), folder / "result.pt")
+                )
+            )
+            if point == "random" and kills < 6:
+                time.sleep(random.uniform(0.05, 0.6))
+                os.kill(number, signal.SIGKILL)
+            status = os.waitpid(number, 0)[1]
+            if status == 0:
+                break
+            assert os.WIFSIGNALED(status), "it failed, rather than being killed"
+            kills += 1
+        found = torch.load(folder / "result.pt")
+        same = found.keys() == expected.keys() and all(
+            torch.equal(found[name], expected[name]) for name in expected
+        )
+        assert point == "random" or kills == 1, f"{point} was not reached"
+        print("same" if same else f"other after {kills} kills", flush=True)
+        (folder / "result.pt").unlink()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
