@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,8 @@ from fastdean.wording.mendable import StateError
 # Of the memory there is, what stays free: other processes, fragments, what a window was thought
 # not to need.
 _MARGIN = 0.1
+# How often the system is asked how much there is: after a while, or when a share of it was taken.
+_SECONDS, _SHARE = 0.5, 16
 
 
 class Home(Protocol):
@@ -99,6 +102,8 @@ class Spilling:
         self._homes, self._files, self._reserve = homes, files, reserve
         self._where: dict[Key, Home] = {}
         self._devices: set[torch.device] = set()
+        # What the system said, how much was held then, and when.
+        self._asked: dict[torch.device, tuple[int | None, int, float]] = {}
 
     def keep(self, key: Key, tensors: Mapping[Name, Tensor], note: Note | None = None) -> None:
         size = _size(tensors)
@@ -135,10 +140,20 @@ class Spilling:
 
     def _room(self, home: InMemory, device: torch.device) -> float:
         left = float("inf") if home.budget is None else home.budget - home.held_bytes
-        there = available_memory(home.place(device))
+        there = self._there(home.place(device))
         if there is None:
             return left
         return min(left, (1 - _MARGIN) * there - self._reserve)
+
+    def _there(self, place: torch.device) -> float | None:
+        """What is left of the memory of a place. The system is asked now and then: it is slow."""
+        held, now = sum(home.held_bytes for home in self._homes), time.monotonic()
+        there, before, since = self._asked.get(place, (None, held, -float("inf")))
+        taken = max(0, held - before)
+        if now - since > _SECONDS or (there is not None and taken > there / _SHARE):
+            there, taken = available_memory(place), 0
+            self._asked[place] = (there, held, now)
+        return None if there is None else there - taken
 
 
 @contextmanager

@@ -71,6 +71,14 @@ def job_parts(
     }
 
 
+def circumstances() -> dict[str, str]:
+    """What may round otherwise on another machine, and does not keep a job from going on there."""
+    return {
+        "threads": str(torch.get_num_threads()),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
 def weights_digest(module: nn.Module, without: Collection[nn.Module] = ()) -> str:
     """Of the names and checksums (`scores.fingerprint`) of what a module stores.
 

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from fastdean.coupling.job_parts import weights_digest
+from fastdean.coupling.job_parts import circumstances, weights_digest
 from fastdean.coupling.kept_files import STANDING, KeptFiles, damaged, is_state_file
 from fastdean.coupling.milestones import Milestones
 from fastdean.coupling.state_files import full_disk
@@ -66,6 +66,7 @@ _JOB_FILE = Record(
         "format": Whole(least=1),
         "number": Text(longest=100),
         "parts": Maps(Text()),
+        "circumstances": Maps(Text()),
         "folders_made": Whole(),
     }
 )
@@ -99,6 +100,8 @@ class Resumable(Milestones):
         self._before: dict[str, Any] | None = None
         # Name of a layer -> digest of its weights.
         self._weights: dict[str, str] = {}
+        # Layers whose weights are there all the time, and were compared at the beginning.
+        self._in_memory: set[str] = set()
         # A step whose batches are done one by one, and how many are.
         self._within: tuple[int, int] | None = None
         self._written = time.monotonic()
@@ -125,10 +128,16 @@ class Resumable(Milestones):
                 self._save(self._before, None)
             self.home.restore(self._commit["files"])
             for name, layer in layers.items():
-                if name in self._weights and not any(p.is_meta for p in layer.parameters()):
+                if not any(weight.is_meta for weight in layer.parameters()):
                     self.require_same(name, layer)
+                    self._in_memory.add(name)
         if self._ranks.first and self._commit != _START:
             logger.warning("scoring goes on from %r, after step %d", str(self._folder.parent), step)
+
+    @property
+    def is_at_the_start(self) -> bool:
+        """Whether there is nothing to go on from."""
+        return (self._commit["step"], self._commit["batches"]) == (0, 0)
 
     def pending(self, step: int) -> bool:
         return step >= self._commit["step"]
@@ -149,6 +158,8 @@ class Resumable(Milestones):
         self.home.settle()
 
     def require_same(self, name: str, layer: nn.Module) -> None:
+        if name in self._in_memory:
+            return
         found = weights_digest(layer)
         if self._weights.setdefault(name, found) != found:
             raise ValueError(
@@ -228,21 +239,33 @@ def resumable(
             _require_ours(place, where)
             own.mkdir(parents=True, exist_ok=True)
             sweep(own)
-        with ranks.failing_together():
-            stack.enter_context(held(own, "resume"))
-            number, levels = _claimed(own, where, parts, len(made))
-        job = Resumable(own, number, ranks)
-        job.home.besides_bytes = results_bytes
-        # Twice: an interrupt of the first leaves the second.
-        with undone(job.home.close):
+        fresh = False
+        try:
+            with ranks.failing_together():
+                stack.enter_context(held(own, "resume"))
+                fresh = not (own / _JOB).exists()
+                number, levels = _claimed(own, where, parts, len(made))
+            job = Resumable(own, number, ranks)
+            job.home.besides_bytes = results_bytes
+            # Twice: an interrupt of the first leaves the second.
+            stack.enter_context(undone(job.home.close))
             job.open(layers)
-            try:
-                yield job
-            except BaseException:
-                # Whatever ended it: what is done of a step that can be left is not done again.
+        except BaseException:
+            if fresh:
+                (own / _JOB).unlink(missing_ok=True)
+            raise
+        try:
+            yield job
+        except BaseException:
+            # Whatever ended it: what is done of a step that can be left is not done again.
+            with suppress(OSError):
+                job.write_down()
+            if job.is_at_the_start:
+                job.home.close()
                 with suppress(OSError):
-                    job.write_down()
-                raise
+                    remove_folder(own)
+            raise
+        job.home.close()
         # A rank that is through waits until all are.
         with ranks.failing_together():
             pass
@@ -301,6 +324,7 @@ def _claimed(own: Path, where: str | Path, parts: Mapping[str, str], made: int) 
             "format": _FORMAT,
             "number": number,
             "parts": dict(parts),
+            "circumstances": circumstances(),
             "folders_made": made,
         }
         write_json_atomic(file, content)
@@ -325,15 +349,27 @@ def _claimed(own: Path, where: str | Path, parts: Mapping[str, str], made: int) 
                     f"with {entry.name!r} in it; move it away"
                 )
             entry.unlink()
+    moved = [
+        name for name, value in circumstances().items() if found["circumstances"].get(name) != value
+    ]
+    if moved:
+        logger.warning(
+            "%r was begun with another number of threads or on another processor (%s): figures may "
+            "differ in rounding from those of a job that was not interrupted",
+            str(where),
+            ", ".join(moved),
+        )
     return found["number"], found["folders_made"]
 
 
 def _remove_empty_rank(own: Path, levels: int) -> None:
     """Of a job that did not begin, or is through: nothing stays."""
-    if not (own / _JOB).exists():
-        with suppress(OSError):
-            own.rmdir()
-        _remove_empty(own.parent, levels)
+    if (own / _JOB).exists():
+        return
+    # Refused where another process has just made it its own.
+    with suppress(OSError, ValueError), held(own, "resume"):
+        own.rmdir()
+    _remove_empty(own.parent, levels)
 
 
 def _remove_empty(place: Path, levels: int) -> None:

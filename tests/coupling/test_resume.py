@@ -165,7 +165,7 @@ def test_an_interrupt_at_any_line_loses_nothing(tmp_path, monkeypatch):
     files = {module.__file__ for module in modules}
     found = moments(call, files)
     assert len(found) > 300, len(found)
-    for moment in found[::19]:
+    for moment in found[::29]:
         interrupt(call, files, moment)
         assert_same_bits(call(), expected)
         assert not os.listdir(tmp_path)
@@ -254,11 +254,18 @@ def test_a_full_disk_stops_a_job_that_goes_on(tmp_path, monkeypatch):
 def test_a_small_disk_is_refused_with_the_results_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda place: type("Disk", (), FREE)())
     with pytest.raises(RuntimeError, match="room on a disk for about 115,712 bytes"):
-        score(resume=tmp_path)
+        score(resume=tmp_path / "job")
+    assert not os.listdir(tmp_path)
 
 
 # 34 tokens of 32 numbers in 2 layers and as 2 gradients, 6 matrices of 64 x 32 sums in 2 sets.
 FREE = {"f_bavail": 100_000, "f_blocks": 1 << 30, "f_bfree": 100_000, "f_frsize": 1}
+
+
+def test_a_job_that_cannot_begin_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="model in bfloat16 or float32, got float16"):
+        score(llama().half(), resume=tmp_path / "job")
+    assert not os.listdir(tmp_path)
 
 
 # What has changed.
@@ -351,6 +358,12 @@ def test_another_format_of_the_states_is_named(job, monkeypatch):
     monkeypatch.setattr(resumable, "_FORMAT", 2)
     with pytest.raises(ValueError, match="differs in format of the states; choose"):
         score(resume=job)
+
+
+def test_other_threads_are_said_and_not_refused(job, monkeypatch, caplog):
+    monkeypatch.setattr(resumable, "circumstances", lambda: {"threads": "64", "processor": "?"})
+    score(resume=job)
+    assert "begun with another number of threads or on another processor" in caplog.text
 
 
 # What is damaged.

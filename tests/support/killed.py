@@ -16,19 +16,58 @@ import time
 from pathlib import Path
 
 import torch
-from tiny_data import batches, make_examples
-from tiny_models import llama
+from torch import nn
 
 from fastdean.coupling.scoring import score_sets
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+class Model(nn.Module):
+    """Three layers, and no library that takes seconds to import."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(16, 32)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def next_token_losses(logits, batch):
+    targets = batch["input_ids"][:, 1:]
+    return nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), targets, reduction="none"
+    ).mean(1)
+
+
 def job(**options):
+    torch.manual_seed(0)
+    model = Model()
     sets = {
-        "fair": list(batches(make_examples(lengths=(3, 9, 5)), 2)),
-        "general": list(batches(make_examples(7, lengths=(6, 11)), 1)),
+        name: [{"input_ids": torch.randint(0, 32, (2, width))} for width in widths]
+        for name, widths in (("fair", (3, 9)), ("general", (6, 4)))
     }
     found = score_sets(
-        llama(), sets, order="layers", tokens_per_batch=12, progress=False, **options
+        model,
+        sets,
+        target_modules=r".*layers.*",
+        loss_fn=next_token_losses,
+        order="layers",
+        progress=False,
+        **options,
     )
     return {
         f"{name} {parameter}": entry.sums
