@@ -134,7 +134,8 @@ class Spilling:
 
     def used(self) -> dict[str, int]:
         found: dict[str, int] = {}
-        for home in (*self._homes, self._files):
+        places: list[Home] = [*self._homes, self._files]
+        for home in places:
             found |= home.used()
         return found
 

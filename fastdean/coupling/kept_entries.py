@@ -7,6 +7,7 @@ again, and compared.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ def keep_entries(home: KeptFiles, number: int, entries: Mapping[str, ScoreEntry]
             "fingerprint": entry.fingerprint,
         }
         tensors: dict[int | str, Tensor] = {k: t for k, t in found.items() if t is not None}
-        home.keep(("entries", number, parameter), tensors, lambda note=note: note)
+        home.keep(("entries", number, parameter), tensors, partial(dict, note))
 
 
 def kept_entries(home: KeptFiles, number: int, targets: Sequence[Target]) -> dict[str, ScoreEntry]:

@@ -122,8 +122,8 @@ def arm(point: str) -> None:
         os.replace = replacing
 
 
-def run(folder: Path, point: str) -> None:
-    if point != "random":
+def run(folder: Path, point: str | None) -> None:
+    if point not in (None, "random"):
         arm(point)
     torch.save(job(resume=folder / "job"), folder / "result.pt")
 
@@ -132,29 +132,30 @@ def main(folder: Path, points: list[str]) -> None:
     # No pool of threads, which a child would not have.
     torch.set_num_threads(1)
     expected = job()
+    started = time.monotonic()
+    job(resume=folder / "job")
+    duration = time.monotonic() - started
     for point in points:
         kills = 0
         while True:
-            number = child(
-                lambda point=point, kills=kills: (
-                    run(folder, point)
-                    if not kills or point == "random"
-                    else torch.save(job(resume=folder / "job"), folder / "result.pt")
-                )
-            )
+            # Once it was killed at its point, it may end.
+            armed = point if not kills or point == "random" else None
+            number = child(lambda armed=armed: run(folder, armed))
             if point == "random" and kills < 6:
-                time.sleep(random.uniform(0.05, 0.6))
+                time.sleep(random.uniform(0, duration))
                 os.kill(number, signal.SIGKILL)
             status = os.waitpid(number, 0)[1]
-            if status == 0:
+            if os.WIFSIGNALED(status):
+                kills += 1
+                continue
+            assert status == 0, "it failed, rather than being killed"
+            if kills:
                 break
-            assert os.WIFSIGNALED(status), "it failed, rather than being killed"
-            kills += 1
+            assert point == "random", f"{point} was not reached"
         found = torch.load(folder / "result.pt")
         same = found.keys() == expected.keys() and all(
             torch.equal(found[name], expected[name]) for name in expected
         )
-        assert point == "random" or kills == 1, f"{point} was not reached"
         print("same" if same else f"other after {kills} kills", flush=True)
         (folder / "result.pt").unlink()
 
