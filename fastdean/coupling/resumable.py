@@ -196,6 +196,10 @@ class Resumable(Milestones):
     def _read(self) -> None:
         file = self._folder / _PROGRESS
         if not file.exists():
+            # It is written before them.
+            if any(is_state_file(entry.name) for entry in self._folder.iterdir()):
+                raise damaged(file, "no such file")
+            self._save(_START, None)
             return
         found = read_json(
             file, _PROGRESS_FILE, advice=f"remove {str(self._folder)!r} to start again"
@@ -252,7 +256,8 @@ def resumable(
             job.open(layers)
         except BaseException:
             if fresh:
-                (own / _JOB).unlink(missing_ok=True)
+                with suppress(OSError):
+                    remove_folder(own)
             raise
         try:
             yield job

@@ -191,16 +191,18 @@ def held(folder: Path, name: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds it.
     """
-    handle = _locked(folder, even_without_locks=True)
-    if handle is None:
-        raise ValueError(
-            f"{name} must not be in use, got {str(folder)!r}, with which another process is at "
-            "work; wait for it, or choose another folder"
-        )
+    handle = None
     try:
+        handle = _locked(folder, even_without_locks=True)
+        if handle is None:
+            raise ValueError(
+                f"{name} must not be in use, got {str(folder)!r}, with which another process is at "
+                "work; wait for it, or choose another folder"
+            )
         yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def remove_folder(folder: Path) -> None:
