@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fastdean.coupling.accumulators import Accumulator, accumulators_of
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.loss_check import require_finite
+from fastdean.coupling.milestones import Milestones
 from fastdean.coupling.progress import SweepProgress
 from fastdean.coupling.states import States
 from fastdean.coupling.targets import Target
@@ -43,8 +45,6 @@ from fastdean.wording.mendable import StateError
 _ROUNDING = 32
 # The same over all layers above, where the device rounds as it likes.
 _APART = 1e-3
-# The number of the batch that is rehearsed.
-_REHEARSAL = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,7 @@ class Sweep:
         split: divides targets into groups whose sums fit into memory together.
         progress: told of every batch and window.
         rehearsal: a batch that the whole model has run, and what its layers returned.
+        milestones: hears of every step that is done, and says which are left.
     """
 
     sets: Sequence[Set]
@@ -100,7 +101,11 @@ class Sweep:
     split: Callable[[Sequence[Target]], list[list[Target]]]
     progress: SweepProgress
     rehearsal: Rehearsal
-    _used: dict[int, frozenset[int]] = field(default_factory=dict)
+    milestones: Milestones = field(default_factory=Milestones)
+
+    @property
+    def _used(self) -> dict[int, frozenset[int]]:
+        return self.milestones.used
 
     def run(self) -> None:
         for of in self.sets:
@@ -111,42 +116,73 @@ class Sweep:
         by_layer = [_by_layer(of.scorable.targets) for of in self.sets]
         lowest = min(min(groups, default=len(self.layers)) for groups, _ in by_layer)
         with replaying(self.layers) as replay:
+            modules, steps = list(self.layers.values()), count()
             self.progress.plan(len(replay), lowest)
-            for k in range(len(replay)):
-                self.progress.begin("forward", k)
-                with self.windows(k, k + 1):
-                    self._forward(replay, k)
+            for k, layer in enumerate(modules):
+                if self.milestones.pending(step := next(steps)):
+                    self.progress.begin("forward", k)
+                    with self.windows(k, k + 1):
+                        self.milestones.require_same(replay.names[k], layer)
+                        self._forward(replay, k, step)
+                    self.milestones.reached(step)
+                    self.progress.end()
+            left = [
+                (step, of, outside)
+                for of, (_, outside) in zip(self.sets, by_layer, strict=True)
+                if self.milestones.pending(step := next(steps))
+            ]
+            if left:
+                self.progress.begin("loss", len(replay))
+                for step, of, outside in left:
+                    self._loss(replay, of, outside)
+                    self.milestones.reached(step)
                 self.progress.end()
-            self.progress.begin("loss", len(replay))
-            for of, (_, outside) in zip(self.sets, by_layer, strict=True):
-                self._loss(replay, of, outside)
-            self.progress.end()
             for k in reversed(range(lowest, len(replay))):
+                todo = [
+                    (step, of, group, through)
+                    for of, (groups, _) in zip(self.sets, by_layer, strict=True)
+                    for group, through in _last_marked(self.split(groups.get(k, [])) or [[]])
+                    if self.milestones.pending(step := next(steps))
+                ]
+                if not todo:
+                    continue
                 self.progress.begin("backward", k)
                 with self.windows(k, k - 1):
-                    for of, (groups, _) in zip(self.sets, by_layer, strict=True):
-                        self._backward(replay, k, of, groups.get(k, []), last=k == lowest)
+                    self.milestones.require_same(replay.names[k], modules[k])
+                    for step, of, group, through in todo:
+                        deeper = through and k != lowest
+                        self._backward(replay, k, of, group, through=through, deeper=deeper)
+                        self.milestones.reached(step)
                 self.progress.end()
 
-    def _batches(self, sets: Sequence[Set]) -> Iterator[tuple[int, Pass]]:
-        """The batches of some of the sets, each with its number among those of all sets."""
+    def _batches(self, sets: Sequence[Set], first: int = 0) -> Iterator[tuple[int, Pass]]:
+        """The batches of some of the sets, each with its number among those of all sets.
+
+        Args:
+            first: the lowest number.
+        """
         number = 0
         for of in self.sets:
             work = of.scorable.work
             for b in range(len(work.batches)):
-                if of in sets:
+                if of in sets and number >= first:
                     with work.batch(b, self.device) as batch:
                         yield number, batch
                     self.progress.passed(batch.rows)
                 number += 1
 
-    def _forward(self, replay: Replay, k: int) -> None:
-        """Run layer k on every batch and keep what it returns."""
+    def _forward(self, replay: Replay, k: int, step: int) -> None:
+        """Run layer k on every batch that is left and keep what it returns."""
         with self.ranks.failing_together():
-            for b, batch in self._batches(self.sets):
+            for b, batch in self._batches(self.sets, self.milestones.batches_done(step)):
                 arguments, _ = self._reach(replay, k, b, batch)
                 with torch.no_grad():
                     self.states.keep(k, b, replay.run(k, _detached(arguments)))
+                if k == b == 0:
+                    works = [of.scorable.work for of in self.sets]
+                    rows = sum(work.all_rows for work in works) + self.rehearsal.work.all_rows
+                    self.states.foresee(k, b, batch.rows / rows, len(replay))
+                self.milestones.batch_done(step, b + 1)
             self._rehearse(replay, k)
 
     def _rehearse(self, replay: Replay, k: int) -> None:
@@ -154,13 +190,15 @@ class Sweep:
         expected = self.rehearsal.expected
         if k >= len(expected):
             return
+        # The number after those of all batches.
+        b = sum(len(of.scorable.work.batches) for of in self.sets)
         with self.rehearsal.work.batch(0, self.device) as batch, torch.no_grad():
-            arguments, _ = self._reach(replay, k, _REHEARSAL, batch)
+            arguments, _ = self._reach(replay, k, b, batch)
             returned = replay.run(k, _detached(arguments))
-            self.states.keep(k, _REHEARSAL, returned)
+            self.states.keep(k, b, returned)
             if not _same_sample(expected[k], sample(returned.result)):
                 # Called twice it returned something else than what is compared, and is refused so.
-                answers, _ = self._answers(k + 1, _REHEARSAL)
+                answers, _ = self._answers(k + 1, b)
                 on = replay.finish if k + 1 == len(replay) else replay.reach
                 on(answers, batch.losses)
                 raise NotByLayers(
@@ -170,7 +208,7 @@ class Sweep:
                 )
         if k == len(expected) - 1:
             for j in range(k + 1):
-                self.states.drop(j, _REHEARSAL)
+                self.states.drop(j, b)
 
     def _loss(self, replay: Replay, of: Set, outside: Sequence[Target]) -> None:
         """Run what follows the layers, and backward to what the layers returned."""
@@ -193,22 +231,31 @@ class Sweep:
                 of.finished(group, accumulators)
 
     def _backward(
-        self, replay: Replay, k: int, of: Set, targets: list[Target], *, last: bool
+        self,
+        replay: Replay,
+        k: int,
+        of: Set,
+        group: Sequence[Target],
+        *,
+        through: bool,
+        deeper: bool,
     ) -> None:
-        """Run layer k once more on every batch, now with the hooks, and backward through it."""
-        groups = self.split(targets) or [[]]
-        for group in groups:
-            accumulators = self._accumulators(group)
-            sums = Sums(accumulators, of.scorable.sequence_first)
-            through = group is groups[-1]
-            hooked = capturing(group, self.granularity, sums.receive)
-            with self.ranks.failing_together(), hooked:
-                for b, batch in self._batches([of]):
-                    self._backward_of_batch(replay, k, b, batch, sums, deeper=through and not last)
-                    if through:
-                        self.states.drop(k, b)
-            if group:
-                of.finished(group, accumulators)
+        """Run layer k once more on every batch, now with the hooks, and backward through it.
+
+        Args:
+            through: nothing of the layer is needed afterwards.
+            deeper: take the gradients to the layers below.
+        """
+        accumulators = self._accumulators(group)
+        sums = Sums(accumulators, of.scorable.sequence_first)
+        hooked = capturing(group, self.granularity, sums.receive)
+        with self.ranks.failing_together(), hooked:
+            for b, batch in self._batches([of]):
+                self._backward_of_batch(replay, k, b, batch, sums, deeper=deeper)
+                if through:
+                    self.states.drop(k, b)
+        if group:
+            of.finished(group, accumulators)
 
     def _backward_of_batch(
         self, replay: Replay, k: int, b: int, batch: Pass, sums: Sums, *, deeper: bool
@@ -329,6 +376,12 @@ def _by_layer(targets: Sequence[Target]) -> tuple[dict[int, list[Target]], list[
         else:
             by_layer.setdefault(target.layer_index, []).append(target)
     return by_layer, outside
+
+
+def _last_marked(groups: Sequence[list[Target]]) -> Iterator[tuple[list[Target], bool]]:
+    """Each group, and whether it is the last."""
+    for number, group in enumerate(groups, start=1):
+        yield group, number == len(groups)
 
 
 def _detached(arguments: Arguments) -> Arguments:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +22,8 @@ from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError
 
 ORDERS = ("auto", "batches", "layers")
+# Where states may be, besides a folder.
+PLACES = ("auto", "device", "host")
 # Where somebody may want the states, in other words than ours.
 _NO_FOLDERS = frozenset(("cpu", "cuda", "disk", "files", "gpu", "memory", "ram"))
 # Memory that the model's passes take besides what autograd keeps: copies, scratch, fragments.
@@ -42,26 +46,59 @@ class Order:
     def name(self) -> str:
         return "layers" if self.by_layers else "batches"
 
+    def described(self, states: Mapping[str, int] | None) -> dict[str, Any]:
+        """For the manifest; `states`: the most bytes of states at a time, by where they were."""
+        kept = {} if states is None else {"states": dict(states)}
+        return {"by": self.name, "why": self.why, **kept}
 
-def require_order(order: str, states: str | Path) -> None:
+
+def require_order(
+    order: str, states: str | Path, states_budget: int | None, resume: str | Path | None
+) -> None:
     """ValueError or TypeError unless `score` can take these."""
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     if not isinstance(states, str | os.PathLike):
         raise InputTypeError(
-            f"states must be 'device', 'host' or a folder, got {type(states).__name__}"
+            f"states must be 'auto', 'device', 'host' or a folder, got {type(states).__name__}"
         )
-    if states in ("device", "host"):
-        if states == "host" and order == "batches":
-            raise ValueError(
-                "states must be left out with order='batches', which keeps none, got 'host'"
+    is_folder = states not in PLACES
+    if is_folder:
+        _require_folder("states", states, "'auto', 'device', 'host' or a folder")
+    if states_budget is not None:
+        if not isinstance(states_budget, int) or isinstance(states_budget, bool):
+            raise InputTypeError(
+                f"states_budget must be a number of bytes, got {type(states_budget).__name__}"
             )
-        return
-    folder = Path(states)
-    if str(states) == "" or str(states) in _NO_FOLDERS or (folder.exists() and not folder.is_dir()):
+        if states_budget < 0:
+            raise ValueError(f"states_budget must be at least 0 bytes, got {states_budget}")
+    if resume is not None:
+        if not isinstance(resume, str | os.PathLike):
+            raise InputTypeError(f"resume must be a folder, got {type(resume).__name__}")
+        _require_folder("resume", resume, "a folder")
+        if states != "auto":
+            raise ValueError(
+                f"states must be left out with resume, whose folder holds them, got {str(states)!r}"
+            )
+    if order == "batches":
+        for name, given in (
+            ("states", None if states in ("auto", "device") or is_folder else states),
+            ("states_budget", states_budget),
+            ("resume", resume),
+        ):
+            if given is not None:
+                raise ValueError(
+                    f"{name} must be left out with order='batches', which keeps none, got "
+                    f"{str(given)!r}; use order='layers'"
+                )
+
+
+def _require_folder(name: str, path: str | Path, expected: str) -> None:
+    folder = Path(path).expanduser()
+    plain = str(path)
+    if plain == "" or plain in _NO_FOLDERS or (folder.exists() and not folder.is_dir()):
         raise ValueError(
-            f"states must be 'device', 'host' or a folder, got {str(states)!r}; write ./NAME for a "
-            "folder of such a name"
+            f"{name} must be {expected}, got {plain!r}; write ./NAME for a folder of such a name"
         )
 
 
@@ -197,6 +234,44 @@ def _by_memory(
 def kept_bytes_per_token(model: nn.Module) -> int:
     """About what autograd keeps of one token: the inputs and outputs of every matrix."""
     return sum(sum(weight.shape) * weight.element_size() for weight in matrices_of(model))
+
+
+def window_bytes(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    sets: Sequence[Scorable],
+    granularity: str,
+    memory_budget: int | None,
+    dense: bool,
+) -> int:
+    """About what a job layer by layer takes of memory at a time, besides what layers return.
+
+    Args:
+        dense: whether all sums are kept to the end.
+    """
+    by_layer: Counter[int | None] = Counter()
+    for scorable in sets:
+        for target in scorable.targets:
+            by_layer[target.layer_index] += sums_bytes(target, granularity)
+    sums = max(by_layer.values(), default=0)
+    if memory_budget is not None:
+        sums = min(sums, memory_budget)
+    if dense:
+        sums += sum(by_layer.values())
+    of_layers = [kept_bytes_per_token(layer) for layer in layers.values()]
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    # Logits are passed through fp32.
+    behind = kept_bytes_per_token(model) - sum(of_layers) + (0 if head is None else 4 * len(head))
+    rows = max(scorable.work.most_rows for scorable in sets)
+    # What is offloaded comes into memory, the next layer's while one is in use.
+    weights = max(
+        (
+            2 * sum(weight.nbytes for weight in layer.parameters() if weight.is_meta)
+            for layer in layers.values()
+        ),
+        default=0,
+    )
+    return int(_SPARE * (sums + rows * max([*of_layers, behind]) + weights))
 
 
 def _gb(size: int) -> str:

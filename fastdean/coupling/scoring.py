@@ -7,8 +7,8 @@ sums become entries of `Scores`. README.md says which file does what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -20,17 +20,24 @@ from torch import nn
 from fastdean.coupling.accumulators import Accumulator, split_by_memory, sums_bytes
 from fastdean.coupling.by_batches import run_pass
 from fastdean.coupling.by_layers import Rehearsal, Set, Sweep
+from fastdean.coupling.homes import Home, states_home
+from fastdean.coupling.job_parts import job_parts
+from fastdean.coupling.kept_entries import entries_bytes, keep_entries, kept_entries
+from fastdean.coupling.kept_files import KeptFiles
 from fastdean.coupling.manifest import score_manifest
+from fastdean.coupling.milestones import Milestones
 from fastdean.coupling.order import (
     Order,
     choose_order,
     require_order,
     require_room_for_dense,
     require_streamable,
+    window_bytes,
 )
 from fastdean.coupling.progress import sweep_progress
+from fastdean.coupling.resumable import discard, holds_job, resumable
 from fastdean.coupling.scores import ScoreEntry, Scores, check_keep_top, keep_entry
-from fastdean.coupling.states import States, states_home
+from fastdean.coupling.states import States
 from fastdean.coupling.targets import (
     Target,
     find_targets,
@@ -78,7 +85,9 @@ def score(
     keep_top: float | None = None,
     memory_budget: int | None = None,
     order: str = "auto",
-    states: str | Path = "device",
+    states: str | Path = "auto",
+    states_budget: int | None = None,
+    resume: str | Path | None = None,
     deterministic: bool = False,
     impl: str | None = None,
     progress: bool = True,
@@ -136,7 +145,17 @@ def score(
             the sums and a batch do not fit into the memory there is, or weights are offloaded;
             else "batches".
         states: where "layers" keeps what the layers returned: "device", "host", or a folder, in
-            files that are gone at the end.
+            files that are gone at the end. "auto": on the device while there is room, then in the
+            memory of a GPU's host, then in files of a temporary folder (`tempfile`, TMPDIR). The
+            result has the same bits.
+        states_budget: the most bytes of states on the device, and of those on the host; None: with
+            "auto" what the memory there is allows. "device" and "host" refuse more, "auto" goes on
+            in the next place.
+        resume: a folder for a job layer by layer that may be killed. Called again with it, the job
+            goes on in the layer it was in, with the bits of a job that was not interrupted (on
+            CUDA with `deterministic=True`). Model, data, options and versions must be the same;
+            what is not is named. A rank has a folder of its own in it. A finished job removes it.
+            Where nothing else handles SIGTERM, it ends the process with exit code 143.
         deterministic: run under `torch.use_deterministic_algorithms(True)`.
         impl: implementation of the accumulation: None (by device), or one of
             `fastdean.ops._dispatch.IMPLEMENTATIONS`.
@@ -170,6 +189,8 @@ def score(
         memory_budget=memory_budget,
         order=order,
         states=states,
+        states_budget=states_budget,
+        resume=resume,
         deterministic=deterministic,
         impl=impl,
         progress=progress,
@@ -186,7 +207,9 @@ def score_sets(
     keep_top: float | None = None,
     memory_budget: int | None = None,
     order: str = "auto",
-    states: str | Path = "device",
+    states: str | Path = "auto",
+    states_budget: int | None = None,
+    resume: str | Path | None = None,
     deterministic: bool = False,
     impl: str | None = None,
     progress: bool = True,
@@ -201,8 +224,8 @@ def score_sets(
         finished: called with the name and the scores of each data set as soon as they are complete.
         step: entered around the passes over the data sets of these names: batch by batch each by
             itself, layer by layer all of them.
-        granularity, target_modules, keep_top, memory_budget, order, states, deterministic, impl,
-            progress, reading: as `score` takes them.
+        granularity, target_modules, keep_top, memory_budget, order, states, states_budget, resume,
+            deterministic, impl, progress, reading: as `score` takes them.
     Returns:
         By name, in the order of `loaders`.
     Raises:
@@ -213,7 +236,7 @@ def score_sets(
     model = unwrap(given) if stream is None else stream.model
     require_no_prompts(model)
     check_keep_top(keep_top)
-    require_order(order, states)
+    require_order(order, states, states_budget, resume)
     granularity = checked_granularity(granularity)
     targets = find_targets(model, target_modules, granularity)
     require_own_parameters(model, targets)
@@ -248,6 +271,8 @@ def score_sets(
             layers = decoder_layers(model)
             # What comes after a layer that was left out was given something else.
             whole = sum(1 for _ in takewhile(run_here.__contains__, layers))
+            if order == "auto" and resume is not None and ranks.agree(holds_job(resume)):
+                order = "layers"
             # The same on all ranks, which must split their targets alike.
             windows = WindowMemory.of(
                 model,
@@ -288,7 +313,7 @@ def score_sets(
             )
             if chosen.by_layers:
                 try:
-                    return job.by_layers(chosen, states)
+                    return job.by_layers(chosen, states, states_budget, resume)
                 except NotByLayers as error:
                     # Ranks without examples would not know of it.
                     if stream is not None:
@@ -296,6 +321,8 @@ def score_sets(
                     if order != "auto" or ranks.size > 1:
                         raise NotByLayers(f"{error}; use order='batches'") from error
                     logger.warning("batch by batch after all: %s", error)
+                    if resume is not None:
+                        discard(resume)
                     chosen = Order(False, f"not layer by layer: {error}")
             return job.by_batches(chosen)
 
@@ -347,36 +374,85 @@ class _Scoring:
             made[name] = self._scores(name, entries, order)
         return made
 
-    def by_layers(self, order: Order, states: str | Path) -> dict[str, Scores]:
+    def by_layers(
+        self,
+        order: Order,
+        states: str | Path,
+        states_budget: int | None,
+        resume: str | Path | None,
+    ) -> dict[str, Scores]:
         entries: dict[str, dict[str, ScoreEntry]] = {name: {} for name in self.sets}
-
-        def of_set(name: str, scorable: Scorable) -> Set:
-            def finished(group: Sequence[Target], sums: dict[str, Accumulator]) -> None:
-                entries[name].update(self._entries(scorable, group, sums))
-
-            return Set(scorable, finished)
-
         layers = decoder_layers(self.model)
         last = list(self.sets.values())[-1]
         with (
             self.step(list(self.sets)),
             sweep_progress(", ".join(self.sets), shown=self.shown) as progress,
-            states_home(states) as home,
+            self._keeping(layers, states, states_budget, resume) as (home, milestones),
         ):
+
+            def of_set(number: int, name: str, scorable: Scorable) -> Set:
+                if isinstance(home, KeptFiles):
+                    entries[name] = kept_entries(home, number, scorable.targets)
+
+                def finished(group: Sequence[Target], sums: dict[str, Accumulator]) -> None:
+                    made = self._entries(scorable, group, sums)
+                    entries[name].update(made)
+                    if isinstance(home, KeptFiles):
+                        keep_entries(home, number, made)
+
+                return Set(scorable, finished)
+
             Sweep(
-                [of_set(name, scorable) for name, scorable in self.sets.items()],
+                [of_set(n, name, scorable) for n, (name, scorable) in enumerate(self.sets.items())],
                 layers,
                 resident_windows(layers) if self.stream is None else self.stream.layer,
                 granularity=self.granularity,
                 device=self.device,
                 impl=self.impl,
-                states=States(home),
+                states=States.of(home) if isinstance(home, KeptFiles) else States(home),
                 ranks=self.ranks,
                 split=lambda group: self.windows.split(group, self.granularity, self.memory_budget),
                 progress=progress,
                 rehearsal=Rehearsal(last.tried or last.work, self.returned),
+                milestones=milestones,
             ).run()
-        return {name: self._scores(name, entries.pop(name), order) for name in self.sets}
+            used = home.used()
+            return {name: self._scores(name, entries.pop(name), order, used) for name in self.sets}
+
+    @contextmanager
+    def _keeping(
+        self,
+        layers: Mapping[str, nn.Module],
+        states: str | Path,
+        states_budget: int | None,
+        resume: str | Path | None,
+    ) -> Iterator[tuple[Home, Milestones]]:
+        """Where states are kept, and who hears of the progress."""
+        sets = list(self.sets.values())
+        if resume is None:
+            reserve = window_bytes(
+                self.model,
+                layers,
+                sets,
+                self.granularity,
+                self.memory_budget,
+                dense=self.keep_top is None,
+            )
+            with states_home(states, states_budget, self.device, reserve) as home:
+                yield home, Milestones()
+            return
+        modules = self.target_modules
+        options = {
+            "granularity": self.granularity,
+            "target_modules": modules if isinstance(modules, str) else list(modules),
+            "keep_top": self.keep_top,
+            "memory_budget": self.memory_budget,
+            "impl": self.impl,
+        }
+        parts = job_parts(self.model, layers, self.targets, self.sets, options, self.ranks)
+        results = sum(entries_bytes(s.targets, self.granularity, self.keep_top) for s in sets)
+        with resumable(resume, parts, layers, self.ranks, results) as job:
+            yield job.home, job
 
     def _entries(
         self, scorable: Scorable, group: Sequence[Target], sums: dict[str, Accumulator]
@@ -390,7 +466,13 @@ class _Scoring:
             made = {name: replace(entry, weight=None) for name, entry in made.items()}
         return made
 
-    def _scores(self, name: str, entries: dict[str, ScoreEntry], order: Order) -> Scores:
+    def _scores(
+        self,
+        name: str,
+        entries: dict[str, ScoreEntry],
+        order: Order,
+        used: Mapping[str, int] | None = None,
+    ) -> Scores:
         scorable = self.sets[name]
         entries = {target.parameter: entries[target.parameter] for target in scorable.targets}
         manifest = score_manifest(
@@ -403,7 +485,7 @@ class _Scoring:
             self.keep_top,
             self.ranks,
         )
-        described: dict[str, Any] = {"by": order.name, "why": order.why}
+        described = order.described(used)
         if self.stream is not None:
             described["bytes_of_weights_read"] = self.stream.bytes_read
         scores = Scores(

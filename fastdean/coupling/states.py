@@ -1,147 +1,77 @@
 """What every layer returned for every batch, and the gradients of it, while a sweep needs them.
 
-In memory, or in files: a layer's states then take T x hidden numbers of a file, and memory holds
-those of one batch.
+Where they are meanwhile is the affair of a `Home` (homes.py).
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastdean.models.model_state import undone
+from fastdean.coupling.homes import Home
+from fastdean.coupling.kept_files import KeptFiles
+from fastdean.models.described_trees import described, rebuilt
 from fastdean.models.replay import Returned
-from fastdean.models.trees import Path
-
-
-class Home(Protocol):
-    """Where tensors stay between two windows; a key is used again only after `drop`."""
-
-    def keep(self, key: tuple, tensors: Mapping[Path, Tensor]) -> None: ...
-
-    def bring(self, key: tuple) -> dict[Path, Tensor]: ...
-
-    def drop(self, key: tuple) -> None: ...
-
-
-class InMemory:
-    """On the device where they were computed, or in the host's memory.
-
-    Args:
-        host: move them to the CPU, and back to their device when they are needed.
-    """
-
-    def __init__(self, host: bool = False) -> None:
-        self._host = host
-        self._kept: dict[tuple, dict[Path, tuple[Tensor, torch.device]]] = {}
-
-    def keep(self, key: tuple, tensors: Mapping[Path, Tensor]) -> None:
-        self._kept[key] = {
-            path: (tensor.cpu() if self._host else tensor, tensor.device)
-            for path, tensor in tensors.items()
-        }
-
-    def bring(self, key: tuple) -> dict[Path, Tensor]:
-        return {path: tensor.to(device) for path, (tensor, device) in self._kept[key].items()}
-
-    def drop(self, key: tuple) -> None:
-        self._kept.pop(key, None)
-
-
-@dataclass(frozen=True)
-class _InFile:
-    dtype: torch.dtype
-    shape: torch.Size
-    device: torch.device
-    offset: int
-    size: int
-
-
-class InFiles:
-    """In one file per layer and kind.
-
-    Args:
-        folder: an empty one, with room for them.
-    """
-
-    def __init__(self, folder: FilePath) -> None:
-        self._folder = folder
-        self._files: dict[tuple, int] = {}
-        # By layer and kind, then by batch: when the last batch goes, so does the file.
-        self._kept: dict[tuple, dict[int, dict[Path, _InFile]]] = {}
-
-    def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def keep(self, key: tuple, tensors: Mapping[Path, Tensor]) -> None:
-        file = self._file(key)
-        offset = os.lseek(file, 0, os.SEEK_END)
-        places = {}
-        for path, tensor in tensors.items():
-            content = _bytes(tensor)
-            _write(file, content)
-            places[path] = _InFile(tensor.dtype, tensor.shape, tensor.device, offset, len(content))
-            offset += len(content)
-        self._kept.setdefault(key[:-1], {})[key[-1]] = places
-
-    def bring(self, key: tuple) -> dict[Path, Tensor]:
-        file = self._file(key)
-        found = {}
-        for path, place in self._kept[key[:-1]][key[-1]].items():
-            content = torch.empty(place.size, dtype=torch.uint8)
-            _read(file, memoryview(content.numpy().data), place.offset)
-            found[path] = content.view(place.dtype).view(place.shape).to(place.device)
-        return found
-
-    def drop(self, key: tuple) -> None:
-        """The file goes with the last batch of a layer."""
-        of_layer = self._kept.get(key[:-1], {})
-        if of_layer.pop(key[-1], None) is not None and not of_layer:
-            os.close(self._files.pop(key[:-1]))
-            self._path(key).unlink()
-
-    def _path(self, key: tuple) -> FilePath:
-        return self._folder / "-".join(map(str, key[:-1]))
-
-    def _file(self, key: tuple) -> int:
-        of_layer = key[:-1]
-        if of_layer not in self._files:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-            self._files[of_layer] = os.open(self._path(key), flags, 0o600)
-        return self._files[of_layer]
+from fastdean.models.trees import Path, compact
 
 
 @dataclass
 class States:
-    """By layer and batch: what a layer returned, and the gradient of the loss in it."""
+    """By layer and batch: what a layer returned, and the gradient of the loss in it.
+
+    A home knows a tensor by its place among those that the layer returned.
+    """
 
     home: Home
     # With tensors of no content in their places: the shapes alone.
     _shapes: dict[tuple[int, int], Returned] = field(default_factory=dict)
     _graded: set[tuple[int, int]] = field(default_factory=set)
 
+    @classmethod
+    def of(cls, home: KeptFiles) -> States:
+        """Those that an earlier process left."""
+        states = cls(home)
+        for (_, layer, batch), note, parts in home.notes("state"):
+            blank = [
+                torch.empty_strided(part.shape, part.stride, dtype=part.dtype, device="meta")
+                for part in parts
+            ]
+            result, put = rebuilt(note, blank)
+            named = {(where, key): value for where, key, value in put}
+            states._shapes[layer, batch] = Returned(result, named)
+        states._graded |= {(layer, batch) for (_, layer, batch), *_ in home.notes("gradient")}
+        return states
+
     def keep(self, layer: int, batch: int, returned: Returned) -> None:
-        found = returned.tensors()
-        self.home.keep(("state", layer, batch), found)
+        found = {path: compact(tensor) for path, tensor in returned.tensors().items()}
+        self.home.keep(
+            ("state", layer, batch),
+            dict(enumerate(found.values())),
+            lambda: described((returned.result, [(*k, v) for k, v in returned.put.items()])),
+        )
         blank = {path: torch.empty_like(tensor, device="meta") for path, tensor in found.items()}
         self._shapes[layer, batch] = returned.replaced(blank)
 
     def returned(self, layer: int, batch: int) -> Returned:
-        return self._shapes[layer, batch].replaced(self.home.bring(("state", layer, batch)))
+        shapes = self._shapes[layer, batch]
+        return shapes.replaced(self._named(layer, batch, self.home.bring(("state", layer, batch))))
 
     def shapes(self, layer: int, batch: int) -> Returned:
         """What the layer returned, its tensors on the meta device."""
         return self._shapes[layer, batch]
+
+    def foresee(self, layer: int, batch: int, share: float, layers: int) -> None:
+        """Tell the home how much is to come, from what it got for a batch of the first layer.
+
+        Args:
+            share: of the rows of all batches, those of this one.
+            layers: of the model. Two more are at the end of a window as gradients.
+        """
+        size = sum(tensor.nbytes for tensor in self.shapes(layer, batch).tensors().values())
+        self.home.foresee(int(size / share * (layers + 2)))
 
     def add_gradients(self, layer: int, batch: int, gradients: Mapping[Path, Tensor]) -> None:
         """Add to the gradients of some of the tensors; those of no gradient yet start at it."""
@@ -150,16 +80,17 @@ class States:
             return
         total = dict(gradients)
         if (layer, batch) in self._graded:
-            for path, before in self.home.bring(key).items():
+            for path, before in self.gradients(layer, batch).items():
                 total[path] = before + total[path] if path in total else before
             self.home.drop(key)
-        self.home.keep(key, total)
+        numbers = {path: n for n, path in enumerate(self.shapes(layer, batch).tensors())}
+        self.home.keep(key, {numbers[path]: tensor for path, tensor in total.items()})
         self._graded.add((layer, batch))
 
     def gradients(self, layer: int, batch: int) -> dict[Path, Tensor]:
         if (layer, batch) not in self._graded:
             return {}
-        return self.home.bring(("gradient", layer, batch))
+        return self._named(layer, batch, self.home.bring(("gradient", layer, batch)))
 
     def drop(self, layer: int, batch: int) -> None:
         self.home.drop(("state", layer, batch))
@@ -167,46 +98,8 @@ class States:
         self._graded.discard((layer, batch))
         self._shapes.pop((layer, batch), None)
 
-
-@contextmanager
-def states_home(where: str | FilePath) -> Iterator[Home]:
-    """The home that `score(states=...)` names.
-
-    Args:
-        where: "device", "host", or a folder. It is made where it is not there; what was made goes.
-    """
-    if where in ("device", "host"):
-        yield InMemory(host=where == "host")
-        return
-    folder = FilePath(where).expanduser() / f"states-{uuid.uuid4().hex}"
-    made = [parent for parent in folder.parents if not parent.exists()]
-    files = InFiles(folder)
-
-    def undo() -> None:
-        files.close()
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # somebody else has put something there
-                parent.rmdir()
-
-    with undone(undo):
-        folder.mkdir(parents=True)
-        yield files
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().data
-
-
-def _write(file: int, content: memoryview) -> None:
-    while content:
-        content = content[os.write(file, content) :]
-
-
-def _read(file: int, into: memoryview, offset: int) -> None:
-    while into:
-        got = os.preadv(file, [into], offset)
-        if got == 0:
-            raise OSError("a file of states ended early; it must stay as it is during a job")
-        into, offset = into[got:], offset + got
+    def _named(
+        self, layer: int, batch: int, found: Mapping[int | str, Tensor]
+    ) -> dict[Path, Tensor]:
+        paths = list(self.shapes(layer, batch).tensors())
+        return {paths[int(number)]: tensor for number, tensor in found.items()}

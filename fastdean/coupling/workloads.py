@@ -116,6 +116,11 @@ class Workload(ABC):
     def longest(self) -> int:
         """Token rows of the longest example."""
 
+    @property
+    @abstractmethod
+    def all_rows(self) -> int:
+        """Token rows of all batches of this rank, padding included."""
+
     def losses(self, device: torch.device) -> Generator[BatchLosses, None, None]:
         """Run the model over this rank's batches, one by one; may be called again.
 
@@ -164,7 +169,7 @@ def plan_workload(
     """
     with ranks.failing_together():
         # Before the loader is read.
-        if options["tokens_per_batch"] is not None:
+        if options.get("tokens_per_batch") is not None:
             require_tokens_per_batch(options["tokens_per_batch"])
         work: Workload
         if loss_fn is None:
@@ -274,6 +279,10 @@ class LanguageModelling(Workload):
     @property
     def longest(self) -> int:
         return max((len(self.examples[i]) for i in self.mine), default=0)
+
+    @property
+    def all_rows(self) -> int:
+        return sum(batch.input_ids.numel() for batch in self.batches)
 
     def _losses_of(self, batch: Batch, logits_at: Callable[[Batch], Tensor]) -> BatchLosses:
         per_token = target_losses(logits_at(batch), batch)
@@ -406,6 +415,10 @@ class CustomLoss(Workload):
     @property
     def longest(self) -> int:
         return max((batch["input_ids"].shape[1] for batch in self.batches), default=0)
+
+    @property
+    def all_rows(self) -> int:
+        return sum(batch["input_ids"].numel() for batch in self.batches)
 
     @cached_property
     def _firsts(self) -> list[int]:

@@ -180,6 +180,31 @@ def standing(folder: Path) -> Iterator[Callable[[], bool]]:
         os.close(handle)
 
 
+@contextmanager
+def held(folder: Path, name: str) -> Iterator[None]:
+    """Inside, `folder` is this process's own: another one that asks for it is refused.
+
+    Where the file system has no locks nobody is. The folder may be removed inside.
+
+    Args:
+        name: of the caller's argument, for the error text.
+    Raises:
+        ValueError: another process holds it.
+    """
+    handle = None
+    try:
+        handle = _locked(folder, even_without_locks=True)
+        if handle is None:
+            raise ValueError(
+                f"{name} must not be in use, got {str(folder)!r}, with which another process is at "
+                "work; wait for it, or choose another folder"
+            )
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder and what is in it; a kill leaves all of it, or a temporary folder."""
     temporary = temporary_beside(folder)

@@ -42,6 +42,7 @@ from fastdean.files.declared import (
 )
 from fastdean.files.folders import (
     check_free,
+    held,
     is_empty,
     new_folder,
     put_back,
@@ -68,6 +69,7 @@ __all__ = [
     "FORMAT_VERSION",
     "check_free",
     "flush_behind",
+    "held",
     "holds_only",
     "holds_only_listed",
     "is_empty",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,12 +43,19 @@ def model_identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
     model = unwrap(model)
     return {
         "model weights": weights_digest(model),
-        "model configuration": json_digest(_configuration(model)),
-        "attention implementation": json_digest(_implementations(model)),
-        "model code": json_digest(_own_code(model, tokenizer)),
+        **model_parts(model, tokenizer),
         "device": json_digest(sorted({p.device.type for p in model.parameters()} - {"meta"})),
         "tokenizer": json_digest(_rules(tokenizer)),
         "chat template": json_digest(getattr(tokenizer, "chat_template", None)),
+    }
+
+
+def model_parts(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
+    """The parts "model configuration", "attention implementation" and "model code" alone."""
+    return {
+        "model configuration": json_digest(_configuration(model)),
+        "attention implementation": json_digest(_implementations(model)),
+        "model code": json_digest(_own_code(model, tokenizer)),
     }
 
 
@@ -59,7 +66,7 @@ def weights_digest(model: nn.Module) -> str:
     them: they are left out.
     """
     digest = hashlib.sha256()
-    for name, tensor in _tensors(model):
+    for name, tensor in stored_tensors(model):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         plain = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(plain.view(torch.uint8).numpy().data)
@@ -78,7 +85,9 @@ def _as_json(value: Any) -> Any:
 
 
 def _configuration(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_diff_dict"):
+        return {}
     found = config.to_diff_dict()
     return {key: value for key, value in found.items() if key not in _PROVENANCE}
 
@@ -148,11 +157,19 @@ def _vocabulary_files(tokenizer: Any) -> dict[str, str]:
         }
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, each once."""
+def stored_tensors(
+    model: nn.Module, without: Collection[nn.Module] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that a checkpoint holds, by name, each once.
+
+    Args:
+        without: modules whose own ones are left out.
+    """
     # The tensors are kept too, as the number of one that is gone may be given to another.
     seen: dict[int, Tensor] = {}
     for name, module in model.named_modules():
+        if module in without:
+            continue
         own = {**module._parameters, **module._buffers}
         own = {key: t for key, t in own.items() if key not in module._non_persistent_buffers_set}
         new = {key: t for key, t in own.items() if t is not None and id(t) not in seen}

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Where a tensor is in a tree: the keys that lead to it.
@@ -52,3 +53,10 @@ def replaced(tree: Any, new: Mapping[Path, Tensor], path: Path = ()) -> Any:
         items = [replaced(value, new, (*path, i)) for i, value in enumerate(tree)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, with the strides of a clone and no byte of memory beside its own."""
+    strides = torch.empty_like(tensor, device="meta").stride()
+    own = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.detach() if own and tensor.stride() == strides else tensor.detach().clone()

@@ -29,8 +29,8 @@ from fastdean import cli
 from fastdean.cli import running
 from fastdean.cli.flags import in_flags
 from fastdean.jobs import run as run_job
-from fastdean.jobs import session
 from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
+from fastdean.jobs.coupling import scoring as coupling_scoring
 from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import RunFolder
 from fastdean.masks import NeuronMask
@@ -428,14 +428,14 @@ def test_a_revision_of_no_model_is_refused(run_folder, tmp_path):
 
 
 def test_score_records_the_revision(place, tmp_path, monkeypatch):
-    from fastdean.jobs import session
+    from fastdean.jobs.coupling import scoring
 
-    real = session.load_model
+    real = scoring.load_or_stream
 
-    def load_model(name, *, revision, **options):
+    def load(name, *, revision, **options):
         return real(name, **options)
 
-    monkeypatch.setattr(session, "load_model", load_model)
+    monkeypatch.setattr(scoring, "load_or_stream", load)
     result = call(
         "score", "--model", place["model"], "--data", place["privacy"], "--out", tmp_path / "s",
         "--revision", "v2", "--quiet", "--json",
@@ -980,7 +980,7 @@ def test_quiet_silences_the_bars_that_libraries_draw(place, tmp_path, monkeypatc
                 pass
         raise ValueError("model must be another")
 
-    monkeypatch.setattr(session, "load_model", load)
+    monkeypatch.setattr(coupling_scoring, "load_or_stream", load)
     asked = ["--model", place["model"], "--data", place["privacy"], "--out", tmp_path / "out"]
     result = call("score", *asked, *options)
     assert result.exit_code == 2

@@ -16,7 +16,7 @@ from tiny_models import MODELS, bert, gpt2, llama, qwen2
 from torch import nn
 
 import fastdean
-from fastdean.coupling import by_layers, order, states
+from fastdean.coupling import by_layers, homes, order, state_files, states
 from fastdean.coupling.scoring import score_sets
 from fastdean.models import available_memory, replay
 
@@ -269,7 +269,7 @@ def test_states_in_files_and_in_the_hosts_memory(tmp_path):
     ],
 )
 def test_no_home_for_states(states, error, message):
-    with pytest.raises(error, match=f"states must be 'device', 'host' or {message}"):
+    with pytest.raises(error, match=f"states must be 'auto', 'device', 'host' or {message}"):
         score(llama(), order="layers", states=states)
 
 
@@ -279,7 +279,7 @@ def test_a_home_for_states_is_not_ignored():
 
 
 def test_files_hold_the_states_and_memory_does_not(tmp_path):
-    files = states.InFiles(tmp_path)
+    files = state_files.InFiles(tmp_path)
     kept = states.States(files)
     given = []
     for b in range(3):
@@ -555,7 +555,8 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(tmp_path):
     def call():
         score(model, loader, order="layers", states=tmp_path, target_modules=".*up_proj")
 
-    files = {module.__file__ for module in (by_layers, replay, states)}
+    modules = (by_layers, homes, replay, state_files, states)
+    files = {module.__file__ for module in modules}
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [(p.requires_grad, p.grad) for p in model.parameters()]

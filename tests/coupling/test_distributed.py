@@ -6,6 +6,7 @@ The processes are started once; each scores in every situation, and the tests re
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import distributed
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
+from fastdean.coupling import resumable
 from fastdean.models.distributed import Ranks
 
 EXAMPLES = make_examples(lengths=(3, 9, 17, 4, 12))
@@ -97,6 +99,34 @@ SITUATIONS = [
 ]
 
 
+def resumed(rank, folder):
+    """A job that stops when one rank has noted a step as done and the other one has not."""
+    write, steps = resumable.Resumable._write, []
+
+    def failing(self, step, batches, before):
+        if rank == 1 and step == 4:
+            raise OSError("disk of rank 1")
+        write(self, step, batches, before)
+
+    def noted(self, step, batches, before):
+        steps.append(step)
+        write(self, step, batches, before)
+
+    options = {"order": "layers", "resume": folder / "job", "progress": False}
+    try:
+        resumable.Resumable._write = failing
+        try:
+            fastdean.score(llama(), loader(), **options)
+        except Exception as error:
+            message = str(error)
+        left = sorted(path.name for path in (folder / "job").iterdir())
+        resumable.Resumable._write = noted
+        values = dict(fastdean.score(llama(), loader(), **options))
+    finally:
+        resumable.Resumable._write = write
+    return {"message": message, "left": left, "steps": steps, "values": values}
+
+
 def worker(rank, folder):
     join_group(rank, folder)
     found = {}
@@ -112,6 +142,8 @@ def worker(rank, folder):
                 "data": scores.manifest["data"],
                 "ranks": scores.manifest["ranks"],
             }
+    found["resumed"] = resumed(rank, folder)
+    found["folder"] = str(folder)
     leave_group(rank, folder, found)
 
 
@@ -137,6 +169,18 @@ def test_two_ranks_give_what_one_gives(found, situation):
         assert list(result["values"]) == list(alone)
         for name, value in alone.items():
             assert norm_error(result["values"][name], value) < 1e-6
+
+
+def test_ranks_go_on_from_where_all_of_them_have_been(found):
+    for rank in range(WORLD):
+        result = found[rank]["resumed"]
+        assert "disk of rank 1" in result["message"] or "1 of 2 that failed" in result["message"]
+        assert result["left"] == ["rank-0", "rank-1"]
+        # Forward, forward and the loss are done; the last layer backward only on rank 0.
+        assert result["steps"] == [4, 5]
+        for name, value in found[rank]["by_layers"]["values"].items():
+            assert torch.equal(result["values"][name], value)
+        assert not (Path(found[rank]["folder"]) / "job").exists()
 
 
 def test_both_ranks_hold_the_same_bits(found):

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ from fastdean.jobs.debias import DebiasJob
 from fastdean.jobs.rows import split_rows
 from fastdean.masks import NeuronMask
 from fastdean.models import replay
+from fastdean.models import windows as model_windows
 
 OPTIONS = {"ratio": 0.05, "examples": 5, "eval_examples": 5}
 # For what does not hang on the measurements, which take most of a tiny run.
@@ -93,12 +95,14 @@ def scored(monkeypatch):
 
     record, real = Record(), steps.score_sets
 
-    def score_sets(model, loaders, **options):
-        for description in (f"score {name}" for name in loaders):
-            if description in record.fail:
-                raise record.fail[description]
-            record.append(description)
-        return real(model, loaders, **options)
+    def score_sets(model, loaders, *, finished, **options):
+        def noted(name, scores):
+            if f"score {name}" in record.fail:
+                raise record.fail[f"score {name}"]
+            record.append(f"score {name}")
+            finished(name, scores)
+
+        return real(model, loaders, finished=noted, **options)
 
     monkeypatch.setattr(steps, "score_sets", score_sets)
     return record
@@ -812,7 +816,8 @@ def test_each_step_is_announced_before_it_begins_and_titles_its_bars(
             super().__init__(*args, desc=desc, **options)
 
     monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
-    run(Job(**place, **OPTIONS), tmp_path / "run", progress=True)
+    # "auto" does not know beforehand how many steps there are.
+    run(Job(**place, **OPTIONS, order="batches"), tmp_path / "run", progress=True)
     lines = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("fastdean: step")
     ]
@@ -828,13 +833,13 @@ def test_each_step_is_announced_before_it_begins_and_titles_its_bars(
 @pytest.fixture
 def windows(monkeypatch):
     """How often the weights of each layer were brought in."""
-    entered, real = {}, by_layers.weights_in
+    entered, real = {}, model_windows.weights_in
 
     def weights_in(layer):
         entered[id(layer)] = entered.get(id(layer), 0) + 1
         return real(layer)
 
-    monkeypatch.setattr(by_layers, "weights_in", weights_in)
+    monkeypatch.setattr(model_windows, "weights_in", weights_in)
     return entered
 
 
@@ -845,7 +850,7 @@ def little_memory(monkeypatch):
 
 def scoring_steps(capsys):
     lines = capsys.readouterr().err.splitlines()
-    return [line for line in lines if line.startswith("fastdean: step") and ", score" in line]
+    return [line for line in lines if re.fullmatch(r"fastdean: step [^:]*, score [^:]*", line)]
 
 
 @pytest.mark.parametrize("by", ["layers", "auto"])

@@ -57,7 +57,7 @@ class Job:
     tokens_per_batch: options.TokensPerBatch = None
     memory_budget: options.MemoryBudget = None
     order: options.Order = "auto"
-    states: options.States = "device"
+    states: options.States = "auto"
     deterministic: options.Deterministic = False
     dtype: options.Dtype = "auto"
     device: options.Device = None
@@ -127,7 +127,7 @@ class ScoreJob:
     tokens_per_batch: options.TokensPerBatch = None
     memory_budget: options.MemoryBudget = None
     order: options.Order = "auto"
-    states: options.States = "device"
+    states: options.States = "auto"
     deterministic: options.Deterministic = False
     dtype: options.Dtype = "auto"
     device: options.Device = None

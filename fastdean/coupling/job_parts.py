@@ -1,0 +1,131 @@
+"""What must be the same for a job to go on in another process: by name, as text or digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdean.coupling.scores import fingerprint
+from fastdean.coupling.targets import Target
+from fastdean.coupling.trial import Scorable
+from fastdean.coupling.workloads import Workload
+from fastdean.files.provenance import versions
+from fastdean.models.distributed import Ranks
+from fastdean.models.identity import json_digest, model_parts, stored_tensors
+from fastdean.models.trees import tensors
+from fastdean.ops._dispatch import ENVIRONMENT_VARIABLE
+
+# Of which another version may round, or define, otherwise.
+_PACKAGES = ("fastdean", "torch", "transformers")
+
+
+def job_parts(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    targets: Sequence[Target],
+    sets: Mapping[str, Scorable],
+    options: Mapping[str, Any],
+    ranks: Ranks,
+) -> dict[str, str]:
+    """Name of a part -> text that another job has otherwise.
+
+    The layers' own weights are not in it: they are compared when they are in memory.
+
+    Args:
+        targets: those that were matched.
+        options: arguments of the job, plain values.
+    """
+    installed = versions()
+    inside = {module for layer in layers.values() for module in layer.modules()}
+    works = {name: scorable.work for name, scorable in sets.items()}
+    return {
+        **{f"the version of {name}": installed.get(name, "none") for name in _PACKAGES},
+        **{name: str(value) for name, value in options.items()},
+        **model_parts(model),
+        "dtype": " ".join(sorted({str(parameter.dtype) for parameter in model.parameters()})),
+        "device": " ".join(sorted({_device(parameter) for parameter in model.parameters()})),
+        "layers": " ".join(layers),
+        "weights outside the layers": weights_digest(model, inside),
+        "names of the data sets": " ".join(map(repr, sets)),
+        **{f"data set {name!r}": _data(work) for name, work in works.items()},
+        "tokens_per_batch": " ".join(str(_tokens_per_batch(work)) for work in works.values()),
+        "batches": json_digest([_batches(work) for work in works.values()]),
+        "loss_fn": " ".join(sorted({_name(getattr(w, "loss_fn", None)) for w in works.values()})),
+        "targets": json_digest(
+            [
+                [target.parameter for target in targets],
+                *(
+                    [[t.parameter for t in each.targets], sorted(each.sequence_first)]
+                    for each in sets.values()
+                ),
+            ]
+        ),
+        ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE, ""),
+        "deterministic": str(torch.are_deterministic_algorithms_enabled()),
+        "number of ranks": str(ranks.size),
+    }
+
+
+def circumstances() -> dict[str, str]:
+    """What may round otherwise on another machine, and does not keep a job from going on there."""
+    return {
+        "threads": str(torch.get_num_threads()),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def weights_digest(module: nn.Module, without: Collection[nn.Module] = ()) -> str:
+    """Of the names and checksums (`scores.fingerprint`) of what a module stores.
+
+    Where the weights lie, at the speed of memory. An offloaded one is brought to the CPU.
+
+    Args:
+        without: submodules that do not count.
+    """
+    found = []
+    for name, tensor in stored_tensors(module, without):
+        # Of a weight that nobody can bring in there is nothing to compare.
+        bits = 0 if tensor.is_meta else fingerprint(tensor)
+        found.append([name, str(tensor.dtype), list(tensor.shape), bits])
+    return json_digest(found)
+
+
+def _device(parameter: nn.Parameter) -> str:
+    device = parameter.device
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} {torch.cuda.get_device_name(device)}"
+
+
+def _data(work: Workload) -> str:
+    return work.describe()["data"]["sha256"]
+
+
+def _tokens_per_batch(work: Workload) -> Any:
+    return work.describe().get("batching", {}).get("tokens_per_batch")
+
+
+def _batches(work: Workload) -> list[str]:
+    """Of each batch of this rank, in order: which examples are in it, and how they lie in it."""
+    digests = []
+    for batch in work.batches:
+        content = hashlib.sha256()
+        parts = batch if isinstance(batch, Mapping) else vars(batch)
+        for path, tensor in tensors(parts):
+            content.update(f"{path} {tensor.dtype} {list(tensor.shape)}".encode())
+            plain = tensor.detach().cpu().contiguous().flatten()
+            content.update(plain.view(torch.uint8).numpy().data)
+        digests.append(content.hexdigest())
+    return digests
+
+
+def _name(function: Callable[..., Any] | None) -> str:
+    if function is None:
+        return "own"
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,92 @@
+"""Finished scores of matrices among the kept files of a job, and back.
+
+The weights of dense scores are the model's own and are not written: they are found in the model
+again, and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from fastdean.coupling.accumulators import sums_bytes
+from fastdean.coupling.kept_files import KeptFiles
+from fastdean.coupling.scores import ScoreEntry, fingerprint
+from fastdean.coupling.targets import Target
+from fastdean.files.declared import Lists, Maybe, Record, Whole, require
+from fastdean.models.model_state import materialised_weight, weight_of
+
+_INDEX_BYTES = 8
+_NOTE = Record(
+    {"shape": Lists(Whole()), "unit_axis": Maybe(Whole()), "fingerprint": Whole(least=-(2**63))}
+)
+
+
+def keep_entries(home: KeptFiles, number: int, entries: Mapping[str, ScoreEntry]) -> None:
+    """Write entries of the data set of this number."""
+    for parameter, entry in entries.items():
+        found = {"sums": entry.sums, "index": entry.index}
+        if _owns_weight(entry):
+            found["weight"] = entry.weight
+        note = {
+            "shape": list(entry.shape),
+            "unit_axis": entry.unit_axis,
+            "fingerprint": entry.fingerprint,
+        }
+        tensors: dict[int | str, Tensor] = {k: t for k, t in found.items() if t is not None}
+        home.keep(("entries", number, parameter), tensors, partial(dict, note))
+
+
+def kept_entries(home: KeptFiles, number: int, targets: Sequence[Target]) -> dict[str, ScoreEntry]:
+    """The entries that an earlier process wrote of the data set of this number.
+
+    Raises:
+        ValueError: a weight of the model is not the one that was scored.
+    """
+    by_parameter = {target.parameter: target for target in targets}
+    entries = {}
+    for key, note, _ in list(home.notes("entries")):
+        if key[1] != number:
+            continue
+        require(note, _NOTE, home.folder, where=repr(key[2]), advice="remove it to start again")
+        found = home.bring(key)
+        entry = ScoreEntry(
+            sums=found["sums"],
+            weight=found.get("weight"),
+            index=found.get("index"),
+            shape=tuple(note["shape"]),
+            unit_axis=note["unit_axis"],
+            fingerprint=note["fingerprint"],
+        )
+        module = by_parameter[key[2]].module
+        # A streamed model's weight is not kept: its units need none.
+        if not _owns_weight(entry) and not _is_gone(module):
+            weight = materialised_weight(module).detach()
+            if fingerprint(weight) != entry.fingerprint:
+                raise ValueError(
+                    f"resume must be a folder of this job, got {str(home.folder.parent)!r} with "
+                    f"one that differs in {key[2]}; choose another folder, or score the same model"
+                )
+            entry = ScoreEntry(**{**vars(entry), "weight": weight})
+        entries[key[2]] = entry
+    return entries
+
+
+def entries_bytes(targets: Sequence[Target], granularity: str, keep_top: float | None) -> int:
+    """About what the entries of these targets take on a disk."""
+    sums = sum(sums_bytes(target, granularity) for target in targets)
+    if keep_top is None:
+        return sums
+    each = 4 + _INDEX_BYTES + max((target.weight.element_size() for target in targets), default=0)
+    return int(keep_top * sums / 4 * each)
+
+
+def _is_gone(module: nn.Module) -> bool:
+    """Whether a weight is on the meta device, and nobody brings it in outside of its window."""
+    return weight_of(module).is_meta and not hasattr(module, "_hf_hook")
+
+
+def _owns_weight(entry: ScoreEntry) -> bool:
+    return entry.index is not None and entry.unit_axis is None

@@ -1,0 +1,411 @@
+"""A job layer by layer in a folder from which another process goes on with it.
+
+    DIR/rank-0/job.json         what makes two jobs the same, and the job's number
+    DIR/rank-0/progress.json    the commit record: steps that are done, which bytes of which files
+    DIR/rank-0/state-3 ...      the files (kept_files.py)
+
+A commit flushes the files, replaces progress.json, and, when all ranks have done so, removes files
+that nobody needs. A kill at any moment leaves the commit before or the one after. README.md says
+why nothing is added twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from torch import nn
+
+from fastdean.coupling.job_parts import circumstances, weights_digest
+from fastdean.coupling.kept_files import STANDING, KeptFiles, damaged, is_state_file
+from fastdean.coupling.milestones import Milestones
+from fastdean.coupling.state_files import full_disk
+from fastdean.files.declared import (
+    Exactly,
+    Kind,
+    Lists,
+    Maps,
+    Maybe,
+    Record,
+    Text,
+    Whole,
+    read_json,
+)
+from fastdean.files.storage import (
+    held,
+    is_temporary,
+    real_place,
+    remove_folder,
+    sweep,
+    write_json_atomic,
+)
+from fastdean.models.distributed import Ranks
+from fastdean.models.model_state import undone
+from fastdean.wording.log import logger
+from fastdean.wording.mendable import StateError
+
+_JOB, _PROGRESS = "job.json", "progress.json"
+# 1: the first.
+_FORMAT = 1
+# Between two commits within a step.
+_SECONDS = 30.0
+_ADVICE = "remove its folder to start again"
+_KIND = "scoring layer by layer"
+_JOB_FILE = Record(
+    {
+        "kind": Exactly(_KIND),
+        "format": Whole(least=1),
+        "number": Text(longest=100),
+        "parts": Maps(Text()),
+        "circumstances": Maps(Text()),
+        "folders_made": Whole(),
+    }
+)
+_COMMIT = Record({"step": Whole(), "batches": Whole(), "files": STANDING})
+_PROGRESS_FILE: Kind = Record(
+    {
+        "number": Text(longest=100),
+        "commit": _COMMIT,
+        "before": Maybe(_COMMIT),
+        "weights": Maps(Text(longest=64)),
+        "used": Maps(Lists(Whole())),
+        "most_bytes": Whole(),
+        "sha256": Text(longest=64),
+    }
+)
+_START: dict[str, Any] = {"step": 0, "batches": 0, "files": {}}
+
+
+class Resumable(Milestones):
+    """The progress of one rank of a job, written down. Made by `resumable`.
+
+    Attributes:
+        home: where the job keeps its states, and its results.
+    """
+
+    def __init__(self, folder: Path, number: str, ranks: Ranks) -> None:
+        super().__init__()
+        self._folder, self._number, self._ranks = folder, number, ranks
+        self.home = KeptFiles(folder, number)
+        self._commit: dict[str, Any] = _START
+        self._before: dict[str, Any] | None = None
+        # Name of a layer -> digest of its weights.
+        self._weights: dict[str, str] = {}
+        # Layers whose weights are there all the time, and were compared at the beginning.
+        self._in_memory: set[str] = set()
+        # A step whose batches are done one by one, and how many are.
+        self._within: tuple[int, int] | None = None
+        self._written = time.monotonic()
+
+    def open(self, layers: Mapping[str, nn.Module]) -> None:
+        """Read how far the job came, and go back to where all ranks have been.
+
+        Raises:
+            ValueError: a file is damaged, or a layer whose weights are in memory has changed.
+            RuntimeError: the ranks' folders do not belong together.
+        """
+        with self._ranks.failing_together():
+            self._read()
+        step = -self._ranks.highest(-self._commit["step"])
+        with self._ranks.failing_together():
+            if self._commit["step"] != step:
+                if self._before is None or self._before["step"] != step:
+                    raise StateError(
+                        "resume must hold the states of all ranks, got those of a rank that is at "
+                        f"step {self._commit['step']} where another one is at {step}; remove the "
+                        "folder to start again"
+                    )
+                # Written down first: what is cut off below must not be looked for again.
+                self._save(self._before, None)
+            self.home.restore(self._commit["files"])
+            for name, layer in layers.items():
+                if not any(weight.is_meta for weight in layer.parameters()):
+                    self.require_same(name, layer)
+                    self._in_memory.add(name)
+        if self._ranks.first and self._commit != _START:
+            logger.warning("scoring goes on from %r, after step %d", str(self._folder.parent), step)
+
+    @property
+    def is_at_the_start(self) -> bool:
+        """Whether there is nothing to go on from."""
+        return (self._commit["step"], self._commit["batches"]) == (0, 0)
+
+    def pending(self, step: int) -> bool:
+        return step >= self._commit["step"]
+
+    def batches_done(self, step: int) -> int:
+        return self._commit["batches"] if step == self._commit["step"] else 0
+
+    def batch_done(self, step: int, batches: int) -> None:
+        self._within = (step, batches)
+        if time.monotonic() - self._written > _SECONDS:
+            self.write_down()
+
+    def reached(self, step: int) -> None:
+        self._within = None
+        with self._ranks.failing_together():
+            self._write(step + 1, 0, before=self._commit)
+        # Nobody goes back behind this step any more.
+        self.home.settle()
+
+    def require_same(self, name: str, layer: nn.Module) -> None:
+        if name in self._in_memory:
+            return
+        found = weights_digest(layer)
+        if self._weights.setdefault(name, found) != found:
+            raise ValueError(
+                f"resume must be a folder of this job, got {str(self._folder.parent)!r} with one "
+                f"that differs in the weights of {name}; choose another folder, or score the same "
+                "model"
+            )
+
+    def write_down(self) -> None:
+        """Commit the batches of a step that is not through, if it may be left at any of them."""
+        if self._within is not None:
+            self._write(*self._within, before=None)
+
+    def _write(self, step: int, batches: int, before: dict[str, Any] | None) -> None:
+        commit = {"step": step, "batches": batches, "files": self.home.standing()}
+        self._save(commit, before)
+
+    def _save(self, commit: dict[str, Any], before: dict[str, Any] | None) -> None:
+        content = {
+            "number": self._number,
+            "commit": commit,
+            "before": before,
+            "weights": self._weights,
+            "used": {str(k): sorted(used) for k, used in self.used.items()},
+            "most_bytes": self.home.most_bytes,
+        }
+        try:
+            write_json_atomic(self._folder / _PROGRESS, {**content, "sha256": _digest(content)})
+        except OSError as error:
+            raise full_disk(self._folder, error) from error
+        self._commit, self._before = commit, before
+        self._written = time.monotonic()
+
+    def _read(self) -> None:
+        file = self._folder / _PROGRESS
+        if not file.exists():
+            # It is written before them.
+            if any(is_state_file(entry.name) for entry in self._folder.iterdir()):
+                raise damaged(file, "no such file")
+            self._save(_START, None)
+            return
+        found = read_json(
+            file, _PROGRESS_FILE, advice=f"remove {str(self._folder)!r} to start again"
+        )
+        content = {name: part for name, part in found.items() if name != "sha256"}
+        if found["number"] != self._number or found["sha256"] != _digest(content):
+            raise damaged(file, "other content")
+        self._commit, self._before = found["commit"], found["before"]
+        self._weights = dict(found["weights"])
+        self.used |= {int(k): frozenset(used) for k, used in found["used"].items()}
+        self.home.most_bytes = found["most_bytes"]
+
+
+@contextmanager
+def resumable(
+    where: str | Path,
+    parts: Mapping[str, str],
+    layers: Mapping[str, nn.Module],
+    ranks: Ranks,
+    results_bytes: int,
+) -> Iterator[Resumable]:
+    """The job in a folder, as far as it came. When the block ends well, its files are removed.
+
+    Args:
+        where: a folder that is new, empty, or holds this job unfinished.
+        parts: what makes two jobs the same (`job_parts`).
+        layers: whose weights are compared, as far as they are in memory.
+        results_bytes: of the results, for which the disk must have room besides.
+    Raises:
+        ValueError: the folder holds anything else, or another process is at work with it.
+    """
+    place = real_place(where, "resume")
+    own = place / f"rank-{ranks.rank}"
+    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    with (
+        undone(lambda: _remove_empty_rank(own, len(made))),
+        _ending_at_sigterm(),
+        ExitStack() as stack,
+    ):
+        with ranks.failing_together():
+            _require_ours(place, where)
+            own.mkdir(parents=True, exist_ok=True)
+            sweep(own)
+        fresh = False
+        try:
+            with ranks.failing_together():
+                stack.enter_context(held(own, "resume"))
+                fresh = not (own / _JOB).exists()
+                number, levels = _claimed(own, where, parts, len(made))
+            job = Resumable(own, number, ranks)
+            job.home.besides_bytes = results_bytes
+            # Twice: an interrupt of the first leaves the second.
+            stack.enter_context(undone(job.home.close))
+            job.open(layers)
+        except BaseException:
+            if fresh:
+                with suppress(OSError):
+                    remove_folder(own)
+            raise
+        try:
+            yield job
+        except BaseException:
+            # Whatever ended it: what is done of a step that can be left is not done again.
+            with suppress(OSError):
+                job.write_down()
+            if job.is_at_the_start:
+                job.home.close()
+                with suppress(OSError):
+                    remove_folder(own)
+            raise
+        job.home.close()
+        # A rank that is through waits until all are.
+        with ranks.failing_together():
+            pass
+        remove_folder(own)
+        _remove_empty(place, levels)
+
+
+def holds_job(where: str | Path) -> bool:
+    """Whether a folder holds an unfinished job; it may be another one."""
+    return any(real_place(where, "resume").glob(f"rank-*/{_JOB}"))
+
+
+def discard(where: str | Path) -> None:
+    """Remove the job of a single process from a folder: it ends otherwise."""
+    place = real_place(where, "resume")
+    own = place / "rank-0"
+    if (own / _JOB).is_file():
+        with held(own, "resume"):
+            levels = read_json(own / _JOB, _JOB_FILE, advice=_ADVICE)["folders_made"]
+            remove_folder(own)
+        _remove_empty(place, levels)
+
+
+def _require_ours(place: Path, where: str | Path) -> None:
+    """ValueError unless a folder holds nothing but ranks of a job."""
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"resume must be a folder, got the file {str(where)!r}; choose another")
+    if not place.exists():
+        return
+    for entry in place.iterdir():
+        if is_temporary(entry.name) and entry.name.startswith(".rank-"):
+            continue
+        if not _is_rank(entry):
+            raise ValueError(
+                "resume must be a new or empty folder, or hold an unfinished score(), got "
+                f"{str(where)!r} with {entry.name!r} in it; choose another"
+            )
+
+
+def _is_rank(folder: Path) -> bool:
+    kind, _, number = folder.name.partition("-")
+    if kind != "rank" or not number.isdigit() or not folder.is_dir() or folder.is_symlink():
+        return False
+    names = [entry.name for entry in folder.iterdir()]
+    leftover = [name for name in names if is_temporary(name, _JOB)]
+    return _JOB in names or names == leftover
+
+
+def _claimed(own: Path, where: str | Path, parts: Mapping[str, str], made: int) -> tuple[str, int]:
+    """The job's number, and how many folders were made for it; a new one where there is none."""
+    file = own / _JOB
+    if not file.exists():
+        number = secrets.token_hex(8)
+        content = {
+            "kind": _KIND,
+            "format": _FORMAT,
+            "number": number,
+            "parts": dict(parts),
+            "circumstances": circumstances(),
+            "folders_made": made,
+        }
+        write_json_atomic(file, content)
+        return number, made
+    found = read_json(file, _JOB_FILE, advice=f"remove {str(own)!r} to start again")
+    kept = {"format of the states": str(found["format"]), **found["parts"]}
+    now = {"format of the states": str(_FORMAT), **parts}
+    names = [name for name in {**now, **kept} if now.get(name) != kept.get(name)]
+    # Which follow from others.
+    names = [name for name in names if name not in ("batches", "targets")] or names
+    if names:
+        raise ValueError(
+            f"resume must be a folder of this job, got {str(where)!r} with one that differs in "
+            f"{', '.join(sorted(names))}; choose another folder, or call with the same model, data "
+            "and options"
+        )
+    for entry in own.iterdir():
+        if not (is_state_file(entry.name) or entry.name in (_JOB, _PROGRESS)):
+            if not any(is_temporary(entry.name, name) for name in (_JOB, _PROGRESS)):
+                raise ValueError(
+                    f"resume must hold an unfinished score() and nothing else, got {str(own)!r} "
+                    f"with {entry.name!r} in it; move it away"
+                )
+            entry.unlink()
+    moved = [
+        name for name, value in circumstances().items() if found["circumstances"].get(name) != value
+    ]
+    if moved:
+        logger.warning(
+            "%r was begun with another number of threads or on another processor (%s): figures may "
+            "differ in rounding from those of a job that was not interrupted",
+            str(where),
+            ", ".join(moved),
+        )
+    return found["number"], found["folders_made"]
+
+
+def _remove_empty_rank(own: Path, levels: int) -> None:
+    """Of a job that did not begin, or is through: nothing stays."""
+    if (own / _JOB).exists():
+        return
+    # Refused where another process has just made it its own.
+    with suppress(OSError, ValueError), held(own, "resume"):
+        own.rmdir()
+    _remove_empty(own.parent, levels)
+
+
+def _remove_empty(place: Path, levels: int) -> None:
+    """Remove as many folders as were made, from `place` on up, while they are empty."""
+    for folder in (place, *place.parents)[:levels]:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _ending_at_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the process in order, with exit code 143, unless somebody handles it."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    with undone(lambda: _put_back(signal.SIG_DFL)):
+        signal.signal(signal.SIGTERM, _end)
+        yield
+
+
+def _put_back(handler: Any) -> None:
+    if signal.getsignal(signal.SIGTERM) is _end:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
