@@ -44,7 +44,7 @@ BENCHMARKS = {
         {"sweep": sweep.picture},
     ),
     "orders": Benchmark(
-        "batch by batch against layer by layer: time and memory",
+        "batch by batch against layer by layer, resident and streamed: time and memory",
         orders,
         {"orders": orders.TABLE},
     ),

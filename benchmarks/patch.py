@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -24,10 +23,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.harness import command, store, tables
+from benchmarks.harness import command, tables
 from benchmarks.harness.clock import Spread
 from benchmarks.harness.command import above_zero, positive
 from benchmarks.harness.gate import test_files
+from benchmarks.harness.processes import finished
 from benchmarks.harness.session import Sample, Session, most, seconds_of, take_turns
 from benchmarks.harness.store import Record, say
 from benchmarks.harness.tables import Cells, Table
@@ -233,7 +233,7 @@ def _contenders(
 
     def copied(copy: Path, *, flush: bool) -> Sample:
         start = time.perf_counter()
-        _finished([*cp, str(source), str(copy)])
+        finished([*cp, str(source), str(copy)])
         if flush:
             _flush(copy)
             atomic.flush(copy.parent)
@@ -241,7 +241,7 @@ def _contenders(
 
     def patched(copy: Path) -> Sample:
         once = [sys.executable, "-m", "benchmarks.patch_once"]
-        sample = Sample(**json.loads(_finished([*once, str(source), str(mask_folder), str(copy)])))
+        sample = Sample(**json.loads(finished([*once, str(source), str(mask_folder), str(copy)])))
         verify_checkpoint(copy, mask)
         return sample
 
@@ -258,24 +258,10 @@ def _flush(folder: Path) -> None:
         atomic.flush(path)
 
 
-def _finished(command: Sequence[str]) -> str:
-    """What the command printed; it sees the package of this checkout."""
-    paths = [str(store.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables)
-    if done.returncode != 0:
-        said = (done.stderr.strip() or "nothing").splitlines()[-1]
-        raise RuntimeError(
-            f"{Path(command[0]).name} must end well to be timed, got exit code {done.returncode} "
-            f"and {said!r}; nothing was recorded"
-        )
-    return done.stdout
-
-
 def _file_system(folder: str) -> str | None:
     """Its type, as `df` names it."""
     try:
-        return _finished(["df", "--output=fstype", folder]).split()[-1]
+        return finished(["df", "--output=fstype", folder]).split()[-1]
     except (OSError, RuntimeError):
         return None
 

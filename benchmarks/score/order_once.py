@@ -1,72 +1,59 @@
 """Three data sets scored in one order, in a process of its own.
 
-`python -m benchmarks.score.order_once OPTIONS`, these as a JSON object, prints one: seconds and
-memory of the call above the loaded model, and the work that the order cannot avoid.
+`python -m benchmarks.score.order_once ASKED` prints the fields of a `Sample` as a JSON object.
+ASKED is one too: the `checkpoint`, the file of the `sets`, the `device`, whether the model is
+`streamed`, and the `options` of `score_sets`. Nothing is timed but the call of it. Its peak memory
+is above the loaded model; of a streamed one above what was held before the checkpoint was opened.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from transformers import AutoModelForCausalLM
 
-from benchmarks.harness.session import timed
-from benchmarks.score import subject
-from benchmarks.score.work import score_case
+from benchmarks.harness.clock import elapsed
+from benchmarks.harness.memory import Held
 from fastdean.coupling.scoring import score_sets
-from fastdean.coupling.targets import find_targets
 from fastdean.data.examples import Example
+from fastdean.models.loading import stream_model
 
-_SETS, _WARM_UP = 3, 2
+_WARM_UP = 2
 
 
 def main(given: str) -> None:
-    options = argparse.Namespace(**json.loads(given))
-    for name in ("gguf", "rows"):
-        path = getattr(options, name)
-        setattr(options, name, None if path is None else Path(path))
-    device = torch.device(options.device)
-    loaded = subject.load_subject(options, "fp32")
-    examples = loaded.examples(_SETS * options.examples)
-    # One row of each set in turn.
-    sets = {str(i): examples[i::_SETS] for i in range(_SETS)}
-    with tempfile.TemporaryDirectory(prefix="fastdean-states-", dir=options.folder) as folder:
-        wanted = {
-            "order": options.order,
-            "states": folder if options.files else "device",
-            "keep_top": options.keep_top,
-            "target_modules": options.targets,
-            "progress": False,
-        }
+    asked = json.loads(given)
+    device, checkpoint = torch.device(asked["device"]), asked["checkpoint"]
+    sets = {
+        name: [Example(*map(torch.tensor, example)) for example in each]
+        for name, each in json.loads(Path(asked["sets"]).read_text("utf-8")).items()
+    }
 
-        def run(chosen: dict[str, list[Example]]) -> None:
-            score_sets(loaded.model, chosen, **wanted)
+    def opened() -> Any:
+        """In the dtype of the checkpoint."""
+        if asked["streamed"]:
+            return stream_model(checkpoint, device=str(device))
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device).eval()
 
-        # What is asked of a model once, and what torch loads on first use.
-        run({name: each[:_WARM_UP] for name, each in sets.items()})
-        sample = timed(lambda: run(sets), device)
-    work = _work(loaded.model, examples, options)
-    tokens = sum(len(example) for example in examples)
-    print(json.dumps({**vars(sample), **work, "tokens": tokens, "name": loaded.name}))
+    def run(chosen: dict[str, list[Example]]) -> None:
+        score_sets(model, chosen, **asked["options"], progress=False)
 
-
-def _work(
-    model: nn.Module, examples: list[Example], options: argparse.Namespace
-) -> dict[str, object]:
-    """As `score`'s; by layers a forward more through every layer, and every weight read twice."""
-    case = score_case(model, examples, target_modules=options.targets, contenders=())
-    operations, read = case.operations, case.bytes
-    if options.order == "layers":
-        again = sum(target.weight.numel() for target in find_targets(model, "all"))
-        operations += 2 * again * case.settings["tokens"]
-        read += again * next(model.parameters()).element_size()
-    shapes = [vars(shape) for shape in case.shapes]
-    return {"operations": operations, "bytes": read, "shapes": shapes}
+    model = opened()
+    # What is asked of a model once, and what torch loads on first use.
+    first = next(iter(sets))
+    run({first: sets[first][:_WARM_UP]})
+    if asked["streamed"]:
+        model = None
+        held = Held(device)
+        model = opened()
+    else:
+        held = Held(device)
+    seconds = elapsed(lambda: run(sets), device)
+    print(json.dumps({"seconds": seconds, "peak_bytes": held.added_bytes()}))
 
 
 if __name__ == "__main__":

@@ -1,147 +1,207 @@
-"""`orders`: three data sets batch by batch, and layer by layer with states in memory and in files.
+"""`orders`: three data sets batch by batch, and layer by layer with states in memory and in files,
+the last also with the weights left in the files of a checkpoint (`stream_model`).
 
-Each turn is a process of its own, so that no memory of one is another's.
+Each turn is a process of its own, so that no memory of one is another's. All read the model from
+one checkpoint, written before; the time of reading it is counted of the streamed model alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness import gate, store, tables
-from benchmarks.harness.command import positive
-from benchmarks.harness.rates import Floor, MatrixShape, copy_bandwidth, matrix_rate
+from benchmarks.harness import command, gate, tables
+from benchmarks.harness.cases import Case
+from benchmarks.harness.processes import finished
+from benchmarks.harness.rates import copy_bandwidth, matrix_rate
 from benchmarks.harness.session import Sample, Session, most, seconds_of, take_turns
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
 from benchmarks.score import subject
+from benchmarks.score.work import score_case
+from fastdean.coupling.targets import find_targets
 
-_KEEP_TOP = 1e-3
-_BATCHES = "batches"
-# Contender -> the order, and whether states lie in files.
-_WAYS = {
-    _BATCHES: ("batches", False),
-    "layers": ("layers", False),
-    "layers, files": ("layers", True),
+_SETS, _KEEP_TOP = 3, 1e-3
+
+
+class Way(NamedTuple):
+    """The order, whether states lie in files, and whether the weights stay in theirs."""
+
+    order: str
+    files: bool = False
+    streamed: bool = False
+
+
+_BATCHES, _LAYERS, _STREAMED = "batches", "layers", "layers, streamed"
+WAYS = {
+    _BATCHES: Way("batches"),
+    _LAYERS: Way("layers"),
+    "layers, files": Way("layers", files=True),
+    _STREAMED: Way("layers", files=True, streamed=True),
 }
-# What the order of the layers is built to: times the batches' time and, in files, their memory.
-_AIMS = "Aims: at most 1.35x the time of batches, and with states in files 0.4x their memory"
+# What the order of the layers is built to.
+_AIMS = (
+    "Aims: layers at most 1.35x the time of batches, with states in files 0.4x their memory; "
+    "streamed, with states in files, 1.1x the time of layers"
+)
+
+
+class Written(NamedTuple):
+    """What a model's checkpoint and its examples were written for.
+
+    Attributes:
+        case: the work that going batch by batch cannot avoid.
+        again: weights that the order of the layers takes through one forward pass more.
+        weight_bytes: of the loaded model.
+    """
+
+    case: Case
+    again: int
+    weight_bytes: int
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     subject.add_options(parser)
-    parser.set_defaults(examples=32)
-    add = parser.add_argument
-    add("--repeats", type=positive, default=3)
-    said = "where states in files lie: it chooses the disk"
-    add("--folder", type=Path, default=Path(tempfile.gettempdir()), help=said)
+    said = "where checkpoint and states are written, and removed again: it chooses the disk"
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help=said)
+    command.repeats(parser, 3)
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
-    return gate.test_files("by_layers")
+    return gate.test_files("by_layers", "streaming")
 
 
 def run(session: Session) -> int:
-    """Append one record per order, in fp32; `--examples` are those of each of the three sets."""
+    """Append one record per way, in fp32; `--examples` are those of each of the three sets."""
     options = session.options
     setup = {"dtype": "fp32", "examples": options.examples, "keep_top": _KEEP_TOP}
-    done = session.earlier("orders", set(_WAYS), setup, same_command=True)
+    done = session.earlier("orders", set(WAYS), setup, same_command=True)
     for _ in session.due([] if done else [setup], "comparisons"):
-        found: dict[str, list[dict]] = {name: [] for name in _WAYS}
-        turns = {name: partial(_turn, options, name, found[name]) for name in _WAYS}
-        ended = {name: samples for name, samples, _ in take_turns(turns, options.repeats)}
-        shapes = [MatrixShape(**shape) for shape in found[_BATCHES][0]["shapes"]]
+        with tempfile.TemporaryDirectory(prefix="fastdean-orders-", dir=options.folder) as folder:
+            written = _write(options, Path(folder))
+            turns = {name: partial(_turn, options, Path(folder), WAYS[name]) for name in WAYS}
+            taken = list(take_turns(turns, options.repeats))
         rates = {
-            "matrix_rate": matrix_rate(shapes, torch.float32, session.device),
+            "matrix_rate": matrix_rate(written.case.products, torch.float32, session.device),
             "copy_bandwidth": copy_bandwidth(session.device),
         }
-        rows = []
-        for name, samples in ended.items():
-            work = found[name][0]
-            floor = Floor(work["operations"], work["bytes"], **rates)
-            rows.append(_record(session, setup, name, samples, work, floor))
+        rows = [_record(session, setup, name, each, written, rates) for name, each, _ in taken]
         print(tables.rendered(TABLE, rows))
     return 0
 
 
-def _turn(options: argparse.Namespace, name: str, found: list[dict]) -> Sample:
-    order, files = _WAYS[name]
-    given = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
-    given = {key: v for key, v in given.items() if isinstance(v, str | int | float | None)}
-    given |= {"order": order, "files": files, "keep_top": _KEEP_TOP}
-    command = [sys.executable, "-m", "benchmarks.score.order_once", json.dumps(given)]
-    paths = [str(store.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, capture_output=True, text=True, env=variables)
-    if done.returncode != 0:
-        said = (done.stderr.strip() or "nothing").splitlines()[-1]
-        raise RuntimeError(
-            f"{name} must end well to be timed, got exit code {done.returncode} and {said!r}; "
-            "nothing was recorded"
-        )
-    found.append(json.loads(done.stdout.splitlines()[-1]))
-    return Sample(found[-1]["seconds"], found[-1]["peak_bytes"])
+def _write(options: argparse.Namespace, folder: Path) -> Written:
+    """The model and three sets of examples, one row of each in turn."""
+    model, name, examples_of = subject.load_subject(options, "fp32")
+    examples = examples_of(_SETS * options.examples)
+    pairs = [[each.input_ids.tolist(), each.labels.tolist()] for each in examples]
+    sets = {str(i): pairs[i::_SETS] for i in range(_SETS)}
+    _sets_in(folder).write_text(json.dumps(sets), encoding="utf-8")
+    model.save_pretrained(_checkpoint_in(folder))
+    targets, name = options.targets, f"{name}, {options.targets}"
+    return Written(
+        score_case(model, examples, target_modules=targets, contenders=(), op="orders", name=name),
+        sum(target.module.weight.numel() for target in find_targets(model, "all")),
+        sum(each.numel() * each.element_size() for each in model.parameters()),
+    )
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    return folder / "checkpoint"
+
+
+def _sets_in(folder: Path) -> Path:
+    return folder / "sets.json"
+
+
+def _turn(options: argparse.Namespace, folder: Path, way: Way) -> Sample:
+    asked = {
+        "checkpoint": str(_checkpoint_in(folder)),
+        "sets": str(_sets_in(folder)),
+        "device": options.device,
+        "streamed": way.streamed,
+        "options": {
+            "order": way.order,
+            "states": str(folder / "states") if way.files else "device",
+            "keep_top": _KEEP_TOP,
+            "target_modules": options.targets,
+        },
+    }
+    once = [sys.executable, "-m", "benchmarks.score.order_once", json.dumps(asked)]
+    return Sample(**json.loads(finished(once).splitlines()[-1]))
 
 
 def _record(
     session: Session,
-    setup: dict,
+    setup: dict[str, Any],
     name: str,
     samples: Sequence[Sample],
-    work: dict,
-    floor: Floor,
+    written: Written,
+    rates: dict[str, float],
 ) -> Record:
-    seconds = seconds_of(samples)
+    """The floor is the way's own; by layers every weight of a layer is read twice."""
+    case, seconds = written.case, seconds_of(samples)
+    tokens, operations, read = case.settings["tokens"], case.operations, case.bytes
+    if WAYS[name].order == "layers":
+        operations += 2 * written.again * tokens
+        read += torch.float32.itemsize * written.again
+    floor_s = max(operations / rates["matrix_rate"], read / rates["copy_bandwidth"])
     metrics = {
         "peak_bytes": most([sample.peak_bytes for sample in samples]),
-        "tokens_per_s": work["tokens"] / seconds["median_s"],
-        **vars(floor),
-        "floor_s": floor.seconds,
-        "share_of_floor": floor.seconds / seconds["median_s"],
+        "tokens_per_s": tokens / seconds["median_s"],
+        "operations": operations,
+        "bytes": read,
+        **rates,
+        "floor_s": floor_s,
+        "share_of_floor": floor_s / seconds["median_s"],
     }
-    ran = {"repeats": len(samples), "tokens": work["tokens"]}
-    case = f"{work['name']}, {session.options.targets}"
+    ran = {"repeats": len(samples), "tokens": tokens, "weight_bytes": written.weight_bytes}
     parts = {"setup": setup | ran, "seconds": seconds, "metrics": metrics}
-    return session.append("orders", case, name, **parts)
+    return session.append(case.op, case.name, name, **parts)
 
 
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
-    batches = next((row for row in rows if row.contender == _BATCHES), None)
-    header = ["order", "seconds (p20 to p80)", "of batches' time", "peak memory above the model"]
+    of = {row.contender: row for row in rows}
+    header = ["order", "seconds (p20 to p80)", "of batches' time", "of layers' time"]
     lines = [
         [
             row.contender,
             tables.spread(row),
-            _share(row, batches, "median_s"),
-            tables.megabytes(row["peak_bytes"]),
-            _share(row, batches, "peak_bytes"),
-            f"{row['share_of_floor']:.0%}",
+            *(_share(row["median_s"], of[name]["median_s"]) for name in (_BATCHES, _LAYERS)),
+            *tables.memory_and_floor(row),
         ]
         for row in rows
     ]
-    return [*header, "of batches' memory", "own floor / time"], lines
+    for row, line in zip(rows, lines, strict=True):
+        batches, model = of[_BATCHES]["peak_bytes"], row["weight_bytes"]
+        if row.contender == _STREAMED and batches is not None:
+            batches += model
+        line.insert(-1, _share(row["peak_bytes"], batches))
+    return [*header, "peak memory", "of batches' memory", "own floor / time"], lines
 
 
-def _share(row: Record, batches: Record | None, what: str) -> str:
-    if batches is None or row[what] is None or not batches[what]:
-        return tables.NOT_MEASURED
-    return f"{row[what] / batches[what]:.2f}x"
+def _share(part: float | None, whole: float | None) -> str:
+    return tables.NOT_MEASURED if part is None or not whole else f"{part / whole:.2f}x"
 
 
 def _notes(rows: Sequence[Record]) -> list[str]:
     row = rows[0]
-    size = f"3 data sets of {row['examples']} examples, {row['tokens']} tokens in all"
+    size = f"{_SETS} data sets of {row['examples']} examples, {row['tokens']} tokens in all"
     kept = f"fp32, keep_top {row['keep_top']:g}, {row['repeats']} rounds, each a process of its own"
-    return [f"{row.case}. {size}, {kept}. {_AIMS}. {tables.provenance_line(row)}"]
+    memory = (
+        f"Memory is above the loaded model ({tables.megabytes(row['weight_bytes'])}); streamed it "
+        "is above the process before it opened the checkpoint, mapped pages of weights included, "
+        "and of batches' with the model. The checkpoint was written just before"
+    )
+    return [f"{row.case}. {size}, {kept}. {memory}. {_AIMS}. {tables.provenance_line(row)}"]
 
 
 _KEYS = ("device", "case", "examples")

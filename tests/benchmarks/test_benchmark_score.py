@@ -7,7 +7,6 @@ import json
 import math
 import re
 from contextlib import redirect_stdout
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -352,25 +351,57 @@ def test_every_kernel_of_ours_has_a_group():
 
 
 def test_the_orders_take_turns_on_the_same_examples(benchmark, tmp_path, monkeypatch):
-    def here(command, **options):
+    asked = []
+
+    def here(command):
         """A process would take longer to import torch than to score."""
+        asked.append(json.loads(command[-1]))
         said = io.StringIO()
         with redirect_stdout(said):
             order_once.main(command[-1])
-        return SimpleNamespace(returncode=0, stdout=said.getvalue())
+        return said.getvalue()
 
-    monkeypatch.setattr(orders, "subprocess", SimpleNamespace(run=here))
-    monkeypatch.setattr(orders, "matrix_rate", lambda *_: 1e9)
-    monkeypatch.setattr(orders, "copy_bandwidth", lambda *_: 1e9)
-    asked = ("orders", "--random-model", "toy", "--tokens", "12", "--examples", "2")
-    assert benchmark(*asked, "--repeats", "1", "--folder", str(tmp_path)) == 0
+    monkeypatch.setattr(orders, "finished", here)
+    chosen = ("orders", "--random-model", "toy", "--tokens", "12", "--examples", "2")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    assert benchmark(*chosen, "--repeats", "1", "--folder", str(scratch)) == 0
     rows = read(tmp_path, "orders")
-    assert [row.contender for row in rows] == ["batches", "layers", "layers, files"]
-    batches, layers, files = rows
+    names = ["batches", "layers", "layers, files", "layers, streamed"]
+    assert contenders(rows) == names
+    assert [(each["options"]["order"], each["streamed"]) for each in asked] == [
+        ("batches", False), ("layers", False), ("layers", False), ("layers", True),
+    ]  # fmt: skip
+    assert [each["options"]["states"] == "device" for each in asked] == [True, True, False, False]
+    batches, *layers = rows
     assert all(row["tokens"] == 3 * 2 * 12 and row["median_s"] > 0 for row in rows)
     # A forward more through the matrices of both layers.
-    again = 2 * 72 * 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
-    assert layers["operations"] == files["operations"] == batches["operations"] + again
+    again = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
+    for row in layers:
+        assert row["operations"] == batches["operations"] + 2 * 72 * again
+        assert row["bytes"] == batches["bytes"] + 4 * again
+    assert not list(scratch.iterdir())
+
+
+def test_the_table_of_the_orders_says_above_what_each_peak_is(tmp_path):
+    def row(name, seconds, peak_bytes):
+        timed = dict.fromkeys(("median_s", "p20_s", "p80_s"), seconds)
+        setup = {"dtype": "fp32", "examples": 2, "tokens": 72, "keep_top": 1e-3, "repeats": 1}
+        metrics = {"peak_bytes": peak_bytes, "share_of_floor": 0.5}
+        here = environment.collect(CPU, ["-m", "benchmarks", "orders"])
+        setup["weight_bytes"] = int(300e6)
+        return store.Record("orders", "tiny", name, setup, timed, metrics, environment=here)
+
+    peaks = {"batches": 200, "layers": 100, "layers, files": 50, "layers, streamed": 250}
+    seconds = (2.0, 2.5, 2.6, 3.0)
+    rows = [
+        row(name, s, int(1e6 * peak))
+        for s, (name, peak) in zip(seconds, peaks.items(), strict=True)
+    ]
     text = tables.rendered(orders.TABLE, rows)
-    assert "| layers, files |" in text and "| 1.00x |" in text and "Aims: at most 1.35x" in text
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("fastdean-states")]
+    assert "| layers, files | 2.60 (2.60 to 2.60) | 1.30x | 1.04x | 50 MB | 0.25x | 50% |" in text
+    # 250 of 200 + 300: a streamed model's own weights are among its memory.
+    assert "| layers, streamed | 3.00 (3.00 to 3.00) | 1.50x | 1.20x | 250 MB | 0.50x |" in text
+    assert "Memory is above the loaded model (300 MB); streamed it is above the process" in text
+    text = tables.rendered(orders.TABLE, [row(name, 1.0, None) for name in peaks])
+    assert text.count("| not measured | not measured |") == 4
