@@ -22,7 +22,7 @@ namespace fastdean {
 
 // Rises by one with every change of a struct or signature in this file, or of the constants and
 // functions that Python sees. fastdean/native/extension.py refuses any number but its own.
-constexpr int kAbiVersion = 8;
+constexpr int kAbiVersion = 9;
 
 constexpr int kMaxRank = 8;
 
@@ -132,6 +132,33 @@ struct ImportanceParams {
   FASTDEAN_IMPORTANCE_PARAMS(FASTDEAN_FIELD)
 };
 
+// select_top: the flat indices of the k entries of highest importance sums * |weight| / num_examples,
+// every step in fp32; positive ones only, ties to the lowest index.
+// clang-format off
+#define FASTDEAN_SELECTION_PARAMS(field) \
+  field(Address, sums)            /* fp32 [rows, columns] */ \
+  field(Number, sums_stride_r) \
+  field(Number, sums_stride_c) \
+  field(Address, weight)          /* [rows, columns], or 0: importance is sums / num_examples */ \
+  field(Number, weight_stride_r) \
+  field(Number, weight_stride_c) \
+  field(DType, weight_dtype) \
+  field(Number, rows) \
+  field(Number, columns) \
+  field(Number, num_examples)     /* at least 1 */ \
+  field(Number, k)                /* at most rows * columns */ \
+  field(Address, indices)         /* int64 [k], written in ascending order */ \
+  field(Address, found)           /* int64 [3], written: how many indices there are; the index of the \
+                                     first importance that is infinite or NaN, or -1; its fp32 bits */ \
+  field(CpuLevel, level)          /* one that this processor has */ \
+  field(Number, num_workers)      /* threads that share the work, at least 1 */ \
+  field(Address, workspace)       /* of select_top_workspace_bytes */
+// clang-format on
+
+struct SelectionParams {
+  FASTDEAN_SELECTION_PARAMS(FASTDEAN_FIELD)
+};
+
 enum class CollapseStatistic : int64_t {
   kStd = 0,
   kCv = 1,
@@ -220,6 +247,12 @@ int64_t accumulate_importance_workspace_bytes(const ImportanceParams& params);
 
 // Checks level, dtype and segments, then adds to acc; leaves it alone unless kOk.
 Status accumulate_importance_cpu(const ImportanceParams& params);
+
+// Reads sizes and k.
+int64_t select_top_workspace_bytes(const SelectionParams& params);
+
+// Checks level and dtype; writes nothing unless kOk.
+Status select_top_cpu(const SelectionParams& params);
 
 // For forward and backward; reads everything but the addresses.
 int64_t collapse_workspace_bytes(const CollapseParams& params);

@@ -16,6 +16,7 @@ from benchmarks.harness.cases import Case, Contender, implementation
 from fastdean.ops import select_top
 
 OP = "selection"
+IMPLEMENTATIONS = ("triton", "native", "reference")
 SHAPE, RATIOS = (18944, 3584), (1e-5, 5e-7, 1e-6, 1e-4, 1e-3, 1e-2)
 TOY_SHAPE, TOY_RATIOS = (64, 48), (1e-3, 1e-2)
 # A power of two: dividing by it rounds nothing, so that a baseline may leave the division out.
@@ -60,7 +61,7 @@ def case(rows: int, columns: int, ratio: float) -> Case:
         expected=partial(_expected, k),
         error=share_wrong,
         contenders=(
-            *(implementation("select_top", impl, run, **ours) for impl in ("triton", "reference")),
+            *(implementation("select_top", impl, run, **ours) for impl in IMPLEMENTATIONS),
             # It may take another one of several equal entries at the threshold.
             Contender("torch.topk", topk, tolerance=1e-5, capturable=False),
         ),

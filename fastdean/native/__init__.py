@@ -16,6 +16,7 @@ from fastdean.native.extension import (
 )
 from fastdean.native.importance import accumulate_importance_
 from fastdean.native.masks import gather_at, write_at_, zero_at_
+from fastdean.native.selection import select_top
 
 __all__ = [
     "ABI_VERSION",
@@ -28,6 +29,7 @@ __all__ = [
     "cpu_level",
     "gather_at",
     "refusal",
+    "select_top",
     "status",
     "write_at_",
     "zero_at_",

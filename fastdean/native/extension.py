@@ -19,7 +19,7 @@ from fastdean.native import structs
 from fastdean.wording.mendable import StateError
 
 # The number in csrc/fastdean.h that this package was written for.
-ABI_VERSION = 8
+ABI_VERSION = 9
 
 _DTYPE_CODES = {
     torch.float16: "DTYPE_FLOAT16",
@@ -100,6 +100,7 @@ def _build_of(extension: ModuleType) -> BuildFacts:
             CpuLevels(
                 "accumulate_importance_", extension.IMPORTANCE_LEVELS, extension.IMPORTANCE_LEVEL
             ),
+            CpuLevels("select_top", extension.SELECTION_LEVELS, extension.SELECTION_LEVEL),
             CpuLevels("collapse_alignment", extension.COLLAPSE_LEVELS, extension.COLLAPSE_LEVEL),
         ),
         cuda_sources=tuple(

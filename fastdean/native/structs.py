@@ -30,6 +30,12 @@ STRUCTS = {
         "Number rows, Number columns, Number tokens, Address segments, Number num_segments, "
         "CpuLevel level, Number num_workers, Address workspace"
     ),
+    "SelectionParams": _fields(
+        "Address sums, Number sums_stride_r, Number sums_stride_c, "
+        "Address weight, Number weight_stride_r, Number weight_stride_c, DType weight_dtype, "
+        "Number rows, Number columns, Number num_examples, Number k, "
+        "Address indices, Address found, CpuLevel level, Number num_workers, Address workspace"
+    ),
     "CollapseParams": _fields(
         "Address features, Number features_stride, DType features_dtype, Address labels, "
         "Address weight, Number weight_stride, DType weight_dtype, "

@@ -30,7 +30,7 @@ def select_top(
     Args:
         sums, weight, num_examples: see `reference.importance`.
         k: how many at most; 0 gives an empty result.
-        impl: None (by device), "reference" or "triton".
+        impl: None (by device), "reference", "triton" or "native" (CPU).
     Returns:
         int64 [min(k, positive entries)] on the device of `sums`.
     Raises:

@@ -122,7 +122,7 @@ def test_the_contenders_are_those_that_are_to_be_measured(monkeypatch):
     assert names == {
         "importance": plain
         | {"triton", "native", "reference", "mm per example", "bmm, padded", "torch.compile"},
-        "selection": {"triton", "reference", "torch.topk"},
+        "selection": {"triton", "native", "reference", "torch.topk"},
         "unit_importance": {"triton", "reference", "torch", "torch.compile"},
         "expert_importance": plain
         | {"triton", "reference", "triton, expert by expert", "mm per segment"},

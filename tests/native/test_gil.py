@@ -89,10 +89,16 @@ def places():
     return [random(1_000_000)], [torch.arange(0, 1_000_000, 2)]
 
 
+def select():
+    sums = random(2000, 2000).abs()
+    native.select_top(sums, sums, 3, 100_000)
+
+
 CALLS = {
     "accumulate_importance_cpu": accumulate,
     "collapse_alignment_cpu": collapse,
     "collapse_alignment_backward_cpu": collapse,
+    "select_top_cpu": select,
     "gather_at_cpu": lambda: native.gather_at(*places()),
     "write_at_cpu": lambda: native.write_at_(*places(), [torch.ones(500_000)]),
     "zero_at_cpu": lambda: native.zero_at_(*places()),

@@ -144,7 +144,7 @@ def run(op, impl, **changed):
     return call(**{**tensors(), **changed}, impl=named)
 
 
-NOT_NATIVE = {"accumulate_unit_importance_", "accumulate_expert_importance_", "select_top"}
+NOT_NATIVE = {"accumulate_unit_importance_", "accumulate_expert_importance_"}
 
 
 @pytest.mark.parametrize("op, name", ARGUMENTS)
