@@ -88,6 +88,17 @@ void raise_unless_ok(fastdean::Status status, const fastdean::SelectionParams& p
                   "", p.level});
 }
 
+void raise_unless_ok(fastdean::Status status, const fastdean::ImportanceSelectionParams& p) {
+  if (status == fastdean::Status::kOk) return;
+  refuse(status, {"x and g must be float32, bfloat16 or float16, and weight one of these or float64, "
+                  "got " +
+                      dtype_name(p.dtype) + " and " + dtype_name(p.weight_dtype) +
+                      "; cast them, or use impl='reference'",
+                  "segments must satisfy 0 <= start <= end <= " + std::to_string(p.tokens) +
+                      ", got others; check the batch's layout",
+                  p.level});
+}
+
 void raise_unless_ok(fastdean::Status status, const fastdean::CollapseParams& p) {
   if (status == fastdean::Status::kOk) return;
   refuse(status, {"features, weight and sums must be float32, bfloat16 or float16 with sums in "
@@ -238,6 +249,8 @@ PYBIND11_MODULE(_C, m) {
   structs["PlacesRow"] = fields({FASTDEAN_PLACES_ROW(FASTDEAN_FIELD_NAME)});
   structs["ImportanceParams"] = fields({FASTDEAN_IMPORTANCE_PARAMS(FASTDEAN_FIELD_NAME)});
   structs["SelectionParams"] = fields({FASTDEAN_SELECTION_PARAMS(FASTDEAN_FIELD_NAME)});
+  structs["ImportanceSelectionParams"] =
+      fields({FASTDEAN_IMPORTANCE_SELECTION_PARAMS(FASTDEAN_FIELD_NAME)});
   structs["CollapseParams"] = fields({FASTDEAN_COLLAPSE_PARAMS(FASTDEAN_FIELD_NAME)});
   m.attr("STRUCTS") = structs;
   m.attr("DTYPE_FLOAT16") = static_cast<int64_t>(fastdean::DType::kFloat16);
@@ -251,6 +264,7 @@ PYBIND11_MODULE(_C, m) {
   add_levels(m, "COLLAPSE", fastdean::kCollapseLevels);
 
   using fastdean::CollapseParams, fastdean::ImportanceParams, fastdean::SelectionParams;
+  using fastdean::ImportanceSelectionParams;
   def_workspace_bytes<ImportanceParams, fastdean::accumulate_importance_workspace_bytes>(
       m, "accumulate_importance_workspace_bytes");
   def_params_cpu<ImportanceParams, fastdean::accumulate_importance_cpu>(
@@ -258,6 +272,10 @@ PYBIND11_MODULE(_C, m) {
   def_workspace_bytes<SelectionParams, fastdean::select_top_workspace_bytes>(
       m, "select_top_workspace_bytes");
   def_params_cpu<SelectionParams, fastdean::select_top_cpu>(m, "select_top_cpu");
+  def_workspace_bytes<ImportanceSelectionParams, fastdean::select_importance_workspace_bytes>(
+      m, "select_importance_workspace_bytes");
+  def_params_cpu<ImportanceSelectionParams, fastdean::select_importance_cpu>(
+      m, "select_importance_cpu");
   def_workspace_bytes<CollapseParams, fastdean::collapse_workspace_bytes>(
       m, "collapse_workspace_bytes");
   def_params_cpu<CollapseParams, fastdean::collapse_alignment_cpu>(m, "collapse_alignment_cpu");

@@ -159,6 +159,39 @@ struct SelectionParams {
   FASTDEAN_SELECTION_PARAMS(FASTDEAN_FIELD)
 };
 
+// select_importance: select_top of the sums that accumulate_importance makes of each set's examples,
+// for one weight and any number of sets; the sums exist for a few rows at a time.
+// clang-format off
+#define FASTDEAN_IMPORTANCE_SELECTION_PARAMS(field) \
+  field(Address, x)               /* [tokens, columns] */ \
+  field(Number, x_stride_t) \
+  field(Number, x_stride_c) \
+  field(Address, g)               /* [tokens, rows] */ \
+  field(Number, g_stride_t) \
+  field(Number, g_stride_r) \
+  field(DType, dtype)             /* of x and g; not kFloat64 */ \
+  field(Address, weight)          /* [rows, columns], of column stride 1 */ \
+  field(Number, weight_stride_r) \
+  field(DType, weight_dtype) \
+  field(Number, rows) \
+  field(Number, columns) \
+  field(Number, tokens) \
+  field(Address, segments)        /* int64 [examples, 2]: start and end row, set after set */ \
+  field(Address, set_starts)      /* int64 [num_sets + 1]: the first example of each, and the end */ \
+  field(Address, ks)              /* int64 [num_sets]: each at most rows * columns */ \
+  field(Number, num_sets) \
+  field(Address, indices)         /* int64, written: ascending, room for k of each set in turn */ \
+  field(Address, sums)            /* fp32, written: the sums there */ \
+  field(Address, found)           /* int64 [num_sets, 3], written: as that of select_top */ \
+  field(CpuLevel, level)          /* one that this processor has */ \
+  field(Number, num_workers)      /* threads that share the work, at least 1 */ \
+  field(Address, workspace)       /* of select_importance_workspace_bytes */
+// clang-format on
+
+struct ImportanceSelectionParams {
+  FASTDEAN_IMPORTANCE_SELECTION_PARAMS(FASTDEAN_FIELD)
+};
+
 enum class CollapseStatistic : int64_t {
   kStd = 0,
   kCv = 1,
@@ -253,6 +286,12 @@ int64_t select_top_workspace_bytes(const SelectionParams& params);
 
 // Checks level and dtype; writes nothing unless kOk.
 Status select_top_cpu(const SelectionParams& params);
+
+// Reads sizes, segments, sets and ks.
+int64_t select_importance_workspace_bytes(const ImportanceSelectionParams& params);
+
+// Checks level, dtypes and segments; writes nothing unless kOk.
+Status select_importance_cpu(const ImportanceSelectionParams& params);
 
 // For forward and backward; reads everything but the addresses.
 int64_t collapse_workspace_bytes(const CollapseParams& params);

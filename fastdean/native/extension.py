@@ -159,6 +159,11 @@ def loaded() -> ModuleType:
     return extension
 
 
+def has_dtype(dtype: torch.dtype) -> bool:
+    """Whether the extension can be given tensors of `dtype`."""
+    return dtype in _DTYPE_CODES
+
+
 def dtype_code(dtype: torch.dtype) -> int:
     """The `DType` of csrc/fastdean.h."""
     return getattr(loaded(), _DTYPE_CODES[dtype])

@@ -99,7 +99,8 @@ _TRITON = _Implementation(
 _NATIVE = _Implementation("native", lambda device, dtype: native.refusal(device), _unchecked)
 _NATIVE_ACCUMULATION = _Implementation("native", _native_accumulation_refuses)
 _NATIVE_SELECTION = _Implementation("native", _native_selection_refuses)
-ONLY_ON_CPU = (_NATIVE_ACCUMULATION, _NATIVE_SELECTION)
+_NATIVE_FUSED = _Implementation("native", _native_accumulation_refuses)
+ONLY_ON_CPU = (_NATIVE_ACCUMULATION, _NATIVE_SELECTION, _NATIVE_FUSED)
 
 _TRITON_HOME = {
     "accumulate_importance_": "fastdean.kernels.importance",
@@ -113,6 +114,7 @@ _TABLE: dict[str, tuple[_Implementation, ...]] = {
     "accumulate_expert_importance_": (_TRITON, _REFERENCE),
     "accumulate_unit_importance_": (_TRITON, _REFERENCE),
     "select_top": (_TRITON, _NATIVE_SELECTION, _REFERENCE),
+    "select_importance": (_NATIVE_FUSED, _REFERENCE),
     "gather_at": (_NATIVE, _REFERENCE),
     "write_at_": (_NATIVE, _REFERENCE),
     "zero_at_": (_NATIVE, _REFERENCE),
