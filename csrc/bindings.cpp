@@ -7,6 +7,7 @@
 #include "collapse_levels.h"
 #include "fastdean.h"
 #include "importance_levels.h"
+#include "selection_levels.h"
 
 #ifndef FASTDEAN_WITH_CUDA
 #define FASTDEAN_CUDA_VERSION ""
@@ -74,6 +75,24 @@ void raise_unless_ok(fastdean::Status status, const fastdean::PlacesParams&) {
 void raise_unless_ok(fastdean::Status status, const fastdean::ImportanceParams& p) {
   if (status == fastdean::Status::kOk) return;
   refuse(status, {"x and g must be float32, bfloat16 or float16, got " + dtype_name(p.dtype) +
+                      "; cast them, or use impl='reference'",
+                  "segments must satisfy 0 <= start <= end <= " + std::to_string(p.tokens) +
+                      ", got others; check the batch's layout",
+                  p.level});
+}
+
+void raise_unless_ok(fastdean::Status status, const fastdean::SelectionParams& p) {
+  if (status == fastdean::Status::kOk) return;
+  refuse(status, {"weight must be float32, bfloat16, float16 or float64, got " +
+                      dtype_name(p.weight_dtype) + "; cast it, or use impl='reference'",
+                  "", p.level});
+}
+
+void raise_unless_ok(fastdean::Status status, const fastdean::ImportanceSelectionParams& p) {
+  if (status == fastdean::Status::kOk) return;
+  refuse(status, {"x and g must be float32, bfloat16 or float16, and weight one of these or float64, "
+                  "got " +
+                      dtype_name(p.dtype) + " and " + dtype_name(p.weight_dtype) +
                       "; cast them, or use impl='reference'",
                   "segments must satisfy 0 <= start <= end <= " + std::to_string(p.tokens) +
                       ", got others; check the batch's layout",
@@ -229,6 +248,9 @@ PYBIND11_MODULE(_C, m) {
   py::dict structs;
   structs["PlacesRow"] = fields({FASTDEAN_PLACES_ROW(FASTDEAN_FIELD_NAME)});
   structs["ImportanceParams"] = fields({FASTDEAN_IMPORTANCE_PARAMS(FASTDEAN_FIELD_NAME)});
+  structs["SelectionParams"] = fields({FASTDEAN_SELECTION_PARAMS(FASTDEAN_FIELD_NAME)});
+  structs["ImportanceSelectionParams"] =
+      fields({FASTDEAN_IMPORTANCE_SELECTION_PARAMS(FASTDEAN_FIELD_NAME)});
   structs["CollapseParams"] = fields({FASTDEAN_COLLAPSE_PARAMS(FASTDEAN_FIELD_NAME)});
   m.attr("STRUCTS") = structs;
   m.attr("DTYPE_FLOAT16") = static_cast<int64_t>(fastdean::DType::kFloat16);
@@ -245,13 +267,22 @@ PYBIND11_MODULE(_C, m) {
 
   m.attr("CPU_LEVEL") = static_cast<int64_t>(fastdean::best_cpu_level());
   add_levels(m, "IMPORTANCE", fastdean::kImportanceLevels);
+  add_levels(m, "SELECTION", fastdean::kSelectionLevels);
   add_levels(m, "COLLAPSE", fastdean::kCollapseLevels);
 
-  using fastdean::CollapseParams, fastdean::ImportanceParams;
+  using fastdean::CollapseParams, fastdean::ImportanceParams, fastdean::SelectionParams;
+  using fastdean::ImportanceSelectionParams;
   def_workspace_bytes<ImportanceParams, fastdean::accumulate_importance_workspace_bytes>(
       m, "accumulate_importance_workspace_bytes");
   def_params_cpu<ImportanceParams, fastdean::accumulate_importance_cpu>(
       m, "accumulate_importance_cpu");
+  def_workspace_bytes<SelectionParams, fastdean::select_top_workspace_bytes>(
+      m, "select_top_workspace_bytes");
+  def_params_cpu<SelectionParams, fastdean::select_top_cpu>(m, "select_top_cpu");
+  def_workspace_bytes<ImportanceSelectionParams, fastdean::select_importance_workspace_bytes>(
+      m, "select_importance_workspace_bytes");
+  def_params_cpu<ImportanceSelectionParams, fastdean::select_importance_cpu>(
+      m, "select_importance_cpu");
   def_workspace_bytes<CollapseParams, fastdean::collapse_workspace_bytes>(
       m, "collapse_workspace_bytes");
   def_params_cpu<CollapseParams, fastdean::collapse_alignment_cpu>(m, "collapse_alignment_cpu");

@@ -132,6 +132,66 @@ struct ImportanceParams {
   FASTDEAN_IMPORTANCE_PARAMS(FASTDEAN_FIELD)
 };
 
+// select_top: the flat indices of the k entries of highest importance sums * |weight| / num_examples,
+// every step in fp32; positive ones only, ties to the lowest index.
+// clang-format off
+#define FASTDEAN_SELECTION_PARAMS(field) \
+  field(Address, sums)            /* fp32 [rows, columns] */ \
+  field(Number, sums_stride_r) \
+  field(Number, sums_stride_c) \
+  field(Address, weight)          /* [rows, columns], or 0: importance is sums / num_examples */ \
+  field(Number, weight_stride_r) \
+  field(Number, weight_stride_c) \
+  field(DType, weight_dtype) \
+  field(Number, rows) \
+  field(Number, columns) \
+  field(Number, num_examples)     /* at least 1 */ \
+  field(Number, k)                /* at most rows * columns */ \
+  field(Address, indices)         /* int64 [k], written in ascending order */ \
+  field(Address, found)           /* int64 [3], written: how many indices there are; the index of the \
+                                     first importance that is infinite or NaN, or -1; its fp32 bits */ \
+  field(CpuLevel, level)          /* one that this processor has */ \
+  field(Number, num_workers)      /* threads that share the work, at least 1 */ \
+  field(Address, workspace)       /* of select_top_workspace_bytes */
+// clang-format on
+
+struct SelectionParams {
+  FASTDEAN_SELECTION_PARAMS(FASTDEAN_FIELD)
+};
+
+// select_importance: select_top of the sums that accumulate_importance makes of each set's examples,
+// for one weight and any number of sets; the sums exist for a few rows at a time.
+// clang-format off
+#define FASTDEAN_IMPORTANCE_SELECTION_PARAMS(field) \
+  field(Address, x)               /* [tokens, columns] */ \
+  field(Number, x_stride_t) \
+  field(Number, x_stride_c) \
+  field(Address, g)               /* [tokens, rows] */ \
+  field(Number, g_stride_t) \
+  field(Number, g_stride_r) \
+  field(DType, dtype)             /* of x and g; not kFloat64 */ \
+  field(Address, weight)          /* [rows, columns], of column stride 1 */ \
+  field(Number, weight_stride_r) \
+  field(DType, weight_dtype) \
+  field(Number, rows) \
+  field(Number, columns) \
+  field(Number, tokens) \
+  field(Address, segments)        /* int64 [examples, 2]: start and end row, set after set */ \
+  field(Address, set_starts)      /* int64 [num_sets + 1]: the first example of each, and the end */ \
+  field(Address, ks)              /* int64 [num_sets]: each at most rows * columns */ \
+  field(Number, num_sets) \
+  field(Address, indices)         /* int64, written: ascending, room for k of each set in turn */ \
+  field(Address, sums)            /* fp32, written: the sums there */ \
+  field(Address, found)           /* int64 [num_sets, 3], written: as that of select_top */ \
+  field(CpuLevel, level)          /* one that this processor has */ \
+  field(Number, num_workers)      /* threads that share the work, at least 1 */ \
+  field(Address, workspace)       /* of select_importance_workspace_bytes */
+// clang-format on
+
+struct ImportanceSelectionParams {
+  FASTDEAN_IMPORTANCE_SELECTION_PARAMS(FASTDEAN_FIELD)
+};
+
 enum class CollapseStatistic : int64_t {
   kStd = 0,
   kCv = 1,
@@ -220,6 +280,18 @@ int64_t accumulate_importance_workspace_bytes(const ImportanceParams& params);
 
 // Checks level, dtype and segments, then adds to acc; leaves it alone unless kOk.
 Status accumulate_importance_cpu(const ImportanceParams& params);
+
+// Reads sizes and k.
+int64_t select_top_workspace_bytes(const SelectionParams& params);
+
+// Checks level and dtype; writes nothing unless kOk.
+Status select_top_cpu(const SelectionParams& params);
+
+// Reads sizes, segments, sets and ks.
+int64_t select_importance_workspace_bytes(const ImportanceSelectionParams& params);
+
+// Checks level, dtypes and segments; writes nothing unless kOk.
+Status select_importance_cpu(const ImportanceSelectionParams& params);
 
 // For forward and backward; reads everything but the addresses.
 int64_t collapse_workspace_bytes(const CollapseParams& params);

@@ -13,6 +13,7 @@
 
 #include "fastdean.h"
 #include "floats.h"
+#include "importance_chunks.h"
 #include "importance_levels.h"
 #include "importance_tile.h"
 #include "parallel.h"
@@ -20,7 +21,7 @@
 namespace fastdean {
 namespace {
 
-constexpr int64_t kAlignment = 64;
+constexpr int64_t kAlignment = kPanelAlignment;
 // Enough for workers of unequal speed to finish together.
 constexpr int64_t kItemsPerWorker = 8;
 
@@ -120,7 +121,8 @@ Pack pack_of(DType dtype) {
   }
 }
 
-// The bf16 instructions serve bf16 inputs alone.
+}  // namespace
+
 TileKernel kernel_of(CpuLevel level, DType dtype) {
 #ifdef FASTDEAN_X86_LEVELS
   const bool bf16 = dtype == DType::kBFloat16;
@@ -135,18 +137,10 @@ TileKernel kernel_of(CpuLevel level, DType dtype) {
   return tile_kernel<Portable>(pack_of(dtype));
 }
 
-// Some whole examples.
-struct Chunk {
-  int64_t first;   // number of its first example
-  int64_t count;   // how many examples
-  int64_t tokens;  // of all of them
-  int64_t steps;   // of all of them, in steps of the level
-};
-
-std::vector<Chunk> chunks_of(const ImportanceParams& p, const TileKernel& kernel) {
-  const auto* segments = reinterpret_cast<const int64_t*>(p.segments);
+std::vector<Chunk> chunks_of(const int64_t* segments, int64_t num_segments,
+                             const TileKernel& kernel) {
   std::vector<Chunk> chunks;
-  for (int64_t b = 0; b < p.num_segments; ++b) {
+  for (int64_t b = 0; b < num_segments; ++b) {
     const int64_t length = segments[2 * b + 1] - segments[2 * b];
     const int64_t steps = (length + kernel.tokens - 1) / kernel.tokens;
     if (chunks.empty() || chunks.back().tokens + length > kernel.chunk_tokens) {
@@ -158,6 +152,28 @@ std::vector<Chunk> chunks_of(const ImportanceParams& p, const TileKernel& kernel
   }
   return chunks;
 }
+
+std::vector<int64_t> steps_of(const int64_t* segments, const Chunk& chunk,
+                              const TileKernel& kernel) {
+  std::vector<int64_t> steps;
+  for (int64_t b = chunk.first; b < chunk.first + chunk.count; ++b) {
+    const int64_t length = segments[2 * b + 1] - segments[2 * b];
+    steps.push_back((length + kernel.tokens - 1) / kernel.tokens);
+  }
+  return steps;
+}
+
+bool segments_fit(const int64_t* segments, int64_t num_segments, int64_t tokens) {
+  for (int64_t b = 0; b < num_segments; ++b) {
+    if (segments[2 * b] < 0 || segments[2 * b + 1] > tokens ||
+        segments[2 * b] > segments[2 * b + 1]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+namespace {
 
 // How the work is cut.
 struct Plan {
@@ -174,7 +190,8 @@ Plan plan_of(const ImportanceParams& p) {
   Plan plan;
   plan.kernel = kernel_of(static_cast<CpuLevel>(p.level), static_cast<DType>(p.dtype));
   const TileKernel& kernel = plan.kernel;
-  plan.chunks = chunks_of(p, kernel);
+  plan.chunks =
+      chunks_of(reinterpret_cast<const int64_t*>(p.segments), p.num_segments, kernel);
   plan.row_panels = (p.rows + kernel.rows - 1) / kernel.rows;
   plan.column_panels = (p.columns + kernel.columns - 1) / kernel.columns;
   int64_t steps = 0;
@@ -322,20 +339,10 @@ Status accumulate_importance_cpu(const ImportanceParams& p) {
     return Status::kUnknownDType;
   }
   const auto* segments = reinterpret_cast<const int64_t*>(p.segments);
-  for (int64_t b = 0; b < p.num_segments; ++b) {
-    if (segments[2 * b] < 0 || segments[2 * b + 1] > p.tokens ||
-        segments[2 * b] > segments[2 * b + 1]) {
-      return Status::kIndexOutOfRange;
-    }
-  }
+  if (!segments_fit(segments, p.num_segments, p.tokens)) return Status::kIndexOutOfRange;
   const Plan plan = plan_of(p);
-  std::vector<int64_t> steps;
   for (const Chunk& chunk : plan.chunks) {
-    steps.clear();
-    for (int64_t b = chunk.first; b < chunk.first + chunk.count; ++b) {
-      const int64_t length = segments[2 * b + 1] - segments[2 * b];
-      steps.push_back((length + plan.kernel.tokens - 1) / plan.kernel.tokens);
-    }
+    const std::vector<int64_t> steps = steps_of(segments, chunk, plan.kernel);
     char* start = reinterpret_cast<char*>(round_up(p.workspace, kAlignment));
     Work work{p,  plan, chunk, steps.data(), start, start + plan.row_panels * plan.g_panel_bytes,
               {0}};

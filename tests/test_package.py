@@ -178,6 +178,7 @@ def test_info_names_the_instruction_sets_of_the_extension_and_of_this_processor(
         every = every[:4]
     assert {op: levels["compiled"] for op, levels in found.items()} == {
         "accumulate_importance_": every,
+        "select_top": every[:2],
         "collapse_alignment": every[:2],
     }
     assert found.keys() <= {row["op"] for row in facts["dispatch"]["cpu"]}

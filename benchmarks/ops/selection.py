@@ -51,7 +51,10 @@ def case(rows: int, columns: int, ratio: float) -> Case:
         expected=partial(_expected, k),
         error=share_wrong,
         contenders=(
-            *(implementation("select_top", impl, run, **ours) for impl in ("triton", "reference")),
+            *(
+                implementation("select_top", impl, run, **ours)
+                for impl in ("triton", "native", "reference")
+            ),
             # It may take another one of several equal entries at the threshold.
             Contender("torch.topk", topk, tolerance=1e-5, capturable=False),
         ),

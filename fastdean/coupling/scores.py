@@ -121,12 +121,17 @@ class ScoreEntry:
         weight, factor = self.weight, self.factor
         chosen = select_top(self.sums, factor, num_examples, k)
         if factor is not None:
-            weight = factor.flatten()[chosen.to(factor.device)]
-        sums = self.sums.flatten()[chosen]
+            weight = _values_at(factor, chosen.to(factor.device))
+        sums = _values_at(self.sums, chosen)
         return replace(self, sums=sums, weight=weight, index=self._flat_index(chosen))
 
     def _flat_index(self, chosen: Tensor) -> Tensor:
         return chosen if self.index is None else self.index[chosen]
+
+
+def _values_at(tensor: Tensor, index: Tensor) -> Tensor:
+    """Entries by flat index, [M]; nothing of the tensor's size is copied, whatever its strides."""
+    return tensor[torch.unravel_index(index, tensor.shape)]
 
 
 def fingerprint(weight: Tensor) -> int:

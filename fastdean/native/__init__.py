@@ -15,7 +15,9 @@ from fastdean.native.extension import (
     status,
 )
 from fastdean.native.importance import accumulate_importance_
+from fastdean.native.importance_selection import select_importance
 from fastdean.native.masks import gather_at, write_at_, zero_at_
+from fastdean.native.selection import select_top
 
 __all__ = [
     "ABI_VERSION",
@@ -28,6 +30,8 @@ __all__ = [
     "cpu_level",
     "gather_at",
     "refusal",
+    "select_importance",
+    "select_top",
     "status",
     "write_at_",
     "zero_at_",

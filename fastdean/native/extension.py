@@ -100,6 +100,7 @@ def _build_of(extension: ModuleType) -> BuildFacts:
             CpuLevels(
                 "accumulate_importance_", extension.IMPORTANCE_LEVELS, extension.IMPORTANCE_LEVEL
             ),
+            CpuLevels("select_top", extension.SELECTION_LEVELS, extension.SELECTION_LEVEL),
             CpuLevels("collapse_alignment", extension.COLLAPSE_LEVELS, extension.COLLAPSE_LEVEL),
         ),
         cuda_sources=tuple(
@@ -156,6 +157,11 @@ def loaded() -> ModuleType:
     if extension is None:
         raise StateError(f"impl='native' must have a compiled extension; {found.reason}")
     return extension
+
+
+def has_dtype(dtype: torch.dtype) -> bool:
+    """Whether the extension can be given tensors of `dtype`."""
+    return dtype in _DTYPE_CODES
 
 
 def dtype_code(dtype: torch.dtype) -> int:

@@ -30,6 +30,20 @@ STRUCTS = {
         "Number rows, Number columns, Number tokens, Address segments, Number num_segments, "
         "CpuLevel level, Number num_workers, Address workspace"
     ),
+    "SelectionParams": _fields(
+        "Address sums, Number sums_stride_r, Number sums_stride_c, "
+        "Address weight, Number weight_stride_r, Number weight_stride_c, DType weight_dtype, "
+        "Number rows, Number columns, Number num_examples, Number k, "
+        "Address indices, Address found, CpuLevel level, Number num_workers, Address workspace"
+    ),
+    "ImportanceSelectionParams": _fields(
+        "Address x, Number x_stride_t, Number x_stride_c, "
+        "Address g, Number g_stride_t, Number g_stride_r, DType dtype, "
+        "Address weight, Number weight_stride_r, DType weight_dtype, "
+        "Number rows, Number columns, Number tokens, Address segments, Address set_starts, "
+        "Address ks, Number num_sets, Address indices, Address sums, Address found, "
+        "CpuLevel level, Number num_workers, Address workspace"
+    ),
     "CollapseParams": _fields(
         "Address features, Number features_stride, DType features_dtype, Address labels, "
         "Address weight, Number weight_stride, DType weight_dtype, "

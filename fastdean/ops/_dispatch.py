@@ -73,6 +73,14 @@ def _native_accumulation_refuses(device: torch.device, dtype: torch.dtype | None
     return native.refusal(device)
 
 
+def _native_selection_refuses(device: torch.device, dtype: torch.dtype | None) -> str:
+    if device.type != "cpu":
+        return f"the compiled selection runs on the CPU, not on {device.type}"
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return f"the compiled selection takes fp32, bf16, fp16 and fp64 weights, not {dtype}"
+    return native.refusal(device)
+
+
 def _slow_on_a_cpu(op: str, device: torch.device) -> str:
     return "interpreted kernels are slow; ask for it by name" if device.type == "cpu" else ""
 
@@ -89,7 +97,10 @@ _TRITON = _Implementation(
     "triton", lambda device, dtype: kernels.refusal(device, dtype), _slow_on_a_cpu
 )
 _NATIVE = _Implementation("native", lambda device, dtype: native.refusal(device), _unchecked)
-_NATIVE_ON_CPU = _Implementation("native", _native_accumulation_refuses)
+_NATIVE_ACCUMULATION = _Implementation("native", _native_accumulation_refuses)
+_NATIVE_SELECTION = _Implementation("native", _native_selection_refuses)
+_NATIVE_FUSED = _Implementation("native", _native_accumulation_refuses)
+ONLY_ON_CPU = (_NATIVE_ACCUMULATION, _NATIVE_SELECTION, _NATIVE_FUSED)
 
 _TRITON_HOME = {
     "accumulate_importance_": "fastdean.kernels.importance",
@@ -99,10 +110,11 @@ _TRITON_HOME = {
 }
 
 _TABLE: dict[str, tuple[_Implementation, ...]] = {
-    "accumulate_importance_": (_TRITON, _NATIVE_ON_CPU, _REFERENCE),
+    "accumulate_importance_": (_TRITON, _NATIVE_ACCUMULATION, _REFERENCE),
     "accumulate_expert_importance_": (_TRITON, _REFERENCE),
     "accumulate_unit_importance_": (_TRITON, _REFERENCE),
-    "select_top": (_TRITON, _REFERENCE),
+    "select_top": (_TRITON, _NATIVE_SELECTION, _REFERENCE),
+    "select_importance": (_NATIVE_FUSED, _REFERENCE),
     "gather_at": (_NATIVE, _REFERENCE),
     "write_at_": (_NATIVE, _REFERENCE),
     "zero_at_": (_NATIVE, _REFERENCE),

@@ -50,8 +50,8 @@ def accumulate_importance_(
         DEAN (arXiv 2410.16672), importance E_s |W_ij * dL(s)/dW_ij|; |W_ij| is multiplied once,
         later.
     """
-    _check_pair(x, g)
-    _check_segments(segments, x)
+    check_pair(x, g)
+    check_segments(segments, x)
     _check_accumulator(acc, (g.shape[1], x.shape[1]), x, g, segments)
     choose("accumulate_importance_", x.device, impl, x.dtype).callable(acc, x, g, segments)
     return acc
@@ -90,11 +90,11 @@ def accumulate_expert_importance_(
         ValueError, TypeError: shapes, dtypes or devices do not fit together, or CPU segments reach
             outside the inputs.
     """
-    _check_pair(x, g)
+    check_pair(x, g)
     check_tensor("acc", acc)
     if acc.dim() != 3:
         raise ValueError(f"acc must be [E, R, C], got {list(acc.shape)}; stack the experts")
-    _check_segments(segments, x, on_device=True)
+    check_segments(segments, x, on_device=True)
     _check_experts(experts, segments, acc.shape[0])
     shape = (acc.shape[0], g.shape[1], x.shape[1])
     _check_accumulator(acc, shape, x, g, segments, experts)
@@ -123,8 +123,8 @@ def accumulate_unit_importance_(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit together.
     """
-    _check_pair(a, g)
-    _check_segments(segments, a)
+    check_pair(a, g)
+    check_segments(segments, a)
     if a.shape[1] != g.shape[1]:
         raise ValueError(
             f"g must have as many columns as a ({a.shape[1]}), got {g.shape[1]}; "
@@ -136,7 +136,7 @@ def accumulate_unit_importance_(
     return acc
 
 
-def _check_pair(x: Tensor, g: Tensor) -> None:
+def check_pair(x: Tensor, g: Tensor) -> None:
     check_surroundings()
     for name, tensor in (("the inputs", x), ("g", g)):
         check_tensor(name, tensor)
@@ -158,7 +158,7 @@ def _check_pair(x: Tensor, g: Tensor) -> None:
     check_memory("g", g)
 
 
-def _check_segments(segments: Tensor, x: Tensor, *, on_device: bool = False) -> None:
+def check_segments(segments: Tensor, x: Tensor, *, on_device: bool = False) -> None:
     """`on_device`: they may lie on the inputs' device."""
     where = "the CPU or the inputs' device" if on_device else "the CPU"
     if not isinstance(segments, Tensor):

@@ -165,6 +165,25 @@ def select_top(sums: Tensor, weight: Tensor | None, num_examples: int, k: int) -
     return torch.cat([above, ties]).sort().values
 
 
+def select_importance(
+    x: Tensor,
+    g: Tensor,
+    segments: Tensor,
+    sets: Tensor,
+    weight: Tensor,
+    k: Sequence[int],
+) -> list[tuple[Tensor, Tensor]]:
+    """See `ops.select_importance`."""
+    found = []
+    for number, each in enumerate(k):
+        mine = segments[sets == number]
+        sums = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+        accumulate_importance_(sums, x, g, mine)
+        index = select_top(sums, weight, max(1, len(mine)), each)
+        found.append((index, sums.flatten()[index]))
+    return found
+
+
 def _at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 

@@ -30,14 +30,14 @@ def select_top(
     Args:
         sums, weight, num_examples: see `reference.importance`.
         k: how many at most; 0 gives an empty result.
-        impl: None (by device), "reference" or "triton".
+        impl: None (by device), "reference", "triton" or "native" (CPU).
     Returns:
         int64 [min(k, positive entries)] on the device of `sums`.
     Raises:
         ValueError: an importance is NaN or infinite, k is negative, or the shapes differ.
     """
     _check_matrix(sums, weight)
-    k, num_examples = _integer("k", k), _integer("num_examples", num_examples)
+    k, num_examples = integer("k", k), integer("num_examples", num_examples)
     if k < 0 or num_examples < 1:
         raise ValueError(
             f"k must be at least 0 and num_examples at least 1, got {k} and {num_examples}; "
@@ -66,7 +66,7 @@ def _check_matrix(sums: Tensor, weight: Tensor | None) -> None:
         )
 
 
-def _integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
     """Takes NumPy's integers too, but no tensor, which would reach a kernel as a pointer."""
     if isinstance(value, bool | Tensor) or not hasattr(type(value), "__index__"):
         raise InputTypeError(f"{name} must be an integer, got {type(value).__name__}; use int()")

@@ -89,10 +89,22 @@ def places():
     return [random(1_000_000)], [torch.arange(0, 1_000_000, 2)]
 
 
+def select():
+    sums = random(2000, 2000).abs()
+    native.select_top(sums, sums, 3, 100_000)
+
+
+def select_fused():
+    x, g, weight = random(256, 500), random(256, 500, seed=1), random(500, 500, seed=2)
+    native.select_importance(x, g, torch.tensor([[0, 256]]), torch.tensor([0]), weight, [1000])
+
+
 CALLS = {
     "accumulate_importance_cpu": accumulate,
     "collapse_alignment_cpu": collapse,
     "collapse_alignment_backward_cpu": collapse,
+    "select_top_cpu": select,
+    "select_importance_cpu": select_fused,
     "gather_at_cpu": lambda: native.gather_at(*places()),
     "write_at_cpu": lambda: native.write_at_(*places(), [torch.ones(500_000)]),
     "zero_at_cpu": lambda: native.zero_at_(*places()),

@@ -134,6 +134,16 @@ def test_the_compiled_accumulation_is_the_default_of_a_cpu(monkeypatch):
         choose("accumulate_importance_", "cuda", "native")
 
 
+def test_the_compiled_selection_is_the_default_of_a_cpu(monkeypatch):
+    _pretend(monkeypatch, "available", build=BUILT_WITH_CUDA)
+    for dtype in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        assert choose("select_top", "cpu", dtype=dtype).callable is native.select_top
+    small = choose("select_top", "cpu", dtype=torch.float8_e4m3fn)
+    assert small.name == "reference" and "not torch.float8_e4m3fn" in small.reason
+    with pytest.raises(RuntimeError, match="selection runs on the CPU, not on cuda"):
+        choose("select_top", "cuda", "native")
+
+
 def test_without_cuda_in_the_extension_naming_it_for_cuda_raises(monkeypatch):
     _pretend(monkeypatch, "available", build=BUILT)
     with pytest.raises(RuntimeError, match="on cuda, got a refusal: .* compiled without CUDA"):
@@ -187,7 +197,7 @@ def test_a_default_for_all_raises_where_it_exists_and_cannot_run(monkeypatch):
     _pretend(monkeypatch, "missing", "this install has no compiled extension")
     with pytest.raises(RuntimeError, match="FASTDEAN_IMPL=native must be able to run zero_at_"):
         choose("zero_at_", "cpu")
-    assert choose("select_top", "cpu").name == "reference"
+    assert choose("accumulate_unit_importance_", "cpu").name == "reference"
 
 
 def test_an_argument_outranks_the_default(monkeypatch):

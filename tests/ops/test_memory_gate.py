@@ -61,6 +61,18 @@ CALLS = {
         lambda sums, weight, impl: ops.select_top(sums, weight, 2, 2, impl=impl),
         lambda: {"sums": floats(3, 4), "weight": floats(3, 4)},
     ),
+    "select_importance": (
+        lambda x, g, segments, sets, weight, impl: ops.select_importance(
+            x, g, segments, sets, weight, [2, 1], impl=impl
+        ),
+        lambda: {
+            "x": floats(6, 4),
+            "g": floats(6, 3),
+            "segments": SPANS,
+            "sets": torch.tensor([0, 1]),
+            "weight": floats(3, 4),
+        },
+    ),
     "gather_at": (
         lambda t, i, impl: ops.gather_at([t], [i], impl=impl),
         lambda: {"t": floats(3, 4), "i": torch.tensor([1, 5])},
@@ -144,7 +156,7 @@ def run(op, impl, **changed):
     return call(**{**tensors(), **changed}, impl=named)
 
 
-NOT_NATIVE = {"accumulate_unit_importance_", "accumulate_expert_importance_", "select_top"}
+NOT_NATIVE = {"accumulate_unit_importance_", "accumulate_expert_importance_"}
 
 
 @pytest.mark.parametrize("op, name", ARGUMENTS)

@@ -9,11 +9,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from machine import DEVICE
 
+from fastdean import native
 from fastdean.ops import select_top
 from fastdean.ops.reference import importance
 
 DENORMAL, LARGEST = 1e-45, 3.4e38
-IMPL = pytest.mark.parametrize("impl", ["reference", "triton"])
+# On the CPU, where the extension is built; tests/test_package.py fails where it should be.
+NATIVE = ["native"] if DEVICE.type == "cpu" and native.status().state == "available" else []
+IMPL = pytest.mark.parametrize("impl", ["reference", "triton", *NATIVE])
+# Those that run on a CPU at full speed.
+FAST = pytest.mark.parametrize("impl", ["reference", *NATIVE])
 # Of the interpreter that runs the kernels on a CPU: its arithmetic is NumPy's.
 OVERFLOWS = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
@@ -35,6 +40,7 @@ def check_units(sums, k, impl):
     assert chosen.tolist() == expected(sums.tolist(), k)
 
 
+@FAST
 @settings(deadline=None, max_examples=300, database=None)
 @given(st.lists(values, max_size=60), st.integers(0, 70))
 @example([1.0] * 40, 7)
@@ -42,8 +48,8 @@ def check_units(sums, k, impl):
 @example([DENORMAL] * 5 + [0.0] * 5, 8)
 @example([], 3)
 @example([LARGEST, 1e30, LARGEST], 2)
-def test_units_are_a_stable_sort_of_the_positive_entries(sums, k):
-    check_units(sums, k, "reference")
+def test_units_are_a_stable_sort_of_the_positive_entries(impl, sums, k):
+    check_units(sums, k, impl)
 
 
 @settings(deadline=None, max_examples=15, database=None)
@@ -67,10 +73,11 @@ def check_weights(seed, rows, columns, k, num_examples, impl):
     assert chosen.tolist() == expected(value.flatten().tolist(), k)
 
 
+@FAST
 @settings(deadline=None, max_examples=200, database=None)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9), st.integers(0, 90))
-def test_weights_multiply_before_the_sort(seed, rows, columns, k):
-    check_weights(seed, rows, columns, k, 3, "reference")
+def test_weights_multiply_before_the_sort(impl, seed, rows, columns, k):
+    check_weights(seed, rows, columns, k, 3, impl)
 
 
 @settings(deadline=None, max_examples=10, database=None)
@@ -117,6 +124,7 @@ def test_a_quotient_that_rounds_to_zero_is_not_positive(impl):
     [
         *(("reference", dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)),
         *(("triton", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        *((impl, dtype) for impl in NATIVE for dtype in (torch.float64, torch.float16)),
     ],
     ids=str,
 )

@@ -1,0 +1,143 @@
+// select_importance_cpu at every level of this processor, against accumulate_importance_cpu and
+// select_top_cpu; compiled with the sanitizers, so that a read or write outside its memory, or
+// undefined behaviour, ends it.
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "fastdean.h"
+
+namespace {
+
+using fastdean::DType;
+
+int64_t address(const void* data) { return reinterpret_cast<int64_t>(data); }
+
+// Exactly as large as they must be: one element further is somebody else's memory.
+struct Case {
+  int64_t rows, columns, tokens;
+  std::vector<int64_t> segments, set_starts, ks;
+};
+
+template <class T>
+bool check(const Case& c, DType dtype, int64_t level, int64_t workers) {
+  std::mt19937 random(7);
+  const auto filled = [&](int64_t size) {
+    std::vector<T> values(size);
+    for (T& value : values) {
+      // Whole numbers from -2 to 2, as bf16 or fp32.
+      constexpr uint16_t kBits[] = {0xc000, 0xbf80, 0, 0x3f80, 0x4000};
+      const int64_t number = random() % 5;
+      value = sizeof(T) == 2 ? static_cast<T>(kBits[number]) : static_cast<T>(number - 2);
+    }
+    return values;
+  };
+  const std::vector<T> x = filled(c.tokens * c.columns), g = filled(c.tokens * c.rows);
+  const std::vector<T> weight = filled(c.rows * c.columns);
+  const auto sets = static_cast<int64_t>(c.ks.size());
+  int64_t all = 0;
+  for (const int64_t k : c.ks) all += k;
+  std::vector<int64_t> indices(all), found(3 * sets);
+  std::vector<float> sums(all);
+  fastdean::ImportanceSelectionParams p{};
+  p.x = address(x.data());
+  p.x_stride_t = c.columns;
+  p.x_stride_c = 1;
+  p.g = address(g.data());
+  p.g_stride_t = c.rows;
+  p.g_stride_r = 1;
+  p.dtype = p.weight_dtype = static_cast<int64_t>(dtype);
+  p.weight = address(weight.data());
+  p.weight_stride_r = c.columns;
+  p.rows = c.rows;
+  p.columns = c.columns;
+  p.tokens = c.tokens;
+  p.segments = address(c.segments.data());
+  p.set_starts = address(c.set_starts.data());
+  p.ks = address(c.ks.data());
+  p.num_sets = sets;
+  p.indices = address(indices.data());
+  p.sums = address(sums.data());
+  p.found = address(found.data());
+  p.level = level;
+  p.num_workers = workers;
+  std::vector<char> workspace(fastdean::select_importance_workspace_bytes(p));
+  p.workspace = address(workspace.data());
+  if (fastdean::select_importance_cpu(p) != fastdean::Status::kOk) return false;
+  int64_t offset = 0;
+  for (int64_t set = 0; set < sets; ++set) {
+    std::vector<float> acc(c.rows * c.columns, 0.0f);
+    fastdean::ImportanceParams a{};
+    a.acc = address(acc.data());
+    a.acc_stride_r = c.columns;
+    a.acc_stride_c = 1;
+    a.x = p.x;
+    a.x_stride_t = p.x_stride_t;
+    a.x_stride_c = 1;
+    a.g = p.g;
+    a.g_stride_t = p.g_stride_t;
+    a.g_stride_r = 1;
+    a.dtype = p.dtype;
+    a.rows = c.rows;
+    a.columns = c.columns;
+    a.tokens = c.tokens;
+    a.segments = p.segments + 16 * c.set_starts[set];
+    a.num_segments = c.set_starts[set + 1] - c.set_starts[set];
+    a.level = level;
+    a.num_workers = 1;
+    std::vector<char> room(fastdean::accumulate_importance_workspace_bytes(a));
+    a.workspace = address(room.data());
+    if (fastdean::accumulate_importance_cpu(a) != fastdean::Status::kOk) return false;
+    std::vector<int64_t> expected(c.ks[set]), count(3);
+    fastdean::SelectionParams s{};
+    s.sums = a.acc;
+    s.weight = p.weight;
+    s.sums_stride_r = s.weight_stride_r = c.columns;
+    s.sums_stride_c = s.weight_stride_c = 1;
+    s.weight_dtype = p.weight_dtype;
+    s.rows = c.rows;
+    s.columns = c.columns;
+    s.num_examples = a.num_segments > 0 ? a.num_segments : 1;
+    s.k = c.ks[set];
+    s.indices = address(expected.data());
+    s.found = address(count.data());
+    s.level = level;
+    s.num_workers = 1;
+    std::vector<char> more(fastdean::select_top_workspace_bytes(s));
+    s.workspace = address(more.data());
+    if (fastdean::select_top_cpu(s) != fastdean::Status::kOk) return false;
+    if (found[3 * set] != count[0] || found[3 * set + 1] != -1) return false;
+    for (int64_t i = 0; i < count[0]; ++i) {
+      if (indices[offset + i] != expected[i]) return false;
+      if (sums[offset + i] != acc[expected[i]]) return false;
+    }
+    offset += c.ks[set];
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<Case> cases = {
+      {1, 1, 1, {0, 1}, {0, 1}, {1}},
+      {13, 33, 37, {2, 3, 10, 21, 5, 5, 3, 10, 0, 37}, {0, 3, 3, 5}, {4, 9, 429}},
+      {70, 65, 900, {0, 500, 500, 501, 501, 900}, {0, 2, 3}, {0, 200}},
+      {5, 4, 3, {}, {0, 0}, {3}},
+  };
+  int failures = 0;
+  for (int64_t level = 0; level <= static_cast<int64_t>(fastdean::best_cpu_level()); ++level) {
+    for (int64_t workers : {1, 3}) {
+      for (size_t i = 0; i < cases.size(); ++i) {
+        const bool fp32 = check<float>(cases[i], DType::kFloat32, level, workers);
+        const bool bf16 = check<uint16_t>(cases[i], DType::kBFloat16, level, workers);
+        if (!fp32 || !bf16) {
+          std::printf("case %zu differs at level %lld\n", i, static_cast<long long>(level));
+          ++failures;
+        }
+      }
+    }
+  }
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
