@@ -90,13 +90,14 @@ void raise_unless_ok(fastdean::Status status, const fastdean::SelectionParams& p
 
 void raise_unless_ok(fastdean::Status status, const fastdean::ImportanceSelectionParams& p) {
   if (status == fastdean::Status::kOk) return;
-  refuse(status, {"x and g must be float32, bfloat16 or float16, and weight one of these or float64, "
-                  "got " +
-                      dtype_name(p.dtype) + " and " + dtype_name(p.weight_dtype) +
-                      "; cast them, or use impl='reference'",
-                  "segments must satisfy 0 <= start <= end <= " + std::to_string(p.tokens) +
-                      ", got others; check the batch's layout",
-                  p.level});
+  refuse(status,
+         {"x and g must be float32, bfloat16 or float16, and weight one of these or float64, "
+          "got " +
+              dtype_name(p.dtype) + " and " + dtype_name(p.weight_dtype) +
+              "; cast them, or use impl='reference'",
+          "segments must satisfy 0 <= start <= end <= " + std::to_string(p.tokens) +
+              ", got others; check the batch's layout",
+          p.level});
 }
 
 void raise_unless_ok(fastdean::Status status, const fastdean::CollapseParams& p) {

@@ -190,8 +190,7 @@ Plan plan_of(const ImportanceParams& p) {
   Plan plan;
   plan.kernel = kernel_of(static_cast<CpuLevel>(p.level), static_cast<DType>(p.dtype));
   const TileKernel& kernel = plan.kernel;
-  plan.chunks =
-      chunks_of(reinterpret_cast<const int64_t*>(p.segments), p.num_segments, kernel);
+  plan.chunks = chunks_of(reinterpret_cast<const int64_t*>(p.segments), p.num_segments, kernel);
   plan.row_panels = (p.rows + kernel.rows - 1) / kernel.rows;
   plan.column_panels = (p.columns + kernel.columns - 1) / kernel.columns;
   int64_t steps = 0;

@@ -86,9 +86,9 @@ Plan plan_of(const ImportanceSelectionParams& p) {
   // However short the examples are, a stripe must leave room for many columns.
   plan.stripe_panels = std::min(plan.stripe_panels, std::max<int64_t>(1, 96 / kernel.rows));
   const int64_t column_bytes = plan.stripe_panels * kernel.rows * kernel.columns * 4;
-  plan.slab_panels = std::max<int64_t>(
-      1, std::min({plan.column_panels, kStripeBytes / column_bytes,
-                   kSlabBytes / std::max<int64_t>(plan.x_panel_bytes, 1)}));
+  plan.slab_panels =
+      std::max<int64_t>(1, std::min({plan.column_panels, kStripeBytes / column_bytes,
+                                     kSlabBytes / std::max<int64_t>(plan.x_panel_bytes, 1)}));
   plan.block_panels = std::max<int64_t>(1, kernel.block_bytes / largest_x);
   plan.sums_stride = plan.slab_panels * kernel.columns;
   return plan;
@@ -137,9 +137,9 @@ void add_piece(const Job& job, const Piece& piece, int64_t first_row, int64_t pa
   const Plan& plan = job.plan;
   const TileKernel& kernel = plan.kernel;
   for (int64_t r = 0; r < panels; ++r) {
-    kernel.pack_g(source_of(job, piece, p.g, p.g_stride_t, p.g_stride_r,
-                            first_row + r * kernel.rows, p.rows),
-                  kernel.rows, g_panels + r * plan.g_panel_bytes);
+    kernel.pack_g(
+        source_of(job, piece, p.g, p.g_stride_t, p.g_stride_r, first_row + r * kernel.rows, p.rows),
+        kernel.rows, g_panels + r * plan.g_panel_bytes);
   }
   alignas(kPanelAlignment) float total[kMostTileEntries];
   for (int64_t first = 0; first < job.num_panels; first += plan.block_panels) {
@@ -257,8 +257,8 @@ Status select_importance_cpu(const ImportanceSelectionParams& p) {
       const Flaw& other = flaws[mine];
       if (other.index >= 0 && (flaw.index < 0 || other.index < flaw.index)) flaw = other;
     }
-    const int64_t count = join(rooms[set], plan.capacities[set], sizes.data(), p.num_workers,
-                               ks[set], indices, sums);
+    const int64_t count =
+        join(rooms[set], plan.capacities[set], sizes.data(), p.num_workers, ks[set], indices, sums);
     write_found(found + 3 * set, count, flaw);
     indices += ks[set];
     sums += ks[set];

@@ -61,8 +61,8 @@ void gather(void* to, int64_t data, int64_t offset, int64_t stride, int64_t coun
 }
 
 // Part of a row. What does not lie side by side is gathered.
-bool take_row(const Job& job, int64_t row, int64_t column, int64_t count,
-              TopCandidates* candidates, Flaw* flaw) {
+bool take_row(const Job& job, int64_t row, int64_t column, int64_t count, TopCandidates* candidates,
+              Flaw* flaw) {
   const SelectionParams& p = job.p;
   const int64_t bytes = p.weight == 0 ? 0 : element_bytes(p.weight_dtype);
   const bool gathers_sums = p.sums_stride_c != 1;

@@ -24,7 +24,7 @@ using Scan = int64_t (*)(const float* sums, const void* weight, int64_t first, i
                          float least, float* products);
 
 struct Scans {
-  Scan of[4];      // by the DType of the weight
+  Scan of[4];       // by the DType of the weight
   Scan unweighted;  // a product is the sum
 };
 

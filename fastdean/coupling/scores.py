@@ -42,7 +42,7 @@ from fastdean.wording.mendable import StateError
 from fastdean.wording.numbers import require_real
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FINGERPRINT_CHUNK = 1 << 18  # entries: 2 MiB of int64, which a CPU's caches hold
+_FINGERPRINT_CHUNK = 1 << 17  # entries: 1 MiB of int64, which a CPU's caches hold
 
 # What `save_pretrained` writes, and of an entry besides its `unit_axis`.
 _CONFIG = Record(
@@ -147,12 +147,16 @@ def fingerprint(weight: Tensor) -> int:
     # Elsewhere than on a CPU launches must be few.
     chunk = _FINGERPRINT_CHUNK * (1 if bits.device.type == "cpu" else 64)
     step = max(1, chunk // columns)
-    length = max(1, min(step, rows.shape[0]))
-    odd = torch.arange(1, 2 * length * columns, 2, device=bits.device).view(length, -1)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    # With i = columns r + c the sum needs only those of each row and of each column.
+    of_columns = torch.zeros(rows.shape[1], dtype=torch.int64, device=bits.device)
+    of_rows = torch.zeros(rows.shape[0], dtype=torch.int64, device=bits.device)
     for first in range(0, rows.shape[0], step):
         part = rows[first : first + step].to(torch.int64)
-        total += (part * odd[: part.shape[0]]).sum() + 2 * first * columns * part.sum()
+        of_columns += part.sum(0)
+        of_rows[first : first + step] = part.sum(1)
+    places = torch.arange(max(rows.shape), device=bits.device)
+    in_rows = ((2 * places[: rows.shape[1]] + 1) * of_columns).sum()
+    total = in_rows + 2 * columns * (places[: rows.shape[0]] * of_rows).sum()
     return int(total)
 
 

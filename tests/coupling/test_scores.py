@@ -14,6 +14,7 @@ from tiny_data import batches, make_examples
 from tiny_models import INTERMEDIATE, gpt2, llama
 
 import fastdean
+from fastdean.coupling import scores as scores_module
 from fastdean.coupling.scores import ScoreEntry, Scores, fingerprint
 
 EXAMPLES = make_examples()
@@ -180,6 +181,26 @@ def test_fingerprints_see_every_bit_and_no_layout(dtype):
         )
         bits[position] ^= 1
         assert fingerprint(changed) != mark
+
+
+@pytest.mark.parametrize("shape", [(13,), (1, 13), (13, 1), (13, 5), (4, 3, 5), (0, 4), (4, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_fingerprints_are_the_sum_that_is_written_down(monkeypatch, dtype, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    bits = weight.view(integers).flatten().tolist()
+    total = sum((2 * i + 1) * b for i, b in enumerate(bits))
+    for chunk in (1, 12, 1 << 17):
+        monkeypatch.setattr(scores_module, "_FINGERPRINT_CHUNK", chunk)
+        assert fingerprint(weight) == (total + 2**63) % 2**64 - 2**63
+
+
+def test_sparse_entries_are_taken_from_any_layout():
+    sums, weight = torch.rand(6, 5), torch.rand(6, 5)
+    expected = ScoreEntry.of(sums, weight).keep(3, 7)
+    found = ScoreEntry.of(sums.T.contiguous().T, weight.T.contiguous().T).keep(3, 7)
+    for name in ("sums", "weight", "index"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

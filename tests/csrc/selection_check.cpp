@@ -19,7 +19,8 @@ struct Case {
 
 bool check(const Case& c, DType dtype, bool with_weight, int64_t level, int64_t workers) {
   const int64_t numel = c.rows * c.columns;
-  const int64_t extent = numel == 0 ? 0 : (c.rows - 1) * c.stride_r + (c.columns - 1) * c.stride_c + 1;
+  const int64_t extent =
+      numel == 0 ? 0 : (c.rows - 1) * c.stride_r + (c.columns - 1) * c.stride_c + 1;
   std::mt19937 random(7);
   std::vector<float> sums(extent);
   for (float& sum : sums) sum = static_cast<float>(random() % 5);
@@ -31,8 +32,8 @@ bool check(const Case& c, DType dtype, bool with_weight, int64_t level, int64_t 
   std::vector<float> magnitude(extent);
   for (int64_t i = 0; i < extent; ++i) {
     const bool is_two = random() % 2 == 0;
-    std::memcpy(weight.data() + i * bytes,
-                &(is_two ? two : one)[static_cast<int64_t>(dtype)], bytes);
+    std::memcpy(weight.data() + i * bytes, &(is_two ? two : one)[static_cast<int64_t>(dtype)],
+                bytes);
     magnitude[i] = !with_weight ? 1.0f : is_two ? 2.0f : 1.0f;
   }
   std::vector<std::pair<float, int64_t>> order;
@@ -74,8 +75,8 @@ bool check(const Case& c, DType dtype, bool with_weight, int64_t level, int64_t 
 
 int main() {
   const std::vector<Case> cases = {
-      {1, 1, 1, 1, 1},          {1, 65, 65, 1, 65},          {3, 200, 211, 1, 30},
-      {13, 33, 1, 13, 429},     {2, 1500, 3001, 2, 7},       {1, 150000, 150000, 1, 9},
+      {1, 1, 1, 1, 1},          {1, 65, 65, 1, 65},         {3, 200, 211, 1, 30},
+      {13, 33, 1, 13, 429},     {2, 1500, 3001, 2, 7},      {1, 150000, 150000, 1, 9},
       {1, 150000, 1, 1, 70000}, {500, 300, 300, 1, 150000}, {4, 100, 100, 1, 0},
   };
   int failures = 0;
@@ -83,8 +84,7 @@ int main() {
     for (int64_t workers : {1, 3}) {
       for (size_t i = 0; i < cases.size(); ++i) {
         bool right = check(cases[i], DType::kFloat32, false, level, workers);
-        for (DType dtype :
-             {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat64}) {
+        for (DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat64}) {
           right = check(cases[i], dtype, true, level, workers) && right;
         }
         if (!right) {
