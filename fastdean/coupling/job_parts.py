@@ -48,7 +48,7 @@ def job_parts(
         **{name: str(value) for name, value in options.items()},
         **model_parts(model),
         "dtype": " ".join(sorted({str(parameter.dtype) for parameter in model.parameters()})),
-        "device": " ".join(sorted({_device(parameter) for parameter in model.parameters()})),
+        "device": " ".join(sorted({_device(p) for p in model.parameters() if not p.is_meta})),
         "layers": " ".join(layers),
         "weights outside the layers": weights_digest(model, inside),
         "names of the data sets": " ".join(map(repr, sets)),

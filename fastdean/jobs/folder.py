@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, whether it is finished, and what in it may be replaced.
 
     fastdean_run.json        the job, digests of what it reads, and whether it is finished
+    sweep/<data sets>/       how far their scoring layer by layer came; gone when it ends
     scores/<data set>/       sparse scores, enough for any ratio up to the curve's last
     mask/                    the mask of the job's rule
     controls/<rule>/         the masks it is measured against
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ RUN_FILE = "fastdean_run.json"
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 
-_FOLDERS = ("scores", "mask", "controls", "steps", "training", "model")
+_FOLDERS = ("sweep", "scores", "mask", "controls", "steps", "training", "model")
 _FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
 # 2: intervals that are Student's or exact, with the values they were made of.
 _STEP_FORMAT = 2
@@ -114,6 +115,16 @@ class RunFolder:
 
     def scores(self, data_set: str) -> Path:
         return self.path / "scores" / data_set
+
+    def sweep(self, data_sets: Sequence[str]) -> Path:
+        return self.path / "sweep" / "-".join(data_sets)
+
+    def swept(self) -> list[str]:
+        """The data sets of a sweep that an earlier call of this job left unfinished."""
+        left = self.path / "sweep"
+        if not self.resumes or not left.is_dir():
+            return []
+        return next((folder.name.split("-") for folder in left.iterdir() if folder.is_dir()), [])
 
     def control(self, rule: str) -> Path:
         return self.path / "controls" / rule

@@ -527,10 +527,11 @@ def test_the_digest_is_of_the_examples_not_of_their_order_or_padding(model):
     assert digest([EXAMPLES[0], *EXAMPLES], 2) != expected
 
 
-def test_scoring_is_quiet(caplog, capsys, model):
+def test_scoring_says_its_order_and_nothing_else(caplog, capsys, model):
     with caplog.at_level(logging.INFO, logger="fastdean"):
         score(model)
-    assert not caplog.records and capsys.readouterr().out == ""
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("order='batches': ") and capsys.readouterr().out == ""
 
 
 def test_scores_of_units_under_their_earlier_word_are_read(units, tmp_path):

@@ -22,6 +22,7 @@ from tiny_folders import WORDS, rows, save_model, write_jsonl, write_sources
 import fastdean
 from fastdean.cli import commands
 from fastdean.coupling import by_layers, order
+from fastdean.coupling.resumable import Resumable
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.sets import RULES
 from fastdean.jobs import folder as run_folder
@@ -29,8 +30,9 @@ from fastdean.jobs import run, session
 from fastdean.jobs.collapse import CollapseJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling import measuring, steps
-from fastdean.jobs.coupling.job import DATA_SETS, Job
+from fastdean.jobs.coupling.job import DATA_SETS, Job, ScoreJob
 from fastdean.jobs.coupling.results import _about_rows
+from fastdean.jobs.coupling.scoring import run as run_score
 from fastdean.jobs.debias import DebiasJob
 from fastdean.jobs.rows import split_rows
 from fastdean.masks import NeuronMask
@@ -908,7 +910,7 @@ def test_auto_that_must_take_the_batches_after_all_counts_its_steps_anew(
 
 
 @pytest.mark.parametrize("by", ["layers", "auto"])
-def test_a_sweep_that_was_stopped_takes_the_data_sets_that_are_left(
+def test_a_sweep_whose_scores_could_not_be_saved_is_not_run_again(
     place, finished, windows, tmp_path, monkeypatch, capsys, by
 ):
     little_memory(monkeypatch)
@@ -925,11 +927,59 @@ def test_a_sweep_that_was_stopped_takes_the_data_sets_that_are_left(
     assert [path.name for path in (tmp_path / "run" / "scores").iterdir()] == ["fairness"]
     windows.clear()
     results = run(job, tmp_path / "run", progress=True)
-    assert set(windows.values()) == {2}
+    assert not windows
     assert results["coupling"] == finished[1]["coupling"]
-    assert scoring_steps(capsys) == ["fastdean: step 5 of 10, score privacy, general"]
-    steps = [row["step"] for row in results["cost"]]
-    assert "score fairness, by an earlier call" in steps and len(steps) == 10
+    assert scoring_steps(capsys) == ["fastdean: step 4 of 9, score fairness, privacy, general"]
+    assert not (tmp_path / "run" / "sweep").exists()
+
+
+def killed_after(steps, monkeypatch, call):
+    """An interrupt when so many steps of a sweep are done."""
+    reached = Resumable.reached
+
+    def stopping(self, step):
+        reached(self, step)
+        if step + 1 == steps:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Resumable, "reached", stopping)
+        call()
+
+
+@pytest.mark.parametrize("by", ["layers", "auto"])
+def test_a_run_that_is_stopped_in_a_sweep_goes_on_in_it(
+    place, finished, windows, tmp_path, monkeypatch, by
+):
+    little_memory(monkeypatch)
+    job = Job(**place, **QUICK, order=by)
+    killed_after(3, monkeypatch, lambda: run(job, tmp_path / "run", progress=False))
+    assert windows and (tmp_path / "run" / "sweep").is_dir()
+    other = Job(**place, **{**QUICK, "seed": 1}, order=by)
+    with pytest.raises(ValueError, match=r"another run, which differs in seed=0 \(now 1\)"):
+        run(other, tmp_path / "run", progress=False)
+    windows.clear()
+    results = run(job, tmp_path / "run", progress=False)
+    # Both layers forward and the loss of one data set were done.
+    assert set(windows.values()) == {1}
+    assert results["coupling"] == finished[1]["coupling"]
+    assert not (tmp_path / "run" / "sweep").exists()
+
+
+def test_a_scoring_that_is_stopped_goes_on_where_its_scores_are_to_be(
+    place, windows, tmp_path, monkeypatch
+):
+    def scored(out, order="layers"):
+        job = ScoreJob(model=place["model"], data=place["privacy"], order=order)
+        return run_score(job, out, overwrite=False, progress=False)
+
+    expected = scored(tmp_path / "whole")
+    killed_after(3, monkeypatch, lambda: scored(tmp_path / "out"))
+    scored(tmp_path / "out", order="auto")
+    found = Scores.from_pretrained(tmp_path / "out")
+    for name in expected:
+        assert torch.equal(found.entries[name].sums, expected.entries[name].sums)
+        assert torch.equal(found.index(name), expected.index(name))
 
 
 def _spoiled(path, source):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastdean.coupling.resumable import holds_job
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.scoring import score
 from fastdean.data.rendering import describe_rendering, rendering_cautions
 from fastdean.files.provenance import public_source
-from fastdean.files.storage import holds_only
+from fastdean.files.storage import holds_only, is_empty
 from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import require_free, require_outside
 from fastdean.jobs.rows import Skipped, encode_usable, take_rows
@@ -29,7 +30,8 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
     with ranks.failing_together():
         if ranks.first:
             require_outside(out, job.model)
-            require_free(out, overwrite, lambda folder: holds_only(folder, "scores"))
+            if not holds_job(out):
+                require_free(out, overwrite, lambda folder: holds_only(folder, "scores"))
         skipped = Skipped() if job.skip_bad_rows else None
         rows, _ = take_rows(job.data, job.examples, job.seed, name="data", skipped=skipped)
         model, tokenizer = load_or_stream(
@@ -60,6 +62,7 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
         memory_budget=job.memory_budget,
         order=job.order,
         states=job.states,
+        resume=_resume(job, out),
         deterministic=job.deterministic,
         progress=progress,
     )
@@ -70,6 +73,13 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
     )
     scores.save_pretrained(out, overwrite=overwrite)
     return scores
+
+
+def _resume(job: ScoreJob, out: Path) -> Path | None:
+    """Where a sweep keeps how far it came: the place of the scores, until they are there."""
+    if job.order == "batches" or job.states != "auto":
+        return None
+    return out if holds_job(out) or not out.exists() or is_empty(out) else None
 
 
 def note_origin(

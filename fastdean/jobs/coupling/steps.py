@@ -214,7 +214,8 @@ def _number_of_steps(session: Session[Job]) -> int | None:
     """Of the whole job; None where the order of scoring shows only later."""
     if session.job.order == "auto":
         return None
-    earlier = sum(_is_scored(name, session) for name in DATA_SETS)
+    swept = session.folder.swept()
+    earlier = sum(_is_scored(name, session) for name in DATA_SETS if name not in swept)
     left = len(DATA_SETS) - earlier
     scoring = left if session.job.order == "batches" else min(left, 1)
     # Reading, loading, checking.
@@ -243,8 +244,10 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
     tokens = {name: sum(map(len, examples)) for name, examples in prepared.scored.items()}
     found: dict[str, Scores] = {}
     left = []
+    swept = set(folder.swept())
     for name in DATA_SETS:
-        if not ranks.agree(_is_scored(name, session)):
+        # A sweep goes on with all of its sets, also those whose scores it has saved.
+        if ranks.agree(name in swept) or not ranks.agree(_is_scored(name, session)):
             left.append(name)
             continue
         logger.info("%s is scored already, read from %s", name, folder.scores(name))
@@ -260,13 +263,17 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
         with ranks.failing_together():
             if ranks.first:
                 folder.claim()
-                scores.save_pretrained(folder.scores(name))
+                scores.save_pretrained(folder.scores(name), overwrite=name in swept)
                 found[name] = scores
 
     @contextmanager
     def step(names: Sequence[str], since: float | None = None) -> Iterator[None]:
         every = sum(tokens[name] for name in names)
         with session.costs.step(f"score {', '.join(names)}", every, since=since):
+            # A sweep writes as it goes, and into this job's folder alone.
+            with ranks.failing_together():
+                if ranks.first and (job.order == "layers" or len(names) > 1):
+                    folder.claim()
             yield
 
     def score(names: Sequence[str], **options: Any) -> None:
@@ -280,6 +287,7 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
             memory_budget=job.memory_budget,
             order=job.order,
             states=job.states,
+            resume=_resume(job, folder.sweep(names), len(names)),
             deterministic=job.deterministic,
             progress=session.progress,
             finished=finished,
@@ -303,6 +311,12 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
             with step(names):
                 score(names)
     return {name: found[name] for name in DATA_SETS if name in found}
+
+
+def _resume(job: Job, folder: Path, data_sets: int) -> Path | None:
+    """Where a sweep keeps how far it came; none where states are to be elsewhere."""
+    by_layers = job.order == "layers" or (job.order == "auto" and data_sets > 1)
+    return folder if by_layers and job.states == "auto" else None
 
 
 def _couple(
