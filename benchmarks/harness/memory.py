@@ -49,7 +49,7 @@ class Held:
 
 def peak_bytes() -> int | None:
     """The most bytes this process ever held, or since the last `Held()`."""
-    return _status_bytes("VmHWM")
+    return status_bytes("VmHWM")
 
 
 def _forget_peak() -> int | None:
@@ -61,10 +61,11 @@ def _forget_peak() -> int | None:
         _CLEAR.write_text("5")
     except OSError:
         return None
-    return _status_bytes("VmRSS")
+    return status_bytes("VmRSS")
 
 
-def _status_bytes(field: str) -> int | None:
+def status_bytes(field: str) -> int | None:
+    """A field of /proc/self/status; None where there is none."""
     lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")]
     return found[0] if found else None

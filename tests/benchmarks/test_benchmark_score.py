@@ -16,7 +16,17 @@ from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, VOCAB, gpt2, llama
 from benchmarks.__main__ import main
 from benchmarks.harness import environment, models, profile, store, tables
 from benchmarks.harness.profile import Launch
-from benchmarks.score import agreement, order_once, orders, run, subject, sweep, work
+from benchmarks.score import (
+    agreement,
+    order_once,
+    orders,
+    run,
+    streamed,
+    streamed_once,
+    subject,
+    sweep,
+    work,
+)
 from fastdean.data.examples import Example
 
 CPU = torch.device("cpu")
@@ -350,18 +360,37 @@ def test_every_kernel_of_ours_has_a_group():
 # Orders.
 
 
-def test_the_orders_take_turns_on_the_same_examples(benchmark, tmp_path, monkeypatch):
-    asked = []
+def run_here(module, asked):
+    """A process would take longer to import torch than to score."""
 
     def here(command):
-        """A process would take longer to import torch than to score."""
         asked.append(json.loads(command[-1]))
         said = io.StringIO()
         with redirect_stdout(said):
-            order_once.main(command[-1])
+            module.main(command[-1])
         return said.getvalue()
 
-    monkeypatch.setattr(orders, "finished", here)
+    return here
+
+
+def test_a_streamed_checkpoint_is_recorded_with_its_memory(benchmark, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(streamed, "finished", run_here(streamed_once, asked))
+    chosen = ("streamed", "--shape", "toy", "--examples", "2", "--keep-top", "0.01")
+    assert benchmark(*chosen, "--folder", str(tmp_path)) == 0
+    (row,) = read(tmp_path, "streamed")
+    # Embedding and head of their own, and two layers, in bf16.
+    weights = 2 * 96 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 32 + 2 * 16) + 5 * 32
+    assert row["checkpoint_bytes"] == 2 * weights
+    assert 2 * weights < row["bytes_read"] < 4 * weights
+    assert row["peak_bytes"] > row["peak_anonymous_bytes"] > 50_000_000
+    assert "2, " in tables.rendered(streamed.TABLE, [row])
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("fastdean-streamed")]
+
+
+def test_the_orders_take_turns_on_the_same_examples(benchmark, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(orders, "finished", run_here(order_once, asked))
     chosen = ("orders", "--random-model", "toy", "--tokens", "12", "--examples", "2")
     scratch = tmp_path / "scratch"
     scratch.mkdir()

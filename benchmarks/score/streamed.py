@@ -1,0 +1,148 @@
+"""`streamed`: a checkpoint larger than the memory that it is scored in.
+
+Random bf16 weights of a published shape are written in a file per layer, and scored by
+`fastdean.score(folder)` in a process of its own. What is recorded is the most memory that this
+process held: all of it (VmHWM, mapped pages of files included), and without files (RssAnon).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.harness import gate, lengths, models, tables
+from benchmarks.harness.command import positive
+from benchmarks.harness.processes import finished
+from benchmarks.harness.session import Sample, Session, seconds_of
+from benchmarks.harness.store import Record
+from benchmarks.harness.tables import Cells, Table
+
+_AIM = "Aim: at most 4 GB in all"
+# Repeated through the weights: as random as a product needs, and made in no time.
+_RANDOM = 1 << 26
+_SCALE = 0.02
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(device="cpu")
+    add = parser.add_argument
+    said = f"the model's shape: {', '.join(models.SHAPES)}"
+    add("--shape", choices=list(models.SHAPES), default="qwen2-7b", metavar="SHAPE", help=said)
+    add("--examples", type=positive, default=12, metavar="N", help="of BeaverTails' lengths")
+    add("--keep-top", type=float, default=1e-5, metavar="X", help="share of each matrix")
+    said = "where the checkpoint is written, and removed again: it chooses the disk"
+    add("--folder", type=Path, default=Path(tempfile.gettempdir()), help=said)
+
+
+def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
+    return gate.test_files("streaming")
+
+
+def run(session: Session) -> int:
+    """Append one record."""
+    options = session.options
+    setup = {"shape": options.shape, "examples": options.examples, "keep_top": options.keep_top}
+    done = session.earlier("streamed", {"streamed"}, setup, same_command=True)
+    for _ in session.due([] if done else [setup], "models"):
+        with tempfile.TemporaryDirectory(prefix="fastdean-streamed-", dir=options.folder) as folder:
+            size = _write(options.shape, Path(folder))
+            asked = json.dumps({"folder": folder, **setup})
+            once = [sys.executable, "-m", "benchmarks.score.streamed_once", asked]
+            found = json.loads(finished(once).splitlines()[-1])
+        ran = {"checkpoint_bytes": size, "tokens": found["tokens"]}
+        metrics = {
+            name: found[name] for name in ("peak_bytes", "peak_anonymous_bytes", "bytes_read")
+        }
+        row = session.append(
+            "streamed",
+            f"{models.display_name(options.shape)}, mlp",
+            "streamed",
+            setup=setup | ran,
+            seconds=seconds_of([Sample(found["seconds"], found["peak_bytes"])]),
+            metrics=metrics | {"tokens_per_s": found["tokens"] / found["seconds"]},
+        )
+        print(tables.rendered(TABLE, [row]))
+    return 0
+
+
+def _write(shape: str, folder: Path) -> int:
+    """The checkpoint as save_pretrained would write it; its bytes. One layer at a time is held."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from fastdean.models.streaming import parameters_on_meta
+
+    config = Qwen2Config(**models.SHAPES[shape]._asdict(), dtype="bfloat16")
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(folder)
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    values = _values()
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        layer = next((part for part in name.split(".") if part.isdigit()), name.partition(".")[2])
+        files.setdefault(f"model-{layer}.safetensors", {})[name] = parameter
+    weight_map, size = {}, 0
+    for file, parameters in files.items():
+        content = {name: _filled(parameter.shape, values) for name, parameter in parameters.items()}
+        save_file(content, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(content, file)
+        size += sum(tensor.nbytes for tensor in content.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return size
+
+
+def _values() -> Iterator[Tensor]:
+    """Random numbers in bf16, from another place each time."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = (torch.randn(_RANDOM, generator=generator) * _SCALE).bfloat16()
+    while True:
+        yield numbers.roll(int(torch.randint(_RANDOM, (1,), generator=generator)))
+
+
+def _filled(shape: torch.Size, values: Iterator[Tensor]) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    numbers, count = next(values), shape.numel()
+    return numbers.repeat(-(-count // len(numbers)))[:count].view(shape).clone()
+
+
+def examples_of(count: int, shape: str) -> list:
+    return lengths.examples(lengths.chosen(count, None), models.SHAPES[shape].vocab_size)
+
+
+def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+    header = ["model", "examples", "seconds", "memory in all", "without files", "weights read"]
+    lines = [
+        [
+            f"{row.case}, {row['checkpoint_bytes'] / 1e9:.1f} GB",
+            f"{row['examples']}, {row['tokens']} tokens",
+            f"{row['median_s']:.1f}",
+            tables.megabytes(row["peak_bytes"]),
+            tables.megabytes(row["peak_anonymous_bytes"]),
+            f"{row['bytes_read'] / row['checkpoint_bytes']:.2f}x",
+        ]
+        for row in rows
+    ]
+    return header, lines
+
+
+def _notes(rows: Sequence[Record]) -> list[str]:
+    memory = (
+        "The most that the process held, torch itself included; `in all` counts mapped pages of "
+        "files. The checkpoint was written just before, so that much of it was in the page cache"
+    )
+    kept = f"bf16, keep_top {rows[0]['keep_top']:g}, one round"
+    return [f"{kept}. {memory}. {_AIM}. {tables.provenance_line(rows[0])}"]
+
+
+_KEYS = ("device", "case", "examples")
+TABLE = Table("python -m benchmarks streamed", _KEYS, ("device", "case", "date"), _lines, _notes)
