@@ -62,7 +62,14 @@ from fastdean.models.replay import NotByLayers, recording
 from fastdean.models.stacks import decoder_layers
 from fastdean.models.streaming import StreamedModel
 from fastdean.models.trees import Path as TreePath
-from fastdean.models.windows import beginning, outside_layers, resident_windows, stream_of
+from fastdean.models.windows import (
+    Windows,
+    beginning,
+    outside_layers,
+    resident_layers,
+    resident_windows,
+    stream_of,
+)
 from fastdean.wording.doing import titled
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
@@ -392,7 +399,9 @@ class _Scoring:
 
             def of_set(number: int, name: str, scorable: Scorable) -> Set:
                 if isinstance(home, KeptFiles):
-                    entries[name] = kept_entries(home, number, scorable.targets)
+                    entries[name] = kept_entries(
+                        home, number, scorable.targets, weights=self.stream is None
+                    )
 
                 def finished(group: Sequence[Target], sums: dict[str, Accumulator]) -> None:
                     made = self._entries(scorable, group, sums)
@@ -405,7 +414,7 @@ class _Scoring:
             Sweep(
                 [of_set(n, name, scorable) for n, (name, scorable) in enumerate(self.sets.items())],
                 layers,
-                resident_windows(layers) if self.stream is None else self.stream.layer,
+                self._windows(layers),
                 granularity=self.granularity,
                 device=self.device,
                 impl=self.impl,
@@ -451,8 +460,13 @@ class _Scoring:
         }
         parts = job_parts(self.model, layers, self.targets, self.sets, options, self.ranks)
         results = sum(entries_bytes(s.targets, self.granularity, self.keep_top) for s in sets)
-        with resumable(resume, parts, layers, self.ranks, results) as job:
+        windows = self._windows(layers)
+        resident = () if self.stream is not None else resident_layers(layers)
+        with resumable(resume, parts, layers, windows, resident, self.ranks, results) as job:
             yield job.home, job
+
+    def _windows(self, layers: Mapping[str, nn.Module]) -> Windows:
+        return resident_windows(layers) if self.stream is None else self.stream.layer
 
     def _entries(
         self, scorable: Scorable, group: Sequence[Target], sums: dict[str, Accumulator]
