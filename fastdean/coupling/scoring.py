@@ -256,6 +256,7 @@ def score_sets(
             reading["tokenizer"] = stream.tokenizer
     ranks = Ranks.current()
     device = input_device(model) if stream is None else stream.device
+    read_before = 0 if stream is None else stream.bytes_read
     dense = len(loaders) * sum(sums_bytes(target, granularity) for target in targets)
     with ranks.failing_together():
         require_room_for_dense(order, dense, keep_top, memory_budget, device)
@@ -315,6 +316,7 @@ def score_sets(
                 shown=progress and ranks.first,
                 finished=finished,
                 stream=stream,
+                read_before=read_before,
                 step=step,
                 returned=returned[:whole],
             )
@@ -343,6 +345,7 @@ class _Scoring:
         windows: what each window holds beside its sums, layer by layer.
         sets: the batches of each data set, and which of the targets can be scored over them.
         shown: whether progress bars are.
+        read_before: bytes of weights that the stream had read before the job.
         returned: for each layer that was run with all layers before it, a sample of what it
             returned in the last trial.
         others: as `score_sets` takes them.
@@ -362,6 +365,7 @@ class _Scoring:
     shown: bool
     finished: Callable[[str, Scores], object]
     stream: StreamedModel | None
+    read_before: int
     step: Callable[[Sequence[str]], AbstractContextManager]
     returned: list[dict[TreePath, torch.Tensor]]
 
@@ -501,7 +505,7 @@ class _Scoring:
         )
         described = order.described(used)
         if self.stream is not None:
-            described["bytes_of_weights_read"] = self.stream.bytes_read
+            described["bytes_of_weights_read"] = self.stream.bytes_read - self.read_before
         scores = Scores(
             entries,
             granularity=self.granularity,
