@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdean.coupling.accumulators import sums_bytes
 from fastdean.coupling.kept_files import KeptFiles
 from fastdean.coupling.scores import ScoreEntry, fingerprint
 from fastdean.coupling.targets import Target
 from fastdean.files.declared import Lists, Maybe, Record, Whole, require
-from fastdean.models.model_state import materialised_weight, weight_of
+from fastdean.models.model_state import materialised_weight
 
 _INDEX_BYTES = 8
 _NOTE = Record(
@@ -39,9 +39,14 @@ def keep_entries(home: KeptFiles, number: int, entries: Mapping[str, ScoreEntry]
         home.keep(("entries", number, parameter), tensors, partial(dict, note))
 
 
-def kept_entries(home: KeptFiles, number: int, targets: Sequence[Target]) -> dict[str, ScoreEntry]:
+def kept_entries(
+    home: KeptFiles, number: int, targets: Sequence[Target], *, weights: bool
+) -> dict[str, ScoreEntry]:
     """The entries that an earlier process wrote of the data set of this number.
 
+    Args:
+        weights: dense entries get the model's own; False of a streamed model, whose layers come and
+            go. Its units need none.
     Raises:
         ValueError: a weight of the model is not the one that was scored.
     """
@@ -61,8 +66,7 @@ def kept_entries(home: KeptFiles, number: int, targets: Sequence[Target]) -> dic
             fingerprint=note["fingerprint"],
         )
         module = by_parameter[key[2]].module
-        # A streamed model's weight is not kept: its units need none.
-        if not _owns_weight(entry) and not _is_gone(module):
+        if weights and not _owns_weight(entry):
             weight = materialised_weight(module).detach()
             if fingerprint(weight) != entry.fingerprint:
                 raise ValueError(
@@ -81,11 +85,6 @@ def entries_bytes(targets: Sequence[Target], granularity: str, keep_top: float |
         return sums
     each = 4 + _INDEX_BYTES + max((target.weight.element_size() for target in targets), default=0)
     return int(keep_top * sums / 4 * each)
-
-
-def _is_gone(module: nn.Module) -> bool:
-    """Whether a weight is on the meta device, and nobody brings it in outside of its window."""
-    return weight_of(module).is_meta and not hasattr(module, "_hf_hook")
 
 
 def _owns_weight(entry: ScoreEntry) -> bool:

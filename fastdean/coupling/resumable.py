@@ -17,7 +17,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -50,6 +50,7 @@ from fastdean.files.storage import (
 )
 from fastdean.models.distributed import Ranks
 from fastdean.models.model_state import undone
+from fastdean.models.windows import Windows
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 
@@ -92,7 +93,9 @@ class Resumable(Milestones):
         home: where the job keeps its states, and its results.
     """
 
-    def __init__(self, folder: Path, number: str, ranks: Ranks) -> None:
+    def __init__(
+        self, folder: Path, number: str, ranks: Ranks, resident: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self._folder, self._number, self._ranks = folder, number, ranks
         self.home = KeptFiles(folder, number)
@@ -100,17 +103,20 @@ class Resumable(Milestones):
         self._before: dict[str, Any] | None = None
         # Name of a layer -> digest of its weights.
         self._weights: dict[str, str] = {}
-        # Layers whose weights are there all the time, and were compared at the beginning.
-        self._in_memory: set[str] = set()
+        # Layers whose weights are there all the time: compared at the beginning alone.
+        self._resident = frozenset(resident)
         # A step whose batches are done one by one, and how many are.
         self._within: tuple[int, int] | None = None
         self._written = time.monotonic()
 
-    def open(self, layers: Mapping[str, nn.Module]) -> None:
+    def open(self, layers: Mapping[str, nn.Module], windows: Windows) -> None:
         """Read how far the job came, and go back to where all ranks have been.
 
+        Layers that the job has run are compared now: those that are through are not looked at
+        again, and another model's must not be added to the job's before one differs.
+
         Raises:
-            ValueError: a file is damaged, or a layer whose weights are in memory has changed.
+            ValueError: a file is damaged, or a layer has changed.
             RuntimeError: the ranks' folders do not belong together.
         """
         with self._ranks.failing_together():
@@ -127,10 +133,10 @@ class Resumable(Milestones):
                 # Written down first: what is cut off below must not be looked for again.
                 self._save(self._before, None)
             self.home.restore(self._commit["files"])
-            for name, layer in layers.items():
-                if not any(weight.is_meta for weight in layer.parameters()):
-                    self.require_same(name, layer)
-                    self._in_memory.add(name)
+            for k, (name, layer) in enumerate(layers.items()):
+                if name in self._weights or name in self._resident:
+                    with windows(k, k + 1):
+                        self._compare(name, layer)
         if self._ranks.first and self._commit != _START:
             logger.warning("scoring goes on from %r, after step %d", str(self._folder.parent), step)
 
@@ -158,8 +164,10 @@ class Resumable(Milestones):
         self.home.settle()
 
     def require_same(self, name: str, layer: nn.Module) -> None:
-        if name in self._in_memory:
-            return
+        if name not in self._resident:
+            self._compare(name, layer)
+
+    def _compare(self, name: str, layer: nn.Module) -> None:
         found = weights_digest(layer)
         if self._weights.setdefault(name, found) != found:
             raise ValueError(
@@ -218,6 +226,8 @@ def resumable(
     where: str | Path,
     parts: Mapping[str, str],
     layers: Mapping[str, nn.Module],
+    windows: Windows,
+    resident: Collection[str],
     ranks: Ranks,
     results_bytes: int,
 ) -> Iterator[Resumable]:
@@ -226,7 +236,9 @@ def resumable(
     Args:
         where: a folder that is new, empty, or holds this job unfinished.
         parts: what makes two jobs the same (`job_parts`).
-        layers: whose weights are compared, as far as they are in memory.
+        layers: whose weights are compared.
+        windows: bring in a layer's weights.
+        resident: names of the layers whose weights are in memory all the time.
         results_bytes: of the results, for which the disk must have room besides.
     Raises:
         ValueError: the folder holds anything else, or another process is at work with it.
@@ -249,11 +261,11 @@ def resumable(
                 stack.enter_context(held(own, "resume"))
                 fresh = not (own / _JOB).exists()
                 number, levels = _claimed(own, where, parts, len(made))
-            job = Resumable(own, number, ranks)
+            job = Resumable(own, number, ranks, resident)
             job.home.besides_bytes = results_bytes
             # Twice: an interrupt of the first leaves the second.
             stack.enter_context(undone(job.home.close))
-            job.open(layers)
+            job.open(layers, windows)
         except BaseException:
             if fresh:
                 with suppress(OSError):

@@ -62,7 +62,14 @@ from fastdean.models.replay import NotByLayers, recording
 from fastdean.models.stacks import decoder_layers
 from fastdean.models.streaming import StreamedModel
 from fastdean.models.trees import Path as TreePath
-from fastdean.models.windows import beginning, outside_layers, resident_windows, stream_of
+from fastdean.models.windows import (
+    Windows,
+    beginning,
+    outside_layers,
+    resident_layers,
+    resident_windows,
+    stream_of,
+)
 from fastdean.wording.doing import titled
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
@@ -249,6 +256,7 @@ def score_sets(
             reading["tokenizer"] = stream.tokenizer
     ranks = Ranks.current()
     device = input_device(model) if stream is None else stream.device
+    read_before = 0 if stream is None else stream.bytes_read
     dense = len(loaders) * sum(sums_bytes(target, granularity) for target in targets)
     with ranks.failing_together():
         require_room_for_dense(order, dense, keep_top, memory_budget, device)
@@ -308,6 +316,7 @@ def score_sets(
                 shown=progress and ranks.first,
                 finished=finished,
                 stream=stream,
+                read_before=read_before,
                 step=step,
                 returned=returned[:whole],
             )
@@ -336,6 +345,7 @@ class _Scoring:
         windows: what each window holds beside its sums, layer by layer.
         sets: the batches of each data set, and which of the targets can be scored over them.
         shown: whether progress bars are.
+        read_before: bytes of weights that the stream had read before the job.
         returned: for each layer that was run with all layers before it, a sample of what it
             returned in the last trial.
         others: as `score_sets` takes them.
@@ -355,6 +365,7 @@ class _Scoring:
     shown: bool
     finished: Callable[[str, Scores], object]
     stream: StreamedModel | None
+    read_before: int
     step: Callable[[Sequence[str]], AbstractContextManager]
     returned: list[dict[TreePath, torch.Tensor]]
 
@@ -392,7 +403,9 @@ class _Scoring:
 
             def of_set(number: int, name: str, scorable: Scorable) -> Set:
                 if isinstance(home, KeptFiles):
-                    entries[name] = kept_entries(home, number, scorable.targets)
+                    entries[name] = kept_entries(
+                        home, number, scorable.targets, weights=self.stream is None
+                    )
 
                 def finished(group: Sequence[Target], sums: dict[str, Accumulator]) -> None:
                     made = self._entries(scorable, group, sums)
@@ -405,7 +418,7 @@ class _Scoring:
             Sweep(
                 [of_set(n, name, scorable) for n, (name, scorable) in enumerate(self.sets.items())],
                 layers,
-                resident_windows(layers) if self.stream is None else self.stream.layer,
+                self._windows(layers),
                 granularity=self.granularity,
                 device=self.device,
                 impl=self.impl,
@@ -451,8 +464,13 @@ class _Scoring:
         }
         parts = job_parts(self.model, layers, self.targets, self.sets, options, self.ranks)
         results = sum(entries_bytes(s.targets, self.granularity, self.keep_top) for s in sets)
-        with resumable(resume, parts, layers, self.ranks, results) as job:
+        windows = self._windows(layers)
+        resident = () if self.stream is not None else resident_layers(layers)
+        with resumable(resume, parts, layers, windows, resident, self.ranks, results) as job:
             yield job.home, job
+
+    def _windows(self, layers: Mapping[str, nn.Module]) -> Windows:
+        return resident_windows(layers) if self.stream is None else self.stream.layer
 
     def _entries(
         self, scorable: Scorable, group: Sequence[Target], sums: dict[str, Accumulator]
@@ -487,7 +505,7 @@ class _Scoring:
         )
         described = order.described(used)
         if self.stream is not None:
-            described["bytes_of_weights_read"] = self.stream.bytes_read
+            described["bytes_of_weights_read"] = self.stream.bytes_read - self.read_before
         scores = Scores(
             entries,
             granularity=self.granularity,

@@ -101,7 +101,7 @@ def find_scorable(
             found = _try_out(model, work, targets, granularity, device, scale)
         return found
 
-    everything, targets = targets, _standing_for_all(targets, alike or {})
+    everything, targets = targets, _standing_for_all(model, targets, alike or {})
     with ranks.failing_together():
         excerpt = work.excerpt()
         found = tried(excerpt, targets)
@@ -142,9 +142,19 @@ def find_scorable(
     return found
 
 
-def _standing_for_all(targets: Sequence[Target], alike: Mapping[str, str]) -> Sequence[Target]:
-    """The targets of layers that stand for themselves, and those outside of the layers."""
-    return [target for target in targets if _in_kind(target.name, alike) == target.name]
+def _standing_for_all(
+    model: nn.Module, targets: Sequence[Target], alike: Mapping[str, str]
+) -> Sequence[Target]:
+    """The modules that stand for the targets, which need not be targets themselves."""
+    standing: dict[str, Target] = {}
+    for target in targets:
+        name = _in_kind(target.name, alike)
+        if name == target.name:
+            standing[name] = target
+        else:
+            other = replace(target, name=name, module=model.get_submodule(name))
+            standing.setdefault(name, other)
+    return list(standing.values())
 
 
 def _in_kind(name: str, alike: Mapping[str, str]) -> str:

@@ -130,6 +130,11 @@ def stream_model(
             model = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
         tokenizer = _tokenizer_or_none(where, origin)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == torch.float16:
+        raise NotStreamableError(
+            f"model must be in bfloat16 or float32 to be streamed, got {name!r} in float16; pass "
+            "dtype='bfloat16' (--dtype bf16), or load it first and score it batch by batch"
+        )
     return StreamedModel.open(model.eval(), tokenizer, folder, wanted, device)
 
 
@@ -143,6 +148,8 @@ def load_or_stream(
 
     Args:
         name, dtype, device, options: as `load_model` takes them.
+    Raises:
+        ValueError: as `load_model`, or there is no tokenizer, which a job needs.
     """
     from fastdean.models.streaming import NotStreamableError
 
@@ -155,9 +162,12 @@ def load_or_stream(
                 logger.info("the weights are loaded: %s", error)
         else:
             if order == "layers" or not stream.fits_in_memory():
+                _require_tokenizer(name, stream.tokenizer)
                 return stream, stream.tokenizer
         options["progress"] = shown
-    return load_model(name, dtype=dtype, device=device, **options)
+    model, tokenizer = load_model(name, dtype=dtype, device=device, **options)
+    _require_tokenizer(name, tokenizer)
+    return model, tokenizer
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
@@ -230,6 +240,8 @@ def _check_device(device: str | None) -> None:
 
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Where the model's files are, and the options that transformers needs to read them."""
+    if not name:
+        raise ValueError("model must be a folder, hub id or .gguf file, got ''; name one")
     path = _demo_file() if name == DEMO_MODEL else Path(name).expanduser()
     where, options = (str(path) if path.is_dir() else name), {}
     if path.suffix == ".gguf":
@@ -242,6 +254,11 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             f"model must be a Hugging Face folder with a config.json, got {name!r}; save the model "
             "there with save_pretrained first"
+        )
+    elif path.is_file():
+        raise ValueError(
+            f"model must be a folder, hub id or .gguf file, got the file {name!r}; pass the "
+            "folder that it lies in"
         )
     elif not path.is_dir() and _is_path(name):
         raise ValueError(
@@ -333,9 +350,23 @@ def _tokenizer_or_none(where: str, origin: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(where, **origin)
+        tokenizer = AutoTokenizer.from_pretrained(where, **origin)
     except (OSError, ValueError, ImportError):
         return None
+    return tokenizer if _knows_text(tokenizer) else None
+
+
+def _knows_text(tokenizer: Any) -> bool:
+    """False of what transformers makes of a configuration alone: special tokens."""
+    return len(tokenizer) > len(tokenizer.all_special_ids)
+
+
+def _require_tokenizer(name: str, tokenizer: Any) -> None:
+    if tokenizer is None or not _knows_text(tokenizer):
+        raise ValueError(
+            f"model must come with its tokenizer, got {name!r} without one; save it there with "
+            "its save_pretrained"
+        )
 
 
 def _class_of(config: Any, own_code: bool) -> Any:

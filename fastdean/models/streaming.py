@@ -82,6 +82,7 @@ class StreamedModel:
             device_map={"": device},
         )
         stored = stored_tensors(folder)
+        _require_plain_numbers(stored.values())
         missing = _require_whole(of_transformers, stored, config)
         layers = decoder_layers(model)
         if not layers:
@@ -263,6 +264,17 @@ def _require_whole(model: Any, stored: Mapping[str, StoredTensor], config: Any) 
             f"{list(found)} for {list(expected)}; copy the checkpoint again"
         )
     return absent
+
+
+def _require_plain_numbers(stored: Iterable[StoredTensor]) -> None:
+    for tensor in stored:
+        try:
+            tensor.torch_dtype  # noqa: B018
+        except ValueError:
+            raise NotStreamableError(
+                f"model must hold plain numbers to be streamed, got {tensor.dtype} in "
+                f"{tensor.name!r}; load it first"
+            ) from None
 
 
 def _require_own_weights(model: Any, layers: Mapping[str, nn.Module]) -> None:

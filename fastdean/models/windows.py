@@ -40,6 +40,15 @@ def resident_windows(layers: Mapping[str, nn.Module]) -> Windows:
     return lambda k, then: weights_in(modules[k])
 
 
+def resident_layers(layers: Mapping[str, nn.Module]) -> list[str]:
+    """The names of layers whose weights are in memory, offloaded by nobody."""
+    return [
+        name
+        for name, layer in layers.items()
+        if not any(weight.is_meta for weight in layer.parameters())
+    ]
+
+
 @contextmanager
 def weights_in(layer: nn.Module) -> Iterator[None]:
     """Inside, weights that accelerate offloaded are on their device, brought in once.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from interrupts import interrupt, moments
 from tiny_data import batches, make_examples
 from tiny_models import gpt2, llama
@@ -31,6 +32,7 @@ from fastdean.coupling import (
 )
 from fastdean.coupling.scoring import score_sets
 from fastdean.files import folders
+from fastdean.models.loading import stream_model
 
 OPTIONS = {"progress": False, "order": "layers", "target_modules": "mlp", "tokens_per_batch": 12}
 KILLED = Path(__file__).parent.parent / "support" / "killed.py"
@@ -566,3 +568,74 @@ def test_where_the_other_order_is_taken_the_folder_goes(tmp_path, monkeypatch):
         target_modules=r"model\.layers\.0\..*up_proj",
     )
     assert found["fair"].manifest["order"]["by"] == "batches" and not os.listdir(tmp_path)
+
+
+def streamed_folder(folder, change=None):
+    """A checkpoint of three layers of two kinds; `change` is added to a weight of this name."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=kinds,
+    )
+    model = transformers.Gemma2ForCausalLM(config)
+    if change is not None:
+        model.get_parameter(change).data += 1
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"keep_top": 0.05, "target_modules": "all"}, {"granularity": "unit"}],
+    ids=["sparse", "units"],
+)
+# Within the layers forward, at the loss, and in the layers backward.
+@pytest.mark.parametrize("done", [2, 4, 9])
+def test_a_streamed_job_goes_on_in_another_process(options, done, tmp_path, monkeypatch):
+    folder, job = streamed_folder(tmp_path / "model"), tmp_path / "job"
+    expected = score(stream_model(folder), **options)
+    stopped(job, done, monkeypatch, stream_model(folder), **options)
+    stream = stream_model(folder)
+    found = score(stream, resume=job, **options)
+    assert not job.exists()
+    for name in expected:
+        assert list(found[name]) == list(expected[name])
+        for parameter, entry in expected[name].entries.items():
+            other = found[name].entries[parameter]
+            assert torch.equal(other.sums, entry.sums)
+            assert (other.weight is None) == (entry.weight is None), parameter
+            assert entry.weight is None or torch.equal(other.weight, entry.weight)
+    assert {parameter.device.type for parameter in stream.model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "done"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", 1),
+        ("model.layers.1.mlp.up_proj.weight", 5),
+        # Which is through, and is not looked at again.
+        ("model.layers.2.mlp.up_proj.weight", 9),
+    ],
+)
+def test_a_streamed_layer_that_was_run_and_has_changed_is_refused_before_anything_runs(
+    changed, done, tmp_path, monkeypatch
+):
+    folder, job = streamed_folder(tmp_path / "model"), tmp_path / "job"
+    other = streamed_folder(tmp_path / "other", changed)
+    options = {"keep_top": 0.05}
+    stopped(job, done, monkeypatch, stream_model(folder), **options)
+    seen = steps_run(monkeypatch)
+    layer = changed.rpartition(".mlp")[0]
+    with pytest.raises(ValueError, match=f"differs in the weights of {layer};"):
+        score(stream_model(other), resume=job, **options)
+    assert not seen
+    # The job itself is as it was.
+    score(stream_model(folder), resume=job, **options)
+    assert seen[0] == done

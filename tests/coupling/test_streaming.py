@@ -187,6 +187,21 @@ def test_what_takes_no_part_in_one_layer_is_left_out_of_all_of_its_kind(checkpoi
     assert all(name in reason for name, reason in left_out.items())
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*layers\.2\.mlp\.down_proj",
+        # Of the layer that stands for the others, another module.
+        r".*(layers\.0\.mlp\.up_proj|layers\.[12]\.mlp\.down_proj)",
+    ],
+)
+def test_targets_in_layers_that_others_stand_for(pattern, checkpoint):
+    model = tiny()
+    options = OPTIONS | {"target_modules": pattern}
+    found = fastdean.score(checkpoint(model), loader(), **options)
+    assert_same_scores(found, fastdean.score(model, loader(), order="layers", **options))
+
+
 def test_the_files_stay_as_they_are(checkpoint):
     folder = checkpoint(tiny())
 
@@ -291,3 +306,45 @@ def test_a_job_loads_what_cannot_be_streamed(checkpoint, monkeypatch):
     monkeypatch.setattr(loading, "stream_model", refused)
     model, _ = load_or_stream(str(folder), order="layers", progress=False)
     assert isinstance(model, torch.nn.Module)
+
+
+def test_it_is_not_streamed_in_float16(checkpoint):
+    # In which gradients need a scale, and models go batch by batch.
+    folder = checkpoint(tiny().half())
+    with pytest.raises(ValueError, match=r"bfloat16 or float32 to be streamed, got .*--dtype bf16"):
+        fastdean.score(folder, loader(), **OPTIONS)
+    fastdean.score(stream_model(str(folder), dtype="bf16"), loader(), **OPTIONS)
+
+
+def test_types_that_are_no_plain_numbers_are_a_reason_to_load(checkpoint):
+    folder = checkpoint(tiny(), max_shard_size="10MB")
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {"scale": torch.ones(4).to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(streaming.NotStreamableError, match="got F8_E4M3 in 'scale'; load it first"):
+        stream_model(str(folder))
+
+
+def test_a_folder_without_a_tokenizer(checkpoint):
+    # transformers makes one of special tokens alone of the configuration.
+    folder = checkpoint(tiny())
+    assert stream_model(str(folder)).tokenizer is None
+    with pytest.raises(ValueError, match="loader must .*pass tokenizer="):
+        fastdean.score(folder, [{"prompt": "a b", "response": "c"}], **OPTIONS)
+    for order in ("batches", "layers"):
+        with pytest.raises(ValueError, match="model must come with its tokenizer, got .* without"):
+            load_or_stream(str(folder), order=order, progress=False)
+
+
+def test_a_name_that_is_empty_or_of_a_file(checkpoint, monkeypatch):
+    folder = checkpoint(tiny(), max_shard_size="10MB")
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="folder, hub id or .gguf file, got ''; name one"):
+        fastdean.score("", loader(), **OPTIONS)
+    with pytest.raises(ValueError, match="got the file 'model.safetensors'; pass the folder"):
+        fastdean.score("model.safetensors", loader(), **OPTIONS)
+
+
+def test_the_bytes_that_were_read_are_those_of_the_job(checkpoint):
+    stream = stream_model(str(checkpoint(tiny())))
+    first, second = (fastdean.score(stream, loader(), **OPTIONS) for _ in range(2))
+    assert first.manifest["order"] == second.manifest["order"]
