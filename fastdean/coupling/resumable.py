@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -135,7 +135,7 @@ class Resumable(Milestones):
             self.home.restore(self._commit["files"])
             for k, (name, layer) in enumerate(layers.items()):
                 if name in self._weights or name in self._resident:
-                    with windows(k, k + 1):
+                    with nullcontext() if name in self._resident else windows(k, k + 1):
                         self._compare(name, layer)
         if self._ranks.first and self._commit != _START:
             logger.warning("scoring goes on from %r, after step %d", str(self._folder.parent), step)
