@@ -6,7 +6,6 @@ The command line and `fastdean.run` take their parameters from here. Nothing her
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from types import NoneType
@@ -107,12 +106,16 @@ def require_at_least(job: Any, **least: int) -> None:
             raise ValueError(f"{name} must be at least {lowest}, got {value}")
 
 
+# What is above was meant as bytes.
+_MOST_GIGABYTES = 1e6
+
+
 def _bytes(gigabytes: float | None) -> int | None:
     if gigabytes is None:
         return None
-    if not 0 < gigabytes * 1e9 < math.inf:
+    if not 0 < gigabytes < _MOST_GIGABYTES:
         raise ValueError(
-            f"memory_budget must be a positive number of GB, got {gigabytes:g}; leave it out to "
+            f"memory_budget must be a positive number of GB, got {gigabytes:.12g}; leave it out to "
             "have it chosen"
         )
     return int(gigabytes * 1e9)

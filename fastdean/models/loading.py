@@ -159,7 +159,7 @@ def load_or_stream(
             stream = stream_model(name, dtype=dtype, device=device, **options)
         except NotStreamableError as error:
             if order == "layers":
-                logger.info("the weights are loaded: %s", error)
+                logger.warning("all weights are loaded: %s", error)
         else:
             if order == "layers" or not stream.fits_in_memory():
                 _require_tokenizer(name, stream.tokenizer)
