@@ -515,7 +515,7 @@ def test_every_operation_of_the_extension_and_of_triton_is_a_form_and_sanitized(
         f"{op}:{entry.name}"
         for op, entries in _dispatch._TABLE.items()
         for entry in entries
-        if entry.name == "triton" or (entry.name == "native" and "importance" not in op)
+        if entry.name != "reference" and entry not in _dispatch.ONLY_ON_CPU
     }
     assert {form.name for form in plan.FORMS} == on_a_gpu
     parts = parts_of("first")

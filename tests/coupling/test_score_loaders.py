@@ -435,8 +435,8 @@ def test_encoder_decoder_models_are_refused(kind):
 
 
 def test_models_that_are_no_language_models_are_refused():
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str; load it first"):
-        score(one(GOOD), "Qwen/Qwen2-7B")
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict; load it first"):
+        score(one(GOOD), {"name": "Qwen/Qwen2-7B"})
 
 
 def test_quantised_weights_are_refused():

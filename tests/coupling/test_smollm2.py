@@ -64,3 +64,22 @@ def test_the_demo_mask_round_trips_and_patches_like_apply(smollm2, tmp_path):
             assert torch.equal(applied, theirs), name
     for name, weight in before.items():
         assert torch.equal(model.get_parameter(name), weight)
+
+
+@pytest.mark.slow
+def test_both_orders_and_the_weights_on_disk_select_the_same(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    examples = encode(load_rows("embedded:privacy")[:NUM_EXAMPLES], tokenizer)
+    model.save_pretrained(tmp_path / "model", max_shard_size="100MB")
+    options = {"keep_top": 1e-3, "progress": False}
+    expected = fastdean.score(model, examples, order="batches", **options)
+    found = [
+        fastdean.score(model, examples, order="layers", **options),
+        fastdean.score(tmp_path / "model", examples, **options),
+    ]
+    for scores in found:
+        assert scores.manifest["order"]["by"] == "layers"
+        for name, entry in expected.entries.items():
+            # 1e-5 and 1e-3 of a matrix.
+            for k in (8, len(entry.index)):
+                assert torch.equal(scores.select(name, k), expected.select(name, k)), (name, k)
