@@ -176,7 +176,9 @@ Order = Annotated[
 ]
 States = Annotated[
     str,
-    Help("Where --order layers keeps what layers return: device, host, or a folder for files."),
+    Help(
+        "Where --order layers keeps what layers return: auto, device, host, or a folder for files."
+    ),
 ]
 
 # Scores, and the sets that are made of them.
