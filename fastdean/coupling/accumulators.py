@@ -10,14 +10,22 @@ from torch import Tensor
 
 from fastdean.coupling.scores import ScoreEntry
 from fastdean.coupling.targets import Target
-from fastdean.models.model_state import execution_device
-from fastdean.ops.importance import accumulate_importance_, accumulate_unit_importance_
+from fastdean.ops.importance import (
+    accumulate_expert_importance_,
+    accumulate_importance_,
+    accumulate_unit_importance_,
+)
 from fastdean.wording.numbers import require_real
 
 
 class Accumulator(Protocol):
-    def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
-        """Take one batch: what the hook saw, [N, C], its gradient, and the rows of each example."""
+    def add_(
+        self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None
+    ) -> None:
+        """Take one batch: what the hook saw, [N, C], its gradient, and the rows of each example.
+
+        Of stacked weights, the rows of each example at one expert, and which expert that is.
+        """
 
     def tensors(self) -> list[Tensor]:
         """The tensors whose sum over ranks is the sum over all examples."""
@@ -35,10 +43,35 @@ class DenseWeightAccumulator:
         shape = tuple(target.weight.shape)
         self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
 
-    def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
+    def add_(
+        self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None
+    ) -> None:
         if self._transposed:
             x, g = g, x
         accumulate_importance_(self._sums, x, g, segments, impl=self._impl)
+
+    def tensors(self) -> list[Tensor]:
+        return [self._sums]
+
+    def entry(self, weight: Tensor) -> ScoreEntry:
+        return ScoreEntry.of(self._sums, weight)
+
+
+class ExpertAccumulator:
+    """sum_b |G_b^T X_b| of each expert, in the layout of the stacked weights."""
+
+    def __init__(self, target: Target, device: torch.device, impl: str | None) -> None:
+        self._transposed = target.transposed
+        self._impl = impl
+        self._sums = torch.zeros(tuple(target.weight.shape), dtype=torch.float32, device=device)
+
+    def add_(
+        self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None
+    ) -> None:
+        assert experts is not None  # Of a stacked weight.
+        if self._transposed:
+            x, g = g, x
+        accumulate_expert_importance_(self._sums, x, g, segments, experts, impl=self._impl)
 
     def tensors(self) -> list[Tensor]:
         return [self._sums]
@@ -55,7 +88,9 @@ class UnitAccumulator:
         self._impl = impl
         self._sums = torch.zeros(target.num_inputs, dtype=torch.float32, device=device)
 
-    def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
+    def add_(
+        self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None
+    ) -> None:
         accumulate_unit_importance_(self._sums, x, g, segments, impl=self._impl)
 
     def tensors(self) -> list[Tensor]:
@@ -79,10 +114,12 @@ def accumulators_of(
     Args:
         device: that of targets whose weights are offloaded and do not say where they compute.
     """
-    kind = ACCUMULATORS[granularity]
+
+    def kind(target: Target) -> Callable[[Target, torch.device, str | None], Accumulator]:
+        return ExpertAccumulator if target.stacked else ACCUMULATORS[granularity]
+
     return {
-        target.parameter: kind(target, execution_device(target.module, device), impl)
-        for target in targets
+        target.parameter: kind(target)(target, target.device(device), impl) for target in targets
     }
 
 

@@ -1,5 +1,8 @@
 """The hooks of `score()`: every target's input paired with the gradient of its output.
 
+Modules of fused experts have no hook that sees their products; they run through
+`fastdean.models.expert_products` meanwhile, which hands them over.
+
 `Sums` adds the pairs up; the trial (trial.py) compares them with autograd's gradients.
 """
 
@@ -16,15 +19,27 @@ from torch import Tensor, nn
 from fastdean.coupling.accumulators import Accumulator
 from fastdean.coupling.targets import Target
 from fastdean.coupling.workloads import BatchLosses
+from fastdean.models.expert_products import Compare, Listener, Routing, listening_to_experts
 from fastdean.models.hooks import forward_hooks, forward_pre_hooks
 from fastdean.wording.mendable import StateError
 
-Receiver = Callable[[Target, Tensor, Tensor], None]
+# A target, its input [N, C] and the gradient [N, R] of its product; of experts [S, C] and [S, R],
+# with whose these rows are.
+Receiver = Callable[[Target, Tensor, Tensor, Routing | None], None]
+
+# Of the norm of what experts return, how far their own implementation may be from what runs here:
+# rounding in another order.
+_ROUNDING = 32
 
 
 @contextmanager
 def capturing(
-    targets: Sequence[Target], granularity: str, receive: Receiver, *, again: bool = False
+    targets: Sequence[Target],
+    granularity: str,
+    receive: Receiver,
+    *,
+    again: bool = False,
+    compare: Compare | None = None,
 ) -> Iterator[None]:
     """Inside, hooks pair every target's input with the gradient of its own product.
 
@@ -38,14 +53,51 @@ def capturing(
         receive: called with the target, its input [..., C] and the gradient [..., R], during the
             backward pass.
         again: keep the inputs for further backward passes over the same graph.
+        compare: told what experts compute here, and what their own implementation computes.
     """
+    experts = _listeners([t for t in targets if t.stacked], receive, again)
     hook, attached = (
         (_weight_hook, forward_hooks)
         if granularity == "weight"
         else (_unit_hook, forward_pre_hooks)
     )
-    with attached({target.module: hook(target, receive, again) for target in targets}):
+    hooks = {t.module: hook(t, receive, again) for t in targets if not t.stacked}
+    with attached(hooks), listening_to_experts(experts, compare):
         yield
+
+
+def _listeners(
+    targets: Sequence[Target], receive: Receiver, again: bool
+) -> dict[nn.Module, Listener]:
+    """A listener for each module, whose weights need not all be targets."""
+    by_module: dict[nn.Module, dict[str, Target]] = {}
+    for target in targets:
+        by_module.setdefault(target.module, {})[target.leaf] = target
+
+    def of_module(wanted: dict[str, Target]) -> Listener:
+        def listener(leaf: str, x: Tensor, product: Tensor, routing: Routing) -> Tensor:
+            if leaf not in wanted:
+                return product
+            if not product.requires_grad:
+                product = product.detach().requires_grad_(True).clone()
+            if product.requires_grad:
+                _listen(wanted[leaf], x.detach(), product, receive, again, routing)
+            return product
+
+        return listener
+
+    return {module: of_module(wanted) for module, wanted in by_module.items()}
+
+
+def require_same_experts(module: nn.Module, ours: Tensor, own: Tensor) -> None:
+    """Refuse experts that compute something else than their structure says."""
+    allowed = max(_ROUNDING * torch.finfo(own.dtype).eps, 1e-4) * own.float().norm()
+    if ours.shape != own.shape or not (ours.float() - own.float()).norm() <= allowed:
+        if own.isfinite().all():
+            raise StateError(
+                f"{type(module).__name__} must compute act(x W_up) W_down of each expert, weighted "
+                "by its router, got something else; leave it out of target_modules"
+            )
 
 
 def _weight_hook(target: Target, receive: Receiver, again: bool) -> Callable:
@@ -83,7 +135,12 @@ def _unit_hook(target: Target, receive: Receiver, again: bool) -> Callable:
 
 
 def _listen(
-    target: Target, x: Tensor, differentiated: Tensor, receive: Receiver, again: bool
+    target: Target,
+    x: Tensor,
+    differentiated: Tensor,
+    receive: Receiver,
+    again: bool,
+    routing: Routing | None = None,
 ) -> None:
     # Autograd keeps no copy of x for a frozen weight, and so would not notice a change to it.
     version = x._version
@@ -104,7 +161,11 @@ def _listen(
             g = g.reshape(*x.shape[:-1], g.shape[-1])
         # Under autocast a layer computes with its input cast to the dtype of its output; where a
         # model is spread over devices it may fetch its input itself.
-        receive(target, x.to(g), g)
+        x = x.to(g)
+        if routing is None:
+            receive(target, x, g, None)
+        else:
+            receive(target, *routing.chosen(x, g))
 
     differentiated.register_hook(deliver)
 
@@ -145,6 +206,7 @@ class Sums:
         """Raise RuntimeError unless every target has delivered exactly one pair since."""
         for parameter in self.accumulators:
             if self._times[parameter] != 1:
+                # Of stacked weights the name is the parameter's own.
                 name = parameter.removesuffix(".weight")
                 raise StateError(wrong_times_message(name, self._times[parameter]))
 
@@ -152,8 +214,16 @@ class Sums:
         """What is differentiated: the sum of the examples' losses."""
         return batch.values.sum()
 
-    def receive(self, target: Target, x: Tensor, g: Tensor) -> None:
+    def receive(
+        self, target: Target, x: Tensor, g: Tensor, routing: Routing | None = None
+    ) -> None:
         """Take a pair of the batch from a hook."""
+        if routing is not None:
+            if routing.total != self._rows:
+                raise StateError(wrong_rows_message(target, self._rows, routing.total))
+            self._times[target.parameter] += 1
+            self.add_routed(target, x, g, routing)
+            return
         if target.parameter in self._sequence_first:
             x, g = (batch_first(rows, len(self.segments)) for rows in (x, g))
         segments = segments_in(x, self.segments, self._rows)
@@ -166,6 +236,11 @@ class Sums:
     def add(self, target: Target, x: Tensor, g: Tensor, segments: Tensor) -> None:
         """Add rows x [N, C] and g [N, R], of which `segments` says whose they are."""
         self.accumulators[target.parameter].add_(x, g, segments)
+
+    def add_routed(self, target: Target, x: Tensor, g: Tensor, routing: Routing) -> None:
+        """Add rows of experts, x [S, C] and g [S, R]."""
+        segments, experts = routing.segments(self.segments)
+        self.accumulators[target.parameter].add_(x, g, segments, experts)
 
 
 def batch_first(rows: Tensor, examples: int) -> Tensor:

@@ -16,7 +16,6 @@ from fastdean.coupling.kept_files import KeptFiles
 from fastdean.coupling.scores import ScoreEntry, fingerprint
 from fastdean.coupling.targets import Target
 from fastdean.files.declared import Lists, Maybe, Record, Whole, require
-from fastdean.models.model_state import materialised_weight
 
 _INDEX_BYTES = 8
 _NOTE = Record(
@@ -65,9 +64,8 @@ def kept_entries(
             unit_axis=note["unit_axis"],
             fingerprint=note["fingerprint"],
         )
-        module = by_parameter[key[2]].module
         if weights and not _owns_weight(entry):
-            weight = materialised_weight(module).detach()
+            weight = by_parameter[key[2]].materialised().detach()
             if fingerprint(weight) != entry.fingerprint:
                 raise ValueError(
                     f"resume must be a folder of this job, got {str(home.folder.parent)!r} with "

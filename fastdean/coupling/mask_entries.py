@@ -72,7 +72,8 @@ def _weight_of(model: nn.Module, name: str) -> Tensor:
             "scores were made on"
         ) from None
     if weight.device.type == "meta":
-        weight = materialised_weight(plain_submodule(model, name.removesuffix(".weight")))
+        owner, _, leaf = name.rpartition(".")
+        weight = materialised_weight(plain_submodule(model, owner), leaf)
     return weight.detach()
 
 

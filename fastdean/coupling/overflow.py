@@ -17,6 +17,7 @@ from fastdean.coupling.loss_scale import LossScale, row_factors
 from fastdean.coupling.targets import Target
 from fastdean.coupling.workloads import BatchLosses, Workload
 from fastdean.data.batching import send
+from fastdean.models.expert_products import Routing
 from fastdean.wording.mendable import StateError
 
 # How often the scale of a batch that overflowed is lowered.
@@ -73,6 +74,16 @@ class ScaledSums(Sums):
         dtype = torch.promote_types(for_g.dtype, g.dtype)
         x, g = x.to(dtype) * for_x, torch.where(finite, g, 0).to(dtype) * for_g
         super().add(target, x, g, segments)
+
+    def add_routed(self, target: Target, x: Tensor, g: Tensor, routing: Routing) -> None:
+        if target.parameter not in self._wanted:
+            return
+        finite = g.isfinite().all()
+        self._finite[target.parameter] = finite
+        for_x, for_g = (factor.to(g.device)[routing.rows] for factor in self._factors)
+        dtype = torch.promote_types(for_g.dtype, g.dtype)
+        x, g = x.to(dtype) * for_x, torch.where(finite, g, 0).to(dtype) * for_g
+        super().add_routed(target, x, g, routing)
 
     def again(self, batch: BatchLosses, scale: LossScale, wanted: Collection[str]) -> set[str]:
         """Add a batch to these parameters at another scale; which of them it left out."""

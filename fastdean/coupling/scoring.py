@@ -54,7 +54,6 @@ from fastdean.models.model_state import (
     evaluation_state,
     frozen,
     input_device,
-    materialised_weight,
     strict_determinism,
     unwrap,
 )
@@ -535,7 +534,7 @@ def finish(
     entries = {}
     for target in targets:
         name = target.parameter
-        entry = accumulators.pop(name).entry(materialised_weight(target.module))
+        entry = accumulators.pop(name).entry(target.materialised())
         if keep_top is not None:
             entry = keep_entry(name, entry, num_examples, keep_top)
         elif off_device:

@@ -1,4 +1,5 @@
-"""Which layers are scored: Linear (and Conv1D) modules of the decoder layers, or their MLPs' units.
+"""Which layers are scored: Linear (and Conv1D) modules of the decoder layers, the stacked weights
+of their fused experts, or their MLPs' units.
 
 No list of model families: stacks.py finds the decoder layers, blocks.py what each is made of.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 
 from fastdean.models.adapters import Plain, base_model, plain_modules
 from fastdean.models.blocks import ATTENTION, FEED_FORWARD, Grouping, LayerParts, Matrix
-from fastdean.models.model_state import evaluation_state, text_config, weight_of
+from fastdean.models.experts import fused_experts
+from fastdean.models.model_state import (
+    evaluation_state,
+    execution_device,
+    materialised_weight,
+    text_config,
+    weight_of,
+)
 from fastdean.models.stacks import decoder_layers
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
@@ -32,18 +40,20 @@ _TRIED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Target:
-    """One module whose weight, or whose input units, are scored.
+    """One weight that is scored, or whose input units are.
 
     Attributes:
-        name: module name in the model, without what PEFT adds to it; the score is stored under
-            `parameter`.
-        module: the nn.Linear or Conv1D.
-        transposed: True when the weight is stored [C, R] (in x out), as Conv1D does.
+        name: module name in the model, without what PEFT adds to it, of stacked weights with the
+            weight's own name; the score is stored under `parameter`.
+        module: the nn.Linear or Conv1D, or the module of fused experts.
+        transposed: True when the weight is stored [C, R] (in x out), as Conv1D does, or [E, C, R].
         layer_index: position of the decoder layer it lies in, or None.
         group: "mlp", "self_attn", another group of its layer (`fastdean.models.blocks`), or None
             outside the decoder layers.
         leads_from_units: whether its inputs are an MLP's units.
         adapted: an adapter that is neither merged nor off is on top of it.
+        leaf: name of the weight in its module.
+        stacked: whether the weight holds a matrix for each of several experts.
     """
 
     name: str
@@ -53,23 +63,42 @@ class Target:
     group: str | None
     leads_from_units: bool = False
     adapted: bool = False
+    leaf: str = "weight"
+    stacked: bool = False
 
     @property
     def parameter(self) -> str:
-        return f"{self.name}.weight"
+        return self.parameter_called(self.name)
+
+    def parameter_called(self, name: str) -> str:
+        """What the weight would be called were the target called `name`."""
+        return f"{name}.weight" if self.leaf == "weight" else name
+
+    def in_place_of(self, name: str, model: nn.Module) -> Target:
+        """The same weight of another layer of one kind, by the target's name there."""
+        owner = self.parameter_called(name).removesuffix(f".{self.leaf}")
+        return replace(self, name=name, module=model.get_submodule(owner))
 
     @property
     def weight(self) -> Tensor:
         """As it is stored; a meta tensor where it is offloaded."""
-        return weight_of(self.module)
+        return weight_of(self.module, self.leaf)
+
+    def materialised(self) -> Tensor:
+        """The weight; an offloaded one is copied to the CPU (`materialised_weight`)."""
+        return materialised_weight(self.module, self.leaf)
+
+    def device(self, default: torch.device) -> torch.device:
+        """Where the module computes, also when its weight is offloaded."""
+        return execution_device(self.module, default, self.leaf)
 
     @property
     def num_inputs(self) -> int:
-        return self.weight.shape[0 if self.transposed else 1]
+        return self.weight.shape[-2 if self.transposed else -1]
 
     @property
     def num_outputs(self) -> int:
-        return self.weight.shape[1 if self.transposed else 0]
+        return self.weight.shape[-1 if self.transposed else -2]
 
     @property
     def unit_axis(self) -> int:
@@ -122,7 +151,7 @@ def find_targets(
         )
     _require_own_weights(candidates, chosen)
     for target in chosen:
-        if not _is_floating_point(target.module):
+        if not _is_floating_point(target.weight):
             raise ValueError(
                 f"model must hold floating-point weights, got {target.weight.dtype} in "
                 f"{target.parameter}; load it without quantisation"
@@ -159,7 +188,7 @@ def require_own_parameters(model: nn.Module, targets: Sequence[Target]) -> None:
                 "torch.inference_mode(); load the model outside of it"
             )
     for target in targets:
-        if target.module._parameters.get("weight") is None:
+        if target.module._parameters.get(target.leaf) is None:
             raise ValueError(
                 f"{target.parameter} must be a parameter, got a tensor that is computed from "
                 "others (a parametrization, weight or spectral norm, pruning); make it permanent, "
@@ -283,12 +312,28 @@ def _survey(model: nn.Module) -> _Survey:
     indices: dict[str | None, int] = {name: i for i, name in enumerate(layers)}
     targets = []
     for plain in plains:
-        if plain.module not in scorable:
+        layout = fused_experts(plain.module)
+        if plain.module not in scorable and layout is None:
             continue
         owner, group, is_down = owners[plain.name], None, False
         if owner is not None:
             path = _path_in(owner, plain)
             group, is_down = groupings[owner].groups[path], path in groupings[owner].downs
+        if layout is not None:
+            targets += [
+                Target(
+                    name=f"{plain.name}.{leaf}",
+                    module=plain.module,
+                    transposed=layout.transposed,
+                    layer_index=indices.get(owner),
+                    group=group,
+                    adapted=plain.adapted,
+                    leaf=leaf,
+                    stacked=True,
+                )
+                for leaf in layout.weights
+            ]
+            continue
         targets.append(
             Target(
                 name=plain.name,
@@ -345,12 +390,11 @@ def _is_scorable(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or module.weight.dim() != 2:
         return False
     # Quantised ones are refused by name where they are asked for.
-    return not _is_floating_point(module) or _is_linear_map(module)
+    return not _is_floating_point(weight_of(module)) or _is_linear_map(module)
 
 
-def _is_floating_point(module: nn.Module) -> bool:
-    dtype = weight_of(module).dtype
-    return dtype.is_floating_point and dtype.itemsize > 1
+def _is_floating_point(weight: Tensor) -> bool:
+    return weight.dtype.is_floating_point and weight.dtype.itemsize > 1
 
 
 def _is_linear_map(module: nn.Linear) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastdean.coupling.capture import (
     batch_first,
     capturing,
+    require_same_experts,
     segments_in,
     wrong_rows_message,
     wrong_times_message,
@@ -27,6 +28,7 @@ from fastdean.coupling.loss_scale import LossScale, initial_scale
 from fastdean.coupling.targets import Target
 from fastdean.coupling.workloads import Workload
 from fastdean.models.distributed import Ranks
+from fastdean.models.expert_products import Routing
 from fastdean.models.hooks import take_gradients
 from fastdean.models.model_state import fresh_leaves
 from fastdean.wording.log import logger
@@ -152,8 +154,7 @@ def _standing_for_all(
         if name == target.name:
             standing[name] = target
         else:
-            other = replace(target, name=name, module=model.get_submodule(name))
-            standing.setdefault(name, other)
+            standing.setdefault(name, target.in_place_of(name, model))
     return list(standing.values())
 
 
@@ -184,7 +185,7 @@ def _for_all(found: Scorable, targets: Sequence[Target], alike: Mapping[str, str
         sequence_first=frozenset(
             target.parameter
             for target in targets
-            if f"{kinds[target.name]}.weight" in found.sequence_first
+            if target.parameter_called(kinds[target.name]) in found.sequence_first
         ),
     )
 
@@ -263,7 +264,7 @@ def _try_out(
     weights = [t for t in targets if granularity == "weight" and not t.weight.is_meta]
     seen = _Observer(targets, {target.parameter for target in weights})
     with (
-        capturing(targets, granularity, seen.pair, again=True),
+        capturing(targets, granularity, seen.pair, again=True, compare=require_same_experts),
         fresh_leaves(model, [target.weight for target in weights]) as leaves,
         closing(work.losses(device)) as batches,
     ):
@@ -301,10 +302,19 @@ class _Observer:
         for passes in self._passes.values():
             passes.append(_Pass())
 
-    def pair(self, target: Target, x: Tensor, g: Tensor) -> None:
+    def pair(self, target: Target, x: Tensor, g: Tensor, routing: Routing | None = None) -> None:
         seen = self._passes[target.parameter][-1]
         seen.times += 1
         seen.rows, seen.dtype = g.numel() // g.shape[-1], g.dtype
+        if routing is not None:
+            seen.rows = routing.total
+            if seen.times == 1 and routing.total == self._rows:
+                seen.largest = float(g.abs().max()) if g.numel() else 0.0
+                seen.total = _squared_norm(g.float())
+                found = self._routed_rows(target, x, g, routing)
+                # In whatever order the batch is: it has no other rows.
+                seen.inside, seen.captured = ([each, each] for each in found)
+            return
         examples = len(self._segments)
         orders = [(x, g), (batch_first(x, examples), batch_first(g, examples))]
         segments = [segments_in(turned, self._segments, self._rows) for turned, _ in orders]
@@ -331,10 +341,27 @@ class _Observer:
         u, v = (each.to(g.device) for each in self._directions[target.parameter])
         return inside, ((g @ u) * (x @ v)).sum(0).cpu()
 
+    def _routed_rows(
+        self, target: Target, x: Tensor, g: Tensor, routing: Routing
+    ) -> tuple[float, Tensor]:
+        """As `_in_rows`, with a sum over experts that no two of them can exchange rows in."""
+        first, end = self._segments[self._example].tolist()
+        kept = (routing.rows >= first) & (routing.rows < end)
+        x, g, experts = x[kept].float(), g[kept].float(), routing.experts[kept]
+        inside = _squared_norm(g)
+        if target.parameter not in self._compared:
+            return inside, torch.zeros(_DIRECTIONS)
+        u, v = (each.to(g.device) for each in self._directions[target.parameter])
+        signs = _signs(target).to(g.device)
+        return inside, ((g @ u) * (x @ v) * signs[experts]).sum(0).cpu()
+
     def gradient(self, target: Target, gradient: Tensor) -> None:
         u, v = (each.to(gradient.device) for each in self._directions[target.parameter])
-        gradient = gradient.float().T if target.transposed else gradient.float()
-        self._passes[target.parameter][-1].expected = ((gradient @ v) * u).sum(0).cpu()
+        gradient = gradient.float().mT if target.transposed else gradient.float()
+        along = ((gradient @ v) * u).sum(-2)
+        if target.stacked:
+            along = (along * _signs(target).to(along.device)).sum(0)
+        self._passes[target.parameter][-1].expected = along.cpu()
 
     def judged(self, rows: int, tried: Scorable) -> Scorable:
         """What came of a batch of so many rows; `tried.conclusive` if its losses were finite.
@@ -397,6 +424,13 @@ def _directions(target: Target, seed: int) -> tuple[Tensor, Tensor]:
         for n in sizes
     )
     return u, v
+
+
+def _signs(target: Target) -> Tensor:
+    """A random number for each expert and direction, [E, K]."""
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    shape = (target.weight.shape[0], _DIRECTIONS)
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def _require_gradient(target: Target, passes: Sequence[_Pass], order: int) -> None:

@@ -49,29 +49,31 @@ def input_embedding(model: nn.Module) -> nn.Module:
     return of_transformers.get_input_embeddings()
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a module that has one, as it is stored."""
-    weight = module.weight
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """The weight of a module that has one of this name, as it is stored."""
+    weight = getattr(module, name)
     assert isinstance(weight, Tensor)
     return weight
 
 
-def execution_device(module: nn.Module, default: torch.device) -> torch.device:
+def execution_device(
+    module: nn.Module, default: torch.device, name: str = "weight"
+) -> torch.device:
     """The device `module` computes on, also when its weight is offloaded."""
-    device = weight_of(module).device
+    device = weight_of(module, name).device
     if device.type != "meta":
         return device
     hook = getattr(module, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or default)
 
 
-def materialised_weight(module: nn.Module) -> Tensor:
+def materialised_weight(module: nn.Module, name: str = "weight") -> Tensor:
     """The weight of `module`; an offloaded one is copied to the CPU.
 
     Raises:
         ValueError: a meta tensor that no offload hook can fill.
     """
-    weight = weight_of(module)
+    weight = weight_of(module, name)
     if weight.device.type != "meta":
         return weight
     if not getattr(getattr(module, "_hf_hook", None), "offload", False):
@@ -79,7 +81,7 @@ def materialised_weight(module: nn.Module) -> Tensor:
     from accelerate.utils import align_module_device
 
     with align_module_device(module, execution_device=torch.device("cpu")):
-        return weight_of(module).detach().clone()
+        return weight_of(module, name).detach().clone()
 
 
 def text_config(model: nn.Module) -> Any:

@@ -178,7 +178,7 @@ def _prepare(session: Session[Job]) -> _Prepared:
 
 def _require_in_memory(targets: Sequence[Target], job: Job) -> None:
     """Scoring can fetch offloaded weights one at a time; a mask is applied to all of them."""
-    offloaded = [target.parameter for target in targets if target.module.weight.is_meta]
+    offloaded = [target.parameter for target in targets if target.weight.is_meta]
     if offloaded:
         raise ValueError(
             f"device must hold the weights that masks are applied to, got {job.device!r}, which "

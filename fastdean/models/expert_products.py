@@ -1,0 +1,331 @@
+"""Fused experts run token by token of each expert, so that both of their products can be seen.
+
+    a = act(x W_up[e]^T + b_up[e])          y = a W_down[e]^T + b_down[e]
+
+for each pair of a token x and an expert e that it was routed to, and the sum of its experts' y by
+the router's weights for each token. Rows are sorted by expert and, within it, by their place in the
+batch; so those of one example at one expert lie side by side.
+
+The function is registered with transformers' experts interfaces. Modules that have no such
+interface are called through it while the block lasts. Passes outside of the block, of other threads
+and of modules that nobody listens to keep the model's own implementation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastdean.models.experts import FusedExperts, fused_experts
+from fastdean.models.model_state import undone
+
+NAME = "fastdean_products"
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Whose the rows of a product are.
+
+    Attributes:
+        rows: int64 [S], the place of each in the batch's rows; ascending within an expert.
+        experts: int64 [S], ascending.
+        total: rows of the batch.
+        dense: every expert was given every token, as zeros those that it was not chosen for.
+    """
+
+    rows: Tensor
+    experts: Tensor
+    total: int
+    dense: bool = False
+
+    def segments(self, segments: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the examples lie in the product: int64 [M, 2], and the expert of each, int64 [M].
+
+        Those of an example that an expert saw nothing of are left out.
+
+        Args:
+            segments: int64 [B, 2], where they lie in the batch's rows.
+        """
+        here = self.experts.unique_consecutive()
+        keys = self.experts * self.total + self.rows
+        ends = segments.to(keys.device)[None] + (here * self.total)[:, None, None]
+        found = torch.searchsorted(keys, ends.flatten()).view(-1, 2)
+        owners = here.repeat_interleave(len(segments))
+        seen = found[:, 0] < found[:, 1]
+        return found[seen], owners[seen]
+
+    def only(self, kept: Tensor | slice) -> Routing:
+        return replace(self, rows=self.rows[kept], experts=self.experts[kept])
+
+    def chosen(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Routing]:
+        """The rows that add anything to x^T g: without those of zeros, if `dense`."""
+        if not self.dense:
+            return x, g, self
+        kept = x.any(-1)
+        return x[kept], g[kept], self.only(kept)
+
+
+# The name of a weight, the product's input [S, C], the product [S, R] and whose its rows are; what
+# is returned takes the product's place.
+Listener = Callable[[str, Tensor, Tensor, Routing], Tensor]
+# Called with a module, what was computed here and what the model's own implementation computes.
+Compare = Callable[[nn.Module, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    listeners: Mapping[nn.Module, Listener]
+    compare: Compare | None
+
+
+_BLOCKS: ContextVar[tuple[_Block, ...]] = ContextVar("fastdean_experts", default=())
+
+
+@dataclass
+class _Taken:
+    """Something that calls our function, how to undo that, and the blocks it is for."""
+
+    kept: object
+    own: str | None
+    give_back: Callable[[], None]
+    blocks: set[_Block] = field(default_factory=set)
+
+
+_LOCK = threading.RLock()
+# By the identity of a configuration, or of a module without one, which the entry keeps alive.
+_TAKEN: dict[int, _Taken] = {}
+
+
+@contextmanager
+def listening_to_experts(
+    listeners: Mapping[nn.Module, Listener], compare: Compare | None = None
+) -> Iterator[None]:
+    """Inside, these modules run through `run_experts`, and each tells its listener of its products.
+
+    Args:
+        listeners: by module, each one that `fused_experts` knows.
+        compare: told what the model's own implementation computes of the same inputs, too.
+    """
+    block = _Block(listeners, compare)
+
+    def undo() -> None:
+        for module in listeners:
+            _give_back(module, block)
+        _BLOCKS.set(tuple(other for other in _BLOCKS.get() if other is not block))
+
+    with undone(undo):
+        if listeners:
+            _register()
+            _BLOCKS.set((*_BLOCKS.get(), block))
+        for module in listeners:
+            _take(module, block)
+        yield
+
+
+def _register() -> None:
+    for table in _tables():
+        if NAME not in table:
+            table.register(NAME, _dispatched)
+
+
+def _tables() -> list[Any]:
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return [ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS]
+
+
+def _key(module: nn.Module) -> Any:
+    """What is taken for a module: its configuration, which names an implementation, or itself."""
+    layout = fused_experts(module)
+    assert layout is not None  # Of all that are listened to.
+    return module.config if layout.dispatched else module
+
+
+def _take(module: nn.Module, block: _Block) -> None:
+    with _LOCK:
+        key = _key(module)
+        taken = _TAKEN.get(id(key))
+        if taken is None:
+            taken = _of_module(module) if key is module else _of_config(key)
+            _TAKEN[id(key)] = taken
+        taken.blocks.add(block)
+        if key is not module:
+            key._experts_implementation_internal = NAME
+
+
+def _of_config(config: Any) -> _Taken:
+    own = config._experts_implementation_internal
+
+    def give_back() -> None:
+        config._experts_implementation_internal = own
+
+    return _Taken(config, own, give_back)
+
+
+def _of_module(module: nn.Module) -> _Taken:
+    """Put our function where the module's forward is called: below an offloading hook's own."""
+    values = vars(module)
+    place = "_old_forward" if "_old_forward" in values else "forward"
+    own = values.get(place)
+
+    def give_back() -> None:
+        if own is None:
+            values.pop(place, None)
+        else:
+            values[place] = own
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _call(module, own or _plain_forward(module), args, kwargs)
+
+    taken = _Taken(module, None, give_back)
+    values[place] = forward
+    return taken
+
+
+def _give_back(module: nn.Module, block: _Block) -> None:
+    """May be repeated. The last of several blocks gives it back, in whatever order they end."""
+    with _LOCK:
+        for key in (getattr(module, "config", None), module):
+            taken = _TAKEN.get(id(key))
+            if taken is None or block not in taken.blocks:
+                continue
+            if taken.blocks == {block}:
+                taken.give_back()
+                del _TAKEN[id(key)]
+            else:
+                taken.blocks.discard(block)
+
+
+def _plain_forward(module: nn.Module) -> Callable[..., Tensor]:
+    """What the class itself computes, below the decorator that looks an implementation up."""
+    forward = type(module).forward
+    return getattr(forward, "__wrapped__", forward).__get__(module)
+
+
+def _dispatched(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """What the registries hold."""
+    return _call(module, _own_forward(module), args, kwargs)
+
+
+def _own_forward(module: nn.Module) -> Callable[..., Tensor]:
+    """The implementation that the configuration named before it was taken."""
+    taken = _TAKEN.get(id(module.config))
+    own = None if taken is None else taken.own
+    plain, fp8 = _tables()
+    table = fp8 if type(module).__name__ == "FP8Experts" else plain
+    function = None if own in (None, NAME) else table.get(own)
+    return _plain_forward(module) if function is None else function.__get__(module)
+
+
+def _call(module: nn.Module, own: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
+    block = next((b for b in reversed(_BLOCKS.get()) if module in b.listeners), None)
+    if block is None:
+        return own(*args, **kwargs)
+    layout = fused_experts(module)
+    assert layout is not None
+    given = inspect.signature(_plain_forward(module)).bind(*args, **kwargs).args
+    result = run_experts(module, layout, block.listeners[module], *given)
+    if block.compare is not None:
+        with torch.no_grad():
+            block.compare(module, result.detach(), _expected(module, own, args, kwargs))
+    return result
+
+
+def _expected(
+    module: nn.Module, own: Callable[..., Tensor], args: tuple, kwargs: dict
+) -> Tensor:
+    try:
+        return own(*args, **kwargs)
+    except (RuntimeError, ImportError):
+        # The grouped product knows no float64, for one.
+        return _plain_forward(module)(*args, **kwargs)
+
+
+def run_experts(
+    module: nn.Module, layout: FusedExperts, listener: Listener, hidden: Tensor, *routed: Tensor
+) -> Tensor:
+    """What the module's own implementation computes, by one product for each weight of an expert.
+
+    Args:
+        hidden: [N, H], with `routed`, the chosen experts int64 [N, k] and their weights [N, k]; or
+            [E * N, H] by expert.
+    """
+    if not routed:
+        return _dense(module, layout, listener, hidden)
+    return _routed(module, layout, listener, hidden, *routed)
+
+
+def _routed(
+    module: nn.Module,
+    layout: FusedExperts,
+    listener: Listener,
+    hidden: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    k = chosen.shape[-1]
+    number = getattr(module, layout.up).shape[0], module.down_proj.shape[0]
+    experts, order = chosen.reshape(-1).to(torch.int64).sort(stable=True)
+    routing = Routing(order // k, experts, hidden.shape[0])
+    x = hidden[routing.rows]
+    # Experts without weights hand their tokens on as they are.
+    with_weights = int((experts < min(number)).sum())
+    out = _expert(module, layout, listener, x[:with_weights], routing.only(slice(with_weights)))
+    if with_weights < len(x):
+        out = torch.cat([out, x[with_weights:].to(out.dtype)])
+    weighted = out * weights.reshape(-1)[order].unsqueeze(-1)
+    by_token = weighted.new_empty(weighted.shape).index_copy(0, order, weighted)
+    return by_token.view(-1, k, weighted.shape[-1]).sum(1).to(hidden.dtype)
+
+
+def _dense(module: nn.Module, layout: FusedExperts, listener: Listener, x: Tensor) -> Tensor:
+    number = module.down_proj.shape[0]
+    each = len(x) // number
+    places = torch.arange(len(x), device=x.device)
+    routing = Routing(places % each, places // each, each, dense=True)
+    return _expert(module, layout, listener, x.view(len(x), -1), routing)
+
+
+def _expert(
+    module: nn.Module, layout: FusedExperts, listener: Listener, x: Tensor, routing: Routing
+) -> Tensor:
+    """y of each row of x, sorted by expert."""
+    sizes = torch.bincount(routing.experts, minlength=module.down_proj.shape[0]).tolist()
+
+    def product(name: str, x: Tensor) -> Tensor:
+        y = listener(name, x, _products(x, getattr(module, name), sizes, layout), routing)
+        has_bias = getattr(module, "has_bias", f"{name}_bias" in module._parameters)
+        return y + getattr(module, f"{name}_bias")[routing.experts] if has_bias else y
+
+    units = product(layout.up, x)
+    units = _gated(module, units) if layout.has_gate else module.act_fn(units)
+    y = product("down_proj", units)
+    return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
+
+
+def _gated(module: nn.Module, units: Tensor) -> Tensor:
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(units)
+    gate, value = units.chunk(2, dim=-1)
+    return module.act_fn(gate) * value
+
+
+def _products(x: Tensor, weight: Tensor, sizes: Sequence[int], layout: FusedExperts) -> Tensor:
+    """Rows of x, so many for each expert, by that expert's matrix."""
+    matrices = weight.mT.unbind(0) if layout.transposed else weight.unbind(0)
+    parts = [
+        functional.linear(rows, matrix)
+        for rows, matrix in zip(x.split(sizes), matrices, strict=False)
+        if len(rows)
+    ]
+    return torch.cat(parts) if parts else functional.linear(x, matrices[0])
