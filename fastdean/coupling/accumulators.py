@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Protocol
 
 import torch
@@ -19,9 +20,7 @@ from fastdean.wording.numbers import require_real
 
 
 class Accumulator(Protocol):
-    def add_(
-        self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None
-    ) -> None:
+    def add_(self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None) -> None:
         """Take one batch: what the hook saw, [N, C], its gradient, and the rows of each example.
 
         Of stacked weights, the rows of each example at one expert, and which expert that is.
@@ -43,9 +42,7 @@ class DenseWeightAccumulator:
         shape = tuple(target.weight.shape)
         self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
 
-    def add_(
-        self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None
-    ) -> None:
+    def add_(self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None) -> None:
         if self._transposed:
             x, g = g, x
         accumulate_importance_(self._sums, x, g, segments, impl=self._impl)
@@ -63,11 +60,9 @@ class ExpertAccumulator:
     def __init__(self, target: Target, device: torch.device, impl: str | None) -> None:
         self._transposed = target.transposed
         self._impl = impl
-        self._sums = torch.zeros(tuple(target.weight.shape), dtype=torch.float32, device=device)
+        self._sums = torch.zeros(target.summed_shape, dtype=torch.float32, device=device)
 
-    def add_(
-        self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None
-    ) -> None:
+    def add_(self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None) -> None:
         assert experts is not None  # Of a stacked weight.
         if self._transposed:
             x, g = g, x
@@ -88,9 +83,7 @@ class UnitAccumulator:
         self._impl = impl
         self._sums = torch.zeros(target.num_inputs, dtype=torch.float32, device=device)
 
-    def add_(
-        self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None
-    ) -> None:
+    def add_(self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None) -> None:
         accumulate_unit_importance_(self._sums, x, g, segments, impl=self._impl)
 
     def tensors(self) -> list[Tensor]:
@@ -109,7 +102,7 @@ ACCUMULATORS: dict[str, Callable[[Target, torch.device, str | None], Accumulator
 def accumulators_of(
     targets: Sequence[Target], granularity: str, device: torch.device, impl: str | None
 ) -> dict[str, Accumulator]:
-    """An accumulator for each target, by parameter name, where the target computes.
+    """An accumulator for each target, by its key, where the target computes.
 
     Args:
         device: that of targets whose weights are offloaded and do not say where they compute.
@@ -118,14 +111,12 @@ def accumulators_of(
     def kind(target: Target) -> Callable[[Target, torch.device, str | None], Accumulator]:
         return ExpertAccumulator if target.stacked else ACCUMULATORS[granularity]
 
-    return {
-        target.parameter: kind(target)(target, target.device(device), impl) for target in targets
-    }
+    return {target.key: kind(target)(target, target.device(device), impl) for target in targets}
 
 
 def sums_bytes(target: Target, granularity: str) -> int:
     """What the sums of a target take."""
-    return 4 * (target.weight.numel() if granularity == "weight" else target.num_inputs)
+    return 4 * (prod(target.summed_shape) if granularity == "weight" else target.num_inputs)
 
 
 def split_by_memory(
@@ -133,16 +124,22 @@ def split_by_memory(
 ) -> list[list[Target]]:
     """The targets in groups whose sums fit into `memory_budget` bytes; None: all in one.
 
+    The experts of a stacked weight may be in several groups, a part of them in each.
+
     Raises:
         TypeError: `memory_budget` is no number.
-        ValueError: one target's sums do not fit.
+        ValueError: the sums of one target, or of one expert, do not fit.
     """
     if memory_budget is None:
         return [list(targets)]
     require_real("memory_budget", memory_budget, "a number of bytes")
     groups: list[list[Target]] = []
     used = 0
-    for target in targets:
+
+    def fit(target: Target) -> bool:
+        return sums_bytes(target, granularity) <= memory_budget
+
+    for target in (piece for whole in targets for piece in whole.pieces(fit)):
         size = sums_bytes(target, granularity)
         if not size <= memory_budget:
             raise ValueError(

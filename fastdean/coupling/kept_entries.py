@@ -19,7 +19,12 @@ from fastdean.files.declared import Lists, Maybe, Record, Whole, require
 
 _INDEX_BYTES = 8
 _NOTE = Record(
-    {"shape": Lists(Whole()), "unit_axis": Maybe(Whole()), "fingerprint": Whole(least=-(2**63))}
+    {
+        "shape": Lists(Whole()),
+        "unit_axis": Maybe(Whole()),
+        "fingerprint": Whole(least=-(2**63)),
+        "unseen": Lists(Whole()),
+    }
 )
 
 
@@ -33,6 +38,7 @@ def keep_entries(home: KeptFiles, number: int, entries: Mapping[str, ScoreEntry]
             "shape": list(entry.shape),
             "unit_axis": entry.unit_axis,
             "fingerprint": entry.fingerprint,
+            "unseen": list(entry.unseen),
         }
         tensors: dict[int | str, Tensor] = {k: t for k, t in found.items() if t is not None}
         home.keep(("entries", number, parameter), tensors, partial(dict, note))
@@ -63,9 +69,10 @@ def kept_entries(
             shape=tuple(note["shape"]),
             unit_axis=note["unit_axis"],
             fingerprint=note["fingerprint"],
+            unseen=tuple(note["unseen"]),
         )
         if weights and not _owns_weight(entry):
-            weight = by_parameter[key[2]].materialised().detach()
+            weight = by_parameter[key[2].partition("[")[0]].materialised().detach()
             if fingerprint(weight) != entry.fingerprint:
                 raise ValueError(
                     f"resume must be a folder of this job, got {str(home.folder.parent)!r} with "

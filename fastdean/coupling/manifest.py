@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastdean.wording.log import logger
+
 if TYPE_CHECKING:
+    from fastdean.coupling.scores import ScoreEntry
     from fastdean.coupling.targets import Target
     from fastdean.coupling.trial import Scorable
     from fastdean.models.distributed import Ranks
@@ -21,16 +24,17 @@ def score_manifest(
     model: nn.Module,
     targets: Sequence[Target],
     scorable: Scorable,
-    scored: Collection[str],
+    scored: Mapping[str, ScoreEntry],
     granularity: str,
     target_modules: str | Sequence[str],
     keep_top: float | None,
+    expert_scope: str,
     ranks: Ranks,
 ) -> dict[str, Any]:
     """The manifest of a `score()`.
 
     Args:
-        targets: the modules that were matched; `scored`: the parameters that have a score.
+        targets: the modules that were matched; `scored`: the entries, by parameter.
     """
     from fastdean.coupling.targets import coverage
     from fastdean.files.provenance import now, public_name, versions
@@ -40,6 +44,8 @@ def score_manifest(
     in_text = isinstance(target_modules, str)
     optional = {
         "keep_top": keep_top,
+        "expert_scope": expert_scope if _of_experts(scored) else None,
+        "unseen_experts": _unseen(scored) or None,
         "loss_scale": None if scorable.scale is None else scorable.scale.factor,
         "one_example_per_batch": scorable.alone,
     }
@@ -61,6 +67,31 @@ def score_manifest(
         **scorable.work.describe(),
         **{key: value for key, value in optional.items() if value is not None},
     }
+
+
+def warn_about_unseen(scored: Mapping[str, ScoreEntry]) -> None:
+    """Say how many experts no token reached, whose weights cannot be selected."""
+    unseen = _unseen(scored)
+    if unseen:
+        number = sum(len(experts) for experts in unseen.values())
+        first, experts = next(iter(unseen.items()))
+        logger.warning(
+            "%d of %d matrices of experts saw no token and have no candidates, such as number %d "
+            "of %s: more examples?",
+            number,
+            sum(entry.num_experts for entry in _of_experts(scored)),
+            experts[0],
+            first,
+        )
+
+
+def _of_experts(scored: Mapping[str, ScoreEntry]) -> list[ScoreEntry]:
+    return [entry for entry in scored.values() if entry.num_experts]
+
+
+def _unseen(scored: Mapping[str, ScoreEntry]) -> dict[str, list[int]]:
+    """Parameter name -> the experts that no token reached, where there are any."""
+    return {name: list(entry.unseen) for name, entry in scored.items() if entry.unseen}
 
 
 def examples_digest(digests: Iterable[bytes]) -> str:

@@ -60,10 +60,10 @@ class ScaledSums(Sums):
         return (batch.values.float() * send(factors, batch.values.device)).sum()
 
     def add(self, target: Target, x: Tensor, g: Tensor, segments: Tensor) -> None:
-        if target.parameter not in self._wanted:
+        if target.key not in self._wanted:
             return
         finite = g.isfinite().all()
-        self._finite[target.parameter] = finite
+        self._finite[target.key] = finite
         for_x, for_g = (factor.to(g.device) for factor in self._factors)
         if segments is not self.segments:
             width = len(x) // len(segments)
@@ -76,10 +76,10 @@ class ScaledSums(Sums):
         super().add(target, x, g, segments)
 
     def add_routed(self, target: Target, x: Tensor, g: Tensor, routing: Routing) -> None:
-        if target.parameter not in self._wanted:
+        if target.key not in self._wanted:
             return
         finite = g.isfinite().all()
-        self._finite[target.parameter] = finite
+        self._finite[target.key] = finite
         for_x, for_g = (factor.to(g.device)[routing.rows] for factor in self._factors)
         dtype = torch.promote_types(for_g.dtype, g.dtype)
         x, g = x.to(dtype) * for_x, torch.where(finite, g, 0).to(dtype) * for_g
@@ -92,7 +92,7 @@ class ScaledSums(Sums):
         return {name for name, finite in self._finite.items() if not bool(finite)}
 
     def left_out(self) -> dict[int, set[str]]:
-        """Number of a batch -> the parameters that it left out, read from the device at once."""
+        """Number of a batch -> the keys of what it left out, read from the device at once."""
         flags = torch.stack(self._finite_by_batch).tolist() if self._finite_by_batch else []
         return {
             number: {

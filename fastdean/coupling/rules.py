@@ -13,7 +13,7 @@ subtraction.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ class TopSets:
         general: the union of those of all general data sets.
         numel: entries of the matrix.
         seed: for "random".
+        matrices: in how many equal parts the entries compete, each by itself.
     """
 
     first: Tensor
@@ -35,20 +36,51 @@ class TopSets:
     general: Tensor
     numel: int
     seed: str
+    matrices: int = 1
 
     @classmethod
     def of(
-        cls, first: Tensor, second: Tensor, general: Sequence[Tensor], numel: int, seed: str = ""
+        cls,
+        first: Tensor,
+        second: Tensor,
+        general: Sequence[Tensor],
+        numel: int,
+        seed: str = "",
+        matrices: int = 1,
     ) -> TopSets:
         """The sets, brought to where `first` is: scores may be on several devices."""
         spared = [first[:0], *(index.to(first.device) for index in general)]
-        return cls(first, second.to(first.device), _union(*spared), numel, seed)
+        return cls(first, second.to(first.device), _union(*spared), numel, seed, matrices)
 
     def coupled_and_removed(self) -> tuple[int, int]:
         """How many entries are in first and second, and how many of these are in general too."""
         coupled = _is_in(self.first, self.second)
         removed = coupled & _is_in(self.first, self.general)
         return tuple(torch.stack([coupled.sum(), removed.sum()]).tolist())
+
+    def expected_by_chance(self) -> float:
+        """How many entries two independent sets of these sizes have in common."""
+        return sum(p.first.numel() * p.second.numel() / p.numel for p in self.parts())
+
+    def parts(self) -> Iterator[TopSets]:
+        """The sets of each matrix by itself, counted from its first entry."""
+        if self.matrices == 1:
+            yield self
+            return
+        size = self.numel // self.matrices
+        sets = (self.first, self.second, self.general)
+        bounds = [
+            torch.searchsorted(
+                index, torch.arange(self.matrices + 1, device=index.device) * size
+            ).tolist()
+            for index in sets
+        ]
+        for m in range(self.matrices):
+            inside = (
+                index[starts[m] : starts[m + 1]] - m * size
+                for index, starts in zip(sets, bounds, strict=True)
+            )
+            yield TopSets(*inside, numel=size, seed=f"{self.seed}/{m}")
 
 
 def _paper(sets: TopSets) -> Tensor:
@@ -66,6 +98,12 @@ def _released(sets: TopSets) -> Tensor:
 
 
 def _random(sets: TopSets) -> Tensor:
+    size = sets.numel // sets.matrices
+    drawn = [_random_of_matrix(part) + m * size for m, part in enumerate(sets.parts())]
+    return torch.cat(drawn)
+
+
+def _random_of_matrix(sets: TopSets) -> Tensor:
     """Uniform without replacement outside `general`: ranks among the others, then their places."""
     outside = range(sets.numel - sets.general.numel())
     drawn = random.Random(sets.seed).sample(outside, _paper(sets).numel())

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ from fastdean.wording.granularity import stored_granularity
 from fastdean.wording.mendable import StateError
 from fastdean.wording.numbers import require_real
 
+# What `keep_top` and a ratio are a share of, where one tensor holds the matrices of many experts.
+EXPERT_SCOPES = ("expert", "tensor")
+
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FINGERPRINT_CHUNK = 1 << 17  # entries: 1 MiB of int64, which a CPU's caches hold
 
@@ -52,12 +56,16 @@ _CONFIG = Record(
         "keep_top": Maybe(Real(above=0, most=1)),
         "manifest": Maps(Anything()),
         "entries": Maps(Anything()),
-    }
+    },
+    # Of scores with experts.
+    optional={"expert_scope": Text(choices=EXPERT_SCOPES)},
 )
 _ENTRY: dict[str, Kind] = {
-    "shape": Lists(Whole(least=1), least=2, most=2),
+    "shape": Lists(Whole(least=1), least=2, most=3),
     "fingerprint": Whole(least=-(2**63)),
 }
+# Of the stacked weights of experts.
+_OF_EXPERTS: dict[str, Kind] = {"unseen": Lists(Whole())}
 _WEIGHTS = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 _ADVICE = "save it again"
 
@@ -68,12 +76,15 @@ class ScoreEntry:
 
     Attributes:
         sums: fp32; dense weight scores have the weight's shape, unit scores [C], sparse ones [M].
-        weight: dense and unit scores: the stored weight [.., ..], sharing the model's memory unless
+        weight: dense and unit scores: the stored weight, sharing the model's memory unless
             read from a file; sparse: its values [M]. None for unit scores read from a file.
         index: int64 [M], ascending flat indices of sparse scores; None when dense.
         shape: shape of the stored weight.
         unit_axis: for unit scores, the axis of the weight that counts units; else None.
         fingerprint: exact checksum of the weight when it was scored.
+        matrices: in how many equal parts along the first axis entries compete for selection: one,
+            or with `expert_scope="expert"` one for each expert.
+        unseen: of a stacked weight, the experts that no token reached.
     """
 
     sums: Tensor
@@ -82,17 +93,37 @@ class ScoreEntry:
     shape: tuple[int, ...]
     unit_axis: int | None
     fingerprint: int
+    matrices: int = 1
+    unseen: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, sums: Tensor, weight: Tensor, unit_axis: int | None = None) -> ScoreEntry:
         """The dense entry of a weight, or of its units."""
         weight = weight.detach()
-        return cls(sums, weight, None, tuple(weight.shape), unit_axis, fingerprint(weight))
+        shape = tuple(weight.shape)
+        unseen = _all_zero(sums) if len(shape) == 3 else ()
+        return cls(sums, weight, None, shape, unit_axis, fingerprint(weight), unseen=unseen)
 
     @property
     def numel(self) -> int:
-        """How many entries (weights or units) compete for selection."""
+        """How many entries (weights or units) there are."""
         return math.prod(self.shape) if self.unit_axis is None else self.shape[self.unit_axis]
+
+    @property
+    def competing(self) -> int:
+        """How many of them compete for selection with each other."""
+        return self.numel // self.matrices
+
+    @property
+    def num_experts(self) -> int:
+        """Of a stacked weight; 0 of a matrix."""
+        return self.shape[0] if len(self.shape) == 3 else 0
+
+    def scoped(self, expert_scope: str) -> ScoreEntry:
+        """The same entry, selected from expert by expert or as one tensor."""
+        return replace(
+            self, matrices=self.num_experts if self.num_experts and expert_scope == "expert" else 1
+        )
 
     def require_unchanged(self, name: str) -> None:
         """Raise RuntimeError if the weight, called `name`, has changed since it was scored."""
@@ -112,21 +143,45 @@ class ScoreEntry:
     def select(self, num_examples: int, k: int) -> Tensor:
         """int64, ascending: flat indices (unit numbers) of the k most important entries.
 
-        They stay on the device of the sums.
+        Of several matrices the k most important of each. They stay on the device of the sums.
         """
-        return self._flat_index(select_top(self.sums, self.factor, num_examples, k))
+        return self._flat_index(self._top(num_examples, k))
 
     def keep(self, num_examples: int, k: int) -> ScoreEntry:
-        """The sparse entry of the k most important ones."""
+        """The sparse entry of the k most important ones, of several matrices of each."""
         weight, factor = self.weight, self.factor
-        chosen = select_top(self.sums, factor, num_examples, k)
+        chosen = self._top(num_examples, k)
         if factor is not None:
             weight = _values_at(factor, chosen.to(factor.device))
         sums = _values_at(self.sums, chosen)
         return replace(self, sums=sums, weight=weight, index=self._flat_index(chosen))
 
+    def _top(self, num_examples: int, k: int) -> Tensor:
+        """Which of the sums, by their position in them."""
+        if self.matrices == 1:
+            return select_top(self.sums, self.factor, num_examples, k)
+        found = []
+        for first, of_sums in self._parts():
+            factor = None if self.factor is None else self.factor[of_sums]
+            found.append(select_top(self.sums[of_sums], factor, num_examples, k) + first)
+        return torch.cat(found)
+
+    def _parts(self) -> Iterator[tuple[int, int | slice]]:
+        """Of each matrix the position of its first entry in the sums, and where it is there."""
+        if self.index is None:
+            yield from ((matrix * self.competing, matrix) for matrix in range(self.matrices))
+            return
+        starts = torch.arange(self.matrices + 1, device=self.index.device) * self.competing
+        bounds = torch.searchsorted(self.index, starts).tolist()
+        yield from ((first, slice(first, end)) for first, end in pairwise(bounds))
+
     def _flat_index(self, chosen: Tensor) -> Tensor:
         return chosen if self.index is None else self.index[chosen]
+
+
+def _all_zero(sums: Tensor) -> tuple[int, ...]:
+    """The experts that nothing was added for."""
+    return tuple((sums.flatten(1).amax(1) == 0).nonzero().squeeze(1).tolist())
 
 
 def _values_at(tensor: Tensor, index: Tensor) -> Tensor:
@@ -142,7 +197,7 @@ def fingerprint(weight: Tensor) -> int:
     they differ, so that a swap of two shows.
     """
     bits = weight.detach().view(_INTEGER_OF_SIZE[weight.element_size()])
-    rows = bits.flatten(1) if bits.dim() > 1 else bits.reshape(-1, 1)
+    rows = bits.flatten(0, -2) if bits.dim() > 1 else bits.reshape(-1, 1)
     columns = max(1, rows.shape[1])
     # Elsewhere than on a CPU launches must be few.
     chunk = _FINGERPRINT_CHUNK * (1 if bits.device.type == "cpu" else 64)
@@ -160,10 +215,17 @@ def fingerprint(weight: Tensor) -> int:
     return int(total)
 
 
-def keep_entry(name: str, entry: ScoreEntry, num_examples: int, ratio: float) -> ScoreEntry:
-    """The sparse entry of the top `ratio` of a matrix; a ValueError names it."""
+def keep_entry(
+    name: str, entry: ScoreEntry, num_examples: int, ratio: float, of: int | None = None
+) -> ScoreEntry:
+    """The sparse entry of the top `ratio` of a matrix; a ValueError names it.
+
+    Args:
+        of: how many entries the ratio is a share of, where `entry` holds a part of them.
+    """
     with _named(name):
-        return entry.keep(num_examples, int(ratio * entry.numel))
+        k = int(ratio * (entry.competing if of is None else of))
+        return entry.keep(num_examples, min(k, entry.competing))
 
 
 @contextmanager
@@ -186,6 +248,29 @@ def check_keep_top(keep_top: float | None) -> None:
         )
 
 
+def check_expert_scope(expert_scope: str) -> None:
+    """Raise ValueError unless it is one of `EXPERT_SCOPES`."""
+    if expert_scope not in EXPERT_SCOPES:
+        raise ValueError(f"expert_scope must be 'expert' or 'tensor', got {expert_scope!r}")
+
+
+def unseen_experts(entries: Mapping[str, ScoreEntry]) -> str:
+    """How many experts no token reached, in words; "" if there are none."""
+    stacked = [entry for entry in entries.values() if entry.num_experts]
+    unseen = sum(len(entry.unseen) for entry in stacked)
+    if not unseen:
+        return ""
+    total = sum(entry.num_experts for entry in stacked)
+    return f"{unseen} of {total} matrices of experts unseen"
+
+
+def _with_unseen(manifest: Mapping[str, Any], entries: Mapping[str, ScoreEntry]) -> dict[str, Any]:
+    """The manifest with the experts that no token reached in these entries, if there are any."""
+    unseen = {name: list(entry.unseen) for name, entry in entries.items() if entry.unseen}
+    other = {key: value for key, value in manifest.items() if key != "unseen_experts"}
+    return {**other, **({"unseen_experts": unseen} if unseen else {})}
+
+
 class Scores(Mapping[str, Tensor]):
     """Read-only mapping: parameter name -> importance.
 
@@ -197,6 +282,8 @@ class Scores(Mapping[str, Tensor]):
         granularity: "weight" or "unit".
         num_examples: n.
         keep_top: the ratio of entries kept in each matrix; None for dense scores.
+        expert_scope: "expert" or "tensor": whether a ratio is of each expert's matrix or of the
+            tensor that holds those of all experts.
         manifest: where the numbers come from (model, examples, tokens, dtype, coverage, versions).
     """
 
@@ -207,13 +294,16 @@ class Scores(Mapping[str, Tensor]):
         granularity: str,
         num_examples: int,
         keep_top: float | None = None,
+        expert_scope: str = "expert",
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
+        check_expert_scope(expert_scope)
         if num_examples < 1:
             raise ValueError(
                 f"num_examples must be at least 1, got {num_examples}; give what the sums are over"
             )
-        self.entries = dict(entries)
+        self.entries = {name: entry.scoped(expert_scope) for name, entry in entries.items()}
+        self.expert_scope = expert_scope
         self.granularity = stored_granularity(granularity)
         self.num_examples = num_examples
         self.keep_top = keep_top
@@ -234,7 +324,9 @@ class Scores(Mapping[str, Tensor]):
         unit = "weights" if self.granularity == "weight" else "units"
         total = sum(entry.numel for entry in self.entries.values())
         size = f"{len(self)} matrices, {total:,} {unit}"
-        return f"Scores({size}, n={self.num_examples} examples, {form})"
+        unseen = unseen_experts(self.entries)
+        said = f", {unseen}" if unseen else ""
+        return f"Scores({size}, n={self.num_examples} examples, {form}{said})"
 
     @property
     def is_sparse(self) -> bool:
@@ -251,10 +343,10 @@ class Scores(Mapping[str, Tensor]):
             ValueError: a score is NaN or infinite, or k reaches beyond what sparse scores kept.
         """
         entry = self.entries[name]
-        if self.keep_top is not None and k > int(self.keep_top * entry.numel):
+        if self.keep_top is not None and k > int(self.keep_top * entry.competing):
             raise ValueError(
                 f"ratio must not select more than keep_top={self.keep_top:g} kept of {name}, got "
-                f"k={k} of {entry.numel}; score again with a larger keep_top"
+                f"k={k} of {entry.competing}; score again with a larger keep_top"
             )
         with _named(name):
             return self._current(name).select(self.num_examples, k)
@@ -281,7 +373,26 @@ class Scores(Mapping[str, Tensor]):
             granularity=self.granularity,
             num_examples=self.num_examples,
             keep_top=ratio,
+            expert_scope=self.expert_scope,
             manifest={**self.manifest, "keep_top": ratio},
+        )
+
+    def scoped(self, expert_scope: str) -> Scores:
+        """These scores with another `expert_scope`; sparse ones have been cut to their own."""
+        check_expert_scope(expert_scope)
+        if expert_scope == self.expert_scope or not self._has_experts():
+            return self
+        if self.is_sparse:
+            raise ValueError(
+                f"expert_scope must be {self.expert_scope!r}, by which these scores were cut to "
+                f"keep_top, got {expert_scope!r}; score again with that, or without keep_top"
+            )
+        return Scores(
+            self.entries,
+            granularity=self.granularity,
+            num_examples=self.num_examples,
+            expert_scope=expert_scope,
+            manifest={**self.manifest, "expert_scope": expert_scope},
         )
 
     def __add__(self, other: Scores) -> Scores:
@@ -300,14 +411,19 @@ class Scores(Mapping[str, Tensor]):
             )
         self.require_same_weights(other)
         entries = {
-            name: replace(entry, sums=entry.sums + other.entries[name].sums.to(entry.sums.device))
+            name: replace(
+                entry,
+                sums=entry.sums + other.entries[name].sums.to(entry.sums.device),
+                unseen=tuple(e for e in entry.unseen if e in other.entries[name].unseen),
+            )
             for name, entry in self.entries.items()
         }
         return Scores(
             entries,
             granularity=self.granularity,
             num_examples=self.num_examples + other.num_examples,
-            manifest=joined_manifests(self.manifest, other.manifest),
+            expert_scope=self.expert_scope,
+            manifest=_with_unseen(joined_manifests(self.manifest, other.manifest), entries),
         )
 
     def require_same_weights(self, other: Scores) -> None:
@@ -323,6 +439,11 @@ class Scores(Mapping[str, Tensor]):
                 f"scores must cover the same matrices, got {len(extra)} in only one of them "
                 f"({', '.join(extra[:3])}); score both with the same target_modules"
             )
+        if self._has_experts() and self.expert_scope != other.expert_scope:
+            raise ValueError(
+                f"scores must share one expert_scope, got {self.expert_scope!r} and "
+                f"{other.expert_scope!r}; score both with the same one"
+            )
         for name, entry in self.entries.items():
             theirs = other.entries[name]
             if entry.shape != theirs.shape or entry.fingerprint != theirs.fingerprint:
@@ -335,6 +456,9 @@ class Scores(Mapping[str, Tensor]):
         """Raise RuntimeError if a weight the scores share with a model has changed since."""
         for name, entry in self.entries.items():
             entry.require_unchanged(name)
+
+    def _has_experts(self) -> bool:
+        return any(entry.num_experts for entry in self.entries.values())
 
     def _current(self, name: str) -> ScoreEntry:
         """The entry, refused where its importance would be that of a weight changed since."""
@@ -362,8 +486,10 @@ class Scores(Mapping[str, Tensor]):
                 "shape": list(entry.shape),
                 "unit_axis": entry.unit_axis,
                 "fingerprint": entry.fingerprint,
+                **({"unseen": list(entry.unseen)} if entry.num_experts else {}),
             }
         config = {
+            **({"expert_scope": self.expert_scope} if self._has_experts() else {}),
             "granularity": self.granularity,
             "num_examples": self.num_examples,
             "keep_top": self.keep_top,
@@ -389,7 +515,7 @@ class Scores(Mapping[str, Tensor]):
         require(config, _CONFIG, folder / CONFIG_NAME)
         sparse = config["keep_top"] is not None
         axis = Exactly(None) if config["granularity"] == "weight" else Whole(most=1)
-        entry = Record({**_ENTRY, "unit_axis": axis})
+        entry = Record({**_ENTRY, "unit_axis": axis}, optional=_OF_EXPERTS)
         entries = {}
         for name, described in config["entries"].items():
             require(described, entry, folder / CONFIG_NAME, where=f"entries[{brief(name)}]")
@@ -401,6 +527,7 @@ class Scores(Mapping[str, Tensor]):
             granularity=config["granularity"],
             num_examples=config["num_examples"],
             keep_top=config["keep_top"],
+            expert_scope=config.get("expert_scope", "expert"),
             manifest=config["manifest"],
         )
 
@@ -433,4 +560,5 @@ def _read_entry(
         shape=shape,
         unit_axis=axis,
         fingerprint=described["fingerprint"],
+        unseen=tuple(described.get("unseen", ())),
     )

@@ -20,11 +20,12 @@ from torch import nn
 from fastdean.coupling.accumulators import Accumulator, split_by_memory, sums_bytes
 from fastdean.coupling.by_batches import run_pass
 from fastdean.coupling.by_layers import Rehearsal, Set, Sweep
+from fastdean.coupling.expert_parts import joined, placed, weight_of_part
 from fastdean.coupling.homes import Home, states_home
 from fastdean.coupling.job_parts import job_parts
 from fastdean.coupling.kept_entries import entries_bytes, keep_entries, kept_entries
 from fastdean.coupling.kept_files import KeptFiles
-from fastdean.coupling.manifest import score_manifest
+from fastdean.coupling.manifest import score_manifest, warn_about_unseen
 from fastdean.coupling.milestones import Milestones
 from fastdean.coupling.order import (
     Order,
@@ -36,13 +37,19 @@ from fastdean.coupling.order import (
 )
 from fastdean.coupling.progress import sweep_progress
 from fastdean.coupling.resumable import discard, holds_job, resumable
-from fastdean.coupling.scores import ScoreEntry, Scores, check_keep_top, keep_entry
+from fastdean.coupling.scores import (
+    ScoreEntry,
+    Scores,
+    check_expert_scope,
+    check_keep_top,
+    keep_entry,
+)
 from fastdean.coupling.states import States
 from fastdean.coupling.targets import (
     Target,
     find_targets,
     require_own_parameters,
-    warn_about_unscorable,
+    warn_about_coverage,
 )
 from fastdean.coupling.trial import Scorable, find_scorable
 from fastdean.coupling.window_memory import WindowMemory
@@ -89,6 +96,7 @@ def score(
     skip_bad_rows: bool = False,
     loss_fn: LossFunction | None = None,
     keep_top: float | None = None,
+    expert_scope: str = "expert",
     memory_budget: int | None = None,
     order: str = "auto",
     states: str | Path = "auto",
@@ -139,6 +147,9 @@ def score(
         keep_top: keep only each matrix's top `keep_top` share of entries (sparse scores). By
             "layers" it must be given unless the sums of all targets fit into `memory_budget`, or
             without one into the memory there is.
+        expert_scope: whether `keep_top` is the share of each expert's matrix ("expert"), or of the
+            tensor that holds the matrices of all experts of a layer ("tensor"). The scores of fused
+            experts have that tensor's shape, and flat indices count in it.
         memory_budget: bytes the sums may take at a time; the targets are split over several passes,
             with the same result. By "batches" it bounds the sums alone, of all layers in a pass.
             By "layers" it bounds the sums of a window, a part of one layer, together with what the
@@ -192,6 +203,7 @@ def score(
         skip_bad_rows=skip_bad_rows,
         loss_fn=loss_fn,
         keep_top=keep_top,
+        expert_scope=expert_scope,
         memory_budget=memory_budget,
         order=order,
         states=states,
@@ -211,6 +223,7 @@ def score_sets(
     granularity: str = "weight",
     target_modules: str | Sequence[str] = "mlp",
     keep_top: float | None = None,
+    expert_scope: str = "expert",
     memory_budget: int | None = None,
     order: str = "auto",
     states: str | Path = "auto",
@@ -230,8 +243,8 @@ def score_sets(
         finished: called with the name and the scores of each data set as soon as they are complete.
         step: entered around the passes over the data sets of these names: batch by batch each by
             itself, layer by layer all of them.
-        granularity, target_modules, keep_top, memory_budget, order, states, states_budget, resume,
-            deterministic, impl, progress, reading: as `score` takes them.
+        granularity, target_modules, keep_top, expert_scope, memory_budget, order, states,
+            states_budget, resume, deterministic, impl, progress, reading: as `score` takes them.
     Returns:
         By name, in the order of `loaders`.
     Raises:
@@ -242,13 +255,13 @@ def score_sets(
     model = unwrap(given) if stream is None else stream.model
     require_no_prompts(model)
     check_keep_top(keep_top)
+    check_expert_scope(expert_scope)
     require_order(order, states, states_budget, resume)
     granularity = checked_granularity(granularity)
     targets = find_targets(model, target_modules, granularity)
     require_own_parameters(model, targets)
     # A budget that is too small is refused before anything runs.
     split_by_memory(targets, granularity, memory_budget)
-    warn_about_unscorable(model, targets)
     if stream is not None:
         require_streamable(order, keep_top, granularity)
         if reading.get("tokenizer") is None:
@@ -274,6 +287,9 @@ def score_sets(
                         )
                         for name, work in works.items()
                     }
+        if ranks.first:
+            scored = next(iter(sets.values())).targets
+            warn_about_coverage(model, scored, target_modules, granularity)
         with evaluation_state(model), frozen(model), torch.enable_grad():
             layers = decoder_layers(model)
             # What comes after a layer that was left out was given something else.
@@ -306,6 +322,7 @@ def score_sets(
                 target_modules=target_modules,
                 granularity=granularity,
                 keep_top=keep_top,
+                expert_scope=expert_scope,
                 memory_budget=memory_budget,
                 windows=windows,
                 sets=sets,
@@ -355,6 +372,7 @@ class _Scoring:
     target_modules: str | Sequence[str]
     granularity: str
     keep_top: float | None
+    expert_scope: str
     memory_budget: int | None
     windows: WindowMemory
     sets: dict[str, Scorable]
@@ -458,6 +476,7 @@ class _Scoring:
             "granularity": self.granularity,
             "target_modules": modules if isinstance(modules, str) else list(modules),
             "keep_top": self.keep_top,
+            "expert_scope": self.expert_scope,
             "memory_budget": self.memory_budget,
             "impl": self.impl,
         }
@@ -476,7 +495,13 @@ class _Scoring:
     ) -> dict[str, ScoreEntry]:
         off_device = self.memory_budget is not None
         made = finish(
-            sums, group, self.ranks, scorable.work.num_examples, self.keep_top, off_device
+            sums,
+            group,
+            self.ranks,
+            scorable.work.num_examples,
+            self.keep_top,
+            self.expert_scope,
+            off_device,
         )
         if self.stream is not None and self.granularity == "unit":
             # The weight is gone when its layer is through.
@@ -491,7 +516,12 @@ class _Scoring:
         used: Mapping[str, int] | None = None,
     ) -> Scores:
         scorable = self.sets[name]
-        entries = {target.parameter: entries[target.parameter] for target in scorable.targets}
+        entries = {
+            target.parameter: joined(
+                target, entries, scorable.work.num_examples, self.keep_top, self.expert_scope
+            )
+            for target in scorable.targets
+        }
         manifest = score_manifest(
             self.model,
             self.targets,
@@ -500,8 +530,10 @@ class _Scoring:
             self.granularity,
             self.target_modules,
             self.keep_top,
+            self.expert_scope,
             self.ranks,
         )
+        warn_about_unseen(entries)
         described = order.described(used)
         if self.stream is not None:
             described["bytes_of_weights_read"] = self.stream.bytes_read - self.read_before
@@ -510,6 +542,7 @@ class _Scoring:
             granularity=self.granularity,
             num_examples=scorable.work.num_examples,
             keep_top=self.keep_top,
+            expert_scope=self.expert_scope,
             manifest=manifest | {"order": described},
         )
         self.finished(name, scores)
@@ -522,9 +555,12 @@ def finish(
     ranks: Ranks,
     num_examples: int,
     keep_top: float | None,
+    expert_scope: str,
     off_device: bool,
 ) -> dict[str, ScoreEntry]:
     """Sum over the ranks and keep each matrix's top entries; empties `accumulators`.
+
+    By the targets' keys: experts of one tensor may come in parts.
 
     Args:
         off_device: dense sums go to the CPU.
@@ -533,13 +569,16 @@ def finish(
         ranks.sum_(accumulator.tensors())
     entries = {}
     for target in targets:
-        name = target.parameter
-        entry = accumulators.pop(name).entry(target.materialised())
+        weight = target.materialised()
+        entry = accumulators.pop(target.key).entry(weight_of_part(target, weight))
         if keep_top is not None:
-            entry = keep_entry(name, entry, num_examples, keep_top)
+            of = weight.numel() if expert_scope == "tensor" and target.stacked else None
+            entry = keep_entry(
+                target.parameter, entry.scoped(expert_scope), num_examples, keep_top, of
+            )
         elif off_device:
             entry = replace(entry, sums=entry.sums.cpu())
-        entries[name] = entry
+        entries[target.key] = placed(entry, target, weight)
     return entries
 
 

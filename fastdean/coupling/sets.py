@@ -46,6 +46,7 @@ def couple(
     rule: str = "paper",
     min_k: int = 0,
     scope: str = "matrix",
+    expert_scope: str | None = None,
     seed: int = 0,
     model: nn.Module | None = None,
     unit_weights: str = "down",
@@ -63,6 +64,9 @@ def couple(
             general).
         min_k: at least this many candidates in every matrix, whatever the ratio.
         scope: "matrix": the top r of each matrix; "model": the top r of all matrices together.
+        expert_scope: with scope "matrix", whether the matrices of fused experts count each by
+            itself ("expert") or one tensor of them as one ("tensor"). None: as the scores were
+            made, which sparse ones cannot do without.
         seed: for "random".
         model: needed only where the scores lack the values of the selected weights: unit scores or
             the rule "random" with scores that were read from files or made with keep_top, and
@@ -83,8 +87,11 @@ def couple(
         DEAN (arXiv 2410.16672), coupled-neuron selection; "released" from the authors' code.
     """
     general = [] if general is None else [general] if isinstance(general, Scores) else list(general)
+    _require_scores([first, second, *general])
+    if expert_scope is not None:
+        first, second, *general = (s.scoped(expert_scope) for s in (first, second, *general))
     everyone = [first, second, *general]
-    _require_scores(everyone)
+    _require_same_weights(everyone)
     for scores in everyone:
         scores.require_unchanged_weights()
     _warn_about_data(first, second, general)
@@ -105,7 +112,12 @@ def couple(
     for position, (name, entry) in enumerate(first.entries.items()):
         spared = [top[name] for top in of_general]
         sets = TopSets.of(
-            of_first[name], of_second[name], spared, entry.numel, seed=f"{seed}/{position}"
+            of_first[name],
+            of_second[name],
+            spared,
+            entry.numel,
+            seed=f"{seed}/{position}",
+            matrices=entry.matrices,
         )
         try:
             selected = RULES[rule](sets)
@@ -128,6 +140,7 @@ def couple(
             "scope": scope,
             "min_k": min_k,
             "granularity": first.granularity,
+            **({"expert_scope": first.expert_scope} if _has_experts(first) else {}),
             **({"unit_weights": unit_weights} if unit_weights != "down" else {}),
             **({"seed": seed} if rule == "random" else {}),
             "first": first.manifest,
@@ -156,6 +169,7 @@ def overlap(
     """
     everyone = [first, second, *([] if general is None else [general])]
     _require_scores(everyone)
+    _require_same_weights(everyone)
     rows = []
     for ratio in ratios:
         if not is_ratio(ratio):
@@ -165,13 +179,13 @@ def overlap(
         row = {"ratio": ratio, "k": 0, "coupled": 0, "expected_by_chance": 0.0}
         row |= {"removed": 0, "kept": 0}
         for name, entry in first.entries.items():
-            k = count(entry.numel, ratio, 0)
+            k = count(entry.competing, ratio, 0)
             a, b, *spared = (scores.select(name, k) for scores in everyone)
-            sets = TopSets.of(a, b, spared, entry.numel)
+            sets = TopSets.of(a, b, spared, entry.numel, matrices=entry.matrices)
             coupled, removed = sets.coupled_and_removed()
             row["k"] += sets.first.numel()
             row["coupled"] += coupled
-            row["expected_by_chance"] += sets.first.numel() * sets.second.numel() / sets.numel
+            row["expected_by_chance"] += sets.expected_by_chance()
             row["removed"] += removed
             row["kept"] += coupled - removed
         rows.append(row)
@@ -201,6 +215,13 @@ def _require_scores(everyone: Sequence[Scores]) -> None:
             raise InputTypeError(
                 f"couple takes Scores, got {type(scores).__name__}; make them with fastdean.score()"
             )
+
+
+def _has_experts(scores: Scores) -> bool:
+    return any(entry.num_experts for entry in scores.entries.values())
+
+
+def _require_same_weights(everyone: Sequence[Scores]) -> None:
     for other in everyone[1:]:
         everyone[0].require_same_weights(other)
 
@@ -237,8 +258,10 @@ def _require_candidates(
     for which, sets in zip(("first", "second"), chosen, strict=True):
         if any(index.numel() for index in sets.values()):
             continue
-        sizes = [entry.numel for entry in first.entries.values()]
-        largest = max(sizes) if scope == "matrix" else sum(sizes)
+        if scope == "matrix":
+            largest = max(entry.competing for entry in first.entries.values())
+        else:
+            largest = sum(entry.numel for entry in first.entries.values())
         r = ratios[0] if which == "first" else ratios[1]
         if int(r * largest) > 0:
             raise ValueError(

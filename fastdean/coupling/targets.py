@@ -7,8 +7,10 @@ No list of model families: stacks.py finds the decoder layers, blocks.py what ea
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,6 +56,7 @@ class Target:
         adapted: an adapter that is neither merged nor off is on top of it.
         leaf: name of the weight in its module.
         stacked: whether the weight holds a matrix for each of several experts.
+        part: of a stacked weight the experts (first, end) that are scored in this pass; None: all.
     """
 
     name: str
@@ -65,10 +68,52 @@ class Target:
     adapted: bool = False
     leaf: str = "weight"
     stacked: bool = False
+    part: tuple[int, int] | None = None
 
     @property
     def parameter(self) -> str:
         return self.parameter_called(self.name)
+
+    @property
+    def key(self) -> str:
+        """What the sums are kept under: the parameter, with the part of it."""
+        return (
+            self.parameter
+            if self.part is None
+            else f"{self.parameter}[{self.part[0]}:{self.part[1]}]"
+        )
+
+    @property
+    def experts(self) -> slice:
+        """The experts of `part`, or all of them."""
+        return slice(*(self.part or (0, self.weight.shape[0])))
+
+    @property
+    def summed_shape(self) -> tuple[int, ...]:
+        """The shape of what is scored: the weight's, or that of a part of its experts."""
+        shape = tuple(self.weight.shape)
+        return shape if self.part is None else (self.part[1] - self.part[0], *shape[1:])
+
+    def pieces(self, fit: Callable[[Target], bool]) -> Iterator[Target]:
+        """The target, or its experts in as few consecutive parts as each `fit` by itself.
+
+        One expert is a part also where it does not fit.
+        """
+        first, end = self.part or (0, self.weight.shape[0])
+        while self.stacked and first < end and not fit(self._part(first, end)):
+            unfit = partial(self._is_unfit, first, fit)
+            middle = first + max(1, bisect_right(range(1, end - first), False, key=unfit))
+            yield self._part(first, middle)
+            first = middle
+        if not self.stacked or first < end:
+            yield self._part(first, end)
+
+    def _is_unfit(self, first: int, fit: Callable[[Target], bool], number: int) -> bool:
+        return not fit(self._part(first, first + number))
+
+    def _part(self, first: int, end: int) -> Target:
+        whole = not self.stacked or (first, end) == (0, self.weight.shape[0])
+        return replace(self, part=None if whole else (first, end))
 
     def parameter_called(self, name: str) -> str:
         """What the weight would be called were the target called `name`."""
@@ -142,6 +187,8 @@ def find_targets(
         wanted = "Linear layer" if granularity == "weight" else "down projection of an MLP"
         others = ", ".join(sorted(group for group in groups if group not in (None, *_BOTH)))
         hints = f", in groups of their own {others}" if others else ""
+        if granularity == "unit" and any(target.stacked for target in candidates):
+            hints += ", and fused experts have scores of weights alone"
         if found.unscorable:
             hints += f", and hooks cannot see the fused tensors {_kinds(found.unscorable)}"
         raise ValueError(
@@ -208,9 +255,10 @@ def coverage(
         matched: number of matched modules; scored, targets: number of scored ones;
         scored_parameters, model_parameters; share: scored parameters of the model's;
         share_of_matched: scored parameters of the matched ones'; groups: name of each group of the
-        decoder layers -> its modules and their parameters, how many modules are scored, and the
-        parameters that no hook can see; unscorable: name -> size of those (matrices that belong to
-        no Linear or Conv1D, or to a Linear that computes something else: fused experts, routers).
+        decoder layers -> its modules and their parameters, how many of both are scored, and the
+        parameters that cannot be; kinds: the same for "linear" modules and fused "experts";
+        unscorable: name -> size of what cannot be (matrices that belong to no Linear or Conv1D, or
+        to a Linear that computes something else: routers, experts in a form of their own).
     """
     kept = [t for t in targets if scored is None or t.parameter in scored]
     scored_parameters, matched_parameters = _weights_of(kept), _weights_of(targets)
@@ -231,15 +279,41 @@ def coverage(
         "share": scored_parameters / max(1, total),
         "share_of_matched": scored_parameters / max(1, matched_parameters),
         "groups": _by_group(found, {target.name for target in kept}),
+        "kinds": _by_kind(found, {target.name for target in kept}),
         "unscorable": {name: size for name, (_, size) in found.unscorable.items()},
     }
 
 
-def warn_about_unscorable(model: nn.Module, targets: Sequence[Target]) -> None:
-    """Warn where hooks cannot see more than 5 % of the model's parameters."""
+def warn_about_coverage(
+    model: nn.Module,
+    targets: Sequence[Target],
+    target_modules: str | Sequence[str],
+    granularity: str = "weight",
+) -> None:
+    """Warn where much of the model, or most of the groups that were asked for, is not scored.
+
+    Args:
+        targets: those that are scored.
+    """
     covered = coverage(model, targets)
     missed, total = covered["unscorable"], covered["model_parameters"]
-    if sum(missed.values()) > 0.05 * total:
+    asked = _groups_asked_for(covered["groups"], target_modules)
+    of_asked, missed_of_asked = _missed(covered["groups"], asked)
+    if granularity == "unit":
+        # Of other matrices the units are scored through the down projection.
+        missed_of_asked = covered["kinds"]["experts"]["parameters"] + sum(
+            covered["groups"][group]["unscorable"] for group in asked
+        )
+    if asked and missed_of_asked > 0.5 * of_asked:
+        logger.warning(
+            "%.0f %% of the parameters of %s are not scored, %d of %d%s",
+            100 * missed_of_asked / of_asked,
+            " and ".join(asked),
+            missed_of_asked,
+            of_asked,
+            f" (such as {next(iter(missed))})" if missed else "",
+        )
+    elif sum(missed.values()) > 0.05 * total:
         logger.warning(
             "%.0f %% of the model's parameters lie in its layers outside any Linear module and are "
             "not scored (%d tensors, such as %s)",
@@ -249,23 +323,52 @@ def warn_about_unscorable(model: nn.Module, targets: Sequence[Target]) -> None:
         )
 
 
+def _groups_asked_for(
+    groups: Mapping[str, Mapping], target_modules: str | Sequence[str]
+) -> list[str]:
+    """Whole groups; a suffix or a pattern asks for a part of one."""
+    if not isinstance(target_modules, str):
+        return []
+    parts = target_modules.replace(",", " ").split()
+    named = {group for part in parts for group in (_BOTH if part == "all" else (part,))}
+    return [group for group in groups if group in named]
+
+
+def _missed(groups: Mapping[str, Mapping[str, int]], asked: Sequence[str]) -> tuple[int, int]:
+    """The parameters of these groups, and those of them that are not scored."""
+    found = [groups[group] for group in asked]
+    total = sum(each["parameters"] + each["unscorable"] for each in found)
+    return total, total - sum(each["scored_parameters"] for each in found)
+
+
 def _by_group(found: _Survey, scored: Collection[str]) -> dict[str, dict[str, int]]:
     groups: dict[str, dict[str, int]] = {}
 
     def add(group: str, **counts: int) -> None:
-        of_group = groups.setdefault(
-            group, {"modules": 0, "parameters": 0, "scored": 0, "unscorable": 0}
-        )
+        empty = ("modules", "parameters", "scored", "scored_parameters", "unscorable")
+        of_group = groups.setdefault(group, dict.fromkeys(empty, 0))
         for key, number in counts.items():
             of_group[key] += number
 
     for target in found.targets:
         if target.group is not None:
-            size = target.weight.numel()
-            add(target.group, modules=1, parameters=size, scored=target.name in scored)
+            size, is_scored = target.weight.numel(), target.name in scored
+            add(target.group, modules=1, parameters=size)
+            add(target.group, scored=is_scored, scored_parameters=size * is_scored)
     for group, size in found.unscorable.values():
         add(group, unscorable=size)
     return groups
+
+
+def _by_kind(found: _Survey, scored: Collection[str]) -> dict[str, dict[str, int]]:
+    """Parameters in the decoder layers of Linear modules and of fused experts."""
+    kinds = {kind: {"parameters": 0, "scored_parameters": 0} for kind in ("linear", "experts")}
+    for target in found.targets:
+        if target.group is not None:
+            of_kind, size = kinds["experts" if target.stacked else "linear"], target.weight.numel()
+            of_kind["parameters"] += size
+            of_kind["scored_parameters"] += size * (target.name in scored)
+    return kinds
 
 
 def _weights_of(targets: Sequence[Target]) -> int:

@@ -18,7 +18,7 @@ def top_entries(scores: Scores, ratio: float, min_k: int, scope: str) -> dict[st
     if scope == "model":
         return _top_of_model(scores, ratio, min_k)
     return {
-        name: scores.select(name, count(entry.numel, ratio, min_k))
+        name: scores.select(name, count(entry.competing, ratio, min_k))
         for name, entry in scores.entries.items()
     }
 
@@ -34,6 +34,7 @@ def _top_of_model(scores: Scores, ratio: float, min_k: int) -> dict[str, Tensor]
         raise ValueError(
             "min_k must be 0 with scope='model', where no matrix has a share of its own"
         )
+    scores = scores.scoped("tensor")
     k = int(ratio * sum(entry.numel for entry in scores.entries.values()))
     # A matrix can hold no more of the top k than its own top k.
     candidates = {name: scores.select(name, min(k, e.numel)) for name, e in scores.entries.items()}

@@ -78,7 +78,11 @@ class WindowMemory:
 
     def least(self, targets: Sequence[Target], granularity: str) -> int:
         """The smallest budget that any of these targets can be scored under."""
-        return max(sums_bytes(t, granularity) + self.held[t.layer_index] for t in targets)
+        return max(
+            sums_bytes(t, granularity) + self.held[t.layer_index]
+            for whole in targets
+            for t in whole.pieces(lambda _: False)
+        )
 
 
 def _activations(layer: nn.Module, experts: int | None) -> int:

@@ -33,6 +33,7 @@ from fastdean.files.safetensors import (
 )
 from fastdean.masks.entries import MaskEntry, same_bits, suppressed
 from fastdean.masks.mask import NeuronMask
+from fastdean.models.fused_tensors import FusedTensor, fused_tensors
 from fastdean.wording.mendable import StateError
 
 __all__ = ["PatchResult", "patch_checkpoint", "verify_checkpoint"]
@@ -84,6 +85,9 @@ def patch_checkpoint(
 ) -> PatchResult:
     """Copy a Hugging Face folder to `out` with the mask applied to the files it is loaded from.
 
+    Experts that are one parameter of the model and a tensor each in the files are found by
+    transformers' rules for them.
+
     The result is, bit for bit, what `mask.apply_(model)` and `model.save_pretrained(out)` give,
     with the source's sharding, names, dtype and file modes. The source is only read. Every byte of
     the copy is compared with the source afterwards. A manifest, `fastdean_patch.json`, is added; it
@@ -127,7 +131,7 @@ def patch_checkpoint(
             files_edited=tuple(edits),
             values_edited=sum(len(edit.entry) for edit in every),
             renamed={
-                edit.name: edit.tensor.name for edit in every if edit.name != edit.tensor.name
+                edit.name: edit.stored_name for edit in every if edit.name != edit.stored_name
             },
             unpatched_files=_other_weights(digests, weight_files(source)),
         )
@@ -155,7 +159,17 @@ def verify_checkpoint(folder: str | os.PathLike, mask: NeuronMask) -> None:
     folder = Path(folder)
     stored = stored_tensors(folder)
     named = _named(stored)
+    fused = _fused(folder, mask, stored, named)
     for name, entry in mask.entries.items():
+        if name in fused and not fused[name].reason:
+            for part, tensor in _parts(entry, fused[name]):
+                if not _holds_suppressed(folder, part, tensor, mask.scale):
+                    raise StateError(
+                        f"the saved model must hold the masked values of {name!r}, got others in "
+                        f"{tensor.name!r} of {tensor.file_name!r}; check the disk, and that "
+                        "nothing edits the model while it is saved"
+                    )
+            continue
         fitting = [
             tensor
             for tensor in named(name)
@@ -182,11 +196,16 @@ def _holds_suppressed(folder: Path, entry: MaskEntry, tensor: StoredTensor, scal
 
 @dataclass(frozen=True)
 class _Edit:
-    """One entry of the mask and its tensor in a file."""
+    """An entry of the mask, or an expert's part of it, and its tensor in a file.
+
+    Attributes:
+        stored_name: of the tensor, with a star where experts lie in a tensor each.
+    """
 
     name: str
     entry: MaskEntry
     tensor: StoredTensor
+    stored_name: str
 
 
 def _check_places(source: Path, out: Path) -> None:
@@ -213,10 +232,21 @@ def _plan(
 ) -> dict[str, list[_Edit]]:
     """File name -> its edits, after checking names, shapes, dtypes and values of all of them."""
     named = _named(stored)
+    fused = _fused(source, mask, stored, named)
     edits: list[_Edit] = []
     unmapped: list[str] = []
     taken: dict[str, str] = {}
     for name, entry in mask.entries.items():
+        if name in fused:
+            found = fused[name]
+            shared = next((t.name for part in found.parts for t in part if t.name in taken), None)
+            if found.reason or shared is not None:
+                reason = found.reason or f"{taken[shared]!r} of the mask means {shared!r}, too"
+                unmapped.append(f"{name!r} ({reason})")
+                continue
+            taken.update((t.name, name) for part in found.parts for t in part)
+            edits.extend(_Edit(name, part, t, found.name) for part, t in _parts(entry, found))
+            continue
         tensors, reason = _locate(source, entry, named(name))
         shared = next((tensor.name for tensor in tensors if tensor.name in taken), None)
         if shared is not None:
@@ -225,7 +255,7 @@ def _plan(
             unmapped.append(f"{name!r} ({reason})")
             continue
         taken.update((tensor.name, name) for tensor in tensors)
-        edits.extend(_Edit(name, entry, tensor) for tensor in tensors)
+        edits.extend(_Edit(name, entry, tensor, tensor.name) for tensor in tensors)
     if unmapped:
         more = f" and {len(unmapped) - 3} more" if len(unmapped) > 3 else ""
         raise ValueError(
@@ -238,6 +268,28 @@ def _plan(
         _check_values(source, edit, mask.scale)
         grouped.setdefault(edit.tensor.file_name, []).append(edit)
     return dict(sorted(grouped.items()))
+
+
+def _fused(
+    folder: Path,
+    mask: NeuronMask,
+    stored: Mapping[str, StoredTensor],
+    named: Callable[[str], list[StoredTensor]],
+) -> dict[str, FusedTensor]:
+    """Of stacked parameters that the files hold otherwise, the tensors that they are made of."""
+    wanted = {
+        name: entry.shape
+        for name, entry in mask.entries.items()
+        if len(entry.shape) == 3 and not any(t.shape == entry.shape for t in named(name))
+    }
+    return fused_tensors(folder, stored, wanted) if wanted else {}
+
+
+def _parts(entry: MaskEntry, fused: FusedTensor) -> Iterator[tuple[MaskEntry, StoredTensor]]:
+    """The entry's part in each tensor that holds some of it."""
+    local = fused.local(entry.index, entry.shape)
+    for tensor, here in fused.places(entry.index, entry.shape):
+        yield MaskEntry(local[here], entry.original[here], tensor.shape), tensor
 
 
 def _shorter_names(name: str) -> Iterator[str]:

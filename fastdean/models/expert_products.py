@@ -241,9 +241,7 @@ def _call(module: nn.Module, own: Callable[..., Tensor], args: tuple, kwargs: di
     return result
 
 
-def _expected(
-    module: nn.Module, own: Callable[..., Tensor], args: tuple, kwargs: dict
-) -> Tensor:
+def _expected(module: nn.Module, own: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
     try:
         return own(*args, **kwargs)
     except (RuntimeError, ImportError):

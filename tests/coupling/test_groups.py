@@ -196,6 +196,7 @@ def test_routers_that_are_linear_and_return_more_are_unscorable(family):
         "modules": 0,
         "parameters": 0,
         "scored": 0,
+        "scored_parameters": 0,
         "unscorable": 2 * 4 * config.hidden_size,
     }
 

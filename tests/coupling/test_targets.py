@@ -167,14 +167,23 @@ def test_coverage_equals_a_count_by_hand():
                 "modules": 4 * LAYERS,
                 "parameters": LAYERS * 3 * HIDDEN * HIDDEN,
                 "scored": 0,
+                "scored_parameters": 0,
                 "unscorable": 0,
             },
             "mlp": {
                 "modules": 3 * LAYERS,
                 "parameters": scored,
                 "scored": 3 * LAYERS,
+                "scored_parameters": scored,
                 "unscorable": 0,
             },
+        },
+        "kinds": {
+            "linear": {
+                "parameters": scored + LAYERS * 3 * HIDDEN * HIDDEN,
+                "scored_parameters": scored,
+            },
+            "experts": {"parameters": 0, "scored_parameters": 0},
         },
         "unscorable": {},
     }
@@ -198,7 +207,7 @@ def test_dense_models_have_nothing_that_hooks_cannot_see(name):
     assert coverage(model, find_targets(model, "all"))["unscorable"] == {}
 
 
-# Mixtures of experts: the experts are fused 3-D parameters, which no hook sees.
+# Mixtures of experts: the experts are fused 3-D parameters; which families, test_experts.py says.
 
 MOE = {
     "vocab_size": 96,
@@ -207,15 +216,6 @@ MOE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-}
-EXPERTS = {
-    f"model.layers.{i}.mlp.{name}": size
-    for i in range(2)
-    for name, size in (
-        ("gate.weight", 4 * 32),
-        ("experts.gate_up_proj", 4 * 2 * 48 * 32),
-        ("experts.down_proj", 4 * 32 * 48),
-    )
 }
 
 
@@ -245,30 +245,49 @@ def qwen2_moe():
     return model
 
 
-@pytest.mark.parametrize("granularity", ["weight", "unit"])
-def test_a_model_whose_mlps_are_all_fused_is_refused_with_the_reason(granularity):
+def jetmoe():
+    """Experts whose modules know of no token which row is its own."""
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    torch.manual_seed(0)
+    config = JetMoeConfig(
+        **{k: v for k, v in MOE.items() if k != "num_attention_heads"},
+        intermediate_size=48,
+        kv_channels=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    return JetMoeForCausalLM(config).eval()
+
+
+def test_experts_have_no_units_and_a_model_of_nothing_else_is_refused_with_the_reason():
     with pytest.raises(ValueError) as caught:
-        find_targets(mixtral(), "mlp", granularity)
+        find_targets(mixtral(), "mlp", "unit")
     text = str(caught.value)
-    assert text.startswith("target_modules must match at least one ")
-    assert "model.layers.*.self_attn.q_proj" in text
-    assert "hooks cannot see the fused tensors model.layers.*.mlp.experts.down_proj" in text
+    assert text.startswith("target_modules must match at least one down projection of an MLP")
+    assert "model.layers.*.mlp.experts.down_proj" in text
+    assert "fused experts have scores of weights alone" in text
 
 
-def test_coverage_names_the_fused_experts_and_a_warning_says_so(caplog):
-    model = mixtral()
+def test_experts_in_a_form_of_their_own_are_refused_by_name():
+    with pytest.raises(ValueError, match="hooks cannot see the fused tensors ") as caught:
+        find_targets(jetmoe(), "mlp")
+    assert "model.layers.*.mlp.input_linear.weight" in str(caught.value)
+
+
+def test_a_warning_says_that_most_of_what_was_asked_for_is_not_scored(caplog):
+    model = jetmoe()
     with caplog.at_level(logging.WARNING, logger="fastdean"):
         scores = fastdean.score(
             model, batches(make_examples(), 3), target_modules="all", progress=False
         )
-    assert scores.manifest["coverage"]["unscorable"] == EXPERTS
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    share = round(100 * sum(EXPERTS.values()) / whole)
-    (record,) = [r for r in caplog.records if r.name == "fastdean"]
-    assert record.getMessage() == (
-        f"{share} % of the model's parameters lie in its layers outside any Linear module and are "
-        "not scored (6 tensors, such as model.layers.0.mlp.gate.weight)"
-    )
+    groups = scores.manifest["coverage"]["groups"]
+    asked = [groups[group] for group in ("self_attn", "mlp") if group in groups]
+    total = sum(each["parameters"] + each["unscorable"] for each in asked)
+    missed = total - scores.manifest["coverage"]["scored_parameters"]
+    text = [r.getMessage() for r in caplog.records if r.name == "fastdean"][-1]
+    assert text.startswith(f"{100 * missed / total:.0f} % of the parameters of ")
+    assert f" are not scored, {missed} of {total} (such as model.layers.0." in text
 
 
 def test_dense_models_warn_about_nothing(caplog):
@@ -277,20 +296,30 @@ def test_dense_models_warn_about_nothing(caplog):
     assert not caplog.records
 
 
-def test_shared_experts_are_scored_where_the_routed_ones_cannot_be():
+def test_shared_experts_have_units_where_the_routed_ones_have_none():
     model, examples = qwen2_moe(), make_examples()
     scores = fastdean.score(model, batches(examples, 3), progress=False)
-    shared = [f"shared_expert.{kind}_proj" for kind in ("gate", "up", "down")]
+    shared = [f"shared_expert.{kind}_proj.weight" for kind in ("gate", "up", "down")]
+    routed = [f"experts.{kind}_proj" for kind in ("gate_up", "down")]
     assert set(scores) == {
-        f"model.layers.{i}.mlp.{module}.weight" for i in range(2) for module in shared
+        f"model.layers.{i}.mlp.{name}" for i in range(2) for name in (*shared, *routed)
     }
     assert names(model, "router") == [f"model.layers.{i}.mlp.shared_expert_gate" for i in (0, 1)]
-    fused = scores.manifest["coverage"]["groups"]
-    assert fused["mlp"]["unscorable"] == 2 * 4 * 3 * 48 * 32
-    assert fused["router"] == {
+    covered = scores.manifest["coverage"]
+    experts = 2 * 4 * 3 * 48 * 32
+    assert covered["groups"]["mlp"] == {
+        "modules": 2 * 5,
+        "parameters": experts + 2 * 3 * 40 * 32,
+        "scored": 2 * 5,
+        "scored_parameters": experts + 2 * 3 * 40 * 32,
+        "unscorable": 0,
+    }
+    assert covered["kinds"]["experts"] == {"parameters": experts, "scored_parameters": experts}
+    assert covered["groups"]["router"] == {
         "modules": 2,
         "parameters": 2 * 32,
         "scored": 0,
+        "scored_parameters": 0,
         "unscorable": 2 * 4 * 32,
     }
     expected = weight_importance(model, examples, list(scores))

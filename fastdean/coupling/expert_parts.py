@@ -1,0 +1,78 @@
+"""Stacked weights of experts that are scored a part at a time, and joined at the end.
+
+So that the sums of a layer's experts need not fit into memory together. An entry of a part holds
+the sums of its own experts, and counts them as the whole tensor does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastdean.coupling.scores import ScoreEntry, fingerprint, keep_entry
+from fastdean.coupling.targets import Target
+
+
+def weight_of_part(target: Target, weight: Tensor) -> Tensor:
+    """The weights whose sums a target has: of all experts, or of some."""
+    return weight if target.part is None else weight[target.experts]
+
+
+def placed(entry: ScoreEntry, target: Target, weight: Tensor) -> ScoreEntry:
+    """The entry of a target, counted in its whole weight.
+
+    Args:
+        weight: the whole one.
+    """
+    if target.part is None:
+        return entry
+    first = target.part[0]
+    dense = entry.index is None
+    return replace(
+        entry,
+        weight=weight.detach() if dense else entry.weight,
+        index=None if entry.index is None else entry.index + first * weight[0].numel(),
+        shape=tuple(weight.shape),
+        fingerprint=fingerprint(weight),
+        unseen=tuple(first + expert for expert in entry.unseen),
+    )
+
+
+def joined(
+    target: Target,
+    entries: Mapping[str, ScoreEntry],
+    num_examples: int,
+    keep_top: float | None,
+    expert_scope: str,
+) -> ScoreEntry:
+    """The entry of a whole target, of the entries by key that hold it or parts of it."""
+    if target.parameter in entries:
+        return entries[target.parameter]
+    parts = [entries[key] for key in sorted(_parts_of(target.parameter, entries), key=_first)]
+    one = parts[0]
+    if one.index is None:
+        everything: dict[str, Tensor] = {"sums": torch.cat([part.sums for part in parts])}
+    else:
+        held = {
+            "sums": [part.sums for part in parts],
+            "weight": [part.weight for part in parts if part.weight is not None],
+            "index": [part.index for part in parts if part.index is not None],
+        }
+        everything = {name: torch.cat(tensors) for name, tensors in held.items()}
+    unseen = tuple(expert for part in parts for expert in part.unseen)
+    entry = replace(one, **everything, unseen=unseen).scoped(expert_scope)
+    if keep_top is None or expert_scope == "expert":
+        return entry
+    # Of each part as many were kept as the whole tensor may hold.
+    return keep_entry(target.parameter, entry, num_examples, keep_top)
+
+
+def _parts_of(parameter: str, entries: Mapping[str, ScoreEntry]) -> list[str]:
+    return [key for key in entries if key.startswith(f"{parameter}[")]
+
+
+def _first(key: str) -> int:
+    return int(key.rpartition("[")[2].partition(":")[0])

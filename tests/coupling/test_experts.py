@@ -1,0 +1,235 @@
+"""Fused experts scored: against autograd on the models' own implementations, family by family."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from oracle import norm_error, top_k
+from tiny_data import batches, make_examples
+from tiny_experts import CHOSEN, EXPERTS, FAMILIES, experts_model, own_importance
+
+import fastdean
+from fastdean.coupling.accumulators import split_by_memory, sums_bytes
+from fastdean.coupling.targets import decoder_layers, find_targets
+from fastdean.coupling.window_memory import WindowMemory
+from fastdean.models.expert_products import NAME, listening_to_experts
+from fastdean.models.experts import fused_experts
+from fastdean.wording.mendable import StateError
+
+# Ordinary; transposed with biases, interleaved and clamped; rows by expert; without a gate.
+QUICK = ("Qwen2Moe", "GptOss", "Llama4Text", "NemotronH")
+DOWN = "model.layers.1.mlp.experts.down_proj"
+
+
+def scored(model, seed=0, size=3, **options):
+    return fastdean.score(model, batches(make_examples(seed), size), progress=False, **options)
+
+
+def experts_of(scores):
+    return [name for name, entry in scores.entries.items() if entry.num_experts]
+
+
+def require_exact(family, order):
+    model, examples = experts_model(family), make_examples()
+    scores = scored(model, order=order, target_modules="all")
+    assert experts_of(scores)
+    expected = own_importance(model, examples, list(scores))
+    for name in scores:
+        assert scores[name].shape == model.get_parameter(name).shape
+        assert norm_error(scores[name], expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("order", ["batches", "layers"])
+@pytest.mark.parametrize("family", QUICK)
+def test_scores_equal_autograd_on_the_models_own_experts(family, order):
+    require_exact(family, order)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["batches", "layers"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in QUICK])
+def test_scores_of_the_other_families(family, order):
+    require_exact(family, order)
+
+
+def test_names_by_suffix_and_the_model_as_it_was():
+    model = experts_model("Qwen2Moe")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    own = model.config._experts_implementation
+    scores = scored(model, target_modules=["experts.gate_up_proj"])
+    assert list(scores) == [f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (0, 1)]
+    assert model.config._experts_implementation == own != NAME
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_grouping_of_examples_does_not_matter():
+    model = experts_model("GptOss")
+    whole, alone = scored(model, size=6), scored(model, size=1, tokens_per_batch=1)
+    for name in whole:
+        assert norm_error(alone[name], whole[name].double()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model = experts_model("Mixtral").to(dtype)
+    expected = own_importance(model, make_examples(), list(scores := scored(model)))
+    for name in scores:
+        assert norm_error(scores[name], expected[name]) < 0.1
+
+
+# Selection: expert by expert, or the tensor as one.
+
+
+@pytest.mark.parametrize("order", ["batches", "layers"])
+def test_keep_top_keeps_of_each_expert_or_of_the_tensor(order):
+    model = experts_model("Qwen2Moe")
+    dense = scored(model)[DOWN]
+    k = int(0.01 * dense[0].numel())
+    by_expert = scored(model, keep_top=0.01, order=order)
+    expected = [e * dense[0].numel() + i for e in range(EXPERTS) for i in top_k(dense[e], k)]
+    assert by_expert.index(DOWN).tolist() == expected
+    of_tensor = scored(model, keep_top=0.01, order=order, expert_scope="tensor")
+    assert of_tensor.index(DOWN).tolist() == top_k(dense, int(0.01 * dense.numel()))
+    assert of_tensor.manifest["expert_scope"] == of_tensor.expert_scope == "tensor"
+    with pytest.raises(ValueError, match="expert_scope must be 'tensor', by which these scores"):
+        of_tensor.scoped("expert")
+    with pytest.raises(ValueError, match="must share one expert_scope, got 'expert' and 'tensor'"):
+        fastdean.couple(by_expert, of_tensor)
+
+
+def test_scores_on_disk_keep_their_scope(tmp_path):
+    scores = scored(experts_model("Qwen2Moe"), keep_top=0.01, expert_scope="tensor")
+    scores.save_pretrained(tmp_path / "scores")
+    read = fastdean.Scores.from_pretrained(tmp_path / "scores")
+    assert read.expert_scope == "tensor"
+    assert torch.equal(read[DOWN], scores[DOWN])
+    assert read.select(DOWN, 3).tolist() == scores.select(DOWN, 3).tolist()
+
+
+def test_coupled_entries_of_experts_are_masked_and_undone():
+    model = experts_model("Qwen2Moe")
+    fair, priv, general = (scored(model, seed) for seed in range(3))
+    mask = fastdean.couple(fair, priv, general=general, ratio=0.05)
+    weight = model.get_parameter(DOWN)
+    size = weight[0].numel()
+    k = int(0.05 * size)
+    tops = [
+        [set(top_k(each[DOWN][e], k)) for e in range(EXPERTS)] for each in (fair, priv, general)
+    ]
+    expected = [
+        e * size + i
+        for e, (a, b, c) in enumerate(zip(*tops, strict=True))
+        for i in sorted((a & b) - c)
+    ]
+    assert mask.entries[DOWN].index.tolist() == expected
+    before = weight.clone()
+    with mask.applied(model):
+        assert not weight.flatten()[expected].any()
+        assert (weight != before).sum() == len(expected)
+    assert torch.equal(weight, before)
+    of_tensor = fastdean.couple(fair, priv, ratio=0.05, expert_scope="tensor")
+    row = next(row for row in of_tensor.table if row["name"] == DOWN)
+    assert row["first"] == int(0.05 * weight.numel()) and row["first"] != EXPERTS * k
+
+
+def test_random_entries_are_drawn_in_the_experts_that_the_paper_selects_from():
+    model = experts_model("Qwen2Moe")
+    fair, priv = scored(model, 0), scored(model, 1)
+    size = model.get_parameter(DOWN)[0].numel()
+
+    def by_expert(rule):
+        mask = fastdean.couple(fair, priv, ratio=0.05, rule=rule)
+        return (mask.entries[DOWN].index // size).bincount(minlength=EXPERTS).tolist()
+
+    assert by_expert("random") == by_expert("paper")
+
+
+def test_experts_that_no_token_reached_are_named(caplog):
+    model = experts_model("Qwen2Moe")
+    ids = torch.tensor([[5, 6]])
+    with caplog.at_level(logging.WARNING, logger="fastdean"):
+        scores = fastdean.score(model, [{"input_ids": ids, "labels": ids}], progress=False)
+    # One target, the second token; of the first the last layer's experts see no gradient.
+    unseen = scores.manifest["unseen_experts"]
+    assert len(unseen[DOWN]) >= EXPERTS - 2 * CHOSEN
+    for name, experts in unseen.items():
+        assert [e for e in range(EXPERTS) if not scores[name][e].any()] == experts
+        assert not set((scores.select(name, 5) // scores[name][0].numel()).tolist()) & set(experts)
+    number = sum(map(len, unseen.values()))
+    said = f"{number} of {4 * EXPERTS} matrices of experts"
+    assert said in repr(scores)
+    assert any(r.getMessage().startswith(f"{said} saw no token") for r in caplog.records)
+
+
+# Memory: the experts of one tensor in several passes, several ranks, a job that goes on.
+
+
+@pytest.mark.parametrize("order", ["batches", "layers"])
+@pytest.mark.parametrize("options", [{}, {"keep_top": 0.02}, {"keep_top": 0.02, "scope": "tensor"}])
+def test_experts_are_scored_in_parts_where_memory_is_short(order, options):
+    model = experts_model("Qwen2Moe")
+    options = {"expert_scope": options.get("scope", "expert"), "keep_top": options.get("keep_top")}
+    whole = scored(model, order=order, **options)
+    experts = find_targets(model, ["experts.gate_up_proj"])
+    least = max(sums_bytes(target, "weight") for target in experts)
+    budget = least * 3 // EXPERTS
+    if order == "layers":
+        layers = list(decoder_layers(model).values())
+        budget += max(WindowMemory.of(model, layers, rows=48, longest=17).held.values())
+    in_parts = scored(model, order=order, memory_budget=budget, **options)
+    for name in whole:
+        assert torch.equal(in_parts[name], whole[name])
+        if whole.is_sparse:
+            assert torch.equal(in_parts.index(name), whole.index(name))
+        assert in_parts.entries[name].fingerprint == whole.entries[name].fingerprint
+    groups = split_by_memory(experts, "weight", least * 3 // EXPERTS)
+    parts = [(target.part, target.layer_index) for group in groups for target in group]
+    assert parts == [(part, i) for i in (0, 1) for part in ((0, 3), (3, 5))]
+    with pytest.raises(ValueError, match="memory_budget must hold the sums of at least one matrix"):
+        scored(model, order="batches", memory_budget=least // EXPERTS - 1)
+
+
+# The context in which experts run through what hands over their products.
+
+
+def _experts(model):
+    return [module for module in model.modules() if fused_experts(module)]
+
+
+def silent(leaf, x, product, routing):
+    return product
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Llama4Text"])
+def test_blocks_end_in_any_order_and_after_exceptions(family):
+    model = experts_model(family)
+    modules, ids = _experts(model), torch.tensor([[5, 6, 7]])
+    own = model.config._experts_implementation
+    expected = model(ids).logits
+    first, second = (listening_to_experts(dict.fromkeys(modules, silent)) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    first.__exit__(None, None, None)
+    assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    second.__exit__(None, None, None)
+
+    def failing(*_):
+        raise KeyError("of the listener")
+
+    with pytest.raises(KeyError), listening_to_experts({modules[1]: failing}):
+        model(ids)
+    assert model.config._experts_implementation == own
+    assert not any("forward" in vars(module) for module in modules)
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_experts_that_compute_something_else_are_refused():
+    model = experts_model("Llama4Text")
+    for module in _experts(model):
+        module.act_fn = torch.nn.SiLU()
+        module.forward = lambda x, own=module.forward: own(2 * x)
+    with pytest.raises(StateError, match="Llama4TextExperts must compute act"):
+        scored(model)
