@@ -15,6 +15,8 @@ import fastdean
 from fastdean.coupling.targets import coverage, decoder_layers, find_targets
 
 GATED = "mlp.gate_proj mlp.up_proj mlp.down_proj"
+FF_EXPERTS = " feed_forward.experts.gate_up_proj feed_forward.experts.down_proj"
+EXPERTS = " mlp.experts.gate_up_proj mlp.experts.down_proj"
 FF_GATED = "feed_forward.gate_proj feed_forward.up_proj feed_forward.down_proj"
 NEOX = "mlp.dense_h_to_4h mlp.dense_4h_to_h"
 BERT = "intermediate.dense output.dense"
@@ -43,7 +45,7 @@ FAMILIES = {
     "jamba": ("Jamba", "ForCausalLM",
         {"num_hidden_layers": 4, "attn_layer_offset": 1, "attn_layer_period": 2,
          "expert_layer_offset": 3, "expert_layer_period": 4}, "model.layers",
-        {"mamba": "mamba.in_proj mamba.x_proj mamba.dt_proj mamba.out_proj", "mlp": FF_GATED},
+        {"mamba": "mamba.in_proj mamba.x_proj mamba.dt_proj mamba.out_proj", "mlp": FF_GATED + FF_EXPERTS},
         "feed_forward.down_proj"),
     "bamba": ("Bamba", "ForCausalLM", TWO | {"attn_layer_indices": [1]}, "model.layers",
         {"mamba": "mamba.in_proj mamba.out_proj", "mlp": FF_GATED}, "feed_forward.down_proj"),
@@ -79,11 +81,12 @@ FAMILIES = {
             "q", "k", "v", "ogate_preact", "igate_preact", "fgate_preact", "out_proj")),
          "mlp": "ffn.proj_up_gate ffn.proj_up ffn.proj_down"}, "ffn.proj_down"),
     "qwen2-moe": ("Qwen2Moe", "ForCausalLM", TWO, "model.layers",
-        {"mlp": " ".join(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")),
+        {"mlp": " ".join(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down"))
+                + EXPERTS,
          "router": "mlp.shared_expert_gate"}, "mlp.shared_expert.down_proj"),
     "deepseek-v3": ("DeepseekV3", "ForCausalLM", {"num_hidden_layers": 4}, "model.layers",
         {"mlp": GATED + " mlp.shared_experts.gate_proj mlp.shared_experts.up_proj "
-                "mlp.shared_experts.down_proj"},
+                "mlp.shared_experts.down_proj" + EXPERTS},
         "mlp.down_proj mlp.shared_experts.down_proj"),
     "deberta": ("DebertaV2", "ForMaskedLM", TWO, "deberta.encoder.layer",
         {"mlp": BERT}, "output.dense"),
@@ -170,7 +173,7 @@ def test_the_groups_of_a_layer(family):
         if members:
             assert [t.name for t in find_targets(model, group)] == [t.name for t in members]
         assert (counted["modules"], counted["scored"]) == (len(members), len(members))
-        assert counted["parameters"] == sum(t.module.weight.numel() for t in members)
+        assert counted["parameters"] == sum(t.weight.numel() for t in members)
 
 
 def test_a_model_without_feed_forward_blocks_names_its_groups():

@@ -13,10 +13,12 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_experts import experts_model
 
 import fastdean
 from fastdean.files import safetensors as safetensors_files
 from fastdean.masks import MaskEntry, NeuronMask, checkpoint
+from fastdean.models import fused_tensors
 
 PLACES = {
     "llama": ["model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"],
@@ -240,6 +242,44 @@ def test_names_that_cannot_be_mapped_are_listed_with_reasons(tmp_path, simple):
     assert "'experts.1.weight' (no tensor of that name: renamed or fused in the file)" in text
     assert "experts.2" not in text
     assert "and 2 more" in text
+
+
+# One parameter holds all experts of a layer; on disk each has tensors of its own, or not.
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"], ids=["one_file", "sharded"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen2Moe", "DeepseekV3", "GptOss", "Llama4Text"])
+def test_fused_experts_are_edited_where_they_lie_apart(tmp_path, family, shard_size):
+    model = experts_model(family)
+    names = [n for n, p in model.named_parameters() if p.dim() == 3]
+    size = model.get_parameter(names[0])[0].numel()
+    mask = mask_of(model, names, [0, 7, 8, size // 2 - 1, size // 2, size - 1, size, -1])
+    source = tmp_path / "source"
+    model.save_pretrained(source, max_shard_size=shard_size)
+    apart = not any(name in checkpoint.stored_tensors(source) for name in names)
+    assert apart == (family not in ("GptOss", "Llama4Text"))
+    result = fastdean.patch_checkpoint(source, mask, tmp_path / "patched")
+    assert result.values_edited == len(mask)
+    if apart:
+        stored_name = result.renamed[names[0]]
+        assert ".experts.*." in stored_name and " and " in stored_name
+    mask.apply_(model)
+    model.save_pretrained(tmp_path / "saved", max_shard_size=shard_size)
+    checkpoint.verify_checkpoint(tmp_path / "saved", mask)
+    checkpoint.verify_checkpoint(tmp_path / "patched", mask)
+    saved, patched = contents(tmp_path / "saved"), contents(tmp_path / "patched")
+    assert saved == {name: patched[name] for name in saved}
+    with pytest.raises(RuntimeError, match="must hold the masked values of"):
+        checkpoint.verify_checkpoint(source, mask)
+    refuse(tmp_path / "patched", mask, tmp_path / "again", "or already patched")
+
+
+def test_experts_that_no_rule_finds_are_refused_by_name(tmp_path, monkeypatch):
+    model = experts_model("Mixtral")
+    model.save_pretrained(tmp_path / "source")
+    mask = mask_of(model, ["model.layers.0.mlp.experts.gate_up_proj"])
+    made = fused_tensors.FusedTensor(reason="made by Interleave of the file's tensors")
+    monkeypatch.setattr(checkpoint, "fused_tensors", lambda *_: dict.fromkeys(mask.names, made))
+    text = r"'model.layers.0.mlp.experts.gate_up_proj' \(made by Interleave"
+    refuse(tmp_path / "source", mask, tmp_path / "out", text)
 
 
 def test_another_model_of_the_same_shapes(tmp_path):

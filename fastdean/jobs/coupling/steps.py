@@ -191,7 +191,11 @@ def _sizes(targets: Sequence[Target], job: Job) -> list[int]:
     """How many entries compete in each matrix."""
     if job.granularity == "unit":
         return [target.num_inputs for target in targets]
-    return [target.num_inputs * target.num_outputs for target in targets]
+    return [
+        target.num_inputs * target.num_outputs
+        for target in targets
+        for _ in range(target.weight.shape[0] if target.stacked else 1)
+    ]
 
 
 def _require_selection(sizes: Sequence[int], job: Job) -> None:
