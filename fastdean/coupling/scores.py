@@ -61,11 +61,15 @@ _CONFIG = Record(
     optional={"expert_scope": Text(choices=EXPERT_SCOPES)},
 )
 _ENTRY: dict[str, Kind] = {
-    "shape": Lists(Whole(least=1), least=2, most=3),
+    "shape": Lists(Whole(least=1), least=2, most=2),
     "fingerprint": Whole(least=-(2**63)),
 }
 # Of the stacked weights of experts.
-_OF_EXPERTS: dict[str, Kind] = {"unseen": Lists(Whole())}
+_OF_EXPERTS: dict[str, Kind] = {
+    **_ENTRY,
+    "shape": Lists(Whole(least=1), least=3, most=3),
+    "unseen": Lists(Whole()),
+}
 _WEIGHTS = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 _ADVICE = "save it again"
 
@@ -515,9 +519,12 @@ class Scores(Mapping[str, Tensor]):
         require(config, _CONFIG, folder / CONFIG_NAME)
         sparse = config["keep_top"] is not None
         axis = Exactly(None) if config["granularity"] == "weight" else Whole(most=1)
-        entry = Record({**_ENTRY, "unit_axis": axis}, optional=_OF_EXPERTS)
+        plain = Record({**_ENTRY, "unit_axis": axis})
+        stacked = Record({**_OF_EXPERTS, "unit_axis": Exactly(None)})
         entries = {}
         for name, described in config["entries"].items():
+            with_experts = isinstance(described, Mapping) and "unseen" in described
+            entry = stacked if with_experts else plain
             require(described, entry, folder / CONFIG_NAME, where=f"entries[{brief(name)}]")
             entries[name] = _read_entry(folder, name, described, sparse, tensors)
         if tensors:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracle import norm_error
 from tiny_data import batches, make_examples
+from tiny_experts import experts_model
 from tiny_models import llama
 from torch import distributed
 from two_ranks import WORLD, join_group, leave_group, run_ranks
@@ -45,6 +46,10 @@ def one_example(rank):
 def in_passes(rank):
     options = {"memory_budget": 3 * 8192, "keep_top": 0.05}
     return fastdean.score(llama(), loader(), progress=False, **options)
+
+
+def experts(rank):
+    return fastdean.score(experts_model("Mixtral"), loader(), progress=False)
 
 
 def units(rank):
@@ -93,6 +98,7 @@ SITUATIONS = [
     in_passes,
     other_examples,
     units,
+    experts,
     by_layers,
     empty_loader,
     own_loss,
@@ -155,7 +161,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "situation",
-    [uneven, one_example, in_passes, units, by_layers, own_loss],
+    [uneven, one_example, in_passes, units, experts, by_layers, own_loss],
     ids=lambda s: s.__name__,
 )
 def test_two_ranks_give_what_one_gives(found, situation):

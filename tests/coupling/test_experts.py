@@ -11,6 +11,7 @@ from tiny_data import batches, make_examples
 from tiny_experts import CHOSEN, EXPERTS, FAMILIES, experts_model, own_importance
 
 import fastdean
+from fastdean.coupling import resumable
 from fastdean.coupling.accumulators import split_by_memory, sums_bytes
 from fastdean.coupling.targets import decoder_layers, find_targets
 from fastdean.coupling.window_memory import WindowMemory
@@ -233,3 +234,40 @@ def test_experts_that_compute_something_else_are_refused():
         module.forward = lambda x, own=module.forward: own(2 * x)
     with pytest.raises(StateError, match="Llama4TextExperts must compute act"):
         scored(model)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Llama4Text"])
+def test_offloaded_experts(family):
+    from accelerate import cpu_offload
+
+    model = experts_model(family)
+    expected = scored(model)
+    offloaded = scored(cpu_offload(model, execution_device="cpu"))
+    for name in expected:
+        assert norm_error(offloaded[name], expected[name]) < 1e-6
+    assert not any(vars(module).get("_old_forward") is None for module in _experts(model))
+
+
+def test_a_job_in_parts_goes_on_where_it_was(tmp_path, monkeypatch):
+    model = experts_model("Mixtral")
+    expected = scored(model, order="layers", keep_top=0.02)
+    budget = 3 * 4 * model.get_parameter(DOWN)[0].numel() * 2
+    layers = list(decoder_layers(model).values())
+    budget += max(WindowMemory.of(model, layers, rows=48, longest=17).held.values())
+    options = {"order": "layers", "keep_top": 0.02, "memory_budget": budget}
+    with monkeypatch.context() as patch:
+        reached, steps = resumable.Resumable.reached, []
+
+        def stopping(self, step):
+            reached(self, step)
+            steps.append(step)
+            if len(steps) == 5:
+                raise KeyboardInterrupt
+
+        patch.setattr(resumable.Resumable, "reached", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            scored(model, resume=tmp_path / "job", **options)
+    found = scored(model, resume=tmp_path / "job", **options)
+    for name in expected:
+        assert torch.equal(found.index(name), expected.index(name))
+        assert torch.equal(found[name], expected[name])

@@ -17,6 +17,7 @@ import torch
 import transformers
 from interrupts import interrupt, moments
 from tiny_data import batches, make_examples
+from tiny_experts import experts_model
 from tiny_models import gpt2, llama
 
 import fastdean
@@ -89,6 +90,10 @@ def steps_run(monkeypatch):
     return seen
 
 
+def mixtral():
+    return experts_model("Mixtral")
+
+
 # Two layers forward, the losses of two sets, two layers backward for each of them.
 STEPS = 8
 
@@ -101,8 +106,10 @@ STEPS = 8
         (gpt2, {"granularity": "unit", "keep_top": 0.2}, STEPS - 1),
         # One group of targets for each matrix.
         (lambda: llama().bfloat16(), {"memory_budget": 42_848, "keep_top": 0.05}, 8),
+        (mixtral, {}, 6),
+        (mixtral, {"keep_top": 0.05, "expert_scope": "tensor"}, 5),
     ],
-    ids=["dense", "sparse", "units", "groups"],
+    ids=["dense", "sparse", "units", "groups", "experts", "sparse experts"],
 )
 def test_it_goes_on_in_the_step_it_was_in(build, options, done, tmp_path, monkeypatch):
     expected, folder = score(build(), **options), tmp_path / "new" / "job"
