@@ -236,7 +236,7 @@ def test_experts_that_compute_something_else_are_refused():
         scored(model)
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Llama4Text"])
+@pytest.mark.parametrize("family", ["Mixtral", "LongcatFlash"])
 def test_offloaded_experts(family):
     from accelerate import cpu_offload
 
