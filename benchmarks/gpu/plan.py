@@ -59,7 +59,7 @@ _NATIVE = {
     "collapse": (2, "collapse_op"),
     "masks": (2, "mask_op", "edits", "toggling"),
     "repeatable": (2, "repeatable"),
-    "score": (3, "score", "score_kernels", "score_losses", "score_state"),
+    "score": (3, "score", "score_kernels", "score_losses", "score_state", "varlen"),
 }
 # Nothing that is measured or sanitized rests on these.
 _OTHER = {
