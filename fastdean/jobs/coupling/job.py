@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 from fastdean.jobs import options
-from fastdean.jobs.options import SOURCE_HELP, Help
+from fastdean.jobs.coupling.data_sets import DATA_SETS, DataSets
+from fastdean.jobs.options import SOURCE_HELP, Help, read_names, read_sets
 from fastdean.wording.granularity import checked_granularity
 
-DATA_SETS = ("fairness", "privacy", "general")
+__all__ = ["DATA_SETS", "Job", "ScoreJob"]
 
 # Ratios at which the overlap of the sets is shown; scores keep as much as the largest needs.
 _CURVE = {
@@ -24,7 +26,12 @@ class Job:
 
     Attributes:
         model, revision, trust_remote_code: see `loading.load_model`.
-        fairness, privacy, general: see `sources.load_rows`.
+        fairness, privacy, general: see `sources.load_rows`; three sets of these names, of which the
+            first two are coupled and the third is spared.
+        sets: any number of sets instead, name -> SRC; all are scored and measured.
+        couple: the names of the two that are coupled; with `sets`.
+            `general` then names those that are spared, none where it is left out. Names may stand
+            in one text, separated by commas.
         ratio: share of a matrix's entries in each top set; None: 5e-7 for weights, 1e-3 for units.
         rule, scope, min_k: see `coupling.couple`.
         examples: rows of each source that are scored; None: all.
@@ -35,9 +42,37 @@ class Job:
     """
 
     model: options.Model
-    fairness: Annotated[str, Help(f"SRC of fairness rows: {SOURCE_HELP}.")]
-    privacy: Annotated[str, Help("SRC of privacy rows.")]
-    general: Annotated[str, Help("SRC of general instruction rows, to be spared.")]
+    fairness: Annotated[str | None, Help(f"SRC of fairness rows: {SOURCE_HELP}.")] = None
+    privacy: Annotated[str | None, Help("SRC of privacy rows.")] = None
+    general: Annotated[
+        str | Sequence[str] | None,
+        Help(
+            "SRC of general instruction rows, to be spared; with --set the names of the sets to "
+            "spare, separated by commas.",
+            typed=list[str] | None,
+            read=read_names,
+            metavar="SRC|NAMES",
+        ),
+    ] = None
+    sets: Annotated[
+        Mapping[str, str] | None,
+        Help(
+            "A data set of any name, instead of the three above; once for each of them.",
+            typed=list[str] | None,
+            read=read_sets,
+            metavar="NAME=SRC",
+            flag="--set",
+        ),
+    ] = None
+    couple: Annotated[
+        str | Sequence[str] | None,
+        Help(
+            "With --set, the two sets to couple, separated by a comma.",
+            typed=list[str] | None,
+            read=read_names,
+            metavar="NAME,NAME",
+        ),
+    ] = None
     revision: options.Revision = None
     trust_remote_code: options.TrustRemoteCode = False
     ratio: options.Ratio = None
@@ -65,6 +100,7 @@ class Job:
 
     def __post_init__(self) -> None:
         options.require_numbers(self)
+        self.data_sets  # noqa: B018  checked here
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.coupling.order import ORDERS
         from fastdean.coupling.sets import RULES, SCOPES
@@ -90,6 +126,22 @@ class Job:
         checked_scale(self.scale)
         # One name, so that a job in bf16 is the job in bfloat16.
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+
+    @property
+    def data_sets(self) -> DataSets:
+        return DataSets.of(self.fairness, self.privacy, self.general, self.sets, self.couple)
+
+    def asked(self) -> dict[str, Any]:
+        """The options as plain values, the same for the same sets in either form."""
+        found, sets = asdict(self), self.data_sets
+        if sets.are_the_three:
+            found |= sets.sources
+            del found["sets"], found["couple"]
+        else:
+            del found["fairness"], found["privacy"]
+            found |= {"sets": dict(sets.sources), "couple": list(sets.coupled)}
+            found["general"] = list(sets.spared)
+        return found
 
     @property
     def effective_ratio(self) -> float:
