@@ -14,12 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.wording.mendable import InputTypeError
+
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _NO_WEIGHTS = "model must have weights, got meta tensors without an offload hook; load it first"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`, DistributedDataParallel or DataParallel."""
+    if isinstance(model, str | os.PathLike):
+        raise InputTypeError(
+            f"model must be a torch.nn.Module, got the name {os.fspath(model)!r}; load it first "
+            "(fastdean.models.load_model), or edit its files with fastdean.patch_checkpoint "
+            "(`fastdean patch`)"
+        )
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while True:
         if hasattr(model, "_orig_mod"):
