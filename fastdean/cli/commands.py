@@ -181,6 +181,7 @@ def couple(
     trust_remote_code: options.TrustRemoteCode = False,
     dtype: options.Dtype = "auto",
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> dict[str, Any]:
     """Select the coupled weights from saved scores and save them as a mask.
 
@@ -240,6 +241,7 @@ def apply(
     trust_remote_code: options.TrustRemoteCode = False,
     dtype: options.Dtype = "auto",
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> dict[str, Any]:
     """Load a model, apply a mask, and save it as an ordinary Hugging Face folder with a card.
 
@@ -282,6 +284,7 @@ def patch(
     follow_links: Annotated[
         bool, Help("Copy what links lead to outside of the checkpoint.")
     ] = False,
+    quiet: Quiet = False,
 ) -> dict[str, Any]:
     """Copy a checkpoint and edit the masked values in its files, without loading the model.
 
