@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -61,7 +61,7 @@ def with_fields(
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
-        for field in fields(job)
+        for field in option_fields(job)
     ]
     required = [each for each in asked if each.default is inspect.Parameter.empty]
     others = [
@@ -75,7 +75,28 @@ def with_fields(
 
 def asked(job: Any) -> dict[str, Any]:
     """The options of a job as plain values: equal for jobs that ask for the same."""
-    return job.asked() if hasattr(job, "asked") else asdict(job)
+    return job.asked() if hasattr(job, "asked") else plain_options(job)
+
+
+def plain_options(job: Any) -> dict[str, Any]:
+    """The fields of a job as plain values, in the order of `option_fields`."""
+    found = asdict(job)
+    return {field.name: found[field.name] for field in option_fields(type(job))}
+
+
+def option_fields(job: type) -> list[Field]:
+    """The fields of a job: its own first, then what it shares with ever more jobs.
+
+    Those without a default come before all others, the model first.
+    """
+    declared = [list(vars(kind).get("__annotations__", {})) for kind in job.__mro__]
+
+    def place(field: Field) -> tuple[bool, int, int]:
+        depth = next(n for n, names in enumerate(declared) if field.name in names)
+        has_default = field.default is not MISSING
+        return has_default, depth if has_default else -depth, declared[depth].index(field.name)
+
+    return sorted(fields(job), key=place)
 
 
 def require_one_of(job: Any, name: str, allowed: Sequence[str]) -> None:

@@ -35,6 +35,7 @@ from fastdean.jobs.coupling.job import DATA_SETS, Job, ScoreJob
 from fastdean.jobs.coupling.results import _about_rows
 from fastdean.jobs.coupling.scoring import run as run_score
 from fastdean.jobs.debias import DebiasJob
+from fastdean.jobs.options import option_fields
 from fastdean.jobs.rows import split_rows
 from fastdean.masks import NeuronMask
 from fastdean.models import loading, replay
@@ -1077,6 +1078,20 @@ def test_the_call_has_the_arguments_of_the_command():
     assert {*call} - {"progress"} == {*command} - shown
     for name in {*call} - {"progress", "out"}:
         assert call[name].default == command[name].default, name
+
+
+@pytest.mark.parametrize("kind", [Job, ScoreJob, CollapseJob, DebiasJob])
+def test_a_jobs_own_options_come_before_those_it_shares(kind):
+    names = [field.name for field in option_fields(kind)]
+    own = [name for name in vars(kind)["__annotations__"] if getattr(kind, name, None) is not None]
+    assert names[0] == "model" and names[-2:] == ["device", "seed"]
+    assert [name for name in names if name in own] == own
+    assert max(map(names.index, own)) < names.index("revision")
+    # And none is declared twice, but where its default is another.
+    for name in vars(kind)["__annotations__"]:
+        for base in kind.__mro__[1:]:
+            if name in vars(base).get("__annotations__", {}):
+                assert getattr(kind, name) != getattr(base, name)
 
 
 def test_a_quiet_run_announces_nothing(place, tmp_path, capsys):
