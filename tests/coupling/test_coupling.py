@@ -53,7 +53,7 @@ def test_rules_on_the_toy_case(rule, expected):
 
 
 def test_the_name_of_a_model_and_what_overlap_spares():
-    with pytest.raises(TypeError, match=r"got the name 'folder'; load it first .*fastdean patch"):
+    with pytest.raises(TypeError, match=r"got str 'folder'; load it first .*fastdean patch"):
         fastdean.couple(scores_from(A), scores_from(B), ratio=RATIO, model="folder")
     several = [scores_from(G), scores_from([14])]
     (row,) = overlap(scores_from(A), scores_from(B), general=several, ratios=[4.5 / 24])

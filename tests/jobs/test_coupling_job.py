@@ -1086,7 +1086,7 @@ def test_a_jobs_own_options_come_before_those_it_shares(kind):
     own = [name for name in vars(kind)["__annotations__"] if getattr(kind, name, None) is not None]
     assert names[0] == "model" and names[-2:] == ["device", "seed"]
     assert [name for name in names if name in own] == own
-    assert max(map(names.index, own)) < names.index("revision")
+    assert max(map(names.index, own), default=0) < names.index("revision")
     # And none is declared twice, but where its default is another.
     for name in vars(kind)["__annotations__"]:
         for base in kind.__mro__[1:]:

@@ -32,4 +32,4 @@ def test_a_log_has_our_bars_alone(monkeypatch, terminal, shown, ours, theirs):
         assert (not _progress_bar(1, "ex", "score", True).disable) is ours
         for kind in (tqdm.tqdm, tqdm.auto.tqdm, Kind):
             assert (not kind(total=1, disable=False).disable) is theirs
-    assert not Kind(total=1).disable
+    assert not Kind(total=1, disable=False).disable
