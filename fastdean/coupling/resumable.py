@@ -253,7 +253,13 @@ def resumable(
     ):
         with ranks.failing_together():
             _require_ours(place, where)
-            own.mkdir(parents=True, exist_ok=True)
+            try:
+                own.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StateError(
+                    f"resume must be a folder that can be made and written to, got {str(where)!r}: "
+                    f"{error.strerror or error}; choose another"
+                ) from error
             sweep(own)
         fresh = False
         try:
@@ -420,4 +426,5 @@ def _put_back(handler: Any) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
+    logger.warning("terminated; what is finished is kept, call again with the same arguments")
     raise SystemExit(128 + number)

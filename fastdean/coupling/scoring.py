@@ -247,8 +247,10 @@ def score_sets(
     granularity = checked_granularity(granularity)
     targets = find_targets(model, target_modules, granularity)
     require_own_parameters(model, targets)
-    # A budget that is too small is refused before anything runs.
-    split_by_memory(targets, granularity, memory_budget)
+    # A budget that is too small is refused before anything runs. Layer by layer more is needed than
+    # the sums, and all of it is told at once, when the batches are known.
+    by_layers = order == "layers" or stream is not None
+    split_by_memory([] if by_layers else targets, granularity, memory_budget)
     warn_about_unscorable(model, targets)
     if stream is not None:
         require_streamable(order, keep_top, granularity)
@@ -326,13 +328,19 @@ def score_sets(
                 except NotByLayers as error:
                     # Ranks without examples would not know of it.
                     if stream is not None:
-                        raise NotByLayers(f"{error}; load the model first") from error
+                        raise NotByLayers(
+                            f"{error}; load the model first, as order='batches' does"
+                        ) from error
                     if order != "auto" or ranks.size > 1:
                         raise NotByLayers(f"{error}; use order='batches'") from error
                     logger.warning("batch by batch after all: %s", error)
                     if resume is not None:
                         discard(resume)
                     chosen = Order(False, f"not layer by layer: {error}")
+            if states != "auto" and ranks.first:
+                logger.warning(
+                    "states=%r is not used: batch by batch no states are kept", str(states)
+                )
             return job.by_batches(chosen)
 
 

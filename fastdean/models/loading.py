@@ -135,7 +135,13 @@ def stream_model(
             f"model must be in bfloat16 or float32 to be streamed, got {name!r} in float16; pass "
             "dtype='bfloat16' (--dtype bf16), or load it first and score it batch by batch"
         )
-    return StreamedModel.open(model.eval(), tokenizer, folder, wanted, device)
+    try:
+        return StreamedModel.open(model.eval(), tokenizer, folder, wanted, device)
+    except ValueError as error:
+        # What is wrong with a file is said of the file, and not of the argument that named it.
+        if isinstance(error, NotStreamableError) or str(error).startswith("model must"):
+            raise
+        raise ValueError(f"model must be a whole checkpoint, got {name!r}: {error}") from error
 
 
 def load_or_stream(

@@ -9,7 +9,7 @@ opened for reading only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +39,8 @@ class StreamedModel:
         layers: name -> decoder layer, in the order of the stack.
         device: where the weights go.
         bytes_read: of weights, by all contexts so far.
+        came_in: called with the name of a layer whose weights are in memory now, or with "" for
+            those outside of the layers.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class StreamedModel:
     _missing: frozenset[str]
     _outside: MappedFiles
     _open: dict[str, ExitStack] = field(default_factory=dict)
+    came_in: Callable[[str], None] = lambda window: None
 
     def __repr__(self) -> str:
         return f"StreamedModel({type(self.model).__name__} of {str(self._folder)!r})"
@@ -108,9 +111,13 @@ class StreamedModel:
     def fits_in_memory(self) -> bool:
         """Whether all weights together fit into the memory that can still be allocated."""
         free = available_memory(self.device)
-        itemsize = self._config.dtype.itemsize
+        return free is None or self.bytes_in_memory <= free
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Of all weights together, once they are loaded."""
         values = sum(math.prod(t.shape) for window in self._tensors.values() for t in window)
-        return free is None or values * itemsize <= free
+        return values * self._config.dtype.itemsize
 
     @contextmanager
     def outside_layers(self) -> Iterator[None]:
@@ -118,6 +125,7 @@ class StreamedModel:
         of_transformers: Any = self.model
         with undone(self._close), self._in(""):
             of_transformers.tie_weights(missing_keys=set(self._missing), recompute_mapping=False)
+            self.came_in("")
             yield
 
     @contextmanager
@@ -185,6 +193,8 @@ class StreamedModel:
                 for parameter in module._parameters.values():
                     if parameter is not None:
                         parameter.requires_grad_(False)
+            if window:
+                self.came_in(window)
             yield
 
     def _load(self, tensors: list[StoredTensor], files: MappedFiles) -> None:

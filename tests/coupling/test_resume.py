@@ -198,7 +198,7 @@ def test_a_process_that_is_killed_at_any_moment(tmp_path):
     assert killed(tmp_path, *["random"] * 30) == ["same"] * 30
 
 
-def test_sigterm_ends_the_process_and_the_job_goes_on(tmp_path, monkeypatch):
+def test_sigterm_ends_the_process_and_the_job_goes_on(tmp_path, monkeypatch, caplog):
     keep = states.States.keep
 
     def terminated(self, layer, batch, returned):
@@ -212,6 +212,7 @@ def test_sigterm_ends_the_process_and_the_job_goes_on(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             score(resume=tmp_path)
     assert ended.value.code == 143
+    assert "terminated; what is finished is kept, call again with the same arguments" in caplog.text
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     seen = steps_run(monkeypatch)
     assert_same_bits(score(resume=tmp_path), expected)
