@@ -41,7 +41,7 @@ class Help:
 def with_fields(own: inspect.Signature, job: type, with_help: bool = False) -> inspect.Signature:
     """A function's signature with the fields of a job in place of its parameter `job`.
 
-    Those without a default come first, then `out`.
+    Those without a default come first, then `out`, where the function has it.
 
     Args:
         with_help: annotate with type and `Help`, and not with the type alone.
@@ -62,8 +62,12 @@ def with_fields(own: inspect.Signature, job: type, with_help: bool = False) -> i
         for name, each in own.parameters.items()
         if name not in ("job", "out")
     ]
-    out = own.parameters["out"].replace(kind=inspect.Parameter.KEYWORD_ONLY)
-    return own.replace(parameters=[*required, out, *asked[len(required) :], *others])
+    out = [
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, each in own.parameters.items()
+        if name == "out"
+    ]
+    return own.replace(parameters=[*required, *out, *asked[len(required) :], *others])
 
 
 def require_one_of(job: Any, name: str, allowed: Sequence[str]) -> None:
