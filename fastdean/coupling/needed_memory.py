@@ -78,10 +78,23 @@ class Peak:
     def total(self) -> int:
         return sum(self.parts.values())
 
-    def in_host_memory(self) -> Peak:
-        """The same with what a CPU's allocator takes besides."""
-        passing = sum(self.parts.get(name, 0) for name in ("one batch", "one window", "states"))
-        return replace(self, parts=self.parts | {"allocator": int(ALLOCATOR * passing)})
+    def within(self, room: int | None, *, on_cpu: bool) -> Peak:
+        """The same with as many states as there is room for, the others being elsewhere.
+
+        Args:
+            room: bytes for everything; None: without a bound.
+            on_cpu: count what a CPU's allocator takes besides.
+        """
+        share = ALLOCATOR if on_cpu else 0.0
+        passing = sum(self.parts.get(name, 0) for name in ("one batch", "one window"))
+        parts = dict(self.parts)
+        states = parts.get("states", 0)
+        if room is not None and states:
+            left = room - (self.total - states) - int(share * passing)
+            states = parts["states"] = max(0, min(states, int(left / (1 + share))))
+        if on_cpu:
+            parts["allocator"] = int(share * (passing + states))
+        return replace(self, parts=parts)
 
 
 @dataclass(frozen=True)
@@ -193,7 +206,7 @@ class ModelMemory:
         of_pairs = _PAIRS * self.heads * rows.longest if pairs else 0
         return rows.batch * (width + of_pairs + _IN_FLIGHT * self.layers[k].kept)
 
-    def trial(self, targets: Iterable[Tensor], weights: int, *, on_cpu: bool) -> Peak:
+    def trial(self, rows: Rows, targets: Iterable[Tensor], weights: int, *, on_cpu: bool) -> Peak:
         """The peak of the trial of the hooks, which takes the gradient of each target's weight.
 
         Args:
@@ -206,7 +219,7 @@ class ModelMemory:
         gradients = (1 + copy) * max(sizes, default=0)
         if on_cpu:
             gradients = max(gradients, sum(size for size in sizes if size < _KEPT_AFTER_FREE))
-        batch = TRIED_ROWS * (self.kept + _LOGITS * self.logits)
+        batch = min(TRIED_ROWS, 2 * rows.longest) * (self.kept + _LOGITS * self.logits)
         parts = {"weights": weights, "gradients of weights": gradients, "one batch": batch}
         return Peak("the trial of the hooks", parts)
 
@@ -219,53 +232,38 @@ class ModelMemory:
         self,
         rows: Rows,
         sums: Mapping[int | None, int],
-        states: int | None = None,
         *,
         streamed: bool = False,
         mapped: bool = False,
         kept_sums: int = 0,
-    ) -> Peak:
-        """The peak of the windows of a job layer by layer.
+    ) -> list[Peak]:
+        """The moments of a job layer by layer that may be its peak, what layers return with them.
 
         Args:
             sums: bytes alive at a time, by the layer's position; None: behind the layers.
-            states: bytes of what layers return that may stay in this memory; None: all.
             streamed: weights come in for one layer at a time, from their files; `mapped`: as pages
                 of the files, so that of those outside of the layers only what is touched counts.
             kept_sums: bytes of dense sums that stay until the end, those of `sums` among them.
         """
 
-        def outside(loss: bool) -> int:
-            return self.touched(rows.batch, loss=loss) if mapped else self.outside
-
-        every = self.states(rows.all)
-        # The gradients of one layer's results are kept beside the results.
-        room = every + rows.all * self.width
-        states = room if states is None else min(states, room)
-        moments = [
-            Peak(
-                "the loss behind the layers",
-                {
-                    "weights": outside(loss=True) if streamed else self.weights,
-                    "sums": max(kept_sums, sums.get(None, 0)),
-                    "states": min(states, every),
-                    "one window": self.window(None, rows),
-                },
-            )
-        ]
-        for k, layer in enumerate(self.layers):
-            alive = every - (len(self.layers) - 1 - k) * rows.all * self.width
+        def moment(said: str, k: int | None, loss: bool, layers: int) -> Peak:
             weights = self.weights
             if streamed:
-                weights = layer.weights + outside(loss=False)
+                outside = self.touched(rows.batch, loss=loss) if mapped else self.outside
+                weights = outside + (0 if k is None else self.layers[k].weights)
             parts = {
                 "weights": weights,
                 "sums": max(kept_sums, sums.get(k, 0)),
-                "states": min(states, alive + rows.all * self.width),
+                "states": layers * rows.all * self.width,
                 "one window": self.window(k, rows),
             }
-            moments.append(Peak(f"layer {k} backward", parts))
-        return max(moments, key=lambda peak: peak.total)
+            return Peak(said, parts)
+
+        found = [moment("the loss behind the layers", None, True, len(self.layers))]
+        # Beside what this layer and those above it returned, the gradients of one layer's results.
+        for k in range(len(self.layers)):
+            found.append(moment(f"layer {k} backward", k, False, k + 2))
+        return found
 
     def touched(self, rows: int, *, loss: bool) -> int:
         """Bytes outside of the layers that a window of so many rows touches in their files.

@@ -124,7 +124,7 @@ class OrderEstimate:
         order: "batches" or "layers"; `weights`: "resident" or "streamed".
         fits: whether the peak fits; None: it is not known how much memory there is.
         peak_bytes: the most memory at a time; `parts` adds up to it, at the `moment`.
-        states: bytes of what layers return, by where they would be.
+        states: bytes of what layers return and of one layer's gradients, by where they would be.
         operations: "forward", "recomputed_forward", "backward" and "importance" (FLOP).
         weights_read_bytes: from memory, by all passes; `files_read_bytes`: from files.
         seconds: at least, from the rates; None without rates.
@@ -260,16 +260,18 @@ def run(job: EstimateJob) -> Estimate:
     rates = _rates(job, model)
     orders = {}
 
-    def add(name: str, order: str, peaks: Sequence[Peak], kept: int, read: int, files: int) -> None:
-        if not on_gpu:
-            peaks = [peak.in_host_memory() for peak in peaks]
-        peak = max(peaks, key=lambda each: each.total)
-        parts = {"base": base, **peak.parts, "scores kept": kept}
-        states = _placed(memory, rows, peak, parts, there, on_gpu) if order == "layers" else {}
-        if order == "layers" and "states" in parts:
-            away = sum(size for place, size in states.items() if place != "device")
-            parts["states"] = max(0, parts["states"] - away)
+    def add(name: str, peaks: Sequence[Peak], kept: int, read: int, files: int) -> None:
+        fixed = {"base": base, "scores kept": kept}
+        room = None if there is None else there - base - kept
+        # What layers return goes elsewhere where there is no room for it.
+        bounded = [peak.within(room, on_cpu=not on_gpu) for peak in peaks]
+        peak = max(bounded, key=lambda each: each.total)
+        wanted = max(each.parts.get("states", 0) for each in peaks)
+        here = min(wanted, max(each.parts.get("states", 0) for each in bounded))
+        places = {"device": here, "host or files" if on_gpu else "files": wanted - here}
+        parts = {key: value for key, value in {**fixed, **peak.parts}.items() if value}
         total = sum(parts.values())
+        order = name.partition(",")[0]
         counted = dict(operations)
         if order == "batches":
             counted["recomputed_forward"] = 0.0
@@ -279,8 +281,8 @@ def run(job: EstimateJob) -> Estimate:
             fits=None if there is None else total <= there,
             peak_bytes=total,
             moment=peak.moment,
-            parts={key: value for key, value in parts.items() if value},
-            states=states,
+            parts=parts,
+            states={place: size for place, size in places.items() if size},
             operations=counted,
             weights_read_bytes=read,
             files_read_bytes=files,
@@ -293,23 +295,24 @@ def run(job: EstimateJob) -> Estimate:
     used = memory.weights - memory.embedding
     add(
         "batches",
-        "batches",
         [
             memory.by_batches(rows, job.sets * every if dense else every),
-            memory.trial(weights, memory.weights, on_cpu=not on_gpu),
+            memory.trial(rows, weights, memory.weights, on_cpu=not on_gpu),
         ],
         0 if dense else results,
         2 * used * batches,
         memory.weights,
     )
+    half = next(model.parameters()).dtype == torch.float16
     kept_sums = job.sets * every if dense else 0
     again = sum(layer.weights for layer in memory.layers[lowest:])
     of_layers = sum(layer.weights for layer in memory.layers)
     read = (2 * (used - of_layers) + of_layers + 2 * again) * batches
-    resident = memory.by_layers(rows, sums, kept_sums=kept_sums)
-    tried = memory.trial(weights, memory.weights, on_cpu=not on_gpu)
-    add("layers", "layers", [resident, tried], 0 if dense else results, read, memory.weights)
-    if layers and not (dense and job.granularity == "weight"):
+    if layers and not half:
+        resident = memory.by_layers(rows, sums, kept_sums=kept_sums)
+        tried = memory.trial(rows, weights, memory.weights, on_cpu=not on_gpu)
+        add("layers", [*resident, tried], 0 if dense else results, read, memory.weights)
+    if layers and not half and not (dense and job.granularity == "weight"):
         first = sorted(kinds.values())
         begun = sum(memory.layers[i].weights for i in first)
         outside = (
@@ -319,9 +322,9 @@ def run(job: EstimateJob) -> Estimate:
             rows, sums, streamed=True, mapped=not on_gpu, kept_sums=kept_sums
         )
         of_first = [t.weight for t in targets if t.layer_index in first]
-        tried = memory.trial(of_first, begun + outside, on_cpu=not on_gpu)
+        tried = memory.trial(rows, of_first, begun + outside, on_cpu=not on_gpu)
         files = memory.outside + of_layers + again
-        add("layers, streamed", "layers", [streamed, tried], results, read, files)
+        add("layers, streamed", [*streamed, tried], 0 if dense else results, read, files)
 
     window = max(memory.window(k, rows) for k in (None, *range(len(layers))))
     covered = coverage(model, targets)
@@ -335,7 +338,6 @@ def run(job: EstimateJob) -> Estimate:
         targets={"matrices": len(targets), "weights": covered["scored_parameters"]},
         work={
             "sets": job.sets,
-            "examples": job.examples * job.sets if job.data is None else len(lengths) * ranks,
             "examples_of_a_rank": len(lengths),
             "tokens_of_a_rank": rows.all,
             "target_tokens_of_the_largest_batch": rows.targets,
@@ -362,21 +364,8 @@ def run(job: EstimateJob) -> Estimate:
             "scores_kept": results,
         },
         orders=orders,
-        notes=_notes(job, ranks, on_gpu, covered, dense),
+        notes=_notes(job, ranks, on_gpu, covered, dense, half),
     )
-
-
-def _placed(
-    memory: Any, rows: Any, peak: Any, parts: dict[str, int], there: int | None, on_gpu: bool
-) -> dict[str, int]:
-    """Where the states would be with states="auto": the device while there is room, then others."""
-    states = memory.states(rows.all)
-    if there is None:
-        return {"device": states}
-    room = there - sum(size for name, size in parts.items() if name != "states")
-    here = max(0, min(states, room))
-    away = {} if here == states else {"host or files" if on_gpu else "files": states - here}
-    return {"device": here, **away}
 
 
 def _lengths(job: EstimateJob, ranks: int) -> list[tuple[int, int]]:
@@ -526,9 +515,11 @@ def _base() -> int:
 
 
 def _notes(
-    job: EstimateJob, ranks: int, on_gpu: bool, covered: dict[str, Any], dense: bool
+    job: EstimateJob, ranks: int, on_gpu: bool, covered: dict[str, Any], dense: bool, half: bool
 ) -> list[str]:
     found = []
+    if half:
+        found.append("A model in float16 goes batch by batch alone.")
     if ranks > 1:
         found.append(
             f"Each of the {ranks} ranks holds the whole model, all sums and its own batch; only "
@@ -538,7 +529,7 @@ def _notes(
         found.append("What the GPU's driver and libraries take for themselves is not counted.")
     if dense:
         found.append("With keep_top 1 the sums of all data sets stay to the end.")
-        if job.granularity == "weight":
+        if job.granularity == "weight" and not half:
             found.append("Weights cannot stay in their files then: streaming needs keep_top.")
     missed = sum(covered["unscorable"].values())
     if missed:

@@ -28,7 +28,7 @@ CONFIG = {
     "tie_word_embeddings": False,
     "dtype": "float32",
 }
-JOB = {"examples": 6, "tokens_per_example": 10, "tokens_per_batch": 25}
+JOB = {"examples": 6, "tokens_per_example": 100, "tokens_per_batch": 250}
 GPU = {"gpus": 1, "gpu_memory": "1GB"}
 
 
@@ -50,32 +50,32 @@ def test_a_tiny_job_by_hand(folder):
     layer, outside = 4 * (attention + mlp + 2 * H), 4 * (2 * V * H + H)
     assert found.model["parameters"] * 4 == L * layer + outside
     work = found.work
-    assert (work["batches_of_a_rank"], work["tokens_of_the_largest_batch"]) == (3, 20)
-    assert work["target_tokens_of_the_largest_batch"] == 18
+    assert (work["batches_of_a_rank"], work["tokens_of_the_largest_batch"]) == (3, 200)
+    assert work["target_tokens_of_the_largest_batch"] == 198
     sums = L * 4 * mlp
     # Inputs and outputs: q, k, v, o; gate, up, down.
     kept = 4 * (4 * H + 2 * (H + K) + 3 * (H + U))
-    logits = 2 * 18 * V * 4
-    batch = 20 * L * kept + max(logits, 20 * kept)
+    logits = 2 * 198 * V * 4
+    batch = 200 * L * kept + max(logits, 200 * kept)
     results = 3 * L * int(1e-3 * H * U) * (4 + 4 + 8)
     assert found.memory["sums"] == sums and found.memory["one_batch"] == batch
     assert found.orders["batches"].peak_bytes == L * layer + outside + sums + batch + results
-    # Every layer's states for 60 tokens, the gradients of one layer's, and nine hidden vectors.
-    states, window = (L + 1) * 60 * H * 4, 20 * (9 * 4 * H + 2 * kept)
-    assert found.memory["states"] == L * 60 * H * 4
+    # Every layer's states for 600 tokens, the gradients of one layer's, and nine hidden vectors.
+    states, window = (L + 1) * 600 * H * 4, 200 * (9 * 4 * H + 2 * kept)
+    assert found.memory["states"] == L * 600 * H * 4
     by_layers = found.orders["layers"]
     assert by_layers.peak_bytes == L * layer + outside + sums // L + states + window + results
     streamed = found.orders["layers, streamed"]
     assert streamed.peak_bytes == layer + outside + sums // L + states + window + results
     assert streamed.files_read_bytes == 2 * L * layer + outside
-    pairs = 6 * 10 * 10 * L * H
-    forward = 2 * 60 * L * (attention + mlp) + 4 * pairs
-    head = 2 * V * H * 6 * 9
+    pairs = 6 * 100 * 100 * L * H
+    forward = 2 * 600 * L * (attention + mlp) + 4 * pairs
+    head = 2 * V * H * 6 * 99
     assert by_layers.operations == {
         "forward": forward + head,
         "recomputed_forward": forward,
-        "backward": 2 * 60 * L * (attention + mlp) + 10 * pairs + head,
-        "importance": 2 * 60 * L * mlp,
+        "backward": 2 * 600 * L * (attention + mlp) + 10 * pairs + head,
+        "importance": 2 * 600 * L * mlp,
     }
     assert found.orders["batches"].operations["recomputed_forward"] == 0
     assert found.orders["batches"].seconds is None
@@ -116,7 +116,8 @@ def test_states_go_where_there_is_room(folder):
     roomy = fastdean.estimate(folder, **JOB, **GPU).orders["layers"]
     need = roomy.peak_bytes - roomy.parts["states"]
     tight = fastdean.estimate(folder, **JOB, gpu_memory=need + 1000).orders["layers"]
-    assert tight.fits and tight.states["device"] == 1000
+    assert tight.fits and tight.peak_bytes == need + 1000
+    assert tight.states["device"] == 1000
     assert sum(tight.states.values()) == sum(roomy.states.values())
     small = fastdean.estimate(folder, **JOB, gpu_memory=need // 2)
     assert not small.orders["batches"].fits
@@ -130,10 +131,15 @@ def test_dense_scores_of_all_sets_stay(folder):
     assert "layers, streamed" not in dense.orders
 
 
+def test_a_model_in_float16_goes_batch_by_batch(folder):
+    found = fastdean.estimate(folder, **JOB, **GPU, dtype="fp16")
+    assert list(found.orders) == ["batches"] and "float16" in found.notes[0]
+
+
 def test_units_and_other_dtypes(folder):
     units = fastdean.estimate(folder, **JOB, **GPU, granularity="unit", dtype="bf16")
     assert units.model["dtype"] == "bfloat16" and units.memory["sums"] == L * U * 4
-    assert units.orders["batches"].operations["importance"] == 2 * 60 * L * U
+    assert units.orders["batches"].operations["importance"] == 2 * 600 * L * U
 
 
 def test_stacked_experts_count_as_they_are_used(tmp_path):
@@ -149,7 +155,7 @@ def test_stacked_experts_count_as_they_are_used(tmp_path):
     # Of eight experts a token goes through two; attention's pairs as ever.
     forward = found.orders["layers"].operations["recomputed_forward"]
     used = 2 * 3 * H * U
-    assert forward == 2 * 60 * L * (attention + router + used) + 4 * 6 * 100 * L * H
+    assert forward == 2 * 600 * L * (attention + router + used) + 4 * 6 * 100 * 100 * L * H
     assert any("which are not scored" in note for note in found.notes)
 
 
