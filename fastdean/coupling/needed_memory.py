@@ -210,7 +210,7 @@ class ModelMemory:
         """The peak of the trial of the hooks, which takes the gradient of each target's weight.
 
         Args:
-            targets: the weights of those that are tried.
+            targets: the weights of those that are tried; none where units are.
             weights: bytes of the weights that are in memory.
         """
         sizes = [weight.nbytes for weight in targets]
@@ -260,7 +260,7 @@ class ModelMemory:
             return Peak(said, parts)
 
         found = [moment("the loss behind the layers", None, True, len(self.layers))]
-        # Beside what this layer and those above it returned, the gradients of one layer's results.
+        # Beside what this layer and those before it returned, the gradients of one layer's results.
         for k in range(len(self.layers)):
             found.append(moment(f"layer {k} backward", k, False, k + 2))
         return found

@@ -289,7 +289,9 @@ def run(job: EstimateJob) -> Estimate:
             seconds=_seconds(sum(counted.values()), read, rates),
         )
 
-    weights = [target.weight for target in targets]
+    # Units are tried without the gradients of their weights.
+    by_weight = targets if job.granularity == "weight" else []
+    weights = [target.weight for target in by_weight]
     dense = keep_top is None
     # Forward and backward, each batch.
     used = memory.weights - memory.embedding
@@ -321,7 +323,7 @@ def run(job: EstimateJob) -> Estimate:
         streamed = memory.by_layers(
             rows, sums, streamed=True, mapped=not on_gpu, kept_sums=kept_sums
         )
-        of_first = [t.weight for t in targets if t.layer_index in first]
+        of_first = [t.weight for t in by_weight if t.layer_index in first]
         tried = memory.trial(rows, of_first, begun + outside, on_cpu=not on_gpu)
         files = memory.outside + of_layers + again
         add("layers, streamed", [*streamed, tried], 0 if dense else results, read, files)
