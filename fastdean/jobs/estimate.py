@@ -266,8 +266,11 @@ def run(job: EstimateJob) -> Estimate:
         # What layers return goes elsewhere where there is no room for it.
         bounded = [peak.within(room, on_cpu=not on_gpu) for peak in peaks]
         peak = max(bounded, key=lambda each: each.total)
-        wanted = max(each.parts.get("states", 0) for each in peaks)
-        here = min(wanted, max(each.parts.get("states", 0) for each in bounded))
+        # Of the moment with most of it.
+        wanted, here = max(
+            (before.parts.get("states", 0), after.parts.get("states", 0))
+            for before, after in zip(peaks, bounded, strict=True)
+        )
         places = {"device": here, "host or files" if on_gpu else "files": wanted - here}
         parts = {key: value for key, value in {**fixed, **peak.parts}.items() if value}
         total = sum(parts.values())

@@ -57,7 +57,8 @@ def test_a_tiny_job_by_hand(folder):
     kept = 4 * (4 * H + 2 * (H + K) + 3 * (H + U))
     logits = 2 * 198 * V * 4
     batch = 200 * L * kept + max(logits, 200 * kept)
-    results = 3 * L * int(1e-3 * H * U) * (4 + 4 + 8)
+    # Sum, weight and index of the top 0.1 %.
+    results = int(3 * L * 1e-3 * H * U * (4 + 4 + 8))
     assert found.memory["sums"] == sums and found.memory["one_batch"] == batch
     assert found.orders["batches"].peak_bytes == L * layer + outside + sums + batch + results
     # Every layer's states for 600 tokens, the gradients of one layer's, and nine hidden vectors.
