@@ -15,6 +15,7 @@ from fastdean.cli.options import Json, Overwrite, Preview, Quiet, out_option
 from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
 from fastdean.jobs import options
 from fastdean.jobs.coupling.job import Job, ScoreJob
+from fastdean.jobs.estimate import EstimateJob
 from fastdean.jobs.options import Help
 from fastdean.wording.printable import one_line, printable
 
@@ -343,6 +344,22 @@ def report(
     write_report(results, target)
     tell(f"written to {target}")
     return {"out": str(target)}
+
+
+@app.command()
+@command()
+def estimate(job: EstimateJob) -> dict[str, Any]:
+    """Say what scoring a model will need, before any weight is read: memory, operations, time.
+
+    From the model's configuration and example counts alone; a folder with a config.json will do.
+
+    Example: `fastdean estimate --model Qwen/Qwen2-7B-Instruct --examples 128 --gpu-memory 80GB`
+    """
+    from fastdean.jobs.estimate import run as run_estimate
+
+    found = run_estimate(job)
+    tell(str(found))
+    return found.to_dict()
 
 
 @app.command()

@@ -32,7 +32,7 @@ from fastdean.coupling.order import (
     require_order,
     require_room_for_dense,
     require_streamable,
-    window_bytes,
+    reserved_bytes,
 )
 from fastdean.coupling.progress import sweep_progress
 from fastdean.coupling.resumable import discard, holds_job, resumable
@@ -48,6 +48,7 @@ from fastdean.coupling.trial import Scorable, find_scorable
 from fastdean.coupling.window_memory import WindowMemory
 from fastdean.coupling.workloads import LossFunction, plan_workload
 from fastdean.models.adapters import require_no_prompts
+from fastdean.models.available_memory import peak_memory
 from fastdean.models.distributed import Ranks
 from fastdean.models.model_state import (
     eager,
@@ -285,14 +286,10 @@ def score_sets(
                 order = "layers"
             # The same on all ranks, which must split their targets alike.
             windows = WindowMemory.of(
-                model,
-                list(layers.values()),
-                rows=ranks.highest(max(each.work.most_rows for each in sets.values())),
-                longest=ranks.highest(max(each.work.longest for each in sets.values())),
+                model, list(layers.values()), [each.work for each in sets.values()], ranks
             )
             chosen = choose_order(
                 order if stream is None else "layers",
-                model,
                 list(sets.values()),
                 granularity,
                 keep_top,
@@ -451,9 +448,8 @@ class _Scoring:
         """Where states are kept, and who hears of the progress."""
         sets = list(self.sets.values())
         if resume is None:
-            reserve = window_bytes(
-                self.model,
-                layers,
+            reserve = reserved_bytes(
+                self.windows,
                 sets,
                 self.granularity,
                 self.memory_budget,
@@ -514,12 +510,15 @@ class _Scoring:
         described = order.described(used)
         if self.stream is not None:
             described["bytes_of_weights_read"] = self.stream.bytes_read - self.read_before
+        peak = peak_memory(self.device)
+        if peak is not None and self.ranks.first:
+            logger.info("%s: at most %.2f GB of memory so far", name, peak / 1e9)
         scores = Scores(
             entries,
             granularity=self.granularity,
             num_examples=scorable.work.num_examples,
             keep_top=self.keep_top,
-            manifest=manifest | {"order": described},
+            manifest=manifest | {"order": described, "costs": {"peak_memory": peak}},
         )
         self.finished(name, scores)
         return scores

@@ -45,7 +45,7 @@ def with_fields(
 ) -> inspect.Signature:
     """A function's signature with the fields of a job in place of its parameter `job`.
 
-    Those without a default come first, then `out`.
+    Those without a default come first, then `out`, where the function has it.
 
     Args:
         with_help: annotate with type and `Help`, and not with the type alone.
@@ -69,8 +69,12 @@ def with_fields(
         for name, each in own.parameters.items()
         if name not in ("job", "out", *positional)
     ]
-    out = own.parameters["out"].replace(kind=inspect.Parameter.KEYWORD_ONLY)
-    return own.replace(parameters=[*required, out, *asked[len(required) :], *others])
+    out = [
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, each in own.parameters.items()
+        if name == "out"
+    ]
+    return own.replace(parameters=[*required, *out, *asked[len(required) :], *others])
 
 
 def asked(job: Any) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from torch import nn
 
 import fastdean
 from fastdean.coupling import by_layers, homes, order, state_files, states
+from fastdean.coupling.needed_memory import ModelMemory, Rows
 from fastdean.coupling.scoring import score_sets
 from fastdean.models import available_memory, replay
+from fastdean.models.stacks import decoder_layers
 
 SMALL = {
     "vocab_size": 96,
@@ -520,9 +522,16 @@ def test_the_head_counts_whether_it_is_the_embedding_or_not():
     tied, own = qwen2(), qwen2()
     own.lm_head.weight = torch.nn.Parameter(own.lm_head.weight.detach().clone())
     assert tied.lm_head.weight is tied.get_input_embeddings().weight
-    assert order.kept_bytes_per_token(tied) == order.kept_bytes_per_token(own)
-    head = sum(own.lm_head.weight.shape) * 4
-    assert order.kept_bytes_per_token(tied.model) == order.kept_bytes_per_token(own) - head
+    rows = Rows(batch=4, targets=3, all=4, longest=4)
+
+    def batch(model):
+        return ModelMemory.of(model, decoder_layers(model).values()).batch(rows)
+
+    # Logits of a row, and the gradient in them, are more than the layers' gradients.
+    logits = 2 * 3 * len(own.lm_head.weight) * 4
+    deepest = ModelMemory.of(own, decoder_layers(own).values()).layers[0].kept * 4
+    assert batch(tied) == batch(own)
+    assert batch(tied.model) == batch(own) - max(0, logits - deepest)
 
 
 def test_available_memory_is_the_least_of_what_is_left(tmp_path, monkeypatch):
