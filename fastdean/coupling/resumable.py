@@ -135,7 +135,7 @@ class Resumable(Milestones):
             self.home.restore(self._commit["files"])
             for k, (name, layer) in enumerate(layers.items()):
                 if name in self._weights or name in self._resident:
-                    with nullcontext() if name in self._resident else windows(k, k + 1):
+                    with nullcontext() if name in self._resident else windows.layer(k, k):
                         self._compare(name, layer)
         if self._ranks.first and self._commit != _START:
             logger.warning("scoring goes on from %r, after step %d", str(self._folder.parent), step)

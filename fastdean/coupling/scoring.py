@@ -63,11 +63,11 @@ from fastdean.models.stacks import decoder_layers
 from fastdean.models.streaming import StreamedModel
 from fastdean.models.trees import Path as TreePath
 from fastdean.models.windows import (
+    OffloadedModel,
     Windows,
     beginning,
     outside_layers,
     resident_layers,
-    resident_windows,
     stream_of,
 )
 from fastdean.wording.doing import titled
@@ -470,7 +470,7 @@ class _Scoring:
             yield job.home, job
 
     def _windows(self, layers: Mapping[str, nn.Module]) -> Windows:
-        return resident_windows(layers) if self.stream is None else self.stream.layer
+        return OffloadedModel(self.model, layers) if self.stream is None else self.stream
 
     def _entries(
         self, scorable: Scorable, group: Sequence[Target], sums: dict[str, Accumulator]

@@ -837,9 +837,9 @@ def windows(monkeypatch):
     """How often the weights of each layer were brought in."""
     entered, real = {}, model_windows.weights_in
 
-    def weights_in(layer):
+    def weights_in(layer, there=None):
         entered[id(layer)] = entered.get(id(layer), 0) + 1
-        return real(layer)
+        return real(layer, there)
 
     monkeypatch.setattr(model_windows, "weights_in", weights_in)
     return entered
