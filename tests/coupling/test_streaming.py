@@ -249,13 +249,14 @@ def test_what_an_embedding_returned_is_changed_in_place(checkpoint, monkeypatch)
 def test_an_embedding_that_is_asked_for_other_rows_is_refused(checkpoint, monkeypatch):
     model = tiny()
     folder = checkpoint(model)
-    forward, calls = type(model.model).forward, []
+    forward, reach, times = type(model.model).forward, replay.Replay.reach, []
 
     def other_tokens(self, input_ids=None, **kwargs):
-        calls.append(1)
-        return forward(self, input_ids=(input_ids + len(calls)) % 96, **kwargs)
+        return forward(self, input_ids=(input_ids + len(times)) % 96, **kwargs)
 
     monkeypatch.setattr(type(model.model), "forward", other_tokens)
+    # Not in the trial, which refuses it too.
+    monkeypatch.setattr(replay.Replay, "reach", lambda *args: (times.append(1), reach(*args))[1])
     with pytest.raises(replay.NotByLayers, match="asked for the same rows whenever a batch is run"):
         fastdean.score(folder, loader(), **OPTIONS)
 
