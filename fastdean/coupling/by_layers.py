@@ -126,6 +126,7 @@ class Sweep:
                     self.progress.begin("forward", k)
                     with self.windows.layer(k, k + 1):
                         self.milestones.require_same(replay.names[k], layer)
+                        self.progress.weights_there()
                         self._forward(replay, k, step)
                     self.milestones.reached(step)
                     self.progress.end()
@@ -152,6 +153,7 @@ class Sweep:
                 self.progress.begin("backward", k)
                 with self.windows.layer(k, k - 1 if k > lowest else k):
                     self.milestones.require_same(replay.names[k], modules[k])
+                    self.progress.weights_there()
                     for step, of, group, through in todo:
                         deeper = through and k != lowest
                         self._backward(replay, k, of, group, through=through, deeper=deeper)
