@@ -429,8 +429,10 @@ class _Scoring:
                 rehearsal=Rehearsal(last.tried or last.work, self.returned),
                 milestones=milestones,
             ).run()
-            used = home.used()
-            return {name: self._scores(name, entries.pop(name), order, used) for name in self.sets}
+            used, read = home.used(), milestones.bytes_read + self._read_here()
+            return {
+                name: self._scores(name, entries.pop(name), order, used, read) for name in self.sets
+            }
 
     @contextmanager
     def _keeping(
@@ -466,8 +468,14 @@ class _Scoring:
         results = sum(entries_bytes(s.targets, self.granularity, self.keep_top) for s in sets)
         windows = self._windows(layers)
         resident = () if self.stream is not None else resident_layers(layers)
-        with resumable(resume, parts, layers, windows, resident, self.ranks, results) as job:
+        with resumable(
+            resume, parts, layers, windows, resident, self.ranks, results, self._read_here
+        ) as job:
             yield job.home, job
+
+    def _read_here(self) -> int:
+        """Bytes of streamed weights that this process has read for the job."""
+        return 0 if self.stream is None else self.stream.bytes_read - self.read_before
 
     def _windows(self, layers: Mapping[str, nn.Module]) -> Windows:
         return OffloadedModel(self.model, layers) if self.stream is None else self.stream
@@ -490,6 +498,7 @@ class _Scoring:
         entries: dict[str, ScoreEntry],
         order: Order,
         used: Mapping[str, int] | None = None,
+        read: int = 0,
     ) -> Scores:
         scorable = self.sets[name]
         entries = {target.parameter: entries[target.parameter] for target in scorable.targets}
@@ -505,7 +514,7 @@ class _Scoring:
         )
         described = order.described(used)
         if self.stream is not None:
-            described["bytes_of_weights_read"] = self.stream.bytes_read - self.read_before
+            described["bytes_of_weights_read"] = read
         scores = Scores(
             entries,
             granularity=self.granularity,
