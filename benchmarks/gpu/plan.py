@@ -64,7 +64,7 @@ _NATIVE = {
 # Nothing that is measured or sanitized rests on these.
 _OTHER = {
     "host": (1, "no_host_in_the_loop"),
-    "other": (2, "token_blocks", "coupling", "distributed"),
+    "other": (2, "token_blocks", "coupling", "distributed", "ahead"),
 }
 # What is sanitized of an operation, awkward strides and lengths and sizes that no tile divides:
 # the file, and its tests.

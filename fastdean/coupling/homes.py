@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 import uuid
@@ -183,13 +182,15 @@ def states_home(
         return
     automatic = where == "auto"
     parent = Path(tempfile.gettempdir()) if automatic else Path(where).expanduser()
-    folder = parent / f"fastdean-states-{uuid.uuid4().hex}"
-    made = [above for above in folder.parents if not above.exists()]
-    files = InFiles(folder)
+    # Straight into the folder: one of their own would be left behind when the process is killed.
+    mark = f"fastdean-{uuid.uuid4().hex}-"
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    files = InFiles(parent, mark)
 
     def undo() -> None:
         files.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in parent.glob(f"{mark}*"):  # where a file that is open keeps its name
+            left.unlink(missing_ok=True)
         for above in made:
             with suppress(OSError):  # somebody else has put something there
                 above.rmdir()
@@ -197,7 +198,7 @@ def states_home(
     with undone(undo):
         if not automatic:
             try:
-                folder.mkdir(parents=True)
+                parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StateError(
                     f"states must be a folder that can be made and written to, got {str(where)!r}: "

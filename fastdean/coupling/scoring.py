@@ -64,11 +64,11 @@ from fastdean.models.stacks import decoder_layers
 from fastdean.models.streaming import StreamedModel
 from fastdean.models.trees import Path as TreePath
 from fastdean.models.windows import (
+    OffloadedModel,
     Windows,
     beginning,
     outside_layers,
     resident_layers,
-    resident_windows,
     stream_of,
 )
 from fastdean.wording.doing import titled
@@ -434,8 +434,10 @@ class _Scoring:
                 rehearsal=Rehearsal(last.tried or last.work, self.returned),
                 milestones=milestones,
             ).run()
-            used = home.used()
-            return {name: self._scores(name, entries.pop(name), order, used) for name in self.sets}
+            used, read = home.used(), milestones.bytes_read + self._read_here()
+            return {
+                name: self._scores(name, entries.pop(name), order, used, read) for name in self.sets
+            }
 
     @contextmanager
     def _keeping(
@@ -470,11 +472,17 @@ class _Scoring:
         results = sum(entries_bytes(s.targets, self.granularity, self.keep_top) for s in sets)
         windows = self._windows(layers)
         resident = () if self.stream is not None else resident_layers(layers)
-        with resumable(resume, parts, layers, windows, resident, self.ranks, results) as job:
+        with resumable(
+            resume, parts, layers, windows, resident, self.ranks, results, self._read_here
+        ) as job:
             yield job.home, job
 
+    def _read_here(self) -> int:
+        """Bytes of streamed weights that this process has read for the job."""
+        return 0 if self.stream is None else self.stream.bytes_read - self.read_before
+
     def _windows(self, layers: Mapping[str, nn.Module]) -> Windows:
-        return resident_windows(layers) if self.stream is None else self.stream.layer
+        return OffloadedModel(self.model, layers) if self.stream is None else self.stream
 
     def _entries(
         self, scorable: Scorable, group: Sequence[Target], sums: dict[str, Accumulator]
@@ -494,6 +502,7 @@ class _Scoring:
         entries: dict[str, ScoreEntry],
         order: Order,
         used: Mapping[str, int] | None = None,
+        read: int = 0,
     ) -> Scores:
         scorable = self.sets[name]
         entries = {target.parameter: entries[target.parameter] for target in scorable.targets}
@@ -509,7 +518,7 @@ class _Scoring:
         )
         described = order.described(used)
         if self.stream is not None:
-            described["bytes_of_weights_read"] = self.stream.bytes_read - self.read_before
+            described["bytes_of_weights_read"] = read
         peak = peak_memory(self.device)
         if peak is not None and self.ranks.first:
             logger.info("%s: at most %.2f GB of memory so far", name, peak / 1e9)

@@ -82,7 +82,8 @@ def weights_digest(model: nn.Module) -> str:
     layers = decoder_layers(model)
     inside = {module for layer in layers.values() for module in layer.modules()}
     parts = {name: _stored_digest(layer) for name, layer in layers.items()}
-    return json_digest({**parts, "": _stored_digest(model, inside)})
+    outside = {name: _digest_of(tensor) for name, tensor in stored_tensors(model, inside)}
+    return json_digest({**parts, "": outside})
 
 
 class PassingWeights:
@@ -95,24 +96,31 @@ class PassingWeights:
         self._stream = stream
         self._inside = {module for layer in stream.layers.values() for module in layer.modules()}
         self._parts: dict[str, str] = {}
+        self._outside: dict[str, str] = {}
         stream.came_in = self._take
 
     def _take(self, window: str) -> None:
-        if window in self._parts:
-            return
-        if window:
-            self._parts[window] = _stored_digest(self._stream.layers[window])
-        else:
-            self._parts[""] = _stored_digest(self._stream.model, self._inside)
+        layer = self._stream.layers.get(window)
+        if layer is None:
+            for name, tensor in stored_tensors(self._stream.model, self._inside):
+                if name not in self._outside and tensor.device.type != "meta":
+                    self._outside[name] = _digest_of(tensor)
+        elif window not in self._parts:
+            self._parts[window] = _stored_digest(layer)
 
     @property
     def digest(self) -> str | None:
         """None while some have not come in."""
-        return json_digest(self._parts) if {"", *self._stream.layers} <= {*self._parts} else None
+        outside = {name for name, _ in stored_tensors(self._stream.model, self._inside)}
+        if outside != set(self._outside) or set(self._stream.layers) != set(self._parts):
+            return None
+        return json_digest({**self._parts, "": self._outside})
 
     def read(self) -> str:
         """Bring in what has not come in yet; the digest."""
         with self._stream.outside_layers():
+            for name in self._stream.on_demand:
+                self._stream.bring(name)
             for k, name in enumerate(self._stream.layers):
                 if name not in self._parts:
                     with self._stream.layer(k, k + 1):
@@ -121,12 +129,15 @@ class PassingWeights:
         return self.digest
 
 
-def _stored_digest(module: nn.Module, without: Collection[nn.Module] = ()) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in stored_tensors(module, without):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy().data)
+def _stored_digest(module: nn.Module) -> str:
+    found = {name: _digest_of(tensor) for name, tensor in stored_tensors(module)}
+    return json_digest(found)
+
+
+def _digest_of(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -212,7 +212,8 @@ def test_with_activation_checkpointing():
     assert_same(model)
 
 
-def test_offloaded_weights_are_brought_in_once_for_all_batches():
+@pytest.mark.parametrize("tied", [False, True])
+def test_offloaded_weights_are_brought_in_once_for_all_batches(tied):
     from accelerate import cpu_offload
 
     class Counting(dict):
@@ -220,9 +221,15 @@ def test_offloaded_weights_are_brought_in_once_for_all_batches():
             reads[name] = reads.get(name, 0) + 1
             return super().__getitem__(name)
 
+    def build():
+        model = llama()
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
     options = {"tokens_per_batch": 1}
-    expected, model, reads = score(llama(), **options), llama(), {}
-    weights = Counting(llama().state_dict())
+    expected, model, reads = score(build(), **options), build(), {}
+    weights = Counting(build().state_dict())
     cpu_offload(model, execution_device=torch.device("cpu"), state_dict=weights)
     forwards = {name: vars(m).get("forward") for name, m in model.named_modules()}
     score(model, order="auto", **options)  # asks the model its questions, once
@@ -232,6 +239,8 @@ def test_offloaded_weights_are_brought_in_once_for_all_batches():
     assert found.manifest["data"]["examples"] > 4
     # The trial, the way forward and the way back, whatever the number of batches.
     assert {reads[name] for name in reads if ".layers." in name} == {3}
+    # Others in the trial, and once in the sweep.
+    assert {reads[name] for name in reads if ".layers." not in name} == {2}
     for name in expected:
         assert norm_error(found[name], expected[name]) < 1e-6
     assert {name: vars(m).get("forward") for name, m in model.named_modules()} == forwards

@@ -395,7 +395,7 @@ def test_another_version_is_named(package, job, monkeypatch):
 
 
 def test_another_format_of_the_states_is_named(job, monkeypatch):
-    monkeypatch.setattr(resumable, "_FORMAT", 2)
+    monkeypatch.setattr(resumable, "_FORMAT", 3)
     with pytest.raises(ValueError, match="differs in format of the states; choose"):
         score(resume=job)
 
@@ -614,6 +614,11 @@ def test_a_streamed_job_goes_on_in_another_process(options, done, tmp_path, monk
             assert (other.weight is None) == (entry.weight is None), parameter
             assert entry.weight is None or torch.equal(other.weight, entry.weight)
     assert {parameter.device.type for parameter in stream.model.parameters()} == {"meta"}
+    # What the first process read is counted too.
+    read, once = (
+        each["fair"].manifest["order"]["bytes_of_weights_read"] for each in (found, expected)
+    )
+    assert read >= once and read > stream.bytes_read
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,15 @@ def test_a_disk_that_fills_up_is_told_in_one_line(tmp_path, monkeypatch):
     assert_nothing_left(tmp_path)
 
 
+def test_a_kill_leaves_nothing_in_a_folder_for_states(tmp_path, monkeypatch):
+    seen, write = [], os.pwrite
+    monkeypatch.setattr(
+        os, "pwrite", lambda *args: (seen.append(os.listdir(tmp_path)), write(*args))[1]
+    )
+    score(states=tmp_path)
+    assert seen and not any(seen)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
