@@ -22,7 +22,7 @@ namespace fastdean {
 
 // Rises by one with every change of a struct or signature in this file, or of the constants and
 // functions that Python sees. fastdean/native/extension.py refuses any number but its own.
-constexpr int kAbiVersion = 9;
+constexpr int kAbiVersion = 10;
 
 constexpr int kMaxRank = 8;
 
@@ -182,6 +182,7 @@ struct SelectionParams {
   field(Number, num_sets) \
   field(Address, indices)         /* int64, written: ascending, room for k of each set in turn */ \
   field(Address, sums)            /* fp32, written: the sums there */ \
+  field(Address, signed_sums)     /* fp32, written: sum_t g[t, r] x[t, c] there; or 0 */ \
   field(Address, found)           /* int64 [num_sets, 3], written: as that of select_top */ \
   field(CpuLevel, level)          /* one that this processor has */ \
   field(Number, num_workers)      /* threads that share the work, at least 1 */ \

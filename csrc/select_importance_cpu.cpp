@@ -13,6 +13,7 @@
 #include "importance_chunks.h"
 #include "parallel.h"
 #include "selection_spans.h"
+#include "signed_sums.h"
 
 namespace fastdean {
 namespace {
@@ -247,6 +248,7 @@ Status select_importance_cpu(const ImportanceSelectionParams& p) {
   }
   auto* indices = reinterpret_cast<int64_t*>(p.indices);
   auto* sums = reinterpret_cast<float*>(p.sums);
+  auto* signed_sums = reinterpret_cast<float*>(p.signed_sums);
   auto* found = reinterpret_cast<int64_t*>(p.found);
   std::vector<int64_t> sizes(p.num_workers);
   for (int64_t set = 0; set < p.num_sets; ++set) {
@@ -260,6 +262,19 @@ Status select_importance_cpu(const ImportanceSelectionParams& p) {
     const int64_t count =
         join(rooms[set], plan.capacities[set], sizes.data(), p.num_workers, ks[set], indices, sums);
     write_found(found + 3 * set, count, flaw);
+    if (signed_sums != nullptr) {
+      write_signed_sums({{p.x, p.x_stride_t, p.x_stride_c, nullptr},
+                         {p.g, p.g_stride_t, p.g_stride_r, nullptr},
+                         p.dtype,
+                         reinterpret_cast<const int64_t*>(p.segments) + 2 * starts[set],
+                         starts[set + 1] - starts[set],
+                         indices,
+                         count,
+                         p.columns,
+                         signed_sums},
+                        p.num_workers);
+      signed_sums += ks[set];
+    }
     indices += ks[set];
     sums += ks[set];
   }

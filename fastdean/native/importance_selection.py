@@ -21,8 +21,9 @@ def select_importance(
     weight: Tensor,
     k: Sequence[int],
     *,
+    signed: bool = False,
     level: int | None = None,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, ...]]:
     """`ops.select_importance` in compiled code, for fp32, bf16 and fp16 on the CPU.
 
     The other arguments have passed its checks. Denormals as in `accumulate_importance_`.
@@ -36,6 +37,7 @@ def select_importance(
     ks = [min(each, rows * columns) for each in k]
     indices = torch.empty(sum(ks), dtype=torch.int64, device="cpu")
     sums = torch.empty(sum(ks), dtype=torch.float32, device="cpu")
+    signed_sums = torch.empty(sum(ks) if signed else 0, dtype=torch.float32, device="cpu")
     counts = [0] * len(ks)
     if rows * columns and ks:
         found = torch.empty(len(ks), 3, dtype=torch.int64, device="cpu")
@@ -67,6 +69,7 @@ def select_importance(
             num_sets=len(ks),
             indices=indices.data_ptr(),
             sums=sums.data_ptr(),
+            signed_sums=signed_sums.data_ptr() if signed else 0,
             found=found.data_ptr(),
             level=cpu_level() if level is None else level,
             num_workers=torch.get_num_threads(),
@@ -80,8 +83,9 @@ def select_importance(
             if flaw >= 0:
                 raise not_finite_error(bits, flaw)
             counts[number] = count
+    parts = [each.split(ks) for each in (indices, sums, *([signed_sums] if signed else []))]
     # Copies, which do not keep the memory of all k of all sets.
     return [
-        (one[:count].clone(), other[:count].clone())
-        for one, other, count in zip(indices.split(ks), sums.split(ks), counts, strict=True)
+        tuple(each[:count].clone() for each in of_set)
+        for of_set, count in zip(zip(*parts, strict=True), counts, strict=True)
     ]

@@ -23,8 +23,9 @@ def select_importance(
     weight: Tensor,
     k: Sequence[int],
     *,
+    signed: bool = False,
     impl: str | None = None,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, ...]]:
     """The most important entries of one weight to each of several sets of examples.
 
     Equivalent to:
@@ -34,20 +35,25 @@ def select_importance(
             sums = torch.zeros(weight.shape)
             accumulate_importance_(sums, x, g, mine)
             index = select_top(sums, weight, max(1, len(mine)), each)
-            yield index, sums.flatten()[index]
+            gradients = (g[start:end].T.float() @ x[start:end].float() for start, end in mine)
+            yield index, sums.flatten()[index], sum(gradients).flatten()[index]
 
-    and with "native" the same bits as with these two; but sums exist for a few rows at a time.
-    For a weight stored [C, R] (Conv1D) exchange `x` and `g`.
+    the last only if `signed`. With "native" the first two have the bits that these two operations
+    give; but sums exist for a few rows at a time. For a weight stored [C, R] (Conv1D) exchange `x`
+    and `g`.
 
     Args:
         x, g, segments: see `accumulate_importance_`; every example, of whatever set.
         sets: int64 [B] on the CPU, ascending, 0..S-1: the set of each example.
         weight: floating [R, C]; on the device of `x`.
         k: how many entries at most of each of the S sets. A set may have no example.
+        signed: whether the sums of the gradients themselves are wanted, beside those of their
+            absolute values.
         impl: None (by device), "reference" or "native" (CPU).
     Returns:
-        For each set (index int64 [M], ascending flat indices; sums fp32 [M], there), on the device
-        of `x`; M <= k, because only entries of positive importance can be selected.
+        For each set (index int64 [M], ascending flat indices; sums fp32 [M], there; if `signed`
+        also signed sums fp32 [M], there), on the device of `x`; M <= k, because only entries of
+        positive importance can be selected.
     Raises:
         ValueError: an importance is NaN or infinite, k is negative, or shapes or devices do not fit
             together.
@@ -63,7 +69,7 @@ def select_importance(
         raise ValueError(f"each k must be at least 0, got {min(k)}; check the ratios")
     _check_sets(sets, len(segments), len(k))
     op = choose("select_importance", x.device, impl, x.dtype)
-    return op.callable(x, g, segments, sets, weight, k)
+    return op.callable(x, g, segments, sets, weight, k, signed=signed)
 
 
 def _sequence(k: Any) -> Sequence[Any]:

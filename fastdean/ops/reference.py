@@ -165,6 +165,7 @@ def select_top(sums: Tensor, weight: Tensor | None, num_examples: int, k: int) -
     return torch.cat([above, ties]).sort().values
 
 
+@torch.no_grad()
 def select_importance(
     x: Tensor,
     g: Tensor,
@@ -172,16 +173,33 @@ def select_importance(
     sets: Tensor,
     weight: Tensor,
     k: Sequence[int],
-) -> list[tuple[Tensor, Tensor]]:
+    *,
+    signed: bool = False,
+) -> list[tuple[Tensor, ...]]:
     """See `ops.select_importance`."""
-    found = []
+    found: list[tuple[Tensor, ...]] = []
     for number, each in enumerate(k):
         mine = segments[sets == number]
         sums = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
         accumulate_importance_(sums, x, g, mine)
         index = select_top(sums, weight, max(1, len(mine)), each)
-        found.append((index, sums.flatten()[index]))
+        more = [_signed_sums(x, g, mine, index)] if signed else []
+        found.append((index, sums.flatten()[index], *more))
     return found
+
+
+def _signed_sums(x: Tensor, g: Tensor, segments: Tensor, index: Tensor) -> Tensor:
+    """fp32 [M]: the sum over all examples of G_b^T X_b at flat indices of the weight, int64 [M]."""
+    rows, columns = index // x.shape[1], index % x.shape[1]
+    total = torch.zeros(len(index), dtype=_at_least_fp32(x[:0]).dtype, device=x.device)
+    for start, end in segments.tolist():
+        # So many entries that their [T_b, M] products take a few MB.
+        some = max(1, 2**20 // max(1, end - start))
+        for part in range(0, len(index), some):
+            of_g = _at_least_fp32(g[start:end, rows[part : part + some]])
+            of_x = _at_least_fp32(x[start:end, columns[part : part + some]])
+            total[part : part + some] += (of_g * of_x).sum(0)
+    return total.float()
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

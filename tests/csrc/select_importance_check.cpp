@@ -2,6 +2,7 @@
 // select_top_cpu; compiled with the sanitizers, so that a read or write outside its memory, or
 // undefined behaviour, ends it.
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -12,6 +13,14 @@ namespace {
 using fastdean::DType;
 
 int64_t address(const void* data) { return reinterpret_cast<int64_t>(data); }
+
+float value_of(float value) { return value; }
+float value_of(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 // Exactly as large as they must be: one element further is somebody else's memory.
 struct Case {
@@ -38,7 +47,7 @@ bool check(const Case& c, DType dtype, int64_t level, int64_t workers) {
   int64_t all = 0;
   for (const int64_t k : c.ks) all += k;
   std::vector<int64_t> indices(all), found(3 * sets);
-  std::vector<float> sums(all);
+  std::vector<float> sums(all), signed_sums(all);
   fastdean::ImportanceSelectionParams p{};
   p.x = address(x.data());
   p.x_stride_t = c.columns;
@@ -58,6 +67,7 @@ bool check(const Case& c, DType dtype, int64_t level, int64_t workers) {
   p.num_sets = sets;
   p.indices = address(indices.data());
   p.sums = address(sums.data());
+  p.signed_sums = address(signed_sums.data());
   p.found = address(found.data());
   p.level = level;
   p.num_workers = workers;
@@ -110,6 +120,14 @@ bool check(const Case& c, DType dtype, int64_t level, int64_t workers) {
     for (int64_t i = 0; i < count[0]; ++i) {
       if (indices[offset + i] != expected[i]) return false;
       if (sums[offset + i] != acc[expected[i]]) return false;
+      double sum = 0;
+      for (int64_t b = c.set_starts[set]; b < c.set_starts[set + 1]; ++b) {
+        for (int64_t t = c.segments[2 * b]; t < c.segments[2 * b + 1]; ++t) {
+          sum += double(value_of(g[t * c.rows + expected[i] / c.columns])) *
+                 value_of(x[t * c.columns + expected[i] % c.columns]);
+        }
+      }
+      if (signed_sums[offset + i] != sum) return false;
     }
     offset += c.ks[set];
   }

@@ -85,6 +85,35 @@ def test_the_two_operations_select_the_same(impl, examples, k, seed):
         assert torch.equal(index, expected) and torch.equal(sums, dense.flatten()[expected])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@IMPL
+def test_signed_sums_stand_beside_those_of_absolute_values(impl, dtype):
+    x, g = random(40, 17, seed=1, dtype=dtype), random(40, 9, seed=2, dtype=dtype)
+    weight, k = random(9, 17, seed=3, dtype=dtype), [4, 4, 100]
+    segments = spans((2, 3), (10, 21), (5, 5), (3, 10), (0, 40))
+    sets = torch.tensor([0, 0, 0, 2, 2])
+    plain = select_importance(x, g, segments, sets, weight, k, impl=impl)
+    found = select_importance(x, g, segments, sets, weight, k, signed=True, impl=impl)
+    for number, (index, sums, signed) in enumerate(found):
+        assert torch.equal(index, plain[number][0]) and torch.equal(sums, plain[number][1])
+        exact = torch.zeros(9, 17, dtype=torch.float64, device=DEVICE)
+        for start, end in segments[sets == number].tolist():
+            exact += g[start:end].double().T @ x[start:end].double()
+        assert signed.dtype == torch.float32 and signed.device == index.device
+        torch.testing.assert_close(signed.double(), exact.flatten()[index], rtol=1e-5, atol=1e-5)
+
+
+@IMPL
+def test_signed_sums_of_long_examples_are_taken_a_few_entries_at_a_time(impl):
+    # More tokens than the entries of one product may have.
+    x, g = torch.ones(2**20 + 1, 2, device=DEVICE), torch.ones(2**20 + 1, 1, device=DEVICE)
+    x[:, 1] = -0.5
+    segments, sets = spans((0, 2**20 + 1)), torch.tensor([0])
+    weight = torch.ones(1, 2, device=DEVICE)
+    ((_, _, signed),) = select_importance(x, g, segments, sets, weight, [2], signed=True, impl=impl)
+    assert signed.tolist() == [2**20 + 1, -(2**19) - 0.5]
+
+
 @IMPL
 def test_the_order_of_the_examples_of_a_set_changes_rounding_only(impl):
     x, g, weight = random(90, 40, seed=1), random(90, 50, seed=2), random(50, 40, seed=3)
