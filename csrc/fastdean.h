@@ -104,11 +104,12 @@ struct PlacesParams {
   int64_t num_workers;    // how many threads may share the work on the CPU, at least 1
 };
 
-// accumulate_importance: acc[r, c] += sum over examples of |sum over its tokens t of g[t, r] x[t, c]|
-// in fp32.
+// accumulate_importance: acc[e, r, c] += sum over the examples of e of |sum over their tokens t of
+// g[t, r] x[t, c]| in fp32. e is an expert of a stacked weight; an ordinary one has one.
 // clang-format off
 #define FASTDEAN_IMPORTANCE_PARAMS(field) \
-  field(Address, acc)          /* fp32 [rows, columns] */ \
+  field(Address, acc)          /* fp32 [experts, rows, columns] */ \
+  field(Number, acc_stride_e) \
   field(Number, acc_stride_r) \
   field(Number, acc_stride_c) \
   field(Address, x)            /* [tokens, columns] */ \
@@ -118,11 +119,13 @@ struct PlacesParams {
   field(Number, g_stride_t) \
   field(Number, g_stride_r) \
   field(DType, dtype)          /* of x and g; not kFloat64 */ \
+  field(Number, experts)       /* at least 1 */ \
   field(Number, rows) \
   field(Number, columns) \
   field(Number, tokens) \
-  field(Address, segments)     /* int64 [num_segments, 2]: start and end row of each example */ \
-  field(Number, num_segments) \
+  field(Address, segments)     /* int64 [.., 2]: start and end row of each example, by expert */ \
+  field(Address, expert_starts) /* int64 [experts + 1]: each expert's first example; the last is \
+                                   the number of examples */ \
   field(CpuLevel, level)       /* one that this processor has */ \
   field(Number, num_workers)   /* threads that share the work, at least 1 */ \
   field(Address, workspace)    /* of accumulate_importance_workspace_bytes */

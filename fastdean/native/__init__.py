@@ -14,7 +14,7 @@ from fastdean.native.extension import (
     refusal,
     status,
 )
-from fastdean.native.importance import accumulate_importance_
+from fastdean.native.importance import accumulate_expert_importance_, accumulate_importance_
 from fastdean.native.importance_selection import select_importance
 from fastdean.native.masks import gather_at, write_at_, zero_at_
 from fastdean.native.selection import select_top
@@ -24,6 +24,7 @@ __all__ = [
     "BuildFacts",
     "CpuLevels",
     "NativeStatus",
+    "accumulate_expert_importance_",
     "accumulate_importance_",
     "collapse_alignment",
     "collapse_alignment_backward",

@@ -24,10 +24,11 @@ STRUCTS = {
         "DType dtype, Number rank, PerDimension sizes, PerDimension strides"
     ),
     "ImportanceParams": _fields(
-        "Address acc, Number acc_stride_r, Number acc_stride_c, "
+        "Address acc, Number acc_stride_e, Number acc_stride_r, Number acc_stride_c, "
         "Address x, Number x_stride_t, Number x_stride_c, "
         "Address g, Number g_stride_t, Number g_stride_r, DType dtype, "
-        "Number rows, Number columns, Number tokens, Address segments, Number num_segments, "
+        "Number experts, Number rows, Number columns, Number tokens, "
+        "Address segments, Address expert_starts, "
         "CpuLevel level, Number num_workers, Address workspace"
     ),
     "SelectionParams": _fields(

@@ -111,7 +111,7 @@ _TRITON_HOME = {
 
 _TABLE: dict[str, tuple[_Implementation, ...]] = {
     "accumulate_importance_": (_TRITON, _NATIVE_ACCUMULATION, _REFERENCE),
-    "accumulate_expert_importance_": (_TRITON, _REFERENCE),
+    "accumulate_expert_importance_": (_TRITON, _NATIVE_ACCUMULATION, _REFERENCE),
     "accumulate_unit_importance_": (_TRITON, _REFERENCE),
     "select_top": (_TRITON, _NATIVE_SELECTION, _REFERENCE),
     "select_importance": (_NATIVE_FUSED, _REFERENCE),

@@ -83,7 +83,7 @@ def accumulate_expert_importance_(
             <= end <= N; on the CPU or on the device of `x`. There they are not checked, so that
             nothing waits for the device, and must not overlap.
         experts: int64 [S], ascending, 0..E-1, the expert of each segment; where `segments` are.
-        impl: None (by device), "reference" or "triton".
+        impl: None (by device), "reference", "triton" or "native" (CPU).
     Returns:
         `acc`.
     Raises:

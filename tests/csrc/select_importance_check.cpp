@@ -79,6 +79,7 @@ bool check(const Case& c, DType dtype, int64_t level, int64_t workers) {
     std::vector<float> acc(c.rows * c.columns, 0.0f);
     fastdean::ImportanceParams a{};
     a.acc = address(acc.data());
+    a.experts = 1;
     a.acc_stride_r = c.columns;
     a.acc_stride_c = 1;
     a.x = p.x;
@@ -91,8 +92,10 @@ bool check(const Case& c, DType dtype, int64_t level, int64_t workers) {
     a.rows = c.rows;
     a.columns = c.columns;
     a.tokens = c.tokens;
+    const int64_t num_segments = c.set_starts[set + 1] - c.set_starts[set];
+    const int64_t expert_starts[] = {0, num_segments};
     a.segments = p.segments + 16 * c.set_starts[set];
-    a.num_segments = c.set_starts[set + 1] - c.set_starts[set];
+    a.expert_starts = address(expert_starts);
     a.level = level;
     a.num_workers = 1;
     std::vector<char> room(fastdean::accumulate_importance_workspace_bytes(a));
@@ -107,7 +110,7 @@ bool check(const Case& c, DType dtype, int64_t level, int64_t workers) {
     s.weight_dtype = p.weight_dtype;
     s.rows = c.rows;
     s.columns = c.columns;
-    s.num_examples = a.num_segments > 0 ? a.num_segments : 1;
+    s.num_examples = num_segments > 0 ? num_segments : 1;
     s.k = c.ks[set];
     s.indices = address(expected.data());
     s.found = address(count.data());

@@ -126,7 +126,8 @@ def test_the_extension_is_preferred_on_the_cpu_and_only_there(monkeypatch, op):
 def test_the_compiled_accumulation_is_the_default_of_a_cpu(monkeypatch):
     _pretend(monkeypatch, "available", build=BUILT_WITH_CUDA)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert choose("accumulate_importance_", "cpu", dtype=dtype).name == "native"
+        for op in ("accumulate_importance_", "accumulate_expert_importance_"):
+            assert choose(op, "cpu", dtype=dtype).name == "native"
         fused = choose("select_importance", "cpu", dtype=dtype)
         assert fused.callable is native.select_importance
     double = choose("accumulate_importance_", "cpu", dtype=torch.float64)

@@ -156,7 +156,7 @@ def run(op, impl, **changed):
     return call(**{**tensors(), **changed}, impl=named)
 
 
-NOT_NATIVE = {"accumulate_unit_importance_", "accumulate_expert_importance_"}
+NOT_NATIVE = {"accumulate_unit_importance_"}
 
 
 @pytest.mark.parametrize("op, name", ARGUMENTS)
