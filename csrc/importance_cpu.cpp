@@ -64,7 +64,7 @@ void pack_as_float(const PanelSource& source, int64_t wide, void* panel) {
   const int64_t filled = std::min(wide, source.columns);
   for (int64_t b = 0; b < source.num_examples; ++b) {
     for (int64_t t = source.segments[2 * b]; t < source.segments[2 * b + 1]; ++t) {
-      const T* row = data + t * source.stride_t;
+      const T* row = data + source.offset_of(t);
       if (source.stride_w == 1) {
         for (int64_t w = 0; w < filled; ++w) to[w] = widen(row[w]);
       } else {
@@ -85,9 +85,9 @@ void pack_as_pairs(const PanelSource& source, int64_t wide, void* panel) {
   for (int64_t b = 0; b < source.num_examples; ++b) {
     const int64_t end = source.segments[2 * b + 1];
     for (int64_t t = source.segments[2 * b]; t < end; t += 2) {
-      const uint16_t* row = data + t * source.stride_t;
-      const uint16_t* next = row + source.stride_t;
-      if (t + 1 == end) {
+      const uint16_t* row = data + source.offset_of(t);
+      const uint16_t* next = t + 1 == end ? nullptr : data + source.offset_of(t + 1);
+      if (next == nullptr) {
         for (int64_t w = 0; w < filled; ++w) {
           to[2 * w] = row[w * source.stride_w];
           to[2 * w + 1] = 0;
@@ -236,7 +236,8 @@ PanelSource source_of(const Work& work, int64_t data, int64_t stride_t, int64_t 
           stride_w,
           columns - first,
           work.plan.segments + 2 * work.chunk.first,
-          work.chunk.count};
+          work.chunk.count,
+          nullptr};
 }
 
 void pack_panels(void* context, int64_t) {

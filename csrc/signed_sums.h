@@ -20,6 +20,7 @@ struct SignedSums {
   const int64_t* segments;  // [num_segments, 2]: first token and end of each example
   int64_t num_segments;
   const int64_t* indices;  // [count], ascending flat indices of a weight with `columns` columns
+  int64_t first_index;     // what its first entry has there
   int64_t count;
   int64_t columns;
   float* result;  // [count]: sum over all tokens t of g[t, row] x[t, column]

@@ -90,8 +90,8 @@ void write_signed_sums(const SignedSums& asked, int64_t num_workers) {
   Job job{asked, {}, std::min(most, std::max<int64_t>(1, num_workers))};
   job.entries.reserve(asked.count);
   for (int64_t i = 0; i < asked.count; ++i) {
-    const int64_t row = asked.indices[i] / asked.columns;
-    const int64_t column = asked.indices[i] % asked.columns;
+    const int64_t index = asked.indices[i] - asked.first_index;
+    const int64_t row = index / asked.columns, column = index % asked.columns;
     job.entries.push_back({column * asked.x.stride_w, row * asked.g.stride_w, 0.0});
   }
   run_workers(job.num_workers, part_of(asked.dtype), &job);

@@ -15,7 +15,7 @@ from fastdean.native.extension import (
     status,
 )
 from fastdean.native.importance import accumulate_expert_importance_, accumulate_importance_
-from fastdean.native.importance_selection import select_importance
+from fastdean.native.importance_selection import select_expert_importance, select_importance
 from fastdean.native.masks import gather_at, write_at_, zero_at_
 from fastdean.native.selection import select_top
 
@@ -31,6 +31,7 @@ __all__ = [
     "cpu_level",
     "gather_at",
     "refusal",
+    "select_expert_importance",
     "select_importance",
     "select_top",
     "status",

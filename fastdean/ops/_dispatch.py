@@ -115,6 +115,7 @@ _TABLE: dict[str, tuple[_Implementation, ...]] = {
     "accumulate_unit_importance_": (_TRITON, _REFERENCE),
     "select_top": (_TRITON, _NATIVE_SELECTION, _REFERENCE),
     "select_importance": (_NATIVE_FUSED, _REFERENCE),
+    "select_expert_importance": (_NATIVE_FUSED, _REFERENCE),
     "gather_at": (_NATIVE, _REFERENCE),
     "write_at_": (_NATIVE, _REFERENCE),
     "zero_at_": (_NATIVE, _REFERENCE),
