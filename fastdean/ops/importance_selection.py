@@ -49,7 +49,7 @@ def select_importance(
         k: how many entries at most of each of the S sets. A set may have no example.
         signed: whether the sums of the gradients themselves are wanted, beside those of their
             absolute values.
-        impl: None (by device), "reference" or "native" (CPU).
+        impl: None (by device), "reference", "triton" or "native" (CPU).
     Returns:
         For each set (index int64 [M], ascending flat indices; sums fp32 [M], there; if `signed`
         also signed sums fp32 [M], there), on the device of `x`; M <= k, because only entries of

@@ -13,7 +13,7 @@ from fastdean import native
 from fastdean.ops import accumulate_importance_, select_importance, select_top
 
 NATIVE = ["native"] if DEVICE.type == "cpu" and native.status().state == "available" else []
-IMPL = pytest.mark.parametrize("impl", ["reference", *NATIVE])
+IMPL = pytest.mark.parametrize("impl", ["reference", "triton", *NATIVE])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -61,7 +61,8 @@ def test_what_is_selected_is_what_float64_selects_but_for_rounding(impl, dtype, 
         torch.testing.assert_close(importance, at, rtol=2e-5, atol=1e-5 * float(least))
 
 
-@IMPL
+# The interpreter takes too long for so many.
+@pytest.mark.parametrize("impl", ["reference", *NATIVE])
 @settings(deadline=None, max_examples=40, database=None)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=8),
@@ -103,7 +104,7 @@ def test_signed_sums_stand_beside_those_of_absolute_values(impl, dtype):
         torch.testing.assert_close(signed.double(), exact.flatten()[index], rtol=1e-5, atol=1e-5)
 
 
-@IMPL
+@pytest.mark.parametrize("impl", ["reference", *NATIVE])
 def test_signed_sums_of_long_examples_are_taken_a_few_entries_at_a_time(impl):
     # More tokens than the entries of one product may have.
     x, g = torch.ones(2**20 + 1, 2, device=DEVICE), torch.ones(2**20 + 1, 1, device=DEVICE)
