@@ -81,14 +81,13 @@ def settings_of(dtype, layout, capability):
 
 @functools.cache
 def compiled(capability, quick):
-    """`quick`: what a model in bf16 with examples of 76 tokens launches; the rest takes minutes."""
+    """`quick`: what takes most of a chip, of a model in bf16; the rest takes minutes."""
     dtypes = [torch.bfloat16] if quick else TYPES
     layouts = ["even"] if quick else WEIGHTS
     builds = [
         tile_build(TYPES[dtype], TYPES[dtype], tile, layout)
         for dtype, layout in itertools.product(dtypes, layouts)
-        for tile in settings_of(dtype, layout, capability)
-        if not quick or tile.block_t == 32
+        for tile in settings_of(dtype, layout, capability)[: 1 if quick else None]
     ]
     if not quick:
         builds += [
@@ -103,7 +102,7 @@ def compiled(capability, quick):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_what_a_model_in_bf16_launches_fits(capability):
+def test_the_largest_tile_of_a_model_in_bf16_fits(capability):
     require_fit(compiled(capability, True), capability)
 
 
