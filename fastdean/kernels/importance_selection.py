@@ -320,8 +320,9 @@ def _problem(
             num_owners=num_sets,
         )
     else:
-        nothing = {"dtype": torch.int64, "device": "cpu"}
-        made = (torch.zeros(1, 2, **nothing), torch.zeros(num_sets + 1, **nothing))
+        # A block that nobody reads, as kernels load one ahead.
+        counts = torch.zeros(num_sets + 3, dtype=torch.int64, device="cpu")
+        made = (counts[:2].view(1, 2), counts[2:])
     blocks, first = (tensor.to(x.device) for tensor in made)
     return _Problem(x, g, weight, blocks, first, setting)
 
