@@ -34,6 +34,26 @@ with torch.device("meta"):
     torch.empty(0)
 
 
+# Files that take longest. `make test` gives each file to one process, the next one to whichever is
+# free: a long one at the end would leave the other process without work.
+LONGEST_FIRST = [
+    *("native/test_cuda_on_cpu", "native/test_sanitizers", "cli/test_cli"),
+    *("jobs/test_coupling_job", "ops/test_collapse_op", "coupling/test_streaming"),
+    *("coupling/test_by_layers", "coupling/test_resume", "native/test_selection_native"),
+    *("benchmarks/test_benchmark_score", "kernels/test_selection_kernel", "ops/test_importance_op"),
+    *("jobs/test_collapse_job", "debias/test_fine_tune", "coupling/test_score_state"),
+    *("collapse/test_collapse_trainer", "benchmarks/test_gpu_first", "coupling/test_distributed"),
+    *("experiments/test_experiment_debias", "coupling/test_score", "native/test_cuda_builds"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"{name}.py": number for number, name in enumerate(LONGEST_FIRST)}
+    tests = ROOT / "tests"
+    # Stable: the others stay as they were.
+    items.sort(key=lambda item: place.get(item.path.relative_to(tests).as_posix(), len(place)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
         return
