@@ -304,7 +304,9 @@ def resumable(
         # A rank that is through waits until all are.
         with ranks.failing_together():
             pass
-        remove_folder(own)
+        with ranks.failing_together():
+            remove_folder(own)
+        # The rank that made the folder finds it empty only now.
         _remove_empty(place, levels)
 
 

@@ -16,6 +16,7 @@ import textwrap
 from pathlib import Path
 from typing import get_type_hints
 
+import forked
 import pytest
 import tiny_models
 import torch
@@ -918,11 +919,7 @@ def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path, ignored, number
     """
     model = json.loads((run_folder / "fastdean_run.json").read_text())["job"]["model"]
     arguments = ["--checkpoint", model, "--mask", run_folder / "mask", "--out", tmp_path / "out"]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), "patch", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
+    done = forked.run_script(textwrap.dedent(code), "patch", *map(str, arguments))
     assert done.returncode == exit_code, done.stderr
     if exit_code:
         assert done.stderr.splitlines()[-1] == "fastdean: terminated"
@@ -1070,9 +1067,14 @@ def ranks(args, **environment):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
-    processes = [start(*args(rank), **shared, RANK=str(rank)) for rank in range(2)]
+    processes = [
+        forked.start(
+            forked.run_command, *map(str, args(rank)), environment={**shared, "RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
     try:
-        return [finish(process) for process in processes]
+        return [process.finish() for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -1245,13 +1247,16 @@ def test_lines_and_letters_fall_back_to_plain_ones():
     assert "╭─é×\ud800…│".encode("ascii", "fastdean") == b"+-ex\\ud800...|"
 
 
+def _run_command_in_ascii(*arguments):
+    sys.stdout.reconfigure(encoding="ascii")
+    forked.run_command(*arguments)
+
+
 def test_json_is_exact_where_stdout_knows_no_unicode(place, tmp_path):
     folder = tmp_path / "dönn"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
-    result = subprocess.run(
-        [sys.executable, "-m", "fastdean", "score", "--model", str(place["model"]), "--data",
-         str(place["privacy"]), "--examples", "2", "--out", str(folder), "--quiet", "--json"],
-        capture_output=True, env=environment,
+    result = forked.run(
+        _run_command_in_ascii, "score", "--model", str(place["model"]), "--data",
+        str(place["privacy"]), "--examples", "2", "--out", str(folder), "--quiet", "--json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["out"] == str(folder)

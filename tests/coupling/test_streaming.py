@@ -298,7 +298,7 @@ def test_the_files_stay_as_they_are(checkpoint):
     assert content() == before
 
 
-def test_an_interrupt_at_any_line_leaves_nothing_in_memory(checkpoint):
+def test_an_interrupt_at_any_line_leaves_nothing_in_memory(checkpoint, own_garbage):
     stream = stream_model(str(checkpoint(tiny(num_hidden_layers=2), max_shard_size="10MB")))
     few = list(batches(make_examples(lengths=(4,)), 1))
 
