@@ -22,7 +22,7 @@ namespace fastdean {
 
 // Rises by one with every change of a struct or signature in this file, or of the constants and
 // functions that Python sees. fastdean/native/extension.py refuses any number but its own.
-constexpr int kAbiVersion = 9;
+constexpr int kAbiVersion = 10;
 
 constexpr int kMaxRank = 8;
 
@@ -104,11 +104,12 @@ struct PlacesParams {
   int64_t num_workers;    // how many threads may share the work on the CPU, at least 1
 };
 
-// accumulate_importance: acc[r, c] += sum over examples of |sum over its tokens t of g[t, r] x[t, c]|
-// in fp32.
+// accumulate_importance: acc[e, r, c] += sum over the examples of e of |sum over their tokens t of
+// g[t, r] x[t, c]| in fp32. e is an expert of a stacked weight; an ordinary one has one.
 // clang-format off
 #define FASTDEAN_IMPORTANCE_PARAMS(field) \
-  field(Address, acc)          /* fp32 [rows, columns] */ \
+  field(Address, acc)          /* fp32 [experts, rows, columns] */ \
+  field(Number, acc_stride_e) \
   field(Number, acc_stride_r) \
   field(Number, acc_stride_c) \
   field(Address, x)            /* [tokens, columns] */ \
@@ -118,11 +119,13 @@ struct PlacesParams {
   field(Number, g_stride_t) \
   field(Number, g_stride_r) \
   field(DType, dtype)          /* of x and g; not kFloat64 */ \
+  field(Number, experts)       /* at least 1 */ \
   field(Number, rows) \
   field(Number, columns) \
   field(Number, tokens) \
-  field(Address, segments)     /* int64 [num_segments, 2]: start and end row of each example */ \
-  field(Number, num_segments) \
+  field(Address, segments)     /* int64 [.., 2]: start and end row of each example, by expert */ \
+  field(Address, expert_starts) /* int64 [experts + 1]: each expert's first example; the last is \
+                                   the number of examples */ \
   field(CpuLevel, level)       /* one that this processor has */ \
   field(Number, num_workers)   /* threads that share the work, at least 1 */ \
   field(Address, workspace)    /* of accumulate_importance_workspace_bytes */
@@ -160,29 +163,38 @@ struct SelectionParams {
 };
 
 // select_importance: select_top of the sums that accumulate_importance makes of each set's examples,
-// for one weight and any number of sets; the sums exist for a few rows at a time.
+// for one weight, or each expert of a stacked one, and any number of sets; the sums exist for a few
+// rows at a time. A group is the examples of one set at one expert: expert after expert, and there
+// set after set.
 // clang-format off
 #define FASTDEAN_IMPORTANCE_SELECTION_PARAMS(field) \
-  field(Address, x)               /* [tokens, columns] */ \
+  field(Address, x)               /* [.., columns] */ \
   field(Number, x_stride_t) \
   field(Number, x_stride_c) \
-  field(Address, g)               /* [tokens, rows] */ \
+  field(Address, x_rows)          /* int64 [tokens]: each token's row of x; or 0: its own number */ \
+  field(Address, g)               /* [.., rows] */ \
   field(Number, g_stride_t) \
   field(Number, g_stride_r) \
+  field(Address, g_rows)          /* as x_rows */ \
   field(DType, dtype)             /* of x and g; not kFloat64 */ \
-  field(Address, weight)          /* [rows, columns], of column stride 1 */ \
+  field(Address, weight)          /* [experts, rows, columns], of column stride 1 */ \
+  field(Number, weight_stride_e) \
   field(Number, weight_stride_r) \
   field(DType, weight_dtype) \
+  field(Number, experts)          /* at least 1 */ \
   field(Number, rows) \
   field(Number, columns) \
   field(Number, tokens) \
-  field(Address, segments)        /* int64 [examples, 2]: start and end row, set after set */ \
-  field(Address, set_starts)      /* int64 [num_sets + 1]: the first example of each, and the end */ \
+  field(Address, segments)        /* int64 [examples, 2]: first token and end, group after group */ \
+  field(Address, group_starts)    /* int64 [experts * num_sets + 1]: the first example of each, and \
+                                     the end */ \
   field(Address, ks)              /* int64 [num_sets]: each at most rows * columns */ \
+  field(Address, num_examples)    /* int64 [num_sets]: at least 1 */ \
   field(Number, num_sets) \
-  field(Address, indices)         /* int64, written: ascending, room for k of each set in turn */ \
+  field(Address, indices)         /* int64, written: ascending, room for its set's k for each group */ \
   field(Address, sums)            /* fp32, written: the sums there */ \
-  field(Address, found)           /* int64 [num_sets, 3], written: as that of select_top */ \
+  field(Address, signed_sums)     /* fp32, written: sum_t g[t, r] x[t, c] there; or 0 */ \
+  field(Address, found)           /* int64 [experts, num_sets, 3], written: as that of select_top */ \
   field(CpuLevel, level)          /* one that this processor has */ \
   field(Number, num_workers)      /* threads that share the work, at least 1 */ \
   field(Address, workspace)       /* of select_importance_workspace_bytes */
@@ -287,7 +299,7 @@ int64_t select_top_workspace_bytes(const SelectionParams& params);
 // Checks level and dtype; writes nothing unless kOk.
 Status select_top_cpu(const SelectionParams& params);
 
-// Reads sizes, segments, sets and ks.
+// Reads sizes, segments, groups and ks.
 int64_t select_importance_workspace_bytes(const ImportanceSelectionParams& params);
 
 // Checks level, dtypes and segments; writes nothing unless kOk.

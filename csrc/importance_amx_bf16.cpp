@@ -60,19 +60,20 @@ struct Pairs {
   __m512i of[kRegisterRows];
 };
 
-Pairs pairs_of(const uint16_t* data, int64_t stride_t, int64_t stride_w, int64_t tokens,
-               int64_t columns) {
+// `data`: the first of the columns at row 0; `left`: how many there are from it on.
+Pairs pairs_of(const PanelSource& source, const uint16_t* data, int64_t left, int64_t first,
+               int64_t tokens) {
   Pairs pairs;
-  if (stride_w == 1 && columns >= kRegisterRows) {
+  if (source.stride_w == 1 && left >= kRegisterRows) {
     for (int64_t i = 0; i < kRegisterRows; ++i) {
-      const uint16_t* row = data + 2 * i * stride_t;
       __m512i pair = _mm512_setzero_si512();
       if (2 * i < tokens) {
-        pair = _mm512_maskz_cvtepu16_epi32(
-            kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+        const auto* row = reinterpret_cast<const __m256i*>(data + source.offset_of(first + 2 * i));
+        pair = _mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(row));
       }
       if (2 * i + 1 < tokens) {
-        const auto* next = reinterpret_cast<const __m256i*>(row + stride_t);
+        const auto* next =
+            reinterpret_cast<const __m256i*>(data + source.offset_of(first + 2 * i + 1));
         const __m512i high = _mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(next));
         pair = _mm512_or_si512(pair, _mm512_maskz_slli_epi32(kAll, high, 16));
       }
@@ -82,8 +83,9 @@ Pairs pairs_of(const uint16_t* data, int64_t stride_t, int64_t stride_w, int64_t
   }
   alignas(64) uint16_t values[kRegisterRows][kRegisterRows][2] = {};
   for (int64_t t = 0; t < std::min(tokens, kStepTokens); ++t) {
-    for (int64_t w = 0; w < std::min(columns, kRegisterRows); ++w) {
-      values[t / 2][w][t % 2] = data[t * stride_t + w * stride_w];
+    const uint16_t* row = data + source.offset_of(first + t);
+    for (int64_t w = 0; w < std::min(left, kRegisterRows); ++w) {
+      values[t / 2][w][t % 2] = row[w * source.stride_w];
     }
   }
   for (int64_t i = 0; i < kRegisterRows; ++i) pairs.of[i] = _mm512_load_si512(values[i]);
@@ -127,8 +129,8 @@ void pack(const PanelSource& source, int64_t wide, void* panel) {
     const int64_t end = source.segments[2 * b + 1];
     for (int64_t t = source.segments[2 * b]; t < end; t += kStepTokens) {
       for (int64_t w = 0; w < wide; w += kRegisterRows) {
-        const Pairs pairs = pairs_of(data + t * source.stride_t + w * source.stride_w,
-                                     source.stride_t, source.stride_w, end - t, source.columns - w);
+        const Pairs pairs =
+            pairs_of(source, data + w * source.stride_w, source.columns - w, t, end - t);
         const Pairs rows = of_g ? transposed(pairs) : pairs;
         for (int64_t i = 0; i < kRegisterRows; ++i) {
           _mm512_store_si512(to + i * kRowBytes, rows.of[i]);

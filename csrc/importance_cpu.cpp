@@ -64,7 +64,7 @@ void pack_as_float(const PanelSource& source, int64_t wide, void* panel) {
   const int64_t filled = std::min(wide, source.columns);
   for (int64_t b = 0; b < source.num_examples; ++b) {
     for (int64_t t = source.segments[2 * b]; t < source.segments[2 * b + 1]; ++t) {
-      const T* row = data + t * source.stride_t;
+      const T* row = data + source.offset_of(t);
       if (source.stride_w == 1) {
         for (int64_t w = 0; w < filled; ++w) to[w] = widen(row[w]);
       } else {
@@ -85,9 +85,9 @@ void pack_as_pairs(const PanelSource& source, int64_t wide, void* panel) {
   for (int64_t b = 0; b < source.num_examples; ++b) {
     const int64_t end = source.segments[2 * b + 1];
     for (int64_t t = source.segments[2 * b]; t < end; t += 2) {
-      const uint16_t* row = data + t * source.stride_t;
-      const uint16_t* next = row + source.stride_t;
-      if (t + 1 == end) {
+      const uint16_t* row = data + source.offset_of(t);
+      const uint16_t* next = t + 1 == end ? nullptr : data + source.offset_of(t + 1);
+      if (next == nullptr) {
         for (int64_t w = 0; w < filled; ++w) {
           to[2 * w] = row[w * source.stride_w];
           to[2 * w + 1] = 0;
@@ -175,22 +175,35 @@ bool segments_fit(const int64_t* segments, int64_t num_segments, int64_t tokens)
 
 namespace {
 
-// How the work is cut.
+// How the work of one expert is cut.
 struct Plan {
   TileKernel kernel;
+  float* acc;               // of the expert
+  const int64_t* segments;  // its examples
   std::vector<Chunk> chunks;
   int64_t row_panels;
   int64_t column_panels;
   int64_t g_panel_bytes;  // of the largest chunk
   int64_t x_panel_bytes;
   int64_t block_panels;  // column panels that a worker takes for one row panel
+
+  int64_t workspace_bytes() const {
+    return row_panels * g_panel_bytes + column_panels * x_panel_bytes + kAlignment;
+  }
 };
 
-Plan plan_of(const ImportanceParams& p) {
+const int64_t* starts_of(const ImportanceParams& p) {
+  return reinterpret_cast<const int64_t*>(p.expert_starts);
+}
+
+Plan plan_of(const ImportanceParams& p, int64_t expert) {
+  const int64_t* starts = starts_of(p);
   Plan plan;
   plan.kernel = kernel_of(static_cast<CpuLevel>(p.level), static_cast<DType>(p.dtype));
   const TileKernel& kernel = plan.kernel;
-  plan.chunks = chunks_of(reinterpret_cast<const int64_t*>(p.segments), p.num_segments, kernel);
+  plan.acc = reinterpret_cast<float*>(p.acc) + expert * p.acc_stride_e;
+  plan.segments = reinterpret_cast<const int64_t*>(p.segments) + 2 * starts[expert];
+  plan.chunks = chunks_of(plan.segments, starts[expert + 1] - starts[expert], kernel);
   plan.row_panels = (p.rows + kernel.rows - 1) / kernel.rows;
   plan.column_panels = (p.columns + kernel.columns - 1) / kernel.columns;
   int64_t steps = 0;
@@ -222,8 +235,9 @@ PanelSource source_of(const Work& work, int64_t data, int64_t stride_t, int64_t 
           stride_t,
           stride_w,
           columns - first,
-          reinterpret_cast<const int64_t*>(work.p.segments) + 2 * work.chunk.first,
-          work.chunk.count};
+          work.plan.segments + 2 * work.chunk.first,
+          work.chunk.count,
+          nullptr};
 }
 
 void pack_panels(void* context, int64_t) {
@@ -250,9 +264,10 @@ struct Place {
   int64_t width;
 };
 
-Place place_of(const ImportanceParams& p, const TileKernel& kernel, int64_t r, int64_t c) {
+Place place_of(const ImportanceParams& p, const Plan& plan, int64_t r, int64_t c) {
+  const TileKernel& kernel = plan.kernel;
   const int64_t row = r * kernel.rows, column = c * kernel.columns;
-  return {reinterpret_cast<float*>(p.acc) + row * p.acc_stride_r + column * p.acc_stride_c,
+  return {plan.acc + row * p.acc_stride_r + column * p.acc_stride_c,
           std::min(kernel.rows, p.rows - row), std::min(kernel.columns, p.columns - column)};
 }
 
@@ -298,7 +313,7 @@ void take_blocks(void* context, int64_t) {
     const int64_t first = item / plan.row_panels * plan.block_panels;
     const int64_t end = std::min(first + plan.block_panels, plan.column_panels);
     for (int64_t c = first; c < end; ++c) {
-      const Place place = place_of(p, kernel, r, c);
+      const Place place = place_of(p, plan, r, c);
       prefetch_tile(p, place);
       kernel.run(work.g_panels + r * plan.g_panel_bytes, work.x_panels + c * plan.x_panel_bytes,
                  work.steps, work.chunk.count, total);
@@ -325,9 +340,11 @@ CpuLevel best_cpu_level() {
 }
 
 int64_t accumulate_importance_workspace_bytes(const ImportanceParams& p) {
-  const Plan plan = plan_of(p);
-  return plan.row_panels * plan.g_panel_bytes + plan.column_panels * plan.x_panel_bytes +
-         kAlignment;
+  int64_t bytes = 0;
+  for (int64_t expert = 0; expert < p.experts; ++expert) {
+    bytes = std::max(bytes, plan_of(p, expert).workspace_bytes());
+  }
+  return bytes;
 }
 
 Status accumulate_importance_cpu(const ImportanceParams& p) {
@@ -337,17 +354,21 @@ Status accumulate_importance_cpu(const ImportanceParams& p) {
   if (element_bytes(p.dtype) == 0 || p.dtype == static_cast<int64_t>(DType::kFloat64)) {
     return Status::kUnknownDType;
   }
-  const auto* segments = reinterpret_cast<const int64_t*>(p.segments);
-  if (!segments_fit(segments, p.num_segments, p.tokens)) return Status::kIndexOutOfRange;
-  const Plan plan = plan_of(p);
-  for (const Chunk& chunk : plan.chunks) {
-    const std::vector<int64_t> steps = steps_of(segments, chunk, plan.kernel);
-    char* start = reinterpret_cast<char*>(round_up(p.workspace, kAlignment));
-    Work work{p,  plan, chunk, steps.data(), start, start + plan.row_panels * plan.g_panel_bytes,
-              {0}};
-    run_workers(p.num_workers, pack_panels, &work);
-    work.next = 0;
-    run_workers(p.num_workers, take_blocks, &work);
+  if (!segments_fit(reinterpret_cast<const int64_t*>(p.segments), starts_of(p)[p.experts],
+                    p.tokens)) {
+    return Status::kIndexOutOfRange;
+  }
+  for (int64_t expert = 0; expert < p.experts; ++expert) {
+    const Plan plan = plan_of(p, expert);
+    for (const Chunk& chunk : plan.chunks) {
+      const std::vector<int64_t> steps = steps_of(plan.segments, chunk, plan.kernel);
+      char* start = reinterpret_cast<char*>(round_up(p.workspace, kAlignment));
+      Work work{p,  plan, chunk, steps.data(), start, start + plan.row_panels * plan.g_panel_bytes,
+                {0}};
+      run_workers(p.num_workers, pack_panels, &work);
+      work.next = 0;
+      run_workers(p.num_workers, take_blocks, &work);
+    }
   }
   return Status::kOk;
 }

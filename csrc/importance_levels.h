@@ -20,12 +20,17 @@ constexpr CpuLevel kImportanceLevels[] = {
 
 // Some examples' tokens in a few neighbouring columns of G or of X.
 struct PanelSource {
-  const void* data;         // the first of these columns at token 0
-  int64_t stride_t;         // between tokens, in elements
+  const void* data;         // the first of these columns at row 0
+  int64_t stride_t;         // between rows, in elements
   int64_t stride_w;         // between columns, in elements
   int64_t columns;          // how many the matrix has; the panel's further ones are 0
   const int64_t* segments;  // [num_examples, 2]: first token and end of each
   int64_t num_examples;
+  const int64_t* rows;  // of each token; null: a token is its row
+
+  int64_t offset_of(int64_t token) const {
+    return (rows == nullptr ? token : rows[token]) * stride_t;
+  }
 };
 
 // Writes a panel of `wide` columns, [steps, wide, tokens of a step] unless the level says otherwise.

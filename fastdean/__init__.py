@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastdean.coupling.sets import couple
     from fastdean.evaluation.dependence import hsic
     from fastdean.jobs.calling import run
+    from fastdean.jobs.estimate import estimate
     from fastdean.masks import NeuronMask
     from fastdean.masks.checkpoint import patch_checkpoint
 
@@ -38,6 +39,7 @@ _HOME = {
     "collapse_alignment_loss": "fastdean.collapse",
     "collapse_metrics": "fastdean.collapse",
     "couple": "fastdean.coupling",
+    "estimate": "fastdean.jobs.estimate",
     "hsic": "fastdean.evaluation.dependence",
     "patch_checkpoint": "fastdean.masks.checkpoint",
     "run": "fastdean.jobs.calling",
@@ -54,6 +56,7 @@ __all__ = [
     "collapse_alignment_loss",
     "collapse_metrics",
     "couple",
+    "estimate",
     "hsic",
     "patch_checkpoint",
     "run",

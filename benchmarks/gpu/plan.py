@@ -54,17 +54,18 @@ _TRITON = {
     "importance": (4, "importance_op"),
     "selection": (3, "selection_op", "selection_kernel"),
     "experts": (2, "expert_importance_op"),
+    "fused": (2, "importance_selection_op", "expert_selection_op", "importance_selection_kernel"),
 }
 _NATIVE = {
     "collapse": (2, "collapse_op"),
     "masks": (2, "mask_op", "edits", "toggling"),
     "repeatable": (2, "repeatable"),
-    "score": (3, "score", "score_kernels", "score_losses", "score_state"),
+    "score": (3, "score", "score_kernels", "score_losses", "score_state", "varlen"),
 }
 # Nothing that is measured or sanitized rests on these.
 _OTHER = {
     "host": (1, "no_host_in_the_loop"),
-    "other": (2, "token_blocks", "coupling", "distributed"),
+    "other": (2, "token_blocks", "coupling", "distributed", "ahead"),
 }
 # What is sanitized of an operation, awkward strides and lengths and sizes that no tile divides:
 # the file, and its tests.
@@ -87,6 +88,11 @@ _SANITIZED = {
     ),
     "selection": ("repeatable", "test_an_op_repeats_its_bits[selection-torch.bfloat16-triton]"),
     "experts": ("expert_importance_op", "test_every_expert_gets_its_own_examples"),
+    "fused": (
+        "importance_selection_kernel",
+        "test_the_tiles_with_the_largest_entries_are_computed_again",
+        "test_where_all_tiles_reach_the_bound_sums_are_made_after_all",
+    ),
     "units": ("repeatable", "test_an_op_repeats_its_bits[unit_sums-torch.bfloat16-triton]"),
 }
 # Operation -> seconds after which nothing new is measured of it.
@@ -97,6 +103,7 @@ _MEASURED = {
     "collapse": 35,
     "unit_importance": 10,
     "expert_importance": 15,
+    "select_importance": 10,
 }
 _SCORE = ("score", "--dtype", "bf16", "--random-model")
 _SCORE_7B = (*_SCORE, "qwen2-7b", "--examples", "128", "--profile")
@@ -210,5 +217,6 @@ FORMS = tuple(
         ("select_top:triton", "selection", "selection", "selection"),
         ("accumulate_unit_importance_:triton", "unit_importance", "units", "unit_sums"),
         ("accumulate_expert_importance_:triton", "expert_importance", "experts", "expert_sums"),
+        ("select_importance:triton", "select_importance", "fused", "fused_selection"),
     )
 )

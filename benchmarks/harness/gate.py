@@ -27,6 +27,9 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "selection": test_files("selection_op", "selection_kernel"),
     "unit_importance": test_files("importance_op"),
     "expert_importance": test_files("expert_importance_op"),
+    "select_importance": test_files(
+        "importance_selection_op", "expert_selection_op", "importance_selection_kernel"
+    ),
     "mask": test_files("mask_op", "edits", "toggling"),
     "collapse": test_files("collapse_op"),
 }

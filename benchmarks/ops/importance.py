@@ -106,7 +106,7 @@ def case(
 def expert_case(experts: int, active: int, rows: int, columns: int, examples: int) -> Case:
     counts = torch.tensor([length.tokens for length in lengths.beavertails(examples)])
     tokens = int(counts.sum())
-    segments, numbers = _routed(counts, experts, active)
+    segments, numbers = routed(counts, experts, active)
     pairs, used = tokens * active, numbers.unique().tolist()
 
     def make(generator: torch.Generator) -> SimpleNamespace:
@@ -148,7 +148,7 @@ def expert_case(experts: int, active: int, rows: int, columns: int, examples: in
     )
 
 
-def _routed(counts: Tensor, experts: int, active: int) -> tuple[Tensor, Tensor]:
+def routed(counts: Tensor, experts: int, active: int) -> tuple[Tensor, Tensor]:
     """(segments, experts) of examples with `counts` tokens: every token goes to `active` different
     experts, all alike; the same every time. int64 [S, 2], none empty, and [S], ascending."""
     generator = torch.Generator().manual_seed(experts)

@@ -18,7 +18,14 @@ from benchmarks.harness.clock import Spread
 from benchmarks.harness.rates import copy_bandwidth, large_product_rate
 from benchmarks.harness.session import Session, release
 from benchmarks.harness.store import say
-from benchmarks.ops import collapse, importance, mask, selection, unit_importance
+from benchmarks.ops import (
+    collapse,
+    importance,
+    mask,
+    select_importance,
+    selection,
+    unit_importance,
+)
 from benchmarks.ops.measuring import check, input_sets, measured
 from fastdean.kernels import interpreted
 
@@ -28,6 +35,7 @@ OPERATIONS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "selection": selection.cases,
     "unit_importance": unit_importance.cases,
     "expert_importance": importance.expert_cases,
+    "select_importance": select_importance.cases,
     "mask": mask.cases,
     "collapse": collapse.cases,
 }

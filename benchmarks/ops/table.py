@@ -18,6 +18,7 @@ _AXES = {
     "selection": ("ratio", ("rows", "columns")),
     "mask": ("matrices", ("rows", "columns")),
     "expert_importance": ("examples", ("experts", "active", "rows", "columns")),
+    "select_importance": ("tokens", ("experts", "rows", "columns", "ratio")),
     "collapse": ("labelled", ("tokens", "features", "classes")),
 }
 # A resumed run has several dates: the latest of each contender, not of each run.

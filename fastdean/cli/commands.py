@@ -14,7 +14,8 @@ from fastdean.cli.flags import naming
 from fastdean.cli.options import Json, Overwrite, Preview, Quiet, out_option
 from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
 from fastdean.jobs import options
-from fastdean.jobs.coupling.job import DATA_SETS, Job, ScoreJob
+from fastdean.jobs.coupling.job import Job, ScoreJob
+from fastdean.jobs.estimate import EstimateJob
 from fastdean.jobs.options import Help
 from fastdean.wording.printable import one_line, printable
 
@@ -105,16 +106,23 @@ def run(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> dict[str, Any] | None:
-    """Score three data sets, couple, mask, measure before and after, and report: the whole job.
+    """Score data sets, couple, mask, measure before and after, and report: the whole job.
 
-    Margins need rows with an `unsafe` response beside the safe one. Works under torchrun: the
-    examples are split over the ranks. Run the same command again to resume.
+    The sets are fairness, privacy and general, or any that `--set NAME=SRC` names; `--couple A,B`
+    and `--general C,D` then say which are coupled and which are spared. Margins need rows with an
+    `unsafe` response beside the safe one. Works under torchrun: the examples are split over the
+    ranks. Run the same command again to resume.
 
     Example: `fastdean run --model Qwen/Qwen2-7B-Instruct --fairness beavertails:fairness --privacy
     beavertails:privacy --general alpaca-cleaned --ratio 5e-7 --out run/`
+
+    Example: `fastdean run --model my-model --set toxic=toxic.csv --set leaks=leaks.csv --set
+    chat=alpaca-cleaned --set code=code.csv --couple toxic,leaks --general chat,code --out run/`
     """
     if preview:
-        return _preview({name: getattr(job, name) for name in DATA_SETS}, job)
+        sets = job.data_sets
+        called = {name: sets.argument(name) for name in sets.sources}
+        return _preview(sets.sources, job, called)
     return _run_job(job, _given(out), overwrite, quiet)
 
 
@@ -174,6 +182,7 @@ def couple(
     trust_remote_code: options.TrustRemoteCode = False,
     dtype: options.Dtype = "auto",
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> dict[str, Any]:
     """Select the coupled weights from saved scores and save them as a mask.
 
@@ -233,6 +242,7 @@ def apply(
     trust_remote_code: options.TrustRemoteCode = False,
     dtype: options.Dtype = "auto",
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> dict[str, Any]:
     """Load a model, apply a mask, and save it as an ordinary Hugging Face folder with a card.
 
@@ -275,6 +285,7 @@ def patch(
     follow_links: Annotated[
         bool, Help("Copy what links lead to outside of the checkpoint.")
     ] = False,
+    quiet: Quiet = False,
 ) -> dict[str, Any]:
     """Copy a checkpoint and edit the masked values in its files, without loading the model.
 
@@ -336,6 +347,22 @@ def report(
 
 
 @app.command()
+@command()
+def estimate(job: EstimateJob) -> dict[str, Any]:
+    """Say what scoring a model will need, before any weight is read: memory, operations, time.
+
+    From the model's configuration and example counts alone; a folder with a config.json will do.
+
+    Example: `fastdean estimate --model Qwen/Qwen2-7B-Instruct --examples 128 --gpu-memory 80GB`
+    """
+    from fastdean.jobs.estimate import run as run_estimate
+
+    found = run_estimate(job)
+    tell(str(found))
+    return found.to_dict()
+
+
+@app.command()
 def info(as_json: Json = False) -> None:
     """Print versions, devices, and which implementation of each operation would run and why.
 
@@ -347,10 +374,12 @@ def info(as_json: Json = False) -> None:
     typer.echo(printable(json.dumps(found, indent=2) if as_json else render(found)))
 
 
-def _preview(sources: dict[str, str], job: Any) -> dict[str, Any] | None:
+def _preview(
+    sources: dict[str, str], job: Any, called: dict[str, str] | None = None
+) -> dict[str, Any] | None:
     from fastdean.jobs.preview import preview, preview_text
 
-    found = preview(sources, job)
+    found = preview(sources, job, called)
     tell(preview_text(found))
     return found if is_first_rank() else None
 

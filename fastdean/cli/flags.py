@@ -25,6 +25,10 @@ _PIECE = re.compile(
 )
 
 
+# Advice to pass an argument, without a value.
+_ADVICE = re.compile(r"\b(?:pass|with) (?P<name>[a-z]\w*)=(?![\w'\"\[{-])")
+
+
 def flags_of(signature: Signature) -> dict[str, str]:
     """Parameter of a command -> what is typed for it: its flag, or an argument's placeholder."""
     found = {}
@@ -46,8 +50,12 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
     """A message with the flags in place of the names that can only mean an argument.
 
     A name does where the message begins with it, where a value follows (`min_k=1`), and where it is
-    no word of English (`max_length`).
+    no word of English (`max_length`). Advice to pass an argument that the command does not have
+    says that it is for Python.
     """
+
+    def marked(advice: re.Match) -> str:
+        return advice[0] if advice["name"] in flags else f"from Python, {advice[0]}"
 
     def retold(piece: re.Match) -> str:
         name = piece["name"]
@@ -61,7 +69,7 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
         shown = "" if value in (None, "True") else f" {_typed(value)}"
         return f"{flag}{shown}{beside}"
 
-    return _PIECE.sub(retold, text)
+    return _PIECE.sub(retold, _ADVICE.sub(marked, text))
 
 
 def _typed(value: str) -> str:

@@ -86,6 +86,7 @@ def _for_typer(parameter: inspect.Parameter) -> Any:
     kind = said.typed or get_args(parameter.annotation)[0]
     # A flag is there or not: none of them needs its opposite.
     flags = [f"--{parameter.name.replace('_', '-')}"] if kind is bool else []
+    flags = flags if said.flag is None else [said.flag]
     shown = not isinstance(parameter.default, tuple)
     option = typer.Option(*flags, help=said.text, metavar=said.metavar, show_default=shown)
     return Annotated[kind, option]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdean.coupling.scores import Scores
-    from fastdean.coupling.scoring import score
+    from fastdean.coupling.scoring import score, score_sets
     from fastdean.coupling.sets import couple, overlap
 
 # Loaded on use: who reads scores does not pay for what it takes to make them. No module may have
@@ -17,9 +17,10 @@ _HOME = {
     "couple": "fastdean.coupling.sets",
     "overlap": "fastdean.coupling.sets",
     "score": "fastdean.coupling.scoring",
+    "score_sets": "fastdean.coupling.scoring",
 }
 
-__all__ = ["Scores", "couple", "overlap", "score"]
+__all__ = ["Scores", "couple", "overlap", "score", "score_sets"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdean.coupling.accumulators import Accumulator, accumulators_of
 from fastdean.coupling.capture import Sums, capturing
+from fastdean.coupling.lookups import Lookups
 from fastdean.coupling.loss_check import require_finite
 from fastdean.coupling.milestones import Milestones
 from fastdean.coupling.progress import SweepProgress
@@ -83,7 +84,7 @@ class Sweep:
 
     Args:
         layers: name -> decoder layer, in the order in which the model calls them.
-        windows: bring in a layer's weights.
+        windows: bring in a layer's weights, and those of modules outside of the layers.
         split: divides targets into groups whose sums fit into memory together.
         progress: told of every batch and window.
         rehearsal: a batch that the whole model has run, and what its layers returned.
@@ -102,6 +103,7 @@ class Sweep:
     progress: SweepProgress
     rehearsal: Rehearsal
     milestones: Milestones = field(default_factory=Milestones)
+    _lookups: Lookups = field(init=False, repr=False)
 
     @property
     def _used(self) -> dict[int, frozenset[int]]:
@@ -115,14 +117,16 @@ class Sweep:
                 )
         by_layer = [_by_layer(of.scorable.targets) for of in self.sets]
         lowest = min(min(groups, default=len(self.layers)) for groups, _ in by_layer)
-        with replaying(self.layers) as replay:
+        self._lookups = Lookups(self.windows, self.states, len(self.layers))
+        with replaying(self.layers) as replay, self._lookups.answering():
             modules, steps = list(self.layers.values()), count()
             self.progress.plan(len(replay), lowest)
             for k, layer in enumerate(modules):
                 if self.milestones.pending(step := next(steps)):
                     self.progress.begin("forward", k)
-                    with self.windows(k, k + 1):
+                    with self.windows.layer(k, k + 1):
                         self.milestones.require_same(replay.names[k], layer)
+                        self.progress.weights_there()
                         self._forward(replay, k, step)
                     self.milestones.reached(step)
                     self.progress.end()
@@ -147,8 +151,9 @@ class Sweep:
                 if not todo:
                     continue
                 self.progress.begin("backward", k)
-                with self.windows(k, k - 1):
+                with self.windows.layer(k, k - 1 if k > lowest else k):
                     self.milestones.require_same(replay.names[k], modules[k])
+                    self.progress.weights_there()
                     for step, of, group, through in todo:
                         deeper = through and k != lowest
                         self._backward(replay, k, of, group, through=through, deeper=deeper)
@@ -167,7 +172,7 @@ class Sweep:
             for b in range(len(work.batches)):
                 if of in sets and number >= first:
                     with work.batch(b, self.device) as batch:
-                        yield number, batch
+                        yield number, self._lookups.of(number, batch)
                     self.progress.passed(batch.rows)
                 number += 1
 
@@ -181,7 +186,8 @@ class Sweep:
                 if k == b == 0:
                     works = [of.scorable.work for of in self.sets]
                     rows = sum(work.all_rows for work in works) + self.rehearsal.work.all_rows
-                    self.states.foresee(k, b, batch.rows / rows, len(replay))
+                    kept = len(replay) + bool(self.windows.tables)
+                    self.states.foresee(k, b, batch.rows / rows, kept)
                 self.milestones.batch_done(step, b + 1)
             self._rehearse(replay, k)
 
@@ -192,7 +198,8 @@ class Sweep:
             return
         # The number after those of all batches.
         b = sum(len(of.scorable.work.batches) for of in self.sets)
-        with self.rehearsal.work.batch(0, self.device) as batch, torch.no_grad():
+        with self.rehearsal.work.batch(0, self.device) as whole, torch.no_grad():
+            batch = self._lookups.of(b, whole)
             arguments, _ = self._reach(replay, k, b, batch)
             returned = replay.run(k, _detached(arguments))
             self.states.keep(k, b, returned)
@@ -209,6 +216,7 @@ class Sweep:
         if k == len(expected) - 1:
             for j in range(k + 1):
                 self.states.drop(j, b)
+            self._lookups.forget(b)
 
     def _loss(self, replay: Replay, of: Set, outside: Sequence[Target]) -> None:
         """Run what follows the layers, and backward to what the layers returned."""

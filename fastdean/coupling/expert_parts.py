@@ -53,17 +53,16 @@ def joined(
         return entries[target.parameter]
     parts = [entries[key] for key in sorted(_parts_of(target.parameter, entries), key=_first)]
     one = parts[0]
-    if one.index is None:
-        everything: dict[str, Tensor] = {"sums": torch.cat([part.sums for part in parts])}
-    else:
-        held = {
-            "sums": [part.sums for part in parts],
-            "weight": [part.weight for part in parts if part.weight is not None],
-            "index": [part.index for part in parts if part.index is not None],
-        }
-        everything = {name: torch.cat(tensors) for name, tensors in held.items()}
     unseen = tuple(expert for part in parts for expert in part.unseen)
-    entry = replace(one, **everything, unseen=unseen).scoped(expert_scope)
+    entry = replace(one, sums=torch.cat([part.sums for part in parts]), unseen=unseen)
+    if one.index is not None:
+        # Of a dense score each part has the whole weight.
+        weight, index = (
+            torch.cat([tensor for tensor in tensors if tensor is not None])
+            for tensors in ([part.weight for part in parts], [part.index for part in parts])
+        )
+        entry = replace(entry, weight=weight, index=index)
+    entry = entry.scoped(expert_scope)
     if keep_top is None or expert_scope == "expert":
         return entry
     # Of each part as many were kept as the whole tensor may hold.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 import uuid
@@ -56,6 +55,7 @@ class InMemory:
         self.name, self.budget = name, budget
         self._kept: dict[Key, dict[Name, tuple[Tensor, torch.device]]] = {}
         self.held_bytes = self.most_bytes = 0
+        self._foreseen: int | None = None
 
     def place(self, device: torch.device) -> torch.device:
         """Where a tensor of this device is kept."""
@@ -63,12 +63,9 @@ class InMemory:
 
     def keep(self, key: Key, tensors: Mapping[Name, Tensor], note: Note | None = None) -> None:
         size = _size(tensors)
-        if self.budget is not None and self.held_bytes + size > self.budget:
-            raise StateError(
-                f"states_budget must hold what the layers return with states={self.name!r}, "
-                f"{self.held_bytes + size:,} bytes and more, got {self.budget:,}; raise it, or use "
-                "states='auto', which goes on in other memory and in files"
-            )
+        # What comes before anything is foreseen is judged when it is.
+        if self._foreseen is not None:
+            self._require_room(self.held_bytes + size)
         self._kept[key] = {
             name: (compact(tensor).to(self.place(tensor.device)), tensor.device)
             for name, tensor in tensors.items()
@@ -85,6 +82,17 @@ class InMemory:
 
     def foresee(self, size: int) -> None:
         """Room is counted as it is taken: what is foreseen may be a little more."""
+        self._foreseen = size
+        self._require_room(self.held_bytes)
+
+    def _require_room(self, held: int) -> None:
+        """StateError, with the whole need, if so many bytes at a time are more than the budget."""
+        if self.budget is not None and held > self.budget:
+            raise StateError(
+                f"states_budget must hold what the layers return with states={self.name!r}, about "
+                f"{max(held, self._foreseen or 0):,} bytes, got {self.budget:,}; raise it, or use "
+                "states='auto', which goes on in other memory and in files"
+            )
 
     def used(self) -> dict[str, int]:
         return {self.name: self.most_bytes} if self.most_bytes else {}
@@ -174,20 +182,28 @@ def states_home(
         return
     automatic = where == "auto"
     parent = Path(tempfile.gettempdir()) if automatic else Path(where).expanduser()
-    folder = parent / f"fastdean-states-{uuid.uuid4().hex}"
-    made = [above for above in folder.parents if not above.exists()]
-    files = InFiles(folder)
+    # Straight into the folder: one of their own would be left behind when the process is killed.
+    mark = f"fastdean-{uuid.uuid4().hex}-"
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    files = InFiles(parent, mark)
 
     def undo() -> None:
         files.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in parent.glob(f"{mark}*"):  # where a file that is open keeps its name
+            left.unlink(missing_ok=True)
         for above in made:
             with suppress(OSError):  # somebody else has put something there
                 above.rmdir()
 
     with undone(undo):
         if not automatic:
-            folder.mkdir(parents=True)
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StateError(
+                    f"states must be a folder that can be made and written to, got {str(where)!r}: "
+                    f"{error.strerror or error}; choose another"
+                ) from error
             yield files
             return
         memory = [InMemory("device", budget)]

@@ -13,10 +13,12 @@ class Milestones:
 
     Attributes:
         used: of the sweep (`Sweep`): by layer, the layers whose results it takes.
+        bytes_read: of weights, by earlier processes.
     """
 
     def __init__(self) -> None:
         self.used: dict[int, frozenset[int]] = {}
+        self.bytes_read = 0
 
     def pending(self, step: int) -> bool:
         """Whether a step is still to be done."""

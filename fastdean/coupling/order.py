@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastdean.coupling.accumulators import sums_bytes
+from fastdean.coupling.needed_memory import ALLOCATOR
 from fastdean.coupling.trial import Scorable
-from fastdean.coupling.window_memory import WindowMemory
+from fastdean.coupling.window_memory import MARGIN, WindowMemory
 from fastdean.models.available_memory import available_memory
 from fastdean.models.distributed import Ranks
-from fastdean.models.forward import matrices_of
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError
 
@@ -26,8 +25,6 @@ ORDERS = ("auto", "batches", "layers")
 PLACES = ("auto", "device", "host")
 # Where somebody may want the states, in other words than ours.
 _NO_FOLDERS = frozenset(("cpu", "cuda", "disk", "files", "gpu", "memory", "ram"))
-# Memory that the model's passes take besides what autograd keeps: copies, scratch, fragments.
-_SPARE = 1.3
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,6 @@ def _room_for_dense(by: str, memory_budget: int | None, device: torch.device) ->
 
 def choose_order(
     order: str,
-    model: nn.Module,
     sets: Sequence[Scorable],
     granularity: str,
     keep_top: float | None,
@@ -183,14 +179,14 @@ def choose_order(
         if too_small:
             raise ValueError(
                 f"memory_budget must be at least {least:,} with order='layers', for the sums of "
-                f"one matrix and what its window holds of a batch of {windows.rows:,} tokens, got "
-                f"{memory_budget:,}; raise it, lower tokens_per_batch or leave it out"
+                f"one matrix and what its window holds of a batch of {windows.rows.batch:,} "
+                f"tokens, got {memory_budget:,}; raise it, lower tokens_per_batch or leave it out"
             )
         return Order(True, "as asked for")
     if too_small:
         return Order(False, f"memory_budget is less than the {_gb(least)} that a window takes")
     with ranks.failing_together():
-        chosen = _by_memory(model, sets, granularity, keep_top, memory_budget, device)
+        chosen = _by_memory(windows, sets, granularity, keep_top, memory_budget, device)
     if ranks.agree(chosen.by_layers) != chosen.by_layers:
         chosen = Order(not chosen.by_layers, "as the first rank goes")
     if ranks.first:
@@ -199,7 +195,7 @@ def choose_order(
 
 
 def _by_memory(
-    model: nn.Module,
+    windows: WindowMemory,
     sets: Sequence[Scorable],
     granularity: str,
     keep_top: float | None,
@@ -215,7 +211,7 @@ def _by_memory(
             return Order(
                 False, f"keep_top is None, and {_gb(sum(of_sets))} of sums do not fit by layers"
             )
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    if windows.model.offloaded:
         return Order(True, "some weights are offloaded, and a layer's are brought in once")
     free = available_memory(device)
     if free is None:
@@ -224,54 +220,50 @@ def _by_memory(
     sums = max(of_sets) if keep_top is not None else sum(of_sets)
     if memory_budget is not None:
         sums = min(sums, memory_budget)
-    batch = max(scorable.work.most_rows for scorable in sets) * kept_bytes_per_token(model)
+    batch = windows.model.batch(windows.rows)
     said = f"{_gb(sums)} of sums and {_gb(batch)} for a batch"
-    if _SPARE * (sums + batch) > free:
+    if sums + (1 + ALLOCATOR) * batch > free:
         return Order(True, f"{said} do not fit into {_gb(free)} of memory")
     return Order(False, f"{said} fit into {_gb(free)} of memory")
 
 
-def kept_bytes_per_token(model: nn.Module) -> int:
-    """About what autograd keeps of one token: the inputs and outputs of every matrix."""
-    return sum(sum(weight.shape) * weight.element_size() for weight in matrices_of(model))
-
-
-def window_bytes(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
+def reserved_bytes(
+    windows: WindowMemory,
     sets: Sequence[Scorable],
     granularity: str,
     memory_budget: int | None,
     dense: bool,
 ) -> int:
-    """About what a job layer by layer takes of memory at a time, besides what layers return.
+    """What a job layer by layer takes of memory at a time, besides what layers return.
+
+    Of weights only those that are offloaded count, which come in: the next layer's too.
 
     Args:
         dense: whether all sums are kept to the end.
     """
-    by_layer: Counter[int | None] = Counter()
-    for scorable in sets:
-        for target in scorable.targets:
-            by_layer[target.layer_index] += sums_bytes(target, granularity)
-    sums = max(by_layer.values(), default=0)
+    sums, every = sums_by_layer(sets, granularity)
     if memory_budget is not None:
-        sums = min(sums, memory_budget)
-    if dense:
-        sums += sum(by_layer.values())
-    of_layers = [kept_bytes_per_token(layer) for layer in layers.values()]
-    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
-    # Logits are passed through fp32.
-    behind = kept_bytes_per_token(model) - sum(of_layers) + (0 if head is None else 4 * len(head))
-    rows = max(scorable.work.most_rows for scorable in sets)
-    # What is offloaded comes into memory, the next layer's while one is in use.
-    weights = max(
-        (
-            2 * sum(weight.nbytes for weight in layer.parameters() if weight.is_meta)
-            for layer in layers.values()
-        ),
-        default=0,
-    )
-    return int(_SPARE * (sums + rows * max([*of_layers, behind]) + weights))
+        sums = {k: min(size, memory_budget) for k, size in sums.items()}
+    model = windows.model
+    held = [sums.get(k, 0) + windows.held(k) for k in (None, *range(len(model.layers)))]
+    weights = 2 * max((layer.offloaded for layer in model.layers), default=0)
+    return max(held) + (every if dense else 0) + int(MARGIN * weights)
+
+
+def sums_by_layer(sets: Iterable[Scorable], granularity: str) -> tuple[dict[int | None, int], int]:
+    """Bytes of the sums of one layer, by its position, and of all sums of all sets.
+
+    In a window the sums of one data set live at a time.
+    """
+    most: Counter[int | None] = Counter()
+    every = 0
+    for scorable in sets:
+        of_set: Counter[int | None] = Counter()
+        for target in scorable.targets:
+            of_set[target.layer_index] += sums_bytes(target, granularity)
+        every += sum(of_set.values())
+        most |= of_set
+    return dict(most), every
 
 
 def _gb(size: int) -> str:

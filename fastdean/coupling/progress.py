@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from fastdean.wording.doing import titled
 from fastdean.wording.printable import one_line
 
-# What a window of each kind takes beside a forward window, until one of its kind was measured.
-# Backward a layer runs twice forward, for its states and again with the hooks, and the sums.
+# What a window of each kind takes beside a forward window once its weights are there, until one of
+# its kind was measured. Backward a layer runs once more forward, and its two products of gradients
+# take as much each. Weights come in for both alike, which is measured apart.
 _SHARES = {"forward": 1.0, "loss": 3.0, "backward": 3.0}
 
 # Shows a text; the share of the sweep that is done; whether a window has just ended.
@@ -42,8 +43,12 @@ class SweepProgress:
     _layer: int = 0
     _began: float = 0.0
     _passed: int = 0
-    # Of windows that have ended, by kind: the seconds of each, and the tokens of the last.
+    # Seconds until the weights of this window were there.
+    _waited: float = 0.0
+    # Of windows that have ended, by kind: the seconds of each, those it waited for its weights, and
+    # the tokens of the last.
     _seconds: dict[str, list[float]] = field(default_factory=dict)
+    _waits: dict[str, list[float]] = field(default_factory=dict)
     _tokens: dict[str, int] = field(default_factory=dict)
 
     def plan(self, layers: int, lowest: int) -> None:
@@ -56,8 +61,12 @@ class SweepProgress:
 
     def begin(self, kind: str, layer: int) -> None:
         """A window begins: "forward" or "backward" through a layer, or "loss" behind them."""
-        self._kind, self._layer, self._passed = kind, layer, 0
+        self._kind, self._layer, self._passed, self._waited = kind, layer, 0, 0.0
         self._began = self.clock()
+
+    def weights_there(self) -> None:
+        """The window's weights are in memory, and its batches begin."""
+        self._waited = self.clock() - self._began
 
     def passed(self, tokens: int) -> None:
         """A batch of so many tokens, padding included, is through the window."""
@@ -67,6 +76,7 @@ class SweepProgress:
     def end(self) -> None:
         """The window has ended."""
         self._seconds.setdefault(self._kind, []).append(self.clock() - self._began)
+        self._waits.setdefault(self._kind, []).append(self._waited)
         self._tokens[self._kind] = self._passed
         self._tell(ended=True)
 
@@ -107,7 +117,8 @@ class SweepProgress:
         if ended:
             return later
         done = self._done()
-        here = spent * (1 - done) / done if done else max(0.0, known[self._kind] - spent)
+        working = spent - self._waited
+        here = working * (1 - done) / done if done else max(0.0, known[self._kind] - spent)
         return later + here
 
     def _expected(self, kind: str) -> float | None:
@@ -115,9 +126,14 @@ class SweepProgress:
         if kind in self._seconds:
             measured = self._seconds[kind]
             return sum(measured) / len(measured)
-        seconds = sum(sum(each) for each in self._seconds.values())
+        waits = [wait for each in self._waits.values() for wait in each]
+        if not waits:
+            return None
+        seconds = sum(sum(each) for each in self._seconds.values()) - sum(waits)
         shares = sum(_SHARES[each] * len(all_) for each, all_ in self._seconds.items())
-        return _SHARES[kind] * seconds / shares if shares else None
+        # Nothing comes in for the losses but the head.
+        wait = 0.0 if kind == "loss" else sum(waits) / len(waits)
+        return wait + _SHARES[kind] * seconds / shares
 
     def _done(self) -> float:
         """The share of this window's tokens that are through; 0 while nothing is known of it."""

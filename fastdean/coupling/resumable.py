@@ -17,7 +17,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
@@ -55,8 +55,9 @@ from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 
 _JOB, _PROGRESS = "job.json", "progress.json"
-# 1: the first.
-_FORMAT = 1
+# 1: the first. 2: what embeddings return is kept as that of further layers, and the bytes of
+# weights that were read.
+_FORMAT = 2
 # Between two commits within a step.
 _SECONDS = 30.0
 _ADVICE = "remove its folder to start again"
@@ -80,6 +81,7 @@ _PROGRESS_FILE: Kind = Record(
         "weights": Maps(Text(longest=64)),
         "used": Maps(Lists(Whole())),
         "most_bytes": Whole(),
+        "bytes_read": Whole(),
         "sha256": Text(longest=64),
     }
 )
@@ -94,9 +96,15 @@ class Resumable(Milestones):
     """
 
     def __init__(
-        self, folder: Path, number: str, ranks: Ranks, resident: Collection[str] = ()
+        self,
+        folder: Path,
+        number: str,
+        ranks: Ranks,
+        resident: Collection[str] = (),
+        read_here: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__()
+        self._read_here = read_here
         self._folder, self._number, self._ranks = folder, number, ranks
         self.home = KeptFiles(folder, number)
         self._commit: dict[str, Any] = _START
@@ -135,7 +143,7 @@ class Resumable(Milestones):
             self.home.restore(self._commit["files"])
             for k, (name, layer) in enumerate(layers.items()):
                 if name in self._weights or name in self._resident:
-                    with nullcontext() if name in self._resident else windows(k, k + 1):
+                    with nullcontext() if name in self._resident else windows.layer(k, k):
                         self._compare(name, layer)
         if self._ranks.first and self._commit != _START:
             logger.warning("scoring goes on from %r, after step %d", str(self._folder.parent), step)
@@ -193,6 +201,7 @@ class Resumable(Milestones):
             "weights": self._weights,
             "used": {str(k): sorted(used) for k, used in self.used.items()},
             "most_bytes": self.home.most_bytes,
+            "bytes_read": self.bytes_read + self._read_here(),
         }
         try:
             write_json_atomic(self._folder / _PROGRESS, {**content, "sha256": _digest(content)})
@@ -219,6 +228,7 @@ class Resumable(Milestones):
         self._weights = dict(found["weights"])
         self.used |= {int(k): frozenset(used) for k, used in found["used"].items()}
         self.home.most_bytes = found["most_bytes"]
+        self.bytes_read = found["bytes_read"]
 
 
 @contextmanager
@@ -230,6 +240,7 @@ def resumable(
     resident: Collection[str],
     ranks: Ranks,
     results_bytes: int,
+    read_here: Callable[[], int] = lambda: 0,
 ) -> Iterator[Resumable]:
     """The job in a folder, as far as it came. When the block ends well, its files are removed.
 
@@ -240,6 +251,7 @@ def resumable(
         windows: bring in a layer's weights.
         resident: names of the layers whose weights are in memory all the time.
         results_bytes: of the results, for which the disk must have room besides.
+        read_here: bytes of weights that this process has read for the job.
     Raises:
         ValueError: the folder holds anything else, or another process is at work with it.
     """
@@ -253,7 +265,13 @@ def resumable(
     ):
         with ranks.failing_together():
             _require_ours(place, where)
-            own.mkdir(parents=True, exist_ok=True)
+            try:
+                own.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StateError(
+                    f"resume must be a folder that can be made and written to, got {str(where)!r}: "
+                    f"{error.strerror or error}; choose another"
+                ) from error
             sweep(own)
         fresh = False
         try:
@@ -261,7 +279,7 @@ def resumable(
                 stack.enter_context(held(own, "resume"))
                 fresh = not (own / _JOB).exists()
                 number, levels = _claimed(own, where, parts, len(made))
-            job = Resumable(own, number, ranks, resident)
+            job = Resumable(own, number, ranks, resident, read_here)
             job.home.besides_bytes = results_bytes
             # Twice: an interrupt of the first leaves the second.
             stack.enter_context(undone(job.home.close))
@@ -286,7 +304,9 @@ def resumable(
         # A rank that is through waits until all are.
         with ranks.failing_together():
             pass
-        remove_folder(own)
+        with ranks.failing_together():
+            remove_folder(own)
+        # The rank that made the folder finds it empty only now.
         _remove_empty(place, levels)
 
 
@@ -420,4 +440,5 @@ def _put_back(handler: Any) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
+    logger.warning("terminated; what is finished is kept, call again with the same arguments")
     raise SystemExit(128 + number)

@@ -76,11 +76,11 @@ class TopSets:
             for index in sets
         ]
         for m in range(self.matrices):
-            inside = (
+            first, second, general = (
                 index[starts[m] : starts[m + 1]] - m * size
                 for index, starts in zip(sets, bounds, strict=True)
             )
-            yield TopSets(*inside, numel=size, seed=f"{self.seed}/{m}")
+            yield TopSets(first, second, general, size, f"{self.seed}/{m}")
 
 
 def _paper(sets: TopSets) -> Tensor:

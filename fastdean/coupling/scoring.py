@@ -33,7 +33,7 @@ from fastdean.coupling.order import (
     require_order,
     require_room_for_dense,
     require_streamable,
-    window_bytes,
+    reserved_bytes,
 )
 from fastdean.coupling.progress import sweep_progress
 from fastdean.coupling.resumable import discard, holds_job, resumable
@@ -55,6 +55,7 @@ from fastdean.coupling.trial import Scorable, find_scorable
 from fastdean.coupling.window_memory import WindowMemory
 from fastdean.coupling.workloads import LossFunction, plan_workload
 from fastdean.models.adapters import require_no_prompts
+from fastdean.models.available_memory import peak_memory
 from fastdean.models.distributed import Ranks
 from fastdean.models.model_state import (
     eager,
@@ -69,11 +70,11 @@ from fastdean.models.stacks import decoder_layers
 from fastdean.models.streaming import StreamedModel
 from fastdean.models.trees import Path as TreePath
 from fastdean.models.windows import (
+    OffloadedModel,
     Windows,
     beginning,
     outside_layers,
     resident_layers,
-    resident_windows,
     stream_of,
 )
 from fastdean.wording.doing import titled
@@ -260,8 +261,10 @@ def score_sets(
     granularity = checked_granularity(granularity)
     targets = find_targets(model, target_modules, granularity)
     require_own_parameters(model, targets)
-    # A budget that is too small is refused before anything runs.
-    split_by_memory(targets, granularity, memory_budget)
+    # A budget that is too small is refused before anything runs. Layer by layer more is needed than
+    # the sums, and all of it is told at once, when the batches are known.
+    by_layers = order == "layers" or stream is not None
+    split_by_memory([] if by_layers else targets, granularity, memory_budget)
     if stream is not None:
         require_streamable(order, keep_top, granularity)
         if reading.get("tokenizer") is None:
@@ -298,14 +301,10 @@ def score_sets(
                 order = "layers"
             # The same on all ranks, which must split their targets alike.
             windows = WindowMemory.of(
-                model,
-                list(layers.values()),
-                rows=ranks.highest(max(each.work.most_rows for each in sets.values())),
-                longest=ranks.highest(max(each.work.longest for each in sets.values())),
+                model, list(layers.values()), [each.work for each in sets.values()], ranks
             )
             chosen = choose_order(
                 order if stream is None else "layers",
-                model,
                 list(sets.values()),
                 granularity,
                 keep_top,
@@ -342,13 +341,19 @@ def score_sets(
                 except NotByLayers as error:
                     # Ranks without examples would not know of it.
                     if stream is not None:
-                        raise NotByLayers(f"{error}; load the model first") from error
+                        raise NotByLayers(
+                            f"{error}; load the model first, as order='batches' does"
+                        ) from error
                     if order != "auto" or ranks.size > 1:
                         raise NotByLayers(f"{error}; use order='batches'") from error
                     logger.warning("batch by batch after all: %s", error)
                     if resume is not None:
                         discard(resume)
                     chosen = Order(False, f"not layer by layer: {error}")
+            if states != "auto" and ranks.first:
+                logger.warning(
+                    "states=%r is not used: batch by batch no states are kept", str(states)
+                )
             return job.by_batches(chosen)
 
 
@@ -446,8 +451,10 @@ class _Scoring:
                 rehearsal=Rehearsal(last.tried or last.work, self.returned),
                 milestones=milestones,
             ).run()
-            used = home.used()
-            return {name: self._scores(name, entries.pop(name), order, used) for name in self.sets}
+            used, read = home.used(), milestones.bytes_read + self._read_here()
+            return {
+                name: self._scores(name, entries.pop(name), order, used, read) for name in self.sets
+            }
 
     @contextmanager
     def _keeping(
@@ -460,9 +467,8 @@ class _Scoring:
         """Where states are kept, and who hears of the progress."""
         sets = list(self.sets.values())
         if resume is None:
-            reserve = window_bytes(
-                self.model,
-                layers,
+            reserve = reserved_bytes(
+                self.windows,
                 sets,
                 self.granularity,
                 self.memory_budget,
@@ -484,11 +490,17 @@ class _Scoring:
         results = sum(entries_bytes(s.targets, self.granularity, self.keep_top) for s in sets)
         windows = self._windows(layers)
         resident = () if self.stream is not None else resident_layers(layers)
-        with resumable(resume, parts, layers, windows, resident, self.ranks, results) as job:
+        with resumable(
+            resume, parts, layers, windows, resident, self.ranks, results, self._read_here
+        ) as job:
             yield job.home, job
 
+    def _read_here(self) -> int:
+        """Bytes of streamed weights that this process has read for the job."""
+        return 0 if self.stream is None else self.stream.bytes_read - self.read_before
+
     def _windows(self, layers: Mapping[str, nn.Module]) -> Windows:
-        return resident_windows(layers) if self.stream is None else self.stream.layer
+        return OffloadedModel(self.model, layers) if self.stream is None else self.stream
 
     def _entries(
         self, scorable: Scorable, group: Sequence[Target], sums: dict[str, Accumulator]
@@ -514,6 +526,7 @@ class _Scoring:
         entries: dict[str, ScoreEntry],
         order: Order,
         used: Mapping[str, int] | None = None,
+        read: int = 0,
     ) -> Scores:
         scorable = self.sets[name]
         entries = {
@@ -536,14 +549,17 @@ class _Scoring:
         warn_about_unseen(entries)
         described = order.described(used)
         if self.stream is not None:
-            described["bytes_of_weights_read"] = self.stream.bytes_read - self.read_before
+            described["bytes_of_weights_read"] = read
+        peak = peak_memory(self.device)
+        if peak is not None and self.ranks.first:
+            logger.info("%s: at most %.2f GB of memory so far", name, peak / 1e9)
         scores = Scores(
             entries,
             granularity=self.granularity,
             num_examples=scorable.work.num_examples,
             keep_top=self.keep_top,
             expert_scope=self.expert_scope,
-            manifest=manifest | {"order": described},
+            manifest=manifest | {"order": described, "costs": {"peak_memory": peak}},
         )
         self.finished(name, scores)
         return scores

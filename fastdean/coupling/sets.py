@@ -86,7 +86,7 @@ def couple(
     Source:
         DEAN (arXiv 2410.16672), coupled-neuron selection; "released" from the authors' code.
     """
-    general = [] if general is None else [general] if isinstance(general, Scores) else list(general)
+    general = _as_list(general)
     _require_scores([first, second, *general])
     if expert_scope is not None:
         first, second, *general = (s.scoped(expert_scope) for s in (first, second, *general))
@@ -155,11 +155,13 @@ def overlap(
     first: Scores,
     second: Scores,
     *,
-    general: Scores | None = None,
+    general: Scores | Sequence[Scores] | None = None,
     ratios: Sequence[float],
 ) -> list[dict]:
     """Count how much the top sets overlap, matrix by matrix, at each ratio.
 
+    Args:
+        general: as `couple` takes it: none, one, or several.
     Returns:
         One row per ratio: k (candidates of `first`), coupled, expected_by_chance (of two
         independent sets of these sizes), removed by general, kept by the rule "paper"; each summed
@@ -167,7 +169,7 @@ def overlap(
     Raises:
         ValueError: a ratio out of range, or scores that do not belong together.
     """
-    everyone = [first, second, *([] if general is None else [general])]
+    everyone = [first, second, *_as_list(general)]
     _require_scores(everyone)
     _require_same_weights(everyone)
     rows = []
@@ -190,6 +192,10 @@ def overlap(
             row["kept"] += coupled - removed
         rows.append(row)
     return rows
+
+
+def _as_list(general: Scores | Sequence[Scores] | None) -> list[Scores]:
+    return [] if general is None else [general] if isinstance(general, Scores) else list(general)
 
 
 def _warn_about_data(first: Scores, second: Scores, general: Sequence[Scores]) -> None:

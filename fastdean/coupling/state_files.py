@@ -108,12 +108,13 @@ class InFiles:
 
     Args:
         folder: made with the first file; whoever made this removes it.
+        mark: begins the name of every file.
     """
 
     name = "files"
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, mark: str = "") -> None:
+        self.folder, self._mark = folder, mark
         self.files: dict[Key, StateFile] = {}
         self.most_bytes = 0
 
@@ -192,7 +193,7 @@ class InFiles:
 
     def _file(self, key: Key) -> StateFile:
         if key not in self.files:
-            self.files[key] = self._opened(self.folder / "-".join(map(str, key)))
+            self.files[key] = self._opened(self.folder / (self._mark + "-".join(map(str, key))))
         return self.files[key]
 
     def _opened(self, path: Path) -> StateFile:

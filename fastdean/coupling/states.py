@@ -59,6 +59,10 @@ class States:
         shapes = self._shapes[layer, batch]
         return shapes.replaced(self._named(layer, batch, self.home.bring(("state", layer, batch))))
 
+    def keeps(self, layer: int, batch: int) -> bool:
+        """Whether what the layer returned for the batch is there."""
+        return (layer, batch) in self._shapes
+
     def shapes(self, layer: int, batch: int) -> Returned:
         """What the layer returned, its tensors on the meta device."""
         return self._shapes[layer, batch]
@@ -68,7 +72,8 @@ class States:
 
         Args:
             share: of the rows of all batches, those of this one.
-            layers: of the model. Two more are at the end of a window as gradients.
+            layers: of the model, and one for what embeddings return if that is kept. Two more are
+                at the end of a window as gradients.
         """
         size = sum(tensor.nbytes for tensor in self.shapes(layer, batch).tensors().values())
         self.home.foresee(int(size / share * (layers + 2)))

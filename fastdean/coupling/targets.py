@@ -214,11 +214,13 @@ def find_targets(
 
 def _require_own_weights(candidates: Sequence[Target], chosen: Sequence[Target]) -> None:
     """Refuse a weight that two layers use: its gradient is the sum of both, and a hook sees one."""
+    # Kept: one that is computed is another tensor each time, and may lie where the last one lay.
+    weights = {target.name: target.weight for target in candidates}
     users: dict[int, list[str]] = {}
-    for target in candidates:
-        users.setdefault(id(target.weight), []).append(target.name)
+    for name, weight in weights.items():
+        users.setdefault(id(weight), []).append(name)
     for target in chosen:
-        others = [name for name in users[id(target.weight)] if name != target.name]
+        others = [name for name in users[id(weights[target.name])] if name != target.name]
         if others:
             raise ValueError(
                 f"target_modules must match layers with weights of their own, got {target.name}, "

@@ -311,9 +311,9 @@ class _Observer:
             if seen.times == 1 and routing.total == self._rows:
                 seen.largest = float(g.abs().max()) if g.numel() else 0.0
                 seen.total = _squared_norm(g.float())
-                found = self._routed_rows(target, x, g, routing)
+                inside, captured = self._routed_rows(target, x, g, routing)
                 # In whatever order the batch is: it has no other rows.
-                seen.inside, seen.captured = ([each, each] for each in found)
+                seen.inside, seen.captured = [inside] * 2, [captured] * 2
             return
         examples = len(self._segments)
         orders = [(x, g), (batch_first(x, examples), batch_first(g, examples))]

@@ -1,70 +1,51 @@
 """What a window of a sweep holds of one batch, beside the sums of its targets.
 
-By the shapes of the weights, before anything runs, so that a budget that is too small is refused
-then. A test compares it with what a sweep really holds, which is less. Layers that hand on more
-than one stream of the hidden size may hold more.
+By the shapes of the weights (needed_memory.py), before anything runs, so that a budget that is too
+small is refused then. A test compares it with what a sweep really holds, which is less: budgets
+keep a margin above the estimate. Layers that hand on more than one stream of the hidden size may
+hold more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from fastdean.coupling.accumulators import split_by_memory, sums_bytes
+from fastdean.coupling.needed_memory import ModelMemory, Rows
 from fastdean.coupling.targets import Target
-from fastdean.models.forward import matrices_of
-from fastdean.models.hooks import has_hooks
-from fastdean.models.model_state import text_config
+from fastdean.coupling.workloads import Workload
+from fastdean.models.distributed import Ranks
 
-# Tensors as wide as what a layer returns that a backward window holds at its peak: a kept answer
-# and the copy that the model is given, the layer's own copy, what it returns now and what it
-# returned before, the gradients of its results and of its arguments, those added to an earlier
-# layer's and their sum.
-_HANDED_ON = 9
-# Of each answer of a layer above the last: kept, and the copy that the model is given.
-_ANSWER = 2
-# Of the inputs and outputs of the matrices: what autograd keeps of functions between them, and the
-# gradients that are on their way.
-_KEPT = 2
-# Of each pair of tokens of an example and each head, where attention makes products of all pairs.
-_PAIRS = 3
+# Of the estimate, what a budget must leave besides: it may be a tenth too low.
+MARGIN = 1.1
 
 
 @dataclass(frozen=True)
 class WindowMemory:
-    """Bytes that each window with targets holds of its largest batch, by the layer's position.
+    """Bytes that each window with targets holds of its largest batch."""
 
-    Attributes:
-        held: None stands for what follows the layers.
-    """
-
-    rows: int
-    held: Mapping[int | None, int]
+    model: ModelMemory
+    rows: Rows
 
     @classmethod
     def of(
-        cls, model: nn.Module, layers: Sequence[nn.Module], rows: int, longest: int
+        cls, model: nn.Module, layers: Sequence[nn.Module], works: Sequence[Workload], ranks: Ranks
     ) -> WindowMemory:
-        """For batches of `rows` token rows at most, and examples of at most `longest`."""
-        config = text_config(model)
-        experts = getattr(config, "num_experts_per_tok", None)
-        inside = {id(p) for layer in layers for p in layer.parameters()}
-        outside = [w for w in matrices_of(model) if id(w) not in inside]
-        width = _width(model, layers)
-        # Whoever watches a layer is given what it returned, so that every answer is brought.
-        answers = len(layers) if any(map(has_hooks, layers)) else 1
-        handed_on = (_HANDED_ON + _ANSWER * (answers - 1)) * width
-        size = max((p.element_size() for layer in layers for p in layer.parameters()), default=0)
-        pairs = _PAIRS * size * longest * (getattr(config, "num_attention_heads", None) or 0)
-        held: dict[int | None, int] = {
-            k: rows * (handed_on + pairs + _KEPT * _activations(layer, experts))
-            for k, layer in enumerate(layers)
-        }
-        behind = sum(sum(weight.shape) * weight.element_size() for weight in outside)
-        held[None] = rows * (handed_on + _KEPT * behind)
-        return cls(rows, held)
+        """For the batches of these data sets; the same on all ranks."""
+        rows = Rows(
+            batch=ranks.highest(max(work.most_rows for work in works)),
+            targets=ranks.highest(max(work.most_targets for work in works)),
+            all=ranks.highest(sum(work.all_rows for work in works)),
+            longest=ranks.highest(max(work.longest for work in works)),
+        )
+        return cls(ModelMemory.of(model, layers), rows)
+
+    def held(self, layer: int | None) -> int:
+        """With the margin; None stands for what follows the layers."""
+        return int(MARGIN * self.model.window(layer, self.rows, pairs=True))
 
     def split(
         self, targets: Sequence[Target], granularity: str, memory_budget: int | None
@@ -73,37 +54,13 @@ class WindowMemory:
         if memory_budget is None or not targets:
             return [list(targets)]
         return split_by_memory(
-            targets, granularity, memory_budget - self.held[targets[0].layer_index]
+            targets, granularity, memory_budget - self.held(targets[0].layer_index)
         )
 
     def least(self, targets: Sequence[Target], granularity: str) -> int:
         """The smallest budget that any of these targets can be scored under."""
         return max(
-            sums_bytes(t, granularity) + self.held[t.layer_index]
+            sums_bytes(t, granularity) + self.held(t.layer_index)
             for whole in targets
             for t in whole.pieces(lambda _: False)
         )
-
-
-def _activations(layer: nn.Module, experts: int | None) -> int:
-    """Bytes of one token in the inputs and outputs of every matrix.
-
-    Of stacked experts, of those that a token goes through.
-    """
-    sizes = []
-    for weight in layer.parameters():
-        if weight.dim() == 2:
-            sizes.append(sum(weight.shape) * weight.element_size())
-        elif weight.dim() == 3:
-            count = min(experts or weight.shape[0], weight.shape[0])
-            sizes.append(count * sum(weight.shape[1:]) * weight.element_size())
-    return sum(sizes)
-
-
-def _width(model: nn.Module, layers: Sequence[nn.Module]) -> int:
-    """Bytes of one token in what a layer returns: the model's hidden size in its dtype."""
-    matrices = [p for layer in layers for p in layer.parameters() if p.dim() > 1]
-    hidden = getattr(text_config(model), "hidden_size", None)
-    if not isinstance(hidden, int):
-        hidden = max((size for p in matrices for size in p.shape[-2:]), default=0)
-    return hidden * max((p.element_size() for p in matrices), default=0)

@@ -113,6 +113,11 @@ class Workload(ABC):
 
     @property
     @abstractmethod
+    def most_targets(self) -> int:
+        """The most rows of a batch whose logits are made; all rows where that is not known."""
+
+    @property
+    @abstractmethod
     def longest(self) -> int:
         """Token rows of the longest example."""
 
@@ -277,6 +282,10 @@ class LanguageModelling(Workload):
         return max((batch.input_ids.numel() for batch in self.batches), default=0)
 
     @property
+    def most_targets(self) -> int:
+        return max((batch.target_rows.numel() for batch in self.batches), default=0)
+
+    @property
     def longest(self) -> int:
         return max((len(self.examples[i]) for i in self.mine), default=0)
 
@@ -411,6 +420,10 @@ class CustomLoss(Workload):
     @property
     def most_rows(self) -> int:
         return max((batch["input_ids"].numel() for batch in self.batches), default=0)
+
+    @property
+    def most_targets(self) -> int:
+        return self.most_rows
 
     @property
     def longest(self) -> int:

@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -19,7 +20,13 @@ _PACKAGES = ("fastdean", "torch", "transformers", "numpy", "safetensors")
 
 def versions() -> dict[str, str]:
     """Python and package versions; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
+    return {"python": platform.python_version()} | _installed()
+
+
+@cache
+def _installed() -> dict[str, str]:
+    # Every manifest asks, and reading what a package says of itself takes 2 ms each.
+    found = {}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -12,9 +12,9 @@ from fastdean.jobs.options import with_fields
 
 
 def run(
-    *, out: str | Path, overwrite: bool = False, progress: bool = True, **job: Any
+    model: str, *, out: str | Path, overwrite: bool = False, progress: bool = True, **job: Any
 ) -> dict[str, Any]:
-    """Score three data sets, couple, mask, measure before and after, and report: the whole job.
+    """Score data sets, couple, mask, measure before and after, and report: the whole job.
 
     Equals the command `fastdean run`: the same folder, resumed or refused alike, and the results
     that `--json` prints.
@@ -23,8 +23,10 @@ def run(
         out: the run folder: new, empty, or of the same unfinished job, which is then resumed.
         overwrite: replace a folder that holds another or a finished run, and nothing else.
         progress: say which step is being done, and show progress bars.
-        job: `model`, `fairness`, `privacy`, `general`, and every option of the command by its name
-            in Python; `fastdean.jobs.Job` describes them. `memory_budget` is in bytes, as in
+        model: a Hugging Face folder, hub id or .gguf file.
+        job: `fairness`, `privacy` and `general`, each a SRC; or `sets={"A": SRC, ...}` of any names
+            with `couple=("A", "B")` and `general=("C",)`; and every option of the command by its
+            name in Python. `fastdean.jobs.Job` describes them. `memory_budget` is in bytes, as in
             `fastdean.score`.
     Returns:
         The content of results.json; on other ranks than the first an empty dictionary.
@@ -32,10 +34,10 @@ def run(
         TypeError: an argument that is missing or unknown.
         ValueError, OSError: as the steps; what was finished is kept and used again.
     """
-    _SIGNATURE.bind(out=out, **job)
-    return run_job(Job(**job), out, overwrite=overwrite, progress=progress)
+    _SIGNATURE.bind(model, out=out, **job)
+    return run_job(Job(model=model, **job), out, overwrite=overwrite, progress=progress)
 
 
 # What `help` shows.
-_SIGNATURE = with_fields(inspect.signature(run), Job)
+_SIGNATURE = with_fields(inspect.signature(run), Job, positional=("model",))
 run.__signature__ = _SIGNATURE  # type: ignore[attr-defined]

@@ -6,13 +6,51 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastdean.jobs import options
+from fastdean.jobs.model_job import ModelJob
 from fastdean.jobs.options import SOURCE_HELP, Help
 
 _CONTROLS = ("random", "frequency")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollapseJob:
+class WordsJob(ModelJob):
+    """Which words, which representations of them, and which measures of bias.
+
+    Attributes:
+        words, multi_piece: see `CollapseClasses.from_words`.
+        control: None: the words themselves.
+        shift, features: see `collapse_metrics`; None: by the model.
+        bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
+        start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
+    Raises:
+        ValueError, TypeError: an option out of range.
+    """
+
+    words: options.Words = "gender"
+    multi_piece: options.MultiPiece = "skip"
+    control: options.Control = None
+    shift: options.Shift = None
+    features: options.Features = "base"
+    bias: options.Bias = ()
+    start_token: options.StartToken = "auto"
+
+    def _check(self, without_control: str) -> None:
+        """What both jobs ask of these options, after their own."""
+        # Not above: the command line reads the fields before it loads torch.
+        from fastdean.collapse import read_word_groups
+        from fastdean.jobs import bias
+
+        if self.control is not None and self.control not in _CONTROLS:
+            raise ValueError(
+                f"control must be one of {', '.join(_CONTROLS)}, got {self.control!r}; leave it "
+                f"out {without_control}"
+            )
+        read_word_groups(self.words)
+        bias.check(self.bias, self.start_token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollapseJob(WordsJob):
     """What is measured; two jobs that are equal give equal results.
 
     Attributes:
@@ -28,35 +66,19 @@ class CollapseJob:
         ValueError: an option out of range.
     """
 
-    model: options.Model
     text: Annotated[str, Help(f"SRC of text to measure on: {SOURCE_HELP}.")]
-    words: options.Words = "gender"
-    multi_piece: options.MultiPiece = "skip"
-    control: options.Control = None
-    shift: options.Shift = None
-    features: options.Features = "base"
-    bias: options.Bias = ()
-    start_token: options.StartToken = "auto"
     examples: Annotated[int | None, Help("Rows of the text to read, shuffled by --seed.")] = None
-    revision: options.Revision = None
-    trust_remote_code: options.TrustRemoteCode = False
-    skip_bad_rows: options.SkipBadRows = False
     template: options.Template = None
-    max_length: options.MaxLength = None
-    tokens_per_batch: options.TokensPerBatch = None
-    dtype: options.Dtype = "auto"
-    device: options.Device = None
-    seed: options.Seed = 0
 
     def __post_init__(self) -> None:
-        options.require_numbers(self)
+        super().__post_init__()
         options.require_template(self)
         options.require_at_least(self, examples=1)
-        _check(self, "to measure the words themselves")
+        self._check("to measure the words themselves")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DebiasJob:
+class DebiasJob(WordsJob):
     """What is trained and measured; two jobs that are equal give equal results on one machine.
 
     Attributes:
@@ -76,7 +98,6 @@ class DebiasJob:
         ValueError: an option out of range.
     """
 
-    model: options.Model
     method: Annotated[
         str, Help("causal (causal models), bec, mabel, ase (masked models) or adept (both).")
     ]
@@ -93,13 +114,9 @@ class DebiasJob:
     data: Annotated[
         str | None, Help("SRC of rows to train on [default: the embedded ones of the method].")
     ] = None
-    skip_bad_rows: options.SkipBadRows = False
     text: Annotated[
         str | None, Help("SRC to measure on [default: a quarter of the data, not trained on].")
     ] = None
-    words: options.Words = "gender"
-    multi_piece: options.MultiPiece = "skip"
-    control: options.Control = None
     statistic: Annotated[str, Help("Of the cosines: std (published), cv or mean.")] = "std"
     live_features: Annotated[
         bool,
@@ -108,36 +125,27 @@ class DebiasJob:
     mode: Annotated[
         str, Help("Of the class statistics: cumulative (published), window or batch.")
     ] = "cumulative"
-    shift: options.Shift = None
-    features: options.Features = "base"
     steps: Annotated[int | None, Help("Optimizer steps; or give --epochs.")] = None
     epochs: Annotated[int | None, Help("Passes over the data [default: 3].")] = None
     learning_rate: Annotated[float, Help("The highest, after the warm-up.")] = 2e-5
     batch_size: Annotated[int, Help("Examples in one forward pass.")] = 16
     accumulation: Annotated[int, Help("Forward passes in one step.")] = 1
-    max_length: options.MaxLength = None
     save_every: Annotated[
         int,
         Help("Steps between checkpoints; the last two are kept until the model is saved."),
     ] = 50
     bias: options.Bias = ("bec_pro",)
-    start_token: options.StartToken = "auto"
-    revision: options.Revision = None
-    trust_remote_code: options.TrustRemoteCode = False
-    tokens_per_batch: options.TokensPerBatch = None
     dtype: options.Dtype = "float32"
-    device: options.Device = None
-    seed: options.Seed = 0
 
     def __post_init__(self) -> None:
-        options.require_numbers(self)
+        super().__post_init__()
         from fastdean.debias import METHODS
         from fastdean.debias.forms import require_form
 
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         require_form(self.form, self.method)
-        _check(self, "to regularise the words themselves")
+        self._check("to regularise the words themselves")
         if self.control is not None and self.collapse_strength == 0:
             raise ValueError(
                 f"control must come with a collapse_strength above 0, got {self.control!r} and 0; "
@@ -154,22 +162,3 @@ class DebiasJob:
         if self.data is not None:
             return self.data
         return "embedded:debias:pairs" if self.method == "mabel" else "embedded:debias"
-
-
-def _check(job: CollapseJob | DebiasJob, without_control: str) -> None:
-    """What both jobs ask of their options; one name for each dtype."""
-    # Not above: the command line reads the fields before it loads torch.
-    from fastdean.collapse import read_word_groups
-    from fastdean.jobs import bias
-    from fastdean.models.loading import dtype_name
-
-    if job.control is not None and job.control not in _CONTROLS:
-        raise ValueError(
-            f"control must be one of {', '.join(_CONTROLS)}, got {job.control!r}; leave it out "
-            f"{without_control}"
-        )
-    read_word_groups(job.words)
-    if job.seed < 0:
-        raise ValueError(f"seed must be at least 0, got {job.seed}; choose another")
-    object.__setattr__(job, "dtype", dtype_name(job.dtype))
-    bias.check(job.bias, job.start_token)

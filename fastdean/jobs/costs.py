@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdean.models.available_memory import peak_memory
 from fastdean.wording.doing import during
 from fastdean.wording.printable import one_line
 
@@ -65,10 +66,5 @@ class Costs:
 
     def _peak_bytes(self) -> int | None:
         if self._gpus:
-            return sum(torch.cuda.max_memory_allocated(gpu) for gpu in self._gpus)
-        try:
-            import resource
-        except ImportError:
-            return None
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+            return sum(peak_memory(gpu) or 0 for gpu in self._gpus)
+        return peak_memory(torch.device("cpu"))

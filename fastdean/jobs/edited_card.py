@@ -6,6 +6,7 @@ import json
 
 from fastdean.files.provenance import public_command, public_name
 from fastdean.masks import NeuronMask
+from fastdean.masks.cards import coupled_sets, on_these
 from fastdean.wording import markdown
 
 
@@ -17,6 +18,7 @@ def edited_card(model: str, mask: NeuronMask, mask_name: str, command: str) -> s
         mask_name: folder or hub id of the mask.
         command: the command line; "" where there was none.
     """
+    sets = coupled_sets(mask.manifest)
     base = public_name(model)
     # Only a hub id has an owner.
     base_line = f"base_model: {json.dumps(base)}\n" if "/" in base else ""
@@ -33,8 +35,8 @@ library_name: transformers
 {markdown.code(base)} with {len(mask):,} of its weights {edit} by FastDEAN, after the method DEAN
 (arXiv 2410.16672). The mask is {markdown.code(public_name(mask_name))}: {markdown.code(repr(mask))}
 
-{run}**Content warning.** The edit changes how the model behaves where safety matters, on fairness
-and privacy among others, and not always for the better. Evaluate the model before any use.
+{run}**Content warning.** The edit changes how the model behaves{on_these(sets)} where safety
+matters, and not always for the better. Evaluate the model before any use.
 
 {markdown.block(str(mask.summary()), "text")}
 """

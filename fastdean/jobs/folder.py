@@ -57,6 +57,8 @@ from fastdean.wording.log import logger
 RUN_FILE = "fastdean_run.json"
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
+# In place of a digest: it is taken while the job runs.
+NOT_READ_YET = "not read yet"
 
 _FOLDERS = ("sweep", "scores", "mask", "controls", "steps", "training", "model")
 _FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
@@ -117,14 +119,14 @@ class RunFolder:
         return self.path / "scores" / data_set
 
     def sweep(self, data_sets: Sequence[str]) -> Path:
-        return self.path / "sweep" / "-".join(data_sets)
+        return self.path / "sweep" / ",".join(data_sets)
 
     def swept(self) -> list[str]:
         """The data sets of a sweep that an earlier call of this job left unfinished."""
         left = self.path / "sweep"
         if not self.resumes or not left.is_dir():
             return []
-        return next((folder.name.split("-") for folder in left.iterdir() if folder.is_dir()), [])
+        return next((folder.name.split(",") for folder in left.iterdir() if folder.is_dir()), [])
 
     def control(self, rule: str) -> Path:
         return self.path / "controls" / rule
@@ -200,6 +202,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._mark(finished=False)
 
+    def note(self, digests: Mapping[str, str | None]) -> None:
+        """Write down what was not read when the folder was claimed."""
+        self.inputs |= digests
+        self._mark(finished=False)
+
     def finish(self) -> None:
         self._mark(finished=True)
 
@@ -224,7 +231,11 @@ class RunFolder:
     def _changed(self, state: Mapping[str, Any]) -> list[str]:
         """What has been read and is not what it was, or was not recorded."""
         kept = state["inputs"]
-        changed = [name for name, digest in self.inputs.items() if kept.get(name) != digest]
+        changed = [
+            name
+            for name, digest in self.inputs.items()
+            if kept.get(name) not in (digest, NOT_READ_YET)
+        ]
         # Another version may define a figure otherwise.
         own = state["versions"].get("fastdean") != versions().get("fastdean")
         return [*changed, *(["the version of fastdean"] if own else [])]

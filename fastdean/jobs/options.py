@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -30,40 +30,77 @@ class Help:
         typed: the type that is typed there; None: the option's own.
         read: turns a typed value into the option's; None: they are the same.
         metavar: what stands for the value in the help; None: the name of its type.
+        flag: what is typed for it; None: its name.
     """
 
     text: str
     typed: Any = None
     read: Callable[[Any], Any] | None = None
     metavar: str | None = None
+    flag: str | None = None
 
 
-def with_fields(own: inspect.Signature, job: type, with_help: bool = False) -> inspect.Signature:
+def with_fields(
+    own: inspect.Signature, job: type, with_help: bool = False, positional: Sequence[str] = ()
+) -> inspect.Signature:
     """A function's signature with the fields of a job in place of its parameter `job`.
 
-    Those without a default come first, then `out`.
+    Those without a default come first, then `out`, where the function has it.
 
     Args:
         with_help: annotate with type and `Help`, and not with the type alone.
+        positional: fields that may be given without their names.
     """
     hints = get_type_hints(job, include_extras=with_help)
     asked = [
         inspect.Parameter(
             field.name,
-            inspect.Parameter.KEYWORD_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD
+            if field.name in positional
+            else inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
-        for field in fields(job)
+        for field in option_fields(job)
     ]
     required = [each for each in asked if each.default is inspect.Parameter.empty]
     others = [
         each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for name, each in own.parameters.items()
-        if name not in ("job", "out")
+        if name not in ("job", "out", *positional)
     ]
-    out = own.parameters["out"].replace(kind=inspect.Parameter.KEYWORD_ONLY)
-    return own.replace(parameters=[*required, out, *asked[len(required) :], *others])
+    out = [
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, each in own.parameters.items()
+        if name == "out"
+    ]
+    return own.replace(parameters=[*required, *out, *asked[len(required) :], *others])
+
+
+def asked(job: Any) -> dict[str, Any]:
+    """The options of a job as plain values: equal for jobs that ask for the same."""
+    return job.asked() if hasattr(job, "asked") else plain_options(job)
+
+
+def plain_options(job: Any) -> dict[str, Any]:
+    """The fields of a job as plain values, in the order of `option_fields`."""
+    found = asdict(job)
+    return {field.name: found[field.name] for field in option_fields(type(job))}
+
+
+def option_fields(job: type) -> list[Field]:
+    """The fields of a job: its own first, then what it shares with ever more jobs.
+
+    Those without a default come before all others, the model first.
+    """
+    declared = [list(vars(kind).get("__annotations__", {})) for kind in job.__mro__]
+
+    def place(field: Field) -> tuple[bool, int, int]:
+        depth = next(n for n, names in enumerate(declared) if field.name in names)
+        has_default = field.default is not MISSING
+        return has_default, depth if has_default else -depth, declared[depth].index(field.name)
+
+    return sorted(fields(job), key=place)
 
 
 def require_one_of(job: Any, name: str, allowed: Sequence[str]) -> None:
@@ -119,6 +156,30 @@ def _bytes(gigabytes: float | None) -> int | None:
             "have it chosen"
         )
     return int(gigabytes * 1e9)
+
+
+def read_names(typed: list[str] | None) -> str | tuple[str, ...] | None:
+    """What was typed once as it is; several times as a tuple."""
+    if not typed:
+        return None
+    return typed[0] if len(typed) == 1 else tuple(typed)
+
+
+def read_sets(typed: list[str] | None) -> dict[str, str] | None:
+    """NAME=SRC, each as an entry; ValueError for one without a name, or for a name given twice."""
+    if not typed:
+        return None
+    found: dict[str, str] = {}
+    for text in typed:
+        name, equals, source = text.partition("=")
+        if not (name and equals and source):
+            raise ValueError(f"sets must be typed as NAME=SRC, got {text!r}; give both")
+        if name in found:
+            raise ValueError(
+                f"sets must have a name each, got {name!r} twice; choose another name for one"
+            )
+        found[name] = source
+    return found
 
 
 def _token(text: str) -> str | int:

@@ -28,12 +28,15 @@ def shown(source: str, row: int, example: Example, tokenizer: Any) -> dict[str, 
     }
 
 
-def preview(sources: Mapping[str, str], job: Any) -> dict[str, Any]:
+def preview(
+    sources: Mapping[str, str], job: Any, called: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Read and tokenise every row that would be scored; the model itself is not loaded.
 
     Args:
         sources: name -> SRC.
         job: with the options of a `Job` that say which rows, which tokenizer and which template.
+        called: name -> what messages call the argument that it came with; None: its name.
     Returns:
         `examples`: name -> the first one, see `shown`; `data`: name -> how all were rendered;
         `warnings`: what a run would warn of.
@@ -44,8 +47,9 @@ def preview(sources: Mapping[str, str], job: Any) -> dict[str, Any]:
     examples, data, warnings = {}, {}, []
     for name, source in sources.items():
         skipped = Skipped() if job.skip_bad_rows else None
-        rows, _ = take_rows(source, job.examples, job.seed, name=name, skipped=skipped)
-        options = {"template": job.template, "max_length": job.max_length, "name": name}
+        argument = (called or {}).get(name, name)
+        rows, _ = take_rows(source, job.examples, job.seed, name=argument, skipped=skipped)
+        options = {"template": job.template, "max_length": job.max_length, "name": argument}
         rows, encoded = encode_usable(rows, skipped, source, tokenizer, None, **options)
         numbers = [number for number, _ in rows]
         warnings += [] if skipped is None else skipped.told(name)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from fastdean.files.provenance import public_source
+from fastdean.jobs.options import asked
 
 # Of the jobs, the fields that may name a place on this machine.
 _SOURCES = ("model", "fairness", "privacy", "general", "text", "data", "words")
@@ -13,10 +13,13 @@ _SOURCES = ("model", "fairness", "privacy", "general", "text", "data", "words")
 
 def published(job: Any) -> dict[str, Any]:
     """The fields of a job, with the names of its sources in place of their paths."""
-    found = asdict(job)
+    found = asked(job)
     for name in _SOURCES:
-        if found.get(name) is not None:
+        # With sets of other names "general" is a list of them.
+        if isinstance(found.get(name), str):
             found[name] = public_source(found[name])
+    if "sets" in found:
+        found["sets"] = {name: public_source(source) for name, source in found["sets"].items()}
     if "bias" in found:
         found["bias"] = [public_source(entry) for entry in found["bias"]]
     return found

@@ -225,14 +225,17 @@ def _fitting(
 def split_rows(name: str, job: Job) -> SplitRows:
     """The scored rows, and others to measure on: of other prompts, with what the figures need."""
     skipped = Skipped() if job.skip_bad_rows else None
+    sets = job.data_sets
     scored, others = take_rows(
-        getattr(job, name), job.examples, job.seed, name=name, skipped=skipped
+        sets.sources[name], job.examples, job.seed, name=sets.argument(name), skipped=skipped
     )
+    # Margins need both answers to a prompt; perplexity, of sets that are spared, takes any row.
+    needs_pairs = name not in sets.spared
     seen = {str(row["prompt"]) for _, row in scored if "prompt" in row}
     fresh = [(n, row) for n, row in others if str(row.get("prompt")) not in seen]
 
     def usable(candidates: Sequence[NumberedRow]) -> list[NumberedRow]:
-        found = [(n, row) for n, row in candidates if _is_measurable(row, name)]
+        found = [(n, row) for n, row in candidates if not needs_pairs or _is_pair(row)]
         return found[: job.eval_examples]
 
     held_out = usable(fresh)
@@ -257,8 +260,3 @@ def same_content(contents: Mapping[str, str]) -> list[str]:
         for one, other in combinations(contents, 2)
         if contents[one] == contents[other]
     ]
-
-
-def _is_measurable(row: Mapping[str, Any], name: str) -> bool:
-    """Margins need both answers to a prompt; perplexity takes any row."""
-    return name == "general" or _is_pair(row)

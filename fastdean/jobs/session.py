@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -17,6 +17,7 @@ from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling.job import Job
 from fastdean.jobs.folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
+from fastdean.jobs.options import asked
 from fastdean.models.distributed import Ranks
 from fastdean.models.identity import model_identity
 from fastdean.models.loading import load_model
@@ -63,7 +64,7 @@ class Session(Generic[AnyJob]):
             steps: how many there are at most; None: not known yet.
         """
         ranks = Ranks.current()
-        options = plain(asdict(job))
+        options = plain(asked(job))
         # Where intermediate states lie changes no result; a full disk is answered by another one.
         options.pop("states", None)
         folder = RunFolder(Path(out).expanduser(), options, overwrite)
@@ -81,9 +82,9 @@ class Session(Generic[AnyJob]):
         if self.ranks.first:
             self.folder.check()
 
-    def load_model(self) -> tuple[nn.Module, Any]:
+    def load_model(self, step: str = "load model") -> tuple[nn.Module, Any]:
         """The job's model and its tokenizer."""
-        with self.costs.step("load model"):
+        with self.costs.step(step):
             model, tokenizer = load_model_of(self.job, self.progress and self.ranks.first)
             self.costs.watch(model)
         return model, tokenizer

@@ -240,8 +240,10 @@ def _plan(
         if name in fused:
             found = fused[name]
             shared = next((t.name for part in found.parts for t in part if t.name in taken), None)
-            if found.reason or shared is not None:
-                reason = found.reason or f"{taken[shared]!r} of the mask means {shared!r}, too"
+            reason = found.reason
+            if shared is not None:
+                reason = f"{taken[shared]!r} of the mask means {shared!r}, too"
+            if reason:
                 unmapped.append(f"{name!r} ({reason})")
                 continue
             taken.update((t.name, name) for part in found.parts for t in part)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from fastdean.masks.entries import MaskEntry, same_bits, shared_positions, suppressed
 from fastdean.masks.weights import Part, Weights
-from fastdean.models.model_state import unwrap
+from fastdean.models.model_state import require_module, unwrap
 from fastdean.wording.log import logger
-from fastdean.wording.mendable import InputTypeError, StateError
+from fastdean.wording.mendable import StateError
 
 
 class Mask(Protocol):
@@ -154,8 +154,7 @@ def _leave(
 
 def _open(model: nn.Module) -> tuple[nn.Module, list[Application]]:
     """The model below its wrappers, and its active masks."""
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    require_module(model)
     root = unwrap(model)
     return root, _ACTIVE.setdefault(root, [])
 

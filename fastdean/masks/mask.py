@@ -29,7 +29,7 @@ from fastdean.files.declared import (
     unfit,
 )
 from fastdean.masks import edits
-from fastdean.masks.cards import mask_card
+from fastdean.masks.cards import coupled_sets, mask_card
 from fastdean.masks.entries import MaskEntry, checked_scale, suppressed
 from fastdean.masks.summary import TABLE, MaskSummary, check_table, rows_from_names
 from fastdean.wording.granularity import stored_granularity
@@ -290,7 +290,11 @@ class NeuronMask:
         self, folder: Path, repo_id: str, *, commit_message: str | None = None, **options: Any
     ) -> str:
         card = mask_card(
-            repo_id, described=repr(self), scale=self._scale, summary=str(self.summary())
+            repo_id,
+            described=repr(self),
+            scale=self._scale,
+            summary=str(self.summary()),
+            sets=coupled_sets(self._manifest),
         )
         message = commit_message or f"Upload {self!r}"
         return storage.push_folder(

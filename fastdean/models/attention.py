@@ -2,10 +2,13 @@
 
 Several examples stand in one row, and each attends to its own tokens only. A mask over the whole
 row says so at the price of its square. Here the model's own mask is asked about each example's
-square alone, examples of like length go through batched products together, and what lies between
-two examples is never computed:
+square alone, and what lies between two examples is never computed:
 
     O_s = softmax(scaling * Q_s K_s^T, where the model's mask allows) V_s     for each example s
+
+On a GPU this is one fused kernel for all examples (varlen.py) where it can be: the mask of each is
+causal or a sliding window. Else examples of like length go through batched products together
+(segment_products.py).
 
 The function is registered with transformers' `AttentionInterface` and `AttentionMaskInterface`. A
 model that does not use them, or asks for something else, keeps its own attention. So do passes
@@ -25,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.data.batching import send
+from fastdean.models import varlen
 from fastdean.models.model_state import undone
 from fastdean.models.segment_products import SegmentAttention, Segments
 
@@ -180,6 +185,14 @@ def attends_plainly(model: nn.Module) -> bool:
     return all(known(of.get(name)) for of in (functions, masks) for name in names)
 
 
+def attends_ragged(model: nn.Module) -> bool:
+    """Whether the model was loaded with FlashAttention, which keeps packed examples apart itself.
+
+    By name, as transformers tells: "flash_attention_2" and the like, and kernels of the hub.
+    """
+    return any("flash" in (_own_name(config) or "") for config in _configs(model))
+
+
 def _configs(model: nn.Module) -> list[Any]:
     """The configurations that the model's modules read their attention from, each once."""
     configs = (getattr(module, "config", None) for module in model.modules())
@@ -212,7 +225,7 @@ def segment_mask(
         raise NotExpressible("a mask between other tokens than the packed row's own")
     if use_vmap or attention_mask is not None or mask_function is None:
         raise NotExpressible("a mask that is not a function of two positions")
-    bounds = torch.tensor(segments.bounds, device=device)
+    bounds = send(torch.tensor(segments.bounds), torch.device(device))
     starts, lengths = bounds[:, :1], bounds[:, 1:] - bounds[:, :1]
     steps = torch.arange(segments.longest(), device=device)
     places = starts + steps.minimum(lengths - 1)
@@ -263,7 +276,14 @@ def segment_attention(
         or heads % kv_heads
     ):
         raise NotExpressible("attention between other tokens than the packed row's own")
-    scaling = width**-0.5 if scaling is None else scaling
-    return SegmentAttention.apply(
-        query, key, value, s_aux, attention_mask, segments, float(scaling), softcap
-    ), None
+    scaling = float(width**-0.5 if scaling is None else scaling)
+    mask = segments.mask(attention_mask)
+    window = None
+    if varlen.declined(query, key, value, softcap=softcap, sinks=s_aux) is None:
+        window = mask.window()
+    if window is None:
+        apply = SegmentAttention.apply
+        return apply(query, key, value, s_aux, mask, segments, scaling, softcap), None
+    offsets = segments.offsets(query.device)
+    of_all = segments.longest()
+    return varlen.attend(query, key, value, offsets, of_all, window, scaling), None

@@ -1,7 +1,11 @@
-"""How much memory a job may still take: the least of what machine, container and limits leave."""
+"""How much memory a job may still take, and took.
+
+What it may take is the least of what machine, container and limits leave.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +31,30 @@ def available_memory(device: torch.device) -> int | None:
         return None
     found = [*_free(), *_left_in_groups(), *_left_of_limits()]
     return max(0, min(found)) if found else None
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has held so far; None where the system does not say.
+
+    On a GPU torch's allocations; else the resident memory, mapped pages of files included.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not getrusage where this is there: a process inherits the peak of the one that started it.
+    found = next(_field(_STATUS, "VmHWM"), None)
+    if found is not None:
+        return found
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory() -> int | None:
+    """Bytes of memory that this process holds now; None where the system does not say."""
+    return next(_field(_STATUS, "VmRSS"), None)
 
 
 def _free() -> Iterator[int]:

@@ -250,7 +250,7 @@ def _expected(module: nn.Module, own: Callable[..., Tensor], args: tuple, kwargs
 
 
 def run_experts(
-    module: nn.Module, layout: FusedExperts, listener: Listener, hidden: Tensor, *routed: Tensor
+    module: Any, layout: FusedExperts, listener: Listener, hidden: Tensor, *routed: Tensor
 ) -> Tensor:
     """What the module's own implementation computes, by one product for each weight of an expert.
 
@@ -264,7 +264,7 @@ def run_experts(
 
 
 def _routed(
-    module: nn.Module,
+    module: Any,
     layout: FusedExperts,
     listener: Listener,
     hidden: Tensor,
@@ -286,7 +286,7 @@ def _routed(
     return by_token.view(-1, k, weighted.shape[-1]).sum(1).to(hidden.dtype)
 
 
-def _dense(module: nn.Module, layout: FusedExperts, listener: Listener, x: Tensor) -> Tensor:
+def _dense(module: Any, layout: FusedExperts, listener: Listener, x: Tensor) -> Tensor:
     number = module.down_proj.shape[0]
     each = len(x) // number
     places = torch.arange(len(x), device=x.device)
@@ -295,7 +295,7 @@ def _dense(module: nn.Module, layout: FusedExperts, listener: Listener, x: Tenso
 
 
 def _expert(
-    module: nn.Module, layout: FusedExperts, listener: Listener, x: Tensor, routing: Routing
+    module: Any, layout: FusedExperts, listener: Listener, x: Tensor, routing: Routing
 ) -> Tensor:
     """y of each row of x, sorted by expert."""
     sizes = torch.bincount(routing.experts, minlength=module.down_proj.shape[0]).tolist()
@@ -311,7 +311,7 @@ def _expert(
     return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
 
 
-def _gated(module: nn.Module, units: Tensor) -> Tensor:
+def _gated(module: Any, units: Tensor) -> Tensor:
     if hasattr(module, "_apply_gate"):
         return module._apply_gate(units)
     gate, value = units.chunk(2, dim=-1)

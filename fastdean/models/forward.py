@@ -175,12 +175,17 @@ def target_logits(model: nn.Module) -> Iterator[Callable[[Batch], Tensor]]:
         yield logits_at
 
 
-def tokens_per_batch_of(model: nn.Module) -> int:
-    """How many tokens of this model go through one forward pass by default."""
+def tokens_per_batch_of(model: nn.Module, device: torch.device | None = None) -> int:
+    """How many tokens of this model go through one forward pass by default.
+
+    Args:
+        device: where it would compute; None: where it does.
+    """
     matrices = ((weight.shape[0], weight.shape[1]) for weight in matrices_of(model))
     head = _head_of(model)
     size = None if head is None else tuple(head.shape)
-    return default_tokens_per_batch(input_device(model), (m for m in matrices if m != size))
+    device = input_device(model) if device is None else device
+    return default_tokens_per_batch(device, (m for m in matrices if m != size))
 
 
 def matrices_of(model: nn.Module) -> Iterator[Tensor]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.models.model_state import unwrap
+from fastdean.models.stacks import decoder_layers
+from fastdean.models.streaming import StreamedModel
 
 # Entries of the configuration that say where and with what it was written.
 _PROVENANCE = ("_name_or_path", "transformers_version")
@@ -30,7 +32,13 @@ _OF_A_PLACE = ("name_or_path", "is_local", "local_files_only", "tokenizer_file",
 _OWN_CODE = "transformers_modules"
 
 
-def model_identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
+def model_identity(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    weights: str | None = None,
+    device: torch.device | None = None,
+) -> dict[str, str]:
     """By name of the part: SHA-256 of what a model's figures depend on.
 
     The parts are "model weights" (every bit of every parameter and stored buffer, head and
@@ -39,12 +47,17 @@ def model_identity(model: nn.Module, tokenizer: Any) -> dict[str, str]:
 
     Reads each weight once, a tied one too, at the speed of SHA-256 (about 1 GB/s); an offloaded
     one is brought to the CPU.
+
+    Args:
+        weights: the first part, of a model whose weights are not in memory.
+        device: where they go then.
     """
     model = unwrap(model)
+    devices = {p.device.type for p in model.parameters()} - {"meta"} if device is None else {device}
     return {
-        "model weights": weights_digest(model),
+        "model weights": weights_digest(model) if weights is None else weights,
         **model_parts(model, tokenizer),
-        "device": json_digest(sorted({p.device.type for p in model.parameters()} - {"meta"})),
+        "device": json_digest(sorted(getattr(each, "type", each) for each in devices)),
         "tokenizer": json_digest(_rules(tokenizer)),
         "chat template": json_digest(getattr(tokenizer, "chat_template", None)),
     }
@@ -63,13 +76,68 @@ def weights_digest(model: nn.Module) -> str:
     """SHA-256 of the names and bytes of a model's parameters and buffers.
 
     Buffers that no checkpoint holds follow from the configuration, and a forward pass may change
-    them: they are left out.
+    them: they are left out. The digest is put together from those of the decoder layers and of what
+    is outside of them, so that a model whose layers come in one at a time has the same.
     """
-    digest = hashlib.sha256()
-    for name, tensor in stored_tensors(model):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy().data)
+    layers = decoder_layers(model)
+    inside = {module for layer in layers.values() for module in layer.modules()}
+    parts = {name: _stored_digest(layer) for name, layer in layers.items()}
+    outside = {name: _digest_of(tensor) for name, tensor in stored_tensors(model, inside)}
+    return json_digest({**parts, "": outside})
+
+
+class PassingWeights:
+    """The digest of a streamed model's weights, taken as they come in one after the other.
+
+    It is that of `weights_digest` of the model that is loaded.
+    """
+
+    def __init__(self, stream: StreamedModel) -> None:
+        self._stream = stream
+        self._inside = {module for layer in stream.layers.values() for module in layer.modules()}
+        self._parts: dict[str, str] = {}
+        self._outside: dict[str, str] = {}
+        stream.came_in = self._take
+
+    def _take(self, window: str) -> None:
+        layer = self._stream.layers.get(window)
+        if layer is None:
+            for name, tensor in stored_tensors(self._stream.model, self._inside):
+                if name not in self._outside and tensor.device.type != "meta":
+                    self._outside[name] = _digest_of(tensor)
+        elif window not in self._parts:
+            self._parts[window] = _stored_digest(layer)
+
+    @property
+    def digest(self) -> str | None:
+        """None while some have not come in."""
+        outside = {name for name, _ in stored_tensors(self._stream.model, self._inside)}
+        if outside != set(self._outside) or set(self._stream.layers) != set(self._parts):
+            return None
+        return json_digest({**self._parts, "": self._outside})
+
+    def read(self) -> str:
+        """Bring in what has not come in yet; the digest."""
+        with self._stream.outside_layers():
+            for name in self._stream.on_demand:
+                self._stream.bring(name)
+            for k, name in enumerate(self._stream.layers):
+                if name not in self._parts:
+                    with self._stream.layer(k, k + 1):
+                        pass
+        assert self.digest is not None
+        return self.digest
+
+
+def _stored_digest(module: nn.Module) -> str:
+    found = {name: _digest_of(tensor) for name, tensor in stored_tensors(module)}
+    return json_digest(found)
+
+
+def _digest_of(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

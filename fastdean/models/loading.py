@@ -16,6 +16,7 @@ from fastdean.wording.printable import first_line
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from fastdean.models.streaming import StreamedModel
 
@@ -135,7 +136,47 @@ def stream_model(
             f"model must be in bfloat16 or float32 to be streamed, got {name!r} in float16; pass "
             "dtype='bfloat16' (--dtype bf16), or load it first and score it batch by batch"
         )
-    return StreamedModel.open(model.eval(), tokenizer, folder, wanted, device)
+    try:
+        return StreamedModel.open(model.eval(), tokenizer, folder, wanted, device)
+    except ValueError as error:
+        # What is wrong with a file is said of the file, and not of the argument that named it.
+        if isinstance(error, NotStreamableError) or str(error).startswith("model must"):
+            raise
+        raise ValueError(f"model must be a whole checkpoint, got {name!r}: {error}") from error
+
+
+def described_model(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model that a configuration describes, in eval mode, all of its tensors on "meta".
+
+    Of a folder or a hub id `config.json` alone is read, of a GGUF file what precedes the weights.
+    Arguments and errors as for `load_model`.
+
+    Args:
+        dtype: "auto": the configuration's own, else float32.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    dtype = dtype_name(dtype)
+    where, options = _locate(name, revision)
+    origin = _asked_of_the_hub(where, revision, trust_remote_code)
+    with bars(False), _refusing(name, trust_remote_code):
+        config = AutoConfig.from_pretrained(where, **origin, **options)
+        _require_no_fetched_kernels(config, trust_remote_code)
+        own = getattr(config, "dtype", None)
+        wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32
+        if dtype == "auto" and own is not None and not options:
+            wanted = own if isinstance(own, torch.dtype) else getattr(torch, own)
+        auto = _class_of(config, own_code=trust_remote_code)
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    return model.eval()
 
 
 def load_or_stream(

@@ -14,12 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.wording.mendable import InputTypeError
+
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _NO_WEIGHTS = "model must have weights, got meta tensors without an offload hook; load it first"
 
 
+def require_module(model: Any) -> None:
+    """TypeError unless `model` is a module; the name of one is not."""
+    if isinstance(model, nn.Module):
+        return
+    name = f" {os.fspath(model)!r}" if isinstance(model, str | os.PathLike) else ""
+    raise InputTypeError(
+        f"model must be a torch.nn.Module, got {type(model).__name__}{name}; load it first "
+        "(fastdean.models.load_model), or edit its files with fastdean.patch_checkpoint "
+        "(`fastdean patch`)"
+    )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`, DistributedDataParallel or DataParallel."""
+    if isinstance(model, str | os.PathLike):
+        require_module(model)
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while True:
         if hasattr(model, "_orig_mod"):

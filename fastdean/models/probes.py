@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from fastdean.data.batching import pad
 from fastdean.data.examples import Example
-from fastdean.models.attention import attends_plainly, attention_by_segments
+from fastdean.models.attention import (
+    attends_plainly,
+    attends_ragged,
+    attention_by_segments,
+)
 from fastdean.models.calling import call, logits_of, require_row_per_token
 from fastdean.models.model_state import (
     eager,
@@ -28,6 +32,8 @@ from fastdean.models.model_state import (
 )
 
 _PROBE_TOKENS = 12
+# Devices on which examples may attend by segments.
+_BY_SEGMENTS = ("cpu", "cuda")
 # Model -> the state that it was measured in, and the answers.
 _ANSWERS: WeakKeyDictionary[nn.Module, tuple[int, dict]] = WeakKeyDictionary()
 
@@ -140,11 +146,11 @@ def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
 def segments_are_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
     """Whether packed examples of this causal model may attend by themselves (attention.py).
 
-    Measured as in `packing_is_exact`. False, unmeasured, for attention that is not one of
-    transformers' own. On a CPU only: other devices have attention of their own for ragged examples,
-    which is not used yet.
+    Measured as in `packing_is_exact`, on a CPU and on CUDA. False, unmeasured, on other devices,
+    for attention that is not one of transformers' own, and for FlashAttention, which does as much.
     """
-    if len(examples) < 2 or input_device(model).type != "cpu" or not attends_plainly(model):
+    of_its_own = attends_ragged(model) or not attends_plainly(model)
+    if len(examples) < 2 or input_device(model).type not in _BY_SEGMENTS or of_its_own:
         return False
 
     def packed_logits(parts: Sequence[Tensor]) -> Tensor:
@@ -163,7 +169,9 @@ def segments_are_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
         except errors:
             return False
 
-    return bool(_asked_once(model, "segments_are_exact", measured)) and numbers_from(model, 0)
+    # The mode may choose another form of the attention.
+    question = ("segments_are_exact", torch.get_deterministic_debug_mode())
+    return bool(_asked_once(model, question, measured)) and numbers_from(model, 0)
 
 
 def _keeps_apart(

@@ -169,7 +169,7 @@ def replaying(layers: Mapping[str, nn.Module]) -> Iterator[Replay]:
     def stub(j: int) -> Callable[..., Any]:
         return lambda *args, **kwargs: replay._answer(j, args, kwargs)
 
-    with _forwards(list(layers.values()), stub):
+    with stand_ins(list(layers.values()), stub):
         yield replay
 
 
@@ -192,7 +192,7 @@ def recording(layers: Mapping[str, nn.Module]) -> Iterator[list[dict[Path, Tenso
 
         return forward
 
-    with _forwards(modules, recorded):
+    with stand_ins(modules, recorded):
         yield found
 
 
@@ -207,7 +207,9 @@ def sample(result: Any) -> dict[Path, Tensor]:
 
 
 @contextmanager
-def _forwards(modules: Sequence[nn.Module], new: Callable[[int], Callable[..., Any]]) -> Iterator:
+def stand_ins(
+    modules: Sequence[nn.Module], new: Callable[[int], Callable[..., Any]]
+) -> Iterator[None]:
     """Inside, module j runs `new(j)`; afterwards the forwards are what they were."""
     # A forward of the instance's own (accelerate's, a user's) is put back, not deleted.
     own = [module.__dict__.get("forward") for module in modules]

@@ -21,8 +21,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from fastdean.data.batching import send
+from fastdean.models.segment_masks import SegmentMask
+
 # Examples share a product where the shortest has at least this share of the longest's tokens.
 _LIKE_LENGTH = 0.75
+# Masks of a batch that are looked up once for all layers. Models have one for each kind of layer; a
+# model that makes one for every layer shares none.
+_SHARED_MASKS = 4
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Segments:
     groups: tuple[tuple[int, ...], ...]
     _lookups: dict[tuple[int | str, ...], Lookup] = field(default_factory=dict, compare=False)
     _scratch: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    _offsets: dict[torch.device, Tensor] = field(default_factory=dict, compare=False)
+    _masks: list[SegmentMask] = field(default_factory=list, compare=False)
 
     @classmethod
     def cut(cls, segments: Tensor) -> Segments:
@@ -69,6 +77,23 @@ class Segments:
         if key not in self._lookups:
             self._lookups[key] = Lookup.of(self, heads, shared_by, strides).to(device)
         return self._lookups[key]
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """int32 [S + 1] on `device`: where each example starts, and N."""
+        if device not in self._offsets:
+            offsets = torch.tensor([0, *(end for _, end in self.bounds)], dtype=torch.int32)
+            self._offsets[device] = send(offsets, device)
+        return self._offsets[device]
+
+    def mask(self, values: Tensor) -> SegmentMask:
+        """What this mask [S, 1, L, L] says; the same object for every layer that gets it."""
+        found = next((mask for mask in self._masks if mask.is_of(values)), None)
+        if found is None:
+            shared = len(self._masks) < _SHARED_MASKS
+            found = SegmentMask(values, [e - s for s, e in self.bounds], shared=shared)
+            if shared:
+                self._masks.append(found)
+        return found
 
     def scratch(self, name: str, like: Tensor, shape: Sequence[int]) -> Tensor:
         """Memory for what no layer needs after its own pass; the last one's under this name."""
@@ -128,20 +153,20 @@ class Lookup:
         return cls(token * by_token + head * by_head, places, (~inside).nonzero().squeeze(1))
 
     def to(self, device: torch.device) -> Lookup:
-        return Lookup(self.rows.to(device), self.places.to(device), self.copies.to(device))
+        return Lookup(*(send(part, device) for part in (self.rows, self.places, self.copies)))
 
 
 class _Kept(FunctionCtx):
     """What the forward pass leaves to the backward pass."""
 
     saved_tensors: tuple[Tensor, ...]
-    rest: tuple[Segments, float, float | None]
+    rest: tuple[SegmentMask, Segments, float, float | None]
 
 
 class SegmentAttention(torch.autograd.Function):
     """q [1, H, N, d], k [1, H_kv, N, d], v [1, H_kv, N, d_v] -> [1, N, H, d_v].
 
-    The other arguments are those of `attention.segment_attention`; `mask` is [S, 1, L, L].
+    The other arguments are those of `attention.segment_attention`.
     """
 
     @staticmethod
@@ -151,7 +176,7 @@ class SegmentAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         sinks: Tensor | None,
-        mask: Tensor,
+        mask: SegmentMask,
         segments: Segments,
         scaling: float,
         softcap: float | None,
@@ -161,16 +186,16 @@ class SegmentAttention(torch.autograd.Function):
         for group in layer.groups():
             torch.bmm(group.weights()[0], group.v, out=group.q_like(rows))
         # torch takes None too, which its annotation leaves out.
-        ctx.save_for_backward(q, k, v, sinks, mask)  # type: ignore[arg-type]
-        ctx.rest = segments, scaling, softcap
+        ctx.save_for_backward(q, k, v, sinks)  # type: ignore[arg-type]
+        ctx.rest = mask, segments, scaling, softcap
         attended = rows.index_select(0, layer.of_q.places).to(v.dtype)
         return attended.view(1, q.shape[2], q.shape[1], v.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Kept, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, mask = ctx.saved_tensors
-        segments, scaling, softcap = ctx.rest
+        q, k, v, sinks = ctx.saved_tensors
+        mask, segments, scaling, softcap = ctx.rest
         layer = _Layer(segments, q, k, v, sinks, mask, scaling, softcap)
         grad_rows = layer.gathered("do", grad.transpose(1, 2), layer.shared_by)
         # What the last row's copies would add is not asked for.
@@ -223,7 +248,7 @@ class _Layer:
         k: Tensor,
         v: Tensor,
         sinks: Tensor | None,
-        mask: Tensor,
+        mask: SegmentMask,
         scaling: float,
         softcap: float | None,
     ) -> None:
@@ -277,14 +302,14 @@ def _as_rows(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
 class _Group:
     """The examples that share a product: [B, R, L] with B = examples x key heads, R = L x g."""
 
-    def __init__(self, layer: _Layer, members: Sequence[int], first: int) -> None:
+    def __init__(self, layer: _Layer, members: tuple[int, ...], first: int) -> None:
         self._layer = layer
         longest = layer.segments.longest(members)
         self._batch, self._longest = len(members) * layer.kv_heads, longest
         self._first = first
         self.shape = (len(members), layer.kv_heads, longest, layer.shared_by, longest)
         self.q, self.k, self.v = self.q_like(layer.q), self.k_like(layer.k), self.k_like(layer.v)
-        self._mask = layer.mask[list(members), :, :longest, None, :longest]
+        self._mask = layer.mask.part(members).unsqueeze(3)
         self._tanh: Tensor | None = None
 
     def k_like(self, rows: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ opened for reading only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ import torch
 from torch import nn
 
 from fastdean.files.safetensors import MappedFiles, StoredTensor, stored_tensors
+from fastdean.models.ahead import Ahead, lane_to
 from fastdean.models.available_memory import available_memory
 from fastdean.models.model_state import undone
+from fastdean.models.outside import direct_uses, head_of, last_stack_begins, tables_of
 from fastdean.models.stacks import decoder_layers
 from fastdean.wording.bars import bars
+
+# The window of everything outside of the layers, less tables and head, which have their own.
+_REST = ""
 
 
 class NotStreamableError(ValueError):
@@ -37,23 +43,36 @@ class StreamedModel:
         model: its parameters are meta tensors outside of the contexts.
         tokenizer: of the same folder; None where it has none.
         layers: name -> decoder layer, in the order of the stack.
+        tables: name -> large embedding outside of the layers.
+        on_demand: tables and head, whose weights are in memory from the call of `bring` on.
         device: where the weights go.
         bytes_read: of weights, by all contexts so far.
+        came_in: called with the name of a layer whose weights are in memory now, or with another
+            name for some of those outside of the layers.
     """
 
     model: nn.Module
     tokenizer: Any
     layers: dict[str, nn.Module]
+    tables: dict[str, nn.Module]
+    on_demand: dict[str, nn.Module]
     device: torch.device
     bytes_read: int
     _folder: Path
-    # Layer name, or "" for everything outside of the layers -> the tensors of its parameters.
+    # Name of a module of `on_demand` -> its window; those that are tied share one.
+    _windows: dict[str, str]
+    # By window: the modules that own its parameters, and the tensors of these.
+    _owners: dict[str, list[nn.Module]]
     _tensors: dict[str, list[StoredTensor]]
     _config: Any
     # Parameters that the files do not hold: those that are tied to others.
     _missing: frozenset[str]
     _outside: MappedFiles
+    _ahead: Ahead
     _open: dict[str, ExitStack] = field(default_factory=dict)
+    # Windows that stay open, as the model uses their weights by other ways than their modules.
+    _kept: set[str] = field(default_factory=set)
+    came_in: Callable[[str], None] = lambda window: None
 
     def __repr__(self) -> str:
         return f"StreamedModel({type(self.model).__name__} of {str(self._folder)!r})"
@@ -92,54 +111,88 @@ class StreamedModel:
             )
         _require_own_weights(of_transformers, layers)
         _stacks_of(model, layers)
+        tables, head = tables_of(model, layers), head_of(model, layers)
+        windows = _windows(of_transformers, [*tables, *head])
+        owners = _owners(of_transformers, layers, windows)
         return cls(
             model=model,
             tokenizer=tokenizer,
             layers=layers,
+            tables=tables,
+            on_demand=tables | head,
             device=torch.device(device),
             bytes_read=0,
             _folder=folder,
-            _tensors=_by_window(of_transformers, stored.values(), layers, config),
+            _windows={name: windows[name] for name in (*tables, *head)},
+            _owners=owners,
+            _tensors=_by_window(of_transformers, stored.values(), owners, config),
             _config=config,
             _missing=missing,
             _outside=MappedFiles(folder),
+            _ahead=Ahead(lane_to(torch.device(device))),
         )
 
     def fits_in_memory(self) -> bool:
         """Whether all weights together fit into the memory that can still be allocated."""
         free = available_memory(self.device)
-        itemsize = self._config.dtype.itemsize
+        return free is None or self.bytes_in_memory <= free
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Of all weights together, once they are loaded."""
         values = sum(math.prod(t.shape) for window in self._tensors.values() for t in window)
-        return free is None or values * itemsize <= free
+        return values * self._config.dtype.itemsize
 
     @contextmanager
     def outside_layers(self) -> Iterator[None]:
-        """Inside, the weights outside of the layers are in memory: embedding, norms, head."""
-        of_transformers: Any = self.model
-        with undone(self._close), self._in(""):
-            of_transformers.tie_weights(missing_keys=set(self._missing), recompute_mapping=False)
+        """Inside, the weights outside of the layers are in memory, tables and head on demand."""
+        with undone(self._close), self._in(_REST):
             yield
 
     @contextmanager
-    def layer(self, k: int, then: int | None = None) -> Iterator[None]:
+    def layer(self, k: int, then: int) -> Iterator[None]:
         """Inside, the weights of layer k are in memory.
 
+        Tables that all layers from here on have no use for are let go, and the head.
+
         Args:
-            then: the layer that is wanted next; the system begins to read it.
+            then: the layer that is wanted next, or k; the system begins to read it, and to a GPU it
+                is on its way.
         """
         name = list(self.layers)[k]
-        # Rows of the embedding that other windows looked up, and the head once the loss is known.
+        with_tables = {self._windows[table] for table in self.tables}
+        for window in set(self._windows.values()):
+            if window in with_tables:
+                needed = k <= last_stack_begins(self.layers)
+            else:
+                needed = self._is_mapped(window)
+            if not needed:
+                self._let_go(window)
+        # Rows of what is outside that other windows looked up.
         self._outside.let_go()
         with self._open.pop(name, None) or self._opened(name):
-            if then is not None and 0 <= then < len(self.layers):
-                self._outside.want(self._tensors[list(self.layers)[then]])
+            if then != k and then < len(self.layers):
+                self._begin(list(self.layers)[then])
             yield
+
+    def bring(self, name: str) -> None:
+        """Have the weights of a module of `on_demand` in memory, until a layer lets them go."""
+        window = self._windows[name]
+        if window not in self._open:
+            self._open[window] = self._opened(window)
+
+    def close(self) -> None:
+        """Let go of tables and head, and of a layer that is on its way."""
+        self._ahead.close()
+        for window in self._windows.values():
+            self._let_go(window)
 
     @contextmanager
     def beginning(self) -> Iterator[dict[str, str]]:
         """Inside, the model ends after the first layers, which are one of each kind at least.
 
-        Their weights are in memory until the window of each ends, so that they are not read again.
+        Their weights are in memory until the window of each ends, so that they are not read again;
+        so are tables and head, until layers let them go.
 
         Yields:
             The name of each layer -> that of the first of its kind.
@@ -149,16 +202,37 @@ class StreamedModel:
         for name, layer in self.layers.items():
             alike[name] = first.setdefault(_kind(layer), name)
         needed = set(first.values())
+        for name in self.on_demand:
+            self.bring(name)
         with ExitStack() as cut:
+            used = cut.enter_context(direct_uses(self.model, self.on_demand))
             for stack, names in _stacks_of(self.model, self.layers):
                 last = max((i for i, name in enumerate(names) if name in needed), default=0)
                 for name in names[: last + 1]:
                     self._open[name] = self._opened(name)
                 cut.enter_context(_shortened(stack, last + 1))
             yield alike
+        self._kept = {self._windows[name] for name in used}
+
+    def _begin(self, layer: str) -> None:
+        if layer not in self._open:
+            tensors = self._tensors[layer]
+            self._outside.want(tensors)
+            files = MappedFiles(self._folder)
+            self._ahead.begin(layer, {t.name: partial(files.view, t) for t in tensors})
+
+    def _let_go(self, window: str) -> None:
+        if window in self._open and window not in self._kept:
+            self._open.pop(window).close()
+
+    def _is_mapped(self, window: str) -> bool:
+        """Whether its weights are pages of the files, of which the system disposes as it likes."""
+        stored = {tensor.torch_dtype for tensor in self._tensors[window]}
+        return self.device.type == "cpu" and stored <= {self._config.dtype}
 
     def _close(self) -> None:
         """Let go of everything, also of what `beginning` left in memory."""
+        self._ahead.close()
         while self._open:
             self._open.popitem()[1].close()
         self._outside.close()
@@ -170,33 +244,33 @@ class StreamedModel:
 
     @contextmanager
     def _in(self, window: str) -> Iterator[None]:
-        tensors = self._tensors[window]
-        modules = [self.layers[window]] if window else [self.model]
-        inside = {id(m) for layer in self.layers.values() for m in layer.modules()}
-        owners = [
-            module
-            for root in modules
-            for module in root.modules()
-            if window or id(module) not in inside
-        ]
+        owners = self._owners[window]
+        inside = window in self.layers
         with _tensors_put_back(owners):
-            self._load(tensors, MappedFiles(self._folder) if window else self._outside)
+            self._load(window, MappedFiles(self._folder) if inside else self._outside)
+            if not inside:
+                self._tie()
             for module in owners:
                 for parameter in module._parameters.values():
                     if parameter is not None:
                         parameter.requires_grad_(False)
+            self.came_in(window)
             yield
 
-    def _load(self, tensors: list[StoredTensor], files: MappedFiles) -> None:
+    def _tie(self) -> None:
+        of_transformers: Any = self.model
+        of_transformers.tie_weights(missing_keys=set(self._missing), recompute_mapping=False)
+
+    def _load(self, window: str, files: MappedFiles) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
         of_transformers: Any = self.model
+        tensors = self._tensors[window]
+        there = self._ahead.take(window)
+        if there is None:
+            there = {tensor.name: files.view(tensor) for tensor in tensors}
         with bars(False):
-            convert_and_load_state_dict_in_model(
-                of_transformers,
-                {tensor.name: files.view(tensor) for tensor in tensors},
-                self._config,
-            )
+            convert_and_load_state_dict_in_model(of_transformers, there, self._config)
         self.bytes_read += sum(tensor.nbytes for tensor in tensors)
 
 
@@ -293,10 +367,43 @@ def _layer_of(name: str, layers: Mapping[str, nn.Module]) -> str:
     return next((prefix for prefix in prefixes if prefix in layers), "")
 
 
+def _windows(model: Any, modules: Iterable[str]) -> dict[str, str]:
+    """By name: the window of each module, and of those that are tied to it, named after one."""
+    pairs = [
+        {name.rpartition(".")[0] for name in pair} for pair in model.all_tied_weights_keys.items()
+    ]
+    found: dict[str, str] = {}
+    for first in modules:
+        together = {first}
+        while more := {name for pair in pairs if pair & together for name in pair} - together:
+            together |= more
+        for name in together:
+            found.setdefault(name, f"({first})")
+    return found
+
+
+def _owners(
+    model: Any, layers: Mapping[str, nn.Module], windows: Mapping[str, str]
+) -> dict[str, list[nn.Module]]:
+    """By window: the modules whose own parameters it brings."""
+    found: dict[str, list[nn.Module]] = {
+        name: list(layer.modules()) for name, layer in layers.items()
+    }
+    inside = {module for layer in layers.values() for module in layer.modules()}
+    found |= {window: [] for window in (_REST, *windows.values())}
+    for name, module in model.named_modules():
+        if module not in inside:
+            found[windows.get(name, _REST)].append(module)
+    return found
+
+
 def _by_window(
-    model: Any, stored: Iterable[StoredTensor], layers: Mapping[str, nn.Module], config: Any
+    model: Any,
+    stored: Iterable[StoredTensor],
+    owners: Mapping[str, Sequence[nn.Module]],
+    config: Any,
 ) -> dict[str, list[StoredTensor]]:
-    """The tensors of each layer, and under "" the others; those of no parameter are left out."""
+    """The tensors of each window; those of no parameter are left out."""
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
@@ -307,12 +414,14 @@ def _by_window(
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict()
-    found: dict[str, list[StoredTensor]] = {name: [] for name in ("", *layers)}
+    found: dict[str, list[StoredTensor]] = {window: [] for window in owners}
+    windows = {module: window for window, of in owners.items() for module in of}
+    of_module = {name: windows[module] for name, module in model.named_modules()}
     for tensor in stored:
         for of in ((renamings, converters), ([], [])):
             name, _ = rename_source_key(tensor.name, *of, model.base_model_prefix, state)
             if name in state:
-                found[_layer_of(name, layers)].append(tensor)
+                found[of_module[name.rpartition(".")[0]]].append(tensor)
                 break
     return found
 

@@ -14,8 +14,8 @@ from fastdean.native.extension import (
     refusal,
     status,
 )
-from fastdean.native.importance import accumulate_importance_
-from fastdean.native.importance_selection import select_importance
+from fastdean.native.importance import accumulate_expert_importance_, accumulate_importance_
+from fastdean.native.importance_selection import select_expert_importance, select_importance
 from fastdean.native.masks import gather_at, write_at_, zero_at_
 from fastdean.native.selection import select_top
 
@@ -24,12 +24,14 @@ __all__ = [
     "BuildFacts",
     "CpuLevels",
     "NativeStatus",
+    "accumulate_expert_importance_",
     "accumulate_importance_",
     "collapse_alignment",
     "collapse_alignment_backward",
     "cpu_level",
     "gather_at",
     "refusal",
+    "select_expert_importance",
     "select_importance",
     "select_top",
     "status",

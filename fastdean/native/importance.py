@@ -22,16 +22,45 @@ def accumulate_importance_(
         level: number of an instruction set; None for `cpu_level()`.
     Raises: ValueError if the processor lacks it.
     """
+    starts = torch.tensor([0, len(segments)], dtype=torch.int64, device="cpu")
+    _accumulate_(acc.unsqueeze(0), x, g, segments, starts, level)
+    increment_versions([acc])
+
+
+def accumulate_expert_importance_(
+    acc: Tensor,
+    x: Tensor,
+    g: Tensor,
+    segments: Tensor,
+    experts: Tensor,
+    *,
+    level: int | None = None,
+) -> None:
+    """`ops.accumulate_expert_importance_` in compiled code; otherwise as `accumulate_importance_`.
+
+    An expert's sums have the bits that `accumulate_importance_` gives with its segments alone.
+    """
+    every = torch.arange(acc.shape[0] + 1, device="cpu")
+    starts = torch.searchsorted(experts.contiguous(), every).contiguous()
+    _accumulate_(acc, x, g, segments, starts, level)
+    increment_versions([acc])
+
+
+def _accumulate_(
+    acc: Tensor, x: Tensor, g: Tensor, segments: Tensor, starts: Tensor, level: int | None
+) -> None:
+    """`starts`: int64 [E + 1], each expert's first segment, and how many there are."""
     if acc.numel() == 0 or len(segments) == 0:
         return
     extension = loaded()
     segments = segments.contiguous()
-    rows, columns = acc.shape
+    experts, rows, columns = acc.shape
     params = written(
         "ImportanceParams",
         acc=acc.data_ptr(),
-        acc_stride_r=acc.stride(0),
-        acc_stride_c=acc.stride(1),
+        acc_stride_e=acc.stride(0),
+        acc_stride_r=acc.stride(1),
+        acc_stride_c=acc.stride(2),
         x=x.data_ptr(),
         x_stride_t=x.stride(0),
         x_stride_c=x.stride(1),
@@ -39,11 +68,12 @@ def accumulate_importance_(
         g_stride_t=g.stride(0),
         g_stride_r=g.stride(1),
         dtype=dtype_code(x.dtype),
+        experts=experts,
         rows=rows,
         columns=columns,
         tokens=x.shape[0],
         segments=segments.data_ptr(),
-        num_segments=len(segments),
+        expert_starts=starts.data_ptr(),
         level=cpu_level() if level is None else level,
         num_workers=torch.get_num_threads(),
     )
@@ -52,4 +82,3 @@ def accumulate_importance_(
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     params[-1] = workspace.data_ptr()
     extension.accumulate_importance_cpu(params=address)
-    increment_versions([acc])

@@ -24,10 +24,11 @@ STRUCTS = {
         "DType dtype, Number rank, PerDimension sizes, PerDimension strides"
     ),
     "ImportanceParams": _fields(
-        "Address acc, Number acc_stride_r, Number acc_stride_c, "
+        "Address acc, Number acc_stride_e, Number acc_stride_r, Number acc_stride_c, "
         "Address x, Number x_stride_t, Number x_stride_c, "
         "Address g, Number g_stride_t, Number g_stride_r, DType dtype, "
-        "Number rows, Number columns, Number tokens, Address segments, Number num_segments, "
+        "Number experts, Number rows, Number columns, Number tokens, "
+        "Address segments, Address expert_starts, "
         "CpuLevel level, Number num_workers, Address workspace"
     ),
     "SelectionParams": _fields(
@@ -37,11 +38,13 @@ STRUCTS = {
         "Address indices, Address found, CpuLevel level, Number num_workers, Address workspace"
     ),
     "ImportanceSelectionParams": _fields(
-        "Address x, Number x_stride_t, Number x_stride_c, "
-        "Address g, Number g_stride_t, Number g_stride_r, DType dtype, "
-        "Address weight, Number weight_stride_r, DType weight_dtype, "
-        "Number rows, Number columns, Number tokens, Address segments, Address set_starts, "
-        "Address ks, Number num_sets, Address indices, Address sums, Address found, "
+        "Address x, Number x_stride_t, Number x_stride_c, Address x_rows, "
+        "Address g, Number g_stride_t, Number g_stride_r, Address g_rows, DType dtype, "
+        "Address weight, Number weight_stride_e, Number weight_stride_r, DType weight_dtype, "
+        "Number experts, Number rows, Number columns, Number tokens, "
+        "Address segments, Address group_starts, "
+        "Address ks, Address num_examples, Number num_sets, "
+        "Address indices, Address sums, Address signed_sums, Address found, "
         "CpuLevel level, Number num_workers, Address workspace"
     ),
     "CollapseParams": _fields(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
         accumulate_importance_,
         accumulate_unit_importance_,
     )
-    from fastdean.ops.importance_selection import select_importance
+    from fastdean.ops.importance_selection import select_expert_importance, select_importance
     from fastdean.ops.mask import (
         gather_at,
         write_at_,
@@ -26,6 +26,7 @@ _HOME = {
     "accumulate_unit_importance_": "fastdean.ops.importance",
     "collapse_alignment": "fastdean.ops.collapse",
     "gather_at": "fastdean.ops.mask",
+    "select_expert_importance": "fastdean.ops.importance_selection",
     "select_importance": "fastdean.ops.importance_selection",
     "select_top": "fastdean.ops.selection",
     "write_at_": "fastdean.ops.mask",
@@ -38,6 +39,7 @@ __all__ = [
     "accumulate_unit_importance_",
     "collapse_alignment",
     "gather_at",
+    "select_expert_importance",
     "select_importance",
     "select_top",
     "write_at_",

@@ -107,14 +107,16 @@ _TRITON_HOME = {
     "accumulate_expert_importance_": "fastdean.kernels.importance",
     "accumulate_unit_importance_": "fastdean.kernels.unit_importance",
     "select_top": "fastdean.kernels.selection",
+    "select_importance": "fastdean.kernels.importance_selection",
 }
 
 _TABLE: dict[str, tuple[_Implementation, ...]] = {
     "accumulate_importance_": (_TRITON, _NATIVE_ACCUMULATION, _REFERENCE),
-    "accumulate_expert_importance_": (_TRITON, _REFERENCE),
+    "accumulate_expert_importance_": (_TRITON, _NATIVE_ACCUMULATION, _REFERENCE),
     "accumulate_unit_importance_": (_TRITON, _REFERENCE),
     "select_top": (_TRITON, _NATIVE_SELECTION, _REFERENCE),
-    "select_importance": (_NATIVE_FUSED, _REFERENCE),
+    "select_importance": (_TRITON, _NATIVE_FUSED, _REFERENCE),
+    "select_expert_importance": (_NATIVE_FUSED, _REFERENCE),
     "gather_at": (_NATIVE, _REFERENCE),
     "write_at_": (_NATIVE, _REFERENCE),
     "zero_at_": (_NATIVE, _REFERENCE),

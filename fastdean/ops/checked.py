@@ -53,6 +53,7 @@ SOURCES: dict[tuple[str, str], tuple[str, ...]] = {
         "unit_importance.py",
     ),
     ("select_top", "triton"): ("__init__.py", "selection.py"),
+    ("select_importance", "triton"): (*_WEIGHTS, "importance_selection.py", "selection.py"),
     ("gather_at", "native"): _MASK,
     ("write_at_", "native"): _MASK,
     ("zero_at_", "native"): _MASK,

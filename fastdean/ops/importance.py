@@ -83,7 +83,7 @@ def accumulate_expert_importance_(
             <= end <= N; on the CPU or on the device of `x`. There they are not checked, so that
             nothing waits for the device, and must not overlap.
         experts: int64 [S], ascending, 0..E-1, the expert of each segment; where `segments` are.
-        impl: None (by device), "reference" or "triton".
+        impl: None (by device), "reference", "triton" or "native" (CPU).
     Returns:
         `acc`.
     Raises:
@@ -136,11 +136,13 @@ def accumulate_unit_importance_(
     return acc
 
 
-def check_pair(x: Tensor, g: Tensor) -> None:
+def check_pair(x: Tensor, g: Tensor, *, gathered: bool = False) -> None:
+    """`gathered`: tokens choose their rows, so that the numbers of rows may differ."""
     check_surroundings()
     for name, tensor in (("the inputs", x), ("g", g)):
         check_tensor(name, tensor)
-    if x.dim() != 2 or g.dim() != 2 or x.shape[0] != g.shape[0]:
+    matrices = x.dim() == 2 and g.dim() == 2
+    if not matrices or (x.shape[0] != g.shape[0] and not gathered):
         raise ValueError(
             "inputs and gradients must be [N, C] and [N, R] with the same N, "
             f"got {list(x.shape)} and {list(g.shape)}; flatten batch and time first"
@@ -158,8 +160,12 @@ def check_pair(x: Tensor, g: Tensor) -> None:
     check_memory("g", g)
 
 
-def check_segments(segments: Tensor, x: Tensor, *, on_device: bool = False) -> None:
-    """`on_device`: they may lie on the inputs' device."""
+def check_segments(
+    segments: Tensor, x: Tensor, *, tokens: int | None = None, on_device: bool = False
+) -> None:
+    """`tokens`: how many there are; None: as many as `x` has rows. `on_device`: they may lie on the
+    inputs' device."""
+    tokens = x.shape[0] if tokens is None else tokens
     where = "the CPU or the inputs' device" if on_device else "the CPU"
     if not isinstance(segments, Tensor):
         raise InputTypeError(
@@ -180,9 +186,9 @@ def check_segments(segments: Tensor, x: Tensor, *, on_device: bool = False) -> N
     check_memory("segments", segments)
     if segments.numel() and segments.device.type == "cpu":
         starts, ends = segments.unbind(1)
-        if starts.min() < 0 or ends.max() > x.shape[0] or (starts > ends).any():
+        if starts.min() < 0 or ends.max() > tokens or (starts > ends).any():
             raise ValueError(
-                f"segments must satisfy 0 <= start <= end <= {x.shape[0]}, got rows from "
+                f"segments must satisfy 0 <= start <= end <= {tokens}, got rows from "
                 f"{int(starts.min())} to {int(ends.max())}; check the batch's layout"
             )
 

@@ -148,11 +148,16 @@ def importance(sums: Tensor, weight: Tensor | None, num_examples: int) -> Tensor
 
 def select_top(sums: Tensor, weight: Tensor | None, num_examples: int, k: int) -> Tensor:
     """See `ops.select_top`."""
+    return _top(sums, weight, num_examples, k, 0)
+
+
+def _top(sums: Tensor, weight: Tensor | None, num_examples: int, k: int, offset: int) -> Tensor:
+    """`select_top` of a part of a tensor that begins at flat index `offset`, which is added."""
     value = importance(sums, weight, num_examples).flatten()
     if not value.isfinite().all():
         first = int((~value.isfinite()).nonzero()[0])
         raise ValueError(
-            f"importance must be finite, got {float(value[first])} at flat index {first}; "
+            f"importance must be finite, got {float(value[first])} at flat index {offset + first}; "
             "check the losses and the model's weights"
         )
     k = min(k, int((value > 0).sum()))
@@ -162,7 +167,7 @@ def select_top(sums: Tensor, weight: Tensor | None, num_examples: int, k: int) -
     threshold = value.topk(k).values[-1]
     above = (value > threshold).nonzero().squeeze(1)
     ties = (value == threshold).nonzero().squeeze(1)[: k - above.numel()]
-    return torch.cat([above, ties]).sort().values
+    return torch.cat([above, ties]).sort().values + offset
 
 
 def select_importance(
@@ -172,16 +177,72 @@ def select_importance(
     sets: Tensor,
     weight: Tensor,
     k: Sequence[int],
-) -> list[tuple[Tensor, Tensor]]:
+    *,
+    signed: bool = False,
+) -> list[tuple[Tensor, ...]]:
     """See `ops.select_importance`."""
-    found = []
-    for number, each in enumerate(k):
-        mine = segments[sets == number]
-        sums = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
-        accumulate_importance_(sums, x, g, mine)
-        index = select_top(sums, weight, max(1, len(mine)), each)
-        found.append((index, sums.flatten()[index]))
+    num_examples = [max(1, int((sets == number).sum())) for number in range(len(k))]
+    experts, stacked = torch.zeros_like(sets), weight.unsqueeze(0)
+    return select_expert_importance(
+        x, g, segments, experts, sets, stacked, k, num_examples, signed=signed
+    )
+
+
+@torch.no_grad()
+def select_expert_importance(
+    x: Tensor,
+    g: Tensor,
+    segments: Tensor,
+    experts: Tensor,
+    sets: Tensor,
+    weight: Tensor,
+    k: Sequence[int],
+    num_examples: Sequence[int],
+    *,
+    x_rows: Tensor | None = None,
+    g_rows: Tensor | None = None,
+    signed: bool = False,
+) -> list[tuple[Tensor, ...]]:
+    """See `ops.select_expert_importance`."""
+    found: list[tuple[Tensor, ...]] = []
+    for number, (most, examples) in enumerate(zip(k, num_examples, strict=True)):
+        nothing = [torch.empty(0, dtype=torch.float32, device=x.device)] * (1 + signed)
+        parts = [(torch.empty(0, dtype=torch.int64, device=x.device), *nothing)]
+        for expert, matrix in enumerate(weight):
+            mine = segments[(sets == number) & (experts == expert)]
+            # Of every token's inputs, those of this group alone exist.
+            of_x, of_g = (_rows_of(*each, mine) for each in ((x, x_rows), (g, g_rows)))
+            lengths = mine.diff(dim=1).squeeze(1)
+            ends = lengths.cumsum(0)
+            spans = torch.stack([ends - lengths, ends], 1)
+            sums = torch.zeros(matrix.shape, dtype=torch.float32, device=x.device)
+            accumulate_importance_(sums, of_x, of_g, spans)
+            offset = expert * matrix.numel()
+            index = _top(sums, matrix, examples, most, offset)
+            more = [_signed_sums(of_x, of_g, index - offset)] if signed else []
+            parts.append((index, sums.flatten()[index - offset], *more))
+        found.append(tuple(torch.cat(each) for each in zip(*parts, strict=True)))
     return found
+
+
+def _rows_of(tensor: Tensor, rows: Tensor | None, segments: Tensor) -> Tensor:
+    """The segments' tokens, one after the other, [.., columns]."""
+    tokens = [torch.arange(start, end) for start, end in segments.tolist()]
+    if not tokens:
+        return tensor[:0]
+    chosen = torch.cat(tokens).to(tensor.device)
+    return tensor[chosen if rows is None else rows[chosen]]
+
+
+def _signed_sums(x: Tensor, g: Tensor, index: Tensor) -> Tensor:
+    """fp32 [M]: G^T X at flat indices of the weight, int64 [M]."""
+    # So many entries that their [N, M] products take a few MB.
+    parts = index.split(max(1, 2**20 // max(1, len(x))))
+    sums = [
+        (_at_least_fp32(g[:, part // x.shape[1]]) * _at_least_fp32(x[:, part % x.shape[1]])).sum(0)
+        for part in parts
+    ]
+    return torch.cat(sums).float()
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fastdean.report.quantities import (
     ratio,
 )
 from fastdean.report.results import COUNTS
+from fastdean.report.set_names import at_start
 
 # More panels than this are added up into one: a mixture of experts has hundreds of matrices.
 _MOST_PANELS = 12
@@ -38,15 +39,27 @@ def coupling_section(coupling: dict, edit: Edit) -> Html:
     said = (
         f"Of {count(total.get('k'))} {edit.entries} in each top set"
         f"{where}, {count(total.get('coupled'))} are in both "
-        f"the fairness and the privacy set. {count(total.get('removed'))} of those matter for "
-        f"general text as well and are spared; {_selected_words(total, edit)}."
+        f"{_both(edit)}. {_spared_words(total, edit)}{_selected_words(total, edit)}."
     )
     if not rows:
         return element("p", said)
     if not total.get("coupled"):
-        said += " No matrix couples fairness and privacy at this ratio."
+        said += f" No matrix couples {edit.names.first} and {edit.names.second} at this ratio."
     drawn = _coupling_figure(rows, said, edit)
     return join([element("p", said), drawn, _matrix_table(rows, total, edit)])
+
+
+def _both(edit: Edit) -> str:
+    return f"the {edit.names.first} and the {edit.names.second} set"
+
+
+def _spared_words(total: dict, edit: Edit) -> str:
+    if not edit.names.spared:
+        return "No set is spared; "
+    # A name of its own, or the paper's.
+    matter = "matter for general text" if edit.names.spared == ("general",) else ""
+    matter = matter or f"are in {edit.names.spared_sets}"
+    return f"{count(total.get('removed'))} of those {matter} as well and are spared; "
 
 
 def _selected_words(total: dict, edit: Edit) -> str:
@@ -63,7 +76,9 @@ def _coupling_figure(rows: Sequence[dict], said: str, edit: Edit) -> Html:
     caption = f"Coupled {edit.entries} per layer and module. "
     samples = [(("track", None), "size k of each top set")]
     if edit.is_coupled:
-        samples += [(("outlined", None), "in both sets and in the general set: spared")]
+        if edit.names.spared:
+            spared = edit.names.spared_sets
+            samples += [(("outlined", None), f"in both sets and in {spared}: spared")]
         samples += [(("solid", None), edit.done)]
     else:
         caption = (
@@ -112,7 +127,8 @@ def _matrix_table(rows: Sequence[dict], total: dict, edit: Edit) -> Html:
             f"{count(len(rows) - len(coupled))} of them have no coupled {edit.entry}.",
             class_="note",
         )
-    columns = ["Matrix", edit.entries.capitalize(), "k", "Fairness set", "Privacy set", "In both"]
+    first, second = (f"{at_start(name)} set" for name in (edit.names.first, edit.names.second))
+    columns = ["Matrix", edit.entries.capitalize(), "k", first, second, "In both"]
     columns += ["Spared", edit.done.capitalize()]
     listed = table(
         "Top sets and their overlap per matrix",
@@ -142,7 +158,7 @@ def overlap_section(points: Sequence[dict], edit: Edit) -> Html:
     ]
     said = "Two sets that have nothing to do with each other would share what chance gives; "
     said += f"{edit.entries} beyond that are what the two objectives have in common."
-    names = {"shared": "in both sets", "left": "and not general", "chance": "by chance"}
+    names = {"shared": "in both sets", "left": f"and not {_spared(edit)}", "chance": "by chance"}
     label = "Share of the top sets against the ratio. " + " ".join(
         f"At {ratio(share['ratio'])}: "
         + ", ".join(f"{percent(share[key])} {name}" for key, name in names.items())
@@ -153,8 +169,8 @@ def overlap_section(points: Sequence[dict], edit: Edit) -> Html:
     chances = [share["chance"] for share in shares if measured(share["chance"])]
     most = f" ({percent(max(chances))} at most)" if chances else ""
     samples = [
-        (("second", "ring"), "in the fairness and the privacy set"),
-        (("first", "square"), "in both and not in the general set"),
+        (("second", "ring"), f"in {_both(edit)}"),
+        (("first", "square"), f"in both and not in {edit.names.spared_sets or 'any other'}"),
         (("quiet", None), f"in both sets by chance{most}"),
     ]
     drawn = figure(
@@ -162,12 +178,16 @@ def overlap_section(points: Sequence[dict], edit: Edit) -> Html:
         legend(samples),
         responsive(lambda width: overlap_lines(shares, label, width, edit.entries)),
     )
-    return join([element("p", said), drawn, _overlap_table(points, shares)])
+    return join([element("p", said), drawn, _overlap_table(points, shares, edit)])
 
 
-def _overlap_table(points: Sequence[dict], shares: Sequence[dict]) -> Html:
+def _spared(edit: Edit) -> str:
+    return " or ".join(edit.names.spared) or "in any other"
+
+
+def _overlap_table(points: Sequence[dict], shares: Sequence[dict], edit: Edit) -> Html:
     columns = ["Ratio", "k, all matrices", "In both", "Share", "By chance", "Times chance"]
-    columns += ["Also general", "Not general"]
+    columns += [f"Also {_spared(edit)}", f"Not {_spared(edit)}"]
     rows = [
         [
             ratio(point.get("ratio")),

@@ -6,22 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastdean.report.quantities import measured
+from fastdean.report.set_names import SetNames
 from fastdean.wording.granularity import stored_granularity
 
 # What each rule selects. Every rule but "paper" may select entries that are not in both sets.
 _SELECTIONS = {
-    "paper": "the {entries} in the fairness and the privacy set, not in the general set",
+    "paper": "the {entries} in the {first} and the {second} set{unspared}",
     "random": "as many {entries} as rule paper selects, drawn at random: a control",
     "released": "what the published code selects, which is not the paper's set",
-    "first": "the {entries} in the fairness set, not in the general set",
-    "second": "the {entries} in the privacy set, not in the general set",
-    "union": "the {entries} in the fairness or the privacy set, not in the general set",
+    "first": "the {entries} in the {first} set{unspared}",
+    "second": "the {entries} in the {second} set{unspared}",
+    "union": "the {entries} in the {first} or the {second} set{unspared}",
 }
 
 
 @dataclass(frozen=True)
 class Edit:
-    """The edit of a run: what `rule` selected was multiplied by `scale`.
+    """The edit of a run: what `rule` selected of the sets `names` was multiplied by `scale`.
 
     `by_unit` is whether whole units were counted and selected rather than single entries.
     """
@@ -29,6 +30,7 @@ class Edit:
     rule: str = "paper"
     scale: float = 0.0
     by_unit: bool = False
+    names: SetNames = SetNames()
 
     @classmethod
     def of(cls, options: Mapping | None) -> Edit:
@@ -39,6 +41,7 @@ class Edit:
             rule=str(options.get("rule") or "paper"),
             scale=float(scale) if measured(scale) else 0.0,
             by_unit=stored_granularity(options.get("granularity")) == "unit",
+            names=SetNames.of(options),
         )
 
     @property
@@ -67,4 +70,10 @@ class Edit:
     def selection(self, rule: str) -> str | None:
         """What a rule selects, None for a name that is no rule."""
         words = _SELECTIONS.get(rule)
-        return words and words.format(entries=self.entries)
+        spared = self.names.spared_sets
+        return words and words.format(
+            entries=self.entries,
+            first=self.names.first,
+            second=self.names.second,
+            unspared=f", not in {spared}" if spared else "",
+        )

@@ -9,6 +9,7 @@ from fastdean.report.estimates import Estimate
 from fastdean.report.markup import Html, element, figure, folded, join, table, terms
 from fastdean.report.plots import dependence_lines, interval_rows, legend, responsive
 from fastdean.report.quantities import count, decimal, estimate, measured, signed
+from fastdean.report.set_names import at_start
 
 
 def margin_estimates(margin: dict | None) -> list[tuple[Estimate, dict]]:
@@ -61,7 +62,7 @@ def _margin_figure(name: str, margin: dict, span: Sequence[object]) -> Html:
     label += " ".join(row.sentence(0) for row in rows)
     axis_name = f"difference to the origin, {unit}"
     return figure(
-        join([element("strong", name.capitalize()), ": change of the margin"]),
+        join([element("strong", at_start(name)), ": change of the margin"]),
         interval_rows(rows, label, no_effect=0, axis_name=axis_name, span=span),
     )
 
@@ -84,7 +85,7 @@ def _margin_table(name: str, margin: dict) -> Html:
         edited = origin["mean"] + row.value if known else None
         weights = count(mask.get("weights"))
         rows += [[row.name, row.reading(0), weights, decimal(edited), *row.written(0)]]
-    caption = f"{name.capitalize()} margins before and after, {margin.get('unit') or 'no unit'}"
+    caption = f"{at_start(name)} margins before and after, {margin.get('unit') or 'no unit'}"
     if measured(margin.get("pairs")):
         caption += f", {count(margin['pairs'])} pairs"
     interval = f"{100 * confidence:g} % interval" if measured(confidence) else "Interval"
@@ -98,7 +99,7 @@ def _mask_notes(names: Iterable[str], edit: Edit) -> Html | None:
     return terms(known, "notes") if known else None
 
 
-def perplexity_section(perplexity: dict) -> Html:
+def perplexity_section(perplexity: dict, where: str = "") -> Html:
     """Perplexity of every mask as a ratio to the origin."""
     estimates, origin = perplexity_estimates(perplexity), decimal(perplexity.get("origin"))
     said = f"The unedited model has a perplexity of {origin}"
@@ -107,7 +108,7 @@ def perplexity_section(perplexity: dict) -> Html:
     if measured(perplexity.get("tokens")):
         said += f" ({count(perplexity['tokens'])} tokens)"
     said += ". A ratio above one is a model that predicts this text less well."
-    label = "Perplexity as a ratio to the unedited model. "
+    label = f"Perplexity{where} as a ratio to the unedited model. "
     label += " ".join(row.sentence(1) for row, _ in estimates)
     rows = [["origin", "the unedited model", origin, "1", ""]]
     rows += [
@@ -118,16 +119,26 @@ def perplexity_section(perplexity: dict) -> Html:
     if estimates:
         drawn = [row for row, _ in estimates]
         plot = figure(
-            "Perplexity of each mask, as a ratio to the origin",
+            f"Perplexity of each mask{where}, as a ratio to the origin",
             interval_rows(drawn, label, no_effect=1, axis_name="ratio to the origin"),
         )
     columns = ["Mask", "Reading", "Perplexity", "Ratio to origin", "Interval of the ratio"]
-    listed = table("Perplexity before and after", columns, rows, words=("Mask", "Reading"))
+    listed = table(f"Perplexity{where} before and after", columns, rows, words=("Mask", "Reading"))
     return join([element("p", said), plot, listed])
 
 
-def dependence_section(hsic: dict) -> Html:
-    """HSIC of fairness and privacy representations per layer, with its permutation null."""
+def perplexities_section(tables: dict) -> Html:
+    """Perplexity on each of several sets."""
+    return join(
+        part
+        for name, table in tables.items()
+        if table
+        for part in (element("h3", at_start(name)), perplexity_section(table, f" on {name}"))
+    )
+
+
+def dependence_section(hsic: dict, edit: Edit) -> Html:
+    """HSIC of both sets' representations per layer, with its permutation null."""
     layers = hsic.get("layers") or []
     said = _dependence_words(layers)
     method = [hsic.get("estimator") and f"{hsic['estimator']} estimator"]
@@ -144,7 +155,7 @@ def dependence_section(hsic: dict) -> Html:
         (("band", None), "band of pairings drawn at random (permutation null)"),
     ]
     plot = figure(
-        "HSIC of fairness and privacy representations per layer",
+        f"HSIC of {edit.names.first} and {edit.names.second} representations per layer",
         legend(samples),
         responsive(lambda width: dependence_lines(layers, f"HSIC per layer. {said}", width)),
     )

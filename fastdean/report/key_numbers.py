@@ -11,6 +11,8 @@ from fastdean.report.effects import margin_estimates, perplexity_estimates
 from fastdean.report.estimates import Estimate
 from fastdean.report.markup import Html, terms
 from fastdean.report.quantities import count, duration, measured, memory, percent
+from fastdean.report.results import perplexities
+from fastdean.report.set_names import at_start
 
 # What a number is of, the number, and a note.
 _KeyNumber = tuple[str, str, str]
@@ -22,7 +24,7 @@ def key_numbers(results: dict) -> Html | None:
     numbers = [
         *_of_coupling(results.get("coupling"), edit),
         *_of_coverage(results.get("coverage")),
-        *_of_effects(results.get("margins"), results.get("perplexity"), edit),
+        *_of_effects(results, edit),
         *_of_cost(results.get("cost")),
     ]
     return terms(numbers, "strip") if numbers else None
@@ -51,13 +53,16 @@ def _of_coverage(coverage: dict | None) -> Iterator[_KeyNumber]:
         yield "Share of the model scored", percent(coverage.get("share")), note
 
 
-def _of_effects(margins: dict | None, perplexity: dict | None, edit: Edit) -> Iterator[_KeyNumber]:
-    for name, margin in (margins or {}).items():
+def _of_effects(results: dict, edit: Edit) -> Iterator[_KeyNumber]:
+    for name, margin in (results.get("margins") or {}).items():
         heading = ", ".join(
-            filter(None, [f"{name.capitalize()} margin", margin and margin.get("unit")])
+            filter(None, [f"{at_start(name)} margin", margin and margin.get("unit")])
         )
         yield from _of_mask(heading, margin_estimates(margin), 0, edit)
-    yield from _of_mask("Perplexity ratio", perplexity_estimates(perplexity), 1, edit)
+    tables = perplexities(results)
+    for name, perplexity in tables.items():
+        heading = "Perplexity ratio" + (f", {name}" if len(tables) > 1 else "")
+        yield from _of_mask(heading, perplexity_estimates(perplexity), 1, edit)
 
 
 def _of_mask(

@@ -21,7 +21,12 @@ from fastdean.report.details import (
     other_section,
 )
 from fastdean.report.edit import Edit
-from fastdean.report.effects import dependence_section, margins_section, perplexity_section
+from fastdean.report.effects import (
+    dependence_section,
+    margins_section,
+    perplexities_section,
+    perplexity_section,
+)
 from fastdean.report.key_numbers import key_numbers
 from fastdean.report.markup import Html, element, items
 from fastdean.report.quantities import count, measured
@@ -46,7 +51,7 @@ _LIMITS = (
         "agree.",
     ),
     (
-        ("margins", "perplexity", "bias"),
+        ("margins", "perplexity", "perplexities", "bias"),
         "Each interval covers chance in the drawing of the examples measured here, not the choice "
         "of model, data, ratio or seed. The more is compared, the likelier one interval excludes "
         "no effect by chance.",
@@ -64,8 +69,8 @@ _LIMITS = (
     ),
     (
         ("hsic",),
-        "HSIC needs pairs, and a fairness example has no natural partner among the privacy "
-        "examples: the pairing is arbitrary, and another one gives other values.",
+        "HSIC needs pairs, and an example of one set has no natural partner among those of "
+        "another: the pairing is arbitrary, and another one gives other values.",
     ),
     (
         ("coupling",),
@@ -195,7 +200,8 @@ def _sections(results: dict) -> list[Html | None]:
         ("overlap", "Overlap against ratio", of("overlap", overlap_section, edit)),
         ("margins", "Margins before and after", of("margins", margins_section, edit)),
         ("perplexity", "Perplexity", of("perplexity", perplexity_section)),
-        ("hsic", "Dependence of representations", of("hsic", dependence_section)),
+        ("perplexities", "Perplexities", of("perplexities", perplexities_section)),
+        ("hsic", "Dependence of representations", of("hsic", dependence_section, edit)),
         ("collapse", "Neural collapse", of("collapse", collapse_section)),
         ("bias", "Bias measures", of("bias", bias_section)),
         ("training", "Training", of("training", training_section)),

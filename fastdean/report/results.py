@@ -6,6 +6,7 @@ JSON has no word for it. Keys that no section knows hold anything.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def _numbers(*names: str, **fields: Kind) -> Record:
 COUNTS = ("numel", "k", "first", "second", "coupled", "removed", "kept")
 _ENDS = _numbers("value", "low", "high", "n")
 _MASKS = Maps(Maybe(_numbers("mean", "low", "high", "weights", "value", "ratio")))
+
+_PERPLEXITY = _numbers("origin", "tokens", masks=_MASKS, text=_WORDS, set=_WORDS)
 
 # Part of an example's text, and what it is: prompt or target.
 _SHOWN = Row((_WORDS, _WORDS))
@@ -79,7 +82,9 @@ RESULTS = _partial(
             )
         )
     ),
-    perplexity=_numbers("origin", "tokens", masks=_MASKS, text=_WORDS),
+    perplexity=_PERPLEXITY,
+    # In its place where several sets are spared.
+    perplexities=Maps(Maybe(_PERPLEXITY)),
     hsic=_numbers(
         "n",
         layers=Lists(
@@ -114,6 +119,18 @@ RESULTS = _partial(
     files=Maps(_ANYTHING),
     manifest=Maps(_ANYTHING),
 )
+
+
+def perplexities(results: Mapping[str, Any], unnamed: str = "general") -> dict[str, dict]:
+    """The perplexity tables by the name of their set.
+
+    Args:
+        unnamed: the set of a table that does not name it.
+    """
+    one = results.get("perplexity")
+    found = {one.get("set") or unnamed: one} if one else {}
+    several = results.get("perplexities") or {}
+    return found | {name: table for name, table in several.items() if table}
 
 
 def read_results(file: Path) -> dict[str, Any]:

@@ -9,10 +9,13 @@ _MOST = 3
 
 
 def nearest(path: str | Path) -> str:
-    """Existing paths beside `path` with a similar last part, as the end of a sentence."""
+    """Existing paths beside `path` with a similar last part, as the end of a sentence.
+
+    Not `path` itself: what was refused may be there, and is not what was meant.
+    """
     place = Path(path).expanduser()
     try:
-        names = sorted(found.name for found in place.parent.iterdir())
+        names = sorted({found.name for found in place.parent.iterdir()} - {place.name})
     except OSError:
         return ""
     close = get_close_matches(place.name, names, n=_MOST)

@@ -42,7 +42,7 @@ from benchmarks.gpu.plan import Part
 
 stages = [[Part(**each) for each in stage] for stage in json.loads({stages!r})]
 {more}
-sys.exit(first.main([{out!r}, "--work", {work!r}], stages=stages))
+sys.exit(first.main([{out!r}, "--work", {work!r}, *{arguments!r}], stages=stages))
 """
 MACHINE = f"print({json.dumps(FACTS)!r}); print('a warning')"
 SLEEP = "import time; time.sleep(99)"
@@ -59,10 +59,11 @@ def program(tmp_path):
     """Starts the program on stages, after one that says what machine this is."""
     (tmp_path / "pytest.ini").write_text("[pytest]\n")  # where the names of tests start
 
-    def start(*stages, more="", machine=MACHINE, **variables):
+    def start(*stages, more="", machine=MACHINE, arguments=(), **variables):
         stages = [[tool("machine", machine, needs=[])], *stages]
         places = {name: str(tmp_path / name) for name in ("out", "work")}
-        code = DRIVER.format(stages=json.dumps(stages), more=more, **places)
+        asked = {"more": more, "arguments": arguments}
+        code = DRIVER.format(stages=json.dumps(stages), **asked, **places)
         return subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=ROOT,
@@ -135,6 +136,19 @@ def test_on_a_machine_that_lacks_something_nothing_else_starts(call, machine):
     status, found, _ = call([tool("good", "")], machine=machine)
     assert (status, found["machine"].status, found["good"].status) == (2, FAILED, SKIPPED)
     assert found["good"].reason == "machine has not passed: failed"
+
+
+def test_a_rehearsal_is_whole_without_the_sanitizer_alone(call):
+    needs = ["machine", "sanitizer"]
+    stages = [
+        [tool("sanitizer", "print('refused: not installed'); raise SystemExit(3)")],
+        [tool("memcheck", "", kind=plan.SANITIZER, needs=needs), tool("late", "", least=1)],
+    ]
+    status, found, _ = call(*stages, arguments=["--rehearsal"])
+    assert (status, found["memcheck"].status, found["late"].status) == (0, SKIPPED, PASSED)
+    stages[1][1]["least"] = 10**6
+    status, found, _ = call(*stages, arguments=["--rehearsal"])
+    assert (status, found["late"].status) == (1, SKIPPED)
 
 
 def test_what_passed_is_not_run_again_until_something_changes(call, tmp_path):
@@ -505,7 +519,7 @@ def test_measurements_come_last_alone_and_ask_for_what_the_benchmarks_know():
                 tests = BENCHMARKS[options.run].module.tests(options, on_gpu=True)
                 assert part.needs_tests == tuple(tests) and options.seconds <= part.limit
                 assert part.least <= part.limit
-    assert sum(float(part.command[-1]) for [part] in stages[-count:][:7]) <= 320
+    assert sum(float(part.command[-1]) for [part] in stages[-count:][:8]) <= 320
 
 
 def test_every_operation_of_the_extension_and_of_triton_is_a_form_and_sanitized():

@@ -16,6 +16,7 @@ import textwrap
 from pathlib import Path
 from typing import get_type_hints
 
+import forked
 import pytest
 import tiny_models
 import torch
@@ -34,6 +35,7 @@ from fastdean.jobs.coupling import scoring as coupling_scoring
 from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import RunFolder
 from fastdean.masks import NeuronMask
+from fastdean.wording import bars
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 OPTIONS = ("--ratio", "0.05", "--examples", "5", "--eval-examples", "0", "--quiet")
@@ -328,6 +330,10 @@ def test_an_empty_name_is_not_taken_for_the_current_folder(
         ("seed=0 (now 1), template=unset", "--seed 0 (now 1), --template unset"),
         ("got 'max_length', model's 'seed=1'", "got 'max_length', model's 'seed=1'"),
         ('model="a b"', '--model "a b"'),
+        (
+            "load it, or pass loss_fn= to define its loss; pass template=",
+            "load it, or from Python, pass loss_fn= to define its loss; pass --template",
+        ),
         ("fastdean.model.max_length(x), a/seed=1", "fastdean.model.max_length(x), a/seed=1"),
     ],
 )
@@ -913,11 +919,7 @@ def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path, ignored, number
     """
     model = json.loads((run_folder / "fastdean_run.json").read_text())["job"]["model"]
     arguments = ["--checkpoint", model, "--mask", run_folder / "mask", "--out", tmp_path / "out"]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), "patch", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
+    done = forked.run_script(textwrap.dedent(code), "patch", *map(str, arguments))
     assert done.returncode == exit_code, done.stderr
     if exit_code:
         assert done.stderr.splitlines()[-1] == "fastdean: terminated"
@@ -966,7 +968,8 @@ def test_every_field_of_a_job_is_an_option_with_its_help(command, job):
     text = plain(call(command, "--help", env={"COLUMNS": "999"}).stdout)
     for name, hint in get_type_hints(job, include_extras=True).items():
         (said,) = hint.__metadata__
-        assert re.search(rf" --{name.replace('_', '-')} +\S+ +{re.escape(said.text)} ", text), name
+        flag = said.flag or f"--{name.replace('_', '-')}"
+        assert re.search(rf" {flag} +\S+ +{re.escape(said.text)} ", text), name
 
 
 @pytest.mark.parametrize("options", [[], ["--quiet"]])
@@ -984,9 +987,25 @@ def test_quiet_silences_the_bars_that_libraries_draw(place, tmp_path, monkeypatc
     asked = ["--model", place["model"], "--data", place["privacy"], "--out", tmp_path / "out"]
     result = call("score", *asked, *options)
     assert result.exit_code == 2
+    # In a log, as here, they would stand between our lines.
+    assert "foreign: 100%" not in result.stderr
+    monkeypatch.setattr(bars, "_can_redraw", lambda: True)
+    result = call("score", *asked, *options)
     assert ("foreign: 100%" in result.stderr) is (options == [])
     # And only while the command runs.
     assert not tqdm.tqdm([1], disable=False, file=io.StringIO()).disable
+
+
+@pytest.mark.parametrize("command", ["apply", "couple", "patch"])
+def test_what_loads_or_copies_a_model_can_be_quiet(command):
+    assert "--quiet" in plain(call(command, "--help").stdout)
+
+
+def test_states_that_cannot_lie_where_they_should_name_the_flag(place, tmp_path):
+    options = ["--order", "layers", "--states", "/proc/x", "--out", tmp_path / "out"]
+    result = call("score", "--model", place["model"], "--data", place["privacy"], *options)
+    assert result.exit_code == 2
+    assert "fastdean: --states must be a folder that can be made" in result.stderr
 
 
 def test_help_tells_the_exit_codes():
@@ -1048,9 +1067,14 @@ def ranks(args, **environment):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
-    processes = [start(*args(rank), **shared, RANK=str(rank)) for rank in range(2)]
+    processes = [
+        forked.start(
+            forked.run_command, *map(str, args(rank)), environment={**shared, "RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
     try:
-        return [finish(process) for process in processes]
+        return [process.finish() for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -1223,13 +1247,16 @@ def test_lines_and_letters_fall_back_to_plain_ones():
     assert "╭─é×\ud800…│".encode("ascii", "fastdean") == b"+-ex\\ud800...|"
 
 
+def _run_command_in_ascii(*arguments):
+    sys.stdout.reconfigure(encoding="ascii")
+    forked.run_command(*arguments)
+
+
 def test_json_is_exact_where_stdout_knows_no_unicode(place, tmp_path):
     folder = tmp_path / "dönn"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
-    result = subprocess.run(
-        [sys.executable, "-m", "fastdean", "score", "--model", str(place["model"]), "--data",
-         str(place["privacy"]), "--examples", "2", "--out", str(folder), "--quiet", "--json"],
-        capture_output=True, env=environment,
+    result = forked.run(
+        _run_command_in_ascii, "score", "--model", str(place["model"]), "--data",
+        str(place["privacy"]), "--examples", "2", "--out", str(folder), "--quiet", "--json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["out"] == str(folder)

@@ -17,8 +17,10 @@ from torch import nn
 
 import fastdean
 from fastdean.coupling import by_layers, homes, order, state_files, states
+from fastdean.coupling.needed_memory import ModelMemory, Rows
 from fastdean.coupling.scoring import score_sets
 from fastdean.models import available_memory, replay
+from fastdean.models.stacks import decoder_layers
 
 SMALL = {
     "vocab_size": 96,
@@ -210,7 +212,8 @@ def test_with_activation_checkpointing():
     assert_same(model)
 
 
-def test_offloaded_weights_are_brought_in_once_for_all_batches():
+@pytest.mark.parametrize("tied", [False, True])
+def test_offloaded_weights_are_brought_in_once_for_all_batches(tied):
     from accelerate import cpu_offload
 
     class Counting(dict):
@@ -218,9 +221,15 @@ def test_offloaded_weights_are_brought_in_once_for_all_batches():
             reads[name] = reads.get(name, 0) + 1
             return super().__getitem__(name)
 
+    def build():
+        model = llama()
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
     options = {"tokens_per_batch": 1}
-    expected, model, reads = score(llama(), **options), llama(), {}
-    weights = Counting(llama().state_dict())
+    expected, model, reads = score(build(), **options), build(), {}
+    weights = Counting(build().state_dict())
     cpu_offload(model, execution_device=torch.device("cpu"), state_dict=weights)
     forwards = {name: vars(m).get("forward") for name, m in model.named_modules()}
     score(model, order="auto", **options)  # asks the model its questions, once
@@ -230,6 +239,8 @@ def test_offloaded_weights_are_brought_in_once_for_all_batches():
     assert found.manifest["data"]["examples"] > 4
     # The trial, the way forward and the way back, whatever the number of batches.
     assert {reads[name] for name in reads if ".layers." in name} == {3}
+    # Others in the trial, and once in the sweep.
+    assert {reads[name] for name in reads if ".layers." not in name} == {2}
     for name in expected:
         assert norm_error(found[name], expected[name]) < 1e-6
     assert {name: vars(m).get("forward") for name, m in model.named_modules()} == forwards
@@ -520,9 +531,16 @@ def test_the_head_counts_whether_it_is_the_embedding_or_not():
     tied, own = qwen2(), qwen2()
     own.lm_head.weight = torch.nn.Parameter(own.lm_head.weight.detach().clone())
     assert tied.lm_head.weight is tied.get_input_embeddings().weight
-    assert order.kept_bytes_per_token(tied) == order.kept_bytes_per_token(own)
-    head = sum(own.lm_head.weight.shape) * 4
-    assert order.kept_bytes_per_token(tied.model) == order.kept_bytes_per_token(own) - head
+    rows = Rows(batch=4, targets=3, all=4, longest=4)
+
+    def batch(model):
+        return ModelMemory.of(model, decoder_layers(model).values()).batch(rows)
+
+    # Logits of a row, and the gradient in them, are more than the layers' gradients.
+    logits = 2 * 3 * len(own.lm_head.weight) * 4
+    deepest = ModelMemory.of(own, decoder_layers(own).values()).layers[0].kept * 4
+    assert batch(tied) == batch(own)
+    assert batch(tied.model) == batch(own) - max(0, logits - deepest)
 
 
 def test_available_memory_is_the_least_of_what_is_left(tmp_path, monkeypatch):

@@ -52,6 +52,15 @@ def test_rules_on_the_toy_case(rule, expected):
     assert selected(mask) == expected
 
 
+def test_the_name_of_a_model_and_what_overlap_spares():
+    with pytest.raises(TypeError, match=r"got str 'folder'; load it first .*fastdean patch"):
+        fastdean.couple(scores_from(A), scores_from(B), ratio=RATIO, model="folder")
+    several = [scores_from(G), scores_from([14])]
+    (row,) = overlap(scores_from(A), scores_from(B), general=several, ratios=[4.5 / 24])
+    mask = fastdean.couple(scores_from(A), scores_from(B), general=several, ratio=4.5 / 24)
+    assert (row["coupled"], row["kept"]) == (2, len(mask)) and len(mask) == 0
+
+
 def test_released_takes_from_the_first_list():
     mask = fastdean.couple(
         scores_from(B), scores_from(A), general=scores_from(G), ratio=RATIO, rule="released"

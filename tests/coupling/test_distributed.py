@@ -6,6 +6,7 @@ The processes are started once; each scores in every situation, and the tests re
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,7 @@ SITUATIONS = [
 def resumed(rank, folder):
     """A job that stops when one rank has noted a step as done and the other one has not."""
     write, steps = resumable.Resumable._write, []
+    claimed, remove = resumable._claimed, resumable.remove_folder
 
     def failing(self, step, batches, before):
         if rank == 1 and step == 4:
@@ -118,6 +120,15 @@ def resumed(rank, folder):
         steps.append(step)
         write(self, step, batches, before)
 
+    # Rank 0 has made the folder, and is through before the other.
+    def claimed_by_0(*arguments):
+        return claimed(*arguments)[0], int(rank == 0)
+
+    def in_turn(own):
+        while rank == 1 and (own.parent / "rank-0").exists():
+            os.sched_yield()
+        remove(own)
+
     options = {"order": "layers", "resume": folder / "job", "progress": False}
     try:
         resumable.Resumable._write = failing
@@ -127,9 +138,11 @@ def resumed(rank, folder):
             message = str(error)
         left = sorted(path.name for path in (folder / "job").iterdir())
         resumable.Resumable._write = noted
+        resumable._claimed, resumable.remove_folder = claimed_by_0, in_turn
         values = dict(fastdean.score(llama(), loader(), **options))
     finally:
         resumable.Resumable._write = write
+        resumable._claimed, resumable.remove_folder = claimed, remove
     return {"message": message, "left": left, "steps": steps, "values": values}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ from tiny_experts import CHOSEN, EXPERTS, FAMILIES, experts_model, own_importanc
 import fastdean
 from fastdean.coupling import resumable
 from fastdean.coupling.accumulators import split_by_memory, sums_bytes
-from fastdean.coupling.targets import decoder_layers, find_targets
-from fastdean.coupling.window_memory import WindowMemory
+from fastdean.coupling.targets import find_targets
 from fastdean.models.expert_products import NAME, listening_to_experts
 from fastdean.models.experts import fused_experts
 from fastdean.wording.mendable import StateError
@@ -167,6 +167,13 @@ def test_experts_that_no_token_reached_are_named(caplog):
 # Memory: the experts of one tensor in several passes, several ranks, a job that goes on.
 
 
+def least_by_layers(model, **options):
+    """The budget that the refusal of a smaller one names: one expert, and what a window holds."""
+    with pytest.raises(ValueError, match="memory_budget must be at least ") as caught:
+        scored(model, order="layers", memory_budget=8, **options)
+    return int(re.search(r"at least ([\d,]+)", str(caught.value))[1].replace(",", ""))
+
+
 @pytest.mark.parametrize("order", ["batches", "layers"])
 @pytest.mark.parametrize("options", [{}, {"keep_top": 0.02}, {"keep_top": 0.02, "scope": "tensor"}])
 def test_experts_are_scored_in_parts_where_memory_is_short(order, options):
@@ -177,8 +184,7 @@ def test_experts_are_scored_in_parts_where_memory_is_short(order, options):
     least = max(sums_bytes(target, "weight") for target in experts)
     budget = least * 3 // EXPERTS
     if order == "layers":
-        layers = list(decoder_layers(model).values())
-        budget += max(WindowMemory.of(model, layers, rows=48, longest=17).held.values())
+        budget = least_by_layers(model, **options)
     in_parts = scored(model, order=order, memory_budget=budget, **options)
     for name in whole:
         assert torch.equal(in_parts[name], whole[name])
@@ -251,9 +257,7 @@ def test_offloaded_experts(family):
 def test_a_job_in_parts_goes_on_where_it_was(tmp_path, monkeypatch):
     model = experts_model("Mixtral")
     expected = scored(model, order="layers", keep_top=0.02)
-    budget = 3 * 4 * model.get_parameter(DOWN)[0].numel() * 2
-    layers = list(decoder_layers(model).values())
-    budget += max(WindowMemory.of(model, layers, rows=48, longest=17).held.values())
+    budget = least_by_layers(model, keep_top=0.02)
     options = {"order": "layers", "keep_top": 0.02, "memory_budget": budget}
     with monkeypatch.context() as patch:
         reached, steps = resumable.Resumable.reached, []

@@ -80,6 +80,26 @@ def test_the_share_done_only_grows_and_ends_at_one():
     assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] == 1
 
 
+def test_weights_take_as_long_to_come_in_forward_as_backward():
+    clock, seen = Clock(), []
+    course = SweepProgress("score", lambda *args: seen.append(args), clock)
+    course.plan(3, 0)
+    windows = [("forward", k) for k in range(3)] + [("loss", 3)]
+    windows += [("backward", k) for k in reversed(range(3))]
+    for kind, layer in windows:
+        course.begin(kind, layer)
+        if kind != "loss":
+            clock.now += 30
+            course.weights_there()
+        clock.now += 10 if kind == "forward" else 30
+        course.passed(3000)
+        course.end()
+    left = [text.partition("about ")[2] for text, _, ended in seen if ended]
+    # 290, 250, 210, 180, 120 and 60 s: no jump where the way back begins.
+    minutes = [f"{each} min left" for each in (5, 4, 4, 3, 2)]
+    assert left == [*minutes, "60 s left", ""]
+
+
 def test_windows_that_are_not_begun_count_as_done():
     clock, seen = Clock(), []
     course = SweepProgress("score", lambda *args: seen.append(args), clock)

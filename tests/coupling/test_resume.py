@@ -205,7 +205,7 @@ def test_a_process_that_is_killed_at_any_moment(tmp_path):
     assert killed(tmp_path, *["random"] * 30) == ["same"] * 30
 
 
-def test_sigterm_ends_the_process_and_the_job_goes_on(tmp_path, monkeypatch):
+def test_sigterm_ends_the_process_and_the_job_goes_on(tmp_path, monkeypatch, caplog):
     keep = states.States.keep
 
     def terminated(self, layer, batch, returned):
@@ -219,6 +219,7 @@ def test_sigterm_ends_the_process_and_the_job_goes_on(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             score(resume=tmp_path)
     assert ended.value.code == 143
+    assert "terminated; what is finished is kept, call again with the same arguments" in caplog.text
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     seen = steps_run(monkeypatch)
     assert_same_bits(score(resume=tmp_path), expected)
@@ -401,7 +402,7 @@ def test_another_version_is_named(package, job, monkeypatch):
 
 
 def test_another_format_of_the_states_is_named(job, monkeypatch):
-    monkeypatch.setattr(resumable, "_FORMAT", 2)
+    monkeypatch.setattr(resumable, "_FORMAT", 3)
     with pytest.raises(ValueError, match="differs in format of the states; choose"):
         score(resume=job)
 
@@ -620,6 +621,11 @@ def test_a_streamed_job_goes_on_in_another_process(options, done, tmp_path, monk
             assert (other.weight is None) == (entry.weight is None), parameter
             assert entry.weight is None or torch.equal(other.weight, entry.weight)
     assert {parameter.device.type for parameter in stream.model.parameters()} == {"meta"}
+    # What the first process read is counted too.
+    read, once = (
+        each["fair"].manifest["order"]["bytes_of_weights_read"] for each in (found, expected)
+    )
+    assert read >= once and read > stream.bytes_read
 
 
 @pytest.mark.parametrize(

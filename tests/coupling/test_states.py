@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 
 import pytest
@@ -86,9 +87,36 @@ def test_memory_goes_to_the_host_before_files(monkeypatch, tmp_path):
 
 
 def test_a_named_place_keeps_its_budget():
-    message = r"states_budget must hold what .* states='host', .* bytes and more, got 8,000; raise"
+    message = r"states_budget must hold what .* states='host', about .* bytes, got 8,000; raise"
     with pytest.raises(RuntimeError, match=message):
         score(states="host", states_budget=SOME)
+
+
+@pytest.mark.parametrize("budget", [1, SOME])
+def test_a_budget_that_is_too_small_is_told_the_whole_need(budget):
+    with pytest.raises(RuntimeError, match="about") as caught:
+        score(states="host", states_budget=budget)
+    need = int(re.search(r"about ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
+    assert score(states="host", states_budget=need)
+
+
+@pytest.mark.parametrize("states", ["FOLDER", "device"])
+def test_a_place_for_states_that_are_not_kept_is_said_to_be_of_no_use(tmp_path, caplog, states):
+    where = tmp_path / "states" if states == "FOLDER" else states
+    score(order="batches", states=where)
+    (said,) = [text for text in caplog.messages if "not used" in text]
+    assert said == f"states={str(where)!r} is not used: batch by batch no states are kept"
+    assert not list(tmp_path.iterdir())
+    caplog.clear()
+    score(order="batches")
+    assert not [text for text in caplog.messages if "not used" in text]
+
+
+@pytest.mark.parametrize("name", ["states", "resume"])
+def test_a_folder_that_cannot_be_made_is_named_by_its_argument(name):
+    text = f"{name} must be a folder that can be made and written to, got '/proc/x': .*; choose"
+    with pytest.raises((RuntimeError, ValueError), match=text):
+        score(**{name: "/proc/x"})
 
 
 def test_bits_and_strides_come_back(tmp_path):
@@ -169,6 +197,15 @@ def test_a_disk_that_fills_up_is_told_in_one_line(tmp_path, monkeypatch):
         score(states=tmp_path / "states")
     assert raised.value.errno == errno.ENOSPC
     assert_nothing_left(tmp_path)
+
+
+def test_a_kill_leaves_nothing_in_a_folder_for_states(tmp_path, monkeypatch):
+    seen, write = [], os.pwrite
+    monkeypatch.setattr(
+        os, "pwrite", lambda *args: (seen.append(os.listdir(tmp_path)), write(*args))[1]
+    )
+    score(states=tmp_path)
+    assert seen and not any(seen)
 
 
 @pytest.mark.parametrize(

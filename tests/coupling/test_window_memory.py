@@ -75,6 +75,14 @@ def least_of(model, folder, **options):
     return named(caught)
 
 
+def test_a_budget_that_holds_not_even_a_matrix_is_told_the_whole_need(tmp_path):
+    """Not the sums first, and then what a window takes besides."""
+    model = built("llama")
+    with pytest.raises(ValueError, match="memory_budget must be at least") as caught:
+        score(model, tmp_path, memory_budget=8)
+    assert score(model, tmp_path, memory_budget=named(caught))
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "watched"])
 def test_what_is_held_stays_within_the_budget(family, tmp_path):
     model, options = built("llama" if family == "watched" else family), {"target_modules": "all"}

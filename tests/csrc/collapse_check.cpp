@@ -642,9 +642,15 @@ void check_random(unsigned seed) {
 }
 
 void check_few() {
+  // Kernels know no workers.
+  const std::vector<int64_t> more_workers(entry_points::kOnCuda ? 0 : 1, 3);
   size_t next = 0;
   for (const DTypes& dtypes : kDTypes) {
-    for (const Case& c : kCases) check(Problem(c, dtypes), kStatistics[next++ % 3], {});
+    for (const Case& c : kCases) check(Problem(c, dtypes), kStatistics[next++ % 3], more_workers);
+  }
+  if (!entry_points::kOnCuda) {
+    check(Problem(kManyTiles, kDTypes[1]), CollapseStatistic::kCv, more_workers);
+    check(Problem(kManyClasses, kDTypes[2]), CollapseStatistic::kMean, more_workers);
   }
   check(Problem(kBlocks, kDTypes[1]), CollapseStatistic::kCv, {2});
   check(Problem(kManyRows, kDTypes[4]), CollapseStatistic::kStd, {});

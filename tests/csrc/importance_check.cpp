@@ -29,7 +29,7 @@ float from_bfloat16(uint16_t value) {
 // Exactly as large as they must be: one element further is somebody else's memory.
 struct Case {
   int64_t rows, columns, tokens;
-  std::vector<int64_t> segments;
+  std::vector<int64_t> segments, expert_starts;
 };
 
 template <class T>
@@ -51,9 +51,11 @@ bool check(const Case& c, DType dtype, int64_t level, int64_t workers) {
   };
   fill(x, x_wide);
   fill(g, g_wide);
-  std::vector<float> acc(c.rows * c.columns, 0.5f);
+  const auto experts = static_cast<int64_t>(c.expert_starts.size()) - 1;
+  std::vector<float> acc(experts * c.rows * c.columns, 0.5f);
   fastdean::ImportanceParams p{};
   p.acc = reinterpret_cast<int64_t>(acc.data());
+  p.acc_stride_e = c.rows * c.columns;
   p.acc_stride_r = c.columns;
   p.acc_stride_c = 1;
   p.x = reinterpret_cast<int64_t>(x.data());
@@ -63,30 +65,31 @@ bool check(const Case& c, DType dtype, int64_t level, int64_t workers) {
   p.g_stride_t = c.rows;
   p.g_stride_r = 1;
   p.dtype = static_cast<int64_t>(dtype);
+  p.experts = experts;
   p.rows = c.rows;
   p.columns = c.columns;
   p.tokens = c.tokens;
   p.segments = reinterpret_cast<int64_t>(c.segments.data());
-  p.num_segments = static_cast<int64_t>(c.segments.size()) / 2;
+  p.expert_starts = reinterpret_cast<int64_t>(c.expert_starts.data());
   p.level = level;
   p.num_workers = workers;
   std::vector<char> workspace(fastdean::accumulate_importance_workspace_bytes(p));
   p.workspace = reinterpret_cast<int64_t>(workspace.data());
   if (fastdean::accumulate_importance_cpu(p) != fastdean::Status::kOk) return false;
-  for (int64_t r = 0; r < c.rows; ++r) {
-    for (int64_t k = 0; k < c.columns; ++k) {
-      double expected = 0.5, scale = 0.5;
-      for (int64_t b = 0; b < p.num_segments; ++b) {
-        double sum = 0;
-        for (int64_t t = c.segments[2 * b]; t < c.segments[2 * b + 1]; ++t) {
-          const double product = double(g_wide[t * c.rows + r]) * x_wide[t * c.columns + k];
-          sum += product;
-          scale += std::fabs(product);
-        }
-        expected += std::fabs(sum);
+  for (int64_t i = 0; i < experts * c.rows * c.columns; ++i) {
+    const int64_t e = i / (c.rows * c.columns);
+    const int64_t r = i / c.columns % c.rows, k = i % c.columns;
+    double expected = 0.5, scale = 0.5;
+    for (int64_t b = c.expert_starts[e]; b < c.expert_starts[e + 1]; ++b) {
+      double sum = 0;
+      for (int64_t t = c.segments[2 * b]; t < c.segments[2 * b + 1]; ++t) {
+        const double product = double(g_wide[t * c.rows + r]) * x_wide[t * c.columns + k];
+        sum += product;
+        scale += std::fabs(product);
       }
-      if (!(std::fabs(acc[r * c.columns + k] - expected) <= 1e-5 * scale)) return false;
+      expected += std::fabs(sum);
     }
+    if (!(std::fabs(acc[i] - expected) <= 1e-5 * scale)) return false;
   }
   return true;
 }
@@ -95,10 +98,12 @@ bool check(const Case& c, DType dtype, int64_t level, int64_t workers) {
 
 int main() {
   const std::vector<Case> cases = {
-      {1, 1, 1, {0, 1}},
-      {13, 33, 37, {2, 3, 10, 21, 5, 5, 3, 10, 0, 37}},
-      {7, 17, 900, {0, 500, 500, 501, 501, 900}},
-      {5, 4, 3, {}},
+      {1, 1, 1, {0, 1}, {0, 1}},
+      {13, 33, 37, {2, 3, 10, 21, 5, 5, 3, 10, 0, 37}, {0, 5}},
+      {7, 17, 900, {0, 500, 500, 501, 501, 900}, {0, 3}},
+      {5, 4, 3, {}, {0, 0}},
+      // Four experts, the first and the third without an example.
+      {13, 33, 37, {2, 3, 10, 21, 5, 5, 3, 10, 0, 37}, {0, 0, 4, 4, 5}},
   };
   int failures = 0;
   for (int64_t level = 0; level <= static_cast<int64_t>(fastdean::best_cpu_level()); ++level) {

@@ -275,14 +275,28 @@ Table three_parts() {
   return table;
 }
 
+// More indices than a grid has threads, which walk on.
+Table wider_than_a_grid() {
+  Table table{"wider than a grid", {}};
+  table.tensors.emplace_back(DType::kFloat16, Layout{{140000}, {1}}, 140000, 0);
+  return table;
+}
+
+// More rows than a grid has blocks beside each other.
+Table more_rows_than_a_grid() {
+  Table table{"more rows than a grid", {}};
+  for (int i = 0; i < 65540; ++i) table.tensors.emplace_back(DType::kFloat32, kOneElement, 1, 0);
+  return table;
+}
+
 }  // namespace
 
 int main(int count, char**) {
   const Table tables[] = {
-      {"no rows", {}},
-      {"an empty list", {Tensor(DType::kFloat32, kContiguous, 0, 0)}},
-      every_layout(),
-      three_parts(),
+      {"no rows", {}},     {"an empty list", {Tensor(DType::kFloat32, kContiguous, 0, 0)}},
+      every_layout(),      three_parts(),
+      wider_than_a_grid(),
+      // Each on its line.
   };
   const bool few = count > 1;
   for (const Table& table : tables) {
@@ -293,6 +307,9 @@ int main(int count, char**) {
     }
   }
   if (!entry_points::kOnCuda) check_refusals();
+  if (entry_points::kOnCuda && !few) {
+    check_gather_write_zero(more_rows_than_a_grid(), 1, "more rows than a grid");
+  }
   check_expanded();
   std::printf("%d failures\n", failures);
   return failures != 0;

@@ -8,10 +8,9 @@ import json
 import os
 import signal
 import stat
-import subprocess
-import sys
 import textwrap
 
+import forked
 import pytest
 import torch
 
@@ -86,7 +85,7 @@ def _killed(code, path):
             storage.write_folder(path, {"n": 1}, {"t": torch.ones(3)}, kind="mask", **options)
     """
     script = textwrap.dedent(setup) + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    done = forked.run_script(script, str(path))
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

@@ -30,14 +30,17 @@ from fastdean.jobs import run, session
 from fastdean.jobs.collapse import CollapseJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling import measuring, steps
+from fastdean.jobs.coupling import model as run_model
 from fastdean.jobs.coupling.job import DATA_SETS, Job, ScoreJob
 from fastdean.jobs.coupling.results import _about_rows
 from fastdean.jobs.coupling.scoring import run as run_score
 from fastdean.jobs.debias import DebiasJob
+from fastdean.jobs.options import option_fields
 from fastdean.jobs.rows import split_rows
 from fastdean.masks import NeuronMask
-from fastdean.models import replay
+from fastdean.models import loading, replay
 from fastdean.models import windows as model_windows
+from fastdean.models.streaming import StreamedModel
 
 OPTIONS = {"ratio": 0.05, "examples": 5, "eval_examples": 5}
 # For what does not hang on the measurements, which take most of a tiny run.
@@ -115,6 +118,7 @@ def nothing_loaded(monkeypatch):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(session, "load_model", load_model)
+    monkeypatch.setattr(run_model, "load_or_stream", load_model)
 
 
 def test_a_run_writes_its_parts_and_its_results(measured):
@@ -294,14 +298,14 @@ def test_weights_that_are_offloaded_are_refused_before_anything_is_scored(
     """Masks are applied to weights in memory; the device "auto" may leave some elsewhere."""
     from accelerate import cpu_offload
 
-    real = session.load_model
+    real = loading.load_model
 
     def load_model(*args, **options):
         model, tokenizer = real(*args, **options)
         cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
         return model, tokenizer
 
-    monkeypatch.setattr(session, "load_model", load_model)
+    monkeypatch.setattr(loading, "load_model", load_model)
     with pytest.raises(
         ValueError,
         match=r"device must hold .* offloads 3 of 6 matrices, such as model\.layers\.1\..*; use a",
@@ -318,13 +322,14 @@ def test_the_revision_of_the_model_is_loaded_and_recorded(place, tmp_path, monke
         return real(name, **options)
 
     monkeypatch.setattr(session, "load_model", load_model)
-    results = run(Job(**place, **QUICK, revision="v2"), tmp_path / "run", progress=False)
+    quick = {**QUICK, "order": "batches"}
+    results = run(Job(**place, **quick, revision="v2"), tmp_path / "run", progress=False)
     assert asked == ["v2"]
     assert results["model"]["revision"] == results["manifest"]["job"]["revision"] == "v2"
     mask = NeuronMask.from_pretrained(tmp_path / "run" / "mask")
     assert mask.manifest["first"]["model"]["revision"] == "v2"
     with pytest.raises(ValueError, match="holds another run"):
-        run(Job(**place, **QUICK, revision="v3"), tmp_path / "run", progress=False)
+        run(Job(**place, **quick, revision="v3"), tmp_path / "run", progress=False)
 
 
 def test_a_run_that_is_refused_leaves_no_folder(place, tmp_path):
@@ -477,7 +482,7 @@ def test_rows_that_changed_since_are_not_resumed(place, scored, tmp_path):
         run(job, tmp_path / "run", progress=False)
     write_jsonl(tmp_path / "privacy.jsonl", rows(10, 99, unsafe=True))
     with pytest.raises(
-        ValueError, match="on other input, which differs in privacy; choose another"
+        ValueError, match="on other input, which differs in privacy rows; choose another"
     ):
         run(job, tmp_path / "run", progress=False)
 
@@ -834,14 +839,20 @@ def test_each_step_is_announced_before_it_begins_and_titles_its_bars(
 
 @pytest.fixture
 def windows(monkeypatch):
-    """How often the weights of each layer were brought in."""
-    entered, real = {}, model_windows.weights_in
+    """How often the weights of each layer were brought in, from memory or from their files."""
+    entered, real, read = {}, model_windows.weights_in, StreamedModel._in
 
-    def weights_in(layer):
+    def read_in(self, window):
+        if window:
+            entered[window] = entered.get(window, 0) + 1
+        return read(self, window)
+
+    def weights_in(layer, there=None):
         entered[id(layer)] = entered.get(id(layer), 0) + 1
-        return real(layer)
+        return real(layer, there)
 
     monkeypatch.setattr(model_windows, "weights_in", weights_in)
+    monkeypatch.setattr(StreamedModel, "_in", read_in)
     return entered
 
 
@@ -873,11 +884,13 @@ def test_all_data_sets_take_one_sweep_by_layers(
         assert found.manifest["order"]["by"] == "layers"
         assert found.manifest["data"] == expected.manifest["data"]
     named = "score fairness, privacy, general"
-    assert scoring_steps(capsys) == [f"fastdean: step 4 of 9, {named}"]
+    # A streamed model is not loaded where nothing is to be measured.
+    steps_in_all = {"layers": 5, "auto": 9}[by]
+    assert scoring_steps(capsys) == [f"fastdean: step 4 of {steps_in_all}, {named}"]
     (row,) = [row for row in results["cost"] if row["step"].startswith("score")]
     tokens = sum(data["tokens"] for data in results["data"].values())
     assert row["step"] == named and row["tokens"] == tokens and row["seconds"] > 0
-    assert len(results["cost"]) == 9
+    assert len(results["cost"]) == steps_in_all
 
 
 def test_auto_that_takes_the_batches_has_a_step_for_each_data_set(
@@ -927,9 +940,12 @@ def test_a_sweep_whose_scores_could_not_be_saved_is_not_run_again(
     assert [path.name for path in (tmp_path / "run" / "scores").iterdir()] == ["fairness"]
     windows.clear()
     results = run(job, tmp_path / "run", progress=True)
-    assert not windows
+    # Of a streamed model the first layer is read to try the hooks, and all to compare them.
+    assert max(windows.values(), default=0) <= (2 if by == "layers" else 0)
     assert results["coupling"] == finished[1]["coupling"]
-    assert scoring_steps(capsys) == ["fastdean: step 4 of 9, score fairness, privacy, general"]
+    steps_in_all = {"layers": 5, "auto": 9}[by]
+    named = "score fairness, privacy, general"
+    assert scoring_steps(capsys) == [f"fastdean: step 4 of {steps_in_all}, {named}"]
     assert not (tmp_path / "run" / "sweep").exists()
 
 
@@ -960,8 +976,9 @@ def test_a_run_that_is_stopped_in_a_sweep_goes_on_in_it(
         run(other, tmp_path / "run", progress=False)
     windows.clear()
     results = run(job, tmp_path / "run", progress=False)
-    # Both layers forward and the loss of one data set were done.
-    assert set(windows.values()) == {1}
+    # Both layers forward and the loss of one data set were done. A streamed model is read once
+    # more, to compare it with the one that the run began with; its first layer also for the trial.
+    assert set(windows.values()) <= ({2, 3, 4} if by == "layers" else {1})
     assert results["coupling"] == finished[1]["coupling"]
     assert not (tmp_path / "run" / "sweep").exists()
 
@@ -1050,7 +1067,7 @@ def test_one_call_does_what_the_command_does(place, finished, tmp_path):
         fastdean.run(**place, **QUICK, out=tmp_path / "run", progress=False)
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         fastdean.run(**place, out=tmp_path / "other", colour="red")
-    with pytest.raises(TypeError, match="missing a required .*'general'"):
+    with pytest.raises(TypeError, match="general must be the SRC of its rows, got none"):
         fastdean.run(model="m", fairness="f", privacy="p", out=tmp_path / "other")
 
 
@@ -1061,6 +1078,20 @@ def test_the_call_has_the_arguments_of_the_command():
     assert {*call} - {"progress"} == {*command} - shown
     for name in {*call} - {"progress", "out"}:
         assert call[name].default == command[name].default, name
+
+
+@pytest.mark.parametrize("kind", [Job, ScoreJob, CollapseJob, DebiasJob])
+def test_a_jobs_own_options_come_before_those_it_shares(kind):
+    names = [field.name for field in option_fields(kind)]
+    own = [name for name in vars(kind)["__annotations__"] if getattr(kind, name, None) is not None]
+    assert names[0] == "model" and names[-2:] == ["device", "seed"]
+    assert [name for name in names if name in own] == own
+    assert max(map(names.index, own), default=0) < names.index("revision")
+    # And none is declared twice, but where its default is another.
+    for name in vars(kind)["__annotations__"]:
+        for base in kind.__mro__[1:]:
+            if name in vars(base).get("__annotations__", {}):
+                assert getattr(kind, name) != getattr(base, name)
 
 
 def test_a_quiet_run_announces_nothing(place, tmp_path, capsys):

@@ -139,25 +139,42 @@ def test_adversarial_ties(small_cuts, drawn, numel, k, seed):
 
 
 # Importances that differ in their last bits alone: every window of the search is full of them.
-@settings(
-    deadline=None,
-    max_examples=40,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    st.sampled_from([1, 0x3F800000 - 77, 0x7F000000]),
-    st.integers(1, 18),
-    st.integers(1, 600),
-    st.integers(1, 100),
-    st.integers(0, 99),
-)
-@example(0x3F800000, 8, 300, 60, 0)
-@example(0x3F800000, 9, 300, 4, 0)
-def test_importances_within_a_few_bits(small_cuts, lowest, bits, numel, k, seed):
+def few_bits(examples):
+    def decorated(test):
+        test = example(0x3F800000, 8, 300, 60, 0)(test)
+        test = example(0x3F800000, 9, 300, 4, 0)(test)
+        test = given(
+            st.sampled_from([1, 0x3F800000 - 77, 0x7F000000]),
+            st.integers(1, 18),
+            st.integers(1, 600),
+            st.integers(1, 100),
+            st.integers(0, 99),
+        )(test)
+        return settings(
+            deadline=None,
+            max_examples=examples,
+            database=None,
+            suppress_health_check=[HealthCheck.function_scoped_fixture],
+        )(test)
+
+    return decorated
+
+
+def check_few_bits(lowest, bits, numel, k, seed):
     generator = torch.Generator().manual_seed(seed)
     keys = lowest + torch.randint(2**bits, (numel,), generator=generator)
     check(keys.to(torch.int32).view(torch.float32), None, 1, k)
+
+
+@few_bits(8)
+def test_importances_within_a_few_bits(small_cuts, lowest, bits, numel, k, seed):
+    check_few_bits(lowest, bits, numel, k, seed)
+
+
+@pytest.mark.slow
+@few_bits(80)
+def test_many_importances_within_a_few_bits(small_cuts, lowest, bits, numel, k, seed):
+    check_few_bits(lowest, bits, numel, k, seed)
 
 
 @pytest.mark.parametrize("k", [4, 3600])

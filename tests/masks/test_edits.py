@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -596,3 +597,11 @@ def test_a_model_made_in_inference_mode_is_refused_before_anything_is_written(mo
     with torch.inference_mode():
         model.layers[0].weight.data.view(-1)[[0, 3]] = 0
     mask.apply_(model)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_the_name_of_a_model_is_not_taken_for_the_model(kind):
+    mask = mask_of(tiny_models.llama(), {"model.layers.0.mlp.up_proj.weight": [1]})
+    for call in (mask.apply_, mask.restore_):
+        with pytest.raises(TypeError, match=r"got \w+ 'folder'; load it first .*patch"):
+            call(kind("folder"))

@@ -26,6 +26,8 @@ OVERFLOW = r"(heap|global)-buffer-overflow|out of bounds for type|load of null p
 UNWRITTEN = ": reads shared memory that its block has not written"
 LINUX = ("Linux", "x86_64")
 DEVICE_FUNCTIONS = {"block_sum", "act_on_row"}
+WRONG_LOSS = r"(loss|sums|centre|grad_weight|grad_features)\[\d+\] is "
+WRONG_PLACES = "found other values|left other bits"
 ALL_LANES = "__shfl_xor_sync(0xffffffffu, value, step)"
 
 
@@ -34,6 +36,11 @@ def _race(function, old, new, found=": race, ", turn=0):
 
 
 def _overflow(function, old, new, found=OVERFLOW, turn=0):
+    return Mutant(function, old, new, "sanitizers", found, turn)
+
+
+def _wrong(function, old, new, found=WRONG_LOSS, turn=0):
+    """A fault that only results show."""
     return Mutant(function, old, new, "sanitizers", found, turn)
 
 
@@ -77,6 +84,16 @@ PLANTED = {
         _overflow("finish", "c < p.classes", "c <= p.classes", turn=2),
         _overflow("weight_gradients", "column >= p.columns", "column > p.columns"),
         _overflow("row_gradients", "column >= p.columns", "column > p.columns"),
+        # Other signs, strides and ends of sums.
+        _wrong("join_sums", "plan.decay != 0 && seen", "plan.decay != 0"),
+        _wrong("join_sums", "plan.order[i] * p.features_stride", "plan.order[i] * p.columns"),
+        _wrong("weight_at", "c * p.weight_stride + column", "c * p.columns + column"),
+        _wrong("block_sum", "step /= 2", "step /= 4"),
+        _wrong("finish", "(number - 1) * spread", "number * spread"),
+        _wrong(
+            *("weight_gradients", "factor<T>(p, 0, c) * m - factor<T>(p, 1, c) * w"),
+            "factor<T>(p, 0, c) * m + factor<T>(p, 1, c) * w",
+        ),
     ],
     "mask": [
         *removed_barriers("mask"),
@@ -88,6 +105,13 @@ PLANTED = {
         _race("places_kernel", "r += gridDim.y", "++r"),
         _overflow("places_kernel", "r < params.num_rows", "r <= params.num_rows"),
         _overflow("act_on_row", "i < row.count", "i <= row.count"),
+        _wrong("act_on_row", "i += step", "i += 2 * step", WRONG_PLACES),
+        _wrong(
+            "act_on_row",
+            "element_offset(row, indices[i])",
+            "indices[i]",
+            f"{WRONG_PLACES}|{OVERFLOW}",
+        ),
         _overflow(
             *("places_kernel", "act_on_row<uint16_t>(row, first, step, act)"),
             *("act_on_row<uint32_t>(row, first, step, act)", "misaligned address|-buffer-overflow"),

@@ -43,6 +43,14 @@ def check(x, g, segments, sets, weight, k, level=None):
     return found
 
 
+def spread(values):
+    """`values` with NaN in the memory between its elements."""
+    holder = torch.full([2 * n + 1 for n in values.shape], float("nan"), dtype=values.dtype)
+    view = holder[1::2, 1::2]
+    view.copy_(values)
+    return view
+
+
 # Of three sets, the second without an example; ragged, out of order, overlapping, one token, empty.
 SEGMENTS = torch.tensor([[2, 3], [10, 21], [5, 5], [3, 10], [0, 37]])
 SETS = torch.tensor([0, 0, 0, 2, 2])
@@ -73,6 +81,31 @@ def test_every_level_takes_more_columns_than_a_slab_of_x_holds(level, dtype):
     check(x, g, segments, sets, random(3, columns, seed=3), [50], level)
 
 
+@pytest.mark.parametrize("lay_out", [lambda t: t, spread], ids=["contiguous", "spread"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_signed_sums_are_exact_to_one_rounding(level, dtype, lay_out):
+    x, g = random(1003, 70, seed=1, dtype=dtype), random(1003, 150, seed=2, dtype=dtype)
+    weight, k = random(150, 70, seed=3, dtype=dtype), [9, 1, 3000]
+    plain = native.select_importance(x, g, LONG, SETS, weight, k, level=level)
+    before = torch.get_num_threads()
+    try:
+        # So many entries that workers share them.
+        torch.set_num_threads(3)
+        found = native.select_importance(
+            lay_out(x), lay_out(g), LONG, SETS, weight, k, signed=True, level=level
+        )
+    finally:
+        torch.set_num_threads(before)
+    for number, (index, sums, signed) in enumerate(found):
+        assert torch.equal(index, plain[number][0]) and torch.equal(sums, plain[number][1])
+        exact = torch.zeros(150, 70, dtype=torch.float64)
+        for start, end in LONG[number == SETS].tolist():
+            exact += g[start:end].double().T @ x[start:end].double()
+        exact = exact.flatten()[index]
+        assert signed.dtype == torch.float32 and len(signed) == len(index)
+        torch.testing.assert_close(signed.double(), exact, rtol=1e-7, atol=1e-11)
+
+
 def test_ties_go_to_the_lowest_index_wherever_the_tiles_lie(level):
     x, g = torch.ones(4, 700), torch.ones(4, 260)
     weight = torch.full((260, 700), -0.5)
@@ -88,14 +121,6 @@ def test_importance_that_rises_with_every_entry(level):
         x, g, torch.tensor([[0, 1]]), torch.tensor([0]), torch.ones(130, 700), [40], level
     )
     assert index.max() == 130 * 700 - 1
-
-
-def spread(values):
-    """`values` with NaN in the memory between its elements."""
-    holder = torch.full([2 * n + 1 for n in values.shape], float("nan"), dtype=values.dtype)
-    view = holder[1::2, 1::2]
-    view.copy_(values)
-    return view
 
 
 @pytest.mark.parametrize("lay_out", [spread, lambda t: t.T.clone().T], ids=["spread", "transposed"])

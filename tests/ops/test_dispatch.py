@@ -54,7 +54,8 @@ MASK_OPERATIONS = ("gather_at", "write_at_", "zero_at_")
 def test_every_operation_runs_everywhere_without_the_extension_and_without_triton(monkeypatch):
     _pretend(monkeypatch, "missing", "this install has no compiled extension")
     _without_triton(monkeypatch)
-    for op in (*ACCUMULATIONS, "select_top", "select_importance", *MASK_OPERATIONS):
+    fused = ("select_importance", "select_expert_importance")
+    for op in (*ACCUMULATIONS, "select_top", *fused, *MASK_OPERATIONS):
         for device in ("cpu", "cuda", "mps"):
             choice = choose(op, device)
             assert choice.name == "reference"
@@ -126,9 +127,10 @@ def test_the_extension_is_preferred_on_the_cpu_and_only_there(monkeypatch, op):
 def test_the_compiled_accumulation_is_the_default_of_a_cpu(monkeypatch):
     _pretend(monkeypatch, "available", build=BUILT_WITH_CUDA)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert choose("accumulate_importance_", "cpu", dtype=dtype).name == "native"
-        fused = choose("select_importance", "cpu", dtype=dtype)
-        assert fused.callable is native.select_importance
+        for op in ("accumulate_importance_", "accumulate_expert_importance_"):
+            assert choose(op, "cpu", dtype=dtype).name == "native"
+        for op in ("select_importance", "select_expert_importance"):
+            assert choose(op, "cpu", dtype=dtype).callable is getattr(native, op)
     double = choose("accumulate_importance_", "cpu", dtype=torch.float64)
     assert double.name == "reference"
     assert "takes fp32, bf16 and fp16, not torch.float64" in double.reason

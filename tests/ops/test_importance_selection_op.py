@@ -13,7 +13,7 @@ from fastdean import native
 from fastdean.ops import accumulate_importance_, select_importance, select_top
 
 NATIVE = ["native"] if DEVICE.type == "cpu" and native.status().state == "available" else []
-IMPL = pytest.mark.parametrize("impl", ["reference", *NATIVE])
+IMPL = pytest.mark.parametrize("impl", ["reference", "triton", *NATIVE])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -61,7 +61,8 @@ def test_what_is_selected_is_what_float64_selects_but_for_rounding(impl, dtype, 
         torch.testing.assert_close(importance, at, rtol=2e-5, atol=1e-5 * float(least))
 
 
-@IMPL
+# The interpreter takes too long for so many.
+@pytest.mark.parametrize("impl", ["reference", *NATIVE])
 @settings(deadline=None, max_examples=40, database=None)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=8),
@@ -83,6 +84,35 @@ def test_the_two_operations_select_the_same(impl, examples, k, seed):
         dense = accumulate_importance_(torch.zeros(7, 5, device=DEVICE), x, g, mine)
         expected = select_top(dense, weight, max(1, len(mine)), k[number])
         assert torch.equal(index, expected) and torch.equal(sums, dense.flatten()[expected])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@IMPL
+def test_signed_sums_stand_beside_those_of_absolute_values(impl, dtype):
+    x, g = random(40, 17, seed=1, dtype=dtype), random(40, 9, seed=2, dtype=dtype)
+    weight, k = random(9, 17, seed=3, dtype=dtype), [4, 4, 100]
+    segments = spans((2, 3), (10, 21), (5, 5), (3, 10), (0, 40))
+    sets = torch.tensor([0, 0, 0, 2, 2])
+    plain = select_importance(x, g, segments, sets, weight, k, impl=impl)
+    found = select_importance(x, g, segments, sets, weight, k, signed=True, impl=impl)
+    for number, (index, sums, signed) in enumerate(found):
+        assert torch.equal(index, plain[number][0]) and torch.equal(sums, plain[number][1])
+        exact = torch.zeros(9, 17, dtype=torch.float64, device=DEVICE)
+        for start, end in segments[sets == number].tolist():
+            exact += g[start:end].double().T @ x[start:end].double()
+        assert signed.dtype == torch.float32 and signed.device == index.device
+        torch.testing.assert_close(signed.double(), exact.flatten()[index], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", *NATIVE])
+def test_signed_sums_of_long_examples_are_taken_a_few_entries_at_a_time(impl):
+    # More tokens than the entries of one product may have.
+    x, g = torch.ones(2**20 + 1, 2, device=DEVICE), torch.ones(2**20 + 1, 1, device=DEVICE)
+    x[:, 1] = -0.5
+    segments, sets = spans((0, 2**20 + 1)), torch.tensor([0])
+    weight = torch.ones(1, 2, device=DEVICE)
+    ((_, _, signed),) = select_importance(x, g, segments, sets, weight, [2], signed=True, impl=impl)
+    assert signed.tolist() == [2**20 + 1, -(2**19) - 0.5]
 
 
 @IMPL

@@ -61,6 +61,26 @@ CALLS = {
         lambda sums, weight, impl: ops.select_top(sums, weight, 2, 2, impl=impl),
         lambda: {"sums": floats(3, 4), "weight": floats(3, 4)},
     ),
+    "select_expert_importance": (
+        lambda x, g, segments, experts, sets, weight, x_rows, g_rows, impl: (
+            ops.select_expert_importance(
+                *(x, g, segments, experts, sets, weight, [2, 1], [1, 1]),
+                x_rows=x_rows,
+                g_rows=g_rows,
+                impl=impl,
+            )
+        ),
+        lambda: {
+            "x": floats(6, 4),
+            "g": floats(6, 3),
+            "segments": SPANS,
+            "experts": torch.tensor([1, 0]),
+            "sets": torch.tensor([0, 1]),
+            "weight": floats(2, 3, 4),
+            "x_rows": torch.arange(6),
+            "g_rows": torch.arange(6),
+        },
+    ),
     "select_importance": (
         lambda x, g, segments, sets, weight, impl: ops.select_importance(
             x, g, segments, sets, weight, [2, 1], impl=impl
@@ -156,7 +176,7 @@ def run(op, impl, **changed):
     return call(**{**tensors(), **changed}, impl=named)
 
 
-NOT_NATIVE = {"accumulate_unit_importance_", "accumulate_expert_importance_"}
+NOT_NATIVE = {"accumulate_unit_importance_"}
 
 
 @pytest.mark.parametrize("op, name", ARGUMENTS)

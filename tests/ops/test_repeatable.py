@@ -19,6 +19,7 @@ from fastdean.ops import (
     accumulate_expert_importance_,
     accumulate_importance_,
     accumulate_unit_importance_,
+    select_importance,
     select_top,
 )
 
@@ -96,9 +97,16 @@ def selection(t, impl):
     return select_top(t.sums, t.weight, 4, t.sums.numel() // 3, impl=impl)
 
 
+def fused_selection(t, impl):
+    sets = torch.arange(len(t.segments)) * 2 // len(t.segments)
+    k = [t.sums.numel() // 2000 + 1, t.sums.numel() // 3]
+    found = select_importance(t.x, t.g, t.segments, sets, t.weight, k, signed=True, impl=impl)
+    return torch.cat([part.double() for of_set in found for part in of_set])
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", [weight_sums, unit_sums, expert_sums, selection])
+@pytest.mark.parametrize("op", [weight_sums, unit_sums, expert_sums, selection, fused_selection])
 def test_an_op_repeats_its_bits(op, dtype, impl, device):
     tensors = random_tensors(device, dtype)
     first = op(tensors, impl)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 
+import forked
 import torch
 from torch import distributed
 
@@ -32,8 +33,9 @@ def leave_group(rank, folder, found):
 
 def run_ranks(worker, folder):
     """`worker(rank, folder)` in a process for each rank; what they left, by rank."""
+    forked.context()
     started = torch.multiprocessing.start_processes(
-        worker, args=(folder,), nprocs=WORLD, join=False, start_method="spawn"
+        worker, args=(folder,), nprocs=WORLD, join=False, start_method="forkserver"
     )
     deadline = time.monotonic() + LIMIT_S
     try:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+from fastdean.report.results import perplexities
+from fastdean.report.set_names import SetNames
 from fastdean.wording.digits import apart
 from fastdean.wording.granularity import stored_granularity
 from fastdean.wording.verdicts import direction, reading, verb
-
-_TOPICS = ("fairness", "privacy")
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
@@ -26,15 +26,21 @@ def findings(results: Mapping[str, Any]) -> list[str]:
 def _done(results: Mapping[str, Any]) -> str:
     options, total = results["options"], results["coupling"]["total"]
     rows = results["coupling"]["rows"]
-    unit = _unit(options)
+    unit, names = _unit(options), SetNames.of(options)
+    removed = f"{total['removed']:,} of these are among the most important to "
+    removed = f"{removed}{_ability(names)} too, and" if names.spared else "and"
     chance = sum(row["first"] * row["second"] / row["numel"] for row in rows if row["numel"])
     return (
         f"At ratio {options['ratio']:g}, {total['coupled']:,} of the "
-        f"{_counted(total['first'], unit)} most important to fairness are also among the "
-        f"{total['second']:,} most important to privacy ({_expected(chance)} expected by chance), "
-        f"{total['removed']:,} of these are among the most important to general ability too, and "
-        f"rule {options['rule']!r} {_edited(total['kept'], unit, options['scale'], rows)}."
+        f"{_counted(total['first'], unit)} most important to {names.first} are also among the "
+        f"{total['second']:,} most important to {names.second} ({_expected(chance)} expected by "
+        f"chance), {removed} rule {options['rule']!r} "
+        f"{_edited(total['kept'], unit, options['scale'], rows)}."
     )
+
+
+def _ability(names: SetNames) -> str:
+    return " or ".join("general ability" if name == "general" else name for name in names.spared)
 
 
 def _edited(kept: int, unit: str, scale: float, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -52,22 +58,23 @@ def _awareness(results: Mapping[str, Any]) -> str:
     if results["coupling"]["total"]["kept"] == 0:
         return "Awareness was not measured again: no weights were edited."
     rule, tables = results["options"]["rule"], results.get("margins") or {}
-    changes = {topic: _masks(tables.get(topic)).get(rule) or {} for topic in _TOPICS}
-    clauses = [_margin_clause(topic, tables, rule) for topic in _TOPICS if changes[topic]]
+    topics = SetNames.of(results["options"]).compared
+    changes = {topic: _masks(tables.get(topic)).get(rule) or {} for topic in topics}
+    clauses = [_margin_clause(topic, tables, rule) for topic in topics if changes[topic]]
     if not clauses:
         return "Awareness was not measured: there are no margins to compare (see the warnings)."
     sentence = f"The margin of safe over unsafe answers {' and '.join(clauses)}"
-    unmeasured = [topic for topic in _TOPICS if not changes[topic]]
+    unmeasured = [topic for topic in topics if not changes[topic]]
     if unmeasured:
-        sentence += f", and was not measured on {unmeasured[0]}"
-    like_random = [topic for topic in _TOPICS if _is_like_random(_masks(tables.get(topic)), rule)]
+        sentence += f", and was not measured on {' and '.join(unmeasured)}"
+    like_random = [topic for topic in topics if _is_like_random(_masks(tables.get(topic)), rule)]
     if like_random:
         sentence += (
             f"; on {' and '.join(like_random)}, editing as many random "
             f"{_unit(results['options'])}s gives an interval that overlaps this one"
         )
     elif rule != "random":
-        claimed = [t for t in _TOPICS if changes[t] and direction(_reading(changes[t], 0.0))]
+        claimed = [t for t in topics if changes[t] and direction(_reading(changes[t], 0.0))]
         sentence += _random_clause(tables, claimed)
     return sentence + "."
 
@@ -95,15 +102,21 @@ def _side_effects(results: Mapping[str, Any]) -> str:
 
 
 def _perplexity_clause(results: Mapping[str, Any]) -> list[str]:
-    table = results.get("perplexity") or {}
-    change = _masks(table).get(results["options"]["rule"])
+    spared = SetNames.of(results["options"]).spared
+    tables = perplexities(results, spared[0] if spared else "general")
+    rule = results["options"]["rule"]
+    return [said for name, table in tables.items() for said in _perplexity_of(name, table, rule)]
+
+
+def _perplexity_of(name: str, table: Mapping[str, Any], rule: str) -> list[str]:
+    change = _masks(table).get(rule)
     if not change or not _known(table.get("origin"), change.get("value"), change.get("ratio")):
         return []
     values = " to ".join(apart(table["origin"], change["value"]))
     counted = f"{table['n']} answers" if table.get("n") else ""
     ratio, evidence = _evidence(change, "ratio")
     figures = f"{values}, ratio {ratio}, {evidence}{counted}".removesuffix(", ")
-    return [f"Perplexity on general answers {verb(_reading(change, 1.0))} ({figures})"]
+    return [f"Perplexity on {name} answers {verb(_reading(change, 1.0))} ({figures})"]
 
 
 def _dependence_clause(results: Mapping[str, Any]) -> list[str]:
@@ -114,10 +127,11 @@ def _dependence_clause(results: Mapping[str, Any]) -> list[str]:
     ]
     if not layers:
         return []
+    names = SetNames.of(results["options"])
     outside = sum(not row["null_low"] <= row["before"] <= row["null_high"] for row in layers)
     clause = (
-        "HSIC of fairness and privacy prompts, paired by position, lay outside what other pairings "
-        f"give in {outside} of {len(layers)} layers before the edit (about "
+        f"HSIC of {names.first} and {names.second} prompts, paired by position, lay outside what "
+        f"other pairings give in {outside} of {len(layers)} layers before the edit (about "
         f"{0.05 * len(layers):.1f} expected by chance)"
     )
     edited = [layer for layer in layers if _known(layer.get("after"))]

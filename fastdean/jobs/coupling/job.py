@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastdean.jobs import options
-from fastdean.jobs.options import SOURCE_HELP, Help
+from fastdean.jobs.coupling.data_sets import DATA_SETS, DataSets
+from fastdean.jobs.model_job import ModelJob
+from fastdean.jobs.options import SOURCE_HELP, Help, read_names, read_sets
 from fastdean.wording.granularity import checked_granularity
 
-DATA_SETS = ("fairness", "privacy", "general")
+__all__ = ["DATA_SETS", "Job", "ScoreJob"]
 
 # Ratios at which the overlap of the sets is shown; scores keep as much as the largest needs.
 _CURVE = {
@@ -19,12 +22,45 @@ _CURVE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ScoringJob(ModelJob):
+    """How data sets are scored; see `fastdean.score`.
+
+    Raises:
+        ValueError, TypeError: an option out of range.
+    """
+
+    examples: options.Examples = 128
+    granularity: options.Granularity = "weight"
+    target_modules: options.TargetModules = "mlp"
+    template: options.Template = None
+    memory_budget: options.MemoryBudget = None
+    order: options.Order = "auto"
+    states: options.States = "auto"
+    deterministic: options.Deterministic = False
+
+    def __post_init__(self) -> None:
+        # Not above: the command line reads the fields before it loads torch.
+        from fastdean.coupling.order import ORDERS
+
+        super().__post_init__()
+        object.__setattr__(self, "granularity", checked_granularity(self.granularity))
+        options.require_one_of(self, "order", ORDERS)
+        options.require_template(self)
+        options.require_at_least(self, examples=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(ScoringJob):
     """What is asked for; two runs with equal jobs give equal results.
 
     Attributes:
         model, revision, trust_remote_code: see `loading.load_model`.
-        fairness, privacy, general: see `sources.load_rows`.
+        fairness, privacy, general: see `sources.load_rows`; three sets of these names, of which the
+            first two are coupled and the third is spared.
+        sets: any number of sets instead, name -> SRC; all are scored and measured.
+        couple: the names of the two that are coupled; with `sets`.
+            `general` then names those that are spared, none where it is left out. Names may stand
+            in one text, separated by commas.
         ratio: share of a matrix's entries in each top set; None: 5e-7 for weights, 1e-3 for units.
         rule, scope, min_k: see `coupling.couple`.
         examples: rows of each source that are scored; None: all.
@@ -34,62 +70,80 @@ class Job:
         ValueError, TypeError: an option out of range; raised here rather than after hours of work.
     """
 
-    model: options.Model
-    fairness: Annotated[str, Help(f"SRC of fairness rows: {SOURCE_HELP}.")]
-    privacy: Annotated[str, Help("SRC of privacy rows.")]
-    general: Annotated[str, Help("SRC of general instruction rows, to be spared.")]
-    revision: options.Revision = None
-    trust_remote_code: options.TrustRemoteCode = False
+    fairness: Annotated[str | None, Help(f"SRC of fairness rows: {SOURCE_HELP}.")] = None
+    privacy: Annotated[str | None, Help("SRC of privacy rows.")] = None
+    general: Annotated[
+        str | Sequence[str] | None,
+        Help(
+            "SRC of general instruction rows, to be spared; with --set the names of the sets to "
+            "spare, separated by commas.",
+            typed=list[str] | None,
+            read=read_names,
+            metavar="SRC|NAMES",
+        ),
+    ] = None
+    sets: Annotated[
+        Mapping[str, str] | None,
+        Help(
+            "A data set of any name, instead of the three above; once for each of them.",
+            typed=list[str] | None,
+            read=read_sets,
+            metavar="NAME=SRC",
+            flag="--set",
+        ),
+    ] = None
+    couple: Annotated[
+        str | Sequence[str] | None,
+        Help(
+            "With --set, the two sets to couple, separated by a comma.",
+            typed=list[str] | None,
+            read=read_names,
+            metavar="NAME,NAME",
+        ),
+    ] = None
     ratio: options.Ratio = None
     rule: options.Rule = "paper"
-    examples: options.Examples = 128
     eval_examples: Annotated[
         int, Help("Other rows of each source to measure on; 0 measures nothing.")
     ] = 64
-    granularity: options.Granularity = "weight"
-    target_modules: options.TargetModules = "mlp"
     scope: options.Scope = "matrix"
     min_k: options.MinK = 0
     scale: options.Scale = 0.0
-    skip_bad_rows: options.SkipBadRows = False
-    template: options.Template = None
-    max_length: options.MaxLength = None
-    tokens_per_batch: options.TokensPerBatch = None
-    memory_budget: options.MemoryBudget = None
-    order: options.Order = "auto"
-    states: options.States = "auto"
-    deterministic: options.Deterministic = False
-    dtype: options.Dtype = "auto"
-    device: options.Device = None
-    seed: options.Seed = 0
 
     def __post_init__(self) -> None:
-        options.require_numbers(self)
+        self.data_sets  # noqa: B018  checked here
         # Not above: the command line reads the fields before it loads torch.
-        from fastdean.coupling.order import ORDERS
         from fastdean.coupling.sets import RULES, SCOPES
         from fastdean.masks.entries import checked_scale
-        from fastdean.models.loading import dtype_name
 
-        object.__setattr__(self, "granularity", checked_granularity(self.granularity))
-        for name, allowed in (
-            ("rule", tuple(RULES)),
-            ("scope", SCOPES),
-            ("order", ORDERS),
-        ):
-            options.require_one_of(self, name, allowed)
-        options.require_template(self)
+        super().__post_init__()
+        options.require_one_of(self, "rule", tuple(RULES))
+        options.require_one_of(self, "scope", SCOPES)
         if not 0 < self.effective_ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
-        options.require_at_least(self, min_k=0, eval_examples=0, examples=1, seed=0)
+        options.require_at_least(self, min_k=0, eval_examples=0)
         if self.min_k and self.scope == "model":
             raise ValueError(
                 f"min_k must be 0 with scope='model', where no matrix has a share of its own, got "
                 f"{self.min_k}"
             )
         checked_scale(self.scale)
-        # One name, so that a job in bf16 is the job in bfloat16.
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+
+    @property
+    def data_sets(self) -> DataSets:
+        return DataSets.of(self.fairness, self.privacy, self.general, self.sets, self.couple)
+
+    def asked(self) -> dict[str, Any]:
+        """The options as plain values, the same for the same sets in either form."""
+        found, sets = options.plain_options(self), self.data_sets
+        if sets.are_the_three:
+            found |= sets.sources
+            del found["sets"], found["couple"]
+        else:
+            del found["fairness"], found["privacy"]
+            found |= {"sets": dict(sets.sources), "couple": list(sets.coupled)}
+            found["general"] = list(sets.spared)
+        return found
 
     @property
     def effective_ratio(self) -> float:
@@ -104,42 +158,20 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreJob:
+class ScoreJob(ScoringJob):
     """What is scored; see `fastdean.score` and `Job`.
 
     Raises:
         ValueError: an option out of range; raised here rather than after the model is loaded.
     """
 
-    model: options.Model
     data: Annotated[str, Help(f"SRC: {SOURCE_HELP}.")]
-    revision: options.Revision = None
-    trust_remote_code: options.TrustRemoteCode = False
-    examples: options.Examples = 128
-    granularity: options.Granularity = "weight"
-    target_modules: options.TargetModules = "mlp"
     keep_top: Annotated[
         float, Help("Keep only this share of each matrix; 1 keeps all, with its size.")
     ] = 1e-3
-    skip_bad_rows: options.SkipBadRows = False
-    template: options.Template = None
-    max_length: options.MaxLength = None
-    tokens_per_batch: options.TokensPerBatch = None
-    memory_budget: options.MemoryBudget = None
-    order: options.Order = "auto"
-    states: options.States = "auto"
-    deterministic: options.Deterministic = False
-    dtype: options.Dtype = "auto"
-    device: options.Device = None
-    seed: options.Seed = 0
 
     def __post_init__(self) -> None:
-        options.require_numbers(self)
-        from fastdean.coupling.order import ORDERS
         from fastdean.coupling.scores import check_keep_top
 
-        object.__setattr__(self, "granularity", checked_granularity(self.granularity))
-        options.require_one_of(self, "order", ORDERS)
-        options.require_template(self)
-        options.require_at_least(self, examples=1, seed=0)
+        super().__post_init__()
         check_keep_top(self.keep_top)

@@ -29,7 +29,6 @@ from fastdean.evaluation import (
 from fastdean.masks import NeuronMask
 from fastdean.models.forward import label_shift
 
-TOPICS = ("fairness", "privacy")
 _PERMUTATIONS = 200
 _HSIC: Mapping[str, Any] = {"estimator": "unbiased", "kernel": "gaussian", "bandwidth": "median"}
 # The unbiased estimator of HSIC is not defined on fewer.
@@ -41,12 +40,14 @@ class MeasuringSet:
     """What is measured on; each part may be empty.
 
     Attributes:
-        pairs: topic -> (safe, unsafe) examples that share their prompt.
-        general: examples whose targets' perplexity is taken.
+        pairs: set -> (safe, unsafe) examples that share their prompt.
+        texts: set -> examples whose targets' perplexity is taken.
+        coupled: the two sets of `pairs` whose representations' dependence is taken.
     """
 
     pairs: Mapping[str, list[tuple[Example, Example]]]
-    general: list[Example]
+    texts: Mapping[str, list[Example]]
+    coupled: tuple[str, str]
 
 
 @dataclass
@@ -54,7 +55,7 @@ class _Figures:
     """The figures of one model, as far as they could be taken; all finite but the states."""
 
     margins: dict[str, Margins] = field(default_factory=dict)
-    perplexity: Perplexity | None = None
+    perplexity: dict[str, Perplexity] = field(default_factory=dict)
     states: dict[str, Tensor] | None = None
 
 
@@ -80,7 +81,8 @@ def measure(
         timed: `timed(name)` is entered around each model's measurement.
     Returns:
         The tables "margins", "perplexity" and "hsic", as far as there are examples for them and the
-        model gives numbers, and sentences about what could not be measured.
+        model gives numbers, and sentences about what could not be measured. With several sets of
+        texts there is a table for each, under "perplexities" in place of "perplexity".
     """
     options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
     notes: list[str] = []
@@ -105,12 +107,18 @@ def measure(
             for topic, margins in origin.margins.items()
         }
     }
-    if origin.perplexity is not None:
-        results["perplexity"] = _perplexity_table(origin.perplexity, after, seed, notes)
+    tables = {
+        name: _perplexity_table(name, found, after, seed, notes, alone=len(examples.texts) == 1)
+        for name, found in origin.perplexity.items()
+    }
+    if len(examples.texts) > 1:
+        results["perplexities"] = tables
+    elif tables:
+        (results["perplexity"],) = tables.values()
     states = after[rule].states if rule in after else None
     if origin.states is not None and states is not None:
         with _noted(notes, "HSIC"):
-            results["hsic"] = _hsic_table(origin.states, states, seed)
+            results["hsic"] = _hsic_table(origin.states, states, examples.coupled, seed)
     return results, notes
 
 
@@ -127,13 +135,15 @@ def _figures(
     under = "" if mask is None else f" under {mask!r}"
     found = _Figures()
     if label_shift(model) == 1:
-        for topic in TOPICS if origin is None else origin.margins:
+        for topic in examples.pairs if origin is None else origin.margins:
             if examples.pairs[topic]:
                 with _noted(notes, f"The {topic} margin{under}"):
                     found.margins[topic] = _margins(model, examples.pairs[topic], options)
-        if examples.general and (origin is None or origin.perplexity is not None):
-            with _noted(notes, f"Perplexity{under}"):
-                found.perplexity = _perplexity(model, examples.general, options)
+        for name in examples.texts if origin is None else origin.perplexity:
+            where = f" on {name}" if len(examples.texts) > 1 else ""
+            if examples.texts[name]:
+                with _noted(notes, f"Perplexity{where}{under}"):
+                    found.perplexity[name] = _perplexity(model, examples.texts[name], options)
     if with_states and (origin is None or origin.states is not None):
         with _noted(notes, f"HSIC{under}"):
             found.states = _states(model, examples, options)
@@ -168,15 +178,15 @@ def _perplexity(
 def _states(
     model: nn.Module, examples: MeasuringSet, options: Mapping[str, Any]
 ) -> dict[str, Tensor] | None:
-    """The last prompt token's hidden states, of equally many prompts of either topic."""
-    count = min(len(examples.pairs[topic]) for topic in TOPICS)
+    """The last prompt token's hidden states, of equally many prompts of either coupled set."""
+    count = min(len(examples.pairs[topic]) for topic in examples.coupled)
     if count < _FEWEST_STATES:
         return None
     return {
         topic: last_token_states(
             model, prompts_only([safe for safe, _ in examples.pairs[topic][:count]]), **options
         )
-        for topic in TOPICS
+        for topic in examples.coupled
     }
 
 
@@ -210,22 +220,27 @@ def _margin_table(
 
 
 def _perplexity_table(
-    before: Perplexity, after: Mapping[str, _Figures], seed: int, notes: list[str]
+    of: str,
+    before: Perplexity,
+    after: Mapping[str, _Figures],
+    seed: int,
+    notes: list[str],
+    *,
+    alone: bool,
 ) -> dict[str, Any]:
     rows = {}
+    where = "" if alone else f" on {of}"
     for name, figures in after.items():
-        if figures.perplexity is None:
+        found = figures.perplexity.get(of)
+        if found is None:
             continue
         # A ratio can overflow where neither perplexity does.
-        with _noted(notes, f"Perplexity under {name!r}"):
-            change = compare_perplexity(before, figures.perplexity, seed=seed).to_dict()
-            rows[name] = {
-                "value": figures.perplexity.value,
-                "ratio": change.pop("mean"),
-                **change,
-            }
+        with _noted(notes, f"Perplexity{where} under {name!r}"):
+            change = compare_perplexity(before, found, seed=seed).to_dict()
+            rows[name] = {"value": found.value, "ratio": change.pop("mean"), **change}
     return {
-        "text": "targets of the general rows that are measured on",
+        "set": of,
+        "text": f"targets of the {of} rows that are measured on",
         "n": len(before.token_counts),
         "tokens": before.tokens,
         "origin": before.value,
@@ -234,14 +249,15 @@ def _perplexity_table(
 
 
 def _hsic_table(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], seed: int
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], sets: tuple[str, str], seed: int
 ) -> dict[str, Any]:
     layers_before = layer_dependence(
-        *(before[topic] for topic in TOPICS), permutations=_PERMUTATIONS, seed=seed, **_HSIC
+        *(before[name] for name in sets), permutations=_PERMUTATIONS, seed=seed, **_HSIC
     )
-    layers_after = layer_dependence(*(after[topic] for topic in TOPICS), **_HSIC)
+    layers_after = layer_dependence(*(after[name] for name in sets), **_HSIC)
     return {
         **_HSIC,
+        "sets": list(sets),
         "n": layers_before[0].n,
         "permutations": _PERMUTATIONS,
         "pairing": "by position in the shuffled sources; the prompts are unrelated, so the pairing "

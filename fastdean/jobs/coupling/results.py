@@ -9,14 +9,16 @@ from torch import nn
 
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.sets import overlap
+from fastdean.files.provenance import public_source
 from fastdean.jobs.coupling.findings import findings
-from fastdean.jobs.coupling.job import DATA_SETS, Job
+from fastdean.jobs.coupling.job import Job
 from fastdean.jobs.folder import RESULTS_FILE
 from fastdean.jobs.published import published
 from fastdean.jobs.rows import SplitRows
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
 from fastdean.models.forward import label_shift
+from fastdean.report.set_names import at_start
 
 
 def collect(
@@ -34,13 +36,15 @@ def collect(
         tables: of `measuring.measure`.
     """
     job = session.job
-    fairness, privacy, general = (scores[name] for name in DATA_SETS)
-    coverage = fairness.manifest["coverage"]
+    sets = job.data_sets
+    first, second = (scores[name] for name in sets.coupled)
+    coverage = first.manifest["coverage"]
     told, table = published(job), mask.table or []
     own = {
-        "model": {**fairness.manifest["model"], "name": told["model"]},
+        "model": {**first.manifest["model"], "name": told["model"]},
         "data": {
-            name: {"source": told[name], **scores[name].manifest["data"]} for name in DATA_SETS
+            name: {"source": public_source(source), **scores[name].manifest["data"]}
+            for name, source in sets.sources.items()
         },
         "options": told | {"ratio": job.effective_ratio},
         "coverage": {key: value for key, value in coverage.items() if key != "unscorable"},
@@ -57,9 +61,11 @@ def collect(
         "manifest": {"job": told, "mask": mask.manifest},
     }
     if job.scope == "matrix":
-        own["overlap"] = overlap(fairness, privacy, general=general, ratios=job.curve)
+        own["overlap"] = overlap(
+            first, second, general=[scores[name] for name in sets.spared], ratios=job.curve
+        )
     own["findings"] = findings(own)
-    return session.results("FastDEAN: coupled fairness and privacy weights", own)
+    return session.results(f"FastDEAN: coupled {' and '.join(sets.coupled)} weights", own)
 
 
 def _total(table: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -68,12 +74,22 @@ def _total(table: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def warnings_about(
-    job: Job, model: nn.Module, rows: Mapping[str, SplitRows], mask: NeuronMask, scores: Scores
+    job: Job,
+    model: nn.Module,
+    rows: Mapping[str, SplitRows],
+    mask: NeuronMask,
+    scores: Scores,
+    unmeasured: str | None = None,
 ) -> list[str]:
-    """Sentences on what a reader of the figures must know; `scores` are of any of the data sets."""
+    """Sentences on what a reader of the figures must know.
+
+    Args:
+        scores: of any of the data sets.
+        unmeasured: why nothing was measured although it was asked for.
+    """
     return [
         *_about_scores(job, model, mask, scores),
-        *_about_rows(job, rows),
+        *(_about_rows(job, rows) if unmeasured is None else [unmeasured]),
         *([f"The weights are multiplied by {job.scale:g}, not set to zero."] if job.scale else []),
     ]
 
@@ -106,10 +122,10 @@ def _about_rows(job: Job, rows: Mapping[str, SplitRows]) -> Iterator[str]:
     if not job.eval_examples:
         yield "Nothing was measured: eval_examples is 0."
         return
-    for name in DATA_SETS:
+    for name in job.data_sets.sources:
         if job.examples is not None and len(rows[name].scored) < job.examples:
             yield (
-                f"{name.capitalize()} has {len(rows[name].scored)} rows, fewer than the "
+                f"{at_start(name)} has {len(rows[name].scored)} rows, fewer than the "
                 f"{job.examples} asked for: all were scored."
             )
         if not rows[name].measured:
@@ -119,7 +135,7 @@ def _about_rows(job: Job, rows: Mapping[str, SplitRows]) -> Iterator[str]:
             )
         elif len(rows[name].measured) < job.eval_examples:
             yield (
-                f"{name.capitalize()} was measured on {len(rows[name].measured)} rows, fewer than "
+                f"{at_start(name)} was measured on {len(rows[name].measured)} rows, fewer than "
                 f"the {job.eval_examples} asked for: there are no more."
             )
         if rows[name].measured and not rows[name].held_out:

@@ -1,4 +1,4 @@
-"""The main job: score three data sets, couple, mask, measure before and after, report.
+"""The main job: score data sets, couple two of them, mask, measure before and after, report.
 
 What is asked for is in `job`; what is written, and how it is resumed, in `jobs.folder`; the
 figures in `measuring`.
@@ -28,8 +28,9 @@ from fastdean.data.rendering import (
     rendering_cautions,
 )
 from fastdean.files.provenance import public_source
-from fastdean.jobs.coupling.job import DATA_SETS, Job
-from fastdean.jobs.coupling.measuring import TOPICS, MeasuringSet, measure
+from fastdean.jobs.coupling.job import Job
+from fastdean.jobs.coupling.measuring import MeasuringSet, measure
+from fastdean.jobs.coupling.model import RunModel
 from fastdean.jobs.coupling.results import collect, warnings_about
 from fastdean.jobs.coupling.scoring import note_origin
 from fastdean.jobs.preview import shown
@@ -40,13 +41,17 @@ from fastdean.models.distributed import Ranks
 from fastdean.wording.log import logger
 
 CONTROLS = ("random", "released")
+_NO_RANDOM = (
+    "The control 'random' is left out: its weights are not among those that the scores hold, and "
+    "the model is not loaded whole."
+)
 
 
 @dataclass
 class _Prepared:
     """Everything that can be refused before the first long step."""
 
-    model: nn.Module
+    model: RunModel
     rows: dict[str, SplitRows]
     scored: dict[str, list[Example]]
     measured: MeasuringSet
@@ -83,23 +88,34 @@ def run(
         scores = _score(prepared, session)
         if not ranks.first:
             return {}
+        model = prepared.model.whole(session)
         with session.costs.step("couple"):
-            masks, warnings = _couple(scores, prepared.model, session)
-        tables, notes = measure(
-            prepared.model,
-            masks,
-            job.rule,
-            prepared.measured,
-            seed=job.seed,
-            timed=session.costs.step,
-            tokens_per_batch=job.tokens_per_batch,
-            progress=progress,
-        )
-        mask = masks[job.rule]
+            masks, warnings = _couple(scores, model, session)
+        tables: dict[str, Any] = {}
+        notes: list[str] = []
+        if model is not None:
+            tables, notes = measure(
+                model,
+                masks,
+                job.rule,
+                prepared.measured,
+                seed=job.seed,
+                timed=session.costs.step,
+                tokens_per_batch=job.tokens_per_batch,
+                progress=progress,
+            )
+        mask, first = masks[job.rule], scores[job.data_sets.coupled[0]]
         warnings += [
             *session.folder.other_versions,
             *prepared.cautions,
-            *warnings_about(job, prepared.model, prepared.rows, mask, scores["fairness"]),
+            *warnings_about(
+                job,
+                prepared.model.module,
+                prepared.rows,
+                mask,
+                first,
+                prepared.model.unmeasured,
+            ),
             *notes,
         ]
         results = collect(session, scores, mask, {**tables, "shown": prepared.shown}, warnings)
@@ -108,20 +124,27 @@ def run(
 
 
 def _prepare(session: Session[Job]) -> _Prepared:
-    job = session.job
+    job, sets = session.job, session.job.data_sets
     with session.costs.step("read data"):
-        rows = {name: split_rows(name, job) for name in DATA_SETS}
-    session.compare({name: split.digest for name, split in rows.items()})
-    model, tokenizer = session.load_model()
-    session.compare_model(model, tokenizer)
+        rows = {name: split_rows(name, job) for name in sets.sources}
+    session.compare({f"{name} rows": split.digest for name, split in rows.items()})
+    opened = RunModel.open(session)
+    model, tokenizer = opened.module, opened.tokenizer
+    opened.compare(session)
+    if job.order == "layers":
+        session.costs.total = _number_of_steps(session, opened)
     targets = find_targets(model, job.target_modules, job.granularity)
-    _require_in_memory(targets, job)
+    if opened.stream is None:
+        _require_in_memory(targets, job)
     sizes = _sizes(targets, job)
     _require_selection(sizes, job)
     options: dict[str, Any] = {"template": job.template, "max_length": job.max_length}
 
+    def told(name: str) -> tuple[str, Any, nn.Module]:
+        return sets.sources[name], tokenizer, model
+
     def encoded(name: str, numbered: Sequence[NumberedRow]) -> list[Example]:
-        return encode_rows(numbered, getattr(job, name), tokenizer, model, name=name, **options)
+        return encode_rows(numbered, *told(name), name=sets.argument(name), **options)
 
     def pairs(topic: str) -> list[tuple[Example, Example]]:
         safe = rows[topic].measured
@@ -129,12 +152,13 @@ def _prepare(session: Session[Job]) -> _Prepared:
         return list(zip(encoded(topic, safe), encoded(topic, unsafe), strict=True))
 
     rows = {
-        name: split.usable(getattr(job, name), tokenizer, model, name=name, **options)
+        name: split.usable(*told(name), name=sets.argument(name), **options)
         for name, split in rows.items()
     }
-    scored = {name: encoded(name, rows[name].scored) for name in DATA_SETS}
+    scored = {name: encoded(name, split.scored) for name, split in rows.items()}
     renderings = {
-        name: describe_rendering(scored[name], tokenizer, job.template) for name in DATA_SETS
+        name: describe_rendering(examples, tokenizer, job.template)
+        for name, examples in scored.items()
     }
     cautions = [
         *same_content({name: split.content for name, split in rows.items()}),
@@ -147,7 +171,7 @@ def _prepare(session: Session[Job]) -> _Prepared:
         *differing_renderings(renderings),
         *(
             caution
-            for name in DATA_SETS
+            for name in scored
             for caution in rendering_cautions(
                 scored[name], [n for n, _ in rows[name].scored], tokenizer, name, job.template
             )
@@ -155,22 +179,24 @@ def _prepare(session: Session[Job]) -> _Prepared:
     ]
     session.warn(cautions)
     return _Prepared(
-        model=model,
+        model=opened,
         rows=rows,
         scored=scored,
         measured=MeasuringSet(
-            {topic: pairs(topic) for topic in TOPICS}, encoded("general", rows["general"].measured)
+            {name: pairs(name) for name in sets.compared},
+            {name: encoded(name, rows[name].measured) for name in sets.spared},
+            sets.coupled,
         ),
         keep_top=_keep_top(sizes, job),
         renderings=renderings,
         shown={
             name: shown(
-                public_source(getattr(job, name)),
+                public_source(source),
                 rows[name].scored[0][0],
                 scored[name][0],
                 tokenizer,
             )
-            for name in DATA_SETS
+            for name, source in sets.sources.items()
         },
         cautions=cautions,
     )
@@ -214,21 +240,25 @@ def _keep_top(sizes: Sequence[int], job: Job) -> float | None:
     return min(1.0, max(*job.curve, floor))
 
 
-def _number_of_steps(session: Session[Job]) -> int | None:
-    """Of the whole job; None where the order of scoring shows only later."""
-    if session.job.order == "auto":
+def _number_of_steps(session: Session[Job], model: RunModel | None = None) -> int | None:
+    """Of the whole job; None where the order of scoring, or what is loaded, shows only later."""
+    if session.job.order == "auto" or (session.job.order == "layers" and model is None):
         return None
     swept = session.folder.swept()
-    earlier = sum(_is_scored(name, session) for name in DATA_SETS if name not in swept)
-    left = len(DATA_SETS) - earlier
+    names = list(session.job.data_sets.sources)
+    earlier = sum(_is_scored(name, session) for name in names if name not in swept)
+    left = len(names) - earlier
     scoring = left if session.job.order == "batches" else min(left, 1)
     # Reading, loading, checking.
-    return 3 + earlier + scoring + _steps_after_scoring(session.job)
+    return 3 + earlier + scoring + _steps_after_scoring(session.job, model)
 
 
-def _steps_after_scoring(job: Job) -> int:
-    """Coupling, the model and its masks."""
-    return 2 + len({job.rule, *CONTROLS})
+def _steps_after_scoring(job: Job, model: RunModel | None) -> int:
+    """Coupling, the model and its masks; of a streamed model coupling alone, or its loading too."""
+    measuring = 1 + len({job.rule, *CONTROLS})
+    if model is None or model.stream is None:
+        return 1 + measuring
+    return 1 + model.steps_to_come * (1 + measuring)
 
 
 def _is_scored(name: str, session: Session[Job]) -> bool:
@@ -249,7 +279,7 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
     found: dict[str, Scores] = {}
     left = []
     swept = set(folder.swept())
-    for name in DATA_SETS:
+    for name in prepared.scored:
         # A sweep goes on with all of its sets, also those whose scores it has saved.
         if ranks.agree(name in swept) or not ranks.agree(_is_scored(name, session)):
             left.append(name)
@@ -262,11 +292,14 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
 
     def finished(name: str, scores: Scores) -> None:
         skipped = prepared.rows[name].skipped
-        note_origin(scores, job, getattr(job, name), prepared.renderings[name], skipped)
+        source = job.data_sets.sources[name]
+        note_origin(scores, job, source, prepared.renderings[name], skipped)
+        scores.manifest["data"]["set"] = name
         # A disk that is full on the first rank must not leave the others waiting for the next sum.
         with ranks.failing_together():
             if ranks.first:
                 folder.claim()
+                prepared.model.note_weights(session)
                 scores.save_pretrained(folder.scores(name), overwrite=name in swept)
                 found[name] = scores
 
@@ -282,7 +315,7 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
 
     def score(names: Sequence[str], **options: Any) -> None:
         score_sets(
-            prepared.model,
+            prepared.model.module if prepared.model.stream is None else prepared.model.stream,
             {name: prepared.scored[name] for name in names},
             granularity=job.granularity,
             target_modules=job.target_modules,
@@ -291,7 +324,7 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
             memory_budget=job.memory_budget,
             order=job.order,
             states=job.states,
-            resume=_resume(job, folder.sweep(names), len(names)),
+            resume=_resume(job, folder.sweep(names), len(names), prepared.model),
             deterministic=job.deterministic,
             progress=session.progress,
             finished=finished,
@@ -305,7 +338,7 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
             """A step, now that the order is chosen; the first has chosen it."""
             to_come = 1 if len(names) == len(left) else len(left) - left.index(names[0])
             done = len(session.costs.steps)
-            session.costs.total = done + to_come + _steps_after_scoring(job)
+            session.costs.total = done + to_come + _steps_after_scoring(job, prepared.model)
             return step(names, began if names[0] == left[0] else None)
 
         score(left, step=chosen)
@@ -314,17 +347,18 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
         for names in alone if job.order == "batches" else filter(None, [left]):
             with step(names):
                 score(names)
-    return {name: found[name] for name in DATA_SETS if name in found}
+    return {name: found[name] for name in prepared.scored if name in found}
 
 
-def _resume(job: Job, folder: Path, data_sets: int) -> Path | None:
+def _resume(job: Job, folder: Path, data_sets: int, model: RunModel) -> Path | None:
     """Where a sweep keeps how far it came; none where states are to be elsewhere."""
     by_layers = job.order == "layers" or (job.order == "auto" and data_sets > 1)
+    by_layers = by_layers or model.stream is not None
     return folder if by_layers and job.states == "auto" else None
 
 
 def _couple(
-    scores: Mapping[str, Scores], model: nn.Module, session: Session[Job]
+    scores: Mapping[str, Scores], model: nn.Module | None, session: Session[Job]
 ) -> tuple[dict[str, NeuronMask], list[str]]:
     """The job's mask and its controls, saved, and sentences on those that could not be made."""
     job, folder = session.job, session.folder
@@ -335,6 +369,9 @@ def _couple(
         masks = {job.rule: _mask(scores, model, job, job.rule)}
         for rule in CONTROLS:
             if rule in masks:
+                continue
+            if rule == "random" and model is None:
+                warnings.append(_NO_RANDOM)
                 continue
             try:
                 masks[rule] = _mask(scores, model, job, rule)
@@ -352,12 +389,11 @@ def _says_no_rendering(record: LogRecord) -> bool:
     return not record.getMessage().startswith(NOT_ALIKE)
 
 
-def _mask(scores: Mapping[str, Scores], model: nn.Module, job: Job, rule: str) -> NeuronMask:
-    fairness, privacy, general = (scores[name] for name in DATA_SETS)
+def _mask(scores: Mapping[str, Scores], model: nn.Module | None, job: Job, rule: str) -> NeuronMask:
+    sets = job.data_sets
     return couple(
-        fairness,
-        privacy,
-        general=general,
+        *(scores[name] for name in sets.coupled),
+        general=[scores[name] for name in sets.spared],
         ratio=job.effective_ratio,
         rule=rule,
         min_k=job.min_k,

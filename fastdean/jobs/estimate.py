@@ -1,0 +1,616 @@
+"""The job of `fastdean estimate`: what a scoring will need, before any weight is read.
+
+From the model's configuration, on the meta device, and the lengths of the examples. Memory is the
+estimate of `coupling/needed_memory.py`, operations are counted, and time is stated only from rates
+that somebody gave or that are measured here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Annotated, Any
+
+from fastdean.jobs import options
+from fastdean.jobs.options import SOURCE_HELP, Help
+from fastdean.wording.granularity import checked_granularity
+
+_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_SIZE = re.compile(r"([\d.]+(?:e\+?\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
+# A product and a copy that are large enough to be timed, and take a fraction of a second.
+_PRODUCT, _COPY_BYTES, _LEAST_SECONDS = 1024, 64 << 20, 0.2
+
+
+def size_in_bytes(text: Any) -> int:
+    """The bytes of "80GB", "16 GiB" or a number."""
+    found = _SIZE.fullmatch(str(text).strip())
+    try:
+        size = float(found[1]) * _UNITS[found[2].lower()] if found else 0
+    except (KeyError, ValueError):
+        size = 0
+    if not 0 < size < 1e18:
+        raise ValueError(
+            f"gpu_memory must be a size above 0 such as 80GB, got {text!r}; write it so"
+        )
+    return int(size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateJob:
+    """What is estimated; options that `ScoreJob` has mean the same.
+
+    Attributes:
+        gpu_memory: bytes, or a text such as "80GB".
+        flops, bandwidth: operations and bytes a second.
+    Raises:
+        ValueError, TypeError: an option out of range.
+    """
+
+    model: options.Model
+    data: Annotated[
+        str | None, Help(f"Take real lengths from SRC: {SOURCE_HELP}.", typed=str | None)
+    ] = None
+    examples: Annotated[int, Help("Examples of each data set.")] = 128
+    tokens_per_example: Annotated[
+        int | None, Help("Tokens of each example, where there is no --data [default: 128].")
+    ] = None
+    sets: Annotated[int, Help("Data sets that are scored.")] = 1
+    keep_top: Annotated[float, Help("Share of each matrix that is kept; 1 keeps all sums.")] = 1e-3
+    target_modules: options.TargetModules = "mlp"
+    granularity: options.Granularity = "weight"
+    tokens_per_batch: options.TokensPerBatch = None
+    dtype: options.Dtype = "auto"
+    gpus: Annotated[int | None, Help("GPUs, each with a rank; none: this machine's CPU.")] = None
+    gpu_memory: Annotated[
+        str | None, Help("Of each GPU, such as 80GB; says that the job runs on GPUs.")
+    ] = None
+    flops: Annotated[float | None, Help("Operations a second of a matrix product.")] = None
+    bandwidth: Annotated[float | None, Help("Bytes a second that weights are read with.")] = None
+    measure: Annotated[bool, Help("Measure both rates here, in a second.")] = False
+    template: options.Template = None
+    max_length: options.MaxLength = None
+    revision: options.Revision = None
+    trust_remote_code: options.TrustRemoteCode = False
+    seed: options.Seed = 0
+
+    def __post_init__(self) -> None:
+        options.require_numbers(self)
+        from fastdean.coupling.scores import check_keep_top
+        from fastdean.models.loading import dtype_name
+
+        object.__setattr__(self, "granularity", checked_granularity(self.granularity))
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        options.require_template(self)
+        options.require_at_least(
+            self, examples=1, tokens_per_example=2, sets=1, tokens_per_batch=1, gpus=1, seed=0
+        )
+        check_keep_top(self.keep_top)
+        for name in ("flops", "bandwidth"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a number above 0, got {value:g}; leave it out")
+            if value is not None and self.measure:
+                raise ValueError(
+                    f"{name} must be left out with measure=True, which measures it, got {value:g}"
+                )
+        if self.data is not None and self.tokens_per_example is not None:
+            raise ValueError(
+                "tokens_per_example must be left out with data, whose lengths are taken, got "
+                f"{self.tokens_per_example}"
+            )
+        if self.gpu_memory is not None:
+            size_in_bytes(self.gpu_memory)
+        elif self.gpus is not None:
+            raise ValueError(
+                f"gpu_memory must come with gpus, got gpus={self.gpus} alone; pass --gpu-memory "
+                "80GB"
+            )
+        if self.measure and self.gpu_memory is not None:
+            raise ValueError(
+                "measure must be left out with gpu_memory, since only this machine's CPU is "
+                "measured, got True; pass flops and bandwidth of the GPU"
+            )
+
+
+@dataclass(frozen=True)
+class OrderEstimate:
+    """One way to go about a job, of one rank.
+
+    Attributes:
+        order: "batches" or "layers"; `weights`: "resident" or "streamed".
+        fits: whether the peak fits; None: it is not known how much memory there is.
+        peak_bytes: the most memory at a time; `parts` adds up to it, at the `moment`.
+        states: bytes of what layers return and of one layer's gradients, by where they would be.
+        operations: "forward", "recomputed_forward", "backward" and "importance" (FLOP).
+        weights_read_bytes: from memory, by all passes; `files_read_bytes`: from files.
+        seconds: at least, from the rates; None without rates.
+    """
+
+    order: str
+    weights: str
+    fits: bool | None
+    peak_bytes: int
+    moment: str
+    parts: dict[str, int]
+    states: dict[str, int]
+    operations: dict[str, float]
+    weights_read_bytes: int
+    files_read_bytes: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a scoring needs. Bytes and FLOP; a multiplication and an addition are two operations.
+
+    Attributes:
+        model: its class, parameters, dtype and layers; `targets`: scored matrices and weights.
+        work: examples, tokens and batches of a rank.
+        machine: device, memory in bytes, ranks, and the rates.
+        memory: bytes of weights, one layer's weights, all sums, a layer's sums, states of all
+            layers, one batch, one window, and the base, which is Python with its libraries.
+        orders: "batches", "layers", "layers, streamed".
+        notes: what is not counted or not divided, in sentences.
+    """
+
+    model: dict[str, Any]
+    targets: dict[str, int]
+    work: dict[str, int]
+    machine: dict[str, Any]
+    memory: dict[str, int]
+    orders: dict[str, OrderEstimate]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, strings and numbers."""
+        return asdict(self)
+
+    @property
+    def verdict(self) -> str:
+        """Which order fits where, in one line."""
+        machine = self.machine
+        if machine["memory_bytes"] is None:
+            return "The system does not say how much memory there is."
+        fitting = [name for name, each in self.orders.items() if each.fits]
+        others = [name for name, each in self.orders.items() if not each.fits]
+        where = f"{_gb(machine['memory_bytes'])} of {machine['device']} memory"
+
+        def named(names: Sequence[str]) -> str:
+            peaks = (f'"{name}" ({_gb(self.orders[name].peak_bytes)})' for name in names)
+            return ", ".join(peaks)
+
+        if not fitting:
+            return f"Nothing fits into {where}: {named(others)}."
+        rest = f"; too large: {named(others)}" if others else ""
+        return f"Into {where} fit: {named(fitting)}{rest}."
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def estimate(model: str, **asked: Any) -> Estimate:
+    """What scoring a model will need: memory, operations, time; no weight is read.
+
+    Args:
+        model: a Hugging Face folder (its config.json is enough), a hub id or a preset.
+        asked: `data` or `tokens_per_example`, `examples`, `sets`, `keep_top`, `target_modules`,
+            `granularity`, `dtype`, `tokens_per_batch`, `gpus`, `gpu_memory` ("80GB" or bytes),
+            `flops`, `bandwidth`, `measure`, and what says how rows become tokens, as in the
+            command `fastdean estimate`.
+    Returns:
+        An `Estimate`; `to_dict()` is what `--json` prints, and its text is the command's table.
+    Raises:
+        ValueError, TypeError: the model's configuration cannot be read, or an option is wrong.
+    """
+    size = asked.get("gpu_memory")
+    if size is not None:
+        asked["gpu_memory"] = str(size)
+    return run(EstimateJob(model=model, **asked))
+
+
+def run(job: EstimateJob) -> Estimate:
+    """Carry out the job; errors as `estimate`."""
+    import torch
+
+    from fastdean.coupling.accumulators import sums_bytes
+    from fastdean.coupling.kept_entries import entries_bytes
+    from fastdean.coupling.needed_memory import TRIED_ROWS, ModelMemory, Peak
+    from fastdean.coupling.targets import coverage, find_targets
+    from fastdean.models.available_memory import available_memory
+    from fastdean.models.loading import described_model
+    from fastdean.models.stacks import decoder_layers
+
+    model = described_model(
+        job.model,
+        dtype=job.dtype,
+        revision=job.revision,
+        trust_remote_code=job.trust_remote_code,
+    )
+    layers = list(decoder_layers(model).values())
+    targets = find_targets(model, job.target_modules, job.granularity)
+    on_gpu = job.gpu_memory is not None
+    device = torch.device("cuda" if on_gpu else "cpu")
+    ranks = job.gpus or 1
+    lengths = _lengths(job, ranks)
+    rows, batches = _batched(model, job, lengths, device)
+    memory = ModelMemory.of(model, layers)
+
+    keep_top = None if job.keep_top == 1 else job.keep_top
+    sums: Counter[int | None] = Counter()
+    for target in targets:
+        sums[target.layer_index] += sums_bytes(target, job.granularity)
+    every = sum(sums.values())
+    results = job.sets * entries_bytes(targets, job.granularity, keep_top)
+    base = 0 if on_gpu else _base()
+    there = size_in_bytes(job.gpu_memory) if on_gpu else available_memory(device)
+    if not on_gpu and there is not None:
+        # What this process holds already is in the base.
+        there += base
+
+    lowest = min((t.layer_index for t in targets if t.layer_index is not None), default=len(layers))
+    kinds = {
+        tuple(map(tuple, (p.shape for p in layer.parameters()))): i
+        for i, layer in reversed(list(enumerate(layers)))
+    }
+    operations = _operations(model, layers, targets, lengths, job)
+    rates = _rates(job, model)
+    orders = {}
+
+    def add(name: str, peaks: Sequence[Peak], kept: int, read: int, files: int) -> None:
+        fixed = {"base": base, "scores kept": kept}
+        room = None if there is None else there - base - kept
+        # What layers return goes elsewhere where there is no room for it.
+        bounded = [peak.within(room, on_cpu=not on_gpu) for peak in peaks]
+        peak = max(bounded, key=lambda each: each.total)
+        # Of the moment with most of it.
+        wanted, here = max(
+            (before.parts.get("states", 0), after.parts.get("states", 0))
+            for before, after in zip(peaks, bounded, strict=True)
+        )
+        places = {"device": here, "host or files" if on_gpu else "files": wanted - here}
+        parts = {key: value for key, value in {**fixed, **peak.parts}.items() if value}
+        total = sum(parts.values())
+        order = name.partition(",")[0]
+        counted = dict(operations)
+        if order == "batches":
+            counted["recomputed_forward"] = 0.0
+        orders[name] = OrderEstimate(
+            order=order,
+            weights="streamed" if "streamed" in name else "resident",
+            fits=None if there is None else total <= there,
+            peak_bytes=total,
+            moment=peak.moment,
+            parts=parts,
+            states={place: size for place, size in places.items() if size},
+            operations=counted,
+            weights_read_bytes=read,
+            files_read_bytes=files,
+            seconds=_seconds(sum(counted.values()), read, rates),
+        )
+
+    # Units are tried without the gradients of their weights.
+    by_weight = targets if job.granularity == "weight" else []
+    weights = [target.weight for target in by_weight]
+    dense = keep_top is None
+    # Forward and backward, each batch.
+    used = memory.weights - memory.embedding
+    add(
+        "batches",
+        [
+            memory.by_batches(rows, job.sets * every if dense else every),
+            memory.trial(rows, weights, memory.weights, on_cpu=not on_gpu),
+        ],
+        0 if dense else results,
+        2 * used * batches,
+        memory.weights,
+    )
+    half = next(model.parameters()).dtype == torch.float16
+    kept_sums = job.sets * every if dense else 0
+    again = sum(layer.weights for layer in memory.layers[lowest:])
+    of_layers = sum(layer.weights for layer in memory.layers)
+    read = (2 * (used - of_layers) + of_layers + 2 * again) * batches
+    if layers and not half:
+        resident = memory.by_layers(rows, sums, kept_sums=kept_sums)
+        tried = memory.trial(rows, weights, memory.weights, on_cpu=not on_gpu)
+        add("layers", [*resident, tried], 0 if dense else results, read, memory.weights)
+    if layers and not half and not (dense and job.granularity == "weight"):
+        first = sorted(kinds.values())
+        begun = sum(memory.layers[i].weights for i in first)
+        outside = (
+            memory.outside if on_gpu else memory.touched(2 * rows.longest + TRIED_ROWS, loss=True)
+        )
+        streamed = memory.by_layers(
+            rows, sums, streamed=True, mapped=not on_gpu, kept_sums=kept_sums
+        )
+        of_first = [t.weight for t in by_weight if t.layer_index in first]
+        tried = memory.trial(rows, of_first, begun + outside, on_cpu=not on_gpu)
+        files = memory.outside + of_layers + again
+        add("layers, streamed", [*streamed, tried], 0 if dense else results, read, files)
+
+    window = max(memory.window(k, rows) for k in (None, *range(len(layers))))
+    covered = coverage(model, targets)
+    return Estimate(
+        model={
+            "class": type(model).__name__,
+            "parameters": covered["model_parameters"],
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "layers": len(layers),
+        },
+        targets={"matrices": len(targets), "weights": covered["scored_parameters"]},
+        work={
+            "sets": job.sets,
+            "examples_of_a_rank": len(lengths),
+            "tokens_of_a_rank": rows.all,
+            "target_tokens_of_the_largest_batch": rows.targets,
+            "tokens_of_the_largest_batch": rows.batch,
+            "batches_of_a_rank": batches,
+        },
+        machine={
+            "device": "GPU" if on_gpu else "CPU",
+            "memory_bytes": there,
+            "ranks": ranks,
+            "flops": rates[0],
+            "bandwidth": rates[1],
+            "rates": "measured" if job.measure else "given" if any(rates) else None,
+        },
+        memory={
+            "base": base,
+            "weights": memory.weights,
+            "largest_layer": max((layer.weights for layer in memory.layers), default=0),
+            "sums": every,
+            "largest_layer_sums": max(sums.values()),
+            "states": memory.states(rows.all),
+            "one_batch": memory.batch(rows),
+            "one_window": window,
+            "scores_kept": results,
+        },
+        orders=orders,
+        notes=_notes(job, ranks, on_gpu, covered, dense, half),
+    )
+
+
+def _lengths(job: EstimateJob, ranks: int) -> list[tuple[int, int]]:
+    """(tokens, target tokens) of each example of the first rank, set after set."""
+    if job.data is None:
+        tokens = 128 if job.tokens_per_example is None else job.tokens_per_example
+        if job.max_length is not None:
+            tokens = min(tokens, job.max_length)
+        each = [(tokens, tokens - 1)] * -(-job.examples // ranks)
+        return each * job.sets
+    from fastdean.jobs.rows import encode_rows, take_rows
+    from fastdean.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(
+        job.model, revision=job.revision, trust_remote_code=job.trust_remote_code
+    )
+    chosen, _ = take_rows(job.data, job.examples, job.seed, name="data")
+    options = {"template": job.template, "max_length": job.max_length, "name": "data"}
+    found = encode_rows(chosen, job.data, tokenizer, None, **options)
+    mine = [(len(example), example.num_targets(1)) for example in found][::ranks]
+    return mine * job.sets
+
+
+def _batched(
+    model: Any, job: EstimateJob, lengths: Sequence[tuple[int, int]], device: Any
+) -> tuple[Any, int]:
+    """The batches that the examples make, packed in their order, and how many these are."""
+    from fastdean.coupling.needed_memory import Rows
+    from fastdean.models.forward import tokens_per_batch_of
+
+    most = job.tokens_per_batch or tokens_per_batch_of(model, device)
+    of_a_set = len(lengths) // job.sets
+    largest, targets, batches = 0, 0, 0
+    for first in range(0, len(lengths), of_a_set):
+        tokens = predicted = 0
+        for length, count in lengths[first : first + of_a_set]:
+            if not tokens or tokens + length > most:
+                batches += 1
+                tokens = predicted = 0
+            tokens, predicted = tokens + length, predicted + count
+            largest, targets = max(largest, tokens), max(targets, predicted)
+    everything = sum(length for length, _ in lengths)
+    longest = max(length for length, _ in lengths)
+    return Rows(largest, targets, everything, longest), batches
+
+
+def _used(weight: Any, experts: int | None) -> int:
+    """Entries of a weight that a token meets: of stacked experts, of those it goes through."""
+    count = len(weight) if weight.dim() < 3 else min(experts or len(weight), len(weight))
+    return count * prod(weight.shape[1:])
+
+
+def _operations(
+    model: Any,
+    layers: Sequence[Any],
+    targets: Sequence[Any],
+    lengths: Sequence[tuple[int, int]],
+    job: EstimateJob,
+) -> dict[str, float]:
+    """FLOP of each part; matrices, and attention's products of all pairs of an example's tokens."""
+    from fastdean.models.forward import matrices_of
+    from fastdean.models.model_state import text_config
+
+    config = text_config(model)
+    tokens = sum(length for length, _ in lengths)
+    predicted = sum(count for _, count in lengths)
+    pairs = sum(length * length for length, _ in lengths)
+    experts = getattr(config, "num_experts_per_tok", None)
+    heads = getattr(config, "num_attention_heads", None) or 0
+    hidden = getattr(config, "hidden_size", None) or 0
+    width = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
+    width = width or (hidden // heads if heads else 0)
+    stacked = [p for layer in layers for p in layer.parameters() if p.dim() == 3]
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    plain = sum(weight.numel() for weight in matrices_of(model) if weight is not head)
+    used = sum(_used(p, experts) for p in stacked)
+    of_head = 0 if head is None else 2.0 * head.numel() * predicted
+    products = 2.0 * (plain + used) * tokens
+    # Q K^T and P V forward; backward dV, dP, dQ, dK, and Q K^T again.
+    attention = 2.0 * heads * width * pairs * len(layers)
+    if job.granularity == "weight":
+        importance = 2.0 * tokens * sum(_used(target.weight, experts) for target in targets)
+    else:
+        importance = 2.0 * tokens * sum(target.num_inputs for target in targets)
+    forward = products + 2 * attention
+    return {
+        "forward": forward + of_head,
+        "recomputed_forward": forward,
+        "backward": products + of_head + 5 * attention,
+        "importance": importance,
+    }
+
+
+def _rates(job: EstimateJob, model: Any) -> tuple[float | None, float | None]:
+    if not job.measure:
+        return job.flops, job.bandwidth
+    import torch
+
+    dtype = next(model.parameters()).dtype
+    left, right = (torch.ones(_PRODUCT, _PRODUCT, dtype=dtype) for _ in range(2))
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    product = _fastest(lambda: torch.mm(left, right))
+    copied = _fastest(lambda: target.copy_(source))
+    return 2.0 * _PRODUCT**3 / product, 2.0 * _COPY_BYTES / copied
+
+
+def _fastest(call: Callable[[], Any]) -> float:
+    """Seconds of the fastest of several calls."""
+    import time
+
+    found: list[float] = []
+    while len(found) < 3 or sum(found) < _LEAST_SECONDS:
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _seconds(
+    operations: float, read: int, rates: tuple[float | None, float | None]
+) -> float | None:
+    """What no implementation can be faster than at these rates."""
+    flops, bandwidth = rates
+    found = [0.0 if flops is None else operations / flops]
+    found.append(0.0 if bandwidth is None else read / bandwidth)
+    return None if flops is None and bandwidth is None else max(found)
+
+
+def _base() -> int:
+    """What this process holds once it has scored a tiny model: Python, torch, transformers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fastdean.coupling.scoring import score
+    from fastdean.data.examples import Example
+    from fastdean.models.available_memory import resident_memory
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        tiny = LlamaForCausalLM(config).eval()
+    ids = torch.arange(2, 10)
+    for order in ("batches", "layers"):
+        score(tiny, [Example(ids, ids)] * 2, keep_top=0.5, order=order, progress=False)
+    return resident_memory() or 0
+
+
+def _notes(
+    job: EstimateJob, ranks: int, on_gpu: bool, covered: dict[str, Any], dense: bool, half: bool
+) -> list[str]:
+    found = []
+    if half:
+        found.append("A model in float16 goes batch by batch alone.")
+    if ranks > 1:
+        found.append(
+            f"Each of the {ranks} ranks holds the whole model, all sums and its own batch; only "
+            "examples, and what layers return for them, are divided."
+        )
+    if on_gpu:
+        found.append("What the GPU's driver and libraries take for themselves is not counted.")
+    if dense:
+        found.append("With keep_top 1 the sums of all data sets stay to the end.")
+        if job.granularity == "weight" and not half:
+            found.append("Weights cannot stay in their files then: streaming needs keep_top.")
+    missed = sum(covered["unscorable"].values())
+    if missed:
+        share = missed / max(1, covered["model_parameters"])
+        found.append(
+            f"{share:.0%} of the parameters are fused tensors or the like, which are not scored "
+            "and have no sums."
+        )
+    found.append("Reading files takes the disk's time, which is in no figure.")
+    return found
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def _time(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.2g} s"
+
+
+def _lines(found: Estimate) -> list[str]:
+    model, work, memory = found.model, found.work, found.memory
+    head = ["", *(f"{name}" for name in found.orders)]
+    table = [
+        head,
+        ["peak", *(_gb(each.peak_bytes) for each in found.orders.values())],
+    ]
+    names = list(dict.fromkeys(name for each in found.orders.values() for name in each.parts))
+    for name in names:
+        sizes = (each.parts.get(name) for each in found.orders.values())
+        table.append([f"  {name}", *("-" if size is None else _gb(size) for size in sizes)])
+    table.append(
+        [
+            "states",
+            *(
+                "-"
+                if not e.states
+                else ", ".join(f"{_gb(size)} {place}" for place, size in e.states.items())
+                for e in found.orders.values()
+            ),
+        ]
+    )
+    for name in ("forward", "recomputed_forward", "backward", "importance"):
+        values = (each.operations[name] / 1e12 for each in found.orders.values())
+        table.append([f"{name.replace('_', ' ')}, TFLOP", *(f"{v:,.3g}" for v in values)])
+    for name, key in (("weights read", "weights_read_bytes"), ("of files", "files_read_bytes")):
+        table.append([name, *(_gb(getattr(each, key)) for each in found.orders.values())])
+    if any(each.seconds is not None for each in found.orders.values()):
+        times = (each.seconds for each in found.orders.values())
+        table.append(["time, at least", *(_time(t or 0) for t in times)])
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    return [
+        found.verdict,
+        f"{model['class']}, {model['parameters']:,} parameters in {model['dtype']} "
+        f"({_gb(memory['weights'])}), {model['layers']} layers; {found.targets['matrices']} "
+        f"matrices scored ({found.targets['weights']:,} weights, {_gb(memory['sums'])} of sums).",
+        f"{work['sets']} x {work['examples_of_a_rank'] // work['sets']} examples a rank, "
+        f"{work['tokens_of_a_rank']:,} tokens in {work['batches_of_a_rank']} batches of at most "
+        f"{work['tokens_of_the_largest_batch']:,}.",
+        "",
+        *(
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ),
+        "",
+        *found.notes,
+    ]

@@ -1,0 +1,279 @@
+"""`fastdean estimate`: by hand on a tiny model, and against what processes really take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastdean
+from fastdean import cli
+from fastdean.jobs.estimate import size_in_bytes
+
+# V, H, units, L; four heads of 8, keys and values of two.
+V, H, U, L, K = 96, 32, 64, 2, 16
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": V,
+    "hidden_size": H,
+    "intermediate_size": U,
+    "num_hidden_layers": L,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+}
+JOB = {"examples": 6, "tokens_per_example": 100, "tokens_per_batch": 250}
+GPU = {"gpus": 1, "gpu_memory": "1GB"}
+
+
+def folder_of(path, **changes):
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(CONFIG | changes))
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return folder_of(tmp_path / "model")
+
+
+def test_a_tiny_job_by_hand(folder):
+    """Three batches of two examples; on a GPU, where nothing of the process is counted."""
+    found = fastdean.estimate(folder, **JOB, **GPU)
+    attention, mlp = 2 * H * H + 2 * H * K, 3 * H * U
+    layer, outside = 4 * (attention + mlp + 2 * H), 4 * (2 * V * H + H)
+    assert found.model["parameters"] * 4 == L * layer + outside
+    work = found.work
+    assert (work["batches_of_a_rank"], work["tokens_of_the_largest_batch"]) == (3, 200)
+    assert work["target_tokens_of_the_largest_batch"] == 198
+    sums = L * 4 * mlp
+    # Inputs and outputs: q, k, v, o; gate, up, down.
+    kept = 4 * (4 * H + 2 * (H + K) + 3 * (H + U))
+    logits = 2 * 198 * V * 4
+    batch = 200 * L * kept + max(logits, 200 * kept)
+    # Sum, weight and index of the top 0.1 %.
+    results = int(3 * L * 1e-3 * H * U * (4 + 4 + 8))
+    assert found.memory["sums"] == sums and found.memory["one_batch"] == batch
+    assert found.orders["batches"].peak_bytes == L * layer + outside + sums + batch + results
+    # Every layer's states for 600 tokens, the gradients of one layer's, and nine hidden vectors.
+    states, window = (L + 1) * 600 * H * 4, 200 * (9 * 4 * H + 2 * kept)
+    assert found.memory["states"] == L * 600 * H * 4
+    by_layers = found.orders["layers"]
+    assert by_layers.peak_bytes == L * layer + outside + sums // L + states + window + results
+    streamed = found.orders["layers, streamed"]
+    assert streamed.peak_bytes == layer + outside + sums // L + states + window + results
+    assert streamed.files_read_bytes == 2 * L * layer + outside
+    pairs = 6 * 100 * 100 * L * H
+    forward = 2 * 600 * L * (attention + mlp) + 4 * pairs
+    head = 2 * V * H * 6 * 99
+    assert by_layers.operations == {
+        "forward": forward + head,
+        "recomputed_forward": forward,
+        "backward": 2 * 600 * L * (attention + mlp) + 10 * pairs + head,
+        "importance": 2 * 600 * L * mlp,
+    }
+    assert found.orders["batches"].operations["recomputed_forward"] == 0
+    assert found.orders["batches"].seconds is None
+    for each in found.orders.values():
+        assert sum(each.parts.values()) == each.peak_bytes and each.fits
+
+
+def test_time_is_that_of_the_rates(folder):
+    given = fastdean.estimate(folder, **JOB, **GPU, flops=1e6, bandwidth=1e12)
+    each = given.orders["batches"]
+    assert each.seconds == sum(each.operations.values()) / 1e6
+    slow = fastdean.estimate(folder, **JOB, **GPU, flops=1e15, bandwidth=1e3)
+    assert slow.orders["batches"].seconds == each.weights_read_bytes / 1e3
+    here = fastdean.estimate(folder, **JOB, measure=True)
+    assert here.machine["flops"] > 1e6 and here.machine["bandwidth"] > 1e6
+    assert "time, at least" in str(here) and "time, at least" not in str(
+        fastdean.estimate(folder, **JOB)
+    )
+
+
+def test_no_weight_is_read(tmp_path):
+    alone, beside = folder_of(tmp_path / "a"), folder_of(tmp_path / "b")
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"no checkpoint at all")
+    expected = fastdean.estimate(alone, **JOB, **GPU)
+    assert fastdean.estimate(beside, **JOB, **GPU) == expected
+
+
+def test_ranks_divide_examples_and_states_alone(folder):
+    one, two = (fastdean.estimate(folder, **JOB, **GPU | {"gpus": n}) for n in (1, 2))
+    assert two.memory["states"] * 2 == one.memory["states"]
+    for name in ("weights", "sums"):
+        assert two.memory[name] == one.memory[name]
+    assert "holds the whole model, all sums" in two.notes[0]
+    assert not any("ranks" in note for note in one.notes)
+
+
+def test_states_go_where_there_is_room(folder):
+    roomy = fastdean.estimate(folder, **JOB, **GPU).orders["layers"]
+    need = roomy.peak_bytes - roomy.parts["states"]
+    tight = fastdean.estimate(folder, **JOB, gpu_memory=need + 1000).orders["layers"]
+    assert tight.fits and tight.peak_bytes == need + 1000
+    assert tight.states["device"] == 1000
+    assert sum(tight.states.values()) == sum(roomy.states.values())
+    small = fastdean.estimate(folder, **JOB, gpu_memory=need // 2)
+    assert not small.orders["batches"].fits
+    assert str(small).startswith("Nothing fits into") or "too large" in small.verdict
+
+
+def test_dense_scores_of_all_sets_stay(folder):
+    dense = fastdean.estimate(folder, **JOB, **GPU, keep_top=1, sets=3)
+    assert dense.orders["batches"].parts["sums"] == 3 * dense.memory["sums"]
+    assert dense.orders["layers"].parts["sums"] == 3 * dense.memory["sums"]
+    assert "layers, streamed" not in dense.orders
+
+
+def test_a_model_in_float16_goes_batch_by_batch(folder):
+    found = fastdean.estimate(folder, **JOB, **GPU, dtype="fp16")
+    assert list(found.orders) == ["batches"] and "float16" in found.notes[0]
+
+
+def test_units_and_other_dtypes(folder):
+    units = fastdean.estimate(folder, **JOB, **GPU, granularity="unit", dtype="bf16")
+    assert units.model["dtype"] == "bfloat16" and units.memory["sums"] == L * U * 4
+    assert units.orders["batches"].operations["importance"] == 2 * 600 * L * U
+
+
+def test_stacked_experts_count_as_they_are_used(tmp_path):
+    config = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+    folder = folder_of(tmp_path / "experts", **config)
+    found = fastdean.estimate(folder, **JOB, **GPU, target_modules="self_attn")
+    attention, router = 2 * H * H + 2 * H * K, 8 * H
+    # Of eight experts a token goes through two; attention's pairs as ever.
+    forward = found.orders["layers"].operations["recomputed_forward"]
+    used = 2 * 3 * H * U
+    assert forward == 2 * 600 * L * (attention + router + used) + 4 * 6 * 100 * 100 * L * H
+    assert any("which are not scored" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"examples": 0}, "examples must be at least 1, got 0"),
+        ({"sets": 0}, "sets must be at least 1, got 0"),
+        ({"tokens_per_example": 1}, "tokens_per_example must be at least 2, got 1"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch must be at least 1, got 0"),
+        ({"keep_top": 0}, "keep_top must be"),
+        ({"granularity": "head"}, "granularity must be"),
+        ({"dtype": "int4"}, "dtype must be one of"),
+        ({"target_modules": "nothing_of_this"}, "target_modules must match"),
+        ({"gpu_memory": "plenty"}, "gpu_memory must be a size above 0 such as 80GB, got 'plenty'"),
+        ({"gpu_memory": "0GB"}, "gpu_memory must be a size above 0"),
+        ({"gpus": 2}, "gpu_memory must come with gpus, got gpus=2 alone"),
+        ({"flops": -1.0}, "flops must be a number above 0, got -1"),
+        ({"flops": float("nan")}, "flops must be a number above 0, got nan"),
+        ({"measure": True, "flops": 1e9}, "flops must be left out with measure=True"),
+        ({"measure": True, **GPU}, "measure must be left out with gpu_memory"),
+        ({"data": "rows.jsonl", "tokens_per_example": 9}, "tokens_per_example must be left out"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(folder, asked, message):
+    with pytest.raises(ValueError) as caught:
+        fastdean.estimate(folder, **asked)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_sizes_as_people_write_them():
+    sizes = {"80GB": 80e9, "16 GiB": 1 << 34, "1.5tb": 1.5e12, "1000": 1000, "8e9": 8e9}
+    assert {text: size_in_bytes(text) for text in sizes} == sizes
+
+
+def called(*args):
+    return CliRunner().invoke(cli.app, ["estimate", *map(str, args)])
+
+
+def test_the_command_prints_a_table_or_json(folder):
+    args = ("--model", folder, "--examples", 6, "--tokens-per-example", 10, "--gpu-memory", "1GB")
+    result = called(*args, "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert set(printed) == {"model", "targets", "work", "machine", "memory", "orders", "notes"}
+    assert list(printed["orders"]) == ["batches", "layers", "layers, streamed"]
+    fields = {"order", "weights", "fits", "peak_bytes", "moment", "parts", "states", "operations"}
+    fields |= {"weights_read_bytes", "files_read_bytes", "seconds"}
+    assert all(set(each) == fields for each in printed["orders"].values())
+    assert (
+        printed
+        == fastdean.estimate(folder, examples=6, tokens_per_example=10, gpu_memory="1GB").to_dict()
+    )
+    assert result.stderr.splitlines()[0].startswith("Into 1.0 GB of GPU memory fit: ")
+
+
+def test_the_command_refuses_by_flag(folder):
+    result = called("--model", folder, "--gpus", 2)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("fastdean: --gpu-memory must come with gpus")
+    missing = called("--model", "./no-such-folder")
+    assert missing.exit_code == 2 and len(missing.stderr.splitlines()) == 1
+
+
+def test_scores_say_what_they_took(tmp_path):
+    from tiny_data import batches, make_examples
+    from tiny_models import llama
+
+    scores = fastdean.score(llama(), batches(make_examples(), 4), keep_top=0.1, progress=False)
+    # A process with torch loaded takes more than this.
+    assert scores.manifest["costs"]["peak_memory"] > 50_000_000
+
+
+# 0.5 GB of weights in fp32, so that Python and torch are no more than half of what a run takes.
+_BIG = {
+    "vocab_size": 24000,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+_RUN = """
+import json, sys
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+import fastdean
+from fastdean.data import Example
+
+folder, order = sys.argv[1:]
+torch.manual_seed(0)
+ids = torch.randint(3, 20000, (8, 64))
+examples = [Example(row, row.clone()) for row in ids]
+if order == "layers, streamed":
+    model, order = folder, "layers"
+else:
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+scores = fastdean.score(model, examples, keep_top=1e-3, order=order, progress=False)
+print(json.dumps(scores.manifest["costs"]["peak_memory"]))
+"""
+
+
+def printed_by(*command):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is told on Linux")
+def test_what_processes_take_is_within_a_tenth(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = folder_of(tmp_path / "big", **_BIG)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    asked = ("--examples", "8", "--tokens-per-example", "64", "--json")
+    found = printed_by("-m", "fastdean", "estimate", "--model", folder, *asked)
+    for name, each in found["orders"].items():
+        taken = printed_by("-c", _RUN, folder, name)
+        assert each["peak_bytes"] == pytest.approx(taken, rel=0.1), (name, each["parts"], taken)
