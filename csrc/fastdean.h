@@ -178,6 +178,7 @@ struct SelectionParams {
   field(Number, tokens) \
   field(Address, segments)        /* int64 [examples, 2]: start and end row, set after set */ \
   field(Address, set_starts)      /* int64 [num_sets + 1]: the first example of each, and the end */ \
+  field(Address, batches)         /* int64 [examples] or 0: examples of two numbers share no chunk */ \
   field(Address, ks)              /* int64 [num_sets]: each at most rows * columns */ \
   field(Number, num_sets) \
   field(Address, indices)         /* int64, written: ascending, room for k of each set in turn */ \

@@ -52,12 +52,30 @@ struct Plan {
   }
 };
 
+// As the calls of accumulate_importance that took one batch after the other cut them.
+std::vector<Chunk> chunks_of_set(const ImportanceSelectionParams& p, int64_t set,
+                                 const TileKernel& kernel) {
+  const auto* segments = reinterpret_cast<const int64_t*>(p.segments);
+  const auto* starts = reinterpret_cast<const int64_t*>(p.set_starts);
+  const auto* batches = reinterpret_cast<const int64_t*>(p.batches);
+  std::vector<Chunk> found;
+  for (int64_t first = starts[set]; first < starts[set + 1];) {
+    int64_t end = batches == nullptr ? starts[set + 1] : first + 1;
+    while (end < starts[set + 1] && batches[end] == batches[first]) ++end;
+    for (Chunk chunk : chunks_of(segments + 2 * first, end - first, kernel)) {
+      chunk.first += first;
+      found.push_back(chunk);
+    }
+    first = end;
+  }
+  return found;
+}
+
 Plan plan_of(const ImportanceSelectionParams& p) {
   Plan plan;
   plan.kernel = kernel_of(static_cast<CpuLevel>(p.level), static_cast<DType>(p.dtype));
   const TileKernel& kernel = plan.kernel;
   const auto* segments = reinterpret_cast<const int64_t*>(p.segments);
-  const auto* starts = reinterpret_cast<const int64_t*>(p.set_starts);
   const auto* ks = reinterpret_cast<const int64_t*>(p.ks);
   const int64_t step_bytes = kernel.tokens * kernel.bytes;
   int64_t steps = 0;
@@ -66,9 +84,7 @@ Plan plan_of(const ImportanceSelectionParams& p) {
   for (int64_t set = 0; set < p.num_sets; ++set) {
     plan.first_piece.push_back(static_cast<int64_t>(plan.pieces.size()));
     plan.capacities.push_back(TopCandidates::capacity_for(ks[set], p.rows * p.columns));
-    for (Chunk chunk :
-         chunks_of(segments + 2 * starts[set], starts[set + 1] - starts[set], kernel)) {
-      chunk.first += starts[set];
+    for (const Chunk& chunk : chunks_of_set(p, set, kernel)) {
       plan.pieces.push_back({chunk, steps_of(segments, chunk, kernel), plan.x_panel_bytes});
       const int64_t bytes = round_up(chunk.steps * kernel.columns * step_bytes);
       plan.x_panel_bytes += bytes;

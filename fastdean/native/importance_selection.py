@@ -20,6 +20,7 @@ def select_importance(
     sets: Tensor,
     weight: Tensor,
     k: Sequence[int],
+    batches: Tensor | None = None,
     *,
     level: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
@@ -46,6 +47,7 @@ def select_importance(
         every = torch.arange(len(ks) + 1, device="cpu")
         starts = torch.searchsorted(sets.contiguous(), every).contiguous()
         of_sets = array("q", ks)
+        batches = None if batches is None else batches.contiguous()
         params = written(
             "ImportanceSelectionParams",
             x=x.data_ptr(),
@@ -63,6 +65,7 @@ def select_importance(
             tokens=x.shape[0],
             segments=segments.data_ptr(),
             set_starts=starts.data_ptr(),
+            batches=0 if batches is None else batches.data_ptr(),
             ks=of_sets.buffer_info()[0],
             num_sets=len(ks),
             indices=indices.data_ptr(),

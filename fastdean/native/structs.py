@@ -41,8 +41,8 @@ STRUCTS = {
         "Address g, Number g_stride_t, Number g_stride_r, DType dtype, "
         "Address weight, Number weight_stride_r, DType weight_dtype, "
         "Number rows, Number columns, Number tokens, Address segments, Address set_starts, "
-        "Address ks, Number num_sets, Address indices, Address sums, Address found, "
-        "CpuLevel level, Number num_workers, Address workspace"
+        "Address batches, Address ks, Number num_sets, Address indices, Address sums, "
+        "Address found, CpuLevel level, Number num_workers, Address workspace"
     ),
     "CollapseParams": _fields(
         "Address features, Number features_stride, DType features_dtype, Address labels, "

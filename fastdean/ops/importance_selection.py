@@ -23,6 +23,7 @@ def select_importance(
     weight: Tensor,
     k: Sequence[int],
     *,
+    batches: Tensor | None = None,
     impl: str | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """The most important entries of one weight to each of several sets of examples.
@@ -32,7 +33,7 @@ def select_importance(
         for number, each in enumerate(k):
             mine = segments[sets == number]
             sums = torch.zeros(weight.shape)
-            accumulate_importance_(sums, x, g, mine)
+            accumulate_importance_(sums, x, g, mine)  # with `batches` a call for each of them
             index = select_top(sums, weight, max(1, len(mine)), each)
             yield index, sums.flatten()[index]
 
@@ -44,6 +45,9 @@ def select_importance(
         sets: int64 [B] on the CPU, ascending, 0..S-1: the set of each example.
         weight: floating [R, C]; on the device of `x`.
         k: how many entries at most of each of the S sets. A set may have no example.
+        batches: int64 [B] on the CPU, ascending in each set: the batch of each example. How an
+            implementation rounds may depend on which examples it is given at once; with them the
+            sums are those of one call after the other. None: each set is one batch.
         impl: None (by device), "reference" or "native" (CPU).
     Returns:
         For each set (index int64 [M], ascending flat indices; sums fp32 [M], there), on the device
@@ -62,8 +66,10 @@ def select_importance(
     if min(k, default=0) < 0:
         raise ValueError(f"each k must be at least 0, got {min(k)}; check the ratios")
     _check_sets(sets, len(segments), len(k))
+    if batches is not None:
+        _check_batches(batches, sets)
     op = choose("select_importance", x.device, impl, x.dtype)
-    return op.callable(x, g, segments, sets, weight, k)
+    return op.callable(x, g, segments, sets, weight, k, batches)
 
 
 def _sequence(k: Any) -> Sequence[Any]:
@@ -87,6 +93,22 @@ def _check_weight(weight: Tensor, x: Tensor, g: Tensor) -> None:
             "pass the weight that the inputs were multiplied with"
         )
     check_memory("weight", weight)
+
+
+def _check_batches(batches: Tensor, sets: Tensor) -> None:
+    check_tensor("batches", batches)
+    on_cpu = batches.device.type == "cpu"
+    if batches.dtype != torch.int64 or batches.shape != sets.shape or not on_cpu:
+        raise ValueError(
+            f"batches must be int64 [{len(sets)}] on the CPU, one per segment, got {batches.dtype} "
+            f"{list(batches.shape)} on {batches.device}; give the number of each example's batch"
+        )
+    check_memory("batches", batches)
+    if bool(((batches.diff() < 0) & (sets.diff() == 0)).any()):
+        raise ValueError(
+            "batches must be in ascending order within a set, got a lower one after a higher; give "
+            "the examples in the order in which they were scored"
+        )
 
 
 def _check_sets(sets: Tensor, examples: int, number: int) -> None:
