@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdean.coupling.accumulators import sums_bytes
+from fastdean.coupling.accumulators import all_sums_bytes, sums_bytes
+from fastdean.coupling.holding import together_bytes
 from fastdean.coupling.trial import Scorable
 from fastdean.coupling.window_memory import WindowMemory
 from fastdean.models.available_memory import available_memory
@@ -165,6 +166,7 @@ def choose_order(
     windows: WindowMemory,
     device: torch.device,
     ranks: Ranks,
+    signs: bool = False,
 ) -> Order:
     """What `order` asks for; "auto" decides by memory, the same on all ranks.
 
@@ -172,12 +174,16 @@ def choose_order(
         sets: the data sets, scored one after the other batch by batch.
         memory_budget: bytes that the sums may take at a time, or None.
         windows: what each window holds beside its sums.
+        signs: whether sums are kept with their signs too.
     Raises:
         ValueError: "layers" is asked for, and `memory_budget` does not hold a window.
     """
     if order == "batches":
         return Order(False, "as asked for")
-    least = max(windows.least(scorable.targets, granularity) for scorable in sets)
+    least = max(
+        windows.least(scorable.targets, together_bytes(scorable.holding, granularity, signs))
+        for scorable in sets
+    )
     too_small = memory_budget is not None and memory_budget < least
     if order == "layers":
         if too_small:
@@ -190,7 +196,7 @@ def choose_order(
     if too_small:
         return Order(False, f"memory_budget is less than the {_gb(least)} that a window takes")
     with ranks.failing_together():
-        chosen = _by_memory(model, sets, granularity, keep_top, memory_budget, device)
+        chosen = _by_memory(model, sets, granularity, keep_top, memory_budget, device, signs)
     if ranks.agree(chosen.by_layers) != chosen.by_layers:
         chosen = Order(not chosen.by_layers, "as the first rank goes")
     if ranks.first:
@@ -205,10 +211,11 @@ def _by_memory(
     keep_top: float | None,
     memory_budget: int | None,
     device: torch.device,
+    signs: bool,
 ) -> Order:
     if any(scorable.scale is not None for scorable in sets):
         return Order(False, "a model in float16 goes batch by batch")
-    of_sets = [sum(sums_bytes(t, granularity) for t in scorable.targets) for scorable in sets]
+    of_sets = [all_sums_bytes(granularity, signs)(scorable.targets) for scorable in sets]
     if keep_top is None:
         room = _room_for_dense("layers", memory_budget, device)
         if room is not None and sum(of_sets) > room:
@@ -243,16 +250,18 @@ def window_bytes(
     granularity: str,
     memory_budget: int | None,
     dense: bool,
+    signs: bool = False,
 ) -> int:
     """About what a job layer by layer takes of memory at a time, besides what layers return.
 
     Args:
         dense: whether all sums are kept to the end.
+        signs: whether they are kept with their signs too.
     """
     by_layer: Counter[int | None] = Counter()
     for scorable in sets:
         for target in scorable.targets:
-            by_layer[target.layer_index] += sums_bytes(target, granularity)
+            by_layer[target.layer_index] += sums_bytes(target, granularity, signs)
     sums = max(by_layer.values(), default=0)
     if memory_budget is not None:
         sums = min(sums, memory_budget)

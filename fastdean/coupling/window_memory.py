@@ -7,12 +7,12 @@ than one stream of the hidden size may hold more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from fastdean.coupling.accumulators import split_by_memory, sums_bytes
+from fastdean.coupling.accumulators import split_by_memory
 from fastdean.coupling.targets import Target
 from fastdean.models.forward import matrices_of
 from fastdean.models.hooks import has_hooks
@@ -67,18 +67,23 @@ class WindowMemory:
         return cls(rows, held)
 
     def split(
-        self, targets: Sequence[Target], granularity: str, memory_budget: int | None
+        self,
+        targets: Sequence[Target],
+        size: Callable[[Sequence[Target]], int],
+        memory_budget: int | None,
     ) -> list[list[Target]]:
-        """Targets of one window in groups whose sums fit into `memory_budget` beside the batch."""
+        """Targets of one window in groups whose sums fit into `memory_budget` beside the batch.
+
+        Args:
+            size: what targets take that are summed together, in bytes.
+        """
         if memory_budget is None or not targets:
             return [list(targets)]
-        return split_by_memory(
-            targets, granularity, memory_budget - self.held[targets[0].layer_index]
-        )
+        return split_by_memory(targets, size, memory_budget - self.held[targets[0].layer_index])
 
-    def least(self, targets: Sequence[Target], granularity: str) -> int:
+    def least(self, targets: Sequence[Target], size: Callable[[Sequence[Target]], int]) -> int:
         """The smallest budget that any of these targets can be scored under."""
-        return max(sums_bytes(t, granularity) + self.held[t.layer_index] for t in targets)
+        return max(size([target]) + self.held[target.layer_index] for target in targets)
 
 
 def _activations(layer: nn.Module, experts: int | None) -> int:
