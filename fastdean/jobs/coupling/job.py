@@ -26,7 +26,7 @@ class Job:
         model, revision, trust_remote_code: see `loading.load_model`.
         fairness, privacy, general: see `sources.load_rows`.
         ratio: share of a matrix's entries in each top set; None: 5e-7 for weights, 1e-3 for units.
-        rule, scope, min_k: see `coupling.couple`.
+        rule, scope, min_k, signs: see `coupling.couple`.
         examples: rows of each source that are scored; None: all.
         eval_examples: rows, of other prompts than these where there are any, that are measured on.
         memory_budget: in bytes; it, order and states: see `fastdean.score`.
@@ -50,6 +50,7 @@ class Job:
     target_modules: options.TargetModules = "mlp"
     scope: options.Scope = "matrix"
     min_k: options.MinK = 0
+    signs: options.Signs = "any"
     scale: options.Scale = 0.0
     skip_bad_rows: options.SkipBadRows = False
     template: options.Template = None
@@ -66,6 +67,7 @@ class Job:
     def __post_init__(self) -> None:
         options.require_numbers(self)
         # Not above: the command line reads the fields before it loads torch.
+        from fastdean.coupling.agreement import SIGNS, require_rule_for
         from fastdean.coupling.order import ORDERS
         from fastdean.coupling.sets import RULES, SCOPES
         from fastdean.masks.entries import checked_scale
@@ -75,9 +77,11 @@ class Job:
         for name, allowed in (
             ("rule", tuple(RULES)),
             ("scope", SCOPES),
+            ("signs", SIGNS),
             ("order", ORDERS),
         ):
             options.require_one_of(self, name, allowed)
+        require_rule_for(self.signs, self.rule)
         options.require_template(self)
         if not 0 < self.effective_ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
@@ -121,6 +125,9 @@ class ScoreJob:
     keep_top: Annotated[
         float, Help("Keep only this share of each matrix; 1 keeps all, with its size.")
     ] = 1e-3
+    signs: Annotated[
+        bool, Help("Keep the signs of the effects too, for `couple --signs`; takes more memory.")
+    ] = False
     skip_bad_rows: options.SkipBadRows = False
     template: options.Template = None
     max_length: options.MaxLength = None
