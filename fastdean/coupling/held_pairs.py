@@ -123,7 +123,8 @@ class HeldPairs:
         self._summed().add_(x, g, segments)
 
     def tensors(self) -> list[Tensor]:
-        return self._summed().tensors()
+        """None while pairs are held, which they are in a process of its own alone."""
+        return [] if self._sums is None else self._sums.tensors()
 
     def entry(self, weight: Tensor) -> ScoreEntry:
         """Of the top entries; of all where the pairs are not held.

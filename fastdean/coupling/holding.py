@@ -116,6 +116,11 @@ class Holding:
         return sum(sums_bytes(target, "weight", self.signs) for target in targets)
 
 
+def least_held_bytes(targets: Sequence[Target]) -> int:
+    """What the inputs and gradients of targets take at least: of one token, in two bytes each."""
+    return sum(held_bytes(1, t.num_inputs, [t.num_outputs], 2, 0, 0) for t in targets)
+
+
 def takes(target: Target, pair: Pair, device: torch.device, impl: str | None) -> bool:
     """Whether `select_importance` serves a target, with the sums that `accumulate` would have.
 

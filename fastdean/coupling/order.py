@@ -195,6 +195,11 @@ def choose_order(
         return Order(True, "as asked for")
     if too_small:
         return Order(False, f"memory_budget is less than the {_gb(least)} that a window takes")
+    all_sums = all_sums_bytes(granularity, signs)
+    if memory_budget is not None and any(
+        all_sums([target]) > memory_budget for scorable in sets for target in scorable.targets
+    ):
+        return Order(True, "memory_budget holds what windows keep in place of sums, and no sums")
     with ranks.failing_together():
         chosen = _by_memory(model, sets, granularity, keep_top, memory_budget, device, signs)
     if ranks.agree(chosen.by_layers) != chosen.by_layers:

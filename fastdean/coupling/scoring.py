@@ -20,7 +20,7 @@ from torch import nn
 from fastdean.coupling.accumulators import Accumulator, all_sums_bytes, split_by_memory
 from fastdean.coupling.by_batches import run_pass
 from fastdean.coupling.by_layers import Rehearsal, Set, Sweep
-from fastdean.coupling.holding import Holding, takes, together_bytes
+from fastdean.coupling.holding import Holding, least_held_bytes, takes, together_bytes
 from fastdean.coupling.homes import Home, states_home
 from fastdean.coupling.job_parts import job_parts
 from fastdean.coupling.kept_entries import entries_bytes, keep_entries, kept_entries
@@ -81,6 +81,7 @@ from fastdean.models.windows import (
 from fastdean.wording.doing import titled
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
+from fastdean.wording.numbers import require_real
 from fastdean.wording.printable import one_line
 
 
@@ -262,9 +263,15 @@ def score_sets(
     granularity = checked_granularity(granularity)
     targets = find_targets(model, target_modules, granularity)
     require_own_parameters(model, targets)
-    # A budget that is too small is refused before anything runs.
     all_sums = all_sums_bytes(granularity, signs)
-    split_by_memory(targets, all_sums, memory_budget)
+    # A budget that is too small is refused before anything runs; what windows may hold in place of
+    # sums shows in the trial, and it is refused with the order.
+    may_hold = order != "batches" and keep_top is not None and granularity == "weight"
+    least = least_held_bytes if may_hold else all_sums
+    if memory_budget is not None:
+        require_real("memory_budget", memory_budget, "a number of bytes")
+        if not all(least([target]) <= memory_budget for target in targets):
+            split_by_memory(targets, all_sums, memory_budget)
     warn_about_unscorable(model, targets)
     if stream is not None:
         require_streamable(order, keep_top, granularity)

@@ -166,7 +166,15 @@ def test_loss_fn_over_padded_batches(summed):
 
 @COMPILED
 def test_the_manifest_counts_both_and_shared_inputs_are_held_once(monkeypatch):
-    model, made = built("llama"), []
+    model, made, summed = built("llama"), [], []
+    kind = accumulators.DenseWeightAccumulator
+
+    def sums(target, *args):
+        summed.append(target.parameter)
+        return kind(target, *args)
+
+    monkeypatch.setattr(held_pairs, "DenseWeightAccumulator", sums)
+    monkeypatch.setitem(accumulators.ACCUMULATORS, "weight", sums)
     real = held_pairs.SharedInputs
 
     def counted(tokens):
@@ -178,6 +186,7 @@ def test_the_manifest_counts_both_and_shared_inputs_are_held_once(monkeypatch):
     described = found.manifest["order"]["matrices"]
     # Of each layer q, k and v with one input, gate and up with one, and down; not o.
     assert described == {"held": 12, "summed": 2}
+    assert summed == [f"model.layers.{n}.self_attn.o_proj.weight" for n in (1, 0)]
     assert len(made) == 6
     assert "matrices" not in score(model, order="batches").manifest["order"]
     assert score(model, keep_top=None).manifest["order"]["matrices"]["held"] == 0
@@ -190,7 +199,7 @@ def test_a_budget_counts_what_is_held_and_not_the_sums(tmp_path, summed):
 
     def least(of):
         with pytest.raises(ValueError, match="memory_budget must be at least") as caught:
-            of(model, memory_budget=1000, **options)
+            of(model, memory_budget=10_000, **options)
         return int(re.search(r"at least ([\d,]+)", str(caught.value))[1].replace(",", ""))
 
     held, dense = least(score), least(summed)
@@ -199,6 +208,11 @@ def test_a_budget_counts_what_is_held_and_not_the_sums(tmp_path, summed):
     with LiveBytes() as live:
         found = score(model, memory_budget=held, **options)
     assert live.peak - 300_000 < held
+    # The sums of one matrix do not fit, so that batches could not be taken.
+    auto = score(model, order="auto", memory_budget=held, **options)
+    assert auto.manifest["order"]["by"] == ("layers" if held < 4 * 256 * 2048 else "batches")
+    with pytest.raises(ValueError, match="memory_budget must hold the sums of at least one"):
+        score(model, order="batches", memory_budget=4 * 256 * 2048 - 1, target_modules="mlp")
     assert_same_bits(found, expected)
 
 
@@ -252,6 +266,7 @@ def assert_same_entry(found, expected):
 def test_what_is_changed_after_it_was_delivered_is_what_it_was(transposed):
     case = Case(transposed)
     held = case.held()
+    assert held.tensors() == []
     for (x, g), segments in zip(case.batches, case.segments, strict=True):
         x, g = x.clone(), g.clone()
         held.add_(x, g, segments)
