@@ -11,7 +11,7 @@ from tiny_models import MODELS, gpt2, llama
 
 import fastdean
 from fastdean import native
-from fastdean.coupling import held_pairs
+from fastdean.coupling import held_pairs, holding
 from fastdean.coupling.agreement import Agreement
 from fastdean.coupling.scores import ScoreEntry, Scores
 from fastdean.coupling.signed_sums import add_signed_, add_signed_units_, signed_at
@@ -76,7 +76,8 @@ def test_signed_sums_are_the_gradients_that_autograd_adds_up_in_float64(name, or
 
 @pytest.mark.skipif(native.status().state != "available", reason="nothing is held without it")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_signed_sums_of_what_windows_hold(family):
+def test_signed_sums_of_what_windows_hold(family, monkeypatch):
+    monkeypatch.setattr(holding, "_SMALL_SUMS_BYTES", 0)
     model = wide(family)
     options = {"keep_top": 1e-3, "order": "layers", "tokens_per_batch": 12}
     found = score(model, **options)
