@@ -17,8 +17,8 @@ from fastdean.coupling.targets import Target
 from fastdean.models.model_state import execution_device
 from fastdean.ops._dispatch import choose
 
-# Of the sums of targets of one input: below it the memory that holding saves is lost beside a batch,
-# and a sweep over matrices of 3.5 MB took 6 to 9 % longer with their pairs held.
+# Of the sums of targets of one input: below it the memory that holding saves is lost beside a
+# batch, and a sweep over matrices of 3.5 MB took 6 to 9 % longer with their pairs held.
 _SMALL_SUMS_BYTES = 16 << 20
 # Of the inputs, what the operation has packed in fp32 at a time.
 _PACKED_BYTES = 64 << 20
