@@ -14,6 +14,7 @@ from fastdean import native
 from fastdean.coupling import accumulators, by_layers, held_pairs, holding, scoring
 from fastdean.coupling.holding import Holding, Pair
 from fastdean.coupling.targets import Target
+from fastdean.models.distributed import Ranks
 
 COMPILED = pytest.mark.skipif(
     native.status().state != "available", reason="the operation has no other form that saves memory"
@@ -317,10 +318,11 @@ def test_what_was_not_foreseen_is_summed_with_the_same_bits(what):
 
 
 def test_an_infinite_gradient_is_refused_with_the_name_of_the_matrix():
-    model = built("llama")
-    weight = model.model.layers[0].mlp.gate_proj.weight
-    with torch.no_grad():
-        weight[3, 5] = float("inf")
-    losses = {"loss_fn": lambda outputs, batch: outputs.logits[:, :, 0].mean(1).nan_to_num()}
-    with pytest.raises(ValueError, match=r"^scores of .* importance must be finite, got "):
-        score(model, **losses, tokens_per_batch=None)
+    case = Case()
+    held = case.held()
+    for (x, g), segments in zip(case.batches, case.segments, strict=True):
+        g[6, 3] = float("inf")
+        held.add_(x, g, segments)
+    text = "^scores of a.weight: importance must be finite, got inf at flat index 90; check the"
+    with pytest.raises(ValueError, match=text):
+        scoring.finish({"a.weight": held}, [case.target], Ranks(0, 1), 5, 0.01, False)
