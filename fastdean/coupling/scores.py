@@ -22,6 +22,7 @@ from fastdean.files.declared import (
     Anything,
     Exactly,
     Filled,
+    Flag,
     Kind,
     Lists,
     Maps,
@@ -52,7 +53,8 @@ _CONFIG = Record(
         "keep_top": Maybe(Real(above=0, most=1)),
         "manifest": Maps(Anything()),
         "entries": Maps(Anything()),
-    }
+    },
+    optional={"signs": Flag()},
 )
 _ENTRY: dict[str, Kind] = {
     "shape": Lists(Whole(least=1), least=2, most=2),
@@ -74,6 +76,8 @@ class ScoreEntry:
         shape: shape of the stored weight.
         unit_axis: for unit scores, the axis of the weight that counts units; else None.
         fingerprint: exact checksum of the weight when it was scored.
+        signed: fp32, shape of `sums`: the sum over examples of the gradients themselves (of units:
+            of activation x gradient); None where scores were made without signs.
     """
 
     sums: Tensor
@@ -82,12 +86,19 @@ class ScoreEntry:
     shape: tuple[int, ...]
     unit_axis: int | None
     fingerprint: int
+    signed: Tensor | None = None
 
     @classmethod
-    def of(cls, sums: Tensor, weight: Tensor, unit_axis: int | None = None) -> ScoreEntry:
+    def of(
+        cls,
+        sums: Tensor,
+        weight: Tensor,
+        unit_axis: int | None = None,
+        signed: Tensor | None = None,
+    ) -> ScoreEntry:
         """The dense entry of a weight, or of its units."""
         weight = weight.detach()
-        return cls(sums, weight, None, tuple(weight.shape), unit_axis, fingerprint(weight))
+        return cls(sums, weight, None, tuple(weight.shape), unit_axis, fingerprint(weight), signed)
 
     @property
     def numel(self) -> int:
@@ -121,17 +132,52 @@ class ScoreEntry:
         weight, factor = self.weight, self.factor
         chosen = select_top(self.sums, factor, num_examples, k)
         if factor is not None:
-            weight = _values_at(factor, chosen.to(factor.device))
-        sums = _values_at(self.sums, chosen)
-        return replace(self, sums=sums, weight=weight, index=self._flat_index(chosen))
+            weight = values_at(factor, chosen.to(factor.device))
+        return replace(
+            self,
+            sums=values_at(self.sums, chosen),
+            weight=weight,
+            index=self._flat_index(chosen),
+            signed=None if self.signed is None else values_at(self.signed, chosen),
+        )
+
+    def signs(self) -> Tensor:
+        """int8, shape of `sums`: of the sum over examples of W * dL/dW (of units of a * dL/da)."""
+        assert self.signed is not None  # `Scores.signs` refused the other.
+        return _signs(self.signed, self.factor)
+
+    def signs_at(self, index: Tensor) -> Tensor:
+        """int8 [M]: `signs` at flat indices (unit numbers), which sparse scores must hold."""
+        assert self.signed is not None  # `require_signs` refused the other.
+        places = index.to(self.signed.device)
+        if self.index is not None:
+            places = torch.searchsorted(self.index, places)
+        factor = self.factor
+        if factor is not None:
+            factor = values_at(factor, places.to(factor.device))
+        return _signs(values_at(self.signed, places), factor)
+
+    def __add__(self, other: ScoreEntry) -> ScoreEntry:
+        """The entry over the examples of both, which are dense; signed where both are."""
+        signed = None
+        if self.signed is not None and other.signed is not None:
+            signed = self.signed + other.signed.to(self.signed.device)
+        return replace(self, sums=self.sums + other.sums.to(self.sums.device), signed=signed)
 
     def _flat_index(self, chosen: Tensor) -> Tensor:
         return chosen if self.index is None else self.index[chosen]
 
 
-def _values_at(tensor: Tensor, index: Tensor) -> Tensor:
+def values_at(tensor: Tensor, index: Tensor) -> Tensor:
     """Entries by flat index, [M]; nothing of the tensor's size is copied, whatever its strides."""
     return tensor[torch.unravel_index(index, tensor.shape)]
+
+
+def _signs(signed: Tensor, factor: Tensor | None) -> Tensor:
+    found = signed.sign().to(torch.int8)
+    if factor is not None:
+        found *= factor.sign().to(found.device, torch.int8)
+    return found
 
 
 def fingerprint(weight: Tensor) -> int:
@@ -162,12 +208,13 @@ def fingerprint(weight: Tensor) -> int:
 
 def keep_entry(name: str, entry: ScoreEntry, num_examples: int, ratio: float) -> ScoreEntry:
     """The sparse entry of the top `ratio` of a matrix; a ValueError names it."""
-    with _named(name):
+    with naming_matrix(name):
         return entry.keep(num_examples, int(ratio * entry.numel))
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def naming_matrix(name: str) -> Iterator[None]:
+    """Inside, a ValueError begins with the matrix."""
     try:
         yield
     except ValueError as error:
@@ -244,6 +291,26 @@ class Scores(Mapping[str, Tensor]):
         """int64 [M], ascending flat indices of a sparse score's entries; None when dense."""
         return self.entries[name].index
 
+    @property
+    def has_signs(self) -> bool:
+        return all(entry.signed is not None for entry in self.entries.values())
+
+    def signs(self, name: str) -> Tensor:
+        """int8, in the form of `scores[name]`: sign of the sum over examples of W * dL_x/dW.
+
+        +1 means that zeroing the weight lowers the mean loss of this set, to first order, -1 that
+        it raises it, 0 that it does neither. Of a unit: sign of the sum of a * dL_x/da, zeroing its
+        activation.
+
+        Raises:
+            ValueError: the scores were made without signs.
+        """
+        if self.entries[name].signed is None:
+            raise ValueError(
+                f"scores must have signs, got none for {name}; score again with signs=True"
+            )
+        return self._current(name).signs()
+
     def select(self, name: str, k: int) -> Tensor:
         """int64, ascending: the k most important entries (`ops.select_top`), where the sums lie.
 
@@ -256,7 +323,7 @@ class Scores(Mapping[str, Tensor]):
                 f"ratio must not select more than keep_top={self.keep_top:g} kept of {name}, got "
                 f"k={k} of {entry.numel}; score again with a larger keep_top"
             )
-        with _named(name):
+        with naming_matrix(name):
             return self._current(name).select(self.num_examples, k)
 
     def keep(self, ratio: float) -> Scores:
@@ -285,7 +352,7 @@ class Scores(Mapping[str, Tensor]):
         )
 
     def __add__(self, other: Scores) -> Scores:
-        """Scores over the examples of both runs.
+        """Scores over the examples of both runs; with signs where both have them.
 
         Raises:
             ValueError: either is sparse (an entry dropped from one may be large in the other), or
@@ -299,10 +366,7 @@ class Scores(Mapping[str, Tensor]):
                 "examples instead, or score both without keep_top"
             )
         self.require_same_weights(other)
-        entries = {
-            name: replace(entry, sums=entry.sums + other.entries[name].sums.to(entry.sums.device))
-            for name, entry in self.entries.items()
-        }
+        entries = {name: entry + other.entries[name] for name, entry in self.entries.items()}
         return Scores(
             entries,
             granularity=self.granularity,
@@ -356,6 +420,8 @@ class Scores(Mapping[str, Tensor]):
             tensors[f"{name}.sums"] = entry.sums.contiguous().cpu()
             if entry.index is not None:
                 tensors[f"{name}.index"] = entry.index.contiguous().cpu()
+            if entry.signed is not None:
+                tensors[f"{name}.signed"] = entry.signed.contiguous().cpu()
             if entry.factor is not None:
                 tensors[f"{name}.weight_values"] = entry.factor.contiguous().cpu()
             described[name] = {
@@ -369,6 +435,7 @@ class Scores(Mapping[str, Tensor]):
             "keep_top": self.keep_top,
             "manifest": self.manifest,
             "entries": described,
+            **({"signs": True} if self.has_signs else {}),
         }
         write_folder(path, config, tensors, kind="scores", overwrite=overwrite)
 
@@ -393,7 +460,9 @@ class Scores(Mapping[str, Tensor]):
         entries = {}
         for name, described in config["entries"].items():
             require(described, entry, folder / CONFIG_NAME, where=f"entries[{brief(name)}]")
-            entries[name] = _read_entry(folder, name, described, sparse, tensors)
+            entries[name] = _read_entry(
+                folder, name, described, sparse, config.get("signs", False), tensors
+            )
         if tensors:
             raise unfit(folder, repr(min(tensors)), "a part of the scores", "another", _ADVICE)
         return cls(
@@ -410,6 +479,7 @@ def _read_entry(
     name: str,
     described: Mapping[str, Any],
     sparse: bool,
+    signs: bool,
     tensors: dict[str, Tensor],
 ) -> ScoreEntry:
     """One entry; its tensors are taken out of `tensors`."""
@@ -433,4 +503,5 @@ def _read_entry(
         shape=shape,
         unit_axis=axis,
         fingerprint=described["fingerprint"],
+        signed=take("signed", Filled(("torch.float32",), size, finite=True)) if signs else None,
     )
