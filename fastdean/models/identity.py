@@ -98,23 +98,26 @@ class PassingWeights:
         self._inside = {module for layer in stream.layers.values() for module in layer.modules()}
         self._parts: dict[str, str] = {}
         self._outside: dict[str, str] = {}
+        self._seen: set[str] = set()
         stream.came_in = self._take
 
     def _take(self, window: str) -> None:
+        if window in self._seen:
+            return
+        self._seen.add(window)
         layer = self._stream.layers.get(window)
         if layer is None:
             for module, name, key in _stored_names(self._stream.model, self._inside):
                 tensor = getattr(module, key)
                 if name not in self._outside and not tensor.is_meta:
                     self._outside[name] = _digest_of(tensor)
-        elif window not in self._parts:
+        else:
             self._parts[window] = _stored_digest(layer)
 
     @property
     def digest(self) -> str | None:
         """None while some have not come in."""
-        outside = {name for _, name, _ in _stored_names(self._stream.model, self._inside)}
-        if outside != set(self._outside) or set(self._stream.layers) != set(self._parts):
+        if not self._seen >= self._stream.windows:
             return None
         return json_digest({**self._parts, "": self._outside})
 
