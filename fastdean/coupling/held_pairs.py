@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdean.coupling.accumulators import Accumulator, DenseWeightAccumulator
 from fastdean.coupling.holding import Holding
 from fastdean.coupling.scores import ScoreEntry, fingerprint, values_at
-from fastdean.coupling.signed_sums import joined, signed_at
+from fastdean.coupling.signed_sums import joined
 from fastdean.coupling.targets import Target
 from fastdean.models.model_state import execution_device
 from fastdean.ops.importance_selection import select_importance
@@ -212,7 +212,8 @@ def held_pairs(
     if holding is None:
         return {}
     inputs: dict[int, SharedInputs] = {}
-    held, found = holding.held(targets), {}
+    held = holding.held(targets)
+    found: dict[str, Accumulator] = {}
     for target in targets:
         if target.parameter in held:
             source = holding.pairs[target.parameter].source
@@ -244,7 +245,7 @@ def selected(
     signs: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Index, sums and, with `signs`, signed sums of the top k entries of one set."""
-    ((index, sums),) = select_importance(
-        x, g, segments, sets, weight, [k], batches=batches, impl=impl
+    ((index, sums, *signed),) = select_importance(
+        x, g, segments, sets, weight, [k], batches=batches, signed=signs, impl=impl
     )
-    return index, sums, signed_at(x, g, segments, index) if signs else None
+    return index, sums, signed[0] if signs else None
