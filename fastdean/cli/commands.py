@@ -166,6 +166,7 @@ def couple(
     rule: options.Rule = "paper",
     scope: options.Scope = "matrix",
     min_k: options.MinK = 0,
+    signs: options.Signs = "any",
     scale: options.Scale = 0.0,
     seed: options.Seed = 0,
     model: Annotated[
@@ -223,6 +224,7 @@ def couple(
         scope=scope,
         min_k=min_k,
         seed=seed,
+        signs=signs,
         model=loaded,
         unit_weights=unit_weights,
     ).with_scale(scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdean.coupling.scores import ScoreEntry
+from fastdean.coupling.signed_sums import add_signed_, add_signed_units_
 from fastdean.coupling.targets import Target
 from fastdean.ops.importance import (
     accumulate_expert_importance_,
@@ -20,11 +21,8 @@ from fastdean.wording.numbers import require_real
 
 
 class Accumulator(Protocol):
-    def add_(self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None) -> None:
-        """Take one batch: what the hook saw, [N, C], its gradient, and the rows of each example.
-
-        Of stacked weights, the rows of each example at one expert, and which expert that is.
-        """
+    def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
+        """Take one batch: what the hook saw, [N, C], its gradient, and the rows of each example."""
 
     def tensors(self) -> list[Tensor]:
         """The tensors whose sum over ranks is the sum over all examples."""
@@ -34,97 +32,139 @@ class Accumulator(Protocol):
 
 
 class DenseWeightAccumulator:
-    """sum_b |G_b^T X_b| in the layout of the stored weight."""
+    """sum_b |G_b^T X_b| in the layout of the stored weight; with `signs` sum_b G_b^T X_b too."""
 
-    def __init__(self, target: Target, device: torch.device, impl: str | None) -> None:
+    def __init__(
+        self, target: Target, device: torch.device, impl: str | None, signs: bool = False
+    ) -> None:
         self._transposed = target.transposed
         self._impl = impl
-        shape = tuple(target.weight.shape)
-        self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._sums = _zeros(target.weight.shape, device)
+        self._signed = _zeros(target.weight.shape, device) if signs else None
 
-    def add_(self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None) -> None:
+    def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
         if self._transposed:
             x, g = g, x
         accumulate_importance_(self._sums, x, g, segments, impl=self._impl)
+        if self._signed is not None:
+            add_signed_(self._signed, x, g, segments)
 
     def tensors(self) -> list[Tensor]:
-        return [self._sums]
+        return _present(self._sums, self._signed)
 
     def entry(self, weight: Tensor) -> ScoreEntry:
-        return ScoreEntry.of(self._sums, weight)
+        return ScoreEntry.of(self._sums, weight, signed=self._signed)
 
 
 class ExpertAccumulator:
-    """sum_b |G_b^T X_b| of each expert, in the layout of the stacked weights."""
+    """sum_b |G_b^T X_b| of each expert, in the layout of the stacked weights; `signs` as above."""
 
-    def __init__(self, target: Target, device: torch.device, impl: str | None) -> None:
+    def __init__(
+        self, target: Target, device: torch.device, impl: str | None, signs: bool = False
+    ) -> None:
         self._transposed = target.transposed
         self._impl = impl
-        self._sums = torch.zeros(target.summed_shape, dtype=torch.float32, device=device)
+        self._sums = _zeros(target.summed_shape, device)
+        self._signed = _zeros(target.summed_shape, device) if signs else None
 
     def add_(self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None) -> None:
+        """Take one batch; `segments` are of an example at one expert, `experts` says which."""
         assert experts is not None  # Of a stacked weight.
         if self._transposed:
             x, g = g, x
         accumulate_expert_importance_(self._sums, x, g, segments, experts, impl=self._impl)
+        if self._signed is not None:
+            for expert in experts.unique_consecutive().tolist():
+                add_signed_(self._signed[expert], x, g, segments[experts == expert].cpu())
 
     def tensors(self) -> list[Tensor]:
-        return [self._sums]
+        return _present(self._sums, self._signed)
 
     def entry(self, weight: Tensor) -> ScoreEntry:
-        return ScoreEntry.of(self._sums, weight)
+        return ScoreEntry.of(self._sums, weight, signed=self._signed)
 
 
 class UnitAccumulator:
-    """sum_b |sum_t a_t * dL/da_t| for the inputs of a down projection."""
+    """sum_b |sum_t a_t * dL/da_t| for the inputs of a down projection; `signs` as for weights."""
 
-    def __init__(self, target: Target, device: torch.device, impl: str | None) -> None:
+    def __init__(
+        self, target: Target, device: torch.device, impl: str | None, signs: bool = False
+    ) -> None:
         self._axis = target.unit_axis
         self._impl = impl
-        self._sums = torch.zeros(target.num_inputs, dtype=torch.float32, device=device)
+        self._sums = _zeros((target.num_inputs,), device)
+        self._signed = _zeros((target.num_inputs,), device) if signs else None
 
-    def add_(self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None) -> None:
+    def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
         accumulate_unit_importance_(self._sums, x, g, segments, impl=self._impl)
+        if self._signed is not None:
+            add_signed_units_(self._signed, x, g, segments)
 
     def tensors(self) -> list[Tensor]:
-        return [self._sums]
+        return _present(self._sums, self._signed)
 
     def entry(self, weight: Tensor) -> ScoreEntry:
-        return ScoreEntry.of(self._sums, weight, self._axis)
+        return ScoreEntry.of(self._sums, weight, self._axis, signed=self._signed)
 
 
-ACCUMULATORS: dict[str, Callable[[Target, torch.device, str | None], Accumulator]] = {
+ACCUMULATORS: dict[str, Callable[[Target, torch.device, str | None, bool], Accumulator]] = {
     "weight": DenseWeightAccumulator,
     "unit": UnitAccumulator,
 }
 
 
 def accumulators_of(
-    targets: Sequence[Target], granularity: str, device: torch.device, impl: str | None
+    targets: Sequence[Target],
+    granularity: str,
+    device: torch.device,
+    impl: str | None,
+    signs: bool = False,
+    held: Mapping[str, Accumulator] | None = None,
 ) -> dict[str, Accumulator]:
     """An accumulator for each target, by its key, where the target computes.
 
     Args:
         device: that of targets whose weights are offloaded and do not say where they compute.
+        signs: keep signed sums too.
+        held: those of targets that need no sums (`held_pairs.py`).
     """
+    held = held or {}
 
-    def kind(target: Target) -> Callable[[Target, torch.device, str | None], Accumulator]:
+    def kind(target: Target) -> Callable[[Target, torch.device, str | None, bool], Accumulator]:
         return ExpertAccumulator if target.stacked else ACCUMULATORS[granularity]
 
-    return {target.key: kind(target)(target, target.device(device), impl) for target in targets}
+    return {
+        target.key: held[target.parameter]
+        if target.parameter in held
+        else kind(target)(target, target.device(device), impl, signs)
+        for target in targets
+    }
 
 
-def sums_bytes(target: Target, granularity: str) -> int:
-    """What the sums of a target take."""
-    return 4 * (prod(target.summed_shape) if granularity == "weight" else target.num_inputs)
+def sums_bytes(target: Target, granularity: str, signs: bool = False) -> int:
+    """What the sums of a target take; with `signs` twice as much."""
+    numbers = prod(target.summed_shape) if granularity == "weight" else target.num_inputs
+    return 4 * numbers * (2 if signs else 1)
+
+
+def _zeros(shape: Sequence[int], device: torch.device) -> Tensor:
+    return torch.zeros(tuple(shape), dtype=torch.float32, device=device)
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def split_by_memory(
-    targets: Sequence[Target], granularity: str, memory_budget: int | None
+    targets: Sequence[Target],
+    size: Callable[[Sequence[Target]], int],
+    memory_budget: int | None,
 ) -> list[list[Target]]:
     """The targets in groups whose sums fit into `memory_budget` bytes; None: all in one.
 
     The experts of a stacked weight may be in several groups, a part of them in each.
+    Args:
+        size: what targets take that are summed together, in bytes.
 
     Raises:
         TypeError: `memory_budget` is no number.
@@ -134,21 +174,23 @@ def split_by_memory(
         return [list(targets)]
     require_real("memory_budget", memory_budget, "a number of bytes")
     groups: list[list[Target]] = []
-    used = 0
 
     def fit(target: Target) -> bool:
-        return sums_bytes(target, granularity) <= memory_budget
+        return size([target]) <= memory_budget
 
     for target in (piece for whole in targets for piece in whole.pieces(fit)):
-        size = sums_bytes(target, granularity)
-        if not size <= memory_budget:
+        needed = size([target])
+        if not needed <= memory_budget:
             raise ValueError(
-                f"memory_budget must hold the sums of at least one matrix, {size:,} bytes for "
+                f"memory_budget must hold the sums of at least one matrix, {needed:,} bytes for "
                 f"{target.parameter}, got {memory_budget:,}; raise it or leave it out"
             )
-        if not groups or used + size > memory_budget:
+        if not groups or size([*groups[-1], target]) > memory_budget:
             groups.append([])
-            used = 0
         groups[-1].append(target)
-        used += size
     return groups
+
+
+def all_sums_bytes(granularity: str, signs: bool = False) -> Callable[[Sequence[Target]], int]:
+    """What the sums of several targets take."""
+    return lambda targets: sum(sums_bytes(target, granularity, signs) for target in targets)

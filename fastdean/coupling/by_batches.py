@@ -23,9 +23,14 @@ def run_pass(
     device: torch.device,
     impl: str | None,
     bar: Any,
+    signs: bool = False,
 ) -> dict[str, Accumulator]:
-    """Sum the targets' importance over this rank's examples; by parameter name."""
-    accumulators = accumulators_of(targets, granularity, device, impl)
+    """Sum the targets' importance over this rank's examples; by parameter name.
+
+    Args:
+        signs: keep signed sums too.
+    """
+    accumulators = accumulators_of(targets, granularity, device, impl, signs)
     scaled = None
     if scorable.scale is not None:
         scaled = ScaledSums(accumulators, scorable.sequence_first, scorable.scale)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdean.coupling.accumulators import Accumulator, accumulators_of
 from fastdean.coupling.capture import Sums, capturing
+from fastdean.coupling.held_pairs import held_pairs
 from fastdean.coupling.lookups import Lookups
 from fastdean.coupling.loss_check import require_finite
 from fastdean.coupling.milestones import Milestones
@@ -85,10 +86,11 @@ class Sweep:
     Args:
         layers: name -> decoder layer, in the order in which the model calls them.
         windows: bring in a layer's weights, and those of modules outside of the layers.
-        split: divides targets into groups whose sums fit into memory together.
+        split: divides targets of a data set into groups whose sums fit into memory together.
         progress: told of every batch and window.
         rehearsal: a batch that the whole model has run, and what its layers returned.
         milestones: hears of every step that is done, and says which are left.
+        signs: keep signed sums too.
     """
 
     sets: Sequence[Set]
@@ -99,10 +101,11 @@ class Sweep:
     impl: str | None
     states: States
     ranks: Ranks
-    split: Callable[[Sequence[Target]], list[list[Target]]]
+    split: Callable[[Scorable, Sequence[Target]], list[list[Target]]]
     progress: SweepProgress
     rehearsal: Rehearsal
     milestones: Milestones = field(default_factory=Milestones)
+    signs: bool = False
     _lookups: Lookups = field(init=False, repr=False)
 
     @property
@@ -145,7 +148,9 @@ class Sweep:
                 todo = [
                     (step, of, group, through)
                     for of, (groups, _) in zip(self.sets, by_layer, strict=True)
-                    for group, through in _last_marked(self.split(groups.get(k, [])) or [[]])
+                    for group, through in _last_marked(
+                        self.split(of.scorable, groups.get(k, [])) or [[]]
+                    )
                     if self.milestones.pending(step := next(steps))
                 ]
                 if not todo:
@@ -220,9 +225,9 @@ class Sweep:
 
     def _loss(self, replay: Replay, of: Set, outside: Sequence[Target]) -> None:
         """Run what follows the layers, and backward to what the layers returned."""
-        groups = self.split(outside) or [[]]
+        groups = self.split(of.scorable, outside) or [[]]
         for group in groups:
-            accumulators = self._accumulators(group)
+            accumulators = self._accumulators(of, group)
             sums = Sums(accumulators, of.scorable.sequence_first)
             hooked = capturing(group, self.granularity, sums.receive)
             with self.ranks.failing_together(), hooked:
@@ -254,7 +259,7 @@ class Sweep:
             through: nothing of the layer is needed afterwards.
             deeper: take the gradients to the layers below.
         """
-        accumulators = self._accumulators(group)
+        accumulators = self._accumulators(of, group)
         sums = Sums(accumulators, of.scorable.sequence_first)
         hooked = capturing(group, self.granularity, sums.receive)
         with self.ranks.failing_together(), hooked:
@@ -359,8 +364,9 @@ class Sweep:
             answers.append(returned.replaced(given))
         return answers, leaves
 
-    def _accumulators(self, targets: Sequence[Target]) -> dict[str, Accumulator]:
-        return accumulators_of(targets, self.granularity, self.device, self.impl)
+    def _accumulators(self, of: Set, targets: Sequence[Target]) -> dict[str, Accumulator]:
+        held = held_pairs(of.scorable.holding, targets, self.device, self.impl)
+        return accumulators_of(targets, self.granularity, self.device, self.impl, self.signs, held)
 
     def _require_same(
         self, name: str, first: Mapping[Path, Tensor], second: Mapping[Path, Tensor]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.coupling.accumulators import Accumulator
+from fastdean.coupling.accumulators import Accumulator, ExpertAccumulator
 from fastdean.coupling.targets import Target
 from fastdean.coupling.workloads import BatchLosses
 from fastdean.models.expert_products import Compare, Listener, Routing, listening_to_experts
@@ -244,7 +244,9 @@ class Sums:
             x, g, routing = x[kept], g[kept], routing.only(kept)
         segments, experts = routing.segments(self.segments)
         experts = experts - target.experts.start
-        self.accumulators[target.key].add_(x, g, segments, experts)
+        accumulator = self.accumulators[target.key]
+        assert isinstance(accumulator, ExpertAccumulator)  # Of a stacked weight.
+        accumulator.add_(x, g, segments, experts)
 
 
 def batch_first(rows: Tensor, examples: int) -> Tensor:

@@ -62,6 +62,9 @@ def joined(
             for tensors in ([part.weight for part in parts], [part.index for part in parts])
         )
         entry = replace(entry, weight=weight, index=index)
+    signed = [part.signed for part in parts if part.signed is not None]
+    if signed:
+        entry = replace(entry, signed=torch.cat(signed))
     entry = entry.scoped(expert_scope)
     if keep_top is None or expert_scope == "expert":
         return entry

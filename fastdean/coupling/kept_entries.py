@@ -31,7 +31,7 @@ _NOTE = Record(
 def keep_entries(home: KeptFiles, number: int, entries: Mapping[str, ScoreEntry]) -> None:
     """Write entries of the data set of this number."""
     for parameter, entry in entries.items():
-        found = {"sums": entry.sums, "index": entry.index}
+        found = {"sums": entry.sums, "index": entry.index, "signed": entry.signed}
         if _owns_weight(entry):
             found["weight"] = entry.weight
         note = {
@@ -70,6 +70,7 @@ def kept_entries(
             unit_axis=note["unit_axis"],
             fingerprint=note["fingerprint"],
             unseen=tuple(note["unseen"]),
+            signed=found.get("signed"),
         )
         if weights and not _owns_weight(entry):
             weight = by_parameter[key[2].partition("[")[0]].materialised().detach()
@@ -83,12 +84,18 @@ def kept_entries(
     return entries
 
 
-def entries_bytes(targets: Sequence[Target], granularity: str, keep_top: float | None) -> int:
+def entries_bytes(
+    targets: Sequence[Target], granularity: str, keep_top: float | None, signs: bool
+) -> int:
     """About what the entries of these targets take on a disk."""
-    sums = sum(sums_bytes(target, granularity) for target in targets)
     if keep_top is None:
-        return sums
-    each = 4 + _INDEX_BYTES + max((target.weight.element_size() for target in targets), default=0)
+        return sum(sums_bytes(target, granularity, signs) for target in targets)
+    sums = sum(sums_bytes(target, granularity) for target in targets)
+    each = (
+        (8 if signs else 4)
+        + _INDEX_BYTES
+        + max((target.weight.element_size() for target in targets), default=0)
+    )
     return int(keep_top * sums / 4 * each)
 
 

@@ -301,10 +301,11 @@ def _kept(layer: nn.Module, experts: int | None) -> int:
             count = min(experts or weight.shape[0], weight.shape[0])
             kept += count * sum(weight.shape[1:]) * weight.element_size()
     for module in layer.modules():
-        weight = getattr(module, "weight", None)
-        is_norm = isinstance(weight, Tensor) and "norm" in type(module).__name__.lower()
-        if is_norm and weight.dim() == 1 and weight.element_size() < torch.float32.itemsize:
-            kept += weight.numel() * torch.float32.itemsize
+        scale = getattr(module, "weight", None)
+        if not isinstance(scale, Tensor) or "norm" not in type(module).__name__.lower():
+            continue
+        if scale.dim() == 1 and scale.element_size() < torch.float32.itemsize:
+            kept += scale.numel() * torch.float32.itemsize
     return kept
 
 

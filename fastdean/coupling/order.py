@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fastdean.coupling.accumulators import sums_bytes
+from fastdean.coupling.accumulators import all_sums_bytes, sums_bytes
+from fastdean.coupling.holding import together_bytes
 from fastdean.coupling.needed_memory import ALLOCATOR
 from fastdean.coupling.trial import Scorable
 from fastdean.coupling.window_memory import MARGIN, WindowMemory
@@ -161,6 +162,7 @@ def choose_order(
     windows: WindowMemory,
     device: torch.device,
     ranks: Ranks,
+    signs: bool = False,
 ) -> Order:
     """What `order` asks for; "auto" decides by memory, the same on all ranks.
 
@@ -168,12 +170,16 @@ def choose_order(
         sets: the data sets, scored one after the other batch by batch.
         memory_budget: bytes that the sums may take at a time, or None.
         windows: what each window holds beside its sums.
+        signs: whether sums are kept with their signs too.
     Raises:
         ValueError: "layers" is asked for, and `memory_budget` does not hold a window.
     """
     if order == "batches":
         return Order(False, "as asked for")
-    least = max(windows.least(scorable.targets, granularity) for scorable in sets)
+    least = max(
+        windows.least(scorable.targets, together_bytes(scorable.holding, granularity, signs))
+        for scorable in sets
+    )
     too_small = memory_budget is not None and memory_budget < least
     if order == "layers":
         if too_small:
@@ -185,8 +191,13 @@ def choose_order(
         return Order(True, "as asked for")
     if too_small:
         return Order(False, f"memory_budget is less than the {_gb(least)} that a window takes")
+    all_sums = all_sums_bytes(granularity, signs)
+    if memory_budget is not None and any(
+        all_sums([target]) > memory_budget for scorable in sets for target in scorable.targets
+    ):
+        return Order(True, "memory_budget holds what windows keep in place of sums, and no sums")
     with ranks.failing_together():
-        chosen = _by_memory(windows, sets, granularity, keep_top, memory_budget, device)
+        chosen = _by_memory(windows, sets, granularity, keep_top, memory_budget, device, signs)
     if ranks.agree(chosen.by_layers) != chosen.by_layers:
         chosen = Order(not chosen.by_layers, "as the first rank goes")
     if ranks.first:
@@ -201,10 +212,11 @@ def _by_memory(
     keep_top: float | None,
     memory_budget: int | None,
     device: torch.device,
+    signs: bool,
 ) -> Order:
     if any(scorable.scale is not None for scorable in sets):
         return Order(False, "a model in float16 goes batch by batch")
-    of_sets = [sum(sums_bytes(t, granularity) for t in scorable.targets) for scorable in sets]
+    of_sets = [all_sums_bytes(granularity, signs)(scorable.targets) for scorable in sets]
     if keep_top is None:
         room = _room_for_dense("layers", memory_budget, device)
         if room is not None and sum(of_sets) > room:
@@ -233,6 +245,7 @@ def reserved_bytes(
     granularity: str,
     memory_budget: int | None,
     dense: bool,
+    signs: bool = False,
 ) -> int:
     """What a job layer by layer takes of memory at a time, besides what layers return.
 
@@ -240,8 +253,9 @@ def reserved_bytes(
 
     Args:
         dense: whether all sums are kept to the end.
+        signs: whether they are kept with their signs too.
     """
-    sums, every = sums_by_layer(sets, granularity)
+    sums, every = sums_by_layer(sets, granularity, signs)
     if memory_budget is not None:
         sums = {k: min(size, memory_budget) for k, size in sums.items()}
     model = windows.model
@@ -250,7 +264,9 @@ def reserved_bytes(
     return max(held) + (every if dense else 0) + int(MARGIN * weights)
 
 
-def sums_by_layer(sets: Iterable[Scorable], granularity: str) -> tuple[dict[int | None, int], int]:
+def sums_by_layer(
+    sets: Iterable[Scorable], granularity: str, signs: bool = False
+) -> tuple[dict[int | None, int], int]:
     """Bytes of the sums of one layer, by its position, and of all sums of all sets.
 
     In a window the sums of one data set live at a time.
@@ -260,7 +276,7 @@ def sums_by_layer(sets: Iterable[Scorable], granularity: str) -> tuple[dict[int 
     for scorable in sets:
         of_set: Counter[int | None] = Counter()
         for target in scorable.targets:
-            of_set[target.layer_index] += sums_bytes(target, granularity)
+            of_set[target.layer_index] += sums_bytes(target, granularity, signs)
         every += sum(of_set.values())
         most |= of_set
     return dict(most), every

@@ -27,6 +27,7 @@ class TopSets:
     Attributes:
         general: the union of those of all general data sets.
         numel: entries of the matrix.
+        wanted: of the entries in first and second, those that may be selected; None: all.
         seed: for "random".
         matrices: in how many equal parts the entries compete, each by itself.
     """
@@ -37,6 +38,7 @@ class TopSets:
     numel: int
     seed: str
     matrices: int = 1
+    wanted: Tensor | None = None
 
     @classmethod
     def of(
@@ -47,15 +49,16 @@ class TopSets:
         numel: int,
         seed: str = "",
         matrices: int = 1,
+        wanted: Tensor | None = None,
     ) -> TopSets:
         """The sets, brought to where `first` is: scores may be on several devices."""
         spared = [first[:0], *(index.to(first.device) for index in general)]
-        return cls(first, second.to(first.device), _union(*spared), numel, seed, matrices)
+        return cls(first, second.to(first.device), _union(*spared), numel, seed, matrices, wanted)
 
     def coupled_and_removed(self) -> tuple[int, int]:
         """How many entries are in first and second, and how many of these are in general too."""
-        coupled = _is_in(self.first, self.second)
-        removed = coupled & _is_in(self.first, self.general)
+        coupled = in_both(self.first, self.second)
+        removed = coupled & in_both(self.first, self.general)
         return tuple(torch.stack([coupled.sum(), removed.sum()]).tolist())
 
     def expected_by_chance(self) -> float:
@@ -80,11 +83,16 @@ class TopSets:
                 index[starts[m] : starts[m + 1]] - m * size
                 for index, starts in zip(sets, bounds, strict=True)
             )
-            yield TopSets(first, second, general, size, f"{self.seed}/{m}")
+            wanted = None
+            if self.wanted is not None:
+                here = self.wanted // size == m
+                wanted = self.wanted[here] - m * size
+            yield TopSets(first, second, general, size, f"{self.seed}/{m}", wanted=wanted)
 
 
 def _paper(sets: TopSets) -> Tensor:
-    return sets.first[_is_in(sets.first, sets.second) & ~_is_in(sets.first, sets.general)]
+    coupled = sets.first[in_both(sets.first, sets.second)] if sets.wanted is None else sets.wanted
+    return _difference(coupled, sets.general)
 
 
 def _released(sets: TopSets) -> Tensor:
@@ -93,7 +101,7 @@ def _released(sets: TopSets) -> Tensor:
             "first and second must select equally many entries, as they are compared by position, "
             f"got {sets.first.numel()} and {sets.second.numel()}; use one ratio for both"
         )
-    spared = _is_in(sets.first, sets.general) | _is_in(sets.second, sets.general)
+    spared = in_both(sets.first, sets.general) | in_both(sets.second, sets.general)
     return sets.first[~spared]
 
 
@@ -123,7 +131,7 @@ RULES: dict[str, Callable[[TopSets], Tensor]] = {
 }
 
 
-def _is_in(a: Tensor, b: Tensor) -> Tensor:
+def in_both(a: Tensor, b: Tensor) -> Tensor:
     """Which entries of `a` are in `b`, both ascending without repetition: bool, shape of `a`."""
     if b.numel() == 0:
         return torch.zeros_like(a, dtype=torch.bool)
@@ -131,7 +139,7 @@ def _is_in(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
-    return a[~_is_in(a, b)]
+    return a[~in_both(a, b)]
 
 
 def _union(*sets: Tensor) -> Tensor:

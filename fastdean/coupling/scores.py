@@ -23,6 +23,7 @@ from fastdean.files.declared import (
     Anything,
     Exactly,
     Filled,
+    Flag,
     Kind,
     Lists,
     Maps,
@@ -57,8 +58,8 @@ _CONFIG = Record(
         "manifest": Maps(Anything()),
         "entries": Maps(Anything()),
     },
-    # Of scores with experts.
-    optional={"expert_scope": Text(choices=EXPERT_SCOPES)},
+    # The scope of scores with experts.
+    optional={"signs": Flag(), "expert_scope": Text(choices=EXPERT_SCOPES)},
 )
 _ENTRY: dict[str, Kind] = {
     "shape": Lists(Whole(least=1), least=2, most=2),
@@ -89,6 +90,8 @@ class ScoreEntry:
         matrices: in how many equal parts along the first axis entries compete for selection: one,
             or with `expert_scope="expert"` one for each expert.
         unseen: of a stacked weight, the experts that no token reached.
+        signed: fp32, shape of `sums`: the sum over examples of the gradients themselves (of units:
+            of activation x gradient); None where scores were made without signs.
     """
 
     sums: Tensor
@@ -97,16 +100,23 @@ class ScoreEntry:
     shape: tuple[int, ...]
     unit_axis: int | None
     fingerprint: int
+    signed: Tensor | None = None
     matrices: int = 1
     unseen: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, sums: Tensor, weight: Tensor, unit_axis: int | None = None) -> ScoreEntry:
+    def of(
+        cls,
+        sums: Tensor,
+        weight: Tensor,
+        unit_axis: int | None = None,
+        signed: Tensor | None = None,
+    ) -> ScoreEntry:
         """The dense entry of a weight, or of its units."""
         weight = weight.detach()
         shape = tuple(weight.shape)
         unseen = _all_zero(sums) if len(shape) == 3 else ()
-        return cls(sums, weight, None, shape, unit_axis, fingerprint(weight), unseen=unseen)
+        return cls(sums, weight, None, shape, unit_axis, fingerprint(weight), signed, unseen=unseen)
 
     @property
     def numel(self) -> int:
@@ -156,9 +166,39 @@ class ScoreEntry:
         weight, factor = self.weight, self.factor
         chosen = self._top(num_examples, k)
         if factor is not None:
-            weight = _values_at(factor, chosen.to(factor.device))
-        sums = _values_at(self.sums, chosen)
-        return replace(self, sums=sums, weight=weight, index=self._flat_index(chosen))
+            weight = values_at(factor, chosen.to(factor.device))
+        return replace(
+            self,
+            sums=values_at(self.sums, chosen),
+            weight=weight,
+            index=self._flat_index(chosen),
+            signed=None if self.signed is None else values_at(self.signed, chosen),
+        )
+
+    def signs(self) -> Tensor:
+        """int8, shape of `sums`: of the sum over examples of W * dL/dW (of units of a * dL/da)."""
+        assert self.signed is not None  # `Scores.signs` refused the other.
+        return _signs(self.signed, self.factor)
+
+    def signs_at(self, index: Tensor) -> Tensor:
+        """int8 [M]: `signs` at flat indices (unit numbers), which sparse scores must hold."""
+        assert self.signed is not None  # `require_signs` refused the other.
+        places = index.to(self.signed.device)
+        if self.index is not None:
+            places = torch.searchsorted(self.index, places)
+        factor = self.factor
+        if factor is not None:
+            factor = values_at(factor, places.to(factor.device))
+        return _signs(values_at(self.signed, places), factor)
+
+    def __add__(self, other: ScoreEntry) -> ScoreEntry:
+        """The entry over the examples of both, which are dense; signed where both are."""
+        signed = None
+        if self.signed is not None and other.signed is not None:
+            signed = self.signed + other.signed.to(self.signed.device)
+        unseen = tuple(expert for expert in self.unseen if expert in other.unseen)
+        sums = self.sums + other.sums.to(self.sums.device)
+        return replace(self, sums=sums, signed=signed, unseen=unseen)
 
     def _top(self, num_examples: int, k: int) -> Tensor:
         """Which of the sums, by their position in them."""
@@ -188,9 +228,16 @@ def _all_zero(sums: Tensor) -> tuple[int, ...]:
     return tuple((sums.flatten(1).amax(1) == 0).nonzero().squeeze(1).tolist())
 
 
-def _values_at(tensor: Tensor, index: Tensor) -> Tensor:
+def values_at(tensor: Tensor, index: Tensor) -> Tensor:
     """Entries by flat index, [M]; nothing of the tensor's size is copied, whatever its strides."""
     return tensor[torch.unravel_index(index, tensor.shape)]
+
+
+def _signs(signed: Tensor, factor: Tensor | None) -> Tensor:
+    found = signed.sign().to(torch.int8)
+    if factor is not None:
+        found *= factor.sign().to(found.device, torch.int8)
+    return found
 
 
 def fingerprint(weight: Tensor) -> int:
@@ -227,13 +274,14 @@ def keep_entry(
     Args:
         of: how many entries the ratio is a share of, where `entry` holds a part of them.
     """
-    with _named(name):
+    with naming_matrix(name):
         k = int(ratio * (entry.competing if of is None else of))
         return entry.keep(num_examples, min(k, entry.competing))
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def naming_matrix(name: str) -> Iterator[None]:
+    """Inside, a ValueError begins with the matrix."""
     try:
         yield
     except ValueError as error:
@@ -340,6 +388,26 @@ class Scores(Mapping[str, Tensor]):
         """int64 [M], ascending flat indices of a sparse score's entries; None when dense."""
         return self.entries[name].index
 
+    @property
+    def has_signs(self) -> bool:
+        return all(entry.signed is not None for entry in self.entries.values())
+
+    def signs(self, name: str) -> Tensor:
+        """int8, in the form of `scores[name]`: sign of the sum over examples of W * dL_x/dW.
+
+        +1 means that zeroing the weight lowers the mean loss of this set, to first order, -1 that
+        it raises it, 0 that it does neither. Of a unit: sign of the sum of a * dL_x/da, zeroing its
+        activation.
+
+        Raises:
+            ValueError: the scores were made without signs.
+        """
+        if self.entries[name].signed is None:
+            raise ValueError(
+                f"scores must have signs, got none for {name}; score again with signs=True"
+            )
+        return self._current(name).signs()
+
     def select(self, name: str, k: int) -> Tensor:
         """int64, ascending: the k most important entries (`ops.select_top`), where the sums lie.
 
@@ -352,7 +420,7 @@ class Scores(Mapping[str, Tensor]):
                 f"ratio must not select more than keep_top={self.keep_top:g} kept of {name}, got "
                 f"k={k} of {entry.competing}; score again with a larger keep_top"
             )
-        with _named(name):
+        with naming_matrix(name):
             return self._current(name).select(self.num_examples, k)
 
     def keep(self, ratio: float) -> Scores:
@@ -400,7 +468,7 @@ class Scores(Mapping[str, Tensor]):
         )
 
     def __add__(self, other: Scores) -> Scores:
-        """Scores over the examples of both runs.
+        """Scores over the examples of both runs; with signs where both have them.
 
         Raises:
             ValueError: either is sparse (an entry dropped from one may be large in the other), or
@@ -414,14 +482,7 @@ class Scores(Mapping[str, Tensor]):
                 "examples instead, or score both without keep_top"
             )
         self.require_same_weights(other)
-        entries = {
-            name: replace(
-                entry,
-                sums=entry.sums + other.entries[name].sums.to(entry.sums.device),
-                unseen=tuple(e for e in entry.unseen if e in other.entries[name].unseen),
-            )
-            for name, entry in self.entries.items()
-        }
+        entries = {name: entry + other.entries[name] for name, entry in self.entries.items()}
         return Scores(
             entries,
             granularity=self.granularity,
@@ -484,6 +545,8 @@ class Scores(Mapping[str, Tensor]):
             tensors[f"{name}.sums"] = entry.sums.contiguous().cpu()
             if entry.index is not None:
                 tensors[f"{name}.index"] = entry.index.contiguous().cpu()
+            if entry.signed is not None:
+                tensors[f"{name}.signed"] = entry.signed.contiguous().cpu()
             if entry.factor is not None:
                 tensors[f"{name}.weight_values"] = entry.factor.contiguous().cpu()
             described[name] = {
@@ -499,6 +562,7 @@ class Scores(Mapping[str, Tensor]):
             "keep_top": self.keep_top,
             "manifest": self.manifest,
             "entries": described,
+            **({"signs": True} if self.has_signs else {}),
         }
         write_folder(path, config, tensors, kind="scores", overwrite=overwrite)
 
@@ -526,7 +590,9 @@ class Scores(Mapping[str, Tensor]):
             with_experts = isinstance(described, Mapping) and "unseen" in described
             entry = stacked if with_experts else plain
             require(described, entry, folder / CONFIG_NAME, where=f"entries[{brief(name)}]")
-            entries[name] = _read_entry(folder, name, described, sparse, tensors)
+            entries[name] = _read_entry(
+                folder, name, described, sparse, config.get("signs", False), tensors
+            )
         if tensors:
             raise unfit(folder, repr(min(tensors)), "a part of the scores", "another", _ADVICE)
         return cls(
@@ -544,6 +610,7 @@ def _read_entry(
     name: str,
     described: Mapping[str, Any],
     sparse: bool,
+    signs: bool,
     tensors: dict[str, Tensor],
 ) -> ScoreEntry:
     """One entry; its tensors are taken out of `tensors`."""
@@ -568,4 +635,5 @@ def _read_entry(
         unit_axis=axis,
         fingerprint=described["fingerprint"],
         unseen=tuple(described.get("unseen", ())),
+        signed=take("signed", Filled(("torch.float32",), size, finite=True)) if signs else None,
     )

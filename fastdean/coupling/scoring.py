@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdean.coupling.accumulators import Accumulator, split_by_memory, sums_bytes
+from fastdean.coupling.accumulators import Accumulator, all_sums_bytes, split_by_memory
 from fastdean.coupling.by_batches import run_pass
 from fastdean.coupling.by_layers import Rehearsal, Set, Sweep
 from fastdean.coupling.expert_parts import joined, placed, weight_of_part
+from fastdean.coupling.holding import Holding, least_held_bytes, takes, together_bytes
 from fastdean.coupling.homes import Home, states_home
 from fastdean.coupling.job_parts import job_parts
 from fastdean.coupling.kept_entries import entries_bytes, keep_entries, kept_entries
@@ -43,6 +44,7 @@ from fastdean.coupling.scores import (
     check_expert_scope,
     check_keep_top,
     keep_entry,
+    naming_matrix,
 )
 from fastdean.coupling.states import States
 from fastdean.coupling.targets import (
@@ -57,6 +59,7 @@ from fastdean.coupling.workloads import LossFunction, plan_workload
 from fastdean.models.adapters import require_no_prompts
 from fastdean.models.available_memory import peak_memory
 from fastdean.models.distributed import Ranks
+from fastdean.models.identity import json_digest
 from fastdean.models.model_state import (
     eager,
     evaluation_state,
@@ -80,6 +83,7 @@ from fastdean.models.windows import (
 from fastdean.wording.doing import titled
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
+from fastdean.wording.numbers import require_real
 from fastdean.wording.printable import one_line
 
 
@@ -103,6 +107,7 @@ def score(
     states: str | Path = "auto",
     states_budget: int | None = None,
     resume: str | Path | None = None,
+    signs: bool = False,
     deterministic: bool = False,
     impl: str | None = None,
     progress: bool = True,
@@ -174,6 +179,10 @@ def score(
             CUDA with `deterministic=True`). Model, data, options and versions must be the same;
             what is not is named. A rank has a folder of its own in it. A finished job removes it.
             Where nothing else handles SIGTERM, it ends the process with exit code 143.
+        signs: keep the sum of the gradients beside that of their absolute values, for
+            `Scores.signs` and `couple(..., signs=)`. Dense sums, also those while scoring runs,
+            take twice the memory, which budgets count; entries of `keep_top` take 4 bytes more
+            each.
         deterministic: run under `torch.use_deterministic_algorithms(True)`.
         impl: implementation of the accumulation: None (by device), or one of
             `fastdean.ops._dispatch.IMPLEMENTATIONS`.
@@ -210,6 +219,7 @@ def score(
         states=states,
         states_budget=states_budget,
         resume=resume,
+        signs=signs,
         deterministic=deterministic,
         impl=impl,
         progress=progress,
@@ -230,6 +240,7 @@ def score_sets(
     states: str | Path = "auto",
     states_budget: int | None = None,
     resume: str | Path | None = None,
+    signs: bool = False,
     deterministic: bool = False,
     impl: str | None = None,
     progress: bool = True,
@@ -245,7 +256,8 @@ def score_sets(
         step: entered around the passes over the data sets of these names: batch by batch each by
             itself, layer by layer all of them.
         granularity, target_modules, keep_top, expert_scope, memory_budget, order, states,
-            states_budget, resume, deterministic, impl, progress, reading: as `score` takes them.
+            states_budget, resume, signs, deterministic, impl, progress, reading: as `score` takes
+            them.
     Returns:
         By name, in the order of `loaders`.
     Raises:
@@ -261,10 +273,16 @@ def score_sets(
     granularity = checked_granularity(granularity)
     targets = find_targets(model, target_modules, granularity)
     require_own_parameters(model, targets)
+    all_sums = all_sums_bytes(granularity, signs)
     # A budget that is too small is refused before anything runs. Layer by layer more is needed than
-    # the sums, and all of it is told at once, when the batches are known.
-    by_layers = order == "layers" or stream is not None
-    split_by_memory([] if by_layers else targets, granularity, memory_budget)
+    # the sums, or less, and all of it is told at once, when the batches are known.
+    may_hold = order == "auto" and keep_top is not None and granularity == "weight"
+    least = least_held_bytes if may_hold else all_sums
+    if memory_budget is not None:
+        require_real("memory_budget", memory_budget, "a number of bytes")
+        by_layers = order == "layers" or stream is not None
+        if not by_layers and not all(least([target]) <= memory_budget for target in targets):
+            split_by_memory(targets, all_sums, memory_budget)
     if stream is not None:
         require_streamable(order, keep_top, granularity)
         if reading.get("tokenizer") is None:
@@ -272,7 +290,7 @@ def score_sets(
     ranks = Ranks.current()
     device = input_device(model) if stream is None else stream.device
     read_before = 0 if stream is None else stream.bytes_read
-    dense = len(loaders) * sum(sums_bytes(target, granularity) for target in targets)
+    dense = len(loaders) * all_sums(targets)
     with ranks.failing_together():
         require_room_for_dense(order, dense, keep_top, memory_budget, device)
     with strict_determinism(deterministic), eager(), outside_layers(stream):
@@ -294,6 +312,11 @@ def score_sets(
             scored = next(iter(sets.values())).targets
             warn_about_coverage(model, scored, target_modules, granularity)
         with evaluation_state(model), frozen(model), torch.enable_grad():
+            if keep_top is not None and granularity == "weight":
+                sets = {
+                    name: _with_holding(each, keep_top, device, impl, ranks, signs)
+                    for name, each in sets.items()
+                }
             layers = decoder_layers(model)
             # What comes after a layer that was left out was given something else.
             whole = sum(1 for _ in takewhile(run_here.__contains__, layers))
@@ -312,6 +335,7 @@ def score_sets(
                 windows,
                 device,
                 ranks,
+                signs,
             )
             if stream is not None:
                 chosen = Order(True, "its weights stay in their files")
@@ -327,6 +351,7 @@ def score_sets(
                 sets=sets,
                 device=device,
                 impl=impl,
+                signs=signs,
                 ranks=ranks,
                 shown=progress and ranks.first,
                 finished=finished,
@@ -383,6 +408,7 @@ class _Scoring:
     sets: dict[str, Scorable]
     device: torch.device
     impl: str | None
+    signs: bool
     ranks: Ranks
     shown: bool
     finished: Callable[[str, Scores], object]
@@ -394,14 +420,21 @@ class _Scoring:
     def by_batches(self, order: Order) -> dict[str, Scores]:
         made = {}
         for name, scorable in self.sets.items():
-            passes = split_by_memory(scorable.targets, self.granularity, self.memory_budget)
+            size = all_sums_bytes(self.granularity, self.signs)
+            passes = split_by_memory(scorable.targets, size, self.memory_budget)
             entries: dict[str, ScoreEntry] = {}
             total = scorable.work.examples_here * len(passes)
             with self.step([name]), _progress_bar(total, "ex", name, self.shown) as bar:
                 for group in passes:
                     with self.ranks.failing_together():
                         sums = run_pass(
-                            scorable, group, self.granularity, self.device, self.impl, bar
+                            scorable,
+                            group,
+                            self.granularity,
+                            self.device,
+                            self.impl,
+                            bar,
+                            self.signs,
                         )
                     entries |= self._entries(scorable, group, sums)
             made[name] = self._scores(name, entries, order)
@@ -446,10 +479,11 @@ class _Scoring:
                 impl=self.impl,
                 states=States.of(home) if isinstance(home, KeptFiles) else States(home),
                 ranks=self.ranks,
-                split=lambda group: self.windows.split(group, self.granularity, self.memory_budget),
+                split=self._split,
                 progress=progress,
                 rehearsal=Rehearsal(last.tried or last.work, self.returned),
                 milestones=milestones,
+                signs=self.signs,
             ).run()
             used, read = home.used(), milestones.bytes_read + self._read_here()
             return {
@@ -473,6 +507,7 @@ class _Scoring:
                 self.granularity,
                 self.memory_budget,
                 dense=self.keep_top is None,
+                signs=self.signs,
             )
             with states_home(states, states_budget, self.device, reserve) as home:
                 yield home, Milestones()
@@ -485,9 +520,16 @@ class _Scoring:
             "expert_scope": self.expert_scope,
             "memory_budget": self.memory_budget,
             "impl": self.impl,
+            "signs": self.signs,
+            # Steps follow from it.
+            "matrices that are held": json_digest(
+                [sorted(self._held(each)) for each in self.sets.values()]
+            ),
         }
         parts = job_parts(self.model, layers, self.targets, self.sets, options, self.ranks)
-        results = sum(entries_bytes(s.targets, self.granularity, self.keep_top) for s in sets)
+        results = sum(
+            entries_bytes(s.targets, self.granularity, self.keep_top, self.signs) for s in sets
+        )
         windows = self._windows(layers)
         resident = () if self.stream is not None else resident_layers(layers)
         with resumable(
@@ -498,6 +540,24 @@ class _Scoring:
     def _read_here(self) -> int:
         """Bytes of streamed weights that this process has read for the job."""
         return 0 if self.stream is None else self.stream.bytes_read - self.read_before
+
+    def _split(self, scorable: Scorable, targets: Sequence[Target]) -> list[list[Target]]:
+        size = together_bytes(scorable.holding, self.granularity, self.signs)
+        return self.windows.split(targets, size, self.memory_budget)
+
+    def _held(self, scorable: Scorable) -> set[str]:
+        """Parameters whose inputs and gradients the windows keep, in place of sums."""
+        if scorable.holding is None:
+            return set()
+        by_layer: dict[int | None, list[Target]] = {}
+        for target in scorable.targets:
+            by_layer.setdefault(target.layer_index, []).append(target)
+        return {
+            parameter
+            for targets in by_layer.values()
+            for group in self._split(scorable, targets)
+            for parameter in scorable.holding.held(group)
+        }
 
     def _windows(self, layers: Mapping[str, nn.Module]) -> Windows:
         return OffloadedModel(self.model, layers) if self.stream is None else self.stream
@@ -548,6 +608,9 @@ class _Scoring:
         )
         warn_about_unseen(entries)
         described = order.described(used)
+        if order.by_layers:
+            held = len(self._held(scorable))
+            described["matrices"] = {"held": held, "summed": len(entries) - held}
         if self.stream is not None:
             described["bytes_of_weights_read"] = read
         peak = peak_memory(self.device)
@@ -563,6 +626,28 @@ class _Scoring:
         )
         self.finished(name, scores)
         return scores
+
+
+def _with_holding(
+    scorable: Scorable,
+    keep_top: float,
+    device: torch.device,
+    impl: str | None,
+    ranks: Ranks,
+    signs: bool,
+) -> Scorable:
+    """With which of its targets a window may keep the inputs and gradients of."""
+    if ranks.size > 1 or scorable.scale is not None:
+        # Top entries of a rank's own examples are not those of all.
+        return scorable
+    pairs = {
+        target.parameter: pair
+        for target in scorable.targets
+        if (pair := scorable.pairs.get(target.parameter)) and takes(target, pair, device, impl)
+    }
+    work = scorable.work
+    holding = Holding(work.all_rows, work.num_examples, keep_top, pairs, signs)
+    return replace(scorable, holding=holding)
 
 
 def finish(
@@ -586,14 +671,16 @@ def finish(
     entries = {}
     for target in targets:
         weight = target.materialised()
-        entry = accumulators.pop(target.key).entry(weight_of_part(target, weight))
-        if keep_top is not None:
+        with naming_matrix(target.parameter):
+            entry = accumulators.pop(target.key).entry(weight_of_part(target, weight))
+        if keep_top is not None and entry.index is None:
             of = weight.numel() if expert_scope == "tensor" and target.stacked else None
             entry = keep_entry(
                 target.parameter, entry.scoped(expert_scope), num_examples, keep_top, of
             )
         elif off_device:
-            entry = replace(entry, sums=entry.sums.cpu())
+            signed = None if entry.signed is None else entry.signed.cpu()
+            entry = replace(entry, sums=entry.sums.cpu(), signed=signed)
         entries[target.key] = placed(entry, target, weight)
     return entries
 

@@ -12,6 +12,7 @@ from math import prod
 
 from torch import Tensor, nn
 
+from fastdean.coupling.agreement import Agreement, require_signs
 from fastdean.coupling.mask_entries import entries_in_front, mask_entry, require_scored_model
 from fastdean.coupling.rules import RULES, TopSets
 from fastdean.coupling.scores import ScoreEntry, Scores
@@ -24,7 +25,7 @@ from fastdean.coupling.top_entries import (
 )
 from fastdean.data.rendering import differing_renderings
 from fastdean.masks import MaskEntry, NeuronMask
-from fastdean.masks.summary import place_of
+from fastdean.masks.summary import SIGN_COLUMNS, place_of
 from fastdean.models.model_state import unwrap
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError
@@ -48,6 +49,7 @@ def couple(
     scope: str = "matrix",
     expert_scope: str | None = None,
     seed: int = 0,
+    signs: str = "any",
     model: nn.Module | None = None,
     unit_weights: str = "down",
 ) -> NeuronMask:
@@ -68,6 +70,9 @@ def couple(
             itself ("expert") or one tensor of them as one ("tensor"). None: as the scores were
             made, which sparse ones cannot do without.
         seed: for "random".
+        signs: "any"; "same": only coupled entries on which both sets agree, whose zeroing lowers
+            both losses or raises both, to first order; "opposite": only the others. With the rules
+            "paper" and "random", of scores made with signs.
         model: needed only where the scores lack the values of the selected weights: unit scores or
             the rule "random" with scores that were read from files or made with keep_top, and
             unit_weights="all".
@@ -80,8 +85,8 @@ def couple(
         NeuronMask with scale 0.
     Raises:
         ValueError: the scores do not belong together, the ratio selects nothing anywhere, sparse
-            scores do not hold what is asked for, or `unit_weights="all"` and the model is missing
-            or leaves open which weights these are.
+            scores do not hold what is asked for, the scores have no signs to choose by, or
+            `unit_weights="all"` and the model is missing or leaves open which weights these are.
         RuntimeError: the model's weights have changed since they were scored.
     Source:
         DEAN (arXiv 2410.16672), coupled-neuron selection; "released" from the authors' code.
@@ -100,6 +105,7 @@ def couple(
         require_scored_model(first, model)
     _require_options(rule, scope, min_k, seed)
     min_k, seed = int(min_k), int(seed)
+    require_signs(signs, rule, first, second)
     _require_unit_weights(unit_weights, first.granularity, model)
     ratios = three_ratios(DEFAULT_RATIO[first.granularity] if ratio is None else ratio)
 
@@ -108,9 +114,13 @@ def couple(
     of_general = [top_entries(scores, ratios[2], min_k, scope) for scores in general]
     _require_candidates(first, ratios, (of_first, of_second), scope)
 
+    has_signs = first.has_signs and second.has_signs
     entries, table = {}, []
     for position, (name, entry) in enumerate(first.entries.items()):
         spared = [top[name] for top in of_general]
+        agreement = None
+        if has_signs:
+            agreement = Agreement.of(name, first, second, (of_first[name], of_second[name]))
         sets = TopSets.of(
             of_first[name],
             of_second[name],
@@ -118,19 +128,20 @@ def couple(
             entry.numel,
             seed=f"{seed}/{position}",
             matrices=entry.matrices,
+            wanted=None if agreement is None else agreement.wanted(signs),
         )
         try:
             selected = RULES[rule](sets)
         except ValueError as error:
             raise ValueError(f"rule {rule!r} in {name}: {error}") from None
-        table.append(_table_row(name, sets, selected, entry))
+        table.append(_table_row(name, sets, selected, entry, agreement))
         if selected.numel():
             entries[name] = mask_entry(name, selected, everyone, model)
         if selected.numel() and unit_weights == "all":
             assert model is not None  # `_require_unit_weights` refused the other.
             in_front = entries_in_front(name, selected, model)
             entries |= in_front
-            table += [_row_in_front(name, entry) for name, entry in in_front.items()]
+            table += [_row_in_front(name, entry, has_signs) for name, entry in in_front.items()]
     _warn_about_empty([row for row in table if row["numel"]], scope)
     return NeuronMask(
         entries,
@@ -143,6 +154,7 @@ def couple(
             **({"expert_scope": first.expert_scope} if _has_experts(first) else {}),
             **({"unit_weights": unit_weights} if unit_weights != "down" else {}),
             **({"seed": seed} if rule == "random" else {}),
+            **({"signs": signs} if signs != "any" else {}),
             "first": first.manifest,
             "second": second.manifest,
             "general": [scores.manifest for scores in general],
@@ -288,7 +300,9 @@ def _warn_about_empty(table: Sequence[Mapping], scope: str) -> None:
         )
 
 
-def _table_row(name: str, sets: TopSets, selected: Tensor, entry: ScoreEntry) -> dict:
+def _table_row(
+    name: str, sets: TopSets, selected: Tensor, entry: ScoreEntry, agreement: Agreement | None
+) -> dict:
     coupled, removed = sets.coupled_and_removed()
     return {
         "name": name,
@@ -301,10 +315,12 @@ def _table_row(name: str, sets: TopSets, selected: Tensor, entry: ScoreEntry) ->
         "removed": removed,
         "kept": selected.numel(),
         "weights": selected.numel() * (prod(entry.shape) // entry.numel),
+        **({} if agreement is None else agreement.counts()),
     }
 
 
-def _row_in_front(name: str, entry: MaskEntry) -> dict:
+def _row_in_front(name: str, entry: MaskEntry, has_signs: bool) -> dict:
     """A row without candidates of its own: the units are counted where they were scored."""
-    counted = dict.fromkeys(("numel", "k", "first", "second", "coupled", "removed", "kept"), 0)
+    columns = ("numel", "k", "first", "second", "coupled", "removed", "kept")
+    counted = dict.fromkeys((*columns, *(SIGN_COLUMNS if has_signs else ())), 0)
     return {"name": name, **place_of(name), **counted, "weights": len(entry)}

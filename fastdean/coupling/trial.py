@@ -9,7 +9,7 @@ directions. Nothing is looked up by the kind of a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +24,7 @@ from fastdean.coupling.capture import (
     wrong_rows_message,
     wrong_times_message,
 )
+from fastdean.coupling.holding import Holding, Pair
 from fastdean.coupling.loss_scale import LossScale, initial_scale
 from fastdean.coupling.targets import Target
 from fastdean.coupling.workloads import Workload
@@ -56,6 +57,8 @@ class Scorable:
         conclusive: False where a loss or a gradient of the trial was not finite.
         largest: the largest absolute gradient of a product in the trial.
         tried: the workload of one batch that the whole model ran last in the trial.
+        pairs: parameter -> what the trial saw of its pairs.
+        holding: of which targets a window may keep inputs and gradients; None: of none.
     """
 
     targets: list[Target]
@@ -67,6 +70,8 @@ class Scorable:
     conclusive: bool = True
     largest: float = 0.0
     tried: Workload | None = None
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
+    holding: Holding | None = None
 
 
 def find_scorable(
@@ -187,6 +192,11 @@ def _for_all(found: Scorable, targets: Sequence[Target], alike: Mapping[str, str
             for target in targets
             if target.parameter_called(kinds[target.name]) in found.sequence_first
         ),
+        pairs={
+            target.parameter: found.pairs[kind]
+            for target in targets
+            if (kind := target.parameter_called(kinds[target.name])) in found.pairs
+        },
     )
 
 
@@ -295,6 +305,8 @@ class _Observer:
         self._compared = compared
         self._passes: dict[str, list[_Pass]] = {target.parameter: [] for target in targets}
         self._directions = {t.parameter: _directions(t, seed) for seed, t in enumerate(targets)}
+        # Held, so that no other tensor comes to lie where one of them was.
+        self._inputs: dict[str, Tensor] = {}
 
     def begin(self, segments: Tensor, rows: int, example: int) -> None:
         """Say that the next backward pass is that of one example's loss."""
@@ -322,6 +334,7 @@ class _Observer:
             return
         seen.largest = float(g.abs().max()) if g.numel() else 0.0
         seen.total = _squared_norm(g.flatten(0, -2).float())
+        self._inputs[target.parameter] = x
         for (x, g), of_order in zip(orders, segments, strict=True):
             inside, captured = self._in_rows(target, x, g, of_order)
             seen.inside.append(inside)
@@ -400,7 +413,33 @@ class _Observer:
             left_out=left_out,
             sequence_first=frozenset(sequence_first),
             alone=mixed,
+            pairs=self._pairs_of(scored, rows, sequence_first),
         )
+
+    def _pairs_of(
+        self, targets: Sequence[Target], rows: int, sequence_first: Collection[str]
+    ) -> dict[str, Pair]:
+        """What was seen of each target, with a number for each tensor that they were given."""
+        sources: dict[tuple[int | None, int], Tensor] = {}
+        found = {}
+        for number, target in enumerate(targets):
+            if target.stacked:
+                # Rows of experts are copies, and nothing holds them until the end of a window.
+                continue
+            name, x = target.parameter, self._inputs[target.parameter]
+            source = number
+            # Turned around, its rows are copies of each target's own.
+            if name not in sequence_first:
+                same = (
+                    other
+                    for (layer, other), given in sources.items()
+                    if layer == target.layer_index and given.is_set_to(x)
+                )
+                source = next(same, number)
+                sources.setdefault((target.layer_index, source), x)
+            seen = self._passes[name][-1]
+            found[name] = Pair(seen.dtype, seen.rows == rows, source)
+        return found
 
 
 def _apart(passes: Sequence[_Pass], order: int) -> bool:

@@ -8,12 +8,12 @@ hold more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from fastdean.coupling.accumulators import split_by_memory, sums_bytes
+from fastdean.coupling.accumulators import split_by_memory
 from fastdean.coupling.needed_memory import ModelMemory, Rows
 from fastdean.coupling.targets import Target
 from fastdean.coupling.workloads import Workload
@@ -48,19 +48,24 @@ class WindowMemory:
         return int(MARGIN * self.model.window(layer, self.rows, pairs=True))
 
     def split(
-        self, targets: Sequence[Target], granularity: str, memory_budget: int | None
+        self,
+        targets: Sequence[Target],
+        size: Callable[[Sequence[Target]], int],
+        memory_budget: int | None,
     ) -> list[list[Target]]:
-        """Targets of one window in groups whose sums fit into `memory_budget` beside the batch."""
+        """Targets of one window in groups whose sums fit into `memory_budget` beside the batch.
+
+        Args:
+            size: what targets take that are summed together, in bytes.
+        """
         if memory_budget is None or not targets:
             return [list(targets)]
-        return split_by_memory(
-            targets, granularity, memory_budget - self.held(targets[0].layer_index)
-        )
+        return split_by_memory(targets, size, memory_budget - self.held(targets[0].layer_index))
 
-    def least(self, targets: Sequence[Target], granularity: str) -> int:
+    def least(self, targets: Sequence[Target], size: Callable[[Sequence[Target]], int]) -> int:
         """The smallest budget that any of these targets can be scored under."""
         return max(
-            sums_bytes(t, granularity) + self.held(t.layer_index)
+            size([target]) + self.held(target.layer_index)
             for whole in targets
-            for t in whole.pieces(lambda _: False)
+            for target in whole.pieces(lambda _: False)
         )

@@ -244,7 +244,7 @@ def run(job: EstimateJob) -> Estimate:
     for target in targets:
         sums[target.layer_index] += sums_bytes(target, job.granularity)
     every = sum(sums.values())
-    results = job.sets * entries_bytes(targets, job.granularity, keep_top)
+    results = job.sets * entries_bytes(targets, job.granularity, keep_top, signs=False)
     base = 0 if on_gpu else _base()
     there = size_in_bytes(job.gpu_memory) if on_gpu else available_memory(device)
     if not on_gpu and there is not None:
@@ -388,8 +388,15 @@ def _lengths(job: EstimateJob, ranks: int) -> list[tuple[int, int]]:
         job.model, revision=job.revision, trust_remote_code=job.trust_remote_code
     )
     chosen, _ = take_rows(job.data, job.examples, job.seed, name="data")
-    options = {"template": job.template, "max_length": job.max_length, "name": "data"}
-    found = encode_rows(chosen, job.data, tokenizer, None, **options)
+    found = encode_rows(
+        chosen,
+        job.data,
+        tokenizer,
+        None,
+        template=job.template,
+        max_length=job.max_length,
+        name="data",
+    )
     mine = [(len(example), example.num_targets(1)) for example in found][::ranks]
     return mine * job.sets
 

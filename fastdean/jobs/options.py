@@ -254,6 +254,13 @@ TargetModules = Annotated[
 ]
 Scope = Annotated[str, Help("matrix, or model for one top set over all matrices.")]
 MinK = Annotated[int, Help("At least this many candidates in every matrix.")]
+Signs = Annotated[
+    str,
+    Help(
+        "any; same: coupled weights whose zeroing helps both sets or harms both; opposite: the "
+        "others. Needs scores with signs."
+    ),
+]
 Scale = Annotated[float, Help("What the selected weights are multiplied by; 0 zeroes them.")]
 
 # Collapse and bias.

@@ -1,7 +1,9 @@
 """Counts of a mask: the table with one row per matrix, and its sums per layer and per module.
 
 The counts are weights, or units where the scores were per unit. The optional column "weights" says
-how many weights stand behind "kept"; without it they are as many.
+how many weights stand behind "kept"; without it they are as many. Where the scores had signs,
+"same" and "opposite" divide the coupled ones, and "same_by_chance" says how many of independent
+signs would be the same.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdean.files.declared import Kind, Lists, Maybe, Record, Text, Whole
+from fastdean.files.declared import Kind, Lists, Maybe, Real, Record, Text, Whole
 
 _COLUMNS: dict[str, Kind] = {
     "name": Text(longest=1000),
@@ -26,11 +28,22 @@ _COLUMNS: dict[str, Kind] = {
 }
 TABLE_COLUMNS = tuple(_COLUMNS)
 # What a table looks like in a file.
-TABLE = Lists(Record(_COLUMNS, optional={"weights": Whole()}))
+TABLE = Lists(
+    Record(
+        _COLUMNS,
+        optional={
+            "weights": Whole(),
+            "same": Whole(),
+            "opposite": Whole(),
+            "same_by_chance": Real(least=0),
+        },
+    )
+)
+SIGN_COLUMNS = ("same", "opposite", "same_by_chance")
 _CANDIDATES = ("first", "second", "coupled", "removed")
 _COUNTS = (*_CANDIDATES, "kept")
 # What the rule left out of the coupled ones is spared; what it keeps is what the mask edits.
-_HEADINGS = {"removed": "spared"}
+_HEADINGS = {"removed": "spared", "same_by_chance": "same by chance"}
 
 
 @dataclass(frozen=True)
@@ -38,10 +51,11 @@ class MaskSummary:
     """Counts of a mask: `rows` per layer, `modules` per module name, `total` over all.
 
     Each row has "layer" (int, None outside of layers) or "module", "matrices", "first", "second",
-    "coupled", "removed", "kept" and "weights"; counts that the mask does not know are None. `unit`
-    is what is counted, "weights" or "units"; "weights" is the number of weights in either case.
-    `str()` gives the rows of the layers and the total as an aligned table, in which "removed" is
-    headed "spared" and "kept" by what happens to these: "zeroed", or "scaled" by another `scale`.
+    "coupled", "removed", "kept" and "weights", and `SIGN_COLUMNS` where the scores had signs (the
+    last is no whole number); counts that the mask does not know are None. `unit` is what is
+    counted, "weights" or "units"; "weights" is the number of weights in either case. `str()` gives
+    the rows of the layers and the total as an aligned table, in which "removed" is headed "spared"
+    and "kept" by what happens to these: "zeroed", or "scaled" by another `scale`.
     """
 
     rows: list[dict[str, Any]]
@@ -65,9 +79,12 @@ class MaskSummary:
         columns: tuple[str, ...] = ("layer", "matrices", *_COUNTS)
         done = "zeroed" if self.scale == 0 else "scaled"
         caption = []
+        if "same" in self.total:
+            columns = (*columns, *SIGN_COLUMNS)
+            caption.append("same, opposite: signs of the coupled ones on the two sets")
         if self.unit != "weights":
             columns = (*columns, "weights")
-            caption = [f"counted in {self.unit}; weights: those of the {self.unit} {done}"]
+            caption += [f"counted in {self.unit}; weights: those of the {self.unit} {done}"]
         headings = {**_HEADINGS, "kept": done}
         head = [headings.get(column, column) for column in columns]
         body = [[_cell(row[column]) for column in columns] for row in [*self.rows, self.total]]
@@ -139,9 +156,13 @@ def _sum_rows(head: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[s
         column: None if any(row[column] is None for row in rows) else sum(r[column] for r in rows)
         for column in _COUNTS
     }
+    if rows and all("same" in row for row in rows):
+        sums |= {column: sum(row[column] for row in rows) for column in SIGN_COLUMNS}
     weights = sum(row.get("weights", row["kept"]) for row in rows)
     return {**head, "matrices": len(rows), **sums, "weights": weights}
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}"
     return "-" if value is None else str(value)

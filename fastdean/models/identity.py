@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -97,22 +98,26 @@ class PassingWeights:
         self._inside = {module for layer in stream.layers.values() for module in layer.modules()}
         self._parts: dict[str, str] = {}
         self._outside: dict[str, str] = {}
+        self._seen: set[str] = set()
         stream.came_in = self._take
 
     def _take(self, window: str) -> None:
+        if window in self._seen:
+            return
+        self._seen.add(window)
         layer = self._stream.layers.get(window)
         if layer is None:
-            for name, tensor in stored_tensors(self._stream.model, self._inside):
-                if name not in self._outside and tensor.device.type != "meta":
+            for module, name, key in _stored_names(self._stream.model, self._inside):
+                tensor = getattr(module, key)
+                if name not in self._outside and not tensor.is_meta:
                     self._outside[name] = _digest_of(tensor)
-        elif window not in self._parts:
+        else:
             self._parts[window] = _stored_digest(layer)
 
     @property
     def digest(self) -> str | None:
         """None while some have not come in."""
-        outside = {name for name, _ in stored_tensors(self._stream.model, self._inside)}
-        if outside != set(self._outside) or set(self._stream.layers) != set(self._parts):
+        if not self._seen >= self._stream.windows:
             return None
         return json_digest({**self._parts, "": self._outside})
 
@@ -233,6 +238,15 @@ def stored_tensors(
     Args:
         without: modules whose own ones are left out.
     """
+    for module, names in groupby(_stored_names(model, without), key=lambda each: each[0]):
+        with _in_memory(module):
+            yield from ((name, getattr(module, key)) for _, name, key in names)
+
+
+def _stored_names(
+    model: nn.Module, without: Collection[nn.Module] = ()
+) -> Iterator[tuple[nn.Module, str, str]]:
+    """The module of each, its name in the model and in the module."""
     # The tensors are kept too, as the number of one that is gone may be given to another.
     seen: dict[int, Tensor] = {}
     for name, module in model.named_modules():
@@ -242,8 +256,7 @@ def stored_tensors(
         own = {key: t for key, t in own.items() if key not in module._non_persistent_buffers_set}
         new = {key: t for key, t in own.items() if t is not None and id(t) not in seen}
         seen.update((id(tensor), tensor) for tensor in new.values())
-        with _in_memory(module):
-            yield from ((f"{name}.{key}", getattr(module, key)) for key in new)
+        yield from ((module, f"{name}.{key}", key) for key in new)
 
 
 def _in_memory(module: nn.Module) -> AbstractContextManager:

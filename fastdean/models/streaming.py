@@ -138,6 +138,11 @@ class StreamedModel:
         return free is None or self.bytes_in_memory <= free
 
     @property
+    def windows(self) -> frozenset[str]:
+        """What `came_in` is called with."""
+        return frozenset(self._owners)
+
+    @property
     def bytes_in_memory(self) -> int:
         """Of all weights together, once they are loaded."""
         values = sum(math.prod(t.shape) for window in self._tensors.values() for t in window)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def _by_token(x: Tensor) -> Tensor:
     return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
-def _kernel() -> Callable[..., Tensor] | None:
+def _kernel() -> Callable[..., Any] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -75,7 +75,7 @@ def accumulate_importance_(acc: Tensor, x: Tensor, g: Tensor, segments: Tensor) 
     x, g = _at_least_fp32(x), _at_least_fp32(g)
     height = _block_height(x)
     spans = [(start, end) for start, end in segments.tolist() if end > start]
-    with _full_fp32_products():
+    with full_fp32_products():
         for top in range(0, acc.shape[0], height):
             block = acc[top : top + height]
             product = x.new_empty(block.shape)
@@ -98,7 +98,7 @@ def accumulate_expert_importance_(
 
 
 @contextmanager
-def _full_fp32_products() -> Iterator[None]:
+def full_fp32_products() -> Iterator[None]:
     """No TF32 and no bf16 inside, whatever the caller allows the model's own products."""
     # mkldnn is an object of a class that has it, which type checkers take for a module.
     onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

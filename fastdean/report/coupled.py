@@ -17,7 +17,7 @@ from fastdean.report.quantities import (
     quotient,
     ratio,
 )
-from fastdean.report.results import COUNTS
+from fastdean.report.results import COUNTS, SIGNS
 from fastdean.report.set_names import at_start
 
 # More panels than this are added up into one: a mixture of experts has hundreds of matrices.
@@ -28,7 +28,11 @@ _MOST_ROWS = 600
 def coupling_totals(coupling: dict) -> dict[str, object]:
     """The section's own totals, or the sums of its rows where it brings none."""
     rows = coupling.get("rows") or []
-    sums = {key: sum(_whole(row.get(key)) for row in rows) for key in COUNTS} if rows else {}
+    sums: dict[str, object] = {}
+    if rows:
+        sums = {key: sum(_whole(row.get(key)) for row in rows) for key in COUNTS}
+        if any("same" in row for row in rows):
+            sums |= {key: sum(row.get(key) or 0 for row in rows) for key in SIGNS}
     return {**sums, **(coupling.get("total") or {})}
 
 
@@ -41,6 +45,7 @@ def coupling_section(coupling: dict, edit: Edit) -> Html:
         f"{where}, {count(total.get('coupled'))} are in both "
         f"{_both(edit)}. {_spared_words(total, edit)}{_selected_words(total, edit)}."
     )
+    said += _agreement(total, edit)
     if not rows:
         return element("p", said)
     if not total.get("coupled"):
@@ -60,6 +65,18 @@ def _spared_words(total: dict, edit: Edit) -> str:
     matter = "matter for general text" if edit.names.spared == ("general",) else ""
     matter = matter or f"are in {edit.names.spared_sets}"
     return f"{count(total.get('removed'))} of those {matter} as well and are spared; "
+
+
+def _agreement(total: dict, edit: Edit) -> str:
+    """On how many coupled entries the sets agree; nothing where the scores had no signs."""
+    if not measured(total.get("same")):
+        return ""
+    chance = decimal(total.get("same_by_chance"), 3)
+    return (
+        f" Zeroing {count(total.get('same'))} of the coupled {edit.entries} helps both sets or "
+        f"harms both, to first order; {chance} would if the signs on one set told nothing of those "
+        f"on the other. On {count(total.get('opposite'))} the sets differ."
+    )
 
 
 def _selected_words(total: dict, edit: Edit) -> str:
@@ -130,18 +147,27 @@ def _matrix_table(rows: Sequence[dict], total: dict, edit: Edit) -> Html:
     first, second = (f"{at_start(name)} set" for name in (edit.names.first, edit.names.second))
     columns = ["Matrix", edit.entries.capitalize(), "k", first, second, "In both"]
     columns += ["Spared", edit.done.capitalize()]
+    signed = measured(total.get("same"))
+    columns += ["Signs agree", "Differ", "Agree by chance"] if signed else []
     listed = table(
         "Top sets and their overlap per matrix",
         columns,
-        [[element("code", row.get("name") or _module(row)), *_counts(row)] for row in shown],
-        ["All matrices", *_counts(total)],
+        [
+            [element("code", row.get("name") or _module(row)), *_counts(row, signed)]
+            for row in shown
+        ],
+        ["All matrices", *_counts(total, signed)],
         words=("Matrix",),
     )
     return folded(f"Every matrix in numbers ({plural(len(rows), 'row')})", note, listed)
 
 
-def _counts(row: dict) -> list[str]:
-    return [count(row.get(key)) for key in COUNTS]
+def _counts(row: dict, signed: bool) -> list[str]:
+    cells = [count(row.get(key)) for key in COUNTS]
+    if signed:
+        cells += [count(row.get("same")), count(row.get("opposite"))]
+        cells += [decimal(row.get("same_by_chance"), 3)]
+    return cells
 
 
 def overlap_section(points: Sequence[dict], edit: Edit) -> Html:

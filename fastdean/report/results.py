@@ -40,6 +40,8 @@ def _numbers(*names: str, **fields: Kind) -> Record:
 
 
 COUNTS = ("numel", "k", "first", "second", "coupled", "removed", "kept")
+# Of a mask whose scores had signs.
+SIGNS = ("same", "opposite", "same_by_chance")
 _ENDS = _numbers("value", "low", "high", "n")
 _MASKS = Maps(Maybe(_numbers("mean", "low", "high", "weights", "value", "ratio")))
 
@@ -67,8 +69,8 @@ RESULTS = _partial(
         "scored_parameters", "targets", "share", groups=Maps(_GROUP), left_out=Maps(_WORDS)
     ),
     coupling=_partial(
-        rows=Lists(_numbers(*COUNTS, name=_WORDS, module=_WORDS, layer=Whole())),
-        total=_numbers(*COUNTS),
+        rows=Lists(_numbers(*COUNTS, *SIGNS, name=_WORDS, module=_WORDS, layer=Whole())),
+        total=_numbers(*COUNTS, *SIGNS),
     ),
     overlap=Lists(_numbers("ratio", "k", "coupled", "expected_by_chance", "removed", "kept")),
     margins=Maps(

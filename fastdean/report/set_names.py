@@ -20,10 +20,9 @@ class SetNames:
     def of(cls, options: Mapping | None) -> SetNames:
         """As `options` say it; without sets of other names those of the three options."""
         options = options or {}
-        coupled, spared = options.get("couple"), options.get("general")
-        if not (_is_names(coupled) and len(coupled) == 2):
+        coupled, spared = (_names(options.get(key)) for key in ("couple", "general"))
+        if len(coupled) != 2:
             return cls()
-        spared = tuple(spared) if _is_names(spared) else ()
         sets = options.get("sets")
         listed = sets if isinstance(sets, Mapping) else ()
         others = [name for name in listed if name not in (*coupled, *spared)]
@@ -45,6 +44,7 @@ def at_start(name: str) -> str:
     return name[:1].upper() + name[1:]
 
 
-def _is_names(value: Any) -> bool:
+def _names(value: Any) -> tuple[str, ...]:
+    """The names in a list of them; none of anything else."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    return is_list and all(isinstance(each, str) for each in value)
+    return tuple(value) if is_list and all(isinstance(each, str) for each in value) else ()

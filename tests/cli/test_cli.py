@@ -542,6 +542,32 @@ def test_nothing_that_is_published_says_where_it_lay(place, tmp_path):
     assert "fastdean" in command
 
 
+def test_couple_chooses_by_signs_of_scores_that_have_them(place, tmp_path):
+    def score(name, *options):
+        result = call(
+            "score", "--model", place["model"], "--data", place[name], "--out", tmp_path / name,
+            "--examples", 5, "--keep-top", 0.05, "--quiet", "--overwrite", *options,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+
+    command = [
+        *("couple", "--first", tmp_path / "fairness", "--second", tmp_path / "privacy"),
+        *("--ratio", 0.05, "--overwrite", "--json", "--out", tmp_path / "mask"),
+    ]
+    for name in ("fairness", "privacy"):
+        score(name)
+    told = "--signs must be 'any' for scores without signs, got 'same' and none in the first"
+    refused(call(*command, "--signs", "same"), told)
+    for name in ("fairness", "privacy"):
+        score(name, "--signs")
+    kept = {}
+    for signs in ("any", "same", "opposite"):
+        table = json.loads(call(*command, "--signs", signs).stdout)["table"]
+        kept[signs] = sum(row["kept"] for row in table)
+        assert sum(row["same"] + row["opposite"] for row in table) == kept["any"]
+    assert kept["same"] + kept["opposite"] == kept["any"] > 0
+
+
 def test_couple_takes_the_whole_unit_where_asked(place, tmp_path):
     for name in ("fairness", "privacy"):
         result = call(

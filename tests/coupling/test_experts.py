@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
-from oracle import norm_error, top_k
+from oracle import example_loss, norm_error, top_k
 from tiny_data import batches, make_examples
 from tiny_experts import CHOSEN, EXPERTS, FAMILIES, experts_model, own_importance
 
 import fastdean
 from fastdean.coupling import resumable
-from fastdean.coupling.accumulators import split_by_memory, sums_bytes
+from fastdean.coupling.accumulators import all_sums_bytes, split_by_memory, sums_bytes
 from fastdean.coupling.targets import find_targets
 from fastdean.models.expert_products import NAME, listening_to_experts
 from fastdean.models.experts import fused_experts
@@ -200,7 +200,7 @@ def test_experts_are_scored_in_parts_where_memory_is_short(order, options):
         if whole.is_sparse:
             assert torch.equal(in_parts.index(name), whole.index(name))
         assert in_parts.entries[name].fingerprint == whole.entries[name].fingerprint
-    groups = split_by_memory(experts, "weight", least * 3 // EXPERTS)
+    groups = split_by_memory(experts, all_sums_bytes("weight"), least * 3 // EXPERTS)
     parts = [(target.part, target.layer_index) for group in groups for target in group]
     assert parts == [(part, i) for i in (0, 1) for part in ((0, 3), (3, 5))]
     with pytest.raises(ValueError, match="memory_budget must hold the sums of at least one matrix"):
@@ -288,3 +288,17 @@ def test_a_job_in_parts_goes_on_where_it_was(tmp_path, monkeypatch):
     for name in expected:
         assert torch.equal(found.index(name), expected.index(name))
         assert torch.equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize("order", ["batches", "layers"])
+def test_signs_of_experts(order):
+    model = experts_model("Qwen2Moe")
+    signs = scored(model, order=order, signs=True).signs(DOWN)
+    model.set_experts_implementation("eager")
+    weight = model.get_parameter(DOWN)
+    total = torch.zeros_like(weight)
+    for ids, labels in make_examples():
+        total += torch.autograd.grad(example_loss(model, ids, labels, 1), weight)[0]
+    expected = (total * weight).sign()
+    clear = (total * weight).abs() > 1e-6 * (total * weight).abs().max()
+    assert torch.equal(signs[clear], expected[clear].to(torch.int8))

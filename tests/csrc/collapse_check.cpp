@@ -599,9 +599,10 @@ void check_refusals() {
 void check_labels_out_of_range() {
   Problem p(kBlocks, kDTypes[2]);
   const Results right = run(p, CollapseStatistic::kStd, 0, 1, "labels in range");
-  // Of every block of rows more than one.
+  // Of every block of rows more than one; the next one after the last class among them.
   for (int64_t t = 0; t < p.c.rows; ++t) {
-    if (p.labels[t] < 0) p.labels[t] = t % 2 == 0 ? -2 - t : p.c.classes + (t << 32);
+    const int64_t beyond = p.c.classes + (t % 4 == 1 ? 0 : t << 32);
+    if (p.labels[t] < 0) p.labels[t] = t % 2 == 0 ? -2 - t : beyond;
   }
   const Results found = run(p, CollapseStatistic::kStd, 0, 1, "labels out of range");
   expect(found.sums.bytes == right.sums.bytes, "labels out of range: other sums");

@@ -581,6 +581,26 @@ def test_the_scope_of_the_whole_model(place, tmp_path):
     assert set(results["margins"]["fairness"]["masks"]) == {"paper", "random"}
 
 
+def test_signs_choose_what_the_run_edits_and_are_counted(place, tmp_path):
+    found = {}
+    for signs in ("same", "opposite"):
+        results = run(Job(**place, **QUICK, signs=signs), tmp_path / signs, progress=False)
+        total, sentence = results["coupling"]["total"], results["findings"][0]
+        assert total["same"] + total["opposite"] == total["coupled"] > 0
+        assert f"zeroing {total['same']} of the {total['coupled']} weights in both" in sentence
+        found[signs] = NeuronMask.from_pretrained(tmp_path / signs / "mask")
+        random = NeuronMask.from_pretrained(tmp_path / signs / "controls" / "random")
+        assert len(random) == len(found[signs]) == total["kept"] <= total[signs]
+        assert NeuronMask.from_pretrained(tmp_path / signs / "controls" / "released")
+    plain = run(Job(**place, **QUICK), tmp_path / "any", progress=False)
+    assert "same" not in plain["coupling"]["total"]
+    assert sum(map(len, found.values())) == plain["coupling"]["total"]["kept"]
+    with pytest.raises(
+        ValueError, match="^signs must be 'any' with rule 'released', which selects"
+    ):
+        Job(**place, **QUICK, signs="same", rule="released")
+
+
 def test_units(place, tmp_path):
     job = Job(**place, **{**QUICK, "ratio": 0.3}, granularity="unit")
     results = run(job, tmp_path / "run", progress=False)

@@ -57,6 +57,16 @@ def test_the_first_sentence_counts_what_was_selected_and_what_chance_gives():
     )
 
 
+def test_signs_are_counted_beside_what_chance_gives():
+    run = results()
+    run["coupling"]["total"] |= {"same": 150, "opposite": 39, "same_by_chance": 94.6}
+    assert findings(run)[0].endswith(
+        "to be set to zero; zeroing 150 of the 189 weights in both sets helps both or harms both, "
+        "to first order, and on 39 they differ (95 would agree if the signs on one set told "
+        "nothing of those on the other)."
+    )
+
+
 def test_units_and_a_scale_are_called_by_their_names():
     first = findings(results(granularity="unit", scale=0.5, rule="released"))[0]
     assert "612 units most important to fairness" in first

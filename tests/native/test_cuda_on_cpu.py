@@ -85,6 +85,7 @@ PLANTED = {
         _overflow("weight_gradients", "column >= p.columns", "column > p.columns"),
         _overflow("row_gradients", "column >= p.columns", "column > p.columns"),
         # Other signs, strides and ends of sums.
+        _wrong("label_of", "label < p.classes", "label <= p.classes", f"{OVERFLOW}|: SEGV"),
         _wrong("join_sums", "plan.decay != 0 && seen", "plan.decay != 0"),
         _wrong("join_sums", "plan.order[i] * p.features_stride", "plan.order[i] * p.columns"),
         _wrong("weight_at", "c * p.weight_stride + column", "c * p.columns + column"),

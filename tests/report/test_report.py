@@ -370,6 +370,22 @@ def test_bars_of_another_rule_are_no_parts_of_what_is_coupled(rule):
     assert ("taller than k" in section) == (kept > 8)
 
 
+def test_signs_are_counted_where_there_are_any():
+    results = edited(rule="paper")
+    assert "Signs agree" not in render_report(results)
+    for number, row in enumerate(results["coupling"]["rows"]):
+        row.update(same=number, opposite=row["coupled"], same_by_chance=number / 2)
+    page = render_report(results)
+    section = text(next(n for n in parse(page).iter("section") if n.get("id") == "coupling"))
+    differ = sum(row["coupled"] for row in results["coupling"]["rows"])
+    assert "Zeroing 15 of the coupled entries helps both sets or harms both" in section
+    assert (
+        f"7.50 would if the signs on one set told nothing of those on the other. On {differ}"
+        in (section)
+    )
+    assert "Signs agree" in section and "Agree by chance" in section
+
+
 def test_bars_of_the_rule_of_the_paper_add_up_to_what_is_coupled():
     page = render_report(edited(rule="paper"))
     section = text(next(n for n in parse(page).iter("section") if n.get("id") == "coupling"))

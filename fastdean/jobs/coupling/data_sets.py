@@ -97,19 +97,19 @@ class DataSets:
                 f"couple must come with sets, whose names it takes, got {_shown(couple)!r} alone; "
                 "pass sets too, or leave it out to couple fairness and privacy"
             )
-        sources = dict(zip(DATA_SETS, (fairness, privacy, general), strict=True))
-        missing = [name for name, source in sources.items() if source is None]
-        if missing:
-            raise InputTypeError(
-                f"{missing[0]} must be the SRC of its rows, got none; name it, or pass sets= of "
-                "other names and couple= two of them"
-            )
-        for name, source in sources.items():
+        sources: dict[str, str] = {}
+        for name, source in zip(DATA_SETS, (fairness, privacy, general), strict=True):
+            if source is None:
+                raise InputTypeError(
+                    f"{name} must be the SRC of its rows, got none; name it, or pass sets= of "
+                    "other names and couple= two of them"
+                )
             if not isinstance(source, str):
                 raise InputTypeError(
                     f"{name} must be one SRC without sets, got {_shown(source)!r}; pass sets= to "
                     "name several"
                 )
+            sources[name] = source
         return cls(sources, ("fairness", "privacy"), ("general",), named=False)
 
     @property

@@ -35,7 +35,19 @@ def _done(results: Mapping[str, Any]) -> str:
         f"{_counted(total['first'], unit)} most important to {names.first} are also among the "
         f"{total['second']:,} most important to {names.second} ({_expected(chance)} expected by "
         f"chance), {removed} rule {options['rule']!r} "
-        f"{_edited(total['kept'], unit, options['scale'], rows)}."
+        f"{_edited(total['kept'], unit, options['scale'], rows)}{_agreement(total, unit)}."
+    )
+
+
+def _agreement(total: Mapping[str, Any], unit: str) -> str:
+    """On how many coupled ones the two sets agree; nothing where the scores had no signs."""
+    if "same" not in total:
+        return ""
+    return (
+        f"; zeroing {total['same']:,} of the {_counted(total['coupled'], unit)} in both sets helps "
+        f"both or harms both, to first order, and on {total['opposite']:,} they differ "
+        f"({_expected(total['same_by_chance'])} would agree if the signs on one set told nothing "
+        "of those on the other)"
     )
 
 

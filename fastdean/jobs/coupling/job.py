@@ -62,7 +62,7 @@ class Job(ScoringJob):
             `general` then names those that are spared, none where it is left out. Names may stand
             in one text, separated by commas.
         ratio: share of a matrix's entries in each top set; None: 5e-7 for weights, 1e-3 for units.
-        rule, scope, min_k: see `coupling.couple`.
+        rule, scope, min_k, signs: see `coupling.couple`.
         examples: rows of each source that are scored; None: all.
         eval_examples: rows, of other prompts than these where there are any, that are measured on.
         memory_budget: in bytes; it, order and states: see `fastdean.score`.
@@ -108,17 +108,21 @@ class Job(ScoringJob):
     ] = 64
     scope: options.Scope = "matrix"
     min_k: options.MinK = 0
+    signs: options.Signs = "any"
     scale: options.Scale = 0.0
 
     def __post_init__(self) -> None:
         self.data_sets  # noqa: B018  checked here
         # Not above: the command line reads the fields before it loads torch.
+        from fastdean.coupling.agreement import SIGNS, require_rule_for
         from fastdean.coupling.sets import RULES, SCOPES
         from fastdean.masks.entries import checked_scale
 
         super().__post_init__()
         options.require_one_of(self, "rule", tuple(RULES))
         options.require_one_of(self, "scope", SCOPES)
+        options.require_one_of(self, "signs", SIGNS)
+        require_rule_for(self.signs, self.rule)
         if not 0 < self.effective_ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
         options.require_at_least(self, min_k=0, eval_examples=0)
@@ -169,6 +173,9 @@ class ScoreJob(ScoringJob):
     keep_top: Annotated[
         float, Help("Keep only this share of each matrix; 1 keeps all, with its size.")
     ] = 1e-3
+    signs: Annotated[
+        bool, Help("Keep the signs of the effects too, for `couple --signs`; takes more memory.")
+    ] = False
 
     def __post_init__(self) -> None:
         from fastdean.coupling.scores import check_keep_top

@@ -17,6 +17,7 @@ from fastdean.jobs.published import published
 from fastdean.jobs.rows import SplitRows
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
+from fastdean.masks.summary import SIGN_COLUMNS
 from fastdean.models.forward import label_shift
 from fastdean.report.set_names import at_start
 
@@ -68,8 +69,10 @@ def collect(
     return session.results(f"FastDEAN: coupled {' and '.join(sets.coupled)} weights", own)
 
 
-def _total(table: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    keys = ("numel", "k", "first", "second", "coupled", "removed", "kept")
+def _total(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    keys: tuple[str, ...] = ("numel", "k", "first", "second", "coupled", "removed", "kept")
+    if table and all(SIGN_COLUMNS[0] in row for row in table):
+        keys = (*keys, *SIGN_COLUMNS)
     return {key: sum(row[key] for row in table) for key in keys}
 
 

@@ -62,6 +62,7 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
         memory_budget=job.memory_budget,
         order=job.order,
         states=job.states,
+        signs=job.signs,
         resume=_resume(job, out),
         deterministic=job.deterministic,
         progress=progress,

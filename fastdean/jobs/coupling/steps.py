@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from fastdean.coupling.agreement import takes_signs
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.scoring import score_sets
 from fastdean.coupling.sets import couple, nothing_selected_error
@@ -324,6 +325,7 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
             memory_budget=job.memory_budget,
             order=job.order,
             states=job.states,
+            signs=job.signs != "any",
             resume=_resume(job, folder.sweep(names), len(names), prepared.model),
             deterministic=job.deterministic,
             progress=session.progress,
@@ -399,5 +401,7 @@ def _mask(scores: Mapping[str, Scores], model: nn.Module | None, job: Job, rule:
         min_k=job.min_k,
         scope=job.scope,
         seed=job.seed,
+        # A control that is not for coupled entries is made of all.
+        signs=job.signs if takes_signs(rule) else "any",
         model=model,
     ).with_scale(job.scale)
