@@ -193,3 +193,38 @@ def test_errors(change, error, text):
     }
     with pytest.raises(error, match=text):
         select_importance(**arguments | change)
+
+
+# The Triton form adds the examples of a set one by one, whatever their batch.
+@pytest.mark.parametrize("impl", ["reference", *NATIVE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_with_batches_the_sums_are_those_of_a_call_for_each_batch(impl, dtype):
+    lengths = torch.tensor([5, 9, 4, 7, 30, 2, 3, 8, 40, 6, 5, 1])
+    ends = lengths.cumsum(0)
+    segments = torch.stack([ends - lengths, ends], dim=1)
+    sets = torch.tensor([0] * 8 + [1] * 4)
+    numbers = [[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 5, 5]]
+    x, g = (random(int(lengths.sum()), n, seed=n, dtype=dtype) for n in (33, 70))
+    weight = random(70, 33, seed=1, dtype=dtype)
+    batches = torch.tensor([*numbers[0], *numbers[1]])
+    found = select_importance(x, g, segments, sets, weight, [99, 99], batches=batches, impl=impl)
+    for number, (index, sums) in enumerate(found):
+        dense = torch.zeros(70, 33, device=DEVICE)
+        for batch in sorted(set(numbers[number])):
+            mine = segments[(sets == number) & (batches == batch)]
+            accumulate_importance_(dense, x, g, mine, impl=impl)
+        assert torch.equal(index, select_top(dense, weight, len(numbers[number]), 99))
+        assert torch.equal(sums, dense.flatten()[index])
+
+
+@pytest.mark.parametrize(
+    "batches, text",
+    [
+        ([1, 0], "batches must be in ascending order within a set, got a lower one after a higher"),
+        ([0, 0, 0], r"batches must be int64 \[2\] on the CPU, one per segment, got torch.int64 "),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(batches, text):
+    sets, batches = torch.tensor([0, 0]), torch.tensor(batches)
+    with pytest.raises(ValueError, match=text):
+        select_importance(X, G, spans((0, 3), (3, 6)), sets, WEIGHT, [1], batches=batches)
