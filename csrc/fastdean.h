@@ -188,6 +188,7 @@ struct SelectionParams {
   field(Address, segments)        /* int64 [examples, 2]: first token and end, group after group */ \
   field(Address, group_starts)    /* int64 [experts * num_sets + 1]: the first example of each, and \
                                      the end */ \
+  field(Address, batches)         /* int64 [examples] or 0: examples of two numbers share no chunk */ \
   field(Address, ks)              /* int64 [num_sets]: each at most rows * columns */ \
   field(Address, num_examples)    /* int64 [num_sets]: at least 1 */ \
   field(Number, num_sets) \
@@ -299,7 +300,7 @@ int64_t select_top_workspace_bytes(const SelectionParams& params);
 // Checks level and dtype; writes nothing unless kOk.
 Status select_top_cpu(const SelectionParams& params);
 
-// Reads sizes, segments, groups and ks.
+// Reads sizes, segments, groups, batches and ks.
 int64_t select_importance_workspace_bytes(const ImportanceSelectionParams& params);
 
 // Checks level, dtypes and segments; writes nothing unless kOk.

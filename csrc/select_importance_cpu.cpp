@@ -60,6 +60,24 @@ const int64_t* starts_of(const ImportanceSelectionParams& p, int64_t expert) {
   return reinterpret_cast<const int64_t*>(p.group_starts) + expert * p.num_sets;
 }
 
+// Of one group, as the calls of accumulate_importance that took one batch after the other cut them.
+std::vector<Chunk> chunks_of_group(const ImportanceSelectionParams& p, int64_t first, int64_t end,
+                                   const TileKernel& kernel) {
+  const auto* segments = reinterpret_cast<const int64_t*>(p.segments);
+  const auto* batches = reinterpret_cast<const int64_t*>(p.batches);
+  std::vector<Chunk> found;
+  while (first < end) {
+    int64_t next = batches == nullptr ? end : first + 1;
+    while (next < end && batches[next] == batches[first]) ++next;
+    for (Chunk chunk : chunks_of(segments + 2 * first, next - first, kernel)) {
+      chunk.first += first;
+      found.push_back(chunk);
+    }
+    first = next;
+  }
+  return found;
+}
+
 // How the work of one expert is cut.
 Plan plan_of(const ImportanceSelectionParams& p, int64_t expert) {
   Plan plan;
@@ -75,9 +93,7 @@ Plan plan_of(const ImportanceSelectionParams& p, int64_t expert) {
   for (int64_t set = 0; set < p.num_sets; ++set) {
     plan.first_piece.push_back(static_cast<int64_t>(plan.pieces.size()));
     plan.capacities.push_back(TopCandidates::capacity_for(ks[set], p.rows * p.columns));
-    for (Chunk chunk :
-         chunks_of(segments + 2 * starts[set], starts[set + 1] - starts[set], kernel)) {
-      chunk.first += starts[set];
+    for (const Chunk& chunk : chunks_of_group(p, starts[set], starts[set + 1], kernel)) {
       plan.pieces.push_back({chunk, steps_of(segments, chunk, kernel), plan.x_panel_bytes});
       const int64_t bytes = round_up(chunk.steps * kernel.columns * step_bytes);
       plan.x_panel_bytes += bytes;

@@ -276,9 +276,13 @@ def select_importance(
     weight: Tensor,
     k: Sequence[int],
     *,
+    batches: Tensor | None = None,
     signed: bool = False,
 ) -> list[tuple[Tensor, ...]]:
     """See `ops.select_importance`."""
+    # `batches` changes nothing: each example's sums are its own, and those of a set are added one
+    # by one. A call of `accumulate_importance_` for each batch adds totals of batches, which may
+    # round otherwise.
     # A kernel sees the memory of a negated view, not that it is negated.
     x, g, weight = (each.detach().resolve_neg() for each in (x, g, weight))
     weight = weight if weight.dtype in _WEIGHT_DTYPES else weight.float()

@@ -21,6 +21,7 @@ def select_importance(
     weight: Tensor,
     k: Sequence[int],
     *,
+    batches: Tensor | None = None,
     signed: bool = False,
     level: int | None = None,
 ) -> list[tuple[Tensor, ...]]:
@@ -34,8 +35,9 @@ def select_importance(
     """
     of_sets = torch.bincount(sets, minlength=len(k)).clamp_min(1).tolist()
     starts = _starts(sets, len(k))
+    rows = (None, None)
     return _select(
-        x, g, segments, starts, weight.unsqueeze(0), k, of_sets, None, None, signed, level
+        x, g, segments, starts, batches, weight.unsqueeze(0), k, of_sets, *rows, signed, level
     )
 
 
@@ -51,6 +53,7 @@ def select_expert_importance(
     *,
     x_rows: Tensor | None = None,
     g_rows: Tensor | None = None,
+    batches: Tensor | None = None,
     signed: bool = False,
     level: int | None = None,
 ) -> list[tuple[Tensor, ...]]:
@@ -58,8 +61,11 @@ def select_expert_importance(
     group = experts * len(k) + sets
     order = group.argsort(stable=True)
     starts = _starts(group[order], len(weight) * len(k))
+    batches = None if batches is None else batches[order]
     rows = (x_rows, g_rows)
-    return _select(x, g, segments[order], starts, weight, k, num_examples, *rows, signed, level)
+    return _select(
+        x, g, segments[order], starts, batches, weight, k, num_examples, *rows, signed, level
+    )
 
 
 def _starts(owners: Tensor, number: int) -> Tensor:
@@ -73,6 +79,7 @@ def _select(
     g: Tensor,
     segments: Tensor,
     starts: Tensor,
+    batches: Tensor | None,
     weight: Tensor,
     k: Sequence[int],
     num_examples: Sequence[int],
@@ -96,7 +103,9 @@ def _select(
         weight = weight if has_dtype(weight.dtype) else weight.float()
         weight = weight if columns == 1 or weight.stride(2) == 1 else weight.contiguous()
         segments = segments.contiguous()
-        x_rows, g_rows = (None if t is None else t.contiguous() for t in (x_rows, g_rows))
+        x_rows, g_rows, batches = (
+            None if t is None else t.contiguous() for t in (x_rows, g_rows, batches)
+        )
         of_sets, examples = array("q", ks), array("q", num_examples)
         params = written(
             "ImportanceSelectionParams",
@@ -119,6 +128,7 @@ def _select(
             tokens=len(x if x_rows is None else x_rows),
             segments=segments.data_ptr(),
             group_starts=starts.data_ptr(),
+            batches=0 if batches is None else batches.data_ptr(),
             ks=of_sets.buffer_info()[0],
             num_examples=examples.buffer_info()[0],
             num_sets=len(ks),

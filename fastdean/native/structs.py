@@ -42,7 +42,7 @@ STRUCTS = {
         "Address g, Number g_stride_t, Number g_stride_r, Address g_rows, DType dtype, "
         "Address weight, Number weight_stride_e, Number weight_stride_r, DType weight_dtype, "
         "Number experts, Number rows, Number columns, Number tokens, "
-        "Address segments, Address group_starts, "
+        "Address segments, Address group_starts, Address batches, "
         "Address ks, Address num_examples, Number num_sets, "
         "Address indices, Address sums, Address signed_sums, Address found, "
         "CpuLevel level, Number num_workers, Address workspace"

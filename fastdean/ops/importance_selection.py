@@ -23,6 +23,7 @@ def select_importance(
     weight: Tensor,
     k: Sequence[int],
     *,
+    batches: Tensor | None = None,
     signed: bool = False,
     impl: str | None = None,
 ) -> list[tuple[Tensor, ...]]:
@@ -33,7 +34,7 @@ def select_importance(
         for number, each in enumerate(k):
             mine = segments[sets == number]
             sums = torch.zeros(weight.shape)
-            accumulate_importance_(sums, x, g, mine)
+            accumulate_importance_(sums, x, g, mine)  # with `batches` a call for each of them
             index = select_top(sums, weight, max(1, len(mine)), each)
             gradients = (g[start:end].T.float() @ x[start:end].float() for start, end in mine)
             yield index, sums.flatten()[index], sum(gradients).flatten()[index]
@@ -47,6 +48,10 @@ def select_importance(
         sets: int64 [B] on the CPU, ascending, 0..S-1: the set of each example.
         weight: floating [R, C]; on the device of `x`.
         k: how many entries at most of each of the S sets. A set may have no example.
+        batches: int64 [B] on the CPU, ascending in each set: the batch of each example. How an
+            implementation rounds may depend on which examples it is given at once; with them
+            "native" and "reference" have the bits of one call after the other, while "triton" adds
+            the examples of a set one by one all the same. None: each set is one batch.
         signed: whether the sums of the gradients themselves are wanted, beside those of their
             absolute values.
         impl: None (by device), "reference", "triton" or "native" (CPU).
@@ -67,8 +72,9 @@ def select_importance(
     k = _numbers("k", k, least=0, advice="check the ratios")
     _check_numbers("sets", sets, segments, len(k), f"k has {len(k)} sets")
     _check_ascending(sets)
+    _check_batches(batches, segments, sets, "a set")
     op = choose("select_importance", x.device, impl, x.dtype)
-    return op.callable(x, g, segments, sets, weight, k, signed=bool(signed))
+    return op.callable(x, g, segments, sets, weight, k, batches=batches, signed=bool(signed))
 
 
 def select_expert_importance(
@@ -83,6 +89,7 @@ def select_expert_importance(
     *,
     x_rows: Tensor | None = None,
     g_rows: Tensor | None = None,
+    batches: Tensor | None = None,
     signed: bool = False,
     impl: str | None = None,
 ) -> list[tuple[Tensor, ...]]:
@@ -94,7 +101,7 @@ def select_expert_importance(
             for expert in range(len(weight)):
                 mine = segments[(sets == number) & (experts == expert)]
                 sums = torch.zeros(weight.shape[1:])
-                accumulate_importance_(sums, X, G, mine)
+                accumulate_importance_(sums, X, G, mine)  # with `batches` a call for each of them
                 index = select_top(sums, weight[expert], num_examples[number], each)
                 gradients = (G[start:end].T.float() @ X[start:end].float() for start, end in mine)
                 signed_sums = sum(gradients).flatten()[index]
@@ -118,6 +125,8 @@ def select_expert_importance(
             1.
         x_rows, g_rows: int64 [N], the row of `x` and of `g` of each of the N tokens, on the device
             of `x`; None: a token is its row.
+        batches: int64 [S] on the CPU, ascending in each set at each expert: the batch of each
+            segment, as for `select_importance`.
         signed: as for `select_importance`.
         impl: None (by device), "reference" or "native" (CPU).
     Returns:
@@ -153,11 +162,13 @@ def select_expert_importance(
         )
     _check_numbers("sets", sets, segments, len(k), f"k has {len(k)} sets")
     _check_numbers("experts", experts, segments, len(weight), f"weight has {len(weight)} experts")
+    _check_batches(batches, segments, experts * len(k) + sets, "a set at an expert")
     op = choose("select_expert_importance", x.device, impl, x.dtype)
     return op.callable(
         *(x, g, segments, experts, sets, weight, k, num_examples),
         x_rows=x_rows,
         g_rows=g_rows,
+        batches=batches,
         signed=bool(signed),
     )
 
@@ -213,6 +224,31 @@ def _check_weight(weight: Tensor, shape: list[int], x: Tensor) -> None:
 
 def _check_numbers(name: str, numbers: Tensor, segments: Tensor, count: int, why: str) -> None:
     """A number below `count` for each segment: of its set, or of its expert."""
+    _check_one_each(name, numbers, segments, name[:-1])
+    if not len(segments):
+        return
+    least, most = int(numbers.min()), int(numbers.max())
+    if least < 0 or most >= count:
+        raise ValueError(f"{name} must lie in 0..{count - 1}, got {least} to {most}; {why}")
+
+
+def _check_batches(
+    batches: Tensor | None, segments: Tensor, groups: Tensor, described: str
+) -> None:
+    """Ascending among the segments that have one number in `groups`, int64 [S]."""
+    if batches is None:
+        return
+    _check_one_each("batches", batches, segments, "batch")
+    order = groups.argsort(stable=True)
+    batches, groups = batches[order], groups[order]
+    if bool(((batches[1:] < batches[:-1]) & (groups[1:] == groups[:-1])).any()):
+        raise ValueError(
+            f"batches must be in ascending order within {described}, got a lower one after a "
+            "higher; give the examples in the order in which they were scored"
+        )
+
+
+def _check_one_each(name: str, numbers: Tensor, segments: Tensor, what: str) -> None:
     check_tensor(name, numbers)
     shape = (len(segments),)
     is_on_cpu = numbers.device.type == "cpu"
@@ -220,14 +256,9 @@ def _check_numbers(name: str, numbers: Tensor, segments: Tensor, count: int, why
         raise ValueError(
             f"{name} must be int64 [{len(segments)}] on the CPU, one per segment, got "
             f"{numbers.dtype} {list(numbers.shape)} on {numbers.device}; give the number of each "
-            f"example's {name[:-1]}"
+            f"example's {what}"
         )
     check_memory(name, numbers)
-    if not len(segments):
-        return
-    least, most = int(numbers.min()), int(numbers.max())
-    if least < 0 or most >= count:
-        raise ValueError(f"{name} must lie in 0..{count - 1}, got {least} to {most}; {why}")
 
 
 def _check_ascending(sets: Tensor) -> None:

@@ -178,13 +178,14 @@ def select_importance(
     weight: Tensor,
     k: Sequence[int],
     *,
+    batches: Tensor | None = None,
     signed: bool = False,
 ) -> list[tuple[Tensor, ...]]:
-    """See `ops.select_importance`."""
+    """See `ops.select_importance`; examples are added one by one, whatever their batch."""
     num_examples = [max(1, int((sets == number).sum())) for number in range(len(k))]
     experts, stacked = torch.zeros_like(sets), weight.unsqueeze(0)
     return select_expert_importance(
-        x, g, segments, experts, sets, stacked, k, num_examples, signed=signed
+        x, g, segments, experts, sets, stacked, k, num_examples, batches=batches, signed=signed
     )
 
 
@@ -201,9 +202,10 @@ def select_expert_importance(
     *,
     x_rows: Tensor | None = None,
     g_rows: Tensor | None = None,
+    batches: Tensor | None = None,
     signed: bool = False,
 ) -> list[tuple[Tensor, ...]]:
-    """See `ops.select_expert_importance`."""
+    """See `ops.select_expert_importance`; `batches` as for `select_importance`."""
     found: list[tuple[Tensor, ...]] = []
     for number, (most, examples) in enumerate(zip(k, num_examples, strict=True)):
         nothing = [torch.empty(0, dtype=torch.float32, device=x.device)] * (1 + signed)

@@ -24,10 +24,10 @@ float value_of(uint16_t bfloat16) {
 }
 
 // Exactly as large as they must be: one element further is somebody else's memory. `rows_of_x`: of
-// each token; empty: its own number.
+// each token; empty: its own number. `batches`: of each example; empty: one for all.
 struct Case {
   int64_t experts, rows, columns, tokens;
-  std::vector<int64_t> segments, group_starts, ks, rows_of_x;
+  std::vector<int64_t> segments, group_starts, ks, rows_of_x, batches;
 };
 
 template <class T>
@@ -77,6 +77,7 @@ bool check(const Case& c, DType dtype, int64_t level, int64_t workers) {
   p.tokens = c.tokens;
   p.segments = address(c.segments.data());
   p.group_starts = address(c.group_starts.data());
+  p.batches = c.batches.empty() ? 0 : address(c.batches.data());
   p.ks = address(c.ks.data());
   p.num_examples = address(num_examples.data());
   p.num_sets = sets;
@@ -110,12 +111,18 @@ bool check(const Case& c, DType dtype, int64_t level, int64_t workers) {
     a.columns = c.columns;
     a.tokens = c.tokens;
     a.segments = p.segments;
-    a.expert_starts = address(expert_starts);
     a.level = level;
     a.num_workers = 1;
-    std::vector<char> room(fastdean::accumulate_importance_workspace_bytes(a));
-    a.workspace = address(room.data());
-    if (fastdean::accumulate_importance_cpu(a) != fastdean::Status::kOk) return false;
+    for (int64_t first = expert_starts[0]; first < expert_starts[1];) {
+      int64_t end = c.batches.empty() ? expert_starts[1] : first + 1;
+      while (end < expert_starts[1] && c.batches[end] == c.batches[first]) ++end;
+      const int64_t batch_starts[] = {first, end};
+      a.expert_starts = address(batch_starts);
+      std::vector<char> room(fastdean::accumulate_importance_workspace_bytes(a));
+      a.workspace = address(room.data());
+      if (fastdean::accumulate_importance_cpu(a) != fastdean::Status::kOk) return false;
+      first = end;
+    }
     std::vector<int64_t> expected(c.ks[set]), count(3);
     fastdean::SelectionParams s{};
     s.sums = a.acc;
@@ -159,12 +166,14 @@ int main() {
   for (int64_t t = 0; t < 37; ++t) shared.push_back(t * 7 % 20);
   const std::vector<int64_t> ragged = {2, 3, 10, 21, 5, 5, 3, 10, 0, 37};
   const std::vector<Case> cases = {
-      {1, 1, 1, 1, {0, 1}, {0, 1}, {1}, {}},
-      {1, 13, 33, 37, ragged, {0, 3, 3, 5}, {4, 9, 429}, {}},
-      {1, 70, 65, 900, {0, 500, 500, 501, 501, 900}, {0, 2, 3}, {0, 200}, {}},
-      {1, 5, 4, 3, {}, {0, 0}, {3}, {}},
+      {1, 1, 1, 1, {0, 1}, {0, 1}, {1}, {}, {}},
+      {1, 13, 33, 37, ragged, {0, 3, 3, 5}, {4, 9, 429}, {}, {}},
+      {1, 13, 33, 37, ragged, {0, 3, 3, 5}, {4, 9, 429}, {}, {2, 2, 7, 2, 7}},
+      {1, 70, 65, 900, {0, 500, 500, 501, 501, 900}, {0, 2, 3}, {0, 200}, {}, {}},
+      {1, 5, 4, 3, {}, {0, 0}, {3}, {}, {}},
       // Three experts, the second without an example; tokens that share rows of x.
-      {3, 13, 33, 37, ragged, {0, 1, 3, 3, 3, 3, 5}, {4, 429}, shared},
+      {3, 13, 33, 37, ragged, {0, 1, 3, 3, 3, 3, 5}, {4, 429}, shared, {}},
+      {3, 13, 33, 37, ragged, {0, 1, 3, 3, 3, 3, 5}, {4, 429}, shared, {0, 0, 1, 0, 1}},
   };
   int failures = 0;
   for (int64_t level = 0; level <= static_cast<int64_t>(fastdean::best_cpu_level()); ++level) {

@@ -90,6 +90,16 @@ def test_ties_go_to_the_lowest_index_wherever_the_tiles_lie(no_dense_sums):
     assert one[0].tolist() == first[:4] and other[0].tolist() == first
 
 
+@pytest.mark.parametrize("k", [[5, 3], [600, 9]])
+def test_the_examples_of_a_set_are_added_one_by_one_whatever_their_batch(k):
+    x, g = random(20, COLUMNS, seed=1), random(20, ROWS, seed=2)
+    weight, batches = random(ROWS, COLUMNS, seed=3), torch.tensor([0, 4, 1])
+    plain = select_importance(x, g, SEGMENTS, SETS, weight, k, impl="triton")
+    found = select_importance(x, g, SEGMENTS, SETS, weight, k, batches=batches, impl="triton")
+    for one, other in zip(plain, found, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
 # The latter is more than the tiles have rows.
 @pytest.mark.parametrize("k", [[5, 3], [600, 0]])
 def test_where_all_tiles_reach_the_bound_sums_are_made_after_all(k):

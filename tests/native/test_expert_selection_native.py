@@ -11,9 +11,13 @@ LEVELS = {0: "portable", 1: "avx2", 2: "avx512", 3: "avx512_bf16", 4: "amx_bf16"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of four experts the first and the third saw nothing of the first set, the last nothing at all; of
 # one token, empty, more tokens than a chunk takes; in no order.
-SEGMENTS = torch.tensor([[40, 71], [2, 3], [5, 5], [3, 40], [71, 900], [900, 1203], [7, 700]])
-EXPERTS = torch.tensor([1, 0, 2, 1, 2, 1, 0])
-SETS = torch.tensor([1, 1, 1, 0, 1, 1, 1])
+SEGMENTS = torch.tensor(
+    [[40, 71], [2, 3], [5, 5], [3, 40], [71, 900], [900, 1203], [7, 700], [8, 11], [11, 18], [4, 6]]
+)
+EXPERTS = torch.tensor([1, 0, 2, 1, 2, 1, 0, 1, 1, 1])
+SETS = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1, 1, 1])
+# The last is of examples that a call adds together before it adds them to the sums.
+BATCHES = torch.tensor([3, 0, 1, 0, 5, 4, 2, 9, 9, 9])
 
 
 @pytest.fixture(autouse=True)
@@ -42,15 +46,16 @@ def spread(values):
     return view
 
 
-def expected(x, g, weight, k, level):
-    """Set by set, from sums of all experts and one selection of each."""
+def expected(x, g, weight, k, level, batches):
+    """Set by set, from sums of all experts, batch by batch, and one selection of each."""
     numel = weight[0].numel()
     for number, each in enumerate(k):
         sums = torch.zeros(weight.shape)
-        mine = number == SETS
-        experts, order = EXPERTS[mine].sort(stable=True)
-        segments = SEGMENTS[mine][order]
-        native.accumulate_expert_importance_(sums, x, g, segments, experts, level=level)
+        for batch in batches.unique():
+            mine = (number == SETS) & (batches == batch)
+            experts, order = EXPERTS[mine].sort(stable=True)
+            segments = SEGMENTS[mine][order]
+            native.accumulate_expert_importance_(sums, x, g, segments, experts, level=level)
         picked = [
             native.select_top(sums[e], weight[e], 5 + number, each) + e * numel
             for e in range(len(weight))
@@ -60,12 +65,14 @@ def expected(x, g, weight, k, level):
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (13, 33), (130, 70)])
+@pytest.mark.parametrize("batches", [None, BATCHES], ids=["one batch", "batches"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_level_has_the_bits_of_the_two_operations(level, dtype, rows, columns):
+def test_every_level_has_the_bits_of_the_two_operations(level, dtype, batches, rows, columns):
     x_rows, g_rows = torch.arange(1203) * 7 % 300, torch.arange(1203) * 11 % 700
     x, g = random(300, columns, seed=1, dtype=dtype), random(700, rows, seed=2, dtype=dtype)
     weight, k = random(4, rows, columns, seed=3, dtype=dtype), [9, 400]
-    whole = list(expected(x[x_rows], g[g_rows], weight, k, level))
+    calls = torch.zeros_like(SETS) if batches is None else batches
+    whole = list(expected(x[x_rows], g[g_rows], weight, k, level, calls))
     before, signed_sums = torch.get_num_threads(), []
     try:
         for threads, lay_out in ((1, lambda t: t), (3, spread)):
@@ -74,6 +81,7 @@ def test_every_level_has_the_bits_of_the_two_operations(level, dtype, rows, colu
                 *(lay_out(x), lay_out(g), SEGMENTS, EXPERTS, SETS, lay_out(weight), k, [5, 6]),
                 x_rows=lay_out(x_rows),
                 g_rows=lay_out(g_rows),
+                batches=None if batches is None else lay_out(batches),
                 signed=True,
                 level=level,
             )

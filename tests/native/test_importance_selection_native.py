@@ -28,14 +28,17 @@ def random(*shape, seed, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def check(x, g, segments, sets, weight, k, level=None):
-    """The fused result, once it is that of the two operations, set by set."""
-    found = native.select_importance(x, g, segments, sets, weight, k, level=level)
+def check(x, g, segments, sets, weight, k, level=None, batches=None):
+    """The fused result, once it is that of the two operations, set by set and batch by batch."""
+    found = native.select_importance(x, g, segments, sets, weight, k, batches=batches, level=level)
+    batches = torch.zeros_like(sets) if batches is None else batches
     assert len(found) == len(k)
     for number, each in enumerate(k):
         mine = segments[sets == number]
         sums = torch.zeros(weight.shape)
-        native.accumulate_importance_(sums, x, g, mine, level=level)
+        for batch in batches[sets == number].unique():
+            of_batch = segments[(sets == number) & (batches == batch)]
+            native.accumulate_importance_(sums, x, g, of_batch, level=level)
         expected = native.select_top(sums, weight, max(1, len(mine)), each)
         index, values = found[number]
         assert torch.equal(index, expected)
@@ -45,8 +48,9 @@ def check(x, g, segments, sets, weight, k, level=None):
 
 def spread(values):
     """`values` with NaN in the memory between its elements."""
-    holder = torch.full([2 * n + 1 for n in values.shape], float("nan"), dtype=values.dtype)
-    view = holder[1::2, 1::2]
+    fill = float("nan") if values.is_floating_point() else -1
+    holder = torch.full([2 * n + 1 for n in values.shape], fill, dtype=values.dtype)
+    view = holder[tuple(slice(1, None, 2) for _ in values.shape)]
     view.copy_(values)
     return view
 
@@ -69,6 +73,23 @@ def test_every_level_has_the_bits_of_the_two_operations(level, dtype, segments, 
         weight = random(rows, columns, seed=3, dtype=weight_dtype)
         for k in ([0, 3, 1], [5, 5, numel // 3], [numel + 9] * 3):
             check(x, g, segments, SETS, weight, k, level)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_level_adds_the_batches_of_a_set_as_one_call_after_the_other(level, dtype):
+    # Short examples, which a call adds together first; long ones, of which a chunk takes no two; a
+    # batch of two sets, and one of nothing.
+    lengths = torch.tensor([5, 9, 4, 7, 30, 2, 3, 8, 0, 0, 40, 6, 500, 300, 1])
+    sets = torch.tensor([0] * 8 + [2] * 7)
+    batches = torch.tensor([0, 0, 0, 1, 1, 4, 4, 4, 2, 2, 4, 4, 4, 9, 9])
+    ends = lengths.cumsum(0)
+    segments = torch.stack([ends - lengths, ends], dim=1)
+    tokens = int(ends[-1])
+    x, g = random(tokens, 33, seed=1, dtype=dtype), random(tokens, 70, seed=2, dtype=dtype)
+    weight, k = random(70, 33, seed=3, dtype=dtype), [2310, 1, 99]
+    plain = check(x, g, segments, sets, weight, k, level)
+    found = check(x, g, segments, sets, weight, k, level, spread(batches))
+    assert not torch.equal(found[0][1], plain[0][1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

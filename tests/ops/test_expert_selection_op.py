@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from machine import DEVICE
 
 from fastdean import native
-from fastdean.ops import select_expert_importance, select_importance
+from fastdean.ops import (
+    accumulate_expert_importance_,
+    select_expert_importance,
+    select_importance,
+    select_top,
+)
 
 NATIVE = ["native"] if DEVICE.type == "cpu" and native.status().state == "available" else []
 IMPL = pytest.mark.parametrize("impl", ["reference", *NATIVE])
@@ -120,6 +125,34 @@ def test_tokens_may_be_given_as_they_are_or_by_their_rows(impl):
 
 
 @IMPL
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_with_batches_the_sums_are_those_of_a_call_for_each_batch(impl, dtype):
+    lengths = torch.tensor([5, 9, 4, 7, 30, 2, 3, 8, 40, 6, 5, 1])
+    ends = lengths.cumsum(0)
+    segments = torch.stack([ends - lengths, ends], dim=1)
+    experts = torch.tensor([0, 2] * 6)
+    sets = torch.tensor([1] * 8 + [0] * 4)
+    batches = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 0, 0, 5, 5])
+    x, g = (random(int(lengths.sum()), n, seed=n, dtype=dtype) for n in (33, 70))
+    weight = random(3, 70, 33, seed=1, dtype=dtype)
+    found = select_expert_importance(
+        x, g, segments, experts, sets, weight, [99, 99], [4, 8], batches=batches, impl=impl
+    )
+    for number, (index, sums) in enumerate(found):
+        dense = torch.zeros(3, 70, 33, device=DEVICE)
+        for batch in batches[sets == number].unique():
+            mine = (sets == number) & (batches == batch)
+            of_batch, order = experts[mine].sort(stable=True)
+            accumulate_expert_importance_(dense, x, g, segments[mine][order], of_batch, impl=impl)
+        picked = [
+            select_top(dense[e], weight[e], [4, 8][number], 99, impl=impl) + e * 2310
+            for e in range(3)
+        ]
+        assert torch.equal(index, torch.cat(picked))
+        assert torch.equal(sums, dense.flatten()[index])
+
+
+@IMPL
 def test_nothing_to_select(impl):
     none = torch.zeros(0, dtype=torch.int64)
     x, g, weight = torch.ones(2, 4), torch.ones(2, 3), torch.ones(2, 3, 4)
@@ -140,6 +173,9 @@ def test_the_first_importance_that_is_not_finite_is_named(impl):
     place = 2 * 153 + 4 * 17 + 3
     with pytest.raises(ValueError, match=f"must be finite, got nan at flat index {place}; check"):
         select_expert_importance(**each, k=[1, 1, 1], impl=impl)
+
+
+SAME_GROUP = {"sets": torch.tensor([1, 1]), "experts": torch.tensor([0, 0])}
 
 
 @pytest.mark.parametrize(
@@ -181,6 +217,16 @@ def test_the_first_importance_that_is_not_finite_is_named(impl):
             "x and g must have as many tokens, got 6 and 1",
         ),
         ({"g": torch.ones(5, 3)}, ValueError, "with the same N, got"),
+        (
+            {"batches": torch.tensor([0])},
+            ValueError,
+            r"batches must be int64 \[2\] on the CPU, one per segment, got torch.int64 \[1\]",
+        ),
+        (
+            {"batches": torch.tensor([1, 0]), **SAME_GROUP},
+            ValueError,
+            "batches must be in ascending order within a set at an expert, got a lower one",
+        ),
         (
             {"x_rows": torch.zeros(6)},
             ValueError,

@@ -62,11 +62,12 @@ CALLS = {
         lambda: {"sums": floats(3, 4), "weight": floats(3, 4)},
     ),
     "select_expert_importance": (
-        lambda x, g, segments, experts, sets, weight, x_rows, g_rows, impl: (
+        lambda x, g, segments, experts, sets, weight, x_rows, g_rows, batches, impl: (
             ops.select_expert_importance(
                 *(x, g, segments, experts, sets, weight, [2, 1], [1, 1]),
                 x_rows=x_rows,
                 g_rows=g_rows,
+                batches=batches,
                 impl=impl,
             )
         ),
@@ -79,11 +80,12 @@ CALLS = {
             "weight": floats(2, 3, 4),
             "x_rows": torch.arange(6),
             "g_rows": torch.arange(6),
+            "batches": torch.tensor([0, 0]),
         },
     ),
     "select_importance": (
-        lambda x, g, segments, sets, weight, impl: ops.select_importance(
-            x, g, segments, sets, weight, [2, 1], impl=impl
+        lambda x, g, segments, sets, weight, batches, impl: ops.select_importance(
+            x, g, segments, sets, weight, [2, 1], batches=batches, impl=impl
         ),
         lambda: {
             "x": floats(6, 4),
@@ -91,6 +93,7 @@ CALLS = {
             "segments": SPANS,
             "sets": torch.tensor([0, 1]),
             "weight": floats(3, 4),
+            "batches": torch.tensor([0, 0]),
         },
     ),
     "gather_at": (
