@@ -325,4 +325,4 @@ def test_an_infinite_gradient_is_refused_with_the_name_of_the_matrix():
         held.add_(x, g, segments)
     text = "^scores of a.weight: importance must be finite, got inf at flat index 90; check the"
     with pytest.raises(ValueError, match=text):
-        scoring.finish({"a.weight": held}, [case.target], Ranks(0, 1), 5, 0.01, False)
+        scoring.finish({"a.weight": held}, [case.target], Ranks(0, 1), 5, 0.01, "expert", False)

@@ -527,11 +527,12 @@ def test_the_digest_is_of_the_examples_not_of_their_order_or_padding(model):
     assert digest([EXAMPLES[0], *EXAMPLES], 2) != expected
 
 
-def test_scoring_says_its_order_and_nothing_else(caplog, capsys, model):
+def test_scoring_says_its_order_and_its_memory_and_nothing_else(caplog, capsys, model):
     with caplog.at_level(logging.INFO, logger="fastdean"):
         score(model)
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("order='batches': ") and capsys.readouterr().out == ""
+    order, memory = [record.getMessage() for record in caplog.records]
+    assert memory.startswith("score: at most ")
+    assert order.startswith("order='batches': ") and capsys.readouterr().out == ""
 
 
 def test_scores_of_units_under_their_earlier_word_are_read(units, tmp_path):
