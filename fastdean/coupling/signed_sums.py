@@ -33,20 +33,6 @@ def add_signed_units_(acc: Tensor, a: Tensor, g: Tensor, segments: Tensor) -> No
         acc += (_at_least_fp32(a[start:end]) * _at_least_fp32(g[start:end])).sum(0)
 
 
-@torch.no_grad()
-def signed_at(x: Tensor, g: Tensor, segments: Tensor, index: Tensor) -> Tensor:
-    """sum_b G_b^T X_b at the flat indices of [R, C]: fp32 [M]; x [N, C], g [N, R]."""
-    found = torch.zeros(index.shape, dtype=torch.float32, device=x.device)
-    rows, columns = index // x.shape[1], index % x.shape[1]
-    step = max(1, _BLOCK_BYTES // (4 * max(1, len(x))))
-    for start, end in joined(segments):
-        for first in range(0, len(index), step):
-            part = slice(first, first + step)
-            of_g = _at_least_fp32(g[start:end, rows[part]])
-            found[part] += (of_g * _at_least_fp32(x[start:end, columns[part]])).sum(0)
-    return found
-
-
 def joined(segments: Tensor) -> list[tuple[int, int]]:
     """The rows (start, end) of all examples, those that follow one another in one span."""
     spans: list[tuple[int, int]] = []

@@ -12,11 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastdean.jobs import options
 from fastdean.jobs.options import SOURCE_HELP, Help
 from fastdean.wording.granularity import checked_granularity
+
+if TYPE_CHECKING:
+    from fastdean.coupling.targets import Target
 
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -244,6 +247,7 @@ def run(job: EstimateJob) -> Estimate:
     for target in targets:
         sums[target.layer_index] += sums_bytes(target, job.granularity)
     every = sum(sums.values())
+    in_windows = _window_sums(targets, job, rows.all // job.sets, keep_top) or sums
     results = job.sets * entries_bytes(targets, job.granularity, keep_top, signs=False)
     base = 0 if on_gpu else _base()
     there = size_in_bytes(job.gpu_memory) if on_gpu else available_memory(device)
@@ -314,7 +318,7 @@ def run(job: EstimateJob) -> Estimate:
     of_layers = sum(layer.weights for layer in memory.layers)
     read = (2 * (used - of_layers) + of_layers + 2 * again) * batches
     if layers and not half:
-        resident = memory.by_layers(rows, sums, kept_sums=kept_sums)
+        resident = memory.by_layers(rows, in_windows, kept_sums=kept_sums)
         tried = memory.trial(rows, weights, memory.weights, on_cpu=not on_gpu)
         add("layers", [*resident, tried], 0 if dense else results, read, memory.weights)
     if layers and not half and not (dense and job.granularity == "weight"):
@@ -324,7 +328,7 @@ def run(job: EstimateJob) -> Estimate:
             memory.outside if on_gpu else memory.touched(2 * rows.longest + TRIED_ROWS, loss=True)
         )
         streamed = memory.by_layers(
-            rows, sums, streamed=True, mapped=not on_gpu, kept_sums=kept_sums
+            rows, in_windows, streamed=True, mapped=not on_gpu, kept_sums=kept_sums
         )
         of_first = [t.weight for t in by_weight if t.layer_index in first]
         tried = memory.trial(rows, of_first, begun + outside, on_cpu=not on_gpu)
@@ -371,6 +375,34 @@ def run(job: EstimateJob) -> Estimate:
         orders=orders,
         notes=_notes(job, ranks, on_gpu, covered, dense, half),
     )
+
+
+def _window_sums(
+    targets: Sequence[Target], job: EstimateJob, tokens: int, keep_top: float | None
+) -> dict[int | None, int]:
+    """What windows keep of their targets, where some may keep inputs and gradients; else nothing.
+
+    Matrices of one module that take as many inputs are counted as given the same ones.
+
+    Args:
+        tokens: rows of one data set.
+    """
+    from fastdean.coupling.holding import Holding, Pair
+
+    one_process = job.gpus in (None, 1) and job.gpu_memory is None
+    if keep_top is None or job.granularity != "weight" or not one_process:
+        return {}
+    sources: dict[tuple[str, int], int] = {}
+    pairs = {}
+    by_layer: dict[int | None, list[Target]] = {}
+    for target in targets:
+        by_layer.setdefault(target.layer_index, []).append(target)
+        if not target.stacked:
+            of = (target.name.rpartition(".")[0], target.num_inputs)
+            source = sources.setdefault(of, len(sources))
+            pairs[target.parameter] = Pair(target.weight.dtype, True, source)
+    holding = Holding(tokens, job.examples, keep_top, pairs)
+    return {k: holding.bytes(each) for k, each in by_layer.items()}
 
 
 def _lengths(job: EstimateJob, ranks: int) -> list[tuple[int, int]]:
