@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from fastdean.coupling.targets import Target
+    from fastdean.coupling.targets import Survey, Target
     from fastdean.coupling.trial import Scorable
     from fastdean.models.distributed import Ranks
 
@@ -26,16 +26,18 @@ def score_manifest(
     target_modules: str | Sequence[str],
     keep_top: float | None,
     ranks: Ranks,
+    found: Survey,
 ) -> dict[str, Any]:
     """The manifest of a `score()`.
 
     Args:
         targets: the modules that were matched; `scored`: the parameters that have a score.
+        found: the model's survey.
     """
     from fastdean.coupling.targets import coverage
     from fastdean.files.provenance import now, public_name, versions
 
-    covered = coverage(model, targets, scored)
+    covered = coverage(model, targets, scored, found)
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
     in_text = isinstance(target_modules, str)
     optional = {

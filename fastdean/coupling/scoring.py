@@ -46,9 +46,11 @@ from fastdean.coupling.scores import (
 )
 from fastdean.coupling.states import States
 from fastdean.coupling.targets import (
+    Survey,
     Target,
     find_targets,
     require_own_parameters,
+    survey,
     warn_about_unscorable,
 )
 from fastdean.coupling.trial import Scorable, find_scorable
@@ -262,7 +264,8 @@ def score_sets(
     check_keep_top(keep_top)
     require_order(order, states, states_budget, resume)
     granularity = checked_granularity(granularity)
-    targets = find_targets(model, target_modules, granularity)
+    found = survey(model)
+    targets = find_targets(model, target_modules, granularity, found)
     require_own_parameters(model, targets)
     all_sums = all_sums_bytes(granularity, signs)
     # A budget that is too small is refused before anything runs. Layer by layer more is needed than
@@ -274,7 +277,7 @@ def score_sets(
         by_layers = order == "layers" or stream is not None
         if not by_layers and not all(least([target]) <= memory_budget for target in targets):
             split_by_memory(targets, all_sums, memory_budget)
-    warn_about_unscorable(model, targets)
+    warn_about_unscorable(found)
     if stream is not None:
         require_streamable(order, keep_top, granularity)
         if reading.get("tokenizer") is None:
@@ -292,6 +295,7 @@ def score_sets(
                 for name, loader in loaders.items()
             }
             with evaluation_state(model), frozen(model), torch.enable_grad():
+                # Of a streamed model a few are left here.
                 run_here = decoder_layers(model) if order != "batches" else {}
                 with recording(run_here) as returned:
                     sets = {
@@ -306,7 +310,7 @@ def score_sets(
                     name: _with_holding(each, keep_top, device, impl, ranks, signs)
                     for name, each in sets.items()
                 }
-            layers = decoder_layers(model)
+            layers = found.layers
             # What comes after a layer that was left out was given something else.
             whole = sum(1 for _ in takewhile(run_here.__contains__, layers))
             if order == "auto" and resume is not None and ranks.agree(holds_job(resume)):
@@ -330,6 +334,7 @@ def score_sets(
                 chosen = Order(True, "its weights stay in their files")
             job = _Scoring(
                 model=model,
+                found=found,
                 targets=targets,
                 target_modules=target_modules,
                 granularity=granularity,
@@ -375,6 +380,7 @@ class _Scoring:
     """Data sets that are ready to be scored, in either order; `by_layers` may be tried first.
 
     Attributes:
+        found: what the model is made of.
         targets: the modules that were matched.
         windows: what each window holds beside its sums, layer by layer.
         sets: the batches of each data set, and which of the targets can be scored over them.
@@ -386,6 +392,7 @@ class _Scoring:
     """
 
     model: nn.Module
+    found: Survey
     targets: list[Target]
     target_modules: str | Sequence[str]
     granularity: str
@@ -435,7 +442,7 @@ class _Scoring:
         resume: str | Path | None,
     ) -> dict[str, Scores]:
         entries: dict[str, dict[str, ScoreEntry]] = {name: {} for name in self.sets}
-        layers = decoder_layers(self.model)
+        layers = self.found.layers
         last = list(self.sets.values())[-1]
         with (
             self.step(list(self.sets)),
@@ -579,6 +586,7 @@ class _Scoring:
             self.target_modules,
             self.keep_top,
             self.ranks,
+            self.found,
         )
         described = order.described(used)
         if order.by_layers:
