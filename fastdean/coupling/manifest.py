@@ -12,7 +12,7 @@ from fastdean.wording.log import logger
 
 if TYPE_CHECKING:
     from fastdean.coupling.scores import ScoreEntry
-    from fastdean.coupling.targets import Target
+    from fastdean.coupling.targets import Survey, Target
     from fastdean.coupling.trial import Scorable
     from fastdean.models.distributed import Ranks
 
@@ -30,16 +30,18 @@ def score_manifest(
     keep_top: float | None,
     expert_scope: str,
     ranks: Ranks,
+    found: Survey,
 ) -> dict[str, Any]:
     """The manifest of a `score()`.
 
     Args:
         targets: the modules that were matched; `scored`: the entries, by parameter.
+        found: the model's survey.
     """
     from fastdean.coupling.targets import coverage
     from fastdean.files.provenance import now, public_name, versions
 
-    covered = coverage(model, targets, scored)
+    covered = coverage(model, targets, scored, found)
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
     in_text = isinstance(target_modules, str)
     optional = {

@@ -48,9 +48,11 @@ from fastdean.coupling.scores import (
 )
 from fastdean.coupling.states import States
 from fastdean.coupling.targets import (
+    Survey,
     Target,
     find_targets,
     require_own_parameters,
+    survey,
     warn_about_coverage,
 )
 from fastdean.coupling.trial import Scorable, find_scorable
@@ -271,7 +273,8 @@ def score_sets(
     check_expert_scope(expert_scope)
     require_order(order, states, states_budget, resume)
     granularity = checked_granularity(granularity)
-    targets = find_targets(model, target_modules, granularity)
+    found = survey(model)
+    targets = find_targets(model, target_modules, granularity, found)
     require_own_parameters(model, targets)
     all_sums = all_sums_bytes(granularity, signs)
     # A budget that is too small is refused before anything runs. Layer by layer more is needed than
@@ -300,6 +303,7 @@ def score_sets(
                 for name, loader in loaders.items()
             }
             with evaluation_state(model), frozen(model), torch.enable_grad():
+                # Of a streamed model a few are left here.
                 run_here = decoder_layers(model) if order != "batches" else {}
                 with recording(run_here) as returned:
                     sets = {
@@ -310,14 +314,14 @@ def score_sets(
                     }
         if ranks.first:
             scored = next(iter(sets.values())).targets
-            warn_about_coverage(model, scored, target_modules, granularity)
+            warn_about_coverage(model, scored, target_modules, granularity, found)
         with evaluation_state(model), frozen(model), torch.enable_grad():
             if keep_top is not None and granularity == "weight":
                 sets = {
                     name: _with_holding(each, keep_top, device, impl, ranks, signs)
                     for name, each in sets.items()
                 }
-            layers = decoder_layers(model)
+            layers = found.layers
             # What comes after a layer that was left out was given something else.
             whole = sum(1 for _ in takewhile(run_here.__contains__, layers))
             if order == "auto" and resume is not None and ranks.agree(holds_job(resume)):
@@ -341,6 +345,7 @@ def score_sets(
                 chosen = Order(True, "its weights stay in their files")
             job = _Scoring(
                 model=model,
+                found=found,
                 targets=targets,
                 target_modules=target_modules,
                 granularity=granularity,
@@ -387,6 +392,7 @@ class _Scoring:
     """Data sets that are ready to be scored, in either order; `by_layers` may be tried first.
 
     Attributes:
+        found: what the model is made of.
         targets: the modules that were matched.
         windows: what each window holds beside its sums, layer by layer.
         sets: the batches of each data set, and which of the targets can be scored over them.
@@ -398,6 +404,7 @@ class _Scoring:
     """
 
     model: nn.Module
+    found: Survey
     targets: list[Target]
     target_modules: str | Sequence[str]
     granularity: str
@@ -448,7 +455,7 @@ class _Scoring:
         resume: str | Path | None,
     ) -> dict[str, Scores]:
         entries: dict[str, dict[str, ScoreEntry]] = {name: {} for name in self.sets}
-        layers = decoder_layers(self.model)
+        layers = self.found.layers
         last = list(self.sets.values())[-1]
         with (
             self.step(list(self.sets)),
@@ -605,6 +612,7 @@ class _Scoring:
             self.keep_top,
             self.expert_scope,
             self.ranks,
+            self.found,
         )
         warn_about_unseen(entries)
         described = order.described(used)

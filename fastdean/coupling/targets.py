@@ -152,7 +152,10 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, target_modules: str | Sequence[str] = "mlp", granularity: str = "weight"
+    model: nn.Module,
+    target_modules: str | Sequence[str] = "mlp",
+    granularity: str = "weight",
+    found: Survey | None = None,
 ) -> list[Target]:
     """The modules to score, in the model's order.
 
@@ -164,18 +167,14 @@ def find_targets(
             counts.
         granularity: "weight", or "unit" to keep only each MLP's down projection, whose inputs are
             the MLP's units.
+        found: the model's `survey`, where somebody has it already.
     Raises:
         ValueError: nothing matches, a weight is not floating point (quantised), or an adapter is
             on top of one.
         TypeError: `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}; load it first, for "
-            "example with transformers.AutoModelForCausalLM.from_pretrained"
-        )
+    found = survey(model) if found is None else found
     granularity = checked_granularity(granularity)
-    found = _survey(model)
     candidates = found.targets
     groups = {target.group for target in candidates}
     chosen = [target for target in candidates if _matches(target, target_modules, groups)]
@@ -246,13 +245,17 @@ def require_own_parameters(model: nn.Module, targets: Sequence[Target]) -> None:
 
 
 def coverage(
-    model: nn.Module, targets: Sequence[Target], scored: Collection[str] | None = None
+    model: nn.Module,
+    targets: Sequence[Target],
+    scored: Collection[str] | None = None,
+    found: Survey | None = None,
 ) -> dict:
     """The share of the model that is scored, and the parameters in its layers that cannot be.
 
     Args:
         targets: the modules that `find_targets` matched.
         scored: parameter names of those that have a score; None: all of them.
+        found: the model's `survey`, where somebody has it already.
     Returns:
         matched: number of matched modules; scored, targets: number of scored ones;
         scored_parameters, model_parameters; share: scored parameters of the model's;
@@ -264,14 +267,8 @@ def coverage(
     """
     kept = [t for t in targets if scored is None or t.parameter in scored]
     scored_parameters, matched_parameters = _weights_of(kept), _weights_of(targets)
-    # Without those of adapters.
-    parameters = (
-        parameter
-        for plain in plain_modules(model)
-        for parameter in plain.module.parameters(recurse=False)
-    )
-    total = sum({id(parameter): parameter.numel() for parameter in parameters}.values())
-    found = _survey(model)
+    found = survey(model) if found is None else found
+    total = found.parameters
     return {
         "targets": len(kept),
         "matched": len(targets),
@@ -291,13 +288,15 @@ def warn_about_coverage(
     targets: Sequence[Target],
     target_modules: str | Sequence[str],
     granularity: str = "weight",
+    found: Survey | None = None,
 ) -> None:
     """Warn where much of the model, or most of the groups that were asked for, is not scored.
 
     Args:
         targets: those that are scored.
+        found: the model's `survey`, where somebody has it already.
     """
-    covered = coverage(model, targets)
+    covered = coverage(model, targets, found=found)
     missed, total = covered["unscorable"], covered["model_parameters"]
     asked = _groups_asked_for(covered["groups"], target_modules)
     of_asked, missed_of_asked = _missed(covered["groups"], asked)
@@ -343,7 +342,7 @@ def _missed(groups: Mapping[str, Mapping[str, int]], asked: Sequence[str]) -> tu
     return total, total - sum(each["scored_parameters"] for each in found)
 
 
-def _by_group(found: _Survey, scored: Collection[str]) -> dict[str, dict[str, int]]:
+def _by_group(found: Survey, scored: Collection[str]) -> dict[str, dict[str, int]]:
     groups: dict[str, dict[str, int]] = {}
 
     def add(group: str, **counts: int) -> None:
@@ -362,7 +361,7 @@ def _by_group(found: _Survey, scored: Collection[str]) -> dict[str, dict[str, in
     return groups
 
 
-def _by_kind(found: _Survey, scored: Collection[str]) -> dict[str, dict[str, int]]:
+def _by_kind(found: Survey, scored: Collection[str]) -> dict[str, dict[str, int]]:
     """Parameters in the decoder layers of Linear modules and of fused experts."""
     kinds = {kind: {"parameters": 0, "scored_parameters": 0} for kind in ("linear", "experts")}
     for target in found.targets:
@@ -385,17 +384,33 @@ def _kinds(names: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Survey:
-    """Attributes:
-    targets: every module that can be scored, in the model's order.
-    unscorable: parameter name -> its group and size.
+class Survey:
+    """What a model is made of, looked up once for all that a `score()` asks of it.
+
+    Attributes:
+        targets: every module that can be scored, in the model's order.
+        unscorable: parameter name -> its group and size.
+        layers: the `decoder_layers`.
+        parameters: how many numbers the model's parameters hold, without those of adapters.
     """
 
     targets: list[Target]
     unscorable: dict[str, tuple[str, int]]
+    layers: dict[str, nn.Module]
+    parameters: int
 
 
-def _survey(model: nn.Module) -> _Survey:
+def survey(model: nn.Module) -> Survey:
+    """Look through a model for its decoder layers and for what can be scored.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; load it first, for "
+            "example with transformers.AutoModelForCausalLM.from_pretrained"
+        )
     head = getattr(model, "get_output_embeddings", lambda: None)()
     plains = list(plain_modules(model))
     excluded = set() if head is None else set(head.modules())
@@ -458,7 +473,9 @@ def _survey(model: nn.Module) -> _Survey:
         for name, parameter in plain.module.named_parameters(recurse=False)
         if parameter.dim() >= 2 and id(parameter) not in weights
     }
-    return _Survey(targets, unscorable)
+    parameters = (p for plain in plains for p in plain.module.parameters(recurse=False))
+    total = sum({id(parameter): parameter.numel() for parameter in parameters}.values())
+    return Survey(targets, unscorable, layers, total)
 
 
 def _grouping(

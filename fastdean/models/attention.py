@@ -195,9 +195,18 @@ def attends_ragged(model: nn.Module) -> bool:
 
 def _configs(model: nn.Module) -> list[Any]:
     """The configurations that the model's modules read their attention from, each once."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    with_attention = (c for c in configs if hasattr(c, "_attn_implementation_internal"))
-    return list({id(config): config for config in with_attention}.values())
+    # Each once before anything is read of them: most modules share one, and batches are many.
+    configs = {id(config): config for config in map(_config_of, model.modules())}
+    return [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
+
+
+def _config_of(module: nn.Module) -> Any:
+    """`module.config`, or None, without the error that torch words for each module without one."""
+    own, kind = vars(module), type(module)
+    plain = kind.__getattr__ is nn.Module.__getattr__
+    if "config" not in own and plain and not hasattr(kind, "config"):
+        return None
+    return getattr(module, "config", None)
 
 
 def segment_mask(

@@ -45,6 +45,7 @@ from fastdean.models.probes import (
     sees_ahead,
     sees_back,
     segments_are_exact,
+    undisturbed,
 )
 
 # What models call the tables that they look positions and token types up in.
@@ -406,18 +407,20 @@ def _without_default_positions(
 
 def exact_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
     """How these `fitted` examples may share a batch of this model without changing its numbers."""
-    causal = label_shift(model) == 1
     plain = [example for example in examples if not example.columns]
     by_columns: dict[tuple[str, ...], list[Example]] = {}
     for example in examples:
         if example.columns and not example.stands_alone:
             by_columns.setdefault(tuple(sorted(example.columns)), []).append(example)
-    packed = causal and packing_is_exact(model, plain)
-    by_segments = causal and segments_are_exact(model, plain)
-    grouped = [*([] if packed else [plain]), *by_columns.values()]
+    with undisturbed(model):
+        causal = label_shift(model) == 1
+        packed = causal and packing_is_exact(model, plain)
+        by_segments = causal and segments_are_exact(model, plain)
+        grouped = [*([] if packed else [plain]), *by_columns.values()]
+        padded = all(padding_is_exact(model, group) for group in grouped)
     return Layout(
         packed=packed,
-        padded=all(padding_is_exact(model, group) for group in grouped),
+        padded=padded,
         alone_above=_rotary_limit(model),
         longest_row=_longest_row(model) if packed or by_segments else None,
         by_segments=by_segments,

@@ -120,7 +120,7 @@ def max_tokens(model: nn.Module) -> int | None:
     if longest is None or longest < 1:
         return None
     for module in model.modules():
-        positions = getattr(module, "position_embeddings", None)
+        positions = module._modules.get("position_embeddings")
         if isinstance(positions, nn.Embedding) and positions.padding_idx is not None:
             return longest - positions.padding_idx - 1
     return longest
@@ -153,7 +153,9 @@ def evaluation_state(model: nn.Module) -> Iterator[None]:
             config.use_cache = value
 
     with undone(undo):
-        model.eval()
+        # A walk over all modules, once for every small pass.
+        if training:
+            model.eval()
         for config in configs:
             config.use_cache = False
         yield
@@ -162,13 +164,19 @@ def evaluation_state(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient inside: autograd computes dX and never dW."""
-    # By name: offloading replaces the parameter objects during the forward pass.
-    named = model.named_parameters(remove_duplicate=False)
-    trainable = [name for name, parameter in named if parameter.requires_grad]
+    # By place: offloading replaces the parameter objects during the forward pass.
+    trainable = [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
 
     def require_grad(required: bool) -> None:
-        for name in trainable:
-            model.get_parameter(name).requires_grad_(required)
+        for module, name in trainable:
+            parameter = module._parameters[name]
+            assert parameter is not None
+            parameter.requires_grad_(required)
 
     with undone(lambda: require_grad(True)):
         require_grad(False)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,8 +37,27 @@ from fastdean.models.model_state import (
 _PROBE_TOKENS = 12
 # Devices on which examples may attend by segments.
 _BY_SEGMENTS = ("cpu", "cuda")
+# What a module notes as a number or a text.
+_PLAIN = (bool, int, float, str)
 # Model -> the state that it was measured in, and the answers.
 _ANSWERS: WeakKeyDictionary[nn.Module, tuple[int, dict]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Here:
+    """A model inside of `undisturbed`.
+
+    Attributes:
+        answers: by question.
+        alone: token ids -> the logits that the model gave for them by themselves.
+    """
+
+    model: nn.Module
+    answers: dict[str | tuple, bool]
+    alone: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+
+_HERE: ContextVar[_Here | None] = ContextVar("undisturbed", default=None)
 
 
 def sees_ahead(model: nn.Module) -> bool | None:
@@ -84,7 +106,7 @@ def _measured_sight(model: nn.Module, *, ahead: bool) -> bool | None:
         if half == 0:
             return None
         earlier, later = slice(half), slice(half, None)
-        logits = _logits_of_ids(model, ids)
+        logits = _logits_alone(model, ids)
         if logits.is_meta or not logits.isfinite().all():
             return None
 
@@ -114,7 +136,7 @@ def numbers_from(model: nn.Module, start: int) -> bool:
         try:
             ids, _ = _ordinary_ids(model)
             positions = torch.arange(start, start + len(ids))
-            own = _logits_of_ids(model, ids)
+            own = _logits_alone(model, ids)
             numbered = _logits_of_ids(model, ids, position_ids=positions)
         except (AttributeError, IndexError, TypeError, ValueError):
             return False
@@ -188,7 +210,7 @@ def _keeps_apart(
     ab = packed_logits([a, b])
     changed_a = packed_logits([_another(a), b])
     changed_b = packed_logits([a, _another(b)])
-    alone = _logits_of_ids(model, b)
+    alone = _logits_alone(model, b)
     epsilon = _epsilon(model)
     return (
         _distance(changed_a[len(a) :], ab[len(a) :]) <= epsilon / 4
@@ -220,22 +242,42 @@ def padding_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
     return bool(_asked_once(model, question, measured))
 
 
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Nothing but measurements of this file touches the model inside.
+
+    So one look at its state does for all that is asked, and what it gave for some tokens is kept.
+    """
+    here = _HERE.get()
+    if here is not None and here.model is model:
+        yield
+        return
+    kept, answers = _ANSWERS.get(model, (None, {}))
+    here = _Here(model, dict(answers) if kept == _state(model) else {})
+    known = len(here.answers)
+    token = _HERE.set(here)
+    try:
+        yield
+    finally:
+        _HERE.reset(token)
+        if len(here.answers) > known:
+            # Some modules note something in their first run.
+            _ANSWERS[model] = _state(model), here.answers
+
+
 def _asked_once(
     model: nn.Module, question: str | tuple, measure: Callable[[], bool | None]
 ) -> bool | None:
     """The answer of `measure`, kept until the model is seen to change."""
-    state = _state(model)
-    kept, answers = _ANSWERS.get(model, (None, {}))
-    if kept != state:
-        answers = {}
-    if question not in answers:
-        answer = measure()
-        if answer is None:
-            return None
-        answers[question] = answer
-        # Some modules note something in their first run.
-        _ANSWERS[model] = _state(model), answers
-    return answers[question]
+    with undisturbed(model):
+        here = _HERE.get()
+        assert here is not None
+        if question not in here.answers:
+            answer = measure()
+            if answer is None:
+                return None
+            here.answers[question] = answer
+        return here.answers[question]
 
 
 def _state(model: nn.Module) -> int:
@@ -255,7 +297,7 @@ def _state(model: nn.Module) -> int:
         found += [
             (name, value)
             for name, value in own.items()
-            if isinstance(value, bool | int | float | str) and name != "training"
+            if isinstance(value, _PLAIN) and name != "training"
         ]
         for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
             if tensor is not None:
@@ -293,6 +335,16 @@ def _another(ids: Tensor) -> Tensor:
 def _packed_logits(model: nn.Module, parts: Sequence[Tensor]) -> Tensor:
     positions = torch.cat([torch.arange(part.numel()) for part in parts])
     return _logits_of_ids(model, torch.cat(list(parts)), position_ids=positions)
+
+
+def _logits_alone(model: nn.Module, ids: Tensor) -> Tensor:
+    """`_logits_of_ids` of these tokens, kept inside of `undisturbed`."""
+    here = _HERE.get()
+    assert here is not None and here.model is model
+    key = tuple(ids.tolist())
+    if key not in here.alone:
+        here.alone[key] = _logits_of_ids(model, ids)
+    return here.alone[key]
 
 
 def _logits_of_ids(model: nn.Module, ids: Tensor, **columns: Tensor) -> Tensor:

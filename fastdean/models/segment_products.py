@@ -141,7 +141,7 @@ class Lookup:
             bounds = torch.tensor([segments.bounds[i] for i in members]).view(-1, 2, 1, 1, 1)
             start, length = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
             step = torch.arange(segments.longest(members)).view(1, 1, -1, 1)
-            shape = torch.broadcast_shapes((start + step).shape, head.shape)
+            shape = (len(members), heads // shared_by, step.numel(), shared_by)
             token = start + step.minimum(length - 1)
             tokens.append(torch.stack([token.expand(shape), head.expand(shape)]).flatten(1))
             insides.append((step < length).expand(shape).flatten())

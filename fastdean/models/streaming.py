@@ -303,6 +303,8 @@ def parameters_on_meta() -> Iterator[None]:
         register(module, name, parameter)
         if parameter is not None:
             blank = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            # Transformers would else draw random values, through many operations each, of nothing.
+            blank._is_hf_initialized = True  # type: ignore[attr-defined]
             module._parameters[name] = blank
 
     def undo() -> None:

@@ -102,7 +102,14 @@ def hooks_left(model):
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Layers like those of others here.
+ALIKE = ("phi3", "olmo2", "granite", "stablelm", "mpt")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in FAMILIES],
+)
 def test_equals_the_order_by_batches(family):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 

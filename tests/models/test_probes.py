@@ -10,9 +10,11 @@ from tiny_data import batches, make_examples
 from tiny_models import CAUSAL_MODELS, HIDDEN, VOCAB, bert, gpt2, llama
 
 import fastdean
+from fastdean.coupling import targets
 from fastdean.data.batching import plan_batches
 from fastdean.data.examples import Example
 from fastdean.evaluation import last_token_states, perplexity
+from fastdean.models import probes
 from fastdean.models.forward import exact_layout, fitted, label_shift
 from fastdean.models.model_state import max_tokens
 from fastdean.models.probes import numbers_from, padding_is_exact, sees_ahead, sees_back
@@ -233,6 +235,58 @@ def test_causality_is_measured_once_and_leaves_the_model_as_it_was():
     handle.remove()
     assert len(passes) == 2 and model.training and model.transformer.h[0].training
     assert model.config.use_cache is True
+
+
+def test_a_model_that_did_not_change_costs_one_trial_and_the_batches():
+    model, ran = llama(), []
+    model.register_forward_pre_hook(lambda *args: ran.append(1))
+
+    def passes():
+        ran.clear()
+        scores = fastdean.score(model, [Example(*each) for each in EXAMPLES], progress=False)
+        assert scores.manifest["batching"]["by_segments"] is True
+        return len(ran)
+
+    # Two of causality, two of positions, six of packed examples, one of an example by itself.
+    assert passes() == 11 + 2
+    assert passes() == 2
+
+
+def test_what_a_score_asks_is_looked_up_once(monkeypatch):
+    model, looked = llama(), []
+
+    def counted(module, name):
+        real = getattr(module, name)
+
+        def noted(model):
+            looked.append(name)
+            return real(model)
+
+        monkeypatch.setattr(module, name, noted)
+
+    counted(probes, "_state")
+    counted(targets, "decoder_layers")
+    examples = [Example(*each) for each in EXAMPLES]
+    expected = fastdean.score(model, examples, progress=False)
+    looked.clear()
+    again = fastdean.score(model, examples, progress=False)
+    # Before the examples are read, which is the caller's code, and after.
+    assert sorted(looked) == ["_state", "_state", "decoder_layers"]
+    assert again.manifest["coverage"] == expected.manifest["coverage"]
+
+
+def test_a_model_that_changes_after_a_failed_measurement_is_measured_again(monkeypatch):
+    model = gpt2()
+
+    def failing(*args):
+        raise torch.OutOfMemoryError("as a GPU does")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probes, "attends_plainly", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            exact_layout(model, [Example(*each) for each in EXAMPLES])
+    no_longer_causal(model)
+    assert sees_ahead(model) is True
 
 
 def no_longer_causal(model):
