@@ -514,9 +514,9 @@ def test_measurements_come_last_alone_and_ask_for_what_the_benchmarks_know():
             count = kinds.count([plan.RECORDS])
             assert count > 6 and kinds[-count:] == [[plan.RECORDS]] * count
             for [part] in stages[-count:]:
-                options = command.parsed("", "", BENCHMARKS, part.command[2:])
+                options = command.parsed("", "", BENCHMARKS, ["op"], ["op"], part.command[2:])
                 assert options.rehearsal == rehearsal and options.resume and options.tested
-                tests = BENCHMARKS[options.run].module.tests(options, on_gpu=True)
+                tests = BENCHMARKS[options.run].tests(options, on_gpu=True)
                 assert part.needs_tests == tuple(tests) and options.seconds <= part.limit
                 assert part.least <= part.limit
     assert sum(float(part.command[-1]) for [part] in stages[-count:][:8]) <= 320
