@@ -12,10 +12,10 @@ from machine import DEVICE
 
 from benchmarks.__main__ import main
 from benchmarks.gpu.aims import AIMS
-from benchmarks.harness import environment, gate, lengths, store, tables
+from benchmarks.harness import environment, gate, lengths, store
 from benchmarks.harness.cases import Contender
 from benchmarks.harness.store import Record
-from benchmarks.ops import importance, measuring, run, table
+from benchmarks.ops import importance, measuring, run
 from fastdean import kernels as fastdean_kernels
 
 TOYS = [case for cases in run.OPERATIONS.values() for case in cases(True)]
@@ -60,15 +60,14 @@ def off_by(relative):
     return lambda inputs: importance.mm_loop(inputs).mul_(1 + relative)
 
 
-def test_a_contender_that_is_wrong_or_leaves_memory_unwritten_is_not_timed():
+def test_a_contender_that_is_wrong_is_not_timed():
     for wrong, text in (
         (off_by(1e-3), "wrong must compute importance to 5e-05, got an error of 0.001"),
         (lambda inputs: inputs.acc, "wrong must compute importance"),
-        (lambda inputs: torch.empty_like(inputs.acc), "got an error of nan"),
+        (lambda inputs: inputs.acc * float("nan"), "got an error of nan"),
     ):
         with pytest.raises(RuntimeError, match=text):
             measuring.check(toy("importance"), Contender("wrong", wrong), generator())
-    assert not torch.are_deterministic_algorithms_enabled()
     case = toy("selection")
     right = next(each for each in case.contenders if each.name == "reference")
 
@@ -244,37 +243,3 @@ def test_ours_come_first_on_every_case_and_what_torch_compiles_last(kernels, mon
         *("plain product", "reference", "plain product", "reference"),
         *("mm per example", "mm per example", "compiled", "compiled"),
     ]
-
-
-def row_of(contender, median_s, case="2 x 3", day=2, **metrics):
-    seconds = {"median_s": median_s, "p20_s": 0.9 * median_s, "p80_s": 1.1 * median_s}
-    metrics = {
-        "timed_by": "events", "operations_per_s": 1e9 / median_s, "bytes_per_s": 1e6 / median_s,
-        "floor": "plain product", "floor_s": 0.001, "copy_bandwidth": 2e9, "matrix_rate": 3e12,
-        "product": "out_dtype=fp32", "device_s": None, **metrics,
-    }  # fmt: skip
-    known = next(store.read(store.RESULTS, "importance")).environment
-    here = known | {"device": "Some GPU", "date": f"2026-01-0{day}"}
-    setup = {"dtype": "bf16"}
-    return Record("importance", case, contender, setup, seconds, metrics, environment=here)
-
-
-def test_the_table_has_a_column_for_each_contender_and_the_latest_of_each():
-    rows = [
-        row_of("triton", 0.5, day=1),
-        row_of("mm per example", 0.006, device_s=0.005),
-        row_of("plain product", 0.001),
-        row_of("triton", 0.002, day=3),
-        row_of("mm per example", 0.001, case="4 x 5"),
-    ]
-    text = tables.rendered(table.operation_table("importance"), rows)
-    header, _, first, second, *_ = text.splitlines()
-    assert header == "| case | floor | triton | mm per example | triton / floor | rate of triton |"
-    assert first == (
-        "| 2 x 3, bf16 | 1.000 ms | 2.000 ms | 6.000 ms (3.0x, device 5.000 ms) | 2.00x "
-        "| 500.0 GFLOP/s |"
-    )
-    # What was not measured is left open.
-    assert second == "| 4 x 5, bf16 | 1.000 ms | | 1.000 ms | | |"
-    assert "p20 to p80 spans at most 20% of one. Floor: plain product. Copies 2 GB/s" in text
-    assert "Device: what it is busy for, by torch's profiler, without gaps" in text
