@@ -140,6 +140,8 @@ def parsed(
         _add_shared(command)
         benchmark.add_options(command)
     for name, ops in (("table", with_table), ("plot", with_picture)):
+        if not ops:
+            continue
         said = f"show recorded results as a {name}"
         command = commands.add_parser(name, help=said, description=said, formatter_class=_Help)
         said = f"whose: {', '.join(ops)}"

@@ -1,10 +1,8 @@
 """Train a model with and without the collapse regulariser and with control words, over seeds.
 
 `python -m experiments.debias run` measures collapse, fluency and bias of each arm after the tests
-of what it takes. `table` and `plot` show what it has recorded:
-
-    python -m experiments.debias table --into docs/performance.md
-    python -m experiments.debias plot --out debias.png
+of what it takes. `python -m experiments.debias table --into docs/performance.md` shows what it has
+recorded.
 """
 
 from __future__ import annotations
@@ -15,11 +13,11 @@ from collections.abc import Sequence
 from benchmarks.harness import command
 from experiments.debias import run, table
 
-TABLES, PICTURES = {"debias": table.TABLE}, {"debias": table.picture}
+TABLES = {"debias": table.TABLE}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.main("-m experiments.debias", __doc__, {"run": run}, TABLES, PICTURES, argv)
+    return command.main("-m experiments.debias", __doc__, {"run": run}, TABLES, {}, argv)
 
 
 if __name__ == "__main__":
