@@ -1,11 +1,11 @@
 """Measure fastdean: `python -m benchmarks RUN`, from the root of a checkout.
 
-All runs pass the tests of what they measure first, and measure nothing when one fails. `table` and
-`plot` show what they have recorded:
+All runs pass the tests of what they measure first, and measure nothing when one fails. `table` and,
+of whole runs, `plot` show what they have recorded:
 
     python -m benchmarks kernels --op mask
     python -m benchmarks table --op mask --into docs/performance.md
-    python -m benchmarks plot --op mask --out mask.png
+    python -m benchmarks plot --op sweep --out sweep.png
 
 `python -m benchmarks RUN --help` says what a run measures and takes.
 """
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from benchmarks import patch, regularizer
 from benchmarks.harness import command
 from benchmarks.ops import run as kernels
-from benchmarks.ops import table as kernels_table
+from benchmarks.ops.table import operation_table
 from benchmarks.score import agreement, orders, streamed, sweep
 from benchmarks.score import run as score
 
@@ -34,9 +34,8 @@ _WITH_A_TABLE = {
 BENCHMARKS = _WITH_A_TABLE | {"kernels": kernels}
 # By the operation that the results file is named after.
 TABLES = {name: module.TABLE for name, module in _WITH_A_TABLE.items()}
-TABLES |= {op: kernels_table.operation_table(op) for op in kernels.OPERATIONS}
+TABLES |= {op: operation_table(op) for op in kernels.OPERATIONS}
 PICTURES = {"score": score.picture, "sweep": sweep.picture}
-PICTURES |= dict.fromkeys(kernels.OPERATIONS, kernels_table.picture)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

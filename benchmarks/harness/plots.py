@@ -92,12 +92,12 @@ def _draw(axis: Axes, panel: Panel) -> None:
     axis.legend(fontsize=8)
 
 
-def seconds_over(rows: Sequence[Record], x: str, scale: float = 1.0) -> tuple[list[Line], Line]:
+def seconds_over(rows: Sequence[Record], x: str) -> tuple[list[Line], Line]:
     """A line of medians for each contender with its percentiles, and the floor; `x`: what was
-    varied, `scale`: what seconds are multiplied with."""
+    varied."""
     rows, lines = sorted(rows, key=lambda row: row[x]), []
     for line in store.grouped(rows, ("contender",)):
-        y, low, high = ([scale * row[e] for row in line] for e in ("median_s", "p20_s", "p80_s"))
+        y, low, high = ([row[e] for row in line] for e in ("median_s", "p20_s", "p80_s"))
         lines.append(Line(line[0].contender, [row[x] for row in line], y, low, high))
-    floors = {row[x]: scale * row["floor_s"] for row in rows}
+    floors = {row[x]: row["floor_s"] for row in rows}
     return lines, Line("floor", list(floors), list(floors.values()))

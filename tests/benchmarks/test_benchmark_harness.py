@@ -230,7 +230,7 @@ def test_toys_alone_make_no_table_and_a_file_without_markers_is_left_alone(tmp_p
     assert page.read_text().startswith(start) and page.read_text().endswith(end)
 
 
-@pytest.mark.parametrize("op", ["score", "importance"])
+@pytest.mark.parametrize("op", ["score", "sweep"])
 def test_recorded_results_make_a_picture(tmp_path, op):
     picture = tmp_path / f"{op}.png"
     assert main(["plot", "--op", op, "--out", str(picture)]) == 0
