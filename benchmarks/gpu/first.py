@@ -272,7 +272,7 @@ class Call:
 def measurements(out: Path) -> list[store.Record]:
     """All that was recorded in OUT; the tests are none."""
     ops = sorted({path.stem for path in (out / "results").glob("*/*.jsonl")} - {gate.OP})
-    return [row for op in ops for row in store.read(out / "results", op, quiet=True)]
+    return [row for op in ops for row in store.read(out / "results", op)]
 
 
 def loaded(state: Path) -> dict[str, Outcome]:
