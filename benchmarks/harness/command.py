@@ -139,23 +139,18 @@ def parsed(
         command = commands.add_parser(name, help=about, **options)
         _add_shared(command)
         benchmark.add_options(command)
-    for name, ops in (("table", with_table), ("plot", with_picture)):
-        if not ops:
-            continue
-        said = f"show recorded results as a {name}"
-        command = commands.add_parser(name, help=said, description=said, formatter_class=_Help)
-        said = f"whose: {', '.join(ops)}"
-        command.add_argument("--op", choices=ops, default=ops[0], metavar="OP", help=said)
-        said = "folder of the records"
-        command.add_argument(
-            "--results", type=Path, default=store.RESULTS, metavar="FOLDER", help=said
-        )
-        if name == "table":
-            said = "put it into this markdown file, between its two marker lines"
-            command.add_argument("--into", type=Path, metavar="FILE", help=said)
-        else:
-            said = "the picture; default: the op's name, as PNG"
-            command.add_argument("--out", type=Path, metavar="FILE", help=said)
+    into = "put it into this markdown file, between its two marker lines"
+    out = "the picture; default: the op's name, as PNG"
+    for name, ops, flag, said in (
+        ("table", with_table, "--into", into),
+        ("plot", with_picture, "--out", out),
+    ):
+        if ops:
+            about = f"show recorded results as a {name}"
+            add = commands.add_parser(name, help=about, formatter_class=_Help).add_argument
+            add("--op", choices=ops, default=ops[0], help="whose")
+            add("--results", type=Path, default=store.RESULTS, help="folder of the records")
+            add(flag, type=Path, metavar="FILE", help=said)
     options = parser.parse_args(argv)
     into_results = getattr(options, "out", None) == store.RESULTS
     if getattr(options, "rehearsal", False) and (options.device != "cpu" or into_results):

@@ -138,9 +138,8 @@ def _measure(
 
     wanted = [each for each in case.contenders if each.turn == turn and is_wanted(each)]
     records_floor = turn == 0 and case.floor is not None and is_wanted(case.floor)
-    if not wanted and not records_floor:
-        return
-    say(f"{case.op}: {case.name}")
+    if wanted or records_floor:
+        say(f"{case.op}: {case.name}")
     refusals = {each.name: each.refusal(device) for each in wanted}
     for name, reason in refusals.items():
         if reason:

@@ -90,6 +90,11 @@ def test_every_aim_has_its_cases_and_they_come_first():
     assert all(e["lengths"] == "beavertails" or e["tokens_per_example"] >= 256 for e in first)
     names = [(case.op, case.name, case.dtype) for cases in real.values() for case in cases]
     assert len(set(names)) == len(names)
+    # --impl knows the names of the toys.
+    contenders = {
+        each.name for cases in real.values() for case in cases for each in case.contenders
+    }
+    assert contenders == {each.name for case in TOYS for each in case.contenders}
 
 
 def test_interpreted_kernels_have_a_name_of_their_own(monkeypatch):
