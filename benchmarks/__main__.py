@@ -1,11 +1,11 @@
 """Measure fastdean: `python -m benchmarks RUN`, from the root of a checkout.
 
-All runs pass the tests of what they measure first, and measure nothing when one fails. `table` and
-`plot` show what they have recorded:
+All runs pass the tests of what they measure first, and measure nothing when one fails. `table` and,
+of whole runs, `plot` show what they have recorded:
 
     python -m benchmarks kernels --op mask
     python -m benchmarks table --op mask --into docs/performance.md
-    python -m benchmarks plot --op mask --out mask.png
+    python -m benchmarks plot --op sweep --out sweep.png
 
 `python -m benchmarks RUN --help` says what a run measures and takes.
 """
@@ -17,58 +17,29 @@ from collections.abc import Sequence
 
 from benchmarks import patch, regularizer
 from benchmarks.harness import command
-from benchmarks.harness.command import Benchmark
 from benchmarks.ops import run as kernels
-from benchmarks.ops import table as kernels_table
+from benchmarks.ops.table import operation_table
 from benchmarks.score import agreement, orders, streamed, sweep
 from benchmarks.score import run as score
 
-_KERNELS = {op: kernels_table.operation_table(op) for op in kernels.OPERATIONS}
-BENCHMARKS = {
-    "score": Benchmark(
-        "time several ways to the same scores",
-        score,
-        {"score": score.TABLE},
-        {"score": score.picture},
-    ),
-    "kernels": Benchmark(
-        "time every operation by itself",
-        kernels,
-        _KERNELS,
-        dict.fromkeys(_KERNELS, kernels_table.picture),
-    ),
-    "sweep": Benchmark(
-        "how the time of fastdean.score grows",
-        sweep,
-        {"sweep": sweep.TABLE},
-        {"sweep": sweep.picture},
-    ),
-    "orders": Benchmark(
-        "batch by batch against layer by layer, resident and streamed: time and memory",
-        orders,
-        {"orders": orders.TABLE},
-    ),
-    "streamed": Benchmark(
-        "a checkpoint larger than the memory it is scored in",
-        streamed,
-        {"streamed": streamed.TABLE},
-    ),
-    "agreement": Benchmark(
-        "bf16 against fp32, fastdean against the loop", agreement, {"agreement": agreement.TABLE}
-    ),
-    "patch": Benchmark(
-        "time patch_checkpoint against cp of the same files", patch, {"patch": patch.TABLE}
-    ),
-    "regularizer": Benchmark(
-        "time training steps with and without the collapse regulariser",
-        regularizer,
-        {"regularizer": regularizer.TABLE},
-    ),
+_WITH_A_TABLE = {
+    "score": score,
+    "sweep": sweep,
+    "orders": orders,
+    "streamed": streamed,
+    "agreement": agreement,
+    "patch": patch,
+    "regularizer": regularizer,
 }
+BENCHMARKS = _WITH_A_TABLE | {"kernels": kernels}
+# By the operation that the results file is named after.
+TABLES = {name: module.TABLE for name, module in _WITH_A_TABLE.items()}
+TABLES |= {op: operation_table(op) for op in kernels.OPERATIONS}
+PICTURES = {"score": score.picture, "sweep": sweep.picture}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.main("-m benchmarks", __doc__, BENCHMARKS, argv)
+    return command.main("-m benchmarks", __doc__, BENCHMARKS, TABLES, PICTURES, argv)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -66,48 +66,23 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     return test_files("checkpoint")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The MLPs of a language model in bf16, in `shards` files, and nothing else of it."""
+class Checkpoint(NamedTuple):
+    """The MLPs of a language model in bf16, in `shards` files, and nothing else of it; `matrices`:
+    name -> shape, in the order of the layers."""
 
-    hidden: int
-    intermediate: int
-    layers: int
+    matrices: dict[str, tuple[int, int]]
     shards: int
-
-    @classmethod
-    def asked_for(cls, options: argparse.Namespace) -> Checkpoint:
-        """The fewest layers that make `--gigabytes` (1e9 bytes); `--toy`: two tiny ones."""
-        hidden, intermediate = _TOY_SIZES if options.toy else _SIZES
-        fewest = -int(-options.gigabytes * 1e9 // (3 * hidden * intermediate * 2))
-        layers = _TOY_LAYERS if options.toy else fewest
-        if options.shards > 3 * layers:
-            raise ValueError(
-                f"shards must be at most {3 * layers}, the matrices of the checkpoint, got "
-                f"{options.shards}; pass fewer, or more gigabytes"
-            )
-        return cls(hidden, intermediate, layers, options.shards)
-
-    @property
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Name -> shape, in the order of the layers."""
-        wide, narrow = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
-        projections = {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
-        return {
-            f"model.layers.{layer}.mlp.{projection}.weight": shape
-            for layer in range(self.layers)
-            for projection, shape in projections.items()
-        }
 
     @property
     def nbytes(self) -> int:
-        return len(self.matrices) * self.hidden * self.intermediate * 2
+        return sum(2 * rows * columns for rows, columns in self.matrices.values())
 
     @property
     def name(self) -> str:
+        rows, columns = next(iter(self.matrices.values()))
         return (
             f"{self.nbytes / 1e9:.3g} GB in {self.shards} shards, {len(self.matrices)} matrices of "
-            f"{self.intermediate} x {self.hidden}, {_MASKED_EACH} values masked in each"
+            f"{rows} x {columns}, {_MASKED_EACH} values masked in each"
         )
 
     def write(self, folder: Path) -> NeuronMask:
@@ -130,48 +105,46 @@ class Checkpoint:
                 entries[name] = MaskEntry(index, weight.flatten()[index], tuple(weight.shape))
                 tensors[name], weight_map[name] = weight, file_name
             save_file(tensors, folder / file_name, metadata={"format": "pt"})
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers,
-            "torch_dtype": "bfloat16",
-        }
         index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
-        for name, content in (("model.safetensors.index.json", index), ("config.json", config)):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
         _flush(folder)  # what the disk has still to write would be counted in the first turn
         return NeuronMask(entries)
 
 
+def checkpoint_for(options: argparse.Namespace) -> Checkpoint:
+    """The fewest layers that make `--gigabytes` (1e9 bytes); `--toy`: two tiny ones."""
+    hidden, intermediate = _TOY_SIZES if options.toy else _SIZES
+    fewest = -int(-options.gigabytes * 1e9 // (3 * hidden * intermediate * 2))
+    wide, narrow = (intermediate, hidden), (hidden, intermediate)
+    matrices = {
+        f"model.layers.{layer}.mlp.{projection}.weight": shape
+        for layer in range(_TOY_LAYERS if options.toy else fewest)
+        for projection, shape in (("gate_proj", wide), ("up_proj", wide), ("down_proj", narrow))
+    }
+    return Checkpoint(matrices, min(options.shards, len(matrices)))
+
+
 def require(options: argparse.Namespace) -> None:
     """Asked before any test runs."""
-    checkpoint, folder = Checkpoint.asked_for(options), options.folder
     if options.device != "cpu":
         raise ValueError(
             f"device must be cpu, got {options.device}; files are copied by the host, leave it out"
         )
-    if not folder.is_dir():
-        raise ValueError(
-            f"folder must be a folder, got {str(folder)!r}, which is none; make it, or leave "
-            "--folder out for the system's temporary one"
-        )
-    needed, free = _COPIES * checkpoint.nbytes, shutil.disk_usage(folder).free
+    needed = _COPIES * checkpoint_for(options).nbytes
+    free = shutil.disk_usage(options.folder).free if options.folder.is_dir() else 0
     if free < needed:
         raise ValueError(
             f"folder must have room for {_COPIES} copies of the checkpoint, {needed / 1e9:.3g} GB, "
-            f"got {free / 1e9:.3g} GB free in {str(folder)!r}; make room, name another with "
-            "--folder, or pass fewer --gigabytes"
+            f"got {free / 1e9:.3g} GB free in {str(options.folder)!r}; make room, name another "
+            "with --folder, or pass fewer --gigabytes"
         )
-    if shutil.which("cp") is None:
-        raise RuntimeError("cp must be on the PATH, got none; it is what is compared with")
 
 
 def run(session: Session) -> int:
     """Append one record per way to copy; all that is written to `--folder` is removed again."""
     options = session.options
-    checkpoint = Checkpoint.asked_for(options)
+    checkpoint = checkpoint_for(options)
     setup = {
         "dtype": "bf16",
         "checkpoint_bytes": checkpoint.nbytes,

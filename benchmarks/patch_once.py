@@ -2,7 +2,7 @@
 
 `python -m benchmarks.patch_once SOURCE MASK OUT` prints the fields of a `Sample` as a JSON object.
 Seconds and `peak_bytes` are those of the call alone; `process_peak_bytes` also holds the
-interpreter, the imports and the mask. Besides the package it imports nothing that takes memory.
+interpreter, the imports and the mask.
 """
 
 from __future__ import annotations

@@ -94,13 +94,8 @@ class Subject:
     texts: Sequence[Example]
 
     def batch(self, tokens: int, length: int) -> dict[str, Tensor]:
-        """The arguments of one forward pass with labels: tokens // length sequences."""
-        if tokens < length:
-            raise ValueError(
-                f"tokens must be at least length, {length}, to make a sequence, got {tokens}; pass "
-                "more --tokens or a shorter --length"
-            )
-        size = (tokens // length, length)
+        """The arguments of one forward pass with labels, of at least one sequence."""
+        size = (max(1, tokens // length), length)
         stream = itertools.cycle(torch.cat([text.input_ids for text in self.texts]).tolist())
         ids = torch.tensor(list(itertools.islice(stream, math.prod(size)))).view(size)
         batch = {"input_ids": ids, "labels": ids}
@@ -238,11 +233,6 @@ class Steps:
                 if name in self.statistics:
                     regularizer.load_state_dict(self.statistics[name])
                 seconds = elapsed(self._step, device)
-                if regularizer.value is None or not math.isfinite(regularizer.value):
-                    raise RuntimeError(
-                        f"the regulariser {name} must give a finite term, got {regularizer.value}; "
-                        "there is nothing to time before it does"
-                    )
                 self.statistics[name] = regularizer.state_dict()
         finally:
             self._model.train(was_training)
@@ -273,14 +263,7 @@ def metrics(subject: Subject, options: argparse.Namespace) -> Prepared:
                 model(**batch.to(device).model_inputs())
                 last.clear()
 
-    def collapse() -> None:
-        found = collapse_metrics(model, examples, subject.classes, progress=False).values
-        if found["unc3_std"].value is None:
-            raise RuntimeError(
-                f"collapse_metrics must measure (U)NC3, got none: {found['unc3_std'].note}; "
-                "there is nothing to time before it does"
-            )
-
+    collapse = partial(collapse_metrics, model, examples, subject.classes, progress=False)
     calls = zip(CONTENDERS[METRICS], (forward, collapse), strict=True)
     turns = {name: lambda call=call: Sample(elapsed(call, device)) for name, call in calls}
     labelled = sum(subject.labelled(each.input_ids[None]) for each in examples)

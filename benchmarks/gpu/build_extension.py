@@ -33,24 +33,14 @@ raise SystemExit(found.state != "available" or not found.build.cuda)
 
 def main(build: Path) -> int:
     prebuilt = Path(os.environ.get("FASTDEAN_PREBUILT") or EXTENSION)
-    if prebuilt.resolve() != EXTENSION:
-        if _is_of_these_sources(prebuilt):
-            _put(prebuilt, checksum())
-        else:
-            print(
-                f"passed over: FASTDEAN_PREBUILT must be compiled from these sources and have "
-                f"{SOURCES} beside it that says so, got {prebuilt}"
-            )
-    if not EXTENSION.is_file():
-        objection = f"there is no {NAME}"
-    elif not _is_of_these_sources(EXTENSION):
-        objection = f"{NAME} was compiled from other sources"
-    elif not _loads():
-        objection = f"{NAME} does not load here with CUDA"
-    else:
+    if not _is_of_these_sources(prebuilt):
+        print(f"passed over: {prebuilt}, not there or without {SOURCES} that names these sources")
+    elif prebuilt.resolve() != EXTENSION:
+        _put(prebuilt, checksum())
+    if _is_of_these_sources(EXTENSION) and _loads():
         print(f"taken: {EXTENSION.relative_to(ROOT)}, compiled from these sources")
         return 0
-    print(f"compiled, since {objection}", flush=True)
+    print("compiled, since none of these sources is here that loads with CUDA", flush=True)
     # Meanwhile others start, and must not load what these sources do not fit.
     EXTENSION.unlink(missing_ok=True)
     if not _compile(build):

@@ -42,6 +42,7 @@ from benchmarks.gpu.outcomes import CUT, FAILED, PASSED, REFUSAL, SKIPPED, Outco
 from benchmarks.gpu.plan import SANITIZER, TARGETS, TOOL, Part, Stage
 from benchmarks.harness import gate, store
 from benchmarks.harness.gate import is_covered
+from fastdean.files.atomic import write_text_atomic
 
 STATE, SUMMARY, LOG, FORMS = "state.json", "summary.md", "log.txt", "checked_forms.json"
 _CHECKED = ("-m", "fastdean.ops.checked")
@@ -261,15 +262,17 @@ class Call:
             rehearsal=self.rehearsal,
         )
         outcomes = {name: asdict(each) for name, each in (self._earlier | self.outcomes).items()}
-        _put(self.out / STATE, json.dumps(outcomes, indent=1))
-        _put(self.out / SUMMARY, text)
-        _put(self.out / LOG, _joined(self._log(name) for name in [*self._names, "forms"]))
+        write_text_atomic(self.out / STATE, json.dumps(outcomes, indent=1))
+        write_text_atomic(self.out / SUMMARY, text)
+        write_text_atomic(
+            self.out / LOG, _joined(self._log(name) for name in [*self._names, "forms"])
+        )
 
 
 def measurements(out: Path) -> list[store.Record]:
     """All that was recorded in OUT; the tests are none."""
     ops = sorted({path.stem for path in (out / "results").glob("*/*.jsonl")} - {gate.OP})
-    return [row for op in ops for row in store.read(out / "results", op, quiet=True)]
+    return [row for op in ops for row in store.read(out / "results", op)]
 
 
 def loaded(state: Path) -> dict[str, Outcome]:
@@ -299,13 +302,6 @@ def _joined(logs: Iterable[Path]) -> str:
             said = said[:_HEAD] + b"\n[...]\n" + said[-_TAIL:]
         sections.append(f"===== {log.stem} =====\n{said.decode('utf-8', 'replace')}\n")
     return "".join(sections)
-
-
-def _put(path: Path, text: str) -> None:
-    """The whole file or the one before, whenever the writer is killed."""
-    arriving = path.with_name(f".{path.name}")
-    arriving.write_text(text, "utf-8")
-    os.replace(arriving, path)
 
 
 def _interrupted(number: int, frame: object) -> None:

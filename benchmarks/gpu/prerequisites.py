@@ -8,7 +8,6 @@ results depend on. In a rehearsal no GPU is asked for, and the device is called 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -19,49 +18,42 @@ from collections.abc import Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 
-VERSIONS = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17)}
-MODULES = ("pytest", "hypothesis", "accelerate", "pybind11")
+NEEDED = {
+    "torch": (2, 11),
+    "triton": (3, 6),
+    "transformers": (5, 17),
+    **dict.fromkeys(("pytest", "hypothesis", "accelerate", "pybind11"), (0,)),
+}
 
 
 def missing(rehearsal: bool = False) -> list[str]:
     """A line for each thing that is not here; in a rehearsal no GPU is missed."""
-    lines = [_too_old(name, least) for name, least in VERSIONS.items()]
-    lines += [
-        f"the Python package {name} is needed"
-        for name in MODULES
-        if importlib.util.find_spec(name) is None
-    ]
+    lines = [line for name, least in NEEDED.items() if (line := _too_old(name, least))]
     if not _is_program("cmake"):
         lines.append("the program cmake is needed, on the PATH or beside Python")
     if not any(map(_is_program, [os.environ.get("CC") or "gcc", "gcc", "clang"])):
         lines.append("a C compiler is needed (gcc, clang or $CC): Triton builds launchers with it")
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         lines.append("Python.h is needed, got none: Triton and the extension include it")
-    if not (rehearsal or _has_device()):
+    if not (lines or rehearsal or import_module("torch").cuda.is_available()):
         lines.append("a CUDA device is needed, and torch sees none")
-    return [line for line in lines if line]
+    return lines
 
 
-def _too_old(name: str, least: tuple[int, int]) -> str:
-    needed = f"{name} >= {'.'.join(map(str, least))} is needed"
+def _too_old(name: str, least: tuple[int, ...]) -> str:
+    """That a Python package is, or is not there; "" if it will do."""
     try:
-        version = import_module(name).__version__
-    except ImportError as error:
-        return f"{needed}, and it cannot be imported: {error}"
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        version = "none"
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    return "" if numbers >= least else f"{needed}, got {version}"
+    needed = f"{name} >= {'.'.join(map(str, least))} is needed, got {version}"
+    return "" if numbers >= least else needed
 
 
 def _is_program(name: str) -> bool:
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     return shutil.which(name, path=os.pathsep.join(folders)) is not None
-
-
-def _has_device() -> bool:
-    try:
-        return import_module("torch").cuda.is_available()
-    except ImportError:
-        return True  # that torch is missing is said already
 
 
 def facts(rehearsal: bool) -> dict[str, str]:

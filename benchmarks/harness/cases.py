@@ -38,7 +38,7 @@ class Contender:
         refusal: why it cannot run on a device; "" if it can.
         tolerance: the largest error (as the case defines it) at which it may be timed.
         capturable: never waits for the device, so that a CUDA graph can hold it.
-        compiled: by torch.compile, whose own allocations cannot be poisoned.
+        compiled: by torch.compile.
         ours: one of fastdean's own implementations.
         scale: what a measured time is multiplied with to stand for the whole case.
         extrapolated: "2 of 30 layers" where `scale` is not 1, else None.

@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -19,43 +20,38 @@ from benchmarks.harness.tables import Table, rendered, replace_between_markers
 from fastdean.files.atomic import write_text_atomic
 
 
-class Benchmark(NamedTuple):
-    """A subcommand.
+def main(
+    program: str,
+    description: str,
+    benchmarks: Mapping[str, ModuleType],
+    tables: Mapping[str, Table],
+    pictures: Mapping[str, Picture],
+    argv: Sequence[str] | None,
+) -> int:
+    """Run one of the benchmarks, or show records.
 
-    Attributes:
-        module: its docstring says what is measured. It has
-            add_options(parser): declares options of its own;
-            run(session) -> the status: 0, or 1 where something failed;
-            tests(options, on_gpu) -> the tests that have to pass before;
-            and may have require(options), which raises, before any test runs, for what cannot be
-            measured.
+    Args:
+        program: as it follows `python`, such as "-m benchmarks".
+        benchmarks: modules whose docstring says what is measured. They have `add_options(parser)`;
+            `tests(options, on_gpu)`, which have to pass before; `run(session)` -> the status, 0, or
+            1 where something failed; and may have `require(options)`, which raises, before any test
+            runs, for what cannot be measured.
         tables, pictures: op -> how its records are shown.
     """
-
-    help: str
-    module: Any
-    tables: Mapping[str, Table]
-    pictures: Mapping[str, Picture] = {}
-
-
-def main(
-    program: str, description: str, benchmarks: Mapping[str, Benchmark], argv: Sequence[str] | None
-) -> int:
-    """`program`: as it follows `python`, such as "-m benchmarks"."""
     argv = sys.argv[1:] if argv is None else argv
-    options = parsed(program, description, benchmarks, argv)
+    options = parsed(program, description, benchmarks, list(tables), list(pictures), argv)
     try:
         if options.run == "table":
-            return _table(options, _shown(benchmarks, "tables"))
+            return _table(options, tables[options.op])
         if options.run == "plot":
-            return _plot(options, _shown(benchmarks, "pictures"))
+            return _plot(options, pictures[options.op])
         return _measure(benchmarks[options.run], options, [*program.split(), *argv])
     except (ValueError, RuntimeError) as error:
         say(f"error: {error}")
         return 2
 
 
-def _measure(benchmark: Benchmark, options: argparse.Namespace, command: Sequence[str]) -> int:
+def _measure(benchmark: ModuleType, options: argparse.Namespace, command: Sequence[str]) -> int:
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
     if on_gpu and not torch.cuda.is_available():
@@ -63,7 +59,7 @@ def _measure(benchmark: Benchmark, options: argparse.Namespace, command: Sequenc
             "device must be one that torch sees, got cuda and no CUDA device; use cpu"
         )
     environment.require_this_checkout()
-    getattr(benchmark.module, "require", lambda options: None)(options)
+    getattr(benchmark, "require", lambda options: None)(options)
     here = environment.collect(device, command)
     if options.rehearsal:
         here["device"] = environment.REHEARSAL
@@ -71,13 +67,13 @@ def _measure(benchmark: Benchmark, options: argparse.Namespace, command: Sequenc
         f"{here['device']}, {here['threads']} threads, CPU capability {here['cpu_capability']}, "
         f"torch {here['torch']}, accumulation by {here['accumulation']}"
     )
-    gated = _gated(options, benchmark.module.tests(options, on_gpu), here, on_gpu)
+    gated = _gated(options, benchmark.tests(options, on_gpu), here, on_gpu)
     if gated is None:
         say("the tests of what is to be measured failed: nothing was measured")
         return 1
     # Only now: the tests take none of the time that is meant for measuring.
     end = None if options.seconds is None else time.monotonic() + options.seconds
-    return benchmark.module.run(Session(options, here, gated, end))
+    return benchmark.run(Session(options, here, gated, end))
 
 
 def _gated(
@@ -98,13 +94,7 @@ def _gated(
     return store.PASSED
 
 
-def _shown(benchmarks: Mapping[str, Benchmark], kind: str) -> dict[str, Any]:
-    """Op -> how it is shown, over all benchmarks."""
-    return {op: how for each in benchmarks.values() for op, how in getattr(each, kind).items()}
-
-
-def _table(options: argparse.Namespace, tables: Mapping[str, Table]) -> int:
-    table = tables[options.op]
+def _table(options: argparse.Namespace, table: Table) -> int:
     text = rendered(table, store.shown(options.results, options.op, table.command))
     if options.into is None:
         print(text)
@@ -114,10 +104,10 @@ def _table(options: argparse.Namespace, tables: Mapping[str, Table]) -> int:
     return 0
 
 
-def _plot(options: argparse.Namespace, pictures: Mapping[str, Picture]) -> int:
+def _plot(options: argparse.Namespace, picture: Picture) -> int:
     rows = store.shown(options.results, options.op, f"the benchmark of {options.op}")
     out = options.out or Path(f"{options.op}.png")
-    drawn(pictures[options.op](rows)).savefig(out, format="png", dpi=150)
+    drawn(picture(rows)).savefig(out, format="png", dpi=150)
     return 0
 
 
@@ -132,33 +122,35 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def parsed(
-    program: str, description: str, benchmarks: Mapping[str, Benchmark], argv: Sequence[str]
+    program: str,
+    description: str,
+    benchmarks: Mapping[str, ModuleType],
+    with_table: Sequence[str],
+    with_picture: Sequence[str],
+    argv: Sequence[str],
 ) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         f"python {program}", description=description, formatter_class=_Help
     )
     commands = parser.add_subparsers(dest="run", required=True, metavar="RUN")
     for name, benchmark in benchmarks.items():
-        options = {"description": benchmark.module.__doc__, "formatter_class": _Help}
-        command = commands.add_parser(name, help=benchmark.help, **options)
+        about = benchmark.__doc__.partition("\n\n")[0].removeprefix(f"`{name}`: ")
+        options = {"description": benchmark.__doc__, "formatter_class": _Help}
+        command = commands.add_parser(name, help=about, **options)
         _add_shared(command)
-        benchmark.module.add_options(command)
-    for name, kind in (("table", "tables"), ("plot", "pictures")):
-        said = f"show recorded results as a {name}"
-        command = commands.add_parser(name, help=said, description=said, formatter_class=_Help)
-        ops = list(_shown(benchmarks, kind))
-        said = f"whose: {', '.join(ops)}"
-        command.add_argument("--op", choices=ops, default=ops[0], metavar="OP", help=said)
-        said = "folder of the records"
-        command.add_argument(
-            "--results", type=Path, default=store.RESULTS, metavar="FOLDER", help=said
-        )
-        if name == "table":
-            said = "put it into this markdown file, between its two marker lines"
-            command.add_argument("--into", type=Path, metavar="FILE", help=said)
-        else:
-            said = "the picture; default: the op's name, as PNG"
-            command.add_argument("--out", type=Path, metavar="FILE", help=said)
+        benchmark.add_options(command)
+    into = "put it into this markdown file, between its two marker lines"
+    out = "the picture; default: the op's name, as PNG"
+    for name, ops, flag, said in (
+        ("table", with_table, "--into", into),
+        ("plot", with_picture, "--out", out),
+    ):
+        if ops:
+            about = f"show recorded results as a {name}"
+            add = commands.add_parser(name, help=about, formatter_class=_Help).add_argument
+            add("--op", choices=ops, default=ops[0], help="whose")
+            add("--results", type=Path, default=store.RESULTS, help="folder of the records")
+            add(flag, type=Path, metavar="FILE", help=said)
     options = parser.parse_args(argv)
     into_results = getattr(options, "out", None) == store.RESULTS
     if getattr(options, "rehearsal", False) and (options.device != "cpu" or into_results):

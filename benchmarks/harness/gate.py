@@ -76,24 +76,17 @@ def covered(outcomes: Mapping[str, str]) -> list[str]:
         outcomes: of every test of a run, or of a file that could not be read: "passed", "skipped"
             or anything else.
     """
-    names: dict[str, None] = {}
-    for test in (test for test, outcome in outcomes.items() if outcome == "passed"):
-        for level in (_file, _function, str):
-            alike = {each for other, each in outcomes.items() if level(other) == level(test)}
-            if alike <= {"passed", "skipped"}:
-                names[level(test)] = None
-                break
-    return list(names)
+    bad = [test for test, outcome in outcomes.items() if outcome not in ("passed", "skipped")]
+    bad = {name for test in bad for name in _names(test)}
+    passed = [test for test, outcome in outcomes.items() if outcome == "passed"]
+    return list(dict.fromkeys(next((n for n in _names(t) if n not in bad), t) for t in passed))
 
 
 def is_covered(test: str, seen: Collection[str]) -> bool:
     """Whether a file, a test or a case of one is among `seen`, or part of one that is."""
-    return not {test, _function(test), _file(test)}.isdisjoint(seen)
+    return any(name in seen for name in _names(test))
 
 
-def _file(test: str) -> str:
-    return test.partition("::")[0]
-
-
-def _function(test: str) -> str:
-    return test.partition("[")[0]
+def _names(test: str) -> tuple[str, str, str]:
+    """Its file, its function and itself."""
+    return test.partition("::")[0], test.partition("[")[0], test

@@ -1,9 +1,8 @@
 """The memory that a call adds to this process: its peak less what was held just before.
 
 On CUDA torch's allocator keeps that count. On Linux the kernel does: writing 5 to
-/proc/self/clear_refs sets the peak of the resident set (VmHWM) back to its present size. The peak
-in `resource.getrusage` is no substitute: a process inherits that of the one which started it.
-Elsewhere nothing is counted (None). This file imports nothing that takes memory itself.
+/proc/self/clear_refs sets the peak of the resident set back to its present size. Elsewhere nothing
+is counted (None).
 """
 
 from __future__ import annotations
@@ -11,45 +10,37 @@ from __future__ import annotations
 import ctypes
 import gc
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from fastdean.models.available_memory import peak_memory, resident_memory
+
+_CPU = torch.device("cpu")
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
 class Held:
-    """What is held now; made anew, it forgets the peaks before.
+    """What is held now, of the process or on a GPU; made anew, it forgets the peaks before."""
 
-    Args:
-        device: of torch; None: the process.
-    """
-
-    def __init__(self, device: Any = None) -> None:
-        self._device = device if device is not None and device.type == "cuda" else None
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self._device = device
         gc.collect()
-        if self._device is None:
-            self._bytes = _forget_peak()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self._bytes = torch.cuda.memory_allocated(device)
         else:
-            from torch import cuda
-
-            cuda.synchronize(device)
-            cuda.reset_peak_memory_stats(device)
-            self._bytes = cuda.memory_allocated(device)
+            self._bytes = _forget_peak()
 
     def added_bytes(self) -> int | None:
         """The most that was held since, above that."""
-        if self._device is None:
-            peak = peak_bytes()
-        else:
-            from torch import cuda
-
-            peak = cuda.max_memory_allocated(self._device)
-        return None if peak is None or self._bytes is None else max(0, peak - self._bytes)
+        return None if self._bytes is None else max(0, peak_memory(self._device) - self._bytes)
 
 
 def peak_bytes() -> int | None:
     """The most bytes this process ever held, or since the last `Held()`."""
-    return status_bytes("VmHWM")
+    return peak_memory(_CPU)
 
 
 def _forget_peak() -> int | None:
@@ -61,7 +52,7 @@ def _forget_peak() -> int | None:
         _CLEAR.write_text("5")
     except OSError:
         return None
-    return status_bytes("VmRSS")
+    return resident_memory()
 
 
 def status_bytes(field: str) -> int | None:

@@ -33,7 +33,6 @@ class Panel:
     """Attributes:
     bars: label -> its (median, 20th, 80th percentile).
     floor: what nothing beats, over x; over bars one height.
-    level: (label, height) of a dotted line.
     log: the axes with a logarithmic scale: "", "x" or "xy".
     """
 
@@ -43,7 +42,6 @@ class Panel:
     lines: Sequence[Line] = ()
     bars: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     floor: Line | float | None = None
-    level: tuple[str, float] | None = None
     log: str = ""
 
 
@@ -82,8 +80,6 @@ def _draw(axis: Axes, panel: Panel) -> None:
         axis.plot(panel.floor.x, panel.floor.y, **_FLOOR)
     elif panel.floor is not None:
         axis.axhline(panel.floor, **_FLOOR)
-    if panel.level is not None:
-        axis.axhline(panel.level[1], label=panel.level[0], color="#777777", linestyle=":")
     if "x" in panel.log:
         axis.set_xscale("log", base=2)
     if "y" in panel.log:
@@ -96,12 +92,12 @@ def _draw(axis: Axes, panel: Panel) -> None:
     axis.legend(fontsize=8)
 
 
-def seconds_over(rows: Sequence[Record], x: str, scale: float = 1.0) -> tuple[list[Line], Line]:
+def seconds_over(rows: Sequence[Record], x: str) -> tuple[list[Line], Line]:
     """A line of medians for each contender with its percentiles, and the floor; `x`: what was
-    varied, `scale`: what seconds are multiplied with."""
+    varied."""
     rows, lines = sorted(rows, key=lambda row: row[x]), []
     for line in store.grouped(rows, ("contender",)):
-        y, low, high = ([scale * row[e] for row in line] for e in ("median_s", "p20_s", "p80_s"))
+        y, low, high = ([row[e] for row in line] for e in ("median_s", "p20_s", "p80_s"))
         lines.append(Line(line[0].contender, [row[x] for row in line], y, low, high))
-    floors = {row[x]: scale * row["floor_s"] for row in rows}
+    floors = {row[x]: row["floor_s"] for row in rows}
     return lines, Line("floor", list(floors), list(floors.values()))

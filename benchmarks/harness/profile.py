@@ -34,6 +34,7 @@ KERNEL_GROUPS = {
     "importance kernel": r"^_importance_kernel",
     "unit kernels": r"^_unit_\w+_kernel",
     "selection kernels": r"^_(maxima|narrow|count|gather|finish|tally|emit)_kernel",
+    "fused kernels": r"^_(tiles|signed)_kernel",
 }
 OTHER = "other operations"
 OUTSIDE = "outside operations"

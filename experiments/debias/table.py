@@ -1,16 +1,13 @@
-"""What each arm came to, against the base and against "none": a table and a picture."""
+"""What each arm came to, against the base and against "none"."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from textwrap import fill
 
 from benchmarks.harness import store, tables
-from benchmarks.harness.plots import Line, Panel
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import NOT_MEASURED, Cells, Table
-from experiments.debias.figures import MASKED_LOSS, NC3, PERPLEXITY
 from fastdean.evaluation import mean_interval
 from fastdean.evaluation.intervals import student_quantile
 from fastdean.wording.verdicts import FEWEST, is_withheld
@@ -29,7 +26,6 @@ _FEW_SEEDS = 6
 # What tells a state of one training from all others.
 ONE_STATE = ("device", "case", "contender", "strength", "seed", "step")
 ONE_EXPERIMENT = ("device", "case")
-_NOT_DRAWN = (NC3, PERPLEXITY, MASKED_LOSS)
 
 Arm = tuple[str, float]
 
@@ -54,16 +50,11 @@ TABLE = Table("python -m experiments.debias run", ONE_STATE, ONE_EXPERIMENT, _li
 
 
 def _ends(run: Iterable[Record]) -> dict[Arm, list[Record]]:
-    """What came of each arm, in its last step."""
-    return by_arm(row for row in run if row.contender != BASE and row["step"] == row["steps"])
-
-
-def by_arm(rows: Iterable[Record]) -> dict[Arm, list[Record]]:
-    """(arm, strength) -> its rows, in the order in which arms are named above."""
-    found: dict[Arm, list[Record]] = {}
-    for row in rows:
-        found.setdefault((row.contender, row["strength"]), []).append(row)
-    return dict(sorted(found.items(), key=lambda item: (list(NAMES).index(item[0][0]), item[0][1])))
+    """(arm, strength) -> its last steps, in the order in which arms are named above."""
+    ends = [row for row in run if row.contender != BASE and row["step"] == row["steps"]]
+    ends.sort(key=lambda row: (list(NAMES).index(row.contender), row["strength"]))
+    arms = store.grouped(ends, ("contender", "strength"))
+    return {(rows[0].contender, rows[0]["strength"]): rows for rows in arms}
 
 
 def label(arm: Arm) -> str:
@@ -148,31 +139,3 @@ def _about_arm(rows: Sequence[Record]) -> str:
 def _range(rows: Sequence[Record], key: str) -> str:
     least, most = min(row[key] for row in rows), max(row[key] for row in rows)
     return str(least) if least == most else f"{least} to {most}"
-
-
-def picture(rows: Sequence[Record]) -> list[list[Panel]]:
-    """Against steps, a line per arm with a band over its seeds: a row of panels per experiment, a
-    panel for each figure."""
-    grid = []
-    for run in store.grouped(store.latest(rows, ONE_STATE), ONE_EXPERIMENT):
-        names = dict.fromkeys(name for row in run for name in row["figures"])
-        names = [name for name in names if name not in _NOT_DRAWN]
-        titles = [fill(run[0].case, 70), *[""] * len(names)]
-        grid.append([_panel(run, name, titles[i]) for i, name in enumerate(names)])
-    return grid
-
-
-def _panel(rows: Sequence[Record], name: str, title: str) -> Panel:
-    start = [(0, row["figures"].get(name)) for row in rows if row.contender == BASE]
-    lines = []
-    for arm, members in by_arm(row for row in rows if row.contender != BASE).items():
-        values: dict[int, list[float]] = {}
-        for step, value in [*start, *((row["step"], row["figures"].get(name)) for row in members)]:
-            if value is not None:
-                values.setdefault(step, []).append(value)
-        steps = sorted(values)
-        mean, low, high = ([f(values[s]) for s in steps] for f in (fmean, min, max))
-        lines.append(Line(label(arm), steps, mean, low, high))
-    unit, neutral = rows[0]["units"].get(name), rows[0]["neutral"].get(name)
-    level = None if neutral is None else ("neutral", neutral)
-    return Panel(title, "steps", f"{name}, {unit}" if unit else name, lines, level=level)

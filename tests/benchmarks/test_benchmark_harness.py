@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.__main__ import BENCHMARKS, TABLES, main
 from benchmarks.harness import environment, gate, memory, session, store, tables
 from benchmarks.harness.session import Sample, take_turns
 from benchmarks.harness.store import Record
-from experiments.debias.__main__ import STUDY
+from experiments.debias import run as study
+from experiments.debias.__main__ import TABLES as STUDIES
 
-ROOT, CPU, GPU = store.ROOT, torch.device("cpu"), torch.device("cuda")
-TABLES = {op: t for b in (BENCHMARKS | STUDY).values() for op, t in b.tables.items()}
+ROOT, CPU = store.ROOT, torch.device("cpu")
+SHOWN = TABLES | STUDIES
 
 pytestmark = pytest.mark.usefixtures("quick_benchmarks")
 
@@ -98,13 +99,11 @@ def test_nothing_is_measured_when_the_tests_fail(tmp_path, monkeypatch, capsys):
 
 def test_every_benchmark_has_tests_that_exist():
     options = argparse.Namespace(op=None)
-    for benchmark in (BENCHMARKS | STUDY).values():
+    for benchmark in (*BENCHMARKS.values(), study):
         for on_gpu in (False, True):
-            tests = benchmark.module.tests(options, on_gpu)
+            tests = benchmark.tests(options, on_gpu)
             assert tests and all((ROOT / test.split("::")[0]).is_file() for test in tests)
-    assert set(gate.test_files("score_kernels")) < set(
-        BENCHMARKS["score"].module.tests(options, True)
-    )
+    assert set(gate.test_files("score_kernels")) < set(BENCHMARKS["score"].tests(options, True))
 
 
 def test_tests_that_passed_are_not_run_again_by_a_resumed_run(tmp_path, tested):
@@ -118,7 +117,7 @@ def test_tests_are_never_run_where_they_have_to_have_passed(tmp_path, here, test
     command = toy(tmp_path, "--op", "mask", "--resume", "--tested")
     assert main(command) == 1
     assert "--tested needs tests that have passed with this --out" in capsys.readouterr().err
-    for test in BENCHMARKS["kernels"].module.tests(argparse.Namespace(op=["mask"]), False):
+    for test in BENCHMARKS["kernels"].tests(argparse.Namespace(op=["mask"]), False):
         remember(tmp_path, here, test)  # by one run or by several
     assert main(command) == 0 and not tested
 
@@ -192,18 +191,18 @@ def marked():
 @pytest.mark.parametrize("path, op, text", list(marked()))
 def test_the_tables_of_the_documents_are_those_of_the_recorded_results(path, op, text):
     if any(store.read(store.RESULTS, op)):
-        rows = store.shown(store.RESULTS, op, TABLES[op].command)
-        assert text == tables.rendered(TABLES[op], rows)
+        rows = store.shown(store.RESULTS, op, SHOWN[op].command)
+        assert text == tables.rendered(SHOWN[op], rows)
     else:
         assert text.endswith("not measured yet.")
     assert "| a |" in tables.replace_between_markers(path.read_text("utf-8"), op, "| a |")
 
 
 def test_every_table_has_its_place_in_the_documents():
-    assert {each.values[1] for each in marked()} == set(TABLES)
+    assert {each.values[1] for each in marked()} == set(SHOWN)
 
 
-@pytest.mark.parametrize("op", [op for b in BENCHMARKS.values() for op in b.tables])
+@pytest.mark.parametrize("op", list(TABLES))
 def test_without_records_the_table_names_a_command_that_makes_them(tmp_path, capsys, op):
     assert main(["table", "--op", op, "--results", str(tmp_path)]) == 2
     error = capsys.readouterr().err
@@ -211,28 +210,6 @@ def test_without_records_the_table_names_a_command_that_makes_them(tmp_path, cap
     [command] = re.findall(r"run `python -m benchmarks (.*)`\n$", error)
     with pytest.raises(SystemExit, match="0"):
         main([*command.split(), "--help"])
-
-
-def test_below_a_table_stands_how_it_was_made():
-    here = {
-        "device": "Some CPU", "driver": None, "cuda": None, "threads": 2, "cpu_capability": "AVX2",
-        "torch": "2.13.0", "triton": None, "transformers": "5.23.0", "fastdean": "0.1.0",
-        "commit": "0123456789abcdef", "dirty": False, "sources": "abc123",
-        "date": "2026-01-02T00:00:00+00:00", "command": "python -m benchmarks score",
-    }  # fmt: skip
-
-    def line(**changes):
-        row = Record("score", "case", "loop", gate="passed", environment=here | changes)
-        return tables.provenance_line(row)
-
-    assert line() == (
-        "Some CPU, 2 threads, AVX2; torch 2.13.0, transformers 5.23.0, fastdean 0.1.0 at "
-        "0123456789, 2026-01-02: `python -m benchmarks score`"
-    )
-    gpu = line(driver="1.2", cuda="13.0", triton="3.6.0")
-    assert ", driver 1.2, CUDA 13.0; torch 2.13.0, triton 3.6.0," in gpu
-    assert "at sources abc123," in line(commit=None, dirty=None)
-    assert "at 0123456789 with changes," in line(dirty=True)
 
 
 def test_toys_alone_make_no_table_and_a_file_without_markers_is_left_alone(tmp_path, capsys):
@@ -249,13 +226,11 @@ def test_toys_alone_make_no_table_and_a_file_without_markers_is_left_alone(tmp_p
     assert page.read_text() == "no markers\n"
     page.write_text("above\n<!-- benchmark: score -->\nstale\n<!-- benchmark end -->\nbelow\n")
     assert main(command) == 0
-    assert re.match(
-        r"above\n<!-- benchmark: score -->\n\| dtype (?s:.*)`\n<!-- benchmark end -->\nbelow\n$",
-        page.read_text(),
-    )
+    start, end = "above\n<!-- benchmark: score -->\n| dtype ", "\n<!-- benchmark end -->\nbelow\n"
+    assert page.read_text().startswith(start) and page.read_text().endswith(end)
 
 
-@pytest.mark.parametrize("op", ["score", "importance"])
+@pytest.mark.parametrize("op", ["score", "sweep"])
 def test_recorded_results_make_a_picture(tmp_path, op):
     picture = tmp_path / f"{op}.png"
     assert main(["plot", "--op", op, "--out", str(picture)]) == 0

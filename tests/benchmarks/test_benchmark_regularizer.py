@@ -73,16 +73,6 @@ def test_a_step_with_the_regulariser_trains_with_its_term_and_leaves_no_hook(arc
     assert steps.statistics["std, detached"]["counts"].sum() == 2 * labelled
 
 
-def test_a_term_that_is_not_finite_is_not_timed(benchmark, monkeypatch, tmp_path, capsys):
-    value = property(lambda self: float("nan"))
-    monkeypatch.setattr(regularizer.CollapseRegularizer, "value", value)
-    assert benchmark("--architecture", "masked") == 2
-    assert "the regulariser std, detached must give a finite term" in capsys.readouterr().err
-    assert benchmark("--length", "64") == 2
-    assert "error: tokens must be at least length, 64, to make a seq" in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()
-
-
 def test_the_batch_of_a_masked_model_hides_tokens_and_counts_what_they_hide():
     case = subject("masked")
     batch = case.batch(64, 16)

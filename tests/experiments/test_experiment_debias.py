@@ -10,9 +10,9 @@ import tiny_words
 import torch
 from tiny_models import bert, llama
 
-from benchmarks.harness import environment, gate, models, store, tables
+from benchmarks.harness import environment, models, store, tables
 from benchmarks.harness.store import Record
-from experiments.debias import encoder, figures, run, subject, table
+from experiments.debias import encoder, figures, subject, table
 from experiments.debias.__main__ import main
 from experiments.debias.figures import MASKED_LOSS, NC3, PERPLEXITY, UNC3
 from fastdean.collapse import collapse_metrics
@@ -159,12 +159,6 @@ def test_finished_trainings_are_skipped_and_others_are_not(benchmark, tmp_path, 
     assert measured() == 21
 
 
-def test_what_cannot_be_measured_costs_no_tests(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gate, "passes", lambda *a, **options: pytest.fail("ran the tests"))
-    assert main(["run", "--device", "cpu", "--out", str(tmp_path), "--bias", "tea_leaves"]) == 2
-    assert "error: bias must be one of crows_pairs, stereoset" in capsys.readouterr().err
-
-
 def test_the_encoder_learns_the_text_and_knows_its_words_swapped_too(monkeypatch):
     monkeypatch.setattr(encoder, "_other_texts", lambda: [])
     monkeypatch.setattr(encoder, "HIDDEN", 32)
@@ -212,51 +206,12 @@ def result(arm, seed, step, unc3, bec=0.5, day=2):
     return Record("debias", "tiny, causal", arm, setup, metrics=metrics, environment=here)
 
 
-def three_seeds():
-    # Ends of "none" 1, 2, 3 and of "words" -9, -8, -7: seed by seed the difference is 10 exactly.
-    return [
-        result("words", 0, 4, 99.0, day=1),
-        result("base", None, 0, 1.5),
-        *(result("none", seed, 4, 1.0 + seed) for seed in range(3)),
-        *(result("words", seed, 2, 50.0) for seed in range(3)),
-        *(result("words", seed, 4, seed - 9.0, bec=0.1 * seed) for seed in range(3)),
-    ]
-
-
-def rendered(rows):
-    return tables.rendered(table.TABLE, rows).splitlines()
-
-
 def test_eight_seeds_that_agree_are_an_effect():
     rows = [
         result("base", None, 0, 0.0),
         *(result("none", seed, 4, 0.1 * seed) for seed in range(8)),
         *(result("words", seed, 4, 0.1 * seed - 3.0, bec=(-1.0) ** seed) for seed in range(8)),
     ]
-    lines = rendered(rows)
+    lines = tables.rendered(table.TABLE, rows).splitlines()
     assert lines[4].endswith("| -3 [-3, -3], lower |")
     assert lines[7].endswith(", no effect beyond noise |")
-
-
-def test_the_plot_has_a_line_per_arm_from_the_base_with_the_seeds_spread(tmp_path):
-    [[collapse, bias]] = table.picture(three_seeds())
-    none, words = collapse.lines
-    assert (none.label, words.label) == ("no regulariser", "gender words, strength 10")
-    assert words.x == [0, 2, 4] and words.y == [1.5, 50.0, -8.0]
-    assert (words.low[-1], words.high[-1]) == (-9.0, -7.0)
-    assert collapse.level is None and bias.level == ("neutral", 0.0)
-    out = tmp_path / "debias.png"
-    assert main(["plot", "--out", str(out)]) == 0
-    assert out.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_step_is_timed_without_the_evaluation_and_the_first_is_left_out(monkeypatch):
-    # Called at 10, 13, 20; measured at the second and third until 15 and 26.
-    clock = iter([10.0, 13.0, 15.0, 20.0, 26.0])
-    monkeypatch.setattr(run.time, "perf_counter", lambda: next(clock))
-    course = run._Course(lambda model: {"steps": 1}, 4, torch.device("cpu"))
-    for step in (1, 2, 4):
-        course(step, None)
-    assert list(course.figures) == [2, 4]
-    # 13 - 10 and 20 - 15.
-    assert course.median_seconds == 4.0
