@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastdean.coupling.accumulators import Accumulator, ExpertAccumulator
 from fastdean.coupling.targets import Target
 from fastdean.coupling.workloads import BatchLosses
-from fastdean.models.expert_products import Compare, Listener, Routing, listening_to_experts
+from fastdean.models.expert_products import Compare, Listener, Routing, Stand, listening_to_experts
 from fastdean.models.hooks import forward_hooks, forward_pre_hooks
 from fastdean.wording.mendable import StateError
 
@@ -40,6 +40,7 @@ def capturing(
     *,
     again: bool = False,
     compare: Compare | None = None,
+    stand: Stand | None = None,
 ) -> Iterator[None]:
     """Inside, hooks pair every target's input with the gradient of its own product.
 
@@ -54,6 +55,7 @@ def capturing(
             backward pass.
         again: keep the inputs for further backward passes over the same graph.
         compare: told what experts compute here, and what their own implementation computes.
+        stand: asked for what stands for the matrix of an expert in its product.
     """
     experts = _listeners([t for t in targets if t.stacked], receive, again)
     hook, attached = (
@@ -62,7 +64,7 @@ def capturing(
         else (_unit_hook, forward_pre_hooks)
     )
     hooks = {t.module: hook(t, receive, again) for t in targets if not t.stacked}
-    with attached(hooks), listening_to_experts(experts, compare):
+    with attached(hooks), listening_to_experts(experts, compare, stand):
         yield
 
 

@@ -126,6 +126,7 @@ class ModelMemory:
         watched: whether hooks hang on layers, which are then given what they returned.
         offloaded: bytes of parameters that are in memory only while they are in use.
         itemsize: bytes of a number in the layers.
+        chosen: experts that a token goes through; None: all.
     """
 
     layers: tuple[LayerMemory, ...]
@@ -140,6 +141,7 @@ class ModelMemory:
     watched: bool
     offloaded: int
     itemsize: int
+    chosen: int | None = None
 
     @classmethod
     def of(cls, model: nn.Module, layers: Iterable[nn.Module]) -> ModelMemory:
@@ -171,6 +173,7 @@ class ModelMemory:
             watched=any(map(has_hooks, layers)),
             offloaded=_bytes(p for p in model.parameters() if p.is_meta),
             itemsize=size,
+            chosen=experts,
         )
 
     @property
@@ -209,17 +212,21 @@ class ModelMemory:
     def trial(self, rows: Rows, targets: Iterable[Tensor], weights: int, *, on_cpu: bool) -> Peak:
         """The peak of the trial of the hooks, which takes the gradient of each target's weight.
 
+        Of stacked experts that of one after the other, of those that a token reaches.
+
         Args:
             targets: the weights of those that are tried; none where units are.
             weights: bytes of the weights that are in memory.
         """
-        sizes = [weight.nbytes for weight in targets]
+        tried = min(TRIED_ROWS, 2 * rows.longest)
+        reached = None if self.chosen is None else tried * self.chosen
+        sizes = [size for weight in targets for size in _matrices(weight, reached)]
         # Each goes before the next comes, and is looked at in fp32.
         copy = 0 if self.itemsize == torch.float32.itemsize else 4 // max(1, self.itemsize)
         gradients = (1 + copy) * max(sizes, default=0)
         if on_cpu:
             gradients = max(gradients, sum(size for size in sizes if size < _KEPT_AFTER_FREE))
-        batch = min(TRIED_ROWS, 2 * rows.longest) * (self.kept + _LOGITS * self.logits)
+        batch = tried * (self.kept + _LOGITS * self.logits)
         parts = {"weights": weights, "gradients of weights": gradients, "one batch": batch}
         return Peak("the trial of the hooks", parts)
 
@@ -286,6 +293,14 @@ def _weight(model: nn.Module, getter: str) -> Tensor | None:
 
 def _bytes(parameters: Iterable[Tensor]) -> int:
     return sum({id(p): p.nbytes for p in parameters}.values())
+
+
+def _matrices(weight: Tensor, reached: int | None) -> list[int]:
+    """Bytes of the matrix, or of those of so many experts in a stack."""
+    if weight.dim() != 3:
+        return [weight.nbytes]
+    number = weight.shape[0]
+    return [weight.nbytes // max(1, number)] * min(number, number if reached is None else reached)
 
 
 def _kept(layer: nn.Module, experts: int | None) -> int:

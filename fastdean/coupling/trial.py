@@ -239,8 +239,8 @@ class _Pass:
         largest: the largest absolute entry of the gradient.
         total: squared norm of the gradient; None where the examples' rows are unknown.
         inside: squared norm of the example's rows, were they batch-first and sequence-first.
-        captured: u^T (G^T X) v over these rows, likewise.
-        expected: u^T (dL/dW) v from autograd; None where it gave no gradient.
+        captured: u^T (G^T X) v over these rows, likewise; [K], of experts [E, K].
+        expected: u^T (dL/dW) v from autograd, likewise; None where it gave no gradient.
     """
 
     times: int = 0
@@ -273,8 +273,27 @@ def _try_out(
     # An offloaded weight has no gradient here, and a unit's needs none.
     weights = [t for t in targets if granularity == "weight" and not t.weight.is_meta]
     seen = _Observer(targets, {target.parameter for target in weights})
+    stacked = {(t.module, t.leaf): t for t in weights if t.stacked}
+
+    def stand(module: nn.Module, leaf: str, expert: int, matrix: Tensor) -> Tensor:
+        """A leaf for each matrix: a gradient of the whole stack may be larger than a layer."""
+        target = stacked.get((module, leaf))
+        if target is None:
+            return matrix
+        own = matrix.detach().requires_grad_(True)
+        take_gradients([own], lambda _, gradient: seen.gradient(target, gradient, expert))
+        return own
+
     with (
-        capturing(targets, granularity, seen.pair, again=True, compare=require_same_experts),
+        capturing(
+            targets,
+            granularity,
+            seen.pair,
+            again=True,
+            compare=require_same_experts,
+            stand=stand,
+        ),
+        # Of a stack, what reaches its leaf was made beside the products of its experts.
         fresh_leaves(model, [target.weight for target in weights]) as leaves,
         closing(work.losses(device)) as batches,
     ):
@@ -357,7 +376,7 @@ class _Observer:
     def _routed_rows(
         self, target: Target, x: Tensor, g: Tensor, routing: Routing
     ) -> tuple[float, Tensor]:
-        """As `_in_rows`, with a sum over experts that no two of them can exchange rows in."""
+        """As `_in_rows`, with what is captured of each expert, [E, K]."""
         first, end = self._segments[self._example].tolist()
         kept = (routing.rows >= first) & (routing.rows < end)
         x, g, experts = x[kept].float(), g[kept].float(), routing.experts[kept]
@@ -365,16 +384,22 @@ class _Observer:
         if target.parameter not in self._compared:
             return inside, torch.zeros(_DIRECTIONS)
         u, v = (each.to(g.device) for each in self._directions[target.parameter])
-        signs = _signs(target).to(g.device)
-        return inside, ((g @ u) * (x @ v) * signs[experts]).sum(0).cpu()
+        captured = _of_no_expert(target)
+        return inside, captured.index_add(0, experts.cpu(), ((g @ u) * (x @ v)).cpu())
 
-    def gradient(self, target: Target, gradient: Tensor) -> None:
+    def gradient(self, target: Target, gradient: Tensor, expert: int | None = None) -> None:
+        """Note a gradient of the weight, of a stacked one that of all experts or of one.
+
+        Those of one pass add up.
+        """
         u, v = (each.to(gradient.device) for each in self._directions[target.parameter])
         gradient = gradient.float().mT if target.transposed else gradient.float()
-        along = ((gradient @ v) * u).sum(-2)
-        if target.stacked:
-            along = (along * _signs(target).to(along.device)).sum(0)
-        self._passes[target.parameter][-1].expected = along.cpu()
+        along = ((gradient @ v) * u).sum(-2).cpu()
+        if expert is not None:
+            of_one, along = along, _of_no_expert(target)
+            along[expert] = of_one
+        seen = self._passes[target.parameter][-1]
+        seen.expected = along if seen.expected is None else seen.expected + along
 
     def judged(self, rows: int, tried: Scorable) -> Scorable:
         """What came of a batch of so many rows; `tried.conclusive` if its losses were finite.
@@ -465,24 +490,26 @@ def _directions(target: Target, seed: int) -> tuple[Tensor, Tensor]:
     return u, v
 
 
-def _signs(target: Target) -> Tensor:
-    """A random number for each expert and direction, [E, K]."""
-    generator = torch.Generator("cpu").manual_seed(_SEED)
+def _of_no_expert(target: Target) -> Tensor:
+    """Zeros for each expert and direction, [E, K]."""
     shape = (target.weight.shape[0], _DIRECTIONS)
-    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+    return torch.zeros(shape, device="cpu", dtype=torch.float32)
 
 
 def _require_gradient(target: Target, passes: Sequence[_Pass], order: int) -> None:
     for seen in passes:
         # What autograd rounds each entry of the gradient to, and where it flushes to zero.
         info = torch.finfo(seen.dtype)
-        smallest = info.smallest_normal * info.eps * target.weight.numel() ** 0.5
-        expected = seen.expected
-        off = math.inf if expected is None else float((seen.captured[order] - expected).norm())
-        scale = 0.0 if expected is None else float(expected.norm())
+        size = target.num_outputs * target.num_inputs
+        smallest = info.smallest_normal * info.eps * size**0.5
+        captured = seen.captured[order]
+        expected = torch.zeros_like(captured) if seen.expected is None else seen.expected
+        # Of experts each by itself, so that none can hide behind the others.
+        off, scale = (captured - expected).norm(dim=-1), expected.norm(dim=-1)
         allowed = max(1e-3, 4 * info.eps) * scale + 4 * smallest * _DIRECTIONS**0.5
-        if not off <= allowed:
-            share = "no gradient" if expected is None else f"one that is {off / scale:.2g} off"
+        if seen.expected is None or not bool((off <= allowed).all()):
+            worst = (off / scale).nan_to_num(0.0).max()
+            share = "no gradient" if seen.expected is None else f"one that is {worst:.2g} off"
             raise StateError(
                 f"{target.name} must get the gradient of its weight from its input and the "
                 f"gradient of its output, got {share} of what autograd gives; a forward of its "

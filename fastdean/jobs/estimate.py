@@ -26,6 +26,8 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SIZE = re.compile(r"([\d.]+(?:e\+?\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
 # A product and a copy that are large enough to be timed, and take a fraction of a second.
 _PRODUCT, _COPY_BYTES, _LEAST_SECONDS = 1024, 64 << 20, 0.2
+# The least share of the parameters that is told: what does not round to 0 %.
+_SAID = 0.005
 
 
 def size_in_bytes(text: Any) -> int:
@@ -581,12 +583,13 @@ def _notes(
         found.append("With keep_top 1 the sums of all data sets stay to the end.")
         if job.granularity == "weight" and not half:
             found.append("Weights cannot stay in their files then: streaming needs keep_top.")
-    missed = sum(covered["unscorable"].values())
-    if missed:
-        share = missed / max(1, covered["model_parameters"])
+    unscorable = covered["unscorable"]
+    share = sum(unscorable.values()) / max(1, covered["model_parameters"])
+    # Routers alone are less than can be said in whole percents.
+    if share >= _SAID:
         found.append(
-            f"{share:.0%} of the parameters are fused tensors or the like, which are not scored "
-            "and have no sums."
+            f"{share:.0%} of the parameters are in tensors that are not scored and have no sums, "
+            f"such as {max(unscorable, key=unscorable.__getitem__)}."
         )
     found.append("Reading files takes the disk's time, which is in no figure.")
     return found

@@ -77,6 +77,9 @@ class Routing:
 # The name of a weight, the product's input [S, C], the product [S, R] and whose its rows are; what
 # is returned takes the product's place.
 Listener = Callable[[str, Tensor, Tensor, Routing], Tensor]
+# The name of a weight, an expert and its matrix as it is stored; what is returned, a tensor of the
+# same values, takes the matrix's place in the product.
+Stand = Callable[[nn.Module, str, int, Tensor], Tensor]
 # Called with a module, what was computed here and what the model's own implementation computes.
 Compare = Callable[[nn.Module, Tensor, Tensor], None]
 
@@ -85,6 +88,7 @@ Compare = Callable[[nn.Module, Tensor, Tensor], None]
 class _Block:
     listeners: Mapping[nn.Module, Listener]
     compare: Compare | None
+    stand: Stand | None
 
 
 _BLOCKS: ContextVar[tuple[_Block, ...]] = ContextVar("fastdean_experts", default=())
@@ -107,15 +111,18 @@ _TAKEN: dict[int, _Taken] = {}
 
 @contextmanager
 def listening_to_experts(
-    listeners: Mapping[nn.Module, Listener], compare: Compare | None = None
+    listeners: Mapping[nn.Module, Listener],
+    compare: Compare | None = None,
+    stand: Stand | None = None,
 ) -> Iterator[None]:
     """Inside, these modules run through `run_experts`, and each tells its listener of its products.
 
     Args:
         listeners: by module, each one that `fused_experts` knows.
         compare: told what the model's own implementation computes of the same inputs, too.
+        stand: asked for what stands for the matrix of each expert that rows reach.
     """
-    block = _Block(listeners, compare)
+    block = _Block(listeners, compare, stand)
 
     def undo() -> None:
         for module in listeners:
@@ -234,7 +241,7 @@ def _call(module: nn.Module, own: Callable[..., Tensor], args: tuple, kwargs: di
     layout = fused_experts(module)
     assert layout is not None
     given = inspect.signature(_plain_forward(module)).bind(*args, **kwargs).args
-    result = run_experts(module, layout, block.listeners[module], *given)
+    result = run_experts(module, layout, block, *given)
     if block.compare is not None:
         with torch.no_grad():
             block.compare(module, result.detach(), _expected(module, own, args, kwargs))
@@ -250,7 +257,7 @@ def _expected(module: nn.Module, own: Callable[..., Tensor], args: tuple, kwargs
 
 
 def run_experts(
-    module: Any, layout: FusedExperts, listener: Listener, hidden: Tensor, *routed: Tensor
+    module: Any, layout: FusedExperts, block: _Block, hidden: Tensor, *routed: Tensor
 ) -> Tensor:
     """What the module's own implementation computes, by one product for each weight of an expert.
 
@@ -259,14 +266,14 @@ def run_experts(
             [E * N, H] by expert.
     """
     if not routed:
-        return _dense(module, layout, listener, hidden)
-    return _routed(module, layout, listener, hidden, *routed)
+        return _dense(module, layout, block, hidden)
+    return _routed(module, layout, block, hidden, *routed)
 
 
 def _routed(
     module: Any,
     layout: FusedExperts,
-    listener: Listener,
+    block: _Block,
     hidden: Tensor,
     chosen: Tensor,
     weights: Tensor,
@@ -278,7 +285,7 @@ def _routed(
     x = hidden[routing.rows]
     # Experts without weights hand their tokens on as they are.
     with_weights = int((experts < min(number)).sum())
-    out = _expert(module, layout, listener, x[:with_weights], routing.only(slice(with_weights)))
+    out = _expert(module, layout, block, x[:with_weights], routing.only(slice(with_weights)))
     if with_weights < len(x):
         out = torch.cat([out, x[with_weights:].to(out.dtype)])
     weighted = out * weights.reshape(-1)[order].unsqueeze(-1)
@@ -286,22 +293,29 @@ def _routed(
     return by_token.view(-1, k, weighted.shape[-1]).sum(1).to(hidden.dtype)
 
 
-def _dense(module: Any, layout: FusedExperts, listener: Listener, x: Tensor) -> Tensor:
+def _dense(module: Any, layout: FusedExperts, block: _Block, x: Tensor) -> Tensor:
     number = module.down_proj.shape[0]
     each = len(x) // number
     places = torch.arange(len(x), device=x.device)
     routing = Routing(places % each, places // each, each, dense=True)
-    return _expert(module, layout, listener, x.view(len(x), -1), routing)
+    return _expert(module, layout, block, x.view(len(x), -1), routing)
 
 
 def _expert(
-    module: Any, layout: FusedExperts, listener: Listener, x: Tensor, routing: Routing
+    module: Any, layout: FusedExperts, block: _Block, x: Tensor, routing: Routing
 ) -> Tensor:
     """y of each row of x, sorted by expert."""
     sizes = torch.bincount(routing.experts, minlength=module.down_proj.shape[0]).tolist()
 
     def product(name: str, x: Tensor) -> Tensor:
-        y = listener(name, x, _products(x, getattr(module, name), sizes, layout), routing)
+        stored = getattr(module, name).unbind(0)
+
+        def matrix(expert: int) -> Tensor:
+            own = stored[expert]
+            own = own if block.stand is None else block.stand(module, name, expert, own)
+            return own.mT if layout.transposed else own
+
+        y = block.listeners[module](name, x, _products(x, matrix, sizes), routing)
         has_bias = getattr(module, "has_bias", f"{name}_bias" in module._parameters)
         return y + getattr(module, f"{name}_bias")[routing.experts] if has_bias else y
 
@@ -318,12 +332,11 @@ def _gated(module: Any, units: Tensor) -> Tensor:
     return module.act_fn(gate) * value
 
 
-def _products(x: Tensor, weight: Tensor, sizes: Sequence[int], layout: FusedExperts) -> Tensor:
-    """Rows of x, so many for each expert, by that expert's matrix."""
-    matrices = weight.mT.unbind(0) if layout.transposed else weight.unbind(0)
+def _products(x: Tensor, matrix: Callable[[int], Tensor], sizes: Sequence[int]) -> Tensor:
+    """Rows of x, so many for each expert, by that expert's matrix [R, C]."""
     parts = [
-        functional.linear(rows, matrix)
-        for rows, matrix in zip(x.split(sizes), matrices, strict=False)
+        functional.linear(rows, matrix(expert))
+        for expert, rows in enumerate(x.split(sizes))
         if len(rows)
     ]
-    return torch.cat(parts) if parts else functional.linear(x, matrices[0])
+    return torch.cat(parts) if parts else functional.linear(x, matrix(0))

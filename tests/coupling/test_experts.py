@@ -7,12 +7,13 @@ import re
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from oracle import example_loss, norm_error, top_k
 from tiny_data import batches, make_examples
 from tiny_experts import CHOSEN, EXPERTS, FAMILIES, experts_model, own_importance
 
 import fastdean
-from fastdean.coupling import resumable
+from fastdean.coupling import resumable, trial
 from fastdean.coupling.accumulators import all_sums_bytes, split_by_memory, sums_bytes
 from fastdean.coupling.targets import find_targets
 from fastdean.models.expert_products import NAME, listening_to_experts
@@ -248,6 +249,57 @@ def test_experts_that_compute_something_else_are_refused():
         module.act_fn = torch.nn.SiLU()
         module.forward = lambda x, own=module.forward: own(2 * x)
     with pytest.raises(StateError, match="Llama4TextExperts must compute act"):
+        scored(model)
+
+
+# The trial, expert by expert.
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_the_trial_never_has_a_gradient_of_the_whole_stack(family, monkeypatch):
+    model = experts_model(family, num_local_experts=256, intermediate_size=64)
+    peaks, try_out = [], trial._try_out
+
+    def counted(*args):
+        with LiveBytes() as live:
+            found = try_out(*args)
+        peaks.append(live.peak)
+        return found
+
+    monkeypatch.setattr(trial, "_try_out", counted)
+    scored(model, keep_top=0.01)
+    assert peaks and max(peaks) < min(model.get_parameter(DOWN).nbytes, 2 << 20)
+
+
+@pytest.mark.parametrize("kind", ["product", "gradient"])
+def test_one_wrong_expert_of_many_is_refused(kind, monkeypatch):
+    from fastdean.models import expert_products
+
+    model, products = experts_model("Mixtral", num_local_experts=16), expert_products._products
+
+    def wrong(x, matrix, sizes):
+        one = max(range(len(sizes)), key=sizes.__getitem__)
+
+        def changed(expert):
+            own = matrix(expert)
+            if expert != one:
+                return own
+            # The gradient alone is another.
+            return 2 * own if kind == "product" else 2 * own - own.detach()
+
+        return products(x, changed, sizes)
+
+    monkeypatch.setattr(expert_products, "_products", wrong)
+    said = "must compute act" if kind == "product" else "must get the gradient of its weight"
+    with pytest.raises(StateError, match=said):
+        scored(model)
+
+
+def test_a_stack_that_is_used_beside_its_experts_is_refused():
+    model = experts_model("Mixtral")
+    mlp = model.model.layers[1].mlp
+    mlp.register_forward_hook(lambda m, args, out: out + m.experts.down_proj.mean())
+    with pytest.raises(StateError, match="experts.down_proj must get the gradient of its weight"):
         scored(model)
 
 

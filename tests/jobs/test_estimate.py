@@ -157,7 +157,24 @@ def test_stacked_experts_count_as_they_are_used(tmp_path):
     forward = found.orders["layers"].operations["recomputed_forward"]
     used = 2 * 3 * H * U
     assert forward == 2 * 600 * L * (attention + router + used) + 4 * 6 * 100 * 100 * L * H
-    assert any("which are not scored" in note for note in found.notes)
+    assert any("such as model.layers.0.mlp.gate.weight" in note for note in found.notes)
+
+
+def test_the_trial_has_the_gradient_of_one_expert(tmp_path):
+    sizes = {"num_local_experts": 64, "num_experts_per_tok": 1, "intermediate_size": 128}
+    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **sizes}
+    folder = folder_of(tmp_path / "experts", **CONFIG | config)
+    job = {"examples": 1, "tokens_per_example": 2, "gpus": 1, "gpu_memory": "1GB"}
+    parts = fastdean.estimate(folder, **job, dtype="bf16").orders["layers, streamed"].parts
+    # Of the up projection, in bf16 and looked at in fp32; the stack has 64 of these.
+    assert parts["gradients of weights"] == (2 + 4) * 2 * 128 * H
+
+
+def test_a_share_of_nothing_is_not_told(tmp_path):
+    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    config |= {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 512}
+    found = fastdean.estimate(folder_of(tmp_path / "experts", **CONFIG | config), **JOB, **GPU)
+    assert not any("not scored" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(
