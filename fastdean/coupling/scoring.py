@@ -60,7 +60,7 @@ from fastdean.coupling.window_memory import WindowMemory
 from fastdean.coupling.workloads import LossFunction, plan_workload
 from fastdean.models.adapters import require_no_prompts
 from fastdean.models.available_memory import peak_memory
-from fastdean.models.distributed import Ranks
+from fastdean.models.distributed import Ranks, failing_together
 from fastdean.models.identity import json_digest
 from fastdean.models.model_state import (
     eager,
@@ -229,6 +229,7 @@ def score(
 
 
 @torch.inference_mode(False)
+@failing_together()
 def score_sets(
     model: nn.Module | StreamedModel | str | Path,
     loaders: Mapping[str, Any],
@@ -294,8 +295,7 @@ def score_sets(
     device = input_device(model) if stream is None else stream.device
     read_before = 0 if stream is None else stream.bytes_read
     dense = len(loaders) * all_sums(targets)
-    with ranks.failing_together():
-        require_room_for_dense(order, dense, keep_top, memory_budget, device)
+    require_room_for_dense(order, dense, keep_top, memory_budget, device)
     with strict_determinism(deterministic), eager(), outside_layers(stream):
         with beginning(stream) as alike:
             works = {

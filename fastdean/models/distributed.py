@@ -1,4 +1,9 @@
-"""What the ranks of a `torch.distributed` job do together; one rank when there is no job."""
+"""What the ranks of a `torch.distributed` job do together; one rank when there is no job.
+
+Inside `failing_together` every collective first asks whether all ranks have come so far. A rank
+that fails anywhere answers that question and goes; the others, which expect it in some collective,
+hear of it there. So all stay in step, and none waits for ever.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,18 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
+
+
+@dataclass
+class _Meeting:
+    """Of this process, as its process group is: blocks of `failing_together` that are open, and
+    whether all ranks know of a failure inside."""
+
+    depth: int = 0
+    failure_is_known: bool = False
+
+
+_meeting = _Meeting()
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,7 @@ class Ranks:
         """Replace each tensor by its sum over all ranks."""
         if self.size == 1:
             return
+        self._require_all_here()
         for tensor in tensors:
             reachable = _reachable(tensor)
             torch.distributed.all_reduce(reachable)
@@ -67,6 +85,7 @@ class Ranks:
         """The largest of the ranks' values, on every rank."""
         if self.size == 1:
             return value
+        self._require_all_here()
         box = torch.tensor(value, device=_collective_device())
         torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
         return int(box)
@@ -83,28 +102,50 @@ class Ranks:
         """The first rank's decision, on every rank."""
         if self.size == 1:
             return decision
+        self._require_all_here()
         box = [decision]
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """If the block raises on one rank, raise on all: none waits for ever in a reduction."""
+        """If the block raises on one rank, raise on all: none waits for ever in a reduction.
+
+        Blocks may lie in one another. Inside, ranks meet in the methods of this class alone.
+        """
         if self.size == 1:
             yield
             return
-        error: BaseException | None = None
+        if _meeting.depth == 0:
+            _meeting.failure_is_known = False
+        _meeting.depth += 1
         try:
             yield
-        except BaseException as caught:
-            error = caught
-        failed = torch.tensor([int(error is not None)], device=_collective_device())
-        torch.distributed.all_reduce(failed)
-        if error is not None:
-            raise error
-        if failed.item():
+        except BaseException:
+            # Told once: all ranks are on their way out by then.
+            if not _meeting.failure_is_known:
+                self._meet(failed=True)
+            raise
+        else:
+            self._meet(failed=False)
+        finally:
+            _meeting.depth -= 1
+
+    def _require_all_here(self) -> None:
+        """Before a collective: raise if another rank has failed in a block that both are in."""
+        if _meeting.depth:
+            self._meet(failed=False)
+
+    def _meet(self, *, failed: bool) -> None:
+        """Tell the other ranks whether this one has failed; StateError if only others have."""
+        # Of a group that has broken down nothing is asked again.
+        _meeting.failure_is_known = True
+        count = torch.tensor([int(failed)], device=_collective_device())
+        torch.distributed.all_reduce(count)
+        _meeting.failure_is_known = bool(count)
+        if _meeting.failure_is_known and not failed:
             raise StateError(
-                f"every rank must finish its part of the work, got {int(failed)} of {self.size} "
+                f"every rank must finish its part of the work, got {int(count)} of {self.size} "
                 "that failed; see their own messages"
             )
 
@@ -112,10 +153,18 @@ class Ranks:
         """Whether `value`, which must fit an int64, is the same on every rank."""
         if self.size == 1:
             return True
+        self._require_all_here()
         extremes = torch.tensor([value, -value], device=_collective_device())
         torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
         highest, negated_lowest = extremes.tolist()
         return highest == -negated_lowest
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """`Ranks.failing_together` of the process group that there is then; decorates functions too."""
+    with Ranks.of_group().failing_together():
+        yield
 
 
 def _group_exists() -> bool:

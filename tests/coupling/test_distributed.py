@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from oracle import norm_error
+from safetensors.torch import save_model
 from tiny_data import batches, make_examples
 from tiny_experts import experts_model
 from tiny_models import llama
@@ -20,7 +23,9 @@ from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
 from fastdean.coupling import resumable
+from fastdean.coupling.scoring import score_sets
 from fastdean.models.distributed import Ranks
+from fastdean.models.loading import stream_model
 
 EXAMPLES = make_examples(lengths=(3, 9, 17, 4, 12))
 
@@ -61,6 +66,21 @@ def by_layers(rank):
     return fastdean.score(llama(), loader(), order="layers", progress=False)
 
 
+@contextmanager
+def checkpoint():
+    """A folder of this rank; `save_pretrained` writes on the first one alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = llama()
+        model.config.save_pretrained(folder)
+        save_model(model, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        yield Path(folder)
+
+
+def streamed(rank):
+    with checkpoint() as folder:
+        return fastdean.score(folder, loader(), keep_top=0.05, progress=False)
+
+
 def own_loss(rank):
     return fastdean.score(llama(), loader(), loss_fn=token_loss, progress=False)
 
@@ -90,6 +110,40 @@ def empty_loader(rank):
     return fastdean.score(llama(), [], progress=False)
 
 
+def broken_checkpoint(rank):
+    """Before the ranks meet for the first time."""
+    with checkpoint() as folder:
+        if rank == 1:
+            (folder / "config.json").unlink()
+        return fastdean.score(folder, loader(), keep_top=0.05, progress=False)
+
+
+def broken_layer(rank):
+    """Between two collectives: a window opens."""
+    with checkpoint() as folder:
+        stream = stream_model(str(folder))
+        load = stream._load
+
+        def failing(window, files):
+            if rank == 1 and window == "model.layers.1":
+                raise OSError("disk of rank 1")
+            load(window, files)
+
+        stream._load = failing
+        return fastdean.score(stream, loader(), keep_top=0.05, progress=False)
+
+
+def broken_end(rank):
+    """Where the others are on their way to the sums of the second set."""
+
+    def finished(name, scores):
+        if rank == 1 and name == "a":
+            raise OSError("disk of rank 1")
+
+    sets = {"a": loader(), "b": loader()}
+    return score_sets(llama(), sets, order="batches", finished=finished, progress=False)["b"]
+
+
 # Working ones between the failing ones: a failure must leave the group in step.
 SITUATIONS = [
     uneven,
@@ -101,6 +155,10 @@ SITUATIONS = [
     units,
     experts,
     by_layers,
+    broken_checkpoint,
+    broken_layer,
+    streamed,
+    broken_end,
     empty_loader,
     own_loss,
 ]
@@ -174,7 +232,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "situation",
-    [uneven, one_example, in_passes, units, experts, by_layers, own_loss],
+    [uneven, one_example, in_passes, units, experts, by_layers, streamed, own_loss],
     ids=lambda s: s.__name__,
 )
 def test_two_ranks_give_what_one_gives(found, situation):
@@ -211,6 +269,9 @@ def test_both_ranks_hold_the_same_bits(found):
     "situation, own",
     [
         ("broken_loader", "OSError: disk of rank 1"),
+        ("broken_checkpoint", "ValueError: model must be a Hugging Face folder with a config.json"),
+        ("broken_layer", "OSError: disk of rank 1"),
+        ("broken_end", "OSError: disk of rank 1"),
         ("broken_weights", "ValueError: loss must be finite, got nan for example"),
     ],
 )

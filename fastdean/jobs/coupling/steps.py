@@ -86,7 +86,8 @@ def run(
         session.costs.total = _number_of_steps(session)
         prepared = _prepare(session)
     with session.writing():
-        scores = _score(prepared, session)
+        with ranks.failing_together():
+            scores = _score(prepared, session)
         if not ranks.first:
             return {}
         model = prepared.model.whole(session)
