@@ -553,8 +553,8 @@ def _notes(
     if missed:
         share = missed / max(1, covered["model_parameters"])
         found.append(
-            f"{share:.0%} of the parameters are fused tensors or the like, which are not scored "
-            "and have no sums."
+            f"{missed:,} parameters in the layers ({share:.2%} of the model) are in no form that "
+            "is scored, such as those of routers, and have no sums."
         )
     found.append("Reading files takes the disk's time, which is in no figure.")
     return found
