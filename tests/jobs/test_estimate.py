@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import fastdean
 from fastdean import cli
+from fastdean.coupling.needed_memory import ModelMemory, Rows
 from fastdean.jobs.estimate import size_in_bytes
 
 # V, H, units, L; four heads of 8, keys and values of two.
@@ -157,24 +158,26 @@ def test_stacked_experts_count_as_they_are_used(tmp_path):
     forward = found.orders["layers"].operations["recomputed_forward"]
     used = 2 * 3 * H * U
     assert forward == 2 * 600 * L * (attention + router + used) + 4 * 6 * 100 * 100 * L * H
-    assert any("such as model.layers.0.mlp.gate.weight" in note for note in found.notes)
 
 
-def test_the_trial_has_the_gradient_of_one_expert(tmp_path):
-    sizes = {"num_local_experts": 64, "num_experts_per_tok": 1, "intermediate_size": 128}
-    config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **sizes}
-    folder = folder_of(tmp_path / "experts", **CONFIG | config)
-    job = {"examples": 1, "tokens_per_example": 2, "gpus": 1, "gpu_memory": "1GB"}
-    parts = fastdean.estimate(folder, **job, dtype="bf16").orders["layers, streamed"].parts
-    # Of the up projection, in bf16 and looked at in fp32; the stack has 64 of these.
-    assert parts["gradients of weights"] == (2 + 4) * 2 * 128 * H
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_the_trial_has_the_gradient_of_one_expert(on_cpu):
+    memory = ModelMemory((), 0, 0, 0, 0, 2, 0, 0, 0, False, 0, itemsize=2, chosen=1)
+    stack, rows = torch.empty((64, 128, H), dtype=torch.bfloat16), Rows(4, 2, 4, longest=4)
+    parts = memory.trial(rows, [stack], 0, on_cpu=on_cpu).parts
+    # In bf16 and looked at in fp32; on a CPU each of the experts that 8 tokens reach leaves a hole.
+    expected = 8 * 2 * 128 * H if on_cpu else (2 + 4) * 128 * H
+    assert parts["gradients of weights"] == expected
 
 
-def test_a_share_of_nothing_is_not_told(tmp_path):
+@pytest.mark.parametrize(("units", "told"), [(512, False), (8, True)])
+def test_a_share_that_is_no_percent_is_not_told(tmp_path, units, told):
     config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
-    config |= {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 512}
+    config |= {"num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size": units}
     found = fastdean.estimate(folder_of(tmp_path / "experts", **CONFIG | config), **JOB, **GPU)
-    assert not any("not scored" in note for note in found.notes)
+    notes = [note for note in found.notes if "not scored" in note]
+    assert len(notes) == told and not any(note.startswith("0%") for note in notes)
+    assert all("such as model.layers.0.mlp.gate.weight" in note for note in notes)
 
 
 @pytest.mark.parametrize(
