@@ -178,13 +178,15 @@ def split_by_memory(
     def fit(target: Target) -> bool:
         return size([target]) <= memory_budget
 
-    for target in (piece for whole in targets for piece in whole.pieces(fit)):
-        needed = size([target])
-        if not needed <= memory_budget:
-            raise ValueError(
-                f"memory_budget must hold the sums of at least one matrix, {needed:,} bytes for "
-                f"{target.parameter}, got {memory_budget:,}; raise it or leave it out"
-            )
+    pieces = [piece for whole in targets for piece in whole.pieces(fit)]
+    largest = max(pieces, key=lambda piece: size([piece]), default=None)
+    if largest is not None and not fit(largest):
+        raise ValueError(
+            "memory_budget must hold the sums of at least one matrix, "
+            f"{size([largest]):,} bytes for {largest.parameter}, got {memory_budget:,}; raise it "
+            "or leave it out"
+        )
+    for target in pieces:
         if not groups or size([*groups[-1], target]) > memory_budget:
             groups.append([])
         groups[-1].append(target)

@@ -146,7 +146,11 @@ class Resumable(Milestones):
                     with nullcontext() if name in self._resident else windows.layer(k, k):
                         self._compare(name, layer)
         if self._ranks.first and self._commit != _START:
-            logger.warning("scoring goes on from %r, after step %d", str(self._folder.parent), step)
+            logger.warning(
+                "scoring goes on from %r, after step %d of its windows",
+                str(self._folder.parent),
+                step,
+            )
 
     @property
     def is_at_the_start(self) -> bool:

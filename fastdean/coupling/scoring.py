@@ -85,7 +85,7 @@ from fastdean.models.windows import (
 from fastdean.wording.doing import titled
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
-from fastdean.wording.numbers import require_real
+from fastdean.wording.numbers import require_flag, require_real
 from fastdean.wording.printable import one_line
 
 
@@ -271,6 +271,8 @@ def score_sets(
     model = unwrap(given) if stream is None else stream.model
     require_no_prompts(model)
     check_keep_top(keep_top)
+    require_flag("signs", signs)
+    require_flag("deterministic", deterministic)
     check_expert_scope(expert_scope)
     require_order(order, states, states_budget, resume)
     granularity = checked_granularity(granularity)

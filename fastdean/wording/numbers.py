@@ -19,6 +19,12 @@ def require_whole(name: str, value: Any, expected: str = "an integer") -> None:
         raise InputTypeError(f"{name} must be {expected}, got {value!r:.40}; give an integer")
 
 
+def require_flag(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False: the text "no" would be taken for True."""
+    if not isinstance(value, bool):
+        raise InputTypeError(f"{name} must be True or False, got {value!r:.40}; give one of them")
+
+
 def require_real(name: str, value: Any, expected: str = "a number") -> None:
     """Raise TypeError unless `value` is a number, also one of NumPy or torch; a bool is none."""
     try:

@@ -532,3 +532,9 @@ def test_numbers_of_other_libraries_are_numbers():
     options = {"keep_top": np.float32(0.5), "tokens_per_batch": np.int64(8), "memory_budget": 1e9}
     found = fastdean.score(model, rows, progress=False, **options)
     assert all(torch.equal(plain[name], found[name]) for name in plain)
+
+
+@pytest.mark.parametrize("flag", ["signs", "deterministic"])
+def test_a_text_is_no_flag(flag):
+    with pytest.raises(TypeError, match=f"^{flag} must be True or False, got 'no'; give one"):
+        score(llama(), batches(make_examples(), 4), **{flag: "no"})

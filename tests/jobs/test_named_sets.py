@@ -172,7 +172,7 @@ BAD = {
     "long": (["--set", f"{'a' * 65}=x.csv"], "64 at most"),
     "unknown": (
         ["--general", "alpaca"],
-        "--general must name sets, got 'alpaca'; choose from Toxic",
+        "--general must name sets, got 'alpaca'; choose from chat, code-2, and give",
     ),
     "three": (
         ["--couple", "chat"],

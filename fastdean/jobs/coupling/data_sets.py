@@ -50,13 +50,13 @@ class DataSets:
         """
         if sets is None:
             return cls._of_three(fairness, privacy, general, couple)
-        sources = _checked_sources(sets)
         for option, given in (("fairness", fairness), ("privacy", privacy)):
             if given is not None:
                 raise ValueError(
                     f"{option} must be left out with sets, got {given!r}; give it as one of them, "
                     "with that name"
                 )
+        sources = _checked_sources(sets)
         listed = ", ".join(sources)
         if couple is None:
             raise InputTypeError(
@@ -69,12 +69,16 @@ class DataSets:
                 f"{listed}"
             )
         spared = () if general is None else _names("general", general)
-        for option, names in (("couple", coupled), ("general", spared)):
+        for option, names, free in (
+            ("couple", coupled, sources),
+            ("general", spared, [name for name in sources if name not in coupled]),
+        ):
             for name in names:
                 if name not in sources:
+                    choice = f"choose from {', '.join(free)}, and give" if free else "give"
                     raise ValueError(
-                        f"{option} must name sets, got {name!r}; choose from {listed}, and give "
-                        "any other SRC a name of its own as one of the sets"
+                        f"{option} must name sets, got {name!r}; {choice} any other SRC a name of "
+                        "its own as one of the sets"
                     )
         for name in spared:
             if name in coupled or spared.count(name) > 1:

@@ -174,7 +174,7 @@ class ScoreJob(ScoringJob):
         float, Help("Keep only this share of each matrix; 1 keeps all, with its size.")
     ] = 1e-3
     signs: Annotated[
-        bool, Help("Keep the signs of the effects too, for `couple --signs`; takes more memory.")
+        bool, Help("Keep the signs of the effects too, for couple's --signs; takes more memory.")
     ] = False
 
     def __post_init__(self) -> None:
