@@ -20,7 +20,7 @@ from benchmarks.harness import command
 from benchmarks.harness.command import Benchmark
 from benchmarks.ops import run as kernels
 from benchmarks.ops import table as kernels_table
-from benchmarks.score import agreement, orders, streamed, sweep
+from benchmarks.score import agreement, growth, orders, streamed, sweep
 from benchmarks.score import run as score
 
 _KERNELS = {op: kernels_table.operation_table(op) for op in kernels.OPERATIONS}
@@ -47,6 +47,12 @@ BENCHMARKS = {
         "batch by batch against layer by layer, resident and streamed: time and memory",
         orders,
         {"orders": orders.TABLE},
+    ),
+    "growth": Benchmark(
+        "how time and memory of both orders grow, resident and streamed",
+        growth,
+        {"growth": growth.TABLE},
+        {"growth": growth.picture},
     ),
     "streamed": Benchmark(
         "a checkpoint larger than the memory it is scored in",
