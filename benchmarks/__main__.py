@@ -19,13 +19,14 @@ from benchmarks import patch, regularizer
 from benchmarks.harness import command
 from benchmarks.ops import run as kernels
 from benchmarks.ops.table import operation_table
-from benchmarks.score import agreement, orders, streamed, sweep
+from benchmarks.score import agreement, growth, orders, streamed, sweep
 from benchmarks.score import run as score
 
 _WITH_A_TABLE = {
     "score": score,
     "sweep": sweep,
     "orders": orders,
+    "growth": growth,
     "streamed": streamed,
     "agreement": agreement,
     "patch": patch,
@@ -35,7 +36,7 @@ BENCHMARKS = _WITH_A_TABLE | {"kernels": kernels}
 # By the operation that the results file is named after.
 TABLES = {name: module.TABLE for name, module in _WITH_A_TABLE.items()}
 TABLES |= {op: operation_table(op) for op in kernels.OPERATIONS}
-PICTURES = {"score": score.picture, "sweep": sweep.picture}
+PICTURES = {"score": score.picture, "sweep": sweep.picture, "growth": growth.picture}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

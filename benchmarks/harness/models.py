@@ -46,9 +46,14 @@ ENCODERS = {"toy": Shape(32, 64, 2, 4, 96), "bert-base": Shape(768, 3072, 12, 12
 
 def random_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A causal language model of one of `SHAPES`, in eval mode; the same weights every time."""
+    return model_of(SHAPES[name], dtype, device)
+
+
+def model_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """As `random_model`, of any shape."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    config = Qwen2Config(**SHAPES[name]._asdict())
+    config = Qwen2Config(**shape._asdict())
     return _built(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), device)
 
 

@@ -11,12 +11,13 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from benchmarks.harness import command, gate, tables
 from benchmarks.harness.cases import Case
@@ -28,8 +29,9 @@ from benchmarks.harness.tables import Cells, Table
 from benchmarks.score import subject
 from benchmarks.score.work import score_case
 from fastdean.coupling.targets import find_targets
+from fastdean.data.examples import Example
 
-_SETS, _KEEP_TOP = 3, 1e-3
+_SETS, KEEP_TOP = 3, 1e-3
 
 
 class Way(NamedTuple):
@@ -40,12 +42,12 @@ class Way(NamedTuple):
     streamed: bool = False
 
 
-_BATCHES, _LAYERS, _STREAMED = "batches", "layers", "layers, streamed"
+BATCHES, LAYERS, STREAMED = "batches", "layers", "layers, streamed"
 WAYS = {
-    _BATCHES: Way("batches"),
-    _LAYERS: Way("layers"),
+    BATCHES: Way("batches"),
+    LAYERS: Way("layers"),
     "layers, files": Way("layers", files=True),
-    _STREAMED: Way("layers", files=True, streamed=True),
+    STREAMED: Way("layers", files=True, streamed=True),
 }
 # What the order of the layers is built to.
 _AIMS = (
@@ -82,12 +84,13 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
 def run(session: Session) -> int:
     """Append one record per way, in fp32; `--examples` are those of each of the three sets."""
     options = session.options
-    setup = {"dtype": "fp32", "examples": options.examples, "keep_top": _KEEP_TOP}
+    setup = {"dtype": "fp32", "examples": options.examples, "keep_top": KEEP_TOP}
     done = session.earlier("orders", set(WAYS), setup, same_command=True)
     for _ in session.due([] if done else [setup], "comparisons"):
         with tempfile.TemporaryDirectory(prefix="fastdean-orders-", dir=options.folder) as folder:
             written = _write(options, Path(folder))
-            turns = {name: partial(_turn, options, Path(folder), WAYS[name]) for name in WAYS}
+            given = {"device": options.device, "targets": options.targets}
+            turns = {name: partial(turn, Path(folder), way, **given) for name, way in WAYS.items()}
             taken = list(take_turns(turns, options.repeats))
         rates = {
             "matrix_rate": matrix_rate(written.case.products, torch.float32, session.device),
@@ -102,16 +105,23 @@ def _write(options: argparse.Namespace, folder: Path) -> Written:
     """The model and three sets of examples, one row of each in turn."""
     model, name, examples_of = subject.load_subject(options, "fp32")
     examples = examples_of(_SETS * options.examples)
-    pairs = [[each.input_ids.tolist(), each.labels.tolist()] for each in examples]
-    sets = {str(i): pairs[i::_SETS] for i in range(_SETS)}
-    _sets_in(folder).write_text(json.dumps(sets), encoding="utf-8")
-    model.save_pretrained(_checkpoint_in(folder))
+    write(folder, model, {str(i): examples[i::_SETS] for i in range(_SETS)})
     targets, name = options.targets, f"{name}, {options.targets}"
     return Written(
         score_case(model, examples, target_modules=targets, contenders=(), op="orders", name=name),
         sum(target.module.weight.numel() for target in find_targets(model, "all")),
         sum(each.numel() * each.element_size() for each in model.parameters()),
     )
+
+
+def write(folder: Path, model: nn.Module, sets: Mapping[str, Sequence[Example]]) -> None:
+    """What `turn` reads."""
+    pairs = {
+        name: [[each.input_ids.tolist(), each.labels.tolist()] for each in examples]
+        for name, examples in sets.items()
+    }
+    _sets_in(folder).write_text(json.dumps(pairs), encoding="utf-8")
+    model.save_pretrained(_checkpoint_in(folder))
 
 
 def _checkpoint_in(folder: Path) -> Path:
@@ -122,17 +132,18 @@ def _sets_in(folder: Path) -> Path:
     return folder / "sets.json"
 
 
-def _turn(options: argparse.Namespace, folder: Path, way: Way) -> Sample:
+def turn(folder: Path, way: Way, device: str, targets: str = "mlp") -> Sample:
+    """One scoring of what lies in the folder, in a process of its own."""
     asked = {
         "checkpoint": str(_checkpoint_in(folder)),
         "sets": str(_sets_in(folder)),
-        "device": options.device,
+        "device": device,
         "streamed": way.streamed,
         "options": {
             "order": way.order,
             "states": str(folder / "states") if way.files else "device",
-            "keep_top": _KEEP_TOP,
-            "target_modules": options.targets,
+            "keep_top": KEEP_TOP,
+            "target_modules": targets,
         },
     }
     once = [sys.executable, "-m", "benchmarks.score.order_once", json.dumps(asked)]
@@ -175,14 +186,14 @@ def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
         [
             row.contender,
             tables.spread(row),
-            *(_share(row["median_s"], of[name]["median_s"]) for name in (_BATCHES, _LAYERS)),
+            *(_share(row["median_s"], of[name]["median_s"]) for name in (BATCHES, LAYERS)),
             *tables.memory_and_floor(row),
         ]
         for row in rows
     ]
     for row, line in zip(rows, lines, strict=True):
-        batches, model = of[_BATCHES]["peak_bytes"], row["weight_bytes"]
-        if row.contender == _STREAMED and batches is not None:
+        batches, model = of[BATCHES]["peak_bytes"], row["weight_bytes"]
+        if row.contender == STREAMED and batches is not None:
             batches += model
         line.insert(-1, _share(row["peak_bytes"], batches))
     return [*header, "peak memory", "of batches' memory", "own floor / time"], lines

@@ -18,6 +18,7 @@ from benchmarks.harness import environment, models, profile, store, tables
 from benchmarks.harness.profile import Launch
 from benchmarks.score import (
     agreement,
+    growth,
     order_once,
     orders,
     run,
@@ -410,6 +411,33 @@ def test_the_orders_take_turns_on_the_same_examples(benchmark, tmp_path, monkeyp
         assert row["operations"] == batches["operations"] + 2 * 72 * again
         assert row["bytes"] == batches["bytes"] + 4 * again
     assert not list(scratch.iterdir())
+
+
+def test_growth_varies_one_thing_at_a_time(benchmark, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(orders, "finished", run_here(order_once, asked))
+    monkeypatch.setattr(growth, "_VARIED_TOY", {"layers": (3,), "examples": (3,), "hidden": (64,)})
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    chosen = ("growth", "--toy", "--folder", str(scratch))
+    assert benchmark(*chosen) == 0
+    rows = read(tmp_path, "growth")
+    assert [(r["layers"], r["examples"], r["hidden"]) for r in rows[::3]] == [
+        (2, 2, 32), (3, 2, 32), (2, 3, 32), (2, 2, 64),
+    ]  # fmt: skip
+    assert contenders(rows) == ["batches", "layers", "layers, streamed"] * 4
+    for row in rows:
+        resident = 0 if "streamed" in row.contender else row["weight_bytes"]
+        assert row["with_weights_bytes"] == row["peak_bytes"] + resident
+        assert row["tokens"] == row["examples"] * 64 and row["median_s"] > 0
+    assert not list(scratch.iterdir())
+    monkeypatch.setattr(growth, "_MIDDLE", growth._TOY)
+    seconds, memory = growth.picture(rows)
+    assert [line.label for line in seconds[0].lines] == ["batches", "layers", "layers, streamed"]
+    assert [list(panel.lines[0].x) for panel in memory] == [[2, 3], [2, 3], [32, 64]]
+    # What was measured is not measured again.
+    assert benchmark(*chosen, "--resume") == 0
+    assert len(read(tmp_path, "growth")) == len(rows)
 
 
 def test_the_table_of_the_orders_says_above_what_each_peak_is():

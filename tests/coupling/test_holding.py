@@ -11,7 +11,7 @@ from tiny_data import batches, make_examples
 
 import fastdean
 from fastdean import native
-from fastdean.coupling import accumulators, by_layers, held_pairs, holding, scoring
+from fastdean.coupling import accumulators, by_layers, held_pairs, holding, resumable, scoring
 from fastdean.coupling.holding import Holding, Pair
 from fastdean.coupling.targets import Target
 from fastdean.models.distributed import Ranks
@@ -326,3 +326,45 @@ def test_an_infinite_gradient_is_refused_with_the_name_of_the_matrix():
     text = "^scores of a.weight: importance must be finite, got inf at flat index 90; check the"
     with pytest.raises(ValueError, match=text):
         scoring.finish({"a.weight": held}, [case.target], Ranks(0, 1), 5, 0.01, "expert", False)
+
+
+@COMPILED
+@pytest.mark.parametrize("way", ["resident", "streamed"])
+# Two layers forward, two losses, then each layer backward for each set.
+@pytest.mark.parametrize("done", [5, 6])
+def test_held_pairs_go_on_after_an_interrupt_and_from_files(way, done, tmp_path, monkeypatch):
+    model = built("llama")
+    model.save_pretrained(tmp_path / "model")
+    reached = resumable.Resumable.reached
+
+    def stopping(self, step):
+        reached(self, step)
+        if step + 1 == done:
+            raise KeyboardInterrupt
+
+    def score_both(**options):
+        given = tmp_path / "model" if options and way == "streamed" else built("llama")
+        sets = {
+            "a": batches(make_examples(), 4),
+            "b": batches(make_examples(seed=5, lengths=(7, 4)), 1),
+        }
+        shared = {"target_modules": "all", "order": "layers", "keep_top": KEEP_TOP}
+        return scoring.score_sets(
+            given, sets, tokens_per_batch=16, progress=False, **shared, **options
+        )
+
+    with monkeypatch.context() as patch:
+        # Dense sums: nothing is held.
+        patch.setattr(scoring, "takes", lambda *args: False)
+        expected = score_both()
+    folder = tmp_path / "job"
+    with monkeypatch.context() as patch:
+        patch.setattr(resumable.Resumable, "reached", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            score_both(resume=folder)
+    found = score_both(resume=folder)
+    assert not folder.exists()
+    for name in expected:
+        assert expected[name].manifest["order"]["matrices"]["held"] == 0
+        assert found[name].manifest["order"]["matrices"]["held"] > 0
+        assert_same_bits(found[name], expected[name])
