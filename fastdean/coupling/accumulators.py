@@ -163,9 +163,9 @@ def split_by_memory(
     """The targets in groups whose sums fit into `memory_budget` bytes; None: all in one.
 
     The experts of a stacked weight may be in several groups, a part of them in each.
+
     Args:
         size: what targets take that are summed together, in bytes.
-
     Raises:
         TypeError: `memory_budget` is no number.
         ValueError: the sums of one target, or of one expert, do not fit.

@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_levels import DTYPES, random
 
 from fastdean import native
 
-LEVELS = {0: "portable", 1: "avx2", 2: "avx512", 3: "avx512_bf16", 4: "amx_bf16"}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.usefixtures("extension")
 # Of six experts the first, the third and the last have no example; examples of one token, empty,
 # overlapping, out of order, of more tokens than a chunk takes.
 SEGMENTS = torch.tensor([[2, 3], [40, 71], [5, 5], [3, 40], [0, 900], [900, 1203], [7, 700]])
 EXPERTS = torch.tensor([1, 1, 1, 3, 4, 4, 4])
-
-
-@pytest.fixture(autouse=True)
-def extension(extension_built):
-    if not extension_built:
-        pytest.skip("an install without the extension is under test")
-
-
-@pytest.fixture(params=LEVELS, ids=LEVELS.values())
-def level(request):
-    if request.param > native.cpu_level():
-        pytest.skip(f"this processor has no {LEVELS[request.param]}")
-    return request.param
-
-
-def random(*shape, seed, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def one_by_one(acc, x, g, level):

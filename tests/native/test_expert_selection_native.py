@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_levels import DTYPES, random
 
 from fastdean import native
 
-LEVELS = {0: "portable", 1: "avx2", 2: "avx512", 3: "avx512_bf16", 4: "amx_bf16"}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.usefixtures("extension")
 # Of four experts the first and the third saw nothing of the first set, the last nothing at all; of
 # one token, empty, more tokens than a chunk takes; in no order.
 SEGMENTS = torch.tensor(
@@ -18,23 +18,6 @@ EXPERTS = torch.tensor([1, 0, 2, 1, 2, 1, 0, 1, 1, 1])
 SETS = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1, 1, 1])
 # The last is of examples that a call adds together before it adds them to the sums.
 BATCHES = torch.tensor([3, 0, 1, 0, 5, 4, 2, 9, 9, 9])
-
-
-@pytest.fixture(autouse=True)
-def extension(extension_built):
-    if not extension_built:
-        pytest.skip("an install without the extension is under test")
-
-
-@pytest.fixture(params=LEVELS, ids=LEVELS.values())
-def level(request):
-    if request.param > native.cpu_level():
-        pytest.skip(f"this processor has no {LEVELS[request.param]}")
-    return request.param
-
-
-def random(*shape, seed, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def spread(values):

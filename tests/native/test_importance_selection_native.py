@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_levels import DTYPES, random
 
 from fastdean import native
 
-LEVELS = {0: "portable", 1: "avx2", 2: "avx512", 3: "avx512_bf16", 4: "amx_bf16"}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def extension(extension_built):
-    if not extension_built:
-        pytest.skip("an install without the extension is under test")
-
-
-@pytest.fixture(params=LEVELS, ids=LEVELS.values())
-def level(request):
-    if request.param > native.cpu_level():
-        pytest.skip(f"this processor has no {LEVELS[request.param]}")
-    return request.param
-
-
-def random(*shape, seed, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+pytestmark = pytest.mark.usefixtures("extension")
 
 
 def check(x, g, segments, sets, weight, k, level=None, batches=None):
