@@ -140,6 +140,7 @@ def score(
     Example: `fastdean score --model Qwen/Qwen2-7B-Instruct --data beavertails:privacy
     --out privacy/`
     """
+    from fastdean.coupling.expert_load import load_line
     from fastdean.jobs.coupling.scoring import run as run_score
 
     if preview:
@@ -149,7 +150,8 @@ def score(
         scores = run_score(job, out, overwrite=overwrite, progress=not quiet)
     if scores is None:
         return None
-    tell(f"{scores!r}\nwritten to {out}")
+    load = load_line(scores.expert_load)
+    tell("\n".join([repr(scores), *([load] if load else []), f"written to {out}"]))
     return {"out": str(out), **scores.manifest}
 
 
@@ -398,11 +400,14 @@ def _run_job(job: Any, out: Path, overwrite: bool, quiet: bool) -> dict[str, Any
 
 
 def _closing_text(results: dict[str, Any], out: Path) -> str:
+    from fastdean.coupling.expert_load import load_line
     from fastdean.masks import NeuronMask
 
     mask = NeuronMask.from_pretrained(out.expanduser() / "mask")
     lines = [str(mask.summary()), ""]
     lines += [f"  {one_line(sentence)}" for sentence in results["findings"]]
+    loads = results.get("expert_load") or {}
+    lines += [f"  Experts on {one_line(name)}: {load_line(rows)}." for name, rows in loads.items()]
     lines += [f"  Note: {one_line(warning)}" for warning in results["warnings"]]
     lines += [
         "",

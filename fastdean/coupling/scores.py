@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdean.coupling.expert_load import KEY, LOAD, load_rows
 from fastdean.coupling.manifest import joined_manifests
 from fastdean.files.declared import (
     Anything,
@@ -55,7 +56,7 @@ _CONFIG = Record(
         "granularity": Text(choices=("weight", "unit", "neuron")),
         "num_examples": Whole(least=1),
         "keep_top": Maybe(Real(above=0, most=1)),
-        "manifest": Maps(Anything()),
+        "manifest": Record(optional={KEY: LOAD}, others=Anything()),
         "entries": Maps(Anything()),
     },
     # The scope of scores with experts.
@@ -92,6 +93,8 @@ class ScoreEntry:
         unseen: of a stacked weight, the experts that no token reached.
         signed: fp32, shape of `sums`: the sum over examples of the gradients themselves (of units:
             of activation x gradient); None where scores were made without signs.
+        routed: of a stacked weight, the tokens that each expert was given; None where read from a
+            file, whose manifest has them.
     """
 
     sums: Tensor
@@ -103,6 +106,7 @@ class ScoreEntry:
     signed: Tensor | None = None
     matrices: int = 1
     unseen: tuple[int, ...] = ()
+    routed: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -198,7 +202,7 @@ class ScoreEntry:
             signed = self.signed + other.signed.to(self.signed.device)
         unseen = tuple(expert for expert in self.unseen if expert in other.unseen)
         sums = self.sums + other.sums.to(self.sums.device)
-        return replace(self, sums=sums, signed=signed, unseen=unseen)
+        return replace(self, sums=sums, signed=signed, unseen=unseen, routed=None)
 
     def _top(self, num_examples: int, k: int) -> Tensor:
         """Which of the sums, by their position in them."""
@@ -379,6 +383,16 @@ class Scores(Mapping[str, Tensor]):
         unseen = unseen_experts(self.entries)
         said = f", {unseen}" if unseen else ""
         return f"Scores({size}, n={self.num_examples} examples, {form}{said})"
+
+    @property
+    def expert_load(self) -> list[dict[str, Any]]:
+        """Of a mixture a row for each layer with experts: how the tokens fell on them.
+
+        `tokens` is how many were routed (one that goes to two experts counts twice), `counts` how
+        many to each expert, as text; `least`, `median` and `most` are an expert's share of them,
+        `unseen` the numbers of experts without any, `shared` the experts that every token passes.
+        """
+        return load_rows(self.manifest)
 
     @property
     def is_sparse(self) -> bool:

@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdean.coupling.accumulators import Accumulator, all_sums_bytes, split_by_memory
+from fastdean.coupling.accumulators import (
+    Accumulator,
+    ExpertAccumulator,
+    all_sums_bytes,
+    split_by_memory,
+)
 from fastdean.coupling.by_batches import run_pass
 from fastdean.coupling.by_layers import Rehearsal, Set, Sweep
 from fastdean.coupling.expert_parts import joined, placed, weight_of_part
@@ -191,7 +196,8 @@ def score(
         progress: show a progress bar, labelled `description`; by "layers" a line for each layer
             where stderr is no terminal.
     Returns:
-        Scores, one entry per target weight.
+        Scores, one entry per target weight. Of a mixture of experts the manifest's "expert_load"
+        says how many tokens each expert was given.
     Raises:
         ValueError: no target matches or its weight is computed from others, an example has no
             target token, a loss is NaN or infinite, or the ranks of a distributed job were given
@@ -677,7 +683,8 @@ def finish(
         off_device: dense sums go to the CPU.
     """
     for accumulator in accumulators.values():
-        ranks.sum_(accumulator.tensors())
+        counts = [accumulator.routed] if isinstance(accumulator, ExpertAccumulator) else []
+        ranks.sum_([*accumulator.tensors(), *counts])
     entries = {}
     for target in targets:
         weight = target.materialised()

@@ -340,6 +340,7 @@ def test_a_job_in_parts_goes_on_where_it_was(tmp_path, monkeypatch):
     for name in expected:
         assert torch.equal(found.index(name), expected.index(name))
         assert torch.equal(found[name], expected[name])
+    assert found.expert_load == expected.expert_load != []
 
 
 @pytest.mark.parametrize("order", ["batches", "layers"])

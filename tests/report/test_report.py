@@ -639,3 +639,55 @@ def test_errors_say_what_to_do(tmp_path):
         FileNotFoundError, match=r"path must be in an existing folder, got .*; create .*absent"
     ):
         write_report({}, tmp_path / "absent" / "report.html")
+
+
+# Load per expert.
+
+
+def load_rows(layers, experts):
+    counts = [(7 * n) % 13 for n in range(experts)]
+    total = sum(counts)
+    return [
+        {
+            "name": f"model.layers.{k}.mlp.experts",
+            "layer": k,
+            "experts": experts,
+            "tokens": total,
+            "least": 0.0,
+            "median": 6 / total,
+            "most": 12 / total,
+            "number_unseen": counts.count(0),
+            "unseen": "0, 13",
+            "shared": [f"model.layers.{k}.mlp.shared_expert"],
+            "counts": " ".join(map(str, counts)),
+        }
+        for k in range(layers)
+    ]
+
+
+def test_the_load_of_experts_is_a_table_and_a_strip_for_each_set():
+    page = render_report({"expert_load": {"toxic<b>": load_rows(2, 14), "chat": load_rows(2, 14)}})
+    assert headings(page) == ["Load per expert"]
+    head, first, _ = cells(page, "Tokens of toxic<b> by expert")
+    assert head[:6] == ["Layer", "Experts", "Routed tokens", "Least", "Median", "Most"]
+    assert first == ["0", "14", "78", "0 %", "7.69 %", "15.4 %", "", "0, 13"]
+    assert "2 shared experts beside them" in page
+    strips = [plot for plot in plots(page) if plot.get("class") == "cells"]
+    assert len(strips) == 4 and strips[0].get("viewBox") == "0 0 14 1"
+    kinds = {path.get("class"): path.get("d") for path in strips[0].iter("path")}
+    # Shares of an even 5.6 tokens: 0 7 1 8 2 9 3 10 4 11 5 12 6 0.
+    assert kinds["load little"] == "M2 0H3V1H2ZM4 0H5V1H4Z"
+    assert kinds["load much"] == "M11 0H12V1H11Z"
+    assert strips[0].get("aria-label").startswith("2 experts without a token, 2 below half")
+
+
+def test_the_load_of_a_large_mixture_takes_little_of_the_page():
+    load = {name: load_rows(60, 256) for name in ("fairness", "privacy", "general")}
+    assert len(render_report({"expert_load": load})) < 1_500_000
+
+
+def test_a_load_that_says_little_is_shown_as_far_as_it_goes():
+    page = render_report({"expert_load": {"a": [{"name": "mlp"}], "b": None, "c": []}})
+    assert cells(page, "Tokens of a by expert")[1] == ["mlp", *["–"] * 6, "none"]
+    rows = [{**row, "counts": "3 many"} for row in load_rows(1, 4)]
+    assert cells(render_report({"expert_load": {"a": rows}}), "Tokens of a")[1][6] == "–"

@@ -61,6 +61,9 @@ def collect(
         },
         "manifest": {"job": told, "mask": mask.manifest},
     }
+    loads = {name: each.expert_load for name, each in scores.items() if each.expert_load}
+    if loads:
+        own["expert_load"] = loads
     if job.scope == "matrix":
         own["overlap"] = overlap(
             first, second, general=[scores[name] for name in sets.spared], ratios=job.curve
