@@ -167,6 +167,13 @@ def couple(
     ratio: options.Ratio = None,
     rule: options.Rule = "paper",
     scope: options.Scope = "matrix",
+    expert_scope: Annotated[
+        str | None,
+        Help(
+            "Of fused experts, what the ratio is a share of: expert, of each expert by itself, or "
+            "tensor, of all experts of a layer together [default: as they were scored]."
+        ),
+    ] = None,
     min_k: options.MinK = 0,
     signs: options.Signs = "any",
     scale: options.Scale = 0.0,
@@ -224,6 +231,7 @@ def couple(
         ratio=ratio,
         rule=rule,
         scope=scope,
+        expert_scope=expert_scope,
         min_k=min_k,
         seed=seed,
         signs=signs,

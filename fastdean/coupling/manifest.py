@@ -80,7 +80,7 @@ def warn_about_unseen(scored: Mapping[str, ScoreEntry]) -> None:
         number = sum(len(experts) for experts in unseen.values())
         first, experts = next(iter(unseen.items()))
         logger.warning(
-            "%d of %d matrices of experts saw no token and have no candidates, such as number %d "
+            "%d of %d experts' weights got no gradient and have no candidates, such as number %d "
             "of %s: more examples?",
             number,
             sum(entry.num_experts for entry in _of_experts(scored)),

@@ -44,7 +44,7 @@ from fastdean.wording.granularity import stored_granularity
 from fastdean.wording.mendable import StateError
 from fastdean.wording.numbers import require_real
 
-# What `keep_top` and a ratio are a share of, where one tensor holds the matrices of many experts.
+# What `keep_top` and a ratio are a share of, where one matrix stacks the weights of many experts.
 EXPERT_SCOPES = ("expert", "tensor")
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -311,13 +311,13 @@ def check_expert_scope(expert_scope: str) -> None:
 
 
 def unseen_experts(entries: Mapping[str, ScoreEntry]) -> str:
-    """How many experts no token reached, in words; "" if there are none."""
+    """Of how many experts' weights no token had a gradient, in words; "" if there are none."""
     stacked = [entry for entry in entries.values() if entry.num_experts]
     unseen = sum(len(entry.unseen) for entry in stacked)
     if not unseen:
         return ""
     total = sum(entry.num_experts for entry in stacked)
-    return f"{unseen} of {total} matrices of experts unseen"
+    return f"{unseen} of {total} experts' weights unseen"
 
 
 def _with_unseen(manifest: Mapping[str, Any], entries: Mapping[str, ScoreEntry]) -> dict[str, Any]:
@@ -338,8 +338,8 @@ class Scores(Mapping[str, Tensor]):
         granularity: "weight" or "unit".
         num_examples: n.
         keep_top: the ratio of entries kept in each matrix; None for dense scores.
-        expert_scope: "expert" or "tensor": whether a ratio is of each expert's matrix or of the
-            tensor that holds those of all experts.
+        expert_scope: "expert" or "tensor": whether a ratio is of each expert's part of a matrix of
+            fused experts or of all of it.
         manifest: where the numbers come from (model, examples, tokens, dtype, coverage, versions).
     """
 

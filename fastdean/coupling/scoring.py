@@ -160,9 +160,9 @@ def score(
         keep_top: keep only each matrix's top `keep_top` share of entries (sparse scores). By
             "layers" it must be given unless the sums of all targets fit into `memory_budget`, or
             without one into the memory there is.
-        expert_scope: whether `keep_top` is the share of each expert's matrix ("expert"), or of the
-            tensor that holds the matrices of all experts of a layer ("tensor"). The scores of fused
-            experts have that tensor's shape, and flat indices count in it.
+        expert_scope: of fused experts, whose stacked weights are one matrix of a layer: whether
+            `keep_top` is a share of each expert's part ("expert") or of all of it ("tensor"). Their
+            scores have the stacked shape, and flat indices count in it.
         memory_budget: bytes the sums may take at a time; the targets are split over several passes,
             with the same result. By "batches" it bounds the sums alone, of all layers in a pass.
             By "layers" it bounds the sums of a window, a part of one layer, together with what the

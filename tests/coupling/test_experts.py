@@ -160,9 +160,10 @@ def test_experts_that_no_token_reached_are_named(caplog):
         assert [e for e in range(EXPERTS) if not scores[name][e].any()] == experts
         assert not set((scores.select(name, 5) // scores[name][0].numel()).tolist()) & set(experts)
     number = sum(map(len, unseen.values()))
-    said = f"{number} of {4 * EXPERTS} matrices of experts"
-    assert said in repr(scores)
-    assert any(r.getMessage().startswith(f"{said} saw no token") for r in caplog.records)
+    said = f"{number} of {4 * EXPERTS} experts' weights"
+    # A tensor of stacked experts is one matrix, as is each of a shared expert's three.
+    assert repr(scores).startswith("Scores(10 matrices, ") and f", {said} unseen" in repr(scores)
+    assert any(r.getMessage().startswith(f"{said} got no gradient") for r in caplog.records)
 
 
 # Memory: the experts of one tensor in several passes, several ranks, a job that goes on.

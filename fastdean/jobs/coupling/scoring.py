@@ -57,6 +57,7 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
         examples,
         granularity=job.granularity,
         target_modules=job.target_modules,
+        expert_scope=job.expert_scope,
         keep_top=None if job.keep_top == 1 else job.keep_top,
         tokens_per_batch=job.tokens_per_batch,
         memory_budget=job.memory_budget,
