@@ -18,7 +18,6 @@ from fastdean.report.quantities import (
     ratio,
 )
 from fastdean.report.results import COUNTS, SIGNS
-from fastdean.report.set_names import at_start
 
 # More panels than this are added up into one: a mixture of experts has hundreds of matrices.
 _MOST_PANELS = 12
@@ -144,7 +143,7 @@ def _matrix_table(rows: Sequence[dict], total: dict, edit: Edit) -> Html:
             f"{count(len(rows) - len(coupled))} of them have no coupled {edit.entry}.",
             class_="note",
         )
-    first, second = (f"{at_start(name)} set" for name in (edit.names.first, edit.names.second))
+    first, second = (f"{name} set" for name in (edit.names.first, edit.names.second))
     columns = ["Matrix", edit.entries.capitalize(), "k", first, second, "In both"]
     columns += ["Spared", edit.done.capitalize()]
     signed = measured(total.get("same"))

@@ -89,7 +89,7 @@ def test_four_sets_go_end_to_end_in_one_sweep_and_are_shown_by_their_names(
     assert [mask.manifest[which]["data"]["set"] for which in ("first", "second")] == list(SETS[:2])
     assert [each["data"]["set"] for each in mask.manifest["general"]] == list(SETS[2:])
     page = (out / "report.html").read_text("utf-8")
-    for text in ("Toxic set", "Leaks set", "in the Toxic and the leaks set", "Not chat or code-2"):
+    for text in ("Toxic set", "leaks set", "in the Toxic and the leaks set", "Not chat or code-2"):
         assert text in page
     for name in SETS:
         assert Scores.from_pretrained(out / "scores" / name).manifest["data"]["set"] == name

@@ -428,8 +428,8 @@ def test_a_mask_that_was_not_measured_is_written_as_dashes(figures):
     results["perplexity"]["masks"]["paper"] = figures
     page = render_report(results)
     assert HEADINGS["hsic"] not in headings(page)
-    assert cells(page, "Privacy margins")[2] == ["paper", "not measured", *["–"] * 4]
-    assert cells(page, "Privacy margins")[4][0] == "released"
+    assert cells(page, "Margins of privacy")[2] == ["paper", "not measured", *["–"] * 4]
+    assert cells(page, "Margins of privacy")[4][0] == "released"
     assert cells(page, "Perplexity before")[2] == ["paper", "not measured", *["–"] * 3]
 
 
@@ -498,7 +498,7 @@ def test_the_wider_the_sets_the_farther_right_and_chance_is_drawn():
 def test_an_interval_that_holds_zero_is_never_called_an_effect(low, high, verdict, said):
     masks = {"paper": {"mean": 0.1, "low": low, "high": high, "verdict": verdict, "weights": 9}}
     page = render_report({"margins": {"privacy": {"origin": {"mean": 0.5}, "masks": masks}}})
-    row = cells(page, "Privacy margins")[2]
+    row = cells(page, "Margins of privacy")[2]
     assert row[:4] == ["paper", said, "9", "0.6000"]
     assert float(row[4]) == 0.1 and row[4].startswith("+")
     assert f"paper: {said}" in text(parse(page).find(".//dl"))

@@ -33,7 +33,14 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
             if not holds_job(out):
                 require_free(out, overwrite, lambda folder: holds_only(folder, "scores"))
         skipped = Skipped() if job.skip_bad_rows else None
-        rows, _ = take_rows(job.data, job.examples, job.seed, name="data", skipped=skipped)
+        rows, _ = take_rows(
+            job.data,
+            job.examples,
+            job.seed,
+            name="data",
+            skipped=skipped,
+            usual=ScoreJob.examples,
+        )
         model, tokenizer = load_or_stream(
             job.model,
             order=job.order,
