@@ -158,7 +158,10 @@ def test_a_set_that_is_neither_coupled_nor_spared_is_scored_and_measured(place, 
     assert len(results["data"]) == 5 and results["coupling"]["total"]["removed"] == 0
     assert "too, and rule" not in results["findings"][0]
     assert "not measured on chat and code-2" in results["findings"][1]
-    assert "No set is spared" in (tmp_path / "run" / "report.html").read_text("utf-8")
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "No set is spared" in page and ">Spared<" not in page
+    mask = fastdean.NeuronMask.from_pretrained(tmp_path / "run" / "mask")
+    assert "spared" not in str(mask.summary())
 
 
 BAD = {
