@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -205,7 +206,7 @@ def couple(
     from fastdean.jobs.folder import require_free
     from fastdean.models.loading import load_model
 
-    require_free(out, overwrite, lambda folder: holds_only(folder, "mask"))
+    require_free(out, overwrite, lambda folder: holds_only(folder, "mask"), "a mask")
     if revision is not None and model is None:
         raise ValueError(
             f"revision must come with model, whose revision it is, got {revision!r} alone; "
@@ -241,6 +242,12 @@ def couple(
     with naming(path="out"):
         mask.save_pretrained(out, overwrite=overwrite)
     tell(f"{mask.summary()}\n{mask!r}\nwritten to {out}")
+    if not quiet:
+        tell(
+            "nothing is measured yet: `fastdean run` measures margins and perplexity where it "
+            "couples, `fastdean apply` makes a model of this mask to measure (`fastdean collapse "
+            "--bias`), and fastdean.evaluation measures both from Python"
+        )
     return {"out": str(out), "weights": len(mask), "table": mask.table}
 
 
@@ -279,6 +286,8 @@ def apply(
     value = "zero" if found.scale == 0 else "as the mask makes them"
     said = "applied" if edited else f"changed nothing: all {len(found)} values are {value} already"
     tell(f"{found!r} {said}; the model is in {out}")
+    if not quiet:
+        tell(_to_measure(out))
     return {
         "out": str(out),
         "weights": len(found),
@@ -322,6 +331,8 @@ def patch(
     )
     for name in result.unpatched_files:
         tell(f"fastdean: {one_line(name)} holds weights too and was copied unedited")
+    if not quiet:
+        tell(_to_measure(out))
     return {
         "out": str(out),
         "values_edited": result.values_edited,
@@ -384,6 +395,16 @@ def info(as_json: Json = False) -> None:
 
     found = collect()
     typer.echo(printable(json.dumps(found, indent=2) if as_json else render(found)))
+
+
+def _to_measure(out: Path) -> str:
+    """Which commands say what an edit changed."""
+    words = ("--text", "embedded:debias", "--words", "gender", "--bias", "bec_pro")
+    typed = shlex.join(["fastdean", "collapse", "--model", str(out), *words, "--out", "FOLDER"])
+    return (
+        f"to measure its bias: {typed}; margins and perplexity: fastdean.evaluation from Python, "
+        "or `fastdean run`, which measures before and after"
+    )
 
 
 def _preview(

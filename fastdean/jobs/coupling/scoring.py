@@ -31,7 +31,7 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
         if ranks.first:
             require_outside(out, job.model)
             if not holds_job(out):
-                require_free(out, overwrite, lambda folder: holds_only(folder, "scores"))
+                require_free(out, overwrite, lambda folder: holds_only(folder, "scores"), "scores")
         skipped = Skipped() if job.skip_bad_rows else None
         rows, _ = take_rows(
             job.data,
