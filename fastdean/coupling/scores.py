@@ -72,6 +72,8 @@ _OF_EXPERTS: dict[str, Kind] = {
     "shape": Lists(Whole(least=1), least=3, most=3),
     "unseen": Lists(Whole()),
 }
+# What a manifest says of a model that tells it from another.
+_OF_A_MODEL = ("name", "revision", "class", "parameters", "dtype")
 _WEIGHTS = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 _ADVICE = "save it again"
 
@@ -514,6 +516,7 @@ class Scores(Mapping[str, Tensor]):
             )
         if set(self.entries) != set(other.entries):
             extra = sorted(set(self.entries) ^ set(other.entries))
+            self._require_same_model(other)
             raise ValueError(
                 f"scores must cover the same matrices, got {len(extra)} in only one of them "
                 f"({', '.join(extra[:3])}); score both with the same target_modules"
@@ -526,10 +529,25 @@ class Scores(Mapping[str, Tensor]):
         for name, entry in self.entries.items():
             theirs = other.entries[name]
             if entry.shape != theirs.shape or entry.fingerprint != theirs.fingerprint:
+                self._require_same_model(other)
                 raise ValueError(
                     f"scores must belong to the same weights, got different values or shapes in "
                     f"{name}; score both on the same model in the same dtype"
                 )
+
+    def _require_same_model(self, other: Scores) -> None:
+        """Name what the manifests say of two models, where they differ."""
+        ours, theirs = (each.manifest.get("model") or {} for each in (self, other))
+        different = [
+            f"{key} ({brief(ours[key])} and {brief(theirs[key])})"
+            for key in _OF_A_MODEL
+            if key in ours and key in theirs and ours[key] != theirs[key]
+        ]
+        if different:
+            raise ValueError(
+                f"scores must be of one model, got two that differ in {', '.join(different)}; "
+                "score both on the same"
+            )
 
     def require_unchanged_weights(self) -> None:
         """Raise RuntimeError if a weight the scores share with a model has changed since."""
