@@ -1028,6 +1028,19 @@ def test_report_draws_again(run_folder, tmp_path):
     refused(call("report", run_folder, "--out", tmp_path / "no" / "r.html"), "existing folder")
 
 
+def test_info_says_once_why_an_implementation_does_not_run():
+    rows = re.findall(r"^(?:[a-z_]+| ) .*not triton.*$", call("info").stdout, re.MULTILINE)
+    assert rows and all(row.count("not triton") == 1 for row in rows)
+    from fastdean.info import _dispatch_lines
+
+    others = [("triton", "slow here"), ("reference", "another one is preferred")]
+    row = {"op": "a", "chosen": "native", "reason": "not triton: slow here", "others": others}
+    assert list(_dispatch_lines([row])) == [
+        ("a", "native", "not triton: slow here"),
+        ("", "not reference", "another one is preferred"),
+    ]
+
+
 def test_info_prints_tables_or_json():
     text, document = call("info"), call("info", "--json")
     assert "fastdean" in text.stdout and text.exit_code == 0
