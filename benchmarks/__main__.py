@@ -19,7 +19,7 @@ from benchmarks import patch, regularizer
 from benchmarks.harness import command
 from benchmarks.ops import run as kernels
 from benchmarks.ops.table import operation_table
-from benchmarks.score import agreement, growth, orders, streamed, sweep
+from benchmarks.score import agreement, growth, mixture, orders, streamed, sweep
 from benchmarks.score import run as score
 
 _WITH_A_TABLE = {
@@ -28,6 +28,7 @@ _WITH_A_TABLE = {
     "orders": orders,
     "growth": growth,
     "streamed": streamed,
+    "mixture": mixture,
     "agreement": agreement,
     "patch": patch,
     "regularizer": regularizer,

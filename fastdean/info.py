@@ -119,7 +119,9 @@ def _dispatch_lines(rows: Iterable[dict[str, Any]]) -> Iterable[tuple[str, str, 
     for row in rows:
         yield row["op"], row["chosen"] or "raises", row["reason"]
         for impl, why_not in row["others"]:
-            yield "", f"not {impl}", why_not
+            # Said once, where it is the reason for what was chosen.
+            if f"not {impl}: {why_not}" not in row["reason"]:
+                yield "", f"not {impl}", why_not
 
 
 def _table(lines: Iterable[Sequence[str]]) -> str:

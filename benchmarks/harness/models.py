@@ -54,7 +54,7 @@ def model_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> nn.Modul
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(**shape._asdict())
-    return _built(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), device)
+    return built(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), device)
 
 
 def random_encoder(shape: Shape, device: torch.device) -> nn.Module:
@@ -62,10 +62,11 @@ def random_encoder(shape: Shape, device: torch.device) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(**dict(zip(Shape._fields[:5], shape, strict=False)))
-    return _built(lambda: BertForMaskedLM(config), device)
+    return built(lambda: BertForMaskedLM(config), device)
 
 
-def _built(build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+def built(build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """A model of random weights, in eval mode; the same ones every time."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(_SEED)

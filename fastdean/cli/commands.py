@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,6 +141,7 @@ def score(
     Example: `fastdean score --model Qwen/Qwen2-7B-Instruct --data beavertails:privacy
     --out privacy/`
     """
+    from fastdean.coupling.expert_load import load_line
     from fastdean.jobs.coupling.scoring import run as run_score
 
     if preview:
@@ -149,7 +151,8 @@ def score(
         scores = run_score(job, out, overwrite=overwrite, progress=not quiet)
     if scores is None:
         return None
-    tell(f"{scores!r}\nwritten to {out}")
+    load = load_line(scores.expert_load)
+    tell("\n".join([repr(scores), *([load] if load else []), f"written to {out}"]))
     return {"out": str(out), **scores.manifest}
 
 
@@ -165,6 +168,13 @@ def couple(
     ratio: options.Ratio = None,
     rule: options.Rule = "paper",
     scope: options.Scope = "matrix",
+    expert_scope: Annotated[
+        str | None,
+        Help(
+            "Of fused experts, what the ratio is a share of: expert, of each expert by itself, or "
+            "tensor, of all experts of a layer together [default: as they were scored]."
+        ),
+    ] = None,
     min_k: options.MinK = 0,
     signs: options.Signs = "any",
     scale: options.Scale = 0.0,
@@ -196,7 +206,7 @@ def couple(
     from fastdean.jobs.folder import require_free
     from fastdean.models.loading import load_model
 
-    require_free(out, overwrite, lambda folder: holds_only(folder, "mask"))
+    require_free(out, overwrite, lambda folder: holds_only(folder, "mask"), "a mask")
     if revision is not None and model is None:
         raise ValueError(
             f"revision must come with model, whose revision it is, got {revision!r} alone; "
@@ -222,6 +232,7 @@ def couple(
         ratio=ratio,
         rule=rule,
         scope=scope,
+        expert_scope=expert_scope,
         min_k=min_k,
         seed=seed,
         signs=signs,
@@ -231,6 +242,12 @@ def couple(
     with naming(path="out"):
         mask.save_pretrained(out, overwrite=overwrite)
     tell(f"{mask.summary()}\n{mask!r}\nwritten to {out}")
+    if not quiet:
+        tell(
+            "nothing is measured yet: `fastdean run` measures margins and perplexity where it "
+            "couples, `fastdean apply` makes a model of this mask to measure (`fastdean collapse "
+            "--bias`), and fastdean.evaluation measures both from Python"
+        )
     return {"out": str(out), "weights": len(mask), "table": mask.table}
 
 
@@ -269,6 +286,8 @@ def apply(
     value = "zero" if found.scale == 0 else "as the mask makes them"
     said = "applied" if edited else f"changed nothing: all {len(found)} values are {value} already"
     tell(f"{found!r} {said}; the model is in {out}")
+    if not quiet:
+        tell(_to_measure(out))
     return {
         "out": str(out),
         "weights": len(found),
@@ -312,6 +331,8 @@ def patch(
     )
     for name in result.unpatched_files:
         tell(f"fastdean: {one_line(name)} holds weights too and was copied unedited")
+    if not quiet:
+        tell(_to_measure(out))
     return {
         "out": str(out),
         "values_edited": result.values_edited,
@@ -376,6 +397,16 @@ def info(as_json: Json = False) -> None:
     typer.echo(printable(json.dumps(found, indent=2) if as_json else render(found)))
 
 
+def _to_measure(out: Path) -> str:
+    """Which commands say what an edit changed."""
+    words = ("--text", "embedded:debias", "--words", "gender", "--bias", "bec_pro")
+    typed = shlex.join(["fastdean", "collapse", "--model", str(out), *words, "--out", "FOLDER"])
+    return (
+        f"to measure its bias: {typed}; margins and perplexity: fastdean.evaluation from Python, "
+        "or `fastdean run`, which measures before and after"
+    )
+
+
 def _preview(
     sources: dict[str, str], job: Any, called: dict[str, str] | None = None
 ) -> dict[str, Any] | None:
@@ -398,11 +429,14 @@ def _run_job(job: Any, out: Path, overwrite: bool, quiet: bool) -> dict[str, Any
 
 
 def _closing_text(results: dict[str, Any], out: Path) -> str:
+    from fastdean.coupling.expert_load import load_line
     from fastdean.masks import NeuronMask
 
     mask = NeuronMask.from_pretrained(out.expanduser() / "mask")
     lines = [str(mask.summary()), ""]
     lines += [f"  {one_line(sentence)}" for sentence in results["findings"]]
+    loads = results.get("expert_load") or {}
+    lines += [f"  Experts on {one_line(name)}: {load_line(rows)}." for name, rows in loads.items()]
     lines += [f"  Note: {one_line(warning)}" for warning in results["warnings"]]
     lines += [
         "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Protocol
 
@@ -66,6 +67,15 @@ class ExpertAccumulator:
         self._impl = impl
         self._sums = _zeros(target.summed_shape, device)
         self._signed = _zeros(target.summed_shape, device) if signs else None
+        # Tokens that each expert was given; whole numbers, and no sum that a loss scale is taken
+        # off.
+        self.routed = torch.zeros(target.summed_shape[0], dtype=torch.int64, device=device)
+
+    def count_(self, segments: Tensor, experts: Tensor) -> None:
+        """Count the tokens of a batch, as `add_` is given them."""
+        tokens = segments[:, 1] - segments[:, 0]
+        routed = self.routed
+        routed.index_add_(0, experts.to(routed.device), tokens.to(routed.device))
 
     def add_(self, x: Tensor, g: Tensor, segments: Tensor, experts: Tensor | None = None) -> None:
         """Take one batch; `segments` are of an example at one expert, `experts` says which."""
@@ -81,7 +91,8 @@ class ExpertAccumulator:
         return _present(self._sums, self._signed)
 
     def entry(self, weight: Tensor) -> ScoreEntry:
-        return ScoreEntry.of(self._sums, weight, signed=self._signed)
+        routed = tuple(self.routed.tolist())
+        return replace(ScoreEntry.of(self._sums, weight, signed=self._signed), routed=routed)
 
 
 class UnitAccumulator:

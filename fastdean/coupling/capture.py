@@ -187,6 +187,8 @@ class Sums:
         self.segments = torch.empty((0, 2), dtype=torch.int64, device="cpu")
         self._sequence_first = sequence_first
         self._rows = 0
+        # Whether the batch has not been counted before.
+        self._counts_tokens = True
         self._times: Counter[str] = Counter()
 
     def backward(self, batch: BatchLosses) -> None:
@@ -249,6 +251,8 @@ class Sums:
         accumulator = self.accumulators[target.key]
         assert isinstance(accumulator, ExpertAccumulator)  # Of a stacked weight.
         accumulator.add_(x, g, segments, experts)
+        if self._counts_tokens:
+            accumulator.count_(segments, experts)
 
 
 def batch_first(rows: Tensor, examples: int) -> Tensor:

@@ -54,7 +54,9 @@ def joined(
     parts = [entries[key] for key in sorted(_parts_of(target.parameter, entries), key=_first)]
     one = parts[0]
     unseen = tuple(expert for part in parts for expert in part.unseen)
-    entry = replace(one, sums=torch.cat([part.sums for part in parts]), unseen=unseen)
+    routed = tuple(tokens for part in parts for tokens in part.routed or ())
+    sums = torch.cat([part.sums for part in parts])
+    entry = replace(one, sums=sums, unseen=unseen, routed=routed)
     if one.index is not None:
         # Of a dense score each part has the whole weight.
         weight, index = (

@@ -24,6 +24,7 @@ _NOTE = Record(
         "unit_axis": Maybe(Whole()),
         "fingerprint": Whole(least=-(2**63)),
         "unseen": Lists(Whole()),
+        "routed": Maybe(Lists(Whole())),
     }
 )
 
@@ -39,6 +40,7 @@ def keep_entries(home: KeptFiles, number: int, entries: Mapping[str, ScoreEntry]
             "unit_axis": entry.unit_axis,
             "fingerprint": entry.fingerprint,
             "unseen": list(entry.unseen),
+            "routed": None if entry.routed is None else list(entry.routed),
         }
         tensors: dict[int | str, Tensor] = {k: t for k, t in found.items() if t is not None}
         home.keep(("entries", number, parameter), tensors, partial(dict, note))
@@ -70,6 +72,7 @@ def kept_entries(
             unit_axis=note["unit_axis"],
             fingerprint=note["fingerprint"],
             unseen=tuple(note["unseen"]),
+            routed=None if note["routed"] is None else tuple(note["routed"]),
             signed=found.get("signed"),
         )
         if weights and not _owns_weight(entry):

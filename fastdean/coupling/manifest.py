@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastdean.coupling.expert_load import KEY, described_load, joined_loads
 from fastdean.wording.log import logger
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def score_manifest(
         "keep_top": keep_top,
         "expert_scope": expert_scope if _of_experts(scored) else None,
         "unseen_experts": _unseen(scored) or None,
+        KEY: described_load(scored, found) or None,
         "loss_scale": None if scorable.scale is None else scorable.scale.factor,
         "one_example_per_batch": scorable.alone,
     }
@@ -78,7 +80,7 @@ def warn_about_unseen(scored: Mapping[str, ScoreEntry]) -> None:
         number = sum(len(experts) for experts in unseen.values())
         first, experts = next(iter(unseen.items()))
         logger.warning(
-            "%d of %d matrices of experts saw no token and have no candidates, such as number %d "
+            "%d of %d experts' weights got no gradient and have no candidates, such as number %d "
             "of %s: more examples?",
             number,
             sum(entry.num_experts for entry in _of_experts(scored)),
@@ -120,6 +122,9 @@ def joined_manifests(first: Mapping[str, Any], second: Mapping[str, Any]) -> dic
                 "count": sum(each["count"] for each in skipped),
                 "first": [row for each in skipped for row in each["first"]],
             }
+    joined.pop(KEY, None)
+    if loads := joined_loads(first, second):
+        joined[KEY] = loads
     joined["joined_from"] = [
         *first.get("joined_from", [first.get("created")]),
         *second.get("joined_from", [second.get("created")]),

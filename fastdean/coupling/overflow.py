@@ -87,7 +87,7 @@ class ScaledSums(Sums):
 
     def again(self, batch: BatchLosses, scale: LossScale, wanted: Collection[str]) -> set[str]:
         """Add a batch to these parameters at another scale; which of them it left out."""
-        self._lowered, self._wanted = scale, wanted
+        self._lowered, self._wanted, self._counts_tokens = scale, wanted, False
         self.backward(batch)
         return {name for name, finite in self._finite.items() if not bool(finite)}
 

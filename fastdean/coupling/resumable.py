@@ -56,8 +56,8 @@ from fastdean.wording.mendable import StateError
 
 _JOB, _PROGRESS = "job.json", "progress.json"
 # 1: the first. 2: what embeddings return is kept as that of further layers, and the bytes of
-# weights that were read.
-_FORMAT = 2
+# weights that were read. 3: with the tokens that experts were given.
+_FORMAT = 3
 # Between two commits within a step.
 _SECONDS = 30.0
 _ADVICE = "remove its folder to start again"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdean.coupling.expert_load import KEY, LOAD, load_rows
 from fastdean.coupling.manifest import joined_manifests
 from fastdean.files.declared import (
     Anything,
@@ -43,7 +44,7 @@ from fastdean.wording.granularity import stored_granularity
 from fastdean.wording.mendable import StateError
 from fastdean.wording.numbers import require_real
 
-# What `keep_top` and a ratio are a share of, where one tensor holds the matrices of many experts.
+# What `keep_top` and a ratio are a share of, where one matrix stacks the weights of many experts.
 EXPERT_SCOPES = ("expert", "tensor")
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -55,7 +56,7 @@ _CONFIG = Record(
         "granularity": Text(choices=("weight", "unit", "neuron")),
         "num_examples": Whole(least=1),
         "keep_top": Maybe(Real(above=0, most=1)),
-        "manifest": Maps(Anything()),
+        "manifest": Record(optional={KEY: LOAD}, others=Anything()),
         "entries": Maps(Anything()),
     },
     # The scope of scores with experts.
@@ -71,6 +72,8 @@ _OF_EXPERTS: dict[str, Kind] = {
     "shape": Lists(Whole(least=1), least=3, most=3),
     "unseen": Lists(Whole()),
 }
+# What a manifest says of a model that tells it from another.
+_OF_A_MODEL = ("name", "revision", "class", "parameters", "dtype")
 _WEIGHTS = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 _ADVICE = "save it again"
 
@@ -92,6 +95,8 @@ class ScoreEntry:
         unseen: of a stacked weight, the experts that no token reached.
         signed: fp32, shape of `sums`: the sum over examples of the gradients themselves (of units:
             of activation x gradient); None where scores were made without signs.
+        routed: of a stacked weight, the tokens that each expert was given; None where read from a
+            file, whose manifest has them.
     """
 
     sums: Tensor
@@ -103,6 +108,7 @@ class ScoreEntry:
     signed: Tensor | None = None
     matrices: int = 1
     unseen: tuple[int, ...] = ()
+    routed: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -198,7 +204,7 @@ class ScoreEntry:
             signed = self.signed + other.signed.to(self.signed.device)
         unseen = tuple(expert for expert in self.unseen if expert in other.unseen)
         sums = self.sums + other.sums.to(self.sums.device)
-        return replace(self, sums=sums, signed=signed, unseen=unseen)
+        return replace(self, sums=sums, signed=signed, unseen=unseen, routed=None)
 
     def _top(self, num_examples: int, k: int) -> Tensor:
         """Which of the sums, by their position in them."""
@@ -307,13 +313,13 @@ def check_expert_scope(expert_scope: str) -> None:
 
 
 def unseen_experts(entries: Mapping[str, ScoreEntry]) -> str:
-    """How many experts no token reached, in words; "" if there are none."""
+    """Of how many experts' weights no token had a gradient, in words; "" if there are none."""
     stacked = [entry for entry in entries.values() if entry.num_experts]
     unseen = sum(len(entry.unseen) for entry in stacked)
     if not unseen:
         return ""
     total = sum(entry.num_experts for entry in stacked)
-    return f"{unseen} of {total} matrices of experts unseen"
+    return f"{unseen} of {total} experts' weights unseen"
 
 
 def _with_unseen(manifest: Mapping[str, Any], entries: Mapping[str, ScoreEntry]) -> dict[str, Any]:
@@ -334,8 +340,8 @@ class Scores(Mapping[str, Tensor]):
         granularity: "weight" or "unit".
         num_examples: n.
         keep_top: the ratio of entries kept in each matrix; None for dense scores.
-        expert_scope: "expert" or "tensor": whether a ratio is of each expert's matrix or of the
-            tensor that holds those of all experts.
+        expert_scope: "expert" or "tensor": whether a ratio is of each expert's part of a matrix of
+            fused experts or of all of it.
         manifest: where the numbers come from (model, examples, tokens, dtype, coverage, versions).
     """
 
@@ -379,6 +385,16 @@ class Scores(Mapping[str, Tensor]):
         unseen = unseen_experts(self.entries)
         said = f", {unseen}" if unseen else ""
         return f"Scores({size}, n={self.num_examples} examples, {form}{said})"
+
+    @property
+    def expert_load(self) -> list[dict[str, Any]]:
+        """Of a mixture a row for each layer with experts: how the tokens fell on them.
+
+        `tokens` is how many were routed (one that goes to two experts counts twice), `counts` how
+        many to each expert, as text; `least`, `median` and `most` are an expert's share of them,
+        `unseen` the numbers of experts without any, `shared` the experts that every token passes.
+        """
+        return load_rows(self.manifest)
 
     @property
     def is_sparse(self) -> bool:
@@ -500,6 +516,7 @@ class Scores(Mapping[str, Tensor]):
             )
         if set(self.entries) != set(other.entries):
             extra = sorted(set(self.entries) ^ set(other.entries))
+            self._require_same_model(other)
             raise ValueError(
                 f"scores must cover the same matrices, got {len(extra)} in only one of them "
                 f"({', '.join(extra[:3])}); score both with the same target_modules"
@@ -512,10 +529,25 @@ class Scores(Mapping[str, Tensor]):
         for name, entry in self.entries.items():
             theirs = other.entries[name]
             if entry.shape != theirs.shape or entry.fingerprint != theirs.fingerprint:
+                self._require_same_model(other)
                 raise ValueError(
                     f"scores must belong to the same weights, got different values or shapes in "
                     f"{name}; score both on the same model in the same dtype"
                 )
+
+    def _require_same_model(self, other: Scores) -> None:
+        """Name what the manifests say of two models, where they differ."""
+        ours, theirs = (each.manifest.get("model") or {} for each in (self, other))
+        different = [
+            f"{key} ({brief(ours[key])} and {brief(theirs[key])})"
+            for key in _OF_A_MODEL
+            if key in ours and key in theirs and ours[key] != theirs[key]
+        ]
+        if different:
+            raise ValueError(
+                f"scores must be of one model, got two that differ in {', '.join(different)}; "
+                "score both on the same"
+            )
 
     def require_unchanged_weights(self) -> None:
         """Raise RuntimeError if a weight the scores share with a model has changed since."""

@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdean.coupling.accumulators import Accumulator, all_sums_bytes, split_by_memory
+from fastdean.coupling.accumulators import (
+    Accumulator,
+    ExpertAccumulator,
+    all_sums_bytes,
+    split_by_memory,
+)
 from fastdean.coupling.by_batches import run_pass
 from fastdean.coupling.by_layers import Rehearsal, Set, Sweep
 from fastdean.coupling.expert_parts import joined, placed, weight_of_part
@@ -155,9 +160,9 @@ def score(
         keep_top: keep only each matrix's top `keep_top` share of entries (sparse scores). By
             "layers" it must be given unless the sums of all targets fit into `memory_budget`, or
             without one into the memory there is.
-        expert_scope: whether `keep_top` is the share of each expert's matrix ("expert"), or of the
-            tensor that holds the matrices of all experts of a layer ("tensor"). The scores of fused
-            experts have that tensor's shape, and flat indices count in it.
+        expert_scope: of fused experts, whose stacked weights are one matrix of a layer: whether
+            `keep_top` is a share of each expert's part ("expert") or of all of it ("tensor"). Their
+            scores have the stacked shape, and flat indices count in it.
         memory_budget: bytes the sums may take at a time; the targets are split over several passes,
             with the same result. By "batches" it bounds the sums alone, of all layers in a pass.
             By "layers" it bounds the sums of a window, a part of one layer, together with what the
@@ -191,7 +196,8 @@ def score(
         progress: show a progress bar, labelled `description`; by "layers" a line for each layer
             where stderr is no terminal.
     Returns:
-        Scores, one entry per target weight.
+        Scores, one entry per target weight. Of a mixture of experts the manifest's "expert_load"
+        says how many tokens each expert was given.
     Raises:
         ValueError: no target matches or its weight is computed from others, an example has no
             target token, a loss is NaN or infinite, or the ranks of a distributed job were given
@@ -677,7 +683,8 @@ def finish(
         off_device: dense sums go to the CPU.
     """
     for accumulator in accumulators.values():
-        ranks.sum_(accumulator.tensors())
+        counts = [accumulator.routed] if isinstance(accumulator, ExpertAccumulator) else []
+        ranks.sum_([*accumulator.tensors(), *counts])
     entries = {}
     for target in targets:
         weight = target.materialised()

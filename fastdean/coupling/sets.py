@@ -66,9 +66,9 @@ def couple(
             general).
         min_k: at least this many candidates in every matrix, whatever the ratio.
         scope: "matrix": the top r of each matrix; "model": the top r of all matrices together.
-        expert_scope: with scope "matrix", whether the matrices of fused experts count each by
-            itself ("expert") or one tensor of them as one ("tensor"). None: as the scores were
-            made, which sparse ones cannot do without.
+        expert_scope: with scope "matrix", whether each expert's part of a matrix of fused experts
+            has a top set of its own ("expert") or the whole of it has one ("tensor"). None: as the
+            scores were made, which sparse ones cannot do without.
         seed: for "random".
         signs: "any"; "same": only coupled entries on which both sets agree, whose zeroing lowers
             both losses or raises both, to first order; "opposite": only the others. With the rules
@@ -277,16 +277,17 @@ def _require_candidates(
         if any(index.numel() for index in sets.values()):
             continue
         if scope == "matrix":
-            largest = max(entry.competing for entry in first.entries.values())
+            widest = max(first.entries.values(), key=lambda entry: entry.competing)
+            largest, of_experts = widest.competing, widest.matrices > 1
         else:
-            largest = sum(entry.numel for entry in first.entries.values())
+            largest, of_experts = sum(entry.numel for entry in first.entries.values()), False
         r = ratios[0] if which == "first" else ratios[1]
         if int(r * largest) > 0:
             raise ValueError(
                 f"{which} scores must hold a positive importance, got only zeros; "
                 "score other examples"
             )
-        raise nothing_selected_error(r, largest, scope)
+        raise nothing_selected_error(r, largest, scope, of_experts=of_experts)
 
 
 def _warn_about_empty(table: Sequence[Mapping], scope: str) -> None:

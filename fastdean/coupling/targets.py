@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -177,6 +177,7 @@ def find_targets(
     granularity = checked_granularity(granularity)
     candidates = found.targets
     groups = {target.group for target in candidates}
+    _require_no_quantised(found, target_modules)
     chosen = [target for target in candidates if _matches(target, target_modules, groups)]
     if not chosen and isinstance(target_modules, str):
         chosen = _listed(candidates, target_modules, groups)
@@ -199,8 +200,8 @@ def find_targets(
     for target in chosen:
         if not _is_floating_point(target.weight):
             raise ValueError(
-                f"model must hold floating-point weights, got {target.weight.dtype} in "
-                f"{target.parameter}; load it without quantisation"
+                f"model must hold floating-point weights of 16 bits or more, got "
+                f"{target.weight.dtype} in {target.parameter}; load it without quantisation"
             )
         if target.adapted:
             raise ValueError(
@@ -209,6 +210,19 @@ def find_targets(
                 "score inside model.disable_adapter()"
             )
     return chosen
+
+
+def _require_no_quantised(found: Survey, target_modules: str | Sequence[str]) -> None:
+    """Refuse a group whose weights are packed in a form of their own: the rest is not the group."""
+    groups = {group for group, _ in found.quantised.values()}
+    asked = _groups_asked_for(dict.fromkeys(groups, {}), target_modules)
+    for name, (group, dtype) in found.quantised.items():
+        if group in asked:
+            raise ValueError(
+                f"model must hold floating-point weights of 16 bits or more, got {dtype} in "
+                f"{name}; load it without quantisation, or choose other target_modules than "
+                f"{target_modules!r}"
+            )
 
 
 def _require_own_weights(candidates: Sequence[Target], chosen: Sequence[Target]) -> None:
@@ -390,6 +404,8 @@ class Survey:
     Attributes:
         targets: every module that can be scored, in the model's order.
         unscorable: parameter name -> its group and size.
+        quantised: name of a weight that is packed, in a module that nobody here can run -> its
+            group and dtype.
         layers: the `decoder_layers`.
         parameters: how many numbers the model's parameters hold, without those of adapters.
     """
@@ -398,6 +414,7 @@ class Survey:
     unscorable: dict[str, tuple[str, int]]
     layers: dict[str, nn.Module]
     parameters: int
+    quantised: dict[str, tuple[str, torch.dtype]] = field(default_factory=dict)
 
 
 def survey(model: nn.Module) -> Survey:
@@ -473,9 +490,27 @@ def survey(model: nn.Module) -> Survey:
         for name, parameter in plain.module.named_parameters(recurse=False)
         if parameter.dim() >= 2 and id(parameter) not in weights
     }
+    quantised = {
+        f"{plain.name}.{name}": (groupings[owner].groups[path], tensor.dtype)
+        for owner, members in inside.items()
+        for plain in members
+        for name, tensor in _packed(plain.module, weights)
+        if (path := _path_in(owner, plain)) in groupings[owner].groups
+    }
     parameters = (p for plain in plains for p in plain.module.parameters(recurse=False))
     total = sum({id(parameter): parameter.numel() for parameter in parameters}.values())
-    return Survey(targets, unscorable, layers, total)
+    return Survey(targets, unscorable, layers, total, quantised)
+
+
+def _packed(module: nn.Module, weights: Collection[int]) -> Iterator[tuple[str, Tensor]]:
+    """The quantised weights of a module, which may be buffers; not those of a target."""
+    for name, tensor in module.named_parameters(recurse=False):
+        if tensor.dim() >= 2 and id(tensor) not in weights and not _is_floating_point(tensor):
+            yield name, tensor
+    for name, tensor in module.named_buffers(recurse=False):
+        # Masks and positions are buffers of integers too.
+        if tensor.dim() >= 2 and "weight" in name and not _is_floating_point(tensor):
+            yield name, tensor
 
 
 def _grouping(

@@ -68,11 +68,16 @@ def smallest_ratio(largest: int) -> float:
     return float(Context(prec=2, rounding=ROUND_UP).divide(Decimal(1), Decimal(largest)))
 
 
-def nothing_selected_error(ratio: float, largest: int, scope: str) -> ValueError:
-    """The error for a ratio that selects none of the `largest` entries compared at once."""
-    where, otherwise = (
-        ("the largest matrix", ", or set min_k=1") if scope == "matrix" else ("all matrices", "")
-    )
+def nothing_selected_error(
+    ratio: float, largest: int, scope: str, *, of_experts: bool = False
+) -> ValueError:
+    """The error for a ratio that selects none of the `largest` entries compared at once.
+
+    Args:
+        of_experts: these are those of one of several experts in a matrix.
+    """
+    in_one = "the largest expert" if of_experts else "the largest matrix"
+    where, otherwise = (in_one, ", or set min_k=1") if scope == "matrix" else ("all matrices", "")
     return ValueError(
         f"ratio must select at least one entry, got {ratio:g}, which selects none of the "
         f"{largest:,} of {where}; the smallest that would is {smallest_ratio(largest):g}{otherwise}"

@@ -53,7 +53,7 @@ def apply(
             `verify_checkpoint`; nothing is left behind.
     """
     require_outside(out, model)
-    require_free(out, overwrite, _is_edited)
+    require_free(out, overwrite, _is_edited, "an edited model")
     found = NeuronMask.from_pretrained(mask)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     loaded, tokenizer = load_model(model, dtype=dtype, device="cpu", **options)
@@ -92,7 +92,7 @@ def patch(
     Raises:
         ValueError, RuntimeError, OSError: as `patch_checkpoint`; nothing is left behind.
     """
-    require_free(out, overwrite, _is_edited)
+    require_free(out, overwrite, _is_edited, "an edited model")
     found = NeuronMask.from_pretrained(mask)
     return patch_checkpoint(
         _folder_of(checkpoint, revision),

@@ -19,6 +19,7 @@ from fastdean.jobs.options import SOURCE_HELP, Help
 from fastdean.wording.granularity import checked_granularity
 
 if TYPE_CHECKING:
+    from fastdean.coupling.holding import Holding
     from fastdean.coupling.targets import Target
 
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
@@ -26,6 +27,8 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SIZE = re.compile(r"([\d.]+(?:e\+?\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
 # A product and a copy that are large enough to be timed, and take a fraction of a second.
 _PRODUCT, _COPY_BYTES, _LEAST_SECONDS = 1024, 64 << 20, 0.2
+# Of a peak, what it may be off: a test compares it with processes.
+_UNSURE = 0.1
 # The least share of the parameters that is told: what does not round to 0 %.
 _SAID = 0.005
 
@@ -49,6 +52,7 @@ class EstimateJob:
     """What is estimated; options that `ScoreJob` has mean the same.
 
     Attributes:
+        memory_budget: in bytes, as `fastdean.score` takes it.
         gpu_memory: bytes, or a text such as "80GB".
         flops, bandwidth: operations and bytes a second.
     Raises:
@@ -68,6 +72,7 @@ class EstimateJob:
     target_modules: options.TargetModules = "mlp"
     granularity: options.Granularity = "weight"
     tokens_per_batch: options.TokensPerBatch = None
+    memory_budget: options.MemoryBudget = None
     dtype: options.Dtype = "auto"
     gpus: Annotated[int | None, Help("GPUs, each with a rank; none: this machine's CPU.")] = None
     gpu_memory: Annotated[
@@ -128,6 +133,8 @@ class OrderEstimate:
     Attributes:
         order: "batches" or "layers"; `weights`: "resident" or "streamed".
         fits: whether the peak fits; None: it is not known how much memory there is.
+        passes: how often every batch goes through the model, by layers through the layer with the
+            most of them backward, where `memory_budget` does not hold all sums.
         peak_bytes: the most memory at a time; `parts` adds up to it, at the `moment`.
         states: bytes of what layers return and of one layer's gradients, by where they would be.
         operations: "forward", "recomputed_forward", "backward" and "importance" (FLOP).
@@ -138,6 +145,7 @@ class OrderEstimate:
     order: str
     weights: str
     fits: bool | None
+    passes: int
     peak_bytes: int
     moment: str
     parts: dict[str, int]
@@ -185,13 +193,30 @@ class Estimate:
         where = f"{_gb(machine['memory_bytes'])} of {machine['device']} memory"
 
         def named(names: Sequence[str]) -> str:
-            peaks = (f'"{name}" ({_gb(self.orders[name].peak_bytes)})' for name in names)
+            peaks = (
+                f'"{name}" ({_gb(self.orders[name].peak_bytes)}{self._left(name)})'
+                for name in names
+            )
             return ", ".join(peaks)
 
         if not fitting:
             return f"Nothing fits into {where}: {named(others)}."
         rest = f"; too large: {named(others)}" if others else ""
         return f"Into {where} fit: {named(fitting)}{rest}."
+
+    def _left(self, name: str) -> str:
+        """What an order that fits leaves, where that is less than the estimate may be off."""
+        each, there = self.orders[name], self.machine["memory_bytes"]
+        elsewhere = {place: size for place, size in each.states.items() if place != "device"}
+        if not each.fits:
+            return ""
+        if elsewhere:
+            ((place, size),) = elsewhere.items()
+            return f", no room left: {_gb(size)} of states go to {place}"
+        left = there - each.peak_bytes
+        if left >= _UNSURE * each.peak_bytes:
+            return ""
+        return f", {_gb(left)} left, and it may be {_UNSURE:.0%} more"
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -203,9 +228,9 @@ def estimate(model: str, **asked: Any) -> Estimate:
     Args:
         model: a Hugging Face folder (its config.json is enough), a hub id or a preset.
         asked: `data` or `tokens_per_example`, `examples`, `sets`, `keep_top`, `target_modules`,
-            `granularity`, `dtype`, `tokens_per_batch`, `gpus`, `gpu_memory` ("80GB" or bytes),
-            `flops`, `bandwidth`, `measure`, and what says how rows become tokens, as in the
-            command `fastdean estimate`.
+            `granularity`, `dtype`, `tokens_per_batch`, `memory_budget` (bytes), `gpus`,
+            `gpu_memory` ("80GB" or bytes), `flops`, `bandwidth`, `measure`, and what says how rows
+            become tokens, as in the command `fastdean estimate`.
     Returns:
         An `Estimate`; `to_dict()` is what `--json` prints, and its text is the command's table.
     Raises:
@@ -221,10 +246,12 @@ def run(job: EstimateJob) -> Estimate:
     """Carry out the job; errors as `estimate`."""
     import torch
 
-    from fastdean.coupling.accumulators import sums_bytes
+    from fastdean.coupling.accumulators import all_sums_bytes, split_by_memory, sums_bytes
+    from fastdean.coupling.holding import together_bytes
     from fastdean.coupling.kept_entries import entries_bytes
     from fastdean.coupling.needed_memory import TRIED_ROWS, ModelMemory, Peak
     from fastdean.coupling.targets import coverage, find_targets
+    from fastdean.coupling.window_memory import WindowMemory
     from fastdean.models.available_memory import available_memory
     from fastdean.models.loading import described_model
     from fastdean.models.stacks import decoder_layers
@@ -249,7 +276,24 @@ def run(job: EstimateJob) -> Estimate:
     for target in targets:
         sums[target.layer_index] += sums_bytes(target, job.granularity)
     every = sum(sums.values())
-    in_windows = _window_sums(targets, job, rows.all // job.sets, keep_top) or sums
+    size = together_bytes(
+        _holding(targets, job, rows.all // job.sets, keep_top), job.granularity, False
+    )
+    windows = WindowMemory(memory, rows)
+    budget = job.memory_budget
+    refused: dict[str, ValueError] = {}
+    groups: list[list[Target]] = []
+    in_layers: dict[int | None, list[list[Target]]] = {}
+    try:
+        groups = split_by_memory(targets, all_sums_bytes(job.granularity), budget)
+    except ValueError as error:
+        refused["batches"] = error
+    try:
+        in_layers = {k: windows.split(of, size, budget) for k, of in _by_layer(targets).items()}
+    except ValueError as error:
+        least = windows.least(targets, size)
+        refused["layers"] = _too_small(budget, least, rows.batch) if budget else error
+    in_windows = {k: max(map(size, parts)) for k, parts in in_layers.items()}
     results = job.sets * entries_bytes(targets, job.granularity, keep_top, signs=False)
     base = 0 if on_gpu else _base()
     there = size_in_bytes(job.gpu_memory) if on_gpu else available_memory(device)
@@ -266,7 +310,9 @@ def run(job: EstimateJob) -> Estimate:
     rates = _rates(job, model)
     orders = {}
 
-    def add(name: str, peaks: Sequence[Peak], kept: int, read: int, files: int) -> None:
+    def add(
+        name: str, peaks: Sequence[Peak], kept: int, read: int, files: int, passes: int
+    ) -> None:
         fixed = {"base": base, "scores kept": kept}
         room = None if there is None else there - base - kept
         # What layers return goes elsewhere where there is no room for it.
@@ -284,10 +330,16 @@ def run(job: EstimateJob) -> Estimate:
         counted = dict(operations)
         if order == "batches":
             counted["recomputed_forward"] = 0.0
+            counted["forward"] *= passes
+            counted["backward"] *= passes
+        else:
+            counted["recomputed_forward"] *= repeated
+            counted["backward"] *= repeated
         orders[name] = OrderEstimate(
             order=order,
             weights="streamed" if "streamed" in name else "resident",
             fits=None if there is None else total <= there,
+            passes=passes,
             peak_bytes=total,
             moment=peak.moment,
             parts=parts,
@@ -304,26 +356,33 @@ def run(job: EstimateJob) -> Estimate:
     dense = keep_top is None
     # Forward and backward, each batch.
     used = memory.weights - memory.embedding
-    add(
-        "batches",
-        [
-            memory.by_batches(rows, job.sets * every if dense else every),
-            memory.trial(rows, weights, memory.weights, on_cpu=not on_gpu),
-        ],
-        0 if dense else results,
-        2 * used * batches,
-        memory.weights,
-    )
+    if "batches" not in refused:
+        at_a_time = max(map(all_sums_bytes(job.granularity), groups))
+        add(
+            "batches",
+            [
+                memory.by_batches(rows, job.sets * every if dense else at_a_time),
+                memory.trial(rows, weights, memory.weights, on_cpu=not on_gpu),
+            ],
+            0 if dense else results,
+            2 * used * batches * len(groups),
+            memory.weights,
+            len(groups),
+        )
     half = next(model.parameters()).dtype == torch.float16
     kept_sums = job.sets * every if dense else 0
     again = sum(layer.weights for layer in memory.layers[lowest:])
+    often = {k: len(in_layers.get(k, [])) or 1 for k in range(lowest, len(layers))}
+    repeated = sum(n * memory.layers[k].weights for k, n in often.items()) / max(1, again)
+    most = max(map(len, in_layers.values()), default=1)
     of_layers = sum(layer.weights for layer in memory.layers)
-    read = (2 * (used - of_layers) + of_layers + 2 * again) * batches
-    if layers and not half:
+    read = int((2 * (used - of_layers) + of_layers + 2 * again * repeated) * batches)
+    can_sweep = bool(layers) and not half and "layers" not in refused
+    if can_sweep:
         resident = memory.by_layers(rows, in_windows, kept_sums=kept_sums)
         tried = memory.trial(rows, weights, memory.weights, on_cpu=not on_gpu)
-        add("layers", [*resident, tried], 0 if dense else results, read, memory.weights)
-    if layers and not half and not (dense and job.granularity == "weight"):
+        add("layers", [*resident, tried], 0 if dense else results, read, memory.weights, most)
+    if can_sweep and not (dense and job.granularity == "weight"):
         first = sorted(kinds.values())
         begun = sum(memory.layers[i].weights for i in first)
         outside = (
@@ -335,7 +394,9 @@ def run(job: EstimateJob) -> Estimate:
         of_first = [t.weight for t in by_weight if t.layer_index in first]
         tried = memory.trial(rows, of_first, begun + outside, on_cpu=not on_gpu)
         files = memory.outside + of_layers + again
-        add("layers, streamed", [*streamed, tried], 0 if dense else results, read, files)
+        add("layers, streamed", [*streamed, tried], 0 if dense else results, read, files, most)
+    if not orders:
+        raise next(iter(refused.values()))
 
     window = max(memory.window(k, rows) for k in (None, *range(len(layers))))
     covered = coverage(model, targets)
@@ -375,14 +436,32 @@ def run(job: EstimateJob) -> Estimate:
             "scores_kept": results,
         },
         orders=orders,
-        notes=_notes(job, ranks, on_gpu, covered, dense, half),
+        notes=[
+            *(f"Not {order}: {error}." for order, error in refused.items()),
+            *_notes(job, ranks, on_gpu, covered, dense, half),
+        ],
     )
 
 
-def _window_sums(
+def _by_layer(targets: Sequence[Target]) -> dict[int | None, list[Target]]:
+    found: dict[int | None, list[Target]] = {}
+    for target in targets:
+        found.setdefault(target.layer_index, []).append(target)
+    return found
+
+
+def _too_small(budget: int, least: int, tokens: int) -> ValueError:
+    return ValueError(
+        f"memory_budget must be at least {least:,} layer by layer, for the sums of one matrix and "
+        f"what its window holds of a batch of {tokens:,} tokens, got {budget:,}; raise it or lower "
+        "tokens_per_batch"
+    )
+
+
+def _holding(
     targets: Sequence[Target], job: EstimateJob, tokens: int, keep_top: float | None
-) -> dict[int | None, int]:
-    """What windows keep of their targets, where some may keep inputs and gradients; else nothing.
+) -> Holding | None:
+    """Of which targets a window may keep inputs and gradients; None: of none.
 
     Matrices of one module that take as many inputs are counted as given the same ones.
 
@@ -393,18 +472,15 @@ def _window_sums(
 
     one_process = job.gpus in (None, 1) and job.gpu_memory is None
     if keep_top is None or job.granularity != "weight" or not one_process:
-        return {}
+        return None
     sources: dict[tuple[str, int], int] = {}
     pairs = {}
-    by_layer: dict[int | None, list[Target]] = {}
     for target in targets:
-        by_layer.setdefault(target.layer_index, []).append(target)
         if not target.stacked:
             of = (target.name.rpartition(".")[0], target.num_inputs)
             source = sources.setdefault(of, len(sources))
             pairs[target.parameter] = Pair(target.weight.dtype, True, source)
-    holding = Holding(tokens, job.examples, keep_top, pairs)
-    return {k: holding.bytes(each) for k, each in by_layer.items()}
+    return Holding(tokens, job.examples, keep_top, pairs)
 
 
 def _lengths(job: EstimateJob, ranks: int) -> list[tuple[int, int]]:
@@ -419,9 +495,13 @@ def _lengths(job: EstimateJob, ranks: int) -> list[tuple[int, int]]:
     from fastdean.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(
-        job.model, revision=job.revision, trust_remote_code=job.trust_remote_code
+        job.model,
+        revision=job.revision,
+        trust_remote_code=job.trust_remote_code,
+        known=True,
     )
-    chosen, _ = take_rows(job.data, job.examples, job.seed, name="data")
+    usual = EstimateJob.examples
+    chosen, _ = take_rows(job.data, job.examples, job.seed, name="data", usual=usual)
     found = encode_rows(
         chosen,
         job.data,
@@ -619,7 +699,7 @@ def _lines(found: Estimate) -> list[str]:
         table.append([f"  {name}", *("-" if size is None else _gb(size) for size in sizes)])
     table.append(
         [
-            "states",
+            "all states",
             *(
                 "-"
                 if not e.states
@@ -633,6 +713,8 @@ def _lines(found: Estimate) -> list[str]:
         table.append([f"{name.replace('_', ' ')}, TFLOP", *(f"{v:,.3g}" for v in values)])
     for name, key in (("weights read", "weights_read_bytes"), ("of files", "files_read_bytes")):
         table.append([name, *(_gb(getattr(each, key)) for each in found.orders.values())])
+    if any(each.passes > 1 for each in found.orders.values()):
+        table.append(["passes", *(str(each.passes) for each in found.orders.values())])
     if any(each.seconds is not None for each in found.orders.values()):
         times = (each.seconds for each in found.orders.values())
         table.append(["time, at least", *(_time(t or 0) for t in times)])
@@ -654,5 +736,15 @@ def _lines(found: Estimate) -> list[str]:
             for row in table
         ),
         "",
+        _moments(found),
         *found.notes,
     ]
+
+
+def _moments(found: Estimate) -> str:
+    """Of which moment the parts of each column are."""
+    names: dict[str, list[str]] = {}
+    for name, each in found.orders.items():
+        names.setdefault(each.moment, []).append(f'"{name}"')
+    said = "; ".join(f"{' and '.join(orders)}: {moment}" for moment, orders in names.items())
+    return f"Each column has the parts of its own peak, when it is reached ({said})."

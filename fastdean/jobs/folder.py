@@ -349,18 +349,24 @@ def check_place(path: Path, name: str) -> None:
         )
 
 
-def require_free(out: Path, overwrite: bool, may_replace: Callable[[Path], bool]) -> None:
+def require_free(
+    out: Path, overwrite: bool, may_replace: Callable[[Path], bool], finished: str
+) -> None:
     """Before the work, not after: raise ValueError unless a new folder may come to stand at `out`.
 
     Args:
         may_replace: whether `overwrite` may replace the folder that is there.
+        finished: what such a folder holds, as in "a mask".
     """
     check_place(out, "out")
-    if not overwrite and out.exists() and not is_empty(real_place(out, "out")):
-        raise ValueError(
-            f"out must be a new or empty folder, got {str(out)!r}, which has files in it; choose "
-            "another or pass --overwrite"
-        )
+    if not overwrite and out.exists() and not is_empty(place := real_place(out, "out")):
+        found = f"out must be a new or empty folder, got {str(out)!r}, which"
+        if may_replace(place):
+            raise ValueError(
+                f"{found} holds {finished} already, finished; use that, choose another or pass "
+                "--overwrite to make it again"
+            )
+        raise ValueError(f"{found} has files in it; choose another")
     check_free(out, overwrite=overwrite, may_replace=may_replace, name="out")
 
 

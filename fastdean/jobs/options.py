@@ -252,6 +252,13 @@ Granularity = Annotated[str, Help("weight, or unit for the units of the MLPs.")]
 TargetModules = Annotated[
     str, Help("mlp, self_attn, all, ends of names (q_proj,v_proj), or a regular expression.")
 ]
+ExpertScope = Annotated[
+    str,
+    Help(
+        "Of fused experts, what a ratio is a share of: expert, of each expert by itself, or "
+        "tensor, of all experts of a layer together."
+    ),
+]
 Scope = Annotated[str, Help("matrix, or model for one top set over all matrices.")]
 MinK = Annotated[int, Help("At least this many candidates in every matrix.")]
 Signs = Annotated[

@@ -48,7 +48,14 @@ def preview(
     for name, source in sources.items():
         skipped = Skipped() if job.skip_bad_rows else None
         argument = (called or {}).get(name, name)
-        rows, _ = take_rows(source, job.examples, job.seed, name=argument, skipped=skipped)
+        rows, _ = take_rows(
+            source,
+            job.examples,
+            job.seed,
+            name=argument,
+            skipped=skipped,
+            usual=type(job).examples,
+        )
         options = {"template": job.template, "max_length": job.max_length, "name": argument}
         rows, encoded = encode_usable(rows, skipped, source, tokenizer, None, **options)
         numbers = [number for number, _ in rows]

@@ -66,24 +66,27 @@ def take_rows(
     *,
     name: str = "source",
     skipped: Skipped | None = None,
+    usual: int | None = None,
 ) -> tuple[list[NumberedRow], list[NumberedRow]]:
     """(`count` rows of a source in shuffled order, the others), each with its number from 1.
 
-    With fewer rows than `count` all are taken, and a warning says so.
+    With fewer rows than `count` all are taken, and a warning says so if somebody asked for it.
 
     Args:
         name: of the argument that names the source, for messages.
         skipped: gets the rows that cannot be read; None: the first of them is an error.
+        usual: what `count` is if nobody asks.
     """
     with _named(name), _one_request(source):
         numbered = numbered_rows(source, None if skipped is None else skipped.rows)
     if count is not None and count > len(numbered):
-        logger.warning(
-            "%s has %d rows, fewer than the %d asked for: all are taken",
-            source,
-            len(numbered),
-            count,
-        )
+        if count != usual:
+            logger.warning(
+                "%s has %d rows, fewer than the %d asked for: all are taken",
+                source,
+                len(numbered),
+                count,
+            )
         count = len(numbered)
     return sample_rows(numbered, count, seed)
 
@@ -227,7 +230,12 @@ def split_rows(name: str, job: Job) -> SplitRows:
     skipped = Skipped() if job.skip_bad_rows else None
     sets = job.data_sets
     scored, others = take_rows(
-        sets.sources[name], job.examples, job.seed, name=sets.argument(name), skipped=skipped
+        sets.sources[name],
+        job.examples,
+        job.seed,
+        name=sets.argument(name),
+        skipped=skipped,
+        usual=Job.examples,
     )
     # Margins need both answers to a prompt; perplexity, of sets that are spared, takes any row.
     needs_pairs = name not in sets.spared

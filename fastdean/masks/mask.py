@@ -174,7 +174,9 @@ class NeuronMask:
     def summary(self) -> MaskSummary:
         """Counts per layer, per module and in total; `str()` of it is an aligned table."""
         table = rows_from_names(self._counts()) if self._table is None else self._table
-        return MaskSummary.of(table, self._counted(), self._scale)
+        # A mask that was made by other means does not say.
+        spares = self._manifest.get("general") != []
+        return MaskSummary.of(table, self._counted(), self._scale, spares)
 
     def apply_(self, model: nn.Module, *, impl: str | None = None) -> nn.Module:
         """Write original * scale over the masked weights of `model`, in place; returns the model.

@@ -55,7 +55,8 @@ class MaskSummary:
     last is no whole number); counts that the mask does not know are None. `unit` is what is
     counted, "weights" or "units"; "weights" is the number of weights in either case. `str()` gives
     the rows of the layers and the total as an aligned table, in which "removed" is headed "spared"
-    and "kept" by what happens to these: "zeroed", or "scaled" by another `scale`.
+    and "kept" by what happens to these: "zeroed", or "scaled" by another `scale`. Where no set was
+    spared (`spares`), that column is left out.
     """
 
     rows: list[dict[str, Any]]
@@ -63,9 +64,16 @@ class MaskSummary:
     total: dict[str, Any]
     unit: str = "weights"
     scale: float = 0.0
+    spares: bool = True
 
     @classmethod
-    def of(cls, table: Sequence[Mapping[str, Any]], unit: str, scale: float = 0.0) -> MaskSummary:
+    def of(
+        cls,
+        table: Sequence[Mapping[str, Any]],
+        unit: str,
+        scale: float = 0.0,
+        spares: bool = True,
+    ) -> MaskSummary:
         """The sums of a table's rows."""
         return cls(
             rows=_aggregate(table, "layer"),
@@ -73,10 +81,12 @@ class MaskSummary:
             total=_sum_rows({"layer": "total"}, table),
             unit=unit,
             scale=scale,
+            spares=spares,
         )
 
     def __str__(self) -> str:
-        columns: tuple[str, ...] = ("layer", "matrices", *_COUNTS)
+        counts = [column for column in _COUNTS if column != "removed" or self.spares]
+        columns: tuple[str, ...] = ("layer", "matrices", *counts)
         done = "zeroed" if self.scale == 0 else "scaled"
         caption = []
         if "same" in self.total:

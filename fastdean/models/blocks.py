@@ -54,7 +54,7 @@ class Grouping:
 
     Attributes:
         groups: path in the layer -> name of the group, of the matrices and of every other module
-            with parameters of its own.
+            with parameters, or weights that are buffers, of its own.
         downs: paths of the matrices that lead from a feed-forward block's units back.
     """
 
@@ -110,7 +110,9 @@ class LayerParts:
             if path not in groups:
                 groups[path] = self._other_group(path, attention | members)
         for path, module in self._modules.items():
-            if path not in groups and module._parameters:
+            # A quantised weight may be a buffer.
+            holds = [*module._parameters, *(n for n in module._buffers if "weight" in n)]
+            if path not in groups and holds:
                 groups[path] = self._group_of_rest(path, attention | members)
         return Grouping(groups, frozenset(self._downs(pairs)))
 

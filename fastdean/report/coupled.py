@@ -18,7 +18,6 @@ from fastdean.report.quantities import (
     ratio,
 )
 from fastdean.report.results import COUNTS, SIGNS
-from fastdean.report.set_names import at_start
 
 # More panels than this are added up into one: a mixture of experts has hundreds of matrices.
 _MOST_PANELS = 12
@@ -144,26 +143,29 @@ def _matrix_table(rows: Sequence[dict], total: dict, edit: Edit) -> Html:
             f"{count(len(rows) - len(coupled))} of them have no coupled {edit.entry}.",
             class_="note",
         )
-    first, second = (f"{at_start(name)} set" for name in (edit.names.first, edit.names.second))
+    first, second = (f"{name} set" for name in (edit.names.first, edit.names.second))
     columns = ["Matrix", edit.entries.capitalize(), "k", first, second, "In both"]
-    columns += ["Spared", edit.done.capitalize()]
+    # Where no set is spared, nothing could be.
+    counted = [key for key in COUNTS if key != "removed" or edit.names.spared]
+    columns += ["Spared"] if "removed" in counted else []
+    columns += [edit.done.capitalize()]
     signed = measured(total.get("same"))
     columns += ["Signs agree", "Differ", "Agree by chance"] if signed else []
     listed = table(
         "Top sets and their overlap per matrix",
         columns,
         [
-            [element("code", row.get("name") or _module(row)), *_counts(row, signed)]
+            [element("code", row.get("name") or _module(row)), *_counts(row, counted, signed)]
             for row in shown
         ],
-        ["All matrices", *_counts(total, signed)],
+        ["All matrices", *_counts(total, counted, signed)],
         words=("Matrix",),
     )
     return folded(f"Every matrix in numbers ({plural(len(rows), 'row')})", note, listed)
 
 
-def _counts(row: dict, signed: bool) -> list[str]:
-    cells = [count(row.get(key)) for key in COUNTS]
+def _counts(row: dict, counted: Sequence[str], signed: bool) -> list[str]:
+    cells = [count(row.get(key)) for key in counted]
     if signed:
         cells += [count(row.get("same")), count(row.get("opposite"))]
         cells += [decimal(row.get("same_by_chance"), 3)]

@@ -9,7 +9,6 @@ from fastdean.report.estimates import Estimate
 from fastdean.report.markup import Html, element, figure, folded, join, table, terms
 from fastdean.report.plots import dependence_lines, interval_rows, legend, responsive
 from fastdean.report.quantities import count, decimal, estimate, measured, signed
-from fastdean.report.set_names import at_start
 
 
 def margin_estimates(margin: dict | None) -> list[tuple[Estimate, dict]]:
@@ -62,7 +61,7 @@ def _margin_figure(name: str, margin: dict, span: Sequence[object]) -> Html:
     label += " ".join(row.sentence(0) for row in rows)
     axis_name = f"difference to the origin, {unit}"
     return figure(
-        join([element("strong", at_start(name)), ": change of the margin"]),
+        join([element("strong", name), ": change of the margin"]),
         interval_rows(rows, label, no_effect=0, axis_name=axis_name, span=span),
     )
 
@@ -85,7 +84,7 @@ def _margin_table(name: str, margin: dict) -> Html:
         edited = origin["mean"] + row.value if known else None
         weights = count(mask.get("weights"))
         rows += [[row.name, row.reading(0), weights, decimal(edited), *row.written(0)]]
-    caption = f"{at_start(name)} margins before and after, {margin.get('unit') or 'no unit'}"
+    caption = f"Margins of {name} before and after, {margin.get('unit') or 'no unit'}"
     if measured(margin.get("pairs")):
         caption += f", {count(margin['pairs'])} pairs"
     interval = f"{100 * confidence:g} % interval" if measured(confidence) else "Interval"
@@ -133,7 +132,7 @@ def perplexities_section(tables: dict) -> Html:
         part
         for name, table in tables.items()
         if table
-        for part in (element("h3", at_start(name)), perplexity_section(table, f" on {name}"))
+        for part in (element("h3", name), perplexity_section(table, f" on {name}"))
     )
 
 

@@ -12,7 +12,6 @@ from fastdean.report.estimates import Estimate
 from fastdean.report.markup import Html, terms
 from fastdean.report.quantities import count, duration, measured, memory, percent
 from fastdean.report.results import perplexities
-from fastdean.report.set_names import at_start
 
 # What a number is of, the number, and a note.
 _KeyNumber = tuple[str, str, str]
@@ -55,9 +54,8 @@ def _of_coverage(coverage: dict | None) -> Iterator[_KeyNumber]:
 
 def _of_effects(results: dict, edit: Edit) -> Iterator[_KeyNumber]:
     for name, margin in (results.get("margins") or {}).items():
-        heading = ", ".join(
-            filter(None, [f"{at_start(name)} margin", margin and margin.get("unit")])
-        )
+        unit = margin and margin.get("unit")
+        heading = ", ".join(filter(None, [f"Margin of {name}", unit]))
         yield from _of_mask(heading, margin_estimates(margin), 0, edit)
     tables = perplexities(results)
     for name, perplexity in tables.items():

@@ -27,6 +27,7 @@ from fastdean.report.effects import (
     perplexities_section,
     perplexity_section,
 )
+from fastdean.report.experts import experts_section
 from fastdean.report.key_numbers import key_numbers
 from fastdean.report.markup import Html, element, items
 from fastdean.report.quantities import count, measured
@@ -198,6 +199,7 @@ def _sections(results: dict) -> list[Html | None]:
     sections = [
         ("coupling", "Coupling per layer and module", of("coupling", coupling_section, edit)),
         ("overlap", "Overlap against ratio", of("overlap", overlap_section, edit)),
+        ("expert_load", "Load per expert", of("expert_load", experts_section)),
         ("margins", "Margins before and after", of("margins", margins_section, edit)),
         ("perplexity", "Perplexity", of("perplexity", perplexity_section)),
         ("perplexities", "Perplexities", of("perplexities", perplexities_section)),

@@ -72,6 +72,20 @@ RESULTS = _partial(
         rows=Lists(_numbers(*COUNTS, *SIGNS, name=_WORDS, module=_WORDS, layer=Whole())),
         total=_numbers(*COUNTS, *SIGNS),
     ),
+    # Of a mixture of experts, by data set.
+    expert_load=Maps(
+        Maybe(
+            Lists(
+                _numbers(
+                    *("layer", "experts", "tokens", "least", "median", "most", "number_unseen"),
+                    name=_WORDS,
+                    counts=_WORDS,
+                    unseen=_WORDS,
+                    shared=Lists(_WORDS),
+                )
+            )
+        )
+    ),
     overlap=Lists(_numbers("ratio", "k", "coupled", "expected_by_chance", "removed", "kept")),
     margins=Maps(
         Maybe(

@@ -39,11 +39,6 @@ class SetNames:
         return f"the {' or the '.join(self.spared)} set" if self.spared else ""
 
 
-def at_start(name: str) -> str:
-    """A name as a sentence or a heading begins with it."""
-    return name[:1].upper() + name[1:]
-
-
 def _names(value: Any) -> tuple[str, ...]:
     """The names in a list of them; none of anything else."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str)

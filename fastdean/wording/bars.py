@@ -9,6 +9,32 @@ from types import FrameType
 from typing import Any
 
 _OURS = __name__.partition(".")[0]
+# What a bar of ours is in a log: a line after so many seconds, then one each time they have passed.
+_SECONDS = 30.0
+_LINES = {
+    "delay": _SECONDS,
+    "mininterval": _SECONDS,
+    "maxinterval": 2 * _SECONDS,
+    "bar_format": "fastdean: {desc}: {n_fmt} of {total_fmt} {unit}, {elapsed}, {remaining} left",
+    "dynamic_ncols": False,
+    "ncols": None,
+    "ascii": True,
+}
+
+
+class _Lines:
+    """A file for tqdm, which writes the same line anew: each text on a line of its own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line:
+            self._stream.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 @contextmanager
@@ -16,8 +42,8 @@ def bars(shown: bool) -> Iterator[None]:
     """Inside, no bar of any library is drawn unless `shown`, in the whole process.
 
     All of them are tqdm's. Some are made by tqdm itself, which no library's own switch reaches.
-    Where stderr is neither a terminal nor a notebook, only our own are drawn: in a log those of
-    libraries stand between our lines, and a line of theirs says nothing when it is over.
+    Where stderr is neither a terminal nor a notebook, there are none: in a log those of libraries
+    would stand between our lines, and ours are lines, one in a while where something takes long.
     """
     from tqdm.std import tqdm
 
@@ -26,12 +52,14 @@ def bars(shown: bool) -> Iterator[None]:
         return
     plain = tqdm.__init__
 
-    def disabled(bar: tqdm, *args: Any, **options: Any) -> None:
-        if not (shown and _made_by_us()):
+    def without_bar(bar: tqdm, *args: Any, **options: Any) -> None:
+        if shown and _made_by_us():
+            options = {**options, **_LINES, "file": _Lines(options.get("file") or sys.stderr)}
+        else:
             options = {**options, "disable": True}
         plain(bar, *args, **options)
 
-    tqdm.__init__ = disabled
+    tqdm.__init__ = without_bar
     try:
         yield
     finally:

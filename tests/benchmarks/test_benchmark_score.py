@@ -19,6 +19,7 @@ from benchmarks.harness.profile import Launch
 from benchmarks.score import (
     agreement,
     growth,
+    mixture,
     order_once,
     orders,
     run,
@@ -464,3 +465,58 @@ def test_the_table_of_the_orders_says_above_what_each_peak_is():
     assert "Memory is above the loaded model (300 MB); streamed it is above the process" in text
     text = tables.rendered(orders.TABLE, [row(name, 1.0, None) for name in peaks])
     assert text.count("| not measured | not measured |") == 4
+
+
+# A mixture of experts.
+
+
+def test_a_mixture_is_scored_beside_a_pass_that_scores_nothing(benchmark, tmp_path):
+    chosen = ("mixture", "--toy", "--tokens", "8", "--repeats", "1")
+    assert benchmark(*chosen) == 0
+    rows = read(tmp_path, "mixture")
+    assert [(row["dtype"], row.contender) for row in rows] == [
+        (dtype, name) for dtype in ("fp32", "bf16") for name in (mixture.PLAIN, "fastdean")
+    ]
+    text = tables.rendered(mixture.TABLE, rows)
+    plain, ours, *_ = [line for line in text.splitlines() if line.startswith("| fp32")]
+    assert "| 1.00x |" in plain and plain.endswith("| |")
+    assert f"| {rows[1]['median_s'] / rows[0]['median_s']:.2f}x |" in ours
+    assert ours.endswith(f"| {rows[1]['floor_s'] / rows[1]['median_s']:.0%} |")
+    assert rows[0]["experts_by"] in mixture.IMPLEMENTATIONS
+    assert "Aims: at most 1.6x" in text
+    # Nothing is measured again.
+    assert benchmark(*chosen, "--resume") == 0
+    assert len(read(tmp_path, "mixture")) == len(rows)
+
+
+def test_the_floor_of_a_mixture_by_hand_and_the_model_as_it_was():
+    sizes = mixture.Mixture(hidden=64, units=32, experts=4, chosen=2, layers=2)
+    model = mixture.mixture_model(sizes, torch.float32, CPU)
+    examples = make_examples(lengths=(8, 8))
+    model.get_output_embeddings().weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    own = model.config._experts_implementation
+    case = mixture.mixture_case(model, sizes, examples, "fp32", mixture.Way("eager", 2))
+    tokens, targets, head = 16, 2 * 6, 2048 * 64
+    # Two heads of queries, one of keys and values, of 32 each.
+    attention, expert = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 32
+    products = 2 * tokens * 2 * (2 * attention + 3 * 2 * expert) + 2 * 2 * head * targets
+    assert case.operations == products
+    # All tokens are one batch; of it an expert gets half.
+    found = case.products.items()
+    assert sum(2 * math.prod(size) * number for (_, *size), number in found) == products
+    assert case.bytes == 4 * (2 * (attention + 4 * expert) + head)
+    plain, ours = case.contenders
+    assert plain.run(examples) == {}
+    assert set(ours.run(examples)) == {
+        f"model.layers.{k}.mlp.experts.{leaf}"
+        for k in (0, 1)
+        for leaf in ("gate_up_proj", "down_proj")
+    }
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert model.config._experts_implementation == own
+
+
+def test_more_experts_cannot_be_chosen_than_there_are(benchmark, capsys):
+    assert benchmark("mixture", "--experts", "4", "--chosen", "5") == 2
+    assert "chosen must be at most the 4 experts, got 5" in capsys.readouterr().err

@@ -504,8 +504,71 @@ def test_score_refuses_a_used_folder_before_the_model_is_loaded(place, tmp_path,
     out = write_foreign(tmp_path / "out")
     refused(
         call("score", "--model", place["model"], "--data", place["privacy"], "--out", out),
-        "which has files in it; choose another or pass --overwrite",
+        "which has files in it; choose another",
     )
+
+
+@pytest.mark.parametrize("command", ["score", "couple", "apply", "patch"])
+def test_a_folder_that_is_finished_is_said_to_be(place, run_folder, tmp_path, command):
+    scores, mask = run_folder / "scores", ["--mask", run_folder / "mask"]
+    asked, what = {
+        "score": (["--model", place["model"], "--data", place["privacy"]], "scores"),
+        "couple": (["--first", scores / "fairness", "--second", scores / "privacy",
+                    "--ratio", 0.05], "a mask"),
+        "apply": (["--model", place["model"], *mask], "an edited model"),
+        "patch": (["--checkpoint", place["model"], *mask], "an edited model"),
+    }[command]  # fmt: skip
+    asked = [command, *asked, "--out", tmp_path / "out", "--quiet"]
+    assert call(*asked).exit_code == 0
+    told = f"which holds {what} already, finished; use that, choose another or pass --overwrite"
+    refused(call(*asked), told)
+
+
+def test_scores_of_two_models_are_named(place, run_folder, tmp_path):
+    other = save_model(tmp_path / "other", lambda: tiny_models.llama(seed=1))
+    result = call("score", "--model", other, "--data", place["privacy"], "--examples", 5,
+                  "--keep-top", 0.05, "--out", tmp_path / "scores", "--quiet")  # fmt: skip
+    assert result.exit_code == 0
+    refused(
+        call("couple", "--first", run_folder / "scores" / "fairness", "--ratio", 0.05,
+             "--second", tmp_path / "scores", "--out", tmp_path / "mask"),
+        "scores must be of one model, got two that differ in name ('model' and 'other'); score",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["couple", "apply", "patch"])
+def test_an_edit_says_how_it_is_measured(place, run_folder, tmp_path, command):
+    scores, mask = run_folder / "scores", ["--mask", run_folder / "mask"]
+    asked = {
+        "couple": ["--first", scores / "fairness", "--second", scores / "privacy", "--ratio", 0.05],
+        "apply": ["--model", place["model"], *mask],
+        "patch": ["--checkpoint", place["model"], *mask],
+    }[command]
+    asked = [command, *asked, "--out", tmp_path / "out", "--overwrite"]
+    told = call(*asked).stderr
+    named = set(re.findall(r"`?fastdean ([a-z]+)", told))
+    assert named and named <= {each.name or each.callback.__name__ for each in every_command()}
+    if command != "couple":
+        (typed,) = re.findall(r"to measure its bias: (.*?);", told)
+        words = shlex.split(typed)
+        assert words[:4] == ["fastdean", "collapse", "--model", str(tmp_path / "out")]
+        options = {word for word in words if word.startswith("--")}
+        assert options <= set(re.findall(r"--[\w-]+", call("collapse", "--help").stdout))
+    assert "measure" not in call(*asked, "--quiet").stderr
+
+
+def every_command():
+    groups = [cli.app, *(group.typer_instance for group in cli.app.registered_groups)]
+    return [each for group in groups for each in group.registered_commands]
+
+
+def test_couple_without_general_scores_spares_nothing(run_folder, tmp_path):
+    scores = run_folder / "scores"
+    asked = ["--first", scores / "fairness", "--second", scores / "privacy", "--ratio", 0.05]
+    told = call("couple", *asked, "--out", tmp_path / "a").stderr
+    assert "coupled" in told and "spared" not in told
+    told = call("couple", *asked, "--general", scores / "general", "--out", tmp_path / "b").stderr
+    assert "spared" in told
 
 
 def test_score_and_couple_give_the_mask_of_the_run(place, run_folder, tmp_path):
@@ -742,7 +805,7 @@ def test_an_edited_model_is_replaced_by_another_edit_and_no_other_folder_is(
     for (command, option), overwrite in zip(EDITORS * 2, [False, True, True, True], strict=True):
         arguments = (command, option, place["model"], "--mask", run_folder / "mask", "--out", out)
         if overwrite:
-            refused(call(*arguments), "which has files in it; choose another or pass --overwrite")
+            refused(call(*arguments), "which holds an edited model already, finished; use that")
         assert call(*arguments, *(["--overwrite"] if overwrite else [])).exit_code == 0
     (out / "notes.txt").write_text("mine")
     for command, option in EDITORS:
@@ -965,6 +1028,19 @@ def test_report_draws_again(run_folder, tmp_path):
     refused(call("report", run_folder, "--out", tmp_path / "no" / "r.html"), "existing folder")
 
 
+def test_info_says_once_why_an_implementation_does_not_run():
+    rows = re.findall(r"^(?:[a-z_]+| ) .*not triton.*$", call("info").stdout, re.MULTILINE)
+    assert rows and all(row.count("not triton") == 1 for row in rows)
+    from fastdean.info import _dispatch_lines
+
+    others = [("triton", "slow here"), ("reference", "another one is preferred")]
+    row = {"op": "a", "chosen": "native", "reason": "not triton: slow here", "others": others}
+    assert list(_dispatch_lines([row])) == [
+        ("a", "native", "not triton: slow here"),
+        ("", "not reference", "another one is preferred"),
+    ]
+
+
 def test_info_prints_tables_or_json():
     text, document = call("info"), call("info", "--json")
     assert "fastdean" in text.stdout and text.exit_code == 0
@@ -1077,10 +1153,9 @@ def test_as_a_process_it_writes_json_to_stdout_and_nothing_foreign_to_stderr(pla
     code, stdout, stderr = finish(start(*command, "--out", tmp_path / "a", "--examples", 99))
     assert code == 0
     assert json.loads(stdout)["out"] == str(tmp_path / "a")
-    bars = [line for line in stderr.replace("\r", "\n").splitlines() if "%|" in line]
-    assert any(line.startswith("score: 100%") for line in bars)
-    others = [x for x in stderr.replace("\r", "\n").splitlines() if x.strip() and x not in bars]
-    assert others == [
+    # No terminal, no bars.
+    assert "\r" not in stderr
+    assert stderr.splitlines() == [
         f"fastdean: {place['privacy']} has 10 rows, fewer than the 99 asked for: all are taken",
         "Scores(6 matrices, 12,288 weights, n=10 examples, top 0.001 of each matrix)",
         f"written to {tmp_path / 'a'}",

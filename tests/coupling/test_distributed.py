@@ -218,6 +218,7 @@ def worker(rank, folder):
                 "num_examples": scores.num_examples,
                 "data": scores.manifest["data"],
                 "ranks": scores.manifest["ranks"],
+                "expert_load": scores.expert_load,
             }
     found["resumed"] = resumed(rank, folder)
     found["folder"] = str(folder)
@@ -246,6 +247,8 @@ def test_two_ranks_give_what_one_gives(found, situation):
         assert list(result["values"]) == list(alone)
         for name, value in alone.items():
             assert norm_error(result["values"][name], value) < 1e-6
+        assert result["expert_load"] == alone.expert_load
+        assert bool(alone.expert_load) == (situation is experts)
 
 
 def test_ranks_go_on_from_where_all_of_them_have_been(found):

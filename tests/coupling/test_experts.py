@@ -11,6 +11,7 @@ from live_bytes import LiveBytes
 from oracle import example_loss, norm_error, top_k
 from tiny_data import batches, make_examples
 from tiny_experts import CHOSEN, EXPERTS, FAMILIES, experts_model, own_importance
+from tiny_models import llama
 
 import fastdean
 from fastdean.coupling import resumable, trial
@@ -160,9 +161,10 @@ def test_experts_that_no_token_reached_are_named(caplog):
         assert [e for e in range(EXPERTS) if not scores[name][e].any()] == experts
         assert not set((scores.select(name, 5) // scores[name][0].numel()).tolist()) & set(experts)
     number = sum(map(len, unseen.values()))
-    said = f"{number} of {4 * EXPERTS} matrices of experts"
-    assert said in repr(scores)
-    assert any(r.getMessage().startswith(f"{said} saw no token") for r in caplog.records)
+    said = f"{number} of {4 * EXPERTS} experts' weights"
+    # A tensor of stacked experts is one matrix, as is each of a shared expert's three.
+    assert repr(scores).startswith("Scores(10 matrices, ") and f", {said} unseen" in repr(scores)
+    assert any(r.getMessage().startswith(f"{said} got no gradient") for r in caplog.records)
 
 
 # Memory: the experts of one tensor in several passes, several ranks, a job that goes on.
@@ -340,6 +342,7 @@ def test_a_job_in_parts_goes_on_where_it_was(tmp_path, monkeypatch):
     for name in expected:
         assert torch.equal(found.index(name), expected.index(name))
         assert torch.equal(found[name], expected[name])
+    assert found.expert_load == expected.expert_load != []
 
 
 @pytest.mark.parametrize("order", ["batches", "layers"])
@@ -354,3 +357,48 @@ def test_signs_of_experts(order):
     expected = (total * weight).sign()
     clear = (total * weight).abs() > 1e-6 * (total * weight).abs().max()
     assert torch.equal(signs[clear], expected[clear].to(torch.int8))
+
+
+# Quantised experts.
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_experts_of_eight_bits_are_refused_by_name(dtype):
+    model = experts_model("Qwen2Moe")
+    for module in _experts(model):
+        for leaf in ("gate_up_proj", "down_proj"):
+            weight = getattr(module, leaf).detach().to(dtype)
+            setattr(module, leaf, torch.nn.Parameter(weight, requires_grad=False))
+    said = rf"16 bits or more, got {dtype} in model.layers.0.mlp.experts.gate_up_proj; load it wi"
+    with pytest.raises(ValueError, match=said):
+        scored(model)
+
+
+@pytest.mark.parametrize("target_modules", ["mlp", "all", "mlp,q_proj"])
+def test_packed_experts_beside_plain_ones_are_refused_by_name(target_modules):
+    """Two values in a byte: no shape that anybody here can run."""
+    model = experts_model("Qwen2Moe")
+    for module in _experts(model):
+        for leaf in ("gate_up_proj", "down_proj"):
+            packed = getattr(module, leaf).detach()[..., ::2].to(torch.uint8)
+            setattr(module, leaf, torch.nn.Parameter(packed, requires_grad=False))
+    said = (
+        r"torch.uint8 in model.layers.0.mlp.experts.gate_up_proj; load it without quantisation, or"
+    )
+    with pytest.raises(ValueError, match=said):
+        find_targets(model, target_modules)
+    assert find_targets(model, ["q_proj"]) and find_targets(model, "self_attn")
+
+
+def test_a_packed_linear_whose_weight_is_a_buffer_is_refused_by_name():
+    model = llama()
+
+    class Packed(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.register_buffer("qweight", linear.weight.detach().to(torch.int32))
+
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = Packed(mlp.up_proj)
+    with pytest.raises(ValueError, match=r"torch.int32 in model.layers.1.mlp.up_proj.qweight"):
+        find_targets(model, "mlp")

@@ -402,7 +402,7 @@ def test_another_version_is_named(package, job, monkeypatch):
 
 
 def test_another_format_of_the_states_is_named(job, monkeypatch):
-    monkeypatch.setattr(resumable, "_FORMAT", 3)
+    monkeypatch.setattr(resumable, "_FORMAT", resumable._FORMAT + 1)
     with pytest.raises(ValueError, match="differs in format of the states; choose"):
         score(resume=job)
 

@@ -72,7 +72,8 @@ def test_scores_of_other_things_are_not_added(model, dense, units):
         dense + score(model, target_modules="all")
     with pytest.raises(ValueError, match="must belong to the same weights, got different values"):
         dense + score(llama(seed=1))
-    with pytest.raises(ValueError, match="must belong to the same weights, got different values"):
+    said = r"must be of one model, got two that differ in dtype \('float32' and 'bfloat16'\); score"
+    with pytest.raises(ValueError, match=said):
         dense + score(llama().bfloat16())
     with pytest.raises(TypeError):
         dense + 1

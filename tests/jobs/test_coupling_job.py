@@ -138,7 +138,7 @@ def test_a_run_writes_its_parts_and_its_results(measured):
 
 
 def test_fewer_measured_rows_than_asked_for_are_told(place, measured):
-    told = "Fairness was measured on 5 rows, fewer than the 6 asked for: there are no more."
+    told = "The set fairness was measured on 5 rows, fewer than the 6 asked for: there are no more."
     job = Job(**place, **{**OPTIONS, "eval_examples": 6})
     rows = {name: split_rows(name, job) for name in DATA_SETS}
     assert told in list(_about_rows(job, rows))
@@ -614,6 +614,16 @@ def test_units(place, tmp_path):
     assert len(NeuronMask.from_pretrained(tmp_path / "run" / "mask")) == kept * 32 > 0
 
 
+def test_a_number_that_nobody_asked_for_is_told_nobody(place, caplog):
+    job = Job(**place)
+    with caplog.at_level(logging.WARNING, logger="fastdean"):
+        rows = {name: split_rows(name, job) for name in DATA_SETS}
+    assert [len(split.scored) for split in rows.values()] == [10, 10, 10]
+    told = list(_about_rows(job, rows))
+    assert "The set fairness was measured on 10 rows: there are no more." in told
+    assert not caplog.records and not [text for text in told if "asked for" in text]
+
+
 def test_rows_that_are_too_few_are_all_taken_with_a_warning(place, tmp_path, caplog):
     job = Job(**place, **{**OPTIONS, "examples": 50})
     with caplog.at_level(logging.WARNING, logger="fastdean"):
@@ -621,7 +631,7 @@ def test_rows_that_are_too_few_are_all_taken_with_a_warning(place, tmp_path, cap
     assert "has 10 rows, fewer than the 50 asked for: all are taken" in caplog.text
     assert results["data"]["fairness"]["examples"] == 10
     assert (
-        "Fairness has 10 rows, fewer than the 50 asked for: all were scored."
+        "The set fairness has 10 rows, fewer than the 50 asked for: all were scored."
         in (results["warnings"])
     )
     assert any(

@@ -224,13 +224,74 @@ def test_the_command_prints_a_table_or_json(folder):
     assert set(printed) == {"model", "targets", "work", "machine", "memory", "orders", "notes"}
     assert list(printed["orders"]) == ["batches", "layers", "layers, streamed"]
     fields = {"order", "weights", "fits", "peak_bytes", "moment", "parts", "states", "operations"}
-    fields |= {"weights_read_bytes", "files_read_bytes", "seconds"}
+    fields |= {"weights_read_bytes", "files_read_bytes", "seconds", "passes"}
     assert all(set(each) == fields for each in printed["orders"].values())
     assert (
         printed
         == fastdean.estimate(folder, examples=6, tokens_per_example=10, gpu_memory="1GB").to_dict()
     )
     assert result.stderr.splitlines()[0].startswith("Into 1.0 GB of GPU memory fit: ")
+
+
+def test_a_budget_divides_the_sums_into_passes(folder):
+    whole = fastdean.estimate(folder, **JOB, **GPU)
+    matrix = 4 * H * U
+    found = fastdean.estimate(folder, **JOB, **GPU, memory_budget=2 * matrix)
+    by_batches, before = found.orders["batches"], whole.orders["batches"]
+    # Three matrices of each of two layers, two at a time.
+    assert (by_batches.passes, by_batches.parts["sums"]) == (3, 2 * matrix)
+    for part, times in {"forward": 3, "backward": 3, "importance": 1}.items():
+        assert by_batches.operations[part] == times * before.operations[part]
+    assert by_batches.weights_read_bytes == 3 * before.weights_read_bytes
+    assert before.passes == 1 and "passes" not in str(whole) and "\npasses " in str(found)
+    # What a window holds of a batch is more than that.
+    assert list(found.orders) == ["batches"]
+    assert found.notes[0].startswith("Not layers: memory_budget must be at least ")
+    least = int(found.notes[0].split("at least ")[1].split(" ")[0].replace(",", ""))
+    found = fastdean.estimate(folder, **JOB, **GPU, memory_budget=least)
+    by_layers, before = found.orders["layers"], whole.orders["layers"]
+    assert (by_layers.passes, by_layers.parts["sums"]) == (3, matrix)
+    assert by_layers.operations["recomputed_forward"] == pytest.approx(
+        3 * before.operations["recomputed_forward"]
+    )
+    assert by_layers.operations["forward"] == before.operations["forward"]
+
+
+def test_a_budget_that_holds_no_matrix_is_refused_as_score_does(folder):
+    with pytest.raises(ValueError, match="memory_budget must hold the sums of at least one matrix"):
+        fastdean.estimate(folder, **JOB, **GPU, memory_budget=100)
+    result = called("--model", folder, "--memory-budget", 1e-7)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("fastdean: --memory-budget must hold the sums of at least one")
+
+
+def test_what_fits_barely_is_told_with_what_is_left(folder):
+    roomy = fastdean.estimate(folder, **JOB, **GPU)
+    assert " left" not in roomy.verdict
+    peak = roomy.orders["batches"].peak_bytes
+    barely = fastdean.estimate(folder, **JOB, gpu_memory=peak + 1000)
+    assert "0 MB left, and it may be 10% more)" in barely.verdict
+    need = roomy.orders["layers"].peak_bytes - roomy.orders["layers"].parts["states"]
+    full = fastdean.estimate(folder, **JOB, gpu_memory=need + 1000)
+    assert ", no room left: 0 MB of states go to host or files)" in full.verdict
+
+
+def test_the_table_names_its_rows_apart_and_the_moments_of_its_columns(folder):
+    lines = str(fastdean.estimate(folder, **JOB, **GPU)).splitlines()
+    names = [line[:24].split("  ")[0].strip() or line[:24].strip() for line in lines[4:]]
+    rows = [name for name in names if name in ("states", "all states", "sums", "weights")]
+    assert len(rows) == len(set(rows)) and {"states", "all states"} <= set(rows)
+    (moments,) = (line for line in lines if line.startswith("Each column has the parts of its own"))
+    assert '"batches": a batch turns from forward to backward' in moments
+    assert '"layers" and "layers, streamed": layer 1 backward' in moments
+
+
+def test_rows_of_text_without_a_tokenizer_blame_the_tokenizer(folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    result = called("--model", folder, "--data", rows)
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("fastdean: --model must come with its tokenizer's files where")
 
 
 def test_the_command_refuses_by_flag(folder):

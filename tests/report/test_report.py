@@ -428,8 +428,8 @@ def test_a_mask_that_was_not_measured_is_written_as_dashes(figures):
     results["perplexity"]["masks"]["paper"] = figures
     page = render_report(results)
     assert HEADINGS["hsic"] not in headings(page)
-    assert cells(page, "Privacy margins")[2] == ["paper", "not measured", *["–"] * 4]
-    assert cells(page, "Privacy margins")[4][0] == "released"
+    assert cells(page, "Margins of privacy")[2] == ["paper", "not measured", *["–"] * 4]
+    assert cells(page, "Margins of privacy")[4][0] == "released"
     assert cells(page, "Perplexity before")[2] == ["paper", "not measured", *["–"] * 3]
 
 
@@ -498,7 +498,7 @@ def test_the_wider_the_sets_the_farther_right_and_chance_is_drawn():
 def test_an_interval_that_holds_zero_is_never_called_an_effect(low, high, verdict, said):
     masks = {"paper": {"mean": 0.1, "low": low, "high": high, "verdict": verdict, "weights": 9}}
     page = render_report({"margins": {"privacy": {"origin": {"mean": 0.5}, "masks": masks}}})
-    row = cells(page, "Privacy margins")[2]
+    row = cells(page, "Margins of privacy")[2]
     assert row[:4] == ["paper", said, "9", "0.6000"]
     assert float(row[4]) == 0.1 and row[4].startswith("+")
     assert f"paper: {said}" in text(parse(page).find(".//dl"))
@@ -639,3 +639,55 @@ def test_errors_say_what_to_do(tmp_path):
         FileNotFoundError, match=r"path must be in an existing folder, got .*; create .*absent"
     ):
         write_report({}, tmp_path / "absent" / "report.html")
+
+
+# Load per expert.
+
+
+def load_rows(layers, experts):
+    counts = [(7 * n) % 13 for n in range(experts)]
+    total = sum(counts)
+    return [
+        {
+            "name": f"model.layers.{k}.mlp.experts",
+            "layer": k,
+            "experts": experts,
+            "tokens": total,
+            "least": 0.0,
+            "median": 6 / total,
+            "most": 12 / total,
+            "number_unseen": counts.count(0),
+            "unseen": "0, 13",
+            "shared": [f"model.layers.{k}.mlp.shared_expert"],
+            "counts": " ".join(map(str, counts)),
+        }
+        for k in range(layers)
+    ]
+
+
+def test_the_load_of_experts_is_a_table_and_a_strip_for_each_set():
+    page = render_report({"expert_load": {"toxic<b>": load_rows(2, 14), "chat": load_rows(2, 14)}})
+    assert headings(page) == ["Load per expert"]
+    head, first, _ = cells(page, "Tokens of toxic<b> by expert")
+    assert head[:6] == ["Layer", "Experts", "Routed tokens", "Least", "Median", "Most"]
+    assert first == ["0", "14", "78", "0 %", "7.69 %", "15.4 %", "", "0, 13"]
+    assert "2 shared experts beside them" in page
+    strips = [plot for plot in plots(page) if plot.get("class") == "cells"]
+    assert len(strips) == 4 and strips[0].get("viewBox") == "0 0 14 1"
+    kinds = {path.get("class"): path.get("d") for path in strips[0].iter("path")}
+    # Shares of an even 5.6 tokens: 0 7 1 8 2 9 3 10 4 11 5 12 6 0.
+    assert kinds["load little"] == "M2 0H3V1H2ZM4 0H5V1H4Z"
+    assert kinds["load much"] == "M11 0H12V1H11Z"
+    assert strips[0].get("aria-label").startswith("2 experts without a token, 2 below half")
+
+
+def test_the_load_of_a_large_mixture_takes_little_of_the_page():
+    load = {name: load_rows(60, 256) for name in ("fairness", "privacy", "general")}
+    assert len(render_report({"expert_load": load})) < 1_500_000
+
+
+def test_a_load_that_says_little_is_shown_as_far_as_it_goes():
+    page = render_report({"expert_load": {"a": [{"name": "mlp"}], "b": None, "c": []}})
+    assert cells(page, "Tokens of a by expert")[1] == ["mlp", *["–"] * 6, "none"]
+    rows = [{**row, "counts": "3 many"} for row in load_rows(1, 4)]
+    assert cells(render_report({"expert_load": {"a": rows}}), "Tokens of a")[1][6] == "–"

@@ -25,7 +25,7 @@ class Kind(tqdm.auto.tqdm):
         (False, False, False, False),
     ],
 )
-def test_a_log_has_our_bars_alone(monkeypatch, terminal, shown, ours, theirs):
+def test_libraries_draw_none_in_a_log(monkeypatch, terminal, shown, ours, theirs):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setattr(bars, "_can_redraw", lambda: terminal)
     with bars.bars(shown):
@@ -33,3 +33,22 @@ def test_a_log_has_our_bars_alone(monkeypatch, terminal, shown, ours, theirs):
         for kind in (tqdm.tqdm, tqdm.auto.tqdm, Kind):
             assert (not kind(total=1, disable=False).disable) is theirs
     assert not Kind(total=1, disable=False).disable
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3600.0])
+def test_in_a_log_ours_are_lines_and_none_where_nothing_takes_long(monkeypatch, capsys, seconds):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(bars, "_can_redraw", lambda: False)
+    often = {name: seconds for name in ("delay", "mininterval", "maxinterval")}
+    monkeypatch.setattr(bars, "_LINES", bars._LINES | often)
+    with bars.bars(True), _progress_bar(3, "ex", "score privacy", True) as bar:
+        for _ in range(3):
+            bar.update()
+    told = capsys.readouterr().err
+    if seconds:
+        assert told == ""
+        return
+    lines = told.splitlines()
+    assert "\r" not in told and "|" not in told and len(lines) >= 3
+    assert all(line.startswith("fastdean: score privacy: ") for line in lines)
+    assert " 3 of 3 ex, " in lines[-1]

@@ -32,6 +32,7 @@ class ScoringJob(ModelJob):
     examples: options.Examples = 128
     granularity: options.Granularity = "weight"
     target_modules: options.TargetModules = "mlp"
+    expert_scope: options.ExpertScope = "expert"
     template: options.Template = None
     memory_budget: options.MemoryBudget = None
     order: options.Order = "auto"
@@ -41,10 +42,12 @@ class ScoringJob(ModelJob):
     def __post_init__(self) -> None:
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.coupling.order import ORDERS
+        from fastdean.coupling.scores import EXPERT_SCOPES
 
         super().__post_init__()
         object.__setattr__(self, "granularity", checked_granularity(self.granularity))
         options.require_one_of(self, "order", ORDERS)
+        options.require_one_of(self, "expert_scope", EXPERT_SCOPES)
         options.require_template(self)
         options.require_at_least(self, examples=1)
 

@@ -19,7 +19,6 @@ from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
 from fastdean.masks.summary import SIGN_COLUMNS
 from fastdean.models.forward import label_shift
-from fastdean.report.set_names import at_start
 
 
 def collect(
@@ -61,6 +60,9 @@ def collect(
         },
         "manifest": {"job": told, "mask": mask.manifest},
     }
+    loads = {name: each.expert_load for name, each in scores.items() if each.expert_load}
+    if loads:
+        own["expert_load"] = loads
     if job.scope == "matrix":
         own["overlap"] = overlap(
             first, second, general=[scores[name] for name in sets.spared], ratios=job.curve
@@ -126,10 +128,12 @@ def _about_rows(job: Job, rows: Mapping[str, SplitRows]) -> Iterator[str]:
         yield "Nothing was measured: eval_examples is 0."
         return
     for name in job.data_sets.sources:
-        if job.examples is not None and len(rows[name].scored) < job.examples:
+        # The default is asked for by nobody.
+        asked = None if job.examples == Job.examples else job.examples
+        if asked is not None and len(rows[name].scored) < asked:
             yield (
-                f"{at_start(name)} has {len(rows[name].scored)} rows, fewer than the "
-                f"{job.examples} asked for: all were scored."
+                f"The set {name} has {len(rows[name].scored)} rows, fewer than the {asked} asked "
+                "for: all were scored."
             )
         if not rows[name].measured:
             yield (
@@ -137,9 +141,10 @@ def _about_rows(job: Job, rows: Mapping[str, SplitRows]) -> Iterator[str]:
                 f"{name}."
             )
         elif len(rows[name].measured) < job.eval_examples:
+            fewer = f", fewer than the {job.eval_examples} asked for"
             yield (
-                f"{at_start(name)} was measured on {len(rows[name].measured)} rows, fewer than "
-                f"the {job.eval_examples} asked for: there are no more."
+                f"The set {name} was measured on {len(rows[name].measured)} rows"
+                f"{'' if job.eval_examples == Job.eval_examples else fewer}: there are no more."
             )
         if rows[name].measured and not rows[name].held_out:
             yield (f"The {name} rows that were measured on are scored ones: no others were left.")

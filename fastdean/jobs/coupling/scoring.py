@@ -31,9 +31,16 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
         if ranks.first:
             require_outside(out, job.model)
             if not holds_job(out):
-                require_free(out, overwrite, lambda folder: holds_only(folder, "scores"))
+                require_free(out, overwrite, lambda folder: holds_only(folder, "scores"), "scores")
         skipped = Skipped() if job.skip_bad_rows else None
-        rows, _ = take_rows(job.data, job.examples, job.seed, name="data", skipped=skipped)
+        rows, _ = take_rows(
+            job.data,
+            job.examples,
+            job.seed,
+            name="data",
+            skipped=skipped,
+            usual=ScoreJob.examples,
+        )
         model, tokenizer = load_or_stream(
             job.model,
             order=job.order,
@@ -57,6 +64,7 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
         examples,
         granularity=job.granularity,
         target_modules=job.target_modules,
+        expert_scope=job.expert_scope,
         keep_top=None if job.keep_top == 1 else job.keep_top,
         tokens_per_batch=job.tokens_per_batch,
         memory_budget=job.memory_budget,

@@ -139,7 +139,7 @@ def _prepare(session: Session[Job]) -> _Prepared:
     if opened.stream is None:
         _require_in_memory(targets, job)
     sizes = _sizes(targets, job)
-    _require_selection(sizes, job)
+    _require_selection(sizes, targets, job)
     options: dict[str, Any] = {"template": job.template, "max_length": job.max_length}
 
     def told(name: str) -> tuple[str, Any, nn.Module]:
@@ -219,6 +219,8 @@ def _sizes(targets: Sequence[Target], job: Job) -> list[int]:
     """How many entries compete in each matrix."""
     if job.granularity == "unit":
         return [target.num_inputs for target in targets]
+    if job.expert_scope == "tensor":
+        return [target.weight.numel() for target in targets]
     return [
         target.num_inputs * target.num_outputs
         for target in targets
@@ -226,11 +228,13 @@ def _sizes(targets: Sequence[Target], job: Job) -> list[int]:
     ]
 
 
-def _require_selection(sizes: Sequence[int], job: Job) -> None:
+def _require_selection(sizes: Sequence[int], targets: Sequence[Target], job: Job) -> None:
     largest = max(sizes) if job.scope == "matrix" else sum(sizes)
     if job.min_k or int(job.effective_ratio * largest):
         return
-    raise nothing_selected_error(job.effective_ratio, largest, job.scope)
+    whole = (target.weight.numel() for target in targets)
+    of_experts = job.granularity == "weight" and largest not in whole
+    raise nothing_selected_error(job.effective_ratio, largest, job.scope, of_experts=of_experts)
 
 
 def _keep_top(sizes: Sequence[int], job: Job) -> float | None:
@@ -321,6 +325,7 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
             {name: prepared.scored[name] for name in names},
             granularity=job.granularity,
             target_modules=job.target_modules,
+            expert_scope=job.expert_scope,
             tokens_per_batch=job.tokens_per_batch,
             keep_top=prepared.keep_top,
             memory_budget=job.memory_budget,
