@@ -58,6 +58,57 @@ def experts(rank):
     return fastdean.score(experts_model("Mixtral"), loader(), progress=False)
 
 
+def kept(rank, **options):
+    return fastdean.score(llama(), loader(), keep_top=0.05, progress=False, **options)
+
+
+def kept_by_layers(rank):
+    return kept(rank, order="layers", signs=True)
+
+
+def kept_experts(rank, **options):
+    options = {"keep_top": 0.02, "progress": False, **options}
+    return fastdean.score(experts_model("Mixtral"), loader(), **options)
+
+
+def kept_experts_as_one(rank):
+    return kept_experts(rank, expert_scope="tensor", order="layers", memory_budget=1 << 19)
+
+
+def most_kept(rank):
+    """So many that it is less to send all."""
+    return fastdean.score(llama(), loader(), keep_top=0.9, progress=False)
+
+
+def exact(rank, **options):
+    """Of which all numbers of ranks are to give the same bits."""
+    sets = batches(make_examples(lengths=range(3, 24)), 3)
+    options = {"deterministic": True, "progress": False, "signs": True, **options}
+    return fastdean.score(llama(), sets, **options)
+
+
+def exact_kept(rank):
+    return exact(rank, keep_top=0.05)
+
+
+def exact_by_layers(rank):
+    return exact(rank, keep_top=0.05, order="layers")
+
+
+def exact_half(rank):
+    model = llama().half()
+    return fastdean.score(model, loader(), deterministic=True, progress=False)
+
+
+def exact_experts(rank):
+    return kept_experts(rank, deterministic=True)
+
+
+def exact_own_loss(rank):
+    options = {"loss_fn": token_loss, "deterministic": True, "progress": False}
+    return fastdean.score(llama(), batches(make_examples(lengths=range(3, 24)), 2), **options)
+
+
 def units(rank):
     return fastdean.score(llama(), loader(), granularity="unit", progress=False)
 
@@ -154,6 +205,17 @@ SITUATIONS = [
     other_examples,
     units,
     experts,
+    kept,
+    kept_by_layers,
+    kept_experts,
+    kept_experts_as_one,
+    most_kept,
+    exact,
+    exact_kept,
+    exact_by_layers,
+    exact_half,
+    exact_experts,
+    exact_own_loss,
     by_layers,
     broken_checkpoint,
     broken_layer,
@@ -162,6 +224,49 @@ SITUATIONS = [
     empty_loader,
     own_loss,
 ]
+
+
+SENT = {
+    "all_reduce": lambda tensor, **_: tensor.nbytes,
+    "all_to_all_single": lambda received, sent, own, others: (
+        (sum(others) - own[0]) * sent.element_size()
+    ),
+    "all_gather": lambda received, sent: sent.nbytes,
+    "broadcast_object_list": lambda objects, src: 0,
+}
+
+
+def sent_by(score, *arguments):
+    """Name of a collective -> how often a scoring calls it, and how many bytes this rank sends."""
+    log = {name: (0, 0) for name in SENT}
+
+    def counting(name, call):
+        def counted(*args, **kwargs):
+            calls, sent = log[name]
+            log[name] = (calls + 1, sent + SENT[name](*args, **kwargs))
+            return call(*args, **kwargs)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SENT:
+            patch.setattr(distributed, name, counting(name, getattr(distributed, name)))
+        score(*arguments)
+    return log
+
+
+def sent(rank):
+    """By order and number of examples, what scoring with `keep_top` sends."""
+
+    def score(order, count):
+        examples = batches(make_examples(lengths=(5,) * count), 2)
+        options = {"keep_top": 0.05, "order": order, "tokens_per_batch": 10, "progress": False}
+        fastdean.score(llama(), examples, **options)
+
+    return {
+        order: [sent_by(score, order, count) for count in (4, 40)]
+        for order in ("batches", "layers")
+    }
 
 
 def resumed(rank, folder):
@@ -215,10 +320,15 @@ def worker(rank, folder):
         else:
             found[situation.__name__] = {
                 "values": dict(scores),
+                "entries": {
+                    name: (entry.index, entry.sums, entry.signed, entry.unseen)
+                    for name, entry in scores.entries.items()
+                },
                 "num_examples": scores.num_examples,
                 "data": scores.manifest["data"],
                 "ranks": scores.manifest["ranks"],
             }
+    found["sent"] = sent(rank)
     found["resumed"] = resumed(rank, folder)
     found["folder"] = str(folder)
     leave_group(rank, folder, found)
@@ -232,7 +342,10 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "situation",
-    [uneven, one_example, in_passes, units, experts, by_layers, streamed, own_loss],
+    [
+        *(uneven, one_example, in_passes, units, experts, kept, kept_by_layers, kept_experts),
+        *(kept_experts_as_one, most_kept, by_layers, streamed, own_loss),
+    ],
     ids=lambda s: s.__name__,
 )
 def test_two_ranks_give_what_one_gives(found, situation):
@@ -246,6 +359,54 @@ def test_two_ranks_give_what_one_gives(found, situation):
         assert list(result["values"]) == list(alone)
         for name, value in alone.items():
             assert norm_error(result["values"][name], value) < 1e-6
+            # No two importances of these models are so near that rounding puts them in another
+            # order.
+            index, _, _, unseen = result["entries"][name]
+            assert index is None or torch.equal(index, alone.index(name))
+            assert unseen == alone.entries[name].unseen
+
+
+@pytest.mark.parametrize(
+    "situation",
+    [exact, exact_kept, exact_by_layers, exact_half, exact_experts, exact_own_loss],
+    ids=lambda s: s.__name__,
+)
+def test_deterministic_scores_have_the_same_bits_on_any_number_of_ranks(found, situation):
+    alone = situation(0).entries
+    for rank in range(WORLD):
+        of_ranks = found[rank][situation.__name__]
+        assert not isinstance(of_ranks, str), of_ranks
+        for name, entry in alone.items():
+            expected = (entry.index, entry.sums, entry.signed)
+            for one, other in zip(expected, of_ranks["entries"][name][:3], strict=True):
+                assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_kept_entries_are_those_of_the_dense_scores_of_the_same_ranks(found):
+    """Bit for bit: the sums are the same, and ties go to the lowest index."""
+    for rank in range(WORLD):
+        dense, sparse = (found[rank][name]["values"] for name in ("uneven", "kept"))
+        for name, (index, *_) in found[rank]["kept"]["entries"].items():
+            value = dense[name].flatten()
+            k = int(0.05 * value.numel())
+            expected = value.argsort(descending=True, stable=True)[:k].sort().values
+            assert torch.equal(index, expected)
+            assert torch.equal(sparse[name], value[index])
+
+
+def test_a_rank_sends_its_sums_once_and_its_candidates_whatever_the_number_of_examples(found):
+    for rank in range(WORLD):
+        entries = fastdean.score(llama(), loader(), progress=False).entries.values()
+        sizes = [entry.numel for entry in entries]
+        sums = sum(size - len(range(*Ranks(rank, WORLD).shard(size))) for size in sizes)
+        candidates = sum(int(0.05 * size) for size in sizes)
+        for few, many in found[rank]["sent"].values():
+            assert few == many
+            # A place and a sum each.
+            assert few["all_to_all_single"] == (len(sizes), 4 * sums)
+            assert few["all_gather"] == (len(sizes), 12 * candidates)
+            calls, bytes_sent = few["all_reduce"]
+            assert bytes_sent <= 16 * calls
 
 
 def test_ranks_go_on_from_where_all_of_them_have_been(found):
