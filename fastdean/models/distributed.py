@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from fastdean.models.lost_ranks import limit_collectives, naming_lost_ranks
+from fastdean.models.lost_ranks import limit_collectives, naming_lost_ranks, wait
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 
@@ -90,7 +90,7 @@ class Ranks:
         with self._together():
             for tensor in tensors:
                 reachable = _reachable(tensor)
-                torch.distributed.all_reduce(reachable)
+                wait(torch.distributed.all_reduce(reachable, async_op=True), reachable.device)
                 if reachable is not tensor:
                     tensor.copy_(reachable)
 
@@ -174,7 +174,12 @@ class Ranks:
         sizes = [len(piece) for piece in pieces]
         own = sizes[self.rank]
         received = sent.new_empty(self.size * own)
-        torch.distributed.all_to_all_single(received, sent, [own] * self.size, sizes)
+        wait(
+            torch.distributed.all_to_all_single(
+                received, sent, [own] * self.size, sizes, async_op=True
+            ),
+            sent.device,
+        )
         return received.view(self.size, own)
 
     def highest(self, value: int) -> int:
@@ -183,7 +188,7 @@ class Ranks:
             return value
         box = torch.tensor(value, device=_collective_device())
         with self._together():
-            torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
+            _all_highest(box)
             return int(box)
 
     def concatenate(self, rows: Tensor) -> Tensor:
@@ -255,7 +260,7 @@ class Ranks:
         count = torch.tensor([int(failed)], device=_collective_device())
         try:
             with self._naming_lost():
-                torch.distributed.all_reduce(count)
+                wait(torch.distributed.all_reduce(count, async_op=True), count.device)
         finally:
             # Here, since an interrupt is raised as soon as the answer is there.
             _meeting.failure_is_known |= failed or bool(count)
@@ -271,7 +276,7 @@ class Ranks:
             return True
         extremes = torch.tensor([value, -value], device=_collective_device())
         with self._together():
-            torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
+            _all_highest(extremes)
         highest, negated_lowest = extremes.tolist()
         return highest == -negated_lowest
 
@@ -311,11 +316,16 @@ def _reachable(tensor: Tensor) -> Tensor:
     return tensor.to(_collective_device()) if tensor.device.type == "cpu" else tensor
 
 
+def _all_highest(tensor: Tensor) -> None:
+    highest = torch.distributed.ReduceOp.MAX
+    wait(torch.distributed.all_reduce(tensor, op=highest, async_op=True), tensor.device)
+
+
 def _gathered(sent: Tensor, ranks: int) -> Sequence[Tensor]:
     """What each rank sends, [N] on all of them, by rank."""
     reachable = sent.to(_exchange_device(sent))
     received = [torch.empty_like(reachable) for _ in range(ranks)]
-    torch.distributed.all_gather(received, reachable)
+    wait(torch.distributed.all_gather(received, reachable, async_op=True), reachable.device)
     return received
 
 

@@ -226,12 +226,16 @@ SITUATIONS = [
 ]
 
 
+EXACT = [exact, exact_kept, exact_by_layers, exact_half, exact_experts, exact_own_loss]
+NEAR = [uneven, one_example, kept, kept_by_layers, kept_experts, kept_experts_as_one, most_kept]
+OF_FOUR = EXACT + NEAR
+
 SENT = {
     "all_reduce": lambda tensor, **_: tensor.nbytes,
-    "all_to_all_single": lambda received, sent, own, others: (
+    "all_to_all_single": lambda received, sent, own, others, **_: (
         (sum(others) - own[0]) * sent.element_size()
     ),
-    "all_gather": lambda received, sent: sent.nbytes,
+    "all_gather": lambda received, sent, **_: sent.nbytes,
     "broadcast_object_list": lambda objects, src: 0,
 }
 
@@ -311,8 +315,21 @@ def resumed(rank, folder):
 
 def worker(rank, folder):
     join_group(rank, folder)
+    found = in_situations(SITUATIONS, rank)
+    found["sent"] = sent(rank)
+    found["resumed"] = resumed(rank, folder)
+    found["folder"] = str(folder)
+    leave_group(rank, folder, found)
+
+
+def one_of_four(rank, folder):
+    join_group(rank, folder, 4)
+    leave_group(rank, folder, in_situations(OF_FOUR, rank))
+
+
+def in_situations(situations, rank):
     found = {}
-    for situation in SITUATIONS:
+    for situation in situations:
         try:
             scores = situation(rank)
         except Exception as error:
@@ -328,10 +345,7 @@ def worker(rank, folder):
                 "data": scores.manifest["data"],
                 "ranks": scores.manifest["ranks"],
             }
-    found["sent"] = sent(rank)
-    found["resumed"] = resumed(rank, folder)
-    found["folder"] = str(folder)
-    leave_group(rank, folder, found)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -342,20 +356,21 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "situation",
-    [
-        *(uneven, one_example, in_passes, units, experts, kept, kept_by_layers, kept_experts),
-        *(kept_experts_as_one, most_kept, by_layers, streamed, own_loss),
-    ],
+    [*NEAR, in_passes, units, experts, by_layers, streamed, own_loss],
     ids=lambda s: s.__name__,
 )
 def test_two_ranks_give_what_one_gives(found, situation):
+    assert_near(found, situation)
+
+
+def assert_near(found, situation):
     alone = situation(0)
-    for rank in range(WORLD):
+    for rank in range(len(found)):
         result = found[rank][situation.__name__]
         assert not isinstance(result, str), result
         assert result["num_examples"] == alone.num_examples
         assert result["data"] == alone.manifest["data"]
-        assert (result["ranks"], alone.manifest["ranks"]) == (WORLD, 1)
+        assert (result["ranks"], alone.manifest["ranks"]) == (len(found), 1)
         assert list(result["values"]) == list(alone)
         for name, value in alone.items():
             assert norm_error(result["values"][name], value) < 1e-6
@@ -366,14 +381,23 @@ def test_two_ranks_give_what_one_gives(found, situation):
             assert unseen == alone.entries[name].unseen
 
 
-@pytest.mark.parametrize(
-    "situation",
-    [exact, exact_kept, exact_by_layers, exact_half, exact_experts, exact_own_loss],
-    ids=lambda s: s.__name__,
-)
-def test_deterministic_scores_have_the_same_bits_on_any_number_of_ranks(found, situation):
+@pytest.mark.parametrize("situation", EXACT, ids=lambda s: s.__name__)
+def test_deterministic_scores_have_the_same_bits_on_two_ranks(found, situation):
+    assert_exact(found, situation)
+
+
+@pytest.mark.slow
+def test_four_ranks_give_what_one_gives(tmp_path):
+    found = run_ranks(one_of_four, tmp_path, 4)
+    for situation in EXACT:
+        assert_exact(found, situation)
+    for situation in NEAR:
+        assert_near(found, situation)
+
+
+def assert_exact(found, situation):
     alone = situation(0).entries
-    for rank in range(WORLD):
+    for rank in range(len(found)):
         of_ranks = found[rank][situation.__name__]
         assert not isinstance(of_ranks, str), of_ranks
         for name, entry in alone.items():
@@ -460,10 +484,15 @@ def test_loaders_that_are_already_split_are_refused(found):
 def test_sums_on_the_cpu_travel_through_a_group_of_gpus(monkeypatch):
     reduced = []
 
-    def all_reduce(tensor):
+    class Done:
+        def wait(self, *limit):
+            pass
+
+    def all_reduce(tensor, async_op):
         assert tensor is not sums, "a group of GPUs alone takes no tensor on the CPU"
         reduced.append(tensor)
         tensor.mul_(WORLD)
+        return Done()
 
     # The machine of this test has no GPU: float64 stands for the other device.
     monkeypatch.setattr("fastdean.models.distributed._collective_device", lambda: torch.float64)

@@ -47,7 +47,7 @@ def scored(folder, **options):
 def loses_the_last(rank, folder, number, world):
     """The last rank gets a signal in the middle of its work; the others write what they hear."""
     join_group(rank, folder, world)
-    lost_ranks._SOON = 0.5
+    lost_ranks._SOON, lost_ranks._LOOK = 1.0, 0.1
     with pytest.MonkeyPatch.context() as patch:
         if rank == world - 1:
             in_the_second_layer(lambda: os.kill(os.getpid(), number), patch)
@@ -68,6 +68,7 @@ def all_but_the_last_hear(folder, number, world):
     finally:
         for process in started:
             process.kill()
+        started[-1].finish()
     for rank in range(world - 1):
         heard, seconds = torch.load(folder / f"rank{rank}.pt")
         assert heard.startswith(
