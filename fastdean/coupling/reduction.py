@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdean.coupling.accumulators import Accumulator
 from fastdean.coupling.scores import ScoreEntry, fingerprint, values_at
 from fastdean.models.distributed import Ranks
+from fastdean.ops.reference import importance
 from fastdean.ops.selection import select_top
 
 # Of a candidate, its place and its sum, beside the 4 bytes of an entry's sum.
@@ -115,17 +116,16 @@ class _Candidates:
 
     def _own(self, sums: Tensor, weight: Tensor) -> Tensor:
         """int64, ascending: flat indices of the candidates in this rank's shard."""
-        found = [
-            select_top(
-                sums[first:end],
-                _between(weight, first, end),
-                self._top.num_examples,
-                min(self._k, end - first),
-            )
-            + first
-            for first, end in self._pieces(self._ranks.rank)
-        ]
-        return torch.cat([sums.new_empty(0, dtype=torch.int64), *found])
+        found = [sums.new_empty(0, dtype=torch.int64)]
+        for first, end in self._pieces(self._ranks.rank):
+            part, factor = sums[first:end], _between(weight, first, end)
+            k = min(self._k, end - first)
+            try:
+                found.append(select_top(part, factor, self._top.num_examples, k) + first)
+            except ValueError:
+                _require_finite(importance(part, factor, self._top.num_examples), first)
+                raise
+        return torch.cat(found)
 
     def _pieces(self, rank: int) -> Iterator[tuple[int, int]]:
         """First entry and the one past the last of each matrix's part of a rank's shard."""
@@ -144,6 +144,15 @@ class _Candidates:
             part = sums.view(-1)[max(first, expert * size) : min(end, (expert + 1) * size)]
             seen[expert] = part.any() if len(part) else False
         return seen.to(sums.device)
+
+
+def _require_finite(values: Tensor, first: int) -> None:
+    """Of a part of a tensor from flat index `first` on: the error of the whole tensor."""
+    for place in (~values.isfinite()).nonzero().flatten()[:1].tolist():
+        raise ValueError(
+            f"importance must be finite, got {float(values[place])} at flat index {first + place}; "
+            "check the losses and the model's weights"
+        )
 
 
 def _between(weight: Tensor, first: int, end: int) -> Tensor:

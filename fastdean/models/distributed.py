@@ -226,7 +226,7 @@ class Ranks:
             # Told once: all ranks are on their way out by then.
             if not _meeting.failure_is_known:
                 # What ended this one says more than that another is lost too.
-                with suppress(StateError):
+                with suppress(RuntimeError):
                     self._meet(failed=True)
             raise
         else:
@@ -257,13 +257,12 @@ class Ranks:
 
     def _meet(self, *, failed: bool) -> None:
         """Tell the other ranks whether this one has failed; StateError if only others have."""
+        # Who is interrupted here leaves without a word: the others may be a collective further.
+        _meeting.failure_is_known = True
         count = torch.tensor([int(failed)], device=_collective_device())
-        try:
-            with self._naming_lost():
-                wait(torch.distributed.all_reduce(count, async_op=True), count.device)
-        finally:
-            # Here, since an interrupt is raised as soon as the answer is there.
-            _meeting.failure_is_known |= failed or bool(count)
+        with self._naming_lost():
+            wait(torch.distributed.all_reduce(count, async_op=True), count.device)
+        _meeting.failure_is_known = bool(count)
         if _meeting.failure_is_known and not failed:
             raise StateError(
                 f"every rank must finish its part of the work, got {int(count)} of {self.size} "

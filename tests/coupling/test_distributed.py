@@ -113,6 +113,11 @@ def units(rank):
     return fastdean.score(llama(), loader(), granularity="unit", progress=False)
 
 
+def kept_units(rank):
+    options = {"granularity": "unit", "keep_top": 0.3, "order": "layers", "progress": False}
+    return fastdean.score(llama(), loader(), **options)
+
+
 def by_layers(rank):
     return fastdean.score(llama(), loader(), order="layers", progress=False)
 
@@ -209,6 +214,7 @@ SITUATIONS = [
     kept_by_layers,
     kept_experts,
     kept_experts_as_one,
+    kept_units,
     most_kept,
     exact,
     exact_kept,
@@ -227,7 +233,16 @@ SITUATIONS = [
 
 
 EXACT = [exact, exact_kept, exact_by_layers, exact_half, exact_experts, exact_own_loss]
-NEAR = [uneven, one_example, kept, kept_by_layers, kept_experts, kept_experts_as_one, most_kept]
+NEAR = [
+    uneven,
+    one_example,
+    kept,
+    kept_by_layers,
+    kept_experts,
+    kept_experts_as_one,
+    kept_units,
+    most_kept,
+]
 OF_FOUR = EXACT + NEAR
 
 SENT = {
