@@ -26,7 +26,7 @@ class Accumulator(Protocol):
         """Take one batch: what the hook saw, [N, C], its gradient, and the rows of each example."""
 
     def tensors(self) -> list[Tensor]:
-        """The tensors whose sum over ranks is the sum over all examples."""
+        """The tensors whose sum over ranks is the sum over all examples: sums, then signed ones."""
 
     def entry(self, weight: Tensor) -> ScoreEntry:
         """The result; the accumulator is not used afterwards."""
@@ -204,6 +204,14 @@ def split_by_memory(
     return groups
 
 
-def all_sums_bytes(granularity: str, signs: bool = False) -> Callable[[Sequence[Target]], int]:
-    """What the sums of several targets take."""
-    return lambda targets: sum(sums_bytes(target, granularity, signs) for target in targets)
+def all_sums_bytes(
+    granularity: str, signs: bool = False, at_a_time: int = 1
+) -> Callable[[Sequence[Target]], int]:
+    """What the sums of several targets take.
+
+    Args:
+        at_a_time: how many sums of a target live at a time (`block_sums.py`).
+    """
+    return lambda targets: (
+        at_a_time * sum(sums_bytes(target, granularity, signs) for target in targets)
+    )

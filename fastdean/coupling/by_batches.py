@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from fastdean.coupling.accumulators import Accumulator, accumulators_of
+from fastdean.coupling.block_sums import BlockSums
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.loss_check import LossCheck
 from fastdean.coupling.overflow import ScaledSums, add_what_overflowed
 from fastdean.coupling.targets import Target
 from fastdean.coupling.trial import Scorable
+from fastdean.coupling.workloads import Workload
 
 
 def run_pass(
@@ -31,6 +33,23 @@ def run_pass(
         signs: keep signed sums too.
     """
     accumulators = accumulators_of(targets, granularity, device, impl, signs)
+    # A block is through when what overflowed in it has been added.
+    block_sums = BlockSums(accumulators.values(), [1] * len(scorable.work.blocks))
+    for block in scorable.work.by_block():
+        _add_block(scorable, block, accumulators, targets, granularity, device, bar)
+        block_sums.batch_added()
+    return accumulators
+
+
+def _add_block(
+    scorable: Scorable,
+    block: Workload,
+    accumulators: dict[str, Accumulator],
+    targets: Sequence[Target],
+    granularity: str,
+    device: torch.device,
+    bar: Any,
+) -> None:
     scaled = None
     if scorable.scale is not None:
         scaled = ScaledSums(accumulators, scorable.sequence_first, scorable.scale)
@@ -38,7 +57,7 @@ def run_pass(
     check = LossCheck(bar)
     with (
         capturing(targets, granularity, sums.receive),
-        closing(scorable.work.losses(device)) as batches,
+        closing(block.losses(device)) as batches,
     ):
         for batch in batches:
             check.copy(batch)
@@ -48,5 +67,4 @@ def run_pass(
             check.look(all_but=1)
         check.look()
     if scaled is not None:
-        add_what_overflowed(scaled, scorable.work, targets, granularity, device)
-    return accumulators
+        add_what_overflowed(scaled, block, targets, granularity, device)

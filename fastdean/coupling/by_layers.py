@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.coupling.accumulators import Accumulator, accumulators_of
+from fastdean.coupling.block_sums import BlockSums
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.held_pairs import held_pairs
 from fastdean.coupling.lookups import Lookups
@@ -229,6 +230,7 @@ class Sweep:
         for group in groups:
             accumulators = self._accumulators(of, group)
             sums = Sums(accumulators, of.scorable.sequence_first)
+            block_sums = BlockSums(accumulators.values(), of.scorable.work.blocks)
             hooked = capturing(group, self.granularity, sums.receive)
             with self.ranks.failing_together(), hooked:
                 for b, batch in self._batches([of]):
@@ -236,6 +238,7 @@ class Sweep:
                     losses = replay.finish(answers, batch.losses)
                     require_finite(losses.examples, losses.values.detach())
                     _backward_behind_the_layers(sums, losses)
+                    block_sums.batch_added()
                     del losses, answers
                     if group is groups[0]:
                         self._take_gradients(b, leaves)
@@ -261,10 +264,12 @@ class Sweep:
         """
         accumulators = self._accumulators(of, group)
         sums = Sums(accumulators, of.scorable.sequence_first)
+        block_sums = BlockSums(accumulators.values(), of.scorable.work.blocks)
         hooked = capturing(group, self.granularity, sums.receive)
         with self.ranks.failing_together(), hooked:
             for b, batch in self._batches([of]):
                 self._backward_of_batch(replay, k, b, batch, sums, deeper=deeper)
+                block_sums.batch_added()
                 if through:
                     self.states.drop(k, b)
         if group:

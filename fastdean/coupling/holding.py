@@ -154,7 +154,9 @@ def takes(target: Target, pair: Pair, device: torch.device, impl: str | None) ->
 
 
 def together_bytes(
-    holding: Holding | None, granularity: str, signs: bool
+    holding: Holding | None, granularity: str, signs: bool, sums_at_a_time: int = 1
 ) -> Callable[[Sequence[Target]], int]:
     """What targets of a data set take that are in a window together."""
-    return all_sums_bytes(granularity, signs) if holding is None else holding.bytes
+    if holding is not None:
+        return holding.bytes
+    return all_sums_bytes(granularity, signs, sums_at_a_time)

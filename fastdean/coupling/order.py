@@ -163,6 +163,7 @@ def choose_order(
     device: torch.device,
     ranks: Ranks,
     signs: bool = False,
+    sums_at_a_time: int = 1,
 ) -> Order:
     """What `order` asks for; "auto" decides by memory, the same on all ranks.
 
@@ -171,13 +172,16 @@ def choose_order(
         memory_budget: bytes that the sums may take at a time, or None.
         windows: what each window holds beside its sums.
         signs: whether sums are kept with their signs too.
+        sums_at_a_time: how many sums of a target live at a time.
     Raises:
         ValueError: "layers" is asked for, and `memory_budget` does not hold a window.
     """
     if order == "batches":
         return Order(False, "as asked for")
     least = max(
-        windows.least(scorable.targets, together_bytes(scorable.holding, granularity, signs))
+        windows.least(
+            scorable.targets, together_bytes(scorable.holding, granularity, signs, sums_at_a_time)
+        )
         for scorable in sets
     )
     too_small = memory_budget is not None and memory_budget < least
@@ -191,13 +195,15 @@ def choose_order(
         return Order(True, "as asked for")
     if too_small:
         return Order(False, f"memory_budget is less than the {_gb(least)} that a window takes")
-    all_sums = all_sums_bytes(granularity, signs)
+    all_sums = all_sums_bytes(granularity, signs, sums_at_a_time)
     if memory_budget is not None and any(
         all_sums([target]) > memory_budget for scorable in sets for target in scorable.targets
     ):
         return Order(True, "memory_budget holds what windows keep in place of sums, and no sums")
     with ranks.failing_together():
-        chosen = _by_memory(windows, sets, granularity, keep_top, memory_budget, device, signs)
+        chosen = _by_memory(
+            windows, sets, granularity, keep_top, memory_budget, device, signs, sums_at_a_time
+        )
     if ranks.agree(chosen.by_layers) != chosen.by_layers:
         chosen = Order(not chosen.by_layers, "as the first rank goes")
     if ranks.first:
@@ -213,6 +219,7 @@ def _by_memory(
     memory_budget: int | None,
     device: torch.device,
     signs: bool,
+    sums_at_a_time: int,
 ) -> Order:
     if any(scorable.scale is not None for scorable in sets):
         return Order(False, "a model in float16 goes batch by batch")
@@ -230,6 +237,7 @@ def _by_memory(
         return Order(False, "the system does not say how much memory there is")
     # One data set after the other; without keep_top the sums of the earlier ones stay.
     sums = max(of_sets) if keep_top is not None else sum(of_sets)
+    sums += (sums_at_a_time - 1) * max(of_sets)
     if memory_budget is not None:
         sums = min(sums, memory_budget)
     batch = windows.model.batch(windows.rows)
@@ -246,6 +254,7 @@ def reserved_bytes(
     memory_budget: int | None,
     dense: bool,
     signs: bool = False,
+    sums_at_a_time: int = 1,
 ) -> int:
     """What a job layer by layer takes of memory at a time, besides what layers return.
 
@@ -254,8 +263,10 @@ def reserved_bytes(
     Args:
         dense: whether all sums are kept to the end.
         signs: whether they are kept with their signs too.
+        sums_at_a_time: how many sums of a target live at a time.
     """
-    sums, every = sums_by_layer(sets, granularity, signs)
+    by_layer, every = sums_by_layer(sets, granularity, signs)
+    sums = {k: sums_at_a_time * size for k, size in by_layer.items()}
     if memory_budget is not None:
         sums = {k: min(size, memory_budget) for k, size in sums.items()}
     model = windows.model

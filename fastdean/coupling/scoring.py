@@ -7,6 +7,7 @@ sums become entries of `Scores`. README.md says which file does what.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,12 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdean.coupling.accumulators import (
-    Accumulator,
-    ExpertAccumulator,
-    all_sums_bytes,
-    split_by_memory,
-)
+from fastdean.coupling.accumulators import Accumulator, all_sums_bytes, split_by_memory
+from fastdean.coupling.block_sums import sums_at_a_time
 from fastdean.coupling.by_batches import run_pass
 from fastdean.coupling.by_layers import Rehearsal, Set, Sweep
 from fastdean.coupling.expert_parts import joined, placed, weight_of_part
@@ -42,6 +39,7 @@ from fastdean.coupling.order import (
     reserved_bytes,
 )
 from fastdean.coupling.progress import sweep_progress
+from fastdean.coupling.reduction import Top, reduced_entry
 from fastdean.coupling.resumable import discard, holds_job, resumable
 from fastdean.coupling.scores import (
     ScoreEntry,
@@ -62,7 +60,7 @@ from fastdean.coupling.targets import (
 )
 from fastdean.coupling.trial import Scorable, find_scorable
 from fastdean.coupling.window_memory import WindowMemory
-from fastdean.coupling.workloads import LossFunction, plan_workload
+from fastdean.coupling.workloads import LossFunction, blocks_of_a_rank, plan_workload
 from fastdean.models.adapters import require_no_prompts
 from fastdean.models.available_memory import peak_memory
 from fastdean.models.distributed import Ranks, failing_together
@@ -116,6 +114,7 @@ def score(
     resume: str | Path | None = None,
     signs: bool = False,
     deterministic: bool = False,
+    rank_timeout: float | None = None,
     impl: str | None = None,
     progress: bool = True,
     description: str = "score",
@@ -137,7 +136,7 @@ def score(
     `coverage["left_out"]`; a suffix of a list must keep one at least.
 
     Under `torch.distributed` every rank passes the same loader; the examples are split over the
-    ranks, the sums are reduced once, and every rank returns the whole result.
+    ranks by their tokens, the sums are reduced once, and every rank returns the whole result.
 
     Args:
         model: a Hugging Face causal or masked language model, or with `loss_fn` any module. The
@@ -190,7 +189,13 @@ def score(
             `Scores.signs` and `couple(..., signs=)`. Dense sums, also those while scoring runs,
             take twice the memory, which budgets count; entries of `keep_top` take 4 bytes more
             each.
-        deterministic: run under `torch.use_deterministic_algorithms(True)`.
+        deterministic: run under `torch.use_deterministic_algorithms(True)`, and add the examples up
+            in 16 blocks in a fixed order, so that the bits are the same on 1, 2, 4, 8 and 16 ranks
+            (on any other number, those of that number). A batch has examples of one block, and of
+            16 / ranks blocks up to 5 sums live at a time, which budgets count.
+        rank_timeout: seconds that a rank waits for another one, before it ends with an error that
+            names it; None: as long as the process group waits. A rank that is killed is noticed
+            before. Ranks have about as much to do, but may read their weights one after the other.
         impl: implementation of the accumulation: None (by device), or one of
             `fastdean.ops._dispatch.IMPLEMENTATIONS`.
         progress: show a progress bar, labelled `description`; by "layers" a line for each layer
@@ -203,8 +208,8 @@ def score(
             target token, a loss is NaN or infinite, or the ranks of a distributed job were given
             different examples.
         TypeError: `model` is no module, or `loader` yields something else than dictionaries.
-        RuntimeError: a target did not take part exactly once in a batch, or what is captured of it
-            is not the gradient of its weight.
+        RuntimeError: a target did not take part exactly once in a batch, what is captured of it is
+            not the gradient of its weight, or a rank has failed, has ended or hangs.
     Source:
         DEAN (arXiv 2410.16672), importance score; unit granularity is the activation x gradient
         form.
@@ -229,6 +234,7 @@ def score(
         resume=resume,
         signs=signs,
         deterministic=deterministic,
+        rank_timeout=rank_timeout,
         impl=impl,
         progress=progress,
     )[description]
@@ -251,6 +257,7 @@ def score_sets(
     resume: str | Path | None = None,
     signs: bool = False,
     deterministic: bool = False,
+    rank_timeout: float | None = None,
     impl: str | None = None,
     progress: bool = True,
     finished: Callable[[str, Scores], object] = lambda name, scores: None,
@@ -265,13 +272,15 @@ def score_sets(
         step: entered around the passes over the data sets of these names: batch by batch each by
             itself, layer by layer all of them.
         granularity, target_modules, keep_top, expert_scope, memory_budget, order, states,
-            states_budget, resume, signs, deterministic, impl, progress, reading: as `score` takes
-            them.
+            states_budget, resume, signs, deterministic, rank_timeout, impl, progress, reading: as
+            `score` takes them.
     Returns:
         By name, in the order of `loaders`.
     Raises:
         ValueError, TypeError, RuntimeError: as `score`.
     """
+    ranks = Ranks.current()
+    ranks.limit_waiting(_checked_timeout(rank_timeout))
     given: Any = model
     stream = stream_of(given)
     model = unwrap(given) if stream is None else stream.model
@@ -285,10 +294,12 @@ def score_sets(
     found = survey(model)
     targets = find_targets(model, target_modules, granularity, found)
     require_own_parameters(model, targets)
-    all_sums = all_sums_bytes(granularity, signs)
+    at_a_time = sums_at_a_time(blocks_of_a_rank(ranks, deterministic))
+    all_sums = all_sums_bytes(granularity, signs, at_a_time)
     # A budget that is too small is refused before anything runs. Layer by layer more is needed than
     # the sums, or less, and all of it is told at once, when the batches are known.
     may_hold = order == "auto" and keep_top is not None and granularity == "weight"
+    may_hold = may_hold and at_a_time == 1
     least = least_held_bytes if may_hold else all_sums
     if memory_budget is not None:
         require_real("memory_budget", memory_budget, "a number of bytes")
@@ -299,15 +310,16 @@ def score_sets(
         require_streamable(order, keep_top, granularity)
         if reading.get("tokenizer") is None:
             reading["tokenizer"] = stream.tokenizer
-    ranks = Ranks.current()
     device = input_device(model) if stream is None else stream.device
     read_before = 0 if stream is None else stream.bytes_read
-    dense = len(loaders) * all_sums(targets)
+    dense = len(loaders) * all_sums_bytes(granularity, signs)(targets)
     require_room_for_dense(order, dense, keep_top, memory_budget, device)
     with strict_determinism(deterministic), eager(), outside_layers(stream):
         with beginning(stream) as alike:
             works = {
-                name: plan_workload(model, loader, ranks=ranks, **reading)
+                name: plan_workload(
+                    model, loader, ranks=ranks, deterministic=deterministic, **reading
+                )
                 for name, loader in loaders.items()
             }
             with evaluation_state(model), frozen(model), torch.enable_grad():
@@ -348,6 +360,7 @@ def score_sets(
                 device,
                 ranks,
                 signs,
+                at_a_time,
             )
             if stream is not None:
                 chosen = Order(True, "its weights stay in their files")
@@ -365,6 +378,7 @@ def score_sets(
                 device=device,
                 impl=impl,
                 signs=signs,
+                sums_at_a_time=at_a_time,
                 ranks=ranks,
                 shown=progress and ranks.first,
                 finished=finished,
@@ -424,6 +438,7 @@ class _Scoring:
     device: torch.device
     impl: str | None
     signs: bool
+    sums_at_a_time: int
     ranks: Ranks
     shown: bool
     finished: Callable[[str, Scores], object]
@@ -435,7 +450,7 @@ class _Scoring:
     def by_batches(self, order: Order) -> dict[str, Scores]:
         made = {}
         for name, scorable in self.sets.items():
-            size = all_sums_bytes(self.granularity, self.signs)
+            size = all_sums_bytes(self.granularity, self.signs, self.sums_at_a_time)
             passes = split_by_memory(scorable.targets, size, self.memory_budget)
             entries: dict[str, ScoreEntry] = {}
             total = scorable.work.examples_here * len(passes)
@@ -523,6 +538,7 @@ class _Scoring:
                 self.memory_budget,
                 dense=self.keep_top is None,
                 signs=self.signs,
+                sums_at_a_time=self.sums_at_a_time,
             )
             with states_home(states, states_budget, self.device, reserve) as home:
                 yield home, Milestones()
@@ -557,7 +573,7 @@ class _Scoring:
         return 0 if self.stream is None else self.stream.bytes_read - self.read_before
 
     def _split(self, scorable: Scorable, targets: Sequence[Target]) -> list[list[Target]]:
-        size = together_bytes(scorable.holding, self.granularity, self.signs)
+        size = together_bytes(scorable.holding, self.granularity, self.signs, self.sums_at_a_time)
         return self.windows.split(targets, size, self.memory_budget)
 
     def _held(self, scorable: Scorable) -> set[str]:
@@ -644,6 +660,18 @@ class _Scoring:
         return scores
 
 
+def _checked_timeout(seconds: float | None) -> float | None:
+    if seconds is None:
+        return None
+    require_real("rank_timeout", seconds, "a number of seconds above 0")
+    if not 0 < seconds < math.inf:
+        raise ValueError(
+            f"rank_timeout must be a number of seconds above 0, got {seconds}; leave it out to "
+            "wait as long as the process group does"
+        )
+    return float(seconds)
+
+
 def _with_holding(
     scorable: Scorable,
     keep_top: float,
@@ -653,8 +681,8 @@ def _with_holding(
     signs: bool,
 ) -> Scorable:
     """With which of its targets a window may keep the inputs and gradients of."""
-    if ranks.size > 1 or scorable.scale is not None:
-        # Top entries of a rank's own examples are not those of all.
+    if ranks.size > 1 or scorable.scale is not None or len(scorable.work.blocks) > 1:
+        # Top entries of a rank's or a block's own examples are not those of all.
         return scorable
     pairs = {
         target.parameter: pair
@@ -682,16 +710,15 @@ def finish(
     Args:
         off_device: dense sums go to the CPU.
     """
-    for accumulator in accumulators.values():
-        counts = [accumulator.routed] if isinstance(accumulator, ExpertAccumulator) else []
-        ranks.sum_([*accumulator.tensors(), *counts])
     entries = {}
     for target in targets:
         weight = target.materialised()
+        of = weight.numel() if expert_scope == "tensor" and target.stacked else None
+        part = weight_of_part(target, weight)
+        top = None if keep_top is None else Top(num_examples, keep_top, expert_scope, of)
         with naming_matrix(target.parameter):
-            entry = accumulators.pop(target.key).entry(weight_of_part(target, weight))
+            entry = reduced_entry(accumulators.pop(target.key), part, ranks, top)
         if keep_top is not None and entry.index is None:
-            of = weight.numel() if expert_scope == "tensor" and target.stacked else None
             entry = keep_entry(
                 target.parameter, entry.scoped(expert_scope), num_examples, keep_top, of
             )

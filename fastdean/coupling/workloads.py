@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Self
 
 import torch
@@ -27,6 +27,7 @@ from fastdean.data.batching import (
     require_tokens_per_batch,
     send,
 )
+from fastdean.data.dealing import deal
 from fastdean.data.examples import Example, numbered_examples
 from fastdean.data.rendering import describe_rendering, rendering_cautions
 from fastdean.data.segments import CUMULATIVE_LENGTHS
@@ -49,6 +50,9 @@ from fastdean.wording.log import logger
 # An excerpt is to show what depends on the length of a text, and to cost next to nothing.
 _EXCERPT_TOKENS = 32
 _EXCERPT_FROM = 8
+
+# Of a job whose bits are to be the same on 1, 2, 4, 8 and 16 ranks.
+_BLOCKS = 16
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 
@@ -93,12 +97,14 @@ class Workload(ABC):
 
     Attributes:
         batches: of this rank, in the order in which they are scored.
+        blocks: of how many batches each block of this rank is, in order; no batch is in two.
         num_examples: on all ranks together.
         examples_here: how many this rank scores.
     """
 
     model: nn.Module
     batches: list[Any]
+    blocks: list[int]
     num_examples: int
     examples_here: int
 
@@ -138,8 +144,14 @@ class Workload(ABC):
                 yield one.losses()
 
     def only(self, numbers: Sequence[int]) -> Self:
-        """These of its batches, by their place in `batches`."""
-        return replace(self, batches=[self.batches[i] for i in numbers])
+        """These of its batches, by their place in `batches`, in one block."""
+        return replace(self, batches=[self.batches[i] for i in numbers], blocks=[len(numbers)])
+
+    def by_block(self) -> Iterator[Self]:
+        """Its blocks, each as a workload of its own."""
+        ends = list(accumulate(self.blocks))
+        for size, end in zip(self.blocks, ends, strict=True):
+            yield self.only(range(end - size, end))
 
     @abstractmethod
     def alone(self) -> Self:
@@ -165,9 +177,14 @@ def plan_workload(
     ranks: Ranks,
     loss_fn: LossFunction | None = None,
     skip_bad_rows: bool = False,
+    deterministic: bool = False,
     **options: Any,
 ) -> Workload:
     """Read the loader and split its examples over the ranks; arguments as `score` takes them.
+
+    Examples (of a `loss_fn` whole batches) are dealt into blocks of about as many tokens, one for
+    each rank, and batches are made of a block's examples alone. With `deterministic` there are 16
+    blocks on any number of ranks that divides 16, and a rank has as many as every other.
 
     Raises:
         ValueError, TypeError: as `score` does for its loader.
@@ -177,8 +194,9 @@ def plan_workload(
         if options.get("tokens_per_batch") is not None:
             require_tokens_per_batch(options["tokens_per_batch"])
         work: Workload
+        dealing = _Dealing(ranks, blocks_of_a_rank(ranks, deterministic))
         if loss_fn is None:
-            options |= {"ranks": ranks, "skip_bad_rows": skip_bad_rows}
+            options |= {"dealing": dealing, "skip_bad_rows": skip_bad_rows}
             work = LanguageModelling.plan(model, loader, **options)
         elif skip_bad_rows:
             raise ValueError(
@@ -186,9 +204,14 @@ def plan_workload(
                 "come, got True; leave bad rows out of the batches"
             )
         else:
-            work = CustomLoss.plan(model, loader, loss_fn, ranks)
+            work = CustomLoss.plan(model, loader, loss_fn, dealing)
     _require_same_examples(work, ranks)
     return work
+
+
+def blocks_of_a_rank(ranks: Ranks, deterministic: bool) -> int:
+    """Of how many blocks each rank makes the sums."""
+    return _BLOCKS // ranks.size if deterministic and _BLOCKS % ranks.size == 0 else 1
 
 
 def _require_same_examples(work: Workload, ranks: Ranks) -> None:
@@ -201,13 +224,27 @@ def _require_same_examples(work: Workload, ranks: Ranks) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Dealing:
+    """Into how many blocks a workload is dealt, and which of them are this rank's."""
+
+    ranks: Ranks
+    blocks_of_a_rank: int
+
+    def own(self, costs: Sequence[int]) -> list[list[int]]:
+        """The numbers of the items in each of this rank's blocks."""
+        each = self.blocks_of_a_rank
+        dealt = deal(costs, each * self.ranks.size)
+        return dealt[self.ranks.rank * each :][:each]
+
+
 @dataclass
 class LanguageModelling(Workload):
     """Causal and masked language models: our own loss, our own batches.
 
     Attributes:
         examples: of all ranks; `numbers`: their numbers in the loader, for messages.
-        mine: places in `examples` of those that this rank scores.
+        dealt: places in `examples` of those in each of this rank's blocks.
     """
 
     examples: list[Example]
@@ -215,7 +252,7 @@ class LanguageModelling(Workload):
     shift: int
     layout: Layout
     tokens_per_batch: int
-    mine: list[int]
+    dealt: list[list[int]]
     rendering: dict[str, Any]
 
     @classmethod
@@ -224,7 +261,7 @@ class LanguageModelling(Workload):
         model: nn.Module,
         loader: Any,
         *,
-        ranks: Ranks,
+        dealing: _Dealing,
         tokenizer: Any = None,
         template: str | None = None,
         max_length: int | None = None,
@@ -243,28 +280,31 @@ class LanguageModelling(Workload):
         # On all examples, so that a bad one is refused under its own number on every rank alike.
         require_targets(examples, shift)
         rendering = describe_rendering(examples, tokenizer, template)
-        if tokenizer is not None and ranks.first:
+        first = dealing.ranks.first
+        if tokenizer is not None and first:
             for caution in rendering_cautions(examples, numbers, tokenizer, "loader", template):
                 logger.warning("%s", caution)
         if skipped is not None:
             rendering |= skipped.described()
-            if ranks.first:
+            if first:
                 skipped.warn("loader")
         if tokens_per_batch is None:
             tokens_per_batch = tokens_per_batch_of(model)
-        mine = list(range(len(examples)))[ranks.rank :: ranks.size]
+        dealt = dealing.own([len(example) for example in examples])
         layout = exact_layout(model, examples)
+        batches, blocks = _planned_by_block(examples, dealt, shift, tokens_per_batch, layout)
         return cls(
             model=model,
-            batches=_planned([examples[i] for i in mine], shift, tokens_per_batch, layout),
+            batches=batches,
+            blocks=blocks,
             num_examples=len(examples),
-            examples_here=len(mine),
+            examples_here=sum(map(len, dealt)),
             examples=examples,
             numbers=numbers,
             shift=shift,
             layout=layout,
             tokens_per_batch=tokens_per_batch,
-            mine=mine,
+            dealt=dealt,
             rendering=rendering,
         )
 
@@ -287,7 +327,7 @@ class LanguageModelling(Workload):
 
     @property
     def longest(self) -> int:
-        return max((len(self.examples[i]) for i in self.mine), default=0)
+        return max((len(self.examples[i]) for block in self.dealt for i in block), default=0)
 
     @property
     def all_rows(self) -> int:
@@ -297,7 +337,7 @@ class LanguageModelling(Workload):
         per_token = target_losses(logits_at(batch), batch)
         owner = batch.target_example.to(per_token.device)
         totals = per_token.new_zeros(batch.num_examples).index_add(0, owner, per_token)
-        members = [self.mine[i] for i in batch.example_index]
+        members = batch.example_index
         return BatchLosses(
             values=totals / batch.target_counts.to(per_token.device),
             segments=batch.segments,
@@ -308,8 +348,8 @@ class LanguageModelling(Workload):
 
     def alone(self) -> Self:
         layout = replace(self.layout, padded=self.layout.packed)
-        here = [self.examples[i] for i in self.mine]
-        return replace(self, batches=_planned(here, self.shift, 1, layout))
+        batches, blocks = _planned_by_block(self.examples, self.dealt, self.shift, 1, layout)
+        return replace(self, batches=batches, blocks=blocks)
 
     def excerpt(self, *, whole: bool = False) -> Self:
         """Two examples with every token a target; of two lengths if that is exact."""
@@ -325,8 +365,8 @@ class LanguageModelling(Workload):
                 first = texts[0] if apart else texts[0].first(len(texts[1]))
                 texts = [first, texts[1].first(ends)]
         batches = _planned(texts, self.shift, sum(map(len, texts)) * 2, self.layout)
-        mine = list(range(len(texts)))
-        return replace(self, examples=texts, batches=batches[:1], mine=mine)
+        dealt = [list(range(len(texts)))]
+        return replace(self, examples=texts, batches=batches[:1], blocks=[1], dealt=dealt)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -351,6 +391,24 @@ def _planned(
     return plan_batches(examples, shift=shift, tokens_per_batch=tokens_per_batch, **vars(layout))
 
 
+def _planned_by_block(
+    examples: Sequence[Example],
+    dealt: Sequence[Sequence[int]],
+    shift: int,
+    tokens_per_batch: int,
+    layout: Layout,
+) -> tuple[list[Batch], list[int]]:
+    """The batches of all blocks, with places in `examples`, and how many each block has."""
+    batches, blocks = [], []
+    for members in dealt:
+        of_block = _planned([examples[i] for i in members], shift, tokens_per_batch, layout)
+        for batch in of_block:
+            places = [members[i] for i in batch.example_index]
+            batches.append(replace(batch, example_index=places))
+        blocks.append(len(of_block))
+    return batches, blocks
+
+
 def _usable(
     model: nn.Module, numbered: Sequence[tuple[int, Example]], shift: int, skipped: Skipped
 ) -> list[tuple[int, Example]]:
@@ -372,14 +430,22 @@ def _usable(
 
 @dataclass
 class CustomLoss(Workload):
-    """Any other model: the caller's batches, the caller's per-example losses."""
+    """Any other model: the caller's batches, the caller's per-example losses.
+
+    Attributes:
+        first: the batch that is tried.
+        firsts: the number of each batch's first example in the loader.
+    """
 
     loss_fn: LossFunction
     digest: str
     first: Mapping[str, Any]
+    firsts: list[int]
 
     @classmethod
-    def plan(cls, model: nn.Module, loader: Any, loss_fn: LossFunction, ranks: Ranks) -> CustomLoss:
+    def plan(
+        cls, model: nn.Module, loader: Any, loss_fn: LossFunction, dealing: _Dealing
+    ) -> CustomLoss:
         batches = [loader] if isinstance(loader, Mapping) else list(loader)
         for position, batch in enumerate(batches):
             _require_batch(batch, position)
@@ -392,11 +458,16 @@ class CustomLoss(Workload):
         # Rows of one example tell nothing about the order of rows, and short ones little: what
         # works in windows or chunks leaves texts shorter than one as they are.
         first = max(batches, key=lambda batch: _shows_order(*batch["input_ids"].shape))
+        dealt = dealing.own([batch["input_ids"].numel() for batch in batches])
+        here = [i for block in dealt for i in block]
+        firsts = list(accumulate(sizes, initial=0))
         return cls(
             model=model,
-            batches=batches[ranks.rank :: ranks.size],
+            batches=[batches[i] for i in here],
+            blocks=[len(block) for block in dealt],
             num_examples=sum(sizes),
-            examples_here=sum(sizes[ranks.rank :: ranks.size]),
+            examples_here=sum(sizes[i] for i in here),
+            firsts=[firsts[i] for i in here],
             loss_fn=loss_fn,
             digest=examples_digest(_digest_of_batch(batch) for batch in batches),
             first=first,
@@ -409,7 +480,7 @@ class CustomLoss(Workload):
         size, width = batch["input_ids"].shape
         starts = torch.arange(size) * width
         segments = torch.stack([starts, starts + width], dim=1)
-        numbers = range(self._firsts[number], self._firsts[number] + size)
+        numbers = range(self.firsts[number], self.firsts[number] + size)
 
         def losses() -> BatchLosses:
             values = self._losses_of(batch)
@@ -432,11 +503,6 @@ class CustomLoss(Workload):
     @property
     def all_rows(self) -> int:
         return sum(batch["input_ids"].numel() for batch in self.batches)
-
-    @cached_property
-    def _firsts(self) -> list[int]:
-        """The number of each batch's first example."""
-        return list(accumulate((len(each["input_ids"]) for each in self.batches), initial=0))
 
     @cached_property
     def _accepted(self) -> Callable[[str], bool]:
@@ -462,10 +528,25 @@ class CustomLoss(Workload):
         return losses
 
     def alone(self) -> Self:
-        return replace(self, batches=[row for batch in self.batches for row in _rows(batch)])
+        sizes = [len(batch["input_ids"]) for batch in self.batches]
+        ends = list(accumulate(self.blocks, initial=0))
+        return replace(
+            self,
+            batches=[row for batch in self.batches for row in _rows(batch)],
+            blocks=[sum(sizes[first:end]) for first, end in pairwise(ends)],
+            firsts=[
+                first + row
+                for first, size in zip(self.firsts, sizes, strict=True)
+                for row in range(size)
+            ],
+        )
+
+    def only(self, numbers: Sequence[int]) -> Self:
+        firsts = [self.firsts[i] for i in numbers]
+        return replace(super().only(numbers), firsts=firsts)
 
     def excerpt(self, *, whole: bool = False) -> Self:
-        return replace(self, batches=[self.first])
+        return replace(self, batches=[self.first], blocks=[1], firsts=[0])
 
     def describe(self) -> dict[str, Any]:
         return {

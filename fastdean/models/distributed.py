@@ -2,34 +2,47 @@
 
 Inside `failing_together` every collective first asks whether all ranks have come so far. A rank
 that fails anywhere answers that question and goes; the others, which expect it in some collective,
-hear of it there. So all stay in step, and none waits for ever.
+hear of it there. So all stay in step, and none waits for ever. A rank that is killed or hangs
+answers nothing: it is named (`lost_ranks.py`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from fastdean.models.lost_ranks import limit_collectives, naming_lost_ranks, wait
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 
 
 @dataclass
 class _Meeting:
-    """Of this process, as its process group is: blocks of `failing_together` that are open, and
-    whether all ranks know of a failure inside."""
+    """Of this process, as its process group is: blocks of `failing_together` that are open, whether
+    all ranks know of a failure inside, how many seconds one waits for another at most, and what
+    puts the group's own time back."""
 
     depth: int = 0
     failure_is_known: bool = False
+    timeout: float | None = None
+    unlimit: Callable[[], None] | None = None
+
+    def end_limit(self) -> None:
+        if self.unlimit is not None:
+            self.unlimit()
+        self.timeout = self.unlimit = None
 
 
 _meeting = _Meeting()
+
+# Numbers that are on their way at a time, of all ranks together: 64 MB.
+_ON_THEIR_WAY = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -74,21 +87,109 @@ class Ranks:
         """Replace each tensor by its sum over all ranks."""
         if self.size == 1:
             return
-        self._require_all_here()
-        for tensor in tensors:
-            reachable = _reachable(tensor)
-            torch.distributed.all_reduce(reachable)
-            if reachable is not tensor:
-                tensor.copy_(reachable)
+        with self._together():
+            for tensor in tensors:
+                reachable = _reachable(tensor)
+                wait(torch.distributed.all_reduce(reachable, async_op=True), reachable.device)
+                if reachable is not tensor:
+                    tensor.copy_(reachable)
+
+    def shard(self, numel: int, rank: int | None = None) -> tuple[int, int]:
+        """A rank's share of so many entries: its first one and the one past its last.
+
+        Args:
+            rank: None: this one.
+        """
+        rank = self.rank if rank is None else rank
+        return numel * rank // self.size, numel * (rank + 1) // self.size
+
+    def reduce_shards_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace this rank's `shard` of each tensor by its sum over all ranks.
+
+        A reduce-scatter: of each entry that is another's a rank sends its own number, once. The
+        numbers are added in pairs of neighbours, and these in pairs, on every backend and machine.
+        The entries of the other shards are left as they are.
+
+        Args:
+            tensors: contiguous, of the same shapes on all ranks.
+        """
+        if self.size == 1:
+            return
+        with self._together():
+            for flat in (tensor.view(-1) for tensor in tensors):
+                for pieces in self._pieces(flat):
+                    own = pieces[self.rank]
+                    own.copy_(_sum_in_pairs(self._exchanged(pieces)))
+
+    def spread_shards_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every rank's `shard` of each tensor by what that rank has in it."""
+        if self.size == 1:
+            return
+        with self._together():
+            for flat in (tensor.view(-1) for tensor in tensors):
+                for pieces in self._pieces(flat):
+                    sent = pieces[self.rank].new_zeros(max(map(len, pieces)))
+                    sent[: len(pieces[self.rank])] = pieces[self.rank]
+                    for piece, found in zip(pieces, _gathered(sent, self.size), strict=True):
+                        piece.copy_(found[: len(piece)])
+
+    def gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Such tensors of every rank, by rank; in one message, the widest dtypes first.
+
+        Args:
+            tensors: of the same shapes and dtypes on all ranks, by falling size of their dtypes.
+        """
+        if self.size == 1:
+            return [list(tensors)]
+        sent = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+        with self._together():
+            gathered = _gathered(sent, self.size)
+        sizes = [tensor.nbytes for tensor in tensors]
+        return [
+            [
+                part.clone().view(tensor.dtype).view(tensor.shape).to(tensor.device)
+                for part, tensor in zip(found.split(sizes), tensors, strict=True)
+            ]
+            for found in gathered
+        ]
+
+    def limit_waiting(self, seconds: float | None) -> None:
+        """Until the outermost `failing_together` ends, wait for no rank for longer than that."""
+        if self.size == 1 or seconds is None:
+            return
+        assert _meeting.depth, "or it would not end"
+        _meeting.end_limit()
+        _meeting.timeout, _meeting.unlimit = seconds, limit_collectives(seconds)
+
+    def _pieces(self, flat: Tensor) -> Iterator[list[Tensor]]:
+        """A part of every rank's shard at a time, views of the tensor; the same steps on all."""
+        shards = [flat[slice(*self.shard(len(flat), rank))] for rank in range(self.size)]
+        width = max(1, _ON_THEIR_WAY // self.size)
+        for start in range(0, max(map(len, shards)), width):
+            yield [shard[start : start + width] for shard in shards]
+
+    def _exchanged(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The ranks' numbers for this rank's piece, [size, numbers]; each gives its pieces."""
+        sent = torch.cat([piece.to(_exchange_device(piece)) for piece in pieces])
+        sizes = [len(piece) for piece in pieces]
+        own = sizes[self.rank]
+        received = sent.new_empty(self.size * own)
+        wait(
+            torch.distributed.all_to_all_single(
+                received, sent, [own] * self.size, sizes, async_op=True
+            ),
+            sent.device,
+        )
+        return received.view(self.size, own)
 
     def highest(self, value: int) -> int:
         """The largest of the ranks' values, on every rank."""
         if self.size == 1:
             return value
-        self._require_all_here()
         box = torch.tensor(value, device=_collective_device())
-        torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
-        return int(box)
+        with self._together():
+            _all_highest(box)
+            return int(box)
 
     def concatenate(self, rows: Tensor) -> Tensor:
         """The rows of all ranks in the order of the ranks: [size * n, ...] of [n, ...] on each.
@@ -102,9 +203,9 @@ class Ranks:
         """The first rank's decision, on every rank."""
         if self.size == 1:
             return decision
-        self._require_all_here()
         box = [decision]
-        torch.distributed.broadcast_object_list(box, src=0)
+        with self._together():
+            torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
     @contextmanager
@@ -124,24 +225,43 @@ class Ranks:
         except BaseException:
             # Told once: all ranks are on their way out by then.
             if not _meeting.failure_is_known:
-                self._meet(failed=True)
+                # What ended this one says more than that another is lost too.
+                with suppress(RuntimeError):
+                    self._meet(failed=True)
             raise
         else:
             self._meet(failed=False)
         finally:
             _meeting.depth -= 1
+            if _meeting.depth == 0:
+                _meeting.end_limit()
 
-    def _require_all_here(self) -> None:
-        """Before a collective: raise if another rank has failed in a block that both are in."""
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around a collective: raise if another rank has failed in a block that both are in, or is
+        lost."""
         if _meeting.depth:
             self._meet(failed=False)
+        with self._naming_lost():
+            yield
+
+    @contextmanager
+    def _naming_lost(self) -> Iterator[None]:
+        try:
+            with naming_lost_ranks(self.rank, self.size, _meeting.timeout):
+                yield
+        except Exception:
+            # Of a group that has broken down nothing is asked again.
+            _meeting.failure_is_known = True
+            raise
 
     def _meet(self, *, failed: bool) -> None:
         """Tell the other ranks whether this one has failed; StateError if only others have."""
-        # Of a group that has broken down nothing is asked again.
+        # Who is interrupted here leaves without a word: the others may be a collective further.
         _meeting.failure_is_known = True
         count = torch.tensor([int(failed)], device=_collective_device())
-        torch.distributed.all_reduce(count)
+        with self._naming_lost():
+            wait(torch.distributed.all_reduce(count, async_op=True), count.device)
         _meeting.failure_is_known = bool(count)
         if _meeting.failure_is_known and not failed:
             raise StateError(
@@ -153,9 +273,9 @@ class Ranks:
         """Whether `value`, which must fit an int64, is the same on every rank."""
         if self.size == 1:
             return True
-        self._require_all_here()
         extremes = torch.tensor([value, -value], device=_collective_device())
-        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
+        with self._together():
+            _all_highest(extremes)
         highest, negated_lowest = extremes.tolist()
         return highest == -negated_lowest
 
@@ -193,6 +313,39 @@ class _Concatenation(torch.autograd.Function):
 def _reachable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it where a process group of GPUs alone can reduce it."""
     return tensor.to(_collective_device()) if tensor.device.type == "cpu" else tensor
+
+
+def _all_highest(tensor: Tensor) -> None:
+    highest = torch.distributed.ReduceOp.MAX
+    wait(torch.distributed.all_reduce(tensor, op=highest, async_op=True), tensor.device)
+
+
+def _gathered(sent: Tensor, ranks: int) -> Sequence[Tensor]:
+    """What each rank sends, [N] on all of them, by rank."""
+    reachable = sent.to(_exchange_device(sent))
+    received = [torch.empty_like(reachable) for _ in range(ranks)]
+    wait(torch.distributed.all_gather(received, reachable, async_op=True), reachable.device)
+    return received
+
+
+def _sum_in_pairs(rows: Tensor) -> Tensor:
+    """The sum of the rows, of neighbours and of neighbouring sums; `rows` is used up."""
+    while len(rows) > 1:
+        pairs = len(rows) // 2
+        rows[0 : 2 * pairs : 2] += rows[1::2]
+        rows = rows[0::2]
+    return rows[0]
+
+
+def _exchange_device(tensor: Tensor) -> torch.device:
+    """Where the group can exchange such a tensor: gloo does so on the CPU alone."""
+    backends = dict(part.split(":") for part in torch.distributed.get_backend_config().split(","))
+    given = tensor.device.type
+    if given == "cpu" and "cpu" not in backends:
+        return torch.device("cuda", torch.cuda.current_device())
+    if given != "cpu" and backends.get(given) in (None, "gloo"):
+        return torch.device("cpu")
+    return tensor.device
 
 
 def _collective_device() -> str:

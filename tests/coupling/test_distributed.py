@@ -58,8 +58,64 @@ def experts(rank):
     return fastdean.score(experts_model("Mixtral"), loader(), progress=False)
 
 
+def kept(rank, **options):
+    return fastdean.score(llama(), loader(), keep_top=0.05, progress=False, **options)
+
+
+def kept_by_layers(rank):
+    return kept(rank, order="layers", signs=True)
+
+
+def kept_experts(rank, **options):
+    options = {"keep_top": 0.02, "progress": False, **options}
+    return fastdean.score(experts_model("Mixtral"), loader(), **options)
+
+
+def kept_experts_as_one(rank):
+    return kept_experts(rank, expert_scope="tensor", order="layers", memory_budget=1 << 19)
+
+
+def most_kept(rank):
+    """So many that it is less to send all."""
+    return fastdean.score(llama(), loader(), keep_top=0.9, progress=False)
+
+
+def exact(rank, **options):
+    """Of which all numbers of ranks are to give the same bits."""
+    sets = batches(make_examples(lengths=range(3, 24)), 3)
+    options = {"deterministic": True, "progress": False, "signs": True, **options}
+    return fastdean.score(llama(), sets, **options)
+
+
+def exact_kept(rank):
+    return exact(rank, keep_top=0.05)
+
+
+def exact_by_layers(rank):
+    return exact(rank, keep_top=0.05, order="layers")
+
+
+def exact_half(rank):
+    model = llama().half()
+    return fastdean.score(model, loader(), deterministic=True, progress=False)
+
+
+def exact_experts(rank):
+    return kept_experts(rank, deterministic=True)
+
+
+def exact_own_loss(rank):
+    options = {"loss_fn": token_loss, "deterministic": True, "progress": False}
+    return fastdean.score(llama(), batches(make_examples(lengths=range(3, 24)), 2), **options)
+
+
 def units(rank):
     return fastdean.score(llama(), loader(), granularity="unit", progress=False)
+
+
+def kept_units(rank):
+    options = {"granularity": "unit", "keep_top": 0.3, "order": "layers", "progress": False}
+    return fastdean.score(llama(), loader(), **options)
 
 
 def by_layers(rank):
@@ -154,6 +210,18 @@ SITUATIONS = [
     other_examples,
     units,
     experts,
+    kept,
+    kept_by_layers,
+    kept_experts,
+    kept_experts_as_one,
+    kept_units,
+    most_kept,
+    exact,
+    exact_kept,
+    exact_by_layers,
+    exact_half,
+    exact_experts,
+    exact_own_loss,
     by_layers,
     broken_checkpoint,
     broken_layer,
@@ -162,6 +230,62 @@ SITUATIONS = [
     empty_loader,
     own_loss,
 ]
+
+
+EXACT = [exact, exact_kept, exact_by_layers, exact_half, exact_experts, exact_own_loss]
+NEAR = [
+    uneven,
+    one_example,
+    kept,
+    kept_by_layers,
+    kept_experts,
+    kept_experts_as_one,
+    kept_units,
+    most_kept,
+]
+OF_FOUR = EXACT + NEAR
+
+SENT = {
+    "all_reduce": lambda tensor, **_: tensor.nbytes,
+    "all_to_all_single": lambda received, sent, own, others, **_: (
+        (sum(others) - own[0]) * sent.element_size()
+    ),
+    "all_gather": lambda received, sent, **_: sent.nbytes,
+    "broadcast_object_list": lambda objects, src: 0,
+}
+
+
+def sent_by(score, *arguments):
+    """Name of a collective -> how often a scoring calls it, and how many bytes this rank sends."""
+    log = {name: (0, 0) for name in SENT}
+
+    def counting(name, call):
+        def counted(*args, **kwargs):
+            calls, sent = log[name]
+            log[name] = (calls + 1, sent + SENT[name](*args, **kwargs))
+            return call(*args, **kwargs)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SENT:
+            patch.setattr(distributed, name, counting(name, getattr(distributed, name)))
+        score(*arguments)
+    return log
+
+
+def sent(rank):
+    """By order and number of examples, what scoring with `keep_top` sends."""
+
+    def score(order, count):
+        examples = batches(make_examples(lengths=(5,) * count), 2)
+        options = {"keep_top": 0.05, "order": order, "tokens_per_batch": 10, "progress": False}
+        fastdean.score(llama(), examples, **options)
+
+    return {
+        order: [sent_by(score, order, count) for count in (4, 40)]
+        for order in ("batches", "layers")
+    }
 
 
 def resumed(rank, folder):
@@ -206,8 +330,21 @@ def resumed(rank, folder):
 
 def worker(rank, folder):
     join_group(rank, folder)
+    found = in_situations(SITUATIONS, rank)
+    found["sent"] = sent(rank)
+    found["resumed"] = resumed(rank, folder)
+    found["folder"] = str(folder)
+    leave_group(rank, folder, found)
+
+
+def one_of_four(rank, folder):
+    join_group(rank, folder, 4)
+    leave_group(rank, folder, in_situations(OF_FOUR, rank))
+
+
+def in_situations(situations, rank):
     found = {}
-    for situation in SITUATIONS:
+    for situation in situations:
         try:
             scores = situation(rank)
         except Exception as error:
@@ -215,14 +352,16 @@ def worker(rank, folder):
         else:
             found[situation.__name__] = {
                 "values": dict(scores),
+                "entries": {
+                    name: (entry.index, entry.sums, entry.signed, entry.unseen)
+                    for name, entry in scores.entries.items()
+                },
                 "num_examples": scores.num_examples,
                 "data": scores.manifest["data"],
                 "ranks": scores.manifest["ranks"],
                 "expert_load": scores.expert_load,
             }
-    found["resumed"] = resumed(rank, folder)
-    found["folder"] = str(folder)
-    leave_group(rank, folder, found)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -233,22 +372,88 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "situation",
-    [uneven, one_example, in_passes, units, experts, by_layers, streamed, own_loss],
+    [*NEAR, in_passes, units, experts, by_layers, streamed, own_loss],
     ids=lambda s: s.__name__,
 )
 def test_two_ranks_give_what_one_gives(found, situation):
+    assert_near(found, situation)
+
+
+def assert_near(found, situation):
     alone = situation(0)
-    for rank in range(WORLD):
+    for rank in range(len(found)):
         result = found[rank][situation.__name__]
         assert not isinstance(result, str), result
         assert result["num_examples"] == alone.num_examples
         assert result["data"] == alone.manifest["data"]
-        assert (result["ranks"], alone.manifest["ranks"]) == (WORLD, 1)
+        assert (result["ranks"], alone.manifest["ranks"]) == (len(found), 1)
         assert list(result["values"]) == list(alone)
+        assert result["expert_load"] == alone.expert_load
         for name, value in alone.items():
             assert norm_error(result["values"][name], value) < 1e-6
-        assert result["expert_load"] == alone.expert_load
-        assert bool(alone.expert_load) == (situation is experts)
+            # No two importances of these models are so near that rounding puts them in another
+            # order.
+            index, _, _, unseen = result["entries"][name]
+            assert index is None or torch.equal(index, alone.index(name))
+            assert unseen == alone.entries[name].unseen
+
+
+def test_ranks_count_the_tokens_of_experts_together(found):
+    """Also where each rank has the sums of its shard only."""
+    for name in ("experts", "kept_experts"):
+        assert found[0][name]["expert_load"] == found[1][name]["expert_load"] != []
+
+
+@pytest.mark.parametrize("situation", EXACT, ids=lambda s: s.__name__)
+def test_deterministic_scores_have_the_same_bits_on_two_ranks(found, situation):
+    assert_exact(found, situation)
+
+
+@pytest.mark.slow
+def test_four_ranks_give_what_one_gives(tmp_path):
+    found = run_ranks(one_of_four, tmp_path, 4)
+    for situation in EXACT:
+        assert_exact(found, situation)
+    for situation in NEAR:
+        assert_near(found, situation)
+
+
+def assert_exact(found, situation):
+    alone = situation(0).entries
+    for rank in range(len(found)):
+        of_ranks = found[rank][situation.__name__]
+        assert not isinstance(of_ranks, str), of_ranks
+        for name, entry in alone.items():
+            expected = (entry.index, entry.sums, entry.signed)
+            for one, other in zip(expected, of_ranks["entries"][name][:3], strict=True):
+                assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_kept_entries_are_those_of_the_dense_scores_of_the_same_ranks(found):
+    """Bit for bit: the sums are the same, and ties go to the lowest index."""
+    for rank in range(WORLD):
+        dense, sparse = (found[rank][name]["values"] for name in ("uneven", "kept"))
+        for name, (index, *_) in found[rank]["kept"]["entries"].items():
+            value = dense[name].flatten()
+            k = int(0.05 * value.numel())
+            expected = value.argsort(descending=True, stable=True)[:k].sort().values
+            assert torch.equal(index, expected)
+            assert torch.equal(sparse[name], value[index])
+
+
+def test_a_rank_sends_its_sums_once_and_its_candidates_whatever_the_number_of_examples(found):
+    for rank in range(WORLD):
+        entries = fastdean.score(llama(), loader(), progress=False).entries.values()
+        sizes = [entry.numel for entry in entries]
+        sums = sum(size - len(range(*Ranks(rank, WORLD).shard(size))) for size in sizes)
+        candidates = sum(int(0.05 * size) for size in sizes)
+        for few, many in found[rank]["sent"].values():
+            assert few == many
+            # A place and a sum each.
+            assert few["all_to_all_single"] == (len(sizes), 4 * sums)
+            assert few["all_gather"] == (len(sizes), 12 * candidates)
+            calls, bytes_sent = few["all_reduce"]
+            assert bytes_sent <= 16 * calls
 
 
 def test_ranks_go_on_from_where_all_of_them_have_been(found):
@@ -302,10 +507,15 @@ def test_loaders_that_are_already_split_are_refused(found):
 def test_sums_on_the_cpu_travel_through_a_group_of_gpus(monkeypatch):
     reduced = []
 
-    def all_reduce(tensor):
+    class Done:
+        def wait(self, *limit):
+            pass
+
+    def all_reduce(tensor, async_op):
         assert tensor is not sums, "a group of GPUs alone takes no tensor on the CPU"
         reduced.append(tensor)
         tensor.mul_(WORLD)
+        return Done()
 
     # The machine of this test has no GPU: float64 stands for the other device.
     monkeypatch.setattr("fastdean.models.distributed._collective_device", lambda: torch.float64)

@@ -1,4 +1,4 @@
-"""Two processes of a gloo group on one machine, and what each of them found."""
+"""A few processes of a gloo group on one machine, and what each of them found."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ WORLD = 2
 LIMIT_S = 120
 
 
-def join_group(rank, folder):
+def join_group(rank, folder, world=WORLD):
     """The first line of a worker: one thread each, and a group that is found through a file."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
-        world_size=WORLD,
+        world_size=world,
         timeout=datetime.timedelta(seconds=LIMIT_S / 2),
     )
 
@@ -31,11 +31,11 @@ def leave_group(rank, folder, found):
     distributed.destroy_process_group()
 
 
-def run_ranks(worker, folder):
+def run_ranks(worker, folder, world=WORLD):
     """`worker(rank, folder)` in a process for each rank; what they left, by rank."""
     forked.context()
     started = torch.multiprocessing.start_processes(
-        worker, args=(folder,), nprocs=WORLD, join=False, start_method="forkserver"
+        worker, args=(folder,), nprocs=world, join=False, start_method="forkserver"
     )
     deadline = time.monotonic() + LIMIT_S
     try:
@@ -44,4 +44,4 @@ def run_ranks(worker, folder):
     finally:
         for process in started.processes:
             process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
