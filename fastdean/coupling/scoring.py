@@ -493,6 +493,7 @@ class _Scoring:
                 rehearsal=Rehearsal(last.tried or last.work, self.returned),
                 milestones=milestones,
                 signs=self.signs,
+                fit_scales=self.stream is not None,
             ).run()
             used, read = home.used(), milestones.bytes_read + self._read_here()
             return {
@@ -647,7 +648,7 @@ def _with_holding(
     signs: bool,
 ) -> Scorable:
     """With which of its targets a window may keep the inputs and gradients of."""
-    if ranks.size > 1 or scorable.scale is not None:
+    if ranks.size > 1:
         # Top entries of a rank's own examples are not those of all.
         return scorable
     pairs = {

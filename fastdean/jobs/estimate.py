@@ -314,16 +314,15 @@ def run(job: EstimateJob) -> Estimate:
         2 * used * batches,
         memory.weights,
     )
-    half = next(model.parameters()).dtype == torch.float16
     kept_sums = job.sets * every if dense else 0
     again = sum(layer.weights for layer in memory.layers[lowest:])
     of_layers = sum(layer.weights for layer in memory.layers)
     read = (2 * (used - of_layers) + of_layers + 2 * again) * batches
-    if layers and not half:
+    if layers:
         resident = memory.by_layers(rows, in_windows, kept_sums=kept_sums)
         tried = memory.trial(rows, weights, memory.weights, on_cpu=not on_gpu)
         add("layers", [*resident, tried], 0 if dense else results, read, memory.weights)
-    if layers and not half and not (dense and job.granularity == "weight"):
+    if layers and not (dense and job.granularity == "weight"):
         first = sorted(kinds.values())
         begun = sum(memory.layers[i].weights for i in first)
         outside = (
@@ -375,7 +374,7 @@ def run(job: EstimateJob) -> Estimate:
             "scores_kept": results,
         },
         orders=orders,
-        notes=_notes(job, ranks, on_gpu, covered, dense, half),
+        notes=_notes(job, ranks, on_gpu, covered, dense),
     )
 
 
@@ -567,11 +566,9 @@ def _base() -> int:
 
 
 def _notes(
-    job: EstimateJob, ranks: int, on_gpu: bool, covered: dict[str, Any], dense: bool, half: bool
+    job: EstimateJob, ranks: int, on_gpu: bool, covered: dict[str, Any], dense: bool
 ) -> list[str]:
     found = []
-    if half:
-        found.append("A model in float16 goes batch by batch alone.")
     if ranks > 1:
         found.append(
             f"Each of the {ranks} ranks holds the whole model, all sums and its own batch; only "
@@ -581,7 +578,7 @@ def _notes(
         found.append("What the GPU's driver and libraries take for themselves is not counted.")
     if dense:
         found.append("With keep_top 1 the sums of all data sets stay to the end.")
-        if job.granularity == "weight" and not half:
+        if job.granularity == "weight":
             found.append("Weights cannot stay in their files then: streaming needs keep_top.")
     unscorable = covered["unscorable"]
     share = sum(unscorable.values()) / max(1, covered["model_parameters"])

@@ -131,11 +131,6 @@ def stream_model(
             model = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
         tokenizer = _tokenizer_or_none(where, origin)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == torch.float16:
-        raise NotStreamableError(
-            f"model must be in bfloat16 or float32 to be streamed, got {name!r} in float16; pass "
-            "dtype='bfloat16' (--dtype bf16), or load it first and score it batch by batch"
-        )
     try:
         return StreamedModel.open(model.eval(), tokenizer, folder, wanted, device)
     except ValueError as error:

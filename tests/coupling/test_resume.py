@@ -26,6 +26,7 @@ from fastdean.coupling import (
     job_parts,
     kept_entries,
     kept_files,
+    loss_scale,
     order,
     resumable,
     state_files,
@@ -34,6 +35,7 @@ from fastdean.coupling import (
 from fastdean.coupling.scoring import score_sets
 from fastdean.files import folders
 from fastdean.models.loading import stream_model
+from fastdean.models.replay import NotByLayers, Replay
 
 OPTIONS = {"progress": False, "order": "layers", "target_modules": "mlp", "tokens_per_batch": 12}
 KILLED = Path(__file__).parent.parent / "support" / "killed.py"
@@ -272,10 +274,22 @@ def test_a_small_disk_is_refused_with_the_results_counted(tmp_path, monkeypatch)
 FREE = {"f_bavail": 100_000, "f_blocks": 1 << 30, "f_bfree": 100_000, "f_frsize": 1}
 
 
-def test_a_job_that_cannot_begin_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match="model in bfloat16 or float32, got float16"):
-        score(llama().half(), resume=tmp_path / "job")
+def test_a_job_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch):
+    def refused(*args):
+        raise NotByLayers("no layer can be run")
+
+    monkeypatch.setattr(Replay, "reach", refused)
+    with pytest.raises(RuntimeError, match="no layer can be run"):
+        score(resume=tmp_path / "job")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("done", [5, 6, 7])
+def test_what_overflowed_in_fp16_goes_on_at_its_own_scale(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_scale.LossScale, "fitted", lambda *_: loss_scale.LossScale(24))
+    expected = score(llama().half())
+    stopped(tmp_path, done, monkeypatch, llama().half())
+    assert_same_bits(score(llama().half(), resume=tmp_path), expected)
 
 
 # What has changed.

@@ -133,9 +133,12 @@ def test_dense_scores_of_all_sets_stay(folder):
     assert "layers, streamed" not in dense.orders
 
 
-def test_a_model_in_float16_goes_batch_by_batch(folder):
-    found = fastdean.estimate(folder, **JOB, **GPU, dtype="fp16")
-    assert list(found.orders) == ["batches"] and "float16" in found.notes[0]
+def test_float16_has_the_orders_and_sizes_of_bfloat16(folder):
+    found, same = (
+        fastdean.estimate(folder, **JOB, **GPU, dtype=dtype) for dtype in ("fp16", "bf16")
+    )
+    assert list(found.orders) == ["batches", "layers", "layers, streamed"]
+    assert found.orders == same.orders and found.notes == same.notes
 
 
 def test_units_and_other_dtypes(folder):
