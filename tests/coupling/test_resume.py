@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from interrupts import interrupt, moments
-from tiny_data import batches, make_examples
+from tiny_data import batches, make_examples, word_tokenizer
 from tiny_experts import experts_model
 from tiny_models import gpt2, llama
 
@@ -368,6 +368,40 @@ def test_what_has_changed_is_named(part, job):
         score(**CHANGES[part](), resume=job)
     assert "\n" not in str(raised.value)
     assert contents(job) == before
+
+
+ROWS = [{"prompt": "the cat", "response": "sat on a mat"}, {"text": "the dog ran"}]
+
+
+def swapped_words():
+    tokenizer = word_tokenizer()
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = rules["model"]["vocab"]
+    words["cat"], words["dog"] = words["dog"], words["cat"]
+    tokenizer._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(rules))
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (swapped_words, "data set 'fair', tokenizer"),
+        (lambda: word_tokenizer(bos=False), "data set 'fair', tokenizer"),
+        (lambda: word_tokenizer(chat_template="{{ messages }}"), "chat template"),
+    ],
+    ids=["words", "rules", "template"],
+)
+def test_another_tokenizer_is_named(changed, named, tmp_path, monkeypatch):
+    options = {"tokenizer": word_tokenizer()}
+    stopped(tmp_path, 2, monkeypatch, sets={"fair": ROWS}, **options)
+    with pytest.raises(ValueError, match=f"one that differs in {named}; choose another folder"):
+        score(sets={"fair": ROWS}, resume=tmp_path, **options | {"tokenizer": changed()})
+    assert score(sets={"fair": ROWS}, resume=tmp_path, **options)
+
+
+def test_the_tokenizer_of_tokens_does_not_matter(tmp_path, monkeypatch):
+    stopped(tmp_path, 2, monkeypatch, tokenizer=word_tokenizer())
+    assert score(resume=tmp_path)
 
 
 class Counting(dict):
