@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastdean.files.hub import checkpoint_folder, is_unreachable
 from fastdean.wording.bars import bars
 from fastdean.wording.log import logger
+from fastdean.wording.mendable import is_out_of_memory
 from fastdean.wording.nearest import nearest
 from fastdean.wording.printable import first_line
 
@@ -236,13 +237,11 @@ def load_tokenizer(
 @contextmanager
 def _refusing(name: str, trust_remote_code: bool) -> Iterator[None]:
     """What the libraries raise while they read a model, as a ValueError of one line."""
-    import torch
-
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # the libraries raise a dozen unrelated types
+        if is_out_of_memory(error):
+            raise
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ValueError(
                 f"model must come without Python code of its own, got {name!r}, which cannot be "
