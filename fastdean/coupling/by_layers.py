@@ -229,9 +229,9 @@ class Sweep:
         """Run what follows the layers, and backward to what the layers returned."""
         groups = self.split(of.scorable, outside) or [[]]
         scale, fit = of.scorable.scale, self.fit_scales
+        begun = 0 if scale is None else scale.exponent
         for group in groups:
             with self._summing(of, group, scale) as sums:
-                begun = 0 if scale is None else scale.exponent
                 for b, batch in self._batches([of]):
                     run = partial(self._loss_of_batch, replay, b, batch, sums)
                     gradients, exponent = _settled(sums, batch, begun, run, fit)

@@ -165,7 +165,7 @@ def test_stacked_experts_count_as_they_are_used(tmp_path):
 
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_the_trial_has_the_gradient_of_one_expert(on_cpu):
-    memory = ModelMemory((), 0, 0, 0, 0, 2, 0, 0, 0, False, 0, itemsize=2, chosen=1)
+    memory = ModelMemory((), 0, 0, 0, 0, 2, 0, 0, 0, 0, False, 0, itemsize=2, chosen=1)
     stack, rows = torch.empty((64, 128, H), dtype=torch.bfloat16), Rows(4, 2, 4, longest=4)
     parts = memory.trial(rows, [stack], 0, on_cpu=on_cpu).parts
     # In bf16 and looked at in fp32; on a CPU each of the experts that 8 tokens reach leaves a hole.
