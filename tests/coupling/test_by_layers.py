@@ -565,6 +565,19 @@ def test_what_overflows_in_a_lower_layer_alone(monkeypatch):
         assert norm_error(found[name], expected[name]) < 4e-3, name
 
 
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_gradients_that_reach_a_layer_from_several_above_are_at_one_scale(family, monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def build():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **(SMALL | FAMILIES[family]))
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    scaled_by(20, monkeypatch)
+    assert_same_in_fp16(build, tokens_per_batch=40)
+
+
 def test_gradients_that_are_never_finite_are_refused_by_layers():
     model = llama().half()
 
