@@ -20,7 +20,7 @@ from fastdean.cli.flags import flags_of, retold
 from fastdean.cli.options import Options
 from fastdean.cli.terminal import shows_everything
 from fastdean.wording.bars import bars
-from fastdean.wording.mendable import MendableError
+from fastdean.wording.mendable import MendableError, is_out_of_memory
 from fastdean.wording.printable import printable
 
 
@@ -104,6 +104,11 @@ def _json(result: Any) -> str:
 
 def _told(error: Exception, text: str) -> int:
     """Write an error to stderr, as `text` where a user can mend it; returns the exit code."""
+    if is_out_of_memory(error) and not isinstance(error, MendableError):
+        text = (
+            f"memory must hold what the command takes, got an error for more: {text}; free some or "
+            "raise the limit, `fastdean estimate` says how much a job takes"
+        )
     code = 2 if _is_mendable(error) else 1
     if code == 1 or os.environ.get("FASTDEAN_VERBOSITY", "").lower() == "debug":
         typer.echo(printable("".join(traceback.format_exception(error))), err=True, nl=False)
@@ -116,8 +121,8 @@ def _is_mendable(error: Exception) -> bool:
     """Whether input or machine are at fault, rather than FastDEAN."""
     import torch
 
-    machine = (OSError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
-    return isinstance(error, (ValueError, MendableError, *machine))
+    machine = (OSError, torch.distributed.DistError)
+    return isinstance(error, (ValueError, MendableError, *machine)) or is_out_of_memory(error)
 
 
 @contextmanager

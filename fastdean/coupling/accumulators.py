@@ -28,6 +28,9 @@ class Accumulator(Protocol):
     def tensors(self) -> list[Tensor]:
         """The tensors whose sum over ranks is the sum over all examples: sums, then signed ones."""
 
+    def multiply_(self, factor: float) -> None:
+        """Multiply what was added so far; nothing is added afterwards."""
+
     def entry(self, weight: Tensor) -> ScoreEntry:
         """The result; the accumulator is not used afterwards."""
 
@@ -52,6 +55,9 @@ class DenseWeightAccumulator:
 
     def tensors(self) -> list[Tensor]:
         return _present(self._sums, self._signed)
+
+    def multiply_(self, factor: float) -> None:
+        _multiply_(self.tensors(), factor)
 
     def entry(self, weight: Tensor) -> ScoreEntry:
         return ScoreEntry.of(self._sums, weight, signed=self._signed)
@@ -90,6 +96,9 @@ class ExpertAccumulator:
     def tensors(self) -> list[Tensor]:
         return _present(self._sums, self._signed)
 
+    def multiply_(self, factor: float) -> None:
+        _multiply_(self.tensors(), factor)
+
     def entry(self, weight: Tensor) -> ScoreEntry:
         routed = tuple(self.routed.tolist())
         return replace(ScoreEntry.of(self._sums, weight, signed=self._signed), routed=routed)
@@ -113,6 +122,9 @@ class UnitAccumulator:
 
     def tensors(self) -> list[Tensor]:
         return _present(self._sums, self._signed)
+
+    def multiply_(self, factor: float) -> None:
+        _multiply_(self.tensors(), factor)
 
     def entry(self, weight: Tensor) -> ScoreEntry:
         return ScoreEntry.of(self._sums, weight, self._axis, signed=self._signed)
@@ -164,6 +176,11 @@ def _zeros(shape: Sequence[int], device: torch.device) -> Tensor:
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
+
+
+def _multiply_(tensors: Sequence[Tensor], factor: float) -> None:
+    for tensor in tensors:
+        tensor.mul_(factor)
 
 
 def split_by_memory(

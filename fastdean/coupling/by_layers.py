@@ -9,7 +9,9 @@ model's own forward leads to each layer (`fastdean.models.replay`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 import torch
@@ -21,9 +23,11 @@ from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.held_pairs import held_pairs
 from fastdean.coupling.lookups import Lookups
 from fastdean.coupling.loss_check import require_finite
+from fastdean.coupling.loss_scale import LossScale
 from fastdean.coupling.milestones import Milestones
+from fastdean.coupling.overflow import Gradients, WindowSums
 from fastdean.coupling.progress import SweepProgress
-from fastdean.coupling.states import States
+from fastdean.coupling.states import States, multiplied
 from fastdean.coupling.targets import Target
 from fastdean.coupling.trial import Scorable
 from fastdean.coupling.workloads import BatchLosses, Pass, Workload
@@ -92,6 +96,8 @@ class Sweep:
         rehearsal: a batch that the whole model has run, and what its layers returned.
         milestones: hears of every step that is done, and says which are left.
         signs: keep signed sums too.
+        fit_scales: in fp16, fit the scale of the losses to the gradients behind the layers, where
+            the trial that chose it did not run them all.
     """
 
     sets: Sequence[Set]
@@ -107,6 +113,7 @@ class Sweep:
     rehearsal: Rehearsal
     milestones: Milestones = field(default_factory=Milestones)
     signs: bool = False
+    fit_scales: bool = False
     _lookups: Lookups = field(init=False, repr=False)
 
     @property
@@ -114,11 +121,6 @@ class Sweep:
         return self.milestones.used
 
     def run(self) -> None:
-        for of in self.sets:
-            if of.scorable.scale is not None:
-                raise NotByLayers(
-                    "order='layers' must have a model in bfloat16 or float32, got float16"
-                )
         by_layer = [_by_layer(of.scorable.targets) for of in self.sets]
         lowest = min(min(groups, default=len(self.layers)) for groups, _ in by_layer)
         self._lookups = Lookups(self.windows, self.states, len(self.layers))
@@ -227,24 +229,28 @@ class Sweep:
     def _loss(self, replay: Replay, of: Set, outside: Sequence[Target]) -> None:
         """Run what follows the layers, and backward to what the layers returned."""
         groups = self.split(of.scorable, outside) or [[]]
+        scale, fit = of.scorable.scale, self.fit_scales
+        begun = 0 if scale is None else scale.exponent
         for group in groups:
-            accumulators = self._accumulators(of, group)
-            sums = Sums(accumulators, of.scorable.sequence_first)
-            block_sums = BlockSums(accumulators.values(), of.scorable.work.blocks)
-            hooked = capturing(group, self.granularity, sums.receive)
-            with self.ranks.failing_together(), hooked:
+            with self._summing(of, group, scale) as (sums, block_sums):
                 for b, batch in self._batches([of]):
-                    answers, leaves = self._answers(len(replay), b)
-                    losses = replay.finish(answers, batch.losses)
-                    require_finite(losses.examples, losses.values.detach())
-                    _backward_behind_the_layers(sums, losses)
-                    block_sums.batch_added()
-                    del losses, answers
+                    run = partial(self._loss_of_batch, replay, b, batch, sums)
+                    gradients, exponent = _settled(sums, batch, begun, run, fit)
+                    if fit:
+                        begun, fit = exponent, False
                     if group is groups[0]:
-                        self._take_gradients(b, leaves)
-                    del leaves
-            if group:
-                of.finished(group, accumulators)
+                        self._take_gradients(b, gradients, exponent)
+                    block_sums.batch_added()
+                    del gradients
+
+    def _loss_of_batch(
+        self, replay: Replay, b: int, batch: Pass, sums: Sums, exponent: int
+    ) -> Gradients:
+        answers, leaves = self._answers(len(replay), b)
+        losses = replay.finish(answers, batch.losses)
+        require_finite(losses.examples, losses.values.detach())
+        _backward_behind_the_layers(sums, losses)
+        return _gradients(leaves)
 
     def _backward(
         self,
@@ -262,22 +268,29 @@ class Sweep:
             through: nothing of the layer is needed afterwards.
             deeper: take the gradients to the layers below.
         """
-        accumulators = self._accumulators(of, group)
-        sums = Sums(accumulators, of.scorable.sequence_first)
-        block_sums = BlockSums(accumulators.values(), of.scorable.work.blocks)
-        hooked = capturing(group, self.granularity, sums.receive)
-        with self.ranks.failing_together(), hooked:
+        with self._summing(of, group, self._scale_of(k, of)) as (sums, block_sums):
             for b, batch in self._batches([of]):
-                self._backward_of_batch(replay, k, b, batch, sums, deeper=deeper)
+                begun = self.states.exponent(k, b)
+                run = partial(self._backward_of_batch, replay, k, b, batch, sums, begun, deeper)
+                gradients, exponent = _settled(sums, batch, begun, run)
+                self._take_gradients(b, gradients, exponent)
                 block_sums.batch_added()
+                del gradients
                 if through:
                     self.states.drop(k, b)
-        if group:
-            of.finished(group, accumulators)
 
     def _backward_of_batch(
-        self, replay: Replay, k: int, b: int, batch: Pass, sums: Sums, *, deeper: bool
-    ) -> None:
+        self,
+        replay: Replay,
+        k: int,
+        b: int,
+        batch: Pass,
+        sums: Sums,
+        begun: int,
+        deeper: bool,
+        exponent: int,
+    ) -> Gradients:
+        """At 2^`exponent` of the losses' scale, where the kept gradients have 2^`begun`."""
         arguments, leaves = self._reach(replay, k, b, batch)
         below = {p: t for p, t in arguments.tensors().items() if t.requires_grad}
         # The layer may change its arguments in place, and those of a leaf must not be.
@@ -286,7 +299,7 @@ class Sweep:
         returned = replay.run(k, arguments.replaced(copies))
         found = returned.tensors()
         self._require_same(replay.names[k], self.states.returned(k, b).tensors(), found)
-        gradients = self.states.gradients(k, b)
+        gradients = multiplied(self.states.gradients(k, b), exponent - begun)
         pairs = [(found[p], g) for p, g in gradients.items() if found[p].requires_grad]
         del arguments, returned, found, copies
         sums.expect(batch.segments, batch.rows)
@@ -295,16 +308,15 @@ class Sweep:
         del pairs, gradients
         sums.require_complete()
         if not deeper:
-            return
+            return {}
         back = [(below[p], t.grad) for p, t in given.items() if t.grad is not None]
         if back:
             torch.autograd.backward([t for t, _ in back], [g for _, g in back])
-        self._take_gradients(b, leaves)
+        return _gradients(leaves)
 
-    def _take_gradients(self, b: int, leaves: Mapping[int, Mapping[Path, Tensor]]) -> None:
-        for j, of_layer in leaves.items():
-            gradients = {p: t.grad for p, t in of_layer.items() if t.grad is not None}
-            self.states.add_gradients(j, b, gradients)
+    def _take_gradients(self, b: int, gradients: Gradients, exponent: int) -> None:
+        for j, of_layer in gradients.items():
+            self.states.add_gradients(j, b, of_layer, exponent)
 
     def _reach(
         self, replay: Replay, k: int, b: int, batch: Pass
@@ -369,9 +381,35 @@ class Sweep:
             answers.append(returned.replaced(given))
         return answers, leaves
 
-    def _accumulators(self, of: Set, targets: Sequence[Target]) -> dict[str, Accumulator]:
-        held = held_pairs(of.scorable.holding, targets, self.device, self.impl)
-        return accumulators_of(targets, self.granularity, self.device, self.impl, self.signs, held)
+    def _scale_of(self, k: int, of: Set) -> LossScale | None:
+        """The highest scale that the gradients of layer k have in a batch of a data set."""
+        if of.scorable.scale is None:
+            return None
+        first = sum(len(s.scorable.work.batches) for s in self.sets[: self.sets.index(of)])
+        numbers = range(first, first + len(of.scorable.work.batches))
+        return LossScale(max((self.states.exponent(k, b) for b in numbers), default=0))
+
+    @contextmanager
+    def _summing(
+        self, of: Set, group: Sequence[Target], scale: LossScale | None
+    ) -> Iterator[tuple[Sums, BlockSums]]:
+        """Inside, the hooks hand the sums of a window their pairs; then it is finished."""
+        held = held_pairs(of.scorable.holding, group, self.device, self.impl)
+        accumulators = accumulators_of(
+            group, self.granularity, self.device, self.impl, self.signs, held
+        )
+        sequence_first = of.scorable.sequence_first
+        sums = Sums(accumulators, sequence_first)
+        if scale is not None:
+            sums = WindowSums(accumulators, sequence_first, scale, self.device)
+        block_sums = BlockSums(accumulators.values(), of.scorable.work.blocks)
+        hooked = capturing(group, self.granularity, sums.receive)
+        with self.ranks.failing_together(), hooked:
+            yield sums, block_sums
+        if isinstance(sums, WindowSums):
+            sums.take_scale_off()
+        if group:
+            of.finished(group, accumulators)
 
     def _require_same(
         self, name: str, first: Mapping[Path, Tensor], second: Mapping[Path, Tensor]
@@ -401,6 +439,22 @@ def _last_marked(groups: Sequence[list[Target]]) -> Iterator[tuple[list[Target],
     """Each group, and whether it is the last."""
     for number, group in enumerate(groups, start=1):
         yield group, number == len(groups)
+
+
+def _settled(
+    sums: Sums, batch: Pass, exponent: int, run: Callable[[int], Gradients], fit: bool = False
+) -> tuple[Gradients, int]:
+    """What a batch's backward pass gives the layers below, and at which scale."""
+    if isinstance(sums, WindowSums):
+        return sums.settled(batch, exponent, run, fit)
+    return run(exponent), exponent
+
+
+def _gradients(leaves: Mapping[int, Mapping[Path, Tensor]]) -> Gradients:
+    return {
+        j: {path: tensor.grad for path, tensor in of_layer.items() if tensor.grad is not None}
+        for j, of_layer in leaves.items()
+    }
 
 
 def _detached(arguments: Arguments) -> Arguments:

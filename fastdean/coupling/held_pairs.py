@@ -116,6 +116,8 @@ class HeldPairs:
         self._segments: list[Tensor] = []
         self._num_examples, self._k, self._new_sums = num_examples, k, new_sums
         self._sums: DenseWeightAccumulator | None = None
+        # Of what is held; sums are multiplied themselves.
+        self._factor = 1.0
 
     def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
         if self._sums is None and self._take(x, g, segments):
@@ -125,6 +127,12 @@ class HeldPairs:
     def tensors(self) -> list[Tensor]:
         """None while pairs are held, which they are in a process of its own alone."""
         return [] if self._sums is None else self._sums.tensors()
+
+    def multiply_(self, factor: float) -> None:
+        if self._sums is None:
+            self._factor *= factor
+        else:
+            self._sums.multiply_(factor)
 
     def entry(self, weight: Tensor) -> ScoreEntry:
         """Of the top entries; of all where the pairs are not held.
@@ -144,13 +152,13 @@ class HeldPairs:
         )
         self._forget()
         return ScoreEntry(
-            sums=sums,
+            sums=sums * self._factor,
             weight=values_at(weight, index),
             index=index,
             shape=tuple(weight.shape),
             unit_axis=None,
             fingerprint=fingerprint(weight),
-            signed=signed,
+            signed=None if signed is None else signed * self._factor,
         )
 
     def _take(self, x: Tensor, g: Tensor, segments: Tensor) -> bool:
@@ -197,6 +205,7 @@ class HeldPairs:
                 x, g, *_ = self._everything()
                 for segments in self._segments:
                     self._sums.add_(x, g, segments)
+                self._sums.multiply_(self._factor)
             self._forget()
         return self._sums
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from fastdean.coupling.scores import fingerprint
 from fastdean.coupling.targets import Target
 from fastdean.coupling.trial import Scorable
 from fastdean.coupling.workloads import Workload
+from fastdean.data.examples import TOKENS
 from fastdean.files.provenance import versions
 from fastdean.models.distributed import Ranks
-from fastdean.models.identity import json_digest, model_parts, stored_tensors
+from fastdean.models.identity import json_digest, model_parts, stored_tensors, tokenizer_parts
 from fastdean.models.trees import tensors
 from fastdean.ops._dispatch import ENVIRONMENT_VARIABLE
 
@@ -68,6 +69,7 @@ def job_parts(
         ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE, ""),
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
         "number of ranks": str(ranks.size),
+        **_tokenizers(works.values()),
     }
 
 
@@ -104,6 +106,16 @@ def _device(parameter: nn.Parameter) -> str:
 
 def _data(work: Workload) -> str:
     return work.describe()["data"]["sha256"]
+
+
+def _tokenizers(works: Iterable[Workload]) -> dict[str, str]:
+    """Of those that texts became tokens with, which names the reason of other tokens."""
+    found: dict[str, str] = {}
+    for work in works:
+        tokenizer = getattr(work, "tokenizer", None)
+        if tokenizer is not None and set(work.describe()["data"]["rendered"]) != {TOKENS}:
+            found |= tokenizer_parts(tokenizer)
+    return found
 
 
 def _tokens_per_batch(work: Workload) -> Any:

@@ -28,8 +28,12 @@ _HANDED_ON = 9
 _ANSWER = 2
 # Of what a layer keeps: that, and as much for the gradients that are on their way through it.
 _IN_FLIGHT = 2
-# Of each pair of tokens of an example and each head, where attention makes products of all pairs.
+# Of each pair of tokens of an example and each head, in fp32, where attention makes products of all
+# pairs (models/segment_products.py); and one more with a soft-cap.
 _PAIRS = 3
+# Of each token, as wide as all heads and in fp32, what goes into these products and comes out, and
+# the gradients of that.
+_AROUND_PAIRS = 8
 # The logits of a batch, and the gradient of the loss in them.
 _LOGITS = 2
 # Token rows of the short batch that the hooks are tried on.
@@ -43,6 +47,9 @@ ALLOCATOR = 0.3
 # The largest piece of memory that glibc may keep after it was freed. Between gradients of weights
 # small tensors come to lie in what the last one left, so that each takes new memory.
 _KEPT_AFTER_FREE = 32 << 20
+
+
+_FP32 = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,8 @@ class ModelMemory:
         behind: bytes of a token row in the inputs and outputs of matrices outside of the layers,
             the head's left out.
         logits: bytes of the logits of a target row.
-        heads: of attention that makes products of all pairs of tokens, times their bytes.
+        pair: bytes of a pair of tokens where attention makes products of all pairs; `around`: of a
+            token row beside these.
         watched: whether hooks hang on layers, which are then given what they returned.
         offloaded: bytes of parameters that are in memory only while they are in use.
         itemsize: bytes of a number in the layers.
@@ -137,7 +145,8 @@ class ModelMemory:
     width: int
     behind: int
     logits: int
-    heads: int
+    pair: int
+    around: int
     watched: bool
     offloaded: int
     itemsize: int
@@ -153,6 +162,11 @@ class ModelMemory:
         embedding = _weight(model, "get_input_embeddings")
         outside = [w for w in matrices_of(model) if id(w) not in inside and w is not head]
         size = max((p.element_size() for layer in layers for p in layer.parameters()), default=0)
+        heads = getattr(config, "num_attention_heads", None) or 0
+        hidden, per_head = (getattr(config, name, None) for name in ("hidden_size", "head_dim"))
+        if not isinstance(per_head, int):
+            per_head = hidden // max(1, heads) if isinstance(hidden, int) else 0
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
         return cls(
             layers=tuple(
                 LayerMemory(
@@ -169,7 +183,8 @@ class ModelMemory:
             width=_width(model, layers),
             behind=sum(sum(weight.shape) * weight.element_size() for weight in outside),
             logits=0 if head is None else len(head) * head.element_size(),
-            heads=size * (getattr(config, "num_attention_heads", None) or 0),
+            pair=_FP32 * heads * (_PAIRS + capped),
+            around=_FP32 * heads * per_head * _AROUND_PAIRS,
             watched=any(map(has_hooks, layers)),
             offloaded=_bytes(p for p in model.parameters() if p.is_meta),
             itemsize=size,
@@ -206,8 +221,10 @@ class ModelMemory:
         if k is None:
             held = rows.batch * (width + _IN_FLIGHT * self.behind)
             return held + _LOGITS * self.logits * rows.targets
-        of_pairs = _PAIRS * self.heads * rows.longest if pairs else 0
-        return rows.batch * (width + of_pairs + _IN_FLIGHT * self.layers[k].kept)
+        # When attention has its turn, backward, what follows it in the layer is gone.
+        kept = self.layers[k].kept
+        of_pairs = self.pair * rows.longest + self.around if pairs else 0
+        return rows.batch * (width + max(_IN_FLIGHT * kept, kept + of_pairs))
 
     def trial(self, rows: Rows, targets: Iterable[Tensor], weights: int, *, on_cpu: bool) -> Peak:
         """The peak of the trial of the hooks, which takes the gradient of each target's weight.

@@ -221,8 +221,6 @@ def _by_memory(
     signs: bool,
     sums_at_a_time: int,
 ) -> Order:
-    if any(scorable.scale is not None for scorable in sets):
-        return Order(False, "a model in float16 goes batch by batch")
     of_sets = [all_sums_bytes(granularity, signs)(scorable.targets) for scorable in sets]
     if keep_top is None:
         room = _room_for_dense("layers", memory_budget, device)

@@ -514,6 +514,7 @@ class _Scoring:
                 rehearsal=Rehearsal(last.tried or last.work, self.returned),
                 milestones=milestones,
                 signs=self.signs,
+                fit_scales=self.stream is not None,
             ).run()
             used, read = home.used(), milestones.bytes_read + self._read_here()
             return {
@@ -681,7 +682,7 @@ def _with_holding(
     signs: bool,
 ) -> Scorable:
     """With which of its targets a window may keep the inputs and gradients of."""
-    if ranks.size > 1 or scorable.scale is not None or len(scorable.work.blocks) > 1:
+    if ranks.size > 1 or len(scorable.work.blocks) > 1:
         # Top entries of a rank's or a block's own examples are not those of all.
         return scorable
     pairs = {

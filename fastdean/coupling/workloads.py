@@ -82,12 +82,14 @@ class Pass:
     """A batch that is about to go through the model.
 
     Attributes:
-        segments, rows: as in `BatchLosses`.
+        segments, rows, examples, averaged: as in `BatchLosses`.
         losses: runs the model and returns the losses; may be called again.
     """
 
     segments: Tensor
     rows: int
+    examples: Sequence[int]
+    averaged: Sequence[int]
     losses: Callable[[], BatchLosses]
 
 
@@ -245,6 +247,7 @@ class LanguageModelling(Workload):
     Attributes:
         examples: of all ranks; `numbers`: their numbers in the loader, for messages.
         dealt: places in `examples` of those in each of this rank's blocks.
+        tokenizer: that texts became tokens with; None where none was given.
     """
 
     examples: list[Example]
@@ -254,6 +257,7 @@ class LanguageModelling(Workload):
     tokens_per_batch: int
     dealt: list[list[int]]
     rendering: dict[str, Any]
+    tokenizer: Any = None
 
     @classmethod
     def plan(
@@ -306,6 +310,7 @@ class LanguageModelling(Workload):
             tokens_per_batch=tokens_per_batch,
             dealt=dealt,
             rendering=rendering,
+            tokenizer=tokenizer,
         )
 
     @contextmanager
@@ -315,7 +320,15 @@ class LanguageModelling(Workload):
         # (activation checkpointing).
         with target_logits(self.model) as logits_at, attention_for(self.model, batch):
             rows = batch.input_ids.numel()
-            yield Pass(batch.segments, rows, lambda: self._losses_of(batch, logits_at))
+            members = batch.example_index
+            examples = [self.numbers[i] for i in members]
+            averaged = [self.examples[i].num_targets(self.shift) for i in members]
+
+            def losses() -> BatchLosses:
+                values = self._losses_of(batch, logits_at)
+                return BatchLosses(values, batch.segments, rows, examples, averaged)
+
+            yield Pass(batch.segments, rows, examples, averaged, losses)
 
     @property
     def most_rows(self) -> int:
@@ -333,18 +346,11 @@ class LanguageModelling(Workload):
     def all_rows(self) -> int:
         return sum(batch.input_ids.numel() for batch in self.batches)
 
-    def _losses_of(self, batch: Batch, logits_at: Callable[[Batch], Tensor]) -> BatchLosses:
+    def _losses_of(self, batch: Batch, logits_at: Callable[[Batch], Tensor]) -> Tensor:
         per_token = target_losses(logits_at(batch), batch)
         owner = batch.target_example.to(per_token.device)
         totals = per_token.new_zeros(batch.num_examples).index_add(0, owner, per_token)
-        members = batch.example_index
-        return BatchLosses(
-            values=totals / batch.target_counts.to(per_token.device),
-            segments=batch.segments,
-            rows=batch.input_ids.numel(),
-            examples=[self.numbers[i] for i in members],
-            averaged=[self.examples[i].num_targets(self.shift) for i in members],
-        )
+        return totals / batch.target_counts.to(per_token.device)
 
     def alone(self) -> Self:
         layout = replace(self.layout, padded=self.layout.packed)
@@ -481,12 +487,13 @@ class CustomLoss(Workload):
         starts = torch.arange(size) * width
         segments = torch.stack([starts, starts + width], dim=1)
         numbers = range(self.firsts[number], self.firsts[number] + size)
+        averaged = [1] * size
 
         def losses() -> BatchLosses:
             values = self._losses_of(batch)
-            return BatchLosses(values, segments, size * width, numbers, [1] * size)
+            return BatchLosses(values, segments, size * width, numbers, averaged)
 
-        yield Pass(segments, size * width, losses)
+        yield Pass(segments, size * width, numbers, averaged, losses)
 
     @property
     def most_rows(self) -> int:

@@ -369,7 +369,6 @@ def run(job: EstimateJob) -> Estimate:
             memory.weights,
             len(groups),
         )
-    half = next(model.parameters()).dtype == torch.float16
     kept_sums = job.sets * every if dense else 0
     again = sum(layer.weights for layer in memory.layers[lowest:])
     often = {k: len(in_layers.get(k, [])) or 1 for k in range(lowest, len(layers))}
@@ -377,7 +376,7 @@ def run(job: EstimateJob) -> Estimate:
     most = max(map(len, in_layers.values()), default=1)
     of_layers = sum(layer.weights for layer in memory.layers)
     read = int((2 * (used - of_layers) + of_layers + 2 * again * repeated) * batches)
-    can_sweep = bool(layers) and not half and "layers" not in refused
+    can_sweep = bool(layers) and "layers" not in refused
     if can_sweep:
         resident = memory.by_layers(rows, in_windows, kept_sums=kept_sums)
         tried = memory.trial(rows, weights, memory.weights, on_cpu=not on_gpu)
@@ -438,7 +437,7 @@ def run(job: EstimateJob) -> Estimate:
         orders=orders,
         notes=[
             *(f"Not {order}: {error}." for order, error in refused.items()),
-            *_notes(job, ranks, on_gpu, covered, dense, half),
+            *_notes(job, ranks, on_gpu, covered, dense),
         ],
     )
 
@@ -647,11 +646,9 @@ def _base() -> int:
 
 
 def _notes(
-    job: EstimateJob, ranks: int, on_gpu: bool, covered: dict[str, Any], dense: bool, half: bool
+    job: EstimateJob, ranks: int, on_gpu: bool, covered: dict[str, Any], dense: bool
 ) -> list[str]:
     found = []
-    if half:
-        found.append("A model in float16 goes batch by batch alone.")
     if ranks > 1:
         found.append(
             f"Each of the {ranks} ranks holds the whole model, all sums and its own batch; only "
@@ -661,7 +658,7 @@ def _notes(
         found.append("What the GPU's driver and libraries take for themselves is not counted.")
     if dense:
         found.append("With keep_top 1 the sums of all data sets stay to the end.")
-        if job.granularity == "weight" and not half:
+        if job.granularity == "weight":
             found.append("Weights cannot stay in their files then: streaming needs keep_top.")
     unscorable = covered["unscorable"]
     share = sum(unscorable.values()) / max(1, covered["model_parameters"])

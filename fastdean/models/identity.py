@@ -59,8 +59,7 @@ def model_identity(
         "model weights": weights_digest(model) if weights is None else weights,
         **model_parts(model, tokenizer),
         "device": json_digest(sorted(getattr(each, "type", each) for each in devices)),
-        "tokenizer": json_digest(_rules(tokenizer)),
-        "chat template": json_digest(getattr(tokenizer, "chat_template", None)),
+        **tokenizer_parts(tokenizer),
     }
 
 
@@ -70,6 +69,14 @@ def model_parts(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
         "model configuration": json_digest(_configuration(model)),
         "attention implementation": json_digest(_implementations(model)),
         "model code": json_digest(_own_code(model, tokenizer)),
+    }
+
+
+def tokenizer_parts(tokenizer: Any) -> dict[str, str]:
+    """The parts "tokenizer" and "chat template" alone."""
+    return {
+        "tokenizer": json_digest(_rules(tokenizer)),
+        "chat template": json_digest(getattr(tokenizer, "chat_template", None)),
     }
 
 

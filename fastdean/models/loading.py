@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastdean.files.hub import checkpoint_folder, is_unreachable
 from fastdean.wording.bars import bars
 from fastdean.wording.log import logger
+from fastdean.wording.mendable import is_out_of_memory
 from fastdean.wording.nearest import nearest
 from fastdean.wording.printable import first_line
 
@@ -134,11 +135,6 @@ def stream_model(
             model = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
         tokenizer = _tokenizer_or_none(where, origin)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == torch.float16:
-        raise NotStreamableError(
-            f"model must be in bfloat16 or float32 to be streamed, got {name!r} in float16; pass "
-            "dtype='bfloat16' (--dtype bf16), or load it first and score it batch by batch"
-        )
     try:
         return StreamedModel.open(model.eval(), tokenizer, folder, wanted, device)
     except ValueError as error:
@@ -256,13 +252,11 @@ def _refusing(name: str, trust_remote_code: bool, expected: str = _MODEL) -> Ite
     Args:
         expected: what the model must be, in words.
     """
-    import torch
-
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # the libraries raise a dozen unrelated types
+        if is_out_of_memory(error):
+            raise
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ValueError(
                 f"model must come without Python code of its own, got {name!r}, which cannot be "

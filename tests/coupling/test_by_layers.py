@@ -12,11 +12,12 @@ from interrupts import interrupt, moments
 from oracle import norm_error, weight_importance
 from tiny_adapters import adapted
 from tiny_data import batches, make_examples
-from tiny_models import MODELS, bert, gpt2, llama, qwen2
+from tiny_experts import experts_model
+from tiny_models import MODELS, bert, gemma2, gpt2, llama, qwen2
 from torch import nn
 
 import fastdean
-from fastdean.coupling import by_layers, homes, order, state_files, states
+from fastdean.coupling import by_layers, homes, loss_scale, order, state_files, states
 from fastdean.coupling.needed_memory import ModelMemory, Rows
 from fastdean.coupling.scoring import score_sets
 from fastdean.models import available_memory, replay
@@ -317,6 +318,19 @@ def test_files_hold_the_states_and_memory_does_not(tmp_path):
     files.close()
 
 
+def test_gradients_of_two_scales_add_up_at_the_lower_one_that_holds_them():
+    kept, path = states.States(homes.InMemory("device")), ("result",)
+    kept.keep(0, 0, replay.Returned(torch.zeros(2).half(), {}))
+    large, one = torch.tensor([60_000.0, 1.0]).half(), torch.ones(2).half()
+    kept.add_gradients(0, 0, {path: large}, 3)
+    kept.add_gradients(0, 0, {path: large}, 3)
+    # No fp16 number is 120,000.
+    assert kept.exponent(0, 0) == 2 and torch.equal(kept.gradients(0, 0)[path], large)
+    kept.add_gradients(0, 0, {path: one}, 0)
+    assert kept.exponent(0, 0) == 0
+    assert kept.gradients(0, 0)[path].tolist() == [15_000, 1.25]  # 15,001 is between two numbers
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded", "alone"])
 def test_batches_of_every_layout(layout):
     # BERT's examples cannot be packed.
@@ -435,7 +449,6 @@ def loader_with_losses():
         (dropout_that_is_always_on, "model.layers.1 must compute the same when it is run by its"),
         (a_shared_layer, "each decoder layer called once.* got model.layers.1 called again"),
         (a_skipped_layer, "each decoder layer called once.* got model.layers.1 left out"),
-        (lambda: llama().half(), "model in bfloat16 or float32, got float16"),
     ],
 )
 def test_what_cannot_be_run_by_layers_is_refused_by_name(build, message, monkeypatch, caplog):
@@ -448,8 +461,133 @@ def test_what_cannot_be_run_by_layers_is_refused_by_name(build, message, monkeyp
     monkeypatch.setattr(order, "available_memory", lambda device: 1)
     found = score(model, loader_with_losses(), order="auto", keep_top=0.1, **options)
     assert found.manifest["order"]["by"] == "batches" and list(found)
-    why = found.manifest["order"]["why"]
-    assert "float16 goes batch by batch" in why or "batch by batch after all" in caplog.text
+    assert "batch by batch after all" in caplog.text
+
+
+# Half precision.
+
+
+def scaled_by(exponent, monkeypatch):
+    """Losses are multiplied by this power of two, whatever the trial saw."""
+    fitted = loss_scale.LossScale(exponent)
+    monkeypatch.setattr(loss_scale.LossScale, "fitted", lambda *_: fitted)
+
+
+def assert_same_in_fp16(build, loader=None, **options):
+    """The same entries, and the bits of the other order where a CPU adds in its order."""
+    expected = score(build().half(), loader, **options)
+    found = score(build().half(), loader, order="layers", **options)
+    assert list(found) == list(expected)
+    assert found.manifest["loss_scale"] == expected.manifest["loss_scale"] > 0
+    for name in expected:
+        assert norm_error(found[name], expected[name]) < 1e-3, name
+        if expected.index(name) is not None:
+            assert torch.equal(found.index(name), expected.index(name)), name
+    return found
+
+
+def mixtral():
+    return experts_model("Mixtral")
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (llama, {}),
+        (gpt2, {"keep_top": 0.05}),
+        (gemma2, {"signs": True}),
+        (bert, {}),
+        (mixtral, {"keep_top": 0.05}),
+        (llama, {"granularity": "unit", "target_modules": "mlp"}),
+    ],
+)
+def test_a_model_in_fp16(build, options):
+    found = assert_same_in_fp16(build, tokens_per_batch=20, **options)
+    if options == {}:
+        shift = 0 if build is bert else 1
+        expected = weight_importance(build().half(), make_examples(), list(found), shift)
+        assert max(norm_error(found[name], expected[name]) for name in found) < 4e-3
+
+
+def test_auto_takes_the_layers_in_fp16_too(monkeypatch):
+    monkeypatch.setattr(order, "available_memory", lambda device: 1)
+    found = score(llama().half(), order="auto", keep_top=0.1)
+    assert found.manifest["order"]["by"] == "layers"
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (llama, {}),
+        (llama, {"signs": True}),
+        (llama, {"granularity": "unit", "target_modules": "mlp"}),
+        (mixtral, {}),
+    ],
+    ids=["", "signs", "units", "experts"],
+)
+@pytest.mark.parametrize("exponent", [14, 20, 24])
+def test_a_batch_that_overflows_in_a_window_is_done_again(exponent, build, options, monkeypatch):
+    options = {"tokens_per_batch": 20, **options}
+    expected = score(build().half(), **options)
+    scaled_by(exponent, monkeypatch)
+    found = score(build().half(), order="layers", **options)
+    for name in expected:
+        assert norm_error(found[name], expected[name]) < 1e-3, name
+        if options.get("signs"):
+            assert torch.equal(found.signs(name), expected.signs(name)), name
+
+
+def test_what_overflows_in_a_lower_layer_alone(monkeypatch):
+    """The layers above it keep their scale, whose small gradients the lower one would lose."""
+    ran = []
+    through = by_layers.Sweep._backward_of_batch
+
+    def counted(self, replay, k, b, *rest):
+        ran.append((k, rest[-1]))
+        return through(self, replay, k, b, *rest)
+
+    def build():
+        model = llama()
+        # What its second norm is given is small, so that the gradient behind it is large.
+        with torch.no_grad():
+            model.model.embed_tokens.weight.mul_(2.0**-8)
+            model.model.layers[0].self_attn.o_proj.weight.mul_(2.0**-8)
+            model.model.layers[0].mlp.down_proj.weight.mul_(2.0**4)
+        return model
+
+    scaled_by(8, monkeypatch)
+    monkeypatch.setattr(by_layers.Sweep, "_backward_of_batch", counted)
+    found = score(build().half(), order="layers")
+    assert {exponent for k, exponent in ran if k == 1} == {8}
+    assert {exponent for k, exponent in ran if k == 0} == {8, 0}
+    expected = weight_importance(build().half(), make_examples(), list(found))
+    for name in found:
+        assert norm_error(found[name], expected[name]) < 4e-3, name
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_gradients_that_reach_a_layer_from_several_above_are_at_one_scale(family, monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def build():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **(SMALL | FAMILIES[family]))
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    scaled_by(20, monkeypatch)
+    assert_same_in_fp16(build, tokens_per_batch=40)
+
+
+def test_gradients_that_are_never_finite_are_refused_by_layers():
+    model = llama().half()
+
+    def broken(module, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda g: g * float("inf"))
+
+    model.model.layers[1].mlp.up_proj.register_forward_hook(broken)
+    with pytest.raises(RuntimeError, match="finite in float16, got others in the batch of example"):
+        score(model, order="layers", target_modules="mlp")
 
 
 def test_targets_before_the_layers_are_refused_by_name():

@@ -23,6 +23,7 @@ from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
 from fastdean.coupling import resumable
+from fastdean.coupling.loss_scale import LossScale
 from fastdean.coupling.scoring import score_sets
 from fastdean.models.distributed import Ranks
 from fastdean.models.loading import stream_model
@@ -120,6 +121,17 @@ def kept_units(rank):
 
 def by_layers(rank):
     return fastdean.score(llama(), loader(), order="layers", progress=False)
+
+
+def overflowing(rank):
+    """In fp16 at a scale that is too large; each example alone, so that batches are the same."""
+    fitted = LossScale.fitted
+    LossScale.fitted = lambda *_: LossScale(24)
+    try:
+        options = {"order": "layers", "tokens_per_batch": 1, "progress": False}
+        return fastdean.score(llama().half(), loader(), **options)
+    finally:
+        LossScale.fitted = fitted
 
 
 @contextmanager
@@ -223,6 +235,7 @@ SITUATIONS = [
     exact_experts,
     exact_own_loss,
     by_layers,
+    overflowing,
     broken_checkpoint,
     broken_layer,
     streamed,
@@ -372,7 +385,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "situation",
-    [*NEAR, in_passes, units, experts, by_layers, streamed, own_loss],
+    [*NEAR, in_passes, units, experts, by_layers, overflowing, streamed, own_loss],
     ids=lambda s: s.__name__,
 )
 def test_two_ranks_give_what_one_gives(found, situation):

@@ -7,12 +7,14 @@ import re
 import pytest
 import torch
 from live_bytes import LiveBytes
+from oracle import norm_error
 from tiny_data import batches, make_examples
 
 import fastdean
 from fastdean import native
 from fastdean.coupling import accumulators, by_layers, held_pairs, holding, resumable, scoring
 from fastdean.coupling.holding import Holding, Pair
+from fastdean.coupling.loss_scale import LossScale
 from fastdean.coupling.targets import Target
 from fastdean.models.distributed import Ranks
 
@@ -159,9 +161,26 @@ def test_selections_have_the_bits_of_dense_sums(family, summed):
 
 @COMPILED
 @pytest.mark.parametrize("options", [{"max_length": None}, {"tokens_per_batch": 4096}])
-def test_bf16_and_one_batch(options, summed):
-    model = built("llama", torch.bfloat16)
-    assert_same_bits(score(model, **options), summed(model, **options))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_and_one_batch(dtype, options, summed):
+    model = built("llama", dtype)
+    found = score(model, **options)
+    assert found.manifest["order"]["matrices"]["held"]
+    assert_same_bits(found, summed(model, **options))
+    assert_same_bits(found, summed(model, order="batches", **options))
+
+
+@COMPILED
+@pytest.mark.parametrize("exponent", [6, 24])
+def test_held_pairs_in_fp16_have_the_scale_taken_off(exponent, summed, monkeypatch):
+    """At 2^24 batches overflow: their pairs come in fp32, and the matrix is summed after all."""
+    fitted = LossScale(exponent)
+    monkeypatch.setattr(LossScale, "fitted", lambda *_: fitted)
+    model = built("llama", torch.float16)
+    found, expected = (each(model, signs=True) for each in (score, summed))
+    assert_same_bits(found, expected)
+    for name, entry in expected.entries.items():
+        assert norm_error(found.entries[name].signed, entry.signed) < 1e-5
 
 
 @COMPILED

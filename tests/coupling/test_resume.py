@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from interrupts import interrupt, moments
-from tiny_data import batches, make_examples
+from tiny_data import batches, make_examples, word_tokenizer
 from tiny_experts import experts_model
 from tiny_models import gpt2, llama
 
@@ -26,6 +26,7 @@ from fastdean.coupling import (
     job_parts,
     kept_entries,
     kept_files,
+    loss_scale,
     order,
     resumable,
     state_files,
@@ -34,6 +35,7 @@ from fastdean.coupling import (
 from fastdean.coupling.scoring import score_sets
 from fastdean.files import folders
 from fastdean.models.loading import stream_model
+from fastdean.models.replay import NotByLayers, Replay
 
 OPTIONS = {"progress": False, "order": "layers", "target_modules": "mlp", "tokens_per_batch": 12}
 KILLED = Path(__file__).parent.parent / "support" / "killed.py"
@@ -105,7 +107,7 @@ STEPS = 8
         (llama, {"keep_top": 0.05}, 5),
         (gpt2, {"granularity": "unit", "keep_top": 0.2}, STEPS - 1),
         # One group of targets for each matrix.
-        (lambda: llama().bfloat16(), {"memory_budget": 53_072, "keep_top": 0.05}, 8),
+        (lambda: llama().bfloat16(), {"memory_budget": 53_177, "keep_top": 0.05}, 8),
         (mixtral, {}, 6),
         (mixtral, {"keep_top": 0.05, "expert_scope": "tensor"}, 5),
     ],
@@ -272,10 +274,22 @@ def test_a_small_disk_is_refused_with_the_results_counted(tmp_path, monkeypatch)
 FREE = {"f_bavail": 100_000, "f_blocks": 1 << 30, "f_bfree": 100_000, "f_frsize": 1}
 
 
-def test_a_job_that_cannot_begin_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match="model in bfloat16 or float32, got float16"):
-        score(llama().half(), resume=tmp_path / "job")
+def test_a_job_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch):
+    def refused(*args):
+        raise NotByLayers("no layer can be run")
+
+    monkeypatch.setattr(Replay, "reach", refused)
+    with pytest.raises(RuntimeError, match="no layer can be run"):
+        score(resume=tmp_path / "job")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("done", [5, 6, 7])
+def test_what_overflowed_in_fp16_goes_on_at_its_own_scale(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_scale.LossScale, "fitted", lambda *_: loss_scale.LossScale(24))
+    expected = score(llama().half())
+    stopped(tmp_path, done, monkeypatch, llama().half())
+    assert_same_bits(score(llama().half(), resume=tmp_path), expected)
 
 
 # What has changed.
@@ -354,6 +368,40 @@ def test_what_has_changed_is_named(part, job):
         score(**CHANGES[part](), resume=job)
     assert "\n" not in str(raised.value)
     assert contents(job) == before
+
+
+ROWS = [{"prompt": "the cat", "response": "sat on a mat"}, {"text": "the dog ran"}]
+
+
+def swapped_words():
+    tokenizer = word_tokenizer()
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = rules["model"]["vocab"]
+    words["cat"], words["dog"] = words["dog"], words["cat"]
+    tokenizer._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(rules))
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (swapped_words, "data set 'fair', tokenizer"),
+        (lambda: word_tokenizer(bos=False), "data set 'fair', tokenizer"),
+        (lambda: word_tokenizer(chat_template="{{ messages }}"), "chat template"),
+    ],
+    ids=["words", "rules", "template"],
+)
+def test_another_tokenizer_is_named(changed, named, tmp_path, monkeypatch):
+    options = {"tokenizer": word_tokenizer()}
+    stopped(tmp_path, 2, monkeypatch, sets={"fair": ROWS}, **options)
+    with pytest.raises(ValueError, match=f"one that differs in {named}; choose another folder"):
+        score(sets={"fair": ROWS}, resume=tmp_path, **options | {"tokenizer": changed()})
+    assert score(sets={"fair": ROWS}, resume=tmp_path, **options)
+
+
+def test_the_tokenizer_of_tokens_does_not_matter(tmp_path, monkeypatch):
+    stopped(tmp_path, 2, monkeypatch, tokenizer=word_tokenizer())
+    assert score(resume=tmp_path)
 
 
 class Counting(dict):

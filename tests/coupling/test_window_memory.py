@@ -83,9 +83,12 @@ def test_a_budget_that_holds_not_even_a_matrix_is_told_the_whole_need(tmp_path):
     assert score(model, tmp_path, memory_budget=named(caught))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("family", [*FAMILIES, "watched"])
-def test_what_is_held_stays_within_the_budget(family, tmp_path):
+def test_what_is_held_stays_within_the_budget(family, dtype, tmp_path):
+    """In fp16 the pairs of a batch are held until all of them are known to be finite."""
     model, options = built("llama" if family == "watched" else family), {"target_modules": "all"}
+    model.to(dtype)
     if family == "watched":
         # Whoever watches a layer is given what it returned on the way to every other.
         model.model.layers[0].register_forward_hook(lambda *_: None)
@@ -94,7 +97,7 @@ def test_what_is_held_stays_within_the_budget(family, tmp_path):
     with LiveBytes() as live:
         found = score(model, tmp_path, memory_budget=least, **options)
     # Not by far too much either, or budgets would be refused that would do.
-    assert live.peak - _SMALL < least < 3 * live.peak
+    assert live.peak - _SMALL < least < 1.6 * (live.peak - _SMALL)
     assert list(found) == list(expected)
     assert all(torch.equal(found.index(name), expected.index(name)) for name in expected)
 

@@ -133,9 +133,12 @@ def test_dense_scores_of_all_sets_stay(folder):
     assert "layers, streamed" not in dense.orders
 
 
-def test_a_model_in_float16_goes_batch_by_batch(folder):
-    found = fastdean.estimate(folder, **JOB, **GPU, dtype="fp16")
-    assert list(found.orders) == ["batches"] and "float16" in found.notes[0]
+def test_float16_has_the_orders_and_sizes_of_bfloat16(folder):
+    found, same = (
+        fastdean.estimate(folder, **JOB, **GPU, dtype=dtype) for dtype in ("fp16", "bf16")
+    )
+    assert list(found.orders) == ["batches", "layers", "layers, streamed"]
+    assert found.orders == same.orders and found.notes == same.notes
 
 
 def test_units_and_other_dtypes(folder):
@@ -162,7 +165,7 @@ def test_stacked_experts_count_as_they_are_used(tmp_path):
 
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_the_trial_has_the_gradient_of_one_expert(on_cpu):
-    memory = ModelMemory((), 0, 0, 0, 0, 2, 0, 0, 0, False, 0, itemsize=2, chosen=1)
+    memory = ModelMemory((), 0, 0, 0, 0, 2, 0, 0, 0, 0, False, 0, itemsize=2, chosen=1)
     stack, rows = torch.empty((64, 128, H), dtype=torch.bfloat16), Rows(4, 2, 4, longest=4)
     parts = memory.trial(rows, [stack], 0, on_cpu=on_cpu).parts
     # In bf16 and looked at in fp32; on a CPU each of the experts that 8 tokens reach leaves a hole.
