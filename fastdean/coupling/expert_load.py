@@ -40,7 +40,8 @@ LOAD: Kind = Maps(Record({"tokens": _Counts()}, optional={"shared": Lists(Text(l
 def described_load(scored: Mapping[str, ScoreEntry], found: Survey) -> dict[str, dict[str, Any]]:
     """Name of each module of experts -> how many tokens each of them was given, for a manifest.
 
-    A token that goes to two experts counts at both. Padding does not count.
+    A token that goes to two experts counts at both. Padding does not count, but for batches of a
+    `loss_fn`, whose padding nobody here knows.
 
     Args:
         found: the model's survey; of it the shared experts, which every token passes.

@@ -507,10 +507,10 @@ def _packed(module: nn.Module, weights: Collection[int]) -> Iterator[tuple[str, 
     for name, tensor in module.named_parameters(recurse=False):
         if tensor.dim() >= 2 and id(tensor) not in weights and not _is_floating_point(tensor):
             yield name, tensor
-    for name, tensor in module.named_buffers(recurse=False):
+    for name, buffer in module.named_buffers(recurse=False):
         # Masks and positions are buffers of integers too.
-        if tensor.dim() >= 2 and "weight" in name and not _is_floating_point(tensor):
-            yield name, tensor
+        if buffer.dim() >= 2 and "weight" in name and not _is_floating_point(buffer):
+            yield name, buffer
 
 
 def _grouping(

@@ -308,7 +308,7 @@ def run(job: EstimateJob) -> Estimate:
     }
     operations = _operations(model, layers, targets, lengths, job)
     rates = _rates(job, model)
-    orders = {}
+    orders: dict[str, OrderEstimate] = {}
 
     def add(
         name: str, peaks: Sequence[Peak], kept: int, read: int, files: int, passes: int
