@@ -81,7 +81,7 @@ class ExpertAccumulator:
         return _present(self._sums, self._signed)
 
     def entry(self, weight: Tensor) -> ScoreEntry:
-        return ScoreEntry.of(self._sums, weight, signed=self._signed)
+        return ScoreEntry.of(self._sums, weight, signed=self._signed, stacked=True)
 
 
 class UnitAccumulator:
@@ -142,7 +142,13 @@ def accumulators_of(
 
 
 def sums_bytes(target: Target, granularity: str, signs: bool = False) -> int:
-    """What the sums of a target take; with `signs` twice as much."""
+    """What the sums of a target take; with `signs` twice as much.
+
+    Of a parameter that is scored by example with one gradient of it.
+    """
+    if target.by_example:
+        weight = target.weight
+        return weight.numel() * (4 * (2 if signs else 1) + weight.element_size())
     numbers = prod(target.summed_shape) if granularity == "weight" else target.num_inputs
     return 4 * numbers * (2 if signs else 1)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastdean.coupling.accumulators import Accumulator, accumulators_of
+from fastdean.coupling.by_example import run_examples
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.loss_check import LossCheck
 from fastdean.coupling.overflow import ScaledSums, add_what_overflowed
@@ -30,6 +31,8 @@ def run_pass(
     Args:
         signs: keep signed sums too.
     """
+    if scorable.by_example:
+        return dict(run_examples(scorable, targets, device, bar, signs))
     accumulators = accumulators_of(targets, granularity, device, impl, signs)
     scaled = None
     if scorable.scale is not None:

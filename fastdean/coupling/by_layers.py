@@ -4,11 +4,16 @@ Forward from the first layer, then the loss, then backward from the last layer. 
 window a layer runs once more on what it was given, with the hooks of capture.py, and is never
 needed again; so a layer's weights are in use twice, and its sums live as long as its window. The
 model's own forward leads to each layer (`fastdean.models.replay`).
+
+Parameters that are scored by example have batches of one example, and leaves in place of hooks. An
+example's whole gradient must come of one window: that of the layer, that of the loss, or for what
+comes before the layers that of the first one, behind its layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -16,6 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.coupling.accumulators import Accumulator, accumulators_of
+from fastdean.coupling.by_example import (
+    ExampleSums,
+    leaves_of,
+    parameter_accumulators,
+    require_one_window,
+)
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.held_pairs import held_pairs
 from fastdean.coupling.lookups import Lookups
@@ -56,10 +67,22 @@ class Set:
     Attributes:
         scorable: its batches, and which targets are scored over them.
         finished: called with some of the targets and their sums over this rank's examples.
+        done: keys of targets that it was called with, also by an earlier process.
     """
 
     scorable: Scorable
     finished: Callable[[Sequence[Target], dict[str, Accumulator]], None]
+    done: set[str] = field(default_factory=set)
+
+    @property
+    def before_or_behind(self) -> list[Target]:
+        """Its parameters outside of the layers that are scored by example."""
+        return [t for t in self.scorable.targets if t.by_example and t.layer_index is None]
+
+    def finish(self, targets: Sequence[Target], sums: dict[str, Accumulator]) -> None:
+        if targets:
+            self.finished(targets, sums)
+            self.done.update(target.key for target in targets)
 
 
 @dataclass(frozen=True)
@@ -119,8 +142,21 @@ class Sweep:
                     "order='layers' must have a model in bfloat16 or float32, got float16"
                 )
         by_layer = [_by_layer(of.scorable.targets) for of in self.sets]
-        lowest = min(min(groups, default=len(self.layers)) for groups, _ in by_layer)
-        self._lookups = Lookups(self.windows, self.states, len(self.layers))
+        for of in self.sets:
+            require_one_window(of.scorable.targets, list(self.layers))
+        # How deep each set goes; what may lie before the layers is reached through all of them.
+        ends = [
+            0 if of.before_or_behind else min(groups, default=len(self.layers))
+            for of, (groups, _) in zip(self.sets, by_layer, strict=True)
+        ]
+        lowest = min(ends)
+        outside = [target for of in self.sets for target in of.before_or_behind]
+        self._lookups = Lookups(
+            self.windows,
+            self.states,
+            len(self.layers),
+            without={target.module for target in outside},
+        )
         with replaying(self.layers) as replay, self._lookups.answering():
             modules, steps = list(self.layers.values()), count()
             self.progress.plan(len(replay), lowest)
@@ -146,11 +182,10 @@ class Sweep:
                 self.progress.end()
             for k in reversed(range(lowest, len(replay))):
                 todo = [
-                    (step, of, group, through)
-                    for of, (groups, _) in zip(self.sets, by_layer, strict=True)
-                    for group, through in _last_marked(
-                        self.split(of.scorable, groups.get(k, [])) or [[]]
-                    )
+                    (step, of, group, through, through and k != end)
+                    for of, (groups, _), end in zip(self.sets, by_layer, ends, strict=True)
+                    if k >= end
+                    for group, through in _last_marked(self._groups(of, groups, k))
                     if self.milestones.pending(step := next(steps))
                 ]
                 if not todo:
@@ -159,11 +194,19 @@ class Sweep:
                 with self.windows.layer(k, k - 1 if k > lowest else k):
                     self.milestones.require_same(replay.names[k], modules[k])
                     self.progress.weights_there()
-                    for step, of, group, through in todo:
-                        deeper = through and k != lowest
+                    for step, of, group, through, deeper in todo:
                         self._backward(replay, k, of, group, through=through, deeper=deeper)
                         self.milestones.reached(step)
                 self.progress.end()
+
+    def _groups(
+        self, of: Set, groups: Mapping[int, Sequence[Target]], k: int
+    ) -> list[list[Target]]:
+        """What is scored together in the window of layer k; of the first what comes before it."""
+        found = self.split(of.scorable, groups.get(k, []))
+        if k == 0:
+            found = found + self.split(of.scorable, of.before_or_behind)
+        return [group for group in found if group] or [[]]
 
     def _batches(self, sets: Sequence[Set], first: int = 0) -> Iterator[tuple[int, Pass]]:
         """The batches of some of the sets, each with its number among those of all sets.
@@ -228,9 +271,7 @@ class Sweep:
         groups = self.split(of.scorable, outside) or [[]]
         for group in groups:
             accumulators = self._accumulators(of, group)
-            sums = Sums(accumulators, of.scorable.sequence_first)
-            hooked = capturing(group, self.granularity, sums.receive)
-            with self.ranks.failing_together(), hooked:
+            with self.ranks.failing_together(), self._collecting(of, group, accumulators) as sums:
                 for b, batch in self._batches([of]):
                     answers, leaves = self._answers(len(replay), b)
                     losses = replay.finish(answers, batch.losses)
@@ -240,8 +281,7 @@ class Sweep:
                     if group is groups[0]:
                         self._take_gradients(b, leaves)
                     del leaves
-            if group:
-                of.finished(group, accumulators)
+            of.finish(self._arrived(group, sums), accumulators)
 
     def _backward(
         self,
@@ -259,19 +299,22 @@ class Sweep:
             through: nothing of the layer is needed afterwards.
             deeper: take the gradients to the layers below.
         """
+        before = any(target.layer_index is None for target in group)
+        deeper = deeper or before
+        # What the loss has had the gradient of must have none here, and nothing in other windows.
+        group = [target for target in group if target.key not in of.done]
+        watched = [t for t in of.before_or_behind if deeper and (t.key in of.done or not before)]
         accumulators = self._accumulators(of, group)
-        sums = Sums(accumulators, of.scorable.sequence_first)
-        hooked = capturing(group, self.granularity, sums.receive)
-        with self.ranks.failing_together(), hooked:
+        collecting = self._collecting(of, group, accumulators, watched)
+        with self.ranks.failing_together(), collecting as sums:
             for b, batch in self._batches([of]):
                 self._backward_of_batch(replay, k, b, batch, sums, deeper=deeper)
                 if through:
                     self.states.drop(k, b)
-        if group:
-            of.finished(group, accumulators)
+        of.finish(group, accumulators)
 
     def _backward_of_batch(
-        self, replay: Replay, k: int, b: int, batch: Pass, sums: Sums, *, deeper: bool
+        self, replay: Replay, k: int, b: int, batch: Pass, sums: Sums | ExampleSums, *, deeper: bool
     ) -> None:
         arguments, leaves = self._reach(replay, k, b, batch)
         below = {p: t for p, t in arguments.tensors().items() if t.requires_grad}
@@ -288,12 +331,13 @@ class Sweep:
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         del pairs, gradients
-        sums.require_complete()
         if not deeper:
+            sums.require_complete()
             return
         back = [(below[p], t.grad) for p, t in given.items() if t.grad is not None]
         if back:
             torch.autograd.backward([t for t, _ in back], [g for _, g in back])
+        sums.require_complete()
         self._take_gradients(b, leaves)
 
     def _take_gradients(self, b: int, leaves: Mapping[int, Mapping[Path, Tensor]]) -> None:
@@ -364,7 +408,43 @@ class Sweep:
             answers.append(returned.replaced(given))
         return answers, leaves
 
+    @contextmanager
+    def _collecting(
+        self,
+        of: Set,
+        group: Sequence[Target],
+        accumulators: dict[str, Accumulator],
+        watched: Sequence[Target] = (),
+    ) -> Iterator[Sums | ExampleSums]:
+        """Inside, backward passes give the sums what they add up: by hooks, or from leaves.
+
+        Args:
+            watched: parameters whose gradient must come of another window.
+        """
+        if not of.scorable.by_example:
+            sums = Sums(accumulators, of.scorable.sequence_first)
+            with capturing(group, self.granularity, sums.receive):
+                yield sums
+            return
+        parameters = [*group, *watched]
+        modules = {target.module for target in parameters}
+        for name, module in self.windows.on_demand.items():
+            if not modules.isdisjoint(module.modules()):
+                self.windows.bring(name)
+        with leaves_of(of.scorable.work.model, parameters) as leaves:
+            yield ExampleSums(accumulators, leaves)
+
+    def _arrived(self, group: Sequence[Target], sums: Sums | ExampleSums) -> list[Target]:
+        """The targets behind the layers, whose gradient no other window has a part of."""
+        if isinstance(sums, Sums) or not len(self.layers):
+            return list(group)
+        here = torch.tensor([int(t.key in sums.arrived) for t in group], dtype=torch.int64)
+        self.ranks.sum_([here])
+        return [target for target, number in zip(group, here.tolist(), strict=True) if number]
+
     def _accumulators(self, of: Set, targets: Sequence[Target]) -> dict[str, Accumulator]:
+        if of.scorable.by_example:
+            return dict(parameter_accumulators(targets, self.device, self.signs))
         held = held_pairs(of.scorable.holding, targets, self.device, self.impl)
         return accumulators_of(targets, self.granularity, self.device, self.impl, self.signs, held)
 
@@ -425,7 +505,7 @@ def _same_sample(expected: Mapping[Path, Tensor], found: Mapping[Path, Tensor]) 
     return all(p in found and _nearly_equal(t, found[p], _APART) for p, t in expected.items())
 
 
-def _backward_behind_the_layers(sums: Sums, losses: BatchLosses) -> None:
+def _backward_behind_the_layers(sums: Sums | ExampleSums, losses: BatchLosses) -> None:
     try:
         sums.backward(losses)
     except StateError as error:

@@ -15,7 +15,7 @@ from fastdean.coupling.accumulators import sums_bytes
 from fastdean.coupling.kept_files import KeptFiles
 from fastdean.coupling.scores import ScoreEntry, fingerprint
 from fastdean.coupling.targets import Target
-from fastdean.files.declared import Lists, Maybe, Record, Whole, require
+from fastdean.files.declared import Flag, Lists, Maybe, Record, Whole, require
 
 _INDEX_BYTES = 8
 _NOTE = Record(
@@ -24,6 +24,7 @@ _NOTE = Record(
         "unit_axis": Maybe(Whole()),
         "fingerprint": Whole(least=-(2**63)),
         "unseen": Lists(Whole()),
+        "stacked": Flag(),
     }
 )
 
@@ -39,6 +40,7 @@ def keep_entries(home: KeptFiles, number: int, entries: Mapping[str, ScoreEntry]
             "unit_axis": entry.unit_axis,
             "fingerprint": entry.fingerprint,
             "unseen": list(entry.unseen),
+            "stacked": entry.stacked,
         }
         tensors: dict[int | str, Tensor] = {k: t for k, t in found.items() if t is not None}
         home.keep(("entries", number, parameter), tensors, partial(dict, note))
@@ -70,6 +72,7 @@ def kept_entries(
             unit_axis=note["unit_axis"],
             fingerprint=note["fingerprint"],
             unseen=tuple(note["unseen"]),
+            stacked=note["stacked"],
             signed=found.get("signed"),
         )
         if weights and not _owns_weight(entry):

@@ -62,9 +62,10 @@ _CONFIG = Record(
     optional={"signs": Flag(), "expert_scope": Text(choices=EXPERT_SCOPES)},
 )
 _ENTRY: dict[str, Kind] = {
-    "shape": Lists(Whole(least=1), least=2, most=2),
+    "shape": Lists(Whole(least=1)),
     "fingerprint": Whole(least=-(2**63)),
 }
+_MATRIX = Lists(Whole(least=1), least=2, most=2)
 # Of the stacked weights of experts.
 _OF_EXPERTS: dict[str, Kind] = {
     **_ENTRY,
@@ -77,7 +78,7 @@ _ADVICE = "save it again"
 
 @dataclass(frozen=True)
 class ScoreEntry:
-    """The score of one matrix.
+    """The score of one matrix, or of another parameter.
 
     Attributes:
         sums: fp32; dense weight scores have the weight's shape, unit scores [C], sparse ones [M].
@@ -92,6 +93,7 @@ class ScoreEntry:
         unseen: of a stacked weight, the experts that no token reached.
         signed: fp32, shape of `sums`: the sum over examples of the gradients themselves (of units:
             of activation x gradient); None where scores were made without signs.
+        stacked: whether the weight holds a matrix for each of several experts.
     """
 
     sums: Tensor
@@ -103,6 +105,7 @@ class ScoreEntry:
     signed: Tensor | None = None
     matrices: int = 1
     unseen: tuple[int, ...] = ()
+    stacked: bool = False
 
     @classmethod
     def of(
@@ -111,12 +114,21 @@ class ScoreEntry:
         weight: Tensor,
         unit_axis: int | None = None,
         signed: Tensor | None = None,
+        stacked: bool = False,
     ) -> ScoreEntry:
         """The dense entry of a weight, or of its units."""
         weight = weight.detach()
-        shape = tuple(weight.shape)
-        unseen = _all_zero(sums) if len(shape) == 3 else ()
-        return cls(sums, weight, None, shape, unit_axis, fingerprint(weight), signed, unseen=unseen)
+        return cls(
+            sums,
+            weight,
+            None,
+            tuple(weight.shape),
+            unit_axis,
+            fingerprint(weight),
+            signed,
+            unseen=_all_zero(sums) if stacked else (),
+            stacked=stacked,
+        )
 
     @property
     def numel(self) -> int:
@@ -130,8 +142,8 @@ class ScoreEntry:
 
     @property
     def num_experts(self) -> int:
-        """Of a stacked weight; 0 of a matrix."""
-        return self.shape[0] if len(self.shape) == 3 else 0
+        """Of a stacked weight; 0 of another."""
+        return self.shape[0] if self.stacked else 0
 
     def scoped(self, expert_scope: str) -> ScoreEntry:
         """The same entry, selected from expert by expert or as one tensor."""
@@ -230,6 +242,8 @@ def _all_zero(sums: Tensor) -> tuple[int, ...]:
 
 def values_at(tensor: Tensor, index: Tensor) -> Tensor:
     """Entries by flat index, [M]; nothing of the tensor's size is copied, whatever its strides."""
+    if tensor.dim() == 0:
+        return tensor.expand(1)[index]
     return tensor[torch.unravel_index(index, tensor.shape)]
 
 
@@ -582,8 +596,9 @@ class Scores(Mapping[str, Tensor]):
         config, tensors = read_folder(folder, kind="scores")
         require(config, _CONFIG, folder / CONFIG_NAME)
         sparse = config["keep_top"] is not None
-        axis = Exactly(None) if config["granularity"] == "weight" else Whole(most=1)
-        plain = Record({**_ENTRY, "unit_axis": axis})
+        plain = Record({**_ENTRY, "unit_axis": Exactly(None)})
+        if config["granularity"] != "weight":
+            plain = Record({**_ENTRY, "shape": _MATRIX, "unit_axis": Whole(most=1)})
         stacked = Record({**_OF_EXPERTS, "unit_axis": Exactly(None)})
         entries = {}
         for name, described in config["entries"].items():
@@ -635,5 +650,6 @@ def _read_entry(
         unit_axis=axis,
         fingerprint=described["fingerprint"],
         unseen=tuple(described.get("unseen", ())),
+        stacked="unseen" in described,
         signed=take("signed", Filled(("torch.float32",), size, finite=True)) if signs else None,
     )

@@ -375,7 +375,15 @@ def run(job: EstimateJob) -> Estimate:
             "scores_kept": results,
         },
         orders=orders,
-        notes=_notes(job, ranks, on_gpu, covered, dense, half),
+        notes=_notes(
+            job,
+            ranks,
+            on_gpu,
+            covered,
+            dense,
+            half,
+            sum(target.by_example for target in targets),
+        ),
     )
 
 
@@ -399,7 +407,7 @@ def _window_sums(
     by_layer: dict[int | None, list[Target]] = {}
     for target in targets:
         by_layer.setdefault(target.layer_index, []).append(target)
-        if not target.stacked:
+        if not target.stacked and not target.by_example:
             of = (target.name.rpartition(".")[0], target.num_inputs)
             source = sources.setdefault(of, len(sources))
             pairs[target.parameter] = Pair(target.weight.dtype, True, source)
@@ -460,7 +468,9 @@ def _batched(
 
 def _used(weight: Any, experts: int | None) -> int:
     """Entries of a weight that a token meets: of stacked experts, of those it goes through."""
-    count = len(weight) if weight.dim() < 3 else min(experts or len(weight), len(weight))
+    if weight.dim() < 3:
+        return weight.numel()
+    count = min(experts or len(weight), len(weight))
     return count * prod(weight.shape[1:])
 
 
@@ -492,15 +502,21 @@ def _operations(
     products = 2.0 * (plain + used) * tokens
     # Q K^T and P V forward; backward dV, dP, dQ, dK, and Q K^T again.
     attention = 2.0 * heads * width * pairs * len(layers)
+    hooked = [target for target in targets if not target.by_example]
+    by_example = [target for target in targets if target.by_example]
     if job.granularity == "weight":
-        importance = 2.0 * tokens * sum(_used(target.weight, experts) for target in targets)
+        importance = 2.0 * tokens * sum(_used(target.weight, experts) for target in hooked)
+        # A gradient of each example, its absolute value, and the sum.
+        importance += 3.0 * len(lengths) * sum(target.weight.numel() for target in by_example)
     else:
         importance = 2.0 * tokens * sum(target.num_inputs for target in targets)
     forward = products + 2 * attention
+    # Batches of one example have passes of their own, beside those of the hooks.
+    times = bool(hooked) + bool(by_example)
     return {
-        "forward": forward + of_head,
-        "recomputed_forward": forward,
-        "backward": products + of_head + 5 * attention,
+        "forward": times * (forward + of_head),
+        "recomputed_forward": times * forward,
+        "backward": times * (products + of_head + 5 * attention),
         "importance": importance,
     }
 
@@ -567,7 +583,13 @@ def _base() -> int:
 
 
 def _notes(
-    job: EstimateJob, ranks: int, on_gpu: bool, covered: dict[str, Any], dense: bool, half: bool
+    job: EstimateJob,
+    ranks: int,
+    on_gpu: bool,
+    covered: dict[str, Any],
+    dense: bool,
+    half: bool,
+    by_example: int,
 ) -> list[str]:
     found = []
     if half:
@@ -583,6 +605,11 @@ def _notes(
         found.append("With keep_top 1 the sums of all data sets stay to the end.")
         if job.granularity == "weight" and not half:
             found.append("Weights cannot stay in their files then: streaming needs keep_top.")
+    if by_example:
+        found.append(
+            f"{by_example} parameters are scored by example: a forward and backward pass for each "
+            "example, in a batch of its own, is counted beside the others."
+        )
     unscorable = covered["unscorable"]
     share = sum(unscorable.values()) / max(1, covered["model_parameters"])
     # Routers alone are less than can be said in whole percents.

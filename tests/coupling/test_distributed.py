@@ -66,6 +66,17 @@ def by_layers(rank):
     return fastdean.score(llama(), loader(), order="layers", progress=False)
 
 
+def by_example(rank):
+    return fastdean.score(llama(), loader(), target_modules="every", progress=False)
+
+
+def by_example_and_layers(rank):
+    """The second rank has no example, and so no gradient that says where one comes from."""
+    return fastdean.score(
+        llama(), loader(EXAMPLES[:1]), target_modules="every", order="layers", progress=False
+    )
+
+
 @contextmanager
 def checkpoint():
     """A folder of this rank; `save_pretrained` writes on the first one alone."""
@@ -155,6 +166,8 @@ SITUATIONS = [
     units,
     experts,
     by_layers,
+    by_example,
+    by_example_and_layers,
     broken_checkpoint,
     broken_layer,
     streamed,
@@ -232,7 +245,18 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "situation",
-    [uneven, one_example, in_passes, units, experts, by_layers, streamed, own_loss],
+    [
+        uneven,
+        one_example,
+        in_passes,
+        units,
+        experts,
+        by_layers,
+        by_example,
+        by_example_and_layers,
+        streamed,
+        own_loss,
+    ],
     ids=lambda s: s.__name__,
 )
 def test_two_ranks_give_what_one_gives(found, situation):
