@@ -201,8 +201,9 @@ def run_examples(
     for target in targets:
         if target.weight.is_meta:
             raise ValueError(
-                f"order must be 'layers' for parameters that are offloaded and scored by their own "
-                f"gradient, such as {target.parameter}, got 'batches'; leave order out"
+                "target_modules must name parameters that are in memory where batches go through "
+                f"the whole model and no hook scores them, got {target.parameter}, which is "
+                "offloaded; use order='layers', or load the model without offloading"
             )
     accumulators = parameter_accumulators(targets, device, signs)
     work, check = scorable.work, LossCheck(bar)

@@ -662,10 +662,19 @@ def survey(model: nn.Module) -> Survey:
 def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     """By id of a parameter all of its names, as the model without adapters has them."""
     names: dict[int, list[str]] = {}
+    offloaded: dict[str, int] = {}
     for plain in plain_modules(model, remove_duplicate=False):
         for leaf, parameter in plain.module._parameters.items():
             if parameter is not None:
                 names.setdefault(id(parameter), []).append(_joined(plain.name, leaf))
+                if parameter.is_meta:
+                    offloaded[_joined(plain.name, leaf)] = id(parameter)
+    # Tied weights that are offloaded are a tensor each.
+    tied = getattr(base_model(model), "all_tied_weights_keys", None) or {}
+    for one, other in dict(tied).items():
+        ids = {offloaded[name] for name in (one, other) if name in offloaded}
+        together = sorted({name for each in ids for name in names[each]})
+        names |= dict.fromkeys(ids, together)
     return names
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from oracle import norm_error, weight_importance
+from tiny_adapters import adapted
 from tiny_data import batches, make_examples
 from tiny_experts import experts_model
 from tiny_models import HIDDEN, INTERMEDIATE, VOCAB, bert, gpt2, llama, qwen2
@@ -431,6 +432,49 @@ def test_a_streamed_model(family, tmp_path):
         assert torch.equal(found.index(name), expected.index(name)), name
         assert norm_error(found[name], expected[name]) < 1e-6, name
     assert {parameter.device.type for parameter in stream.model.parameters()} == {"meta"}
+
+
+def test_tied_weights_that_are_streamed_are_refused(tmp_path):
+    qwen2().save_pretrained(tmp_path / "model")
+    stream = stream_model(str(tmp_path / "model"))
+    with pytest.raises(RuntimeError, match="got model.embed_tokens.weight, which is lm_head.weigh"):
+        score(stream, "lm_head.weight", keep_top=0.2)
+    assert list(score(stream, "norm.weight", keep_top=0.2)) == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("build", [llama, qwen2])
+def test_offloaded_weights(build):
+    """A tied weight that is offloaded is two tensors, which would have a part each."""
+    from accelerate import cpu_offload
+
+    wanted = "embed_tokens.weight,norm.weight,input_layernorm.weight,down_proj"
+    expected, model = score(build(), wanted), build()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    if build is qwen2:
+        with pytest.raises(RuntimeError, match="got model.embed_tokens.weight, which is lm_head.w"):
+            score(model, wanted, order="layers")
+        with pytest.raises(ValueError, match="got model.embed_tokens.weight, which is offloaded; "):
+            score(model, wanted)
+        return
+    found = score(model, wanted)
+    assert found.manifest["order"]["by"] == "layers" and list(found) == list(expected)
+    for name in found:
+        assert norm_error(found[name], expected[name]) < 1e-5, name
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_inside_peft():
+    model = adapted(merged=True)
+    found = score(model)
+    plain = copy.deepcopy(model.get_base_model())
+    for layer in plain.model.layers:
+        layer.mlp.up_proj = layer.mlp.up_proj.base_layer
+        layer.self_attn.q_proj = layer.self_attn.q_proj.base_layer
+    assert set(found) == {name for name, _ in plain.named_parameters()}
+    assert_exact(found, plain)
+    with pytest.raises(ValueError, match="model must have its adapters merged"):
+        score(adapted())
+    assert len(score(adapted(), NORMS)) == 3
 
 
 @pytest.mark.parametrize("steps", [1, 4, 6, 8])
