@@ -143,7 +143,7 @@ class Sweep:
                 )
         by_layer = [_by_layer(of.scorable.targets) for of in self.sets]
         for of in self.sets:
-            require_one_window(of.scorable.targets, list(self.layers))
+            require_one_window(of.scorable, list(self.layers))
         # How deep each set goes; what may lie before the layers is reached through all of them.
         ends = [
             0 if of.before_or_behind else min(groups, default=len(self.layers))
@@ -168,6 +168,7 @@ class Sweep:
                         self.progress.weights_there()
                         self._forward(replay, k, step)
                     self.milestones.reached(step)
+                    self._end_rehearsal(k)
                     self.progress.end()
             left = [
                 (step, of, outside)
@@ -239,13 +240,27 @@ class Sweep:
                 self.milestones.batch_done(step, b + 1)
             self._rehearse(replay, k)
 
+    @property
+    def _rehearsed(self) -> int:
+        """The number of the batch that is rehearsed: the one after those of all sets."""
+        return sum(len(of.scorable.work.batches) for of in self.sets)
+
+    def _end_rehearsal(self, k: int) -> None:
+        """After the last layer that is rehearsed, forget what layers returned.
+
+        Not before the step is noted as done: a job that goes on in it needs them.
+        """
+        if k == len(self.rehearsal.expected) - 1:
+            for j in range(k + 1):
+                self.states.drop(j, self._rehearsed)
+            self._lookups.forget(self._rehearsed)
+
     def _rehearse(self, replay: Replay, k: int) -> None:
         """Refuse a layer that returns something else than when the whole model ran."""
         expected = self.rehearsal.expected
         if k >= len(expected):
             return
-        # The number after those of all batches.
-        b = sum(len(of.scorable.work.batches) for of in self.sets)
+        b = self._rehearsed
         with self.rehearsal.work.batch(0, self.device) as whole, torch.no_grad():
             batch = self._lookups.of(b, whole)
             arguments, _ = self._reach(replay, k, b, batch)
@@ -261,10 +276,6 @@ class Sweep:
                     "something else than in the whole model; it is random, keeps a state of its "
                     "own, or is handed something beside what layers take and return"
                 )
-        if k == len(expected) - 1:
-            for j in range(k + 1):
-                self.states.drop(j, b)
-            self._lookups.forget(b)
 
     def _loss(self, replay: Replay, of: Set, outside: Sequence[Target]) -> None:
         """Run what follows the layers, and backward to what the layers returned."""
