@@ -100,8 +100,8 @@ class ExpertAccumulator:
         _multiply_(self.tensors(), factor)
 
     def entry(self, weight: Tensor) -> ScoreEntry:
-        routed = tuple(self.routed.tolist())
-        return replace(ScoreEntry.of(self._sums, weight, signed=self._signed), routed=routed)
+        entry = ScoreEntry.of(self._sums, weight, signed=self._signed, stacked=True)
+        return replace(entry, routed=tuple(self.routed.tolist()))
 
 
 class UnitAccumulator:
@@ -165,7 +165,13 @@ def accumulators_of(
 
 
 def sums_bytes(target: Target, granularity: str, signs: bool = False) -> int:
-    """What the sums of a target take; with `signs` twice as much."""
+    """What the sums of a target take; with `signs` twice as much.
+
+    Of a parameter that is scored by example with one gradient of it.
+    """
+    if target.by_example:
+        weight = target.weight
+        return weight.numel() * (4 * (2 if signs else 1) + weight.element_size())
     numbers = prod(target.summed_shape) if granularity == "weight" else target.num_inputs
     return 4 * numbers * (2 if signs else 1)
 

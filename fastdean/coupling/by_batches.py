@@ -10,6 +10,7 @@ import torch
 
 from fastdean.coupling.accumulators import Accumulator, accumulators_of
 from fastdean.coupling.block_sums import BlockSums
+from fastdean.coupling.by_example import add_examples, parameter_accumulators, require_in_memory
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.loss_check import LossCheck
 from fastdean.coupling.overflow import ScaledSums, add_what_overflowed
@@ -32,11 +33,19 @@ def run_pass(
     Args:
         signs: keep signed sums too.
     """
-    accumulators = accumulators_of(targets, granularity, device, impl, signs)
+    accumulators: dict[str, Accumulator]
+    if scorable.by_example:
+        require_in_memory(targets)
+        accumulators = dict(parameter_accumulators(targets, device, signs))
+    else:
+        accumulators = accumulators_of(targets, granularity, device, impl, signs)
     # A block is through when what overflowed in it has been added.
     block_sums = BlockSums(accumulators.values(), [1] * len(scorable.work.blocks))
     for block in scorable.work.by_block():
-        _add_block(scorable, block, accumulators, targets, granularity, device, bar)
+        if scorable.by_example:
+            add_examples(block, targets, accumulators, scorable.scale, device, bar)
+        else:
+            _add_block(scorable, block, accumulators, targets, granularity, device, bar)
         block_sums.batch_added()
     return accumulators
 

@@ -4,6 +4,10 @@ Forward from the first layer, then the loss, then backward from the last layer. 
 window a layer runs once more on what it was given, with the hooks of capture.py, and is never
 needed again; so a layer's weights are in use twice, and its sums live as long as its window. The
 model's own forward leads to each layer (`fastdean.models.replay`).
+
+Parameters that are scored by example have batches of one example, and leaves in place of hooks. An
+example's whole gradient must come of one window: that of the layer, that of the loss, or for what
+comes before the layers that of the first one, behind its layer.
 """
 
 from __future__ import annotations
@@ -19,6 +23,12 @@ from torch import Tensor, nn
 
 from fastdean.coupling.accumulators import Accumulator, accumulators_of
 from fastdean.coupling.block_sums import BlockSums
+from fastdean.coupling.by_example import (
+    ExampleSums,
+    leaves_of,
+    parameter_accumulators,
+    require_one_window,
+)
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.held_pairs import held_pairs
 from fastdean.coupling.lookups import Lookups
@@ -61,10 +71,22 @@ class Set:
     Attributes:
         scorable: its batches, and which targets are scored over them.
         finished: called with some of the targets and their sums over this rank's examples.
+        done: keys of targets that it was called with, also by an earlier process.
     """
 
     scorable: Scorable
     finished: Callable[[Sequence[Target], dict[str, Accumulator]], None]
+    done: set[str] = field(default_factory=set)
+
+    @property
+    def before_or_behind(self) -> list[Target]:
+        """Its parameters outside of the layers that are scored by example."""
+        return [t for t in self.scorable.targets if t.by_example and t.layer_index is None]
+
+    def finish(self, targets: Sequence[Target], sums: dict[str, Accumulator]) -> None:
+        if targets:
+            self.finished(targets, sums)
+            self.done.update(target.key for target in targets)
 
 
 @dataclass(frozen=True)
@@ -122,8 +144,21 @@ class Sweep:
 
     def run(self) -> None:
         by_layer = [_by_layer(of.scorable.targets) for of in self.sets]
-        lowest = min(min(groups, default=len(self.layers)) for groups, _ in by_layer)
-        self._lookups = Lookups(self.windows, self.states, len(self.layers))
+        for of in self.sets:
+            require_one_window(of.scorable, list(self.layers))
+        # How deep each set goes; what may lie before the layers is reached through all of them.
+        ends = [
+            0 if of.before_or_behind else min(groups, default=len(self.layers))
+            for of, (groups, _) in zip(self.sets, by_layer, strict=True)
+        ]
+        lowest = min(ends)
+        outside = [target for of in self.sets for target in of.before_or_behind]
+        self._lookups = Lookups(
+            self.windows,
+            self.states,
+            len(self.layers),
+            without={target.module for target in outside},
+        )
         with replaying(self.layers) as replay, self._lookups.answering():
             modules, steps = list(self.layers.values()), count()
             self.progress.plan(len(replay), lowest)
@@ -135,6 +170,7 @@ class Sweep:
                         self.progress.weights_there()
                         self._forward(replay, k, step)
                     self.milestones.reached(step)
+                    self._end_rehearsal(k)
                     self.progress.end()
             left = [
                 (step, of, outside)
@@ -149,11 +185,10 @@ class Sweep:
                 self.progress.end()
             for k in reversed(range(lowest, len(replay))):
                 todo = [
-                    (step, of, group, through)
-                    for of, (groups, _) in zip(self.sets, by_layer, strict=True)
-                    for group, through in _last_marked(
-                        self.split(of.scorable, groups.get(k, [])) or [[]]
-                    )
+                    (step, of, group, through, through and k != end)
+                    for of, (groups, _), end in zip(self.sets, by_layer, ends, strict=True)
+                    if k >= end
+                    for group, through in _last_marked(self._groups(of, groups, k))
                     if self.milestones.pending(step := next(steps))
                 ]
                 if not todo:
@@ -162,11 +197,19 @@ class Sweep:
                 with self.windows.layer(k, k - 1 if k > lowest else k):
                     self.milestones.require_same(replay.names[k], modules[k])
                     self.progress.weights_there()
-                    for step, of, group, through in todo:
-                        deeper = through and k != lowest
+                    for step, of, group, through, deeper in todo:
                         self._backward(replay, k, of, group, through=through, deeper=deeper)
                         self.milestones.reached(step)
                 self.progress.end()
+
+    def _groups(
+        self, of: Set, groups: Mapping[int, Sequence[Target]], k: int
+    ) -> list[list[Target]]:
+        """What is scored together in the window of layer k; of the first what comes before it."""
+        found = self.split(of.scorable, groups.get(k, []))
+        if k == 0:
+            found = found + self.split(of.scorable, of.before_or_behind)
+        return [group for group in found if group] or [[]]
 
     def _batches(self, sets: Sequence[Set], first: int = 0) -> Iterator[tuple[int, Pass]]:
         """The batches of some of the sets, each with its number among those of all sets.
@@ -199,13 +242,27 @@ class Sweep:
                 self.milestones.batch_done(step, b + 1)
             self._rehearse(replay, k)
 
+    @property
+    def _rehearsed(self) -> int:
+        """The number of the batch that is rehearsed: the one after those of all sets."""
+        return sum(len(of.scorable.work.batches) for of in self.sets)
+
+    def _end_rehearsal(self, k: int) -> None:
+        """After the last layer that is rehearsed, forget what layers returned.
+
+        Not before the step is noted as done: a job that goes on in it needs them.
+        """
+        if k == len(self.rehearsal.expected) - 1:
+            for j in range(k + 1):
+                self.states.drop(j, self._rehearsed)
+            self._lookups.forget(self._rehearsed)
+
     def _rehearse(self, replay: Replay, k: int) -> None:
         """Refuse a layer that returns something else than when the whole model ran."""
         expected = self.rehearsal.expected
         if k >= len(expected):
             return
-        # The number after those of all batches.
-        b = sum(len(of.scorable.work.batches) for of in self.sets)
+        b = self._rehearsed
         with self.rehearsal.work.batch(0, self.device) as whole, torch.no_grad():
             batch = self._lookups.of(b, whole)
             arguments, _ = self._reach(replay, k, b, batch)
@@ -221,10 +278,6 @@ class Sweep:
                     "something else than in the whole model; it is random, keeps a state of its "
                     "own, or is handed something beside what layers take and return"
                 )
-        if k == len(expected) - 1:
-            for j in range(k + 1):
-                self.states.drop(j, b)
-            self._lookups.forget(b)
 
     def _loss(self, replay: Replay, of: Set, outside: Sequence[Target]) -> None:
         """Run what follows the layers, and backward to what the layers returned."""
@@ -232,7 +285,7 @@ class Sweep:
         scale, fit = of.scorable.scale, self.fit_scales
         begun = 0 if scale is None else scale.exponent
         for group in groups:
-            with self._summing(of, group, scale) as (sums, block_sums):
+            with self._summing(of, group, scale, behind=True) as (sums, block_sums):
                 for b, batch in self._batches([of]):
                     run = partial(self._loss_of_batch, replay, b, batch, sums)
                     gradients, exponent = _settled(sums, batch, begun, run, fit)
@@ -244,7 +297,7 @@ class Sweep:
                     del gradients
 
     def _loss_of_batch(
-        self, replay: Replay, b: int, batch: Pass, sums: Sums, exponent: int
+        self, replay: Replay, b: int, batch: Pass, sums: Sums | ExampleSums, exponent: int
     ) -> Gradients:
         answers, leaves = self._answers(len(replay), b)
         losses = replay.finish(answers, batch.losses)
@@ -268,7 +321,12 @@ class Sweep:
             through: nothing of the layer is needed afterwards.
             deeper: take the gradients to the layers below.
         """
-        with self._summing(of, group, self._scale_of(k, of)) as (sums, block_sums):
+        before = any(target.layer_index is None for target in group)
+        deeper = deeper or before
+        # What the loss has had the gradient of must have none here, and nothing in other windows.
+        group = [target for target in group if target.key not in of.done]
+        watched = [t for t in of.before_or_behind if deeper and (t.key in of.done or not before)]
+        with self._summing(of, group, self._scale_of(k, of), watched) as (sums, block_sums):
             for b, batch in self._batches([of]):
                 begun = self.states.exponent(k, b)
                 run = partial(self._backward_of_batch, replay, k, b, batch, sums, begun, deeper)
@@ -285,7 +343,7 @@ class Sweep:
         k: int,
         b: int,
         batch: Pass,
-        sums: Sums,
+        sums: Sums | ExampleSums,
         begun: int,
         deeper: bool,
         exponent: int,
@@ -306,12 +364,13 @@ class Sweep:
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         del pairs, gradients
-        sums.require_complete()
         if not deeper:
+            sums.require_complete()
             return {}
         back = [(below[p], t.grad) for p, t in given.items() if t.grad is not None]
         if back:
             torch.autograd.backward([t for t, _ in back], [g for _, g in back])
+        sums.require_complete()
         return _gradients(leaves)
 
     def _take_gradients(self, b: int, gradients: Gradients, exponent: int) -> None:
@@ -391,25 +450,68 @@ class Sweep:
 
     @contextmanager
     def _summing(
-        self, of: Set, group: Sequence[Target], scale: LossScale | None
-    ) -> Iterator[tuple[Sums, BlockSums]]:
-        """Inside, the hooks hand the sums of a window their pairs; then it is finished."""
-        held = held_pairs(of.scorable.holding, group, self.device, self.impl)
-        accumulators = accumulators_of(
-            group, self.granularity, self.device, self.impl, self.signs, held
-        )
-        sequence_first = of.scorable.sequence_first
-        sums = Sums(accumulators, sequence_first)
-        if scale is not None:
-            sums = WindowSums(accumulators, sequence_first, scale, self.device)
+        self,
+        of: Set,
+        group: Sequence[Target],
+        scale: LossScale | None,
+        watched: Sequence[Target] = (),
+        *,
+        behind: bool = False,
+    ) -> Iterator[tuple[Sums | ExampleSums, BlockSums]]:
+        """Inside, backward passes give the sums of a window what they add up; then it is finished.
+
+        Args:
+            watched: parameters whose gradient must come of another window.
+            behind: of the targets behind the layers only those are finished here that had one.
+        """
+        accumulators = self._accumulators(of, group)
         block_sums = BlockSums(accumulators.values(), of.scorable.work.blocks)
-        hooked = capturing(group, self.granularity, sums.receive)
-        with self.ranks.failing_together(), hooked:
+        collecting = self._collecting(of, group, accumulators, scale, watched)
+        with self.ranks.failing_together(), collecting as sums:
             yield sums, block_sums
         if isinstance(sums, WindowSums):
             sums.take_scale_off()
-        if group:
-            of.finished(group, accumulators)
+        of.finish(self._arrived(group, sums) if behind else group, accumulators)
+
+    @contextmanager
+    def _collecting(
+        self,
+        of: Set,
+        group: Sequence[Target],
+        accumulators: dict[str, Accumulator],
+        scale: LossScale | None,
+        watched: Sequence[Target],
+    ) -> Iterator[Sums | ExampleSums]:
+        """What takes the gradients of a window: by hooks, or from leaves."""
+        sequence_first = of.scorable.sequence_first
+        if not of.scorable.by_example:
+            sums = Sums(accumulators, sequence_first)
+            if scale is not None:
+                sums = WindowSums(accumulators, sequence_first, scale, self.device)
+            with capturing(group, self.granularity, sums.receive):
+                yield sums
+            return
+        parameters = [*group, *watched]
+        modules = {target.module for target in parameters}
+        for name, module in self.windows.on_demand.items():
+            if not modules.isdisjoint(module.modules()):
+                self.windows.bring(name)
+        with leaves_of(of.scorable.work.model, parameters) as leaves:
+            yield ExampleSums(accumulators, leaves)
+
+    def _arrived(self, group: Sequence[Target], sums: Sums | ExampleSums) -> list[Target]:
+        """The targets behind the layers, whose gradient no other window has a part of."""
+        if isinstance(sums, Sums) or not len(self.layers):
+            return list(group)
+        here = torch.tensor([int(t.key in sums.arrived) for t in group], dtype=torch.int64)
+        self.ranks.sum_([here])
+        return [target for target, number in zip(group, here.tolist(), strict=True) if number]
+
+    def _accumulators(self, of: Set, targets: Sequence[Target]) -> dict[str, Accumulator]:
+        if of.scorable.by_example:
+            return dict(parameter_accumulators(targets, self.device, self.signs))
+        held = held_pairs(of.scorable.holding, targets, self.device, self.impl)
+        return accumulators_of(targets, self.granularity, self.device, self.impl, self.signs, held)
 
     def _require_same(
         self, name: str, first: Mapping[Path, Tensor], second: Mapping[Path, Tensor]
@@ -442,7 +544,11 @@ def _last_marked(groups: Sequence[list[Target]]) -> Iterator[tuple[list[Target],
 
 
 def _settled(
-    sums: Sums, batch: Pass, exponent: int, run: Callable[[int], Gradients], fit: bool = False
+    sums: Sums | ExampleSums,
+    batch: Pass,
+    exponent: int,
+    run: Callable[[int], Gradients],
+    fit: bool = False,
 ) -> tuple[Gradients, int]:
     """What a batch's backward pass gives the layers below, and at which scale."""
     if isinstance(sums, WindowSums):
@@ -484,7 +590,7 @@ def _same_sample(expected: Mapping[Path, Tensor], found: Mapping[Path, Tensor]) 
     return all(p in found and _nearly_equal(t, found[p], _APART) for p, t in expected.items())
 
 
-def _backward_behind_the_layers(sums: Sums, losses: BatchLosses) -> None:
+def _backward_behind_the_layers(sums: Sums | ExampleSums, losses: BatchLosses) -> None:
     try:
         sums.backward(losses)
     except StateError as error:

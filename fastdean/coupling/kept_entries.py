@@ -15,7 +15,7 @@ from fastdean.coupling.accumulators import sums_bytes
 from fastdean.coupling.kept_files import KeptFiles
 from fastdean.coupling.scores import ScoreEntry, fingerprint
 from fastdean.coupling.targets import Target
-from fastdean.files.declared import Lists, Maybe, Record, Whole, require
+from fastdean.files.declared import Flag, Lists, Maybe, Record, Whole, require
 
 _INDEX_BYTES = 8
 _NOTE = Record(
@@ -25,6 +25,7 @@ _NOTE = Record(
         "fingerprint": Whole(least=-(2**63)),
         "unseen": Lists(Whole()),
         "routed": Maybe(Lists(Whole())),
+        "stacked": Flag(),
     }
 )
 
@@ -41,6 +42,7 @@ def keep_entries(home: KeptFiles, number: int, entries: Mapping[str, ScoreEntry]
             "fingerprint": entry.fingerprint,
             "unseen": list(entry.unseen),
             "routed": None if entry.routed is None else list(entry.routed),
+            "stacked": entry.stacked,
         }
         tensors: dict[int | str, Tensor] = {k: t for k, t in found.items() if t is not None}
         home.keep(("entries", number, parameter), tensors, partial(dict, note))
@@ -73,6 +75,7 @@ def kept_entries(
             fingerprint=note["fingerprint"],
             unseen=tuple(note["unseen"]),
             routed=None if note["routed"] is None else tuple(note["routed"]),
+            stacked=note["stacked"],
             signed=found.get("signed"),
         )
         if weights and not _owns_weight(entry):

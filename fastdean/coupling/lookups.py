@@ -7,12 +7,13 @@ in the first window alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdean.coupling.states import States
 from fastdean.coupling.workloads import BatchLosses, Pass
@@ -28,10 +29,18 @@ class Lookups:
         windows: bring in their weights, and name them.
         states: keep what embeddings return, each call's as of one more layer.
         layers: how many there are.
+        without: modules that run each time all the same, as the gradient of their weights is taken.
     """
 
-    def __init__(self, windows: Windows, states: States, layers: int) -> None:
+    def __init__(
+        self,
+        windows: Windows,
+        states: States,
+        layers: int,
+        without: Collection[nn.Module] = (),
+    ) -> None:
         self._windows, self._states, self._layers = windows, states, layers
+        self._without = without
         # The batch that goes through the model, and how often it has looked something up.
         self._batch: int | None = None
         self._calls = 0
@@ -50,7 +59,7 @@ class Lookups:
                 self._windows.bring(name)
                 return forwards[name](*args, **kwargs)
 
-            if name not in self._windows.tables:
+            if name not in self._windows.tables or modules[name] in self._without:
                 return run
             return lambda *args, **kwargs: self._answer(name, run, args, kwargs)
 

@@ -24,7 +24,7 @@ _SHA_BITS = 256
 def score_manifest(
     model: nn.Module,
     targets: Sequence[Target],
-    scorable: Scorable,
+    scorables: Sequence[Scorable],
     scored: Mapping[str, ScoreEntry],
     granularity: str,
     target_modules: str | Sequence[str],
@@ -37,6 +37,7 @@ def score_manifest(
 
     Args:
         targets: the modules that were matched; `scored`: the entries, by parameter.
+        scorables: of one data set, those that hooks score first.
         found: the model's survey.
     """
     from fastdean.coupling.targets import coverage
@@ -45,6 +46,14 @@ def score_manifest(
     covered = coverage(model, targets, scored, found)
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
     in_text = isinstance(target_modules, str)
+    scorable = scorables[0]
+    by_example = [
+        target.parameter
+        for each in scorables
+        for target in each.targets
+        if target.by_example and target.parameter in scored
+    ]
+    left_out = {name: why for each in scorables for name, why in each.left_out.items()}
     optional = {
         "keep_top": keep_top,
         "expert_scope": expert_scope if _of_experts(scored) else None,
@@ -52,6 +61,8 @@ def score_manifest(
         KEY: described_load(scored, found) or None,
         "loss_scale": None if scorable.scale is None else scorable.scale.factor,
         "one_example_per_batch": scorable.alone,
+        # The others are scored through hooks.
+        "one_backward_pass_per_example": by_example or None,
     }
     return {
         "created": now(),
@@ -63,7 +74,7 @@ def score_manifest(
         },
         "granularity": granularity,
         "target_modules": target_modules if in_text else list(target_modules),
-        "coverage": covered | {"left_out": scorable.left_out},
+        "coverage": covered | {"left_out": left_out},
         "importance": "mean over examples of the per-example absolute value",
         "accumulation": "float32",
         "ranks": ranks.size,

@@ -29,6 +29,7 @@ class Top:
 
     Attributes:
         ratio: the share of each matrix that is kept.
+        stacked: whether the weight holds a matrix for each of several experts.
         expert_scope: what a matrix is in a stacked weight, as `score` takes it.
         of: how many entries the ratio is a share of; None: of those that compete.
     """
@@ -36,10 +37,11 @@ class Top:
     num_examples: int
     ratio: float
     expert_scope: str
+    stacked: bool
     of: int | None = None
 
     def matrices(self, shape: Sequence[int]) -> int:
-        return shape[0] if len(shape) == 3 and self.expert_scope == "expert" else 1
+        return shape[0] if self.stacked and self.expert_scope == "expert" else 1
 
     def count(self, competing: int) -> int:
         """How many of the entries that compete with each other."""
@@ -63,8 +65,9 @@ def reduced_entry(
     if isinstance(accumulator, ExpertAccumulator):
         ranks.sum_([accumulator.routed])
     ranks.reduce_shards_(tensors)
-    # Those of units are few.
-    if ranks.size > 1 and top is not None and tensors[0].shape == weight.shape:
+    # Those of units are few, and a number by itself has no shards.
+    apart = tensors[0].shape == weight.shape and weight.dim() > 0
+    if ranks.size > 1 and top is not None and apart:
         plan = _Candidates(ranks, weight.shape, top)
         if _ENTRIES_OF_A_CANDIDATE * ranks.size * plan.most <= weight.numel():
             entry = plan.entry(tensors, weight.detach())
@@ -115,7 +118,8 @@ class _Candidates:
             fingerprint=fingerprint(weight),
             signed=rest[0][present] if len(tensors) > 1 else None,
             matrices=self._matrices,
-            unseen=tuple((~seen).nonzero().squeeze(1).tolist()) if len(self._shape) == 3 else (),
+            unseen=tuple((~seen).nonzero().squeeze(1).tolist()),
+            stacked=self._top.stacked,
         )
         return entry.keep(self._top.num_examples, self._k)
 
@@ -142,7 +146,7 @@ class _Candidates:
 
     def _seen(self, sums: Tensor) -> Tensor:
         """bool: of each expert of a stacked weight, whether this rank's shard has sums of it."""
-        seen = torch.zeros(self._shape[0] if len(self._shape) == 3 else 0, dtype=torch.bool)
+        seen = torch.zeros(self._shape[0] if self._top.stacked else 0, dtype=torch.bool)
         size = sums[0].numel()
         first, end = self._ranks.shard(sums.numel())
         for expert in range(len(seen)):

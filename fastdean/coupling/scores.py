@@ -63,9 +63,10 @@ _CONFIG = Record(
     optional={"signs": Flag(), "expert_scope": Text(choices=EXPERT_SCOPES)},
 )
 _ENTRY: dict[str, Kind] = {
-    "shape": Lists(Whole(least=1), least=2, most=2),
+    "shape": Lists(Whole(least=1)),
     "fingerprint": Whole(least=-(2**63)),
 }
+_MATRIX = Lists(Whole(least=1), least=2, most=2)
 # Of the stacked weights of experts.
 _OF_EXPERTS: dict[str, Kind] = {
     **_ENTRY,
@@ -80,7 +81,7 @@ _ADVICE = "save it again"
 
 @dataclass(frozen=True)
 class ScoreEntry:
-    """The score of one matrix.
+    """The score of one matrix, or of another parameter.
 
     Attributes:
         sums: fp32; dense weight scores have the weight's shape, unit scores [C], sparse ones [M].
@@ -97,6 +98,7 @@ class ScoreEntry:
             of activation x gradient); None where scores were made without signs.
         routed: of a stacked weight, the tokens that each expert was given; None where read from a
             file, whose manifest has them.
+        stacked: whether the weight holds a matrix for each of several experts.
     """
 
     sums: Tensor
@@ -109,6 +111,7 @@ class ScoreEntry:
     matrices: int = 1
     unseen: tuple[int, ...] = ()
     routed: tuple[int, ...] | None = None
+    stacked: bool = False
 
     @classmethod
     def of(
@@ -117,12 +120,21 @@ class ScoreEntry:
         weight: Tensor,
         unit_axis: int | None = None,
         signed: Tensor | None = None,
+        stacked: bool = False,
     ) -> ScoreEntry:
         """The dense entry of a weight, or of its units."""
         weight = weight.detach()
-        shape = tuple(weight.shape)
-        unseen = _all_zero(sums) if len(shape) == 3 else ()
-        return cls(sums, weight, None, shape, unit_axis, fingerprint(weight), signed, unseen=unseen)
+        return cls(
+            sums,
+            weight,
+            None,
+            tuple(weight.shape),
+            unit_axis,
+            fingerprint(weight),
+            signed,
+            unseen=_all_zero(sums) if stacked else (),
+            stacked=stacked,
+        )
 
     @property
     def numel(self) -> int:
@@ -136,8 +148,8 @@ class ScoreEntry:
 
     @property
     def num_experts(self) -> int:
-        """Of a stacked weight; 0 of a matrix."""
-        return self.shape[0] if len(self.shape) == 3 else 0
+        """Of a stacked weight; 0 of another."""
+        return self.shape[0] if self.stacked else 0
 
     def scoped(self, expert_scope: str) -> ScoreEntry:
         """The same entry, selected from expert by expert or as one tensor."""
@@ -236,6 +248,8 @@ def _all_zero(sums: Tensor) -> tuple[int, ...]:
 
 def values_at(tensor: Tensor, index: Tensor) -> Tensor:
     """Entries by flat index, [M]; nothing of the tensor's size is copied, whatever its strides."""
+    if tensor.dim() == 0:
+        return tensor.expand(1)[index]
     return tensor[torch.unravel_index(index, tensor.shape)]
 
 
@@ -614,8 +628,9 @@ class Scores(Mapping[str, Tensor]):
         config, tensors = read_folder(folder, kind="scores")
         require(config, _CONFIG, folder / CONFIG_NAME)
         sparse = config["keep_top"] is not None
-        axis = Exactly(None) if config["granularity"] == "weight" else Whole(most=1)
-        plain = Record({**_ENTRY, "unit_axis": axis})
+        plain = Record({**_ENTRY, "unit_axis": Exactly(None)})
+        if config["granularity"] != "weight":
+            plain = Record({**_ENTRY, "shape": _MATRIX, "unit_axis": Whole(most=1)})
         stacked = Record({**_OF_EXPERTS, "unit_axis": Exactly(None)})
         entries = {}
         for name, described in config["entries"].items():
@@ -667,5 +682,6 @@ def _read_entry(
         unit_axis=axis,
         fingerprint=described["fingerprint"],
         unseen=tuple(described.get("unseen", ())),
+        stacked="unseen" in described,
         signed=take("signed", Filled(("torch.float32",), size, finite=True)) if signs else None,
     )

@@ -21,6 +21,7 @@ from torch import nn
 from fastdean.coupling.accumulators import Accumulator, all_sums_bytes, split_by_memory
 from fastdean.coupling.block_sums import sums_at_a_time
 from fastdean.coupling.by_batches import run_pass
+from fastdean.coupling.by_example import find_by_example
 from fastdean.coupling.by_layers import Rehearsal, Set, Sweep
 from fastdean.coupling.expert_parts import joined, placed, weight_of_part
 from fastdean.coupling.holding import Holding, least_held_bytes, takes, together_bytes
@@ -53,6 +54,7 @@ from fastdean.coupling.states import States
 from fastdean.coupling.targets import (
     Survey,
     Target,
+    asked_as_parameters,
     find_targets,
     require_own_parameters,
     survey,
@@ -60,7 +62,7 @@ from fastdean.coupling.targets import (
 )
 from fastdean.coupling.trial import Scorable, find_scorable
 from fastdean.coupling.window_memory import WindowMemory
-from fastdean.coupling.workloads import LossFunction, blocks_of_a_rank, plan_workload
+from fastdean.coupling.workloads import LossFunction, Workload, blocks_of_a_rank, plan_workload
 from fastdean.models.adapters import require_no_prompts
 from fastdean.models.available_memory import peak_memory
 from fastdean.models.distributed import Ranks, failing_together
@@ -147,7 +149,9 @@ def score(
             (`fastdean.data.read_examples`).
         granularity: "weight" or "unit".
         target_modules: "mlp", "self_attn", "all", a regular expression or a list of name suffixes
-            (`fastdean.coupling.targets.find_targets`).
+            (`fastdean.coupling.targets.find_targets`); of parameters that are no matrix of a Linear
+            layer too, by their names ("input_layernorm.weight"), or "every" parameter. Those cost a
+            forward and backward pass for each example, in a batch of its own.
         tokenizer, template, max_length: how rows of text become tokens (`fastdean.data.encode`).
         tokens_per_batch: tokens in one forward pass; None: 2048 on a GPU, 192 to 2048 on a CPU, by
             the shapes of the model's weights (`fastdean.data.batching.default_tokens_per_batch`).
@@ -327,20 +331,21 @@ def score_sets(
                 run_here = decoder_layers(model) if order != "batches" else {}
                 with recording(run_here) as returned:
                     sets = {
-                        name: find_scorable(
+                        name: _find_scorables(
                             model, work, targets, granularity, target_modules, device, ranks, alike
                         )
                         for name, work in works.items()
                     }
         if ranks.first:
-            scored = next(iter(sets.values())).targets
+            scored = [target for each in next(iter(sets.values())) for target in each.targets]
             warn_about_coverage(model, scored, target_modules, granularity, found)
         with evaluation_state(model), frozen(model), torch.enable_grad():
             if keep_top is not None and granularity == "weight":
                 sets = {
-                    name: _with_holding(each, keep_top, device, impl, ranks, signs)
+                    name: [_with_holding(s, keep_top, device, impl, ranks, signs) for s in each]
                     for name, each in sets.items()
                 }
+            scorables = [each for of_name in sets.values() for each in of_name]
             layers = found.layers
             # What comes after a layer that was left out was given something else.
             whole = sum(1 for _ in takewhile(run_here.__contains__, layers))
@@ -348,11 +353,11 @@ def score_sets(
                 order = "layers"
             # The same on all ranks, which must split their targets alike.
             windows = WindowMemory.of(
-                model, list(layers.values()), [each.work for each in sets.values()], ranks
+                model, list(layers.values()), [each.work for each in scorables], ranks
             )
             chosen = choose_order(
                 order if stream is None else "layers",
-                list(sets.values()),
+                scorables,
                 granularity,
                 keep_top,
                 memory_budget,
@@ -409,6 +414,32 @@ def score_sets(
             return job.by_batches(chosen)
 
 
+def _find_scorables(
+    model: nn.Module,
+    work: Workload,
+    targets: Sequence[Target],
+    granularity: str,
+    target_modules: str | Sequence[str],
+    device: torch.device,
+    ranks: Ranks,
+    alike: Mapping[str, str],
+) -> list[Scorable]:
+    """What is scored through hooks, and after it what is scored by example, over one data set."""
+    hooked = [target for target in targets if not target.by_example]
+    others = [target for target in targets if target.by_example]
+    found = []
+    if hooked:
+        options = (granularity, target_modules, device, ranks, alike)
+        otherwise = asked_as_parameters(hooked, target_modules)
+        through_hooks = find_scorable(model, work, hooked, *options, otherwise)
+        others += [target.unhooked() for target in through_hooks.unhooked]
+        if through_hooks.targets:
+            found.append(through_hooks)
+    if others:
+        found.append(find_by_example(model, work, others, target_modules, device, ranks, alike))
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Scoring:
     """Data sets that are ready to be scored, in either order; `by_layers` may be tried first.
@@ -417,7 +448,8 @@ class _Scoring:
         found: what the model is made of.
         targets: the modules that were matched.
         windows: what each window holds beside its sums, layer by layer.
-        sets: the batches of each data set, and which of the targets can be scored over them.
+        sets: of each data set the batches, and which of the targets can be scored over them; those
+            that hooks score first, then those that are scored by example.
         shown: whether progress bars are.
         read_before: bytes of weights that the stream had read before the job.
         returned: for each layer that was run with all layers before it, a sample of what it
@@ -434,7 +466,7 @@ class _Scoring:
     expert_scope: str
     memory_budget: int | None
     windows: WindowMemory
-    sets: dict[str, Scorable]
+    sets: dict[str, list[Scorable]]
     device: torch.device
     impl: str | None
     signs: bool
@@ -449,13 +481,17 @@ class _Scoring:
 
     def by_batches(self, order: Order) -> dict[str, Scores]:
         made = {}
-        for name, scorable in self.sets.items():
-            size = all_sums_bytes(self.granularity, self.signs, self.sums_at_a_time)
-            passes = split_by_memory(scorable.targets, size, self.memory_budget)
+        size = all_sums_bytes(self.granularity, self.signs, self.sums_at_a_time)
+        for name, scorables in self.sets.items():
+            passes = [
+                (scorable, group)
+                for scorable in scorables
+                for group in split_by_memory(scorable.targets, size, self.memory_budget)
+            ]
             entries: dict[str, ScoreEntry] = {}
-            total = scorable.work.examples_here * len(passes)
+            total = sum(scorable.work.examples_here for scorable, _ in passes)
             with self.step([name]), _progress_bar(total, "ex", name, self.shown) as bar:
-                for group in passes:
+                for scorable, group in passes:
                     with self.ranks.failing_together():
                         sums = run_pass(
                             scorable,
@@ -470,6 +506,11 @@ class _Scoring:
             made[name] = self._scores(name, entries, order)
         return made
 
+    @property
+    def _scorables(self) -> list[tuple[str, Scorable]]:
+        """Of all data sets, with their names."""
+        return [(name, each) for name, of_name in self.sets.items() for each in of_name]
+
     def by_layers(
         self,
         order: Order,
@@ -479,7 +520,8 @@ class _Scoring:
     ) -> dict[str, Scores]:
         entries: dict[str, dict[str, ScoreEntry]] = {name: {} for name in self.sets}
         layers = self.found.layers
-        last = list(self.sets.values())[-1]
+        scorables = self._scorables
+        _, last = scorables[-1]
         with (
             self.step(list(self.sets)),
             sweep_progress(", ".join(self.sets), shown=self.shown) as progress,
@@ -487,10 +529,10 @@ class _Scoring:
         ):
 
             def of_set(number: int, name: str, scorable: Scorable) -> Set:
+                kept = {}
                 if isinstance(home, KeptFiles):
-                    entries[name] = kept_entries(
-                        home, number, scorable.targets, weights=self.stream is None
-                    )
+                    kept = kept_entries(home, number, scorable.targets, weights=self.stream is None)
+                    entries[name] |= kept
 
                 def finished(group: Sequence[Target], sums: dict[str, Accumulator]) -> None:
                     made = self._entries(scorable, group, sums)
@@ -498,10 +540,10 @@ class _Scoring:
                     if isinstance(home, KeptFiles):
                         keep_entries(home, number, made)
 
-                return Set(scorable, finished)
+                return Set(scorable, finished, set(kept))
 
             Sweep(
-                [of_set(n, name, scorable) for n, (name, scorable) in enumerate(self.sets.items())],
+                [of_set(n, name, scorable) for n, (name, scorable) in enumerate(scorables)],
                 layers,
                 self._windows(layers),
                 granularity=self.granularity,
@@ -530,7 +572,7 @@ class _Scoring:
         resume: str | Path | None,
     ) -> Iterator[tuple[Home, Milestones]]:
         """Where states are kept, and who hears of the progress."""
-        sets = list(self.sets.values())
+        sets = [scorable for _, scorable in self._scorables]
         if resume is None:
             reserve = reserved_bytes(
                 self.windows,
@@ -554,11 +596,13 @@ class _Scoring:
             "impl": self.impl,
             "signs": self.signs,
             # Steps follow from it.
-            "matrices that are held": json_digest(
-                [sorted(self._held(each)) for each in self.sets.values()]
-            ),
+            "matrices that are held": json_digest([sorted(self._held(each)) for each in sets]),
         }
-        parts = job_parts(self.model, layers, self.targets, self.sets, options, self.ranks)
+        named = {
+            f"{name}, by example" if scorable.by_example else name: scorable
+            for name, scorable in self._scorables
+        }
+        parts = job_parts(self.model, layers, self.targets, named, options, self.ranks)
         results = sum(
             entries_bytes(s.targets, self.granularity, self.keep_top, self.signs) for s in sets
         )
@@ -620,17 +664,19 @@ class _Scoring:
         used: Mapping[str, int] | None = None,
         read: int = 0,
     ) -> Scores:
-        scorable = self.sets[name]
+        scorables = self.sets[name]
+        num_examples = scorables[0].work.num_examples
         entries = {
             target.parameter: joined(
-                target, entries, scorable.work.num_examples, self.keep_top, self.expert_scope
+                target, entries, num_examples, self.keep_top, self.expert_scope
             )
+            for scorable in scorables
             for target in scorable.targets
         }
         manifest = score_manifest(
             self.model,
             self.targets,
-            scorable,
+            scorables,
             entries,
             self.granularity,
             self.target_modules,
@@ -642,7 +688,7 @@ class _Scoring:
         warn_about_unseen(entries)
         described = order.described(used)
         if order.by_layers:
-            held = len(self._held(scorable))
+            held = sum(len(self._held(scorable)) for scorable in scorables)
             described["matrices"] = {"held": held, "summed": len(entries) - held}
         if self.stream is not None:
             described["bytes_of_weights_read"] = read
@@ -652,7 +698,7 @@ class _Scoring:
         scores = Scores(
             entries,
             granularity=self.granularity,
-            num_examples=scorable.work.num_examples,
+            num_examples=num_examples,
             keep_top=self.keep_top,
             expert_scope=self.expert_scope,
             manifest=manifest | {"order": described, "costs": {"peak_memory": peak}},
@@ -682,7 +728,7 @@ def _with_holding(
     signs: bool,
 ) -> Scorable:
     """With which of its targets a window may keep the inputs and gradients of."""
-    if ranks.size > 1 or len(scorable.work.blocks) > 1:
+    if ranks.size > 1 or len(scorable.work.blocks) > 1 or scorable.by_example:
         # Top entries of a rank's or a block's own examples are not those of all.
         return scorable
     pairs = {
@@ -716,7 +762,11 @@ def finish(
         weight = target.materialised()
         of = weight.numel() if expert_scope == "tensor" and target.stacked else None
         part = weight_of_part(target, weight)
-        top = None if keep_top is None else Top(num_examples, keep_top, expert_scope, of)
+        top = (
+            None
+            if keep_top is None
+            else Top(num_examples, keep_top, expert_scope, target.stacked, of)
+        )
         with naming_matrix(target.parameter):
             entry = reduced_entry(accumulators.pop(target.key), part, ranks, top)
         if keep_top is not None and entry.index is None:

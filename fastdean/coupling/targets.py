@@ -1,5 +1,5 @@
-"""Which layers are scored: Linear (and Conv1D) modules of the decoder layers, the stacked weights
-of their fused experts, or their MLPs' units.
+"""Which weights are scored: Linear (and Conv1D) modules of the decoder layers, the stacked weights
+of their fused experts, their MLPs' units, and on request any other parameter.
 
 No list of model families: stacks.py finds the decoder layers, blocks.py what each is made of.
 """
@@ -32,6 +32,8 @@ from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError
 
 _BOTH = (FEED_FORWARD, ATTENTION)
+# In place of a group's name: all parameters, also those that cost a backward pass per example.
+EVERY = "every"
 _SEED = 7
 # A module's name or the end of one; no sign of a regular expression but the point.
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
@@ -57,6 +59,10 @@ class Target:
         leaf: name of the weight in its module.
         stacked: whether the weight holds a matrix for each of several experts.
         part: of a stacked weight the experts (first, end) that are scored in this pass; None: all.
+        by_example: scored from its gradient, one backward pass for each example (`by_example.py`);
+            the weight may have any shape.
+        aliases: the other names of a weight that several modules share, or one module with several
+            names.
     """
 
     name: str
@@ -69,6 +75,8 @@ class Target:
     leaf: str = "weight"
     stacked: bool = False
     part: tuple[int, int] | None = None
+    by_example: bool = False
+    aliases: tuple[str, ...] = ()
 
     @property
     def parameter(self) -> str:
@@ -99,30 +107,41 @@ class Target:
 
         One expert is a part also where it does not fit.
         """
+        if not self.stacked:
+            yield self
+            return
         first, end = self.part or (0, self.weight.shape[0])
-        while self.stacked and first < end and not fit(self._part(first, end)):
+        while first < end and not fit(self._part(first, end)):
             unfit = partial(self._is_unfit, first, fit)
             middle = first + max(1, bisect_right(range(1, end - first), False, key=unfit))
             yield self._part(first, middle)
             first = middle
-        if not self.stacked or first < end:
+        if first < end:
             yield self._part(first, end)
 
     def _is_unfit(self, first: int, fit: Callable[[Target], bool], number: int) -> bool:
         return not fit(self._part(first, first + number))
 
     def _part(self, first: int, end: int) -> Target:
-        whole = not self.stacked or (first, end) == (0, self.weight.shape[0])
+        whole = (first, end) == (0, self.weight.shape[0])
         return replace(self, part=None if whole else (first, end))
 
     def parameter_called(self, name: str) -> str:
         """What the weight would be called were the target called `name`."""
-        return f"{name}.weight" if self.leaf == "weight" else name
+        return _joined(name, "weight") if self.leaf == "weight" else name
+
+    def is_called(self, ending: str) -> bool:
+        """Whether its parameter has this name, or one that ends with it, at a point."""
+        return any(_ends_with(name, ending) for name in (self.parameter, *self.aliases))
 
     def in_place_of(self, name: str, model: nn.Module) -> Target:
         """The same weight of another layer of one kind, by the target's name there."""
         owner = self.parameter_called(name).removesuffix(f".{self.leaf}")
         return replace(self, name=name, module=model.get_submodule(owner))
+
+    def unhooked(self) -> Target:
+        """The same weight, scored by example; of stacked ones as one tensor."""
+        return replace(self, by_example=True, stacked=False, transposed=False)
 
     @property
     def weight(self) -> Tensor:
@@ -163,14 +182,16 @@ def find_targets(
         target_modules: "mlp" (feed-forward blocks), "self_attn", "all" (both), the name of another
             group of the layers ("mamba", "conv", "router", ... as `coverage` lists them), a
             regular expression that the whole module name must match, a list of name suffixes, or
-            such suffixes and groups in one text, "q_proj,v_proj". The output embedding never
-            counts.
+            such suffixes and groups in one text, "q_proj,v_proj". Of these the output embedding
+            never counts. What no module is called is looked for among the parameters, with their
+            leaf: "input_layernorm.weight", "router.weight", "A_log", "lm_head.weight". "every" is
+            every parameter of the model. Parameters that no hook scores have `by_example`.
         granularity: "weight", or "unit" to keep only each MLP's down projection, whose inputs are
             the MLP's units.
         found: the model's `survey`, where somebody has it already.
     Raises:
-        ValueError: nothing matches, a weight is not floating point (quantised), or an adapter is
-            on top of one.
+        ValueError: nothing matches, a weight is not floating point (quantised), an adapter is on
+            top of one, or parameters are named that have no units.
         TypeError: `model` is no module.
     """
     found = survey(model) if found is None else found
@@ -178,10 +199,9 @@ def find_targets(
     candidates = found.targets
     groups = {target.group for target in candidates}
     _require_no_quantised(found, target_modules)
-    chosen = [target for target in candidates if _matches(target, target_modules, groups)]
-    if not chosen and isinstance(target_modules, str):
-        chosen = _listed(candidates, target_modules, groups)
+    chosen = _chosen(found, target_modules, groups)
     if granularity == "unit":
+        _require_units(chosen, target_modules)
         chosen = [target for target in chosen if target.leads_from_units]
     if not chosen:
         wanted = "Linear layer" if granularity == "weight" else "down projection of an MLP"
@@ -191,6 +211,12 @@ def find_targets(
             hints += ", and fused experts have scores of weights alone"
         if found.unscorable:
             hints += f", and hooks cannot see the fused tensors {_kinds(found.unscorable)}"
+        if granularity == "weight" and found.others:
+            others = _kinds(target.parameter for target in found.others)
+            hints += f"; parameters that are scored by their names are {others}"
+        buffer = _buffer_called(model, target_modules)
+        if buffer:
+            hints += f"; {buffer} is a buffer, which nothing trains"
         raise ValueError(
             f"target_modules must match at least one {wanted} of the model, got "
             f"{target_modules!r}; the layers are {_kinds(target.name for target in candidates)}"
@@ -198,10 +224,17 @@ def find_targets(
         )
     _require_own_weights(candidates, chosen)
     for target in chosen:
-        if not _is_floating_point(target.weight):
+        weight = target.weight
+        if not _is_floating_point(weight):
             raise ValueError(
                 f"model must hold floating-point weights of 16 bits or more, got "
-                f"{target.weight.dtype} in {target.parameter}; load it without quantisation"
+                f"{weight.dtype} in {target.parameter}; load it without quantisation"
+            )
+        if target.by_example and type(weight.data) is not Tensor:
+            raise ValueError(
+                f"model must hold plain tensors where their own gradient is taken, got "
+                f"{type(weight.data).__name__} in {target.parameter}; load it without "
+                "quantisation, unsharded"
             )
         if target.adapted:
             raise ValueError(
@@ -225,6 +258,84 @@ def _require_no_quantised(found: Survey, target_modules: str | Sequence[str]) ->
             )
 
 
+def _chosen(
+    found: Survey, target_modules: str | Sequence[str], groups: Collection[str | None]
+) -> list[Target]:
+    """What is asked for, modules first; parameters where no module has such a name."""
+    if not isinstance(target_modules, str):
+        return _with_endings(found, target_modules)
+    chosen = _of_word(found, target_modules, groups) or _listed(found, target_modules, groups)
+    # A pattern that fits the module, too, means modules: ".*head.*".
+    return chosen or [
+        target
+        for target in _by_parameter(found)
+        if re.fullmatch(target_modules, target.parameter)
+        and not re.fullmatch(target_modules, target.parameter.rpartition(".")[0])
+    ]
+
+
+def _of_word(found: Survey, word: str, groups: Collection[str | None]) -> list[Target]:
+    """What a group's name, "every" or a regular expression stands for."""
+    if word == EVERY:
+        return _by_parameter(found)
+    return [target for target in found.targets if _matches(target, word, groups)]
+
+
+def _with_endings(found: Survey, endings: Iterable[str]) -> list[Target]:
+    """The targets whose modules' names, or else whose parameters' names, end with one of these."""
+    chosen: dict[str, Target] = {}
+    for ending in endings:
+        of_modules = [target for target in found.targets if _ends_with(target.name, ending)]
+        of_parameters = (target for target in _by_parameter(found) if target.is_called(ending))
+        chosen |= {target.parameter: target for target in of_modules or of_parameters}
+    return [target for target in found.everything if chosen.get(target.parameter) is target]
+
+
+def asked_as_parameters(targets: Sequence[Target], target_modules: str | Sequence[str]) -> set[str]:
+    """The parameters of targets that are asked for by a parameter's name, or as "every"."""
+    if isinstance(target_modules, str):
+        target_modules = target_modules.replace(",", " ").split()
+    return {
+        target.parameter
+        for target in targets
+        for part in target_modules
+        if part == EVERY or (target.is_called(part) and not _ends_with(target.name, part))
+    }
+
+
+def _by_parameter(found: Survey) -> list[Target]:
+    """What a parameter's name may mean: its module's target, where its weight is its own."""
+    shared = {name for target in found.shared for name in (target.parameter, *target.aliases)}
+    own = [target for target in found.targets if target.parameter not in shared]
+    return [*own, *found.shared, *found.others]
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _require_units(chosen: Sequence[Target], target_modules: str | Sequence[str]) -> None:
+    parameters = [target.parameter for target in chosen if target.by_example]
+    if parameters:
+        raise ValueError(
+            f"target_modules must match MLPs with granularity='unit', got {target_modules!r} with "
+            f"{len(parameters)} parameters that have no units, such as {parameters[0]}; leave them "
+            "out, or score with granularity='weight'"
+        )
+
+
+def _buffer_called(model: nn.Module, target_modules: str | Sequence[str]) -> str:
+    """A buffer of one of these names; "" if there is none."""
+    if isinstance(target_modules, str):
+        target_modules = target_modules.replace(",", " ").split()
+    named = (name for name, _ in base_model(model).named_buffers())
+    return next((n for n in named if any(_ends_with(n, part) for part in target_modules)), "")
+
+
 def _require_own_weights(candidates: Sequence[Target], chosen: Sequence[Target]) -> None:
     """Refuse a weight that two layers use: its gradient is the sum of both, and a hook sees one."""
     # Kept: one that is computed is another tensor each time, and may lie where the last one lay.
@@ -233,6 +344,9 @@ def _require_own_weights(candidates: Sequence[Target], chosen: Sequence[Target])
     for name, weight in weights.items():
         users.setdefault(id(weight), []).append(name)
     for target in chosen:
+        if target.by_example:
+            # Autograd adds up all that is made of a parameter.
+            continue
         others = [name for name in users[id(weights[target.name])] if name != target.name]
         if others:
             raise ValueError(
@@ -275,11 +389,16 @@ def coverage(
         scored_parameters, model_parameters; share: scored parameters of the model's;
         share_of_matched: scored parameters of the matched ones'; groups: name of each group of the
         decoder layers -> its modules and their parameters, how many of both are scored, and the
-        parameters that cannot be; kinds: the same for "linear" modules and fused "experts";
-        unscorable: name -> size of what cannot be (matrices that belong to no Linear or Conv1D, or
-        to a Linear that computes something else: routers, experts in a form of their own).
+        parameters that no hook can see; kinds: the same for "linear" modules and fused "experts";
+        others: all other parameters of the model, by name with a star for numbers -> parameters,
+        scored_parameters, share of the model's (norms, biases, embeddings, routers, ...); with the
+        parameters of the groups they add up to the model's;
+        unscorable: name -> size of what hooks cannot see and is not scored (matrices in the layers
+        that belong to no Linear or Conv1D, or to a Linear that computes something else: routers,
+        experts in a form of their own).
     """
     kept = [t for t in targets if scored is None or t.parameter in scored]
+    by_example = {target.parameter for target in kept if target.by_example}
     scored_parameters, matched_parameters = _weights_of(kept), _weights_of(targets)
     found = survey(model) if found is None else found
     total = found.parameters
@@ -291,9 +410,12 @@ def coverage(
         "model_parameters": total,
         "share": scored_parameters / max(1, total),
         "share_of_matched": scored_parameters / max(1, matched_parameters),
-        "groups": _by_group(found, {target.name for target in kept}),
+        "groups": _by_group(found, {target.name for target in kept}, by_example),
         "kinds": _by_kind(found, {target.name for target in kept}),
-        "unscorable": {name: size for name, (_, size) in found.unscorable.items()},
+        "others": _others_by_name(found, {target.parameter for target in kept}),
+        "unscorable": {
+            name: size for name, (_, size) in found.unscorable.items() if name not in by_example
+        },
     }
 
 
@@ -356,7 +478,9 @@ def _missed(groups: Mapping[str, Mapping[str, int]], asked: Sequence[str]) -> tu
     return total, total - sum(each["scored_parameters"] for each in found)
 
 
-def _by_group(found: Survey, scored: Collection[str]) -> dict[str, dict[str, int]]:
+def _by_group(
+    found: Survey, scored: Collection[str], by_example: Collection[str]
+) -> dict[str, dict[str, int]]:
     groups: dict[str, dict[str, int]] = {}
 
     def add(group: str, **counts: int) -> None:
@@ -370,8 +494,8 @@ def _by_group(found: Survey, scored: Collection[str]) -> dict[str, dict[str, int
             size, is_scored = target.weight.numel(), target.name in scored
             add(target.group, modules=1, parameters=size)
             add(target.group, scored=is_scored, scored_parameters=size * is_scored)
-    for group, size in found.unscorable.values():
-        add(group, unscorable=size)
+    for name, (group, size) in found.unscorable.items():
+        add(group, unscorable=size * (name not in by_example))
     return groups
 
 
@@ -386,6 +510,25 @@ def _by_kind(found: Survey, scored: Collection[str]) -> dict[str, dict[str, int]
     return kinds
 
 
+def _others_by_name(found: Survey, scored: Collection[str]) -> dict[str, dict[str, float]]:
+    """The parameters outside of the groups' modules, those of all layers together."""
+    kinds: dict[str, dict[str, float]] = {}
+    outside = (target for target in found.targets if target.group is None)
+    # A weight that several modules share counts once, and not beside one of a group.
+    counted = {id(target.weight) for target in found.targets if target.group is not None}
+    for target in (*outside, *found.others):
+        if id(target.weight) in counted:
+            continue
+        counted.add(id(target.weight))
+        size = target.weight.numel()
+        empty = {"parameters": 0, "scored_parameters": 0, "share": 0.0}
+        of_kind = kinds.setdefault(_starred(target.parameter), empty)
+        of_kind["parameters"] += size
+        of_kind["scored_parameters"] += size * (target.parameter in scored)
+        of_kind["share"] = of_kind["parameters"] / max(1, found.parameters)
+    return kinds
+
+
 def _weights_of(targets: Sequence[Target]) -> int:
     """How many weights the targets have; one that several share counts once."""
     return sum({id(t.weight): t.weight.numel() for t in targets}.values())
@@ -397,13 +540,20 @@ def _kinds(names: Iterable[str]) -> str:
     return ", ".join(kinds[:12]) or "none"
 
 
+def _starred(name: str) -> str:
+    """A name with a star for each part that is a number."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 @dataclass(frozen=True)
 class Survey:
     """What a model is made of, looked up once for all that a `score()` asks of it.
 
     Attributes:
-        targets: every module that can be scored, in the model's order.
-        unscorable: parameter name -> its group and size.
+        targets: every module that can be scored through hooks, in the model's order.
+        others: every parameter that is none of their weights, in the model's order.
+        shared: weights of `targets` that have several names, as parameters, scored by example.
+        unscorable: name of a matrix in the layers that no hook can see -> its group and size.
         quantised: name of a weight that is packed, in a module that nobody here can run -> its
             group and dtype.
         layers: the `decoder_layers`.
@@ -411,10 +561,16 @@ class Survey:
     """
 
     targets: list[Target]
+    others: list[Target]
+    shared: list[Target]
     unscorable: dict[str, tuple[str, int]]
     layers: dict[str, nn.Module]
     parameters: int
     quantised: dict[str, tuple[str, torch.dtype]] = field(default_factory=dict)
+
+    @property
+    def everything(self) -> list[Target]:
+        return [*self.targets, *self.shared, *self.others]
 
 
 def survey(model: nn.Module) -> Survey:
@@ -499,7 +655,34 @@ def survey(model: nn.Module) -> Survey:
     }
     parameters = (p for plain in plains for p in plain.module.parameters(recurse=False))
     total = sum({id(parameter): parameter.numel() for parameter in parameters}.values())
-    return Survey(targets, unscorable, layers, total, quantised)
+    names = _names_of_parameters(model)
+    others: list[Target] = []
+    shared: list[Target] = []
+    seen: set[int] = set()
+    for plain in plains:
+        owner = owners[plain.name]
+        for leaf, parameter in plain.module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            called = names[id(parameter)]
+            if id(parameter) in weights and len(called) == 1:
+                continue
+            target = Target(
+                name=plain.name if leaf == "weight" else _joined(plain.name, leaf),
+                module=plain.module,
+                transposed=False,
+                layer_index=indices.get(owner),
+                group=None if owner is None else groupings[owner].groups[_path_in(owner, plain)],
+                adapted=plain.adapted,
+                leaf=leaf,
+                by_example=True,
+            )
+            target = replace(
+                target, aliases=tuple(name for name in called if name != target.parameter)
+            )
+            (shared if id(parameter) in weights else others).append(target)
+    return Survey(targets, others, shared, unscorable, layers, total, quantised)
 
 
 def _packed(module: nn.Module, weights: Collection[int]) -> Iterator[tuple[str, Tensor]]:
@@ -511,6 +694,25 @@ def _packed(module: nn.Module, weights: Collection[int]) -> Iterator[tuple[str, 
         # Masks and positions are buffers of integers too.
         if buffer.dim() >= 2 and "weight" in name and not _is_floating_point(buffer):
             yield name, buffer
+
+
+def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """By id of a parameter all of its names, as the model without adapters has them."""
+    names: dict[int, list[str]] = {}
+    offloaded: dict[str, int] = {}
+    for plain in plain_modules(model, remove_duplicate=False):
+        for leaf, parameter in plain.module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(_joined(plain.name, leaf))
+                if parameter.is_meta:
+                    offloaded[_joined(plain.name, leaf)] = id(parameter)
+    # Tied weights that are offloaded are a tensor each.
+    tied = getattr(base_model(model), "all_tied_weights_keys", None) or {}
+    for one, other in dict(tied).items():
+        ids = {offloaded[name] for name in (one, other) if name in offloaded}
+        together = sorted({name for each in ids for name in names[each]})
+        names |= dict.fromkeys(ids, together)
+    return names
 
 
 def _grouping(
@@ -576,9 +778,7 @@ def _is_linear_map(module: nn.Linear) -> bool:
     return _TRIED[module]
 
 
-def _listed(
-    candidates: Sequence[Target], text: str, groups: Collection[str | None]
-) -> list[Target]:
+def _listed(found: Survey, text: str, groups: Collection[str | None]) -> list[Target]:
     """The targets that a text names as a list; none if it is no list.
 
     Raises:
@@ -588,36 +788,31 @@ def _listed(
     if not all(_NAME.fullmatch(part) for part in parts):
         return []
     by_part = {
-        part: [
-            target
-            for target in candidates
-            if _matches(target, part if part in {"all", *_BOTH, *groups} else [part], groups)
-        ]
+        part: _of_word(found, part, groups)
+        if part in {"all", EVERY, *_BOTH, *groups}
+        else _with_endings(found, [part])
         for part in parts
     }
-    unknown = [part for part, found in by_part.items() if not found]
+    unknown = [part for part, matched in by_part.items() if not matched]
     if unknown and len(unknown) < len(by_part):
         raise ValueError(
-            f"target_modules must match a Linear layer with each of its parts, got {unknown[0]!r} "
-            f"in {text!r}; the layers are {_kinds(target.name for target in candidates)}"
+            f"target_modules must match a Linear layer or a parameter with each of its parts, got "
+            f"{unknown[0]!r} in {text!r}; the layers are "
+            f"{_kinds(target.name for target in found.targets)}"
         )
-    chosen = {target.name for found in by_part.values() for target in found}
-    return [target for target in candidates if target.name in chosen]
+    chosen = {target.parameter: target for matched in by_part.values() for target in matched}
+    return [target for target in found.everything if chosen.get(target.parameter) is target]
 
 
-def _matches(
-    target: Target, target_modules: str | Sequence[str], groups: Collection[str | None]
-) -> bool:
-    if isinstance(target_modules, str):
-        if target_modules == "all":
-            return target.group in _BOTH
-        if target_modules in _BOTH or target_modules in groups:
-            return target.group == target_modules
-        try:
-            return re.fullmatch(target_modules, target.name) is not None
-        except re.error as error:
-            raise ValueError(
-                "target_modules must be 'mlp', 'self_attn', 'all', a list of suffixes or a valid "
-                f"regular expression, got {target_modules!r} ({error}); escape special characters"
-            ) from None
-    return any(target.name == s or target.name.endswith(f".{s}") for s in target_modules)
+def _matches(target: Target, target_modules: str, groups: Collection[str | None]) -> bool:
+    if target_modules == "all":
+        return target.group in _BOTH
+    if target_modules in _BOTH or target_modules in groups:
+        return target.group == target_modules
+    try:
+        return re.fullmatch(target_modules, target.name) is not None
+    except re.error as error:
+        raise ValueError(
+            "target_modules must be 'mlp', 'self_attn', 'all', 'every', a list of suffixes or a "
+            f"valid regular expression, got {target_modules!r} ({error}); escape special characters"
+        ) from None

@@ -59,6 +59,7 @@ class Scorable:
         tried: the workload of one batch that the whole model ran last in the trial.
         pairs: parameter -> what the trial saw of its pairs.
         holding: of which targets a window may keep inputs and gradients; None: of none.
+        unhooked: targets that hooks cannot score and that may be scored by example in their place.
     """
 
     targets: list[Target]
@@ -72,6 +73,12 @@ class Scorable:
     tried: Workload | None = None
     pairs: Mapping[str, Pair] = field(default_factory=dict)
     holding: Holding | None = None
+    unhooked: list[Target] = field(default_factory=list)
+
+    @property
+    def by_example(self) -> bool:
+        """Whether its targets are parameters that are scored by example (`by_example.py`)."""
+        return any(target.by_example for target in self.targets)
 
 
 def find_scorable(
@@ -83,12 +90,14 @@ def find_scorable(
     device: torch.device,
     ranks: Ranks,
     alike: Mapping[str, str] | None = None,
+    otherwise: Collection[str] = (),
 ) -> Scorable:
     """Which of the targets can be scored over `work`, with examples together or one by one.
 
     What cannot is left out with a warning.
 
     Args:
+        otherwise: parameters that are scored by example where hooks cannot.
         alike: where some layers alone are in the model: name of each layer -> that of one of its
             kind which is, whose targets are tried in place of its own.
 
@@ -100,15 +109,15 @@ def find_scorable(
     def tried(work: Workload, targets: Sequence[Target]) -> Scorable:
         """With the largest loss scale at which nothing overflows."""
         scale = initial_scale(model, device)
-        found = _try_out(model, work, targets, granularity, device, scale)
+        found = _try_out(model, work, targets, granularity, device, scale, otherwise)
         for _ in range(_SCALES):
             if scale is None or found.conclusive:
                 break
             scale = scale.lower()
-            found = _try_out(model, work, targets, granularity, device, scale)
+            found = _try_out(model, work, targets, granularity, device, scale, otherwise)
         return found
 
-    everything, targets = targets, _standing_for_all(model, targets, alike or {})
+    everything, targets = targets, standing_for_all(model, targets, alike or {})
     with ranks.failing_together():
         excerpt = work.excerpt()
         found = tried(excerpt, targets)
@@ -118,7 +127,7 @@ def find_scorable(
             found = tried(excerpt, targets)
         alone = found.alone
         if alone is not None:
-            _require_losses_of_their_own(excerpt, device, alone)
+            require_losses_of_their_own(excerpt, device, alone)
             together, found = found, tried(excerpt.alone(), found.targets)
             if found.alone is not None:
                 raise StateError(
@@ -128,12 +137,12 @@ def find_scorable(
                 )
             found = replace(found, left_out=together.left_out | found.left_out)
             work = work.alone()
-        if not found.targets:
+        if not found.targets and any(t.parameter not in otherwise for t in targets):
             raise StateError(next(iter(found.left_out.values())))
         scale = None if found.scale is None else found.scale.fitted(found.largest)
         found = replace(found, work=work, alone=alone, scale=scale, tried=found.work)
-        found = _for_all(found, everything, alike or {})
-        _require_each_suffix(found, target_modules)
+        found = _without_unhooked(for_all(found, everything, alike or {}), everything, otherwise)
+        require_each_suffix(found, target_modules)
     if found.left_out and ranks.first:
         logger.warning(
             "%d matched modules are left out of the scores: %s",
@@ -149,7 +158,7 @@ def find_scorable(
     return found
 
 
-def _standing_for_all(
+def standing_for_all(
     model: nn.Module, targets: Sequence[Target], alike: Mapping[str, str]
 ) -> Sequence[Target]:
     """The modules that stand for the targets, which need not be targets themselves."""
@@ -173,7 +182,7 @@ def _in_kind(name: str, alike: Mapping[str, str]) -> str:
     return name
 
 
-def _for_all(found: Scorable, targets: Sequence[Target], alike: Mapping[str, str]) -> Scorable:
+def for_all(found: Scorable, targets: Sequence[Target], alike: Mapping[str, str]) -> Scorable:
     """What was found of some layers, said of all layers of their kinds."""
     if not alike:
         return found
@@ -200,14 +209,25 @@ def _for_all(found: Scorable, targets: Sequence[Target], alike: Mapping[str, str
     )
 
 
-def _require_each_suffix(found: Scorable, target_modules: str | Sequence[str]) -> None:
+def _without_unhooked(
+    found: Scorable, targets: Sequence[Target], otherwise: Collection[str]
+) -> Scorable:
+    unhooked = [t for t in targets if t.name in found.left_out and t.parameter in otherwise]
+    names = {target.name for target in unhooked}
+    left_out = {name: why for name, why in found.left_out.items() if name not in names}
+    return replace(found, left_out=left_out, unhooked=unhooked)
+
+
+def require_each_suffix(found: Scorable, target_modules: str | Sequence[str]) -> None:
     """A group may lose modules, a suffix that was named must keep one."""
     if isinstance(target_modules, str):
         target_modules = target_modules.replace(",", " ").split()
     for suffix in target_modules:
 
         def is_meant(name: str, suffix: str = suffix) -> bool:
-            return name == suffix or name.endswith(f".{suffix}")
+            # A parameter by its whole name, a module by its own or by that of its weight.
+            ending = f".{suffix}"
+            return any(f".{each}".endswith(ending) for each in (name, f"{name}.weight"))
 
         reasons = [reason for name, reason in found.left_out.items() if is_meant(name)]
         if reasons and not any(is_meant(target.name) for target in found.targets):
@@ -215,7 +235,7 @@ def _require_each_suffix(found: Scorable, target_modules: str | Sequence[str]) -
 
 
 @torch.no_grad()
-def _require_losses_of_their_own(work: Workload, device: torch.device, name: str) -> None:
+def require_losses_of_their_own(work: Workload, device: torch.device, name: str) -> None:
     """Examples may be taken out of their batch only if their losses stay what they are."""
     together, alone = (
         torch.cat([batch.values.float() for batch in each.losses(device)])
@@ -264,6 +284,7 @@ def _try_out(
     granularity: str,
     device: torch.device,
     scale: LossScale | None,
+    otherwise: Collection[str] = (),
 ) -> Scorable:
     """Run the first batch forward, and backward once for its first and once for its last example.
 
@@ -310,7 +331,8 @@ def _try_out(
                 loss.backward(retain_graph=b != last)
                 del loss
         del batch
-    return seen.judged(rows, Scorable(list(targets), work, scale, conclusive=conclusive))
+    tried = Scorable(list(targets), work, scale, conclusive=conclusive)
+    return seen.judged(rows, tried, otherwise)
 
 
 class _Observer:
@@ -401,8 +423,11 @@ class _Observer:
         seen = self._passes[target.parameter][-1]
         seen.expected = along if seen.expected is None else seen.expected + along
 
-    def judged(self, rows: int, tried: Scorable) -> Scorable:
+    def judged(self, rows: int, tried: Scorable, otherwise: Collection[str] = ()) -> Scorable:
         """What came of a batch of so many rows; `tried.conclusive` if its losses were finite.
+
+        Args:
+            otherwise: parameters that need not be scored through hooks.
 
         Raises:
             RuntimeError: a captured pair does not give the gradient of its weight.
@@ -423,15 +448,20 @@ class _Observer:
             if any(seen.total is None for seen in passes):
                 left_out[target.name] = wrong_rows_message(target, rows, passes[-1].rows)
                 continue
-            scored.append(target)
             order = next((order for order in (0, 1) if _apart(passes, order)), None)
+            if order is not None and target.parameter in self._compared:
+                try:
+                    _require_gradient(target, passes, order)
+                except StateError as error:
+                    if target.parameter not in otherwise:
+                        raise
+                    left_out[target.name] = str(error)
+                    continue
+            scored.append(target)
             if order is None:
                 mixed = mixed or target.name
-                continue
-            if order == 1:
+            elif order == 1:
                 sequence_first.add(target.parameter)
-            if target.parameter in self._compared:
-                _require_gradient(target, passes, order)
         return replace(
             tried,
             targets=scored,

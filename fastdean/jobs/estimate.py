@@ -437,7 +437,9 @@ def run(job: EstimateJob) -> Estimate:
         orders=orders,
         notes=[
             *(f"Not {order}: {error}." for order, error in refused.items()),
-            *_notes(job, ranks, on_gpu, covered, dense),
+            *_notes(
+                job, ranks, on_gpu, covered, dense, sum(target.by_example for target in targets)
+            ),
         ],
     )
 
@@ -475,7 +477,7 @@ def _holding(
     sources: dict[tuple[str, int], int] = {}
     pairs = {}
     for target in targets:
-        if not target.stacked:
+        if not target.stacked and not target.by_example:
             of = (target.name.rpartition(".")[0], target.num_inputs)
             source = sources.setdefault(of, len(sources))
             pairs[target.parameter] = Pair(target.weight.dtype, True, source)
@@ -539,7 +541,9 @@ def _batched(
 
 def _used(weight: Any, experts: int | None) -> int:
     """Entries of a weight that a token meets: of stacked experts, of those it goes through."""
-    count = len(weight) if weight.dim() < 3 else min(experts or len(weight), len(weight))
+    if weight.dim() < 3:
+        return weight.numel()
+    count = min(experts or len(weight), len(weight))
     return count * prod(weight.shape[1:])
 
 
@@ -571,15 +575,21 @@ def _operations(
     products = 2.0 * (plain + used) * tokens
     # Q K^T and P V forward; backward dV, dP, dQ, dK, and Q K^T again.
     attention = 2.0 * heads * width * pairs * len(layers)
+    hooked = [target for target in targets if not target.by_example]
+    by_example = [target for target in targets if target.by_example]
     if job.granularity == "weight":
-        importance = 2.0 * tokens * sum(_used(target.weight, experts) for target in targets)
+        importance = 2.0 * tokens * sum(_used(target.weight, experts) for target in hooked)
+        # A gradient of each example, its absolute value, and the sum.
+        importance += 3.0 * len(lengths) * sum(target.weight.numel() for target in by_example)
     else:
         importance = 2.0 * tokens * sum(target.num_inputs for target in targets)
     forward = products + 2 * attention
+    # Batches of one example have passes of their own, beside those of the hooks.
+    times = bool(hooked) + bool(by_example)
     return {
-        "forward": forward + of_head,
-        "recomputed_forward": forward,
-        "backward": products + of_head + 5 * attention,
+        "forward": times * (forward + of_head),
+        "recomputed_forward": times * forward,
+        "backward": times * (products + of_head + 5 * attention),
         "importance": importance,
     }
 
@@ -646,7 +656,12 @@ def _base() -> int:
 
 
 def _notes(
-    job: EstimateJob, ranks: int, on_gpu: bool, covered: dict[str, Any], dense: bool
+    job: EstimateJob,
+    ranks: int,
+    on_gpu: bool,
+    covered: dict[str, Any],
+    dense: bool,
+    by_example: int,
 ) -> list[str]:
     found = []
     if ranks > 1:
@@ -660,6 +675,11 @@ def _notes(
         found.append("With keep_top 1 the sums of all data sets stay to the end.")
         if job.granularity == "weight":
             found.append("Weights cannot stay in their files then: streaming needs keep_top.")
+    if by_example:
+        found.append(
+            f"{by_example} parameters are scored by example: a forward and backward pass for each "
+            "example, in a batch of its own, is counted beside the others."
+        )
     unscorable = covered["unscorable"]
     share = sum(unscorable.values()) / max(1, covered["model_parameters"])
     # Routers alone are less than can be said in whole percents.

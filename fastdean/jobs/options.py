@@ -250,7 +250,12 @@ Ratio = Annotated[
 Rule = Annotated[str, Help("paper, released, or a control: first, second, union, random.")]
 Granularity = Annotated[str, Help("weight, or unit for the units of the MLPs.")]
 TargetModules = Annotated[
-    str, Help("mlp, self_attn, all, ends of names (q_proj,v_proj), or a regular expression.")
+    str,
+    Help(
+        "mlp, self_attn, all, ends of names (q_proj,v_proj), or a regular expression. Parameters "
+        "of no Linear layer by their names (input_layernorm.weight,A_log), or every: each example "
+        "costs them a pass of its own."
+    ),
 ]
 ExpertScope = Annotated[
     str,

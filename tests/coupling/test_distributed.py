@@ -134,6 +134,17 @@ def overflowing(rank):
         LossScale.fitted = fitted
 
 
+def by_example(rank):
+    return fastdean.score(llama(), loader(), target_modules="every", progress=False)
+
+
+def by_example_and_layers(rank):
+    """The second rank has no example, and so no gradient that says where one comes from."""
+    return fastdean.score(
+        llama(), loader(EXAMPLES[:1]), target_modules="every", order="layers", progress=False
+    )
+
+
 @contextmanager
 def checkpoint():
     """A folder of this rank; `save_pretrained` writes on the first one alone."""
@@ -236,6 +247,8 @@ SITUATIONS = [
     exact_own_loss,
     by_layers,
     overflowing,
+    by_example,
+    by_example_and_layers,
     broken_checkpoint,
     broken_layer,
     streamed,
@@ -385,7 +398,18 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "situation",
-    [*NEAR, in_passes, units, experts, by_layers, overflowing, streamed, own_loss],
+    [
+        *NEAR,
+        in_passes,
+        units,
+        experts,
+        by_layers,
+        overflowing,
+        by_example,
+        by_example_and_layers,
+        streamed,
+        own_loss,
+    ],
     ids=lambda s: s.__name__,
 )
 def test_two_ranks_give_what_one_gives(found, situation):

@@ -74,22 +74,27 @@ def with_ties(shape, seed):
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize(
-    "shape, scope, of, ratio",
+    "shape, stacked, scope, of, ratio",
     [
-        ((7, 30), "expert", None, 0.04),
-        ((7, 30), "expert", None, 0.001),
-        ((5, 6, 11), "expert", None, 0.05),
-        ((5, 6, 11), "tensor", None, 0.02),
-        ((5, 6, 11), "tensor", 990, 0.01),
-        ((11, 2, 9), "expert", None, 0.06),
+        ((7, 30), False, "expert", None, 0.04),
+        ((7, 30), False, "expert", None, 0.001),
+        ((5, 6, 11), True, "expert", None, 0.05),
+        ((5, 6, 11), True, "tensor", None, 0.02),
+        ((5, 6, 11), True, "tensor", 990, 0.01),
+        ((11, 2, 9), True, "expert", None, 0.06),
+        # A convolution's, and a norm's.
+        ((40, 1, 4), False, "expert", None, 0.06),
+        ((210,), False, "expert", None, 0.06),
     ],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_top_entries_of_shares_are_those_of_the_matrix(shape, scope, of, ratio, size, seed):
+def test_top_entries_of_shares_are_those_of_the_matrix(
+    shape, stacked, scope, of, ratio, size, seed
+):
     sums, signed, weight = with_ties(shape, seed)
-    whole = ScoreEntry.of(sums.clone(), weight, signed=signed)
+    whole = ScoreEntry.of(sums.clone(), weight, signed=signed, stacked=stacked)
     expected = keep_entry("a", whole.scoped(scope), EXAMPLES, ratio, of)
-    found = of_ranks(sums, signed, weight, Top(EXAMPLES, ratio, scope, of), size)
+    found = of_ranks(sums, signed, weight, Top(EXAMPLES, ratio, scope, stacked, of), size)
     assert len(found) == size
     for entry in found:
         for name, value in vars(expected).items():
@@ -102,9 +107,25 @@ def test_weights_with_strides_are_read_where_they_lie():
     sums, signed, weight = with_ties((8, 40), 1)
     strided = weight.t().contiguous().t()
     assert not strided.is_contiguous()
-    top = Top(EXAMPLES, 0.05, "expert")
+    top = Top(EXAMPLES, 0.05, "expert", stacked=False)
     one, other = (of_ranks(sums, signed, w, top, 3)[0] for w in (weight, strided))
     assert torch.equal(one.index, other.index) and torch.equal(one.weight, other.weight)
+
+
+class AllThere(Ranks):
+    """Ranks that all hold the sums over everybody's examples."""
+
+    def reduce_shards_(self, tensors):
+        pass
+
+    spread_shards_ = reduce_shards_
+
+
+def test_a_number_by_itself_has_no_shards():
+    sums, signed, weight = torch.tensor(3.0), torch.tensor(-3.0), torch.tensor(2.0)
+    top = Top(EXAMPLES, 0.5, "expert", stacked=False)
+    entry = reduced_entry(Summed(sums, signed), weight, AllThere(1, 2), top)
+    assert (entry.shape, float(entry.sums), float(entry.signed)) == ((), 3.0, -3.0)
 
 
 def test_an_infinite_importance_is_named_by_its_place_in_the_matrix():
@@ -112,4 +133,4 @@ def test_an_infinite_importance_is_named_by_its_place_in_the_matrix():
     weight[6, 3], sums[6, 3] = 1.0, float("inf")
     text = "^importance must be finite, got inf at flat index 243; check the losses"
     with pytest.raises(ValueError, match=text):
-        of_ranks(sums, signed, weight, Top(EXAMPLES, 0.01, "expert"), 2)
+        of_ranks(sums, signed, weight, Top(EXAMPLES, 0.01, "expert", stacked=False), 2)

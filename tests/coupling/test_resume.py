@@ -183,6 +183,21 @@ def test_an_interrupt_at_any_line_loses_nothing(tmp_path, monkeypatch):
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_an_interrupt_at_the_end_of_the_rehearsal_loses_nothing(tmp_path, monkeypatch):
+    """What the rehearsed batch left behind is needed until the step is noted as done."""
+    expected = score()
+    forget = by_layers.Lookups.forget
+
+    def interrupted(self, b):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(by_layers.Lookups, "forget", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score(resume=tmp_path / "job")
+    monkeypatch.setattr(by_layers.Lookups, "forget", forget)
+    assert_same_bits(score(resume=tmp_path / "job"), expected)
+
+
 def killed(folder, *points):
     """Run a job that is killed at each of the points, and compare what comes of it."""
     result = subprocess.run(

@@ -373,7 +373,7 @@ def _at(place, value):
             _set_entry("shape", [64, -32]),
             f"entries['{UP}'].shape[1] as a whole number of at least 1, got -32",
         ),
-        (_set_entry("shape", [64, 32, 1]), f"entries['{UP}'].shape as a list of 2, got [64, 32, 1"),
+        (_set_entry("shape", "64"), f"entries['{UP}'].shape as a list, got '64'"),
         (_set_entry("unit_axis", 1), f"entries['{UP}'].unit_axis as null, got 1"),
         (
             _set_entry("fingerprint", 2**63),

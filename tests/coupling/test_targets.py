@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import norm_error, unit_importance, weight_importance
 from tiny_data import batches, make_examples
-from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, MODELS, gpt2, llama
+from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, MODELS, VOCAB, gpt2, llama
 from torch import nn
 
 import fastdean
@@ -184,6 +184,16 @@ def test_coverage_equals_a_count_by_hand():
                 "scored_parameters": scored,
             },
             "experts": {"parameters": 0, "scored_parameters": 0},
+        },
+        "others": {
+            name: {"parameters": size, "scored_parameters": 0, "share": size / whole}
+            for name, size in {
+                "model.embed_tokens.weight": VOCAB * HIDDEN,
+                "model.layers.*.input_layernorm.weight": LAYERS * HIDDEN,
+                "model.layers.*.post_attention_layernorm.weight": LAYERS * HIDDEN,
+                "model.norm.weight": HIDDEN,
+                "lm_head.weight": VOCAB * HIDDEN,
+            }.items()
         },
         "unscorable": {},
     }

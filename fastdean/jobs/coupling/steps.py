@@ -222,9 +222,10 @@ def _sizes(targets: Sequence[Target], job: Job) -> list[int]:
     if job.expert_scope == "tensor":
         return [target.weight.numel() for target in targets]
     return [
-        target.num_inputs * target.num_outputs
+        target.weight.numel() // matrices
         for target in targets
-        for _ in range(target.weight.shape[0] if target.stacked else 1)
+        for matrices in [target.weight.shape[0] if target.stacked else 1]
+        for _ in range(matrices)
     ]
 
 
