@@ -166,14 +166,23 @@ def leaves_of(model: nn.Module, targets: Sequence[Target]) -> Iterator[dict[str,
         yield {target.key: leaf for target, leaf in zip(targets, leaves, strict=True)}
 
 
-def require_one_window(targets: Sequence[Target], layers: Sequence[str]) -> None:
+def require_one_window(scorable: Scorable, layers: Sequence[str]) -> None:
     """Refuse parameters that several layers share, or that have several names outside of them.
 
+    Args:
+        layers: names of the decoder layers.
     Raises:
-        NotByLayers: with the name of the first.
+        NotByLayers: with the name of the first; or the model computes in fp16.
     """
-    for target in targets:
-        if not target.by_example or not target.aliases:
+    if not scorable.by_example:
+        return
+    if scorable.scale is not None:
+        raise NotByLayers(
+            "order='layers' must have a model in bfloat16 or float32 for parameters that no hook "
+            f"scores, got float16 with {scorable.targets[0].parameter}"
+        )
+    for target in scorable.targets:
+        if not target.aliases:
             continue
         owners = {
             next((layer for layer in layers if name.startswith(f"{layer}.")), None)
