@@ -533,6 +533,28 @@ def test_refusals(build, target_modules, options, message):
         scored(build(), target_modules, **options)
 
 
+def test_parameters_that_are_frozen_are_scored_and_stay_frozen():
+    model = llama().requires_grad_(False)
+    assert_exact(score(model, NORMS), llama())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_failure_leaves_the_model_as_it_was():
+    model = llama()
+    before = dict(model.named_parameters())
+    (first, _), *others = examples()
+    # Not in the two longest examples, which are tried.
+    token = next(t for t in first.tolist() if all(t not in ids for ids, _ in others))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = float("nan")
+    for order in ("batches", "layers"):
+        with pytest.raises(ValueError, match="loss must be finite, got nan for example 0"):
+            score(model, order=order)
+        after = dict(model.named_parameters())
+        assert all(after[name] is parameter for name, parameter in before.items())
+        assert all(p.requires_grad and p.grad is None for p in after.values())
+
+
 def test_losses_that_depend_on_the_batch_are_refused():
     def loss(outputs, batch):
         return token_losses(outputs, batch) * len(batch["input_ids"])

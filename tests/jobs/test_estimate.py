@@ -85,6 +85,21 @@ def test_a_tiny_job_by_hand(folder):
         assert sum(each.parts.values()) == each.peak_bytes and each.fits
 
 
+def test_parameters_that_no_hook_scores_have_passes_of_their_own(folder):
+    """Sums and a gradient each; of each example the gradient, its absolute value, the sum."""
+    mlp, both, norms = (
+        fastdean.estimate(folder, **JOB, **GPU, target_modules=which)
+        for which in ("mlp", "mlp,input_layernorm.weight", "input_layernorm.weight")
+    )
+    assert both.memory["sums"] == mlp.memory["sums"] + L * H * (4 + 4)
+    one, two, alone = (each.orders["batches"].operations for each in (mlp, both, norms))
+    assert two["forward"] == 2 * one["forward"] and two["backward"] == 2 * one["backward"]
+    assert alone["forward"] == one["forward"]
+    assert alone["importance"] == 3 * 6 * L * H
+    assert any(note.startswith(f"{L} parameters are scored by example") for note in both.notes)
+    assert not any("by example" in note for note in mlp.notes)
+
+
 def test_time_is_that_of_the_rates(folder):
     given = fastdean.estimate(folder, **JOB, **GPU, flops=1e6, bandwidth=1e12)
     each = given.orders["batches"]
