@@ -197,7 +197,13 @@ TrustRemoteCode = Annotated[
 ]
 Dtype = Annotated[str, Help("auto, float32, bfloat16 or float16; or fp32, bf16, fp16.")]
 Device = Annotated[str | None, Help("cpu, cuda, cuda:1, or auto to spread over GPUs.")]
-Deterministic = Annotated[bool, Help("Torch's strict deterministic mode.")]
+Deterministic = Annotated[
+    bool,
+    Help(
+        "Torch's strict deterministic mode, and the same bits on 1, 2, 4, 8 and 16 ranks; takes "
+        "more memory."
+    ),
+]
 Seed = Annotated[int, Help("Of shuffles, controls, permutations and bootstraps.")]
 
 # Which rows, and how they become tokens.
