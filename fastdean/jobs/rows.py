@@ -106,19 +106,30 @@ def encode_rows(
         ValueError: a row without a target the model predicts, or longer than its positions.
     """
     try:
-        # Once for all rows: whether a model has changed takes a look at each of its modules.
-        shift = 0 if model is None else label_shift(model)
-        return [
-            _fitting(
-                encode([row], tokenizer, template=template, max_length=max_length, first=n),
-                n,
-                model,
-                shift,
-            )
-            for n, row in rows
-        ]
+        return _encoded(rows, tokenizer, model, template, max_length)
     except ValueError as error:
         raise ValueError(f"{name} {source!r}: {error}{_or_skip(error)}") from None
+
+
+def _encoded(
+    rows: Sequence[NumberedRow],
+    tokenizer: Any,
+    model: nn.Module | None,
+    template: str | None,
+    max_length: int | None,
+) -> list[Example]:
+    """As `encode_rows`; errors name the row and not its source."""
+    # Once for all rows: whether a model has changed takes a look at each of its modules.
+    shift = 0 if model is None else label_shift(model)
+    return [
+        _fitting(
+            encode([row], tokenizer, template=template, max_length=max_length, first=n),
+            n,
+            model,
+            shift,
+        )
+        for n, row in rows
+    ]
 
 
 def encode_usable(
@@ -132,9 +143,14 @@ def encode_usable(
 def usable_rows(
     rows: Sequence[NumberedRow],
     skipped: Skipped | None,
-    *arguments: Any,
+    source: str,
+    tokenizer: Any,
+    model: nn.Module | None,
+    *,
+    template: str | None = None,
+    max_length: int | None = None,
+    name: str = "source",
     pairs: bool = False,
-    **options: Any,
 ) -> list[NumberedRow]:
     """The rows that `encode_rows` takes with these arguments; the others are added to `skipped`.
 
@@ -147,20 +163,22 @@ def usable_rows(
     """
     if skipped is None:
         return list(rows)
+    options = (tokenizer, model, template, max_length)
     # What is wrong with the options is wrong with every row.
-    encode_rows([], *arguments, **options)
+    encode_rows([], source, tokenizer, model, template=template, max_length=max_length, name=name)
     found = []
     for number, row in rows:
         try:
-            encode_rows([(number, row)], *arguments, **options)
+            _encoded([(number, row)], *options)
             if pairs and _is_pair(row):
-                encode_rows([(number, {**row, "response": row["unsafe"]})], *arguments, **options)
+                _encoded([(number, {**row, "response": row["unsafe"]})], *options)
         except ValueError as error:
             skipped.rows[number] = str(error)
         else:
             found.append((number, row))
     if rows and not found:
-        raise ValueError(f"every row had to be left out: {skipped.rows[rows[0][0]]}")
+        reason = skipped.rows[rows[0][0]]
+        raise ValueError(f"{name} {source!r}: every row had to be left out: {reason}")
     return found
 
 
