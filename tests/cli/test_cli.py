@@ -643,6 +643,7 @@ def test_apply_and_patch_give_the_same_tensors(place, run_folder, tmp_path):
     result = call(
         "patch", "--checkpoint", place["model"], "--mask", mask, "--out", tmp_path / "p", "--json"
     )
+    assert " values edited in 1 file; the copy is in " in result.stderr
     applied = load_file(tmp_path / "a" / "model.safetensors")
     patched = load_file(tmp_path / "p" / "model.safetensors")
     original = load_file(place["model"] / "model.safetensors")
@@ -698,6 +699,7 @@ def test_models_and_masks_of_the_hub_are_edited(
     result = call(command, option, "nobody/no", "--mask", run_folder / "mask", "--out", "out")
     refused(result, f"fastdean: {option} must be a ")
     assert "reachable hub id" in result.stderr and "'nobody/no'" in result.stderr
+    assert "local_files_only" not in result.stderr
 
 
 @pytest.mark.parametrize(("command", "option"), EDITORS)
@@ -1078,10 +1080,13 @@ def test_as_a_process_it_writes_json_to_stdout_and_nothing_foreign_to_stderr(pla
     assert code == 0
     assert json.loads(stdout)["out"] == str(tmp_path / "a")
     bars = [line for line in stderr.replace("\r", "\n").splitlines() if "%|" in line]
-    assert any(line.startswith("score: 100%") for line in bars)
+    assert any(line.startswith("step 3 of 3, score: 100%") for line in bars)
     others = [x for x in stderr.replace("\r", "\n").splitlines() if x.strip() and x not in bars]
     assert others == [
+        "fastdean: step 1 of 3, read data",
         f"fastdean: {place['privacy']} has 10 rows, fewer than the 99 asked for: all are taken",
+        "fastdean: step 2 of 3, load model",
+        "fastdean: step 3 of 3, score",
         "Scores(6 matrices, 12,288 weights, n=10 examples, top 0.001 of each matrix)",
         f"written to {tmp_path / 'a'}",
     ]
