@@ -143,7 +143,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(place, tmp_path, monkeypatch
     monkeypatch.setattr("fastdean.jobs.rows.is_unreachable", is_unreachable)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     options = ("--model", tmp_path / "no", "--data", source or place["privacy"])
-    result = call("score", *options, "--out", tmp_path / "out", "--examples", "5")
+    result = call("score", *options, "--out", tmp_path / "out", "--examples", "5", "--quiet")
     refused(result, "got: no network" if asked else "--model must be an existing folder")
     assert tried == [source] * asked and seen == [True] * asked
     assert constants.HF_HUB_OFFLINE is False
@@ -415,7 +415,7 @@ def test_every_command_that_loads_a_model_takes_its_revision(place, run_folder, 
     scores = run_folder / "scores"
     arguments = {
         "run": [*sources(place), *OPTIONS],
-        "score": ["--model", place["model"], "--data", place["privacy"]],
+        "score": ["--model", place["model"], "--data", place["privacy"], "--quiet"],
         "couple": [
             *("--first", scores / "fairness", "--second", scores / "privacy"),
             *("--model", place["model"]),
