@@ -17,6 +17,7 @@ from torch import nn
 
 from fastdean.collapse import CollapseClasses, CollapseRegularizer
 from fastdean.data.examples import Example
+from fastdean.data.skipped import Skipped
 from fastdean.debias import Effect, fine_tune, model_card, save_model
 from fastdean.debias.course import check_counts, check_course
 from fastdean.debias.objectives import require_method
@@ -37,7 +38,6 @@ from fastdean.jobs.inputs import benchmark_digests
 from fastdean.jobs.published import published
 from fastdean.jobs.rows import (
     NumberedRow,
-    Skipped,
     content_digest,
     encode_usable,
     same_content,

@@ -12,7 +12,8 @@ from fastdean.data.rendering import (
     rendering_cautions,
     show_example,
 )
-from fastdean.jobs.rows import Skipped, encode_usable, take_rows
+from fastdean.data.skipped import Skipped
+from fastdean.jobs.rows import encode_usable, take_rows
 from fastdean.models.loading import load_tokenizer
 
 

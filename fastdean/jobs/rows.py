@@ -1,4 +1,4 @@
-"""From the sources of a job to numbered rows and their examples: which are scored, which measured.
+"""From the sources of a job to numbered rows and their examples.
 
 Rows keep their number in the source, counted from 1, so that one that is refused can be found.
 """
@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -20,43 +19,11 @@ from fastdean.data.examples import Example, encode
 from fastdean.data.skipped import Skipped
 from fastdean.data.sources import BadRow, asks_the_hub, numbered_rows, sample_rows
 from fastdean.files.hub import is_unreachable
-from fastdean.jobs.coupling.job import Job
 from fastdean.models.forward import label_shift
 from fastdean.models.model_state import max_tokens
 from fastdean.wording.log import logger
 
 NumberedRow = tuple[int, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class SplitRows:
-    """One source, split into what is scored and what is measured on.
-
-    Attributes:
-        held_out: whether none of the measured rows is a scored one.
-        skipped: what was left out; None where the first bad row is an error.
-        content: digest of all rows of the source, whatever their order.
-    """
-
-    scored: list[NumberedRow]
-    measured: list[NumberedRow]
-    held_out: bool
-    skipped: Skipped | None = None
-    content: str = ""
-
-    def usable(self, *arguments: Any, **options: Any) -> SplitRows:
-        """Without the rows that cannot be encoded: see `usable_rows`."""
-        scored, measured = (
-            usable_rows(rows, self.skipped, *arguments, pairs=pairs, **options)
-            for rows, pairs in ((self.scored, False), (self.measured, True))
-        )
-        return replace(self, scored=scored, measured=measured)
-
-    @property
-    def digest(self) -> str:
-        """Of the rows and their order, to tell whether the source has changed."""
-        content = json.dumps([self.scored, self.measured], sort_keys=True, default=str)
-        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def take_rows(
@@ -170,7 +137,7 @@ def usable_rows(
     for number, row in rows:
         try:
             _encoded([(number, row)], *options)
-            if pairs and _is_pair(row):
+            if pairs and is_pair(row):
                 _encoded([(number, {**row, "response": row["unsafe"]})], *options)
         except ValueError as error:
             skipped.rows[number] = str(error)
@@ -182,7 +149,8 @@ def usable_rows(
     return found
 
 
-def _is_pair(row: Mapping[str, Any]) -> bool:
+def is_pair(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds a safe and an unsafe answer to its prompt, as margins need them."""
     return all(row.get(key) for key in ("prompt", "response", "unsafe"))
 
 
@@ -238,27 +206,6 @@ def _fitting(
             f"{len(example)}; cut it with max_length"
         )
     return example
-
-
-def split_rows(name: str, job: Job) -> SplitRows:
-    """The scored rows, and others to measure on: of other prompts, with what the figures need."""
-    skipped = Skipped() if job.skip_bad_rows else None
-    sets = job.data_sets
-    scored, others = take_rows(
-        sets.sources[name], job.examples, job.seed, name=sets.argument(name), skipped=skipped
-    )
-    # Margins need both answers to a prompt; perplexity, of sets that are spared, takes any row.
-    needs_pairs = name not in sets.spared
-    seen = {str(row["prompt"]) for _, row in scored if "prompt" in row}
-    fresh = [(n, row) for n, row in others if str(row.get("prompt")) not in seen]
-
-    def usable(candidates: Sequence[NumberedRow]) -> list[NumberedRow]:
-        found = [(n, row) for n, row in candidates if not needs_pairs or _is_pair(row)]
-        return found[: job.eval_examples]
-
-    held_out = usable(fresh)
-    content = content_digest([*scored, *others])
-    return SplitRows(scored, held_out or usable(scored), bool(held_out), skipped, content)
 
 
 def content_digest(rows: Sequence[NumberedRow]) -> str:

@@ -34,9 +34,9 @@ from fastdean.jobs.coupling import model as run_model
 from fastdean.jobs.coupling.job import DATA_SETS, Job, ScoreJob
 from fastdean.jobs.coupling.results import _about_rows
 from fastdean.jobs.coupling.scoring import run as run_score
+from fastdean.jobs.coupling.split_rows import split_rows
 from fastdean.jobs.debias import DebiasJob
 from fastdean.jobs.options import option_fields
-from fastdean.jobs.rows import split_rows
 from fastdean.masks import NeuronMask
 from fastdean.models import loading, replay
 from fastdean.models import windows as model_windows

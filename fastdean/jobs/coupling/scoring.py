@@ -9,12 +9,13 @@ from fastdean.coupling.resumable import holds_job
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.scoring import score
 from fastdean.data.rendering import describe_rendering, rendering_cautions
+from fastdean.data.skipped import Skipped
 from fastdean.files.provenance import public_source
 from fastdean.files.storage import holds_only, is_empty
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import require_free, require_outside
-from fastdean.jobs.rows import Skipped, encode_usable, take_rows
+from fastdean.jobs.rows import encode_usable, take_rows
 from fastdean.models.distributed import Ranks
 from fastdean.models.loading import load_or_stream
 from fastdean.models.streaming import StreamedModel

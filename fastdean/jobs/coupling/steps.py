@@ -33,14 +33,9 @@ from fastdean.jobs.coupling.measuring import MeasuringSet, measure
 from fastdean.jobs.coupling.model import RunModel
 from fastdean.jobs.coupling.results import collect, warnings_about
 from fastdean.jobs.coupling.scoring import note_origin
+from fastdean.jobs.coupling.split_rows import SplitRows, split_rows
 from fastdean.jobs.preview import shown
-from fastdean.jobs.rows import (
-    NumberedRow,
-    SplitRows,
-    encode_rows,
-    same_content,
-    split_rows,
-)
+from fastdean.jobs.rows import NumberedRow, encode_rows, same_content
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
 from fastdean.models.distributed import Ranks
