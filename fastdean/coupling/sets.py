@@ -23,7 +23,7 @@ from fastdean.coupling.top_entries import (
     three_ratios,
     top_entries,
 )
-from fastdean.data.rendering import differing_renderings
+from fastdean.data.rendering import differing_rendering_cautions
 from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.masks.summary import SIGN_COLUMNS, place_of
 from fastdean.models.model_state import unwrap
@@ -216,7 +216,7 @@ def _warn_about_data(first: Scores, second: Scores, general: Sequence[Scores]) -
     names = ("general", *(f"general {n}" for n in range(2, len(general) + 1)))
     sets = {"first": first, "second": second, **dict(zip(names, general, strict=False))}
     data = {name: scores.manifest.get("data") or {} for name, scores in sets.items()}
-    for caution in differing_renderings(data):
+    for caution in differing_rendering_cautions(data):
         logger.warning("%s", caution, extra=ABOUT_DATA)
     for one, other in combinations(sets, 2):
         digests = [data[name].get("sha256") for name in (one, other)]

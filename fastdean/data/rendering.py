@@ -74,7 +74,7 @@ def rendering_cautions(
     return said
 
 
-def differing_renderings(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def differing_rendering_cautions(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A sentence where data sets did not become tokens alike; none where they did.
 
     Args:

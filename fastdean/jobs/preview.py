@@ -8,7 +8,7 @@ from typing import Any
 from fastdean.data.examples import Example
 from fastdean.data.rendering import (
     describe_rendering,
-    differing_renderings,
+    differing_rendering_cautions,
     rendering_cautions,
     show_example,
 )
@@ -57,7 +57,7 @@ def preview(
         examples[name] = shown(source, numbers[0], encoded[0], tokenizer)
         data[name] = describe_rendering(encoded, tokenizer, job.template)
         warnings += rendering_cautions(encoded, numbers, tokenizer, name, job.template)
-    warnings = [*differing_renderings(data), *warnings]
+    warnings = [*differing_rendering_cautions(data), *warnings]
     return {"examples": examples, "data": data, "warnings": warnings}
 
 

@@ -214,7 +214,7 @@ def content_digest(rows: Sequence[NumberedRow]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def same_content(contents: Mapping[str, str]) -> list[str]:
+def same_content_cautions(contents: Mapping[str, str]) -> list[str]:
     """A sentence for each two sets of the same rows.
 
     Args:

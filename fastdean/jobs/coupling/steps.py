@@ -24,7 +24,7 @@ from fastdean.coupling.targets import Target, find_targets
 from fastdean.data.examples import Example
 from fastdean.data.rendering import (
     describe_rendering,
-    differing_renderings,
+    differing_rendering_cautions,
     rendering_cautions,
 )
 from fastdean.files.provenance import public_source
@@ -35,7 +35,7 @@ from fastdean.jobs.coupling.results import collect, warnings_about
 from fastdean.jobs.coupling.scoring import note_origin
 from fastdean.jobs.coupling.split_rows import SplitRows, split_rows
 from fastdean.jobs.preview import shown
-from fastdean.jobs.rows import NumberedRow, encode_rows, same_content
+from fastdean.jobs.rows import NumberedRow, encode_rows, same_content_cautions
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
 from fastdean.models.distributed import Ranks
@@ -163,14 +163,14 @@ def _prepare(session: Session[Job]) -> _Prepared:
         for name, examples in scored.items()
     }
     cautions = [
-        *same_content({name: split.content for name, split in rows.items()}),
+        *same_content_cautions({name: split.content for name, split in rows.items()}),
         *(
             sentence
             for name, split in rows.items()
             if split.skipped is not None
             for sentence in split.skipped.told(name)
         ),
-        *differing_renderings(renderings),
+        *differing_rendering_cautions(renderings),
         *(
             caution
             for name in scored
