@@ -199,7 +199,6 @@ def test_one_file_imports_the_extension_and_one_room_takes_pointers():
 
 
 def test_few_files_hook_a_module():
-    # By path: the evaluation has a representations.py too, which asks the model and hooks nothing.
     found = {_name(path) for path in SOURCES if re.search(HOOKS, path.read_text("utf-8"))}
     assert found and found <= MAY_HOOK
 
