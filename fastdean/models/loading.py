@@ -327,7 +327,7 @@ def _asked_of_the_hub(where: str, revision: str | None, trust_remote_code: bool)
 
 
 def demo_file() -> Path:
-    """The demo's model, found without importing its package, which needs a plugin host.
+    """The file of the demo's model. Its package is not imported: that needs a plugin host.
 
     Raises:
         ValueError: it is not installed.
