@@ -177,6 +177,22 @@ def test_files_do_not_import_each_other_in_circles():
     assert remaining == {}
 
 
+# A file's name, with the folders that stand before it, and not a pattern such as `*_cuda.cu`.
+FILE_NAME = re.compile(r"(?<![\w./*-])[\w/]+\.(?:py|cpp|cu|h)\b")
+
+
+@pytest.mark.parametrize("page", sorted(PACKAGE.glob("*/README.md")), ids=_name)
+def test_the_files_that_a_room_s_readme_names_are_there(page):
+    named = set(FILE_NAME.findall(page.read_text("utf-8")))
+    absent = {
+        name
+        for name in named
+        if not any((place / name).is_file() for place in (PACKAGE, ROOT, ROOT / "csrc"))
+        and not any(page.parent.rglob(name))
+    }
+    assert named and absent == set()
+
+
 def test_no_file_is_a_drawer():
     named = {
         part.strip("_") for path in SOURCES for part in Path(_name(path)).with_suffix("").parts
@@ -199,7 +215,6 @@ def test_one_file_imports_the_extension_and_one_room_takes_pointers():
 
 
 def test_few_files_hook_a_module():
-    # By path: the evaluation has a representations.py too, which asks the model and hooks nothing.
     found = {_name(path) for path in SOURCES if re.search(HOOKS, path.read_text("utf-8"))}
     assert found and found <= MAY_HOOK
 

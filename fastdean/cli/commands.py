@@ -325,8 +325,9 @@ def patch(
         overwrite=overwrite,
         follow_links=follow_links,
     )
+    files = len(result.files_edited)
     tell(
-        f"{result.values_edited} values edited in {len(result.files_edited)} files; "
+        f"{result.values_edited} values edited in {files} {'file' if files == 1 else 'files'}; "
         f"the copy is in {out}"
     )
     for name in result.unpatched_files:

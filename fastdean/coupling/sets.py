@@ -23,7 +23,7 @@ from fastdean.coupling.top_entries import (
     three_ratios,
     top_entries,
 )
-from fastdean.data.rendering import differing_renderings
+from fastdean.data.rendering import differing_rendering_cautions
 from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.masks.summary import SIGN_COLUMNS, place_of
 from fastdean.models.model_state import unwrap
@@ -36,6 +36,8 @@ __all__ = ["couple", "overlap"]
 DEFAULT_RATIO = {"weight": 5e-7, "unit": 1e-3}
 SCOPES = ("matrix", "model")
 UNIT_WEIGHTS = ("down", "all")
+# Marks warnings about data sets: who makes several masks of the same ones tells them once.
+ABOUT_DATA = {"about": "data"}
 
 
 def couple(
@@ -214,8 +216,8 @@ def _warn_about_data(first: Scores, second: Scores, general: Sequence[Scores]) -
     names = ("general", *(f"general {n}" for n in range(2, len(general) + 1)))
     sets = {"first": first, "second": second, **dict(zip(names, general, strict=False))}
     data = {name: scores.manifest.get("data") or {} for name, scores in sets.items()}
-    for caution in differing_renderings(data):
-        logger.warning("%s", caution)
+    for caution in differing_rendering_cautions(data):
+        logger.warning("%s", caution, extra=ABOUT_DATA)
     for one, other in combinations(sets, 2):
         digests = [data[name].get("sha256") for name in (one, other)]
         if digests[0] is not None and digests[0] == digests[1]:
@@ -224,6 +226,7 @@ def _warn_about_data(first: Scores, second: Scores, general: Sequence[Scores]) -
                 "with itself",
                 one,
                 other,
+                extra=ABOUT_DATA,
             )
 
 

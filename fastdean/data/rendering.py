@@ -14,9 +14,6 @@ from typing import Any
 from fastdean.data.examples import IGNORE_INDEX, TOKENS, Example
 from fastdean.wording.printable import one_line
 
-# How `differing_renderings` begins.
-NOT_ALIKE = "The data sets did not become tokens alike"
-
 
 def describe_rendering(examples: Sequence[Example], tokenizer: Any, template: str | None) -> dict:
     """For a manifest: the `template` asked for, `rendered` (kind -> examples) and `tokenizer`.
@@ -77,7 +74,7 @@ def rendering_cautions(
     return said
 
 
-def differing_renderings(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def differing_rendering_cautions(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A sentence where data sets did not become tokens alike; none where they did.
 
     Args:
@@ -94,7 +91,10 @@ def differing_renderings(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"{name} {', '.join(f'{kind} ({n})' for kind, n in found.items())}"
             for name, found in known.items()
         )
-        return [f"{NOT_ALIKE}: {listed}. What differs between their scores may be due to that."]
+        return [
+            f"The data sets did not become tokens alike: {listed}. What differs between their "
+            "scores may be due to that."
+        ]
     return []
 
 

@@ -32,10 +32,11 @@ class Skipped:
         """A sentence on them, if there are any."""
         if not self.rows:
             return []
-        shown = "; ".join(f"row {number} ({reason[:_REASON]})" for number, reason in self._first())
+        shown = "; ".join(f"row {number} ({_cut(reason)})" for number, reason in self._first())
         more = len(self.rows) - len(self._first())
         rest = f"; and {more} more" if more else ""
-        return [f"{name}: {len(self.rows)} rows are left out: {shown}{rest}"]
+        counted = "1 row is" if len(self.rows) == 1 else f"{len(self.rows)} rows are"
+        return [f"{name}: {counted} left out: {shown}{rest}"]
 
     def warn(self, name: str) -> None:
         """Log the sentence, if there is one."""
@@ -44,3 +45,10 @@ class Skipped:
 
     def _first(self) -> list[tuple[int, str]]:
         return sorted(self.rows.items())[:_SHOWN]
+
+
+def _cut(reason: str) -> str:
+    """A reason that is too long ends between two words."""
+    if len(reason) <= _REASON:
+        return reason
+    return f"{reason[: _REASON + 1].rpartition(' ')[0] or reason[:_REASON]} ..."

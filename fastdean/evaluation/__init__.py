@@ -2,6 +2,11 @@
 
 from fastdean.evaluation.bootstrap import bootstrap_interval
 from fastdean.evaluation.changes import change_between, change_of_distance
+from fastdean.evaluation.hidden_states import (
+    last_token_states,
+    layer_dependence,
+    prompts_only,
+)
 from fastdean.evaluation.intervals import (
     Interval,
     mean_interval,
@@ -22,11 +27,6 @@ from fastdean.evaluation.perplexity import (
     compare_perplexity,
     perplexity,
     perplexity_of_text,
-)
-from fastdean.evaluation.representations import (
-    last_token_states,
-    layer_dependence,
-    prompts_only,
 )
 
 __all__ = [

@@ -35,6 +35,15 @@ def is_unreachable() -> bool:
     return False
 
 
+def why_not_fetched(error: Exception) -> str:
+    """What the client of the hub raised, in one line; without its advice to programmers."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the hub could not be reached, and nothing of that name is in its cache"
+    return error_line(error)
+
+
 def checkpoint_folder(repo_id: str, revision: str | None, cache_alone: bool) -> Path:
     """The folder of a model's safetensors files, downloaded where they are not in the cache."""
     from huggingface_hub import snapshot_download
@@ -97,15 +106,17 @@ def resolve(
             )
         )
     except (*unknown, OSError) as error:
-        text = f"({error_line(error)}){nearest(str(path_or_repo_id))}"
+        near = nearest(str(path_or_repo_id))
         # Newer releases derive the error of an empty cache from several of the unknown ones.
-        if isinstance(error, unknown) and not isinstance(error, LocalEntryNotFoundError):
-            raise ValueError(
-                f"{asked}; no such folder, and the hub does not know it {text}"
+        if isinstance(error, LocalEntryNotFoundError):
+            raise StateError(
+                f"{asked}; no such folder, and {why_not_fetched(error)}{near}"
             ) from error
-        raise StateError(
-            f"{asked}; no such folder, and the hub could not be reached {text}"
-        ) from error
+        if isinstance(error, unknown):
+            said = f"the hub does not know it ({error_line(error)})"
+            raise ValueError(f"{asked}; no such folder, and {said}{near}") from error
+        said = f"the hub could not be reached ({error_line(error)})"
+        raise StateError(f"{asked}; no such folder, and {said}{near}") from error
 
 
 def push_folder(

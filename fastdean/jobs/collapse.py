@@ -20,6 +20,7 @@ from fastdean.collapse import (
 )
 from fastdean.data.examples import Example
 from fastdean.data.rendering import describe_rendering, rendering_cautions
+from fastdean.data.skipped import Skipped
 from fastdean.files.declared import Anything, Either, Exactly, Maybe, Real, Record, Text, Whole
 from fastdean.files.provenance import public_name
 from fastdean.jobs import bias, cautions
@@ -27,7 +28,7 @@ from fastdean.jobs.collapse_jobs import CollapseJob
 from fastdean.jobs.folder import RESULTS_FILE
 from fastdean.jobs.inputs import benchmark_digests
 from fastdean.jobs.published import published
-from fastdean.jobs.rows import Skipped, encode_usable, take_rows
+from fastdean.jobs.rows import encode_usable, take_rows
 from fastdean.jobs.session import Session
 from fastdean.models.distributed import Ranks
 from fastdean.models.identity import json_digest

@@ -17,6 +17,7 @@ from torch import nn
 
 from fastdean.collapse import CollapseClasses, CollapseRegularizer
 from fastdean.data.examples import Example
+from fastdean.data.skipped import Skipped
 from fastdean.debias import Effect, fine_tune, model_card, save_model
 from fastdean.debias.course import check_counts, check_course
 from fastdean.debias.objectives import require_method
@@ -37,10 +38,9 @@ from fastdean.jobs.inputs import benchmark_digests
 from fastdean.jobs.published import published
 from fastdean.jobs.rows import (
     NumberedRow,
-    Skipped,
     content_digest,
     encode_usable,
-    same_content,
+    same_content_cautions,
     take_rows,
 )
 from fastdean.jobs.session import Session
@@ -130,7 +130,9 @@ def _prepare(session: Session[DebiasJob]) -> _Prepared:
     _regularizer(model, classes, job).remove()
     options = {"max_length": job.max_length, "name": name}
     _, examples = encode_usable(texts, skipped.get(name), source, tokenizer, model, **options)
-    told = same_content({"data": content_digest(trained), "text": content_digest(measured)})
+    told = same_content_cautions(
+        {"data": content_digest(trained), "text": content_digest(measured)}
+    )
     told += [sentence for name, rows in skipped.items() for sentence in rows.told(name)]
     session.warn(told)
     rows = [row for _, row in trained]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastdean.files.hub import is_unreachable
+from fastdean.files.hub import is_unreachable, why_not_fetched
 from fastdean.files.provenance import now, public_name, versions
 from fastdean.files.safetensors import THROUGH_THE_MODEL
 from fastdean.files.storage import (
@@ -27,7 +27,6 @@ from fastdean.masks import NeuronMask, edits
 from fastdean.masks.checkpoint import PATCH_NAME, PatchResult, patch_checkpoint, verify_checkpoint
 from fastdean.models.loading import DEMO_MODEL, load_model
 from fastdean.wording.nearest import nearest
-from fastdean.wording.printable import first_line
 
 # Weights in the forms that `patch_checkpoint` does not edit.
 _OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
@@ -157,5 +156,5 @@ def _folder_of(checkpoint: str, revision: str | None) -> Path:
     except Exception as error:  # the library raises a dozen unrelated types
         raise ValueError(
             f"checkpoint must be a local folder or a reachable hub id, got {checkpoint!r}: "
-            f"{first_line(error)}{nearest(checkpoint)}"
+            f"{why_not_fetched(error)}{nearest(checkpoint)}"
         ) from error

@@ -8,11 +8,12 @@ from typing import Any
 from fastdean.data.examples import Example
 from fastdean.data.rendering import (
     describe_rendering,
-    differing_renderings,
+    differing_rendering_cautions,
     rendering_cautions,
     show_example,
 )
-from fastdean.jobs.rows import Skipped, encode_usable, take_rows
+from fastdean.data.skipped import Skipped
+from fastdean.jobs.rows import encode_usable, take_rows
 from fastdean.models.loading import load_tokenizer
 
 
@@ -63,7 +64,7 @@ def preview(
         examples[name] = shown(source, numbers[0], encoded[0], tokenizer)
         data[name] = describe_rendering(encoded, tokenizer, job.template)
         warnings += rendering_cautions(encoded, numbers, tokenizer, name, job.template)
-    warnings = [*differing_renderings(data), *warnings]
+    warnings = [*differing_rendering_cautions(data), *warnings]
     return {"examples": examples, "data": data, "warnings": warnings}
 
 

@@ -1,4 +1,4 @@
-"""From the sources of a job to numbered rows and their examples: which are scored, which measured.
+"""From the sources of a job to numbered rows and their examples.
 
 Rows keep their number in the source, counted from 1, so that one that is refused can be found.
 """
@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -20,43 +19,11 @@ from fastdean.data.examples import Example, encode
 from fastdean.data.skipped import Skipped
 from fastdean.data.sources import BadRow, asks_the_hub, numbered_rows, sample_rows
 from fastdean.files.hub import is_unreachable
-from fastdean.jobs.coupling.job import Job
 from fastdean.models.forward import label_shift
 from fastdean.models.model_state import max_tokens
 from fastdean.wording.log import logger
 
 NumberedRow = tuple[int, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class SplitRows:
-    """One source, split into what is scored and what is measured on.
-
-    Attributes:
-        held_out: whether none of the measured rows is a scored one.
-        skipped: what was left out; None where the first bad row is an error.
-        content: digest of all rows of the source, whatever their order.
-    """
-
-    scored: list[NumberedRow]
-    measured: list[NumberedRow]
-    held_out: bool
-    skipped: Skipped | None = None
-    content: str = ""
-
-    def usable(self, *arguments: Any, **options: Any) -> SplitRows:
-        """Without the rows that cannot be encoded: see `usable_rows`."""
-        scored, measured = (
-            usable_rows(rows, self.skipped, *arguments, pairs=pairs, **options)
-            for rows, pairs in ((self.scored, False), (self.measured, True))
-        )
-        return replace(self, scored=scored, measured=measured)
-
-    @property
-    def digest(self) -> str:
-        """Of the rows and their order, to tell whether the source has changed."""
-        content = json.dumps([self.scored, self.measured], sort_keys=True, default=str)
-        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def take_rows(
@@ -109,19 +76,30 @@ def encode_rows(
         ValueError: a row without a target the model predicts, or longer than its positions.
     """
     try:
-        # Once for all rows: whether a model has changed takes a look at each of its modules.
-        shift = 0 if model is None else label_shift(model)
-        return [
-            _fitting(
-                encode([row], tokenizer, template=template, max_length=max_length, first=n),
-                n,
-                model,
-                shift,
-            )
-            for n, row in rows
-        ]
+        return _encoded(rows, tokenizer, model, template, max_length)
     except ValueError as error:
         raise ValueError(f"{name} {source!r}: {error}{_or_skip(error)}") from None
+
+
+def _encoded(
+    rows: Sequence[NumberedRow],
+    tokenizer: Any,
+    model: nn.Module | None,
+    template: str | None,
+    max_length: int | None,
+) -> list[Example]:
+    """As `encode_rows`; errors name the row and not its source."""
+    # Once for all rows: whether a model has changed takes a look at each of its modules.
+    shift = 0 if model is None else label_shift(model)
+    return [
+        _fitting(
+            encode([row], tokenizer, template=template, max_length=max_length, first=n),
+            n,
+            model,
+            shift,
+        )
+        for n, row in rows
+    ]
 
 
 def encode_usable(
@@ -135,9 +113,14 @@ def encode_usable(
 def usable_rows(
     rows: Sequence[NumberedRow],
     skipped: Skipped | None,
-    *arguments: Any,
+    source: str,
+    tokenizer: Any,
+    model: nn.Module | None,
+    *,
+    template: str | None = None,
+    max_length: int | None = None,
+    name: str = "source",
     pairs: bool = False,
-    **options: Any,
 ) -> list[NumberedRow]:
     """The rows that `encode_rows` takes with these arguments; the others are added to `skipped`.
 
@@ -150,24 +133,27 @@ def usable_rows(
     """
     if skipped is None:
         return list(rows)
+    options = (tokenizer, model, template, max_length)
     # What is wrong with the options is wrong with every row.
-    encode_rows([], *arguments, **options)
+    encode_rows([], source, tokenizer, model, template=template, max_length=max_length, name=name)
     found = []
     for number, row in rows:
         try:
-            encode_rows([(number, row)], *arguments, **options)
-            if pairs and _is_pair(row):
-                encode_rows([(number, {**row, "response": row["unsafe"]})], *arguments, **options)
+            _encoded([(number, row)], *options)
+            if pairs and is_pair(row):
+                _encoded([(number, {**row, "response": row["unsafe"]})], *options)
         except ValueError as error:
             skipped.rows[number] = str(error)
         else:
             found.append((number, row))
     if rows and not found:
-        raise ValueError(f"every row had to be left out: {skipped.rows[rows[0][0]]}")
+        reason = skipped.rows[rows[0][0]]
+        raise ValueError(f"{name} {source!r}: every row had to be left out: {reason}")
     return found
 
 
-def _is_pair(row: Mapping[str, Any]) -> bool:
+def is_pair(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds a safe and an unsafe answer to its prompt, as margins need them."""
     return all(row.get(key) for key in ("prompt", "response", "unsafe"))
 
 
@@ -225,39 +211,13 @@ def _fitting(
     return example
 
 
-def split_rows(name: str, job: Job) -> SplitRows:
-    """The scored rows, and others to measure on: of other prompts, with what the figures need."""
-    skipped = Skipped() if job.skip_bad_rows else None
-    sets = job.data_sets
-    scored, others = take_rows(
-        sets.sources[name],
-        job.examples,
-        job.seed,
-        name=sets.argument(name),
-        skipped=skipped,
-        usual=Job.examples,
-    )
-    # Margins need both answers to a prompt; perplexity, of sets that are spared, takes any row.
-    needs_pairs = name not in sets.spared
-    seen = {str(row["prompt"]) for _, row in scored if "prompt" in row}
-    fresh = [(n, row) for n, row in others if str(row.get("prompt")) not in seen]
-
-    def usable(candidates: Sequence[NumberedRow]) -> list[NumberedRow]:
-        found = [(n, row) for n, row in candidates if not needs_pairs or _is_pair(row)]
-        return found[: job.eval_examples]
-
-    held_out = usable(fresh)
-    content = content_digest([*scored, *others])
-    return SplitRows(scored, held_out or usable(scored), bool(held_out), skipped, content)
-
-
 def content_digest(rows: Sequence[NumberedRow]) -> str:
     """Of what the rows hold, whatever their order: equal for two copies of one file."""
     lines = sorted(json.dumps(row, sort_keys=True, default=str) for _, row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def same_content(contents: Mapping[str, str]) -> list[str]:
+def same_content_cautions(contents: Mapping[str, str]) -> list[str]:
     """A sentence for each two sets of the same rows.
 
     Args:

@@ -153,9 +153,9 @@ def _tables() -> list[Any]:
 
 def _key(module: nn.Module) -> Any:
     """What is taken for a module: its configuration, which names an implementation, or itself."""
-    layout = fused_experts(module)
-    assert layout is not None  # Of all that are listened to.
-    return module.config if layout.dispatched else module
+    fused = fused_experts(module)
+    assert fused is not None  # Of all that are listened to.
+    return module.config if fused.dispatched else module
 
 
 def _take(module: nn.Module, block: _Block) -> None:
@@ -238,10 +238,10 @@ def _call(module: nn.Module, own: Callable[..., Tensor], args: tuple, kwargs: di
     block = next((b for b in reversed(_BLOCKS.get()) if module in b.listeners), None)
     if block is None:
         return own(*args, **kwargs)
-    layout = fused_experts(module)
-    assert layout is not None
+    fused = fused_experts(module)
+    assert fused is not None
     given = inspect.signature(_plain_forward(module)).bind(*args, **kwargs).args
-    result = run_experts(module, layout, block, *given)
+    result = run_experts(module, fused, block, *given)
     if block.compare is not None:
         with torch.no_grad():
             block.compare(module, result.detach(), _expected(module, own, args, kwargs))
@@ -257,7 +257,7 @@ def _expected(module: nn.Module, own: Callable[..., Tensor], args: tuple, kwargs
 
 
 def run_experts(
-    module: Any, layout: FusedExperts, block: _Block, hidden: Tensor, *routed: Tensor
+    module: Any, fused: FusedExperts, block: _Block, hidden: Tensor, *routed: Tensor
 ) -> Tensor:
     """What the module's own implementation computes, by one product for each weight of an expert.
 
@@ -266,26 +266,26 @@ def run_experts(
             [E * N, H] by expert.
     """
     if not routed:
-        return _dense(module, layout, block, hidden)
-    return _routed(module, layout, block, hidden, *routed)
+        return _dense(module, fused, block, hidden)
+    return _routed(module, fused, block, hidden, *routed)
 
 
 def _routed(
     module: Any,
-    layout: FusedExperts,
+    fused: FusedExperts,
     block: _Block,
     hidden: Tensor,
     chosen: Tensor,
     weights: Tensor,
 ) -> Tensor:
     k = chosen.shape[-1]
-    number = getattr(module, layout.up).shape[0], module.down_proj.shape[0]
+    number = getattr(module, fused.up).shape[0], module.down_proj.shape[0]
     experts, order = chosen.reshape(-1).to(torch.int64).sort(stable=True)
     routing = Routing(order // k, experts, hidden.shape[0])
     x = hidden[routing.rows]
     # Experts without weights hand their tokens on as they are.
     with_weights = int((experts < min(number)).sum())
-    out = _expert(module, layout, block, x[:with_weights], routing.only(slice(with_weights)))
+    out = _expert(module, fused, block, x[:with_weights], routing.only(slice(with_weights)))
     if with_weights < len(x):
         out = torch.cat([out, x[with_weights:].to(out.dtype)])
     weighted = out * weights.reshape(-1)[order].unsqueeze(-1)
@@ -293,17 +293,15 @@ def _routed(
     return by_token.view(-1, k, weighted.shape[-1]).sum(1).to(hidden.dtype)
 
 
-def _dense(module: Any, layout: FusedExperts, block: _Block, x: Tensor) -> Tensor:
+def _dense(module: Any, fused: FusedExperts, block: _Block, x: Tensor) -> Tensor:
     number = module.down_proj.shape[0]
     each = len(x) // number
     places = torch.arange(len(x), device=x.device)
     routing = Routing(places % each, places // each, each, dense=True)
-    return _expert(module, layout, block, x.view(len(x), -1), routing)
+    return _expert(module, fused, block, x.view(len(x), -1), routing)
 
 
-def _expert(
-    module: Any, layout: FusedExperts, block: _Block, x: Tensor, routing: Routing
-) -> Tensor:
+def _expert(module: Any, fused: FusedExperts, block: _Block, x: Tensor, routing: Routing) -> Tensor:
     """y of each row of x, sorted by expert."""
     sizes = torch.bincount(routing.experts, minlength=module.down_proj.shape[0]).tolist()
 
@@ -313,14 +311,14 @@ def _expert(
         def matrix(expert: int) -> Tensor:
             own = stored[expert]
             own = own if block.stand is None else block.stand(module, name, expert, own)
-            return own.mT if layout.transposed else own
+            return own.mT if fused.transposed else own
 
         y = block.listeners[module](name, x, _products(x, matrix, sizes), routing)
         has_bias = getattr(module, "has_bias", f"{name}_bias" in module._parameters)
         return y + getattr(module, f"{name}_bias")[routing.experts] if has_bias else y
 
-    units = product(layout.up, x)
-    units = _gated(module, units) if layout.has_gate else module.act_fn(units)
+    units = product(fused.up, x)
+    units = _gated(module, units) if fused.has_gate else module.act_fn(units)
     y = product("down_proj", units)
     return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
 

@@ -291,7 +291,7 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
     """Where the model's files are, and the options that transformers needs to read them."""
     if not name:
         raise ValueError("model must be a folder, hub id or .gguf file, got ''; name one")
-    path = _demo_file() if name == DEMO_MODEL else Path(name).expanduser()
+    path = demo_file() if name == DEMO_MODEL else Path(name).expanduser()
     where, options = (str(path) if path.is_dir() else name), {}
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -334,8 +334,12 @@ def _asked_of_the_hub(where: str, revision: str | None, trust_remote_code: bool)
     return options
 
 
-def _demo_file() -> Path:
-    """Found without importing: the package itself needs a plugin host that is not wanted here."""
+def demo_file() -> Path:
+    """The file of the demo's model. Its package is not imported: that needs a plugin host.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     spec = find_spec(_DEMO_PACKAGE)
     if spec is None or spec.origin is None:
         raise ValueError(

@@ -143,7 +143,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(place, tmp_path, monkeypatch
     monkeypatch.setattr("fastdean.jobs.rows.is_unreachable", is_unreachable)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     options = ("--model", tmp_path / "no", "--data", source or place["privacy"])
-    result = call("score", *options, "--out", tmp_path / "out", "--examples", "5")
+    result = call("score", *options, "--out", tmp_path / "out", "--examples", "5", "--quiet")
     refused(result, "got: no network" if asked else "--model must be an existing folder")
     assert tried == [source] * asked and seen == [True] * asked
     assert constants.HF_HUB_OFFLINE is False
@@ -415,7 +415,7 @@ def test_every_command_that_loads_a_model_takes_its_revision(place, run_folder, 
     scores = run_folder / "scores"
     arguments = {
         "run": [*sources(place), *OPTIONS],
-        "score": ["--model", place["model"], "--data", place["privacy"]],
+        "score": ["--model", place["model"], "--data", place["privacy"], "--quiet"],
         "couple": [
             *("--first", scores / "fairness", "--second", scores / "privacy"),
             *("--model", place["model"]),
@@ -706,6 +706,7 @@ def test_apply_and_patch_give_the_same_tensors(place, run_folder, tmp_path):
     result = call(
         "patch", "--checkpoint", place["model"], "--mask", mask, "--out", tmp_path / "p", "--json"
     )
+    assert " values edited in 1 file; the copy is in " in result.stderr
     applied = load_file(tmp_path / "a" / "model.safetensors")
     patched = load_file(tmp_path / "p" / "model.safetensors")
     original = load_file(place["model"] / "model.safetensors")
@@ -761,6 +762,7 @@ def test_models_and_masks_of_the_hub_are_edited(
     result = call(command, option, "nobody/no", "--mask", run_folder / "mask", "--out", "out")
     refused(result, f"fastdean: {option} must be a ")
     assert "reachable hub id" in result.stderr and "'nobody/no'" in result.stderr
+    assert "local_files_only" not in result.stderr
 
 
 @pytest.mark.parametrize(("command", "option"), EDITORS)
@@ -1156,7 +1158,10 @@ def test_as_a_process_it_writes_json_to_stdout_and_nothing_foreign_to_stderr(pla
     # No terminal, no bars.
     assert "\r" not in stderr
     assert stderr.splitlines() == [
+        "fastdean: step 1 of 3, read data",
         f"fastdean: {place['privacy']} has 10 rows, fewer than the 99 asked for: all are taken",
+        "fastdean: step 2 of 3, load model",
+        "fastdean: step 3 of 3, score",
         "Scores(6 matrices, 12,288 weights, n=10 examples, top 0.001 of each matrix)",
         f"written to {tmp_path / 'a'}",
     ]

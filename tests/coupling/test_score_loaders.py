@@ -683,7 +683,7 @@ def test_bad_rows_are_left_out_of_scores_and_counted(name, caplog):
         fastdean.score(model, rows, **options)
     scores = fastdean.score(model, rows, skip_bad_rows=True, **options)
     (told,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
-    assert told.startswith(f"loader: 1 rows are left out: row 1 ({reason}")
+    assert told.startswith(f"loader: 1 row is left out: row 1 ({reason}")
     skipped = scores.manifest["data"]["skipped_rows"]
     assert skipped["count"] == 1 and [row["row"] for row in skipped["first"]] == [1]
     assert skipped["first"][0]["reason"].startswith(reason)

@@ -9,7 +9,7 @@ from tiny_data import word_tokenizer
 
 from fastdean.data.examples import Example, encode
 from fastdean.data.rendering import (
-    differing_renderings,
+    differing_rendering_cautions,
     rendering_cautions,
     show_example,
 )
@@ -19,14 +19,14 @@ PAIR = {"prompt": "the cat", "response": "sat yes"}
 
 def test_sets_that_became_tokens_alike_are_not_warned_of():
     alike = {"a": {"rendered": {"raw": 3}}, "b": {"rendered": {"raw": 5}}}
-    assert differing_renderings(alike) == []
+    assert differing_rendering_cautions(alike) == []
     # Nothing is known of tokens that a caller brought, or of scores that were kept before.
-    assert differing_renderings({**alike, "c": {"rendered": {"tokens": 2}}, "d": {}}) == []
+    assert differing_rendering_cautions({**alike, "c": {"rendered": {"tokens": 2}}, "d": {}}) == []
 
 
 def test_sets_that_became_tokens_otherwise_are_named_with_their_counts():
     sets = {"a": {"rendered": {"raw": 3}}, "b": {"rendered": {"chat": 2, "text": 1}}}
-    (said,) = differing_renderings(sets)
+    (said,) = differing_rendering_cautions(sets)
     assert "alike: a raw (3); b chat (2), text (1). What differs" in said
 
 

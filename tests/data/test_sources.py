@@ -429,7 +429,7 @@ def test_a_row_with_bytes_that_are_no_text_is_left_out_alone(tmp_path, caplog, n
         with pytest.raises(ValueError, match=f"got: line {line} is not UTF-8; repair"):
             read(path)
         assert [row["text"] for row in read(path, skip_bad_rows=True)] == ["a", "ä"]
-    assert f"{path}: 1 rows are left out: row 2 (source" in caplog.text
+    assert f"{path}: 1 row is left out: row 2 (source" in caplog.text
 
 
 def test_a_table_whose_header_is_no_text_is_refused(tmp_path):
@@ -444,4 +444,4 @@ def test_torn_rows_of_a_table_are_left_out_and_counted(tmp_path, caplog):
     with pytest.raises(ValueError, match="line 3 has another number of columns"):
         load_table(path)
     assert load_table(path, skip_bad_rows=True) == [{"a": "1", "b": "2"}, {"a": "4", "b": "5"}]
-    assert f"{path}: 1 rows are left out: row 2 (source" in caplog.text
+    assert f"{path}: 1 row is left out: row 2 (source" in caplog.text

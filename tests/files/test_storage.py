@@ -367,7 +367,11 @@ def _repository_unknown():
 @pytest.mark.parametrize(
     ("answer", "kind", "text"),
     [
-        (LocalEntryNotFoundError("offline\nmode"), RuntimeError, "could not be reached"),
+        (
+            LocalEntryNotFoundError("offline\nmode; pass 'local_files_only=False'"),
+            RuntimeError,
+            "the hub could not be reached, and nothing of that name is in its cache$",
+        ),
         (ConnectionError("refused"), RuntimeError, "could not be reached"),
         (_repository_unknown(), ValueError, "the hub does not know it"),
     ],

@@ -34,9 +34,9 @@ from fastdean.jobs.coupling import model as run_model
 from fastdean.jobs.coupling.job import DATA_SETS, Job, ScoreJob
 from fastdean.jobs.coupling.results import _about_rows
 from fastdean.jobs.coupling.scoring import run as run_score
+from fastdean.jobs.coupling.split_rows import split_rows
 from fastdean.jobs.debias import DebiasJob
 from fastdean.jobs.options import option_fields
-from fastdean.jobs.rows import split_rows
 from fastdean.masks import NeuronMask
 from fastdean.models import loading, replay
 from fastdean.models import windows as model_windows
@@ -1068,6 +1068,9 @@ def test_bad_rows_are_refused_with_the_way_to_skip_them_or_left_out_and_counted(
     assert "skipped_rows" not in results["data"]["fairness"]
     (told,) = [text for text in results["warnings"] if "left out" in text]
     assert told.startswith("privacy: 3 rows are left out: row 2 (") and "row 4 (" in told
+    # Who skips them already need not be told to.
+    assert "(row 3 must have at least one target token" in told and "skip" not in told
+    assert kept["skipped_rows"]["first"][1]["reason"].startswith("row 3 must have at least one")
     assert caplog.messages.count(told) == 1
     clean = fastdean.run(
         **{**job, "privacy": place["privacy"]}, out=tmp_path / "clean", skip_bad_rows=True
@@ -1079,7 +1082,9 @@ def test_options_that_fit_no_row_are_not_taken_for_bad_rows(place, tmp_path):
     job = {**place, **QUICK, "skip_bad_rows": True, "out": tmp_path / "run", "progress": False}
     with pytest.raises(ValueError, match="max_length must be at least 2 tokens"):
         fastdean.run(**job, max_length=1)
-    with pytest.raises(ValueError, match="every row had to be left out: .*chat template"):
+    with pytest.raises(
+        ValueError, match="^fairness '.*every row had to be left out: .*chat template"
+    ):
         fastdean.run(**job, template="chat")
 
 
@@ -1092,6 +1097,15 @@ def test_one_set_given_twice_is_told_by_its_content(place, tmp_path, caplog):
     told = "fairness and privacy hold the same rows: "
     assert [text for text in results["warnings"] if "same rows" in text][0].startswith(told)
     assert len([text for text in caplog.messages if told in text]) == 1
+    # Not again for every mask that is made of the two.
+    assert [text for text in caplog.messages if "same examples" in text] == []
+
+
+def test_what_all_masks_of_a_run_share_is_told_once(place, tmp_path, caplog):
+    # Entries of an MLP's matrices: 2048; of attention's, at most half as many.
+    job = {**place, **QUICK, "target_modules": "all", "ratio": 1 / 2048}
+    fastdean.run(**job, out=tmp_path / "run", progress=False)
+    assert len([text for text in caplog.messages if "selects nothing from" in text]) == 1
 
 
 def test_couple_tells_scores_of_the_same_examples(finished, tmp_path, caplog):

@@ -12,9 +12,9 @@ from fastdean.coupling.sets import overlap
 from fastdean.files.provenance import public_source
 from fastdean.jobs.coupling.findings import findings
 from fastdean.jobs.coupling.job import Job
+from fastdean.jobs.coupling.split_rows import SplitRows
 from fastdean.jobs.folder import RESULTS_FILE
 from fastdean.jobs.published import published
-from fastdean.jobs.rows import SplitRows
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
 from fastdean.masks.summary import SIGN_COLUMNS

@@ -9,11 +9,13 @@ from fastdean.coupling.resumable import holds_job
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.scoring import score
 from fastdean.data.rendering import describe_rendering, rendering_cautions
+from fastdean.data.skipped import Skipped
 from fastdean.files.provenance import public_source
 from fastdean.files.storage import holds_only, is_empty
+from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import require_free, require_outside
-from fastdean.jobs.rows import Skipped, encode_usable, take_rows
+from fastdean.jobs.rows import encode_usable, take_rows
 from fastdean.models.distributed import Ranks
 from fastdean.models.loading import load_or_stream
 from fastdean.models.streaming import StreamedModel
@@ -27,29 +29,32 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
         ValueError, OSError: as `score` and `Scores.save_pretrained`.
     """
     ranks = Ranks.current()
+    costs = Costs(total=3, shown=progress and ranks.first)
     with ranks.failing_together():
         if ranks.first:
             require_outside(out, job.model)
             if not holds_job(out):
                 require_free(out, overwrite, lambda folder: holds_only(folder, "scores"), "scores")
         skipped = Skipped() if job.skip_bad_rows else None
-        rows, _ = take_rows(
-            job.data,
-            job.examples,
-            job.seed,
-            name="data",
-            skipped=skipped,
-            usual=ScoreJob.examples,
-        )
-        model, tokenizer = load_or_stream(
-            job.model,
-            order=job.order,
-            dtype=job.dtype,
-            device=job.device,
-            revision=job.revision,
-            trust_remote_code=job.trust_remote_code,
-            progress=progress and ranks.first,
-        )
+        with costs.step("read data"):
+            rows, _ = take_rows(
+                job.data,
+                job.examples,
+                job.seed,
+                name="data",
+                skipped=skipped,
+                usual=ScoreJob.examples,
+            )
+        with costs.step("load model"):
+            model, tokenizer = load_or_stream(
+                job.model,
+                order=job.order,
+                dtype=job.dtype,
+                device=job.device,
+                revision=job.revision,
+                trust_remote_code=job.trust_remote_code,
+                progress=progress and ranks.first,
+            )
         whole = model.model if isinstance(model, StreamedModel) else model
         options = {"template": job.template, "max_length": job.max_length, "name": "data"}
         rows, examples = encode_usable(rows, skipped, job.data, tokenizer, whole, **options)
@@ -59,22 +64,23 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
         told += rendering_cautions(examples, numbers, tokenizer, job.data, job.template)
         for sentence in told:
             logger.warning("%s", sentence)
-    scores = score(
-        model,
-        examples,
-        granularity=job.granularity,
-        target_modules=job.target_modules,
-        expert_scope=job.expert_scope,
-        keep_top=None if job.keep_top == 1 else job.keep_top,
-        tokens_per_batch=job.tokens_per_batch,
-        memory_budget=job.memory_budget,
-        order=job.order,
-        states=job.states,
-        signs=job.signs,
-        resume=_resume(job, out),
-        deterministic=job.deterministic,
-        progress=progress,
-    )
+    with costs.step("score"):
+        scores = score(
+            model,
+            examples,
+            granularity=job.granularity,
+            target_modules=job.target_modules,
+            expert_scope=job.expert_scope,
+            keep_top=None if job.keep_top == 1 else job.keep_top,
+            tokens_per_batch=job.tokens_per_batch,
+            memory_budget=job.memory_budget,
+            order=job.order,
+            states=job.states,
+            signs=job.signs,
+            resume=_resume(job, out),
+            deterministic=job.deterministic,
+            progress=progress,
+        )
     if not ranks.first:
         return None
     note_origin(

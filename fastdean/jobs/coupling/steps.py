@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from logging import LogRecord
+from logging import Filter, LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ from torch import nn
 from fastdean.coupling.agreement import takes_signs
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.scoring import score_sets
-from fastdean.coupling.sets import couple, nothing_selected_error
+from fastdean.coupling.sets import ABOUT_DATA, couple, nothing_selected_error
 from fastdean.coupling.targets import Target, find_targets
 from fastdean.data.examples import Example
 from fastdean.data.rendering import (
-    NOT_ALIKE,
     describe_rendering,
-    differing_renderings,
+    differing_rendering_cautions,
     rendering_cautions,
 )
 from fastdean.files.provenance import public_source
@@ -34,8 +33,9 @@ from fastdean.jobs.coupling.measuring import MeasuringSet, measure
 from fastdean.jobs.coupling.model import RunModel
 from fastdean.jobs.coupling.results import collect, warnings_about
 from fastdean.jobs.coupling.scoring import note_origin
+from fastdean.jobs.coupling.split_rows import SplitRows, split_rows
 from fastdean.jobs.preview import shown
-from fastdean.jobs.rows import NumberedRow, SplitRows, encode_rows, same_content, split_rows
+from fastdean.jobs.rows import NumberedRow, encode_rows, same_content_cautions
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
 from fastdean.models.distributed import Ranks
@@ -163,14 +163,14 @@ def _prepare(session: Session[Job]) -> _Prepared:
         for name, examples in scored.items()
     }
     cautions = [
-        *same_content({name: split.content for name, split in rows.items()}),
+        *same_content_cautions({name: split.content for name, split in rows.items()}),
         *(
             sentence
             for name, split in rows.items()
             if split.skipped is not None
             for sentence in split.skipped.told(name)
         ),
-        *differing_renderings(renderings),
+        *differing_rendering_cautions(renderings),
         *(
             caution
             for name in scored
@@ -372,8 +372,8 @@ def _couple(
     """The job's mask and its controls, saved, and sentences on those that could not be made."""
     job, folder = session.job, session.folder
     warnings: list[str] = []
-    # Said before the scoring, and not again for every mask.
-    logger.addFilter(_says_no_rendering)
+    news = _News()
+    logger.addFilter(news)
     try:
         masks = {job.rule: _mask(scores, model, job, job.rule)}
         for rule in CONTROLS:
@@ -387,15 +387,28 @@ def _couple(
             except ValueError as error:
                 warnings.append(f"The control {rule!r} is left out: {error}.")
     finally:
-        logger.removeFilter(_says_no_rendering)
+        logger.removeFilter(news)
     for rule, mask in masks.items():
         where = folder.mask if rule == job.rule else folder.control(rule)
         mask.save_pretrained(where, overwrite=True)
     return masks, warnings
 
 
-def _says_no_rendering(record: LogRecord) -> bool:
-    return not record.getMessage().startswith(NOT_ALIKE)
+class _News(Filter):
+    """Lets a warning through once, for the first of all masks, and none about the data sets.
+
+    Those were told before the scoring.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: LogRecord) -> bool:
+        text = record.getMessage()
+        known = text in self._told or getattr(record, "about", None) == ABOUT_DATA["about"]
+        self._told.add(text)
+        return not known
 
 
 def _mask(scores: Mapping[str, Scores], model: nn.Module | None, job: Job, rule: str) -> NeuronMask:
