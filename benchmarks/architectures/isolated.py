@@ -7,6 +7,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 LIMIT_S = 60.0
+_ENDING_S = 5.0
 _IMPORTED = [
     *("torch", "torch._dynamo", "transformers.models.llama.modeling_llama"),
     *("transformers.integrations.moe", "transformers.integrations.finegrained_fp8"),
@@ -26,7 +27,9 @@ def outcome_of(name: str, limit_s: float = LIMIT_S) -> dict[str, Any]:
     sending.close()
     try:
         if receiving.poll(limit_s):
-            return receiving.recv()
+            found = receiving.recv()
+            process.join(_ENDING_S)
+            return found
         return {"failed": f"nothing came of it in {limit_s:.0f} s"}
     except EOFError:
         process.join()

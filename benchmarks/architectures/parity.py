@@ -8,6 +8,7 @@ loop in fp32), within twice of that.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import traceback
 import warnings
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 import fastdean
@@ -35,6 +37,7 @@ IGNORE = -100
 def outcome_of(name: str) -> dict[str, Any]:
     """What comes of the class: see `page.py` for what the entries mean."""
     logger.setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found: Listed = listed()[name]
@@ -113,12 +116,27 @@ class _PlainLoop:
         self._known: dict[torch.dtype, dict[str, Tensor]] = {}
 
     def try_out(self) -> None:
-        """Raise what the model itself raises, or that its loss depends on nothing."""
-        if not all(t.isfinite().all() for t in self._all(torch.float64).values()):
-            raise ValueError("the gradients of the plain loop in float64 are not finite")
+        """Raise what the model itself raises.
+
+        Some put numbers into their masks that float64 cannot take: these are compared in fp32.
+        """
+        for self._dtype in (torch.float64, torch.float32):
+            try:
+                finite = all(t.isfinite().all() for t in self._all(self._dtype).values())
+            except RuntimeError:
+                if self._dtype == torch.float32:
+                    raise
+                continue
+            if finite:
+                break
+        else:
+            raise ValueError("the gradients of the plain loop are not finite")
+        # Some are changed by their first pass, whoever runs it.
+        with torch.no_grad():
+            self._model(**self._inputs(self._examples[0]))
 
     def importance(self, name: str) -> Tensor:
-        return self._all(torch.float64)[name]
+        return self._all(self._dtype)[name]
 
     def fp32_off(self, name: str) -> float:
         return _off(self._all(torch.float32)[name], self.importance(name))
@@ -135,11 +153,10 @@ class _PlainLoop:
             config = getattr(module, "config", None)
             if hasattr(config, "_experts_implementation_internal"):
                 config._experts_implementation_internal = "eager"
-        weights = {n: p for n, p in model.named_parameters() if p.dim() > 1}
+        weights = {n: p for n, p in model.named_parameters() if p.dim() > 1 and p.requires_grad}
         sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         for example in self._examples:
-            inputs = {k: v for k, v in example.items() if k != "labels"}
-            outputs = model(**inputs, use_cache=False) if self._caches() else model(**inputs)
+            outputs = model(**self._inputs(example))
             loss = _loss(outputs, example["labels"], self._shift).sum()
             gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for name, gradient in zip(weights, gradients, strict=True):
@@ -148,10 +165,10 @@ class _PlainLoop:
         number = len(self._examples)
         return {n: sums[n] * weights[n].detach().abs() / number for n in weights}
 
-    def _caches(self) -> bool:
-        import inspect
-
-        return "use_cache" in inspect.signature(self._model.forward).parameters
+    def _inputs(self, example: dict[str, Tensor]) -> dict[str, Any]:
+        takes_cache = "use_cache" in inspect.signature(self._model.forward).parameters
+        inputs: dict[str, Any] = {k: v for k, v in example.items() if k != "labels"}
+        return inputs | ({"use_cache": False} if takes_cache else {})
 
 
 def _loss(outputs: Any, labels: Tensor, shift: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastdean.models.forward import matrices_of
 from fastdean.models.hooks import has_hooks
-from fastdean.models.model_state import text_config
+from fastdean.models.model_state import config_entry, text_config
 
 # Tensors as wide as what a layer returns that a backward window holds at its peak: a kept answer
 # and the copy that the model is given, the layer's own copy, what it returns now and what it
@@ -147,7 +147,7 @@ class ModelMemory:
     def of(cls, model: nn.Module, layers: Iterable[nn.Module]) -> ModelMemory:
         layers = list(layers)
         config = text_config(model)
-        experts = getattr(config, "num_experts_per_tok", None)
+        experts = config_entry(config, "num_experts_per_tok")
         inside = {id(p) for layer in layers for p in layer.parameters()}
         head = _weight(model, "get_output_embeddings")
         embedding = _weight(model, "get_input_embeddings")
@@ -169,7 +169,7 @@ class ModelMemory:
             width=_width(model, layers),
             behind=sum(sum(weight.shape) * weight.element_size() for weight in outside),
             logits=0 if head is None else len(head) * head.element_size(),
-            heads=size * (getattr(config, "num_attention_heads", None) or 0),
+            heads=size * (config_entry(config, "num_attention_heads") or 0),
             watched=any(map(has_hooks, layers)),
             offloaded=_bytes(p for p in model.parameters() if p.is_meta),
             itemsize=size,
@@ -327,7 +327,7 @@ def _kept(layer: nn.Module, experts: int | None) -> int:
 def _width(model: nn.Module, layers: Sequence[nn.Module]) -> int:
     """Bytes of one token in what a layer returns: the model's hidden size in its dtype."""
     matrices = [p for layer in layers for p in layer.parameters() if p.dim() > 1]
-    hidden = getattr(text_config(model), "hidden_size", None)
+    hidden = config_entry(text_config(model), "hidden_size")
     if not isinstance(hidden, int):
         hidden = max((size for p in matrices for size in p.shape[-2:]), default=0)
     return hidden * max((p.element_size() for p in matrices), default=0)
