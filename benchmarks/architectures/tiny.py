@@ -69,6 +69,8 @@ _INDEXER = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
+_NO_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _SHARING = {
     "num_hidden_layers": 6,
     "num_kv_shared_layers": 2,
@@ -121,8 +123,18 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"num_layers": 1, "num_key_value_heads": 4, "head_dim": 4},
     "doge": {"num_key_value_heads": 2},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
-    "gemma4_unified_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    # The layers above patches are twice as wide as those of bytes, from two of which each comes.
+    "blt": {
+        "global_config": {"hidden_size": 64},
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+    },
+    "gemma4_assistant": {"text_config": _NO_INPUTS},
+    "gemma4_unified_assistant": {"text_config": _NO_INPUTS},
     "qwen4_exp_text": _INDEXER,
     "qwen4_exp": {"text_config": _INDEXER},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
