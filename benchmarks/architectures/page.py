@@ -23,7 +23,8 @@ in float64, one example and one backward pass at a time. Each is scored four tim
 
 - **exact**: every matrix of all four is within 1e-5 of the plain loop, by norm (or, where fp32
   autograd itself is off by more, within twice of that).
-- **partly**: exact in some of the four, refused in the others, with the reason.
+- **partly**: exact in some of the four, refused in the others, with the reason. Where all four are
+  refused, everything that has a name is tried as well (`target_modules=".*"`).
 - **refused**: FastDEAN says in one line why it gives no scores.
 - **not built**: no tiny model of the class, or it computes nothing from tokens alone.
 

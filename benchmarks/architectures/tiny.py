@@ -133,6 +133,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "encoder_config": {"hidden_size_global": 64},
         "decoder_config": {"hidden_size_global": 64},
     },
+    "dots3_note": {
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+    },
     "gemma4_assistant": {"text_config": _NO_INPUTS},
     "gemma4_unified_assistant": {"text_config": _NO_INPUTS},
     "qwen4_exp_text": _INDEXER,
@@ -221,7 +225,9 @@ def _shrunk(config: Any, exceptions: Mapping[str, Any]) -> Any:
             values[name] = len(kept[1])
         else:
             values[name] = _small(name, value)
-    values = {n: v for n, v in values.items() if v is not entries[n] and v != entries[n]}
+    # Two configurations are not compared: of some, entries must not be read.
+    changed = (n for n, v in values.items() if hasattr(v, "to_dict") or v != entries[n])
+    values = {name: values[name] for name in changed}
     for name, value in exceptions.items():
         if not (name in values and isinstance(value, Mapping) and hasattr(values[name], "to_dict")):
             values[name] = value

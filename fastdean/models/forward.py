@@ -460,6 +460,10 @@ def _picking_limit(model: nn.Module) -> int | None:
     """
     config = text_config(model)
     limits = [config_entry(config, name) for name in _PICKED]
+    # Where several tokens are compressed to one before that, so many compressed ones are picked.
+    rates = config_entry(config, "compress_rates")
+    if isinstance(rates, Mapping) and rates:
+        limits = [limit * min(rates.values()) if limit else None for limit in limits]
     picked, size = (config_entry(config, name) for name in _PICKED_BLOCKS)
     if isinstance(picked, int) and isinstance(size, int):
         limits.append(picked * size)
