@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastdean.models.forward import matrices_of
 from fastdean.models.hooks import has_hooks
-from fastdean.models.model_state import text_config
+from fastdean.models.model_state import config_entry, text_config
 
 # Tensors as wide as what a layer returns that a backward window holds at its peak: a kept answer
 # and the copy that the model is given, the layer's own copy, what it returns now and what it
@@ -156,17 +156,17 @@ class ModelMemory:
     def of(cls, model: nn.Module, layers: Iterable[nn.Module]) -> ModelMemory:
         layers = list(layers)
         config = text_config(model)
-        experts = getattr(config, "num_experts_per_tok", None)
+        experts = config_entry(config, "num_experts_per_tok")
         inside = {id(p) for layer in layers for p in layer.parameters()}
         head = _weight(model, "get_output_embeddings")
         embedding = _weight(model, "get_input_embeddings")
         outside = [w for w in matrices_of(model) if id(w) not in inside and w is not head]
         size = max((p.element_size() for layer in layers for p in layer.parameters()), default=0)
-        heads = getattr(config, "num_attention_heads", None) or 0
-        hidden, per_head = (getattr(config, name, None) for name in ("hidden_size", "head_dim"))
+        heads = config_entry(config, "num_attention_heads") or 0
+        hidden, per_head = (config_entry(config, name) for name in ("hidden_size", "head_dim"))
         if not isinstance(per_head, int):
             per_head = hidden // max(1, heads) if isinstance(hidden, int) else 0
-        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        capped = config_entry(config, "attn_logit_softcapping") is not None
         return cls(
             layers=tuple(
                 LayerMemory(
@@ -344,7 +344,7 @@ def _kept(layer: nn.Module, experts: int | None) -> int:
 def _width(model: nn.Module, layers: Sequence[nn.Module]) -> int:
     """Bytes of one token in what a layer returns: the model's hidden size in its dtype."""
     matrices = [p for layer in layers for p in layer.parameters() if p.dim() > 1]
-    hidden = getattr(text_config(model), "hidden_size", None)
+    hidden = config_entry(text_config(model), "hidden_size")
     if not isinstance(hidden, int):
         hidden = max((size for p in matrices for size in p.shape[-2:]), default=0)
     return hidden * max((p.element_size() for p in matrices), default=0)

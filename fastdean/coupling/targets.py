@@ -20,6 +20,7 @@ from fastdean.models.adapters import Plain, base_model, plain_modules
 from fastdean.models.blocks import ATTENTION, FEED_FORWARD, Grouping, LayerParts, Matrix
 from fastdean.models.experts import fused_experts
 from fastdean.models.model_state import (
+    config_entry,
     evaluation_state,
     execution_device,
     materialised_weight,
@@ -597,7 +598,7 @@ def survey(model: nn.Module) -> Survey:
         owner = owners[plain.name]
         if owner is not None:
             inside[owner].append(plain)
-    hidden_size = getattr(text_config(base_model(model)), "hidden_size", None)
+    hidden_size = config_entry(text_config(base_model(model)), "hidden_size")
     groupings = {
         owner: _grouping(owner, layers[owner], members, scorable, hidden_size)
         for owner, members in inside.items()

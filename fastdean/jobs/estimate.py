@@ -556,16 +556,16 @@ def _operations(
 ) -> dict[str, float]:
     """FLOP of each part; matrices, and attention's products of all pairs of an example's tokens."""
     from fastdean.models.forward import matrices_of
-    from fastdean.models.model_state import text_config
+    from fastdean.models.model_state import config_entry, text_config
 
     config = text_config(model)
     tokens = sum(length for length, _ in lengths)
     predicted = sum(count for _, count in lengths)
     pairs = sum(length * length for length, _ in lengths)
-    experts = getattr(config, "num_experts_per_tok", None)
-    heads = getattr(config, "num_attention_heads", None) or 0
-    hidden = getattr(config, "hidden_size", None) or 0
-    width = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
+    experts = config_entry(config, "num_experts_per_tok")
+    heads = config_entry(config, "num_attention_heads") or 0
+    hidden = config_entry(config, "hidden_size") or 0
+    width = config_entry(config, "v_head_dim") or config_entry(config, "head_dim")
     width = width or (hidden // heads if heads else 0)
     stacked = [p for layer in layers for p in layer.parameters() if p.dim() == 3]
     head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)

@@ -30,6 +30,7 @@ from fastdean.models.calling import (
 )
 from fastdean.models.hooks import forward_pre_hooks
 from fastdean.models.model_state import (
+    config_entry,
     evaluation_state,
     input_device,
     input_embedding,
@@ -50,6 +51,9 @@ from fastdean.models.probes import (
 
 # What models call the tables that they look positions and token types up in.
 _POSITIONS = re.compile(r"^wpe$|^(?!.*(relative|rel_)).*position")
+# What configurations call the number of tokens that attention picks, or of blocks and their size.
+_PICKED = ("keep_window_size", "index_topk", "indexer_budget")
+_PICKED_BLOCKS = ("index_topk_blocks", "index_block_size")
 _TABLES = {"position_ids": _POSITIONS, "token_type_ids": re.compile(r"token_type")}
 
 
@@ -421,7 +425,7 @@ def exact_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
     return Layout(
         packed=packed,
         padded=padded,
-        alone_above=_rotary_limit(model),
+        alone_above=_alone_above(model),
         longest_row=_longest_row(model) if packed or by_segments else None,
         by_segments=by_segments,
     )
@@ -431,15 +435,39 @@ def _longest_row(model: nn.Module) -> int | None:
     """Tokens of a row in which no example's numbers depend on the others there, or None.
 
     Llama 4 scales its queries by their places in the row, from the `floor_scale`th on, whatever
-    their positions. Doge picks keys among all of a row of more than `keep_window_size` tokens.
+    their positions.
     """
     config = text_config(model)
     scaled_from = getattr(config, "floor_scale", None)
     if not scaled_from or not getattr(config, "attn_temperature_tuning", False):
         scaled_from = math.inf
-    window = getattr(config, "keep_window_size", None) or math.inf
-    shortest = min(max_tokens(model) or math.inf, scaled_from - 1, window)
+    picking = _picking_limit(model) or math.inf
+    shortest = min(max_tokens(model) or math.inf, scaled_from - 1, picking)
     return None if shortest == math.inf else max(1, int(shortest))
+
+
+def _alone_above(model: nn.Module) -> int | None:
+    """The length from which an example's numbers depend on what shares its batch, or None."""
+    limits = (_rotary_limit(model), _picking_limit(model))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _picking_limit(model: nn.Module) -> int | None:
+    """The length from which attention sees a few tokens that the model picks, or None.
+
+    The scores by which it picks (Doge, DeepSeek's sparse attention and its like) tie or nearly do,
+    and which of equals is picked depends on the shape of the batch, padding included.
+    """
+    config = text_config(model)
+    limits = [config_entry(config, name) for name in _PICKED]
+    # Where several tokens are compressed to one before that, so many compressed ones are picked.
+    rates = config_entry(config, "compress_rates")
+    if isinstance(rates, Mapping) and rates:
+        limits = [limit * min(rates.values()) if limit else None for limit in limits]
+    picked, size = (config_entry(config, name) for name in _PICKED_BLOCKS)
+    if isinstance(picked, int) and isinstance(size, int):
+        limits.append(picked * size)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def _rotary_limit(model: nn.Module) -> int | None:

@@ -106,6 +106,18 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def config_entry(config: Any, name: str) -> Any:
+    """An entry of a configuration, or None; the largest where layers have one each.
+
+    transformers refuses to tell those by the name alone (layers with heads of their own number).
+    """
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        of_layers = (getattr(layer, name, None) for layer in config.per_layer_config)
+        return max((value for value in of_layers if value is not None), default=None)
+
+
 def max_tokens(model: nn.Module) -> int | None:
     """How many tokens of one example the model has positions for; None where it sets no bound.
 

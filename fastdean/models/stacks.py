@@ -58,8 +58,13 @@ def _part(model: nn.Module, getter: str) -> nn.Module | None:
 
 
 def _reads_text(module: nn.Module) -> bool:
-    """transformers' models say what they take in: token ids, pixels or features of sound."""
-    return getattr(module, "main_input_name", "input_ids") in ("input_ids", "decoder_input_ids")
+    """transformers' models say what they take in: token ids, pixels or features of sound.
+
+    Some towers keep the name that every model has by default, and name no text among the kinds of
+    input that they take.
+    """
+    named = getattr(module, "main_input_name", "input_ids") in ("input_ids", "decoder_input_ids")
+    return named and "text" in getattr(module, "input_modalities", "text")
 
 
 def _layers(root: nn.Module, names: dict[nn.Module, str]) -> list[nn.Module]:

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from interrupts import interrupt, moments
+from tiny_experts import FAMILIES as MIXTURES
 from tiny_models import HEADS, HIDDEN, INTERMEDIATE, LAYERS, MAX_TOKENS, VOCAB, _build
 
 from fastdean.data import batching
@@ -306,6 +307,33 @@ def test_a_row_ends_where_its_length_begins_to_count(name, shape):
     found, _ = target_log_likelihood(model, examples, tokens_per_batch=200, progress=False)
     alone = [target_log_likelihood(model, [e], progress=False)[0][0] for e in examples]
     assert (found - torch.stack(alone)).abs().max() < 1e-5 * found.abs().max()
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("Doge", {"keep_window_size": 8}),
+        (
+            "DeepseekV32",
+            MIXTURES["DeepseekV3"] | {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 8},
+        ),
+    ],
+)
+def test_examples_longer_than_what_attention_picks_stand_alone(name, shape):
+    """Scores by which keys are picked may tie, and the shape of a batch says which of them wins."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**_SHAPE | shape)
+    model = _build(transformers.AutoModelForCausalLM.from_config, config, 0)
+    examples = [Example(ids, ids) for ids in (torch.arange(3, 3 + n) for n in (20, 5, 13, 9, 3))]
+    layout = exact_layout(model, examples)
+    assert layout.alone_above == 8
+    batches = prepare_batches(model, examples, tokens_per_batch=200)
+    alone = {0, 2, 3}
+    assert all(not alone & set(b.example_index) or b.num_examples == 1 for b in batches)
+    found, _ = target_log_likelihood(model, examples, tokens_per_batch=200, progress=False)
+    each = [target_log_likelihood(model, [e], progress=False)[0][0] for e in examples]
+    assert (found - torch.stack(each)).abs().max() < 1e-5 * found.abs().max()
 
 
 def test_one_long_example_among_short_ones_does_not_let_their_mask_grow():

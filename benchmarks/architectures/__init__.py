@@ -1,0 +1,1 @@
+"""Every language model class of the installed transformers, built tiny and scored."""
