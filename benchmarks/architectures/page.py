@@ -22,7 +22,8 @@ in float64, one example and one backward pass at a time. Each is scored four tim
 {counts}
 
 - **exact**: every matrix of all four is within 1e-5 of the plain loop, by norm (or, where fp32
-  autograd itself is off by more, within twice of that).
+  autograd itself is off by more, within twice of that). "loop in fp32": the model itself cannot run
+  in float64.
 - **partly**: exact in some of the four, refused in the others, with the reason. Where all four are
   refused, everything that has a name is tried as well (`target_modules=".*"`).
 - **refused**: FastDEAN says in one line why it gives no scores.
@@ -60,10 +61,14 @@ def _section(kind: str, results: Mapping[str, Any]) -> str:
         cells = [name.partition("/")[2], result.get("class", ""), outcome(result), left]
         lines.append(
             "| "
-            + " | ".join([*cells, _escaped("; ".join(remarks(result)).replace("refused: ", ""))])
+            + " | ".join([*cells, _escaped("; ".join(_said(result)).replace("refused: ", ""))])
             + " |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _said(result: Mapping[str, Any]) -> list[str]:
+    return [*(f"loop in {each}" for each in [result.get("loop")] if each), *remarks(result)]
 
 
 def _escaped(text: str) -> str:

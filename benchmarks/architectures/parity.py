@@ -50,6 +50,8 @@ def outcome_of(name: str) -> dict[str, Any]:
             plain.try_out()
         except Exception as error:
             return result | {"not built": _one_line(error)}
+        if plain.dtype != torch.float64:
+            result["loop"] = "fp32"
         cases: dict[str, str] = {}
         for modules, order in CASES:
             cases[f"{modules} {order}"] = _case(model, examples, plain, modules, order, result)
@@ -124,11 +126,11 @@ class _PlainLoop:
 
         Some put numbers into their masks that float64 cannot take: these are compared in fp32.
         """
-        for self._dtype in (torch.float64, torch.float32):
+        for self.dtype in (torch.float64, torch.float32):
             try:
-                finite = all(t.isfinite().all() for t in self._all(self._dtype).values())
+                finite = all(t.isfinite().all() for t in self._all(self.dtype).values())
             except RuntimeError:
-                if self._dtype == torch.float32:
+                if self.dtype == torch.float32:
                     raise
                 continue
             if finite:
@@ -140,7 +142,7 @@ class _PlainLoop:
             self._model(**self._inputs(self._examples[0]))
 
     def importance(self, name: str) -> Tensor:
-        return self._all(self._dtype)[name]
+        return self._all(self.dtype)[name]
 
     def fp32_off(self, name: str) -> float:
         return _off(self._all(torch.float32)[name], self.importance(name))

@@ -455,8 +455,8 @@ def _alone_above(model: nn.Module) -> int | None:
 def _picking_limit(model: nn.Module) -> int | None:
     """The length from which attention sees a few tokens that the model picks, or None.
 
-    The scores by which it picks (Doge, DeepSeek's sparse attention and its like) tie or nearly do,
-    and which of equals is picked depends on the shape of the batch, padding included.
+    In longer rows, padding included, models were seen to pick other tokens of the same example
+    (Doge, DeepSeek's sparse attention, whose scores are clipped at zero and so may tie).
     """
     config = text_config(model)
     limits = [config_entry(config, name) for name in _PICKED]

@@ -13,6 +13,7 @@ from torch import nn
 
 import fastdean
 from fastdean.coupling.targets import coverage, decoder_layers, find_targets
+from fastdean.models.model_state import config_entry
 
 # Per layer: the MLP's and the attention's matrices, by hand, and the MLP's down projection.
 GATED = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -455,3 +456,27 @@ def test_the_earlier_word_for_units_still_works_and_says_what_to_write():
             llama(), batches(make_examples(), 3), granularity="neuron", progress=False
         )
     assert scores.granularity == scores.manifest["granularity"] == "unit"
+
+
+def test_a_tower_that_names_sound_as_its_input_is_no_text_model():
+    class Tower(nn.Module):
+        input_modalities = "audio"
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(3))
+
+    model = nn.Module()
+    model.encoder = Tower()
+    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+    assert list(decoder_layers(model)) == ["layers.0", "layers.1"]
+
+
+def test_entries_that_layers_have_each_of_their_own():
+    from transformers import LlamaConfig
+
+    layers = {1: {"intermediate_size": 64}}
+    config = LlamaConfig(num_hidden_layers=2, intermediate_size=48, per_layer_config=layers)
+    assert config_entry(config, "intermediate_size") == 64
+    assert config_entry(config, "hidden_size") == config.hidden_size
+    assert config_entry(config, "of_no_configuration") is None

@@ -320,7 +320,7 @@ def test_a_row_ends_where_its_length_begins_to_count(name, shape):
     ],
 )
 def test_examples_longer_than_what_attention_picks_stand_alone(name, shape):
-    """Scores by which keys are picked may tie, and the shape of a batch says which of them wins."""
+    """In a longer row, padding included, other keys of the same example may be picked."""
     import transformers
 
     config = getattr(transformers, f"{name}Config")(**_SHAPE | shape)
