@@ -63,6 +63,7 @@ from fastdean.coupling.targets import (
 from fastdean.coupling.trial import Scorable, find_scorable
 from fastdean.coupling.window_memory import WindowMemory
 from fastdean.coupling.workloads import LossFunction, Workload, blocks_of_a_rank, plan_workload
+from fastdean.data.examples import Example
 from fastdean.models.adapters import require_no_prompts
 from fastdean.models.available_memory import peak_memory
 from fastdean.models.distributed import Ranks, failing_together
@@ -312,7 +313,8 @@ def score_sets(
             split_by_memory(targets, all_sums, memory_budget)
     if stream is not None:
         require_streamable(order, keep_top, granularity)
-        if reading.get("tokenizer") is None:
+        texts = not all(map(_read_already, loaders.values()))
+        if texts and reading.get("tokenizer") is None:
             reading["tokenizer"] = stream.tokenizer
     device = input_device(model) if stream is None else stream.device
     read_before = 0 if stream is None else stream.bytes_read
@@ -412,6 +414,10 @@ def score_sets(
                     "states=%r is not used: batch by batch no states are kept", str(states)
                 )
             return job.by_batches(chosen)
+
+
+def _read_already(loader: Any) -> bool:
+    return isinstance(loader, Sequence) and all(isinstance(each, Example) for each in loader)
 
 
 def _find_scorables(

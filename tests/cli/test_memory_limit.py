@@ -62,7 +62,8 @@ def score(place, room, *options):
 def lines_of(process):
     """What a command said, without the bars and lines that show how far it is."""
     said = [line for line in process.stderr.splitlines() if line.startswith("fastdean: ")]
-    return [line for line in said if "tokens/s" not in line and "fewer than" not in line]
+    progress = re.compile(r"tokens/s|fewer than|: step \d of \d, ")
+    return [line for line in said if not progress.search(line)]
 
 
 def test_auto_goes_layer_by_layer_where_the_sums_do_not_fit(place):

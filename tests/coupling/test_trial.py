@@ -510,12 +510,12 @@ def test_a_window_that_short_texts_are_padded_to():
 
 
 def test_an_excerpt_is_short_and_all_targets():
-    from fastdean.coupling.workloads import LanguageModelling
+    from fastdean.coupling.workloads import plan_workload
     from fastdean.models.distributed import Ranks
 
     ids = torch.arange(3, 90)
     rows = [{"input_ids": each, "labels": each} for each in (ids[:5], ids.repeat(3)[:120], ids)]
-    work = LanguageModelling.plan(llama(), rows, template="raw", ranks=Ranks(0, 1))
+    work = plan_workload(llama(), rows, template="raw", ranks=Ranks(0, 1))
     excerpt = work.excerpt()
     assert [len(example) for example in work.excerpt(whole=True).examples] == [120, 87]
     assert len(excerpt.batches) == 1 and excerpt.batches[0].num_examples == 2

@@ -85,7 +85,8 @@ def test_a_copied_file_is_named_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(editing, "patch", lambda *_, **__: patched)
     arguments = ["patch", "--checkpoint", "c", "--mask", "m", "--out", str(tmp_path / "o")]
     result = CliRunner().invoke(cli.app, arguments)
-    assert len(result.stderr.splitlines()) == 2 and not UNSAFE.search(result.stderr)
+    # What was copied, how many values, and how an edit is measured.
+    assert len(result.stderr.splitlines()) == 3 and not UNSAFE.search(result.stderr)
 
 
 def outside_of_code(card: str) -> str:
