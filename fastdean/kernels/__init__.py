@@ -50,10 +50,3 @@ def refusal(device: torch.device, dtype: torch.dtype | None = None) -> str:
 def on_device(device: torch.device) -> AbstractContextManager:
     """Makes `device` current, since Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def note_write(tensor: torch.Tensor) -> None:
-    """Tell autograd of a write that it could not see."""
-    # Inference tensors carry no version counter.
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdean.kernels import note_write, on_device
+from fastdean.kernels import on_device
 from fastdean.kernels.token_blocks import placed_token_blocks
 
 _BLOCK_C = 128
@@ -162,4 +162,3 @@ def accumulate_unit_importance_(acc: Tensor, a: Tensor, g: Tensor, segments: Ten
             _unit_join_kernel[(num_c,)](
                 acc, parts, blocks, units, num_parts, acc.stride(0), part_tokens, **shared
             )
-    note_write(acc)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdean.native.autograd import increment_versions
 from fastdean.native.extension import cpu_level, dtype_code, loaded
 from fastdean.native.structs import written
 
@@ -24,7 +23,6 @@ def accumulate_importance_(
     """
     starts = torch.tensor([0, len(segments)], dtype=torch.int64, device="cpu")
     _accumulate_(acc.unsqueeze(0), x, g, segments, starts, level)
-    increment_versions([acc])
 
 
 def accumulate_expert_importance_(
@@ -43,7 +41,6 @@ def accumulate_expert_importance_(
     every = torch.arange(acc.shape[0] + 1, device="cpu")
     starts = torch.searchsorted(experts.contiguous(), every).contiguous()
     _accumulate_(acc, x, g, segments, starts, level)
-    increment_versions([acc])
 
 
 def _accumulate_(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdean.native.autograd import increment_versions
 from fastdean.native.extension import loaded
 from fastdean.native.places import Places, offsets_of
 
@@ -33,7 +32,6 @@ def write_at_(
     """`ops.write_at_` in compiled code; arguments and errors as for `zero_at_`."""
     if tensors:
         _run_on_places("write_at", Places(tensors, indices, values))
-        increment_versions(tensors)
 
 
 def zero_at_(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
@@ -44,7 +42,6 @@ def zero_at_(tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
     """
     if tensors:
         _run_on_places("zero_at", Places(tensors, indices))
-        increment_versions(tensors)
 
 
 def _run_on_places(op: str, places: Places) -> None:

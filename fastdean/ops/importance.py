@@ -17,6 +17,7 @@ from fastdean.ops.memory import (
     check_tensor,
     check_written,
 )
+from fastdean.ops.writes import note_writes
 from fastdean.wording.mendable import InputTypeError
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,6 +55,7 @@ def accumulate_importance_(
     check_segments(segments, x)
     _check_accumulator(acc, (g.shape[1], x.shape[1]), x, g, segments)
     choose("accumulate_importance_", x.device, impl, x.dtype).callable(acc, x, g, segments)
+    note_writes([acc])
     return acc
 
 
@@ -100,6 +102,7 @@ def accumulate_expert_importance_(
     _check_accumulator(acc, shape, x, g, segments, experts)
     op = choose("accumulate_expert_importance_", x.device, impl, x.dtype)
     op.callable(acc, x, g, segments, experts)
+    note_writes([acc])
     return acc
 
 
@@ -133,6 +136,7 @@ def accumulate_unit_importance_(
     _check_accumulator(acc, (a.shape[1],), a, g, segments)
     op = choose("accumulate_unit_importance_", a.device, impl, a.dtype)
     op.callable(acc, a, g, segments)
+    note_writes([acc])
     return acc
 
 

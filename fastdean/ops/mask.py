@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdean.ops import _checks, _dispatch
+from fastdean.ops.writes import note_writes
 
 
 def zero_at_(
@@ -37,7 +38,7 @@ def zero_at_(
     """
     _checks.check_edited_places(tensors, indices)
     _checks.check_writable(tensors)
-    _on_every_device("zero_at_", impl, tensors, indices)
+    _write("zero_at_", impl, tensors, indices)
 
 
 def gather_at(
@@ -78,7 +79,15 @@ def write_at_(
     _checks.check_edited_places(tensors, indices)
     _checks.check_writable(tensors)
     _checks.check_values(tensors, indices, values)
-    _on_every_device("write_at_", impl, tensors, indices, values)
+    _write("write_at_", impl, tensors, indices, values)
+
+
+def _write(op: str, impl: str | None, tensors: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
+    try:
+        _on_every_device(op, impl, tensors, *others)
+    finally:
+        # One device may have been written to before another one failed.
+        note_writes(tensors)
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:

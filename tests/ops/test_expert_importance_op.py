@@ -111,3 +111,12 @@ def test_errors(change, error, text):
     with pytest.raises(error, match=text):
         accumulate_expert_importance_(**arguments)
     assert not arguments["acc"].any()
+
+
+@IMPL
+def test_autograd_sees_the_write(impl):
+    acc, x, g = torch.zeros(2, 3, 4, device=DEVICE), random(2, 4, seed=1), random(2, 3, seed=2)
+    version = acc._version
+    spans, experts = torch.tensor([[0, 2]]), torch.tensor([1])
+    accumulate_expert_importance_(acc, x, g, spans, experts, impl=impl)
+    assert acc._version > version

@@ -1,4 +1,4 @@
-"""Version counters of tensors that were written through a pointer."""
+"""Autograd is told of writes that it could not see: through a pointer, or by a kernel."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def increment_versions(tensors: Sequence[Tensor]) -> None:
-    """Tells autograd of writes that it could not see."""
+def note_writes(tensors: Sequence[Tensor]) -> None:
+    """Count up the version of each tensor, by which autograd knows that its values changed."""
     try:
         torch.autograd.graph.increment_version(tensors)
     except RuntimeError:
