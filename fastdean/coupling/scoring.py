@@ -296,7 +296,7 @@ def score_sets(
     granularity = checked_granularity(granularity)
     is_sharded = stream is None and isinstance(model, nn.Module) and resharded(model)
     if is_sharded:
-        require_shardable(order, resume)
+        require_shardable(order, resume, keep_top, checked_granularity(granularity))
     found = survey(model)
     sharded = ShardedModel(model, found.layers, ranks) if is_sharded else None
     targets = find_targets(model, target_modules, granularity, found)
@@ -507,9 +507,8 @@ class _Scoring:
 
             def of_set(number: int, name: str, scorable: Scorable) -> Set:
                 if isinstance(home, KeptFiles):
-                    entries[name] = kept_entries(
-                        home, number, scorable.targets, weights=self.stream is None
-                    )
+                    own = self.stream is None and self.sharded is None
+                    entries[name] = kept_entries(home, number, scorable.targets, weights=own)
 
                 def finished(group: Sequence[Target], sums: dict[str, Accumulator]) -> None:
                     made = self._entries(scorable, group, sums)
@@ -581,7 +580,8 @@ class _Scoring:
             entries_bytes(s.targets, self.granularity, self.keep_top, self.signs) for s in sets
         )
         windows = self._windows(layers)
-        resident = () if self.stream is not None else resident_layers(layers)
+        whole = self.stream is None and self.sharded is None
+        resident = resident_layers(layers) if whole else ()
         with resumable(
             resume, parts, layers, windows, resident, self.ranks, results, self._read_here
         ) as job:

@@ -158,7 +158,8 @@ class ShardedModel:
         return whole(sharded)
 
     def _units_in(self, layer: nn.Module) -> list[Any]:
-        return [unit for unit in self._units.values() if unit in set(layer.modules())]
+        inside = set(layer.modules())
+        return [unit for unit in self._units.values() if unit in inside]
 
     @contextmanager
     def _gathered(self, units: Sequence[Any]) -> Iterator[None]:

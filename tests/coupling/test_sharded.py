@@ -15,11 +15,13 @@ from safetensors.torch import save_model
 from tiny_data import batches, make_examples
 from tiny_experts import experts_model
 from tiny_masks import mask_of
-from tiny_models import gemma2, gpt2, llama, qwen2
+from tiny_models import llama, qwen2
+from torch import nn
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
 from fastdean.coupling.by_layers import Sweep
+from fastdean.coupling.resumable import Resumable
 from fastdean.models.identity import weights_digest
 from fastdean.models.sharded import units_of
 from fastdean.models.shards import shard_fault
@@ -61,6 +63,12 @@ def as_one_unit(model):
     from torch.distributed.fsdp import fully_shard
 
     return fully_shard(model)
+
+
+def of_two_kinds():
+    model = llama()
+    model.model.layers[1].mlp.act_fn = nn.GELU()
+    return model
 
 
 def token_loss(outputs, batch):
@@ -108,11 +116,10 @@ def exact(model):
 SITUATIONS = {
     **{name: (sharded, make, kept) for name, make in MODELS.items()},
     "dense": (sharded, llama, dense),
-    "dense experts": (sharded, MODELS["mixtral"], dense),
     "attention": (sharded, qwen2, attention),
-    "layers of two kinds": (sharded, gemma2, kept),
+    "layers of two kinds": (sharded, of_two_kinds, kept),
     "small units": (in_small_units, llama, kept),
-    "one unit": (as_one_unit, gpt2, kept),
+    "one unit": (as_one_unit, llama, kept),
     "one example": (sharded, llama, one_example),
     "in passes": (sharded, MODELS["mixtral"], in_passes),
     "units": (sharded, llama, units),
@@ -322,7 +329,7 @@ def refused(rank):
         **{f"mask, {name}": message_of(mask.apply_, each) for name, each in models.items()},
         "strided": shard_fault(both.get_parameter(UP), WORLD),
         "batches": message_of(fastdean.score, model, loader(), order="batches", keep_top=0.1),
-        "resume": message_of(fastdean.score, model, loader(), resume="job", keep_top=0.1),
+        "resume": message_of(fastdean.score, model, loader(), resume="job"),
         "unit weights": message_of(
             fastdean.couple, *[units(model)] * 2, ratio=0.1, model=model, unit_weights="all"
         ),
@@ -441,6 +448,25 @@ def mask_of_weights(weights, places):
     return fastdean.NeuronMask(entries)
 
 
+def resumed(rank, folder):
+    """A job that stops when one rank has noted a layer as done and the other one has not."""
+    model, write, steps = sharded(llama()), Resumable._write, []
+
+    def noted(self, step, *arguments, **options):
+        if rank == 1 and step == 2 and not steps:
+            raise OSError("disk of rank 1")
+        write(self, step, *arguments, **options)
+        steps.append(step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        options = {**SMALL, "resume": folder / "job"}
+        patch.setattr(Resumable, "_write", noted)
+        said = message_of(fastdean.score, model, loader(), **options)
+        steps[:] = [0]
+        scores = fastdean.score(model, loader(), **options)
+    return {"said": said, "steps": steps, "scores": described(scores)}
+
+
 def coupled(rank):
     """From scores to an edit of the model that was scored."""
     model = sharded(llama())
@@ -482,7 +508,7 @@ def worker(rank, folder):
             found[name] = described(score(shard(make())))
         except Exception:
             found[name] = traceback.format_exc()
-    for name, check in CHECKS.items():
+    for name, check in {**CHECKS, "resumed": lambda rank: resumed(rank, folder)}.items():
         try:
             found[name] = check(rank)
         except Exception:
@@ -551,6 +577,19 @@ def test_a_rank_that_fails_ends_all_and_leaves_the_model_sharded(found, how, err
     assert "got 1 of 2 that failed" in found[0][how]["said"]
 
 
+def test_a_job_goes_on_from_where_all_ranks_have_been(found):
+    alone = found[0]["llama"]["entries"]
+    for rank in range(WORLD):
+        result = found[rank]["resumed"]
+        assert not isinstance(result, str), result
+        assert ("disk of rank 1" if rank else "1 of 2 that failed") in result["said"]
+        # The second layer forward was through on rank 0 alone.
+        assert result["steps"] == [0, 2, 3, 4, 5]
+        for name, (index, sums, weight, _) in result["scores"]["entries"].items():
+            assert torch.equal(index, alone[name][0])
+            assert torch.equal(sums, alone[name][1]) and torch.equal(weight, alone[name][2])
+
+
 def test_no_more_than_one_layer_is_whole_at_a_time(found):
     model = llama()
     layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
@@ -606,7 +645,7 @@ NOT_OURS = (
         ("score, part of the ranks", "on 1 of 2 ranks; load it in one process"),
         ("mask, part of the ranks", "on 1 of 2 ranks; load it in one process"),
         ("batches", "ValueError: order must be 'layers' or 'auto' for a model sharded over"),
-        ("resume", "ValueError: resume must be left out for a model sharded over ranks"),
+        ("resume", "ValueError: keep_top must be given with resume for a model sharded over ranks"),
         ("unit weights", "it is sharded over ranks, and no rank has its weights to try; use unit_"),
     ],
 )
