@@ -294,7 +294,7 @@ def score_sets(
     check_expert_scope(expert_scope)
     require_order(order, states, states_budget, resume)
     granularity = checked_granularity(granularity)
-    is_sharded = stream is None and isinstance(model, nn.Module) and resharded(model)
+    is_sharded = stream is None and resharded(model)
     if is_sharded:
         require_shardable(order, resume, keep_top, checked_granularity(granularity))
     found = survey(model)

@@ -48,7 +48,8 @@ def resharded(model: nn.Module) -> bool:
     Raises:
         ValueError: weights are sharded in another way than by `fully_shard` over all ranks.
     """
-    if sys.modules.keys().isdisjoint(("torch.distributed.tensor", "torch.distributed.fsdp")):
+    loaded = sys.modules.keys() & {"torch.distributed.tensor", "torch.distributed.fsdp"}
+    if not loaded or not isinstance(model, nn.Module):
         return False
     units = units_of(model)
     for unit in units.values():

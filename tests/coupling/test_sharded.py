@@ -59,6 +59,14 @@ def in_small_units(model):
     return model
 
 
+def in_pairs(model):
+    """Layers that share a unit, whose hooks FSDP wraps."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(list(model.model.layers))
+    return fully_shard(model)
+
+
 def as_one_unit(model):
     from torch.distributed.fsdp import fully_shard
 
@@ -196,6 +204,10 @@ def in_training(rank):
         model.model.layers[0].register_forward_pre_hook(lambda *given: seen.append(0), prepend=True)
         model.lm_head.weight.requires_grad_(True)
         step(model)
+        # Of these two, the gradients of the second wait in the weights that were gathered for it.
+        model.set_requires_gradient_sync(False)
+        step(model)
+        model.set_requires_gradient_sync(True)
         whole_weights(model)
         before = state_of(model)
         if scored:
@@ -259,25 +271,26 @@ def gathered_bytes(model):
     return sum(tensor.untyped_storage().nbytes() for tensor in outputs)
 
 
-def in_memory(rank):
-    """The most bytes of whole weights while anything is computed, and how often units come in."""
-    from torch.distributed.fsdp import FSDPModule
+def in_memory(model):
+    """The most bytes of whole weights while anything is computed, and which weights come in."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-    model, most, came = sharded(llama()), [0], []
-    names = {unit: name for name, unit in units_of(model).items()}
-    linear, unshard = torch.nn.functional.linear, FSDPModule.unshard
+    most, came = [0], []
+    names = {weight: name for name, weight in model.named_parameters()}
+    linear, unshard = torch.nn.functional.linear, FSDPParamGroup.unshard
 
     def measured(*arguments):
         most[0] = max(most[0], gathered_bytes(model))
         return linear(*arguments)
 
-    def noted(unit, *arguments):
-        came.append(names[unit])
-        return unshard(unit, *arguments)
+    def noted(group, *arguments, **options):
+        # Whoever asks for it: FSDP's own hooks do, for every call of a module.
+        came.append(names[group.fsdp_params[0].sharded_param].partition(".self_attn")[0])
+        return unshard(group, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "linear", measured)
-        patch.setattr(FSDPModule, "unshard", noted)
+        patch.setattr(FSDPParamGroup, "unshard", noted)
         kept(model)
     return {"most": most[0], "came": came, "left": gathered_bytes(model)}
 
@@ -450,10 +463,10 @@ def mask_of_weights(weights, places):
 
 def resumed(rank, folder):
     """A job that stops when one rank has noted a layer as done and the other one has not."""
-    model, write, steps = sharded(llama()), Resumable._write, []
+    model, write, steps, said = sharded(llama()), Resumable._write, [], []
 
     def noted(self, step, *arguments, **options):
-        if rank == 1 and step == 2 and not steps:
+        if rank == 1 and step == 2 and not said:
             raise OSError("disk of rank 1")
         write(self, step, *arguments, **options)
         steps.append(step)
@@ -461,10 +474,10 @@ def resumed(rank, folder):
     with pytest.MonkeyPatch.context() as patch:
         options = {**SMALL, "resume": folder / "job"}
         patch.setattr(Resumable, "_write", noted)
-        said = message_of(fastdean.score, model, loader(), **options)
-        steps[:] = [0]
+        said += [message_of(fastdean.score, model, loader(), **options)]
+        steps.clear()
         scores = fastdean.score(model, loader(), **options)
-    return {"said": said, "steps": steps, "scores": described(scores)}
+    return {"said": said[0], "steps": steps, "scores": described(scores)}
 
 
 def coupled(rank):
@@ -489,7 +502,7 @@ CHECKS = {
     "after forward": after_forward,
     "failing": lambda rank: failing(rank, OSError),
     "interrupted": lambda rank: failing(rank, KeyboardInterrupt),
-    "in memory": in_memory,
+    "in memory": lambda rank: [in_memory(each(llama())) for each in (sharded, in_pairs)],
     "in bf16": in_bf16,
     "digests": digests,
     "refused": refused,
@@ -583,8 +596,8 @@ def test_a_job_goes_on_from_where_all_ranks_have_been(found):
         result = found[rank]["resumed"]
         assert not isinstance(result, str), result
         assert ("disk of rank 1" if rank else "1 of 2 that failed") in result["said"]
-        # The second layer forward was through on rank 0 alone.
-        assert result["steps"] == [0, 2, 3, 4, 5]
+        # The second layer forward was through on rank 0 alone, and both begin it again.
+        assert result["steps"] == [2, 3, 4, 5]
         for name, (index, sums, weight, _) in result["scores"]["entries"].items():
             assert torch.equal(index, alone[name][0])
             assert torch.equal(sums, alone[name][1]) and torch.equal(weight, alone[name][2])
@@ -594,15 +607,18 @@ def test_no_more_than_one_layer_is_whole_at_a_time(found):
     model = llama()
     layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
     outside = sum(weight.nbytes for weight in model.parameters()) - 2 * layer
-    first, second = "model.layers.0", "model.layers.1"
     for rank in range(WORLD):
         result = found[rank]["in memory"]
         assert not isinstance(result, str), result
+        alone, in_pairs = result
         # What is gathered is padded to as many rows on each rank; here they are as many.
-        assert result["most"] == outside + layer
-        # Tried on the first layer; then forward and backward.
-        assert result["came"] == ["", first, first, second, second, first]
-        assert result["left"] == 0
+        assert alone["most"] == outside + layer
+        assert in_pairs["most"] == outside + 2 * layer
+        first, second, rest = "model.layers.0", "model.layers.1", "model.embed_tokens.weight"
+        # Tried on the first layer; then forward and backward. Around it is the rest of the model.
+        assert alone["came"] == [rest, first, first, second, second, first]
+        assert in_pairs["came"] == [rest, first, first, first, first, first]
+        assert alone["left"] == in_pairs["left"] == 0
 
 
 def test_what_computes_in_bf16_is_scored_with_the_weights_in_fp32(found):
