@@ -122,9 +122,10 @@ def exact(model):
 
 # Name of a situation: how the model is sharded, the model, how it is scored.
 SITUATIONS = {
-    **{name: (sharded, make, kept) for name, make in MODELS.items()},
+    "llama": (sharded, llama, kept),
+    "qwen2": (sharded, qwen2, attention),
+    "mixtral": (sharded, MODELS["mixtral"], kept),
     "dense": (sharded, llama, dense),
-    "attention": (sharded, qwen2, attention),
     "layers of two kinds": (sharded, of_two_kinds, kept),
     "small units": (in_small_units, llama, kept),
     "one unit": (as_one_unit, llama, kept),
@@ -397,7 +398,6 @@ def by_columns(model):
 
 
 MASKED = {
-    "llama": (sharded, llama, PLACES),
     "small units": (in_small_units, llama, PLACES),
     "columns": (by_columns, llama, PLACES),
     "tied": (sharded, qwen2, {TABLE: [1535, 1536], UP: [1023]}),
@@ -485,9 +485,9 @@ def coupled(rank):
     model = sharded(llama())
     found = {}
     for name, score in (("weights", kept), ("units", units)):
-        first, second = score(model), score(model)
+        scores = score(model)
         given = model if name == "units" else None
-        mask = fastdean.couple(first, second, ratio=0.04, model=given)
+        mask = fastdean.couple(scores, scores, ratio=0.04, model=given)
         mask.apply_(model)
         found[name] = {
             "entries": {name: (e.index, e.original) for name, e in mask.entries.items()},
@@ -699,7 +699,8 @@ def test_other_values_on_one_rank_are_refused_on_all(found):
 def test_scores_of_a_sharded_model_make_the_mask_of_a_whole_one(found, of):
     model = llama()
     score = {"weights": kept, "units": units}[of]
-    mask = fastdean.couple(score(model), score(model), ratio=0.04)
+    scores = score(model)
+    mask = fastdean.couple(scores, scores, ratio=0.04)
     mask.apply_(model)
     for rank in range(WORLD):
         result = found[rank]["coupled"]
