@@ -52,10 +52,8 @@ def resharded(model: nn.Module) -> bool:
     if not loaded or not isinstance(model, nn.Module):
         return False
     units = units_of(model)
-    for unit in units.values():
-        unit.reshard()
     if units:
-        # A pass that broke off leaves units that `reshard` lets be. This one FSDP shards always.
+        # FSDP shards every unit for it, those too that `reshard` lets be where a pass broke off.
         model.state_dict()
     size = Ranks.of_group().size
     inside = {module for unit in units.values() for module in unit.modules()}

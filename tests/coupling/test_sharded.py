@@ -6,7 +6,6 @@ The processes are started once; each goes through all situations, and the tests 
 from __future__ import annotations
 
 import traceback
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from tiny_experts import experts_model
 from tiny_masks import mask_of
 from tiny_models import llama, qwen2
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
@@ -149,9 +149,9 @@ def described(scores):
     }
 
 
-def whole_weights(model, reshard=True):
+def whole_weights(model):
     """By name, gathered by the tensors themselves."""
-    for unit in units_of(model).values() if reshard else ():
+    for unit in units_of(model).values():
         unit.reshard()
     return {
         name: getattr(weight, "full_tensor", lambda w=weight: w)().detach().clone()
@@ -228,6 +228,7 @@ def in_training(rank):
 def after_forward(rank):
     """The root keeps its weights after a pass, and one that breaks off leaves more gathered."""
     model = sharded(llama(), reshard_after_forward=False)
+    weights = dict(model.named_parameters())
     with torch.no_grad():
         model(input_ids=EXAMPLES[0][0][None])
         found = [described(kept(model))]
@@ -241,7 +242,8 @@ def after_forward(rank):
     # To the parameters themselves, and not to what was gathered of them.
     mask, plain = mask_of(llama(), PLACES), llama()
     with mask.applied(model), mask.applied(plain):
-        is_edited = same(whole_weights(model, reshard=False), whole_weights(plain))
+        edited = {name: weight.full_tensor().detach() for name, weight in weights.items()}
+        is_edited = same(edited, whole_weights(plain))
     return [*found, described(kept(model)), is_edited]
 
 
@@ -297,14 +299,14 @@ def in_memory(model):
 
 
 def in_bf16(rank):
-    """Weights in fp32 that compute in bf16; what a user sees of the outputs is fp32."""
+    """Layers whose weights are fp32 and compute in bf16, in a model of fp32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     def rounding(model):
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        dtypes = {"param_dtype": torch.bfloat16, "output_dtype": torch.float32}
         for layer in model.model.layers:
-            fully_shard(layer, mp_policy=policy)
-        return fully_shard(model, mp_policy=replace(policy, output_dtype=torch.float32))
+            fully_shard(layer, mp_policy=MixedPrecisionPolicy(**dtypes))
+        return fully_shard(model)
 
     return {
         name: described(score(rounding(llama())))
@@ -621,17 +623,25 @@ def test_no_more_than_one_layer_is_whole_at_a_time(found):
         assert alone["left"] == in_pairs["left"] == 0
 
 
+def in_dtype(dtype, tree):
+    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+
+
 def test_what_computes_in_bf16_is_scored_with_the_weights_in_fp32(found):
     plain, rounded = llama(), llama()
-    for weight in rounded.parameters():
-        weight.data = weight.data.bfloat16()
+    for layer in rounded.model.layers:
+        layer.bfloat16()
+        layer.register_forward_pre_hook(
+            lambda module, *given: in_dtype(torch.bfloat16, given), with_kwargs=True
+        )
+        layer.register_forward_hook(lambda module, args, made: in_dtype(torch.float32, made))
     alone = dense(rounded)
     for rank in range(WORLD):
         result = found[rank]["in bf16"]
         assert not isinstance(result, str), result
         for name, entry in alone.entries.items():
             _, sums, weight, _ = result["dense"]["entries"][name]
-            # Rounded otherwise only where what is handed on comes to fp32 in between.
+            # Batches are others, and so is the rounding.
             assert norm_error(sums, entry.sums) < 0.02
             assert torch.equal(weight, plain.get_parameter(name).detach())
             index, _, of_top, _ = result["kept"]["entries"][name]
