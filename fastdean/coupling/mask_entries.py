@@ -16,6 +16,7 @@ from fastdean.coupling.units import flat_places, unit_layers
 from fastdean.masks import MaskEntry
 from fastdean.models.adapters import plain_parameter, plain_submodule
 from fastdean.models.model_state import materialised_weight
+from fastdean.models.shards import whole
 
 
 def require_scored_model(scores: Scores, model: nn.Module) -> None:
@@ -63,7 +64,7 @@ def _whole_weight(name: str, everyone: Sequence[Scores]) -> Tensor | None:
 
 
 def _weight_of(model: nn.Module, name: str) -> Tensor:
-    """A weight of the model, detached; an offloaded one is copied to the CPU."""
+    """A weight of the model, detached; one that is offloaded or sharded over ranks is a copy."""
     try:
         weight: Tensor = plain_parameter(model, name)
     except AttributeError:
@@ -74,7 +75,7 @@ def _weight_of(model: nn.Module, name: str) -> Tensor:
     if weight.device.type == "meta":
         owner, _, leaf = name.rpartition(".")
         weight = materialised_weight(plain_submodule(model, owner), leaf)
-    return weight.detach()
+    return whole(weight)
 
 
 def _stored_values(name: str, index: Tensor, everyone: Sequence[Scores]) -> Tensor:

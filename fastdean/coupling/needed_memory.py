@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastdean.models.forward import matrices_of
 from fastdean.models.hooks import has_hooks
 from fastdean.models.model_state import config_entry, text_config
+from fastdean.models.shards import is_sharded
 
 # Tensors as wide as what a layer returns that a backward window holds at its peak: a kept answer
 # and the copy that the model is given, the layer's own copy, what it returns now and what it
@@ -171,7 +172,7 @@ class ModelMemory:
             layers=tuple(
                 LayerMemory(
                     weights=_bytes(layer.parameters()),
-                    offloaded=_bytes(p for p in layer.parameters() if p.is_meta),
+                    offloaded=_bytes(p for p in layer.parameters() if p.is_meta or is_sharded(p)),
                     kept=_kept(layer, experts),
                 )
                 for layer in layers

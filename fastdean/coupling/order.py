@@ -114,6 +114,20 @@ def require_streamable(order: str, keep_top: float | None, granularity: str) -> 
         )
 
 
+def require_shardable(order: str, resume: str | Path | None) -> None:
+    """ValueError unless a model whose weights are sharded over ranks can be scored like this."""
+    if order == "batches":
+        raise ValueError(
+            "order must be 'layers' or 'auto' for a model sharded over ranks (FSDP2), got "
+            "'batches'; leave it out, or load the model whole on every rank"
+        )
+    if resume is not None:
+        raise ValueError(
+            "resume must be left out for a model sharded over ranks (FSDP2), got "
+            f"{str(resume)!r}; load the model whole on every rank, or name a folder of its files"
+        )
+
+
 def require_room_for_dense(
     order: str,
     dense: int,

@@ -36,6 +36,7 @@ from fastdean.coupling.order import (
     choose_order,
     require_order,
     require_room_for_dense,
+    require_shardable,
     require_streamable,
     reserved_bytes,
 )
@@ -76,6 +77,7 @@ from fastdean.models.model_state import (
     unwrap,
 )
 from fastdean.models.replay import NotByLayers, recording
+from fastdean.models.sharded import ShardedModel, resharded
 from fastdean.models.stacks import decoder_layers
 from fastdean.models.streaming import StreamedModel
 from fastdean.models.trees import Path as TreePath
@@ -138,7 +140,9 @@ def score(
     `coverage["left_out"]`; a suffix of a list must keep one at least.
 
     Under `torch.distributed` every rank passes the same loader; the examples are split over the
-    ranks by their tokens, the sums are reduced once, and every rank returns the whole result.
+    ranks by their tokens, the sums are reduced once, and every rank returns the whole result. A
+    model that FSDP2 (`fully_shard`) shards over all ranks is scored layer by layer: a layer's
+    weights are gathered for its windows alone. It is left sharded.
 
     Args:
         model: a Hugging Face causal or masked language model, or with `loss_fn` any module. The
@@ -176,7 +180,7 @@ def score(
             decoder layer before the next, with the same result; sums live for one layer, the layer
             runs twice, and what it returned is kept meanwhile (`states`). "auto": "layers" where
             the sums and a batch do not fit into the memory there is, or weights are offloaded;
-            else "batches".
+            else "batches". A model that FSDP2 shards has no other order than "layers".
         states: where "layers" keeps what the layers returned: "device", "host", or a folder, in
             files that are gone at the end. "auto": on the device while there is room, then in the
             memory of a GPU's host, then in files of a temporary folder (`tempfile`, TMPDIR). The
@@ -295,7 +299,11 @@ def score_sets(
     check_expert_scope(expert_scope)
     require_order(order, states, states_budget, resume)
     granularity = checked_granularity(granularity)
+    is_sharded = stream is None and isinstance(model, nn.Module) and resharded(model)
+    if is_sharded:
+        require_shardable(order, resume)
     found = survey(model)
+    sharded = ShardedModel(model, found.layers, ranks) if is_sharded else None
     targets = find_targets(model, target_modules, granularity, found)
     require_own_parameters(model, targets)
     at_a_time = sums_at_a_time(blocks_of_a_rank(ranks, deterministic))
@@ -307,19 +315,25 @@ def score_sets(
     least = least_held_bytes if may_hold else all_sums
     if memory_budget is not None:
         require_real("memory_budget", memory_budget, "a number of bytes")
-        by_layers = order == "layers" or stream is not None
+        by_layers = order == "layers" or stream is not None or is_sharded
         if not by_layers and not all(least([target]) <= memory_budget for target in targets):
             split_by_memory(targets, all_sums, memory_budget)
     if stream is not None:
         require_streamable(order, keep_top, granularity)
         if reading.get("tokenizer") is None:
             reading["tokenizer"] = stream.tokenizer
-    device = input_device(model) if stream is None else stream.device
+    parts: ShardedModel | StreamedModel | None = sharded or stream
+    device = input_device(model) if parts is None else parts.device
     read_before = 0 if stream is None else stream.bytes_read
     dense = len(loaders) * all_sums_bytes(granularity, signs)(targets)
-    require_room_for_dense(order, dense, keep_top, memory_budget, device)
-    with strict_determinism(deterministic), eager(), outside_layers(stream):
-        with beginning(stream) as alike:
+    if is_sharded and granularity == "weight":
+        # Which are gone when their windows close.
+        dense += len(loaders) * sum(target.weight.nbytes for target in targets)
+    require_room_for_dense(
+        "layers" if is_sharded else order, dense, keep_top, memory_budget, device
+    )
+    with strict_determinism(deterministic), eager(), outside_layers(parts):
+        with beginning(parts) as alike:
             works = {
                 name: plan_workload(
                     model, loader, ranks=ranks, deterministic=deterministic, **reading
@@ -327,7 +341,7 @@ def score_sets(
                 for name, loader in loaders.items()
             }
             with evaluation_state(model), frozen(model), torch.enable_grad():
-                # Of a streamed model a few are left here.
+                # Of a model that is never whole a few are left here.
                 run_here = decoder_layers(model) if order != "batches" else {}
                 with recording(run_here) as returned:
                     sets = {
@@ -356,7 +370,7 @@ def score_sets(
                 model, list(layers.values()), [each.work for each in scorables], ranks
             )
             chosen = choose_order(
-                order if stream is None else "layers",
+                order if parts is None else "layers",
                 scorables,
                 granularity,
                 keep_top,
@@ -367,8 +381,10 @@ def score_sets(
                 signs,
                 at_a_time,
             )
-            if stream is not None:
-                chosen = Order(True, "its weights stay in their files")
+            if parts is not None:
+                chosen = Order(True, _why_by_layers(parts))
+                if order == "auto" and ranks.first:
+                    logger.info("order='layers': %s", chosen.why)
             job = _Scoring(
                 model=model,
                 found=found,
@@ -388,6 +404,7 @@ def score_sets(
                 shown=progress and ranks.first,
                 finished=finished,
                 stream=stream,
+                sharded=sharded,
                 read_before=read_before,
                 step=step,
                 returned=returned[:whole],
@@ -397,9 +414,9 @@ def score_sets(
                     return job.by_layers(chosen, states, states_budget, resume)
                 except NotByLayers as error:
                     # Ranks without examples would not know of it.
-                    if stream is not None:
+                    if parts is not None:
                         raise NotByLayers(
-                            f"{error}; load the model first, as order='batches' does"
+                            f"{error}; load the model first, as a whole, for order='batches'"
                         ) from error
                     if order != "auto" or ranks.size > 1:
                         raise NotByLayers(f"{error}; use order='batches'") from error
@@ -451,6 +468,8 @@ class _Scoring:
         sets: of each data set the batches, and which of the targets can be scored over them; those
             that hooks score first, then those that are scored by example.
         shown: whether progress bars are.
+        stream, sharded: the model, where its weights stay in their files, or are sharded over
+            ranks.
         read_before: bytes of weights that the stream had read before the job.
         returned: for each layer that was run with all layers before it, a sample of what it
             returned in the last trial.
@@ -475,6 +494,7 @@ class _Scoring:
     shown: bool
     finished: Callable[[str, Scores], object]
     stream: StreamedModel | None
+    sharded: ShardedModel | None
     read_before: int
     step: Callable[[Sequence[str]], AbstractContextManager]
     returned: list[dict[TreePath, torch.Tensor]]
@@ -636,7 +656,7 @@ class _Scoring:
         }
 
     def _windows(self, layers: Mapping[str, nn.Module]) -> Windows:
-        return OffloadedModel(self.model, layers) if self.stream is None else self.stream
+        return self.sharded or self.stream or OffloadedModel(self.model, layers)
 
     def _entries(
         self, scorable: Scorable, group: Sequence[Target], sums: dict[str, Accumulator]
@@ -650,11 +670,22 @@ class _Scoring:
             self.keep_top,
             self.expert_scope,
             off_device,
+            self._weight,
         )
-        if self.stream is not None and self.granularity == "unit":
+        if (self.stream or self.sharded) and self.granularity == "unit":
             # The weight is gone when its layer is through.
             made = {name: replace(entry, weight=None) for name, entry in made.items()}
         return made
+
+    def _weight(self, target: Target) -> torch.Tensor:
+        """The weight of a target, whose window is open, as its score is to have it."""
+        if self.sharded is None:
+            return target.materialised()
+        weight = self.sharded.original(target.module, target.leaf)
+        if self.keep_top is not None or self.granularity == "unit":
+            return weight
+        # It outlives its window with the dense sums, and goes where they do.
+        return weight.to("cpu" if self.memory_budget is not None else weight.device, copy=True)
 
     def _scores(
         self,
@@ -707,6 +738,12 @@ class _Scoring:
         return scores
 
 
+def _why_by_layers(parts: ShardedModel | StreamedModel) -> str:
+    if isinstance(parts, ShardedModel):
+        return "its weights are sharded over the ranks, and a layer's are gathered twice"
+    return "its weights stay in their files"
+
+
 def _checked_timeout(seconds: float | None) -> float | None:
     if seconds is None:
         return None
@@ -749,6 +786,7 @@ def finish(
     keep_top: float | None,
     expert_scope: str,
     off_device: bool,
+    weight_of: Callable[[Target], torch.Tensor],
 ) -> dict[str, ScoreEntry]:
     """Sum over the ranks and keep each matrix's top entries; empties `accumulators`.
 
@@ -756,10 +794,11 @@ def finish(
 
     Args:
         off_device: dense sums go to the CPU.
+        weight_of: the weight of a target.
     """
     entries = {}
     for target in targets:
-        weight = target.materialised()
+        weight = weight_of(target)
         of = weight.numel() if expert_scope == "tensor" and target.stacked else None
         part = weight_of_part(target, weight)
         top = (

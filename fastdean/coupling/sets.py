@@ -27,6 +27,7 @@ from fastdean.data.rendering import differing_rendering_cautions
 from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.masks.summary import SIGN_COLUMNS, place_of
 from fastdean.models.model_state import unwrap
+from fastdean.models.sharded import resharded
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError
 from fastdean.wording.numbers import require_whole
@@ -104,6 +105,7 @@ def couple(
     _warn_about_data(first, second, general)
     if model is not None:
         model = unwrap(model)
+        resharded(model)
         require_scored_model(first, model)
     _require_options(rule, scope, min_k, seed)
     min_k, seed = int(min_k), int(seed)

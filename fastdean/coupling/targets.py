@@ -27,6 +27,7 @@ from fastdean.models.model_state import (
     text_config,
     weight_of,
 )
+from fastdean.models.shards import is_sharded
 from fastdean.models.stacks import decoder_layers
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
@@ -763,7 +764,8 @@ def _is_linear_map(module: nn.Linear) -> bool:
     Whether that tensor has the gradient of a product is for the trial to say (trial.py): a layer
     that rounds its weight straight through does, one that scales it does not.
     """
-    if type(module).forward is nn.Linear.forward:
+    # Of a sharded one there is nothing to try before its layer's window opens.
+    if type(module).forward is nn.Linear.forward or is_sharded(module.weight):
         return True
     if module not in _TRIED:
         outputs, inputs = module.weight.shape

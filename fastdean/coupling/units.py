@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastdean.coupling.targets import Target, find_targets
 from fastdean.models.adapters import parameter_paths, plain_submodule
 from fastdean.models.model_state import evaluation_state
+from fastdean.models.shards import is_sharded
 
 _SEED = 11
 _TOKENS = 8
@@ -65,8 +66,8 @@ def unit_layers(model: nn.Module, down: str) -> UnitLayers:
 
     Raises:
         ValueError: its MLP is not one module of a down projection and one or two layers in front of
-            it, is offloaded, cannot be run by itself, or is changed by them otherwise than by the
-            projection.
+            it, is offloaded or sharded over ranks, cannot be run by itself, or is changed by them
+            otherwise than by the projection.
     """
     targets = {target.parameter: target for target in find_targets(model, "all")}
     if down not in targets:
@@ -98,6 +99,8 @@ def unit_layers(model: nn.Module, down: str) -> UnitLayers:
     mlp = plain_submodule(model, parent)
     if any(parameter.device.type == "meta" for parameter in mlp.parameters()):
         raise _unclear_error(down, "it is offloaded, and there are no weights to try")
+    if any(map(is_sharded, mlp.parameters())):
+        raise _unclear_error(down, "it is sharded over ranks, and no rank has its weights to try")
     for rows in orders:
         found = UnitLayers(tuple(beside), rows)
         if _takes_out_the_same(mlp, parent, projection, found):

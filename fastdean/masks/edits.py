@@ -5,6 +5,10 @@ in a dictionary of this module. Two threads may edit two models, not one.
 
 Every edit finds the parameters and compares their values anew: tens of milliseconds for a whole
 model, and no state that a `.to()`, a reload or a replaced layer could make stale.
+
+Of a model that FSDP2 shards over ranks, each rank edits the places that it has. All ranks call the
+same edits; what is to be done follows from the values on all of them, and one that refuses ends the
+edit on all.
 """
 
 from __future__ import annotations
@@ -66,33 +70,34 @@ def apply_(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Applicat
     """
     root, stack = _open(model)
     weights = Weights(root)
-    _forget_undone(stack, weights)
-    targets = _targets(mask, weights)
-    current = weights.read(targets)
-    base = _beneath(targets, current, stack, weights)
-    if _find(stack, mask) is not None:
-        return None
-    written = [part.written for part in targets]
-    if not _all_same(base, [part.previous for part in targets]):
-        if not (_all_same(base, written) and _all_same(current, written)):
-            raise ValueError(_other_values(targets, base))
-        application = Application(mask, targets, wrote=False)
-        stack.append(application)
-        _warn_if_rounded(root, mask, targets)
+    with weights.ranks.failing_together():
+        _forget_undone(stack, weights)
+        targets = _targets(mask, weights)
+        current = weights.read(targets)
+        base = _beneath(targets, current, stack, weights)
+        if _find(stack, mask) is not None:
+            return None
+        written = [part.written for part in targets]
+        if not _all_same(base, [part.previous for part in targets], weights):
+            if not (_all_same(base, written, weights) and _all_same(current, written, weights)):
+                raise ValueError(_other_values(targets, base))
+            application = Application(mask, targets, wrote=False)
+            stack.append(application)
+            _warn_if_rounded(root, mask, targets)
+            return application
+        weights.require_writable(targets)
+        parts = [replace(part, previous=now) for part, now in zip(targets, current, strict=True)]
+        application = Application(mask, parts, wrote=True)
+
+        def write() -> None:
+            if mask.scale == 0.0:
+                weights.zero_(parts, impl)
+            else:
+                weights.write_(parts, written, impl)
+
+        _all_or_nothing(write, stack, [*stack, application], parts, current, weights)
+        _warn_if_rounded(root, mask, parts)
         return application
-    weights.require_writable(targets)
-    parts = [replace(part, previous=now) for part, now in zip(targets, current, strict=True)]
-    application = Application(mask, parts, wrote=True)
-
-    def write() -> None:
-        if mask.scale == 0.0:
-            weights.zero_(parts, impl)
-        else:
-            weights.write_(parts, written, impl)
-
-    _all_or_nothing(write, stack, [*stack, application], parts, current, weights)
-    _warn_if_rounded(root, mask, parts)
-    return application
 
 
 def restore_(model: nn.Module, mask: Mask) -> None:
@@ -106,13 +111,14 @@ def restore_(model: nn.Module, mask: Mask) -> None:
     """
     root, stack = _open(model)
     weights = Weights(root)
-    _forget_undone(stack, weights)
-    active = _find(stack, mask)
-    if active is None:
-        active = Application(mask, _targets(mask, weights), wrote=False)
-        if _holds([(part, part.previous) for part in active.parts], weights):
-            return
-    _undo(stack, active, weights)
+    with weights.ranks.failing_together():
+        _forget_undone(stack, weights)
+        active = _find(stack, mask)
+        if active is None:
+            active = Application(mask, _targets(mask, weights), wrote=False)
+            if _holds([(part, part.previous) for part in active.parts], weights):
+                return
+        _undo(stack, active, weights)
 
 
 @contextmanager
@@ -120,15 +126,21 @@ def applied(model: nn.Module, mask: Mask, *, impl: str | None = None) -> Iterato
     """`apply_` on entry; on exit, also after an exception, undo what was written on entry."""
     root, stack = _open(model)
     before, entered = list(stack), []
+    # What ended the block on one rank, others may not know of: each then undoes its own places.
+    alone = True
     # Undone twice: an interrupt of the first time leaves the second.
     try:
         try:
             entered.append(apply_(model, mask, impl=impl))
             yield model
+            alone = False
         finally:
-            _leave(root, stack, mask, before, entered)
+            _leave(root, stack, mask, before, entered, alone=alone)
+    except StateError:
+        # Of the block, after which all is undone, or that it could not be undone.
+        raise
     except BaseException:
-        _leave(root, stack, mask, before, entered)
+        _leave(root, stack, mask, before, entered, alone=True)
         raise
 
 
@@ -138,18 +150,25 @@ def _leave(
     mask: Mask,
     before: Sequence[Application],
     entered: Sequence[Application | None],
+    *,
+    alone: bool,
 ) -> None:
-    """Undo the mask in `entered`; if an interrupt lost it, the one recorded since `before`."""
+    """Undo the mask in `entered`; if an interrupt lost it, the one recorded since `before`.
+
+    Args:
+        alone: without the other ranks of a sharded model.
+    """
     found = entered or [each for each in stack if each.mask is mask and each not in before]
     application = found[0] if found else None
     if application not in stack:
         return
-    weights = Weights(root)
-    _forget_undone(stack, weights)
-    if application in stack and application.wrote:
-        _undo(stack, application, weights)
-    elif application in stack:
-        stack.remove(application)
+    weights = Weights(root, alone=alone)
+    with weights.ranks.failing_together():
+        _forget_undone(stack, weights)
+        if application in stack and application.wrote:
+            _undo(stack, application, weights)
+        elif application in stack:
+            stack.remove(application)
 
 
 def _open(model: nn.Module) -> tuple[nn.Module, list[Application]]:
@@ -170,6 +189,9 @@ def _forget_undone(stack: list[Application], weights: Weights) -> None:
     the masks wrote, nothing was loaded: a mask may write the very values from before an earlier
     one.
     """
+    for active in stack:
+        # They may be from before the model was sharded over ranks.
+        active.parts[:] = map(weights.own, active.parts)
     written = [(part, part.written) for active in reversed(stack) for part in active.parts]
     if _holds(written, weights):
         return
@@ -181,7 +203,14 @@ def _forget_undone(stack: list[Application], weights: Weights) -> None:
 
 
 def _holds(states: Sequence[tuple[Part, Tensor]], weights: Weights) -> bool:
-    """Whether the model holds these values; where parts overlap, the first one counts."""
+    """Whether the model holds these values; where parts overlap, the first one counts.
+
+    The same on all ranks of a sharded model.
+    """
+    return weights.ranks.all(_holds_here(states, weights))
+
+
+def _holds_here(states: Sequence[tuple[Part, Tensor]], weights: Weights) -> bool:
     seen: dict[tuple, Tensor] = {}
     now = weights.read([part for part, _ in states])
     for (part, values), current in zip(states, now, strict=True):
@@ -212,7 +241,8 @@ def _targets(mask: Mask, weights: Weights) -> list[Part]:
     for name, entry in merged.values():
         dtype = weights.dtype_of(name, entry.dtype)
         written = suppressed(entry.original, mask.scale, dtype)
-        parts.append(Part(name, entry.shape, entry.index, entry.original.to(dtype), written))
+        part = Part(name, entry.shape, entry.index, entry.original.to(dtype), written)
+        parts.append(weights.own(part))
     return parts
 
 
@@ -263,10 +293,12 @@ def _undo(stack: list[Application], active: Application, weights: Weights) -> No
             f"masks must be restored in reverse order, got {active.mask!r} while "
             f"{stack[-1].mask!r} was applied later; restore that one first"
         )
-    current = weights.read(active.parts)
-    for part, values in zip(active.parts, current, strict=True):
-        _check_unchanged(part.name, values, part.written)
-    weights.require_writable(active.parts)
+    # Before the first rank writes, all have looked.
+    with weights.ranks.failing_together():
+        current = weights.read(active.parts)
+        for part, values in zip(active.parts, current, strict=True):
+            _check_unchanged(part.name, values, part.written)
+        weights.require_writable(active.parts)
 
     def write() -> None:
         weights.write_(active.parts, [part.previous for part in active.parts])
@@ -291,16 +323,22 @@ def _all_or_nothing(
     before = list(stack)
     # No context manager: an interrupt as a block ends would undo the write and not the record.
     try:
-        write()
+        with weights.ranks.failing_together():
+            write()
         stack[:] = afterwards
     except BaseException:
         stack[:] = before
-        if not _all_same(weights.read(parts), current):
+        if not _all_same_here(weights.read(parts), current):
             weights.write_(parts, current)
         raise
 
 
-def _all_same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+def _all_same(left: Sequence[Tensor], right: Sequence[Tensor], weights: Weights) -> bool:
+    """Whether these are the same bits, on all ranks of a sharded model."""
+    return weights.ranks.all(_all_same_here(left, right))
+
+
+def _all_same_here(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     return all(bool(same_bits(a, b).all()) for a, b in zip(left, right, strict=True))
 
 
@@ -320,6 +358,11 @@ def _other_values(targets: Sequence[Part], base: Sequence[Tensor]) -> str:
         for part, values in zip(targets, base, strict=True)
     ]
     others = [(part, count) for part, count in others if count]
+    if not others:
+        return (
+            "model must hold the mask's original values, got others on another rank; it is another "
+            "model, or its weights were changed"
+        )
     part, count = others[0]
     return (
         f"model must hold the mask's original values, got others at {count} of "

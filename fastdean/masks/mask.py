@@ -186,13 +186,16 @@ class NeuronMask:
         does, nothing is written and the mask counts as active. A model in another dtype than the
         mask's is edited where every original rounds to the value found, and one warning says so.
 
+        Of a model that FSDP2 (`fully_shard`) shards, each rank edits the weights that it has. All
+        ranks call it, as `restore_` and `applied`, and if one refuses, none writes.
+
         Args:
             model: the module whose parameters the names mean; wrappers of torch.compile and
                 DistributedDataParallel are looked through.
             impl: the implementation of the mask operations of `ops`; None picks by device.
         Raises:
-            ValueError: a parameter that is missing, of another shape, offloaded or quantised, or
-                that holds other values than the originals.
+            ValueError: a parameter that is missing, of another shape, offloaded, quantised or
+                sharded otherwise, or that holds other values than the originals.
             RuntimeError: weights under an active mask were changed by something else; as with the
                 other errors, nothing is written.
         """

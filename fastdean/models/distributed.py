@@ -212,7 +212,8 @@ class Ranks:
     def failing_together(self) -> Iterator[None]:
         """If the block raises on one rank, raise on all: none waits for ever in a reduction.
 
-        Blocks may lie in one another. Inside, ranks meet in the methods of this class alone.
+        Blocks may lie in one another. Inside, ranks meet in the methods of this class alone, or
+        within `together`.
         """
         if self.size == 1:
             yield
@@ -235,6 +236,15 @@ class Ranks:
             _meeting.depth -= 1
             if _meeting.depth == 0:
                 _meeting.end_limit()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around a collective of somebody else's, which all ranks enter."""
+        if self.size == 1:
+            yield
+            return
+        with self._together():
+            yield
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -268,6 +278,10 @@ class Ranks:
                 f"every rank must finish its part of the work, got {int(count)} of {self.size} "
                 "that failed; see their own messages"
             )
+
+    def all(self, value: bool) -> bool:
+        """Whether it is true on every rank."""
+        return value if self.size == 1 else not self.highest(int(not value))
 
     def hold_the_same(self, value: int) -> bool:
         """Whether `value`, which must fit an int64, is the same on every rank."""

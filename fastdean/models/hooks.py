@@ -6,13 +6,17 @@ what they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fastdean.models.model_state import undone
+from fastdean.models.trees import replaced, tensors
 
 
 @contextmanager
@@ -69,10 +73,68 @@ def _remove(hook: Callable, registered: dict, with_kwargs: dict) -> None:
         del registered[key]
 
 
+@dataclass(frozen=True)
+class Casting:
+    """A forward hook that brings floating-point tensors to a dtype, and nothing else.
+
+    Attributes:
+        before: whether it is called on what the module is given, with keywords, or on what it
+            returned.
+    """
+
+    dtype: torch.dtype
+    before: bool
+
+    def __call__(self, module: nn.Module, args: tuple, other: Any) -> Any:
+        tree = (args, other) if self.before else other
+        found = {p: t for p, t in tensors(tree) if t.is_floating_point() and t.dtype != self.dtype}
+        return replaced(tree, {p: t.to(self.dtype) for p, t in found.items()}) if found else None
+
+
+@contextmanager
+def hooks_exchanged(
+    modules: Iterable[nn.Module], instead: Callable[[Callable, bool], Callable | None]
+) -> Iterator[None]:
+    """Inside, other forward hooks of the modules stand in for theirs, in the same order.
+
+    Args:
+        instead: what stands in for a hook, None for nothing; called with whether it runs before
+            the forward.
+    """
+    before = [
+        (registered, dict(registered), runs_before)
+        for module in modules
+        for registered, runs_before in (
+            (module._forward_pre_hooks, True),
+            (module._forward_hooks, False),
+        )
+    ]
+
+    def undo() -> None:
+        for registered, hooks, _ in before:
+            _fill(registered, {**hooks, **{k: h for k, h in registered.items() if k not in hooks}})
+
+    with undone(undo):
+        for registered, hooks, runs_before in before:
+            other = {key: instead(hook, runs_before) for key, hook in hooks.items()}
+            _fill(registered, {key: hook for key, hook in other.items() if hook is not None})
+        yield
+
+
+def _fill(registered: dict, hooks: Mapping[int, Callable]) -> None:
+    """Handles of hooks know the dictionary that they are in, so that it stays the same one."""
+    if list(registered.items()) != list(hooks.items()):
+        registered.clear()
+        registered.update(hooks)
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a forward hook hangs on the module, or on all modules."""
-    own = module._forward_hooks or module._forward_pre_hooks
-    return bool(own or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+    """Whether a forward hook that may look at tensors hangs on the module, or on all modules."""
+    registered = (
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks),
+    )
+    return any(not isinstance(hook, Casting) for hooks in registered for hook in hooks.values())
 
 
 def take_gradients(leaves: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> None:

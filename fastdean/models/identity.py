@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.models.model_state import unwrap
+from fastdean.models.sharded import resharded
+from fastdean.models.shards import whole
 from fastdean.models.stacks import decoder_layers
 from fastdean.models.streaming import StreamedModel
 
@@ -85,8 +87,10 @@ def weights_digest(model: nn.Module) -> str:
 
     Buffers that no checkpoint holds follow from the configuration, and a forward pass may change
     them: they are left out. The digest is put together from those of the decoder layers and of what
-    is outside of them, so that a model whose layers come in one at a time has the same.
+    is outside of them, so that a model whose layers come in one at a time has the same. So has one
+    that FSDP2 shards, on every rank: all ranks call it, and a parameter at a time is gathered.
     """
+    resharded(model)
     layers = decoder_layers(model)
     inside = {module for layer in layers.values() for module in layer.modules()}
     parts = {name: _stored_digest(layer) for name, layer in layers.items()}
@@ -148,7 +152,7 @@ def _stored_digest(module: nn.Module) -> str:
 
 def _digest_of(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    plain = whole(tensor).cpu().contiguous().reshape(-1)
     digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

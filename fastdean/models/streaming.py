@@ -22,6 +22,12 @@ from torch import nn
 from fastdean.files.safetensors import MappedFiles, StoredTensor, stored_tensors
 from fastdean.models.ahead import Ahead, lane_to
 from fastdean.models.available_memory import available_memory
+from fastdean.models.first_layers import (
+    ScatteredLayersError,
+    ending_behind,
+    first_of_their_kind,
+    stacks_of,
+)
 from fastdean.models.model_state import undone
 from fastdean.models.outside import direct_uses, head_of, last_stack_begins, tables_of
 from fastdean.models.stacks import decoder_layers
@@ -110,7 +116,7 @@ class StreamedModel:
                 "without a list of them; load it first"
             )
         _require_own_weights(of_transformers, layers)
-        _stacks_of(model, layers)
+        _require_stacks(model, layers)
         tables, head = tables_of(model, layers), head_of(model, layers)
         windows = _windows(of_transformers, [*tables, *head])
         owners = _owners(of_transformers, layers, windows)
@@ -202,20 +208,15 @@ class StreamedModel:
         Yields:
             The name of each layer -> that of the first of its kind.
         """
-        alike = {}
-        first: dict[Any, str] = {}
-        for name, layer in self.layers.items():
-            alike[name] = first.setdefault(_kind(layer), name)
-        needed = set(first.values())
+        alike = first_of_their_kind(self.layers)
         for name in self.on_demand:
             self.bring(name)
-        with ExitStack() as cut:
-            used = cut.enter_context(direct_uses(self.model, self.on_demand))
-            for stack, names in _stacks_of(self.model, self.layers):
-                last = max((i for i, name in enumerate(names) if name in needed), default=0)
-                for name in names[: last + 1]:
-                    self._open[name] = self._opened(name)
-                cut.enter_context(_shortened(stack, last + 1))
+        with (
+            direct_uses(self.model, self.on_demand) as used,
+            ending_behind(self.model, self.layers, alike.values()) as left,
+        ):
+            for name in left:
+                self._open[name] = self._opened(name)
             yield alike
         self._kept = {self._windows[name] for name in used}
 
@@ -367,6 +368,16 @@ def _require_own_weights(model: Any, layers: Mapping[str, nn.Module]) -> None:
             )
 
 
+def _require_stacks(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    try:
+        stacks_of(model, layers)
+    except ScatteredLayersError as error:
+        raise NotStreamableError(
+            f"model must have its decoder layers in one list to be streamed, got {error}; load it "
+            "first"
+        ) from None
+
+
 def _layer_of(name: str, layers: Mapping[str, nn.Module]) -> str:
     """The layer that a parameter lies in, or ""."""
     parts = name.split(".")
@@ -431,53 +442,3 @@ def _by_window(
                 found[of_module[name.rpartition(".")[0]]].append(tensor)
                 break
     return found
-
-
-def _kind(layer: nn.Module) -> tuple:
-    """What layers that compute alike have in common: modules, shapes and options by name."""
-    found: list[Any] = []
-    for path, module in layer.named_modules():
-        options = sorted(
-            (name, value if isinstance(value, bool | str) else type(value).__name__)
-            for name, value in vars(module).items()
-            if not name.startswith("_") and name != "training"
-        )
-        shapes = [(n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)]
-        found.append((path, type(module), *options, *shapes))
-    return tuple(found)
-
-
-def _stacks_of(
-    model: nn.Module, layers: Mapping[str, nn.Module]
-) -> list[tuple[nn.ModuleList, list[str]]]:
-    """The lists that the layers lie in, with the names of their layers in order.
-
-    Raises:
-        NotStreamableError: the layers lie in lists of other lists.
-    """
-    stacks: dict[str, list[str]] = {}
-    for name in layers:
-        stacks.setdefault(name.rpartition(".")[0], []).append(name)
-    found = []
-    for path, names in stacks.items():
-        stack = model.get_submodule(path)
-        if not isinstance(stack, nn.ModuleList) or len(stack) != len(names):
-            raise NotStreamableError(
-                f"model must have its decoder layers in one list to be streamed, got {names[0]} in "
-                f"{type(stack).__name__}; load it first"
-            )
-        found.append((stack, names))
-    return found
-
-
-@contextmanager
-def _shortened(stack: nn.ModuleList, length: int) -> Iterator[None]:
-    whole = stack._modules
-
-    def undo() -> None:
-        # One assignment, so that no interrupt leaves a part.
-        vars(stack)["_modules"] = whole
-
-    with undone(undo):
-        vars(stack)["_modules"] = {key: whole[key] for key in list(whole)[:length]}
-        yield

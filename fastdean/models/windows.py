@@ -19,7 +19,10 @@ from fastdean.models.streaming import StreamedModel
 
 
 class Windows(Protocol):
-    """Bring weights into memory for a while. `StreamedModel` does, and `OffloadedModel`."""
+    """Bring weights into memory for a while.
+
+    `StreamedModel` does, `ShardedModel` and `OffloadedModel`.
+    """
 
     @property
     def tables(self) -> Mapping[str, nn.Module]:
@@ -39,6 +42,16 @@ class Windows(Protocol):
         """Let go of all that was brought."""
 
 
+class InParts(Protocol):
+    """A model that is never whole in memory. `StreamedModel` is one, and `ShardedModel`."""
+
+    def outside_layers(self) -> AbstractContextManager[None]:
+        """In which the weights outside of the layers are in memory."""
+
+    def beginning(self) -> AbstractContextManager[Mapping[str, str]]:
+        """In which the model ends after the first layers of each kind, which are in memory."""
+
+
 def stream_of(model: Any) -> StreamedModel | None:
     """The streamed model that is given or named; None for a module."""
     if isinstance(model, str | os.PathLike):
@@ -46,14 +59,14 @@ def stream_of(model: Any) -> StreamedModel | None:
     return model if isinstance(model, StreamedModel) else None
 
 
-def outside_layers(stream: StreamedModel | None) -> AbstractContextManager[None]:
-    """Inside, the weights outside of the layers are in memory."""
-    return nullcontext() if stream is None else stream.outside_layers()
+def outside_layers(parts: InParts | None) -> AbstractContextManager[None]:
+    """Inside, the weights outside of the layers are in memory; None: of a whole model."""
+    return nullcontext() if parts is None else parts.outside_layers()
 
 
-def beginning(stream: StreamedModel | None) -> AbstractContextManager[Mapping[str, str]]:
+def beginning(parts: InParts | None) -> AbstractContextManager[Mapping[str, str]]:
     """Inside, the model can be run as a whole; yields which layers stand for which."""
-    return nullcontext({}) if stream is None else stream.beginning()
+    return nullcontext({}) if parts is None else parts.beginning()
 
 
 class OffloadedModel:
