@@ -126,14 +126,9 @@ class _Candidates:
     def _own(self, sums: Tensor, weight: Tensor) -> Tensor:
         """int64, ascending: flat indices of the candidates in this rank's shard."""
         found = [sums.new_empty(0, dtype=torch.int64)]
-        for first, end in self._pieces(self._ranks.rank):
-            part, factor = sums[first:end], _between(weight, first, end)
-            k = min(self._k, end - first)
-            try:
-                found.append(select_top(part, factor, self._top.num_examples, k) + first)
-            except ValueError:
-                _require_finite(importance(part, factor, self._top.num_examples), first)
-                raise
+        for first, end in self._pieces(self._ranks.share):
+            n = self._top.num_examples
+            found.append(select_between(sums, weight, first, end, n, self._k))
         return torch.cat(found)
 
     def _pieces(self, rank: int) -> Iterator[tuple[int, int]]:
@@ -153,6 +148,22 @@ class _Candidates:
             part = sums.view(-1)[max(first, expert * size) : min(end, (expert + 1) * size)]
             seen[expert] = part.any() if len(part) else False
         return seen.to(sums.device)
+
+
+def select_between(
+    sums: Tensor, weight: Tensor, first: int, end: int, num_examples: int, k: int
+) -> Tensor:
+    """int64, ascending: flat indices of the k most important entries from `first` to `end`.
+
+    Args:
+        sums: flat, those of the weight.
+    """
+    part, factor = sums[first:end], _between(weight, first, end)
+    try:
+        return select_top(part, factor, num_examples, min(k, end - first)) + first
+    except ValueError:
+        _require_finite(importance(part, factor, num_examples), first)
+        raise
 
 
 def _require_finite(values: Tensor, first: int) -> None:
