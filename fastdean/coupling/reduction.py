@@ -7,7 +7,7 @@ rank's), then no more than its candidates, whatever the number of examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -151,27 +151,34 @@ class _Candidates:
 
 
 def select_between(
-    sums: Tensor, weight: Tensor, first: int, end: int, num_examples: int, k: int
+    sums: Tensor,
+    weight: Tensor,
+    first: int,
+    end: int,
+    num_examples: int,
+    k: int,
+    called: Callable[[int], int] = int,
 ) -> Tensor:
     """int64, ascending: flat indices of the k most important entries from `first` to `end`.
 
     Args:
         sums: flat, those of the weight.
+        called: what an error calls a flat index.
     """
     part, factor = sums[first:end], _between(weight, first, end)
     try:
         return select_top(part, factor, num_examples, min(k, end - first)) + first
     except ValueError:
-        _require_finite(importance(part, factor, num_examples), first)
+        _require_finite(importance(part, factor, num_examples), first, called)
         raise
 
 
-def _require_finite(values: Tensor, first: int) -> None:
+def _require_finite(values: Tensor, first: int, called: Callable[[int], int]) -> None:
     """Of a part of a tensor from flat index `first` on: the error of the whole tensor."""
     for place in (~values.isfinite()).nonzero().flatten()[:1].tolist():
         raise ValueError(
-            f"importance must be finite, got {float(values[place])} at flat index {first + place}; "
-            "check the losses and the model's weights"
+            f"importance must be finite, got {float(values[place])} at flat index "
+            f"{called(first + place)}; check the losses and the model's weights"
         )
 
 

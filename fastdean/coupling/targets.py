@@ -116,7 +116,8 @@ class Target:
 
         One expert is a part also where it does not fit.
         """
-        if not self.stacked:
+        # Experts that lie on several ranks are as many parts of a pass on each.
+        if not self.stacked or (self.block is not None and self.block.along[0] is not None):
             yield self
             return
         first, end = self.part or (0, self.shape[0])

@@ -209,8 +209,13 @@ class _Candidates:
 
     def _own(self, sums: Tensor, weight: Tensor) -> Tensor:
         """int64, ascending: flat indices in the block of this rank's candidates."""
+
+        def in_whole(place: int) -> int:
+            return int(self._block.flat_index(torch.tensor([place])))
+
+        n, k = self._top.num_examples, self._k
         found = [
-            select_between(sums, weight, first, end, self._top.num_examples, self._k)
+            select_between(sums, weight, first, end, n, k, in_whole)
             for first, end in self._pieces(sums.numel())
         ]
         return torch.cat([sums.new_empty(0, dtype=torch.int64), *found])

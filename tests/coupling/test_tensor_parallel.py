@@ -21,6 +21,21 @@ from fastdean.models.identity import weights_digest
 
 EXAMPLES = make_examples(lengths=(3, 9, 17, 4, 12))
 SMALL = {"keep_top": 0.05, "tokens_per_batch": 12, "progress": False}
+
+
+def owned():
+    """As many experts on each of two ranks."""
+    return experts_model("Mixtral", num_local_experts=4)
+
+
+def narrow():
+    """Fewer units than four ranks would share evenly."""
+    config = llama().config
+    config.intermediate_size = 6
+    torch.manual_seed(0)
+    return type(llama())(config).eval()
+
+
 MODELS = {"llama": llama, "qwen2": qwen2, "mixtral": lambda: experts_model("Mixtral")}
 
 
@@ -28,16 +43,19 @@ def score(model, **options):
     return fastdean.score(model, batches(EXAMPLES, 2), **{**SMALL, **options})
 
 
+OTHERS = {"by torch": llama, "mlp alone": llama, "owners": owned, "narrow": narrow}
+
+
 def plain(name):
-    return MODELS.get(name, llama)()
+    return (MODELS | OTHERS)[name]()
 
 
-def loaded(folder, name):
+def loaded(folder, name, **options):
     """As transformers splits it, by its own plan."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    config = DistributedConfig(tp_size=WORLD)
+    config = DistributedConfig(tp_size=WORLD, **options)
     return AutoModelForCausalLM.from_pretrained(folder / name, distributed_config=config)
 
 
@@ -73,18 +91,24 @@ def mesh_of(world=WORLD):
 
 # Name of a situation: the model, and how it is scored.
 SITUATIONS = {
-    **{name: (name, {}) for name in MODELS},
-    "attention": ("qwen2", {"target_modules": "all"}),
+    "llama": ("llama", {}),
+    "mixtral": ("mixtral", {"signs": True}),
     "replicated": ("mlp alone", {"target_modules": "all"}),
+    "by torch": ("by torch", {"target_modules": "all"}),
+    "owners": ("owners", {}),
+    "layers of owners": ("owners", {"order": "layers"}),
+}
+FURTHER = {
+    "qwen2": ("qwen2", {"target_modules": "all"}),
     "replicated, dense": ("mlp alone", {"target_modules": "all", "keep_top": None}),
     "dense": ("llama", {"keep_top": None}),
     "dense experts": ("mixtral", {"keep_top": None}),
     "experts as one": ("mixtral", {"expert_scope": "tensor"}),
-    "signs": ("mixtral", {"signs": True}),
     "in passes": ("mixtral", {"memory_budget": 24_000}),
     "units": ("llama", {"granularity": "unit", "keep_top": None}),
     "exact": ("llama", {"deterministic": True}),
-    "by torch": ("by torch", {"target_modules": "all"}),
+    "owners, dense": ("owners", {"keep_top": None, "signs": True}),
+    "owners, as one": ("owners", {"expert_scope": "tensor"}),
     "layers": ("llama", {"order": "layers"}),
     "layers of experts": ("mixtral", {"order": "layers"}),
 }
@@ -132,8 +156,9 @@ def masked(model, make):
     """A mask of scores, on the split model and on a whole one: what is the same afterwards."""
     plain = make()
     original = whole_weights(plain)
-    mask = fastdean.couple(score(model), score(model), ratio=0.04, model=model)
-    expected = fastdean.couple(score(plain), score(plain), ratio=0.04)
+    of_split, of_whole = score(model), score(plain)
+    mask = fastdean.couple(of_split, of_split, ratio=0.04, model=model)
+    expected = fastdean.couple(of_whole, of_whole, ratio=0.04)
     # On both sides of every border between ranks, and of packed matrices.
     places = {n: [0, w.numel() // 2 - 1, w.numel() // 2] for n, w in plain.named_parameters()}
     inner = mask_of(plain, places, scale=0.5)
@@ -179,23 +204,35 @@ def attempt(call, *arguments):
         return traceback.format_exc()
 
 
-def worker(rank, folder):
-    join_group(rank, folder)
+def split_models(folder):
     models = {name: loaded(folder, name) for name in MODELS}
+    models["owners"] = loaded(folder, "owners", ep_size=WORLD)
     models["by torch"] = by_torch(llama(), mesh_of())
     models["mlp alone"] = by_torch(llama(), mesh_of(), ["mlp"])
-    found = {
-        name: attempt(scored, models[model], options)
-        for name, (model, options) in SITUATIONS.items()
-    }
-    found["masked"] = {n: attempt(masked, models[n], make) for n, make in MODELS.items()}
+    return models
+
+
+def worker(rank, folder):
+    join_group(rank, folder)
+    models = split_models(folder)
+    found = {name: attempt(scored, models[of], how) for name, (of, how) in SITUATIONS.items()}
+    found["masked"] = {"mixtral": attempt(masked, models["mixtral"], MODELS["mixtral"])}
     found["refused"] = attempt(refused, models)
     leave_group(rank, folder, found)
 
 
+def further(rank, folder):
+    join_group(rank, folder)
+    models = split_models(folder)
+    found = {name: attempt(scored, models[of], how) for name, (of, how) in FURTHER.items()}
+    makes = {"llama": llama, "qwen2": qwen2, "owners": owned}
+    found["masked"] = {name: attempt(masked, models[name], make) for name, make in makes.items()}
+    leave_group(rank, folder, found)
+
+
 def saved_models(folder):
-    for name, make in MODELS.items():
-        make().save_pretrained(folder / name)
+    for name in (*MODELS, "owners"):
+        plain(name).save_pretrained(folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +258,11 @@ def require_same(result, alone):
         assert entry.signed is None or norm_error(signed, entry.signed) < 1e-5
 
 
+def require_masked(result):
+    assert not isinstance(result, str), result
+    assert result == dict.fromkeys(result, True)
+
+
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_a_split_model_has_the_scores_of_a_whole_one(found, situation):
     model, options = SITUATIONS[situation]
@@ -229,12 +271,22 @@ def test_a_split_model_has_the_scores_of_a_whole_one(found, situation):
         require_same(found[rank][situation], alone)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_mask_edits_a_split_model_as_a_whole_one(found, name):
+def test_a_mask_edits_a_split_model_as_a_whole_one(found):
     for rank in range(WORLD):
-        result = found[rank]["masked"][name]
-        assert not isinstance(result, str), result
-        assert result == dict.fromkeys(result, True)
+        require_masked(found[rank]["masked"]["mixtral"])
+
+
+@pytest.mark.slow
+def test_other_models_and_ways_to_score_them(tmp_path):
+    saved_models(tmp_path)
+    ranks = run_ranks(further, tmp_path)
+    for name, (model, options) in FURTHER.items():
+        alone = score(plain(model), **options)
+        for found in ranks:
+            require_same(found[name], alone)
+    for found in ranks:
+        for result in found["masked"].values():
+            require_masked(result)
 
 
 @pytest.mark.parametrize(
@@ -252,3 +304,50 @@ def test_what_a_split_model_cannot_be_is_refused_by_name(found, how, text):
     for rank in range(WORLD):
         assert not isinstance(found[rank]["refused"], str), found[rank]["refused"]
         assert text in found[rank]["refused"][how]
+
+
+def of_transformers(model, mesh):
+    """The layers split as transformers does it on loading, over a mesh of one's own."""
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    plan = model._expand_parallel_plan(dict(model.tp_plan))
+    plan = {name: style for name, style in plan.items() if name.startswith("model.layers")}
+    return apply_tensor_parallelism(model, mesh, plan)
+
+
+def four_ranks(rank, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    join_group(rank, folder, world=4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
+    models = {name: (of_transformers(make(), mesh), make) for name, make in MODELS.items()}
+    models["by torch"] = by_torch(llama(), mesh), llama
+    # Blocks of other sizes than the others', and one of them empty.
+    models["narrow"] = by_torch(narrow(), mesh_of(4), ["mlp"]), narrow
+    found = {}
+    for name, (model, make) in models.items():
+        found[name] = {
+            **{of: attempt(scored, model, options) for of, options in IN_TEAMS.items()},
+            "masked": attempt(masked, model, make),
+        }
+    leave_group(rank, folder, found)
+
+
+IN_TEAMS = {
+    "kept": {},
+    "dense": {"keep_top": None, "target_modules": "all"},
+    "exact": {"deterministic": True, "signs": True},
+    "layers": {"order": "layers"},
+}
+
+
+@pytest.mark.slow
+def test_teams_of_ranks_share_the_examples(tmp_path):
+    """Four ranks hold a model twice."""
+    ranks = run_ranks(four_ranks, tmp_path, world=4)
+    for name in ranks[0]:
+        alone = {of: score(plain(name), **options) for of, options in IN_TEAMS.items()}
+        for found in ranks:
+            for of, scores in alone.items():
+                require_same(found[name][of], scores)
+            require_masked(found[name]["masked"])
