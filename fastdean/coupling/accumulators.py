@@ -43,8 +43,8 @@ class DenseWeightAccumulator:
     ) -> None:
         self._transposed = target.transposed
         self._impl = impl
-        self._sums = _zeros(target.weight.shape, device)
-        self._signed = _zeros(target.weight.shape, device) if signs else None
+        self._sums = _zeros(target.summed_shape, device)
+        self._signed = _zeros(target.summed_shape, device) if signs else None
 
     def add_(self, x: Tensor, g: Tensor, segments: Tensor) -> None:
         if self._transposed:

@@ -131,7 +131,7 @@ def _unit_hook(target: Target, receive: Receiver, again: bool) -> Callable:
         if not a.requires_grad:
             a = a.detach().requires_grad_(True)
         if a.requires_grad:
-            _listen(target, a.detach(), a, receive, again)
+            _listen(target, a.detach(), a, receive, again, axis=target.input_axis)
         return (a, *args[1:]), {} if not args else kwargs
 
     return hook
@@ -144,7 +144,14 @@ def _listen(
     receive: Receiver,
     again: bool,
     routing: Routing | None = None,
+    axis: int | None = None,
 ) -> None:
+    """Call `receive` with x and the gradient, in the backward pass.
+
+    Args:
+        axis: that of the weight which the gradient goes along; None: that of its outputs.
+    """
+    axis = target.output_axis if axis is None else axis
     # Autograd keeps no copy of x for a frozen weight, and so would not notice a change to it.
     version = x._version
     # Let go of x as soon as its gradient is there: the graph, and this closure with it, lives on
@@ -159,6 +166,10 @@ def _listen(
                 f"{target.name} must have an input that stays as it was until the backward pass, "
                 "got one that was changed in place; leave it out of target_modules"
             )
+        if target.block is not None:
+            # The others of the team have theirs.
+            x = target.block.features(x, target.input_axis)
+            g = target.block.features(g, axis)
         if g.numel() * x.shape[-1] == x.numel() * g.shape[-1]:
             # The product behind a view is [B x T, R] where the input is [B, T, C].
             g = g.reshape(*x.shape[:-1], g.shape[-1])
@@ -310,7 +321,10 @@ def _unviewed(output: Tensor) -> Tensor:
     A hook on the view would be lost where the model goes on in place (ReLU(inplace=True), `+=`).
     """
     base = output._base
-    if base is None or base.numel() != output.numel() or base.shape[-1] != output.shape[-1]:
+    # What tensor parallel hands on is a view of a tensor that autograd does not know.
+    if base is None or not base.requires_grad:
+        return output
+    if base.numel() != output.numel() or base.shape[-1] != output.shape[-1]:
         return output
     return base
 

@@ -6,14 +6,16 @@ the sums of its own experts, and counts them as the whole tensor does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
 
 from fastdean.coupling.scores import ScoreEntry, fingerprint, keep_entry
 from fastdean.coupling.targets import Target
+from fastdean.models.shards import whole
 
 
 def weight_of_part(target: Target, weight: Tensor) -> Tensor:
@@ -21,11 +23,17 @@ def weight_of_part(target: Target, weight: Tensor) -> Tensor:
     return weight if target.part is None else weight[target.experts]
 
 
-def placed(entry: ScoreEntry, target: Target, weight: Tensor) -> ScoreEntry:
+def placed(
+    entry: ScoreEntry,
+    target: Target,
+    weight: Tensor,
+    summed: Callable[[Tensor], int] = fingerprint,
+) -> ScoreEntry:
     """The entry of a target, counted in its whole weight.
 
     Args:
         weight: the whole one.
+        summed: makes its fingerprint.
     """
     if target.part is None:
         return entry
@@ -33,10 +41,10 @@ def placed(entry: ScoreEntry, target: Target, weight: Tensor) -> ScoreEntry:
     dense = entry.index is None
     return replace(
         entry,
-        weight=weight.detach() if dense else entry.weight,
-        index=None if entry.index is None else entry.index + first * weight[0].numel(),
+        weight=whole(weight) if dense else entry.weight,
+        index=None if entry.index is None else entry.index + first * prod(weight.shape[1:]),
         shape=tuple(weight.shape),
-        fingerprint=fingerprint(weight),
+        fingerprint=summed(weight),
         unseen=tuple(first + expert for expert in entry.unseen),
     )
 

@@ -59,6 +59,7 @@ def score_manifest(
         "expert_scope": expert_scope if _of_experts(scored) else None,
         "unseen_experts": _unseen(scored) or None,
         KEY: described_load(scored, found) or None,
+        "tensor_parallel": len(ranks.team) if ranks.teams else None,
         "loss_scale": None if scorable.scale is None else scorable.scale.factor,
         "one_example_per_batch": scorable.alone,
         # The others are scored through hooks.

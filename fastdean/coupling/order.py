@@ -169,6 +169,16 @@ def _room_for_dense(by: str, memory_budget: int | None, device: torch.device) ->
     return available_memory(torch.device("cpu"))
 
 
+def order_in_teams(order: str, resume: str | Path | None) -> str:
+    """The order of a job on a model that tensor parallel splits; "auto" is batch by batch."""
+    if resume is not None:
+        raise ValueError(
+            "resume must be left out for a model that tensor parallel splits over ranks, got "
+            f"{str(resume)!r}; leave it out"
+        )
+    return "batches" if order == "auto" else order
+
+
 def choose_order(
     order: str,
     sets: Sequence[Scorable],

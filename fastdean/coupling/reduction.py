@@ -7,7 +7,7 @@ rank's), then no more than its candidates, whatever the number of examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -125,14 +125,9 @@ class _Candidates:
     def _own(self, sums: Tensor, weight: Tensor) -> Tensor:
         """int64, ascending: flat indices of the candidates in this rank's shard."""
         found = [sums.new_empty(0, dtype=torch.int64)]
-        for first, end in self._pieces(self._ranks.rank):
-            part, factor = sums[first:end], _between(weight, first, end)
-            k = min(self._k, end - first)
-            try:
-                found.append(select_top(part, factor, self._top.num_examples, k) + first)
-            except ValueError:
-                _require_finite(importance(part, factor, self._top.num_examples), first)
-                raise
+        for first, end in self._pieces(self._ranks.share):
+            n = self._top.num_examples
+            found.append(select_between(sums, weight, first, end, n, self._k))
         return torch.cat(found)
 
     def _pieces(self, rank: int) -> Iterator[tuple[int, int]]:
@@ -154,12 +149,35 @@ class _Candidates:
         return seen.to(sums.device)
 
 
-def _require_finite(values: Tensor, first: int) -> None:
+def select_between(
+    sums: Tensor,
+    weight: Tensor,
+    first: int,
+    end: int,
+    num_examples: int,
+    k: int,
+    called: Callable[[int], int] = int,
+) -> Tensor:
+    """int64, ascending: flat indices of the k most important entries from `first` to `end`.
+
+    Args:
+        sums: flat, those of the weight.
+        called: what an error calls a flat index.
+    """
+    part, factor = sums[first:end], _between(weight, first, end)
+    try:
+        return select_top(part, factor, num_examples, min(k, end - first)) + first
+    except ValueError:
+        _require_finite(importance(part, factor, num_examples), first, called)
+        raise
+
+
+def _require_finite(values: Tensor, first: int, called: Callable[[int], int]) -> None:
     """Of a part of a tensor from flat index `first` on: the error of the whole tensor."""
     for place in (~values.isfinite()).nonzero().flatten()[:1].tolist():
         raise ValueError(
-            f"importance must be finite, got {float(values[place])} at flat index {first + place}; "
-            "check the losses and the model's weights"
+            f"importance must be finite, got {float(values[place])} at flat index "
+            f"{called(first + place)}; check the losses and the model's weights"
         )
 
 

@@ -38,6 +38,7 @@ from fastdean.files.declared import (
     require,
     unfit,
 )
+from fastdean.models.shards import OwnBlock
 from fastdean.ops.reference import importance
 from fastdean.ops.selection import select_top
 from fastdean.wording.granularity import stored_granularity
@@ -260,12 +261,15 @@ def _signs(signed: Tensor, factor: Tensor | None) -> Tensor:
     return found
 
 
-def fingerprint(weight: Tensor) -> int:
+def fingerprint(weight: Tensor, block: OwnBlock | None = None) -> int:
     """Exact checksum of a weight, the same on any device and for any layout in memory.
 
     sum_i (2 i + 1) b_i modulo 2^64, as an int64, with i the row-major index of an entry and b_i its
     bits as a signed integer. The multipliers are odd, so that every change of one entry shows, and
     they differ, so that a swap of two shows.
+
+    Args:
+        block: where `weight` lies in a larger one: then the part of its sum that is made here.
     """
     bits = weight.detach().view(_INTEGER_OF_SIZE[weight.element_size()])
     rows = bits.flatten(0, -2) if bits.dim() > 1 else bits.reshape(-1, 1)
@@ -281,8 +285,14 @@ def fingerprint(weight: Tensor) -> int:
         of_columns += part.sum(0)
         of_rows[first : first + step] = part.sum(1)
     places = torch.arange(max(rows.shape), device=bits.device)
-    in_rows = ((2 * places[: rows.shape[1]] + 1) * of_columns).sum()
-    total = in_rows + 2 * columns * (places[: rows.shape[0]] * of_rows).sum()
+    of_row, of_column = places[: rows.shape[0]], places[: rows.shape[1]]
+    if block is not None and block.tensor.dim() > 1:
+        of_row, of_column = (each.to(bits.device) for each in block.rows_and_columns())
+        columns = max(1, block.shape[-1])
+    elif block is not None:
+        of_row = block.flat_index(of_row)
+    in_rows = ((2 * of_column + 1) * of_columns).sum()
+    total = in_rows + 2 * columns * (of_row * of_rows).sum()
     return int(total)
 
 

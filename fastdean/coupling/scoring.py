@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from fastdean.coupling.milestones import Milestones
 from fastdean.coupling.order import (
     Order,
     choose_order,
+    order_in_teams,
     require_order,
     require_room_for_dense,
     require_shardable,
@@ -48,6 +50,7 @@ from fastdean.coupling.scores import (
     Scores,
     check_expert_scope,
     check_keep_top,
+    fingerprint,
     keep_entry,
     naming_matrix,
 )
@@ -61,6 +64,7 @@ from fastdean.coupling.targets import (
     survey,
     warn_about_coverage,
 )
+from fastdean.coupling.team_entries import in_blocks, team_entry, team_fingerprint
 from fastdean.coupling.trial import Scorable, find_scorable
 from fastdean.coupling.window_memory import WindowMemory
 from fastdean.coupling.workloads import LossFunction, Workload, blocks_of_a_rank, plan_workload
@@ -81,6 +85,7 @@ from fastdean.models.replay import NotByLayers, recording
 from fastdean.models.sharded import ShardedModel, resharded
 from fastdean.models.stacks import decoder_layers
 from fastdean.models.streaming import StreamedModel
+from fastdean.models.tensor_parallel import in_teams, is_split
 from fastdean.models.trees import Path as TreePath
 from fastdean.models.windows import (
     OffloadedModel,
@@ -300,13 +305,20 @@ def score_sets(
     check_expert_scope(expert_scope)
     require_order(order, states, states_budget, resume)
     granularity = checked_granularity(granularity)
-    is_sharded = stream is None and resharded(model)
+    is_sharded = stream is None and isinstance(model, nn.Module) and resharded(model)
+    in_team = is_sharded and is_split(model)
+    is_sharded = is_sharded and not in_team
     if is_sharded:
-        require_shardable(order, resume, keep_top, checked_granularity(granularity))
+        require_shardable(order, resume, keep_top, granularity)
+    if in_team:
+        order = order_in_teams(order, resume)
+        ranks = in_teams(model, ranks)
     found = survey(model)
     sharded = ShardedModel(model, found.layers, ranks) if is_sharded else None
     targets = find_targets(model, target_modules, granularity, found)
     require_own_parameters(model, targets)
+    if in_team:
+        targets = in_blocks(targets)
     at_a_time = sums_at_a_time(blocks_of_a_rank(ranks, deterministic))
     all_sums = all_sums_bytes(granularity, signs, at_a_time)
     # A budget that is too small is refused before anything runs. Layer by layer more is needed than
@@ -808,14 +820,18 @@ def finish(
     for target in targets:
         weight = weight_of(target)
         of = weight.numel() if expert_scope == "tensor" and target.stacked else None
-        part = weight_of_part(target, weight)
         top = (
             None
             if keep_top is None
             else Top(num_examples, keep_top, expert_scope, target.stacked, of)
         )
         with naming_matrix(target.parameter):
-            entry = reduced_entry(accumulators.pop(target.key), part, ranks, top)
+            accumulator = accumulators.pop(target.key)
+            if ranks.teams:
+                entry = team_entry(accumulator, target, ranks, top)
+            else:
+                part = weight_of_part(target, weight)
+                entry = reduced_entry(accumulator, part, ranks, top)
         if keep_top is not None and entry.index is None:
             entry = keep_entry(
                 target.parameter, entry.scoped(expert_scope), num_examples, keep_top, of
@@ -823,7 +839,8 @@ def finish(
         elif off_device:
             signed = None if entry.signed is None else entry.signed.cpu()
             entry = replace(entry, sums=entry.sums.cpu(), signed=signed)
-        entries[target.key] = placed(entry, target, weight)
+        summed = partial(team_fingerprint, ranks) if ranks.teams else fingerprint
+        entries[target.key] = placed(entry, target, weight, summed)
     return entries
 
 

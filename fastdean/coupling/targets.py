@@ -27,7 +27,7 @@ from fastdean.models.model_state import (
     text_config,
     weight_of,
 )
-from fastdean.models.shards import is_sharded
+from fastdean.models.shards import OwnBlock, is_sharded
 from fastdean.models.stacks import decoder_layers
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
@@ -65,6 +65,7 @@ class Target:
             the weight may have any shape.
         aliases: the other names of a weight that several modules share, or one module with several
             names.
+        block: what this rank has of a weight that tensor parallel splits; None: all of it.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Target:
     part: tuple[int, int] | None = None
     by_example: bool = False
     aliases: tuple[str, ...] = ()
+    block: OwnBlock | None = None
 
     @property
     def parameter(self) -> str:
@@ -96,12 +98,17 @@ class Target:
     @property
     def experts(self) -> slice:
         """The experts of `part`, or all of them."""
-        return slice(*(self.part or (0, self.weight.shape[0])))
+        return slice(*(self.part or (0, self.shape[0])))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight, or of what this rank has of it."""
+        return self.weight.shape if self.block is None else self.block.tensor.shape
 
     @property
     def summed_shape(self) -> tuple[int, ...]:
         """The shape of what is scored: the weight's, or that of a part of its experts."""
-        shape = tuple(self.weight.shape)
+        shape = tuple(self.shape)
         return shape if self.part is None else (self.part[1] - self.part[0], *shape[1:])
 
     def pieces(self, fit: Callable[[Target], bool]) -> Iterator[Target]:
@@ -109,10 +116,11 @@ class Target:
 
         One expert is a part also where it does not fit.
         """
-        if not self.stacked:
+        # Experts that lie on several ranks are as many parts of a pass on each.
+        if not self.stacked or (self.block is not None and self.block.along[0] is not None):
             yield self
             return
-        first, end = self.part or (0, self.weight.shape[0])
+        first, end = self.part or (0, self.shape[0])
         while first < end and not fit(self._part(first, end)):
             unfit = partial(self._is_unfit, first, fit)
             middle = first + max(1, bisect_right(range(1, end - first), False, key=unfit))
@@ -125,7 +133,7 @@ class Target:
         return not fit(self._part(first, first + number))
 
     def _part(self, first: int, end: int) -> Target:
-        whole = (first, end) == (0, self.weight.shape[0])
+        whole = (first, end) == (0, self.shape[0])
         return replace(self, part=None if whole else (first, end))
 
     def parameter_called(self, name: str) -> str:
@@ -160,11 +168,19 @@ class Target:
 
     @property
     def num_inputs(self) -> int:
-        return self.weight.shape[-2 if self.transposed else -1]
+        return self.shape[self.input_axis]
 
     @property
     def num_outputs(self) -> int:
-        return self.weight.shape[-1 if self.transposed else -2]
+        return self.shape[self.output_axis]
+
+    @property
+    def input_axis(self) -> int:
+        return -2 if self.transposed else -1
+
+    @property
+    def output_axis(self) -> int:
+        return -1 if self.transposed else -2
 
     @property
     def unit_axis(self) -> int:

@@ -27,11 +27,13 @@ from fastdean.coupling.capture import (
 from fastdean.coupling.holding import Holding, Pair
 from fastdean.coupling.loss_scale import LossScale, initial_scale
 from fastdean.coupling.targets import Target
+from fastdean.coupling.team_trial import require_same_losses, require_same_targets
 from fastdean.coupling.workloads import Workload
 from fastdean.models.distributed import Ranks
 from fastdean.models.expert_products import Routing
 from fastdean.models.hooks import take_gradients
 from fastdean.models.model_state import fresh_leaves
+from fastdean.models.shards import placed_like
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 
@@ -109,6 +111,12 @@ def find_scorable(
     def tried(work: Workload, targets: Sequence[Target]) -> Scorable:
         """With the largest loss scale at which nothing overflows."""
         scale = initial_scale(model, device)
+        if ranks.teams and scale is not None:
+            # An overflow on one rank would have it run its batch again, without the others.
+            raise ValueError(
+                "model must not compute in float16 where tensor parallel splits it over ranks; "
+                "load it in bfloat16 or float32"
+            )
         found = _try_out(model, work, targets, granularity, device, scale, otherwise)
         for _ in range(_SCALES):
             if scale is None or found.conclusive:
@@ -120,6 +128,8 @@ def find_scorable(
     everything, targets = targets, standing_for_all(model, targets, alike or {})
     with ranks.failing_together():
         excerpt = work.excerpt()
+        if ranks.teams:
+            require_same_losses(excerpt, device, ranks)
         found = tried(excerpt, targets)
         if not found.targets:
             # Windows of attention, for one, pad a short text to their own width.
@@ -143,6 +153,8 @@ def find_scorable(
         found = replace(found, work=work, alone=alone, scale=scale, tried=found.work)
         found = _without_unhooked(for_all(found, everything, alike or {}), everything, otherwise)
         require_each_suffix(found, target_modules)
+        if ranks.teams:
+            require_same_targets(found, ranks)
     if found.left_out and ranks.first:
         logger.warning(
             "%d matched modules are left out of the scores: %s",
@@ -418,6 +430,7 @@ class _Observer:
         Those of one pass add up.
         """
         u, v = (each.to(gradient.device) for each in self._directions[target.parameter])
+        gradient = placed_like(gradient, target.weight)
         gradient = gradient.float().mT if target.transposed else gradient.float()
         along = ((gradient @ v) * u).sum(-2).cpu()
         if expert is not None:
@@ -525,7 +538,7 @@ def _directions(target: Target, seed: int) -> tuple[Tensor, Tensor]:
 
 def _of_no_expert(target: Target) -> Tensor:
     """Zeros for each expert and direction, [E, K]."""
-    shape = (target.weight.shape[0], _DIRECTIONS)
+    shape = (target.shape[0], _DIRECTIONS)
     return torch.zeros(shape, device="cpu", dtype=torch.float32)
 
 

@@ -213,7 +213,7 @@ def plan_workload(
 
 def blocks_of_a_rank(ranks: Ranks, deterministic: bool) -> int:
     """Of how many blocks each rank makes the sums."""
-    return _BLOCKS // ranks.size if deterministic and _BLOCKS % ranks.size == 0 else 1
+    return _BLOCKS // ranks.shares if deterministic and _BLOCKS % ranks.shares == 0 else 1
 
 
 def _require_same_examples(work: Workload, ranks: Ranks) -> None:
@@ -236,8 +236,8 @@ class _Dealing:
     def own(self, costs: Sequence[int]) -> list[list[int]]:
         """The numbers of the items in each of this rank's blocks."""
         each = self.blocks_of_a_rank
-        dealt = deal(costs, each * self.ranks.size)
-        return dealt[self.ranks.rank * each :][:each]
+        dealt = deal(costs, each * self.ranks.shares)
+        return dealt[self.ranks.share * each :][:each]
 
 
 @dataclass

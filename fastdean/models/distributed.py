@@ -47,10 +47,17 @@ _ON_THEIR_WAY = 1 << 24
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers."""
+    """This process among its peers.
+
+    Attributes:
+        teams: of tensor parallel the ranks that hold one model together and are given the same
+            examples, in the order of their blocks, equally many in each; empty where every rank
+            holds a model of its own.
+    """
 
     rank: int
     size: int
+    teams: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of_group(cls) -> Ranks:
@@ -83,6 +90,36 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def team(self) -> tuple[int, ...]:
+        """The ranks that hold a model with this one; this one alone outside of teams."""
+        return self.teams[self.share] if self.teams else (self.rank,)
+
+    @property
+    def teams_first(self) -> tuple[int, ...]:
+        """The first rank of each team; all ranks outside of teams."""
+        return tuple(team[0] for team in self.teams) or tuple(range(self.size))
+
+    @property
+    def shares(self) -> int:
+        """Into how many shares the examples are split."""
+        return len(self.teams) or self.size
+
+    @property
+    def share(self) -> int:
+        """The number of this rank's share of the examples."""
+        if not self.teams:
+            return self.rank
+        return next(number for number, team in enumerate(self.teams) if self.rank in team)
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """The ranks with the same weights, by their share of the examples; this one is of them."""
+        if not self.teams:
+            return tuple(range(self.size))
+        place = self.team.index(self.rank)
+        return tuple(team[place] for team in self.teams)
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks."""
         if self.size == 1:
@@ -94,44 +131,45 @@ class Ranks:
                 if reachable is not tensor:
                     tensor.copy_(reachable)
 
-    def shard(self, numel: int, rank: int | None = None) -> tuple[int, int]:
+    def shard(self, numel: int, share: int | None = None) -> tuple[int, int]:
         """A rank's share of so many entries: its first one and the one past its last.
 
         Args:
-            rank: None: this one.
+            share: whose share of the examples has this number; None: this rank's.
         """
-        rank = self.rank if rank is None else rank
-        return numel * rank // self.size, numel * (rank + 1) // self.size
+        share = self.share if share is None else share
+        return numel * share // self.shares, numel * (share + 1) // self.shares
 
     def reduce_shards_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace this rank's `shard` of each tensor by its sum over all ranks.
+        """Replace this rank's `shard` of each tensor by its sum over its peers: all examples'.
 
         A reduce-scatter: of each entry that is another's a rank sends its own number, once. The
         numbers are added in pairs of neighbours, and these in pairs, on every backend and machine.
         The entries of the other shards are left as they are.
 
         Args:
-            tensors: contiguous, of the same shapes on all ranks.
+            tensors: contiguous, of the same shapes on all peers.
         """
-        if self.size == 1:
+        if self.shares == 1:
             return
         with self._together():
             for flat in (tensor.view(-1) for tensor in tensors):
                 for pieces in self._pieces(flat):
-                    own = pieces[self.rank]
+                    own = pieces[self.share]
                     own.copy_(_sum_in_pairs(self._exchanged(pieces)))
 
     def spread_shards_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every rank's `shard` of each tensor by what that rank has in it."""
-        if self.size == 1:
+        """Replace every peer's `shard` of each tensor by what that rank has in it."""
+        if self.shares == 1:
             return
         with self._together():
             for flat in (tensor.view(-1) for tensor in tensors):
                 for pieces in self._pieces(flat):
-                    sent = pieces[self.rank].new_zeros(max(map(len, pieces)))
-                    sent[: len(pieces[self.rank])] = pieces[self.rank]
-                    for piece, found in zip(pieces, _gathered(sent, self.size), strict=True):
-                        piece.copy_(found[: len(piece)])
+                    sent = pieces[self.share].new_zeros(self._longest(pieces))
+                    sent[: len(pieces[self.share])] = pieces[self.share]
+                    found = _gathered(sent, self.size)
+                    for piece, peer in zip(pieces, self.peers, strict=True):
+                        piece.copy_(found[peer][: len(piece)])
 
     def gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """Such tensors of every rank, by rank; in one message, the widest dtypes first.
@@ -162,25 +200,37 @@ class Ranks:
         _meeting.timeout, _meeting.unlimit = seconds, limit_collectives(seconds)
 
     def _pieces(self, flat: Tensor) -> Iterator[list[Tensor]]:
-        """A part of every rank's shard at a time, views of the tensor; the same steps on all."""
-        shards = [flat[slice(*self.shard(len(flat), rank))] for rank in range(self.size)]
-        width = max(1, _ON_THEIR_WAY // self.size)
-        for start in range(0, max(map(len, shards)), width):
+        """A part of every peer's shard at a time, views of the tensor; the same steps on all."""
+        shards = [flat[slice(*self.shard(len(flat), share))] for share in range(self.shares)]
+        width = max(1, _ON_THEIR_WAY // self.shares)
+        for start in range(0, self._longest(shards), width):
             yield [shard[start : start + width] for shard in shards]
 
     def _exchanged(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The ranks' numbers for this rank's piece, [size, numbers]; each gives its pieces."""
-        sent = torch.cat([piece.to(_exchange_device(piece)) for piece in pieces])
-        sizes = [len(piece) for piece in pieces]
-        own = sizes[self.rank]
-        received = sent.new_empty(self.size * own)
+        """The peers' numbers for this rank's piece, [shares, numbers]; each gives its pieces."""
+        peers = sorted(zip(self.peers, pieces, strict=True))
+        sent = torch.cat([piece.to(_exchange_device(piece)) for _, piece in peers])
+        # Of the other ranks of its team a rank gets nothing, and of their peers.
+        sizes = [0] * self.size
+        for peer, piece in peers:
+            sizes[peer] = len(piece)
+        own = len(pieces[self.share])
+        from_whom = [own if rank in self.peers else 0 for rank in range(self.size)]
+        received = sent.new_empty(self.shares * own)
         wait(
-            torch.distributed.all_to_all_single(
-                received, sent, [own] * self.size, sizes, async_op=True
-            ),
+            torch.distributed.all_to_all_single(received, sent, from_whom, sizes, async_op=True),
             sent.device,
         )
-        return received.view(self.size, own)
+        by_rank = received.view(self.shares, own)
+        order = sorted(self.peers)
+        if order == list(self.peers):
+            return by_rank
+        return by_rank[[order.index(peer) for peer in self.peers]]
+
+    def _longest(self, tensors: Sequence[Tensor]) -> int:
+        """Entries of the longest, on all ranks: those of a team may have blocks of other sizes."""
+        longest = max(map(len, tensors))
+        return self.highest(longest) if self.teams else longest
 
     def highest(self, value: int) -> int:
         """The largest of the ranks' values, on every rank."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastdean.models.expert_parallel import own_experts, routed_here, summed
 from fastdean.models.experts import FusedExperts, fused_experts
 from fastdean.models.model_state import undone
 
@@ -267,7 +268,11 @@ def run_experts(
     """
     if not routed:
         return _dense(module, fused, block, hidden)
-    return _routed(module, fused, block, hidden, *routed)
+    if not fused.on_owners:
+        return _routed(module, fused, block, hidden, *routed)
+    weight = getattr(module, fused.up)
+    here = routed_here(weight, hidden, *routed)
+    return summed(weight, _routed(module, fused, block, *here))
 
 
 def _routed(
@@ -279,7 +284,7 @@ def _routed(
     weights: Tensor,
 ) -> Tensor:
     k = chosen.shape[-1]
-    number = getattr(module, fused.up).shape[0], module.down_proj.shape[0]
+    number = len(own_experts(getattr(module, fused.up))), len(own_experts(module.down_proj))
     experts, order = chosen.reshape(-1).to(torch.int64).sort(stable=True)
     routing = Routing(order // k, experts, hidden.shape[0])
     x = hidden[routing.rows]
@@ -303,10 +308,11 @@ def _dense(module: Any, fused: FusedExperts, block: _Block, x: Tensor) -> Tensor
 
 def _expert(module: Any, fused: FusedExperts, block: _Block, x: Tensor, routing: Routing) -> Tensor:
     """y of each row of x, sorted by expert."""
-    sizes = torch.bincount(routing.experts, minlength=module.down_proj.shape[0]).tolist()
+    number = len(own_experts(module.down_proj))
+    sizes = torch.bincount(routing.experts, minlength=number).tolist()
 
     def product(name: str, x: Tensor) -> Tensor:
-        stored = getattr(module, name).unbind(0)
+        stored = own_experts(getattr(module, name)).unbind(0)
 
         def matrix(expert: int) -> Tensor:
             own = stored[expert]
@@ -315,7 +321,9 @@ def _expert(module: Any, fused: FusedExperts, block: _Block, x: Tensor, routing:
 
         y = block.listeners[module](name, x, _products(x, matrix, sizes), routing)
         has_bias = getattr(module, "has_bias", f"{name}_bias" in module._parameters)
-        return y + getattr(module, f"{name}_bias")[routing.experts] if has_bias else y
+        if not has_bias:
+            return y
+        return y + own_experts(getattr(module, f"{name}_bias"))[routing.experts]
 
     units = product(fused.up, x)
     units = _gated(module, units) if fused.has_gate else module.act_fn(units)

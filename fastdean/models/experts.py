@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastdean.models.shards import is_sharded
+
 DOWN = "down_proj"
 _UPS = {"gate_up_proj": True, "up_proj": False}
 _ROUTED, _DENSE = 3, 1
@@ -31,6 +33,7 @@ class FusedExperts:
         routed: called with hidden states [N, H], the chosen experts [N, k] and their weights
             [N, k]; else with one row for each pair of an expert and a token, by expert.
         dispatched: `forward` looks its implementation up in a registry of transformers.
+        on_owners: each of several ranks has some of the experts (`expert_parallel.py`).
     """
 
     up: str
@@ -38,6 +41,7 @@ class FusedExperts:
     transposed: bool
     routed: bool
     dispatched: bool
+    on_owners: bool = False
 
     @property
     def weights(self) -> tuple[str, str]:
@@ -50,7 +54,10 @@ def fused_experts(module: nn.Module) -> FusedExperts | None:
     if up is None or not _is_stacked(module._parameters.get(DOWN)):
         return None
     arguments = _arguments(module)
-    if arguments not in (_ROUTED, _DENSE) or getattr(module, "_is_expert_parallel", False):
+    if arguments not in (_ROUTED, _DENSE):
+        return None
+    on_owners = getattr(module, "_is_expert_parallel", False)
+    if on_owners and not all(is_sharded(module.get_parameter(each)) for each in (up, DOWN)):
         return None
     if getattr(getattr(module, "config", None), "_experts_implementation", None) == _OTHER_LAYOUT:
         return None
@@ -61,9 +68,10 @@ def fused_experts(module: nn.Module) -> FusedExperts | None:
         return None
     dispatched = hasattr(type(module).forward, "__wrapped__") and hasattr(module, "has_gate")
     routed = arguments == _ROUTED
-    if dispatched and not routed:
+    if (dispatched or on_owners) and not routed:
         return None
-    return FusedExperts(up, _UPS[up], transposed, routed, dispatched)
+    # The forward that sends tokens to the owners lies above the one that is looked up.
+    return FusedExperts(up, _UPS[up], transposed, routed, dispatched and not on_owners, on_owners)
 
 
 def _is_stacked(weight: Tensor | None) -> bool:

@@ -48,6 +48,7 @@ from fastdean.models.probes import (
     segments_are_exact,
     undisturbed,
 )
+from fastdean.models.shards import is_sharded, rows_at
 
 # What models call the tables that they look positions and token types up in.
 _POSITIONS = re.compile(r"^wpe$|^(?!.*(relative|rel_)).*position")
@@ -156,9 +157,7 @@ def target_logits(model: nn.Module) -> Iterator[Callable[[Batch], Tensor]]:
             return None
         batch, waiting = waiting, None
         require_row_per_token(args[0], batch.input_ids)
-        hidden = args[0].flatten(0, -2)
-        gathered = hidden.index_select(0, batch.target_rows.to(hidden.device)).unsqueeze(0)
-        return (gathered, *args[1:]), kwargs
+        return (rows_at(args[0], batch.target_rows), *args[1:]), kwargs
 
     def logits_at(batch: Batch) -> Tensor:
         nonlocal waiting
@@ -168,6 +167,7 @@ def target_logits(model: nn.Module) -> Iterator[Callable[[Batch], Tensor]]:
                 logits = logits_of(call(model, batch.model_inputs()))
         finally:
             gathered, waiting = waiting is None, None
+        _require_whole(logits, head)
         if gathered:
             return logits.flatten(0, -2)
         # A model that never calls its output embedding as a module returns every row.
@@ -178,6 +178,19 @@ def target_logits(model: nn.Module) -> Iterator[Callable[[Batch], Tensor]]:
     head = of_transformers.get_output_embeddings()
     with forward_pre_hooks({} if head is None else {head: gather}):
         yield logits_at
+
+
+def _require_whole(logits: Tensor, head: nn.Module | None) -> None:
+    """Refuse logits of a part of the vocabulary, where the head is split over ranks."""
+    weight = getattr(head, "weight", None)
+    if weight is None or not is_sharded(weight):
+        return
+    if is_sharded(logits) or logits.shape[-1] != weight.shape[0]:
+        got = "a DTensor" if is_sharded(logits) else f"{logits.shape[-1]} of {weight.shape[0]}"
+        raise ValueError(
+            f"model must return the logits of its whole vocabulary on every rank, got {got}; let "
+            "its head gather them (colwise_gather_output, or output_layouts=Replicate())"
+        )
 
 
 def tokens_per_batch_of(model: nn.Module, device: torch.device | None = None) -> int:

@@ -26,9 +26,9 @@ from fastdean.models.first_layers import (
 )
 from fastdean.models.hooks import Casting, hooks_exchanged
 from fastdean.models.model_state import undone
-from fastdean.models.shards import is_sharded, shard_fault, whole
+from fastdean.models.shards import is_sharded, shard_fault, split_fault, whole
 
-_REMEDY = "load it in one process, or shard it with fully_shard alone"
+_REMEDY = "load it in one process, or shard it in one of these ways alone"
 
 
 def units_of(model: nn.Module) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def resharded(model: nn.Module) -> bool:
     A unit may keep its weights after a forward pass. The next one gathers them again.
 
     Raises:
-        ValueError: weights are sharded in another way than by `fully_shard` over all ranks.
+        ValueError: weights are sharded in another way than by `fully_shard` over all ranks, or by
+            tensor parallel.
     """
     loaded = sys.modules.keys() & {"torch.distributed.tensor", "torch.distributed.fsdp"}
     if not loaded or not isinstance(model, nn.Module):
@@ -63,17 +64,18 @@ def resharded(model: nn.Module) -> bool:
         for name, parameter in module.named_parameters(path, recurse=False):
             if not is_sharded(parameter):
                 continue
-            if module not in inside:
+            if units and module not in inside:
                 raise _not_ours(name, "sharded without it (tensor parallel)")
-            if fault := shard_fault(parameter, size):
+            fault = shard_fault(parameter, size) if units else split_fault(parameter)
+            if fault is not None:
                 raise _not_ours(name, fault)
     return any(map(is_sharded, model.parameters()))
 
 
 def _not_ours(name: str, found: str) -> ValueError:
     return ValueError(
-        f"model must be whole on every rank, or sharded over all of them by fully_shard (FSDP2), "
-        f"got {name} {found}; {_REMEDY}"
+        f"model must be whole on every rank, sharded over all of them by fully_shard (FSDP2), or "
+        f"split over a mesh of one dimension by tensor parallel, got {name} {found}; {_REMEDY}"
     )
 
 

@@ -334,7 +334,6 @@ def refused(rank):
     both, mesh = tensor_parallel(llama())
     sharded(both, mesh=mesh["dp"])
     models = {
-        "tensor parallel": tensor_parallel(llama())[0],
         "both": both,
         "part of the ranks": sharded(llama(), mesh=parts["b"]),
     }
@@ -653,19 +652,9 @@ def test_the_digest_is_that_of_the_whole_model(found):
     assert [found[rank]["digests"] for rank in range(WORLD)] == [alone] * WORLD
 
 
-NOT_OURS = (
-    "ValueError: model must be whole on every rank, or sharded over all of them by fully_shard "
-    "(FSDP2), got model.layers.0.mlp.up_proj.weight "
-)
-
-
 @pytest.mark.parametrize(
     "how, text",
     [
-        *(
-            (f"{job}, tensor parallel", f"{NOT_OURS}sharded without it")
-            for job in ("score", "mask")
-        ),
         *((f"{job}, both", "got model.embed_tokens.weight on 1 of 2") for job in ("score", "mask")),
         ("strided", "placed as (_StridedShard(dim=0, sf=2), Shard(dim=0))"),
         ("score, part of the ranks", "on 1 of 2 ranks; load it in one process"),
