@@ -16,9 +16,10 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from tiny_folders import rows, save_model, write_jsonl
+from tiny_folders import rows, save_model, write_jsonl, write_sources
 
 from fastdean.coupling.scores import Scores
+from fastdean.masks import NeuronMask
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = ROOT / "examples" / "jobs"
@@ -265,6 +266,25 @@ def test_a_job_goes_on_when_torchrun_starts_it_again(
     assert "local_rank: 1" in done.stderr, "who died is told"
     assert "scoring goes on from" in done.stderr
     require_alike(tmp_path / "scores", undisturbed, exact=True)
+
+
+@pytest.mark.slow
+def test_a_whole_run_goes_on_too(machine, in_rank_1, place, tmp_path):
+    sets = write_sources(tmp_path)
+    words = ["run", *place[:2], *(w for k, v in sets.items() for w in (f"--{k}", str(v)))]
+    words += ["--ratio", "0.05", "--eval-examples", "0", "--quiet"]
+    found = forked_ranks([*words, "--order", "layers", "--out", str(tmp_path / "undisturbed")])
+    assert [each.returncode for each in found] == [0, 0], found
+    machine(torchrun=TORCHRUN)
+    happened = in_rank_1(DIES)
+    done = call("one_node", *words, "--out", tmp_path / "run", RANKS="2")
+    assert done.returncode == 0 and happened(), done.stderr
+    assert "scoring goes on from" in done.stderr
+    for name in sets:
+        scores = Path("scores", name)
+        require_alike(tmp_path / "run" / scores, tmp_path / "undisturbed" / scores, exact=True)
+    one, other = (NeuronMask.from_pretrained(tmp_path / r / "mask") for r in ("run", "undisturbed"))
+    assert one == other
 
 
 @pytest.mark.slow
