@@ -270,8 +270,8 @@ class ModelMemory:
                 of the files, so that of those outside of the layers only what is touched counts.
             kept_sums: bytes of dense sums that stay until the end, those of `sums` among them.
             shards: over how many ranks FSDP2 has divided the weights. One layer is whole at a time,
-                and all the time what is outside of the layers; while a layer is gathered, there is
-                a second copy of it.
+                and all the time what is outside of the layers; of what is being gathered there is
+                a second copy.
         """
 
         def moment(said: str, k: int | None, loss: bool, layers: int) -> Peak:
@@ -289,21 +289,24 @@ class ModelMemory:
             }
             return Peak(said, parts)
 
-        def gathering(k: int, layers: int) -> Peak:
+        def gathering(said: str, gathered: int, layers: int) -> Peak:
             parts = {
                 "weights": -(-self.weights // shards),
-                "gathered weights": self.outside + 2 * self.layers[k].weights,
-                "sums": kept_sums,
+                "gathered weights": gathered,
+                "sums": kept_sums if layers else 0,
                 "states": layers * rows.all * self.width,
             }
-            return Peak(f"layer {k} is gathered", parts)
+            return Peak(f"{said} is gathered", parts)
 
         found = [moment("the loss behind the layers", None, True, len(self.layers))]
         # Beside what this layer and those before it returned, the gradients of one layer's results.
         for k in range(len(self.layers)):
             found.append(moment(f"layer {k} backward", k, False, k + 2))
             if shards > 1:
-                found.append(gathering(k, k + 2))
+                gathered = self.outside + 2 * self.layers[k].weights
+                found.append(gathering(f"layer {k}", gathered, k + 2))
+        if shards > 1:
+            found.append(gathering("what is outside of the layers", 2 * self.outside, 0))
         return found
 
     def touched(self, rows: int, *, loss: bool) -> int:

@@ -798,9 +798,9 @@ def _lines(found: Estimate) -> list[str]:
     for name, key in (("weights read", "weights_read_bytes"), ("of files", "files_read_bytes")):
         table.append([name, *(_gb(getattr(each, key)) for each in found.orders.values())])
     for kind in ("sums", "candidates", "weights"):
-        sizes = [each.received.get(kind) for each in found.orders.values()]
-        if any(sizes):
-            table.append([f"{kind} of other ranks", *(_gb(n) if n else "-" for n in sizes)])
+        received = [each.received.get(kind) for each in found.orders.values()]
+        if any(received):
+            table.append([f"{kind} of other ranks", *(_gb(n) if n else "-" for n in received)])
     if any(each.passes > 1 for each in found.orders.values()):
         table.append(["passes", *(str(each.passes) for each in found.orders.values())])
     if any(each.seconds is not None for each in found.orders.values()):

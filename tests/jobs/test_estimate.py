@@ -135,7 +135,7 @@ def test_ranks_divide_examples_and_states_alone(folder):
     assert not any("ranks" in note for note in one.notes)
 
 
-def test_fsdp_divides_the_weights_but_for_one_layer_and_what_is_outside(folder):
+def test_fsdp_divides_the_weights_but_for_one_layer_and_what_is_outside(folder, tmp_path):
     """By hand, of two ranks; while a layer is gathered, it is there twice."""
     found = fastdean.estimate(folder, **JOB, **GPU | {"gpus": 2})
     assert list(found.orders) == ["batches", "layers", "layers, streamed", "layers, sharded"]
@@ -155,6 +155,11 @@ def test_fsdp_divides_the_weights_but_for_one_layer_and_what_is_outside(folder):
     at = fastdean.estimate(folder, **few, **GPU | {"gpus": 2}).orders["layers, sharded"]
     assert at.moment == f"layer {L - 1} is gathered"
     assert at.parts["gathered weights"] == outside + 2 * layer
+    # Or, of a large vocabulary, where the embedding is.
+    wide = folder_of(tmp_path / "wide", vocab_size=64 * V)
+    at = fastdean.estimate(wide, **few, **GPU | {"gpus": 2}).orders["layers, sharded"]
+    assert at.moment == "what is outside of the layers is gathered"
+    assert at.parts["gathered weights"] == 2 * 4 * (2 * 64 * V * H + H)
     alone = fastdean.estimate(folder, **JOB, **GPU)
     assert "layers, sharded" not in alone.orders and not alone.orders["layers"].received
 
