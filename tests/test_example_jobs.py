@@ -19,6 +19,8 @@ import torch
 from tiny_folders import rows, save_model, write_jsonl, write_sources
 
 from fastdean.coupling.scores import Scores
+from fastdean.jobs.coupling.job import ScoreJob
+from fastdean.jobs.coupling.scoring import run as score
 from fastdean.masks import NeuronMask
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,8 +126,9 @@ def test_on_one_node_torchrun_starts_a_job_that_goes_on(machine, place, tmp_path
     found = forked_ranks(command)
     assert [each.returncode for each in found] == [0, 0], found
     assert "goes on" not in found[0].stderr
-    alone = forked.run(forked.run_command, "score", *place, "--out", str(tmp_path / "alone"))
-    assert alone.returncode == 0, alone.stderr
+    _, model, _, source = place
+    alone = ScoreJob(model=model, data=source)
+    score(alone, tmp_path / "alone", overwrite=False, progress=False)
     require_alike(tmp_path / "a b", tmp_path / "alone")
     # Without a GPU that could be counted.
     assert json.loads(call("one_node", "score").stdout)[2] == "gpu"

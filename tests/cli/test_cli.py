@@ -1270,29 +1270,31 @@ def test_bad_input_of_one_rank_ends_both(place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def soon_given_up(*arguments):
+def soon_given_up(_, *arguments):
     lost_ranks._SOON = 0.3
     forked.run_command(*arguments)
 
 
-def stopped_before_it_scores(*arguments):
+def stopped_in(step, command, *arguments):
     def stop(*_, **__):
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    coupling_scoring.score = coupling_steps.score_sets = stop
-    forked.run_command(*arguments)
+    setattr(coupling_scoring if command == "score" else coupling_steps, step, stop)
+    forked.run_command(command, *arguments)
 
 
-@pytest.mark.parametrize("command", ["score", "run"])
-def test_a_rank_that_hangs_is_named_in_time(command, place, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "step"), [("score", "take_rows"), ("score", "score"), ("run", "score_sets")]
+)
+def test_a_rank_that_hangs_is_named_in_time(command, step, place, tmp_path):
     data = ("--data", place["privacy"]) if command == "score" else (*sources(place), *OPTIONS[:2])
     if command == "score":
         data = ("--model", place["model"], *data)
     words = [command, *data, "--out", tmp_path / "out", "--rank-timeout", 1.5, "--quiet"]
     both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     started = [
-        forked.start(act, *map(str, words), environment={**both, "RANK": str(rank)})
-        for rank, act in enumerate((soon_given_up, stopped_before_it_scores))
+        forked.start(act, step, *map(str, words), environment={**both, "RANK": str(rank)})
+        for rank, act in enumerate((soon_given_up, stopped_in))
     ]
     try:
         code, _, told = started[0].finish()
