@@ -22,9 +22,11 @@ OUTSIDE = {
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "LICENSE": "LICENSE",
     "SECURITY.md": "SECURITY.md",
-    **{
-        f"examples/{path.name}": f"examples/{path.name}" for path in (ROOT / "examples").glob("*.*")
-    },
+}
+OUTSIDE |= {
+    place: place
+    for folder in ("examples", "examples/jobs")
+    for place in (f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.*"))
 }
 SOURCES = {site: source for source, site in OUTSIDE.items()}
 FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)

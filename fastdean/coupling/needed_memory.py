@@ -261,6 +261,7 @@ class ModelMemory:
         streamed: bool = False,
         mapped: bool = False,
         kept_sums: int = 0,
+        shards: int = 1,
     ) -> list[Peak]:
         """The moments of a job layer by layer that may be its peak, what layers return with them.
 
@@ -269,6 +270,9 @@ class ModelMemory:
             streamed: weights come in for one layer at a time, from their files; `mapped`: as pages
                 of the files, so that of those outside of the layers only what is touched counts.
             kept_sums: bytes of dense sums that stay until the end, those of `sums` among them.
+            shards: over how many ranks FSDP2 has divided the weights. One layer is whole at a time,
+                and all the time what is outside of the layers; of what is being gathered there is
+                a second copy.
         """
 
         def moment(said: str, k: int | None, loss: bool, layers: int) -> Peak:
@@ -276,18 +280,34 @@ class ModelMemory:
             if streamed:
                 outside = self.touched(rows.batch, loss=loss) if mapped else self.outside
                 weights = outside + (0 if k is None else self.layers[k].weights)
+            gathered = self.outside + (0 if k is None else self.layers[k].weights)
             parts = {
-                "weights": weights,
+                "weights": -(-weights // shards),
+                "gathered weights": gathered if shards > 1 else 0,
                 "sums": max(kept_sums, sums.get(k, 0)),
                 "states": layers * rows.all * self.width,
                 "one window": self.window(k, rows),
             }
             return Peak(said, parts)
 
+        def gathering(said: str, gathered: int, layers: int) -> Peak:
+            parts = {
+                "weights": -(-self.weights // shards),
+                "gathered weights": gathered,
+                "sums": kept_sums if layers else 0,
+                "states": layers * rows.all * self.width,
+            }
+            return Peak(f"{said} is gathered", parts)
+
         found = [moment("the loss behind the layers", None, True, len(self.layers))]
         # Beside what this layer and those before it returned, the gradients of one layer's results.
         for k in range(len(self.layers)):
             found.append(moment(f"layer {k} backward", k, False, k + 2))
+            if shards > 1:
+                gathered = self.outside + 2 * self.layers[k].weights
+                found.append(gathering(f"layer {k}", gathered, k + 2))
+        if shards > 1:
+            found.append(gathering("what is outside of the layers", 2 * self.outside, 0))
         return found
 
     def touched(self, rows: int, *, loss: bool) -> int:

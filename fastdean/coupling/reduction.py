@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from fastdean.ops.selection import select_top
 
 # Of a candidate, its place and its sum, beside the 4 bytes of an entry's sum.
 _ENTRIES_OF_A_CANDIDATE = 3
+_SUM_BYTES = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,39 @@ def reduced_entry(
     # Those of units are few, and a number by itself has no shards.
     if ranks.size > 1 and top is not None and tensors[0].shape == weight.shape != ():
         plan = _Candidates(ranks, weight.shape, top)
-        if _ENTRIES_OF_A_CANDIDATE * ranks.size * plan.most <= weight.numel():
+        if plan.are_less_than_all:
             entry = plan.entry(tensors, weight.detach())
             if isinstance(accumulator, ExpertAccumulator):
                 entry = replace(entry, routed=tuple(accumulator.routed.tolist()))
             return entry
     ranks.spread_shards_(tensors)
     return accumulator.entry(weight)
+
+
+def received_bytes(
+    shape: Sequence[int], summed: int, ranks: int, top: Top | None
+) -> tuple[int, int]:
+    """What a rank receives, and about as much sends, in `reduced_entry` of one target.
+
+    Args:
+        shape: of the weight.
+        summed: how many sums there are.
+        top: as `reduced_entry` takes it.
+    Returns:
+        Bytes of sums, and of candidates.
+    """
+    if ranks == 1:
+        return 0, 0
+    first, end = Ranks(ranks - 1, ranks).shard(summed)
+    of_a_shard = (ranks - 1) * (end - first) * _SUM_BYTES
+    if top is not None and summed == prod(shape):
+        plan = _Candidates(Ranks(0, ranks), shape, top)
+        if plan.are_less_than_all:
+            seen = shape[0] if top.stacked else 0
+            candidates = plan.most * _ENTRIES_OF_A_CANDIDATE * _SUM_BYTES
+            return of_a_shard, (ranks - 1) * (candidates + seen)
+    # From each of the others its shard of the sums of all.
+    return 2 * of_a_shard, 0
 
 
 class _Candidates:
@@ -93,6 +121,12 @@ class _Candidates:
             sum(min(self._k, end - first) for first, end in self._pieces(rank))
             for rank in range(ranks.size)
         )
+
+    @property
+    def are_less_than_all(self) -> bool:
+        """Whether sending them is less than sending every sum once more."""
+        numel = self._matrices * self._competing
+        return _ENTRIES_OF_A_CANDIDATE * self._ranks.size * self.most <= numel
 
     def entry(self, tensors: Sequence[Tensor], weight: Tensor) -> ScoreEntry:
         """The entry of the top entries of all shards, whose sums each rank has its own of."""

@@ -7,7 +7,6 @@ sums become entries of `Scores`. README.md says which file does what.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -71,7 +70,7 @@ from fastdean.coupling.workloads import LossFunction, Workload, blocks_of_a_rank
 from fastdean.data.examples import Example
 from fastdean.models.adapters import require_no_prompts
 from fastdean.models.available_memory import peak_memory
-from fastdean.models.distributed import Ranks, failing_together
+from fastdean.models.distributed import Ranks, check_rank_timeout, failing_together
 from fastdean.models.identity import json_digest
 from fastdean.models.model_state import (
     eager,
@@ -294,7 +293,8 @@ def score_sets(
         ValueError, TypeError, RuntimeError: as `score`.
     """
     ranks = Ranks.current()
-    ranks.limit_waiting(_checked_timeout(rank_timeout))
+    check_rank_timeout(rank_timeout)
+    ranks.limit_waiting(rank_timeout)
     given: Any = model
     stream = stream_of(given)
     model = unwrap(given) if stream is None else stream.model
@@ -762,18 +762,6 @@ def _why_by_layers(parts: ShardedModel | StreamedModel) -> str:
     if isinstance(parts, ShardedModel):
         return "its weights are sharded over the ranks, and a layer's are gathered twice"
     return "its weights stay in their files"
-
-
-def _checked_timeout(seconds: float | None) -> float | None:
-    if seconds is None:
-        return None
-    require_real("rank_timeout", seconds, "a number of seconds above 0")
-    if not 0 < seconds < math.inf:
-        raise ValueError(
-            f"rank_timeout must be a number of seconds above 0, got {seconds}; leave it out to "
-            "wait as long as the process group does"
-        )
-    return float(seconds)
 
 
 def _with_holding(

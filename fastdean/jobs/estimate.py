@@ -73,6 +73,7 @@ class EstimateJob:
     granularity: options.Granularity = "weight"
     tokens_per_batch: options.TokensPerBatch = None
     memory_budget: options.MemoryBudget = None
+    deterministic: options.Deterministic = False
     dtype: options.Dtype = "auto"
     gpus: Annotated[int | None, Help("GPUs, each with a rank; none: this machine's CPU.")] = None
     gpu_memory: Annotated[
@@ -131,7 +132,8 @@ class OrderEstimate:
     """One way to go about a job, of one rank.
 
     Attributes:
-        order: "batches" or "layers"; `weights`: "resident" or "streamed".
+        order: "batches" or "layers"; `weights`: "resident", "streamed", or "sharded" over the ranks
+            (FSDP2).
         fits: whether the peak fits; None: it is not known how much memory there is.
         passes: how often every batch goes through the model, by layers through the layer with the
             most of them backward, where `memory_budget` does not hold all sums.
@@ -139,6 +141,8 @@ class OrderEstimate:
         states: bytes of what layers return and of one layer's gradients, by where they would be.
         operations: "forward", "recomputed_forward", "backward" and "importance" (FLOP).
         weights_read_bytes: from memory, by all passes; `files_read_bytes`: from files.
+        received: bytes that come from other ranks, about as many as go to them: of "sums", of
+            "candidates" for the top entries, and of "weights" that are sharded.
         seconds: at least, from the rates; None without rates.
     """
 
@@ -153,6 +157,7 @@ class OrderEstimate:
     operations: dict[str, float]
     weights_read_bytes: int
     files_read_bytes: int
+    received: dict[str, int]
     seconds: float | None
 
 
@@ -166,7 +171,7 @@ class Estimate:
         machine: device, memory in bytes, ranks, and the rates.
         memory: bytes of weights, one layer's weights, all sums, a layer's sums, states of all
             layers, one batch, one window, and the base, which is Python with its libraries.
-        orders: "batches", "layers", "layers, streamed".
+        orders: "batches", "layers", "layers, streamed", and of several ranks "layers, sharded".
         notes: what is not counted or not divided, in sentences.
     """
 
@@ -228,9 +233,9 @@ def estimate(model: str, **asked: Any) -> Estimate:
     Args:
         model: a Hugging Face folder (its config.json is enough), a hub id or a preset.
         asked: `data` or `tokens_per_example`, `examples`, `sets`, `keep_top`, `target_modules`,
-            `granularity`, `dtype`, `tokens_per_batch`, `memory_budget` (bytes), `gpus`,
-            `gpu_memory` ("80GB" or bytes), `flops`, `bandwidth`, `measure`, and what says how rows
-            become tokens, as in the command `fastdean estimate`.
+            `granularity`, `dtype`, `tokens_per_batch`, `memory_budget` (bytes), `deterministic`,
+            `gpus`, `gpu_memory` ("80GB" or bytes), `flops`, `bandwidth`, `measure`, and what says
+            how rows become tokens, as in the command `fastdean estimate`.
     Returns:
         An `Estimate`; `to_dict()` is what `--json` prints, and its text is the command's table.
     Raises:
@@ -247,12 +252,15 @@ def run(job: EstimateJob) -> Estimate:
     import torch
 
     from fastdean.coupling.accumulators import all_sums_bytes, split_by_memory, sums_bytes
+    from fastdean.coupling.block_sums import sums_at_a_time
     from fastdean.coupling.holding import together_bytes
     from fastdean.coupling.kept_entries import entries_bytes
     from fastdean.coupling.needed_memory import TRIED_ROWS, ModelMemory, Peak
     from fastdean.coupling.targets import coverage, find_targets
     from fastdean.coupling.window_memory import WindowMemory
+    from fastdean.coupling.workloads import blocks_of_a_rank
     from fastdean.models.available_memory import available_memory
+    from fastdean.models.distributed import Ranks
     from fastdean.models.loading import described_model
     from fastdean.models.stacks import decoder_layers
 
@@ -268,7 +276,9 @@ def run(job: EstimateJob) -> Estimate:
     device = torch.device("cuda" if on_gpu else "cpu")
     ranks = job.gpus or 1
     lengths = _lengths(job, ranks)
-    rows, batches = _batched(model, job, lengths, device)
+    blocks = blocks_of_a_rank(Ranks(0, ranks), job.deterministic)
+    at_a_time = sums_at_a_time(blocks)
+    rows, batches = _batched(model, job, lengths, blocks, device)
     memory = ModelMemory.of(model, layers)
 
     keep_top = None if job.keep_top == 1 else job.keep_top
@@ -277,7 +287,7 @@ def run(job: EstimateJob) -> Estimate:
         sums[target.layer_index] += sums_bytes(target, job.granularity)
     every = sum(sums.values())
     size = together_bytes(
-        _holding(targets, job, rows.all // job.sets, keep_top), job.granularity, False
+        _holding(targets, job, rows.all // job.sets, keep_top), job.granularity, False, at_a_time
     )
     windows = WindowMemory(memory, rows)
     budget = job.memory_budget
@@ -285,7 +295,8 @@ def run(job: EstimateJob) -> Estimate:
     groups: list[list[Target]] = []
     in_layers: dict[int | None, list[list[Target]]] = {}
     try:
-        groups = split_by_memory(targets, all_sums_bytes(job.granularity), budget)
+        together = all_sums_bytes(job.granularity, False, at_a_time)
+        groups = split_by_memory(targets, together, budget)
     except ValueError as error:
         refused["batches"] = error
     try:
@@ -310,8 +321,16 @@ def run(job: EstimateJob) -> Estimate:
     rates = _rates(job, model)
     orders: dict[str, OrderEstimate] = {}
 
+    exchanged = _received(targets, job, ranks, keep_top)
+
     def add(
-        name: str, peaks: Sequence[Peak], kept: int, read: int, files: int, passes: int
+        name: str,
+        peaks: Sequence[Peak],
+        kept: int,
+        read: int,
+        files: int,
+        passes: int,
+        gathered: int = 0,
     ) -> None:
         fixed = {"base": base, "scores kept": kept}
         room = None if there is None else there - base - kept
@@ -326,7 +345,7 @@ def run(job: EstimateJob) -> Estimate:
         places = {"device": here, "host or files" if on_gpu else "files": wanted - here}
         parts = {key: value for key, value in {**fixed, **peak.parts}.items() if value}
         total = sum(parts.values())
-        order = name.partition(",")[0]
+        order, _, weights = name.partition(", ")
         counted = dict(operations)
         if order == "batches":
             counted["recomputed_forward"] = 0.0
@@ -337,7 +356,7 @@ def run(job: EstimateJob) -> Estimate:
             counted["backward"] *= repeated
         orders[name] = OrderEstimate(
             order=order,
-            weights="streamed" if "streamed" in name else "resident",
+            weights=weights or "resident",
             fits=None if there is None else total <= there,
             passes=passes,
             peak_bytes=total,
@@ -347,6 +366,7 @@ def run(job: EstimateJob) -> Estimate:
             operations=counted,
             weights_read_bytes=read,
             files_read_bytes=files,
+            received={k: n for k, n in {**exchanged, "weights": gathered}.items() if n},
             seconds=_seconds(sum(counted.values()), read, rates),
         )
 
@@ -357,11 +377,13 @@ def run(job: EstimateJob) -> Estimate:
     # Forward and backward, each batch.
     used = memory.weights - memory.embedding
     if "batches" not in refused:
-        at_a_time = max(map(all_sums_bytes(job.granularity), groups))
+        most_sums = max(map(together, groups))
+        # Beside those of all sets what blocks take, of which one is the sums themselves.
+        kept_sums = job.sets * every + most_sums - most_sums // at_a_time if dense else most_sums
         add(
             "batches",
             [
-                memory.by_batches(rows, job.sets * every if dense else at_a_time),
+                memory.by_batches(rows, kept_sums),
                 memory.trial(rows, weights, memory.weights, on_cpu=not on_gpu),
             ],
             0 if dense else results,
@@ -369,7 +391,8 @@ def run(job: EstimateJob) -> Estimate:
             memory.weights,
             len(groups),
         )
-    kept_sums = job.sets * every if dense else 0
+    most_sums = max(in_windows.values(), default=0)
+    kept_sums = job.sets * every + most_sums - most_sums // at_a_time if dense else 0
     again = sum(layer.weights for layer in memory.layers[lowest:])
     often = {k: len(in_layers.get(k, [])) or 1 for k in range(lowest, len(layers))}
     repeated = sum(n * memory.layers[k].weights for k, n in often.items()) / max(1, again)
@@ -394,6 +417,26 @@ def run(job: EstimateJob) -> Estimate:
         tried = memory.trial(rows, of_first, begun + outside, on_cpu=not on_gpu)
         files = memory.outside + of_layers + again
         add("layers, streamed", [*streamed, tried], 0 if dense else results, read, files, most)
+    if can_sweep and ranks > 1:
+        first = sorted(kinds.values())
+        begun = sum(memory.layers[i].weights for i in first)
+        of_first = [t.weight for t in by_weight if t.layer_index in first]
+        # The scores of dense sums need the whole weights once more.
+        copies = sum(weight.nbytes for weight in weights) if dense else 0
+        peaks = memory.by_layers(rows, in_windows, kept_sums=kept_sums, shards=ranks)
+        held = -(-memory.weights // ranks) + memory.outside + begun
+        peaks.append(memory.trial(rows, of_first, held, on_cpu=False))
+        # For the trial, forward and backward; of all the others' shards.
+        gathers = memory.outside + begun + of_layers + again
+        add(
+            "layers, sharded",
+            peaks,
+            copies if dense else results,
+            read,
+            memory.weights,
+            most,
+            gathers - gathers // ranks,
+        )
     if not orders:
         raise next(iter(refused.values()))
 
@@ -471,7 +514,7 @@ def _holding(
     """
     from fastdean.coupling.holding import Holding, Pair
 
-    one_process = job.gpus in (None, 1) and job.gpu_memory is None
+    one_process = job.gpus in (None, 1) and job.gpu_memory is None and not job.deterministic
     if keep_top is None or job.granularity != "weight" or not one_process:
         return None
     sources: dict[tuple[str, int], int] = {}
@@ -516,19 +559,41 @@ def _lengths(job: EstimateJob, ranks: int) -> list[tuple[int, int]]:
     return mine * job.sets
 
 
+def _received(
+    targets: Sequence[Target], job: EstimateJob, ranks: int, keep_top: float | None
+) -> dict[str, int]:
+    """Bytes of sums and candidates that a rank receives, whatever the order."""
+    from fastdean.coupling.reduction import Top, received_bytes
+
+    found = Counter({"sums": 0, "candidates": 0})
+    for target in targets:
+        by_unit = job.granularity == "unit"
+        shape = target.weight.shape
+        top = None if keep_top is None else Top(job.examples, keep_top, "expert", target.stacked)
+        summed = target.num_inputs if by_unit else target.weight.numel()
+        sums, candidates = received_bytes(shape, summed, ranks, top)
+        found.update({"sums": job.sets * sums, "candidates": job.sets * candidates})
+    return dict(found)
+
+
 def _batched(
-    model: Any, job: EstimateJob, lengths: Sequence[tuple[int, int]], device: Any
+    model: Any, job: EstimateJob, lengths: Sequence[tuple[int, int]], blocks: int, device: Any
 ) -> tuple[Any, int]:
-    """The batches that the examples make, packed in their order, and how many these are."""
+    """The batches that the examples make, packed in their order, and how many these are.
+
+    Args:
+        blocks: of how many blocks the rank makes the sums; a batch has examples of one.
+    """
     from fastdean.coupling.needed_memory import Rows
     from fastdean.models.forward import tokens_per_batch_of
 
     most = job.tokens_per_batch or tokens_per_batch_of(model, device)
     of_a_set = len(lengths) // job.sets
     largest, targets, batches = 0, 0, 0
-    for first in range(0, len(lengths), of_a_set):
+    sets = [lengths[first : first + of_a_set] for first in range(0, len(lengths), of_a_set)]
+    for of_block in (of_set[block::blocks] for of_set in sets for block in range(blocks)):
         tokens = predicted = 0
-        for length, count in lengths[first : first + of_a_set]:
+        for length, count in of_block:
             if not tokens or tokens + length > most:
                 batches += 1
                 tokens = predicted = 0
@@ -667,7 +732,9 @@ def _notes(
     if ranks > 1:
         found.append(
             f"Each of the {ranks} ranks holds the whole model, all sums and its own batch; only "
-            "examples, and what layers return for them, are divided."
+            "examples, and what layers return for them, are divided. Of a model that FSDP2 shards "
+            "the weights are divided too, but for one layer at a time and what is outside of the "
+            "layers."
         )
     if on_gpu:
         found.append("What the GPU's driver and libraries take for themselves is not counted.")
@@ -730,6 +797,10 @@ def _lines(found: Estimate) -> list[str]:
         table.append([f"{name.replace('_', ' ')}, TFLOP", *(f"{v:,.3g}" for v in values)])
     for name, key in (("weights read", "weights_read_bytes"), ("of files", "files_read_bytes")):
         table.append([name, *(_gb(getattr(each, key)) for each in found.orders.values())])
+    for kind in ("sums", "candidates", "weights"):
+        received = [each.received.get(kind) for each in found.orders.values()]
+        if any(received):
+            table.append([f"{kind} of other ranks", *(_gb(n) if n else "-" for n in received)])
     if any(each.passes > 1 for each in found.orders.values()):
         table.append(["passes", *(str(each.passes) for each in found.orders.values())])
     if any(each.seconds is not None for each in found.orders.values()):

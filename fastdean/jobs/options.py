@@ -234,6 +234,14 @@ MemoryBudget = Annotated[
     ),
 ]
 
+RankTimeout = Annotated[
+    float | None,
+    Help(
+        "Seconds that a rank of a job of several waits for another, before it ends with an error "
+        "that names it [default: as long as torch's process group]."
+    ),
+]
+
 Order = Annotated[
     str,
     Help(

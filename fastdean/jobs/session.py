@@ -67,6 +67,8 @@ class Session(Generic[AnyJob]):
         options = plain(asked(job))
         # Where intermediate states lie changes no result; a full disk is answered by another one.
         options.pop("states", None)
+        # Nor does how long ranks wait for each other, which a job that has failed may be told anew.
+        options.pop("rank_timeout", None)
         folder = RunFolder(Path(out).expanduser(), options, overwrite)
         costs = Costs(total=steps, shown=progress and ranks.first)
         session = cls(job, folder, costs, ranks, progress, command)

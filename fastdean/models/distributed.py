@@ -8,6 +8,7 @@ answers nothing: it is named (`lost_ranks.py`).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from fastdean.models.lost_ranks import limit_collectives, naming_lost_ranks, wait
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
+from fastdean.wording.numbers import require_real
 
 
 @dataclass
@@ -259,11 +261,14 @@ class Ranks:
         return box[0]
 
     @contextmanager
-    def failing_together(self) -> Iterator[None]:
+    def failing_together(self, timeout: float | None = None) -> Iterator[None]:
         """If the block raises on one rank, raise on all: none waits for ever in a reduction.
 
         Blocks may lie in one another. Inside, ranks meet in the methods of this class alone, or
         within `together`.
+
+        Args:
+            timeout: as `limit_waiting` takes it.
         """
         if self.size == 1:
             yield
@@ -272,6 +277,7 @@ class Ranks:
             _meeting.failure_is_known = False
         _meeting.depth += 1
         try:
+            self.limit_waiting(timeout)
             yield
         except BaseException:
             # Told once: all ranks are on their way out by then.
@@ -349,6 +355,18 @@ def failing_together() -> Iterator[None]:
     """`Ranks.failing_together` of the process group that there is then; decorates functions too."""
     with Ranks.of_group().failing_together():
         yield
+
+
+def check_rank_timeout(seconds: float | None) -> None:
+    """Raise TypeError or ValueError for what `Ranks.limit_waiting` cannot take."""
+    if seconds is None:
+        return
+    require_real("rank_timeout", seconds, "a number of seconds above 0")
+    if not 0 < seconds < math.inf:
+        raise ValueError(
+            f"rank_timeout must be a number of seconds above 0, got {seconds}; leave it out to "
+            "wait as long as the process group does"
+        )
 
 
 def _group_exists() -> bool:

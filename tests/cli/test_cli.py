@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -32,9 +33,11 @@ from fastdean.cli.flags import in_flags
 from fastdean.jobs import run as run_job
 from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
 from fastdean.jobs.coupling import scoring as coupling_scoring
+from fastdean.jobs.coupling import steps as coupling_steps
 from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import RunFolder
 from fastdean.masks import NeuronMask
+from fastdean.models import lost_ranks
 from fastdean.wording import bars
 
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -1167,12 +1170,16 @@ def test_as_a_process_it_writes_json_to_stdout_and_nothing_foreign_to_stderr(pla
     ]
 
 
-def ranks(args, **environment):
-    """The command as two ranks of one job; what each gave."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+        return str(free.getsockname()[1])
+
+
+def ranks(args, **environment):
+    """The command as two ranks of one job; what each gave."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared |= environment
     processes = [
         forked.start(
             forked.run_command, *map(str, args(rank)), environment={**shared, "RANK": str(rank)}
@@ -1194,7 +1201,9 @@ def test_two_ranks_resume_and_give_the_mask_of_one_and_only_the_first_speaks(
     (out / "fastdean_run.json").write_text(json.dumps(state))
     shutil.rmtree(out / "scores" / "privacy")
     shutil.rmtree(out / "mask")
-    command = ["run", *sources(place), "--out", out, *OPTIONS, "--json"]
+    # How long they wait for each other is no part of what was asked for.
+    waiting = ("--rank-timeout", 100)
+    command = ["run", *sources(place), "--out", out, *OPTIONS, *waiting, "--json"]
     first, second = ranks(lambda rank: command)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     results = json.loads(first[1])
@@ -1259,6 +1268,53 @@ def test_bad_input_of_one_rank_ends_both(place, tmp_path):
     assert "--privacy must be an existing file" in first[2]
     assert second[2].startswith("fastdean (rank 1): ") and "got 1 of 2 that failed" in second[2]
     assert not (tmp_path / "run").exists()
+
+
+def soon_given_up(_, *arguments):
+    lost_ranks._SOON = 0.3
+    forked.run_command(*arguments)
+
+
+def stopped_in(step, command, *arguments):
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    setattr(coupling_scoring if command == "score" else coupling_steps, step, stop)
+    forked.run_command(command, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "step"), [("score", "take_rows"), ("score", "score"), ("run", "score_sets")]
+)
+def test_a_rank_that_hangs_is_named_in_time(command, step, place, tmp_path):
+    data = ("--data", place["privacy"]) if command == "score" else (*sources(place), *OPTIONS[:2])
+    if command == "score":
+        data = ("--model", place["model"], *data)
+    words = [command, *data, "--out", tmp_path / "out", "--rank-timeout", 1.5, "--quiet"]
+    both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    started = [
+        forked.start(act, step, *map(str, words), environment={**both, "RANK": str(rank)})
+        for rank, act in enumerate((soon_given_up, stopped_in))
+    ]
+    try:
+        code, _, told = started[0].finish()
+    finally:
+        for process in started:
+            process.kill()
+        started[1].finish()
+    assert code == 2, told
+    assert told.startswith("fastdean: every rank must stay to the end of the job, got no answer")
+    assert "from rank 1 of 2 within" in told and len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["score", "run"])
+def test_a_time_limit_that_is_none_is_refused_by_flag(command, place, tmp_path):
+    data = ("--model", place["model"], "--data", place["privacy"])
+    data = sources(place) if command == "run" else data
+    result = call(command, *data, "--out", tmp_path / "out", "--rank-timeout", 0)
+    assert result.exit_code == 2
+    told = "fastdean: --rank-timeout must be a number of seconds above 0, got 0.0; "
+    assert result.stderr.startswith(told)
 
 
 def test_one_row_files_of_unsafe_pairs_measure_without_intervals(place, tmp_path):

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from live_bytes import LiveBytes
+from torch import distributed
+from transformers import AutoConfig, AutoModelForCausalLM
+from two_ranks import join_group, leave_group, run_ranks
 from typer.testing import CliRunner
 
 import fastdean
 from fastdean import cli
 from fastdean.coupling.needed_memory import ModelMemory, Rows
+from fastdean.data import Example
 from fastdean.jobs.estimate import size_in_bytes
 
 # V, H, units, L; four heads of 8, keys and values of two.
@@ -129,6 +135,102 @@ def test_ranks_divide_examples_and_states_alone(folder):
     assert not any("ranks" in note for note in one.notes)
 
 
+def test_fsdp_divides_the_weights_but_for_one_layer_and_what_is_outside(folder, tmp_path):
+    """By hand, of two ranks; while a layer is gathered, it is there twice."""
+    found = fastdean.estimate(folder, **JOB, **GPU | {"gpus": 2})
+    assert list(found.orders) == ["batches", "layers", "layers, streamed", "layers, sharded"]
+    sharded, whole = found.orders["layers, sharded"], found.orders["layers"]
+    attention, mlp = 2 * H * H + 2 * H * K, 3 * H * U
+    layer, outside = 4 * (attention + mlp + 2 * H), 4 * (2 * V * H + H)
+    assert sharded.parts["weights"] == (L * layer + outside) / 2
+    assert sharded.parts["gathered weights"] == outside + layer
+    for part in ("sums", "states", "one window", "scores kept"):
+        assert sharded.parts[part] == whole.parts[part]
+    assert sharded.operations == whole.operations
+    # For the trial, which is of the first layer, forward and backward, half of each.
+    gathered = outside + layer + 2 * L * layer
+    assert sharded.received == whole.received | {"weights": gathered / 2}
+    # Of few tokens the peak is where a layer is there twice, for the MLPs of which no sums are yet.
+    few = {"examples": 2, "tokens_per_example": 2, "granularity": "unit"}
+    at = fastdean.estimate(folder, **few, **GPU | {"gpus": 2}).orders["layers, sharded"]
+    assert at.moment == f"layer {L - 1} is gathered"
+    assert at.parts["gathered weights"] == outside + 2 * layer
+    # Or, of a large vocabulary, where the embedding is.
+    wide = folder_of(tmp_path / "wide", vocab_size=64 * V)
+    at = fastdean.estimate(wide, **few, **GPU | {"gpus": 2}).orders["layers, sharded"]
+    assert at.moment == "what is outside of the layers is gathered"
+    assert at.parts["gathered weights"] == 2 * 4 * (2 * 64 * V * H + H)
+    alone = fastdean.estimate(folder, **JOB, **GPU)
+    assert "layers, sharded" not in alone.orders and not alone.orders["layers"].received
+
+
+def received_by_a_rank(rank, folder, model, jobs):
+    """What the collectives of a scoring give a rank that is others' own, of each job."""
+    join_group(rank, folder)
+    log = []
+    all_to_all, all_gather = distributed.all_to_all_single, distributed.all_gather
+
+    def exchanged(received, sent, own, others, **options):
+        log.append(received.nbytes - own[rank] * received.element_size())
+        return all_to_all(received, sent, own, others, **options)
+
+    def gathered(received, sent, **options):
+        log.append(sum(each.nbytes for each in received) - sent.nbytes)
+        return all_gather(received, sent, **options)
+
+    found = []
+    distributed.all_to_all_single, distributed.all_gather = exchanged, gathered
+    for options in jobs:
+        log.clear()
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(model)
+        subject = AutoModelForCausalLM.from_config(config).eval()
+        ids = torch.arange(3, 23)
+        examples = [Example(ids, ids)] * 4
+        fastdean.score(subject, examples, progress=False, **options)
+        found.append(sum(log))
+    leave_group(rank, folder, found)
+
+
+def test_what_ranks_receive_is_what_they_are_sent(folder, tmp_path):
+    """Sums of others once for the top entries, with theirs; of dense sums and units twice."""
+    jobs = [
+        {"keep_top": 0.01, "order": "batches"},
+        {"keep_top": 0.01, "order": "layers", "deterministic": True},
+        {"order": "layers"},
+        {"granularity": "unit", "order": "batches"},
+    ]
+    worker = partial(received_by_a_rank, model=folder, jobs=jobs)
+    taken = run_ranks(worker, tmp_path)
+    for options, of_rank_0, of_rank_1 in zip(jobs, *taken, strict=True):
+        asked = {"keep_top": 1} | {k: v for k, v in options.items() if k != "order"}
+        order = options["order"]
+        estimate = fastdean.estimate(
+            folder, examples=4, tokens_per_example=20, **asked, **GPU | {"gpus": 2}
+        )
+        assert sum(estimate.orders[order].received.values()) == of_rank_0 == of_rank_1, options
+
+
+def test_blocks_have_batches_and_sums_of_their_own(folder):
+    """deterministic: 16 blocks, of which a rank holds a sum at each level of their tree."""
+    asked = JOB | {"examples": 32, "keep_top": 0.1}
+    plain = fastdean.estimate(folder, **asked, **GPU)
+    for ranks, sums in ((1, 5), (2, 4), (4, 3), (16, 1), (3, 1)):
+        found = fastdean.estimate(folder, **asked, **GPU | {"gpus": ranks}, deterministic=True)
+        for name, times in (("batches", sums), ("layers", sums)):
+            assert found.orders[name].parts["sums"] == times * plain.orders[name].parts["sums"]
+        blocks = 16 // ranks if ranks != 3 else 1
+        # Two examples a block are one batch; eleven of a rank of three are six.
+        assert found.work["batches_of_a_rank"] == (blocks if ranks != 3 else 6)
+    dense = fastdean.estimate(folder, **asked | {"keep_top": 1}, **GPU, deterministic=True)
+    every = dense.memory["sums"]
+    assert dense.orders["batches"].parts["sums"] == every + 4 * every
+    assert dense.orders["layers"].parts["sums"] == every + 4 * every // L
+    with pytest.raises(ValueError, match="memory_budget must hold the sums of at least one"):
+        least = 4 * H * U
+        fastdean.estimate(folder, **asked, **GPU, deterministic=True, memory_budget=least)
+
+
 def test_states_go_where_there_is_room(folder):
     roomy = fastdean.estimate(folder, **JOB, **GPU).orders["layers"]
     need = roomy.peak_bytes - roomy.parts["states"]
@@ -242,7 +344,7 @@ def test_the_command_prints_a_table_or_json(folder):
     assert set(printed) == {"model", "targets", "work", "machine", "memory", "orders", "notes"}
     assert list(printed["orders"]) == ["batches", "layers", "layers, streamed"]
     fields = {"order", "weights", "fits", "peak_bytes", "moment", "parts", "states", "operations"}
-    fields |= {"weights_read_bytes", "files_read_bytes", "seconds", "passes"}
+    fields |= {"weights_read_bytes", "files_read_bytes", "seconds", "passes", "received"}
     assert all(set(each) == fields for each in printed["orders"].values())
     assert (
         printed
@@ -366,8 +468,6 @@ def printed_by(*command):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is told on Linux")
 def test_what_processes_take_is_within_a_tenth(tmp_path):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = folder_of(tmp_path / "big", **_BIG)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
@@ -376,3 +476,41 @@ def test_what_processes_take_is_within_a_tenth(tmp_path):
     for name, each in found["orders"].items():
         taken = printed_by("-c", _RUN, folder, name)
         assert each["peak_bytes"] == pytest.approx(taken, rel=0.1), (name, each["parts"], taken)
+
+
+# So many tokens that what layers return for them is most of what a job of the tiny model holds.
+MANY = {"examples": 96, "tokens_per_example": 40, "tokens_per_batch": 80}
+
+
+def held_by_a_rank(rank, folder, model, world):
+    """The most bytes of tensors that a scoring made, and of them what layers returned."""
+    join_group(rank, folder, world)
+    torch.manual_seed(0)
+    subject = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).eval()
+    ids = torch.randint(3, V, (MANY["examples"], MANY["tokens_per_example"]))
+    examples = [Example(row, row.clone()) for row in ids]
+    options = {"keep_top": 1e-3, "order": "layers", "states": "device", "progress": False}
+    with LiveBytes() as live:
+        scores = fastdean.score(
+            subject, examples, tokens_per_batch=MANY["tokens_per_batch"], **options
+        )
+    leave_group(rank, folder, (live.peak, sum(scores.manifest["order"]["states"].values())))
+
+
+@pytest.mark.slow
+def test_what_is_divided_falls_with_the_number_of_ranks(folder, tmp_path):
+    peaks, states, expected = {}, {}, {}
+    for world in (1, 2, 4):
+        place = tmp_path / str(world)
+        place.mkdir()
+        worker = partial(held_by_a_rank, model=folder, world=world)
+        found = run_ranks(worker, place, world)
+        peaks[world], states[world] = (max(each) for each in zip(*found, strict=True))
+        estimate = fastdean.estimate(folder, **MANY, **GPU | {"gpus": world})
+        expected[world] = sum(estimate.orders["layers"].states.values())
+    for world in (1, 2, 4):
+        assert states[world] == pytest.approx(expected[world], rel=0.15), world
+    for world in (2, 4):
+        # All else is the same on any number of ranks.
+        less = peaks[1] - peaks[world]
+        assert less == pytest.approx(expected[1] - expected[world], rel=0.15), (world, peaks)

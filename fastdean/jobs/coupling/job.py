@@ -38,11 +38,13 @@ class ScoringJob(ModelJob):
     order: options.Order = "auto"
     states: options.States = "auto"
     deterministic: options.Deterministic = False
+    rank_timeout: options.RankTimeout = None
 
     def __post_init__(self) -> None:
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.coupling.order import ORDERS
         from fastdean.coupling.scores import EXPERT_SCOPES
+        from fastdean.models.distributed import check_rank_timeout
 
         super().__post_init__()
         object.__setattr__(self, "granularity", checked_granularity(self.granularity))
@@ -50,6 +52,7 @@ class ScoringJob(ModelJob):
         options.require_one_of(self, "expert_scope", EXPERT_SCOPES)
         options.require_template(self)
         options.require_at_least(self, examples=1)
+        check_rank_timeout(self.rank_timeout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ class Job(ScoringJob):
         rule, scope, min_k, signs: see `coupling.couple`.
         examples: rows of each source that are scored; None: all.
         eval_examples: rows, of other prompts than these where there are any, that are measured on.
-        memory_budget: in bytes; it, order and states: see `fastdean.score`.
+        memory_budget: in bytes; it, order, states and rank_timeout: see `fastdean.score`.
     Raises:
         ValueError, TypeError: an option out of range; raised here rather than after hours of work.
     """

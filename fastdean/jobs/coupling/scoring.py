@@ -30,7 +30,7 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
     """
     ranks = Ranks.current()
     costs = Costs(total=3, shown=progress and ranks.first)
-    with ranks.failing_together():
+    with ranks.failing_together(job.rank_timeout):
         if ranks.first:
             require_outside(out, job.model)
             if not holds_job(out):
@@ -79,6 +79,7 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
             signs=job.signs,
             resume=_resume(job, out),
             deterministic=job.deterministic,
+            rank_timeout=job.rank_timeout,
             progress=progress,
         )
     if not ranks.first:

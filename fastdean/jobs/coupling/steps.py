@@ -81,12 +81,12 @@ def run(
         OSError: the disk refused; what was finished before stays and is used again.
     """
     ranks = Ranks.current()
-    with ranks.failing_together():
+    with ranks.failing_together(job.rank_timeout):
         session = Session.open(job, out, command, overwrite, progress)
         session.costs.total = _number_of_steps(session)
         prepared = _prepare(session)
     with session.writing():
-        with ranks.failing_together():
+        with ranks.failing_together(job.rank_timeout):
             scores = _score(prepared, session)
         if not ranks.first:
             return {}

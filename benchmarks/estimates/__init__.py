@@ -1,0 +1,1 @@
+"""What `fastdean estimate` says of models of known shapes, as the tables of the guide."""

@@ -1,0 +1,88 @@
+"""The tables of docs/guide/large-jobs.md: what jobs on three shapes need, on 1, 8 and 64 GPUs.
+
+Computed by `fastdean.estimate` from the configurations beside this file; nothing is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import fastdean
+from fastdean.jobs.estimate import Estimate
+
+MARKER = "estimates"
+# Folder of the configuration -> what the table calls it.
+SHAPES = {
+    "qwen2-7b": "7B (Qwen2)",
+    "llama-3-70b": "70B (Llama 3)",
+    "deepseek-v3": "671B mixture (DeepSeek-V3)",
+}
+GPUS = (1, 8, 64)
+JOB = {"sets": 3, "examples": 128, "tokens_per_example": 76, "keep_top": 1e-3, "dtype": "bf16"}
+GPU_MEMORY = "80GB"
+ORDERS = ("batches", "layers", "layers, streamed", "layers, sharded")
+
+
+def tables() -> str:
+    """Both, in Markdown, with the sentence above them."""
+    found = {(name, gpus): _estimated(name, gpus) for name in SHAPES for gpus in GPUS}
+    whole = [_whole(SHAPES[name], found[name, 1]) for name in SHAPES]
+    of_a_rank = [_of_a_rank(SHAPES[name], each) for (name, _), each in found.items()]
+    return "\n".join(
+        [
+            "**Computed, not measured**: 3 sets of 128 examples of 76 tokens, MLPs, `keep_top` "
+            "1e-3, bf16. Of the whole",
+            "job:",
+            "",
+            *_table(("shape", "weights", "sums, dense", "states", *_FLOP), whole),
+            "",
+            "Of each GPU the peak, bold where it fits into 80 GB, and what it receives from the "
+            "others:",
+            "",
+            *_table(("shape", "GPUs", *map(_named, ORDERS), *_RECEIVED), of_a_rank),
+        ]
+    )
+
+
+_FLOP = ('FLOP "batches"', '"layers"')
+_RECEIVED = ("sums", "candidates", "weights, sharded")
+
+
+def _estimated(name: str, gpus: int) -> Estimate:
+    folder = Path(__file__).resolve().parent / name
+    return fastdean.estimate(str(folder), **JOB, gpus=gpus, gpu_memory=GPU_MEMORY)
+
+
+def _whole(shape: str, found: Estimate) -> Iterator[str]:
+    yield shape
+    for name in ("weights", "sums", "states"):
+        yield _gigabytes(found.memory[name])
+    for order in ("batches", "layers"):
+        yield f"{sum(found.orders[order].operations.values()):.1e}".replace("e+", "e")
+
+
+def _of_a_rank(shape: str, found: Estimate) -> Iterator[str]:
+    yield shape
+    yield str(found.machine["ranks"])
+    for name in ORDERS:
+        each = found.orders.get(name)
+        size = "-" if each is None else _gigabytes(each.peak_bytes)
+        yield f"**{size}**" if each is not None and each.fits else size
+    received = found.orders.get("layers, sharded", found.orders["layers"]).received
+    for kind in ("sums", "candidates", "weights"):
+        yield _gigabytes(received[kind]) if kind in received else "-"
+
+
+def _named(order: str) -> str:
+    name, _, weights = order.partition(", ")
+    return f'"{name}"{f", {weights}" if weights else ""}'
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def _table(header: Sequence[str], rows: Sequence[Iterator[str]]) -> list[str]:
+    lines = [list(header), ["---"] * len(header), *map(list, rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
