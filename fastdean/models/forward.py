@@ -421,7 +421,7 @@ def exact_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
     return Layout(
         packed=packed,
         padded=padded,
-        alone_above=_rotary_limit(model),
+        alone_above=rotary_limit(model),
         longest_row=_longest_row(model) if packed or by_segments else None,
         by_segments=by_segments,
     )
@@ -442,7 +442,7 @@ def _longest_row(model: nn.Module) -> int | None:
     return None if shortest == math.inf else max(1, int(shortest))
 
 
-def _rotary_limit(model: nn.Module) -> int | None:
+def rotary_limit(model: nn.Module) -> int | None:
     """The length from which rotary frequencies depend on the longest example of a batch."""
     config = text_config(model)
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
