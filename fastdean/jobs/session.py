@@ -13,6 +13,7 @@ from torch import nn
 
 from fastdean.files.provenance import now, public_command, versions
 from fastdean.files.storage import write_json_atomic
+from fastdean.jobs.answer_jobs import AnswerJob
 from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling.job import Job
@@ -24,7 +25,7 @@ from fastdean.models.loading import load_model
 from fastdean.report import write_report
 from fastdean.wording.log import logger
 
-AnyJob = TypeVar("AnyJob", Job, CollapseJob, DebiasJob)
+AnyJob = TypeVar("AnyJob", Job, CollapseJob, DebiasJob, AnswerJob)
 
 
 @dataclass(frozen=True)
