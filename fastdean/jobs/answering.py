@@ -45,8 +45,7 @@ def run(
             again.
     """
     Ranks.require_alone("fastdean answer")
-    session = Session.open(job, out, command, overwrite, progress)
-    session.folder.shows = ANSWERS_FILE
+    session = Session.open(job, out, command, overwrite, progress, shows=ANSWERS_FILE)
     skipped = Skipped() if job.skip_bad_rows else None
     with session.costs.step("read prompts"):
         rows, _ = take_rows(
@@ -76,7 +75,7 @@ def run(
                     "variants": _counted(lines.read()),
                     "skipped": {} if skipped is None else skipped.described(),
                     "files": {"answers": ANSWERS_FILE},
-                    "costs": session.costs.steps,
+                    "cost": session.costs.steps,
                 },
             )
             write_json_atomic(session.folder.path / RESULTS_FILE, results)

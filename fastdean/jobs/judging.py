@@ -29,14 +29,17 @@ from fastdean.evaluation.judging.templates import (
     template_names,
 )
 from fastdean.evaluation.judging.verdicts import RECORD, agreements, changes, record, summary
+from fastdean.files.declared import read_json
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import now, public_command, public_source, versions
 from fastdean.files.storage import held, write_json_atomic, write_text_atomic
 from fastdean.jobs.answer_jobs import JudgeJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.folder import (
+    ANSWERS_FILE,
     NOT_READ_YET,
     RESULTS_FILE,
+    RUN_FILE,
     TABLE_FILE,
     VERDICTS_FILE,
     RunFolder,
@@ -47,6 +50,7 @@ from fastdean.jobs.session import plain
 from fastdean.models.distributed import Ranks
 from fastdean.models.identity import json_digest, model_identity
 from fastdean.models.loading import load_classifier, load_model
+from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 
 _SERVED = "::model="
@@ -138,6 +142,9 @@ def run(
     costs = Costs(total=len(judges) + 1, shown=progress)
     with costs.step("read answers"):
         answers = read_answers(job.answers)
+    unfinished = _unfinished(job.answers)
+    for sentence in unfinished:
+        logger.warning("%s", sentence)
     folder = RunFolder(Path(out).expanduser(), plain(asked(job)), overwrite, shows=TABLE_FILE)
     folder.inputs = {
         "answers": json_digest([asdict(each) for each in answers]),
@@ -168,6 +175,7 @@ def run(
                     for batch in batches:
                         lines.add(record(each.name, left[i], verdict) for i, verdict in batch)
             results = _results(job, judges, answers, lines.read(), command, costs)
+            results["warnings"] = [*unfinished, *results["warnings"]]
             write_text_atomic(folder.path / TABLE_FILE, results["table"] + "\n")
             write_json_atomic(folder.path / RESULTS_FILE, results)
             folder.finish()
@@ -175,6 +183,16 @@ def run(
         folder.release_if_empty()
         raise
     return results
+
+
+def _unfinished(source: str) -> list[str]:
+    """A sentence where the answers are those of a run that is not finished."""
+    place = Path(source).expanduser()
+    run_file = (place if place.is_dir() else place.parent) / RUN_FILE
+    own = place.is_dir() or place.name == ANSWERS_FILE
+    if not own or not run_file.is_file() or read_json(run_file).get("finished", True):
+        return []
+    return ["The run that gives the answers is not finished: those it has so far are judged."]
 
 
 def _verdicts(
@@ -282,7 +300,7 @@ def _results(
             "warnings": warnings,
             "table": verdict_table(judged, alike, changed),
             "files": {"verdicts": VERDICTS_FILE, "table": TABLE_FILE},
-            "costs": costs.steps,
+            "cost": costs.steps,
         }
     )
 

@@ -58,17 +58,19 @@ class Session(Generic[AnyJob]):
         progress: bool,
         *,
         steps: int | None = None,
+        shows: str = REPORT_FILE,
     ) -> Session[AnyJob]:
         """Begin a call; ValueError unless the job may write to `out`.
 
         Args:
             steps: how many there are at most; None: not known yet.
+            shows: the file of a finished run that a person looks at.
         """
         ranks = Ranks.current()
         options = plain(asked(job))
         # Where intermediate states lie changes no result; a full disk is answered by another one.
         options.pop("states", None)
-        folder = RunFolder(Path(out).expanduser(), options, overwrite)
+        folder = RunFolder(Path(out).expanduser(), options, overwrite, shows=shows)
         costs = Costs(total=steps, shown=progress and ranks.first)
         session = cls(job, folder, costs, ranks, progress, command)
         # Other ranks may run on machines that do not see the folder.

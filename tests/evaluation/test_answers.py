@@ -152,7 +152,7 @@ def test_the_masked_model_answers_inside_of_its_mask():
     model, tok = tiny_models.llama(), tokenizer()
     head = model.lm_head.weight
     index = torch.arange(head.numel() // 2, head.numel())
-    entry = MaskEntry(tuple(head.shape), index, head.detach().flatten()[index].clone())
+    entry = MaskEntry(index, head.detach().flatten()[index].clone(), tuple(head.shape))
     mask = NeuronMask({"lm_head.weight": entry})
     before = generate(model, tok, prompts(), max_new_tokens=3, progress=False)
     with mask.applied(model):

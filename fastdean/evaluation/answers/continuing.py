@@ -6,7 +6,7 @@ generation settings counts but where an answer ends: a penalty on repetition wou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fastdean.models.forward import rotary_limit
 from fastdean.models.model_state import (
-    eager,
     evaluation_state,
     input_device,
+    max_tokens,
     undone,
     unwrap,
 )
@@ -50,11 +50,11 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
     Chat models name the end of a turn in the one and the end of a text in the other.
     """
-    found: set[int] = set()
     named = getattr(getattr(unwrap(model), "generation_config", None), "eos_token_id", None)
+    found: list[int | None] = []
     for each in (named, getattr(tokenizer, "eos_token_id", None)):
-        found |= set(each) if isinstance(each, list | tuple) else {each} - {None}
-    return sorted(found)
+        found += each if isinstance(each, list | tuple) else [each]
+    return sorted({each for each in found if each is not None})
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def continued(
     max_new_tokens: int,
     stops: Sequence[int],
     tokens_per_batch: int,
-) -> Iterator[list[tuple[int, list[int]]]]:
+) -> Generator[list[tuple[int, list[int]]], None, None]:
     """Continue each prompt greedily; batch after batch, the shortest prompts first.
 
     Equivalent, for one prompt, without a cache:
@@ -84,7 +84,7 @@ def continued(
     """
     model = unwrap(model)
     require_generating(model)
-    with _state(model), eager():
+    with _state(model):
         way = _way(model, prompts, stops)
         for batch in batches(
             [len(ids) for ids in prompts],
@@ -135,9 +135,11 @@ def _way(model: nn.Module, prompts: Sequence[Ids], stops: Sequence[int]) -> str:
     """
     if len(prompts) < 2:
         return ALONE
-    tokens = [token for ids in prompts for token in ids[:_LONG]]
-    one = (tokens * _LONG)[:_LONG]
-    other = (tokens[::-1] * _LONG)[:_LONG]
+    long = min(_LONG, (max_tokens(model) or _LONG + _STEPS) - _STEPS)
+    if long <= _SHORT:
+        return ALONE
+    tokens = [token for ids in prompts for token in ids[:long]]
+    one, other = (tokens * long)[:long], (tokens[::-1] * long)[:long]
     if any(len(ids) != len(prompts[0]) for ids in prompts) and _alike(
         model, [one[:_SHORT], other], stops
     ):
@@ -191,14 +193,15 @@ def _generated(
         eos_token_id=list(stops) or None,
         pad_token_id=filler,
         use_cache=True,
-        return_dict_in_generate=True,
+        return_dict_in_generate=with_logits,
         output_logits=with_logits,
     )
     outputs = model.generate(
         ids.to(device), attention_mask=mask.to(device), generation_config=settings
     )
+    sequences = outputs.sequences if with_logits else outputs
     logits = tuple(each.float().cpu() for each in outputs.logits) if with_logits else ()
-    new = outputs.sequences[:, width:].tolist()
+    new = sequences[:, width:].tolist()
     return [_up_to_a_stop(row, stops) for row in new], logits
 
 

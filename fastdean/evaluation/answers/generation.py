@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,9 @@ from fastdean.wording.numbers import require_whole
 TEMPLATES = ("raw", "chat")
 MAX_NEW_TOKENS = 64
 STOPPED, CUT = "stop", "length"
+# By default so many times the tokens of one forward pass: after the prompts each pass takes but one
+# token of each row, and many rows keep a machine busy.
+_PASSES = 8
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def answers_to(
     progress: bool = True,
     keep_special: bool = False,
     title: str = "answers",
-) -> Iterator[list[tuple[int, Answer]]]:
+) -> Generator[list[tuple[int, Answer]], None, None]:
     """The answers to prompts given as tokens, batch after batch: (number of the prompt, answer).
 
     Args:
@@ -122,7 +125,7 @@ def answers_to(
         return
     stops = stop_ids(model, tokenizer)
     if tokens_per_batch is None:
-        tokens_per_batch = tokens_per_batch_of(unwrap(model))
+        tokens_per_batch = _PASSES * tokens_per_batch_of(unwrap(model))
     with (
         tqdm(total=len(prompts), desc=titled(title), unit="answers", disable=not progress) as bar,
         closing(

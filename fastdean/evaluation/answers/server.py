@@ -14,7 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -128,6 +128,8 @@ class Server:
             text = None
         if not isinstance(text, str):
             raise self._error(f"an answer in the form of OpenAI's API, got {found!r:.120}")
+        # JSON can name halves of characters, which no file of text holds.
+        text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
         finish = {"stop": STOPPED, "length": CUT}.get(str(reason), str(reason)[:40])
         return Answer(text, tokens if isinstance(tokens, int) else None, finish)
 
@@ -166,7 +168,7 @@ class Server:
         except urllib.error.HTTPError as error:
             with error:
                 said = self._said(error)
-            refused = self._error(f"the request for {what}, got {said}", _Refused)
+            refused = self._error(f"an answer to {what}, got {said}", _Refused)
             refused.status = error.code
             if error.code in _RETRIED:
                 raise _Again(refused, _seconds(error.headers.get("Retry-After"))) from None
@@ -260,7 +262,7 @@ def in_order(
     *,
     concurrency: int,
     stop: Callable[[], object] = lambda: None,
-) -> Iterator[tuple[int, Found]]:
+) -> Generator[tuple[int, Found], None, None]:
     """(number, `ask(item)`) in the order of the items, at most `concurrency` at a time.
 
     Args:

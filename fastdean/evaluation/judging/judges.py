@@ -5,7 +5,7 @@ Each takes answers and gives (number of the answer, verdict), some at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,7 @@ from fastdean.evaluation.judging.templates import (
 from fastdean.models.model_state import evaluation_state, input_device, max_tokens
 from fastdean.wording.doing import titled
 
-Verdicts = Iterator[list[tuple[int, Verdict]]]
+Verdicts = Generator[list[tuple[int, Verdict]], None, None]
 
 _TOO_LONG = "longer than the judge's positions"
 _CLASSIFIED_AT_A_TIME = 16

@@ -78,7 +78,8 @@ class Rule:
 
         Words are compared without case.
         """
-        words = {match[1].casefold(): match[1] for match in self.pattern.finditer(text)}
+        found = [match[1] for match in self.pattern.finditer(text) if match[1]]
+        words = {word.casefold(): word for word in found}
         if len(words) != 1:
             return None, " and ".join(sorted(words.values())) or None
         ((folded, word),) = words.items()
@@ -216,6 +217,8 @@ def _template(found: Mapping[str, Any], file: Path) -> JudgeTemplate:
     def refused(expected: str, got: str) -> ValueError:
         return ValueError(f"judge {str(file)!r} must hold {expected}, got {got}; correct it")
 
+    if found["name"] == "phrases":
+        raise refused("a name of its own", "'phrases', the list of phrases")
     has_turns, has_prompt = "turns" in found, "prompt" in found
     if has_turns == has_prompt:
         raise refused("either prompt or turns", "both" if has_turns else "neither")

@@ -123,8 +123,8 @@ def agreements(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         told_apart = {n: f for n, f in named.items() if any(v is not None for v in f.values())}
         for (first, left), (second, right) in combinations(told_apart.items(), 2):
             keys = [key for key in left if key in right]
-            found = cohen_kappa([left[k] for k in keys], [right[k] for k in keys])
-            told.append({"on": what, "first": first, "second": second, **found.to_dict()})
+            alike = cohen_kappa([left[k] for k in keys], [right[k] for k in keys])
+            told.append({"on": what, "first": first, "second": second, **alike.to_dict()})
     return told
 
 
