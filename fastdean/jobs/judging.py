@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,7 @@ def run(
                 ):
                     for batch in batches:
                         lines.add(record(each.name, left[i], verdict) for i, verdict in batch)
+                _forget_models()
             results = _results(job, judges, answers, lines.read(), command, costs)
             results["warnings"] = [*unfinished, *results["warnings"]]
             write_text_atomic(folder.path / TABLE_FILE, results["table"] + "\n")
@@ -216,41 +217,39 @@ def _verdicts(
         ) as found:
             yield from found
         return
-    with _loaded(each, job) as (model, tokenizer):
-        _compare(folder, each, json_digest(model_identity(model, tokenizer)))
-        if template.kind == CAUSAL:
-            found = verdicts_of_model(
-                template,
-                model,
-                tokenizer,
-                answers,
-                tokens_per_batch=job.tokens_per_batch,
-                progress=progress,
-            )
-        else:
-            found = verdicts_of_classifier(template, model, tokenizer, answers, progress=progress)
-        with closing(found):
-            yield from found
+    model, tokenizer = _loaded(each, job)
+    _compare(folder, each, json_digest(model_identity(model, tokenizer)))
+    if template.kind == CAUSAL:
+        found = verdicts_of_model(
+            template,
+            model,
+            tokenizer,
+            answers,
+            tokens_per_batch=job.tokens_per_batch,
+            progress=progress,
+        )
+    else:
+        found = verdicts_of_classifier(template, model, tokenizer, answers, progress=progress)
+    with closing(found):
+        yield from found
 
 
-@contextmanager
-def _loaded(each: AskedJudge, job: JudgeJob) -> Iterator[tuple[Any, Any]]:
-    """The judge's model and tokenizer; two judges need not fit into memory together."""
+def _loaded(each: AskedJudge, job: JudgeJob) -> tuple[Any, Any]:
     assert each.template is not None and each.model is not None
     load = load_model if each.template.kind == CAUSAL else load_classifier
     try:
-        model, tokenizer = load(
+        return load(
             each.model, dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code
         )
     except ValueError as error:
         raise ValueError(f"judge {each.name!r}: {error}") from error
-    try:
-        yield model, tokenizer
-    finally:
-        del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+
+def _forget_models() -> None:
+    """Give back the memory of a judge that is done: two need not fit together."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _compare(folder: RunFolder, each: AskedJudge, digest: str) -> None:
