@@ -290,6 +290,44 @@ def test_a_killed_judge_goes_on_and_another_does_not_take_its_place(place, tmp_p
     assert len(lines(out / "verdicts.jsonl")) == 8
 
 
+def test_a_classifier_judges_by_its_labels(place, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tiny_models.VOCAB, "hidden_size": 16, "intermediate_size": 16}
+    config = BertConfig(
+        **sizes,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        id2label={0: "fine", 1: "toxic"},
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "toxicity")
+    tokenizer().save_pretrained(tmp_path / "toxicity")
+    own = tmp_path / "own.json"
+    own.write_text(
+        json.dumps(
+            {
+                "name": "toxicity", "version": 1, "kind": "classifier", "model": "nobody/nothing",
+                "prompt": "{prompt} {answer}", "labels": {"fine": "safe", "toxic": "unsafe"},
+            }
+        )
+    )  # fmt: skip
+    rows = [{"prompt": "w1", "answer": f"w{i} w{i + 1}"} for i in range(9)]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    results = judged(file, tmp_path / "out", f"{own}={tmp_path / 'toxicity'}")
+    (found,) = results["judged"]
+    assert found["safe"] + found["unsafe"] == 9 and found["unparsed"] == 0
+    assert found["labels"] == {
+        label: count
+        for label, count in (("fine", found["safe"]), ("toxic", found["unsafe"]))
+        if count
+    }
+    judge = f"{own}={place['model']}"
+    refused("must be a classifier with all of its weights", judged, file, tmp_path / "x", judge)
+    refused("a classifier; have it loaded", judged, file, tmp_path / "x", f"{own}=http://localhost")
+    assert not (tmp_path / "x").exists()
+
+
 def test_answers_of_an_unfinished_run_are_said_to_be_that(place, tmp_path, monkeypatch):
     out = tmp_path / "answers"
     with monkeypatch.context() as patched:
