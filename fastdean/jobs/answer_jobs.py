@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from fastdean.jobs import options
@@ -10,6 +11,10 @@ from fastdean.jobs.options import SOURCE_HELP, Help
 
 # Bounds of memory and traffic, and the name of a variable: they change no answer.
 _CHANGES_NOTHING = ("tokens_per_batch", "concurrency", "key_from")
+# What would be ignored if somebody else answers.
+_OF_A_MODEL_IN_MEMORY = ("mask", "revision", "trust_remote_code", "dtype", "device")
+_OF_A_MODEL_IN_MEMORY += ("tokens_per_batch",)
+_OF_A_SERVER = ("variant", "key_from", "concurrency")
 
 Concurrency = Annotated[int, Help("Requests to a server at a time.")]
 KeyFrom = Annotated[
@@ -99,17 +104,22 @@ class AnswerJob:
         object.__setattr__(self, "mask", tuple(self.mask))
         if self.server is not None:
             object.__setattr__(self, "server", checked_url(self.server))
-            if self.mask:
+            for name in self._given(_OF_A_MODEL_IN_MEMORY):
                 raise ValueError(
-                    "mask must be left out with server, whose model is as it is, got "
-                    f"{self.mask[0]!r}; serve the edited model and pass variant"
+                    f"{name} must be left out with server, whose model is as it is served, got "
+                    f"{getattr(self, name)!r}; serve another model, and pass variant to name it"
                 )
-        elif self.variant != "original" or self.key_from is not None:
-            name = "key_from" if self.key_from is not None else "variant"
-            raise ValueError(
-                f"{name} must come with server, got {getattr(self, name)!r} alone; pass server, or "
-                "leave it out"
-            )
+        else:
+            for name in self._given(_OF_A_SERVER):
+                raise ValueError(
+                    f"{name} must come with server, got {getattr(self, name)!r} alone; pass "
+                    "server, or leave it out"
+                )
+
+    def _given(self, names: Sequence[str]) -> list[str]:
+        """Those of the options that are not as they are by default."""
+        usual = {field.name: field.default for field in fields(self)}
+        return [name for name in names if getattr(self, name) != usual[name]]
 
     def asked(self) -> dict[str, Any]:
         """What an answer depends on."""

@@ -139,6 +139,11 @@ def run(
                 f"judge must have a name of its own, got {name!r} twice; copy its template to a "
                 "file and name it otherwise there"
             )
+    if job.key_from is not None and all(each.url is None for each in judges):
+        raise ValueError(
+            f"key_from must come with a judge on a server, got {job.key_from!r} and none; leave it "
+            "out, or pass NAME=http://..."
+        )
     costs = Costs(total=len(judges) + 1, shown=progress)
     with costs.step("read answers"):
         answers = read_answers(job.answers)

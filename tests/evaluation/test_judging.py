@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -204,6 +206,18 @@ def test_a_classifier_s_label_is_its_verdict(tmp_path):
             assert (found[i].verdict, found[i].refusal) == meant[best]
     with pytest.raises(ValueError, match="a verdict for each label of its model, got none for 'x'"):
         list(verdicts_of_classifier(template, classifier(["safe", "x"]), tok, answers))
+
+
+def test_the_template_that_the_guide_shows_is_one(tmp_path):
+    guide = Path(__file__).resolve().parents[2] / "docs" / "guide" / "answers.md"
+    (shown,) = re.findall(
+        r"^```json\n(.*?)^```$", guide.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    file = tmp_path / "my-judge.json"
+    file.write_text(shown)
+    template = read_template(str(file))
+    assert template.read("harmful: yes").verdict == "unsafe"
+    assert template.read("Harmful: no\n").verdict == "safe"
 
 
 BAD_TEMPLATES = {

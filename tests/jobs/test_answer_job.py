@@ -194,6 +194,10 @@ def test_options_that_do_not_go_together_are_refused(place):
     mask = place["mask"]
     refused("mask must be left out with server", AnswerJob, model="m", prompts="p", mask=mask,
             server="http://localhost:1")  # fmt: skip
+    with_server = {"model": "m", "prompts": "p", "server": "http://localhost:1"}
+    refused("dtype must be left out with server", AnswerJob, **with_server, dtype="bf16")
+    refused("device must be left out with server", AnswerJob, **with_server, device="cpu")
+    refused("concurrency must come with server", AnswerJob, model="m", prompts="p", concurrency=2)
     refused("variant must come with server", AnswerJob, model="m", prompts="p", variant="x")
     refused("key_from must come with server", AnswerJob, model="m", prompts="p", key_from="X")
     refused("concurrency must be at least 1", AnswerJob, model="m", prompts="p", concurrency=0)
@@ -373,6 +377,8 @@ BAD_JUDGES = {
 def test_a_judge_that_cannot_be_asked_is_refused(tmp_path, judges):
     file = write_jsonl(tmp_path / "a.jsonl", ANSWERS)
     refused(BAD_JUDGES[judges], judged, file, tmp_path / "out", *judges)
+    text = "key_from must come with a judge on a server"
+    refused(text, judged, file, tmp_path / "out", "phrases", key_from="X")
     assert not (tmp_path / "out").exists()
 
 
