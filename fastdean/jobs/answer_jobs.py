@@ -12,7 +12,13 @@ from fastdean.jobs.options import SOURCE_HELP, Help
 # Bounds of memory and traffic, and the name of a variable: they change no answer.
 _CHANGES_NOTHING = ("tokens_per_batch", "concurrency", "key_from")
 # What would be ignored if somebody else answers.
-_OF_A_MODEL_IN_MEMORY = ("mask", "revision", "trust_remote_code", "dtype", "device")
+_OF_A_MODEL_IN_MEMORY: tuple[str, ...] = (
+    "mask",
+    "revision",
+    "trust_remote_code",
+    "dtype",
+    "device",
+)
 _OF_A_MODEL_IN_MEMORY += ("tokens_per_batch",)
 _OF_A_SERVER = ("variant", "key_from", "concurrency")
 

@@ -203,6 +203,32 @@ def test_what_cannot_be_answered_is_refused_in_one_line(case):
     assert text in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_logits_that_are_not_finite_are_no_answer(count):
+    model = tiny_models.llama()
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(ValueError, match="model must give finite logits, got NaN or infinity"):
+        generate(model, tokenizer(), prompts()[:count], progress=False)
+
+
+def test_tokens_that_a_model_rules_out_are_allowed():
+    model, tok = tiny_models.llama(), tokenizer()
+    plain = model.lm_head.forward
+
+    def without_the_first(x):
+        logits = plain(x)
+        logits[..., 40:] = -torch.inf
+        return logits
+
+    model.lm_head.forward = without_the_first
+    (found,) = generate(model, tok, prompts()[:1], max_new_tokens=2, progress=False)
+    assert found.tokens == 2
+    ids = [tok(each)["input_ids"] for each in prompts()]
+    with continuing._state(model), torch.no_grad():
+        assert continuing._way(model, ids, [2]) == PADDED
+
+
 def test_a_masked_language_model_does_not_answer():
     with pytest.raises(ValueError, match="model must be a causal language model"):
         generate(tiny_models.bert(), tokenizer(), ["w1"], progress=False)

@@ -81,6 +81,8 @@ def continued(
             by itself may have more.
     Yields:
         (number of the prompt, its new tokens) for each of a batch.
+    Raises:
+        ValueError: the model does not generate, or its logits are not finite.
     """
     model = unwrap(model)
     require_generating(model)
@@ -162,6 +164,11 @@ def _alike(model: nn.Module, prompts: Sequence[Ids], stops: Sequence[int]) -> bo
 
 
 def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    known = expected.isfinite()
+    if not torch.equal(known, found.isfinite()):
+        return False
+    # Tokens that a model rules out are at minus infinity in both.
+    found, expected = found[known], expected[known]
     spread = (expected - expected.mean()).norm()
     # Half of the digits: rounding takes a few, and other positions or padding move far more.
     bound = torch.finfo(dtype).eps ** 0.5 if dtype.is_floating_point else 0.05
@@ -196,13 +203,42 @@ def _generated(
         return_dict_in_generate=with_logits,
         output_logits=with_logits,
     )
+    finite = _FiniteLogits()
     outputs = model.generate(
-        ids.to(device), attention_mask=mask.to(device), generation_config=settings
+        ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=settings,
+        logits_processor=[finite],
     )
+    if not with_logits:
+        finite.require()
     sequences = outputs.sequences if with_logits else outputs
     logits = tuple(each.float().cpu() for each in outputs.logits) if with_logits else ()
     new = sequences[:, width:].tolist()
     return [_up_to_a_stop(row, stops) for row in new], logits
+
+
+class _FiniteLogits:
+    """Sees the logits of each step and changes none. Of NaN some token would be the largest.
+
+    What is noted stays on the device until the end, so that no step waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._finite: Tensor | None = None
+
+    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+        # Tokens that a model rules out are at minus infinity.
+        found = scores.amax(-1).isfinite().all()
+        self._finite = found if self._finite is None else self._finite & found
+        return scores
+
+    def require(self) -> None:
+        if self._finite is not None and not bool(self._finite):
+            raise ValueError(
+                "model must give finite logits, got NaN or infinity while it answered; load it in "
+                "bfloat16 or float32"
+            )
 
 
 def _up_to_a_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:

@@ -77,7 +77,7 @@ def generate(
 
     Raises:
         TypeError, ValueError: options out of range, no prompts, or a prompt without tokens or
-            longer than the model's positions with its answer.
+            longer than the model's positions with its answer; logits that are not finite.
     """
     rows = [_row(prompt, number) for number, prompt in enumerate(prompts)]
     if not rows:
