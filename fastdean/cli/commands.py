@@ -34,6 +34,8 @@ app = typer.Typer(
         "are coupled.\n\n"
         "Start with `fastdean demo`. The steps of `fastdean run` are also commands of their own: "
         "score, couple, apply, patch, report.\n\n"
+        "`fastdean answer` has a model answer prompts with and without masks, `fastdean judge` has "
+        "judges judge the answers.\n\n"
         "`fastdean collapse` measures neural collapse on chosen words, `fastdean debias` trains "
         "with it as a regulariser."
     ),

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastdean.data.columns import has_lone_surrogate, usual_columns
+from fastdean.data.prompts import prompt_row
 from fastdean.data.skipped import Skipped
 from fastdean.wording.nearest import nearest
 from fastdean.wording.printable import first_line
@@ -85,13 +86,14 @@ def load_rows(source: str | Path, *, skip_bad_rows: bool = False) -> list[dict[s
 
 
 def numbered_rows(
-    source: str | Path, skipped: dict[int, str] | None = None
+    source: str | Path, skipped: dict[int, str] | None = None, *, prompts: bool = False
 ) -> list[tuple[int, dict[str, Any]]]:
     """The rows of `load_rows`, each with its number from 1.
 
     Args:
         skipped: gets the number of each row that cannot be read, and the reason; None: the first of
             them is an error.
+        prompts: a row need not have an answer, and comes as `prompts.prompt_row` gives it.
     Raises:
         ValueError: as `load_rows`; also where no row is left.
     """
@@ -108,7 +110,8 @@ def numbered_rows(
     found = []
     for number, row in enumerate(rows, start=1):
         try:
-            found.append((number, _map_columns(row, columns, name, number)))
+            mapped = (_map_prompt if prompts else _map_columns)(row, columns, name, number)
+            found.append((number, mapped))
         except BadRow as error:
             if skipped is None:
                 raise
@@ -238,18 +241,8 @@ def _parse(source: str) -> tuple[str, dict[str, str]]:
 def _map_columns(
     row: Mapping[str, Any] | _Unread, columns: Mapping[str, str], name: str, number: int
 ) -> dict[str, Any]:
-    if isinstance(row, _Unread):
-        raise BadRow(_malformed_message(Path(name), row.reason))
-    if not isinstance(row, Mapping):
-        raise BadRow(f"row {number} of {name!r} must be an object, got {type(row).__name__}")
-    missing = [column for column in columns.values() if column not in row]
-    if missing:
-        raise BadRow(
-            f"source {name!r} must have the column {missing[0]!r}, got {sorted(map(str, row))} in "
-            f"row {number}; correct the mapping after ::"
-        )
+    row, mapped_over = _mapped_over(row, columns, name, number)
     # An empty cell of a table is a missing value, except where a prompt or answer stands.
-    mapped_over = {key: row[column] for key, column in columns.items()}
     row = usual_columns({**row, **mapped_over})
     mapped = {
         key: row[key]
@@ -265,6 +258,33 @@ def _map_columns(
             "map them with ::prompt=COLUMN,response=COLUMN"
         )
     return mapped
+
+
+def _map_prompt(
+    row: Mapping[str, Any] | _Unread, columns: Mapping[str, str], name: str, number: int
+) -> dict[str, Any]:
+    row, mapped_over = _mapped_over(row, columns, name, number)
+    try:
+        return prompt_row({**row, **mapped_over}, asked=mapped_over)
+    except ValueError as error:
+        raise BadRow(f"row {number} of {name!r} {error}") from None
+
+
+def _mapped_over(
+    row: Mapping[str, Any] | _Unread, columns: Mapping[str, str], name: str, number: int
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The row as it was read, and the row keys that a mapping gives it."""
+    if isinstance(row, _Unread):
+        raise BadRow(_malformed_message(Path(name), row.reason))
+    if not isinstance(row, Mapping):
+        raise BadRow(f"row {number} of {name!r} must be an object, got {type(row).__name__}")
+    missing = [column for column in columns.values() if column not in row]
+    if missing:
+        raise BadRow(
+            f"source {name!r} must have the column {missing[0]!r}, got {sorted(map(str, row))} in "
+            f"row {number}; correct the mapping after ::"
+        )
+    return row, {key: row[column] for key, column in columns.items()}
 
 
 def _has_pair(mapped: Mapping[str, Any]) -> bool:

@@ -53,8 +53,36 @@ def tokenised(
     )
 
 
-def _tokenised_chat(turns: Any, tokenizer: Any, number: int) -> tuple[list[int], list[int]]:
-    """Assistant turns are found by rendering each prefix: templates rarely mark them themselves."""
+def tokenised_prompt(
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    template: str | None,
+    number: int,
+    *,
+    generation_prompt: bool = True,
+) -> list[int]:
+    """Token ids of a row of `prompts.prompt_row`, up to where the answer begins.
+
+    Args:
+        template: None or "raw": the prompt by itself; "chat": as the only turn of a chat. Chat
+            turns always take the tokenizer's template.
+        generation_prompt: have the template begin the assistant's turn.
+    Raises:
+        ValueError: no tokens, turns that are none, or a tokenizer without a template.
+    """
+    if "messages" in row or template == "chat":
+        turns = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
+        turns = _text_turns(turns, tokenizer, number)
+        ids = _render(turns, tokenizer, number, generation_prompt=generation_prompt)
+    else:
+        ids = list(tokenizer(row["prompt"])["input_ids"])
+    if not ids:
+        raise ValueError(f"row {number} must have a prompt of at least one token, got none")
+    return ids
+
+
+def chat_turns(turns: Any, number: int) -> list[dict[str, Any]]:
+    """The turns of a chat, each with its content as one text; ValueError where they are none."""
     if not isinstance(turns, Sequence) or not all(
         isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in turns
     ):
@@ -66,11 +94,23 @@ def _tokenised_chat(turns: Any, tokenizer: Any, number: int) -> tuple[list[int],
         {**turn, "content": _text_of(turn["content"], i, number)} for i, turn in enumerate(turns)
     ]
     _require_turns(turns, number)
+    return turns
+
+
+def _text_turns(turns: Any, tokenizer: Any, number: int) -> list[dict[str, Any]]:
+    """As `chat_turns`, for a tokenizer that can render them."""
+    turns = chat_turns(turns, number)
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"tokenizer must have a chat template to encode row {number} as a chat, got none; "
             "use template='raw' with prompt and response columns"
         )
+    return turns
+
+
+def _tokenised_chat(turns: Any, tokenizer: Any, number: int) -> tuple[list[int], list[int]]:
+    """Assistant turns are found by rendering each prefix: templates rarely mark them themselves."""
+    turns = _text_turns(turns, tokenizer, number)
     ids = _render(turns, tokenizer, number)
     labels = [IGNORE_INDEX] * len(ids)
     for i, turn in enumerate(turns):

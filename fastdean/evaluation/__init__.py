@@ -1,5 +1,6 @@
 """What an edit changed in a model, each figure with its noise."""
 
+from fastdean.evaluation.answers.generation import Answer, generate
 from fastdean.evaluation.bootstrap import bootstrap_interval
 from fastdean.evaluation.changes import change_between, change_of_distance
 from fastdean.evaluation.hidden_states import (
@@ -13,6 +14,9 @@ from fastdean.evaluation.intervals import (
     share_change_interval,
     share_interval,
 )
+from fastdean.evaluation.judging.agreement import Agreement, cohen_kappa
+from fastdean.evaluation.judging.phrases import refuses
+from fastdean.evaluation.judging.templates import JudgeTemplate, Verdict, read_template
 from fastdean.evaluation.margins import (
     Margins,
     Pair,
@@ -30,17 +34,23 @@ from fastdean.evaluation.perplexity import (
 )
 
 __all__ = [
+    "Agreement",
+    "Answer",
     "Interval",
+    "JudgeTemplate",
     "Margins",
     "Pair",
     "Perplexity",
+    "Verdict",
     "bootstrap_interval",
     "change_between",
     "change_of_distance",
+    "cohen_kappa",
     "compare_margins",
     "compare_perplexity",
     "compare_shares",
     "encode_pairs",
+    "generate",
     "last_token_states",
     "layer_dependence",
     "margin_interval",
@@ -48,6 +58,8 @@ __all__ = [
     "perplexity",
     "perplexity_of_text",
     "prompts_only",
+    "read_template",
+    "refuses",
     "response_margins",
     "share_change_interval",
     "share_interval",

@@ -8,6 +8,9 @@
     steps/<step>.json        the figures of a finished step of the jobs `collapse` and `debias`
     training/                the checkpoints of `debias`
     model/                   the debiased model, an ordinary Hugging Face folder
+    answers.jsonl            of the job `answer`: a line for each answer
+    verdicts.jsonl           of the job `judge`: a line for each verdict
+    table.md                 its table
     results.json             every figure of the report
     report.html
 
@@ -57,11 +60,14 @@ from fastdean.wording.log import logger
 RUN_FILE = "fastdean_run.json"
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
+ANSWERS_FILE, VERDICTS_FILE, TABLE_FILE = "answers.jsonl", "verdicts.jsonl", "table.md"
 # In place of a digest: it is taken while the job runs.
 NOT_READ_YET = "not read yet"
 
 _FOLDERS = ("sweep", "scores", "mask", "controls", "steps", "training", "model")
-_FILES = (RESULTS_FILE, REPORT_FILE, RUN_FILE)
+# Lines that are added one after the other: what is finished of an unfinished run.
+_LINES = (ANSWERS_FILE, VERDICTS_FILE)
+_FILES = (*_LINES, TABLE_FILE, RESULTS_FILE, REPORT_FILE, RUN_FILE)
 # 2: intervals that are Student's or exact, with the values they were made of.
 _STEP_FORMAT = 2
 # Of an option's value in a message.
@@ -96,6 +102,7 @@ class RunFolder:
         other_versions: a sentence on what is not as the resumed run began and may change its
             figures in rounding: versions of packages, FASTDEAN_IMPL, the number of ranks; none of a
             run that is not resumed.
+        shows: the file of a finished run that a person looks at.
     """
 
     path: Path
@@ -103,6 +110,7 @@ class RunFolder:
     overwrite: bool = False
     inputs: dict[str, str | None] = field(default_factory=dict)
     other_versions: list[str] = field(default_factory=list)
+    shows: str = REPORT_FILE
     _claimed: bool = False
     _created: bool = False
 
@@ -202,6 +210,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._mark(finished=False)
 
+    def kept_input(self, name: str) -> str | None:
+        """The digest that the run in the folder has of what it read; None where it has none."""
+        state = self._state()
+        return None if state is None else state["inputs"].get(name)
+
     def note(self, digests: Mapping[str, str | None]) -> None:
         """Write down what was not read when the folder was claimed."""
         self.inputs |= digests
@@ -216,10 +229,13 @@ class RunFolder:
         A folder that was there before stays, empty, for any job to take.
         """
         parts = [self.path / name for name in _FOLDERS if (self.path / name).is_dir()]
-        if not self._claimed or any(any(part.iterdir()) for part in parts):
+        lines = [self.path / name for name in _LINES if (self.path / name).is_file()]
+        begun = any(file.stat().st_size for file in lines) or any(any(p.iterdir()) for p in parts)
+        if not self._claimed or begun:
             return
         with suppress(OSError):
-            (self.path / RUN_FILE).unlink(missing_ok=True)
+            for file in (*lines, self.path / RUN_FILE):
+                file.unlink(missing_ok=True)
             for part in parts:
                 part.rmdir()
             if self._created:
@@ -262,7 +278,7 @@ class RunFolder:
                 "another folder or pass --overwrite"
             )
         if state["finished"]:
-            return f"this run, finished; see its {REPORT_FILE}, or pass --overwrite to do it again"
+            return f"this run, finished; see its {self.shows}, or pass --overwrite to do it again"
         return (
             f"this run on other input, which differs in {', '.join(self._changed(state))}; choose "
             "another folder or pass --overwrite"

@@ -8,7 +8,17 @@ from fastdean.files.provenance import public_source
 from fastdean.jobs.options import asked
 
 # Of the jobs, the fields that may name a place on this machine.
-_SOURCES = ("model", "fairness", "privacy", "general", "text", "data", "words")
+_SOURCES = (
+    "model",
+    "fairness",
+    "privacy",
+    "general",
+    "text",
+    "data",
+    "words",
+    "prompts",
+    "answers",
+)
 
 
 def published(job: Any) -> dict[str, Any]:
@@ -20,6 +30,7 @@ def published(job: Any) -> dict[str, Any]:
             found[name] = public_source(found[name])
     if "sets" in found:
         found["sets"] = {name: public_source(source) for name, source in found["sets"].items()}
-    if "bias" in found:
-        found["bias"] = [public_source(entry) for entry in found["bias"]]
+    for name in ("bias", "mask", "judge"):
+        if name in found:
+            found[name] = [public_source(entry) for entry in found[name]]
     return found

@@ -34,6 +34,7 @@ def take_rows(
     name: str = "source",
     skipped: Skipped | None = None,
     usual: int | None = None,
+    prompts: bool = False,
 ) -> tuple[list[NumberedRow], list[NumberedRow]]:
     """(`count` rows of a source in shuffled order, the others), each with its number from 1.
 
@@ -43,9 +44,10 @@ def take_rows(
         name: of the argument that names the source, for messages.
         skipped: gets the rows that cannot be read; None: the first of them is an error.
         usual: what `count` is if nobody asks.
+        prompts: rows need not have an answer, see `numbered_rows`.
     """
     with _named(name), _one_request(source):
-        numbered = numbered_rows(source, None if skipped is None else skipped.rows)
+        numbered = numbered_rows(source, None if skipped is None else skipped.rows, prompts=prompts)
     if count is not None and count > len(numbered):
         if count != usual:
             logger.warning(

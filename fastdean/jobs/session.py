@@ -13,6 +13,7 @@ from torch import nn
 
 from fastdean.files.provenance import now, public_command, versions
 from fastdean.files.storage import write_json_atomic
+from fastdean.jobs.answer_jobs import AnswerJob
 from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling.job import Job
@@ -24,7 +25,7 @@ from fastdean.models.loading import load_model
 from fastdean.report import write_report
 from fastdean.wording.log import logger
 
-AnyJob = TypeVar("AnyJob", Job, CollapseJob, DebiasJob)
+AnyJob = TypeVar("AnyJob", Job, CollapseJob, DebiasJob, AnswerJob)
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,13 @@ class Session(Generic[AnyJob]):
         progress: bool,
         *,
         steps: int | None = None,
+        shows: str = REPORT_FILE,
     ) -> Session[AnyJob]:
         """Begin a call; ValueError unless the job may write to `out`.
 
         Args:
             steps: how many there are at most; None: not known yet.
+            shows: the file of a finished run that a person looks at.
         """
         ranks = Ranks.current()
         options = plain(asked(job))
@@ -69,7 +72,7 @@ class Session(Generic[AnyJob]):
         options.pop("states", None)
         # Nor does how long ranks wait for each other, which a job that has failed may be told anew.
         options.pop("rank_timeout", None)
-        folder = RunFolder(Path(out).expanduser(), options, overwrite)
+        folder = RunFolder(Path(out).expanduser(), options, overwrite, shows=shows)
         costs = Costs(total=steps, shown=progress and ranks.first)
         session = cls(job, folder, costs, ranks, progress, command)
         # Other ranks may run on machines that do not see the folder.

@@ -438,7 +438,7 @@ def exact_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
     return Layout(
         packed=packed,
         padded=padded,
-        alone_above=_alone_above(model),
+        alone_above=alone_above(model),
         longest_row=_longest_row(model) if packed or by_segments else None,
         by_segments=by_segments,
     )
@@ -459,7 +459,7 @@ def _longest_row(model: nn.Module) -> int | None:
     return None if shortest == math.inf else max(1, int(shortest))
 
 
-def _alone_above(model: nn.Module) -> int | None:
+def alone_above(model: nn.Module) -> int | None:
     """The length from which an example's numbers depend on what shares its batch, or None."""
     limits = (_rotary_limit(model), _picking_limit(model))
     return min((limit for limit in limits if limit is not None), default=None)

@@ -86,6 +86,48 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_classifier(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a classifier of texts, in eval mode, and its tokenizer.
+
+    Arguments and errors as for `load_model`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    dtype = dtype_name(dtype)
+    _check_device(device)
+    where, gguf = _locate(name, None)
+    origin = _asked_of_the_hub(where, None, trust_remote_code)
+    placed = {"device_map": "auto"} if device == "auto" else {}
+    with bars(False), _refusing(name, trust_remote_code):
+        config = AutoConfig.from_pretrained(where, **origin, **gguf)
+        _require_no_fetched_kernels(config, trust_remote_code)
+        tokenizer = _tokenizer_or_none(where, origin)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            where,
+            **origin,
+            **placed,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model must be a classifier with all of its weights, got {name!r} without "
+            f"{len(missing)} of them, such as {missing[0]!r}; use one that was trained to classify"
+        )
+    _require_tokenizer(name, tokenizer)
+    if device != "auto":
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), tokenizer
+
+
 def stream_model(
     name: str,
     *,

@@ -81,7 +81,7 @@ def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """This rank's block of a gradient of a parameter; all ranks that share it call it."""
     if not is_sharded(tensor):
         return in_memory(tensor)
-    # DTensors, of whose methods torch's type checker hints know nothing.
+    # DTensors, of whose methods a type checker is told nothing.
     sharded: Any = tensor
     like: Any = parameter
     if sharded.placements != like.placements:

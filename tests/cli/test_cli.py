@@ -944,7 +944,7 @@ def test_a_run_that_stops_is_one_line_and_goes_on_later(
 def test_a_fault_of_ours_shows_its_traceback(place, tmp_path, monkeypatch, error):
     """Raised outside the package, as by a library that was called wrongly."""
 
-    def numbered_rows(*_):
+    def numbered_rows(*_, **__):
         raise error
 
     monkeypatch.setattr("fastdean.jobs.rows.numbered_rows", numbered_rows)

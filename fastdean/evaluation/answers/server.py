@@ -1,0 +1,316 @@
+"""Answers of a model that runs elsewhere, behind OpenAI's API: vLLM, SGLang, TGI and others.
+
+The key comes from an environment variable. It is sent to that server alone, follows no redirection,
+and stands in no file and no message.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from fastdean.evaluation.answers.generation import CUT, STOPPED, Answer
+from fastdean.wording.log import logger
+from fastdean.wording.mendable import StateError
+from fastdean.wording.printable import error_line
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+_RETRIED = (408, 429, 500, 502, 503, 504)
+_MOST_BYTES = 1 << 26
+_LONGEST_PAUSE_SECONDS = 60.0
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# Of a server's own words in a message.
+_LONGEST_TEXT = 200
+
+
+class _NoRedirection(urllib.request.HTTPRedirectHandler):
+    """A redirection is an error: the key would go to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _listening() -> threading.Event:
+    return threading.Event()
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server and the model that is asked there.
+
+    url: up to what stands before `/completions`, such as "http://localhost:8000/v1".
+    model: its name there.
+    key: sent as a bearer token; None: none is.
+    attempts: how often a request is made that ends in 408, 429 or a server's error, or in none.
+    pause: called with the seconds to wait before the next attempt; None: they are waited.
+    """
+
+    url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    timeout_seconds: float = 600.0
+    attempts: int = 6
+    pause: Callable[[float], object] | None = field(default=None, repr=False, compare=False)
+    _stopped: threading.Event = field(default_factory=_listening, repr=False, compare=False)
+
+    @classmethod
+    def open(
+        cls, url: str, model: str | None, key_from: str | None = None, **options: Any
+    ) -> Server:
+        """The server at `url`, once it has said that it serves the model.
+
+        Args:
+            model: None: the only one that is served there.
+            key_from: the environment variable that holds the key.
+        Raises:
+            ValueError: no such variable, an address of another form, or another model.
+            RuntimeError: the server cannot be reached, or refuses the request.
+        """
+        url = checked_url(url)
+        key = _key(key_from)
+        parts = urlsplit(url)
+        if key and parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+            logger.warning("the key goes to %s unencrypted; use https where others listen", url)
+        server = cls(url, model or "", key, **options)
+        served = server._served()
+        if model is None and len(served) != 1:
+            listed = ", ".join(map(repr, served[:5])) or "none"
+            raise ValueError(
+                f"server must serve one model where none is named, got {listed} at {url}; name it"
+            )
+        if model is None:
+            return cls(url, served[0], key, **options)
+        if served and model not in served:
+            raise ValueError(
+                f"model must be one that {url} serves ({', '.join(map(repr, served[:5]))}), got "
+                f"{model!r}; name it as the server does"
+            )
+        return server
+
+    def complete(self, prompt: str, max_new_tokens: int) -> Answer:
+        """Continue a text greedily."""
+        found = self._asked("completions", {"prompt": prompt}, max_new_tokens)
+        return self._answer(found, lambda choice: choice["text"])
+
+    def chat(self, turns: Sequence[Mapping[str, Any]], max_new_tokens: int) -> Answer:
+        """Answer a chat greedily, in the template that the server has for the model."""
+        found = self._asked("chat/completions", {"messages": list(turns)}, max_new_tokens)
+        # null where the limit was reached before the answer began.
+        return self._answer(found, lambda choice: choice["message"]["content"] or "")
+
+    def stop(self) -> None:
+        """Make no further attempt."""
+        self._stopped.set()
+
+    def _asked(self, what: str, asked: Mapping[str, Any], max_new_tokens: int) -> Any:
+        body = {"model": self.model, **asked, "max_tokens": max_new_tokens, "temperature": 0}
+        return self._request(what, body)
+
+    def _answer(self, found: Any, text_of: Callable[[Any], Any]) -> Answer:
+        try:
+            choice = found["choices"][0]
+            text, reason = text_of(choice), choice.get("finish_reason")
+            tokens = (found.get("usage") or {}).get("completion_tokens")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            text = None
+        if not isinstance(text, str):
+            raise self._error(f"an answer in the form of OpenAI's API, got {found!r:.120}")
+        # JSON can name halves of characters, which no file of text holds.
+        text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+        finish = {"stop": STOPPED, "length": CUT}.get(str(reason), str(reason)[:40])
+        return Answer(text, tokens if isinstance(tokens, int) else None, finish)
+
+    def _served(self) -> list[str]:
+        try:
+            found = self._request("models", None, attempts=1)
+        except _Refused as error:
+            if error.status in (404, 405, 501):
+                # It need not say; what it does not serve it refuses when it is asked.
+                return []
+            raise
+        rows = found.get("data") if isinstance(found, Mapping) else None
+        rows = rows if isinstance(rows, list) else []
+        return [row["id"] for row in rows if isinstance(row, Mapping) and "id" in row]
+
+    def _request(self, what: str, body: Any, attempts: int | None = None) -> Any:
+        attempts = self.attempts if attempts is None else attempts
+        for attempt in range(attempts):
+            try:
+                return self._once(what, body)
+            except _Again as again:
+                if attempt + 1 == attempts or self._stopped.is_set():
+                    raise again.error from None
+                self._wait(again.after if again.after is not None else 2.0**attempt)
+        raise AssertionError("there is at least one attempt")
+
+    def _once(self, what: str, body: Any) -> Any:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/{what}", data, headers)
+        try:
+            with self._opener().open(request, timeout=self.timeout_seconds) as response:
+                text = response.read(_MOST_BYTES + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                said = self._said(error)
+            refused = self._error(f"an answer to {what}, got {said}", _Refused)
+            refused.status = error.code
+            if error.code in _RETRIED:
+                raise _Again(refused, _seconds(error.headers.get("Retry-After"))) from None
+            raise refused from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            found = self._error(f"a connection, got {_words(reason)}")
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                raise found from None
+            raise _Again(found) from None
+        if len(text) > _MOST_BYTES:
+            raise self._error(f"an answer of at most {_MOST_BYTES:,} bytes, got a longer one")
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise self._error(f"an answer in JSON, got {text[:80]!r}") from None
+
+    def _opener(self) -> urllib.request.OpenerDirector:
+        handlers: list[Any] = [_NoRedirection()]
+        if urlsplit(self.url).hostname in _LOOPBACK:
+            # A proxy would look for the server on its own machine.
+            handlers.append(urllib.request.ProxyHandler({}))
+        return urllib.request.build_opener(*handlers)
+
+    def _wait(self, seconds: float) -> None:
+        seconds = min(seconds, _LONGEST_PAUSE_SECONDS)
+        if self.pause is not None:
+            self.pause(seconds)
+        else:
+            self._stopped.wait(seconds)
+
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        try:
+            text = error.read(_MOST_BYTES).decode(errors="replace")
+        except (OSError, http.client.HTTPException):
+            text = ""
+        try:
+            found = json.loads(text)
+            inside = found.get("error", found) if isinstance(found, dict) else found
+            message = inside.get("message", inside) if isinstance(inside, dict) else inside
+        except (ValueError, RecursionError):
+            message = text
+        return f"{error.code} {' '.join(str(message).split())[:_LONGEST_TEXT]}".strip()
+
+    def _error(self, text: str, kind: type[_Refused] | type[StateError] = StateError) -> Any:
+        """The refusal in one line; a server may repeat the key, and it must not stand there."""
+        shown = text if not self.key else text.replace(self.key, "***")
+        return kind(f"server must give {shown} from {self.url}; check its address and its log")
+
+
+class _Refused(StateError):
+    """The server answered with an error."""
+
+    status: int = 0
+
+
+class _Again(Exception):
+    """An attempt that may be made again."""
+
+    def __init__(self, error: StateError, after: float | None = None) -> None:
+        super().__init__(str(error))
+        self.error, self.after = error, after
+
+
+def checked_url(url: str) -> str:
+    """The address without a slash at its end; ValueError where it is of another form."""
+    parts = urlsplit(url)
+    try:
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fine = False
+    if fine and (parts.username is not None or parts.password is not None or parts.query):
+        raise ValueError(
+            "server must be an address without a name, password or query, which would be written "
+            "down; give the key in an environment variable (key_from)"
+        )
+    if not fine or parts.fragment:
+        raise ValueError(
+            f"server must be an address like http://localhost:8000/v1, got {url!r}; correct it"
+        )
+    return url.rstrip("/")
+
+
+def is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
+def in_order(
+    ask: Callable[[Item], Found],
+    items: Sequence[Item],
+    *,
+    concurrency: int,
+    stop: Callable[[], object] = lambda: None,
+) -> Generator[tuple[int, Found], None, None]:
+    """(number, `ask(item)`) in the order of the items, at most `concurrency` at a time.
+
+    Args:
+        stop: called where the caller leaves before the end, or one of them raises.
+    """
+    waiting: deque[tuple[int, Future[Found]]] = deque()
+    pool = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="ask")
+    try:
+        for number, item in enumerate(items):
+            waiting.append((number, pool.submit(ask, item)))
+            # As many again may be done before an earlier one is.
+            if len(waiting) >= 2 * concurrency:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    except BaseException:
+        stop()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(
+            f"key_from must name an environment variable that holds the key, got {variable!r}, "
+            "which is not set; set it, or leave key_from out"
+        )
+    if not key.isprintable() or not key.isascii():
+        raise ValueError(
+            f"key_from must name a variable that holds a key in plain ASCII, got {variable!r} with "
+            "other characters; set it again"
+        )
+    return key
+
+
+def _seconds(text: str | None) -> float | None:
+    """Of the header Retry-After; None for a date or nothing."""
+    try:
+        return max(0.0, float(text)) if text else None
+    except ValueError:
+        return None
+
+
+def _words(reason: Any) -> str:
+    return error_line(reason) if isinstance(reason, BaseException) else str(reason)

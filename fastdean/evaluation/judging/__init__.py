@@ -1,0 +1,1 @@
+"""What judges say of answers: templates of models that judge, their verdicts, how they agree."""
