@@ -22,6 +22,7 @@ from fastdean.evaluation.margins import (
     margin_interval,
     response_margins,
 )
+from fastdean.evaluation.over_refusal import OverRefusal, over_refusal
 from fastdean.evaluation.perplexity import (
     Perplexity,
     compare_perplexity,
@@ -32,6 +33,7 @@ from fastdean.evaluation.perplexity import (
 __all__ = [
     "Interval",
     "Margins",
+    "OverRefusal",
     "Pair",
     "Perplexity",
     "bootstrap_interval",
@@ -45,6 +47,7 @@ __all__ = [
     "layer_dependence",
     "margin_interval",
     "mean_interval",
+    "over_refusal",
     "perplexity",
     "perplexity_of_text",
     "prompts_only",
