@@ -210,7 +210,7 @@ def measured(
 ) -> Found:
     """Every figure of one measure, `name` or `name=SRC`, by its name."""
     name, source = _parts(entry)
-    options = {"resamples": _RESAMPLES, "seed": seed, "progress": progress}
+    options: dict[str, Any] = {"resamples": _RESAMPLES, "seed": seed, "progress": progress}
     if name in _FROM_START:
         options["start"] = start
     arguments = [] if source is None else [source]
