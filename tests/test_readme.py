@@ -126,7 +126,7 @@ def test_a_model_in_a_command_is_the_demo_s_or_said_to_be_a_placeholder():
 
 
 def test_every_command_is_shown_and_every_one_named_exists():
-    named = set(re.findall(r"`fastdean ([a-z]+)", ALL)) | {words[0] for words in commands()}
+    named = set(re.findall(r"`fastdean ([a-z-]+)", ALL)) | {words[0] for words in commands()}
     assert named == set(typer.main.get_command(app).commands)
 
 

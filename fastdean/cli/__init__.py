@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 
-from fastdean.cli import answer_commands, collapse_commands
+from fastdean.cli import answer_commands, collapse_commands, eval_commands
 from fastdean.cli.commands import app
 from fastdean.cli.running import terminate_on_signals
 from fastdean.cli.terminal import write_what_can_be_shown
@@ -23,6 +23,7 @@ __all__ = ["app", "main"]
 # Without a name: its commands stand beside the others.
 app.add_typer(collapse_commands.app)
 app.add_typer(answer_commands.app)
+app.add_typer(eval_commands.app)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import wraps
 from typing import Any
 
@@ -54,6 +54,7 @@ def command(
     resumable: bool = False,
     names: Mapping[str, str] = {},
     reads: Callable[..., None] | None = None,
+    keeps_stdout: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """A command: its errors in one line, its result as JSON where `--json` is given.
 
@@ -62,6 +63,7 @@ def command(
     Args:
         names: what functions below call a parameter of the command, see `flags.naming`.
         reads: the command whose folders this one reads; errors about them are told in its flags.
+        keeps_stdout: what runs in it is another program's main, whose output is the result.
     """
     kept = "; what is finished is kept, run the same command to go on" if resumable else ""
 
@@ -73,7 +75,8 @@ def command(
         @wraps(function)
         def wrapped(*, as_json: bool = False, **typed: Any) -> None:
             try:
-                with redirect_stdout(sys.stderr), bars(shown=not typed.get("quiet")):
+                elsewhere = nullcontext() if keeps_stdout else redirect_stdout(sys.stderr)
+                with elsewhere, bars(shown=not typed.get("quiet")):
                     result = function(**options.read(typed))
                 if as_json and result is not None:
                     typer.echo(printable(_json(result)))

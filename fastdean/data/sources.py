@@ -512,6 +512,11 @@ PRESETS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "embedded:fairness": lambda: _embedded("fairness"),
     "embedded:privacy": lambda: _embedded("privacy"),
     "embedded:general": lambda: _embedded("general"),
+    # Prompts alone, as all they ask is whether they are answered.
+    "embedded:benign": lambda: [*_embedded("benign_fairness"), *_embedded("benign_privacy")],
+    "embedded:benign:fairness": lambda: _embedded("benign_fairness"),
+    "embedded:benign:privacy": lambda: _embedded("benign_privacy"),
+    "embedded:gender_facts": lambda: _embedded("gender_facts"),
     "embedded:debias": lambda: [row for row in _embedded("debias") if "text" in row],
     "embedded:debias:pairs": lambda: [row for row in _embedded("debias") if "premise" in row],
 }

@@ -26,6 +26,7 @@ from fastdean.evaluation.margins import (
     margin_interval,
     response_margins,
 )
+from fastdean.evaluation.over_refusal import OverRefusal, over_refusal
 from fastdean.evaluation.perplexity import (
     Perplexity,
     compare_perplexity,
@@ -39,6 +40,7 @@ __all__ = [
     "Interval",
     "JudgeTemplate",
     "Margins",
+    "OverRefusal",
     "Pair",
     "Perplexity",
     "Verdict",
@@ -55,6 +57,7 @@ __all__ = [
     "layer_dependence",
     "margin_interval",
     "mean_interval",
+    "over_refusal",
     "perplexity",
     "perplexity_of_text",
     "prompts_only",

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fastdean.evaluation import Interval, change_between, change_of_distance
+from fastdean.evaluation import Interval, change_between, change_of_distance, over_refusal
 from fastdean.evaluation import bias as measures
 from fastdean.evaluation.bias import BiasResult
+from fastdean.evaluation.bias.bbq import bbq_rows
 from fastdean.evaluation.bias.bec_pro import rows_of as bec_pro_source_rows
 from fastdean.evaluation.bias.crows_pairs import crows_pairs_rows
+from fastdean.evaluation.bias.gender_facts import gender_fact_rows
 from fastdean.evaluation.bias.seat import seat_sets
 from fastdean.evaluation.bias.start import start_token as start_of
 from fastdean.evaluation.bias.stereoset import stereoset_rows
 from fastdean.evaluation.bias.winobias import winobias_rows
+from fastdean.evaluation.over_refusal import benign_rows
 from fastdean.files.declared import Anything, Lists, Maps, Maybe, Real, Record, Text, Whole
 from fastdean.files.provenance import public_source
 from fastdean.jobs.session import Session
@@ -46,6 +49,9 @@ MEASURES: dict[str, tuple[Callable[..., Any], bool]] = {
     "winobias": (_winobias, False),
     "seat": (measures.seat, True),
     "bec_pro": (_bec_pro, False),
+    "bbq": (measures.bbq, False),
+    "gender_facts": (measures.gender_facts, False),
+    "over_refusal": (over_refusal, False),
 }
 # Name -> what reads its source, before there is a model.
 _READERS: dict[str, Callable[[str], object]] = {
@@ -54,9 +60,12 @@ _READERS: dict[str, Callable[[str], object]] = {
     "winobias": winobias_rows,
     "seat": seat_sets,
     "bec_pro": bec_pro_source_rows,
+    "bbq": bbq_rows,
+    "gender_facts": gender_fact_rows,
+    "over_refusal": benign_rows,
 }
 # Those that rest on likelihoods, and so on the token that a text starts from.
-_FROM_START = frozenset({"crows_pairs", "stereoset", "winobias", "bec_pro"})
+_FROM_START = frozenset({"crows_pairs", "stereoset", "winobias", "bec_pro", "bbq", "gender_facts"})
 # Of files that measures read.
 _SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # Of what is no mean. Enough for two digits of an interval's ends; they are kept on disk.
@@ -172,29 +181,54 @@ def measure(session: Session, state: str, model: nn.Module, tokenizer: Any) -> F
     job = session.job
     found: Found = {}
     for number, entry in enumerate(job.bias):
-        name, source = _parts(entry)
+        name, _ = _parts(entry)
 
-        def take(
-            entry: str = entry, name: str = name, source: str | None = source
-        ) -> dict[str, Any]:
-            options = {"resamples": _RESAMPLES, "seed": job.seed, "progress": session.progress}
-            if name in _FROM_START:
-                options["start"] = job.start_token
-            arguments = [] if source is None else [source]
-            with _named(f"bias {entry!r}", "source"):
-                result = MEASURES[name][0](model, tokenizer, *arguments, **options)
-            return {each.name: stored(each) for each in results_of(result)}
+        def take(entry: str = entry) -> dict[str, Any]:
+            return measured(
+                entry,
+                model,
+                tokenizer,
+                start=job.start_token,
+                seed=job.seed,
+                progress=session.progress,
+            )
 
         with session.costs.step(f"{name}, {state}"):
             kept = session.folder.figures(f"{state}-{number}-{name}", take, FIGURES)
-        for title, figures in kept.items():
-            # Two files of one measure have figures of the same name.
-            where = "its own data" if source is None else public_source(source)
-            for name in (title, f"{title} ({where})", f"{title} ({number + 1}: {where})"):
-                if name not in found:
-                    found[name] = figures
-                    break
+        add(found, entry, number, kept)
     return found
+
+
+def measured(
+    entry: str,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    start: str | int,
+    seed: int,
+    progress: bool,
+) -> Found:
+    """Every figure of one measure, `name` or `name=SRC`, by its name."""
+    name, source = _parts(entry)
+    options: dict[str, Any] = {"resamples": _RESAMPLES, "seed": seed, "progress": progress}
+    if name in _FROM_START:
+        options["start"] = start
+    arguments = [] if source is None else [source]
+    with _named(f"bias {entry!r}", "source"):
+        result = MEASURES[name][0](model, tokenizer, *arguments, **options)
+    return {each.name: stored(each) for each in results_of(result)}
+
+
+def add(found: Found, entry: str, number: int, figures: Found) -> None:
+    """Put the figures of a measure, the job's `number`-th, beside those found before it."""
+    _, source = _parts(entry)
+    # Two files of one measure have figures of the same name.
+    where = "its own data" if source is None else public_source(source)
+    for title, kept in figures.items():
+        for name in (title, f"{title} ({where})", f"{title} ({number + 1}: {where})"):
+            if name not in found:
+                found[name] = kept
+                break
 
 
 def results_of(result: Any) -> list[BiasResult]:

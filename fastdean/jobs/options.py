@@ -312,7 +312,7 @@ Bias = Annotated[
     tuple[str, ...],
     Help(
         "A bias measure, as NAME or NAME=SRC: crows_pairs, stereoset, winobias, seat, "
-        "bec_pro; may be repeated.",
+        "bec_pro, bbq; or what an edit may cost: gender_facts, over_refusal; may be repeated.",
         typed=list[str] | None,
         read=tuple,
     ),

@@ -210,7 +210,7 @@ def test_the_start_token_of_the_bias_measures_can_be_chosen(place, tmp_path):
     assert found["[EOS]"]["bias"] == found["2"]["bias"] != found["none"]["bias"]
     refused(
         call(place, tmp_path / "out", "--start-token", "eos"),
-        "--start-token must be 'auto' without a measure of bec_pro, crows_pairs, ",
+        "--start-token must be 'auto' without a measure of bbq, bec_pro, crows_pairs, ",
     )
     told = "fastdean: --start-token must be auto, bos, eos, none, or a token of the vocabulary"
     refused(call(place, tmp_path / "out", *asked, "<nope>"), told)

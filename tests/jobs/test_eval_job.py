@@ -1,0 +1,110 @@
+"""`fastdean eval`: measures without a mask and with it, what is written and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_folders
+import tiny_masks
+from tiny_models import llama
+from typer.testing import CliRunner
+
+from fastdean import cli
+from fastdean.evaluation import change_between
+from fastdean.evaluation.bias import gender_facts
+from fastdean.masks import NeuronMask
+
+W = tiny_folders.WORDS
+FACTS = [
+    {
+        "sentence": f"{W[n]} _ {W[n + 1]}",
+        "right": W[n + 2],
+        "wrong": W[n + 3],
+        "gender": ("male", "female")[n % 2],
+        "topic": "words",
+    }
+    for n in range(20)
+]
+
+
+def _mask() -> NeuronMask:
+    name = "model.layers.0.mlp.down_proj.weight"
+    size = llama().get_parameter(name).numel()
+    return tiny_masks.mask_of(llama(), {name: list(range(0, size, 2))})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    _mask().save_pretrained(folder / "mask")
+    return {
+        "model": tiny_folders.save_model(folder / "model"),
+        "mask": folder / "mask",
+        "facts": tiny_folders.write_jsonl(folder / "facts.jsonl", FACTS),
+    }
+
+
+def call(*arguments):
+    result = CliRunner().invoke(cli.app, ["eval", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refused(result, text):
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("fastdean: ")]
+    assert text in line
+
+
+def test_the_figures_are_those_of_the_measure_without_and_with_the_mask(place, tmp_path):
+    asked = ["--model", place["model"], "--mask", place["mask"], "--quiet", "--json"]
+    result = call(*asked, "--bias", f"gender_facts={place['facts']}", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found == json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    assert found["mask"] == {"weights": len(_mask()), "scale": 0.0}
+    (row,) = found["measures"].values()
+    model, options = llama().eval(), {"progress": False}
+    before = gender_facts(model, tiny_folders.tokenizer(), FACTS, **options)
+    with _mask().applied(model):
+        after = gender_facts(model, tiny_folders.tokenizer(), FACTS, **options)
+    assert before.value != after.value
+    assert [row[state]["value"] for state in ("before", "after")] == [before.value, after.value]
+    moved = change_between(before.interval, after.interval)
+    assert row["change"]["value"] == pytest.approx(moved.mean)
+    assert row["change"]["p_value"] == pytest.approx(moved.p_value)
+    assert f"{before.name}: " in result.stderr and moved.verdict() in result.stderr
+
+
+def test_a_model_alone_has_values_and_no_change(place):
+    result = call("--model", place["model"], "--bias", f"gender_facts={place['facts']}", "--json")
+    (row,) = json.loads(result.stdout)["measures"].values()
+    assert "after" not in row and "->" not in result.stderr and ", n = 20" in result.stderr
+
+
+def test_a_folder_of_something_else_is_not_replaced_and_one_of_ours_is(place, tmp_path):
+    asked = ["--model", place["model"], "--bias", f"gender_facts={place['facts']}", "--quiet"]
+    out = tmp_path / "out"
+    assert call(*asked, "--out", out).exit_code == 0
+    refused(call(*asked, "--out", out), "holds an evaluation already")
+    assert call(*asked, "--out", out, "--overwrite").exit_code == 0
+    (out / "notes.txt").write_text("mine")
+    refused(call(*asked, "--out", out, "--overwrite"), "--out must be a folder that FastDEAN wrote")
+    refused(call(*asked, "--out", place["model"] / "x"), "--out must be a folder outside of model")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ((), "--tasks must be names of tasks where no bias measure is asked for, got none"),
+        (("--tasks", "boolq,boolq"), "--tasks must name each task once, got 'boolq' again"),
+        (("--bias", "nothing"), "bias must be one of crows_pairs, "),
+        (("--bias", "bec_pro", "--limit", "0"), "--limit must be at least 1, got 0"),
+        (("--bias", "gender_facts=nowhere.jsonl"), "must name an existing file, got 'nowhere.jso"),
+        (("--bias", "bec_pro", "--mask", "nowhere"), "--mask must be "),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(place, options, text):
+    refused(call("--model", place["model"], *options), text)
