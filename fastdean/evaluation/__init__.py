@@ -2,6 +2,7 @@
 
 from fastdean.evaluation.bootstrap import bootstrap_interval
 from fastdean.evaluation.changes import change_between, change_of_distance
+from fastdean.evaluation.families import Family, holm
 from fastdean.evaluation.intervals import (
     Interval,
     mean_interval,
@@ -17,12 +18,14 @@ from fastdean.evaluation.margins import (
     margin_interval,
     response_margins,
 )
+from fastdean.evaluation.mcnemar import compare_yes_no
 from fastdean.evaluation.perplexity import (
     Perplexity,
     compare_perplexity,
     perplexity,
     perplexity_of_text,
 )
+from fastdean.evaluation.power import detectable_change, detectable_share_change
 from fastdean.evaluation.representations import (
     last_token_states,
     layer_dependence,
@@ -30,6 +33,7 @@ from fastdean.evaluation.representations import (
 )
 
 __all__ = [
+    "Family",
     "Interval",
     "Margins",
     "Pair",
@@ -40,7 +44,11 @@ __all__ = [
     "compare_margins",
     "compare_perplexity",
     "compare_shares",
+    "compare_yes_no",
+    "detectable_change",
+    "detectable_share_change",
     "encode_pairs",
+    "holm",
     "last_token_states",
     "layer_dependence",
     "margin_interval",
