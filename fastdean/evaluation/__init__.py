@@ -3,6 +3,7 @@
 from fastdean.evaluation.answers.generation import Answer, generate
 from fastdean.evaluation.bootstrap import bootstrap_interval
 from fastdean.evaluation.changes import change_between, change_of_distance
+from fastdean.evaluation.families import Family, holm
 from fastdean.evaluation.hidden_states import (
     last_token_states,
     layer_dependence,
@@ -26,6 +27,7 @@ from fastdean.evaluation.margins import (
     margin_interval,
     response_margins,
 )
+from fastdean.evaluation.mcnemar import compare_yes_no
 from fastdean.evaluation.over_refusal import OverRefusal, over_refusal
 from fastdean.evaluation.perplexity import (
     Perplexity,
@@ -33,10 +35,12 @@ from fastdean.evaluation.perplexity import (
     perplexity,
     perplexity_of_text,
 )
+from fastdean.evaluation.power import detectable_change, detectable_share_change
 
 __all__ = [
     "Agreement",
     "Answer",
+    "Family",
     "Interval",
     "JudgeTemplate",
     "Margins",
@@ -51,8 +55,12 @@ __all__ = [
     "compare_margins",
     "compare_perplexity",
     "compare_shares",
+    "compare_yes_no",
+    "detectable_change",
+    "detectable_share_change",
     "encode_pairs",
     "generate",
+    "holm",
     "last_token_states",
     "layer_dependence",
     "margin_interval",

@@ -17,6 +17,8 @@ ABOVE, BELOW = "above neutral", "below neutral"
 FARTHER, CLOSER = "farther from neutral", "closer to neutral"
 # With fewer examples the interval is too uncertain, and the sign-flip test has too few patterns.
 FEWEST = 8
+# A p-value above it claims nothing, adjusted for the tests that are read together with it.
+LEVEL = 0.05
 
 _WITHHELD = "no verdict "
 _DIRECTIONS = {HIGHER: 1, ABOVE: 1, FARTHER: 1, LOWER: -1, BELOW: -1, CLOSER: -1, NO_EFFECT: 0}
@@ -31,6 +33,7 @@ def judge(
     confidence: float,
     p_value: float | None,
     least_p: float | None,
+    tests: int = 1,
 ) -> str:
     """`HIGHER` or `LOWER` where interval and test agree that something changed, else `NO_EFFECT`.
 
@@ -41,13 +44,17 @@ def judge(
         low, high: of the interval. One that holds `no_effect`, ends included, claims nothing.
         no_effect: the value that means "nothing changed"; None: `NO_NEUTRAL`.
         n: independent units: examples, or groups of examples that belong together.
-        p_value, least_p: of the test; None for an interval without one.
+        p_value, least_p: of the test, adjusted where it is one of several; None for an interval
+            without one.
+        tests: how many tests are read together.
     """
     if no_effect is None:
         return NO_NEUTRAL
     level = 1.0 - confidence
-    if n < FEWEST or (least_p is not None and least_p > level):
+    if n < FEWEST:
         return f"{_WITHHELD}from n = {n}"
+    if least_p is not None and least_p > level:
+        return f"{_WITHHELD}from n = {n}{f' in {tests} tests' if tests > 1 else ''}"
     if p_value is None:
         return f"{_WITHHELD}from an interval without a test"
     if p_value <= level and low > no_effect:
@@ -57,17 +64,27 @@ def judge(
     return NO_EFFECT
 
 
-def reading(low: float | None, high: float | None, no_effect: float, verdict: object) -> str:
+def reading(
+    low: float | None,
+    high: float | None,
+    no_effect: float,
+    verdict: object,
+    p_adjusted: object = None,
+) -> str:
     """What is shown of an interval and its verdict from a file or a caller.
 
-    An interval that holds `no_effect` is never an effect, one without a verdict is not judged, and
-    without two finite ends there is `NO_INTERVAL`.
+    An interval that holds `no_effect` is never an effect, nor is one whose adjusted p-value is
+    above `LEVEL`. One without a verdict is not judged, and without two finite ends there is
+    `NO_INTERVAL`.
+
+    Args:
+        p_adjusted: for all tests of its table; None or no number: there was no other test.
     """
     if isinstance(verdict, str) and is_withheld(verdict):
         return verdict
     if low is None or high is None or not isfinite(low) or not isfinite(high):
         return NO_INTERVAL
-    if low <= no_effect <= high:
+    if low <= no_effect <= high or (isinstance(p_adjusted, int | float) and p_adjusted > LEVEL):
         return NO_EFFECT
     return verdict if isinstance(verdict, str) and verdict else NOT_JUDGED
 

@@ -40,3 +40,9 @@ def test_a_page_a_card_and_a_sentence_read_a_verdict_alike(low, high, verdict, s
 
 def test_a_card_claims_no_distance_from_neutral_without_an_interval():
     assert Effect("SS", 60.0, 55.0, from_neutral="closer to neutral").reading() == NO_INTERVAL
+
+
+def test_an_adjusted_p_value_above_five_per_cent_claims_nothing_anywhere():
+    for p_holm, said in ((0.05, "higher"), (0.051, "no effect beyond noise"), (None, "higher")):
+        assert reading(0.1, 0.3, 0.0, "higher", p_holm) == said
+    assert reading(0.1, 0.3, 0.0, "no verdict from n = 5", 0.9) == "no verdict from n = 5"
