@@ -166,9 +166,15 @@ def _prompted(row: Row, number: int) -> Row:
         text = row.get(column)
         if isinstance(text, str) and text.strip():
             return {**row, "prompt": text}
+    found = [column for column in _PROMPTS if column in row]
+    if not found:
+        raise ValueError(
+            f"row {number} must have the columns prompt or question of over-refusal, got neither "
+            f"in {sorted(map(str, row))}; rename its columns"
+        )
     raise ValueError(
-        f"row {number} must have text in the column 'prompt' or 'question', got "
-        f"{sorted(map(str, row))}; rename its columns or leave the row out"
+        f"row {number} must be text in the column {found[0]!r} of over-refusal, got "
+        f"{row[found[0]]!r:.40}; correct the row or leave it out"
     )
 
 

@@ -170,6 +170,23 @@ def test_a_part_that_cannot_show_over_correction_is_refused():
         bbq_rows([ROWS[0], ROWS[3]])
 
 
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("oskarvanderwal/bbq", ("All", "test")),
+        ("oskarvanderwal/bbq::config=Age", ("Age", "test")),
+        ("other/bbq::split=train", (None, "train")),
+    ],
+)
+def test_the_hubs_copy_is_read_whole_unless_a_category_is_named(monkeypatch, source, asked):
+    def load_dataset(name, config, *, split, revision):
+        assert (name, (config, split)) == (source.partition("::")[0], asked)
+        return ROWS
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert len(bbq_rows(source)) == len(ROWS)
+
+
 def test_a_masked_model_is_refused():
     with pytest.raises(ValueError, match="model must be a causal language model, got the masked B"):
         bbq(bert(), tiny_bias.spelling_tokenizer("masked"), ROWS, **SMALL_BOOTSTRAP)

@@ -106,8 +106,10 @@ def test_the_harmful_contrasts_of_xstest_are_left_out_and_counted(harmful):
 
 
 def test_a_row_without_a_prompt_is_named():
-    with pytest.raises(ValueError, match="row 2 must have text in the column 'prompt' or 'questi"):
+    with pytest.raises(ValueError, match="row 2 must be text in the column 'prompt' of over-refus"):
         benign_rows([{"question": "why"}, {"prompt": " ", "type": "x"}])
+    with pytest.raises(ValueError, match=r"row 1 must have the columns prompt or .* in \['text'\]"):
+        benign_rows([{"text": "why"}])
 
 
 def test_a_masked_model_is_refused():

@@ -108,3 +108,32 @@ def test_a_folder_of_something_else_is_not_replaced_and_one_of_ours_is(place, tm
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(place, options, text):
     refused(call("--model", place["model"], *options), text)
+
+
+def test_bbq_and_over_refusal_are_measures_of_the_job(place, tmp_path):
+    """The tiny tokenizer spells every opening alike, which over_refusal says."""
+    rows = [
+        {
+            "context": f"{W[n]} {W[n + 1]}",
+            "question": W[n + 2],
+            **{f"ans{i}": W[n + 3 + i] for i in range(3)},
+            "category": "Age",
+            "context_condition": ("ambig", "disambig")[n % 2],
+            "question_polarity": "neg",
+            "label": (2, 0)[n % 2],
+            "answer_info": {
+                "ans0": ["a", "old"],
+                "ans1": ["b", "nonOld"],
+                "ans2": ["c", "unknown"],
+            },
+            "additional_metadata": {"stereotyped_groups": ["old"]},
+        }
+        for n in range(8)
+    ]
+    file = tiny_folders.write_jsonl(tmp_path / "bbq.jsonl", rows)
+    asked = ["--model", place["model"], "--mask", place["mask"], "--quiet", "--json"]
+    result = call(*asked, "--bias", f"bbq={file}")
+    assert result.exit_code == 0, result.stderr
+    measures = json.loads(result.stdout)["measures"]
+    assert len(measures) == 5 and all("after" in row for row in measures.values())
+    refused(call(*asked, "--bias", "over_refusal"), 'tokenizer must tell "I\'m sorry" from the')

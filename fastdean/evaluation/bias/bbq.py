@@ -85,9 +85,9 @@ def bbq(
 
     Args:
         model: a causal language model; evaluated without dropout and left in its mode.
-        source: rows, a file (a .jsonl of the benchmark) or a hub id ("test" split unless given),
-            with the columns `COLUMNS`, `label` (0 to 2), `answer_info` and, in
-            `additional_metadata`, `stereotyped_groups`.
+        source: rows, a file (a .jsonl of the benchmark) or a hub id (unless given, the split "test"
+            and, of `oskarvanderwal/bbq`, the configuration "All"), with the columns `COLUMNS`,
+            `label` (0 to 2), `answer_info` and, in `additional_metadata`, `stereotyped_groups`.
         start: what a text starts from, see `start.start_token`; the result names it.
         tokens_per_batch: a bound for memory; the result does not depend on it.
         confidence, seed: of the intervals, over questions.
@@ -181,7 +181,10 @@ _NOTE = "mean log-likelihood per token of each answer after context and question
 def bbq_rows(source: Source) -> list[Row]:
     """The rows of `source`, each with `label`, the number of its `biased` answer (None: it has
     none), and that of its `unknown` one; arguments and errors as `bbq`."""
-    rows = benchmark_rows(source, split="test")
+    # The hub's copy has a configuration for each category, and one of all.
+    is_the_hubs = isinstance(source, str) and source.partition("::")[0] == HUB_ID
+    of_all = {"config": "All"} if is_the_hubs else {}
+    rows = benchmark_rows(source, split="test", **of_all)
     require_columns(
         rows, COLUMNS, "BBQ", context_condition=CONDITIONS, question_polarity=POLARITIES
     )
