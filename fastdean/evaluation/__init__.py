@@ -2,6 +2,11 @@
 
 from fastdean.evaluation.bootstrap import bootstrap_interval
 from fastdean.evaluation.changes import change_between, change_of_distance
+from fastdean.evaluation.divergence import (
+    Divergence,
+    divergence_interval,
+    perplexity_and_divergence,
+)
 from fastdean.evaluation.families import Family, holm
 from fastdean.evaluation.intervals import (
     Interval,
@@ -33,6 +38,7 @@ from fastdean.evaluation.representations import (
 )
 
 __all__ = [
+    "Divergence",
     "Family",
     "Interval",
     "Margins",
@@ -47,6 +53,7 @@ __all__ = [
     "compare_yes_no",
     "detectable_change",
     "detectable_share_change",
+    "divergence_interval",
     "encode_pairs",
     "holm",
     "last_token_states",
@@ -54,6 +61,7 @@ __all__ = [
     "margin_interval",
     "mean_interval",
     "perplexity",
+    "perplexity_and_divergence",
     "perplexity_of_text",
     "prompts_only",
     "response_margins",
