@@ -69,8 +69,8 @@ def family_words(tests: Mapping | None) -> str | None:
         f"All {count(number)} tests are one family: p is Holm's, adjusted for the others, and the "
         f"intervals hold together with {percent(confidence)} confidence (Bonferroni: each by "
         f"itself with {percent(each)}). No effect is claimed where p exceeds 0.05. “Detects” is "
-        f"the smallest change that the design finds in {percent(power)} of samples like this one, with "
-        "as much spread."
+        f"the smallest change that the design finds in {percent(power)} of samples like this one, "
+        "with as much spread."
     )
 
 
