@@ -3,6 +3,11 @@
 from fastdean.evaluation.answers.generation import Answer, generate
 from fastdean.evaluation.bootstrap import bootstrap_interval
 from fastdean.evaluation.changes import change_between, change_of_distance
+from fastdean.evaluation.divergence import (
+    Divergence,
+    divergence_interval,
+    perplexity_and_divergence,
+)
 from fastdean.evaluation.families import Family, holm
 from fastdean.evaluation.hidden_states import (
     last_token_states,
@@ -40,6 +45,7 @@ from fastdean.evaluation.power import detectable_change, detectable_share_change
 __all__ = [
     "Agreement",
     "Answer",
+    "Divergence",
     "Family",
     "Interval",
     "JudgeTemplate",
@@ -58,6 +64,7 @@ __all__ = [
     "compare_yes_no",
     "detectable_change",
     "detectable_share_change",
+    "divergence_interval",
     "encode_pairs",
     "generate",
     "holm",
@@ -67,6 +74,7 @@ __all__ = [
     "mean_interval",
     "over_refusal",
     "perplexity",
+    "perplexity_and_divergence",
     "perplexity_of_text",
     "prompts_only",
     "read_template",

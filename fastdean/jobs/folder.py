@@ -5,7 +5,7 @@
     scores/<data set>/       sparse scores, enough for any ratio up to the curve's last
     mask/                    the mask of the job's rule
     controls/<rule>/         the masks it is measured against
-    steps/<step>.json        the figures of a finished step of the jobs `collapse` and `debias`
+    steps/<step>.json        the figures of a finished step
     training/                the checkpoints of `debias`
     model/                   the debiased model, an ordinary Hugging Face folder
     answers.jsonl            of the job `answer`: a line for each answer

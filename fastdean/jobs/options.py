@@ -182,6 +182,19 @@ def read_sets(typed: list[str] | None) -> dict[str, str] | None:
     return found
 
 
+def read_ratios(typed: str | None) -> tuple[float, ...] | None:
+    """RATIO,RATIO as numbers; ValueError for what is none."""
+    if typed is None:
+        return None
+    try:
+        return tuple(float(part) for part in typed.split(","))
+    except ValueError:
+        raise ValueError(
+            f"general_grid must be ratios separated by commas, got {typed!r}; type such as "
+            "1e-5,1e-4,1e-3"
+        ) from None
+
+
 def _token(text: str) -> str | int:
     """An id where it is written as one."""
     return int(text) if text.isascii() and text.isdigit() else text

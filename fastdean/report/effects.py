@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fastdean.report.edit import Edit
-from fastdean.report.estimates import Estimate
+from fastdean.report.estimates import TESTED, Estimate, family_words, tested
 from fastdean.report.markup import Html, element, figure, folded, join, table, terms
 from fastdean.report.plots import dependence_lines, interval_rows, legend, responsive
 from fastdean.report.quantities import count, decimal, estimate, measured, signed
@@ -27,7 +27,7 @@ def _estimates(measure: dict | None, key: str) -> list[tuple[Estimate, dict]]:
     return [(Estimate.of(name, mask, key), mask or {}) for name, mask in masks.items()]
 
 
-def margins_section(margins: dict, edit: Edit) -> Html:
+def margins_section(margins: dict, edit: Edit, tests: dict | None = None) -> Html:
     """Differences of every mask to the origin with a line at zero, and the numbers."""
     said = (
         "A margin is how much likelier the model finds the safe answer of a pair than the unsafe "
@@ -47,11 +47,17 @@ def margins_section(margins: dict, edit: Edit) -> Html:
     return join(
         [
             element("p", said),
+            _family_note(tests),
             element("div", *plots, class_="pair"),
-            *(_margin_table(name, margin) for name, margin in margins.items()),
+            *(_margin_table(name, margin, bool(tests)) for name, margin in margins.items()),
             _mask_notes(dict.fromkeys(row.name for row in everything), edit),
         ]
     )
+
+
+def _family_note(tests: dict | None) -> Html | None:
+    said = family_words(tests)
+    return None if said is None else element("p", said, class_="note")
 
 
 def _margin_figure(name: str, margin: dict, span: Sequence[object]) -> Html:
@@ -66,29 +72,33 @@ def _margin_figure(name: str, margin: dict, span: Sequence[object]) -> Html:
     )
 
 
-def _margin_table(name: str, margin: dict) -> Html:
+def _margin_table(name: str, margin: dict, together: bool) -> Html:
     origin, confidence = margin.get("origin") or {}, margin.get("confidence")
     _, origin_interval = estimate(None, origin.get("low"), origin.get("high"))
     rows = [
         [
             "origin",
-            "the unedited model; interval of its margin",
+            f"the unedited model; interval of its margin{' alone' if together else ''}",
             "0",
             decimal(origin.get("mean")),
             "",
             origin_interval,
+            *(["", ""] if together else []),
         ]
     ]
     for row, mask in margin_estimates(margin):
         known = measured(origin.get("mean")) and measured(row.value)
         edited = origin["mean"] + row.value if known else None
         weights = count(mask.get("weights"))
-        rows += [[row.name, row.reading(0), weights, decimal(edited), *row.written(0)]]
+        cells = tested(mask) if together else []
+        rows += [[row.name, row.reading(0), weights, decimal(edited), *row.written(0), *cells]]
     caption = f"Margins of {name} before and after, {margin.get('unit') or 'no unit'}"
     if measured(margin.get("pairs")):
         caption += f", {count(margin['pairs'])} pairs"
     interval = f"{100 * confidence:g} % interval" if measured(confidence) else "Interval"
+    interval = f"Simultaneous {interval}" if together else interval
     columns = ["Mask", "Reading", "Weights", "Margin", "Difference", interval]
+    columns += TESTED if together else []
     return table(caption, columns, rows, words=("Mask", "Reading"))
 
 
@@ -98,8 +108,8 @@ def _mask_notes(names: Iterable[str], edit: Edit) -> Html | None:
     return terms(known, "notes") if known else None
 
 
-def perplexity_section(perplexity: dict, where: str = "") -> Html:
-    """Perplexity of every mask as a ratio to the origin."""
+def perplexity_section(perplexity: dict, tests: dict | None = None, where: str = "") -> Html:
+    """Perplexity of every mask as a ratio to the origin, and its divergence from it."""
     estimates, origin = perplexity_estimates(perplexity), decimal(perplexity.get("origin"))
     said = f"The unedited model has a perplexity of {origin}"
     if perplexity.get("text"):
@@ -109,9 +119,18 @@ def perplexity_section(perplexity: dict, where: str = "") -> Html:
     said += ". A ratio above one is a model that predicts this text less well."
     label = f"Perplexity{where} as a ratio to the unedited model. "
     label += " ".join(row.sentence(1) for row, _ in estimates)
-    rows = [["origin", "the unedited model", origin, "1", ""]]
+    moved = any(mask.get("kl") for _, mask in estimates)
+    added = 2 * (bool(tests) + moved)
+    rows = [["origin", "the unedited model", origin, "1", "", *[""] * added]]
     rows += [
-        [row.name, row.reading(1), decimal(mask.get("value")), *row.written(1)]
+        [
+            row.name,
+            row.reading(1),
+            decimal(mask.get("value")),
+            *row.written(1),
+            *(tested(mask) if tests else []),
+            *(Estimate.of(row.name, mask.get("kl"), "mean").written(1) if moved else []),
+        ]
         for row, mask in estimates
     ]
     plot = None
@@ -122,17 +141,24 @@ def perplexity_section(perplexity: dict, where: str = "") -> Html:
             interval_rows(drawn, label, no_effect=1, axis_name="ratio to the origin"),
         )
     columns = ["Mask", "Reading", "Perplexity", "Ratio to origin", "Interval of the ratio"]
+    columns += TESTED if tests else []
+    columns += ["KL, nats per token", "Interval of KL"] if moved else []
+    if moved:
+        said += (
+            " KL is how far the edited model's predictions of each token lie from the unedited "
+            "model's, in whatever direction; its intervals hold together over the masks."
+        )
     listed = table(f"Perplexity{where} before and after", columns, rows, words=("Mask", "Reading"))
-    return join([element("p", said), plot, listed])
+    return join([element("p", said), _family_note(tests), plot, listed])
 
 
-def perplexities_section(tables: dict) -> Html:
+def perplexities_section(tables: dict, tests: dict | None = None) -> Html:
     """Perplexity on each of several sets."""
     return join(
         part
         for name, table in tables.items()
         if table
-        for part in (element("h3", name), perplexity_section(table, f" on {name}"))
+        for part in (element("h3", name), perplexity_section(table, tests, f" on {name}"))
     )
 
 

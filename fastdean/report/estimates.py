@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastdean.report.quantities import estimate, measured
+from fastdean.report.quantities import count, decimal, estimate, measured, percent
 from fastdean.wording.verdicts import direction, reading
 
 
@@ -13,7 +13,8 @@ from fastdean.wording.verdicts import direction, reading
 class Estimate:
     """One row of an interval plot. Values that were not measured are None or NaN.
 
-    `verdict` is what the results say of it, see `fastdean.wording.verdicts`.
+    `verdict` is what the results say of it, see `fastdean.wording.verdicts`; `p_adjusted` its
+    p-value for all tests of its family.
     """
 
     name: str
@@ -21,12 +22,14 @@ class Estimate:
     low: object
     high: object
     verdict: object = None
+    p_adjusted: object = None
 
     @classmethod
     def of(cls, name: str, numbers: Mapping | None, key: str = "value") -> Estimate:
         """From the entry of a result; `key` is its value's."""
         numbers = numbers or {}
-        return cls(name, *(numbers.get(each) for each in (key, "low", "high", "verdict")))
+        keys = (key, "low", "high", "verdict", "p_holm")
+        return cls(name, *(numbers.get(each) for each in keys))
 
     @property
     def is_known(self) -> bool:
@@ -42,7 +45,8 @@ class Estimate:
         if not self.is_known and not measured(self.value):
             return "not measured"
         low, high = (end if measured(end) else None for end in (self.low, self.high))
-        return reading(low, high, no_effect, self.verdict)
+        p_adjusted = self.p_adjusted if measured(self.p_adjusted) else None
+        return reading(low, high, no_effect, self.verdict, p_adjusted)
 
     def is_effect(self, no_effect: float) -> bool:
         """Whether `reading` claims an effect."""
@@ -51,3 +55,28 @@ class Estimate:
     def sentence(self, no_effect: float) -> str:
         """All of it, for a reader who does not see the plot."""
         return f"{self.name}: {' '.join(self.written(no_effect))}, {self.reading(no_effect)}."
+
+
+def family_words(tests: Mapping | None) -> str | None:
+    """How figures that are tested together were adjusted for each other; None: they were not."""
+    number = (tests or {}).get("tests")
+    if not tests or not measured(number):
+        return None
+    confidence, each, power = (
+        tests.get(key) for key in ("confidence", "confidence_of_each", "power")
+    )
+    return (
+        f"All {count(number)} tests are one family: p is Holm's, adjusted for the others, and the "
+        f"intervals hold together with {percent(confidence)} confidence (Bonferroni: each by "
+        f"itself with {percent(each)}). No effect is claimed where p exceeds 0.05. “Detects” is "
+        f"the smallest change that the design finds in {percent(power)} of samples like this one, "
+        "with as much spread."
+    )
+
+
+def tested(numbers: Mapping) -> list[str]:
+    """The cells below `TESTED` of a figure's table."""
+    return [decimal(numbers.get("p_holm"), 2), decimal(numbers.get("detects"), 3)]
+
+
+TESTED = ["p (Holm)", "Detects"]

@@ -28,6 +28,7 @@ from fastdean.report.effects import (
     perplexity_section,
 )
 from fastdean.report.experts import experts_section
+from fastdean.report.general_grid import grid_section
 from fastdean.report.key_numbers import key_numbers
 from fastdean.report.markup import Html, element, items
 from fastdean.report.quantities import count, measured
@@ -54,8 +55,8 @@ _LIMITS = (
     (
         ("margins", "perplexity", "perplexities", "bias"),
         "Each interval covers chance in the drawing of the examples measured here, not the choice "
-        "of model, data, ratio or seed. The more is compared, the likelier one interval excludes "
-        "no effect by chance.",
+        "of model, data, ratio or seed. The more runs are compared, the likelier one interval "
+        "excludes no effect by chance.",
     ),
     (
         ("collapse",),
@@ -191,7 +192,7 @@ def _top(results: dict) -> list[Html | None]:
 
 
 def _sections(results: dict) -> list[Html | None]:
-    edit = Edit.of(results.get("options"))
+    edit, tests = Edit.of(results.get("options")), results.get("tests")
 
     def of(key: str, draw: Callable[..., Html], *more: Any) -> Html | None:
         return draw(results[key], *more) if results.get(key) else None
@@ -200,9 +201,10 @@ def _sections(results: dict) -> list[Html | None]:
         ("coupling", "Coupling per layer and module", of("coupling", coupling_section, edit)),
         ("overlap", "Overlap against ratio", of("overlap", overlap_section, edit)),
         ("expert_load", "Load per expert", of("expert_load", experts_section)),
-        ("margins", "Margins before and after", of("margins", margins_section, edit)),
-        ("perplexity", "Perplexity", of("perplexity", perplexity_section)),
-        ("perplexities", "Perplexities", of("perplexities", perplexities_section)),
+        ("margins", "Margins before and after", of("margins", margins_section, edit, tests)),
+        ("perplexity", "Perplexity", of("perplexity", perplexity_section, tests)),
+        ("perplexities", "Perplexities", of("perplexities", perplexities_section, tests)),
+        ("general_grid", "Price against the general ratio", of("general_grid", grid_section, edit)),
         ("hsic", "Dependence of representations", of("hsic", dependence_section, edit)),
         ("collapse", "Neural collapse", of("collapse", collapse_section)),
         ("bias", "Bias measures", of("bias", bias_section)),

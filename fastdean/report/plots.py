@@ -124,6 +124,46 @@ def overlap_lines(points: Sequence[dict], label: str, width: int, entries: str) 
     return _drawing(parts, width, height, label)
 
 
+def ratio_panels(
+    panels: dict[str, tuple[float, Sequence[tuple[float, Estimate]]]],
+    chosen: float | None,
+    label: str,
+    width: int,
+    axis_name: str,
+) -> Html:
+    """One panel for each quantity, one below the other, against ratios (x, logarithmic).
+
+    A panel's name is above it, its value is the one of no effect with its estimates. A dot is
+    filled where it is an effect, and a dashed line marks the chosen ratio in all panels.
+    """
+    heading, tall, below, right = 22, 110, 16, width - _RIGHT
+    ratios = [ratio for _, points in panels.values() for ratio, _ in points]
+    x = Axis.around([*ratios, chosen], _LEFT + 14, right - 8, log=True)
+    parts: list[Html] = []
+    for row, (name, (no_effect, points)) in enumerate(panels.items()):
+        top = row * (heading + tall + below)
+        values = [v for _, each in points for v in (each.value, each.low, each.high)]
+        y = Axis.around([no_effect, *values], top + heading + tall, top + heading)
+        parts += [_text(_beside(name, "", width - _LEFT), _LEFT, top + 13, "start", "strong")]
+        parts += _grid(y, width)
+        parts += [_line(_LEFT, y.place(no_effect), right, y.place(no_effect), "zero")]
+        if measured(chosen) and chosen > 0:
+            parts += [_line(x.place(chosen), y.end, x.place(chosen), y.start, "grid")]
+        for ratio, each in points:
+            place = x.place(ratio)
+            if measured(each.low) and measured(each.high):
+                low, high = y.place(each.low), y.place(each.high)
+                parts += [_line(place, low, place, high, "whisker")]
+                parts += [_line(place - 4, end, place + 4, end, "whisker") for end in (low, high)]
+            if measured(each.value):
+                style = "dot filled" if each.is_effect(no_effect) else "dot"
+                parts += [element("circle", cx=place, cy=y.place(each.value), r=5, class_=style)]
+    floor = len(panels) * (heading + tall + below) - below
+    parts += _ticks(x, max(2, int((right - _LEFT) / 60)), floor)
+    parts += [_text(axis_name, (_LEFT + right) / 2, floor + 40, "middle", "name")]
+    return _drawing(parts, width, floor + 48, label)
+
+
 def dependence_lines(layers: Sequence[dict], label: str, width: int) -> Html:
     """HSIC per layer before and after the edit over the band of the permuted pairs."""
     height, right = 270, width - _RIGHT

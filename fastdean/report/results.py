@@ -43,7 +43,14 @@ COUNTS = ("numel", "k", "first", "second", "coupled", "removed", "kept")
 # Of a mask whose scores had signs.
 SIGNS = ("same", "opposite", "same_by_chance")
 _ENDS = _numbers("value", "low", "high", "n")
-_MASKS = Maps(Maybe(_numbers("mean", "low", "high", "weights", "value", "ratio")))
+# A change with its test, and of texts the divergence from the unedited model.
+_CHANGE = _numbers(
+    *("mean", "low", "high", "weights", "value", "ratio", "p_value", "p_holm", "detects"),
+    kl=_numbers("mean", "low", "high"),
+)
+_MASKS = Maps(Maybe(_CHANGE))
+# How tests that are read together were adjusted for each other.
+_TESTS = _numbers("tests", "confidence", "confidence_of_each", "power")
 
 _PERPLEXITY = _numbers("origin", "tokens", masks=_MASKS, text=_WORDS, set=_WORDS)
 
@@ -99,6 +106,14 @@ RESULTS = _partial(
         )
     ),
     perplexity=_PERPLEXITY,
+    tests=_TESTS,
+    general_grid=_numbers(
+        "chosen",
+        tests=_TESTS,
+        rows=Lists(
+            _numbers("general_ratio", "selected", "weights", margins=_MASKS, perplexity=_MASKS)
+        ),
+    ),
     # In its place where several sets are spared.
     perplexities=Maps(Maybe(_PERPLEXITY)),
     hsic=_numbers(

@@ -101,7 +101,7 @@ def _random_clause(tables: Mapping[str, Any], topics: Sequence[str]) -> str:
 
 def _margin_clause(topic: str, tables: Mapping[str, Any], rule: str) -> str:
     change = tables[topic]["masks"][rule]
-    mean, evidence = _evidence(change, "mean", least=3, sign=True)
+    mean, evidence = _evidence(change, "mean", 0.0, least=3, sign=True)
     figures = f"{mean} nats per token, {evidence}{_pairs(tables[topic])}"
     return f"{verb(_reading(change, 0.0))} on {topic} ({figures})"
 
@@ -126,9 +126,17 @@ def _perplexity_of(name: str, table: Mapping[str, Any], rule: str) -> list[str]:
         return []
     values = " to ".join(apart(table["origin"], change["value"]))
     counted = f"{table['n']} answers" if table.get("n") else ""
-    ratio, evidence = _evidence(change, "ratio")
+    ratio, evidence = _evidence(change, "ratio", 1.0)
     figures = f"{values}, ratio {ratio}, {evidence}{counted}".removesuffix(", ")
-    return [f"Perplexity on {name} answers {verb(_reading(change, 1.0))} ({figures})"]
+    said = f"Perplexity on {name} answers {verb(_reading(change, 1.0))} ({figures})"
+    moved = change.get("kl") or {}
+    if not _known(moved.get("mean"), moved.get("low"), moved.get("high")):
+        return [said]
+    kl, low, high = (f"{moved[key]:.3g}" for key in ("mean", "low", "high"))
+    return [
+        f"{said}, with a KL divergence from the unedited model of {kl} nats per token "
+        f"(simultaneous 95 % interval {low} to {high})"
+    ]
 
 
 def _dependence_clause(results: Mapping[str, Any]) -> list[str]:
@@ -182,19 +190,31 @@ def _known(*values: float | None) -> bool:
 
 
 def _reading(change: Mapping[str, Any], no_effect: float) -> str:
-    return reading(change["low"], change["high"], no_effect, change.get("verdict"))
+    return reading(
+        change["low"], change["high"], no_effect, change.get("verdict"), change.get("p_holm")
+    )
 
 
-def _evidence(change: Mapping[str, Any], key: str, **digits: Any) -> tuple[str, str]:
-    """The figure under `key`; and its interval and p-value, as far as there are any."""
+def _evidence(
+    change: Mapping[str, Any], key: str, no_effect: float, **digits: Any
+) -> tuple[str, str]:
+    """The figure under `key`; and its interval and p-value, as far as there are any.
+
+    Where no effect is claimed, also how large one had to be to be found.
+    """
     found, said = change[key], ""
     if _known(change["low"], change["high"]):
         figure, low, high = apart(found, change["low"], change["high"], **digits)
-        said = f"95 % interval {low} to {high}, "
+        together = "simultaneous " if _known(change.get("p_holm")) else ""
+        said = f"{together}95 % interval {low} to {high}, "
     else:
         (figure,) = apart(found, **digits)
-    if _known(change.get("p_value")):
+    if _known(change.get("p_holm")):
+        said += f"Holm-adjusted p = {change['p_holm']:.2g}, "
+    elif _known(change.get("p_value")):
         said += f"p = {change['p_value']:.2g}, "
+    if _known(change.get("detects")) and not direction(_reading(change, no_effect)):
+        said += f"changes detected from {change['detects']:.3g}, "
     return figure, said
 
 

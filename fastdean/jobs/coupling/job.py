@@ -9,8 +9,9 @@ from typing import Annotated, Any
 from fastdean.jobs import options
 from fastdean.jobs.coupling.data_sets import DATA_SETS, DataSets
 from fastdean.jobs.model_job import ModelJob
-from fastdean.jobs.options import SOURCE_HELP, Help, read_names, read_sets
+from fastdean.jobs.options import SOURCE_HELP, Help, read_names, read_ratios, read_sets
 from fastdean.wording.granularity import checked_granularity
+from fastdean.wording.mendable import InputTypeError
 
 __all__ = ["DATA_SETS", "Job", "ScoreJob"]
 
@@ -71,6 +72,8 @@ class Job(ScoringJob):
         rule, scope, min_k, signs: see `coupling.couple`.
         examples: rows of each source that are scored; None: all.
         eval_examples: rows, of other prompts than these where there are any, that are measured on.
+        general_grid: ratios of the general sets alone, at which masks of the same rule and ratio
+            are measured beside the job's own; None: no others.
         memory_budget: in bytes; it, order, states and rank_timeout: see `fastdean.score`.
     Raises:
         ValueError, TypeError: an option out of range; raised here rather than after hours of work.
@@ -112,6 +115,17 @@ class Job(ScoringJob):
     eval_examples: Annotated[
         int, Help("Other rows of each source to measure on; 0 measures nothing.")
     ] = 64
+    general_grid: Annotated[
+        Sequence[float] | None,
+        Help(
+            "Measure masks of other general ratios too, the price against what is spared: ratios "
+            "such as 1e-5,1e-4,1e-3. Each takes a measurement, as a control does; above 1e-3 "
+            "(units 1e-1) all scores keep more, see estimate --keep-top.",
+            typed=str | None,
+            read=read_ratios,
+            metavar="RATIO,RATIO",
+        ),
+    ] = None
     scope: options.Scope = "matrix"
     min_k: options.MinK = 0
     signs: options.Signs = "any"
@@ -132,6 +146,8 @@ class Job(ScoringJob):
         if not 0 < self.effective_ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
         options.require_at_least(self, min_k=0, eval_examples=0)
+        if self.general_grid is not None:
+            object.__setattr__(self, "general_grid", self._checked_grid())
         if self.min_k and self.scope == "model":
             raise ValueError(
                 f"min_k must be 0 with scope='model', where no matrix has a share of its own, got "
@@ -160,6 +176,27 @@ class Job(ScoringJob):
         from fastdean.coupling.sets import DEFAULT_RATIO
 
         return DEFAULT_RATIO[self.granularity] if self.ratio is None else self.ratio
+
+    def _checked_grid(self) -> tuple[float, ...]:
+        """The ratios of the grid, ascending and each once."""
+        given = self.general_grid
+        if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+            raise InputTypeError(
+                f"general_grid must be ratios, got {given!r}; pass a list such as [1e-5, 1e-4]"
+            )
+        for ratio in given:
+            options.require_real("general_grid", ratio)
+            if not 0 < ratio <= 1:
+                raise ValueError(
+                    f"general_grid must hold ratios above 0 and at most 1, got {ratio}; leave it "
+                    "out"
+                )
+        if not self.data_sets.spared:
+            raise ValueError(
+                f"general_grid must be left out where no set is spared, got {list(given)}; name "
+                "one with general"
+            )
+        return tuple(sorted({float(ratio) for ratio in given}))
 
     @property
     def curve(self) -> list[float]:

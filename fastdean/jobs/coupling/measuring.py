@@ -5,58 +5,21 @@ Every figure is taken on the model as it came and again under every mask, on the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from math import isfinite
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastdean.data.examples import Example
-from fastdean.evaluation import (
-    Margins,
-    Perplexity,
-    compare_margins,
-    compare_perplexity,
-    last_token_states,
-    layer_dependence,
-    margin_interval,
-    perplexity,
-    prompts_only,
-    response_margins,
-)
+from fastdean.evaluation import Margins, Perplexity, layer_dependence, margin_interval
+from fastdean.jobs.coupling.comparing import Changes, compared, family_of
+from fastdean.jobs.coupling.figures import Figures, MeasuringSet, figures_of, noted
+from fastdean.jobs.coupling.general_grid import GeneralGrid, grid_table
 from fastdean.masks import NeuronMask
 from fastdean.models.forward import label_shift
 
 _PERMUTATIONS = 200
 _HSIC: Mapping[str, Any] = {"estimator": "unbiased", "kernel": "gaussian", "bandwidth": "median"}
-# The unbiased estimator of HSIC is not defined on fewer.
-_FEWEST_STATES = 4
-
-
-@dataclass(frozen=True)
-class MeasuringSet:
-    """What is measured on; each part may be empty.
-
-    Attributes:
-        pairs: set -> (safe, unsafe) examples that share their prompt.
-        texts: set -> examples whose targets' perplexity is taken.
-        coupled: the two sets of `pairs` whose representations' dependence is taken.
-    """
-
-    pairs: Mapping[str, list[tuple[Example, Example]]]
-    texts: Mapping[str, list[Example]]
-    coupled: tuple[str, str]
-
-
-@dataclass
-class _Figures:
-    """The figures of one model, as far as they could be taken; all finite but the states."""
-
-    margins: dict[str, Margins] = field(default_factory=dict)
-    perplexity: dict[str, Perplexity] = field(default_factory=dict)
-    states: dict[str, Tensor] | None = None
 
 
 def measure(
@@ -69,6 +32,7 @@ def measure(
     timed: Callable[[str], AbstractContextManager],
     tokens_per_batch: int | None = None,
     progress: bool = True,
+    grid: GeneralGrid | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Margins and perplexity under every mask, HSIC of the hidden states under the main one.
 
@@ -79,10 +43,13 @@ def measure(
         masks: rule -> mask; one without weights is not measured. The model is restored after each.
         rule: the main one.
         timed: `timed(name)` is entered around each model's measurement.
+        grid: masks of other general ratios, which are measured as well.
     Returns:
         The tables "margins", "perplexity" and "hsic", as far as there are examples for them and the
         model gives numbers, and sentences about what could not be measured. With several sets of
-        texts there is a table for each, under "perplexities" in place of "perplexity".
+        texts there is a table for each, under "perplexities" in place of "perplexity". "tests" says
+        how the tests of margins and perplexity were adjusted for each other; "general_grid" is the
+        table of the grid, a family of its own.
     """
     options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
     notes: list[str] = []
@@ -92,24 +59,28 @@ def measure(
             "would be asked about."
         )
     with timed("measure unmasked model"):
-        origin = _figures(model, examples, options, notes)
+        origin = figures_of(model, examples, options, notes)
     after = {}
     for name, mask in masks.items():
         if len(mask):
-            with timed(f"measure {name} mask"), mask.applied(model):
-                after[name] = _figures(
-                    model, examples, options, notes, name, origin, with_states=name == rule
+            with timed(f"measure {name} mask"):
+                after[name] = figures_of(
+                    model, examples, options, notes, mask, repr(name), origin, name == rule
                 )
+    family = family_of(examples, len(after))
+    alone = len(examples.texts) == 1
+    changes = compared(origin, after, family, seed, notes, alone=alone)
 
     results: dict[str, Any] = {
         "margins": {
-            topic: _margin_table(topic, margins, after, masks, seed)
+            topic: _margin_table(topic, margins, changes, after, masks, seed)
             for topic, margins in origin.margins.items()
         }
     }
+    if family.tests and (origin.margins or origin.perplexity):
+        results["tests"] = family.to_dict()
     tables = {
-        name: _perplexity_table(name, found, after, seed, notes, alone=len(examples.texts) == 1)
-        for name, found in origin.perplexity.items()
+        name: _perplexity_table(name, found, changes) for name, found in origin.perplexity.items()
     }
     if len(examples.texts) > 1:
         results["perplexities"] = tables
@@ -117,83 +88,20 @@ def measure(
         (results["perplexity"],) = tables.values()
     states = after[rule].states if rule in after else None
     if origin.states is not None and states is not None:
-        with _noted(notes, "HSIC"):
+        with noted(notes, "HSIC"):
             results["hsic"] = _hsic_table(origin.states, states, examples.coupled, seed)
+    if grid is not None:
+        results["general_grid"] = grid_table(
+            grid, model, examples, options, notes, origin, after.get(rule), timed, seed
+        )
     return results, notes
-
-
-def _figures(
-    model: nn.Module,
-    examples: MeasuringSet,
-    options: Mapping[str, Any],
-    notes: list[str],
-    mask: str | None = None,
-    origin: _Figures | None = None,
-    with_states: bool = True,
-) -> _Figures:
-    """What can be measured of the model; under a mask, of that what its origin has too."""
-    under = "" if mask is None else f" under {mask!r}"
-    found = _Figures()
-    if label_shift(model) == 1:
-        for topic in examples.pairs if origin is None else origin.margins:
-            if examples.pairs[topic]:
-                with _noted(notes, f"The {topic} margin{under}"):
-                    found.margins[topic] = _margins(model, examples.pairs[topic], options)
-        for name in examples.texts if origin is None else origin.perplexity:
-            where = f" on {name}" if len(examples.texts) > 1 else ""
-            if examples.texts[name]:
-                with _noted(notes, f"Perplexity{where}{under}"):
-                    found.perplexity[name] = _perplexity(model, examples.texts[name], options)
-    if with_states and (origin is None or origin.states is not None):
-        with _noted(notes, f"HSIC{under}"):
-            found.states = _states(model, examples, options)
-    return found
-
-
-def _margins(
-    model: nn.Module, pairs: list[tuple[Example, Example]], options: Mapping[str, Any]
-) -> Margins:
-    found = response_margins(model, pairs, **options)
-    bad = int((~found.values.isfinite()).sum())
-    if bad:
-        raise ValueError(
-            f"log-probabilities must be finite, got others for {bad} of {len(pairs)} pairs; "
-            "another dtype may hold them"
-        )
-    return found
-
-
-def _perplexity(
-    model: nn.Module, examples: list[Example], options: Mapping[str, Any]
-) -> Perplexity:
-    found = perplexity(model, examples, **options)
-    if not isfinite(found.value):
-        raise ValueError(
-            f"perplexity must be finite, got {found.value}; another dtype may hold the "
-            "log-probabilities"
-        )
-    return found
-
-
-def _states(
-    model: nn.Module, examples: MeasuringSet, options: Mapping[str, Any]
-) -> dict[str, Tensor] | None:
-    """The last prompt token's hidden states, of equally many prompts of either coupled set."""
-    count = min(len(examples.pairs[topic]) for topic in examples.coupled)
-    if count < _FEWEST_STATES:
-        return None
-    return {
-        topic: last_token_states(
-            model, prompts_only([safe for safe, _ in examples.pairs[topic][:count]]), **options
-        )
-        for topic in examples.coupled
-    }
 
 
 def _margin_table(
     topic: str,
     before: Margins,
-    after: Mapping[str, _Figures],
+    changes: Changes,
+    after: Mapping[str, Figures],
     masks: Mapping[str, NeuronMask],
     seed: int,
 ) -> dict[str, Any]:
@@ -209,42 +117,23 @@ def _margin_table(
         "origin": {"mean": interval.mean, "low": interval.low, "high": interval.high},
         "masks": {
             name: {
-                **compare_margins(before, figures.margins[topic], seed=seed).to_dict(),
-                "share_positive": figures.margins[topic].share_positive,
+                **change,
+                "share_positive": after[name].margins[topic].share_positive,
                 "weights": len(masks[name]),
             }
-            for name, figures in after.items()
-            if topic in figures.margins
+            for name, change in changes.margins[topic].items()
         },
     }
 
 
-def _perplexity_table(
-    of: str,
-    before: Perplexity,
-    after: Mapping[str, _Figures],
-    seed: int,
-    notes: list[str],
-    *,
-    alone: bool,
-) -> dict[str, Any]:
-    rows = {}
-    where = "" if alone else f" on {of}"
-    for name, figures in after.items():
-        found = figures.perplexity.get(of)
-        if found is None:
-            continue
-        # A ratio can overflow where neither perplexity does.
-        with _noted(notes, f"Perplexity{where} under {name!r}"):
-            change = compare_perplexity(before, found, seed=seed).to_dict()
-            rows[name] = {"value": found.value, "ratio": change.pop("mean"), **change}
+def _perplexity_table(of: str, before: Perplexity, changes: Changes) -> dict[str, Any]:
     return {
         "set": of,
         "text": f"targets of the {of} rows that are measured on",
         "n": len(before.token_counts),
         "tokens": before.tokens,
         "origin": before.value,
-        "masks": rows,
+        "masks": changes.perplexity[of],
     }
 
 
@@ -273,12 +162,3 @@ def _hsic_table(
             for number, (was, now) in enumerate(zip(layers_before, layers_after, strict=True))
         ],
     }
-
-
-@contextmanager
-def _noted(notes: list[str], what: str) -> Iterator[None]:
-    """A figure that cannot be taken is reported; it must not cost the others of a long run."""
-    try:
-        yield
-    except ValueError as error:
-        notes.append(f"{what} was not measured: {error}.")

@@ -28,8 +28,10 @@ from fastdean.data.rendering import (
     rendering_cautions,
 )
 from fastdean.files.provenance import public_source
+from fastdean.jobs.coupling.figures import MeasuringSet
+from fastdean.jobs.coupling.general_grid import GeneralGrid
 from fastdean.jobs.coupling.job import Job
-from fastdean.jobs.coupling.measuring import MeasuringSet, measure
+from fastdean.jobs.coupling.measuring import measure
 from fastdean.jobs.coupling.model import RunModel
 from fastdean.jobs.coupling.results import collect, warnings_about
 from fastdean.jobs.coupling.scoring import note_origin
@@ -93,6 +95,7 @@ def run(
         model = prepared.model.whole(session)
         with session.costs.step("couple"):
             masks, warnings = _couple(scores, model, session)
+            grid = None if model is None else _grid(scores, model, session, masks, warnings)
         tables: dict[str, Any] = {}
         notes: list[str] = []
         if model is not None:
@@ -105,6 +108,7 @@ def run(
                 timed=session.costs.step,
                 tokens_per_batch=job.tokens_per_batch,
                 progress=progress,
+                grid=grid,
             )
         mask, first = masks[job.rule], scores[job.data_sets.coupled[0]]
         warnings += [
@@ -244,7 +248,7 @@ def _keep_top(sizes: Sequence[int], job: Job) -> float | None:
         return None
     # Half an entry more, because the count is cut to an integer.
     floor = (job.min_k + 0.5) / min(sizes) if job.min_k else 0.0
-    return min(1.0, max(*job.curve, floor))
+    return min(1.0, max(*job.curve, *(job.general_grid or ()), floor))
 
 
 def _number_of_steps(session: Session[Job], model: RunModel | None = None) -> int | None:
@@ -262,7 +266,8 @@ def _number_of_steps(session: Session[Job], model: RunModel | None = None) -> in
 
 def _steps_after_scoring(job: Job, model: RunModel | None) -> int:
     """Coupling, the model and its masks; of a streamed model coupling alone, or its loading too."""
-    measuring = 1 + len({job.rule, *CONTROLS})
+    grid = {*(job.general_grid or ())} - {job.effective_ratio}
+    measuring = 1 + len({job.rule, *CONTROLS}) + len(grid)
     if model is None or model.stream is None:
         return 1 + measuring
     return 1 + model.steps_to_come * (1 + measuring)
@@ -411,12 +416,49 @@ class _News(Filter):
         return not known
 
 
-def _mask(scores: Mapping[str, Scores], model: nn.Module | None, job: Job, rule: str) -> NeuronMask:
-    sets = job.data_sets
+def _grid(
+    scores: Mapping[str, Scores],
+    model: nn.Module,
+    session: Session[Job],
+    masks: Mapping[str, NeuronMask],
+    warnings: list[str],
+) -> GeneralGrid | None:
+    """The masks of the job's rule at other general ratios, as far as the rule can make them."""
+    job = session.job
+    if job.general_grid is None:
+        return None
+    made = {job.effective_ratio: masks[job.rule]}
+    # What couple warns of was said for the job's own mask.
+    logger.addFilter(_says_nothing)
+    try:
+        for ratio in job.general_grid:
+            if ratio in made:
+                continue
+            try:
+                made[ratio] = _mask(scores, model, job, job.rule, ratio)
+            except ValueError as error:
+                warnings.append(f"General ratio {ratio:g} is left out: {error}.")
+    finally:
+        logger.removeFilter(_says_nothing)
+    return GeneralGrid(made, job.effective_ratio, job.rule, session.folder.figures)
+
+
+def _says_nothing(record: LogRecord) -> bool:
+    return False
+
+
+def _mask(
+    scores: Mapping[str, Scores],
+    model: nn.Module | None,
+    job: Job,
+    rule: str,
+    general_ratio: float | None = None,
+) -> NeuronMask:
+    sets, ratio = job.data_sets, job.effective_ratio
     return couple(
         *(scores[name] for name in sets.coupled),
         general=[scores[name] for name in sets.spared],
-        ratio=job.effective_ratio,
+        ratio=ratio if general_ratio is None else (ratio, ratio, general_ratio),
         rule=rule,
         min_k=job.min_k,
         scope=job.scope,

@@ -1,0 +1,90 @@
+"""What masks changed against the model as it came: one family of tests, as plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastdean.evaluation import (
+    Family,
+    Interval,
+    compare_margins,
+    compare_perplexity,
+    divergence_interval,
+)
+from fastdean.jobs.coupling.figures import Figures, MeasuringSet, noted
+
+
+@dataclass(frozen=True)
+class Changes:
+    """By set, and then by mask.
+
+    Attributes:
+        family: of all tests of margins and perplexity together.
+        margins: changes of the mean margin.
+        perplexity: ratios, each with "value" and, as "kl", the divergence.
+    """
+
+    family: Family
+    margins: Mapping[str, dict[Any, dict[str, Any]]]
+    perplexity: Mapping[str, dict[Any, dict[str, Any]]]
+
+
+def family_of(examples: MeasuringSet, masks: int) -> Family:
+    """The tests of so many masks on these sets, whatever comes of them."""
+    sets = [*examples.pairs.values(), *examples.texts.values()]
+    return Family(masks * sum(1 for each in sets if each))
+
+
+def compared(
+    origin: Figures,
+    after: Mapping[Any, Figures],
+    family: Family,
+    seed: int,
+    notes: list[str],
+    *,
+    alone: bool,
+) -> Changes:
+    """Every mask's figures against those of the model as it came.
+
+    Args:
+        after: mask -> its figures.
+        alone: whether there is one set of texts, which a note then need not name.
+    """
+    options: dict[str, Any] = {"confidence": family.confidence_of_each, "seed": seed}
+    intervals: dict[Hashable, Interval] = {}
+    for mask, figures in after.items():
+        for topic, margins in figures.margins.items():
+            change = compare_margins(origin.margins[topic], margins, **options)
+            intervals["margin", topic, mask] = change
+        for text, found in figures.perplexity.items():
+            where = "" if alone else f" on {text}"
+            # A ratio can overflow where neither perplexity does.
+            with noted(notes, f"Perplexity{where} under {mask!r}"):
+                ratio = compare_perplexity(origin.perplexity[text], found, **options)
+                intervals["perplexity", text, mask] = ratio
+    judged = family.judged(intervals)
+    margins = {topic: {} for topic in origin.margins}
+    ratios: dict[str, dict[Any, dict[str, Any]]] = {text: {} for text in origin.perplexity}
+    for mask, figures in after.items():
+        for topic in figures.margins:
+            margins[topic][mask] = judged["margin", topic, mask]
+        for text, found in figures.perplexity.items():
+            change = dict(judged.get(("perplexity", text, mask), {}))
+            if not change:
+                continue
+            row = {"value": found.value, "ratio": change.pop("mean"), **change}
+            if text in figures.divergence:
+                row["kl"] = _kl(figures, text, len(after), seed)
+            ratios[text][mask] = row
+    return Changes(family, margins, ratios)
+
+
+def _kl(figures: Figures, text: str, masks: int, seed: int) -> dict[str, Any]:
+    """The divergence with an interval that holds together with those of the other masks."""
+    interval = divergence_interval(
+        figures.divergence[text], confidence=Family(masks).confidence_of_each, seed=seed
+    )
+    found = interval.to_dict()
+    return {key: found[key] for key in ("mean", "low", "high", "interval_method")}
