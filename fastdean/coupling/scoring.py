@@ -64,7 +64,12 @@ from fastdean.coupling.targets import (
     survey,
     warn_about_coverage,
 )
-from fastdean.coupling.team_entries import in_blocks, team_entry, team_fingerprint
+from fastdean.coupling.team_entries import (
+    in_blocks,
+    require_even_blocks,
+    team_entry,
+    team_fingerprint,
+)
 from fastdean.coupling.trial import Scorable, find_scorable
 from fastdean.coupling.window_memory import WindowMemory
 from fastdean.coupling.workloads import LossFunction, Workload, blocks_of_a_rank, plan_workload
@@ -318,6 +323,8 @@ def score_sets(
     require_own_parameters(model, targets)
     if in_team:
         targets = in_blocks(targets)
+        if memory_budget is not None:
+            require_even_blocks(targets, ranks)
     at_a_time = sums_at_a_time(blocks_of_a_rank(ranks, deterministic))
     all_sums = all_sums_bytes(granularity, signs, at_a_time)
     # A budget that is too small is refused before anything runs. Layer by layer more is needed than

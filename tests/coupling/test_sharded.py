@@ -232,7 +232,7 @@ def failing(rank, error):
     def broken(sweep, replay, k, b, *arguments, **options):
         if rank == 1 and k == 0:
             raise error("of rank 1")
-        backward(sweep, replay, k, b, *arguments, **options)
+        return backward(sweep, replay, k, b, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sweep, "_backward_of_batch", broken)

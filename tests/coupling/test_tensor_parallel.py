@@ -36,7 +36,30 @@ def narrow():
     return type(llama())(config).eval()
 
 
+def phi3():
+    """Packed projections, whose output is gathered."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = llama().config.to_dict()
+    taken = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    heads = (
+        "num_attention_heads",
+        "num_key_value_heads",
+        "pad_token_id",
+        "max_position_embeddings",
+    )
+    config = Phi3Config(**{name: sizes[name] for name in (*taken, *heads)})
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(config).eval()
+
+
 MODELS = {"llama": llama, "qwen2": qwen2, "mixtral": lambda: experts_model("Mixtral")}
+# Norms of the heads that a rank has; latent attention, with shared experts.
+FURTHER_MODELS = {
+    "phi3": phi3,
+    "qwen3": lambda: experts_model("Qwen3Moe"),
+    "deepseek": lambda: experts_model("DeepseekV3"),
+}
 
 
 def score(model, **options):
@@ -47,7 +70,7 @@ OTHERS = {"by torch": llama, "mlp alone": llama, "owners": owned, "narrow": narr
 
 
 def plain(name):
-    return (MODELS | OTHERS)[name]()
+    return (MODELS | FURTHER_MODELS | OTHERS)[name]()
 
 
 def loaded(folder, name, **options):
@@ -100,6 +123,9 @@ SITUATIONS = {
 }
 FURTHER = {
     "qwen2": ("qwen2", {"target_modules": "all"}),
+    "phi3": ("phi3", {"target_modules": "all"}),
+    "qwen3": ("qwen3", {"target_modules": "all"}),
+    "deepseek": ("deepseek", {}),
     "replicated, dense": ("mlp alone", {"target_modules": "all", "keep_top": None}),
     "dense": ("llama", {"keep_top": None}),
     "dense experts": ("mixtral", {"keep_top": None}),
@@ -223,15 +249,15 @@ def worker(rank, folder):
 
 def further(rank, folder):
     join_group(rank, folder)
-    models = split_models(folder)
+    models = split_models(folder) | {name: loaded(folder, name) for name in FURTHER_MODELS}
     found = {name: attempt(scored, models[of], how) for name, (of, how) in FURTHER.items()}
-    makes = {"llama": llama, "qwen2": qwen2, "owners": owned}
+    makes = {"llama": llama, "phi3": phi3, "owners": owned}
     found["masked"] = {name: attempt(masked, models[name], make) for name, make in makes.items()}
     leave_group(rank, folder, found)
 
 
 def saved_models(folder):
-    for name in (*MODELS, "owners"):
+    for name in (*MODELS, *FURTHER_MODELS, "owners"):
         plain(name).save_pretrained(folder / name)
 
 
@@ -306,12 +332,12 @@ def test_what_a_split_model_cannot_be_is_refused_by_name(found, how, text):
         assert text in found[rank]["refused"][how]
 
 
-def of_transformers(model, mesh):
+def of_transformers(model, mesh, parts="model.layers"):
     """The layers split as transformers does it on loading, over a mesh of one's own."""
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     plan = model._expand_parallel_plan(dict(model.tp_plan))
-    plan = {name: style for name, style in plan.items() if name.startswith("model.layers")}
+    plan = {name: style for name, style in plan.items() if parts in name}
     return apply_tensor_parallelism(model, mesh, plan)
 
 
@@ -323,7 +349,7 @@ def four_ranks(rank, folder):
     models = {name: (of_transformers(make(), mesh), make) for name, make in MODELS.items()}
     models["by torch"] = by_torch(llama(), mesh), llama
     # Blocks of other sizes than the others', and one of them empty.
-    models["narrow"] = by_torch(narrow(), mesh_of(4), ["mlp"]), narrow
+    models["narrow"] = of_transformers(narrow(), mesh_of(4), "mlp"), narrow
     found = {}
     for name, (model, make) in models.items():
         found[name] = {
