@@ -66,7 +66,7 @@ def score(model, **options):
     return fastdean.score(model, batches(EXAMPLES, 2), **{**SMALL, **options})
 
 
-OTHERS = {"by torch": llama, "mlp alone": llama, "owners": owned, "narrow": narrow}
+OTHERS = {"by torch": llama, "mlp alone": llama, "owners": owned, "sent": owned, "narrow": narrow}
 
 
 def plain(name):
@@ -133,6 +133,7 @@ FURTHER = {
     "in passes": ("mixtral", {"memory_budget": 24_000}),
     "units": ("llama", {"granularity": "unit", "keep_top": None}),
     "exact": ("llama", {"deterministic": True}),
+    "tokens are sent": ("sent", {}),
     "owners, dense": ("owners", {"keep_top": None, "signs": True}),
     "owners, as one": ("owners", {"expert_scope": "tensor"}),
     "layers": ("llama", {"order": "layers"}),
@@ -250,6 +251,7 @@ def worker(rank, folder):
 def further(rank, folder):
     join_group(rank, folder)
     models = split_models(folder) | {name: loaded(folder, name) for name in FURTHER_MODELS}
+    models["sent"] = loaded(folder, "owners", ep_size=WORLD, ep_implementation="all_to_all")
     found = {name: attempt(scored, models[of], how) for name, (of, how) in FURTHER.items()}
     makes = {"llama": llama, "phi3": phi3, "owners": owned}
     found["masked"] = {name: attempt(masked, models[name], make) for name, make in makes.items()}
