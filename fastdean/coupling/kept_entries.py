@@ -54,8 +54,8 @@ def kept_entries(
     """The entries that an earlier process wrote of the data set of this number.
 
     Args:
-        weights: dense entries get the model's own; False of a streamed model, whose layers come and
-            go. Its units need none.
+        weights: dense entries get the model's own; False of a streamed or sharded model, whose
+            layers come and go. Its units need none.
     Raises:
         ValueError: a weight of the model is not the one that was scored.
     """

@@ -114,17 +114,19 @@ def require_streamable(order: str, keep_top: float | None, granularity: str) -> 
         )
 
 
-def require_shardable(order: str, resume: str | Path | None) -> None:
+def require_shardable(
+    order: str, resume: str | Path | None, keep_top: float | None, granularity: str
+) -> None:
     """ValueError unless a model whose weights are sharded over ranks can be scored like this."""
     if order == "batches":
         raise ValueError(
             "order must be 'layers' or 'auto' for a model sharded over ranks (FSDP2), got "
             "'batches'; leave it out, or load the model whole on every rank"
         )
-    if resume is not None:
+    if resume is not None and keep_top is None and granularity == "weight":
         raise ValueError(
-            "resume must be left out for a model sharded over ranks (FSDP2), got "
-            f"{str(resume)!r}; load the model whole on every rank, or name a folder of its files"
+            "keep_top must be given with resume for a model sharded over ranks (FSDP2), whose "
+            "weights are gone when a job goes on, got None; pass keep_top=1e-3"
         )
 
 

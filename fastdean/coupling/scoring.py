@@ -313,7 +313,7 @@ def score_sets(
     in_team = is_sharded and is_split(model)
     is_sharded = is_sharded and not in_team
     if is_sharded:
-        require_shardable(order, resume)
+        require_shardable(order, resume, keep_top, granularity)
     if in_team:
         order = order_in_teams(order, resume)
         ranks = in_teams(model, ranks)
@@ -570,7 +570,8 @@ class _Scoring:
             def of_set(number: int, name: str, scorable: Scorable) -> Set:
                 kept = {}
                 if isinstance(home, KeptFiles):
-                    kept = kept_entries(home, number, scorable.targets, weights=self.stream is None)
+                    own = self.stream is None and self.sharded is None
+                    kept = kept_entries(home, number, scorable.targets, weights=own)
                     entries[name] |= kept
 
                 def finished(group: Sequence[Target], sums: dict[str, Accumulator]) -> None:
@@ -646,7 +647,8 @@ class _Scoring:
             entries_bytes(s.targets, self.granularity, self.keep_top, self.signs) for s in sets
         )
         windows = self._windows(layers)
-        resident = () if self.stream is not None else resident_layers(layers)
+        whole = self.stream is None and self.sharded is None
+        resident = resident_layers(layers) if whole else ()
         with resumable(
             resume, parts, layers, windows, resident, self.ranks, results, self._read_here
         ) as job:

@@ -49,13 +49,12 @@ def resharded(model: nn.Module) -> bool:
         ValueError: weights are sharded in another way than by `fully_shard` over all ranks, or by
             tensor parallel.
     """
-    if sys.modules.keys().isdisjoint(("torch.distributed.tensor", "torch.distributed.fsdp")):
+    loaded = sys.modules.keys() & {"torch.distributed.tensor", "torch.distributed.fsdp"}
+    if not loaded or not isinstance(model, nn.Module):
         return False
     units = units_of(model)
-    for unit in units.values():
-        unit.reshard()
     if units:
-        # A pass that broke off leaves units that `reshard` lets be. This one FSDP shards always.
+        # FSDP shards every unit for it, those too that `reshard` lets be where a pass broke off.
         model.state_dict()
     size = Ranks.of_group().size
     inside = {module for unit in units.values() for module in unit.modules()}
@@ -160,7 +159,8 @@ class ShardedModel:
         return whole(sharded)
 
     def _units_in(self, layer: nn.Module) -> list[Any]:
-        return [unit for unit in self._units.values() if unit in set(layer.modules())]
+        inside = set(layer.modules())
+        return [unit for unit in self._units.values() if unit in inside]
 
     @contextmanager
     def _gathered(self, units: Sequence[Any]) -> Iterator[None]:

@@ -6,7 +6,6 @@ The processes are started once; each goes through all situations, and the tests 
 from __future__ import annotations
 
 import traceback
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +14,14 @@ from safetensors.torch import save_model
 from tiny_data import batches, make_examples
 from tiny_experts import experts_model
 from tiny_masks import mask_of
-from tiny_models import gemma2, gpt2, llama, qwen2
+from tiny_models import llama, qwen2
+from torch import nn
+from torch.utils._pytree import tree_map_only
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
 from fastdean.coupling.by_layers import Sweep
+from fastdean.coupling.resumable import Resumable
 from fastdean.models.identity import weights_digest
 from fastdean.models.sharded import units_of
 from fastdean.models.shards import shard_fault
@@ -57,10 +59,24 @@ def in_small_units(model):
     return model
 
 
+def in_pairs(model):
+    """Layers that share a unit, whose hooks FSDP wraps."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(list(model.model.layers))
+    return fully_shard(model)
+
+
 def as_one_unit(model):
     from torch.distributed.fsdp import fully_shard
 
     return fully_shard(model)
+
+
+def of_two_kinds():
+    model = llama()
+    model.model.layers[1].mlp.act_fn = nn.GELU()
+    return model
 
 
 def token_loss(outputs, batch):
@@ -106,13 +122,13 @@ def exact(model):
 
 # Name of a situation: how the model is sharded, the model, how it is scored.
 SITUATIONS = {
-    **{name: (sharded, make, kept) for name, make in MODELS.items()},
+    "llama": (sharded, llama, kept),
+    "qwen2": (sharded, qwen2, attention),
+    "mixtral": (sharded, MODELS["mixtral"], kept),
     "dense": (sharded, llama, dense),
-    "dense experts": (sharded, MODELS["mixtral"], dense),
-    "attention": (sharded, qwen2, attention),
-    "layers of two kinds": (sharded, gemma2, kept),
+    "layers of two kinds": (sharded, of_two_kinds, kept),
     "small units": (in_small_units, llama, kept),
-    "one unit": (as_one_unit, gpt2, kept),
+    "one unit": (as_one_unit, llama, kept),
     "one example": (sharded, llama, one_example),
     "in passes": (sharded, MODELS["mixtral"], in_passes),
     "units": (sharded, llama, units),
@@ -133,9 +149,9 @@ def described(scores):
     }
 
 
-def whole_weights(model, reshard=True):
+def whole_weights(model):
     """By name, gathered by the tensors themselves."""
-    for unit in units_of(model).values() if reshard else ():
+    for unit in units_of(model).values():
         unit.reshard()
     return {
         name: getattr(weight, "full_tensor", lambda w=weight: w)().detach().clone()
@@ -189,6 +205,10 @@ def in_training(rank):
         model.model.layers[0].register_forward_pre_hook(lambda *given: seen.append(0), prepend=True)
         model.lm_head.weight.requires_grad_(True)
         step(model)
+        # Of these two, the gradients of the second wait in the weights that were gathered for it.
+        model.set_requires_gradient_sync(False)
+        step(model)
+        model.set_requires_gradient_sync(True)
         whole_weights(model)
         before = state_of(model)
         if scored:
@@ -208,6 +228,7 @@ def in_training(rank):
 def after_forward(rank):
     """The root keeps its weights after a pass, and one that breaks off leaves more gathered."""
     model = sharded(llama(), reshard_after_forward=False)
+    weights = dict(model.named_parameters())
     with torch.no_grad():
         model(input_ids=EXAMPLES[0][0][None])
         found = [described(kept(model))]
@@ -221,7 +242,8 @@ def after_forward(rank):
     # To the parameters themselves, and not to what was gathered of them.
     mask, plain = mask_of(llama(), PLACES), llama()
     with mask.applied(model), mask.applied(plain):
-        is_edited = same(whole_weights(model, reshard=False), whole_weights(plain))
+        edited = {name: weight.full_tensor().detach() for name, weight in weights.items()}
+        is_edited = same(edited, whole_weights(plain))
     return [*found, described(kept(model)), is_edited]
 
 
@@ -252,38 +274,39 @@ def gathered_bytes(model):
     return sum(tensor.untyped_storage().nbytes() for tensor in outputs)
 
 
-def in_memory(rank):
-    """The most bytes of whole weights while anything is computed, and how often units come in."""
-    from torch.distributed.fsdp import FSDPModule
+def in_memory(model):
+    """The most bytes of whole weights while anything is computed, and which weights come in."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-    model, most, came = sharded(llama()), [0], []
-    names = {unit: name for name, unit in units_of(model).items()}
-    linear, unshard = torch.nn.functional.linear, FSDPModule.unshard
+    most, came = [0], []
+    names = {weight: name for name, weight in model.named_parameters()}
+    linear, unshard = torch.nn.functional.linear, FSDPParamGroup.unshard
 
     def measured(*arguments):
         most[0] = max(most[0], gathered_bytes(model))
         return linear(*arguments)
 
-    def noted(unit, *arguments):
-        came.append(names[unit])
-        return unshard(unit, *arguments)
+    def noted(group, *arguments, **options):
+        # Whoever asks for it: FSDP's own hooks do, for every call of a module.
+        came.append(names[group.fsdp_params[0].sharded_param].partition(".self_attn")[0])
+        return unshard(group, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "linear", measured)
-        patch.setattr(FSDPModule, "unshard", noted)
+        patch.setattr(FSDPParamGroup, "unshard", noted)
         kept(model)
     return {"most": most[0], "came": came, "left": gathered_bytes(model)}
 
 
 def in_bf16(rank):
-    """Weights in fp32 that compute in bf16; what a user sees of the outputs is fp32."""
+    """Layers whose weights are fp32 and compute in bf16, in a model of fp32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     def rounding(model):
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        dtypes = {"param_dtype": torch.bfloat16, "output_dtype": torch.float32}
         for layer in model.model.layers:
-            fully_shard(layer, mp_policy=policy)
-        return fully_shard(model, mp_policy=replace(policy, output_dtype=torch.float32))
+            fully_shard(layer, mp_policy=MixedPrecisionPolicy(**dtypes))
+        return fully_shard(model)
 
     return {
         name: described(score(rounding(llama())))
@@ -321,7 +344,7 @@ def refused(rank):
         **{f"mask, {name}": message_of(mask.apply_, each) for name, each in models.items()},
         "strided": shard_fault(both.get_parameter(UP), WORLD),
         "batches": message_of(fastdean.score, model, loader(), order="batches", keep_top=0.1),
-        "resume": message_of(fastdean.score, model, loader(), resume="job", keep_top=0.1),
+        "resume": message_of(fastdean.score, model, loader(), resume="job"),
         "unit weights": message_of(
             fastdean.couple, *[units(model)] * 2, ratio=0.1, model=model, unit_weights="all"
         ),
@@ -376,7 +399,6 @@ def by_columns(model):
 
 
 MASKED = {
-    "llama": (sharded, llama, PLACES),
     "small units": (in_small_units, llama, PLACES),
     "columns": (by_columns, llama, PLACES),
     "tied": (sharded, qwen2, {TABLE: [1535, 1536], UP: [1023]}),
@@ -440,14 +462,33 @@ def mask_of_weights(weights, places):
     return fastdean.NeuronMask(entries)
 
 
+def resumed(rank, folder):
+    """A job that stops when one rank has noted a layer as done and the other one has not."""
+    model, write, steps, said = sharded(llama()), Resumable._write, [], []
+
+    def noted(self, step, *arguments, **options):
+        if rank == 1 and step == 2 and not said:
+            raise OSError("disk of rank 1")
+        write(self, step, *arguments, **options)
+        steps.append(step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        options = {**SMALL, "resume": folder / "job"}
+        patch.setattr(Resumable, "_write", noted)
+        said += [message_of(fastdean.score, model, loader(), **options)]
+        steps.clear()
+        scores = fastdean.score(model, loader(), **options)
+    return {"said": said[0], "steps": steps, "scores": described(scores)}
+
+
 def coupled(rank):
     """From scores to an edit of the model that was scored."""
     model = sharded(llama())
     found = {}
     for name, score in (("weights", kept), ("units", units)):
-        first, second = score(model), score(model)
+        scores = score(model)
         given = model if name == "units" else None
-        mask = fastdean.couple(first, second, ratio=0.04, model=given)
+        mask = fastdean.couple(scores, scores, ratio=0.04, model=given)
         mask.apply_(model)
         found[name] = {
             "entries": {name: (e.index, e.original) for name, e in mask.entries.items()},
@@ -462,7 +503,7 @@ CHECKS = {
     "after forward": after_forward,
     "failing": lambda rank: failing(rank, OSError),
     "interrupted": lambda rank: failing(rank, KeyboardInterrupt),
-    "in memory": in_memory,
+    "in memory": lambda rank: [in_memory(each(llama())) for each in (sharded, in_pairs)],
     "in bf16": in_bf16,
     "digests": digests,
     "refused": refused,
@@ -481,7 +522,7 @@ def worker(rank, folder):
             found[name] = described(score(shard(make())))
         except Exception:
             found[name] = traceback.format_exc()
-    for name, check in CHECKS.items():
+    for name, check in {**CHECKS, "resumed": lambda rank: resumed(rank, folder)}.items():
         try:
             found[name] = check(rank)
         except Exception:
@@ -550,32 +591,56 @@ def test_a_rank_that_fails_ends_all_and_leaves_the_model_sharded(found, how, err
     assert "got 1 of 2 that failed" in found[0][how]["said"]
 
 
+def test_a_job_goes_on_from_where_all_ranks_have_been(found):
+    alone = found[0]["llama"]["entries"]
+    for rank in range(WORLD):
+        result = found[rank]["resumed"]
+        assert not isinstance(result, str), result
+        assert ("disk of rank 1" if rank else "1 of 2 that failed") in result["said"]
+        # The second layer forward was through on rank 0 alone, and both begin it again.
+        assert result["steps"] == [2, 3, 4, 5]
+        for name, (index, sums, weight, _) in result["scores"]["entries"].items():
+            assert torch.equal(index, alone[name][0])
+            assert torch.equal(sums, alone[name][1]) and torch.equal(weight, alone[name][2])
+
+
 def test_no_more_than_one_layer_is_whole_at_a_time(found):
     model = llama()
     layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
     outside = sum(weight.nbytes for weight in model.parameters()) - 2 * layer
-    first, second = "model.layers.0", "model.layers.1"
     for rank in range(WORLD):
         result = found[rank]["in memory"]
         assert not isinstance(result, str), result
+        alone, in_pairs = result
         # What is gathered is padded to as many rows on each rank; here they are as many.
-        assert result["most"] == outside + layer
-        # Tried on the first layer; then forward and backward.
-        assert result["came"] == ["", first, first, second, second, first]
-        assert result["left"] == 0
+        assert alone["most"] == outside + layer
+        assert in_pairs["most"] == outside + 2 * layer
+        first, second, rest = "model.layers.0", "model.layers.1", "model.embed_tokens.weight"
+        # Tried on the first layer; then forward and backward. Around it is the rest of the model.
+        assert alone["came"] == [rest, first, first, second, second, first]
+        assert in_pairs["came"] == [rest, first, first, first, first, first]
+        assert alone["left"] == in_pairs["left"] == 0
+
+
+def in_dtype(dtype, tree):
+    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
 
 
 def test_what_computes_in_bf16_is_scored_with_the_weights_in_fp32(found):
     plain, rounded = llama(), llama()
-    for weight in rounded.parameters():
-        weight.data = weight.data.bfloat16()
+    for layer in rounded.model.layers:
+        layer.bfloat16()
+        layer.register_forward_pre_hook(
+            lambda module, *given: in_dtype(torch.bfloat16, given), with_kwargs=True
+        )
+        layer.register_forward_hook(lambda module, args, made: in_dtype(torch.float32, made))
     alone = dense(rounded)
     for rank in range(WORLD):
         result = found[rank]["in bf16"]
         assert not isinstance(result, str), result
         for name, entry in alone.entries.items():
             _, sums, weight, _ = result["dense"]["entries"][name]
-            # Rounded otherwise only where what is handed on comes to fp32 in between.
+            # Batches are others, and so is the rounding.
             assert norm_error(sums, entry.sums) < 0.02
             assert torch.equal(weight, plain.get_parameter(name).detach())
             index, _, of_top, _ = result["kept"]["entries"][name]
@@ -595,7 +660,7 @@ def test_the_digest_is_that_of_the_whole_model(found):
         ("score, part of the ranks", "on 1 of 2 ranks; load it in one process"),
         ("mask, part of the ranks", "on 1 of 2 ranks; load it in one process"),
         ("batches", "ValueError: order must be 'layers' or 'auto' for a model sharded over"),
-        ("resume", "ValueError: resume must be left out for a model sharded over ranks"),
+        ("resume", "ValueError: keep_top must be given with resume for a model sharded over ranks"),
         ("unit weights", "it is sharded over ranks, and no rank has its weights to try; use unit_"),
     ],
 )
@@ -633,7 +698,8 @@ def test_other_values_on_one_rank_are_refused_on_all(found):
 def test_scores_of_a_sharded_model_make_the_mask_of_a_whole_one(found, of):
     model = llama()
     score = {"weights": kept, "units": units}[of]
-    mask = fastdean.couple(score(model), score(model), ratio=0.04)
+    scores = score(model)
+    mask = fastdean.couple(scores, scores, ratio=0.04)
     mask.apply_(model)
     for rank in range(WORLD):
         result = found[rank]["coupled"]
