@@ -152,7 +152,8 @@ def score(
     Under `torch.distributed` every rank passes the same loader; the examples are split over the
     ranks by their tokens, the sums are reduced once, and every rank returns the whole result. A
     model that FSDP2 (`fully_shard`) shards over all ranks is scored layer by layer: a layer's
-    weights are gathered for its windows alone. It is left sharded.
+    weights are gathered for its windows alone. It is left sharded. The ranks over which tensor
+    parallel splits a model are given the same examples, and each sums what it has of the weights.
 
     Args:
         model: a Hugging Face causal or masked language model, or with `loss_fn` any module. The

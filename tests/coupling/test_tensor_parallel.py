@@ -137,6 +137,7 @@ FURTHER = {
     "owners, dense": ("owners", {"keep_top": None, "signs": True}),
     "owners, as one": ("owners", {"expert_scope": "tensor"}),
     "layers": ("llama", {"order": "layers"}),
+    "layers in passes": ("mixtral", {"order": "layers", "memory_budget": 150_000}),
     "layers of experts": ("mixtral", {"order": "layers"}),
 }
 
