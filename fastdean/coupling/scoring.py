@@ -323,7 +323,8 @@ def score_sets(
     targets = find_targets(model, target_modules, granularity, found)
     require_own_parameters(model, targets)
     if in_team:
-        targets = in_blocks(targets)
+        with ranks.failing_together():
+            targets = in_blocks(targets)
         if memory_budget is not None:
             require_even_blocks(targets, ranks)
     at_a_time = sums_at_a_time(blocks_of_a_rank(ranks, deterministic))

@@ -71,7 +71,8 @@ def in_blocks(targets: Sequence[Target]) -> list[Target]:
     """The targets of a model that tensor parallel splits, with what this rank has of each weight.
 
     Raises:
-        ValueError: one is no matrix of a module whose hooks see its rows.
+        ValueError: one is no matrix of a module whose hooks see its rows, or this rank has nothing
+            of it.
     """
     found = []
     for target in targets:
@@ -80,7 +81,13 @@ def in_blocks(targets: Sequence[Target]) -> list[Target]:
                 f"target_modules must match matrices of Linear layers or experts in a model that "
                 f"tensor parallel splits, got {target.parameter}; load the model in one process"
             )
-        found.append(replace(target, block=OwnBlock.of(target.weight)))
+        block = OwnBlock.of(target.weight)
+        if not block.tensor.numel():
+            raise ValueError(
+                f"model must be split over ranks that all have a part of each weight, got one with "
+                f"nothing of {target.parameter}; start fewer ranks, or leave it whole"
+            )
+        found.append(replace(target, block=block))
     return found
 
 

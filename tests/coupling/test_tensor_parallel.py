@@ -28,10 +28,10 @@ def owned():
     return experts_model("Mixtral", num_local_experts=4)
 
 
-def narrow():
-    """Fewer units than four ranks would share evenly."""
+def narrow(units=7):
+    """Units that four ranks do not share evenly."""
     config = llama().config
-    config.intermediate_size = 6
+    config.intermediate_size = units
     torch.manual_seed(0)
     return type(llama())(config).eval()
 
@@ -351,7 +351,7 @@ def four_ranks(rank, folder):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
     models = {name: (of_transformers(make(), mesh), make) for name, make in MODELS.items()}
     models["by torch"] = by_torch(llama(), mesh), llama
-    # Blocks of other sizes than the others', and one of them empty.
+    # The last rank has a smaller block than the others.
     models["narrow"] = of_transformers(narrow(), mesh_of(4), "mlp"), narrow
     found = {}
     for name, (model, make) in models.items():
@@ -359,6 +359,12 @@ def four_ranks(rank, folder):
             **{of: attempt(scored, model, options) for of, options in IN_TEAMS.items()},
             "masked": attempt(masked, model, make),
         }
+    uneven, _ = models["narrow"]
+    empty = of_transformers(narrow(6), mesh_of(4), "mlp")
+    found["refused"] = [
+        message_of(score, uneven, memory_budget=10_000),
+        message_of(score, empty),
+    ]
     leave_group(rank, folder, found)
 
 
@@ -374,6 +380,11 @@ IN_TEAMS = {
 def test_teams_of_ranks_share_the_examples(tmp_path):
     """Four ranks hold a model twice."""
     ranks = run_ranks(four_ranks, tmp_path, world=4)
+    refused = [found.pop("refused") for found in ranks]
+    for budget, _ in refused:
+        assert "memory_budget must be left out where tensor parallel splits weights une" in budget
+    assert "got one with nothing of model.layers.0.mlp.gate_proj.weight" in refused[3][1]
+    assert "got 1 of 4 that failed" in refused[0][1]
     for name in ranks[0]:
         alone = {of: score(plain(name), **options) for of, options in IN_TEAMS.items()}
         for found in ranks:
