@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Ranks:
 
     rank: int
     size: int
-    teams: tuple[tuple[int, ...], ...] = ()
+    teams: tuple[tuple[int, ...], ...] = field(default=(), kw_only=True)
 
     @classmethod
     def of_group(cls) -> Ranks:
