@@ -81,7 +81,8 @@ def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """This rank's block of a gradient of a parameter; all ranks that share it call it."""
     if not is_sharded(tensor):
         return in_memory(tensor)
-    sharded, like = tensor, parameter
+    sharded: Any = tensor
+    like: Any = parameter
     if sharded.placements != like.placements:
         sharded = sharded.redistribute(like.device_mesh, like.placements)
     return in_memory(sharded.to_local())
