@@ -66,8 +66,7 @@ def reduced_entry(
         ranks.sum_([accumulator.routed])
     ranks.reduce_shards_(tensors)
     # Those of units are few, and a number by itself has no shards.
-    apart = tensors[0].shape == weight.shape and weight.dim() > 0
-    if ranks.size > 1 and top is not None and apart:
+    if ranks.size > 1 and top is not None and weight.dim() > 0 and tensors[0].shape == weight.shape:
         plan = _Candidates(ranks, weight.shape, top)
         if _ENTRIES_OF_A_CANDIDATE * ranks.size * plan.most <= weight.numel():
             entry = plan.entry(tensors, weight.detach())

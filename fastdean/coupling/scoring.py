@@ -809,7 +809,7 @@ def finish(
     keep_top: float | None,
     expert_scope: str,
     off_device: bool,
-    weight_of: Callable[[Target], torch.Tensor],
+    weight_of: Callable[[Target], torch.Tensor] = Target.materialised,
 ) -> dict[str, ScoreEntry]:
     """Sum over the ranks and keep each matrix's top entries; empties `accumulators`.
 
