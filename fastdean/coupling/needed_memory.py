@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastdean.models.forward import matrices_of
 from fastdean.models.hooks import has_hooks
 from fastdean.models.model_state import config_entry, text_config
+from fastdean.models.sharded import units_of
 from fastdean.models.shards import is_sharded
 
 # Tensors as wide as what a layer returns that a backward window holds at its peak: a kept answer
@@ -168,11 +169,15 @@ class ModelMemory:
         if not isinstance(per_head, int):
             per_head = hidden // max(1, heads) if isinstance(hidden, int) else 0
         capped = config_entry(config, "attn_logit_softcapping") is not None
+        # What tensor parallel splits stays split.
+        gathered = bool(units_of(model))
         return cls(
             layers=tuple(
                 LayerMemory(
                     weights=_bytes(layer.parameters()),
-                    offloaded=_bytes(p for p in layer.parameters() if p.is_meta or is_sharded(p)),
+                    offloaded=_bytes(
+                        p for p in layer.parameters() if p.is_meta or (gathered and is_sharded(p))
+                    ),
                     kept=_kept(layer, experts),
                 )
                 for layer in layers

@@ -63,7 +63,12 @@ from fastdean.coupling.targets import (
     survey,
     warn_about_coverage,
 )
-from fastdean.coupling.team_entries import in_blocks, team_entry, team_fingerprint
+from fastdean.coupling.team_entries import (
+    in_blocks,
+    require_even_blocks,
+    team_entry,
+    team_fingerprint,
+)
 from fastdean.coupling.trial import Scorable, find_scorable
 from fastdean.coupling.window_memory import WindowMemory
 from fastdean.coupling.workloads import LossFunction, Workload, blocks_of_a_rank, plan_workload
@@ -147,7 +152,8 @@ def score(
     Under `torch.distributed` every rank passes the same loader; the examples are split over the
     ranks by their tokens, the sums are reduced once, and every rank returns the whole result. A
     model that FSDP2 (`fully_shard`) shards over all ranks is scored layer by layer: a layer's
-    weights are gathered for its windows alone. It is left sharded.
+    weights are gathered for its windows alone. It is left sharded. The ranks over which tensor
+    parallel splits a model are given the same examples, and each sums what it has of the weights.
 
     Args:
         model: a Hugging Face causal or masked language model, or with `loss_fn` any module. The
@@ -318,7 +324,10 @@ def score_sets(
     targets = find_targets(model, target_modules, granularity, found)
     require_own_parameters(model, targets)
     if in_team:
-        targets = in_blocks(targets)
+        with ranks.failing_together():
+            targets = in_blocks(targets)
+        if memory_budget is not None:
+            require_even_blocks(targets, ranks)
     at_a_time = sums_at_a_time(blocks_of_a_rank(ranks, deterministic))
     all_sums = all_sums_bytes(granularity, signs, at_a_time)
     # A budget that is too small is refused before anything runs. Layer by layer more is needed than
@@ -794,7 +803,7 @@ def finish(
     keep_top: float | None,
     expert_scope: str,
     off_device: bool,
-    weight_of: Callable[[Target], torch.Tensor],
+    weight_of: Callable[[Target], torch.Tensor] = Target.materialised,
 ) -> dict[str, ScoreEntry]:
     """Sum over the ranks and keep each matrix's top entries; empties `accumulators`.
 

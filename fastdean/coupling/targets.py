@@ -65,7 +65,8 @@ class Target:
             the weight may have any shape.
         aliases: the other names of a weight that several modules share, or one module with several
             names.
-        block: what this rank has of a weight that tensor parallel splits; None: all of it.
+        block: what this rank has of a weight of a model that tensor parallel splits; None of
+            another model.
     """
 
     name: str

@@ -19,6 +19,7 @@ from fastdean.coupling.reduction import Top, select_between
 from fastdean.coupling.scores import ScoreEntry, fingerprint, values_at
 from fastdean.coupling.targets import Target
 from fastdean.models.distributed import Ranks
+from fastdean.models.identity import json_digest
 from fastdean.models.shards import OwnBlock, whole
 from fastdean.wording.mendable import StateError
 
@@ -38,7 +39,8 @@ def team_entry(
         ValueError: an importance is NaN or infinite.
         RuntimeError: a weight that all ranks of a team have got other sums on each.
     """
-    block = _block_of(target)
+    block = target.block
+    assert block is not None  # Of all targets in teams.
     if target.part is not None:
         block = block.part(*target.part)
     tensors = accumulator.tensors()
@@ -69,7 +71,8 @@ def in_blocks(targets: Sequence[Target]) -> list[Target]:
     """The targets of a model that tensor parallel splits, with what this rank has of each weight.
 
     Raises:
-        ValueError: one is no matrix of a module whose hooks see its rows.
+        ValueError: one is no matrix of a module whose hooks see its rows, or this rank has nothing
+            of it.
     """
     found = []
     for target in targets:
@@ -79,17 +82,29 @@ def in_blocks(targets: Sequence[Target]) -> list[Target]:
                 f"tensor parallel splits, got {target.parameter}; load the model in one process"
             )
         block = OwnBlock.of(target.weight)
-        found.append(target if block.cut is None else replace(target, block=block))
+        if not block.tensor.numel():
+            raise ValueError(
+                f"model must be split over ranks that all have a part of each weight, got one with "
+                f"nothing of {target.parameter}; start fewer ranks, or leave it whole"
+            )
+        found.append(replace(target, block=block))
     return found
+
+
+def require_even_blocks(targets: Sequence[Target], ranks: Ranks) -> None:
+    """ValueError unless all ranks' blocks have the same sizes: budgets then divide them alike."""
+    sizes = json_digest([target.summed_shape for target in targets])
+    if not ranks.hold_the_same(int(sizes[:15], 16)):
+        raise ValueError(
+            "memory_budget must be left out where tensor parallel splits weights unevenly over "
+            "ranks, which would not take the same passes; choose a number of ranks that divides "
+            "them"
+        )
 
 
 def team_fingerprint(ranks: Ranks, parameter: Tensor) -> int:
     """The `fingerprint` of a whole weight, from those of a team's blocks; all ranks call it."""
     return _fingerprint_of(OwnBlock.of(parameter), ranks)
-
-
-def _block_of(target: Target) -> OwnBlock:
-    return OwnBlock.of(target.weight) if target.block is None else target.block
 
 
 def _fingerprint_of(block: OwnBlock, ranks: Ranks) -> int:
@@ -121,12 +136,14 @@ def _require_same_sums(
     """Refuse a weight that all ranks of a team have, and of whose gradient each has a part."""
     if block.cut is not None:
         return
-    total = tensors[0].double().sum().view(1)
-    found = torch.cat([ranks.gather([total])[rank][0] for rank in ranks.team])
+    table = tensors[0].reshape(len(tensors[0]), -1).double()
+    sums = torch.cat([table.sum(0), table.sum(1)])
+    gathered = ranks.gather([sums])
+    found = [gathered[rank][0] for rank in ranks.team]
     with ranks.failing_together():
-        apart = float((found - found[0]).abs().max())
+        apart = max(float((each - found[0]).norm()) for each in found)
         # What is not finite is for the selection to say.
-        if apart > _APART * float(found.abs().max()):
+        if apart > _APART * float(found[0].norm()):
             raise StateError(
                 f"{target.name} must get the same gradients on all ranks that hold it, got others; "
                 "its input or output is a part of the model's, so leave it out of target_modules"

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Ranks:
 
     rank: int
     size: int
-    teams: tuple[tuple[int, ...], ...] = ()
+    teams: tuple[tuple[int, ...], ...] = field(default=(), kw_only=True)
 
     @classmethod
     def of_group(cls) -> Ranks:

@@ -28,26 +28,49 @@ def owned():
     return experts_model("Mixtral", num_local_experts=4)
 
 
-def narrow():
-    """Fewer units than four ranks would share evenly."""
+def narrow(units=7):
+    """Units that four ranks do not share evenly."""
     config = llama().config
-    config.intermediate_size = 6
+    config.intermediate_size = units
     torch.manual_seed(0)
     return type(llama())(config).eval()
 
 
+def phi3():
+    """Packed projections, whose output is gathered."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = llama().config.to_dict()
+    taken = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    heads = (
+        "num_attention_heads",
+        "num_key_value_heads",
+        "pad_token_id",
+        "max_position_embeddings",
+    )
+    config = Phi3Config(**{name: sizes[name] for name in (*taken, *heads)})
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(config).eval()
+
+
 MODELS = {"llama": llama, "qwen2": qwen2, "mixtral": lambda: experts_model("Mixtral")}
+# Norms of the heads that a rank has; latent attention, with shared experts.
+FURTHER_MODELS = {
+    "phi3": phi3,
+    "qwen3": lambda: experts_model("Qwen3Moe"),
+    "deepseek": lambda: experts_model("DeepseekV3"),
+}
 
 
 def score(model, **options):
     return fastdean.score(model, batches(EXAMPLES, 2), **{**SMALL, **options})
 
 
-OTHERS = {"by torch": llama, "mlp alone": llama, "owners": owned, "narrow": narrow}
+OTHERS = {"by torch": llama, "mlp alone": llama, "owners": owned, "sent": owned, "narrow": narrow}
 
 
 def plain(name):
-    return (MODELS | OTHERS)[name]()
+    return (MODELS | FURTHER_MODELS | OTHERS)[name]()
 
 
 def loaded(folder, name, **options):
@@ -100,6 +123,9 @@ SITUATIONS = {
 }
 FURTHER = {
     "qwen2": ("qwen2", {"target_modules": "all"}),
+    "phi3": ("phi3", {"target_modules": "all"}),
+    "qwen3": ("qwen3", {"target_modules": "all"}),
+    "deepseek": ("deepseek", {}),
     "replicated, dense": ("mlp alone", {"target_modules": "all", "keep_top": None}),
     "dense": ("llama", {"keep_top": None}),
     "dense experts": ("mixtral", {"keep_top": None}),
@@ -107,9 +133,11 @@ FURTHER = {
     "in passes": ("mixtral", {"memory_budget": 24_000}),
     "units": ("llama", {"granularity": "unit", "keep_top": None}),
     "exact": ("llama", {"deterministic": True}),
+    "tokens are sent": ("sent", {}),
     "owners, dense": ("owners", {"keep_top": None, "signs": True}),
     "owners, as one": ("owners", {"expert_scope": "tensor"}),
     "layers": ("llama", {"order": "layers"}),
+    "layers in passes": ("mixtral", {"order": "layers", "memory_budget": 150_000}),
     "layers of experts": ("mixtral", {"order": "layers"}),
 }
 
@@ -223,15 +251,16 @@ def worker(rank, folder):
 
 def further(rank, folder):
     join_group(rank, folder)
-    models = split_models(folder)
+    models = split_models(folder) | {name: loaded(folder, name) for name in FURTHER_MODELS}
+    models["sent"] = loaded(folder, "owners", ep_size=WORLD, ep_implementation="all_to_all")
     found = {name: attempt(scored, models[of], how) for name, (of, how) in FURTHER.items()}
-    makes = {"llama": llama, "qwen2": qwen2, "owners": owned}
+    makes = {"llama": llama, "phi3": phi3, "owners": owned}
     found["masked"] = {name: attempt(masked, models[name], make) for name, make in makes.items()}
     leave_group(rank, folder, found)
 
 
 def saved_models(folder):
-    for name in (*MODELS, "owners"):
+    for name in (*MODELS, *FURTHER_MODELS, "owners"):
         plain(name).save_pretrained(folder / name)
 
 
@@ -306,12 +335,12 @@ def test_what_a_split_model_cannot_be_is_refused_by_name(found, how, text):
         assert text in found[rank]["refused"][how]
 
 
-def of_transformers(model, mesh):
+def of_transformers(model, mesh, parts="model.layers"):
     """The layers split as transformers does it on loading, over a mesh of one's own."""
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     plan = model._expand_parallel_plan(dict(model.tp_plan))
-    plan = {name: style for name, style in plan.items() if name.startswith("model.layers")}
+    plan = {name: style for name, style in plan.items() if parts in name}
     return apply_tensor_parallelism(model, mesh, plan)
 
 
@@ -322,14 +351,20 @@ def four_ranks(rank, folder):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"]
     models = {name: (of_transformers(make(), mesh), make) for name, make in MODELS.items()}
     models["by torch"] = by_torch(llama(), mesh), llama
-    # Blocks of other sizes than the others', and one of them empty.
-    models["narrow"] = by_torch(narrow(), mesh_of(4), ["mlp"]), narrow
+    # The last rank has a smaller block than the others.
+    models["narrow"] = of_transformers(narrow(), mesh_of(4), "mlp"), narrow
     found = {}
     for name, (model, make) in models.items():
         found[name] = {
             **{of: attempt(scored, model, options) for of, options in IN_TEAMS.items()},
             "masked": attempt(masked, model, make),
         }
+    uneven, _ = models["narrow"]
+    empty = of_transformers(narrow(6), mesh_of(4), "mlp")
+    found["refused"] = [
+        message_of(score, uneven, memory_budget=10_000),
+        message_of(score, empty),
+    ]
     leave_group(rank, folder, found)
 
 
@@ -345,6 +380,11 @@ IN_TEAMS = {
 def test_teams_of_ranks_share_the_examples(tmp_path):
     """Four ranks hold a model twice."""
     ranks = run_ranks(four_ranks, tmp_path, world=4)
+    refused = [found.pop("refused") for found in ranks]
+    for budget, _ in refused:
+        assert "memory_budget must be left out where tensor parallel splits weights une" in budget
+    assert "got one with nothing of model.layers.0.mlp.gate_proj.weight" in refused[3][1]
+    assert "got 1 of 4 that failed" in refused[0][1]
     for name in ranks[0]:
         alone = {of: score(plain(name), **options) for of, options in IN_TEAMS.items()}
         for found in ranks:

@@ -55,9 +55,9 @@ def compared(
     options: dict[str, Any] = {"confidence": family.confidence_of_each, "seed": seed}
     intervals: dict[Hashable, Interval] = {}
     for mask, figures in after.items():
-        for topic, margins in figures.margins.items():
-            change = compare_margins(origin.margins[topic], margins, **options)
-            intervals["margin", topic, mask] = change
+        for topic, found_margins in figures.margins.items():
+            moved = compare_margins(origin.margins[topic], found_margins, **options)
+            intervals["margin", topic, mask] = moved
         for text, found in figures.perplexity.items():
             where = "" if alone else f" on {text}"
             # A ratio can overflow where neither perplexity does.
@@ -65,7 +65,7 @@ def compared(
                 ratio = compare_perplexity(origin.perplexity[text], found, **options)
                 intervals["perplexity", text, mask] = ratio
     judged = family.judged(intervals)
-    margins = {topic: {} for topic in origin.margins}
+    margins: dict[str, dict[Any, dict[str, Any]]] = {topic: {} for topic in origin.margins}
     ratios: dict[str, dict[Any, dict[str, Any]]] = {text: {} for text in origin.perplexity}
     for mask, figures in after.items():
         for topic in figures.margins:

@@ -133,11 +133,10 @@ def _restored(kept: Mapping[str, Any], origin: Figures, notes: list[str]) -> Fig
             found.margins[topic] = Margins(safe - unsafe, safe, unsafe, prompts=before.prompts)
     for text, measured in origin.perplexity.items():
         counts = measured.token_counts
-        for name, kind, of in (
-            ("nll_sums", Perplexity, found.perplexity),
-            ("kl_sums", Divergence, found.divergence),
-        ):
-            if text in kept[name]:
-                sums = torch.tensor(kept[name][text], dtype=torch.float64)
-                of[text] = kind(sums, counts)
+        if text in kept["nll_sums"]:
+            sums = torch.tensor(kept["nll_sums"][text], dtype=torch.float64)
+            found.perplexity[text] = Perplexity(sums, counts)
+        if text in kept["kl_sums"]:
+            sums = torch.tensor(kept["kl_sums"][text], dtype=torch.float64)
+            found.divergence[text] = Divergence(sums, counts)
     return found
