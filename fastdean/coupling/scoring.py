@@ -406,7 +406,8 @@ def score_sets(
             )
             if parts is not None:
                 chosen = Order(True, _why_by_layers(parts))
-                if order == "auto" and ranks.first:
+                # Who streams a model knows.
+                if order == "auto" and ranks.first and sharded is not None:
                     logger.info("order='layers': %s", chosen.why)
             job = _Scoring(
                 model=model,
