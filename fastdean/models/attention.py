@@ -64,11 +64,20 @@ class NotExpressible(RuntimeError):
     """The model asks its attention for something that this one does not do."""
 
 
-_ANNOUNCED: ContextVar[Segments | None] = ContextVar("fastdean_segments", default=None)
+# The blocks that are open, and the examples of each. They may end in any order.
+_BLOCKS: ContextVar[tuple[tuple[object, Segments], ...]] = ContextVar(
+    "fastdean_segments", default=()
+)
+
+
+def _innermost() -> Segments | None:
+    """The examples of the block that was opened last, or None outside of all."""
+    blocks = _BLOCKS.get()
+    return blocks[-1][1] if blocks else None
 
 
 def _announced() -> Segments:
-    segments = _ANNOUNCED.get()
+    segments = _innermost()
     if segments is None:
         raise NotExpressible("a pass outside of the block that says which examples it has")
     return segments
@@ -128,17 +137,17 @@ def attention_by_segments(model: nn.Module, segments: Tensor) -> Iterator[None]:
     AttentionMaskInterface.register(NAME, _mask)
     configs = _configs(model)
     block = object()
-    announced = _ANNOUNCED.get()
-    cut = Segments.cut(segments)
+    announced, cut = _innermost(), Segments.cut(segments)
 
     def undo() -> None:
         for config in configs:
             _give_back(config, block)
-        _ANNOUNCED.set(announced)
+        _BLOCKS.set(tuple(each for each in _BLOCKS.get() if each[0] is not block))
 
     with undone(undo):
         # A block inside of another for the same batch goes on with what that one looked up.
-        _ANNOUNCED.set(announced if announced == cut else cut)
+        own = announced if announced is not None and announced == cut else cut
+        _BLOCKS.set((*_BLOCKS.get(), (block, own)))
         for config in configs:
             _take(config, block)
         yield
@@ -148,7 +157,7 @@ def _mask(**asked: Any) -> Any:
     """`segment_mask` inside of a block, the mask of the model's own attention elsewhere."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
 
-    own = masks.get(_own_name(asked.get("config"))) if _ANNOUNCED.get() is None else None
+    own = masks.get(_own_name(asked.get("config"))) if _innermost() is None else None
     return (segment_mask if own in (None, _mask) else own)(**asked)
 
 
@@ -157,7 +166,7 @@ def _attention(module: nn.Module, *asked: Any, **further: Any) -> tuple[Tensor, 
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
 
     own = None
-    if _ANNOUNCED.get() is None:
+    if _innermost() is None:
         own = functions.get(_own_name(getattr(module, "config", None)), _eager_of(module))
     return (segment_attention if own in (None, _attention) else own)(module, *asked, **further)
 

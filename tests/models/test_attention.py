@@ -237,8 +237,12 @@ def test_blocks_of_models_with_one_configuration_may_end_in_any_order(implementa
         assert config._attn_implementation == NAME
     first.__exit__(None, None, None)
     assert config._attn_implementation == NAME
+    attention._announced()
     second.__exit__(None, None, None)
     assert config._attn_implementation == implementation
+    # Nothing that a later block of the same lengths would take for its own.
+    with pytest.raises(NotExpressible, match="outside"):
+        attention._announced()
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
