@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from fastdean.coupling.accumulators import Accumulator, accumulators_of
 from fastdean.coupling.block_sums import BlockSums
 from fastdean.coupling.by_example import add_examples, parameter_accumulators, require_in_memory
 from fastdean.coupling.capture import Sums, capturing
-from fastdean.coupling.loss_check import LossCheck
+from fastdean.coupling.loss_check import run_checked
 from fastdean.coupling.overflow import ScaledSums, add_what_overflowed
 from fastdean.coupling.targets import Target
 from fastdean.coupling.trial import Scorable
@@ -63,17 +62,7 @@ def _add_block(
     if scorable.scale is not None:
         scaled = ScaledSums(accumulators, scorable.sequence_first, scorable.scale)
     sums = scaled or Sums(accumulators, scorable.sequence_first)
-    check = LossCheck(bar)
-    with (
-        capturing(targets, granularity, sums.receive),
-        closing(block.losses(device)) as batches,
-    ):
-        for batch in batches:
-            check.copy(batch)
-            sums.backward(batch)
-            # Before the next forward pass, not after it: the losses hold this batch's graph.
-            del batch
-            check.look(all_but=1)
-        check.look()
+    with capturing(targets, granularity, sums.receive):
+        run_checked(block, sums.backward, device, bar)
     if scaled is not None:
         add_what_overflowed(scaled, block, targets, granularity, device)

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.coupling.loss_check import LossCheck
+from fastdean.coupling.loss_check import run_checked
 from fastdean.coupling.loss_scale import LossScale, initial_scale
+from fastdean.coupling.overflow import LOWERED, never_finite_error
 from fastdean.coupling.scores import ScoreEntry
 from fastdean.coupling.targets import Target
 from fastdean.coupling.trial import (
@@ -37,9 +38,6 @@ from fastdean.models.model_state import fresh_leaves
 from fastdean.models.replay import NotByLayers
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
-
-# How often the scale of an example whose gradients overflowed is lowered.
-_LOWERED = 4
 
 
 class ParameterAccumulator:
@@ -107,7 +105,7 @@ class ExampleSums:
             batch.values.sum().backward()
             self.take()
             return
-        for left in reversed(range(_LOWERED + 1)):
+        for left in reversed(range(LOWERED + 1)):
             factor = scale.of_losses(batch.averaged)
             loss = (batch.values.float() * send(factor, batch.values.device)).sum()
             loss.backward(retain_graph=left > 0)
@@ -117,10 +115,7 @@ class ExampleSums:
                 return
             worst = next(k for k, g in gradients.items() if not bool(g.isfinite().all()))
             scale = scale.lower()
-        raise StateError(
-            f"gradients must be finite in float16, got others in example {batch.examples[0]} for "
-            f"{worst}, whatever the loss is multiplied by; load the model in bfloat16 or float32"
-        )
+        raise never_finite_error(batch.examples[0], worst)
 
     def take(self) -> None:
         """Add the gradients that backward passes over one example have left."""
@@ -223,16 +218,8 @@ def add_examples(
     bar: Any,
 ) -> None:
     """Add the importance of parameters over examples, each through the whole model."""
-    check = LossCheck(bar)
-    with leaves_of(work.model, targets) as leaves, closing(work.losses(device)) as batches:
-        sums = ExampleSums(accumulators, leaves, scale)
-        for batch in batches:
-            check.copy(batch)
-            sums.backward(batch)
-            # Before the next forward pass, not after it: the losses hold this batch's graph.
-            del batch
-            check.look(all_but=1)
-        check.look()
+    with leaves_of(work.model, targets) as leaves:
+        run_checked(work, ExampleSums(accumulators, leaves, scale).backward, device, bar)
 
 
 def find_by_example(
@@ -279,7 +266,7 @@ def _tried(
     # An offloaded weight has no gradient here.
     here = [target for target in targets if not target.weight.is_meta]
     scale = initial_scale(model, device)
-    for _ in range(_LOWERED + 1):
+    for _ in range(LOWERED + 1):
         largest = {target.key: -1.0 for target in here}
         with leaves_of(model, here) as leaves, closing(work.losses(device)) as batches:
             for batch in batches:

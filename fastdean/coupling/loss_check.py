@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdean.coupling.workloads import BatchLosses
+from fastdean.coupling.workloads import BatchLosses, Workload
 
 
 class LossCheck:
@@ -47,6 +48,25 @@ class LossCheck:
                 arrival.synchronize()
             require_finite(examples, losses)
             self._bar.update(len(losses))
+
+
+def run_checked(
+    work: Workload, backward: Callable[[BatchLosses], None], device: torch.device, bar: Any
+) -> None:
+    """Run a backward pass for every batch of this rank.
+
+    Raises:
+        ValueError: a loss is NaN or infinite.
+    """
+    check = LossCheck(bar)
+    with closing(work.losses(device)) as batches:
+        for batch in batches:
+            check.copy(batch)
+            backward(batch)
+            # Before the next forward pass, not after it: the losses hold this batch's graph.
+            del batch
+            check.look(all_but=1)
+        check.look()
 
 
 def require_finite(examples: Sequence[int], losses: Tensor) -> None:

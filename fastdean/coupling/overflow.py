@@ -25,7 +25,7 @@ from fastdean.models.trees import Path
 from fastdean.wording.mendable import StateError
 
 # How often the scale of a batch that overflowed is lowered.
-_LOWERED = 4
+LOWERED = 4
 # Of what a layer returned, the gradients that a window takes to the layers below: by layer.
 Gradients = Mapping[int, Mapping[Path, Tensor]]
 
@@ -183,7 +183,7 @@ class WindowSums(_Brought):
                 flags = [gradient.isfinite().all().to(self._device) for gradient in gradients]
                 self._finite["the layers below"] = torch.stack(flags).all()
             if infinite := _infinite(self._finite):
-                if lowered == _LOWERED:
+                if lowered == LOWERED:
                     raise never_finite_error(batch.examples[0], infinite[0])
                 scale, lowered = scale.lower(), lowered + 1
                 continue
@@ -226,7 +226,7 @@ def add_what_overflowed(
     """
     for number, wanted in sums.left_out().items():
         scale = sums.scale
-        for _ in range(_LOWERED):
+        for _ in range(LOWERED):
             scale = scale.lower()
             with (
                 capturing(targets, granularity, sums.receive),
