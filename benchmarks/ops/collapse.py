@@ -30,8 +30,6 @@ TOKENS, FEATURES, SHARES, CLASSES = (16384, 2048), (4096, 768), (0.2, 1.0, 0.01)
 TOY_SIZE = (60, 12, 7, 0.5)
 _ZIPF = (2048, 768, 287, 0.2)
 _ONE_HOT = {_ZIPF, TOY_SIZE}
-# Compiling takes longer than everything else of a case.
-_COMPILED = {(16384, 4096, 287, 0.2), (16384, 4096, 8192, 0.2), TOY_SIZE}
 STATISTIC = "std"
 # Of SmolLM2; the listed classes are its first rows.
 VOCABULARY = 49152
@@ -78,7 +76,7 @@ def case(tokens: int, features: int, classes: int, share: float, labels: str = "
         Contender("torch, in place", _differentiated(_in_place), **in_place),
     ]
     size = (tokens, features, classes, share)
-    if labels == "uniform" and size in _COMPILED:
+    if labels == "uniform":
         run, other = (_differentiated(compiled(each)) for each in (_expression, _in_place))
         contenders += [
             Contender("torch.compile", run, **compiles),
