@@ -241,7 +241,7 @@ def score_sets(
     subject = Subject.of(model, ranks)
     asked = subject.fitting(asked)
     targets = subject.targets(asked)
-    reading = subject.with_tokenizer(reading, loaders)
+    reading = dict(subject.with_tokenizer(reading, loaders))
     subject.require_room(asked, targets, len(loaders))
     with strict_determinism(deterministic), eager(), subject.outside_layers():
         sets = try_sets(subject, asked, targets, loaders, reading)

@@ -25,7 +25,7 @@ from fastdean.coupling.resumable import discard, resumable
 from fastdean.coupling.scores import ScoreEntry, Scores
 from fastdean.coupling.states import States
 from fastdean.coupling.subject import Subject
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.coupling.trial import Scorable
 from fastdean.coupling.tried_sets import TriedSets
 from fastdean.coupling.window_memory import WindowMemory

@@ -20,13 +20,9 @@ from fastdean.coupling.accumulators import split_by_memory
 from fastdean.coupling.asked import Asked
 from fastdean.coupling.holding import least_held_bytes
 from fastdean.coupling.order import Order, require_room_for_dense
-from fastdean.coupling.targets import (
-    Survey,
-    Target,
-    find_targets,
-    require_own_parameters,
-    survey,
-)
+from fastdean.coupling.survey import Survey, survey
+from fastdean.coupling.target import Target
+from fastdean.coupling.targets import find_targets, require_own_parameters
 from fastdean.coupling.team_entries import in_blocks, require_even_blocks
 from fastdean.data.examples import Example
 from fastdean.models.adapters import require_no_prompts

@@ -24,7 +24,7 @@ from fastdean.coupling import (
 )
 from fastdean.coupling.holding import Holding, Pair
 from fastdean.coupling.loss_scale import LossScale
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.models.distributed import Ranks
 
 COMPILED = pytest.mark.skipif(
