@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdean.coupling.scores import ScoreEntry
 from fastdean.coupling.signed_sums import add_signed_, add_signed_units_
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.ops.importance import (
     accumulate_expert_importance_,
     accumulate_importance_,

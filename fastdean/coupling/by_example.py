@@ -23,7 +23,7 @@ from fastdean.coupling.loss_check import run_checked
 from fastdean.coupling.loss_scale import LossScale, initial_scale
 from fastdean.coupling.overflow import LOWERED, never_finite_error
 from fastdean.coupling.scores import ScoreEntry
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.coupling.trial import (
     Scorable,
     for_all,

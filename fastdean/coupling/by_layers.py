@@ -38,7 +38,7 @@ from fastdean.coupling.milestones import Milestones
 from fastdean.coupling.overflow import Gradients, WindowSums
 from fastdean.coupling.progress import SweepProgress
 from fastdean.coupling.states import States, multiplied
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.coupling.trial import Scorable
 from fastdean.coupling.workloads import BatchLosses, Pass, Workload
 from fastdean.models.distributed import Ranks

@@ -16,7 +16,7 @@ from fastdean.models.blocks import FEED_FORWARD
 
 if TYPE_CHECKING:
     from fastdean.coupling.scores import ScoreEntry
-    from fastdean.coupling.targets import Survey
+    from fastdean.coupling.survey import Survey
 
 KEY = "expert_load"
 

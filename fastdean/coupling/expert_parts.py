@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdean.coupling.scores import ScoreEntry, fingerprint, keep_entry
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.models.shards import whole
 
 

@@ -18,7 +18,7 @@ from fastdean.coupling.accumulators import Accumulator, DenseWeightAccumulator
 from fastdean.coupling.holding import Holding
 from fastdean.coupling.scores import ScoreEntry, fingerprint, values_at
 from fastdean.coupling.signed_sums import joined
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.models.model_state import execution_device
 from fastdean.ops.importance_selection import select_importance
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fastdean.coupling.accumulators import all_sums_bytes, sums_bytes
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.models.model_state import execution_device
 from fastdean.ops._dispatch import choose
 

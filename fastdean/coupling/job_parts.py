@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastdean.coupling.scores import fingerprint
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.coupling.trial import Scorable
 from fastdean.coupling.workloads import Workload
 from fastdean.data.examples import TOKENS

@@ -13,7 +13,8 @@ from fastdean.wording.log import logger
 
 if TYPE_CHECKING:
     from fastdean.coupling.scores import ScoreEntry
-    from fastdean.coupling.targets import Survey, Target
+    from fastdean.coupling.survey import Survey
+    from fastdean.coupling.target import Target
     from fastdean.coupling.trial import Scorable
     from fastdean.models.distributed import Ranks
 
@@ -40,7 +41,7 @@ def score_manifest(
         scorables: of one data set, those that hooks score first.
         found: the model's survey.
     """
-    from fastdean.coupling.targets import coverage
+    from fastdean.coupling.coverage import coverage
     from fastdean.files.provenance import now, public_name, versions
 
     covered = coverage(model, targets, scored, found)

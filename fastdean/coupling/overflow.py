@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdean.coupling.accumulators import Accumulator
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.loss_scale import LossScale, row_factors
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.coupling.workloads import BatchLosses, Pass, Workload
 from fastdean.data.batching import send
 from fastdean.models.expert_products import Routing

@@ -26,7 +26,7 @@ from fastdean.coupling.capture import (
 )
 from fastdean.coupling.holding import Holding, Pair
 from fastdean.coupling.loss_scale import LossScale, initial_scale
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.coupling.team_trial import require_same_losses, require_same_targets
 from fastdean.coupling.workloads import Workload
 from fastdean.models.distributed import Ranks

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastdean.coupling.targets import Target, find_targets
+from fastdean.coupling.target import Target
+from fastdean.coupling.targets import find_targets
 from fastdean.models.adapters import parameter_paths, plain_submodule
 from fastdean.models.model_state import evaluation_state
 from fastdean.models.shards import is_sharded

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastdean.coupling.accumulators import split_by_memory
 from fastdean.coupling.needed_memory import ModelMemory, Rows
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.coupling.workloads import Workload
 from fastdean.models.distributed import Ranks
 

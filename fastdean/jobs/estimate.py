@@ -20,7 +20,7 @@ from fastdean.wording.granularity import checked_granularity
 
 if TYPE_CHECKING:
     from fastdean.coupling.holding import Holding
-    from fastdean.coupling.targets import Target
+    from fastdean.coupling.target import Target
 
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -253,10 +253,11 @@ def run(job: EstimateJob) -> Estimate:
 
     from fastdean.coupling.accumulators import all_sums_bytes, split_by_memory, sums_bytes
     from fastdean.coupling.block_sums import sums_at_a_time
+    from fastdean.coupling.coverage import coverage
     from fastdean.coupling.holding import together_bytes
     from fastdean.coupling.kept_entries import entries_bytes
     from fastdean.coupling.needed_memory import TRIED_ROWS, ModelMemory, Peak
-    from fastdean.coupling.targets import coverage, find_targets
+    from fastdean.coupling.targets import find_targets
     from fastdean.coupling.window_memory import WindowMemory
     from fastdean.coupling.workloads import blocks_of_a_rank
     from fastdean.models.available_memory import available_memory

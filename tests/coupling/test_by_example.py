@@ -17,8 +17,9 @@ from torch import nn
 
 import fastdean
 from fastdean.coupling import resumable
+from fastdean.coupling.coverage import coverage
 from fastdean.coupling.scoring import score_sets
-from fastdean.coupling.targets import coverage, find_targets
+from fastdean.coupling.targets import find_targets
 from fastdean.models.loading import stream_model
 
 LENGTHS = (3, 9, 5)

@@ -12,10 +12,19 @@ from tiny_data import batches, make_examples
 
 import fastdean
 from fastdean import native
-from fastdean.coupling import accumulators, by_layers, held_pairs, holding, resumable, scoring
+from fastdean.coupling import (
+    accumulators,
+    by_layers,
+    entries,
+    held_pairs,
+    holding,
+    resumable,
+    score_sets,
+    tried_sets,
+)
 from fastdean.coupling.holding import Holding, Pair
 from fastdean.coupling.loss_scale import LossScale
-from fastdean.coupling.targets import Target
+from fastdean.coupling.target import Target
 from fastdean.models.distributed import Ranks
 
 COMPILED = pytest.mark.skipif(
@@ -68,7 +77,7 @@ def summed(monkeypatch):
 
     def score_summed(*args, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(scoring, "takes", lambda *args: False)
+            patch.setattr(tried_sets, "takes", lambda *args: False)
             found = score(*args, **options)
         if options.get("order") != "batches":
             assert found.manifest["order"]["matrices"]["held"] == 0
@@ -344,7 +353,7 @@ def test_an_infinite_gradient_is_refused_with_the_name_of_the_matrix():
         held.add_(x, g, segments)
     text = "^scores of a.weight: importance must be finite, got inf at flat index 90; check the"
     with pytest.raises(ValueError, match=text):
-        scoring.finish({"a.weight": held}, [case.target], Ranks(0, 1), 5, 0.01, "expert", False)
+        entries.finish({"a.weight": held}, [case.target], Ranks(0, 1), 5, 0.01, "expert", False)
 
 
 @COMPILED
@@ -368,13 +377,11 @@ def test_held_pairs_go_on_after_an_interrupt_and_from_files(way, done, tmp_path,
             "b": batches(make_examples(seed=5, lengths=(7, 4)), 1),
         }
         shared = {"target_modules": "all", "order": "layers", "keep_top": KEEP_TOP}
-        return scoring.score_sets(
-            given, sets, tokens_per_batch=16, progress=False, **shared, **options
-        )
+        return score_sets(given, sets, tokens_per_batch=16, progress=False, **shared, **options)
 
     with monkeypatch.context() as patch:
         # Dense sums: nothing is held.
-        patch.setattr(scoring, "takes", lambda *args: False)
+        patch.setattr(tried_sets, "takes", lambda *args: False)
         expected = score_both()
     folder = tmp_path / "job"
     with monkeypatch.context() as patch:

@@ -20,7 +20,7 @@ from tiny_data import batches, make_examples
 from tiny_tokenizers import byte_level
 
 import fastdean
-from fastdean.coupling import scoring
+from fastdean.coupling import tried_sets
 from fastdean.coupling.loss_scale import LossScale
 from fastdean.files.safetensors import MappedFiles
 from fastdean.models import loading, replay, streaming
@@ -422,9 +422,9 @@ def test_the_scale_in_float16_is_fitted_to_the_whole_model(exponent, checkpoint,
     """The trial runs one layer, whose gradients may be far from those of the model."""
     model = tiny().half()
     expected = fastdean.score(model, loader(), order="layers", **OPTIONS)
-    find = scoring.find_scorable
+    find = tried_sets.find_scorable
     off = LossScale(exponent)
-    monkeypatch.setattr(scoring, "find_scorable", lambda *args: replace(find(*args), scale=off))
+    monkeypatch.setattr(tried_sets, "find_scorable", lambda *args: replace(find(*args), scale=off))
     found = fastdean.score(checkpoint(model), loader(), **OPTIONS)
     assert_same_in_fp16(found, expected)
 

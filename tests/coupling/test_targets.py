@@ -12,8 +12,10 @@ from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, MODELS, VOCAB, gpt2, llama
 from torch import nn
 
 import fastdean
-from fastdean.coupling.targets import coverage, decoder_layers, find_targets
+from fastdean.coupling.coverage import coverage
+from fastdean.coupling.targets import find_targets
 from fastdean.models.model_state import config_entry
+from fastdean.models.stacks import decoder_layers
 
 # Per layer: the MLP's and the attention's matrices, by hand, and the MLP's down projection.
 GATED = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

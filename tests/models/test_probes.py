@@ -10,7 +10,7 @@ from tiny_data import batches, make_examples
 from tiny_models import CAUSAL_MODELS, HIDDEN, VOCAB, bert, gpt2, llama
 
 import fastdean
-from fastdean.coupling import targets
+from fastdean.coupling import survey
 from fastdean.data.batching import plan_batches
 from fastdean.data.examples import Example
 from fastdean.evaluation import last_token_states, perplexity
@@ -265,7 +265,7 @@ def test_what_a_score_asks_is_looked_up_once(monkeypatch):
         monkeypatch.setattr(module, name, noted)
 
     counted(probes, "_state")
-    counted(targets, "decoder_layers")
+    counted(survey, "decoder_layers")
     examples = [Example(*each) for each in EXAMPLES]
     expected = fastdean.score(model, examples, progress=False)
     looked.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tqdm.auto
 
-from fastdean.coupling.scoring import _progress_bar
+from fastdean.coupling.scoring_job import _progress_bar
 from fastdean.wording import bars
 
 

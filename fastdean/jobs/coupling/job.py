@@ -43,7 +43,7 @@ class ScoringJob(ModelJob):
 
     def __post_init__(self) -> None:
         # Not above: the command line reads the fields before it loads torch.
-        from fastdean.coupling.order import ORDERS
+        from fastdean.coupling.asked import ORDERS
         from fastdean.coupling.scores import EXPERT_SCOPES
         from fastdean.models.distributed import check_rank_timeout
 

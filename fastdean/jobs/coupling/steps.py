@@ -20,7 +20,8 @@ from fastdean.coupling.agreement import takes_signs
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.scoring import score_sets
 from fastdean.coupling.sets import ABOUT_DATA, couple, nothing_selected_error
-from fastdean.coupling.targets import Target, find_targets
+from fastdean.coupling.target import Target
+from fastdean.coupling.targets import find_targets
 from fastdean.data.examples import Example
 from fastdean.data.rendering import (
     describe_rendering,
