@@ -39,6 +39,7 @@ from fastdean.files.declared import (
     unfit,
 )
 from fastdean.models.shards import OwnBlock
+from fastdean.ops.bit_sums import bit_sums
 from fastdean.ops.reference import importance
 from fastdean.ops.selection import select_top
 from fastdean.wording.granularity import stored_granularity
@@ -47,9 +48,6 @@ from fastdean.wording.numbers import require_real
 
 # What `keep_top` and a ratio are a share of, where one matrix stacks the weights of many experts.
 EXPERT_SCOPES = ("expert", "tensor")
-
-_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FINGERPRINT_CHUNK = 1 << 17  # entries: 1 MiB of int64, which a CPU's caches hold
 
 # What `save_pretrained` writes, and of an entry besides its `unit_axis`.
 _CONFIG = Record(
@@ -244,7 +242,9 @@ class ScoreEntry:
 
 def _all_zero(sums: Tensor) -> tuple[int, ...]:
     """The experts that nothing was added for."""
-    return tuple((sums.flatten(1).amax(1) == 0).nonzero().squeeze(1).tolist())
+    # Of most a few sums show it, and not all need be read.
+    maybe = (~sums[:, :1].flatten(1).any(1)).nonzero().squeeze(1).tolist()
+    return tuple(expert for expert in maybe if not sums[expert].any())
 
 
 def values_at(tensor: Tensor, index: Tensor) -> Tensor:
@@ -271,23 +271,13 @@ def fingerprint(weight: Tensor, block: OwnBlock | None = None) -> int:
     Args:
         block: where `weight` lies in a larger one: then the part of its sum that is made here.
     """
-    bits = weight.detach().view(_INTEGER_OF_SIZE[weight.element_size()])
-    rows = bits.flatten(0, -2) if bits.dim() > 1 else bits.reshape(-1, 1)
-    columns = max(1, rows.shape[1])
-    # Elsewhere than on a CPU launches must be few.
-    chunk = _FINGERPRINT_CHUNK * (1 if bits.device.type == "cpu" else 64)
-    step = max(1, chunk // columns)
     # With i = columns r + c the sum needs only those of each row and of each column.
-    of_columns = torch.zeros(rows.shape[1], dtype=torch.int64, device=bits.device)
-    of_rows = torch.zeros(rows.shape[0], dtype=torch.int64, device=bits.device)
-    for first in range(0, rows.shape[0], step):
-        part = rows[first : first + step].to(torch.int64)
-        of_columns += part.sum(0)
-        of_rows[first : first + step] = part.sum(1)
-    places = torch.arange(max(rows.shape), device=bits.device)
-    of_row, of_column = places[: rows.shape[0]], places[: rows.shape[1]]
+    of_rows, of_columns = bit_sums(weight)
+    columns = max(1, len(of_columns))
+    places = torch.arange(max(len(of_rows), columns), device=of_rows.device)
+    of_row, of_column = places[: len(of_rows)], places[: len(of_columns)]
     if block is not None and block.tensor.dim() > 1:
-        of_row, of_column = (each.to(bits.device) for each in block.rows_and_columns())
+        of_row, of_column = (each.to(of_rows.device) for each in block.rows_and_columns())
         columns = max(1, block.shape[-1])
     elif block is not None:
         of_row = block.flat_index(of_row)
