@@ -104,8 +104,7 @@ void raise_unless_ok(fastdean::Status status, const fastdean::BitSumsParams& p) 
   if (status == fastdean::Status::kOk) return;
   refuse(status, {"entries must have 1, 2, 4 or 8 bytes, got " + std::to_string(p.bytes) +
                       "; view them as integers",
-                  "",
-                  0});
+                  "", 0});
 }
 
 void raise_unless_ok(fastdean::Status status, const fastdean::CollapseParams& p) {

@@ -39,7 +39,7 @@ from fastdean.files.declared import (
     unfit,
 )
 from fastdean.models.shards import OwnBlock
-from fastdean.ops.bit_sums import bit_sums
+from fastdean.ops.bits import bit_sums
 from fastdean.ops.reference import importance
 from fastdean.ops.selection import select_top
 from fastdean.wording.granularity import stored_granularity

@@ -4,7 +4,7 @@ Pointers go stale unnoticed (`.to()`, `p.data =`, offload), so every call reads 
 strides, dtype and device anew. Older ones are only compared with.
 """
 
-from fastdean.native.bit_sums import bit_sums
+from fastdean.native.bits import bit_sums
 from fastdean.native.collapse import collapse_alignment, collapse_alignment_backward
 from fastdean.native.extension import (
     ABI_VERSION,

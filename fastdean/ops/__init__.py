@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdean.ops.bit_sums import bit_sums
+    from fastdean.ops.bits import bit_sums
     from fastdean.ops.collapse import collapse_alignment
     from fastdean.ops.importance import (
         accumulate_expert_importance_,
@@ -25,7 +25,7 @@ _HOME = {
     "accumulate_expert_importance_": "fastdean.ops.importance",
     "accumulate_importance_": "fastdean.ops.importance",
     "accumulate_unit_importance_": "fastdean.ops.importance",
-    "bit_sums": "fastdean.ops.bit_sums",
+    "bit_sums": "fastdean.ops.bits",
     "collapse_alignment": "fastdean.ops.collapse",
     "gather_at": "fastdean.ops.mask",
     "select_expert_importance": "fastdean.ops.importance_selection",
