@@ -93,6 +93,8 @@ class ScoreEntry:
         matrices: in how many equal parts along the first axis entries compete for selection: one,
             or with `expert_scope="expert"` one for each expert.
         unseen: of a stacked weight, the experts that no token reached.
+        weightless: how many of the last experts of a stacked weight use none of it: they hand their
+            tokens on, and are never unseen.
         signed: fp32, shape of `sums`: the sum over examples of the gradients themselves (of units:
             of activation x gradient); None where scores were made without signs.
         routed: of a stacked weight, the tokens that each expert was given; None where read from a
@@ -111,6 +113,7 @@ class ScoreEntry:
     unseen: tuple[int, ...] = ()
     routed: tuple[int, ...] | None = None
     stacked: bool = False
+    weightless: int = 0
 
     @classmethod
     def of(
@@ -149,6 +152,12 @@ class ScoreEntry:
     def num_experts(self) -> int:
         """Of a stacked weight; 0 of another."""
         return self.shape[0] if self.stacked else 0
+
+    def with_weightless(self, number: int) -> ScoreEntry:
+        """The same entry, of whose experts so many of the last use no weight."""
+        first = self.num_experts - number
+        unseen = tuple(expert for expert in self.unseen if expert < first)
+        return replace(self, unseen=unseen, weightless=number)
 
     def scoped(self, expert_scope: str) -> ScoreEntry:
         """The same entry, selected from expert by expert or as one tensor."""
@@ -332,7 +341,7 @@ def unseen_experts(entries: Mapping[str, ScoreEntry]) -> str:
     unseen = sum(len(entry.unseen) for entry in stacked)
     if not unseen:
         return ""
-    total = sum(entry.num_experts for entry in stacked)
+    total = sum(entry.num_experts - entry.weightless for entry in stacked)
     return f"{unseen} of {total} experts' weights unseen"
 
 
@@ -600,6 +609,7 @@ class Scores(Mapping[str, Tensor]):
                 "unit_axis": entry.unit_axis,
                 "fingerprint": entry.fingerprint,
                 **({"unseen": list(entry.unseen)} if entry.num_experts else {}),
+                **({"weightless": entry.weightless} if entry.weightless else {}),
             }
         config = {
             **({"expert_scope": self.expert_scope} if self._has_experts() else {}),
@@ -631,7 +641,8 @@ class Scores(Mapping[str, Tensor]):
         plain = Record({**_ENTRY, "unit_axis": Exactly(None)})
         if config["granularity"] != "weight":
             plain = Record({**_ENTRY, "shape": _MATRIX, "unit_axis": Whole(most=1)})
-        stacked = Record({**_OF_EXPERTS, "unit_axis": Exactly(None)})
+        weightless = {"weightless": Whole(least=1)}
+        stacked = Record({**_OF_EXPERTS, "unit_axis": Exactly(None)}, optional=weightless)
         entries = {}
         for name, described in config["entries"].items():
             with_experts = isinstance(described, Mapping) and "unseen" in described
@@ -683,5 +694,6 @@ def _read_entry(
         fingerprint=described["fingerprint"],
         unseen=tuple(described.get("unseen", ())),
         stacked="unseen" in described,
+        weightless=described.get("weightless", 0),
         signed=take("signed", Filled(("torch.float32",), size, finite=True)) if signs else None,
     )

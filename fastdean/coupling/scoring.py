@@ -730,7 +730,7 @@ class _Scoring:
         entries = {
             target.parameter: joined(
                 target, entries, num_examples, self.keep_top, self.expert_scope
-            )
+            ).with_weightless(target.weightless)
             for scorable in scorables
             for target in scorable.targets
         }

@@ -107,6 +107,15 @@ class Target:
         return self.weight.shape if self.block is None else self.block.tensor.shape
 
     @property
+    def weightless(self) -> int:
+        """Of a stacked weight, how many of its last experts lack another and hand tokens on."""
+        layout = fused_experts(self.module) if self.stacked else None
+        if layout is None:
+            return 0
+        fewest = min(len(weight_of(self.module, leaf)) for leaf in layout.weights)
+        return len(self.weight) - fewest
+
+    @property
     def summed_shape(self) -> tuple[int, ...]:
         """The shape of what is scored: the weight's, or that of a part of its experts."""
         shape = tuple(self.shape)
