@@ -306,7 +306,13 @@ def _of_word(found: Survey, word: str, groups: Collection[str | None]) -> list[T
     """What a group's name, "every" or a regular expression stands for."""
     if word == EVERY:
         return _by_parameter(found)
-    return [target for target in found.targets if _matches(target, word, groups)]
+    chosen = [target for target in found.targets if _matches(target, word, groups)]
+    # A group of which hooks see nothing, such as experts in a form of their own.
+    return chosen or [
+        target
+        for target in found.others
+        if word in _BOTH and target.group == word and target.weight.dim() > 1
+    ]
 
 
 def _with_endings(found: Survey, endings: Iterable[str]) -> list[Target]:
@@ -460,6 +466,15 @@ def warn_about_coverage(
         targets: those that are scored.
         found: the model's `survey`, where somebody has it already.
     """
+    slow = [target.parameter for target in targets if target.by_example]
+    if target_modules in _BOTH and slow:
+        logger.warning(
+            "of %r no hook sees a product: %d parameters, such as %s, are scored by a forward and "
+            "backward pass for each example, as when they are named",
+            target_modules,
+            len(slow),
+            slow[0],
+        )
     covered = coverage(model, targets, found=found)
     missed, total = covered["unscorable"], covered["model_parameters"]
     asked = _groups_asked_for(covered["groups"], target_modules)
