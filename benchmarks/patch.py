@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--gigabytes", type=above_zero, default=2.0, metavar="X", help=said)
     add("--shards", type=positive, default=4, metavar="N", help="files it is made of")
     said = "where it is written and copied, and all of that removed: it chooses the disk"
-    add("--folder", type=Path, default=Path(tempfile.gettempdir()), help=said)
+    command.scratch_folder(parser, said)
     command.repeats(parser, 5)
     command.toy(parser)
 
@@ -132,7 +132,7 @@ def require(options: argparse.Namespace) -> None:
             f"device must be cpu, got {options.device}; files are copied by the host, leave it out"
         )
     needed = _COPIES * checkpoint_for(options).nbytes
-    free = shutil.disk_usage(options.folder).free if options.folder.is_dir() else 0
+    free = shutil.disk_usage(options.folder).free
     if free < needed:
         raise ValueError(
             f"folder must have room for {_COPIES} copies of the checkpoint, {needed / 1e9:.3g} GB, "

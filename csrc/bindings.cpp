@@ -100,6 +100,13 @@ void raise_unless_ok(fastdean::Status status, const fastdean::ImportanceSelectio
           p.level});
 }
 
+void raise_unless_ok(fastdean::Status status, const fastdean::BitSumsParams& p) {
+  if (status == fastdean::Status::kOk) return;
+  refuse(status, {"entries must have 1, 2, 4 or 8 bytes, got " + std::to_string(p.bytes) +
+                      "; view them as integers",
+                  "", 0});
+}
+
 void raise_unless_ok(fastdean::Status status, const fastdean::CollapseParams& p) {
   if (status == fastdean::Status::kOk) return;
   refuse(status, {"features, weight and sums must be float32, bfloat16 or float16 with sums in "
@@ -252,6 +259,7 @@ PYBIND11_MODULE(_C, m) {
   structs["SelectionParams"] = fields({FASTDEAN_SELECTION_PARAMS(FASTDEAN_FIELD_NAME)});
   structs["ImportanceSelectionParams"] =
       fields({FASTDEAN_IMPORTANCE_SELECTION_PARAMS(FASTDEAN_FIELD_NAME)});
+  structs["BitSumsParams"] = fields({FASTDEAN_BIT_SUMS_PARAMS(FASTDEAN_FIELD_NAME)});
   structs["CollapseParams"] = fields({FASTDEAN_COLLAPSE_PARAMS(FASTDEAN_FIELD_NAME)});
   m.attr("STRUCTS") = structs;
   m.attr("DTYPE_FLOAT16") = static_cast<int64_t>(fastdean::DType::kFloat16);
@@ -284,6 +292,7 @@ PYBIND11_MODULE(_C, m) {
       m, "select_importance_workspace_bytes");
   def_params_cpu<ImportanceSelectionParams, fastdean::select_importance_cpu>(
       m, "select_importance_cpu");
+  def_params_cpu<fastdean::BitSumsParams, fastdean::bit_sums_cpu>(m, "bit_sums_cpu");
   def_workspace_bytes<CollapseParams, fastdean::collapse_workspace_bytes>(
       m, "collapse_workspace_bytes");
   def_params_cpu<CollapseParams, fastdean::collapse_alignment_cpu>(m, "collapse_alignment_cpu");

@@ -22,7 +22,7 @@ namespace fastdean {
 
 // Rises by one with every change of a struct or signature in this file, or of the constants and
 // functions that Python sees. fastdean/native/extension.py refuses any number but its own.
-constexpr int kAbiVersion = 10;
+constexpr int kAbiVersion = 11;
 
 constexpr int kMaxRank = 8;
 
@@ -205,6 +205,24 @@ struct ImportanceSelectionParams {
   FASTDEAN_IMPORTANCE_SELECTION_PARAMS(FASTDEAN_FIELD)
 };
 
+// bit_sums: of a matrix's bits as signed integers the sums of each row and of each column, modulo 2^64.
+// clang-format off
+#define FASTDEAN_BIT_SUMS_PARAMS(field) \
+  field(Address, bits)         /* [rows, columns] */ \
+  field(Number, stride_r) \
+  field(Number, stride_c) \
+  field(Number, bytes)         /* of an entry: 1, 2, 4 or 8 */ \
+  field(Number, rows) \
+  field(Number, columns) \
+  field(Address, of_rows)      /* int64 [rows], zeros; filled */ \
+  field(Address, of_columns)   /* int64 [num_workers, columns], zeros; each worker fills its own */ \
+  field(Number, num_workers)   /* threads that share the work, at least 1 */
+// clang-format on
+
+struct BitSumsParams {
+  FASTDEAN_BIT_SUMS_PARAMS(FASTDEAN_FIELD)
+};
+
 enum class CollapseStatistic : int64_t {
   kStd = 0,
   kCv = 1,
@@ -305,6 +323,9 @@ int64_t select_importance_workspace_bytes(const ImportanceSelectionParams& param
 
 // Checks level, dtypes and segments; writes nothing unless kOk.
 Status select_importance_cpu(const ImportanceSelectionParams& params);
+
+// Checks `bytes`; writes nothing unless kOk.
+Status bit_sums_cpu(const BitSumsParams& params);
 
 // For forward and backward; reads everything but the addresses.
 int64_t collapse_workspace_bytes(const CollapseParams& params);

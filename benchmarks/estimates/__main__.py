@@ -18,6 +18,8 @@ def main() -> None:
     page = parser.parse_args().into
     if page is None:
         print(tables())
+    elif not page.is_file():
+        parser.error(f"--into must be a page with the marker, got {str(page)!r}, which is no file")
     else:
         page.write_text(replace_between_markers(page.read_text("utf-8"), MARKER, tables()), "utf-8")
 

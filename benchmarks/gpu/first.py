@@ -326,7 +326,11 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] | None = Non
         for name in (STATE, SUMMARY, LOG, FORMS):
             (out / name).unlink(missing_ok=True)
     for folder in (out, work):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = f"got {str(folder)!r} ({error.strerror}); name another"
+            raise SystemExit(f"error: out and work must be folders, {why}") from None
     with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

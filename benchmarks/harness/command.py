@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def main(
         if options.run == "plot":
             return _plot(options, pictures[options.op])
         return _measure(benchmarks[options.run], options, [*program.split(), *argv])
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         say(f"error: {error}")
         return 2
 
@@ -59,6 +60,9 @@ def _measure(benchmark: ModuleType, options: argparse.Namespace, command: Sequen
             "device must be one that torch sees, got cuda and no CUDA device; use cpu"
         )
     environment.require_this_checkout()
+    _require_place("out", options.out)
+    if hasattr(options, "folder"):
+        _make_folder("folder", options.folder)
     getattr(benchmark, "require", lambda options: None)(options)
     here = environment.collect(device, command)
     if options.rehearsal:
@@ -74,6 +78,28 @@ def _measure(benchmark: ModuleType, options: argparse.Namespace, command: Sequen
     # Only now: the tests take none of the time that is meant for measuring.
     end = None if options.seconds is None else time.monotonic() + options.seconds
     return benchmark.run(Session(options, here, gated, end))
+
+
+def _make_folder(name: str, path: Path) -> None:
+    _require_place(name, path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_place_error(name, path, error.strerror or str(error)) from None
+
+
+def _require_place(name: str, path: Path) -> None:
+    """A folder, or a place in which one can be made: before anything runs that is lost without."""
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not nearest.is_dir():
+        raise _no_place_error(name, path, f"{nearest} is no folder")
+
+
+def _no_place_error(name: str, path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"{name} must be a folder or a place for one, got {str(path)!r} ({why}); name another with "
+        f"--{name}"
+    )
 
 
 def _gated(
@@ -98,6 +124,11 @@ def _table(options: argparse.Namespace, table: Table) -> int:
     text = rendered(table, store.shown(options.results, options.op, table.command))
     if options.into is None:
         print(text)
+    elif not options.into.is_file():
+        raise ValueError(
+            f"into must be a page with the table's two marker lines, got {str(options.into)!r}, "
+            "which is no file; name one with --into"
+        )
     else:
         page = replace_between_markers(options.into.read_text("utf-8"), options.op, text)
         write_text_atomic(options.into, page)
@@ -107,6 +138,7 @@ def _table(options: argparse.Namespace, table: Table) -> int:
 def _plot(options: argparse.Namespace, picture: Picture) -> int:
     rows = store.shown(options.results, options.op, f"the benchmark of {options.op}")
     out = options.out or Path(f"{options.op}.png")
+    _make_folder("out", out.parent)
     drawn(picture(rows)).savefig(out, format="png", dpi=150)
     return 0
 
@@ -178,6 +210,12 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 def repeats(parser: argparse.ArgumentParser, default: int, name: str = "--repeats") -> None:
     said = "rounds in which all take their turn"
     parser.add_argument(name, type=positive, default=default, metavar="N", help=said)
+
+
+def scratch_folder(parser: argparse.ArgumentParser, said: str) -> None:
+    """`--folder`, made where it is none, in which a benchmark writes and removes again."""
+    default = Path(tempfile.gettempdir())
+    parser.add_argument("--folder", type=Path, default=default, metavar="FOLDER", help=said)
 
 
 def toy(parser: argparse.ArgumentParser) -> None:

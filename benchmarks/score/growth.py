@@ -50,7 +50,7 @@ _LABELS = {"layers": "layers", "examples": "examples", "hidden": "hidden size"}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     said = "where checkpoint and states are written, and removed again: it chooses the disk"
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help=said)
+    command.scratch_folder(parser, said)
     command.toy(parser)
     command.repeats(parser, 1)
 

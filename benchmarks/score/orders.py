@@ -73,7 +73,7 @@ class Written(NamedTuple):
 def add_options(parser: argparse.ArgumentParser) -> None:
     subject.add_options(parser)
     said = "where checkpoint and states are written, and removed again: it chooses the disk"
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help=said)
+    command.scratch_folder(parser, said)
     command.repeats(parser, 3)
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.harness import gate, lengths, models, tables
+from benchmarks.harness import command, gate, lengths, models, tables
 from benchmarks.harness.command import positive
 from benchmarks.harness.processes import finished
 from benchmarks.harness.session import Sample, Session, seconds_of
@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=positive, default=12, metavar="N", help="of BeaverTails' lengths")
     add("--keep-top", type=float, default=1e-5, metavar="X", help="share of each matrix")
     said = "where the checkpoint is written, and removed again: it chooses the disk"
-    add("--folder", type=Path, default=Path(tempfile.gettempdir()), help=said)
+    command.scratch_folder(parser, said)
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:

@@ -76,6 +76,15 @@ def warn_about_coverage(
         targets: those that are scored.
         found: the model's `survey`, where somebody has it already.
     """
+    slow = [target.parameter for target in targets if target.by_example]
+    if target_modules in BOTH and slow:
+        logger.warning(
+            "of %r no hook sees a product: %d parameters, such as %s, are scored by a forward and "
+            "backward pass for each example, as when they are named",
+            target_modules,
+            len(slow),
+            slow[0],
+        )
     covered = coverage(model, targets, found=found)
     missed, total = covered["unscorable"], covered["model_parameters"]
     asked = groups_asked_for(covered["groups"], target_modules)

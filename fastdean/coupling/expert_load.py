@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fastdean.coupling.survey import Survey
 
 KEY = "expert_load"
+# In the names that every family gives to what the field calls shared experts.
+_SHARED = "shared"
 
 
 class _Counts:
@@ -67,15 +69,28 @@ def _number_of_experts(module: str, found: Survey) -> int:
 
 
 def _shared_beside(experts: str, found: Survey) -> list[str]:
-    """The feed-forward blocks that lie in one module with the experts."""
+    """The feed-forward blocks that every token passes beside the experts.
+
+    Those that lie in one module with the experts; and of the same layer those that say so, as a
+    layer may add up both itself. Other blocks of it are the dense ones of a layer of several.
+    """
     site = experts.rpartition(".")[0] + "."
-    blocks = [
+    layer = next((name for name in found.layers if experts.startswith(f"{name}.")), None)
+    blocks = dict.fromkeys(
         target.name.rpartition(".")[0]
-        for target in found.targets
-        if target.group == FEED_FORWARD and not target.stacked and target.name.startswith(site)
-    ]
-    # A matrix of the module itself leads into or out of its experts.
-    return [block for block in dict.fromkeys(blocks) if len(block) >= len(site)]
+        for target in (*found.targets, *found.others)
+        if target.group == FEED_FORWARD and not target.stacked and target.weight.dim() > 1
+    )
+
+    def is_passed(block: str) -> bool:
+        if block.startswith(site):
+            return block != experts
+        # A matrix of the module itself leads into or out of its experts.
+        if layer is None or not block.startswith(f"{layer}.") or f"{block}." == site:
+            return False
+        return _SHARED in block.removeprefix(layer).lower()
+
+    return [block for block in blocks if is_passed(block)]
 
 
 def joined_loads(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -96,7 +96,7 @@ def warn_about_unseen(scored: Mapping[str, ScoreEntry]) -> None:
             "%d of %d experts' weights got no gradient and have no candidates, such as number %d "
             "of %s: more examples?",
             number,
-            sum(entry.num_experts for entry in _of_experts(scored)),
+            sum(entry.num_experts - entry.weightless for entry in _of_experts(scored)),
             experts[0],
             first,
         )

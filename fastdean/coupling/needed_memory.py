@@ -15,6 +15,7 @@ from math import exp
 import torch
 from torch import Tensor, nn
 
+from fastdean.models.experts import chosen_experts
 from fastdean.models.forward import matrices_of
 from fastdean.models.hooks import has_hooks
 from fastdean.models.model_state import config_entry, text_config
@@ -158,7 +159,7 @@ class ModelMemory:
     def of(cls, model: nn.Module, layers: Iterable[nn.Module]) -> ModelMemory:
         layers = list(layers)
         config = text_config(model)
-        experts = config_entry(config, "num_experts_per_tok")
+        experts = chosen_experts(config)
         inside = {id(p) for layer in layers for p in layer.parameters()}
         head = _weight(model, "get_output_embeddings")
         embedding = _weight(model, "get_input_embeddings")

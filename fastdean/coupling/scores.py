@@ -39,6 +39,7 @@ from fastdean.files.declared import (
     unfit,
 )
 from fastdean.models.shards import OwnBlock
+from fastdean.ops.bits import bit_sums
 from fastdean.ops.reference import importance
 from fastdean.ops.selection import select_top
 from fastdean.wording.granularity import stored_granularity
@@ -47,9 +48,6 @@ from fastdean.wording.numbers import require_real
 
 # What `keep_top` and a ratio are a share of, where one matrix stacks the weights of many experts.
 EXPERT_SCOPES = ("expert", "tensor")
-
-_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FINGERPRINT_CHUNK = 1 << 17  # entries: 1 MiB of int64, which a CPU's caches hold
 
 # What `save_pretrained` writes, and of an entry besides its `unit_axis`.
 _CONFIG = Record(
@@ -95,6 +93,8 @@ class ScoreEntry:
         matrices: in how many equal parts along the first axis entries compete for selection: one,
             or with `expert_scope="expert"` one for each expert.
         unseen: of a stacked weight, the experts that no token reached.
+        weightless: how many of the last experts of a stacked weight use none of it: they hand their
+            tokens on, and are never unseen.
         signed: fp32, shape of `sums`: the sum over examples of the gradients themselves (of units:
             of activation x gradient); None where scores were made without signs.
         routed: of a stacked weight, the tokens that each expert was given; None where read from a
@@ -113,6 +113,7 @@ class ScoreEntry:
     unseen: tuple[int, ...] = ()
     routed: tuple[int, ...] | None = None
     stacked: bool = False
+    weightless: int = 0
 
     @classmethod
     def of(
@@ -151,6 +152,12 @@ class ScoreEntry:
     def num_experts(self) -> int:
         """Of a stacked weight; 0 of another."""
         return self.shape[0] if self.stacked else 0
+
+    def with_weightless(self, number: int) -> ScoreEntry:
+        """The same entry, of whose experts so many of the last use no weight."""
+        first = self.num_experts - number
+        unseen = tuple(expert for expert in self.unseen if expert < first)
+        return replace(self, unseen=unseen, weightless=number)
 
     def scoped(self, expert_scope: str) -> ScoreEntry:
         """The same entry, selected from expert by expert or as one tensor."""
@@ -244,7 +251,9 @@ class ScoreEntry:
 
 def _all_zero(sums: Tensor) -> tuple[int, ...]:
     """The experts that nothing was added for."""
-    return tuple((sums.flatten(1).amax(1) == 0).nonzero().squeeze(1).tolist())
+    # Of most a few sums show it, and not all need be read.
+    maybe = (~sums[:, :1].flatten(1).any(1)).nonzero().squeeze(1).tolist()
+    return tuple(expert for expert in maybe if not sums[expert].any())
 
 
 def values_at(tensor: Tensor, index: Tensor) -> Tensor:
@@ -271,23 +280,13 @@ def fingerprint(weight: Tensor, block: OwnBlock | None = None) -> int:
     Args:
         block: where `weight` lies in a larger one: then the part of its sum that is made here.
     """
-    bits = weight.detach().view(_INTEGER_OF_SIZE[weight.element_size()])
-    rows = bits.flatten(0, -2) if bits.dim() > 1 else bits.reshape(-1, 1)
-    columns = max(1, rows.shape[1])
-    # Elsewhere than on a CPU launches must be few.
-    chunk = _FINGERPRINT_CHUNK * (1 if bits.device.type == "cpu" else 64)
-    step = max(1, chunk // columns)
     # With i = columns r + c the sum needs only those of each row and of each column.
-    of_columns = torch.zeros(rows.shape[1], dtype=torch.int64, device=bits.device)
-    of_rows = torch.zeros(rows.shape[0], dtype=torch.int64, device=bits.device)
-    for first in range(0, rows.shape[0], step):
-        part = rows[first : first + step].to(torch.int64)
-        of_columns += part.sum(0)
-        of_rows[first : first + step] = part.sum(1)
-    places = torch.arange(max(rows.shape), device=bits.device)
-    of_row, of_column = places[: rows.shape[0]], places[: rows.shape[1]]
+    of_rows, of_columns = bit_sums(weight)
+    columns = max(1, len(of_columns))
+    places = torch.arange(max(len(of_rows), columns), device=of_rows.device)
+    of_row, of_column = places[: len(of_rows)], places[: len(of_columns)]
     if block is not None and block.tensor.dim() > 1:
-        of_row, of_column = (each.to(bits.device) for each in block.rows_and_columns())
+        of_row, of_column = (each.to(of_rows.device) for each in block.rows_and_columns())
         columns = max(1, block.shape[-1])
     elif block is not None:
         of_row = block.flat_index(of_row)
@@ -342,7 +341,7 @@ def unseen_experts(entries: Mapping[str, ScoreEntry]) -> str:
     unseen = sum(len(entry.unseen) for entry in stacked)
     if not unseen:
         return ""
-    total = sum(entry.num_experts for entry in stacked)
+    total = sum(entry.num_experts - entry.weightless for entry in stacked)
     return f"{unseen} of {total} experts' weights unseen"
 
 
@@ -610,6 +609,7 @@ class Scores(Mapping[str, Tensor]):
                 "unit_axis": entry.unit_axis,
                 "fingerprint": entry.fingerprint,
                 **({"unseen": list(entry.unseen)} if entry.num_experts else {}),
+                **({"weightless": entry.weightless} if entry.weightless else {}),
             }
         config = {
             **({"expert_scope": self.expert_scope} if self._has_experts() else {}),
@@ -641,7 +641,8 @@ class Scores(Mapping[str, Tensor]):
         plain = Record({**_ENTRY, "unit_axis": Exactly(None)})
         if config["granularity"] != "weight":
             plain = Record({**_ENTRY, "shape": _MATRIX, "unit_axis": Whole(most=1)})
-        stacked = Record({**_OF_EXPERTS, "unit_axis": Exactly(None)})
+        weightless = {"weightless": Whole(least=1)}
+        stacked = Record({**_OF_EXPERTS, "unit_axis": Exactly(None)}, optional=weightless)
         entries = {}
         for name, described in config["entries"].items():
             with_experts = isinstance(described, Mapping) and "unseen" in described
@@ -693,5 +694,6 @@ def _read_entry(
         fingerprint=described["fingerprint"],
         unseen=tuple(described.get("unseen", ())),
         stacked="unseen" in described,
+        weightless=described.get("weightless", 0),
         signed=take("signed", Filled(("torch.float32",), size, finite=True)) if signs else None,
     )

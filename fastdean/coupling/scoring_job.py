@@ -257,7 +257,7 @@ class ScoringJob:
         entries = {
             target.parameter: joined(
                 target, entries, num_examples, asked.keep_top, asked.expert_scope
-            )
+            ).with_weightless(target.weightless)
             for scorable in scorables
             for target in scorable.targets
         }

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastdean.models.experts import fused_experts
 from fastdean.models.model_state import execution_device, materialised_weight, weight_of
 from fastdean.models.shards import OwnBlock
 
@@ -75,6 +76,15 @@ class Target:
     def shape(self) -> torch.Size:
         """Of the weight, or of what this rank has of it."""
         return self.weight.shape if self.block is None else self.block.tensor.shape
+
+    @property
+    def weightless(self) -> int:
+        """Of a stacked weight, how many of its last experts lack another and hand tokens on."""
+        layout = fused_experts(self.module) if self.stacked else None
+        if layout is None:
+            return 0
+        fewest = min(len(weight_of(self.module, leaf)) for leaf in layout.weights)
+        return len(self.weight) - fewest
 
     @property
     def summed_shape(self) -> tuple[int, ...]:

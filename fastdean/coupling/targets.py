@@ -129,7 +129,13 @@ def _of_word(found: Survey, word: str, groups: Collection[str | None]) -> list[T
     """What a group's name, "every" or a regular expression stands for."""
     if word == EVERY:
         return _by_parameter(found)
-    return [target for target in found.targets if _matches(target, word, groups)]
+    chosen = [target for target in found.targets if _matches(target, word, groups)]
+    # A group of which hooks see nothing, such as experts in a form of their own.
+    return chosen or [
+        target
+        for target in found.others
+        if word in BOTH and target.group == word and target.weight.dim() > 1
+    ]
 
 
 def _with_endings(found: Survey, endings: Iterable[str]) -> list[Target]:

@@ -317,6 +317,7 @@ def _try_out(
         if target is None:
             return matrix
         own = matrix.detach().requires_grad_(True)
+        seen.stands(target, expert)
         take_gradients([own], lambda _, gradient: seen.gradient(target, gradient, expert))
         return own
 
@@ -361,6 +362,8 @@ class _Observer:
         self._compared = compared
         self._passes: dict[str, list[_Pass]] = {target.parameter: [] for target in targets}
         self._directions = {t.parameter: _directions(t, seed) for seed, t in enumerate(targets)}
+        # Experts whose matrices autograd differentiates by.
+        self._standing: dict[str, set[int]] = {t.parameter: set() for t in targets if t.stacked}
         # Held, so that no other tensor comes to lie where one of them was.
         self._inputs: dict[str, Tensor] = {}
 
@@ -424,6 +427,10 @@ class _Observer:
         captured = _of_no_expert(target)
         return inside, captured.index_add(0, experts.cpu(), ((g @ u) * (x @ v)).cpu())
 
+    def stands(self, target: Target, expert: int) -> None:
+        """Say that the gradient of this expert's matrix will be noted by itself."""
+        self._standing[target.parameter].add(expert)
+
     def gradient(self, target: Target, gradient: Tensor, expert: int | None = None) -> None:
         """Note a gradient of the weight, of a stacked one that of all experts or of one.
 
@@ -467,7 +474,8 @@ class _Observer:
             order = next((order for order in (0, 1) if _apart(passes, order)), None)
             if order is not None and target.parameter in self._compared:
                 try:
-                    _require_gradient(target, passes, order)
+                    standing = self._standing.get(target.parameter)
+                    _require_gradient(target, passes, order, standing)
                 except StateError as error:
                     if target.parameter not in otherwise:
                         raise
@@ -542,7 +550,15 @@ def _of_no_expert(target: Target) -> Tensor:
     return torch.zeros(shape, device="cpu", dtype=torch.float32)
 
 
-def _require_gradient(target: Target, passes: Sequence[_Pass], order: int) -> None:
+def _require_gradient(
+    target: Target, passes: Sequence[_Pass], order: int, standing: Collection[int] | None
+) -> None:
+    """Raises: RuntimeError unless what was captured is what autograd gave.
+
+    Args:
+        standing: of a stacked weight the experts whose own gradient autograd gave. Of the others
+            it knows what the weight is used for beside their products, which must be nothing.
+    """
     for seen in passes:
         # What autograd rounds each entry of the gradient to, and where it flushes to zero.
         info = torch.finfo(seen.dtype)
@@ -550,6 +566,10 @@ def _require_gradient(target: Target, passes: Sequence[_Pass], order: int) -> No
         smallest = info.smallest_normal * info.eps * size**0.5
         captured = seen.captured[order]
         expected = torch.zeros_like(captured) if seen.expected is None else seen.expected
+        if standing is not None:
+            others = torch.ones(len(captured), 1, dtype=torch.bool, device="cpu")
+            others[list(standing)] = False
+            expected = expected + captured.where(others, 0)
         # Of experts each by itself, so that none can hide behind the others.
         off, scale = (captured - expected).norm(dim=-1), expected.norm(dim=-1)
         allowed = max(1e-3, 4 * info.eps) * scale + 4 * smallest * _DIRECTIONS**0.5

@@ -116,14 +116,21 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def default_tokens_per_batch(device: torch.device, matrices: Iterable[tuple[int, int]]) -> int:
+def default_tokens_per_batch(
+    device: torch.device,
+    matrices: Iterable[tuple[int, int]],
+    stacks: Iterable[tuple[int, int, int, int]] = (),
+) -> int:
     """Tokens in one forward pass, by the shapes of the model's weights and never by free memory.
 
     A GPU needs about 2k tokens to fill its matrix units. On a CPU the batch grows until what the
-    backward pass needs of it takes about the memory of the gradients of one layer's weights.
+    backward pass needs of it takes about the memory of the gradients of one layer's weights. Of a
+    mixture that is many tokens for those that an expert gets of them, and few experts' weights are
+    read, and their sums added to, for a few rows alone.
 
     Args:
         matrices: (outputs, inputs) of the weights that every token goes through.
+        stacks: (experts, chosen by a token, outputs, inputs) of the weights of mixtures.
     """
     if device.type == "cuda":
         return _MOST_TOKENS
@@ -131,6 +138,9 @@ def default_tokens_per_batch(device: torch.device, matrices: Iterable[tuple[int,
     for outputs, inputs in matrices:
         entries += outputs * inputs
         kept += outputs + inputs
+    for experts, chosen, outputs, inputs in stacks:
+        entries += experts * outputs * inputs
+        kept += chosen * (outputs + inputs)
     fitting = entries // max(1, kept) // 16 * 16
     return min(max(fitting, _FEWEST_TOKENS), _MOST_TOKENS)
 

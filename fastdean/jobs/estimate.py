@@ -621,6 +621,7 @@ def _operations(
     job: EstimateJob,
 ) -> dict[str, float]:
     """FLOP of each part; matrices, and attention's products of all pairs of an example's tokens."""
+    from fastdean.models.experts import chosen_experts
     from fastdean.models.forward import matrices_of
     from fastdean.models.model_state import config_entry, text_config
 
@@ -628,7 +629,7 @@ def _operations(
     tokens = sum(length for length, _ in lengths)
     predicted = sum(count for _, count in lengths)
     pairs = sum(length * length for length, _ in lengths)
-    experts = config_entry(config, "num_experts_per_tok")
+    experts = chosen_experts(config)
     heads = config_entry(config, "num_attention_heads") or 0
     hidden = config_entry(config, "hidden_size") or 0
     width = config_entry(config, "v_head_dim") or config_entry(config, "head_dim")

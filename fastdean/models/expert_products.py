@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fastdean.models.expert_parallel import own_experts, routed_here, summed
@@ -78,9 +79,16 @@ class Routing:
 # The name of a weight, the product's input [S, C], the product [S, R] and whose its rows are; what
 # is returned takes the product's place.
 Listener = Callable[[str, Tensor, Tensor, Routing], Tensor]
-# The name of a weight, an expert and its matrix as it is stored; what is returned, a tensor of the
-# same values, takes the matrix's place in the product.
+# The module, the name of a weight, an expert and its matrix as it is stored; what is returned, a
+# tensor of the same values, takes the matrix's place in the product.
 Stand = Callable[[nn.Module, str, int, Tensor], Tensor]
+# At so many experts of a stack the product is differentiated by the matrix that stands for it. All
+# run through the same lines, and a gradient of each would be another model's worth of memory
+# traffic for a mixture of hundreds.
+_STANDING = 4
+# Of 16 bits on a CPU: one, two or three rows take a library's slow way, 7 ms where four take 0.2 ms
+# (1536 x 1024, bf16 with AMX), and of hundreds of experts many get no more.
+_FEWEST_ROWS = 4
 # Called with a module, what was computed here and what the model's own implementation computes.
 Compare = Callable[[nn.Module, Tensor, Tensor], None]
 
@@ -121,7 +129,7 @@ def listening_to_experts(
     Args:
         listeners: by module, each one that `fused_experts` knows.
         compare: told what the model's own implementation computes of the same inputs, too.
-        stand: asked for what stands for the matrix of each expert that rows reach.
+        stand: asked for what stands for the matrices of the few experts that most rows reach.
     """
     block = _Block(listeners, compare, stand)
 
@@ -287,14 +295,16 @@ def _routed(
     number = len(own_experts(getattr(module, fused.up))), len(own_experts(module.down_proj))
     experts, order = chosen.reshape(-1).to(torch.int64).sort(stable=True)
     routing = Routing(order // k, experts, hidden.shape[0])
-    x = hidden[routing.rows]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    x = _Gathered.apply(hidden, order, place, k)
     # Experts without weights hand their tokens on as they are.
     with_weights = int((experts < min(number)).sum())
     out = _expert(module, fused, block, x[:with_weights], routing.only(slice(with_weights)))
     if with_weights < len(x):
         out = torch.cat([out, x[with_weights:].to(out.dtype)])
     weighted = out * weights.reshape(-1)[order].unsqueeze(-1)
-    by_token = weighted.new_empty(weighted.shape).index_copy(0, order, weighted)
+    by_token = _Gathered.apply(weighted, place, order, 1)
     return by_token.view(-1, k, weighted.shape[-1]).sum(1).to(hidden.dtype)
 
 
@@ -310,13 +320,16 @@ def _expert(module: Any, fused: FusedExperts, block: _Block, x: Tensor, routing:
     """y of each row of x, sorted by expert."""
     number = len(own_experts(module.down_proj))
     sizes = torch.bincount(routing.experts, minlength=number).tolist()
+    standing = _most_reached(x, routing, number) if block.stand is not None else frozenset()
 
     def product(name: str, x: Tensor) -> Tensor:
-        stored = own_experts(getattr(module, name)).unbind(0)
+        # What reaches the whole stack is of other uses than these products.
+        stored = own_experts(getattr(module, name)).detach().unbind(0)
 
         def matrix(expert: int) -> Tensor:
             own = stored[expert]
-            own = own if block.stand is None else block.stand(module, name, expert, own)
+            if block.stand is not None and expert in standing:
+                own = block.stand(module, name, expert, own)
             return own.mT if fused.transposed else own
 
         y = block.listeners[module](name, x, _products(x, matrix, sizes), routing)
@@ -338,11 +351,87 @@ def _gated(module: Any, units: Tensor) -> Tensor:
     return module.act_fn(gate) * value
 
 
+def _most_reached(x: Tensor, routing: Routing, number: int) -> frozenset[int]:
+    """The experts that most rows reach, of which there may be none."""
+    experts = routing.experts[x.any(-1)] if routing.dense else routing.experts
+    counts = torch.bincount(experts, minlength=number)
+    return frozenset(counts.argsort(descending=True, stable=True)[:_STANDING].tolist())
+
+
 def _products(x: Tensor, matrix: Callable[[int], Tensor], sizes: Sequence[int]) -> Tensor:
     """Rows of x, so many for each expert, by that expert's matrix [R, C]."""
-    parts = [
-        functional.linear(rows, matrix(expert))
-        for expert, rows in enumerate(x.split(sizes))
-        if len(rows)
-    ]
-    return torch.cat(parts) if parts else functional.linear(x, matrix(0))
+    matrices = [matrix(expert) for expert, size in enumerate(sizes) if size]
+    if not matrices:
+        return functional.linear(x, matrix(0))
+    sizes = [size for size in sizes if size]
+    # A cast of the caller's own, such as autocast's, is for the product to make.
+    plain = not torch.is_autocast_enabled(x.device.type)
+    if plain and all(each.dtype == x.dtype for each in matrices):
+        return _Products.apply(x, sizes, *matrices)
+    parts = zip(x.split(sizes), matrices, strict=True)
+    return torch.cat([functional.linear(rows, each) for rows, each in parts])
+
+
+class _Products(torch.autograd.Function):
+    """Rows of x, so many for each matrix [R, C], by that matrix; both ways into one tensor.
+
+    Of a product each, autograd would make a tensor each and copy them together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], *matrices: Tensor) -> Tensor:
+        ctx.sizes = sizes
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[2:]) else None, *matrices)
+        return _in_one(x, sizes, [each.mT for each in matrices])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, *matrices = ctx.saved_tensors
+        of_x = _in_one(g, ctx.sizes, matrices) if ctx.needs_input_grad[0] else None
+        of_matrices: list[Tensor | None] = [None] * len(matrices)
+        if x is not None:
+            parts = zip(x.split(ctx.sizes), g.split(ctx.sizes), strict=True)
+            for i, (rows, own) in enumerate(parts):
+                if ctx.needs_input_grad[2 + i]:
+                    of_matrices[i] = own.mT @ rows
+        return of_x, None, *of_matrices
+
+
+def _in_one(x: Tensor, sizes: Sequence[int], matrices: Sequence[Tensor]) -> Tensor:
+    """Rows of x, so many for each matrix [C, R], times that matrix."""
+    result = x.new_empty((len(x), matrices[0].shape[1]))
+    fewest = _FEWEST_ROWS if x.is_cpu and x.element_size() == 2 else 0
+    for rows, out, each in zip(x.split(sizes), result.split(sizes), matrices, strict=True):
+        if len(rows) < fewest:
+            padded = rows.new_zeros((fewest, rows.shape[1]))
+            padded[: len(rows)] = rows
+            out.copy_(torch.mm(padded, each)[: len(rows)])
+        else:
+            torch.mm(rows, each, out=out)
+    return result
+
+
+class _Gathered(torch.autograd.Function):
+    """Rows of x [N, H] that stand k times, in an order of all [N * k, H].
+
+    Autograd would add gradients up row by row.
+
+    Args:
+        order: int64 [N * k], which row, k of each; place: where each of them went.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.k = k
+        return x.index_select(0, order // k if k > 1 else order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        rows = g.index_select(0, place)
+        if ctx.k > 1:
+            rows = rows.view(-1, ctx.k, rows.shape[-1]).sum(1)
+        return rows, None, None, None

@@ -13,11 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastdean.models.model_state import config_entry
 from fastdean.models.shards import is_sharded
 
 DOWN = "down_proj"
 _UPS = {"gate_up_proj": True, "up_proj": False}
 _ROUTED, _DENSE = 3, 1
+# What configurations call the number of experts that a token goes to.
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
 # It changes the layout of the weights when it is first called.
 _OTHER_LAYOUT = "deepgemm_megamoe"
 
@@ -46,6 +49,12 @@ class FusedExperts:
     @property
     def weights(self) -> tuple[str, str]:
         return self.up, DOWN
+
+
+def chosen_experts(config: Any) -> int | None:
+    """To how many experts a token goes, as far as the configuration of a text model says it."""
+    found = (config_entry(config, name) for name in _CHOSEN)
+    return next((number for number in found if isinstance(number, int)), None)
 
 
 def fused_experts(module: nn.Module) -> FusedExperts | None:

@@ -28,6 +28,7 @@ from fastdean.models.calling import (
     logits_of,
     require_row_per_token,
 )
+from fastdean.models.experts import chosen_experts, fused_experts
 from fastdean.models.hooks import forward_pre_hooks
 from fastdean.models.model_state import (
     config_entry,
@@ -37,6 +38,7 @@ from fastdean.models.model_state import (
     max_tokens,
     text_config,
     unwrap,
+    weight_of,
 )
 from fastdean.models.probes import (
     numbers_from,
@@ -203,7 +205,23 @@ def tokens_per_batch_of(model: nn.Module, device: torch.device | None = None) ->
     head = _head_of(model)
     size = None if head is None else tuple(head.shape)
     device = input_device(model) if device is None else device
-    return default_tokens_per_batch(device, (m for m in matrices if m != size))
+    return default_tokens_per_batch(device, (m for m in matrices if m != size), _stacks_of(model))
+
+
+def _stacks_of(model: nn.Module) -> Iterator[tuple[int, int, int, int]]:
+    """Of the stacked weights of experts how many there are, how many a token goes through, and
+    outputs and inputs of each."""
+    chosen = chosen_experts(text_config(model))
+    for module in model.modules():
+        fused = fused_experts(module)
+        if fused is None:
+            continue
+        for leaf in fused.weights:
+            number, *sizes = weight_of(module, leaf).shape
+            outputs, inputs = reversed(sizes) if fused.transposed else sizes
+            # Some are given every token, with zeros for those that others were chosen for.
+            through = min(chosen or number, number) if fused.routed else number
+            yield number, through, outputs, inputs
 
 
 def matrices_of(model: nn.Module) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ Pointers go stale unnoticed (`.to()`, `p.data =`, offload), so every call reads 
 strides, dtype and device anew. Older ones are only compared with.
 """
 
+from fastdean.native.bits import bit_sums
 from fastdean.native.collapse import collapse_alignment, collapse_alignment_backward
 from fastdean.native.extension import (
     ABI_VERSION,
@@ -26,6 +27,7 @@ __all__ = [
     "NativeStatus",
     "accumulate_expert_importance_",
     "accumulate_importance_",
+    "bit_sums",
     "collapse_alignment",
     "collapse_alignment_backward",
     "cpu_level",

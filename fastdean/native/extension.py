@@ -19,7 +19,7 @@ from fastdean.native import structs
 from fastdean.wording.mendable import StateError
 
 # The number in csrc/fastdean.h that this package was written for.
-ABI_VERSION = 10
+ABI_VERSION = 11
 
 _DTYPE_CODES = {
     torch.float16: "DTYPE_FLOAT16",

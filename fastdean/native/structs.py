@@ -47,6 +47,10 @@ STRUCTS = {
         "Address indices, Address sums, Address signed_sums, Address found, "
         "CpuLevel level, Number num_workers, Address workspace"
     ),
+    "BitSumsParams": _fields(
+        "Address bits, Number stride_r, Number stride_c, Number bytes, Number rows, "
+        "Number columns, Address of_rows, Address of_columns, Number num_workers"
+    ),
     "CollapseParams": _fields(
         "Address features, Number features_stride, DType features_dtype, Address labels, "
         "Address weight, Number weight_stride, DType weight_dtype, "

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdean.ops.bits import bit_sums
     from fastdean.ops.collapse import collapse_alignment
     from fastdean.ops.importance import (
         accumulate_expert_importance_,
@@ -24,6 +25,7 @@ _HOME = {
     "accumulate_expert_importance_": "fastdean.ops.importance",
     "accumulate_importance_": "fastdean.ops.importance",
     "accumulate_unit_importance_": "fastdean.ops.importance",
+    "bit_sums": "fastdean.ops.bits",
     "collapse_alignment": "fastdean.ops.collapse",
     "gather_at": "fastdean.ops.mask",
     "select_expert_importance": "fastdean.ops.importance_selection",
@@ -37,6 +39,7 @@ __all__ = [
     "accumulate_expert_importance_",
     "accumulate_importance_",
     "accumulate_unit_importance_",
+    "bit_sums",
     "collapse_alignment",
     "gather_at",
     "select_expert_importance",

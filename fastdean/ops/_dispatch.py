@@ -81,6 +81,12 @@ def _native_selection_refuses(device: torch.device, dtype: torch.dtype | None) -
     return native.refusal(device)
 
 
+def _native_bit_sums_refuse(device: torch.device, dtype: torch.dtype | None) -> str:
+    if device.type != "cpu":
+        return f"the compiled sums of bits run on the CPU, not on {device.type}"
+    return native.refusal(device)
+
+
 def _slow_on_a_cpu(op: str, device: torch.device) -> str:
     return "interpreted kernels are slow; ask for it by name" if device.type == "cpu" else ""
 
@@ -100,7 +106,8 @@ _NATIVE = _Implementation("native", lambda device, dtype: native.refusal(device)
 _NATIVE_ACCUMULATION = _Implementation("native", _native_accumulation_refuses)
 _NATIVE_SELECTION = _Implementation("native", _native_selection_refuses)
 _NATIVE_FUSED = _Implementation("native", _native_accumulation_refuses)
-ONLY_ON_CPU = (_NATIVE_ACCUMULATION, _NATIVE_SELECTION, _NATIVE_FUSED)
+_NATIVE_BIT_SUMS = _Implementation("native", _native_bit_sums_refuse)
+ONLY_ON_CPU = (_NATIVE_ACCUMULATION, _NATIVE_SELECTION, _NATIVE_FUSED, _NATIVE_BIT_SUMS)
 
 _TRITON_HOME = {
     "accumulate_importance_": "fastdean.kernels.importance",
@@ -117,6 +124,7 @@ _TABLE: dict[str, tuple[_Implementation, ...]] = {
     "select_top": (_TRITON, _NATIVE_SELECTION, _REFERENCE),
     "select_importance": (_TRITON, _NATIVE_FUSED, _REFERENCE),
     "select_expert_importance": (_NATIVE_FUSED, _REFERENCE),
+    "bit_sums": (_NATIVE_BIT_SUMS, _REFERENCE),
     "gather_at": (_NATIVE, _REFERENCE),
     "write_at_": (_NATIVE, _REFERENCE),
     "zero_at_": (_NATIVE, _REFERENCE),

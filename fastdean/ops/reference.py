@@ -16,6 +16,9 @@ CV_EPSILON = 1e-3
 LEAST_COUNT = 2.0**-20
 CENTRED_ROUNDING = 8.0
 
+# Of bits that are summed at a time: 1 MiB of int64, which a CPU's caches hold.
+_CHUNK_ENTRIES = 1 << 17
+
 
 # A decorator and no block: an interrupt as a block ends would leave autograd off.
 @torch.no_grad()
@@ -149,6 +152,20 @@ def importance(sums: Tensor, weight: Tensor | None, num_examples: int) -> Tensor
 def select_top(sums: Tensor, weight: Tensor | None, num_examples: int, k: int) -> Tensor:
     """See `ops.select_top`."""
     return _top(sums, weight, num_examples, k, 0)
+
+
+def bit_sums(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """See `ops.bit_sums`; of integers [R, C]."""
+    # Elsewhere than on a CPU launches must be few.
+    chunk = _CHUNK_ENTRIES * (1 if bits.device.type == "cpu" else 64)
+    step = max(1, chunk // max(1, bits.shape[1]))
+    of_columns = torch.zeros(bits.shape[1], dtype=torch.int64, device=bits.device)
+    of_rows = torch.zeros(bits.shape[0], dtype=torch.int64, device=bits.device)
+    for first in range(0, bits.shape[0], step):
+        part = bits[first : first + step].to(torch.int64)
+        of_columns += part.sum(0)
+        of_rows[first : first + step] = part.sum(1)
+    return of_rows, of_columns
 
 
 def _top(sums: Tensor, weight: Tensor | None, num_examples: int, k: int, offset: int) -> Tensor:

@@ -81,6 +81,30 @@ def test_only_the_package_of_this_checkout_is_measured(tmp_path, monkeypatch, ca
     assert f", got {found}; set PYTHONPATH" in line and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("run", ["streamed", "orders", "growth", "patch"])
+@pytest.mark.parametrize("option", ["--folder", "--out"])
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path, tested, capsys, run, option):
+    file = tmp_path / "file"
+    file.write_text("")
+    given = {"--folder": str(tmp_path), "--out": str(tmp_path / "results")}
+    given[option] = str(file / "in" / "it")
+    assert main([run, "--device", "cpu", *(word for pair in given.items() for word in pair)]) == 2
+    name = option.strip("-")
+    assert capsys.readouterr().err == (
+        f"error: {name} must be a folder or a place for one, got '{file}/in/it' ({file} is no "
+        f"folder); name another with {option}\n"
+    )
+    assert not tested and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_page_that_is_not_there_is_refused_in_one_line(tmp_path, capsys):
+    assert main(["table", "--op", "score", "--into", str(tmp_path / "page.md")]) == 2
+    assert capsys.readouterr().err == (
+        "error: into must be a page with the table's two marker lines, got "
+        f"'{tmp_path}/page.md', which is no file; name one with --into\n"
+    )
+
+
 def test_the_recorded_command_holds_no_absolute_path():
     argv = ["-m", "benchmarks", "--model", "/home/me/some", "--rows=/home/a=b/rows.csv", "c=/d/e.f"]
     expected = "python -m benchmarks --model some --rows=rows.csv c=e.f"

@@ -112,7 +112,7 @@ def test_what_cannot_be_measured_costs_no_tests(tmp_path, monkeypatch, capsys):
     usage = SimpleNamespace(free=18_431)
     monkeypatch.setattr(patch.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(gate, "passes", lambda *a, **options: pytest.fail("ran the tests"))
-    for arguments in ((), ("--folder", "nowhere")):
+    for arguments in ((), ("--folder", str(tmp_path / "no" / "where"))):
         assert main(["patch", "--toy", "--out", str(tmp_path / "results"), *arguments]) == 2
         text = "error: folder must have room for 3 copies of the checkpoint, 1.84e-05 GB, got"
         assert text in capsys.readouterr().err

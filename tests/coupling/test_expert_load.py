@@ -102,11 +102,59 @@ def test_a_row_says_how_even_a_layer_is_and_which_experts_are_shared():
     assert said.endswith("got none; shared experts in 2 got every token")
 
 
+@pytest.mark.parametrize(
+    "family, block",
+    [
+        ("Qwen2Moe", "mlp.shared_expert"),
+        ("Qwen3Next", "mlp.shared_expert"),
+        ("DeepseekV2", "mlp.shared_experts"),
+        ("Glm4Moe", "mlp.shared_experts"),
+        ("Llama4Text", "feed_forward.shared_expert"),
+        ("NemotronH", "mixer.shared_experts"),
+        ("GraniteMoeShared", "shared_mlp"),
+        ("GraniteMoeHybrid", "shared_mlp"),
+    ],
+)
+def test_experts_that_every_token_passes_are_told_apart_from_routed_ones(family, block):
+    scores = scored(experts_model(family), EXAMPLES[:2])
+    rows = scores.expert_load
+    layers = {row["name"][: row["name"].index(f".{row['layer']}.") + 2] for row in rows}
+    found = {name for row in rows for name in row["shared"]}
+    assert rows and found == {f"{layer}.{block}" for layer in layers}
+    # Scored, and no experts of the load.
+    assert all(any(name.startswith(f"{each}.") for name in scores) for each in found)
+    assert not found & {row["name"] for row in rows}
+    assert f"shared experts in {len(rows)} got every token" in load_line(rows)
+
+
 def test_dense_feed_forward_blocks_beside_a_mixture_are_no_shared_experts():
     assert not any(row["shared"] for row in scored(experts_model("LongcatFlash")).expert_load)
     assert not any(row["shared"] for row in scored(experts_model("Mixtral")).expert_load)
     (routed,) = scored(experts_model("DeepseekV3")).expert_load
     assert routed["shared"] == ["model.layers.1.mlp.shared_experts"]
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_top": 0.02, "order": "layers"}])
+def test_experts_without_weights_are_never_unseen(options, tmp_path):
+    """A token that LongcatFlash sends to one of them comes back as it is."""
+    model = experts_model("LongcatFlash")
+    first = model.model.layers[0].mlp.experts.down_proj.shape[0]
+    ids = torch.tensor([5, 6])
+    scores = scored(model, [(ids, ids)], **options)
+    unseen = scores.manifest["unseen_experts"]
+    weightless = 0
+    for name, entry in scores.entries.items():
+        if entry.num_experts:
+            weightless += entry.num_experts - first
+            reached = {int(at) // entry.competing for at in scores.select(name, 5)}
+            assert set(entry.unseen) == set(range(first)) - reached
+    assert unseen and weightless == 2
+    number = sum(map(len, unseen.values()))
+    said = f"{number} of {2 * first} experts' weights unseen"
+    assert said in repr(scores)
+    scores.save_pretrained(tmp_path / "scores")
+    read = fastdean.Scores.from_pretrained(tmp_path / "scores")
+    assert said in repr(read) and said in repr(read + read if not options else read)
 
 
 def test_a_model_without_experts_has_no_load():

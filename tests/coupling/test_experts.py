@@ -12,13 +12,17 @@ from oracle import example_loss, norm_error, top_k
 from tiny_data import batches, make_examples
 from tiny_experts import CHOSEN, EXPERTS, FAMILIES, experts_model, own_importance
 from tiny_models import llama
+from torch.nn import functional
 
 import fastdean
 from fastdean.coupling import resumable, trial
 from fastdean.coupling.accumulators import all_sums_bytes, split_by_memory, sums_bytes
 from fastdean.coupling.targets import find_targets
+from fastdean.data.batching import default_tokens_per_batch
+from fastdean.models import expert_products
 from fastdean.models.expert_products import NAME, listening_to_experts
 from fastdean.models.experts import fused_experts
+from fastdean.models.forward import _stacks_of
 from fastdean.wording.mendable import StateError
 
 # Ordinary; transposed with biases, interleaved and clamped; rows by expert; without a gate.
@@ -275,8 +279,6 @@ def test_the_trial_never_has_a_gradient_of_the_whole_stack(family, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["product", "gradient"])
 def test_one_wrong_expert_of_many_is_refused(kind, monkeypatch):
-    from fastdean.models import expert_products
-
     model, products = experts_model("Mixtral", num_local_experts=16), expert_products._products
 
     def wrong(x, matrix, sizes):
@@ -402,3 +404,98 @@ def test_a_packed_linear_whose_weight_is_a_buffer_is_refused_by_name():
     mlp.up_proj = Packed(mlp.up_proj)
     with pytest.raises(ValueError, match=r"torch.int32 in model.layers.1.mlp.up_proj.qweight"):
         find_targets(model, "mlp")
+
+
+# The products: into one tensor, with the bits of a Linear layer's.
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_products_are_those_of_linear_layers(dtype, transposed):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [3, 0, 1, 7]
+    stack = torch.randn((4, 6, 5), generator=generator).to(dtype)
+    stored = stack.mT.contiguous().mT if transposed else stack
+    x, g = (torch.randn((11, n), generator=generator).to(dtype) for n in (5, 6))
+    asked = [each.clone().requires_grad_(True) for each in stored.unbind(0)]
+
+    def both(products):
+        rows = x.clone().requires_grad_(True)
+        y = products(rows)
+        given = torch.autograd.grad(y, [rows, *(asked[e] for e in (0, 2, 3))], g)
+        return [y.detach(), *given]
+
+    def linear(rows):
+        parts = zip(rows.split(sizes), asked, strict=True)
+        return torch.cat([functional.linear(part, each) for part, each in parts])
+
+    ours = both(lambda rows: expert_products._products(rows, asked.__getitem__, sizes))
+    for found, expected in zip(ours, both(linear), strict=True):
+        if dtype == torch.bfloat16:
+            # A few rows are computed among others, which may round otherwise.
+            torch.testing.assert_close(found, expected)
+        else:
+            assert torch.equal(found, expected)
+
+
+def test_products_under_autocast_are_in_its_dtype():
+    x, weight = torch.randn(3, 5), torch.randn(6, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = expert_products._products(x, lambda expert: weight, [3])
+        assert y.dtype == torch.bfloat16 and torch.equal(y, functional.linear(x, weight))
+
+
+def test_rows_go_to_their_experts_and_gradients_back():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((5, 4), generator=generator, requires_grad=True)
+    order = torch.randperm(15, generator=generator)
+    place = order.argsort()
+    g = torch.randn((15, 4), generator=generator)
+    rows = expert_products._Gathered.apply(x, order, place, 3)
+    assert torch.equal(rows, x[order // 3])
+    (found,) = torch.autograd.grad(rows, x, g)
+    (expected,) = torch.autograd.grad(x[order // 3], x, g)
+    torch.testing.assert_close(found, expected)
+    back = expert_products._Gathered.apply(rows.detach(), place, order, 1)
+    assert torch.equal(back, x.detach().repeat_interleave(3, 0))
+
+
+def test_the_trial_differentiates_by_few_experts(monkeypatch):
+    model, asked = experts_model("Mixtral", num_local_experts=16), set()
+    products = expert_products._products
+
+    def counted(x, matrix, sizes):
+        asked.add(sum(matrix(e).requires_grad for e, size in enumerate(sizes) if size))
+        return products(x, matrix, sizes)
+
+    monkeypatch.setattr(expert_products, "_products", counted)
+    scored(model)
+    assert max(asked) == 4
+
+
+# Batches: as large as the weights of a mixture warrant, with the same result.
+
+
+@pytest.mark.parametrize(
+    "stacks, tokens",
+    [
+        ([], 512),
+        # Each token goes through all: as of so many matrices.
+        ([(4, 4, 1024, 1024)], 512),
+        ([(8, 4, 1024, 1024)], 912),
+        ([(64, 8, 1024, 1024)], 2048),
+        # Of a wider mixture, through which little goes of a batch at a time, no fewer.
+        ([(4, 4, 64, 32)], 432),
+    ],
+)
+def test_batches_are_larger_for_mixtures(stacks, tokens):
+    assert default_tokens_per_batch(torch.device("cpu"), [(1024, 1024)], stacks) == tokens
+    assert default_tokens_per_batch(torch.device("cuda"), [(1024, 1024)], stacks) == 2048
+
+
+@pytest.mark.parametrize("family, chosen", [("Qwen2Moe", 2), ("GptOss", 2), ("Llama4Text", 5)])
+def test_the_experts_that_a_token_goes_through_are_counted(family, chosen):
+    stacks = list(_stacks_of(experts_model(family)))
+    hidden, units = 32, 40 if family != "Qwen2Moe" else 24
+    of_layer = [(EXPERTS, chosen, 2 * units, hidden), (EXPERTS, chosen, hidden, units)]
+    assert stacks == 2 * of_layer

@@ -14,8 +14,8 @@ from tiny_data import batches, make_examples
 from tiny_models import INTERMEDIATE, gpt2, llama
 
 import fastdean
-from fastdean.coupling import scores as scores_module
 from fastdean.coupling.scores import ScoreEntry, Scores, fingerprint
+from fastdean.ops import reference
 
 EXAMPLES = make_examples()
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -191,8 +191,10 @@ def test_fingerprints_are_the_sum_that_is_written_down(monkeypatch, dtype, shape
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     bits = weight.view(integers).flatten().tolist()
     total = sum((2 * i + 1) * b for i, b in enumerate(bits))
+    assert fingerprint(weight) == (total + 2**63) % 2**64 - 2**63
+    monkeypatch.setenv("FASTDEAN_IMPL", "reference")
     for chunk in (1, 12, 1 << 17):
-        monkeypatch.setattr(scores_module, "_FINGERPRINT_CHUNK", chunk)
+        monkeypatch.setattr(reference, "_CHUNK_ENTRIES", chunk)
         assert fingerprint(weight) == (total + 2**63) % 2**64 - 2**63
 
 
@@ -219,7 +221,8 @@ def test_fingerprints_see_where_values_lie(dtype):
 @pytest.mark.parametrize("shape", [(), (11,), (5, 7), (7, 5), (2, 3, 4), (0, 4)])
 @pytest.mark.parametrize("chunk", [1, 14, 1 << 18])
 def test_fingerprints_are_the_sum_they_say_whatever_the_chunks(shape, chunk, monkeypatch):
-    monkeypatch.setattr("fastdean.coupling.scores._FINGERPRINT_CHUNK", chunk)
+    monkeypatch.setattr(reference, "_CHUNK_ENTRIES", chunk)
+    monkeypatch.setenv("FASTDEAN_IMPL", "reference")
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
     bits = weight.flatten().view(torch.int64).tolist()
     total = sum((2 * i + 1) * value for i, value in enumerate(bits)) % 2**64

@@ -282,10 +282,51 @@ def test_experts_have_no_units_and_a_model_of_nothing_else_is_refused_with_the_r
     assert "fused experts have scores of weights alone" in text
 
 
-def test_experts_in_a_form_of_their_own_are_refused_by_name():
-    with pytest.raises(ValueError, match="hooks cannot see the fused tensors ") as caught:
-        find_targets(jetmoe(), "mlp")
-    assert "model.layers.*.mlp.input_linear.weight" in str(caught.value)
+def dbrx():
+    """Experts that are rows of one matrix."""
+    from transformers import DbrxConfig, DbrxForCausalLM
+
+    torch.manual_seed(0)
+    config = DbrxConfig(
+        d_model=32,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=64,
+        vocab_size=MOE["vocab_size"],
+        attn_config={"rope_theta": 10000.0, "clip_qkv": 8.0, "kv_n_heads": 2},
+        ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    )
+    return DbrxForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("order", ["batches", "layers"])
+@pytest.mark.parametrize(
+    "model, leaves",
+    [
+        (jetmoe, ["input_linear.weight", "output_linear.weight"]),
+        (dbrx, ["experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2"]),
+    ],
+)
+def test_experts_in_a_form_of_their_own_are_scored_from_their_gradients(
+    model, leaves, order, caplog
+):
+    model, examples = model(), make_examples()
+    with caplog.at_level(logging.WARNING, logger="fastdean"):
+        scores = fastdean.score(model, batches(examples, 3), order=order, progress=False)
+    owners = {name.partition(".mlp.")[0].partition(".ffn.")[0] for name in scores}
+    assert len(owners) == 2 and len(scores) == 2 * len(leaves)
+    assert all(name.endswith(tuple(leaves)) for name in scores)
+    assert sorted(scores.manifest["one_backward_pass_per_example"]) == sorted(scores)
+    assert f"of 'mlp' no hook sees a product: {len(scores)} parameters" in caplog.text
+    expected = weight_importance(model, examples, list(scores))
+    for name in scores:
+        assert norm_error(scores[name], expected[name]) < 1e-5
+
+
+def test_experts_in_a_form_of_their_own_have_no_units_and_are_no_part_of_all():
+    with pytest.raises(ValueError, match="4 parameters that have no units, such as model.layers.0"):
+        find_targets(jetmoe(), "mlp", "unit")
+    assert not any(target.by_example for target in find_targets(jetmoe(), "all"))
 
 
 def test_a_warning_says_that_most_of_what_was_asked_for_is_not_scored(caplog):

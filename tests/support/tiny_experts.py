@@ -73,6 +73,10 @@ FAMILIES = {
     "MiniMax": _LOCAL | {"head_dim": 8, "block_size": 8},
     "Olmoe": _NUMBER,
     "GraniteMoe": _LOCAL,
+    "GraniteMoeShared": _LOCAL | {"shared_intermediate_size": 20},
+    "GraniteMoeHybrid": _LOCAL
+    | {"shared_intermediate_size": 20, "layer_types": ["attention", "attention"]}
+    | {"mamba_n_heads": 8, "mamba_d_head": 8},
     "Jamba": _NUMBER
     | {
         "attn_layer_offset": 1,
