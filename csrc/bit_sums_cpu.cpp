@@ -4,6 +4,7 @@
 // are the same in any order, so that the number of workers changes nothing.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "fastdean.h"
 #include "parallel.h"
@@ -36,10 +37,19 @@ struct Narrow<int64_t> {
   static constexpr int64_t kMostRows = int64_t{1} << 31;
 };
 
+// memcpy, because nothing promises aligned storage.
+template <class Bits>
+typename Narrow<Bits>::Sum value_at(const char* from) {
+  Bits bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return static_cast<typename Narrow<Bits>::Sum>(bits);
+}
+
 template <class Bits>
 void add_rows(const BitSumsParams& p, int64_t first, int64_t end, uint64_t* of_columns) {
   using Sum = typename Narrow<Bits>::Sum;
-  const auto* bits = reinterpret_cast<const Bits*>(p.bits);
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(Bits));
+  const auto* bits = reinterpret_cast<const char*>(p.bits);
   auto* of_rows = reinterpret_cast<uint64_t*>(p.of_rows);
   Sum block[kBlockColumns];
   for (int64_t c = 0; c < p.columns; c += kBlockColumns) {
@@ -48,17 +58,17 @@ void add_rows(const BitSumsParams& p, int64_t first, int64_t end, uint64_t* of_c
       const int64_t until = std::min(end, r + Narrow<Bits>::kMostRows);
       std::fill(block, block + width, Sum{0});
       for (; r < until; ++r) {
-        const Bits* row = bits + r * p.stride_r + c * p.stride_c;
+        const char* row = bits + (r * p.stride_r + c * p.stride_c) * kBytes;
         Sum total = 0;
         if (p.stride_c == 1) {
           for (int64_t w = 0; w < width; ++w) {
-            const Sum value = static_cast<Sum>(row[w]);
+            const Sum value = value_at<Bits>(row + w * kBytes);
             block[w] += value;
             total += value;
           }
         } else {
           for (int64_t w = 0; w < width; ++w) {
-            const Sum value = static_cast<Sum>(row[w * p.stride_c]);
+            const Sum value = value_at<Bits>(row + w * p.stride_c * kBytes);
             block[w] += value;
             total += value;
           }

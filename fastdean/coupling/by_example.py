@@ -176,6 +176,8 @@ def require_one_window(scorable: Scorable, layers: Sequence[str]) -> None:
     if not scorable.by_example:
         return
     if scorable.scale is not None:
+        # A window that overflows does its batch again at a lower scale, by the gradients that its
+        # hooks deliver (`WindowSums`). Leaves have them only when the window is through.
         raise NotByLayers(
             "order='layers' must have a model in bfloat16 or float32 for parameters that no hook "
             f"scores, got float16 with {scorable.targets[0].parameter}"
@@ -188,6 +190,10 @@ def require_one_window(scorable: Scorable, layers: Sequence[str]) -> None:
             for name in (target.parameter, *target.aliases)
         }
         if len(owners) > 1 or None in owners:
+            # |a + b| is not |a| + |b|: of a table that is the head too, what the loss leaves would
+            # have to wait for what the first window adds. For each example that is a number for
+            # every entry of the table, or the loss a second time in that window, of states that
+            # are gone by then and that a job which goes on does not keep.
             raise NotByLayers(
                 "order='layers' must find the whole gradient of a parameter in one window, got "
                 f"{target.parameter}, which is {target.aliases[0]} too"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -10,8 +13,11 @@ from tiny_data import batches, make_examples
 from tiny_experts import CHOSEN, EXPERTS, experts_model
 
 import fastdean
+from benchmarks.architectures.classes import listed
+from benchmarks.architectures.tiny import tiny_model
 from fastdean.coupling import loss_scale
-from fastdean.coupling.expert_load import load_line, load_rows
+from fastdean.coupling.expert_load import _shared_beside, load_line, load_rows
+from fastdean.coupling.targets import survey
 from fastdean.models.experts import fused_experts
 
 # Of several lengths, so that batches are padded where nothing is packed.
@@ -125,6 +131,24 @@ def test_experts_that_every_token_passes_are_told_apart_from_routed_ones(family,
     assert all(any(name.startswith(f"{each}.") for name in scores) for each in found)
     assert not found & {row["name"] for row in rows}
     assert f"shared experts in {len(rows)} got every token" in load_line(rows)
+
+
+@pytest.mark.slow
+def test_shared_experts_of_every_family_of_transformers():
+    families = 0
+    for listed_class in listed().values():
+        source = inspect.getsource(sys.modules[listed_class.model_class().__module__])
+        if listed_class.kind != "causal" or "experts" not in source:
+            continue
+        model = tiny_model(listed_class, 0)
+        modules, found = dict(model.named_modules()), survey(model)
+        experts = [name for name, module in modules.items() if fused_experts(module)]
+        layers = [layer for layer in found.layers if any(f"{layer}." in name for name in experts)]
+        called = {name for name in modules if re.search(r"shared_(experts?|mlp)$", name)}
+        called = {name for name in called if any(name.startswith(f"{each}.") for each in layers)}
+        assert {block for name in experts for block in _shared_beside(name, found)} == called
+        families += bool(called)
+    assert families > 25
 
 
 def test_dense_feed_forward_blocks_beside_a_mixture_are_no_shared_experts():

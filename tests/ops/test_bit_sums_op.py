@@ -65,6 +65,17 @@ def test_any_layout(impl, dtype):
 
 
 @IMPL
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_memory_that_is_not_aligned(impl, shift):
+    """As a tensor may lie in a file."""
+    memory = bytearray(shift + 4 * 40 * 33)
+    memory[shift:] = random_bits((40, 33), torch.float32).numpy().tobytes()
+    weight = torch.frombuffer(memory, dtype=torch.float32, offset=shift).view(40, 33)
+    found = bit_sums(weight, impl=impl)
+    require_sums(random_bits((40, 33), torch.float32), found)
+
+
+@IMPL
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("extreme", ["min", "max"])
 def test_narrow_sums_do_not_overflow(impl, dtype, extreme):
