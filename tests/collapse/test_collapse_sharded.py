@@ -1,0 +1,556 @@
+"""A model whose weights lie on several ranks learns from the term as a whole one in one process.
+
+The processes are started once; each goes through all situations, and the tests read what came out.
+"""
+
+from __future__ import annotations
+
+import traceback
+
+import pytest
+import torch
+from regularized import (
+    BATCHES,
+    JOINED,
+    STRENGTH,
+    batches_of,
+    require_same_training,
+    total_loss,
+    trained,
+    unlabelled,
+    whole,
+)
+from tiny_classes import rich_batches, some_classes
+from tiny_data import make_examples
+from tiny_models import VOCAB, bert, llama, qwen2
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from two_ranks import WORLD, join_group, leave_group, run_ranks
+
+from fastdean import CollapseRegularizer
+from fastdean.collapse import CollapseClasses, collapse_metrics, nearest_mean_agreement
+
+CUMULATIVE = {}
+WINDOW = {"mode": "window", "decay": 0.5}
+LIVE = {"detach_features": False, "statistic": "mean", **WINDOW}
+LIVE_BATCH = {"detach_features": False, "mode": "batch"}
+
+# Words of several pieces, some of them shared, in both halves of the vocabulary.
+PIECES = ((5,), (9, 60), (60,), (20, 5), (44,), (31,), (80, 81, 82))
+OF_PIECES = CollapseClasses(
+    pieces=PIECES, words=tuple(map(str, PIECES)), groups=("group",) * len(PIECES)
+)
+
+
+def fully(model, **options):
+    """As users do it: each layer, then the model."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def in_units(model):
+    """As accelerate and transformers do it: embedding, norm and head in units of their own."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if table.weight is head.weight:
+        fully_shard([model.model.norm, table, head], reshard_after_forward=False)
+    else:
+        fully_shard(table)
+        fully_shard(head)
+    return fully_shard(model)
+
+
+def by_columns(model):
+    from torch.distributed.tensor import Shard
+
+    return fully(model, shard_placement_fn=lambda p: Shard(1) if p.dim() == 2 else None)
+
+
+def loaded(model, folder, **options):
+    """As transformers splits it, by its own plan."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(**options)
+    name = type(model).__name__
+    return AutoModelForCausalLM.from_pretrained(
+        folder / name, distributed_config=config, dtype=torch.float64
+    )
+
+
+def of_layers(model, mesh):
+    """The layers split by torch; embedding and head are whole on every rank."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    for layer in model.model.layers:
+        plan = {
+            **{f"self_attn.{n}_proj": ColwiseParallel() for n in "qkv"},
+            "self_attn.o_proj": RowwiseParallel(),
+            "mlp.gate_proj": ColwiseParallel(),
+            "mlp.up_proj": ColwiseParallel(),
+            "mlp.down_proj": RowwiseParallel(),
+        }
+        parallelize_module(layer, mesh, plan)
+    return model
+
+
+def with_head(model, mesh):
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    parallelize_module(model.lm_head, mesh, ColwiseParallel(output_layouts=Replicate()))
+    return of_layers(model, mesh)
+
+
+def mesh_of(*shape):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    names = ("dp", "tp")[-len(shape) :]
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def uneven(build=llama):
+    """A vocabulary of which the last rank has fewer rows."""
+    config = build().config
+    config.vocab_size = VOCAB + 5
+    torch.manual_seed(0)
+    return type(build())(config).eval()
+
+
+def rows(lengths, seed):
+    return [
+        {"input_ids": ids, "labels": ids}
+        for ids, _ in make_examples(lengths=lengths, seed=seed, vocab=VOCAB)
+    ]
+
+
+TEXT = rows((30, 9, 41, 2, 25, 17, 33), 0)
+HELD_OUT = rows((40, 12, 3), 1)
+NO_WORDS = [{"input_ids": torch.full((6,), 3), "labels": torch.full((6,), 3)}]
+
+
+# Name of a situation: the model, the options, the classes, and how it is sharded; the second kind
+# gives all ranks the same batches.
+FSDP = {
+    "llama": (llama, CUMULATIVE, None, fully),
+    "tied": (qwen2, WINDOW, OF_PIECES, in_units),
+    "units": (llama, LIVE, None, in_units),
+    "columns": (uneven, LIVE_BATCH, OF_PIECES, by_columns),
+    "uneven": (uneven, LIVE, None, fully),
+}
+FSDP = {name: (*how, lambda m, _, shard=shard: shard(m)) for name, (*how, shard) in FSDP.items()}
+TP = {
+    "llama": (llama, CUMULATIVE, OF_PIECES, lambda m, folder: loaded(m, folder, tp_size=WORLD)),
+    "tied": (qwen2, LIVE, None, lambda m, folder: loaded(m, folder, tp_size=WORLD)),
+    "head": (uneven, LIVE_BATCH, None, lambda m, folder: with_head(m, mesh_of(WORLD))),
+    "layers": (llama, WINDOW, None, lambda m, folder: of_layers(m, mesh_of(WORLD))),
+}
+FSDP["loaded"] = (llama, LIVE, None, lambda m, folder: loaded(m, folder, fsdp_size=WORLD))
+FSDP["loaded, tied"] = (
+    *(qwen2, CUMULATIVE, None),
+    lambda m, folder: loaded(m, folder, fsdp_size=WORLD),
+)
+
+
+def fsdp(rank, build, options, classes, shard, folder):
+    model = shard(build().double(), folder)
+    return trained(model, BATCHES[rank], options, scale=WORLD / 50, classes=classes)
+
+
+def attached_first(rank, folder):
+    """The regulariser is there when the model is sharded, as in a Trainer."""
+    return trained(llama().double(), BATCHES[rank], LIVE, scale=WORLD / 50, shard=in_units)
+
+
+def tp(rank, build, options, classes, shard, folder):
+    model = shard(build().double(), folder)
+    return trained(model, JOINED, options, classes=classes)
+
+
+KINDS = {"fsdp": (FSDP, fsdp), "tp": (TP, tp)}
+SITUATIONS = [(kind, name) for kind, (of, _) in KINDS.items() for name in of]
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that collectives are given."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(kind.__name__ == "DTensor" for kind in types):
+            # What it sends comes here again.
+            return NotImplemented
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.total += sum(leaf.nbytes for leaf in tree_leaves(args[0]) if torch.is_tensor(leaf))
+        return func(*args, **(kwargs or {}))
+
+
+def sent_by(model, batch, regularizer=None):
+    with Sent() as sent:
+        loss = total_loss(model(**unlabelled(batch)).logits, batch["labels"])
+        (loss if regularizer is None else loss + regularizer.term()).backward()
+    return sent.total
+
+
+def sent(rank, folder):
+    """By the regulariser alone, for batches of two lengths."""
+    models = {
+        "fsdp": (fully(llama().double()), CUMULATIVE),
+        "fsdp live": (fully(llama().double()), LIVE_BATCH),
+        "tp": (with_head(llama().double(), mesh_of(WORLD)), LIVE_BATCH),
+    }
+    found = {}
+    for name, (model, options) in models.items():
+        model.train()
+        found[name] = []
+        for columns in (12, 48):
+            batch = next(rich_batches(1, columns=columns, seed=rank if "fsdp" in name else 0))
+            sent_by(model, batch)
+            plain = sent_by(model, batch)
+            with CollapseRegularizer(model, some_classes(), STRENGTH, **options) as regularizer:
+                # Once it is found out which ranks train together.
+                sent_by(model, batch, regularizer)
+                found[name].append(sent_by(model, batch, regularizer) - plain)
+    return found
+
+
+def apart(rank, folder):
+    """The term's gradient together with that of the model's loss, before and behind it; summed."""
+    orders = {}
+    for order in ("together", "before", "behind"):
+        model = in_units(llama().double()).train()
+        with CollapseRegularizer(model, some_classes(), STRENGTH, **CUMULATIVE) as regularizer:
+            for batch in BATCHES[rank][:2]:
+                loss = total_loss(model(**unlabelled(batch)).logits, batch["labels"])
+                term = regularizer.term()
+                if order == "together":
+                    loss, term = loss + term, None
+                for each in (term, loss) if order == "before" else (loss, term):
+                    if each is not None:
+                        each.backward()
+        orders[order] = {name: whole(p.grad) for name, p in model.named_parameters()}
+    return orders
+
+
+def divided_otherwise(rank, folder):
+    """As users do it whose loss is divided by the items of all ranks: gradients are summed."""
+    model = fully(llama().double())
+    model.set_gradient_divide_factor(1.0)
+    model.set_force_sum_reduction_for_comms(True)
+    for layer in model.model.layers:
+        layer.set_gradient_divide_factor(1.0)
+        layer.set_force_sum_reduction_for_comms(True)
+    return trained(model, BATCHES[rank], LIVE, scale=1 / 50)
+
+
+def kept_by_one(rank, folder):
+    """A training that goes on with statistics that the first rank saved."""
+
+    def save_and_load(model, regularizer):
+        path = folder / "statistics.pt"
+        if rank == 0:
+            torch.save(regularizer.state_dict(), path)
+        torch.distributed.barrier()
+        stored = torch.load(path)
+        regularizer.state.reset()
+        regularizer.load_state_dict(stored)
+        torch.distributed.barrier()
+
+    options = {"scale": WORLD / 50, "after": save_and_load}
+    return trained(fully(llama().double()), BATCHES[rank], WINDOW, **options)
+
+
+def bert_in_layers(model):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def bert_split(model, mesh):
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    for layer in model.bert.encoder.layer:
+        plan = {"intermediate.dense": ColwiseParallel(), "output.dense": RowwiseParallel()}
+        parallelize_module(layer, mesh, plan)
+    return model
+
+
+def measured(model, text, held_out):
+    metrics = collapse_metrics(model, text, OF_PIECES).across_ranks()
+    nearest = nearest_mean_agreement(model, held_out, OF_PIECES, metrics).across_ranks()
+    return metrics.with_nearest(nearest).to_dict()
+
+
+def metrics(rank, folder):
+    """Ranks with unlike parts of the text, one of which has no listed word; and with the same."""
+    mine = [(TEXT[rank::WORLD], HELD_OUT[:0] if rank else HELD_OUT)]
+    everything = [(TEXT, HELD_OUT)]
+    mesh = mesh_of(WORLD)
+    models = {
+        "fsdp llama": (in_units(llama().double()), mine),
+        "fsdp bert": (bert_in_layers(bert().double()), mine),
+        "tp llama": (with_head(llama().double(), mesh), everything),
+        "tp bert": (bert_split(bert().double(), mesh), everything),
+    }
+    found = {}
+    for name, (model, ((text, held_out),)) in models.items():
+        found[name] = measured(model, text, held_out or NO_WORDS)
+        kinds = {type(weight).__name__ for weight in model.parameters()}
+        assert "tp" in name or kinds == {"DTensor"}, kinds
+    return found
+
+
+def refused(rank, folder):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    alone = mesh_of(WORLD, 1)["tp"]
+    model = fully(llama(), mesh=alone).train()
+    regularizer = CollapseRegularizer(model, some_classes(), STRENGTH)
+    split = with_head(llama(), mesh_of(WORLD))
+    return {
+        "a part": message_of(lambda: model(input_ids=torch.ones(1, 4, dtype=torch.int64))),
+        "fsdp1": message_of(
+            lambda: CollapseRegularizer(
+                FullyShardedDataParallel(llama()), some_classes(), STRENGTH, shift="next"
+            )
+        ),
+        "rows": message_of(lambda: some_classes().rows(split.lm_head.weight)),
+        "texts": message_of(
+            lambda: collapse_metrics(split, TEXT[rank:], some_classes(), progress=False)
+        ),
+        "steps": regularizer.step,
+    }
+
+
+def message_of(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+CHECKS = (attached_first, sent, apart, divided_otherwise, kept_by_one, metrics, refused)
+
+
+def attempt(call, *arguments):
+    try:
+        return call(*arguments)
+    except Exception:
+        return traceback.format_exc()
+
+
+def worker(rank, folder):
+    join_group(rank, folder)
+    found = {}
+    for kind, name in SITUATIONS:
+        of, train = KINDS[kind]
+        found[kind, name] = attempt(train, rank, *of[name], folder)
+    for check in CHECKS:
+        found[check.__name__] = attempt(check, rank, folder)
+    leave_group(rank, folder, found)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each rank found in each situation."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for build in (llama, qwen2):
+        model = build().double()
+        model.save_pretrained(folder / type(model).__name__)
+    return run_ranks(worker, folder)
+
+
+@pytest.mark.parametrize("kind, name", SITUATIONS)
+def test_a_sharded_model_is_trained_as_a_whole_one(found, kind, name):
+    build, options, classes, _ = KINDS[kind][0][name]
+    expected = trained(build().double(), JOINED, options, classes=classes)
+    for rank in range(WORLD):
+        require_same_training(found[rank][kind, name], expected)
+
+
+def checked(found, rank, name):
+    assert not isinstance(found[rank][name], str), found[rank][name]
+    return found[rank][name]
+
+
+def test_rows_and_statistics_alone_are_sent_whatever_the_number_of_tokens(found):
+    classes, width, double = len(some_classes()), 32, 8
+    rows = statistics = classes * width * double
+    counts = classes * double
+    for rank in range(WORLD):
+        result = checked(found, rank, "sent")
+        # Rows there and their gradient back; sums and counts; of live features those of a batch
+        # and the gradient of the sums.
+        assert result["fsdp"] == [2 * rows + statistics + counts] * 2
+        assert result["fsdp live"] == [2 * rows + 2 * (statistics + counts)] * 2
+        assert result["tp"] == [rows] * 2
+
+
+def test_the_terms_gradient_may_come_before_or_behind_the_losss_own(found):
+    for rank in range(WORLD):
+        together, *others = checked(found, rank, "apart").values()
+        for other in others:
+            torch.testing.assert_close(other, together, rtol=1e-12, atol=1e-14)
+
+
+def test_ranks_whose_gradients_are_summed_count_the_term_of_each(found):
+    expected = trained(llama().double(), JOINED, LIVE, strength=WORLD * STRENGTH)
+    for rank in range(WORLD):
+        require_same_training(checked(found, rank, "divided_otherwise"), expected)
+
+
+def test_a_model_may_be_sharded_when_the_regulariser_is_attached(found):
+    expected = trained(llama().double(), JOINED, LIVE)
+    for rank in range(WORLD):
+        require_same_training(checked(found, rank, "attached_first"), expected)
+
+
+def test_statistics_that_one_rank_saved_are_every_ranks(found):
+    expected = trained(llama().double(), JOINED, WINDOW)
+    for rank in range(WORLD):
+        require_same_training(checked(found, rank, "kept_by_one"), expected)
+
+
+def test_all_ranks_hold_the_same_statistics_to_the_bit(found):
+    for situation in SITUATIONS:
+        for one, other in zip(*(checked(found, r, situation)[0] for r in (0, 1)), strict=True):
+            assert torch.equal(one["sums"], other["sums"])
+            assert torch.equal(one["counts"], other["counts"])
+
+
+@pytest.mark.parametrize("of", ["llama", "bert"])
+@pytest.mark.parametrize("how", ["fsdp", "tp"])
+def test_metrics_of_a_sharded_model_are_those_of_a_whole_one(found, of, how):
+    expected = measured({"llama": llama, "bert": bert}[of]().double(), TEXT, HELD_OUT)
+    for rank in range(WORLD):
+        result = checked(found, rank, "metrics")[f"{how} {of}"]
+        assert result["counts"] == expected["counts"]
+        assert result["nearest"] == expected["nearest"]
+        for name, value in expected["values"].items():
+            assert result["values"][name]["value"] == pytest.approx(value["value"], rel=1e-7), name
+
+
+@pytest.mark.parametrize(
+    "how, text",
+    [
+        ("a part", "ValueError: model must be sharded by fully_shard over all 2 ranks that have"),
+        ("fsdp1", "ValueError: model must hold its output embedding as one plain tensor [V, D]"),
+        ("rows", "ValueError: embedding must be a plain tensor where its rows need a gradient"),
+        ("texts", "ValueError: loader must have the same text on all ranks over which tensor"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_by_name(found, how, text):
+    for rank in range(WORLD):
+        assert text in checked(found, rank, "refused")[how]
+        assert checked(found, rank, "refused")["steps"] == 0
+
+
+def replicated(model, folder):
+    """HSDP: sharded over two ranks, twice."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return fully(model, mesh=init_device_mesh("cpu", (2, 2)))
+
+
+def in_both_ways(model, folder):
+    """Split over two ranks by tensor parallel, and each part sharded over two by FSDP2."""
+    mesh = mesh_of(2, 2)
+    return fully(with_head(model, mesh["tp"]), mesh=mesh["dp"])
+
+
+def layers_in_both_ways(model, folder):
+    mesh = mesh_of(2, 2)
+    return fully(of_layers(model, mesh["tp"]), mesh=mesh["dp"])
+
+
+def loaded_in_both_ways(model, folder):
+    return loaded(model, folder, tp_size=2, fsdp_size=2)
+
+
+def in_teams(model, folder):
+    """Split over two ranks by tensor parallel, twice."""
+    return with_head(model, mesh_of(2, 2)["tp"])
+
+
+def averaged_by_hand(model):
+    """Of the ranks that hold the same blocks: 0 and 2, and 1 and 3."""
+    groups = [torch.distributed.new_group(ranks) for ranks in ((0, 2), (1, 3))]
+    group = groups[torch.distributed.get_rank() % 2]
+    for parameter in model.parameters():
+        grad = getattr(parameter.grad, "_local_tensor", parameter.grad)
+        torch.distributed.all_reduce(grad, group=group)
+        grad /= 2
+
+
+OF_FOUR, JOINED_OF_FOUR = batches_of(4)
+# How it is sharded, the batches of each rank, and who averages the gradients.
+FOURS = {
+    "replicated": (replicated, [0, 1, 2, 3], None),
+    "both": (in_both_ways, [0, 0, 1, 1], None),
+    "layers in both": (layers_in_both_ways, [0, 0, 1, 1], None),
+    "loaded in both": (loaded_in_both_ways, [0, 0, 1, 1], None),
+    "teams": (in_teams, [0, 0, 1, 1], averaged_by_hand),
+}
+OPTIONS = {"detached": WINDOW, "live": LIVE}
+
+
+def of_four(rank, folder, how, options):
+    shard, turns, averaged = FOURS[how]
+    model = shard(llama().double(), folder)
+    scale = len(set(turns)) / 50
+    return trained(model, OF_FOUR[turns[rank]], options, scale=scale, averaged=averaged)
+
+
+def four_ranks(rank, folder):
+    join_group(rank, folder, world=4)
+    found = {
+        (how, name): attempt(of_four, rank, folder, how, options)
+        for how in FOURS
+        for name, options in OPTIONS.items()
+    }
+    mesh = mesh_of(2, 2)
+    share = [0, 0, 1, 1][rank]
+    models = {
+        "teams": (in_teams(llama().double(), folder), TEXT[share::2]),
+        "both": (fully(with_head(llama().double(), mesh["tp"]), mesh=mesh["dp"]), TEXT[share::2]),
+        "replicated": (replicated(llama().double(), folder), TEXT[rank::4]),
+    }
+    for name, (model, text) in models.items():
+        found["metrics", name] = attempt(measured, model, text, text)
+    leave_group(rank, folder, found)
+
+
+@pytest.mark.slow
+def test_four_ranks_in_two_dimensions_train_as_one_does(tmp_path):
+    model = llama().double()
+    model.save_pretrained(tmp_path / type(model).__name__)
+    ranks = run_ranks(four_ranks, tmp_path, world=4)
+    for how, (_, turns, _) in FOURS.items():
+        batches = JOINED_OF_FOUR if len(set(turns)) == 4 else JOINED
+        for name, options in OPTIONS.items():
+            expected = trained(llama().double(), batches, options)
+            for found in ranks:
+                require_same_training(found[how, name], expected)
+    expected = measured(llama().double(), TEXT, TEXT)
+    for name in ("teams", "both", "replicated"):
+        for rank in range(4):
+            result = checked(ranks, rank, ("metrics", name))
+            assert result["counts"] == expected["counts"]
+            assert result["nearest"] == expected["nearest"]
