@@ -80,10 +80,9 @@ class SharedPasses:
 
     def each(self, batches: Sequence[Batch]) -> Iterator[Batch | None]:
         """The batches, and behind them None for as long as another rank has one."""
+        passes = self.ranks.highest(len(batches)) if self._in_step else len(batches)
         yield from batches
-        if self._in_step:
-            passes = self.ranks.highest(len(batches))
-            yield from [None] * (passes - len(batches))
+        yield from [None] * (passes - len(batches))
 
     def one(self) -> AbstractContextManager[None]:
         """Around one pass."""

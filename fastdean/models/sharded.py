@@ -110,11 +110,14 @@ def behind(model: nn.Module, module: nn.Module, leaf: str) -> tuple[Tensor | Non
         (parameter, divisor): None where FSDP2 does not shard it; and by what it divides the sum of
             the ranks' gradients, None for the number of ranks with examples of their own.
     """
+    now = module._parameters.get(leaf)
     for each, group in sharded_parameters(model):
         of = each._module_info
         modules = [of.module, *of.shared_modules]
         names = [of.param_name, *of.shared_param_names]
-        if any(m is module and n == leaf for m, n in zip(modules, names, strict=True)):
+        # A weight that was tied afterwards is no place that FSDP2 knows of.
+        tied = now is not None and each.sharded_param is now
+        if tied or any(m is module and n == leaf for m, n in zip(modules, names, strict=True)):
             return each.sharded_param, group.gradient_divide_factor
     return None, None
 

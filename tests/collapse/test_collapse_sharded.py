@@ -42,7 +42,7 @@ OF_PIECES = CollapseClasses(
 )
 
 
-def fully(model, **options):
+def fully(model, folder=None, **options):
     """As users do it: each layer, then the model."""
     from torch.distributed.fsdp import fully_shard
 
@@ -51,7 +51,7 @@ def fully(model, **options):
     return fully_shard(model, **options)
 
 
-def in_units(model):
+def in_units(model, folder=None):
     """As accelerate and transformers do it: embedding, norm and head in units of their own."""
     from torch.distributed.fsdp import fully_shard
 
@@ -66,7 +66,7 @@ def in_units(model):
     return fully_shard(model)
 
 
-def by_columns(model):
+def by_columns(model, folder=None):
     from torch.distributed.tensor import Shard
 
     return fully(model, shard_placement_fn=lambda p: Shard(1) if p.dim() == 2 else None)
@@ -84,7 +84,7 @@ def loaded(model, folder, **options):
     )
 
 
-def of_layers(model, mesh):
+def of_layers(model, folder=None, mesh=None):
     """The layers split by torch; embedding and head are whole on every rank."""
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -92,6 +92,7 @@ def of_layers(model, mesh):
         parallelize_module,
     )
 
+    mesh = mesh_of(WORLD) if mesh is None else mesh
     for layer in model.model.layers:
         plan = {
             **{f"self_attn.{n}_proj": ColwiseParallel() for n in "qkv"},
@@ -104,12 +105,13 @@ def of_layers(model, mesh):
     return model
 
 
-def with_head(model, mesh):
+def with_head(model, folder=None, mesh=None):
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+    mesh = mesh_of(WORLD) if mesh is None else mesh
     parallelize_module(model.lm_head, mesh, ColwiseParallel(output_layouts=Replicate()))
-    return of_layers(model, mesh)
+    return of_layers(model, mesh=mesh)
 
 
 def mesh_of(*shape):
@@ -139,27 +141,35 @@ HELD_OUT = rows((40, 12, 3), 1)
 NO_WORDS = [{"input_ids": torch.full((6,), 3), "labels": torch.full((6,), 3)}]
 
 
+def loaded_fully(model, folder):
+    return loaded(model, folder, fsdp_size=WORLD)
+
+
+def loaded_split(model, folder):
+    return loaded(model, folder, tp_size=WORLD)
+
+
 # Name of a situation: the model, the options, the classes, and how it is sharded; the second kind
 # gives all ranks the same batches.
 FSDP = {
-    "llama": (llama, CUMULATIVE, None, fully),
     "tied": (qwen2, WINDOW, OF_PIECES, in_units),
-    "units": (llama, LIVE, None, in_units),
     "columns": (uneven, LIVE_BATCH, OF_PIECES, by_columns),
-    "uneven": (uneven, LIVE, None, fully),
 }
-FSDP = {name: (*how, lambda m, _, shard=shard: shard(m)) for name, (*how, shard) in FSDP.items()}
 TP = {
-    "llama": (llama, CUMULATIVE, OF_PIECES, lambda m, folder: loaded(m, folder, tp_size=WORLD)),
-    "tied": (qwen2, LIVE, None, lambda m, folder: loaded(m, folder, tp_size=WORLD)),
-    "head": (uneven, LIVE_BATCH, None, lambda m, folder: with_head(m, mesh_of(WORLD))),
-    "layers": (llama, WINDOW, None, lambda m, folder: of_layers(m, mesh_of(WORLD))),
+    "loaded": (llama, CUMULATIVE, OF_PIECES, loaded_split),
+    "by torch": (uneven, LIVE_BATCH, None, with_head),
 }
-FSDP["loaded"] = (llama, LIVE, None, lambda m, folder: loaded(m, folder, fsdp_size=WORLD))
-FSDP["loaded, tied"] = (
-    *(qwen2, CUMULATIVE, None),
-    lambda m, folder: loaded(m, folder, fsdp_size=WORLD),
-)
+FURTHER_FSDP = {
+    "llama": (llama, CUMULATIVE, None, fully),
+    "units": (llama, LIVE, None, in_units),
+    "uneven": (uneven, LIVE, None, fully),
+    "loaded": (llama, LIVE, None, loaded_fully),
+    "loaded, tied": (qwen2, CUMULATIVE, None, loaded_fully),
+}
+FURTHER_TP = {
+    "tied": (qwen2, LIVE, None, loaded_split),
+    "layers alone": (llama, WINDOW, None, of_layers),
+}
 
 
 def fsdp(rank, build, options, classes, shard, folder):
@@ -175,10 +185,6 @@ def attached_first(rank, folder):
 def tp(rank, build, options, classes, shard, folder):
     model = shard(build().double(), folder)
     return trained(model, JOINED, options, classes=classes)
-
-
-KINDS = {"fsdp": (FSDP, fsdp), "tp": (TP, tp)}
-SITUATIONS = [(kind, name) for kind, (of, _) in KINDS.items() for name in of]
 
 
 class Sent(TorchDispatchMode):
@@ -207,7 +213,7 @@ def sent(rank, folder):
     models = {
         "fsdp": (fully(llama().double()), CUMULATIVE),
         "fsdp live": (fully(llama().double()), LIVE_BATCH),
-        "tp": (with_head(llama().double(), mesh_of(WORLD)), LIVE_BATCH),
+        "tp": (with_head(llama().double()), LIVE_BATCH),
     }
     found = {}
     for name, (model, options) in models.items():
@@ -225,15 +231,18 @@ def sent(rank, folder):
 
 
 def apart(rank, folder):
-    """The term's gradient together with that of the model's loss, before and behind it; summed."""
+    """The term's gradient together with that of the model's loss, before it and behind it, and
+    where the gradients of the first batch are reduced with those of the second.
+    """
     orders = {}
-    for order in ("together", "before", "behind"):
+    for order in ("together", "before", "behind", "deferred"):
         model = in_units(llama().double()).train()
         with CollapseRegularizer(model, some_classes(), STRENGTH, **CUMULATIVE) as regularizer:
-            for batch in BATCHES[rank][:2]:
+            for number, batch in enumerate(BATCHES[rank][:2]):
+                model.set_requires_gradient_sync(order != "deferred" or number == 1)
                 loss = total_loss(model(**unlabelled(batch)).logits, batch["labels"])
                 term = regularizer.term()
-                if order == "together":
+                if order in ("together", "deferred"):
                     loss, term = loss + term, None
                 for each in (term, loss) if order == "before" else (loss, term):
                     if each is not None:
@@ -270,66 +279,69 @@ def kept_by_one(rank, folder):
     return trained(fully(llama().double()), BATCHES[rank], WINDOW, **options)
 
 
-def bert_in_layers(model):
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer)
-    return fully_shard(model)
-
-
-def bert_split(model, mesh):
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
-    for layer in model.bert.encoder.layer:
-        plan = {"intermediate.dense": ColwiseParallel(), "output.dense": RowwiseParallel()}
-        parallelize_module(layer, mesh, plan)
-    return model
-
-
 def measured(model, text, held_out):
     metrics = collapse_metrics(model, text, OF_PIECES).across_ranks()
     nearest = nearest_mean_agreement(model, held_out, OF_PIECES, metrics).across_ranks()
     return metrics.with_nearest(nearest).to_dict()
 
 
-def metrics(rank, folder):
-    """Ranks with unlike parts of the text, one of which has no listed word; and with the same."""
-    mine = [(TEXT[rank::WORLD], HELD_OUT[:0] if rank else HELD_OUT)]
-    everything = [(TEXT, HELD_OUT)]
-    mesh = mesh_of(WORLD)
-    models = {
-        "fsdp llama": (in_units(llama().double()), mine),
-        "fsdp bert": (bert_in_layers(bert().double()), mine),
-        "tp llama": (with_head(llama().double(), mesh), everything),
-        "tp bert": (bert_split(bert().double(), mesh), everything),
-    }
-    found = {}
-    for name, (model, ((text, held_out),)) in models.items():
-        found[name] = measured(model, text, held_out or NO_WORDS)
-        kinds = {type(weight).__name__ for weight in model.parameters()}
-        assert "tp" in name or kinds == {"DTensor"}, kinds
+def llama_in_units():
+    return in_units(llama().double())
+
+
+def bert_in_layers():
+    from torch.distributed.fsdp import fully_shard
+
+    model = bert().double()
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def llama_split():
+    return with_head(llama().double())
+
+
+def bert_split():
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    model = bert().double()
+    for layer in model.bert.encoder.layer:
+        plan = {"intermediate.dense": ColwiseParallel(), "output.dense": RowwiseParallel()}
+        parallelize_module(layer, mesh_of(WORLD), plan)
+    return model
+
+
+# How the model is made, of which kind, and whether the ranks have parts of the text.
+MEASURED = {"fsdp": (bert_in_layers, bert, True), "tp": (llama_split, llama, False)}
+FURTHER_MEASURED = {
+    "fsdp llama": (llama_in_units, llama, True),
+    "tp bert": (bert_split, bert, False),
+}
+
+
+def in_parts(rank, make, in_parts):
+    """With unlike parts of the text, of which one has no listed word; or with the same text."""
+    model = make()
+    if not in_parts:
+        return measured(model, TEXT, HELD_OUT)
+    found = measured(model, TEXT[rank::WORLD], NO_WORDS if rank else HELD_OUT)
+    # Who makes an optimizer now has the weights that the ranks hold.
+    assert {type(weight).__name__ for weight in model.parameters()} == {"DTensor"}
     return found
 
 
 def refused(rank, folder):
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     alone = mesh_of(WORLD, 1)["tp"]
     model = fully(llama(), mesh=alone).train()
     regularizer = CollapseRegularizer(model, some_classes(), STRENGTH)
-    split = with_head(llama(), mesh_of(WORLD))
+    split = with_head(llama())
     return {
         "a part": message_of(lambda: model(input_ids=torch.ones(1, 4, dtype=torch.int64))),
-        "fsdp1": message_of(
-            lambda: CollapseRegularizer(
-                FullyShardedDataParallel(llama()), some_classes(), STRENGTH, shift="next"
-            )
-        ),
         "rows": message_of(lambda: some_classes().rows(split.lm_head.weight)),
         "texts": message_of(
             lambda: collapse_metrics(split, TEXT[rank:], some_classes(), progress=False)
@@ -346,9 +358,6 @@ def message_of(call):
     return "nothing"
 
 
-CHECKS = (attached_first, sent, apart, divided_otherwise, kept_by_one, metrics, refused)
-
-
 def attempt(call, *arguments):
     try:
         return call(*arguments)
@@ -356,110 +365,142 @@ def attempt(call, *arguments):
         return traceback.format_exc()
 
 
+def trained_models(rank, folder, of_fsdp, of_tp):
+    return {
+        **{("fsdp", name): attempt(fsdp, rank, *how, folder) for name, how in of_fsdp.items()},
+        **{("tp", name): attempt(tp, rank, *how, folder) for name, how in of_tp.items()},
+    }
+
+
+def measured_models(rank, models):
+    return {
+        ("metrics", name): attempt(in_parts, rank, make, parts)
+        for name, (make, _, parts) in models.items()
+    }
+
+
+def checked_models(rank, folder, checks):
+    return {check.__name__: attempt(check, rank, folder) for check in checks}
+
+
 def worker(rank, folder):
     join_group(rank, folder)
-    found = {}
-    for kind, name in SITUATIONS:
-        of, train = KINDS[kind]
-        found[kind, name] = attempt(train, rank, *of[name], folder)
-    for check in CHECKS:
-        found[check.__name__] = attempt(check, rank, folder)
+    found = trained_models(rank, folder, FSDP, TP) | measured_models(rank, MEASURED)
+    found |= checked_models(rank, folder, [attached_first, sent, kept_by_one, refused])
     leave_group(rank, folder, found)
+
+
+def further(rank, folder):
+    join_group(rank, folder)
+    found = trained_models(rank, folder, FURTHER_FSDP, FURTHER_TP)
+    found |= measured_models(rank, FURTHER_MEASURED)
+    found |= checked_models(rank, folder, [apart, divided_otherwise])
+    leave_group(rank, folder, found)
+
+
+def save_models(folder):
+    for build in (llama, qwen2):
+        model = build().double()
+        model.save_pretrained(folder / type(model).__name__)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each rank found in each situation."""
     folder = tmp_path_factory.mktemp("ranks")
-    for build in (llama, qwen2):
-        model = build().double()
-        model.save_pretrained(folder / type(model).__name__)
+    save_models(folder)
     return run_ranks(worker, folder)
 
 
-@pytest.mark.parametrize("kind, name", SITUATIONS)
-def test_a_sharded_model_is_trained_as_a_whole_one(found, kind, name):
-    build, options, classes, _ = KINDS[kind][0][name]
-    expected = trained(build().double(), JOINED, options, classes=classes)
-    for rank in range(WORLD):
-        require_same_training(found[rank][kind, name], expected)
+def of(result, name):
+    assert not isinstance(result[name], str), result[name]
+    return result[name]
 
 
-def checked(found, rank, name):
-    assert not isinstance(found[rank][name], str), found[rank][name]
-    return found[rank][name]
+def require_same_trainings(ranks, kind, situations):
+    for name, (build, options, classes, _) in situations.items():
+        expected = trained(build().double(), JOINED, options, classes=classes)
+        for found in ranks:
+            require_same_training(of(found, (kind, name)), expected)
+        for steps in zip(*(of(found, (kind, name))[0] for found in ranks), strict=True):
+            # To the bit.
+            assert torch.equal(steps[0]["sums"], steps[1]["sums"])
+
+
+@pytest.mark.parametrize("kind, situations", [("fsdp", FSDP), ("tp", TP)])
+def test_a_sharded_model_is_trained_as_a_whole_one(found, kind, situations):
+    require_same_trainings(found, kind, situations)
+
+
+def test_a_model_may_be_sharded_when_the_regulariser_is_attached(found):
+    expected = trained(llama().double(), JOINED, LIVE)
+    for result in found:
+        require_same_training(of(result, "attached_first"), expected)
+
+
+def test_statistics_that_one_rank_saved_are_every_ranks(found):
+    expected = trained(llama().double(), JOINED, WINDOW)
+    for result in found:
+        require_same_training(of(result, "kept_by_one"), expected)
 
 
 def test_rows_and_statistics_alone_are_sent_whatever_the_number_of_tokens(found):
     classes, width, double = len(some_classes()), 32, 8
     rows = statistics = classes * width * double
     counts = classes * double
-    for rank in range(WORLD):
-        result = checked(found, rank, "sent")
+    for result in found:
         # Rows there and their gradient back; sums and counts; of live features those of a batch
         # and the gradient of the sums.
-        assert result["fsdp"] == [2 * rows + statistics + counts] * 2
-        assert result["fsdp live"] == [2 * rows + 2 * (statistics + counts)] * 2
-        assert result["tp"] == [rows] * 2
+        assert of(result, "sent") == {
+            "fsdp": [2 * rows + statistics + counts] * 2,
+            "fsdp live": [2 * rows + 2 * (statistics + counts)] * 2,
+            "tp": [rows] * 2,
+        }
 
 
-def test_the_terms_gradient_may_come_before_or_behind_the_losss_own(found):
-    for rank in range(WORLD):
-        together, *others = checked(found, rank, "apart").values()
-        for other in others:
-            torch.testing.assert_close(other, together, rtol=1e-12, atol=1e-14)
+def require_same_metrics(ranks, models):
+    for name, (_, build, _) in models.items():
+        expected = measured(build().double(), TEXT, HELD_OUT)
+        for found in ranks:
+            result = of(found, ("metrics", name))
+            assert result["counts"] == expected["counts"]
+            assert result["nearest"] == expected["nearest"]
+            for value, exact in expected["values"].items():
+                assert result["values"][value]["value"] == pytest.approx(exact["value"], rel=1e-7)
 
 
-def test_ranks_whose_gradients_are_summed_count_the_term_of_each(found):
-    expected = trained(llama().double(), JOINED, LIVE, strength=WORLD * STRENGTH)
-    for rank in range(WORLD):
-        require_same_training(checked(found, rank, "divided_otherwise"), expected)
-
-
-def test_a_model_may_be_sharded_when_the_regulariser_is_attached(found):
-    expected = trained(llama().double(), JOINED, LIVE)
-    for rank in range(WORLD):
-        require_same_training(checked(found, rank, "attached_first"), expected)
-
-
-def test_statistics_that_one_rank_saved_are_every_ranks(found):
-    expected = trained(llama().double(), JOINED, WINDOW)
-    for rank in range(WORLD):
-        require_same_training(checked(found, rank, "kept_by_one"), expected)
-
-
-def test_all_ranks_hold_the_same_statistics_to_the_bit(found):
-    for situation in SITUATIONS:
-        for one, other in zip(*(checked(found, r, situation)[0] for r in (0, 1)), strict=True):
-            assert torch.equal(one["sums"], other["sums"])
-            assert torch.equal(one["counts"], other["counts"])
-
-
-@pytest.mark.parametrize("of", ["llama", "bert"])
-@pytest.mark.parametrize("how", ["fsdp", "tp"])
-def test_metrics_of_a_sharded_model_are_those_of_a_whole_one(found, of, how):
-    expected = measured({"llama": llama, "bert": bert}[of]().double(), TEXT, HELD_OUT)
-    for rank in range(WORLD):
-        result = checked(found, rank, "metrics")[f"{how} {of}"]
-        assert result["counts"] == expected["counts"]
-        assert result["nearest"] == expected["nearest"]
-        for name, value in expected["values"].items():
-            assert result["values"][name]["value"] == pytest.approx(value["value"], rel=1e-7), name
+def test_metrics_of_a_sharded_model_are_those_of_a_whole_one(found):
+    require_same_metrics(found, MEASURED)
 
 
 @pytest.mark.parametrize(
     "how, text",
     [
         ("a part", "ValueError: model must be sharded by fully_shard over all 2 ranks that have"),
-        ("fsdp1", "ValueError: model must hold its output embedding as one plain tensor [V, D]"),
         ("rows", "ValueError: embedding must be a plain tensor where its rows need a gradient"),
         ("texts", "ValueError: loader must have the same text on all ranks over which tensor"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_by_name(found, how, text):
-    for rank in range(WORLD):
-        assert text in checked(found, rank, "refused")[how]
-        assert checked(found, rank, "refused")["steps"] == 0
+    for result in found:
+        assert text in of(result, "refused")[how]
+        assert of(result, "refused")["steps"] == 0
+
+
+@pytest.mark.slow
+def test_other_models_and_ways_to_shard_them(tmp_path):
+    save_models(tmp_path)
+    ranks = run_ranks(further, tmp_path)
+    require_same_trainings(ranks, "fsdp", FURTHER_FSDP)
+    require_same_trainings(ranks, "tp", FURTHER_TP)
+    require_same_metrics(ranks, FURTHER_MEASURED)
+    # Whose gradients are summed counts the term of every rank.
+    expected = trained(llama().double(), JOINED, LIVE, strength=WORLD * STRENGTH)
+    for result in ranks:
+        together, *others = of(result, "apart").values()
+        for other in others:
+            torch.testing.assert_close(other, together, rtol=1e-12, atol=1e-14)
+        require_same_training(of(result, "divided_otherwise"), expected)
 
 
 def replicated(model, folder):
@@ -472,12 +513,12 @@ def replicated(model, folder):
 def in_both_ways(model, folder):
     """Split over two ranks by tensor parallel, and each part sharded over two by FSDP2."""
     mesh = mesh_of(2, 2)
-    return fully(with_head(model, mesh["tp"]), mesh=mesh["dp"])
+    return fully(with_head(model, mesh=mesh["tp"]), mesh=mesh["dp"])
 
 
 def layers_in_both_ways(model, folder):
     mesh = mesh_of(2, 2)
-    return fully(of_layers(model, mesh["tp"]), mesh=mesh["dp"])
+    return fully(of_layers(model, mesh=mesh["tp"]), mesh=mesh["dp"])
 
 
 def loaded_in_both_ways(model, folder):
@@ -486,7 +527,7 @@ def loaded_in_both_ways(model, folder):
 
 def in_teams(model, folder):
     """Split over two ranks by tensor parallel, twice."""
-    return with_head(model, mesh_of(2, 2)["tp"])
+    return with_head(model, mesh=mesh_of(2, 2)["tp"])
 
 
 def averaged_by_hand(model):
@@ -525,11 +566,13 @@ def four_ranks(rank, folder):
         for how in FOURS
         for name, options in OPTIONS.items()
     }
-    mesh = mesh_of(2, 2)
     share = [0, 0, 1, 1][rank]
     models = {
         "teams": (in_teams(llama().double(), folder), TEXT[share::2]),
-        "both": (fully(with_head(llama().double(), mesh["tp"]), mesh=mesh["dp"]), TEXT[share::2]),
+        "both": (
+            fully(with_head(llama().double(), mesh=mesh["tp"]), mesh=mesh["dp"]),
+            TEXT[share::2],
+        ),
         "replicated": (replicated(llama().double(), folder), TEXT[rank::4]),
     }
     for name, (model, text) in models.items():
@@ -539,18 +582,17 @@ def four_ranks(rank, folder):
 
 @pytest.mark.slow
 def test_four_ranks_in_two_dimensions_train_as_one_does(tmp_path):
-    model = llama().double()
-    model.save_pretrained(tmp_path / type(model).__name__)
+    save_models(tmp_path)
     ranks = run_ranks(four_ranks, tmp_path, world=4)
     for how, (_, turns, _) in FOURS.items():
         batches = JOINED_OF_FOUR if len(set(turns)) == 4 else JOINED
         for name, options in OPTIONS.items():
             expected = trained(llama().double(), batches, options)
             for found in ranks:
-                require_same_training(found[how, name], expected)
+                require_same_training(of(found, (how, name)), expected)
     expected = measured(llama().double(), TEXT, TEXT)
     for name in ("teams", "both", "replicated"):
         for rank in range(4):
-            result = checked(ranks, rank, ("metrics", name))
+            result = of(ranks[rank], ("metrics", name))
             assert result["counts"] == expected["counts"]
             assert result["nearest"] == expected["nearest"]

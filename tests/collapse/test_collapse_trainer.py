@@ -370,6 +370,7 @@ def in_trainers(rank, folder):
 LIVE = {"mode": "window", "decay": 0.5, "detach_features": False}
 
 
+@pytest.mark.slow
 def test_trainers_on_several_ranks_train_as_one_does(tmp_path):
     llama().save_pretrained(tmp_path / "llama")
     ranks = run_ranks(in_trainers, tmp_path)
