@@ -118,7 +118,9 @@ def behind(model: nn.Module, module: nn.Module, leaf: str) -> tuple[Tensor | Non
         # A weight that was tied afterwards is no place that FSDP2 knows of.
         tied = now is not None and each.sharded_param is now
         if tied or any(m is module and n == leaf for m, n in zip(modules, names, strict=True)):
-            return each.sharded_param, group.gradient_divide_factor
+            # Weights that were loaded since are noted with the first pass.
+            held = now if now is not None and is_sharded(now) else each.sharded_param
+            return held, group.gradient_divide_factor
     return None, None
 
 

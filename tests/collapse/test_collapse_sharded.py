@@ -505,9 +505,7 @@ def test_other_models_and_ways_to_shard_them(tmp_path):
 
 def replicated(model, folder):
     """HSDP: sharded over two ranks, twice."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return fully(model, mesh=init_device_mesh("cpu", (2, 2)))
+    return fully(model, mesh=mesh_of(2, 2))
 
 
 def in_both_ways(model, folder):
@@ -569,10 +567,7 @@ def four_ranks(rank, folder):
     share = [0, 0, 1, 1][rank]
     models = {
         "teams": (in_teams(llama().double(), folder), TEXT[share::2]),
-        "both": (
-            fully(with_head(llama().double(), mesh=mesh["tp"]), mesh=mesh["dp"]),
-            TEXT[share::2],
-        ),
+        "both": (in_both_ways(llama().double(), folder), TEXT[share::2]),
         "replicated": (replicated(llama().double(), folder), TEXT[rank::4]),
     }
     for name, (model, text) in models.items():
