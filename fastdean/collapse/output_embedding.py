@@ -93,7 +93,7 @@ class TrainedRows:
         if self._shared is None or self._shared.placed != placing(weight):
             self._shared = SharedRows(weight, self._index)
         sharded, divisor = behind(unwrap(model), output_embedding(model), "weight")
-        if sharded is None or ranks.shares == 1:
+        if sharded is None or (ranks.shares == 1 and divisor is None):
             return self._shared.gathered(weight)
 
         def joined(grad: Tensor) -> Tensor:

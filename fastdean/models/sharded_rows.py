@@ -30,6 +30,11 @@ class SharedRows:
 
     def __init__(self, matrix: Tensor, index: Sequence[int]) -> None:
         sharded: Any = matrix
+        if (fault := rows_fault(sharded)) is not None:
+            raise ValueError(
+                f"matrix must lie in blocks on the ranks, got one {fault}; gather it first "
+                "(full_tensor)"
+            )
         self.placed = placing(matrix)
         block = OwnBlock.of(sharded.detach())
         wanted = torch.tensor(index)
