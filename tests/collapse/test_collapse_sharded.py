@@ -114,6 +114,23 @@ def with_head(model, folder=None, mesh=None):
     return of_layers(model, mesh=mesh)
 
 
+def of_sequences(model, folder):
+    """A rank has its own part of each sequence between the layers and the head."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleOutput,
+        parallelize_module,
+    )
+
+    cut = PrepareModuleOutput(
+        output_layouts=Replicate(), desired_output_layouts=Shard(1), use_local_output=False
+    )
+    head = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
+    plan = {"model.norm": cut, "lm_head": head}
+    return of_layers(parallelize_module(model, mesh_of(WORLD), plan))
+
+
 def mesh_of(*shape):
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -169,6 +186,7 @@ FURTHER_FSDP = {
 FURTHER_TP = {
     "tied": (qwen2, LIVE, None, loaded_split),
     "layers alone": (llama, WINDOW, None, of_layers),
+    "sequences": (llama, LIVE, None, of_sequences),
 }
 
 
@@ -346,8 +364,19 @@ def refused(rank, folder):
         "texts": message_of(
             lambda: collapse_metrics(split, TEXT[rank:], some_classes(), progress=False)
         ),
+        "a failure": message_of(
+            lambda: collapse_metrics(
+                fully(llama()), broken_off(rank), some_classes(), progress=False
+            )
+        ),
         "steps": regularizer.step,
     }
+
+
+def broken_off(rank):
+    yield from TEXT[:2]
+    if rank:
+        raise OSError("of a disk")
 
 
 def message_of(call):
@@ -485,6 +514,12 @@ def test_what_cannot_be_shared_is_refused_by_name(found, how, text):
     for result in found:
         assert text in of(result, "refused")[how]
         assert of(result, "refused")["steps"] == 0
+
+
+def test_a_rank_whose_text_breaks_off_ends_the_measurement_on_all(found):
+    first, second = (of(result, "refused")["a failure"] for result in found)
+    assert "StateError: every rank must finish its part of the work, got 1 of 2 that fail" in first
+    assert second == "OSError: of a disk"
 
 
 @pytest.mark.slow
