@@ -44,7 +44,7 @@ LONGEST_FIRST = [
     *("benchmarks/test_benchmark_score", "kernels/test_selection_kernel", "ops/test_importance_op"),
     *("jobs/test_collapse_job", "debias/test_fine_tune", "coupling/test_score_state"),
     *("collapse/test_collapse_trainer", "benchmarks/test_gpu_first", "coupling/test_distributed"),
-    *("coupling/test_sharded", "coupling/test_tensor_parallel"),
+    *("coupling/test_sharded", "coupling/test_tensor_parallel", "collapse/test_collapse_sharded"),
     *("experiments/test_experiment_debias", "coupling/test_score", "native/test_cuda_builds"),
 ]
 

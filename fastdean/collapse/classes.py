@@ -17,6 +17,8 @@ from fastdean.collapse.matching import MAX_ID, Matcher
 from fastdean.collapse.words import WORD, WordGroups, read_word_groups
 from fastdean.data.batching import send
 from fastdean.files.declared import Lists, Record, Row, Text, Whole, brief, require
+from fastdean.models.sharded_rows import SharedRows
+from fastdean.models.shards import is_sharded
 from fastdean.wording.mendable import InputTypeError
 
 MultiPiece = Literal["skip", "mean"]
@@ -186,6 +188,11 @@ class CollapseClasses:
             raise ValueError("token_ids must be [..., T], got a single number; pass a row")
         return self._on(token_ids.device).matcher.labels(token_ids.long())
 
+    @property
+    def token_ids(self) -> list[int]:
+        """Every token id of a class, ascending and once."""
+        return sorted({piece for pieces in self.pieces for piece in pieces})
+
     def rows(self, embedding: Tensor) -> Tensor:
         """The rows of the classes in an embedding, differentiable.
 
@@ -193,25 +200,38 @@ class CollapseClasses:
         in fp32 at least.
 
         Args:
-            embedding: [V, D], of any floating dtype.
+            embedding: [V, D], of any floating dtype. Of one that is sharded over ranks (a DTensor)
+                the rows alone are gathered, by all ranks together.
         Returns:
             [K, D] in the dtype of `embedding`.
         Raises:
-            ValueError: not a matrix, or with too few rows for the classes' tokens.
+            ValueError: not a matrix, or with too few rows for the classes' tokens; or a sharded one
+                whose rows would need a gradient, which only who knows the model can put together.
         """
+        self.check_embedding(embedding)
+        if is_sharded(embedding):
+            if embedding.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    "embedding must be a plain tensor where its rows need a gradient, got one that "
+                    "is sharded over ranks; use CollapseRegularizer, or pass embedding.detach()"
+                )
+            return self.rows_of_listed(SharedRows(embedding, self.token_ids).gathered(embedding))
+        tables = self._on(embedding.device)
+        return _class_rows(functional.embedding(tables.pieces, embedding), tables)
+
+    def rows_of_listed(self, listed: Tensor) -> Tensor:
+        """`rows` of an embedding of which the rows of `token_ids` are given, [P, D]."""
+        tables = self._on(listed.device)
+        return _class_rows(functional.embedding(tables.places, listed), tables)
+
+    def check_embedding(self, embedding: Tensor) -> None:
+        """Raise ValueError unless an embedding is a matrix with a row for each token."""
         largest = max(map(max, self.pieces))
         if embedding.dim() != 2 or len(embedding) <= largest:
             raise ValueError(
                 f"embedding must be [V, D] with V above {largest}, the largest token id, got "
                 f"{list(embedding.shape)}; use the tokenizer of this model"
             )
-        tables = self._on(embedding.device)
-        rows = functional.embedding(tables.pieces, embedding)
-        if rows.shape[1] == 1:
-            return rows.squeeze(1)
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        total = (wide * tables.present.unsqueeze(-1)).sum(1)
-        return (total / tables.present.sum(1, keepdim=True)).to(embedding.dtype)
 
     def report(self) -> str:
         """The words of each group and those left out, as text."""
@@ -258,23 +278,35 @@ class _Tables(NamedTuple):
 
     Attributes:
         pieces: int64 [K, longest]; shorter words are padded with their first id.
+        places: the same as places in `token_ids`.
         present: bool [K, longest], False on padding.
     """
 
     matcher: Matcher
     pieces: Tensor
+    places: Tensor
     present: Tensor
 
 
 def _tables(words: Sequence[tuple[int, ...]], device: torch.device) -> _Tables:
     longest = max(map(len, words))
-    pieces = [[*word, *word[:1] * (longest - len(word))] for word in words]
+    pieces = torch.tensor([[*word, *word[:1] * (longest - len(word))] for word in words])
     present = [[place < len(word) for place in range(longest)] for word in words]
     return _Tables(
         Matcher(words, device),
-        send(torch.tensor(pieces), device),
+        send(pieces, device),
+        send(torch.unique(pieces, return_inverse=True)[1], device),
         send(torch.tensor(present), device),
     )
+
+
+def _class_rows(rows: Tensor, tables: _Tables) -> Tensor:
+    """[K, D] of the rows of each class's pieces, [K, longest, D]."""
+    if rows.shape[1] == 1:
+        return rows.squeeze(1)
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    total = (wide * tables.present.unsqueeze(-1)).sum(1)
+    return (total / tables.present.sum(1, keepdim=True)).to(rows.dtype)
 
 
 def _reason_against(pieces: tuple[int, ...], tokenizer: Any, multi_piece: MultiPiece) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -51,22 +51,34 @@ class NearestMean:
         agreeing: tokens with argmax_c w_c.h = argmin_c ||h - mu_c||.
         tokens: tokens of classes that have a mean.
         left_out: tokens of classes that have none.
+        teams: as of `ClassMoments`; no part of `counts`.
     """
 
     agreeing: int
     tokens: int
     left_out: int
+    teams: tuple[tuple[int, ...], ...] = field(default=(), repr=False, compare=False, kw_only=True)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The three counts by name."""
+        return {"agreeing": self.agreeing, "tokens": self.tokens, "left_out": self.left_out}
 
     def __add__(self, other: NearestMean) -> NearestMean:
         if not isinstance(other, NearestMean):
             return NotImplemented
-        return NearestMean(*map(operator.add, astuple(self), astuple(other)))
+        counts = map(operator.add, self.counts.values(), other.counts.values())
+        return NearestMean(*counts, teams=self.teams or other.teams)
 
     def across_ranks(self) -> NearestMean:
-        """Sum the counts over all ranks. All must call it, with the same class means."""
-        counts = torch.tensor(astuple(self))
-        Ranks.current().sum_([counts])
-        return NearestMean(*counts.tolist())
+        """Sum the counts over all ranks. All must call it, with the same class means.
+
+        What the ranks of a team counted, counts once.
+        """
+        ranks = replace(Ranks.current(), teams=self.teams)
+        counts = torch.tensor([*self.counts.values()]) * (ranks.rank == ranks.team[0])
+        ranks.sum_([counts])
+        return NearestMean(*counts.tolist(), teams=self.teams)
 
 
 class CollapseMetrics:
@@ -166,7 +178,7 @@ class CollapseMetrics:
         return {
             "values": values,
             "counts": [int(count) for count in self.moments.counts.tolist()],
-            "nearest": None if self.nearest is None else asdict(self.nearest),
+            "nearest": None if self.nearest is None else self.nearest.counts,
         }
 
 

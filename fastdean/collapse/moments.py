@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class ClassMoments:
         counts: fp64 [K], whole numbers.
         means: fp64 [K, D]; 0 where nothing was counted.
         scatter: fp64 [K], sum over the class's tokens of ||h - mu_c||^2.
+        teams: ranks that hold one model together (tensor parallel) and so counted the same tokens;
+            empty where every rank counted its own.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class ClassMoments:
         self.counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
         self.means = self.counts.new_zeros(num_classes, num_features)
         self.scatter = torch.zeros_like(self.counts)
+        self.teams: tuple[tuple[int, ...], ...] = ()
 
     def __repr__(self) -> str:
         num_classes, num_features = self.means.shape
@@ -86,17 +90,24 @@ class ClassMoments:
                 f"{list(other.means.shape)}; measure the same classes on the same model"
             )
         home = self.means.device
-        return self._with(_merged(self._parts, [part.to(home) for part in other._parts]))
+        total = self._with(_merged(self._parts, [part.to(home) for part in other._parts]))
+        total.teams = self.teams or other.teams
+        return total
 
     def across_ranks(self) -> ClassMoments:
-        """Sum over all ranks into new moments, the same bits on each. All ranks must call it."""
-        ranks = Ranks.current()
+        """Sum over all ranks into new moments, the same bits on each. All ranks must call it.
+
+        What the ranks of a team counted, counts once.
+        """
+        ranks = replace(Ranks.current(), teams=self.teams)
         if ranks.size == 1:
             return self._with([part.clone() for part in self._parts])
-        counts, sums = self.counts.clone(), self.means * self.counts.unsqueeze(1)
+        own = self.counts * (ranks.rank == ranks.team[0])
+        counts, sums = own.clone(), self.means * own.unsqueeze(1)
         ranks.sum_([counts, sums])
         means = sums / counts.clamp_min(1).unsqueeze(1)
-        scatter = self.scatter + self.counts * (self.means - means).square().sum(1)
+        scatter = self.scatter * (ranks.rank == ranks.team[0])
+        scatter += own * (self.means - means).square().sum(1)
         ranks.sum_([scatter])
         return self._with([counts, means, scatter])
 
@@ -108,6 +119,7 @@ class ClassMoments:
         """Moments of this shape that hold `parts`."""
         moments = ClassMoments(*self.means.shape, device=self.means.device)
         moments.counts, moments.means, moments.scatter = parts
+        moments.teams = self.teams
         return moments
 
     def _merge_at_(self, classes: Tensor, added: list[Tensor]) -> None:

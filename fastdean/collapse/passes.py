@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fastdean.collapse.metrics import CollapseMetrics, NearestMean, count_neares
 from fastdean.collapse.moments import ClassMoments
 from fastdean.collapse.output_embedding import check_width, measured_weight
 from fastdean.collapse.representations import Features, Representations
+from fastdean.collapse.shared_passes import SharedPasses
 from fastdean.data.batching import Batch, send
 from fastdean.data.examples import Example, read_examples
 from fastdean.models.calling import call
@@ -26,6 +28,7 @@ from fastdean.models.model_state import (
     max_tokens,
     unwrap,
 )
+from fastdean.models.shards import whole_features
 from fastdean.wording.doing import titled
 
 
@@ -50,9 +53,13 @@ def collapse_metrics(
         nearest = nearest_mean_agreement(model, my_held_out_part, classes, metrics).across_ranks()
         metrics = metrics.with_nearest(nearest)
 
+    So too where FSDP2 shards the model; all ranks must then call it. The ranks over which tensor
+    parallel splits one must be given the same part, which counts once.
+
     Args:
         model: a causal or masked language model of transformers, in any dtype, also inside PEFT;
-            run without dropout and left in its mode. A compiled one is run uncompiled.
+            run without dropout and left in its mode. A compiled one is run uncompiled. One that
+            FSDP2 shards is left with all of its weights sharded.
         loader: batches as for `fastdean.score`, whose labels may be left out, `Example`s, or, with
             `tokenizer`, rows of text. A masked model sees the text unmasked; where labels hold
             what a mask token hides, that counts.
@@ -73,16 +80,17 @@ def collapse_metrics(
             "held_out must be other text than loader, got the same object; NC4 on the text of the "
             "class means says little"
         )
+    passes = _Passes(model, classes, shift, features, tokenizer, tokens_per_batch, progress)
     weight = classes.rows(measured_weight(model)).clone()
     # MPS knows no fp64.
     home = torch.device("cpu") if weight.device.type == "mps" else weight.device
     moments = ClassMoments(*weight.shape, device=home)
+    moments.teams = passes.shared.ranks.teams
 
     def count(rows: Tensor, labels: Tensor) -> None:
         check_width(rows, weight, features)
         moments.add_(rows, labels)
 
-    passes = _Passes(model, classes, shift, features, tokenizer, tokens_per_batch, progress)
     passes.each_batch(loader, count, "class means")
     metrics = CollapseMetrics(moments, weight)
     if held_out is None:
@@ -135,7 +143,7 @@ def _nearest(passes: _Passes, held_out: Any, metrics: CollapseMetrics) -> Neares
             agreeing.add_(count_nearest(features.index_select(0, rows).to(home), means, weight))
 
     passes.each_batch(held_out, count, "held-out tokens")
-    return NearestMean(int(agreeing), tokens, left_out)
+    return NearestMean(int(agreeing), tokens, left_out, teams=passes.shared.ranks.teams)
 
 
 @dataclass(frozen=True)
@@ -150,38 +158,51 @@ class _Passes:
     tokens_per_batch: int | None
     progress: bool
 
+    @cached_property
+    def shared(self) -> SharedPasses:
+        return SharedPasses(unwrap(self.model))
+
     @torch.no_grad()
     def each_batch(self, loader: Any, count: Callable[[Tensor, Tensor], None], title: str) -> None:
         """`count(features [n, D], labels [n] on the CPU)` for each batch's tokens of a class."""
         from tqdm.auto import tqdm
 
-        model = unwrap(self.model)
+        model, shared = unwrap(self.model), self.shared
         last = Representations(model, features=self.features, skip_logits=True)
-        examples, labels = self._labelled_examples(model, loader)
-        with (
-            eager(),
-            evaluation_state(model),
-            tqdm(
-                total=len(examples), desc=titled(title), unit="ex", disable=not self.progress
-            ) as bar,
-        ):
-            batches = prepare_batches(
-                model,
+        with shared.entered():
+            examples, labels = self._labelled_examples(model, loader)
+            with (
+                eager(),
+                evaluation_state(model),
+                tqdm(
+                    total=len(examples), desc=titled(title), unit="ex", disable=not self.progress
+                ) as bar,
+            ):
                 # Nothing is predicted: only the segments are used.
-                [example.predicting_itself() for example in examples],
-                tokens_per_batch=self.tokens_per_batch,
-                shift=0,
-            )
-            device = input_device(model)
-            with last:
-                for batch in batches:
-                    rows, classes = _labelled_rows(batch, labels)
-                    with attention_for(model, batch):
-                        call(model, batch.to(device).model_inputs())
-                    features = last.features.flatten(0, 1)
-                    count(features.index_select(0, send(rows, features.device)), classes)
-                    last.clear()
-                    bar.update(batch.num_examples)
+                examples = [example.predicting_itself() for example in examples]
+                with shared.planning(examples):
+                    batches = prepare_batches(
+                        model,
+                        examples,
+                        tokens_per_batch=self.tokens_per_batch,
+                        shift=0,
+                        measured_on=shared.measured_on,
+                    )
+                device = input_device(model)
+                with last:
+                    for batch in shared.each(batches):
+                        if batch is None:
+                            with shared.one():
+                                call(model, {"input_ids": torch.zeros(1, 1).long().to(device)})
+                            last.clear()
+                            continue
+                        rows, classes = _labelled_rows(batch, labels)
+                        with shared.one(), attention_for(model, batch):
+                            call(model, batch.to(device).model_inputs())
+                        features = whole_features(last.features).flatten(0, 1)
+                        count(features.index_select(0, send(rows, features.device)), classes)
+                        last.clear()
+                        bar.update(batch.num_examples)
 
     def _labelled_examples(
         self, model: nn.Module, loader: Any

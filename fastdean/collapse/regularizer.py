@@ -23,10 +23,11 @@ from fastdean.collapse.alignment import (
     check_live,
     collapse_alignment_loss,
 )
+from fastdean.collapse.class_sums import ClassSums, class_counts
 from fastdean.collapse.classes import CollapseClasses
 from fastdean.collapse.factors import SPANS, STEP, Schedule, check_spans, factor_at, gives, record
 from fastdean.collapse.labels import Shift, check_shift, default_shift, position_labels
-from fastdean.collapse.output_embedding import check_width, trained_weight
+from fastdean.collapse.output_embedding import TrainedRows, check_width, trained_weight
 from fastdean.collapse.representations import (
     Features,
     Hook,
@@ -39,6 +40,10 @@ from fastdean.files.declared import Anything, Maps, Record, require
 from fastdean.models.distributed import Ranks
 from fastdean.models.forward import label_shift_of_class
 from fastdean.models.model_state import unwrap
+from fastdean.models.sharded import left_sharded
+from fastdean.models.sharded_rows import placing
+from fastdean.models.shards import is_sharded, whole_features
+from fastdean.models.tensor_parallel import training_ranks
 from fastdean.ops.collapse import STATISTICS, collapse_alignment
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError, StateError
@@ -68,9 +73,12 @@ class CollapseRegularizer:
     these items: over an accumulation the terms come to their mean by tokens, not to their sum.
 
     Under `torch.distributed` all ranks share the statistics, and the gradient that
-    DistributedDataParallel averages is that of one process with all their batches. Every rank must
-    make the same number of training passes. Live features make each wait for the others' number of
-    labelled positions. nn.DataParallel and sharded models are refused.
+    DistributedDataParallel or FSDP2 (`fully_shard`) averages is that of one process with all their
+    batches. The ranks over which tensor parallel splits the model must have the same batch, which
+    counts once. Every rank must make the same number of training passes, and the backward pass of
+    each. Of a sharded output embedding the classes' rows are gathered, and each rank adds the
+    gradient of those that it holds to them; what is sent does not depend on the number of tokens.
+    nn.DataParallel and FSDP1 are refused.
 
     Features that are not finite make the statistics so for good, as a check would make every step
     wait for the device. `fine_tune`, which reads the loss, restores them before it raises; in your
@@ -100,8 +108,9 @@ class CollapseRegularizer:
         step: the number of training passes so far.
     Raises:
         ValueError, TypeError: for the arguments; nothing could ever have a gradient; or an output
-            embedding that is not one plain tensor [V, D] in memory: sharded, quantised, offloaded.
-            What can change later is checked again in every training pass.
+            embedding that is not one tensor [V, D] in memory, whole or in blocks on the ranks:
+            quantised, offloaded, sharded by FSDP1. What can change later is checked again in every
+            training pass.
 
     Example:
         ```python
@@ -142,12 +151,22 @@ class CollapseRegularizer:
 
         weight = trained_weight(self.module)
         self._check_something_learns(weight, any(p.requires_grad for p in model.parameters()))
-        self.shift: Shift = default_shift(model) if shift is None else check_shift(shift)
-        rows = classes.rows(weight.detach())
-        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        classes.check_embedding(weight)
+        with left_sharded(self.module):
+            self.shift: Shift = default_shift(model) if shift is None else check_shift(shift)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.state = CollapseState(
-            *rows.shape, mode=mode, decay=decay, dtype=dtype, device=rows.device
+            len(classes),
+            weight.shape[1],
+            mode=mode,
+            decay=decay,
+            dtype=dtype,
+            device=weight.device,
         )
+
+        self._trained_rows = TrainedRows(classes.token_ids)
+        # How the output embedding was placed, in which job, and who trains it there.
+        self._ranks: tuple[Any, Ranks, Ranks] | None = None
 
         self._value: Tensor | None = None
         self._pending: Tensor | None = None
@@ -176,6 +195,7 @@ class CollapseRegularizer:
         """
         if self.attached:
             return self
+        self._ranks = None
         _check_alone(self.module)
         try:
             self._last.attach()
@@ -344,16 +364,19 @@ class CollapseRegularizer:
 
     def _loss(self, features: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
         check_width(features, weight, self._features)
+        ranks = self._ranks_of(weight)
+        # Of a rank's own part of each sequence all are needed: classes are told apart in the whole.
+        features = whole_features(features)
         # Layers may lie on several devices; the loss lies where the output embedding does.
         features = features.flatten(0, -2).to(weight.device)
         labels = labels.to(weight.device)
-        rows = self.classes.rows(weight)
         self.state.to(weight.device)
-        ranks = Ranks.of_group()
-        if ranks.size > 1:
-            if self._detach_features:
-                return self._loss_on_shared_sums(features, labels, rows, ranks)
-            features, labels = _labelled_rows_of_all(features, labels, ranks)
+        if is_sharded(weight):
+            rows = self.classes.rows_of_listed(self._trained_rows.of(self.module, weight, ranks))
+        else:
+            rows = self.classes.rows(weight)
+        if ranks.shares > 1:
+            return self._loss_on_shared_sums(features, labels, rows, ranks)
         return collapse_alignment_loss(
             features,
             labels,
@@ -364,23 +387,38 @@ class CollapseRegularizer:
             impl=self._impl,
         )
 
+    def _ranks_of(self, weight: Tensor) -> Ranks:
+        """The ranks that train the model; those of a team have the same batch."""
+        found = placing(weight), Ranks.of_group()
+        if self._ranks is None or self._ranks[:2] != found:
+            self._ranks = *found, training_ranks(self.module)
+        return self._ranks[2]
+
     def _loss_on_shared_sums(
         self, features: Tensor, labels: Tensor, rows: Tensor, ranks: Ranks
     ) -> Tensor:
         """The loss on the batch of all ranks; the first rank adds the sums so far."""
         share = self.state if ranks.first else self.state.like()
+        # The batch of a team counts once.
+        own = slice(None) if ranks.rank == ranks.team[0] else slice(0)
         with torch.no_grad():
-            collapse_alignment_loss(features, labels, rows, share, impl=self._impl)
-        ranks.sum_([share.sums, share.counts])
+            collapse_alignment_loss(features[own], labels[own], rows, share, impl=self._impl)
+        sums, counts = share.sums, share.counts
+        ranks.sum_([sums, counts])
         self.state = share
+        if self._detach_features or not features.requires_grad:
+            features, labels = sums[:0], labels[:0]
+        else:
+            in_batch = class_counts(labels[own], len(counts))
+            ranks.sum_([in_batch])
+            # A row of zeros for each class of the batch has the gradient of the class's sum. It is
+            # counted as one position, of which there are as many at least.
+            present = in_batch > 0
+            features = ClassSums.apply(features, labels, sums, ranks)
+            labels = torch.where(present, torch.arange(len(counts), device=labels.device), -1)
+            counts = counts - present.to(counts.dtype)
         loss, _, _ = collapse_alignment(
-            features[:0].detach(),
-            labels[:0],
-            rows,
-            share.sums,
-            share.counts,
-            statistic=self._statistic,
-            impl=self._impl,
+            features, labels, rows, sums, counts, statistic=self._statistic, impl=self._impl
         )
         return loss
 
@@ -459,15 +497,6 @@ def _check_not_recomputing() -> None:
             "of it, which would count its batch twice; checkpoint its layers instead, as "
             "transformers does"
         )
-
-
-def _labelled_rows_of_all(features: Tensor, labels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """The labelled positions of all ranks, in the ranks' order; padded with rows labelled -1."""
-    labelled = (labels >= 0).nonzero().squeeze(1)
-    padding = ranks.highest(len(labelled)) - len(labelled)
-    own_features = nn.functional.pad(features[labelled], (0, 0, 0, padding))
-    own_labels = nn.functional.pad(labels[labelled], (0, padding), value=-1)
-    return ranks.concatenate(own_features), ranks.concatenate(own_labels)
 
 
 def _loss_in(output: Any) -> Tensor | None:

@@ -13,10 +13,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastdean.models.lost_ranks import limit_collectives, naming_lost_ranks, wait
 from fastdean.wording.log import logger
@@ -122,14 +122,20 @@ class Ranks:
         place = self.team.index(self.rank)
         return tuple(team[place] for team in self.teams)
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks."""
+    def sum_(self, tensors: Sequence[Tensor], group: Any = None) -> None:
+        """Replace each tensor by its sum over all ranks.
+
+        Args:
+            group: a process group of torch's, over whose ranks alone is summed; each rank calls it
+                with one that it is in, or all with None.
+        """
         if self.size == 1:
             return
         with self._together():
             for tensor in tensors:
                 reachable = _reachable(tensor)
-                wait(torch.distributed.all_reduce(reachable, async_op=True), reachable.device)
+                sent = torch.distributed.all_reduce(reachable, group=group, async_op=True)
+                wait(sent, reachable.device)
                 if reachable is not tensor:
                     tensor.copy_(reachable)
 
@@ -242,14 +248,6 @@ class Ranks:
         with self._together():
             _all_highest(box)
             return int(box)
-
-    def concatenate(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks in the order of the ranks: [size * n, ...] of [n, ...] on each.
-
-        Differentiable: a row's gradient is the sum of the gradients that the ranks have for it.
-        All ranks must call it, with as many rows, and run the backward pass if one does.
-        """
-        return rows if self.size == 1 else _Concatenation.apply(rows)
 
     def agree(self, decision: bool) -> bool:
         """The first rank's decision, on every rank."""
@@ -371,25 +369,6 @@ def check_rank_timeout(seconds: float | None) -> None:
 
 def _group_exists() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-class _Concatenation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
-        reachable = _reachable(rows).contiguous()
-        parts = [torch.empty_like(reachable) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, reachable)
-        return torch.cat(parts).to(rows.device)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-        # A sum of half-precision gradients would be rounded once for each rank.
-        total = _reachable(grad.float() if grad.dtype.itemsize < 4 else grad.clone())
-        torch.distributed.all_reduce(total)
-        rows = len(total) // torch.distributed.get_world_size()
-        start = torch.distributed.get_rank() * rows
-        return total[start : start + rows].to(grad.device, grad.dtype)
 
 
 def _reachable(tensor: Tensor) -> Tensor:

@@ -305,11 +305,13 @@ def prepare_batches(
     *,
     tokens_per_batch: int | None = None,
     shift: int | None = None,
+    measured_on: Callable[[Sequence[Example]], Sequence[Example]] | None = None,
 ) -> list[Batch]:
     """Plan the batches of a causal or masked LM, in its `exact_layout`.
 
     Args:
         shift: see `plan_batches`; None: the model's `label_shift`.
+        measured_on: the fitted examples -> those of which the layout is; None: these.
     Raises:
         ValueError: as `fitted`, `label_shift` and `plan_batches` do.
     """
@@ -320,7 +322,7 @@ def prepare_batches(
         examples,
         shift=label_shift(model) if shift is None else shift,
         tokens_per_batch=tokens_per_batch,
-        **vars(exact_layout(model, examples)),
+        **vars(exact_layout(model, measured_on(examples) if measured_on else examples)),
     )
 
 
@@ -426,10 +428,8 @@ def _without_default_positions(
     columns = dict(columns)
     if positions is not None:
         start = int(positions[0])
-        # Models start from 0, or behind the padding token (RoBERTa). Other starts are not asked
-        # about: each answer takes forward passes.
-        padding = getattr(text_config(model), "pad_token_id", None)
-        if start in ({0} if padding is None else {0, padding + 1}):
+        # Other starts are not asked about: each answer takes forward passes.
+        if start in usual_starts(model):
             consecutive = torch.arange(start, start + len(positions))
             if start not in numbered:
                 numbered[start] = numbers_from(model, start)
@@ -438,6 +438,12 @@ def _without_default_positions(
     if mask is not None and "position_ids" not in columns and bool(mask.all()):
         del columns["attention_mask"]
     return columns
+
+
+def usual_starts(model: nn.Module) -> list[int]:
+    """From which positions models number their tokens: 0, or behind the padding one (RoBERTa)."""
+    padding = getattr(text_config(model), "pad_token_id", None)
+    return [0] if padding is None else sorted({0, padding + 1})
 
 
 def exact_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:

@@ -72,6 +72,58 @@ def resharded(model: nn.Module) -> bool:
     return any(map(is_sharded, model.parameters()))
 
 
+@contextmanager
+def left_sharded(model: nn.Module) -> Iterator[None]:
+    """Afterwards no unit of FSDP2 has kept the weights that passes inside gathered.
+
+    Who then asks for the parameters, for an optimizer, gets those that the ranks hold.
+    """
+    units = units_of(model)
+
+    def undo() -> None:
+        for unit in units.values():
+            unit.reshard()
+
+    with undone(undo):
+        yield
+
+
+def sharded_parameters(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """What FSDP2 knows of each parameter that it shards, and the unit's group of them.
+
+    Of the first `sharded_param` is the parameter, also while another one with all of the weight
+    stands in its place.
+    """
+    states = {unit._get_fsdp_state() for unit in units_of(model).values()}
+    for state in states:
+        # Of several groups since torch 2.12.
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in groups:
+            if group is not None:
+                yield from ((each, group) for each in group.fsdp_params)
+
+
+def behind(model: nn.Module, module: nn.Module, leaf: str) -> tuple[Tensor | None, float | None]:
+    """The sharded parameter in whose place a module may have a gathered weight at the moment.
+
+    Returns:
+        (parameter, divisor): None where FSDP2 does not shard it; and by what it divides the sum of
+            the ranks' gradients, None for the number of ranks with examples of their own.
+    """
+    now = module._parameters.get(leaf)
+    for each, group in sharded_parameters(model):
+        of = each._module_info
+        modules = [of.module, *of.shared_modules]
+        names = [of.param_name, *of.shared_param_names]
+        # A weight that was tied afterwards is no place that FSDP2 knows of.
+        tied = now is not None and each.sharded_param is now
+        if tied or any(m is module and n == leaf for m, n in zip(modules, names, strict=True)):
+            # Weights that were loaded since are noted with the first pass.
+            held = now if now is not None and is_sharded(now) else each.sharded_param
+            return held, group.gradient_divide_factor
+    return None, None
+
+
 def _not_ours(name: str, found: str) -> ValueError:
     return ValueError(
         f"model must be whole on every rank, sharded over all of them by fully_shard (FSDP2), or "

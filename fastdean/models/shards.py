@@ -89,6 +89,17 @@ def placed_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return in_memory(sharded.to_local())
 
 
+def whole_features(features: Tensor) -> Tensor:
+    """Differentiable activations as every rank that shares them computes on: all of a DTensor.
+
+    Its gradient must be the same on all of these ranks.
+    """
+    if not is_sharded(features):
+        return features
+    sharded: Any = features
+    return in_memory(sharded.full_tensor())
+
+
 def rows_at(rows: Tensor, index: Tensor) -> Tensor:
     """The rows [1, M, H] at an index of [..., H], all but the last axis counted as one.
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastdean.models.distributed import Ranks
-from fastdean.models.sharded import resharded, units_of
+from fastdean.models.sharded import resharded, sharded_parameters, units_of
 from fastdean.models.shards import is_sharded
 
 
@@ -34,6 +34,44 @@ def in_teams(model: nn.Module, ranks: Ranks) -> Ranks:
         ValueError: the meshes of its weights are no teams that are as large as each other.
     """
     meshes = {tuple(p.device_mesh.mesh.flatten().tolist()) for p in _split_parameters(model)}
+    return _teams(meshes, ranks)
+
+
+def training_ranks(model: nn.Module) -> Ranks:
+    """The ranks that train a model together, in teams where tensor parallel splits its weights.
+
+    Also in the middle of a pass, while FSDP2 has weights gathered. All ranks call it where any
+    weight is sharded.
+
+    Raises:
+        ValueError: as `in_teams`; or FSDP2 shards weights over a part of the teams.
+    """
+    ranks = Ranks.of_group()
+    managed = [each for each, _ in sharded_parameters(model)]
+    if not managed:
+        return in_teams(model, ranks) if any(map(is_sharded, model.parameters())) else ranks
+    meshes, sizes = set(), set()
+    for each in managed:
+        mesh, dims = each.sharded_param.device_mesh, each.mesh_info.mesh.ndim
+        sizes.add(each.mesh_info.mesh.size())
+        if mesh.ndim > dims:
+            # The dimensions of FSDP2 come first.
+            own = mesh.mesh[tuple(mesh.get_coordinate()[:dims])]
+            meshes.add(tuple(own.flatten().tolist()))
+    if meshes:
+        ranks = _teams(meshes, ranks)
+    with ranks.failing_together():
+        if sizes != {ranks.shares}:
+            raise ValueError(
+                f"model must be sharded by fully_shard over all {ranks.shares} ranks that have "
+                f"examples of their own, got a mesh of {min(sizes)}; start as many ranks as the "
+                "mesh has, or shard it over all"
+            )
+    return ranks
+
+
+def _teams(meshes: set[tuple[int, ...]], ranks: Ranks) -> Ranks:
+    """`ranks` in teams, of which this rank's are the ranks of these meshes."""
     with ranks.failing_together():
         if len(meshes) > 1:
             one, other = sorted(meshes)[:2]

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_classes import gradients, rich_batches, some_classes
+from regularized import BATCHES, JOINED, STRENGTH, require_same_training, trained
+from tiny_classes import gradients, some_classes
 from tiny_models import llama
 from torch.nn.parallel import DistributedDataParallel
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 from fastdean import CollapseRegularizer
-
-STRENGTH = 10.0
-BATCHES = [list(rich_batches(3, rows=2, seed=seed)) for seed in range(WORLD)]
 
 DETACHED = {
     "cumulative": {},
@@ -29,50 +27,15 @@ LIVE = {
 SITUATIONS = {**DETACHED, **LIVE}
 
 
-def total_loss(logits, labels):
-    kept = labels[:, 1:] != -100
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1][kept], labels[:, 1:][kept], reduction="sum"
-    )
-
-
-def unlabelled(batch):
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def trained(model, regularizer, batches, scale):
-    """Gradients, value and statistics after each batch; `scale` is 1 / items of all ranks."""
-    found = []
-    for batch in batches:
-        model.zero_grad()
-        loss = total_loss(model(**unlabelled(batch)).logits, batch["labels"]) * scale
-        (loss + regularizer.term()).backward()
-        found.append(
-            {
-                "gradients": gradients(regularizer.module),
-                "value": regularizer.value,
-                "sums": regularizer.state.sums.clone(),
-                "counts": regularizer.state.counts.clone(),
-            }
-        )
-    return found
-
-
 def on_rank(rank, options):
-    model = llama().double().train()
-    regularizer = CollapseRegularizer(model, some_classes(), STRENGTH, **options)
+    model = llama().double()
     # Averaging divides the sum of the ranks' losses by their number.
-    return trained(DistributedDataParallel(model), regularizer, BATCHES[rank], WORLD / 50)
+    options = {"wrapped": DistributedDataParallel(model), "scale": WORLD / 50, "options": options}
+    return trained(model, BATCHES[rank], **options)
 
 
 def alone(options):
-    model = llama().double().train()
-    regularizer = CollapseRegularizer(model, some_classes(), STRENGTH, **options)
-    joined = [
-        {name: torch.cat([batch[name] for batch in step]) for name in step[0]}
-        for step in zip(*BATCHES, strict=True)
-    ]
-    return trained(model, regularizer, joined, 1 / 50)
+    return trained(llama().double(), JOINED, options)
 
 
 def by_items(rank):
@@ -121,16 +84,12 @@ def found(tmp_path_factory):
 def test_two_ranks_train_as_one_does(found, situation):
     expected = alone(SITUATIONS[situation])
     for rank in range(WORLD):
-        for step, exact in zip(found[rank][situation], expected, strict=True):
-            assert step["value"] == pytest.approx(exact["value"], rel=1e-10)
-            assert torch.equal(step["counts"], exact["counts"])
-            torch.testing.assert_close(step["sums"], exact["sums"], rtol=1e-10, atol=1e-10)
-            torch.testing.assert_close(step["gradients"], exact["gradients"], rtol=1e-7, atol=1e-11)
+        require_same_training(found[rank][situation], expected)
 
 
 def test_both_ranks_hold_the_same_statistics_to_the_bit(found):
     for situation in SITUATIONS:
-        for first, second in zip(found[0][situation], found[1][situation], strict=True):
+        for first, second in zip(*(found[rank][situation][0] for rank in (0, 1)), strict=True):
             assert torch.equal(first["sums"], second["sums"])
 
 

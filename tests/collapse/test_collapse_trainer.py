@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
+from regularized import whole
 from tiny_classes import rich_batches, some_classes
 from tiny_models import bert, llama
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 from fastdean import CollapseRegularizer
 from fastdean.collapse import trainer_class
@@ -322,6 +325,78 @@ def test_resuming_takes_the_statistics_up_again(tmp_path):
     assert torch.equal(again.state.counts, regularizer.state.counts)
     for found, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(found, expected)
+
+
+class Dealt(Rows):
+    """What the ranks get in turn: of each step every rank has a batch."""
+
+    def __init__(self):
+        of_ranks = [Rows(STEPS, seed=seed).batches for seed in range(WORLD)]
+        self.batches = [batch for step in zip(*of_ranks, strict=True) for batch in step]
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+PARALLEL = {"fsdp": {"fsdp_size": WORLD}, "tp": {"tp_size": WORLD}}
+
+
+def in_trainers(rank, folder):
+    """Under DistributedDataParallel, and resumed from what one rank saved; sharded on loading."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ |= dict(zip(names, map(str, (rank, rank, WORLD, WORLD)), strict=True))
+    join_group(rank, folder)
+    found, models = {}, {"ddp": llama(), "again": llama(seed=1)}
+    for name, options in PARALLEL.items():
+        config = DistributedConfig(**options)
+        models[name] = AutoModelForCausalLM.from_pretrained(
+            folder / "llama", distributed_config=config
+        )
+    for name, model in models.items():
+        saving = {} if name in PARALLEL else SAVING
+        regularizer = regularized(model, **LIVE)
+        args = arguments(folder / name, **saving)
+        trainer = make_trainer(model, regularizer, args, train_dataset=Dealt())
+        resumed = {"resume_from_checkpoint": str(folder / "ddp" / "checkpoint-2")}
+        trainer.train(**resumed if name == "again" else {})
+        found[name] = {
+            "weights": {n: whole(p) for n, p in model.named_parameters()},
+            "state": regularizer.state_dict(),
+        }
+    leave_group(rank, folder, found)
+
+
+LIVE = {"mode": "window", "decay": 0.5, "detach_features": False}
+
+
+@pytest.mark.slow
+def test_trainers_on_several_ranks_train_as_one_does(tmp_path):
+    llama().save_pretrained(tmp_path / "llama")
+    ranks = run_ranks(in_trainers, tmp_path)
+    dealt = Dealt().batches
+    joined = [
+        {name: torch.cat([batch[name] for batch in dealt[k : k + WORLD]]) for name in dealt[0]}
+        for k in range(0, len(dealt), WORLD)
+    ]
+    # Ranks that hold one model together get the same batches, and so half as many.
+    by_turns = {"ddp": joined, "again": joined, "fsdp": joined, "tp": dealt[:STEPS]}
+    for name, batches in by_turns.items():
+        model = llama()
+        regularizer = regularized(model, **LIVE)
+        rows = Rows(0)
+        rows.batches = batches
+        make_trainer(model, regularizer, arguments(tmp_path), train_dataset=rows).train()
+        for found in ranks:
+            expected = dict(model.named_parameters())
+            for weight, value in found[name]["weights"].items():
+                torch.testing.assert_close(value, expected[weight], rtol=1e-4, atol=1e-5)
+            state = found[name]["state"]
+            assert torch.equal(state["counts"], regularizer.state.counts)
+            assert torch.equal(state["sums"], ranks[0][name]["state"]["sums"])
+            assert state["step"] == STEPS
+    first = ranks[0]
+    assert torch.equal(first["again"]["state"]["sums"], first["ddp"]["state"]["sums"])
 
 
 def test_resuming_without_statistics_says_what_to_do(tmp_path):
