@@ -97,7 +97,11 @@ def _table(rows: Sequence[Mapping], chosen: object, edit: Edit) -> Html:
         for measure, key, no_effect, of in measures:
             numbers = (row.get(measure) or {}).get(of) or {}
             found = Estimate.of("", numbers, key)
-            cells[-1] += [*found.written(no_effect), *tested(numbers), found.reading(no_effect)]
+            cells[-1] += [
+                *found.written(no_effect),
+                *tested(numbers, no_effect),
+                found.reading(no_effect),
+            ]
             if measure == "perplexity":
                 cells[-1] += Estimate.of("", numbers.get("kl"), "mean").written(1)
     return table("Awareness and price against the general ratio", columns, cells, words=words)
