@@ -8,9 +8,9 @@ import sys
 import torch
 
 import fastdean
-from fastdean.data.sources import load_rows
+from fastdean.data import load_rows
 from fastdean.debias import augment
-from fastdean.models.loading import load_model
+from fastdean.models import load_model
 
 
 def main(name="smollm2-135m-instruct", words="gender", steps=20, batch=4):

@@ -9,9 +9,9 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 import fastdean
 from fastdean.collapse import trainer_class
-from fastdean.data.sources import load_rows
+from fastdean.data import load_rows
 from fastdean.debias import augment
-from fastdean.models.loading import load_model
+from fastdean.models import load_model
 
 
 def main(name="smollm2-135m-instruct", words="gender", steps=20, out="trained"):

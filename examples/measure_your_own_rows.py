@@ -11,8 +11,8 @@ import sys
 
 import fastdean
 from fastdean import evaluation as ev
-from fastdean.data.sources import load_rows
-from fastdean.models.loading import load_model
+from fastdean.data import load_rows
+from fastdean.models import load_model
 
 
 def main(source, mask_folder, name="smollm2-135m-instruct"):

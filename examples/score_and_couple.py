@@ -8,9 +8,9 @@ Writes the mask to the folder mask/, for mask_a_checkpoint.py and measure_your_o
 import sys
 
 import fastdean
-from fastdean.coupling.sets import overlap
-from fastdean.data.sources import load_rows, sample_rows
-from fastdean.models.loading import load_model
+from fastdean.coupling import overlap
+from fastdean.data import load_rows, sample_rows
+from fastdean.models import load_model
 
 
 def main(name="smollm2-135m-instruct", ratio=1e-5, examples=32):

@@ -70,3 +70,23 @@ def test_every_page_is_in_the_navigation():
     nav = str(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"])
     for page in (ROOT / "docs").rglob("*.md"):
         assert f"'{page.relative_to(ROOT / 'docs').as_posix()}'" in nav, page
+
+
+TAUGHT = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs" / "guide").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*.py")),
+    *sorted((ROOT / "examples").glob("*.ipynb")),
+]
+
+
+@pytest.mark.parametrize("page", TAUGHT, ids=lambda page: page.name)
+def test_what_is_to_be_copied_imports_public_names_alone(page):
+    """Others may move in any release, and the copies would break."""
+    text = page.read_text("utf-8")
+    for module, names in re.findall(r"from (fastdean[\w.]*) import ([\w, ]+)", text):
+        for name in (each.split(" as ")[0].strip() for each in names.split(",")):
+            public = importlib.import_module(module).__all__ if module in PUBLIC else ()
+            assert name in public or f"{module}.{name}" in PUBLIC, f"{module}.{name}"
+    for module in re.findall(r"`[^`\n]*` from `(fastdean[\w.]*)`", text):
+        assert module in PUBLIC, module

@@ -20,7 +20,7 @@ app = typer.Typer()
 def evaluate(
     job: EvalJob,
     out: Annotated[
-        Path | None, out_option("Folder for the table and each item's scores; needs none.")
+        Path | None, out_option("Folder for the figures and each item's scores; may be left out.")
     ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,

@@ -152,8 +152,9 @@ def load_line(rows: Sequence[Mapping[str, Any]]) -> str:
     said = (
         f"{layers}: each got {min(r['least'] for r in rows):.1%} to "
         f"{max(r['most'] for r in rows):.1%} of its layer's routed tokens (median "
-        f"{median(r['median'] for r in rows):.1%}), {unseen or 'none'} got none"
+        f"{median(r['median'] for r in rows):.1%})"
     )
+    said += f", {unseen} got none" if unseen else ""
     shared = sum(1 for row in rows if row["shared"])
     return said + (f"; shared experts in {shared} got every token" if shared else "")
 

@@ -62,9 +62,8 @@ def find_targets(
             hints += ", and fused experts have scores of weights alone"
         if found.unscorable:
             hints += f", and hooks cannot see the fused tensors {kinds_of(found.unscorable)}"
-        if granularity == "weight" and found.others:
-            others = kinds_of(target.parameter for target in found.others)
-            hints += f"; parameters that are scored by their names are {others}"
+        if granularity == "weight":
+            hints += _scored_by_name(found)
         buffer = _buffer_called(model, target_modules)
         if buffer:
             hints += f"; {buffer} is a buffer, which nothing trains"
@@ -241,10 +240,18 @@ def _listed(found: Survey, text: str, groups: Collection[str | None]) -> list[Ta
         raise ValueError(
             f"target_modules must match a Linear layer or a parameter with each of its parts, got "
             f"{unknown[0]!r} in {text!r}; the layers are "
-            f"{kinds_of(target.name for target in found.targets)}"
+            f"{kinds_of(target.name for target in found.targets)}{_scored_by_name(found)}"
         )
     chosen = {target.parameter: target for matched in by_part.values() for target in matched}
     return [target for target in found.everything if chosen.get(target.parameter) is target]
+
+
+def _scored_by_name(found: Survey) -> str:
+    """The end of a refusal that lists what can be asked for: parameters of no Linear layer."""
+    if not found.others:
+        return ""
+    others = kinds_of(target.parameter for target in found.others)
+    return f"; parameters that are scored by their names are {others}"
 
 
 def _matches(target: Target, target_modules: str, groups: Collection[str | None]) -> bool:

@@ -119,13 +119,35 @@ def _tokenised_chat(turns: Any, tokenizer: Any, number: int) -> tuple[list[int],
         before = _render(turns[:i], tokenizer, number, generation_prompt=True)
         after = _render(turns[: i + 1], tokenizer, number)
         if ids[: len(after)] != after or after[: len(before)] != before:
-            raise ValueError(
-                f"row {number} must be a chat whose turns are rendered one after the other, got a "
-                f"template that changes what precedes turn {i} or the turn itself, so its tokens "
-                "cannot be told apart; give single-turn rows or use template='raw'"
-            )
+            raise _indivisible_error(turns, tokenizer, number, i)
         labels[len(before) : len(after)] = ids[len(before) : len(after)]
     return ids, labels
+
+
+def _indivisible_error(
+    turns: Sequence[Mapping[str, Any]], tokenizer: Any, number: int, i: int
+) -> ValueError:
+    """What is said of turn `i`, whose tokens are not those between the renderings around it."""
+
+    def text(shown: Sequence[Mapping[str, Any]], generation_prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(
+            list(shown), add_generation_prompt=generation_prompt, tokenize=False
+        )
+
+    before, after = text(turns[:i], True), text(turns[: i + 1])
+    if after.startswith(before) and text(turns).startswith(after):
+        # The tokenizer's doing: a space at the end of the prompt goes to the answer's first word.
+        return ValueError(
+            f"row {number} must be a chat whose turns share no token, got a template that renders "
+            f"{before[-12:]!r} before turn {i}, and a tokenizer that joins the turn's beginning "
+            "or end with what stands beside it; have the template end what precedes and follows "
+            "a turn with a line break or a special token, or use template='raw'"
+        )
+    return ValueError(
+        f"row {number} must be a chat whose turns are rendered one after the other, got a "
+        f"template that changes what precedes turn {i} or the turn itself, so its tokens "
+        "cannot be told apart; give single-turn rows or use template='raw'"
+    )
 
 
 def _text_of(content: Any, turn: int, number: int) -> str:

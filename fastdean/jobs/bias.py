@@ -326,32 +326,29 @@ def _numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sentences(found: Found) -> list[str]:
-    """What the figures of one state say, a sentence each for those that have a neutral value."""
+    """What the figures of one state say, a sentence each for those that have an interval."""
     said = []
     for name, figures in found.items():
-        if figures["neutral"] is None or figures["low"] is None:
+        if figures["low"] is None:
             continue
         value, low, high = apart(*(figures[key] for key in ("value", "low", "high")), least=3)
-        said.append(
-            f"{name}: {value} {figures['unit']} [{low}, {high}], where {figures['neutral']:g} is "
-            "neutral: "
-            f"{figures['verdict']}."
-        )
+        neutral, judged = figures["neutral"], ""
+        if neutral is not None:
+            judged = f", where {neutral:g} is neutral: {figures['verdict']}"
+        said.append(f"{name}: {value} {figures['unit']} [{low}, {high}]{judged}.")
     return said
 
 
 def change_sentences(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What a training did to each figure that has a neutral value."""
+    """What a training did to each figure that has an interval: bias, and what it may cost."""
     said = []
     for name, row in table.items():
         moved = row.get("change") or {}
-        if row["neutral"] is None or moved.get("low") is None:
+        if moved.get("low") is None:
             continue
         before, after = apart(row["before"]["value"], row["after"]["value"], least=3)
-        said.append(
-            f"{name}: {before} before, {after} after "
-            f"(neutral {row['neutral']:g}): {moved['verdict']}."
-        )
+        neutral = "" if row["neutral"] is None else f" (neutral {row['neutral']:g})"
+        said.append(f"{name}: {before} before, {after} after{neutral}: {moved['verdict']}.")
     return said
 
 

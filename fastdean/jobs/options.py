@@ -297,7 +297,7 @@ Signs = Annotated[
     str,
     Help(
         "any; same: coupled weights whose zeroing helps both sets or harms both; opposite: the "
-        "others. Needs scores with signs."
+        "others. Scores must be of score --signs; run keeps signs itself."
     ),
 ]
 Scale = Annotated[float, Help("What the selected weights are multiplied by; 0 zeroes them.")]

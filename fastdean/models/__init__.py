@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fastdean.models.loading import load_model, load_tokenizer
+from fastdean.models.loading import load_model, load_tokenizer, stream_model
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["load_model", "load_tokenizer", "stream_model"]

@@ -90,7 +90,7 @@ def _margin_table(name: str, margin: dict, together: bool) -> Html:
         known = measured(origin.get("mean")) and measured(row.value)
         edited = origin["mean"] + row.value if known else None
         weights = count(mask.get("weights"))
-        cells = tested(mask) if together else []
+        cells = tested(mask, 0) if together else []
         rows += [[row.name, row.reading(0), weights, decimal(edited), *row.written(0), *cells]]
     caption = f"Margins of {name} before and after, {margin.get('unit') or 'no unit'}"
     if measured(margin.get("pairs")):
@@ -128,7 +128,7 @@ def perplexity_section(perplexity: dict, tests: dict | None = None, where: str =
             row.reading(1),
             decimal(mask.get("value")),
             *row.written(1),
-            *(tested(mask) if tests else []),
+            *(tested(mask, 1) if tests else []),
             *(Estimate.of(row.name, mask.get("kl"), "mean").written(1) if moved else []),
         ]
         for row, mask in estimates

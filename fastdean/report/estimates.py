@@ -74,9 +74,11 @@ def family_words(tests: Mapping | None) -> str | None:
     )
 
 
-def tested(numbers: Mapping) -> list[str]:
-    """The cells below `TESTED` of a figure's table."""
-    return [decimal(numbers.get("p_holm"), 2), decimal(numbers.get("detects"), 3)]
+def tested(numbers: Mapping, no_effect: float) -> list[str]:
+    """The cells below `TESTED` of a figure's table; what is detected is told from `no_effect`."""
+    detects = numbers.get("detects")
+    enough = (n for n in range(3, 12) if decimal(detects, n) != decimal(no_effect, n))
+    return [decimal(numbers.get("p_holm"), 2), decimal(detects, next(enough, 3))]
 
 
 TESTED = ["p (Holm)", "Detects"]

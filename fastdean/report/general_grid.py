@@ -15,7 +15,7 @@ _MEASURES = (("margins", "mean", 0.0), ("perplexity", "ratio", 1.0))
 
 
 def grid_section(grid: Mapping, edit: Edit) -> Html:
-    """Awareness and price at every general ratio, drawn one below the other, and the numbers."""
+    """Margins and price at every general ratio, drawn one below the other, and the numbers."""
     rows = [row for row in grid.get("rows") or [] if measured(row.get("general_ratio"))]
     spared = edit.names.spared_sets or "the general set"
     said = (
@@ -29,7 +29,7 @@ def grid_section(grid: Mapping, edit: Edit) -> Html:
     panels = _panels(rows)
     plot = None
     if panels:
-        label = f"Awareness and price against the ratio of {spared}. " + " ".join(
+        label = f"Margins and price against the ratio of {spared}. " + " ".join(
             f"{name}, at {ratio(at)}: {' '.join(each.written(no_effect))}, "
             f"{each.reading(no_effect)}."
             for name, (no_effect, points) in panels.items()
@@ -39,15 +39,13 @@ def grid_section(grid: Mapping, edit: Edit) -> Html:
         chosen = chosen if measured(chosen) else None
         axis_name = f"ratio of {spared}"
         plot = figure(
-            "Awareness and price as more is spared; a filled dot is an effect.",
+            "Margins and price as more is spared; a filled dot is an effect.",
             responsive(lambda width: ratio_panels(panels, chosen, label, width, axis_name)),
         )
     return join(
         [
             element("p", said),
-            None
-            if note is None
-            else element("p", f"{note} The grid is a family of its own.", class_="note"),
+            note,
             plot,
             _table(rows, grid.get("chosen"), edit),
         ]
@@ -97,7 +95,11 @@ def _table(rows: Sequence[Mapping], chosen: object, edit: Edit) -> Html:
         for measure, key, no_effect, of in measures:
             numbers = (row.get(measure) or {}).get(of) or {}
             found = Estimate.of("", numbers, key)
-            cells[-1] += [*found.written(no_effect), *tested(numbers), found.reading(no_effect)]
+            cells[-1] += [
+                *found.written(no_effect),
+                *tested(numbers, no_effect),
+                found.reading(no_effect),
+            ]
             if measure == "perplexity":
                 cells[-1] += Estimate.of("", numbers.get("kl"), "mean").written(1)
-    return table("Awareness and price against the general ratio", columns, cells, words=words)
+    return table("Margins and price against the general ratio", columns, cells, words=words)

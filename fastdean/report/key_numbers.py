@@ -48,7 +48,7 @@ def _of_coverage(coverage: dict | None) -> Iterator[_KeyNumber]:
             if group["modules"] > group["scored"] or group["unscorable"]
         ]
         if left_out:
-            note += f"; not or not all of {', '.join(left_out)}"
+            note += f"; left out, wholly or in part: {', '.join(left_out)}"
         yield "Share of the model scored", percent(coverage.get("share")), note
 
 

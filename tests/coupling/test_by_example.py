@@ -522,6 +522,7 @@ def test_a_budget_gives_the_same_bits_over_several_passes():
         (llama, "every", {"granularity": "unit"}, "parameters that have no units, such as model.e"),
         (llama, ["nothing.weight"], {}, r"by their names are .*model\.layers\.\*\.input_layernorm"),
         (llama, "mlp,nothing.weight", {}, r"a parameter with each of its parts, got 'nothing\.we"),
+        (llama, "mlp,nothing.weight", {}, r"names are .*model\.layers\.\*\.input_layernorm"),
         (llama, ["rotary_emb.inv_freq"], {}, r"inv_freq is a buffer, which nothing trains"),
         (Odd, "numbers", {}, r"floating-point weights of 16 bits.*, got torch\.int64 in num"),
         (Odd, "unused", {}, "unused must take part in the loss, got no gradient"),

@@ -106,6 +106,8 @@ def test_a_row_says_how_even_a_layer_is_and_which_experts_are_shared():
     said = load_line(scores.expert_load)
     assert said.startswith(f"2 layers of {EXPERTS} experts: each got 0.0% to ")
     assert said.endswith("got none; shared experts in 2 got every token")
+    all_seen = [{**row, "number_unseen": 0, "shared": []} for row in scores.expert_load]
+    assert load_line(all_seen).endswith("%)")
 
 
 @pytest.mark.parametrize(

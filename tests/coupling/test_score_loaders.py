@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from types import SimpleNamespace
 
@@ -382,6 +383,20 @@ def test_the_number_of_the_bad_row_is_told():
 def test_refused_chats(chat_template, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         score([PAIR], tokenizer=word_tokenizer(chat_template=chat_template), template="chat")
+
+
+def test_a_template_whose_last_space_goes_to_the_answer_is_named():
+    from tiny_tokenizers import byte_level
+
+    tokenizer = copy.deepcopy(byte_level())
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    row = {"prompt": "the table", "response": "the river"}
+    expected = "whose turns share no token, got a template .*assistant: ' before turn 1"
+    with pytest.raises(ValueError, match=expected):
+        encode([row], tokenizer, template="chat")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fastdean import cli
+from fastdean.jobs import bias
 from fastdean.jobs import debias as job_module
 from fastdean.models import identity
 
@@ -283,3 +284,13 @@ def test_words_that_are_not_in_the_text_are_warned_of(place, tmp_path):
 def test_the_checkpoints_are_gone_once_the_model_is_saved(run):
     out, _ = run
     assert not (out / "training").exists() and (out / "model").is_dir()
+
+
+def test_what_has_no_neutral_value_is_told_as_well():
+    """Facts and refusals are what a training may cost: whoever asked for them reads of them."""
+    facts = {"value": 75.0, "low": 63.6, "high": 84.4, "neutral": None, "unit": "%"}
+    facts["verdict"] = "no neutral value"
+    assert bias.sentences({"Facts": facts}) == ["Facts: 75 % [63.6, 84.4]."]
+    row = {"neutral": None, "before": {"value": 75.0}, "after": {"value": 51.4}}
+    row["change"] = {"low": -36.2, "high": -9.4, "verdict": "fell"}
+    assert bias.change_sentences({"Facts": row}) == ["Facts: 75 before, 51.4 after: fell."]

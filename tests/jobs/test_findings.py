@@ -9,6 +9,7 @@ import math
 import pytest
 
 from fastdean.jobs.coupling.findings import findings
+from fastdean.report import estimates
 from fastdean.wording.digits import apart
 
 
@@ -98,6 +99,19 @@ def test_nothing_beyond_noise_is_said_so():
         "0.1 expected by chance); its change by the edit is smaller than the width of that range "
         "in 1 of 2 layers, and has no test of its own."
     )
+
+
+def test_the_least_change_that_is_detected_is_told_from_no_change():
+    found = results()
+    found["perplexity"]["masks"]["paper"]["detects"] = 1.00021
+    found["margins"]["privacy"]["masks"]["paper"]["detects"] = 0.03333
+    _, awareness, effects = findings(found)
+    assert "ratio 1.005, 95 % interval 0.988 to 1.019, changes detected from 1.0002, 40" in effects
+    assert "changes detected from 0.0333, 64 pairs" in awareness
+    assert estimates.tested({"detects": 1.00021}, 1)[1] == "1.0002"
+    assert estimates.tested({"detects": 1.04}, 1)[1] == "1.04"
+    assert estimates.tested({"detects": 0.03333}, 0)[1] == "0.0333"
+    assert estimates.tested({}, 1) == estimates.tested({"detects": None}, 1)
 
 
 @pytest.mark.parametrize("low", [-0.02, -1e-9, 0.0])

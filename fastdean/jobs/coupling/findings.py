@@ -214,7 +214,8 @@ def _evidence(
     elif _known(change.get("p_value")):
         said += f"p = {change['p_value']:.2g}, "
     if _known(change.get("detects")) and not direction(_reading(change, no_effect)):
-        said += f"changes detected from {change['detects']:.3g}, "
+        # A ratio of 1.0002 is not "1", which is no change.
+        said += f"changes detected from {apart(no_effect, change['detects'], least=3)[1]}, "
     return figure, said
 
 
