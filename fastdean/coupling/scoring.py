@@ -334,7 +334,7 @@ def score_sets(
     # the sums, or less, and all of it is told at once, when the batches are known.
     may_hold = order == "auto" and keep_top is not None and granularity == "weight"
     may_hold = may_hold and at_a_time == 1
-    least = least_held_bytes if may_hold else all_sums
+    least = partial(least_held_bytes, all_sums=all_sums) if may_hold else all_sums
     if memory_budget is not None:
         require_real("memory_budget", memory_budget, "a number of bytes")
         by_layers = order == "layers" or stream is not None or is_sharded
