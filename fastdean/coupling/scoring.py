@@ -605,7 +605,8 @@ class _Scoring:
                 rehearsal=Rehearsal(last.tried or last.work, self.returned),
                 milestones=milestones,
                 signs=self.signs,
-                fit_scales=self.stream is not None,
+                # Of a model that is never whole the trial has run the first layers.
+                fit_scales=self.stream is not None or self.sharded is not None,
             ).run()
             used, read = home.used(), milestones.bytes_read + self._read_here()
             return {
