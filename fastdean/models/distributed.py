@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from fastdean.models.lost_ranks import limit_collectives, naming_lost_ranks, wai
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 from fastdean.wording.numbers import require_real
+
+Decision = TypeVar("Decision")
 
 
 @dataclass
@@ -251,7 +254,7 @@ class Ranks:
         """
         return rows if self.size == 1 else _Concatenation.apply(rows)
 
-    def agree(self, decision: bool) -> bool:
+    def agree(self, decision: Decision) -> Decision:
         """The first rank's decision, on every rank."""
         if self.size == 1:
             return decision
