@@ -126,9 +126,19 @@ class Holding:
         return sum(sums_bytes(target, "weight", self.signs) for target in targets)
 
 
-def least_held_bytes(targets: Sequence[Target]) -> int:
-    """What the inputs and gradients of targets take at least: of one token, in two bytes each."""
-    return sum(held_bytes(1, t.num_inputs, [t.num_outputs], 2, 0, 0) for t in targets)
+def least_held_bytes(targets: Sequence[Target], all_sums: Callable[[Sequence[Target]], int]) -> int:
+    """What targets take at least in a window: inputs and gradients of one token, in two bytes each.
+
+    Args:
+        all_sums: bytes of the sums of targets, which stay where inputs and gradients cannot be
+            kept: of experts, and of parameters that no hook scores, which may have any shape.
+    """
+    return sum(
+        all_sums([t])
+        if t.stacked or t.by_example
+        else held_bytes(1, t.num_inputs, [t.num_outputs], 2, 0, 0)
+        for t in targets
+    )
 
 
 def takes(target: Target, pair: Pair, device: torch.device, impl: str | None) -> bool:

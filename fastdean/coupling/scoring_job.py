@@ -157,7 +157,8 @@ class ScoringJob:
                 rehearsal=Rehearsal(last.tried or last.work, self.sets.returned),
                 milestones=milestones,
                 signs=self.asked.signs,
-                fit_scales=subject.stream is not None,
+                # Of a model that is never whole the trial has run the first layers.
+                fit_scales=subject.parts is not None,
             ).run()
             used, read = home.used(), milestones.bytes_read + subject.bytes_read
             return {

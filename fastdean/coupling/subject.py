@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -188,7 +188,7 @@ class Subject:
             may_hold = asked.order == "auto" and asked.keep_top is not None
             may_hold = may_hold and asked.granularity == "weight"
             may_hold = may_hold and asked.sums_at_a_time(self.ranks) == 1
-            least = least_held_bytes if may_hold else all_sums
+            least = partial(least_held_bytes, all_sums=all_sums) if may_hold else all_sums
             if not all(least([target]) <= asked.memory_budget for target in targets):
                 split_by_memory(targets, all_sums, asked.memory_budget)
         return targets

@@ -48,14 +48,31 @@ def prompt_row(row: Mapping[str, Any], asked: Mapping[str, Any] = {}) -> dict[st
 
 
 def prompt_text(row: Mapping[str, Any]) -> str:
-    """What is asked, as one text: the prompt, or the last turn that a user takes."""
+    """What is asked, as one text: the prompt, or the last turn that a user takes.
+
+    Raises:
+        ValueError: chat turns that are none, or hold no text there; the text begins with what the
+            row must be.
+    """
     if "prompt" in row:
         return row["prompt"]
-    asked = [turn for turn in row["messages"] if turn.get("role") == "user"] or row["messages"]
-    content = asked[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part if isinstance(part, str) else part["text"] for part in content)
+    turns = row["messages"]
+    if not (isinstance(turns, list) and turns and all(isinstance(t, Mapping) for t in turns)):
+        raise ValueError(
+            f"must have a list of {{'role', 'content'}} dictionaries as messages, got {turns!r:.80}"
+            "; convert the chat to that form"
+        )
+    asked = [turn for turn in turns if turn.get("role") == "user"] or turns
+    content = asked[-1].get("content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    whole = [text for text in texts if isinstance(text, str) and not has_lone_surrogate(text)]
+    if not whole or len(whole) < len(texts):
+        raise ValueError(
+            f"must have text in the last turn of its user, got {content!r:.80}; correct the row or "
+            "leave it out"
+        )
+    return "".join(whole)
 
 
 def _without_answer(turns: Any) -> Any:

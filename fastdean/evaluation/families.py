@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from fastdean.evaluation.intervals import BOOTSTRAP, Interval, check_confidence
 from fastdean.evaluation.power import POWER, detectable_change
+from fastdean.wording.numbers import require_real, require_whole
 from fastdean.wording.verdicts import judge
 
 Key = TypeVar("Key", bound=Hashable)
@@ -29,7 +30,10 @@ def holm(p_values: Sequence[float], tests: int | None = None) -> list[float]:
 
     Raises:
         ValueError: a p-value outside of 0..1, or fewer tests than p-values.
+        TypeError: what is no number.
     """
+    if tests is not None:
+        require_whole("tests", tests)
     tests = len(p_values) if tests is None else tests
     if tests < len(p_values):
         raise ValueError(
@@ -37,6 +41,7 @@ def holm(p_values: Sequence[float], tests: int | None = None) -> list[float]:
             "without one too"
         )
     for p in p_values:
+        require_real("p_values", p)
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"p_values must lie in 0..1, got {p}; leave out what was not tested")
     adjusted, highest = [0.0] * len(p_values), 0.0
@@ -60,6 +65,7 @@ class Family:
 
     def __post_init__(self) -> None:
         check_confidence(self.confidence)
+        require_whole("tests", self.tests)
         if self.tests < 0:
             raise ValueError(
                 f"tests must be at least 0, got {self.tests}; count those of the table"

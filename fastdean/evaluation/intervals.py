@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from fastdean.evaluation.sign_flips import EXACT, sign_flip_test
+from fastdean.wording.mendable import InputTypeError
+from fastdean.wording.numbers import require_real
+from fastdean.wording.printable import error_line
 from fastdean.wording.verdicts import judge
 
 Values = Tensor | np.ndarray | Sequence[float]
@@ -185,6 +188,7 @@ def share_interval(
     Raises:
         ValueError: other values, and what `mean_interval` raises.
     """
+    _require_whole(whole)
     found = _finite(values, "values")
     if not is_share(found, whole):
         raise ValueError(
@@ -210,10 +214,19 @@ def share_change_interval(
             taken by `mean_interval`.
         whole, confidence, seed: as in `share_interval`.
     """
+    _require_whole(whole)
     found = _finite(differences, "differences")
     if not np.isin(found, [-whole, 0.0, whole]).all():
         return mean_interval(found, confidence=confidence, seed=seed)
     return _signed(found, 0.0, whole, whole, 0.0, confidence, seed)
+
+
+def _require_whole(whole: float) -> None:
+    require_real("whole", whole)
+    if not 0.0 < whole < math.inf:
+        raise ValueError(
+            f"whole must be a number above 0, got {whole}; pass 1, or 100 for per cent"
+        )
 
 
 def is_share(values: np.ndarray, whole: float) -> bool:
@@ -238,7 +251,8 @@ def student_quantile(freedom: int, confidence: float = 0.95) -> float:
 
 
 def check_confidence(confidence: float) -> None:
-    """Raise ValueError unless it is in (0, 1)."""
+    """Raise ValueError or TypeError unless it is a number in (0, 1)."""
+    require_real("confidence", confidence)
     if not 0.0 < confidence < 1.0:
         raise ValueError(
             f"confidence must be between 0 and 1, got {confidence}; 0.95 is the usual choice"
@@ -313,7 +327,13 @@ def _exp(value: float) -> float:
 
 def _finite(values: Values, name: str) -> np.ndarray:
     """float64 [n] on the CPU."""
-    found = torch.as_tensor(values, dtype=torch.float64).detach().cpu().numpy()
+    try:
+        found = torch.as_tensor(values, dtype=torch.float64).detach().cpu().numpy()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputTypeError(
+            f"{name} must be numbers that float64 can hold, got others ({error_line(error)}); give "
+            "one for each example"
+        ) from None
     if found.ndim != 1:
         raise ValueError(
             f"{name} must be of shape [n], got {list(found.shape)}; give one number for each "

@@ -15,6 +15,7 @@ from fastdean.evaluation.intervals import (
     Interval,
     student_quantile,
 )
+from fastdean.wording.numbers import require_real, require_whole
 from fastdean.wording.verdicts import FEWEST
 
 POWER = 0.8
@@ -30,7 +31,11 @@ def detectable_change(interval: Interval, power: float = POWER) -> float | None:
     the spread of these differences; of a change of a share it is McNemar's, with the share of
     examples that changed here, see `detectable_share_change`. A ratio's change is itself a ratio
     above 1. None where there is no such test, no spread, or too few examples for a verdict.
+
+    Raises:
+        ValueError, TypeError: a power that is not between 0 and 1.
     """
+    _require_between("power", power, POWER)
     if interval.n < FEWEST or interval.p_value is None:
         return None
     if interval.method == WON_LESS_LOST and interval.values is not None and interval.whole:
@@ -67,10 +72,24 @@ def detectable_share_change(
     Args:
         n: examples.
         discordant: the share of them that change, in 0..1.
+        level, power: between 0 and 1.
 
     Returns:
         A share in 0..1; None where n examples cannot reach the level even if all are won.
+
+    Raises:
+        ValueError, TypeError: anything else.
     """
+    require_whole("n", n)
+    require_real("discordant", discordant)
+    if n < 0:
+        raise ValueError(f"n must be at least 0, got {n}; count the examples")
+    if not 0.0 <= discordant <= 1.0:
+        raise ValueError(
+            f"discordant must lie in 0..1, got {discordant}; give the share of examples that change"
+        )
+    _require_between("level", level, 0.05)
+    _require_between("power", power, POWER)
     if 2.0 ** (1 - n) > level:
         return None
 
@@ -78,6 +97,14 @@ def detectable_share_change(
         return _mcnemar_power(n, max(discordant, change), change, level)
 
     return _smallest(lambda change: found(change) >= power, 0.0, 1.0)
+
+
+def _require_between(name: str, value: float, usual: float) -> None:
+    require_real(name, value)
+    if not 0.0 < value < 1.0:
+        raise ValueError(
+            f"{name} must be between 0 and 1, got {value}; {usual} is the usual choice"
+        )
 
 
 def _mcnemar_power(n: int, discordant: float, change: float, level: float) -> float:

@@ -100,6 +100,7 @@ class AnswerJob:
     def __post_init__(self) -> None:
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.evaluation.answers.generation import check_options
+        from fastdean.evaluation.answers.records import require_variant
         from fastdean.evaluation.answers.server import checked_url
         from fastdean.models.loading import dtype_name
 
@@ -108,6 +109,7 @@ class AnswerJob:
         check_options(self.max_new_tokens, self.template, self.tokens_per_batch)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         object.__setattr__(self, "mask", tuple(self.mask))
+        require_variant("variant", self.variant)
         if self.server is not None:
             object.__setattr__(self, "server", checked_url(self.server))
             for name in self._given(_OF_A_MODEL_IN_MEMORY):

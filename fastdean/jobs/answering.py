@@ -10,7 +10,7 @@ from typing import Any
 from fastdean.data.skipped import Skipped
 from fastdean.data.tokenising import chat_turns
 from fastdean.evaluation.answers.generation import STOPPED, Answer, answers_to, encoded_prompt
-from fastdean.evaluation.answers.records import ORIGINAL, RECORD, record
+from fastdean.evaluation.answers.records import ORIGINAL, RECORD, record, require_variant
 from fastdean.evaluation.answers.server import Server, in_order
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import public_name
@@ -100,6 +100,7 @@ def masks_of(asked: Sequence[str]) -> dict[str, NeuronMask]:
                 f"mask must have a name of its own, got {name!r}, which is {taken}; pass it as "
                 "NAME=FOLDER"
             )
+        require_variant("mask", name)
         found[name] = NeuronMask.from_pretrained(place)
     return found
 

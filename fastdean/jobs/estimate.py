@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastdean.jobs import options
 from fastdean.jobs.options import SOURCE_HELP, Help
 from fastdean.wording.granularity import checked_granularity
+from fastdean.wording.printable import one_line
 
 if TYPE_CHECKING:
     from fastdean.coupling.holding import Holding
@@ -481,6 +482,7 @@ def run(job: EstimateJob) -> Estimate:
         orders=orders,
         notes=[
             *(f"Not {order}: {error}." for order, error in refused.items()),
+            *_quantised(model),
             *_notes(
                 job, ranks, on_gpu, covered, dense, sum(target.by_example for target in targets)
             ),
@@ -720,6 +722,20 @@ def _base() -> int:
     for order in ("batches", "layers"):
         score(tiny, [Example(ids, ids)] * 2, keep_top=0.5, order=order, progress=False)
     return resident_memory() or 0
+
+
+def _quantised(model: Any) -> list[str]:
+    """A sentence on a checkpoint whose weights are counted as what they are not in its files."""
+    asked = getattr(model.config, "quantization_config", None)
+    if not asked:
+        return []
+    settings = asked if isinstance(asked, dict) else asked.to_dict()
+    method = str(settings.get("quant_method") or "no name").split(".")[-1].lower()
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return [
+        f"The checkpoint's weights are quantised ({one_line(method)}), and counted in {dtype}: "
+        "only weights that are no longer quantised once they are loaded can be scored."
+    ]
 
 
 def _notes(

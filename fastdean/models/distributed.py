@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from fastdean.models.lost_ranks import limit_collectives, naming_lost_ranks, wai
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 from fastdean.wording.numbers import require_real
+
+Decision = TypeVar("Decision")
 
 
 @dataclass
@@ -249,7 +251,7 @@ class Ranks:
             _all_highest(box)
             return int(box)
 
-    def agree(self, decision: bool) -> bool:
+    def agree(self, decision: Decision) -> Decision:
         """The first rank's decision, on every rank."""
         if self.size == 1:
             return decision

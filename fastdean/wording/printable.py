@@ -36,8 +36,12 @@ def error_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for errors of libraries that go on at length."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of an error's text, for errors of libraries that go on at length.
+
+    With the next one where it ends in a colon: that says of what alone.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
 
 
 def is_steering(character: str) -> bool:

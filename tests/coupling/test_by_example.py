@@ -126,6 +126,19 @@ def test_by_layers_is_the_same(name, options):
             assert torch.equal(found.signs(parameter), expected.signs(parameter))
 
 
+@pytest.mark.parametrize("order", ["auto", "batches", "layers"])
+def test_a_budget_splits_parameters_of_any_shape(order):
+    model = llama()
+    options = {"target_modules": "mlp,input_layernorm.weight", "keep_top": 0.1}
+    expected = score(model, **options)
+    found = score(model, **options, order=order, memory_budget=150_000)
+    assert list(found) == list(expected)
+    for parameter in found:
+        assert norm_error(found[parameter], expected[parameter]) < 1e-5, parameter
+    with pytest.raises(ValueError, match="memory_budget must"):
+        score(model, **options, order=order, memory_budget=100)
+
+
 def token_losses(outputs, batch):
     logits = outputs.logits.transpose(1, 2)
     return nn.functional.cross_entropy(logits, batch["labels"], reduction="none").mean(1)

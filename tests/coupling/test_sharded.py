@@ -5,7 +5,9 @@ The processes are started once; each goes through all situations, and the tests 
 
 from __future__ import annotations
 
+import itertools
 import traceback
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ from torch.utils._pytree import tree_map_only
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
+from fastdean.coupling import scoring
 from fastdean.coupling.by_layers import Sweep
+from fastdean.coupling.loss_scale import LossScale
 from fastdean.coupling.resumable import Resumable
 from fastdean.models.identity import weights_digest
 from fastdean.models.sharded import units_of
@@ -314,6 +318,19 @@ def in_bf16(rank):
     }
 
 
+def in_fp16(rank):
+    """At scales that are far from those of the model's gradients: the trial runs one layer."""
+    found, find = {}, scoring.find_scorable
+    for exponent in (-20, 40):
+        with pytest.MonkeyPatch.context() as patch:
+            off = LossScale(exponent)
+            patch.setattr(
+                scoring, "find_scorable", lambda *args, off=off: replace(find(*args), scale=off)
+            )
+            found[exponent] = described(dense(sharded(llama().half())))
+    return found
+
+
 def digests(rank):
     return [weights_digest(sharded(make())) for make in (llama, MODELS["mixtral"])]
 
@@ -505,6 +522,7 @@ CHECKS = {
     "interrupted": lambda rank: failing(rank, KeyboardInterrupt),
     "in memory": lambda rank: [in_memory(each(llama())) for each in (sharded, in_pairs)],
     "in bf16": in_bf16,
+    "in fp16": in_fp16,
     "digests": digests,
     "refused": refused,
     "masked": lambda rank: {name: masked(*how) for name, how in MASKED.items()},
@@ -645,6 +663,16 @@ def test_what_computes_in_bf16_is_scored_with_the_weights_in_fp32(found):
             assert torch.equal(weight, plain.get_parameter(name).detach())
             index, _, of_top, _ = result["kept"]["entries"][name]
             assert torch.equal(of_top, weight.flatten()[index])
+
+
+def test_the_scale_in_fp16_is_fitted_to_the_whole_model(found):
+    alone = dense(llama().half())
+    for rank in range(WORLD):
+        result = found[rank]["in fp16"]
+        assert not isinstance(result, str), result
+        for exponent, name in itertools.product(result, alone.entries):
+            _, sums, _, _ = result[exponent]["entries"][name]
+            assert norm_error(sums, alone.entries[name].sums) < 4e-3, (exponent, name)
 
 
 def test_the_digest_is_that_of_the_whole_model(found):

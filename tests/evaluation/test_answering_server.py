@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
+from contextlib import closing
 
 import pytest
 from answering_server import answering
+from forked import run
 
 from fastdean.evaluation.answers.generation import Answer
 from fastdean.evaluation.answers.server import Server, checked_url, in_order
@@ -123,6 +126,11 @@ BAD_URLS = {
     "http://host:99999": "must be an address like",
     "https://me:sk-secret@host/v1": "without a name, password or query",
     "https://host/v1?key=sk-secret": "without a name, password or query",
+    "http://[::1/v1": "must be an address like",
+    "http://local host/v1": "must be an address like",
+    "http://host/v\u00fc": "must be an address like",
+    "http://host/v1\n": "must be an address like",
+    "http://me:sk-secret@[::1/v1": "without a name, password or query",
 }
 
 
@@ -163,3 +171,30 @@ def test_the_first_error_ends_the_others():
                 found.append(number)
         assert found == [0] and server._stopped.is_set()
     assert len(asked.requests) < 10
+
+
+def leaves_while_a_request_hangs():
+    began = threading.Event()
+
+    def ask(prompt):
+        if prompt == "hangs":
+            began.set()
+            time.sleep(30)
+
+    with closing(in_order(ask, ["fine", "hangs"], concurrency=2)) as found:
+        next(found)
+        began.wait()
+        print(time.monotonic())
+
+
+def test_a_process_does_not_wait_for_a_request_that_hangs():
+    done = run(leaves_while_a_request_hangs)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - float(done.stdout) < 20
+
+
+@pytest.mark.parametrize("usage", [-1, True, 10**30, 1.5, "three"])
+def test_a_number_of_tokens_that_is_none_is_not_known(usage):
+    said = {"choices": [{"text": "fine"}], "usage": {"completion_tokens": usage}}
+    with answering(lambda _: (200, {}, said)) as (url, _):
+        assert opened(url).complete("x", 1) == Answer("fine", None, "None")

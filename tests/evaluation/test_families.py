@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from fastdean.evaluation.families import Family, holm
-from fastdean.evaluation.intervals import mean_interval, share_change_interval, student_quantile
+from fastdean.evaluation.intervals import (
+    mean_interval,
+    share_change_interval,
+    share_interval,
+    student_quantile,
+)
 from fastdean.evaluation.mcnemar import compare_yes_no
 from fastdean.evaluation.power import POWER, detectable_change, detectable_share_change
 
@@ -46,6 +52,32 @@ def test_what_is_no_family_is_refused():
         holm([math.nan])
     with pytest.raises(ValueError, match=r"changes must have intervals of confidence 0.975, got"):
         Family(2).judged({"a": mean_interval(normal(9))})
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: holm([None]), "p_values must be a number, got None"),
+        (lambda: holm([0.1], math.nan), "tests must be an integer, got nan"),
+        (lambda: Family(1.5), "tests must be an integer, got 1.5"),
+        (lambda: Family(2, "0.95"), "confidence must be a number, got '0.95'"),
+        (lambda: mean_interval(["a"]), "values must be numbers that float64 can hold, got others"),
+        (lambda: mean_interval([None]), "values must be numbers that float64 can hold, got others"),
+        (lambda: mean_interval([10**400]), "values must be numbers that float64 can hold, got"),
+        (lambda: share_interval([-1.0, 0.0], -1), "whole must be a number above 0, got -1"),
+        (lambda: share_change_interval([0.0], math.nan), "whole must be a number above 0, got nan"),
+        (lambda: detectable_share_change(-1, 0.5), "n must be at least 0, got -1"),
+        (lambda: detectable_share_change(9.5, 0.5), "n must be an integer, got 9.5"),
+        (lambda: detectable_share_change(9, math.nan), "discordant must lie in 0..1, got nan"),
+        (lambda: detectable_share_change(9, 2), "discordant must lie in 0..1, got 2"),
+        (lambda: detectable_share_change(9, 0.5, 0), "level must be between 0 and 1, got 0"),
+        (lambda: detectable_share_change(9, 0.5, power=1), "power must be between 0 and 1, got 1"),
+        (lambda: detectable_change(mean_interval(normal(9)), math.nan), "power must be between 0"),
+    ],
+)
+def test_numbers_that_are_none_give_no_figure(call, text):
+    with pytest.raises((TypeError, ValueError), match=re.escape(text)):
+        call()
 
 
 def test_of_many_changes_of_nothing_hardly_one_family_claims_any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -238,6 +239,11 @@ BAD_TEMPLATES = {
         "'safe' or 'unsafe' or 'refusal', got 'fine'",
     ),
     "the name of the list": ({"name": "phrases"}, "must hold a name of its own, got 'phrases'"),
+    "no name": ({"name": ""}, "must hold a name of its own, got an empty one"),
+    "two meanings": (
+        {"verdict": {"pattern": "(yes)", "values": {"Yes": "safe", "yes": "unsafe"}}},
+        "one meaning in verdict.values of words that differ by case alone, got two of 'yes'",
+    ),
     "another field": ({"promt": "x"}, "got one with 'promt'"),
     "another kind": ({"kind": "oracle"}, "kind as 'causal' or 'classifier', got 'oracle'"),
 }
@@ -292,6 +298,7 @@ def test_kappa_is_that_of_a_table_worked_by_hand():
     assert found.kappa == pytest.approx(0.4, abs=1e-15)
     assert found.counts["yes", "no"] == 5
     assert cohen_kappa([*first, None, "no"], [*second, "no", None]) == found
+    assert cohen_kappa([*first, math.nan], [*second, math.nan]) == found
 
 
 def test_kappa_against_its_formula_and_where_there_is_none():

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fastdean import cli
 from fastdean.evaluation import generate
-from fastdean.evaluation.answers.records import RECORD
+from fastdean.evaluation.answers.records import RECORD, read_answers
 from fastdean.files.lines import Lines
 from fastdean.jobs import answering as answer_job
 from fastdean.jobs import judging as judge_job
@@ -352,6 +352,29 @@ BAD_ANSWERS = {
         "must have one answer of each variant to each id, got two of 'original' to 1",
     ),
     "an id that is a list": ([{"id": [1], "prompt": "a", "answer": "b"}], "got [1]; correct it"),
+    "an id that no verdict holds": (
+        [{"id": -1, "prompt": "a", "answer": "b"}],
+        "row 1 must have a whole number of at least 0 or a text as its id, got -1; correct it",
+    ),
+    "a long variant": (
+        [{"variant": "v" * 1001, "prompt": "a", "answer": "b"}],
+        "row 1 must have a text of at most 1000 characters as its variant, got one of 1001",
+    ),
+    "an empty variant": ([{"variant": "", "prompt": "a", "answer": "b"}], "a text as its variant"),
+    "no chat": (
+        [{"messages": "a", "answer": "b"}],
+        "row 1 must have a list of {'role', 'content'}",
+    ),
+    "no turn": ([{"messages": [], "answer": "b"}], "row 1 must have a list of {'role', 'content'}"),
+    "a turn without text": (
+        [{"messages": [{"role": "user", "content": None}], "answer": "b"}],
+        "row 1 must have text in the last turn of its user, got None; correct the row",
+    ),
+    "a turn of an image": (
+        [{"messages": [{"role": "user", "content": [{"type": "image"}]}], "answer": "b"}],
+        "row 1 must have text in the last turn of its user, got [{'type': 'image'}]; correct",
+    ),
+    "nothing": ([], "answers must hold at least one row, got the empty file"),
     "no variant": ([{"variant": None, "prompt": "a", "answer": "b"}], "a text as its variant"),
 }
 
@@ -362,6 +385,24 @@ def test_a_file_that_holds_no_answers_is_refused_by_row(tmp_path, case):
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     refused(text, judged, file, tmp_path / "out", "phrases")
     assert not (tmp_path / "out").exists()
+
+
+def test_chats_are_judged_by_the_last_turn_of_their_user(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": []}
+    asked = {"role": "user", "content": ["w1 ", {"type": "text", "text": "w2"}]}
+    row = {"messages": [{"role": "user", "content": "w0"}, call, asked], "answer": "w3"}
+    file = write_jsonl(tmp_path / "a.jsonl", [row])
+    assert [each.prompt for each in read_answers(str(file))] == ["w1 w2"]
+
+
+@pytest.mark.parametrize("name", ["", "v" * 1001])
+def test_a_name_that_no_file_of_answers_holds_is_refused_before_anything_runs(
+    place, name, tmp_path
+):
+    mask = (f"{name}={place['mask'][0]}",)
+    refused("mask must be a text", answered, {**place, "mask": mask}, tmp_path / "out")
+    served = {"model": "tiny", "prompts": place["prompts"], "server": "http://localhost"}
+    refused("variant must be a text", AnswerJob, **served, variant=name)
 
 
 BAD_JUDGES = {

@@ -336,6 +336,21 @@ def called(*args):
     return CliRunner().invoke(cli.app, ["estimate", *map(str, args)])
 
 
+def test_a_quantised_checkpoint_is_counted_as_it_is_loaded_and_said_to_be_one(tmp_path):
+    asked = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    found = fastdean.estimate(folder_of(tmp_path / "model", **asked), **JOB, **GPU)
+    whole = fastdean.estimate(folder_of(tmp_path / "model"), **JOB, **GPU)
+    assert found.memory == whole.memory
+    (told,) = [note for note in found.notes if note not in whole.notes]
+    assert told.startswith("The checkpoint's weights are quantised (gptq), and counted in float32")
+
+
+def test_a_configuration_that_cannot_be_read_is_refused_with_the_reason(tmp_path):
+    place = folder_of(tmp_path / "model", num_hidden_layers="two")
+    with pytest.raises(ValueError, match=r"field 'num_hidden_layers': .*expected int, got str"):
+        fastdean.estimate(place, **JOB, **GPU)
+
+
 def test_the_command_prints_a_table_or_json(folder):
     args = ("--model", folder, "--examples", 6, "--tokens-per-example", 10, "--gpu-memory", "1GB")
     result = called(*args, "--json")

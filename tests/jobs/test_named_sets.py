@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import fastdean
 from fastdean import cli
+from fastdean.coupling import resumable
 from fastdean.coupling.scores import Scores
 from fastdean.jobs import run
 from fastdean.jobs.coupling.data_sets import DataSets
@@ -141,6 +142,30 @@ def test_the_three_options_are_sets_of_their_names(place, tmp_path):
     assert results["options"]["fairness"] == "fairness.jsonl"
     with pytest.raises(ValueError, match="this run, finished"):
         run(named, tmp_path / "run", progress=False)
+
+
+def test_a_sweep_goes_on_for_a_job_that_names_its_sets_in_another_order(
+    place, tmp_path, monkeypatch
+):
+    def job(given):
+        names = {"couple": "Toxic,leaks", "general": "chat,code-2"}
+        return Job(model=str(place / "model"), sets=given, **names, **OPTIONS, order="layers")
+
+    given, steps, reached = sources(place), [], resumable.Resumable.reached
+
+    def noted(self, step):
+        reached(self, step)
+        steps.append(step)
+        if steps == [0, 1, 2]:
+            raise KeyboardInterrupt
+
+    expected = run(job(given), tmp_path / "expected", progress=False)
+    monkeypatch.setattr(resumable.Resumable, "reached", noted)
+    with pytest.raises(KeyboardInterrupt):
+        run(job(given), tmp_path / "run", progress=False)
+    results = run(job(dict(reversed(given.items()))), tmp_path / "run", progress=False)
+    assert steps[3] == 3 and not list((tmp_path / "run").glob("sweep/*"))
+    assert results["coupling"] == expected["coupling"]
 
 
 def test_a_set_that_is_neither_coupled_nor_spared_is_scored_and_measured(place, tmp_path):

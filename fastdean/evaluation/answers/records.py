@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,15 @@ from fastdean.data.columns import has_lone_surrogate
 from fastdean.data.prompts import prompt_row, prompt_text
 from fastdean.data.sources import load_table
 from fastdean.evaluation.answers.generation import Answer
-from fastdean.files.declared import Anything, Either, Maybe, Record, Text, Whole
+from fastdean.files.declared import Anything, Either, Kind, Maybe, Misfit, Record, Text, Whole
 
 ORIGINAL = "original"
+VARIANT = Text(longest=1000)
 _LONGEST = 100_000_000
 RECORD = Record(
     {
         "id": Whole(least=1),
-        "variant": Text(longest=1000),
+        "variant": VARIANT,
         "prompt": Text(longest=_LONGEST),
         "answer": Text(longest=_LONGEST),
         "tokens": Maybe(Whole()),
@@ -62,6 +64,28 @@ def record(number: int, row: Mapping[str, Any], variant: str, answer: Answer) ->
     }
 
 
+def require_variant(argument: str, name: Any) -> None:
+    """Raise ValueError unless answers may be those of a variant of this name."""
+    fault = _fault_of_variant(name)
+    if fault is not None:
+        raise ValueError(
+            f"{argument} must be {fault.expected} as the name of its answers, got {fault.got}; "
+            "choose another name"
+        )
+
+
+def _fault_of_variant(name: Any) -> Misfit | None:
+    return Misfit("", "a text", "an empty one") if name == "" else _fault(name, VARIANT)
+
+
+def _fault(value: Any, kind: Kind) -> Misfit | None:
+    try:
+        kind.check(value, "")
+    except Misfit as misfit:
+        return misfit
+    return None
+
+
 def read_answers(source: str) -> list[Answered]:
     """The answers of a file: ours, or any table with `prompt` and `answer` (or `response`).
 
@@ -72,7 +96,10 @@ def read_answers(source: str) -> list[Answered]:
     """
     place = Path(source).expanduser()
     inside = place / "answers.jsonl"
-    rows = load_table(str(inside) if place.is_dir() else source)
+    try:
+        rows = load_table(str(inside) if place.is_dir() else source)
+    except ValueError as error:
+        raise ValueError(re.sub(r"^source\b", "answers", str(error))) from None
     found = [_answered(row, number, source) for number, row in enumerate(rows, start=1)]
     seen: set[tuple[str, int | str]] = set()
     for each in found:
@@ -99,6 +126,7 @@ def _answered(row: Any, number: int, source: str) -> Answered:
         raise refused(f"must be an object, got {type(row).__name__}; see `fastdean answer`")
     try:
         asked = prompt_row(row, asked={"prompt": row["prompt"]} if "prompt" in row else {})
+        prompt = prompt_text(asked)
     except ValueError as error:
         raise refused(str(error)) from None
     text = row.get("answer", row.get("response"))
@@ -107,10 +135,8 @@ def _answered(row: Any, number: int, source: str) -> Answered:
             f"must have text in the column 'answer' or 'response', got {sorted(map(str, row))}; "
             "rename the column"
         )
-    own = row.get("id", number)
-    if isinstance(own, bool) or not isinstance(own, int | str):
-        raise refused(f"must have a number or a text as its id, got {own!r:.40}; correct it")
-    variant = row.get("variant", ORIGINAL)
-    if not isinstance(variant, str) or not variant:
-        raise refused(f"must have a text as its variant, got {variant!r:.40}; correct it")
-    return Answered(own, variant, prompt_text(asked), text)
+    own, variant = row.get("id", number), row.get("variant", ORIGINAL)
+    for name, fault in (("id", _fault(own, ANY_ID)), ("variant", _fault_of_variant(variant))):
+        if fault is not None:
+            raise refused(f"must have {fault.expected} as its {name}, got {fault.got}; correct it")
+    return Answered(own, variant, prompt, text)

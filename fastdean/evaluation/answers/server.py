@@ -15,12 +15,14 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from fastdean.evaluation.answers.generation import CUT, STOPPED, Answer
+from fastdean.files.declared import LARGEST
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 from fastdean.wording.printable import error_line
@@ -131,7 +133,8 @@ class Server:
         # JSON can name halves of characters, which no file of text holds.
         text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
         finish = {"stop": STOPPED, "length": CUT}.get(str(reason), str(reason)[:40])
-        return Answer(text, tokens if isinstance(tokens, int) else None, finish)
+        known = type(tokens) is int and 0 <= tokens <= LARGEST
+        return Answer(text, tokens if known else None, finish)
 
     def _served(self) -> list[str]:
         try:
@@ -235,17 +238,20 @@ class _Again(Exception):
 
 def checked_url(url: str) -> str:
     """The address without a slash at its end; ValueError where it is of another form."""
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        fine = False
-    if fine and (parts.username is not None or parts.password is not None or parts.query):
+        parts, fine = urlsplit(""), False
+    unread = "@" in url and not parts.netloc
+    if parts.username is not None or parts.query or unread:
         raise ValueError(
             "server must be an address without a name, password or query, which would be written "
             "down; give the key in an environment variable (key_from)"
         )
-    if not fine or parts.fragment:
+    # `urlsplit` passes over signs that no request takes.
+    plain = url.isascii() and url.isprintable() and " " not in url
+    if not fine or not plain or parts.fragment:
         raise ValueError(
             f"server must be an address like http://localhost:8000/v1, got {url!r}; correct it"
         )
@@ -268,11 +274,29 @@ def in_order(
     Args:
         stop: called where the caller leaves before the end, or one of them raises.
     """
+    todo: SimpleQueue[tuple[Future[Found], Item] | None] = SimpleQueue()
     waiting: deque[tuple[int, Future[Found]]] = deque()
-    pool = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="ask")
+    threads = 0
+
+    def work() -> None:
+        while (given := todo.get()) is not None:
+            future, item = given
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(ask(item))
+            except BaseException as error:
+                future.set_exception(error)
+
     try:
         for number, item in enumerate(items):
-            waiting.append((number, pool.submit(ask, item)))
+            if threads < concurrency:
+                # Not of a pool, whose threads a process waits for at its end: a server may hang.
+                threading.Thread(target=work, name=f"ask-{threads}", daemon=True).start()
+                threads += 1
+            future: Future[Found] = Future()
+            waiting.append((number, future))
+            todo.put((future, item))
             # As many again may be done before an earlier one is.
             if len(waiting) >= 2 * concurrency:
                 first, future = waiting.popleft()
@@ -284,7 +308,10 @@ def in_order(
         stop()
         raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for _, future in waiting:
+            future.cancel()
+        for _ in range(threads):
+            todo.put(None)
 
 
 def _key(variable: str | None) -> str | None:

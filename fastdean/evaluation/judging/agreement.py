@@ -37,7 +37,8 @@ def cohen_kappa(first: Sequence[Hashable | None], second: Sequence[Hashable | No
     reach by chance.
 
     Args:
-        first, second: a label for each answer, None where there is none; such pairs do not count.
+        first, second: a label for each answer, None or NaN where there is none; such pairs do not
+            count.
 
     Raises:
         ValueError: they are not of one length.
@@ -47,7 +48,7 @@ def cohen_kappa(first: Sequence[Hashable | None], second: Sequence[Hashable | No
             f"second must have a label for each of first's {len(first)}, got {len(second)}; give "
             "both on the same answers"
         )
-    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if _is_label(a) and _is_label(b)]
     n = len(pairs)
     if n == 0:
         return Agreement(0, None, None, {})
@@ -59,3 +60,8 @@ def cohen_kappa(first: Sequence[Hashable | None], second: Sequence[Hashable | No
     kappa = None if chance == n * n else (same * n - chance) / (n * n - chance)
     ordered = dict(sorted(counts.items(), key=lambda item: tuple(map(str, item[0]))))
     return Agreement(n, same / n, kappa, ordered)
+
+
+def _is_label(label: Hashable | None) -> bool:
+    # Tables hold NaN where a value is missing, which is not even equal to itself.
+    return label is not None and label == label

@@ -217,8 +217,9 @@ def _template(found: Mapping[str, Any], file: Path) -> JudgeTemplate:
     def refused(expected: str, got: str) -> ValueError:
         return ValueError(f"judge {str(file)!r} must hold {expected}, got {got}; correct it")
 
-    if found["name"] == "phrases":
-        raise refused("a name of its own", "'phrases', the list of phrases")
+    if found["name"] in ("", "phrases"):
+        given = "'phrases', the list of phrases" if found["name"] else "an empty one"
+        raise refused("a name of its own", given)
     has_turns, has_prompt = "turns" in found, "prompt" in found
     if has_turns == has_prompt:
         raise refused("either prompt or turns", "both" if has_turns else "neither")
@@ -244,7 +245,7 @@ def _template(found: Mapping[str, Any], file: Path) -> JudgeTemplate:
         markers=tuple(found.get("markers", ())),
         verdict=_rule(found.get("verdict"), "verdict", refused),
         refusal=_rule(found.get("refusal"), "refusal", refused),
-        labels=_folded(found.get("labels", {})),
+        labels=_folded(found.get("labels", {}), "labels", refused),
     )
 
 
@@ -257,11 +258,17 @@ def _rule(found: Mapping[str, Any] | None, name: str, refused: Any) -> Rule | No
         raise refused(f"a regular expression as {name}.pattern", str(error)) from None
     if pattern.groups != 1:
         raise refused(f"one group in {name}.pattern, the word", f"{pattern.groups} groups")
-    return Rule(pattern, _folded(found["values"]))
+    return Rule(pattern, _folded(found["values"], f"{name}.values", refused))
 
 
-def _folded(values: Mapping[str, str]) -> dict[str, str]:
-    return {word.casefold(): meaning for word, meaning in values.items()}
+def _folded(values: Mapping[str, str], field: str, refused: Any) -> dict[str, str]:
+    """What words mean, whatever their case."""
+    folded: dict[str, str] = {}
+    for word, meaning in values.items():
+        if folded.setdefault(word.casefold(), meaning) != meaning:
+            expected = f"one meaning in {field} of words that differ by case alone"
+            raise refused(expected, f"two of {word!r}")
+    return folded
 
 
 def special_tokens(tokenizer: Any) -> Sequence[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from fastdean.evaluation.answers.records import ANY_ID, ORIGINAL, Answered
+from fastdean.evaluation.answers.records import ANY_ID, ORIGINAL, VARIANT, Answered
 from fastdean.evaluation.intervals import share_interval
 from fastdean.evaluation.judging.agreement import cohen_kappa
 from fastdean.evaluation.judging.phrases import PHRASES, refuses
@@ -18,7 +18,7 @@ _LONGEST = 100_000_000
 RECORD = Record(
     {
         "judge": Text(longest=1000),
-        "variant": Text(longest=1000),
+        "variant": VARIANT,
         "id": ANY_ID,
         "verdict": Maybe(Text(choices=(SAFE, UNSAFE, UNPARSED))),
         "refusal": Maybe(Flag()),

@@ -290,12 +290,13 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
     job, folder, ranks = session.job, session.folder, session.ranks
     tokens = {name: sum(map(len, examples)) for name, examples in prepared.scored.items()}
     found: dict[str, Scores] = {}
-    left = []
-    swept = set(folder.swept())
+    places: dict[str, int] = {}
+    swept = folder.swept()
     for name in prepared.scored:
         # A sweep goes on with all of its sets, also those whose scores it has saved.
-        if ranks.agree(name in swept) or not ranks.agree(_is_scored(name, session)):
-            left.append(name)
+        place = ranks.agree(swept.index(name) if name in swept else None)
+        if place is not None or not ranks.agree(_is_scored(name, session)):
+            places[name] = len(swept) if place is None else place
             continue
         logger.info("%s is scored already, read from %s", name, folder.scores(name))
         session.costs.add(f"score {name}, by an earlier call", tokens[name], None, None)
@@ -346,6 +347,8 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
             **options,
         )
 
+    # In the sweep's order: a job that names its sets in another one is the same.
+    left = sorted(places, key=places.__getitem__)
     if job.order == "auto" and left:
         began = time.perf_counter()
 
