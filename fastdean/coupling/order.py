@@ -169,14 +169,24 @@ def _room_for_dense(by: str, memory_budget: int | None, device: torch.device) ->
     return available_memory(torch.device("cpu"))
 
 
-def order_in_teams(order: str, resume: str | Path | None) -> str:
-    """The order of a job on a model that tensor parallel splits; "auto" is batch by batch."""
-    if resume is not None:
+def order_in_teams(
+    order: str, resume: str | Path | None, keep_top: float | None, granularity: str
+) -> str:
+    """The order of a job on a model that tensor parallel splits.
+
+    "auto" is batch by batch, and layer by layer where the job may be resumed.
+
+    Raises:
+        ValueError: dense scores of weights are to be resumed.
+    """
+    if resume is not None and keep_top is None and granularity == "weight":
         raise ValueError(
-            "resume must be left out for a model that tensor parallel splits over ranks, got "
-            f"{str(resume)!r}; leave it out"
+            "keep_top must be given with resume for a model that tensor parallel splits over "
+            "ranks, of whose weights no rank has all, got None; pass keep_top=1e-3"
         )
-    return "batches" if order == "auto" else order
+    if order != "auto":
+        return order
+    return "batches" if resume is None else "layers"
 
 
 def choose_order(

@@ -317,7 +317,7 @@ def score_sets(
     if is_sharded:
         require_shardable(order, resume, keep_top, granularity)
     if in_team:
-        order = order_in_teams(order, resume)
+        order = order_in_teams(order, resume, keep_top, granularity)
         ranks = in_teams(model, ranks)
     found = survey(model)
     sharded = ShardedModel(model, found.layers, ranks) if is_sharded else None
@@ -540,7 +540,7 @@ class _Scoring:
             total = sum(scorable.work.examples_here for scorable, _ in passes)
             with self.step([name]), _progress_bar(total, "ex", name, self.shown) as bar:
                 for scorable, group in passes:
-                    with self.ranks.failing_together():
+                    with self.ranks.running_together():
                         sums = run_pass(
                             scorable,
                             group,
@@ -579,7 +579,7 @@ class _Scoring:
             def of_set(number: int, name: str, scorable: Scorable) -> Set:
                 kept = {}
                 if isinstance(home, KeptFiles):
-                    own = self.stream is None and self.sharded is None
+                    own = self.stream is None and self.sharded is None and not self.ranks.teams
                     kept = kept_entries(home, number, scorable.targets, weights=own)
                     entries[name] |= kept
 
