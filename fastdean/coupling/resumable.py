@@ -288,9 +288,10 @@ def resumable(
     """
     place = real_place(where, "resume")
     own = place / f"rank-{ranks.rank}"
-    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    # Noted by all ranks, of which any may be the one that is left to remove them.
+    made = ranks.highest(sum(1 for each in (place, *place.parents) if not each.exists()))
     with (
-        undone(lambda: _remove_empty_rank(own, len(made))),
+        undone(lambda: _remove_empty_rank(own, made)),
         _ending_at_sigterm(),
         ExitStack() as stack,
     ):
@@ -309,7 +310,7 @@ def resumable(
             with ranks.failing_together():
                 stack.enter_context(held(own, "resume"))
                 fresh = not (own / _JOB).exists()
-                number, levels = _claimed(own, where, parts, len(made))
+                number, levels = _claimed(own, where, parts, made)
             job = Resumable(own, number, ranks, resident, read_here)
             job.home.besides_bytes = results_bytes
             # Twice: an interrupt of the first leaves the second.
@@ -338,10 +339,12 @@ def resumable(
             pass
         with ranks.failing_together():
             job.finish()
-        with ranks.failing_together():
-            remove_folder(own)
-        # The rank that made the folder finds it empty only now.
-        _remove_empty(place, levels)
+        try:
+            with ranks.failing_together():
+                remove_folder(own)
+        finally:
+            # It is empty only now; where a rank was killed, unless that rank has left its own.
+            _remove_empty(place, levels)
 
 
 def holds_job(where: str | Path) -> bool:
