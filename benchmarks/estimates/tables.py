@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fastdean
-from fastdean.jobs.estimate import Estimate
+from fastdean.jobs.estimate import Estimate, OrderEstimate
 
 MARKER = "estimates"
 # Folder of the configuration -> what the table calls it.
@@ -21,6 +21,14 @@ SHAPES = {
 GPUS = (1, 8, 64)
 JOB = {"sets": 3, "examples": 128, "tokens_per_example": 76, "keep_top": 1e-3, "dtype": "bf16"}
 GPU_MEMORY = "80GB"
+# Folder, GPUs, and over how many of them tensor parallel splits a model; of the mixture its ranks
+# own whole experts.
+SPLIT = (
+    ("qwen2-7b", 8, 2),
+    ("llama-3-70b", 8, 8),
+    ("llama-3-70b", 64, 8),
+    ("deepseek-v3", 64, 64),
+)
 ORDERS = ("batches", "layers", "layers, streamed", "layers, sharded")
 
 
@@ -41,17 +49,27 @@ def tables() -> str:
             "others:",
             "",
             *_table(("shape", "GPUs", *map(_named, ORDERS), *_RECEIVED), of_a_rank),
+            "",
+            "Where tensor parallel splits the model over ranks (of the mixture with whole experts "
+            "on each), and what is",
+            "added up in its layers:",
+            "",
+            *_table(
+                ("shape", "GPUs", "of a model", *map(_named, ORDERS[:2]), *_RECEIVED_SPLIT),
+                [_of_a_split_rank(*each) for each in SPLIT],
+            ),
         ]
     )
 
 
 _FLOP = ('FLOP "batches"', '"layers"')
 _RECEIVED = ("sums", "candidates", "weights, sharded")
+_RECEIVED_SPLIT = ("sums", "candidates", 'activations, "batches"', '"layers"')
 
 
-def _estimated(name: str, gpus: int) -> Estimate:
+def _estimated(name: str, gpus: int, **split: int) -> Estimate:
     folder = Path(__file__).resolve().parent / name
-    return fastdean.estimate(str(folder), **JOB, gpus=gpus, gpu_memory=GPU_MEMORY)
+    return fastdean.estimate(str(folder), **JOB, gpus=gpus, gpu_memory=GPU_MEMORY, **split)
 
 
 def _whole(shape: str, found: Estimate) -> Iterator[str]:
@@ -67,11 +85,26 @@ def _of_a_rank(shape: str, found: Estimate) -> Iterator[str]:
     yield str(found.machine["ranks"])
     for name in ORDERS:
         each = found.orders.get(name)
-        size = "-" if each is None else _gigabytes(each.peak_bytes)
-        yield f"**{size}**" if each is not None and each.fits else size
+        yield "-" if each is None else _peak(each)
     received = found.orders.get("layers, sharded", found.orders["layers"]).received
     for kind in ("sums", "candidates", "weights"):
         yield _gigabytes(received[kind]) if kind in received else "-"
+
+
+def _of_a_split_rank(name: str, gpus: int, of_a_model: int) -> Iterator[str]:
+    experts = of_a_model if name == "deepseek-v3" else 1
+    found = _estimated(name, gpus, tensor_parallel=of_a_model, expert_parallel=experts)
+    yield from (SHAPES[name], str(gpus), str(of_a_model))
+    orders = [found.orders[order] for order in ORDERS[:2]]
+    yield from (_peak(each) for each in orders)
+    for kind in ("sums", "candidates"):
+        yield _gigabytes(orders[0].received[kind]) if kind in orders[0].received else "-"
+    yield from (_gigabytes(each.received["activations"]) for each in orders)
+
+
+def _peak(found: OrderEstimate) -> str:
+    size = _gigabytes(found.peak_bytes)
+    return f"**{size}**" if found.fits else size
 
 
 def _named(order: str) -> str:

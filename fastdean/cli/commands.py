@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,8 +130,15 @@ def run(
     return _run_job(job, _given(out), overwrite, quiet)
 
 
+def _is_kept(typed: Mapping[str, Any]) -> bool:
+    """Whether a scoring that was stopped left in its folder how far it came."""
+    from fastdean.coupling.resumable import holds_job
+
+    return typed.get("out") is not None and holds_job(typed["out"])
+
+
 @app.command()
-@command()
+@command(resumable=_is_kept)
 def score(
     job: ScoreJob,
     out: Annotated[Path | None, out_option("Folder for the scores; not needed to preview.")] = None,

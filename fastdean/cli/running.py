@@ -51,7 +51,7 @@ def _terminate(number: int, _: object) -> None:
 
 
 def command(
-    resumable: bool = False,
+    resumable: bool | Callable[[Mapping[str, Any]], bool] = False,
     names: Mapping[str, str] = {},
     reads: Callable[..., None] | None = None,
     keeps_stdout: bool = False,
@@ -61,11 +61,17 @@ def command(
     While it runs, nothing else can get at stdout. Its options are read as `options.Options` says.
 
     Args:
+        resumable: whether the same command goes on where it was stopped; or says so, of what was
+            typed, when it was.
         names: what functions below call a parameter of the command, see `flags.naming`.
         reads: the command whose folders this one reads; errors about them are told in its flags.
         keeps_stdout: what runs in it is another program's main, whose output is the result.
     """
-    kept = "; what is finished is kept, run the same command to go on" if resumable else ""
+
+    def kept(typed: Mapping[str, Any]) -> str:
+        if not (resumable(typed) if callable(resumable) else resumable):
+            return ""
+        return f"; what is finished is kept, run the same command to go on: {command_line()}"
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
         options = Options(function)
@@ -83,10 +89,10 @@ def command(
             except Terminated as terminated:
                 # Nobody hears it where the terminal is gone.
                 with suppress(OSError):
-                    tell(f"fastdean: terminated{kept}")
+                    tell(f"fastdean: terminated{kept(typed)}")
                 raise typer.Exit(terminated.exit_code) from None
             except KeyboardInterrupt:
-                tell(f"fastdean: interrupted{kept}")
+                tell(f"fastdean: interrupted{kept(typed)}")
                 raise typer.Exit(130) from None
             except typer.Exit:
                 raise
@@ -135,6 +141,9 @@ def process_group() -> Iterator[None]:
         yield
         return
     import torch
+    from torch.distributed.constants import default_pg_timeout
+
+    from fastdean.models.fresh_store import fresh_store
 
     backend = "gloo"
     if torch.cuda.is_available():
@@ -144,7 +153,10 @@ def process_group() -> Iterator[None]:
         # Ranks on the CPU may be more than the GPUs.
         if rank < torch.cuda.device_count():
             torch.cuda.set_device(rank)
-    torch.distributed.init_process_group(backend)
+    timeout = default_pg_timeout
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    store = fresh_store(store, rank, size, timeout.total_seconds())
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield
     finally:

@@ -248,7 +248,7 @@ def find_by_example(
         RuntimeError: none takes part, or none of those that `target_modules` names; or `loss_fn`
             gives an example another loss when it is alone.
     """
-    with ranks.failing_together():
+    with ranks.running_together():
         excerpt = work.excerpt()
         require_losses_of_their_own(excerpt, device, targets[0].parameter)
         standing = standing_for_all(model, targets, alike or {})

@@ -229,7 +229,7 @@ class Sweep:
 
     def _forward(self, replay: Replay, k: int, step: int) -> None:
         """Run layer k on every batch that is left and keep what it returns."""
-        with self.ranks.failing_together():
+        with self.ranks.running_together():
             for b, batch in self._batches(self.sets, self.milestones.batches_done(step)):
                 arguments, _ = self._reach(replay, k, b, batch)
                 with torch.no_grad():
@@ -467,7 +467,7 @@ class Sweep:
         accumulators = self._accumulators(of, group)
         block_sums = BlockSums(accumulators.values(), of.scorable.work.blocks)
         collecting = self._collecting(of, group, accumulators, scale, watched)
-        with self.ranks.failing_together(), collecting as sums:
+        with self.ranks.running_together(), collecting as sums:
             yield sums, block_sums
         if isinstance(sums, WindowSums):
             sums.take_scale_off()

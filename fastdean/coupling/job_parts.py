@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdean.coupling.scores import fingerprint
 from fastdean.coupling.target import Target
@@ -18,6 +18,7 @@ from fastdean.data.examples import TOKENS
 from fastdean.files.provenance import versions
 from fastdean.models.distributed import Ranks
 from fastdean.models.identity import json_digest, model_parts, stored_tensors, tokenizer_parts
+from fastdean.models.shards import OwnBlock, is_sharded
 from fastdean.models.trees import tensors
 from fastdean.ops._dispatch import ENVIRONMENT_VARIABLE
 
@@ -69,6 +70,7 @@ def job_parts(
         ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE, ""),
         "deterministic": str(torch.are_deterministic_algorithms_enabled()),
         "number of ranks": str(ranks.size),
+        **_split(model, ranks),
         **_tokenizers(works.values()),
     }
 
@@ -84,7 +86,8 @@ def circumstances() -> dict[str, str]:
 def weights_digest(module: nn.Module, without: Collection[nn.Module] = ()) -> str:
     """Of the names and checksums (`scores.fingerprint`) of what a module stores.
 
-    Where the weights lie, at the speed of memory. An offloaded one is brought to the CPU.
+    Where the weights lie, at the speed of memory. An offloaded one is brought to the CPU. Of one
+    that is split over ranks this rank's block counts.
 
     Args:
         without: submodules that do not count.
@@ -92,9 +95,25 @@ def weights_digest(module: nn.Module, without: Collection[nn.Module] = ()) -> st
     found = []
     for name, tensor in stored_tensors(module, without):
         # Of a weight that nobody can bring in there is nothing to compare.
-        bits = 0 if tensor.is_meta else fingerprint(tensor)
+        bits = 0 if tensor.is_meta else _bits(tensor)
         found.append([name, str(tensor.dtype), list(tensor.shape), bits])
     return json_digest(found)
+
+
+def _bits(tensor: Tensor) -> int:
+    block = OwnBlock.of(tensor)
+    return fingerprint(block.tensor, None if block.is_whole else block)
+
+
+def _split(model: nn.Module, ranks: Ranks) -> dict[str, str]:
+    """How tensor parallel splits a model: which ranks hold one, and which axes lie on several."""
+    if not ranks.teams:
+        return {}
+    placed: list[Any] = [[n, p] for n, p in model.named_parameters() if is_sharded(p)]
+    return {
+        "ranks that hold a model together": str([list(team) for team in ranks.teams]),
+        "how tensor parallel splits it": json_digest([[n, str(p.placements)] for n, p in placed]),
+    }
 
 
 def _device(parameter: nn.Parameter) -> str:

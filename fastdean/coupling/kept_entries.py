@@ -55,7 +55,7 @@ def kept_entries(
 
     Args:
         weights: dense entries get the model's own; False of a streamed or sharded model, whose
-            layers come and go. Its units need none.
+            layers come and go, and of one that is split over ranks. Its units need none.
     Raises:
         ValueError: a weight of the model is not the one that was scored.
     """

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from fastdean.coupling.job_parts import circumstances, weights_digest
@@ -117,12 +118,14 @@ class Resumable(Milestones):
         self._within: tuple[int, int] | None = None
         self._written = time.monotonic()
 
-    def open(self, layers: Mapping[str, nn.Module], windows: Windows) -> None:
+    def open(self, layers: Mapping[str, nn.Module], windows: Windows, *, fresh: bool) -> None:
         """Read how far the job came, and go back to where all ranks have been.
 
         Layers that the job has run are compared now: those that are through are not looked at
         again, and another model's must not be added to the job's before one differs.
 
+        Args:
+            fresh: whether this rank has just made its folder.
         Raises:
             ValueError: a file is damaged, or a layer has changed.
             RuntimeError: the ranks' folders do not belong together.
@@ -130,8 +133,12 @@ class Resumable(Milestones):
         with self._ranks.failing_together():
             self._read()
         step = -self._ranks.highest(-self._commit["step"])
+        # Those that are through go back to the start before any folder goes.
+        is_through = step == 0 and not self._ranks.highest(int(fresh))
         with self._ranks.failing_together():
             if self._commit["step"] != step:
+                if is_through:
+                    self._before = _START
                 if self._before is None or self._before["step"] != step:
                     raise StateError(
                         "resume must hold the states of all ranks, got those of a rank that is at "
@@ -140,6 +147,7 @@ class Resumable(Milestones):
                     )
                 # Written down first: what is cut off below must not be looked for again.
                 self._save(self._before, None)
+            self._go_with_the_team()
             self.home.restore(self._commit["files"])
             for k, (name, layer) in enumerate(layers.items()):
                 if name in self._resident:
@@ -154,6 +162,18 @@ class Resumable(Milestones):
                 str(self._folder.parent),
                 step,
             )
+
+    def _go_with_the_team(self) -> None:
+        """Begin at the same batch as the ranks that are given the same ones, and wait in layers.
+
+        What this one has kept of later batches is kept once more.
+        """
+        if not self._ranks.teams:
+            return
+        own = torch.tensor([self._commit["batches"]], dtype=torch.int64)
+        found = self._ranks.gather([own])
+        least = min(int(found[rank][0]) for rank in self._ranks.team)
+        self._commit = {**self._commit, "batches": least}
 
     @property
     def is_at_the_start(self) -> bool:
@@ -177,6 +197,10 @@ class Resumable(Milestones):
             self._write(step + 1, 0, before=self._commit)
         # Nobody goes back behind this step any more.
         self.home.settle()
+
+    def finish(self) -> None:
+        """There is nothing to go on from any more; the files are of no use."""
+        self._save(_START, None)
 
     def require_same(self, name: str, layer: nn.Module) -> None:
         if name not in self._resident:
@@ -264,9 +288,10 @@ def resumable(
     """
     place = real_place(where, "resume")
     own = place / f"rank-{ranks.rank}"
-    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    # Noted by all ranks, of which any may be the one that is left to remove them.
+    made = ranks.highest(sum(1 for each in (place, *place.parents) if not each.exists()))
     with (
-        undone(lambda: _remove_empty_rank(own, len(made))),
+        undone(lambda: _remove_empty_rank(own, made)),
         _ending_at_sigterm(),
         ExitStack() as stack,
     ):
@@ -285,12 +310,12 @@ def resumable(
             with ranks.failing_together():
                 stack.enter_context(held(own, "resume"))
                 fresh = not (own / _JOB).exists()
-                number, levels = _claimed(own, where, parts, len(made))
+                number, levels = _claimed(own, where, parts, made)
             job = Resumable(own, number, ranks, resident, read_here)
             job.home.besides_bytes = results_bytes
             # Twice: an interrupt of the first leaves the second.
             stack.enter_context(undone(job.home.close))
-            job.open(layers, windows)
+            job.open(layers, windows, fresh=fresh)
         except BaseException:
             if fresh:
                 with suppress(OSError):
@@ -308,13 +333,18 @@ def resumable(
                     remove_folder(own)
             raise
         job.home.close()
-        # A rank that is through waits until all are.
+        # A rank that is through waits until all are. Who is killed from here on leaves folders of
+        # which some may be gone: what is left begins again.
         with ranks.failing_together():
             pass
         with ranks.failing_together():
-            remove_folder(own)
-        # The rank that made the folder finds it empty only now.
-        _remove_empty(place, levels)
+            job.finish()
+        try:
+            with ranks.failing_together():
+                remove_folder(own)
+        finally:
+            # It is empty only now; where a rank was killed, unless that rank has left its own.
+            _remove_empty(place, levels)
 
 
 def holds_job(where: str | Path) -> bool:

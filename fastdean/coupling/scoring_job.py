@@ -99,7 +99,7 @@ class ScoringJob:
             total = sum(scorable.work.examples_here for scorable, _ in passes)
             with self.step([name]), _progress_bar(total, "ex", name, self.shown) as bar:
                 for scorable, group in passes:
-                    with subject.ranks.failing_together():
+                    with subject.ranks.running_together():
                         sums = run_pass(
                             scorable,
                             group,
@@ -131,7 +131,7 @@ class ScoringJob:
             def of_set(number: int, name: str, scorable: Scorable) -> Set:
                 kept = {}
                 if isinstance(home, KeptFiles):
-                    own = subject.parts is None
+                    own = subject.parts is None and not subject.ranks.teams
                     kept = kept_entries(home, number, scorable.targets, weights=own)
                     entries[name] |= kept
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdean.models.shards import is_sharded
 from fastdean.models.trees import compact
 from fastdean.wording.mendable import StateError
 
@@ -123,6 +124,12 @@ class InFiles:
             os.close(self.files.popitem()[1].handle)
 
     def keep(self, key: Key, tensors: Mapping[Name, Tensor], note: Note | None = None) -> None:
+        if any(map(is_sharded, tensors.values())):
+            raise StateError(
+                "layers must return plain tensors for states in files, got one that is sharded "
+                "over ranks (DTensor); have the layers' outputs gathered, or keep states in memory "
+                "(states='host')"
+            )
         file = self._file(key[:-1])
         dense = {name: compact(tensor) for name, tensor in tensors.items()}
         contents = [_bytes(tensor) for tensor in dense.values()]

@@ -136,12 +136,14 @@ class Subject:
         """
         dense = asked.keep_top is None and asked.granularity == "weight"
         if self.ranks.teams:
-            if asked.resume is not None:
+            if asked.resume is not None and dense:
                 raise ValueError(
-                    "resume must be left out for a model that tensor parallel splits over ranks, "
-                    f"got {str(asked.resume)!r}; leave it out"
+                    "keep_top must be given with resume for a model that tensor parallel splits "
+                    "over ranks, of whose weights no rank has all, got None; pass keep_top=1e-3"
                 )
-            return replace(asked, order="batches") if asked.order == "auto" else asked
+            # By layers where the job may be resumed.
+            order = "batches" if asked.resume is None else "layers"
+            return replace(asked, order=order) if asked.order == "auto" else asked
         if self.parts is None:
             return asked
         kind = "streamed model" if self.stream else "model sharded over ranks (FSDP2)"

@@ -126,7 +126,7 @@ def find_scorable(
         return found
 
     everything, targets = targets, standing_for_all(model, targets, alike or {})
-    with ranks.failing_together():
+    with ranks.running_together():
         excerpt = work.excerpt()
         if ranks.teams:
             require_same_losses(excerpt, device, ranks)

@@ -191,7 +191,7 @@ def plan_workload(
     Raises:
         ValueError, TypeError: as `score` does for its loader.
     """
-    with ranks.failing_together():
+    with ranks.running_together():
         # Before the loader is read.
         if options.get("tokens_per_batch") is not None:
             require_tokens_per_batch(options["tokens_per_batch"])

@@ -22,6 +22,7 @@ from fastdean.wording.printable import one_line
 if TYPE_CHECKING:
     from fastdean.coupling.holding import Holding
     from fastdean.coupling.target import Target
+    from fastdean.jobs.estimated_split import Split
 
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -80,6 +81,13 @@ class EstimateJob:
     gpu_memory: Annotated[
         str | None, Help("Of each GPU, such as 80GB; says that the job runs on GPUs.")
     ] = None
+    tensor_parallel: Annotated[
+        int, Help("Ranks that hold one model together, split by its tp_plan.")
+    ] = 1
+    expert_parallel: Annotated[
+        int,
+        Help("Ranks that own whole experts, by the ep_plan: 1, or as many as --tensor-parallel."),
+    ] = 1
     flops: Annotated[float | None, Help("Operations a second of a matrix product.")] = None
     bandwidth: Annotated[float | None, Help("Bytes a second that weights are read with.")] = None
     measure: Annotated[bool, Help("Measure both rates here, in a second.")] = False
@@ -100,6 +108,17 @@ class EstimateJob:
         options.require_at_least(
             self, examples=1, tokens_per_example=2, sets=1, tokens_per_batch=1, gpus=1, seed=0
         )
+        options.require_at_least(self, tensor_parallel=1, expert_parallel=1)
+        if (self.gpus or 1) % self.tensor_parallel:
+            raise ValueError(
+                f"tensor_parallel must divide gpus, got {self.tensor_parallel} of "
+                f"{self.gpus or 1}; pass as many gpus as whole models need"
+            )
+        if self.expert_parallel not in (1, self.tensor_parallel):
+            raise ValueError(
+                "expert_parallel must be 1 or as tensor_parallel, got "
+                f"{self.expert_parallel} with {self.tensor_parallel}; scoring knows no other"
+            )
         check_keep_top(self.keep_top)
         for name in ("flops", "bandwidth"):
             value = getattr(self, name)
@@ -143,7 +162,8 @@ class OrderEstimate:
         operations: "forward", "recomputed_forward", "backward" and "importance" (FLOP).
         weights_read_bytes: from memory, by all passes; `files_read_bytes`: from files.
         received: bytes that come from other ranks, about as many as go to them: of "sums", of
-            "candidates" for the top entries, and of "weights" that are sharded.
+            "candidates" for the top entries, of "weights" that are sharded, and of "activations"
+            and their gradients, which tensor parallel adds up over the ranks of a model.
         seconds: at least, from the rates; None without rates.
     """
 
@@ -172,7 +192,8 @@ class Estimate:
         machine: device, memory in bytes, ranks, and the rates.
         memory: bytes of weights, one layer's weights, all sums, a layer's sums, states of all
             layers, one batch, one window, and the base, which is Python with its libraries.
-        orders: "batches", "layers", "layers, streamed", and of several ranks "layers, sharded".
+        orders: "batches", "layers", "layers, streamed", and of several ranks "layers, sharded";
+            with tensor parallel the first two.
         notes: what is not counted or not divided, in sentences.
     """
 
@@ -235,8 +256,9 @@ def estimate(model: str, **asked: Any) -> Estimate:
         model: a Hugging Face folder (its config.json is enough), a hub id or a preset.
         asked: `data` or `tokens_per_example`, `examples`, `sets`, `keep_top`, `target_modules`,
             `granularity`, `dtype`, `tokens_per_batch`, `memory_budget` (bytes), `deterministic`,
-            `gpus`, `gpu_memory` ("80GB" or bytes), `flops`, `bandwidth`, `measure`, and what says
-            how rows become tokens, as in the command `fastdean estimate`.
+            `gpus`, `gpu_memory` ("80GB" or bytes), `tensor_parallel`, `expert_parallel`, `flops`,
+            `bandwidth`, `measure`, and what says how rows become tokens, as in the command
+            `fastdean estimate`.
     Returns:
         An `Estimate`; `to_dict()` is what `--json` prints, and its text is the command's table.
     Raises:
@@ -261,6 +283,7 @@ def run(job: EstimateJob) -> Estimate:
     from fastdean.coupling.targets import find_targets
     from fastdean.coupling.window_memory import WindowMemory
     from fastdean.coupling.workloads import blocks_of_a_rank
+    from fastdean.jobs.estimated_split import Split, Whole
     from fastdean.models.available_memory import available_memory
     from fastdean.models.distributed import Ranks
     from fastdean.models.loading import described_model
@@ -274,16 +297,24 @@ def run(job: EstimateJob) -> Estimate:
     )
     layers = list(decoder_layers(model).values())
     targets = find_targets(model, job.target_modules, job.granularity)
+    keep_top = None if job.keep_top == 1 else job.keep_top
+    # What every rank has in the end, and is told of: of the whole model.
+    results = job.sets * entries_bytes(targets, job.granularity, keep_top, signs=False)
+    covered, dtype = coverage(model, targets), next(model.parameters()).dtype
+    wholes = [Whole.of(target) for target in targets]
+    split = Split.of(model, job.tensor_parallel, experts=job.expert_parallel > 1)
+    if split.ranks > 1:
+        targets = find_targets(model, job.target_modules, job.granularity)
     on_gpu = job.gpu_memory is not None
     device = torch.device("cuda" if on_gpu else "cpu")
     ranks = job.gpus or 1
-    lengths = _lengths(job, ranks)
-    blocks = blocks_of_a_rank(Ranks(0, ranks), job.deterministic)
+    shares = ranks // split.ranks
+    lengths = _lengths(job, shares)
+    blocks = blocks_of_a_rank(Ranks(0, shares), job.deterministic)
     at_a_time = sums_at_a_time(blocks)
     rows, batches = _batched(model, job, lengths, blocks, device)
     memory = ModelMemory.of(model, layers)
 
-    keep_top = None if job.keep_top == 1 else job.keep_top
     sums: Counter[int | None] = Counter()
     for target in targets:
         sums[target.layer_index] += sums_bytes(target, job.granularity)
@@ -307,7 +338,6 @@ def run(job: EstimateJob) -> Estimate:
         least = windows.least(targets, size)
         refused["layers"] = _too_small(budget, least, rows.batch) if budget else error
     in_windows = {k: max(map(size, parts)) for k, parts in in_layers.items()}
-    results = job.sets * entries_bytes(targets, job.granularity, keep_top, signs=False)
     base = 0 if on_gpu else _base()
     there = size_in_bytes(job.gpu_memory) if on_gpu else available_memory(device)
     if not on_gpu and there is not None:
@@ -319,11 +349,19 @@ def run(job: EstimateJob) -> Estimate:
         tuple(map(tuple, (p.shape for p in layer.parameters()))): i
         for i, layer in reversed(list(enumerate(layers)))
     }
-    operations = _operations(model, layers, targets, lengths, job)
+    operations = _operations(model, layers, targets, lengths, job, split)
     rates = _rates(job, model)
     orders: dict[str, OrderEstimate] = {}
 
-    exchanged = _received(targets, job, ranks, keep_top)
+    if split.ranks == 1:
+        exchanged = _received(targets, job, ranks, keep_top)
+    else:
+        exchanged = {
+            kind: job.sets * size
+            for kind, size in split.received(
+                targets, wholes, shares, job.examples, keep_top, job.granularity == "unit"
+            ).items()
+        }
 
     def add(
         name: str,
@@ -353,9 +391,15 @@ def run(job: EstimateJob) -> Estimate:
             counted["recomputed_forward"] = 0.0
             counted["forward"] *= passes
             counted["backward"] *= passes
+            taken = (passes, passes, passes)
         else:
             counted["recomputed_forward"] *= repeated
             counted["backward"] *= repeated
+            # The way to each window begins at the embedding.
+            taken = (1 + repeated, repeated, len(layers) + 1 + sum(often.values()))
+        predicted = sum(count for _, count in lengths)
+        received = {**exchanged, "activations": split.added_up(rows.all, predicted, *taken)}
+        received["weights"] = received.get("weights", 0) + gathered
         orders[name] = OrderEstimate(
             order=order,
             weights=weights or "resident",
@@ -368,7 +412,7 @@ def run(job: EstimateJob) -> Estimate:
             operations=counted,
             weights_read_bytes=read,
             files_read_bytes=files,
-            received={k: n for k, n in {**exchanged, "weights": gathered}.items() if n},
+            received={kind: size for kind, size in received.items() if size},
             seconds=_seconds(sum(counted.values()), read, rates),
         )
 
@@ -406,7 +450,7 @@ def run(job: EstimateJob) -> Estimate:
         resident = memory.by_layers(rows, in_windows, kept_sums=kept_sums)
         tried = memory.trial(rows, weights, memory.weights, on_cpu=not on_gpu)
         add("layers", [*resident, tried], 0 if dense else results, read, memory.weights, most)
-    if can_sweep and not (dense and job.granularity == "weight"):
+    if can_sweep and split.ranks == 1 and not (dense and job.granularity == "weight"):
         first = sorted(kinds.values())
         begun = sum(memory.layers[i].weights for i in first)
         outside = (
@@ -419,7 +463,7 @@ def run(job: EstimateJob) -> Estimate:
         tried = memory.trial(rows, of_first, begun + outside, on_cpu=not on_gpu)
         files = memory.outside + of_layers + again
         add("layers, streamed", [*streamed, tried], 0 if dense else results, read, files, most)
-    if can_sweep and ranks > 1:
+    if can_sweep and ranks > 1 and split.ranks == 1:
         first = sorted(kinds.values())
         begun = sum(memory.layers[i].weights for i in first)
         of_first = [t.weight for t in by_weight if t.layer_index in first]
@@ -443,12 +487,11 @@ def run(job: EstimateJob) -> Estimate:
         raise next(iter(refused.values()))
 
     window = max(memory.window(k, rows) for k in (None, *range(len(layers))))
-    covered = coverage(model, targets)
     return Estimate(
         model={
             "class": type(model).__name__,
             "parameters": covered["model_parameters"],
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             "layers": len(layers),
         },
         targets={"matrices": len(targets), "weights": covered["scored_parameters"]},
@@ -464,6 +507,7 @@ def run(job: EstimateJob) -> Estimate:
             "device": "GPU" if on_gpu else "CPU",
             "memory_bytes": there,
             "ranks": ranks,
+            "ranks_of_a_model": split.ranks,
             "flops": rates[0],
             "bandwidth": rates[1],
             "rates": "measured" if job.measure else "given" if any(rates) else None,
@@ -607,11 +651,15 @@ def _batched(
     return Rows(largest, targets, everything, longest), batches
 
 
-def _used(weight: Any, experts: int | None) -> int:
-    """Entries of a weight that a token meets: of stacked experts, of those it goes through."""
+def _used(weight: Any, experts: int | None, ranks: int) -> float:
+    """Entries of a weight that a token meets: of stacked experts, of those it goes through.
+
+    Args:
+        ranks: over which the experts of a token are spread.
+    """
     if weight.dim() < 3:
         return weight.numel()
-    count = min(experts or len(weight), len(weight))
+    count = min(experts or len(weight) * ranks, len(weight) * ranks) / ranks
     return count * prod(weight.shape[1:])
 
 
@@ -621,6 +669,7 @@ def _operations(
     targets: Sequence[Any],
     lengths: Sequence[tuple[int, int]],
     job: EstimateJob,
+    split: Split,
 ) -> dict[str, float]:
     """FLOP of each part; matrices, and attention's products of all pairs of an example's tokens."""
     from fastdean.models.experts import chosen_experts
@@ -639,15 +688,17 @@ def _operations(
     stacked = [p for layer in layers for p in layer.parameters() if p.dim() == 3]
     head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
     plain = sum(weight.numel() for weight in matrices_of(model) if weight is not head)
-    used = sum(_used(p, experts) for p in stacked)
+    used = sum(_used(p, experts, split.of_experts) for p in stacked)
     of_head = 0 if head is None else 2.0 * head.numel() * predicted
     products = 2.0 * (plain + used) * tokens
     # Q K^T and P V forward; backward dV, dP, dQ, dK, and Q K^T again.
-    attention = 2.0 * heads * width * pairs * len(layers)
+    attention = 2.0 * heads / split.of_attention * width * pairs * len(layers)
     hooked = [target for target in targets if not target.by_example]
     by_example = [target for target in targets if target.by_example]
     if job.granularity == "weight":
-        importance = 2.0 * tokens * sum(_used(target.weight, experts) for target in hooked)
+        importance = (
+            2.0 * tokens * sum(_used(target.weight, experts, split.of_experts) for target in hooked)
+        )
         # A gradient of each example, its absolute value, and the sum.
         importance += 3.0 * len(lengths) * sum(target.weight.numel() for target in by_example)
     else:
@@ -747,7 +798,13 @@ def _notes(
     by_example: int,
 ) -> list[str]:
     found = []
-    if ranks > 1:
+    if job.tensor_parallel > 1:
+        owned = " and owns whole experts" if job.expert_parallel > 1 else ""
+        found.append(
+            f"Each of the {job.tensor_parallel} ranks of a model has its part of the weights that "
+            f"the plan splits{owned}, with their sums, and all examples of the model's share."
+        )
+    elif ranks > 1:
         found.append(
             f"Each of the {ranks} ranks holds the whole model, all sums and its own batch; only "
             "examples, and what layers return for them, are divided. Of a model that FSDP2 shards "
@@ -815,7 +872,7 @@ def _lines(found: Estimate) -> list[str]:
         table.append([f"{name.replace('_', ' ')}, TFLOP", *(f"{v:,.3g}" for v in values)])
     for name, key in (("weights read", "weights_read_bytes"), ("of files", "files_read_bytes")):
         table.append([name, *(_gb(getattr(each, key)) for each in found.orders.values())])
-    for kind in ("sums", "candidates", "weights"):
+    for kind in ("sums", "candidates", "weights", "activations"):
         received = [each.received.get(kind) for each in found.orders.values()]
         if any(received):
             table.append([f"{kind} of other ranks", *(_gb(n) if n else "-" for n in received)])

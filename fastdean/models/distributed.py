@@ -3,39 +3,60 @@
 Inside `failing_together` every collective first asks whether all ranks have come so far. A rank
 that fails anywhere answers that question and goes; the others, which expect it in some collective,
 hear of it there. So all stay in step, and none waits for ever. A rank that is killed or hangs
-answers nothing: it is named (`lost_ranks.py`).
+answers nothing: it is named (`lost_ranks.py`). So is one that fails where the others may wait for
+it inside of a model's layers, and cannot be asked.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdean.models.lost_ranks import limit_collectives, naming_lost_ranks, wait
+from fastdean.models.lost_ranks import Words, limit_collectives
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 from fastdean.wording.numbers import require_real
 
-Decision = TypeVar("Decision")
-
 
 @dataclass
 class _Meeting:
-    """Of this process, as its process group is: blocks of `failing_together` that are open, whether
-    all ranks know of a failure inside, how many seconds one waits for another at most, and what
-    puts the group's own time back."""
+    """Of this process, as its process group is.
+
+    Attributes:
+        depth: blocks of `failing_together` that are open.
+        failure_is_known: whether all ranks know of a failure inside, or have a word of it.
+        layers_meet: whether the model runs, and ranks wait for each other inside of it, too.
+        words: what the ranks say of those that cannot be asked.
+        in_step: when all ranks last met, by `time.monotonic`.
+        timeout: how many seconds one waits for another at most.
+        unlimit: puts the groups' own times back.
+    """
 
     depth: int = 0
     failure_is_known: bool = False
+    layers_meet: bool = False
+    words: Words = field(default_factory=Words)
+    in_step: float = 0.0
     timeout: float | None = None
     unlimit: Callable[[], None] | None = None
+
+    def begin(self) -> None:
+        """The outermost block begins."""
+        self.failure_is_known = False
+        self.words, self.in_step = Words(), time.monotonic()
+
+    def end(self) -> None:
+        """The outermost block has ended."""
+        self.end_limit()
+        self.words = Words()
 
     def end_limit(self) -> None:
         if self.unlimit is not None:
@@ -137,7 +158,7 @@ class Ranks:
             for tensor in tensors:
                 reachable = _reachable(tensor)
                 sent = torch.distributed.all_reduce(reachable, group=group, async_op=True)
-                wait(sent, reachable.device)
+                _wait(sent, reachable.device)
                 if reachable is not tensor:
                     tensor.copy_(reachable)
 
@@ -227,7 +248,7 @@ class Ranks:
         own = len(pieces[self.share])
         from_whom = [own if rank in self.peers else 0 for rank in range(self.size)]
         received = sent.new_empty(self.shares * own)
-        wait(
+        _wait(
             torch.distributed.all_to_all_single(received, sent, from_whom, sizes, async_op=True),
             sent.device,
         )
@@ -251,14 +272,9 @@ class Ranks:
             _all_highest(box)
             return int(box)
 
-    def agree(self, decision: Decision) -> Decision:
+    def agree(self, decision: bool) -> bool:
         """The first rank's decision, on every rank."""
-        if self.size == 1:
-            return decision
-        box = [decision]
-        with self._together():
-            torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
+        return bool(self.highest(int(decision and self.first)))
 
     @contextmanager
     def failing_together(self, timeout: float | None = None) -> Iterator[None]:
@@ -274,24 +290,48 @@ class Ranks:
             yield
             return
         if _meeting.depth == 0:
-            _meeting.failure_is_known = False
+            _meeting.begin()
         _meeting.depth += 1
         try:
             self.limit_waiting(timeout)
             yield
-        except BaseException:
+        except BaseException as error:
             # Told once: all ranks are on their way out by then.
             if not _meeting.failure_is_known:
-                # What ended this one says more than that another is lost too.
-                with suppress(RuntimeError):
-                    self._meet(failed=True)
+                self._tell(error)
             raise
         else:
             self._meet(failed=False)
         finally:
             _meeting.depth -= 1
             if _meeting.depth == 0:
-                _meeting.end_limit()
+                _meeting.end()
+
+    @contextmanager
+    def running_together(self) -> Iterator[None]:
+        """As `failing_together`, around runs of the model, in whose layers teams meet.
+
+        A rank that fails there leaves a word of it: the others may wait inside of a layer. Their
+        process group is of no use afterwards, unless all fail.
+        """
+        before, _meeting.layers_meet = _meeting.layers_meet, bool(self.teams)
+        try:
+            with self.failing_together():
+                yield
+        finally:
+            _meeting.layers_meet = before
+
+    def _tell(self, error: BaseException) -> None:
+        """Have the other ranks hear of an error of this one, or say which of them it comes of."""
+        if not _meeting.layers_meet:
+            # What ended this one says more than that another is lost too.
+            with suppress(RuntimeError):
+                self._meet(failed=True)
+            return
+        # Others may wait inside of a layer, where they expect something else than a question.
+        _meeting.failure_is_known = True
+        words, limit = _meeting.words, _meeting.timeout
+        words.explain(self.rank, self.size, limit, _meeting.in_step, error)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -314,9 +354,9 @@ class Ranks:
     @contextmanager
     def _naming_lost(self) -> Iterator[None]:
         try:
-            with naming_lost_ranks(self.rank, self.size, _meeting.timeout):
+            with _meeting.words.naming(self.rank, self.size, _meeting.timeout):
                 yield
-        except Exception:
+        except BaseException:
             # Of a group that has broken down nothing is asked again.
             _meeting.failure_is_known = True
             raise
@@ -325,13 +365,17 @@ class Ranks:
         """Tell the other ranks whether this one has failed; StateError if only others have."""
         # Who is interrupted here leaves without a word: the others may be a collective further.
         _meeting.failure_is_known = True
-        count = torch.tensor([int(failed)], device=_collective_device())
+        said = [int(failed), _meeting.words.drawn(self.rank)]
+        box = torch.tensor(said, device=_collective_device())
         with self._naming_lost():
-            wait(torch.distributed.all_reduce(count, async_op=True), count.device)
-        _meeting.failure_is_known = bool(count)
+            _wait(torch.distributed.all_reduce(box, async_op=True), box.device)
+        count, number = box.tolist()
+        _meeting.words.agreed(number)
+        _meeting.in_step = time.monotonic()
+        _meeting.failure_is_known = count > 0
         if _meeting.failure_is_known and not failed:
             raise StateError(
-                f"every rank must finish its part of the work, got {int(count)} of {self.size} "
+                f"every rank must finish its part of the work, got {count} of {self.size} "
                 "that failed; see their own messages"
             )
 
@@ -373,6 +417,10 @@ def _group_exists() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def _wait(work: Any, device: torch.device) -> None:
+    _meeting.words.wait(work, device)
+
+
 def _reachable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it where a process group of GPUs alone can reduce it."""
     return tensor.to(_collective_device()) if tensor.device.type == "cpu" else tensor
@@ -380,14 +428,14 @@ def _reachable(tensor: Tensor) -> Tensor:
 
 def _all_highest(tensor: Tensor) -> None:
     highest = torch.distributed.ReduceOp.MAX
-    wait(torch.distributed.all_reduce(tensor, op=highest, async_op=True), tensor.device)
+    _wait(torch.distributed.all_reduce(tensor, op=highest, async_op=True), tensor.device)
 
 
 def _gathered(sent: Tensor, ranks: int) -> Sequence[Tensor]:
     """What each rank sends, [N] on all of them, by rank."""
     reachable = sent.to(_exchange_device(sent))
     received = [torch.empty_like(reachable) for _ in range(ranks)]
-    wait(torch.distributed.all_gather(received, reachable, async_op=True), reachable.device)
+    _wait(torch.distributed.all_gather(received, reachable, async_op=True), reachable.device)
     return received
 
 

@@ -26,7 +26,7 @@ from fastdean.models.first_layers import (
 )
 from fastdean.models.hooks import Casting, hooks_exchanged
 from fastdean.models.model_state import undone
-from fastdean.models.shards import is_sharded, shard_fault, split_fault, whole
+from fastdean.models.shards import is_cut_twice, is_sharded, shard_fault, split_fault, whole
 
 _REMEDY = "load it in one process, or shard it in one of these ways alone"
 
@@ -56,6 +56,9 @@ def resharded(model: nn.Module) -> bool:
     if units:
         # FSDP shards every unit for it, those too that `reshard` lets be where a pass broke off.
         model.state_dict()
+        for name, parameter in model.named_parameters():
+            if is_sharded(parameter) and is_cut_twice(parameter):
+                raise _not_ours(name, "sharded by fully_shard on top of tensor parallel")
     size = Ranks.of_group().size
     inside = {module for unit in units.values() for module in unit.modules()}
     for path, module in model.named_modules():

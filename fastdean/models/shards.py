@@ -57,6 +57,12 @@ def shard_fault(tensor: Tensor, size: int) -> str | None:
     return None
 
 
+def is_cut_twice(tensor: Tensor) -> bool:
+    """Whether several dimensions of the mesh of a sharded tensor cut it."""
+    sharded: Any = tensor
+    return sum(not each.is_replicate() for each in sharded.placements) > 1
+
+
 def split_fault(tensor: Tensor) -> str | None:
     """Why a sharded tensor is none that one axis of is cut, or none, as tensor parallel cuts it."""
     sharded: Any = tensor

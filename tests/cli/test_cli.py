@@ -30,6 +30,8 @@ import fastdean
 from fastdean import cli
 from fastdean.cli import running
 from fastdean.cli.flags import in_flags
+from fastdean.coupling import by_batches
+from fastdean.coupling.by_layers import Sweep
 from fastdean.jobs import run as run_job
 from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
 from fastdean.jobs.coupling import scoring as coupling_scoring
@@ -37,7 +39,7 @@ from fastdean.jobs.coupling import steps as coupling_steps
 from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import RunFolder
 from fastdean.masks import NeuronMask
-from fastdean.models import lost_ranks
+from fastdean.models import fresh_store, lost_ranks
 from fastdean.wording import bars
 
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -940,6 +942,35 @@ def test_a_run_that_stops_is_one_line_and_goes_on_later(
     assert mask == NeuronMask.from_pretrained(run_folder / "mask")
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [(running.Terminated(), 143, "terminated"), (KeyboardInterrupt(), 130, "interrupted")],
+)
+@pytest.mark.parametrize("order", ["layers", "batches"])
+def test_a_scoring_that_stops_says_whether_it_goes_on_and_how(
+    place, tmp_path, monkeypatch, error, code, text, order
+):
+    """Layer by layer it does; batch by batch nothing is kept."""
+    out = tmp_path / "a b"
+    data = ("--model", place["model"], "--data", place["privacy"], "--quiet")
+    command = ["score", *map(str, data), "--order", order, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["fastdean", *command])
+    where = (Sweep, "_backward") if order == "layers" else (by_batches, "_add_block")
+    with monkeypatch.context() as patch:
+
+        def stop(*_, **__):
+            raise error
+
+        patch.setattr(*where, stop)
+        result = call(*command)
+    assert result.exit_code == code
+    goes_on = "; what is finished is kept, run the same command to go on: fastdean score --model"
+    assert result.stderr.splitlines()[-1].startswith(f"fastdean: {text}")
+    assert (goes_on in result.stderr) == (order == "layers") == out.exists()
+    assert order != "layers" or result.stderr.endswith(f"--order layers --out '{out}'\n")
+    assert call(*command).exit_code == 0
+
+
 @pytest.mark.parametrize("error", [TypeError("unhashable"), RuntimeError("size"), KeyError("k")])
 def test_a_fault_of_ours_shows_its_traceback(place, tmp_path, monkeypatch, error):
     """Raised outside the package, as by a library that was called wrongly."""
@@ -1251,7 +1282,9 @@ def test_ranks_can_talk_from_every_device_there_is(monkeypatch, gpus, rank, back
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", set_device.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", started.append)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
+    monkeypatch.setattr(fresh_store, "fresh_store", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda b, **_: started.append(b))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: started.append("end"))
     with running.process_group():
         assert started == [backend] and set_device == taken

@@ -17,7 +17,7 @@ from benchmarks.architectures.classes import listed
 from benchmarks.architectures.tiny import tiny_model
 from fastdean.coupling import loss_scale
 from fastdean.coupling.expert_load import _shared_beside, load_line, load_rows
-from fastdean.coupling.targets import survey
+from fastdean.coupling.survey import survey
 from fastdean.models.experts import fused_experts
 
 # Of several lengths, so that batches are padded where nothing is packed.

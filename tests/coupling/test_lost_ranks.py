@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny_data import batches, make_examples
 from tiny_models import llama
+from tiny_split import by_torch
 from torch import distributed
-from two_ranks import WORLD, join_group
+from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
 from fastdean.coupling import states
@@ -121,11 +122,152 @@ def test_sigterm_ends_all_ranks_with_their_states_written(tmp_path):
         scored(tmp_path)
 
 
-def test_what_a_group_breaks_on_with_all_ranks_there_is_said_as_it_is(monkeypatch):
-    monkeypatch.setattr(lost_ranks, "_lost", lambda rank, size, until: [])
-    naming = lost_ranks.naming_lost_ranks(0, 2, None)
-    with pytest.raises(RuntimeError, match="^other shapes$"), naming:
+def breaks_with_all_there(rank, folder):
+    """A job whose collective breaks, and after it one in which rank 1 keeps rank 0 waiting."""
+    join_group(rank, folder)
+    lost_ranks._LOOK = 0.01
+    group = ranks.Ranks.of_group()
+    with pytest.raises(RuntimeError) as error, group.failing_together(), group.together():
         raise RuntimeError("other shapes")
+    looked, ask = folder / "looked", lost_ranks._within
+
+    def asking(seconds, question):
+        found = ask(seconds, question)
+        looked.touch()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, group.failing_together():
+        group.agree(True)
+        if rank == 0:
+            patch.setattr(lost_ranks, "_within", asking)
+        while rank == 1 and not looked.exists():
+            pass
+    leave_group(rank, folder, str(error.value))
+
+
+def test_what_breaks_with_all_ranks_there_is_said_as_it_is_and_ends_one_job_alone(tmp_path):
+    assert run_ranks(breaks_with_all_there, tmp_path) == ["other shapes"] * WORLD
+
+
+# What ends the last rank, and what the others hear of it.
+ENDS = {
+    "fails": (OSError("no such tensor"), "1 of {world} that failed: rank {last} (OSError: no su"),
+    "has no memory": (
+        torch.OutOfMemoryError("tried to allocate 2 GiB"),
+        "1 of {world} that failed: rank {last} (OutOfMemoryError: tried to allocate 2 GiB)",
+    ),
+    "is confused": (
+        RuntimeError("sizes must match"),
+        "1 of {world} that failed: rank {last} (RuntimeError: sizes must match)",
+    ),
+    "is interrupted": (KeyboardInterrupt(), "that failed: rank {last} (KeyboardInterrupt: )"),
+    "is killed": (None, "every rank must stay to the end of the job, got no answer from rank {l"),
+}
+
+
+def ends_in_a_layer(rank, folder, how, world, width, options):
+    """The last rank ends between two collectives of a layer that tensor parallel splits."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    join_group(rank, folder, world)
+    lost_ranks._SOON, lost_ranks._LOOK = 1.0, 0.1
+    mesh = init_device_mesh("cpu", (world // width, width), mesh_dim_names=("dp", "tp"))["tp"]
+    model, calls = by_torch(llama(), mesh, ["mlp"]), []
+    error, _ = ENDS[how]
+
+    def end(*given):
+        calls.append(1)
+        # Behind the trial and the first batch.
+        if len(calls) == 4:
+            if error is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise error
+
+    if rank == world - 1:
+        model.model.layers[1].mlp.act_fn.register_forward_hook(end)
+    began = time.monotonic()
+    heard = "nothing"
+    try:
+        fastdean.score(
+            model, loader(), keep_top=0.1, progress=False, tokens_per_batch=12, **options
+        )
+    except BaseException as caught:
+        heard = f"{type(caught).__name__}: {caught}"
+    torch.save((heard, time.monotonic() - began), folder / f"rank{rank}.pt")
+    # It stays, with its connections, as a session does in which somebody looks what happened.
+    until = time.monotonic() + TIMEOUT + REST
+    while rank == world - 1 and time.monotonic() < until:
+        if all((folder / f"rank{other}.pt").exists() for other in range(world)):
+            break
+
+
+def all_hear_of_the_end(folder, how, world=WORLD, width=WORLD, **options):
+    options = {"rank_timeout": TIMEOUT, **options}
+    arguments = (folder, how, world, width, options)
+    started = [forked.start(ends_in_a_layer, rank, *arguments) for rank in range(world)]
+    try:
+        for process in started[:-1]:
+            done = process.finish()
+            assert done.returncode == 0, done.stderr
+    finally:
+        for process in started:
+            process.kill()
+        started[-1].finish()
+    error, text = ENDS[how]
+    for rank in range(world - 1):
+        heard, seconds = torch.load(folder / f"rank{rank}.pt")
+        assert heard.startswith("StateError: "), heard
+        assert text.format(world=world, last=world - 1)[: None if error else -2] in heard
+        assert seconds < TIMEOUT + REST
+    if error is not None:
+        heard, _ = torch.load(folder / f"rank{world - 1}.pt")
+        assert heard == f"{type(error).__name__}: {error}"
+
+
+def test_a_rank_that_fails_inside_of_a_layer_is_named(tmp_path):
+    all_hear_of_the_end(tmp_path, "has no memory", rank_timeout=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["batches", "layers"])
+@pytest.mark.parametrize("world, width", [(2, 2), (4, 4), (4, 2)])
+@pytest.mark.parametrize("how", ENDS)
+def test_however_a_rank_ends_inside_of_a_layer_it_is_named(how, world, width, order, tmp_path):
+    all_hear_of_the_end(tmp_path, how, world, width, order=order)
+
+
+def gathers_alone(rank, folder):
+    """FSDP gathers a layer's weights, for which one rank has no memory."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    join_group(rank, folder)
+    lost_ranks._SOON, lost_ranks._LOOK = 1.0, 0.1
+    model = llama()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    unshard = FSDPModule.unshard
+
+    def broken(unit, *arguments, **options):
+        if unit is model.model.layers[1]:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return unshard(unit, *arguments, **options)
+
+    heard = "nothing"
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(FSDPModule, "unshard", broken)
+        try:
+            fastdean.score(model, loader(), keep_top=0.1, progress=False, rank_timeout=1.0)
+        except RuntimeError as caught:
+            heard = f"{type(caught).__name__}: {caught}"
+    torch.save(heard, folder / f"rank{rank}.pt")
+
+
+def test_a_rank_that_cannot_gather_a_layer_is_named(tmp_path):
+    first, second = run_ranks(gathers_alone, tmp_path)
+    assert second == "OutOfMemoryError: tried to allocate 2 GiB"
+    assert "got 1 of 2 that failed: rank 1 (OutOfMemoryError: tried to allocate 2 GiB)" in first
 
 
 @pytest.mark.parametrize(

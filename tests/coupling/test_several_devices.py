@@ -1,6 +1,7 @@
 """Tensors of several devices in one call: each device's share, one call each, all or nothing.
 
-Two devices are played by one: what sorts tensors by their device is made to see two.
+Two devices are played by one: what sorts tensors by their device is made to see two, and of a model
+on two no operation may mix what lies on one with what lies on the other.
 """
 
 from __future__ import annotations
@@ -9,8 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pretended_devices import Devices
+from tiny_data import batches, make_examples
+from tiny_experts import experts_model
 from tiny_masks import FIRST, SECOND, Stack, assert_bits, bits, flat, mask_of
+from tiny_models import llama
 
+import fastdean
 from fastdean.ops import _dispatch, gather_at, mask, write_at_, zero_at_
 
 # Equal in type, so that the CPU's implementations run, and different as keys.
@@ -138,3 +144,64 @@ def test_a_mask_over_two_devices_is_applied_to_both_or_to_none():
     with pytest.raises(ValueError, match=f"others at 1 of 1 masked weights of '{SECOND}'"):
         edit.apply_(model)
     assert_bits(model, changed)
+
+
+OTHERS = {"keep_top": 0.05, "tokens_per_batch": 12, "progress": False}
+
+
+def mixtral():
+    return experts_model("Mixtral")
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (llama, {"order": "batches"}),
+        (llama, {"order": "layers", "signs": True}),
+        (llama, {"order": "batches", "keep_top": None, "deterministic": True}),
+        (llama, {"order": "layers", "granularity": "unit", "keep_top": None}),
+        (llama, {"order": "batches", "target_modules": "every"}),
+        (mixtral, {"order": "batches", "signs": True}),
+        (mixtral, {"order": "layers"}),
+    ],
+    ids=["batches", "layers", "dense", "units", "parameters", "experts", "layers of experts"],
+)
+def test_a_model_on_two_devices_is_scored_and_masked_on_both(make, options):
+    """Sums, selection and edits lie where the weight does, and come to what one device gives."""
+
+    def score(model):
+        return fastdean.score(model, batches(make_examples(), 2), **{**OTHERS, **options})
+
+    def made():
+        # Products of packed examples keep what they need by device, of which there is one here.
+        model = make()
+        model.set_attn_implementation("eager")
+        return model
+
+    alone = score(made())
+    model, devices = made(), Devices()
+    with devices:
+        scores = score(devices.put_model(model, ["first", "second"]))
+        assert devices.mixed == []
+        for name, entry in scores.entries.items():
+            number = 0 if ".layers.0." in name or "embed_tokens" in name else 1
+            assert devices.of(entry.sums) == ("first", "second")[number], name
+        mask = fastdean.couple(scores, scores, ratio=0.04, model=model)
+        mask.apply_(model)
+        assert devices.mixed == []
+    assert mask == fastdean.couple(alone, alone, ratio=0.04, model=made())
+    for name, entry in alone.entries.items():
+        assert torch.equal(scores.entries[name].sums, entry.sums)
+
+
+def test_what_mixes_two_devices_is_seen():
+    devices = Devices()
+    one, other = torch.ones(3), torch.ones(3)
+    devices.put(one, "first")
+    devices.put(other, "second")
+    with devices:
+        half = one[:2] * 0.5
+        half + torch.ones(2)
+        assert devices.of(half) == "first" and devices.mixed == []
+        half + other[:2]
+    assert devices.mixed == ["aten.add.Tensor"]

@@ -14,9 +14,13 @@ from tiny_data import batches, make_examples
 from tiny_experts import experts_model
 from tiny_masks import mask_of
 from tiny_models import llama, qwen2
+from tiny_split import by_torch
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
+from fastdean.coupling import resumable
+from fastdean.coupling.resumable import Resumable
+from fastdean.coupling.states import States
 from fastdean.models.identity import weights_digest
 
 EXAMPLES = make_examples(lengths=(3, 9, 17, 4, 12))
@@ -80,30 +84,6 @@ def loaded(folder, name, **options):
 
     config = DistributedConfig(tp_size=WORLD, **options)
     return AutoModelForCausalLM.from_pretrained(folder / name, distributed_config=config)
-
-
-def by_torch(model, mesh, parts=("self_attn", "mlp"), head=None):
-    """As users of torch split it; the head gathers its output unless it is placed otherwise."""
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
-    gathering = ColwiseParallel(output_layouts=head or Replicate())
-    parallelize_module(model.lm_head, mesh, gathering)
-    for layer in model.model.layers:
-        plan = {
-            **{f"self_attn.{n}_proj": ColwiseParallel() for n in "qkv"},
-            "self_attn.o_proj": RowwiseParallel(),
-            "mlp.gate_proj": ColwiseParallel(),
-            "mlp.up_proj": ColwiseParallel(),
-            "mlp.down_proj": RowwiseParallel(),
-        }
-        plan = {name: style for name, style in plan.items() if name.startswith(tuple(parts))}
-        parallelize_module(layer, mesh, plan)
-    return model
 
 
 def mesh_of(world=WORLD):
@@ -207,7 +187,7 @@ def refused(models):
     llama_, mixtral = models["llama"], models["mixtral"]
     return {
         "parameters": message_of(score, llama_, target_modules=["input_layernorm.weight"]),
-        "resume": message_of(score, llama_, resume="job"),
+        "resume": message_of(score, llama_, resume="job", keep_top=None),
         "half": message_of(score, by_torch(llama(), mesh_of(), head=Shard(-1))),
         "fp16": message_of(score, by_torch(llama().half(), mesh_of())),
         "unit weights": message_of(
@@ -218,6 +198,38 @@ def refused(models):
             unit_weights="all",
         ),
         "budget": message_of(score, mixtral, memory_budget=100),
+    }
+
+
+def resumed(rank, folder, model, other):
+    """A job that stops in the second layer, of whose batches rank 0 has noted more than rank 1."""
+    done, said = Resumable.batch_done, []
+
+    def stopping(job, step, batches):
+        done(job, step, batches)
+        if (step, batches) == (1, 2):
+            raise OSError("disk of all")
+
+    options = {"resume": folder / "job", "signs": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resumable, "_SECONDS", 1e9 if rank else -1.0)
+        patch.setattr(Resumable, "write_down", lambda job: None) if rank else None
+        patch.setattr(Resumable, "batch_done", stopping)
+        said.append(message_of(score, model, **options))
+    said += [message_of(score, each, **options) for each in other]
+    ran, keep = [], States.keep
+
+    def kept(states, layer, batch, returned):
+        ran.append((layer, batch))
+        keep(states, layer, batch, returned)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(States, "keep", kept)
+        scores = score(model, **options)
+    undisturbed = score(model, order="layers", signs=True)
+    return {
+        **{"said": said, "ran": ran, "left": (folder / "job").exists()},
+        **{"scores": described(scores), "undisturbed": described(undisturbed)},
     }
 
 
@@ -246,6 +258,8 @@ def worker(rank, folder):
     found = {name: attempt(scored, models[of], how) for name, (of, how) in SITUATIONS.items()}
     found["masked"] = {"mixtral": attempt(masked, models["mixtral"], MODELS["mixtral"])}
     found["refused"] = attempt(refused, models)
+    other = [llama(), by_torch(llama(), mesh_of(), ["mlp"])]
+    found["resumed"] = attempt(resumed, rank, folder, models["by torch"], other)
     leave_group(rank, folder, found)
 
 
@@ -305,6 +319,24 @@ def test_a_mask_edits_a_split_model_as_a_whole_one(found):
         require_masked(found[rank]["masked"]["mixtral"])
 
 
+def test_a_job_goes_on_from_the_batch_that_both_ranks_have_been_through(found):
+    for rank in range(WORLD):
+        result = found[rank]["resumed"]
+        assert not isinstance(result, str), result
+        stopped, whole, otherwise = result["said"]
+        assert stopped == "OSError: disk of all"
+        assert "resume must be a folder of this job" in whole
+        assert "differs in how tensor parallel splits it, ranks that hold a model tog" in whole
+        assert "differs in how tensor parallel splits it;" in otherwise
+        # Rank 0 has noted two batches of the second layer, rank 1 none. The last is rehearsed.
+        batches = max(batch for _, batch in result["ran"])
+        assert result["ran"] == [(1, batch) for batch in range(batches + 1)] and batches > 2
+        assert not result["left"]
+        for name, entry in result["undisturbed"]["entries"].items():
+            for one, other in zip(result["scores"]["entries"][name], entry, strict=True):
+                assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
 @pytest.mark.slow
 def test_other_models_and_ways_to_score_them(tmp_path):
     saved_models(tmp_path)
@@ -322,7 +354,7 @@ def test_other_models_and_ways_to_score_them(tmp_path):
     "how, text",
     [
         ("parameters", "ValueError: target_modules must match matrices of Linear layers or exper"),
-        ("resume", "ValueError: resume must be left out for a model that tensor parallel splits"),
+        ("resume", "ValueError: keep_top must be given with resume for a model that tensor par"),
         ("half", "ValueError: model must return the logits of its whole vocabulary on every rank"),
         ("fp16", "ValueError: model must not compute in float16 where tensor parallel splits it"),
         ("unit weights", "it is sharded over ranks, and no rank has its weights to try; use unit_"),

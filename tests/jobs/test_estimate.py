@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +164,136 @@ def test_fsdp_divides_the_weights_but_for_one_layer_and_what_is_outside(folder, 
     assert at.parts["gathered weights"] == 2 * 4 * (2 * 64 * V * H + H)
     alone = fastdean.estimate(folder, **JOB, **GPU)
     assert "layers, sharded" not in alone.orders and not alone.orders["layers"].received
+
+
+def test_tensor_parallel_divides_what_the_plan_splits(folder):
+    """By hand, of four ranks that hold two models, and the first of whose ranks has no less."""
+    one, found = (
+        fastdean.estimate(folder, **JOB, **GPU | {"gpus": gpus}, tensor_parallel=width)
+        for gpus, width in ((2, 1), (4, 2))
+    )
+    assert list(found.orders) == ["batches", "layers"]
+    assert found.machine["ranks_of_a_model"] == 2
+    assert found.model == one.model and found.targets == one.targets
+    # As many models, each with half of the examples.
+    assert found.work == one.work
+    attention, mlp = 2 * H * H + 2 * H * K, 3 * H * U
+    cut, norms = L * (attention + mlp) + 2 * V * H, (2 * L + 1) * H
+    assert found.memory["weights"] == 4 * (cut / 2 + norms)
+    assert found.memory["sums"] == L * 4 * mlp / 2
+    batches = found.orders["batches"]
+    assert batches.parts["sums"] == L * 4 * mlp / 2
+    # Half of the outputs of q, k, v, gate and up; half of the inputs of o and down.
+    kept = 4 * (3 * H + 2 * H + K + 3 * H + 3 * U // 2)
+    logits = 2 * 198 * V // 2 * 4
+    assert found.memory["one_batch"] == 200 * L * kept + max(logits, 200 * kept)
+    assert batches.parts["scores kept"] == one.orders["batches"].parts["scores kept"]
+    whole = one.orders["batches"].operations
+    assert batches.operations == {name: number / 2 for name, number in whole.items()}
+    # 300 tokens: the embedding, attention and MLP forward; q, k, v, gate and up back; the head.
+    rows, targets = 300, 297
+    around = 2 * rows * 4 * H * (1 + 2 * L + 5 * L)
+    assert batches.received["activations"] == (around + targets * 4 * (V + 2 * H)) / 2
+    again = found.orders["layers"].received["activations"] - batches.received["activations"]
+    # The layers once more, and the embedding on the way to each window.
+    assert again == 2 * rows * 4 * H * (2 * L + 2 * L) / 2
+    assert "Each of the 2 ranks of a model has its part" in found.notes[0]
+    assert "activations of other ranks" in str(found)
+
+
+def test_expert_parallel_divides_experts_alone(tmp_path):
+    experts = {
+        **{"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
+        **{"num_local_experts": 4, "num_experts_per_tok": 2},
+    }
+    model = folder_of(tmp_path / "mixture", **experts)
+    alone, cut, owned = (
+        fastdean.estimate(model, **JOB, **GPU | {"gpus": 2}, **how)
+        for how in ({}, {"tensor_parallel": 2}, {"tensor_parallel": 2, "expert_parallel": 2})
+    )
+    assert "owns whole experts" in owned.notes[0]
+    for found in (cut, owned):
+        assert found.memory["sums"] == alone.memory["sums"] / 2
+        for kind in ("forward", "backward", "importance"):
+            split, whole = (each.orders["batches"].operations[kind] for each in (found, alone))
+            # Of the router every rank does all, and the others have half of the examples.
+            assert whole <= split < 1.01 * whole
+        assert "sums" not in found.orders["batches"].received
+    cut, owned = (each.orders["batches"].received for each in (cut, owned))
+    assert cut["activations"] == owned["activations"]
+    # Of half of the experts, and which experts were seen.
+    assert owned["candidates"] - L * 2 * 4 == (cut["candidates"] - L * 2 * 4) / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"gpus": 4, "tensor_parallel": 3}, "tensor_parallel must divide gpus, got 3 of 4"),
+        ({"gpus": 4, "expert_parallel": 2}, "expert_parallel must be 1 or as tensor_parallel"),
+        (
+            {"gpus": 2, "tensor_parallel": 2, "expert_parallel": 2},
+            "expert_parallel must be left out for a model without a ep_plan of its own, got Llama",
+        ),
+    ],
+)
+def test_a_split_that_nobody_makes_is_refused(folder, options, text):
+    with pytest.raises(ValueError, match=f"^{text}"):
+        fastdean.estimate(folder, **JOB, gpu_memory="1GB", **options)
+
+
+def received_in_a_team(rank, folder, model, world, jobs):
+    """What the collectives of ours give a rank, of a model that its own plan splits over two."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    join_group(rank, folder, world)
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))["tp"]
+    torch.manual_seed(0)
+    subject = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).eval()
+    plan = subject._expand_parallel_plan(dict(subject.tp_plan))
+    subject = apply_tensor_parallelism(subject, mesh, plan)
+    held = sum(
+        weight.to_local().nbytes for weight in subject.parameters() if hasattr(weight, "to_local")
+    )
+    log = []
+    all_to_all, all_gather = distributed.all_to_all_single, distributed.all_gather
+
+    def exchanged(received, sent, own, others, **options):
+        log.append(received.nbytes - own[rank] * received.element_size())
+        return all_to_all(received, sent, own, others, **options)
+
+    def gathered(received, sent, **options):
+        log.append(sum(each.nbytes for each in received) - sent.nbytes)
+        return all_gather(received, sent, **options)
+
+    distributed.all_to_all_single, distributed.all_gather = exchanged, gathered
+    found = [held + sum(p.nbytes for p in subject.parameters() if not hasattr(p, "to_local"))]
+    for options in jobs:
+        log.clear()
+        ids = torch.arange(3, 23)
+        fastdean.score(subject, [Example(ids, ids)] * 4, progress=False, **options)
+        found.append(sum(log))
+    leave_group(rank, folder, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_ranks_of_a_split_model_hold_and_are_sent_is_what_is_said(folder, tmp_path, world):
+    jobs = [{"keep_top": 0.25}, {"keep_top": 0.25, "target_modules": "all"}, {}]
+    worker = partial(received_in_a_team, model=folder, world=world, jobs=jobs)
+    for held, *taken in run_ranks(worker, tmp_path, world):
+        for options, received in zip(jobs, taken, strict=True):
+            asked = {"keep_top": 1} | options
+            found = fastdean.estimate(
+                folder,
+                **{"examples": 4, "tokens_per_example": 20, **asked, "tensor_parallel": 2},
+                **GPU | {"gpus": world},
+            )
+            assert held == found.memory["weights"]
+            said = found.orders["batches"].received
+            # Beside these what ranks tell each other of batches, losses and fingerprints.
+            parts = sum(said.get(kind, 0) for kind in ("sums", "candidates"))
+            assert parts <= received < 1.1 * parts + 4000, (options, said)
 
 
 def received_by_a_rank(rank, folder, model, jobs):
@@ -529,3 +661,73 @@ def test_what_is_divided_falls_with_the_number_of_ranks(folder, tmp_path):
         # All else is the same on any number of ranks.
         less = peaks[1] - peaks[world]
         assert less == pytest.approx(expected[1] - expected[world], rel=0.15), (world, peaks)
+
+
+# 0.3 GB of weights in fp32, of which no rank of a sharded model ever has all.
+_MIDDLE = {
+    "vocab_size": 8000,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+# How the model lies on the ranks -> the order, and what the estimate calls it.
+_WAYS = {"whole": ("batches", "batches"), "sharded": ("layers", "layers, sharded")}
+_SOME = {"examples": 16, "tokens_per_example": 48, "tokens_per_batch": 192}
+
+
+def made_in_parts(config):
+    """A model of which this rank never has more than its shards."""
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model).to_empty(device="cpu")
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight.to_local(), std=0.02)
+    # Of tensors that are in no checkpoint.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
+
+
+def taken_by_a_rank(rank, folder, model, world, way):
+    """The most bytes of memory that a rank took for a model and its scoring."""
+    from torch.distributed import fsdp  # noqa: F401 - which takes memory by itself
+
+    join_group(rank, folder, world)
+    config = AutoConfig.from_pretrained(model)
+    ids = torch.randint(3, 8000, (_SOME["examples"], _SOME["tokens_per_example"]))
+    examples = [Example(row, row.clone()) for row in ids]
+    status = Path("/proc/self/status")
+
+    def told(name):
+        (line,) = (each for each in status.read_text().splitlines() if each.startswith(name))
+        return int(line.split()[1]) * 1024
+
+    gc.collect()
+    before = told("VmRSS")
+    # From here on the peak counts.
+    Path("/proc/self/clear_refs").write_text("5")
+    torch.manual_seed(0)
+    subject = AutoModelForCausalLM.from_config(config) if way == "whole" else made_in_parts(config)
+    order, _ = _WAYS[way]
+    options = {"keep_top": 1e-3, "order": order, "progress": False}
+    fastdean.score(subject, examples, tokens_per_batch=_SOME["tokens_per_batch"], **options)
+    leave_group(rank, folder, told("VmHWM") - before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is told on Linux")
+@pytest.mark.parametrize(
+    ("way", "world"), [("whole", 1), ("whole", 2), ("whole", 4), ("sharded", 2), ("sharded", 4)]
+)
+def test_what_a_rank_takes_is_what_is_said_of_as_many_ranks(way, world, tmp_path):
+    model = folder_of(tmp_path / "middle", **_MIDDLE)
+    found = fastdean.estimate(model, **_SOME, gpus=world, gpu_memory="80GB")
+    expected = found.orders[_WAYS[way][1]].peak_bytes
+    worker = partial(taken_by_a_rank, model=model, world=world, way=way)
+    for taken in run_ranks(worker, tmp_path, world):
+        assert taken == pytest.approx(expected, rel=0.15), (taken, expected)

@@ -45,6 +45,9 @@ class Running:
         assert ended, said
         return Done(self._process.exitcode, *said)
 
+    def runs(self) -> bool:
+        return self._process.is_alive()
+
     def kill(self) -> None:
         self._process.kill()
         self._process.join()

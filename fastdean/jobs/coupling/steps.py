@@ -294,9 +294,10 @@ def _score(prepared: _Prepared, session: Session[Job]) -> dict[str, Scores]:
     swept = folder.swept()
     for name in prepared.scored:
         # A sweep goes on with all of its sets, also those whose scores it has saved.
-        place = ranks.agree(swept.index(name) if name in swept else None)
-        if place is not None or not ranks.agree(_is_scored(name, session)):
-            places[name] = len(swept) if place is None else place
+        # From 1, as the first rank has it.
+        place = ranks.highest(swept.index(name) + 1 if ranks.first and name in swept else 0)
+        if place or not ranks.agree(_is_scored(name, session)):
+            places[name] = place or len(swept) + 1
             continue
         logger.info("%s is scored already, read from %s", name, folder.scores(name))
         session.costs.add(f"score {name}, by an earlier call", tokens[name], None, None)
