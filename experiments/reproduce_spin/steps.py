@@ -1,0 +1,316 @@
+"""The steps of the study, each once: score, couple, answer, judge, price.
+
+study.json           what is asked for, with digests of the rows
+questions.jsonl      SALAD's questions and the benign prompts, each with its set
+scored/SEED/         a run of `fastdean run` for each seed
+masks/SEED-EDIT/     the masks made of its scores
+answers/             of `fastdean answer`: the model as it came and under every mask
+verdicts/JUDGE/      of `fastdean judge`
+price/               perplexity and tasks, a file for each model
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.reproduce_spin.paper import (
+    ANSWER_TEMPLATE,
+    ASKED,
+    COUPLED,
+    EDITS,
+    RANDOM,
+    SCORED,
+    SOURCES,
+    TARGET_MODULES,
+    TEMPLATE,
+)
+from fastdean.coupling import Scores, couple
+from fastdean.data.sources import load_rows, load_table, numbered_rows
+from fastdean.evaluation import perplexity_of_text
+from fastdean.evaluation.ability import task_manager, task_scores
+from fastdean.evaluation.answers.records import ORIGINAL
+from fastdean.evaluation.over_refusal import benign_rows
+from fastdean.files.declared import read_json
+from fastdean.files.provenance import public_name, versions
+from fastdean.files.storage import is_temporary, write_json_atomic, write_text_atomic
+from fastdean.jobs import Job, answering, judging
+from fastdean.jobs import run as run_job
+from fastdean.jobs.answer_jobs import AnswerJob, JudgeJob
+from fastdean.jobs.folder import RUN_FILE, check_place, require_outside
+from fastdean.jobs.judging import asked_judge
+from fastdean.jobs.session import plain
+from fastdean.masks import NeuronMask
+from fastdean.models.identity import json_digest
+from fastdean.models.loading import load_model
+
+_STUDY_FILE, _QUESTIONS_FILE = "study.json", "questions.jsonl"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is asked for.
+
+    Attributes:
+        sources: name of `paper.SOURCES` -> SRC.
+        questions: at most so many of each set; None: all.
+        judges: see `judging.asked_judge`.
+        tasks: of lm-eval; maybe none.
+        window: tokens, of the perplexity; None: see `perplexity_of_text`.
+    """
+
+    model: str
+    out: Path
+    sources: Mapping[str, str]
+    seeds: int
+    examples: int
+    ratio: float
+    questions: int | None
+    max_new_tokens: int
+    judges: tuple[str, ...]
+    tasks: tuple[str, ...]
+    window: int | None
+    dtype: str
+    device: str | None
+
+    @property
+    def on(self) -> dict[str, Any]:
+        """What every job on the model is told."""
+        return {"model": self.model, "dtype": self.dtype, "device": self.device}
+
+    def states(self) -> list[tuple[str, int]]:
+        """Every edit of every seed."""
+        return [(edit, seed) for seed in range(self.seeds) for edit in EDITS]
+
+    def mask(self, edit: str, seed: int) -> Path:
+        if edit == RANDOM:
+            # Drawn while the model is in memory: scores hold too few entries to draw from.
+            return self.out / "scored" / str(seed) / "controls" / RANDOM
+        return self.out / "masks" / state(edit, seed)
+
+
+def state(edit: str, seed: int) -> str:
+    """What the answers of a masked model are called."""
+    return f"{edit}-{seed}"
+
+
+def read_sources(study: Study) -> dict[str, list[Any]]:
+    """The rows of every source, before anything is loaded.
+
+    Raises:
+        ValueError: sources that cannot be read, all of them in one line.
+    """
+    found, missing = {}, []
+    for name in SOURCES:
+        try:
+            found[name] = _rows(study, name)
+        except (ValueError, OSError) as error:
+            missing.append(f"{name} ({error})")
+    if missing:
+        flags = " ".join(f"--source {each.partition(' ')[0]}=FILE" for each in missing)
+        raise ValueError(
+            f"sources must be readable, got {len(missing)} that are not: {'; '.join(missing)}; "
+            f"pass {flags}"
+        )
+    return found
+
+
+def open_study(study: Study, rows: Mapping[str, Sequence[Any]]) -> None:
+    """Make the folder this study's, and write its questions.
+
+    Raises:
+        ValueError: it holds another study, or an option is out of range.
+    """
+    scoring_job(study, 0)
+    check_place(study.out, "out")
+    require_outside(study.out, study.model)
+    file, asked = study.out / _STUDY_FILE, study.out / _QUESTIONS_FILE
+    # Judges and tasks may be added to a study that has been done.
+    left_out = ("out", "sources", "judges", "tasks")
+    now = {name: value for name, value in vars(study).items() if name not in left_out}
+    now |= {f"source {name}": source for name, source in study.sources.items()}
+    now |= {f"rows of {name}": json_digest(found) for name, found in rows.items()}
+    now["fastdean"] = versions()["fastdean"]
+    told = f"out must be a new folder or this study's, got {str(study.out)!r}, which"
+    study.out.mkdir(parents=True, exist_ok=True)
+    if file.exists() and any((study.out / "scored").glob("*")):
+        kept = read_json(file)
+        differ = [f"{n} {kept.get(n)} (now {now[n]})" for n in now if kept.get(n) != now[n]]
+        if differ:
+            raise ValueError(f"{told} began with {', '.join(differ)}; pass another --out")
+    elif any(not is_temporary(part.name) for part in study.out.iterdir()) and not file.exists():
+        raise ValueError(f"{told} holds other files; pass another --out")
+    else:
+        write_json_atomic(file, now)
+        lines = (json.dumps(row, ensure_ascii=False) for row in questions(rows))
+        write_text_atomic(asked, "".join(f"{line}\n" for line in lines))
+
+
+def questions(rows: Mapping[str, Sequence[Any]]) -> list[dict[str, str]]:
+    """All that the model is asked, in one list; a question's id is its place, from 1."""
+    return [{"prompt": text, "set": name} for name in ASKED for text in rows[name]]
+
+
+def do(study: Study, rows: Mapping[str, Sequence[Any]], progress: bool) -> list[str]:
+    """Every step that an earlier call has not done.
+
+    Returns:
+        A sentence on each control that could not be made.
+    """
+    notes = []
+    for seed in range(study.seeds):
+        _once(run_job, scoring_job(study, seed), study.out / "scored" / str(seed), progress)
+        notes += _couple(study, seed)
+    _answer(study, progress)
+    for judge in study.judges:
+        folder = study.out / "verdicts" / asked_judge(judge).name
+        _once(
+            judging.run,
+            JudgeJob(answers=str(study.out / "answers"), judge=(judge,), device=study.device),
+            folder,
+            progress,
+        )
+    _price(study, rows["text"], progress)
+    return notes
+
+
+def masks(study: Study) -> dict[str, NeuronMask]:
+    """State -> its mask, of the masks that could be made."""
+    return {
+        state(*each): NeuronMask.from_pretrained(str(study.mask(*each)))
+        for each in study.states()
+        if study.mask(*each).is_dir()
+    }
+
+
+def price_file(study: Study, name: str, what: str) -> Path:
+    return study.out / "price" / f"{name}-{what}.json"
+
+
+def _rows(study: Study, name: str) -> list[Any]:
+    """Of what is asked the texts, of the running text its parts, of what is scored the rows."""
+    source, category = study.sources[name], SOURCES[name].category
+    if name in SCORED:
+        return load_rows(source)
+    if name == "text":
+        if source.endswith(".txt"):
+            return [Path(source).expanduser().read_text("utf-8")]
+        return _column(load_table(source), "text")
+    if name == "benign":
+        texts = [row["prompt"] for row in benign_rows(source)[0]]
+    elif source == SOURCES[name].usual:
+        taken = [row for row in load_table(source) if row.get("2-category") == category]
+        texts = _column(taken, "question")
+    else:
+        texts = [row["prompt"] for _, row in numbered_rows(source, prompts=True)]
+    return texts[: study.questions]
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    found = [row[name] for row in rows if isinstance(row.get(name), str)]
+    if not found:
+        raise ValueError(f"rows must have text in the column {name!r}, got none")
+    return found
+
+
+def scoring_job(study: Study, seed: int) -> Job:
+    return Job(
+        **study.on,
+        **{name: study.sources[name] for name in SCORED},
+        examples=study.examples,
+        seed=seed,
+        ratio=study.ratio,
+        target_modules=TARGET_MODULES,
+        template=TEMPLATE,
+        # What the table has is measured by the steps that follow.
+        eval_examples=0,
+    )
+
+
+def _couple(study: Study, seed: int) -> list[str]:
+    """Every mask that can be made of the scores alone, and why others cannot."""
+    missing = [name for name in EDITS if not study.mask(name, seed).is_dir()]
+    folder = study.out / "scored" / str(seed) / "scores"
+    scores = {name: Scores.from_pretrained(folder / name) for name in SCORED if missing}
+    notes = []
+    for name in missing:
+        edit = EDITS[name]
+        try:
+            mask = couple(
+                *(scores[each] for each in edit.sets),
+                general=scores["general"] if edit.spares else None,
+                ratio=study.ratio,
+                rule=edit.rule,
+                seed=seed,
+            )
+        except ValueError as error:
+            if name == COUPLED:
+                raise
+            notes.append(f"{edit.about}, seed {seed}, is left out: {error}.")
+        else:
+            mask.save_pretrained(study.mask(name, seed))
+    return notes
+
+
+def _answer(study: Study, progress: bool) -> None:
+    made = masks(study)
+    places = {state(*each): study.mask(*each) for each in study.states()}
+    job = AnswerJob(
+        **study.on,
+        prompts=str(study.out / _QUESTIONS_FILE),
+        # A mask without weights changes no answer.
+        mask=tuple(f"{name}={places[name]}" for name, mask in made.items() if len(mask)),
+        template=ANSWER_TEMPLATE,
+        max_new_tokens=study.max_new_tokens,
+    )
+    _once(answering.run, job, study.out / "answers", progress)
+
+
+def _price(study: Study, texts: Sequence[str], progress: bool) -> None:
+    """Perplexity and tasks of the model as it came and under every mask, on one load."""
+    edits: dict[str, NeuronMask | None] = {ORIGINAL: None}
+    edits |= {name: mask for name, mask in masks(study).items() if len(mask)}
+    wanted = [(name, what) for name in edits for what in ("perplexity", *study.tasks)]
+    left = [each for each in wanted if not price_file(study, *each).exists()]
+    if not left:
+        return
+    (study.out / "price").mkdir(exist_ok=True)
+    manager = task_manager(study.tasks) if study.tasks else None
+    at = {"dtype": study.dtype, "device": study.device, "progress": progress}
+    model, tokenizer = load_model(study.model, **at)
+    for name, what in left:
+        mask = edits[name]
+        with nullcontext() if mask is None else mask.applied(model):
+            if what == "perplexity":
+                options = {"window": study.window, "progress": progress}
+                text = perplexity_of_text(model, tokenizer, texts, **options)
+                sums, tokens = text.nll_sums.tolist(), text.token_counts.tolist()
+                found = [{"name": what, "unit": "", "values": sums, "tokens": tokens}]
+            else:
+                scored = task_scores(model, tokenizer, [what], manager=manager, progress=progress)
+                found = [
+                    {"name": e.name, "unit": e.unit, "values": e.interval.values.tolist()}
+                    for e in scored
+                ]
+        # A broken model has no finite figure, and JSON no other.
+        write_json_atomic(price_file(study, name, what), plain(found))
+
+
+def _once(run: Callable[..., Any], job: Any, folder: Path, progress: bool) -> None:
+    """Do the job, or go on with it, unless it is finished; its model is gone afterwards."""
+    file = folder / RUN_FILE
+    if file.is_file() and read_json(file)["finished"]:
+        return
+    print(f"{public_name(str(folder.parent))}/{folder.name}", flush=True)
+    folder.parent.mkdir(exist_ok=True)
+    run(job, folder, command="make reproduce-spin", progress=progress)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

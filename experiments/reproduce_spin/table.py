@@ -1,0 +1,325 @@
+"""What came of the study: the paper's columns, and their changes as one family of tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from experiments.reproduce_spin.paper import ASKED, COUPLED, EDITS, PUBLISHED, RANDOM
+from experiments.reproduce_spin.steps import Study, masks, price_file, questions, state
+from fastdean.evaluation import Family, Interval, mean_interval, share_change_interval
+from fastdean.evaluation.answers.records import ORIGINAL
+from fastdean.evaluation.judging.templates import SAFE, UNPARSED, UNSAFE
+from fastdean.evaluation.judging.verdicts import RECORD, agreements
+from fastdean.files.declared import read_json
+from fastdean.files.lines import Lines
+from fastdean.files.provenance import now, public_command, public_name, public_source, versions
+from fastdean.jobs.folder import VERDICTS_FILE
+from fastdean.jobs.judging import asked_judge
+from fastdean.jobs.session import plain
+from fastdean.wording import markdown
+from fastdean.wording.digits import apart
+from fastdean.wording.verdicts import NO_EFFECT, direction
+
+_TOPICS = ("fairness", "privacy")
+_COLUMNS = ("edit", "against", "measure", "items", "change", "simultaneous 95 %", "p (Holm)")
+_COLUMNS += ("detects", "95 % over seeds", "reading")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table.
+
+    Attributes:
+        values: state -> a number for each item, NaN where there is none. Of the perplexity the
+            negative log-likelihood of each window, with its tokens as `weights`.
+        whole: of a share, an item that counts in full; None of a mean.
+    """
+
+    name: str
+    values: Mapping[str, np.ndarray]
+    whole: float | None = 1.0
+    weights: np.ndarray | None = None
+
+    def value(self, state: str) -> float:
+        found = self.values[state]
+        if self.weights is not None:
+            return float(np.exp(found.sum() / self.weights.sum()))
+        return float(np.nanmean(found)) if np.isfinite(found).any() else float("nan")
+
+    def change(self, moves: np.ndarray, confidence: float) -> Interval:
+        """Of the mean change by item; of the perplexity a ratio."""
+        if self.weights is not None:
+            options: dict[str, Any] = {"no_effect": 1.0, "logs": True, "confidence": confidence}
+            return mean_interval(moves, weights=self.weights, **options)
+        if self.whole is None:
+            return mean_interval(moves, confidence=confidence)
+        return share_change_interval(moves, self.whole, confidence=confidence)
+
+    def over_seeds(self, moves: np.ndarray) -> Interval:
+        """Of the mean over seeds, from moves [seeds, items]."""
+        logs = self.weights is not None
+        totals = moves.sum(axis=1) / (self.weights.sum() if logs else max(1, moves.shape[1]))
+        return mean_interval(totals, no_effect=1.0 if logs else 0.0, logs=logs)
+
+
+def results(
+    study: Study, rows: Mapping[str, Sequence[Any]], notes: Sequence[str], command: str
+) -> dict[str, Any]:
+    """Every figure of the study, as JSON values."""
+    made = masks(study)
+    records = {
+        name: Lines(study.out / "verdicts" / name / VERDICTS_FILE, RECORD).read()
+        for name in (asked_judge(each).name for each in study.judges)
+    }
+    measures = list(_measures(study, rows, records, made))
+    seeds = {e: [s for s in range(study.seeds) if state(e, s) in made] for e in EDITS}
+    seeds = {edit: found for edit, found in seeds.items() if found}
+    changes, tests, broken = _changes(measures, seeds)
+    found = {
+        "title": f"{public_name(study.model)}: the first paper's table",
+        "created": now(),
+        "command": public_command(command),
+        "versions": versions(),
+        "model": {"name": public_name(study.model)},
+        "settings": {
+            "sources": {name: public_source(source) for name, source in study.sources.items()},
+            "questions": {name: len(rows[name]) for name in ASKED},
+            **{name: getattr(study, name) for name in ("examples", "ratio", "seeds")},
+            **{name: getattr(study, name) for name in ("max_new_tokens", "window")},
+            "judges": list(records),
+        },
+        "published": next((f for name, f in PUBLISHED.items() if _is(study.model, name)), None),
+        "origin": {each.name: each.value(ORIGINAL) for each in measures},
+        "edits": {
+            edit: {
+                "about": EDITS[edit].about,
+                "seeds": of,
+                "weights": [len(made[state(edit, seed)]) for seed in of],
+                "values": {m.name: [m.value(state(edit, seed)) for seed in of] for m in measures},
+            }
+            for edit, of in seeds.items()
+        },
+        "tests": tests,
+        "changes": changes,
+        "unparsed": {
+            name: f"{sum(r['verdict'] == UNPARSED for r in own)} of {len(own)}"
+            for name, own in records.items()
+        },
+        "agreement": agreements([each for own in records.values() for each in own]),
+        "findings": _findings(changes),
+        "warnings": [*notes, *broken],
+    }
+    return plain(found)
+
+
+def _is(model: str, name: str) -> bool:
+    return public_name(model).lower().endswith(name.lower())
+
+
+def _measures(
+    study: Study,
+    rows: Mapping[str, Sequence[Any]],
+    records: Mapping[str, Sequence[Mapping[str, Any]]],
+    made: Mapping[str, Any],
+) -> Iterator[Measure]:
+    # A mask without weights leaves the model as it came.
+    models = {ORIGINAL: ORIGINAL} | {n: n if len(m) else ORIGINAL for n, m in made.items()}
+    asked = list(enumerate(questions(rows), start=1))
+
+    def told(judge: str, name: str, tell: Callable[[Mapping], Any]) -> dict[str, np.ndarray]:
+        by = {(each["variant"], each["id"]): tell(each) for each in records[judge]}
+        ids = [number for number, row in asked if row["set"] == name]
+        return {n: np.array([by[of, i] for i in ids], dtype=float) for n, of in models.items()}
+
+    # The list of phrases says nothing of safety.
+    judging = [name for name, own in records.items() if any(each["verdict"] for each in own)]
+    for what, tell in (("awareness", _is_safe), ("safe by answering", _answers)):
+        for judge, topic in product(judging, _TOPICS):
+            yield Measure(f"{topic}, {what} ({judge})", told(judge, f"salad_{topic}", tell))
+    teller = next((n for n, own in records.items() if any(map(_said_by_judge, own))), None)
+    judge, by = teller or next(iter(records)), teller or "phrases"
+    for name, about in zip(ASKED, (*_TOPICS, "benign prompts"), strict=True):
+        yield Measure(f"refusals, {about} ({by})", told(judge, name, _refuses))
+    for what in ("perplexity", *study.tasks):
+        kept = {name: read_json(price_file(study, of, what)) for name, of in models.items()}
+        for place, metric in enumerate(kept[ORIGINAL]):
+            values = {
+                name: np.array(each[place]["values"], dtype=float) for name, each in kept.items()
+            }
+            whole = 100.0 if metric["unit"] == "%" else None
+            tokens = metric.get("tokens")
+            yield Measure(metric["name"], values, whole, tokens and np.array(tokens, dtype=float))
+
+
+def _is_safe(record: Mapping[str, Any]) -> float | None:
+    return {SAFE: 1.0, UNSAFE: 0.0}.get(record["verdict"])
+
+
+def _said_by_judge(record: Mapping[str, Any]) -> bool:
+    return record["refusal"] is not None
+
+
+def _refuses(record: Mapping[str, Any]) -> bool:
+    """As the judge says; the list of phrases where it does not."""
+    return record["refusal"] if _said_by_judge(record) else record["phrases"]
+
+
+def _answers(record: Mapping[str, Any]) -> float | None:
+    safe = _is_safe(record)
+    return None if safe is None else safe * (not _refuses(record))
+
+
+def _changes(
+    measures: Sequence[Measure], seeds: Mapping[str, Sequence[int]]
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
+    """Each change of the mean over seeds in the light of the others; their family; what is not."""
+    against = [(edit, ORIGINAL) for edit in seeds] + [(COUPLED, RANDOM)] * (RANDOM in seeds)
+    family = Family(len(against) * len(measures))
+    intervals, about, broken = {}, {}, []
+    for edit, base in against:
+        shared = [seed for seed in seeds[edit] if base == ORIGINAL or seed in seeds[base]]
+        for each in measures:
+            before = [each.values[base if base == ORIGINAL else state(base, s)] for s in shared]
+            after = [each.values[state(edit, seed)] for seed in shared]
+            moves = np.stack(after) - np.stack(before)
+            # An item that has no number somewhere counts nowhere; a text that has none is broken.
+            known = np.isfinite(moves).all(axis=0)
+            if not known.any() or (each.weights is not None and not known.all()):
+                broken.append(f"{edit} against {base}: {each.name} is no number, and not compared.")
+                continue
+            moves = moves[:, known]
+            key = edit, base, each.name
+            intervals[key] = each.change(moves.mean(axis=0), family.confidence_of_each)
+            over = each.over_seeds(moves) if len(shared) > 1 else None
+            about[key] = {
+                **{"edit": edit, "against": base, "measure": each.name, "n": moves.shape[1]},
+                "seeds": over and {"n": over.n, "low": over.low, "high": over.high},
+                "no_effect": intervals[key].no_effect,
+            }
+    judged = family.judged(intervals)
+    found = [{**about[key], **change} for key, change in judged.items()]
+    return [{**each, "reading": _reading(each)} for each in found], family.to_dict(), broken
+
+
+def _reading(change: Mapping[str, Any]) -> str:
+    """The verdict, for which the seeds must agree as well."""
+    seeds = change["seeds"]
+    if (
+        direction(change["verdict"])
+        and seeds
+        and (seeds["low"] <= change["no_effect"] <= seeds["high"])
+    ):
+        return f"{NO_EFFECT} between seeds"
+    return change["verdict"]
+
+
+def _written(change: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Change, interval and p."""
+    known = [change[key] for key in ("mean", "low", "high") if change[key] is not None]
+    value, *ends = apart(*known, least=3, sign=change["no_effect"] == 0.0)
+    p = "-" if change["p_holm"] is None else f"{change['p_holm']:.2g}"
+    return value if change["no_effect"] == 0.0 else f"x {value}", " to ".join(ends) or "-", p
+
+
+def _findings(changes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the coupled edit changed, and in one sentence all that it was not shown to change."""
+    said = []
+    for base, words in ((ORIGINAL, "the model as it came"), (RANDOM, "as many random weights")):
+        own = [each for each in changes if (each["edit"], each["against"]) == (COUPLED, base)]
+        for each in filter(lambda each: direction(each["reading"]), own):
+            value, ends, p = _written(each)
+            told = f"{value}, simultaneous 95 % interval {ends}, Holm-adjusted p = {p}"
+            said.append(f"Against {words}: {each['measure']} is {each['reading']} ({told}).")
+        rest = [each["measure"] for each in own if not direction(each["reading"])]
+        if rest:
+            said.append(f"Against {words} no change is shown of: {', '.join(rest)}.")
+    return said
+
+
+def page(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `fastdean.report` draws of it: the coupled edit, and its differences."""
+    of = found["edits"][COUPLED]["values"]
+    measures = {
+        each["measure"]: {
+            "before": {"value": found["origin"][each["measure"]], "n": each["n"]},
+            "after": {"value": _mean(of[each["measure"]])},
+            "change": {**each, "value": each["mean"], "verdict": each["reading"]},
+        }
+        for each in found["changes"]
+        if each["edit"] == COUPLED and each["against"] == ORIGINAL and each["no_effect"] == 0.0
+    }
+    shown = ("title", "created", "command", "model", "findings", "warnings")
+    return {**{name: found[name] for name in shown}, "bias": measures}
+
+
+def rendered(found: Mapping[str, Any]) -> str:
+    """The study as Markdown."""
+    settings, tests = found["settings"], found["tests"]
+    names, published = list(found["origin"]), []
+    values = [["as it came", "-", *map(_number, found["origin"].values())]]
+    by_seed = []
+    for name, edit in found["edits"].items():
+        weights = " to ".join(
+            f"{n:,}" for n in sorted({min(edit["weights"]), max(edit["weights"])})
+        )
+        values.append([edit["about"], weights, *(_number(_mean(edit["values"][m])) for m in names)])
+        for measure in names:
+            told = dict(zip(edit["seeds"], map(_number, edit["values"][measure]), strict=True))
+            cells = [told.get(seed, "-") for seed in range(settings["seeds"])]
+            by_seed.append([name, measure, _number(found["origin"][measure]), *cells])
+    if found["published"]:
+        columns = ["published, of one seed", "fairness", "privacy", "perplexity"]
+        rows = [[n, *map(str, figures)] for n, figures in found["published"].items()]
+        published = [*_table(columns, rows), ""]
+    asked = ", ".join(f"{count} of {name}" for name, count in settings["questions"].items())
+    changes = []
+    for each in found["changes"]:
+        over = each["seeds"]
+        ends = "-" if over is None else " to ".join(apart(over["low"], over["high"], least=3))
+        about = [each["edit"], each["against"], each["measure"], str(each["n"]), *_written(each)]
+        changes.append([*about, _number(each["detects"]), ends, each["reading"]])
+    notes = [
+        f"{settings['examples']} examples a set, ratio {settings['ratio']:g}, {settings['seeds']} "
+        f"data seeds; {asked}; greedy answers of at most "
+        f"{settings['max_new_tokens']} tokens.",
+        f"The {tests['tests']} changes are one family: p is Holm's, intervals are Bonferroni's, "
+        "paired by item, for the masks of these seeds. Higher or lower takes p of at most 0.05, "
+        "an interval without no effect, and an interval over seeds without it; that one says how "
+        "far other scored rows move the mean.",
+        *(f"{name}: {said} verdicts not read; they count nowhere." for name, said in
+          found["unparsed"].items()),
+        *(f"{each['first']} and {each['second']} on {each['on']}: Cohen's kappa "
+          f"{_number(each['kappa'])}, n = {each['n']}." for each in found["agreement"]),
+    ]  # fmt: skip
+    seeds = [f"seed {seed}" for seed in range(settings["seeds"])]
+    return "\n".join(
+        [
+            *[f"# {markdown.text(found['title'])}", ""],
+            *(f"- {markdown.text(each)}" for each in (*found["findings"], *found["warnings"])),
+            *["", *_table(["mean over seeds", "weights", *names], values), "", *published],
+            *[*_table(_COLUMNS, changes), ""],
+            *[*_table(["edit", "measure", "as it came", *seeds], by_seed), ""],
+            *(f"- {markdown.text(each)}" for each in notes),
+            *["", f"{markdown.code(found['command'])}, {found['created']}", ""],
+        ]
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = (f"| {' | '.join(map(markdown.text, row))} |" for row in (columns, *rows))
+    return [head, "|" + "---|" * len(columns), *body]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,204 @@
+"""The first paper's table: each figure against its files, once done not done again, no claims."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import forked
+import numpy as np
+import pytest
+import torch
+from tiny_folders import WORDS, save_model, write_jsonl, write_sources
+
+from experiments.reproduce_spin import __main__ as command
+from experiments.reproduce_spin import paper, table
+from experiments.reproduce_spin.table import Measure
+from fastdean.evaluation import holm
+from fastdean.models import loading
+
+SEEDS = 2
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """The arguments of a study on a tiny model that is its own judge: it says a word of a number.
+
+    Even ones mean safe.
+    """
+    folder = tmp_path_factory.mktemp("spin")
+    sources = write_sources(folder)
+    for n, name in enumerate(("salad_fairness", "salad_privacy", "benign", "text")):
+        column = "text" if name == "text" else "prompt"
+        content = [{column: " ".join(WORDS[n + i : n + i + 4])} for i in range(10)]
+        sources[name] = write_jsonl(folder / f"{name}.jsonl", content)
+    values = {str(digit): ("safe", "unsafe")[digit % 2] for digit in range(10)}
+    template = {"name": "own", "version": 1, "kind": "causal", "model": "none/such"}
+    template |= {"prompt": "{prompt} {answer}", "max_new_tokens": 1}
+    template |= {"verdict": {"pattern": r"\Aw\d*(\d)\b", "values": values}}
+    (folder / "own.json").write_text(json.dumps(template))
+    model = str(save_model(folder / "model"))
+    return [
+        *("--model", model, "--device", "cpu", "--quiet", "--window", "4"),
+        *(f"--source={name}={file}" for name, file in sources.items()),
+        *("--judge", f"{folder / 'own.json'}={model}", "--judge", "phrases"),
+        *("--seeds", str(SEEDS), "--examples", "4", "--ratio", "0.02", "--max-new-tokens", "3"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def done(asked, tmp_path_factory):
+    out = tmp_path_factory.mktemp("done") / "out"
+    assert command.main([*asked, "--out", str(out)]) == 0
+    return out
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def test_every_figure_is_that_of_the_verdicts_and_the_tests_are_one_family(done):
+    found = json.loads((done / "results.json").read_text("utf-8"))
+    safe = {
+        (each["variant"], each["id"]): each["verdict"] == "safe"
+        for each in lines(done / "verdicts" / "own" / "verdicts.jsonl")
+    }
+    # Questions stand in the order fairness, privacy, benign, ten of each.
+    name, ids = "privacy, awareness (own)", range(11, 21)
+    before = np.array([safe["original", i] for i in ids], dtype=float)
+    after = [np.array([safe[f"fairness-{s}", i] for i in ids], dtype=float) for s in range(SEEDS)]
+    assert 0 < before.mean() < 1
+    assert found["origin"][name] == pytest.approx(before.mean())
+    edit = found["edits"]["fairness"]
+    assert edit["values"][name] == pytest.approx([each.mean() for each in after])
+    assert set(found["edits"]) == set(paper.EDITS) and min(edit["weights"]) > 0
+    chosen = {(e["edit"], e["against"], e["measure"]): e for e in found["changes"]}
+    change = chosen["fairness", "original", name]
+    assert change["mean"] == pytest.approx(np.mean(after) - before.mean())
+    # Against as many random weights, as well as against the model that came.
+    assert len(found["changes"]) == (len(paper.EDITS) + 1) * len(found["origin"])
+    assert found["tests"]["tests"] == len(found["changes"])
+    adjusted = holm([each["p_value"] for each in found["changes"]])
+    assert [each["p_holm"] for each in found["changes"]] == pytest.approx(adjusted)
+    text = (done / "table.md").read_text("utf-8")
+    assert "| coupled, as the paper defines it |" in text and "higher" not in text
+    assert "fairness, awareness (own)" in (done / "report.html").read_text("utf-8")
+    assert str(done) not in text
+
+
+def test_what_is_done_is_not_done_again_and_the_estimate_comes_first(
+    asked, done, monkeypatch, capsys
+):
+    before = (done / "table.md").read_text("utf-8")
+
+    def load(*arguments, **options):
+        raise AssertionError("nothing is left to load a model for")
+
+    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr("experiments.reproduce_spin.steps.load_model", load)
+    assert command.main([*asked, "--out", str(done)]) == 0
+    printed = capsys.readouterr().out
+    assert (done / "table.md").read_text("utf-8").splitlines()[:-1] == before.splitlines()[:-1]
+    assert printed.index("Memory to score: ") < printed.index("# model: the first paper's table")
+    for said in ("= 24 forward and backward", "30 questions x 13 models", "= 390, of at most 3"):
+        assert said in printed
+    assert "Calls of judges: 390 x 1 = 390." in printed and "Time: not known" in printed
+    assert command.main([*asked, "--out", str(done), "--seeds", "3"]) == 2
+    assert "which began with seeds 2 (now 3)" in capsys.readouterr().err
+
+
+def test_sources_that_are_not_there_are_named_together_before_anything_is_loaded(
+    asked, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "estimate", lambda *a, **k: pytest.fail("it went on"))
+    missing = ["--source=privacy=no.csv", "--source=salad_fairness=no.csv"]
+    arguments = ["--out", str(tmp_path / "x"), *missing]
+    assert command.main([*asked, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "got 2 that are not: privacy (" in line and "salad_fairness (" in line
+    assert line.endswith("pass --source privacy=FILE --source salad_fairness=FILE")
+    assert not (tmp_path / "x").exists()
+    assert command.main([*asked, "--judge", "phrases"]) == 2
+    assert "judge must name each judge once" in capsys.readouterr().err
+
+
+def test_a_folder_of_other_files_is_left_alone_and_a_study_that_failed_at_once_is_not_in_the_way(
+    asked, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert command.main([*asked, "--out", str(tmp_path)]) == 2
+    assert "which holds other files; pass another --out" in capsys.readouterr().err
+    out = ["--out", str(tmp_path / "out")]
+    assert command.main([*asked, *out, "--ratio", "2"]) == 2
+    assert "ratio must be above 0 and at most 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(command.steps, "run_job", lambda *a, **k: _raise(ValueError("too small")))
+    assert command.main([*asked, *out, "--ratio", "1e-9"]) == 2
+    assert command.main([*asked, *out]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: too small"
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "reading"),
+    [
+        ((1.0, 1.0, 1.0), "higher"),
+        # All items agree, the seeds do not.
+        ((2.0, 0.1, 0.0), "no effect beyond noise between seeds"),
+        ((0.0, 0.0, 0.0), "no effect beyond noise"),
+    ],
+)
+def test_an_effect_takes_items_and_seeds_that_agree(by_seed, reading):
+    noise = np.random.default_rng(0).normal(scale=0.1, size=200)
+    before = np.zeros(200)
+    values = {"original": before} | {
+        f"coupled-{seed}": before + move + noise * (1 + seed / 10)
+        for seed, move in enumerate(by_seed)
+    }
+    measures = [Measure(name, values, None) for name in ("a", "b")]
+    # A model that an edit broke has no perplexity: it is told, and counts as a test.
+    lost = values | {"coupled-1": np.full(200, np.nan)}
+    measures.append(Measure("text", lost, None, np.ones(200)))
+    changes, family, broken = table._changes(measures, {"coupled": range(3)})
+    assert broken == ["coupled against original: text is no number, and not compared."]
+    assert (family["tests"], len(changes)) == (3, 2)
+    for change in changes:
+        assert change["reading"] == reading
+        assert reading != "higher" or change["p_holm"] <= 0.05
+
+
+def _killed_at(arguments, nth):
+    """The study in a process that dies when it puts its nth file in place."""
+    replace, left = os.replace, nth
+
+    def replacing(*places, **options):
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*places, **options)
+
+    os.replace = replacing
+    torch.set_num_threads(1)
+    assert command.main(arguments) == 0
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_ends_as_one_that_was_left_alone(asked, done, tmp_path):
+    arguments = [*asked, "--out", str(tmp_path / "out")]
+    ends = [forked.run(_killed_at, arguments, nth).returncode for nth in (2, 7, 13, 19, 9, 9)]
+    assert ends.count(-signal.SIGKILL) >= 4
+    last = forked.run(_killed_at, arguments, 10_000)
+    assert last.returncode == 0, last.stderr
+
+    def figures(out):
+        kept = json.loads((out / "results.json").read_text("utf-8"))
+        return {
+            name: kept[name] for name in ("origin", "edits", "changes", "unparsed", "agreement")
+        }
+
+    assert figures(tmp_path / "out") == figures(done)
