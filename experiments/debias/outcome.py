@@ -22,7 +22,16 @@ from experiments.debias.settings import FIGURES, GLUE_HEAD, NLI_HEAD, PUBLISHED,
 from experiments.debias.subject import ARMS
 from fastdean.evaluation import Family, holm, mean_interval
 from fastdean.files.provenance import public_source
-from fastdean.wording.verdicts import CLOSER, FARTHER, FEWEST, LEVEL, direction, reworded
+from fastdean.wording.verdicts import (
+    CLOSER,
+    FARTHER,
+    FEWEST,
+    HIGHER,
+    LEVEL,
+    LOWER,
+    direction,
+    reworded,
+)
 
 BASE, NONE, WORDS = "base", "none", "words"
 NAMES = {
@@ -36,8 +45,8 @@ NAMES = {
 AGAINST = (NONE, "random", "frequency")
 _GLUE = "GLUE "
 
-# arm -> seed -> value; of the model before training the seed is None.
-Values = dict[str, dict[int | None, float]]
+# arm -> seed -> value; before training seed 0 alone, but for trained heads.
+Values = dict[str, dict[int, float]]
 
 
 class Column(NamedTuple):
@@ -96,8 +105,11 @@ def tests_of(columns: Mapping[str, Column]) -> tuple[Family, dict[tuple[str, str
     for key, entry in judged.items():
         entry["seeds"] = len(pairs[key])
         entry["p_t"], entry["p_t_holm"] = t_values.get(key), adjusted.get(key)
-        if columns[key[0]].neutral is not None:
-            entry["verdict"] = reworded(entry["verdict"], CLOSER, FARTHER)
+        neutral, p = columns[key[0]].neutral, entry["p_t_holm"]
+        lower, higher = (LOWER, HIGHER) if neutral is None else (CLOSER, FARTHER)
+        entry["verdict"] = reworded(entry["verdict"], lower, higher)
+        told = lower if entry["mean"] < 0 else higher
+        entry["by_t"] = told if p is not None and p <= LEVEL else None
     return family, judged
 
 
@@ -174,7 +186,7 @@ def as_markdown(rows: Sequence[Record]) -> str:
         f"# {rows[-1].case}",
         _summary(judged),
         _table(["column", *(NAMES[arm] for arm in arms), "the paper"], shown),
-        "Means over seeds (their number). The model before training was measured once.",
+        "Means over seeds (their number). Before training only heads depend on the seed.",
         "## Gender words against the other arms, seed by seed",
         _table(
             ["column", "against", "difference", "p, paired t", "p, sign flips", "verdict"], tested
@@ -202,15 +214,15 @@ _DEPARTURES = (
 
 
 def _summary(judged: Mapping[Any, Mapping[str, Any]]) -> str:
-    """One sentence: what may be said."""
-    said = [
-        f"{name}: {found['verdict']}"
-        for (name, other), found in judged.items()
-        if other == NONE and direction(found["verdict"])
-    ]
-    if said:
-        return "With the term on the gender words, against none: " + "; ".join(said) + "."
-    return "No column shows a change by the term that holds in this family of tests."
+    """What may be said of the term on the gender words against none."""
+    against_none = {name: found for (name, other), found in judged.items() if other == NONE}
+    said = [f"{n}: {f['verdict']}" for n, f in against_none.items() if direction(f["verdict"])]
+    by_t = [f"{name}: {found['by_t']}" for name, found in against_none.items() if found["by_t"]]
+    return (
+        "The term on the gender words, against none. Verdicts of a change: "
+        f"{'; '.join(said) or 'none'}. By paired t tests alone, which assume normal differences: "
+        f"{'; '.join(by_t) or 'none'}."
+    )
 
 
 def _sources(settings: Mapping[str, Any]) -> list[list[str]]:
@@ -235,7 +247,7 @@ def _mean(column: Column, arm: str) -> str:
     found = list(column.values.get(arm, {}).values())
     if not found:
         return NOT_MEASURED
-    return f"{fmean(found):.4g}" + ("" if arm == BASE else f" ({len(found)})")
+    return f"{fmean(found):.4g} ({len(found)})"
 
 
 def _paper(settings: Mapping[str, Any], name: str) -> str:

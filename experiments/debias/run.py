@@ -39,7 +39,6 @@ OP = "nc3"
 _HELD_OUT = "held_out"
 _TASKS = [f"glue:{task}" for task in glue.TASKS]
 _MOST_HELD_OUT = 512
-_UNTRAINED = Arm(outcome.BASE, 0.0, None)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +84,7 @@ def require(options: argparse.Namespace) -> None:
 def run(session: Session) -> int:
     """Append a record for each arm, seed and measure; write the table as it stands."""
     study = _Study(session)
-    arms = [_UNTRAINED, *_arms(session.options.seeds, study.settings["strength"])]
+    arms = _arms(session.options.seeds, study.settings["strength"])
     for line in study.estimate():
         say(line)
     left = {arm: due for arm in arms if (due := study.due(arm))}
@@ -108,9 +107,9 @@ def _measures(without: Sequence[str], kind: str) -> list[str]:
 def _arms(seeds: int, strength: float) -> list[Arm]:
     """Seed after seed, so that a run that is cut off has whole seeds."""
     return [
-        Arm(name, 0.0 if name == outcome.NONE else strength, seed)
+        Arm(name, strength if name in ARMS and name != outcome.NONE else 0.0, seed)
         for seed in range(seeds)
-        for name in ARMS
+        for name in (outcome.BASE, *ARMS)
     ]
 
 
@@ -157,17 +156,22 @@ class _Study:
             f"on {len(self._trained)} rows and their copies: {trainings * steps} steps",
             f"measured after each, and once before: {', '.join(self._names)}",
             f"heads of {', '.join(name for name in heads if heads[name]) or 'none'}: {total} steps "
-            f"each time, {(trainings + 1) * total} in all",
+            f"each time, {(trainings + seeds) * total} in all",
             "time: not known; what is done is kept, and --resume goes on",
             f"a verdict takes {FEWEST} seeds at least, and more in a large table",
         ]
 
     def due(self, arm: Arm) -> list[str]:
-        """The measures of an arm that were not taken yet."""
+        """The measures of an arm that were not taken yet.
+
+        Before training nothing but the heads depends on the seed.
+        """
+        once = arm.name == outcome.BASE and arm.seed != 0
         return [
             name
             for name in self._names
-            if not self._session.earlier(OP, {arm.name}, self._setup(arm, name))
+            if not (once and not measures.head_steps(name, self._data))
+            and not self._session.earlier(OP, {arm.name}, self._setup(arm, name))
         ]
 
     def append(self, arm: Arm, due: Sequence[str]) -> None:
@@ -175,7 +179,7 @@ class _Study:
         subject, settings = self._loaded(), self.settings
         say(f"{arm.name}, seed {arm.seed}")
         classes = None
-        if arm == _UNTRAINED:
+        if arm.name == outcome.BASE:
             subject.restart()
         else:
             names = ("learning_rate", "batch_size", "accumulation", "max_length", "warmup")
@@ -234,7 +238,7 @@ class _Study:
     def _figures(self, subject: Subject, arm: Arm, name: str) -> dict[str, Figure]:
         if name == _HELD_OUT:
             return held_out_figures(subject)
-        return measures.taken(name, self._data, subject.model, subject.tokenizer, arm.seed or 0)
+        return measures.taken(name, self._data, subject.model, subject.tokenizer, arm.seed)
 
     def _settings(self) -> dict[str, Any]:
         options = self._options

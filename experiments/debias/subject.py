@@ -35,11 +35,11 @@ _TEXTS = ("text", "premise", "hypothesis")
 
 @dataclass(frozen=True)
 class Arm:
-    """One training. `seed`: also of the control classes; None before any training."""
+    """One training, or the model before any. `seed`: also of control classes and heads."""
 
     name: str
     strength: float
-    seed: int | None
+    seed: int
 
 
 @dataclass(frozen=True)

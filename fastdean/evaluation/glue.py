@@ -169,8 +169,8 @@ def labelled(
         label = row.get("label")
         if labels and label in _UNKNOWN:
             continue
-        text = tuple(row.get(column) for column in columns)
-        if not all(isinstance(part, str) and part for part in text):
+        text = tuple(str(row.get(column) or "") for column in columns)
+        if not all(text):
             raise ValueError(
                 f"row {number} must have text in the columns {', '.join(columns)}, got "
                 f"{sorted(map(str, row))}; rename its columns"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import tiny_words
@@ -119,7 +118,7 @@ def test_the_table_has_every_column_of_every_arm_and_nothing_is_done_twice(
     rows = read(tmp_path)
     assert [(r.contender, r["measure"]) for r in rows[: len(cut)]] == cut
     names = ["held_out", "stereoset", "crows_pairs", "winobias", "seat", "bec_pro", "bias_nli"]
-    states = [("base", None), *((arm, 0) for arm in ARMS[1:])]
+    states = [(arm, 0) for arm in ARMS]
     taken = {(row.contender, row["seed"], row["measure"]) for row in rows}
     assert len(taken) == len(rows) and taken == {
         (*s, n) for s in states for n in (*names, "glue:cola")
@@ -137,7 +136,7 @@ def test_the_table_has_every_column_of_every_arm_and_nothing_is_done_twice(
     results = json.loads((tmp_path / "out" / "nc3.json").read_text())
     assert results["family"]["tests"] == 3 * len(results["columns"])
     assert all(test["verdict"] == "no verdict from n = 1" for test in results["tests"])
-    assert "No column shows a change by the term that holds" in text
+    assert "Verdicts of a change: none. By paired t tests alone" in text
     assert command() == 0 and len(read(tmp_path)) == len(rows) and len(trained) == 4
     assert command("--without", "bbq", method="causal") == 2
     assert "method must be one of bec, mabel, ase, adept for a masked" in capsys.readouterr().err
@@ -275,9 +274,17 @@ def test_eight_seeds_that_agree_are_a_verdict_and_five_are_a_t_test():
     assert judged(8, neutral=50.0)[1][1]["CrowS-Pairs", "none"]["verdict"] == "farther from neutral"
     five = judged(5)[1][1]["CrowS-Pairs", "none"]
     assert five["verdict"] == "no verdict from n = 5" and five["p_t_holm"] < 1e-5
+    assert five["by_t"] == "lower" and against_random["by_t"] is None
     assert outcome.seeds_for_a_verdict(3) == 8 and outcome.seeds_for_a_verdict(60) == 12
     text = outcome.as_markdown(records(values))
-    assert "against none: CrowS-Pairs: lower." in text and not math.isnan(expected)
+    assert "of a change: CrowS-Pairs: lower. By paired t tests alone" in text
+
+
+def test_before_training_heads_alone_are_measured_for_every_seed(command, tmp_path):
+    measured = ("stereoset", "crows_pairs", "winobias", "seat", "bec_pro", "bias_nli")
+    assert command("--seeds", "2", "--without", *measured) == 0
+    base = [(row["seed"], row["measure"]) for row in read(tmp_path) if row.contender == "base"]
+    assert base == [(0, "held_out"), (0, "glue:cola"), (1, "glue:cola")]
 
 
 def test_glue_has_a_mean_of_the_seeds_that_have_every_task():
