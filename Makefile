@@ -24,13 +24,13 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
 OUT ?= gpu-out
 
 .PHONY: help demo install test test-slow test-lowest lint format docs build release-check clean
-.PHONY: reproduce-spin
+.PHONY: reproduce-spin reproduce-nc3
 .PHONY: gpu-first gpu-rehearsal gpu-extension gpu-results gpu-check gpu-bench gpu-sanitize
 
 install: $(INSTALLED)  ## a .venv with the package and what its tests and demo need
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -118,6 +118,16 @@ release-check: build  ## both files of a release, installed and tried where noth
 reproduce-spin: $(INSTALLED)  ## the first paper's table for MODEL, with controls and the price
 	$(BIN)/python -m experiments.reproduce_spin $(ARGS) \
 		--model $(or $(MODEL),$(error MODEL must be a model, such as MODEL=Qwen/Qwen2-7B-Instruct))
+
+# The second paper's table, for MODEL by METHOD (bec, mabel, ase or adept; causal for decoders). What is done
+# is kept in NC3_OUT, and a second call goes on. ARGS: all else, such as "--seeds 12" or, for data in
+# files, "--source seat=FOLDER"; docs/guide/second-paper.md has the list.
+METHOD ?= bec
+NC3_OUT ?= build/reproduce-nc3
+reproduce-nc3: $(INSTALLED)  ## the second paper's table for MODEL by METHOD
+	$(BIN)/python -m experiments.debias run --resume --method $(METHOD) \
+		--model $(or $(MODEL),$(error MODEL must be a model, such as MODEL=bert-base-uncased)) \
+		--out $(NC3_OUT)/$(METHOD) $(ARGS)
 
 # The targets for a machine with a GPU take what stands there: no network and no environment of
 # their own. All need a CUDA device that torch sees, torch >= 2.11, triton >= 3.6, transformers >=

@@ -1,223 +1,290 @@
-"""What the collapse regulariser does to a model that is trained to be less biased.
+"""The second paper's table for one model and method, with and without its term.
 
-Every arm trains from the same weights on the same rows, once for each seed: without a regulariser,
-with the gender words, and with two kinds of control words. What an arm does beyond "none" is the
-regulariser's doing, and what "words" does beyond the controls that of the words.
+Trained from the same weights with the paper's settings (`settings.py`), once for each seed: without
+the term, with it on the gender words, and with it on two kinds of control words. Each training is
+measured by the columns of the paper, and so is the model before any. A measure that was taken is
+not taken again, and a training that was cut off goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from benchmarks.harness import store, tables
-from benchmarks.harness.clock import synchronize
+from benchmarks.harness import store
 from benchmarks.harness.command import above_zero, model_options, positive
 from benchmarks.harness.gate import test_files
 from benchmarks.harness.session import Session
 from benchmarks.harness.store import say
-from experiments.debias.figures import Figure, HeldOut
-from experiments.debias.subject import ARMS, DATA, Subject, load_subject
-from experiments.debias.table import BASE, TABLE
-from fastdean.collapse import CollapseClasses, CollapseRegularizer
-from fastdean.debias import fine_tune
+from experiments.debias import measures, outcome
+from experiments.debias.figures import Figure, held_out_figures, metrics_of
+from experiments.debias.measures import TRAINING
+from experiments.debias.settings import MEASURES, PUBLISHED, SEEDS, SHIFT, WARMUP
+from experiments.debias.subject import ARMS, Arm, Subject, load_subject, split_rows, texts_of
+from fastdean.debias import augment
+from fastdean.debias.objectives import require_method
+from fastdean.evaluation import glue
+from fastdean.files.atomic import write_text_atomic
 from fastdean.files.provenance import public_name, public_source
-from fastdean.jobs import bias
+from fastdean.files.storage import remove_folder
+from fastdean.models.identity import json_digest
+from fastdean.models.model_state import max_tokens
+from fastdean.wording.verdicts import FEWEST
 
-# For causal models none is published; BEC's is.
-_STRENGTHS = {"causal": 10.0, "bec": 100.0}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One training. `seed`: also of the control classes; None before any training."""
-
-    name: str
-    strength: float
-    seed: int | None
-
-
-_UNTRAINED = Arm(BASE, 0.0, None)
+OP = "nc3"
+# Collapse and fluency, on rows that are held out of the training's own.
+_HELD_OUT = "held_out"
+_TASKS = [f"glue:{task}" for task in glue.TASKS]
+_MOST_HELD_OUT = 512
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
-    add = parser.add_argument
-    said = "instead a small masked model, trained first, from scratch on the embedded text"
+    add, number = parser.add_argument, {"type": positive, "metavar": "N"}
+    said = "instead a small masked model, trained first, from scratch: to try the command out"
     add("--masked", action="store_true", help=said)
-    number = {"type": positive, "metavar": "N"}
     add("--pretraining-steps", **number, default=400, help="of --masked")
-    add("--method", choices=["causal", "bec"], help="default: causal; with --masked: bec")
-    said = "of the regulariser, in all arms but none; default: 10; of bec: 100"
-    add("--strength", type=above_zero, nargs="+", metavar="X", help=said)
-    add("--arm", choices=ARMS, nargs="+", help="default: all")
-    add("--seeds", **number, default=3, help="trainings of each arm")
-    add("--steps", **number, default=40, help="optimizer steps of a training")
-    add("--batch-size", **number, default=8, help="texts of a step")
-    add("--learning-rate", type=above_zero, default=2e-5, metavar="X", help="of a training")
-    said = "bias measures, of crows_pairs the gender pairs only; default: bec_pro"
-    add("--bias", nargs="+", default=["bec_pro"], metavar="NAME[=FILE]", help=said)
-    said = "at most, of bec_pro without a file and of crows_pairs"
-    add("--bias-rows", **number, default=192, help=said)
+    add("--method", choices=PUBLISHED, required=True)
+    add("--seeds", **number, default=SEEDS.value, help="trainings of each arm")
+    named = {"nargs": "+", "action": "extend", "default": []}
+    said = f"in place of a default source: {TRAINING}, snli, {', '.join(MEASURES)}"
+    add("--source", **named, metavar="NAME=SRC", help=said)
+    said = "measures or tasks of GLUE (glue:mrpc) to leave out"
+    add("--without", **named, metavar="NAME", help=said)
+    said = "the first so many rows of each source: to try the command out"
+    add("--rows", **number, help=said)
+    add("--steps", **number, help="optimizer steps in place of the paper's epochs")
+    add("--learning-rate", type=above_zero, metavar="X", help="in place of the paper's")
+    said = "optimizer steps between checkpoints of a training"
+    add("--save-every", **number, default=500, help=said)
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     collapse = ("collapse_regularizer", "collapse_measuring", "collapse_controls")
-    return test_files(*collapse, "fine_tune", "bias_bec_pro", "bias_crows_pairs")
+    columns = [f"bias_{name}" for name in ("stereoset", "crows_pairs", "winobias", "seat")]
+    return test_files(*collapse, *columns, "bias_bec_pro", "bias_nli", "glue", "fine_tune")
 
 
 def require(options: argparse.Namespace) -> None:
-    """Asked before any test runs. Raises ValueError for a measure that does not exist."""
-    bias.check(options.bias)
+    """Asked before any test runs. Raises ValueError for a name that is unknown."""
+    names = [*MEASURES, TRAINING, "snli"]
+    for entry in options.source:
+        name, _, source = entry.partition("=")
+        if name not in names or not source:
+            raise ValueError(f"source must be NAME=SRC of one of {', '.join(names)}, got {entry!r}")
+    names = [*MEASURES, *_TASKS]
+    for name in options.without:
+        if name not in names:
+            raise ValueError(f"without must be one of {', '.join(names)}, got {name!r}")
 
 
 def run(session: Session) -> int:
-    """Append the base model's record, and of each arm and seed those of two states."""
-    options = session.options
-    settings = _settings(options)
-    due = [
-        arm
-        for arm in [_UNTRAINED, *_arms(options, settings["method"])]
-        if not session.earlier("debias", {arm.name}, _last(arm, settings))
-    ]
-    study: _Study | None = None
-    for arm in session.due(due, "trainings"):
-        study = study or _Study(session, settings, load_subject(options))
-        study.append(arm)
-    if study is not None:
-        rows = store.read(options.out, "debias")
-        print(tables.rendered(TABLE, (row for row in rows if row.case == study.case)))
+    """Append a record for each arm, seed and measure; write the table as it stands."""
+    study = _Study(session)
+    arms = _arms(session.options.seeds, study.settings["strength"])
+    for line in study.estimate():
+        say(line)
+    left = {arm: due for arm in arms if (due := study.due(arm))}
+    for arm in [arm for arm in arms if arm not in left]:
+        study.forget(arm)
+    for arm in session.due(list(left), "trainings"):
+        study.append(arm, left[arm])
+    study.write()
     return 0
 
 
-def _last(arm: Arm, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the record of a training's last step holds, which is written last."""
-    step = 0 if arm == _UNTRAINED else settings["steps"]
-    return {"settings": dict(settings), "strength": arm.strength, "seed": arm.seed, "step": step}
+def _measures(without: Sequence[str], kind: str) -> list[str]:
+    """The names of the measures, of GLUE its tasks, in the order of the columns."""
+    chosen = [name for name, each in MEASURES.items() if kind in each.kinds]
+    names = [part for name in chosen for part in (_TASKS if name == "glue" else [name])]
+    left_out = {*without, *(_TASKS if "glue" in without else [])}
+    return [_HELD_OUT, *(name for name in names if name not in left_out)]
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """All that decides the figures of an arm, without folders of this machine."""
-    # A model wins over a file, and an encoder over both, as they do where they are loaded.
-    model = public_name(options.model or "") or (options.gguf and options.gguf.name)
-    return {
-        "model": f"masked, {options.pretraining_steps} steps" if options.masked else model,
-        "method": options.method or ("bec" if options.masked else "causal"),
-        "data": DATA,
-        **{name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate")},
-        "bias": list(map(public_source, options.bias)),
-        "bias_rows": options.bias_rows,
-    }
-
-
-def _arms(options: argparse.Namespace, method: str) -> list[Arm]:
+def _arms(seeds: int, strength: float) -> list[Arm]:
     """Seed after seed, so that a run that is cut off has whole seeds."""
-    strengths = dict.fromkeys(options.strength or [_STRENGTHS[method]])
     return [
-        Arm(name, strength, seed)
-        for seed in range(options.seeds)
-        for name in dict.fromkeys(options.arm or ARMS)
-        for strength in ([0.0] if name == "none" else strengths)
+        Arm(name, strength if name in ARMS and name != outcome.NONE else 0.0, seed)
+        for seed in range(seeds)
+        for name in (outcome.BASE, *ARMS)
     ]
 
 
 class _Study:
-    """One model, from whose weights every arm starts."""
+    """One model and method; nothing is loaded but rows before the first training is due.
 
-    def __init__(self, session: Session, settings: dict[str, Any], subject: Subject) -> None:
-        options = session.options
-        self.case = (
-            f"{subject.name}, {settings['method']}, {options.steps} steps of {options.batch_size} "
-            f"texts, learning rate {options.learning_rate:g}, on {settings['data']}, bias by "
-            f"{', '.join(settings['bias'])} (at most {options.bias_rows} rows)"
-        )
-        self._session, self._settings, self._subject = session, settings, subject
-        self._figures = HeldOut(subject, options.bias, options.bias_rows)
-        self._start = {name: t.clone() for name, t in subject.model.state_dict().items()}
+    Attributes:
+        settings: all that decides a training, without folders of this machine.
+    """
 
-    def append(self, arm: Arm) -> None:
-        """Of one arm and seed, after its last step only: a training that was cut off has none."""
-        subject, settings, classes = self._subject, self._settings, None
-        subject.model.load_state_dict(self._start)
-        course = _Course(self._figures, settings["steps"], self._session.device)
-        if arm == _UNTRAINED:
-            say("the model before any training")
-            course.figures[0] = self._figures(subject.model)
+    def __init__(self, session: Session) -> None:
+        self._session, self._options = session, session.options
+        method = self._options.method
+        self._names = _measures(self._options.without, "causal" if method == "causal" else "masked")
+        given: dict[str, Any] = {}
+        for name, _, source in (entry.partition("=") for entry in self._options.source):
+            given[name] = [*given.get(name, []), source] if name == TRAINING else source
+        self._is_given = TRAINING in given
+        sources = measures.sources_of(self._names[1:], method, given)
+        self._data = measures.read_all(sources, method, self._options.rows)
+        # The sources of each name, and a digest of what they hold.
+        self._read = {
+            name: [*map(public_source, [source] if isinstance(source, str) else source)]
+            + [json_digest(list(_leaves(self._data[name])))]
+            for name, source in sources.items()
+        }
+        rows = self._data[TRAINING]
+        self._trained, self._held_out = split_rows(rows, most=_MOST_HELD_OUT)
+        self._subject: Subject | None = None
+        self.settings = self._settings()
+
+    def estimate(self) -> list[str]:
+        """What is to be done, counted; how long it takes is not known before it is done."""
+        settings, seeds = self.settings, self._options.seeds
+        is_pairs, per_step = settings["method"] == "mabel", settings["batch_size"]
+        examples = len(self._trained if is_pairs else augment(self._trained))
+        per_epoch = math.ceil(examples / (per_step * settings["accumulation"]))
+        steps = settings.get("steps") or settings["epochs"] * per_epoch
+        trainings = len(ARMS) * seeds
+        heads = {name: measures.head_steps(name, self._data) for name in self._names}
+        total = sum(heads.values())
+        return [
+            f"{trainings} trainings ({', '.join(ARMS)}; {seeds} seeds) of {steps} optimizer steps "
+            f"on {len(self._trained)} rows and their copies: {trainings * steps} steps",
+            f"measured after each, and once before: {', '.join(self._names)}",
+            f"heads of {', '.join(name for name in heads if heads[name]) or 'none'}: {total} steps "
+            f"each time, {(trainings + seeds) * total} in all",
+            "time: not known; what is done is kept, and --resume goes on",
+            f"a verdict takes {FEWEST} seeds at least, and more in a large table",
+        ]
+
+    def due(self, arm: Arm) -> list[str]:
+        """The measures of an arm that were not taken yet.
+
+        Before training nothing but the heads depends on the seed.
+        """
+        once = arm.name == outcome.BASE and arm.seed != 0
+        return [
+            name
+            for name in self._names
+            if not (once and not measures.head_steps(name, self._data))
+            and not self._session.earlier(OP, {arm.name}, self._setup(arm, name))
+        ]
+
+    def append(self, arm: Arm, due: Sequence[str]) -> None:
+        """Train, and take what is due; the checkpoint goes when all of it is recorded."""
+        subject, settings = self._loaded(), self.settings
+        say(f"{arm.name}, seed {arm.seed}")
+        classes = None
+        if arm.name == outcome.BASE:
+            subject.restart()
         else:
-            say(f"{arm.name}, strength {arm.strength:g}, seed {arm.seed}")
-            classes = subject.classes(arm.name, arm.seed)
-            self._train(arm, classes, course)
-        setup = {
-            **_last(arm, settings),
-            "steps": settings["steps"],
+            names = ("learning_rate", "batch_size", "accumulation", "max_length", "warmup")
+            length = "steps" if "steps" in settings else "epochs"
+            course = {name: settings[name] for name in (length, *names)}
+            limit = max_tokens(subject.model) or course["max_length"]
+            course["max_length"] = min(course["max_length"], limit)
+            kept = {"out": self._folder(arm), "save_every": self._options.save_every}
+            classes = subject.train(arm, settings["method"], **course, **kept)
+        told = {
             "model": subject.name,
-            "method": settings["method"],
             "classes": 0 if classes is None else len(classes),
             "labelled": 0 if classes is None else subject.labelled(classes),
-            "trained_rows": len(subject.trained),
-            "held_out_rows": len(subject.held_out),
-            "held_out_tokens": sum(map(len, self._figures.examples)),
         }
-        for step, figures in course.figures.items():
-            metrics = {
-                "figures": {name: figure.value for name, figure in figures.items()},
-                "units": {name: figure.unit for name, figure in figures.items()},
-                "neutral": {name: figure.neutral for name, figure in figures.items()},
-                "step_s": course.median_seconds,
-            }
-            parts = {"setup": setup | {"step": step}, "metrics": metrics}
-            self._session.append("debias", self.case, arm.name, **parts)
+        for name in self._session.due(due, "measures"):
+            say(f"  {name}")
+            setup = self._setup(arm, name) | told
+            parts = {"setup": setup, "metrics": metrics_of(self._figures(subject, arm, name))}
+            self._session.append(OP, outcome.case(settings), arm.name, **parts)
+            if name == due[-1]:
+                self.forget(arm)
 
-    def _train(self, arm: Arm, classes: CollapseClasses | None, course: _Course) -> None:
-        subject, settings = self._subject, self._settings
-        attached = nullcontext()
-        if classes is not None:
-            attached = CollapseRegularizer(subject.model, classes, arm.strength)
-        with attached as regularizer:
-            fine_tune(
-                subject.model,
-                subject.tokenizer,
-                subject.trained,
-                settings["method"],
-                regularizer=regularizer,
-                **{name: settings[name] for name in ("steps", "learning_rate", "batch_size")},
-                seed=arm.seed,
-                eval_every=1,
-                on_eval=course,
-                progress=False,
-            )
+    def forget(self, arm: Arm) -> None:
+        """Remove the checkpoint, three times the model in size, of a training that is recorded."""
+        if self._folder(arm).exists():
+            remove_folder(self._folder(arm))
+
+    def write(self) -> None:
+        """nc3.md and nc3.json beside the records, of what these settings have so far."""
+        session, out = self._session, self._options.out
+        rows = [
+            row
+            for row in store.read(out, OP)
+            if row.setup["settings"] == self.settings
+            and store.stands_for(row, session.environment, session.gate)
+        ]
+        if rows:
+            text = outcome.as_markdown(rows)
+            write_text_atomic(out / f"{OP}.md", text + "\n")
+            write_text_atomic(out / f"{OP}.json", outcome.as_json(rows) + "\n")
+            print(text)
+
+    def _loaded(self) -> Subject:
+        if self._subject is None:
+            options, heard = self._options, []
+            if options.masked:
+                leaves = _leaves([*self._data.values()])
+                heard = [leaf for leaf in leaves if isinstance(leaf, str)]
+            # Measured as text, whatever is trained on.
+            held_out = [{"text": text} for text in texts_of(self._held_out)]
+            subject = load_subject(options, self._trained, held_out, heard, shift=SHIFT.value)
+            require_method(subject.model, options.method)
+            self._subject = subject
+        return self._subject
+
+    def _figures(self, subject: Subject, arm: Arm, name: str) -> dict[str, Figure]:
+        if name == _HELD_OUT:
+            return held_out_figures(subject)
+        return measures.taken(name, self._data, subject.model, subject.tokenizer, arm.seed)
+
+    def _settings(self) -> dict[str, Any]:
+        options = self._options
+        model = public_name(options.model or "") or (options.gguf and options.gguf.name)
+        published = PUBLISHED[options.method].values()
+        own = {
+            name: value
+            for name in ("learning_rate", "steps", "rows")
+            if (value := getattr(options, name)) is not None
+        }
+        # Where the paper's text is known by its hub id.
+        given = ["data"] if published["data"] and self._is_given else []
+        return {
+            "model": f"masked, {options.pretraining_steps} steps" if options.masked else model,
+            "method": options.method,
+            **published,
+            "warmup": WARMUP.value,
+            "shift": SHIFT.value,
+            "data": self._read[TRAINING],
+            **own,
+            "not the paper's": sorted([*own, *given]),
+        }
+
+    def _setup(self, arm: Arm, name: str) -> dict[str, Any]:
+        """What tells a measure of a training from all others."""
+        also = () if name == _HELD_OUT else measures.reads(name)
+        return {
+            "settings": self.settings,
+            "strength": arm.strength,
+            "seed": arm.seed,
+            "measure": name,
+            "read": {source: self._read[source] for source in also},
+        }
+
+    def _folder(self, arm: Arm) -> Path:
+        return self._options.out / "training" / f"{self.settings['method']}-{arm.name}-{arm.seed}"
 
 
-@dataclass
-class _Course:
-    """`on_eval` of a training, called after every step: its clock, and its figures (by step) half
-    way and at the end."""
-
-    measure: HeldOut
-    steps: int
-    device: torch.device
-    figures: dict[int, dict[str, Figure]] = field(default_factory=dict)
-    _seconds: list[float] = field(default_factory=list)
-    _resumed: float | None = None
-
-    def __call__(self, step: int, model: nn.Module) -> None:
-        synchronize(self.device)
-        # What came before the first call is the preparation too.
-        if self._resumed is not None:
-            self._seconds.append(time.perf_counter() - self._resumed)
-        if step in (self.steps // 2, self.steps):
-            self.figures[step] = self.measure(model)
-        self._resumed = time.perf_counter()
-
-    @property
-    def median_seconds(self) -> float | None:
-        """Of an optimizer step but the first, evaluation left out; None if there was no other."""
-        return statistics.median(self._seconds) if self._seconds else None
+def _leaves(data: Any) -> Iterator[Any]:
+    """Every text and number in rows of any form."""
+    if isinstance(data, glue.Labelled):
+        data = [data.texts, data.targets]
+    if isinstance(data, Mapping):
+        data = [*data.values()]
+    if isinstance(data, list | tuple):
+        for part in data:
+            yield from _leaves(part)
+    else:
+        yield data

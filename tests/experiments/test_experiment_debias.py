@@ -1,162 +1,220 @@
-"""The debiasing study: fair arms, complete records, and honest intervals over seeds."""
+"""The second paper's table: fair arms, complete records, nothing done twice, honest verdicts."""
 
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import tiny_words
 import torch
+from scipy import stats
 from tiny_models import bert, llama
 
-from benchmarks.harness import environment, models, store, tables
+from benchmarks.harness import environment, models, store
 from benchmarks.harness.store import Record
-from experiments.debias import encoder, figures, subject, table
+from experiments.debias import encoder, figures, measures, outcome, run, settings, subject
 from experiments.debias.__main__ import main
 from experiments.debias.figures import MASKED_LOSS, NC3, PERPLEXITY, UNC3
 from fastdean.collapse import collapse_metrics
+from fastdean.evaluation.classifier import HeadCourse
 
-BEC = "BEC-Pro, association with male minus female words"
 ROWS = [{"text": text} for text in tiny_words.TEXTS]
+ARMS = ["base", "none", "words", "random", "frequency"]
 
 pytestmark = pytest.mark.usefixtures("quick_benchmarks")
 
 
-@pytest.fixture
-def crows(tmp_path):
-    """Five pairs, of which three are about gender."""
-    rows = [
-        {"sent_more": f"{who} said he works", "sent_less": f"{who} said she works"}
-        | {"stereo_antistereo": "stereo", "bias_type": kind}
-        for who, kind in (("the nurse", "gender"), ("the pilot", "age"), ("a doctor", "gender"))
-    ]
-    rows += [{**rows[0], "sent_more": "a man met him"}, {**rows[1], "bias_type": "religion"}]
-    path = tmp_path / "crows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def written(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 @pytest.fixture
-def benchmark(tmp_path, monkeypatch, crows):
-    """The study on a tiny causal model and short text, without the tests before it."""
-    texts = [{"text": text} for text in tiny_words.TEXTS for _ in range(2)]
-    monkeypatch.setattr(subject, "load_rows", lambda source: texts)
-    loaded = lambda *a: (llama(), tiny_words.tokenizer(), "tiny")  # noqa: E731
-    monkeypatch.setattr(models, "load_model", loaded)
+def files(tmp_path):
+    """Toy rows of every source that an encoder needs, by its name."""
+    he, she = "the doctor said he works", "the doctor said she works"
+    pair = {"stereo_antistereo": "stereo", "bias_type": "gender"}
+    crows = [
+        {"sent_more": he, "sent_less": she, **pair},
+        {"sent_more": she, "sent_less": he, **pair},
+    ]
+    crows.append({**crows[0], "bias_type": "age"})
+    stereo = {"type": "intrasentence", "bias_type": "gender", "context": "the BLANK works"}
+    stereo |= {"stereotype": "the man works", "anti-stereotype": "the woman works"}
+    stereo |= {"unrelated": "the today works", "target": "work"}
+    wino = [{"pro": he, "anti": she, "type": kind} for kind in ("type1", "type2")]
+    seat = {
+        key: {"category": key, "examples": examples}
+        for key, examples in (
+            ("targ1", ["he works", "a man works"]), ("targ2", ["she reads", "a woman met"]),
+            ("attr1", ["the doctor"]), ("attr2", ["the nurse"]),
+        )
+    }  # fmt: skip
+    bec = [
+        {"sentence": f"{who} works with the {job}", "person": who, "gender": gender,
+         "occupation": job, "group": "a"}
+        for job in ("nurse", "pilot") for who, gender in (("he", "male"), ("she", "female"))
+    ]  # fmt: skip
+    nli = [
+        {"premise": "the nurse works", "hypothesis": f"the {who} works"} for who in ("man", "girl")
+    ]
+    snli = [{**row, "label": label} for label in (0, 1, 2, -1) for row in nli]
+    glue = [{"sentence": text, "label": n % 2} for n, text in enumerate(tiny_words.TEXTS[:6])]
+    for part in ("train", "validation"):
+        written(tmp_path / "glue" / f"cola-{part}.jsonl", glue)
+    (tmp_path / "seat").mkdir()
+    (tmp_path / "seat" / "sent-weat6.jsonl").write_text(json.dumps(seat))
+    found = {
+        "training": ROWS, "crows_pairs": crows, "stereoset": [stereo], "winobias": wino,
+        "bec_pro": bec, "bias_nli": nli, "snli": snli,
+    }  # fmt: skip
+    places = {name: written(tmp_path / f"{name}.jsonl", rows) for name, rows in found.items()}
+    return places | {"seat": tmp_path / "seat", "glue": tmp_path / "glue"}
 
-    def measure(*arguments):
-        places = ["--device", "cpu", "--out", str(tmp_path / "results")]
-        course = ["--steps", "2", "--batch-size", "4", "--seeds", "1", "--learning-rate", "1e-2"]
-        flags = ["--no-gate", *places, *course, "--bias", f"crows_pairs={crows}"]
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, files):
+    """The study on a tiny encoder, without the tests before it; heads of one epoch."""
+    monkeypatch.setattr(models, "load_model", lambda *a: (bert(), tiny_words.tokenizer(), "tiny"))
+    short = settings.Sourced(HeadCourse(1, 1e-3, 8, 16), "a test")
+    for name in ("GLUE_HEAD", "NLI_HEAD"):
+        monkeypatch.setattr(measures, name, short)
+    others = [name for name in run._TASKS if name != "glue:cola"]
+
+    def call(*arguments, method="bec", given=files):
+        sources = [f"{name}={path}" for name, path in given.items()]
+        flags = ["--no-gate", "--resume", "--device", "cpu", "--out", str(tmp_path / "out")]
+        flags += ["--model", "tiny", "--method", method, "--steps", "2", "--seeds", "1"]
+        flags += ["--source", *sources, "--without", *others]
         return main(["run", *flags, *arguments])
 
-    return measure
+    return call
 
 
 def read(tmp_path):
-    return list(store.read(tmp_path / "results", "debias"))
+    return list(store.read(tmp_path / "out", run.OP))
 
 
-def test_each_arm_is_recorded_half_way_and_at_the_end(benchmark, tmp_path, capsys):
-    assert benchmark("--strength", "5", "--bias-rows", "2", "--seeds", "2") == 0
+def test_the_table_has_every_column_of_every_arm_and_nothing_is_done_twice(
+    command, tmp_path, capsys, monkeypatch
+):
+    # Cut off in the first training's measures: its checkpoint is gone on with.
+    asked, calls = measures.taken, []
+    monkeypatch.setattr(
+        measures, "taken",
+        lambda name, *a: 1 / 0 if len(calls) == 9 else (calls.append(name), asked(name, *a))[1],
+    )  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        command()
+    cut = [(row.contender, row["measure"]) for row in read(tmp_path)]
+    assert (tmp_path / "out" / "training" / "bec-none-0").exists()
+    trained = []
+    kept, train = subject.fine_tune, lambda *a, **o: trained.append(o["seed"]) or kept(*a, **o)
+    monkeypatch.setattr(subject, "fine_tune", train)
+    monkeypatch.setattr(measures, "taken", asked)
+    assert command() == 0
+    assert trained == [0] * 4
     rows = read(tmp_path)
-    assert [(r.contender, r["strength"], r["seed"], r["step"]) for r in rows] == [
-        ("base", 0, None, 0),
-        *(
-            (arm, strength, seed, step)
-            for seed in (0, 1)
-            for arm, strength in (("none", 0), ("words", 5), ("random", 5), ("frequency", 5))
-            for step in (1, 2)
-        ),
-    ]
-    base, *trained = rows
-    for row in rows:
-        names = list(row["figures"])
-        assert names[:3] == [UNC3, NC3, PERPLEXITY] and names[3].startswith("CrowS-Pairs")
-        assert all(math.isfinite(value) for value in row["figures"].values())
-        assert row["neutral"] == dict(zip(names, (None, None, None, 50.0), strict=True))
-        assert (row["trained_rows"], row["held_out_rows"], row["steps"]) == (15, 5, 2)
-        assert row["settings"]["bias"] == ["crows_pairs=crows.jsonl"]
-        assert str(tmp_path) not in json.dumps(vars(row))
-    assert base["step_s"] is None and all(row["step_s"] > 0 for row in trained)
-    regularised = [row for row in trained if row.contender != "none"]
-    assert {row["classes"] for row in trained if row.contender == "none"} == {0}
-    assert len({row["classes"] for row in regularised}) == 1 and regularised[0]["classes"] > 1
-    assert all(row["labelled"] > 0 for row in regularised if row.contender == "words")
-    printed = capsys.readouterr().out
-    assert "| gender words, strength 5 |" in printed and "not measured" not in printed
+    assert [(r.contender, r["measure"]) for r in rows[: len(cut)]] == cut
+    names = ["held_out", "stereoset", "crows_pairs", "winobias", "seat", "bec_pro", "bias_nli"]
+    states = [(arm, 0) for arm in ARMS]
+    taken = {(row.contender, row["seed"], row["measure"]) for row in rows}
+    assert len(taken) == len(rows) and taken == {
+        (*s, n) for s in states for n in (*names, "glue:cola")
+    }
+    assert not [*(tmp_path / "out" / "training").iterdir()]
+    said = capsys.readouterr()
+    assert "4 trainings (none, words, random, frequency; 1 seeds) of 2 optimizer steps" in said.err
+    text = (tmp_path / "out" / "nc3.md").read_text()
+    assert text.strip() in said.out and str(tmp_path) not in text
+    for column in ("(U)NC3, std", "StereoSet ICAT", "CrowS-Pairs, % (neutral: 50)", "SEAT weat6",
+                   "WinoBias type2", "BEC-Pro", "Bias-NLI T:0.7", "GLUE cola"):  # fmt: skip
+        assert f"| {column}" in text
+    assert "72.38 with the term" in text and "the paper's settings but for data, steps" in text
+    assert "| strength | 100.0 | bec/code/main_nc.py" in text
+    results = json.loads((tmp_path / "out" / "nc3.json").read_text())
+    assert results["family"]["tests"] == 3 * len(results["columns"])
+    assert all(test["verdict"] == "no verdict from n = 1" for test in results["tests"])
+    assert "Verdicts of a change: none. By paired t tests alone" in text
+    assert command() == 0 and len(read(tmp_path)) == len(rows) and len(trained) == 4
+    assert command("--without", "bbq", method="causal") == 2
+    assert "method must be one of bec, mabel, ase, adept for a masked" in capsys.readouterr().err
+    # Other code is other figures.
+    monkeypatch.setattr(environment, "sources_checksum", lambda: "other sources")
+    assert command("--without", "glue", *names[1:]) == 0
+    assert len(read(tmp_path)) == len(rows) + 5
 
 
-def test_every_arm_starts_from_the_same_weights_and_the_seed_is_the_trainings(benchmark, tmp_path):
-    def ends(*arguments):
-        before = len(read(tmp_path)) if (tmp_path / "results").exists() else 0
-        assert benchmark("--arm", *arguments) == 0
-        return [r["figures"] for r in read(tmp_path)[before:] if r["step"] == 2]
+def test_sources_that_are_missing_are_named_all_at_once_before_anything_is_loaded(
+    command, tmp_path, files, capsys, monkeypatch
+):
+    monkeypatch.setattr(models, "load_model", lambda *a: pytest.fail("loaded"))
+    given = {name: path for name, path in files.items() if name not in ("seat", "snli")}
+    assert command(given={**given, "crows_pairs": tmp_path / "no.csv"}, method="adept") == 2
+    error = capsys.readouterr().err
+    assert (
+        "source must be readable for each of training," in error and "got 3 that are not" in error
+    )
+    assert "crows_pairs (" in error and "seat (no hub id is known: SEAT, a folder of" in error
+    assert "snli (source 'stanfordnlp/snli' must be a file or a reachable data set" in error
+    del given["training"]
+    assert command("--without", "seat", "bias_nli", given=given, method="adept") == 2
+    assert "training (no hub id is known: README: News-Commentary v15" in capsys.readouterr().err
+    assert command("--source", "seats=here") == 2 and command("--without", "seats") == 2
 
-    none, words = ends("none", "words")
-    (alone,) = ends("words")
-    assert alone == words != none
-    first, second = ends("none", "--seeds", "2")
-    assert first == none != second
+
+def test_each_method_trains_on_what_it_reads(files, tmp_path):
+    pairs = [{"premise": "a", "hypothesis": "b", "label": label} for label in (0, 1, "entailment")]
+    path = str(written(tmp_path / "pairs.jsonl", pairs))
+    assert measures._training_rows("mabel", [path, path]) == [
+        {"premise": "a", "hypothesis": "b"}
+    ] * 4  # fmt: skip
+    lines = tmp_path / "news.txt"
+    lines.write_text("She met the nurse\n\nprices fell\nthe nurse slept\n")
+    assert [row["text"] for row in measures._training_rows("adept", [str(lines)])] == [
+        "She met the nurse", "the nurse slept",
+    ]  # fmt: skip
+    folder = tmp_path / "wino"
+    folder.mkdir()
+    for side, who in (("pro", "he"), ("anti", "she")):
+        (folder / f"{side}_stereotyped_type1.txt.dev").write_text(f"1 [The cook] said [{who}] ran.")
+    assert measures._training_rows("ase", [str(folder)]) == [{"text": "The cook said he ran."}]
+    for method, each in settings.PUBLISHED.items():
+        assert all(entry.source for name, entry in vars(each).items() if name != "departures"), (
+            method
+        )
 
 
-def test_collapse_is_that_of_the_gender_words_on_the_held_out_text(crows):
+def test_every_arm_starts_from_the_same_weights_and_the_seed_is_the_trainings():
     model, tokenizer = llama(), tiny_words.tokenizer()
-    given = subject.Subject(model, tokenizer, "tiny", ROWS[:2], ROWS[2:])
-    found = figures.HeldOut(given, [f"crows_pairs={crows}"], 2)(model)
-    expected = collapse_metrics(model, ROWS[2:], given.words(), tokenizer=tokenizer, progress=False)
-    assert found[UNC3].value == pytest.approx(expected.values["unc3_std"].value)
-    assert found[NC3].value == pytest.approx(expected.values["nc3_mean"].value)
-    total = count = 0.0
-    for row in ROWS[2:]:
-        ids = torch.tensor([tokenizer(row["text"])["input_ids"]])
-        total += float(model(ids, labels=ids).loss.detach()) * (ids.numel() - 1)
-        count += ids.numel() - 1
-    assert found[PERPLEXITY].value == pytest.approx(math.exp(total / count), rel=1e-4)
+    given = subject.Subject(model, tokenizer, "tiny", ROWS[:7], ROWS[7:])
+    course = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2}
+
+    def end(name, seed):
+        given.train(subject.Arm(name, 5.0, seed), "causal", **course)
+        return figures.metrics_of(figures.held_out_figures(given))["figures"]
+
+    none, words = end("none", 0), end("words", 0)
+    assert end("words", 0) == words != none != end("none", 1)
+    assert list(none) == [UNC3, NC3, PERPLEXITY]
 
 
-def test_a_masked_model_is_judged_by_what_is_always_hidden():
+@pytest.mark.parametrize("shift", [None, "published"])
+def test_collapse_is_that_of_the_gender_words_on_the_held_out_text(shift):
     model, tokenizer = bert(), tiny_words.tokenizer()
-    given = subject.Subject(model, tokenizer, "tiny", ROWS, ROWS)
-    found = [figures.HeldOut(given, [], 1) for _ in range(2)]
-    for example in found[0]._hidden:
+    given = subject.Subject(model, tokenizer, "tiny", ROWS[:2], ROWS[2:], shift)
+    found = figures.held_out_figures(given)
+    options = {"tokenizer": tokenizer, "progress": False, "shift": shift}
+    expected = collapse_metrics(model, ROWS[2:], given.words(), **options).values
+    assert found[UNC3].value == pytest.approx(expected["unc3_std"].value)
+    assert found[NC3].value == pytest.approx(expected["nc3_mean"].value)
+    assert found == figures.held_out_figures(given)
+    examples = figures.encode(given.held_out, tokenizer)
+    for example in figures.with_hidden_tokens(examples, tokenizer):
         hidden = example.labels != -100
         assert 1 <= int(hidden.sum()) <= 2
         assert (example.input_ids[hidden] == tokenizer.mask_token_id).all()
-    first, second = (held_out(model)[MASKED_LOSS] for held_out in found)
-    assert first == second and first.unit == "nats"
-
-
-def test_bias_is_that_of_gender_over_every_occupation(crows, tmp_path):
-    taken = figures.bias_source("crows_pairs", str(crows), 10)
-    assert len(taken) == 3 and {row["bias_type"] for row in taken} == {"gender"}
-    assert figures.bias_source("crows_pairs", str(crows), 2) == taken[:2]
-    for kind, count in ((2, 1), ("age", 0)):  # the hub's copy has numbers for names
-        crows.write_text(json.dumps({**taken[0], "bias_type": kind}) + "\n")
-        if count:
-            assert len(figures.bias_source("crows_pairs", str(crows), 2)) == count
-    with pytest.raises(ValueError, match="must have pairs of bias_type 'gender', got none in"):
-        figures.bias_source("crows_pairs", str(crows), 2)
-    rows = figures.bec_pro_subset(150)
-    assert len(rows) == 144 and rows == figures.bec_pro_subset(191)
-    assert len({(row["occupation"], row["gender"]) for row in rows}) == 48
-    with pytest.raises(ValueError, match="bias-rows must be at least 48, a sentence of each gend"):
-        figures.bec_pro_subset(47)
-
-
-def test_finished_trainings_are_skipped_and_others_are_not(benchmark, tmp_path, monkeypatch):
-    def measured(*arguments):
-        assert benchmark("--resume", "--arm", "none", "words", *arguments) == 0
-        return len(read(tmp_path))
-
-    # The base and two states of each arm; then two states of each arm of the second seed.
-    assert [measured(), measured(), measured("--seeds", "2")] == [5, 5, 9]
-    # A strength of its own; "none" has none.
-    assert measured("--strength", "3") == 11
-    assert measured("--steps", "4") == 16
-    monkeypatch.setattr(environment, "sources_checksum", lambda: "other sources")
-    assert measured() == 21
 
 
 def test_the_encoder_learns_the_text_and_knows_its_words_swapped_too(monkeypatch):
@@ -172,7 +230,7 @@ def test_the_encoder_learns_the_text_and_knows_its_words_swapped_too(monkeypatch
         assert {"[UNK]"}.isdisjoint(tokenizer.tokenize("he met the doctor . her uncle plumber"))
         rows = [{"text": text} for text in texts]
         given = subject.Subject(model, tokenizer, "encoder", rows, rows)
-        return figures.HeldOut(given, [], 48)(model)[MASKED_LOSS].value
+        return figures.held_out_figures(given)[MASKED_LOSS].value
 
     untrained, trained = loss(1), loss(30)
     assert trained < untrained - 0.5
@@ -180,38 +238,57 @@ def test_the_encoder_learns_the_text_and_knows_its_words_swapped_too(monkeypatch
     assert loss(30) == trained
 
 
-def test_a_masked_model_is_debiased_by_bec(benchmark, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder, "HIDDEN", 32)
-    arguments = ["--masked", "--pretraining-steps", "1", "--arm", "words", "--bias", "bec_pro"]
-    assert benchmark(*arguments, "--bias-rows", "48") == 0
-    base, *_, end = read(tmp_path)
-    assert (end["method"], end["strength"], end["seed"]) == ("bec", 100, 0)
-    assert "trained from scratch for 1 steps on the embedded text" in end["model"]
-    assert list(base["figures"]) == [UNC3, NC3, MASKED_LOSS, BEC]
-    assert base["neutral"][BEC] == 0 and base["units"][BEC] == "nats"
-
-
-def result(arm, seed, step, unc3, bec=0.5, day=2):
+def records(values, neutral=None, measure="crows_pairs", column="CrowS-Pairs"):
+    """arm -> the value of each seed, as records of one column."""
     known = next(store.read(store.RESULTS, "debias")).environment
-    setup = {
-        "strength": 0.0 if arm in ("base", "none") else 10.0, "seed": seed, "step": step,
-        "steps": 4, "classes": 9, "labelled": 30 + (seed or 0), "trained_rows": 15,
-        "held_out_rows": 5, "held_out_tokens": 60,
-    }  # fmt: skip
-    metrics = {
-        "figures": {UNC3: unc3, BEC: bec}, "units": {UNC3: "", BEC: "nats"},
-        "neutral": {UNC3: None, BEC: 0.0}, "step_s": None if arm == "base" else 1.5,
-    }  # fmt: skip
-    here = known | {"device": "Some CPU", "date": f"2026-01-0{day}"}
-    return Record("debias", "tiny, causal", arm, setup, metrics=metrics, environment=here)
+    own = {"model": "m", "method": "bec", "data": ["d", "0"], "not the paper's": []}
+    return [
+        Record(
+            "nc3", "a case", arm,
+            {"settings": own, "seed": seed, "measure": measure},
+            metrics={"figures": {column: value}, "units": {column: ""}}
+            | {"neutral": {column: neutral}},
+            environment=known,
+        )
+        for arm, found in values.items() for seed, value in enumerate(found)
+    ]  # fmt: skip
 
 
-def test_eight_seeds_that_agree_are_an_effect():
-    rows = [
-        result("base", None, 0, 0.0),
-        *(result("none", seed, 4, 0.1 * seed) for seed in range(8)),
-        *(result("words", seed, 4, 0.1 * seed - 3.0, bec=(-1.0) ** seed) for seed in range(8)),
-    ]
-    lines = tables.rendered(table.TABLE, rows).splitlines()
-    assert lines[4].endswith("| -3 [-3, -3], lower |")
-    assert lines[7].endswith(", no effect beyond noise |")
+def test_eight_seeds_that_agree_are_a_verdict_and_five_are_a_t_test():
+    def judged(seeds, **options):
+        wobble = [0.01 * seed for seed in range(seeds)]
+        words = [40.0 - w + 0.002 * w**2 for w in wobble]
+        values = {"none": [50.0 + w for w in wobble], "words": words, "random": words}
+        columns = outcome.columns_of(records(values, **options))
+        return values, outcome.tests_of(columns)
+
+    values, (family, found) = judged(8)
+    against_none, against_random = (found["CrowS-Pairs", arm] for arm in ("none", "random"))
+    assert family.tests == 3 and against_none["verdict"] == "lower"
+    assert against_none["p_holm"] == pytest.approx(3 * 2 / 2**8)
+    assert against_random["verdict"] == "no effect beyond noise" and len(found) == 2
+    expected = stats.ttest_rel(values["words"], values["none"]).pvalue
+    assert against_none["p_t"] == pytest.approx(expected)
+    assert against_none["p_t_holm"] == pytest.approx(3 * expected)
+    # From 50 to 40, where 50 is neutral: farther; and of five seeds no verdict.
+    assert judged(8, neutral=50.0)[1][1]["CrowS-Pairs", "none"]["verdict"] == "farther from neutral"
+    five = judged(5)[1][1]["CrowS-Pairs", "none"]
+    assert five["verdict"] == "no verdict from n = 5" and five["p_t_holm"] < 1e-5
+    assert five["by_t"] == "lower" and against_random["by_t"] is None
+    assert outcome.seeds_for_a_verdict(3) == 8 and outcome.seeds_for_a_verdict(60) == 12
+    text = outcome.as_markdown(records(values))
+    assert "of a change: CrowS-Pairs: lower. By paired t tests alone" in text
+
+
+def test_before_training_heads_alone_are_measured_for_every_seed(command, tmp_path):
+    measured = ("stereoset", "crows_pairs", "winobias", "seat", "bec_pro", "bias_nli")
+    assert command("--seeds", "2", "--without", *measured) == 0
+    base = [(row["seed"], row["measure"]) for row in read(tmp_path) if row.contender == "base"]
+    assert base == [(0, "held_out"), (0, "glue:cola"), (1, "glue:cola")]
+
+
+def test_glue_has_a_mean_of_the_seeds_that_have_every_task():
+    rows = records({"none": [60.0, 80.0]}, measure="glue:rte", column="GLUE rte")
+    rows += records({"none": [70.0]}, measure="glue:cola", column="GLUE cola")
+    columns = outcome.columns_of(rows)
+    assert columns["GLUE mean of 2"].values["none"] == {0: 65.0}
