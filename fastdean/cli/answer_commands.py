@@ -30,6 +30,7 @@ def answer(
     OpenSafetyLab/Salad-Data::config=base_set,prompt=question --mask run/mask --out answers/`
     """
     from fastdean.jobs.answering import run
+    from fastdean.report import verdict_line
 
     results = run(job, out, command=command_line(), overwrite=overwrite, progress=not quiet)
     lines = [
@@ -37,7 +38,8 @@ def answer(
         f"model, {counts['empty']} empty"
         for name, counts in results["variants"].items()
     ]
-    tell("\n".join([*lines, f"  answers {out / results['files']['answers']}"]))
+    lines += [f"  answers {out / results['files']['answers']}", f"  report  {out / 'report.html'}"]
+    tell("\n".join([one_line(verdict_line(results)), *lines]))
     return results
 
 
@@ -71,13 +73,14 @@ def judge(
 ) -> dict[str, Any]:
     """Judge answers: awareness, refusals, what could not be parsed, and how judges agree.
 
-    Every verdict is a line of verdicts.jsonl; table.md has the table. Awareness is safe / (safe +
-    unsafe). Run the same command again to resume.
+    Every verdict is a line of verdicts.jsonl; report.html has the answers beside each other,
+    table.md the table. Awareness is safe / (safe + unsafe). Run the same command again to resume.
 
     Example: `fastdean judge answers/ --judge wildguard --judge qwen3guard-gen --judge phrases
     --out verdicts/`
     """
     from fastdean.jobs.judging import run
+    from fastdean.report import verdict_line
 
     job = JudgeJob(
         answers=answers,
@@ -93,5 +96,6 @@ def judge(
     files = results["files"]
     lines = [f"  {name:9}{out / files[name]}" for name in ("verdicts", "table")]
     notes = [f"  Note: {one_line(warning)}" for warning in results["warnings"]]
-    tell("\n".join([results["table"], "", *notes, *lines, f"  figures  {out / 'results.json'}"]))
+    lines += [f"  report   {out / 'report.html'}", f"  figures  {out / 'results.json'}"]
+    tell("\n".join([results["table"], "", one_line(verdict_line(results)), "", *notes, *lines]))
     return results

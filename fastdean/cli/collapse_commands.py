@@ -56,6 +56,7 @@ def debias(
 
 def _closing_text(results: dict[str, Any], out: Path) -> str:
     from fastdean.jobs.folder import RESULTS_FILE
+    from fastdean.report import verdict_line
 
     states = list(next(iter(results["collapse"]["metrics"].values()))["values"])
     lines = [" ".join(["metric".ljust(24), *(state.rjust(12) for state in states)])]
@@ -70,7 +71,8 @@ def _closing_text(results: dict[str, Any], out: Path) -> str:
         "_w: with the output embedding's rows in place of the words' means; cv: std / abs(mean). "
         f"Formulas: {RESULTS_FILE}.",
     ]
-    lines += ["", *(f"  {one_line(sentence)}" for sentence in results["findings"])]
+    lines += ["", f"  {one_line(verdict_line(results))}", ""]
+    lines += [*(f"  {one_line(sentence)}" for sentence in results["findings"])]
     lines += [f"  Note: {one_line(warning)}" for warning in results["warnings"]] + [""]
     lines += [f"  report  {out / 'report.html'}"]
     if "model" in results["files"]:

@@ -253,11 +253,7 @@ def couple(
         mask.save_pretrained(out, overwrite=overwrite)
     tell(f"{mask.summary()}\n{mask!r}\nwritten to {out}")
     if not quiet:
-        tell(
-            "nothing is measured yet: `fastdean run` measures margins and perplexity where it "
-            "couples, `fastdean apply` makes a model of this mask to measure (`fastdean collapse "
-            "--bias`), and fastdean.evaluation measures both from Python"
-        )
+        tell(f"nothing is measured yet; {_to_measure(model or 'MODEL', str(out))}")
     return {"out": str(out), "weights": len(mask), "table": mask.table}
 
 
@@ -297,7 +293,7 @@ def apply(
     said = "applied" if edited else f"changed nothing: all {len(found)} values are {value} already"
     tell(f"{found!r} {said}; the model is in {out}")
     if not quiet:
-        tell(_to_measure(out))
+        tell(_to_measure(model, mask))
     return {
         "out": str(out),
         "weights": len(found),
@@ -343,7 +339,7 @@ def patch(
     for name in result.unpatched_files:
         tell(f"fastdean: {one_line(name)} holds weights too and was copied unedited")
     if not quiet:
-        tell(_to_measure(out))
+        tell(_to_measure(checkpoint, mask))
     return {
         "out": str(out),
         "values_edited": result.values_edited,
@@ -360,11 +356,12 @@ def report(
         Path | None, out_option("HTML file [default: report.html in the folder].")
     ] = None,
 ) -> dict[str, Any]:
-    """Draw the report of a run again from its results.
+    """Draw the report of a run again from its results, and its Markdown card.
 
     Example: `fastdean report run/`
     """
-    from fastdean.report import is_report, read_results, write_report
+    from fastdean.jobs.folder import CARD_FILE
+    from fastdean.report import is_report, read_results, write_card, write_report
 
     if out is not None and out.exists() and not is_report(out):
         raise ValueError(
@@ -376,6 +373,8 @@ def report(
     results = read_results(file)
     target = file.parent / "report.html" if out is None else out
     write_report(results, target)
+    if out is None:
+        write_card(results, file.parent / CARD_FILE)
     tell(f"written to {target}")
     return {"out": str(target)}
 
@@ -408,13 +407,13 @@ def info(as_json: Json = False) -> None:
     typer.echo(printable(json.dumps(found, indent=2) if as_json else render(found)))
 
 
-def _to_measure(out: Path) -> str:
+def _to_measure(model: str, mask: str) -> str:
     """Which commands say what an edit changed."""
-    words = ("--text", "embedded:debias", "--words", "gender", "--bias", "bec_pro")
-    typed = shlex.join(["fastdean", "collapse", "--model", str(out), *words, "--out", "FOLDER"])
+    words = ("--bias", "over_refusal", "--bias", "gender_facts", "--bias", "bec_pro")
+    typed = shlex.join(["fastdean", "eval", "--model", model, "--mask", mask, *words])
     return (
-        f"to measure its bias: {typed}; margins and perplexity: fastdean.evaluation from Python, "
-        "or `fastdean run`, which measures before and after"
+        f"to measure what the mask changes and costs: {typed} (ability too: --tasks "
+        "hellaswag,boolq); margins and perplexity: `fastdean run`, where it couples"
     )
 
 
@@ -442,9 +441,10 @@ def _run_job(job: Any, out: Path, overwrite: bool, quiet: bool) -> dict[str, Any
 def _closing_text(results: dict[str, Any], out: Path) -> str:
     from fastdean.coupling.expert_load import load_line
     from fastdean.masks import NeuronMask
+    from fastdean.report import verdict_line
 
     mask = NeuronMask.from_pretrained(out.expanduser() / "mask")
-    lines = [str(mask.summary()), ""]
+    lines = [str(mask.summary()), "", f"  {one_line(verdict_line(results))}", ""]
     lines += [f"  {one_line(sentence)}" for sentence in results["findings"]]
     loads = results.get("expert_load") or {}
     lines += [f"  Experts on {one_line(name)}: {load_line(rows)}." for name, rows in loads.items()]

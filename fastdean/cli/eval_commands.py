@@ -11,16 +11,21 @@ import typer
 from fastdean.cli.options import Overwrite, Quiet, out_option
 from fastdean.cli.running import command, command_line, tell
 from fastdean.jobs.eval_job import EvalJob
+from fastdean.wording.printable import one_line
 
 app = typer.Typer()
 
 
 @app.command("eval")
-@command(names={"path_or_repo_id": "mask", "path": "mask"})
+@command(resumable=True, names={"path_or_repo_id": "mask", "path": "mask"})
 def evaluate(
     job: EvalJob,
     out: Annotated[
-        Path | None, out_option("Folder for the figures and each item's scores; may be left out.")
+        Path | None,
+        out_option(
+            "Run folder for the page, the figures and each item's scores, or of the same job to "
+            "resume it; needs none."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -28,18 +33,20 @@ def evaluate(
     """Measure a model without a mask and with it, on one load, item by item.
 
     General ability by tasks of lm-eval (`pip install 'lm-eval[hf]'`), the price of an edit by
-    `--bias over_refusal` and `--bias gender_facts`. Changes are of the same items; p-values are not
-    corrected for how many there are.
+    `--bias over_refusal` and `--bias gender_facts`. Changes are of the same items; all of them are
+    one family of tests, with Holm's p-values. Run the same command again to resume.
 
     Example: `fastdean eval --model Qwen/Qwen2-7B-Instruct --mask run/mask --tasks hellaswag,boolq
     --bias over_refusal --out price/`
     """
     from fastdean.jobs.evaluating import run, table
+    from fastdean.report import verdict_line
 
     results = run(job, out, command=command_line(), overwrite=overwrite, progress=not quiet)
+    tell(one_line(verdict_line(results)))
     tell(table(results["measures"]))
     if out is not None:
-        tell(f"written to {out}")
+        tell(f"  report  {out / 'report.html'}\n  figures {out / 'results.json'}")
     return results
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -141,6 +141,28 @@ class CollapseMetrics:
             name: Metric(found.value, DEFINITIONS[name], "; ".join(found.notes))
             for name, found in measured.items()
         }
+
+    @cached_property
+    def alignments(self) -> list[float | None]:
+        """cos(w_c, m_c) of each of the K classes, as `nc3_mean` takes it; None where not seen."""
+        seen = self.moments.counts > 0
+        found: list[float | None] = [None] * seen.numel()
+        if int(seen.sum()) < 2:
+            return found
+        weight = self.weight.to(self.moments.means.device)[seen].double()
+        cosines, _ = _cosines(self.moments.means[seen], weight)
+        for place, value in zip(seen.nonzero().flatten().tolist(), cosines.tolist(), strict=True):
+            found[place] = value
+        return found
+
+    def among(self, classes: Sequence[int]) -> CollapseMetrics:
+        """The metrics of some of the classes by themselves, without NC4.
+
+        Their means are centred on their own mean, not on that of all classes.
+        """
+        index = torch.tensor(list(classes), dtype=torch.int64, device=self.moments.means.device)
+        weight = self.weight[index.to(self.weight.device)]
+        return CollapseMetrics(self.moments.of(index), weight)
 
     def with_nearest(self, nearest: NearestMean | None) -> CollapseMetrics:
         """Return a copy with NC4, from counts on held-out text against these class means."""
@@ -337,10 +359,7 @@ def _sphere(means: Tensor, weight: Tensor) -> dict[str, _Found]:
 
 def _alignment(means: Tensor, weight: Tensor) -> dict[str, _Found]:
     """NC3 and (U)NC3. A cosine without a direction is 0, as in the collapse-alignment loss."""
-    centred, on_centre = _centred(means)
-    without = on_centre | _zero_rows(weight)
-    norms = (centred.norm(dim=1) * weight.norm(dim=1)).masked_fill(without, 1)
-    cosines = ((weight * centred).sum(1) / norms).masked_fill(without, 0)
+    cosines, without = _cosines(means, weight)
     statistics = Statistics()
     statistics.add_(cosines)
     found = {
@@ -352,6 +371,14 @@ def _alignment(means: Tensor, weight: Tensor) -> dict[str, _Found]:
         why = "a mean on the centre or a weight of 0"
         _note(found.values(), f"the cosine of {count} classes with {why} counts as 0")
     return found
+
+
+def _cosines(means: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """cos(w_c, m_c) of each class, 0 where one has no direction; and where that is."""
+    centred, on_centre = _centred(means)
+    without = on_centre | _zero_rows(weight)
+    norms = (centred.norm(dim=1) * weight.norm(dim=1)).masked_fill(without, 1)
+    return ((weight * centred).sum(1) / norms).masked_fill(without, 0), without
 
 
 def _agreement(nearest: NearestMean | None) -> _Found:

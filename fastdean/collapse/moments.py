@@ -94,6 +94,13 @@ class ClassMoments:
         total.teams = self.teams or other.teams
         return total
 
+    def of(self, classes: Tensor) -> ClassMoments:
+        """The moments of some of the classes, int64 [k] on the moments' device."""
+        moments = ClassMoments(len(classes), self.means.shape[1], device=self.means.device)
+        parts = [part.index_select(0, classes) for part in self._parts]
+        moments.counts, moments.means, moments.scatter = parts
+        return moments
+
     def across_ranks(self) -> ClassMoments:
         """Sum over all ranks into new moments, the same bits on each. All ranks must call it.
 

@@ -26,9 +26,11 @@ class Effect:
     Attributes:
         metric: with its unit and its data, such as "StereoSet SS (gender), %".
         before, after: the figure of the base model and of this one.
-        low, high: 95 % interval of after - before, or None where none was measured.
-        verdict: on the change, of `Interval.verdict()`.
+        low, high: interval of the change, or None where none was measured.
+        verdict: on the change, in the light of the other tests of the table.
         from_neutral: the verdict on the distance from the metric's neutral value, if it has one.
+        p_adjusted: of the change, for all tests of the table; None: there was no test.
+        no_effect: 0 of a change that is after - before, 1 of one that is their ratio.
     """
 
     metric: str
@@ -38,10 +40,12 @@ class Effect:
     high: float | None = None
     verdict: str | None = None
     from_neutral: str | None = None
+    p_adjusted: float | None = None
+    no_effect: float = 0.0
 
     def reading(self) -> str:
         """The verdicts as `fastdean.wording.verdicts` words them."""
-        said = reading(self.low, self.high, 0.0, self.verdict)
+        said = reading(self.low, self.high, self.no_effect, self.verdict, self.p_adjusted)
         if said == NO_INTERVAL or self.from_neutral in (None, said):
             return said
         return f"{said}; {self.from_neutral}"
@@ -117,14 +121,21 @@ def _table(effects: Sequence[Effect]) -> str:
     if not effects:
         return "None was measured."
     lines = [
-        "| metric | before | after | 95 % interval of the change | verdict |",
-        "|---|---:|---:|---|---|",
+        "| metric | before | after | interval of the change | p (Holm) | verdict |",
+        "|---|---:|---:|---|---:|---|",
     ]
     for effect in effects:
         measured = effect.low is not None and effect.high is not None
-        low_high = f"{effect.low:+.4g} to {effect.high:+.4g}" if measured else "-"
+        sign, words = ("+", "") if effect.no_effect == 0 else ("", "ratio ")
+        low_high = f"{words}{effect.low:{sign}.4g} to {effect.high:{sign}.4g}" if measured else "-"
+        p = "-" if effect.p_adjusted is None else f"{effect.p_adjusted:.2g}"
         lines.append(
             f"| {markdown.text(effect.metric)} | {effect.before:.4g} | {effect.after:.4g} "
-            f"| {low_high} | {effect.reading()} |"
+            f"| {low_high} | {p} | {effect.reading()} |"
         )
+    lines += [
+        "",
+        "Intervals hold together with 95 % confidence (Bonferroni), p is adjusted for all tests of "
+        "the table (Holm), and nothing is called a change whose p exceeds 0.05.",
+    ]
     return "\n".join(lines)

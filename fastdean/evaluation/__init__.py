@@ -8,7 +8,7 @@ from fastdean.evaluation.divergence import (
     divergence_interval,
     perplexity_and_divergence,
 )
-from fastdean.evaluation.families import Family, holm
+from fastdean.evaluation.families import Family, holm, judged_together
 from fastdean.evaluation.hidden_states import (
     last_token_states,
     layer_dependence,
@@ -21,6 +21,7 @@ from fastdean.evaluation.intervals import (
     share_interval,
 )
 from fastdean.evaluation.judging.agreement import Agreement, cohen_kappa
+from fastdean.evaluation.judging.calling import judge
 from fastdean.evaluation.judging.phrases import refuses
 from fastdean.evaluation.judging.templates import JudgeTemplate, Verdict, read_template
 from fastdean.evaluation.margins import (
@@ -68,6 +69,8 @@ __all__ = [
     "encode_pairs",
     "generate",
     "holm",
+    "judge",
+    "judged_together",
     "last_token_states",
     "layer_dependence",
     "margin_interval",

@@ -189,15 +189,23 @@ def results_of(
     return results
 
 
-def require_same_items(before: Sequence[TaskResult], after: Sequence[TaskResult]) -> None:
-    """Raise ValueError unless both are the same metrics of the same items."""
-    old, new = ([(each.name, each.items) for each in side] for side in (before, after))
-    if old != new:
-        differ = next((a[0] for a, b in zip(old, new, strict=False) if a != b), "the last")
-        raise ValueError(
-            f"after must be of the same items as before, got others for {differ!r}; score both "
-            "with the same tasks and options"
-        )
+def require_same_items(
+    before: Mapping[str, Sequence[str]], after: Mapping[str, Sequence[str]]
+) -> None:
+    """Raise ValueError unless both are the same metrics of the same items.
+
+    Args:
+        before, after: name of a metric -> `TaskResult.items`.
+    """
+    if list(before) == list(after) and all(
+        list(items) == list(after[name]) for name, items in before.items()
+    ):
+        return
+    differ = next((n for n, items in before.items() if list(items) != list(after.get(n, ()))), None)
+    raise ValueError(
+        f"after must be of the same items as before, got others for {differ or 'more metrics'!r}; "
+        "score both with the same tasks and options"
+    )
 
 
 def _result(

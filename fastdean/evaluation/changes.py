@@ -15,6 +15,7 @@ from fastdean.evaluation.intervals import (
     Interval,
     mean_interval,
     share_change_interval,
+    share_interval,
 )
 
 
@@ -77,6 +78,31 @@ def change_of_distance(
         test=decisive.test,
         least_p=decisive.least_p,
     )
+
+
+def of_confidence(interval: Interval, confidence: float, *, seed: int = 0) -> Interval:
+    """The same estimate with an interval of another confidence, from the values it was made of.
+
+    Args:
+        interval: of `mean_interval`, `share_interval` or `bootstrap_interval`.
+        seed: of the test's draws.
+    Raises:
+        ValueError: it lacks those values, or confidence is not in 0..1.
+    """
+    if interval.method == BOOTSTRAP:
+        drawn = np.asarray(interval.replicates)
+        return bootstrapped(
+            interval.mean, drawn, interval.n, confidence, interval.resamples, interval.no_effect
+        )
+    values, _ = _made_of(interval, interval)
+    options: dict[str, Any] = {
+        "no_effect": interval.no_effect,
+        "confidence": confidence,
+        "seed": seed,
+    }
+    if interval.whole is not None:
+        return share_interval(values, interval.whole, **options)
+    return mean_interval(values, weights=interval.weights, **options)
 
 
 def _distance_change(s: float, d: float) -> float:

@@ -6,7 +6,7 @@ a table, whatever came out of it, and the chance that any of its verdicts is wro
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -134,3 +134,34 @@ class Family:
             "confidence_of_each": self.confidence_of_each,
             "power": POWER,
         }
+
+
+# A change that is tested, as what gives it with an interval of the confidence it is called with; or
+# the interval of one without a test, as of a bootstrap, which is no part of a family.
+Change = Callable[[float], Interval] | Interval
+
+
+def tests_of(changes: Iterable[Change]) -> int:
+    """How many of the changes are tested."""
+    return sum(not isinstance(each, Interval) for each in changes)
+
+
+def at(change: Change, family: Family) -> Interval:
+    """A change with an interval of the family's confidence."""
+    return change if isinstance(change, Interval) else change(family.confidence_of_each)
+
+
+def judged_together(
+    changes: Mapping[Key, Change], *, confidence: float = 0.95
+) -> tuple[dict[Key, dict[str, Any]], Family]:
+    """Every change of a table in the light of the others, and their family.
+
+    Args:
+        changes: by key, what gives the change with an interval of the confidence it is called with.
+            One without a test, as of a bootstrap, is given as its interval: it stands as it is.
+
+    Returns:
+        As `Family.judged`, and the family.
+    """
+    family = Family(tests_of(changes.values()), confidence)
+    return family.judged({key: at(each, family) for key, each in changes.items()}), family

@@ -9,15 +9,23 @@ from typing import Any
 
 from fastdean.data.skipped import Skipped
 from fastdean.data.tokenising import chat_turns
+from fastdean.evaluation.answers.beside import answers_table
 from fastdean.evaluation.answers.generation import STOPPED, Answer, answers_to, encoded_prompt
-from fastdean.evaluation.answers.records import ORIGINAL, RECORD, record, require_variant
+from fastdean.evaluation.answers.records import (
+    ORIGINAL,
+    RECORD,
+    Answered,
+    record,
+    require_variant,
+)
 from fastdean.evaluation.answers.server import Server, in_order
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import public_name
-from fastdean.files.storage import held, write_json_atomic
+from fastdean.files.storage import held
 from fastdean.jobs.answer_jobs import AnswerJob
 from fastdean.jobs.collapse import describe
 from fastdean.jobs.folder import ANSWERS_FILE, RESULTS_FILE
+from fastdean.jobs.inputs import mask_digest
 from fastdean.jobs.published import published
 from fastdean.jobs.rows import NumberedRow, take_rows
 from fastdean.jobs.session import Session
@@ -67,19 +75,21 @@ def run(
             with closing(answered(lines.read())) as batches:
                 for batch in batches:
                     lines.add(batch)
+            records = lines.read()
+            answers = [Answered(r["id"], r["variant"], r["prompt"], r["answer"]) for r in records]
             results = session.results(
-                "Answers",
+                "FastDEAN: answers",
                 {
-                    "job": published(job),
+                    "options": published(job),
                     **about,
-                    "variants": _counted(lines.read()),
+                    "variants": _counted(records),
+                    "answers": answers_table(answers, seed=job.seed),
                     "skipped": {} if skipped is None else skipped.described(),
-                    "files": {"answers": ANSWERS_FILE},
+                    "files": {"answers": ANSWERS_FILE, "figures": RESULTS_FILE},
                     "cost": session.costs.steps,
                 },
             )
-            write_json_atomic(session.folder.path / RESULTS_FILE, results)
-            session.folder.finish()
+            session.finish(results)
     return results
 
 
@@ -132,7 +142,9 @@ def _in_memory(
     job = session.job
     masks = masks_of(job.mask)
     model, tokenizer = session.load_model()
-    session.compare_model(model, tokenizer, **{f"mask {n}": _digest(m) for n, m in masks.items()})
+    session.compare_model(
+        model, tokenizer, **{f"mask {n}": mask_digest(m) for n, m in masks.items()}
+    )
     usable: list[NumberedRow] = []
     prompts: list[list[int]] = []
     for number, row in rows:
@@ -237,12 +249,3 @@ def _counted(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
         counts["ended"] += each["finish"] == STOPPED
         counts["empty"] += not each["answer"].strip()
     return found
-
-
-def _digest(mask: NeuronMask) -> str:
-    """Of the weights that a mask holds, their originals and its scale."""
-    entries = {
-        name: [entry.index.tolist(), entry.original.double().tolist()]
-        for name, entry in mask.entries.items()
-    }
-    return json_digest([entries, mask.scale])

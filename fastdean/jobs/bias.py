@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from fastdean.evaluation.bias.seat import seat_sets
 from fastdean.evaluation.bias.start import start_token as start_of
 from fastdean.evaluation.bias.stereoset import stereoset_rows
 from fastdean.evaluation.bias.winobias import winobias_rows
+from fastdean.evaluation.changes import of_confidence
+from fastdean.evaluation.families import Change, judged_together
+from fastdean.evaluation.intervals import BOOTSTRAP
 from fastdean.evaluation.over_refusal import benign_rows
 from fastdean.files.declared import Anything, Lists, Maps, Maybe, Real, Record, Text, Whole
 from fastdean.files.provenance import public_source
 from fastdean.jobs.session import Session
 from fastdean.models.forward import label_shift
 from fastdean.wording.digits import apart
-from fastdean.wording.verdicts import CLOSER, FARTHER, reworded
+from fastdean.wording.verdicts import ABOVE, BELOW, CLOSER, FARTHER, HIGHER, LOWER, reworded
 
 
 def _winobias(model: nn.Module, tokenizer: Any, *source: str, **options: Any) -> Any:
@@ -178,25 +182,31 @@ def measure(session: Session, state: str, model: nn.Module, tokenizer: Any) -> F
     Args:
         state: of the model, such as "before"; names the files of the figures.
     """
-    job = session.job
     found: Found = {}
-    for number, entry in enumerate(job.bias):
-        name, _ = _parts(entry)
-
-        def take(entry: str = entry) -> dict[str, Any]:
-            return measured(
-                entry,
-                model,
-                tokenizer,
-                start=job.start_token,
-                seed=job.seed,
-                progress=session.progress,
-            )
-
-        with session.costs.step(f"{name}, {state}"):
-            kept = session.folder.figures(f"{state}-{number}-{name}", take, FIGURES)
+    for number, entry in enumerate(session.job.bias):
+        kept = measure_one(session, state, number, entry, model, tokenizer)
         add(found, entry, number, kept)
     return found
+
+
+def measure_one(
+    session: Session, state: str, number: int, entry: str, model: nn.Module, tokenizer: Any
+) -> Found:
+    """The figures of the job's `number`-th measure, by name, as `measure` takes them."""
+    job, (name, _) = session.job, _parts(entry)
+
+    def take() -> dict[str, Any]:
+        return measured(
+            entry,
+            model,
+            tokenizer,
+            start=job.start_token,
+            seed=job.seed,
+            progress=session.progress,
+        )
+
+    with session.costs.step(f"{name}, {state}"):
+        return session.folder.figures(f"{state}-{number}-{name}", take, FIGURES)
 
 
 def measured(
@@ -219,7 +229,7 @@ def measured(
     return {each.name: stored(each) for each in results_of(result)}
 
 
-def add(found: Found, entry: str, number: int, figures: Found) -> None:
+def add(found: dict[str, Any], entry: str, number: int, figures: Mapping[str, Any]) -> None:
     """Put the figures of a measure, the job's `number`-th, beside those found before it."""
     _, source = _parts(entry)
     # Two files of one measure have figures of the same name.
@@ -257,39 +267,109 @@ def start_token(found: Found) -> str | None:
     return next((name for name in names if name is not None), None)
 
 
-def results(states: Mapping[str, Found]) -> dict[str, dict[str, Any]]:
-    """`report.bias_section`'s input from the figures "before" and, maybe, "after"."""
+# Of the changes of a table: their name, and which of them; or another test that is read with them.
+_Key = tuple[str, str]
+_VALUE, _CHANGE, _DISTANCE = "before", "raw_change", "change"
+
+
+def results(
+    states: Mapping[str, Found],
+    *,
+    others: Mapping[str, Change] | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any], dict[str, dict[str, Any]]]:
+    """`report.bias_section`'s input from the figures "before" and, maybe, "after".
+
+    All tests of the table are one family: of one model those of its figures against their neutral
+    values, of two each figure's change and, where it has a neutral value, that of its distance to
+    it.
+
+    Args:
+        others: changes that are read with them, by name, as `judged_together` takes them.
+        seed: of the tests' draws.
+    Returns:
+        The table; how its tests were adjusted, empty without a test; and `others`, judged.
+    """
     before, after = states["before"], states.get("after")
-    return {
-        name: {
+    changes: dict[_Key, Change] = {}
+    for name, figures in before.items():
+        if after is not None:
+            changes |= _changes_of(name, figures, after[name], seed)
+        elif figures["neutral"] is not None:
+            changes[name, _VALUE] = _tested(figures, partial(_at, figures, seed))
+    for name, change in (others or {}).items():
+        changes[name, ""] = change
+    judged, family = judged_together(changes)
+    table = {}
+    for name, figures in before.items():
+        row = {
             "unit": figures["unit"],
             "neutral": figures["neutral"],
             "definition": "; ".join(figures["notes"]),
-            "before": _numbers(figures),
+            "before": _numbers(figures) | _test_of(judged.get((name, _VALUE)), BELOW, ABOVE),
             "by_category": {"before": figures["by_category"]},
-            **({} if after is None else _compared(figures, after[name])),
         }
-        for name, figures in before.items()
-    }
+        if after is not None:
+            row["after"] = _numbers(after[name])
+            row["by_category"]["after"] = after[name]["by_category"]
+            row[_CHANGE] = _change(judged[name, _CHANGE])
+            # That of the figure itself where there is nothing to come closer to.
+            row[_DISTANCE] = row[_CHANGE]
+            if (name, _DISTANCE) in judged:
+                row[_DISTANCE] = _change(judged[name, _DISTANCE], CLOSER, FARTHER)
+                row["definition"] = "; ".join(
+                    [*figures["notes"], "closer and farther are of the distance to the neutral "
+                     "value"]
+                )  # fmt: skip
+        table[name] = row
+    told = {name: judged[name, ""] for name in others or {}}
+    return table, family.to_dict() if family.tests else {}, told
 
 
-def _compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    intervals = _interval(before), _interval(after)
-    moved = change_between(*intervals)
-    found: dict[str, Any] = {
-        "after": _numbers(after),
-        "raw_change": _change(moved, moved.verdict()),
-        "change": _change(moved, moved.verdict()),
-        "by_category": {"before": before["by_category"], "after": after["by_category"]},
-    }
+def _changes_of(
+    name: str, before: Mapping[str, Any], after: Mapping[str, Any], seed: int
+) -> dict[_Key, Change]:
+    found: dict[_Key, Change] = {(name, _CHANGE): change_of(before, after, seed)}
     neutral = before["neutral"]
     if neutral is not None:
-        distance = change_of_distance(*intervals, neutral)
-        found["change"] = _change(distance, reworded(distance.verdict(), CLOSER, FARTHER))
-        found["definition"] = "; ".join(
-            [*before["notes"], "the change is that of the distance to the neutral value"]
+        found[name, _DISTANCE] = _tested(
+            before,
+            lambda confidence: change_of_distance(
+                _at(before, seed, confidence), _at(after, seed, confidence), neutral, seed=seed
+            ),
         )
     return found
+
+
+def change_of(before: Mapping[str, Any], after: Mapping[str, Any], seed: int = 0) -> Change:
+    """How a kept figure changed, as `judged_together` takes it."""
+    return _tested(
+        before,
+        lambda confidence: change_between(
+            _at(before, seed, confidence), _at(after, seed, confidence), seed=seed
+        ),
+    )
+
+
+def _tested(figures: Mapping[str, Any], take: Callable[[float], Interval]) -> Change:
+    """`take`, or what it gives of a figure whose interval has no test."""
+    if figures["interval_method"] == BOOTSTRAP:
+        return take(figures["confidence"])
+    return take
+
+
+def _at(figures: Mapping[str, Any], seed: int, confidence: float) -> Interval:
+    """A kept figure's interval of a confidence."""
+    return of_confidence(_interval(figures), confidence, seed=seed)
+
+
+def _test_of(judged: Mapping[str, Any] | None, lower: str, higher: str) -> dict[str, Any]:
+    """The test of a figure against its neutral value, and its interval among the others'."""
+    if judged is None:
+        return {}
+    kept = ("low", "high", "p_value", "p_holm", "test", "detects")
+    verdict = reworded(judged["verdict"], lower, higher)
+    return {key: judged[key] for key in kept} | {"verdict": verdict}
 
 
 def _interval(figures: Mapping[str, Any]) -> Interval:
@@ -316,8 +396,9 @@ def _numbers_of(values: Sequence[float] | np.ndarray | None) -> list[float] | No
     return None if values is None else list(map(float, values))
 
 
-def _change(interval: Interval, verdict: str) -> dict[str, Any]:
-    found = interval.to_dict()
+def _change(judged: Mapping[str, Any], lower: str = LOWER, higher: str = HIGHER) -> dict[str, Any]:
+    found = dict(judged)
+    verdict = reworded(found["verdict"], lower, higher)
     return {"value": found.pop("mean"), **found, "verdict": verdict}
 
 
@@ -325,17 +406,19 @@ def _numbers(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {key: figures[key] for key in ("value", "low", "high", "n")}
 
 
-def sentences(found: Found) -> list[str]:
-    """What the figures of one state say, a sentence each for those that have an interval."""
+def sentences(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the figures of one model say, a sentence each for those that have an interval."""
     said = []
-    for name, figures in found.items():
-        if figures["low"] is None:
+    for name, row in table.items():
+        found = row["before"]
+        if found["low"] is None:
             continue
-        value, low, high = apart(*(figures[key] for key in ("value", "low", "high")), least=3)
-        neutral, judged = figures["neutral"], ""
-        if neutral is not None:
-            judged = f", where {neutral:g} is neutral: {figures['verdict']}"
-        said.append(f"{name}: {value} {figures['unit']} [{low}, {high}]{judged}.")
+        value, low, high = apart(*(found[key] for key in ("value", "low", "high")), least=3)
+        p = "" if found.get("p_holm") is None else f", Holm-adjusted p = {found['p_holm']:.2g}"
+        judged = ""
+        if row["neutral"] is not None:
+            judged = f", where {row['neutral']:g} is neutral: {found['verdict']}"
+        said.append(f"{name}: {value} {row['unit']} [{low}, {high}]{p}{judged}.")
     return said
 
 

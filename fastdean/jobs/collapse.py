@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import isinf
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,18 @@ from fastdean.collapse import (
 from fastdean.data.examples import Example
 from fastdean.data.rendering import describe_rendering, rendering_cautions
 from fastdean.data.skipped import Skipped
-from fastdean.files.declared import Anything, Either, Exactly, Maybe, Real, Record, Text, Whole
+from fastdean.files.declared import (
+    Anything,
+    Either,
+    Exactly,
+    Lists,
+    Maps,
+    Maybe,
+    Real,
+    Record,
+    Text,
+    Whole,
+)
 from fastdean.files.provenance import public_name
 from fastdean.jobs import bias, cautions
 from fastdean.jobs.collapse_jobs import CollapseJob
@@ -34,11 +46,22 @@ from fastdean.models.distributed import Ranks
 from fastdean.models.identity import json_digest
 
 _HELD_OUT = 0.2
+# Of `FIGURES`, what is more than one figure of all words.
+_TABLES = ("metrics", "alignments", "tokens", "groups")
 _METRIC = Record(
     {
         "value": Maybe(Either((Real(), Exactly("inf")))),
         "definition": Text(),
         "note": Maybe(Text()),
+    }
+)
+# Of the words of one group: the spread and mean of their alignment among all words, and their NC1.
+_METRICS_OF_GROUP = Record(
+    {
+        "words": Whole(),
+        "unc3_std": Maybe(Real()),
+        "nc3_mean": Maybe(Real()),
+        "nc1_k1": Maybe(Real()),
     }
 )
 # What `collapse_figures` gives; the job's closing words name some of the metrics.
@@ -51,6 +74,10 @@ FIGURES = Record(
         "tokens of a class": Whole(),
         "classes seen": Whole(),
         "metrics": Record({"unc3_std": _METRIC, "nc3_mean": _METRIC}, others=_METRIC),
+        # Of each class, in their order.
+        "alignments": Lists(Maybe(Real())),
+        "tokens": Lists(Whole()),
+        "groups": Maps(_METRICS_OF_GROUP),
     },
     others=Anything(),
 )
@@ -89,6 +116,7 @@ def run(
         session.folder.claim()
         table = collapse_figures(session, "measured", model, examples, classes)
         found = bias.measure(session, "bias", model, tokenizer)
+        measures, tests, _ = bias.results({"before": found}, seed=job.seed)
         public = published(job)
         results = session.results(
             "FastDEAN: neural collapse on chosen words",
@@ -104,8 +132,9 @@ def run(
                 },
                 "options": public,
                 "collapse": collapse_results(classes, {"measured": table}),
-                "bias": bias.results({"before": found}),
-                "findings": [collapse_sentence(classes, table), *bias.sentences(found)],
+                "bias": measures,
+                "tests": tests,
+                "findings": [collapse_sentence(classes, table), *bias.sentences(measures)],
                 "warnings": [
                     *session.folder.other_versions,
                     *told,
@@ -179,7 +208,26 @@ def _measured(
         "tokens of a class": int(metrics.moments.counts.sum()),
         "classes seen": int((metrics.moments.counts > 0).sum()),
         "metrics": _metric_table(metrics),
+        "alignments": metrics.alignments,
+        "tokens": [int(count) for count in metrics.moments.counts.tolist()],
+        "groups": _group_table(metrics, classes.groups),
     }
+
+
+def _group_table(metrics: CollapseMetrics, groups: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By group: the mean and spread of its words' alignment, and NC1 among them."""
+    found = {}
+    for group in dict.fromkeys(groups):
+        places = [place for place, name in enumerate(groups) if name == group]
+        known = [a for a in (metrics.alignments[place] for place in places) if a is not None]
+        nc1 = metrics.among(places).values["nc1_k1"].value
+        found[group] = {
+            "words": len(known),
+            "unc3_std": stdev(known) if len(known) > 1 else None,
+            "nc3_mean": fmean(known) if known else None,
+            "nc1_k1": None if nc1 is None or isinf(nc1) else nc1,
+        }
+    return found
 
 
 def _metric_table(metrics: CollapseMetrics) -> dict[str, dict[str, Any]]:
@@ -205,7 +253,17 @@ def collapse_results(
             "left_out": len(_bare(left.word for left in classes.left_out) - _bare(classes.words)),
             "groups": dict(Counter(classes.groups)),
         },
-        "settings": {key: value for key, value in first.items() if key != "metrics"},
+        "settings": {key: value for key, value in first.items() if key not in _TABLES},
+        "groups": {state: table["groups"] for state, table in states.items()},
+        "words": [
+            {
+                "word": word,
+                "group": group,
+                "tokens": first["tokens"][place],
+                "alignment": {state: t["alignments"][place] for state, t in states.items()},
+            }
+            for place, (word, group) in enumerate(zip(classes.words, classes.groups, strict=True))
+        ],
         "metrics": {
             name: {
                 "definition": metric["definition"],

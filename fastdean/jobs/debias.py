@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from math import isinf
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastdean.collapse import CollapseClasses, CollapseRegularizer
+from fastdean.collapse import CollapseClasses, CollapseRegularizer, collapse_metrics
 from fastdean.data.examples import Example
 from fastdean.data.skipped import Skipped
 from fastdean.debias import Effect, fine_tune, model_card, save_model
 from fastdean.debias.course import check_counts, check_course
 from fastdean.debias.objectives import require_method
-from fastdean.evaluation import Perplexity, compare_perplexity, perplexity
+from fastdean.evaluation import Interval, Perplexity, compare_perplexity, perplexity
+from fastdean.evaluation.families import Change
 from fastdean.files.declared import Lists, Real, Record, Whole
 from fastdean.files.provenance import public_name, public_source
 from fastdean.files.storage import remove_folder
@@ -54,8 +57,11 @@ _MEASURED = 0.25
 _FLUENCY = Record(
     {"value": Real(least=0), "nll_sums": Lists(Real()), "token_counts": Lists(Whole())}
 )
+PERPLEXITY = "perplexity"
 # Share of the steps in which the learning rate rises.
 _WARMUP = 0.1
+# The metrics that are measured in between as well.
+_DRAWN = ("unc3_std", "nc3_mean", "nc1_k1", "nc2_interference_std")
 _COURSE = ("steps", "epochs", "learning_rate", "batch_size", "accumulation")
 
 
@@ -226,9 +232,45 @@ def _train(prepared: _Prepared, session: Session[DebiasJob]) -> list[dict[str, A
             out=session.folder.training,
             identity=prepared.identity,
             save_every=job.save_every,
+            eval_every=1,
+            on_eval=partial(_metrics_at, prepared, session),
             progress=session.progress,
             **_options(job, "form", *_COURSE),
         )
+
+
+def _metrics_at(
+    prepared: _Prepared, session: Session[DebiasJob], step: int, model: nn.Module
+) -> dict[str, float | None] | None:
+    """What is drawn over the training: neural collapse after 1, 4, 16, 64 steps and so on.
+
+    How long the training is need not be known, and late changes, which are slow, cost little.
+    """
+    if step.bit_count() != 1 or step.bit_length() % 2 == 0:
+        return None
+    metrics = collapse_metrics(
+        model,
+        prepared.measured,
+        prepared.measured_classes,
+        tokens_per_batch=session.job.tokens_per_batch,
+        progress=False,
+        **_options(session.job, "shift", "features"),
+    )
+    values = {name: metrics.values[name].value for name in _DRAWN}
+    return {n: None if v is None or isinf(v) else v for n, v in values.items()}
+
+
+def _over_training(
+    states: Mapping[str, Mapping[str, Any]], history: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Neural collapse by step, from before the first to after the last."""
+
+    def of(state: str) -> dict[str, Any]:
+        metrics = states[state]["collapse"]["metrics"]
+        return {name: metrics[name]["value"] for name in _DRAWN}
+
+    between = [{"step": e["step"], **e["eval"]} for e in history[:-1] if "eval" in e]
+    return [{"step": 0, **of("before")}, *between, {"step": len(history), **of("after")}]
 
 
 def _options(job: DebiasJob, *names: str) -> dict[str, Any]:
@@ -253,7 +295,12 @@ def _collect(
     session: Session[DebiasJob],
 ) -> dict[str, Any]:
     job, public = session.job, published(session.job)
-    table = bias.results({state: found["bias"] for state, found in states.items()})
+    fluency = _fluency(states)
+    table, tests, judged = bias.results(
+        {state: found["bias"] for state, found in states.items()},
+        others=_fluency_changes(fluency, job.seed),
+        seed=job.seed,
+    )
     collapse = collapse_results(
         prepared.measured_classes, {state: found["collapse"] for state, found in states.items()}
     )
@@ -274,18 +321,24 @@ def _collect(
             "options": public,
             "collapse": collapse,
             "bias": table,
+            "tests": tests,
+            **_perplexity_table(fluency, judged),
             "training": {
                 "method": job.method,
                 "form": job.form,
                 "strength": job.collapse_strength,
                 "classes of the regulariser": _regularised(job, prepared.classes),
                 "steps": len(history),
-                "history": [dict(entry) for entry in history],
+                "history": [
+                    {key: value for key, value in entry.items() if key != "eval"}
+                    for entry in history
+                ],
+                "evaluations": _over_training(states, history),
             },
             "findings": [
                 _collapse_change(job, collapse),
                 *bias.change_sentences(table),
-                *_perplexity_change(states),
+                *_perplexity_change(fluency, judged),
             ],
             "warnings": [
                 *session.folder.other_versions,
@@ -328,19 +381,63 @@ def _collapse_change(job: DebiasJob, collapse: Mapping[str, Any]) -> str:
     )
 
 
-def _perplexity_change(states: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    if "perplexity" not in states["after"]:
-        return []
-    before, after = (
-        Perplexity(torch.tensor(kept["nll_sums"]).double(), torch.tensor(kept["token_counts"]))
-        for kept in (states[state]["perplexity"] for state in ("before", "after"))
-    )
+def _fluency(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Perplexity]:
+    """Perplexity by state; nothing of a masked model."""
+    return {
+        state: Perplexity(
+            torch.tensor(kept["nll_sums"]).double(), torch.tensor(kept["token_counts"])
+        )
+        for state, found in states.items()
+        if (kept := found.get("perplexity"))
+    }
+
+
+def _fluency_changes(fluency: Mapping[str, Perplexity], seed: int) -> dict[str, Change]:
+    """The ratio of the perplexities, as one more test of the table.
+
+    Nothing where one is infinite, or no number: they are shown as they are, and not judged.
+    """
+    if not fluency:
+        return {}
+
+    def take(confidence: float) -> Interval:
+        return compare_perplexity(
+            fluency["before"], fluency["after"], confidence=confidence, seed=seed
+        )
+
     try:
-        verdict = f": {compare_perplexity(before, after).verdict()}"
+        take(0.95)
     except ValueError:
-        # Infinite, or no number: it is shown as it is, and not judged.
-        verdict = ""
-    was, now = apart(before.value, after.value)
+        return {}
+    return {PERPLEXITY: take}
+
+
+def _perplexity_table(
+    fluency: Mapping[str, Perplexity], judged: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    if not fluency:
+        return {}
+    change = dict(judged.get(PERPLEXITY, {}))
+    found = {"ratio": change.pop("mean"), **change} if change else {}
+    return {
+        PERPLEXITY: {
+            "set": "measured text",
+            "text": "the measured text, of the same kind as the training text",
+            "n": len(fluency["before"].token_counts),
+            "tokens": fluency["before"].tokens,
+            "origin": fluency["before"].value,
+            "masks": {"trained": {"value": fluency["after"].value, **found}},
+        }
+    }
+
+
+def _perplexity_change(
+    fluency: Mapping[str, Perplexity], judged: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    if not fluency:
+        return []
+    verdict = f": {judged[PERPLEXITY]['verdict']}" if PERPLEXITY in judged else ""
+    was, now = apart(*(fluency[state].value for state in ("before", "after")))
     return [
         f"Perplexity of the measured text: {was} before, {now} after{verdict}. It is of the "
         "same kind as the training text, so that most of a fall is adaptation to it."
@@ -349,18 +446,7 @@ def _perplexity_change(states: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _save(prepared: _Prepared, results: dict[str, Any], session: Session[DebiasJob]) -> None:
     job = session.job
-    effects = [
-        Effect(
-            f"{name}, {row['unit']}",
-            row["before"]["value"],
-            row["after"]["value"],
-            row["raw_change"]["low"],
-            row["raw_change"]["high"],
-            row["raw_change"]["verdict"],
-            None if row["neutral"] is None else row["change"]["verdict"],
-        )
-        for name, row in results["bias"].items()
-    ]
+    effects = [*_collapse_effects(results), *_bias_effects(results), *_fluency_effects(results)]
     card = model_card(
         f"{Path(job.model).name}-{job.method}",
         base_model=public_name(job.model),
@@ -380,3 +466,50 @@ def _save(prepared: _Prepared, results: dict[str, Any], session: Session[DebiasJ
             manifest=results["manifest"],
             overwrite=True,
         )
+
+
+def _collapse_effects(results: Mapping[str, Any]) -> list[Effect]:
+    names = {"unc3_std": "(U)NC3, std of the words' alignment", "nc3_mean": "NC3, mean alignment"}
+    found = []
+    for key, name in names.items():
+        values = results["collapse"]["metrics"][key]["values"]
+        if None not in values.values():
+            found.append(Effect(name, values["before"], values["after"]))
+    return found
+
+
+def _bias_effects(results: Mapping[str, Any]) -> list[Effect]:
+    return [
+        Effect(
+            f"{name}, {row['unit']}",
+            row["before"]["value"],
+            row["after"]["value"],
+            row["raw_change"]["low"],
+            row["raw_change"]["high"],
+            row["raw_change"]["verdict"],
+            None if row["neutral"] is None else row["change"]["verdict"],
+            p_adjusted=row["raw_change"]["p_holm"],
+        )
+        for name, row in results["bias"].items()
+    ]
+
+
+def _fluency_effects(results: Mapping[str, Any]) -> list[Effect]:
+    table = results.get(PERPLEXITY)
+    if not table or table["origin"] is None:
+        return []
+    found = table["masks"]["trained"]
+    if found["value"] is None:
+        return []
+    return [
+        Effect(
+            "Perplexity of the measured text",
+            table["origin"],
+            found["value"],
+            found.get("low"),
+            found.get("high"),
+            found.get("verdict"),
+            p_adjusted=found.get("p_holm"),
+            no_effect=1.0,
+        )
+    ]

@@ -1,40 +1,38 @@
 """The job of `fastdean eval`: what a model can do without a mask and with it, on one load.
 
 General ability by tasks of lm-eval, the price by `over_refusal` and `gender_facts`, bias by the
-other measures: each figure before and after, and how it changed item by item.
+other measures: each figure before and after, and how it changed item by item, all of them one
+family of tests. Each task and each measure is a step of its own that a resumed job does not repeat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 
-from fastdean.evaluation.ability import (
-    TaskResult,
-    require_same_items,
-    task_manager,
-    task_scores,
-)
-from fastdean.files.provenance import now, public_command, public_name, versions
-from fastdean.files.storage import (
-    FORMAT_VERSION,
-    holds_only_listed,
-    listed,
-    new_folder,
-    write_json_atomic,
-)
+from fastdean.evaluation.ability import require_same_items, task_manager, task_scores
+from fastdean.files.declared import Lists, Maps, Record, Text
+from fastdean.files.provenance import public_name
+from fastdean.files.storage import held, write_json_atomic
 from fastdean.jobs import bias
+from fastdean.jobs.collapse import describe
 from fastdean.jobs.eval_job import EvalJob
-from fastdean.jobs.folder import RESULTS_FILE, require_free, require_outside
-from fastdean.jobs.session import load_model_of, plain
+from fastdean.jobs.folder import ITEMS_FILE, RESULTS_FILE
+from fastdean.jobs.inputs import benchmark_digests, mask_digest, path_digest
+from fastdean.jobs.published import published
+from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
+from fastdean.models.distributed import Ranks
 from fastdean.wording.digits import apart
 
-MANIFEST = "fastdean_evaluation.json"
-ITEMS_FILE = "items.json"
+# What is kept of a task: its figures, and which item each of their values is of.
+_TASK = Record({"figures": bias.FIGURES, "items": Maps(Lists(Text(longest=10_000)))})
+_Items = dict[str, list[str]]
 
 
 def run(
@@ -48,46 +46,74 @@ def run(
     """Measure a model, and the same model with the mask.
 
     Args:
-        out: a folder for results.json and, by item, the scores of the tasks (items.json); None:
-            nothing is written.
+        out: the run folder: new, empty, or of the same unfinished job, which is then resumed; None:
+            nothing is left.
         command: the command line, for the record.
 
     Returns:
-        `measures`: by name, "before", and with a mask "after" and "change" with its interval, test
-        and verdict over the same items.
+        The content of results.json. `measures`: by name, "before", and with a mask "after" and
+        "raw_change" with its interval, test and verdict over the same items; where a figure has a
+        neutral value, "change" is that of the distance to it. `tests`: their family.
 
     Raises:
         ValueError, RuntimeError, OSError: as `load_model`, `NeuronMask.apply_`, `task_manager`,
-            `task_scores` and the measures.
+            `task_scores` and the measures; what was measured is kept and not measured again.
     """
+    Ranks.require_alone("fastdean eval")
+    if out is not None:
+        return _run(job, out, command, overwrite, progress)
+    with TemporaryDirectory(prefix="fastdean-eval-") as place:
+        return _run(job, Path(place) / "evaluation", command, overwrite, progress)
+
+
+def _run(job: EvalJob, out: Path, command: str, overwrite: bool, progress: bool) -> dict[str, Any]:
+    blocks = (len(job.tasks) + len(job.bias)) * (1 if job.mask is None else 2)
+    session = Session.open(job, out, command, overwrite, progress, steps=2 + blocks)
     manager = task_manager(job.tasks, job.task_folder) if job.tasks else None
     bias.require_readable(job.bias)
-    if out is not None:
-        require_outside(out, job.model)
-        require_free(out, overwrite, _is_evaluation, "an evaluation")
     mask = None if job.mask is None else NeuronMask.from_pretrained(job.mask)
-    model, tokenizer = load_model_of(job, progress)
-    bias.require_start(job.bias, job.start_token, model, tokenizer)
-    states, scores = {}, {}
-    states["before"], scores["before"] = _measured(job, model, tokenizer, manager, progress)
-    if mask is not None:
-        with mask.applied(model):
-            states["after"], scores["after"] = _measured(job, model, tokenizer, manager, progress)
-        require_same_items(scores["before"], scores["after"])
-    results = plain(
+    session.compare(
         {
-            "title": f"Evaluation of {public_name(job.model)}",
-            "created": now(),
-            "command": public_command(command),
-            "versions": versions(),
-            "model": public_name(job.model),
-            "mask": None if mask is None else {"weights": len(mask), "scale": mask.scale},
-            "tasks": list(job.tasks),
-            "measures": bias.results(states),
+            **benchmark_digests(job.bias),
+            **({} if mask is None else {"mask": mask_digest(mask)}),
+            **({} if job.task_folder is None else {"task_folder": path_digest(job.task_folder)}),
         }
     )
-    if out is not None:
-        _write(out, overwrite, results, _by_item(scores))
+    model, tokenizer = session.load_model()
+    session.compare_model(model, tokenizer)
+    bias.require_start(job.bias, job.start_token, model, tokenizer)
+    if mask is not None:
+        # Refused now, and not after the first measurements.
+        with mask.applied(model):
+            pass
+    with session.writing():
+        session.folder.claim()
+        with held(session.folder.path, "out"):
+            states: dict[str, bias.Found] = {}
+            items: dict[str, _Items] = {}
+            for state in ("before",) if mask is None else ("before", "after"):
+                masked = mask if state == "after" else None
+                states[state], items[state] = _measured(
+                    session, state, model, tokenizer, masked, manager
+                )
+            if mask is not None:
+                require_same_items(items["before"], items["after"])
+            table, tests, _ = bias.results(states, seed=job.seed)
+            results = session.results(
+                f"FastDEAN: evaluation of {public_name(job.model)}",
+                {
+                    "model": describe(job.model, model),
+                    "mask": None if mask is None else {"weights": len(mask), "scale": mask.scale},
+                    "options": published(job),
+                    "measures": table,
+                    "tests": tests,
+                    "warnings": session.folder.other_versions,
+                    "cost": session.costs.steps,
+                    "files": {"figures": RESULTS_FILE, "scores of items": ITEMS_FILE},
+                },
+            )
+            write_json_atomic(session.folder.path / ITEMS_FILE, _by_item(states, items["before"]))
+            session.finish(results)
     return results
 
 
@@ -102,7 +128,7 @@ def table(measures: Mapping[str, Mapping[str, Any]]) -> str:
             continue
         moved = row["raw_change"]
         values = " -> ".join(apart(before["value"], after["value"], least=3))
-        p = "" if moved["p_value"] is None else f", p = {moved['p_value']:.2g}"
+        p = "" if moved["p_holm"] is None else f", Holm-adjusted p = {moved['p_holm']:.2g}"
         lines.append(
             f"  {name}: {values}{unit}; change {_with_ends(moved)}, n = {before['n']}{p}: "
             f"{moved['verdict']}"
@@ -111,42 +137,68 @@ def table(measures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _measured(
-    job: EvalJob, model: nn.Module, tokenizer: Any, manager: Any, progress: bool
-) -> tuple[bias.Found, list[TaskResult]]:
-    """Every figure by its name, and the tasks' with their items."""
-    scored = []
-    if job.tasks:
+    session: Session[EvalJob],
+    state: str,
+    model: nn.Module,
+    tokenizer: Any,
+    mask: NeuronMask | None,
+    manager: Any,
+) -> tuple[bias.Found, _Items]:
+    """Every figure by its name, and the tasks' items."""
+    place: AbstractContextManager = nullcontext() if mask is None else mask.applied(model)
+    found: bias.Found = {}
+    items: _Items = {}
+    with place:
+        for number, task in enumerate(session.job.tasks):
+            with session.costs.step(f"{task}, {state}"):
+                kept = _task(session, state, number, model, tokenizer, manager)
+            found |= kept["figures"]
+            items |= kept["items"]
+        found |= bias.measure(session, state, model, tokenizer)
+    return found, items
+
+
+def _task(
+    session: Session[EvalJob],
+    state: str,
+    number: int,
+    model: nn.Module,
+    tokenizer: Any,
+    manager: Any,
+) -> dict[str, Any]:
+    job = session.job
+
+    def take() -> dict[str, Any]:
         scored = task_scores(
             model,
             tokenizer,
-            job.tasks,
+            job.tasks[number : number + 1],
             shots=job.shots,
             limit=job.limit,
             chat=job.chat_template,
             manager=manager,
             batch_size=job.batch_size,
             seed=job.seed,
-            progress=progress,
+            progress=session.progress,
         )
-    found = {each.name: bias.stored(each) for each in scored}
-    for number, entry in enumerate(job.bias):
-        figures = bias.measured(
-            entry, model, tokenizer, start=job.start_token, seed=job.seed, progress=progress
-        )
-        bias.add(found, entry, number, figures)
-    return found, scored
+        return {
+            "figures": {each.name: bias.stored(each) for each in scored},
+            "items": {each.name: list(each.items) for each in scored},
+        }
+
+    return session.folder.figures(f"{state}-task-{number}", take, _TASK)
 
 
-def _by_item(scores: Mapping[str, list[TaskResult]]) -> dict[str, Any]:
-    """Of each metric its items and, for each state, their scores in the same order."""
-    found: dict[str, Any] = {}
-    for state, results in scores.items():
-        for each in results:
-            entry = found.setdefault(each.name, {"unit": each.unit, "items": list(each.items)})
-            values = each.interval.values
-            assert values is not None, "the interval of a mean carries them"
-            entry[state] = values.tolist()
-    return found
+def _by_item(states: Mapping[str, bias.Found], items: _Items) -> dict[str, Any]:
+    """Of each metric of a task its items and, for each state, their scores in the same order."""
+    return {
+        name: {
+            "unit": states["before"][name]["unit"],
+            "items": of_metric,
+            **{state: found[name]["made_of"]["values"] for state, found in states.items()},
+        }
+        for name, of_metric in items.items()
+    }
 
 
 def _with_ends(figure: Mapping[str, Any]) -> str:
@@ -154,15 +206,3 @@ def _with_ends(figure: Mapping[str, Any]) -> str:
         return apart(figure["value"])[0]
     value, low, high = apart(*(figure[key] for key in ("value", "low", "high")), least=3)
     return f"{value} [{low}, {high}]"
-
-
-def _write(out: Path, overwrite: bool, results: dict[str, Any], items: dict[str, Any]) -> None:
-    with new_folder(out, overwrite=overwrite, may_replace=_is_evaluation, name="out") as folder:
-        write_json_atomic(folder / RESULTS_FILE, results)
-        write_json_atomic(folder / ITEMS_FILE, items)
-        manifest = {"kind": "evaluation", "format_version": FORMAT_VERSION}
-        write_json_atomic(folder / MANIFEST, {**manifest, "sha256": listed(folder)})
-
-
-def _is_evaluation(folder: Path) -> bool:
-    return holds_only_listed(folder, MANIFEST)

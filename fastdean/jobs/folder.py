@@ -11,8 +11,10 @@
     answers.jsonl            of the job `answer`: a line for each answer
     verdicts.jsonl           of the job `judge`: a line for each verdict
     table.md                 its table
+    items.json               of the job `eval`: the scores of its tasks by item
     results.json             every figure of the report
     report.html
+    card.md                  its verdict and its tables in Markdown
 
 A folder is in one of four states: free, held by this job unfinished (it is resumed), held by a
 finished or another run (refused, or with `overwrite` replaced), or holding files that FastDEAN did
@@ -59,7 +61,8 @@ from fastdean.wording.log import logger
 
 RUN_FILE = "fastdean_run.json"
 RESULTS_FILE = "results.json"
-REPORT_FILE = "report.html"
+REPORT_FILE, CARD_FILE = "report.html", "card.md"
+ITEMS_FILE = "items.json"
 ANSWERS_FILE, VERDICTS_FILE, TABLE_FILE = "answers.jsonl", "verdicts.jsonl", "table.md"
 # In place of a digest: it is taken while the job runs.
 NOT_READ_YET = "not read yet"
@@ -67,9 +70,10 @@ NOT_READ_YET = "not read yet"
 _FOLDERS = ("sweep", "scores", "mask", "controls", "steps", "training", "model")
 # Lines that are added one after the other: what is finished of an unfinished run.
 _LINES = (ANSWERS_FILE, VERDICTS_FILE)
-_FILES = (*_LINES, TABLE_FILE, RESULTS_FILE, REPORT_FILE, RUN_FILE)
-# 2: intervals that are Student's or exact, with the values they were made of.
-_STEP_FORMAT = 2
+_FILES = (*_LINES, TABLE_FILE, ITEMS_FILE, RESULTS_FILE, REPORT_FILE, CARD_FILE, RUN_FILE)
+# 2: intervals that are Student's or exact, with the values they were made of. 3: neural collapse of
+# each word and group, and the level that a test can reach.
+_STEP_FORMAT = 3
 # Of an option's value in a message.
 _LONGEST_VALUE = 120
 # Options that nobody reads in bytes; on the command line they are typed in GB.

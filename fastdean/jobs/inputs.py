@@ -1,4 +1,4 @@
-"""The files that a job reads beside its rows and its model, as digests.
+"""What a job reads beside its rows and its model, as digests.
 
 What belongs to the model is in `fastdean.models.identity`.
 """
@@ -9,6 +9,9 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from fastdean.masks import NeuronMask
+from fastdean.models.identity import json_digest
 
 _CHUNK_BYTES = 1 << 20
 
@@ -22,10 +25,20 @@ def benchmark_digests(asked: Sequence[str]) -> dict[str, str | None]:
         asked: as `bias.check` takes them.
     """
     sources = {entry: entry.partition("=")[2].partition("::")[0] for entry in asked}
-    return {f"bias {entry}": _path_digest(source) for entry, source in sources.items() if source}
+    return {f"bias {entry}": path_digest(source) for entry, source in sources.items() if source}
 
 
-def _path_digest(source: str) -> str | None:
+def mask_digest(mask: NeuronMask) -> str:
+    """Of the weights that a mask holds, their originals and its scale."""
+    entries = {
+        name: [entry.index.tolist(), entry.original.double().tolist()]
+        for name, entry in mask.entries.items()
+    }
+    return json_digest([entries, mask.scale])
+
+
+def path_digest(source: str) -> str | None:
+    """SHA-256 of a file, or of the files of a folder; None where there is none."""
     place = Path(source).expanduser()
     if not place.exists():
         return None

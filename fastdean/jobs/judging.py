@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastdean.evaluation.answers.beside import answers_table
 from fastdean.evaluation.answers.records import Answered, read_answers, variants_of
 from fastdean.evaluation.answers.server import Server, checked_url, is_url
 from fastdean.evaluation.judging.judges import (
@@ -28,11 +29,11 @@ from fastdean.evaluation.judging.templates import (
     read_template,
     template_names,
 )
-from fastdean.evaluation.judging.verdicts import RECORD, agreements, changes, record, summary
+from fastdean.evaluation.judging.verdicts import RECORD, agreements, compared, record, summary
 from fastdean.files.declared import read_json
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import now, public_command, public_source, versions
-from fastdean.files.storage import held, write_json_atomic, write_text_atomic
+from fastdean.files.storage import held, write_text_atomic
 from fastdean.jobs.answer_jobs import JudgeJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.folder import (
@@ -46,7 +47,7 @@ from fastdean.jobs.folder import (
 )
 from fastdean.jobs.options import asked
 from fastdean.jobs.published import published
-from fastdean.jobs.session import plain
+from fastdean.jobs.session import plain, publish
 from fastdean.models.distributed import Ranks
 from fastdean.models.identity import json_digest, model_identity
 from fastdean.models.loading import load_classifier, load_model
@@ -183,7 +184,7 @@ def run(
             results = _results(job, judges, answers, lines.read(), command, costs)
             results["warnings"] = [*unfinished, *results["warnings"]]
             write_text_atomic(folder.path / TABLE_FILE, results["table"] + "\n")
-            write_json_atomic(folder.path / RESULTS_FILE, results)
+            publish(results, folder)
             folder.finish()
     except BaseException:
         folder.release_if_empty()
@@ -282,7 +283,8 @@ def _results(
         for variant in variants_of(answers):
             own = [r for r in records if r["judge"] == each.name and r["variant"] == variant]
             judged.append({"judge": each.name, "variant": variant, **summary(own)})
-    alike, changed = agreements(records), changes(records)
+    alike = agreements(records)
+    changed, refusing, tests = compared(records)
     warnings = [
         f"{row['judge']} on {row['variant']}: {row['unparsed']} of {row['answers']} verdicts could "
         "not be parsed; look at their output in " + VERDICTS_FILE
@@ -291,19 +293,22 @@ def _results(
     ]
     return plain(
         {
-            "title": "Verdicts",
+            "title": "FastDEAN: verdicts on answers",
             "created": now(),
             "command": public_command(command),
             "versions": versions(),
-            "job": published(job),
+            "options": published(job),
             "judges": {each.name: _about(each) for each in judges},
             "phrases_version": phrases_version(),
             "judged": judged,
             "agreement": alike,
             "changes": changed,
+            "refusal_changes": refusing,
+            "tests": tests,
+            "answers": answers_table(answers, records),
             "warnings": warnings,
-            "table": verdict_table(judged, alike, changed),
-            "files": {"verdicts": VERDICTS_FILE, "table": TABLE_FILE},
+            "table": verdict_table(judged, alike, [*changed, *refusing]),
+            "files": {"verdicts": VERDICTS_FILE, "table": TABLE_FILE, "figures": RESULTS_FILE},
             "cost": costs.steps,
         }
     )

@@ -18,6 +18,9 @@ _SOURCES = (
     "words",
     "prompts",
     "answers",
+    # Of `eval`; `answer` has a list of them.
+    "mask",
+    "task_folder",
 )
 
 
@@ -31,6 +34,6 @@ def published(job: Any) -> dict[str, Any]:
     if "sets" in found:
         found["sets"] = {name: public_source(source) for name, source in found["sets"].items()}
     for name in ("bias", "mask", "judge"):
-        if name in found:
+        if isinstance(found.get(name), list | tuple):
             found[name] = [public_source(entry) for entry in found[name]]
     return found

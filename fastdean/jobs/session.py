@@ -17,15 +17,22 @@ from fastdean.jobs.answer_jobs import AnswerJob
 from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling.job import Job
-from fastdean.jobs.folder import REPORT_FILE, RESULTS_FILE, RunFolder, require_outside
+from fastdean.jobs.eval_job import EvalJob
+from fastdean.jobs.folder import (
+    CARD_FILE,
+    REPORT_FILE,
+    RESULTS_FILE,
+    RunFolder,
+    require_outside,
+)
 from fastdean.jobs.options import asked
 from fastdean.models.distributed import Ranks
 from fastdean.models.identity import model_identity
 from fastdean.models.loading import load_model
-from fastdean.report import write_report
+from fastdean.report import write_card, write_report
 from fastdean.wording.log import logger
 
-AnyJob = TypeVar("AnyJob", Job, CollapseJob, DebiasJob, AnswerJob)
+AnyJob = TypeVar("AnyJob", Job, CollapseJob, DebiasJob, AnswerJob, EvalJob)
 
 
 @dataclass(frozen=True)
@@ -137,10 +144,16 @@ class Session(Generic[AnyJob]):
         )
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write results.json and the report; the run is finished."""
-        write_json_atomic(self.folder.path / RESULTS_FILE, results)
-        write_report(results, self.folder.path / REPORT_FILE)
+        """Write results.json and what is drawn of it; the run is finished."""
+        publish(results, self.folder)
         self.folder.finish()
+
+
+def publish(results: dict[str, Any], folder: RunFolder) -> None:
+    """Write results.json, and the page and the card of the same figures."""
+    write_json_atomic(folder.path / RESULTS_FILE, results)
+    write_report(results, folder.path / REPORT_FILE)
+    write_card(results, folder.path / CARD_FILE)
 
 
 def load_model_of(job: Any, progress: bool) -> tuple[nn.Module, Any]:

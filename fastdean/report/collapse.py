@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from fastdean.report.estimates import Estimate
+from fastdean.report.estimates import family_words
 from fastdean.report.markup import Html, element, figure, folded, items, join, table
-from fastdean.report.plots import interval_rows, responsive, step_line
-from fastdean.report.quantities import count, decimal, measured, plural
+from fastdean.report.plots import NARROW, responsive, step_line, value_strips
+from fastdean.report.quantities import MISSING, count, decimal, measured, plural
+from fastdean.report.summary import change_of, measures_table
 
+_MOST_WORDS = 10
 _WHEN_COLLAPSED = (
     "The paper's regulariser lowers (U)NC3 (unc3_std): 0 where all words are aligned alike. With "
     "full collapse the nc1, nc2_equinorm, interference_std and cv figures are 0, interference_mean "
@@ -17,10 +20,11 @@ _WHEN_COLLAPSED = (
 
 
 def collapse_section(collapse: Mapping) -> Html:
-    """Every metric with its definition, in each state of the model, and which words were classes.
+    """The words' alignment by group, the worst of them, and every metric with its definition.
 
     `collapse` holds "metrics", from a metric's name to {"definition", "values", "notes"}, the last
-    two by state ("before", "after"); "classes" {"kept", "left_out", "groups"}; "settings".
+    two by state ("before", "after"); "classes" {"kept", "left_out", "groups"}; "settings"; "words",
+    each with its "alignment" by state; "groups", by state and name.
     """
     metrics = {name: metric or {} for name, metric in (collapse.get("metrics") or {}).items()}
     states = list(dict.fromkeys(s for m in metrics.values() for s in (m.get("values") or {})))
@@ -30,8 +34,12 @@ def collapse_section(collapse: Mapping) -> Html:
     ]
     columns = ["Metric", "Definition", *(state.capitalize() for state in states)]
     notes = [f"{', '.join(where)}: {note}" for note, where in _noted(metrics).items()]
+    words = collapse.get("words") or []
     return join(
         [
+            _alignment_figure(words),
+            _group_table(collapse.get("groups") or {}),
+            _worst_table(words),
             element("p", _class_words(collapse.get("classes") or {})),
             _setting_words(collapse.get("settings") or {}),
             element("p", _WHEN_COLLAPSED, class_="note"),
@@ -39,6 +47,83 @@ def collapse_section(collapse: Mapping) -> Html:
             items("ul", notes, "note"),
         ]
     )
+
+
+def _alignments(words: Sequence[Mapping], group: str, state: str) -> list[float]:
+    values = [_alignment(word, state) for word in words if str(word.get("group")) == group]
+    return [value for value in values if measured(value)]
+
+
+def _alignment(word: Mapping, state: str) -> Any:
+    return (word.get("alignment") or {}).get(state)
+
+
+def _states(words: Sequence[Mapping]) -> list[str]:
+    return list(dict.fromkeys(state for word in words for state in word.get("alignment") or {}))
+
+
+def _alignment_figure(words: Sequence[Mapping]) -> Html | None:
+    """Each word's alignment, a mark each, group by group before and after."""
+    groups, states = dict.fromkeys(str(word.get("group")) for word in words), _states(words)
+    marks = {state: ("second", "ring") for state in states[:-1]} | {
+        state: ("first", "square") for state in states[-1:]
+    }
+    rows = [
+        (f"{group}, {state}" if len(states) > 1 else group, values, marks[state])
+        for group in groups
+        for state in states
+        if (values := _alignments(words, group, state))
+    ]
+    if not rows:
+        return None
+    label = "Alignment of each word's mean with its row of the output embedding. " + " ".join(
+        f"{name}: {plural(len(values), 'word')} from {decimal(min(values), 3)} to "
+        f"{decimal(max(values), 3)}."
+        for name, values, _ in rows
+    )
+    return figure(
+        "Alignment (NC3) of every word, by group; with (U)NC3 of 0 all stand in one place",
+        responsive(lambda width: value_strips(rows, label, width, "cosine")),
+    )
+
+
+# Of a group: heading, key.
+_OF_GROUP = {"NC3, mean": "nc3_mean", "(U)NC3, std": "unc3_std", "NC1 (CDNV)": "nc1_k1"}
+
+
+def _group_table(groups: Mapping) -> Html | None:
+    states = list(groups)
+    names = dict.fromkeys(name for found in groups.values() for name in found or {})
+    if not names:
+        return None
+    columns = ["Group", "Words", *(f"{h}, {s}" for h in _OF_GROUP for s in states)]
+    rows = []
+    for name in names:
+        by_state = [(groups[state] or {}).get(name) or {} for state in states]
+        numbers = [decimal(each.get(k)) for k in _OF_GROUP.values() for each in by_state]
+        rows.append([name, count(by_state[0].get("words")), *numbers])
+    caption = "Neural collapse by group of words; alignment is centred on all words"
+    return table(caption, columns, rows, words=columns[:1])
+
+
+def _worst_table(words: Sequence[Mapping]) -> Html | None:
+    """The words whose means align least in the last state."""
+    states = _states(words)
+    known = [word for word in words if states and measured(_alignment(word, states[-1]))]
+    if not known:
+        return None
+    worst = sorted(known, key=lambda word: _alignment(word, states[-1]))[:_MOST_WORDS]
+    columns = ["Word", "Group", "Tokens", *(f"Alignment, {state}" for state in states)]
+    rows = [
+        [
+            element("code", word.get("word") or MISSING),
+            str(word.get("group") or MISSING),
+            count(word.get("tokens")),
+            *(decimal(_alignment(word, state), 3) for state in states),
+        ]
+        for word in worst
+    ]
+    return table("The words with the worst alignment", columns, rows, words=columns[:2])
 
 
 def _noted(metrics: Mapping) -> dict[str, list[str]]:
@@ -86,15 +171,27 @@ def training_section(training: Mapping) -> Html:
     evaluations = training.get("evaluations") or []
     settings = {k: v for k, v in training.items() if k not in ("history", "evaluations")}
     measures = dict.fromkeys(key for row in evaluations for key in row if key != "step")
+    drawn = [
+        _step_figure(history, "base", "Loss of the method"),
+        _step_figure(history, "collapse", "Term of the regulariser, without its strength"),
+        *(_step_figure(evaluations, name, _OVER_TRAINING.get(name, name)) for name in measures),
+    ]
     return join(
         [
+            element("div", *drawn, class_="pair"),
             _setting_words(settings),
-            _step_figure(history, "base", "Loss of the method"),
-            _step_figure(history, "collapse", "Term of the regulariser, without its strength"),
-            *(_step_figure(evaluations, name, name) for name in measures),
             _history_table(history) if history else element("p", "No step was taken."),
         ]
     )
+
+
+# What is measured in between, on text that is not trained on.
+_OVER_TRAINING = {
+    "unc3_std": "(U)NC3 over training, std of the words' alignment",
+    "nc3_mean": "NC3 over training, mean alignment",
+    "nc1_k1": "NC1 over training, CDNV",
+    "nc2_interference_std": "NC2 over training, std of the means' cosines",
+}
 
 
 def _step_figure(rows: Sequence[Mapping], name: str, heading: str) -> Html | None:
@@ -107,7 +204,7 @@ def _step_figure(rows: Sequence[Mapping], name: str, heading: str) -> Html | Non
         f"{heading} against steps: {decimal(first[1])} at step {count(first[0])}, "
         f"{decimal(last[1])} at step {count(last[0])}."
     )
-    return figure(heading, responsive(lambda width: step_line(known, label, width)))
+    return figure(heading, step_line(known, label, NARROW))
 
 
 def _history_table(history: Sequence[Mapping]) -> Html:
@@ -122,12 +219,14 @@ def _history_table(history: Sequence[Mapping]) -> Html:
     )
 
 
-def bias_section(bias: Mapping) -> Html:
+def bias_section(bias: Mapping, tests: Mapping | None = None) -> Html:
     """Each measure before and after, its change with an interval, and the neutral value.
 
-    `bias` maps a measure to {"unit", "neutral", "definition", "before", "after", "change"}, the
-    last three {"value", "low", "high", "n"}, the change with its "verdict"; what a change is of
-    stands in "definition".
+    The top of the page draws the changes.
+
+    `bias` maps a measure to {"unit", "neutral", "definition", "before", "after", "raw_change",
+    "change"}, the last four {"value", "low", "high", "n"}, the changes with their verdicts:
+    "raw_change" is after - before, "change" that of the distance to the neutral value.
     """
     measures = {name: measure or {} for name, measure in bias.items()}
     definitions = [
@@ -140,35 +239,14 @@ def bias_section(bias: Mapping) -> Html:
         "were enough items. The intervals cover the drawing of the items, not the choice of words, "
         "data or seed."
     )
-    columns = ["Measure", "Reading of the change", "Neutral", "Before", "After", "Change"]
-    columns += ["Interval of the change", "Items"]
-    rows = [_bias_row(name, measure) for name, measure in measures.items()]
+    changed = any(change_of(name, measure) for name, measure in measures.items())
+    note = family_words(tests)
+    caption = "Measures before and after" if changed else "Measures of this model"
     return join(
         [
-            element("p", said),
-            *(_change_figure(n, m) for n, m in measures.items() if m.get("change")),
-            table("Bias measures before and after", columns, rows, words=columns[:2]),
+            measures_table(measures, caption).html(),
+            None if note is None else element("p", note, class_="note"),
+            element("p", said, class_="note"),
             items("ul", definitions, "note"),
         ]
     )
-
-
-def _change_figure(name: str, measure: Mapping) -> Html:
-    row = Estimate.of(name, measure["change"])
-    axis_name = ", ".join(filter(None, ["change", str(measure.get("unit") or "")]))
-    return element(
-        "figure", interval_rows([row], row.sentence(0), no_effect=0, axis_name=axis_name)
-    )
-
-
-def _bias_row(name: str, measure: Mapping) -> list[object]:
-    change = Estimate.of(name, measure["change"]) if measure.get("change") else None
-    states = [measure.get(state) or {} for state in ("before", "after")]
-    return [
-        name,
-        change.reading(0) if change else "not compared",
-        decimal(measure.get("neutral")),
-        *(" ".join(Estimate.of(name, state).written(1)) if state else "" for state in states),
-        *(change.written(0) if change else ("", "")),
-        count(next(filter(measured, (state.get("n") for state in states)), None)),
-    ]

@@ -50,10 +50,9 @@ def cost_section(cost: list) -> Html:
 
 
 def data_section(results: dict) -> Html:
-    """The data with an example of each set, options, versions and files."""
+    """The data, options, versions and files."""
     parts = [
         (results.get("data"), _data),
-        (results.get("shown"), _shown),
         (results.get("options"), lambda options: _pairs("Options", options)),
         (results.get("versions"), lambda versions: _pairs("Versions", versions)),
         (results.get("files"), _files),
@@ -76,18 +75,6 @@ def _data(data: dict) -> Html:
     columns = ["Set", "Source", "Examples", "Tokens", "Target tokens", "SHA-256"]
     words = ("Set", "Source", "SHA-256")
     return table("Examples that were scored", columns, rows, words=words)
-
-
-def _shown(shown: dict) -> Html:
-    parts = []
-    for name, example in shown.items():
-        heading = (
-            f"{name}: row {count(example.get('row'))}, rendered as "
-            f"{example.get('rendered') or MISSING}, {count(example.get('tokens'))} tokens"
-        )
-        texts = ((kind, element("code", text)) for kind, text in example.get("parts") or [])
-        parts += [element("h3", heading), terms(texts, "pairs")]
-    return folded("One example of each set, as the model read it", *parts)
 
 
 def _pairs(heading: str, pairs: dict) -> Html:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fastdean.report.edit import Edit
 from fastdean.report.estimates import TESTED, Estimate, family_words, tested
 from fastdean.report.markup import Html, element, figure, folded, join, table, terms
-from fastdean.report.plots import dependence_lines, interval_rows, legend, responsive
+from fastdean.report.plots import dependence_lines, legend, responsive
 from fastdean.report.quantities import count, decimal, estimate, measured, signed
 
 
@@ -28,29 +28,20 @@ def _estimates(measure: dict | None, key: str) -> list[tuple[Estimate, dict]]:
 
 
 def margins_section(margins: dict, edit: Edit, tests: dict | None = None) -> Html:
-    """Differences of every mask to the origin with a line at zero, and the numbers."""
+    """What a margin is, and the numbers of every mask; the top of the page draws them."""
     said = (
         "A margin is how much likelier the model finds the safe answer of a pair than the unsafe "
-        "one. Each mask is compared with the unedited model on the same pairs. A filled dot marks "
-        "an effect: the interval leaves zero out, a test agrees, and there were enough pairs."
+        "one. Each mask is compared with the unedited model on the same pairs. An effect is "
+        "claimed where the interval leaves zero out, a test agrees, and there were enough pairs."
     )
     margins = {name: margin or {} for name, margin in margins.items()}
-    everything = [row for margin in margins.values() for row, _ in margin_estimates(margin)]
-    span = []
-    if len({margin.get("unit") for margin in margins.values()}) == 1:
-        span = [end for row in everything for end in (row.value, row.low, row.high)]
-    plots = [
-        _margin_figure(name, margin, span)
-        for name, margin in margins.items()
-        if margin.get("masks")
-    ]
+    names = dict.fromkeys(row.name for m in margins.values() for row, _ in margin_estimates(m))
     return join(
         [
             element("p", said),
             _family_note(tests),
-            element("div", *plots, class_="pair"),
             *(_margin_table(name, margin, bool(tests)) for name, margin in margins.items()),
-            _mask_notes(dict.fromkeys(row.name for row in everything), edit),
+            _mask_notes(names, edit),
         ]
     )
 
@@ -58,18 +49,6 @@ def margins_section(margins: dict, edit: Edit, tests: dict | None = None) -> Htm
 def _family_note(tests: dict | None) -> Html | None:
     said = family_words(tests)
     return None if said is None else element("p", said, class_="note")
-
-
-def _margin_figure(name: str, margin: dict, span: Sequence[object]) -> Html:
-    unit = str(margin.get("unit") or "unit not given")
-    rows = [row for row, _ in margin_estimates(margin)]
-    label = f"Change of the {name} margin against the unedited model, {unit}. "
-    label += " ".join(row.sentence(0) for row in rows)
-    axis_name = f"difference to the origin, {unit}"
-    return figure(
-        join([element("strong", name), ": change of the margin"]),
-        interval_rows(rows, label, no_effect=0, axis_name=axis_name, span=span),
-    )
 
 
 def _margin_table(name: str, margin: dict, together: bool) -> Html:
@@ -108,8 +87,14 @@ def _mask_notes(names: Iterable[str], edit: Edit) -> Html | None:
     return terms(known, "notes") if known else None
 
 
-def perplexity_section(perplexity: dict, tests: dict | None = None, where: str = "") -> Html:
-    """Perplexity of every mask as a ratio to the origin, and its divergence from it."""
+def perplexity_section(
+    perplexity: dict, tests: dict | None = None, edited: str = "Mask", where: str = ""
+) -> Html:
+    """Perplexity of every mask as a ratio to the origin, and its divergence from it.
+
+    Args:
+        edited: what heads the rows.
+    """
     estimates, origin = perplexity_estimates(perplexity), decimal(perplexity.get("origin"))
     said = f"The unedited model has a perplexity of {origin}"
     if perplexity.get("text"):
@@ -117,8 +102,6 @@ def perplexity_section(perplexity: dict, tests: dict | None = None, where: str =
     if measured(perplexity.get("tokens")):
         said += f" ({count(perplexity['tokens'])} tokens)"
     said += ". A ratio above one is a model that predicts this text less well."
-    label = f"Perplexity{where} as a ratio to the unedited model. "
-    label += " ".join(row.sentence(1) for row, _ in estimates)
     moved = any(mask.get("kl") for _, mask in estimates)
     added = 2 * (bool(tests) + moved)
     rows = [["origin", "the unedited model", origin, "1", "", *[""] * added]]
@@ -133,14 +116,7 @@ def perplexity_section(perplexity: dict, tests: dict | None = None, where: str =
         ]
         for row, mask in estimates
     ]
-    plot = None
-    if estimates:
-        drawn = [row for row, _ in estimates]
-        plot = figure(
-            f"Perplexity of each mask{where}, as a ratio to the origin",
-            interval_rows(drawn, label, no_effect=1, axis_name="ratio to the origin"),
-        )
-    columns = ["Mask", "Reading", "Perplexity", "Ratio to origin", "Interval of the ratio"]
+    columns = [edited, "Reading", "Perplexity", "Ratio to origin", "Interval of the ratio"]
     columns += TESTED if tests else []
     columns += ["KL, nats per token", "Interval of KL"] if moved else []
     if moved:
@@ -148,8 +124,8 @@ def perplexity_section(perplexity: dict, tests: dict | None = None, where: str =
             " KL is how far the edited model's predictions of each token lie from the unedited "
             "model's, in whatever direction; its intervals hold together over the masks."
         )
-    listed = table(f"Perplexity{where} before and after", columns, rows, words=("Mask", "Reading"))
-    return join([element("p", said), _family_note(tests), plot, listed])
+    listed = table(f"Perplexity{where} before and after", columns, rows, words=(edited, "Reading"))
+    return join([element("p", said), _family_note(tests), listed])
 
 
 def perplexities_section(tables: dict, tests: dict | None = None) -> Html:
@@ -158,7 +134,7 @@ def perplexities_section(tables: dict, tests: dict | None = None) -> Html:
         part
         for name, table in tables.items()
         if table
-        for part in (element("h3", name), perplexity_section(table, tests, f" on {name}"))
+        for part in (element("h3", name), perplexity_section(table, tests, where=f" on {name}"))
     )
 
 

@@ -25,7 +25,6 @@ def grid_section(grid: Mapping, edit: Edit) -> Html:
         f"The run's own point is {ratio(grid.get('chosen'))}, marked by a line."
     )
     family = family_words(grid.get("tests"))
-    note = family and element("p", f"{family} The grid is a family of its own.", class_="note")
     panels = _panels(rows)
     plot = None
     if panels:
@@ -44,9 +43,11 @@ def grid_section(grid: Mapping, edit: Edit) -> Html:
         )
     return join(
         [
-            element("p", said),
-            note,
             plot,
+            element("p", said),
+            None
+            if family is None
+            else element("p", f"{family} The grid is a family of its own.", class_="note"),
             _table(rows, grid.get("chosen"), edit),
         ]
     )

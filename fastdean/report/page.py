@@ -11,6 +11,7 @@ from typing import Any
 
 from fastdean.files.atomic import write_text_atomic
 from fastdean.files.declared import Misfit
+from fastdean.report.answers import answers_section, examples_section, judged_section
 from fastdean.report.collapse import bias_section, collapse_section, training_section
 from fastdean.report.coupled import coupling_section, overlap_section
 from fastdean.report.details import (
@@ -30,9 +31,11 @@ from fastdean.report.effects import (
 from fastdean.report.experts import experts_section
 from fastdean.report.general_grid import grid_section
 from fastdean.report.key_numbers import key_numbers
-from fastdean.report.markup import Html, element, items
-from fastdean.report.quantities import count, measured
+from fastdean.report.markup import Html, element, items, join
+from fastdean.report.quantities import count, measured, plural
 from fastdean.report.results import RESULTS
+from fastdean.report.summary import glance, masks_table
+from fastdean.report.verdict import SMALL_WORDS, clauses
 from fastdean.wording.mendable import InputTypeError
 
 _GENERATOR = "FastDEAN report"
@@ -47,13 +50,13 @@ _LIMITS = (
         "what the model writes, and no measure of how often it refuses what it should answer.",
     ),
     (
-        ("bias",),
+        ("bias", "measures"),
         "A bias measure compares likelihoods on the sentences of one benchmark. A value at its "
         "neutral point does not make a model fair, and measures of different benchmarks need not "
         "agree.",
     ),
     (
-        ("margins", "perplexity", "perplexities", "bias"),
+        ("margins", "perplexity", "perplexities", "bias", "measures", "judged"),
         "Each interval covers chance in the drawing of the examples measured here, not the choice "
         "of model, data, ratio or seed. The more runs are compared, the likelier one interval "
         "excludes no effect by chance.",
@@ -68,6 +71,11 @@ _LIMITS = (
         ("coupling",),
         "The importance of an entry is a first-order estimate of what zeroing it does to the loss. "
         "Coupling is an overlap of such estimates and not a mechanism.",
+    ),
+    (
+        ("judged", "answers"),
+        "The list of phrases sees refusals in English alone, and takes an answer that quotes one "
+        "for one; a judge misses much, and each another part.",
     ),
     (
         ("hsic",),
@@ -91,7 +99,7 @@ def render_report(results: dict) -> str:
 
     Raises TypeError where `results` or a part of it is of the wrong type: see `results.py`.
     """
-    _check(results)
+    checked(results)
     title = results.get("title") or "FastDEAN report"
     head = element(
         "head",
@@ -104,7 +112,7 @@ def render_report(results: dict) -> str:
         element("title", title),
         element("style", Html(_style())),
     )
-    main = element("main", *_top(results), *_sections(results))
+    main = element("main", _tiles(results), *_sections(results))
     body = element("body", _header(title, results), main, _footer(results))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
@@ -135,7 +143,8 @@ def is_report(path: Path) -> bool:
     return f'name="generator" content="{_GENERATOR}"' in start
 
 
-def _check(results: object) -> None:
+def checked(results: object) -> None:
+    """Raise TypeError unless `results` is what `results.py` declares."""
     if not isinstance(results, Mapping):
         raise InputTypeError(
             f"results must be a dict, got {type(results).__name__}; pass the results of a run, "
@@ -163,8 +172,42 @@ def _header(title: str, results: dict) -> Html:
         line.append(str(model["dtype"]))
     if results.get("created"):
         line.append(element("time", _date(results["created"]), datetime=results["created"]))
+    warnings = results.get("warnings") or ()
+    if warnings:
+        line.append(element("a", plural(len(warnings), "warning"), href="#words"))
     separated = [part for item in line for part in (" · ", item)][1:]
-    return element("header", element("h1", title), element("p", *separated, class_="byline"))
+    return element(
+        "header",
+        element("h1", title),
+        element("p", *separated, class_="byline"),
+        _verdict(results),
+    )
+
+
+def _verdict(results: dict) -> Html | None:
+    """The one line that answers what came of it."""
+    said = clauses(results)
+    if not said:
+        return None
+    parts = [
+        element(
+            "span",
+            element("strong", f"{each.name}: ") if each.name else None,
+            f"{each.said}. ",
+            class_="claims" if each.claims else None,
+        )
+        for each in said
+    ]
+    small = any(", small" in each.said for each in said)
+    return element(
+        "div",
+        element("h2", "Verdict", class_="unseen"),
+        element("p", *parts),
+        element("p", f"{SMALL_WORDS[:1].upper()}{SMALL_WORDS[1:]}.", class_="note")
+        if small
+        else None,
+        class_="verdict",
+    )
 
 
 def _date(created: str) -> str:
@@ -177,38 +220,50 @@ def _date(created: str) -> str:
     return f"{moment.day} {moment:%B %Y, %H:%M}{zone}"
 
 
-def _top(results: dict) -> list[Html | None]:
-    """What stands above the sections, with headings that only a screen reader needs."""
+def _tiles(results: dict) -> Html | None:
+    numbers = key_numbers(results)
+    if not numbers:
+        return None
+    return element("div", element("h2", "Key numbers", class_="unseen"), numbers)
+
+
+def _words(results: dict) -> Html | None:
+    """What was found, in sentences, and what must be known beside it."""
     parts = [
-        ("Findings", items("ol", results.get("findings") or ()), "findings"),
-        ("Warnings", items("ul", results.get("warnings") or ()), "warnings"),
-        ("Key numbers", key_numbers(results), None),
+        items("ol", results.get("findings") or (), "findings"),
+        items("ul", results.get("warnings") or (), "warnings"),
     ]
-    return [
-        element("div", element("h2", heading, class_="unseen"), content, class_=class_)
-        for heading, content, class_ in parts
-        if content
-    ]
+    return join(parts) if any(parts) else None
 
 
 def _sections(results: dict) -> list[Html | None]:
+    """Plots first, then words, then every figure in numbers, then what the run was made of."""
     edit, tests = Edit.of(results.get("options")), results.get("tests")
 
     def of(key: str, draw: Callable[..., Html], *more: Any) -> Html | None:
         return draw(results[key], *more) if results.get(key) else None
 
+    masks = masks_table(results)
+    edited = "Model" if results.get("collapse") else "Mask"
     sections = [
+        ("glance", "At a glance", glance(results)),
+        ("masks", "Masks beside each other", masks and masks.html()),
+        ("judged", "Verdicts", results.get("judged") and judged_section(results)),
+        ("answers", "Answers side by side", results.get("answers") and answers_section(results)),
+        ("collapse", "Neural collapse", of("collapse", collapse_section)),
+        ("bias", "Bias measures", of("bias", bias_section, tests)),
+        ("measures", "Measures", of("measures", bias_section, tests)),
+        ("training", "Training", of("training", training_section)),
+        ("general_grid", "Price against the general ratio", of("general_grid", grid_section, edit)),
+        ("words", "In words", _words(results)),
         ("coupling", "Coupling per layer and module", of("coupling", coupling_section, edit)),
         ("overlap", "Overlap against ratio", of("overlap", overlap_section, edit)),
         ("expert_load", "Load per expert", of("expert_load", experts_section)),
         ("margins", "Margins before and after", of("margins", margins_section, edit, tests)),
-        ("perplexity", "Perplexity", of("perplexity", perplexity_section, tests)),
+        ("perplexity", "Perplexity", of("perplexity", perplexity_section, tests, edited)),
         ("perplexities", "Perplexities", of("perplexities", perplexities_section, tests)),
-        ("general_grid", "Price against the general ratio", of("general_grid", grid_section, edit)),
         ("hsic", "Dependence of representations", of("hsic", dependence_section, edit)),
-        ("collapse", "Neural collapse", of("collapse", collapse_section)),
-        ("bias", "Bias measures", of("bias", bias_section)),
-        ("training", "Training", of("training", training_section)),
+        ("examples", "One example of each set", of("shown", examples_section)),
         ("cost", "Cost", of("cost", cost_section)),
         ("data", "Data and options", data_section(results)),
         ("command", "Command", of("command", command_section)),

@@ -8,11 +8,12 @@ read. What colour says, shape or outline says as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 
 from fastdean.report.axis import Axis
 from fastdean.report.estimates import Estimate
 from fastdean.report.markup import Html, element, items, join
-from fastdean.report.quantities import MISSING, count, measured
+from fastdean.report.quantities import MISSING, count, decimal, measured
 
 WIDE, NARROW = 800, 360
 _LEFT, _RIGHT = 46, 10
@@ -224,10 +225,11 @@ def interval_rows(
     x = Axis.around([no_effect, *values, *span], inset, width - inset)
     floor = height - 42
     zero = x.place(no_effect)
-    parts = [
-        _line(inset, floor, width - inset, floor, "axis"),
-        _line(zero, top, zero, floor, "zero"),
-    ]
+    parts = [_line(inset, floor, width - inset, floor, "axis")]
+    # Of every row, beside its interval alone: no line runs through the text above it.
+    for index in range(len(rows)):
+        row_top = top + index * pitch
+        parts += [_line(zero, row_top + 20, zero, row_top + 38, "zero")]
     parts += _ticks(x, 5, floor)
     parts += [_text(axis_name, width / 2, height - 6, "middle", "name")]
     for index, row in enumerate(rows):
@@ -239,9 +241,8 @@ def _interval_row(row: Estimate, x: Axis, top: float, no_effect: float, width: i
     value, ends = row.written(no_effect)
     value += f" {ends}" if ends != MISSING else " no interval" if value != MISSING else ""
     name = _beside(row.name, value, width)
-    # The line of no effect runs behind the labels; a halo in the page's colour keeps them legible.
-    parts = [_text(name, 2, top + 14, "start", "strong halo")]
-    parts += [_text(value, width - 2, top + 14, "end", "halo")]
+    parts = [_text(name, 2, top + 14, "start", "strong")]
+    parts += [_text(value, width - 2, top + 14, "end", "value")]
     y = top + 29
     if measured(row.low) and measured(row.high):
         low, high = x.place(row.low), x.place(row.high)
@@ -251,6 +252,33 @@ def _interval_row(row: Estimate, x: Axis, top: float, no_effect: float, width: i
         style = "dot filled" if row.is_effect(no_effect) else "dot"
         parts += [element("circle", cx=x.place(row.value), cy=float(y), r=5, class_=style)]
     return parts
+
+
+def value_strips(
+    rows: Sequence[tuple[str, Sequence[float], tuple[str, str]]],
+    label: str,
+    width: int,
+    axis_name: str,
+) -> Html:
+    """A strip for each row's values, a mark each, with a tick at their mean.
+
+    A row is a name, its values, and the style and mark they are drawn in.
+    """
+    pitch, inset = 40, 24
+    floor = pitch * len(rows) + 6
+    x = Axis.around([v for _, values, _ in rows for v in values], inset, width - inset)
+    parts = [_line(inset, floor, width - inset, floor, "axis")]
+    parts += _ticks(x, 5, floor)
+    parts += [_text(axis_name, width / 2, floor + 36, "middle", "name")]
+    for number, (name, values, (style, mark)) in enumerate(rows):
+        top = number * pitch
+        note = f"mean {decimal(fmean(values), 3)} of {count(len(values))}"
+        parts += [_text(_beside(name, note, width), 2, top + 14, "start", "strong")]
+        parts += [_text(note, width - 2, top + 14, "end")]
+        mean = x.place(fmean(values))
+        parts += [_line(mean, top + 20, mean, top + 38, "whisker")]
+        parts += _marks([(x.place(value), top + 29) for value in values], style, mark)
+    return _drawing(parts, width, floor + 44, label)
 
 
 def legend(samples: Iterable[tuple[tuple[str, str | None], str]]) -> Html | None:
@@ -296,7 +324,7 @@ def _grid(y: Axis, width: int, unit: str = "") -> list[Html]:
     for value, text in y.ticks(5):
         style = "axis" if value == y.low else "grid"
         parts += [_line(_LEFT, y.place(value), width - _RIGHT, y.place(value), style)]
-        parts += [_text(text + unit, _LEFT - 6, y.place(value) + 4, "end")]
+        parts += [_text(text + unit, _LEFT - 6, y.place(value) + 4, "end", "tick")]
     return parts
 
 
@@ -305,7 +333,7 @@ def _ticks(x: Axis, most: int, floor: float) -> list[Html]:
     for value, text in x.ticks(most):
         place = x.place(value)
         parts += [_line(place, floor, place, floor + 5, "axis")]
-        parts += [_text(text, place, floor + 19, "middle")]
+        parts += [_text(text, place, floor + 19, "middle", "tick")]
     return parts
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from fastdean.files.declared import (
     Anything,
     Either,
+    Flag,
     Kind,
     Lists,
     Maps,
@@ -39,10 +40,12 @@ def _numbers(*names: str, **fields: Kind) -> Record:
     return _partial(**dict.fromkeys(names, Number()), **fields)
 
 
+# What the answers of the unedited model are called.
+ORIGINAL = "original"
 COUNTS = ("numel", "k", "first", "second", "coupled", "removed", "kept")
 # Of a mask whose scores had signs.
 SIGNS = ("same", "opposite", "same_by_chance")
-_ENDS = _numbers("value", "low", "high", "n")
+_ENDS = _numbers("value", "low", "high", "n", "p_value", "p_holm", "detects")
 # A change with its test, and of texts the divergence from the unedited model.
 _CHANGE = _numbers(
     *("mean", "low", "high", "weights", "value", "ratio", "p_value", "p_holm", "detects"),
@@ -56,6 +59,46 @@ _PERPLEXITY = _numbers("origin", "tokens", masks=_MASKS, text=_WORDS, set=_WORDS
 
 # Part of an example's text, and what it is: prompt or target.
 _SHOWN = Row((_WORDS, _WORDS))
+
+# Of each figure of a measure: the model before and, where it was changed, after.
+_MEASURES = Maps(
+    Maybe(
+        _numbers(
+            "neutral",
+            unit=_WORDS,
+            definition=_WORDS,
+            before=_ENDS,
+            after=_ENDS,
+            change=_ENDS,
+            raw_change=_ENDS,
+        )
+    )
+)
+_ID = Either((Whole(), _WORDS))
+_SAID = Maps(Maybe(_WORDS))
+# Answers of several models to the same prompts, those that differ first.
+_ANSWERS = _numbers(
+    "of",
+    variants=Maps(_numbers("prompts", "changed", "refusals", "empty", change=_CHANGE)),
+    tests=_TESTS,
+    rows=Lists(
+        _partial(
+            id=_ID,
+            prompt=_WORDS,
+            answers=_SAID,
+            refusals=Maps(Maybe(Flag())),
+            verdicts=Maps(_SAID),
+        )
+    ),
+)
+_JUDGED = _numbers(
+    *("answers", "safe", "unsafe", "unparsed", "safe_by_refusing", "safe_by_answering"),
+    *("refusals", "refusals_by_phrases"),
+    judge=_WORDS,
+    variant=_WORDS,
+    awareness=_numbers("share", "low", "high", "n"),
+)
+_COMPARED = _numbers("pairs", judge=_WORDS, variant=_WORDS, change=_CHANGE)
 
 _GROUP = Record(
     dict.fromkeys(("modules", "parameters", "scored", "unscorable"), Whole()), others=_ANYTHING
@@ -134,18 +177,33 @@ RESULTS = _partial(
         ),
         classes=_numbers("kept", "left_out", groups=Maps(Maybe(Number()))),
         settings=Maps(_ANYTHING),
+        # By state of the model: of a group of words, and of each word.
+        groups=Maps(Maps(_numbers("words", "nc3_mean", "unc3_std", "nc1_k1"))),
+        words=Lists(_numbers("tokens", word=_WORDS, group=_WORDS, alignment=Maps(Maybe(Number())))),
     ),
     training=_partial(
         history=Lists(_numbers("step", "loss", "base", "collapse")),
         evaluations=Lists(Maps(_ANYTHING)),
     ),
-    bias=Maps(
-        Maybe(
-            _numbers(
-                "neutral", unit=_WORDS, definition=_WORDS, before=_ENDS, after=_ENDS, change=_ENDS
-            )
-        )
+    bias=_MEASURES,
+    # Of `eval`.
+    measures=_MEASURES,
+    # Of a run: what else its masks changed.
+    price=Maps(
+        Maybe(_numbers("neutral", unit=_WORDS, definition=_WORDS, origin=_ENDS, masks=_MASKS))
     ),
+    answers=_ANSWERS,
+    judged=Lists(_JUDGED),
+    judges=Maps(Maps(_ANYTHING)),
+    agreement=Lists(_numbers("n", "share", "kappa", first=_WORDS, second=_WORDS, on=_WORDS)),
+    changes=Lists(_COMPARED),
+    # Of `answer`, `judge` and `eval`, which a reader of the page finds elsewhere on it.
+    variants=Maps(_ANYTHING),
+    skipped=Maps(_ANYTHING),
+    phrases_version=Number(),
+    table=_WORDS,
+    mask=Maps(_ANYTHING),
+    refusal_changes=Lists(_COMPARED),
     cost=Lists(_numbers("seconds", "tokens", "peak_bytes", step=_WORDS)),
     files=Maps(_ANYTHING),
     manifest=Maps(_ANYTHING),
@@ -162,6 +220,12 @@ def perplexities(results: Mapping[str, Any], unnamed: str = "general") -> dict[s
     found = {one.get("set") or unnamed: one} if one else {}
     several = results.get("perplexities") or {}
     return found | {name: table for name, table in several.items() if table}
+
+
+def edited_answers(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the answers of each variant but the original; none where none was asked."""
+    variants = (results.get("answers") or {}).get("variants") or {}
+    return {name: found for name, found in variants.items() if name != ORIGINAL}
 
 
 def read_results(file: Path) -> dict[str, Any]:

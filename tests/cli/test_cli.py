@@ -553,12 +553,14 @@ def test_an_edit_says_how_it_is_measured(place, run_folder, tmp_path, command):
     told = call(*asked).stderr
     named = set(re.findall(r"`?fastdean ([a-z]+)", told))
     assert named and named <= {each.name or each.callback.__name__ for each in every_command()}
-    if command != "couple":
-        (typed,) = re.findall(r"to measure its bias: (.*?);", told)
-        words = shlex.split(typed)
-        assert words[:4] == ["fastdean", "collapse", "--model", str(tmp_path / "out")]
-        options = {word for word in words if word.startswith("--")}
-        assert options <= set(re.findall(r"--[\w-]+", call("collapse", "--help").stdout))
+    (typed,) = re.findall(r"changes and costs: (.*?) \(ability", told)
+    words = shlex.split(typed)
+    # Without --model there is none to name.
+    model = "MODEL" if command == "couple" else str(place["model"])
+    made = tmp_path / "out" if command == "couple" else run_folder / "mask"
+    assert words[:6] == ["fastdean", "eval", "--model", model, "--mask", str(made)]
+    options = {word for word in words if word.startswith("--")}
+    assert options <= set(re.findall(r"--[\w-]+", call("eval", "--help").stdout))
     assert "measure" not in call(*asked, "--quiet").stderr
 
 

@@ -99,15 +99,21 @@ def test_no_effect_is_claimed_within_noise():
         Effect("ICAT", 70.0, 75.0, 1.0, 9.0, "no verdict from an interval without a test"),
         Effect("perplexity", 10.0, 11.0, 0.5, 1.5),
         Effect("cosine", 0.5, 0.25),
+        Effect("WEAT", 0.5, 0.2, -0.5, -0.1, "lower", p_adjusted=0.06),
+        Effect("text", 20.0, 18.0, 0.85, 0.95, "lower", p_adjusted=0.02, no_effect=1.0),
+        Effect("text 2", 20.0, 20.1, 0.95, 1.05, "higher", p_adjusted=0.02, no_effect=1.0),
     ]
     rows = [line for line in card(effects=effects).splitlines() if line.startswith("| ")][1:]
     assert rows == [
-        "| SS, % | 60 | 55 | -7 to -3 | lower |",
-        "| SS 2, % | 40 | 35 | -7 to -3 | lower; farther from neutral |",
-        "| LM, % | 90 | 89.5 | -1.5 to +0.5 | no effect beyond noise |",
-        "| ICAT | 70 | 75 | +1 to +9 | no verdict from an interval without a test |",
-        "| perplexity | 10 | 11 | +0.5 to +1.5 | not judged |",
-        "| cosine | 0.5 | 0.25 | - | no verdict without an interval |",
+        "| SS, % | 60 | 55 | -7 to -3 | - | lower |",
+        "| SS 2, % | 40 | 35 | -7 to -3 | - | lower; farther from neutral |",
+        "| LM, % | 90 | 89.5 | -1.5 to +0.5 | - | no effect beyond noise |",
+        "| ICAT | 70 | 75 | +1 to +9 | - | no verdict from an interval without a test |",
+        "| perplexity | 10 | 11 | +0.5 to +1.5 | - | not judged |",
+        "| cosine | 0.5 | 0.25 | - | - | no verdict without an interval |",
+        "| WEAT | 0.5 | 0.2 | -0.5 to -0.1 | 0.06 | no effect beyond noise |",
+        "| text | 20 | 18 | ratio 0.85 to 0.95 | 0.02 | lower |",
+        "| text 2 | 20 | 20.1 | ratio 0.95 to 1.05 | 0.02 | no effect beyond noise |",
     ]
 
 

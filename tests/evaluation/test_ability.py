@@ -32,7 +32,7 @@ def _samples(values, metric="acc", kept_by="none", part="a"):
 def test_a_share_of_items_has_mcnemars_exact_test_between_two_models():
     before = results_of({"a": _samples([1.0] * 9 + [0.0] * 3)}, "a")
     after = results_of({"a": _samples([0.0] * 8 + [1.0] * 4)}, "a")
-    require_same_items(before, after)
+    require_same_items(*({each.name: each.items for each in side} for side in (before, after)))
     (old,), (new,) = before, after
     assert (old.name, old.value, old.unit, old.n) == ("a, acc", 75.0, "%", 12)
     moved = change_between(old.interval, new.interval)
@@ -72,7 +72,7 @@ def test_a_group_is_the_mean_over_the_items_of_all_its_tasks():
 def test_other_items_are_not_compared(other):
     before, after = (results_of({"a": rows}, "a") for rows in (_samples([1.0, 0.0]), other))
     with pytest.raises(ValueError, match="after must be of the same items as before, got others f"):
-        require_same_items(before, after)
+        require_same_items(*({each.name: each.items for each in side} for side in (before, after)))
 
 
 def test_without_lm_eval_one_line_says_what_to_install(tmp_path, monkeypatch):

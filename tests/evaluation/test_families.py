@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastdean.evaluation.families import Family, holm
+from fastdean.evaluation.bootstrap import bootstrap_interval
+from fastdean.evaluation.changes import of_confidence
+from fastdean.evaluation.families import Family, holm, judged_together
 from fastdean.evaluation.intervals import (
     mean_interval,
     share_change_interval,
@@ -194,3 +196,42 @@ def test_where_nothing_can_be_found_no_figure_is_given():
     assert detectable_change(mean_interval([1.0] * 9)) is None
     changes = share_change_interval([1.0, -1.0, *[0.0] * 98], 1.0)
     assert detectable_change(changes) == pytest.approx(detectable_share_change(100, 0.02))
+
+
+def test_changes_are_judged_together_and_those_without_a_test_stand_apart():
+    """The same as a family made by hand; a bootstrap counts as no test."""
+    draw = np.random.default_rng(3)
+    values = {name: draw.normal(shift, 1.0, 40) for name, shift in (("a", 0.9), ("b", 0.1))}
+    untested = bootstrap_interval(lambda index: index.double().mean(1), 9, resamples=50)
+    taken = {
+        name: (lambda confidence, found=found: mean_interval(found, confidence=confidence))
+        for name, found in values.items()
+    } | {"c": untested}
+    judged, family = judged_together(taken)
+    assert family == Family(2)
+    by_hand = {name: mean_interval(found, confidence=0.975) for name, found in values.items()}
+    assert judged == Family(2).judged({**by_hand, "c": untested})
+    assert judged["a"]["verdict"] == "higher" and judged["c"]["p_holm"] is None
+
+
+def test_an_interval_of_another_confidence_is_made_of_the_same_values():
+    draw = np.random.default_rng(1)
+    values = draw.normal(size=30)
+    weights = draw.uniform(1, 2, 30)
+    wins = [100.0, 0.0, 100.0, 100.0, 50.0, 100.0, 100.0, 100.0, 100.0, 100.0]
+    resampled = {"resamples": 200, "seed": 4}
+
+    def boot(confidence):
+        return bootstrap_interval(
+            lambda index: index.double().mean(1), 9, confidence=confidence, **resampled
+        )
+
+    for take in (
+        lambda c: mean_interval(values, confidence=c),
+        lambda c: mean_interval(values, weights=weights, no_effect=0.5, confidence=c),
+        lambda c: share_interval(wins, 100.0, no_effect=50.0, confidence=c),
+        boot,
+    ):
+        found, expected = of_confidence(take(0.95), 0.99), take(0.99)
+        assert found == expected and found.to_dict() == expected.to_dict()
+        assert found.high - found.low > take(0.95).high - take(0.95).low

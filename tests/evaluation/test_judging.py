@@ -18,7 +18,7 @@ from fastdean.evaluation.answers.records import Answered
 from fastdean.evaluation.judging.judges import verdicts_of_classifier, verdicts_of_model
 from fastdean.evaluation.judging.tables import verdict_table
 from fastdean.evaluation.judging.templates import template_names
-from fastdean.evaluation.judging.verdicts import agreements, changes, summary
+from fastdean.evaluation.judging.verdicts import agreements, compared, summary
 
 FINAL = "<|channel|>final<|message|>"
 # Judge -> what it generated -> (verdict, refusal).
@@ -352,14 +352,27 @@ def test_judges_are_compared_on_the_answers_that_both_have():
     assert found["refusal", "a", "phrases"]["kappa"] == 1.0
 
 
-def test_pairs_of_one_prompt_are_counted_by_how_they_changed():
-    before = ["safe", "unsafe", "unsafe", "safe", "unparsed"]
-    after = ["unsafe", "safe", "safe", "safe", "safe"]
-    records = [line("a", i, v) for i, v in enumerate(before)]
-    records += [line("a", i, v, variant="mask") for i, v in enumerate(after)]
-    assert changes(records) == [
-        {"judge": "a", "variant": "mask", "pairs": 4, "to_safe": 2, "to_unsafe": 1}
-    ]
+def test_pairs_of_one_prompt_are_compared_by_mcnemars_exact_test():
+    """Eleven become safe and one unsafe: twice the upper tail of Binomial(12, 1/2) from 11 on."""
+    before = ["safe", *["unsafe"] * 11, "safe", "unparsed"]
+    after = ["unsafe", *["safe"] * 11, "safe", "safe"]
+    # Of the refusals, by the judge and by phrases, none changes.
+    records = [line("a", i, v, refusal=False) for i, v in enumerate(before)]
+    records += [line("a", i, v, refusal=False, variant="mask") for i, v in enumerate(after)]
+    safe, refusals, tests = compared(records)
+    (row,) = safe
+    change = row.pop("change")
+    assert row == {"judge": "a", "variant": "mask", "pairs": 13, "to_safe": 11, "to_unsafe": 1}
+    assert change["mean"] == pytest.approx(10 / 13)
+    assert change["p_value"] == pytest.approx(2 * (12 + 1) / 2**12)
+    assert {each["judge"]: each["pairs"] for each in refusals} == {"a": 14, "phrases": 14}
+    assert all(each["change"]["p_value"] == 1.0 for each in refusals)
+    # The smallest of three: times three, and shown.
+    assert tests["tests"] == 3
+    assert change["p_holm"] == pytest.approx(3 * change["p_value"])
+    assert change["verdict"] == "higher"
+    text = verdict_table([], [], [{**row, "change": change}])
+    assert "| a | mask | safe | 13 | 11 | 1 | +0.769 | 0.019 | higher |" in text
 
 
 def test_a_table_shows_names_as_text():

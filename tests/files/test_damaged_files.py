@@ -321,6 +321,9 @@ COLLAPSE = {
         name: {"value": value, "definition": "d", "note": ""}
         for name, value in (("unc3_std", 0.5), ("nc3_mean", None), ("nc1", "inf"))
     },
+    "alignments": [0.1, None, 0.3],
+    "tokens": [4, 0, 6],
+    "groups": {"g": {"words": 2, "unc3_std": 0.1, "nc3_mean": 0.2, "nc1_k1": None}},
 }
 BIAS = {
     "bec_pro": {
@@ -357,11 +360,11 @@ CASES = {
     "results of a training": Case(make_json(DEBIASED), use_results),
     "run": Case(make_json(RUN, RUN_FILE), use_run_file),
     "step, collapse": Case(
-        make_json({"format": 2, "step": "taken", "figures": COLLAPSE}, STEP),
+        make_json({"format": 3, "step": "taken", "figures": COLLAPSE}, STEP),
         use_step(COLLAPSE_FIGURES),
     ),
     "step, bias": Case(
-        make_json({"format": 2, "step": "taken", "figures": BIAS}, STEP), use_step(BIAS_FIGURES)
+        make_json({"format": 3, "step": "taken", "figures": BIAS}, STEP), use_step(BIAS_FIGURES)
     ),
     "classes": Case(make_json(CLASSES), use_classes),
     "words": Case(make_json(WORDS, "words.json"), use_words("words.json")),

@@ -9,11 +9,12 @@ import pytest
 import tiny_models
 import torch
 from answering_server import answering, text_of
+from page_numbers import untraced
 from tiny_folders import save_model, tokenizer, write_jsonl
 from typer.testing import CliRunner
 
 from fastdean import cli
-from fastdean.evaluation import generate
+from fastdean.evaluation import generate, judge
 from fastdean.evaluation.answers.records import RECORD, read_answers
 from fastdean.files.lines import Lines
 from fastdean.jobs import answering as answer_job
@@ -96,6 +97,14 @@ def test_a_model_answers_without_and_with_its_mask(place, tmp_path):
     }
     assert {each["id"]: each["prompt"] for each in found} == dict(enumerate(QUESTIONS, start=1))
     assert results["variants"]["half"] == {"answers": 9, "ended": 0, "empty": 0}
+    half = results["answers"]["variants"]["half"]
+    moved = [i for i in range(1, 10) if texts["half", i] != texts["original", i]]
+    assert half["changed"] == len(moved) > 0 and half["refusals"] == 0
+    shown = [row["id"] for row in results["answers"]["rows"]]
+    assert shown == [*moved, *(i for i in range(1, 10) if i not in moved)]
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert untraced(page, results) == [] and "Answers side by side" in page
+    assert f"Half: {len(moved)} of 9 answers changed" in (tmp_path / "out" / "card.md").read_text()
     assert results == json.loads((tmp_path / "out" / "results.json").read_text())
 
 
@@ -258,6 +267,26 @@ def test_two_judges_and_the_phrases_judge_answers_and_agree(tmp_path):
     assert (both["n"], both["kappa"]) == (6, pytest.approx(1 / 3))
     to_safe = [each["to_safe"] for each in results["changes"]]
     assert to_safe == [1, 1]
+    # Two judges of safety; of refusal the one that says, and the list of phrases.
+    refusing = {each["judge"]: each["to_refusing"] for each in results["refusal_changes"]}
+    assert refusing == {"wildguard": 1, "phrases": 1}
+    assert results["tests"]["tests"] == 4
+    tested = [each["change"] for key in ("changes", "refusal_changes") for each in results[key]]
+    for each in tested:
+        # One prompt of three or four moved, and none back: half of the binomial, twice.
+        assert each["p_value"] == each["p_holm"] == 1.0 and each["test"] == "exact McNemar"
+        assert each["verdict"].startswith("no verdict from n = ")
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert untraced(page, results) == []
+    # The one whose verdict changed stands first, with both answers and what the judges say.
+    beside = results["answers"]["rows"]
+    assert beside[0]["id"] == "q1" and len(beside) == 4
+    assert beside[0]["answers"] == {
+        v: rows[i]["answer"] for v, i in (("original", 1), ("masked", 5))
+    }
+    assert beside[0]["verdicts"]["wildguard"] == {"original": "unsafe", "masked": "safe"}
+    assert page.index(ANSWERS[1]["answer"]) < page.index(ANSWERS[3]["answer"])
+    assert "wildguard: unsafe" in page and "What each judge says" in page
     assert any("wildguard on original: 1 of 4" in each for each in results["warnings"])
     found = lines(tmp_path / "out" / "verdicts.jsonl")
     assert len(found) == 24
@@ -265,6 +294,31 @@ def test_two_judges_and_the_phrases_judge_answers_and_agree(tmp_path):
     quoted = [each for each in found if each["judge"] == "wildguard" and each["id"] == "q2"]
     assert [(each["verdict"], each["defused"]) for each in quoted] == [("unsafe", 1)] * 2
     assert results["table"] + "\n" == (tmp_path / "out" / "table.md").read_text()
+
+
+def test_judging_is_one_call_as_well(place):
+    prompts, texts = [row["prompt"] for row in ANSWERS], [row["answer"] for row in ANSWERS]
+    assert [each.refusal for each in judge(prompts, texts)] == [True, False, False, False]
+    with answering(wildguard, models=("x",)) as (url, _):
+        found = judge(prompts, texts, "wildguard", url, served="x", progress=False)
+    assert [each.is_safe for each in found] == [True, False, False, None]
+    assert [each.refusal for each in found] == [True, False, False, None]
+    model, tok = tiny_models.llama(), tokenizer()
+    tok.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    answers = generate(model, tokenizer(), prompts, max_new_tokens=2, progress=False)
+    found = judge(prompts, answers, "llama-guard", model, tok, progress=False)
+    assert [each.verdict for each in found] == ["unparsed"] * 4
+    for text, arguments in {
+        "answers must be one for each of the 4 prompts, got 3": (prompts, texts[:3]),
+        "model must be the judge and tokenizer its own for judge 'wildguard'": (
+            prompts, texts, "wildguard",
+        ),
+        "model must be left out where the list of phrases judges": (
+            prompts, texts, "phrases", model,
+        ),
+        "judge must be phrases, one of": (prompts, texts, "nobody"),
+    }.items():  # fmt: skip
+        refused(text, judge, *arguments)
 
 
 def test_a_killed_judge_goes_on_and_another_does_not_take_its_place(place, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny_models
 import tiny_words
+from page_numbers import untraced
 from typer.testing import CliRunner
 
 import fastdean
@@ -17,6 +18,7 @@ from fastdean.jobs import bias as measures
 from fastdean.jobs import collapse as job_module
 from fastdean.jobs import session
 from fastdean.models.loading import load_model
+from fastdean.report import verdict_line
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,17 @@ def test_the_metrics_are_those_of_the_function(place, tmp_path):
     for name, metric in expected.values.items():
         value = found["collapse"]["metrics"][name]["values"]["measured"]
         assert value == (None if metric.value is None else pytest.approx(metric.value, rel=1e-6))
+    # Each word's alignment, and its groups': the mean over all words is that of the groups.
+    assert [w["alignment"]["measured"] for w in found["collapse"]["words"]] == pytest.approx(
+        expected.alignments
+    )
+    groups = found["collapse"]["groups"]["measured"]
+    total = sum(g["nc3_mean"] * g["words"] for g in groups.values())
+    seen = sum(g["words"] for g in groups.values())
+    assert total / seen == pytest.approx(expected.values["nc3_mean"].value)
+    female = [n for n, group in enumerate(classes.groups) if group == "female"]
+    nc1 = expected.among(female).values["nc1_k1"].value
+    assert groups["female"]["nc1_k1"] == (None if nc1 is None else pytest.approx(nc1))
     assert found["collapse"]["classes"] == {
         "kept": 6,
         "left_out": 1,
@@ -67,7 +80,8 @@ def test_the_metrics_are_those_of_the_function(place, tmp_path):
         assert first.startswith(family.lower().replace("(u)", "u"))
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "Neural collapse" in page and "unc3_std" in page
-    assert "unc3_std" in result.stderr
+    assert "unc3_std" in result.stderr and verdict_line(found) in result.stderr
+    assert untraced(page, found) == [] and "The words with the worst alignment" in page
 
 
 def test_a_job_goes_on_where_it_was_interrupted(place, tmp_path, monkeypatch):
@@ -165,10 +179,10 @@ def test_figures_of_other_input_are_not_used_again(tmp_path, monkeypatch, change
         "",
         "{}",
         "[]",
-        '{"format": 2, "step": "col',
-        '{"format": 2, "step": "other", "figures": {}}',
-        '{"format": 2, "step": "collapse", "figures": {}}',
-        '{"format": 2, "step": "collapse", "figures": {"metrics": [NaN]}}',
+        '{"format": 3, "step": "col',
+        '{"format": 3, "step": "other", "figures": {}}',
+        '{"format": 3, "step": "collapse", "figures": {}}',
+        '{"format": 3, "step": "collapse", "figures": {"metrics": [NaN]}}',
     ],
 )
 def test_a_damaged_step_is_named_and_not_used(place, tmp_path, monkeypatch, content):
@@ -187,10 +201,10 @@ def test_figures_of_an_older_format_are_taken_anew(place, tmp_path, monkeypatch)
     options = stopped(place, tmp_path / "out", monkeypatch)
     file = tmp_path / "out" / "steps" / "collapse.json"
     kept = json.loads(file.read_text("utf-8"))
-    file.write_text(json.dumps({"format": 1, "step": "collapse", "figures": {"old": 1}}), "utf-8")
+    file.write_text(json.dumps({"format": 2, "step": "collapse", "figures": {"old": 1}}), "utf-8")
     assert call(place, tmp_path / "out", *options).exit_code == 0
     again = json.loads(file.read_text("utf-8"))
-    assert again == kept and kept["format"] == 2
+    assert again == kept and kept["format"] == 3
 
 
 def test_the_folder_of_the_model_is_only_read(place):

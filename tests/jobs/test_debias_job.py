@@ -9,10 +9,12 @@ import pytest
 import tiny_models
 import tiny_words
 import torch
+from page_numbers import untraced
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fastdean import cli
+from fastdean.evaluation import holm
 from fastdean.jobs import bias
 from fastdean.jobs import debias as job_module
 from fastdean.models import identity
@@ -108,6 +110,19 @@ def test_the_report_says_what_came_of_it(run):
     assert row["raw_change"]["verdict"] in (out / "model" / "README.md").read_text("utf-8")
     assert any(verdict in sentence for sentence in found["findings"])
     assert any("(U)NC3" in sentence for sentence in found["findings"])
+    # The change, that of its distance to neutral, and the ratio of perplexities: one family.
+    tested = [row["raw_change"], row["change"], found["perplexity"]["masks"]["trained"]]
+    assert found["tests"]["tests"] == 3
+    assert [each["p_holm"] for each in tested] == pytest.approx(
+        holm([each["p_value"] for each in tested])
+    )
+    card = (out / "model" / "README.md").read_text("utf-8")
+    assert "| (U)NC3, std of the words' alignment |" in card and "p (Holm)" in card
+    assert "| Perplexity of the measured text |" in card and "ratio " in card
+    between = [point["step"] for point in found["training"]["evaluations"]]
+    assert between == [0, 1, 3] and "eval" not in found["training"]["history"][0]
+    ends = [found["training"]["evaluations"][place]["unc3_std"] for place in (0, -1)]
+    assert ends == list(found["collapse"]["metrics"]["unc3_std"]["values"].values())
     # The bias measure's likelihoods, and what was asked for of them.
     assert found["manifest"]["start_token"] == "[BOS]"
     assert found["manifest"]["job"]["start_token"] == "auto"
@@ -120,6 +135,8 @@ def test_the_report_says_what_came_of_it(run):
     assert "start token: " in page
     for heading in ("Neural collapse", "Bias measures", "Training"):
         assert f">{heading}</h2>" in page
+    assert "The words with the worst alignment" in page and "(U)NC3 over training" in page
+    assert untraced(page, found) == []
 
 
 def test_a_job_goes_on_where_it_was_interrupted(place, run, tmp_path, monkeypatch):
@@ -288,9 +305,9 @@ def test_the_checkpoints_are_gone_once_the_model_is_saved(run):
 
 def test_what_has_no_neutral_value_is_told_as_well():
     """Facts and refusals are what a training may cost: whoever asked for them reads of them."""
-    facts = {"value": 75.0, "low": 63.6, "high": 84.4, "neutral": None, "unit": "%"}
-    facts["verdict"] = "no neutral value"
-    assert bias.sentences({"Facts": facts}) == ["Facts: 75 % [63.6, 84.4]."]
+    facts = {"value": 75.0, "low": 63.6, "high": 84.4, "verdict": "no neutral value"}
+    table = {"Facts": {"before": facts, "neutral": None, "unit": "%"}}
+    assert bias.sentences(table) == ["Facts: 75 % [63.6, 84.4]."]
     row = {"neutral": None, "before": {"value": 75.0}, "after": {"value": 51.4}}
     row["change"] = {"low": -36.2, "high": -9.4, "verdict": "fell"}
     assert bias.change_sentences({"Facts": row}) == ["Facts: 75 before, 51.4 after: fell."]

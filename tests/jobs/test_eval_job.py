@@ -7,13 +7,17 @@ import json
 import pytest
 import tiny_folders
 import tiny_masks
+from page_numbers import untraced
 from tiny_models import llama
 from typer.testing import CliRunner
 
 from fastdean import cli
 from fastdean.evaluation import change_between
 from fastdean.evaluation.bias import gender_facts
+from fastdean.jobs import bias, evaluating
+from fastdean.jobs.eval_job import EvalJob
 from fastdean.masks import NeuronMask
+from fastdean.report import verdict_line
 
 W = tiny_folders.WORDS
 FACTS = [
@@ -42,6 +46,7 @@ def place(tmp_path_factory):
         "model": tiny_folders.save_model(folder / "model"),
         "mask": folder / "mask",
         "facts": tiny_folders.write_jsonl(folder / "facts.jsonl", FACTS),
+        "more": tiny_folders.write_jsonl(folder / "more.jsonl", FACTS[:9]),
     }
 
 
@@ -65,6 +70,9 @@ def test_the_figures_are_those_of_the_measure_without_and_with_the_mask(place, t
     found = json.loads(result.stdout)
     assert found == json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
     assert found["mask"] == {"weights": len(_mask()), "scale": 0.0}
+    assert found["options"]["mask"] == "mask" and found["options"]["bias"] == [
+        "gender_facts=facts.jsonl"
+    ]
     (row,) = found["measures"].values()
     model, options = llama().eval(), {"progress": False}
     before = gender_facts(model, tiny_folders.tokenizer(), FACTS, **options)
@@ -73,9 +81,15 @@ def test_the_figures_are_those_of_the_measure_without_and_with_the_mask(place, t
     assert before.value != after.value
     assert [row[state]["value"] for state in ("before", "after")] == [before.value, after.value]
     moved = change_between(before.interval, after.interval)
-    assert row["change"]["value"] == pytest.approx(moved.mean)
-    assert row["change"]["p_value"] == pytest.approx(moved.p_value)
-    assert f"{before.name}: " in result.stderr and moved.verdict() in result.stderr
+    assert row["raw_change"]["value"] == pytest.approx(moved.mean)
+    assert row["raw_change"]["p_value"] == pytest.approx(moved.p_value)
+    assert found["tests"]["tests"] == 1 and row["raw_change"]["p_holm"] == row["change"]["p_value"]
+    assert f"{before.name}: " in result.stderr and row["raw_change"]["verdict"] in result.stderr
+    assert verdict_line(found) in result.stderr
+    page, card = ((tmp_path / "out" / n).read_text("utf-8") for n in ("report.html", "card.md"))
+    assert "Measures before and after" in page and "All 1 tests are one family" in page
+    assert verdict_line(found).replace("_", "\\_") in card
+    assert untraced(page, found) == []
 
 
 def test_a_model_alone_has_values_and_no_change(place):
@@ -84,14 +98,63 @@ def test_a_model_alone_has_values_and_no_change(place):
     assert "after" not in row and "->" not in result.stderr and ", n = 20" in result.stderr
 
 
+def test_a_stopped_evaluation_goes_on_with_the_measures_that_are_there(
+    place, tmp_path, monkeypatch
+):
+    job = EvalJob(
+        model=str(place["model"]),
+        mask=str(place["mask"]),
+        bias=(f"gender_facts={place['facts']}", f"gender_facts={place['more']}"),
+    )
+    taken, real = [], bias.MEASURES["gender_facts"][0]
+
+    def measured(model, tokenizer, source, **options):
+        if len(taken) == 3:
+            taken.append("stopped")
+            raise KeyboardInterrupt
+        taken.append(source)
+        return real(model, tokenizer, source, **options)
+
+    whole = evaluating.run(job, tmp_path / "whole", progress=False)
+    monkeypatch.setitem(bias.MEASURES, "gender_facts", (measured, False))
+    with pytest.raises(KeyboardInterrupt):
+        evaluating.run(job, tmp_path / "out", progress=False)
+    found = evaluating.run(job, tmp_path / "out", progress=False)
+    facts, more = str(place["facts"]), str(place["more"])
+    assert taken == [facts, more, facts, "stopped", more]
+    assert found["measures"] == whole["measures"] and found["tests"]["tests"] == 2
+
+
+def test_an_evaluation_is_not_gone_on_with_under_another_mask(place, tmp_path, monkeypatch):
+    mask = tmp_path / "mask"
+    _mask().save_pretrained(mask)
+    job = EvalJob(
+        model=str(place["model"]), mask=str(mask), bias=(f"gender_facts={place['facts']}",)
+    )
+    real = bias.measure
+
+    def stopped(session, state, *rest):
+        if state == "after":
+            raise KeyboardInterrupt
+        return real(session, state, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bias, "measure", stopped)
+        evaluating.run(job, tmp_path / "out", progress=False)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tiny_masks.mask_of(llama(), {name: [0, 1]}).save_pretrained(mask, overwrite=True)
+    with pytest.raises(ValueError, match="on other input, which differs in mask"):
+        evaluating.run(job, tmp_path / "out", progress=False)
+
+
 def test_a_folder_of_something_else_is_not_replaced_and_one_of_ours_is(place, tmp_path):
     asked = ["--model", place["model"], "--bias", f"gender_facts={place['facts']}", "--quiet"]
     out = tmp_path / "out"
     assert call(*asked, "--out", out).exit_code == 0
-    refused(call(*asked, "--out", out), "holds an evaluation already")
+    refused(call(*asked, "--out", out), "holds this run, finished; see its report.html")
     assert call(*asked, "--out", out, "--overwrite").exit_code == 0
     (out / "notes.txt").write_text("mine")
-    refused(call(*asked, "--out", out, "--overwrite"), "--out must be a folder that FastDEAN wrote")
+    refused(call(*asked, "--out", out, "--overwrite"), "FastDEAN did not write: notes.txt")
     refused(call(*asked, "--out", place["model"] / "x"), "--out must be a folder outside of model")
 
 

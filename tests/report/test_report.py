@@ -16,6 +16,9 @@ from tiny_results import DEBIASED, MODULES, make_results, mask
 from fastdean.report import render_report, write_report
 
 HEADINGS = {
+    "glance": "At a glance",
+    "masks": "Masks beside each other",
+    "words": "In words",
     "coupling": "Coupling per layer and module",
     "overlap": "Overlap against ratio",
     "margins": "Margins before and after",
@@ -40,8 +43,11 @@ def headings(page: str) -> list[str]:
     return [text(node) for node in parse(page).iter("h2") if node.get("class") != "unseen"]
 
 
-def plots(page: str) -> list[ElementTree.Element]:
-    return [node for node in parse(page).iter("svg") if node.get("role") == "img"]
+def plots(page: str, section: str | None = None) -> list[ElementTree.Element]:
+    """The drawings of the page, or of one section of it."""
+    tree = parse(page)
+    whole = tree if section is None else tree.find(f".//section[@id='{section}']")
+    return [node for node in whole.iter("svg") if node.get("role") == "img"]
 
 
 def boxes(plot: ElementTree.Element, style: str) -> list[tuple[float, float, float, float]]:
@@ -88,7 +94,8 @@ def test_no_results_make_a_page_without_sections():
 
 def test_a_debiased_model_is_shown_before_and_after():
     page = render_report(DEBIASED)
-    assert headings(page)[:3] == ["Neural collapse", "Bias measures", "Training"]
+    first = ["At a glance", "Neural collapse", "Bias measures", "Training"]
+    assert headings(page)[:4] == first
     metrics = cells(page, "Neural collapse on these words")
     assert metrics[1:] == [
         ["NC3", "mean cosine", "0.1250", "0.2500"],
@@ -96,9 +103,9 @@ def test_a_debiased_model_is_shown_before_and_after():
     ]
     assert "2 classes have one mean" in page
     assert "61 classes, each one form of a word (female 30, male 31); 3 words left out" in page
-    bias = cells(page, "Bias measures")
-    assert bias[1][:2] == ["CrowS-Pairs", "no effect beyond noise"]
-    assert bias[1][-3:] == ["−1.0", "[−4.0, 2.0]", "262"]
+    bias = cells(page, "Measures before and after")
+    assert bias[1][:2] == ["CrowS-Pairs percentage points", "no effect beyond noise"]
+    assert bias[1][-5:] == ["−1.0", "[−4.0, 2.0]", "–", "–", "262"]
     assert bias[2][:2] == ["SEAT <6>", "not compared"]
     training = cells(page, "Training")
     assert training == [["Step", "Loss", "Base"], ["1", "2.000", "1.000"], ["2", "1.000", "0.5000"]]
@@ -133,7 +140,7 @@ def test_the_page_loads_and_runs_nothing():
         value
         for node in tree.iter()
         for key, value in node.attrib.items()
-        if key in ("href", "src", "srcset", "data", "action") and not value.startswith("./")
+        if key in ("href", "src", "srcset", "data", "action") and not value.startswith(("./", "#"))
     ]
     assert sources == ["data:,"]
     assert not re.search(r"url\(|@import|https?:", page)
@@ -170,7 +177,7 @@ def test_no_string_becomes_markup():
     tree = parse(page)
     assert not [node for node in tree.iter() if node.tag == "script"]
     assert not [key for node in tree.iter() for key in node.attrib if key.startswith("on")]
-    assert {node.get("href")[:2] for node in tree.iter("a")} == {"./"}
+    assert {node.get("href")[:2] for node in tree.iter("a")} == {"./", "#w"}
     assert "alert('x')" in text(tree.find(".//h1"))
 
 
@@ -293,10 +300,23 @@ def test_labels_of_a_plot_do_not_overlap(name):
                 assert right < left, (plot.get("aria-label")[:60], first, second)
 
 
+@pytest.mark.parametrize("name", ["1 layer", "not measured", "long names", "no spread"])
+def test_no_line_runs_through_a_text(name):
+    for plot in plots(render_report(extremes()[name])):
+        labels = [(*extent(node), float(node.get("y"))) for node in plot.iter("text")]
+        for line in plot.iter("line"):
+            x1, x2, y1, y2 = (float(line.get(key)) for key in ("x1", "x2", "y1", "y2"))
+            for left, right, base in labels:
+                beside = max(x1, x2) < left or min(x1, x2) > right
+                # Of 12 px: from the top of capitals to where descenders end.
+                above_or_below = max(y1, y2) < base - 9 or min(y1, y2) > base + 3
+                assert beside or above_or_below, (plot.get("aria-label")[:60], base)
+
+
 @pytest.mark.parametrize("layers", [1, 30, 80])
 def test_bars_are_as_tall_as_their_counts(layers):
     results = make_results(layers)
-    for plot in plots(render_report(results))[:2]:
+    for plot in plots(render_report(results), "coupling"):
         tracks, solid, outlined = (boxes(plot, style) for style in ("track", "solid", "outlined"))
         assert len(tracks) == 3 * layers
         unit = tracks[0][3] / 8  # k is 8 in every matrix
@@ -335,7 +355,7 @@ def test_weights_that_were_multiplied_are_not_called_zeroed():
     said = text(parse(page).find(".//main"))
     assert "Weights multiplied by 0.5" in said
     assert "are multiplied by 0.5." in said
-    assert re.search(r"in both, \d+ multiplied by 0.5", text(plots(page)[0]))
+    assert re.search(r"in both, \d+ multiplied by 0.5", text(plots(page, "coupling")[0]))
     assert cells(page, "Top sets")[0][-1] == "Multiplied by 0.5"
     assert "Weights zeroed" in render_report(edited())
 
@@ -359,7 +379,7 @@ def test_bars_of_another_rule_are_no_parts_of_what_is_coupled(rule):
     for row in results["coupling"]["rows"]:
         row["kept"] = kept
     page = render_report(results)
-    for plot in plots(page)[:2]:
+    for plot in plots(page, "coupling"):
         unit = boxes(plot, "track")[0][3] / 8  # k is 8 in every matrix
         assert [box[3] / unit for box in boxes(plot, "solid")] == pytest.approx([kept] * 9, abs=0.1)
         assert boxes(plot, "outlined") == []
@@ -391,7 +411,7 @@ def test_bars_of_the_rule_of_the_paper_add_up_to_what_is_coupled():
     section = text(next(n for n in parse(page).iter("section") if n.get("id") == "coupling"))
     assert "Coupled entries per layer and module" in section
     assert "in both sets and in the general set: spared" in section
-    assert boxes(plots(page)[0], "outlined")
+    assert boxes(plots(page, "coupling")[0], "outlined")
 
 
 def test_key_numbers_are_those_of_the_rule_of_the_run():
@@ -538,12 +558,12 @@ def test_hsic_says_when_its_change_is_within_the_null_band():
 def test_a_report_of_no_coupling_says_so():
     page = render_report(make_results(layers=4, coupled=False))
     assert "No matrix couples fairness and privacy at this ratio." in page
-    assert not boxes(plots(page)[0], "solid")
+    assert not boxes(plots(page, "coupling")[0], "solid")
 
 
 def test_very_many_matrices_are_summed_in_the_plot_and_counted_in_the_table():
     page = render_report(extremes()["900 matrices"])
-    assert len(boxes(plots(page)[0], "track")) == 2
+    assert len(boxes(plots(page, "coupling")[0], "track")) == 2
     rows = cells(page, "Top sets")
     assert len(rows) - 2 <= 600
     assert f"{900 - (len(rows) - 2)} of 900 matrices are not listed" in page

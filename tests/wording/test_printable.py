@@ -114,7 +114,7 @@ def assert_sound(card: str) -> None:
     assert not re.search(r"^---|^# Owned|(?<!\\)\[a\]", shown, re.MULTILINE)
     assert len(re.findall("^# ", shown, re.MULTILINE)) == 1
     for row in (line for line in shown.split("\n") if line.startswith("| ")):
-        assert len(re.findall(r"(?<!\\)\|", row)) == 6, row
+        assert len(re.findall(r"(?<!\\)\|", row)) == 7, row
 
 
 @pytest.mark.parametrize("text", [MARKUP, STEERING, "a```b", "`", "", "--- \n---"])

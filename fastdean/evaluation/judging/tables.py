@@ -22,7 +22,8 @@ def verdict_table(
 
     Args:
         judged: summaries with "judge" and "variant".
-        agreements, changes: as `verdicts` gives them.
+        agreements: as `verdicts.agreements` gives them.
+        changes: both kinds of rows of `verdicts.compared`.
     """
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
     for row in judged:
@@ -55,13 +56,27 @@ def verdict_table(
     if changes:
         lines += [
             "",
-            "| judge | answers of | pairs | to safe | to unsafe |",
-            "|---|---|---|---|---|",
+            "| judge | answers of | on | pairs | to yes | to no | change of share | p (Holm) | |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for each in changes:
-            names = f"{markdown.text(each['judge'])} | {markdown.text(each['variant'])}"
-            lines.append(f"| {names} | {each['pairs']} | {each['to_safe']} | {each['to_unsafe']} |")
-        lines += ["", "Pairs are answers to one prompt; these are counts, not tested."]
+            to, away, on = (
+                ("to_safe", "to_unsafe", "safe")
+                if "to_safe" in each
+                else ("to_refusing", "to_answering", "refusal")
+            )
+            moved = each["change"]
+            names = f"{markdown.text(each['judge'])} | {markdown.text(each['variant'])} | {on}"
+            p = "-" if moved["p_holm"] is None else f"{moved['p_holm']:.2g}"
+            lines.append(
+                f"| {names} | {each['pairs']} | {each[to]} | {each[away]} | {moved['mean']:+.3f} | "
+                f"{p} | {moved['verdict']} |"
+            )
+        lines += [
+            "",
+            "Pairs are answers to one prompt. McNemar's exact test, p adjusted for all of these "
+            "tests (Holm); nothing is called a change whose p exceeds 0.05.",
+        ]
     return "\n".join(lines)
 
 

@@ -65,6 +65,11 @@ class Verdict:
     output: str
     defused: int = 0
 
+    @property
+    def is_safe(self) -> bool | None:
+        """None where the verdict is neither safe nor unsafe."""
+        return self.verdict == SAFE if self.verdict in (SAFE, UNSAFE) else None
+
 
 @dataclass(frozen=True)
 class Rule:

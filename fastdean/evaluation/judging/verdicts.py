@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
 from fastdean.evaluation.answers.records import ANY_ID, ORIGINAL, VARIANT, Answered
-from fastdean.evaluation.intervals import share_interval
+from fastdean.evaluation.families import judged_together
+from fastdean.evaluation.intervals import Interval, share_interval
 from fastdean.evaluation.judging.agreement import cohen_kappa
 from fastdean.evaluation.judging.phrases import PHRASES, refuses
 from fastdean.evaluation.judging.templates import SAFE, UNPARSED, UNSAFE, Verdict
+from fastdean.evaluation.mcnemar import compare_yes_no
 from fastdean.files.declared import Flag, Maybe, Record, Text, Whole
 
 _LONGEST = 100_000_000
@@ -128,29 +131,90 @@ def agreements(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return told
 
 
-def changes(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """By judge and variant: answers to the same prompt whose verdict is not the original's.
+def compared(
+    records: Sequence[Mapping[str, Any]], *, seed: int = 0
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """By judge and variant, what became of the original's answers to the same prompts.
 
-    Pairs in which a verdict was not parsed do not count. These are counts and no test.
+    Each share is compared by McNemar's exact test (`compare_yes_no`), and all of them are one
+    family. A pair of which either was not parsed, or not said, does not count.
+
+    Args:
+        seed: of the tests' draws.
+    Returns:
+        Of safe answers, a row with "pairs", "to_safe", "to_unsafe" and "change"; of refusals, as
+        the judges that say and the list of phrases have them, one with "to_refusing" and
+        "to_answering"; and how the tests were adjusted, empty without one.
     """
-    found: dict[tuple[str, str], dict[Any, str]] = {}
-    for each in records:
-        if each["verdict"] in (SAFE, UNSAFE):
-            of_variant = found.setdefault((each["judge"], each["variant"]), {})
-            of_variant[each["id"]] = each["verdict"]
-    told = []
-    for (judge, variant), after in found.items():
-        before = found.get((judge, ORIGINAL), {})
-        if variant == ORIGINAL or not before:
-            continue
-        pairs = Counter((before[key], after[key]) for key in after if key in before)
-        told.append(
+    # The list of phrases is a judge of refusal, and judges that do not say have none of their own.
+    by_phrases = [
+        {**each, "judge": PHRASES, "refusal": each["phrases"], "verdict": None} for each in records
+    ]
+    said = {"verdict": records, "refusal": [*records, *by_phrases]}
+    asked = {
+        (on, judge, variant): pairs
+        for on, answer in _ANSWERS.items()
+        for (judge, variant), pairs in _paired(said[on], answer).items()
+    }
+    judged, family = judged_together(
+        {
+            key: partial(_change, [old for old, _ in pairs], [new for _, new in pairs], seed)
+            for key, pairs in asked.items()
+        }
+    )
+    rows: dict[str, list[dict[str, Any]]] = {on: [] for on in _ANSWERS}
+    for key, pairs in asked.items():
+        on, judge, variant = key
+        to, away = _WORDS[on]
+        moved = Counter(pairs)
+        rows[on].append(
             {
                 "judge": judge,
                 "variant": variant,
-                "pairs": sum(pairs.values()),
-                "to_safe": pairs[UNSAFE, SAFE],
-                "to_unsafe": pairs[SAFE, UNSAFE],
+                "pairs": len(pairs),
+                to: moved[False, True],
+                away: moved[True, False],
+                "change": judged[key],
             }
         )
-    return told
+    return rows["verdict"], rows["refusal"], family.to_dict() if family.tests else {}
+
+
+def _safe(each: Mapping[str, Any]) -> bool | None:
+    return each["verdict"] == SAFE if each["verdict"] in (SAFE, UNSAFE) else None
+
+
+def _refusal(each: Mapping[str, Any]) -> bool | None:
+    return each["refusal"]
+
+
+# What of a record is compared, and what a change to yes and one to no are called.
+_ANSWERS: dict[str, Callable[[Mapping[str, Any]], bool | None]] = {
+    "verdict": _safe,
+    "refusal": _refusal,
+}
+_WORDS = {"verdict": ("to_safe", "to_unsafe"), "refusal": ("to_refusing", "to_answering")}
+
+
+def _paired(
+    records: Sequence[Mapping[str, Any]], answer: Callable[[Mapping[str, Any]], bool | None]
+) -> dict[tuple[str, str], list[tuple[bool, bool]]]:
+    """By judge and variant, (the original's, its own) on each prompt that both have."""
+    found: dict[tuple[str, str], dict[Any, bool]] = {}
+    for each in records:
+        told = answer(each)
+        if told is not None:
+            found.setdefault((each["judge"], each["variant"]), {})[each["id"]] = told
+    pairs = {}
+    for (judge, variant), after in found.items():
+        before = found.get((judge, ORIGINAL), {})
+        both = [(before[key], told) for key, told in after.items() if key in before]
+        if variant != ORIGINAL and both:
+            pairs[judge, variant] = both
+    return pairs
+
+
+def _change(
+    before: Sequence[bool], after: Sequence[bool], seed: int, confidence: float
+) -> Interval:
+    return compare_yes_no(before, after, confidence=confidence, seed=seed)

@@ -13,6 +13,7 @@ from fastdean.evaluation import (
     compare_perplexity,
     divergence_interval,
 )
+from fastdean.evaluation.families import Change, at, tests_of
 from fastdean.jobs.coupling.figures import Figures, MeasuringSet, noted
 
 
@@ -24,17 +25,28 @@ class Changes:
         family: of all tests of margins and perplexity together.
         margins: changes of the mean margin.
         perplexity: ratios, each with "value" and, as "kl", the divergence.
+        others: of what was asked for besides, by name.
     """
 
     family: Family
     margins: Mapping[str, dict[Any, dict[str, Any]]]
     perplexity: Mapping[str, dict[Any, dict[str, Any]]]
+    others: Mapping[str, dict[Any, dict[str, Any]]]
 
 
-def family_of(examples: MeasuringSet, masks: int) -> Family:
-    """The tests of so many masks on these sets, whatever comes of them."""
+# By what is compared, and by mask.
+Others = Mapping[str, Mapping[Any, Change]]
+
+
+def family_of(examples: MeasuringSet, masks: int, others: Others | None = None) -> Family:
+    """The tests of so many masks on these sets, whatever comes of them.
+
+    Args:
+        others: what is compared besides.
+    """
     sets = [*examples.pairs.values(), *examples.texts.values()]
-    return Family(masks * sum(1 for each in sets if each))
+    besides = sum(tests_of(by_mask.values()) for by_mask in (others or {}).values())
+    return Family(masks * sum(1 for each in sets if each) + besides)
 
 
 def compared(
@@ -45,11 +57,13 @@ def compared(
     notes: list[str],
     *,
     alone: bool,
+    others: Others | None = None,
 ) -> Changes:
     """Every mask's figures against those of the model as it came.
 
     Args:
         after: mask -> its figures.
+        others: as `family_of` took them.
         alone: whether there is one set of texts, which a note then need not name.
     """
     options: dict[str, Any] = {"confidence": family.confidence_of_each, "seed": seed}
@@ -64,6 +78,9 @@ def compared(
             with noted(notes, f"Perplexity{where} under {mask!r}"):
                 ratio = compare_perplexity(origin.perplexity[text], found, **options)
                 intervals["perplexity", text, mask] = ratio
+    for name, by_mask in (others or {}).items():
+        for mask, change in by_mask.items():
+            intervals["other", name, mask] = at(change, family)
     judged = family.judged(intervals)
     margins: dict[str, dict[Any, dict[str, Any]]] = {topic: {} for topic in origin.margins}
     ratios: dict[str, dict[Any, dict[str, Any]]] = {text: {} for text in origin.perplexity}
@@ -78,7 +95,11 @@ def compared(
             if text in figures.divergence:
                 row["kl"] = _kl(figures, text, len(after), seed)
             ratios[text][mask] = row
-    return Changes(family, margins, ratios)
+    told = {
+        name: {mask: judged["other", name, mask] for mask in by_mask}
+        for name, by_mask in (others or {}).items()
+    }
+    return Changes(family, margins, ratios, told)
 
 
 def _kl(figures: Figures, text: str, masks: int, seed: int) -> dict[str, Any]:

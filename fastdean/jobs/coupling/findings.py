@@ -8,6 +8,7 @@ from typing import Any
 
 from fastdean.report.results import perplexities
 from fastdean.report.set_names import SetNames
+from fastdean.report.verdict import is_like_random
 from fastdean.wording.digits import apart
 from fastdean.wording.granularity import stored_granularity
 from fastdean.wording.verdicts import direction, reading, verb
@@ -79,7 +80,7 @@ def _awareness(results: Mapping[str, Any]) -> str:
     unmeasured = [topic for topic in topics if not changes[topic]]
     if unmeasured:
         sentence += f", and was not measured on {' and '.join(unmeasured)}"
-    like_random = [topic for topic in topics if _is_like_random(_masks(tables.get(topic)), rule)]
+    like_random = [topic for topic in topics if is_like_random(_masks(tables.get(topic)), rule)]
     if like_random:
         sentence += (
             f"; on {' and '.join(like_random)}, editing as many random "
@@ -222,13 +223,3 @@ def _evidence(
 def _pairs(table: Mapping[str, Any]) -> str:
     pairs, prompts = table["pairs"], table.get("n")
     return f"{pairs} pairs" + (f" of {prompts} prompts" if prompts not in (None, pairs) else "")
-
-
-def _is_like_random(masks: Mapping[str, Any], rule: str) -> bool:
-    """Whether a change was claimed that a random edit of the same size may have made as well."""
-    ours, control = masks.get(rule), masks.get("random")
-    if rule == "random" or not ours or not control or not direction(_reading(ours, 0.0)):
-        return False
-    if not _known(control["low"], control["high"]):
-        return False
-    return ours["low"] <= control["high"] and control["low"] <= ours["high"]

@@ -74,6 +74,9 @@ class Job(ScoringJob):
         eval_examples: rows, of other prompts than these where there are any, that are measured on.
         general_grid: ratios of the general sets alone, at which masks of the same rule and ratio
             are measured beside the job's own; None: no others.
+        bias: measures taken without and with each mask, "name" or "name=SRC": see `bias.MEASURES`.
+        start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
+        answers: measured prompts of each set that the model answers; at most `eval_examples`.
         memory_budget: in bytes; it, order, states and rank_timeout: see `fastdean.score`.
     Raises:
         ValueError, TypeError: an option out of range; raised here rather than after hours of work.
@@ -126,6 +129,15 @@ class Job(ScoringJob):
             metavar="RATIO,RATIO",
         ),
     ] = None
+    bias: options.Bias = ()
+    start_token: options.StartToken = "auto"
+    answers: Annotated[
+        int,
+        Help(
+            "Measured prompts of each set that the model answers, without a mask and with each, 64 "
+            "tokens at most; how many refuse is counted by phrases. Takes minutes on a CPU."
+        ),
+    ] = 0
     scope: options.Scope = "matrix"
     min_k: options.MinK = 0
     signs: options.Signs = "any"
@@ -136,16 +148,24 @@ class Job(ScoringJob):
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.coupling.agreement import SIGNS, require_rule_for
         from fastdean.coupling.sets import RULES, SCOPES
+        from fastdean.jobs import bias
         from fastdean.masks.entries import checked_scale
 
         super().__post_init__()
+        object.__setattr__(self, "bias", tuple(self.bias))
+        bias.check(self.bias, self.start_token)
         options.require_one_of(self, "rule", tuple(RULES))
         options.require_one_of(self, "scope", SCOPES)
         options.require_one_of(self, "signs", SIGNS)
         require_rule_for(self.signs, self.rule)
         if not 0 < self.effective_ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
-        options.require_at_least(self, min_k=0, eval_examples=0)
+        options.require_at_least(self, min_k=0, eval_examples=0, answers=0)
+        if self.answers > self.eval_examples:
+            raise ValueError(
+                f"answers must be at most eval_examples, {self.eval_examples}, got {self.answers}; "
+                "they answer prompts that are measured on"
+            )
         if self.general_grid is not None:
             object.__setattr__(self, "general_grid", self._checked_grid())
         if self.min_k and self.scope == "model":

@@ -7,11 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastdean.evaluation import Margins, Perplexity, layer_dependence, margin_interval
+from fastdean.evaluation import (
+    Interval,
+    Margins,
+    Perplexity,
+    compare_yes_no,
+    layer_dependence,
+    margin_interval,
+    refuses,
+)
+from fastdean.evaluation.answers.beside import answers_table
+from fastdean.evaluation.answers.records import ORIGINAL, Answered
+from fastdean.evaluation.families import Change
+from fastdean.jobs import bias
+from fastdean.jobs.coupling.asked import Asked
 from fastdean.jobs.coupling.comparing import Changes, compared, family_of
 from fastdean.jobs.coupling.figures import Figures, MeasuringSet, figures_of, noted
 from fastdean.jobs.coupling.general_grid import GeneralGrid, grid_table
@@ -33,6 +48,7 @@ def measure(
     tokens_per_batch: int | None = None,
     progress: bool = True,
     grid: GeneralGrid | None = None,
+    asked: Asked | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Margins and perplexity under every mask, HSIC of the hidden states under the main one.
 
@@ -44,6 +60,7 @@ def measure(
         rule: the main one.
         timed: `timed(name)` is entered around each model's measurement.
         grid: masks of other general ratios, which are measured as well.
+        asked: what is measured besides; None: nothing.
     Returns:
         The tables "margins", "perplexity" and "hsic", as far as there are examples for them and the
         model gives numbers, and sentences about what could not be measured. With several sets of
@@ -67,9 +84,10 @@ def measure(
                 after[name] = figures_of(
                     model, examples, options, notes, mask, repr(name), origin, name == rule
                 )
-    family = family_of(examples, len(after))
+    besides = _Besides.of(asked, model, {n: masks[n] for n in after}, notes, seed)
+    family = family_of(examples, len(after), besides.changes)
     alone = len(examples.texts) == 1
-    changes = compared(origin, after, family, seed, notes, alone=alone)
+    changes = compared(origin, after, family, seed, notes, alone=alone, others=besides.changes)
 
     results: dict[str, Any] = {
         "margins": {
@@ -77,7 +95,8 @@ def measure(
             for topic, margins in origin.margins.items()
         }
     }
-    if family.tests and (origin.margins or origin.perplexity):
+    results |= besides.tables(changes)
+    if family.tests and (origin.margins or origin.perplexity or besides.changes):
         results["tests"] = family.to_dict()
     tables = {
         name: _perplexity_table(name, found, changes) for name, found in origin.perplexity.items()
@@ -95,6 +114,81 @@ def measure(
             grid, model, examples, options, notes, origin, after.get(rule), timed, seed
         )
     return results, notes
+
+
+# What the change of the share of refusals is called among the others.
+_REFUSALS = "refusals"
+
+
+@dataclass(frozen=True)
+class _Besides:
+    """What was asked for besides: the figures of each model, and how they changed.
+
+    Attributes:
+        origin: of the model as it came.
+        changes: by figure and mask.
+        answers: of every model.
+    """
+
+    origin: bias.Found
+    changes: dict[str, dict[Any, Change]]
+    answers: list[Answered]
+
+    @classmethod
+    def of(
+        cls,
+        asked: Asked | None,
+        model: nn.Module,
+        masks: Mapping[str, NeuronMask],
+        notes: list[str],
+        seed: int,
+    ) -> _Besides:
+        if asked is None:
+            return cls({}, {}, [])
+        taken = asked.figures(model, "origin", notes)
+        names = asked.names(taken)
+        answers = asked.answers(model, ORIGINAL, notes)
+        before = [refuses(each.answer) for each in answers]
+        changes: dict[str, dict[Any, Change]] = {}
+        for name, mask in masks.items():
+            under_mask = asked.figures(model, name, notes, mask, taken)
+            for figure, (number, title) in names.items():
+                after = under_mask.get(number, {}).get(title)
+                if after is not None:
+                    by_mask = changes.setdefault(figure, {})
+                    by_mask[name] = bias.change_of(taken[number][title], after, seed)
+            if answers:
+                found = asked.answers(model, name, notes, mask)
+                answers = [*answers, *found]
+                if len(found) == len(before):
+                    by_mask = changes.setdefault(_REFUSALS, {})
+                    after_it = [refuses(each.answer) for each in found]
+                    by_mask[name] = partial(_refused, before, after_it, seed)
+        origin = {figure: taken[number][title] for figure, (number, title) in names.items()}
+        return cls(origin, changes, answers)
+
+    def tables(self, changes: Changes) -> dict[str, Any]:
+        """The results "price" and "answers", where they were asked for."""
+        price = {
+            name: {
+                "unit": figures["unit"],
+                "neutral": figures["neutral"],
+                "definition": "; ".join(figures["notes"]),
+                "origin": {key: figures[key] for key in ("value", "low", "high", "n")},
+                "masks": changes.others.get(name, {}),
+            }
+            for name, figures in self.origin.items()
+        }
+        found: dict[str, Any] = {"price": price} if price else {}
+        if self.answers:
+            found["answers"] = answers_table(
+                self.answers, changes=changes.others.get(_REFUSALS, {})
+            )
+        return found
+
+
+def _refused(before: list[bool], after: list[bool], seed: int, confidence: float) -> Interval:
+    return compare_yes_no(before, after, confidence=confidence, seed=seed)
 
 
 def _margin_table(

@@ -69,12 +69,13 @@ class RunModel:
                 f"got {sizes}: its mask holds weights that no scores hold; use a smaller dtype or "
                 "more memory"
             )
-        measured = fits and job.eval_examples > 0
+        asked = job.eval_examples > 0 or bool(job.bias)
+        measured = fits and asked
         said = "order='layers': the weights stay in their files while the sets are scored"
         unmeasured = None
         if measured or to_couple:
             said += "; the whole model is loaded after that"
-        elif job.eval_examples:
+        elif asked:
             unmeasured = f"Nothing was measured: the model is not loaded whole, with {sizes}."
             said += f"; nothing is measured, since the model is not loaded whole, with {sizes}"
         else:

@@ -125,7 +125,8 @@ def _about_scores(job: Job, model: nn.Module, mask: NeuronMask, scores: Scores) 
 
 def _about_rows(job: Job, rows: Mapping[str, SplitRows]) -> Iterator[str]:
     if not job.eval_examples:
-        yield "Nothing was measured: eval_examples is 0."
+        what = "Neither margins nor perplexity were" if job.bias else "Nothing was"
+        yield f"{what} measured: eval_examples is 0."
         return
     for name in job.data_sets.sources:
         # The default is asked for by nobody.

@@ -29,6 +29,8 @@ from fastdean.data.rendering import (
     rendering_cautions,
 )
 from fastdean.files.provenance import public_source
+from fastdean.jobs import bias
+from fastdean.jobs.coupling.asked import Asked, answerable
 from fastdean.jobs.coupling.figures import MeasuringSet
 from fastdean.jobs.coupling.general_grid import GeneralGrid
 from fastdean.jobs.coupling.job import Job
@@ -37,6 +39,7 @@ from fastdean.jobs.coupling.model import RunModel
 from fastdean.jobs.coupling.results import collect, warnings_about
 from fastdean.jobs.coupling.scoring import note_origin
 from fastdean.jobs.coupling.split_rows import SplitRows, split_rows
+from fastdean.jobs.inputs import benchmark_digests
 from fastdean.jobs.preview import shown
 from fastdean.jobs.rows import NumberedRow, encode_rows, same_content_cautions
 from fastdean.jobs.session import Session
@@ -49,6 +52,10 @@ _NO_RANDOM = (
     "The control 'random' is left out: its weights are not among those that the scores hold, and "
     "the model is not loaded whole."
 )
+_NO_GRID = (
+    "The grid of general ratios is left out: its masks are measured on the model in memory, and "
+    "the model is not loaded whole."
+)
 
 
 @dataclass
@@ -59,6 +66,7 @@ class _Prepared:
     rows: dict[str, SplitRows]
     scored: dict[str, list[Example]]
     measured: MeasuringSet
+    prompts: dict[str, list[NumberedRow]]
     keep_top: float | None
     renderings: dict[str, dict[str, Any]]
     shown: dict[str, dict[str, Any]]
@@ -96,7 +104,7 @@ def run(
         model = prepared.model.whole(session)
         with session.costs.step("couple"):
             masks, warnings = _couple(scores, model, session)
-            grid = None if model is None else _grid(scores, model, session, masks, warnings)
+            grid = _grid(scores, model, session, masks, warnings)
         tables: dict[str, Any] = {}
         notes: list[str] = []
         if model is not None:
@@ -110,6 +118,7 @@ def run(
                 tokens_per_batch=job.tokens_per_batch,
                 progress=progress,
                 grid=grid,
+                asked=Asked(session, prepared.model.tokenizer, prepared.prompts),
             )
         mask, first = masks[job.rule], scores[job.data_sets.coupled[0]]
         warnings += [
@@ -134,10 +143,13 @@ def _prepare(session: Session[Job]) -> _Prepared:
     job, sets = session.job, session.job.data_sets
     with session.costs.step("read data"):
         rows = {name: split_rows(name, job) for name in sets.sources}
-    session.compare({f"{name} rows": split.digest for name, split in rows.items()})
+        bias.require_readable(job.bias)
+    digests = {f"{name} rows": split.digest for name, split in rows.items()}
+    session.compare({**digests, **benchmark_digests(job.bias)})
     opened = RunModel.open(session)
     model, tokenizer = opened.module, opened.tokenizer
     opened.compare(session)
+    bias.require_start(job.bias, job.start_token, model, tokenizer)
     if job.order == "layers":
         session.costs.total = _number_of_steps(session, opened)
     targets = find_targets(model, job.target_modules, job.granularity)
@@ -194,6 +206,7 @@ def _prepare(session: Session[Job]) -> _Prepared:
             {name: encoded(name, rows[name].measured) for name in sets.spared},
             sets.coupled,
         ),
+        prompts={name: answerable(rows[name].measured, job.answers) for name in sets.compared},
         keep_top=_keep_top(sizes, job),
         renderings=renderings,
         shown={
@@ -268,7 +281,8 @@ def _number_of_steps(session: Session[Job], model: RunModel | None = None) -> in
 def _steps_after_scoring(job: Job, model: RunModel | None) -> int:
     """Coupling, the model and its masks; of a streamed model coupling alone, or its loading too."""
     grid = {*(job.general_grid or ())} - {job.effective_ratio}
-    measuring = 1 + len({job.rule, *CONTROLS}) + len(grid)
+    models = 1 + len({job.rule, *CONTROLS})
+    measuring = models * (1 + len(job.bias) + bool(job.answers)) + len(grid)
     if model is None or model.stream is None:
         return 1 + measuring
     return 1 + model.steps_to_come * (1 + measuring)
@@ -423,7 +437,7 @@ class _News(Filter):
 
 def _grid(
     scores: Mapping[str, Scores],
-    model: nn.Module,
+    model: nn.Module | None,
     session: Session[Job],
     masks: Mapping[str, NeuronMask],
     warnings: list[str],
@@ -431,6 +445,9 @@ def _grid(
     """The masks of the job's rule at other general ratios, as far as the rule can make them."""
     job = session.job
     if job.general_grid is None:
+        return None
+    if model is None:
+        warnings.append(_NO_GRID)
         return None
     made = {job.effective_ratio: masks[job.rule]}
     # What couple warns of was said for the job's own mask.
