@@ -387,6 +387,7 @@ def run(job: EstimateJob) -> Estimate:
         total = sum(parts.values())
         order, _, weights = name.partition(", ")
         counted = dict(operations)
+        taken: tuple[float, float, int]
         if order == "batches":
             counted["recomputed_forward"] = 0.0
             counted["forward"] *= passes

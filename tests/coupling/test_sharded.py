@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
-from fastdean.coupling import scoring
+from fastdean.coupling import tried_sets
 from fastdean.coupling.by_layers import Sweep
 from fastdean.coupling.loss_scale import LossScale
 from fastdean.coupling.resumable import Resumable
@@ -320,12 +320,12 @@ def in_bf16(rank):
 
 def in_fp16(rank):
     """At scales that are far from those of the model's gradients: the trial runs one layer."""
-    found, find = {}, scoring.find_scorable
+    found, find = {}, tried_sets.find_scorable
     for exponent in (-20, 40):
         with pytest.MonkeyPatch.context() as patch:
             off = LossScale(exponent)
             patch.setattr(
-                scoring, "find_scorable", lambda *args, off=off: replace(find(*args), scale=off)
+                tried_sets, "find_scorable", lambda *args, off=off: replace(find(*args), scale=off)
             )
             found[exponent] = described(dense(sharded(llama().half())))
     return found
