@@ -106,6 +106,8 @@ def test_the_model_is_one_that_is_served():
             Server.open(url, "c")
         with pytest.raises(ValueError, match="must serve one model where none is named, got 'a'"):
             Server.open(url, None)
+    with answering(models=(None, 3)) as (url, _), pytest.raises(ValueError, match="got none at"):
+        Server.open(url, None)
     with answering() as (url, _):
         assert Server.open(url, None).model == "tiny"
     with answering(models=None) as (url, _):

@@ -146,7 +146,8 @@ class Server:
             raise
         rows = found.get("data") if isinstance(found, Mapping) else None
         rows = rows if isinstance(rows, list) else []
-        return [row["id"] for row in rows if isinstance(row, Mapping) and "id" in row]
+        named = (row.get("id") for row in rows if isinstance(row, Mapping))
+        return [name for name in named if isinstance(name, str)]
 
     def _request(self, what: str, body: Any, attempts: int | None = None) -> Any:
         attempts = self.attempts if attempts is None else attempts
