@@ -307,11 +307,10 @@ def _of_word(found: Survey, word: str, groups: Collection[str | None]) -> list[T
     if word == EVERY:
         return _by_parameter(found)
     chosen = [target for target in found.targets if _matches(target, word, groups)]
-    # A group of which hooks see nothing, such as experts in a form of their own.
+    # Of which hooks see nothing, such as experts in a form of their own.
+    asked = _BOTH if word == "all" else {word} & {*_BOTH}
     return chosen or [
-        target
-        for target in found.others
-        if word in _BOTH and target.group == word and target.weight.dim() > 1
+        target for target in found.others if target.group in asked and target.weight.dim() > 1
     ]
 
 
@@ -467,7 +466,7 @@ def warn_about_coverage(
         found: the model's `survey`, where somebody has it already.
     """
     slow = [target.parameter for target in targets if target.by_example]
-    if target_modules in _BOTH and slow:
+    if target_modules in ("all", *_BOTH) and slow:
         logger.warning(
             "of %r no hook sees a product: %d parameters, such as %s, are scored by a forward and "
             "backward pass for each example, as when they are named",
