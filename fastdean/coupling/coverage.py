@@ -77,7 +77,7 @@ def warn_about_coverage(
         found: the model's `survey`, where somebody has it already.
     """
     slow = [target.parameter for target in targets if target.by_example]
-    if target_modules in BOTH and slow:
+    if target_modules in ("all", *BOTH) and slow:
         logger.warning(
             "of %r no hook sees a product: %d parameters, such as %s, are scored by a forward and "
             "backward pass for each example, as when they are named",

@@ -129,11 +129,10 @@ def _of_word(found: Survey, word: str, groups: Collection[str | None]) -> list[T
     if word == EVERY:
         return _by_parameter(found)
     chosen = [target for target in found.targets if _matches(target, word, groups)]
-    # A group of which hooks see nothing, such as experts in a form of their own.
+    # Of which hooks see nothing, such as experts in a form of their own.
+    asked = BOTH if word == "all" else {word} & {*BOTH}
     return chosen or [
-        target
-        for target in found.others
-        if word in BOTH and target.group == word and target.weight.dim() > 1
+        target for target in found.others if target.group in asked and target.weight.dim() > 1
     ]
 
 

@@ -323,6 +323,30 @@ def test_experts_in_a_form_of_their_own_are_scored_from_their_gradients(
         assert norm_error(scores[name], expected[name]) < 1e-5
 
 
+class Doubling(nn.Linear):
+    """A Linear that computes something else, and whose weight is a parameter like others."""
+
+    def __init__(self, of):
+        super().__init__(of.in_features, of.out_features, bias=False)
+        self.weight = of.weight
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+def test_a_model_of_nothing_else_is_scored_from_its_gradients_as_all():
+    model = llama()
+    for layer in model.model.layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent, _, leaf = name.rpartition(".")
+                setattr(layer.get_submodule(parent), leaf, Doubling(module))
+    found = find_targets(model, "all")
+    names = {f"model.layers.{i}.{name}.weight" for i in range(LAYERS) for name in (*GATED, *SPLIT)}
+    assert {target.parameter for target in found} == names
+    assert all(target.by_example for target in found)
+
+
 def test_experts_in_a_form_of_their_own_have_no_units_and_are_no_part_of_all():
     with pytest.raises(ValueError, match="4 parameters that have no units, such as model.layers.0"):
         find_targets(jetmoe(), "mlp", "unit")
