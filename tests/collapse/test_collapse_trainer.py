@@ -336,7 +336,6 @@ class Dealt(Rows):
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
-PARALLEL = {"fsdp": {"fsdp_size": WORLD}, "tp": {"tp_size": WORLD}}
 
 
 def in_trainers(rank, folder):
@@ -347,14 +346,12 @@ def in_trainers(rank, folder):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     os.environ |= dict(zip(names, map(str, (rank, rank, WORLD, WORLD)), strict=True))
     join_group(rank, folder)
-    found, models = {}, {"ddp": llama(), "again": llama(seed=1)}
-    for name, options in PARALLEL.items():
-        config = DistributedConfig(**options)
-        models[name] = AutoModelForCausalLM.from_pretrained(
-            folder / "llama", distributed_config=config
-        )
-    for name, model in models.items():
-        saving = {} if name in PARALLEL else SAVING
+    # Tensor parallel takes GPUs in accelerate.
+    config = DistributedConfig(fsdp_size=WORLD)
+    sharded = AutoModelForCausalLM.from_pretrained(folder / "llama", distributed_config=config)
+    found = {}
+    for name, model in {"ddp": llama(), "again": llama(seed=1), "fsdp": sharded}.items():
+        saving = {} if model is sharded else SAVING
         regularizer = regularized(model, **LIVE)
         args = arguments(folder / name, **saving)
         trainer = make_trainer(model, regularizer, args, train_dataset=Dealt())
@@ -379,16 +376,14 @@ def test_trainers_on_several_ranks_train_as_one_does(tmp_path):
         {name: torch.cat([batch[name] for batch in dealt[k : k + WORLD]]) for name in dealt[0]}
         for k in range(0, len(dealt), WORLD)
     ]
-    # Ranks that hold one model together get the same batches, and so half as many.
-    by_turns = {"ddp": joined, "again": joined, "fsdp": joined, "tp": dealt[:STEPS]}
-    for name, batches in by_turns.items():
-        model = llama()
-        regularizer = regularized(model, **LIVE)
-        rows = Rows(0)
-        rows.batches = batches
-        make_trainer(model, regularizer, arguments(tmp_path), train_dataset=rows).train()
+    model = llama()
+    regularizer = regularized(model, **LIVE)
+    rows = Rows(0)
+    rows.batches = joined
+    make_trainer(model, regularizer, arguments(tmp_path), train_dataset=rows).train()
+    expected = dict(model.named_parameters())
+    for name in ("ddp", "again", "fsdp"):
         for found in ranks:
-            expected = dict(model.named_parameters())
             for weight, value in found[name]["weights"].items():
                 torch.testing.assert_close(value, expected[weight], rtol=1e-4, atol=1e-5)
             state = found[name]["state"]
