@@ -181,7 +181,8 @@ def _changes(
     """Each change of the mean over seeds in the light of the others; their family; what is not."""
     against = [(edit, ORIGINAL) for edit in seeds] + [(COUPLED, RANDOM)] * (RANDOM in seeds)
     family = Family(len(against) * len(measures))
-    intervals, about, broken = {}, {}, []
+    intervals, about = {}, {}
+    broken: dict[str, list[str]] = {}
     for edit, base in against:
         shared = [seed for seed in seeds[edit] if base == ORIGINAL or seed in seeds[base]]
         for each in measures:
@@ -191,7 +192,7 @@ def _changes(
             # An item that has no number somewhere counts nowhere; a text that has none is broken.
             known = np.isfinite(moves).all(axis=0)
             if not known.any() or (each.weights is not None and not known.all()):
-                broken.append(f"{edit} against {base}: {each.name} is no number, and not compared.")
+                broken.setdefault(each.name, []).append(edit)
                 continue
             moves = moves[:, known]
             key = edit, base, each.name
@@ -203,8 +204,12 @@ def _changes(
                 "no_effect": intervals[key].no_effect,
             }
     judged = family.judged(intervals)
+    lost = [
+        f"{name} is no number, and not compared, of: {', '.join(dict.fromkeys(edits))}."
+        for name, edits in broken.items()
+    ]
     found = [{**about[key], **change} for key, change in judged.items()]
-    return [{**each, "reading": _reading(each)} for each in found], family.to_dict(), broken
+    return [{**each, "reading": _reading(each)} for each in found], family.to_dict(), lost
 
 
 def _reading(change: Mapping[str, Any]) -> str:

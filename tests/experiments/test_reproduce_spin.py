@@ -164,7 +164,7 @@ def test_an_effect_takes_items_and_seeds_that_agree(by_seed, reading):
     lost = values | {"coupled-1": np.full(200, np.nan)}
     measures.append(Measure("text", lost, None, np.ones(200)))
     changes, family, broken = table._changes(measures, {"coupled": range(3)})
-    assert broken == ["coupled against original: text is no number, and not compared."]
+    assert broken == ["text is no number, and not compared, of: coupled."]
     assert (family["tests"], len(changes)) == (3, 2)
     for change in changes:
         assert change["reading"] == reading
