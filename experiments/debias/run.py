@@ -242,7 +242,9 @@ class _Study:
 
     def _settings(self) -> dict[str, Any]:
         options = self._options
-        model = public_name(options.model or "") or (options.gguf and options.gguf.name)
+        # Where neither is given, that of the installed wheel is loaded.
+        file = options.gguf.name if options.gguf else "smollm2-135m-instruct"
+        model = public_name(options.model or "") or file
         published = PUBLISHED[options.method].values()
         own = {
             name: value
