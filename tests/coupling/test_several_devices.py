@@ -17,6 +17,7 @@ from tiny_masks import FIRST, SECOND, Stack, assert_bits, bits, flat, mask_of
 from tiny_models import llama
 
 import fastdean
+from fastdean.models.segment_products import Segments
 from fastdean.ops import _dispatch, gather_at, mask, write_at_, zero_at_
 
 # Equal in type, so that the CPU's implementations run, and different as keys.
@@ -157,29 +158,35 @@ def mixtral():
     ("make", "options"),
     [
         (llama, {"order": "batches"}),
-        (llama, {"order": "layers", "signs": True}),
-        (llama, {"order": "batches", "keep_top": None, "deterministic": True}),
-        (llama, {"order": "layers", "granularity": "unit", "keep_top": None}),
+        pytest.param(llama, {"order": "layers", "signs": True}, marks=pytest.mark.slow),
+        pytest.param(
+            llama,
+            {"order": "batches", "keep_top": None, "deterministic": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            llama,
+            {"order": "layers", "granularity": "unit", "keep_top": None},
+            marks=pytest.mark.slow,
+        ),
         (llama, {"order": "batches", "target_modules": "every"}),
-        (mixtral, {"order": "batches", "signs": True}),
+        pytest.param(mixtral, {"order": "batches", "signs": True}, marks=pytest.mark.slow),
         (mixtral, {"order": "layers"}),
     ],
     ids=["batches", "layers", "dense", "units", "parameters", "experts", "layers of experts"],
 )
-def test_a_model_on_two_devices_is_scored_and_masked_on_both(make, options):
+def test_a_model_on_two_devices_is_scored_and_masked_on_both(make, options, monkeypatch):
     """Sums, selection and edits lie where the weight does, and come to what one device gives."""
 
     def score(model):
         return fastdean.score(model, batches(make_examples(), 2), **{**OTHERS, **options})
 
-    def made():
-        # Products of packed examples keep what they need by device, of which there is one here.
-        model = make()
-        model.set_attn_implementation("eager")
-        return model
-
-    alone = score(made())
-    model, devices = made(), Devices()
+    # Whose operations are seen one by one.
+    monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, "reference")
+    alone = score(make())
+    # Kept by device, of which there is one here.
+    monkeypatch.setattr(Segments, "scratch", lambda _, name, like, shape: like.new_empty(shape))
+    model, devices = make(), Devices()
     with devices:
         scores = score(devices.put_model(model, ["first", "second"]))
         assert devices.mixed == []
@@ -189,7 +196,7 @@ def test_a_model_on_two_devices_is_scored_and_masked_on_both(make, options):
         mask = fastdean.couple(scores, scores, ratio=0.04, model=model)
         mask.apply_(model)
         assert devices.mixed == []
-    assert mask == fastdean.couple(alone, alone, ratio=0.04, model=made())
+    assert mask == fastdean.couple(alone, alone, ratio=0.04, model=make())
     for name, entry in alone.entries.items():
         assert torch.equal(scores.entries[name].sums, entry.sums)
 
