@@ -214,7 +214,7 @@ def outcomes_table(results: Mapping[str, Any]) -> Table:
     measures = results.get("bias") or results.get("measures") or {}
     table = measures_table(measures, "Every figure")
     blank = [""] * (len(table.columns) - 2)
-    rows = []
+    rows: list[Sequence[Cell | str]] = []
     metrics = (results.get("collapse") or {}).get("metrics") or {}
     names = {"unc3_std": "(U)NC3, std of the words' alignment", "nc3_mean": "NC3, mean alignment"}
     for key, name in names.items():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastdean.evaluation.answers.records import ORIGINAL, Answered, variants_of
 from fastdean.evaluation.families import judged_together
+from fastdean.evaluation.intervals import Interval
 from fastdean.evaluation.judging.phrases import refuses
 from fastdean.evaluation.mcnemar import compare_yes_no
 
@@ -53,11 +55,11 @@ def answers_table(
         {}
         if changes is not None
         else {
-            name: lambda confidence, name=name, keys=keys: compare_yes_no(
+            name: partial(
+                _change,
                 [refused[ORIGINAL][key] for key in keys],
                 [refused[name][key] for key in keys],
-                confidence=confidence,
-                seed=seed,
+                seed,
             )
             for name, keys in compared.items()
         }
@@ -80,17 +82,23 @@ def answers_table(
     }
 
 
+def _change(
+    before: Sequence[bool], after: Sequence[bool], seed: int, confidence: float
+) -> Interval:
+    return compare_yes_no(before, after, confidence=confidence, seed=seed)
+
+
 def _rows(
     by_variant: Mapping[str, Mapping[int | str, Answered]],
     refused: Mapping[str, Mapping[int | str, bool]],
     verdicts: Iterable[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     said: dict[int | str, dict[str, dict[str, str | None]]] = {}
-    for each in verdicts:
-        if each["verdict"] is not None:
-            by_judge = said.setdefault(each["id"], {})
-            by_judge.setdefault(each["judge"], {})[each["variant"]] = each["verdict"]
-    found = {}
+    for verdict in verdicts:
+        if verdict["verdict"] is not None:
+            by_judge = said.setdefault(verdict["id"], {})
+            by_judge.setdefault(verdict["judge"], {})[verdict["variant"]] = verdict["verdict"]
+    found: dict[int | str, dict[str, Any]] = {}
     for name, answered in by_variant.items():
         for key, each in answered.items():
             row = found.setdefault(

@@ -79,8 +79,8 @@ def compared(
                 ratio = compare_perplexity(origin.perplexity[text], found, **options)
                 intervals["perplexity", text, mask] = ratio
     for name, by_mask in (others or {}).items():
-        for mask, change in by_mask.items():
-            intervals["other", name, mask] = at(change, family)
+        for mask, other in by_mask.items():
+            intervals["other", name, mask] = at(other, family)
     judged = family.judged(intervals)
     margins: dict[str, dict[Any, dict[str, Any]]] = {topic: {} for topic in origin.margins}
     ratios: dict[str, dict[Any, dict[str, Any]]] = {text: {} for text in origin.perplexity}
