@@ -244,7 +244,8 @@ def _within(seconds: float, ask: Callable[[], T]) -> T | None:
     found: list[T] = []
 
     def asked() -> None:
-        with suppress(RuntimeError):
+        # ValueError: the group is gone, and its store with it.
+        with suppress(RuntimeError, ValueError):
             found.append(ask())
 
     asking = threading.Thread(target=asked, daemon=True)

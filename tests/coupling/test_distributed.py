@@ -548,7 +548,7 @@ def test_sums_on_the_cpu_travel_through_a_group_of_gpus(monkeypatch):
         def wait(self, *limit):
             pass
 
-    def all_reduce(tensor, async_op):
+    def all_reduce(tensor, async_op, group=None):
         assert tensor is not sums, "a group of GPUs alone takes no tensor on the CPU"
         reduced.append(tensor)
         tensor.mul_(WORLD)

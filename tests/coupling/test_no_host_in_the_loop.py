@@ -18,7 +18,7 @@ from tiny_data import batches, make_examples
 from tiny_models import MODELS
 
 import fastdean
-from fastdean.coupling import accumulators, by_batches, loss_check, scoring
+from fastdean.coupling import accumulators, by_batches, loss_check, scoring_job
 from fastdean.coupling.targets import find_targets
 from fastdean.data import batching
 from fastdean.data.batching import Batch, plan_batches
@@ -69,7 +69,7 @@ def watched(monkeypatch):
 
         monkeypatch.setattr(Batch, "to", to)
         monkeypatch.setattr("fastdean.coupling.workloads.send", send)
-        monkeypatch.setattr(scoring, "run_pass", run_pass)
+        monkeypatch.setattr(scoring_job, "run_pass", run_pass)
         reads.mark([*model.parameters(), *model.buffers()])
         examples = make_examples() if examples is None else examples
         fastdean.score(model, batches(examples, size), progress=False, **options)
@@ -186,7 +186,7 @@ def passing(monkeypatch, model, examples, **options):
         events.append("l")
         return look(*losses)
 
-    monkeypatch.setattr(scoring, "run_pass", run_pass)
+    monkeypatch.setattr(scoring_job, "run_pass", run_pass)
     monkeypatch.setattr(loss_check, "require_finite", looking)
     try:
         fastdean.score(model, batches(examples, 1), tokens_per_batch=1, progress=False, **options)
@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_is_named_at_most_one_batch_later(monkeypatch,
 def test_the_progress_bar_ends_at_every_example_of_every_pass(monkeypatch):
     steps, model = [], MODELS["llama"]()
     bar = SimpleNamespace(update=steps.append)
-    monkeypatch.setattr(scoring, "_progress_bar", lambda *args: nullcontext(bar))
+    monkeypatch.setattr(scoring_job, "_progress_bar", lambda *args: nullcontext(bar))
     largest = max(4 * target.module.weight.numel() for target in find_targets(model))
     options = {"tokens_per_batch": 20, "memory_budget": largest}
     fastdean.score(model, batches(make_examples(), 4), **options)
@@ -316,7 +316,7 @@ def test_nothing_of_ours_synchronises_a_gpu(granularity, loss_fn, monkeypatch):
         fastdean.score(model, examples, tokens_per_batch=1, **options)
 
     run()  # kernels are compiled and loaded by the first run, which may synchronise
-    monkeypatch.setattr(scoring, "run_pass", run_pass)
+    monkeypatch.setattr(scoring_job, "run_pass", run_pass)
     run()
     ours = Path(fastdean.__file__).parent
     assert [w for w in seen if Path(w.filename).is_relative_to(ours)] == []

@@ -105,6 +105,7 @@ CALLS = {
     "collapse_alignment_backward_cpu": collapse,
     "select_top_cpu": select,
     "select_importance_cpu": select_fused,
+    "bit_sums_cpu": lambda: native.bit_sums(random(2000, 2000).view(torch.int32)),
     "gather_at_cpu": lambda: native.gather_at(*places()),
     "write_at_cpu": lambda: native.write_at_(*places(), [torch.ones(500_000)]),
     "zero_at_cpu": lambda: native.zero_at_(*places()),
