@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastdean.coupling.scores import ScoreEntry
+from fastdean.coupling.score_entry import ScoreEntry
 from fastdean.coupling.signed_sums import add_signed_, add_signed_units_
 from fastdean.coupling.target import Target
 from fastdean.ops.importance import (

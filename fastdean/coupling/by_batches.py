@@ -13,8 +13,8 @@ from fastdean.coupling.by_example import add_examples, parameter_accumulators, r
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.loss_check import run_checked
 from fastdean.coupling.overflow import ScaledSums, add_what_overflowed
+from fastdean.coupling.scorable import Scorable
 from fastdean.coupling.target import Target
-from fastdean.coupling.trial import Scorable
 from fastdean.coupling.workloads import Workload
 
 

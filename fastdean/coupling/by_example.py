@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from fastdean.coupling.loss_check import run_checked
 from fastdean.coupling.loss_scale import LossScale, initial_scale
 from fastdean.coupling.overflow import LOWERED, never_finite_error
-from fastdean.coupling.scores import ScoreEntry
+from fastdean.coupling.scorable import Scorable
+from fastdean.coupling.score_entry import ScoreEntry
 from fastdean.coupling.target import Target
 from fastdean.coupling.trial import (
-    Scorable,
     for_all,
     require_each_suffix,
     require_losses_of_their_own,

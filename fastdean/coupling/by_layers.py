@@ -37,9 +37,9 @@ from fastdean.coupling.loss_scale import LossScale
 from fastdean.coupling.milestones import Milestones
 from fastdean.coupling.overflow import Gradients, WindowSums
 from fastdean.coupling.progress import SweepProgress
+from fastdean.coupling.scorable import Scorable
 from fastdean.coupling.states import States, multiplied
 from fastdean.coupling.target import Target
-from fastdean.coupling.trial import Scorable
 from fastdean.coupling.workloads import BatchLosses, Pass, Workload
 from fastdean.models.distributed import Ranks
 from fastdean.models.hooks import has_hooks

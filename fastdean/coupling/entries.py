@@ -11,7 +11,8 @@ import torch
 from fastdean.coupling.accumulators import Accumulator
 from fastdean.coupling.expert_parts import placed, weight_of_part
 from fastdean.coupling.reduction import Top, reduced_entry
-from fastdean.coupling.scores import ScoreEntry, fingerprint, keep_entry, naming_matrix
+from fastdean.coupling.score_entry import ScoreEntry, fingerprint
+from fastdean.coupling.scores import keep_entry, naming_matrix
 from fastdean.coupling.target import Target
 from fastdean.coupling.team_entries import team_entry, team_fingerprint
 from fastdean.models.distributed import Ranks

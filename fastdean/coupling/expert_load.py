@@ -15,7 +15,7 @@ from fastdean.masks.summary import place_of
 from fastdean.models.blocks import FEED_FORWARD
 
 if TYPE_CHECKING:
-    from fastdean.coupling.scores import ScoreEntry
+    from fastdean.coupling.score_entry import ScoreEntry
     from fastdean.coupling.survey import Survey
 
 KEY = "expert_load"

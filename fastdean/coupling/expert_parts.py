@@ -13,7 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastdean.coupling.scores import ScoreEntry, fingerprint, keep_entry
+from fastdean.coupling.score_entry import ScoreEntry, fingerprint
+from fastdean.coupling.scores import keep_entry
 from fastdean.coupling.target import Target
 from fastdean.models.shards import whole
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdean.coupling.accumulators import Accumulator, DenseWeightAccumulator
 from fastdean.coupling.holding import Holding
-from fastdean.coupling.scores import ScoreEntry, fingerprint, values_at
+from fastdean.coupling.score_entry import ScoreEntry, fingerprint, values_at
 from fastdean.coupling.signed_sums import joined
 from fastdean.coupling.target import Target
 from fastdean.models.model_state import execution_device

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.coupling.scores import fingerprint
+from fastdean.coupling.scorable import Scorable
+from fastdean.coupling.score_entry import fingerprint
 from fastdean.coupling.target import Target
-from fastdean.coupling.trial import Scorable
 from fastdean.coupling.workloads import Workload
 from fastdean.data.examples import TOKENS
 from fastdean.files.provenance import versions
@@ -84,7 +84,7 @@ def circumstances() -> dict[str, str]:
 
 
 def weights_digest(module: nn.Module, without: Collection[nn.Module] = ()) -> str:
-    """Of the names and checksums (`scores.fingerprint`) of what a module stores.
+    """Of the names and checksums (`score_entry.fingerprint`) of what a module stores.
 
     Where the weights lie, at the speed of memory. An offloaded one is brought to the CPU. Of one
     that is split over ranks this rank's block counts.

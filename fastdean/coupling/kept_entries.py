@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdean.coupling.accumulators import sums_bytes
 from fastdean.coupling.kept_files import KeptFiles
-from fastdean.coupling.scores import ScoreEntry, fingerprint
+from fastdean.coupling.score_entry import ScoreEntry, fingerprint
 from fastdean.coupling.target import Target
 from fastdean.files.declared import Flag, Lists, Maybe, Record, Whole, require
 

@@ -12,10 +12,10 @@ from fastdean.coupling.expert_load import KEY, described_load, joined_loads
 from fastdean.wording.log import logger
 
 if TYPE_CHECKING:
-    from fastdean.coupling.scores import ScoreEntry
+    from fastdean.coupling.scorable import Scorable
+    from fastdean.coupling.score_entry import ScoreEntry
     from fastdean.coupling.survey import Survey
     from fastdean.coupling.target import Target
-    from fastdean.coupling.trial import Scorable
     from fastdean.models.distributed import Ranks
 
 _COUNTS = ("examples", "tokens", "target_tokens")

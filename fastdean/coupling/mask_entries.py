@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastdean.coupling.scores import Scores, fingerprint
+from fastdean.coupling.score_entry import fingerprint
+from fastdean.coupling.scores import Scores
 from fastdean.coupling.units import flat_places, unit_layers
 from fastdean.masks import MaskEntry
 from fastdean.models.adapters import plain_parameter, plain_submodule

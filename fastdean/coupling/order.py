@@ -13,7 +13,7 @@ from fastdean.coupling.accumulators import sums_bytes
 from fastdean.coupling.asked import Asked
 from fastdean.coupling.needed_memory import ALLOCATOR
 from fastdean.coupling.resumable import holds_job
-from fastdean.coupling.trial import Scorable
+from fastdean.coupling.scorable import Scorable
 from fastdean.coupling.window_memory import MARGIN, WindowMemory
 from fastdean.models.available_memory import available_memory
 from fastdean.models.distributed import Ranks

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdean.coupling.accumulators import Accumulator, ExpertAccumulator
-from fastdean.coupling.scores import ScoreEntry, fingerprint, values_at
+from fastdean.coupling.score_entry import ScoreEntry, fingerprint, values_at
 from fastdean.models.distributed import Ranks
 from fastdean.ops.reference import importance
 from fastdean.ops.selection import select_top

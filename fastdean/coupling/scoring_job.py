@@ -22,11 +22,12 @@ from fastdean.coupling.milestones import Milestones
 from fastdean.coupling.order import Order, reserved_bytes
 from fastdean.coupling.progress import sweep_progress
 from fastdean.coupling.resumable import discard, resumable
-from fastdean.coupling.scores import ScoreEntry, Scores
+from fastdean.coupling.scorable import Scorable
+from fastdean.coupling.score_entry import ScoreEntry
+from fastdean.coupling.scores import Scores
 from fastdean.coupling.states import States
 from fastdean.coupling.subject import Subject
 from fastdean.coupling.target import Target
-from fastdean.coupling.trial import Scorable
 from fastdean.coupling.tried_sets import TriedSets
 from fastdean.coupling.window_memory import WindowMemory
 from fastdean.models.available_memory import peak_memory

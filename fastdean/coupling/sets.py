@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastdean.coupling.agreement import Agreement, require_signs
 from fastdean.coupling.mask_entries import entries_in_front, mask_entry, require_scored_model
 from fastdean.coupling.rules import RULES, TopSets
-from fastdean.coupling.scores import ScoreEntry, Scores
+from fastdean.coupling.score_entry import ScoreEntry
+from fastdean.coupling.scores import Scores
 from fastdean.coupling.top_entries import (
     count,
     is_ratio,

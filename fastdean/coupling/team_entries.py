@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdean.coupling.accumulators import Accumulator, ExpertAccumulator
 from fastdean.coupling.reduction import Top, select_between
-from fastdean.coupling.scores import ScoreEntry, fingerprint, values_at
+from fastdean.coupling.score_entry import ScoreEntry, fingerprint, values_at
 from fastdean.coupling.target import Target
 from fastdean.models.distributed import Ranks
 from fastdean.models.identity import json_digest

@@ -16,7 +16,7 @@ from fastdean.models.identity import json_digest
 from fastdean.wording.mendable import StateError
 
 if TYPE_CHECKING:
-    from fastdean.coupling.trial import Scorable
+    from fastdean.coupling.scorable import Scorable
     from fastdean.coupling.workloads import Workload
     from fastdean.models.distributed import Ranks
 

@@ -13,10 +13,11 @@ from fastdean.coupling.asked import Asked
 from fastdean.coupling.by_example import find_by_example
 from fastdean.coupling.coverage import warn_about_coverage
 from fastdean.coupling.holding import Holding, takes
+from fastdean.coupling.scorable import Scorable
 from fastdean.coupling.subject import Subject
 from fastdean.coupling.target import Target
 from fastdean.coupling.targets import asked_as_parameters
-from fastdean.coupling.trial import Scorable, find_scorable
+from fastdean.coupling.trial import find_scorable
 from fastdean.coupling.workloads import Workload, plan_workload
 from fastdean.models.model_state import evaluation_state, frozen
 from fastdean.models.replay import recording

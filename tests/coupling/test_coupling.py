@@ -11,7 +11,8 @@ from tiny_models import MODELS
 
 import fastdean
 from fastdean.coupling.rules import RULES
-from fastdean.coupling.scores import ScoreEntry, Scores
+from fastdean.coupling.score_entry import ScoreEntry
+from fastdean.coupling.scores import Scores
 from fastdean.coupling.sets import overlap
 from fastdean.coupling.top_entries import count, smallest_ratio
 from fastdean.masks import NeuronMask

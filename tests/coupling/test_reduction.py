@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastdean.coupling.reduction import Top, reduced_entry
-from fastdean.coupling.scores import ScoreEntry, keep_entry
+from fastdean.coupling.score_entry import ScoreEntry
+from fastdean.coupling.scores import keep_entry
 from fastdean.models.distributed import Ranks
 
 EXAMPLES = 3

@@ -14,7 +14,8 @@ from tiny_data import batches, make_examples
 from tiny_models import INTERMEDIATE, gpt2, llama
 
 import fastdean
-from fastdean.coupling.scores import ScoreEntry, Scores, fingerprint
+from fastdean.coupling.score_entry import ScoreEntry, fingerprint
+from fastdean.coupling.scores import Scores
 from fastdean.ops import reference
 
 EXAMPLES = make_examples()

@@ -13,7 +13,8 @@ import fastdean
 from fastdean import native
 from fastdean.coupling import held_pairs, holding
 from fastdean.coupling.agreement import Agreement
-from fastdean.coupling.scores import ScoreEntry, Scores
+from fastdean.coupling.score_entry import ScoreEntry
+from fastdean.coupling.scores import Scores
 from fastdean.coupling.signed_sums import add_signed_, add_signed_units_
 from fastdean.ops.reference import accumulate_importance_
 
