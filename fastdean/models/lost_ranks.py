@@ -102,7 +102,8 @@ class Words:
         self, rank: int, size: int, timeout: float | None, began: float, error: BaseException
     ) -> None:
         now = time.monotonic()
-        until = now + _LATE if timeout is None else max(began + timeout, now + _SOON)
+        # Others may have begun to wait a little later, inside of a layer, where they hear nothing.
+        until = now + _LATE if timeout is None else max(began + timeout, now) + _SOON
         lost, failed = self._missing(rank, size, until)
         said = str(error).partition("\n")[0]
         if failed:
