@@ -5,6 +5,7 @@ What it may take is the least of what machine, container and limits leave.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,20 @@ def peak_memory(device: torch.device) -> int | None:
 def resident_memory() -> int | None:
     """Bytes of memory that this process holds now; None where the system does not say."""
     return next(_field(_STATUS, "VmRSS"), None)
+
+
+def give_back_freed(device: torch.device) -> None:
+    """Give memory that was freed on a CPU back to the system, where its allocator can (glibc).
+
+    By itself glibc keeps freed pieces of up to 32 MB, and a larger tensor fits into none of them.
+    """
+    if device.type != "cpu":
+        return
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another allocator; Windows
+        return
+    trim(0)
 
 
 def _free() -> Iterator[int]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.models.available_memory import give_back_freed
 from fastdean.models.distributed import Ranks
 from fastdean.models.first_layers import (
     ScatteredLayersError,
@@ -223,11 +224,16 @@ class ShardedModel:
             for unit in units:
                 unit.reshard()
 
+        # What the last window left, the buffers that weights came in, and the weights themselves
+        # would otherwise stay beside what comes next.
+        give_back_freed(self.device)
         with undone(undo):
             with self._ranks.together():
                 for unit in units:
                     unit.unshard()
+            give_back_freed(self.device)
             yield
+        give_back_freed(self.device)
 
     @contextmanager
     def _without_hooks(self) -> Iterator[None]:

@@ -675,36 +675,72 @@ _MIDDLE = {
 _SOME = {"examples": 16, "tokens_per_example": 48, "tokens_per_batch": 192}
 
 
+def told(field):
+    """Bytes of a field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (each for each in lines if each.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak():
+    """From here on the peak counts."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def some_rows():
+    ids = torch.randint(3, 8000, (_SOME["examples"], _SOME["tokens_per_example"]))
+    return [Example(row, row.clone()) for row in ids]
+
+
+def scored_some(subject, order):
+    options = {"keep_top": 1e-3, "order": order, "progress": False}
+    fastdean.score(subject, some_rows(), tokens_per_batch=_SOME["tokens_per_batch"], **options)
+
+
 def taken_by_a_rank(rank, folder, model, world):
     """The most bytes of memory that a rank took for a model and its scoring."""
     join_group(rank, folder, world)
     config = AutoConfig.from_pretrained(model)
-    ids = torch.randint(3, 8000, (_SOME["examples"], _SOME["tokens_per_example"]))
-    examples = [Example(row, row.clone()) for row in ids]
-    status = Path("/proc/self/status")
-
-    def told(name):
-        (line,) = (each for each in status.read_text().splitlines() if each.startswith(name))
-        return int(line.split()[1]) * 1024
-
     gc.collect()
     before = told("VmRSS")
-    # From here on the peak counts.
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     torch.manual_seed(0)
-    subject = AutoModelForCausalLM.from_config(config)
-    options = {"keep_top": 1e-3, "order": "batches", "progress": False}
-    fastdean.score(subject, examples, tokens_per_batch=_SOME["tokens_per_batch"], **options)
+    scored_some(AutoModelForCausalLM.from_config(config), "batches")
+    leave_group(rank, folder, told("VmHWM") - before)
+
+
+def taken_of_a_sharded_model(rank, folder, model, world):
+    """The same of a model that is sharded already, beside the libraries that this takes."""
+    from torch.distributed.fsdp import fully_shard
+
+    join_group(rank, folder, world)
+    torch.manual_seed(0)
+
+    def sharded(**changes):
+        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, **changes))
+        for layer in made.model.layers:
+            fully_shard(layer)
+        return fully_shard(made)
+
+    scored_some(sharded(hidden_size=64, intermediate_size=96, head_dim=8), "layers")
+    gc.collect()
+    before = told("VmRSS")
+    subject = sharded()
+    forget_peak()
+    scored_some(subject, "layers")
     leave_group(rank, folder, told("VmHWM") - before)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is told on Linux")
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_what_a_rank_takes_is_what_is_said_of_as_many_ranks(world, tmp_path):
+@pytest.mark.parametrize(
+    ("world", "name", "taken"),
+    [(world, "batches", taken_by_a_rank) for world in (1, 2, 4)]
+    + [(world, "layers, sharded", taken_of_a_sharded_model) for world in (2, 4)],
+)
+def test_what_a_rank_takes_is_what_is_said_of_as_many_ranks(world, name, taken, tmp_path):
     model = folder_of(tmp_path / "middle", **_MIDDLE)
     found = fastdean.estimate(model, **_SOME, gpus=world, gpu_memory="80GB")
-    expected = found.orders["batches"].peak_bytes
-    worker = partial(taken_by_a_rank, model=model, world=world)
-    for taken in run_ranks(worker, tmp_path, world):
-        assert taken == pytest.approx(expected, rel=0.15), (taken, expected)
+    expected = found.orders[name].peak_bytes
+    for bytes_taken in run_ranks(partial(taken, model=model, world=world), tmp_path, world):
+        assert bytes_taken == pytest.approx(expected, rel=0.15), (bytes_taken, expected)
