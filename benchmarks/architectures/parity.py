@@ -82,7 +82,10 @@ def _case(
     except Exception as error:
         if _state(model) != before:
             return "failed: the model was not left as it was"
-        return f"{'refused' if _is_ours(error) else 'failed'}: {_one_line(error)}"
+        if _is_ours(error):
+            # Its reason: what to do about it, with the names to choose from, is not held to.
+            return f"refused: {str(error).partition(';')[0]}"
+        return f"failed: {_one_line(error)}"
     if _state(model) != before:
         return "failed: the model was not left as it was"
     if modules == "all" and order == "batches":

@@ -76,19 +76,26 @@ def warn_about_coverage(
         targets: those that are scored.
         found: the model's `survey`, where somebody has it already.
     """
-    slow = [target.parameter for target in targets if target.by_example]
-    if target_modules in ("all", *BOTH) and slow:
-        logger.warning(
-            "of %r no hook sees a product: %d parameters, such as %s, are scored by a forward and "
-            "backward pass for each example, as when they are named",
-            target_modules,
-            len(slow),
-            slow[0],
-        )
+    found = survey(model) if found is None else found
+    seen = {target.group for target in found.targets}
+    for group in groups_asked_for(dict.fromkeys(BOTH, {}), target_modules):
+        slow = [t.parameter for t in targets if t.by_example and t.group == group]
+        if slow and group not in seen:
+            logger.warning(
+                "of %r no hook sees a product: %d parameters, such as %s, are scored by a forward "
+                "and backward pass for each example, as when they are named",
+                group,
+                len(slow),
+                slow[0],
+            )
     covered = coverage(model, targets, found=found)
     missed, total = covered["unscorable"], covered["model_parameters"]
     asked = groups_asked_for(covered["groups"], target_modules)
     of_asked, missed_of_asked = _missed(covered["groups"], asked)
+    # What a group's matrices by example hold is none of its `parameters`, and no more missed.
+    by_example = {target.parameter for target in targets if target.by_example}
+    unseen = ((name, *each) for name, each in found.unscorable.items() if name in by_example)
+    of_asked += sum(size for _, group, size in unseen if group in asked)
     if granularity == "unit":
         # Of other matrices the units are scored through the down projection.
         missed_of_asked = covered["kinds"]["experts"]["parameters"] + sum(

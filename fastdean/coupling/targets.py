@@ -33,7 +33,8 @@ def find_targets(
         target_modules: "mlp" (feed-forward blocks), "self_attn", "all" (both), the name of another
             group of the layers ("mamba", "conv", "router", ... as `coverage` lists them), a
             regular expression that the whole module name must match, a list of name suffixes, or
-            such suffixes and groups in one text, "q_proj,v_proj". Of these the output embedding
+            such suffixes and groups in one text, "q_proj,v_proj". Where no hook sees anything of
+            "mlp" or "self_attn", its matrices stand for it. Of these the output embedding
             never counts. What no module is called is looked for among the parameters, with their
             leaf: "input_layernorm.weight", "router.weight", "A_log", "lm_head.weight". "every" is
             every parameter of the model. Parameters that no hook scores have `by_example`.
@@ -129,11 +130,13 @@ def _of_word(found: Survey, word: str, groups: Collection[str | None]) -> list[T
     if word == EVERY:
         return _by_parameter(found)
     chosen = [target for target in found.targets if _matches(target, word, groups)]
-    # Of which hooks see nothing, such as experts in a form of their own.
-    asked = BOTH if word == "all" else {word} & {*BOTH}
-    return chosen or [
-        target for target in found.others if target.group in asked and target.weight.dim() > 1
+    # Groups of which hooks see nothing, such as experts in a form of their own.
+    asked = {*BOTH} if word == "all" else {word} & {*BOTH}
+    unseen = asked - {target.group for target in chosen}
+    chosen += [
+        target for target in found.others if target.group in unseen and target.weight.dim() > 1
     ]
+    return chosen
 
 
 def _with_endings(found: Survey, endings: Iterable[str]) -> list[Target]:
@@ -167,6 +170,10 @@ def _by_parameter(found: Survey) -> list[Target]:
 
 def _require_units(chosen: Sequence[Target], target_modules: str | Sequence[str]) -> None:
     parameters = [target.parameter for target in chosen if target.by_example]
+    if any(target.leads_from_units for target in chosen):
+        # Beside units, a whole group has matrices without any, seen by hooks or not.
+        named = asked_as_parameters(chosen, target_modules)
+        parameters = [parameter for parameter in parameters if parameter in named]
     if parameters:
         raise ValueError(
             f"target_modules must match MLPs with granularity='unit', got {target_modules!r} with "

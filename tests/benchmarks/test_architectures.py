@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+from types import SimpleNamespace
 
 import pytest
+from tiny_models import llama
 
 from benchmarks.architectures import __main__ as command
-from benchmarks.architectures import isolated, record
+from benchmarks.architectures import isolated, parity, record
 from benchmarks.architectures.classes import listed
 from benchmarks.architectures.page import page
 
@@ -32,6 +34,14 @@ def test_classes_that_are_not_in_the_record_are_those_of_another_version(capsys)
         for name in new:
             print(f"\n{name} is not in the record", end="")
     assert not new or RECORD["transformers"] != INSTALLED
+
+
+def test_of_a_refusal_the_reason_is_recorded_without_what_could_have_been_asked_for():
+    model = llama()
+    examples, loop = parity._examples(model, "causal", 0), SimpleNamespace(own_loss=False)
+    assert parity._case(model, examples, loop, "nothing", "batches", {}) == (
+        "refused: target_modules must match at least one Linear layer of the model, got 'nothing'"
+    )
 
 
 def test_nothing_is_recorded_that_must_not_be():

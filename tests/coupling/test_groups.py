@@ -166,7 +166,8 @@ def test_the_groups_of_a_layer(family):
     assert not any(re.search(r"mlp|ffn|feed_forward|mamba|conv", name) for name in attention)
     both = [t.name for t in everything if t.group in ("mlp", "self_attn")]
     if both:
-        assert [t.name for t in find_targets(model, "all")] == both
+        # Beside these, the matrices of a group that no hook sees, such as XLNet's attention.
+        assert [t.name for t in find_targets(model, "all") if not t.by_example] == both
     if downs:
         units = find_targets(model, "mlp", "unit")
         assert in_layers(model, units) == {"mlp": set(downs.split())}

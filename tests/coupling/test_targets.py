@@ -347,20 +347,80 @@ def test_a_model_of_nothing_else_is_scored_from_its_gradients_as_all():
     assert all(target.by_example for target in found)
 
 
-def test_experts_in_a_form_of_their_own_have_no_units_and_are_no_part_of_all():
+def unseen(model, *names):
+    """Every layer's Linear of these names in a form that no hook sees."""
+    for layer in model.model.layers:
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            setattr(layer.get_submodule(parent), leaf, Doubling(layer.get_submodule(name)))
+    return model
+
+
+def in_layers(*names):
+    return {f"model.layers.{i}.{name}.weight" for i in range(2) for name in names}
+
+
+ROUTED = ("mlp.input_linear", "mlp.output_linear")
+QUERIES = ("self_attention.experts.input_linear", "self_attention.experts.output_linear")
+# What chooses the experts of attention lies in it.
+KEYS, CHOOSER = "self_attention.kv_proj", "self_attention.experts.router.layer"
+
+
+def test_experts_in_a_form_of_their_own_have_no_units():
     with pytest.raises(ValueError, match="4 parameters that have no units, such as model.layers.0"):
         find_targets(jetmoe(), "mlp", "unit")
-    assert not any(target.by_example for target in find_targets(jetmoe(), "all"))
+
+
+@pytest.mark.parametrize("target_modules", ["all", "mlp,self_attn", "all,mlp"])
+def test_all_takes_of_each_group_what_hooks_see_or_else_its_matrices(target_modules):
+    found = find_targets(jetmoe(), target_modules)
+    assert {t.parameter for t in found if not t.by_example} == in_layers(KEYS, CHOOSER)
+    assert {t.parameter for t in found if t.by_example} == in_layers(*ROUTED)
+    found = find_targets(unseen(jetmoe(), KEYS), target_modules)
+    assert {t.parameter for t in found if not t.by_example} == in_layers(CHOOSER)
+    assert {t.parameter for t in found if t.by_example} == in_layers(*ROUTED)
+    found = find_targets(unseen(jetmoe(), KEYS, CHOOSER), target_modules)
+    assert {t.parameter for t in found} == in_layers(KEYS, CHOOSER, *QUERIES, *ROUTED)
+    assert all(target.by_example for target in found)
+    found = find_targets(unseen(llama(), *SPLIT), target_modules)
+    assert {t.parameter for t in found if not t.by_example} == in_layers(*GATED)
+    assert {t.parameter for t in found if t.by_example} == in_layers(*SPLIT)
+
+
+@pytest.mark.parametrize("target_modules", ["all", "mlp,self_attn"])
+def test_units_of_a_model_whose_attention_no_hook_sees(target_modules):
+    found = find_targets(unseen(llama(), *SPLIT), target_modules, "unit")
+    assert {target.parameter for target in found} == in_layers("mlp.down_proj")
+    with pytest.raises(ValueError, match="2 parameters that have no units, such as model.layers.0"):
+        find_targets(llama(), f"{target_modules},input_layernorm.weight", "unit")
+
+
+@pytest.mark.parametrize("order", ["batches", "layers"])
+def test_all_of_a_model_with_one_group_that_no_hook_sees_is_that_of_autograd(order, caplog):
+    model, examples = jetmoe(), make_examples()
+    with caplog.at_level(logging.WARNING, logger="fastdean"):
+        scores = fastdean.score(
+            model, batches(examples, 3), target_modules="all", order=order, progress=False
+        )
+    assert set(scores) == in_layers(KEYS, CHOOSER, *ROUTED)
+    assert set(scores.manifest["one_backward_pass_per_example"]) == in_layers(*ROUTED)
+    assert "of 'mlp' no hook sees a product: 4 parameters, such as model.layers.0." in caplog.text
+    # Of both groups most is scored, and of the model more is not than nothing is said of.
+    assert "parameters of self_attn and mlp are not scored" not in caplog.text
+    assert "of the model's parameters lie in its layers outside any Linear module" in caplog.text
+    expected = weight_importance(model, examples, list(scores))
+    for name in scores:
+        assert norm_error(scores[name], expected[name]) < 1e-5
 
 
 def test_a_warning_says_that_most_of_what_was_asked_for_is_not_scored(caplog):
     model = jetmoe()
     with caplog.at_level(logging.WARNING, logger="fastdean"):
         scores = fastdean.score(
-            model, batches(make_examples(), 3), target_modules="all", progress=False
+            model, batches(make_examples(), 3), target_modules="self_attn", progress=False
         )
     groups = scores.manifest["coverage"]["groups"]
-    asked = [groups[group] for group in ("self_attn", "mlp") if group in groups]
+    asked = [groups["self_attn"]]
     total = sum(each["parameters"] + each["unscorable"] for each in asked)
     missed = total - scores.manifest["coverage"]["scored_parameters"]
     text = [r.getMessage() for r in caplog.records if r.name == "fastdean"][-1]
