@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -70,12 +71,17 @@ _READERS: dict[str, Callable[[str], object]] = {
 }
 # Those that rest on likelihoods, and so on the token that a text starts from.
 _FROM_START = frozenset({"crows_pairs", "stereoset", "winobias", "bec_pro", "bbq", "gender_facts"})
+# Those that ask prompts, and so in a template, and which there are.
+_PROMPTED = frozenset({"over_refusal"})
+_TEMPLATES = ("raw", "chat")
 # Of files that measures read.
 _SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # Of what is no mean. Enough for two digits of an interval's ends; they are kept on disk.
 _RESAMPLES = 2000
 
 Found = dict[str, dict[str, Any]]
+# Advice to pass the argument of a measure.
+_TEMPLATE = re.compile(r"(?<![\w'])template=")
 
 _LABEL = Text(longest=10_000)
 _ENDS = {"low": Maybe(Real()), "high": Maybe(Real()), "n": Whole()}
@@ -106,10 +112,10 @@ FIGURES = Maps(
 )
 
 
-def check(asked: Sequence[str], start: str | int = "auto") -> None:
+def check(asked: Sequence[str], start: str | int = "auto", template: str | None = None) -> None:
     """Raise ValueError unless every entry is `name` or `name=SRC` of a known measure, once.
 
-    Also for a `start` other than "auto" that none of them would use.
+    Also for a `start` other than "auto" and for a `template` that none of them would use.
     """
     for entry in asked:
         name, source = _parts(entry)
@@ -131,6 +137,18 @@ def check(asked: Sequence[str], start: str | int = "auto") -> None:
             "start_token must be 'auto' without a measure of "
             f"{', '.join(sorted(_FROM_START))}, got "
             f"{start!r}; leave it out"
+        )
+    if template is None:
+        return
+    if template not in _TEMPLATES:
+        raise ValueError(
+            f"bias_template must be one of {', '.join(_TEMPLATES)}, got {template!r}; leave it "
+            "out for chat where the tokenizer has a template"
+        )
+    if not any(_parts(entry)[0] in _PROMPTED for entry in asked):
+        raise ValueError(
+            f"bias_template must come with a measure of {', '.join(sorted(_PROMPTED))}, got "
+            f"{template!r}; leave it out"
         )
 
 
@@ -169,7 +187,8 @@ def _named(name: str, below: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        text = str(error)
+        # A job's `template`, where it has one, is of other rows.
+        text = _TEMPLATE.sub("bias_template=", str(error))
         if text.startswith(f"{below} "):
             raise ValueError(f"{name} {text.removeprefix(below).lstrip()}") from error
         # A row, for example: of which source is not said below.
@@ -201,6 +220,7 @@ def measure_one(
             model,
             tokenizer,
             start=job.start_token,
+            template=job.bias_template,
             seed=job.seed,
             progress=session.progress,
         )
@@ -215,6 +235,7 @@ def measured(
     tokenizer: Any,
     *,
     start: str | int,
+    template: str | None,
     seed: int,
     progress: bool,
 ) -> Found:
@@ -223,6 +244,8 @@ def measured(
     options: dict[str, Any] = {"resamples": _RESAMPLES, "seed": seed, "progress": progress}
     if name in _FROM_START:
         options["start"] = start
+    if name in _PROMPTED:
+        options["template"] = template
     arguments = [] if source is None else [source]
     with _named(f"bias {entry!r}", "source"):
         result = MEASURES[name][0](model, tokenizer, *arguments, **options)

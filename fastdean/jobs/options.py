@@ -330,6 +330,13 @@ Bias = Annotated[
         read=tuple,
     ),
 ]
+BiasTemplate = Annotated[
+    str | None,
+    Help(
+        "How over_refusal asks its prompts: raw (followed by a line break) or chat (the "
+        "tokenizer's template) [default: chat where the tokenizer has a template]."
+    ),
+]
 StartToken = Annotated[
     str | int,
     Help(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny_bias
 import tiny_folders
 import tiny_masks
 from page_numbers import untraced
@@ -12,9 +13,11 @@ from tiny_models import llama
 from typer.testing import CliRunner
 
 from fastdean import cli
-from fastdean.evaluation import change_between
+from fastdean.evaluation import change_between, over_refusal
 from fastdean.evaluation.bias import gender_facts
 from fastdean.jobs import bias, evaluating
+from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
+from fastdean.jobs.coupling.job import Job
 from fastdean.jobs.eval_job import EvalJob
 from fastdean.masks import NeuronMask
 from fastdean.report import verdict_line
@@ -200,3 +203,48 @@ def test_bbq_and_over_refusal_are_measures_of_the_job(place, tmp_path):
     measures = json.loads(result.stdout)["measures"]
     assert len(measures) == 5 and all("after" in row for row in measures.values())
     refused(call(*asked, "--bias", "over_refusal"), 'tokenizer must tell "I\'m sorry" from the')
+
+
+# A template whose end and an answer's first word are one word, too long for the tokenizer.
+JOINING = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %} "
+    + "x" * 100
+    + "{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_joins_the_answer_is_answered_by_asking_raw(tmp_path):
+    tokenizer = tiny_bias.spelling_tokenizer("causal")
+    tokenizer.chat_template = JOINING
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"is the nurse {word}"} for word in ("rich", "poor", "a cook")]
+    file = tiny_folders.write_jsonl(tmp_path / "benign.jsonl", rows)
+    asked = ["--model", tmp_path / "model", "--quiet", "--json", "--bias", f"over_refusal={file}"]
+    refused(call(*asked), "a special token, or use --bias-template raw")
+    result = call(*asked, "--bias-template", "raw")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    expected = over_refusal(llama(), tokenizer, rows, template="raw", progress=False)
+    values = [row["before"]["value"] for row in found["measures"].values()]
+    assert values == pytest.approx([expected.probability.value, expected.log_odds.value])
+    assert found["options"]["bias_template"] == "raw"
+
+
+@pytest.mark.parametrize("kind", [EvalJob, DebiasJob, CollapseJob, Job])
+def test_every_job_with_measures_takes_their_template_where_one_asks_prompts(kind):
+    own = {
+        EvalJob: {},
+        DebiasJob: {"method": "causal"},
+        CollapseJob: {"text": "embedded:debias"},
+        Job: {each: f"embedded:{each}" for each in ("fairness", "privacy", "general")},
+    }[kind]
+
+    def job(measure, template):
+        return kind(model="m", bias=(measure,), bias_template=template, **own)
+
+    assert job("over_refusal", "chat").bias_template == "chat"
+    with pytest.raises(ValueError, match="bias_template must be one of raw, chat, got 'publi"):
+        job("over_refusal", "published")
+    with pytest.raises(ValueError, match="bias_template must come with a measure of over_refusal"):
+        job("bec_pro", "raw")
