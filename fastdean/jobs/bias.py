@@ -33,7 +33,16 @@ from fastdean.files.provenance import public_source
 from fastdean.jobs.session import Session
 from fastdean.models.forward import label_shift
 from fastdean.wording.digits import apart
-from fastdean.wording.verdicts import ABOVE, BELOW, CLOSER, FARTHER, HIGHER, LOWER, reworded
+from fastdean.wording.verdicts import (
+    ABOVE,
+    BELOW,
+    CLOSER,
+    FARTHER,
+    HIGHER,
+    LOWER,
+    reading,
+    reworded,
+)
 
 
 def _winobias(model: nn.Module, tokenizer: Any, *source: str, **options: Any) -> Any:
@@ -454,8 +463,33 @@ def change_sentences(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
             continue
         before, after = apart(row["before"]["value"], row["after"]["value"], least=3)
         neutral = "" if row["neutral"] is None else f" (neutral {row['neutral']:g})"
-        said.append(f"{name}: {before} before, {after} after{neutral}: {moved['verdict']}.")
+        of = "change" if row["neutral"] is None else "change of the distance to it"
+        said.append(f"{name}: {before} before, {after} after{neutral}, {of} {change_words(moved)}.")
     return said
+
+
+def change_words(
+    moved: Mapping[str, Any], key: str = "value", no_effect: float = 0.0, n: int | None = None
+) -> str:
+    """A change with its interval, its p-value, and what may be said about it.
+
+    Args:
+        moved: one of `results`, or of `judged_together`, with its estimate under `key`.
+        no_effect: the estimate that means "nothing changed".
+        n: of its items, to be told; None: it is not.
+    """
+    counted = "" if n is None else f", n = {n}"
+    p = "" if moved.get("p_holm") is None else f", Holm-adjusted p = {moved['p_holm']:.2g}"
+    verdict = reading(moved["low"], moved["high"], no_effect, moved["verdict"], moved.get("p_holm"))
+    return f"{with_ends(moved, key)}{counted}{p}: {verdict}"
+
+
+def with_ends(figure: Mapping[str, Any], key: str = "value") -> str:
+    """An estimate and its interval, where it has one."""
+    if figure["low"] is None:
+        return apart(figure[key])[0]
+    value, low, high = apart(*(figure[name] for name in (key, "low", "high")), least=3)
+    return f"{value} [{low}, {high}]"
 
 
 def _parts(entry: str) -> tuple[str, str | None]:
