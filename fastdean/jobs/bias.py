@@ -26,7 +26,7 @@ from fastdean.evaluation.bias.stereoset import stereoset_rows
 from fastdean.evaluation.bias.winobias import winobias_rows
 from fastdean.evaluation.changes import of_confidence
 from fastdean.evaluation.families import Change, judged_together
-from fastdean.evaluation.intervals import BOOTSTRAP
+from fastdean.evaluation.intervals import BOOTSTRAP, share_interval
 from fastdean.evaluation.over_refusal import benign_rows
 from fastdean.files.declared import Anything, Lists, Maps, Maybe, Real, Record, Text, Whole
 from fastdean.files.provenance import public_source
@@ -343,12 +343,13 @@ def results(
         }
         if after is not None:
             row["after"] = _numbers(after[name])
+            moved = _moved_items(figures, after[name], family.confidence_of_each)
             row["by_category"]["after"] = after[name]["by_category"]
-            row[_CHANGE] = _change(judged[name, _CHANGE])
+            row[_CHANGE] = _change(judged[name, _CHANGE]) | moved
             # That of the figure itself where there is nothing to come closer to.
             row[_DISTANCE] = row[_CHANGE]
             if (name, _DISTANCE) in judged:
-                row[_DISTANCE] = _change(judged[name, _DISTANCE], CLOSER, FARTHER)
+                row[_DISTANCE] = _change(judged[name, _DISTANCE], CLOSER, FARTHER) | moved
                 row["definition"] = "; ".join(
                     [*figures["notes"], "closer and farther are of the distance to the neutral "
                      "value"]
@@ -371,6 +372,22 @@ def _changes_of(
             ),
         )
     return found
+
+
+def _moved_items(
+    before: Mapping[str, Any], after: Mapping[str, Any], confidence: float
+) -> dict[str, Any]:
+    """How many items changed and, in %, how many of all such items do at most.
+
+    Of items that are all as they were a mean has no spread, and its interval no width; the share
+    that changes has an exact one. Nothing of a figure that is not made of items.
+    """
+    old, new = (each["made_of"]["values"] for each in (before, after))
+    if old is None or new is None or not len(old) == len(new) > 1:
+        return {}
+    moved = np.not_equal(old, new)
+    share = share_interval(100.0 * moved, 100.0, confidence=confidence)
+    return {"changed": int(moved.sum()), "changed_most": share.high}
 
 
 def change_of(before: Mapping[str, Any], after: Mapping[str, Any], seed: int = 0) -> Change:
@@ -485,7 +502,14 @@ def change_words(
 
 
 def with_ends(figure: Mapping[str, Any], key: str = "value") -> str:
-    """An estimate and its interval, where it has one."""
+    """An estimate and its interval, where it has one; of a change of no item, what that bounds."""
+    if figure[key] is None:
+        return "not measured"
+    if figure.get("changed") == 0 and figure["low"] == figure["high"]:
+        return (
+            f"{apart(figure[key])[0]} (no item changed; of all such items at most "
+            f"{figure['changed_most']:.2g} % do, by the exact interval)"
+        )
     if figure["low"] is None:
         return apart(figure[key])[0]
     value, low, high = apart(*(figure[name] for name in (key, "low", "high")), least=3)

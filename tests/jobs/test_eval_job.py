@@ -95,6 +95,31 @@ def test_the_figures_are_those_of_the_measure_without_and_with_the_mask(place, t
     assert untraced(page, found) == []
 
 
+def test_items_that_are_all_as_they_were_are_not_told_as_certainty(tmp_path):
+    """A mean of zeros has no spread: that nothing changed in 12 items is not that nothing does."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    model = llama()
+    model.get_parameter(name).data.view(-1)[:4] = 0
+    model.save_pretrained(tmp_path / "model")
+    tiny_bias.spelling_tokenizer("causal").save_pretrained(tmp_path / "model")
+    tiny_masks.mask_of(model, {name: list(range(4))}).save_pretrained(tmp_path / "mask")
+    rows = [{"prompt": f"is the nurse {'rich ' * n}"} for n in range(1, 13)]
+    file = tiny_folders.write_jsonl(tmp_path / "benign.jsonl", rows)
+    asked = ["--model", tmp_path / "model", "--mask", tmp_path / "mask", "--quiet", "--json"]
+    result = call(*asked, "--out", tmp_path / "out", "--bias", f"over_refusal={file}")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    most = 100 * (1 - ((1 - found["tests"]["confidence_of_each"]) / 2) ** (1 / 12))
+    for row in found["measures"].values():
+        assert row["raw_change"]["changed"] == 0 and row["raw_change"]["p_value"] == 1
+        assert row["raw_change"]["changed_most"] == pytest.approx(most)
+    assert f"change 0 (no item changed; of all such items at most {most:.2g} % do" in result.stderr
+    assert "[0, 0]" not in result.stderr
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "no effect beyond noise; no item changed" in page and untraced(page, found) == []
+    assert f"at most {most:.2g} % of items change" in page
+
+
 def test_a_model_alone_has_values_and_no_change(place):
     result = call("--model", place["model"], "--bias", f"gender_facts={place['facts']}", "--json")
     (row,) = json.loads(result.stdout)["measures"].values()
