@@ -25,7 +25,7 @@ from fastdean.files.storage import held
 from fastdean.jobs.answer_jobs import AnswerJob
 from fastdean.jobs.collapse import describe
 from fastdean.jobs.folder import ANSWERS_FILE, RESULTS_FILE
-from fastdean.jobs.inputs import mask_digest
+from fastdean.jobs.inputs import described_mask, mask_digest
 from fastdean.jobs.published import published
 from fastdean.jobs.rows import NumberedRow, take_rows
 from fastdean.jobs.session import Session
@@ -191,7 +191,11 @@ def _in_memory(
                 for batch in batches:
                     yield _records([(left[i], answer) for i, answer in batch], usable, variant)
 
-    return {"model": describe(job.model, model)}, answered
+    about = {
+        "model": describe(job.model, model),
+        "masks": {name: described_mask(mask) for name, mask in masks.items()},
+    }
+    return about, answered
 
 
 def _by_server(

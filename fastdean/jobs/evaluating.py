@@ -23,7 +23,7 @@ from fastdean.jobs import bias
 from fastdean.jobs.collapse import describe
 from fastdean.jobs.eval_job import EvalJob
 from fastdean.jobs.folder import ITEMS_FILE, RESULTS_FILE
-from fastdean.jobs.inputs import benchmark_digests, mask_digest, path_digest
+from fastdean.jobs.inputs import benchmark_digests, described_mask, mask_digest, path_digest
 from fastdean.jobs.published import published
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
@@ -103,7 +103,7 @@ def _run(job: EvalJob, out: Path, command: str, overwrite: bool, progress: bool)
                 f"FastDEAN: evaluation of {public_name(job.model)}",
                 {
                     "model": describe(job.model, model),
-                    "mask": None if mask is None else {"weights": len(mask), "scale": mask.scale},
+                    "mask": None if mask is None else described_mask(mask),
                     "options": published(job),
                     "measures": table,
                     "tests": tests,

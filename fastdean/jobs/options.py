@@ -106,7 +106,11 @@ def option_fields(job: type) -> list[Field]:
 def require_one_of(job: Any, name: str, allowed: Sequence[str]) -> None:
     """Raise ValueError unless the job's option is one of these."""
     if getattr(job, name) not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(job, name)!r}")
+        (usual,) = (field.default for field in fields(job) if field.name == name)
+        remedy = "leave it out" if usual is None else f"leave it out for {usual!r}"
+        raise ValueError(
+            f"{name} must be one of {', '.join(allowed)}, got {getattr(job, name)!r}; {remedy}"
+        )
 
 
 def require_numbers(job: Any) -> None:

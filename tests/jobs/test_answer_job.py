@@ -20,6 +20,7 @@ from fastdean.files.lines import Lines
 from fastdean.jobs import answering as answer_job
 from fastdean.jobs import judging as judge_job
 from fastdean.jobs.answer_jobs import AnswerJob, JudgeJob
+from fastdean.jobs.inputs import mask_digest
 from fastdean.masks import NeuronMask
 from fastdean.masks.entries import MaskEntry
 
@@ -105,6 +106,8 @@ def test_a_model_answers_without_and_with_its_mask(place, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert untraced(page, results) == [] and "Answers side by side" in page
     assert f"Half: {len(moved)} of 9 answers changed" in (tmp_path / "out" / "card.md").read_text()
+    about = {"weights": len(mask), "scale": mask.scale, "sha256": mask_digest(mask)}
+    assert results["masks"] == {"half": about}
     assert results == json.loads((tmp_path / "out" / "results.json").read_text())
 
 

@@ -19,6 +19,7 @@ from fastdean.jobs import bias, evaluating
 from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
 from fastdean.jobs.coupling.job import Job
 from fastdean.jobs.eval_job import EvalJob
+from fastdean.jobs.inputs import mask_digest
 from fastdean.masks import NeuronMask
 from fastdean.report import verdict_line
 
@@ -35,6 +36,10 @@ FACTS = [
 ]
 
 
+# As `couple` writes it into a mask, with ratios of their own for each set.
+MADE_BY = {"rule": "paper", "ratio": [1e-5, 1e-5, 1e-4], "scope": "matrix"}
+
+
 def _mask() -> NeuronMask:
     name = "model.layers.0.mlp.down_proj.weight"
     size = llama().get_parameter(name).numel()
@@ -44,7 +49,8 @@ def _mask() -> NeuronMask:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
-    _mask().save_pretrained(folder / "mask")
+    made = {**MADE_BY, "first": {"model": {"name": "of somebody"}}}
+    NeuronMask(_mask().entries, manifest=made).save_pretrained(folder / "mask")
     return {
         "model": tiny_folders.save_model(folder / "model"),
         "mask": folder / "mask",
@@ -72,7 +78,9 @@ def test_the_figures_are_those_of_the_measure_without_and_with_the_mask(place, t
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found == json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
-    assert found["mask"] == {"weights": len(_mask()), "scale": 0.0}
+    assert found["mask"] == {
+        "weights": len(_mask()), "scale": 0.0, **MADE_BY, "sha256": mask_digest(_mask())
+    }  # fmt: skip
     assert found["options"]["mask"] == "mask" and found["options"]["bias"] == [
         "gender_facts=facts.jsonl"
     ]
