@@ -408,6 +408,19 @@ def test_a_killed_judge_goes_on_and_another_does_not_take_its_place(place, tmp_p
     assert len(lines(out / "verdicts.jsonl")) == 8
 
 
+def test_a_judge_that_comes_back_on_another_port_goes_on(tmp_path, monkeypatch):
+    file, out = write_jsonl(tmp_path / "a.jsonl", ANSWERS), tmp_path / "out"
+    with answering(wildguard) as (url, _), monkeypatch.context() as patched:
+        killed_after(patched, 2)
+        with pytest.raises(Killed):
+            judged(file, out, f"wildguard={url}", concurrency=1)
+    with answering(wildguard) as (other, asked):
+        assert other != url
+        judged(file, out, f"wildguard={other}")
+    assert len(asked.requests) == len(ANSWERS) - 2
+    assert len(lines(out / "verdicts.jsonl")) == len(ANSWERS)
+
+
 def test_a_classifier_judges_by_its_labels(place, tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 
