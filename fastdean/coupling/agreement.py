@@ -62,7 +62,10 @@ class Agreement:
 def require_signs(signs: str, rule: str, first: Scores, second: Scores) -> None:
     """Raise ValueError unless the scores and the rule can be asked for entries of these signs."""
     if signs not in SIGNS:
-        raise ValueError(f"signs must be one of {', '.join(SIGNS)}, got {signs!r}")
+        raise ValueError(
+            f"signs must be one of {', '.join(SIGNS)}, got {signs!r}; any takes all coupled "
+            "weights, same those whose zeroing helps both sets or harms both, opposite the others"
+        )
     require_rule_for(signs, rule)
     if signs == "any":
         return

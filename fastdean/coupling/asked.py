@@ -77,7 +77,9 @@ def _require_order(
     order: str, states: str | Path, states_budget: int | None, resume: str | Path | None
 ) -> None:
     if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+        raise ValueError(
+            f"order must be one of {', '.join(ORDERS)}, got {order!r}; leave it out for 'auto'"
+        )
     if not isinstance(states, str | os.PathLike):
         raise InputTypeError(
             f"states must be 'auto', 'device', 'host' or a folder, got {type(states).__name__}"

@@ -40,6 +40,7 @@ def job_parts(
 
     Args:
         targets: those that were matched.
+        sets: by their names in quotes, with what else tells them apart behind.
         options: arguments of the job, plain values.
     """
     installed = versions()
@@ -53,8 +54,8 @@ def job_parts(
         "device": " ".join(sorted({_device(p) for p in model.parameters() if not p.is_meta})),
         "layers": " ".join(layers),
         "weights outside the layers": weights_digest(model, inside),
-        "names of the data sets": " ".join(map(repr, sets)),
-        **{f"data set {name!r}": _data(work) for name, work in works.items()},
+        "names of the data sets": " ".join(sets),
+        **{f"data set {name}": _data(work) for name, work in works.items()},
         "tokens_per_batch": " ".join(str(_tokens_per_batch(work)) for work in works.values()),
         "batches": json_digest([_batches(work) for work in works.values()]),
         "loss_fn": " ".join(sorted({_name(getattr(w, "loss_fn", None)) for w in works.values()})),

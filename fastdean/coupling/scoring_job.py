@@ -189,7 +189,8 @@ class ScoringJob:
             "matrices that are held": json_digest([sorted(self._held(each)) for each in sets]),
         }
         named = {
-            f"{name}, by example" if scorable.by_example else name: scorable
+            # Outside of the quotes, as a set may be called "a, by example".
+            f"{name!r}, by example" if scorable.by_example else repr(name): scorable
             for name, scorable in self.sets.all
         }
         parts = job_parts(

@@ -252,7 +252,9 @@ def _require_same_weights(everyone: Sequence[Scores]) -> None:
 
 def _require_options(rule: str, scope: str, min_k: int, seed: int) -> None:
     if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        raise ValueError(
+            f"rule must be one of {', '.join(RULES)}, got {rule!r}; leave it out for 'paper'"
+        )
     if scope not in SCOPES:
         raise ValueError(f"scope must be 'matrix' or 'model', got {scope!r}")
     require_whole("min_k", min_k)

@@ -64,10 +64,12 @@ class Interval:
     replicates: Sequence[float] = field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Estimate, interval, test and verdict as JSON values; a bound that is NaN is None."""
-        low, high = (None if math.isnan(end) else end for end in (self.low, self.high))
+        """Estimate, interval, test and verdict as JSON values; what is not finite is None."""
+        mean, low, high = (
+            value if math.isfinite(value) else None for value in (self.mean, self.low, self.high)
+        )
         return {
-            "mean": self.mean,
+            "mean": mean,
             "low": low,
             "high": high,
             "interval_method": self.method,

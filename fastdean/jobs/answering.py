@@ -18,14 +18,14 @@ from fastdean.evaluation.answers.records import (
     record,
     require_variant,
 )
-from fastdean.evaluation.answers.server import Server, in_order
+from fastdean.evaluation.answers.server import Refused, Server, in_order
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import public_name
 from fastdean.files.storage import held
 from fastdean.jobs.answer_jobs import AnswerJob
 from fastdean.jobs.collapse import describe
 from fastdean.jobs.folder import ANSWERS_FILE, RESULTS_FILE
-from fastdean.jobs.inputs import mask_digest
+from fastdean.jobs.inputs import described_mask, mask_digest
 from fastdean.jobs.published import published
 from fastdean.jobs.rows import NumberedRow, take_rows
 from fastdean.jobs.session import Session
@@ -34,6 +34,7 @@ from fastdean.models.distributed import Ranks
 from fastdean.models.identity import json_digest
 from fastdean.wording.doing import titled
 from fastdean.wording.log import logger
+from fastdean.wording.mendable import StateError
 
 
 def run(
@@ -65,7 +66,8 @@ def run(
         if job.server is None:
             about, answered = _in_memory(session, rows, skipped)
         else:
-            about, answered = _by_server(session, rows)
+            about, answered = _by_server(session, rows, skipped)
+        told = set() if skipped is None else set(skipped.rows)
         for sentence in [] if skipped is None else skipped.told("prompts"):
             logger.warning("%s", sentence)
         session.folder.claim()
@@ -75,6 +77,8 @@ def run(
             with closing(answered(lines.read())) as batches:
                 for batch in batches:
                     lines.add(batch)
+            if skipped is not None and set(skipped.rows) != told:
+                skipped.warn("prompts")
             records = lines.read()
             answers = [Answered(r["id"], r["variant"], r["prompt"], r["answer"]) for r in records]
             results = session.results(
@@ -187,18 +191,37 @@ def _in_memory(
                 for batch in batches:
                     yield _records([(left[i], answer) for i, answer in batch], usable, variant)
 
-    return {"model": describe(job.model, model)}, answered
+    about = {
+        "model": describe(job.model, model),
+        "masks": {name: described_mask(mask) for name, mask in masks.items()},
+    }
+    return about, answered
 
 
 def _by_server(
-    session: Session[AnswerJob], rows: Sequence[NumberedRow]
+    session: Session[AnswerJob], rows: Sequence[NumberedRow], skipped: Skipped | None
 ) -> tuple[dict[str, Any], Any]:
+    """As `_in_memory`; which prompts the server refuses is only known once it is asked."""
     job = session.job
     assert job.server is not None
     with session.costs.step("ask the server what it serves"):
         server = Server.open(job.server, job.model, job.key_from)
 
-    def ask(row: Mapping[str, Any]) -> Answer:
+    def ask(numbered: NumberedRow) -> Answer | Refused:
+        number, row = numbered
+        try:
+            return answer_to(row)
+        except Refused as error:
+            if not error.is_of_what_was_asked:
+                raise
+            if skipped is None:
+                raise StateError(
+                    f"prompts {job.prompts!r}: row {number}: {error}; pass skip_bad_rows to leave "
+                    "such rows out"
+                ) from None
+            return error
+
+    def answer_to(row: Mapping[str, Any]) -> Answer:
         if "messages" in row or job.template == "chat":
             turns = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
             return server.chat(turns, job.max_new_tokens)
@@ -208,7 +231,8 @@ def _by_server(
         from tqdm.auto import tqdm
 
         left = _left(rows, job.variant, before)
-        asked = [rows[i][1] for i in left]
+        asked = [rows[i] for i in left]
+        answered_any = len(left) < len(rows)
         with (
             session.costs.step(f"answers, {job.variant}"),
             tqdm(
@@ -220,8 +244,17 @@ def _by_server(
             closing(in_order(ask, asked, concurrency=job.concurrency, stop=server.stop)) as answers,
         ):
             for i, answer in answers:
-                yield _records([(left[i], answer)], rows, job.variant)
                 bar.update()
+                if isinstance(answer, Refused):
+                    assert skipped is not None, "the first refused row is an error"
+                    skipped.rows[rows[left[i]][0]] = str(answer)
+                    continue
+                answered_any = True
+                yield _records([(left[i], answer)], rows, job.variant)
+        if not answered_any:
+            assert skipped is not None, "there are rows, and each is answered or left out"
+            reason = next(iter(skipped.rows.values()))
+            raise StateError(f"every prompt had to be left out: {reason}")
 
     return {"model": {"name": job.model, "server": server.url}}, answered
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,14 +26,23 @@ from fastdean.evaluation.bias.stereoset import stereoset_rows
 from fastdean.evaluation.bias.winobias import winobias_rows
 from fastdean.evaluation.changes import of_confidence
 from fastdean.evaluation.families import Change, judged_together
-from fastdean.evaluation.intervals import BOOTSTRAP
+from fastdean.evaluation.intervals import BOOTSTRAP, share_interval
 from fastdean.evaluation.over_refusal import benign_rows
 from fastdean.files.declared import Anything, Lists, Maps, Maybe, Real, Record, Text, Whole
 from fastdean.files.provenance import public_source
 from fastdean.jobs.session import Session
 from fastdean.models.forward import label_shift
 from fastdean.wording.digits import apart
-from fastdean.wording.verdicts import ABOVE, BELOW, CLOSER, FARTHER, HIGHER, LOWER, reworded
+from fastdean.wording.verdicts import (
+    ABOVE,
+    BELOW,
+    CLOSER,
+    FARTHER,
+    HIGHER,
+    LOWER,
+    reading,
+    reworded,
+)
 
 
 def _winobias(model: nn.Module, tokenizer: Any, *source: str, **options: Any) -> Any:
@@ -70,12 +80,17 @@ _READERS: dict[str, Callable[[str], object]] = {
 }
 # Those that rest on likelihoods, and so on the token that a text starts from.
 _FROM_START = frozenset({"crows_pairs", "stereoset", "winobias", "bec_pro", "bbq", "gender_facts"})
+# Those that ask prompts, and so in a template, and which there are.
+_PROMPTED = frozenset({"over_refusal"})
+_TEMPLATES = ("raw", "chat")
 # Of files that measures read.
 _SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # Of what is no mean. Enough for two digits of an interval's ends; they are kept on disk.
 _RESAMPLES = 2000
 
 Found = dict[str, dict[str, Any]]
+# Advice to pass the argument of a measure.
+_TEMPLATE = re.compile(r"(?<![\w'])template=")
 
 _LABEL = Text(longest=10_000)
 _ENDS = {"low": Maybe(Real()), "high": Maybe(Real()), "n": Whole()}
@@ -106,10 +121,10 @@ FIGURES = Maps(
 )
 
 
-def check(asked: Sequence[str], start: str | int = "auto") -> None:
+def check(asked: Sequence[str], start: str | int = "auto", template: str | None = None) -> None:
     """Raise ValueError unless every entry is `name` or `name=SRC` of a known measure, once.
 
-    Also for a `start` other than "auto" that none of them would use.
+    Also for a `start` other than "auto" and for a `template` that none of them would use.
     """
     for entry in asked:
         name, source = _parts(entry)
@@ -131,6 +146,18 @@ def check(asked: Sequence[str], start: str | int = "auto") -> None:
             "start_token must be 'auto' without a measure of "
             f"{', '.join(sorted(_FROM_START))}, got "
             f"{start!r}; leave it out"
+        )
+    if template is None:
+        return
+    if template not in _TEMPLATES:
+        raise ValueError(
+            f"bias_template must be one of {', '.join(_TEMPLATES)}, got {template!r}; leave it "
+            "out for chat where the tokenizer has a template"
+        )
+    if not any(_parts(entry)[0] in _PROMPTED for entry in asked):
+        raise ValueError(
+            f"bias_template must come with a measure of {', '.join(sorted(_PROMPTED))}, got "
+            f"{template!r}; leave it out"
         )
 
 
@@ -169,7 +196,8 @@ def _named(name: str, below: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        text = str(error)
+        # A job's `template`, where it has one, is of other rows.
+        text = _TEMPLATE.sub("bias_template=", str(error))
         if text.startswith(f"{below} "):
             raise ValueError(f"{name} {text.removeprefix(below).lstrip()}") from error
         # A row, for example: of which source is not said below.
@@ -201,6 +229,7 @@ def measure_one(
             model,
             tokenizer,
             start=job.start_token,
+            template=job.bias_template,
             seed=job.seed,
             progress=session.progress,
         )
@@ -215,6 +244,7 @@ def measured(
     tokenizer: Any,
     *,
     start: str | int,
+    template: str | None,
     seed: int,
     progress: bool,
 ) -> Found:
@@ -223,6 +253,8 @@ def measured(
     options: dict[str, Any] = {"resamples": _RESAMPLES, "seed": seed, "progress": progress}
     if name in _FROM_START:
         options["start"] = start
+    if name in _PROMPTED:
+        options["template"] = template
     arguments = [] if source is None else [source]
     with _named(f"bias {entry!r}", "source"):
         result = MEASURES[name][0](model, tokenizer, *arguments, **options)
@@ -311,12 +343,13 @@ def results(
         }
         if after is not None:
             row["after"] = _numbers(after[name])
+            moved = _moved_items(figures, after[name], family.confidence_of_each)
             row["by_category"]["after"] = after[name]["by_category"]
-            row[_CHANGE] = _change(judged[name, _CHANGE])
+            row[_CHANGE] = _change(judged[name, _CHANGE]) | moved
             # That of the figure itself where there is nothing to come closer to.
             row[_DISTANCE] = row[_CHANGE]
             if (name, _DISTANCE) in judged:
-                row[_DISTANCE] = _change(judged[name, _DISTANCE], CLOSER, FARTHER)
+                row[_DISTANCE] = _change(judged[name, _DISTANCE], CLOSER, FARTHER) | moved
                 row["definition"] = "; ".join(
                     [*figures["notes"], "closer and farther are of the distance to the neutral "
                      "value"]
@@ -339,6 +372,22 @@ def _changes_of(
             ),
         )
     return found
+
+
+def _moved_items(
+    before: Mapping[str, Any], after: Mapping[str, Any], confidence: float
+) -> dict[str, Any]:
+    """How many items changed and, in %, how many of all such items do at most.
+
+    Of items that are all as they were a mean has no spread, and its interval no width; the share
+    that changes has an exact one. Nothing of a figure that is not made of items.
+    """
+    old, new = (each["made_of"]["values"] for each in (before, after))
+    if old is None or new is None or not len(old) == len(new) > 1:
+        return {}
+    moved = np.not_equal(old, new)
+    share = share_interval(100.0 * moved, 100.0, confidence=confidence)
+    return {"changed": int(moved.sum()), "changed_most": share.high}
 
 
 def change_of(before: Mapping[str, Any], after: Mapping[str, Any], seed: int = 0) -> Change:
@@ -431,8 +480,40 @@ def change_sentences(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
             continue
         before, after = apart(row["before"]["value"], row["after"]["value"], least=3)
         neutral = "" if row["neutral"] is None else f" (neutral {row['neutral']:g})"
-        said.append(f"{name}: {before} before, {after} after{neutral}: {moved['verdict']}.")
+        of = "change" if row["neutral"] is None else "change of the distance to it"
+        said.append(f"{name}: {before} before, {after} after{neutral}, {of} {change_words(moved)}.")
     return said
+
+
+def change_words(
+    moved: Mapping[str, Any], key: str = "value", no_effect: float = 0.0, n: int | None = None
+) -> str:
+    """A change with its interval, its p-value, and what may be said about it.
+
+    Args:
+        moved: one of `results`, or of `judged_together`, with its estimate under `key`.
+        no_effect: the estimate that means "nothing changed".
+        n: of its items, to be told; None: it is not.
+    """
+    counted = "" if n is None else f", n = {n}"
+    p = "" if moved.get("p_holm") is None else f", Holm-adjusted p = {moved['p_holm']:.2g}"
+    verdict = reading(moved["low"], moved["high"], no_effect, moved["verdict"], moved.get("p_holm"))
+    return f"{with_ends(moved, key)}{counted}{p}: {verdict}"
+
+
+def with_ends(figure: Mapping[str, Any], key: str = "value") -> str:
+    """An estimate and its interval, where it has one; of a change of no item, what that bounds."""
+    if figure[key] is None:
+        return "not measured"
+    if figure.get("changed") == 0 and figure["low"] == figure["high"]:
+        return (
+            f"{apart(figure[key])[0]} (no item changed; of all such items at most "
+            f"{figure['changed_most']:.2g} % do, by the exact interval)"
+        )
+    if figure["low"] is None:
+        return apart(figure[key])[0]
+    value, low, high = apart(*(figure[name] for name in (key, "low", "high")), least=3)
+    return f"{value} [{low}, {high}]"
 
 
 def _parts(entry: str) -> tuple[str, str | None]:

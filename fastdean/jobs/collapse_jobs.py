@@ -22,6 +22,7 @@ class WordsJob(ModelJob):
         shift, features: see `collapse_metrics`; None: by the model.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
+        bias_template: of their prompts, see `evaluation.over_refusal`; None: by the tokenizer.
     Raises:
         ValueError, TypeError: an option out of range.
     """
@@ -33,6 +34,7 @@ class WordsJob(ModelJob):
     features: options.Features = "base"
     bias: options.Bias = ()
     start_token: options.StartToken = "auto"
+    bias_template: options.BiasTemplate = None
 
     def _check(self, without_control: str) -> None:
         """What both jobs ask of these options, after their own."""
@@ -46,7 +48,7 @@ class WordsJob(ModelJob):
                 f"out {without_control}"
             )
         read_word_groups(self.words)
-        bias.check(self.bias, self.start_token)
+        bias.check(self.bias, self.start_token, self.bias_template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class CollapseJob(WordsJob):
         shift, features: see `collapse_metrics`; None: by the model.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
+        bias_template: of their prompts, see `evaluation.over_refusal`; None: by the tokenizer.
         examples: rows of the text to read; None: all.
     Raises:
         ValueError: an option out of range.
@@ -90,7 +93,7 @@ class DebiasJob(WordsJob):
         words, multi_piece, control: of the classes, see `CollapseJob`.
         statistic, live_features, mode, shift, features: see `CollapseRegularizer`.
         steps, epochs, learning_rate, batch_size, accumulation: see `debias.fine_tune`.
-        bias, start_token: see `CollapseJob`.
+        bias, start_token, bias_template: see `CollapseJob`.
         skip_bad_rows: of the rows that are trained on, those that cannot be read.
         dtype: AdamW's small steps round away in another than float32, and a warning says so.
         seed: also of masking and dropout.

@@ -436,10 +436,12 @@ def _perplexity_change(
 ) -> list[str]:
     if not fluency:
         return []
-    verdict = f": {judged[PERPLEXITY]['verdict']}" if PERPLEXITY in judged else ""
+    moved = ""
+    if PERPLEXITY in judged:
+        moved = f", ratio {bias.change_words(judged[PERPLEXITY], 'mean', 1.0)}"
     was, now = apart(*(fluency[state].value for state in ("before", "after")))
     return [
-        f"Perplexity of the measured text: {was} before, {now} after{verdict}. It is of the "
+        f"Perplexity of the measured text: {was} before, {now} after{moved}. It is of the "
         "same kind as the training text, so that most of a fall is adaptation to it."
     ]
 

@@ -528,8 +528,15 @@ def run(job: EstimateJob) -> Estimate:
         notes=[
             *(f"Not {order}: {error}." for order, error in refused.items()),
             *_quantised(model),
+            *_unrunnable(model),
             *_notes(
-                job, ranks, on_gpu, covered, dense, sum(target.by_example for target in targets)
+                job,
+                ranks,
+                on_gpu,
+                covered,
+                dense,
+                sum(target.by_example for target in targets),
+                any(rates),
             ),
         ],
     )
@@ -797,6 +804,7 @@ def _notes(
     covered: dict[str, Any],
     dense: bool,
     by_example: int,
+    timed: bool,
 ) -> list[str]:
     found = []
     if job.tensor_parallel > 1:
@@ -819,9 +827,10 @@ def _notes(
         if job.granularity == "weight":
             found.append("Weights cannot stay in their files then: streaming needs keep_top.")
     if by_example:
+        verb = "is" if by_example == 1 else "are"
         found.append(
-            f"{by_example} parameters are scored by example: a forward and backward pass for each "
-            "example, in a batch of its own, is counted beside the others."
+            f"{_counted(by_example, 'parameter')} {verb} scored by example: a forward and backward "
+            "pass for each example, in a batch of its own, is counted beside the others."
         )
     unscorable = covered["unscorable"]
     share = sum(unscorable.values()) / max(1, covered["model_parameters"])
@@ -831,8 +840,29 @@ def _notes(
             f"{share:.0%} of the parameters are in tensors that are not scored and have no sums, "
             f"such as {max(unscorable, key=unscorable.__getitem__)}."
         )
-    found.append("Reading files takes the disk's time, which is in no figure.")
+    if timed:
+        found.append("Reading files takes the disk's time, which is in no figure.")
     return found
+
+
+def _unrunnable(model: Any) -> list[str]:
+    """A sentence where queries and keys, as attention usually pairs them, do not go together."""
+    from fastdean.models.model_state import text_config
+
+    config = text_config(model)
+    heads, keys = (
+        getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")
+    )
+    if not (isinstance(heads, int) and isinstance(keys, int)) or (keys > 0 and not heads % keys):
+        return []
+    return [
+        f"The configuration's num_key_value_heads ({keys}) does not divide its num_attention_heads "
+        f"({heads}): attention that shares keys among its queries cannot run like that."
+    ]
+
+
+def _counted(number: int, word: str, plural: str | None = None) -> str:
+    return f"{number:,} {word if number == 1 else plural or f'{word}s'}"
 
 
 def _gb(size: float) -> str:
@@ -885,11 +915,14 @@ def _lines(found: Estimate) -> list[str]:
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     return [
         found.verdict,
-        f"{model['class']}, {model['parameters']:,} parameters in {model['dtype']} "
-        f"({_gb(memory['weights'])}), {model['layers']} layers; {found.targets['matrices']} "
-        f"matrices scored ({found.targets['weights']:,} weights, {_gb(memory['sums'])} of sums).",
-        f"{work['sets']} x {work['examples_of_a_rank'] // work['sets']} examples a rank, "
-        f"{work['tokens_of_a_rank']:,} tokens in {work['batches_of_a_rank']} batches of at most "
+        f"{model['class']}, {_counted(model['parameters'], 'parameter')} in {model['dtype']} "
+        f"({_gb(memory['weights'])}), {_counted(model['layers'], 'layer')}; "
+        f"{_counted(found.targets['matrices'], 'matrix', 'matrices')} scored "
+        f"({_counted(found.targets['weights'], 'weight')}, {_gb(memory['sums'])} of sums).",
+        f"{work['sets']} x "
+        f"{_counted(work['examples_of_a_rank'] // work['sets'], 'example')} a rank, "
+        f"{_counted(work['tokens_of_a_rank'], 'token')} in "
+        f"{_counted(work['batches_of_a_rank'], 'batch', 'batches')} of at most "
         f"{work['tokens_of_the_largest_batch']:,}.",
         "",
         *(

@@ -26,6 +26,7 @@ class EvalJob:
         shots, limit, chat_template, batch_size: see `ability.task_scores`.
         bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
+        bias_template: of their prompts, see `evaluation.over_refusal`; None: by the tokenizer.
         seed: of tests, bootstraps and the examples before each question.
     Raises:
         ValueError: an option out of range, or nothing to measure.
@@ -52,6 +53,7 @@ class EvalJob:
     task_folder: Annotated[str | None, Help("Folder of task files (YAML) of your own.")] = None
     batch_size: Annotated[int, Help("Sequences in one forward pass of a task.")] = 8
     start_token: options.StartToken = "auto"
+    bias_template: options.BiasTemplate = None
     revision: options.Revision = None
     trust_remote_code: options.TrustRemoteCode = False
     dtype: options.Dtype = "auto"
@@ -71,4 +73,4 @@ class EvalJob:
         if doubled:
             raise ValueError(f"tasks must name each task once, got {doubled[0]!r} again")
         options.require_at_least(self, seed=0, shots=0, limit=1, batch_size=1)
-        bias.check(self.bias, self.start_token)
+        bias.check(self.bias, self.start_token, self.bias_template)

@@ -23,7 +23,7 @@ from fastdean.jobs import bias
 from fastdean.jobs.collapse import describe
 from fastdean.jobs.eval_job import EvalJob
 from fastdean.jobs.folder import ITEMS_FILE, RESULTS_FILE
-from fastdean.jobs.inputs import benchmark_digests, mask_digest, path_digest
+from fastdean.jobs.inputs import benchmark_digests, described_mask, mask_digest, path_digest
 from fastdean.jobs.published import published
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
@@ -103,7 +103,7 @@ def _run(job: EvalJob, out: Path, command: str, overwrite: bool, progress: bool)
                 f"FastDEAN: evaluation of {public_name(job.model)}",
                 {
                     "model": describe(job.model, model),
-                    "mask": None if mask is None else {"weights": len(mask), "scale": mask.scale},
+                    "mask": None if mask is None else described_mask(mask),
                     "options": published(job),
                     "measures": table,
                     "tests": tests,
@@ -124,15 +124,11 @@ def table(measures: Mapping[str, Mapping[str, Any]]) -> str:
         unit = f" {row['unit']}" if row["unit"] else ""
         before, after = row["before"], row.get("after")
         if after is None:
-            lines.append(f"  {name}: {_with_ends(before)}{unit}, n = {before['n']}")
+            lines.append(f"  {name}: {bias.with_ends(before)}{unit}, n = {before['n']}")
             continue
-        moved = row["raw_change"]
         values = " -> ".join(apart(before["value"], after["value"], least=3))
-        p = "" if moved["p_holm"] is None else f", Holm-adjusted p = {moved['p_holm']:.2g}"
-        lines.append(
-            f"  {name}: {values}{unit}; change {_with_ends(moved)}, n = {before['n']}{p}: "
-            f"{moved['verdict']}"
-        )
+        moved = bias.change_words(row["raw_change"], n=before["n"])
+        lines.append(f"  {name}: {values}{unit}; change {moved}")
     return "\n".join(lines)
 
 
@@ -199,10 +195,3 @@ def _by_item(states: Mapping[str, bias.Found], items: _Items) -> dict[str, Any]:
         }
         for name, of_metric in items.items()
     }
-
-
-def _with_ends(figure: Mapping[str, Any]) -> str:
-    if figure["low"] is None:
-        return apart(figure["value"])[0]
-    value, low, high = apart(*(figure[key] for key in ("value", "low", "high")), least=3)
-    return f"{value} [{low}, {high}]"

@@ -9,11 +9,24 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastdean.masks import NeuronMask
 from fastdean.models.identity import json_digest
 
 _CHUNK_BYTES = 1 << 20
+# Of a mask's manifest, what `couple` was asked for.
+_MADE_BY = (
+    "rule",
+    "ratio",
+    "scope",
+    "min_k",
+    "granularity",
+    "expert_scope",
+    "unit_weights",
+    "seed",
+    "signs",
+)
 
 
 def benchmark_digests(asked: Sequence[str]) -> dict[str, str | None]:
@@ -35,6 +48,12 @@ def mask_digest(mask: NeuronMask) -> str:
         for name, entry in mask.entries.items()
     }
     return json_digest([entries, mask.scale])
+
+
+def described_mask(mask: NeuronMask) -> dict[str, Any]:
+    """What results say of a mask: its size, how it was made, as far as it knows, and its digest."""
+    known = {name: mask.manifest[name] for name in _MADE_BY if name in mask.manifest}
+    return {"weights": len(mask), "scale": mask.scale, **known, "sha256": mask_digest(mask)}
 
 
 def path_digest(source: str) -> str | None:

@@ -13,7 +13,7 @@ import torch
 
 from fastdean.evaluation.answers.beside import answers_table
 from fastdean.evaluation.answers.records import Answered, read_answers, variants_of
-from fastdean.evaluation.answers.server import Server, checked_url, is_url
+from fastdean.evaluation.answers.server import Server, checked_url, is_url, without_port
 from fastdean.evaluation.judging.judges import (
     Verdicts,
     verdicts_of_classifier,
@@ -151,7 +151,10 @@ def run(
     unfinished = _unfinished(job.answers)
     for sentence in unfinished:
         logger.warning("%s", sentence)
-    folder = RunFolder(Path(out).expanduser(), plain(asked(job)), overwrite, shows=TABLE_FILE)
+    options = plain(asked(job))
+    # A server that is started again may get another port; its model's name identifies it.
+    options["judge"] = [without_port(each) for each in job.judge]
+    folder = RunFolder(Path(out).expanduser(), options, overwrite, shows=TABLE_FILE)
     folder.inputs = {
         "answers": json_digest([asdict(each) for each in answers]),
         **{f"template of judge {each.name}": each.digest for each in judges},
@@ -215,7 +218,7 @@ def _verdicts(
         return
     if each.url is not None:
         server = Server.open(each.url, each.model, job.key_from)
-        _compare(folder, each, json_digest([server.url, server.model]))
+        _compare(folder, each, json_digest([without_port(server.url), server.model]))
         with closing(
             verdicts_of_server(
                 template, server, answers, concurrency=job.concurrency, progress=progress

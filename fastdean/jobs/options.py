@@ -106,7 +106,11 @@ def option_fields(job: type) -> list[Field]:
 def require_one_of(job: Any, name: str, allowed: Sequence[str]) -> None:
     """Raise ValueError unless the job's option is one of these."""
     if getattr(job, name) not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(job, name)!r}")
+        (usual,) = (field.default for field in fields(job) if field.name == name)
+        remedy = "leave it out" if usual is None else f"leave it out for {usual!r}"
+        raise ValueError(
+            f"{name} must be one of {', '.join(allowed)}, got {getattr(job, name)!r}; {remedy}"
+        )
 
 
 def require_numbers(job: Any) -> None:
@@ -328,6 +332,13 @@ Bias = Annotated[
         "bec_pro, bbq; or what an edit may cost: gender_facts, over_refusal; may be repeated.",
         typed=list[str] | None,
         read=tuple,
+    ),
+]
+BiasTemplate = Annotated[
+    str | None,
+    Help(
+        "How over_refusal asks its prompts: raw (followed by a line break) or chat (the "
+        "tokenizer's template) [default: chat where the tokenizer has a template]."
     ),
 ]
 StartToken = Annotated[

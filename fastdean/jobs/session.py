@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from fastdean.evaluation.answers.server import without_port
 from fastdean.files.provenance import now, public_command, versions
 from fastdean.files.storage import write_json_atomic
 from fastdean.jobs.answer_jobs import AnswerJob
@@ -79,6 +80,9 @@ class Session(Generic[AnyJob]):
         options.pop("states", None)
         # Nor does how long ranks wait for each other, which a job that has failed may be told anew.
         options.pop("rank_timeout", None)
+        # A server that is started again may get another port; its model's name identifies it.
+        if options.get("server") is not None:
+            options["server"] = without_port(options["server"])
         folder = RunFolder(Path(out).expanduser(), options, overwrite, shows=shows)
         costs = Costs(total=steps, shown=progress and ranks.first)
         session = cls(job, folder, costs, ranks, progress, command)

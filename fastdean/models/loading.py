@@ -210,6 +210,7 @@ def described_model(
     with bars(False), _refusing(name, trust_remote_code):
         config = AutoConfig.from_pretrained(where, **origin, **options)
         _require_no_fetched_kernels(config, trust_remote_code)
+        _require_vocabulary(config)
         own = getattr(config, "dtype", None)
         wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32
         if dtype == "auto" and own is not None and not options:
@@ -479,6 +480,13 @@ def _class_of(config: Any, own_code: bool) -> Any:
         config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in brought
     )
     return AutoModelForMaskedLM if masked or not causal else AutoModelForCausalLM
+
+
+def _require_vocabulary(config: Any) -> None:
+    """Without one there is no token that the model could be given."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(size, int) and size < 1:
+        raise ValueError(f"its vocab_size must be at least 1, got {size}")
 
 
 def _require_no_fetched_kernels(config: Any, trust_remote_code: bool) -> None:

@@ -46,6 +46,10 @@ COUNTS = ("numel", "k", "first", "second", "coupled", "removed", "kept")
 # Of a mask whose scores had signs.
 SIGNS = ("same", "opposite", "same_by_chance")
 _ENDS = _numbers("value", "low", "high", "n", "p_value", "p_holm", "detects")
+# A change of a measure: also how many items changed and, in %, how many of all may.
+_MOVED = _numbers(
+    *("value", "low", "high", "n", "p_value", "p_holm", "detects"), "changed", "changed_most"
+)
 # A change with its test, and of texts the divergence from the unedited model.
 _CHANGE = _numbers(
     *("mean", "low", "high", "weights", "value", "ratio", "p_value", "p_holm", "detects"),
@@ -69,8 +73,8 @@ _MEASURES = Maps(
             definition=_WORDS,
             before=_ENDS,
             after=_ENDS,
-            change=_ENDS,
-            raw_change=_ENDS,
+            change=_MOVED,
+            raw_change=_MOVED,
         )
     )
 )

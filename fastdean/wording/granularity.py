@@ -22,7 +22,10 @@ def checked_granularity(granularity: str) -> str:
         )
     granularity = stored_granularity(granularity)
     if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of weight, unit, got {granularity!r}")
+        raise ValueError(
+            f"granularity must be one of weight, unit, got {granularity!r}; leave it out for "
+            "'weight'"
+        )
     return granularity
 
 

@@ -385,6 +385,21 @@ def test_what_has_changed_is_named(part, job):
     assert contents(job) == before
 
 
+def test_no_name_of_a_set_is_that_of_another_sets_part(tmp_path, monkeypatch):
+    """What hooks score and what is scored by example are told apart, whatever a set is called."""
+    names = "a", "a, by example"
+    sets = dict(zip(names, loaders().values(), strict=True))
+    stopped(tmp_path / "job", 2, monkeypatch, sets=sets, target_modules="every")
+    parts = json.loads((tmp_path / "job" / "rank-0" / "job.json").read_text("utf-8"))["parts"]
+    told = [part for part in parts if part.startswith("data set ")]
+    assert told == [
+        "data set 'a'",
+        "data set 'a', by example",
+        "data set 'a, by example'",
+        "data set 'a, by example', by example",
+    ]
+
+
 ROWS = [{"prompt": "the cat", "response": "sat on a mat"}, {"text": "the dog ran"}]
 
 

@@ -11,7 +11,7 @@ from answering_server import answering
 from forked import run
 
 from fastdean.evaluation.answers.generation import Answer
-from fastdean.evaluation.answers.server import Server, checked_url, in_order
+from fastdean.evaluation.answers.server import Server, checked_url, in_order, without_port
 from fastdean.wording.mendable import StateError
 
 TURNS = [{"role": "user", "content": "who?"}]
@@ -199,4 +199,25 @@ def test_a_process_does_not_wait_for_a_request_that_hangs():
 def test_a_number_of_tokens_that_is_none_is_not_known(usage):
     said = {"choices": [{"text": "fine"}], "usage": {"completion_tokens": usage}}
     with answering(lambda _: (200, {}, said)) as (url, _):
-        assert opened(url).complete("x", 1) == Answer("fine", None, "None")
+        assert opened(url).complete("x", 1) == Answer("fine", None, "unknown")
+
+
+def test_a_server_that_does_not_say_why_it_ended_is_not_told_in_pythons_words():
+    for reason in ({"finish_reason": None}, {}):
+        body = {"choices": [{"text": "so", **reason}]}
+        with answering(lambda _, body=body: (200, {}, body)) as (url, _):
+            assert Server.open(url, "tiny").complete("w", 4).finish == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("http://localhost:8000/v1", "http://localhost/v1"),
+        ("https://[::1]:8000", "https://[::1]"),
+        ("wildguard=http://h:1/v1::model=a:2", "wildguard=http://h/v1::model=a:2"),
+        ("http://host/v1:8", "http://host/v1:8"),
+        ("folder:1", "folder:1"),
+    ],
+)
+def test_an_address_without_its_port(address, expected):
+    assert without_port(address) == expected

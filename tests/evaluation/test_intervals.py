@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from scipy import stats
 from fastdean.evaluation.bootstrap import bootstrap_interval
 from fastdean.evaluation.changes import change_between, change_of_distance
 from fastdean.evaluation.intervals import (
+    Interval,
     by_unit,
     mean_interval,
     share_change_interval,
@@ -440,3 +442,7 @@ def test_an_interval_as_json_values():
     one = mean_interval([1.0]).to_dict()
     # JSON has no NaN.
     assert one["low"] is None and one["high"] is None
+    none = mean_interval([]).to_dict()
+    assert none["mean"] is None and json.loads(json.dumps(none, allow_nan=False)) == none
+    endless = Interval(1.0, 0.5, math.inf, 9, 0.95, "student-t of logs", 1.0).to_dict()
+    assert (endless["low"], endless["high"]) == (0.5, None)

@@ -20,6 +20,7 @@ from fastdean.files.lines import Lines
 from fastdean.jobs import answering as answer_job
 from fastdean.jobs import judging as judge_job
 from fastdean.jobs.answer_jobs import AnswerJob, JudgeJob
+from fastdean.jobs.inputs import mask_digest
 from fastdean.masks import NeuronMask
 from fastdean.masks.entries import MaskEntry
 
@@ -105,6 +106,8 @@ def test_a_model_answers_without_and_with_its_mask(place, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert untraced(page, results) == [] and "Answers side by side" in page
     assert f"Half: {len(moved)} of 9 answers changed" in (tmp_path / "out" / "card.md").read_text()
+    about = {"weights": len(mask), "scale": mask.scale, "sha256": mask_digest(mask)}
+    assert results["masks"] == {"half": about}
     assert results == json.loads((tmp_path / "out" / "results.json").read_text())
 
 
@@ -197,6 +200,63 @@ def test_a_server_answers_and_its_key_stands_in_no_file(place, tmp_path, monkeyp
     assert {headers["Authorization"] for _, _, headers in asked.requests} == {"Bearer sk-secret"}
     for file in out.iterdir():
         assert "secret" not in file.read_text()
+
+
+def refusing(*prompts, status=400):
+    """A server that says no to some prompts, as to one that is too long for its model."""
+
+    def reply(body):
+        if text_of(body) in prompts:
+            return status, {}, {"error": {"message": "maximum context length is 8 tokens"}}
+        return f"echo {text_of(body)}"
+
+    return answering(reply)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_that_the_server_refuses_is_left_out_if_asked(place, tmp_path, caplog, status):
+    options = {"model": "tiny", "mask": ()}
+    with refusing(QUESTIONS[1], status=status) as (url, _):
+        refused(f"row 2: server must give an answer to completions, got {status} maximum context",
+                answered, place, tmp_path / "a", server=url, concurrency=1, **options)  # fmt: skip
+        refused("pass skip_bad_rows to leave such rows out",
+                answered, place, tmp_path / "b", server=url, **options)  # fmt: skip
+        options["skip_bad_rows"] = True
+        results = answered(place, tmp_path / "out", server=url, **options)
+    skipped = results["skipped"]["skipped_rows"]
+    assert skipped["count"] == 1 and skipped["first"][0]["row"] == 2
+    assert str(status) in skipped["first"][0]["reason"]
+    assert results["variants"]["original"]["answers"] == len(QUESTIONS) - 1
+    assert {each["id"] for each in lines(tmp_path / "out" / "answers.jsonl")} == {
+        number for number in range(1, len(QUESTIONS) + 1) if number != 2
+    }
+    assert "prompts: 1 row is left out: row 2 (server must give" in caplog.text
+
+
+def test_what_the_server_refuses_of_every_prompt_is_an_error_all_the_same(place, tmp_path):
+    options = {"model": "tiny", "mask": (), "skip_bad_rows": True}
+    with refusing(*QUESTIONS) as (url, _):
+        refused("every prompt had to be left out: server must give an answer to completions, got "
+                "400", answered, place, tmp_path / "out", server=url, **options)  # fmt: skip
+    assert not (tmp_path / "out").exists()
+    with refusing(QUESTIONS[0], status=401) as (url, _):
+        refused("got 401", answered, place, tmp_path / "out", server=url, **options)
+
+
+def test_a_server_that_comes_back_on_another_port_goes_on_with_the_run(
+    place, tmp_path, monkeypatch
+):
+    options, out = {"model": "tiny", "mask": ()}, tmp_path / "out"
+    with answering() as (url, _), monkeypatch.context() as patched:
+        killed_after(patched, 3)
+        with pytest.raises(Killed):
+            answered(place, out, server=url, concurrency=1, **options)
+    with answering() as (other, asked):
+        assert other != url
+        results = answered(place, out, server=other, **options)
+    assert len(asked.requests) == len(QUESTIONS) - 3 and results["model"]["server"] == other
+    again = other.replace("127.0.0.1", "localhost")
+    refused("differs in server=", answered, place, out, server=again, **options)
 
 
 def test_options_that_do_not_go_together_are_refused(place):
@@ -346,6 +406,19 @@ def test_a_killed_judge_goes_on_and_another_does_not_take_its_place(place, tmp_p
         tokenizer().save_pretrained(folder)
     assert [row["answers"] for row in results["judged"]] == [4, 4]
     assert len(lines(out / "verdicts.jsonl")) == 8
+
+
+def test_a_judge_that_comes_back_on_another_port_goes_on(tmp_path, monkeypatch):
+    file, out = write_jsonl(tmp_path / "a.jsonl", ANSWERS), tmp_path / "out"
+    with answering(wildguard) as (url, _), monkeypatch.context() as patched:
+        killed_after(patched, 2)
+        with pytest.raises(Killed):
+            judged(file, out, f"wildguard={url}", concurrency=1)
+    with answering(wildguard) as (other, asked):
+        assert other != url
+        judged(file, out, f"wildguard={other}")
+    assert len(asked.requests) == len(ANSWERS) - 2
+    assert len(lines(out / "verdicts.jsonl")) == len(ANSWERS)
 
 
 def test_a_classifier_judges_by_its_labels(place, tmp_path):

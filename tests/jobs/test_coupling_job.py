@@ -525,6 +525,10 @@ def test_truncated_scores_of_an_earlier_call_are_named(job, scored, tmp_path):
 BAD_OPTIONS = {
     "rule": ("best", f"rule must be one of {', '.join(RULES)}, got 'best'"),
     "granularity": ("head", "granularity must be one of weight, unit, got 'head'"),
+    "signs": (
+        "both",
+        "signs must be one of any, same, opposite, got 'both'; leave it out for 'any'",
+    ),
     "scope": ("layer", "scope must be one of matrix, model, got 'layer'"),
     "template": ("alpaca", "template must be one of raw, chat, published, got 'alpaca'"),
     "ratio": (1.5, "ratio must be above 0 and at most 1, got 1.5"),
@@ -568,6 +572,21 @@ def test_a_ratio_that_selects_nothing_is_refused_before_scoring(place, scored, t
     assert scored == [] and list(tmp_path.iterdir()) == []
     smallest = float(str(caught.value).split("would is ")[1].split(",")[0])
     assert int(smallest * 2048) == 1 and int((smallest - 1e-5) * 2048) == 0
+
+
+def test_a_ratio_that_selects_nothing_is_refused_before_the_model_is_loaded(
+    place, tmp_path, monkeypatch
+):
+    def loaded(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(run_model.RunModel, "open", loaded)
+    job = Job(**place, examples=5, ratio=1e-6)
+    with pytest.raises(ValueError, match="none of the 2,048 of the largest matrix"):
+        run(job, tmp_path / "run", progress=False)
+    for fine in ({"ratio": 1e-6, "min_k": 1}, {"ratio": 0.5}):
+        with pytest.raises(AssertionError, match="the model was loaded"):
+            run(Job(**place, examples=5, **fine), tmp_path / "run", progress=False)
 
 
 def test_min_k_keeps_as_many_scores_as_it_needs(place, tmp_path):

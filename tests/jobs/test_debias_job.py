@@ -130,7 +130,8 @@ def test_the_report_says_what_came_of_it(run):
     assert saved["start_token"] == "[BOS]"
     assert "start token: '[BOS]'" in row["definition"]
     (fluency,) = (said for said in found["findings"] if said.startswith("Perplexity of the"))
-    assert re.search(r"before, [\d,.]+ after: no verdict from n = 2\.", fluency)
+    of = r"before, [\d,.]+ after, ratio \S+ \[\S+, \S+\], Holm-adjusted p = \S+"
+    assert re.search(of + r": no verdict from n = 2\.", fluency)
     page = (out / "report.html").read_text("utf-8")
     assert "start token: " in page
     for heading in ("Neural collapse", "Bias measures", "Training"):
@@ -309,5 +310,20 @@ def test_what_has_no_neutral_value_is_told_as_well():
     table = {"Facts": {"before": facts, "neutral": None, "unit": "%"}}
     assert bias.sentences(table) == ["Facts: 75 % [63.6, 84.4]."]
     row = {"neutral": None, "before": {"value": 75.0}, "after": {"value": 51.4}}
-    row["change"] = {"low": -36.2, "high": -9.4, "verdict": "fell"}
-    assert bias.change_sentences({"Facts": row}) == ["Facts: 75 before, 51.4 after: fell."]
+    row["change"] = {"value": -23.6, "low": -36.2, "high": -9.4, "verdict": "fell"}
+    row["change"]["p_holm"] = 0.012
+    said = (
+        "Facts: 75 before, 51.4 after, change -23.6 [-36.2, -9.4], Holm-adjusted p = 0.012: fell."
+    )
+    assert bias.change_sentences({"Facts": row}) == [said]
+
+
+@pytest.mark.parametrize("verdict", ["lower", "closer to neutral"])
+def test_no_sentence_claims_a_change_whose_adjusted_p_is_above_the_level(verdict):
+    moved = {"value": -3.0, "low": -6.0, "high": -0.1, "verdict": verdict, "p_holm": 0.06}
+    row = {"neutral": 50, "before": {"value": 60.0}, "after": {"value": 57.0}, "change": moved}
+    (said,) = bias.change_sentences({"Pairs": row})
+    assert said == (
+        "Pairs: 60 before, 57 after (neutral 50), change of the distance to it -3 [-6, -0.1], "
+        "Holm-adjusted p = 0.06: no effect beyond noise."
+    )

@@ -500,6 +500,35 @@ def test_the_command_prints_a_table_or_json(folder):
     assert result.stderr.splitlines()[0].startswith("Into 1.0 GB of GPU memory fit: ")
 
 
+def test_one_of_a_thing_is_told_as_one(tmp_path):
+    small = folder_of(tmp_path / "small", num_hidden_layers=1)
+    asked = {"sets": 1, "examples": 1, "tokens_per_example": 100, "target_modules": "up_proj"}
+    said = str(fastdean.estimate(small, **asked))
+    assert "1 layer; 1 matrix scored" in said
+    assert "1 x 1 example a rank, 100 tokens in 1 batch of at most 100." in said
+    asked["target_modules"] = "input_layernorm.weight"
+    assert "1 parameter is scored by example" in str(fastdean.estimate(small, **asked))
+
+
+def test_the_disks_time_is_only_spoken_of_where_time_was_asked_for(folder):
+    note = "Reading files takes the disk's time, which is in no figure."
+    assert note not in fastdean.estimate(folder, **JOB).notes
+    assert note in fastdean.estimate(folder, **JOB, **GPU, flops=1e12, bandwidth=1e12).notes
+
+
+def test_a_configuration_that_cannot_run_is_told_by_name(tmp_path):
+    odd = fastdean.estimate(folder_of(tmp_path / "odd", num_key_value_heads=3), **JOB)
+    (said,) = [note for note in odd.notes if "num_key_value_heads" in note]
+    assert "num_key_value_heads (3) does not divide its num_attention_heads (4)" in said
+    for keys in (1, 2, 4):
+        fine = fastdean.estimate(folder_of(tmp_path / "fine", num_key_value_heads=keys), **JOB)
+        assert not any("num_key_value_heads" in note for note in fine.notes)
+    with pytest.raises(
+        ValueError, match="^model must be .*: its vocab_size must be at least 1, got 0"
+    ):
+        fastdean.estimate(folder_of(tmp_path / "mute", vocab_size=0), **JOB)
+
+
 def test_a_budget_divides_the_sums_into_passes(folder):
     whole = fastdean.estimate(folder, **JOB, **GPU)
     matrix = 4 * H * U

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny_bias
 import tiny_folders
 import tiny_masks
 from page_numbers import untraced
@@ -12,10 +13,13 @@ from tiny_models import llama
 from typer.testing import CliRunner
 
 from fastdean import cli
-from fastdean.evaluation import change_between
+from fastdean.evaluation import change_between, over_refusal
 from fastdean.evaluation.bias import gender_facts
 from fastdean.jobs import bias, evaluating
+from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
+from fastdean.jobs.coupling.job import Job
 from fastdean.jobs.eval_job import EvalJob
+from fastdean.jobs.inputs import mask_digest
 from fastdean.masks import NeuronMask
 from fastdean.report import verdict_line
 
@@ -32,6 +36,10 @@ FACTS = [
 ]
 
 
+# As `couple` writes it into a mask, with ratios of their own for each set.
+MADE_BY = {"rule": "paper", "ratio": [1e-5, 1e-5, 1e-4], "scope": "matrix"}
+
+
 def _mask() -> NeuronMask:
     name = "model.layers.0.mlp.down_proj.weight"
     size = llama().get_parameter(name).numel()
@@ -41,7 +49,8 @@ def _mask() -> NeuronMask:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
-    _mask().save_pretrained(folder / "mask")
+    made = {**MADE_BY, "first": {"model": {"name": "of somebody"}}}
+    NeuronMask(_mask().entries, manifest=made).save_pretrained(folder / "mask")
     return {
         "model": tiny_folders.save_model(folder / "model"),
         "mask": folder / "mask",
@@ -69,7 +78,9 @@ def test_the_figures_are_those_of_the_measure_without_and_with_the_mask(place, t
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found == json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
-    assert found["mask"] == {"weights": len(_mask()), "scale": 0.0}
+    assert found["mask"] == {
+        "weights": len(_mask()), "scale": 0.0, **MADE_BY, "sha256": mask_digest(_mask())
+    }  # fmt: skip
     assert found["options"]["mask"] == "mask" and found["options"]["bias"] == [
         "gender_facts=facts.jsonl"
     ]
@@ -90,6 +101,31 @@ def test_the_figures_are_those_of_the_measure_without_and_with_the_mask(place, t
     assert "Measures before and after" in page and "All 1 tests are one family" in page
     assert verdict_line(found).replace("_", "\\_") in card
     assert untraced(page, found) == []
+
+
+def test_items_that_are_all_as_they_were_are_not_told_as_certainty(tmp_path):
+    """A mean of zeros has no spread: that nothing changed in 12 items is not that nothing does."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    model = llama()
+    model.get_parameter(name).data.view(-1)[:4] = 0
+    model.save_pretrained(tmp_path / "model")
+    tiny_bias.spelling_tokenizer("causal").save_pretrained(tmp_path / "model")
+    tiny_masks.mask_of(model, {name: list(range(4))}).save_pretrained(tmp_path / "mask")
+    rows = [{"prompt": f"is the nurse {'rich ' * n}"} for n in range(1, 13)]
+    file = tiny_folders.write_jsonl(tmp_path / "benign.jsonl", rows)
+    asked = ["--model", tmp_path / "model", "--mask", tmp_path / "mask", "--quiet", "--json"]
+    result = call(*asked, "--out", tmp_path / "out", "--bias", f"over_refusal={file}")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    most = 100 * (1 - ((1 - found["tests"]["confidence_of_each"]) / 2) ** (1 / 12))
+    for row in found["measures"].values():
+        assert row["raw_change"]["changed"] == 0 and row["raw_change"]["p_value"] == 1
+        assert row["raw_change"]["changed_most"] == pytest.approx(most)
+    assert f"change 0 (no item changed; of all such items at most {most:.2g} % do" in result.stderr
+    assert "[0, 0]" not in result.stderr
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "no effect beyond noise; no item changed" in page and untraced(page, found) == []
+    assert f"at most {most:.2g} % of items change" in page
 
 
 def test_a_model_alone_has_values_and_no_change(place):
@@ -200,3 +236,48 @@ def test_bbq_and_over_refusal_are_measures_of_the_job(place, tmp_path):
     measures = json.loads(result.stdout)["measures"]
     assert len(measures) == 5 and all("after" in row for row in measures.values())
     refused(call(*asked, "--bias", "over_refusal"), 'tokenizer must tell "I\'m sorry" from the')
+
+
+# A template whose end and an answer's first word are one word, too long for the tokenizer.
+JOINING = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %} "
+    + "x" * 100
+    + "{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_joins_the_answer_is_answered_by_asking_raw(tmp_path):
+    tokenizer = tiny_bias.spelling_tokenizer("causal")
+    tokenizer.chat_template = JOINING
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"is the nurse {word}"} for word in ("rich", "poor", "a cook")]
+    file = tiny_folders.write_jsonl(tmp_path / "benign.jsonl", rows)
+    asked = ["--model", tmp_path / "model", "--quiet", "--json", "--bias", f"over_refusal={file}"]
+    refused(call(*asked), "a special token, or use --bias-template raw")
+    result = call(*asked, "--bias-template", "raw")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    expected = over_refusal(llama(), tokenizer, rows, template="raw", progress=False)
+    values = [row["before"]["value"] for row in found["measures"].values()]
+    assert values == pytest.approx([expected.probability.value, expected.log_odds.value])
+    assert found["options"]["bias_template"] == "raw"
+
+
+@pytest.mark.parametrize("kind", [EvalJob, DebiasJob, CollapseJob, Job])
+def test_every_job_with_measures_takes_their_template_where_one_asks_prompts(kind):
+    own = {
+        EvalJob: {},
+        DebiasJob: {"method": "causal"},
+        CollapseJob: {"text": "embedded:debias"},
+        Job: {each: f"embedded:{each}" for each in ("fairness", "privacy", "general")},
+    }[kind]
+
+    def job(measure, template):
+        return kind(model="m", bias=(measure,), bias_template=template, **own)
+
+    assert job("over_refusal", "chat").bias_template == "chat"
+    with pytest.raises(ValueError, match="bias_template must be one of raw, chat, got 'publi"):
+        job("over_refusal", "published")
+    with pytest.raises(ValueError, match="bias_template must come with a measure of over_refusal"):
+        job("bec_pro", "raw")

@@ -21,6 +21,8 @@ from fastdean.wording.numbers import require_whole
 TEMPLATES = ("raw", "chat")
 MAX_NEW_TOKENS = 64
 STOPPED, CUT = "stop", "length"
+# What is said of an answer of which the server does not say why it ended.
+UNSAID = "unknown"
 # By default so many times the tokens of one forward pass: after the prompts each pass takes but one
 # token of each row, and many rows keep a machine busy.
 _PASSES = 8

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import ssl
 import threading
 import urllib.error
@@ -21,7 +22,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from fastdean.evaluation.answers.generation import CUT, STOPPED, Answer
+from fastdean.evaluation.answers.generation import CUT, STOPPED, UNSAID, Answer
 from fastdean.files.declared import LARGEST
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
@@ -31,9 +32,12 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 _RETRIED = (408, 429, 500, 502, 503, 504)
+# A bad request, one that is too large, and one that cannot be processed.
+_OF_WHAT_WAS_ASKED = (400, 413, 422)
 _MOST_BYTES = 1 << 26
 _LONGEST_PAUSE_SECONDS = 60.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_PORT = re.compile(r"(https?://(?:\[[^\]]*\]|[^/:\[\]]+)):\d+")
 # Of a server's own words in a message.
 _LONGEST_TEXT = 200
 
@@ -132,14 +136,15 @@ class Server:
             raise self._error(f"an answer in the form of OpenAI's API, got {found!r:.120}")
         # JSON can name halves of characters, which no file of text holds.
         text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-        finish = {"stop": STOPPED, "length": CUT}.get(str(reason), str(reason)[:40])
+        said = UNSAID if reason is None else str(reason)[:40]
+        finish = {"stop": STOPPED, "length": CUT}.get(said, said)
         known = type(tokens) is int and 0 <= tokens <= LARGEST
         return Answer(text, tokens if known else None, finish)
 
     def _served(self) -> list[str]:
         try:
             found = self._request("models", None, attempts=1)
-        except _Refused as error:
+        except Refused as error:
             if error.status in (404, 405, 501):
                 # It need not say; what it does not serve it refuses when it is asked.
                 return []
@@ -172,7 +177,7 @@ class Server:
         except urllib.error.HTTPError as error:
             with error:
                 said = self._said(error)
-            refused = self._error(f"an answer to {what}, got {said}", _Refused)
+            refused = self._error(f"an answer to {what}, got {said}", Refused)
             refused.status = error.code
             if error.code in _RETRIED:
                 raise _Again(refused, _seconds(error.headers.get("Retry-After"))) from None
@@ -217,16 +222,24 @@ class Server:
             message = text
         return f"{error.code} {' '.join(str(message).split())[:_LONGEST_TEXT]}".strip()
 
-    def _error(self, text: str, kind: type[_Refused] | type[StateError] = StateError) -> Any:
+    def _error(self, text: str, kind: type[Refused] | type[StateError] = StateError) -> Any:
         """The refusal in one line; a server may repeat the key, and it must not stand there."""
         shown = text if not self.key else text.replace(self.key, "***")
         return kind(f"server must give {shown} from {self.url}; check its address and its log")
 
 
-class _Refused(StateError):
-    """The server answered with an error."""
+class Refused(StateError):
+    """The server answered with an error.
+
+    status: its HTTP status.
+    """
 
     status: int = 0
+
+    @property
+    def is_of_what_was_asked(self) -> bool:
+        """Whether another prompt may be answered: this one is too long, for example."""
+        return self.status in _OF_WHAT_WAS_ASKED
 
 
 class _Again(Exception):
@@ -257,6 +270,11 @@ def checked_url(url: str) -> str:
             f"server must be an address like http://localhost:8000/v1, got {url!r}; correct it"
         )
     return url.rstrip("/")
+
+
+def without_port(text: str) -> str:
+    """A text with the addresses in it without their ports: a restarted server may have another."""
+    return _PORT.sub(r"\1", text)
 
 
 def is_url(text: str) -> bool:

@@ -76,6 +76,7 @@ class Job(ScoringJob):
             are measured beside the job's own; None: no others.
         bias: measures taken without and with each mask, "name" or "name=SRC": see `bias.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
+        bias_template: of their prompts, see `evaluation.over_refusal`; None: by the tokenizer.
         answers: measured prompts of each set that the model answers; at most `eval_examples`.
         memory_budget: in bytes; it, order, states and rank_timeout: see `fastdean.score`.
     Raises:
@@ -131,6 +132,7 @@ class Job(ScoringJob):
     ] = None
     bias: options.Bias = ()
     start_token: options.StartToken = "auto"
+    bias_template: options.BiasTemplate = None
     answers: Annotated[
         int,
         Help(
@@ -153,7 +155,7 @@ class Job(ScoringJob):
 
         super().__post_init__()
         object.__setattr__(self, "bias", tuple(self.bias))
-        bias.check(self.bias, self.start_token)
+        bias.check(self.bias, self.start_token, self.bias_template)
         options.require_one_of(self, "rule", tuple(RULES))
         options.require_one_of(self, "scope", SCOPES)
         options.require_one_of(self, "signs", SIGNS)

@@ -45,7 +45,9 @@ from fastdean.jobs.rows import NumberedRow, encode_rows, same_content_cautions
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
 from fastdean.models.distributed import Ranks
+from fastdean.models.loading import described_model
 from fastdean.wording.log import logger
+from fastdean.wording.printable import error_line
 
 CONTROLS = ("random", "released")
 _NO_RANDOM = (
@@ -146,6 +148,7 @@ def _prepare(session: Session[Job]) -> _Prepared:
         bias.require_readable(job.bias)
     digests = {f"{name} rows": split.digest for name, split in rows.items()}
     session.compare({**digests, **benchmark_digests(job.bias)})
+    _require_selection_as_described(job)
     opened = RunModel.open(session)
     model, tokenizer = opened.module, opened.tokenizer
     opened.compare(session)
@@ -254,6 +257,28 @@ def _require_selection(sizes: Sequence[int], targets: Sequence[Target], job: Job
     whole = (target.weight.numel() for target in targets)
     of_experts = job.granularity == "weight" and largest not in whole
     raise nothing_selected_error(job.effective_ratio, largest, job.scope, of_experts=of_experts)
+
+
+def _require_selection_as_described(job: Job) -> None:
+    """Refuse a ratio that selects nothing before any weight is read, where the configuration tells.
+
+    What a configuration does not describe, or describes otherwise than it is loaded, is left to
+    the check of the loaded model.
+    """
+    try:
+        model = described_model(
+            job.model,
+            dtype=job.dtype,
+            revision=job.revision,
+            trust_remote_code=job.trust_remote_code,
+        )
+        targets = find_targets(model, job.target_modules, job.granularity)
+    except Exception as error:  # Whoever loads the model says what is wrong with it.
+        logger.debug("the model is not described before it is loaded: %s", error_line(error))
+        return
+    # Quantised weights have other shapes than those they stand for.
+    if targets and getattr(model.config, "quantization_config", None) is None:
+        _require_selection(_sizes(targets, job), targets, job)
 
 
 def _keep_top(sizes: Sequence[int], job: Job) -> float | None:
