@@ -211,6 +211,11 @@ def test_each_layer_of_a_model_takes_the_form_that_its_mask_and_scores_allow(ker
     kinds = len(set(getattr(model.config, "layer_types", None) or [0]))
     assert kernel.read == (kinds if windows else 0)
     exact = model.double()
+    batching = fastdean.score(exact, examples(9, 14), progress=False).manifest["batching"]
+    if not batching["by_segments"]:
+        # Of a transformers in which chunks begin with the row (5.17), where nothing is packed.
+        assert name == "Llama4Text"
+        return
     alone = [exact(inputs["input_ids"][:, s:e]).logits[0] for s, e in segments.tolist()]
     expected = torch.cat(alone)
     assert (logits - expected).norm() < 0.03 * expected.norm()
