@@ -60,8 +60,9 @@ def loses_the_last(rank, folder, number, world):
     distributed.destroy_process_group()
 
 
-def all_but_the_last_hear(folder, number, world):
-    started = [forked.start(loses_the_last, r, folder, number, world) for r in range(world)]
+def run_until_the_others_end(worker, world, *arguments):
+    """Start every rank; all but the last must end well, and the last one goes with them."""
+    started = [forked.start(worker, rank, *arguments) for rank in range(world)]
     try:
         for process in started[:-1]:
             done = process.finish()
@@ -70,6 +71,10 @@ def all_but_the_last_hear(folder, number, world):
         for process in started:
             process.kill()
         started[-1].finish()
+
+
+def all_but_the_last_hear(folder, number, world):
+    run_until_the_others_end(loses_the_last, world, folder, number, world)
     for rank in range(world - 1):
         heard, seconds = torch.load(folder / f"rank{rank}.pt")
         assert heard.startswith(
@@ -203,16 +208,7 @@ def ends_in_a_layer(rank, folder, how, world, width, options):
 
 def all_hear_of_the_end(folder, how, world=WORLD, width=WORLD, **options):
     options = {"rank_timeout": TIMEOUT, **options}
-    arguments = (folder, how, world, width, options)
-    started = [forked.start(ends_in_a_layer, rank, *arguments) for rank in range(world)]
-    try:
-        for process in started[:-1]:
-            done = process.finish()
-            assert done.returncode == 0, done.stderr
-    finally:
-        for process in started:
-            process.kill()
-        started[-1].finish()
+    run_until_the_others_end(ends_in_a_layer, world, folder, how, world, width, options)
     error, text = ENDS[how]
     for rank in range(world - 1):
         heard, seconds = torch.load(folder / f"rank{rank}.pt")

@@ -241,6 +241,23 @@ def test_a_split_that_nobody_makes_is_refused(folder, options, text):
         fastdean.estimate(folder, **JOB, gpu_memory="1GB", **options)
 
 
+def log_of_received(rank):
+    """A list to which this process adds the bytes of others' own that each collective gives it."""
+    log = []
+    all_to_all, all_gather = distributed.all_to_all_single, distributed.all_gather
+
+    def exchanged(received, sent, own, others, **options):
+        log.append(received.nbytes - own[rank] * received.element_size())
+        return all_to_all(received, sent, own, others, **options)
+
+    def gathered(received, sent, **options):
+        log.append(sum(each.nbytes for each in received) - sent.nbytes)
+        return all_gather(received, sent, **options)
+
+    distributed.all_to_all_single, distributed.all_gather = exchanged, gathered
+    return log
+
+
 def received_in_a_team(rank, folder, model, world, jobs):
     """What the collectives of ours give a rank, of a model that its own plan splits over two."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -255,18 +272,7 @@ def received_in_a_team(rank, folder, model, world, jobs):
     held = sum(
         weight.to_local().nbytes for weight in subject.parameters() if hasattr(weight, "to_local")
     )
-    log = []
-    all_to_all, all_gather = distributed.all_to_all_single, distributed.all_gather
-
-    def exchanged(received, sent, own, others, **options):
-        log.append(received.nbytes - own[rank] * received.element_size())
-        return all_to_all(received, sent, own, others, **options)
-
-    def gathered(received, sent, **options):
-        log.append(sum(each.nbytes for each in received) - sent.nbytes)
-        return all_gather(received, sent, **options)
-
-    distributed.all_to_all_single, distributed.all_gather = exchanged, gathered
+    log = log_of_received(rank)
     found = [held + sum(p.nbytes for p in subject.parameters() if not hasattr(p, "to_local"))]
     for options in jobs:
         log.clear()
@@ -299,19 +305,8 @@ def test_what_ranks_of_a_split_model_hold_and_are_sent_is_what_is_said(folder, t
 def received_by_a_rank(rank, folder, model, jobs):
     """What the collectives of a scoring give a rank that is others' own, of each job."""
     join_group(rank, folder)
-    log = []
-    all_to_all, all_gather = distributed.all_to_all_single, distributed.all_gather
-
-    def exchanged(received, sent, own, others, **options):
-        log.append(received.nbytes - own[rank] * received.element_size())
-        return all_to_all(received, sent, own, others, **options)
-
-    def gathered(received, sent, **options):
-        log.append(sum(each.nbytes for each in received) - sent.nbytes)
-        return all_gather(received, sent, **options)
-
+    log = log_of_received(rank)
     found = []
-    distributed.all_to_all_single, distributed.all_gather = exchanged, gathered
     for options in jobs:
         log.clear()
         torch.manual_seed(0)
