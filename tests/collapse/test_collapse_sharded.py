@@ -23,6 +23,7 @@ from regularized import (
 from tiny_classes import rich_batches, some_classes
 from tiny_data import make_examples
 from tiny_models import VOCAB, bert, llama, qwen2
+from tiny_split import by_torch, layers_by_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from two_ranks import WORLD, join_group, leave_group, run_ranks
@@ -86,32 +87,11 @@ def loaded(model, folder, **options):
 
 def of_layers(model, folder=None, mesh=None):
     """The layers split by torch; embedding and head are whole on every rank."""
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
-    mesh = mesh_of(WORLD) if mesh is None else mesh
-    for layer in model.model.layers:
-        plan = {
-            **{f"self_attn.{n}_proj": ColwiseParallel() for n in "qkv"},
-            "self_attn.o_proj": RowwiseParallel(),
-            "mlp.gate_proj": ColwiseParallel(),
-            "mlp.up_proj": ColwiseParallel(),
-            "mlp.down_proj": RowwiseParallel(),
-        }
-        parallelize_module(layer, mesh, plan)
-    return model
+    return layers_by_torch(model, mesh_of(WORLD) if mesh is None else mesh)
 
 
 def with_head(model, folder=None, mesh=None):
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    mesh = mesh_of(WORLD) if mesh is None else mesh
-    parallelize_module(model.lm_head, mesh, ColwiseParallel(output_layouts=Replicate()))
-    return of_layers(model, mesh=mesh)
+    return by_torch(model, mesh_of(WORLD) if mesh is None else mesh)
 
 
 def of_sequences(model, folder):

@@ -6,14 +6,21 @@ from __future__ import annotations
 def by_torch(model, mesh, parts=("self_attn", "mlp"), head=None):
     """The head gathers its output unless it is placed otherwise."""
     from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    gathering = ColwiseParallel(output_layouts=head or Replicate())
+    parallelize_module(model.lm_head, mesh, gathering)
+    return layers_by_torch(model, mesh, parts)
+
+
+def layers_by_torch(model, mesh, parts=("self_attn", "mlp")):
+    """Embedding and head are whole on every rank."""
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
         parallelize_module,
     )
 
-    gathering = ColwiseParallel(output_layouts=head or Replicate())
-    parallelize_module(model.lm_head, mesh, gathering)
     for layer in model.model.layers:
         plan = {
             **{f"self_attn.{n}_proj": ColwiseParallel() for n in "qkv"},
