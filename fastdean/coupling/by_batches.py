@@ -15,7 +15,7 @@ from fastdean.coupling.loss_check import run_checked
 from fastdean.coupling.overflow import ScaledSums, add_what_overflowed
 from fastdean.coupling.scorable import Scorable
 from fastdean.coupling.target import Target
-from fastdean.coupling.workloads import Workload
+from fastdean.coupling.workload import Workload
 
 
 def run_pass(

@@ -31,7 +31,7 @@ from fastdean.coupling.trial import (
     require_losses_of_their_own,
     standing_for_all,
 )
-from fastdean.coupling.workloads import BatchLosses, Workload
+from fastdean.coupling.workload import BatchLosses, Workload
 from fastdean.data.batching import send
 from fastdean.models.distributed import Ranks
 from fastdean.models.model_state import fresh_leaves

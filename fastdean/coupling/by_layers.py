@@ -40,7 +40,7 @@ from fastdean.coupling.progress import SweepProgress
 from fastdean.coupling.scorable import Scorable
 from fastdean.coupling.states import States, multiplied
 from fastdean.coupling.target import Target
-from fastdean.coupling.workloads import BatchLosses, Pass, Workload
+from fastdean.coupling.workload import BatchLosses, Pass, Workload
 from fastdean.models.distributed import Ranks
 from fastdean.models.hooks import has_hooks
 from fastdean.models.replay import (

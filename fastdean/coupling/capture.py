@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastdean.coupling.accumulators import Accumulator, ExpertAccumulator
 from fastdean.coupling.target import Target
-from fastdean.coupling.workloads import BatchLosses
+from fastdean.coupling.workload import BatchLosses
 from fastdean.models.expert_products import Compare, Listener, Routing, Stand, listening_to_experts
 from fastdean.models.hooks import forward_hooks, forward_pre_hooks
 from fastdean.wording.mendable import StateError

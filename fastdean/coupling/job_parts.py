@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdean.coupling.scorable import Scorable
 from fastdean.coupling.score_entry import fingerprint
 from fastdean.coupling.target import Target
-from fastdean.coupling.workloads import Workload
+from fastdean.coupling.workload import Workload
 from fastdean.data.examples import TOKENS
 from fastdean.files.provenance import versions
 from fastdean.models.distributed import Ranks

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastdean.coupling.states import States
-from fastdean.coupling.workloads import BatchLosses, Pass
+from fastdean.coupling.workload import BatchLosses, Pass
 from fastdean.models.replay import NotByLayers, Returned, stand_ins
 from fastdean.models.trees import tensors
 from fastdean.models.windows import Windows

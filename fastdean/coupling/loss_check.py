@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdean.coupling.workloads import BatchLosses, Workload
+from fastdean.coupling.workload import BatchLosses, Workload
 
 
 class LossCheck:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastdean.coupling.example_digests import examples_digest
 from fastdean.coupling.expert_load import KEY, described_load, joined_loads
 from fastdean.wording.log import logger
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from fastdean.models.distributed import Ranks
 
 _COUNTS = ("examples", "tokens", "target_tokens")
-_SHA_BITS = 256
 
 
 def score_manifest(
@@ -109,12 +109,6 @@ def _of_experts(scored: Mapping[str, ScoreEntry]) -> list[ScoreEntry]:
 def _unseen(scored: Mapping[str, ScoreEntry]) -> dict[str, list[int]]:
     """Parameter name -> the experts that no token reached, where there are any."""
     return {name: list(entry.unseen) for name, entry in scored.items() if entry.unseen}
-
-
-def examples_digest(digests: Iterable[bytes]) -> str:
-    """One digest of a set of examples whatever their order: the sum of theirs modulo 2^256."""
-    total = sum(int.from_bytes(digest, "big") for digest in digests) % (1 << _SHA_BITS)
-    return f"{total:064x}"
 
 
 def joined_manifests(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

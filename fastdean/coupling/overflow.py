@@ -18,7 +18,7 @@ from fastdean.coupling.accumulators import Accumulator
 from fastdean.coupling.capture import Sums, capturing
 from fastdean.coupling.loss_scale import LossScale, row_factors
 from fastdean.coupling.target import Target
-from fastdean.coupling.workloads import BatchLosses, Pass, Workload
+from fastdean.coupling.workload import BatchLosses, Pass, Workload
 from fastdean.data.batching import send
 from fastdean.models.expert_products import Routing
 from fastdean.models.trees import Path

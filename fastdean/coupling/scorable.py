@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fastdean.coupling.holding import Holding, Pair
 from fastdean.coupling.loss_scale import LossScale
 from fastdean.coupling.target import Target
-from fastdean.coupling.workloads import Workload
+from fastdean.coupling.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from fastdean.coupling.asked import Asked
+from fastdean.coupling.custom_loss import LossFunction
 from fastdean.coupling.order import choose_order
 from fastdean.coupling.scores import Scores
 from fastdean.coupling.scoring_job import ScoringJob
 from fastdean.coupling.subject import Subject
 from fastdean.coupling.tried_sets import try_sets
 from fastdean.coupling.window_memory import WindowMemory
-from fastdean.coupling.workloads import LossFunction
 from fastdean.models.distributed import Ranks, check_rank_timeout, failing_together
 from fastdean.models.model_state import eager, evaluation_state, frozen, strict_determinism
 from fastdean.models.streaming import StreamedModel

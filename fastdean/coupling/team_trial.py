@@ -17,7 +17,7 @@ from fastdean.wording.mendable import StateError
 
 if TYPE_CHECKING:
     from fastdean.coupling.scorable import Scorable
-    from fastdean.coupling.workloads import Workload
+    from fastdean.coupling.workload import Workload
     from fastdean.models.distributed import Ranks
 
 # Of a loss, which is rounded otherwise on no rank but for kernels that add up in another order.

@@ -29,7 +29,7 @@ from fastdean.coupling.loss_scale import LossScale, initial_scale
 from fastdean.coupling.scorable import Scorable
 from fastdean.coupling.target import Target
 from fastdean.coupling.team_trial import require_same_losses, require_same_targets
-from fastdean.coupling.workloads import Workload
+from fastdean.coupling.workload import Workload
 from fastdean.models.distributed import Ranks
 from fastdean.models.expert_products import Routing
 from fastdean.models.hooks import take_gradients

@@ -18,7 +18,8 @@ from fastdean.coupling.subject import Subject
 from fastdean.coupling.target import Target
 from fastdean.coupling.targets import asked_as_parameters
 from fastdean.coupling.trial import find_scorable
-from fastdean.coupling.workloads import Workload, plan_workload
+from fastdean.coupling.workload import Workload
+from fastdean.coupling.workloads import plan_workload
 from fastdean.models.model_state import evaluation_state, frozen
 from fastdean.models.replay import recording
 from fastdean.models.stacks import decoder_layers

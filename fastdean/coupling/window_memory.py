@@ -16,7 +16,7 @@ from torch import nn
 from fastdean.coupling.accumulators import split_by_memory
 from fastdean.coupling.needed_memory import ModelMemory, Rows
 from fastdean.coupling.target import Target
-from fastdean.coupling.workloads import Workload
+from fastdean.coupling.workload import Workload
 from fastdean.models.distributed import Ranks
 
 # Of the estimate, what a budget must leave besides: it may be a tenth too low.

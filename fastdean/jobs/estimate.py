@@ -280,9 +280,9 @@ def run(job: EstimateJob) -> Estimate:
     from fastdean.coupling.holding import together_bytes
     from fastdean.coupling.kept_entries import entries_bytes
     from fastdean.coupling.needed_memory import TRIED_ROWS, ModelMemory, Peak
+    from fastdean.coupling.rank_blocks import blocks_of_a_rank
     from fastdean.coupling.targets import find_targets
     from fastdean.coupling.window_memory import WindowMemory
-    from fastdean.coupling.workloads import blocks_of_a_rank
     from fastdean.jobs.estimated_split import Split, Whole
     from fastdean.models.available_memory import available_memory
     from fastdean.models.distributed import Ranks

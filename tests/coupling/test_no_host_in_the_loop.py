@@ -68,7 +68,7 @@ def watched(monkeypatch):
                 return real_pass(*args)
 
         monkeypatch.setattr(Batch, "to", to)
-        monkeypatch.setattr("fastdean.coupling.workloads.send", send)
+        monkeypatch.setattr("fastdean.coupling.custom_loss.send", send)
         monkeypatch.setattr(scoring_job, "run_pass", run_pass)
         reads.mark([*model.parameters(), *model.buffers()])
         examples = make_examples() if examples is None else examples
