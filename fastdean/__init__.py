@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         collapse_alignment_loss,
         collapse_metrics,
     )
-    from fastdean.coupling.scores import Scores
+    from fastdean.coupling.results.scores import Scores
     from fastdean.coupling.scoring import score
     from fastdean.coupling.sets import couple
     from fastdean.evaluation.dependence import hsic
@@ -35,7 +35,7 @@ _HOME = {
     "CollapseRegularizer": "fastdean.collapse",
     "CollapseState": "fastdean.collapse",
     "NeuronMask": "fastdean.masks",
-    "Scores": "fastdean.coupling.scores",
+    "Scores": "fastdean.coupling.results.scores",
     "collapse_alignment_loss": "fastdean.collapse",
     "collapse_metrics": "fastdean.collapse",
     "couple": "fastdean.coupling",

@@ -18,7 +18,7 @@ import pytest
 import torch
 from tiny_folders import rows, save_model, write_jsonl, write_sources
 
-from fastdean.coupling.scores import Scores
+from fastdean.coupling.results.scores import Scores
 from fastdean.jobs.coupling.job import ScoreJob
 from fastdean.jobs.coupling.scoring import run as score
 from fastdean.masks import NeuronMask

@@ -21,7 +21,7 @@ from benchmarks.harness.tables import Cells, Table
 from benchmarks.score import subject
 from benchmarks.score.baselines import loop_sums
 from benchmarks.score.subject import add_options  # noqa: F401
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling.targets.finding import find_targets
 from fastdean.data.examples import Example
 
 RATIOS = (1e-5, 1e-4, 1e-3)

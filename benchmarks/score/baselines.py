@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastdean.coupling.target import Target
+from fastdean.coupling.targets.target import Target
 from fastdean.data.examples import IGNORE_INDEX, Example
 from fastdean.models.model_state import input_device
 

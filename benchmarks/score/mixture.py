@@ -32,7 +32,7 @@ from benchmarks.harness.session import Session, attempt
 from benchmarks.harness.store import Record, say
 from benchmarks.harness.tables import Cells, Table
 from benchmarks.score.run import OURS, compare
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling.targets.finding import find_targets
 from fastdean.data.examples import IGNORE_INDEX, Example
 from fastdean.models.forward import tokens_per_batch_of
 

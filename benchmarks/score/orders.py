@@ -28,7 +28,7 @@ from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
 from benchmarks.score import subject
 from benchmarks.score.work import score_case
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling.targets.finding import find_targets
 from fastdean.data.examples import Example
 
 _SETS, KEEP_TOP = 3, 1e-3

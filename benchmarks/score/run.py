@@ -33,7 +33,7 @@ from benchmarks.harness.tables import Cells, Table
 from benchmarks.score import subject
 from benchmarks.score.baselines import vmap_chunk
 from benchmarks.score.work import score_case
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling.targets.finding import find_targets
 from fastdean.data.examples import Example
 
 # Largest norm-wise difference between the sums of two implementations; published ones are bf16.

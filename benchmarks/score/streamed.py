@@ -77,7 +77,7 @@ def _write(shape: str, folder: Path) -> int:
     """The checkpoint as save_pretrained would write it; its bytes. One layer at a time is held."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from fastdean.models.streaming import parameters_on_meta
+    from fastdean.models.layers.streaming import parameters_on_meta
 
     config = Qwen2Config(**models.SHAPES[shape]._asdict(), dtype="bfloat16")
     config.architectures = ["Qwen2ForCausalLM"]

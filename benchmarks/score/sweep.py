@@ -22,7 +22,7 @@ from benchmarks.harness.store import Record
 from benchmarks.harness.tables import Cells, Table
 from benchmarks.score.run import NAMES, OURS, compare, tests  # noqa: F401, its own too
 from benchmarks.score.work import score_case
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling.targets.finding import find_targets
 
 _TOKENS = (64, 256, 1024, 32, 128, 512)
 _EXAMPLES = (32, 128, 8, 64, 256)

@@ -132,7 +132,7 @@ def run(
 
 def _is_kept(typed: Mapping[str, Any]) -> bool:
     """Whether a scoring that was stopped left in its folder how far it came."""
-    from fastdean.coupling.resumable import holds_job
+    from fastdean.coupling.resuming.resumable import holds_job
 
     return typed.get("out") is not None and holds_job(typed["out"])
 
@@ -151,7 +151,7 @@ def score(
     Example: `fastdean score --model Qwen/Qwen2-7B-Instruct --data beavertails:privacy
     --out privacy/`
     """
-    from fastdean.coupling.expert_load import load_line
+    from fastdean.coupling.results.expert_load import load_line
     from fastdean.jobs.coupling.scoring import run as run_score
 
     if preview:
@@ -210,7 +210,7 @@ def couple(
     Example: `fastdean couple --first fairness/ --second privacy/ --general general/ --ratio 5e-7
     --out mask/`
     """
-    from fastdean.coupling.scores import Scores
+    from fastdean.coupling.results.scores import Scores
     from fastdean.coupling.sets import couple as couple_scores
     from fastdean.files.storage import holds_only
     from fastdean.jobs.folder import require_free
@@ -439,7 +439,7 @@ def _run_job(job: Any, out: Path, overwrite: bool, quiet: bool) -> dict[str, Any
 
 
 def _closing_text(results: dict[str, Any], out: Path) -> str:
-    from fastdean.coupling.expert_load import load_line
+    from fastdean.coupling.results.expert_load import load_line
     from fastdean.masks import NeuronMask
     from fastdean.report import verdict_line
 

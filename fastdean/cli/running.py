@@ -143,7 +143,7 @@ def process_group() -> Iterator[None]:
     import torch
     from torch.distributed.constants import default_pg_timeout
 
-    from fastdean.models.fresh_store import fresh_store
+    from fastdean.models.ranks.fresh_store import fresh_store
 
     backend = "gloo"
     if torch.cuda.is_available():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdean.files.declared import Anything, Filled, Real, Record, Text, require
-from fastdean.models.distributed import Ranks
+from fastdean.models.ranks.distributed import Ranks
 from fastdean.ops.collapse import collapse_alignment_step
 from fastdean.ops.ownership import held_alone
 from fastdean.wording.mendable import InputTypeError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdean.models.distributed import Ranks
+from fastdean.models.ranks.distributed import Ranks
 
 
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:

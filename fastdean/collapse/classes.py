@@ -17,8 +17,8 @@ from fastdean.collapse.matching import MAX_ID, Matcher
 from fastdean.collapse.words import WORD, WordGroups, read_word_groups
 from fastdean.data.batching import send
 from fastdean.files.declared import Lists, Record, Row, Text, Whole, brief, require
-from fastdean.models.sharded_rows import SharedRows
-from fastdean.models.shards import is_sharded
+from fastdean.models.ranks.sharded_rows import SharedRows
+from fastdean.models.ranks.shards import is_sharded
 from fastdean.wording.mendable import InputTypeError
 
 MultiPiece = Literal["skip", "mean"]

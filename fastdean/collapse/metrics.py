@@ -20,7 +20,7 @@ from fastdean.collapse.pairs import (
     pair_blocks,
     squared_distances,
 )
-from fastdean.models.distributed import Ranks
+from fastdean.models.ranks.distributed import Ranks
 
 # Elements of the largest temporary of `count_nearest`, in fp64.
 _BLOCK = 2**22

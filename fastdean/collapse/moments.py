@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdean.data.batching import send
-from fastdean.models.distributed import Ranks
+from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.mendable import InputTypeError
 
 

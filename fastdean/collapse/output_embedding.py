@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.models.adapters import base_model
-from fastdean.models.distributed import Ranks
 from fastdean.models.model_state import materialised_weight, unwrap
-from fastdean.models.sharded import behind
-from fastdean.models.sharded_rows import SharedRows, placing, rows_fault
-from fastdean.models.shards import is_sharded
+from fastdean.models.ranks.distributed import Ranks
+from fastdean.models.ranks.sharded import behind
+from fastdean.models.ranks.sharded_rows import SharedRows, placing, rows_fault
+from fastdean.models.ranks.shards import is_sharded
 from fastdean.ops.memory import memory_fault
 
 

@@ -28,7 +28,7 @@ from fastdean.models.model_state import (
     max_tokens,
     unwrap,
 )
-from fastdean.models.shards import whole_features
+from fastdean.models.ranks.shards import whole_features
 from fastdean.wording.doing import titled
 
 

@@ -37,13 +37,13 @@ from fastdean.collapse.representations import (
 )
 from fastdean.data.examples import IGNORE_INDEX
 from fastdean.files.declared import Anything, Maps, Record, require
-from fastdean.models.distributed import Ranks
 from fastdean.models.forward import label_shift_of_class
 from fastdean.models.model_state import unwrap
-from fastdean.models.sharded import left_sharded
-from fastdean.models.sharded_rows import placing
-from fastdean.models.shards import is_sharded, whole_features
-from fastdean.models.tensor_parallel import training_ranks
+from fastdean.models.ranks.distributed import Ranks
+from fastdean.models.ranks.sharded import left_sharded
+from fastdean.models.ranks.sharded_rows import placing
+from fastdean.models.ranks.shards import is_sharded, whole_features
+from fastdean.models.ranks.tensor_parallel import training_ranks
 from fastdean.ops.collapse import STATISTICS, collapse_alignment
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError, StateError

@@ -16,12 +16,12 @@ from torch import nn
 
 from fastdean.data.batching import Batch
 from fastdean.data.examples import Example
-from fastdean.models.distributed import Ranks
 from fastdean.models.forward import usual_starts
 from fastdean.models.probes import numbers_from, undisturbed
-from fastdean.models.sharded import left_sharded, units_of
-from fastdean.models.shards import is_sharded
-from fastdean.models.tensor_parallel import training_ranks
+from fastdean.models.ranks.distributed import Ranks
+from fastdean.models.ranks.sharded import left_sharded, units_of
+from fastdean.models.ranks.shards import is_sharded
+from fastdean.models.ranks.tensor_parallel import training_ranks
 
 # More tokens than a model is measured on.
 _LOOKED_AT = 64

@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdean.coupling.scores import Scores
+    from fastdean.coupling.results.scores import Scores
     from fastdean.coupling.scoring import score, score_sets
     from fastdean.coupling.sets import couple, overlap
 
 # Loaded on use: who reads scores does not pay for what it takes to make them. No module may have
 # the name of one of these functions, which would mean one or the other by who was imported first.
 _HOME = {
-    "Scores": "fastdean.coupling.scores",
+    "Scores": "fastdean.coupling.results.scores",
     "couple": "fastdean.coupling.sets",
     "overlap": "fastdean.coupling.sets",
     "score": "fastdean.coupling.scoring",

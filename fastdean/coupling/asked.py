@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdean.coupling.accumulators import all_sums_bytes
-from fastdean.coupling.block_sums import sums_at_a_time
-from fastdean.coupling.holding import Holding, together_bytes
-from fastdean.coupling.rank_blocks import blocks_of_a_rank
-from fastdean.coupling.scores import check_expert_scope, check_keep_top
-from fastdean.coupling.target import Target
-from fastdean.models.distributed import Ranks
+from fastdean.coupling.results.scores import check_expert_scope, check_keep_top
+from fastdean.coupling.sums.accumulators import all_sums_bytes
+from fastdean.coupling.sums.block_sums import sums_at_a_time
+from fastdean.coupling.sums.holding import Holding, together_bytes
+from fastdean.coupling.targets.target import Target
+from fastdean.coupling.workloads.rank_blocks import blocks_of_a_rank
+from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.mendable import InputTypeError
 from fastdean.wording.numbers import require_flag, require_real
 

@@ -8,14 +8,14 @@ from functools import partial
 
 import torch
 
-from fastdean.coupling.accumulators import Accumulator
-from fastdean.coupling.expert_parts import placed, weight_of_part
-from fastdean.coupling.reduction import Top, reduced_entry
-from fastdean.coupling.score_entry import ScoreEntry, fingerprint
-from fastdean.coupling.scores import keep_entry, naming_matrix
-from fastdean.coupling.target import Target
-from fastdean.coupling.team_entries import team_entry, team_fingerprint
-from fastdean.models.distributed import Ranks
+from fastdean.coupling.passes.expert_parts import placed, weight_of_part
+from fastdean.coupling.results.score_entry import ScoreEntry, fingerprint
+from fastdean.coupling.results.scores import keep_entry, naming_matrix
+from fastdean.coupling.sums.accumulators import Accumulator
+from fastdean.coupling.sums.reduction import Top, reduced_entry
+from fastdean.coupling.sums.team_entries import team_entry, team_fingerprint
+from fastdean.coupling.targets.target import Target
+from fastdean.models.ranks.distributed import Ranks
 
 
 def finish(

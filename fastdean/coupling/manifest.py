@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastdean.coupling.example_digests import examples_digest
-from fastdean.coupling.expert_load import KEY, described_load, joined_loads
+from fastdean.coupling.results.expert_load import KEY, described_load
 from fastdean.wording.log import logger
 
 if TYPE_CHECKING:
-    from fastdean.coupling.scorable import Scorable
-    from fastdean.coupling.score_entry import ScoreEntry
-    from fastdean.coupling.survey import Survey
-    from fastdean.coupling.target import Target
-    from fastdean.models.distributed import Ranks
-
-_COUNTS = ("examples", "tokens", "target_tokens")
+    from fastdean.coupling.results.score_entry import ScoreEntry
+    from fastdean.coupling.targets.survey import Survey
+    from fastdean.coupling.targets.target import Target
+    from fastdean.coupling.workloads.scorable import Scorable
+    from fastdean.models.ranks.distributed import Ranks
 
 
 def score_manifest(
@@ -41,7 +37,7 @@ def score_manifest(
         scorables: of one data set, those that hooks score first.
         found: the model's survey.
     """
-    from fastdean.coupling.coverage import coverage
+    from fastdean.coupling.targets.coverage import coverage
     from fastdean.files.provenance import now, public_name, versions
 
     covered = coverage(model, targets, scored, found)
@@ -109,43 +105,3 @@ def _of_experts(scored: Mapping[str, ScoreEntry]) -> list[ScoreEntry]:
 def _unseen(scored: Mapping[str, ScoreEntry]) -> dict[str, list[int]]:
     """Parameter name -> the experts that no token reached, where there are any."""
     return {name: list(entry.unseen) for name, entry in scored.items() if entry.unseen}
-
-
-def joined_manifests(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of the sum of two scores."""
-    joined = dict(first)
-    data, other = first.get("data"), second.get("data")
-    if data and other:
-        joined["data"] = {
-            **data,
-            **{key: data[key] + other[key] for key in _COUNTS if key in data and key in other},
-            "sha256": examples_digest(bytes.fromhex(d["sha256"]) for d in (data, other)),
-            "sources": [*data.get("sources", []), *other.get("sources", [])],
-            **_joined_rendering(data, other),
-        }
-        skipped = [each["skipped_rows"] for each in (data, other) if "skipped_rows" in each]
-        if skipped:
-            joined["data"]["skipped_rows"] = {
-                "count": sum(each["count"] for each in skipped),
-                "first": [row for each in skipped for row in each["first"]],
-            }
-    joined.pop(KEY, None)
-    if loads := joined_loads(first, second):
-        joined[KEY] = loads
-    joined["joined_from"] = [
-        *first.get("joined_from", [first.get("created")]),
-        *second.get("joined_from", [second.get("created")]),
-    ]
-    return joined
-
-
-def _joined_rendering(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """How the examples of both became tokens; what differs beside the counts is a list of both."""
-    if not {"rendered"} <= first.keys() & second.keys():
-        return {}
-    counts = Counter(first["rendered"]) + Counter(second["rendered"])
-    joined: dict[str, Any] = {"rendered": dict(sorted(counts.items()))}
-    for key in ("template", "tokenizer"):
-        if key in first and key in second and first[key] != second[key]:
-            joined[key] = [first[key], second[key]]
-    return joined

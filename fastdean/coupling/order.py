@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from fastdean.coupling.accumulators import sums_bytes
 from fastdean.coupling.asked import Asked
-from fastdean.coupling.needed_memory import ALLOCATOR
-from fastdean.coupling.resumable import holds_job
-from fastdean.coupling.scorable import Scorable
-from fastdean.coupling.window_memory import MARGIN, WindowMemory
+from fastdean.coupling.layers.needed_memory import ALLOCATOR
+from fastdean.coupling.layers.window_memory import MARGIN, WindowMemory
+from fastdean.coupling.resuming.resumable import holds_job
+from fastdean.coupling.sums.accumulators import sums_bytes
+from fastdean.coupling.workloads.scorable import Scorable
 from fastdean.models.available_memory import available_memory
-from fastdean.models.distributed import Ranks
+from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.log import logger
 
 

@@ -16,16 +16,16 @@ import torch
 from torch import nn
 
 from fastdean.coupling.asked import Asked
-from fastdean.coupling.custom_loss import LossFunction
+from fastdean.coupling.layers.window_memory import WindowMemory
 from fastdean.coupling.order import choose_order
-from fastdean.coupling.scores import Scores
+from fastdean.coupling.results.scores import Scores
 from fastdean.coupling.scoring_job import ScoringJob
 from fastdean.coupling.subject import Subject
 from fastdean.coupling.tried_sets import try_sets
-from fastdean.coupling.window_memory import WindowMemory
-from fastdean.models.distributed import Ranks, check_rank_timeout, failing_together
+from fastdean.coupling.workloads.custom_loss import LossFunction
+from fastdean.models.layers.streaming import StreamedModel
 from fastdean.models.model_state import eager, evaluation_state, frozen, strict_determinism
-from fastdean.models.streaming import StreamedModel
+from fastdean.models.ranks.distributed import Ranks, check_rank_timeout, failing_together
 from fastdean.wording.granularity import checked_granularity
 
 
@@ -87,9 +87,9 @@ def score(
             (`fastdean.data.read_examples`).
         granularity: "weight" or "unit".
         target_modules: "mlp", "self_attn", "all", a regular expression or a list of name suffixes
-            (`fastdean.coupling.targets.find_targets`); of parameters that are no matrix of a Linear
-            layer too, by their names ("input_layernorm.weight"), or "every" parameter. Those cost a
-            forward and backward pass for each example, in a batch of its own.
+            (`fastdean.coupling.targets.finding.find_targets`); of parameters that are no matrix of
+            a Linear layer too, by their names ("input_layernorm.weight"), or "every" parameter.
+            Those cost a forward and backward pass for each example, in a batch of its own.
         tokenizer, template, max_length: how rows of text become tokens (`fastdean.data.encode`).
         tokens_per_batch: tokens in one forward pass; None: 2048 on a GPU, 192 to 2048 on a CPU, by
             the shapes of the model's weights (`fastdean.data.batching.default_tokens_per_batch`).

@@ -7,32 +7,32 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastdean.coupling.accumulators import Accumulator, split_by_memory
 from fastdean.coupling.asked import Asked
-from fastdean.coupling.by_batches import run_pass
-from fastdean.coupling.by_layers import Rehearsal, Set, Sweep
 from fastdean.coupling.entries import finish
-from fastdean.coupling.expert_parts import joined
-from fastdean.coupling.homes import Home, states_home
-from fastdean.coupling.job_parts import job_parts
-from fastdean.coupling.kept_entries import entries_bytes, keep_entries, kept_entries
-from fastdean.coupling.kept_files import KeptFiles
+from fastdean.coupling.layers.by_layers import Rehearsal, Set, Sweep
+from fastdean.coupling.layers.homes import Home, states_home
+from fastdean.coupling.layers.progress import sweep_progress
+from fastdean.coupling.layers.states import States
+from fastdean.coupling.layers.window_memory import WindowMemory
 from fastdean.coupling.manifest import score_manifest, warn_about_unseen
-from fastdean.coupling.milestones import Milestones
 from fastdean.coupling.order import Order, reserved_bytes
-from fastdean.coupling.progress import sweep_progress
-from fastdean.coupling.resumable import discard, resumable
-from fastdean.coupling.scorable import Scorable
-from fastdean.coupling.score_entry import ScoreEntry
-from fastdean.coupling.scores import Scores
-from fastdean.coupling.states import States
+from fastdean.coupling.passes.by_batches import run_pass
+from fastdean.coupling.passes.expert_parts import joined
+from fastdean.coupling.results.score_entry import ScoreEntry
+from fastdean.coupling.results.scores import Scores
+from fastdean.coupling.resuming.job_parts import job_parts
+from fastdean.coupling.resuming.kept_entries import entries_bytes, keep_entries, kept_entries
+from fastdean.coupling.resuming.kept_files import KeptFiles
+from fastdean.coupling.resuming.milestones import Milestones
+from fastdean.coupling.resuming.resumable import discard, resumable
 from fastdean.coupling.subject import Subject
-from fastdean.coupling.target import Target
+from fastdean.coupling.sums.accumulators import Accumulator, split_by_memory
+from fastdean.coupling.targets.target import Target
 from fastdean.coupling.tried_sets import TriedSets
-from fastdean.coupling.window_memory import WindowMemory
+from fastdean.coupling.workloads.scorable import Scorable
 from fastdean.models.available_memory import peak_memory
 from fastdean.models.identity import json_digest
-from fastdean.models.replay import NotByLayers
+from fastdean.models.layers.replay import NotByLayers
 from fastdean.wording.doing import titled
 from fastdean.wording.log import logger
 from fastdean.wording.printable import one_line

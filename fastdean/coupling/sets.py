@@ -12,12 +12,16 @@ from math import prod
 
 from torch import Tensor, nn
 
-from fastdean.coupling.agreement import Agreement, require_signs
-from fastdean.coupling.mask_entries import entries_in_front, mask_entry, require_scored_model
-from fastdean.coupling.rules import RULES, TopSets
-from fastdean.coupling.score_entry import ScoreEntry
-from fastdean.coupling.scores import Scores
-from fastdean.coupling.top_entries import (
+from fastdean.coupling.results.score_entry import ScoreEntry
+from fastdean.coupling.results.scores import Scores
+from fastdean.coupling.selection.agreement import Agreement, require_signs
+from fastdean.coupling.selection.mask_entries import (
+    entries_in_front,
+    mask_entry,
+    require_scored_model,
+)
+from fastdean.coupling.selection.rules import RULES, TopSets
+from fastdean.coupling.selection.top_entries import (
     count,
     is_ratio,
     nothing_selected_error,
@@ -28,7 +32,7 @@ from fastdean.data.rendering import differing_rendering_cautions
 from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.masks.summary import SIGN_COLUMNS, place_of
 from fastdean.models.model_state import unwrap
-from fastdean.models.sharded import resharded
+from fastdean.models.ranks.sharded import resharded
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import InputTypeError
 from fastdean.wording.numbers import require_whole

@@ -16,22 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdean.coupling.accumulators import split_by_memory
 from fastdean.coupling.asked import Asked
-from fastdean.coupling.holding import least_held_bytes
 from fastdean.coupling.order import Order, require_room_for_dense
-from fastdean.coupling.survey import Survey, survey
-from fastdean.coupling.target import Target
-from fastdean.coupling.targets import find_targets, require_own_parameters
-from fastdean.coupling.team_entries import in_blocks, require_even_blocks
+from fastdean.coupling.sums.accumulators import split_by_memory
+from fastdean.coupling.sums.holding import least_held_bytes
+from fastdean.coupling.sums.team_entries import in_blocks, require_even_blocks
+from fastdean.coupling.targets.finding import find_targets, require_own_parameters
+from fastdean.coupling.targets.survey import Survey, survey
+from fastdean.coupling.targets.target import Target
 from fastdean.data.examples import Example
 from fastdean.models.adapters import require_no_prompts
-from fastdean.models.distributed import Ranks
-from fastdean.models.model_state import input_device, unwrap
-from fastdean.models.sharded import ShardedModel, resharded
-from fastdean.models.streaming import StreamedModel
-from fastdean.models.tensor_parallel import in_teams, is_split
-from fastdean.models.windows import (
+from fastdean.models.layers.streaming import StreamedModel
+from fastdean.models.layers.windows import (
     OffloadedModel,
     Windows,
     beginning,
@@ -39,6 +35,10 @@ from fastdean.models.windows import (
     resident_layers,
     stream_of,
 )
+from fastdean.models.model_state import input_device, unwrap
+from fastdean.models.ranks.distributed import Ranks
+from fastdean.models.ranks.sharded import ShardedModel, resharded
+from fastdean.models.ranks.tensor_parallel import in_teams, is_split
 from fastdean.wording.log import logger
 
 

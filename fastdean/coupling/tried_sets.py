@@ -10,19 +10,19 @@ from typing import Any
 import torch
 
 from fastdean.coupling.asked import Asked
-from fastdean.coupling.by_example import find_by_example
-from fastdean.coupling.coverage import warn_about_coverage
-from fastdean.coupling.holding import Holding, takes
-from fastdean.coupling.scorable import Scorable
+from fastdean.coupling.passes.by_example import find_by_example
+from fastdean.coupling.passes.trial import find_scorable
 from fastdean.coupling.subject import Subject
-from fastdean.coupling.target import Target
-from fastdean.coupling.targets import asked_as_parameters
-from fastdean.coupling.trial import find_scorable
-from fastdean.coupling.workload import Workload
-from fastdean.coupling.workloads import plan_workload
+from fastdean.coupling.sums.holding import Holding, takes
+from fastdean.coupling.targets.coverage import warn_about_coverage
+from fastdean.coupling.targets.finding import asked_as_parameters
+from fastdean.coupling.targets.target import Target
+from fastdean.coupling.workloads.planning import plan_workload
+from fastdean.coupling.workloads.scorable import Scorable
+from fastdean.coupling.workloads.workload import Workload
+from fastdean.models.layers.replay import recording
+from fastdean.models.layers.stacks import decoder_layers
 from fastdean.models.model_state import evaluation_state, frozen
-from fastdean.models.replay import recording
-from fastdean.models.stacks import decoder_layers
 from fastdean.models.trees import Path as TreePath
 
 

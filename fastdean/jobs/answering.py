@@ -9,7 +9,6 @@ from typing import Any
 
 from fastdean.data.skipped import Skipped
 from fastdean.data.tokenising import chat_turns
-from fastdean.evaluation.answers.beside import answers_table
 from fastdean.evaluation.answers.generation import STOPPED, Answer, answers_to, encoded_prompt
 from fastdean.evaluation.answers.records import (
     ORIGINAL,
@@ -19,6 +18,7 @@ from fastdean.evaluation.answers.records import (
     require_variant,
 )
 from fastdean.evaluation.answers.server import Refused, Server, in_order
+from fastdean.evaluation.judging.beside import answers_table
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import public_name
 from fastdean.files.storage import held
@@ -30,8 +30,8 @@ from fastdean.jobs.published import published
 from fastdean.jobs.rows import NumberedRow, take_rows
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
-from fastdean.models.distributed import Ranks
 from fastdean.models.identity import json_digest
+from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.doing import titled
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError

@@ -42,8 +42,8 @@ from fastdean.jobs.inputs import benchmark_digests
 from fastdean.jobs.published import published
 from fastdean.jobs.rows import encode_usable, take_rows
 from fastdean.jobs.session import Session
-from fastdean.models.distributed import Ranks
 from fastdean.models.identity import json_digest
+from fastdean.models.ranks.distributed import Ranks
 
 _HELD_OUT = 0.2
 # Of `FIGURES`, what is more than one figure of all words.

@@ -47,9 +47,9 @@ from fastdean.jobs.rows import (
     take_rows,
 )
 from fastdean.jobs.session import Session
-from fastdean.models.distributed import Ranks
 from fastdean.models.forward import label_shift
 from fastdean.models.identity import json_digest
+from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.digits import apart
 
 # Of the rows, for the metrics; none of them is trained on.

@@ -1,8 +1,8 @@
 """The job of `fastdean estimate`: what a scoring will need, before any weight is read.
 
 From the model's configuration, on the meta device, and the lengths of the examples. Memory is the
-estimate of `coupling/needed_memory.py`, operations are counted, and time is stated only from rates
-that somebody gave or that are measured here.
+estimate of `coupling/layers/needed_memory.py`, operations are counted, and time is stated only from
+rates that somebody gave or that are measured here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.printable import one_line
 
 if TYPE_CHECKING:
-    from fastdean.coupling.holding import Holding
-    from fastdean.coupling.target import Target
+    from fastdean.coupling.sums.holding import Holding
+    from fastdean.coupling.targets.target import Target
     from fastdean.jobs.estimated_split import Split
 
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
@@ -99,7 +99,7 @@ class EstimateJob:
 
     def __post_init__(self) -> None:
         options.require_numbers(self)
-        from fastdean.coupling.scores import check_keep_top
+        from fastdean.coupling.results.scores import check_keep_top
         from fastdean.models.loading import dtype_name
 
         object.__setattr__(self, "granularity", checked_granularity(self.granularity))
@@ -274,20 +274,20 @@ def run(job: EstimateJob) -> Estimate:
     """Carry out the job; errors as `estimate`."""
     import torch
 
-    from fastdean.coupling.accumulators import all_sums_bytes, split_by_memory, sums_bytes
-    from fastdean.coupling.block_sums import sums_at_a_time
-    from fastdean.coupling.coverage import coverage
-    from fastdean.coupling.holding import together_bytes
-    from fastdean.coupling.kept_entries import entries_bytes
-    from fastdean.coupling.needed_memory import TRIED_ROWS, ModelMemory, Peak
-    from fastdean.coupling.rank_blocks import blocks_of_a_rank
-    from fastdean.coupling.targets import find_targets
-    from fastdean.coupling.window_memory import WindowMemory
+    from fastdean.coupling.layers.needed_memory import TRIED_ROWS, ModelMemory, Peak
+    from fastdean.coupling.layers.window_memory import WindowMemory
+    from fastdean.coupling.resuming.kept_entries import entries_bytes
+    from fastdean.coupling.sums.accumulators import all_sums_bytes, split_by_memory, sums_bytes
+    from fastdean.coupling.sums.block_sums import sums_at_a_time
+    from fastdean.coupling.sums.holding import together_bytes
+    from fastdean.coupling.targets.coverage import coverage
+    from fastdean.coupling.targets.finding import find_targets
+    from fastdean.coupling.workloads.rank_blocks import blocks_of_a_rank
     from fastdean.jobs.estimated_split import Split, Whole
     from fastdean.models.available_memory import available_memory
-    from fastdean.models.distributed import Ranks
+    from fastdean.models.layers.stacks import decoder_layers
     from fastdean.models.loading import described_model
-    from fastdean.models.stacks import decoder_layers
+    from fastdean.models.ranks.distributed import Ranks
 
     model = described_model(
         job.model,
@@ -567,7 +567,7 @@ def _holding(
     Args:
         tokens: rows of one data set.
     """
-    from fastdean.coupling.holding import Holding, Pair
+    from fastdean.coupling.sums.holding import Holding, Pair
 
     one_process = job.gpus in (None, 1) and job.gpu_memory is None and not job.deterministic
     if keep_top is None or job.granularity != "weight" or not one_process:
@@ -618,7 +618,7 @@ def _received(
     targets: Sequence[Target], job: EstimateJob, ranks: int, keep_top: float | None
 ) -> dict[str, int]:
     """Bytes of sums and candidates that a rank receives, whatever the order."""
-    from fastdean.coupling.reduction import Top, received_bytes
+    from fastdean.coupling.sums.reduction import Top, received_bytes
 
     found = Counter({"sums": 0, "candidates": 0})
     for target in targets:
@@ -639,7 +639,7 @@ def _batched(
     Args:
         blocks: of how many blocks the rank makes the sums; a batch has examples of one.
     """
-    from fastdean.coupling.needed_memory import Rows
+    from fastdean.coupling.layers.needed_memory import Rows
     from fastdean.models.forward import tokens_per_batch_of
 
     most = job.tokens_per_batch or tokens_per_batch_of(model, device)
@@ -680,7 +680,7 @@ def _operations(
     split: Split,
 ) -> dict[str, float]:
     """FLOP of each part; matrices, and attention's products of all pairs of an example's tokens."""
-    from fastdean.models.experts import chosen_experts
+    from fastdean.models.experts.fused import chosen_experts
     from fastdean.models.forward import matrices_of
     from fastdean.models.model_state import config_entry, text_config
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdean.coupling.target import Target
+    from fastdean.coupling.targets.target import Target
 
 _SUM_BYTES, _PLACE_BYTES, _LOSSLESS_BYTES = 4, 8, 8
 
@@ -58,7 +58,7 @@ class Split:
         Raises:
             ValueError: it has no such plan.
         """
-        from fastdean.models.planned_split import split_as_planned
+        from fastdean.models.ranks.planned_split import split_as_planned
 
         if ranks == 1:
             return cls()
@@ -135,7 +135,7 @@ class Split:
             shares: how many models the ranks hold, each for a share of the examples.
             examples, keep_top: as `Top` takes them; None: all entries are wanted.
         """
-        from fastdean.coupling.reduction import Top
+        from fastdean.coupling.sums.reduction import Top
 
         found: Counter[str] = Counter()
         others = self.ranks * shares - 1

@@ -27,7 +27,7 @@ from fastdean.jobs.inputs import benchmark_digests, described_mask, mask_digest,
 from fastdean.jobs.published import published
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
-from fastdean.models.distributed import Ranks
+from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.digits import apart
 
 # What is kept of a task: its figures, and which item each of their values is of.

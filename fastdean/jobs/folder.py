@@ -55,7 +55,7 @@ from fastdean.files.storage import (
     remove_folder,
     write_json_atomic,
 )
-from fastdean.models.distributed import Ranks
+from fastdean.models.ranks.distributed import Ranks
 from fastdean.ops._dispatch import ENVIRONMENT_VARIABLE
 from fastdean.wording.log import logger
 

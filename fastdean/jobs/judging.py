@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from fastdean.evaluation.answers.beside import answers_table
 from fastdean.evaluation.answers.records import Answered, read_answers, variants_of
 from fastdean.evaluation.answers.server import Server, checked_url, is_url, without_port
+from fastdean.evaluation.judging.beside import answers_table
 from fastdean.evaluation.judging.judges import (
     Verdicts,
     verdicts_of_classifier,
@@ -48,9 +48,9 @@ from fastdean.jobs.folder import (
 from fastdean.jobs.options import asked
 from fastdean.jobs.published import published
 from fastdean.jobs.session import plain, publish
-from fastdean.models.distributed import Ranks
 from fastdean.models.identity import json_digest, model_identity
 from fastdean.models.loading import load_classifier, load_model
+from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 

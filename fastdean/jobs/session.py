@@ -27,9 +27,9 @@ from fastdean.jobs.folder import (
     require_outside,
 )
 from fastdean.jobs.options import asked
-from fastdean.models.distributed import Ranks
 from fastdean.models.identity import model_identity
 from fastdean.models.loading import load_model
+from fastdean.models.ranks.distributed import Ranks
 from fastdean.report import write_card, write_report
 from fastdean.wording.log import logger
 

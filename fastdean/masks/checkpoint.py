@@ -33,7 +33,7 @@ from fastdean.files.safetensors import (
 )
 from fastdean.masks.entries import MaskEntry, same_bits, suppressed
 from fastdean.masks.mask import NeuronMask
-from fastdean.models.fused_tensors import FusedTensor, fused_tensors
+from fastdean.models.experts.fused_tensors import FusedTensor, fused_tensors
 from fastdean.wording.mendable import StateError
 
 __all__ = ["PatchResult", "patch_checkpoint", "verify_checkpoint"]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastdean import ops
 from fastdean.masks.entries import EDITABLE_DTYPES
 from fastdean.models.adapters import parameter_paths
-from fastdean.models.distributed import Ranks
-from fastdean.models.sharded import resharded
-from fastdean.models.shards import OwnBlock, is_sharded
+from fastdean.models.ranks.distributed import Ranks
+from fastdean.models.ranks.sharded import resharded
+from fastdean.models.ranks.shards import OwnBlock, is_sharded
 from fastdean.ops.memory import memory_fault, write_fault
 
 # Name components that a wrapper adds and that no checkpoint has.

@@ -21,14 +21,14 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 from fastdean.data.batching import Batch, Layout, default_tokens_per_batch, plan_batches
 from fastdean.data.examples import IGNORE_INDEX, Example
 from fastdean.models.adapters import base_model, require_no_prompts
-from fastdean.models.attention import attention_by_segments
+from fastdean.models.attention.packed import attention_by_segments
 from fastdean.models.calling import (
     call,
     forward_inputs,
     logits_of,
     require_row_per_token,
 )
-from fastdean.models.experts import chosen_experts, fused_experts
+from fastdean.models.experts.fused import chosen_experts, fused_experts
 from fastdean.models.hooks import forward_pre_hooks
 from fastdean.models.model_state import (
     config_entry,
@@ -50,7 +50,7 @@ from fastdean.models.probes import (
     segments_are_exact,
     undisturbed,
 )
-from fastdean.models.shards import is_sharded, rows_at
+from fastdean.models.ranks.shards import is_sharded, rows_at
 
 # What models call the tables that they look positions and token types up in.
 _POSITIONS = re.compile(r"^wpe$|^(?!.*(relative|rel_)).*position")

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.models.layers.stacks import decoder_layers
+from fastdean.models.layers.streaming import StreamedModel
 from fastdean.models.model_state import unwrap
-from fastdean.models.sharded import resharded
-from fastdean.models.shards import whole
-from fastdean.models.stacks import decoder_layers
-from fastdean.models.streaming import StreamedModel
+from fastdean.models.ranks.sharded import resharded
+from fastdean.models.ranks.shards import whole
 
 # Entries of the configuration that say where and with what it was written.
 _PROVENANCE = ("_name_or_path", "transformers_version")

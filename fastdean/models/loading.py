@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fastdean.models.streaming import StreamedModel
+    from fastdean.models.layers.streaming import StreamedModel
 
 __all__ = ["load_model", "load_or_stream", "load_tokenizer", "stream_model"]
 
@@ -148,7 +148,11 @@ def stream_model(
     import torch
     from transformers import AutoConfig
 
-    from fastdean.models.streaming import NotStreamableError, StreamedModel, parameters_on_meta
+    from fastdean.models.layers.streaming import (
+        NotStreamableError,
+        StreamedModel,
+        parameters_on_meta,
+    )
 
     dtype = dtype_name(dtype)
     _check_device(device)
@@ -234,7 +238,7 @@ def load_or_stream(
     Raises:
         ValueError: as `load_model`, or there is no tokenizer, which a job needs.
     """
-    from fastdean.models.streaming import NotStreamableError
+    from fastdean.models.layers.streaming import NotStreamableError
 
     if order != "batches" and device != "auto":
         shown = options.pop("progress", True)
@@ -433,7 +437,7 @@ def _dtype_of_checkpoint(folder: Path, config: Any) -> torch.dtype:
 
 
 def _not_in_safetensors_error(name: str, found: str) -> ValueError:
-    from fastdean.models.streaming import NotStreamableError
+    from fastdean.models.layers.streaming import NotStreamableError
 
     return NotStreamableError(
         f"model must be in safetensors files to be streamed, got {name!r}, {found}; load it first, "

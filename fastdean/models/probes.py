@@ -19,11 +19,7 @@ from torch import Tensor, nn
 
 from fastdean.data.batching import pad
 from fastdean.data.examples import Example
-from fastdean.models.attention import (
-    attends_plainly,
-    attends_ragged,
-    attention_by_segments,
-)
+from fastdean.models.attention.packed import attends_plainly, attends_ragged, attention_by_segments
 from fastdean.models.calling import call, logits_of, require_row_per_token
 from fastdean.models.model_state import (
     eager,

@@ -30,8 +30,8 @@ import fastdean
 from fastdean import cli
 from fastdean.cli import running
 from fastdean.cli.flags import in_flags
-from fastdean.coupling import by_batches
-from fastdean.coupling.by_layers import Sweep
+from fastdean.coupling.layers.by_layers import Sweep
+from fastdean.coupling.passes import by_batches
 from fastdean.jobs import run as run_job
 from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
 from fastdean.jobs.coupling import scoring as coupling_scoring
@@ -39,7 +39,7 @@ from fastdean.jobs.coupling import steps as coupling_steps
 from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import RunFolder
 from fastdean.masks import NeuronMask
-from fastdean.models import fresh_store, lost_ranks
+from fastdean.models.ranks import fresh_store, lost_ranks
 from fastdean.wording import bars
 
 GATED = ("gate_proj", "up_proj", "down_proj")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdean.coupling.block_sums import BlockSums, sums_at_a_time
-from fastdean.models.distributed import _sum_in_pairs
+from fastdean.coupling.sums.block_sums import BlockSums, sums_at_a_time
+from fastdean.models.ranks.distributed import _sum_in_pairs
 
 
 class Added:

@@ -16,10 +16,10 @@ from tiny_models import HIDDEN, INTERMEDIATE, VOCAB, bert, gpt2, llama, qwen2
 from torch import nn
 
 import fastdean
-from fastdean.coupling import resumable
-from fastdean.coupling.coverage import coverage
+from fastdean.coupling.resuming import resumable
 from fastdean.coupling.scoring import score_sets
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling.targets.coverage import coverage
+from fastdean.coupling.targets.finding import find_targets
 from fastdean.models.loading import stream_model
 
 LENGTHS = (3, 9, 5)

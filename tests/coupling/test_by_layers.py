@@ -17,11 +17,15 @@ from tiny_models import MODELS, bert, gemma2, gpt2, llama, qwen2
 from torch import nn
 
 import fastdean
-from fastdean.coupling import by_layers, homes, loss_scale, order, state_files, states
-from fastdean.coupling.needed_memory import ModelMemory, Rows
+from fastdean.coupling import order
+from fastdean.coupling.layers import by_layers, homes, states
+from fastdean.coupling.layers.needed_memory import ModelMemory, Rows
+from fastdean.coupling.resuming import state_files
 from fastdean.coupling.scoring import score_sets
-from fastdean.models import available_memory, replay
-from fastdean.models.stacks import decoder_layers
+from fastdean.coupling.workloads import loss_scale
+from fastdean.models import available_memory
+from fastdean.models.layers import replay
+from fastdean.models.layers.stacks import decoder_layers
 
 SMALL = {
     "vocab_size": 96,

@@ -10,11 +10,11 @@ from test_score import batches, make_examples
 from tiny_models import MODELS
 
 import fastdean
-from fastdean.coupling.rules import RULES
-from fastdean.coupling.score_entry import ScoreEntry
-from fastdean.coupling.scores import Scores
+from fastdean.coupling.results.score_entry import ScoreEntry
+from fastdean.coupling.results.scores import Scores
+from fastdean.coupling.selection.rules import RULES
+from fastdean.coupling.selection.top_entries import count, smallest_ratio
 from fastdean.coupling.sets import overlap
-from fastdean.coupling.top_entries import count, smallest_ratio
 from fastdean.masks import NeuronMask
 
 

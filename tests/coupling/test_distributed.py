@@ -22,11 +22,11 @@ from torch import distributed
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
-from fastdean.coupling import resumable
-from fastdean.coupling.loss_scale import LossScale
+from fastdean.coupling.resuming import resumable
 from fastdean.coupling.scoring import score_sets
-from fastdean.models.distributed import Ranks
+from fastdean.coupling.workloads.loss_scale import LossScale
 from fastdean.models.loading import stream_model
+from fastdean.models.ranks.distributed import Ranks
 
 EXAMPLES = make_examples(lengths=(3, 9, 17, 4, 12))
 
@@ -555,7 +555,9 @@ def test_sums_on_the_cpu_travel_through_a_group_of_gpus(monkeypatch):
         return Done()
 
     # The machine of this test has no GPU: float64 stands for the other device.
-    monkeypatch.setattr("fastdean.models.distributed._collective_device", lambda: torch.float64)
+    monkeypatch.setattr(
+        "fastdean.models.ranks.distributed._collective_device", lambda: torch.float64
+    )
     monkeypatch.setattr(distributed, "all_reduce", all_reduce)
     sums = torch.tensor([1.0, 2.5])
     Ranks(0, WORLD).sum_([sums])

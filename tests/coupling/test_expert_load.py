@@ -15,10 +15,10 @@ from tiny_experts import CHOSEN, EXPERTS, experts_model
 import fastdean
 from benchmarks.architectures.classes import listed
 from benchmarks.architectures.tiny import tiny_model
-from fastdean.coupling import loss_scale
-from fastdean.coupling.expert_load import _shared_beside, load_line, load_rows
-from fastdean.coupling.survey import survey
-from fastdean.models.experts import fused_experts
+from fastdean.coupling.results.expert_load import _shared_beside, load_line, load_rows
+from fastdean.coupling.targets.survey import survey
+from fastdean.coupling.workloads import loss_scale
+from fastdean.models.experts.fused import fused_experts
 
 # Of several lengths, so that batches are padded where nothing is packed.
 EXAMPLES = make_examples(lengths=(3, 9, 17, 4, 12))

@@ -15,13 +15,14 @@ from tiny_models import llama
 from torch.nn import functional
 
 import fastdean
-from fastdean.coupling import resumable, trial
-from fastdean.coupling.accumulators import all_sums_bytes, split_by_memory, sums_bytes
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling.passes import trial
+from fastdean.coupling.resuming import resumable
+from fastdean.coupling.sums.accumulators import all_sums_bytes, split_by_memory, sums_bytes
+from fastdean.coupling.targets.finding import find_targets
 from fastdean.data.batching import default_tokens_per_batch
-from fastdean.models import expert_products
-from fastdean.models.expert_products import NAME, listening_to_experts
-from fastdean.models.experts import fused_experts
+from fastdean.models.experts import products as expert_products
+from fastdean.models.experts.fused import fused_experts
+from fastdean.models.experts.products import NAME, listening_to_experts
 from fastdean.models.forward import _stacks_of
 from fastdean.wording.mendable import StateError
 

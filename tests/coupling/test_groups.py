@@ -12,9 +12,9 @@ from tiny_models import VOCAB, llama
 from torch import nn
 
 import fastdean
-from fastdean.coupling.coverage import coverage
-from fastdean.coupling.targets import find_targets
-from fastdean.models.stacks import decoder_layers
+from fastdean.coupling.targets.coverage import coverage
+from fastdean.coupling.targets.finding import find_targets
+from fastdean.models.layers.stacks import decoder_layers
 
 GATED = "mlp.gate_proj mlp.up_proj mlp.down_proj"
 FF_EXPERTS = " feed_forward.experts.gate_up_proj feed_forward.experts.down_proj"

@@ -12,20 +12,14 @@ from tiny_data import batches, make_examples
 
 import fastdean
 from fastdean import native
-from fastdean.coupling import (
-    accumulators,
-    by_layers,
-    entries,
-    held_pairs,
-    holding,
-    resumable,
-    score_sets,
-    tried_sets,
-)
-from fastdean.coupling.holding import Holding, Pair
-from fastdean.coupling.loss_scale import LossScale
-from fastdean.coupling.target import Target
-from fastdean.models.distributed import Ranks
+from fastdean.coupling import entries, score_sets, tried_sets
+from fastdean.coupling.layers import by_layers
+from fastdean.coupling.resuming import resumable
+from fastdean.coupling.sums import accumulators, held_pairs, holding
+from fastdean.coupling.sums.holding import Holding, Pair
+from fastdean.coupling.targets.target import Target
+from fastdean.coupling.workloads.loss_scale import LossScale
+from fastdean.models.ranks.distributed import Ranks
 
 COMPILED = pytest.mark.skipif(
     native.status().state != "available", reason="the operation has no other form that saves memory"

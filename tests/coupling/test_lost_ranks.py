@@ -16,9 +16,9 @@ from torch import distributed
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
-from fastdean.coupling import states
-from fastdean.models import distributed as ranks
-from fastdean.models import lost_ranks
+from fastdean.coupling.layers import states
+from fastdean.models.ranks import distributed as ranks
+from fastdean.models.ranks import lost_ranks
 
 # Seconds that a rank waits, and what all of this may take besides.
 TIMEOUT, REST = 2.0, 20.0

@@ -18,8 +18,11 @@ from tiny_data import batches, make_examples
 from tiny_models import MODELS
 
 import fastdean
-from fastdean.coupling import accumulators, by_batches, loss_check, scoring_job
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling import scoring_job
+from fastdean.coupling.passes import by_batches
+from fastdean.coupling.sums import accumulators
+from fastdean.coupling.targets.finding import find_targets
+from fastdean.coupling.workloads import loss_check
 from fastdean.data import batching
 from fastdean.data.batching import Batch, plan_batches
 from fastdean.data.examples import Example
@@ -68,7 +71,7 @@ def watched(monkeypatch):
                 return real_pass(*args)
 
         monkeypatch.setattr(Batch, "to", to)
-        monkeypatch.setattr("fastdean.coupling.custom_loss.send", send)
+        monkeypatch.setattr("fastdean.coupling.workloads.custom_loss.send", send)
         monkeypatch.setattr(scoring_job, "run_pass", run_pass)
         reads.mark([*model.parameters(), *model.buffers()])
         examples = make_examples() if examples is None else examples

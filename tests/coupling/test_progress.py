@@ -10,8 +10,8 @@ from tiny_data import batches, make_examples
 from tiny_models import llama
 
 import fastdean
-from fastdean.coupling import progress
-from fastdean.coupling.progress import SweepProgress, sweep_progress
+from fastdean.coupling.layers import progress
+from fastdean.coupling.layers.progress import SweepProgress, sweep_progress
 from fastdean.wording.doing import during
 
 

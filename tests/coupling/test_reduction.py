@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from fastdean.coupling.reduction import Top, reduced_entry
-from fastdean.coupling.score_entry import ScoreEntry
-from fastdean.coupling.scores import keep_entry
-from fastdean.models.distributed import Ranks
+from fastdean.coupling.results.score_entry import ScoreEntry
+from fastdean.coupling.results.scores import keep_entry
+from fastdean.coupling.sums.reduction import Top, reduced_entry
+from fastdean.models.ranks.distributed import Ranks
 
 EXAMPLES = 3
 

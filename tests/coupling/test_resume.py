@@ -21,21 +21,14 @@ from tiny_experts import experts_model
 from tiny_models import gpt2, llama
 
 import fastdean
-from fastdean.coupling import (
-    by_layers,
-    job_parts,
-    kept_entries,
-    kept_files,
-    loss_scale,
-    order,
-    resumable,
-    state_files,
-    states,
-)
+from fastdean.coupling import order
+from fastdean.coupling.layers import by_layers, states
+from fastdean.coupling.resuming import job_parts, kept_entries, kept_files, resumable, state_files
 from fastdean.coupling.scoring import score_sets
+from fastdean.coupling.workloads import loss_scale
 from fastdean.files import folders
+from fastdean.models.layers.replay import NotByLayers, Replay
 from fastdean.models.loading import stream_model
-from fastdean.models.replay import NotByLayers, Replay
 
 OPTIONS = {"progress": False, "order": "layers", "target_modules": "mlp", "tokens_per_batch": 12}
 KILLED = Path(__file__).parent.parent / "support" / "killed.py"
@@ -166,7 +159,7 @@ def test_an_interrupt_at_any_line_loses_nothing(tmp_path, monkeypatch):
     options = {"target_modules": ".*up_proj", "tokens_per_batch": 1, "keep_top": 0.1}
     monkeypatch.setattr(resumable, "_SECONDS", -1.0)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setattr(fastdean.coupling.trial, "_DIRECTIONS", 1)
+    monkeypatch.setattr(fastdean.coupling.passes.trial, "_DIRECTIONS", 1)
 
     def call():
         return score(model, sets, resume=folder, **options)

@@ -9,7 +9,7 @@ from tiny_data import batches, make_examples
 from tiny_models import MODELS, VOCAB
 
 import fastdean
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling.targets.finding import find_targets
 
 
 def shift_of(name):

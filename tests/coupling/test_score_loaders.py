@@ -13,7 +13,7 @@ from tiny_data import batches, make_examples, word_tokenizer
 from tiny_models import CAUSAL_MODELS, MAX_TOKENS, VOCAB, bert, llama
 
 import fastdean
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling.targets.finding import find_targets
 from fastdean.data.examples import Example, encode, read_examples
 
 EXAMPLES = make_examples(lengths=(4, 7, 5))

@@ -17,8 +17,12 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.module import register_module_forward_hook
 
 import fastdean
-from fastdean.coupling import accumulators, capture, loss_check, scoring, trial, workloads
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling import scoring
+from fastdean.coupling.passes import capture, trial
+from fastdean.coupling.sums import accumulators
+from fastdean.coupling.targets.finding import find_targets
+from fastdean.coupling.workloads import loss_check
+from fastdean.coupling.workloads import planning as workloads
 from fastdean.models import forward, hooks, model_state
 
 

@@ -14,8 +14,8 @@ from tiny_data import batches, make_examples
 from tiny_models import INTERMEDIATE, gpt2, llama
 
 import fastdean
-from fastdean.coupling.score_entry import ScoreEntry, fingerprint
-from fastdean.coupling.scores import Scores
+from fastdean.coupling.results.score_entry import ScoreEntry, fingerprint
+from fastdean.coupling.results.scores import Scores
 from fastdean.ops import reference
 
 EXAMPLES = make_examples()

@@ -17,7 +17,7 @@ from tiny_masks import FIRST, SECOND, Stack, assert_bits, bits, flat, mask_of
 from tiny_models import llama
 
 import fastdean
-from fastdean.models.segment_products import Segments
+from fastdean.models.attention.segment_products import Segments
 from fastdean.ops import _dispatch, gather_at, mask, write_at_, zero_at_
 
 # Equal in type, so that the CPU's implementations run, and different as keys.

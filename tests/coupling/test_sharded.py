@@ -23,12 +23,12 @@ from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
 from fastdean.coupling import tried_sets
-from fastdean.coupling.by_layers import Sweep
-from fastdean.coupling.loss_scale import LossScale
-from fastdean.coupling.resumable import Resumable
+from fastdean.coupling.layers.by_layers import Sweep
+from fastdean.coupling.resuming.resumable import Resumable
+from fastdean.coupling.workloads.loss_scale import LossScale
 from fastdean.models.identity import weights_digest
-from fastdean.models.sharded import units_of
-from fastdean.models.shards import shard_fault
+from fastdean.models.ranks.sharded import units_of
+from fastdean.models.ranks.shards import shard_fault
 
 EXAMPLES = make_examples(lengths=(3, 9, 17, 4, 12))
 # Small batches, of which one rank has more than the other.

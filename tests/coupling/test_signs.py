@@ -11,11 +11,11 @@ from tiny_models import MODELS, gpt2, llama
 
 import fastdean
 from fastdean import native
-from fastdean.coupling import held_pairs, holding
-from fastdean.coupling.agreement import Agreement
-from fastdean.coupling.score_entry import ScoreEntry
-from fastdean.coupling.scores import Scores
-from fastdean.coupling.signed_sums import add_signed_, add_signed_units_
+from fastdean.coupling.results.score_entry import ScoreEntry
+from fastdean.coupling.results.scores import Scores
+from fastdean.coupling.selection.agreement import Agreement
+from fastdean.coupling.sums import held_pairs, holding
+from fastdean.coupling.sums.signed_sums import add_signed_, add_signed_units_
 from fastdean.ops.reference import accumulate_importance_
 
 WIDE = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 96}
@@ -189,7 +189,7 @@ def test_sums_of_two_runs_and_fewer_entries_keep_signs():
 
 
 def test_a_job_that_goes_on_has_its_signs(tmp_path, monkeypatch):
-    from fastdean.coupling import resumable
+    from fastdean.coupling.resuming import resumable
 
     options = {"order": "layers", "keep_top": 0.01, "tokens_per_batch": 12}
     expected, reached = score(llama(), **options), resumable.Resumable.reached

@@ -13,7 +13,8 @@ from tiny_data import batches, make_examples
 from tiny_models import gpt2, llama
 
 import fastdean
-from fastdean.coupling import homes, state_files
+from fastdean.coupling.layers import homes
+from fastdean.coupling.resuming import state_files
 
 # 48 tokens of 32 numbers in two layers are 12,288 bytes; a record is a batch of a layer.
 SOME, NONE = 8_000, 0

@@ -21,9 +21,10 @@ from tiny_tokenizers import byte_level
 
 import fastdean
 from fastdean.coupling import tried_sets
-from fastdean.coupling.loss_scale import LossScale
+from fastdean.coupling.workloads.loss_scale import LossScale
 from fastdean.files.safetensors import MappedFiles
-from fastdean.models import loading, replay, streaming
+from fastdean.models import loading
+from fastdean.models.layers import replay, streaming
 from fastdean.models.loading import load_or_stream, stream_model
 
 # Tables of their own and tied ones, Conv1D, fused projections and experts, shared K and V, an
@@ -69,7 +70,7 @@ def assert_same_scores(found, expected):
 def assert_nothing_in_memory(stream):
     assert {parameter.device.type for parameter in stream.model.parameters()} == {"meta"}
     assert not stubs_left(stream.model)
-    assert len(stream.layers) == len(fastdean.models.stacks.decoder_layers(stream.model))
+    assert len(stream.layers) == len(fastdean.models.layers.stacks.decoder_layers(stream.model))
     gc.collect()
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(stream._folder) not in maps.read_text()

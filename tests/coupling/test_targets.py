@@ -12,10 +12,10 @@ from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, MODELS, VOCAB, gpt2, llama
 from torch import nn
 
 import fastdean
-from fastdean.coupling.coverage import coverage
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling.targets.coverage import coverage
+from fastdean.coupling.targets.finding import find_targets
+from fastdean.models.layers.stacks import decoder_layers
 from fastdean.models.model_state import config_entry
-from fastdean.models.stacks import decoder_layers
 
 # Per layer: the MLP's and the attention's matrices, by hand, and the MLP's down projection.
 GATED = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

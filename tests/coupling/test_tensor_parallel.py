@@ -18,9 +18,9 @@ from tiny_split import by_torch
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 import fastdean
-from fastdean.coupling import resumable
-from fastdean.coupling.resumable import Resumable
-from fastdean.coupling.states import States
+from fastdean.coupling.layers.states import States
+from fastdean.coupling.resuming import resumable
+from fastdean.coupling.resuming.resumable import Resumable
 from fastdean.models.identity import weights_digest
 
 EXAMPLES = make_examples(lengths=(3, 9, 17, 4, 12))

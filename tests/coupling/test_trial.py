@@ -418,7 +418,7 @@ def test_a_language_model_that_puts_the_sequence_first():
 
 
 def names_of(model):
-    return [target.parameter for target in fastdean.coupling.targets.find_targets(model)]
+    return [target.parameter for target in fastdean.coupling.targets.finding.find_targets(model)]
 
 
 def transposed(module):
@@ -463,7 +463,7 @@ def test_the_callers_fp16_autocast():
 @pytest.mark.parametrize("granularity", ["weight", "unit"])
 @pytest.mark.parametrize("exponent", [14, 20, 24])
 def test_a_batch_that_overflows_is_done_again(exponent, granularity, monkeypatch):
-    from fastdean.coupling import loss_scale
+    from fastdean.coupling.workloads import loss_scale
 
     expected = score(llama().half(), granularity=granularity, tokens_per_batch=20)
     too_much = loss_scale.LossScale(exponent)
@@ -510,8 +510,8 @@ def test_a_window_that_short_texts_are_padded_to():
 
 
 def test_an_excerpt_is_short_and_all_targets():
-    from fastdean.coupling.workloads import plan_workload
-    from fastdean.models.distributed import Ranks
+    from fastdean.coupling.workloads.planning import plan_workload
+    from fastdean.models.ranks.distributed import Ranks
 
     ids = torch.arange(3, 90)
     rows = [{"input_ids": each, "labels": each} for each in (ids[:5], ids.repeat(3)[:120], ids)]

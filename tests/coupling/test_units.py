@@ -11,7 +11,7 @@ from tiny_models import CAUSAL_MODELS, HIDDEN, INTERMEDIATE, LAYERS, bert, llama
 from torch import nn
 
 import fastdean
-from fastdean.coupling.units import unit_layers
+from fastdean.coupling.targets.units import unit_layers
 
 UNITS = [3, 17, 63]
 

@@ -12,7 +12,8 @@ from tiny_models import bert
 from torch import nn
 
 import fastdean
-from fastdean.coupling import by_layers, order
+from fastdean.coupling import order
+from fastdean.coupling.layers import by_layers
 
 SIZES = {
     "vocab_size": 96,

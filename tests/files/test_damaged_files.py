@@ -27,7 +27,7 @@ from tiny_results import DEBIASED, make_results
 
 from fastdean import CollapseRegularizer, Scores
 from fastdean.collapse import CollapseClasses, read_word_groups
-from fastdean.coupling.score_entry import ScoreEntry
+from fastdean.coupling.results.score_entry import ScoreEntry
 from fastdean.debias.course import Course
 from fastdean.debias.resuming import Checkpoints
 from fastdean.debias.training import _Training

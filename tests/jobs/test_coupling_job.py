@@ -21,9 +21,10 @@ from tiny_folders import WORDS, rows, save_model, write_jsonl, write_sources
 
 import fastdean
 from fastdean.cli import commands
-from fastdean.coupling import by_layers, order
-from fastdean.coupling.resumable import Resumable
-from fastdean.coupling.scores import Scores
+from fastdean.coupling import order
+from fastdean.coupling.layers import by_layers
+from fastdean.coupling.results.scores import Scores
+from fastdean.coupling.resuming.resumable import Resumable
 from fastdean.coupling.sets import RULES
 from fastdean.jobs import folder as run_folder
 from fastdean.jobs import run, session
@@ -38,9 +39,10 @@ from fastdean.jobs.coupling.split_rows import split_rows
 from fastdean.jobs.debias import DebiasJob
 from fastdean.jobs.options import option_fields
 from fastdean.masks import NeuronMask
-from fastdean.models import loading, replay
-from fastdean.models import windows as model_windows
-from fastdean.models.streaming import StreamedModel
+from fastdean.models import loading
+from fastdean.models.layers import replay
+from fastdean.models.layers import windows as model_windows
+from fastdean.models.layers.streaming import StreamedModel
 
 OPTIONS = {"ratio": 0.05, "examples": 5, "eval_examples": 5}
 # For what does not hang on the measurements, which take most of a tiny run.

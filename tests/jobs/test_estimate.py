@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import fastdean
 from fastdean import cli
-from fastdean.coupling.needed_memory import ModelMemory, Rows
+from fastdean.coupling.layers.needed_memory import ModelMemory, Rows
 from fastdean.data import Example
 from fastdean.jobs.estimate import size_in_bytes
 

@@ -85,7 +85,7 @@ def test_a_run_of_another_scope_does_not_go_on(place, finished):
 def test_a_scoring_of_another_scope_does_not_go_on(tmp_path, monkeypatch):
     from tiny_data import batches, make_examples
 
-    from fastdean.coupling import resumable
+    from fastdean.coupling.resuming import resumable
 
     def score(scope):
         fastdean.score(

@@ -11,7 +11,7 @@ from tiny_folders import WORDS, save_model, tokenizer, write_jsonl, write_source
 from tiny_models import llama
 
 from fastdean import couple
-from fastdean.coupling.scores import Scores
+from fastdean.coupling.results.scores import Scores
 from fastdean.evaluation import change_between
 from fastdean.evaluation.bias import gender_facts
 from fastdean.evaluation.families import holm
@@ -19,7 +19,7 @@ from fastdean.jobs import run
 from fastdean.jobs.coupling import general_grid
 from fastdean.jobs.coupling.job import Job
 from fastdean.masks import NeuronMask
-from fastdean.models.streaming import StreamedModel
+from fastdean.models.layers.streaming import StreamedModel
 
 OPTIONS = {"ratio": 0.05, "examples": 5, "eval_examples": 9, "general_grid": [0.2, 0.01]}
 # What is measured besides, if it is asked for.

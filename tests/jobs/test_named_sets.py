@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 import fastdean
 from fastdean import cli
-from fastdean.coupling import resumable
-from fastdean.coupling.scores import Scores
+from fastdean.coupling.results.scores import Scores
+from fastdean.coupling.resuming import resumable
 from fastdean.jobs import run
 from fastdean.jobs.coupling.data_sets import DataSets
 from fastdean.jobs.coupling.job import Job
 from fastdean.masks import NeuronMask
-from fastdean.models.streaming import StreamedModel
+from fastdean.models.layers.streaming import StreamedModel
 from fastdean.report import render_report
 
 SETS = ("Toxic", "leaks", "chat", "code-2")

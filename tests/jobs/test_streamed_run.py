@@ -9,13 +9,13 @@ import tiny_models
 import torch
 from tiny_folders import save_model, write_sources
 
-from fastdean.coupling.scores import Scores
+from fastdean.coupling.results.scores import Scores
 from fastdean.jobs import run
 from fastdean.jobs.coupling.job import Job
 from fastdean.masks import NeuronMask
 from fastdean.models import loading
 from fastdean.models.identity import PassingWeights, model_identity, weights_digest
-from fastdean.models.streaming import StreamedModel
+from fastdean.models.layers.streaming import StreamedModel
 
 QUICK = {"ratio": 0.05, "examples": 5, "eval_examples": 0}
 

@@ -18,7 +18,7 @@ from tiny_experts import experts_model
 import fastdean
 from fastdean.files import safetensors as safetensors_files
 from fastdean.masks import MaskEntry, NeuronMask, checkpoint
-from fastdean.models import fused_tensors
+from fastdean.models.experts import fused_tensors
 
 PLACES = {
     "llama": ["model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"],

@@ -12,8 +12,8 @@ from torch import nn
 
 import fastdean
 from fastdean.collapse.representations import Representations
-from fastdean.coupling.coverage import coverage
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling.targets.coverage import coverage
+from fastdean.coupling.targets.finding import find_targets
 from fastdean.evaluation import perplexity
 from fastdean.models.adapters import parameter_paths
 

@@ -11,8 +11,8 @@ from tiny_data import batches, make_examples
 from tiny_models import llama
 
 import fastdean
-from fastdean.models import replay, streaming, windows
-from fastdean.models.ahead import Ahead
+from fastdean.models.layers import replay, streaming, windows
+from fastdean.models.layers.ahead import Ahead
 from fastdean.models.loading import stream_model
 
 OPTIONS = {"progress": False, "order": "layers", "keep_top": 0.05, "tokens_per_batch": 12}

@@ -12,15 +12,15 @@ from tiny_models import HEADS, HIDDEN, INTERMEDIATE, LAYERS, MAX_TOKENS, VOCAB, 
 
 from fastdean.data import batching
 from fastdean.data.examples import Example
-from fastdean.models import attention
-from fastdean.models.attention import (
+from fastdean.models.attention import packed as attention
+from fastdean.models.attention.packed import (
     NAME,
     NotExpressible,
     attention_by_segments,
     segment_attention,
 )
+from fastdean.models.attention.segment_products import Segments
 from fastdean.models.forward import exact_layout, prepare_batches, target_log_likelihood
-from fastdean.models.segment_products import Segments
 
 LENGTHS = (7, 11, 3, 9, 1)
 _SHAPE = {

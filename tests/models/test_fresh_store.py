@@ -11,7 +11,7 @@ from torch import distributed
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from fastdean.cli.running import process_group
-from fastdean.models.fresh_store import fresh_store
+from fastdean.models.ranks.fresh_store import fresh_store
 
 WORLD = 3
 SECONDS = 60

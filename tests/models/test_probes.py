@@ -10,7 +10,7 @@ from tiny_data import batches, make_examples
 from tiny_models import CAUSAL_MODELS, HIDDEN, VOCAB, bert, gpt2, llama
 
 import fastdean
-from fastdean.coupling import survey
+from fastdean.coupling.targets import survey
 from fastdean.data.batching import plan_batches
 from fastdean.data.examples import Example
 from fastdean.evaluation import last_token_states, perplexity

@@ -18,10 +18,11 @@ from torch.nn.attention.varlen import varlen_attn
 import fastdean
 from fastdean.data.batching import LONGEST_SEGMENT, plan_batches
 from fastdean.data.examples import Example
-from fastdean.models import probes, segment_masks, varlen
-from fastdean.models.attention import attention_by_segments, segment_attention
+from fastdean.models import probes
+from fastdean.models.attention import segment_masks, varlen
+from fastdean.models.attention.packed import attention_by_segments, segment_attention
+from fastdean.models.attention.segment_products import Segments
 from fastdean.models.probes import segments_are_exact
-from fastdean.models.segment_products import Segments
 
 LENGTHS = (7, 11, 3, 9, 1)
 CAUSAL = (-1, 0)

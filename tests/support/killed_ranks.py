@@ -38,8 +38,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 import fastdean
-from fastdean.coupling.resumable import Resumable
-from fastdean.models import lost_ranks
+from fastdean.coupling.resuming.resumable import Resumable
+from fastdean.models.ranks import lost_ranks
 
 # Seconds that a rank waits for another one, and that a job may take besides.
 RANK_TIMEOUT, REST = 6.0, 60.0

@@ -44,8 +44,8 @@ class ScoringJob(ModelJob):
     def __post_init__(self) -> None:
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.coupling.asked import ORDERS
-        from fastdean.coupling.scores import EXPERT_SCOPES
-        from fastdean.models.distributed import check_rank_timeout
+        from fastdean.coupling.results.scores import EXPERT_SCOPES
+        from fastdean.models.ranks.distributed import check_rank_timeout
 
         super().__post_init__()
         object.__setattr__(self, "granularity", checked_granularity(self.granularity))
@@ -148,7 +148,7 @@ class Job(ScoringJob):
     def __post_init__(self) -> None:
         self.data_sets  # noqa: B018  checked here
         # Not above: the command line reads the fields before it loads torch.
-        from fastdean.coupling.agreement import SIGNS, require_rule_for
+        from fastdean.coupling.selection.agreement import SIGNS, require_rule_for
         from fastdean.coupling.sets import RULES, SCOPES
         from fastdean.jobs import bias
         from fastdean.masks.entries import checked_scale
@@ -243,7 +243,7 @@ class ScoreJob(ScoringJob):
     ] = False
 
     def __post_init__(self) -> None:
-        from fastdean.coupling.scores import check_keep_top
+        from fastdean.coupling.results.scores import check_keep_top
 
         super().__post_init__()
         check_keep_top(self.keep_top)

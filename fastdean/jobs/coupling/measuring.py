@@ -22,9 +22,9 @@ from fastdean.evaluation import (
     margin_interval,
     refuses,
 )
-from fastdean.evaluation.answers.beside import answers_table
 from fastdean.evaluation.answers.records import ORIGINAL, Answered
 from fastdean.evaluation.families import Change
+from fastdean.evaluation.judging.beside import answers_table
 from fastdean.jobs import bias
 from fastdean.jobs.coupling.asked import Asked
 from fastdean.jobs.coupling.comparing import Changes, compared, family_of

@@ -12,8 +12,8 @@ from fastdean.jobs.folder import NOT_READ_YET
 from fastdean.jobs.session import Session
 from fastdean.models.available_memory import available_memory
 from fastdean.models.identity import PassingWeights, model_identity
+from fastdean.models.layers.streaming import StreamedModel
 from fastdean.models.loading import load_or_stream
-from fastdean.models.streaming import StreamedModel
 from fastdean.wording.log import logger
 
 

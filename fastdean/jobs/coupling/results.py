@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdean.coupling.scores import Scores
+from fastdean.coupling.results.scores import Scores
 from fastdean.coupling.sets import overlap
 from fastdean.files.provenance import public_source
 from fastdean.jobs.coupling.findings import findings

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastdean.coupling.resumable import holds_job
-from fastdean.coupling.scores import Scores
+from fastdean.coupling.results.scores import Scores
+from fastdean.coupling.resuming.resumable import holds_job
 from fastdean.coupling.scoring import score
 from fastdean.data.rendering import describe_rendering, rendering_cautions
 from fastdean.data.skipped import Skipped
@@ -16,9 +16,9 @@ from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling.job import Job, ScoreJob
 from fastdean.jobs.folder import require_free, require_outside
 from fastdean.jobs.rows import encode_usable, take_rows
-from fastdean.models.distributed import Ranks
+from fastdean.models.layers.streaming import StreamedModel
 from fastdean.models.loading import load_or_stream
-from fastdean.models.streaming import StreamedModel
+from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.log import logger
 
 

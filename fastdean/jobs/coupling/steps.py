@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import nn
 
-from fastdean.coupling.agreement import takes_signs
-from fastdean.coupling.scores import Scores
+from fastdean.coupling.results.scores import Scores
 from fastdean.coupling.scoring import score_sets
+from fastdean.coupling.selection.agreement import takes_signs
 from fastdean.coupling.sets import ABOUT_DATA, couple, nothing_selected_error
-from fastdean.coupling.target import Target
-from fastdean.coupling.targets import find_targets
+from fastdean.coupling.targets.finding import find_targets
+from fastdean.coupling.targets.target import Target
 from fastdean.data.examples import Example
 from fastdean.data.rendering import (
     describe_rendering,
@@ -44,8 +44,8 @@ from fastdean.jobs.preview import shown
 from fastdean.jobs.rows import NumberedRow, encode_rows, same_content_cautions
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
-from fastdean.models.distributed import Ranks
 from fastdean.models.loading import described_model
+from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.log import logger
 from fastdean.wording.printable import error_line
 

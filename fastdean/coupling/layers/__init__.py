@@ -1,0 +1,1 @@
+"""The other order: all batches through one decoder layer before the next."""

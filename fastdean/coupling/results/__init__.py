@@ -1,0 +1,1 @@
+"""What `score()` returns: the scores of each matrix, and where they come from."""

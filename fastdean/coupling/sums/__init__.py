@@ -1,0 +1,1 @@
+"""Importance summed over examples, over ranks, and its top entries."""

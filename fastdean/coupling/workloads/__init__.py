@@ -1,0 +1,1 @@
+"""The examples of a loader in batches, and the loss of each."""

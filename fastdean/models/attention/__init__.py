@@ -1,0 +1,1 @@
+"""Packed examples that attend each by itself."""
