@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastdean.coupling.sets import couple
     from fastdean.evaluation.dependence import hsic
     from fastdean.jobs.calling import run
-    from fastdean.jobs.estimate import estimate
+    from fastdean.jobs.estimate.estimating import estimate
     from fastdean.masks import NeuronMask
     from fastdean.masks.checkpoint import patch_checkpoint
 
@@ -39,7 +39,7 @@ _HOME = {
     "collapse_alignment_loss": "fastdean.collapse",
     "collapse_metrics": "fastdean.collapse",
     "couple": "fastdean.coupling",
-    "estimate": "fastdean.jobs.estimate",
+    "estimate": "fastdean.jobs.estimate.estimating",
     "hsic": "fastdean.evaluation.dependence",
     "patch_checkpoint": "fastdean.masks.checkpoint",
     "run": "fastdean.jobs.calling",

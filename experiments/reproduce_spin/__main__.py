@@ -24,9 +24,9 @@ from fastdean.evaluation.ability import INSTALL, require_lm_eval
 from fastdean.files.hub import is_unreachable
 from fastdean.files.provenance import public_name
 from fastdean.files.storage import held, write_json_atomic, write_text_atomic
-from fastdean.jobs.estimate import estimate
+from fastdean.jobs.answers.judging import asked_judge
+from fastdean.jobs.estimate.estimating import estimate
 from fastdean.jobs.folder import REPORT_FILE, RESULTS_FILE, TABLE_FILE
-from fastdean.jobs.judging import asked_judge
 from fastdean.report import write_report
 
 

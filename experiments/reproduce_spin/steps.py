@@ -41,11 +41,12 @@ from fastdean.evaluation.over_refusal import benign_rows
 from fastdean.files.declared import read_json
 from fastdean.files.provenance import public_name, versions
 from fastdean.files.storage import is_temporary, write_json_atomic, write_text_atomic
-from fastdean.jobs import Job, answering, judging
+from fastdean.jobs import Job
 from fastdean.jobs import run as run_job
-from fastdean.jobs.answer_jobs import AnswerJob, JudgeJob
+from fastdean.jobs.answers import answering, judging
+from fastdean.jobs.answers.job import AnswerJob, JudgeJob
+from fastdean.jobs.answers.judging import asked_judge
 from fastdean.jobs.folder import RUN_FILE, check_place, require_outside
-from fastdean.jobs.judging import asked_judge
 from fastdean.jobs.session import plain
 from fastdean.masks import NeuronMask
 from fastdean.models.identity import json_digest

@@ -19,8 +19,8 @@ from fastdean.evaluation.judging.verdicts import RECORD, agreements
 from fastdean.files.declared import read_json
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import now, public_command, public_name, public_source, versions
+from fastdean.jobs.answers.judging import asked_judge
 from fastdean.jobs.folder import VERDICTS_FILE
-from fastdean.jobs.judging import asked_judge
 from fastdean.jobs.session import plain
 from fastdean.wording import markdown
 from fastdean.wording.digits import apart

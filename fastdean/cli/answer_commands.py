@@ -9,7 +9,7 @@ import typer
 from fastdean.cli.options import Overwrite, Quiet, RunOut
 from fastdean.cli.running import command, command_line, tell
 from fastdean.jobs import options
-from fastdean.jobs.answer_jobs import AnswerJob, Concurrency, JudgeJob, KeyFrom
+from fastdean.jobs.answers.job import AnswerJob, Concurrency, JudgeJob, KeyFrom
 from fastdean.jobs.options import Help
 from fastdean.wording.printable import one_line
 
@@ -29,7 +29,7 @@ def answer(
     Example: `fastdean answer --model Qwen/Qwen2-7B-Instruct --prompts
     OpenSafetyLab/Salad-Data::config=base_set,prompt=question --mask run/mask --out answers/`
     """
-    from fastdean.jobs.answering import run
+    from fastdean.jobs.answers.answering import run
     from fastdean.report import verdict_line
 
     results = run(job, out, command=command_line(), overwrite=overwrite, progress=not quiet)
@@ -79,7 +79,7 @@ def judge(
     Example: `fastdean judge answers/ --judge wildguard --judge qwen3guard-gen --judge phrases
     --out verdicts/`
     """
-    from fastdean.jobs.judging import run
+    from fastdean.jobs.answers.judging import run
     from fastdean.report import verdict_line
 
     job = JudgeJob(

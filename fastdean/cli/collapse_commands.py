@@ -9,7 +9,7 @@ import typer
 
 from fastdean.cli.options import Overwrite, Quiet, RunOut
 from fastdean.cli.running import command, command_line, tell
-from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
+from fastdean.jobs.collapse.job import CollapseJob, DebiasJob
 from fastdean.wording.printable import one_line
 
 app = typer.Typer()
@@ -27,7 +27,7 @@ def collapse(
     Example: `fastdean collapse --model HuggingFaceTB/SmolLM2-135M --text embedded:debias
     --words gender --bias bec_pro --out collapse/`
     """
-    from fastdean.jobs.collapse import run
+    from fastdean.jobs.collapse.measuring import run
 
     results = run(job, out, command=command_line(), overwrite=overwrite, progress=not quiet)
     tell(_closing_text(results, out))
@@ -47,7 +47,7 @@ def debias(
     Example: `fastdean debias --model bert-base-uncased --method bec --collapse-strength 100
     --out debiased/`
     """
-    from fastdean.jobs.debias import run
+    from fastdean.jobs.collapse.training import run
 
     results = run(job, out, command=command_line(), overwrite=overwrite, progress=not quiet)
     tell(_closing_text(results, out))

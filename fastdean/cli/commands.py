@@ -17,7 +17,7 @@ from fastdean.cli.options import Json, Overwrite, Preview, Quiet, out_option
 from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
 from fastdean.jobs import options
 from fastdean.jobs.coupling.job import Job, ScoreJob
-from fastdean.jobs.estimate import EstimateJob
+from fastdean.jobs.estimate.estimating import EstimateJob
 from fastdean.jobs.options import Help
 from fastdean.wording.printable import one_line, printable
 
@@ -277,7 +277,7 @@ def apply(
 
     Example: `fastdean apply --model Qwen/Qwen2-7B-Instruct --mask run/mask --out edited/`
     """
-    from fastdean.jobs import editing
+    from fastdean.jobs.edit import editing
 
     found, edited = editing.apply(
         model,
@@ -320,7 +320,7 @@ def patch(
 
     Example: `fastdean patch --checkpoint Qwen2-7B-Instruct/ --mask run/mask --out edited/`
     """
-    from fastdean.jobs import editing
+    from fastdean.jobs.edit import editing
 
     result = editing.patch(
         checkpoint,
@@ -388,7 +388,7 @@ def estimate(job: EstimateJob) -> dict[str, Any]:
 
     Example: `fastdean estimate --model Qwen/Qwen2-7B-Instruct --examples 128 --gpu-memory 80GB`
     """
-    from fastdean.jobs.estimate import run as run_estimate
+    from fastdean.jobs.estimate.estimating import run as run_estimate
 
     found = run_estimate(job)
     tell(str(found))

@@ -10,7 +10,7 @@ import typer
 
 from fastdean.cli.options import Overwrite, Quiet, out_option
 from fastdean.cli.running import command, command_line, tell
-from fastdean.jobs.eval_job import EvalJob
+from fastdean.jobs.evaluation.job import EvalJob
 from fastdean.wording.printable import one_line
 
 app = typer.Typer()
@@ -39,7 +39,7 @@ def evaluate(
     Example: `fastdean eval --model Qwen/Qwen2-7B-Instruct --mask run/mask --tasks hellaswag,boolq
     --bias over_refusal --out price/`
     """
-    from fastdean.jobs.evaluating import run, table
+    from fastdean.jobs.evaluation.evaluating import run, table
     from fastdean.report import verdict_line
 
     results = run(job, out, command=command_line(), overwrite=overwrite, progress=not quiet)
@@ -71,7 +71,7 @@ def lm_eval(context: typer.Context) -> None:
     require_lm_eval()
     from lm_eval.__main__ import cli_evaluate
 
-    import fastdean.jobs.lm_eval_model  # noqa: F401
+    import fastdean.jobs.evaluation.lm_eval_model  # noqa: F401
 
     before = sys.argv
     sys.argv = ["lm-eval", *context.args]

@@ -1,11 +1,14 @@
-"""A job as it may be published: the run folder keeps where things lie, results and cards do not."""
+"""A job and its model as they may be published, without where they lie on this machine."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastdean.files.provenance import public_source
+from fastdean.files.provenance import public_name, public_source
 from fastdean.jobs.options import asked
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Of the jobs, the fields that may name a place on this machine.
 _SOURCES = (
@@ -37,3 +40,12 @@ def published(job: Any) -> dict[str, Any]:
         if isinstance(found.get(name), list | tuple):
             found[name] = [public_source(entry) for entry in found[name]]
     return found
+
+
+def described_model(name: str, model: nn.Module) -> dict[str, Any]:
+    """A job's model in its results."""
+    return {
+        "name": public_name(name),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }

@@ -14,11 +14,11 @@ from torch import nn
 from fastdean.evaluation.answers.server import without_port
 from fastdean.files.provenance import now, public_command, versions
 from fastdean.files.storage import write_json_atomic
-from fastdean.jobs.answer_jobs import AnswerJob
-from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
+from fastdean.jobs.answers.job import AnswerJob
+from fastdean.jobs.collapse.job import CollapseJob, DebiasJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling.job import Job
-from fastdean.jobs.eval_job import EvalJob
+from fastdean.jobs.evaluation.job import EvalJob
 from fastdean.jobs.folder import (
     CARD_FILE,
     REPORT_FILE,

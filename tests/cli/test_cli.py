@@ -33,7 +33,7 @@ from fastdean.cli.flags import in_flags
 from fastdean.coupling.layers.by_layers import Sweep
 from fastdean.coupling.passes import by_batches
 from fastdean.jobs import run as run_job
-from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
+from fastdean.jobs.collapse.job import CollapseJob, DebiasJob
 from fastdean.jobs.coupling import scoring as coupling_scoring
 from fastdean.jobs.coupling import steps as coupling_steps
 from fastdean.jobs.coupling.job import Job, ScoreJob

@@ -179,7 +179,7 @@ def test_the_registered_model_answers_as_the_edited_one(place):
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
 
-    import fastdean.jobs.lm_eval_model  # noqa: F401
+    import fastdean.jobs.evaluation.lm_eval_model  # noqa: F401
 
     lm = get_model("fastdean")(str(place["model"]), mask=str(place["mask"]), device="cpu")
     model, tokenizer = llama().eval(), tiny_folders.tokenizer()

@@ -34,8 +34,8 @@ from fastdean.debias.training import _Training
 from fastdean.files.declared import read_json
 from fastdean.files.safetensors import stored_tensors
 from fastdean.files.storage import CONFIG_NAME, read_folder, write_folder
-from fastdean.jobs.bias import FIGURES as BIAS_FIGURES
-from fastdean.jobs.collapse import FIGURES as COLLAPSE_FIGURES
+from fastdean.jobs.bias.measures import FIGURES as BIAS_FIGURES
+from fastdean.jobs.collapse.measuring import FIGURES as COLLAPSE_FIGURES
 from fastdean.jobs.folder import RUN_FILE, RunFolder
 from fastdean.masks import NeuronMask
 from fastdean.report import read_results, render_report

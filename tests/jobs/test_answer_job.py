@@ -17,9 +17,9 @@ from fastdean import cli
 from fastdean.evaluation import generate, judge
 from fastdean.evaluation.answers.records import RECORD, read_answers
 from fastdean.files.lines import Lines
-from fastdean.jobs import answering as answer_job
-from fastdean.jobs import judging as judge_job
-from fastdean.jobs.answer_jobs import AnswerJob, JudgeJob
+from fastdean.jobs.answers import answering as answer_job
+from fastdean.jobs.answers import judging as judge_job
+from fastdean.jobs.answers.job import AnswerJob, JudgeJob
 from fastdean.jobs.inputs import mask_digest
 from fastdean.masks import NeuronMask
 from fastdean.masks.entries import MaskEntry

@@ -14,9 +14,9 @@ import fastdean
 from fastdean import cli
 from fastdean.data.examples import encode
 from fastdean.data.sources import load_rows, sample_rows
-from fastdean.jobs import bias as measures
-from fastdean.jobs import collapse as job_module
 from fastdean.jobs import session
+from fastdean.jobs.bias import measures as measures
+from fastdean.jobs.collapse import measuring as job_module
 from fastdean.models.loading import load_model
 from fastdean.report import verdict_line
 

@@ -28,7 +28,8 @@ from fastdean.coupling.resuming.resumable import Resumable
 from fastdean.coupling.sets import RULES
 from fastdean.jobs import folder as run_folder
 from fastdean.jobs import run, session
-from fastdean.jobs.collapse import CollapseJob
+from fastdean.jobs.collapse.measuring import CollapseJob
+from fastdean.jobs.collapse.training import DebiasJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.coupling import figures, measuring, steps
 from fastdean.jobs.coupling import model as run_model
@@ -36,7 +37,6 @@ from fastdean.jobs.coupling.job import DATA_SETS, Job, ScoreJob
 from fastdean.jobs.coupling.results import _about_rows
 from fastdean.jobs.coupling.scoring import run as run_score
 from fastdean.jobs.coupling.split_rows import split_rows
-from fastdean.jobs.debias import DebiasJob
 from fastdean.jobs.options import option_fields
 from fastdean.masks import NeuronMask
 from fastdean.models import loading

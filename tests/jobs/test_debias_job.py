@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from fastdean import cli
 from fastdean.evaluation import holm
-from fastdean.jobs import bias
-from fastdean.jobs import debias as job_module
+from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.collapse import training as job_module
 from fastdean.models import identity
 
 STEPS = ("--steps", "3", "--batch-size", "4", "--learning-rate", "1e-2")

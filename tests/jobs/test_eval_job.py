@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 from fastdean import cli
 from fastdean.evaluation import change_between, over_refusal
 from fastdean.evaluation.bias import gender_facts
-from fastdean.jobs import bias, evaluating
-from fastdean.jobs.collapse_jobs import CollapseJob, DebiasJob
+from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.collapse.job import CollapseJob, DebiasJob
 from fastdean.jobs.coupling.job import Job
-from fastdean.jobs.eval_job import EvalJob
+from fastdean.jobs.evaluation import evaluating
+from fastdean.jobs.evaluation.job import EvalJob
 from fastdean.jobs.inputs import mask_digest
 from fastdean.masks import NeuronMask
 from fastdean.report import verdict_line

@@ -77,7 +77,7 @@ def test_the_log_does_not_let_names_steer_whoever_shows_it(caplog):
 
 
 def test_a_copied_file_is_named_in_one_line(tmp_path, monkeypatch):
-    from fastdean.jobs import editing
+    from fastdean.jobs.edit import editing
     from fastdean.masks.checkpoint import PatchResult
 
     name = f"{STEERING[:-3]}\nfastdean: nothing else.bin"

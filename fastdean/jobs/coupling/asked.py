@@ -20,7 +20,7 @@ from fastdean.evaluation.answers.generation import (
 )
 from fastdean.evaluation.answers.records import Answered
 from fastdean.files.declared import Lists, Record, Text
-from fastdean.jobs import bias
+from fastdean.jobs.bias import measures as bias
 from fastdean.jobs.coupling.figures import noted
 from fastdean.jobs.coupling.job import Job
 from fastdean.jobs.rows import NumberedRow

@@ -150,7 +150,7 @@ class Job(ScoringJob):
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.coupling.selection.agreement import SIGNS, require_rule_for
         from fastdean.coupling.sets import RULES, SCOPES
-        from fastdean.jobs import bias
+        from fastdean.jobs.bias import measures as bias
         from fastdean.masks.entries import checked_scale
 
         super().__post_init__()

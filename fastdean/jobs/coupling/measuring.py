@@ -25,7 +25,7 @@ from fastdean.evaluation import (
 from fastdean.evaluation.answers.records import ORIGINAL, Answered
 from fastdean.evaluation.families import Change
 from fastdean.evaluation.judging.beside import answers_table
-from fastdean.jobs import bias
+from fastdean.jobs.bias import measures as bias
 from fastdean.jobs.coupling.asked import Asked
 from fastdean.jobs.coupling.comparing import Changes, compared, family_of
 from fastdean.jobs.coupling.figures import Figures, MeasuringSet, figures_of, noted

@@ -29,7 +29,7 @@ from fastdean.data.rendering import (
     rendering_cautions,
 )
 from fastdean.files.provenance import public_source
-from fastdean.jobs import bias
+from fastdean.jobs.bias import measures as bias
 from fastdean.jobs.coupling.asked import Asked, answerable
 from fastdean.jobs.coupling.figures import MeasuringSet
 from fastdean.jobs.coupling.general_grid import GeneralGrid

@@ -22,11 +22,10 @@ from fastdean.evaluation.judging.beside import answers_table
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import public_name
 from fastdean.files.storage import held
-from fastdean.jobs.answer_jobs import AnswerJob
-from fastdean.jobs.collapse import describe
+from fastdean.jobs.answers.job import AnswerJob
 from fastdean.jobs.folder import ANSWERS_FILE, RESULTS_FILE
 from fastdean.jobs.inputs import described_mask, mask_digest
-from fastdean.jobs.published import published
+from fastdean.jobs.published import described_model, published
 from fastdean.jobs.rows import NumberedRow, take_rows
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
@@ -192,7 +191,7 @@ def _in_memory(
                     yield _records([(left[i], answer) for i, answer in batch], usable, variant)
 
     about = {
-        "model": describe(job.model, model),
+        "model": described_model(job.model, model),
         "masks": {name: described_mask(mask) for name, mask in masks.items()},
     }
     return about, answered

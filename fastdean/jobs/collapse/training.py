@@ -28,17 +28,17 @@ from fastdean.evaluation.families import Change
 from fastdean.files.declared import Lists, Real, Record, Whole
 from fastdean.files.provenance import public_name, public_source
 from fastdean.files.storage import remove_folder
-from fastdean.jobs import bias, cautions
-from fastdean.jobs.collapse import (
+from fastdean.jobs import cautions
+from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.collapse.job import DebiasJob
+from fastdean.jobs.collapse.measuring import (
     classes_of,
     collapse_figures,
     collapse_results,
-    describe,
 )
-from fastdean.jobs.collapse_jobs import DebiasJob
 from fastdean.jobs.folder import RESULTS_FILE
 from fastdean.jobs.inputs import benchmark_digests
-from fastdean.jobs.published import published
+from fastdean.jobs.published import described_model, published
 from fastdean.jobs.rows import (
     NumberedRow,
     content_digest,
@@ -307,7 +307,7 @@ def _collect(
     return session.results(
         "FastDEAN: a debiased model, before and after",
         {
-            "model": describe(job.model, prepared.model),
+            "model": described_model(job.model, prepared.model),
             "data": {
                 "training": {
                     "source": public_source(job.source),

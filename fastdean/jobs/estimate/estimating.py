@@ -22,7 +22,7 @@ from fastdean.wording.printable import one_line
 if TYPE_CHECKING:
     from fastdean.coupling.sums.holding import Holding
     from fastdean.coupling.targets.target import Target
-    from fastdean.jobs.estimated_split import Split
+    from fastdean.jobs.estimate.split import Split
 
 _UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -283,7 +283,7 @@ def run(job: EstimateJob) -> Estimate:
     from fastdean.coupling.targets.coverage import coverage
     from fastdean.coupling.targets.finding import find_targets
     from fastdean.coupling.workloads.rank_blocks import blocks_of_a_rank
-    from fastdean.jobs.estimated_split import Split, Whole
+    from fastdean.jobs.estimate.split import Split, Whole
     from fastdean.models.available_memory import available_memory
     from fastdean.models.layers.stacks import decoder_layers
     from fastdean.models.loading import described_model

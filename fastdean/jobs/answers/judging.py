@@ -34,7 +34,7 @@ from fastdean.files.declared import read_json
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import now, public_command, public_source, versions
 from fastdean.files.storage import held, write_text_atomic
-from fastdean.jobs.answer_jobs import JudgeJob
+from fastdean.jobs.answers.job import JudgeJob
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.folder import (
     ANSWERS_FILE,

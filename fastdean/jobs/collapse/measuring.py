@@ -34,12 +34,12 @@ from fastdean.files.declared import (
     Text,
     Whole,
 )
-from fastdean.files.provenance import public_name
-from fastdean.jobs import bias, cautions
-from fastdean.jobs.collapse_jobs import CollapseJob
+from fastdean.jobs import cautions
+from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.collapse.job import CollapseJob
 from fastdean.jobs.folder import RESULTS_FILE
 from fastdean.jobs.inputs import benchmark_digests
-from fastdean.jobs.published import published
+from fastdean.jobs.published import described_model, published
 from fastdean.jobs.rows import encode_usable, take_rows
 from fastdean.jobs.session import Session
 from fastdean.models.identity import json_digest
@@ -121,7 +121,7 @@ def run(
         results = session.results(
             "FastDEAN: neural collapse on chosen words",
             {
-                "model": describe(job.model, model),
+                "model": described_model(job.model, model),
                 "data": {
                     "text": {
                         "source": public["text"],
@@ -293,11 +293,3 @@ def collapse_sentence(classes: CollapseClasses, table: Mapping[str, Any]) -> str
         f"{metrics['nc3_mean']['value']:.3f} with a spread ((U)NC3, std) of "
         f"{metrics['unc3_std']['value']:.3f}."
     )
-
-
-def describe(name: str, model: nn.Module) -> dict[str, Any]:
-    return {
-        "name": public_name(name),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }

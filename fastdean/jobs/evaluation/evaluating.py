@@ -19,12 +19,11 @@ from fastdean.evaluation.ability import require_same_items, task_manager, task_s
 from fastdean.files.declared import Lists, Maps, Record, Text
 from fastdean.files.provenance import public_name
 from fastdean.files.storage import held, write_json_atomic
-from fastdean.jobs import bias
-from fastdean.jobs.collapse import describe
-from fastdean.jobs.eval_job import EvalJob
+from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.evaluation.job import EvalJob
 from fastdean.jobs.folder import ITEMS_FILE, RESULTS_FILE
 from fastdean.jobs.inputs import benchmark_digests, described_mask, mask_digest, path_digest
-from fastdean.jobs.published import published
+from fastdean.jobs.published import described_model, published
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
 from fastdean.models.ranks.distributed import Ranks
@@ -102,7 +101,7 @@ def _run(job: EvalJob, out: Path, command: str, overwrite: bool, progress: bool)
             results = session.results(
                 f"FastDEAN: evaluation of {public_name(job.model)}",
                 {
-                    "model": describe(job.model, model),
+                    "model": described_model(job.model, model),
                     "mask": None if mask is None else described_mask(mask),
                     "options": published(job),
                     "measures": table,

@@ -62,7 +62,7 @@ class EvalJob:
 
     def __post_init__(self) -> None:
         # Not above: the command line reads the fields before it loads torch.
-        from fastdean.jobs import bias
+        from fastdean.jobs.bias import measures as bias
 
         if not self.tasks and not self.bias:
             raise ValueError(

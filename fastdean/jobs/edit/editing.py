@@ -20,9 +20,9 @@ from fastdean.files.storage import (
     write_json_atomic,
     write_text_atomic,
 )
-from fastdean.jobs.edited_card import edited_card
+from fastdean.jobs.edit.edited_card import edited_card
+from fastdean.jobs.edit.source_texts import carry_texts
 from fastdean.jobs.folder import require_free, require_outside
-from fastdean.jobs.source_texts import carry_texts
 from fastdean.masks import NeuronMask, edits
 from fastdean.masks.checkpoint import PATCH_NAME, PatchResult, patch_checkpoint, verify_checkpoint
 from fastdean.models.loading import DEMO_MODEL, load_model

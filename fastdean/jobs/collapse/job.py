@@ -40,7 +40,7 @@ class WordsJob(ModelJob):
         """What both jobs ask of these options, after their own."""
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.collapse import read_word_groups
-        from fastdean.jobs import bias
+        from fastdean.jobs.bias import measures as bias
 
         if self.control is not None and self.control not in _CONTROLS:
             raise ValueError(

@@ -1,0 +1,1 @@
+"""Prompts answered, and answers judged."""

@@ -1,0 +1,1 @@
+"""Bias measures of a job: which are asked for, their figures, and what changed."""

@@ -1,0 +1,1 @@
+"""What a scoring will need, before any weight is read."""

@@ -1,0 +1,1 @@
+"""A model without and with a mask, measured side by side."""
