@@ -24,7 +24,7 @@ from fastdean.evaluation.bias.seat import seat_sets
 from fastdean.evaluation.bias.stereoset import stereoset_rows
 from fastdean.evaluation.bias.winobias import winobias_rows
 from fastdean.evaluation.classifier import fine_tuned_classifier
-from fastdean.jobs.bias.measures import results_of
+from fastdean.jobs.bias.figures import results_of
 
 TRAINING = "training"
 # Intervals over a measure's rows are not shown: those that count here are over seeds.

@@ -35,7 +35,7 @@ def benchmark_digests(asked: Sequence[str]) -> dict[str, str | None]:
     None for what is no file, such as a hub id, whose content costs a download to know.
 
     Args:
-        asked: as `bias.check` takes them.
+        asked: as `jobs.bias.asked.check` takes them.
     """
     sources = {entry: entry.partition("=")[2].partition("::")[0] for entry in asked}
     return {f"bias {entry}": path_digest(source) for entry, source in sources.items() if source}

@@ -34,7 +34,7 @@ from fastdean.debias.training import _Training
 from fastdean.files.declared import read_json
 from fastdean.files.safetensors import stored_tensors
 from fastdean.files.storage import CONFIG_NAME, read_folder, write_folder
-from fastdean.jobs.bias.measures import FIGURES as BIAS_FIGURES
+from fastdean.jobs.bias.figures import FIGURES as BIAS_FIGURES
 from fastdean.jobs.collapse.measuring import FIGURES as COLLAPSE_FIGURES
 from fastdean.jobs.folder import RUN_FILE, RunFolder
 from fastdean.masks import NeuronMask

@@ -15,7 +15,7 @@ from fastdean import cli
 from fastdean.data.examples import encode
 from fastdean.data.sources import load_rows, sample_rows
 from fastdean.jobs import session
-from fastdean.jobs.bias import measures as measures
+from fastdean.jobs.bias import asked as bias_asked
 from fastdean.jobs.collapse import measuring as job_module
 from fastdean.models.loading import load_model
 from fastdean.report import verdict_line
@@ -91,7 +91,7 @@ def test_a_job_goes_on_where_it_was_interrupted(place, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(measures.MEASURES, "crows_pairs", (interrupted, False))
+        patch.setitem(bias_asked.MEASURES, "crows_pairs", (interrupted, False))
         assert call(place, tmp_path / "out", *options).exit_code == 130
     with monkeypatch.context() as patch:
         patch.setattr(job_module, "collapse_metrics", interrupted)
@@ -111,7 +111,7 @@ def stopped(place, out, monkeypatch, *options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(measures.MEASURES, "crows_pairs", (interrupted, False))
+        patch.setitem(bias_asked.MEASURES, "crows_pairs", (interrupted, False))
         result = call(place, out, "--bias", f"crows_pairs={place['crows']}", *options)
     assert result.exit_code == 130
     return ("--bias", f"crows_pairs={place['crows']}", *options)
@@ -247,7 +247,7 @@ def test_a_bias_file_of_something_else_is_named(place, tmp_path):
     refused(result, f"fastdean: --bias '{wrong}': row 1 must have the columns sentence, person")
 
 
-@pytest.mark.parametrize("measure", sorted(measures.MEASURES))
+@pytest.mark.parametrize("measure", sorted(bias_asked.MEASURES))
 @pytest.mark.parametrize("job", ["collapse", "debias"])
 def test_a_bias_file_of_something_else_is_told_before_a_model_is_loaded(
     place, tmp_path, monkeypatch, job, measure

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fastdean import cli
 from fastdean.evaluation import holm
-from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.bias import sentences as bias_sentences
 from fastdean.jobs.collapse import training as job_module
 from fastdean.models import identity
 
@@ -308,21 +308,21 @@ def test_what_has_no_neutral_value_is_told_as_well():
     """Facts and refusals are what a training may cost: whoever asked for them reads of them."""
     facts = {"value": 75.0, "low": 63.6, "high": 84.4, "verdict": "no neutral value"}
     table = {"Facts": {"before": facts, "neutral": None, "unit": "%"}}
-    assert bias.sentences(table) == ["Facts: 75 % [63.6, 84.4]."]
+    assert bias_sentences.sentences(table) == ["Facts: 75 % [63.6, 84.4]."]
     row = {"neutral": None, "before": {"value": 75.0}, "after": {"value": 51.4}}
     row["change"] = {"value": -23.6, "low": -36.2, "high": -9.4, "verdict": "fell"}
     row["change"]["p_holm"] = 0.012
     said = (
         "Facts: 75 before, 51.4 after, change -23.6 [-36.2, -9.4], Holm-adjusted p = 0.012: fell."
     )
-    assert bias.change_sentences({"Facts": row}) == [said]
+    assert bias_sentences.change_sentences({"Facts": row}) == [said]
 
 
 @pytest.mark.parametrize("verdict", ["lower", "closer to neutral"])
 def test_no_sentence_claims_a_change_whose_adjusted_p_is_above_the_level(verdict):
     moved = {"value": -3.0, "low": -6.0, "high": -0.1, "verdict": verdict, "p_holm": 0.06}
     row = {"neutral": 50, "before": {"value": 60.0}, "after": {"value": 57.0}, "change": moved}
-    (said,) = bias.change_sentences({"Pairs": row})
+    (said,) = bias_sentences.change_sentences({"Pairs": row})
     assert said == (
         "Pairs: 60 before, 57 after (neutral 50), change of the distance to it -3 [-6, -0.1], "
         "Holm-adjusted p = 0.06: no effect beyond noise."

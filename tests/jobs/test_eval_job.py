@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from fastdean import cli
 from fastdean.evaluation import change_between, over_refusal
 from fastdean.evaluation.bias import gender_facts
-from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.bias import asked as bias_asked
+from fastdean.jobs.bias import figures as bias_figures
 from fastdean.jobs.collapse.job import CollapseJob, DebiasJob
 from fastdean.jobs.coupling.job import Job
 from fastdean.jobs.evaluation import evaluating
@@ -143,7 +144,7 @@ def test_a_stopped_evaluation_goes_on_with_the_measures_that_are_there(
         mask=str(place["mask"]),
         bias=(f"gender_facts={place['facts']}", f"gender_facts={place['more']}"),
     )
-    taken, real = [], bias.MEASURES["gender_facts"][0]
+    taken, real = [], bias_asked.MEASURES["gender_facts"][0]
 
     def measured(model, tokenizer, source, **options):
         if len(taken) == 3:
@@ -153,7 +154,7 @@ def test_a_stopped_evaluation_goes_on_with_the_measures_that_are_there(
         return real(model, tokenizer, source, **options)
 
     whole = evaluating.run(job, tmp_path / "whole", progress=False)
-    monkeypatch.setitem(bias.MEASURES, "gender_facts", (measured, False))
+    monkeypatch.setitem(bias_asked.MEASURES, "gender_facts", (measured, False))
     with pytest.raises(KeyboardInterrupt):
         evaluating.run(job, tmp_path / "out", progress=False)
     found = evaluating.run(job, tmp_path / "out", progress=False)
@@ -168,7 +169,7 @@ def test_an_evaluation_is_not_gone_on_with_under_another_mask(place, tmp_path, m
     job = EvalJob(
         model=str(place["model"]), mask=str(mask), bias=(f"gender_facts={place['facts']}",)
     )
-    real = bias.measure
+    real = bias_figures.measure
 
     def stopped(session, state, *rest):
         if state == "after":
@@ -176,7 +177,7 @@ def test_an_evaluation_is_not_gone_on_with_under_another_mask(place, tmp_path, m
         return real(session, state, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(bias, "measure", stopped)
+        patch.setattr(bias_figures, "measure", stopped)
         evaluating.run(job, tmp_path / "out", progress=False)
     name = "model.layers.0.mlp.up_proj.weight"
     tiny_masks.mask_of(llama(), {name: [0, 1]}).save_pretrained(mask, overwrite=True)

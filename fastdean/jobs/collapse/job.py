@@ -20,7 +20,7 @@ class WordsJob(ModelJob):
         words, multi_piece: see `CollapseClasses.from_words`.
         control: None: the words themselves.
         shift, features: see `collapse_metrics`; None: by the model.
-        bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
+        bias: measures, "name" or "name=SRC": see `jobs.bias.asked.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
         bias_template: of their prompts, see `evaluation.over_refusal`; None: by the tokenizer.
     Raises:
@@ -40,7 +40,7 @@ class WordsJob(ModelJob):
         """What both jobs ask of these options, after their own."""
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.collapse import read_word_groups
-        from fastdean.jobs.bias import measures as bias
+        from fastdean.jobs.bias import asked as bias_asked
 
         if self.control is not None and self.control not in _CONTROLS:
             raise ValueError(
@@ -48,7 +48,7 @@ class WordsJob(ModelJob):
                 f"out {without_control}"
             )
         read_word_groups(self.words)
-        bias.check(self.bias, self.start_token, self.bias_template)
+        bias_asked.check(self.bias, self.start_token, self.bias_template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class CollapseJob(WordsJob):
         words, multi_piece: see `CollapseClasses.from_words`.
         control: None: the words themselves are measured.
         shift, features: see `collapse_metrics`; None: by the model.
-        bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
+        bias: measures, "name" or "name=SRC": see `jobs.bias.asked.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
         bias_template: of their prompts, see `evaluation.over_refusal`; None: by the tokenizer.
         examples: rows of the text to read; None: all.

@@ -35,7 +35,10 @@ from fastdean.files.declared import (
     Whole,
 )
 from fastdean.jobs import cautions
-from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.bias import asked as bias_asked
+from fastdean.jobs.bias import changes as bias_changes
+from fastdean.jobs.bias import figures as bias_figures
+from fastdean.jobs.bias import sentences as bias_sentences
 from fastdean.jobs.collapse.job import CollapseJob
 from fastdean.jobs.folder import RESULTS_FILE
 from fastdean.jobs.inputs import benchmark_digests
@@ -101,10 +104,10 @@ def run(
     with session.costs.step("read data"):
         skipped = Skipped() if job.skip_bad_rows else None
         rows, _ = take_rows(job.text, job.examples, job.seed, name="text", skipped=skipped)
-        bias.require_readable(job.bias)
+        bias_asked.require_readable(job.bias)
     session.compare({"text": json_digest(rows), **benchmark_digests(job.bias)})
     model, tokenizer = session.load_model()
-    bias.require_start(job.bias, job.start_token, model, tokenizer)
+    bias_asked.require_start(job.bias, job.start_token, model, tokenizer)
     classes = classes_of(job, tokenizer)
     session.compare_model(model, tokenizer, words=json_digest(classes.to_dict()))
     options = {"template": job.template, "max_length": job.max_length, "name": "text"}
@@ -115,8 +118,8 @@ def run(
     with session.writing():
         session.folder.claim()
         table = collapse_figures(session, "measured", model, examples, classes)
-        found = bias.measure(session, "bias", model, tokenizer)
-        measures, tests, _ = bias.results({"before": found}, seed=job.seed)
+        found = bias_figures.measure(session, "bias", model, tokenizer)
+        measures, tests, _ = bias_changes.results({"before": found}, seed=job.seed)
         public = published(job)
         results = session.results(
             "FastDEAN: neural collapse on chosen words",
@@ -134,7 +137,10 @@ def run(
                 "collapse": collapse_results(classes, {"measured": table}),
                 "bias": measures,
                 "tests": tests,
-                "findings": [collapse_sentence(classes, table), *bias.sentences(measures)],
+                "findings": [
+                    collapse_sentence(classes, table),
+                    *bias_sentences.sentences(measures),
+                ],
                 "warnings": [
                     *session.folder.other_versions,
                     *told,
@@ -145,7 +151,7 @@ def run(
                 "manifest": {
                     "job": public,
                     "classes": classes.to_dict(),
-                    "start_token": bias.start_token(found),
+                    "start_token": bias_figures.start_token(found),
                 },
             },
         )

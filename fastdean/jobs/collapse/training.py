@@ -29,7 +29,10 @@ from fastdean.files.declared import Lists, Real, Record, Whole
 from fastdean.files.provenance import public_name, public_source
 from fastdean.files.storage import remove_folder
 from fastdean.jobs import cautions
-from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.bias import asked as bias_asked
+from fastdean.jobs.bias import changes as bias_changes
+from fastdean.jobs.bias import figures as bias_figures
+from fastdean.jobs.bias import sentences as bias_sentences
 from fastdean.jobs.collapse.job import DebiasJob
 from fastdean.jobs.collapse.measuring import (
     classes_of,
@@ -113,7 +116,7 @@ def _prepare(session: Session[DebiasJob]) -> _Prepared:
     with session.costs.step("read data"):
         skipped = {name: Skipped() for name in ("data", "text") if job.skip_bad_rows}
         trained, measured = _split(job, skipped)
-        bias.require_readable(job.bias)
+        bias_asked.require_readable(job.bias)
     name, source = ("data", job.source) if job.text is None else ("text", job.text)
     texts = _numbered_texts(measured, source, name)
     digests = {"data": json_digest(trained), "text": json_digest(measured)}
@@ -130,7 +133,7 @@ def _prepare(session: Session[DebiasJob]) -> _Prepared:
     identity = session.compare_model(model, tokenizer, words=words)
     # Refused now, and not after the first measurements.
     require_method(model, job.method)
-    bias.require_start(job.bias, job.start_token, model, tokenizer)
+    bias_asked.require_start(job.bias, job.start_token, model, tokenizer)
     check_counts(save_every=job.save_every, max_length=job.max_length)
     check_course(warmup=_WARMUP, seed=job.seed, **_options(job, *_COURSE))
     _regularizer(model, classes, job).remove()
@@ -206,7 +209,7 @@ def _measure(state: str, prepared: _Prepared, session: Session[DebiasJob]) -> di
 
     found = {
         "collapse": collapse_figures(session, state, model, examples, prepared.measured_classes),
-        "bias": bias.measure(session, state, model, prepared.tokenizer),
+        "bias": bias_figures.measure(session, state, model, prepared.tokenizer),
     }
     if label_shift(model) == 1:
         with session.costs.step(f"perplexity, {state}", sum(map(len, examples))):
@@ -296,7 +299,7 @@ def _collect(
 ) -> dict[str, Any]:
     job, public = session.job, published(session.job)
     fluency = _fluency(states)
-    table, tests, judged = bias.results(
+    table, tests, judged = bias_changes.results(
         {state: found["bias"] for state, found in states.items()},
         others=_fluency_changes(fluency, job.seed),
         seed=job.seed,
@@ -337,7 +340,7 @@ def _collect(
             },
             "findings": [
                 _collapse_change(job, collapse),
-                *bias.change_sentences(table),
+                *bias_sentences.change_sentences(table),
                 *_perplexity_change(fluency, judged),
             ],
             "warnings": [
@@ -354,7 +357,7 @@ def _collect(
             "manifest": {
                 "job": public,
                 "classes": prepared.classes.to_dict(),
-                "start_token": bias.start_token(states["before"]["bias"]),
+                "start_token": bias_figures.start_token(states["before"]["bias"]),
             },
         },
     )
@@ -438,7 +441,7 @@ def _perplexity_change(
         return []
     moved = ""
     if PERPLEXITY in judged:
-        moved = f", ratio {bias.change_words(judged[PERPLEXITY], 'mean', 1.0)}"
+        moved = f", ratio {bias_sentences.change_words(judged[PERPLEXITY], 'mean', 1.0)}"
     was, now = apart(*(fluency[state].value for state in ("before", "after")))
     return [
         f"Perplexity of the measured text: {was} before, {now} after{moved}. It is of the "

@@ -20,7 +20,7 @@ from fastdean.evaluation.answers.generation import (
 )
 from fastdean.evaluation.answers.records import Answered
 from fastdean.files.declared import Lists, Record, Text
-from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.bias import figures as bias_figures
 from fastdean.jobs.coupling.figures import noted
 from fastdean.jobs.coupling.job import Job
 from fastdean.jobs.rows import NumberedRow
@@ -50,8 +50,8 @@ class Asked:
         state: str,
         notes: list[str],
         mask: NeuronMask | None = None,
-        origin: Mapping[int, bias.Found] | None = None,
-    ) -> dict[int, bias.Found]:
+        origin: Mapping[int, bias_figures.Found] | None = None,
+    ) -> dict[int, bias_figures.Found]:
         """Every figure by the number of its measure; one that cannot be taken is noted.
 
         Args:
@@ -64,17 +64,17 @@ class Asked:
                 if origin is not None and number not in origin:
                     continue
                 with noted(notes, f"{entry.partition('=')[0]}, {state},"):
-                    found[number] = bias.measure_one(
+                    found[number] = bias_figures.measure_one(
                         self.session, state, number, entry, model, self.tokenizer
                     )
         return found
 
-    def names(self, figures: Mapping[int, bias.Found]) -> dict[str, tuple[int, str]]:
+    def names(self, figures: Mapping[int, bias_figures.Found]) -> dict[str, tuple[int, str]]:
         """By what it is called beside the others: the number of its measure and its own title."""
         found: dict[str, tuple[int, str]] = {}
         for number, taken in figures.items():
             own = {title: (number, title) for title in taken}
-            bias.add(found, self.session.job.bias[number], number, own)
+            bias_figures.add(found, self.session.job.bias[number], number, own)
         return found
 
     def answers(

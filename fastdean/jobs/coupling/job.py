@@ -74,7 +74,8 @@ class Job(ScoringJob):
         eval_examples: rows, of other prompts than these where there are any, that are measured on.
         general_grid: ratios of the general sets alone, at which masks of the same rule and ratio
             are measured beside the job's own; None: no others.
-        bias: measures taken without and with each mask, "name" or "name=SRC": see `bias.MEASURES`.
+        bias: measures taken without and with each mask, "name" or "name=SRC": see
+            `jobs.bias.asked.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
         bias_template: of their prompts, see `evaluation.over_refusal`; None: by the tokenizer.
         answers: measured prompts of each set that the model answers; at most `eval_examples`.
@@ -150,12 +151,12 @@ class Job(ScoringJob):
         # Not above: the command line reads the fields before it loads torch.
         from fastdean.coupling.selection.agreement import SIGNS, require_rule_for
         from fastdean.coupling.sets import RULES, SCOPES
-        from fastdean.jobs.bias import measures as bias
+        from fastdean.jobs.bias import asked as bias_asked
         from fastdean.masks.entries import checked_scale
 
         super().__post_init__()
         object.__setattr__(self, "bias", tuple(self.bias))
-        bias.check(self.bias, self.start_token, self.bias_template)
+        bias_asked.check(self.bias, self.start_token, self.bias_template)
         options.require_one_of(self, "rule", tuple(RULES))
         options.require_one_of(self, "scope", SCOPES)
         options.require_one_of(self, "signs", SIGNS)

@@ -25,7 +25,8 @@ from fastdean.evaluation import (
 from fastdean.evaluation.answers.records import ORIGINAL, Answered
 from fastdean.evaluation.families import Change
 from fastdean.evaluation.judging.beside import answers_table
-from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.bias import changes as bias_changes
+from fastdean.jobs.bias import figures as bias_figures
 from fastdean.jobs.coupling.asked import Asked
 from fastdean.jobs.coupling.comparing import Changes, compared, family_of
 from fastdean.jobs.coupling.figures import Figures, MeasuringSet, figures_of, noted
@@ -130,7 +131,7 @@ class _Besides:
         answers: of every model.
     """
 
-    origin: bias.Found
+    origin: bias_figures.Found
     changes: dict[str, dict[Any, Change]]
     answers: list[Answered]
 
@@ -156,7 +157,7 @@ class _Besides:
                 after = under_mask.get(number, {}).get(title)
                 if after is not None:
                     by_mask = changes.setdefault(figure, {})
-                    by_mask[name] = bias.change_of(taken[number][title], after, seed)
+                    by_mask[name] = bias_changes.change_of(taken[number][title], after, seed)
             if answers:
                 found = asked.answers(model, name, notes, mask)
                 answers = [*answers, *found]

@@ -29,7 +29,7 @@ from fastdean.data.rendering import (
     rendering_cautions,
 )
 from fastdean.files.provenance import public_source
-from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.bias import asked as bias_asked
 from fastdean.jobs.coupling.asked import Asked, answerable
 from fastdean.jobs.coupling.figures import MeasuringSet
 from fastdean.jobs.coupling.general_grid import GeneralGrid
@@ -145,14 +145,14 @@ def _prepare(session: Session[Job]) -> _Prepared:
     job, sets = session.job, session.job.data_sets
     with session.costs.step("read data"):
         rows = {name: split_rows(name, job) for name in sets.sources}
-        bias.require_readable(job.bias)
+        bias_asked.require_readable(job.bias)
     digests = {f"{name} rows": split.digest for name, split in rows.items()}
     session.compare({**digests, **benchmark_digests(job.bias)})
     _require_selection_as_described(job)
     opened = RunModel.open(session)
     model, tokenizer = opened.module, opened.tokenizer
     opened.compare(session)
-    bias.require_start(job.bias, job.start_token, model, tokenizer)
+    bias_asked.require_start(job.bias, job.start_token, model, tokenizer)
     if job.order == "layers":
         session.costs.total = _number_of_steps(session, opened)
     targets = find_targets(model, job.target_modules, job.granularity)

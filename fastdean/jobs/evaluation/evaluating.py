@@ -19,7 +19,10 @@ from fastdean.evaluation.ability import require_same_items, task_manager, task_s
 from fastdean.files.declared import Lists, Maps, Record, Text
 from fastdean.files.provenance import public_name
 from fastdean.files.storage import held, write_json_atomic
-from fastdean.jobs.bias import measures as bias
+from fastdean.jobs.bias import asked as bias_asked
+from fastdean.jobs.bias import changes as bias_changes
+from fastdean.jobs.bias import figures as bias_figures
+from fastdean.jobs.bias import sentences as bias_sentences
 from fastdean.jobs.evaluation.job import EvalJob
 from fastdean.jobs.folder import ITEMS_FILE, RESULTS_FILE
 from fastdean.jobs.inputs import benchmark_digests, described_mask, mask_digest, path_digest
@@ -30,7 +33,7 @@ from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.digits import apart
 
 # What is kept of a task: its figures, and which item each of their values is of.
-_TASK = Record({"figures": bias.FIGURES, "items": Maps(Lists(Text(longest=10_000)))})
+_TASK = Record({"figures": bias_figures.FIGURES, "items": Maps(Lists(Text(longest=10_000)))})
 _Items = dict[str, list[str]]
 
 
@@ -69,7 +72,7 @@ def _run(job: EvalJob, out: Path, command: str, overwrite: bool, progress: bool)
     blocks = (len(job.tasks) + len(job.bias)) * (1 if job.mask is None else 2)
     session = Session.open(job, out, command, overwrite, progress, steps=2 + blocks)
     manager = task_manager(job.tasks, job.task_folder) if job.tasks else None
-    bias.require_readable(job.bias)
+    bias_asked.require_readable(job.bias)
     mask = None if job.mask is None else NeuronMask.from_pretrained(job.mask)
     session.compare(
         {
@@ -80,7 +83,7 @@ def _run(job: EvalJob, out: Path, command: str, overwrite: bool, progress: bool)
     )
     model, tokenizer = session.load_model()
     session.compare_model(model, tokenizer)
-    bias.require_start(job.bias, job.start_token, model, tokenizer)
+    bias_asked.require_start(job.bias, job.start_token, model, tokenizer)
     if mask is not None:
         # Refused now, and not after the first measurements.
         with mask.applied(model):
@@ -88,7 +91,7 @@ def _run(job: EvalJob, out: Path, command: str, overwrite: bool, progress: bool)
     with session.writing():
         session.folder.claim()
         with held(session.folder.path, "out"):
-            states: dict[str, bias.Found] = {}
+            states: dict[str, bias_figures.Found] = {}
             items: dict[str, _Items] = {}
             for state in ("before",) if mask is None else ("before", "after"):
                 masked = mask if state == "after" else None
@@ -97,7 +100,7 @@ def _run(job: EvalJob, out: Path, command: str, overwrite: bool, progress: bool)
                 )
             if mask is not None:
                 require_same_items(items["before"], items["after"])
-            table, tests, _ = bias.results(states, seed=job.seed)
+            table, tests, _ = bias_changes.results(states, seed=job.seed)
             results = session.results(
                 f"FastDEAN: evaluation of {public_name(job.model)}",
                 {
@@ -123,10 +126,10 @@ def table(measures: Mapping[str, Mapping[str, Any]]) -> str:
         unit = f" {row['unit']}" if row["unit"] else ""
         before, after = row["before"], row.get("after")
         if after is None:
-            lines.append(f"  {name}: {bias.with_ends(before)}{unit}, n = {before['n']}")
+            lines.append(f"  {name}: {bias_sentences.with_ends(before)}{unit}, n = {before['n']}")
             continue
         values = " -> ".join(apart(before["value"], after["value"], least=3))
-        moved = bias.change_words(row["raw_change"], n=before["n"])
+        moved = bias_sentences.change_words(row["raw_change"], n=before["n"])
         lines.append(f"  {name}: {values}{unit}; change {moved}")
     return "\n".join(lines)
 
@@ -138,10 +141,10 @@ def _measured(
     tokenizer: Any,
     mask: NeuronMask | None,
     manager: Any,
-) -> tuple[bias.Found, _Items]:
+) -> tuple[bias_figures.Found, _Items]:
     """Every figure by its name, and the tasks' items."""
     place: AbstractContextManager = nullcontext() if mask is None else mask.applied(model)
-    found: bias.Found = {}
+    found: bias_figures.Found = {}
     items: _Items = {}
     with place:
         for number, task in enumerate(session.job.tasks):
@@ -149,7 +152,7 @@ def _measured(
                 kept = _task(session, state, number, model, tokenizer, manager)
             found |= kept["figures"]
             items |= kept["items"]
-        found |= bias.measure(session, state, model, tokenizer)
+        found |= bias_figures.measure(session, state, model, tokenizer)
     return found, items
 
 
@@ -177,14 +180,14 @@ def _task(
             progress=session.progress,
         )
         return {
-            "figures": {each.name: bias.stored(each) for each in scored},
+            "figures": {each.name: bias_figures.stored(each) for each in scored},
             "items": {each.name: list(each.items) for each in scored},
         }
 
     return session.folder.figures(f"{state}-task-{number}", take, _TASK)
 
 
-def _by_item(states: Mapping[str, bias.Found], items: _Items) -> dict[str, Any]:
+def _by_item(states: Mapping[str, bias_figures.Found], items: _Items) -> dict[str, Any]:
     """Of each metric of a task its items and, for each state, their scores in the same order."""
     return {
         name: {

@@ -24,7 +24,7 @@ class EvalJob:
         mask: see `NeuronMask.from_pretrained`; None: the model alone is measured.
         tasks, task_folder: see `ability.task_manager`.
         shots, limit, chat_template, batch_size: see `ability.task_scores`.
-        bias: measures, "name" or "name=SRC": see `bias.MEASURES`.
+        bias: measures, "name" or "name=SRC": see `jobs.bias.asked.MEASURES`.
         start_token: of their likelihoods, see `evaluation.bias.start.start_token`.
         bias_template: of their prompts, see `evaluation.over_refusal`; None: by the tokenizer.
         seed: of tests, bootstraps and the examples before each question.
@@ -62,7 +62,7 @@ class EvalJob:
 
     def __post_init__(self) -> None:
         # Not above: the command line reads the fields before it loads torch.
-        from fastdean.jobs.bias import measures as bias
+        from fastdean.jobs.bias import asked as bias_asked
 
         if not self.tasks and not self.bias:
             raise ValueError(
@@ -73,4 +73,4 @@ class EvalJob:
         if doubled:
             raise ValueError(f"tasks must name each task once, got {doubled[0]!r} again")
         options.require_at_least(self, seed=0, shots=0, limit=1, batch_size=1)
-        bias.check(self.bias, self.start_token, self.bias_template)
+        bias_asked.check(self.bias, self.start_token, self.bias_template)
