@@ -12,6 +12,7 @@ from fastdean.data.tokenising import chat_turns
 from fastdean.evaluation.answers.beside import answers_table
 from fastdean.evaluation.answers.generation import STOPPED, Answer, answers_to, encoded_prompt
 from fastdean.evaluation.answers.records import (
+    KEY,
     ORIGINAL,
     RECORD,
     Answered,
@@ -72,14 +73,16 @@ def run(
             logger.warning("%s", sentence)
         session.folder.claim()
         with held(session.folder.path, "out"):
-            lines = Lines(session.folder.path / ANSWERS_FILE, RECORD)
+            lines = Lines(session.folder.path / ANSWERS_FILE, RECORD, KEY)
             lines.repair()
-            with closing(answered(lines.read())) as batches:
+            variants = [job.variant] if job.server is not None else [ORIGINAL, *about["masks"]]
+            known = {(variant, number) for variant in variants for number, _ in rows}
+            with closing(answered(lines.read(known))) as batches:
                 for batch in batches:
                     lines.add(batch)
             if skipped is not None and set(skipped.rows) != told:
                 skipped.warn("prompts")
-            records = lines.read()
+            records = lines.read(known)
             answers = [Answered(r["id"], r["variant"], r["prompt"], r["answer"]) for r in records]
             results = session.results(
                 "FastDEAN: answers",

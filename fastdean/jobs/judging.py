@@ -29,7 +29,14 @@ from fastdean.evaluation.judging.templates import (
     read_template,
     template_names,
 )
-from fastdean.evaluation.judging.verdicts import RECORD, agreements, compared, record, summary
+from fastdean.evaluation.judging.verdicts import (
+    KEY,
+    RECORD,
+    agreements,
+    compared,
+    record,
+    summary,
+)
 from fastdean.files.declared import read_json
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import now, public_command, public_source, versions
@@ -169,9 +176,10 @@ def run(
     try:
         folder.claim()
         with held(folder.path, "out"):
-            lines = Lines(folder.path / VERDICTS_FILE, RECORD)
+            lines = Lines(folder.path / VERDICTS_FILE, RECORD, KEY)
             lines.repair()
-            before = lines.read()
+            known = {(name, a.variant, a.id) for name in names for a in answers}
+            before = lines.read(known)
             for each in judges:
                 done = {(r["variant"], r["id"]) for r in before if r["judge"] == each.name}
                 left = [a for a in answers if (a.variant, a.id) not in done]
@@ -184,7 +192,7 @@ def run(
                     for batch in batches:
                         lines.add(record(each.name, left[i], verdict) for i, verdict in batch)
                 _forget_models()
-            results = _results(job, judges, answers, lines.read(), command, costs)
+            results = _results(job, judges, answers, lines.read(known), command, costs)
             results["warnings"] = [*unfinished, *results["warnings"]]
             write_text_atomic(folder.path / TABLE_FILE, results["table"] + "\n")
             publish(results, folder)

@@ -408,6 +408,33 @@ def test_a_killed_judge_goes_on_and_another_does_not_take_its_place(place, tmp_p
     assert len(lines(out / "verdicts.jsonl")) == 8
 
 
+def test_a_row_that_is_there_twice_or_of_another_job_is_not_counted(place, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    file = write_jsonl(tmp_path / "a.jsonl", ANSWERS)
+    with monkeypatch.context() as patched:
+        killed_after(patched, 3)
+        with pytest.raises(Killed):
+            answered(place, out)
+    with monkeypatch.context() as patched:
+        killed_after(patched, 3)
+        with pytest.raises(Killed):
+            judged(file, out / "judged", "phrases")
+    for kept, again in (
+        (out / "answers.jsonl", lambda: answered(place, out)),
+        (out / "judged" / "verdicts.jsonl", lambda: judged(file, out / "judged", "phrases")),
+    ):
+        whole = kept.read_bytes().rpartition(b"\n")[0].splitlines()
+        kept.write_bytes(b"".join(line + b"\n" for line in [*whole, whole[0]]))
+        refused("line 4' must hold a record of its own", again)
+        foreign = whole[0].replace(b'"original"', b'"other"')
+        kept.write_bytes(b"".join(line + b"\n" for line in [*whole, foreign]))
+        refused("line 4' must hold a record of this job", again)
+        kept.write_bytes(b"".join(line + b"\n" for line in whole))
+        again()
+        keys = [(row["variant"], row["id"]) for row in lines(kept)]
+        assert len({*keys}) == len(keys)
+
+
 def test_a_judge_that_comes_back_on_another_port_goes_on(tmp_path, monkeypatch):
     file, out = write_jsonl(tmp_path / "a.jsonl", ANSWERS), tmp_path / "out"
     with answering(wildguard) as (url, _), monkeypatch.context() as patched:
