@@ -23,7 +23,7 @@ from fastdean.evaluation.answers.server import Refused, Server, in_order
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import public_name
 from fastdean.files.storage import held
-from fastdean.jobs.answer_jobs import AnswerJob
+from fastdean.jobs.answer_jobs import AnswerJob, patience
 from fastdean.jobs.collapse import describe
 from fastdean.jobs.folder import ANSWERS_FILE, RESULTS_FILE
 from fastdean.jobs.inputs import described_mask, mask_digest
@@ -208,7 +208,7 @@ def _by_server(
     job = session.job
     assert job.server is not None
     with session.costs.step("ask the server what it serves"):
-        server = Server.open(job.server, job.model, job.key_from)
+        server = Server.open(job.server, job.model, job.key_from, **patience(job))
 
     def ask(numbered: NumberedRow) -> Answer | Refused:
         number, row = numbered

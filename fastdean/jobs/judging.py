@@ -41,7 +41,7 @@ from fastdean.files.declared import read_json
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import now, public_command, public_source, versions
 from fastdean.files.storage import held, write_text_atomic
-from fastdean.jobs.answer_jobs import JudgeJob
+from fastdean.jobs.answer_jobs import JudgeJob, patience
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.folder import (
     ANSWERS_FILE,
@@ -152,6 +152,11 @@ def run(
             f"key_from must come with a judge on a server, got {job.key_from!r} and none; leave it "
             "out, or pass NAME=http://..."
         )
+    if job.server_timeout is not None and all(each.url is None for each in judges):
+        raise ValueError(
+            f"server_timeout must come with a judge on a server, got {job.server_timeout:g} and "
+            "none; leave it out, or pass NAME=http://..."
+        )
     costs = Costs(total=len(judges) + 1, shown=progress)
     with costs.step("read answers"):
         answers = read_answers(job.answers)
@@ -225,7 +230,7 @@ def _verdicts(
         yield from verdicts_of_phrases(answers)
         return
     if each.url is not None:
-        server = Server.open(each.url, each.model, job.key_from)
+        server = Server.open(each.url, each.model, job.key_from, **patience(job))
         _compare(folder, each, json_digest([without_port(server.url), server.model]))
         with closing(
             verdicts_of_server(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from fastdean.jobs.answer_jobs import AnswerJob, JudgeJob
 from fastdean.jobs.inputs import mask_digest
 from fastdean.masks import NeuronMask
 from fastdean.masks.entries import MaskEntry
+from fastdean.wording.mendable import StateError
 
 QUESTIONS = [" ".join(f"w{i + k}" for k in range(1 + i % 4)) for i in range(9)]
 
@@ -269,6 +271,10 @@ def test_options_that_do_not_go_together_are_refused(place):
     refused("concurrency must come with server", AnswerJob, model="m", prompts="p", concurrency=2)
     refused("variant must come with server", AnswerJob, model="m", prompts="p", variant="x")
     refused("key_from must come with server", AnswerJob, model="m", prompts="p", key_from="X")
+    refused("server_timeout must come with server", AnswerJob, model="m", prompts="p",
+            server_timeout=5)  # fmt: skip
+    refused("server_timeout must be a number of seconds above 0, got 0", AnswerJob, **with_server,
+            server_timeout=0)  # fmt: skip
     refused("concurrency must be at least 1", AnswerJob, model="m", prompts="p", concurrency=0)
 
 
@@ -433,6 +439,21 @@ def test_a_row_that_is_there_twice_or_of_another_job_is_not_counted(place, tmp_p
         again()
         keys = [(row["variant"], row["id"]) for row in lines(kept)]
         assert len({*keys}) == len(keys)
+
+
+def test_how_long_a_server_may_take_is_an_option_and_changes_no_answer(place, tmp_path):
+    released, out = threading.Event(), tmp_path / "judged"
+    file, by = write_jsonl(tmp_path / "answers.jsonl", ANSWERS), "wildguard"
+    with answering(lambda _: released.wait(60) and "late") as (url, _):
+        with pytest.raises(StateError, match="within 0.2 seconds, got none"):
+            judged(file, out, f"{by}={url}", server_timeout=0.2)
+        with pytest.raises(StateError, match="within 0.2 seconds, got none"):
+            answered(place, tmp_path / "o", model="tiny", mask=(), server=url, server_timeout=0.2)
+        released.set()
+    with answering(wildguard) as (url, _):
+        assert len(judged(file, out, f"{by}={url}", server_timeout=60)["judged"]) == 1
+    refused("server_timeout must come with a judge on a server", judged, file, tmp_path / "new",
+            "phrases", server_timeout=5)  # fmt: skip
 
 
 def test_a_judge_that_comes_back_on_another_port_goes_on(tmp_path, monkeypatch):
