@@ -301,6 +301,8 @@ def _results(
             judged.append({"judge": each.name, "variant": variant, **summary(own)})
     alike = agreements(records)
     changed, refusing, tests = compared(records)
+    # Of the same refusals no second test, in a family of its own with another p.
+    by_phrases = {row["variant"]: row["change"] for row in refusing if row["judge"] == PHRASES}
     warnings = [
         f"{row['judge']} on {row['variant']}: {row['unparsed']} of {row['answers']} verdicts could "
         "not be parsed; look at their output in " + VERDICTS_FILE
@@ -321,7 +323,7 @@ def _results(
             "changes": changed,
             "refusal_changes": refusing,
             "tests": tests,
-            "answers": answers_table(answers, records),
+            "answers": answers_table(answers, records, changes=by_phrases),
             "warnings": warnings,
             "table": verdict_table(judged, alike, [*changed, *refusing]),
             "files": {"verdicts": VERDICTS_FILE, "table": TABLE_FILE, "figures": RESULTS_FILE},

@@ -337,6 +337,10 @@ def test_two_judges_and_the_phrases_judge_answers_and_agree(tmp_path):
     refusing = {each["judge"]: each["to_refusing"] for each in results["refusal_changes"]}
     assert refusing == {"wildguard": 1, "phrases": 1}
     assert results["tests"]["tests"] == 4
+    # No test of the same refusals stands outside of the family.
+    (moved,) = [e["change"] for e in results["refusal_changes"] if e["judge"] == "phrases"]
+    assert results["answers"]["variants"]["masked"]["change"] == moved
+    assert "tests" not in results["answers"]
     tested = [each["change"] for key in ("changes", "refusal_changes") for each in results[key]]
     for each in tested:
         # One prompt of three or four moved, and none back: half of the binomial, twice.
