@@ -37,7 +37,6 @@ from fastdean.evaluation.judging.verdicts import (
     record,
     summary,
 )
-from fastdean.files.declared import read_json
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import now, public_command, public_source, versions
 from fastdean.files.storage import held, write_text_atomic
@@ -47,10 +46,10 @@ from fastdean.jobs.folder import (
     ANSWERS_FILE,
     NOT_READ_YET,
     RESULTS_FILE,
-    RUN_FILE,
     TABLE_FILE,
     VERDICTS_FILE,
     RunFolder,
+    run_state,
 )
 from fastdean.jobs.options import asked
 from fastdean.jobs.published import published
@@ -211,9 +210,9 @@ def run(
 def _unfinished(source: str) -> list[str]:
     """A sentence where the answers are those of a run that is not finished."""
     place = Path(source).expanduser()
-    run_file = (place if place.is_dir() else place.parent) / RUN_FILE
     own = place.is_dir() or place.name == ANSWERS_FILE
-    if not own or not run_file.is_file() or read_json(run_file).get("finished", True):
+    state = run_state(place if place.is_dir() else place.parent) if own else None
+    if state is None or state["finished"]:
         return []
     return ["The run that gives the answers is not finished: those it has so far are judged."]
 
