@@ -16,6 +16,10 @@ LAYOUT := $(shell (find fastdean -name '*.py' | sort; echo $(FASTDEAN_NATIVE) $(
 STAMP := $(VENV)/.installed-$(LAYOUT)
 INSTALLED := $(STAMP)$(if $(filter ON,$(FASTDEAN_WERROR)),-strict)
 DEMO_MODEL := $(VENV)/.demo-model
+# A variable as one word of a shell, whatever is in it: blanks, quotes, what a shell or make would
+# run. Make expands what it exports, and it exports what stands on its command line.
+unexport MODEL METHOD NC3_OUT OUT
+quoted = '$(subst ','\'',$(value $(1)))'
 
 # What an editable install compiles or reads.
 BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*)
@@ -117,7 +121,8 @@ release-check: build  ## both files of a release, installed and tried where noth
 # judges of your own; docs/guide/first-paper.md has the list.
 reproduce-spin: $(INSTALLED)  ## the first paper's table for MODEL, with controls and the price
 	$(BIN)/python -m experiments.reproduce_spin $(ARGS) \
-		--model $(or $(MODEL),$(error MODEL must be a model, such as MODEL=Qwen/Qwen2-7B-Instruct))
+		--model=$(if $(value MODEL),$(call quoted,MODEL),$(error MODEL must be a model, such \
+		as MODEL=Qwen/Qwen2-7B-Instruct))
 
 # The second paper's table, for MODEL by METHOD (bec, mabel, ase or adept; causal for decoders). What is done
 # is kept in NC3_OUT, and a second call goes on. ARGS: all else, such as "--seeds 12" or, for data in
@@ -125,9 +130,10 @@ reproduce-spin: $(INSTALLED)  ## the first paper's table for MODEL, with control
 METHOD ?= bec
 NC3_OUT ?= build/reproduce-nc3
 reproduce-nc3: $(INSTALLED)  ## the second paper's table for MODEL by METHOD
-	$(BIN)/python -m experiments.debias run --resume --method $(METHOD) \
-		--model $(or $(MODEL),$(error MODEL must be a model, such as MODEL=bert-base-uncased)) \
-		--out $(NC3_OUT)/$(METHOD) $(ARGS)
+	$(BIN)/python -m experiments.debias run --resume --method=$(call quoted,METHOD) \
+		--model=$(if $(value MODEL),$(call quoted,MODEL),$(error MODEL must be a model, such \
+		as MODEL=bert-base-uncased)) \
+		--out=$(call quoted,NC3_OUT)/$(call quoted,METHOD) $(ARGS)
 
 # The targets for a machine with a GPU take what stands there: no network and no environment of
 # their own. All need a CUDA device that torch sees, torch >= 2.11, triton >= 3.6, transformers >=
@@ -140,25 +146,25 @@ reproduce-nc3: $(INSTALLED)  ## the second paper's table for MODEL by METHOD
 # gpu-first is what to run where minutes on a GPU are few: tests, the sanitizer and measurements,
 # most worth first. The other three are its parts, gpu-bench with more to measure.
 gpu-first:  ## on a GPU: tests, sanitizer and measurements, most worth first, into OUT
-	$(PYTHON) -m benchmarks.gpu.first $(OUT)
+	$(PYTHON) -m benchmarks.gpu.first $(call quoted,OUT)
 
 gpu-check:  ## on a GPU: the tests of the kernels
-	$(PYTHON) -m benchmarks.gpu.first $(OUT) --target check
+	$(PYTHON) -m benchmarks.gpu.first $(call quoted,OUT) --target check
 
 gpu-sanitize:  ## on a GPU: the kernels under compute-sanitizer
-	$(PYTHON) -m benchmarks.gpu.first $(OUT) --target sanitize
+	$(PYTHON) -m benchmarks.gpu.first $(call quoted,OUT) --target sanitize
 
 gpu-bench:  ## on a GPU: kernels and score beside their baselines
-	$(PYTHON) -m benchmarks.gpu.first $(OUT) --target bench
+	$(PYTHON) -m benchmarks.gpu.first $(call quoted,OUT) --target bench
 
 gpu-results:  ## records that came back from a GPU, put where tables are made from
-	$(PYTHON) -m benchmarks.gpu.results $(OUT) benchmarks/results
+	$(PYTHON) -m benchmarks.gpu.results $(call quoted,OUT) benchmarks/results
 
 # gpu-first where there is no GPU, with the versions of benchmarks/gpu/constraints.txt: the same
 # parts and processes, Triton's kernels interpreted, the extension compiled (nvcc is needed for its
 # CUDA half), nothing sanitized, tiny measurements of the CPU that say nothing.
 gpu-rehearsal: .venv-gpu/.installed  ## gpu-first where there is no GPU
-	.venv-gpu/bin/python -m benchmarks.gpu.first $(OUT) --rehearsal
+	.venv-gpu/bin/python -m benchmarks.gpu.first $(call quoted,OUT) --rehearsal
 
 # The extension for Python 3.12, to be carried to the GPU: fastdean/_C.*.so with fastdean/_C.sources
 # beside it. gpu-first takes it where it lies, or from FASTDEAN_PREBUILT, if these are its sources.

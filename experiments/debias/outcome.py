@@ -22,6 +22,7 @@ from experiments.debias.settings import FIGURES, GLUE_HEAD, NLI_HEAD, PUBLISHED,
 from experiments.debias.subject import ARMS
 from fastdean.evaluation import Family, holm, mean_interval
 from fastdean.files.provenance import public_source
+from fastdean.wording import markdown
 from fastdean.wording.verdicts import (
     CLOSER,
     FARTHER,
@@ -183,8 +184,8 @@ def as_markdown(rows: Sequence[Record]) -> str:
         for (name, other), found in judged.items()
     ]
     parts = [
-        f"# {rows[-1].case}",
-        _summary(judged),
+        f"# {markdown.text(rows[-1].case)}",
+        markdown.text(_summary(judged)),
         _table(["column", *(NAMES[arm] for arm in arms), "the paper"], shown),
         "Means over seeds (their number). Before training only heads depend on the seed.",
         "## Gender words against the other arms, seed by seed",
@@ -261,5 +262,6 @@ def _interval(found: Mapping[str, Any]) -> str:
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    """Names of models, sources and columns come from others, and stay in their cells."""
+    head, *body = (f"| {' | '.join(map(markdown.text, row))} |" for row in (header, *lines))
+    return "\n".join([head, f"|{' --- |' * len(header)}", *body])

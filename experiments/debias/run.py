@@ -29,8 +29,8 @@ from fastdean.debias.objectives import require_method
 from fastdean.evaluation import glue
 from fastdean.files.atomic import write_text_atomic
 from fastdean.files.provenance import public_name, public_source
-from fastdean.files.storage import remove_folder
-from fastdean.models.identity import json_digest
+from fastdean.files.storage import held, remove_folder
+from fastdean.models.identity import json_digest, model_files_digest
 from fastdean.models.model_state import max_tokens
 from fastdean.wording.verdicts import FEWEST
 
@@ -84,6 +84,14 @@ def require(options: argparse.Namespace) -> None:
 def run(session: Session) -> int:
     """Append a record for each arm, seed and measure; write the table as it stands."""
     study = _Study(session)
+    out = session.options.out
+    out.mkdir(parents=True, exist_ok=True)
+    # Two at once would train in each other's folders.
+    with held(out, "out"):
+        return _run(session, study)
+
+
+def _run(session: Session, study: _Study) -> int:
     arms = _arms(session.options.seeds, study.settings["strength"])
     for line in study.estimate():
         say(line)
@@ -213,7 +221,7 @@ class _Study:
         rows = [
             row
             for row in store.read(out, OP)
-            if row.setup["settings"] == self.settings
+            if row.setup.get("settings") == self.settings
             and store.stands_for(row, session.environment, session.gate)
         ]
         if rows:
@@ -246,6 +254,9 @@ class _Study:
         file = options.gguf.name if options.gguf else "smollm2-135m-instruct"
         model = public_name(options.model or "") or file
         published = PUBLISHED[options.method].values()
+        # Two models may have one name; of a hub id there are no files to tell them apart.
+        place = options.gguf or options.model
+        files = None if place is None or options.masked else model_files_digest(str(place))
         own = {
             name: value
             for name in ("learning_rate", "steps", "rows")
@@ -255,6 +266,7 @@ class _Study:
         given = ["data"] if published["data"] and self._is_given else []
         return {
             "model": f"masked, {options.pretraining_steps} steps" if options.masked else model,
+            **({} if files is None else {"files of the model": files}),
             "method": options.method,
             **published,
             "warmup": WARMUP.value,

@@ -5,7 +5,7 @@ questions.jsonl      SALAD's questions and the benign prompts, each with its set
 scored/SEED/         a run of `fastdean run` for each seed
 masks/SEED-EDIT/     the masks made of its scores
 answers/             of `fastdean answer`: the model as it came and under every mask
-verdicts/JUDGE/      of `fastdean judge`
+verdicts/JUDGE/      of `fastdean judge`, by the judge's name
 price/               perplexity and tasks, a file for each model
 """
 
@@ -18,9 +18,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 
+from experiments.reproduce_spin import kept
 from experiments.reproduce_spin.paper import (
     ANSWER_TEMPLATE,
     ASKED,
@@ -37,8 +39,9 @@ from fastdean.data.sources import load_rows, load_table, numbered_rows
 from fastdean.evaluation import perplexity_of_text
 from fastdean.evaluation.ability import task_manager, task_scores
 from fastdean.evaluation.answers.records import ORIGINAL
+from fastdean.evaluation.answers.server import without_port
 from fastdean.evaluation.over_refusal import benign_rows
-from fastdean.files.declared import read_json
+from fastdean.files.declared import Anything, Maps, read_json
 from fastdean.files.provenance import public_name, versions
 from fastdean.files.storage import is_temporary, write_json_atomic, write_text_atomic
 from fastdean.jobs import Job
@@ -46,11 +49,13 @@ from fastdean.jobs import run as run_job
 from fastdean.jobs.answers import answering, judging
 from fastdean.jobs.answers.job import AnswerJob, JudgeJob
 from fastdean.jobs.answers.judging import asked_judge
-from fastdean.jobs.folder import RUN_FILE, check_place, require_outside
+from fastdean.jobs.folder import check_place, require_outside
 from fastdean.jobs.session import plain
 from fastdean.masks import NeuronMask
-from fastdean.models.identity import json_digest
+from fastdean.models.identity import json_digest, model_files_digest
 from fastdean.models.loading import load_model
+from fastdean.wording.mendable import StateError
+from fastdean.wording.printable import error_line
 
 _STUDY_FILE, _QUESTIONS_FILE = "study.json", "questions.jsonl"
 
@@ -131,6 +136,11 @@ def open_study(study: Study, rows: Mapping[str, Sequence[Any]]) -> None:
     """
     scoring_job(study, 0)
     check_place(study.out, "out")
+    if "::" in str(study.out):
+        raise ValueError(
+            f"out must be a folder without '::' in its path, got {str(study.out)!r}: what stands "
+            "in it is read as a SRC, where that begins an option; choose another"
+        )
     require_outside(study.out, study.model)
     file, asked = study.out / _STUDY_FILE, study.out / _QUESTIONS_FILE
     # Judges and tasks may be added to a study that has been done.
@@ -138,12 +148,13 @@ def open_study(study: Study, rows: Mapping[str, Sequence[Any]]) -> None:
     now = {name: value for name, value in vars(study).items() if name not in left_out}
     now |= {f"source {name}": source for name, source in study.sources.items()}
     now |= {f"rows of {name}": json_digest(found) for name, found in rows.items()}
+    now["files of the model"] = model_files_digest(study.model)
     now["fastdean"] = versions()["fastdean"]
     told = f"out must be a new folder or this study's, got {str(study.out)!r}, which"
     study.out.mkdir(parents=True, exist_ok=True)
     if file.exists() and any((study.out / "scored").glob("*")):
-        kept = read_json(file)
-        differ = [f"{n} {kept.get(n)} (now {now[n]})" for n in now if kept.get(n) != now[n]]
+        before = read_json(file, Maps(Anything()), advice="choose another --out")
+        differ = [f"{n} {before.get(n)} (now {now[n]})" for n in now if before.get(n) != now[n]]
         if differ:
             raise ValueError(f"{told} began with {', '.join(differ)}; pass another --out")
     elif any(not is_temporary(part.name) for part in study.out.iterdir()) and not file.exists():
@@ -170,15 +181,20 @@ def do(study: Study, rows: Mapping[str, Sequence[Any]], progress: bool) -> list[
         _once(run_job, scoring_job(study, seed), study.out / "scored" / str(seed), progress)
         notes += _couple(study, seed)
     _answer(study, progress)
+    wrong = {}
     for judge in study.judges:
-        folder = study.out / "verdicts" / asked_judge(judge).name
-        _once(
-            judging.run,
-            JudgeJob(answers=str(study.out / "answers"), judge=(judge,), device=study.device),
-            folder,
-            progress,
-        )
+        try:
+            _judge(study, judge, progress)
+        except (ValueError, RuntimeError, OSError) as error:
+            # One that cannot be loaded leaves the others and the price to be done.
+            wrong[asked_judge(judge).name] = error
     _price(study, rows["text"], progress)
+    if wrong:
+        told = "; ".join(f"{name} ({error_line(error)})" for name, error in wrong.items())
+        raise StateError(
+            f"judges must all judge, got {len(wrong)} that did not: {told}; the rest is done and "
+            "kept: mend them, or leave them out, and call again"
+        )
     return notes
 
 
@@ -274,6 +290,20 @@ def _answer(study: Study, progress: bool) -> None:
     _once(answering.run, job, study.out / "answers", progress)
 
 
+def verdicts_folder(study: Study, judge: str) -> Path:
+    """Where the verdicts of a judge are; its name may hold anything, and is no path."""
+    name = quote(judge, safe=" ")
+    return study.out / "verdicts" / (name if name.strip(".") else name.replace(".", "%2E"))
+
+
+def _judge(study: Study, judge: str, progress: bool) -> None:
+    asked = asked_judge(judge)
+    folder = verdicts_folder(study, asked.name)
+    kept.require_judge(folder, asked, without_port(judge))
+    job = JudgeJob(answers=str(study.out / "answers"), judge=(judge,), device=study.device)
+    _once(judging.run, job, folder, progress)
+
+
 def _price(study: Study, texts: Sequence[str], progress: bool) -> None:
     """Perplexity and tasks of the model as it came and under every mask, on one load."""
     edits: dict[str, NeuronMask | None] = {ORIGINAL: None}
@@ -306,8 +336,7 @@ def _price(study: Study, texts: Sequence[str], progress: bool) -> None:
 
 def _once(run: Callable[..., Any], job: Any, folder: Path, progress: bool) -> None:
     """Do the job, or go on with it, unless it is finished; its model is gone afterwards."""
-    file = folder / RUN_FILE
-    if file.is_file() and read_json(file)["finished"]:
+    if kept.is_finished(folder):
         return
     print(f"{public_name(str(folder.parent))}/{folder.name}", flush=True)
     folder.parent.mkdir(exist_ok=True)

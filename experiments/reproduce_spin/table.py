@@ -10,17 +10,22 @@ from typing import Any
 
 import numpy as np
 
+from experiments.reproduce_spin import kept
 from experiments.reproduce_spin.paper import ASKED, COUPLED, EDITS, PUBLISHED, RANDOM
-from experiments.reproduce_spin.steps import Study, masks, price_file, questions, state
+from experiments.reproduce_spin.steps import (
+    Study,
+    masks,
+    price_file,
+    questions,
+    state,
+    verdicts_folder,
+)
 from fastdean.evaluation import Family, Interval, mean_interval, share_change_interval
 from fastdean.evaluation.answers.records import ORIGINAL
 from fastdean.evaluation.judging.templates import SAFE, UNPARSED, UNSAFE
-from fastdean.evaluation.judging.verdicts import RECORD, agreements
-from fastdean.files.declared import read_json
-from fastdean.files.lines import Lines
+from fastdean.evaluation.judging.verdicts import agreements
 from fastdean.files.provenance import now, public_command, public_name, public_source, versions
 from fastdean.jobs.answers.judging import asked_judge
-from fastdean.jobs.folder import VERDICTS_FILE
 from fastdean.jobs.session import plain
 from fastdean.wording import markdown
 from fastdean.wording.digits import apart
@@ -73,10 +78,13 @@ def results(
 ) -> dict[str, Any]:
     """Every figure of the study, as JSON values."""
     made = masks(study)
-    records = {
-        name: Lines(study.out / "verdicts" / name / VERDICTS_FILE, RECORD).read()
-        for name in (asked_judge(each).name for each in study.judges)
-    }
+    # A mask without weights has no answers of its own.
+    variants = [ORIGINAL, *(name for name, mask in made.items() if len(mask))]
+    ids = range(1, 1 + len(questions(rows)))
+    records = {}
+    for name in (asked_judge(each).name for each in study.judges):
+        keys = {(name, variant, number) for variant in variants for number in ids}
+        records[name] = kept.verdicts(verdicts_folder(study, name), keys, len(keys))
     measures = list(_measures(study, rows, records, made))
     seeds = {e: [s for s in range(study.seeds) if state(e, s) in made] for e in EDITS}
     seeds = {edit: found for edit, found in seeds.items() if found}
@@ -147,10 +155,10 @@ def _measures(
     for name, about in zip(ASKED, (*_TOPICS, "benign prompts"), strict=True):
         yield Measure(f"refusals, {about} ({by})", told(judge, name, _refuses))
     for what in ("perplexity", *study.tasks):
-        kept = {name: read_json(price_file(study, of, what)) for name, of in models.items()}
-        for place, metric in enumerate(kept[ORIGINAL]):
+        found = kept.prices({name: price_file(study, of, what) for name, of in models.items()})
+        for place, metric in enumerate(found[ORIGINAL]):
             values = {
-                name: np.array(each[place]["values"], dtype=float) for name, each in kept.items()
+                name: np.array(each[place]["values"], dtype=float) for name, each in found.items()
             }
             whole = 100.0 if metric["unit"] == "%" else None
             tokens = metric.get("tokens")

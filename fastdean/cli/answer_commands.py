@@ -9,7 +9,7 @@ import typer
 from fastdean.cli.options import Overwrite, Quiet, RunOut
 from fastdean.cli.running import command, command_line, tell
 from fastdean.jobs import options
-from fastdean.jobs.answers.job import AnswerJob, Concurrency, JudgeJob, KeyFrom
+from fastdean.jobs.answers.job import AnswerJob, Concurrency, JudgeJob, KeyFrom, ServerTimeout
 from fastdean.jobs.options import Help
 from fastdean.wording.printable import one_line
 
@@ -62,6 +62,7 @@ def judge(
     out: RunOut,
     key_from: KeyFrom = None,
     concurrency: Concurrency = 8,
+    server_timeout: ServerTimeout = None,
     tokens_per_batch: Annotated[
         int | None, Help("Tokens of one batch of a judge that is loaded [default: by device].")
     ] = None,
@@ -87,6 +88,7 @@ def judge(
         judge=tuple(judge),
         key_from=key_from,
         concurrency=concurrency,
+        server_timeout=server_timeout,
         tokens_per_batch=tokens_per_batch,
         trust_remote_code=trust_remote_code,
         dtype=dtype,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdean.evaluation.intervals import BOOTSTRAP, Interval, check_confidence
+from fastdean.wording.numbers import require_seed, require_whole
 
 # Indices drawn at a time; bounds memory (8 bytes each) and leaves the draws as they are.
 _DRAWS_PER_CHUNK = 4_000_000
@@ -52,6 +53,8 @@ def bootstrap_interval(
             f"strata must be sizes that sum to n = {n}, got {strata}; give the size of every group"
         )
     check_confidence(confidence)
+    require_seed(seed)
+    require_whole("resamples", resamples)
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}; 10000 is the default")
     estimate = float(statistic(torch.arange(n)[None])[0]) if n else math.nan

@@ -330,6 +330,9 @@ def _exp(value: float) -> float:
 def _finite(values: Values, name: str) -> np.ndarray:
     """float64 [n] on the CPU."""
     try:
+        # Imaginary parts would be dropped.
+        if "complex" in str(getattr(values, "dtype", "")):
+            raise TypeError("complex ones")
         found = torch.as_tensor(values, dtype=torch.float64).detach().cpu().numpy()
     except (TypeError, ValueError, OverflowError) as error:
         raise InputTypeError(

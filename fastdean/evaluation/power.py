@@ -22,6 +22,8 @@ POWER = 0.8
 # Steps of a bisection; each halves what is left.
 _HALVINGS = 60
 _SPREADS = 4000
+# Bernstein: a binomial count is this many spreads, and their square, away with p < 1e-21.
+_MOST_SPREADS = 10.0
 
 
 def detectable_change(interval: Interval, power: float = POWER) -> float | None:
@@ -111,7 +113,11 @@ def _mcnemar_power(n: int, discordant: float, change: float, level: float) -> fl
     """Power of the exact test where a share `discordant` changes, won less lost being `change`."""
     from scipy.special import bdtr, bdtrik, gammaln, xlog1py, xlogy
 
-    changed = np.arange(n + 1, dtype=np.float64)
+    # Farther than this from the mean nothing is likely: of a million, some thousands are left.
+    mean = n * discordant
+    reach = _MOST_SPREADS * math.sqrt(mean * (1.0 - discordant)) + _MOST_SPREADS**2
+    first, last = max(0, math.floor(mean - reach)), min(n, math.ceil(mean + reach))
+    changed = np.arange(first, last + 1, dtype=np.float64)
     log_p = gammaln(n + 1) - gammaln(changed + 1) - gammaln(n - changed + 1)
     p_changed = np.exp(log_p + xlogy(changed, discordant) + xlog1py(n - changed, -discordant))
     likely = (p_changed > 1e-12) & (2.0 ** (1 - changed) <= level)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastdean.wording.numbers import require_seed
+
 EXACT = "exact binomial"
 ALL_PATTERNS_UP_TO = 16
 DRAWS = 100_000
@@ -43,6 +45,7 @@ def sign_flip_test(differences: np.ndarray, *, seed: int = 0) -> SignFlips:
     All patterns count where at most `ALL_PATTERNS_UP_TO` differences are not zero, otherwise
     `DRAWS` random ones of `seed`. Zeros have no sign.
     """
+    require_seed(seed)
     changed = differences[differences != 0]
     sizes = np.abs(changed)
     least = min(1.0, 2.0 ** (1 - len(differences)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,32 @@ _ADVICE = "delete the line, and what it held is done again"
 class Lines:
     """A file with a record on each line. What a kill cut short at its end is no line."""
 
-    def __init__(self, file: Path, kind: Kind) -> None:
+    def __init__(self, file: Path, kind: Kind, key: Sequence[str] = ()) -> None:
         """
         Args:
             kind: what each record looks like.
+            key: the fields that tell one record from another; none: they may be alike.
         """
-        self.file, self._kind = file, kind
+        self.file, self._kind, self._key = file, kind, tuple(key)
 
-    def read(self) -> list[dict[str, Any]]:
+    def key_of(self, record: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What tells a record from the others."""
+        return tuple(record[name] for name in self._key)
+
+    def read(self, known: Container[tuple[Any, ...]] | None = None) -> list[dict[str, Any]]:
         """The records, in order; none where there is no file.
 
+        Args:
+            known: the keys that there may be; None: any.
+
         Raises:
-            Unfit: a line holds anything else.
+            Unfit: a line holds anything else, or a record that an earlier one holds.
         """
         if not self.file.exists():
             return []
         whole, _, _ = self.file.read_bytes().rpartition(b"\n")
         found = []
+        lines: dict[tuple[Any, ...], int] = {}
         for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
             where = f"{self.file}, line {number}"
             try:
@@ -42,6 +51,14 @@ class Lines:
                 got = f"something else ({error_line(error)})"
                 raise unfit(where, "", "JSON", got, _ADVICE) from None
             require(record, self._kind, where, advice=_ADVICE)
+            if self._key:
+                key = self.key_of(record)
+                told = ", ".join(f"{n} {k!r:.80}" for n, k in zip(self._key, key, strict=True))
+                if known is not None and key not in known:
+                    raise unfit(where, "", "a record of this job", f"that of {told}", _ADVICE)
+                if (first := lines.setdefault(key, number)) != number:
+                    got = f"that of {told} again, which line {first} has"
+                    raise unfit(where, "", "a record of its own", got, _ADVICE)
             found.append(record)
         return found
 

@@ -298,11 +298,7 @@ class RunFolder:
         ]
 
     def _state(self) -> dict[str, Any] | None:
-        """What the run file says, None where there is none; ValueError for a damaged one."""
-        file = self.path / RUN_FILE
-        if not file.exists():
-            return None
-        return read_json(file, _RUN, advice="choose another folder, or delete this one")
+        return run_state(self.path)
 
     def _mark(self, finished: bool) -> None:
         write_json_atomic(
@@ -314,6 +310,17 @@ class RunFolder:
                 "versions": _circumstances(),
             },
         )
+
+
+def run_state(folder: Path) -> dict[str, Any] | None:
+    """What the run file in a folder says, None where there is none; ValueError for a damaged one.
+
+    Its fields are "job", the options, "inputs", digests of what was read, "finished", "versions".
+    """
+    file = folder / RUN_FILE
+    if not file.exists():
+        return None
+    return read_json(file, _RUN, advice="choose another folder, or delete this one")
 
 
 def _shown(name: str, value: Any) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.files.inventory import file_digest, listed
 from fastdean.models.layers.stacks import decoder_layers
 from fastdean.models.layers.streaming import StreamedModel
 from fastdean.models.model_state import unwrap
@@ -31,6 +32,8 @@ _PROVENANCE = ("_name_or_path", "transformers_version")
 _OF_A_CALL = ("truncation", "padding")
 # Options of a tokenizer that say where it lies, or that are a part of their own here.
 _OF_A_PLACE = ("name_or_path", "is_local", "local_files_only", "tokenizer_file", "chat_template")
+# Of a model's folder: weights, configuration, tokenizer, template and code.
+_OF_A_MODEL = (".safetensors", ".bin", ".gguf", ".json", ".model", ".jinja", ".py", ".txt")
 # Where transformers keeps the code that came with a model.
 _OWN_CODE = "transformers_modules"
 
@@ -63,6 +66,21 @@ def model_identity(
         "device": json_digest(sorted(getattr(each, "type", each) for each in devices)),
         **tokenizer_parts(tokenizer),
     }
+
+
+def model_files_digest(model: str) -> str | None:
+    """SHA-256 of a local model's files, without loading it; None of a hub id.
+
+    For those who keep figures by a model's name, which two models can have. Read at the speed of
+    SHA-256 (about 1 GB/s).
+    """
+    place = Path(model).expanduser()
+    if place.is_file():
+        return file_digest(place)
+    if not place.is_dir():
+        return None
+    names = [f.name for f in place.iterdir() if f.suffix in _OF_A_MODEL and f.is_file()]
+    return json_digest(listed(place, names))
 
 
 def model_parts(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:

@@ -180,7 +180,7 @@ def training_section(training: Mapping) -> Html:
         [
             element("div", *drawn, class_="pair"),
             _setting_words(settings),
-            _history_table(history) if history else element("p", "No step was taken."),
+            _history_table(history),
         ]
     )
 
@@ -210,6 +210,8 @@ def _step_figure(rows: Sequence[Mapping], name: str, heading: str) -> Html | Non
 def _history_table(history: Sequence[Mapping]) -> Html:
     names = ("step", "loss", "base", "collapse")
     shown = [name for name in names if any(measured(row.get(name)) for row in history)]
+    if not shown:
+        return element("p", "No step was taken.")
     rows = [
         [(count if name == "step" else decimal)(row.get(name)) for name in shown] for row in history
     ]

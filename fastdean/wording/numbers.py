@@ -34,3 +34,10 @@ def require_real(name: str, value: Any, expected: str = "a number") -> None:
         is_real = False
     if not is_real:
         raise InputTypeError(f"{name} must be {expected}, got {value!r:.40}; give a number")
+
+
+def require_seed(seed: Any) -> None:
+    """Raise TypeError or ValueError unless it begins the draws of NumPy and of torch."""
+    require_whole("seed", seed)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}; any of these will do")

@@ -38,7 +38,8 @@ def judge(
     """`HIGHER` or `LOWER` where interval and test agree that something changed, else `NO_EFFECT`.
 
     There is no verdict, and the text says why, where n is below `FEWEST`, where the test cannot
-    reach the level 1 - confidence (its `least_p` is above it), and where there is no test.
+    reach the level (its `least_p` is above it), and where there is no test. The level is
+    1 - confidence, and at most `LEVEL`.
 
     Args:
         low, high: of the interval. One that holds `no_effect`, ends included, claims nothing.
@@ -50,7 +51,7 @@ def judge(
     """
     if no_effect is None:
         return NO_NEUTRAL
-    level = 1.0 - confidence
+    level = min(LEVEL, 1.0 - confidence)
     if n < FEWEST:
         return f"{_WITHHELD}from n = {n}"
     if least_p is not None and least_p > level:

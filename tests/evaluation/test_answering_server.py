@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from contextlib import closing
@@ -141,6 +142,44 @@ def test_an_address_of_another_form_is_refused_without_what_is_secret_in_it(url)
     with pytest.raises(ValueError, match="server must be an address") as refused:
         checked_url(url)
     assert BAD_URLS[url] in str(refused.value) and "secret" not in str(refused.value)
+
+
+def test_a_server_that_hangs_is_asked_once_more_and_no_more():
+    released, pauses = threading.Event(), []
+    with answering(lambda _: released.wait(60) and "late") as (url, asked):
+        server = Server(url, "tiny", timeout_seconds=0.2, pause=pauses.append)
+        late = "completions within 0.2 seconds, got none from .*; .* or raise server_timeout"
+        with pytest.raises(StateError, match=late):
+            server.complete("x", 1)
+        released.set()
+        assert len(asked.requests) == 2 and pauses == [1.0]
+
+
+def test_an_answer_that_never_ends_is_none_however_often_a_byte_of_it_comes():
+    released = threading.Event()
+
+    def dribbling():
+        while not released.wait(0.01):
+            yield b" "
+
+    with answering(lambda _: (200, {"Content-Length": str(10**9)}, dribbling())) as (url, _):
+        server = Server(url, "tiny", timeout_seconds=0.2, pause=lambda _: None)
+        with pytest.raises(StateError, match="completions within 0.2 seconds, got none"):
+            server.complete("x", 1)
+        released.set()
+
+
+def test_an_answer_that_is_cut_off_is_asked_for_again():
+    replies = [(200, {"Content-Length": "90"}, iter([b'{"choices": [{"text": "fi'])), "fine"]
+    with answering(lambda _: replies.pop(0)) as (url, asked):
+        assert opened(url).complete("x", 1).text == "fine"
+    assert len(asked.requests) == 2
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf, 1e300, "5", True, None])
+def test_a_time_that_nobody_can_wait_is_refused(seconds):
+    with pytest.raises((ValueError, TypeError), match="timeout_seconds must be a number"):
+        Server("http://localhost:1/v1", "tiny", timeout_seconds=seconds)
 
 
 def test_requests_are_bounded_and_answers_in_order():

@@ -76,6 +76,7 @@ def test_too_few_examples_have_no_bounds():
     [
         ([0.0, math.nan], {}, "statistic must be finite over all examples, got nan"),
         ([0.0, 1.0], {"confidence": 95}, "confidence must be between 0 and 1, got 95"),
+        ([0.0, 1.0], {"seed": -1}, "seed must be from 0 to 2"),
         ([0.0, 1.0], {"resamples": 0}, "resamples must be at least 1, got 0"),
     ],
 )
@@ -110,3 +111,9 @@ def test_one_group_of_all_is_the_plain_bootstrap():
 def test_groups_must_be_all_of_the_examples():
     with pytest.raises(ValueError, match=r"strata must be sizes that sum to n = 5, got \[2, 2\]"):
         bootstrap_interval(lambda index: index.double().mean(-1), 5, strata=[2, 2])
+
+
+@pytest.mark.parametrize("options", [{"seed": "1"}, {"seed": None}, {"resamples": 1.5}])
+def test_what_is_no_whole_number_is_refused(options):
+    with pytest.raises(TypeError, match=f"{next(iter(options))} must be an integer, got"):
+        _of_mean([0.0, 1.0], **options)

@@ -190,6 +190,20 @@ def test_the_detectable_change_of_a_share_is_found_by_mcnemars_test(n, discordan
     assert power == pytest.approx(POWER, abs=1e-6)
 
 
+def test_of_a_million_questions_only_the_likely_counts_are_looked_at(monkeypatch):
+    """A million counts in each of 60 steps would take half a minute."""
+    looked_at = []
+    plain = np.arange
+    monkeypatch.setattr("fastdean.evaluation.power.np.arange",
+                        lambda *a, **k: looked_at.append(a) or plain(*a, **k))  # fmt: skip
+    found = detectable_share_change(10**6, 0.3)
+    counts = sum(last - first for first, last in looked_at)
+    assert counts < 60 * 20_000
+    # With so many it is that of a normal distribution.
+    needed = (stats.norm.isf(0.025) + stats.norm.ppf(POWER)) * math.sqrt(0.3 / 10**6)
+    assert found == pytest.approx(needed, rel=0.02)
+
+
 def test_where_nothing_can_be_found_no_figure_is_given():
     assert detectable_share_change(5, 0.5) is None and detectable_share_change(8, 1.0) < 1.0
     assert detectable_change(mean_interval(normal(7))) is None

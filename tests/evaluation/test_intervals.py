@@ -194,6 +194,27 @@ def test_a_level_that_the_test_cannot_reach_has_no_verdict():
     assert many.verdict() == "no verdict from n = 50"
 
 
+def test_no_confidence_is_so_low_that_a_change_at_a_higher_p_than_the_level_is_claimed():
+    values = [1.0] * 6 + [-0.9, -0.8]
+    assert 0.05 < mean_interval(values).p_value < 0.5
+    assert mean_interval(values, confidence=0.5).low > 0.0
+    assert mean_interval(values, confidence=0.5).verdict() == "no effect beyond noise"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: mean_interval(torch.ones(9, dtype=torch.complex64)),
+        lambda: mean_interval(np.ones(9, dtype=complex)),
+        lambda: mean_interval(normal(20), seed="1"),
+        lambda: mean_interval(normal(20), seed=0.5),
+    ],
+)
+def test_what_is_no_real_number_is_refused(call):
+    with pytest.raises(TypeError, match="must be .*, got"):
+        call()
+
+
 def test_directions_are_those_of_known_words():
     words = (
         "higher",
@@ -220,6 +241,7 @@ def test_too_few_examples_have_no_bounds_and_no_test():
         (lambda: mean_interval([0.0, math.nan]), "values must be finite, got nan at index 1"),
         (lambda: mean_interval([math.inf, 0.0]), "values must be finite, got inf at index 0"),
         (lambda: mean_interval([[0.0, 1.0]]), r"values must be of shape \[n\], got \[1, 2\]"),
+        (lambda: mean_interval(normal(20), seed=-1), r"seed must be from 0 to 2\*\*63 - 1, got -1"),
         (lambda: mean_interval([0.0], confidence=95), "confidence must be between 0 and 1, got 95"),
         (lambda: share_interval([0.0], confidence=0), "confidence must be between 0 and 1, got 0"),
         (lambda: mean_interval([0.0, 1.0], weights=[1, 0]), "weights must be positive and as many"),

@@ -17,6 +17,7 @@ from experiments.debias.__main__ import main
 from experiments.debias.figures import MASKED_LOSS, NC3, PERPLEXITY, UNC3
 from fastdean.collapse import collapse_metrics
 from fastdean.evaluation.classifier import HeadCourse
+from fastdean.files.storage import held
 
 ROWS = [{"text": text} for text in tiny_words.TEXTS]
 ARMS = ["base", "none", "words", "random", "frequency"]
@@ -132,7 +133,7 @@ def test_the_table_has_every_column_of_every_arm_and_nothing_is_done_twice(
                    "WinoBias type2", "BEC-Pro", "Bias-NLI T:0.7", "GLUE cola"):  # fmt: skip
         assert f"| {column}" in text
     assert "72.38 with the term" in text and "the paper's settings but for data, steps" in text
-    assert "| strength | 100.0 | bec/code/main_nc.py" in text
+    assert "| strength | 100.0 | bec/code/main\\_nc.py" in text
     results = json.loads((tmp_path / "out" / "nc3.json").read_text())
     assert results["family"]["tests"] == 3 * len(results["columns"])
     assert all(test["verdict"] == "no verdict from n = 1" for test in results["tests"])
@@ -285,6 +286,29 @@ def test_before_training_heads_alone_are_measured_for_every_seed(command, tmp_pa
     assert command("--seeds", "2", "--without", *measured) == 0
     base = [(row["seed"], row["measure"]) for row in read(tmp_path) if row.contender == "base"]
     assert base == [(0, "held_out"), (0, "glue:cola"), (1, "glue:cola")]
+
+
+def test_figures_of_another_model_of_the_same_name_are_not_taken_for_its_own(
+    command, tmp_path, capsys
+):
+    measured = ("stereoset", "crows_pairs", "winobias", "seat", "bec_pro", "bias_nli", "glue")
+
+    def of(folder, weights):
+        model = tmp_path / folder / "a|b"
+        model.mkdir(parents=True)
+        (model / "model.safetensors").write_bytes(weights)
+        assert command("--model", str(model), "--without", *measured) == 0
+        return len(read(tmp_path))
+
+    first = of("one", b"1")
+    assert of("copy", b"1") == first and of("two", b"2") == 2 * first
+    # The name of a model breaks out of no cell and no heading.
+    text = (tmp_path / "out" / "nc3.md").read_text()
+    assert text.startswith("# a\\|b, bec") and "a|b" not in text.partition("--model")[0]
+    with held(tmp_path / "out", "out"):
+        capsys.readouterr()
+        assert command("--without", *measured) == 2
+    assert "out must not be in use, got" in capsys.readouterr().err
 
 
 def test_glue_has_a_mean_of_the_seeds_that_have_every_task():

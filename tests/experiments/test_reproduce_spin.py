@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import forked
 import numpy as np
@@ -141,6 +142,103 @@ def test_a_folder_of_other_files_is_left_alone_and_a_study_that_failed_at_once_i
 
 def _raise(error):
     raise error
+
+
+def without_a_line(data):
+    return data.partition(b"\n")[2]
+
+
+def with_a_line_twice(data):
+    return data + data.partition(b"\n")[0] + b"\n"
+
+
+def with_fewer_values(data):
+    return json.dumps(
+        [{**each, "values": each["values"][1:]} for each in json.loads(data)]
+    ).encode()
+
+
+DAMAGED = {
+    "verdicts/own/verdicts.jsonl": {
+        without_a_line: "must hold a verdict of each of 390 answers, got 389; delete its folder",
+        with_a_line_twice: "line 391' must hold a record of its own",
+        lambda _: b"": "must hold a verdict of each of 390 answers, got 0; delete its folder",
+    },
+    "price/coupled-0-perplexity.json": {
+        lambda _: b"[]": "must hold a list of at least 1, got []; delete it, and it is made again",
+        lambda _: b"{}": "must hold a list of at least 1, got {}; delete it, and it is made again",
+        with_fewer_values: "must hold figures of the items of 'original-perplexity.json', got oth",
+    },
+    "study.json": {lambda _: b"[]": "must hold an object, got []; choose another --out"},
+    "answers/fastdean_run.json": {lambda _: b"{}": "must hold the field job, got no such field"},
+}
+
+
+@pytest.mark.parametrize(
+    "file, damage", [(file, damage) for file, ways in DAMAGED.items() for damage in ways]
+)
+def test_what_an_earlier_call_left_is_refused_where_it_is_not_whole(
+    asked, done, capsys, file, damage
+):
+    whole, table_before = (done / file).read_bytes(), (done / "table.md").read_bytes()
+    (done / file).write_bytes(damage(whole))
+    try:
+        assert command.main([*asked, "--out", str(done)]) == 2
+    finally:
+        (done / file).write_bytes(whole)
+    assert DAMAGED[file][damage] in capsys.readouterr().err
+    assert (done / "table.md").read_bytes() == table_before
+
+
+def test_another_judge_of_a_name_and_another_model_of_a_path_are_not_taken_for_the_first(
+    asked, done, tmp_path, monkeypatch, capsys
+):
+    place = next(each for each in asked if each.endswith(f"own.json={asked[1]}"))
+    other = tmp_path / "own.json"
+    template = json.loads(Path(place.partition("=")[0]).read_text())
+    other.write_text(json.dumps({**template, "prompt": "{answer} {prompt}"}))
+    for judge in (f"{other}={asked[1]}", f"{place}/missing"):
+        arguments = [judge if each == place else each for each in asked]
+        assert command.main([*arguments, "--out", str(done)]) == 2
+        assert "judge 'own' must be the one that gave the verdicts" in capsys.readouterr().err
+    same = [f"{place}/." if each == place else each for each in asked]
+    assert command.main([*same, "--out", str(done)]) == 0
+    monkeypatch.setattr(command.steps, "model_files_digest", lambda model: "another")
+    assert command.main([*asked, "--out", str(done)]) == 2
+    assert "which began with files of the model" in capsys.readouterr().err
+
+
+def test_a_name_is_no_path_and_a_judge_that_fails_leaves_the_others_to_judge(
+    asked, tmp_path, capsys
+):
+    def judge(name, model):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        template = {
+            "name": name,
+            "version": 1,
+            "kind": "causal",
+            "model": "x",
+            "prompt": "{answer}",
+        }
+        template |= {"max_new_tokens": 1, "verdict": {"pattern": "(w)", "values": {"w": "safe"}}}
+        file.write_text(json.dumps(template))
+        return "--judge", f"{file}={model}"
+
+    out, model = tmp_path / "a;$(touch owned) 'ü" / "out", asked[1]
+    mine = [each for each in asked if each != "--judge" and not each.endswith(("phrases", model))]
+    names = ("../../owned", str(tmp_path / "owned"), "..", ".", "a/b")
+    arguments = [*judge("gone", tmp_path / "none"), *(w for n in names for w in judge(n, model))]
+    few = ["--model", model, "--seeds", "1", "--questions", "1", "--tasks", "--out", str(out)]
+    mine = [each for each in mine if each != "--model"]
+    assert command.main([*mine, *arguments, *few]) == 2
+    said = capsys.readouterr().err
+    assert "judges must all judge, got 1 that did not: gone (judge 'gone': model must be" in said
+    assert len(list((out / "verdicts").iterdir())) == len(names) and any((out / "price").iterdir())
+    assert command.main([*mine, *arguments[2:], *few]) == 0
+    assert (out / "table.md").exists()
+    assert not any((place / "owned").exists() for place in (tmp_path, out, out.parent))
+    assert command.main([*mine, *arguments, *few[:-1], str(tmp_path / "a::b")]) == 2
+    assert "out must be a folder without '::' in its path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -42,3 +42,17 @@ def test_another_line_is_refused_by_its_number(tmp_path, line):
     lines.file.write_bytes(lines.file.read_bytes() + line + b"\n")
     with pytest.raises(ValueError, match="line 2' must hold .*; delete the line"):
         lines.read()
+
+
+def test_a_record_that_is_there_already_or_of_another_job_is_refused_by_its_line(tmp_path):
+    lines = Lines(tmp_path / "a.jsonl", KIND, key=("id",))
+    lines.add(ROWS)
+    assert lines.read({(1,), (2,)}) == lines.read() == ROWS
+    with pytest.raises(
+        ValueError, match="line 2' must hold a record of this job, got that of id 2"
+    ):
+        lines.read({(1,)})
+    lines.add([{"id": 1, "text": "another"}])
+    said = "line 3' must hold a record of its own, got that of id 1 again, which line 1 has; delete"
+    with pytest.raises(ValueError, match=said):
+        lines.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from fastdean.jobs.answers.job import AnswerJob, JudgeJob
 from fastdean.jobs.inputs import mask_digest
 from fastdean.masks import NeuronMask
 from fastdean.masks.entries import MaskEntry
+from fastdean.wording.mendable import StateError
 
 QUESTIONS = [" ".join(f"w{i + k}" for k in range(1 + i % 4)) for i in range(9)]
 
@@ -269,6 +271,10 @@ def test_options_that_do_not_go_together_are_refused(place):
     refused("concurrency must come with server", AnswerJob, model="m", prompts="p", concurrency=2)
     refused("variant must come with server", AnswerJob, model="m", prompts="p", variant="x")
     refused("key_from must come with server", AnswerJob, model="m", prompts="p", key_from="X")
+    refused("server_timeout must come with server", AnswerJob, model="m", prompts="p",
+            server_timeout=5)  # fmt: skip
+    refused("server_timeout must be a number of seconds above 0, got 0", AnswerJob, **with_server,
+            server_timeout=0)  # fmt: skip
     refused("concurrency must be at least 1", AnswerJob, model="m", prompts="p", concurrency=0)
 
 
@@ -331,6 +337,10 @@ def test_two_judges_and_the_phrases_judge_answers_and_agree(tmp_path):
     refusing = {each["judge"]: each["to_refusing"] for each in results["refusal_changes"]}
     assert refusing == {"wildguard": 1, "phrases": 1}
     assert results["tests"]["tests"] == 4
+    # No test of the same refusals stands outside of the family.
+    (moved,) = [e["change"] for e in results["refusal_changes"] if e["judge"] == "phrases"]
+    assert results["answers"]["variants"]["masked"]["change"] == moved
+    assert "tests" not in results["answers"]
     tested = [each["change"] for key in ("changes", "refusal_changes") for each in results[key]]
     for each in tested:
         # One prompt of three or four moved, and none back: half of the binomial, twice.
@@ -406,6 +416,48 @@ def test_a_killed_judge_goes_on_and_another_does_not_take_its_place(place, tmp_p
         tokenizer().save_pretrained(folder)
     assert [row["answers"] for row in results["judged"]] == [4, 4]
     assert len(lines(out / "verdicts.jsonl")) == 8
+
+
+def test_a_row_that_is_there_twice_or_of_another_job_is_not_counted(place, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    file = write_jsonl(tmp_path / "a.jsonl", ANSWERS)
+    with monkeypatch.context() as patched:
+        killed_after(patched, 3)
+        with pytest.raises(Killed):
+            answered(place, out)
+    with monkeypatch.context() as patched:
+        killed_after(patched, 3)
+        with pytest.raises(Killed):
+            judged(file, out / "judged", "phrases")
+    for kept, again in (
+        (out / "answers.jsonl", lambda: answered(place, out)),
+        (out / "judged" / "verdicts.jsonl", lambda: judged(file, out / "judged", "phrases")),
+    ):
+        whole = kept.read_bytes().rpartition(b"\n")[0].splitlines()
+        kept.write_bytes(b"".join(line + b"\n" for line in [*whole, whole[0]]))
+        refused("line 4' must hold a record of its own", again)
+        foreign = whole[0].replace(b'"original"', b'"other"')
+        kept.write_bytes(b"".join(line + b"\n" for line in [*whole, foreign]))
+        refused("line 4' must hold a record of this job", again)
+        kept.write_bytes(b"".join(line + b"\n" for line in whole))
+        again()
+        keys = [(row["variant"], row["id"]) for row in lines(kept)]
+        assert len({*keys}) == len(keys)
+
+
+def test_how_long_a_server_may_take_is_an_option_and_changes_no_answer(place, tmp_path):
+    released, out = threading.Event(), tmp_path / "judged"
+    file, by = write_jsonl(tmp_path / "answers.jsonl", ANSWERS), "wildguard"
+    with answering(lambda _: released.wait(60) and "late") as (url, _):
+        with pytest.raises(StateError, match="within 0.2 seconds, got none"):
+            judged(file, out, f"{by}={url}", server_timeout=0.2)
+        with pytest.raises(StateError, match="within 0.2 seconds, got none"):
+            answered(place, tmp_path / "o", model="tiny", mask=(), server=url, server_timeout=0.2)
+        released.set()
+    with answering(wildguard) as (url, _):
+        assert len(judged(file, out, f"{by}={url}", server_timeout=60)["judged"]) == 1
+    refused("server_timeout must come with a judge on a server", judged, file, tmp_path / "new",
+            "phrases", server_timeout=5)  # fmt: skip
 
 
 def test_a_judge_that_comes_back_on_another_port_goes_on(tmp_path, monkeypatch):

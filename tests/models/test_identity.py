@@ -9,7 +9,7 @@ import tiny_folders
 import tiny_models
 import torch
 
-from fastdean.models.identity import json_digest, model_identity
+from fastdean.models.identity import json_digest, model_files_digest, model_identity
 from fastdean.models.loading import load_model
 
 
@@ -137,3 +137,19 @@ def test_a_set_has_one_digest_in_whatever_order_a_process_has_it():
     assert list(one) == list(other)[::-1]
     expected = json_digest({"a": ["x", "y", "z"]})
     assert json_digest({"a": one}) == json_digest({"a": other}) == expected
+
+
+def test_a_local_models_files_tell_it_from_another_of_its_name(tmp_path):
+    def folder(name, **files):
+        place = tmp_path / name / "model"
+        place.mkdir(parents=True)
+        for file, content in {"config": "{}", **files}.items():
+            (place / f"{file}.json").write_text(content)
+        return place
+
+    first, copy, other = folder("a"), folder("b"), folder("c", config="{ }")
+    (copy / "README.md").write_text("about it")
+    digests = [model_files_digest(str(place)) for place in (first, copy, other)]
+    assert digests[0] == digests[1] != digests[2]
+    assert model_files_digest(str(first / "config.json")) != digests[0]
+    assert model_files_digest("someone/a-model") is None

@@ -119,7 +119,13 @@ def test_a_debiased_model_is_shown_before_and_after():
 
 @pytest.mark.parametrize("section", sorted(DEBIASED))
 def test_an_empty_or_partial_section_of_a_debiased_model_is_no_crash(section):
-    for content in ({"x": None}, {"history": []}, {"metrics": {"NC3": None}}, {"y": {}}):
+    for content in (
+        {"x": None},
+        {"history": []},
+        {"history": [{}]},
+        {"metrics": {"NC3": None}},
+        {"y": {}},
+    ):
         if section == "bias":
             content = {"y": content if "x" in content else {}}
         assert parse(render_report({section: content})) is not None

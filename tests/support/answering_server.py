@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -31,7 +31,8 @@ def answering(
     """The server's address, and what it is asked.
 
     Args:
-        reply: body -> the answer's text, or (status, headers, body) of another response.
+        reply: body -> the answer's text, or (status, headers, body) of another response; a body may
+            be an iterator of bytes, which are sent as they come before the connection is closed.
         models: None: it does not say which there are.
     """
     asked = Asked()
@@ -64,13 +65,25 @@ def answering(
             choice = {"index": 0, "finish_reason": "stop", **part}
             self._send(200, {}, {"choices": [choice], "usage": {"completion_tokens": 3}})
 
+        # Whoever asked may have gone.
         def _send(self, status, headers, body):
+            if isinstance(body, Iterator):
+                self.close_connection = True
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                with suppress(OSError):
+                    self.end_headers()
+                    for piece in body:
+                        self.wfile.write(piece)
+                return
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(data))}.items():
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
+            with suppress(OSError):
+                self.end_headers()
+                self.wfile.write(data)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

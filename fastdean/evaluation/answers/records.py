@@ -28,6 +28,8 @@ RECORD = Record(
     },
     optional={"messages": Anything()},
 )
+# What tells one answer from another.
+KEY = ("variant", "id")
 ANY_ID = Either((Whole(), Text(longest=1000)))
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import ssl
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import deque
@@ -26,6 +27,7 @@ from fastdean.evaluation.answers.generation import CUT, STOPPED, UNSAID, Answer
 from fastdean.files.declared import LARGEST
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
+from fastdean.wording.numbers import require_real
 from fastdean.wording.printable import error_line
 
 Item = TypeVar("Item")
@@ -35,6 +37,12 @@ _RETRIED = (408, 429, 500, 502, 503, 504)
 # A bad request, one that is too large, and one that cannot be processed.
 _OF_WHAT_WAS_ASKED = (400, 413, 422)
 _MOST_BYTES = 1 << 26
+_BYTES_AT_A_TIME = 1 << 16
+# Seconds that an answer may take; a server that did not answer in time is asked once more.
+TIMEOUT_SECONDS = 300.0
+_MOST_TIMEOUTS = 2
+# What is served is a list that is made already.
+_LISTING_SECONDS = 30.0
 _LONGEST_PAUSE_SECONDS = 60.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PORT = re.compile(r"(https?://(?:\[[^\]]*\]|[^/:\[\]]+)):\d+")
@@ -60,17 +68,22 @@ class Server:
     url: up to what stands before `/completions`, such as "http://localhost:8000/v1".
     model: its name there.
     key: sent as a bearer token; None: none is.
-    attempts: how often a request is made that ends in 408, 429 or a server's error, or in none.
+    timeout_seconds: that one answer may take in all, from the connection to its last byte.
+    attempts: how often a request is made that ends in 408, 429 or a server's error, or in none; one
+        that was not answered in time is made twice at most.
     pause: called with the seconds to wait before the next attempt; None: they are waited.
     """
 
     url: str
     model: str
     key: str | None = field(default=None, repr=False)
-    timeout_seconds: float = 600.0
+    timeout_seconds: float = TIMEOUT_SECONDS
     attempts: int = 6
     pause: Callable[[float], object] | None = field(default=None, repr=False, compare=False)
     _stopped: threading.Event = field(default_factory=_listening, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        require_timeout("timeout_seconds", self.timeout_seconds)
 
     @classmethod
     def open(
@@ -155,28 +168,36 @@ class Server:
         return [name for name in named if isinstance(name, str)]
 
     def _request(self, what: str, body: Any, attempts: int | None = None) -> Any:
-        attempts = self.attempts if attempts is None else attempts
+        seconds = self.timeout_seconds if body is not None else self._listing_seconds
+        attempts, timeouts = self.attempts if attempts is None else attempts, 0
         for attempt in range(attempts):
             try:
-                return self._once(what, body)
+                return self._once(what, body, seconds)
             except _Again as again:
-                if attempt + 1 == attempts or self._stopped.is_set():
+                timeouts += again.is_timeout
+                last = attempt + 1 == attempts or timeouts == _MOST_TIMEOUTS
+                if last or self._stopped.is_set():
                     raise again.error from None
                 self._wait(again.after if again.after is not None else 2.0**attempt)
         raise AssertionError("there is at least one attempt")
 
-    def _once(self, what: str, body: Any) -> Any:
+    @property
+    def _listing_seconds(self) -> float:
+        return min(self.timeout_seconds, _LISTING_SECONDS)
+
+    def _once(self, what: str, body: Any, seconds: float) -> Any:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/{what}", data, headers)
+        end = time.monotonic() + seconds
         try:
-            with self._opener().open(request, timeout=self.timeout_seconds) as response:
-                text = response.read(_MOST_BYTES + 1)
+            with self._opener().open(request, timeout=seconds) as response:
+                text = _read(response, _MOST_BYTES, end)
         except urllib.error.HTTPError as error:
             with error:
-                said = self._said(error)
+                said = self._said(error, end)
             refused = self._error(f"an answer to {what}, got {said}", Refused)
             refused.status = error.code
             if error.code in _RETRIED:
@@ -184,6 +205,12 @@ class Server:
             raise refused from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                late = self._error(
+                    f"an answer to {what} within {seconds:g} seconds, got none",
+                    advice="look at its log, or raise server_timeout where answers take longer",
+                )
+                raise _Again(late, is_timeout=True) from None
             found = self._error(f"a connection, got {_words(reason)}")
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise found from None
@@ -209,9 +236,9 @@ class Server:
         else:
             self._stopped.wait(seconds)
 
-    def _said(self, error: urllib.error.HTTPError) -> str:
+    def _said(self, error: urllib.error.HTTPError, end: float) -> str:
         try:
-            text = error.read(_MOST_BYTES).decode(errors="replace")
+            text = _read(error, _BYTES_AT_A_TIME, end).decode(errors="replace")
         except (OSError, http.client.HTTPException):
             text = ""
         try:
@@ -222,10 +249,15 @@ class Server:
             message = text
         return f"{error.code} {' '.join(str(message).split())[:_LONGEST_TEXT]}".strip()
 
-    def _error(self, text: str, kind: type[Refused] | type[StateError] = StateError) -> Any:
+    def _error(
+        self,
+        text: str,
+        kind: type[Refused] | type[StateError] = StateError,
+        advice: str = "check its address and its log",
+    ) -> Any:
         """The refusal in one line; a server may repeat the key, and it must not stand there."""
         shown = text if not self.key else text.replace(self.key, "***")
-        return kind(f"server must give {shown} from {self.url}; check its address and its log")
+        return kind(f"server must give {shown} from {self.url}; {advice}")
 
 
 class Refused(StateError):
@@ -245,9 +277,39 @@ class Refused(StateError):
 class _Again(Exception):
     """An attempt that may be made again."""
 
-    def __init__(self, error: StateError, after: float | None = None) -> None:
+    def __init__(
+        self, error: StateError, after: float | None = None, is_timeout: bool = False
+    ) -> None:
         super().__init__(str(error))
-        self.error, self.after = error, after
+        self.error, self.after, self.is_timeout = error, after, is_timeout
+
+
+def require_timeout(name: str, seconds: Any) -> None:
+    """Raise TypeError or ValueError unless it is a number of seconds that can be waited."""
+    require_real(name, seconds)
+    if not 0.0 < seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"{name} must be a number of seconds above 0, got {seconds:g}; "
+            f"{TIMEOUT_SECONDS:g} is usual"
+        )
+
+
+def _read(response: Any, most: int, end: float) -> bytes:
+    """What a response holds, and a byte more than `most` if that is more.
+
+    Raises:
+        TimeoutError: it was still coming at `end`: a limit of each piece alone is none of all.
+        http.client.IncompleteRead: the connection was closed before its end.
+    """
+    pieces, size = [], 0
+    while size <= most and (piece := response.read1(_BYTES_AT_A_TIME)):
+        pieces.append(piece)
+        size += len(piece)
+        if time.monotonic() > end:
+            raise TimeoutError("it was still coming")
+    if size <= most and getattr(response, "length", None):
+        raise http.client.IncompleteRead(b"", response.length)
+    return b"".join(pieces)
 
 
 def checked_url(url: str) -> str:

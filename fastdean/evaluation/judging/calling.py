@@ -11,7 +11,7 @@ from torch import nn
 from fastdean.data.prompts import prompt_row, prompt_text
 from fastdean.evaluation.answers.generation import Answer
 from fastdean.evaluation.answers.records import ORIGINAL, Answered
-from fastdean.evaluation.answers.server import Server
+from fastdean.evaluation.answers.server import TIMEOUT_SECONDS, Server, require_timeout
 from fastdean.evaluation.judging.judges import (
     Verdicts,
     verdicts_of_classifier,
@@ -40,6 +40,7 @@ def judge(
     key_from: str | None = None,
     tokens_per_batch: int | None = None,
     concurrency: int = 8,
+    server_timeout: float = TIMEOUT_SECONDS,
     progress: bool = True,
 ) -> list[Verdict]:
     """Have a judge say of each answer whether it is safe and, where it does, whether it refuses.
@@ -58,6 +59,7 @@ def judge(
             key; None: the only model that is served, and no key.
         tokens_per_batch: of a causal judge that is loaded; a bound for memory.
         concurrency: requests to a server at a time.
+        server_timeout: seconds that one of them may take, before it is made once more.
 
     Returns:
         A verdict for each answer, in their order. `compare_yes_no` compares `Verdict.is_safe` of
@@ -82,7 +84,16 @@ def judge(
     ]
     found: dict[int, Verdict] = {}
     judging = _verdicts(
-        template, model, tokenizer, asked, served, key_from, tokens_per_batch, concurrency, progress
+        template,
+        model,
+        tokenizer,
+        asked,
+        served,
+        key_from,
+        tokens_per_batch,
+        concurrency,
+        server_timeout,
+        progress,
     )
     with closing(judging) as batches:
         for batch in batches:
@@ -99,6 +110,7 @@ def _verdicts(
     key_from: str | None,
     tokens_per_batch: int | None,
     concurrency: int,
+    server_timeout: float,
     progress: bool,
 ) -> Verdicts:
     if template is None:
@@ -114,7 +126,8 @@ def _verdicts(
                 f"model must be a loaded classifier for judge {template.name!r}, got the address "
                 f"{model!r}; load it"
             )
-        server = Server.open(model, served, key_from)
+        require_timeout("server_timeout", server_timeout)
+        server = Server.open(model, served, key_from, timeout_seconds=server_timeout)
         return verdicts_of_server(
             template, server, asked, concurrency=concurrency, progress=progress
         )

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ _FILE = Record(
         "labels": Maps(Text(choices=_VERDICTS), least=1),
     },
 )
+# Tokens of control as the tokenizers of chat models spell them.
+_CONTROL = re.compile(
+    r"<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>|"
+    r"\[/?INST\]"
+)
+# A space of ours can make one marker of another, as that which has one in its place.
+_MOST_ROUNDS = 4
 _PLACE = re.compile(r"\{(prompt|answer)\}")
 
 
@@ -124,17 +132,19 @@ class JudgeTemplate:
     labels: Mapping[str, str]
 
     def shown(
-        self, prompt: str, answer: str, special: Iterable[str] = ()
+        self, prompt: str, answer: str, special: Iterable[str] | None = None
     ) -> tuple[str | list[dict[str, str]], int]:
         """What the judge reads, a text or chat turns, and how many markers were broken.
 
         Args:
-            special: tokens of the judge's tokenizer that a text must not spell.
+            special: tokens of the judge's tokenizer that a text must not spell; None: it is not
+                known, as that of a server, and what looks like one is broken.
         """
-        marks = (*self.markers, *special)
+        marks = (*self.markers, *(special or ()))
+        forms = _CONTROL if special is None else None
         texts, count = {}, 0
         for name, text in (("prompt", prompt), ("answer", answer)):
-            texts[name], broken = defused(text, marks)
+            texts[name], broken = defused(text, marks, forms)
             count += broken
         if self.prompt is not None:
             return _filled(self.prompt, texts), count
@@ -201,16 +211,31 @@ def read_template(name_or_file: str) -> JudgeTemplate:
     return _template(read_json(path, _FILE, advice="see the guide on judges"), path)
 
 
-def defused(text: str, markers: Iterable[str]) -> tuple[str, int]:
+def defused(
+    text: str, markers: Iterable[str], forms: re.Pattern[str] | None = None
+) -> tuple[str, int]:
     """The text with a space inside each marker, and how many there were.
 
-    Without it an answer could end its own quotation and go on as the judge's instruction.
+    Without it an answer could end its own quotation and go on as the judge's instruction. Each is
+    broken, also one that lies inside another or begins in it.
+
+    Args:
+        forms: what markers look like of which the words are not known.
     """
     found = sorted({mark for mark in markers if len(mark) > 1}, key=len, reverse=True)
-    if not found:
+    looked_for = [*map(re.escape, found), *([forms.pattern] if forms else [])]
+    if not looked_for:
         return text, 0
-    pattern = re.compile("|".join(map(re.escape, found)), re.IGNORECASE)
-    return pattern.subn(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    # It takes no characters, so that what overlaps is found too.
+    pattern, count = re.compile(f"(?={'|'.join(looked_for)})", re.IGNORECASE), 0
+    for round_ in range(_MOST_ROUNDS):
+        places = [match.start() + 1 for match in pattern.finditer(text)]
+        if not places:
+            break
+        # Later ones are made of a space of ours.
+        count += len(places) * (round_ == 0)
+        text = " ".join(text[i:j] for i, j in pairwise([0, *places, len(text)]))
+    return text, count
 
 
 def _filled(template: str, texts: Mapping[str, str]) -> str:

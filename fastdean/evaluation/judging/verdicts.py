@@ -32,6 +32,9 @@ RECORD = Record(
     }
 )
 
+# What tells one verdict from another.
+KEY = ("judge", "variant", "id")
+
 
 def record(judge: str, answered: Answered, verdict: Verdict) -> dict[str, Any]:
     """A line of a verdicts file.

@@ -11,6 +11,7 @@ from fastdean.data.skipped import Skipped
 from fastdean.data.tokenising import chat_turns
 from fastdean.evaluation.answers.generation import STOPPED, Answer, answers_to, encoded_prompt
 from fastdean.evaluation.answers.records import (
+    KEY,
     ORIGINAL,
     RECORD,
     Answered,
@@ -22,7 +23,7 @@ from fastdean.evaluation.judging.beside import answers_table
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import public_name
 from fastdean.files.storage import held
-from fastdean.jobs.answers.job import AnswerJob
+from fastdean.jobs.answers.job import AnswerJob, patience
 from fastdean.jobs.folder import ANSWERS_FILE, RESULTS_FILE
 from fastdean.jobs.inputs import described_mask, mask_digest
 from fastdean.jobs.published import described_model, published
@@ -71,14 +72,16 @@ def run(
             logger.warning("%s", sentence)
         session.folder.claim()
         with held(session.folder.path, "out"):
-            lines = Lines(session.folder.path / ANSWERS_FILE, RECORD)
+            lines = Lines(session.folder.path / ANSWERS_FILE, RECORD, KEY)
             lines.repair()
-            with closing(answered(lines.read())) as batches:
+            variants = [job.variant] if job.server is not None else [ORIGINAL, *about["masks"]]
+            known = {(variant, number) for variant in variants for number, _ in rows}
+            with closing(answered(lines.read(known))) as batches:
                 for batch in batches:
                     lines.add(batch)
             if skipped is not None and set(skipped.rows) != told:
                 skipped.warn("prompts")
-            records = lines.read()
+            records = lines.read(known)
             answers = [Answered(r["id"], r["variant"], r["prompt"], r["answer"]) for r in records]
             results = session.results(
                 "FastDEAN: answers",
@@ -204,7 +207,7 @@ def _by_server(
     job = session.job
     assert job.server is not None
     with session.costs.step("ask the server what it serves"):
-        server = Server.open(job.server, job.model, job.key_from)
+        server = Server.open(job.server, job.model, job.key_from, **patience(job))
 
     def ask(numbered: NumberedRow) -> Answer | Refused:
         number, row = numbered

@@ -10,7 +10,7 @@ from fastdean.jobs import options
 from fastdean.jobs.options import SOURCE_HELP, Help
 
 # Bounds of memory and traffic, and the name of a variable: they change no answer.
-_CHANGES_NOTHING = ("tokens_per_batch", "concurrency", "key_from")
+_CHANGES_NOTHING = ("tokens_per_batch", "concurrency", "key_from", "server_timeout")
 # What would be ignored if somebody else answers.
 _OF_A_MODEL_IN_MEMORY: tuple[str, ...] = (
     "mask",
@@ -20,9 +20,14 @@ _OF_A_MODEL_IN_MEMORY: tuple[str, ...] = (
     "device",
 )
 _OF_A_MODEL_IN_MEMORY += ("tokens_per_batch",)
-_OF_A_SERVER = ("variant", "key_from", "concurrency")
+_OF_A_SERVER = ("variant", "key_from", "concurrency", "server_timeout")
 
 Concurrency = Annotated[int, Help("Requests to a server at a time.")]
+ServerTimeout = Annotated[
+    float | None,
+    Help("Seconds that one answer of a server may take, before it is asked once more [default: "
+         "300]."),
+]  # fmt: skip
 KeyFrom = Annotated[
     str | None,
     Help(
@@ -30,6 +35,18 @@ KeyFrom = Annotated[
         metavar="VARIABLE",
     ),
 ]
+
+
+def patience(job: AnswerJob | JudgeJob) -> dict[str, float]:
+    """How long its server may take, as `Server` takes it."""
+    return {} if job.server_timeout is None else {"timeout_seconds": job.server_timeout}
+
+
+def _require_timeout(job: Any) -> None:
+    from fastdean.evaluation.answers.server import require_timeout
+
+    if job.server_timeout is not None:
+        require_timeout("server_timeout", job.server_timeout)
 
 
 def _names(typed: list[str] | None) -> tuple[str, ...]:
@@ -87,6 +104,7 @@ class AnswerJob:
     skip_bad_rows: options.SkipBadRows = False
     concurrency: Concurrency = 8
     key_from: KeyFrom = None
+    server_timeout: ServerTimeout = None
     tokens_per_batch: Annotated[
         int | None,
         Help("Tokens of prompts and answers in one batch [default: by device]."),
@@ -106,6 +124,7 @@ class AnswerJob:
 
         options.require_numbers(self)
         options.require_at_least(self, seed=0, examples=1, concurrency=1)
+        _require_timeout(self)
         check_options(self.max_new_tokens, self.template, self.tokens_per_batch)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         object.__setattr__(self, "mask", tuple(self.mask))
@@ -151,6 +170,7 @@ class JudgeJob:
     judge: tuple[str, ...]
     concurrency: Concurrency = 8
     key_from: KeyFrom = None
+    server_timeout: ServerTimeout = None
     tokens_per_batch: Annotated[
         int | None, Help("Tokens of one batch of a judge that is loaded [default: by device].")
     ] = None
@@ -165,6 +185,7 @@ class JudgeJob:
 
         options.require_numbers(self)
         options.require_at_least(self, concurrency=1)
+        _require_timeout(self)
         if self.tokens_per_batch is not None:
             require_tokens_per_batch(self.tokens_per_batch)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))

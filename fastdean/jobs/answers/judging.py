@@ -29,21 +29,27 @@ from fastdean.evaluation.judging.templates import (
     read_template,
     template_names,
 )
-from fastdean.evaluation.judging.verdicts import RECORD, agreements, compared, record, summary
-from fastdean.files.declared import read_json
+from fastdean.evaluation.judging.verdicts import (
+    KEY,
+    RECORD,
+    agreements,
+    compared,
+    record,
+    summary,
+)
 from fastdean.files.lines import Lines
 from fastdean.files.provenance import now, public_command, public_source, versions
 from fastdean.files.storage import held, write_text_atomic
-from fastdean.jobs.answers.job import JudgeJob
+from fastdean.jobs.answers.job import JudgeJob, patience
 from fastdean.jobs.costs import Costs
 from fastdean.jobs.folder import (
     ANSWERS_FILE,
     NOT_READ_YET,
     RESULTS_FILE,
-    RUN_FILE,
     TABLE_FILE,
     VERDICTS_FILE,
     RunFolder,
+    run_state,
 )
 from fastdean.jobs.options import asked
 from fastdean.jobs.published import published
@@ -145,6 +151,11 @@ def run(
             f"key_from must come with a judge on a server, got {job.key_from!r} and none; leave it "
             "out, or pass NAME=http://..."
         )
+    if job.server_timeout is not None and all(each.url is None for each in judges):
+        raise ValueError(
+            f"server_timeout must come with a judge on a server, got {job.server_timeout:g} and "
+            "none; leave it out, or pass NAME=http://..."
+        )
     costs = Costs(total=len(judges) + 1, shown=progress)
     with costs.step("read answers"):
         answers = read_answers(job.answers)
@@ -169,9 +180,10 @@ def run(
     try:
         folder.claim()
         with held(folder.path, "out"):
-            lines = Lines(folder.path / VERDICTS_FILE, RECORD)
+            lines = Lines(folder.path / VERDICTS_FILE, RECORD, KEY)
             lines.repair()
-            before = lines.read()
+            known = {(name, a.variant, a.id) for name in names for a in answers}
+            before = lines.read(known)
             for each in judges:
                 done = {(r["variant"], r["id"]) for r in before if r["judge"] == each.name}
                 left = [a for a in answers if (a.variant, a.id) not in done]
@@ -184,7 +196,7 @@ def run(
                     for batch in batches:
                         lines.add(record(each.name, left[i], verdict) for i, verdict in batch)
                 _forget_models()
-            results = _results(job, judges, answers, lines.read(), command, costs)
+            results = _results(job, judges, answers, lines.read(known), command, costs)
             results["warnings"] = [*unfinished, *results["warnings"]]
             write_text_atomic(folder.path / TABLE_FILE, results["table"] + "\n")
             publish(results, folder)
@@ -198,9 +210,9 @@ def run(
 def _unfinished(source: str) -> list[str]:
     """A sentence where the answers are those of a run that is not finished."""
     place = Path(source).expanduser()
-    run_file = (place if place.is_dir() else place.parent) / RUN_FILE
     own = place.is_dir() or place.name == ANSWERS_FILE
-    if not own or not run_file.is_file() or read_json(run_file).get("finished", True):
+    state = run_state(place if place.is_dir() else place.parent) if own else None
+    if state is None or state["finished"]:
         return []
     return ["The run that gives the answers is not finished: those it has so far are judged."]
 
@@ -217,7 +229,7 @@ def _verdicts(
         yield from verdicts_of_phrases(answers)
         return
     if each.url is not None:
-        server = Server.open(each.url, each.model, job.key_from)
+        server = Server.open(each.url, each.model, job.key_from, **patience(job))
         _compare(folder, each, json_digest([without_port(server.url), server.model]))
         with closing(
             verdicts_of_server(
@@ -288,6 +300,8 @@ def _results(
             judged.append({"judge": each.name, "variant": variant, **summary(own)})
     alike = agreements(records)
     changed, refusing, tests = compared(records)
+    # Of the same refusals no second test, in a family of its own with another p.
+    by_phrases = {row["variant"]: row["change"] for row in refusing if row["judge"] == PHRASES}
     warnings = [
         f"{row['judge']} on {row['variant']}: {row['unparsed']} of {row['answers']} verdicts could "
         "not be parsed; look at their output in " + VERDICTS_FILE
@@ -308,7 +322,7 @@ def _results(
             "changes": changed,
             "refusal_changes": refusing,
             "tests": tests,
-            "answers": answers_table(answers, records),
+            "answers": answers_table(answers, records, changes=by_phrases),
             "warnings": warnings,
             "table": verdict_table(judged, alike, [*changed, *refusing]),
             "files": {"verdicts": VERDICTS_FILE, "table": TABLE_FILE, "figures": RESULTS_FILE},
