@@ -1371,9 +1371,9 @@ def test_scores_that_a_job_finished_are_its_own_when_it_is_started_again(
         with pytest.raises(ValueError, match="holds scores already, finished"):
             scored()  # by the same process, which nothing has ended
     written = {file: file.stat().st_mtime_ns for file in out.iterdir()}
-    with starts("again"), caplog.at_level("INFO", logger="fastdean"):
+    with starts("again"):
         found = scored()
-    assert "holds the scores that this job finished before" in caplog.text
+    assert "holds the scores already, which this job finished before" in caplog.text
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == written
     for name in first:
         assert torch.equal(found.select(name, 4), first.select(name, 4))

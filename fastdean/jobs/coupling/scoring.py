@@ -46,7 +46,7 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
             # A rank that died after the scores were there had all of them started again.
             if not ranks.first:
                 return None
-            logger.info("%s", f"{str(out)!r} holds the scores that this job finished before")
+            logger.warning("%r holds the scores already, which this job finished before", str(out))
             return Scores.from_pretrained(out)
         skipped = Skipped() if job.skip_bad_rows else None
         with costs.step("read data"):
