@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ import tiny_models
 import torch
 import tqdm.auto
 from tiny_folders import WORDS, rows, save_model, write_jsonl, write_sources
+from torch import distributed
+from torch.distributed import HashStore, PrefixStore
 
 import fastdean
 from fastdean.cli import commands
@@ -31,7 +34,7 @@ from fastdean.jobs import run, session
 from fastdean.jobs.collapse.measuring import CollapseJob
 from fastdean.jobs.collapse.training import DebiasJob
 from fastdean.jobs.costs import Costs
-from fastdean.jobs.coupling import figures, measuring, steps
+from fastdean.jobs.coupling import figures, measuring, scoring, steps
 from fastdean.jobs.coupling import model as run_model
 from fastdean.jobs.coupling.job import DATA_SETS, Job, ScoreJob
 from fastdean.jobs.coupling.results import _about_rows
@@ -43,6 +46,7 @@ from fastdean.models import loading
 from fastdean.models.layers import replay
 from fastdean.models.layers import windows as model_windows
 from fastdean.models.layers.streaming import StreamedModel
+from fastdean.models.ranks import earlier_starts
 
 OPTIONS = {"ratio": 0.05, "examples": 5, "eval_examples": 5}
 # For what does not hang on the measurements, which take most of a tiny run.
@@ -1332,3 +1336,62 @@ def test_an_example_of_each_set_is_in_the_report(finished):
     (_, context), (_, target) = results["shown"]["privacy"]["parts"]
     page = (out / "report.html").read_text()
     assert context in page and target in page
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """Starts of a torchrun job, as their first rank sees them: a process each, and one store."""
+    shared = HashStore()
+
+    @contextmanager
+    def start(name, store=shared):
+        monkeypatch.setattr(earlier_starts, "_START", name)
+        store = PrefixStore(name, store)
+        distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
+
+    return start
+
+
+def test_scores_that_a_job_finished_are_its_own_when_it_is_started_again(
+    place, tmp_path, starts, monkeypatch, caplog
+):
+    job = ScoreJob(model=place["model"], data=place["privacy"], keep_top=0.1)
+    out = tmp_path / "out"
+
+    def scored():
+        return run_score(job, out, overwrite=False, progress=False)
+
+    with monkeypatch.context() as patch, starts("killed while it reads"):
+        patch.setattr(scoring, "take_rows", raises(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            scored()
+    with starts("killed when all is done"):
+        first = scored()
+        with pytest.raises(ValueError, match="holds scores already, finished"):
+            scored()  # by the same process, which nothing has ended
+    written = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    with starts("again"):
+        found = scored()
+    assert "holds the scores already, which this job finished before" in caplog.text
+    assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == written
+    for name in first:
+        assert torch.equal(found.select(name, 4), first.select(name, 4))
+    # Of another job, however often that is started.
+    other = HashStore()
+    for name in ("another job", "another job again"):
+        with (
+            starts(name, other),
+            pytest.raises(ValueError, match="holds scores already, finished"),
+        ):
+            scored()
+
+
+def raises(error):
+    def raising(*args, **options):
+        raise error
+
+    return raising

@@ -199,6 +199,9 @@ def test_tensor_parallel_divides_what_the_plan_splits(folder):
     assert again == 2 * rows * 4 * H * (2 * L + 2 * L) / 2
     assert "Each of the 2 ranks of a model has its part" in found.notes[0]
     assert "activations of other ranks" in str(found)
+    # Parameters are counted of the whole model, bytes of a rank.
+    head, alone = (str(each).splitlines()[1] for each in (found, one))
+    assert head.count(" a rank)") == 2 and " a rank)" not in alone
 
 
 def test_expert_parallel_divides_experts_alone(tmp_path):
@@ -228,7 +231,11 @@ def test_expert_parallel_divides_experts_alone(tmp_path):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"gpus": 4, "tensor_parallel": 3}, "tensor_parallel must divide gpus, got 3 of 4"),
+        (
+            {"gpus": 4, "tensor_parallel": 3},
+            "tensor_parallel must divide gpus, got 3 of 4; pass ",
+        ),
+        ({"tensor_parallel": 2}, "tensor_parallel must divide gpus, got 2 of 1; pass gpus=2"),
         ({"gpus": 4, "expert_parallel": 2}, "expert_parallel must be 1 or as tensor_parallel"),
         (
             {"gpus": 2, "tensor_parallel": 2, "expert_parallel": 2},
@@ -440,6 +447,11 @@ def test_a_share_that_is_no_percent_is_not_told(tmp_path, units, told):
         ({"target_modules": "nothing_of_this"}, "target_modules must match"),
         ({"gpu_memory": "plenty"}, "gpu_memory must be a size above 0 such as 80GB, got 'plenty'"),
         ({"gpu_memory": "0GB"}, "gpu_memory must be a size above 0"),
+        (
+            {"gpu_memory": "80"},
+            "gpu_memory must be a size with its unit, got '80', which",
+        ),
+        ({"gpu_memory": 141}, "gpu_memory must be a size with its unit, got '141'"),
         ({"gpus": 2}, "gpu_memory must come with gpus, got gpus=2 alone"),
         ({"flops": -1.0}, "flops must be a number above 0, got -1"),
         ({"flops": float("nan")}, "flops must be a number above 0, got nan"),
@@ -455,7 +467,7 @@ def test_bad_input_is_refused_in_one_line(folder, asked, message):
 
 
 def test_sizes_as_people_write_them():
-    sizes = {"80GB": 80e9, "16 GiB": 1 << 34, "1.5tb": 1.5e12, "1000": 1000, "8e9": 8e9}
+    sizes = {"80GB": 80e9, "16 GiB": 1 << 34, "1.5tb": 1.5e12, "1000b": 1000, "8e9": 8e9}
     assert {text: size_in_bytes(text) for text in sizes} == sizes
 
 

@@ -19,6 +19,7 @@ from fastdean.jobs.rows import encode_usable, take_rows
 from fastdean.models.layers.streaming import StreamedModel
 from fastdean.models.loading import load_or_stream
 from fastdean.models.ranks.distributed import Ranks
+from fastdean.models.ranks.earlier_starts import begun_before, note_begun
 from fastdean.wording.log import logger
 
 
@@ -31,10 +32,22 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
     ranks = Ranks.current()
     costs = Costs(total=3, shown=progress and ranks.first)
     with ranks.failing_together(job.rank_timeout):
+        finished = False
         if ranks.first:
             require_outside(out, job.model)
-            if not holds_job(out):
-                require_free(out, overwrite, lambda folder: holds_only(folder, "scores"), "scores")
+            finished = not overwrite and begun_before(_work(out)) and holds_only(out, "scores")
+            if not finished:
+                if not holds_job(out):
+                    require_free(
+                        out, overwrite, lambda folder: holds_only(folder, "scores"), "scores"
+                    )
+                note_begun(_work(out))
+        if ranks.highest(int(finished)):
+            # A rank that died after the scores were there had all of them started again.
+            if not ranks.first:
+                return None
+            logger.warning("%r holds the scores already, which this job finished before", str(out))
+            return Scores.from_pretrained(out)
         skipped = Skipped() if job.skip_bad_rows else None
         with costs.step("read data"):
             rows, _ = take_rows(
@@ -89,6 +102,11 @@ def run(job: ScoreJob, out: Path, *, overwrite: bool, progress: bool) -> Scores 
     )
     scores.save_pretrained(out, overwrite=overwrite)
     return scores
+
+
+def _work(out: Path) -> str:
+    """The scoring into `out`, as starts of a job tell each other of it."""
+    return f"scores in {out.resolve()}"
 
 
 def _resume(job: ScoreJob, out: Path) -> Path | None:

@@ -29,6 +29,8 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SIZE = re.compile(r"([\d.]+(?:e\+?\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
 # A product and a copy that are large enough to be timed, and take a fraction of a second.
 _PRODUCT, _COPY_BYTES, _LEAST_SECONDS = 1024, 64 << 20, 0.2
+# No GPU has less: a number below it lacks its unit.
+_LEAST_BYTES = 1_000_000
 # Of a peak, what it may be off: a test compares it with processes.
 _UNSURE = 0.1
 # The least share of the parameters that is told: what does not round to 0 %.
@@ -36,7 +38,7 @@ _SAID = 0.005
 
 
 def size_in_bytes(text: Any) -> int:
-    """The bytes of "80GB", "16 GiB" or a number."""
+    """The bytes of "80GB", "16 GiB" or a number of bytes, which is not one that lacks its unit."""
     found = _SIZE.fullmatch(str(text).strip())
     try:
         size = float(found[1]) * _UNITS[found[2].lower()] if found else 0
@@ -45,6 +47,11 @@ def size_in_bytes(text: Any) -> int:
     if not 0 < size < 1e18:
         raise ValueError(
             f"gpu_memory must be a size above 0 such as 80GB, got {text!r}; write it so"
+        )
+    if found and not found[2] and size < _LEAST_BYTES:
+        raise ValueError(
+            f"gpu_memory must be a size with its unit, got {text!r}, which are bytes; write "
+            f"{found[1]}GB"
         )
     return int(size)
 
@@ -112,7 +119,7 @@ class EstimateJob:
         if (self.gpus or 1) % self.tensor_parallel:
             raise ValueError(
                 f"tensor_parallel must divide gpus, got {self.tensor_parallel} of "
-                f"{self.gpus or 1}; pass as many gpus as whole models need"
+                f"{self.gpus or 1}; pass gpus={self.tensor_parallel} or a multiple of it"
             )
         if self.expert_parallel not in (1, self.tensor_parallel):
             raise ValueError(
@@ -913,12 +920,15 @@ def _lines(found: Estimate) -> list[str]:
         times = (each.seconds for each in found.orders.values())
         table.append(["time, at least", *(_time(t or 0) for t in times)])
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    # Where ranks hold a model together, sizes are those of a rank and counts those of the model.
+    of_a_rank = " a rank" if found.machine["ranks_of_a_model"] > 1 else ""
     return [
         found.verdict,
         f"{model['class']}, {_counted(model['parameters'], 'parameter')} in {model['dtype']} "
-        f"({_gb(memory['weights'])}), {_counted(model['layers'], 'layer')}; "
+        f"({_gb(memory['weights'])}{of_a_rank}), {_counted(model['layers'], 'layer')}; "
         f"{_counted(found.targets['matrices'], 'matrix', 'matrices')} scored "
-        f"({_counted(found.targets['weights'], 'weight')}, {_gb(memory['sums'])} of sums).",
+        f"({_counted(found.targets['weights'], 'weight')}, "
+        f"{_gb(memory['sums'])} of sums{of_a_rank}).",
         f"{work['sets']} x "
         f"{_counted(work['examples_of_a_rank'] // work['sets'], 'example')} a rank, "
         f"{_counted(work['tokens_of_a_rank'], 'token')} in "
