@@ -68,6 +68,8 @@ _meeting = _Meeting()
 
 # Numbers that are on their way at a time, of all ranks together: 64 MB.
 _ON_THEIR_WAY = 1 << 24
+# Seconds: process groups count milliseconds, and nanoseconds in 64 bits.
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.001, 1_000_000_000
 # Characters of a value that is shown.
 _LONGEST_VALUE = 60
 
@@ -442,6 +444,11 @@ def check_rank_timeout(seconds: float | None) -> None:
         raise ValueError(
             f"rank_timeout must be a number of seconds above 0, got {seconds}; leave it out to "
             "wait as long as the process group does"
+        )
+    if not _SHORTEST_WAIT <= seconds <= _LONGEST_WAIT:
+        raise ValueError(
+            f"rank_timeout must be a number of seconds from {_SHORTEST_WAIT} to {_LONGEST_WAIT:,}, "
+            f"got {seconds:g}; leave it out to wait as long as the process group does"
         )
 
 
