@@ -75,9 +75,10 @@ class CollapseRegularizer:
     Under `torch.distributed` all ranks share the statistics, and the gradient that
     DistributedDataParallel or FSDP2 (`fully_shard`) averages is that of one process with all their
     batches. The ranks over which tensor parallel splits the model must have the same batch, which
-    counts once. Every rank must make the same number of training passes, and the backward pass of
-    each. Of a sharded output embedding the classes' rows are gathered, and each rank adds the
-    gradient of those that it holds to them; what is sent does not depend on the number of tokens.
+    counts once. Every rank must have a regulariser made in the same way, which the first pass looks
+    at, and make the same number of training passes, and the backward pass of each. Of a sharded
+    output embedding the classes' rows are gathered, and each rank adds the gradient of those that
+    it holds to them; what is sent does not depend on the number of tokens.
     nn.DataParallel and FSDP1 are refused.
 
     Features that are not finite make the statistics so for good, as a check would make every step
@@ -364,7 +365,7 @@ class CollapseRegularizer:
 
     def _loss(self, features: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
         check_width(features, weight, self._features)
-        ranks = self._ranks_of(weight)
+        ranks = self._ranks_of(weight, features.requires_grad and not self._detach_features)
         # Of a rank's own part of each sequence all are needed: classes are told apart in the whole.
         features = whole_features(features)
         # Layers may lie on several devices; the loss lies where the output embedding does.
@@ -387,11 +388,25 @@ class CollapseRegularizer:
             impl=self._impl,
         )
 
-    def _ranks_of(self, weight: Tensor) -> Ranks:
-        """The ranks that train the model; those of a team have the same batch."""
+    def _ranks_of(self, weight: Tensor, live: bool) -> Ranks:
+        """The ranks that train the model; those of a team have the same batch.
+
+        Args:
+            live: whether the features of this pass have a gradient of the term.
+        """
         found = placing(weight), Ranks.of_group()
         if self._ranks is None or self._ranks[:2] != found:
-            self._ranks = *found, training_ranks(self.module)
+            ranks = training_ranks(self.module)
+            made = {
+                **self._identity(),
+                "output embedding": f"{weight.dtype} {list(weight.shape)}",
+                "gradient of the features": live,
+                "step": self.step,
+                "schedule": self._factors,
+            }
+            remedy = "make it, and load its state, in the same way on each"
+            ranks.require_same("the regulariser", made, remedy)
+            self._ranks = *found, ranks
         return self._ranks[2]
 
     def _loss_on_shared_sums(

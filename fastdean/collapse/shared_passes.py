@@ -73,9 +73,7 @@ class SharedPasses:
             kinds.setdefault(tuple(sorted(example.columns)), []).append(example)
         # It looks at the first tokens of two of each kind, and at whether there are two.
         offered = [each.first(_LOOKED_AT) for of_kind in kinds.values() for each in of_kind[:2]]
-        found: list[list[Example]] = [[] for _ in range(self.ranks.size)]
-        with self.ranks.together():
-            torch.distributed.all_gather_object(found, offered)
+        found = self.ranks.gather_objects(offered)
         return [example for of_rank in found for example in of_rank]
 
     def each(self, batches: Sequence[Batch]) -> Iterator[Batch | None]:

@@ -19,6 +19,7 @@ from fastdean.coupling.asked import Asked
 from fastdean.coupling.layers.window_memory import WindowMemory
 from fastdean.coupling.order import choose_order
 from fastdean.coupling.results.scores import Scores
+from fastdean.coupling.same_job import require_same_arguments, require_same_weights
 from fastdean.coupling.scoring_job import ScoringJob
 from fastdean.coupling.subject import Subject
 from fastdean.coupling.tried_sets import try_sets
@@ -148,7 +149,7 @@ def score(
     Raises:
         ValueError: no target matches or its weight is computed from others, an example has no
             target token, a loss is NaN or infinite, or the ranks of a distributed job were given
-            different examples.
+            different examples, models or arguments.
         TypeError: `model` is no module, or `loader` yields something else than dictionaries.
         RuntimeError: a target did not take part exactly once in a batch, what is captured of it is
             not the gradient of its weight, or a rank has failed, has ended or hangs.
@@ -239,8 +240,10 @@ def score_sets(
         impl=impl,
     )
     subject = Subject.of(model, ranks)
+    require_same_arguments(asked, len(loaders), subject, ranks)
     asked = subject.fitting(asked)
     targets = subject.targets(asked)
+    require_same_weights(targets, subject, ranks)
     reading = dict(subject.with_tokenizer(reading, loaders))
     subject.require_room(asked, targets, len(loaders))
     with strict_determinism(deterministic), eager(), subject.outside_layers():

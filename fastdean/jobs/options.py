@@ -116,12 +116,14 @@ def require_one_of(job: Any, name: str, allowed: Sequence[str]) -> None:
 def require_numbers(job: Any) -> None:
     """Raise TypeError for an option that should be a number and is none, by the fields' types.
 
-    A float that is an integer becomes one where one is asked for.
+    None is taken where the type has it. A float that is an integer becomes one where one is asked
+    for.
     """
     for name, hint in get_type_hints(type(job)).items():
-        kinds = {*(get_args(hint) or (hint,))} - {NoneType}
+        allowed = {*(get_args(hint) or (hint,))}
+        kinds = allowed - {NoneType}
         value = getattr(job, name)
-        if value is None or not kinds <= {int, float}:
+        if not kinds <= {int, float} or (value is None and NoneType in allowed):
             continue
         if kinds == {int} and isinstance(value, float) and value.is_integer():
             # As 16e9 bytes are written.

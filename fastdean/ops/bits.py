@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdean.ops._dispatch import choose
-from fastdean.ops.memory import check_memory, check_tensor, memory_fault
+from fastdean.ops.memory import check_dense, check_memory, check_tensor, memory_fault
+from fastdean.wording.mendable import InputTypeError
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -20,16 +21,25 @@ def bit_sums(weight: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor
         return bits.sum(1), bits.sum(0)
 
     Args:
-        weight: any shape, any strides, any dtype of 1, 2, 4 or 8 bytes. Rows are all axes but the
-            last taken as one; of fewer than two axes each entry is a row.
+        weight: any shape, any strides, any dtype of 1, 2, 4 or 8 bytes, but no quantised one. Rows
+            are all axes but the last taken as one; of fewer than two axes each entry is a row.
         impl: None (by device), "reference" or "native" (CPU).
     Returns:
         int64 [R] and int64 [C], on the device of `weight`.
     Raises:
-        ValueError, TypeError: `weight` is no tensor, or with "native" one without memory to read.
+        ValueError, TypeError: `weight` is no dense tensor of such a dtype, or with "native" one
+            without memory to read.
     """
     check_tensor("weight", weight)
-    bits = weight.detach().resolve_neg().view(_INTEGER_OF_SIZE[weight.element_size()])
+    check_dense("weight", weight)
+    # torch views a quantised tensor as integers, and ends the process when these are read.
+    integer = None if weight.is_quantized else _INTEGER_OF_SIZE.get(weight.element_size())
+    if integer is None:
+        raise InputTypeError(
+            f"weight must be of a dtype of 1, 2, 4 or 8 bytes, got {weight.dtype}; pass the "
+            "numbers that it holds (int_repr, view_as_real)"
+        )
+    bits = weight.detach().resolve_conj().resolve_neg().view(integer)
     rows = bits.flatten(0, -2) if bits.dim() > 1 else bits.reshape(-1, 1)
     if impl is None and memory_fault(rows) is not None:
         # The operations of a subclass of tensors may reach values that no address does.

@@ -46,6 +46,12 @@ def check_tensor(name: str, value: object) -> None:
         raise _layout_fault("nested").error(name)
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raises: ValueError for a sparse tensor, of which there are no strides."""
+    if tensor.layout is not torch.strided:
+        raise _layout_fault(tensor.layout).error(name)
+
+
 def check_memory(name: str, tensor: Tensor) -> None:
     """Raises: TypeError or ValueError for a tensor with a `memory_fault`."""
     fault = memory_fault(tensor)

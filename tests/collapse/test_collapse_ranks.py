@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from regularized import BATCHES, JOINED, STRENGTH, require_same_training, trained
-from tiny_classes import gradients, some_classes
+from tiny_classes import IDS, gradients, some_classes
 from tiny_models import llama
 from torch.nn.parallel import DistributedDataParallel
 from two_ranks import WORLD, join_group, leave_group, run_ranks
@@ -66,10 +66,37 @@ def without_words(rank):
     return first, regularizer.term().item()
 
 
+def made_in_another_way(rank):
+    """On the second rank; what is said there and on the first one."""
+    options = {
+        "classes": {"classes": some_classes((5, 9, 61))},
+        "as many classes": {"classes": some_classes((*IDS[1:], 61))},
+        "strength": {"strength": 2.0},
+        "mode": {"mode": "window"},
+        "gradient of the features": {},
+        "step": {},
+    }
+    said = {}
+    for name, other in options.items():
+        live = LIVE["live batch"] if "gradient" in name else {}
+        made = {"classes": some_classes(), "strength": STRENGTH, **live}
+        model = llama().double().train()
+        regularizer = CollapseRegularizer(model, **made | (other if rank else {}))
+        if rank and name == "step":
+            regularizer.step = 3
+        elif rank and live:
+            model.model.requires_grad_(False)
+        try:
+            model(**BATCHES[rank][0])
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
 def worker(rank, folder):
     join_group(rank, folder)
     found = {name: on_rank(rank, options) for name, options in SITUATIONS.items()}
-    for situation in (by_items, bf16, without_words):
+    for situation in (made_in_another_way, by_items, bf16, without_words):
         found[situation.__name__] = situation(rank)
     leave_group(rank, folder, found)
 
@@ -103,6 +130,22 @@ def test_the_ranks_terms_come_to_one_where_the_items_are_shared_unevenly(found):
     for rank in range(WORLD):
         # The model computes its loss, and so the gradient, in fp32.
         torch.testing.assert_close(found[rank]["by_items"], gradients(model), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("classes", "classes on all ranks, got [[5], [9], [12]"),
+        ("as many classes", "classes on all ranks, got [[5], [9], [12]"),
+        ("strength", "strength on all ranks, got 10.0 on rank 0 and 2.0 on rank 1; make it, and"),
+        ("mode", "mode on all ranks, got cumulative on rank 0 and window on rank 1"),
+        ("gradient of the features", "features on all ranks, got True on rank 0 and False on rank"),
+        ("step", "step on all ranks, got 0 on rank 0 and 3 on rank 1"),
+    ],
+)
+def test_regularisers_that_were_made_in_unlike_ways_are_refused_on_all_ranks(found, name, text):
+    for rank in range(WORLD):
+        assert text in found[rank]["made_in_another_way"].get(name, "nothing")
 
 
 def test_half_precision_travels(found):

@@ -17,7 +17,7 @@ from oracle import norm_error
 from safetensors.torch import save_model
 from tiny_data import batches, make_examples
 from tiny_experts import experts_model
-from tiny_models import llama
+from tiny_models import llama, qwen2
 from torch import distributed
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
@@ -185,6 +185,59 @@ def other_examples(rank):
     return fastdean.score(llama(), loader(EXAMPLES[rank::WORLD]), progress=False)
 
 
+def with_other_budgets(rank):
+    """Layer by layer a window of each rank holds what it may."""
+    budget = 1 << 18 if rank else None
+    return kept(rank, order="layers", memory_budget=budget)
+
+
+# What the second rank is given, where the first is given nothing.
+UNLIKE = {
+    "keep_top": {"keep_top": 0.05},
+    "target_modules": {"target_modules": ["up_proj"]},
+    "granularity": {"granularity": "unit"},
+    "signs": {"signs": True},
+    "deterministic": {"deterministic": True},
+    "order": {"order": "layers"},
+    "memory_budget": {"memory_budget": 1 << 16},
+}
+
+
+def wider(model):
+    model.config.intermediate_size *= 2
+    return type(model)(model.config)
+
+
+def nudged(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 1.001
+    return model
+
+
+OTHER_MODELS = {
+    "class": lambda model: qwen2(),
+    "dtype": lambda model: model.bfloat16(),
+    "shape": wider,
+    "numbers": nudged,
+}
+
+
+def unlike(rank):
+    """What is said where the second rank is given something else, by what it is."""
+
+    def message(model, **options):
+        try:
+            fastdean.score(model, loader(), progress=False, **options)
+        except ValueError as error:
+            return str(error)
+        return "nothing"
+
+    return {
+        **{name: message(llama(), **(other if rank else {})) for name, other in UNLIKE.items()},
+        **{n: message(other(llama()) if rank else llama()) for n, other in OTHER_MODELS.items()},
+    }
+
+
 def empty_loader(rank):
     return fastdean.score(llama(), [], progress=False)
 
@@ -231,6 +284,7 @@ SITUATIONS = [
     broken_weights,
     in_passes,
     other_examples,
+    with_other_budgets,
     units,
     experts,
     kept,
@@ -357,6 +411,7 @@ def resumed(rank, folder):
 def worker(rank, folder):
     join_group(rank, folder)
     found = in_situations(SITUATIONS, rank)
+    found["unlike"] = unlike(rank)
     found["sent"] = sent(rank)
     found["resumed"] = resumed(rank, folder)
     found["folder"] = str(folder)
@@ -401,6 +456,7 @@ def found(tmp_path_factory):
     [
         *NEAR,
         in_passes,
+        with_other_budgets,
         units,
         experts,
         by_layers,
@@ -539,6 +595,21 @@ def test_loaders_that_are_already_split_are_refused(found):
             "ValueError: loader must give every rank the same examples, got different ones; leave "
             "out the distributed sampler, score() splits the examples itself"
         )
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_arguments_that_differ_are_refused_on_all_ranks(found, name):
+    text = f"score() must have the same {name} on all ranks, got "
+    for rank in range(WORLD):
+        assert found[rank]["unlike"][name].startswith(text)
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_models_that_differ_are_refused_on_all_ranks(found, name):
+    """Which would be added up."""
+    for rank in range(WORLD):
+        assert f"model must have the same {name}" in found[rank]["unlike"][name]
+        assert "; give every rank the same model" in found[rank]["unlike"][name]
 
 
 def test_sums_on_the_cpu_travel_through_a_group_of_gpus(monkeypatch):

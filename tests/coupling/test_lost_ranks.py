@@ -272,6 +272,8 @@ def test_a_rank_that_cannot_gather_a_layer_is_named(tmp_path):
     [
         (0, ValueError, "rank_timeout must be a number of seconds above 0, got 0"),
         (float("inf"), ValueError, "rank_timeout must be a number of seconds above 0, got inf"),
+        (1e300, ValueError, "rank_timeout must be a number of seconds from 0.001 to 1,000,000,000"),
+        (1e-9, ValueError, "rank_timeout must be a number of seconds from 0.001 to"),
         ("5 min", TypeError, "rank_timeout must be a number of seconds above 0, got '5 min'"),
     ],
 )

@@ -241,11 +241,35 @@ def test_expert_parallel_divides_experts_alone(tmp_path):
             {"gpus": 2, "tensor_parallel": 2, "expert_parallel": 2},
             "expert_parallel must be left out for a model without a ep_plan of its own, got Llama",
         ),
+        (
+            {"gpus": 8, "tensor_parallel": 8},
+            "tensor_parallel must divide the heads of attention, got 8 for the ",
+        ),
+        ({"gpus": 10**12}, "gpus must be at most 1,000,000, got 1,000,000,000,000; no job has"),
+        ({"sets": 10**9}, "examples must be at most 10,000,000 in all sets together, got "),
+        ({"max_length": -1}, "max_length must be at least 2, got -1"),
     ],
 )
 def test_a_split_that_nobody_makes_is_refused(folder, options, text):
     with pytest.raises(ValueError, match=f"^{text}"):
-        fastdean.estimate(folder, **JOB, gpu_memory="1GB", **options)
+        fastdean.estimate(folder, **JOB | {"gpu_memory": "1GB"} | options)
+
+
+def test_a_number_that_must_be_given_is_not_none(folder):
+    with pytest.raises(TypeError, match="^tensor_parallel must be an integer, got None"):
+        fastdean.estimate(folder, **JOB, tensor_parallel=None)
+
+
+def test_ranks_that_would_own_parts_of_experts_are_refused(tmp_path):
+    experts = {
+        **{"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
+        **{"num_local_experts": 3, "num_experts_per_tok": 2},
+    }
+    model = folder_of(tmp_path / "mixture", **experts)
+    both = {"gpus": 2, "tensor_parallel": 2, "expert_parallel": 2}
+    text = "^expert_parallel must divide the number of experts, got 2 for the 3 of model.layers.0"
+    with pytest.raises(ValueError, match=text):
+        fastdean.estimate(model, **JOB, **GPU | both)
 
 
 def log_of_received(rank):

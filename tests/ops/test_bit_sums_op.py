@@ -90,3 +90,37 @@ def test_what_is_no_tensor_is_refused():
         bit_sums([1.0])
     with pytest.raises(ValueError, match="weight must hold data, got a tensor on the meta device"):
         bit_sums(torch.empty(2, 2, device="meta"), impl="native")
+
+
+@IMPL
+def test_conjugated_numbers_have_their_own_bits(impl):
+    numbers = torch.complex(*torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)))
+    found = bit_sums(numbers.conj(), impl=impl)
+    expected = bit_sums(numbers.conj().resolve_conj(), impl=impl)
+    assert all(map(torch.equal, found, expected))
+    assert not torch.equal(found[0], bit_sums(numbers, impl=impl)[0])
+
+
+def quantised():
+    return torch._empty_affine_quantized((2, 2), dtype=torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning")
+@pytest.mark.parametrize("impl", [None, "reference", *NATIVE])
+@pytest.mark.parametrize(
+    "make, error, text",
+    [
+        (lambda: torch.eye(3).to_sparse(), ValueError, "dense tensor, got layout torch.sparse_coo"),
+        (lambda: torch.eye(3).to_mkldnn(), ValueError, "dense tensor, got layout torch._mkldnn"),
+        (
+            lambda: torch.zeros(2, 2, dtype=torch.complex128),
+            TypeError,
+            "of a dtype of 1, 2, 4 or 8 bytes, got torch.complex128; pass the numbers",
+        ),
+        (quantised, TypeError, "torch.qint8"),
+    ],
+    ids=["sparse", "of another library", "of 16 bytes", "quantised"],
+)
+def test_what_has_no_bits_to_sum_is_refused(impl, make, error, text):
+    with pytest.raises(error, match=f"weight must be .*{text}"):
+        bit_sums(make(), impl=impl)

@@ -31,6 +31,7 @@ _SIZE = re.compile(r"([\d.]+(?:e\+?\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
 _PRODUCT, _COPY_BYTES, _LEAST_SECONDS = 1024, 64 << 20, 0.2
 # No GPU has less: a number below it lacks its unit.
 _LEAST_BYTES = 1_000_000
+_MOST_RANKS, _MOST_EXAMPLES = 1_000_000, 10_000_000
 # Of a peak, what it may be off: a test compares it with processes.
 _UNSURE = 0.1
 # The least share of the parameters that is told: what does not round to 0 %.
@@ -115,7 +116,8 @@ class EstimateJob:
         options.require_at_least(
             self, examples=1, tokens_per_example=2, sets=1, tokens_per_batch=1, gpus=1, seed=0
         )
-        options.require_at_least(self, tensor_parallel=1, expert_parallel=1)
+        options.require_at_least(self, tensor_parallel=1, expert_parallel=1, max_length=2)
+        self._require_countable()
         if (self.gpus or 1) % self.tensor_parallel:
             raise ValueError(
                 f"tensor_parallel must divide gpus, got {self.tensor_parallel} of "
@@ -151,6 +153,19 @@ class EstimateJob:
             raise ValueError(
                 "measure must be left out with gpu_memory, since only this machine's CPU is "
                 "measured, got True; pass flops and bandwidth of the GPU"
+            )
+
+    def _require_countable(self) -> None:
+        """Every example is put into a batch, and every rank is dealt some."""
+        if (self.gpus or 1) > _MOST_RANKS:
+            raise ValueError(
+                f"gpus must be at most {_MOST_RANKS:,}, got {self.gpus:,}; no job has more"
+            )
+        if self.examples * self.sets > _MOST_EXAMPLES:
+            raise ValueError(
+                f"examples must be at most {_MOST_EXAMPLES:,} in all sets together, got "
+                f"{self.examples * self.sets:,}; estimate fewer, operations and states grow with "
+                "their number"
             )
 
 

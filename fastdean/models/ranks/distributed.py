@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +68,10 @@ _meeting = _Meeting()
 
 # Numbers that are on their way at a time, of all ranks together: 64 MB.
 _ON_THEIR_WAY = 1 << 24
+# Seconds: process groups count milliseconds, and nanoseconds in 64 bits.
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.001, 1_000_000_000
+# Characters of a value that is shown.
+_LONGEST_VALUE = 60
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,36 @@ class Ranks:
             ]
             for found in gathered
         ]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """What every rank gives, by rank; it must be small, and such that it can be pickled."""
+        found = [value] * self.size
+        with self.together():
+            if self.size > 1:
+                torch.distributed.all_gather_object(found, value)
+        return found
+
+    def require_same(self, whose: str, own: Mapping[str, Any], remedy: str) -> None:
+        """Raise ValueError on all ranks where they have unlike values; all ranks call it.
+
+        Else they would add up what does not belong together, or send each other tensors of unlike
+        sizes, for which a process group ends the process.
+
+        Args:
+            whose: whose values they are, at the beginning of the error.
+            own: name -> plain value, the same names on all ranks or others in the place of some.
+        """
+        if self.size == 1:
+            return
+        first, *others = self.gather_objects(dict(own))
+        for rank, other in enumerate(others, 1):
+            for name in (*first, *other):
+                one, another = first.get(name, "none"), other.get(name, "none")
+                if one != another:
+                    raise ValueError(
+                        f"{whose} must have the same {name} on all ranks, got {_shortened(one)} on "
+                        f"rank 0 and {_shortened(another)} on rank {rank}; {remedy}"
+                    )
 
     def limit_waiting(self, seconds: float | None) -> None:
         """Until the outermost `failing_together` ends, wait for no rank for longer than that."""
@@ -411,6 +445,16 @@ def check_rank_timeout(seconds: float | None) -> None:
             f"rank_timeout must be a number of seconds above 0, got {seconds}; leave it out to "
             "wait as long as the process group does"
         )
+    if not _SHORTEST_WAIT <= seconds <= _LONGEST_WAIT:
+        raise ValueError(
+            f"rank_timeout must be a number of seconds from {_SHORTEST_WAIT} to {_LONGEST_WAIT:,}, "
+            f"got {seconds:g}; leave it out to wait as long as the process group does"
+        )
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _group_exists() -> bool:

@@ -30,6 +30,8 @@ _AXES = {
     "grouped_gemm": 0,
 }
 _PACKED = {"packed_colwise": 2, "packed_rowwise": 2}
+# What has the rows of one head after those of another.
+_HEADS = ("q_proj", "k_proj", "v_proj")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -43,13 +45,14 @@ def split_as_planned(model: nn.Module, ranks: int, *, experts: bool) -> dict[str
     Returns:
         Name of each parameter that is split -> the axis, from 0.
     Raises:
-        ValueError: the model has no such plan.
+        ValueError: the model has no such plan, or experts or heads that so many ranks do not share.
     """
     plan = _plan_of(model, "tp_plan", "tensor_parallel")
     if experts:
         owned = _plan_of(model, "ep_plan", "expert_parallel")
         plan = {n: s for n, s in plan.items() if not any(_is_below(n, rule) for rule in owned)}
         plan |= owned
+    _require_whole_heads(model, plan, ranks)
     # Weights that are one and the same stay so.
     blocks: dict[int, nn.Parameter] = {}
     cut: dict[str, int] = {}
@@ -60,12 +63,34 @@ def split_as_planned(model: nn.Module, ranks: int, *, experts: bool) -> dict[str
             name = f"{path}.{leaf}" if path else leaf
             style = _style_of(name, plan)
             axis = _axis_of(parameter, style, leaf)
+            if experts and style == "grouped_gemm" and len(parameter) % ranks:
+                raise ValueError(
+                    f"expert_parallel must divide the number of experts, got {ranks} for the "
+                    f"{len(parameter)} of {name}; a rank owns whole ones, as many as the others"
+                )
             if id(parameter) not in blocks and axis is not None:
                 blocks[id(parameter)] = _block(parameter, axis, ranks, _PACKED.get(style or "", 1))
             if id(parameter) in blocks:
                 module._parameters[leaf] = blocks[id(parameter)]
                 cut[name] = 0 if axis is None else axis
     return cut
+
+
+def _require_whole_heads(model: nn.Module, plan: Mapping[str, str], ranks: int) -> None:
+    """A rank computes attention with whole heads."""
+    for path, attention in model.named_modules():
+        width = getattr(attention, "head_dim", None)
+        for leaf in _HEADS:
+            weight = getattr(getattr(attention, leaf, None), "weight", None)
+            name = f"{path}.{leaf}.weight"
+            if not width or weight is None or _style_of(name, plan) != "colwise":
+                continue
+            if len(weight) % (ranks * width):
+                raise ValueError(
+                    f"tensor_parallel must divide the heads of attention, got {ranks} for the "
+                    f"{len(weight) // width} of {name.removesuffix('.weight')}; a rank has whole "
+                    "ones"
+                )
 
 
 def _plan_of(model: Any, name: str, option: str) -> Mapping[str, str]:
