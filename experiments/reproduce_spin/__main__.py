@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = _study(options)
         rows = steps.read_sources(study)
         print("\n".join(needed(study, rows)), flush=True)
+        steps.require_judges(study)
         if options.estimate:
             return 0
         steps.open_study(study, rows)

@@ -153,6 +153,12 @@ def open_study(study: Study, rows: Mapping[str, Sequence[Any]]) -> None:
         write_text_atomic(asked, "".join(f"{line}\n" for line in lines))
 
 
+def require_judges(study: Study) -> None:
+    """Raise ValueError if a judge that has still to work has no model to load."""
+    asked = [asked_judge(each) for each in study.judges]
+    judging.require_judges([each for each in asked if not _is_done(_verdicts(study, each.name))])
+
+
 def questions(rows: Mapping[str, Sequence[Any]]) -> list[dict[str, str]]:
     """All that the model is asked, in one list; a question's id is its place, from 1."""
     return [{"prompt": text, "set": name} for name in ASKED for text in rows[name]]
@@ -170,11 +176,10 @@ def do(study: Study, rows: Mapping[str, Sequence[Any]], progress: bool) -> list[
         notes += _couple(study, seed)
     _answer(study, progress)
     for judge in study.judges:
-        folder = study.out / "verdicts" / asked_judge(judge).name
         _once(
             judging.run,
             JudgeJob(answers=str(study.out / "answers"), judge=(judge,), device=study.device),
-            folder,
+            _verdicts(study, asked_judge(judge).name),
             progress,
         )
     _price(study, rows["text"], progress)
@@ -305,8 +310,7 @@ def _price(study: Study, texts: Sequence[str], progress: bool) -> None:
 
 def _once(run: Callable[..., Any], job: Any, folder: Path, progress: bool) -> None:
     """Do the job, or go on with it, unless it is finished; its model is gone afterwards."""
-    file = folder / RUN_FILE
-    if file.is_file() and read_json(file)["finished"]:
+    if _is_done(folder):
         return
     print(f"{public_name(str(folder.parent))}/{folder.name}", flush=True)
     folder.parent.mkdir(exist_ok=True)
@@ -314,3 +318,12 @@ def _once(run: Callable[..., Any], job: Any, folder: Path, progress: bool) -> No
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _is_done(folder: Path) -> bool:
+    file = folder / RUN_FILE
+    return file.is_file() and read_json(file)["finished"]
+
+
+def _verdicts(study: Study, judge: str) -> Path:
+    return study.out / "verdicts" / judge

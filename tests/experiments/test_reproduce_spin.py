@@ -123,6 +123,18 @@ def test_sources_that_are_not_there_are_named_together_before_anything_is_loaded
     assert "judge must name each judge once" in capsys.readouterr().err
 
 
+def test_a_judge_without_a_model_is_named_before_anything_is_loaded(
+    asked, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command.steps, "do", lambda *a, **k: pytest.fail("it went on"))
+    own = next(each.partition("=")[0] for each in asked if each.partition("=")[0].endswith(".json"))
+    others = [f"{own}=none/such" if each.startswith(own) else each for each in asked]
+    for more in ([], ["--estimate"]):
+        assert command.main([*others, "--out", str(tmp_path / "x"), *more]) == 2
+        assert "error: judge 'own': model must be" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_folder_of_other_files_is_left_alone_and_a_study_that_failed_at_once_is_not_in_the_way(
     asked, tmp_path, monkeypatch, capsys
 ):
