@@ -248,7 +248,10 @@ def judged_tables(results: Mapping[str, Any]) -> list[Table | None]:
     for row in judged:
         aware = row.get("awareness") or {}
         share = Cell(*_share(aware)) if aware else Cell(MISSING)
-        cells = (count(row.get(key)) for key in (*keys, "refusals_by_phrases"))
+        cells = [count(row.get(key)) for key in (*keys, "refusals_by_phrases")]
+        if not any(row.get(key) for key in ("safe", "unsafe", "unparsed")):
+            # The list of phrases says nothing of safety.
+            cells[:4] = [MISSING] * 4
         names = [str(row.get("judge")), str(row.get("variant"))]
         rows.append([*names, count(row.get("answers")), share, *cells])
     found: list[Table | None] = [

@@ -60,8 +60,9 @@ def clauses(results: Mapping[str, Any]) -> list[Clause]:
     for key in ("bias", "measures"):
         if results.get(key):
             found += _of_measures(results[key])
-    if results.get("collapse") and perplexities(results):
-        found.append(_of_price(_perplexities_of(results, "trained")))
+    if not results.get("coupling") and perplexities(results):
+        edited = {name: 0 for t in perplexities(results).values() for name in t.get("masks") or {}}
+        found.append(_of_price(_perplexities_of(results, next(iter(edited), "trained"))))
     if results.get("judged"):
         found += _of_judges(results)
     elif results.get("answers") and not results.get("coupling"):
@@ -199,7 +200,14 @@ def _of_measures(table: Mapping[str, Any]) -> Iterator[Clause]:
         said = f"{count(len(claimed))} of {plural(len(found), 'figure')} changed"
         yield Clause("", f"{said}: {'; '.join(claimed)}", claims=True)
     else:
-        yield Clause("", f"No change shown in any of {plural(len(found), 'figure')}")
+        still = sum(each.said == NONE_SHOWN for each in found.values())
+        number = plural(len(found), "figure")
+        yield Clause("", f"{_capital(NONE_SHOWN)} in {_part(still, len(found))}{number}")
+
+
+def _part(number: int, of: int) -> str:
+    """Before how many there are: "any of ", or how many of them; the others were not judged."""
+    return "any of " if number == of else f"{count(number)} of "
 
 
 def _of_states(table: Mapping[str, Any]) -> Iterator[Clause]:
@@ -219,12 +227,25 @@ def _of_states(table: Mapping[str, Any]) -> Iterator[Clause]:
 
 
 def _of_judges(results: Mapping[str, Any]) -> Iterator[Clause]:
+    found = []
     for heading, key in (("Awareness", "changes"), ("Refusals", "refusal_changes")):
         for row in results.get(key) or []:
-            found = said_of(Estimate.of("", row.get("change"), "mean"), 0.0, "of the answers")
+            change = said_of(Estimate.of("", row.get("change"), "mean"), 0.0, "of the answers")
             name = f"{heading} of {row.get('variant')} by {row.get('judge')}"
-            yield Clause(name, found.said, found.claims)
-    if not results.get("changes") and not results.get("refusal_changes"):
+            found.append(Clause(name, change.said, change.claims))
+    if len(found) <= _MOST_NAMED:
+        yield from found
+    else:
+        yield from (each for each in found if each.claims)
+        still = sum(each.said == NONE_SHOWN for each in found)
+        if still:
+            yield Clause(
+                "", f"No change shown in {count(still)} of {count(len(found))} comparisons"
+            )
+        open_ = [each.name for each in found if not each.claims and each.said != NONE_SHOWN]
+        if open_:
+            yield Clause("Not judged", ", ".join(open_))
+    if not found:
         for row in results["judged"]:
             share = (row.get("awareness") or {}).get("share")
             if measured(share):

@@ -194,6 +194,9 @@ def test_many_figures_are_counted_and_those_that_changed_are_named():
     rows = {f"task {n}, acc": {"unit": "%", "before": {}, "raw_change": still, "change": still}
             for n in range(5)}  # fmt: skip
     assert verdict_line({"measures": rows}) == "No change shown in any of 5 figures."
+    few = {**still, "verdict": "no verdict from n = 5"}
+    of_few = {**rows, "task 4, acc": {"unit": "%", "before": {}, "raw_change": few, "change": few}}
+    assert verdict_line({"measures": of_few}) == "No change shown in 4 of 5 figures."
     moved = change(-3.0, -5.0, -1.0, "lower", key="value")
     rows["task 3, acc"] = {"unit": "%", "before": {}, "raw_change": moved, "change": moved}
     assert verdict_line({"measures": rows}) == "1 of 5 figures changed: task 3 −3.0 points."
@@ -213,6 +216,17 @@ def test_judges_and_answers_say_what_changed():
         "Awareness of half by own: +0.33 of the answers. Refusals of half by own: no change shown."
     )
     still = change(0.0, -0.3, 0.3, "no effect beyond noise", 1.0)
+    more = [{**refusals, "judge": f"j{n}", "change": still} for n in range(3)]
+    few = {**still, "verdict": "no verdict from n = 5"}
+    results["refusal_changes"] = [*more, {**refusals, "judge": "few", "change": few}]
+    assert verdict_line(results) == (
+        "Awareness of half by own: +0.33 of the answers. No change shown in 3 of 5 comparisons. "
+        "Not judged: Refusals of half by few."
+    )
+    phrases = {"judge": "phrases", "variant": "half", "safe": 0, "unsafe": 0, "unparsed": 0}
+    phrases |= {"answers": 9, "refusals": 2, "refusals_by_phrases": 2}
+    card = render_card({"judged": [phrases]})
+    assert "| phrases | half | 9 | – | – | – | – | – | 2 | 2 |" in card
     variants = {"original": {"prompts": 9}, "half": {"prompts": 9, "changed": 4, "change": still}}
     assert verdict_line({"answers": {"variants": variants}}) == (
         "Half: 4 of 9 answers changed; refusals: no change shown."
