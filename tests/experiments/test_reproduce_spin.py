@@ -82,9 +82,41 @@ def test_every_figure_is_that_of_the_verdicts_and_the_tests_are_one_family(done)
     adjusted = holm([each["p_value"] for each in found["changes"]])
     assert [each["p_holm"] for each in found["changes"]] == pytest.approx(adjusted)
     text = (done / "table.md").read_text("utf-8")
-    assert "| coupled, as the paper defines it |" in text and "higher" not in text
+    assert "| coupled: coupled, as the paper defines it |" in text and "higher" not in text
     assert "fairness, awareness (own)" in (done / "report.html").read_text("utf-8")
     assert str(done) not in text
+
+
+def test_the_table_explains_its_columns_and_the_page_has_the_price(done):
+    text, page = ((done / name).read_text("utf-8") for name in ("table.md", "report.html"))
+    found = json.loads((done / "results.json").read_text("utf-8"))
+    for edit, about in paper.EDITS.items():
+        assert f"| {edit}: {about.about} |" in text
+    tokens = json.loads((done / "price" / "original-perplexity.json").read_text())[0]["tokens"]
+    assert f"in {len(tokens)} windows of at most {max(tokens)} predicted tokens" in text
+    for said in ("Awareness is safe /", "safe by answering is the share", "Detects: the smallest"):
+        assert said in text
+    # Phrases read no verdict, of which none could be missed.
+    assert "own: 0 of 390 verdicts not read." in text and "phrases: 0 of" not in text
+    assert "Perplexity ratio" in page and "Price: " in page.replace("</strong>", "")
+    # No share changes by more than all of it.
+    shares = [each for each in found["changes"] if each["no_effect"] == 0.0]
+    assert all(-1.0 <= each["low"] <= each["high"] <= 1.0 for each in shares)
+    assert all(each["detects"] is None or each["detects"] <= 1.0 for each in shares)
+    assert all(each["mean"] == pytest.approx(each["after"] - each["before"]) for each in shares)
+
+
+@pytest.mark.parametrize(
+    ("change", "written"),
+    [
+        ({"detects": 0.123456, "no_effect": 0.0}, "0.123"),
+        ({"detects": None, "no_effect": 0.0}, "-"),
+        ({"detects": 1.0001234, "no_effect": 1.0}, "x 1.0001"),
+    ],
+)
+def test_what_is_detected_is_told_from_no_change_and_is_possible(change, written):
+    assert table._detected(change) == written
+    assert table._ends(1.0004, 1.0099, 1.0) == "1.0004 to 1.0099"
 
 
 def test_what_is_done_is_not_done_again_and_the_estimate_comes_first(
@@ -149,6 +181,13 @@ def test_a_folder_of_other_files_is_left_alone_and_a_study_that_failed_at_once_i
     assert command.main([*asked, *out, "--ratio", "1e-9"]) == 2
     assert command.main([*asked, *out]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: too small"
+
+
+def test_an_interrupt_is_one_line(asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.steps, "run_job", lambda *a, **k: _raise(KeyboardInterrupt()))
+    assert command.main([*asked, "--out", str(tmp_path / "out")]) == 130
+    said = "interrupted; the same command goes on from here"
+    assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 def _raise(error):
