@@ -80,11 +80,16 @@ def require(options: argparse.Namespace) -> None:
     for entry in options.source:
         name, _, source = entry.partition("=")
         if name not in names or not source:
-            raise ValueError(f"source must be NAME=SRC of one of {', '.join(names)}, got {entry!r}")
+            raise ValueError(
+                f"source must be NAME=SRC of one of {', '.join(names)}, got {entry!r}; "
+                "see docs/guide/second-paper.md"
+            )
     names = [*MEASURES, *_TASKS]
     for name in options.without:
         if name not in names:
-            raise ValueError(f"without must be one of {', '.join(names)}, got {name!r}")
+            raise ValueError(
+                f"without must be one of {', '.join(names)}, got {name!r}; leave out one of these"
+            )
     ask_the_cache_where_unreachable()
     if options.model is not None and not options.masked:
         load_tokenizer(options.model)

@@ -177,6 +177,15 @@ def test_sources_that_are_missing_are_named_all_at_once_before_anything_is_loade
     assert "model must be an existing folder, got 'tiny'" in capsys.readouterr().err
 
 
+def test_an_interrupt_is_one_line(command, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run", interrupted)
+    assert command() == 130
+    assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
+
+
 def test_each_method_trains_on_what_it_reads(files, tmp_path):
     pairs = [{"premise": "a", "hypothesis": "b", "label": label} for label in (0, 1, "entailment")]
     path = str(written(tmp_path / "pairs.jsonl", pairs))
